@@ -1,0 +1,167 @@
+"""The contract between the engine and whatever computes: a flat batch of tokens in, sampled tokens out.
+
+The engine gives every running sequence a slot (0 .. max_num_seqs - 1) for as long as it runs. What a
+sequence carries from step to step (its last sampled token, its block table, its sampling parameters, its
+token counts for penalties) lives in the backend under that slot, so that a step can be launched before
+the host has read the tokens of the step before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+
+LAST_SAMPLED = -1  # in StepBatch.tokens: the token this slot sampled last, which only the device may know
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSpec:
+    """How one slot draws its tokens. Neutral values switch a step off.
+
+    The token at output index i (0-based, counted from the end of the prompt) is drawn with the uniform
+    number u = philox4x32-10(key = seed, counter = i) / 2^32 by inverting the cumulative distribution in
+    order of token id, so a seed gives the same tokens in any batch.
+    """
+
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0  # 64 bits
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0  # `stop_token_ids` cannot be drawn before so many tokens
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None  # None: none; k: the drawn token's and the k most likely ones'
+
+
+@dataclass(frozen=True, slots=True)
+class SlotStart:
+    """A sequence takes a slot, anew or after preemption.
+
+    tokens: all its token ids so far (the prompt, and the output before a preemption); penalties count them.
+    prompt_len: how many of `tokens` are the prompt.
+    """
+
+    slot: int
+    sampling: SamplingSpec
+    tokens: Int32
+    prompt_len: int
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """One step: for each of S sequences a run of tokens whose keys and values are to be computed.
+
+    slots, query_lens, starts: int32 [S]; sequence s contributes query_lens[s] tokens at positions
+    starts[s], starts[s] + 1, ... Decodes come first (query_lens 1), prefill chunks after them.
+    tokens: int32 [T], T = sum(query_lens); LAST_SAMPLED stands only where a decode's input is the token
+    that its slot sampled in the step before.
+    sample: bool [S]; whether a token is drawn from the sequence's last row (false for all but the last
+    chunk of a prompt).
+    started: slots taken since the last step; they come before anything else is done.
+    new_blocks: int32 [B, 3] rows (slot, index, block): block-table entries to set before the step. A
+    SlotStart empties the slot's table first.
+    prompt_logprobs: per sequence index s, how many top logprobs to report for each token of the chunk
+    given its predecessors (0: only the token's own); rows 0 .. query_len - 1 predict the next token.
+    masks: per sequence index s, a packed bitmask uint32 [ceil(vocab / 32)] of tokens that may be drawn.
+    """
+
+    step: int
+    slots: Int32
+    query_lens: Int32
+    starts: Int32
+    tokens: Int32
+    sample: NDArray[np.bool_]
+    started: list[SlotStart] = field(default_factory=list)
+    new_blocks: Int32 = field(default_factory=lambda: np.empty((0, 3), dtype=np.int32))
+    prompt_logprobs: dict[int, int] = field(default_factory=dict)
+    masks: dict[int, NDArray[np.uint32]] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the number of rows of the flat batch."""
+        return len(self.tokens)
+
+
+@dataclass(slots=True)
+class TopLogprobs:
+    """Log-probabilities of one row, before temperature and filters, as OpenAI and vLLM report them.
+
+    token: the log-probability of the token in question; rank: 1 for the most likely.
+    top_ids, top: the most likely tokens, in order.
+    """
+
+    token: float
+    rank: int
+    top_ids: Int32
+    top: NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step drew: tokens int32 [S], -1 where nothing was sampled."""
+
+    step: int
+    tokens: Int32
+    logprobs: dict[int, TopLogprobs] = field(default_factory=dict)  # by sequence index s
+    prompt_logprobs: dict[int, list[TopLogprobs]] = field(default_factory=dict)  # by s: one a row that has
+    # a next token within what the SlotStart gave
+    device_seconds: float = 0.0  # time the device spent on the step, 0 where it is not measured
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the backend was built for; the scheduler never exceeds it."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int  # KV blocks to hand out, ids 0 .. num_blocks - 1
+    pipeline_depth: int  # steps that may be launched before the oldest must be collected: 1 is synchronous
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerLine:
+    """One line of the memory ledger, in bytes."""
+
+    name: str
+    nbytes: int
+
+
+class Backend(Protocol):
+    """A loaded model on a device."""
+
+    @property
+    def name(self) -> str:
+        """`cpu` or the GPU's name."""
+
+    @property
+    def limits(self) -> Limits:
+        """Capacities, fixed for the backend's life."""
+
+    def ledger(self) -> list[LedgerLine]:
+        """Where the memory went, line by line."""
+
+    def launch(self, batch: StepBatch) -> Any:
+        """Starts a step and returns a handle for `collect`; never waits for the device."""
+
+    def collect(self, handle: Any) -> StepResult:
+        """Waits for a launched step; steps are collected in the order they were launched."""
+
+    def embed(self, batch: StepBatch) -> NDArray[np.float32]:
+        """For encoder programs: one pooled vector a sequence, float32 [S, width]."""
+
+    def stats(self) -> dict[str, float]:
+        """Counters and gauges for the metrics page (idle share, graph buckets, ...), by metric name."""
+
+    def close(self) -> None:
+        """Gives everything back; the backend is unusable afterwards."""

@@ -1,0 +1,269 @@
+"""Every flag and environment variable, once: name, type, default, range and help.
+
+The dataclasses below are the only place where a setting is declared. The command line, the README's
+table, environment variables (`RVLLM_` + the field's name in capitals, unless a field names its own),
+validation and `rvllm info` are all derived from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rvllm.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of one setting besides its name, type and default."""
+
+    help: str
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    env: str | None = None  # None: derived from the name
+    short: str | None = None
+    metavar: str | None = None
+
+
+def setting(default: Any, help: str, **extra: Any) -> Any:
+    """A dataclass field that is also a flag and an environment variable."""
+    return field(default=default, metadata={"setting": Setting(help, **extra)})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What model runs, where, and within which limits."""
+
+    model: str = setting(
+        "smollm2-135m",
+        "Model: a directory, a .gguf file, org/name[@revision][:file.gguf], or the alias smollm2-135m.",
+        short="-m",
+    )
+    device: str = setting(
+        "auto",
+        "Where to run; auto takes the GPU if there is one and says so.",
+        choices=("auto", "cuda", "cpu"),
+    )
+    dtype: str = setting(
+        "auto",
+        "Element type of weights and activations; auto: float32 on the CPU, the checkpoint's 16-bit type on a GPU.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    load_format: str = setting(
+        "auto",
+        "auto reads the checkpoint's weights; dummy fills random ones (for measurements, needs only config.json).",
+        choices=("auto", "dummy"),
+    )
+    skip_tokenizer_init: bool = setting(False, "Take and give token ids only; no tokenizer is loaded.")
+    max_model_len: int | None = setting(
+        None,
+        "Longest sequence, prompt and output, in tokens; default: what the model allows and memory holds.",
+        low=1,
+    )
+    max_num_seqs: int = setting(256, "Most sequences running at once.", low=1, high=65536)
+    max_num_batched_tokens: int | None = setting(
+        None,
+        "Most tokens one step computes, decodes and prefill chunks together; default: 512 on the CPU, 8192 on a GPU.",
+        low=1,
+        high=1 << 20,
+    )
+    enable_prefix_caching: bool = setting(True, "Reuse the KV blocks of equal prompt prefixes.")
+    num_blocks: int | None = setting(
+        None, "KV blocks of 16 tokens; default: what memory allows.", low=1, env="RVLLM_NUM_BLOCKS"
+    )
+    kv_cache_memory_gb: float | None = setting(
+        None,
+        "Memory for the KV cache in GB; default: on the CPU a quarter of what is free, at most 4.",
+        low=0.0,
+    )
+    gpu_memory_utilization: float = setting(0.90, "Share of the GPU's memory to take.", low=0.01, high=1.0)
+    gpu_memory_reserve_gb: float = setting(0.0, "GB of GPU memory to leave free beyond that share.", low=0.0)
+    num_gpu_blocks: int | None = setting(None, "KV blocks on the GPU, overriding the memory flags.", low=1)
+    gemm_strategy: str = setting(
+        "native",
+        "Matrix kernels on a GPU.",
+        choices=("native", "cublas", "cutlass", "hybrid", "auto"),
+        env="RVLLM_BATCHED_GEMM_STRATEGY",
+    )
+    decode_path: str = setting(
+        "batched", "Decode kernels on a GPU.", choices=("batched", "gemv", "fused", "persistent", "fp8")
+    )
+    capture_graphs: str = setting(
+        "lazy", "Build decode graphs on first use or all at start.", choices=("lazy", "eager")
+    )
+    generation_config: str = setting(
+        "auto",
+        "auto takes sampling defaults from the model's generation_config.json; none ignores it.",
+        choices=("auto", "none"),
+    )
+    seed: int = setting(0, "Seed of the engine: of dummy weights and of requests that bring none.", low=0)
+    threads: int | None = setting(
+        None, "CPU threads for matrix products; default: the machine's cores.", low=1
+    )
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How the server listens and what it accepts."""
+
+    host: str = setting(
+        "127.0.0.1", "Address to bind; read 'Before you open it up' in the README before changing it."
+    )
+    port: int = setting(8000, "Port to bind.", low=0, high=65535)
+    served_model_name: str | None = setting(
+        None, "Name clients use for the model; default: the value of --model."
+    )
+    api_key: str | None = setting(None, "Require this bearer token on /v1 endpoints.")
+    chat_template: str | None = setting(None, "File with a Jinja chat template, instead of the model's own.")
+    max_body_mb: float = setting(16.0, "Largest request body in MB.", low=0.001)
+    max_queue: int = setting(1024, "Requests that may wait; more are answered 503.", low=1)
+    max_choices: int = setting(16, "Largest n (or prompts times n) of one request.", low=1)
+    drain_timeout: float = setting(30.0, "Seconds that SIGTERM leaves running requests to finish.", low=0.0)
+    request_timeout: float = setting(0.0, "Seconds until a request is cancelled; 0: never.", low=0.0)
+    log_level: str = setting("info", "How much to log.", choices=("debug", "info", "warning", "error"))
+    access_log: bool = setting(False, "Log every request.")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where models are fetched from and kept. These have no flags, only environment variables."""
+
+    cache_dir: str = setting(
+        "~/.cache/rvllm", "Folder for fetched models, compiled kernels and measurements."
+    )
+    offline: bool = setting(False, "Never use the network (HF_HUB_OFFLINE does the same for the hub).")
+
+
+ConfigT = typing.TypeVar("ConfigT")
+
+
+def settings_of(cls: type) -> list[tuple[dataclasses.Field[Any], Setting]]:
+    """The settings a config class declares, in order."""
+    return [(f, f.metadata["setting"]) for f in dataclasses.fields(cls)]
+
+
+def flag_of(name: str) -> str:
+    """`max_num_seqs` → `--max-num-seqs`."""
+    return "--" + name.replace("_", "-")
+
+
+def env_of(name: str, known: Setting) -> str:
+    """The environment variable of a setting."""
+    return known.env or f"RVLLM_{name.upper()}"
+
+
+def _base_type(cls: type, name: str) -> tuple[type, bool]:
+    """(int | float | str | bool, whether None is allowed) of a field."""
+    hint = typing.get_type_hints(cls)[name]
+    if isinstance(hint, types.UnionType):
+        inner = [t for t in typing.get_args(hint) if t is not type(None)]
+        return inner[0], True
+    return hint, False
+
+
+def parse_value(cls: type, name: str, text: str) -> Any:
+    """Text from the command line or environment as the field's type.
+
+    Raises UsageError that says what would be accepted.
+    """
+    base, optional = _base_type(cls, name)
+    if optional and text.lower() in ("none", "auto", ""):
+        return None
+    if base is bool:
+        if text.lower() in ("1", "true", "yes", "on"):
+            return True
+        if text.lower() in ("0", "false", "no", "off", ""):
+            return False
+        raise UsageError(f"{name}: expected true or false, got {text!r}")
+    try:
+        return base(text)
+    except ValueError:
+        kind = {"int": "a whole number", "float": "a number"}.get(base.__name__, base.__name__)
+        raise UsageError(f"{name}: expected {kind}, got {text!r}") from None
+
+
+def check_value(name: str, known: Setting, value: Any, origin: str) -> None:
+    """Raises UsageError when a value is out of range or not one of the choices."""
+    if value is None:
+        return
+    if known.choices and value not in known.choices:
+        raise UsageError(f"{origin}: {value!r} is not one of {', '.join(known.choices)}")
+    if known.low is not None and value < known.low:
+        raise UsageError(f"{origin}: must be at least {known.low:g}, got {value}")
+    if known.high is not None and value > known.high:
+        raise UsageError(f"{origin}: must be at most {known.high:g}, got {value}")
+    if isinstance(value, float) and value != value:
+        raise UsageError(f"{origin}: must be a number, got nan")
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type, title: str, skip: Sequence[str] = ()) -> None:
+    """Adds a config class's settings to a parser; values stay text until `build`."""
+    group = parser.add_argument_group(title)
+    for f, known in settings_of(cls):
+        if f.name in skip:
+            continue
+        names = [flag_of(f.name)] + ([known.short] if known.short else [])
+        base, _ = _base_type(cls, f.name)
+        text = known.help.replace("%", "%%") + ("" if f.default is None else f" [{_shown(f.default)}]")
+        if base is bool:
+            group.add_argument(
+                *names, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=text
+            )
+        else:
+            metavar = (
+                "{" + ",".join(known.choices) + "}"
+                if known.choices
+                else known.metavar or base.__name__.upper()
+            )
+            group.add_argument(*names, dest=f.name, default=None, metavar=metavar, help=text)
+
+
+def build(cls: type[ConfigT], given: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> ConfigT:
+    """A config from flags (`given`: text, typed values or None), then the environment, then defaults.
+
+    Raises UsageError naming the flag or variable that is wrong.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    for f, known in settings_of(cls):
+        value, origin = given.get(f.name), flag_of(f.name)
+        if value is None and environ.get(env_of(f.name, known)):
+            origin = env_of(f.name, known)
+            value = environ[origin]
+        if value is None:
+            continue
+        if isinstance(value, str):
+            try:
+                value = parse_value(cls, f.name, value)
+            except UsageError as error:
+                raise UsageError(f"{origin}: {str(error).partition(': ')[2]}") from None
+        check_value(f.name, known, value, origin)
+        values[f.name] = value
+    return cls(**values)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
+
+
+def markdown_table(cls: type) -> str:
+    """The README's table of a config class."""
+    lines = ["| flag | environment | default | what it does |", "| --- | --- | --- | --- |"]
+    for f, known in settings_of(cls):
+        base, _ = _base_type(cls, f.name)
+        flag = flag_of(f.name) if cls is not SourceConfig else "(none)"
+        if base is bool and cls is not SourceConfig:
+            flag += f" / --no-{f.name.replace('_', '-')}"
+        default = "(derived)" if f.default is None else _shown(f.default)
+        choices = f" One of: {', '.join(known.choices)}." if known.choices else ""
+        lines.append(f"| `{flag}` | `{env_of(f.name, known)}` | {default} | {known.help}{choices} |")
+    return "\n".join(lines)

@@ -1,0 +1,125 @@
+"""What the API process and the engine process say to each other: msgspec Structs over pyzmq."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
+    """The engine's share of SamplingParams: everything that needs token ids only.
+
+    Text (stop strings, detokenising) and fan-out (`n`) stay in the API process.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # EOS ids included unless ignore_eos
+    min_tokens: int = 0
+    max_tokens: int = 16
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+class Generate(msgspec.Struct, tag="generate", array_like=True):
+    """A new request; `request_id` is unique among those alive."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: Sampling
+    priority: int = 0  # lower runs first; batches use a high number
+    arrival: float = 0.0  # seconds, time.time() of the API process
+
+
+class Abort(msgspec.Struct, tag="abort", array_like=True):
+    """The client went away or a stop string was found; unknown ids are ignored."""
+
+    request_ids: list[str]
+
+
+class GetStats(msgspec.Struct, tag="stats", array_like=True):
+    """Asks for a Stats message."""
+
+
+class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
+    """The engine process ends after the step in progress."""
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True):
+    """Log-probabilities of one position: the token's own, its rank (1 = most likely), the top ones in order."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class Output(msgspec.Struct, array_like=True):
+    """New tokens of one request. finish_reason is set exactly once, on its last Output.
+
+    finish_reason: "stop" (stop_reason: the token id), "length", "abort" or "error" (error: why).
+    """
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None  # for prompt positions 1 ..; sent with the first token
+    cached_tokens: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    error: str | None = None
+    queue_seconds: float = 0.0  # set on the first Output: time from arrival to first scheduling
+
+
+class Outputs(msgspec.Struct, tag="outputs", array_like=True):
+    """All that one step produced."""
+
+    outputs: list[Output]
+
+
+class Stats(msgspec.Struct, tag="stats", kw_only=True):
+    """A snapshot for metrics and the live page."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks_total: int = 0
+    blocks_used: int = 0
+    blocks_cached: int = 0  # free to take, but holding a reusable prefix
+    steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
+    preemptions: int = 0
+    backend: dict[str, float] = {}
+
+
+class Ready(msgspec.Struct, tag="ready", kw_only=True):
+    """The engine has loaded its model and takes requests."""
+
+    backend: str
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    load_seconds: float
+    ledger: list[tuple[str, int]]
+
+
+class Failed(msgspec.Struct, tag="failed"):
+    """The engine could not start or has died; `message` is meant for the user."""
+
+    message: str
+    exit_code: int = 1
+
+
+ToEngine = Generate | Abort | GetStats | Shutdown
+FromEngine = Outputs | Stats | Ready | Failed

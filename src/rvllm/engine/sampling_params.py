@@ -1,0 +1,76 @@
+"""Sampling parameters of a request, under vLLM's names and with its meanings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rvllm.errors import UsageError
+
+
+@dataclass(slots=True)
+class SamplingParams:
+    """How a request draws its tokens and when it stops.
+
+    Raises UsageError from `validate` with the parameter's name; the HTTP layer turns it into a 400.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 or -1: all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: list[str] = field(default_factory=list)
+    stop_token_ids: list[int] = field(default_factory=list)
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int | None = 16  # None: as many as the context holds
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            self.stop = [self.stop]
+        elif self.stop is None:
+            self.stop = []
+        if self.stop_token_ids is None:
+            self.stop_token_ids = []
+        if self.top_k == -1:
+            self.top_k = 0
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises UsageError naming the first parameter out of range."""
+
+        def within(name: str, low: float, high: float, *, above: bool = False) -> None:
+            value = getattr(self, name)
+            if value is not None and not (low < value <= high if above else low <= value <= high):
+                opening = "(" if above else "["
+                raise UsageError(f"{name} must be in {opening}{low:g}, {high:g}], got {value}")
+
+        within("n", 1, 1 << 20)
+        within("temperature", 0, 100)
+        within("top_p", 0, 1, above=True)
+        within("top_k", 0, 1 << 31)
+        within("min_p", 0, 1)
+        within("repetition_penalty", 0, 100, above=True)
+        within("presence_penalty", -2, 2)
+        within("frequency_penalty", -2, 2)
+        within("max_tokens", 1, 1 << 31)
+        within("min_tokens", 0, 1 << 31)
+        within("logprobs", 0, 20)
+        within("prompt_logprobs", 0, 20)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise UsageError(
+                f"min_tokens must not exceed max_tokens, got {self.min_tokens} > {self.max_tokens}"
+            )
+        if not all(self.stop):
+            raise UsageError("stop must not hold an empty string")

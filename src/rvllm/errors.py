@@ -1,0 +1,34 @@
+"""Errors meant for the user: one line that names the thing and the way out.
+
+The command line prints them without a traceback and exits with `exit_code`.
+"""
+
+
+class RvllmError(Exception):
+    """A failure with a message that a user can act on."""
+
+    exit_code = 1
+
+
+class UsageError(RvllmError):
+    """A flag, environment variable or argument is wrong."""
+
+    exit_code = 2
+
+
+class ModelError(RvllmError):
+    """A model cannot be found, read or is not supported; the message names file and field."""
+
+    exit_code = 2
+
+
+class CapacityError(RvllmError):
+    """Too little memory or disk; the message names the shortfall and the flags that would fit."""
+
+    exit_code = 2
+
+
+class MissingKernelError(RvllmError):
+    """An op of the program has no kernel; the message lists all that are missing."""
+
+    exit_code = 2

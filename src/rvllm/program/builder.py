@@ -1,0 +1,92 @@
+"""Builds a program op by op; architecture files in `models/archs` read like the block diagram they emit."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Buffer, KVCache, Op, Part, Program, Rows, Weight
+
+AnyOp = TypeVar("AnyOp", bound=Op)
+Thing = TypeVar("Thing")
+
+
+class ProgramBuilder:
+    """Collects buffers, weights, caches and ops, and refuses names given twice to different things."""
+
+    def __init__(self, architecture: str, dtype: DType, vocab_size: int, max_position: int) -> None:
+        self.architecture = architecture
+        self.dtype = dtype
+        self.vocab_size = vocab_size
+        self.max_position = max_position
+        self._ops: list[Op] = []
+        self._names: set[str] = set()
+        self._buffers: dict[str, Buffer] = {}
+        self._weights: dict[str, Weight] = {}
+        self._caches: dict[str, KVCache] = {}
+        self._notes: list[str] = []
+
+    def buffer(self, name: str, width: int, rows: Rows = "tokens", dtype: DType | None = None) -> Buffer:
+        """An activation buffer [rows, width]; asking again for the same buffer returns it."""
+        return self._once(self._buffers, name, Buffer(name, rows, width, dtype or self.dtype))
+
+    def matrix(self, name: str, *parts: Part) -> Weight:
+        """A weight matrix [N, K]: parts [n_i, K] stacked along N."""
+        inner = parts[0].shape[::-1][0] if parts[0].layout != "transposed" else parts[0].shape[0]
+        rows = sum(p.shape[0] if p.layout != "transposed" else p.shape[1] for p in parts)
+        return self._once(self._weights, name, Weight(name, (rows, inner), parts, "matrix"))
+
+    def table(self, name: str, part: Part) -> Weight:
+        """A lookup table [rows, width]."""
+        return self._once(self._weights, name, Weight(name, part.shape, (part,), "table"))
+
+    def vector(self, name: str, *parts: Part) -> Weight:
+        """A vector of the parts, flattened and joined (norm weights, biases)."""
+        count = 0
+        for part in parts:
+            elements = 1
+            for n in part.shape:
+                elements *= n
+            count += elements
+        return self._once(self._weights, name, Weight(name, (count,), parts, "vector"))
+
+    def weight(self, weight: Weight) -> Weight:
+        """Registers a weight of any other shape (stacked experts)."""
+        return self._once(self._weights, weight.name, weight)
+
+    def cache(self, cache: KVCache) -> KVCache:
+        """Registers a layer's KV cache."""
+        return self._once(self._caches, cache.name, cache)
+
+    def emit(self, op: AnyOp) -> AnyOp:
+        """Appends an op; its name must be new."""
+        if op.name in self._names:
+            raise ValueError(f"op {op.name!r} emitted twice")
+        self._names.add(op.name)
+        self._ops.append(op)
+        return op
+
+    def note(self, text: str) -> None:
+        """A remark that `rvllm plan` prints under the list."""
+        self._notes.append(text)
+
+    def finish(self) -> Program:
+        """The finished program."""
+        return Program(
+            architecture=self.architecture,
+            dtype=self.dtype,
+            vocab_size=self.vocab_size,
+            max_position=self.max_position,
+            ops=tuple(self._ops),
+            buffers=tuple(self._buffers.values()),
+            weights=tuple(self._weights.values()),
+            caches=tuple(self._caches.values()),
+            notes=tuple(self._notes),
+        )
+
+    @staticmethod
+    def _once(table: dict[str, Thing], name: str, thing: Thing) -> Thing:
+        known = table.setdefault(name, thing)
+        if known != thing:
+            raise ValueError(f"{name!r} declared twice, differently: {known} and {thing}")
+        return known
