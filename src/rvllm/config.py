@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import types
 import typing
@@ -199,7 +200,7 @@ def check_value(name: str, known: Setting, value: Any, origin: str) -> None:
         raise UsageError(f"{origin}: must be at least {known.low:g}, got {value}")
     if known.high is not None and value > known.high:
         raise UsageError(f"{origin}: must be at most {known.high:g}, got {value}")
-    if isinstance(value, float) and value != value:
+    if isinstance(value, float) and math.isnan(value):
         raise UsageError(f"{origin}: must be a number, got nan")
 
 

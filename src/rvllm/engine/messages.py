@@ -52,7 +52,7 @@ class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True):
-    """Log-probabilities of one position: the token's own, its rank (1 = most likely), the top ones in order."""
+    """Log-probabilities of one position: the token's own, its rank (1 is best), the top ones in order."""
 
     token_id: int
     logprob: float
