@@ -1,0 +1,224 @@
+"""Compiles kernels with NVRTC into cubins, cached under a hash of everything that goes into them.
+
+Needs no GPU. A cubin's key is the SHA-256 of its source with all headers of ours it includes, its
+definitions, its instantiations, the target and the compiler's version, so a stale one cannot be loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from rvllm.errors import MissingKernelError, RvllmError
+from rvllm.kernels.spec import KernelSpec
+
+SOURCES = Path(__file__).parent
+PREBUILT = SOURCES / "prebuilt"  # cubins that a release wheel ships
+OPTIONS = ("--std=c++17", "-default-device", "-DNDEBUG")
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+
+
+class CompileError(RvllmError):
+    """NVRTC refused a kernel; the message carries its log."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One translation unit for one target: `sm_90a`, `sm_80`, ..."""
+
+    source: str
+    defines: tuple[str, ...]
+    symbols: tuple[str, ...]
+    target: str
+
+    @property
+    def key(self) -> str:
+        """Content hash: file name of the cached cubin."""
+        digest = hashlib.sha256()
+        for part in (*OPTIONS, self.target, *self.defines, *self.symbols, source_hash(self.source)):
+            digest.update(part.encode() + b"\0")
+        return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """Machine code of a unit and the mangled name of each of its symbols."""
+
+    unit: Unit
+    code: bytes
+    names: dict[str, str]
+    seconds: float  # compile time, 0 when it came from a cache
+    log: str = ""
+
+
+@cache
+def source_hash(source: str) -> str:
+    """SHA-256 over a source file and, in order, every header of ours that it includes."""
+    digest, seen, todo = hashlib.sha256(), set(), [source]
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        text = (SOURCES / name).read_text()
+        digest.update(name.encode() + b"\0" + text.encode() + b"\0")
+        todo.extend(reversed([n for n in _INCLUDE.findall(text) if (SOURCES / n).exists()]))
+    return digest.hexdigest()
+
+
+def target_of(capability: int) -> str:
+    """`sm_80`, `sm_89`, `sm_90a`, `sm_100a`: the target with all of a chip's own instructions."""
+    return f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+
+
+def units(specs: Iterable[KernelSpec], target: str) -> list[Unit]:
+    """The translation units that hold the given specs, in a stable order."""
+    groups: dict[tuple[str, tuple[str, ...], str], set[str]] = {}
+    for spec in specs:
+        groups.setdefault((spec.source, spec.defines, spec.unit), set()).add(spec.symbol)
+    return [
+        Unit(source, defines, tuple(sorted(symbols)), target)
+        for (source, defines, _), symbols in sorted(groups.items())
+    ]
+
+
+def load(
+    wanted: Sequence[Unit],
+    cache_dir: Path,
+    compile_missing: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Cubin]:
+    """The cubins of `wanted`, from the wheel, from the cache, or compiled now on all cores.
+
+    Raises MissingKernelError when something would have to be compiled and may not or cannot be.
+    """
+    found = {unit: cubin for unit in wanted if (cubin := _read(unit, cache_dir)) is not None}
+    missing = [unit for unit in wanted if unit not in found]
+    if missing and not compile_missing:
+        names = ", ".join(sorted({u.source for u in missing}))
+        raise MissingKernelError(
+            f"kernels not built for {missing[0].target}: {names}; run `rvllm kernels build`"
+        )
+    if missing:
+        _nvrtc()  # says what is missing before threads start
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            for done, cubin in enumerate(pool.map(compile_unit, missing), start=1):
+                _write(cubin, cache_dir)
+                found[cubin.unit] = cubin
+                if progress:
+                    progress(done, len(missing))
+    return [found[unit] for unit in wanted]
+
+
+def compile_unit(unit: Unit) -> Cubin:
+    """Compiles one unit; raises CompileError with NVRTC's log."""
+    nvrtc = _nvrtc()
+    started = time.perf_counter()
+    text = (SOURCES / unit.source).read_text()
+    options = [
+        *OPTIONS,
+        f"-arch={unit.target}",
+        f"-I{SOURCES}",
+        *(f"-I{path}" for path in _cuda_includes()),
+        *(f"-D{define}" for define in unit.defines),
+        "--ptxas-options=-v",
+    ]
+    status, program = nvrtc.nvrtcCreateProgram(text.encode(), unit.source.encode(), 0, [], [])
+    _check(status, "nvrtcCreateProgram")
+    try:
+        for symbol in unit.symbols:
+            (status,) = nvrtc.nvrtcAddNameExpression(program, symbol.encode())
+            _check(status, "nvrtcAddNameExpression")
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+        _, size = nvrtc.nvrtcGetProgramLogSize(program)
+        log = bytearray(size)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        report = bytes(log).rstrip(b"\0").decode(errors="replace")
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise CompileError(f"{unit.source} does not compile for {unit.target}:\n{report}")
+        status, size = nvrtc.nvrtcGetCUBINSize(program)
+        _check(status, "nvrtcGetCUBINSize")
+        code = bytearray(size)
+        nvrtc.nvrtcGetCUBIN(program, code)
+        names = {}
+        for symbol in unit.symbols:
+            status, lowered = nvrtc.nvrtcGetLoweredName(program, symbol.encode())
+            _check(status, f"nvrtcGetLoweredName({symbol})")
+            names[symbol] = lowered.decode()
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return Cubin(unit, bytes(code), names, time.perf_counter() - started, report)
+
+
+def _read(unit: Unit, cache_dir: Path) -> Cubin | None:
+    for folder in (PREBUILT, cache_dir):
+        try:
+            blob = (folder / f"{unit.key}.cubin").read_bytes()
+        except OSError:
+            continue
+        header, _, code = blob.partition(b"\n")
+        names = json.loads(header)["names"]
+        return Cubin(unit, code, names, 0.0)
+    return None
+
+
+def _write(cubin: Cubin, cache_dir: Path) -> None:
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    header = json.dumps({"source": cubin.unit.source, "target": cubin.unit.target, "names": cubin.names})
+    with tempfile.NamedTemporaryFile(dir=cache_dir, delete=False) as file:
+        file.write(header.encode() + b"\n" + cubin.code)
+    os.replace(file.name, cache_dir / f"{cubin.unit.key}.cubin")
+
+
+@cache
+def _nvrtc():  # type: ignore[no-untyped-def]  # the module has no types
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError) as error:
+        raise MissingKernelError(
+            f"kernels have to be compiled and NVRTC is not there ({error}); "
+            'install the extra: pip install "rvllm[cuda]"'
+        ) from None
+    return nvrtc
+
+
+def _check(status: object, what: str) -> None:
+    if getattr(status, "value", 0) != 0:
+        raise CompileError(f"{what}: {status}")
+
+
+@cache
+def _cuda_includes() -> tuple[str, ...]:
+    """Where cuda_bf16.h is: the pip packages' folder, CUDA_HOME, or the usual place."""
+    candidates: list[Path] = []
+    try:
+        import nvidia
+
+        for root in nvidia.__path__:
+            candidates += [Path(root) / "cu13" / "include", Path(root) / "cuda_runtime" / "include"]
+    except ImportError:
+        pass
+    candidates += [
+        Path(os.environ.get(name, "")) / "include"
+        for name in ("CUDA_HOME", "CUDA_PATH")
+        if name in os.environ
+    ]
+    candidates.append(Path("/usr/local/cuda/include"))
+    for path in candidates:
+        if (path / "cuda_bf16.h").exists():
+            cccl = path / "cccl"
+            return (str(path), str(cccl)) if cccl.exists() else (str(path),)
+    raise MissingKernelError(
+        'CUDA headers (cuda_bf16.h) not found; install the extra: pip install "rvllm[cuda]"'
+    )
