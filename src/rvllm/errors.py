@@ -32,3 +32,7 @@ class MissingKernelError(RvllmError):
     """An op of the program has no kernel; the message lists all that are missing."""
 
     exit_code = 2
+
+
+class EngineDeadError(RvllmError):
+    """The engine process has ended while work was left; the message says why."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 
@@ -84,7 +86,7 @@ class Outputs(msgspec.Struct, tag="outputs", array_like=True):
     outputs: list[Output]
 
 
-class Stats(msgspec.Struct, tag="stats", kw_only=True):
+class Stats(msgspec.Struct, tag="stats", kw_only=True, array_like=True):
     """A snapshot for metrics and the live page."""
 
     running: int = 0
@@ -98,10 +100,38 @@ class Stats(msgspec.Struct, tag="stats", kw_only=True):
     cached_prompt_tokens: int = 0
     prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
     preemptions: int = 0
+    finished: dict[str, int] = {}  # requests ended, by finish reason
+    loop_seconds: float = 0.0  # since the engine became ready
+    idle_seconds: float = 0.0  # of these, waiting for a request
+    host_seconds: float = 0.0  # of these, scheduling and bookkeeping
     backend: dict[str, float] = {}
 
 
-class Ready(msgspec.Struct, tag="ready", kw_only=True):
+class ModelFacts(msgspec.Struct, kw_only=True):
+    """What requests need to know of the loaded model.
+
+    generation_config: sampling defaults under Hugging Face's names; empty when `--generation-config none`.
+    max_model_len: longest prompt and output together, in tokens.
+    """
+
+    architecture: str
+    model_path: str  # directory or .gguf file, where the tokenizer is
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: list[int] = []
+    bos_token_id: int | None = None
+    dtype: str = ""
+    generation_config: dict[str, Any] = {}
+
+
+class Loading(msgspec.Struct, tag="loading", array_like=True):
+    """Progress of the start: a fraction from 0 to 1 and what is being done."""
+
+    fraction: float
+    text: str
+
+
+class Ready(msgspec.Struct, tag="ready", kw_only=True, array_like=True):
     """The engine has loaded its model and takes requests."""
 
     backend: str
@@ -112,9 +142,11 @@ class Ready(msgspec.Struct, tag="ready", kw_only=True):
     max_num_batched_tokens: int
     load_seconds: float
     ledger: list[tuple[str, int]]
+    facts: ModelFacts
+    pipeline_depth: int = 1
 
 
-class Failed(msgspec.Struct, tag="failed"):
+class Failed(msgspec.Struct, tag="failed", array_like=True):
     """The engine could not start or has died; `message` is meant for the user."""
 
     message: str
@@ -122,4 +154,4 @@ class Failed(msgspec.Struct, tag="failed"):
 
 
 ToEngine = Generate | Abort | GetStats | Shutdown
-FromEngine = Outputs | Stats | Ready | Failed
+FromEngine = Outputs | Stats | Loading | Ready | Failed
