@@ -1,0 +1,65 @@
+"""Every stored type becomes the same float32 numbers as with the `gguf` package, bit for bit."""
+
+import gguf
+import numpy as np
+import pytest
+from gguf.quants import dequantize, quantize
+
+from rvllm.weights.checkpoint import TensorType
+from rvllm.weights.quants import PIECE, dequantise, dequantise_into, stored_nbytes
+
+BLOCKED = [t for t in TensorType if t.block[0] > 1]
+
+
+def random_blocks(kind: TensorType, rows: int, width: int, seed: int) -> np.ndarray:
+    """Random bytes as blocks, with finite float16 scales wherever a scale may stand."""
+    elements, nbytes = kind.block
+    generator = np.random.default_rng(seed)
+    blocks = generator.integers(0, 256, (rows * width // elements, nbytes), dtype=np.uint8)
+    for start in (208,) if kind is TensorType.Q6_K else (0, 2):
+        if start == 2 and kind not in (TensorType.Q4_1, TensorType.Q5_1, TensorType.Q4_K, TensorType.Q5_K):
+            continue
+        scale = generator.normal(0, 0.02, len(blocks)).astype(np.float16)
+        blocks[:, start : start + 2] = scale.view(np.uint8).reshape(-1, 2)
+    return blocks
+
+
+@pytest.mark.parametrize("kind", BLOCKED, ids=lambda k: k.value)
+@pytest.mark.parametrize("rows,width", [(1, 256), (3, 512), (7, PIECE // 4)])
+def test_blocks_match_gguf(kind: TensorType, rows: int, width: int) -> None:
+    blocks = random_blocks(kind, rows, width, seed=rows)
+    wanted = dequantize(blocks.reshape(rows, -1), gguf.GGMLQuantizationType[kind.value])
+    got = dequantise(kind, blocks.reshape(-1), (rows, width))
+    assert got.shape == (rows, width)
+    np.testing.assert_array_equal(got.view(np.uint32), wanted.view(np.uint32))
+
+
+@pytest.mark.parametrize("kind", [t for t in BLOCKED if not t.value.endswith("K")], ids=lambda k: k.value)
+def test_quantised_numbers_come_back(kind: TensorType) -> None:
+    numbers = np.random.default_rng(0).normal(size=(5, 256)).astype(np.float32)
+    stored = quantize(numbers, gguf.GGMLQuantizationType[kind.value])
+    assert stored.nbytes == stored_nbytes(kind, numbers.shape)
+    error = np.abs(dequantise(kind, stored.reshape(-1), numbers.shape) - numbers).max()
+    assert error < 0.5
+
+
+@pytest.mark.parametrize("kind", BLOCKED, ids=lambda k: k.value)
+def test_block_sizes_are_ggmls(kind: TensorType) -> None:
+    assert kind.block == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.value]]
+
+
+def test_plain_types() -> None:
+    import ml_dtypes
+
+    numbers = np.random.default_rng(1).normal(size=(3, 5)).astype(np.float32)
+    for kind, dtype in (("F32", np.float32), ("F16", np.float16), ("BF16", ml_dtypes.bfloat16)):
+        stored = numbers.astype(dtype)
+        got = dequantise(TensorType(kind), stored.reshape(-1).view(np.uint8), (3, 5))
+        np.testing.assert_array_equal(got, stored.astype(np.float32))
+
+
+def test_wrong_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="Q4_0"):
+        dequantise_into(TensorType.Q4_0, np.zeros(17, np.uint8), np.zeros(32, np.float32))
+    with pytest.raises(ValueError, match="whole Q4_K blocks"):
+        stored_nbytes(TensorType.Q4_K, (2, 128))
