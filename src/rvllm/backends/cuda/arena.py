@@ -43,8 +43,8 @@ class Arena:
         if size > self.free:
             raise CapacityError(
                 f"GPU memory: {what or line} needs {size / 1e9:.2f} GB and {self.free / 1e9:.2f} GB "
-                f"are left of {self.nbytes / 1e9:.2f} GB; raise --gpu-memory-utilization, or lower --max-num-seqs, "
-                "--max-num-batched-tokens or --max-model-len"
+                f"are left of {self.nbytes / 1e9:.2f} GB; raise --gpu-memory-utilization, or lower "
+                "--max-num-seqs, --max-num-batched-tokens or --max-model-len"
             )
         address = self.base + self._used
         self._used += size

@@ -1,0 +1,125 @@
+"""One packed buffer of int32 words per step: everything the kernels need to know of a batch.
+
+The host fills a pinned image and copies it to the device in one go before the step's graph. A layout is
+fixed by its capacities, so that a graph captured for one padded batch size keeps its addresses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.backends.base import StepBatch
+
+HEADER_WORDS = 16
+NUM_TOKENS, NUM_SEQS, NUM_SAMPLES, NUM_BLOCK_UPDATES, NUM_DECODES = range(5)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Word offsets of each array for steps of up to `tokens` tokens, `seqs` sequences and `samples` rows.
+
+    header [16]: token, sequence, sample, block-update and decode counts.
+    token_ids, positions, token_slots [tokens]: per row of the flat batch; id -1 is the slot's last sample.
+    seq_slots, kv_lens [seqs], query_offsets [seqs + 1]: per sequence; kv_len counts this step's tokens too.
+    sample_rows, sample_slots [samples]: the rows whose logits are wanted, and the slot each belongs to.
+    block_updates [updates, 3]: (slot, index, block) to write into the block tables first; always last, so
+    that only the used part is copied.
+    """
+
+    tokens: int
+    seqs: int
+    samples: int
+    updates: int
+
+    @property
+    def token_ids(self) -> int:
+        """Offset of token_ids."""
+        return HEADER_WORDS
+
+    @property
+    def positions(self) -> int:
+        """Offset of positions."""
+        return self.token_ids + _padded(self.tokens)
+
+    @property
+    def token_slots(self) -> int:
+        """Offset of token_slots."""
+        return self.positions + _padded(self.tokens)
+
+    @property
+    def seq_slots(self) -> int:
+        """Offset of seq_slots."""
+        return self.token_slots + _padded(self.tokens)
+
+    @property
+    def kv_lens(self) -> int:
+        """Offset of kv_lens."""
+        return self.seq_slots + _padded(self.seqs)
+
+    @property
+    def query_offsets(self) -> int:
+        """Offset of query_offsets."""
+        return self.kv_lens + _padded(self.seqs)
+
+    @property
+    def sample_rows(self) -> int:
+        """Offset of sample_rows."""
+        return self.query_offsets + _padded(self.seqs + 1)
+
+    @property
+    def sample_slots(self) -> int:
+        """Offset of sample_slots."""
+        return self.sample_rows + _padded(self.samples)
+
+    @property
+    def block_updates(self) -> int:
+        """Offset of block_updates."""
+        return self.sample_slots + _padded(self.samples)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole buffer."""
+        return 4 * (self.block_updates + _padded(3 * self.updates))
+
+    def pack(
+        self, batch: StepBatch, rows: NDArray[np.int32], row_seqs: NDArray[np.int32], out: NDArray[np.int32]
+    ) -> int:
+        """Writes a batch into `out` (int32 words) and returns how many bytes of it are used.
+
+        rows: the rows of the flat batch whose logits are wanted; row_seqs: the sequence of each.
+        """
+        tokens, seqs, samples = batch.num_tokens, len(batch.slots), len(rows)
+        updates = batch.new_blocks
+        header = out[:HEADER_WORDS]
+        header[:] = 0
+        header[NUM_TOKENS], header[NUM_SEQS], header[NUM_SAMPLES] = tokens, seqs, samples
+        header[NUM_BLOCK_UPDATES] = len(updates)
+        header[NUM_DECODES] = int(np.count_nonzero(batch.query_lens == 1))
+        _put(out, self.token_ids, batch.tokens)
+        offsets = out[self.query_offsets : self.query_offsets + seqs + 1]
+        offsets[0] = 0
+        np.cumsum(batch.query_lens, out=offsets[1:])
+        if tokens == seqs:  # decodes only: one row each
+            _put(out, self.positions, batch.starts)
+            _put(out, self.token_slots, batch.slots)
+        else:
+            within = np.arange(tokens, dtype=np.int32) - np.repeat(offsets[:-1], batch.query_lens)
+            _put(out, self.positions, within + np.repeat(batch.starts, batch.query_lens))
+            _put(out, self.token_slots, np.repeat(batch.slots, batch.query_lens))
+        _put(out, self.seq_slots, batch.slots)
+        _put(out, self.kv_lens, batch.starts + batch.query_lens)
+        _put(out, self.sample_rows, rows)
+        _put(out, self.sample_slots, batch.slots[row_seqs])
+        _put(out, self.block_updates, updates.reshape(-1))
+        return 4 * (self.block_updates + 3 * len(updates))
+
+
+def _padded(words: int) -> int:
+    return -(-words // 32) * 32  # 128 bytes, so that every array starts on a cache line
+
+
+def _put(out: NDArray[np.int32], offset: int, values: NDArray[np.int32]) -> None:
+    out[offset : offset + len(values)] = values

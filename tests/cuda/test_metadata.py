@@ -1,0 +1,72 @@
+"""The packed metadata of a step says the same as the batch it was made from."""
+
+import numpy as np
+import pytest
+
+from rvllm.backends.base import LAST_SAMPLED, StepBatch
+from rvllm.backends.cuda.metadata import (
+    NUM_BLOCK_UPDATES,
+    NUM_DECODES,
+    NUM_SAMPLES,
+    NUM_SEQS,
+    NUM_TOKENS,
+    Layout,
+)
+
+
+def batch(query_lens: list[int], starts: list[int], rng: np.random.Generator) -> StepBatch:
+    count = len(query_lens)
+    tokens = rng.integers(0, 1000, sum(query_lens), dtype=np.int32)
+    tokens[: query_lens.count(1)] = LAST_SAMPLED
+    return StepBatch(
+        step=7,
+        slots=rng.permutation(64)[:count].astype(np.int32),
+        query_lens=np.array(query_lens, dtype=np.int32),
+        starts=np.array(starts, dtype=np.int32),
+        tokens=tokens,
+        sample=np.ones(count, dtype=bool),
+        new_blocks=rng.integers(0, 99, (5, 3), dtype=np.int32),
+    )
+
+
+@pytest.mark.parametrize("query_lens", [[1], [1, 1, 1], [1, 1, 5, 17], [40]])
+def test_pack_reads_back(query_lens: list[int]) -> None:
+    rng = np.random.default_rng(len(query_lens))
+    starts = [int(s) for s in rng.integers(0, 500, len(query_lens))]
+    given = batch(query_lens, starts, rng)
+    layout = Layout(tokens=64, seqs=8, samples=8, updates=16)
+    words = np.full(layout.nbytes // 4, -77, dtype=np.int32)
+    ends = np.cumsum(query_lens)
+    used = layout.pack(given, (ends - 1).astype(np.int32), np.arange(len(query_lens), dtype=np.int32), words)
+
+    def read(offset: int, count: int) -> list[int]:
+        return [int(w) for w in words[offset : offset + count]]
+
+    header = words[:16]
+    assert (header[NUM_TOKENS], header[NUM_SEQS], header[NUM_SAMPLES]) == (
+        sum(query_lens),
+        len(starts),
+        len(starts),
+    )
+    assert header[NUM_BLOCK_UPDATES] == 5
+    assert header[NUM_DECODES] == query_lens.count(1)
+    positions = [s + i for s, n in zip(starts, query_lens, strict=True) for i in range(n)]
+    slots = [int(s) for s, n in zip(given.slots, query_lens, strict=True) for _ in range(n)]
+    assert read(layout.token_ids, sum(query_lens)) == [int(t) for t in given.tokens]
+    assert read(layout.positions, sum(query_lens)) == positions
+    assert read(layout.token_slots, sum(query_lens)) == slots
+    assert read(layout.kv_lens, len(starts)) == [s + n for s, n in zip(starts, query_lens, strict=True)]
+    assert read(layout.query_offsets, len(starts) + 1) == [0, *map(int, ends)]
+    assert read(layout.sample_slots, len(starts)) == [int(s) for s in given.slots]
+    assert read(layout.block_updates, 15) == [int(b) for b in given.new_blocks.reshape(-1)]
+    assert used <= layout.nbytes
+    assert words[used // 4] == -77 or used == layout.nbytes
+
+
+def test_arrays_do_not_overlap() -> None:
+    layout = Layout(tokens=33, seqs=5, samples=9, updates=3)
+    starts = [16, layout.positions, layout.token_slots, layout.seq_slots, layout.kv_lens, layout.query_offsets,
+              layout.sample_rows, layout.sample_slots, layout.block_updates, layout.nbytes // 4]  # fmt: skip
+    sizes = [33, 33, 33, 5, 5, 6, 9, 9, 9]
+    for start, end, size in zip([layout.token_ids, *starts[1:-1]], starts[1:], sizes, strict=True):
+        assert end - start >= size
