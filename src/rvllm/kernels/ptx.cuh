@@ -1,0 +1,252 @@
+// Thin wrappers over the PTX this project uses, one instruction each; no policy lives here.
+//
+// Everything is in namespace rvllm::ptx. Addresses of shared memory are 32-bit (`smem()` converts).
+// What needs a given architecture is guarded, so one header serves sm_80 and sm_90a.
+// Reference: the PTX ISA manual, sections on mbarrier, cp.async.bulk, wgmma and griddepcontrol.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace rvllm {
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+namespace ptx {
+#define RVLLM_PTX __device__ __forceinline__
+
+// ---------------------------------------------------------------- who am I
+RVLLM_PTX u32 lane() {
+  u32 v;
+  asm("mov.u32 %0, %%laneid;" : "=r"(v));
+  return v;
+}
+// The 32-bit shared-state-space address of a generic pointer into shared memory.
+RVLLM_PTX u32 smem(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
+// ---------------------------------------------------------------- programmatic dependent launch
+// Every kernel of a chain calls griddep_wait() in every thread before it touches anything an earlier
+// kernel writes or reads. Weights may be read before it. Without the attribute both are no-ops.
+RVLLM_PTX void griddep_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+RVLLM_PTX void griddep_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// ---------------------------------------------------------------- global loads and stores
+// 16 bytes that are read once: not kept in L1.
+RVLLM_PTX uint4 load_stream(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+// 16 bytes from L2, for data another kernel has just written.
+RVLLM_PTX uint4 load_l2(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+RVLLM_PTX void store_stream(void* p, uint4 v) {
+  asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1,%2,%3,%4};"
+               :: "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+RVLLM_PTX u32 load_acquire(const u32* p) {
+  u32 v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+RVLLM_PTX void store_release(u32* p, u32 v) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(v) : "memory");
+}
+RVLLM_PTX u32 add_acq_rel(u32* p, u32 v) {
+  u32 old;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
+  return old;
+}
+
+// ---------------------------------------------------------------- cp.async (sm_80)
+// 16 bytes global -> shared; `bytes` < 16 fills the rest with zeros (0 reads nothing).
+RVLLM_PTX void cp_async16(u32 dst, const void* src, u32 bytes = 16) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(dst), "l"(src), "r"(bytes) : "memory");
+}
+RVLLM_PTX void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+RVLLM_PTX void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
+}
+
+// ---------------------------------------------------------------- barriers within a block
+RVLLM_PTX void bar_sync(u32 id, u32 threads) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory"); }
+RVLLM_PTX void bar_arrive(u32 id, u32 threads) {
+  asm volatile("bar.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
+
+// ---------------------------------------------------------------- warp-level matrix instructions (sm_80)
+RVLLM_PTX void ldmatrix_x4(u32 (&r)[4], u32 addr) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(addr) : "memory");
+}
+RVLLM_PTX void ldmatrix_x4_trans(u32 (&r)[4], u32 addr) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(addr) : "memory");
+}
+RVLLM_PTX void ldmatrix_x2(u32 (&r)[2], u32 addr) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(addr) : "memory");
+}
+RVLLM_PTX void ldmatrix_x2_trans(u32 (&r)[2], u32 addr) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1]) : "r"(addr) : "memory");
+}
+// d[16x8] += a[16x16] b[16x8], float32 sums. The type of the tag chooses bf16 or f16 operands.
+RVLLM_PTX void mma_16816(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], bf16) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+RVLLM_PTX void mma_16816(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], f16) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+#if __CUDA_ARCH__ >= 900
+// ---------------------------------------------------------------- mbarrier
+// `bar` is a shared address, 8-byte aligned. Phases alternate; wait(bar, parity) returns when the phase
+// of that parity has completed (a fresh barrier counts as having completed parity 1).
+RVLLM_PTX void mbar_init(u32 bar, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(arrivals) : "memory");
+}
+// Makes initialised barriers visible to the copy engine and to the cluster.
+RVLLM_PTX void mbar_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+RVLLM_PTX void mbar_arrive(u32 bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory");
+}
+RVLLM_PTX void mbar_arrive_expect(u32 bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory");
+}
+RVLLM_PTX void mbar_expect(u32 bar, u32 bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(bytes) : "memory");
+}
+// Arrives on the barrier at the same offset in block `rank` of the cluster.
+RVLLM_PTX void mbar_arrive_remote(u32 bar, u32 rank) {
+  asm volatile("{\n\t.reg .b32 peer;\n\tmapa.shared::cluster.u32 peer, %0, %1;\n\t"
+               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [peer];\n\t}"
+               :: "r"(bar), "r"(rank) : "memory");
+}
+RVLLM_PTX bool mbar_try_wait(u32 bar, u32 parity) {
+  u32 done;
+  asm volatile("{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+               : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+  return done != 0;
+}
+RVLLM_PTX void mbar_wait(u32 bar, u32 parity) {
+  while (!mbar_try_wait(bar, parity)) {
+  }
+}
+// As mbar_wait, for a phase that blocks of the whole cluster arrive on.
+RVLLM_PTX void mbar_wait_cluster(u32 bar, u32 parity) {
+  u32 done = 0;
+  while (!done)
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+        : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+}
+
+// ---------------------------------------------------------------- the copy engine
+// Cache hints are opaque policies of `createpolicy`; these two words are the fractional 1.0 ones.
+constexpr u64 EVICT_FIRST = 0x12F0000000000000ull;
+constexpr u64 EVICT_LAST = 0x14F0000000000000ull;
+
+// Contiguous global -> shared; address and size multiples of 16.
+RVLLM_PTX void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar, u64 hint) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+               :: "r"(dst), "l"(src), "r"(bytes), "r"(bar), "l"(hint) : "memory");
+}
+// The same to every block of the cluster whose bit is set in `blocks`, at the same offsets.
+RVLLM_PTX void bulk_load_multicast(u32 dst, const void* src, u32 bytes, u32 bar, u16 blocks, u64 hint) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1], %2, [%3], %4, %5;"
+      :: "r"(dst), "l"(src), "r"(bytes), "r"(bar), "h"(blocks), "l"(hint) : "memory");
+}
+// A box of a 2D tensor map (x is the contiguous coordinate) -> shared.
+RVLLM_PTX void tensor_load_2d(u32 dst, const void* map, int x, int y, u32 bar) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+               :: "r"(dst), "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
+}
+RVLLM_PTX void tensor_load_2d_multicast(u32 dst, const void* map, int x, int y, u32 bar, u16 blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
+      :: "r"(dst), "l"(map), "r"(x), "r"(y), "r"(bar), "h"(blocks) : "memory");
+}
+RVLLM_PTX void tensor_map_prefetch(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory");
+}
+// Contiguous shared -> global; follow with bulk_commit and one of the waits.
+RVLLM_PTX void bulk_store(void* dst, u32 src, u32 bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" :: "l"(dst), "r"(src), "r"(bytes) : "memory");
+}
+RVLLM_PTX void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int PENDING>
+RVLLM_PTX void bulk_wait_read() {  // the shared source may be reused
+  asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(PENDING) : "memory");
+}
+template <int PENDING>
+RVLLM_PTX void bulk_wait() {  // the data is in global memory
+  asm volatile("cp.async.bulk.wait_group %0;" :: "n"(PENDING) : "memory");
+}
+// Orders ordinary accesses of shared memory before those of the copy engine and the tensor cores.
+RVLLM_PTX void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---------------------------------------------------------------- clusters
+RVLLM_PTX u32 cluster_rank() {
+  u32 v;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(v));
+  return v;
+}
+RVLLM_PTX u32 cluster_size() {
+  u32 v;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(v));
+  return v;
+}
+RVLLM_PTX void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+RVLLM_PTX void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+RVLLM_PTX void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+// The address in block `rank`'s shared memory that corresponds to `addr` in mine.
+RVLLM_PTX u32 cluster_map(u32 addr, u32 rank) {
+  u32 v;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(v) : "r"(addr), "r"(rank));
+  return v;
+}
+RVLLM_PTX float4 cluster_load(u32 addr) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(addr) : "memory");
+  return v;
+}
+
+// ---------------------------------------------------------------- registers
+template <int REGS>
+RVLLM_PTX void registers_raise() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGS));
+}
+template <int REGS>
+RVLLM_PTX void registers_lower() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(REGS));
+}
+#endif  // __CUDA_ARCH__ >= 900
+}  // namespace ptx
+}  // namespace rvllm
