@@ -1,0 +1,14 @@
+"""MistralForCausalLM (Jiang et al. 2023): Llama's block with a sliding attention window in every layer."""
+
+from __future__ import annotations
+
+from rvllm.models.archs import llama
+from rvllm.models.config import ModelConfig
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Program
+
+
+def build(config: ModelConfig, dtype: DType) -> Program:
+    """The program of a Mistral config."""
+    window = config.opt_int("sliding_window")
+    return llama.decoder(config, dtype, window=lambda layer: window)

@@ -1,0 +1,266 @@
+"""Building blocks shared by the architecture files: each emits a few ops and names the weights they take.
+
+Op and weight names start with the layer (`layers.3.qkv`); checkpoint names are Hugging Face's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rvllm.models.config import ModelConfig
+from rvllm.models.rope import max_positions
+from rvllm.program.builder import ProgramBuilder
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import (
+    Activate,
+    Activation,
+    Add,
+    Attention,
+    Buffer,
+    Embed,
+    GatedActivation,
+    GatherRows,
+    KVCache,
+    Linear,
+    Logits,
+    Norm,
+    Part,
+    RopeKV,
+    Sample,
+    Weight,
+)
+from rvllm.program.rope import Rope
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The dimensions nearly every decoder has."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    eps: float
+
+    @staticmethod
+    def read(config: ModelConfig, eps: str = "rms_norm_eps") -> Dims:
+        """Reads them under Llama's names; `eps` names the norm's epsilon. Raises ModelError."""
+        hidden = config.int("hidden_size")
+        heads = config.int("num_attention_heads", high=65536)
+        kv_heads = config.int("num_key_value_heads", heads, high=heads)
+        if heads % kv_heads:
+            raise config.fail(
+                "num_key_value_heads", f"must divide num_attention_heads {heads}, got {kv_heads}"
+            )
+        if not config.has("head_dim") and hidden % heads:
+            raise config.fail("num_attention_heads", f"must divide hidden_size {hidden}, got {heads}")
+        return Dims(
+            hidden=hidden,
+            intermediate=config.int("intermediate_size"),
+            layers=config.int("num_hidden_layers", high=4096),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=config.int("head_dim", hidden // heads, high=65536),
+            vocab=config.int("vocab_size"),
+            eps=config.float(eps, 1e-6, low=0.0, high=1.0),
+        )
+
+
+def start(
+    config: ModelConfig, dtype: DType, dims: Dims, default_positions: int | None = None
+) -> ProgramBuilder:
+    """A builder for this architecture."""
+    return ProgramBuilder(config.architecture, dtype, dims.vocab, max_positions(config, default_positions))
+
+
+def read_activation(config: ModelConfig, name: str, default: str = "silu") -> Activation:
+    """An activation field in the program's spelling."""
+    return ACTIVATIONS[config.str(name, default, choices=tuple(ACTIVATIONS))]
+
+
+def embed(
+    b: ProgramBuilder, dims: Dims, source: str = "model.embed_tokens.weight", scale: float = 1.0
+) -> Buffer:
+    """Token embeddings into the residual stream `x`."""
+    table = b.table("embed", Part(source, (dims.vocab, dims.hidden)))
+    return b.emit(Embed(name="embed", table=table, out=b.buffer("x", dims.hidden), scale=scale)).out
+
+
+def rms_norm(
+    b: ProgramBuilder,
+    name: str,
+    x: Buffer,
+    source: str,
+    eps: float,
+    *,
+    add: float = 0.0,
+    out: str | None = None,
+) -> Buffer:
+    """RMSNorm with the weight `source`.weight (+ `add`) into the buffer `out` (default: `name`)."""
+    weight = b.vector(name, Part(f"{source}.weight", (x.width,), add=add))
+    normed = b.buffer(out or name, x.width, x.rows)
+    return b.emit(Norm(name=name, x=x, out=normed, weight=weight, eps=eps)).out
+
+
+def layer_norm(
+    b: ProgramBuilder,
+    name: str,
+    x: Buffer,
+    source: str,
+    eps: float,
+    *,
+    bias: bool = True,
+    out: str | None = None,
+) -> Buffer:
+    """LayerNorm with `source`.weight and, if it has one, `source`.bias."""
+    weight = b.vector(name, Part(f"{source}.weight", (x.width,)))
+    shift = b.vector(f"{name}.bias", Part(f"{source}.bias", (x.width,))) if bias else None
+    normed = b.buffer(out or name, x.width, x.rows)
+    return b.emit(Norm(name=name, x=x, out=normed, weight=weight, bias=shift, kind_="layer", eps=eps)).out
+
+
+def linear(
+    b: ProgramBuilder, name: str, x: Buffer, sources: Sequence[str], rows: Sequence[int], bias: bool
+) -> Buffer:
+    """One matrix product for several projections of x, stacked: `sources`[i] has `rows`[i] output rows."""
+    weight = b.matrix(name, *(Part(f"{s}.weight", (n, x.width)) for s, n in zip(sources, rows, strict=True)))
+    shift: Weight | None = None
+    if bias:
+        shift = b.vector(
+            f"{name}.bias", *(Part(f"{s}.bias", (n,)) for s, n in zip(sources, rows, strict=True))
+        )
+    out = b.buffer(f"{name}.out", weight.shape[0], x.rows)
+    return b.emit(Linear(name=name, x=x, out=out, weight=weight, bias=shift)).out
+
+
+def attention(
+    b: ProgramBuilder,
+    name: str,
+    qkv: Buffer,
+    dims: Dims,
+    rope: Rope | None,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> Buffer:
+    """Rotates, caches and attends: fused qkv rows in, [T, heads * head_dim] out."""
+    cache = b.cache(KVCache(f"{name}.kv", dims.kv_heads, dims.head_dim, dims.head_dim, window))
+    shape = {"heads": dims.heads, "kv_heads": dims.kv_heads, "head_dim": dims.head_dim}
+    b.emit(RopeKV(name=f"{name}.rope_kv", qkv=qkv, cache=cache, rope=rope, **shape))
+    return b.emit(
+        Attention(
+            name=f"{name}.attn",
+            qkv=qkv,
+            out=b.buffer(f"{name}.attn.out", dims.heads * dims.head_dim),
+            cache=cache,
+            scale=dims.head_dim**-0.5 if scale is None else scale,
+            window=window,
+            soft_cap=soft_cap,
+            **shape,
+        )
+    ).out
+
+
+def self_attention(
+    b: ProgramBuilder,
+    name: str,
+    x: Buffer,
+    source: str,
+    dims: Dims,
+    rope: Rope | None,
+    *,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+) -> Buffer:
+    """q, k and v projections (fused), rope, attention, output projection, under Llama's names."""
+    width, kv_width = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
+    sources = [f"{source}.{p}_proj" for p in "qkv"]
+    qkv = linear(b, f"{name}.qkv", x, sources, (width, kv_width, kv_width), qkv_bias)
+    mixed = attention(b, name, qkv, dims, rope, window=window, scale=scale, soft_cap=soft_cap)
+    return linear(b, f"{name}.o", mixed, [f"{source}.o_proj"], [dims.hidden], out_bias)
+
+
+def gated_mlp(
+    b: ProgramBuilder,
+    name: str,
+    x: Buffer,
+    source: str,
+    width: int,
+    activation: Activation,
+    *,
+    bias: bool = False,
+) -> Buffer:
+    """down(act(gate(x)) * up(x)), gate and up fused into one product."""
+    both = linear(b, f"{name}.gate_up", x, [f"{source}.gate_proj", f"{source}.up_proj"], (width, width), bias)
+    act = b.buffer(f"{name}.act.out", width, x.rows)
+    b.emit(GatedActivation(name=f"{name}.act", x=both, out=act, activation=activation))
+    return linear(b, f"{name}.down", act, [f"{source}.down_proj"], [x.width], bias)
+
+
+def mlp(
+    b: ProgramBuilder,
+    name: str,
+    x: Buffer,
+    sources: tuple[str, str],
+    width: int,
+    activation: Activation,
+    *,
+    bias: bool,
+) -> Buffer:
+    """second(act(first(x))) with the two named projections."""
+    up = linear(b, f"{name}.up", x, [sources[0]], [width], bias)
+    act = b.buffer(f"{name}.act.out", width, x.rows)
+    b.emit(Activate(name=f"{name}.act", x=up, out=act, activation=activation))
+    return linear(b, f"{name}.down", act, [sources[1]], [x.width], bias)
+
+
+def residual(b: ProgramBuilder, name: str, x: Buffer, y: Buffer, scale: float = 1.0) -> None:
+    """x += y * scale."""
+    b.emit(Add(name=f"{name}.add", x=x, y=y, scale=scale))
+
+
+def select(b: ProgramBuilder, x: Buffer) -> Buffer:
+    """The rows whose logits are wanted; everything after it works on those alone."""
+    return b.emit(GatherRows(name="last", x=x, out=b.buffer("last", x.width, "samples"))).out
+
+
+def head(
+    b: ProgramBuilder,
+    x: Buffer,
+    dims: Dims,
+    *,
+    tied: bool,
+    source: str = "lm_head.weight",
+    embed_source: str = "model.embed_tokens.weight",
+    bias: bool = False,
+    scale: float = 1.0,
+    soft_cap: float | None = None,
+) -> None:
+    """Logits from normalised rows, and the draw. A tied head is the embedding table itself."""
+    shape = (dims.vocab, dims.hidden)
+    weight = b.table("embed", Part(embed_source, shape)) if tied else b.matrix("lm_head", Part(source, shape))
+    shift = None
+    if bias:
+        shift = b.vector("lm_head.bias", Part(source.replace("weight", "bias"), (dims.vocab,)))
+    out = b.buffer("logits", dims.vocab, "samples", DType.F32)
+    b.emit(Logits(name="lm_head", x=x, out=out, weight=weight, bias=shift, scale=scale, soft_cap=soft_cap))
+    b.emit(Sample(name="sample", logits=out))

@@ -1,0 +1,34 @@
+"""From an architecture's name to the file that emits its program."""
+
+from __future__ import annotations
+
+import importlib
+from typing import cast
+
+from rvllm.errors import ModelError
+from rvllm.models.config import ModelConfig
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Program
+
+# Name in `architectures` of a config → module in models/archs with `build(config, dtype) -> Program`.
+ARCHITECTURES: dict[str, str] = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+}
+
+
+def supported() -> list[str]:
+    """The supported architectures, in alphabetical order."""
+    return sorted(ARCHITECTURES)
+
+
+def build_program(config: ModelConfig, dtype: DType) -> Program:
+    """The program of a model. Raises ModelError for an unknown architecture or a wrong config field."""
+    name = config.architecture
+    if name not in ARCHITECTURES:
+        raise ModelError(
+            f"{config.origin}: architecture {name!r} is not supported; supported: {', '.join(supported())}"
+        )
+    module = importlib.import_module(f"rvllm.models.archs.{ARCHITECTURES[name]}")
+    return cast(Program, module.build(config, dtype))
