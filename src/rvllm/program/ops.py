@@ -39,8 +39,10 @@ class Part:
       plain         as they are
       transposed    [in, out] on disk, [out, in] wanted
       head_qkv      GPT-NeoX: rows ordered [head][q|k|v][dim], wanted [q|k|v][head][dim]
-      grouped_qkv   Phi-3-small and kin: rows ordered [kv head][its queries, k, v][dim]
+      grouped_qkv   Phi-3-small and kin: rows ordered [kv head][its queries, k, v][dim], wanted
+                    [queries | k | v][head][dim]
     heads: head count for head_qkv, kv head count for grouped_qkv.
+    head_dim: dim for grouped_qkv; the other layouts follow from heads.
     add: a constant added to every element (Gemma's norms store w, compute with 1 + w).
     alternatives: other names the same tensor goes by; the first one found is used.
     """
@@ -49,6 +51,7 @@ class Part:
     shape: tuple[int, ...]
     layout: Literal["plain", "transposed", "head_qkv", "grouped_qkv"] = "plain"
     heads: int = 0
+    head_dim: int = 0
     add: float = 0.0
     alternatives: tuple[str, ...] = ()
 

@@ -1,0 +1,331 @@
+"""What a GGUF file says of its model, in Hugging Face's words: config, generation config, tensor names.
+
+One entry of `ARCHITECTURES` per `general.architecture`. The names on the left are llama.cpp's, those on
+the right Transformers'; `blk.N.` stands for `model.layers.N.` unless an entry says otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from rvllm.errors import ModelError
+from rvllm.weights.checkpoint import TensorInfo
+from rvllm.weights.gguf import GGUFFile, as_list, read_gguf
+from rvllm.weights.mapped import FileCheckpoint, shown
+from rvllm.weights.quants import dequantise
+
+GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+SAMPLING_KEYS = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
+MAX_SIZE = 1 << 31  # of any dimension or count in a config
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one of llama.cpp's architectures is called and laid out.
+
+    permuted: query and key rows stand in the order for interleaved rope.
+    norm_add: added to norm weights as they are read (Gemma: -1).
+    extra: further config fields, from the metadata.
+    """
+
+    hf_class: str
+    model_type: str
+    layer_names: Mapping[str, str] = field(default_factory=lambda: LAYER_NAMES)
+    global_names: Mapping[str, str] = field(default_factory=lambda: GLOBAL_NAMES)
+    layer_prefix: str = "model.layers."
+    permuted: bool = False
+    norm_add: float = 0.0
+    extra: Callable[[Metadata], dict[str, Any]] = lambda metadata: {"hidden_act": "silu"}
+
+    def hf_name(self, name: str) -> str:
+        """The name in Transformers; a tensor it does not know keeps its own."""
+        stem, _, kind = name.rpartition(".")
+        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+        if layer and layer[2] in self.layer_names:
+            return f"{self.layer_prefix}{layer[1]}.{self.layer_names[layer[2]]}.{kind}"
+        known = self.global_names.get(stem)
+        return f"{known}.{kind}" if known else name
+
+
+class Metadata:
+    """Typed reading of one architecture's metadata; every failure names the file and the key."""
+
+    def __init__(self, values: Mapping[str, Any], path: Path, architecture: str) -> None:
+        self.values = values
+        self.path = path
+        self.architecture = architecture
+
+    def fail(self, key: str, problem: str) -> NoReturn:
+        raise ModelError(f"{self.path}: metadata {key} {problem}")
+
+    def key(self, name: str) -> str:
+        """`block_count` → `llama.block_count`; dotted names starting with a known room stay."""
+        return name if name.startswith(("general.", "tokenizer.")) else f"{self.architecture}.{name}"
+
+    def count(self, name: str, low: int = 1) -> int:
+        """A required whole number."""
+        value = self.opt_count(name, low)
+        if value is None:
+            self.fail(self.key(name), "is missing")
+        return value
+
+    def opt_count(self, name: str, low: int = 0) -> int | None:
+        """A whole number; one given per layer must be the same in all of them."""
+        key = self.key(name)
+        value = self.values.get(key)
+        if isinstance(value, np.ndarray):
+            distinct = set(value.tolist())
+            if len(distinct) != 1:
+                self.fail(key, "differs between layers, which is not supported")
+            value = distinct.pop()
+        if value is None:
+            return None
+        if type(value) is not int or not low <= value < MAX_SIZE:
+            self.fail(key, f"is {shown(value)}, not a whole number from {low} to {MAX_SIZE - 1}")
+        return value
+
+    def opt_float(self, name: str) -> float | None:
+        """A number; float32 as the shortest decimal that means it (1e-05, not 9.99999974e-06)."""
+        key = self.key(name)
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if type(value) not in (int, float) or not np.isfinite(value):
+            self.fail(key, f"is {shown(value)}, not a finite number")
+        return float(str(np.float32(value))) if np.float32(value) == value else float(value)
+
+    def opt_str(self, name: str) -> str | None:
+        """A text."""
+        key = self.key(name)
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, str):
+            self.fail(key, f"is {shown(value)}, not a text")
+        return value
+
+
+def _rms(metadata: Metadata) -> dict[str, Any]:
+    return {"hidden_act": "silu", "rms_norm_eps": metadata.opt_float("attention.layer_norm_rms_epsilon")}
+
+
+ARCHITECTURES = {
+    "llama": Architecture("LlamaForCausalLM", "llama", permuted=True, extra=_rms),
+    "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", extra=_rms),
+    "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", extra=_rms),
+}
+
+
+def open_gguf(path: Path) -> FileCheckpoint:
+    """Opens a .gguf file (all parts of a split one); ModelError names file and field of what is wrong."""
+    files = _with_parts(read_gguf(path))
+    first = files[0]
+    name = first.metadata.get("general.architecture")
+    if not isinstance(name, str):
+        raise ModelError(f"{path}: metadata general.architecture is missing")
+    architecture = ARCHITECTURES.get(name)
+    if architecture is None:
+        raise ModelError(
+            f"{path}: general.architecture {shown(name)} is not supported; "
+            f"GGUF files of {', '.join(sorted(ARCHITECTURES))} are"
+        )
+    metadata = Metadata(first.metadata, path, name)
+    tensors, unreadable = _tensors(files, architecture, metadata)
+    config = _config(metadata, architecture, tensors)
+    if "rope_freqs.weight" in tensors:
+        config["rope_scaling"] = _rope_factors(files, tensors.pop("rope_freqs.weight"), config)
+    return FileCheckpoint(
+        path=path,
+        config={k: v for k, v in config.items() if v is not None},
+        config_origin=f"{path} metadata",
+        generation_config=_generation_config(metadata),
+        tensors=tensors,
+        files={f.file.path: f.file for f in files},
+        metadata=first.metadata,
+        unreadable=unreadable,
+    )
+
+
+def _with_parts(first: GGUFFile) -> list[GGUFFile]:
+    """The file and, where `split.count` says so, the parts beside it (x-00001-of-00003.gguf)."""
+    path, count = first.file.path, first.metadata.get("split.count", 0)
+    if count in (0, 1):
+        return [first]
+    named = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
+    if not isinstance(count, int) or not named or int(named[3]) != count:
+        raise ModelError(
+            f"{path}: split.count is {shown(count)}, but the name is not like x-00001-of-00003.gguf"
+        )
+    if int(named[2]) != 1:
+        raise ModelError(f"{path}: part {int(named[2])} of a split model; name its first part, -00001-of-")
+    others = [path.with_name(f"{named[1]}-{n:05d}-of-{count:05d}.gguf") for n in range(2, count + 1)]
+    missing = [p.name for p in others if not p.is_file()]
+    if missing:
+        raise ModelError(
+            f"{path}: {len(missing)} of its {count} parts are missing, the first is {missing[0]}"
+        )
+    return [first, *(read_gguf(p) for p in others)]
+
+
+def _tensors(
+    files: list[GGUFFile], architecture: Architecture, metadata: Metadata
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    heads = metadata.count("attention.head_count")
+    kv_heads = metadata.opt_count("attention.head_count_kv", low=1) or heads
+    found: dict[str, TensorInfo] = {}
+    unreadable: dict[str, str] = {}
+    for file in files:
+        for tensor in file.tensors.values():
+            name = architecture.hf_name(tensor.name)
+            if name in found or name in unreadable:
+                raise ModelError(f"{file.file.path}: tensor {shown(tensor.name)} is there twice")
+            if tensor.type is None:
+                unreadable[name] = tensor.type_name
+                continue
+            info = TensorInfo(name, tensor.shape, tensor.type, file.file.path, tensor.offset, tensor.nbytes)
+            kind = tensor.name.split(".")[-2] if "." in tensor.name else ""
+            if architecture.permuted and kind in ("attn_q", "attn_k"):
+                count = heads if kind == "attn_q" else kv_heads
+                if not tensor.shape or tensor.shape[0] % (2 * count):
+                    raise ModelError(
+                        f"{file.file.path}: tensor {shown(tensor.name)} has shape {list(tensor.shape)}, "
+                        f"whose rows are not {count} heads of an even size"
+                    )
+                info = replace(info, unpermute_heads=count)
+            if architecture.norm_add and kind.endswith("norm"):
+                info = replace(info, add=architecture.norm_add)
+            found[name] = info
+    return found, unreadable
+
+
+def _config(
+    metadata: Metadata, architecture: Architecture, tensors: Mapping[str, TensorInfo]
+) -> dict[str, Any]:
+    heads = metadata.count("attention.head_count")
+    hidden = metadata.count("embedding_length")
+    key_length, value_length = (
+        metadata.opt_count("attention.key_length"),
+        metadata.opt_count("attention.value_length"),
+    )
+    if key_length is not None and value_length is not None and key_length != value_length:
+        metadata.fail(
+            metadata.key("attention.key_length"), "differs from value_length, which is not supported"
+        )
+    embedding = tensors.get(architecture.hf_name("token_embd.weight"))
+    vocabulary = metadata.values.get("tokenizer.ggml.tokens")
+    vocab_size = (
+        embedding.shape[0]
+        if embedding and embedding.shape
+        else metadata.opt_count("vocab_size")
+        or (len(as_list(vocabulary)) if vocabulary is not None else None)
+    )
+    head_dim = key_length or hidden // heads
+    rotated = metadata.opt_count("rope.dimension_count") or head_dim
+    return {
+        "architectures": [architecture.hf_class],
+        "model_type": architecture.model_type,
+        "hidden_size": hidden,
+        "intermediate_size": metadata.count("feed_forward_length"),
+        "num_hidden_layers": metadata.count("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.opt_count("attention.head_count_kv", low=1) or heads,
+        "head_dim": head_dim,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": metadata.count("context_length"),
+        "rope_theta": metadata.opt_float("rope.freq_base") or 10000.0,
+        "rope_scaling": _rope_scaling(metadata),
+        "partial_rotary_factor": rotated / head_dim if rotated != head_dim else None,
+        "sliding_window": metadata.opt_count("attention.sliding_window") or None,
+        "tie_word_embeddings": architecture.hf_name("output.weight") not in tensors,
+        "attention_bias": architecture.hf_name("blk.0.attn_q.bias") in tensors,
+        "mlp_bias": architecture.hf_name("blk.0.ffn_gate.bias") in tensors,
+        # GGUF does not keep it; nearly all models it is made from are published in bfloat16.
+        "torch_dtype": "bfloat16",
+        "bos_token_id": metadata.opt_count("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata.opt_count("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": metadata.opt_count("tokenizer.ggml.padding_token_id"),
+        **architecture.extra(metadata),
+    }
+
+
+def _rope_scaling(metadata: Metadata) -> dict[str, Any] | None:
+    kind = metadata.opt_str("rope.scaling.type")
+    factor = metadata.opt_float("rope.scaling.factor") or metadata.opt_float("rope.scale_linear")
+    if kind in (None, "none") and (factor is None or factor == 1.0):
+        return None
+    if kind in (None, "linear"):
+        return {"rope_type": "linear", "factor": factor or 1.0}
+    if kind != "yarn":
+        metadata.fail(
+            metadata.key("rope.scaling.type"), f"is {shown(kind)}; none, linear and yarn are supported"
+        )
+    scaling = {
+        "rope_type": "yarn",
+        "factor": factor or 1.0,
+        "original_max_position_embeddings": metadata.opt_count("rope.scaling.original_context_length", low=1),
+        "attention_factor": metadata.opt_float("rope.scaling.attn_factor"),
+        "beta_fast": metadata.opt_float("rope.scaling.yarn_beta_fast"),
+        "beta_slow": metadata.opt_float("rope.scaling.yarn_beta_slow"),
+    }
+    return {k: v for k, v in scaling.items() if v is not None}
+
+
+def _rope_factors(files: list[GGUFFile], info: TensorInfo, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Llama 3.1's frequency bands, which the file gives as one divisor per rotated pair.
+
+    That is LongRoPE's form with the same factors at every length and no change to cos and sin.
+    """
+    if len(info.shape) != 1 or info.shape[0] * 2 > config["head_dim"]:
+        raise ModelError(f"{info.file}: tensor 'rope_freqs.weight' has shape {list(info.shape)}, "
+                         f"wanted at most {config['head_dim'] // 2} numbers")  # fmt: skip
+    bytes_of = {f.file.path: f.file.bytes for f in files}[info.file]
+    factors = dequantise(info.type, bytes_of[info.offset : info.offset + info.nbytes], info.shape)
+    if not (np.isfinite(factors).all() and (factors > 0).all()):
+        raise ModelError(f"{info.file}: tensor 'rope_freqs.weight' must hold positive numbers")
+    return {
+        "rope_type": "longrope",
+        "short_factor": factors.tolist(),
+        "long_factor": factors.tolist(),
+        "attention_factor": 1.0,
+        "factor": 1.0,
+        "original_max_position_embeddings": config["max_position_embeddings"],
+    }
+
+
+def _generation_config(metadata: Metadata) -> dict[str, Any]:
+    """Tokens that end a turn (eos, end of turn, end of message), and sampling the publisher recommends."""
+    ends = [metadata.opt_count(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    found: dict[str, Any] = {}
+    if any(token is not None for token in ends):
+        found["eos_token_id"] = list(dict.fromkeys(token for token in ends if token is not None))
+    bos = metadata.opt_count("tokenizer.ggml.bos_token_id")
+    if bos is not None:
+        found["bos_token_id"] = bos
+    for key, name in SAMPLING_KEYS.items():
+        value = metadata.opt_count(key) if name == "top_k" else metadata.opt_float(key)
+        if value is not None:
+            found[name] = value
+    return found

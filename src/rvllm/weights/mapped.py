@@ -1,0 +1,120 @@
+"""Memory-mapped model files, and checkpoints as a set of them."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.errors import ModelError
+from rvllm.weights.checkpoint import TensorInfo
+
+MAX_JSON_BYTES = 100 << 20  # of a config, an index or a safetensors header
+
+
+@dataclass(frozen=True)
+class MappedFile:
+    """A file mapped read-only; `bytes` is a flat uint8 view of all of it."""
+
+    path: Path
+    bytes: NDArray[np.uint8]
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return len(self.bytes)
+
+
+def map_file(path: Path) -> MappedFile:
+    """Maps a file; ModelError names it when it cannot be read or is empty."""
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        reason = error.strerror if isinstance(error, OSError) else "the file is empty"
+        raise ModelError(f"{path}: cannot read the file: {reason}") from None
+    return MappedFile(path, np.frombuffer(mapped, dtype=np.uint8))
+
+
+@dataclass(frozen=True)
+class FileCheckpoint:
+    """A `Checkpoint` over mapped files.
+
+    metadata: what a GGUF file says besides its tensors (tokenizer, chat template), by key; empty for
+    safetensors, whose tokenizer lies in files of its own.
+    unreadable: tensors that are there but of a type we do not read, with that type's name; a model that
+    needs one of them is refused by name, others load.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    config_origin: str
+    generation_config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    files: Mapping[Path, MappedFile] = field(default_factory=dict, repr=False)
+    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+
+    def raw(self, info: TensorInfo) -> NDArray[np.uint8]:
+        """The tensor's bytes as a flat view of the memory-mapped file; nothing is copied."""
+        return self.files[info.file].bytes[info.offset : info.offset + info.nbytes]
+
+
+def check_layout(path: Path, spans: Iterable[tuple[int, int, str]], end: int) -> None:
+    """Refuses tensors, given as (start, stop, name) in bytes, that leave the file or overlap."""
+    reached, before = 0, ""
+    for start, stop, name in sorted(spans):
+        if start < 0 or stop > end:
+            raise ModelError(
+                f"{path}: tensor {shown(name)} lies at bytes {start} to {stop}, but the file ends at {end}; "
+                "it is truncated or damaged, fetch it again"
+            )
+        if stop > start:
+            if start < reached:
+                raise ModelError(f"{path}: tensors {shown(before)} and {shown(name)} overlap")
+            reached, before = stop, name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; ModelError names the file and what is wrong."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ModelError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, which no such file is")
+        text = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot read the file: {error.strerror}") from None
+    return parse_json(text, str(path))
+
+
+def parse_json(text: bytes, origin: str) -> dict[str, Any]:
+    """A JSON object without repeated keys; ModelError names `origin` and what is wrong."""
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_distinct)
+    except UnicodeDecodeError:
+        raise ModelError(f"{origin}: not UTF-8") from None
+    except RecursionError:
+        raise ModelError(f"{origin}: nested too deeply") from None
+    except ValueError as error:
+        raise ModelError(f"{origin}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{origin}: must hold a JSON object, holds {type(value).__name__}")
+    return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is given twice")
+    return found
+
+
+def shown(name: object) -> str:
+    """A name from a file, quoted and cut, for one line of an error message."""
+    text = repr(name)
+    return text if len(text) <= 90 else text[:86] + "..." + text[0]

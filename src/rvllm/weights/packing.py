@@ -1,0 +1,236 @@
+"""Checkpoint tensors into the weights a program declares: checked, rearranged, converted, stacked."""
+
+from __future__ import annotations
+
+import math
+import os
+import zlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.errors import ModelError
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Part, Program, Weight
+from rvllm.weights.checkpoint import Checkpoint, TensorInfo, TensorType
+from rvllm.weights.quants import PIECE, dequantise_into
+
+TASK = 1 << 19  # elements a thread takes at a time
+NAMED = 5  # tensors an error message names before it counts
+
+_SAME = {DType.F32: TensorType.F32, DType.F16: TensorType.F16, DType.BF16: TensorType.BF16}
+
+
+def find_tensor(part: Part, checkpoint: Checkpoint) -> TensorInfo | None:
+    """The tensor a part is made of: its source or the first alternative there is."""
+    names = (part.source, *part.alternatives)
+    return next((checkpoint.tensors[name] for name in names if name in checkpoint.tensors), None)
+
+
+def check_weights(program: Program, checkpoint: Checkpoint) -> None:
+    """Checks that every tensor of the program is there in the right shape; nothing of them is read.
+
+    Raises ModelError: one line with the file, up to five tensors and how many more.
+    """
+    if not checkpoint.tensors:
+        raise ModelError(
+            f"{checkpoint.path}: holds no weights that can be read (safetensors or GGUF); "
+            "--load-format dummy runs it with random ones"
+        )
+    unreadable = getattr(checkpoint, "unreadable", {})
+    problems = []
+    for part in (part for weight in program.weights for part in weight.parts):
+        info = find_tensor(part, checkpoint)
+        if info is None:
+            kind = unreadable.get(part.source)
+            readable = ", ".join(t.value for t in TensorType)
+            problem = f"has type {kind}, not one of {readable}" if kind else "is missing"
+            problems.append(f"{part.source} {problem}")
+        elif _without_ones(info.shape) != _without_ones(part.shape):
+            problems.append(f"{info.name} has shape {list(info.shape)} instead of {list(part.shape)}")
+    if problems:
+        more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        raise ModelError(
+            f"{checkpoint.path}: does not hold the weights of a {program.architecture}: "
+            f"{'; '.join(problems[:NAMED])}{more}"
+        )
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for n in shape if n != 1)
+
+
+def pack(weight: Weight, checkpoint: Checkpoint, dtype: DType) -> NDArray[Any]:
+    """The weight as an array of `weight.shape` in `dtype`, read through the memory map.
+
+    Works on several threads; besides the result and the tensor being rearranged nothing is held. Raises
+    ModelError when a tensor is missing or does not fit, or a number is too large for float16.
+    """
+    out = np.empty(weight.elements, dtype=dtype.numpy)
+    position = 0
+    for part in weight.parts:
+        info = _require(part, checkpoint)
+        count = math.prod(part.shape)
+        _pack_part(part, info, checkpoint.raw(info), out[position : position + count], dtype)
+        position += count
+    if position != weight.elements:
+        raise ValueError(f"{weight.name}: parts have {position} elements, the weight {weight.elements}")
+    return out.reshape(weight.shape)
+
+
+def _require(part: Part, checkpoint: Checkpoint) -> TensorInfo:
+    info = find_tensor(part, checkpoint)
+    if info is None:
+        raise ModelError(f"{checkpoint.path}: tensor {part.source} is missing")
+    if math.prod(info.shape) != math.prod(part.shape):
+        raise ModelError(
+            f"{info.file}: tensor {info.name} has shape {list(info.shape)} instead of {list(part.shape)}"
+        )
+    return info
+
+
+def _pack_part(part: Part, info: TensorInfo, raw: NDArray[np.uint8], out: NDArray[Any], dtype: DType) -> None:
+    add = part.add + info.add
+    if part.layout == "transposed":
+        stored = _numbers(info, raw)
+        _store(info, (stored.reshape(part.shape).T + np.float32(add)).reshape(-1), out)
+        return
+    order = row_order(part, info)
+    if order is not None and len(info.shape) < 2:
+        _store(info, _numbers(info, raw)[order] + np.float32(add), out)
+        return
+    rows, width = _as_rows(info.shape)
+    if order is None and info.type.block[0] == 1:
+        rows, width = rows * width, 1  # plain elements can be cut anywhere
+    stored_rows, wanted = raw.reshape(rows, -1), out.reshape(rows, width)
+
+    def convert(start: int, stop: int) -> None:
+        piece = stored_rows[start:stop] if order is None else stored_rows[order[start:stop]]
+        _convert(info, piece.reshape(-1), wanted[start:stop].reshape(-1), dtype, add)
+
+    _in_threads(convert, rows, max(1, TASK // max(width, 1)))
+
+
+def _as_rows(shape: tuple[int, ...]) -> tuple[int, int]:
+    width = shape[-1] if shape else 1
+    return (math.prod(shape[:-1]), width) if width else (0, 0)
+
+
+def _numbers(info: TensorInfo, raw: NDArray[np.uint8]) -> NDArray[np.float32]:
+    out = np.empty(math.prod(info.shape), dtype=np.float32)
+    dequantise_into(info.type, raw, out)
+    return out
+
+
+def _convert(info: TensorInfo, raw: NDArray[np.uint8], out: NDArray[Any], dtype: DType, add: float) -> None:
+    """Stored bytes to elements of `dtype`, plus a constant."""
+    if dtype is DType.F32:
+        dequantise_into(info.type, raw, out)
+        if add:
+            out += np.float32(add)
+        return
+    if _SAME[dtype] is info.type and not add:
+        out.view(np.uint8)[:] = raw
+        return
+    elements, nbytes = info.type.block
+    scratch = np.empty(min(PIECE, out.size), dtype=np.float32)
+    for start in range(0, out.size, PIECE):
+        stop = min(start + PIECE, out.size)
+        numbers = scratch[: stop - start]
+        dequantise_into(info.type, raw[start // elements * nbytes : stop // elements * nbytes], numbers)
+        if add:
+            numbers += np.float32(add)
+        _store(info, numbers, out[start:stop])
+
+
+def _store(info: TensorInfo, numbers: NDArray[np.float32], out: NDArray[Any]) -> None:
+    with np.errstate(over="ignore"):
+        out[:] = numbers
+    if out.dtype == np.float16 and np.isinf(out).any() and not np.isinf(numbers).any():
+        raise ModelError(
+            f"{info.file}: tensor {info.name} holds numbers too large for float16; use --dtype bfloat16"
+        )
+
+
+def row_order(part: Part, info: TensorInfo) -> NDArray[np.intp] | None:
+    """Which stored row becomes row i of the part; None when they stay as they are."""
+    rows = info.shape[0] if info.shape else 1
+    order = np.arange(rows)
+    if info.unpermute_heads:  # stored [head][dim/2][half], wanted [head][half][dim/2]
+        order = order.reshape(info.unpermute_heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    if part.layout == "head_qkv":
+        order = order.reshape(part.heads, 3, -1).swapaxes(0, 1).reshape(-1)
+    elif part.layout == "grouped_qkv":
+        groups = order.reshape(part.heads, -1, part.head_dim)
+        order = np.concatenate([g.reshape(-1) for g in (groups[:, :-2], groups[:, -2], groups[:, -1])])
+    elif not info.unpermute_heads:
+        return None
+    return order
+
+
+@dataclass(frozen=True)
+class RawPart:
+    """A part in the form it is stored in: `data` uint8 [rows, bytes of a row], rows in wanted order."""
+
+    type: TensorType
+    width: int  # elements of a row
+    data: NDArray[np.uint8]
+
+
+def raw_parts(weight: Weight, checkpoint: Checkpoint) -> list[RawPart]:
+    """A matrix's parts as stored blocks, for backends that compute on them.
+
+    Rows are in the wanted order; those that already are remain views of the mapped file. Raises ModelError
+    for a part that cannot be had this way: transposed, or with a constant to add.
+    """
+    found = []
+    for part in weight.parts:
+        info = _require(part, checkpoint)
+        if part.layout == "transposed" or part.add or info.add or len(info.shape) < 2:
+            raise ModelError(
+                f"{info.file}: tensor {info.name} cannot be used in its stored form {info.type.value}"
+            )
+        rows, width = _as_rows(info.shape)
+        data, order = checkpoint.raw(info).reshape(rows, -1), row_order(part, info)
+        found.append(RawPart(info.type, width, data if order is None else data[order]))
+    return found
+
+
+def dummy(weight: Weight, seed: int, dtype: DType = DType.F32) -> NDArray[Any]:
+    """Random weights for measurements: the same for the same name and seed, on every machine.
+
+    Normal with standard deviation 0.02, around 1 for norms. Weights longer than a million elements repeat
+    a random run of prime length, which no row length divides, so rows differ and filling is fast.
+    """
+    generator = np.random.default_rng([seed, zlib.crc32(weight.name.encode())])
+    run = min(weight.elements, 1_048_573)
+    numbers = generator.standard_normal(run, dtype=np.float32) * np.float32(0.02)
+    if weight.role == "vector" and weight.parts and weight.parts[0].source.lower().endswith("norm.weight"):
+        numbers += np.float32(1.0 + weight.parts[0].add)
+    values = numbers.astype(dtype.numpy)
+    out = np.empty(weight.elements, dtype=dtype.numpy)
+    for start in range(0, weight.elements, run or 1):
+        piece = out[start : start + run]
+        piece[:] = values[: len(piece)]
+    return out.reshape(weight.shape)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="weights")
+
+
+def _in_threads(work: Callable[[int, int], None], rows: int, step: int) -> None:
+    """work(start, stop) over all rows, in pieces of `step`; the first error is raised."""
+    if rows <= step:
+        work(0, rows)
+        return
+    pool = _pool()
+    tasks: list[Future[None]] = [pool.submit(work, s, min(s + step, rows)) for s in range(0, rows, step)]
+    for task in tasks:
+        task.result()
