@@ -1,0 +1,176 @@
+"""A prompt and SamplingParams become the engine's Generate messages, one for each choice."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rvllm.engine.messages import Generate, ModelFacts, Sampling
+from rvllm.engine.sampling_params import SamplingParams
+from rvllm.errors import UsageError
+from rvllm.text.tokenizer import Tokenizer
+
+Prompt = str | Mapping[str, Any] | Sequence[int]
+
+_SEED_BITS = 64
+_DEFAULTS = {  # generation_config.json's name: SamplingParams'
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+
+class SeedSource:
+    """Seeds for requests that bring none; the same engine seed gives the same sequence of them."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def next(self) -> int:
+        """A fresh 64-bit seed."""
+        return self._random.getrandbits(_SEED_BITS)
+
+
+def sampling_defaults(facts: ModelFacts) -> dict[str, Any]:
+    """SamplingParams fields that the model's generation_config sets, as vLLM takes them.
+
+    Raises UsageError when the model's own values are out of range.
+    """
+    given = facts.generation_config
+    found = {ours: given[theirs] for theirs, ours in _DEFAULTS.items() if given.get(theirs) is not None}
+    try:
+        SamplingParams(**found)
+    except (UsageError, TypeError) as error:
+        raise UsageError(f"generation_config: {error}; --generation-config none ignores it") from None
+    return found
+
+
+def prompt_tokens(
+    prompt: Prompt, tokenizer: Tokenizer | None, add_special_tokens: bool = True
+) -> tuple[str | None, list[int]]:
+    """(text or None, token ids) of a prompt: text, `{"prompt": text}`, `{"prompt_token_ids": ids}` or ids.
+
+    Raises UsageError when it is none of these, or text and there is no tokenizer.
+    """
+    if isinstance(prompt, Mapping):
+        text = prompt.get("prompt")
+        if prompt.get("prompt_token_ids") is not None:
+            return (text if isinstance(text, str) else None), _token_list(prompt["prompt_token_ids"])
+        if text is None:
+            raise UsageError('prompt: an object must hold "prompt" or "prompt_token_ids"')
+        prompt = text
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise UsageError("prompt is text, but skip_tokenizer_init leaves only token ids: give those")
+        return prompt, tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+    return None, _token_list(prompt)
+
+
+def _token_list(value: Any) -> list[int]:
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        raise UsageError(f"prompt must be text or a list of token ids, got {type(value).__name__}")
+    ids = [_whole(token) for token in value]
+    if None in ids:
+        raise UsageError("prompt: token ids must be whole numbers")
+    return [token for token in ids if token is not None]
+
+
+def _whole(value: Any) -> int | None:
+    """An int, also out of a NumPy integer; None for anything else."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return None
+    return int(value.__index__())
+
+
+def fan_out(
+    request_id: str,
+    prompt_token_ids: list[int],
+    params: SamplingParams,
+    facts: ModelFacts,
+    seeds: SeedSource,
+    *,
+    priority: int = 0,
+    arrival: float = 0.0,
+) -> list[Generate]:
+    """One Generate for each of `params.n` choices, named `request_id-index`, with seeds seed + index.
+
+    Raises UsageError naming the parameter: an empty or too long prompt, ids out of the vocabulary.
+    """
+    check_prompt(prompt_token_ids, facts)
+    sampling = to_sampling(params, len(prompt_token_ids), facts)
+    seed = seeds.next() if params.seed is None else params.seed
+    return [
+        Generate(
+            request_id=f"{request_id}-{index}",
+            prompt_token_ids=prompt_token_ids,
+            sampling=_with_seed(sampling, (seed + index) % (1 << _SEED_BITS)),
+            priority=priority,
+            arrival=arrival,
+        )
+        for index in range(params.n)
+    ]
+
+
+def check_prompt(prompt_token_ids: list[int], facts: ModelFacts) -> None:
+    """Raises UsageError when the prompt is empty, too long for an output token, or not of this vocabulary."""
+    count = len(prompt_token_ids)
+    if count == 0:
+        raise UsageError("prompt must not be empty")
+    if count >= facts.max_model_len:
+        raise UsageError(
+            f"prompt has {count} tokens, but the context holds {facts.max_model_len} "
+            "and at least one is for the output (max_model_len)"
+        )
+    low, high = min(prompt_token_ids), max(prompt_token_ids)
+    if low < 0 or high >= facts.vocab_size:
+        wrong = low if low < 0 else high
+        raise UsageError(f"prompt: token id {wrong} is not in the vocabulary of {facts.vocab_size}")
+
+
+def to_sampling(params: SamplingParams, prompt_len: int, facts: ModelFacts) -> Sampling:
+    """The engine's share of the parameters, with lengths cut to what the context holds."""
+    params.validate()
+    room = facts.max_model_len - prompt_len
+    max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+    stops = _in_vocabulary("stop_token_ids", params.stop_token_ids, facts)
+    if not params.ignore_eos:
+        stops += [token for token in facts.eos_token_ids if token not in stops]
+    bias = params.logit_bias or {}
+    biased = _in_vocabulary("logit_bias", list(bias), facts)
+    for value in bias.values():
+        if not -100 <= value <= 100:
+            raise UsageError(f"logit_bias must be in [-100, 100], got {value}")
+    return Sampling(
+        temperature=float(params.temperature),
+        top_k=params.top_k,
+        top_p=float(params.top_p),
+        min_p=float(params.min_p),
+        repetition_penalty=float(params.repetition_penalty),
+        presence_penalty=float(params.presence_penalty),
+        frequency_penalty=float(params.frequency_penalty),
+        logit_bias=tuple(zip(biased, (float(v) for v in bias.values()), strict=True)),
+        stop_token_ids=tuple(stops),
+        min_tokens=min(params.min_tokens, max_tokens),
+        max_tokens=max_tokens,
+        logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs,
+    )
+
+
+def _in_vocabulary(name: str, tokens: list[int], facts: ModelFacts) -> list[int]:
+    """The token ids as ints. Raises UsageError when one is not of the vocabulary."""
+    for token in tokens:
+        whole = _whole(token)
+        if whole is None or not 0 <= whole < facts.vocab_size:
+            raise UsageError(f"{name}: token id {token!r} is not in the vocabulary of {facts.vocab_size}")
+    return [int(token) for token in tokens]
+
+
+def _with_seed(sampling: Sampling, seed: int) -> Sampling:
+    import msgspec
+
+    return msgspec.structs.replace(sampling, seed=seed)
