@@ -69,7 +69,7 @@ def open_directory(path: Path) -> FileCheckpoint:
 def _weight_files(path: Path) -> list[Path]:
     index = path / INDEX
     if index.is_file():
-        names = sorted(set(_weight_map(index).values()))
+        names = sorted(set(weight_map(index).values()))
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -88,22 +88,23 @@ def _weight_files(path: Path) -> list[Path]:
     return found
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+def weight_map(index: Path) -> dict[str, str]:
+    """Which file each tensor is in, from model.safetensors.index.json; files lie beside the index."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
         raise ModelError(f"{index}: weight_map must be an object that maps tensors to files")
-    for name, file in weight_map.items():
+    for name, file in found.items():
         plain = isinstance(file, str) and file not in ("", ".", "..") and "\0" not in file
         if not plain or "/" in file or "\\" in file:
             raise ModelError(f"{index}: weight_map: {shown(name)} must name a file beside the index")
-    return weight_map
+    return found
 
 
 def _check_index(path: Path, shards: dict[str, SafetensorsFile]) -> None:
     index = path / INDEX
     if not index.is_file():
         return
-    for name, file in _weight_map(index).items():
+    for name, file in weight_map(index).items():
         shard = shards[file]
         if name not in shard.tensors and name not in shard.unreadable:
             raise ModelError(f"{path / file}: tensor {shown(name)} is missing, {INDEX} says it is here")
