@@ -1,0 +1,216 @@
+"""The engine: requests in, tokens out, one step at a time."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from rvllm.backends.base import Backend, StepResult, TopLogprobs
+from rvllm.engine.messages import Generate, ModelFacts, Output, Ready, Stats, TokenLogprobs
+from rvllm.engine.scheduler import Scheduler
+from rvllm.engine.sequence import Sequence
+from rvllm.engine.step import Step
+from rvllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from rvllm.config import EngineConfig
+
+Progress = Callable[[float, str], None]  # (fraction from 0 to 1, what is being done)
+
+
+class EngineCore:
+    """Schedules requests on a backend. Not thread-safe; one thread owns it.
+
+    Up to `limits.pipeline_depth` steps are in flight: with 2, a step is launched before the tokens of the
+    one before it are read. How long an output may get is known beforehand, so no step is launched for a
+    token beyond it; a stop token is seen one step late, and the token drawn after it is dropped.
+    """
+
+    def __init__(
+        self, backend: Backend, facts: ModelFacts, config: EngineConfig, load_seconds: float = 0.0
+    ) -> None:
+        limits = backend.limits
+        # A sequence that the whole pool cannot hold could never finish.
+        max_model_len = min(limits.max_model_len, limits.num_blocks * limits.block_size)
+        self.backend = backend
+        self.facts: ModelFacts = msgspec.structs.replace(facts, max_model_len=max_model_len)
+        self.scheduler = Scheduler(limits, config.enable_prefix_caching)
+        self.ready = Ready(
+            backend=backend.name,
+            max_model_len=max_model_len,
+            num_blocks=limits.num_blocks,
+            block_size=limits.block_size,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            load_seconds=load_seconds,
+            ledger=[(line.name, line.nbytes) for line in backend.ledger()],
+            facts=self.facts,
+            pipeline_depth=limits.pipeline_depth,
+        )
+        self._eos = frozenset(facts.eos_token_ids)
+        self._depth = limits.pipeline_depth
+        self._in_flight: deque[Step] = deque()
+        self._alive: dict[str, Sequence] = {}
+        self._outbox: list[Output] = []
+        self._finished: Counter[str] = Counter()
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._host_seconds = 0.0
+        self._started = time.perf_counter()
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> EngineCore:
+        """Finds and loads the configured model. Raises the RvllmError that says what is wrong with it."""
+        from rvllm.engine.loading import load
+
+        started = time.perf_counter()
+        backend, facts = load(config, progress)
+        return cls(backend, facts, config, time.perf_counter() - started)
+
+    def add_request(self, request: Generate) -> None:
+        """Queues a request; one that cannot be served ends with an "error" output in the next step.
+
+        Raises UsageError when a living request has the same id.
+        """
+        if request.request_id in self._alive:
+            raise UsageError(f"request_id {request.request_id!r} is in use by a request that has not ended")
+        refusal = self._refusal(request)
+        if refusal is not None:
+            self._finished["error"] += 1
+            self._outbox.append(Output(request.request_id, [], finish_reason="error", error=refusal))
+            return
+        seq = Sequence(request, self.facts.max_model_len, self.ready.block_size)
+        self._alive[seq.request_id] = seq
+        self.scheduler.add(seq)
+
+    def _refusal(self, request: Generate) -> str | None:
+        prompt, limit = request.prompt_token_ids, self.facts.max_model_len
+        if not prompt:
+            return "the prompt is empty"
+        if len(prompt) >= limit:
+            return f"the prompt has {len(prompt)} tokens; at most {limit - 1} fit into max_model_len {limit}"
+        if min(prompt) < 0 or max(prompt) >= self.facts.vocab_size:
+            return f"a prompt token id is outside the vocabulary of {self.facts.vocab_size}"
+        if request.sampling.max_tokens < 1:
+            return f"max_tokens must be at least 1, got {request.sampling.max_tokens}"
+        return None
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Ends requests at once with an "abort" output; unknown ids are ignored."""
+        for request_id in request_ids:
+            seq = self._alive.get(request_id)
+            if seq is not None:
+                self._end(seq, "abort")
+                self._outbox.append(seq.ending("abort"))
+
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to hand out."""
+        return bool(self._alive or self._in_flight or self._outbox)
+
+    def step(self) -> list[Output]:
+        """Launches a step; collects the oldest if the pipeline is full or nothing can be launched."""
+        began = time.perf_counter()
+        step = self.scheduler.schedule()
+        self._host_seconds += time.perf_counter() - began
+        if step is not None:
+            step.handle = self.backend.launch(step.batch)
+            self._in_flight.append(step)
+        if self._in_flight and (step is None or len(self._in_flight) >= self._depth):
+            oldest = self._in_flight.popleft()
+            result = self.backend.collect(oldest.handle)
+            began = time.perf_counter()
+            self._update(oldest, result)
+            self._host_seconds += time.perf_counter() - began
+        elif step is None and self._alive:
+            raise RuntimeError(f"no step can be scheduled for {len(self._alive)} requests")
+        outputs, self._outbox = self._outbox, []
+        return outputs
+
+    def _update(self, step: Step, result: StepResult) -> None:
+        """Books what a step computed and drew; parts of sequences that ended meanwhile are dropped."""
+        batch, block_size = step.batch, self.ready.block_size
+        parts = zip(
+            step.sequences,
+            batch.query_lens.tolist(),
+            batch.sample.tolist(),
+            result.tokens.tolist(),
+            strict=True,
+        )
+        for s, (seq, count, sampled, token) in enumerate(parts):
+            seq.in_flight -= 1
+            if seq.finish_reason is not None:
+                continue
+            if seq.slot >= 0:  # else it was preempted and holds no blocks; its token still counts
+                seq.computed += count
+                if seq.computed // block_size > seq.published:
+                    self.scheduler.publish(seq)
+            if s in result.prompt_logprobs:
+                _keep_prompt_logprobs(seq, int(batch.starts[s]), result.prompt_logprobs[s])
+            if sampled:
+                self._emit(seq, token, result.logprobs.get(s))
+
+    def _emit(self, seq: Sequence, token: int, logprobs: TopLogprobs | None) -> None:
+        """Appends a drawn token to its sequence and puts it into the outbox."""
+        reason = seq.accept(token)
+        output = Output(seq.request_id, [token], cached_tokens=seq.cached_tokens)
+        if logprobs is not None:
+            output.logprobs = [_token_logprobs(token, logprobs)]
+        if len(seq.tokens) == seq.prompt_len + 1:
+            self._prompt_tokens += seq.prompt_len
+            output.queue_seconds = seq.queue_seconds()
+            if seq.sampling.prompt_logprobs is not None:
+                output.prompt_logprobs = seq.prompt_logprobs
+        self._generation_tokens += 1
+        if reason is not None:
+            output.finish_reason = reason
+            if reason == "stop" and token not in self._eos:
+                output.stop_reason = token
+            self._end(seq, reason)
+        self._outbox.append(output)
+
+    def _end(self, seq: Sequence, reason: str) -> None:
+        self.scheduler.finish(seq, reason)
+        del self._alive[seq.request_id]
+        self._finished[reason] += 1
+
+    def stats(self) -> Stats:
+        """Counters since the start and the state of this moment."""
+        scheduler = self.scheduler
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks_total=scheduler.blocks.num_blocks,
+            blocks_used=scheduler.blocks.used,
+            blocks_cached=scheduler.blocks.cached,
+            steps=scheduler.steps,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            cached_prompt_tokens=scheduler.prefix_hits,
+            prefix_queries=scheduler.prefix_queries,
+            preemptions=scheduler.preemptions,
+            finished=dict(self._finished),
+            loop_seconds=time.perf_counter() - self._started,
+            host_seconds=self._host_seconds,
+            backend=self.backend.stats(),
+        )
+
+    def close(self) -> None:
+        """Waits for the steps in flight and gives the backend back."""
+        while self._in_flight:
+            self.backend.collect(self._in_flight.popleft().handle)
+        self.backend.close()
+
+
+def _token_logprobs(token: int, top: TopLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(token, float(top.token), int(top.rank), top.top_ids.tolist(), top.top.tolist())
+
+
+def _keep_prompt_logprobs(seq: Sequence, start: int, rows: list[TopLogprobs]) -> None:
+    """Row i of a chunk judges the prompt token at `start + i + 1`; what a preemption repeats is skipped."""
+    for position, row in enumerate(rows, start + 1):
+        if len(seq.prompt_logprobs) + 1 == position < seq.prompt_len:
+            seq.prompt_logprobs.append(_token_logprobs(seq.tokens[position], row))

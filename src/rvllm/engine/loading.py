@@ -1,0 +1,73 @@
+"""From settings to a loaded backend: find the model, read it, build its program, give it memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rvllm.engine.messages import ModelFacts
+from rvllm.models.config import ModelConfig, token_ids
+
+if TYPE_CHECKING:
+    from rvllm.backends.base import Backend
+    from rvllm.config import EngineConfig
+    from rvllm.engine.core import Progress
+    from rvllm.program.ops import Program
+    from rvllm.weights.checkpoint import Checkpoint
+
+
+def load(config: EngineConfig, progress: Progress | None = None) -> tuple[Backend, ModelFacts]:
+    """The configured model on its backend. Raises the RvllmError of whatever is missing or wrong."""
+    from rvllm.backends.load import choose_dtype, load_backend
+    from rvllm.config import SourceConfig, build
+    from rvllm.models.registry import build_program
+    from rvllm.weights.open import open_checkpoint
+    from rvllm.weights.packing import check_weights
+    from rvllm.weights.source import resolve
+
+    report = progress or (lambda fraction, text: None)
+    report(0.0, f"finding {config.model}")
+    path = resolve(config.model, build(SourceConfig, {}))
+    checkpoint = open_checkpoint(path)
+    model = ModelConfig(checkpoint.config, checkpoint.config_origin)
+    program = build_program(model, choose_dtype(config, checkpoint))
+    if config.load_format != "dummy":
+        check_weights(program, checkpoint)
+    report(0.1, f"loading {program.architecture}")
+    backend = load_backend(program, checkpoint, config)
+    report(1.0, f"{program.architecture} on {backend.name}")
+    return backend, model_facts(program, checkpoint, model, config, backend.limits.max_model_len)
+
+
+def model_facts(
+    program: Program, checkpoint: Checkpoint, model: ModelConfig, config: EngineConfig, max_model_len: int
+) -> ModelFacts:
+    """What requests need to know of the model.
+
+    End-of-sequence ids of generation_config come first and those of the config after them: chat models
+    often name their end of turn in one and their end of text in the other.
+    """
+    generation = ModelConfig(checkpoint.generation_config, f"{checkpoint.config_origin}: generation_config")
+    eos = (*token_ids(generation, "eos_token_id"), *model.eos_token_ids)
+    bos = token_ids(model, "bos_token_id")
+    return ModelFacts(
+        architecture=program.architecture,
+        model_path=str(checkpoint.path),
+        vocab_size=program.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=list(dict.fromkeys(eos)),
+        bos_token_id=bos[0] if bos else None,
+        dtype=program.dtype.value,
+        generation_config={} if config.generation_config == "none" else _plain(checkpoint.generation_config),
+    )
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that are numbers, texts, switches or lists of these: all that a message can carry."""
+    simple = (bool, int, float, str)
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, simple)
+        or (isinstance(value, list) and all(isinstance(entry, simple) for entry in value))
+    }

@@ -1,0 +1,61 @@
+"""The engine process's main loop."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from rvllm.engine.core import EngineCore
+from rvllm.engine.messages import Abort, FromEngine, Generate, GetStats, Outputs, Shutdown, Stats, ToEngine
+
+
+class Link(Protocol):
+    """The engine's end of the conversation with the API process."""
+
+    def receive(self, wait: bool) -> list[ToEngine]:
+        """All messages that have come; with `wait`, blocks until there is one."""
+
+    def send(self, message: FromEngine) -> None:
+        """Sends a message; never blocks."""
+
+
+class EngineLoop:
+    """Takes in what has come, computes a step, hands out what it gave; sleeps when there is nothing."""
+
+    def __init__(self, core: EngineCore, link: Link) -> None:
+        self._core = core
+        self._link = link
+        self._idle_seconds = 0.0
+
+    def run(self) -> None:
+        """Runs until a Shutdown message; an error of a step is raised."""
+        core, link = self._core, self._link
+        while True:
+            for message in self._receive():
+                if isinstance(message, Shutdown):
+                    return
+                self._handle(message)
+            outputs = core.step()
+            if outputs:
+                link.send(Outputs(outputs))
+
+    def _receive(self) -> list[ToEngine]:
+        if self._core.has_work():
+            return self._link.receive(wait=False)
+        began = time.perf_counter()
+        messages = self._link.receive(wait=True)
+        self._idle_seconds += time.perf_counter() - began
+        return messages
+
+    def _handle(self, message: ToEngine) -> None:
+        if isinstance(message, Generate):
+            self._core.add_request(message)
+        elif isinstance(message, Abort):
+            self._core.abort(message.request_ids)
+        elif isinstance(message, GetStats):
+            self._link.send(self._stats())
+
+    def _stats(self) -> Stats:
+        stats = self._core.stats()
+        stats.idle_seconds = self._idle_seconds
+        return stats

@@ -1,0 +1,172 @@
+"""Who computes what in the next step: continuous batching over a paged cache.
+
+One token budget a step (Sarathi-Serve, Agrawal et al. 2024): sequences that decode come first, what is
+left goes to chunks of prompts, first those already running, then those waiting. Both queues are ordered
+by (priority, arrival). A sequence holds blocks for all its known tokens from its admission on and takes
+one more whenever it grows into it; when none is left, the last in order gives up its place and is
+computed again later.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left, insort
+from collections.abc import Sequence as Seq
+from operator import attrgetter
+
+from rvllm.backends.base import Limits
+from rvllm.engine.blocks import BlockManager
+from rvllm.engine.sequence import Sequence
+from rvllm.engine.step import Step, StepPlan
+
+PROMPT_LOGPROB_ROWS = 64  # a step: each needs a row of logits over the whole vocabulary
+
+_rank = attrgetter("rank")
+
+
+def _remove(queue: list[Sequence], seq: Sequence) -> None:
+    del queue[bisect_left(queue, seq.rank, key=_rank)]
+
+
+class Scheduler:
+    """Queues, slots and blocks. `schedule` plans a step, `finish` ends a sequence at any time."""
+
+    def __init__(self, limits: Limits, prefix_caching: bool = True) -> None:
+        self.limits = limits
+        self.blocks = BlockManager(limits.num_blocks, limits.block_size, prefix_caching)
+        self.waiting: list[Sequence] = []  # both sorted by rank
+        self.running: list[Sequence] = []
+        self.steps = 0
+        self.preemptions = 0
+        self.prefix_queries = 0  # prompt tokens looked up in the prefix cache
+        self.prefix_hits = 0
+        # With more slots than budget, prompts could be kept from running by decodes forever.
+        self._max_running = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+        self._free_slots = list(range(self._max_running - 1, -1, -1))
+
+    def add(self, seq: Sequence) -> None:
+        """Puts a sequence that fits (see `EngineCore.add_request`) into the waiting queue."""
+        insort(self.waiting, seq, key=_rank)
+
+    def schedule(self) -> Step | None:
+        """Plans the next step, or None when no sequence can go on before a step in flight is collected."""
+        plan = StepPlan(self.steps, self.limits.max_num_batched_tokens, PROMPT_LOGPROB_ROWS)
+        self._make_way()
+        preempted = self.preemptions
+        prefilling = self._plan_decodes(plan)
+        for seq in prefilling:
+            if seq.slot >= 0 and plan.budget:
+                plan.add_prefill(seq)
+        if self.preemptions == preempted:
+            self._admit(plan)
+        if not plan:
+            return None
+        self.steps += 1
+        return plan.finish()
+
+    def _plan_decodes(self, plan: StepPlan) -> list[Sequence]:
+        """Adds every sequence that waits for one token only; returns those with more to compute."""
+        prefilling = []
+        for seq in self.running.copy():
+            left = seq.length - seq.launched
+            if seq.slot < 0 or seq.length >= seq.max_length:
+                continue  # preempted just now, or all its tokens are launched
+            if left > 1:
+                prefilling.append(seq)
+            elif seq.launched < seq.capacity or self._grow(seq, plan):
+                plan.add_decode(seq)
+        return prefilling
+
+    def _grow(self, seq: Sequence, plan: StepPlan) -> bool:
+        """Gives a sequence its next block, at the cost of those behind it; False: it lost its own place."""
+        while not self.blocks.available:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        taken = self.blocks.take(1)
+        plan.add_block(seq, taken[0])
+        seq.give_blocks(taken)
+        return True
+
+    def _make_way(self) -> None:
+        """Running sequences of lower priority leave for a waiting one that finds no slot or no blocks."""
+        while self.waiting and self.running and self.waiting[0].rank[0] < self.running[-1].rank[0]:
+            first = self.waiting[0]
+            if first.in_flight or (self._free_slots and self._blocks_if_fits(first) is not None):
+                return
+            self._preempt(self.running[-1])
+
+    def _admit(self, plan: StepPlan) -> None:
+        """Lets waiting sequences in, strictly in order, while slots, blocks and budget last."""
+        while self.waiting and self._free_slots and plan.budget:
+            seq = self.waiting[0]
+            if seq.in_flight or (seq.prompt_logprobs_left and not plan.prompt_logprob_rows):
+                return
+            shared = self._blocks_if_fits(seq)
+            if shared is None:
+                return
+            self.waiting.pop(0)
+            self._place(seq, shared)
+            plan.start(seq)
+            plan.add_prefill(seq)
+
+    def _place(self, seq: Sequence, shared: Seq[int]) -> None:
+        """A waiting sequence takes a slot, the cached blocks of its prefix and new ones for the rest."""
+        self.blocks.share(shared)
+        new = self.blocks.take(self.blocks.blocks_for(seq.length) - len(shared))
+        seq.give_blocks([*shared, *new])
+        seq.slot = self._free_slots.pop()
+        seq.published = len(shared)
+        seq.launched = seq.computed = len(shared) * self.limits.block_size
+        if seq.first_scheduled is None:
+            seq.first_scheduled = time.time()
+            seq.cached_tokens = seq.launched
+            if self._may_share(seq):
+                self.prefix_queries += seq.prompt_len
+                self.prefix_hits += seq.cached_tokens
+        insort(self.running, seq, key=_rank)
+
+    def _may_share(self, seq: Sequence) -> bool:
+        return self.blocks.caching and not seq.prompt_logprobs_left
+
+    def _blocks_if_fits(self, seq: Sequence) -> list[int] | None:
+        """The cached blocks of its prefix, or None when there are too few blocks for the rest.
+
+        One block is left for each running sequence to grow into, so that newcomers do not push each
+        other out at once. The last token is always computed: the next one is drawn from it.
+        """
+        shared: list[int] = []
+        if self._may_share(seq):
+            shared = self.blocks.find(seq.digest_chain((seq.length - 1) // self.limits.block_size))
+        needed = self.blocks.blocks_for(seq.length) - len(shared) + self.blocks.idle_among(shared)
+        return shared if needed + len(self.running) <= self.blocks.available else None
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.preemptions += 1
+        self._take_place(seq)
+        _remove(self.running, seq)
+        insort(self.waiting, seq, key=_rank)
+
+    def _take_place(self, seq: Sequence) -> None:
+        """Slot and blocks are free at once: whoever takes them is launched after the steps in flight."""
+        self._free_slots.append(seq.slot)
+        self.blocks.release(seq.lose_place())
+
+    def publish(self, seq: Sequence) -> None:
+        """Offers the full blocks that a sequence has computed to the prefix cache."""
+        full = seq.computed // self.limits.block_size
+        if self.blocks.caching and full > seq.published:
+            digests = seq.digest_chain(full)
+            for index in range(seq.published, full):
+                self.blocks.publish(seq.blocks[index], digests[index])
+        seq.published = full
+
+    def finish(self, seq: Sequence, reason: str) -> None:
+        """Ends a sequence, wherever it is; what steps in flight still draw for it is discarded."""
+        seq.finish_reason = reason
+        if seq.slot < 0:
+            _remove(self.waiting, seq)
+        else:
+            _remove(self.running, seq)
+            self._take_place(seq)

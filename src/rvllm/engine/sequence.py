@@ -1,0 +1,135 @@
+"""One request on its way through the engine."""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+
+from rvllm.backends.base import SamplingSpec
+from rvllm.engine.blocks import ROOT, Digest, chain
+from rvllm.engine.messages import Generate, Output, Sampling, TokenLogprobs
+
+_arrivals = itertools.count()
+
+
+def sampling_spec(sampling: Sampling) -> SamplingSpec:
+    """The backend's share of a request's sampling parameters."""
+    return SamplingSpec(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        seed=sampling.seed,
+        logit_bias=sampling.logit_bias,
+        min_tokens=sampling.min_tokens,
+        stop_token_ids=sampling.stop_token_ids,
+        logprobs=sampling.logprobs,
+    )
+
+
+class Sequence:
+    """A request's tokens, its place in the cache and how far it has come.
+
+    Counts of tokens, all from the start of the prompt:
+
+        computed <= launched <= length <= max_length
+                      len(tokens) <= length
+
+    `tokens` are those the host knows. `length` counts in the ones that steps in flight will draw.
+    `launched` is how many have their keys and values computed by steps launched so far, `computed` by
+    steps already collected. A sequence with nothing in flight has length == len(tokens).
+    """
+
+    __slots__ = (
+        "arrival", "block_size", "blocks", "cached_tokens", "capacity", "computed", "digests",
+        "finish_reason", "first_scheduled", "in_flight", "launched", "length", "max_length", "min_length",
+        "prompt_len", "prompt_logprobs", "published", "rank", "request_id", "sampling", "slot", "spec",
+        "stop_ids", "tokens", "wanted_prompt_logprobs",
+    )  # fmt: skip
+
+    def __init__(self, request: Generate, max_model_len: int, block_size: int) -> None:
+        sampling = request.sampling
+        self.request_id = request.request_id
+        self.sampling = sampling
+        self.spec = sampling_spec(sampling)
+        self.tokens = array("i", request.prompt_token_ids)
+        self.prompt_len = len(self.tokens)
+        self.max_length = min(self.prompt_len + sampling.max_tokens, max_model_len)
+        self.min_length = self.prompt_len + sampling.min_tokens
+        self.stop_ids = frozenset(sampling.stop_token_ids)
+        self.rank = (request.priority, next(_arrivals))  # the lower, the earlier it is served
+        self.arrival = request.arrival
+        self.first_scheduled: float | None = None  # time.time() of the first step with a part of it
+        self.finish_reason: str | None = None
+
+        self.slot = -1  # -1: waiting
+        self.length = self.prompt_len
+        self.launched = 0
+        self.computed = 0
+        self.in_flight = 0  # launched steps with a part of it, not yet collected
+        self.cached_tokens = 0  # prompt tokens found in the prefix cache when it first ran
+
+        self.block_size = block_size
+        self.blocks: list[int] = []
+        self.capacity = 0  # tokens its blocks hold
+        self.published = 0  # blocks offered to the prefix cache
+        self.digests: list[Digest] = []
+
+        self.wanted_prompt_logprobs = self.prompt_len - 1 if sampling.prompt_logprobs is not None else 0
+        self.prompt_logprobs: list[TokenLogprobs] = []
+
+    @property
+    def known(self) -> int:
+        """Number of tokens the host knows."""
+        return len(self.tokens)
+
+    @property
+    def prompt_logprobs_left(self) -> int:
+        """Rows still to be launched whose next token is a prompt token that wants its log-probability."""
+        if len(self.prompt_logprobs) >= self.wanted_prompt_logprobs:
+            return 0
+        return max(0, self.wanted_prompt_logprobs - self.launched)
+
+    def digest_chain(self, blocks: int) -> list[Digest]:
+        """Content digests of its first `blocks` blocks, all of whose tokens are known."""
+        size = self.block_size
+        while len(self.digests) < blocks:
+            start = len(self.digests) * size
+            parent = self.digests[-1] if self.digests else ROOT
+            self.digests.append(chain(parent, self.tokens[start : start + size]))
+        return self.digests[:blocks]
+
+    def give_blocks(self, blocks: list[int]) -> None:
+        """Appends blocks to its table."""
+        self.blocks += blocks
+        self.capacity = len(self.blocks) * self.block_size
+
+    def lose_place(self) -> list[int]:
+        """Back to nothing computed; returns the blocks it held, in order."""
+        blocks, self.blocks = self.blocks, []
+        self.slot = -1
+        self.capacity = self.launched = self.computed = self.published = 0
+        return blocks
+
+    def accept(self, token: int) -> str | None:
+        """Appends a drawn token; returns the finish reason when it was the last."""
+        self.tokens.append(token)
+        count = len(self.tokens)
+        if token in self.stop_ids and count >= self.min_length:
+            return "stop"
+        return "length" if count >= self.max_length else None
+
+    def queue_seconds(self) -> float:
+        """Time from arrival to first scheduling."""
+        if self.first_scheduled is None or not self.arrival:
+            return 0.0
+        return max(0.0, self.first_scheduled - self.arrival)
+
+    def ending(self, reason: str, error: str | None = None) -> Output:
+        """The last output of a request that ends without a new token."""
+        return Output(
+            self.request_id, [], cached_tokens=self.cached_tokens, finish_reason=reason, error=error
+        )

@@ -1,0 +1,109 @@
+"""One step: which sequences take part, and the flat batch the backend gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rvllm.backends.base import LAST_SAMPLED, SlotStart, StepBatch
+from rvllm.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Step:
+    """A launched step: `sequences[s]` is the sequence at index s of its batch."""
+
+    batch: StepBatch
+    sequences: list[Sequence]
+    handle: Any = None
+
+
+class StepPlan:
+    """Collects a step's parts in the scheduler's order and lays out the batch at the end.
+
+    Adding a part moves its sequence on: the tokens count as launched, the token it will draw as part of
+    its length.
+    """
+
+    def __init__(self, number: int, budget: int, prompt_logprob_rows: int) -> None:
+        self.number = number
+        self.budget = budget  # tokens that may still be added
+        self.prompt_logprob_rows = prompt_logprob_rows  # rows with prompt logprobs that may still be added
+        self.decodes: list[Sequence] = []
+        self.prefills: list[Sequence] = []
+        self._decode_tokens: list[int] = []
+        self._chunks: list[tuple[int, int]] = []  # (start, length) of each prefill
+        self._samples: list[bool] = []
+        self._started: list[SlotStart] = []
+        self._new_blocks: list[tuple[int, int, int]] = []
+        self._prompt_logprobs: dict[int, int] = {}  # by index among the prefills
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.prefills)
+
+    def add_decode(self, seq: Sequence) -> None:
+        """One token, from which the next is drawn."""
+        known = len(seq.tokens)
+        self._decode_tokens.append(LAST_SAMPLED if seq.length > known else seq.tokens[known - 1])
+        self.decodes.append(seq)
+        seq.launched += 1
+        seq.length += 1
+        seq.in_flight += 1
+        self.budget -= 1
+
+    def add_prefill(self, seq: Sequence) -> None:
+        """As much of what is known of a sequence as the budget allows; the last chunk draws a token."""
+        count = min(seq.length - seq.launched, self.budget)
+        if seq.prompt_logprobs_left:
+            count = min(count, self.prompt_logprob_rows)
+            if count == 0:
+                return
+            self.prompt_logprob_rows -= count
+            self._prompt_logprobs[len(self.prefills)] = seq.sampling.prompt_logprobs or 0
+        self._chunks.append((seq.launched, count))
+        seq.launched += count
+        last = seq.launched == seq.length
+        self._samples.append(last)
+        seq.length += last
+        seq.in_flight += 1
+        self.prefills.append(seq)
+        self.budget -= count
+
+    def start(self, seq: Sequence) -> None:
+        """A sequence takes the slot and the blocks it holds."""
+        tokens = np.array(seq.tokens, dtype=np.int32)
+        self._started.append(SlotStart(seq.slot, seq.spec, tokens, seq.prompt_len))
+        self._new_blocks += [(seq.slot, index, block) for index, block in enumerate(seq.blocks)]
+
+    def add_block(self, seq: Sequence, block: int) -> None:
+        """A running sequence gets its next block."""
+        self._new_blocks.append((seq.slot, len(seq.blocks), block))
+
+    def finish(self) -> Step:
+        """The step, with int32 arrays as `StepBatch` describes them."""
+        decodes = len(self.decodes)
+        sequences = self.decodes + self.prefills
+        lengths = np.ones(len(sequences), dtype=np.int32)
+        starts = np.empty(len(sequences), dtype=np.int32)
+        sample = np.ones(len(sequences), dtype=np.bool_)
+        starts[:decodes] = [seq.launched - 1 for seq in self.decodes]
+        pieces = [np.array(self._decode_tokens, dtype=np.int32)]
+        if self.prefills:
+            starts[decodes:], lengths[decodes:] = np.array(self._chunks, dtype=np.int32).T
+            sample[decodes:] = self._samples
+            for seq, (start, count) in zip(self.prefills, self._chunks, strict=True):
+                pieces.append(np.array(seq.tokens[start : start + count], dtype=np.int32))
+        batch = StepBatch(
+            step=self.number,
+            slots=np.array([seq.slot for seq in sequences], dtype=np.int32),
+            query_lens=lengths,
+            starts=starts,
+            tokens=np.concatenate(pieces) if self.prefills else pieces[0],
+            sample=sample,
+            started=self._started,
+            new_blocks=np.array(self._new_blocks, dtype=np.int32).reshape(-1, 3),
+            prompt_logprobs={decodes + s: top for s, top in self._prompt_logprobs.items()},
+        )
+        return Step(batch, sequences)
