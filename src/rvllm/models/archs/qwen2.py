@@ -1,4 +1,4 @@
-"""Qwen2ForCausalLM (Yang et al. 2024): Llama's block with biases on q, k and v; some layers may have a window."""
+"""Qwen2ForCausalLM (Yang et al. 2024): Llama's block, biases on q, k, v, windows on some layers."""
 
 from __future__ import annotations
 

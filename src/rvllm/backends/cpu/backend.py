@@ -1,0 +1,167 @@
+"""The CPU backend: NumPy runs the program, one step at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepResult
+from rvllm.backends.cpu.interpret import F32, Launch, Model, Run, empty_caches, execute, resolve
+from rvllm.backends.cpu.memory import MemoryPlan, plan_memory
+from rvllm.backends.cpu.product import same_at_every_position
+from rvllm.backends.cpu.sampler import draw, top_logprobs
+from rvllm.backends.cpu.slots import Slots
+from rvllm.backends.cpu.threads import Workers, available_cores, single_threaded_blas
+from rvllm.config import EngineConfig
+from rvllm.errors import RvllmError, UsageError
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Program, RopeKV
+from rvllm.program.rope import Rope
+from rvllm.weights.checkpoint import Checkpoint
+from rvllm.weights.packing import dummy, pack
+
+Progress = Callable[[float, str], None]  # fraction done, what is being done
+
+
+class CpuBackend:
+    """A program loaded into memory as float32 (see `rvllm.backends.base.Backend`)."""
+
+    def __init__(self, model: Model, plan: MemoryPlan) -> None:
+        self._launches: list[Launch] = resolve(model.program)
+        self._model = model
+        self._plan = plan
+        self._slots = Slots(plan.limits, model.program.vocab_size)
+        self._steps = 0
+        self._busy = 0.0
+
+    @staticmethod
+    def load(
+        program: Program,
+        checkpoint: Checkpoint | None,
+        config: EngineConfig,
+        progress: Progress | None = None,
+    ) -> CpuBackend:
+        """Packs the checkpoint's weights (None: random ones from the engine's seed) and takes the KV cache.
+
+        Raises MissingKernelError, CapacityError or UsageError before anything large is read.
+        """
+        resolve(program)
+        if program.dtype is not DType.F32:
+            raise UsageError(f"--dtype {program.dtype.value}: the CPU backend computes in float32")
+        plan = plan_memory(program, config)
+        single_threaded_blas()
+        _check_products(program)
+        weights: dict[str, F32] = {}
+        done, total = 0, sum(w.elements for w in program.weights) or 1
+        for weight in program.weights:
+            weights[weight.name] = (
+                dummy(weight, config.seed) if checkpoint is None else pack(weight, checkpoint, DType.F32)
+            )
+            done += weight.elements
+            if progress is not None:
+                progress(done / total, "loading weights")
+        model = Model(
+            program=program,
+            weights=weights,
+            caches=empty_caches(program, plan.limits.num_blocks),
+            ropes=rope_tables(program, plan.limits.max_model_len),
+            workers=Workers(config.threads or available_cores()),
+        )
+        return CpuBackend(model, plan)
+
+    @property
+    def name(self) -> str:
+        """`cpu`."""
+        return "cpu"
+
+    @property
+    def limits(self) -> Limits:
+        """Capacities, fixed for the backend's life."""
+        return self._plan.limits
+
+    def ledger(self) -> list[LedgerLine]:
+        """Weights, KV blocks and rope tables."""
+        ropes = sum(cos.nbytes + sin.nbytes for cos, sin in self._model.ropes.values())
+        return [
+            LedgerLine("weights", sum(w.nbytes for w in self._model.weights.values())),
+            LedgerLine("kv cache", self._plan.kv_bytes),
+            LedgerLine("rope tables", ropes),
+        ]
+
+    def launch(self, batch: StepBatch) -> StepResult:
+        """Runs the step; the handle is its result (pipeline depth 1)."""
+        began = time.perf_counter()
+        self._slots.update(batch)
+        ends = np.cumsum(batch.query_lens, dtype=np.int64)
+        sampled = np.flatnonzero(batch.sample)
+        scored = [np.arange(ends[s] - batch.query_lens[s], ends[s]) for s in sorted(batch.prompt_logprobs)]
+        run = Run(self._model, self._slots.step(batch, np.concatenate([ends[sampled] - 1, *scored])))
+        execute(self._launches, run)
+        result = StepResult(batch.step, np.full(len(batch.slots), -1, dtype=np.int32))
+        logits = run.buffers["logits"]
+        self._score_prompts(batch, logits[len(sampled) :], result)
+        self._draw(batch, sampled, logits[: len(sampled)], result)
+        result.device_seconds = time.perf_counter() - began
+        self._steps += 1
+        self._busy += result.device_seconds
+        return result
+
+    def collect(self, handle: StepResult) -> StepResult:
+        """The result of a launched step."""
+        return handle
+
+    def embed(self, batch: StepBatch) -> NDArray[np.float32]:
+        """Refused: programs with a language-model head have no pooled vector. Raises UsageError."""
+        raise UsageError(f"{self._model.program.architecture} generates text; it gives no embeddings")
+
+    def stats(self) -> dict[str, float]:
+        """Steps run and the seconds they took."""
+        return {"rvllm:backend_steps_total": self._steps, "rvllm:backend_busy_seconds_total": self._busy}
+
+    def close(self) -> None:
+        """Ends the threads and lets go of weights and cache."""
+        self._model.workers.close()
+        self._model.weights.clear()
+        self._model.caches.clear()
+
+    def _draw(self, batch: StepBatch, sampled: NDArray[np.int64], logits: F32, result: StepResult) -> None:
+        for row, s in zip(logits, sampled.tolist(), strict=True):
+            slot = int(batch.slots[s])
+            history = self._slots.history(slot)
+            token = draw(row, history, batch.masks.get(s))
+            result.tokens[s] = token
+            if history.spec.logprobs is not None:
+                result.logprobs[s] = top_logprobs(row, token, history.spec.logprobs)
+            self._slots.drew(slot, token)
+
+    def _score_prompts(self, batch: StepBatch, logits: F32, result: StepResult) -> None:
+        """Log-probabilities of the prompt's own tokens; logits holds the asked sequences' rows in order."""
+        row = 0
+        for s in sorted(batch.prompt_logprobs):
+            count = int(batch.query_lens[s])
+            following = self._slots.next_tokens(int(batch.slots[s]), int(batch.starts[s]), count)
+            result.prompt_logprobs[s] = [
+                top_logprobs(logits[row + i], int(token), batch.prompt_logprobs[s])
+                for i, token in enumerate(following)
+            ]
+            row += count
+
+
+def rope_tables(program: Program, length: int) -> dict[Rope, tuple[F32, F32]]:
+    """cos and sin for every rope of the program, [length, dim / 2] each."""
+    ropes = {op.rope for op in program.ops if isinstance(op, RopeKV) and op.rope is not None}
+    return {rope: rope.table(length) for rope in ropes}
+
+
+def _check_products(program: Program) -> None:
+    """Raises RvllmError if this machine's BLAS gives a row other bits at another place of its tile."""
+    shapes = {w.shape for w in program.weights if len(w.shape) == 2}
+    for outer, inner in sorted(shapes):
+        if not same_at_every_position(inner, outer):
+            raise RvllmError(
+                f"this machine's BLAS sums rows of {inner} elements differently by their place in a tile, "
+                "so outputs would depend on the batch; use NumPy's own build (pip install numpy)"
+            )

@@ -1,0 +1,215 @@
+"""Runs a program's ops one after the other: the table of kernels and the state they share.
+
+A kernel is a function (op, run) that reads and writes the run's buffers; which one an op takes is
+settled once, when the program is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.backends.cpu import ops
+from rvllm.backends.cpu.attention import Scoring, paged_attention
+from rvllm.backends.cpu.product import product
+from rvllm.backends.cpu.step import BLOCK, Step
+from rvllm.backends.cpu.threads import Workers
+from rvllm.errors import MissingKernelError
+from rvllm.program import ops as program_ops
+from rvllm.program.memory import lifetimes
+from rvllm.program.ops import Buffer, Op, Program, Weight
+from rvllm.program.rope import Rope
+
+F32 = NDArray[np.float32]
+
+
+@dataclass
+class Model:
+    """A program with its weights, caches and rope tables in memory.
+
+    caches: name → (keys, values), each [blocks, BLOCK, kv heads, dim].
+    ropes: cos and sin [max_model_len, dim / 2] by rope.
+    """
+
+    program: Program
+    weights: dict[str, F32]
+    caches: dict[str, tuple[F32, F32]]
+    ropes: dict[Rope, tuple[F32, F32]]
+    workers: Workers
+
+
+@dataclass
+class Run:
+    """One pass over the ops."""
+
+    model: Model
+    step: Step
+    buffers: dict[str, F32] = field(default_factory=dict)
+
+    def __getitem__(self, buffer: Buffer) -> F32:
+        return self.buffers[buffer.name]
+
+    def __setitem__(self, buffer: Buffer, value: F32) -> None:
+        self.buffers[buffer.name] = value
+
+    def weight(self, weight: Weight | None) -> F32 | None:
+        """A weight's array, None for an absent one."""
+        return None if weight is None else self.model.weights[weight.name]
+
+
+Kernel = Callable[[Any, Run], None]
+
+
+def embed(op: program_ops.Embed, run: Run) -> None:
+    """See ops.embed."""
+    run[op.out] = ops.embed(run.step.tokens, run.model.weights[op.table.name], op.scale)
+
+
+def norm(op: program_ops.Norm, run: Run) -> None:
+    """See ops.rms_norm and ops.layer_norm; slices of a row are normalised as rows of their own."""
+    whole = run[op.x]
+    width = whole.shape[-1] - op.start if op.width is None else op.width
+    x = whole if width == whole.shape[-1] else whole[:, op.start : op.start + width]
+    weight, bias = run.weight(op.weight), run.weight(op.bias)
+    if op.group is not None:
+        x = x.reshape(len(x), -1, op.group)
+        weight = None if weight is None else weight.reshape(-1, op.group)
+        bias = None if bias is None else bias.reshape(-1, op.group)
+    if op.kind_ == "rms":
+        out = ops.rms_norm(x, weight, op.eps)
+    else:
+        out = ops.layer_norm(x, weight, bias, op.eps)
+    if op.out is op.x or op.out == op.x:
+        whole[:, op.start : op.start + width] = out.reshape(len(whole), width)
+    else:
+        run[op.out] = out.reshape(len(whole), width)
+
+
+def linear(op: program_ops.Linear, run: Run) -> None:
+    """ops.linear in pieces of fixed shape."""
+    out = product(run[op.x], run.model.weights[op.weight.name], run.model.workers)
+    bias = run.weight(op.bias)
+    if bias is not None:
+        out += bias
+    run[op.out] = out
+
+
+def rope_kv(op: program_ops.RopeKV, run: Run) -> None:
+    """Rotates queries and keys in place and writes keys and values to their places in the cache."""
+    qkv, step = run[op.qkv], run.step
+    heads = qkv.reshape(len(qkv), -1, op.head_dim)
+    rotated = op.heads + op.kv_heads
+    if op.rope is not None:
+        cos, sin = run.model.ropes[op.rope]
+        heads[:, :rotated] = ops.rotate(
+            heads[:, :rotated], cos[step.positions], sin[step.positions], op.rope.interleaved
+        )
+    keys, values = run.model.caches[op.cache.name]
+    keys.reshape(-1, *keys.shape[2:])[step.places] = heads[:, op.heads : rotated]
+    values.reshape(-1, *values.shape[2:])[step.places] = heads[:, rotated:]
+
+
+def attention(op: program_ops.Attention, run: Run) -> None:
+    """ops.attention over the paged cache, in splits of fixed shape."""
+    qkv = run[op.qkv]
+    q = qkv[:, : op.heads * op.head_dim].reshape(len(qkv), op.heads, op.head_dim)
+    keys, values = run.model.caches[op.cache.name]
+    scoring = Scoring(op.scale, op.window, op.soft_cap)
+    out = paged_attention(q, keys, values, run.step, scoring, run.model.workers)
+    run[op.out] = out.reshape(len(qkv), -1)
+
+
+def gated_activation(op: program_ops.GatedActivation, run: Run) -> None:
+    """See ops.gated_activation."""
+    run[op.out] = ops.gated_activation(run[op.x], op.activation)
+
+
+def activate(op: program_ops.Activate, run: Run) -> None:
+    """See ops.activate."""
+    run[op.out] = ops.activate(run[op.x], op.activation)
+
+
+def add(op: program_ops.Add, run: Run) -> None:
+    """See ops.add."""
+    run[op.x] = ops.add(run[op.x], run[op.y], op.scale)
+
+
+def gather_rows(op: program_ops.GatherRows, run: Run) -> None:
+    """The rows whose logits are wanted."""
+    run[op.out] = run[op.x][run.step.rows]
+
+
+def logits(op: program_ops.Logits, run: Run) -> None:
+    """ops.logits in pieces of fixed shape."""
+    out = product(run[op.x], run.model.weights[op.weight.name], run.model.workers)
+    run[op.out] = ops.finish_logits(out, run.weight(op.bias), op.scale, op.soft_cap)
+
+
+def sample(op: program_ops.Sample, run: Run) -> None:
+    """The draw itself is the backend's: it needs the slots' state. Hands it the logits."""
+    run.buffers["logits"] = run[op.logits]
+
+
+KERNELS: dict[type[Op], Kernel] = {
+    program_ops.Embed: embed,
+    program_ops.Norm: norm,
+    program_ops.Linear: linear,
+    program_ops.RopeKV: rope_kv,
+    program_ops.Attention: attention,
+    program_ops.GatedActivation: gated_activation,
+    program_ops.Activate: activate,
+    program_ops.Add: add,
+    program_ops.GatherRows: gather_rows,
+    program_ops.Logits: logits,
+    program_ops.Sample: sample,
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """An op with its kernel, and the buffers that nothing reads after it."""
+
+    op: Op
+    kernel: Kernel
+    dead: tuple[str, ...]
+
+
+def resolve(program: Program) -> list[Launch]:
+    """Every op's kernel. Raises MissingKernelError listing all op types that have none."""
+    missing = sorted({op.kind for op in program.ops if type(op) not in KERNELS})
+    if missing:
+        raise MissingKernelError(
+            f"{program.architecture}: the CPU backend has no kernel for {', '.join(missing)}; "
+            f"it has {', '.join(sorted(t.__name__.lower() for t in KERNELS))}"
+        )
+    dead: dict[int, list[str]] = {}
+    for life in lifetimes(program):
+        dead.setdefault(life.last, []).append(life.buffer.name)
+    return [
+        Launch(op, KERNELS[type(op)], tuple(n for n in dead.get(i, ()) if n != "logits"))
+        for i, op in enumerate(program.ops)
+    ]
+
+
+def execute(launches: list[Launch], run: Run) -> None:
+    """Runs all ops; a buffer's memory is given back after its last use."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
+        for launch in launches:
+            launch.kernel(launch.op, run)
+            for name in launch.dead:
+                run.buffers.pop(name, None)
+
+
+def empty_caches(program: Program, blocks: int) -> dict[str, tuple[F32, F32]]:
+    """Zeroed key and value arrays of every cache (zeros: memory is taken as it is first written)."""
+    return {
+        c.name: (
+            np.zeros((blocks, BLOCK, c.heads, c.key_dim), dtype=np.float32),
+            np.zeros((blocks, BLOCK, c.heads, c.value_dim), dtype=np.float32),
+        )
+        for c in program.caches
+    }

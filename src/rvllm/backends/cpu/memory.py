@@ -1,0 +1,130 @@
+"""What fits in the machine's memory: weights, KV blocks, the longest sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rvllm.backends.base import Limits
+from rvllm.backends.cpu.step import BLOCK
+from rvllm.config import EngineConfig
+from rvllm.errors import CapacityError, UsageError
+from rvllm.program.ops import Program
+
+GB = 1_000_000_000
+ELEMENT = 4  # float32
+DEFAULT_TOKENS = 512  # of one step
+MOST_KV = 4 * GB  # unless a flag asks for more
+RESERVE = 256 << 20  # for the interpreter and the activations of a step
+HUGE = 1 << 62
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of the weights and of the KV cache, and the limits that follow."""
+
+    weight_bytes: int
+    kv_bytes_per_token: int
+    limits: Limits
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all KV blocks."""
+        return self.limits.num_blocks * BLOCK * self.kv_bytes_per_token
+
+
+def free_bytes() -> int:
+    """Memory this process can still take: what the system has available, within its control group."""
+    system = HUGE
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                system = int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return min(system, _control_group_free())
+
+
+def _control_group_free() -> int:
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return max(0, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # absent, or "max"
+            continue
+    return HUGE
+
+
+def plan_memory(program: Program, config: EngineConfig, free: int | None = None) -> MemoryPlan:
+    """The memory plan of a program on this machine.
+
+    Raises CapacityError when the weights, or one sequence of --max-model-len tokens, do not fit, and
+    UsageError when --max-model-len exceeds what the model's positions are defined for.
+    """
+    free = free_bytes() if free is None else free
+    weights = sum(w.elements for w in program.weights) * ELEMENT
+    if weights + RESERVE > free:
+        raise CapacityError(
+            f"the weights take {weights / GB:.2f} GB in float32, and only {free / GB:.2f} GB of memory "
+            "are free; choose a smaller model (--model) or a GPU (--device cuda)"
+        )
+    wanted = config.max_model_len
+    if wanted is not None and wanted > program.max_position:
+        raise UsageError(
+            f"--max-model-len {wanted} is more than the model's {program.max_position} positions"
+        )
+    per_token = program.kv_elements_per_token * ELEMENT
+    blocks = _blocks(config, per_token, free - weights - RESERVE)
+    longest = blocks * BLOCK
+    if wanted is not None and wanted > longest:
+        raise CapacityError(
+            f"one sequence of --max-model-len {wanted} needs {_blocks_for(wanted)} KV blocks "
+            f"({wanted * per_token / GB:.2f} GB), there are {blocks}; lower --max-model-len to {longest} "
+            "or raise --kv-cache-memory-gb or --num-blocks"
+        )
+    limit = min(program.max_position, longest) if wanted is None else wanted
+    most = _blocks_for(limit) * config.max_num_seqs  # more could never be used at once
+    keep = (
+        blocks
+        if config.num_blocks is not None or config.kv_cache_memory_gb is not None
+        else min(blocks, most)
+    )
+    return MemoryPlan(
+        weight_bytes=weights,
+        kv_bytes_per_token=per_token,
+        limits=Limits(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens or DEFAULT_TOKENS,
+            max_model_len=limit,
+            block_size=BLOCK,
+            num_blocks=keep,
+            pipeline_depth=1,
+        ),
+    )
+
+
+def _blocks_for(tokens: int) -> int:
+    return -(-tokens // BLOCK)
+
+
+def _blocks(config: EngineConfig, per_token: int, free: int) -> int:
+    """KV blocks by --num-blocks, else --kv-cache-memory-gb, else a quarter of what is free."""
+    block_bytes = max(1, per_token * BLOCK)
+    if config.num_blocks is not None:
+        flag, blocks = f"--num-blocks {config.num_blocks}", config.num_blocks
+    elif config.kv_cache_memory_gb is not None:
+        flag = f"--kv-cache-memory-gb {config.kv_cache_memory_gb:g}"
+        blocks = int(config.kv_cache_memory_gb * GB) // block_bytes
+    else:
+        flag, blocks = "a quarter of the free memory", int(min(free / 4, MOST_KV)) // block_bytes
+    if blocks < 1:
+        raise CapacityError(f"{flag} holds no KV block of {block_bytes} bytes; raise --kv-cache-memory-gb")
+    if blocks * block_bytes > free:
+        raise CapacityError(
+            f"{flag}: the KV cache would take {blocks * block_bytes / GB:.2f} GB, "
+            f"and {max(free, 0) / GB:.2f} GB are left beside the weights; "
+            f"lower it to {max(free, 0) // block_bytes} blocks or less"
+        )
+    return blocks

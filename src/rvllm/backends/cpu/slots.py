@@ -1,0 +1,58 @@
+"""What each slot carries from step to step: block table, last token, history for the sampler."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.backends.base import LAST_SAMPLED, Limits, SlotStart, StepBatch
+from rvllm.backends.cpu.attention import SPLIT_BLOCKS
+from rvllm.backends.cpu.sampler import History
+from rvllm.backends.cpu.step import BLOCK, Step, flat_step
+
+
+class Slots:
+    """State of all slots 0 .. max_num_seqs - 1."""
+
+    def __init__(self, limits: Limits, vocab: int) -> None:
+        splits = -(-limits.max_model_len // (BLOCK * SPLIT_BLOCKS))
+        self.vocab = vocab
+        self.tables = np.zeros((limits.max_num_seqs, splits * SPLIT_BLOCKS), dtype=np.int32)
+        self.last = np.zeros(limits.max_num_seqs, dtype=np.int32)
+        self.histories: dict[int, History] = {}
+        self.given: dict[int, NDArray[np.int32]] = {}
+
+    def start(self, entry: SlotStart) -> None:
+        """Gives a slot to a sequence."""
+        self.tables[entry.slot] = 0
+        self.histories[entry.slot] = History.begin(entry.sampling, entry.tokens, entry.prompt_len, self.vocab)
+        self.given[entry.slot] = entry.tokens
+
+    def history(self, slot: int) -> History:
+        """The sampler's view of the slot's sequence."""
+        return self.histories[slot]
+
+    def drew(self, slot: int, token: int) -> None:
+        """Records the token a slot has drawn."""
+        self.last[slot] = token
+        self.histories[slot].append(token)
+
+    def update(self, batch: StepBatch) -> None:
+        """Applies the batch's starts and new blocks."""
+        for entry in batch.started:
+            self.start(entry)
+        if len(batch.new_blocks):
+            slot, index, block = batch.new_blocks.T
+            self.tables[slot, index] = block
+
+    def step(self, batch: StepBatch, rows: NDArray[np.int64]) -> Step:
+        """The batch's flat arrays, each LAST_SAMPLED replaced by its slot's last token."""
+        tokens = batch.tokens
+        if (tokens == LAST_SAMPLED).any():
+            own = np.repeat(self.last[batch.slots], batch.query_lens)
+            tokens = np.where(tokens == LAST_SAMPLED, own, tokens)
+        return flat_step(tokens, batch.query_lens, batch.starts, self.tables[batch.slots], rows)
+
+    def next_tokens(self, slot: int, start: int, count: int) -> NDArray[np.int32]:
+        """The tokens that follow positions start .. start + count - 1, as far as the SlotStart gave them."""
+        return self.given[slot][start + 1 : start + 1 + count]

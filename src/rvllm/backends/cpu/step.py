@@ -1,0 +1,57 @@
+"""One step as flat arrays: what every op of the program needs to know about the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+BLOCK = 16  # tokens of a KV block
+
+
+@dataclass(frozen=True)
+class Step:
+    """T tokens of S sequences, one sequence behind the other.
+
+    tokens, positions: [T]; places: [T], each token's place in the cache (block * 16 + offset).
+    first_rows, query_lens, starts: [S], each sequence's first row, its rows and its first position.
+    tables: [S, blocks], each sequence's block table, padded with block 0 to whole attention splits.
+    rows: [R] rows whose logits are wanted.
+    """
+
+    tokens: NDArray[np.int32]
+    positions: Ints
+    places: Ints
+    first_rows: Ints
+    query_lens: Ints
+    starts: Ints
+    tables: NDArray[np.int32]
+    rows: Ints
+
+
+def flat_step(
+    tokens: NDArray[np.int32],
+    query_lens: NDArray[np.int32],
+    starts: NDArray[np.int32],
+    tables: NDArray[np.int32],
+    rows: Ints,
+) -> Step:
+    """The flat arrays of a step; see Step for the shapes."""
+    lens, first_positions = query_lens.astype(np.int64), starts.astype(np.int64)
+    first_rows = np.concatenate([[0], np.cumsum(lens)[:-1]]) if len(lens) else lens
+    sequence = np.repeat(np.arange(len(lens)), lens)
+    positions = np.arange(len(tokens)) - first_rows[sequence] + first_positions[sequence]
+    blocks = tables[sequence, positions // BLOCK].astype(np.int64)
+    return Step(
+        tokens=tokens,
+        positions=positions,
+        places=blocks * BLOCK + positions % BLOCK,
+        first_rows=first_rows,
+        query_lens=lens,
+        starts=first_positions,
+        tables=tables,
+        rows=rows,
+    )

@@ -1,0 +1,77 @@
+"""Chooses the backend and the element type; loads a program onto the device asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rvllm.backends.base import Backend
+from rvllm.config import EngineConfig
+from rvllm.errors import UsageError
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Program
+from rvllm.weights.checkpoint import Checkpoint
+
+Progress = Callable[[float, str], None]
+
+
+def gpu_present() -> bool:
+    """Whether the NVIDIA driver shows a GPU; imports nothing of CUDA."""
+    return any(Path("/proc/driver/nvidia/gpus").glob("*")) or any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def cuda_packages_present() -> bool:
+    """Whether the packages of the extra `cuda` are installed; imports none of them."""
+    try:
+        return all(importlib.util.find_spec(name) is not None for name in ("cuda.core", "cuda.bindings"))
+    except ModuleNotFoundError:
+        return False
+
+
+def choose_device(config: EngineConfig) -> str:
+    """`cpu` or `cuda`. Raises UsageError when a GPU is asked for, or there, and cannot be used."""
+    if config.device == "cpu":
+        return "cpu"
+    if config.device == "auto" and not gpu_present():
+        return "cpu"
+    if not gpu_present():
+        raise UsageError("--device cuda: no NVIDIA GPU is visible on this machine; use --device cpu")
+    if not cuda_packages_present():
+        raise UsageError(
+            'this machine\'s GPU needs the extra cuda: pip install "rvllm[cuda]" (or run with --device cpu)'
+        )
+    return "cuda"
+
+
+def choose_dtype(config: EngineConfig, checkpoint: Checkpoint | None) -> DType:
+    """The element type of weights and activations.
+
+    auto: float32 on the CPU; on a GPU the 16-bit type the checkpoint's config names, else bfloat16.
+    """
+    if config.dtype != "auto":
+        return DType.parse(config.dtype)
+    if choose_device(config) == "cpu":
+        return DType.F32
+    values: Any = {} if checkpoint is None else checkpoint.config
+    named = str(values.get("dtype") or values.get("torch_dtype") or "")
+    return DType.F16 if named.removeprefix("torch.") in ("float16", "half") else DType.BF16
+
+
+def load_backend(
+    program: Program, checkpoint: Checkpoint | None, config: EngineConfig, progress: Progress | None = None
+) -> Backend:
+    """The program loaded on the device that `config.device` asks for; see `choose_device` for refusals.
+
+    checkpoint None fills random weights, as does --load-format dummy.
+    """
+    if config.load_format == "dummy":
+        checkpoint = None
+    if choose_device(config) == "cpu":
+        from rvllm.backends.cpu.backend import CpuBackend
+
+        return CpuBackend.load(program, checkpoint, config, progress)
+    module = importlib.import_module("rvllm.backends.cuda.backend")
+    backend: Backend = module.CudaBackend.load(program, checkpoint, config, progress)
+    return backend
