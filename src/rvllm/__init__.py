@@ -1,0 +1,48 @@
+"""rvLLM: an LLM inference server for one GPU that you understand completely.
+
+    from rvllm import LLM, SamplingParams
+
+Names are loaded on first use, so that `import rvllm` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from rvllm.version import __version__
+
+if TYPE_CHECKING:
+    from rvllm.engine.sampling_params import SamplingParams
+    from rvllm.errors import RvllmError
+    from rvllm.llm import LLM
+    from rvllm.text.outputs import CompletionOutput, Logprob, RequestOutput
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Logprob",
+    "RequestOutput",
+    "RvllmError",
+    "SamplingParams",
+    "__version__",
+]
+
+_HOMES = {
+    "LLM": "rvllm.llm",
+    "SamplingParams": "rvllm.engine.sampling_params",
+    "RvllmError": "rvllm.errors",
+    "CompletionOutput": "rvllm.text.outputs",
+    "Logprob": "rvllm.text.outputs",
+    "RequestOutput": "rvllm.text.outputs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rvllm' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,7 +8,7 @@ sliding window of `decode`.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from rvllm.text.tokenizer import Tokenizer, byte_piece
@@ -24,14 +24,21 @@ class Detokenizer(Protocol):
         """What was held back; called once, at the end."""
 
 
-def make_detokenizer(tokenizer: Tokenizer, skip_special_tokens: bool = True) -> Detokenizer:
-    """A fresh detokenizer of the kind the vocabulary needs."""
+def make_detokenizer(
+    tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt_token_ids: Sequence[int] = ()
+) -> Detokenizer:
+    """A fresh detokenizer of the kind the vocabulary needs.
+
+    prompt_token_ids: what the tokens continue; a text that SentencePiece continues keeps its leading space,
+    which `decode` drops at the very beginning of a text.
+    """
     hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
     if tokenizer.spelling.kind == "bytes":
         return ByteDetokenizer(tokenizer, hidden)
     if tokenizer.spelling.kind == "pieces":
-        return PieceDetokenizer(tokenizer, hidden)
-    return WindowDetokenizer(tokenizer, hidden)
+        begins = all(i in hidden for i in prompt_token_ids)
+        return PieceDetokenizer(tokenizer, hidden, tokenizer.spelling.strip_left and begins)
+    return WindowDetokenizer(tokenizer, hidden, prompt_token_ids[-WindowDetokenizer.CONTEXT :])
 
 
 class ByteDetokenizer:
@@ -55,11 +62,11 @@ class PieceDetokenizer:
     A run of byte tokens is held back until it ends, since one bad byte changes how all of it reads.
     """
 
-    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int], strip_left: bool) -> None:
         self._token = tokenizer.backend.id_to_token
         self._hidden = hidden
         self._run = bytearray()
-        self._at_start = tokenizer.spelling.strip_left
+        self._at_start = strip_left
 
     def feed(self, token_ids: Iterable[int]) -> str:
         text = []
@@ -97,11 +104,11 @@ class WindowDetokenizer:
     CONTEXT = 6  # tokens before the new ones that may change how these read
     PATIENCE = 8  # tokens after which a broken character at the end will not become whole any more
 
-    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int], before: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._hidden = hidden
-        self._window: list[int] = []
-        self._shown = 0  # tokens of the window whose text has been given out
+        self._window = [i for i in before if i not in hidden]
+        self._shown = len(self._window)  # tokens of the window whose text has been given out
 
     def feed(self, token_ids: Iterable[int]) -> str:
         self._window += [i for i in token_ids if i not in self._hidden]

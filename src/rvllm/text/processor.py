@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rvllm.engine.messages import Output, TokenLogprobs
@@ -32,13 +33,19 @@ class Delta:
 
 
 class Choice:
-    """One output of a request, fed with the engine's Outputs of `request_id`."""
+    """One output of a request, fed with the engine's Outputs for it.
+
+    tokenizer: None gives no text. prompt_token_ids: what the output continues. index: which of `n`.
+    """
 
     def __init__(
-        self, index: int, request_id: str, params: SamplingParams, tokenizer: Tokenizer | None
+        self,
+        tokenizer: Tokenizer | None,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int] = (),
+        index: int = 0,
     ) -> None:
         self.index = index
-        self.request_id = request_id
         self.text = ""
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] | None = [] if params.logprobs is not None else None
@@ -51,7 +58,7 @@ class Choice:
         self._params = params
         self._detokenizer: Detokenizer | None = None
         if tokenizer is not None and params.detokenize:
-            self._detokenizer = make_detokenizer(tokenizer, params.skip_special_tokens)
+            self._detokenizer = make_detokenizer(tokenizer, params.skip_special_tokens, prompt_token_ids)
         self._stops = StopFinder(params.stop, params.include_stop_str_in_output)
 
     @property

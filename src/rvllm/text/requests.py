@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from rvllm.engine.messages import Generate, ModelFacts, Sampling
 from rvllm.engine.sampling_params import SamplingParams
@@ -24,15 +27,44 @@ _DEFAULTS = {  # generation_config.json's name: SamplingParams'
 }
 
 
-class SeedSource:
-    """Seeds for requests that bring none; the same engine seed gives the same sequence of them."""
+class RequestMaker:
+    """Makes the engine's messages for one loaded model. Requests without a seed get one drawn from `seed`.
 
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
+    defaults: SamplingParams fields that the model's generation_config sets.
+    """
 
-    def next(self) -> int:
-        """A fresh 64-bit seed."""
-        return self._random.getrandbits(_SEED_BITS)
+    def __init__(self, facts: ModelFacts, seed: int = 0) -> None:
+        self.facts = facts
+        self.defaults = sampling_defaults(facts)
+        self._seeds = random.Random(seed)
+
+    def make(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        arrival: float | None = None,
+    ) -> list[Generate]:
+        """One Generate for each of `params.n` choices, named `request_id-index`, with seeds seed + index.
+
+        arrival: seconds, `time.time()`; None: now.
+        Raises UsageError naming the parameter: an empty or too long prompt, ids out of the vocabulary.
+        """
+        check_prompt(prompt_token_ids, self.facts)
+        sampling = to_sampling(params, len(prompt_token_ids), self.facts)
+        seed = self._seeds.getrandbits(_SEED_BITS) if params.seed is None else params.seed
+        return [
+            Generate(
+                request_id=f"{request_id}-{index}",
+                prompt_token_ids=prompt_token_ids,
+                sampling=msgspec.structs.replace(sampling, seed=(seed + index) % (1 << _SEED_BITS)),
+                priority=priority,
+                arrival=time.time() if arrival is None else arrival,
+            )
+            for index in range(params.n)
+        ]
 
 
 def sampling_defaults(facts: ModelFacts) -> dict[str, Any]:
@@ -84,35 +116,6 @@ def _whole(value: Any) -> int | None:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         return None
     return int(value.__index__())
-
-
-def fan_out(
-    request_id: str,
-    prompt_token_ids: list[int],
-    params: SamplingParams,
-    facts: ModelFacts,
-    seeds: SeedSource,
-    *,
-    priority: int = 0,
-    arrival: float = 0.0,
-) -> list[Generate]:
-    """One Generate for each of `params.n` choices, named `request_id-index`, with seeds seed + index.
-
-    Raises UsageError naming the parameter: an empty or too long prompt, ids out of the vocabulary.
-    """
-    check_prompt(prompt_token_ids, facts)
-    sampling = to_sampling(params, len(prompt_token_ids), facts)
-    seed = seeds.next() if params.seed is None else params.seed
-    return [
-        Generate(
-            request_id=f"{request_id}-{index}",
-            prompt_token_ids=prompt_token_ids,
-            sampling=_with_seed(sampling, (seed + index) % (1 << _SEED_BITS)),
-            priority=priority,
-            arrival=arrival,
-        )
-        for index in range(params.n)
-    ]
 
 
 def check_prompt(prompt_token_ids: list[int], facts: ModelFacts) -> None:
@@ -168,9 +171,3 @@ def _in_vocabulary(name: str, tokens: list[int], facts: ModelFacts) -> list[int]
         if whole is None or not 0 <= whole < facts.vocab_size:
             raise UsageError(f"{name}: token id {token!r} is not in the vocabulary of {facts.vocab_size}")
     return [int(token) for token in tokens]
-
-
-def _with_seed(sampling: Sampling, seed: int) -> Sampling:
-    import msgspec
-
-    return msgspec.structs.replace(sampling, seed=seed)

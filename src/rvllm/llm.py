@@ -1,0 +1,268 @@
+"""`rvllm.LLM`: the engine in this process, under vLLM's names, so that scripts written for it run."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rvllm.config import EngineConfig, SourceConfig, build
+from rvllm.engine.core import EngineCore
+from rvllm.engine.sampling_params import SamplingParams
+from rvllm.errors import UsageError
+from rvllm.text.outputs import RequestMetrics, RequestOutput
+from rvllm.text.pending import PendingRequest
+from rvllm.text.processor import Choice
+from rvllm.text.requests import Prompt, RequestMaker, prompt_tokens
+from rvllm.text.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+# vLLM's arguments that are no settings here, with the values that ask for what happens anyway.
+_ALREADY_SO: dict[str, tuple[Any, ...]] = {
+    "tokenizer_mode": ("auto", "hf"),
+    "trust_remote_code": (False, True),  # models bring no code of their own
+    "enforce_eager": (False, True),  # graphs change no result
+    "disable_log_stats": (True, False),
+    "tensor_parallel_size": (1,),
+    "pipeline_parallel_size": (1,),
+    "data_parallel_size": (1,),
+    "enable_chunked_prefill": (True, None),
+    "block_size": (16, None),
+    "kv_cache_dtype": ("auto",),
+    "quantization": (None,),
+    "runner": ("auto", "generate"),
+    "task": ("auto", "generate"),
+    "swap_space": (0, 4),
+    "cpu_offload_gb": (0,),
+}
+
+
+class LLM:
+    """A loaded model that generates text in this process.
+
+    model: a directory, a .gguf file, org/name[@revision][:file.gguf] or the alias smollm2-135m.
+    tokenizer: another model to take the tokenizer from. revision: as in org/name@revision.
+    settings: EngineConfig's fields (dtype, device, seed, max_model_len, max_num_seqs, ...), and those
+    arguments of vLLM that ask for what is done anyway (tensor_parallel_size=1, enforce_eager, ...).
+
+    Raises UsageError for a setting that is unknown or out of range, ModelError for a model that cannot be
+    loaded, CapacityError when it does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str = EngineConfig.model,
+        *,
+        tokenizer: str | None = None,
+        revision: str | None = None,
+        **settings: Any,
+    ) -> None:
+        from rvllm.weights.source import resolve
+
+        self.config = engine_config(model, revision, settings)
+        source = build(SourceConfig, {})
+        path = resolve(self.config.model, source)
+        self._tokenizer: Tokenizer | None = None
+        if not self.config.skip_tokenizer_init:
+            self._tokenizer = Tokenizer.load(path if tokenizer is None else resolve(tokenizer, source))
+        self.engine = EngineCore.from_config(self.config)
+        self._requests = RequestMaker(self.engine.facts, self.config.seed)
+        self._counter = 0
+
+    def close(self) -> None:
+        """Gives memory and device back; the object is unusable afterwards."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises UsageError after skip_tokenizer_init."""
+        if self._tokenizer is None:
+            raise UsageError("there is no tokenizer: the model was loaded with skip_tokenizer_init")
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses when given none: vLLM's defaults and the model's generation_config."""
+        return SamplingParams(**self._requests.defaults)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        *,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Completes prompts, all at once, and returns their outputs in order.
+
+        prompts: a text, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or a list of these.
+        sampling_params: one for all, one for each, or None for the model's defaults.
+        use_tqdm: shows a progress bar. priority: one for each prompt, lower ones run first.
+        Raises UsageError naming the prompt or parameter that is wrong; nothing has run then.
+        """
+        items = _prompt_list(prompts)
+        params = _params_list(sampling_params, len(items), self.get_default_sampling_params)
+        texts = [prompt_tokens(item, self._tokenizer) for item in items]
+        return self._run(texts, params, bool(use_tqdm), priority)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or a list of them, made into prompts by the model's chat template.
+
+        chat_template: a template's source, or the name of one of the model's.
+        Raises UsageError naming what is wrong with messages, template or parameters.
+        """
+        tokenizer = self.get_tokenizer()
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = [messages] if single else messages
+        params = _params_list(sampling_params, len(conversations), self.get_default_sampling_params)
+        texts: list[tuple[str | None, list[int]]] = []
+        for conversation in conversations:
+            text = tokenizer.apply_chat_template(
+                conversation,
+                tools=tools,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **(chat_template_kwargs or {}),
+            )
+            assert isinstance(text, str)
+            texts.append((text, tokenizer.encode(text, add_special_tokens=False)))
+        return self._run(texts, params, bool(use_tqdm), None)
+
+    def _run(
+        self,
+        prompts: list[tuple[str | None, list[int]]],
+        params: list[SamplingParams],
+        show: bool,
+        priority: Sequence[int] | None,
+    ) -> list[RequestOutput]:
+        """Runs requests to their end. Whatever interrupts it leaves no request behind in the engine."""
+        requests = self._requests_of(prompts, params, priority)
+        running = {name: request for request in requests for name in request.choices}
+        try:
+            for request in requests:
+                for message in request.messages:
+                    self.engine.add_request(message)
+            with progress_bar(len(requests), show) as advance:
+                while running:
+                    for output in self.engine.step():
+                        if output.request_id not in running:  # what comes after a stop string
+                            continue
+                        request = running[output.request_id]
+                        delta = request.feed(output)
+                        if delta.abort_needed:
+                            self.engine.abort([output.request_id])
+                        if delta.finish_reason is not None:
+                            del running[output.request_id]
+                        advance(len(delta.token_ids), request.finished)
+        finally:
+            self.engine.abort(list(running))
+            while running and self.engine.has_work():
+                for output in self.engine.step():
+                    if output.finish_reason is not None:
+                        running.pop(output.request_id, None)
+        return [request.to_output(self._tokenizer) for request in requests]
+
+    def _requests_of(
+        self,
+        prompts: list[tuple[str | None, list[int]]],
+        params: list[SamplingParams],
+        priority: Sequence[int] | None,
+    ) -> list[PendingRequest]:
+        if priority is not None and len(priority) != len(prompts):
+            raise UsageError(f"priority has {len(priority)} entries for {len(prompts)} prompts")
+        requests = []
+        for i, ((text, ids), param) in enumerate(zip(prompts, params, strict=True)):
+            name = str(self._counter)
+            self._counter += 1
+            try:
+                made = self._requests.make(name, ids, param, priority=priority[i] if priority else 0)
+            except UsageError as error:
+                raise UsageError(f"prompts[{i}]: {error}" if len(prompts) > 1 else str(error)) from None
+            choices = {m.request_id: Choice(self._tokenizer, param, ids, k) for k, m in enumerate(made)}
+            requests.append(
+                PendingRequest(name, text, ids, param, made, choices, RequestMetrics(time.time()))
+            )
+        return requests
+
+
+def engine_config(model: str, revision: str | None, settings: Mapping[str, Any]) -> EngineConfig:
+    """EngineConfig of LLM's arguments. Raises UsageError naming one that is unknown or unsupported."""
+    known = set(EngineConfig.__dataclass_fields__)
+    given: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name in known:
+            given[name] = value
+        elif name not in _ALREADY_SO:
+            raise UsageError(f"LLM: unknown argument {name!r}; known are {', '.join(sorted(known))}")
+        elif value not in _ALREADY_SO[name]:
+            supported = " or ".join(map(repr, _ALREADY_SO[name]))
+            raise UsageError(f"LLM: {name}={value!r} is not supported, only {supported}")
+    if revision is not None:
+        name, colon, file = model.partition(":")
+        model = f"{name}@{revision}{colon}{file}"
+    return build(EngineConfig, {**given, "model": model})
+
+
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, of one prompt or of many; a flat list of whole numbers is one prompt."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    items: list[Any] = list(prompts)
+    return [items] if items and isinstance(items[0], int) else items
+
+
+def _params_list(
+    params: SamplingParams | Sequence[SamplingParams] | None,
+    count: int,
+    default: Callable[[], SamplingParams],
+) -> list[SamplingParams]:
+    if params is None:
+        params = default()
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise UsageError(f"sampling_params has {len(params)} entries for {count} prompts")
+    return list(params)
+
+
+@contextmanager
+def progress_bar(total: int, show: bool) -> Iterator[Callable[[int, bool], None]]:
+    """A bar over requests with the rate of output tokens; yields `advance(new tokens, request done)`."""
+    if not show or not sys.stderr.isatty():
+        yield lambda tokens, done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[rate]}"), console=Console(stderr=True)) as bar:
+        task = bar.add_task("prompts", total=total, rate="")
+        started, tokens_out = time.perf_counter(), 0
+
+        def advance(tokens: int, done: bool) -> None:
+            nonlocal tokens_out
+            tokens_out += tokens
+            rate = tokens_out / max(time.perf_counter() - started, 1e-9)
+            bar.update(task, advance=int(done), rate=f"{rate:,.0f} tok/s")
+
+        yield advance
