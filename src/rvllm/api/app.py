@@ -1,0 +1,68 @@
+"""The routes."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from rvllm.api import misc
+from rvllm.api.chat import chat_completions
+from rvllm.api.completions import completions
+from rvllm.api.errors import ApiError
+from rvllm.api.exchange import Endpoint, Exchange, Gate
+from rvllm.api.generation import Service
+from rvllm.api.schemas import ChatRequest, CompletionRequest
+
+ServiceHandler = Callable[[Service, Exchange, bytes], Awaitable[None]]
+
+
+def build_app(service: Service, gate: Gate) -> Starlette:
+    """The ASGI application for a loaded model."""
+
+    def route(
+        method: str,
+        path: str,
+        handler: ServiceHandler,
+        fields: tuple[str, ...] = (),
+        *,
+        name: str | None = None,
+        open: bool = False,
+    ) -> Route:
+        bound = partial(handler, service)
+        return Route(path, Endpoint(gate, name or path, bound, fields, open=open), methods=[method])  # type: ignore[arg-type]
+
+    return Starlette(
+        routes=[
+            route("POST", "/v1/chat/completions", chat_completions, ChatRequest.__struct_fields__),
+            route("POST", "/v1/completions", completions, CompletionRequest.__struct_fields__),
+            route("GET", "/v1/models", misc.list_models),
+            route("GET", "/v1/models/{name:path}", misc.get_model, name="/v1/models/NAME"),
+            route("POST", "/tokenize", misc.tokenize, ("prompt", "messages", "tools")),
+            route("POST", "/detokenize", misc.detokenize, ("tokens",)),
+            route("GET", "/health", misc.health, open=True),
+            route("GET", "/metrics", misc.metrics, open=True),
+            route("GET", "/version", misc.version, open=True),
+        ],
+        exception_handlers={HTTPException: _http_error},
+    )
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """The router's own refusals (404, 405) as error objects."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path[:200]
+    texts = {404: f"there is nothing at {path}", 405: f"{path} does not take {request.method}"}
+    wrong = ApiError(error.status_code, texts.get(error.status_code, error.detail))
+    return Response(
+        msgspec.json.encode(wrong.body()),
+        error.status_code,
+        headers=error.headers,
+        media_type="application/json",
+    )

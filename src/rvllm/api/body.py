@@ -1,0 +1,44 @@
+"""From the bytes of a request body to a checked struct, with an error that names the field."""
+
+from __future__ import annotations
+
+import re
+from typing import TypeVar
+
+import msgspec
+
+from rvllm.api.errors import ApiError, invalid
+
+RequestT = TypeVar("RequestT", bound=msgspec.Struct)
+_PATH = re.compile(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`$", re.DOTALL)
+_MISSING = re.compile(r"missing required field `(?P<name>\w+)`")
+
+
+def parse(body: bytes, kind: type[RequestT]) -> RequestT:
+    """The body as a struct of `kind`.
+
+    Raises ApiError 400 for what is not JSON, too deeply nested, of a wrong type, out of a number's range or
+    not text (lone surrogates, broken UTF-8); its `param` is the path of the field.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _wrong_field(str(error)) from None
+    except msgspec.DecodeError as error:
+        raise invalid(f"the body is not valid JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        raise invalid(f"the body is not valid UTF-8: {error.reason}") from None
+    except RecursionError:
+        raise invalid("the body is nested too deeply") from None
+
+
+def _wrong_field(message: str) -> ApiError:
+    found = _PATH.match(message)
+    what, path = (found["what"], found["path"]) if found else (message, "")
+    missing = _MISSING.search(what)
+    if missing:
+        path = f"{path}.{missing['name']}" if path else missing["name"]
+        return invalid(f"{path} is required", path)
+    if not path:
+        return invalid(f"the body must be a JSON object: {what}")
+    return invalid(f"{path}: {what[:1].lower()}{what[1:]}", path)

@@ -1,0 +1,85 @@
+"""Errors of the HTTP surface, in the shape of OpenAI's error objects."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import msgspec
+
+from rvllm.errors import CapacityError, RvllmError, UsageError
+
+_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+
+
+class ErrorDetail(msgspec.Struct):
+    """What clients read: a sentence, a kind, the parameter that is wrong and a code for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | int | None
+
+
+class ErrorBody(msgspec.Struct):
+    """The JSON body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """A request that is answered with an error.
+
+    status: the HTTP status; param: the request's field that is wrong; code: a word for programs, by default
+    the status; headers: extra response headers.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    def body(self) -> ErrorBody:
+        """The error object."""
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return ErrorBody(ErrorDetail(str(self), kind, self.param, self.code or self.status))
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """A 400 that names the parameter."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def busy(message: str) -> ApiError:
+    """A 503 that asks the client to come back."""
+    return ApiError(503, message, code="overloaded", headers=((b"retry-after", b"1"),))
+
+
+def from_rvllm(error: RvllmError, fields: Collection[str] = ()) -> ApiError:
+    """A mistake found below the HTTP layer, as an answer.
+
+    A UsageError is the client's; when its first word is one of the request's `fields`, that is the parameter.
+    """
+    message = str(error)
+    if isinstance(error, UsageError):
+        word = message.partition(" ")[0].rstrip(":")
+        return invalid(message, word if word in fields else None)
+    if isinstance(error, CapacityError):
+        return invalid(message)
+    return ApiError(500, message)

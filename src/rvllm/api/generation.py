@@ -1,0 +1,271 @@
+"""From prompts and parameters to streams of text: what chat and plain completions share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+from rvllm.api.answers import PromptDetails, Usage
+from rvllm.api.errors import ApiError, busy, invalid
+from rvllm.config import ServerConfig
+from rvllm.engine.messages import Generate, Output, Ready, Stats
+from rvllm.engine.sampling_params import SamplingParams
+from rvllm.telemetry.metrics import Metrics, RequestTimes
+from rvllm.text.processor import Choice, Delta
+from rvllm.text.requests import RequestMaker
+from rvllm.text.tokenizer import Tokenizer
+
+_IN_THREAD_CHARS = 20_000  # longer texts are tokenised beside the event loop
+
+
+class Engine(Protocol):
+    """What the HTTP layer needs of the engine's client."""
+
+    def generate(self, request: Generate) -> AsyncIterator[Output]:
+        """Outputs of one request, as an async generator; closing it aborts the request."""
+
+    async def stats(self) -> Stats:
+        """The engine's figures."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine process runs."""
+
+    async def wait_dead(self) -> str:
+        """Returns, with the reason, when the engine process has ended."""
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one engine step added to one choice of a request."""
+
+    index: int
+    delta: Delta
+
+
+@dataclass
+class Job:
+    """A request on its way through the engine: its choices, in order of prompt, then of n.
+
+    prompts: token ids of each prompt; params.n choices belong to each.
+    """
+
+    request_id: str
+    prompts: list[list[int]]
+    params: SamplingParams
+    generates: list[Generate]
+    choices: list[Choice]
+    arrival: float
+    completion_tokens: int = 0
+    cached_tokens: dict[int, int] = field(default_factory=dict)  # by prompt
+
+    def prompt_of(self, index: int) -> list[int]:
+        """The prompt that a choice answers."""
+        return self.prompts[index // self.params.n]
+
+    def usage(self) -> Usage:
+        """Tokens so far; a prompt counts once however many choices it has."""
+        prompt = sum(len(tokens) for tokens in self.prompts)
+        return Usage(
+            prompt,
+            self.completion_tokens,
+            prompt + self.completion_tokens,
+            PromptDetails(sum(self.cached_tokens.values())),
+        )
+
+
+class Service:
+    """The loaded model as the HTTP handlers see it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        ready: Ready,
+        tokenizer: Tokenizer | None,
+        config: ServerConfig,
+        metrics: Metrics,
+        *,
+        served_name: str,
+        requests: RequestMaker,
+        chat_template: str | None = None,
+    ) -> None:
+        self.engine, self.ready, self.config, self.metrics = engine, ready, config, metrics
+        self.served_name = served_name
+        self.chat_template = chat_template
+        self.started = int(time.time())
+        self._tokenizer = tokenizer
+        self._requests = requests
+        self._in_flight = 0
+        # Sampling defaults of the model, under SamplingParams' names.
+        self.defaults: Mapping[str, Any] = requests.defaults
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises a 400 when the server runs without one."""
+        if self._tokenizer is None:
+            raise invalid(
+                "this server runs without a tokenizer (--skip-tokenizer-init): send token ids", "prompt"
+            )
+        return self._tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether texts can be taken and given."""
+        return self._tokenizer is not None
+
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text, without holding up the event loop when it is long."""
+        if len(text) < _IN_THREAD_CHARS:
+            return self.tokenizer.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+
+    def job(
+        self,
+        request_id: str,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        *,
+        priority: int | None,
+        param: str,
+    ) -> Job:
+        """Checks a request against the limits and makes the engine's messages.
+
+        param: the request's field that holds the prompt, for errors.
+        Raises ApiError: 400 for too many choices or an unfit prompt, 503 when the queue is full.
+        """
+        count = len(prompts) * params.n
+        if count > self.config.max_choices:
+            raise invalid(f"n times the number of prompts is {count}; this server answers at most "
+                          f"{self.config.max_choices} (--max-choices)", "n")  # fmt: skip
+        if self._in_flight + count > self.ready.max_num_seqs + self.config.max_queue:
+            raise busy(f"{self._in_flight} requests are running or waiting, no more are taken (--max-queue)")
+        if priority is not None and not -(1 << 31) <= priority < 1 << 31:
+            raise invalid("priority must fit in 32 bits", "priority")
+        generates: list[Generate] = []
+        choices: list[Choice] = []
+        for number, prompt in enumerate(prompts):
+            self._check_length(prompt, param)
+            made = self._requests.make(f"{request_id}-{number}", prompt, params, priority=priority or 0)
+            generates += made
+            choices += [Choice(self._tokenizer, params, prompt, i) for i in range(len(made))]
+        return Job(request_id, list(prompts), params, generates, choices, time.perf_counter())
+
+    def _check_length(self, prompt: list[int], param: str) -> None:
+        limit = self.ready.facts.max_model_len
+        if len(prompt) >= limit:
+            raise invalid(
+                f"{param}: the prompt has {len(prompt)} tokens, but the context holds {limit} "
+                "and at least one is for the answer",
+                param,
+                "context_length_exceeded",
+            )
+
+    async def run(self, job: Job) -> AsyncGenerator[Piece, None]:
+        """The pieces of all choices as they come. Closing it aborts what still runs.
+
+        Raises ApiError when the engine ends a choice with an error, EngineDeadError when it dies.
+        """
+        self._in_flight += len(job.choices)
+        try:
+            if len(job.choices) == 1:
+                async with aclosing(self._choice(job, 0)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+            else:
+                async with aclosing(
+                    _merged([self._choice(job, i) for i in range(len(job.choices))])
+                ) as pieces:
+                    async for piece in pieces:
+                        yield piece
+        finally:
+            self._in_flight -= len(job.choices)
+
+    async def _choice(self, job: Job, index: int) -> AsyncGenerator[Piece, None]:
+        choice, request = job.choices[index], job.generates[index]
+        clock = _Clock(self.metrics, job, request)
+        async with aclosing(cast(AsyncGenerator[Output, None], self.engine.generate(request))) as outputs:
+            async for output in outputs:
+                delta = choice.feed(output)
+                if delta.finish_reason == "error":
+                    raise ApiError(500, delta.error or "the engine could not answer")
+                clock.tokens(len(delta.token_ids), output.queue_seconds)
+                job.completion_tokens += len(delta.token_ids)
+                if index % job.params.n == 0:
+                    job.cached_tokens[index // job.params.n] = output.cached_tokens
+                if delta.finish_reason is not None:
+                    clock.finished(delta.finish_reason)
+                yield Piece(index, delta)
+                if delta.finish_reason is not None:
+                    return
+
+
+class _Clock:
+    """Times one choice for the histograms."""
+
+    def __init__(self, metrics: Metrics, job: Job, request: Generate) -> None:
+        self._metrics, self._job, self._request = metrics, job, request
+        self._first = self._last = self._queue = 0.0
+        self._count = 0
+
+    def tokens(self, count: int, queue_seconds: float) -> None:
+        """So many tokens have just come."""
+        if not count:
+            return
+        now = time.perf_counter() - self._job.arrival
+        if self._count == 0:
+            self._first, self._queue = now, queue_seconds
+            self._metrics.first_token(now)
+        else:
+            self._metrics.between_tokens(now - self._last)
+        self._last = now
+        self._count += count
+
+    def finished(self, reason: str) -> None:
+        """The choice has ended."""
+        sampling = self._request.sampling
+        self._metrics.finished(
+            RequestTimes(
+                reason,
+                len(self._request.prompt_token_ids),
+                self._count,
+                sampling.max_tokens,
+                self._job.params.n,
+                self._queue,
+                self._first,
+                self._last,
+            )
+        )
+
+
+async def _merged(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
+    """Pieces of several streams in the order they come; the first failure ends all of them."""
+    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+
+    async def pump(stream: AsyncGenerator[Piece, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for piece in stream:
+                    queue.put_nowait(piece)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.ensure_future(pump(stream)) for stream in streams]
+    running = len(tasks)
+    try:
+        while running:
+            item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, Piece):
+                yield item
+            else:
+                raise item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,81 @@
+"""The small endpoints: models, tokenize, detokenize, health, metrics, version."""
+
+from __future__ import annotations
+
+from rvllm.api.answers import ModelCard, ModelList, Text, Tokens
+from rvllm.api.body import parse
+from rvllm.api.chat import render
+from rvllm.api.errors import ApiError, invalid
+from rvllm.api.exchange import Exchange, check_model
+from rvllm.api.generation import Service
+from rvllm.api.schemas import DetokenizeRequest, TokenizeRequest
+from rvllm.errors import RvllmError
+from rvllm.telemetry.metrics import CONTENT_TYPE
+from rvllm.version import __version__
+
+
+def _card(service: Service) -> ModelCard:
+    ready = service.ready
+    return ModelCard(
+        id=service.served_name,
+        created=service.started,
+        root=service.served_name,
+        max_model_len=ready.max_model_len,
+    )
+
+
+async def list_models(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/v1/models`: the one model served."""
+    await exchange.json(ModelList([_card(service)]))
+
+
+async def get_model(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/v1/models/{name}`."""
+    check_model(exchange.scope["path_params"]["name"], service.served_name)
+    await exchange.json(_card(service))
+
+
+async def tokenize(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/tokenize`: the token ids of a text or a conversation."""
+    request = parse(body, TokenizeRequest)
+    check_model(request.model, service.served_name)
+    if (request.prompt is None) == (request.messages is None):
+        raise invalid("give either prompt or messages", "prompt")
+    if request.prompt is not None:
+        tokens = await service.encode(request.prompt, request.add_special_tokens is not False)
+    else:
+        tokens = await service.encode(render(service, request), bool(request.add_special_tokens))
+    names = [service.tokenizer.token_text(i) for i in tokens] if request.return_token_strs else None
+    await exchange.json(Tokens(len(tokens), service.ready.max_model_len, tokens, names))
+
+
+async def detokenize(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/detokenize`: the text of token ids."""
+    request = parse(body, DetokenizeRequest)
+    check_model(request.model, service.served_name)
+    size = service.ready.facts.vocab_size
+    for token in request.tokens:
+        if not 0 <= token < size:
+            raise invalid(f"tokens: {token} is outside the vocabulary of {size}", "tokens")
+    await exchange.json(Text(service.tokenizer.decode(request.tokens)))
+
+
+async def health(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/health`: 200 while requests are answered, 503 when the engine has died."""
+    if not service.engine.alive:
+        raise ApiError(503, "the engine has died", code="engine_dead")
+    await exchange.respond(b"", b"text/plain")
+
+
+async def metrics(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/metrics`: Prometheus' text format; without the engine's figures when it is gone."""
+    try:
+        stats = await service.engine.stats() if service.engine.alive else None
+    except RvllmError:
+        stats = None
+    await exchange.respond(service.metrics.page(stats), CONTENT_TYPE.encode())
+
+
+async def version(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/version`."""
+    await exchange.json({"version": __version__})

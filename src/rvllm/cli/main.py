@@ -1,0 +1,90 @@
+"""The command `rvllm`: finds the subcommand, loads its module alone, and turns errors into one line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from rvllm.errors import RvllmError
+from rvllm.version import __version__
+
+COMMANDS = {
+    "serve": "serve a model over HTTP (the default when only flags are given)",
+    "chat": "talk to a model in the terminal",
+    "benchmark": "time the engine: tokens per second, time to first token, latency between tokens",
+    "pull": "fetch a model into the cache",
+    "plan": "print the program a model runs: ops, shapes, bytes, FLOPs",
+    "info": "print version, devices, settings and the memory plan",
+}
+INTERRUPTED = 128 + signal.SIGINT
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are a single line that names the way out."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints `message` and exits with 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the process's exit code.
+
+    A failure meant for the user prints one line on stderr and gives its own code, Ctrl-C gives 130, and a
+    reader that closed our output (`| head`) ends the command quietly.
+    """
+    words = _with_command(list(sys.argv[1:] if argv is None else argv))
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except RvllmError as error:
+        print(f"rvllm: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # What is still buffered would fail again when the interpreter flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except SystemExit as ending:  # argparse, after --help or a wrong flag
+        return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+
+
+def _with_command(words: list[str]) -> list[str]:
+    """Puts `serve` in front of a command line that starts with one of its flags."""
+    if words and words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
+        return ["serve", *words]
+    return words
+
+
+def _run(words: list[str]) -> int:
+    parser = OneLineParser(
+        prog="rvllm", description="An LLM inference server for one GPU that you understand completely."
+    )
+    parser.add_argument("--version", action="version", version=f"rvllm {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    chosen = words[0] if words else ""
+    module = importlib.import_module(f"rvllm.cli.{chosen}") if chosen in COMMANDS else None
+    for name, text in COMMANDS.items():
+        if module is None:
+            subparsers.add_parser(name, help=text)
+        elif name == chosen:
+            module.add_parser(subparsers)
+    if module is None and not (words and words[0].startswith("-")):
+        if words:
+            parser.error(f"unknown command {words[0]!r}; there are {', '.join(COMMANDS)}")
+        parser.print_help()
+        return 0
+    args = parser.parse_args(words)
+    if module is None:  # only reached by flags that argparse accepts without a command
+        parser.print_help()
+        return 0
+    code = module.main(args)
+    assert isinstance(code, int)
+    return code

@@ -1,0 +1,245 @@
+"""`rvllm serve`: loads a model and answers over HTTP until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rvllm.config import EngineConfig, ServerConfig, SourceConfig, add_flags, build
+from rvllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from rvllm.api.listen import StopSignals
+    from rvllm.engine.client import EngineClient
+    from rvllm.text.tokenizer import Tokenizer
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declares `serve`."""
+    parser = subparsers.add_parser("serve", help="serve a model over HTTP", allow_abbrev=False)
+    add_flags(parser, EngineConfig, "engine")
+    add_flags(parser, ServerConfig, "server")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Serves until a signal, the engine's death or a failed start; returns the exit code."""
+    began = time.perf_counter()
+    engine_config = build(EngineConfig, vars(args))
+    server_config = build(ServerConfig, vars(args))
+    template = _template(server_config.chat_template)
+
+    from rvllm.api.listen import bind
+    from rvllm.telemetry.logs import set_up
+    from rvllm.weights.progress import ProgressBar
+    from rvllm.weights.source import resolve
+
+    set_up(server_config.log_level)
+    sock = bind(server_config)
+    with sock:
+        with ProgressBar() as progress:
+            path = resolve(engine_config.model, build(SourceConfig, {}), progress)
+        start = _Start(began, time.perf_counter() - began)
+        engine_config, name = dataclasses.replace(engine_config, model=str(path)), engine_config.model
+        config = dataclasses.replace(server_config, served_model_name=server_config.served_model_name or name)
+
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_serve(engine_config, config, template, sock, start))
+
+
+def _template(file: str | None) -> str | None:
+    """The text of `--chat-template`."""
+    if file is None:
+        return None
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UsageError(f"--chat-template: cannot read {file}: {reason}") from None
+
+
+@dataclasses.dataclass
+class _Start:
+    """How long the parts of the start took, in seconds."""
+
+    began: float  # time.perf_counter() at the start
+    resolve: float
+    tokenizer: float = 0.0
+    http: float = 0.0
+
+    def total(self) -> float:
+        return time.perf_counter() - self.began
+
+
+async def _serve(
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    template: str | None,
+    sock: socket.socket,
+    start: _Start,
+) -> int:
+    """Loads and serves; a signal while loading ends the start."""
+    from rvllm.api.listen import StopSignals
+
+    stop = StopSignals()
+    stop.install()
+    stopped = asyncio.ensure_future(stop.first.wait())
+    loading = asyncio.ensure_future(_load(engine_config, start))
+    await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not loading.done():
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
+        return stop.exit_code
+    engine, tokenizer = loading.result()
+    try:
+        return await _answer(engine, tokenizer, config, engine_config, template, sock, stop, start)
+    finally:
+        await engine.close()
+
+
+async def _load(config: EngineConfig, start: _Start) -> tuple[EngineClient, Tokenizer | None]:
+    """Starts the engine process; while it loads, this one loads the tokenizer and the HTTP side."""
+    from rvllm.engine.client import EngineClient
+
+    with _Bar() as bar:
+        starting = asyncio.ensure_future(EngineClient.start(config, bar.show))
+        await asyncio.sleep(0)  # the engine process is on its way before this one does anything more
+        try:
+            tokenizing = asyncio.to_thread(_tokenizer, config, start)
+            _, tokenizer = await asyncio.gather(asyncio.to_thread(_import_http, start), tokenizing)
+            return await starting, tokenizer
+        except BaseException:
+            starting.cancel()
+            (engine,) = await asyncio.gather(starting, return_exceptions=True)
+            if isinstance(engine, EngineClient):
+                await engine.close()
+            raise
+
+
+def _import_http(start: _Start) -> None:
+    moment = time.perf_counter()
+    import rvllm.api.app
+    import rvllm.api.server  # noqa: F401
+
+    start.http = time.perf_counter() - moment
+
+
+def _tokenizer(config: EngineConfig, start: _Start) -> Tokenizer | None:
+    """The model's tokenizer; None with --skip-tokenizer-init."""
+    if config.skip_tokenizer_init:
+        return None
+    from rvllm.text.tokenizer import Tokenizer
+
+    moment = time.perf_counter()
+    tokenizer = Tokenizer.load(Path(config.model))
+    start.tokenizer = time.perf_counter() - moment
+    return tokenizer
+
+
+async def _answer(
+    engine: EngineClient,
+    tokenizer: Tokenizer | None,
+    config: ServerConfig,
+    engine_config: EngineConfig,
+    template: str | None,
+    sock: socket.socket,
+    stop: StopSignals,
+    start: _Start,
+) -> int:
+    """Serves a loaded model."""
+    from rvllm.api.app import build_app
+    from rvllm.api.exchange import Gate
+    from rvllm.api.generation import Service
+    from rvllm.api.listen import url_of
+    from rvllm.api.server import serve
+    from rvllm.telemetry.metrics import Metrics
+    from rvllm.text.requests import RequestMaker
+
+    ready = engine.ready
+    name = config.served_model_name or engine_config.model
+    metrics = Metrics(
+        name,
+        {
+            "block_size": str(ready.block_size),
+            "num_gpu_blocks": str(ready.num_blocks),
+            "enable_prefix_caching": str(engine_config.enable_prefix_caching),
+            "gpu_memory_utilization": str(engine_config.gpu_memory_utilization),
+        },
+    )
+    service = Service(
+        engine,
+        ready,
+        tokenizer,
+        config,
+        metrics,
+        served_name=name,
+        requests=RequestMaker(ready.facts, engine_config.seed),
+        chat_template=template,
+    )
+    gate = Gate(config, metrics)
+
+    def announce() -> None:
+        print("\n".join(_summary(engine, name, start, url_of(sock))), flush=True)
+
+    return await serve(build_app(service, gate), gate, sock, engine, stop, announce)
+
+
+def _summary(engine: EngineClient, name: str, start: _Start, url: str) -> list[str]:
+    """What an operator wants to know of a server that has just started."""
+    from rvllm.version import __version__
+
+    ready, facts = engine.ready, engine.ready.facts
+    memory = " · ".join(f"{line} {_size(nbytes)}" for line, nbytes in ready.ledger)
+    tokens = ready.num_blocks * ready.block_size
+    return [
+        f"rvLLM {__version__} · {name} · {facts.architecture} · {ready.backend}, {facts.dtype}",
+        f"  memory  {memory}",
+        f"  blocks  {ready.num_blocks:,} of {ready.block_size} tokens: {tokens:,} tokens for up to "
+        f"{ready.max_num_seqs} sequences of at most {ready.max_model_len:,}",
+        f"  start   {start.total():.2f} s: model found {start.resolve:.2f}, loaded {ready.load_seconds:.2f}; "
+        f"beside it tokenizer {start.tokenizer:.2f}, HTTP {start.http:.2f}",
+        f"  listening on {url}",
+    ]
+
+
+def _size(nbytes: int) -> str:
+    """Bytes as people read them."""
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+class _Bar:
+    """A progress line on a terminal while the model loads; silent elsewhere."""
+
+    WIDTH = 30
+
+    def __init__(self) -> None:
+        self._shown = False
+        self._terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def show(self, fraction: float, text: str) -> None:
+        """Draws the bar at `fraction` (0 to 1)."""
+        if self._terminal:
+            done = round(self.WIDTH * min(max(fraction, 0.0), 1.0))
+            bar = "━" * done + "·" * (self.WIDTH - done)
+            print(f"\r\x1b[K{bar} {fraction:4.0%} {text}", end="", file=sys.stderr, flush=True)
+            self._shown = True
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

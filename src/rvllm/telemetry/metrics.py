@@ -1,0 +1,201 @@
+"""Prometheus metrics: vLLM's names where the meaning is the same, `rvllm:` ones for what only we have.
+
+Counters and histograms of requests are fed by the HTTP layer; what the engine knows (queues, blocks, tokens)
+comes as a snapshot when the page is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# Upper bounds of vLLM's histograms, in seconds and in tokens, so that its dashboards show ours.
+_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
+                80, 160, 640, 2560)  # fmt: skip
+_BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
+                   80)  # fmt: skip
+_REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920,
+            7680)  # fmt: skip
+_TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+
+
+class EngineSnapshot(Protocol):
+    """The engine's figures that the page shows; `engine.messages.Stats` has them."""
+
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_used: int
+    blocks_cached: int
+    steps: int
+    prompt_tokens: int
+    generation_tokens: int
+    cached_prompt_tokens: int
+    prefix_queries: int
+    preemptions: int
+    loop_seconds: float
+    idle_seconds: float
+    host_seconds: float
+    backend: dict[str, float]
+
+
+@dataclass(slots=True)
+class RequestTimes:
+    """One finished choice, for the histograms; times in seconds since the request arrived.
+
+    first, last: when its first and last token came (0: none came); queue: how long it waited for its first
+    step.
+    """
+
+    finish_reason: str
+    prompt_tokens: int
+    generation_tokens: int
+    max_tokens: int
+    n: int
+    queue: float
+    first: float
+    last: float
+
+
+class Metrics:
+    """All metrics of a server, in a registry of its own."""
+
+    def __init__(self, model_name: str, cache_config: Mapping[str, str]) -> None:
+        self.registry = CollectorRegistry()
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._cache_config = {**cache_config, "engine": "0"}
+        names = tuple(self._labels)
+
+        def histogram(name: str, help: str, bounds: tuple[float, ...]) -> Histogram:
+            made = Histogram(f"vllm:{name}", help, names, buckets=bounds, registry=self.registry)
+            return made.labels(**self._labels)
+
+        self._first_token = histogram("time_to_first_token_seconds", "Time to first token.", _FIRST_TOKEN)
+        self._between = histogram("inter_token_latency_seconds", "Time between tokens.", _BETWEEN_TOKENS)
+        self._per_token = histogram(
+            "request_time_per_output_token_seconds",
+            "A request's mean time per output token after the first.",
+            _BETWEEN_TOKENS,
+        )
+        self._whole = histogram("e2e_request_latency_seconds", "Time from arrival to last token.", _REQUEST)
+        self._queue = histogram("request_queue_time_seconds", "Time from arrival to first step.", _REQUEST)
+        self._prefill = histogram(
+            "request_prefill_time_seconds", "Time from first step to first token.", _REQUEST
+        )
+        self._decode = histogram("request_decode_time_seconds", "Time from first to last token.", _REQUEST)
+        self._inference = histogram(
+            "request_inference_time_seconds", "Time from first step to last token.", _REQUEST
+        )
+        self._prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
+        self._generated = histogram("request_generation_tokens", "Tokens generated for a request.", _TOKENS)
+        self._max_tokens = histogram("request_params_max_tokens", "max_tokens of requests.", _TOKENS)
+        self._n = histogram("request_params_n", "n of requests.", (1, 2, 5, 10, 20))
+        self._success = Counter(
+            "vllm:request_success",
+            "Choices that ended, by finish reason.",
+            (*names, "finished_reason"),
+            registry=self.registry,
+        )
+        self._responses = Counter(
+            "rvllm:http_responses",
+            "HTTP answers by path and status.",
+            ("path", "status"),
+            registry=self.registry,
+        )
+
+    def first_token(self, seconds: float) -> None:
+        """A choice's first token came so long after its request."""
+        self._first_token.observe(seconds)
+
+    def between_tokens(self, seconds: float) -> None:
+        """A choice's next token came so long after the one before."""
+        self._between.observe(seconds)
+
+    def response(self, path: str, status: int) -> None:
+        """A request was answered; `path` is a route of ours, never the client's text."""
+        self._responses.labels(path, str(status)).inc()
+
+    def finished(self, done: RequestTimes) -> None:
+        """A choice ended."""
+        self._success.labels(**self._labels, finished_reason=done.finish_reason).inc()
+        self._prompt.observe(done.prompt_tokens)
+        self._generated.observe(done.generation_tokens)
+        self._max_tokens.observe(done.max_tokens)
+        self._n.observe(done.n)
+        if not done.first:
+            return
+        self._whole.observe(done.last)
+        self._queue.observe(done.queue)
+        self._prefill.observe(max(0.0, done.first - done.queue))
+        self._decode.observe(done.last - done.first)
+        self._inference.observe(max(0.0, done.last - done.queue))
+        if done.generation_tokens > 1:
+            self._per_token.observe((done.last - done.first) / (done.generation_tokens - 1))
+
+    def page(self, engine: EngineSnapshot | None) -> bytes:
+        """The exposition text; `engine` is None when the engine process is gone."""
+        page = generate_latest(self.registry)
+        if engine is None:
+            return page
+        once = CollectorRegistry()
+        once.register(_Snapshot(engine, self._labels, self._cache_config))
+        return page + generate_latest(once)
+
+
+class _Snapshot(Collector):
+    """The engine's figures as metric families."""
+
+    def __init__(
+        self, engine: EngineSnapshot, labels: Mapping[str, str], cache_config: Mapping[str, str]
+    ) -> None:
+        self._engine, self._labels, self._cache_config = engine, labels, cache_config
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields one family a figure."""
+        engine = self._engine
+        total = max(1, engine.blocks_total)
+        yield self._gauge("vllm:num_requests_running", "Requests in the running batch.", engine.running)
+        yield self._gauge("vllm:num_requests_waiting", "Requests waiting to run.", engine.waiting)
+        share = engine.blocks_used / total
+        yield self._gauge("vllm:kv_cache_usage_perc", "KV blocks in use, 1 is all.", share)
+        yield self._counter("vllm:num_preemptions", "Preemptions.", engine.preemptions)
+        yield self._counter("vllm:prompt_tokens", "Prompt tokens processed.", engine.prompt_tokens)
+        yield self._counter("vllm:generation_tokens", "Tokens generated.", engine.generation_tokens)
+        yield self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", engine.prefix_queries)
+        yield self._counter(
+            "vllm:prefix_cache_hits", "Prompt tokens found cached.", engine.cached_prompt_tokens
+        )
+        config = GaugeMetricFamily(
+            "vllm:cache_config_info", "KV cache settings.", labels=list(self._cache_config)
+        )
+        config.add_metric(list(self._cache_config.values()), 1)
+        yield config
+        yield self._gauge("rvllm:kv_blocks_total", "KV blocks there are.", engine.blocks_total)
+        yield self._gauge("rvllm:kv_blocks_used", "KV blocks held by sequences.", engine.blocks_used)
+        yield self._gauge(
+            "rvllm:kv_blocks_cached", "Free KV blocks with a reusable prefix.", engine.blocks_cached
+        )
+        yield self._counter("rvllm:engine_steps", "Steps computed.", engine.steps)
+        yield self._counter("rvllm:engine_loop_seconds", "Seconds since ready.", engine.loop_seconds)
+        yield self._counter("rvllm:engine_idle_seconds", "Seconds without work.", engine.idle_seconds)
+        yield self._counter(
+            "rvllm:engine_host_seconds", "Seconds scheduling and booking.", engine.host_seconds
+        )
+        for name, value in sorted(engine.backend.items()):
+            yield self._gauge(f"rvllm:backend_{name}", "Of the backend.", value)
+
+    def _gauge(self, name: str, help: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, help, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), value)
+        return family
+
+    def _counter(self, name: str, help: str, value: float) -> Metric:
+        family = CounterMetricFamily(name, help, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), value)
+        return family
