@@ -1,0 +1,119 @@
+// RMS and layer normalisation of rows, with the residual add fused in front when wanted, and of heads.
+// All sums are float32 in an order that depends on the width alone.
+#include "common.cuh"
+
+// ADD: x += y * scale (rounded to T, stored), then out = norm(x); otherwise out = norm(x), which may be in place.
+// LAYER: (x - mean) / sqrt(var + eps) * weight + bias; otherwise x / sqrt(mean(x^2) + eps) * weight.
+// x, y, out [rows, width], width % 8 == 0 and width <= 8 * VECTORS * blockDim; weight, bias float32 [width] or null.
+// Grid: (rows). Block: VECTORS 16-byte vectors a thread; see plan_norm. Bound by latency at decode sizes (one
+// block a row), by memory at prefill.
+template <typename T, bool LAYER, bool ADD, int VECTORS>
+__global__ void __launch_bounds__(1024)
+norm(T* out, T* x, const T* __restrict__ y, const float* __restrict__ weight, const float* __restrict__ bias,
+     int width, float eps, float scale) {
+  griddep_launch();
+  __shared__ float scratch[32];
+  const int vectors = width / 8;
+  float w[VECTORS][8], b[VECTORS][8], v[VECTORS][8];
+#pragma unroll
+  for (int k = 0; k < VECTORS; k++) {  // the weights do not depend on the predecessor
+    const int i = threadIdx.x + k * blockDim.x;
+#pragma unroll
+    for (int j = 0; j < 8; j += 4) {
+      const bool in = i < vectors;
+      const float4 one = make_float4(1.f, 1.f, 1.f, 1.f), zero = make_float4(0.f, 0.f, 0.f, 0.f);
+      *reinterpret_cast<float4*>(&w[k][j]) = in && weight ? *reinterpret_cast<const float4*>(weight + i * 8 + j) : one;
+      if (LAYER) *reinterpret_cast<float4*>(&b[k][j]) = in && bias ? *reinterpret_cast<const float4*>(bias + i * 8 + j) : zero;
+    }
+  }
+  griddep_wait();
+  uint4* const row = reinterpret_cast<uint4*>(x + (size_t)blockIdx.x * width);
+  const uint4* const other = reinterpret_cast<const uint4*>(y + (size_t)blockIdx.x * width);
+  uint4* const target = reinterpret_cast<uint4*>(out + (size_t)blockIdx.x * width);
+  float sum = 0.f;
+#pragma unroll
+  for (int k = 0; k < VECTORS; k++) {
+    const int i = threadIdx.x + k * blockDim.x;
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[k][j] = 0.f;
+    if (i < vectors) {
+      unpack8<T>(row[i], v[k]);
+      if (ADD) {
+        float a[8];
+        unpack8<T>(other[i], a);
+#pragma unroll
+        for (int j = 0; j < 8; j++) v[k][j] = fmaf(a[j], scale, v[k][j]);
+        const uint4 rounded = pack8<T>(v[k]);
+        row[i] = rounded;
+        unpack8<T>(rounded, v[k]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum += LAYER ? v[k][j] : v[k][j] * v[k][j];
+  }
+  sum = block_sum(sum, scratch);
+  float mean = 0.f;
+  if (LAYER) {
+    mean = sum / width;
+    sum = 0.f;
+#pragma unroll
+    for (int k = 0; k < VECTORS; k++)
+      if (threadIdx.x + k * blockDim.x < vectors) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum += (v[k][j] - mean) * (v[k][j] - mean);
+      }
+    sum = block_sum(sum, scratch);
+  }
+  const float factor = 1.f / sqrtf(sum / width + eps);
+#pragma unroll
+  for (int k = 0; k < VECTORS; k++) {
+    const int i = threadIdx.x + k * blockDim.x;
+    if (i >= vectors) continue;
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[k][j] = (v[k][j] - mean) * factor * w[k][j] + (LAYER ? b[k][j] : 0.f);
+    target[i] = pack8<T>(v[k]);
+  }
+}
+
+// Normalises slices of `group` columns of x in place: columns start .. start + slices * group of rows of `pitch`
+// elements (query and key heads inside a fused QKV). One warp a slice; group even and <= 256.
+// weight float32 [group], or [slices * group] with weight_step = group; null is ones.
+// Grid: (ceil(slices / warps), rows). Bound by latency at decode sizes, by memory at prefill.
+template <typename T, bool LAYER>
+__global__ void norm_groups(T* x, const float* __restrict__ weight, const float* __restrict__ bias, int pitch,
+                            int start, int slices, int group, int weight_step, float eps) {
+  griddep_launch();
+  griddep_wait();
+  const int slice = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (slice >= slices) return;
+  u32* const words = reinterpret_cast<u32*>(x + (size_t)blockIdx.y * pitch + start + slice * group);
+  float2 v[4];
+  float sum = 0.f;
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+    const int i = lane + 32 * k;
+    v[k] = i < group / 2 ? unpack2<T>(words[i]) : make_float2(0.f, 0.f);
+    sum += LAYER ? v[k].x + v[k].y : v[k].x * v[k].x + v[k].y * v[k].y;
+  }
+  sum = warp_sum(sum);
+  float mean = 0.f;
+  if (LAYER) {
+    mean = sum / group;
+    sum = 0.f;
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+      if (lane + 32 * k < group / 2)
+        sum += (v[k].x - mean) * (v[k].x - mean) + (v[k].y - mean) * (v[k].y - mean);
+    sum = warp_sum(sum);
+  }
+  const float factor = 1.f / sqrtf(sum / group + eps);
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+    const int i = lane + 32 * k;
+    if (i >= group / 2) continue;
+    const int c = slice * weight_step + 2 * i;
+    const float2 w = weight ? make_float2(weight[c], weight[c + 1]) : make_float2(1.f, 1.f);
+    const float2 b = LAYER && bias ? make_float2(bias[c], bias[c + 1]) : make_float2(0.f, 0.f);
+    words[i] = pack2<T>((v[k].x - mean) * factor * w.x + b.x, (v[k].y - mean) * factor * w.y + b.y);
+  }
+}
