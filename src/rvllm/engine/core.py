@@ -19,7 +19,7 @@ from rvllm.errors import UsageError
 if TYPE_CHECKING:
     from rvllm.config import EngineConfig
 
-Progress = Callable[[float, str], None]  # (fraction from 0 to 1, what is being done)
+Progress = Callable[[float, str], None]  # (part of it done, 0 to 1; what is being done)
 
 
 class EngineCore:

@@ -26,16 +26,17 @@ def load(config: EngineConfig, progress: Progress | None = None) -> tuple[Backen
     from rvllm.weights.source import resolve
 
     report = progress or (lambda fraction, text: None)
-    report(0.0, f"finding {config.model}")
-    path = resolve(config.model, build(SourceConfig, {}))
+    path = resolve(
+        config.model,
+        build(SourceConfig, {}),
+        lambda text, done, total: report(done / total if total else 0.0, text),
+    )
     checkpoint = open_checkpoint(path)
     model = ModelConfig(checkpoint.config, checkpoint.config_origin)
     program = build_program(model, choose_dtype(config, checkpoint))
     if config.load_format != "dummy":
         check_weights(program, checkpoint)
-    report(0.1, f"loading {program.architecture}")
-    backend = load_backend(program, checkpoint, config)
-    report(1.0, f"{program.architecture} on {backend.name}")
+    backend = load_backend(program, checkpoint, config, report)
     return backend, model_facts(program, checkpoint, model, config, backend.limits.max_model_len)
 
 

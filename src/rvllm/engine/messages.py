@@ -125,7 +125,7 @@ class ModelFacts(msgspec.Struct, kw_only=True):
 
 
 class Loading(msgspec.Struct, tag="loading", array_like=True):
-    """Progress of the start: a fraction from 0 to 1 and what is being done."""
+    """Progress of the start: what is being done, and which part of it (0 to 1) is."""
 
     fraction: float
     text: str

@@ -104,13 +104,27 @@ def main(make_core: MakeCore = _load) -> int:
 
 def _serve(make_core: MakeCore, config: EngineConfig, link: ZmqLink) -> None:
     began = time.perf_counter()
-    core = make_core(config, lambda fraction, text: link.send(Loading(fraction, text)))
+    core = make_core(config, _reporter(link))
     from rvllm.engine.loop import EngineLoop
 
     core.ready.load_seconds = time.perf_counter() - began
     link.send(core.ready)
     EngineLoop(core, link).run()
     core.close()
+
+
+def _reporter(link: ZmqLink) -> Progress:
+    """Tells the parent of progress, ten times a second at most."""
+    last_time, last_text = 0.0, ""
+
+    def report(fraction: float, text: str) -> None:
+        nonlocal last_time, last_text
+        now = time.monotonic()
+        if text != last_text or now - last_time > 0.1:
+            last_time, last_text = now, text
+            link.send(Loading(fraction, text))
+
+    return report
 
 
 def _take_over_stdin() -> socket.socket:

@@ -15,7 +15,7 @@ from collections.abc import Sequence as Seq
 from operator import attrgetter
 
 from rvllm.backends.base import Limits
-from rvllm.engine.blocks import BlockManager
+from rvllm.engine.blocks import BlockManager, Digest
 from rvllm.engine.sequence import Sequence
 from rvllm.engine.step import Step, StepPlan
 
@@ -43,6 +43,7 @@ class Scheduler:
         # With more slots than budget, prompts could be kept from running by decodes forever.
         self._max_running = min(limits.max_num_seqs, limits.max_num_batched_tokens)
         self._free_slots = list(range(self._max_running - 1, -1, -1))
+        self._computing: dict[Digest, Sequence] = {}  # who will publish a block with this digest
 
     def add(self, seq: Sequence) -> None:
         """Puts a sequence that fits (see `EngineCore.add_request`) into the waiting queue."""
@@ -98,15 +99,22 @@ class Scheduler:
             self._preempt(self.running[-1])
 
     def _admit(self, plan: StepPlan) -> None:
-        """Lets waiting sequences in, strictly in order, while slots, blocks and budget last."""
-        while self.waiting and self._free_slots and plan.budget:
-            seq = self.waiting[0]
+        """Lets waiting sequences in, in order, while slots, blocks and budget last.
+
+        Only one whose prefix is just being computed for another is passed over until it can share that.
+        """
+        index = 0
+        while index < len(self.waiting) and self._free_slots and plan.budget:
+            seq = self.waiting[index]
             if seq.in_flight or (seq.prompt_logprobs_left and not plan.prompt_logprob_rows):
                 return
             shared = self._blocks_if_fits(seq)
             if shared is None:
                 return
-            self.waiting.pop(0)
+            if self._soon_shared(seq, len(shared)):
+                index += 1
+                continue
+            del self.waiting[index]
             self._place(seq, shared)
             plan.start(seq)
             plan.add_prefill(seq)
@@ -126,6 +134,15 @@ class Scheduler:
                 self.prefix_queries += seq.prompt_len
                 self.prefix_hits += seq.cached_tokens
         insort(self.running, seq, key=_rank)
+        for digest in seq.digests[len(shared) :]:
+            self._computing.setdefault(digest, seq)
+
+    def _soon_shared(self, seq: Sequence, index: int) -> bool:
+        """Whether a running sequence has yet to publish what this one needs as its block `index`."""
+        if not self._may_share(seq) or index >= len(seq.digests):
+            return False
+        owner = self._computing.get(seq.digests[index])
+        return owner is not None and owner.published <= index
 
     def _may_share(self, seq: Sequence) -> bool:
         return self.blocks.caching and not seq.prompt_logprobs_left
@@ -150,6 +167,9 @@ class Scheduler:
 
     def _take_place(self, seq: Sequence) -> None:
         """Slot and blocks are free at once: whoever takes them is launched after the steps in flight."""
+        for digest in seq.digests:
+            if self._computing.get(digest) is seq:
+                del self._computing[digest]
         self._free_slots.append(seq.slot)
         self.blocks.release(seq.lose_place())
 
