@@ -1,0 +1,150 @@
+"""Results of measurements: medians of runs, as a table, as JSON, and beside an earlier run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from rvllm.bench.stats import median, percentile, rate
+from rvllm.errors import UsageError
+
+
+@dataclass
+class Run:
+    """What was seen in one run of `n` simultaneous requests. Times in seconds since all were submitted.
+
+    firsts: when each request got its first token; gaps: times between consecutive tokens of a request.
+    """
+
+    prompt_tokens: int
+    output_tokens: int
+    seconds: float
+    firsts: list[float]
+    gaps: list[float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Medians over the runs of one batch size.
+
+    tokens_per_s: output tokens over the whole time. prefill_tokens_per_s: prompt tokens until every request
+    had its first token. decode_tokens_per_s: output tokens after that, over the rest of the time.
+    """
+
+    n: int
+    prompt_tokens: int
+    output_tokens: int
+    seconds: float
+    tokens_per_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    ttft_ms: float
+    ttft_p99_ms: float
+    itl_ms: float
+    itl_p99_ms: float
+
+
+def summarise(n: int, runs: Sequence[Run]) -> Result:
+    """The medians of several runs of `n` requests each."""
+    prefills = [max(run.firsts) for run in runs]
+    return Result(
+        n=n,
+        prompt_tokens=runs[0].prompt_tokens,
+        output_tokens=runs[0].output_tokens,
+        seconds=median([run.seconds for run in runs]),
+        tokens_per_s=median([rate(run.output_tokens, run.seconds) for run in runs]),
+        prefill_tokens_per_s=median(
+            [rate(run.prompt_tokens, prefill) for run, prefill in zip(runs, prefills, strict=True)]
+        ),
+        decode_tokens_per_s=median(
+            [
+                rate(run.output_tokens - n, run.seconds - prefill)
+                for run, prefill in zip(runs, prefills, strict=True)
+            ]
+        ),
+        ttft_ms=1e3 * median([median(run.firsts) for run in runs]),
+        ttft_p99_ms=1e3 * median([percentile(run.firsts, 99) for run in runs]),
+        itl_ms=1e3 * median([median(run.gaps) for run in runs]),
+        itl_p99_ms=1e3 * median([percentile(run.gaps, 99) for run in runs]),
+    )
+
+
+_COLUMNS = {
+    "n": "N",
+    "prompt_tokens": "prompt",
+    "output_tokens": "output",
+    "seconds": "s",
+    "tokens_per_s": "tok/s",
+    "prefill_tokens_per_s": "prefill tok/s",
+    "decode_tokens_per_s": "decode tok/s",
+    "ttft_ms": "TTFT ms",
+    "ttft_p99_ms": "p99",
+    "itl_ms": "ITL ms",
+    "itl_p99_ms": "p99",
+}
+
+
+def table(results: Sequence[Result], before: Sequence[Result] = ()) -> str:
+    """An aligned table; with results of an earlier run, how many times faster or slower the new ones are."""
+    head = [*_COLUMNS.values()]
+    if before:
+        head += ["tok/s before", "ratio"]
+    rows = [head]
+    for result in results:
+        row = [_shown(getattr(result, name)) for name in _COLUMNS]
+        if before:
+            row += _beside(result, before)
+        rows.append(row)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+    )
+
+
+def _beside(result: Result, before: Sequence[Result]) -> list[str]:
+    same = (result.n, result.prompt_tokens, result.output_tokens)
+    for old in before:
+        if (old.n, old.prompt_tokens, old.output_tokens) == same:
+            ratio = rate(result.tokens_per_s, old.tokens_per_s)
+            return [_shown(old.tokens_per_s), f"{ratio:.2f}x"]
+    return ["-", "-"]
+
+
+def _shown(value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    if math.isnan(value):  # a single token has no gaps
+        return "-"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def write_json(path: Path, about: dict[str, Any], results: Sequence[Result]) -> None:
+    """Writes results with what was measured. Raises UsageError when the file cannot be written."""
+    text = json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1)
+    try:
+        path.write_text(text.replace("NaN", "null") + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--json: cannot write {path}: {error.strerror}") from None
+
+
+def read_json(path: Path) -> list[Result]:
+    """The results of a file that `write_json` wrote. Raises UsageError when it is none."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["results"]
+        known = {field.name for field in fields(Result)}
+        return [msgspec.convert({name: _number(row[name]) for name in known}, Result) for row in rows]
+    except OSError as error:
+        raise UsageError(f"--compare: cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, msgspec.ValidationError):
+        raise UsageError(f"--compare: {path} holds no results of rvllm benchmark --json") from None
+
+
+def _number(value: Any) -> Any:
+    """JSON has no nan; `write_json` wrote null."""
+    return math.nan if value is None else value

@@ -1,0 +1,167 @@
+"""`rvllm benchmark`: times the engine in this process, without HTTP or detokenising in between."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rvllm.config import EngineConfig, add_flags, build
+from rvllm.errors import CapacityError, RvllmError, UsageError
+
+if TYPE_CHECKING:
+    from rvllm.bench.report import Result, Run
+    from rvllm.engine.core import EngineCore
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declares `benchmark`."""
+    parser = subparsers.add_parser("benchmark", help="time the engine", allow_abbrev=False)
+    group = parser.add_argument_group("workload")
+    group.add_argument(
+        "--n", default="1,4,16", metavar="LIST", help="requests at once, one measurement each [1,4,16]"
+    )
+    group.add_argument(
+        "--input-len", metavar="INT", help="prompts of so many random tokens instead of the fixed texts"
+    )
+    group.add_argument(
+        "--output-len", default="128", metavar="INT", help="tokens each request generates [128]"
+    )
+    group.add_argument("--runs", default="3", metavar="INT", help="runs to take the median of [3]")
+    group.add_argument("--json", metavar="FILE", help="write the results to FILE")
+    group.add_argument("--compare", metavar="FILE", help="show an earlier --json FILE beside the results")
+    add_flags(parser, EngineConfig, "engine")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measures every batch size and prints the table."""
+    from rvllm.bench.report import read_json, summarise, table, write_json
+    from rvllm.engine.core import EngineCore
+
+    sizes = [_whole("--n", size) for size in args.n.split(",")]
+    length = None if args.input_len is None else _whole("--input-len", args.input_len)
+    output_len, runs = _whole("--output-len", args.output_len), _whole("--runs", args.runs)
+    before = read_json(Path(args.compare)) if args.compare else []
+    config = build(EngineConfig, vars(args))
+    if args.enable_prefix_caching is None:  # runs repeat their prompts, which would then cost nothing
+        config = dataclasses.replace(config, enable_prefix_caching=False)
+
+    began = time.perf_counter()
+    core = EngineCore.from_config(config)
+    try:
+        about = _about(core, config, length, output_len, runs, time.perf_counter() - began)
+        print(_heading(core, config, about))
+        results: list[Result] = []
+        for n in sizes:
+            prompts = _prompts(core, config, n, length)
+            _check_room(core, prompts, output_len)
+            _measure(core, prompts, min(output_len, 8))
+            results.append(summarise(n, [_measure(core, prompts, output_len) for _ in range(runs)]))
+            if sys.stderr.isatty():
+                print(f"N={n}: {results[-1].tokens_per_s:.1f} tok/s", file=sys.stderr)
+    finally:
+        core.close()
+    print(table(results, before))
+    if args.json:
+        write_json(Path(args.json), about, results)
+    return 0
+
+
+def _whole(flag: str, text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise UsageError(f"{flag}: expected whole numbers of at least 1, got {text!r}")
+    return int(text)
+
+
+def _about(
+    core: EngineCore,
+    config: EngineConfig,
+    length: int | None,
+    output_len: int,
+    runs: int,
+    load_seconds: float,
+) -> dict[str, Any]:
+    """What was measured, for the JSON file."""
+    from rvllm.version import __version__
+
+    return {
+        "version": __version__,
+        "model": config.model,
+        "architecture": core.facts.architecture,
+        "backend": core.ready.backend,
+        "dtype": core.facts.dtype,
+        "load_seconds": load_seconds,
+        "input_len": length,
+        "output_len": output_len,
+        "runs": runs,
+        "engine": dataclasses.asdict(config),
+    }
+
+
+def _heading(core: EngineCore, config: EngineConfig, about: dict[str, Any]) -> str:
+    length = about["input_len"]
+    prompts = "fixed prompts" if length is None else f"{length} random tokens"
+    cache = "on" if config.enable_prefix_caching else "off"
+    return (
+        f"rvLLM {about['version']} · {config.model} · {core.facts.architecture} · {core.ready.backend}, "
+        f"{core.facts.dtype} · loaded in {about['load_seconds']:.2f} s\n"
+        f"{prompts} in, {about['output_len']} tokens out, median of {about['runs']} after a warm-up; "
+        f"prefix cache {cache}"
+    )
+
+
+def _prompts(core: EngineCore, config: EngineConfig, n: int, length: int | None) -> list[list[int]]:
+    """Token ids of `n` prompts: the fixed texts, or random ones of a length."""
+    from rvllm.bench.prompts import fixed, random_tokens
+
+    if length is None and not config.skip_tokenizer_init and config.load_format != "dummy":
+        from rvllm.text.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.load(Path(core.facts.model_path))
+        return [tokenizer.encode(text) for text in fixed(n)]
+    return random_tokens(n, length or 32, core.facts.vocab_size, config.seed)
+
+
+def _check_room(core: EngineCore, prompts: Sequence[Sequence[int]], output_len: int) -> None:
+    """Raises CapacityError when the requests could not all run at once, which would measure queueing."""
+    ready = core.ready
+    longest = max(len(prompt) for prompt in prompts) + output_len
+    if longest > ready.max_model_len:
+        raise CapacityError(f"{longest} tokens a request exceed the context of {ready.max_model_len} "
+                            "(--input-len, --output-len, --max-model-len)")  # fmt: skip
+    if len(prompts) > ready.max_num_seqs:
+        raise CapacityError(f"--n {len(prompts)} exceeds --max-num-seqs {ready.max_num_seqs}")
+    blocks = sum(-(-(len(prompt) + output_len) // ready.block_size) for prompt in prompts)
+    if blocks > ready.num_blocks:
+        raise CapacityError(f"--n {len(prompts)} needs {blocks} KV blocks, there are {ready.num_blocks} "
+                            "(--num-blocks, --kv-cache-memory-gb)")  # fmt: skip
+
+
+def _measure(core: EngineCore, prompts: Sequence[list[int]], output_len: int) -> Run:
+    """One run: all requests at once, each drawing exactly `output_len` tokens greedily."""
+    from rvllm.bench.report import Run
+    from rvllm.engine.messages import Generate, Sampling
+
+    sampling = Sampling(max_tokens=output_len)  # no stop tokens: the end of sequence is drawn like any other
+    last: dict[str, float] = {}
+    run = Run(sum(len(prompt) for prompt in prompts), 0, 0.0, [], [])
+    began = time.perf_counter()
+    for number, prompt in enumerate(prompts):
+        core.add_request(Generate(str(number), prompt, sampling, arrival=time.time()))
+    while core.has_work():
+        outputs = core.step()
+        now = time.perf_counter() - began
+        for output in outputs:
+            if output.finish_reason == "error":
+                raise RvllmError(f"the engine refused a prompt: {output.error}")
+            seen = last.get(output.request_id)
+            if output.token_ids:
+                run.firsts.append(now) if seen is None else run.gaps.append(now - seen)
+                last[output.request_id] = now
+                run.output_tokens += len(output.token_ids)
+    run.seconds = time.perf_counter() - began
+    return run
