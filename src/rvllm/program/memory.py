@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from rvllm.program.ops import Buffer, Program
+from rvllm.program.ops import Buffer
 
 ALIGNMENT = 256  # bytes; what vector loads and the copy engine want
+
+
+class Stage(Protocol):
+    """Anything that reads and writes buffers: an op, or several fused into one."""
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        """Buffers read."""
+
+    @property
+    def writes(self) -> tuple[Buffer, ...]:
+        """Buffers written."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +49,21 @@ class Workspace:
     nbytes: int
 
 
-def lifetimes(program: Program) -> list[Lifetime]:
-    """The lifetime of every buffer that some op touches, in order of first use."""
+def lifetimes(stages: Iterable[Stage]) -> list[Lifetime]:
+    """The lifetime of every buffer that some stage touches, in order of first use."""
     first: dict[str, int] = {}
     last: dict[str, int] = {}
-    by_name = {b.name: b for b in program.buffers}
-    for index, op in enumerate(program.ops):
-        for buffer in (*op.reads, *op.writes):
+    by_name: dict[str, Buffer] = {}
+    for index, stage in enumerate(stages):
+        for buffer in (*stage.reads, *stage.writes):
+            by_name[buffer.name] = buffer
             first.setdefault(buffer.name, index)
             last[buffer.name] = index
     return [Lifetime(by_name[name], first[name], last[name]) for name in first]
 
 
-def plan_workspace(program: Program, tokens: int, samples: int) -> Workspace:
-    """Places every buffer for steps of up to `tokens` tokens and `samples` sampled rows.
+def plan_workspace(stages: Sequence[Stage], tokens: int, samples: int) -> Workspace:
+    """Places every buffer the stages touch, for steps of up to `tokens` tokens and `samples` sampled rows.
 
     First fit by decreasing size: simple, deterministic, and within a few per cent of the peak of live
     bytes for the programs here.
@@ -59,7 +74,7 @@ def plan_workspace(program: Program, tokens: int, samples: int) -> Workspace:
         rows = tokens if buffer.rows == "tokens" else samples
         return -(-rows * buffer.width * buffer.dtype.size // ALIGNMENT) * ALIGNMENT
 
-    for life in sorted(lifetimes(program), key=lambda life: (-nbytes(life.buffer), life.first)):
+    for life in sorted(lifetimes(stages), key=lambda life: (-nbytes(life.buffer), life.first)):
         size, offset = nbytes(life.buffer), 0
         neighbours = sorted(
             (p for other, p in placed if other.first <= life.last and life.first <= other.last),

@@ -187,7 +187,7 @@ def resolve(program: Program) -> list[Launch]:
             f"it has {', '.join(sorted(t.__name__.lower() for t in KERNELS))}"
         )
     dead: dict[int, list[str]] = {}
-    for life in lifetimes(program):
+    for life in lifetimes(program.ops):
         dead.setdefault(life.last, []).append(life.buffer.name)
     return [
         Launch(op, KERNELS[type(op)], tuple(n for n in dead.get(i, ()) if n != "logits"))
