@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rvllm.models.config import ModelConfig
 from rvllm.models.rope import max_positions
@@ -58,8 +59,13 @@ class Dims:
     eps: float
 
     @staticmethod
-    def read(config: ModelConfig, eps: str = "rms_norm_eps") -> Dims:
-        """Reads them under Llama's names; `eps` names the norm's epsilon. Raises ModelError."""
+    def read(
+        config: ModelConfig, eps: str = "rms_norm_eps", head_dim: int | None = None, default_eps: float = 1e-6
+    ) -> Dims:
+        """Reads them under Llama's names; `eps` names the norm's epsilon. Raises ModelError.
+
+        head_dim, default_eps: what they are when the config does not say; head_dim None is hidden / heads.
+        """
         hidden = config.int("hidden_size")
         heads = config.int("num_attention_heads", high=65536)
         kv_heads = config.int("num_key_value_heads", heads, high=heads)
@@ -67,7 +73,7 @@ class Dims:
             raise config.fail(
                 "num_key_value_heads", f"must divide num_attention_heads {heads}, got {kv_heads}"
             )
-        if not config.has("head_dim") and hidden % heads:
+        if not config.has("head_dim") and head_dim is None and hidden % heads:
             raise config.fail("num_attention_heads", f"must divide hidden_size {hidden}, got {heads}")
         return Dims(
             hidden=hidden,
@@ -75,9 +81,9 @@ class Dims:
             layers=config.int("num_hidden_layers", high=4096),
             heads=heads,
             kv_heads=kv_heads,
-            head_dim=config.int("head_dim", hidden // heads, high=65536),
+            head_dim=config.int("head_dim", head_dim or hidden // heads, high=65536),
             vocab=config.int("vocab_size"),
-            eps=config.float(eps, 1e-6, low=0.0, high=1.0),
+            eps=config.float(eps, default_eps, low=0.0, high=1.0),
         )
 
 
@@ -86,6 +92,18 @@ def start(
 ) -> ProgramBuilder:
     """A builder for this architecture."""
     return ProgramBuilder(config.architecture, dtype, dims.vocab, max_positions(config, default_positions))
+
+
+def sliding_layers(config: ModelConfig, layers: int, pattern: int) -> list[bool]:
+    """Which layers attend within the window: by `layer_types`, or of old all but each `pattern`-th."""
+    if not config.has("layer_types"):
+        every = config.int("sliding_window_pattern", pattern)
+        return [(layer + 1) % every != 0 for layer in range(layers)]
+    kinds = config.list("layer_types", length=layers)
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise config.fail("layer_types", f"holds {kind!r}, supported: full_attention, sliding_attention")
+    return [kind == "sliding_attention" for kind in kinds]
 
 
 def read_activation(config: ModelConfig, name: str, default: str = "silu") -> Activation:
@@ -192,11 +210,47 @@ def self_attention(
     soft_cap: float | None = None,
 ) -> Buffer:
     """q, k and v projections (fused), rope, attention, output projection, under Llama's names."""
+    qkv = project_qkv(b, name, x, source, dims, bias=qkv_bias)
+    mixed = attention(b, name, qkv, dims, rope, window=window, scale=scale, soft_cap=soft_cap)
+    return project_out(b, name, mixed, source, dims, bias=out_bias)
+
+
+def project_qkv(b: ProgramBuilder, name: str, x: Buffer, source: str, dims: Dims, *, bias: bool) -> Buffer:
+    """q, k and v projections as one product: [T, (heads + 2 * kv_heads) * head_dim]."""
     width, kv_width = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
     sources = [f"{source}.{p}_proj" for p in "qkv"]
-    qkv = linear(b, f"{name}.qkv", x, sources, (width, kv_width, kv_width), qkv_bias)
-    mixed = attention(b, name, qkv, dims, rope, window=window, scale=scale, soft_cap=soft_cap)
-    return linear(b, f"{name}.o", mixed, [f"{source}.o_proj"], [dims.hidden], out_bias)
+    return linear(b, f"{name}.qkv", x, sources, (width, kv_width, kv_width), bias)
+
+
+def project_out(
+    b: ProgramBuilder, name: str, mixed: Buffer, source: str, dims: Dims, *, bias: bool
+) -> Buffer:
+    """The projection after attention: [T, heads * head_dim] to [T, hidden]."""
+    return linear(b, f"{name}.o", mixed, [f"{source}.o_proj"], [dims.hidden], bias)
+
+
+def head_norms(
+    b: ProgramBuilder,
+    name: str,
+    qkv: Buffer,
+    dims: Dims,
+    parts: tuple[Sequence[Part], Sequence[Part]],
+    kind: Literal["rms", "layer"] = "rms",
+) -> None:
+    """Normalises each query and each key head inside a fused qkv row, in place.
+
+    parts: the weights of the query and of the key norm, each [head_dim] for all heads or one row a head.
+    """
+    start = 0
+    for which, heads, sources in zip("qk", (dims.heads, dims.kv_heads), parts, strict=True):
+        weight, width = b.vector(f"{name}.{which}_norm", *sources), heads * dims.head_dim
+        b.emit(
+            Norm(
+                name=f"{name}.{which}_norm", x=qkv, out=qkv, weight=weight, kind_=kind, eps=dims.eps,
+                group=dims.head_dim, start=start, width=width,
+            )
+        )  # fmt: skip
+        start += width
 
 
 def gated_mlp(
@@ -208,9 +262,12 @@ def gated_mlp(
     activation: Activation,
     *,
     bias: bool = False,
+    fused: str | None = None,
 ) -> Buffer:
-    """down(act(gate(x)) * up(x)), gate and up fused into one product."""
-    both = linear(b, f"{name}.gate_up", x, [f"{source}.gate_proj", f"{source}.up_proj"], (width, width), bias)
+    """down(act(gate(x)) * up(x)), gate and up as one product; `fused` names them if they are one tensor."""
+    halves = [f"{source}.gate_proj", f"{source}.up_proj"]
+    sources, rows = (halves, [width, width]) if fused is None else ([f"{source}.{fused}"], [2 * width])
+    both = linear(b, f"{name}.gate_up", x, sources, rows, bias)
     act = b.buffer(f"{name}.act.out", width, x.rows)
     b.emit(GatedActivation(name=f"{name}.act", x=both, out=act, activation=activation))
     return linear(b, f"{name}.down", act, [f"{source}.down_proj"], [x.width], bias)

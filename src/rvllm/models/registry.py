@@ -12,9 +12,18 @@ from rvllm.program.ops import Program
 
 # Name in `architectures` of a config → module in models/archs with `build(config, dtype) -> Program`.
 ARCHITECTURES: dict[str, str] = {
+    "Cohere2ForCausalLM": "cohere2",
+    "CohereForCausalLM": "cohere",
+    "GPTNeoXForCausalLM": "gpt_neox",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
+    "GemmaForCausalLM": "gemma",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "Phi3ForCausalLM": "phi3",
     "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "StableLmForCausalLM": "stablelm",
 }
 
 

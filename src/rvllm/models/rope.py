@@ -53,15 +53,42 @@ def max_positions(config: ModelConfig, default: int | None = None) -> int:
     return int(positions * section.float("factor", 1.0, low=1.0, high=1e6))
 
 
+def rotated_dim(
+    config: ModelConfig, head_dim: int, default: float = 1.0, name: str = "partial_rotary_factor"
+) -> int:
+    """How many elements of a head are rotated: head_dim times the partial rotary factor, rounded down.
+
+    The factor stands in `rope_parameters`, or of old in the config as `name`.
+    """
+    section = config.section("rope_parameters")
+    inside = section.opt_float("partial_rotary_factor", low=0.0, high=1.0) if section else None
+    factor = config.float(name, default, low=0.0, high=1.0) if inside is None else inside
+    dim = int(head_dim * factor)
+    if dim < 2 or dim % 2:
+        raise config.fail(
+            name, f"{factor:g} of {head_dim} leaves {dim} rotated elements, wanted an even number"
+        )
+    return dim
+
+
 def read_rope(
-    config: ModelConfig, dim: int, *, layer_type: str | None = None, interleaved: bool = False
+    config: ModelConfig,
+    dim: int,
+    *,
+    layer_type: str | None = None,
+    interleaved: bool = False,
+    theta_name: str = "rope_theta",
+    default_theta: float = 10000.0,
 ) -> Rope:
-    """The rope of a head whose first `dim` elements are rotated. Raises ModelError naming the field."""
+    """The rope of a head whose first `dim` elements are rotated. Raises ModelError naming the field.
+
+    theta_name, default_theta: the base's name outside `rope_parameters`, and its value when absent.
+    """
     if dim % 2:
         raise config.fail("head_dim", f"must leave an even number of rotated elements, got {dim}")
     section = rope_section(config, layer_type)
     kind = rope_kind(section)
-    theta = config.float("rope_theta", 10000.0, low=1e-6)
+    theta = config.float(theta_name, default_theta, low=1e-6)
     if section is not None:
         theta = section.float("rope_theta", theta, low=1e-6)
     plain = Rope(dim=dim, theta=theta, interleaved=interleaved)

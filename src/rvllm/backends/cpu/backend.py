@@ -94,20 +94,24 @@ class CpuBackend:
     def launch(self, batch: StepBatch) -> StepResult:
         """Runs the step; the handle is its result (pipeline depth 1)."""
         began = time.perf_counter()
-        self._slots.update(batch)
         ends = np.cumsum(batch.query_lens, dtype=np.int64)
         sampled = np.flatnonzero(batch.sample)
         scored = [np.arange(ends[s] - batch.query_lens[s], ends[s]) for s in sorted(batch.prompt_logprobs)]
-        run = Run(self._model, self._slots.step(batch, np.concatenate([ends[sampled] - 1, *scored])))
-        execute(self._launches, run)
+        logits = self.forward(batch, np.concatenate([ends[sampled] - 1, *scored]))
         result = StepResult(batch.step, np.full(len(batch.slots), -1, dtype=np.int32))
-        logits = run.buffers["logits"]
         self._score_prompts(batch, logits[len(sampled) :], result)
         self._draw(batch, sampled, logits[: len(sampled)], result)
         result.device_seconds = time.perf_counter() - began
         self._steps += 1
         self._busy += result.device_seconds
         return result
+
+    def forward(self, batch: StepBatch, rows: NDArray[np.int64]) -> F32:
+        """Runs the program and draws nothing: the logits [R, vocab] of these rows of the flat batch."""
+        self._slots.update(batch)
+        run = Run(self._model, self._slots.step(batch, rows))
+        execute(self._launches, run)
+        return run.buffers["logits"]
 
     def collect(self, handle: StepResult) -> StepResult:
         """The result of a launched step."""

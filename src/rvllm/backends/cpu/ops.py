@@ -117,9 +117,10 @@ def erf(x: F32) -> F32:
 
 def _polynomial(coefficients: tuple[float, ...], x: F32) -> F32:
     """The polynomial with these coefficients, highest power first (Horner)."""
-    out = np.full_like(x, coefficients[0])
+    out = np.full(x.shape, coefficients[0], dtype=np.float32)
     for c in coefficients[1:]:
-        out = out * x + np.float32(c)
+        out *= x
+        out += np.float32(c)
     return out
 
 

@@ -1,0 +1,187 @@
+"""`rvllm info`: version, devices, every setting with its origin, and what a model would take."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rvllm.config import (
+    EngineConfig,
+    ServerConfig,
+    SourceConfig,
+    add_flags,
+    build,
+    env_of,
+    flag_of,
+    settings_of,
+)
+from rvllm.version import __version__
+
+if TYPE_CHECKING:
+    from rvllm.program.ops import Program
+
+Section = list[tuple[str, str]]
+SECRET = ("api_key",)
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the `info` subcommand."""
+    parser = subparsers.add_parser(
+        "info",
+        help="print version, devices, settings and the memory plan",
+        description="Prints version, devices and every setting with where its value comes from; with --model "
+        "also the model's facts and the memory it would take here.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_flags(parser, EngineConfig, "engine")
+    add_flags(parser, ServerConfig, "server")
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs `rvllm info`; raises RvllmError."""
+    from rvllm.cli.tables import facts
+
+    sections: dict[str, Section] = {"rvllm": versions(), "devices": devices()}
+    for title, cls in (("engine settings", EngineConfig), ("server settings", ServerConfig)):
+        sections[title] = settings(cls, vars(args))
+    sections["source settings"] = settings(SourceConfig, {})
+    if args.model is not None or os.environ.get("RVLLM_MODEL"):
+        given = {f.name: getattr(args, f.name) for f, _ in settings_of(EngineConfig)}
+        sections |= model_sections(build(EngineConfig, given))
+    if args.json:
+        print(json.dumps({title: dict(rows) for title, rows in sections.items()}, indent=1))
+    else:
+        print("\n\n".join(facts(title, rows) for title, rows in sections.items()))
+    return 0
+
+
+def versions() -> Section:
+    """Version of rvllm and of what it runs on."""
+    import numpy
+
+    return [
+        ("version", __version__),
+        ("python", platform.python_version()),
+        ("numpy", numpy.__version__),
+        ("system", f"{platform.system()} {platform.machine()}"),
+    ]
+
+
+def devices() -> Section:
+    """The CPU with its memory, and each GPU the driver shows; nothing of CUDA is imported."""
+    from rvllm.backends.cpu.memory import free_bytes
+    from rvllm.backends.cpu.threads import available_cores
+    from rvllm.backends.load import cuda_packages_present, gpu_present
+    from rvllm.cli.tables import human_bytes
+
+    rows = [("cpu", f"{available_cores()} cores, {human_bytes(free_bytes())} of memory free, {_cpu_name()}")]
+    for index, path in enumerate(sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))):
+        model = next(
+            (line for line in path.read_text().splitlines() if line.startswith("Model:")), "Model: GPU"
+        )
+        rows.append((f"gpu {index}", f"{model.partition(':')[2].strip()} at {path.parent.name}"))
+    if not gpu_present():
+        rows.append(("gpu", "none"))
+    elif len(rows) == 1:
+        rows.append(("gpu", "present"))
+    rows.append(("cuda extra", "installed" if cuda_packages_present() else "not installed"))
+    return rows
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown model"
+
+
+def settings(cls: type, given: dict[str, Any]) -> Section:
+    """Each setting's value and whether a flag, a variable or the default gave it."""
+    values: Any = build(cls, {f.name: given.get(f.name) for f, _ in settings_of(cls)})
+    rows = []
+    for f, known in settings_of(cls):
+        value = getattr(values, f.name)
+        if given.get(f.name) is not None:
+            origin = flag_of(f.name)
+        elif os.environ.get(env_of(f.name, known)):
+            origin = env_of(f.name, known)
+        else:
+            origin = "default"
+        shown = "(set)" if f.name in SECRET and value is not None else _shown(value)
+        rows.append((f.name, f"{shown}  ({origin})"))
+    return rows
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "derived" if value is None else str(value)
+
+
+def model_sections(config: EngineConfig) -> dict[str, Section]:
+    """The model's facts and its memory plan on the chosen device."""
+    from rvllm.backends.load import choose_device, choose_dtype
+    from rvllm.models.config import ModelConfig
+    from rvllm.models.registry import build_program
+    from rvllm.weights.open import open_checkpoint
+    from rvllm.weights.source import resolve
+
+    checkpoint = open_checkpoint(resolve(config.model, build(SourceConfig, {})))
+    model = ModelConfig(checkpoint.config, checkpoint.config_origin)
+    program = build_program(model, choose_dtype(config, checkpoint))
+    kinds: dict[str, int] = {}
+    stored = 0
+    for info in checkpoint.tensors.values():
+        kinds[info.type.value] = kinds.get(info.type.value, 0) + 1
+        stored += info.nbytes
+    facts = [
+        ("path", str(checkpoint.path)),
+        ("architecture", program.architecture),
+        ("parameters", f"{sum(w.elements for w in program.weights):,}"),
+        ("vocabulary", str(program.vocab_size)),
+        ("positions", str(program.max_position)),
+        ("layers with attention", str(len(program.caches))),
+        ("ops", str(len(program.ops))),
+        ("tensors", ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none (config only)"),
+        ("stored bytes", str(stored)),
+        ("end of sequence", ", ".join(map(str, model.eos_token_ids)) or "none"),
+    ]
+    device = choose_device(config)
+    return {"model": facts, f"memory plan ({device})": memory_rows(program, config, device)}
+
+
+def memory_rows(program: Program, config: EngineConfig, device: str) -> Section:
+    """Weights, KV cache and limits, in bytes and tokens."""
+    from rvllm.cli.tables import human_bytes
+    from rvllm.program.cost import kv_bytes_per_token
+
+    per_token = kv_bytes_per_token(program)
+    if device != "cpu":
+        weights = sum(w.elements for w in program.weights) * program.dtype.size
+        return [
+            ("weights", f"{weights} bytes ({human_bytes(weights)}) in {program.dtype.value}"),
+            ("kv cache per token", f"{per_token} bytes"),
+            ("kv blocks", "decided at start; the ledger is printed then"),
+        ]
+    from rvllm.backends.cpu.memory import plan_memory
+
+    plan = plan_memory(program, config)
+    limits = plan.limits
+    return [
+        ("weights", f"{plan.weight_bytes} bytes ({human_bytes(plan.weight_bytes)}) in float32"),
+        ("kv cache per token", f"{per_token} bytes"),
+        ("kv blocks", f"{limits.num_blocks} of {limits.block_size} tokens"),
+        ("kv cache", f"{plan.kv_bytes} bytes ({human_bytes(plan.kv_bytes)})"),
+        ("tokens it holds", str(limits.num_blocks * limits.block_size)),
+        ("max_model_len", str(limits.max_model_len)),
+        ("max_num_seqs", str(limits.max_num_seqs)),
+        ("max_num_batched_tokens", str(limits.max_num_batched_tokens)),
+    ]

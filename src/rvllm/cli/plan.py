@@ -1,0 +1,237 @@
+"""`rvllm plan`: print the program a model runs, op by op, with what each op moves and computes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from rvllm.config import EngineConfig, SourceConfig, add_flags, build, settings_of
+from rvllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from rvllm.backends.cpu.measure import Rates
+    from rvllm.program.cost import StepShape
+    from rvllm.program.memory import Workspace
+    from rvllm.program.ops import Op, Program
+
+FLAGS = ("model", "device", "dtype", "threads")
+DEFAULT_CONTEXT = 1024
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the `plan` subcommand."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="print the program a model runs: ops, shapes, bytes, FLOPs",
+        description="Prints the program a model runs for one step: ops, shapes, dtypes, bytes, FLOPs, floor "
+        "times and where the buffers lie. The model's config suffices; no weights are read.",
+    )
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences in the step [1]")
+    parser.add_argument(
+        "--context", type=int, default=None, metavar="C",
+        help=f"tokens of each sequence in the cache after the step [{DEFAULT_CONTEXT}, or --prefill]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prefill", type=int, default=1, metavar="P", help="tokens each sequence computes; 1 is a decode [1]"
+    )
+    parser.add_argument(
+        "--bandwidth", type=float, default=None, metavar="GB/S",
+        help="memory bandwidth for the floor times [measured on the CPU]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tflops", type=float, default=None, metavar="T",
+        help="10^12 operations a second for the floor times [measured on the CPU]",
+    )  # fmt: skip
+    parser.add_argument("--buffers", action="store_true", help="list every buffer's place in the workspace")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_flags(
+        parser, EngineConfig, "model", [f.name for f, _ in settings_of(EngineConfig) if f.name not in FLAGS]
+    )
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs `rvllm plan`; raises RvllmError."""
+    from rvllm.backends.load import choose_device, choose_dtype
+    from rvllm.models.config import ModelConfig
+    from rvllm.models.registry import build_program
+    from rvllm.program.memory import plan_workspace
+    from rvllm.weights.open import open_checkpoint
+    from rvllm.weights.source import resolve
+
+    config = build(EngineConfig, {name: getattr(args, name) for name in FLAGS})
+    checkpoint = open_checkpoint(resolve(config.model, build(SourceConfig, {})))
+    model = ModelConfig(checkpoint.config, checkpoint.config_origin)
+    program = build_program(model, choose_dtype(config, checkpoint))
+    shape = step_shape(args, program)
+    rates = floor_rates(args, choose_device(config), config.threads)
+    workspace = plan_workspace(program.ops, shape.tokens, shape.samples)
+    if args.json:
+        print(json.dumps(as_json(program, shape, rates, workspace), indent=1))
+    else:
+        print(as_text(program, shape, rates, workspace, buffers=args.buffers))
+    return 0
+
+
+def step_shape(args: argparse.Namespace, program: Program) -> StepShape:
+    """The step the flags describe. Raises UsageError naming the flag that cannot be."""
+    from rvllm.program.cost import StepShape
+
+    for name, high in (
+        ("batch", 1 << 16),
+        ("prefill", program.max_position),
+        ("context", program.max_position),
+    ):
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= high:
+            raise UsageError(f"--{name}: must be in [1, {high}], got {value}")
+    context = args.context
+    if context is None:
+        context = args.prefill if args.prefill > 1 else min(DEFAULT_CONTEXT, program.max_position)
+    if context < args.prefill:
+        raise UsageError(
+            f"--context {context} cannot be less than --prefill {args.prefill}, which it includes"
+        )
+    if args.batch * args.prefill > 1 << 24:
+        raise UsageError(f"--batch times --prefill must be at most {1 << 24} tokens")
+    return StepShape(sequences=args.batch, query_len=args.prefill, context=context)
+
+
+def floor_rates(args: argparse.Namespace, device: str, threads: int | None) -> Rates | None:
+    """The rates given; on the CPU those missing are measured, elsewhere there is no floor without them."""
+    from rvllm.backends.cpu.measure import Rates, measure
+
+    for name in ("bandwidth", "tflops"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < 1e9:
+            raise UsageError(f"--{name}: must be above 0, got {value:g}")
+    if args.bandwidth is not None and args.tflops is not None:
+        return Rates(args.bandwidth * 1e9, args.tflops * 1e12)
+    if device != "cpu":
+        return None
+    found = measure(threads)
+    return Rates(
+        found.bandwidth if args.bandwidth is None else args.bandwidth * 1e9,
+        found.flops if args.tflops is None else args.tflops * 1e12,
+    )
+
+
+def shapes(op: Op, shape: StepShape) -> str:
+    """`[1, 576] → [1, 960]`: the buffers an op reads and writes."""
+    reads = " ".join(f"[{shape.rows(b)}, {b.width}]" for b in op.reads)
+    writes = " ".join(f"[{shape.rows(b)}, {b.width}]" for b in op.writes)
+    return " → ".join(text for text in (reads, writes) if text)
+
+
+def weight_shapes(op: Op) -> str:
+    """The shapes of an op's weights."""
+    return " ".join("[" + ", ".join(map(str, w.shape)) + "]" for w in op.weights)
+
+
+def as_json(program: Program, shape: StepShape, rates: Rates | None, workspace: Workspace) -> dict[str, Any]:
+    """Everything the command knows, in bytes, operations and seconds."""
+    from rvllm.program.cost import kv_bytes_per_token, op_cost, program_cost
+
+    def entry(op: Op) -> dict[str, Any]:
+        cost = op_cost(program, op, shape)
+        return {
+            "name": op.name,
+            "kind": op.kind,
+            "reads": {b.name: [shape.rows(b), b.width] for b in op.reads},
+            "writes": {b.name: [shape.rows(b), b.width] for b in op.writes},
+            "weights": {w.name: list(w.shape) for w in op.weights},
+            "dtype": dtype_of(op, program),
+            "weight_bytes": cost.weight_bytes,
+            "activation_bytes": cost.activation_bytes,
+            "kv_bytes": cost.kv_bytes,
+            "flops": cost.flops,
+            "floor_seconds": cost.floor_seconds(rates.bandwidth, rates.flops) if rates else None,
+        }
+
+    total = program_cost(program, shape)
+    return {
+        "architecture": program.architecture,
+        "dtype": program.dtype.value,
+        "step": {"batch": shape.sequences, "query_len": shape.query_len, "context": shape.context},
+        "ops": [entry(op) for op in program.ops],
+        "total": {
+            "weight_bytes": total.weight_bytes,
+            "activation_bytes": total.activation_bytes,
+            "kv_bytes": total.kv_bytes,
+            "flops": total.flops,
+            "floor_seconds": floor_total(program, shape, rates) if rates else None,
+        },
+        "rates": {"bandwidth": rates.bandwidth, "flops": rates.flops} if rates else None,
+        "kv_bytes_per_token": kv_bytes_per_token(program),
+        "workspace_bytes": workspace.nbytes,
+        "buffers": {n: {"offset": p.offset, "nbytes": p.nbytes} for n, p in workspace.placements.items()},
+        "notes": list(program.notes),
+    }
+
+
+def floor_total(program: Program, shape: StepShape, rates: Rates) -> float:
+    """The sum of the ops' floors: they run one after the other."""
+    from rvllm.program.cost import op_cost
+
+    return sum(op_cost(program, op, shape).floor_seconds(rates.bandwidth, rates.flops) for op in program.ops)
+
+
+def dtype_of(op: Op, program: Program) -> str:
+    """The element type of an op's result."""
+    return op.writes[0].dtype.value if op.writes else program.dtype.value
+
+
+def as_text(
+    program: Program, shape: StepShape, rates: Rates | None, workspace: Workspace, *, buffers: bool
+) -> str:
+    """The table, the totals and the workspace."""
+    from rvllm.cli.tables import facts, human_bytes, human_flops, human_seconds, table
+    from rvllm.program.cost import kv_bytes_per_token, op_cost, program_cost
+
+    header = ["op", "kind", "rows", "weights", "dtype", "bytes", "FLOPs", *(["floor"] if rates else [])]
+    rows = []
+    for op in program.ops:
+        cost = op_cost(program, op, shape)
+        line = [op.name, op.kind, shapes(op, shape), weight_shapes(op), dtype_of(op, program)]
+        line += [human_bytes(cost.nbytes), human_flops(cost.flops)]
+        rows.append(
+            line + ([human_seconds(cost.floor_seconds(rates.bandwidth, rates.flops))] if rates else [])
+        )
+    total = program_cost(program, shape)
+    totals = [
+        ("ops", str(len(program.ops))),
+        ("weights read", human_bytes(total.weight_bytes)),
+        ("activations moved", human_bytes(total.activation_bytes)),
+        ("KV cache moved", human_bytes(total.kv_bytes)),
+        ("FLOPs", human_flops(total.flops)),
+    ]
+    if rates:
+        floor = floor_total(program, shape, rates)
+        per_second = shape.tokens / floor
+        totals += [
+            ("floor", f"{human_seconds(floor)}, {per_second:,.0f} tokens/s"),
+            ("at", f"{rates.bandwidth / 1e9:.4g} GB/s and {rates.flops / 1e12:.4g} TFLOP/s"),
+        ]
+    else:
+        totals.append(("floor", "give --bandwidth and --tflops of the GPU"))
+    memory = [
+        ("all weights", human_bytes(sum(w.elements for w in program.weights) * program.dtype.size)),
+        ("KV cache per token", human_bytes(kv_bytes_per_token(program))),
+        ("workspace", f"{human_bytes(workspace.nbytes)} for {len(workspace.placements)} buffers"),
+    ]
+    what = "decode" if shape.query_len == 1 else f"prefill of {shape.query_len} tokens"
+    parts = [
+        f"{program.architecture}, {program.dtype.value}: {what}, batch {shape.sequences}, "
+        f"context {shape.context}",
+        table(header, rows, right=(5, 6, 7)),
+        facts("total", totals),
+        facts("memory", memory),
+    ]
+    if buffers:
+        places = sorted(workspace.placements.values(), key=lambda p: (p.offset, p.buffer.name))
+        cells = [[p.buffer.name, str(p.offset), str(p.nbytes), p.buffer.dtype.value] for p in places]
+        parts.append(table(["buffer", "offset", "bytes", "dtype"], cells, right=(1, 2)))
+    if program.notes:
+        parts.append("\n".join(f"note: {note}" for note in program.notes))
+    return "\n\n".join(parts)

@@ -1,0 +1,58 @@
+"""CohereForCausalLM (Command-R, Aya): attention and MLP side by side on one LayerNorm without bias."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rvllm.models import blocks
+from rvllm.models.config import ModelConfig
+from rvllm.models.rope import read_rope
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Part, Program
+
+DEFAULT_THETA = 500_000.0
+
+
+def build(config: ModelConfig, dtype: DType) -> Program:
+    """The program of a Command-R config."""
+    return decoder(config, dtype, qk_norm=config.bool("use_qk_norm", False))
+
+
+def decoder(
+    config: ModelConfig,
+    dtype: DType,
+    *,
+    qk_norm: bool = False,
+    window: Callable[[int], int | None] = lambda layer: None,
+    rotated: Callable[[int], bool] = lambda layer: True,
+) -> Program:
+    """x + attention(norm(x)) + mlp(norm(x)); each layer may have a window, and may do without rope."""
+    dims = blocks.Dims.read(config, eps="layer_norm_eps", default_eps=1e-5)
+    activation = blocks.read_activation(config, "hidden_act")
+    bias = config.bool("attention_bias", False)
+    rope = read_rope(config, dims.head_dim, interleaved=True, default_theta=DEFAULT_THETA)
+
+    b = blocks.start(config, dtype, dims)
+    x = blocks.embed(b, dims)
+    for layer in range(dims.layers):
+        name, source = f"layers.{layer}", f"model.layers.{layer}"
+        attn = f"{source}.self_attn"
+
+        normed = blocks.layer_norm(b, f"{name}.norm", x, f"{source}.input_layernorm", dims.eps, bias=False)
+        qkv = blocks.project_qkv(b, name, normed, attn, dims, bias=bias)
+        if qk_norm:
+            q = Part(f"{attn}.q_norm.weight", (dims.heads, dims.head_dim))
+            k = Part(f"{attn}.k_norm.weight", (dims.kv_heads, dims.head_dim))
+            blocks.head_norms(b, name, qkv, dims, ([q], [k]), "layer")
+        mixed = blocks.attention(
+            b, name, qkv, dims, rope if rotated(layer) else None, window=window(layer)
+        )  # fmt: skip
+        from_attention = blocks.project_out(b, name, mixed, attn, dims, bias=bias)
+        from_mlp = blocks.gated_mlp(b, f"{name}.mlp", normed, f"{source}.mlp", dims.intermediate, activation)
+        blocks.residual(b, f"{name}.attn", x, from_attention)
+        blocks.residual(b, f"{name}.mlp", x, from_mlp)
+
+    last = blocks.layer_norm(b, "final_norm", blocks.select(b, x), "model.norm", dims.eps, bias=False)
+    tied = config.bool("tie_word_embeddings", True)
+    blocks.head(b, last, dims, tied=tied, scale=config.float("logit_scale", 0.0625))
+    return b.finish()

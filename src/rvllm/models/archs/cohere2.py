@@ -1,0 +1,21 @@
+"""Cohere2ForCausalLM (Command-R7B, Command-A): Cohere's block, windows with rope, full layers without."""
+
+from __future__ import annotations
+
+from rvllm.models import blocks
+from rvllm.models.archs import cohere
+from rvllm.models.config import ModelConfig
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Program
+
+
+def build(config: ModelConfig, dtype: DType) -> Program:
+    """The program of a Cohere2 config."""
+    sliding = blocks.sliding_layers(config, config.int("num_hidden_layers", high=4096), pattern=4)
+    size = config.int("sliding_window", 4096)
+    return cohere.decoder(
+        config,
+        dtype,
+        window=lambda layer: size if sliding[layer] else None,
+        rotated=lambda layer: sliding[layer],
+    )

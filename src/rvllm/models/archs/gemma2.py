@@ -1,0 +1,85 @@
+"""Gemma2ForCausalLM (Gemma Team 2024): norms around both blocks, soft-caps, windows in every second layer."""
+
+from __future__ import annotations
+
+from rvllm.models import blocks
+from rvllm.models.archs import gemma
+from rvllm.models.config import ModelConfig
+from rvllm.models.rope import max_positions, read_rope
+from rvllm.program.builder import ProgramBuilder
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Buffer, Part, Program
+from rvllm.program.rope import Rope
+
+
+def build(config: ModelConfig, dtype: DType) -> Program:
+    """The program of a Gemma 2 config."""
+    rope = read_rope(config, read_dims(config).head_dim)
+    return decoder(
+        config, dtype, pattern=2, ropes=(rope, rope), positions=max_positions(config, 8192),
+        attention_cap=soft_cap(config, "attn_logit_softcapping", 50.0),
+        final_cap=soft_cap(config, "final_logit_softcapping", 30.0),
+    )  # fmt: skip
+
+
+def decoder(
+    config: ModelConfig,
+    dtype: DType,
+    *,
+    pattern: int,
+    ropes: tuple[Rope, Rope],
+    positions: int,
+    qk_norm: bool = False,
+    attention_cap: float | None = None,
+    final_cap: float | None = None,
+) -> Program:
+    """Gemma's block with norms before and after; ropes are those of layers with and without a window."""
+    gemma.refuse_bidirectional(config)
+    dims = read_dims(config)
+    activation = gemma.read_activation(config)
+    bias = config.bool("attention_bias", False)
+    window = config.int("sliding_window", 4096)
+    sliding = blocks.sliding_layers(config, dims.layers, pattern)
+    scale = config.float("query_pre_attn_scalar", 256.0, low=1e-6) ** -0.5
+
+    b = ProgramBuilder(config.architecture, dtype, dims.vocab, positions)
+
+    def norm(name: str, x: Buffer, source: str) -> Buffer:
+        return blocks.rms_norm(b, name, x, source, dims.eps, add=1.0)
+
+    x = blocks.embed(b, dims, scale=gemma.embedding_scale(dims.hidden, dtype))
+    for layer in range(dims.layers):
+        name, source = f"layers.{layer}", f"model.layers.{layer}"
+        attn = f"{source}.self_attn"
+        layer_window, rope = (window, ropes[0]) if sliding[layer] else (None, ropes[1])
+
+        y = norm(f"{name}.attn_norm", x, f"{source}.input_layernorm")
+        qkv = blocks.project_qkv(b, name, y, attn, dims, bias=bias)
+        if qk_norm:
+            q, k = (Part(f"{attn}.{which}_norm.weight", (dims.head_dim,), add=1.0) for which in "qk")
+            blocks.head_norms(b, name, qkv, dims, ([q], [k]))
+        y = blocks.attention(
+            b, name, qkv, dims, rope, window=layer_window, scale=scale, soft_cap=attention_cap
+        )
+        y = blocks.project_out(b, name, y, attn, dims, bias=bias)
+        y = norm(f"{name}.attn_post_norm", y, f"{source}.post_attention_layernorm")
+        blocks.residual(b, f"{name}.attn", x, y)
+
+        y = norm(f"{name}.mlp_norm", x, f"{source}.pre_feedforward_layernorm")
+        y = blocks.gated_mlp(b, f"{name}.mlp", y, f"{source}.mlp", dims.intermediate, activation)
+        y = norm(f"{name}.mlp_post_norm", y, f"{source}.post_feedforward_layernorm")
+        blocks.residual(b, f"{name}.mlp", x, y)
+
+    last = norm("final_norm", blocks.select(b, x), "model.norm")
+    blocks.head(b, last, dims, tied=config.bool("tie_word_embeddings", True), soft_cap=final_cap)
+    return b.finish()
+
+
+def read_dims(config: ModelConfig) -> blocks.Dims:
+    """The dimensions under Gemma's defaults."""
+    return blocks.Dims.read(config, head_dim=gemma.HEAD_DIM)
+
+
+def soft_cap(config: ModelConfig, name: str, default: float | None) -> float | None:
+    """A soft-cap: null switches it off, an absent field means the default."""
+    return config.opt_float(name, low=1e-6) if name in config.values else default

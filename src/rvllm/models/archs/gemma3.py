@@ -1,0 +1,36 @@
+"""Gemma3ForCausalLM, text (Gemma Team 2025): Gemma 2's block with QK norms; local and global ropes differ."""
+
+from __future__ import annotations
+
+from rvllm.models.archs import gemma2
+from rvllm.models.config import ModelConfig
+from rvllm.models.rope import read_rope
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Program
+from rvllm.program.rope import Rope
+
+GLOBAL_THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
+
+
+def build(config: ModelConfig, dtype: DType) -> Program:
+    """The program of a Gemma 3 text config."""
+    return gemma2.decoder(
+        config, dtype, pattern=6, ropes=read_ropes(config, gemma2.read_dims(config).head_dim), qk_norm=True,
+        # this length already counts the global rope's scaling, in either form of the config
+        positions=config.int("max_position_embeddings", 131072),
+        final_cap=gemma2.soft_cap(config, "final_logit_softcapping", None),
+    )  # fmt: skip
+
+
+def read_ropes(config: ModelConfig, head_dim: int) -> tuple[Rope, Rope]:
+    """The ropes of layers with a window and of those without.
+
+    Transformers 5 writes both into `rope_parameters`; of old the local one had a theta of its own and
+    `rope_scaling` was the global one's.
+    """
+    everywhere = read_rope(config, head_dim, layer_type="full_attention", default_theta=GLOBAL_THETA)
+    if config.has("rope_parameters"):
+        local = read_rope(config, head_dim, layer_type="sliding_attention", default_theta=LOCAL_THETA)
+    else:
+        local = Rope(dim=head_dim, theta=config.float("rope_local_base_freq", LOCAL_THETA, low=1e-6))
+    return local, everywhere

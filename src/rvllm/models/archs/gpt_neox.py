@@ -1,0 +1,59 @@
+"""GPTNeoXForCausalLM (Black et al. 2022): GPT-NeoX-20B, Pythia; biases everywhere, two LayerNorms a block."""
+
+from __future__ import annotations
+
+from rvllm.models import blocks
+from rvllm.models.config import ModelConfig
+from rvllm.models.rope import read_rope, rotated_dim
+from rvllm.program.builder import ProgramBuilder
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Buffer, Linear, Part, Program
+
+
+def build(config: ModelConfig, dtype: DType) -> Program:
+    """The program of a GPT-NeoX config."""
+    dims = blocks.Dims.read(config, eps="layer_norm_eps", default_eps=1e-5)
+    activation = blocks.read_activation(config, "hidden_act", "gelu")
+    bias = config.bool("attention_bias", True)
+    parallel = config.bool("use_parallel_residual", True)
+    rotated = rotated_dim(config, dims.head_dim, default=0.25, name="rotary_pct")
+    rope = read_rope(config, rotated, theta_name="rotary_emb_base")
+
+    b = blocks.start(config, dtype, dims)
+    x = blocks.embed(b, dims, "gpt_neox.embed_in.weight")
+    for layer in range(dims.layers):
+        name, source = f"layers.{layer}", f"gpt_neox.layers.{layer}"
+        mlp = (f"{source}.mlp.dense_h_to_4h", f"{source}.mlp.dense_4h_to_h")
+
+        normed = blocks.layer_norm(b, f"{name}.attn_norm", x, f"{source}.input_layernorm", dims.eps)
+        qkv = fused_qkv(b, f"{name}.qkv", normed, f"{source}.attention.query_key_value", dims, bias)
+        mixed = blocks.attention(b, name, qkv, dims, rope)
+        y = blocks.linear(b, f"{name}.o", mixed, [f"{source}.attention.dense"], [dims.hidden], bias)
+        if not parallel:
+            blocks.residual(b, f"{name}.attn", x, y)
+
+        normed = blocks.layer_norm(b, f"{name}.mlp_norm", x, f"{source}.post_attention_layernorm", dims.eps)
+        z = blocks.mlp(b, f"{name}.mlp", normed, mlp, dims.intermediate, activation, bias=True)
+        if parallel:
+            blocks.residual(b, f"{name}.attn", x, y)
+        blocks.residual(b, f"{name}.mlp", x, z)
+
+    last = blocks.layer_norm(b, "final_norm", blocks.select(b, x), "gpt_neox.final_layer_norm", dims.eps)
+    blocks.head(
+        b, last, dims,
+        tied=config.bool("tie_word_embeddings", False),
+        source="embed_out.weight",
+        embed_source="gpt_neox.embed_in.weight",
+    )  # fmt: skip
+    return b.finish()
+
+
+def fused_qkv(b: ProgramBuilder, name: str, x: Buffer, source: str, dims: blocks.Dims, bias: bool) -> Buffer:
+    """One projection stored as [head][q|k|v][dim] rows."""
+    rows = 3 * dims.heads * dims.head_dim
+    weight = b.matrix(name, Part(f"{source}.weight", (rows, dims.hidden), "head_qkv", dims.heads))
+    shift = None
+    if bias:
+        shift = b.vector(f"{name}.bias", Part(f"{source}.bias", (rows,), "head_qkv", dims.heads))
+    out = b.buffer(f"{name}.out", rows)
+    return b.emit(Linear(name=name, x=x, out=out, weight=weight, bias=shift)).out

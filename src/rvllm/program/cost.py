@@ -1,0 +1,185 @@
+"""What a step costs: bytes moved and floating-point operations of every op, and the floor they imply.
+
+Counts are of what the algorithm needs: each weight read once, each activation read and written once, the
+KV cache read as far as the queries look back. A multiply-add is two operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import singledispatch
+
+from rvllm.program.ops import (
+    Activate,
+    Add,
+    Attention,
+    Buffer,
+    Embed,
+    GatedActivation,
+    GatherRows,
+    Linear,
+    Logits,
+    Norm,
+    Op,
+    Program,
+    RopeKV,
+    Sample,
+    Weight,
+)
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """`sequences` alike: each computes `query_len` tokens and then has `context` tokens in the cache."""
+
+    sequences: int
+    query_len: int
+    context: int
+
+    @property
+    def tokens(self) -> int:
+        """T, rows of the flat batch."""
+        return self.sequences * self.query_len
+
+    @property
+    def samples(self) -> int:
+        """S, rows whose logits are wanted."""
+        return self.sequences
+
+    def rows(self, buffer: Buffer) -> int:
+        """Rows of a buffer."""
+        return self.tokens if buffer.rows == "tokens" else self.samples
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes by what is moved, and operations."""
+
+    weight_bytes: int = 0
+    activation_bytes: int = 0
+    kv_bytes: int = 0
+    flops: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """All bytes moved."""
+        return self.weight_bytes + self.activation_bytes + self.kv_bytes
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.weight_bytes + other.weight_bytes,
+            self.activation_bytes + other.activation_bytes,
+            self.kv_bytes + other.kv_bytes,
+            self.flops + other.flops,
+        )
+
+    def floor_seconds(self, bandwidth: float, flops_per_second: float) -> float:
+        """The least time it can take: bytes and operations overlap perfectly (Williams et al. 2009)."""
+        return max(self.nbytes / bandwidth, self.flops / flops_per_second)
+
+
+WeightBytes = Callable[[Weight], int]
+
+
+def weight_bytes(program: Program, stored: Mapping[str, int] | None = None) -> WeightBytes:
+    """Bytes a weight takes: `stored` by name where known (quantised), else elements times the dtype."""
+    known = stored or {}
+    return lambda weight: known.get(weight.name, weight.elements * program.dtype.size)
+
+
+def kv_bytes_per_token(program: Program) -> int:
+    """Bytes one token takes in all caches, in the program's dtype."""
+    return program.kv_elements_per_token * program.dtype.size
+
+
+def op_cost(program: Program, op: Op, shape: StepShape, stored: Mapping[str, int] | None = None) -> Cost:
+    """The cost of one op in a step of this shape."""
+    size = weight_bytes(program, stored)
+    activations = sum(shape.rows(b) * b.width * b.dtype.size for b in (*op.reads, *op.writes))
+    plain = Cost(weight_bytes=sum(size(w) for w in op.weights), activation_bytes=activations)
+    return particulars(op, shape, plain, program.dtype.size)
+
+
+def program_cost(program: Program, shape: StepShape, stored: Mapping[str, int] | None = None) -> Cost:
+    """The cost of a whole step."""
+    return sum((op_cost(program, op, shape, stored) for op in program.ops), Cost())
+
+
+@singledispatch
+def particulars(op: Op, shape: StepShape, plain: Cost, size: int) -> Cost:
+    """The op's cost, given `plain` (all its weights and buffers moved once, no operations).
+
+    size: bytes of a cache element. An op type without a rule of its own is refused: a cost that is
+    silently zero would make floors wrong.
+    """
+    raise TypeError(f"no cost rule for op {op.kind}")
+
+
+def _flops(plain: Cost, flops: float, kv_bytes: int = 0) -> Cost:
+    return Cost(plain.weight_bytes, plain.activation_bytes, plain.kv_bytes + kv_bytes, int(flops))
+
+
+@particulars.register
+def _(op: Embed, shape: StepShape, plain: Cost, size: int) -> Cost:
+    row = plain.weight_bytes // op.table.shape[0]
+    return Cost(weight_bytes=row * shape.tokens, activation_bytes=plain.activation_bytes)
+
+
+@particulars.register
+def _(op: Norm, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return _flops(plain, shape.rows(op.x) * (op.width or op.x.width) * (4 if op.kind_ == "rms" else 7))
+
+
+@particulars.register
+def _(op: Linear, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return _flops(plain, 2 * shape.rows(op.x) * op.weight.elements)
+
+
+@particulars.register
+def _(op: Logits, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return _flops(plain, 2 * shape.rows(op.x) * op.weight.elements)
+
+
+@particulars.register
+def _(op: RopeKV, shape: StepShape, plain: Cost, size: int) -> Cost:
+    rotated = 0 if op.rope is None else op.rope.dim * (op.heads + op.kv_heads)
+    return _flops(plain, 3 * shape.tokens * rotated, shape.tokens * op.cache.elements_per_token * size)
+
+
+@particulars.register
+def _(op: Attention, shape: StepShape, plain: Cost, size: int) -> Cost:
+    window = op.window or shape.context
+    before = shape.context - shape.query_len
+    looked_at = sum(min(before + i + 1, window) for i in range(shape.query_len))
+    read = min(shape.context, window + shape.query_len - 1)
+    return _flops(
+        plain,
+        shape.sequences * looked_at * op.heads * (2 * op.cache.key_dim + 2 * op.cache.value_dim + 5),
+        shape.sequences * read * op.cache.elements_per_token * size,
+    )
+
+
+@particulars.register
+def _(op: GatedActivation, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return _flops(plain, 5 * shape.rows(op.out) * op.out.width)
+
+
+@particulars.register
+def _(op: Activate, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return _flops(plain, 4 * shape.rows(op.out) * op.out.width)
+
+
+@particulars.register
+def _(op: Add, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return _flops(plain, (1 if op.scale == 1.0 else 2) * shape.rows(op.x) * op.x.width)
+
+
+@particulars.register
+def _(op: GatherRows, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return Cost(activation_bytes=2 * shape.rows(op.out) * op.out.width * op.out.dtype.size)
+
+
+@particulars.register
+def _(op: Sample, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return _flops(plain, shape.samples * op.logits.width)
