@@ -1,5 +1,6 @@
 """GGUF files: what is read, how it is named, and that damaged ones are refused in one line."""
 
+import os
 import re
 import struct
 import time
@@ -268,6 +269,9 @@ def test_not_a_model(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "x.bin")
     with pytest.raises(ModelError, match="no such file"):
         open_checkpoint(tmp_path / "absent.gguf")
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(ModelError, match="neither a directory nor a regular file"):
+        open_checkpoint(tmp_path / "pipe.gguf")
     renamed = tmp_path / "named-otherwise"
     renamed.write_bytes(GOOD)
     assert open_checkpoint(renamed).config["hidden_size"] == 32

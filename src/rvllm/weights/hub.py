@@ -5,6 +5,7 @@ The hub's settings apply as everywhere: HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_O
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 from collections.abc import Mapping
@@ -28,7 +29,8 @@ def fetch_hub(
     """The snapshot folder of a repository, or the .gguf file in it.
 
     revision: branch, tag or commit; None is main. file: a .gguf in the repository, or None for the
-    safetensors model (or the repository's only .gguf). Raises FetchError when the hub cannot be reached,
+    safetensors model (or the repository's only .gguf). When the hub cannot be reached, what an earlier pull
+    left in the hub's cache is taken, and the report says so; FetchError without such a copy. Also raises
     CapacityError when the disk is too small, ModelError for what is not there or not allowed.
     """
     offline = source.offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
@@ -40,7 +42,13 @@ def fetch_hub(
     except RvllmError:
         raise
     except Exception as error:  # httpx's, requests' and the hub library's own, by version of the library
-        raise _explained(error, what, revision) from None
+        problem = _explained(error, what, revision)
+    if isinstance(problem, FetchError):
+        with contextlib.suppress(RvllmError):
+            path = _cached(repo, revision, file, what)
+            report(f"{problem}; taking the copy in the hub's cache", 0, 0)
+            return path
+    raise problem
 
 
 def _endpoint() -> str:
@@ -49,33 +57,31 @@ def _endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or ENDPOINT
 
 
-def _cached(repo: str, revision: str | None, file: str | None, what: str) -> Path:
-    from huggingface_hub import snapshot_download
+def _repo_folder(repo: str) -> Path:
+    """The repository's folder in the hub's cache: refs/, snapshots/<commit>/ and blobs/."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
 
-    try:
-        patterns = [glob.escape(file)] if file else None
-        folder = Path(
-            snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=patterns)
-        )
-    except Exception:
-        folder = Path()
-    if folder == Path() or (file and not (folder / file).is_file()):
+    return Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+
+
+def _cached(repo: str, revision: str | None, file: str | None, what: str) -> Path:
+    folder, wanted = _repo_folder(repo), revision or "main"
+    reference = folder / "refs" / wanted
+    commit = reference.read_text().strip() if reference.is_file() else wanted
+    snapshot = folder / "snapshots" / commit
+    if not (snapshot / file if file else snapshot).exists():
         raise FetchError(
             f"{what} is not in the hub's cache and offline mode is on (RVLLM_OFFLINE or HF_HUB_OFFLINE); "
             "pull it with a network first"
         )
-    if file:
-        return folder / file
-    ggufs = [p.name for p in folder.glob("*.gguf")]
-    if (folder / "config.json").is_file() or not ggufs:
-        return folder
-    return folder / _only(ggufs, what)
+    if file is None and not (snapshot / "config.json").is_file():
+        file = _only([p.name for p in snapshot.glob("*.gguf")], what)
+    return snapshot / file if file else snapshot
 
 
 def _fetched(repo: str, revision: str | None, file: str | None, what: str, report: Report) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.file_download import repo_folder_name
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
@@ -89,7 +95,7 @@ def _fetched(repo: str, revision: str | None, file: str | None, what: str, repor
     names, result = choose(sizes, file, set(shards) if shards else None, what)
     absent = [n for n in names if not isinstance(try_to_load_from_cache(repo, n, revision=info.sha), str)]
     total = sum(sizes[n] for n in absent)
-    folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+    folder = _repo_folder(repo)
     check_space(folder, total, what, setting="HF_HOME")
     with watching(folder / "blobs", report, f"fetching {what}", total):
         snapshot = snapshot_download(
@@ -142,6 +148,8 @@ def _all_parts(file: str, ggufs: list[str]) -> list[str]:
 
 
 def _only(ggufs: list[str], what: str) -> str:
+    if not ggufs:
+        raise ModelError(f"{what}: neither config.json nor a .gguf file in the hub's cache; pull it again")
     if len(ggufs) > 1:
         raise ModelError(f"{what} has several GGUF files; add one of them: {what}:{_listed(sorted(ggufs))}")
     return ggufs[0]
@@ -173,4 +181,9 @@ def _explained(error: Exception, what: str, revision: str | None) -> RvllmError:
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return ModelError(f"{what}: cannot write to the hub's cache: {error.strerror} ({error.filename})")
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return FetchError(f"{what}: the hub at {endpoint} cannot be reached: {first}")
+    module = type(error).__module__.partition(".")[0]  # httpx or its successor, or requests
+    if status is not None:
+        return FetchError(f"{what}: the hub at {endpoint} answered with status {status}; try again later")
+    if isinstance(error, OSError) or module.startswith(("http", "requests", "urllib3")):
+        return FetchError(f"{what}: the hub at {endpoint} cannot be reached: {first}")
+    return ModelError(f"{what}: fetching from {endpoint} failed: {type(error).__name__}: {first}")

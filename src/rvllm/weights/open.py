@@ -21,6 +21,8 @@ def open_checkpoint(path: Path) -> FileCheckpoint:
         return open_directory(path)
     if not path.exists():
         raise ModelError(f"{path}: no such file or directory")
+    if not path.is_file():
+        raise ModelError(f"{path}: neither a directory nor a regular file")
     if path.suffix == ".gguf" or _starts_with(path, MAGIC):
         from rvllm.weights.gguf_config import open_gguf
 
