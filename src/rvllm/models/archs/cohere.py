@@ -10,12 +10,10 @@ from rvllm.models.rope import read_rope
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import Part, Program
 
-DEFAULT_THETA = 500_000.0
-
 
 def build(config: ModelConfig, dtype: DType) -> Program:
     """The program of a Command-R config."""
-    return decoder(config, dtype, qk_norm=config.bool("use_qk_norm", False))
+    return decoder(config, dtype, qk_norm=config.bool("use_qk_norm", False), default_theta=500_000.0)
 
 
 def decoder(
@@ -23,6 +21,7 @@ def decoder(
     dtype: DType,
     *,
     qk_norm: bool = False,
+    default_theta: float = 10_000.0,
     window: Callable[[int], int | None] = lambda layer: None,
     rotated: Callable[[int], bool] = lambda layer: True,
 ) -> Program:
@@ -30,7 +29,7 @@ def decoder(
     dims = blocks.Dims.read(config, eps="layer_norm_eps", default_eps=1e-5)
     activation = blocks.read_activation(config, "hidden_act")
     bias = config.bool("attention_bias", False)
-    rope = read_rope(config, dims.head_dim, interleaved=True, default_theta=DEFAULT_THETA)
+    rope = read_rope(config, dims.head_dim, interleaved=True, default_theta=default_theta)
 
     b = blocks.start(config, dtype, dims)
     x = blocks.embed(b, dims)
