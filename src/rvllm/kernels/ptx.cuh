@@ -138,10 +138,12 @@ RVLLM_PTX void mbar_arrive_expect(u32 bar, u32 bytes) {
 RVLLM_PTX void mbar_expect(u32 bar, u32 bytes) {
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(bytes) : "memory");
 }
-// Arrives on the barrier at the same offset in block `rank` of the cluster.
+// Arrives on the barrier at the same offset in block `rank` of the cluster. It orders no ordinary accesses
+// for the other block (a cluster-wide release costs about a microsecond): use it for slots that the copy
+// engine fills and the tensor cores read.
 RVLLM_PTX void mbar_arrive_remote(u32 bar, u32 rank) {
   asm volatile("{\n\t.reg .b32 peer;\n\tmapa.shared::cluster.u32 peer, %0, %1;\n\t"
-               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [peer];\n\t}"
+               "mbarrier.arrive.shared::cluster.b64 _, [peer];\n\t}"
                :: "r"(bar), "r"(rank) : "memory");
 }
 RVLLM_PTX bool mbar_try_wait(u32 bar, u32 parity) {
@@ -153,14 +155,6 @@ RVLLM_PTX bool mbar_try_wait(u32 bar, u32 parity) {
 RVLLM_PTX void mbar_wait(u32 bar, u32 parity) {
   while (!mbar_try_wait(bar, parity)) {
   }
-}
-// As mbar_wait, for a phase that blocks of the whole cluster arrive on.
-RVLLM_PTX void mbar_wait_cluster(u32 bar, u32 parity) {
-  u32 done = 0;
-  while (!done)
-    asm volatile(
-        "{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
-        : "=r"(done) : "r"(bar), "r"(parity) : "memory");
 }
 
 // ---------------------------------------------------------------- the copy engine

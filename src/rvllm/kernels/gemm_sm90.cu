@@ -1,0 +1,315 @@
+// Matrix kernels for Hopper: weights stream through shared memory as the 64-row side of wgmma, tokens are
+// the N side. 8 consumer warps (two warpgroups, each with 64 rows of W) and one producer warp; where the
+// accumulators need more than 168 registers the producer is a warpgroup too, which gives its registers away.
+//
+//   SPLIT  a block sums one segment of K; the segments of a tile form a cluster and are added through
+//          distributed shared memory. grid (segments, token tiles, row pairs), cluster (segments, 1, 1).
+//   WALK   for weights with one segment: resident blocks walk over tiles. grid (blocks, 1, 1).
+//   SUM    as WALK for any number of segments, their running sum kept in registers beside the accumulator.
+//
+// In WALK and SUM the blocks of a cluster (CLUSTER along rows) share each load of x by multicast.
+#include "gemm.cuh"
+#include "wgmma.cuh"
+
+namespace rvllm::gemm {
+
+enum Mode { SPLIT, WALK, SUM };
+constexpr int CONSUMERS = 256;
+constexpr int EARLY = 0, LATE = 1;  // when the next kernel may start: at once, or with the last load issued
+
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
+
+template <int TOKENS, Mode MODE>
+struct Layout {
+  static constexpr bool MANY_REGISTERS = MODE != SPLIT && TOKENS >= 192;
+  static constexpr int THREADS = CONSUMERS + (MANY_REGISTERS ? 128 : 32);
+  static constexpr int WEIGHTS = 2 * TILE_BYTES, X = TOKENS * TILE * 2;
+  static constexpr int CHUNK = TOKENS < 32 ? TOKENS : 32;   // tokens staged at a time in WALK and SUM
+  static constexpr int STAGE_PITCH = TILE + 4;              // floats; spreads a warp's stores over all banks
+  static constexpr int SPLIT_PITCH = 2 * TILE + 4;
+  static constexpr int STAGING = MODE == SPLIT ? 0 : 2 * CHUNK * STAGE_PITCH * 4;
+  static constexpr int BARRIERS = 256, LIMIT = 232448;
+  static constexpr int FIT = (LIMIT - STAGING - BARRIERS) / (WEIGHTS + X);
+  static constexpr int STAGES = FIT < 12 ? FIT : 12;
+  static constexpr int BYTES = STAGES * (WEIGHTS + X) + STAGING + BARRIERS;
+  static_assert(MODE != SPLIT || TOKENS * SPLIT_PITCH * 4 <= STAGES * (WEIGHTS + X), "partial sums must fit");
+};
+
+// One visit of a block to a tile: 64-row tiles `tile` .. `tile + count - 1`, tokens from token0.
+struct Visit {
+  int tile, count, token0;
+};
+
+// The order in which clusters of C blocks walk over the matrix.
+template <int TOKENS, int C>
+struct Walk {
+  int tiles, token_tiles, clusters, cluster, rank, full, index = 0;
+
+  __device__ Walk(int rows, int tokens)
+      : tiles((rows + TILE - 1) / TILE), token_tiles((tokens + TOKENS - 1) / TOKENS), clusters(gridDim.x / C),
+        cluster(blockIdx.x / C), rank(blockIdx.x % C), full(tiles / (2 * C * clusters)) {}
+
+  // With one token tile the last, partial round deals out single tiles when there are enough blocks for
+  // that. With several, groups of 16 row pairs pass over all tokens, so that both operands stay in L2.
+  __device__ bool next(Visit& v) {
+    const int i = index++;
+    if (token_tiles == 1) {
+      const int round = 2 * C * clusters, rest = tiles - full * round;
+      v.token0 = 0;
+      if (i == full && rest <= round / 2) {
+        v.count = 1;
+        v.tile = full * round + cluster * C + rank;
+        return cluster * C < rest;
+      }
+      v.count = 2;
+      v.tile = ((i * clusters + cluster) * C + rank) * 2;
+      return (i * clusters + cluster) * C * 2 < tiles;
+    }
+    constexpr int GROUP = 16 / C;
+    const int supers = (tiles + 2 * C - 1) / (2 * C), unit = i * clusters + cluster;
+    const int group = unit / (GROUP * token_tiles), within = unit % (GROUP * token_tiles);
+    const int height = min(GROUP, supers - group * GROUP);
+    if (unit >= supers * token_tiles) return false;
+    v.count = 2;
+    v.tile = ((group * GROUP + within % height) * C + rank) * 2;
+    v.token0 = within / height * TOKENS;
+    return true;
+  }
+};
+
+template <int STAGES>
+struct Ring {
+  int stage = 0;
+  u32 phase = 0;
+  __device__ void advance() {
+    if (++stage == STAGES) stage = 0, phase ^= 1;
+  }
+};
+
+// x: tensor map of [>= tokens, K] in boxes of 64 x TOKENS / CLUSTER, 128-byte swizzle. weights: packed.
+// blocks: ceil(K / 64). trigger: EARLY or LATE. The rest: see Epilogue.
+template <class T, int TOKENS, Mode MODE, int CLUSTER>
+__global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
+    gemm(const __grid_constant__ TensorMap x, const u8* __restrict__ weights, void* out, const void* bias,
+         const void* residual, int kind, int tokens, int rows, int pitch, float scale, float soft_cap, int blocks,
+         int segments, int trigger) {
+  using L = Layout<TOKENS, MODE>;
+  using namespace ptx;
+  constexpr int STAGES = L::STAGES, REGS = TOKENS / 2;
+  constexpr u16 ALL = (1 << CLUSTER) - 1;
+  extern __shared__ __align__(1024) u8 shared[];
+  const u32 base = smem(shared), x_base = base + STAGES * L::WEIGHTS, bars = base + L::BYTES - L::BARRIERS;
+  const auto full = [&](int s) { return bars + 16 * s; };
+  const auto empty = [&](int s) { return bars + 16 * s + 8; };
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int tiles = (rows + TILE - 1) / TILE;
+  const Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
+
+  if (trigger == EARLY) griddep_launch();
+  if (threadIdx.x == CONSUMERS) {
+    tensor_map_prefetch(&x);
+    for (int s = 0; s < STAGES; s++) {
+      mbar_init(full(s), 1);
+      mbar_init(empty(s), CONSUMERS / 32 * CLUSTER);
+    }
+    mbar_init_fence();
+  }
+  if constexpr (CLUSTER > 1)
+    cluster_sync();
+  else
+    __syncthreads();
+
+  // The blocks of K this thread block sums, and its visits.
+  int k0 = 0, k1 = blocks;
+  if constexpr (MODE == SPLIT) {
+    k0 = segment_start(blocks, segments, blockIdx.x);
+    k1 = segment_start(blocks, segments, blockIdx.x + 1);
+  }
+  Walk<TOKENS, CLUSTER> walk(rows, tokens);
+  bool once = true;
+  const auto next = [&](Visit& v) {
+    if constexpr (MODE == SPLIT) {
+      const bool first = once;
+      once = false;
+      v = {static_cast<int>(blockIdx.z) * 2, 2, static_cast<int>(blockIdx.y) * TOKENS};
+      return first;
+    } else {
+      return walk.next(v);
+    }
+  };
+
+  if (warp >= CONSUMERS / 32) {
+    if constexpr (L::MANY_REGISTERS) registers_lower<40>();
+    if (threadIdx.x == CONSUMERS) {
+      const auto load_weights = [&](const Visit& v, int k, int stage) {
+        mbar_arrive_expect(full(stage), v.count * TILE_BYTES + L::X);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          if (i < v.count) {
+            const u64 tile = min(v.tile + i, tiles - 1);
+            bulk_load(base + stage * L::WEIGHTS + i * TILE_BYTES, weights + (tile * blocks + k) * TILE_BYTES,
+                      TILE_BYTES, full(stage), EVICT_FIRST);
+          }
+      };
+      const auto load_x = [&](const Visit& v, int k, int stage) {
+        constexpr int SHARE = TOKENS / CLUSTER;
+        const u32 dst = x_base + stage * L::X;
+        if constexpr (CLUSTER > 1) {
+          tensor_load_2d_multicast(dst + walk.rank * SHARE * TILE * 2, &x, k * TILE, v.token0 + walk.rank * SHARE,
+                                   full(stage), ALL);
+        } else {
+          tensor_load_2d(dst, &x, k * TILE, v.token0, full(stage));
+        }
+      };
+      Visit v;
+      Ring<STAGES> ring;
+      bool more = next(v);
+      // Weights first: they depend on no kernel before this one.
+      int ahead = more ? min(STAGES, k1 - k0) : 0;
+      for (int s = 0; s < ahead; s++) load_weights(v, k0 + s, s);
+      griddep_wait();
+      for (int s = 0; s < ahead; s++) {
+        load_x(v, k0 + s, s);
+        ring.advance();
+      }
+      while (more) {
+        for (int k = k0 + ahead; k < k1; k++) {
+          mbar_wait(empty(ring.stage), ring.phase ^ 1);
+          load_weights(v, k, ring.stage);
+          load_x(v, k, ring.stage);
+          ring.advance();
+        }
+        ahead = 0;
+        more = next(v);
+      }
+      if (trigger == LATE) griddep_launch();
+    } else {
+      griddep_wait();
+    }
+    __syncwarp();
+  } else {
+    if constexpr (L::MANY_REGISTERS) registers_raise<232>();
+    const int group = warp / 4, thread = threadIdx.x % 128;
+    Ring<STAGES> ring;
+    Visit v;
+    float acc[REGS];
+    const auto release = [&](int stage) {
+      if constexpr (CLUSTER > 1) {
+        if (lane < CLUSTER) mbar_arrive_remote(empty(stage), lane);
+      } else {
+        if (lane == 0) mbar_arrive(empty(stage));
+      }
+    };
+    // Sums blocks [first, last) into acc.
+    const auto segment = [&](int first, int last) {
+      int held = -1;
+      for (int k = first; k < last; k++) {
+        mbar_wait(full(ring.stage), ring.phase);
+        const u64 a = wgmma_operand(base + ring.stage * L::WEIGHTS + group * TILE_BYTES);
+        const u64 b = wgmma_operand(x_base + ring.stage * L::X);
+        wgmma_pin(acc);
+        wgmma_fence();
+#pragma unroll
+        for (int j = 0; j < TILE / 16; j++) wgmma<TOKENS, T>(acc, a + 2 * j, b + 2 * j, j > 0 || k > first);
+        wgmma_commit();
+        wgmma_pin(acc);
+        if (held >= 0) {
+          wgmma_wait<1>();
+          release(held);
+        }
+        held = ring.stage;
+        ring.advance();
+      }
+      wgmma_wait<0>();
+      wgmma_pin(acc);
+      if (held >= 0) release(held);
+    };
+    griddep_wait();
+
+    if constexpr (MODE == SPLIT) {
+      next(v);
+      segment(k0, k1);
+      // Both warpgroups have read their last stage before partial sums overwrite it.
+      bar_sync(1, CONSUMERS);
+      float* partial = reinterpret_cast<float*>(shared);
+      const int row = group * TILE + thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < TOKENS / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          partial[(8 * j + column + i % 2) * L::SPLIT_PITCH + row + i / 2 * 8] = acc[4 * j + i];
+    } else {
+      float* staging = reinterpret_cast<float*>(shared + STAGES * (L::WEIGHTS + L::X)) + group * L::CHUNK * L::STAGE_PITCH;
+      while (next(v)) {
+        if (group >= v.count) {  // nothing for this warpgroup: keep in step with the pipeline
+          for (int k = 0; k < blocks; k++) {
+            mbar_wait(full(ring.stage), ring.phase);
+            release(ring.stage);
+            ring.advance();
+          }
+          continue;
+        }
+        if constexpr (MODE == SUM) {
+          float sum[REGS];
+          segment(0, segment_start(blocks, segments, 1));
+#pragma unroll
+          for (int i = 0; i < REGS; i++) sum[i] = acc[i];
+          for (int s = 1; s < segments; s++) {
+            segment(segment_start(blocks, segments, s), segment_start(blocks, segments, s + 1));
+#pragma unroll
+            for (int i = 0; i < REGS; i++) sum[i] += acc[i];
+          }
+#pragma unroll
+          for (int i = 0; i < REGS; i++) acc[i] = sum[i];
+        } else {
+          segment(0, blocks);
+        }
+        const int row = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
+        for (int c = 0; c < TOKENS / L::CHUNK; c++) {
+          const int token0 = v.token0 + c * L::CHUNK, count = min(L::CHUNK, tokens - token0);
+          if (count <= 0) break;
+          bar_sync(1 + group, 128);
+#pragma unroll
+          for (int j = 0; j < REGS; j++)  // registers are chosen at compile time, the chunk is not
+            if (j / (L::CHUNK / 2) == c)
+              staging[(j % (L::CHUNK / 2) / 4 * 8 + column + j % 2) * L::STAGE_PITCH + row + j % 4 / 2 * 8] = acc[j];
+          bar_sync(1 + group, 128);
+          finish_tile<T, TILE>(e, token0, (v.tile + group) * TILE, 0, count * items_per_token<TILE>(kind), thread, 128,
+                               [&](int token, int r, float(&q)[4]) {
+                                 const float4 f = *reinterpret_cast<const float4*>(staging + token * L::STAGE_PITCH + r);
+                                 q[0] = f.x, q[1] = f.y, q[2] = f.z, q[3] = f.w;
+                               });
+        }
+      }
+    }
+  }
+
+  if constexpr (MODE == SPLIT) {
+    // Every block of the cluster adds up, in ascending order of segments, its share of the tile.
+    cluster_sync();
+    if (warp < CONSUMERS / 32) {
+      const int token0 = blockIdx.y * TOKENS, count = min(TOKENS, tokens - token0);
+      const int items = count * items_per_token<2 * TILE>(kind), rank = blockIdx.x;
+      finish_tile<T, 2 * TILE>(e, token0, blockIdx.z * 2 * TILE, items * rank / segments, items * (rank + 1) / segments,
+                               threadIdx.x, CONSUMERS, [&](int token, int r, float(&q)[4]) {
+                                 const u32 at = base + (token * L::SPLIT_PITCH + r) * 4;
+                                 float4 part[8];
+#pragma unroll
+                                 for (int s = 0; s < 8; s++)
+                                   if (s < segments) part[s] = cluster_load(cluster_map(at, s));
+                                 q[0] = part[0].x, q[1] = part[0].y, q[2] = part[0].z, q[3] = part[0].w;
+#pragma unroll
+                                 for (int s = 1; s < 8; s++)
+                                   if (s < segments)
+                                     q[0] += part[s].x, q[1] += part[s].y, q[2] += part[s].z, q[3] += part[s].w;
+                               });
+    }
+    cluster_sync();  // nobody leaves while its shared memory is being read
+  } else if constexpr (CLUSTER > 1) {
+    cluster_sync();
+  }
+}
+
+}  // namespace rvllm::gemm
