@@ -215,7 +215,6 @@ class Event:
         call("cuEventDestroy", self.handle)
 
 
-Scalar = ctypes.c_int | ctypes.c_uint | ctypes.c_uint64 | ctypes.c_float | ctypes.c_void_p
 Grid = tuple[int, int, int]
 
 
@@ -281,13 +280,10 @@ class TensorMap:
         return cls(descriptor)
 
 
-Argument = Scalar | TensorMap | int  # an int is a device pointer
-
-
 class Launch:
     """A kernel call whose parameters stay in place, so that launching it again costs microseconds.
 
-    Scalars given as ctypes objects may be shared between launches: change the value, and every launch
+    arguments: device pointers as int, scalars as ctypes objects, tensor maps. Scalars given as ctypes objects may be shared between launches: change the value, and every launch
     after that sees it. The grid is given at each `run`.
     """
 
@@ -296,7 +292,7 @@ class Launch:
         function: Function,
         block: int,
         smem: int,
-        arguments: Sequence[Argument],
+        arguments: Sequence[Any],
         *,
         pdl: bool = True,
         cluster: int = 1,
