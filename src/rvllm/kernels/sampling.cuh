@@ -1,0 +1,155 @@
+// What the sampling kernels share: slot parameters, ordered keys, exact selection, the counter-based generator.
+#pragma once
+
+#include "common.cuh"
+
+// One slot's parameters; the host's image of it is `SLOT` in backends/cuda/sampling.py. 64 bytes.
+struct Slot {
+  float temperature;  // below 1e-5: greedy
+  int top_k;          // 0: all
+  float top_p, min_p;
+  float repetition, presence, frequency;
+  int min_tokens;
+  u64 seed;
+  int generated;  // tokens drawn since the end of the prompt
+  u32 flags;
+  int biases, stops;  // lengths of the slot's lists
+  int reserved[2];
+};
+constexpr u32 HISTORY = 1;      // token counts are kept for this slot
+constexpr u16 IN_PROMPT = 0x8000;  // in a token's count: it occurs in the prompt; the rest counts the output
+constexpr int CHUNK = 2048;     // logits one block of sample_scan looks at
+constexpr int MAX_BIASES = 1024, MAX_STOPS = 128, MAX_TOP = 20;
+
+// Floats as unsigned numbers of the same order.
+__device__ __forceinline__ u32 key_of(float x) {
+  const u32 u = __float_as_uint(x);
+  return u & 0x80000000u ? ~u : u | 0x80000000u;
+}
+__device__ __forceinline__ float value_of(u32 key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+constexpr u32 LOWEST_KEY = 0x007fffffu + 1;  // just above minus infinity
+
+// exp(x - maximum) as a fixed-point number, so that sums are exact and hence independent of their order.
+__device__ __forceinline__ u64 weight_of(float x, float maximum) {
+  return (u64)(exp2_fast((x - maximum) * LOG2E) * 1099511627776.f);  // 2^40
+}
+
+struct Best {
+  float value;
+  int id;
+};
+
+// The larger value; of equal ones the lower id.
+__device__ __forceinline__ Best better(Best a, Best b) {
+  return b.value > a.value || (b.value == a.value && b.id < a.id) ? b : a;
+}
+
+// The block's best, in every thread. scratch: 32 elements.
+__device__ __forceinline__ Best block_best(Best x, Best* scratch) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) x = better(x, {__shfl_xor_sync(~0u, x.value, o), __shfl_xor_sync(~0u, x.id, o)});
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  Best best = scratch[0];
+  for (int w = 1; w < blockDim.x / 32; w++) best = better(best, scratch[w]);
+  return best;
+}
+
+// Philox4x32-10 (Salmon et al. 2011), first word; counter words above the first are zero.
+__device__ __forceinline__ u32 philox(u64 key, u32 counter) {
+  u32 c0 = counter, c1 = 0, c2 = 0, c3 = 0, k0 = (u32)key, k1 = (u32)(key >> 32);
+#pragma unroll
+  for (int round = 0; round < 10; round++) {
+    const u32 h0 = __umulhi(0xD2511F53u, c0), l0 = 0xD2511F53u * c0;
+    const u32 h1 = __umulhi(0xCD9E8D57u, c2), l1 = 0xCD9E8D57u * c2;
+    c0 = h1 ^ c1 ^ k0;
+    c1 = l1;
+    c2 = h0 ^ c3 ^ k1;
+    c3 = l0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return c0;
+}
+
+constexpr int BINS = 2048, PICK_THREADS = 1024;
+
+// Shared memory of select_key: a histogram of 64-bit sums in two halves, since shared memory adds 32 bits natively.
+struct Histogram {
+  u32 low[BINS], high[BINS];
+  u64 warp_sums[32];
+  u32 bin;
+  u64 above;
+};
+
+__device__ __forceinline__ void histogram_add(Histogram& h, u32 bin, u64 x) {
+  const u32 low = (u32)x, old = atomicAdd(&h.low[bin], low);
+  const u32 high = (u32)(x >> 32) + (old + low < old);
+  if (high) atomicAdd(&h.high[bin], high);
+}
+
+// Visits (value, id) of a row of `vocab` floats, 16-byte aligned and padded to four; the whole block.
+template <typename Visit> __device__ __forceinline__ void each(const float* row, int vocab, Visit visit) {
+  for (int i = threadIdx.x * 4; i < vocab; i += blockDim.x * 4) {
+    const float4 v = *reinterpret_cast<const float4*>(row + i);
+    visit(v.x, i);
+    if (i + 1 < vocab) visit(v.y, i + 1);
+    if (i + 2 < vocab) visit(v.z, i + 2);
+    if (i + 3 < vocab) visit(v.w, i + 3);
+  }
+}
+
+// The largest key t such that what lies at or above it measures at least `target` > 0: elements are counted, or,
+// with WEIGHTS, their weights summed. Elements below `floor` do not take part; if all of them together measure
+// less, the answer is `floor`. above: the measure of what lies strictly above t. Three passes over the row, each
+// settling 11 or 10 bits. A block of PICK_THREADS threads; the same answer in every thread.
+template <bool WEIGHTS>
+__device__ u32 select_key(const float* row, int vocab, float maximum, u32 floor, u64 target, Histogram& h, u64& above) {
+  u32 prefix = 0;
+  above = 0;
+  for (int level = 0; level < 3; level++) {
+    const int shift = level == 0 ? 21 : level == 1 ? 10 : 0, bits = level == 2 ? 10 : 11;
+    __syncthreads();
+    for (int i = threadIdx.x; i < BINS; i += PICK_THREADS) h.low[i] = h.high[i] = 0;
+    if (threadIdx.x == 0) h.bin = ~0u;
+    __syncthreads();
+    each(row, vocab, [&](float x, int) {
+      const u32 key = key_of(x);
+      if (key < floor || (level > 0 && key >> (shift + bits) != prefix)) return;
+      const u64 measure = WEIGHTS ? weight_of(x, maximum) : 1;
+      if (measure) histogram_add(h, key >> shift & ((1u << bits) - 1), measure);
+    });
+    __syncthreads();
+    // Sums from the top: thread i holds bins BINS - 1 - 2 i and the one below it.
+    const int first = BINS - 1 - 2 * threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const u64 a = (u64)h.high[first] << 32 | h.low[first], b = (u64)h.high[first - 1] << 32 | h.low[first - 1];
+    u64 sum = a + b;
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) {
+      const u64 other = __shfl_up_sync(~0u, sum, o);
+      if (lane >= o) sum += other;
+    }
+    if (lane == 31) h.warp_sums[warp] = sum;
+    __syncthreads();
+    for (int w = 0; w < warp; w++) sum += h.warp_sums[w];
+    const u64 before = above + sum - a - b;  // everything above this thread's bins
+    if (before < target && before + a >= target) {
+      h.bin = first;
+      h.above = before;
+    } else if (before + a < target && before + a + b >= target) {
+      h.bin = first - 1;
+      h.above = before + a;
+    }
+    __syncthreads();
+    if (h.bin == ~0u) {
+      above = 0;
+      return floor;
+    }
+    prefix = prefix << bits | h.bin;
+    above = h.above;
+  }
+  return prefix;
+}
