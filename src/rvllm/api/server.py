@@ -108,5 +108,5 @@ async def _drain(
         (serving, second, dead), timeout=gate.config.drain_timeout, return_when=asyncio.FIRST_COMPLETED
     )
     second.cancel()
-    if not serving.done():
+    if gate.working:
         event(logging.WARNING, "cancelling what still runs", requests=len(gate.working))

@@ -1,0 +1,12 @@
+"""One live server for the tests of the protocol, and fresh ones where a test changes it."""
+
+from collections.abc import Iterator
+
+import pytest
+from api_double import LiveServer
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[LiveServer]:
+    with LiveServer(drain_timeout=0.2) as live:
+        yield live

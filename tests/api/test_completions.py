@@ -1,0 +1,119 @@
+"""`/v1/completions` over real HTTP, with scripted tokens."""
+
+import json
+
+import pytest
+from api_double import LiveServer
+
+PATH = "/v1/completions"
+
+
+def decoded(server: LiveServer, tokens: int) -> str:
+    return server.tokenizer.decode(server.engine.answer[:tokens])
+
+
+def test_the_default_is_sixteen_tokens(server: LiveServer) -> None:
+    status, answer = server.post(PATH, prompt="hello")
+    assert status == 200
+    assert answer["object"] == "text_completion"
+    assert answer["usage"]["completion_tokens"] == 16
+    assert answer["choices"][0]["text"] == decoded(server, 16)
+
+
+@pytest.mark.parametrize("kind", ["text", "ids", "texts", "lists"])
+def test_prompts_of_every_kind(server: LiveServer, kind: str) -> None:
+    one, two = server.tokenizer.encode("hello world"), server.tokenizer.encode("the fox")
+    prompt = {"text": "hello world", "ids": one, "texts": ["hello world", "the fox"], "lists": [one, two]}[
+        kind
+    ]
+    _, answer = server.post(PATH, prompt=prompt, max_tokens=2, n=2)
+    expected = [one, one] if kind in ("text", "ids") else [one, one, two, two]
+    assert [c["index"] for c in answer["choices"]] == list(range(len(expected)))
+    made = server.engine.requests[-len(expected) :]
+    assert sorted(r.prompt_token_ids for r in made) == sorted(expected)
+    prompts = [one] if kind in ("text", "ids") else [one, two]
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, prompts))
+
+
+def test_echo_with_logprobs_covers_the_prompt(server: LiveServer) -> None:
+    _, answer = server.post(PATH, prompt="hello world", echo=True, logprobs=1, max_tokens=2)
+    choice = answer["choices"][0]
+    assert choice["text"] == "hello world" + decoded(server, 2)
+    logprobs = choice["logprobs"]
+    count = len(server.tokenizer.encode("hello world")) + 2
+    assert {len(logprobs[key]) for key in logprobs} == {count}
+    assert logprobs["token_logprobs"][0] is None
+    assert logprobs["top_logprobs"][0] is None
+    offsets = [sum(map(len, logprobs["tokens"][:i])) for i in range(count)]
+    assert logprobs["text_offset"] == offsets
+
+
+def test_echo_with_no_new_tokens_scores_the_prompt_alone(server: LiveServer) -> None:
+    _, answer = server.post(PATH, prompt="hello world", echo=True, logprobs=1, max_tokens=0)
+    choice = answer["choices"][0]
+    assert choice["text"] == "hello world"
+    assert len(choice["logprobs"]["tokens"]) == len(server.tokenizer.encode("hello world"))
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+def test_a_stream_joins_to_the_answer(server: LiveServer) -> None:
+    for options in ({}, {"echo": True, "logprobs": 2}):
+        _, whole = server.post(PATH, prompt="hello", max_tokens=30, **options)
+        events = server.events(
+            PATH, prompt="hello", max_tokens=30, stream_options={"include_usage": True}, **options
+        )
+        assert events[-1]["usage"] == whole["usage"]
+        choices = [e["choices"][0] for e in events[:-1]]
+        assert "".join(c["text"] for c in choices) == whole["choices"][0]["text"]
+        assert choices[-1]["finish_reason"] == "length"
+        parts = [c["logprobs"] for c in choices if c["logprobs"]]
+        if options:
+            for key in ("tokens", "text_offset", "token_logprobs"):
+                assert [v for p in parts for v in p[key]] == whole["choices"][0]["logprobs"][key]
+
+
+def test_several_prompts_stream_under_their_own_indices(server: LiveServer) -> None:
+    events = server.events(PATH, prompt=["hello", "world"], max_tokens=3, n=2)
+    for index in range(4):
+        mine = [e["choices"][0] for e in events if e["choices"][0]["index"] == index]
+        assert "".join(c["text"] for c in mine) == decoded(server, 3)
+        assert [c["finish_reason"] for c in mine][-1] == "length"
+
+
+def test_token_ids_on_request(server: LiveServer) -> None:
+    _, answer = server.post(PATH, prompt=[1, 2, 3], max_tokens=4, return_token_ids=True, prompt_logprobs=0)
+    choice = answer["choices"][0]
+    assert choice["prompt_token_ids"] == [1, 2, 3]
+    assert choice["token_ids"] == server.engine.answer[:4]
+    assert list(choice["prompt_logprobs"][1]) == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": [1, [2]]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [10**9]}, "prompt"),
+        ({"prompt": [10**30]}, "prompt"),
+        ({"prompt": [[[1]]]}, "prompt[0]"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": ["a"] * 50}, "prompt"),
+        ({"prompt": ["a"] * 10, "n": 2}, "n"),
+        ({"prompt": "the " * 400}, "prompt"),
+        ({"prompt": "a", "suffix": "b"}, "suffix"),
+        ({"prompt": "a", "best_of": 3}, "best_of"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs"),
+        ({"prompt": "a", "logprobs": True}, "logprobs"),
+    ],
+    ids=lambda value: json.dumps(value)[:40],
+)
+def test_a_wrong_parameter_is_a_400_that_names_it(server: LiveServer, body: dict, param: str) -> None:
+    status, answer = server.post(PATH, **body)
+    assert status == 400, answer
+    assert (answer["error"]["param"] or "").startswith(param), answer
