@@ -176,10 +176,8 @@ class LLM:
                         advance(len(delta.token_ids), request.finished)
         finally:
             self.engine.abort(list(running))
-            while running and self.engine.has_work():
-                for output in self.engine.step():
-                    if output.finish_reason is not None:
-                        running.pop(output.request_id, None)
+            while self.engine.has_work():
+                self.engine.step()
         return [request.to_output(self._tokenizer) for request in requests]
 
     def _requests_of(

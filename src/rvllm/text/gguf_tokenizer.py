@@ -49,16 +49,21 @@ def from_metadata(metadata: Mapping[str, Any], origin: str) -> TokenizerParts:
     """
     kind = metadata.get(KEY + "model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece, "bert": _wordpiece, "t5": _unigram}
-    if kind not in builders:
+    if not isinstance(kind, str) or kind not in builders:
         known = ", ".join(builders)
         raise ModelError(f"{origin}: {KEY}model is {kind!r}; supported: {known}")
     tokens = _strings(metadata, "tokens", origin)
-    with _no_collection():
-        backend = builders[kind](metadata, tokens, origin)
-        special = _special_tokens(metadata, tokens, origin)
-        _add_special(backend, metadata, tokens)
-        if kind != "bert":
-            _add_post_processor(backend, metadata, special, default_bos=kind == "llama")
+    try:
+        with _no_collection():
+            backend = builders[kind](metadata, tokens, origin)
+            special = _special_tokens(metadata, tokens, origin)
+            _add_special(backend, metadata, tokens)
+            if kind != "bert":
+                _add_post_processor(backend, metadata, special, default_bos=kind == "llama")
+    except ModelError:
+        raise
+    except Exception as error:  # values of the wrong type, or what the tokenizers package refuses
+        raise ModelError(f"{origin}: {KEY}*: {type(error).__name__}: {error}") from None
     return TokenizerParts(backend, origin, special, _chat_templates(metadata))
 
 
@@ -97,7 +102,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> 
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     name = metadata.get(KEY + "pre")
-    rule = DEFAULT if name in (None, "default") else PRE_TOKENIZERS.get(name)
+    rule = DEFAULT if name in (None, "default") else PRE_TOKENIZERS.get(str(name))
     if rule is None:
         known = ", ".join(sorted(PRE_TOKENIZERS))
         raise ModelError(f"{origin}: {KEY}pre is {name!r}; supported: {known}")
@@ -224,9 +229,9 @@ def _special_tokens(metadata: Mapping[str, Any], tokens: list[str], origin: str)
         index = metadata.get(KEY + key)
         if index is None:
             continue
-        if not 0 <= int(index) < len(tokens):
-            raise ModelError(f"{origin}: {KEY}{key} is {index}, but there are {len(tokens)} tokens")
-        found[name] = tokens[int(index)]
+        if not isinstance(index, int) or not 0 <= index < len(tokens):
+            raise ModelError(f"{origin}: {KEY}{key} is {index!r}, but there are {len(tokens)} tokens")
+        found[name] = tokens[index]
     return found
 
 
