@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import archs_gguf
 import archs_tiny as tiny
 import numpy as np
 import pytest
@@ -52,3 +53,40 @@ def test_equals_transformers(name: str, tmp_path: Path) -> None:
             tokens = torch.cat([tokens, best], dim=1)
     assert tiny.greedy(backend, prompt, tiny.GREEDY) == tokens[0, len(prompt) :].tolist()
     backend.close()
+
+
+# What llama.cpp's files have no room for: biases and untied heads where its models never have them, Gemma 2
+# without caps, another scale of Gemma's queries or activation of GPT-NeoX, Qwen3's biases and windows.
+IN_GGUF: dict[str, dict[str, Any]] = {
+    "cohere_qk_norm": {"attention_bias": False, "tie_word_embeddings": True},
+    "cohere2_layer_types": {"attention_bias": False, "tie_word_embeddings": True},
+    "gpt_neox_sequential": {"hidden_act": "gelu"},
+    "gemma_bias": {"attention_bias": False, "tie_word_embeddings": True},
+    "gemma2": {"query_pre_attn_scalar": 20},
+    "gemma2_no_caps": {
+        "attention_bias": False, "tie_word_embeddings": True,
+        "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0,
+    },
+    "gemma3": {"query_pre_attn_scalar": 20},
+    "gemma3_old": {"attention_bias": False},
+    "qwen3_window": {"attention_bias": False, "use_sliding_window": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", tiny.CASES)
+def test_gguf_equals_safetensors(name: str, tmp_path: Path) -> None:
+    case = tiny.CASES[name]
+    config = case.config | IN_GGUF.get(name, {})
+    tensors = tiny.random_tensors(name, config)
+    prompt = tiny.prompt_of(name, 61)
+    logits = []
+    for path in (
+        tiny.save(tmp_path / "one", config, tensors),
+        tiny.save(tmp_path / "sharded", config, tensors, shards=3),
+        archs_gguf.write(tmp_path / "model.gguf", config, tensors),
+    ):
+        backend = tiny.load(path, case.max_model_len)
+        logits.append(tiny.all_logits(backend, prompt, (len(prompt),)))
+        backend.close()
+    assert np.array_equal(logits[0], logits[1])
+    np.testing.assert_allclose(logits[2], logits[0], atol=2e-5, rtol=0)  # (w + 1) - 1 rounds

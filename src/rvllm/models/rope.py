@@ -64,6 +64,8 @@ def rotated_dim(
     inside = section.opt_float("partial_rotary_factor", low=0.0, high=1.0) if section else None
     factor = config.float(name, default, low=0.0, high=1.0) if inside is None else inside
     dim = int(head_dim * factor)
+    if dim % 2:  # a factor that is a rounded quotient may fall just short of the number it stands for
+        dim = int(head_dim * factor + 1e-6)
     if dim < 2 or dim % 2:
         raise config.fail(
             name, f"{factor:g} of {head_dim} leaves {dim} rotated elements, wanted an even number"

@@ -47,6 +47,8 @@ class TensorInfo:
 
     unpermute_heads: not 0 where the file holds query or key rows in llama.cpp's order for interleaved
     rope (Llama, Mistral): rows must be put back into [head][half][dim/2] order; the number of heads.
+    regroup_heads: not 0 where the file holds fused rows as [q|k|v][head][dim] and Transformers as
+    [head][q|k|v][dim] (GPT-NeoX); the number of heads.
     add: a constant the file's numbers lack (llama.cpp stores Gemma's norms as 1 + w; then it is -1).
     """
 
@@ -57,6 +59,7 @@ class TensorInfo:
     offset: int
     nbytes: int
     unpermute_heads: int = 0
+    regroup_heads: int = 0
     add: float = 0.0
 
 

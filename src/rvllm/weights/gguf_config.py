@@ -1,141 +1,28 @@
-"""What a GGUF file says of its model, in Hugging Face's words: config, generation config, tensor names.
-
-One entry of `ARCHITECTURES` per `general.architecture`. The names on the left are llama.cpp's, those on
-the right Transformers'; `blk.N.` stands for `model.layers.N.` unless an entry says otherwise.
-"""
+"""What a GGUF file says of its model, in Hugging Face's words: config, generation config, tensor names."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from rvllm.errors import ModelError
 from rvllm.weights.checkpoint import TensorInfo
 from rvllm.weights.gguf import GGUFFile, as_list, read_gguf
+from rvllm.weights.gguf_archs import ARCHITECTURES, Architecture, Metadata
 from rvllm.weights.mapped import FileCheckpoint, shown
 from rvllm.weights.quants import dequantise
 
-GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 SAMPLING_KEYS = {
     "general.sampling.temp": "temperature",
     "general.sampling.top_k": "top_k",
     "general.sampling.top_p": "top_p",
     "general.sampling.min_p": "min_p",
     "general.sampling.penalty_repeat": "repetition_penalty",
-}
-MAX_SIZE = 1 << 31  # of any dimension or count in a config
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How one of llama.cpp's architectures is called and laid out.
-
-    permuted: query and key rows stand in the order for interleaved rope.
-    norm_add: added to norm weights as they are read (Gemma: -1).
-    extra: further config fields, from the metadata.
-    """
-
-    hf_class: str
-    model_type: str
-    layer_names: Mapping[str, str] = field(default_factory=lambda: LAYER_NAMES)
-    global_names: Mapping[str, str] = field(default_factory=lambda: GLOBAL_NAMES)
-    layer_prefix: str = "model.layers."
-    permuted: bool = False
-    norm_add: float = 0.0
-    extra: Callable[[Metadata], dict[str, Any]] = lambda metadata: {"hidden_act": "silu"}
-
-    def hf_name(self, name: str) -> str:
-        """The name in Transformers; a tensor it does not know keeps its own."""
-        stem, _, kind = name.rpartition(".")
-        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-        if layer and layer[2] in self.layer_names:
-            return f"{self.layer_prefix}{layer[1]}.{self.layer_names[layer[2]]}.{kind}"
-        known = self.global_names.get(stem)
-        return f"{known}.{kind}" if known else name
-
-
-class Metadata:
-    """Typed reading of one architecture's metadata; every failure names the file and the key."""
-
-    def __init__(self, values: Mapping[str, Any], path: Path, architecture: str) -> None:
-        self.values = values
-        self.path = path
-        self.architecture = architecture
-
-    def fail(self, key: str, problem: str) -> NoReturn:
-        raise ModelError(f"{self.path}: metadata {key} {problem}")
-
-    def key(self, name: str) -> str:
-        """`block_count` → `llama.block_count`; dotted names starting with a known room stay."""
-        return name if name.startswith(("general.", "tokenizer.")) else f"{self.architecture}.{name}"
-
-    def count(self, name: str, low: int = 1) -> int:
-        """A required whole number."""
-        value = self.opt_count(name, low)
-        if value is None:
-            self.fail(self.key(name), "is missing")
-        return value
-
-    def opt_count(self, name: str, low: int = 0) -> int | None:
-        """A whole number; one given per layer must be the same in all of them."""
-        key = self.key(name)
-        value = self.values.get(key)
-        if isinstance(value, np.ndarray):
-            distinct = set(value.tolist())
-            if len(distinct) != 1:
-                self.fail(key, "differs between layers, which is not supported")
-            value = distinct.pop()
-        if value is None:
-            return None
-        if type(value) is not int or not low <= value < MAX_SIZE:
-            self.fail(key, f"is {shown(value)}, not a whole number from {low} to {MAX_SIZE - 1}")
-        return value
-
-    def opt_float(self, name: str) -> float | None:
-        """A number; float32 as the shortest decimal that means it (1e-05, not 9.99999974e-06)."""
-        key = self.key(name)
-        value = self.values.get(key)
-        if value is None:
-            return None
-        if type(value) not in (int, float) or not np.isfinite(value):
-            self.fail(key, f"is {shown(value)}, not a finite number")
-        return float(str(np.float32(value))) if np.float32(value) == value else float(value)
-
-    def opt_str(self, name: str) -> str | None:
-        """A text."""
-        key = self.key(name)
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, str):
-            self.fail(key, f"is {shown(value)}, not a text")
-        return value
-
-
-def _rms(metadata: Metadata) -> dict[str, Any]:
-    return {"hidden_act": "silu", "rms_norm_eps": metadata.opt_float("attention.layer_norm_rms_epsilon")}
-
-
-ARCHITECTURES = {
-    "llama": Architecture("LlamaForCausalLM", "llama", permuted=True, extra=_rms),
-    "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", extra=_rms),
-    "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", extra=_rms),
 }
 
 
@@ -157,6 +44,8 @@ def open_gguf(path: Path) -> FileCheckpoint:
     config = _config(metadata, architecture, tensors)
     if "rope_freqs.weight" in tensors:
         config["rope_scaling"] = _rope_factors(files, tensors.pop("rope_freqs.weight"), config)
+    if "rope_factors_long.weight" in tensors and "rope_factors_short.weight" in tensors:
+        config["rope_scaling"] = _longrope(files, tensors, config, metadata)
     return FileCheckpoint(
         path=path,
         config={k: v for k, v in config.items() if v is not None},
@@ -215,10 +104,39 @@ def _tensors(
                         f"whose rows are not {count} heads of an even size"
                     )
                 info = replace(info, unpermute_heads=count)
+            if architecture.regrouped and kind == "attn_qkv":
+                if not tensor.shape or tensor.shape[0] % (3 * heads):
+                    raise ModelError(
+                        f"{file.file.path}: tensor {shown(tensor.name)} has shape {list(tensor.shape)}, "
+                        f"whose rows are not queries, keys and values of {heads} heads"
+                    )
+                info = replace(info, regroup_heads=heads)
             if architecture.norm_add and kind.endswith("norm"):
                 info = replace(info, add=architecture.norm_add)
-            found[name] = info
+            if architecture.per_head and kind in ("attn_q_norm", "attn_k_norm"):
+                found |= _one_a_head(info)
+            else:
+                found[name] = info
     return found, unreadable
+
+
+def _one_a_head(info: TensorInfo) -> dict[str, TensorInfo]:
+    """The rows of a norm as tensors of their own: x.weight [heads, dim] as x.norms.0.weight, ..."""
+    if len(info.shape) != 2:
+        raise ModelError(
+            f"{info.file}: tensor {shown(info.name)} has shape {list(info.shape)}, wanted a row a head"
+        )
+    stem, _, kind = info.name.rpartition(".")
+    heads, width = info.shape
+    nbytes = info.nbytes // heads if heads else 0
+    rows = [
+        replace(
+            info, name=f"{stem}.norms.{head}.{kind}", shape=(width,), offset=info.offset + head * nbytes,
+            nbytes=nbytes,
+        )
+        for head in range(heads)
+    ]  # fmt: skip
+    return {row.name: row for row in rows}
 
 
 def _config(
@@ -257,7 +175,7 @@ def _config(
         "max_position_embeddings": metadata.count("context_length"),
         "rope_theta": metadata.opt_float("rope.freq_base") or 10000.0,
         "rope_scaling": _rope_scaling(metadata),
-        "partial_rotary_factor": rotated / head_dim if rotated != head_dim else None,
+        "partial_rotary_factor": rotated / (head_dim or 1),
         "sliding_window": metadata.opt_count("attention.sliding_window") or None,
         "tie_word_embeddings": architecture.hf_name("output.weight") not in tensors,
         "attention_bias": architecture.hf_name("blk.0.attn_q.bias") in tensors,
@@ -267,6 +185,7 @@ def _config(
         "bos_token_id": metadata.opt_count("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.opt_count("tokenizer.ggml.eos_token_id"),
         "pad_token_id": metadata.opt_count("tokenizer.ggml.padding_token_id"),
+        **{name: tensor in tensors for name, tensor in architecture.present.items()},
         **architecture.extra(metadata),
     }
 
@@ -298,21 +217,44 @@ def _rope_factors(files: list[GGUFFile], info: TensorInfo, config: Mapping[str, 
 
     That is LongRoPE's form with the same factors at every length and no change to cos and sin.
     """
-    if len(info.shape) != 1 or info.shape[0] * 2 > config["head_dim"]:
-        raise ModelError(f"{info.file}: tensor 'rope_freqs.weight' has shape {list(info.shape)}, "
-                         f"wanted at most {config['head_dim'] // 2} numbers")  # fmt: skip
-    bytes_of = {f.file.path: f.file.bytes for f in files}[info.file]
-    factors = dequantise(info.type, bytes_of[info.offset : info.offset + info.nbytes], info.shape)
-    if not (np.isfinite(factors).all() and (factors > 0).all()):
-        raise ModelError(f"{info.file}: tensor 'rope_freqs.weight' must hold positive numbers")
+    factors = _factors(files, info, config)
     return {
         "rope_type": "longrope",
-        "short_factor": factors.tolist(),
-        "long_factor": factors.tolist(),
+        "short_factor": factors,
+        "long_factor": factors,
         "attention_factor": 1.0,
         "factor": 1.0,
         "original_max_position_embeddings": config["max_position_embeddings"],
     }
+
+
+def _longrope(
+    files: list[GGUFFile], tensors: dict[str, TensorInfo], config: Mapping[str, Any], metadata: Metadata
+) -> dict[str, Any]:
+    """LongRoPE's two sets of factors, tensors in the file (Phi-3)."""
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": _factors(files, tensors.pop("rope_factors_short.weight"), config),
+        "long_factor": _factors(files, tensors.pop("rope_factors_long.weight"), config),
+        "attention_factor": metadata.opt_float("rope.scaling.attn_factor"),
+        "original_max_position_embeddings": metadata.opt_count("rope.scaling.original_context_length", low=2),
+    }
+    return {k: v for k, v in scaling.items() if v is not None}
+
+
+def _factors(files: list[GGUFFile], info: TensorInfo, config: Mapping[str, Any]) -> list[float]:
+    """One divisor for each rotated pair."""
+    if len(info.shape) != 1 or info.shape[0] * 2 > config["head_dim"]:
+        raise ModelError(
+            f"{info.file}: tensor {shown(info.name)} has shape {list(info.shape)}, "
+            f"wanted at most {config['head_dim'] // 2} numbers"
+        )
+    bytes_of = {f.file.path: f.file.bytes for f in files}[info.file]
+    factors = dequantise(info.type, bytes_of[info.offset : info.offset + info.nbytes], info.shape)
+    if not (np.isfinite(factors).all() and (factors > 0).all()):
+        raise ModelError(f"{info.file}: tensor {shown(info.name)} must hold positive numbers")
+    numbers: list[float] = factors.tolist()
+    return numbers
 
 
 def _generation_config(metadata: Metadata) -> dict[str, Any]:

@@ -163,14 +163,14 @@ def row_order(part: Part, info: TensorInfo) -> NDArray[np.intp] | None:
     order = np.arange(rows)
     if info.unpermute_heads:  # stored [head][dim/2][half], wanted [head][half][dim/2]
         order = order.reshape(info.unpermute_heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    if info.regroup_heads:  # stored [q|k|v][head][dim], wanted [head][q|k|v][dim]
+        order = order.reshape(3, info.regroup_heads, -1).swapaxes(0, 1).reshape(-1)
     if part.layout == "head_qkv":
         order = order.reshape(part.heads, 3, -1).swapaxes(0, 1).reshape(-1)
     elif part.layout == "grouped_qkv":
         groups = order.reshape(part.heads, -1, part.head_dim)
         order = np.concatenate([g.reshape(-1) for g in (groups[:, :-2], groups[:, -2], groups[:, -1])])
-    elif not info.unpermute_heads:
-        return None
-    return order
+    return None if np.array_equal(order, np.arange(rows)) else order
 
 
 @dataclass(frozen=True)
