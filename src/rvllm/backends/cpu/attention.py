@@ -150,8 +150,8 @@ def _decode(
     sequence = np.repeat(np.arange(len(q)), counts)
     split = np.arange(len(sequence)) - begins[sequence] + oldest[sequence]
     blocks = tables[sequence[:, None], split[:, None] * SPLIT_BLOCKS + np.arange(SPLIT_BLOCKS)]
-    k = keys[blocks].reshape(-1, SPLIT, *keys.shape[2:])
-    v = values[blocks].reshape(-1, SPLIT, *values.shape[2:])
+    k = np.take(keys, blocks, axis=0).reshape(-1, SPLIT, *keys.shape[2:])
+    v = np.take(values, blocks, axis=0).reshape(-1, SPLIT, *values.shape[2:])
 
     at = split[:, None] * SPLIT + np.arange(SPLIT)
     v[at > positions[sequence][:, None]] = (

@@ -7,6 +7,7 @@ pieces of fixed shape).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -138,7 +139,7 @@ def gelu(x: F32) -> F32:
 
 def gelu_tanh(x: F32) -> F32:
     """x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2, gelu's approximation."""
-    inner = np.float32((2 / np.pi) ** 0.5) * (x + np.float32(0.044715) * x * x * x)
+    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
     out: F32 = x * np.float32(0.5) * (np.float32(1) + np.tanh(inner))
     return out
 

@@ -21,7 +21,7 @@ F32 = NDArray[np.float32]
 
 TILE = 4  # rows of x a call takes
 CALL = 1_000_000  # multiply-adds up to which OpenBLAS multiplies without repacking its operands
-CACHED = 256 << 10  # bytes of weight that all tiles meet before the next are touched: half a core's L2
+CACHED = 768 << 10  # bytes of weight that all tiles meet before the next are touched: most of a core's L2
 SPREAD = 1 << 18  # multiply-adds that are worth waking another thread
 
 
@@ -57,9 +57,14 @@ def product(x: F32, weight: F32, workers: Workers) -> F32:
     whole = len(weight) // chunk
 
     def multiply(low: int, high: int) -> None:
-        group = high - low if tiles == 1 else max(1, CACHED // (chunk * inner * 4))
-        for first in range(low, high, max(1, group)):
-            _stacked(stack, weight, out, first * chunk, min(first + group, high) * chunk, chunk)
+        group = max(1, CACHED // (chunk * inner * 4))
+        for first in range(low, high, group):
+            begin, end = first * chunk, min(first + group, high) * chunk
+            # A long dot product streams memory at full speed, the small products that follow do not: it
+            # is here to bring the chunk into the cache.
+            flat = weight[begin:end].reshape(-1)
+            np.dot(flat, flat)
+            _stacked(stack, weight, out, begin, end, chunk)
 
     if workers.count > 1 and padded * weight.size >= SPREAD and whole > 1:
         workers.split(whole, multiply)

@@ -1,0 +1,154 @@
+"""Drawing tokens: each step of vLLM's order against a plain formula, and seeds that always give the same."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rvllm.backends.base import SamplingSpec
+from rvllm.backends.cpu.philox import philox4x32, uniform
+from rvllm.backends.cpu.sampler import History, adjust, distribution, draw, nucleus, top_logprobs
+
+VOCAB = 50
+
+
+def row(seed: int = 0, vocab: int = VOCAB) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(vocab).astype(np.float32) * 3
+
+
+def begin(spec: SamplingSpec, tokens: tuple[int, ...] = (1, 2, 2, 5), prompt_len: int = 2) -> History:
+    return History.begin(spec, np.array(tokens, dtype=np.int32), prompt_len, VOCAB)
+
+
+def test_philox_known_answers() -> None:
+    """The known-answer vectors published with the generator (Random123)."""
+    assert philox4x32(0, 0) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    full = philox4x32(2**64 - 1, 2**128 - 1)
+    assert full == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
+    pi = philox4x32(0x299F31D0A4093822, 0x0370734413198A2E85A308D3243F6A88)
+    assert pi == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
+
+
+def test_greedy_takes_the_first_of_the_largest() -> None:
+    logits = np.zeros(VOCAB, np.float32)
+    logits[[7, 30]] = 4
+    assert draw(logits, begin(SamplingSpec())) == 7
+
+
+def test_penalties_follow_vllm() -> None:
+    spec = SamplingSpec(repetition_penalty=1.5, presence_penalty=0.25, frequency_penalty=0.5)
+    logits = row()
+    out = adjust(logits.copy(), begin(spec), None)  # prompt 1 2, output 2 5
+    expected = logits.copy()
+    for token in (1, 2, 5):
+        expected[token] = logits[token] / 1.5 if logits[token] > 0 else logits[token] * 1.5
+    for token in (2, 5):
+        expected[token] -= 0.5 + 0.25
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+def test_history_grows_with_each_token() -> None:
+    spec = SamplingSpec(frequency_penalty=1.0, repetition_penalty=2.0)
+    history = begin(spec)
+    history.append(9)
+    history.append(9)
+    fresh = begin(spec, (1, 2, 2, 5, 9, 9))
+    assert np.array_equal(adjust(row(), history, None), adjust(row(), fresh, None))
+    assert history.generated == 4
+
+
+def test_bias_min_tokens_and_mask() -> None:
+    logits = np.zeros(VOCAB, np.float32)
+    logits[3] = 5.0
+    assert draw(logits, begin(SamplingSpec(logit_bias=((8, 9.0),)))) == 8
+    spec = SamplingSpec(min_tokens=3, stop_token_ids=(3,))
+    history = begin(spec)
+    assert draw(logits, history) != 3
+    history.append(0)
+    assert draw(logits, history) == 3  # three tokens are out
+    mask = np.zeros(2, np.uint32)
+    mask[1] = 1 << (41 - 32)
+    for temperature in (0.0, 2.0):
+        assert draw(logits, begin(SamplingSpec(temperature=temperature)), mask) == 41
+
+
+def test_all_forbidden_still_answers() -> None:
+    assert 0 <= draw(row(), begin(SamplingSpec(temperature=1.0)), np.zeros(2, np.uint32)) < VOCAB
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    temperature=st.floats(0.05, 5),
+    top_k=st.integers(0, VOCAB + 5),
+    top_p=st.floats(0.01, 1.0),
+    min_p=st.floats(0, 1),
+)
+def test_filters_keep_what_the_definition_keeps(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    logits = row(seed)
+    spec = SamplingSpec(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    ids, weights = distribution(logits, spec)
+    scaled = (logits / np.float32(temperature)).astype(np.float64)
+    p = np.exp(scaled - scaled.max())
+    alive = p >= min_p * p.max() * (1 + 1e-6)
+    near = np.abs(p - min_p * p.max()) <= 1e-5  # either side of the edge may be right
+    order = np.argsort(-p, kind="stable")
+    if top_k:
+        alive[order[top_k:]] = False
+    assert set(ids) <= set(np.flatnonzero(alive | near))
+    assert order[0] in ids
+    inside = p[np.flatnonzero(alive)]
+    if not near.any():
+        kept = np.sort(p[ids])[::-1]
+        assert kept.sum() >= top_p * inside.sum() * (1 - 1e-6)
+        assert len(kept) == 1 or kept[:-1].sum() < top_p * inside.sum() * (1 + 1e-6)
+    assert np.all(np.diff(ids) > 0)
+    np.testing.assert_allclose(weights / weights.sum(), p[ids] / p[ids].sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999, 1.0])
+def test_nucleus_of_a_flat_distribution(top_p: float) -> None:
+    weights = np.ones(5000)
+    kept = nucleus(weights, top_p)
+    assert len(kept) == int(np.ceil(top_p * 5000))
+    assert np.array_equal(kept, np.arange(len(kept)))
+
+
+def test_draws_follow_the_distribution_and_the_seed() -> None:
+    logits = np.log(np.array([0.1, 0.2, 0.0001, 0.6999], dtype=np.float32))
+    counts = np.zeros(4)
+    spec = SamplingSpec(temperature=1.0, seed=5)
+    history = History.begin(spec, np.zeros(1, np.int32), 1, 4)
+    first = []
+    for _ in range(4000):
+        token = draw(logits, history)
+        history.append(token)
+        counts[token] += 1
+        first.append(token)
+    np.testing.assert_allclose(counts / 4000, np.exp(logits), atol=0.03)
+    again = History.begin(spec, np.zeros(51, np.int32), 1, 4)  # resumed after 50 tokens
+    assert draw(logits, again) == first[50]
+
+
+def test_a_draw_inverts_the_cumulative_distribution_in_order_of_id() -> None:
+    logits = row(3)
+    p = np.exp(logits.astype(np.float64) - logits.max())
+    for index in range(50):
+        u = uniform(11, index)
+        history = History.begin(SamplingSpec(temperature=1.0, seed=11), np.zeros(index, np.int32), 0, VOCAB)
+        expected = int(np.searchsorted(np.cumsum(p) / p.sum(), u, side="right"))
+        assert draw(logits, history) == expected
+
+
+def test_top_logprobs() -> None:
+    logits = row(4)
+    out = top_logprobs(logits, 17, 5)
+    logp = logits - np.log(np.exp(logits.astype(np.float64)).sum())
+    order = np.argsort(-logits, kind="stable")
+    assert out.top_ids.tolist() == order[:5].tolist()
+    np.testing.assert_allclose(out.top, logp[order[:5]], atol=1e-5)
+    assert out.token == pytest.approx(logp[17], abs=1e-5)
+    assert order[out.rank - 1] == 17
+    assert len(top_logprobs(logits, 17, 0).top_ids) == 0
