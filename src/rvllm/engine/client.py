@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
 import msgspec
 import zmq
@@ -113,7 +113,7 @@ class EngineClient:
         """Waits for the engine's end and returns why, in one line."""
         return await asyncio.shield(self._dead)
 
-    async def generate(self, request: Generate) -> AsyncIterator[Output]:
+    async def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
         """The request's outputs up to the one with a finish reason.
 
         Closing the iterator early aborts the request. Raises EngineDeadError when the engine ends first,

@@ -53,7 +53,7 @@ class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
     """The engine process ends after the step in progress."""
 
 
-class TokenLogprobs(msgspec.Struct, array_like=True):
+class TokenLogprobs(msgspec.Struct, array_like=True, gc=False):
     """Log-probabilities of one position: the token's own, its rank (1 is best), the top ones in order."""
 
     token_id: int
@@ -63,7 +63,7 @@ class TokenLogprobs(msgspec.Struct, array_like=True):
     top_logprobs: list[float]
 
 
-class Output(msgspec.Struct, array_like=True):
+class Output(msgspec.Struct, array_like=True, gc=False):
     """New tokens of one request. finish_reason is set exactly once, on its last Output.
 
     finish_reason: "stop" (stop_reason: the token id), "length", "abort" or "error" (error: why).

@@ -9,6 +9,7 @@ Heavy modules are imported after the settings are read, which may say how many t
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -108,6 +109,7 @@ def _serve(make_core: MakeCore, config: EngineConfig, link: ZmqLink) -> None:
     from rvllm.engine.loop import EngineLoop
 
     core.ready.load_seconds = time.perf_counter() - began
+    gc.freeze()  # what is loaded stays: the collector need not walk over it between steps
     link.send(core.ready)
     EngineLoop(core, link).run()
     core.close()

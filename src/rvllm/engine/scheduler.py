@@ -53,13 +53,11 @@ class Scheduler:
         """Plans the next step, or None when no sequence can go on before a step in flight is collected."""
         plan = StepPlan(self.steps, self.limits.max_num_batched_tokens, PROMPT_LOGPROB_ROWS)
         self._make_way()
-        preempted = self.preemptions
         prefilling = self._plan_decodes(plan)
         for seq in prefilling:
             if seq.slot >= 0 and plan.budget:
                 plan.add_prefill(seq)
-        if self.preemptions == preempted:
-            self._admit(plan)
+        self._admit(plan)
         if not plan:
             return None
         self.steps += 1
