@@ -121,13 +121,18 @@ class ServerConfig:
     served_model_name: str | None = setting(
         None, "Name clients use for the model; default: the value of --model."
     )
-    api_key: str | None = setting(None, "Require this bearer token on /v1 endpoints.")
+    api_key: str | None = setting(None, "Require this bearer token, but for /health, /metrics and /version.")
     chat_template: str | None = setting(None, "File with a Jinja chat template, instead of the model's own.")
     max_body_mb: float = setting(16.0, "Largest request body in MB.", low=0.001)
     max_queue: int = setting(1024, "Requests that may wait; more are answered 503.", low=1)
     max_choices: int = setting(16, "Largest n (or prompts times n) of one request.", low=1)
     drain_timeout: float = setting(30.0, "Seconds that SIGTERM leaves running requests to finish.", low=0.0)
     request_timeout: float = setting(0.0, "Seconds until a request is cancelled; 0: never.", low=0.0)
+    dead_engine_timeout: float = setting(
+        10.0,
+        "Seconds the server still answers (with errors) after its engine died; then it exits with 1.",
+        low=0.0,
+    )
     log_level: str = setting("info", "How much to log.", choices=("debug", "info", "warning", "error"))
     access_log: bool = setting(False, "Log every request.")
 

@@ -186,9 +186,8 @@ def test_a_request_that_takes_too_long_is_cancelled() -> None:
         assert b"--request-timeout" in data
 
 
-def test_the_engines_death_reaches_every_client_and_health(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rvllm.api.server.DEAD_SECONDS", 1.0)
-    with LiveServer() as server:
+def test_the_engines_death_reaches_every_client_and_health() -> None:
+    with LiveServer(dead_engine_timeout=1.0) as server:
         server.engine.pace = 0.02
         stream = send(server, BODY[:-1].replace(b"3", b"90") + b', "stream": true}')
         with concurrent.futures.ThreadPoolExecutor(1) as pool:

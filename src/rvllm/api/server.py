@@ -78,8 +78,9 @@ async def serve(
     code = stop.exit_code
     if dead.done() and not first.done():
         code = ENGINE_DIED
-        event(logging.ERROR, "the engine has died", seconds_until_exit=DEAD_SECONDS)
-        await asyncio.wait((first,), timeout=DEAD_SECONDS)
+        seconds = gate.config.dead_engine_timeout
+        event(logging.ERROR, "the engine has died", cause=dead.result(), seconds_until_exit=seconds)
+        await asyncio.wait((first,), timeout=seconds)
     else:
         await _drain(server, gate, stop, serving, dead)
         code = stop.exit_code

@@ -1,0 +1,257 @@
+"""`rvllm serve` as a user runs it: a process, a real model, the official client, signals, and a soak."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import openai
+import pytest
+from models import model_path
+
+pytestmark = pytest.mark.models
+HELLO = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+class Served:
+    """A running `rvllm serve` on a free port; its log is kept for failures."""
+
+    def __init__(self, log: Path, *flags: str) -> None:
+        self.log = log
+        self._file: IO[str] = log.open("w")
+        model = str(model_path("smollm2-135m"))
+        command = [
+            sys.executable,
+            "-m",
+            "rvllm",
+            "--model",
+            model,
+            "--served-model-name",
+            "smol",
+            "--port",
+            "0",
+        ]
+        command += ["--max-model-len", "1024", "--kv-cache-memory-gb", "0.08", *flags]
+        self.began = time.monotonic()
+        self.process = subprocess.Popen(command, stdout=self._file, stderr=subprocess.STDOUT, text=True)
+        self.port = self._wait_for_port()
+
+    def _wait_for_port(self) -> int:
+        while time.monotonic() < self.began + 60:
+            found = re.search(r"listening on http://127\.0\.0\.1:(\d+)", self.log.read_text())
+            if found:
+                return int(found[1])
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.01)
+        raise AssertionError(self.log.read_text())
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
+
+    def get(self, path: str) -> tuple[int, str]:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as sock:
+            sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            data = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
+        return int(data.split()[1]), data
+
+    def metric(self, name: str) -> float:
+        found = re.search(rf"^{name}\{{.*\}} (\S+)$", self.get("/metrics")[1], re.MULTILINE)
+        assert found, name
+        return float(found[1])
+
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        (child,) = children
+        return int(child)
+
+    def resident_mb(self) -> float:
+        """Memory of both processes."""
+        sizes = [re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+                 for pid in (self.process.pid, self.engine_pid())]  # fmt: skip
+        return sum(int(size[1]) for size in sizes if size) / 1024
+
+    def ended(self, seconds: float = 30.0) -> int:
+        code = self.process.wait(seconds)
+        self._file.close()
+        return code
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self._file.close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    made = Served(tmp_path_factory.mktemp("serve") / "log")
+    yield made
+    made.close()
+
+
+def test_chat_completions_streams_and_errors(served: Served) -> None:
+    with served.client() as client:
+        answer = client.chat.completions.create(model="smol", messages=HELLO, temperature=0, max_tokens=12)
+        assert "Paris" in (answer.choices[0].message.content or "")
+        stream = client.chat.completions.create(
+            model="smol", messages=HELLO, temperature=0, max_tokens=12, stream=True
+        )
+        assert "".join(c.choices[0].delta.content or "" for c in stream) == answer.choices[0].message.content
+        plain = client.completions.create(
+            model="smol",
+            prompt="The capital of France is",
+            temperature=0,
+            max_tokens=2,
+            logprobs=3,
+            echo=True,
+        )
+        assert plain.choices[0].text.startswith("The capital of France is Paris")
+        with pytest.raises(openai.BadRequestError, match="1024"):
+            client.completions.create(model="smol", prompt=[5] * 2000)
+
+
+def test_the_same_seed_gives_the_same_tokens_whatever_runs_beside(served: Served) -> None:
+    def ask(seed: int) -> str:
+        with served.client() as client:
+            answer = client.chat.completions.create(
+                model="smol", messages=HELLO, temperature=1.0, seed=seed, max_tokens=16
+            )
+        return answer.choices[0].message.content or ""
+
+    alone = ask(7)
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(ask, [1, 7, 2, 7, 3, 4]))
+    assert together[1] == together[3] == alone
+    assert len(set(together)) > 1
+
+
+def soak_request(port: int, seed: int) -> None:
+    """One client: a good request, a malformed one, or one that goes away at some moment."""
+    source = random.Random(seed)
+    body = json.dumps(
+        {
+            "messages": [{"role": "user", "content": f"{source.random()} " * source.randint(1, 20)}],
+            "max_tokens": source.randint(1, 8),
+            "stream": source.random() < 0.5,
+            "n": source.choice([1, 1, 1, 3]),
+            "ignore_eos": True,
+            "temperature": source.choice([0, 1]),
+        }
+    ).encode()
+    kind = source.choice(["whole", "leave", "leave", "leave", "broken", "broken", "cut"])
+    if kind == "broken":
+        place = source.randrange(len(body))
+        body = body[:place] + source.randbytes(3) + body[place + 1 :]
+    path = source.choice(["/v1/chat/completions"] * 3 + ["/v1/completions", "/tokenize"])
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    message = head.encode() + body
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
+        if kind == "cut":
+            sock.sendall(message[: source.randrange(len(message))])
+            return
+        sock.sendall(message)
+        if kind == "leave":
+            sock.settimeout(source.random() * 0.3)
+            with contextlib.suppress(TimeoutError):
+                sock.recv(source.choice([1, 65536]))
+            return
+        if kind == "broken":  # what is broken may be the name of max_tokens, and the answer long
+            sock.settimeout(2)
+        try:
+            answer = b"".join(iter(lambda: sock.recv(65536), b""))
+        except TimeoutError:
+            assert kind == "broken"
+            return
+    status = int(answer.split()[1])
+    if kind == "whole" and path == "/v1/chat/completions":
+        assert status == 200, answer[:300]
+    assert status in (200, 400, 404), answer[:300]
+
+
+def test_soak(served: Served) -> None:
+    """500 requests with random disconnects and malformed bodies leave nothing behind."""
+    with served.client() as client:
+        before = client.chat.completions.create(model="smol", messages=HELLO, temperature=0, max_tokens=8)
+    used = []
+    for part in range(5):
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            list(pool.map(soak_request, [served.port] * 100, range(part * 100, part * 100 + 100)))
+        used.append(served.resident_mb())
+    deadline = time.monotonic() + 5
+    while served.metric("rvllm:kv_blocks_used") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert served.metric("rvllm:kv_blocks_used") == 0
+    assert served.metric("vllm:num_requests_running") == 0
+    assert served.metric("vllm:num_requests_waiting") == 0
+    # The first part touches the pages of the KV cache and of scratch arrays; after that memory must stay.
+    assert used[4] < used[1] + 25, used
+    with served.client() as client:
+        after = client.chat.completions.create(model="smol", messages=HELLO, temperature=0, max_tokens=8)
+    assert after.choices[0].message.content == before.choices[0].message.content
+
+
+def test_sigterm_drains(served: Served) -> None:
+    """Runs last on the shared server, which it ends."""
+    with served.client() as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(
+            client.chat.completions.create, model="smol", messages=HELLO, max_tokens=30,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        deadline = time.monotonic() + 5
+        while not served.metric("vllm:num_requests_running") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        engine = served.engine_pid()
+        served.process.send_signal(signal.SIGTERM)
+        answer = waiting.result(30)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 30
+    assert served.ended() == 0, served.log.read_text()
+    assert not Path(f"/proc/{engine}").exists()
+
+
+def test_the_engines_death_turns_health_and_ends_the_server(tmp_path: Path) -> None:
+    served = Served(tmp_path / "log", "--dead-engine-timeout", "1")
+    try:
+        with served.client() as client:
+            stream = client.chat.completions.create(
+                model="smol", messages=HELLO, max_tokens=500, stream=True, extra_body={"ignore_eos": True}
+            )
+            events = iter(stream)
+            next(events)
+            os.kill(served.engine_pid(), signal.SIGKILL)
+            with pytest.raises(openai.APIError, match="SIGKILL"):
+                list(events)
+            with pytest.raises(openai.InternalServerError, match="SIGKILL"):
+                client.chat.completions.create(model="smol", messages=HELLO)
+        assert served.get("/health")[0] == 503
+        assert served.ended() == 1
+    finally:
+        served.close()
+
+
+def test_a_taken_port_is_one_line(served: Served) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+        found = subprocess.run(
+            [sys.executable, "-m", "rvllm", "serve", "--port", str(port)],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    assert found.returncode == 2
+    assert found.stderr.strip() == (
+        f"rvllm: cannot listen on 127.0.0.1 port {port}: address already in use; choose another with --port"
+    )
