@@ -63,6 +63,41 @@ def test_bos_and_eos_are_added_where_the_file_says_so() -> None:
     assert tiny.byte_level().encode("hello") == plain
 
 
+def test_some_pre_tokenizers_bring_a_bos() -> None:
+    tokenizer = tiny.byte_level(pre="llama-bpe")
+    assert tokenizer.encode("hello")[0] == tokenizer.bos_token_id
+    never = tiny.byte_level(pre="llama-bpe", **{"tokenizer.ggml.add_bos_token": False})
+    assert never.encode("hello") == tokenizer.encode("hello")[1:]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"add_bos_token": True, "add_eos_token": True},
+        {"add_bos_token": False, "eos_token": None},
+        {"added_tokens_decoder": {"NEXT": {"content": "<|tool|>", "special": True}}},
+    ],
+    ids=json.dumps,
+)
+def test_directories_equal_transformers(config: dict[str, Any], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    free = str(tiny.trained().get_vocab_size())
+    config = json.loads(json.dumps(config).replace("NEXT", free))
+    base = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "chat_template": tiny.TEMPLATE}
+    path = tiny.write_directory(tmp_path, {"tokenizer_class": "PreTrainedTokenizerFast"} | base | config)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(path), Tokenizer.load(path)
+    for text in [*AWKWARD, "a<|tool|>b"]:
+        ids = theirs(text).input_ids
+        assert ours.encode(text) == ids
+        assert ours.encode(text, add_special_tokens=False) == theirs(text, add_special_tokens=False).input_ids
+        for skip in (True, False):
+            assert ours.decode(ids, skip) == theirs.decode(ids, skip, clean_up_tokenization_spaces=False)
+    chat = [{"role": "user", "content": "hi"}]
+    assert ours.apply_chat_template(chat) == theirs.apply_chat_template(chat, return_dict=False)
+
+
 def test_a_lone_surrogate_becomes_the_replacement_character() -> None:
     tokenizer = tiny.byte_level()
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
@@ -149,9 +184,9 @@ def test_whole_words_skip_the_merges_where_the_rule_says_so() -> None:
     metadata = tiny.byte_level_metadata("llama-bpe")
     metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "zqzq"]
     metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], 1]
-    assert len(Tokenizer(from_metadata(metadata, "x")).encode("zqzq")) == 1
+    assert len(Tokenizer(from_metadata(metadata, "x")).encode("zqzq", add_special_tokens=False)) == 1
     metadata["tokenizer.ggml.pre"] = "smaug-bpe"  # the same splits, without that rule
-    assert len(Tokenizer(from_metadata(metadata, "x")).encode("zqzq")) > 1
+    assert len(Tokenizer(from_metadata(metadata, "x")).encode("zqzq", add_special_tokens=False)) > 1
 
 
 @pytest.mark.parametrize(

@@ -134,9 +134,9 @@ def wordpiece_metadata() -> dict[str, Any]:
     }
 
 
-def byte_level(**extra: Any) -> Tokenizer:
+def byte_level(pre: str = "qwen2", **extra: Any) -> Tokenizer:
     """The trained byte-level tokenizer, by way of GGUF metadata."""
-    return Tokenizer(from_metadata(byte_level_metadata(**extra), "tiny.gguf"))
+    return Tokenizer(from_metadata(byte_level_metadata(pre, **extra), "tiny.gguf"))
 
 
 def sentencepiece(**extra: Any) -> Tokenizer:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rvllm.errors import ModelError
-from rvllm.text.pretokenizers import DEFAULT, PRE_TOKENIZERS
-from rvllm.text.tokenizer import DEFAULT_TEMPLATE, TokenizerParts, byte_piece
+from rvllm.text.pretokenizers import DEFAULT, PRE_TOKENIZERS, PreTokenizer
+from rvllm.text.tokenizer import DEFAULT_TEMPLATE, TokenizerParts, byte_piece, frame
 
 if TYPE_CHECKING:
     import tokenizers
@@ -59,12 +59,25 @@ def from_metadata(metadata: Mapping[str, Any], origin: str) -> TokenizerParts:
             special = _special_tokens(metadata, tokens, origin)
             _add_special(backend, metadata, tokens)
             if kind != "bert":
-                _add_post_processor(backend, metadata, special, default_bos=kind == "llama")
+                _frame(backend, metadata, special, _begins_with_bos(metadata))
     except ModelError:
         raise
     except Exception as error:  # values of the wrong type, or what the tokenizers package refuses
         raise ModelError(f"{origin}: {KEY}*: {type(error).__name__}: {error}") from None
     return TokenizerParts(backend, origin, special, _chat_templates(metadata))
+
+
+def _begins_with_bos(metadata: Mapping[str, Any]) -> bool:
+    """Whether texts begin with BOS in files that do not say: SentencePiece's do, and some pre-tokenizers'."""
+    if metadata[KEY + "model"] == "llama":
+        return True
+    return metadata[KEY + "model"] == "gpt2" and _rule(metadata).add_bos
+
+
+def _rule(metadata: Mapping[str, Any]) -> PreTokenizer:
+    """The pre-tokenizer a byte-level file names. Raises KeyError for one that is not known."""
+    name = metadata.get(KEY + "pre")
+    return DEFAULT if name in (None, "default") else PRE_TOKENIZERS[str(name)]
 
 
 @contextmanager
@@ -101,11 +114,11 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> 
     """Byte-level BPE (GPT-2's kind) with one of the known pre-tokenizers."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    name = metadata.get(KEY + "pre")
-    rule = DEFAULT if name in (None, "default") else PRE_TOKENIZERS.get(str(name))
-    if rule is None:
+    try:
+        rule = _rule(metadata)
+    except KeyError:
         known = ", ".join(sorted(PRE_TOKENIZERS))
-        raise ModelError(f"{origin}: {KEY}pre is {name!r}; supported: {known}")
+        raise ModelError(f"{origin}: {KEY}pre is {metadata[KEY + 'pre']!r}; supported: {known}") from None
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = _merges(metadata, origin)
     try:
@@ -113,13 +126,9 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> 
     except Exception as error:
         raise ModelError(f"{origin}: {KEY}merges do not fit {KEY}tokens: {error}") from None
     backend = Tokenizer(model)
-    prefix = bool(metadata.get(KEY + "add_space_prefix", False))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            *(pre_tokenizers.Split(Regex(split), behavior="isolated") for split in rule.splits),
-            pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False),
-        ]
-    )
+    splits = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in rule.splits]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -246,19 +255,13 @@ def _add_special(backend: tokenizers.Tokenizer, metadata: Mapping[str, Any], tok
     backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in defined])
 
 
-def _add_post_processor(
+def _frame(
     backend: tokenizers.Tokenizer, metadata: Mapping[str, Any], special: dict[str, str], default_bos: bool
 ) -> None:
     """Puts BOS before and EOS after a text where the file says so."""
-    from tokenizers import processors
-
-    before = metadata.get(KEY + "add_bos_token", default_bos) and special.get("bos_token")
-    after = metadata.get(KEY + "add_eos_token", False) and special.get("eos_token")
-    if not before and not after:
-        return
-    single = [*([before] if before else []), "$A", *([after] if after else [])]
-    ids = [(t, backend.token_to_id(t)) for t in {before, after} if t]
-    backend.post_processor = processors.TemplateProcessing(single=" ".join(single), special_tokens=ids)
+    before = metadata.get(KEY + "add_bos_token", default_bos)
+    after = metadata.get(KEY + "add_eos_token", False)
+    frame(backend, special.get("bos_token") if before else None, special.get("eos_token") if after else None)
 
 
 def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -16,7 +16,11 @@ _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 
 def read_directory(path: Path) -> TokenizerParts:
-    """The tokenizer of a model directory. Raises ModelError naming file and field."""
+    """The tokenizer of a model directory. Raises ModelError naming file and field.
+
+    What is put around a text is tokenizer.json's alone: `add_bos_token` and `add_eos_token` in
+    tokenizer_config.json are for tokenizers that have no such file, as in Transformers.
+    """
     from tokenizers import Tokenizer
 
     file = path / "tokenizer.json"

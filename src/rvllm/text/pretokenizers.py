@@ -39,15 +39,20 @@ _CASED_LETTERS = r"\p{Lu}\p{Ll}\p{Lt}"  # scripts with capitals; Lo and Lm stay 
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """splits: the expressions, in order. ignore_merges: a piece that is a token is taken whole."""
+    """One rule.
+
+    splits: the expressions, in order. ignore_merges: a piece that is a token is taken whole.
+    add_bos: texts begin with BOS unless the file says otherwise.
+    """
 
     splits: tuple[str, ...]
     ignore_merges: bool = False
+    add_bos: bool = False
 
 
 _DIGITS_GPT2 = PreTokenizer((r"\p{N}", _GPT2))
 _PLAIN_GPT2 = PreTokenizer((_GPT2,))
-_LLAMA3_RULE = PreTokenizer((_LLAMA3,), ignore_merges=True)
+_LLAMA3_RULE = PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True)
 _LLAMA3_MERGED = PreTokenizer((_LLAMA3,))
 _QWEN2_RULE = PreTokenizer((_QWEN2,))
 _DEEPSEEK3_RULE = PreTokenizer((r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3))
@@ -83,7 +88,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "hunyuan": _QWEN2_RULE,
     "megrez": _QWEN2_RULE,
     "qwen35": PreTokenizer((_QWEN35,)),
-    "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True),
+    "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
     "gpt-4o": PreTokenizer((_GPT4O,)),
     "llama4": PreTokenizer((_GPT4O,)),
     "deepseek-llm": PreTokenizer(

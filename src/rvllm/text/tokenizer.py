@@ -243,6 +243,15 @@ def spelling_of(backend: tokenizers.Tokenizer) -> Spelling:
     return Spelling("other")
 
 
+def frame(backend: tokenizers.Tokenizer, before: str | None, after: str | None) -> None:
+    """Makes `encode` put the token `before` in front of a text and `after` behind it; None puts nothing."""
+    from tokenizers import processors
+
+    single = " ".join(part for part in (before, "$A", after) if part)
+    ids = [(token, backend.token_to_id(token)) for token in {before, after} if token]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+
+
 def byte_characters() -> dict[int, str]:
     """Byte-level BPE's alphabet: a printable character for each byte (GPT-2, Radford et al. 2019)."""
     printable = [
