@@ -14,18 +14,18 @@ norm(T* out, T* x, const T* __restrict__ y, const float* __restrict__ weight, co
   griddep_launch();
   __shared__ float scratch[32];
   const int vectors = width / 8;
-  float w[VECTORS][8], b[VECTORS][8], v[VECTORS][8];
-#pragma unroll
-  for (int k = 0; k < VECTORS; k++) {  // the weights do not depend on the predecessor
-    const int i = threadIdx.x + k * blockDim.x;
+  alignas(16) float w[8], b[8];
+  float v[VECTORS][8];
+  const auto parameters = [&](int i) {
 #pragma unroll
     for (int j = 0; j < 8; j += 4) {
       const bool in = i < vectors;
       const float4 one = make_float4(1.f, 1.f, 1.f, 1.f), zero = make_float4(0.f, 0.f, 0.f, 0.f);
-      *reinterpret_cast<float4*>(&w[k][j]) = in && weight ? *reinterpret_cast<const float4*>(weight + i * 8 + j) : one;
-      if (LAYER) *reinterpret_cast<float4*>(&b[k][j]) = in && bias ? *reinterpret_cast<const float4*>(bias + i * 8 + j) : zero;
+      *reinterpret_cast<float4*>(w + j) = in && weight ? *reinterpret_cast<const float4*>(weight + i * 8 + j) : one;
+      if (LAYER) *reinterpret_cast<float4*>(b + j) = in && bias ? *reinterpret_cast<const float4*>(bias + i * 8 + j) : zero;
     }
-  }
+  };
+  if (VECTORS == 1) parameters(threadIdx.x);  // they do not depend on the predecessor
   griddep_wait();
   uint4* const row = reinterpret_cast<uint4*>(x + (size_t)blockIdx.x * width);
   const uint4* const other = reinterpret_cast<const uint4*>(y + (size_t)blockIdx.x * width);
@@ -69,8 +69,9 @@ norm(T* out, T* x, const T* __restrict__ y, const float* __restrict__ weight, co
   for (int k = 0; k < VECTORS; k++) {
     const int i = threadIdx.x + k * blockDim.x;
     if (i >= vectors) continue;
+    if (VECTORS > 1) parameters(i);
 #pragma unroll
-    for (int j = 0; j < 8; j++) v[k][j] = (v[k][j] - mean) * factor * w[k][j] + (LAYER ? b[k][j] : 0.f);
+    for (int j = 0; j < 8; j++) v[k][j] = (v[k][j] - mean) * factor * w[j] + (LAYER ? b[j] : 0.f);
     target[i] = pack8<T>(v[k]);
   }
 }

@@ -11,7 +11,7 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 DECODE_SEQS = 2048  # sequences a launch of attn_decode can list
-NORM_VECTORS = {"": 1, "_wide": 4}  # 16-byte vectors a thread of `norm` holds
+NORM_VECTORS = {"": 1, "_wide": 2}  # 16-byte vectors a thread of `norm` holds
 _PAD = 8  # elements after each row of a tile, as in attention.cuh
 _TILE = 64
 

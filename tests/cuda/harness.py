@@ -1,0 +1,158 @@
+"""What kernel checks share: poisoned arrays on the GPU, kernels by name, timing by graph replay."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from rvllm.backends.cuda.driver import Device, Event, Function, Launch, Module, Stream, call
+from rvllm.kernels import build
+from rvllm.kernels.ops_manifest import SPECS
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+F16 = np.dtype(np.float16)
+SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+BY_NAME = {spec.name: spec for spec in SPECS}
+
+
+class Array:
+    """A device array with the shape and dtype of a host one."""
+
+    def __init__(self, gpu: Gpu, shape: tuple[int, ...], dtype: Any) -> None:
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self.nbytes = max(16, int(np.prod(shape)) * self.dtype.itemsize)
+        self.address = gpu.take(self.nbytes)
+        self.gpu = gpu
+
+    def put(self, values: np.ndarray) -> Array:
+        """Uploads `values`."""
+        host = np.ascontiguousarray(values.astype(self.dtype, copy=False))
+        assert host.shape == self.shape, (host.shape, self.shape)
+        if host.nbytes:
+            call("cuMemcpyHtoD", self.address, host.ctypes.data, host.nbytes)
+        return self
+
+    def get(self) -> np.ndarray:
+        """The contents, after all work is done."""
+        self.gpu.stream.sync()
+        host = np.empty(self.shape, self.dtype)
+        if host.nbytes:
+            call("cuMemcpyDtoH", host.ctypes.data, self.address, host.nbytes)
+        return host
+
+
+class Gpu:
+    """One GPU: kernels are built on first use, memory is given back by `clear`."""
+
+    def __init__(self) -> None:
+        self.device = Device(0)
+        self.facts = self.device.facts()
+        self.stream = Stream()
+        self._functions: dict[str, Function] = {}
+        self._modules: list[Module] = []
+        self._memory: list[int] = []
+        self.log: list[str] = []
+        self._cache = Path(os.environ.get("RVLLM_TEST_CUBINS", tempfile.mkdtemp()))
+
+    def take(self, nbytes: int) -> int:
+        """Poisoned device memory: every byte 0xff, so that floats are NaN and integers -1."""
+        address = int(call("cuMemAlloc", nbytes))
+        call("cuMemsetD8", address, 0xFF, nbytes)
+        self._memory.append(address)
+        return address
+
+    def clear(self) -> None:
+        """Frees all arrays."""
+        self.stream.sync()
+        while self._memory:
+            call("cuMemFree", self._memory.pop())
+
+    def array(self, values: Any, dtype: Any = None) -> Array:
+        """A device copy of `values`."""
+        host = np.asarray(values, dtype)
+        return Array(self, host.shape, host.dtype).put(host)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """A poisoned array."""
+        return Array(self, shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An array of zeros."""
+        return self.array(np.zeros(shape, dtype))
+
+    def build(self, names: Sequence[str]) -> None:
+        """Builds and loads kernels."""
+        wanted = [BY_NAME[name] for name in names if name not in self._functions]
+        if not wanted:
+            return
+        by_symbol = {(s.source, s.defines, s.symbol): s for s in wanted}
+        target = build.target_of(self.facts.capability)
+        for cubin in build.load(build.units(wanted, target), self._cache):
+            module = Module(cubin.code)
+            self._modules.append(module)
+            for symbol, mangled in cubin.names.items():
+                spec = by_symbol[cubin.unit.source, cubin.unit.defines, symbol]
+                self._functions[spec.name] = module.function(mangled, spec.name, spec.smem)
+
+    def launch(
+        self, name: str, grid: Any, block: int, args: Sequence[Any], smem: int = 0, pdl: bool = True
+    ) -> None:
+        """Queues a kernel. Arrays go as pointers, None as null, ints as int32, floats as float32."""
+        self.build([name])
+        cells: list[Any] = []
+        for arg in args:
+            if isinstance(arg, Array):
+                cells.append(arg.address)
+            elif arg is None:
+                cells.append(0)
+            elif isinstance(arg, float):
+                cells.append(ctypes.c_float(arg))
+            elif isinstance(arg, (int, np.integer)):
+                cells.append(ctypes.c_int(int(arg)))
+            else:
+                cells.append(arg)
+        grid = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
+        Launch(self._functions[name], block, smem, cells, pdl=pdl).run(self.stream, grid)
+
+    def time(self, work: Callable[[int], None], repeats: int = 20, replays: int = 7) -> float:
+        """Median seconds of one `work(i)` inside a graph of `repeats` of them in a chain."""
+        work(0)
+        self.stream.sync()
+        self.stream.begin_capture()
+        for i in range(repeats):
+            work(i)
+        graph = self.stream.end_capture()
+        times = []
+        for _ in range(replays):
+            begin, end = Event(), Event()
+            begin.record(self.stream)
+            graph.launch(self.stream)
+            end.record(self.stream)
+            end.wait()
+            times.append(end.seconds_since(begin) / repeats)
+        graph.close()
+        return float(np.median(times))
+
+
+def rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """float32 values as the 16-bit type holds them."""
+    return values.astype(dtype).astype(np.float32)
+
+
+def error(out: np.ndarray, reference: np.ndarray) -> float:
+    """|out - reference| / |reference| in float64; infinite when anything is not a number."""
+    a, b = out.astype(np.float64), reference.astype(np.float64)
+    value = float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+    return value if np.isfinite(value) else float("inf")
+
+
+def expect(what: str, value: float, limit: float) -> None:
+    """Raises AssertionError unless value <= limit (NaN fails)."""
+    assert value <= limit, f"{what}: {value:.3g} exceeds {limit:.3g}"

@@ -1,0 +1,82 @@
+"""Kernels that are not matrix products, on a GPU.
+
+`scripts/gpu/kernels_check.py` runs the same checks and times them.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from rvllm.backends.cuda.driver import device_count
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(device_count() == 0, reason="no NVIDIA GPU, or the cuda extra is not installed"),
+]
+if device_count():
+    import attention_checks
+    import harness
+    import op_checks
+    import sampling_checks
+
+DTYPES = ("bfloat16", "float16")
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[harness.Gpu]:
+    shared = harness.Gpu()
+    yield shared
+    shared.clear()
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    seed = int(os.environ.get("RVLLM_TEST_SEED", "0"))
+    return np.random.default_rng([seed, zlib.crc32(request.node.name.encode())])
+
+
+@pytest.fixture(autouse=True)
+def release(gpu: harness.Gpu) -> Iterator[None]:
+    yield
+    gpu.clear()
+
+
+def dtype_of(name: str) -> np.dtype:
+    return harness.BF16 if name == "bfloat16" else harness.F16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("check", ["embed", "norm", "norm_groups", "rope", "activation", "gather_add"])
+def test_row_kernels(gpu: harness.Gpu, rng: np.random.Generator, check: str, dtype: str) -> None:
+    getattr(op_checks, f"check_{check}")(gpu, rng, dtype_of(dtype))
+
+
+def test_dequantisation_is_bit_exact(gpu: harness.Gpu, rng: np.random.Generator) -> None:
+    op_checks.check_dequant(gpu, rng)
+
+
+def test_fill_and_checksum(gpu: harness.Gpu, rng: np.random.Generator) -> None:
+    op_checks.check_fill(gpu, rng)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", range(7))
+@pytest.mark.parametrize("check", ["decode", "prefill", "invariance"])
+def test_attention(gpu: harness.Gpu, rng: np.random.Generator, check: str, shape: int, dtype: str) -> None:
+    run = getattr(attention_checks, f"check_{check}")
+    run(gpu, rng, dtype_of(dtype), attention_checks.SHAPES[shape])
+
+
+@pytest.mark.parametrize("vocab", [1000, 49152, 151936])
+def test_sampling(gpu: harness.Gpu, rng: np.random.Generator, vocab: int) -> None:
+    sampling_checks.check_sampling(gpu, rng, vocab)
+
+
+@pytest.mark.parametrize("vocab", [503, 151936])
+def test_logprobs(gpu: harness.Gpu, rng: np.random.Generator, vocab: int) -> None:
+    sampling_checks.check_logprobs(gpu, rng, vocab)
