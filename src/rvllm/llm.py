@@ -60,15 +60,18 @@ class LLM:
         revision: str | None = None,
         **settings: Any,
     ) -> None:
+        from rvllm.weights.progress import ProgressBar
         from rvllm.weights.source import resolve
 
         self.config = engine_config(model, revision, settings)
         source = build(SourceConfig, {})
-        path = resolve(self.config.model, source)
+        with ProgressBar() as fetching:
+            path = resolve(self.config.model, source, fetching)
         self._tokenizer: Tokenizer | None = None
         if not self.config.skip_tokenizer_init:
             self._tokenizer = Tokenizer.load(path if tokenizer is None else resolve(tokenizer, source))
-        self.engine = EngineCore.from_config(self.config)
+        with loading_bar() as loading:
+            self.engine = EngineCore.from_config(self.config, loading)
         self._requests = RequestMaker(self.engine.facts, self.config.seed)
         self._counter = 0
 
@@ -241,6 +244,20 @@ def _params_list(
     if len(params) != count:
         raise UsageError(f"sampling_params has {len(params)} entries for {count} prompts")
     return list(params)
+
+
+@contextmanager
+def loading_bar() -> Iterator[Callable[[float, str], None]]:
+    """A bar for the model's loading on a terminal; yields `report(fraction, what is being done)`."""
+    if not sys.stderr.isatty():
+        yield lambda fraction, text: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=1.0)
+        yield lambda fraction, text: bar.update(task, completed=fraction, description=text)
 
 
 @contextmanager
