@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import archs_tiny as tiny
 import numpy as np
 import pytest
 
+GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "archs"
 CHUNKS = (5, 1, 64, 3, 40, 24)
 
 
@@ -52,6 +54,23 @@ def test_equals_transformers(name: str, tmp_path: Path) -> None:
             best = model(tokens).logits[:, -1].argmax(-1, keepdim=True)
             tokens = torch.cat([tokens, best], dim=1)
     assert tiny.greedy(backend, prompt, tiny.GREEDY) == tokens[0, len(prompt) :].tolist()
+    backend.close()
+
+
+@pytest.mark.parametrize("name", tiny.CASES)
+def test_equals_golden_file(name: str, tmp_path: Path) -> None:
+    case = tiny.CASES[name]
+    tensors = tiny.random_tensors(name, case.config)
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())
+    assert tiny.digest(tensors) == golden["weights_sha256"], "other weights: run scripts/make_golden_archs.py"
+    backend = tiny.load(tiny.save(tmp_path, case.config, tensors), case.max_model_len)
+    prompt = tiny.prompt_of(name)
+
+    ours = tiny.all_logits(backend, prompt, (len(prompt),))
+    wanted = np.array(golden["logits"], np.float32)
+    np.testing.assert_allclose(ours[list(tiny.GOLDEN_ROWS)], wanted, atol=1e-4, rtol=0)
+    assert np.array_equal(ours, tiny.all_logits(backend, prompt, CHUNKS))
+    assert tiny.greedy(backend, prompt, tiny.GREEDY) == golden["greedy"]
     backend.close()
 
 

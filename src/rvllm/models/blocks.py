@@ -88,10 +88,16 @@ class Dims:
 
 
 def start(
-    config: ModelConfig, dtype: DType, dims: Dims, default_positions: int | None = None
+    config: ModelConfig,
+    dtype: DType,
+    dims: Dims,
+    default_positions: int | None = None,
+    *,
+    positions: int | None = None,
 ) -> ProgramBuilder:
-    """A builder for this architecture."""
-    return ProgramBuilder(config.architecture, dtype, dims.vocab, max_positions(config, default_positions))
+    """A builder for this architecture; `positions` overrides the longest sequence."""
+    longest = max_positions(config, default_positions) if positions is None else positions
+    return ProgramBuilder(config.architecture, dtype, dims.vocab, longest)
 
 
 def sliding_layers(config: ModelConfig, layers: int, pattern: int) -> list[bool]:

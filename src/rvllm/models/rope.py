@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from rvllm.models.config import ModelConfig
+from rvllm.models.config import REQUIRED, ModelConfig
 from rvllm.program.rope import Rope
 
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
@@ -42,8 +42,8 @@ def max_positions(config: ModelConfig, default: int | None = None) -> int:
     max_position_embeddings, stretched by the factor of linear, dynamic and yarn scaling; for the other
     kinds the config already gives the stretched length (vLLM derives its limit the same way).
     """
-    given = config.opt_int("max_position_embeddings")
-    positions = given if given is not None else config.int("n_positions", default)
+    name = "n_positions" if config.has("n_positions") else "max_position_embeddings"
+    positions = config.int(name, REQUIRED if default is None else default)
     section = rope_section(config)
     kind = rope_kind(section)
     if section is None or kind not in ("linear", "dynamic", "yarn"):
@@ -101,7 +101,7 @@ def read_rope(
     factor = section.float("factor", low=1.0, high=1e6)
     trained = section.int(
         "original_max_position_embeddings",
-        config.int("max_position_embeddings", 1 if kind == "linear" else None),
+        config.int("max_position_embeddings", 1 if kind == "linear" else REQUIRED),
     )
     scaled = replace(plain, factor=factor, original_max_position=trained)
     if kind == "linear":

@@ -31,7 +31,8 @@ def decoder(
     bias = config.bool("attention_bias", False)
     rope = read_rope(config, dims.head_dim, interleaved=True, default_theta=default_theta)
 
-    b = blocks.start(config, dtype, dims)
+    # Command-R's configs give the length the model was trained on under a name of their own.
+    b = blocks.start(config, dtype, dims, positions=config.opt_int("model_max_length"))
     x = blocks.embed(b, dims)
     for layer in range(dims.layers):
         name, source = f"layers.{layer}", f"model.layers.{layer}"

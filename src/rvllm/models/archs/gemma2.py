@@ -6,7 +6,6 @@ from rvllm.models import blocks
 from rvllm.models.archs import gemma
 from rvllm.models.config import ModelConfig
 from rvllm.models.rope import max_positions, read_rope
-from rvllm.program.builder import ProgramBuilder
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import Buffer, Part, Program
 from rvllm.program.rope import Rope
@@ -42,7 +41,7 @@ def decoder(
     sliding = blocks.sliding_layers(config, dims.layers, pattern)
     scale = config.float("query_pre_attn_scalar", 256.0, low=1e-6) ** -0.5
 
-    b = ProgramBuilder(config.architecture, dtype, dims.vocab, positions)
+    b = blocks.start(config, dtype, dims, positions=positions)
 
     def norm(name: str, x: Buffer, source: str) -> Buffer:
         return blocks.rms_norm(b, name, x, source, dims.eps, add=1.0)

@@ -1,0 +1,91 @@
+"""`rvllm plan` and `rvllm info` on a directory that holds nothing but a config."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from rvllm.cli.main import main
+
+QUICK = ["--bandwidth", "100", "--tflops", "1"]
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("RVLLM_DEVICE", "cpu")
+    (tmp_path / "config.json").write_text(json.dumps(tiny.CASES["llama"] | {"eos_token_id": 2}))
+    return str(tmp_path)
+
+
+def test_plan_prints_every_op_and_totals(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", model, "--batch", "2", "--context", "64", "--buffers", *QUICK]) == 0
+    out = capsys.readouterr().out
+    for op in tiny.program_of(tiny.CASES["llama"]).ops:
+        assert f"\n{op.name} " in out
+    assert "[2, 48] → [2, 80]" in out
+    assert "workspace" in out and "floor" in out
+    assert "layers.0.qkv.out" in out
+
+
+def test_plan_json_adds_up(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", model, "--prefill", "32", "--json", *QUICK]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["step"] == {"batch": 1, "query_len": 32, "context": 32}
+    for field in ("weight_bytes", "activation_bytes", "kv_bytes", "flops"):
+        assert plan["total"][field] == sum(op[field] for op in plan["ops"])
+    assert plan["total"]["floor_seconds"] == pytest.approx(sum(op["floor_seconds"] for op in plan["ops"]))
+    assert plan["workspace_bytes"] == max(b["offset"] + b["nbytes"] for b in plan["buffers"].values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch", "0"], "--batch"),
+        (["--context", "129"], "--context: must be in [1, 128], got 129"),
+        (["--prefill", "20", "--context", "10"], "--context 10 cannot be less than --prefill 20"),
+        (["--bandwidth", "0"], "--bandwidth"),
+        (["--batch", "many"], "--batch"),
+    ],
+)
+def test_plan_refuses_in_one_line(
+    model: str, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--model", model, *flags]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_plan_measures_the_cpu_when_no_rates_are_given(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--model", model, "--json"]) == 0
+    rates = json.loads(capsys.readouterr().out)["rates"]
+    assert 1e8 < rates["bandwidth"] < 1e13
+    assert 1e8 < rates["flops"] < 1e15
+
+
+def test_info_shows_settings_with_their_origin(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RVLLM_MAX_NUM_SEQS", "7")
+    monkeypatch.setenv("RVLLM_API_KEY", "do-not-print")
+    assert main(["info", "--model", model, "--seed", "3", "--num-blocks", "4", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert "do-not-print" not in out
+    info = json.loads(out)
+    assert info["engine settings"]["max_num_seqs"] == "7  (RVLLM_MAX_NUM_SEQS)"
+    assert info["engine settings"]["seed"] == "3  (--seed)"
+    assert info["engine settings"]["dtype"] == "auto  (default)"
+    assert info["server settings"]["api_key"] == "(set)  (RVLLM_API_KEY)"
+    assert info["model"]["architecture"] == "LlamaForCausalLM"
+    assert info["model"]["end of sequence"] == "2"
+    assert info["memory plan (cpu)"]["max_model_len"] == "64"
+
+
+def test_info_without_a_model_names_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "cores" in out and "cuda extra" in out
+    assert "memory plan" not in out
