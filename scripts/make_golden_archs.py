@@ -1,0 +1,59 @@
+"""Writes tests/golden/archs: what Transformers computes for the tiny checkpoints of the dense architectures.
+
+Needs torch and transformers (the oracle extra). Weights and prompts come from seeds, so a file holds only
+results: logits of a few positions, and the greedy tokens. Run from the repository's root:
+
+    python scripts/make_golden_archs.py [CASE ...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "models"))
+
+import archs_tiny as tiny  # noqa: E402
+
+
+def golden(case: tiny.Case, directory: Path) -> dict[str, object]:
+    """Logits at `tiny.GOLDEN_ROWS` of the prompt and the tokens that follow it."""
+    tensors = tiny.random_tensors(case.name, case.config)
+    tiny.save(directory, case.config, tensors)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    tokens = torch.from_numpy(tiny.prompt_of(case.name))[None].long()
+    with torch.no_grad():
+        rows = model(tokens).logits[0, list(tiny.GOLDEN_ROWS)].numpy()
+        for _ in range(tiny.GREEDY):
+            best = model(tokens).logits[:, -1].argmax(-1, keepdim=True)
+            tokens = torch.cat([tokens, best], dim=1)
+    return {
+        "transformers": transformers.__version__,
+        "weights_sha256": tiny.digest(tensors),
+        "greedy": tokens[0, tiny.PROMPT :].tolist(),
+        "logits": [[float(f"{x:.7g}") for x in row] for row in rows.astype(np.float64).tolist()],
+    }
+
+
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    target = ROOT / "tests" / "golden" / "archs"
+    target.mkdir(parents=True, exist_ok=True)
+    for name in sys.argv[1:] or tiny.CASES:
+        with tempfile.TemporaryDirectory() as directory:
+            found = golden(tiny.CASES[name], Path(directory))
+        (target / f"{name}.json").write_text(json.dumps(found) + "\n")
+        print(f"{name}: {found['greedy'][:8]} ...")
+
+
+if __name__ == "__main__":
+    main()
