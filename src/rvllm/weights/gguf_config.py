@@ -40,6 +40,8 @@ def open_gguf(path: Path) -> FileCheckpoint:
             f"GGUF files of {', '.join(sorted(ARCHITECTURES))} are"
         )
     metadata = Metadata(first.metadata, path, name)
+    if metadata.opt_count("expert_count"):
+        metadata.fail(metadata.key("expert_count"), "is not 0: mixtures of experts cannot be read from GGUF")
     tensors, unreadable = _tensors(files, architecture, metadata)
     config = _config(metadata, architecture, tensors)
     if "rope_freqs.weight" in tensors:
@@ -193,13 +195,16 @@ def _config(
 def _rope_scaling(metadata: Metadata) -> dict[str, Any] | None:
     kind = metadata.opt_str("rope.scaling.type")
     factor = metadata.opt_float("rope.scaling.factor") or metadata.opt_float("rope.scale_linear")
+    if kind == "longrope":
+        return None  # its factors are tensors
     if kind in (None, "none") and (factor is None or factor == 1.0):
         return None
     if kind in (None, "linear"):
         return {"rope_type": "linear", "factor": factor or 1.0}
     if kind != "yarn":
         metadata.fail(
-            metadata.key("rope.scaling.type"), f"is {shown(kind)}; none, linear and yarn are supported"
+            metadata.key("rope.scaling.type"),
+            f"is {shown(kind)}, not none, linear, yarn or longrope",
         )
     scaling = {
         "rope_type": "yarn",
