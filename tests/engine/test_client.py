@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -37,7 +38,7 @@ async def engine(model: str = "double", step_ms: int = 0, **settings: Any) -> As
     finally:
         await client.close()
     assert client.process.returncode is not None
-    assert not Path(client._directory).exists()
+    assert not Path(client.directory).exists()
 
 
 def ask(name: str, prompt: list[int], max_tokens: int, **sampling: Any) -> Generate:
@@ -74,7 +75,7 @@ def test_streams() -> None:
         await client.close()
         await client.close()
         assert client.process.returncode == 0 and not client.alive
-        assert not Path(client._directory).exists()
+        assert not Path(client.directory).exists()
 
     run(test())
 
@@ -198,7 +199,7 @@ def test_failed_start(model: str, kind: type[RvllmError], word: str, code: int) 
 def test_socket_directory_is_private() -> None:
     async def test() -> None:
         async with engine() as client:
-            assert Path(client._directory).stat().st_mode & 0o777 == 0o700
+            assert Path(client.directory).stat().st_mode & 0o777 == 0o700
 
     run(test())
 
@@ -212,7 +213,7 @@ async def main():
     client = await EngineClient.start(EngineConfig(model="double", seed=5), command=sys.argv[1:])
     stream = client.generate(Generate("a", [1], Sampling(max_tokens=4000)))
     await anext(stream)
-    print(client.process.pid, client._directory, flush=True)
+    print(client.process.pid, client.directory, flush=True)
     time.sleep(60)
 asyncio.run(main())
 """
@@ -256,3 +257,21 @@ def test_start_is_quick() -> None:
         assert taken < 5.0  # 0.4 s on an idle machine
 
     run(test())
+
+
+def test_a_cancelled_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Path(tempfile.mkdtemp())
+    monkeypatch.setattr(tempfile, "tempdir", str(base))
+
+    async def test() -> None:
+        for moment in (0.0, 0.05):
+            starting = asyncio.create_task(EngineClient.start(EngineConfig(model="double"), command=COMMAND))
+            await asyncio.sleep(moment)
+            starting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await starting
+        with pytest.raises(FileNotFoundError):
+            await EngineClient.start(EngineConfig(model="double"), command=("/no/such/python",))
+
+    run(test())
+    base.rmdir()  # fails unless empty

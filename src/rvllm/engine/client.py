@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import ExitStack
 
 import msgspec
 import zmq
@@ -51,7 +52,8 @@ class EngineClient:
 
     def __init__(self, config: EngineConfig, progress: Callable[[float, str], None] | None = None) -> None:
         self.config = config
-        self.ready: Ready
+        self.ready: Ready  # set by `start`
+        self.process: subprocess.Popen[bytes] | None = None
         self._progress = progress
         self._loop = asyncio.get_running_loop()
         self._streams: dict[str, Stream] = {}
@@ -61,6 +63,7 @@ class EngineClient:
         self._failed: Failed | None = None
         self._burial: asyncio.Task[None] | None = None
         self._closing = False
+        self._undo = ExitStack()
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(FromEngine).decode
 
@@ -86,23 +89,29 @@ class EngineClient:
         return client
 
     def _spawn(self, command: Sequence[str]) -> None:
-        self._directory = tempfile.mkdtemp(prefix="rvllm-")  # mode 0700
-        if len(self._directory) > 80:  # a socket's path holds 107 bytes
-            os.rmdir(self._directory)
-            self._directory = tempfile.mkdtemp(prefix="rvllm-", dir="/tmp")
-        address = f"ipc://{self._directory}/engine"
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
+        """Starts the process and registers, step by step, how to undo each step."""
+        undo, loop = self._undo, self._loop
+        self.directory = _private_directory()
+        undo.callback(shutil.rmtree, self.directory, ignore_errors=True)
+        address = f"ipc://{self.directory}/engine"
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        undo.callback(context.term)
+        self._socket = context.socket(zmq.DEALER)
+        undo.callback(self._socket.close, 0)
         self._socket.set_hwm(0)
         self._socket.bind(address)
         self._life, theirs = socket.socketpair()
+        undo.callback(self._life.close)
         with theirs:
             self.process = subprocess.Popen(command, stdin=theirs.fileno(), start_new_session=True)
-        launch = self._encode(Launch(self._directory, address, self.config))
+        launch = self._encode(Launch(self.directory, address, self.config))
         self._life.sendall(len(launch).to_bytes(4, "little") + launch)
-        self._descriptor = int(self._socket.get(zmq.FD))
-        self._loop.add_reader(self._descriptor, self._drain)
-        self._loop.add_reader(self._life, self._on_life)
+        for source, heard in (
+            (int(self._socket.get(zmq.FD)), self._drain),
+            (self._life.fileno(), self._on_life),
+        ):
+            loop.add_reader(source, heard)
+            undo.callback(loop.remove_reader, source)
 
     @property
     def alive(self) -> bool:
@@ -156,32 +165,25 @@ class EngineClient:
         """Ends the engine process and cleans up; requests still open get EngineDeadError."""
         if self._closing:
             return
-        if hasattr(self, "process"):
+        if self.process is not None:
             if self.alive and timeout:
                 self._send(Shutdown())
             self._closing = True
-            if await self._exited(timeout) is None:
-                self.process.kill()
-                await self._exited(None)
-            self._loop.remove_reader(self._life)
-            self._loop.remove_reader(self._descriptor)
-            self._life.close()
-        self._closing = True
+            await self._end_process(timeout)
         if self._burial is not None:
             await self._burial
+        self._closing = True
         self._bury("the engine was closed")
-        if hasattr(self, "_socket"):
-            self._socket.close(0)
-            self._context.term()
-        if hasattr(self, "_directory"):
-            shutil.rmtree(self._directory, ignore_errors=True)
+        self._undo.close()
 
-    async def _exited(self, timeout: float | None) -> int | None:
-        """The process's exit code, or None when it still runs after `timeout` seconds."""
+    async def _end_process(self, timeout: float) -> int:
+        """The process's exit code; it is killed when it still runs after `timeout` seconds."""
+        assert self.process is not None
         try:
             return await asyncio.to_thread(self.process.wait, timeout)
         except subprocess.TimeoutExpired:
-            return None
+            self.process.kill()
+            return await asyncio.to_thread(self.process.wait)
 
     def _check_alive(self) -> None:
         if not self.alive:
@@ -224,21 +226,19 @@ class EngineClient:
     def _on_life(self) -> None:
         """The process's end of the socket is closed: it has ended, or is about to."""
         self._loop.remove_reader(self._life)
-        self._burial = self._loop.create_task(self._find_cause())
+        if not self._closing:
+            self._burial = self._loop.create_task(self._find_cause())
 
     async def _find_cause(self) -> None:
-        code = await self._exited(CLOSE_SECONDS)
-        if code is None:
-            self.process.kill()
-            code = await self._exited(None)
+        code = await self._end_process(CLOSE_SECONDS)
         for _ in range(50):  # its last message may still be on the way
             self._drain()
-            if self._failed is not None or code is None or code <= 0:
+            if self._failed is not None or code <= 0:
                 break
             await asyncio.sleep(0.01)
         if self._failed is not None:
             self._bury(self._failed.message)
-        elif code is not None and code < 0:
+        elif code < 0:
             self._bury(f"the engine process was killed by {_signal_name(-code)}")
         else:
             self._bury(f"the engine process ended with exit code {code}")
@@ -256,6 +256,15 @@ class EngineClient:
             answer = self._stats.popleft()
             if not answer.done():
                 answer.set_exception(EngineDeadError(cause))
+
+
+def _private_directory() -> str:
+    """A new directory that only this user can enter, with a path short enough for a socket in it."""
+    directory = tempfile.mkdtemp(prefix="rvllm-")
+    if len(directory) > 80:  # a socket's path holds 107 bytes
+        os.rmdir(directory)
+        directory = tempfile.mkdtemp(prefix="rvllm-", dir="/tmp")
+    return directory
 
 
 def _start_error(cause: str, failed: Failed | None) -> RvllmError:
