@@ -2,7 +2,7 @@
 
 `None` stands for "not given": the model's own defaults, then OpenAI's, take its place (`sampling.py`).
 Fields that are not declared here are ignored, since clients send fields of
-services they were written for (docs/decisions/0005-unknown-request-fields.md).
+services they were written for (docs/decisions/0006-http-surface.md).
 """
 
 from __future__ import annotations

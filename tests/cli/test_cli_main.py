@@ -1,0 +1,154 @@
+"""The command line as a whole: help, defaults, errors in one line, exit codes, start-up time."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rvllm.cli import main as cli
+from rvllm.errors import ModelError
+from rvllm.version import __version__
+
+
+def run(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "rvllm", *words],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **options,
+    )  # type: ignore[call-overload,no-any-return]
+
+
+def one_line(text: str) -> str:
+    assert text.count("\n") == 1, text
+    return text.strip()
+
+
+def test_help_lists_the_commands_and_is_quick() -> None:
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        found = run("--help")
+        times.append(time.perf_counter() - began)
+    assert found.returncode == 0
+    for name in cli.COMMANDS:
+        assert f"\n    {name}" in found.stdout
+    assert min(times) < 0.3, times
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_every_command_has_help(command: str) -> None:
+    found = run(command, "--help")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert f"rvllm {command}" in found.stdout
+
+
+def test_help_and_version_load_no_command() -> None:
+    script = (
+        "import sys; from rvllm.cli.main import main; main(['--help']); main(['--version']);"
+        "print([m for m in sys.modules if m.startswith('rvllm.cli.') and m != 'rvllm.cli.main'])"
+    )
+    found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert found.stdout.splitlines()[-2:] == [f"rvllm {__version__}", "[]"]
+
+
+def test_without_words_the_help_is_shown() -> None:
+    found = run()
+    assert found.returncode == 0
+    assert "benchmark" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nonsense"], "unknown command 'nonsense'"),
+        (["--port", "x"], "--port: expected a whole number, got 'x'"),
+        (["serve", "--prot", "1"], "--prot"),
+        (["serve", "--port", "99999"], "--port: must be at most 65535"),
+        (["serve", "--device", "tpu"], "'tpu' is not one of auto, cuda, cpu"),
+        (["--model", "/no/such/model"], "/no/such/model"),
+        (["serve", "--chat-template", "/no/such/file"], "--chat-template: cannot read /no/such/file"),
+        (["serve", "--host", "no.such.host.invalid"], "--host: 'no.such.host.invalid'"),
+        (["chat", "--url", "ftp://x"], "--url"),
+        (["chat", "--temperature", "hot"], "--temperature: expected a number, got 'hot'"),
+        (["chat", "--temperature", "-1"], "temperature must be in"),
+        (["benchmark", "--n", "1,x"], "--n: expected whole numbers"),
+        (["benchmark", "--compare", "/no/such/file"], "--compare: cannot read /no/such/file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_users_mistake_is_one_line_and_2(words: list[str], says: str) -> None:
+    found = run(*words)
+    assert found.returncode == 2, found.stderr
+    assert says in one_line(found.stderr)
+    assert found.stdout == ""
+
+
+def test_errors_carry_their_own_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(words: list[str]) -> int:
+        raise {"model": ModelError("x.gguf: no such tensor"), "stop": KeyboardInterrupt()}[words[0]]
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert cli.main(["model"]) == 2
+    assert capsys.readouterr().err == "rvllm: x.gguf: no such tensor\n"
+    assert cli.main(["stop"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reader_that_stops_reading_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    found = subprocess.run(
+        [sys.executable, "-m", "rvllm", "serve", "--help"],
+        check=False,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(write)
+    assert found.returncode in (0, 128 + signal.SIGPIPE)
+    assert found.stderr == ""
+
+
+def test_importing_the_package_is_quick() -> None:
+    script = "import time; t = time.perf_counter(); import rvllm; print(time.perf_counter() - t)"
+    times = [
+        float(
+            subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+        )
+        for _ in range(3)
+    ]
+    assert min(times) < 0.1, times
+
+
+def test_ctrl_c_while_loading_ends_quietly(tmp_path: Path) -> None:
+    """The engine command is replaced by one that never gets ready."""
+    (tmp_path / "config.json").write_text("{}")
+    script = tmp_path / "serve.py"
+    script.write_text(
+        "import sys, rvllm.engine.client as c\n"
+        "import functools\n"
+        "start = c.EngineClient.start.__func__\n"
+        "c.EngineClient.start = classmethod(functools.partial(start, command=('sleep', '60')))\n"
+        "import rvllm.cli.serve as s\n"
+        "s._tokenizer = lambda config, times: print('loading', flush=True)\n"
+        "from rvllm.cli.main import main\n"
+        f"sys.exit(main(['--port', '0', '--model', {str(tmp_path)!r}]))\n"
+    )
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0)):
+        process = subprocess.Popen(
+            [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+        assert (process.returncode, errors) == (code, "")
