@@ -58,6 +58,13 @@ def test_plain_types() -> None:
         np.testing.assert_array_equal(got, stored.astype(np.float32))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", BLOCKED, ids=lambda k: k.value)
+def test_a_scale_that_is_no_number(kind: TensorType) -> None:
+    blocks = np.full(2 * kind.block[1], 0xFF, dtype=np.uint8)  # 0xFFFF is a float16 nan
+    assert np.isnan(dequantise(kind, blocks, (2, kind.block[0]))).all()
+
+
 def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="Q4_0"):
         dequantise_into(TensorType.Q4_0, np.zeros(17, np.uint8), np.zeros(32, np.float32))

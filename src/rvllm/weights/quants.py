@@ -52,9 +52,10 @@ def dequantise_into(kind: TensorType, raw: Bytes, out: Floats) -> None:
     wanted = out.reshape(blocks, elements)
     step = max(1, PIECE // elements)
     levels = np.empty((min(step, blocks), elements), dtype=np.uint8)
-    for start in range(0, blocks, step):
-        piece = stored[start : start + step]
-        unpack(piece, levels[: len(piece)], wanted[start : start + step])
+    with np.errstate(invalid="ignore", over="ignore"):  # a scale that is no number gives none, quietly
+        for start in range(0, blocks, step):
+            piece = stored[start : start + step]
+            unpack(piece, levels[: len(piece)], wanted[start : start + step])
 
 
 def _f32(raw: Bytes, out: Floats) -> None:
