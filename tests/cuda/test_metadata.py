@@ -11,6 +11,7 @@ from rvllm.backends.cuda.metadata import (
     NUM_SEQS,
     NUM_TOKENS,
     Layout,
+    SampledRows,
 )
 
 
@@ -34,10 +35,12 @@ def test_pack_reads_back(query_lens: list[int]) -> None:
     rng = np.random.default_rng(len(query_lens))
     starts = [int(s) for s in rng.integers(0, 500, len(query_lens))]
     given = batch(query_lens, starts, rng)
-    layout = Layout(tokens=64, seqs=8, samples=8, updates=16)
+    layout = Layout(tokens=64, seqs=8, samples=8, tiles=6, updates=16)
     words = np.full(layout.nbytes // 4, -77, dtype=np.int32)
     ends = np.cumsum(query_lens)
-    used = layout.pack(given, (ends - 1).astype(np.int32), np.arange(len(query_lens), dtype=np.int32), words)
+    used = layout.pack(
+        given, given.new_blocks, SampledRows.of(given), np.array([[2, 0], [2, 64]], dtype=np.int32), words
+    )
 
     def read(offset: int, count: int) -> list[int]:
         return [int(w) for w in words[offset : offset + count]]
@@ -58,15 +61,30 @@ def test_pack_reads_back(query_lens: list[int]) -> None:
     assert read(layout.kv_lens, len(starts)) == [s + n for s, n in zip(starts, query_lens, strict=True)]
     assert read(layout.query_offsets, len(starts) + 1) == [0, *map(int, ends)]
     assert read(layout.sample_slots, len(starts)) == [int(s) for s in given.slots]
+    assert read(layout.sample_rows, len(starts)) == [int(e) - 1 for e in ends]
+    assert read(layout.tile_list, 12) == [2, 0, 2, 64] + [-1, 0] * 4
     assert read(layout.block_updates, 15) == [int(b) for b in given.new_blocks.reshape(-1)]
     assert used <= layout.nbytes
     assert words[used // 4] == -77 or used == layout.nbytes
 
 
 def test_arrays_do_not_overlap() -> None:
-    layout = Layout(tokens=33, seqs=5, samples=9, updates=3)
-    starts = [16, layout.positions, layout.token_slots, layout.seq_slots, layout.kv_lens, layout.query_offsets,
-              layout.sample_rows, layout.sample_slots, layout.block_updates, layout.nbytes // 4]  # fmt: skip
-    sizes = [33, 33, 33, 5, 5, 6, 9, 9, 9]
-    for start, end, size in zip([layout.token_ids, *starts[1:-1]], starts[1:], sizes, strict=True):
+    layout = Layout(tokens=33, seqs=5, samples=9, tiles=7, updates=3)
+    names = ["token_ids", "positions", "token_slots", "seq_slots", "kv_lens", "query_offsets", "sample_rows",
+             "sample_slots", "mask_rows", "tile_list", "block_updates"]  # fmt: skip
+    sizes = [33, 33, 33, 5, 5, 6, 9, 9, 9, 14, 9]
+    starts = [getattr(layout, name) for name in names]
+    for start, end, size in zip(starts, [*starts[1:], layout.nbytes // 4], sizes, strict=True):
         assert end - start >= size
+
+
+def test_rows_of_a_step_with_masks_and_prompt_logprobs() -> None:
+    given = batch([1, 1, 4, 3], [9, 5, 0, 2], np.random.default_rng(3))
+    given.sample[2] = False
+    given.masks = {1: np.zeros(1, dtype=np.uint32), 3: np.zeros(1, dtype=np.uint32)}
+    given.prompt_logprobs = {2: 5}
+    rows = SampledRows.of(given)
+    assert rows.rows.tolist() == [0, 1, 8, 2, 3, 4, 5]
+    assert rows.seqs.tolist() == [0, 1, 3, 2, 2, 2, 2]
+    assert rows.slots.tolist() == [*given.slots[[0, 1, 3]].tolist(), -1, -1, -1, -1]
+    assert rows.masks.tolist() == [-1, 0, 1, -1, -1, -1, -1]

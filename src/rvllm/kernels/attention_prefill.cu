@@ -27,6 +27,10 @@ attn_prefill(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, con
   float* const total = totals + warp * (16 * DV) + lane * 2;
 
   const int2 mine = work[blockIdx.x];
+  if (mine.x < 0) {  // a graph is captured for the most blocks its steps can have
+    griddep_wait();
+    return;
+  }
   const int seq = mine.x, first_row = mine.y, offset = query_offsets[seq], tokens = query_offsets[seq + 1] - offset;
   const int start = kv_lens[seq] - tokens, rows = tokens * group;
   const int* const table = tables + (size_t)slots[seq] * table_stride;

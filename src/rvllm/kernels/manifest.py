@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from rvllm.kernels.gemm_manifest import KERNELS
+from rvllm.kernels.ops_manifest import SPECS
 from rvllm.kernels.spec import KernelSpec
+
+_STEP = KernelSpec("sm80_begin_step", "step.cu", "begin_step")
 
 
 def _collect() -> dict[str, KernelSpec]:
     found: dict[str, KernelSpec] = {}
-    listed: list[KernelSpec] = []
-    for spec in listed:
+    for spec in (_STEP, *KERNELS, *SPECS):
         if spec.name in found:
             raise ValueError(f"kernel {spec.name!r} listed twice")
         found[spec.name] = spec

@@ -283,8 +283,9 @@ class TensorMap:
 class Launch:
     """A kernel call whose parameters stay in place, so that launching it again costs microseconds.
 
-    arguments: device pointers as int, scalars as ctypes objects, tensor maps. Scalars given as ctypes objects may be shared between launches: change the value, and every launch
-    after that sees it. The grid is given at each `run`.
+    arguments: device pointers as int, scalars as ctypes objects, tensor maps. Scalars may be shared
+    between launches: change the value, and every launch after that sees it. The grid is given at each
+    `run`.
     """
 
     def __init__(

@@ -246,7 +246,7 @@ def gemm_arguments(
     scale: float = 1.0,
     soft_cap: float = 0.0,
     trigger: Trigger = Trigger.EARLY,
-    tokens: ctypes.c_int | None = None,
+    tokens: Any = None,
     x_width: int = 0,
     x_pitch: int = 0,
 ) -> list[Any]:

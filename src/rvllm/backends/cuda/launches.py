@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from rvllm.backends.cuda.catalog import Catalog
 from rvllm.backends.cuda.driver import Grid, Launch, Stream, TensorMap
@@ -42,35 +43,6 @@ class MatrixMap:
     bf16: bool
 
 
-@dataclass(frozen=True)
-class I32:
-    """An int32 parameter."""
-
-    value: int
-
-
-@dataclass(frozen=True)
-class F32:
-    """A float parameter."""
-
-    value: float
-
-
-@dataclass(frozen=True)
-class U64:
-    """A 64-bit unsigned parameter."""
-
-    value: int
-
-
-@dataclass(frozen=True)
-class Pointer:
-    """A device address."""
-
-    address: int
-
-
-Parameter = Pointer | Count | MatrixMap | I32 | F32 | U64
 GridOf = Callable[[Counts], Grid]
 
 
@@ -78,14 +50,15 @@ GridOf = Callable[[Counts], Grid]
 class Planned:
     """One launch: which kernel, for which ops, over what.
 
-    grid: a function of the step's size. why: how the kernel was chosen, for `rvllm plan`.
+    grid: a function of the step's size. parameters: device addresses as int, scalars as ctypes objects,
+    Count and MatrixMap. why: how the kernel was chosen, for `rvllm plan`.
     """
 
     op: str
     kernel: str
     grid: GridOf
     block: int
-    parameters: tuple[Parameter, ...]
+    parameters: Sequence[Any]
     smem: int = 0
     cluster: int = 1
     why: str = ""
@@ -128,22 +101,16 @@ def bind(planned: Sequence[Planned], catalog: Catalog, pdl: bool) -> Bound:
     cells = {name: ctypes.c_int(0) for name in ("tokens", "seqs", "samples")}
     launches = []
     for p in planned:
-        arguments: list[ctypes.c_int | ctypes.c_float | ctypes.c_uint64 | TensorMap | int] = []
+        arguments: list[Any] = []
         for parameter in p.parameters:
             match parameter:
-                case Pointer(address):
-                    arguments.append(address)
                 case Count(name):
                     arguments.append(cells[name])
-                case I32(value):
-                    arguments.append(ctypes.c_int(value))
-                case F32(value):
-                    arguments.append(ctypes.c_float(value))
-                case U64(value):
-                    arguments.append(ctypes.c_uint64(value))
                 case MatrixMap(address, rows, width, box_rows, box_width, bf16):
                     arguments.append(
                         TensorMap.matrix(address, rows, width, 2 * width, box_rows, box_width, bf16)
                     )
+                case _:
+                    arguments.append(parameter)
         launches.append(Launch(catalog[p.kernel], p.block, p.smem, arguments, pdl=pdl, cluster=p.cluster))
     return Bound(planned, launches, cells)

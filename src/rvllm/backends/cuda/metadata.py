@@ -24,7 +24,9 @@ class Layout:
     header [16]: token, sequence, sample, block-update and decode counts.
     token_ids, positions, token_slots [tokens]: per row of the flat batch; id -1 is the slot's last sample.
     seq_slots, kv_lens [seqs], query_offsets [seqs + 1]: per sequence; kv_len counts this step's tokens too.
-    sample_rows, sample_slots [samples]: the rows whose logits are wanted, and the slot each belongs to.
+    sample_rows, sample_slots, mask_rows [samples]: the rows whose logits are wanted, the slot that draws from
+    each (-1: none does) and the row of its token mask (-1: none).
+    tiles [tiles, 2]: the blocks of prefill attention, (-1, 0) where there is none.
     block_updates [updates, 3]: (slot, index, block) to write into the block tables first; always last, so
     that only the used part is copied.
     """
@@ -32,6 +34,7 @@ class Layout:
     tokens: int
     seqs: int
     samples: int
+    tiles: int
     updates: int
 
     @property
@@ -75,9 +78,19 @@ class Layout:
         return self.sample_rows + _padded(self.samples)
 
     @property
+    def mask_rows(self) -> int:
+        """Offset of mask_rows."""
+        return self.sample_slots + _padded(self.samples)
+
+    @property
+    def tile_list(self) -> int:
+        """Offset of tiles."""
+        return self.mask_rows + _padded(self.samples)
+
+    @property
     def block_updates(self) -> int:
         """Offset of block_updates."""
-        return self.sample_slots + _padded(self.samples)
+        return self.tile_list + _padded(2 * self.tiles)
 
     @property
     def nbytes(self) -> int:
@@ -85,19 +98,24 @@ class Layout:
         return 4 * (self.block_updates + _padded(3 * self.updates))
 
     def pack(
-        self, batch: StepBatch, rows: NDArray[np.int32], row_seqs: NDArray[np.int32], out: NDArray[np.int32]
+        self,
+        batch: StepBatch,
+        updates: NDArray[np.int32],
+        rows: SampledRows,
+        tiles: NDArray[np.int32],
+        out: NDArray[np.int32],
     ) -> int:
         """Writes a batch into `out` (int32 words) and returns how many bytes of it are used.
 
-        rows: the rows of the flat batch whose logits are wanted; row_seqs: the sequence of each.
+        updates: the batch's new blocks, less those already sent. tiles: int32 [n, 2], see
+        `attention.prefill_tiles`.
         """
-        tokens, seqs, samples = batch.num_tokens, len(batch.slots), len(rows)
-        updates = batch.new_blocks
+        tokens, seqs, samples = batch.num_tokens, len(batch.slots), len(rows.rows)
         header = out[:HEADER_WORDS]
         header[:] = 0
         header[NUM_TOKENS], header[NUM_SEQS], header[NUM_SAMPLES] = tokens, seqs, samples
         header[NUM_BLOCK_UPDATES] = len(updates)
-        header[NUM_DECODES] = int(np.count_nonzero(batch.query_lens == 1))
+        header[NUM_DECODES] = leading_decodes(batch.query_lens)
         _put(out, self.token_ids, batch.tokens)
         offsets = out[self.query_offsets : self.query_offsets + seqs + 1]
         offsets[0] = 0
@@ -111,10 +129,50 @@ class Layout:
             _put(out, self.token_slots, np.repeat(batch.slots, batch.query_lens))
         _put(out, self.seq_slots, batch.slots)
         _put(out, self.kv_lens, batch.starts + batch.query_lens)
-        _put(out, self.sample_rows, rows)
-        _put(out, self.sample_slots, batch.slots[row_seqs])
+        _put(out, self.sample_rows, rows.rows)
+        _put(out, self.sample_slots, rows.slots)
+        _put(out, self.mask_rows, rows.masks)
+        listed = out[self.tile_list : self.tile_list + 2 * self.tiles].reshape(-1, 2)
+        listed[: len(tiles)] = tiles
+        listed[len(tiles) :] = (-1, 0)
         _put(out, self.block_updates, updates.reshape(-1))
         return 4 * (self.block_updates + 3 * len(updates))
+
+
+@dataclass(frozen=True)
+class SampledRows:
+    """The rows of the flat batch whose logits a step wants, each int32 [R].
+
+    slots: the slot that draws from the row, -1 for a row that is only scored. masks: the row of its mask
+    among the step's masks, -1 for none. seqs: the sequence of the batch it belongs to.
+    """
+
+    rows: NDArray[np.int32]
+    slots: NDArray[np.int32]
+    masks: NDArray[np.int32]
+    seqs: NDArray[np.int32]
+
+    @staticmethod
+    def of(batch: StepBatch) -> SampledRows:
+        """Sampled rows first, in the batch's order, then the rows of sequences with prompt logprobs."""
+        ends = np.cumsum(batch.query_lens, dtype=np.int32)
+        seqs = np.flatnonzero(batch.sample).astype(np.int32)
+        rows, slots = (ends - 1)[seqs], batch.slots[seqs]
+        masks = np.full(len(seqs), -1, dtype=np.int32)
+        for row, s in enumerate(sorted(batch.masks)):
+            masks[np.searchsorted(seqs, s)] = row
+        for s in sorted(batch.prompt_logprobs):
+            scored = np.arange(ends[s] - batch.query_lens[s], ends[s], dtype=np.int32)
+            none = np.full(len(scored), -1, dtype=np.int32)
+            rows, slots = np.concatenate([rows, scored]), np.concatenate([slots, none])
+            masks, seqs = np.concatenate([masks, none]), np.concatenate([seqs, none + 1 + s])
+        return SampledRows(rows, slots, masks, seqs)
+
+
+def leading_decodes(query_lens: NDArray[np.int32]) -> int:
+    """How many sequences at the front compute one token: what the decode attention kernel takes."""
+    longer = np.flatnonzero(query_lens != 1)
+    return int(longer[0]) if len(longer) else len(query_lens)
 
 
 def _padded(words: int) -> int:

@@ -1,0 +1,297 @@
+"""The CUDA backend: a program replayed as graphs on one NVIDIA GPU, sampling included.
+
+`launch` packs a step's metadata into pinned memory, queues its copy and its graphs and returns; `collect`
+waits for the step's event and reads the drawn tokens. Up to `pipeline_depth` steps are under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepResult
+from rvllm.backends.cuda.arena import Arena
+from rvllm.backends.cuda.attention import plan_prefill, prefill_tiles
+from rvllm.backends.cuda.catalog import Catalog
+from rvllm.backends.cuda.device_state import DeviceState, carve, clear_state, send_ropes, shape_of
+from rvllm.backends.cuda.driver import Device, DeviceFacts, Pinned, Stream
+from rvllm.backends.cuda.flight import NOTHING, Flight
+from rvllm.backends.cuda.fuse import fuse
+from rvllm.backends.cuda.graphs import GraphBook, Recipe, nowhere
+from rvllm.backends.cuda.loader import Loader, fill_dummy
+from rvllm.backends.cuda.lowering import Chip
+from rvllm.backends.cuda.memory import BLOCK, budget_of, plan_memory
+from rvllm.backends.cuda.metadata import SampledRows, leading_decodes
+from rvllm.backends.cuda.scores import KERNEL as LOGPROBS_KERNEL
+from rvllm.backends.cuda.scores import Scorer
+from rvllm.backends.cuda.starts import KERNEL as START_KERNEL
+from rvllm.backends.cuda.starts import Starter
+from rvllm.config import EngineConfig, SourceConfig, build
+from rvllm.errors import MissingKernelError, UsageError
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Attention, Program
+from rvllm.weights.checkpoint import Checkpoint
+from rvllm.weights.packing import find_tensor
+
+_NO_TILES = np.zeros((0, 2), dtype=np.int32)
+DEPTH = 2  # steps under way: the next is launched before this one's tokens are read
+LEAST_CAPABILITY = 80
+Progress = Callable[[float, str], None]
+
+
+class CudaBackend:
+    """A program loaded onto a GPU (see `rvllm.backends.base.Backend`)."""
+
+    def __init__(
+        self,
+        device: Device,
+        facts: DeviceFacts,
+        arena: Arena,
+        catalog: Catalog,
+        stream: Stream,
+        recipe: Recipe,
+        state: DeviceState,
+        ledger: list[LedgerLine],
+    ) -> None:
+        plan = recipe.memory
+        self._device, self._facts, self._arena = device, facts, arena
+        self._catalog, self._stream, self._recipe, self._state = catalog, stream, recipe, state
+        self._ledger = ledger
+        self._graphs = GraphBook(recipe, catalog, stream)
+        self._limits = Limits(
+            max_num_seqs=plan.seqs,
+            max_num_batched_tokens=plan.tokens,
+            max_model_len=plan.max_model_len,
+            block_size=BLOCK,
+            num_blocks=plan.num_blocks,
+            pipeline_depth=DEPTH,
+        )
+        self._ring = [Flight.create(plan) for _ in range(DEPTH + 2)]
+        self._starter = Starter(catalog, stream, state, plan)
+        self._scorer = Scorer(catalog, stream, state)
+        attention = next(op for stage in recipe.stages for op in stage.ops if isinstance(op, Attention))
+        self._group = attention.heads // attention.kv_heads
+        self._tile_rows = recipe.prefill[attention.name].rows
+        self._last: Flight | None = None
+        self._steps = self._gaps = 0
+        self._busy = self._idle = self._decode_busy = 0.0
+
+    @staticmethod
+    def load(
+        program: Program,
+        checkpoint: Checkpoint | None,
+        config: EngineConfig,
+        progress: Progress | None = None,
+    ) -> CudaBackend:
+        """Resolves kernels, takes the memory, loads weights; None as checkpoint fills random ones.
+
+        Raises MissingKernelError, CapacityError or UsageError before any weight is read.
+        """
+        report = progress or (lambda fraction, text: None)
+        _check_supported(program, config)
+        device = Device()
+        facts = device.facts()
+        if facts.capability < LEAST_CAPABILITY:
+            raise MissingKernelError(
+                f"{facts.name} has compute capability {facts.capability / 10:.1f}; kernels exist from 8.0 on"
+            )
+        free, total = device.free_memory()
+        stages = fuse(program)
+        attentions = {op.name: op for op in program.ops if isinstance(op, Attention)}
+        prefill = {
+            name: plan_prefill(program.dtype, op.head_dim, smem_per_block=facts.smem_per_block)
+            for name, op in attentions.items()
+        }
+        budget = budget_of(config, free, total)
+        memory = plan_memory(program, stages, config, facts, budget, next(iter(prefill.values())).rows)
+        chip = Chip(facts.capability, facts.sm_count, facts.smem_per_block)
+        shape = shape_of(program, memory)
+        recipe = Recipe(program.dtype, chip, shape, nowhere(program, stages), memory, stages, prefill)
+
+        catalog = Catalog(facts.capability, kernel_cache())
+        catalog.require(
+            [*recipe.kernels(), *_service_kernels(program, checkpoint)],
+            lambda done, count: report(done / count, "compiling kernels"),
+        )
+        after_modules, _ = device.free_memory()
+        arena = Arena(memory.nbytes)
+        state = carve(arena, program, stages, memory)
+        stream = Stream()
+        clear_state(stream, state, memory)
+        send_ropes(stream, state, memory)
+        if checkpoint is None:
+            fill_dummy(catalog, stream, program.dtype, state.places, config.seed)
+        else:
+            loader = Loader(catalog, stream, program.dtype, state.kv)
+            try:
+                loader.load(state.places, checkpoint, report)
+            finally:
+                loader.close()
+        ledger = [
+            LedgerLine("in use before (driver, context, others)", budget.used),
+            LedgerLine("kernels", free - after_modules),
+            *arena.ledger(),
+        ]
+        recipe = Recipe(program.dtype, chip, shape, state.addresses, memory, stages, prefill)
+        backend = CudaBackend(device, facts, arena, catalog, stream, recipe, state, ledger)
+        if config.capture_graphs == "eager":
+            report(0.0, "capturing graphs")
+            backend.capture_all()
+        return backend
+
+    @property
+    def name(self) -> str:
+        """The GPU's name."""
+        return self._facts.name
+
+    @property
+    def limits(self) -> Limits:
+        """Capacities, fixed for the backend's life."""
+        return self._limits
+
+    def ledger(self) -> list[LedgerLine]:
+        """Device memory line by line, and what the driver says is left."""
+        free, _ = self._device.free_memory()
+        return [*self._ledger, LedgerLine("free", free)]
+
+    def capture_all(self) -> None:
+        """Captures every graph now instead of on first use."""
+        before, _ = self._device.free_memory()
+        self._graphs.capture_all()
+        self._stream.sync()
+        after, _ = self._device.free_memory()
+        self._ledger.append(LedgerLine("graphs", before - after))
+
+    def launch(self, batch: StepBatch) -> Flight:
+        """Queues a step; see `Backend.launch`."""
+        flight = self._ring[self._steps % len(self._ring)]
+        self._steps += 1
+        rows = SampledRows.of(batch)
+        decode = batch.num_tokens == len(batch.slots) == len(rows.rows) and not batch.prompt_logprobs
+        flight.batch, flight.rows, flight.decode = batch, rows, decode
+        last = self._last
+        flight.follows = last if decode and last is not None and last.decode and last.under_way else None
+        for entry in batch.started:
+            self._scorer.start(entry)
+        self._starter.start(batch.started)
+        self._send_masks(flight)
+        if decode:
+            size = self._graphs.decode_size(len(batch.slots))
+            graphs, layout, tiles = [self._graphs.decode(size)], self._recipe.decode_layout(size), _NO_TILES
+        else:
+            graphs = [self._graphs.body(batch.num_tokens)]
+            if len(rows.rows):
+                graphs.append(self._graphs.head(len(rows.rows)))
+            layout = self._recipe.memory.layout
+            kv_lens, first = batch.starts + batch.query_lens, leading_decodes(batch.query_lens)
+            tiles = prefill_tiles(batch.query_lens, kv_lens, first, self._group, self._tile_rows)
+        words = flight.metadata.array.view(np.int32)
+        updates = self._starter.early_updates(batch.new_blocks, layout.updates)
+        used = layout.pack(batch, updates, rows, tiles, words)
+        self._stream.copy_to_device(self._state.addresses.metadata, flight.metadata.address, used)
+        flight.began.record(self._stream)
+        for graph in graphs:
+            graph.launch(self._stream)
+        flight.ended.record(self._stream)
+        self._scorer.launch(flight)
+        if len(rows.rows):
+            self._stream.copy_to_host(flight.tokens.address, self._state.addresses.tokens, 4 * len(rows.rows))
+        flight.done.record(self._stream)
+        self._last = flight
+        return flight
+
+    def collect(self, handle: Flight) -> StepResult:
+        """Waits for a launched step and reads what it drew."""
+        batch, rows = handle.batch, handle.rows
+        handle.done.wait()
+        seconds = handle.ended.seconds_since(handle.began)
+        self._account(handle, seconds)
+        result = StepResult(batch.step, np.full(len(batch.slots), -1, dtype=np.int32), device_seconds=seconds)
+        drawn = rows.slots >= 0
+        tokens = handle.tokens.array.view(np.int32)[: len(rows.rows)]
+        result.tokens[rows.seqs[drawn]] = tokens[drawn]
+        self._scorer.read(handle, result)
+        handle.batch, handle.follows = NOTHING, None
+        return result
+
+    def _account(self, flight: Flight, seconds: float) -> None:
+        """Adds up busy time, and the gap before a decode step that was queued behind another."""
+        self._busy += seconds
+        if flight.follows is not None:
+            self._idle += flight.began.seconds_since(flight.follows.ended)
+            self._decode_busy += seconds
+            self._gaps += 1
+
+    def _send_masks(self, flight: Flight) -> None:
+        masks = flight.batch.masks
+        if not masks:
+            return
+        words = self._state.shape.mask_words
+        if flight.masks is None:
+            flight.masks = Pinned(4 * words * self._state.shape.samples)
+        image = flight.masks.array.view(np.uint32).reshape(-1, words)
+        for row, s in enumerate(sorted(masks)):
+            image[row] = masks[s]
+        self._stream.copy_to_device(self._state.addresses.masks, flight.masks.address, 4 * words * len(masks))
+
+    def embed(self, batch: StepBatch) -> NDArray[np.float32]:
+        """Refused: programs with a language-model head have no pooled vector. Raises UsageError."""
+        raise UsageError("this model generates text; it gives no embeddings")
+
+    def stats(self) -> dict[str, float]:
+        """Steps, device seconds, and the idle gaps between consecutive decode steps."""
+        spent = self._decode_busy + self._idle
+        return {
+            "rvllm:backend_steps_total": self._steps,
+            "rvllm:backend_busy_seconds_total": self._busy,
+            "rvllm:decode_idle_seconds_total": self._idle,
+            "rvllm:decode_idle_share": self._idle / spent if spent else 0.0,
+            "rvllm:decode_gaps_total": self._gaps,
+            "rvllm:cuda_graphs": len(self._graphs),
+            "rvllm:cuda_graph_capture_seconds_total": self._graphs.capture_seconds,
+        }
+
+    def close(self) -> None:
+        """Gives everything back."""
+        self._stream.sync()
+        self._graphs.close()
+        for flight in self._ring:
+            flight.close()
+        self._starter.close()
+        self._arena.close()
+        self._catalog.close()
+        self._stream.close()
+        self._device.close()
+
+
+def kernel_cache() -> Path:
+    """Where compiled kernels are kept."""
+    return Path(build(SourceConfig, {}).cache_dir).expanduser() / "kernels"
+
+
+def _check_supported(program: Program, config: EngineConfig) -> None:
+    """Refuses what the GPU cannot run, by name, before anything is taken."""
+    if program.dtype not in (DType.BF16, DType.F16):
+        raise UsageError(f"--dtype {program.dtype.value}: a GPU runs bfloat16 and float16")
+    if config.gemm_strategy != "native":
+        raise UsageError(f"--gemm-strategy {config.gemm_strategy}: not built; use native")
+    if config.decode_path != "batched":
+        raise UsageError(f"--decode-path {config.decode_path}: not built; use batched")
+    shapes = {(op.heads // op.kv_heads, op.head_dim) for op in program.ops if isinstance(op, Attention)}
+    if len(shapes) != 1:
+        raise MissingKernelError(
+            f"{program.architecture}: attention layers of {len(shapes)} different shapes; one is supported"
+        )
+
+
+def _service_kernels(program: Program, checkpoint: Checkpoint | None) -> list[str]:
+    """Kernels beside a step's own: slot starts, logprobs, and loading."""
+    names = [START_KERNEL, LOGPROBS_KERNEL]
+    tag = "bf16" if program.dtype is DType.BF16 else "f16"
+    if checkpoint is None:
+        return [*names, f"sm80_{tag}_fill_random", "sm80_f32_fill_random"]
+    found = (find_tensor(part, checkpoint) for weight in program.weights for part in weight.parts)
+    return [*names, *Loader.kernels(program.dtype, [info.type for info in found if info is not None])]

@@ -1,0 +1,24 @@
+"""Padded step sizes, so that a graph captured once serves every smaller step of its bucket."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+
+def decode_buckets(most: int) -> list[int]:
+    """Padded batch sizes of decode steps: 1, 2, 4, 8, 16, 24, 32 ... 256, then by 32; `most` is the last."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(288, max(most, 288) + 32, 32)]
+    return [size for size in sizes if size < most] + [most]
+
+
+def token_buckets(most: int) -> list[int]:
+    """Padded token counts of steps with prompts; the padding is at most an eighth from 64 tokens on."""
+    sizes = [16, 32, 48, 64]
+    while sizes[-1] < most:
+        sizes.append(sizes[-1] + max(16, 1 << (sizes[-1].bit_length() - 4)))
+    return [size for size in sizes if size < most] + [most]
+
+
+def bucket_of(buckets: list[int], size: int) -> int:
+    """The smallest bucket that holds `size`, which must not exceed the last."""
+    return buckets[bisect_left(buckets, size)]

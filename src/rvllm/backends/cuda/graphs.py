@@ -1,0 +1,177 @@
+"""CUDA graphs per padded step size, captured on first use or all at start.
+
+A step of decodes alone is one graph. A step with prompts is two: a body that ends with the hidden rows,
+per padded token count, and a head from there to the drawn tokens, per padded number of sampled rows.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+from rvllm.backends.cuda.attention import PrefillPlan
+from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
+from rvllm.backends.cuda.catalog import Catalog
+from rvllm.backends.cuda.driver import Graph, Stream
+from rvllm.backends.cuda.fuse import Stage
+from rvllm.backends.cuda.launches import Counts, Planned, bind, kernel_names
+from rvllm.backends.cuda.lowering import Addresses, Chip, Lowering, Shape
+from rvllm.backends.cuda.memory import MemoryPlan
+from rvllm.backends.cuda.metadata import Layout
+from rvllm.backends.cuda.placement import wanted_weights
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import GatherRows, Program, RopeKV
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that planning a step's launches needs; no device is touched."""
+
+    dtype: DType
+    chip: Chip
+    shape: Shape
+    addresses: Addresses
+    memory: MemoryPlan
+    stages: Sequence[Stage]
+    prefill: dict[str, PrefillPlan]
+
+    def decode(self, seqs: int) -> list[Planned]:
+        """A step of up to `seqs` sequences with one token each."""
+        counts = Counts(seqs, seqs, seqs)
+        lowering = self._lowering(self.decode_layout(seqs), counts, prefill=False)
+        return [*lowering.begin(), *lowering.lower(self.stages)]
+
+    def body(self, tokens: int) -> list[Planned]:
+        """A step of up to `tokens` tokens, up to the rows whose logits are wanted."""
+        lowering = self._lowering(self.memory.layout, Counts(tokens, self.memory.seqs, 0), prefill=True)
+        return [*lowering.begin(), *lowering.lower(self.stages[: self._cut()])]
+
+    def head(self, samples: int) -> list[Planned]:
+        """From the hidden rows to the drawn tokens, for up to `samples` rows."""
+        lowering = self._lowering(self.memory.layout, Counts(0, 0, samples), prefill=False)
+        return lowering.lower(self.stages[self._cut() :])
+
+    def decode_layout(self, seqs: int) -> Layout:
+        """The metadata of a decode graph."""
+        return replace(self.memory.layout, tokens=seqs, seqs=seqs, samples=seqs, tiles=0)
+
+    def decode_sizes(self) -> list[int]:
+        """Padded batch sizes of decode graphs."""
+        return decode_buckets(self.memory.seqs)
+
+    def token_sizes(self) -> list[int]:
+        """Padded token counts of bodies."""
+        return token_buckets(self.memory.tokens)
+
+    def sample_sizes(self) -> list[int]:
+        """Padded row counts of heads."""
+        return decode_buckets(self.memory.samples)
+
+    def kernels(self) -> list[str]:
+        """Every kernel any step can need; raises MissingKernelError where an op has none."""
+        names: list[str] = []
+        few = replace(self, stages=distinct(self.stages))
+        for plan, sizes in (
+            (few.decode, self.decode_sizes()),
+            (few.body, self.token_sizes()),
+            (few.head, self.sample_sizes()),
+        ):
+            for size in sizes:
+                names += kernel_names(plan(size))
+        return list(dict.fromkeys(names))
+
+    def _cut(self) -> int:
+        return next(i for i, s in enumerate(self.stages) if isinstance(s.ops[0], GatherRows))
+
+    def _lowering(self, layout: Layout, counts: Counts, *, prefill: bool) -> Lowering:
+        return Lowering(
+            self.dtype,
+            self.chip,
+            self.shape,
+            self.addresses,
+            layout,
+            counts,
+            self.memory.decode,
+            self.prefill if prefill else None,
+        )
+
+
+def distinct(stages: Sequence[Stage]) -> list[Stage]:
+    """One stage of each make: equal but for names, so that a plan of these uses the same kernels."""
+    found: dict[str, Stage] = {}
+    for stage in stages:
+        found.setdefault(re.sub(r"layers\.\d+", "", repr(stage)), stage)
+    return list(found.values())
+
+
+def nowhere(program: Program, stages: Sequence[Stage]) -> Addresses:
+    """Addresses of nothing, for planning launches before any memory is taken."""
+    return Addresses(
+        weights={(w.weight.name, w.form): 0 for w in wanted_weights(stages)},
+        buffers={b.name: 0 for b in program.buffers},
+        caches={c.name: (0, 0) for c in program.caches},
+        ropes={op.rope: (0, 0) for op in program.ops if isinstance(op, RopeKV) and op.rope is not None},
+        **{f.name: 0 for f in fields(Addresses) if f.type == "int"},
+    )
+
+
+class GraphBook:
+    """The captured graphs of a recipe."""
+
+    def __init__(self, recipe: Recipe, catalog: Catalog, stream: Stream) -> None:
+        self._recipe = recipe
+        self._catalog = catalog
+        self._stream = stream
+        self._graphs: dict[tuple[str, int], Graph] = {}
+        self._decode_sizes = recipe.decode_sizes()
+        self._token_sizes = recipe.token_sizes()
+        self._sample_sizes = recipe.sample_sizes()
+        self.capture_seconds = 0.0
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def decode_size(self, seqs: int) -> int:
+        """The padded batch size for `seqs` decodes."""
+        return bucket_of(self._decode_sizes, seqs)
+
+    def decode(self, size: int) -> Graph:
+        """The graph of a decode step of `size` (a padded size) sequences."""
+        return self._get("decode", size, self._recipe.decode, Counts(size, size, size))
+
+    def body(self, tokens: int) -> Graph:
+        """The graph that computes the hidden rows of up to `tokens` tokens."""
+        size = bucket_of(self._token_sizes, tokens)
+        return self._get("body", size, self._recipe.body, Counts(size, self._recipe.memory.seqs, 0))
+
+    def head(self, samples: int) -> Graph:
+        """The graph from hidden rows to tokens for up to `samples` rows."""
+        size = bucket_of(self._sample_sizes, samples)
+        return self._get("head", size, self._recipe.head, Counts(0, 0, size))
+
+    def capture_all(self) -> None:
+        """Captures every graph there can be."""
+        for size in self._decode_sizes:
+            self.decode(size)
+        for size in self._token_sizes:
+            self.body(size)
+        for size in self._sample_sizes:
+            self.head(size)
+
+    def _get(self, kind: str, size: int, plan: Callable[[int], list[Planned]], counts: Counts) -> Graph:
+        graph = self._graphs.get((kind, size))
+        if graph is None:
+            started = time.perf_counter()
+            bound = bind(plan(size), self._catalog, pdl=self._recipe.chip.capability >= 90)
+            self._stream.begin_capture()
+            bound.run(self._stream, counts)
+            graph = self._graphs[kind, size] = self._stream.end_capture()
+            self.capture_seconds += time.perf_counter() - started
+        return graph
+
+    def close(self) -> None:
+        """Destroys all graphs."""
+        for graph in self._graphs.values():
+            graph.close()

@@ -1,0 +1,508 @@
+"""From fused stages to planned launches: one kernel for each stage, or a list of what lacks one."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan
+from rvllm.backends.cuda.fuse import Stage
+from rvllm.backends.cuda.gemm import Kind, gated_rows, gemm_arguments, plan_gemm
+from rvllm.backends.cuda.launches import Count, Counts, GridOf, MatrixMap, Planned, fixed
+from rvllm.backends.cuda.metadata import NUM_DECODES, NUM_SAMPLES, NUM_TOKENS, Layout
+from rvllm.backends.cuda.placement import Form
+from rvllm.backends.cuda.sampling import CHUNK, PICK_THREADS
+from rvllm.errors import MissingKernelError
+from rvllm.kernels.ops_manifest import norm_kernel
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import (
+    Activate,
+    Add,
+    Attention,
+    Embed,
+    GatedActivation,
+    GatherRows,
+    Linear,
+    Logits,
+    Norm,
+    Op,
+    RopeKV,
+    Sample,
+    Weight,
+)
+from rvllm.program.rope import Rope
+
+BLOCK = 256  # threads of elementwise kernels
+GATED_KIND = {"silu": Kind.GATED_SILU, "gelu": Kind.GATED_GELU, "gelu_tanh": Kind.GATED_GELU_TANH}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What of the GPU decides between kernels."""
+
+    capability: int
+    sm_count: int
+    smem_per_block: int
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where everything lies on the device; all zero where only the plan itself is wanted.
+
+    logits, scaled: float32 [rows, logits_stride]. tables: int32 [slots, table_stride]. The rest: see
+    `sampling.StateSizes` and the kernels.
+    """
+
+    weights: Mapping[tuple[str, Form], int]
+    buffers: Mapping[str, int]
+    caches: Mapping[str, tuple[int, int]]
+    ropes: Mapping[Rope, tuple[int, int]]
+    metadata: int
+    tables: int
+    partial: int
+    arrivals: int
+    logits: int
+    scaled: int
+    bests: int
+    tokens: int
+    last_tokens: int
+    parameters: int
+    histories: int
+    bias_ids: int
+    biases: int
+    stops: int
+    masks: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Capacities the addresses were laid out for, and strides that follow from the model."""
+
+    tokens: int
+    samples: int
+    seqs: int
+    vocab: int
+    logits_stride: int
+    table_stride: int
+    history_stride: int
+    mask_words: int
+
+
+class Lowering:
+    """Turns stages into launches for one padded step size.
+
+    counts: rows the launches must cover. prefill: whether the step may hold sequences with several tokens.
+    """
+
+    def __init__(
+        self,
+        dtype: DType,
+        chip: Chip,
+        shape: Shape,
+        addresses: Addresses,
+        layout: Layout,
+        counts: Counts,
+        decode: Mapping[str, DecodePlan],
+        prefill: Mapping[str, PrefillPlan] | None,
+    ) -> None:
+        self.dtype = dtype
+        self.tag = "bf16" if dtype is DType.BF16 else "f16"
+        self.chip = chip
+        self.shape = shape
+        self.at = addresses
+        self.layout = layout
+        self.counts = counts
+        self.decode = decode
+        self.prefill = prefill
+        self.planned: list[Planned] = []
+        self.missing: list[str] = []
+        self._emitters: dict[type[Op], Callable[[Stage], None]] = {
+            Embed: self._embed,
+            Norm: self._norm,
+            Linear: self._linear,
+            RopeKV: self._rope_kv,
+            Attention: self._attention,
+            GatedActivation: self._activation,
+            Activate: self._activation,
+            Add: self._add,
+            GatherRows: self._gather,
+            Logits: self._logits,
+            Sample: self._sample,
+        }
+
+    def lower(self, stages: Sequence[Stage]) -> list[Planned]:
+        """The launches of all stages, in order.
+
+        Raises MissingKernelError listing every op without a kernel.
+        """
+        for stage in stages:
+            emit = self._emitters.get(type(stage.ops[0]))
+            if emit is None:
+                self.missing.append(f"{stage.name} ({stage.ops[0].kind})")
+                continue
+            try:
+                emit(stage)
+            except MissingKernelError as error:
+                self.missing.append(f"{stage.name} ({error})")
+        if self.missing:
+            shown = "; ".join(self.missing[:6]) + ("; ..." if len(self.missing) > 6 else "")
+            raise MissingKernelError(f"{len(self.missing)} ops have no CUDA kernel: {shown}")
+        return self.planned
+
+    def begin(self) -> list[Planned]:
+        """The head of a step: block tables brought up to date."""
+        parameters = [
+            self.at.metadata,
+            self._meta(self.layout.block_updates),
+            self.at.tables,
+            ctypes.c_int(self.shape.table_stride),
+        ]
+        return [Planned("begin", "sm80_begin_step", fixed(8), BLOCK, parameters)]
+
+    def _plan(
+        self,
+        op: str,
+        kernel: str,
+        grid: GridOf,
+        block: int,
+        *parameters: object,
+        smem: int = 0,
+        cluster: int = 1,
+        why: str = "",
+    ) -> None:
+        self.planned.append(Planned(op, kernel, grid, block, parameters, smem, cluster, why))
+
+    def _meta(self, word: int) -> int:
+        return self.at.metadata + 4 * word
+
+    def _rows(self, rows: str) -> Callable[[Counts], int]:
+        return (lambda c: c.tokens) if rows == "tokens" else (lambda c: c.samples)
+
+    def _capacity(self, rows: str) -> int:
+        return self.shape.tokens if rows == "tokens" else self.shape.samples
+
+    def _weight(self, weight: Weight | None, form: Form) -> int:
+        return 0 if weight is None else self.at.weights[weight.name, form]
+
+    def _embed(self, stage: Stage) -> None:
+        (op,) = stage.ops
+        assert isinstance(op, Embed)
+        self._plan(
+            stage.name,
+            f"sm80_{self.tag}_embed",
+            lambda c: (c.tokens, 1, 1),
+            128,
+            self.at.buffers[op.out.name],
+            self._weight(op.table, "table"),
+            self._meta(self.layout.token_ids),
+            self._meta(self.layout.token_slots),
+            self.at.last_tokens,
+            self._meta(NUM_TOKENS),
+            ctypes.c_int(op.out.width),
+            ctypes.c_float(op.scale),
+        )
+
+    def _norm(self, stage: Stage) -> None:
+        norm = stage.ops[-1]
+        assert isinstance(norm, Norm)
+        if norm.group is not None or norm.width is not None:
+            self._norm_groups(stage.name, norm)
+            return
+        add = stage.ops[0] if len(stage.ops) == 2 else None
+        assert add is None or isinstance(add, Add)
+        kernel, threads = norm_kernel(self.dtype.value, norm.kind_, norm.x.width, add is not None)
+        rows = self._rows(norm.x.rows)
+        self._plan(
+            stage.name,
+            kernel,
+            lambda c: (rows(c), 1, 1),
+            threads,
+            self.at.buffers[norm.out.name],
+            self.at.buffers[norm.x.name],
+            self.at.buffers[add.y.name] if add else 0,
+            self._weight(norm.weight, "norm"),
+            self._weight(norm.bias, "norm"),
+            ctypes.c_int(norm.x.width),
+            ctypes.c_float(norm.eps),
+            ctypes.c_float(add.scale if add else 1.0),
+        )
+
+    def _norm_groups(self, name: str, op: Norm) -> None:
+        width = op.width if op.width is not None else op.x.width - op.start
+        group = op.group or width
+        if op.out != op.x or group % 2 or group > 256:
+            raise MissingKernelError(f"no norm kernel for slices of {group} elements")
+        slices, warps = width // group, 4
+        each = op.weight is not None and op.weight.elements == width and slices > 1
+        rows = self._rows(op.x.rows)
+        self._plan(
+            name,
+            f"sm80_{self.tag}_norm_groups_{op.kind_}",
+            lambda c: (-(-slices // warps), rows(c), 1),
+            32 * warps,
+            self.at.buffers[op.x.name],
+            self._weight(op.weight, "norm"),
+            self._weight(op.bias, "norm"),
+            ctypes.c_int(op.x.width),
+            ctypes.c_int(op.start),
+            ctypes.c_int(slices),
+            ctypes.c_int(group),
+            ctypes.c_int(group if each else 0),
+            ctypes.c_float(op.eps),
+        )
+
+    def _gemm(
+        self,
+        stage: Stage,
+        op: Linear | Logits,
+        out: int,
+        pitch: int,
+        *,
+        form: Form = "packed",
+        kind: Kind = Kind.STORE,
+        residual: int = 0,
+        scale: float = 1.0,
+        soft_cap: float = 0.0,
+    ) -> None:
+        """One matrix product over all rows of the step, with its epilogue."""
+        rows, k = op.weight.shape
+        if form == "gated":
+            rows = gated_rows(rows // 2)
+        count = self._rows(op.x.rows)(self.counts)
+        plan = plan_gemm(rows, k, count, self.tag, self.chip.sm_count, self.chip.capability)
+        x = self.at.buffers[op.x.name]
+        source: object = x
+        if plan.box_rows:
+            source = MatrixMap(x, self._capacity(op.x.rows), k, plan.box_rows, 64, self.dtype is DType.BF16)
+        parameters = gemm_arguments(
+            plan,
+            source,
+            self._weight(op.weight, form),
+            out,
+            pitch,
+            kind=kind,
+            bias=self._weight(op.bias, "gated_bias" if form == "gated" else "bias"),
+            residual=residual,
+            scale=scale,
+            soft_cap=soft_cap,
+            tokens=Count(op.x.rows),
+            x_width=k,
+            x_pitch=k,
+        )
+        grid = plan.grid
+        self._plan(
+            stage.name,
+            plan.kernel,
+            lambda c: grid,
+            plan.block,
+            *parameters,
+            smem=plan.smem,
+            cluster=plan.cluster,
+            why=plan.why,
+        )
+
+    def _linear(self, stage: Stage) -> None:
+        op, after = stage.ops[0], stage.ops[1] if len(stage.ops) == 2 else None
+        assert isinstance(op, Linear)
+        if isinstance(after, GatedActivation):
+            out, kind = self.at.buffers[after.out.name], GATED_KIND[after.activation]
+            self._gemm(stage, op, out, after.out.width, form="gated", kind=kind)
+        elif isinstance(after, Add):
+            x = self.at.buffers[after.x.name]
+            self._gemm(stage, op, x, after.x.width, residual=x, scale=after.scale)
+        else:
+            self._gemm(stage, op, self.at.buffers[op.out.name], op.out.width)
+
+    def _rope_kv(self, stage: Stage) -> None:
+        (op,) = stage.ops
+        assert isinstance(op, RopeKV)
+        cos, sin = self.at.ropes[op.rope] if op.rope is not None else (0, 0)
+        rotated = op.rope.dim if op.rope is not None else 0
+        if rotated % 4:
+            raise MissingKernelError(f"no rope kernel for {rotated} rotated elements, not a multiple of 4")
+        interleaved = op.rope is not None and op.rope.interleaved
+        k_cache, v_cache = self.at.caches[op.cache.name]
+        heads, warps = op.heads + 2 * op.kv_heads, 4
+        self._plan(
+            stage.name,
+            f"sm80_{self.tag}_rope_kv{'_interleaved' if interleaved else ''}",
+            lambda c: (-(-heads // warps), c.tokens, 1),
+            32 * warps,
+            self.at.buffers[op.qkv.name],
+            k_cache,
+            v_cache,
+            cos,
+            sin,
+            self.at.tables,
+            self._meta(self.layout.positions),
+            self._meta(self.layout.token_slots),
+            self._meta(NUM_TOKENS),
+            ctypes.c_int(op.qkv.width),
+            ctypes.c_int(self.shape.table_stride),
+            ctypes.c_int(op.heads),
+            ctypes.c_int(op.kv_heads),
+            ctypes.c_int(op.head_dim),
+            ctypes.c_int(rotated),
+        )
+
+    def _attention(self, stage: Stage) -> None:
+        (op,) = stage.ops
+        assert isinstance(op, Attention)
+        k_cache, v_cache = self.at.caches[op.cache.name]
+        shared = (
+            self.at.buffers[op.out.name],
+            self.at.buffers[op.qkv.name],
+            k_cache,
+            v_cache,
+            self.at.tables,
+            self._meta(self.layout.seq_slots),
+            self._meta(self.layout.kv_lens),
+        )
+        numbers = (
+            ctypes.c_int(op.qkv.width),
+            ctypes.c_int(op.out.width),
+            ctypes.c_int(self.shape.table_stride),
+            ctypes.c_int(op.kv_heads),
+            ctypes.c_int(op.heads // op.kv_heads),
+            ctypes.c_float(op.scale),
+            ctypes.c_float(op.soft_cap or 0.0),
+            ctypes.c_int(op.window or 0),
+        )
+        decode = self.decode[op.name]
+        self._plan(
+            stage.name,
+            decode.kernel,
+            fixed(decode.grid),
+            decode.block,
+            *shared,
+            self._meta(NUM_DECODES),
+            self.at.partial,
+            self.at.arrivals,
+            *numbers,
+            ctypes.c_int(self.layout.seqs),
+            smem=decode.smem,
+            why="sequences with one token",
+        )
+        if self.prefill is not None:
+            prefill = self.prefill[op.name]
+            self._plan(
+                stage.name,
+                prefill.kernel,
+                fixed(self.layout.tiles, op.kv_heads),
+                prefill.block,
+                *shared,
+                self._meta(self.layout.query_offsets),
+                self._meta(self.layout.tile_list),
+                *numbers,
+                smem=prefill.smem,
+                why="sequences with several tokens",
+            )
+
+    def _activation(self, stage: Stage) -> None:
+        (op,) = stage.ops
+        assert isinstance(op, GatedActivation | Activate)
+        width, rows = op.out.width, self._rows(op.out.rows)
+        if width % 8:
+            raise MissingKernelError(f"no activation kernel for rows of {width} elements")
+        form = "gated" if isinstance(op, GatedActivation) else "act"
+        self._plan(
+            stage.name,
+            f"sm80_{self.tag}_{form}_{op.activation}",
+            lambda c: (-(-width // 8 // BLOCK), rows(c), 1),
+            BLOCK,
+            self.at.buffers[op.out.name],
+            self.at.buffers[op.x.name],
+            ctypes.c_int(width),
+        )
+
+    def _add(self, stage: Stage) -> None:
+        if len(stage.ops) == 2:
+            self._norm(stage)
+            return
+        (op,) = stage.ops
+        assert isinstance(op, Add)
+        rows = self._rows(op.x.rows)
+        elements = rows(self.counts) * op.x.width
+        self._plan(
+            stage.name,
+            f"sm80_{self.tag}_add",
+            lambda c: (min(-(-elements // 8 // BLOCK), 8 * self.chip.sm_count), 1, 1),
+            BLOCK,
+            self.at.buffers[op.x.name],
+            self.at.buffers[op.y.name],
+            ctypes.c_uint64(elements // 8 * 8),
+            ctypes.c_float(op.scale),
+        )
+
+    def _gather(self, stage: Stage) -> None:
+        (op,) = stage.ops
+        assert isinstance(op, GatherRows)
+        self._plan(
+            stage.name,
+            f"sm80_{self.tag}_gather_rows",
+            lambda c: (c.samples, 1, 1),
+            128,
+            self.at.buffers[op.out.name],
+            self.at.buffers[op.x.name],
+            self._meta(self.layout.sample_rows),
+            self._meta(NUM_SAMPLES),
+            ctypes.c_int(op.x.width),
+        )
+
+    def _logits(self, stage: Stage) -> None:
+        (op,) = stage.ops
+        assert isinstance(op, Logits)
+        self._gemm(
+            stage,
+            op,
+            self.at.logits,
+            self.shape.logits_stride,
+            kind=Kind.LOGITS,
+            scale=op.scale,
+            soft_cap=op.soft_cap or 0.0,
+        )
+
+    def _sample(self, stage: Stage) -> None:
+        chunks = -(-self.shape.vocab // CHUNK)
+        rows = (self._meta(self.layout.sample_slots), self._meta(NUM_SAMPLES))
+        vocab, stride = ctypes.c_int(self.shape.vocab), ctypes.c_int(self.shape.logits_stride)
+        history = ctypes.c_int(self.shape.history_stride)
+        self._plan(
+            stage.name,
+            "sm80_sample_scan",
+            lambda c: (chunks, c.samples, 1),
+            256,
+            self.at.logits,
+            self.at.scaled,
+            self.at.bests,
+            self.at.parameters,
+            *rows,
+            self.at.histories,
+            self.at.bias_ids,
+            self.at.biases,
+            self.at.stops,
+            self.at.masks,
+            self._meta(self.layout.mask_rows),
+            vocab,
+            stride,
+            history,
+            ctypes.c_int(self.shape.mask_words),
+        )
+        self._plan(
+            stage.name,
+            "sm80_sample_pick",
+            lambda c: (c.samples, 1, 1),
+            PICK_THREADS,
+            self.at.tokens,
+            self.at.last_tokens,
+            self.at.scaled,
+            self.at.bests,
+            self.at.parameters,
+            *rows,
+            self.at.histories,
+            vocab,
+            stride,
+            history,
+            ctypes.c_int(chunks),
+        )

@@ -1,0 +1,188 @@
+"""Every byte of device memory, planned before any of it is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rvllm.backends.cuda.arena import ALIGNMENT
+from rvllm.backends.cuda.attention import DecodePlan, plan_decode, table_stride
+from rvllm.backends.cuda.driver import DeviceFacts
+from rvllm.backends.cuda.fuse import Stage
+from rvllm.backends.cuda.metadata import Layout
+from rvllm.backends.cuda.placement import ELEMENT, wanted_weights
+from rvllm.backends.cuda.sampling import MAX_TOP, START_WORDS, StateSizes
+from rvllm.config import EngineConfig
+from rvllm.errors import CapacityError, UsageError
+from rvllm.program.memory import plan_workspace
+from rvllm.program.ops import Attention, Program, RopeKV
+
+GB = 1_000_000_000
+BLOCK = 16  # positions of a KV block
+SCORED_ROWS = 64  # rows of a step that may be scored for prompt logprobs besides the sampled ones
+DEFAULT_TOKENS = 8192
+LEAST_START_WORDS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of device memory there are, in use before us, and ours to take."""
+
+    total: int
+    used: int
+    ours: int
+
+
+def budget_of(config: EngineConfig, free: int, total: int) -> Budget:
+    """What --gpu-memory-utilization and --gpu-memory-reserve-gb leave: both limits hold.
+
+    Utilization is a share of the whole card, other processes' memory included; the reserve stays free.
+    """
+    used = total - free
+    share = int(total * config.gpu_memory_utilization) - used
+    return Budget(total, used, max(0, min(share, free - int(config.gpu_memory_reserve_gb * GB))))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Sizes in bytes of everything on the device, and the capacities they were computed for."""
+
+    lines: dict[str, int]
+    budget: Budget
+    tokens: int  # rows of the largest step
+    samples: int  # rows of logits
+    seqs: int
+    max_model_len: int
+    table_stride: int
+    num_blocks: int
+    block_bytes: int
+    layout: Layout
+    start_words: int
+    decode: dict[str, DecodePlan]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arena."""
+        return sum(self.lines.values())
+
+
+def plan_memory(
+    program: Program,
+    stages: list[Stage],
+    config: EngineConfig,
+    facts: DeviceFacts,
+    budget: Budget,
+    prefill_rows: int,
+) -> MemoryPlan:
+    """Lays out the budget; the KV cache gets what the rest leaves.
+
+    prefill_rows: query rows of a prefill attention block. Raises CapacityError with the shortfall and the
+    flags that would fit, UsageError for a --max-model-len beyond the model's positions.
+    """
+    wanted_len = config.max_model_len
+    if wanted_len is not None and wanted_len > program.max_position:
+        raise UsageError(
+            f"--max-model-len {wanted_len} is more than the model's {program.max_position} positions"
+        )
+    longest = wanted_len or program.max_position
+    seqs = config.max_num_seqs
+    tokens = max(config.max_num_batched_tokens or DEFAULT_TOKENS, seqs)
+    samples = seqs + SCORED_ROWS
+    stride = table_stride(longest)
+    block_bytes = max(1, program.kv_elements_per_token * ELEMENT * BLOCK)
+    attentions = [op for op in program.ops if isinstance(op, Attention)]
+    group = max((op.heads // op.kv_heads for op in attentions), default=1)
+    layout = Layout(
+        tokens=tokens,
+        seqs=seqs,
+        samples=samples,
+        tiles=-(-tokens * group // prefill_rows) + seqs,
+        updates=min(seqs * stride, 1 << 16),
+    )
+    start_words = max(LEAST_START_WORDS, seqs * START_WORDS, longest + 8192)
+    mask_words = -(-program.vocab_size // 32)
+    sizes, vocab = StateSizes(seqs, program.vocab_size), -(-program.vocab_size // 4) * 4
+
+    weights = sum(_aligned(w.nbytes) for w in wanted_weights(stages))
+    workspace = plan_workspace([s for s in stages if s.reads or s.writes], tokens, samples).nbytes
+    logits = 4 * samples * vocab
+    ropes = {op.rope for op in program.ops if isinstance(op, RopeKV) and op.rope is not None}
+    lines = {
+        "weights": weights,
+        "workspace": _aligned(workspace),
+        "logits": 2 * _aligned(logits),
+        "rope tables": sum(2 * _aligned(4 * stride * BLOCK * (rope.dim // 2)) for rope in ropes),
+        "sampler": sum(
+            _aligned(n)
+            for n in (
+                sizes.parameters, sizes.histories, sizes.biases, sizes.biases, sizes.stops,
+                8 * sizes.chunks() * samples, 4 * samples, 4 * seqs, 4 * samples * mask_words,
+                samples * (16 + 4 + 4 + 8 * MAX_TOP),
+            )
+        ),
+        "block tables and metadata": sum(
+            _aligned(n) for n in (4 * seqs * stride, layout.nbytes, 4 * start_words)
+        ),
+    }  # fmt: skip
+
+    most_blocks = max(1, (budget.ours - sum(lines.values())) // block_bytes)
+    asked = config.num_gpu_blocks or config.num_blocks
+    if asked is None and config.kv_cache_memory_gb is not None:
+        asked = max(1, int(config.kv_cache_memory_gb * GB) // block_bytes)
+    blocks = asked or most_blocks
+    decode = {
+        op.name: plan_decode(
+            program.dtype, op.head_dim, op.heads, op.kv_heads,
+            max_seqs=seqs, max_model_len=longest, num_blocks=blocks,
+            sm_count=facts.sm_count, smem_per_block=facts.smem_per_block,
+        )
+        for op in attentions
+    }  # fmt: skip
+    partial = max((p.partial_bytes for p in decode.values()), default=0)
+    arrivals = max((p.arrivals_bytes for p in decode.values()), default=0)
+    lines["attention workspace"] = _aligned(partial) + _aligned(arrivals)
+    # Each layer's two caches are aligned on their own.
+    slack = 2 * ALIGNMENT * len(program.caches)
+    if asked is None:
+        blocks = (budget.ours - sum(lines.values()) - slack) // block_bytes
+    lines["kv cache"] = max(blocks, 0) * block_bytes + slack
+    _check_fit(lines, budget, blocks, block_bytes, wanted_len)
+    return MemoryPlan(
+        lines=lines,
+        budget=budget,
+        tokens=tokens,
+        samples=samples,
+        seqs=seqs,
+        max_model_len=min(longest, blocks * BLOCK),
+        table_stride=stride,
+        num_blocks=blocks,
+        block_bytes=block_bytes,
+        layout=layout,
+        start_words=start_words,
+        decode=decode,
+    )
+
+
+def _check_fit(
+    lines: dict[str, int], budget: Budget, blocks: int, block_bytes: int, wanted: int | None
+) -> None:
+    fixed = sum(lines.values()) - lines["kv cache"]
+    needed = fixed + max(blocks, -(-(wanted or BLOCK) // BLOCK)) * block_bytes
+    if needed > budget.ours or blocks < 1:
+        parts = ", ".join(f"{name} {nbytes / GB:.2f}" for name, nbytes in lines.items() if name != "kv cache")
+        raise CapacityError(
+            f"GPU memory: {needed / GB:.2f} GB are needed ({parts}, KV cache at least "
+            f"{(needed - fixed) / GB:.2f}), of {budget.total / GB:.2f} GB {budget.ours / GB:.2f} GB are ours "
+            f"({budget.used / GB:.2f} GB were in use before), short by {(needed - budget.ours) / GB:.2f} GB; "
+            "raise --gpu-memory-utilization, or lower --max-model-len, --max-num-seqs, "
+            "--max-num-batched-tokens or --num-gpu-blocks"
+        )
+    if wanted is not None and blocks * BLOCK < wanted:
+        raise CapacityError(
+            f"one sequence of --max-model-len {wanted} needs {-(-wanted // BLOCK)} KV blocks and there are "
+            f"{blocks}; lower --max-model-len to {blocks * BLOCK}, or raise --num-gpu-blocks or "
+            "--gpu-memory-utilization"
+        )
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,106 @@
+"""Every op of a program resolves to kernels of the manifest, for every step size; no GPU needed."""
+
+from dataclasses import replace
+
+import pytest
+
+from rvllm.backends.cuda.attention import plan_prefill
+from rvllm.backends.cuda.catalog import select
+from rvllm.backends.cuda.device_state import shape_of
+from rvllm.backends.cuda.driver import DeviceFacts
+from rvllm.backends.cuda.fuse import fuse
+from rvllm.backends.cuda.graphs import Recipe, nowhere
+from rvllm.backends.cuda.lowering import Chip
+from rvllm.backends.cuda.memory import Budget, MemoryPlan, plan_memory
+from rvllm.config import EngineConfig
+from rvllm.errors import CapacityError, MissingKernelError
+from rvllm.models.config import ModelConfig
+from rvllm.models.registry import build_program
+from rvllm.program.dtypes import DType
+from rvllm.program.memory import lifetimes
+from rvllm.program.ops import Attention, Program
+
+QWEN_7B = {
+    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944,
+    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+    "max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}  # fmt: skip
+H100 = DeviceFacts("H100", 90, 132, 80 << 30, 50 << 20, 232448)
+A100 = DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912)
+L40 = DeviceFacts("L40", 89, 142, 48 << 30, 96 << 20, 101376)
+GB80 = Budget(80 << 30, 1 << 30, 71 << 30)
+
+
+def program(dtype: DType = DType.BF16, **changes: object) -> Program:
+    return build_program(ModelConfig({**QWEN_7B, **changes}, "test config"), dtype)
+
+
+def recipe(given: Program, facts: DeviceFacts, config: EngineConfig, budget: Budget = GB80) -> Recipe:
+    stages = fuse(given)
+    prefill = {
+        op.name: plan_prefill(given.dtype, op.head_dim, smem_per_block=facts.smem_per_block)
+        for op in given.ops
+        if isinstance(op, Attention)
+    }
+    rows = next(iter(prefill.values())).rows
+    memory = plan_memory(given, stages, config, facts, budget, rows)
+    chip = Chip(facts.capability, facts.sm_count, facts.smem_per_block)
+    return Recipe(given.dtype, chip, shape_of(given, memory), nowhere(given, stages), memory, stages, prefill)
+
+
+@pytest.mark.parametrize("facts", [H100, A100, L40], ids=lambda f: f.name)
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16])
+def test_a_7b_resolves_to_one_kernel_each(facts: DeviceFacts, dtype: DType) -> None:
+    names = recipe(program(dtype), facts, EngineConfig()).kernels()
+    specs, missing = select(names, facts.capability)
+    assert not missing
+    assert {s.name for s in specs} == set(names)
+
+
+def test_fusing_leaves_eight_launches_a_layer() -> None:
+    given = program()
+    assert len(given.ops) == 28 * 11 + 5
+    planned = recipe(given, H100, EngineConfig()).decode(8)
+    assert (
+        len(planned) == 1 + 1 + 28 * 8 + 1 + 1 + 1 + 2
+    )  # begin, embed, layers, gather, norm, head, sampling
+
+
+def test_merged_buffers_take_no_workspace() -> None:
+    given = program()
+    names = {life.buffer.name for life in lifetimes(fuse(given))}
+    assert "layers.0.mlp.gate_up.out" not in names
+    assert "layers.0.o.out" not in names
+    assert "layers.0.qkv.out" in names
+
+
+def test_ops_without_kernels_are_all_listed() -> None:
+    odd = program(hidden_size=3584, num_attention_heads=28, head_dim=72, num_hidden_layers=2)
+    with pytest.raises(MissingKernelError) as caught:
+        recipe(odd, H100, EngineConfig())
+    assert "head size 72" in str(caught.value)
+
+
+def lines(plan: MemoryPlan) -> int:
+    return sum(plan.lines.values())
+
+
+def test_the_ledger_fills_the_budget_and_no_more() -> None:
+    plan = recipe(program(), H100, EngineConfig()).memory
+    assert lines(plan) <= GB80.ours
+    assert GB80.ours - lines(plan) < plan.block_bytes
+    fixed = recipe(program(), H100, EngineConfig(num_gpu_blocks=1000)).memory
+    assert fixed.num_blocks == 1000
+    assert lines(fixed) < lines(plan)
+    assert fixed.max_model_len == 16000
+
+
+def test_too_little_memory_names_the_shortfall_and_the_flags() -> None:
+    small = replace(GB80, ours=12 << 30)
+    with pytest.raises(CapacityError) as caught:
+        recipe(program(), H100, EngineConfig(), small)
+    assert "short by" in str(caught.value)
+    assert "--gpu-memory-utilization" in str(caught.value)
+    with pytest.raises(CapacityError, match="--max-model-len 32768"):
+        recipe(program(), H100, EngineConfig(max_model_len=32768, num_gpu_blocks=100))
