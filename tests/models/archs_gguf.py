@@ -22,8 +22,11 @@ ARCHS = {
 }
 
 
-def write(path: Path, config: dict[str, Any], tensors: dict[str, F32]) -> Path:
-    """Writes `path`, float32 throughout."""
+def write(
+    path: Path, config: dict[str, Any], tensors: dict[str, F32], instead: dict[str, F32] | None = None
+) -> Path:
+    """Writes `path`, float32 throughout; `instead` replaces tensors by llama.cpp's names."""
+    instead = instead or {}
     name = config["architectures"][0]
     writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[ARCHS[name]])
     _metadata(writer, name, config)
@@ -31,11 +34,12 @@ def write(path: Path, config: dict[str, Any], tensors: dict[str, F32]) -> Path:
     for source, tensor in _converted(name, config, tensors).items():
         known = table.get_name(source, try_suffixes=(".weight", ".bias"))
         assert known is not None, source
-        writer.add_tensor(known, np.ascontiguousarray(tensor))
+        writer.add_tensor(known, instead.get(known, np.ascontiguousarray(tensor)))
     for length in ("long", "short"):
         factors = (config.get("rope_scaling") or {}).get(f"{length}_factor")
         if factors:
-            writer.add_tensor(f"rope_factors_{length}.weight", np.array(factors, np.float32))
+            known = f"rope_factors_{length}.weight"
+            writer.add_tensor(known, instead.get(known, np.array(factors, np.float32)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

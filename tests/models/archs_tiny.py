@@ -257,22 +257,24 @@ def prompt_of(name: str, length: int = PROMPT) -> NDArray[np.int32]:
 def all_logits(backend: CpuBackend, tokens: NDArray[np.int32], chunks: Sequence[int]) -> F32:
     """Logits of every position, [len(tokens), vocab], computed in chunks of the given lengths."""
     assert sum(chunks) == len(tokens)
-    blocks = -(-backend.limits.max_model_len // 128) * 128 // BLOCK  # whole attention splits
-    table = np.arange(blocks, dtype=np.int32)[None] % backend.limits.num_blocks
     out, start = [], 0
     for count in chunks:
-        step = flat_step(
-            tokens[start : start + count],
-            np.array([count], dtype=np.int32),
-            np.array([start], dtype=np.int32),
-            table,
-            np.arange(count),
-        )
-        run = Run(backend._model, step)
-        execute(backend._launches, run)
-        out.append(run.buffers["logits"])
+        out += step_logits(backend, [tokens[start : start + count]], [start])
         start += count
     return np.concatenate(out)
+
+
+def step_logits(backend: CpuBackend, tokens: Sequence[NDArray[np.int32]], starts: Sequence[int]) -> list[F32]:
+    """Logits of every row of one step, for each of its sequences; sequence s keeps its own KV blocks."""
+    own = -(-backend.limits.max_model_len // BLOCK)
+    tables = np.zeros((len(tokens), -(-own // 8) * 8), np.int32)  # padded to whole attention splits
+    tables[:, :own] = np.arange(len(tokens) * own).reshape(-1, own)
+    lens = np.array([len(t) for t in tokens], np.int32)
+    rows = np.arange(int(lens.sum()))
+    step = flat_step(np.concatenate(tokens), lens, np.array(starts, np.int32), tables, rows)
+    run = Run(backend._model, step)
+    execute(backend._launches, run)
+    return np.split(run.buffers["logits"], np.cumsum(lens)[:-1])
 
 
 def greedy(backend: CpuBackend, prompt: NDArray[np.int32], count: int) -> list[int]:

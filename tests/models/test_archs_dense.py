@@ -11,6 +11,10 @@ import archs_tiny as tiny
 import numpy as np
 import pytest
 
+from rvllm.errors import ModelError
+from rvllm.weights.open import open_checkpoint
+from rvllm.weights.packing import row_order
+
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "archs"
 CHUNKS = (5, 1, 64, 3, 40, 24)
 
@@ -48,6 +52,11 @@ def test_equals_transformers(name: str, tmp_path: Path) -> None:
     pieces = tiny.all_logits(backend, prompt, CHUNKS)
     assert np.array_equal(ours, pieces)
 
+    model.save_pretrained(tmp_path / "saved", max_shard_size="40KB")  # its own names, config and shards
+    again = tiny.load(tmp_path / "saved", case.max_model_len)
+    assert np.array_equal(ours, tiny.all_logits(again, prompt, (len(prompt),)))
+    again.close()
+
     tokens = torch.from_numpy(prompt)[None].long()
     with torch.no_grad():
         for _ in range(tiny.GREEDY):
@@ -72,6 +81,21 @@ def test_equals_golden_file(name: str, tmp_path: Path) -> None:
     assert np.array_equal(ours, tiny.all_logits(backend, prompt, CHUNKS))
     assert tiny.greedy(backend, prompt, tiny.GREEDY) == golden["greedy"]
     backend.close()
+
+
+@pytest.mark.parametrize("name", tiny.CASES)
+def test_batch_mates_change_no_bit(name: str, tmp_path: Path) -> None:
+    case = tiny.CASES[name]
+    path = tiny.save(tmp_path, case.config, tiny.random_tensors(name, case.config))
+    backend = tiny.load(path, case.max_model_len)
+    prompts = [tiny.prompt_of(f"{name} {i}", length) for i, length in enumerate((35, 131, 7))]
+    alone = [tiny.all_logits(backend, prompt, (len(prompt),)) for prompt in prompts]
+    first = tiny.step_logits(backend, [p[:-1] for p in prompts[:2]], [0, 0])
+    # two sequences decode their last token while the third one's prompt joins them
+    second = tiny.step_logits(backend, [prompts[0][-1:], prompts[1][-1:], prompts[2]], [34, 130, 0])
+    backend.close()
+    for s, rows in enumerate([*map(np.concatenate, zip(first, second[:2], strict=True)), second[2]]):
+        assert np.array_equal(rows, alone[s]), f"sequence {s}"
 
 
 # What llama.cpp's files have no room for: biases and untied heads where its models never have them, Gemma 2
@@ -109,3 +133,34 @@ def test_gguf_equals_safetensors(name: str, tmp_path: Path) -> None:
         backend.close()
     assert np.array_equal(logits[0], logits[1])
     np.testing.assert_allclose(logits[2], logits[0], atol=2e-5, rtol=0)  # (w + 1) - 1 rounds
+
+
+def test_fused_rows_in_wanted_order_stay_views_of_the_file(tmp_path: Path) -> None:
+    """GPT-NeoX's GGUF rows are regrouped for Transformers' names and back: no copy is needed."""
+    case = tiny.CASES["gpt_neox"]
+    tensors = tiny.random_tensors(case.name, case.config)
+    checkpoint = open_checkpoint(archs_gguf.write(tmp_path / "model.gguf", case.config, tensors))
+    part = next(p for p in tiny.parts_of(case.config) if p.source.endswith("query_key_value.weight"))
+    assert row_order(part, checkpoint.tensors[part.source]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "shape"),
+    [
+        ("gpt_neox", "blk.1.attn_qkv.bias", (145,)),
+        ("phi3_long", "rope_factors_long.weight", (9,)),
+        ("stablelm_qk_norm", "blk.0.attn_q_norm.weight", (48,)),
+        ("stablelm_qk_norm", "blk.0.attn_q_norm.weight", (2, 16)),
+    ],
+)
+def test_gguf_tensors_of_a_wrong_shape_are_refused(
+    name: str, tensor: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    case = tiny.CASES[name]
+    wrong = {tensor: np.ones(shape, np.float32)}
+    path = archs_gguf.write(
+        tmp_path / "x.gguf", case.config, tiny.random_tensors(name, case.config), wrong
+    )  # fmt: skip
+    with pytest.raises(ModelError) as caught:
+        tiny.load(path, case.max_model_len)
+    assert "x.gguf" in str(caught.value) and "\n" not in str(caught.value)
