@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,66 @@ def test_sentencepiece_falls_back_to_bytes() -> None:
     assert tokenizer.token_bytes(ids[1]) == b"\xe6"
     assert tokenizer.token_text(ids[1]) == "\ufffd"
     assert tokenizer.token_bytes(ids[0]) == b" "
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepieces_own_file(prefix: bool, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(tiny.sentencepiece_file(prefix))
+    tokenizer = Tokenizer.load(tmp_path)
+    metadata = tiny.sentencepiece(**{"tokenizer.ggml.add_space_prefix": prefix})
+    for text in ["hello world", "", "  two", "日 x", "<s>hello</s>"]:
+        assert tokenizer.encode(text) == metadata.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == metadata.decode(tokenizer.encode(text))
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false, "add_eos_token": true}')
+    assert Tokenizer.load(tmp_path).encode("hello") == [*metadata.encode("hello", False), 2]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_damaged_sentencepiece_file_is_refused_or_read(data: st.DataObject) -> None:
+    content = bytearray(tiny.sentencepiece_file(True))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.integers(0, len(content)))]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tokenizer.model").write_bytes(content)
+        try:
+            Tokenizer.load(Path(folder)).encode("hello world")
+        except ModelError as error:
+            assert "tokenizer.model: " in str(error)
+            assert "\n" not in str(error)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
+@pytest.mark.parametrize(("kind", "size"), [("bpe", 400), ("unigram", 340)])
+def test_sentencepiece_models_equal_sentencepiece(kind: str, size: int, rule: str, tmp_path: Path) -> None:
+    package = pytest.importorskip("sentencepiece")
+    package.SentencePieceTrainer.train(
+        sentence_iterator=iter("".join(tiny.CORPUS).splitlines() * 3),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=size,
+        model_type=kind,
+        byte_fallback=True,
+        normalization_rule_name=rule,
+        remove_extra_whitespaces=rule != "identity",
+        minloglevel=2,
+    )
+    theirs = package.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    ours = Tokenizer.load(tmp_path)
+    for text in [
+        "hello world",
+        "The quick  brown fox doesn't",
+        "日本語 😀 x",
+        "  lead",
+        "",
+        "a\nb\tc",
+        "Größe 123",
+    ]:
+        ids = theirs.encode(text)
+        assert ours.encode(text, add_special_tokens=False) == ids, text
+        assert ours.decode(ids) == theirs.decode(ids)
 
 
 def test_wordpiece_from_both_sources(tmp_path: Path) -> None:

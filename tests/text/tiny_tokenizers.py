@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,34 @@ def sentencepiece_metadata(**extra: Any) -> dict[str, Any]:
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
     } | extra
+
+
+def sentencepiece_file(prefix: bool) -> bytes:
+    """The SentencePiece tokenizer in its own file format, by the rules of protocol buffers."""
+
+    def varint(value: int) -> bytes:
+        out = b""
+        while value >= 0x80:
+            out += bytes([value & 0x7F | 0x80])
+            value >>= 7
+        return out + bytes([value])
+
+    def chunk(number: int, content: bytes) -> bytes:
+        return varint(number << 3 | 2) + varint(len(content)) + content
+
+    metadata = sentencepiece_metadata()
+    out = b""
+    for token, score, kind in zip(
+        *(metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type")), strict=True
+    ):
+        out += chunk(
+            1, chunk(1, token.encode()) + b"\x15" + struct.pack("<f", score) + b"\x18" + varint(kind)
+        )
+    padding = varint(43 << 3) + varint((1 << 64) - 1)  # pad_id -1: none
+    out += chunk(2, b"\x18\x02" + padding)  # model_type BPE
+    return out + chunk(
+        3, chunk(1, b"identity") + b"\x18" + varint(int(prefix)) + b"\x20\x00"
+    )  # nothing is removed
 
 
 PIECES = (

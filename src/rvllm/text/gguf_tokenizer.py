@@ -135,7 +135,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> 
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> tokenizers.Tokenizer:
     """SentencePiece's BPE: the file has no merges but scores, the better merged first."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
+    from tokenizers import Tokenizer, models
 
     vocab = {token: index for index, token in enumerate(tokens)}
     if metadata.get(KEY + "merges") is not None:
@@ -149,16 +149,12 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], origin: str) 
             merges=merges,
             unk_token=tokens[unknown] if isinstance(unknown, int) and 0 <= unknown < len(tokens) else None,
             fuse_unk=True,
-            byte_fallback=any(byte_piece(token) is not None for token in tokens),
+            byte_fallback=_has_bytes(tokens),
         )
     except Exception as error:
         raise ModelError(f"{origin}: {KEY}merges do not fit {KEY}tokens: {error}") from None
     backend = Tokenizer(model)
-    prefix = bool(metadata.get(KEY + "add_space_prefix", True))
-    replace = normalizers.Replace(" ", "▁")
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prefix else replace
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    _spell_spaces(backend, metadata)
     return backend
 
 
@@ -188,17 +184,34 @@ def _scores(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> list
 
 
 def _unigram(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> tokenizers.Tokenizer:
-    """SentencePiece's unigram model (T5)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    """SentencePiece's unigram model: the most likely way to cut the text, by the tokens' scores."""
+    from tokenizers import Tokenizer, models
 
+    vocab = list(zip(tokens, _scores(metadata, tokens, origin), strict=True))
     unknown = metadata.get(KEY + "unknown_token_id")
-    backend = Tokenizer(
-        models.Unigram(list(zip(tokens, _scores(metadata, tokens, origin), strict=True)), unknown)
-    )
-    scheme = "always" if metadata.get(KEY + "add_space_prefix", True) else "never"
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    backend = Tokenizer(models.Unigram(vocab, unknown, byte_fallback=_has_bytes(tokens)))
+    _spell_spaces(backend, metadata)
     return backend
+
+
+def _has_bytes(tokens: list[str]) -> bool:
+    return any(byte_piece(token) is not None for token in tokens)
+
+
+def _spell_spaces(backend: tokenizers.Tokenizer, metadata: Mapping[str, Any]) -> None:
+    """SentencePiece's way with text: normalised as the file says, ▁ for a space, bytes for the unknown."""
+    from tokenizers import Regex, decoders, normalizers
+
+    prefix = bool(metadata.get(KEY + "add_space_prefix", True))
+    steps: list[normalizers.Normalizer] = []
+    if (table := metadata.get(KEY + "precompiled_charsmap")) is not None and len(table):
+        steps.append(normalizers.Precompiled(bytes(table)))
+    if metadata.get(KEY + "remove_extra_whitespaces", False):
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    steps += [normalizers.Prepend("▁")] if prefix else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)] if prefix else back)
 
 
 def _wordpiece(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> tokenizers.Tokenizer:

@@ -25,6 +25,7 @@ def read_directory(path: Path) -> TokenizerParts:
 
     file = path / "tokenizer.json"
     config = _read_json(path / "tokenizer_config.json")
+    named: dict[str, str] = {}  # special tokens that the vocabulary's own file names
     if file.is_file():
         try:
             backend = Tokenizer.from_file(str(file))
@@ -32,16 +33,19 @@ def read_directory(path: Path) -> TokenizerParts:
             raise ModelError(f"{file}: {_first_line(error)}") from None
     elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         backend = _from_merges(path)
+    elif (path / "tokenizer.model").is_file():
+        parts = _from_sentencepiece(path, config)
+        backend, named = parts.backend, parts.special_tokens
     elif (path / "vocab.txt").is_file():
         backend = _from_wordpieces(path, config)
     else:
         raise ModelError(
-            f"{path}: no tokenizer (looked for tokenizer.json, vocab.json with merges.txt, and vocab.txt); "
-            "--skip-tokenizer-init runs on token ids alone"
+            f"{path}: no tokenizer (looked for tokenizer.json, vocab.json with merges.txt, tokenizer.model "
+            "and vocab.txt); --skip-tokenizer-init runs on token ids alone"
         )
     backend.no_padding()
     backend.no_truncation()
-    special = _special_tokens(config, _read_json(path / "special_tokens_map.json"))
+    special = named | _special_tokens(config, _read_json(path / "special_tokens_map.json"))
     _complete(backend, config, special)
     return TokenizerParts(backend, str(path), special, _chat_templates(path, config))
 
@@ -131,6 +135,17 @@ def _from_merges(path: Path) -> tokenizers.Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _from_sentencepiece(path: Path, config: dict[str, Any]) -> TokenizerParts:
+    """SentencePiece's own file, with BOS and EOS as tokenizer_config.json asks for them."""
+    from rvllm.text.gguf_tokenizer import KEY, from_metadata
+    from rvllm.text.sentencepiece_model import read_model
+
+    metadata = read_model(path / "tokenizer.model")
+    for name, default in (("add_bos_token", True), ("add_eos_token", False)):
+        metadata[KEY + name] = bool(config.get(name, default))
+    return from_metadata(metadata, str(path / "tokenizer.model"))
 
 
 def _from_wordpieces(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:

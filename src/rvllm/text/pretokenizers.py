@@ -96,7 +96,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
             r"[\r\n]",
             rf"\s?[{_CASED_LETTERS}]+",
             r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
-            r"\s+$",
+            r"(?<!\s)\s+$",  # the look-behind changes no match, but spares a quadratic search
             r"[一-龥ࠀ-一가-퟿]+",
             r"\p{N}+",
         )
