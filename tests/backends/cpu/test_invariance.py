@@ -75,7 +75,7 @@ def test_a_broken_neighbour_reaches_nobody(backend: CpuBackend, alone: list[np.n
     """Blocks left full of nan by another sequence do not touch the one that takes them over."""
     prompt = tiny.prompt_of(CONFIG, LENGTHS[1], 1)
     for keys, values in backend._model.caches.values():
-        keys[:], values[:] = np.nan, np.nan
+        keys[:-1], values[:-1] = np.nan, np.nan  # the last block pads tables and is nobody's
     try:
         assert np.array_equal(tiny.logits_of(backend, prompt), alone[1])
         assert np.array_equal(tiny.logits_of(backend, prompt, [1] * len(prompt)), alone[1])

@@ -8,7 +8,6 @@ added in order of position. A key that a query may not see contributes an exact 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from rvllm.backends.cpu import ops
 from rvllm.backends.cpu.step import BLOCK, Step
-from rvllm.backends.cpu.threads import Workers
+from rvllm.backends.cpu.threads import Task, Workers
 
 F32 = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -40,54 +39,101 @@ class Scoring:
         """The split of the oldest key that a query at this position sees."""
         return 0 if self.window is None else max(0, position - self.window + 1) // SPLIT
 
+    def first_splits(self, positions: Ints) -> Ints:
+        """`first_split` of each position."""
+        if self.window is None:
+            return np.zeros_like(positions)
+        return np.maximum(0, positions - self.window + 1) // SPLIT
+
+    def hidden(self, at: Ints, positions: Ints) -> NDArray[np.bool_]:
+        """Whether the keys at `at` are out of sight of the queries at `positions` (broadcast)."""
+        out: NDArray[np.bool_] = at > positions
+        return out if self.window is None else out | (at <= positions - self.window)
+
+    def cap(self, scores: F32) -> None:
+        """Caps scores in place."""
+        if self.soft_cap is not None:
+            scores[...] = ops.cap(scores, self.soft_cap)
+
+
+@dataclass(frozen=True)
+class Decodes:
+    """Sequences with one query each, as a list of (sequence, split) items that every layer shares.
+
+    rows: [S] their rows. begins, counts: [S] each sequence's first item and number of items.
+    sequence: [I] the item's place in `rows`. blocks: [I, SPLIT_BLOCKS]. hidden: [I, 1, 1, SPLIT].
+    longer: for j = 1, 2, ...: the sequences with more than j items.
+    """
+
+    rows: Ints
+    begins: Ints
+    sequence: Ints
+    blocks: NDArray[np.int32]
+    hidden: NDArray[np.bool_]
+    longer: list[Ints]
+
+    @staticmethod
+    def of(step: Step, which: Ints, scoring: Scoring) -> Decodes:
+        """The items of the sequences `which` of a step."""
+        positions = step.starts[which]
+        oldest = scoring.first_splits(positions)
+        counts = positions // SPLIT - oldest + 1
+        begins = np.cumsum(counts) - counts
+        sequence = np.repeat(np.arange(len(which)), counts)
+        split = np.arange(len(sequence)) - begins[sequence] + oldest[sequence]
+        columns = split[:, None] * SPLIT_BLOCKS + np.arange(SPLIT_BLOCKS)
+        at = split[:, None] * SPLIT + np.arange(SPLIT)
+        return Decodes(
+            rows=step.first_rows[which],
+            begins=begins,
+            sequence=sequence,
+            blocks=step.tables[which[sequence][:, None], columns],
+            hidden=scoring.hidden(at, positions[sequence][:, None])[:, None, None],
+            longer=[np.flatnonzero(counts > j) for j in range(1, int(counts.max()))],
+        )
+
 
 def paged_attention(q: F32, keys: F32, values: F32, step: Step, scoring: Scoring, workers: Workers) -> F32:
-    """q [T, heads, dim]; keys, values [blocks, BLOCK, kv heads, dim] → [T, heads, dim of values]."""
+    """q [T, heads, dim]; keys, values [blocks, BLOCK, kv heads, dim] → [T, heads, dim of values].
+
+    Every place of the cache that a table names must hold finite numbers or the sequence's own.
+    """
     rows, heads, _ = q.shape
     kv_heads = keys.shape[2]
-    grouped = q.reshape(rows, kv_heads, heads // kv_heads, -1)
+    grouped = (q * np.float32(scoring.scale)).reshape(rows, kv_heads, heads // kv_heads, -1)
     out = np.empty((rows, heads, values.shape[3]), dtype=np.float32)
     target = out.reshape(rows, kv_heads, heads // kv_heads, -1)
 
     single = np.flatnonzero(step.query_lens == 1)
     if len(single):
-        at = step.first_rows[single]
-        query, tables, positions = grouped[at], step.tables[single], step.starts[single]
-
-        def decode(low: int, high: int) -> None:
-            part = slice(low, high)
-            target[at[part]] = _decode(query[part], keys, values, tables[part], positions[part], scoring)
-
-        if _spreads(workers, int(positions.sum()) * heads) and len(single) > 1:
-            workers.split(len(single), decode)
-        else:
-            decode(0, len(single))
+        parts = workers.count if _spreads(workers, step, single, heads) else 1
+        shares = step.shared(
+            ("decodes", scoring.window, parts),
+            lambda: [Decodes.of(step, part, scoring) for part in np.array_split(single, parts)],
+        )
+        workers.run([_decode_task(share, grouped, target, keys, values, scoring) for share in shares])
 
     for s in np.flatnonzero(step.query_lens > 1):
-        first, count = int(step.first_rows[s]), int(step.query_lens[s])
-        start = int(step.starts[s])
+        first, count, start = int(step.first_rows[s]), int(step.query_lens[s]), int(step.starts[s])
         low, high = scoring.first_split(start), (start + count - 1) // SPLIT + 1
-        k, v = _gather(
-            keys, values, step.tables[s, low * SPLIT_BLOCKS : high * SPLIT_BLOCKS], start + count, low
-        )
-        _run_chunks(
-            [
-                _prefill_task(grouped, target, k, v, first, start, i, min(count, i + QUERIES), low, scoring)
-                for i in range(0, count, QUERIES)
-            ],
-            workers,
-        )
+        table = step.tables[s, low * SPLIT_BLOCKS : high * SPLIT_BLOCKS]
+        k = np.take(keys, table, axis=0).reshape(-1, SPLIT, *keys.shape[2:])
+        v = np.take(values, table, axis=0).reshape(-1, SPLIT, *values.shape[2:])
+        own = slice(first, first + count)
+        chunk = Chunk(grouped[own], target[own], k, v, start, low, scoring)
+        _run_interleaved([chunk.task(i, min(count, i + QUERIES)) for i in range(0, count, QUERIES)], workers)
     return out
 
 
-def _spreads(workers: Workers, work: int) -> bool:
-    return workers.count > 1 and work >= 1 << 14
+def _spreads(workers: Workers, step: Step, single: Ints, heads: int) -> bool:
+    work = int(step.starts[single].sum()) * heads
+    return workers.count > 1 and len(single) >= workers.count and work >= 1 << 12
 
 
-def _run_chunks(tasks: list[Callable[[], None]], workers: Workers) -> None:
+def _run_interleaved(tasks: list[Task], workers: Workers) -> None:
     """Gives every worker each n-th task, so that the growing cost of later queries is shared evenly."""
 
-    def share(index: int) -> Callable[[], None]:
+    def share(index: int) -> Task:
         def work() -> None:
             for task in tasks[index :: workers.count]:
                 task()
@@ -97,93 +143,66 @@ def _run_chunks(tasks: list[Callable[[], None]], workers: Workers) -> None:
     workers.run([share(i) for i in range(min(workers.count, len(tasks)))])
 
 
-def _gather(keys: F32, values: F32, table: NDArray[np.int32], length: int, low: int) -> tuple[F32, F32]:
-    """One sequence's keys and values as splits [n, SPLIT, kv heads, dim], zero beyond `length`."""
-    k = keys[table].reshape(-1, SPLIT, *keys.shape[2:])
-    v = values[table].reshape(-1, SPLIT, *values.shape[2:])
-    k[-1, length - (low + len(k) - 1) * SPLIT :] = 0
-    v[-1, length - (low + len(v) - 1) * SPLIT :] = 0
-    return k, v
+@dataclass(frozen=True)
+class Chunk:
+    """A run of queries of one sequence, with its keys and values from split `low` on.
+
+    q, out: [Q, kv heads, group, dim]; k, v: [splits, SPLIT, kv heads, dim]; start: the first position.
+    """
+
+    q: F32
+    out: F32
+    k: F32
+    v: F32
+    start: int
+    low: int
+    scoring: Scoring
+
+    def task(self, begin: int, end: int) -> Task:
+        """Attends queries begin .. end - 1."""
+
+        def work() -> None:
+            positions = self.start + np.arange(begin, end)
+            oldest, newest = self.scoring.first_split(self.start + begin), (self.start + end - 1) // SPLIT
+            part = slice(oldest - self.low, newest + 1 - self.low)
+            scores = np.matmul(self.q[begin:end, None], self.k[None, part].transpose(0, 1, 3, 4, 2))
+            self.scoring.cap(scores)
+            for i, split in enumerate(range(oldest, newest + 1)):
+                at = np.arange(split * SPLIT, (split + 1) * SPLIT)
+                hidden = self.scoring.hidden(at, positions[:, None])
+                if hidden.any():
+                    np.copyto(scores[:, i], HIDDEN, where=hidden[:, None, None])
+            scores -= scores.max(axis=4).max(axis=1)[:, None, :, :, None]
+            np.exp(scores, out=scores)
+            sums = np.vecdot(scores, ONES)
+            mixed = np.matmul(scores, self.v[None, part].swapaxes(2, 3))
+            total, weight = mixed[:, 0], sums[:, 0]
+            for j in range(1, mixed.shape[1]):
+                total += mixed[:, j]
+                weight += sums[:, j]
+            np.divide(total, weight[..., None], out=self.out[begin:end])
+
+        return work
 
 
-def _prefill_task(
-    grouped: F32,
-    target: F32,
-    k: F32,
-    v: F32,
-    first: int,
-    start: int,
-    i: int,
-    end: int,
-    low: int,
-    scoring: Scoring,
-) -> Callable[[], None]:
-    """Attends queries i .. end - 1 of a chunk; k and v begin at split `low`."""
+def _decode_task(share: Decodes, grouped: F32, target: F32, keys: F32, values: F32, scoring: Scoring) -> Task:
+    """Attends one query of each of the share's sequences."""
 
     def work() -> None:
-        positions = start + np.arange(i, end)
-        oldest, newest = scoring.first_split(start + i), (start + end - 1) // SPLIT
-        part = slice(oldest - low, newest + 1 - low)
-        scores = np.matmul(grouped[first + i : first + end, None], k[None, part].transpose(0, 1, 3, 4, 2))
-        at = np.arange(oldest * SPLIT, (newest + 1) * SPLIT).reshape(1, -1, SPLIT)
-        _score(scores, at, positions[:, None, None], scoring)
-        scores -= scores.max(axis=(1, 4), keepdims=True)
+        k = np.take(keys, share.blocks, axis=0).reshape(-1, SPLIT, *keys.shape[2:])
+        v = np.take(values, share.blocks, axis=0).reshape(-1, SPLIT, *values.shape[2:])
+        scores = np.matmul(grouped[share.rows[share.sequence]], k.transpose(0, 2, 3, 1))
+        scoring.cap(scores)
+        np.copyto(scores, HIDDEN, where=share.hidden)
+        top = np.maximum.reduceat(scores.max(axis=-1), share.begins, axis=0)
+        scores -= top[share.sequence][..., None]
         np.exp(scores, out=scores)
         sums = np.vecdot(scores, ONES)
-        mixed = np.matmul(scores, v[None, part].swapaxes(2, 3))
-        total, weight = mixed[:, 0], sums[:, 0]
-        for j in range(1, mixed.shape[1]):
-            total += mixed[:, j]
-            weight += sums[:, j]
-        np.divide(total, weight[..., None], out=target[first + i : first + end])
+        mixed = np.matmul(scores, v.swapaxes(1, 2))
+        total, weight = mixed[share.begins], sums[share.begins]
+        for j, longer in enumerate(share.longer, start=1):
+            total[longer] += mixed[share.begins[longer] + j]
+            weight[longer] += sums[share.begins[longer] + j]
+        target[share.rows] = total / weight[..., None]
 
     return work
-
-
-def _decode(
-    q: F32, keys: F32, values: F32, tables: NDArray[np.int32], positions: Ints, scoring: Scoring
-) -> F32:
-    """One query a sequence: q [S, kv heads, group, dim] → [S, kv heads, group, dim of values]."""
-    oldest = np.array([scoring.first_split(int(p)) for p in positions])
-    counts = positions // SPLIT - oldest + 1
-    begins = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    sequence = np.repeat(np.arange(len(q)), counts)
-    split = np.arange(len(sequence)) - begins[sequence] + oldest[sequence]
-    blocks = tables[sequence[:, None], split[:, None] * SPLIT_BLOCKS + np.arange(SPLIT_BLOCKS)]
-    k = np.take(keys, blocks, axis=0).reshape(-1, SPLIT, *keys.shape[2:])
-    v = np.take(values, blocks, axis=0).reshape(-1, SPLIT, *values.shape[2:])
-
-    at = split[:, None] * SPLIT + np.arange(SPLIT)
-    v[at > positions[sequence][:, None]] = (
-        0  # another sequence's leftovers must not reach the sum, not even as nan
-    )
-    scores = np.matmul(q[sequence], k.transpose(0, 2, 3, 1))
-    _score(scores, at, positions[sequence][:, None], scoring)
-    top = np.maximum.reduceat(scores.max(axis=-1), begins, axis=0)
-    scores -= top[sequence][..., None]
-    np.exp(scores, out=scores)
-    sums = np.vecdot(scores, ONES)
-    mixed = np.matmul(scores, v.swapaxes(1, 2))
-    total: F32 = mixed[begins]
-    weight: F32 = sums[begins]
-    for j in range(1, int(counts.max())):
-        longer = np.flatnonzero(counts > j)
-        total[longer] += mixed[begins[longer] + j]
-        weight[longer] += sums[begins[longer] + j]
-    total /= weight[..., None]
-    return total
-
-
-def _score(scores: F32, at: Ints, positions: Ints, scoring: Scoring) -> None:
-    """Scales and caps scores [..., kv heads, group, SPLIT] in place and hides keys out of sight.
-
-    at: positions of the keys [..., SPLIT]; positions: of the queries, broadcasting against it.
-    """
-    scores *= np.float32(scoring.scale)
-    if scoring.soft_cap is not None:
-        scores[...] = ops.cap(scores, scoring.soft_cap)
-    hidden = at > positions
-    if scoring.window is not None:
-        hidden |= at <= positions - scoring.window
-    if hidden.any():
-        np.copyto(scores, HIDDEN, where=hidden[..., None, None, :])

@@ -108,7 +108,11 @@ class CpuBackend:
 
     def forward(self, batch: StepBatch, rows: NDArray[np.int64]) -> F32:
         """Runs the program and draws nothing: the logits [R, vocab] of these rows of the flat batch."""
-        self._slots.update(batch)
+        fresh = self._slots.update(batch)
+        if len(fresh):  # what another sequence left there must not meet a weight of zero as nan
+            for cache in self._model.caches.values():
+                for array in cache:
+                    array[fresh] = 0
         run = Run(self._model, self._slots.step(batch, rows))
         execute(self._launches, run)
         return run.buffers["logits"]

@@ -25,6 +25,7 @@ from rvllm.program.ops import Buffer, Op, Program, Weight
 from rvllm.program.rope import Rope
 
 F32 = NDArray[np.float32]
+ROWS = 16  # rows that elementwise work takes at a time
 
 
 @dataclass
@@ -62,6 +63,19 @@ class Run:
 
 
 Kernel = Callable[[Any, Run], None]
+
+
+def by_rows(workers: Workers, x: F32, work: Callable[[slice], None]) -> None:
+    """Runs elementwise work on a few rows at a time, so that temporaries stay in cache, on all threads."""
+    if len(x) <= ROWS:
+        work(slice(0, len(x)))
+        return
+
+    def share(low: int, high: int) -> None:
+        for begin in range(low, high, ROWS):
+            work(slice(begin, min(begin + ROWS, high)))
+
+    workers.split(len(x), share)
 
 
 def embed(op: program_ops.Embed, run: Run) -> None:
@@ -105,9 +119,13 @@ def rope_kv(op: program_ops.RopeKV, run: Run) -> None:
     rotated = op.heads + op.kv_heads
     if op.rope is not None:
         cos, sin = run.model.ropes[op.rope]
-        heads[:, :rotated] = ops.rotate(
-            heads[:, :rotated], cos[step.positions], sin[step.positions], op.rope.interleaved
-        )
+        cos, sin = cos[step.positions], sin[step.positions]
+        interleaved = op.rope.interleaved
+
+        def work(rows: slice) -> None:
+            heads[rows, :rotated] = ops.rotate(heads[rows, :rotated], cos[rows], sin[rows], interleaved)
+
+        by_rows(run.model.workers, qkv, work)
     keys, values = run.model.caches[op.cache.name]
     keys.reshape(-1, *keys.shape[2:])[step.places] = heads[:, op.heads : rotated]
     values.reshape(-1, *values.shape[2:])[step.places] = heads[:, rotated:]
@@ -125,7 +143,14 @@ def attention(op: program_ops.Attention, run: Run) -> None:
 
 def gated_activation(op: program_ops.GatedActivation, run: Run) -> None:
     """See ops.gated_activation."""
-    run[op.out] = ops.gated_activation(run[op.x], op.activation)
+    x = run[op.x]
+    out = np.empty((len(x), op.out.width), dtype=np.float32)
+
+    def work(rows: slice) -> None:
+        out[rows] = ops.gated_activation(x[rows], op.activation)
+
+    by_rows(run.model.workers, x, work)
+    run[op.out] = out
 
 
 def activate(op: program_ops.Activate, run: Run) -> None:
@@ -205,11 +230,14 @@ def execute(launches: list[Launch], run: Run) -> None:
 
 
 def empty_caches(program: Program, blocks: int) -> dict[str, tuple[F32, F32]]:
-    """Zeroed key and value arrays of every cache (zeros: memory is taken as it is first written)."""
+    """Key and value arrays of every cache, with one block more that stays zero to pad block tables.
+
+    Memory is taken as it is first written.
+    """
     return {
         c.name: (
-            np.zeros((blocks, BLOCK, c.heads, c.key_dim), dtype=np.float32),
-            np.zeros((blocks, BLOCK, c.heads, c.value_dim), dtype=np.float32),
+            np.zeros((blocks + 1, BLOCK, c.heads, c.key_dim), dtype=np.float32),
+            np.zeros((blocks + 1, BLOCK, c.heads, c.value_dim), dtype=np.float32),
         )
         for c in program.caches
     }

@@ -140,7 +140,7 @@ def gelu(x: F32) -> F32:
 def gelu_tanh(x: F32) -> F32:
     """x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2, gelu's approximation."""
     inner = (x + x * x * x * np.float32(0.044715)) * np.float32(math.sqrt(2 / math.pi))
-    out: F32 = x * np.float32(0.5) * (np.float32(1) + np.tanh(inner))
+    out: F32 = x * np.float32(0.5) * (np.tanh(inner) + np.float32(1))
     return out
 
 

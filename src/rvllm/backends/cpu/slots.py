@@ -17,14 +17,15 @@ class Slots:
     def __init__(self, limits: Limits, vocab: int) -> None:
         splits = -(-limits.max_model_len // (BLOCK * SPLIT_BLOCKS))
         self.vocab = vocab
-        self.tables = np.zeros((limits.max_num_seqs, splits * SPLIT_BLOCKS), dtype=np.int32)
+        self.zeros = limits.num_blocks  # a block behind those handed out, which nothing is written to
+        self.tables = np.full((limits.max_num_seqs, splits * SPLIT_BLOCKS), self.zeros, dtype=np.int32)
         self.last = np.zeros(limits.max_num_seqs, dtype=np.int32)
         self.histories: dict[int, History] = {}
         self.given: dict[int, NDArray[np.int32]] = {}
 
     def start(self, entry: SlotStart) -> None:
         """Gives a slot to a sequence."""
-        self.tables[entry.slot] = 0
+        self.tables[entry.slot] = self.zeros
         self.histories[entry.slot] = History.begin(entry.sampling, entry.tokens, entry.prompt_len, self.vocab)
         self.given[entry.slot] = entry.tokens
 
@@ -37,13 +38,16 @@ class Slots:
         self.last[slot] = token
         self.histories[slot].append(token)
 
-    def update(self, batch: StepBatch) -> None:
-        """Applies the batch's starts and new blocks."""
+    def update(self, batch: StepBatch) -> NDArray[np.int32]:
+        """Applies starts and new blocks; returns the blocks that hold nothing of their sequence yet."""
         for entry in batch.started:
             self.start(entry)
-        if len(batch.new_blocks):
-            slot, index, block = batch.new_blocks.T
-            self.tables[slot, index] = block
+        slot, index, block = batch.new_blocks.T
+        self.tables[slot, index] = block
+        first = np.full(len(self.tables), np.iinfo(np.int32).max)
+        first[batch.slots] = batch.starts
+        fresh: NDArray[np.int32] = block[index * BLOCK >= first[slot]]
+        return fresh
 
     def step(self, batch: StepBatch, rows: NDArray[np.int64]) -> Step:
         """The batch's flat arrays, each LAST_SAMPLED replaced by its slot's last token."""

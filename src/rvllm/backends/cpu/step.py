@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+
+Thing = TypeVar("Thing")
 
 BLOCK = 16  # tokens of a KV block
 
@@ -18,7 +22,8 @@ class Step:
 
     tokens, positions: [T]; places: [T], each token's place in the cache (block * 16 + offset).
     first_rows, query_lens, starts: [S], each sequence's first row, its rows and its first position.
-    tables: [S, blocks], each sequence's block table, padded with block 0 to whole attention splits.
+    tables: [S, blocks], each sequence's block table, padded to whole attention splits
+    with a block of zeros.
     rows: [R] rows whose logits are wanted.
     """
 
@@ -30,6 +35,14 @@ class Step:
     starts: Ints
     tables: NDArray[np.int32]
     rows: Ints
+    _shared: dict[Hashable, Any] = field(default_factory=dict)
+
+    def shared(self, key: Hashable, make: Callable[[], Thing]) -> Thing:
+        """What all layers derive alike from the batch: made by the first that asks."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        made: Thing = self._shared[key]
+        return made
 
 
 def flat_step(
