@@ -6,7 +6,7 @@ import asyncio
 import http.client
 import json
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from text.tiny_tokenizers import byte_level
@@ -55,7 +55,7 @@ class FakeEngine:
         self.cause = cause
         self.dead.set()
 
-    async def generate(self, request: Generate) -> AsyncIterator[Output]:
+    async def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
         if not self.alive:
             raise EngineDeadError(self.cause)
         self.requests.append(request)
@@ -105,8 +105,10 @@ def _logprobs(token: int, top: int) -> TokenLogprobs:
 class LiveServer:
     """The HTTP side in a thread of its own, on a free port of 127.0.0.1; use it in a `with` block."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, texts: bool = True, **settings: Any) -> None:
+        """texts: whether the server has a tokenizer."""
         self.config = ServerConfig(port=0, **settings)
+        self.texts = texts
         self.tokenizer = byte_level()
         self.code: int | None = None
         self._ready = threading.Event()
@@ -143,7 +145,7 @@ class LiveServer:
         service = Service(
             self.engine,
             ready,
-            self.tokenizer,
+            self.tokenizer if self.texts else None,
             self.config,
             metrics,
             served_name="tiny",

@@ -241,3 +241,34 @@ def refused(server: LiveServer) -> bool:
     except ConnectionRefusedError:
         return True
     return False
+
+
+def test_without_a_tokenizer_token_ids_are_taken_and_given() -> None:
+    with LiveServer(texts=False, drain_timeout=0.2) as server:
+        _, answer = server.post(
+            "/v1/completions", prompt=[1, 2], max_tokens=3, return_token_ids=True, logprobs=0
+        )
+        choice = answer["choices"][0]
+        assert (choice["text"], choice["token_ids"]) == ("", server.engine.answer[:3])
+        assert choice["logprobs"]["tokens"] == [f"token_id:{i}" for i in server.engine.answer[:3]]
+        events = server.events("/v1/completions", prompt=[1, 2], max_tokens=3, return_token_ids=True)
+        assert [e["choices"][0]["token_ids"] for e in events] == [[i] for i in server.engine.answer[:3]]
+        for path, body in (("/v1/completions", {"prompt": "text"}), ("/tokenize", {"prompt": "text"})):
+            status, answer = server.post(path, **body)
+            assert (status, answer["error"]["param"]) == (400, "prompt")
+        assert server.chat()[0] == 400
+        assert server.post("/v1/completions", prompt=[1], stop="x")[0] == 400
+
+
+def test_a_client_that_reads_slowly_holds_only_itself_up(server: LiveServer) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "hello"}], "stream": True, "logprobs": True,
+                       "top_logprobs": 20, "n": 16}).encode()  # fmt: skip
+    slow = send(server, body)
+    assert wait_for(lambda: len(server.engine.open) > 0)
+    for _ in range(5):
+        assert server.chat(max_tokens=2)[0] == 200
+    data = b""
+    while b"[DONE]" not in data[-100:]:
+        data += slow.recv(1 << 20)
+    assert data.count(b'"finish_reason":"length"') == 16
+    slow.close()

@@ -1,8 +1,12 @@
 """`rvllm chat` against a running server and, with a real model, its own engine."""
 
 import io
+import os
+import pty
+import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,3 +82,69 @@ def test_with_an_engine_of_its_own() -> None:
     )
     assert "Paris" in found.stdout
     assert "8 tokens · " in found.stderr
+
+
+class Terminal:
+    """A command that believes it talks to a terminal."""
+
+    def __init__(self, *command: str) -> None:
+        self.leader, follower = pty.openpty()
+        own = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
+        take_over = f"{own}; os.execv(sys.argv[1], sys.argv[1:])"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", take_over, *command],
+            stdin=follower,
+            stdout=follower,
+            stderr=follower,
+            start_new_session=True,
+        )
+        os.close(follower)
+        self.shown = ""
+
+    def until(self, text: str, seconds: float = 30.0) -> None:
+        """Reads until `text` has been shown since the last call."""
+        deadline = time.monotonic() + seconds
+        while text not in self.shown:
+            ready, _, _ = select.select([self.leader], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, self.shown
+            self.shown += os.read(self.leader, 65536).decode(errors="replace")
+        self.shown = self.shown.partition(text)[2]
+
+    def type(self, text: str) -> None:
+        os.write(self.leader, text.encode())
+
+
+@pytest.mark.parametrize("engine", ["remote", pytest.param("local", marks=pytest.mark.models)])
+def test_ctrl_c_stops_the_answer_and_not_the_session(engine: str) -> None:
+    with LiveServer(drain_timeout=0.2) as server:
+        server.engine.pace = 0.02
+        flags = ["--url", server.url]
+        if engine == "local":
+            flags = [
+                "--model",
+                str(model_path("smollm2-135m")),
+                "--max-model-len",
+                "512",
+                "--system",
+                "Talk a lot.",
+            ]
+        terminal = Terminal(sys.executable, "-m", "rvllm", "chat", "--max-tokens", "200", *flags)
+        terminal.until("> ")
+        terminal.type("Tell me a story about the sea and count to one hundred in it.\n")
+        terminal.until("in it.")
+        time.sleep(1.0)
+        terminal.type("\x03")
+        terminal.until("(stopped)")
+        terminal.until("tok/s")
+        terminal.until("> ")
+        if engine == "remote":
+            deadline = time.monotonic() + 2
+            while not server.engine.aborted and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert len(server.engine.aborted) == 1
+        terminal.type("\x03")
+        terminal.until("(/quit ends)")
+        terminal.type("/help\n")
+        terminal.until("/reset")
+        terminal.type("/quit\n")
+        assert terminal.process.wait(10) == 0

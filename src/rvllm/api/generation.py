@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from rvllm.api.answers import PromptDetails, Usage
 from rvllm.api.errors import ApiError, busy, invalid
@@ -25,8 +25,8 @@ _IN_THREAD_CHARS = 20_000  # longer texts are tokenised beside the event loop
 class Engine(Protocol):
     """What the HTTP layer needs of the engine's client."""
 
-    def generate(self, request: Generate) -> AsyncIterator[Output]:
-        """Outputs of one request, as an async generator; closing it aborts the request."""
+    def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
+        """Outputs of one request; closing the generator aborts it."""
 
     async def stats(self) -> Stats:
         """The engine's figures."""
@@ -137,6 +137,10 @@ class Service:
         param: the request's field that holds the prompt, for errors.
         Raises ApiError: 400 for too many choices or an unfit prompt, 503 when the queue is full.
         """
+        if params.stop and self._tokenizer is None:
+            raise invalid(
+                "stop needs a tokenizer, and this server runs without one: use stop_token_ids", "stop"
+            )
         count = len(prompts) * params.n
         if count > self.config.max_choices:
             raise invalid(f"n times the number of prompts is {count}; this server answers at most "
@@ -187,7 +191,7 @@ class Service:
     async def _choice(self, job: Job, index: int) -> AsyncGenerator[Piece, None]:
         choice, request = job.choices[index], job.generates[index]
         clock = _Clock(self.metrics, job, request)
-        async with aclosing(cast(AsyncGenerator[Output, None], self.engine.generate(request))) as outputs:
+        async with aclosing(self.engine.generate(request)) as outputs:
             async for output in outputs:
                 delta = choice.feed(output)
                 if delta.finish_reason == "error":

@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import sys
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from itertools import count
 from pathlib import Path
-from typing import cast
 
 from rvllm.cli.chat import Answer, Conversation, Sampling
 from rvllm.config import EngineConfig, SourceConfig, build
 from rvllm.engine.client import EngineClient
-from rvllm.engine.messages import Output
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import RvllmError, UsageError
 from rvllm.text.processor import Choice
@@ -55,7 +52,7 @@ class LocalTalker:
         params = SamplingParams(**{"max_tokens": None, **self._requests.defaults, **sampling.given()})
         (request,) = self._requests.make(f"chat-{next(self._ids)}", prompt, params)
         choice = Choice(self._tokenizer, params, prompt)
-        async with aclosing(cast(AsyncGenerator[Output, None], self._engine.generate(request))) as outputs:
+        async with aclosing(self._engine.generate(request)) as outputs:
             async for output in outputs:
                 delta = choice.feed(output)
                 if delta.error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import socket
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rvllm.config import EngineConfig, ServerConfig, SourceConfig, add_flags, build
-from rvllm.errors import UsageError
+from rvllm.errors import RvllmError, UsageError
 
 if TYPE_CHECKING:
     from rvllm.api.listen import StopSignals
@@ -140,6 +141,8 @@ def _tokenizer(config: EngineConfig, start: _Start) -> Tokenizer | None:
 
     moment = time.perf_counter()
     tokenizer = Tokenizer.load(Path(config.model))
+    with contextlib.suppress(RvllmError):  # compiles the template now; what is wrong with it, requests will say
+        tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True)
     start.tokenizer = time.perf_counter() - moment
     return tokenizer
 

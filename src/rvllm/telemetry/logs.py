@@ -12,6 +12,7 @@ import time
 from typing import TextIO
 
 LOGGER = logging.getLogger("rvllm")
+OTHERS = ("uvicorn", "asyncio")
 
 
 class KeyValueFormatter(logging.Formatter):
@@ -37,6 +38,9 @@ def set_up(level: str, stream: TextIO | None = None) -> None:
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(level.upper())
     LOGGER.propagate = False
+    for name in OTHERS:  # their lines take the same form; what clients do wrong is not worth a line of theirs
+        logging.getLogger(name).handlers[:] = [handler]
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def event(level: int, message: str, **fields: object) -> None:
