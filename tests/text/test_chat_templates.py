@@ -136,6 +136,17 @@ def test_bad_messages_are_named(messages: list[Any], said: str) -> None:
         render_chat(ROLES, messages)
 
 
+def test_endless_nesting_is_refused() -> None:
+    loop: dict[str, Any] = {}
+    loop["self"] = loop
+    with pytest.raises(UsageError, match="nested too deeply"):
+        render_chat(ROLES, [{"role": "user", "content": "x", "extra": loop}])
+    deep: Any = 1
+    for _ in range(300):
+        deep = [deep]
+    assert render_chat("{{ tools[0] | tojson }}", CHAT, tools=[{"a": deep}]).count("[") == 300
+
+
 def test_continuing_and_prompting_exclude_each_other() -> None:
     with pytest.raises(UsageError, match="exclude each other"):
         render_chat(ROLES, CHAT, continue_final_message=True)

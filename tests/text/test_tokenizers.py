@@ -111,6 +111,12 @@ def test_unknown_ids_decode_to_nothing() -> None:
     assert tokenizer.decode([10**6]) == ""
 
 
+@pytest.mark.parametrize("ids", [[-1], [1 << 32], ["a"], [1.5], -1])
+def test_what_is_no_token_id_is_refused(ids: Any) -> None:
+    with pytest.raises(UsageError, match="token ids must be whole numbers"):
+        tiny.byte_level().decode(ids)
+
+
 def sentencepiece_by_the_book(text: str, metadata: dict[str, Any]) -> list[str]:
     """SentencePiece's BPE as its paper describes it: join the best-scored neighbours, leftmost first."""
     scores = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"], strict=True))

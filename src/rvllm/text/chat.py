@@ -43,18 +43,19 @@ def render_chat(
     if add_generation_prompt and continue_final_message:
         raise UsageError("add_generation_prompt and continue_final_message exclude each other")
     compiled, takes_parts = _compile(template)
-    chat = [_message(message, index, takes_parts) for index, message in enumerate(messages)]
-    final = _mark_end(chat) if continue_final_message else ""
-    text = _render(
-        compiled,
-        {
+    try:
+        chat = [_message(message, index, takes_parts) for index, message in enumerate(messages)]
+        values = {
             **_plain(dict(variables or {})),
             "messages": chat,
             "tools": _plain(list(tools)) if tools else None,
             "documents": _plain(list(documents)) if documents is not None else None,
             "add_generation_prompt": add_generation_prompt,
-        },
-    )
+        }
+    except RecursionError:
+        raise UsageError("messages, tools or documents are nested too deeply") from None
+    final = _mark_end(chat) if continue_final_message else ""
+    text = _render(compiled, values)
     return _cut_at_mark(text, final) if continue_final_message else text
 
 

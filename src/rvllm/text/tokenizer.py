@@ -106,9 +106,15 @@ class Tokenizer:
         return [list(encoding.ids) for encoding in found]
 
     def decode(self, ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of token ids; ids beyond the vocabulary decode to nothing."""
+        """The text of token ids; ids beyond the vocabulary decode to nothing.
+
+        Raises UsageError for what can be no token id at all.
+        """
         ids = [ids] if isinstance(ids, int) else list(ids)
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        try:
+            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        except (OverflowError, TypeError):
+            raise UsageError(f"token ids must be whole numbers from 0 to {(1 << 32) - 1}") from None
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for, which need not be whole characters; empty for an unknown id."""
