@@ -279,6 +279,13 @@ def test_broken_metadata_is_named(change: dict[str, Any], named: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_tokens_that_are_not_utf8_do_no_harm() -> None:
+    metadata = tiny.byte_level_metadata()
+    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "a\udcffb"]
+    tokenizer = Tokenizer(from_metadata(metadata, "x"))
+    assert tokenizer.encode("hello") == tiny.byte_level().encode("hello")
+
+
 def test_scores_must_match_the_tokens() -> None:
     with pytest.raises(ModelError, match=r"tokenizer.ggml.scores must hold one number"):
         tiny.sentencepiece(**{"tokenizer.ggml.scores": [1.0]})

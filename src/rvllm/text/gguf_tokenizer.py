@@ -52,9 +52,9 @@ def from_metadata(metadata: Mapping[str, Any], origin: str) -> TokenizerParts:
     if not isinstance(kind, str) or kind not in builders:
         known = ", ".join(builders)
         raise ModelError(f"{origin}: {KEY}model is {kind!r}; supported: {known}")
-    tokens = _strings(metadata, "tokens", origin)
     try:
         with _no_collection():
+            tokens = _strings(metadata, "tokens", origin)
             backend = builders[kind](metadata, tokens, origin)
             special = _special_tokens(metadata, tokens, origin)
             _add_special(backend, metadata, tokens)
@@ -99,6 +99,10 @@ def _strings(metadata: Mapping[str, Any], name: str, origin: str) -> list[str]:
     values = list(value)
     if not values or not all(type(v) is str for v in values):
         raise ModelError(f"{origin}: {KEY}{name} must be a list of strings")
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:  # bytes in the file that are not UTF-8 came as surrogates
+        return [value.encode("utf-8", "replace").decode() for value in values]
     return values
 
 
