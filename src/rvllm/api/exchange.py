@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import re
@@ -22,6 +23,7 @@ from rvllm.telemetry.logs import event
 from rvllm.telemetry.metrics import Metrics
 
 BODY_SECONDS = 60.0  # a client has this long to send its body
+ERROR_SECONDS = 5.0  # and so long to take an error from us
 _ENCODER = msgspec.json.Encoder()
 _CLIENT_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
@@ -174,7 +176,9 @@ class Endpoint:
         except ClientGoneError:
             exchange.status = 499  # nginx's word for it, in logs and metrics
         except ApiError as error:
-            await exchange.fail(error)
+            with contextlib.suppress(TimeoutError):  # a client that does not read is hung up on
+                async with asyncio.timeout(ERROR_SECONDS):
+                    await exchange.fail(error)
         self._gate.metrics.response(self._path, exchange.status)
         level = logging.INFO if self._gate.config.access_log else logging.DEBUG
         event(level, "request", id=exchange.shown_id, path=self._path, status=exchange.status,

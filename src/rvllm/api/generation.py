@@ -190,21 +190,23 @@ class Service:
 
     async def _choice(self, job: Job, index: int) -> AsyncGenerator[Piece, None]:
         choice, request = job.choices[index], job.generates[index]
-        clock = _Clock(self.metrics, job, request)
-        async with aclosing(self.engine.generate(request)) as outputs:
-            async for output in outputs:
-                delta = choice.feed(output)
-                if delta.finish_reason == "error":
-                    raise ApiError(500, delta.error or "the engine could not answer")
-                clock.tokens(len(delta.token_ids), output.queue_seconds)
-                job.completion_tokens += len(delta.token_ids)
-                if index % job.params.n == 0:
-                    job.cached_tokens[index // job.params.n] = output.cached_tokens
-                if delta.finish_reason is not None:
-                    clock.finished(delta.finish_reason)
-                yield Piece(index, delta)
-                if delta.finish_reason is not None:
-                    return
+        clock, reason = _Clock(self.metrics, job, request), "abort"
+        try:
+            async with aclosing(self.engine.generate(request)) as outputs:
+                async for output in outputs:
+                    delta = choice.feed(output)
+                    reason = delta.finish_reason or reason
+                    if reason == "error":
+                        raise ApiError(500, delta.error or "the engine could not answer")
+                    clock.tokens(len(delta.token_ids), output.queue_seconds)
+                    job.completion_tokens += len(delta.token_ids)
+                    if index % job.params.n == 0:
+                        job.cached_tokens[index // job.params.n] = output.cached_tokens
+                    yield Piece(index, delta)
+                    if delta.finish_reason is not None:
+                        return
+        finally:
+            clock.finished(reason)
 
 
 class _Clock:
@@ -229,7 +231,7 @@ class _Clock:
         self._count += count
 
     def finished(self, reason: str) -> None:
-        """The choice has ended."""
+        """The choice has ended; "abort" when its client left."""
         sampling = self._request.sampling
         self._metrics.finished(
             RequestTimes(

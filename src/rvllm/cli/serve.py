@@ -141,7 +141,7 @@ def _tokenizer(config: EngineConfig, start: _Start) -> Tokenizer | None:
 
     moment = time.perf_counter()
     tokenizer = Tokenizer.load(Path(config.model))
-    with contextlib.suppress(RvllmError):  # compiles the template now; what is wrong with it, requests will say
+    with contextlib.suppress(RvllmError):  # compiles the template; what is wrong with it, requests will say
         tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True)
     start.tokenizer = time.perf_counter() - moment
     return tokenizer

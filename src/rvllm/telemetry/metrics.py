@@ -6,11 +6,12 @@ comes as a snapshot when the page is read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -22,6 +23,7 @@ _BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75
                    80)  # fmt: skip
 _REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920,
             7680)  # fmt: skip
+_ODD = re.compile(r"\W", re.ASCII)
 _TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 
 
@@ -67,6 +69,7 @@ class Metrics:
     """All metrics of a server, in a registry of its own."""
 
     def __init__(self, model_name: str, cache_config: Mapping[str, str]) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model_name, "engine": "0"}
         self._cache_config = {**cache_config, "engine": "0"}
@@ -188,7 +191,7 @@ class _Snapshot(Collector):
             "rvllm:engine_host_seconds", "Seconds scheduling and booking.", engine.host_seconds
         )
         for name, value in sorted(engine.backend.items()):
-            yield self._gauge(f"rvllm:backend_{name}", "Of the backend.", value)
+            yield self._gauge(f"rvllm:backend_{_ODD.sub('_', name)}", "Of the backend.", value)
 
     def _gauge(self, name: str, help: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, help, labels=list(self._labels))

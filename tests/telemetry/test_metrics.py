@@ -1,0 +1,71 @@
+"""The metrics page parses, and its histograms and counters say what happened."""
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from rvllm.engine.messages import Stats
+from rvllm.telemetry.metrics import Metrics, RequestTimes
+
+
+def values(page: bytes) -> dict[str, float]:
+    """Sample values by name and, where there are some, the labels that tell samples apart."""
+    found = {}
+    for family in text_string_to_metric_families(page.decode()):
+        for sample in family.samples:
+            labels = {k: v for k, v in sample.labels.items() if k not in ("model_name", "engine")}
+            key = sample.name + (str(labels) if labels else "")
+            assert key not in found, key
+            found[key] = sample.value
+    return found
+
+
+def test_a_request_feeds_every_histogram() -> None:
+    metrics = Metrics("m", {"block_size": "16"})
+    metrics.first_token(0.5)
+    metrics.between_tokens(0.02)
+    metrics.finished(RequestTimes("stop", 100, 11, 50, 2, queue=0.1, first=0.5, last=1.5))
+    found = values(metrics.page(None))
+    assert found["vllm:time_to_first_token_seconds_sum"] == 0.5
+    assert found["vllm:inter_token_latency_seconds_sum"] == 0.02
+    assert found["vllm:e2e_request_latency_seconds_sum"] == 1.5
+    assert found["vllm:request_queue_time_seconds_sum"] == 0.1
+    assert found["vllm:request_prefill_time_seconds_sum"] == pytest.approx(0.4)
+    assert found["vllm:request_decode_time_seconds_sum"] == 1.0
+    assert found["vllm:request_inference_time_seconds_sum"] == pytest.approx(1.4)
+    assert found["vllm:request_time_per_output_token_seconds_sum"] == pytest.approx(0.1)
+    assert found["vllm:request_prompt_tokens_sum"] == 100
+    assert found["vllm:request_generation_tokens_sum"] == 11
+    assert found["vllm:request_params_max_tokens_sum"] == 50
+    assert found["vllm:request_params_n_sum"] == 2
+    assert found["vllm:request_success_total{'finished_reason': 'stop'}"] == 1
+
+
+def test_a_request_that_got_no_token_has_no_times() -> None:
+    metrics = Metrics("m", {})
+    metrics.finished(RequestTimes("abort", 100, 0, 50, 1, queue=0.0, first=0.0, last=0.0))
+    found = values(metrics.page(None))
+    assert found["vllm:request_success_total{'finished_reason': 'abort'}"] == 1
+    assert found["vllm:e2e_request_latency_seconds_count"] == 0
+
+
+def test_the_engines_figures_are_a_snapshot() -> None:
+    stats = Stats(
+        running=3, waiting=2, blocks_total=10, blocks_used=4, generation_tokens=77, prefix_queries=9
+    )
+    stats.cached_prompt_tokens, stats.idle_seconds, stats.backend = 5, 1.5, {"idle_share": 0.25}
+    metrics = Metrics("m", {"block_size": "16"})
+    found = values(metrics.page(stats))
+    assert found["vllm:num_requests_running"] == 3
+    assert found["vllm:num_requests_waiting"] == 2
+    assert found["vllm:kv_cache_usage_perc"] == 0.4
+    assert found["vllm:generation_tokens_total"] == 77
+    assert found["vllm:prefix_cache_hits_total"] == 5
+    assert found["rvllm:backend_idle_share"] == 0.25
+    assert found["rvllm:engine_idle_seconds_total"] == 1.5
+    assert "vllm:num_requests_running" not in values(metrics.page(None))
+
+
+def test_backend_names_that_prometheus_would_not_take_do_not_break_the_page() -> None:
+    odd = Stats(backend={"graph bucket/8": 1.0})
+    found = values(Metrics("m", {}).page(odd))
+    assert found["rvllm:backend_graph_bucket_8"] == 1.0
