@@ -140,8 +140,8 @@ def gelu(x: F32) -> F32:
 def gelu_tanh(x: F32) -> F32:
     """x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))) / 2, gelu's approximation."""
     inner = (x + x * x * x * np.float32(0.044715)) * np.float32(math.sqrt(2 / math.pi))
-    out: F32 = x * np.float32(0.5) * (np.tanh(inner) + np.float32(1))
-    return out
+    tanh: F32 = np.tanh(inner)
+    return x * np.float32(0.5) * (tanh + np.float32(1))
 
 
 def relu(x: F32) -> F32:
