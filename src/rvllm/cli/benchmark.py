@@ -34,6 +34,11 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--runs", default="3", metavar="INT", help="runs to take the median of [3]")
     group.add_argument("--json", metavar="FILE", help="write the results to FILE")
     group.add_argument("--compare", metavar="FILE", help="show an earlier --json FILE beside the results")
+    group.add_argument(
+        "--profile",
+        action="store_true",
+        help="on a GPU: time every kernel of one decode step beside its floor, instead of the runs",
+    )
     add_flags(parser, EngineConfig, "engine")
 
 
@@ -55,6 +60,9 @@ def main(args: argparse.Namespace) -> int:
     try:
         about = _about(core, config, length, output_len, runs, time.perf_counter() - began)
         print(_heading(core, config, about))
+        if args.profile:
+            _profile(core, sizes, (length or 32) + output_len // 2, args.json)
+            return 0
         results: list[Result] = []
         for n in sizes:
             prompts = _prompts(core, config, n, length)
@@ -69,6 +77,20 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         write_json(Path(args.json), about, results)
     return 0
+
+
+def _profile(core: EngineCore, sizes: Sequence[int], context: int, target: str | None) -> None:
+    """Prints, for every batch size, one decode step kernel by kernel; writes them as JSON when asked."""
+    from rvllm.bench.profile import as_json, profile_table
+
+    measure = getattr(core.backend, "profile", None)
+    if measure is None:
+        raise UsageError("--profile times GPU kernels; the CPU backend has none (--device cuda)")
+    profiles = [measure(n, context) for n in sizes]
+    for profile in profiles:
+        print(profile_table(profile))
+    if target:
+        Path(target).write_text(as_json(profiles) + "\n")
 
 
 def _whole(flag: str, text: str) -> int:

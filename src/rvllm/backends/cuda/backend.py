@@ -21,16 +21,26 @@ from rvllm.backends.cuda.driver import Device, DeviceFacts, Pinned, Stream
 from rvllm.backends.cuda.flight import NOTHING, Flight
 from rvllm.backends.cuda.fuse import fuse
 from rvllm.backends.cuda.graphs import GraphBook, Recipe, nowhere
+from rvllm.backends.cuda.launches import Counts
 from rvllm.backends.cuda.loader import Loader, fill_dummy
 from rvllm.backends.cuda.lowering import Chip
 from rvllm.backends.cuda.memory import BLOCK, budget_of, plan_memory
 from rvllm.backends.cuda.metadata import SampledRows, leading_decodes
+from rvllm.backends.cuda.profile import (
+    READ_KERNEL,
+    Profile,
+    decode_batch,
+    profile_launches,
+    stage_cost,
+    stream_rate,
+)
 from rvllm.backends.cuda.scores import KERNEL as LOGPROBS_KERNEL
 from rvllm.backends.cuda.scores import Scorer
 from rvllm.backends.cuda.starts import KERNEL as START_KERNEL
 from rvllm.backends.cuda.starts import Starter
 from rvllm.config import EngineConfig, SourceConfig, build
 from rvllm.errors import MissingKernelError, UsageError
+from rvllm.program.cost import StepShape
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import Attention, Program
 from rvllm.weights.checkpoint import Checkpoint
@@ -55,11 +65,12 @@ class CudaBackend:
         recipe: Recipe,
         state: DeviceState,
         ledger: list[LedgerLine],
+        program: Program,
     ) -> None:
         plan = recipe.memory
         self._device, self._facts, self._arena = device, facts, arena
         self._catalog, self._stream, self._recipe, self._state = catalog, stream, recipe, state
-        self._ledger = ledger
+        self._ledger, self._program = ledger, program
         self._graphs = GraphBook(recipe, catalog, stream)
         self._limits = Limits(
             max_num_seqs=plan.seqs,
@@ -136,7 +147,7 @@ class CudaBackend:
             *arena.ledger(),
         ]
         recipe = Recipe(program.dtype, chip, shape, state.addresses, memory, stages, prefill)
-        backend = CudaBackend(device, facts, arena, catalog, stream, recipe, state, ledger)
+        backend = CudaBackend(device, facts, arena, catalog, stream, recipe, state, ledger, program)
         if config.capture_graphs == "eager":
             report(0.0, "capturing graphs")
             backend.capture_all()
@@ -236,6 +247,37 @@ class CudaBackend:
         for row, s in enumerate(sorted(masks)):
             image[row] = masks[s]
         self._stream.copy_to_device(self._state.addresses.masks, flight.masks.address, 4 * words * len(masks))
+
+    def profile(self, seqs: int, context: int) -> Profile:
+        """Times every kernel of a decode step of `seqs` sequences with `context` tokens each.
+
+        Nothing may be running. Raises UsageError when the KV cache is too small for the step.
+        """
+        blocks = -(-context // BLOCK)
+        if seqs > self._limits.max_num_seqs or seqs * blocks > self._limits.num_blocks:
+            raise UsageError(
+                f"--profile: {seqs} sequences of {context} tokens do not fit; see --max-num-seqs"
+            )
+        self._catalog.require([READ_KERNEL])
+        for _ in range(2):  # leaves the step's metadata and slots on the device
+            self.collect(self.launch(decode_batch(seqs, context, self._state.shape.vocab)))
+        size = self._graphs.decode_size(seqs)
+        shape = StepShape(seqs, 1, context)
+        costs = {stage.name: stage_cost(self._program, stage, shape) for stage in self._recipe.stages}
+        rows, step = profile_launches(
+            self._recipe.decode(size),
+            costs,
+            self._catalog,
+            self._stream,
+            Counts(size, size, size),
+            pdl=self._facts.capability >= 90,
+        )
+        kv, at = self._state.kv, self._state.addresses
+        nbytes = min(kv.nbytes, 16 << 30)
+        rate = stream_rate(
+            self._catalog, self._stream, kv.address, nbytes, at.bests, 4 * self._facts.sm_count
+        )
+        return Profile(seqs, context, rows, step, rate)
 
     def embed(self, batch: StepBatch) -> NDArray[np.float32]:
         """Refused: programs with a language-model head have no pooled vector. Raises UsageError."""
