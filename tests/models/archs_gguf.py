@@ -19,7 +19,10 @@ ARCHS = {
     "Gemma3ForCausalLM": gguf.MODEL_ARCH.GEMMA3,
     "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
     "Phi3ForCausalLM": gguf.MODEL_ARCH.PHI3,
+    "GraniteForCausalLM": gguf.MODEL_ARCH.GRANITE,
+    "SmolLM3ForCausalLM": gguf.MODEL_ARCH.SMOLLM3,
 }
+PERMUTED = ("GraniteForCausalLM", "SmolLM3ForCausalLM")
 
 
 def write(
@@ -54,6 +57,9 @@ def _converted(name: str, config: dict[str, Any], tensors: dict[str, F32]) -> di
     for source, tensor in sorted(tensors.items(), key=lambda item: _number(item[0])):
         if "Gemma" in name and source.endswith("norm.weight"):
             out[source] = tensor + np.float32(1)
+        elif name in PERMUTED and (".q_proj." in source or ".k_proj." in source):
+            count = heads if ".q_proj." in source else config["num_key_value_heads"]
+            out[source] = tensor.reshape(count, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
         elif "query_key_value" in source:
             grouped = tensor.reshape(heads, 3, -1, *tensor.shape[1:])
             out[source] = np.concatenate([grouped[:, i].reshape(-1, *tensor.shape[1:]) for i in range(3)])
@@ -89,7 +95,7 @@ def _metadata(writer: gguf.GGUFWriter, name: str, config: dict[str, Any]) -> Non
     theta = own.get("rope_theta", config.get("rope_theta", config.get("rotary_emb_base")))
     if theta is not None:
         writer.add_rope_freq_base(theta)
-    if "Gemma" in name or name in ("Qwen3ForCausalLM", "Phi3ForCausalLM"):
+    if "Gemma" in name or name in ("Qwen3ForCausalLM", "Phi3ForCausalLM", *PERMUTED):
         writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-5 if "Phi" in name else 1e-6))
     else:
         writer.add_layer_norm_eps(config.get("layer_norm_eps", 1e-5))
@@ -103,6 +109,14 @@ def _metadata(writer: gguf.GGUFWriter, name: str, config: dict[str, Any]) -> Non
         writer.add_parallel_residual(config["use_parallel_residual"])
     if "logit_scale" in config:
         writer.add_logit_scale(config["logit_scale"])
+    for field, add in (
+        ("logits_scaling", writer.add_logit_scale),
+        ("embedding_multiplier", writer.add_embedding_scale),
+        ("residual_multiplier", writer.add_residual_scale),
+        ("attention_multiplier", writer.add_attention_scale),
+    ):
+        if field in config:
+            add(config[field])
     if config.get("attn_logit_softcapping"):
         writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
     if config.get("final_logit_softcapping"):

@@ -86,6 +86,24 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         },
         999_885_952,
     ),
+    "gemma-3-4b": (  # its text half: 4,300,079,472 parameters less the vision tower's and projector's
+        {
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "text_config": {
+                "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+                "sliding_window": 1024, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            },
+        },
+        4_300_079_472 - 416_866_032 - 2_950_272,
+    ),
+    "smollm3-3b": (
+        {
+            "architectures": ["SmolLM3ForCausalLM"], "hidden_size": 2048, "intermediate_size": 11008,
+            "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4,
+            "vocab_size": 128256, "max_position_embeddings": 65536, "rope_theta": 5000000.0,
+        },
+        3_075_098_624,
+    ),
     "qwen3-8b": (
         {
             "architectures": ["Qwen3ForCausalLM"], "hidden_size": 4096, "intermediate_size": 12288,
@@ -206,6 +224,13 @@ MATTERS: list[tuple[str, dict[str, Any]]] = [
     ("gemma3_old", {"rope_scaling": None}),
     ("gemma3_old", {"sliding_window_pattern": 2}),
     ("qwen3_window", {"max_window_layers": 2}),
+    ("granite", {"embedding_multiplier": 3.1}),
+    ("granite", {"attention_multiplier": 0.21}),
+    ("granite", {"residual_multiplier": 0.71}),
+    ("granite", {"logits_scaling": 0.41}),
+    ("smollm3", {"no_rope_layer_interval": 2}),
+    ("smollm3_window", {"sliding_window": 16}),
+    ("smollm3_window", {"no_rope_layers": [1, 0, 1]}),
     ("phi3", {"sliding_window": 22}),
     ("phi3_long", {"original_max_position_embeddings": 256}),
 ]
@@ -236,6 +261,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("stablelm", {"partial_rotary_factor": "half"}, "partial_rotary_factor must be a number"),
     ("stablelm", {"num_attention_heads": 7}, "num_key_value_heads must divide num_attention_heads 7"),
     ("phi3_long", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "short_factor must have 6"),
+    ("smollm3", {"no_rope_layers": [0, 1, 2, 1]}, "no_rope_layers must hold 0 and 1 only"),
+    ("granite", {"logits_scaling": 0}, "logits_scaling must be in"),
     ("phi3", {"hidden_act": "mish"}, "hidden_act is 'mish', supported: silu"),
     ("qwen3", {"num_key_value_heads": 2}, "num_key_value_heads must divide num_attention_heads 3"),
 ]  # fmt: skip

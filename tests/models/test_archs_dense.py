@@ -66,6 +66,34 @@ def test_equals_transformers(name: str, tmp_path: Path) -> None:
     backend.close()
 
 
+@pytest.mark.oracle
+def test_text_half_of_gemma3_with_images(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    text = tiny.CASES["gemma3"].config | {"final_logit_softcapping": None}
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(tmp_path)
+    backend = tiny.load(tmp_path)
+    prompt = tiny.prompt_of("gemma3")
+    with torch.no_grad():
+        theirs = model(input_ids=torch.from_numpy(prompt)[None].long()).logits[0].numpy()
+    assert np.abs(theirs).max() > 1.0
+    np.testing.assert_allclose(
+        tiny.all_logits(backend, prompt, (len(prompt),)), theirs, atol=1e-4, rtol=0
+    )  # fmt: skip
+    backend.close()
+
+
 @pytest.mark.parametrize("name", tiny.CASES)
 def test_equals_golden_file(name: str, tmp_path: Path) -> None:
     case = tiny.CASES[name]
@@ -112,6 +140,9 @@ IN_GGUF: dict[str, dict[str, Any]] = {
     },
     "gemma3": {"query_pre_attn_scalar": 20},
     "gemma3_old": {"attention_bias": False},
+    "smollm3_window": {
+        "no_rope_layers": None, "use_sliding_window": False, "rope_theta": 300.0, "rope_parameters": None,
+    },
     "qwen3_window": {"attention_bias": False, "use_sliding_window": False},
 }  # fmt: skip
 

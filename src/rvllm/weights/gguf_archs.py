@@ -152,6 +152,16 @@ def _layer_kinds(metadata: Metadata) -> dict[str, Any]:
     return {"layer_types": ["sliding_attention" if flag else "full_attention" for flag in value.tolist()]}
 
 
+def _granite(metadata: Metadata) -> dict[str, Any]:
+    return {
+        **_rms(metadata),
+        "embedding_multiplier": metadata.opt_float("embedding_scale"),
+        "attention_multiplier": metadata.opt_float("attention.scale"),
+        "residual_multiplier": metadata.opt_float("residual_scale"),
+        "logits_scaling": metadata.opt_float("logit_scale"),
+    }
+
+
 def _cohere(metadata: Metadata) -> dict[str, Any]:
     return {**_layer_norm(metadata), "logit_scale": metadata.opt_float("logit_scale")}
 
@@ -237,6 +247,8 @@ ARCHITECTURES = {
     "llama": Architecture("LlamaForCausalLM", "llama", permuted=True, extra=_rms),
     "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", extra=_rms),
     "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", extra=_rms),
+    "granite": Architecture("GraniteForCausalLM", "granite", permuted=True, extra=_granite),
+    "smollm3": Architecture("SmolLM3ForCausalLM", "smollm3", permuted=True, extra=_rms),
     "command-r": Architecture(
         "CohereForCausalLM", "cohere", extra=_cohere, present={"use_qk_norm": f"{_FIRST}.q_norm.weight"}
     ),

@@ -31,8 +31,12 @@ def decoder(
     qk_norm: bool = False,
     attention_cap: float | None = None,
     final_cap: float | None = None,
+    root: str = "",
 ) -> Program:
-    """Gemma's block with norms before and after; ropes are those of layers with and without a window."""
+    """Gemma's block with norms before and after; ropes are those of layers with and without a window.
+
+    root: what the checkpoint puts before every tensor's name.
+    """
     gemma.refuse_bidirectional(config)
     dims = read_dims(config)
     activation = gemma.read_activation(config)
@@ -46,9 +50,10 @@ def decoder(
     def norm(name: str, x: Buffer, source: str) -> Buffer:
         return blocks.rms_norm(b, name, x, source, dims.eps, add=1.0)
 
-    x = blocks.embed(b, dims, scale=gemma.embedding_scale(dims.hidden, dtype))
+    table = f"{root}model.embed_tokens.weight"
+    x = blocks.embed(b, dims, table, gemma.embedding_scale(dims.hidden, dtype))
     for layer in range(dims.layers):
-        name, source = f"layers.{layer}", f"model.layers.{layer}"
+        name, source = f"layers.{layer}", f"{root}model.layers.{layer}"
         attn = f"{source}.self_attn"
         layer_window, rope = (window, ropes[0]) if sliding[layer] else (None, ropes[1])
 
@@ -69,8 +74,11 @@ def decoder(
         y = norm(f"{name}.mlp_post_norm", y, f"{source}.post_feedforward_layernorm")
         blocks.residual(b, f"{name}.mlp", x, y)
 
-    last = norm("final_norm", blocks.select(b, x), "model.norm")
-    blocks.head(b, last, dims, tied=config.bool("tie_word_embeddings", True), soft_cap=final_cap)
+    last = norm("final_norm", blocks.select(b, x), f"{root}model.norm")
+    blocks.head(
+        b, last, dims, tied=config.bool("tie_word_embeddings", True), soft_cap=final_cap,
+        source=f"{root}lm_head.weight", embed_source=table,
+    )  # fmt: skip
     return b.finish()
 
 

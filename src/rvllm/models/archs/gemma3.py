@@ -1,8 +1,11 @@
-"""Gemma3ForCausalLM, text (Gemma Team 2025): Gemma 2's block with QK norms; local and global ropes differ."""
+"""Gemma 3 (Gemma Team 2025): Gemma 2's block with QK norms; local and global ropes differ.
+
+Gemma3ForCausalLM, and the text half of Gemma3ForConditionalGeneration, whose images are not supported.
+"""
 
 from __future__ import annotations
 
-from rvllm.models.archs import gemma2
+from rvllm.models.archs import gemma, gemma2
 from rvllm.models.config import ModelConfig
 from rvllm.models.rope import read_rope
 from rvllm.program.dtypes import DType
@@ -12,13 +15,31 @@ from rvllm.program.rope import Rope
 GLOBAL_THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
 
 
+# What the text half's config leaves out, for the model with images writes only what differs from these.
+DEFAULTS = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": gemma.HEAD_DIM,
+    "vocab_size": 262208,
+}
+
+
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a Gemma 3 text config."""
+    """The program of a Gemma 3 config."""
+    text = config.section("text_config")
+    if text is not None:
+        given = {name: value for name, value in text.values.items() if value is not None}
+        named = {"architectures": config.values.get("architectures")}
+        config = ModelConfig({**DEFAULTS, **given, **named}, text.origin)
     return gemma2.decoder(
         config, dtype, pattern=6, ropes=read_ropes(config, gemma2.read_dims(config).head_dim), qk_norm=True,
         # this length already counts the global rope's scaling, in either form of the config
         positions=config.int("max_position_embeddings", 131072),
         final_cap=gemma2.soft_cap(config, "final_logit_softcapping", None),
+        root="" if text is None else "language_model.",
     )  # fmt: skip
 
 
