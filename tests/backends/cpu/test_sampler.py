@@ -89,7 +89,8 @@ def test_filters_keep_what_the_definition_keeps(
 ) -> None:
     logits = row(seed)
     spec = SamplingSpec(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    ids, weights = distribution(logits, spec)
+    weights = distribution(logits, spec)
+    ids = np.flatnonzero(weights)
     scaled = (logits / np.float32(temperature)).astype(np.float64)
     p = np.exp(scaled - scaled.max())
     alive = p >= min_p * p.max() * (1 + 1e-6)
@@ -104,13 +105,12 @@ def test_filters_keep_what_the_definition_keeps(
         kept = np.sort(p[ids])[::-1]
         assert kept.sum() >= top_p * inside.sum() * (1 - 1e-6)
         assert len(kept) == 1 or kept[:-1].sum() < top_p * inside.sum() * (1 + 1e-6)
-    assert np.all(np.diff(ids) > 0)
-    np.testing.assert_allclose(weights / weights.sum(), p[ids] / p[ids].sum(), rtol=1e-4)
+    np.testing.assert_allclose(weights[ids], p[ids], rtol=1e-4)
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999, 1.0])
 def test_nucleus_of_a_flat_distribution(top_p: float) -> None:
-    weights = np.ones(5000)
+    weights = np.ones(5000, dtype=np.float32)
     kept = nucleus(weights, top_p)
     assert len(kept) == int(np.ceil(top_p * 5000))
     assert np.array_equal(kept, np.arange(len(kept)))

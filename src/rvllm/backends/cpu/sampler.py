@@ -15,7 +15,6 @@ from rvllm.backends.base import SamplingSpec, TopLogprobs
 from rvllm.backends.cpu.philox import uniform
 
 F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
 GREEDY = 1e-5  # temperatures below are greedy, as in vLLM
 NEVER = np.float32(-np.inf)
 
@@ -79,12 +78,11 @@ def draw(logits: F32, history: History, mask: NDArray[np.uint32] | None = None) 
         logits = adjust(logits.copy(), history, mask)
     if spec.temperature < GREEDY:
         return int(np.argmax(logits))
-    ids, weights = distribution(logits, spec)
-    if not len(ids):  # every token is forbidden, or the logits are not numbers
+    total = np.cumsum(distribution(logits, spec), dtype=np.float64)
+    if not total[-1] > 0:  # every token is forbidden, or the logits are not numbers
         return int(np.argmax(logits))
-    total = np.cumsum(weights)
-    chosen = int(np.searchsorted(total, uniform(spec.seed, history.generated) * total[-1], side="right"))
-    return int(ids[min(chosen, len(ids) - 1)])
+    u = uniform(spec.seed, history.generated)
+    return int(np.searchsorted(total, u * total[-1], side="right"))
 
 
 def adjust(logits: F32, history: History, mask: NDArray[np.uint32] | None) -> F32:
@@ -107,42 +105,43 @@ def adjust(logits: F32, history: History, mask: NDArray[np.uint32] | None) -> F3
     return logits
 
 
-def distribution(logits: F32, spec: SamplingSpec) -> tuple[NDArray[np.int64], F64]:
-    """Token ids that may be drawn, in increasing order, and their weights (not normalised), float64."""
+def distribution(logits: F32, spec: SamplingSpec) -> F32:
+    """Weights [vocab], not normalised, the largest 1; 0 for tokens that may not be drawn."""
     scaled = logits / np.float32(spec.temperature)
-    keep: NDArray[np.bool_] = scaled > NEVER
+    with np.errstate(invalid="ignore"):  # all forbidden: nothing but nan, which the caller sees
+        scaled -= scaled.max()
+    weights: F32 = np.exp(scaled, out=scaled)
     if spec.min_p > 0.0:
-        keep &= scaled >= scaled.max() + np.log(spec.min_p)
-    if 0 < spec.top_k < len(scaled):
-        candidates = np.where(keep, scaled, NEVER)
-        keep &= scaled >= np.partition(candidates, -spec.top_k)[-spec.top_k]
-    ids = np.flatnonzero(keep)
-    kept = scaled[ids].astype(np.float64)
-    weights = np.exp(kept - kept.max(initial=-np.inf))
-    if spec.top_p < 1.0 and len(ids):
-        inside = nucleus(weights, spec.top_p)
-        ids, weights = ids[inside], weights[inside]
-    return ids, weights
+        weights[weights < np.float32(spec.min_p)] = 0
+    if 0 < spec.top_k < len(weights):
+        weights[weights < np.partition(weights, -spec.top_k)[-spec.top_k]] = 0
+    if spec.top_p < 1.0:
+        kept = nucleus(weights, spec.top_p)
+        inside = weights[kept]
+        weights[:] = 0
+        weights[kept] = inside
+    return weights
 
 
-def nucleus(weights: F64, top_p: float) -> NDArray[np.int64]:
-    """Indices, increasing, of the fewest largest weights that hold `top_p` of the sum (Holtzman et al. 2020).
+def nucleus(weights: F32, top_p: float) -> NDArray[np.int64]:
+    """Indices of the fewest largest weights that hold `top_p` of the sum (Holtzman et al. 2020).
 
     At least one is kept; of equal weights at the edge the one with the lower index.
     """
-    target = top_p * weights.sum()
+    alive = np.flatnonzero(weights)
+    weights = weights[alive]
+    target = top_p * weights.sum(dtype=np.float64)
     count = 256
     while True:
         if count < len(weights):
             # All that equal the smallest of the largest `count` come along, so ties stay in order.
-            edge = np.partition(weights, -count)[-count]
-            largest = np.flatnonzero(weights >= edge)
+            largest = np.flatnonzero(weights >= np.partition(weights, -count)[-count])
         else:
             largest = np.arange(len(weights))
         order = largest[np.argsort(-weights[largest], kind="stable")]
-        before = np.cumsum(weights[order])
-        if before[-1] >= target or len(order) == len(weights):
-            return np.sort(order[: int(np.searchsorted(before, target, side="left")) + 1])
+        held = np.cumsum(weights[order], dtype=np.float64)
+        if len(order) == len(weights) or held[-1] >= target:
+            return alive[order[: int(np.searchsorted(held, target, side="left")) + 1]]
         count *= 8
 
 
