@@ -119,14 +119,14 @@ class Bench:
         self.add(f"decode N={seqs} context {context}", seconds, seqs * context * KV_HEADS * DIM * 4)
         gpu.clear()
 
-    def prefill(self, seqs: int, length: int) -> None:
+    def prefill(self, seqs: int, length: int, smem: int = 1 << 20) -> None:
         """attn_prefill of whole prompts."""
         gpu = self.gpu
         k, v = self.cache(seqs * (length + 16))
         stride, per = table_stride(length), -(-length // 16)
         tables = np.zeros((seqs, stride), np.int32)
         tables[:, :per] = np.arange(seqs * per).reshape(seqs, per)
-        plan = plan_prefill(DType.BF16, DIM, smem_per_block=gpu.facts.smem_per_block)
+        plan = plan_prefill(DType.BF16, DIM, smem_per_block=min(smem, gpu.facts.smem_per_block))
         pitch = (HEADS + 2 * KV_HEADS) * DIM
         q = gpu.empty((seqs * length, pitch), BF16)
         fill = [q, ctypes.c_uint64(seqs * length * pitch), ctypes.c_uint64(0), ctypes.c_uint(3), 0.0, 1.0]
@@ -140,7 +140,7 @@ class Bench:
         grid = (len(tiles), KV_HEADS)
         seconds = gpu.time(lambda _: gpu.launch(plan.kernel, grid, plan.block, args, plan.smem), 5)
         flops = seqs * 4.0 * HEADS * DIM * length * (length + 1) / 2
-        self.add(f"prefill {seqs} x {length}", seconds, flops=flops)
+        self.add(f"prefill {seqs} x {length}, {plan.rows} rows", seconds, flops=flops)
         gpu.clear()
 
     def rows(self, rows: int) -> None:
@@ -207,6 +207,7 @@ class Bench:
             self.decode(seqs, context)
         for seqs, length in ((1, 12), (1, 1024), (8, 1024), (1, 8192), (4, 2048)):
             self.prefill(seqs, length)
+            self.prefill(seqs, length, 101376)
         for rows in (1, 128, 8192):
             self.rows(rows)
         some = SamplingSpec(temperature=0.8, top_k=50, top_p=0.9, seed=7)

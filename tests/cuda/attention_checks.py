@@ -70,14 +70,14 @@ def common(shape: Shape, cache: Cache, pitch: int, out_pitch: int) -> list[objec
 
 def decode(
     gpu: Gpu, cache: Cache, q: np.ndarray, slots: np.ndarray, kv_lens: np.ndarray, *,
-    pad: int = 0, small: bool = False, blocks: int | None = None,
+    pad: int = 0, blocks: int | None = None,
 ) -> np.ndarray:  # fmt: skip
     """attn_decode of queries [S, heads, dim] at positions kv_lens - 1; out float32 [S, heads, dim]."""
     shape, count = cache.shape, len(slots)
-    limit = 101376 if small else gpu.facts.smem_per_block
     plan = plan_decode(
         DType.parse(cache.dtype.name), shape.dim, shape.heads, shape.kv_heads, max_seqs=count + pad,
-        max_model_len=max(cache.lens), num_blocks=10**9, sm_count=gpu.facts.sm_count, smem_per_block=limit,
+        max_model_len=max(cache.lens), num_blocks=10**9, sm_count=gpu.facts.sm_count,
+        smem_per_block=gpu.facts.smem_per_block,
     )  # fmt: skip
     width = shape.heads * shape.dim
     pitch = width + 2 * shape.kv_heads * shape.dim
@@ -144,8 +144,8 @@ def check_decode(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape: Sha
     kv_lens = np.array([lens[s] for s in slots], np.int32)
     q = queries(rng, dtype, len(lens), shape)
     worst = 0.0
-    for small in (False, True) if shape.dim <= 128 else (False,):
-        out = decode(gpu, cache, q, slots, kv_lens, pad=3, small=small)
+    for blocks in (None, 1, 7):
+        out = decode(gpu, cache, q, slots, kv_lens, pad=3, blocks=blocks)
         for i, slot in enumerate(slots):
             worst = max(worst, error(out[i], reference(cache, slot, q[i : i + 1], lens[slot] - 1)[0]))
     expect(f"decode {dtype} {shape}", worst, 8e-3 if dtype.name == "bfloat16" else 1.5e-3)
@@ -170,7 +170,7 @@ def check_prefill(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape: Sh
 
 def check_invariance(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape: Shape) -> int:
     """A sequence's outputs have the same bits in one piece, in chunks, as decodes, alone and in a batch."""
-    length = 600
+    length = 1300
     cache = Cache(gpu, rng, dtype, shape, [length, 300])
     q = queries(rng, dtype, length, shape)
     (whole,) = prefill(gpu, cache, [q], np.array([0]), np.array([length]))
@@ -193,16 +193,16 @@ def check_invariance(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape:
             )
             same(out[1], slice(begin, end), f"prefill chunk {begin}:{end}")
         positions = np.unique(
-            np.concatenate([rng.choice(length, 90), [0, 15, 16, 63, 64, 255, 256, 511, 512]])
+            np.concatenate(
+                [rng.choice(length, 90), [0, 15, 16, 63, 64, 255, 256, 511, 512, 1023, 1024, 1299]]
+            )
         )
         ends = (positions + 1).astype(np.int32)
-        out = decode(gpu, cache, q[positions], np.zeros(len(positions), np.int32), ends, pad=2,
-                     small=small, blocks=int(rng.integers(1, 64)))  # fmt: skip
+        zeros = np.zeros(len(positions), np.int32)
+        out = decode(gpu, cache, q[positions], zeros, ends, pad=2, blocks=int(rng.integers(1, 64)))
         same(out, positions, "decode in a batch")
         for p in (0, 70, 257, length - 1):
-            out = decode(
-                gpu, cache, q[p : p + 1], np.zeros(1, np.int32), np.array([p + 1], np.int32), small=small
-            )
+            out = decode(gpu, cache, q[p : p + 1], np.zeros(1, np.int32), np.array([p + 1], np.int32))
             same(out, slice(p, p + 1), "decode alone")
     return compared
 

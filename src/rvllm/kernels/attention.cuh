@@ -17,20 +17,40 @@ constexpr int TILES_PER_SPLIT = SPLIT / TILE;
 constexpr int PAD = 8;  // elements after each row in shared memory: an odd number of 16-byte chunks a row
 
 // Copies rows [lo, hi) of one head's tile into shared memory and zeros the other rows of the blocks touched.
-// blocks: the tile's four cache blocks. Row `skip` is left alone (-1: none). Thread `rank` of THREADS.
+// ids: the tile's four cache blocks. Row `skip` is left alone (-1: none). Thread `rank` of THREADS.
 template <typename T, int D, int THREADS>
-__device__ __forceinline__ void load_tile(T* tile, const T* cache, const int4 blocks, int head, int kv_heads,
-                                          int lo, int hi, int skip, int rank) {
-  constexpr int CHUNKS = D / 8, PER_BLOCK = KV_BLOCK * CHUNKS, TOTAL = 4 * PER_BLOCK;
+__device__ __forceinline__ void load_tile(T* tile, const T* cache, const int4 ids, int head, int kv_heads, int lo,
+                                          int hi, int skip, int rank) {
+  constexpr int CHUNKS = D / 8, PER_BLOCK = KV_BLOCK * CHUNKS, TOTAL = 4 * PER_BLOCK;  // pieces of 16 bytes
+  const auto base = [&](int b) {
+    const int id = b == 0 ? ids.x : b == 1 ? ids.y : b == 2 ? ids.z : ids.w;
+    return cache + ((size_t)id * kv_heads + head) * (KV_BLOCK * D);
+  };
+  const auto copy = [&](const T* source, int piece, int within) {
+    const int row = piece / CHUNKS;
+    const bool valid = row >= lo && row < hi;
+    if (row != skip) cp_async16(smem(tile + row * (D + PAD) + piece % CHUNKS * 8), valid ? source + within * 8 : cache, valid ? 16 : 0);
+  };
+  if constexpr (PER_BLOCK % THREADS == 0) {
+    const bool whole = lo <= 0 && hi >= TILE && skip < 0;
 #pragma unroll
-  for (int i = 0; i < (TOTAL + THREADS - 1) / THREADS; i++) {
-    const int index = i * THREADS + rank, b = index / PER_BLOCK, within = index % PER_BLOCK;
-    const int row = index / CHUNKS, chunk = index % CHUNKS;
-    if ((TOTAL % THREADS == 0 || index < TOTAL) && b * KV_BLOCK < hi && row != skip) {
-      const bool valid = row >= lo && row < hi;
-      const int id = b == 0 ? blocks.x : b == 1 ? blocks.y : b == 2 ? blocks.z : blocks.w;
-      const T* source = valid ? cache + ((size_t)id * kv_heads + head) * (KV_BLOCK * D) + within * 8 : cache;
-      cp_async16(smem(tile + row * (D + PAD) + chunk * 8), source, valid ? 16 : 0);
+    for (int b = 0; b < TILE / KV_BLOCK; b++) {
+      if (b * KV_BLOCK >= hi) break;
+      const T* const source = base(b);
+#pragma unroll
+      for (int i = 0; i < PER_BLOCK / THREADS; i++) {
+        const int within = i * THREADS + rank, piece = b * PER_BLOCK + within;
+        if (whole)
+          cp_async16(smem(tile + piece / CHUNKS * (D + PAD) + piece % CHUNKS * 8), source + within * 8);
+        else
+          copy(source, piece, within);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < (TOTAL + THREADS - 1) / THREADS; i++) {
+      const int piece = i * THREADS + rank, b = piece / PER_BLOCK;
+      if (piece < TOTAL && b * KV_BLOCK < hi) copy(base(b), piece, piece % PER_BLOCK);
     }
   }
 }

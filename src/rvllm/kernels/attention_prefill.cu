@@ -3,7 +3,7 @@
 //
 // A block takes 16 * WARPS rows of one (sequence, kv head): row r is query token r / group under query head
 // r % group of the kv head's group, so that heads that share keys share their loads. Each warp owns 16 rows and
-// walks the key tiles they can see; keys and values are fetched while the other of the two is used. Splits are
+// walks the key tiles they can see; keys are fetched while values are used and the other way round. Splits are
 // merged every 256 positions into totals kept in shared memory, exactly as the decode kernel merges them.
 // Bound by the tensor cores (mma.sync) and, at short prompts, by latency.
 #include "attention.cuh"
@@ -58,8 +58,6 @@ attn_prefill(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, con
   }
   load_k(first_tile);
   cp_async_commit();
-  load_v(first_tile);
-  cp_async_commit();
 
   // What this warp's rows, and this thread's two of them, may see.
   const int warp_row = first_row + warp * 16;
@@ -73,9 +71,11 @@ attn_prefill(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, con
   float M[2] = {-INFINITY_F, -INFINITY_F}, L[2] = {0.f, 0.f};    // of the splits so far; values in `total`
   float sm[2] = {-INFINITY_F, -INFINITY_F}, sl[2] = {0.f, 0.f};  // of the tiles of this split
   float x[DV / 8][4] = {};
+  cp_async_wait<0>();
+  __syncthreads();
+  load_v(first_tile);
+  cp_async_commit();
   for (int t = first_tile; t <= last_tile; t++) {
-    cp_async_wait<1>();
-    __syncthreads();
     const int tile_start = t * TILE;
     const bool seen = !idle && tile_start <= warp_hi && (window <= 0 || tile_start + TILE > warp_lo - window + 1);
     const int blocks = (min(TILE, block_hi + 1 - tile_start) + KV_BLOCK - 1) / KV_BLOCK;
@@ -96,11 +96,10 @@ attn_prefill(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, con
       }
       tile_softmax<T>(s, p, factor, m, l);
     }
-    __syncthreads();  // the keys have been read
+    cp_async_wait<0>();
+    __syncthreads();  // the values are here, the keys have been read
     if (t < last_tile) load_k(t + 1);
     cp_async_commit();
-    cp_async_wait<1>();
-    __syncthreads();  // the values are here
     if (seen) {
       Factors f[2];
 #pragma unroll
@@ -115,10 +114,6 @@ attn_prefill(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, con
           for (int i = 0; i < 4; i++) x[2 * g + n][i] = merge(x[2 * g + n][i], r[n][i], f[i / 2]);
       });
     }
-    __syncthreads();  // the values have been read
-    if (t < last_tile) load_v(t + 1);
-    cp_async_commit();
-
     const bool first_split = t / TILES_PER_SPLIT == first_tile / TILES_PER_SPLIT;
     if (t < last_tile && (t + 1) % TILES_PER_SPLIT == 0) {  // a split ends: into the totals with it
       Factors f[2];
@@ -140,8 +135,11 @@ attn_prefill(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, con
         }
       }
     }
+    cp_async_wait<0>();
+    __syncthreads();  // the next keys are here, the values have been read
+    if (t < last_tile) load_v(t + 1);
+    cp_async_commit();
   }
-  cp_async_wait<0>();
   if (idle) return;
   const bool one_split = first_tile / TILES_PER_SPLIT == last_tile / TILES_PER_SPLIT;
   Factors f[2];

@@ -16,10 +16,9 @@ _PAD = 8  # elements after each row of a tile, as in attention.cuh
 _TILE = 64
 
 
-def decode_smem(head_dim: int, shared: bool, max_seqs: int = DECODE_SEQS) -> int:
-    """Dynamic shared memory of attn_decode in bytes. shared: keys and values take turns in one buffer."""
-    tile, queries = 2 * _TILE * (head_dim + _PAD), 2 * 16 * (head_dim + _PAD)
-    return (4 * tile + queries if shared else 4 * (2 * tile + queries)) + 4 * max_seqs
+def decode_smem(head_dim: int, max_seqs: int = DECODE_SEQS) -> int:
+    """Dynamic shared memory of attn_decode in bytes: four tiles, the queries, and a word a sequence."""
+    return 2 * (4 * _TILE + 16) * (head_dim + _PAD) + 4 * max_seqs
 
 
 def prefill_rows(head_dim: int, small: bool) -> int:
@@ -68,26 +67,26 @@ def _fitting(phase: str, dtype: str, head_dim: int, smem_per_block: int) -> str:
 
 def _attention(dtype: str, dim: int) -> list[KernelSpec]:
     t, short = TYPES[dtype], SHORT[dtype]
-    specs = []
+    specs = [
+        KernelSpec(
+            name=f"sm80_{short}_attn_decode_d{dim}",
+            source="attention_decode.cu",
+            symbol=f"attn_decode<{t}, {dim}, {dim}>",
+            smem=decode_smem(dim),
+            unit=f"{short}_d{dim}",
+        )
+    ]
     for small in (False, True) if dim <= 128 else (False,):
-        shared, suffix = small or dim > 128, "_small" if small else ""
-        rows = prefill_rows(dim, small)
-        specs += [
-            KernelSpec(
-                name=f"sm80_{short}_attn_decode_d{dim}{suffix}",
-                source="attention_decode.cu",
-                symbol=f"attn_decode<{t}, {dim}, {dim}, {str(shared).lower()}>",
-                smem=decode_smem(dim, shared),
-                unit=f"{short}_d{dim}{suffix}",
-            ),
+        suffix, rows = "_small" if small else "", prefill_rows(dim, small)
+        specs.append(
             KernelSpec(
                 name=f"sm80_{short}_attn_prefill_d{dim}{suffix}",
                 source="attention_prefill.cu",
                 symbol=f"attn_prefill<{t}, {dim}, {dim}, {rows // 16}>",
                 smem=prefill_smem(dim, rows),
                 unit=f"{short}_d{dim}{suffix}",
-            ),
-        ]
+            )
+        )
     return specs
 
 

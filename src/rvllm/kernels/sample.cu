@@ -93,34 +93,39 @@ sample_scan(const float* logits, float* scaled, Best* bests, const Slot* slots, 
 }
 
 // Picks an index of the row by its weight: of keys above `edge` all, of those equal to it the first `ties`.
-// The block's warps own consecutive parts of the row; sums come first, then one warp walks to the spot.
+// Each warp sums a consecutive part of the row; then the block looks closer at the part that holds the spot.
 __device__ int draw(const float* row, int vocab, float maximum, u32 edge, u64 ties, u32 random, int fallback) {
-  __shared__ u64 sums[32], left;
-  __shared__ u64 tied[32], ties_left;
+  __shared__ u64 sums[32], tied[32], scratch[32], left, ties_left;
   __shared__ int chosen, token;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = (vocab + 127) / 128 / 32 * 128 + 128;
-  const int begin = min(warp * part, vocab), end = min(begin + part, vocab);
+  constexpr int AHEAD = 4;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int part = (vocab + 32 * 128 - 1) / (32 * 128) * 128, begin = min(warp * part, vocab), end = min(begin + part, vocab);
   const u64 edge_weight = weight_of(value_of(edge), maximum);
-  const auto look = [&](int i, u64 (&w)[4], bool (&tie)[4]) {
-    float4 v = make_float4(-INFINITY_F, -INFINITY_F, -INFINITY_F, -INFINITY_F);
-    if (i < end) v = *reinterpret_cast<const float4*>(row + i);
+  const auto look = [&](const float4& v, int i, int stop, u64 (&w)[4], bool (&tie)[4]) {
     const float x[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-      const u32 key = i + k < end ? key_of(x[k]) : 0;
+      const u32 key = i + k < stop ? key_of(x[k]) : 0;
       w[k] = key > edge ? weight_of(x[k], maximum) : 0;
       tie[k] = key == edge;
     }
   };
   u64 sum = 0, same = 0;
-  for (int i = begin + lane * 4; i < end; i += 128) {
-    u64 w[4];
-    bool tie[4];
-    look(i, w, tie);
+  for (int base = begin + lane * 4; base < end; base += AHEAD * 128) {
+    float4 v[AHEAD];
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-      sum += w[k];
-      same += tie[k];
+    for (int a = 0; a < AHEAD; a++)
+      if (base + a * 128 < end) v[a] = *reinterpret_cast<const float4*>(row + base + a * 128);
+#pragma unroll
+    for (int a = 0; a < AHEAD; a++) {
+      u64 w[4];
+      bool tie[4];
+      look(v[a], base + a * 128, end, w, tie);
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        sum += w[k];
+        same += tie[k];
+      }
     }
   }
 #pragma unroll
@@ -157,47 +162,31 @@ __device__ int draw(const float* row, int vocab, float maximum, u32 edge, u64 ti
     ties_left = rest;
   }
   __syncthreads();
-  if (warp == chosen) {
+  if (chosen >= 0) {
     u64 spot = left, rest = ties_left;
-    for (int base = begin; base < end; base += 128) {
-      u64 w[4];
+    const int stop = min((chosen + 1) * part, vocab);
+    for (int base = chosen * part; base < stop; base += PICK_THREADS * 4) {
+      const int i = base + threadIdx.x * 4;
+      u64 w[4], strip_ties, strip;
       bool tie[4];
-      look(base + lane * 4, w, tie);
-      u32 before = tie[0] + tie[1] + tie[2] + tie[3];
-      const u32 own = before;
-#pragma unroll
-      for (int o = 1; o < 32; o <<= 1) {
-        const u32 other = __shfl_up_sync(~0u, before, o);
-        if (lane >= o) before += other;
-      }
-      const u32 strip_ties = __shfl_sync(~0u, before, 31);
-      before -= own;
-      u64 mine = 0;
+      float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (i < stop) v = *reinterpret_cast<const float4*>(row + i);
+      look(v, i, stop, w, tie);
+      u64 rank = block_scan(tie[0] + tie[1] + tie[2] + tie[3], scratch, strip_ties), mine = 0;
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        if (tie[k] && before++ < rest) w[k] = edge_weight;
+        if (tie[k] && rank++ < rest) w[k] = edge_weight;
         mine += w[k];
       }
-      u64 upto = mine;
+      u64 before = block_scan(mine, scratch, strip);
 #pragma unroll
-      for (int o = 1; o < 32; o <<= 1) {
-        const u64 other = __shfl_up_sync(~0u, upto, o);
-        if (lane >= o) upto += other;
+      for (int k = 0; k < 4; k++) {
+        if (before <= spot && spot < before + w[k]) token = i + k;
+        before += w[k];
       }
-      const u32 past = __ballot_sync(~0u, upto > spot);
-      if (past) {
-        if (lane == __ffs(past) - 1) {
-          u64 run = upto - mine;
-#pragma unroll
-          for (int k = 0; k < 4; k++) {
-            if (run <= spot && spot < run + w[k]) token = base + lane * 4 + k;
-            run += w[k];
-          }
-        }
-        break;
-      }
-      spot -= __shfl_sync(~0u, upto, 31);
-      rest -= min((u64)strip_ties, rest);
+      if (spot < strip) break;
+      spot -= strip;
+      rest -= min(strip_ties, rest);
     }
   }
   __syncthreads();

@@ -93,13 +93,43 @@ __device__ __forceinline__ void histogram_add(Histogram& h, u32 bin, u64 x) {
 
 // Visits (value, id) of a row of `vocab` floats, 16-byte aligned and padded to four; the whole block.
 template <typename Visit> __device__ __forceinline__ void each(const float* row, int vocab, Visit visit) {
-  for (int i = threadIdx.x * 4; i < vocab; i += blockDim.x * 4) {
-    const float4 v = *reinterpret_cast<const float4*>(row + i);
-    visit(v.x, i);
-    if (i + 1 < vocab) visit(v.y, i + 1);
-    if (i + 2 < vocab) visit(v.z, i + 2);
-    if (i + 3 < vocab) visit(v.w, i + 3);
+  constexpr int AHEAD = 4;  // loads in flight a thread
+  const int step = blockDim.x * 4;
+  for (int base = threadIdx.x * 4; base < vocab; base += AHEAD * step) {
+    float4 v[AHEAD];
+#pragma unroll
+    for (int a = 0; a < AHEAD; a++)
+      if (base + a * step < vocab) v[a] = *reinterpret_cast<const float4*>(row + base + a * step);
+#pragma unroll
+    for (int a = 0; a < AHEAD; a++) {
+      const int i = base + a * step;
+      if (i < vocab) visit(v[a].x, i);
+      if (i + 1 < vocab) visit(v[a].y, i + 1);
+      if (i + 2 < vocab) visit(v[a].z, i + 2);
+      if (i + 3 < vocab) visit(v[a].w, i + 3);
+    }
   }
+}
+
+// Sum of x over the threads before this one, and over all of the block. scratch: 32 elements.
+__device__ __forceinline__ u64 block_scan(u64 x, u64* scratch, u64& total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  u64 sum = x;
+#pragma unroll
+  for (int o = 1; o < 32; o <<= 1) {
+    const u64 other = __shfl_up_sync(~0u, sum, o);
+    if (lane >= o) sum += other;
+  }
+  __syncthreads();
+  if (lane == 31) scratch[warp] = sum;
+  __syncthreads();
+  u64 before = sum - x;
+  total = 0;
+  for (int w = 0; w < blockDim.x / 32; w++) {
+    if (w < warp) before += scratch[w];
+    total += scratch[w];
+  }
+  return before;
 }
 
 // The largest key t such that what lies at or above it measures at least `target` > 0: elements are counted, or,
@@ -124,18 +154,10 @@ __device__ u32 select_key(const float* row, int vocab, float maximum, u32 floor,
     });
     __syncthreads();
     // Sums from the top: thread i holds bins BINS - 1 - 2 i and the one below it.
-    const int first = BINS - 1 - 2 * threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int first = BINS - 1 - 2 * threadIdx.x;
     const u64 a = (u64)h.high[first] << 32 | h.low[first], b = (u64)h.high[first - 1] << 32 | h.low[first - 1];
-    u64 sum = a + b;
-#pragma unroll
-    for (int o = 1; o < 32; o <<= 1) {
-      const u64 other = __shfl_up_sync(~0u, sum, o);
-      if (lane >= o) sum += other;
-    }
-    if (lane == 31) h.warp_sums[warp] = sum;
-    __syncthreads();
-    for (int w = 0; w < warp; w++) sum += h.warp_sums[w];
-    const u64 before = above + sum - a - b;  // everything above this thread's bins
+    u64 total;
+    const u64 before = above + block_scan(a + b, h.warp_sums, total);  // everything above this thread's bins
     if (before < target && before + a >= target) {
       h.bin = first;
       h.above = before;

@@ -80,14 +80,13 @@ def plan_decode(
             f"lower --max-num-seqs"
         )
     kernel = decode_kernel(dtype.value, head_dim, smem_per_block)
-    shared = kernel.endswith("_small") or head_dim > 128
-    smem = decode_smem(head_dim, shared, max_seqs)
+    smem = decode_smem(head_dim, max_seqs)
     group = heads // kv_heads
     parts = -(-group // 16)
     splits = min(max_seqs * -(-max_model_len // SPLIT), num_blocks * BLOCK // SPLIT + max_seqs)
     items = splits * kv_heads * parts
     stride = -(-(min(group, 16) * (head_dim + 2)) // 4) * 4
-    resident = max(1, min(4, (smem_per_block + 1024) // (smem + 2048)))
+    resident = max(1, min(4 if head_dim <= 64 else 3, (smem_per_block + 1024) // (smem + 1664)))
     return DecodePlan(
         kernel=kernel,
         grid=min(items, sm_count * resident),
