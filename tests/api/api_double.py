@@ -105,10 +105,10 @@ def _logprobs(token: int, top: int) -> TokenLogprobs:
 class LiveServer:
     """The HTTP side in a thread of its own, on a free port of 127.0.0.1; use it in a `with` block."""
 
-    def __init__(self, *, texts: bool = True, **settings: Any) -> None:
-        """texts: whether the server has a tokenizer."""
+    def __init__(self, *, texts: bool = True, template: str | None = None, **settings: Any) -> None:
+        """texts: whether the server has a tokenizer; template: a chat template instead of its own."""
         self.config = ServerConfig(port=0, **settings)
-        self.texts = texts
+        self.texts, self.template = texts, template
         self.tokenizer = byte_level()
         self.code: int | None = None
         self._ready = threading.Event()
@@ -150,6 +150,7 @@ class LiveServer:
             metrics,
             served_name="tiny",
             requests=RequestMaker(facts),
+            chat_template=self.template,
         )
         gate = Gate(self.config, metrics)
         sock = bind(self.config)

@@ -186,7 +186,8 @@ def test_the_last_message_can_be_continued_and_echoed(server: LiveServer) -> Non
         ({"messages": [{"content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [7]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": "the " * 400}]}, "messages"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
@@ -235,3 +236,34 @@ def test_an_engine_error_is_a_500_also_in_a_stream_that_has_not_begun(server: Li
         assert status == 500
     finally:
         server.engine.error = None
+
+
+def test_tools_and_calls_reach_the_template() -> None:
+    template = (
+        "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}<{{ c.function.arguments.city }}>{% endfor %}"
+        "{% if m.tool_call_id %}#{{ m.tool_call_id }}{% endif %};{% endfor %}{{ mood }}"
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "rain", "tool_call_id": "1"},
+    ]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    rest = "user:hi;assistant:<Oslo>;tool:rain#1;"
+    with LiveServer(template=template, drain_timeout=0.2) as server:
+        for choice, expected in (("auto", "[weather]" + rest), ("none", rest)):
+            status, answer = server.chat(messages=messages, tools=tools, tool_choice=choice, max_tokens=1)
+            assert status == 200, answer
+            assert server.tokenizer.decode(server.engine.requests[-1].prompt_token_ids) == expected
+        server.chat(chat_template_kwargs={"mood": "glad"}, max_tokens=1)
+        assert server.tokenizer.decode(server.engine.requests[-1].prompt_token_ids) == "user:hello;glad"
+
+
+def test_a_template_that_raises_is_the_clients_error() -> None:
+    with LiveServer(template="{{ raise_exception('roles must alternate') }}", drain_timeout=0.2) as server:
+        status, answer = server.chat()
+        assert status == 400
+        assert "roles must alternate" in answer["error"]["message"]

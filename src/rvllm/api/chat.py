@@ -82,39 +82,19 @@ def render(service: Service, request: ChatRequest | TokenizeRequest) -> str:
 
 
 def _plain(message: Message, index: int) -> dict[str, Any]:
-    """A message as templates expect it: `developer` is today's word for `system`, parts are joined text."""
+    """A message as templates expect it; `developer` is today's word for `system`."""
     where = f"messages[{index}]"
     if message.role not in _ROLES:
         raise invalid(
             f"{where}.role must be one of {', '.join(_ROLES)}, got {message.role[:40]!r}", f"{where}.role"
         )
-    if message.content is None and not message.tool_calls and message.role != "assistant":
+    if message.content is None and message.role != "assistant":
         raise invalid(f"{where}.content is required", f"{where}.content")
     plain: dict[str, Any] = msgspec.to_builtins(message)
     plain["role"] = "system" if message.role == "developer" else message.role
-    content = message.content
-    if isinstance(content, list):
-        for number, part in enumerate(content):
-            if part.type != "text" or part.text is None:
-                raise invalid(f"{where}.content[{number}]: only parts of type text are supported, "
-                              f"got {part.type[:40]!r}", f"{where}.content")  # fmt: skip
-        content = "\n".join(part.text or "" for part in content)
-    plain["content"] = content if content is not None or message.tool_calls else ""
-    for number, call in enumerate(message.tool_calls or []):
-        plain["tool_calls"][number] = _with_parsed_arguments(call)
+    if message.content is None and not message.tool_calls:
+        plain["content"] = ""
     return plain
-
-
-def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are an object, as templates want them; OpenAI sends them as JSON text."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = msgspec.json.decode(function["arguments"])
-    except (msgspec.DecodeError, RecursionError):
-        return call
-    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _check_tools(request: ChatRequest) -> None:
@@ -233,4 +213,6 @@ def _echoed(request: ChatRequest) -> str:
     last = request.messages[-1]
     if not request.echo or last.role != "assistant" or last.content is None:
         return ""
-    return last.content if isinstance(last.content, str) else "\n".join(p.text or "" for p in last.content)
+    if isinstance(last.content, str):
+        return last.content
+    return "\n".join(part if isinstance(part, str) else str(part.get("text", "")) for part in last.content)

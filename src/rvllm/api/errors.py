@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 import msgspec
@@ -74,12 +75,13 @@ def busy(message: str) -> ApiError:
 def from_rvllm(error: RvllmError, fields: Collection[str] = ()) -> ApiError:
     """A mistake found below the HTTP layer, as an answer.
 
-    A UsageError is the client's; when its first word is one of the request's `fields`, that is the parameter.
+    A UsageError is the client's; when its first word is one of the request's `fields`, or a
+    path into one (`messages[0].content`), that is the parameter.
     """
     message = str(error)
     if isinstance(error, UsageError):
         word = message.partition(" ")[0].rstrip(":")
-        return invalid(message, word if word in fields else None)
+        return invalid(message, word if re.split(r"[.\[]", word)[0] in fields else None)
     if isinstance(error, CapacityError):
         return invalid(message)
     return ApiError(500, message)

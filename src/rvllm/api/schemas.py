@@ -104,18 +104,14 @@ class GenerationRequest(Refused, kw_only=True):
     add_special_tokens: bool | None = None
 
 
-class TextPart(msgspec.Struct, kw_only=True):
-    """One part of a message's content; only text is understood."""
-
-    type: str
-    text: str | None = None
-
-
 class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One message of a conversation; templates get its fields under the same names."""
+    """One message of a conversation; templates get its fields under the same names.
+
+    content: a text or a list of parts, of which only text parts are understood.
+    """
 
     role: str
-    content: str | list[TextPart] | None = None
+    content: str | list[str | dict[str, Any]] | None = None
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None

@@ -6,12 +6,12 @@ import asyncio
 import dataclasses
 import sys
 from contextlib import aclosing
+from functools import partial
 from itertools import count
-from pathlib import Path
 
 from rvllm.cli.chat import Answer, Conversation, Sampling
+from rvllm.cli.starting import start_engine
 from rvllm.config import EngineConfig, SourceConfig, build
-from rvllm.engine.client import EngineClient
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import RvllmError, UsageError
 from rvllm.text.processor import Choice
@@ -32,8 +32,9 @@ class LocalTalker:
         self._runner = asyncio.Runner()
         self._ids = count()
         try:
-            self._engine, self._tokenizer = self._runner.run(
-                _load(dataclasses.replace(config, model=str(path)), path)
+            found = dataclasses.replace(config, model=str(path))
+            self._engine, (self._tokenizer,) = self._runner.run(
+                start_engine(found, partial(Tokenizer.load, path))
             )
         except BaseException:
             self._runner.close()
@@ -65,18 +66,3 @@ class LocalTalker:
         """Ends the engine process."""
         self._runner.run(self._engine.close())
         self._runner.close()
-
-
-async def _load(config: EngineConfig, path: Path) -> tuple[EngineClient, Tokenizer]:
-    """The engine process, and meanwhile the tokenizer."""
-    starting = asyncio.ensure_future(EngineClient.start(config))
-    await asyncio.sleep(0)
-    try:
-        tokenizer = await asyncio.to_thread(Tokenizer.load, path)
-        return await starting, tokenizer
-    except BaseException:
-        starting.cancel()
-        (engine,) = await asyncio.gather(starting, return_exceptions=True)
-        if isinstance(engine, EngineClient):
-            await engine.close()
-        raise

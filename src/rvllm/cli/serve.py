@@ -7,8 +7,8 @@ import asyncio
 import contextlib
 import dataclasses
 import socket
-import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,21 +108,12 @@ async def _serve(
 
 async def _load(config: EngineConfig, start: _Start) -> tuple[EngineClient, Tokenizer | None]:
     """Starts the engine process; while it loads, this one loads the tokenizer and the HTTP side."""
-    from rvllm.engine.client import EngineClient
+    from rvllm.cli.starting import start_engine
 
-    with _Bar() as bar:
-        starting = asyncio.ensure_future(EngineClient.start(config, bar.show))
-        await asyncio.sleep(0)  # the engine process is on its way before this one does anything more
-        try:
-            tokenizing = asyncio.to_thread(_tokenizer, config, start)
-            _, tokenizer = await asyncio.gather(asyncio.to_thread(_import_http, start), tokenizing)
-            return await starting, tokenizer
-        except BaseException:
-            starting.cancel()
-            (engine,) = await asyncio.gather(starting, return_exceptions=True)
-            if isinstance(engine, EngineClient):
-                await engine.close()
-            raise
+    engine, (tokenizer, _) = await start_engine(
+        config, partial(_tokenizer, config, start), partial(_import_http, start)
+    )
+    return engine, tokenizer
 
 
 def _import_http(start: _Start) -> None:
@@ -221,28 +212,3 @@ def _size(nbytes: int) -> str:
             break
         value /= 1024
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-
-
-class _Bar:
-    """A progress line on a terminal while the model loads; silent elsewhere."""
-
-    WIDTH = 30
-
-    def __init__(self) -> None:
-        self._shown = False
-        self._terminal = sys.stderr.isatty()
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def show(self, fraction: float, text: str) -> None:
-        """Draws the bar at `fraction` (0 to 1)."""
-        if self._terminal:
-            done = round(self.WIDTH * min(max(fraction, 0.0), 1.0))
-            bar = "━" * done + "·" * (self.WIDTH - done)
-            print(f"\r\x1b[K{bar} {fraction:4.0%} {text}", end="", file=sys.stderr, flush=True)
-            self._shown = True
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
