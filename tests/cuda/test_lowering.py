@@ -12,6 +12,7 @@ from rvllm.backends.cuda.fuse import fuse
 from rvllm.backends.cuda.graphs import Recipe, nowhere
 from rvllm.backends.cuda.lowering import Chip
 from rvllm.backends.cuda.memory import Budget, MemoryPlan, plan_memory
+from rvllm.backends.cuda.placement import wanted_weights
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, MissingKernelError
 from rvllm.models.config import ModelConfig
@@ -37,16 +38,20 @@ def program(dtype: DType = DType.BF16, **changes: object) -> Program:
 
 
 def recipe(given: Program, facts: DeviceFacts, config: EngineConfig, budget: Budget = GB80) -> Recipe:
-    stages = fuse(given)
+    native = config.gemm_strategy == "native"
+    stages = fuse(given, gated_epilogue=native)
+    wanted = wanted_weights(stages, "packed" if native else "table")
     prefill = {
         op.name: plan_prefill(given.dtype, op.head_dim, smem_per_block=facts.smem_per_block)
         for op in given.ops
         if isinstance(op, Attention)
     }
     rows = next(iter(prefill.values())).rows
-    memory = plan_memory(given, stages, config, facts, budget, rows)
+    memory = plan_memory(given, stages, config, facts, budget, rows, wanted)
     chip = Chip(facts.capability, facts.sm_count, facts.smem_per_block)
-    return Recipe(given.dtype, chip, shape_of(given, memory), nowhere(given, stages), memory, stages, prefill)
+    nothing = nowhere(given, wanted)
+    shape = shape_of(given, memory)
+    return Recipe(given.dtype, chip, shape, nothing, memory, stages, prefill, config.gemm_strategy)
 
 
 @pytest.mark.parametrize("facts", [H100, A100, L40], ids=lambda f: f.name)
@@ -104,3 +109,11 @@ def test_too_little_memory_names_the_shortfall_and_the_flags() -> None:
     assert "--gpu-memory-utilization" in str(caught.value)
     with pytest.raises(CapacityError, match="--max-model-len 32768"):
         recipe(program(), H100, EngineConfig(max_model_len=32768, num_gpu_blocks=100))
+
+
+def test_cublas_takes_every_product_and_nothing_is_packed() -> None:
+    given = recipe(program(), H100, EngineConfig(gemm_strategy="cublas"))
+    planned = given.decode(16)
+    assert sum(p.kernel == "cublaslt" for p in planned) == 28 * 4 + 1
+    assert not any("gemm" in name for name in given.kernels())
+    assert given.memory.lines["cuBLAS workspace"] == 32 << 20

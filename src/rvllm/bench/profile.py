@@ -16,14 +16,14 @@ def profile_table(profile: Any) -> str:
     lines = [
         f"decode step, N={profile.seqs}, {profile.context} tokens of context; "
         f"plain read in this run {profile.bandwidth / 1e12:.2f} TB/s",
-        f"{'op':34} {'kernel':30} {'x':>3} {'us':>7} {'GB/s':>6} {'TFLOP/s':>8} {'floor us':>8} {'gap a step':>13}",
+        f"{'op':34} {'kernel':30} {'x':>3} {'us':>7} {'GB/s':>6} {'TFLOP/s':>8} {'floor':>8} {'gap/step':>9}",
     ]
     for row in profile.rows:
         floor = profile.floor(row.cost)
         lines.append(
             f"{row.op[:34]:34} {row.kernel[:30]:30} {row.count:3d} {row.seconds * 1e6:7.1f} "
             f"{row.cost.nbytes / row.seconds / 1e9:6.0f} {row.cost.flops / row.seconds / 1e12:8.1f} "
-            f"{floor * 1e6:8.1f} {(row.seconds - floor) * row.count * 1e6:13.0f}"
+            f"{floor * 1e6:8.1f} {(row.seconds - floor) * row.count * 1e6:9.0f}"
         )
     floor, kernels = profile.floor(profile.total), sum(r.seconds * r.count for r in profile.rows)
     lines.append(

@@ -16,6 +16,7 @@ from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepResult
 from rvllm.backends.cuda.arena import Arena
 from rvllm.backends.cuda.attention import plan_prefill, prefill_tiles
 from rvllm.backends.cuda.catalog import Catalog
+from rvllm.backends.cuda.cublas import library
 from rvllm.backends.cuda.device_state import DeviceState, carve, clear_state, send_ropes, shape_of
 from rvllm.backends.cuda.driver import Device, DeviceFacts, Pinned, Stream
 from rvllm.backends.cuda.flight import NOTHING, Flight
@@ -26,6 +27,7 @@ from rvllm.backends.cuda.loader import Loader, fill_dummy
 from rvllm.backends.cuda.lowering import Chip
 from rvllm.backends.cuda.memory import BLOCK, budget_of, plan_memory
 from rvllm.backends.cuda.metadata import SampledRows, leading_decodes
+from rvllm.backends.cuda.placement import wanted_weights
 from rvllm.backends.cuda.profile import (
     READ_KERNEL,
     Profile,
@@ -110,17 +112,30 @@ class CudaBackend:
                 f"{facts.name} has compute capability {facts.capability / 10:.1f}; kernels exist from 8.0 on"
             )
         free, total = device.free_memory()
-        stages = fuse(program)
+        native = config.gemm_strategy == "native"
+        stages = fuse(program, gated_epilogue=native)
+        wanted = wanted_weights(stages, "packed" if native else "table")
         attentions = {op.name: op for op in program.ops if isinstance(op, Attention)}
         prefill = {
             name: plan_prefill(program.dtype, op.head_dim, smem_per_block=facts.smem_per_block)
             for name, op in attentions.items()
         }
         budget = budget_of(config, free, total)
-        memory = plan_memory(program, stages, config, facts, budget, next(iter(prefill.values())).rows)
+        memory = plan_memory(
+            program, stages, config, facts, budget, next(iter(prefill.values())).rows, wanted
+        )
         chip = Chip(facts.capability, facts.sm_count, facts.smem_per_block)
         shape = shape_of(program, memory)
-        recipe = Recipe(program.dtype, chip, shape, nowhere(program, stages), memory, stages, prefill)
+        recipe = Recipe(
+            program.dtype,
+            chip,
+            shape,
+            nowhere(program, wanted),
+            memory,
+            stages,
+            prefill,
+            config.gemm_strategy,
+        )
 
         catalog = Catalog(facts.capability, kernel_cache())
         catalog.require(
@@ -129,7 +144,7 @@ class CudaBackend:
         )
         after_modules, _ = device.free_memory()
         arena = Arena(memory.nbytes)
-        state = carve(arena, program, stages, memory)
+        state = carve(arena, program, stages, memory, wanted)
         stream = Stream()
         clear_state(stream, state, memory)
         send_ropes(stream, state, memory)
@@ -146,7 +161,9 @@ class CudaBackend:
             LedgerLine("kernels", free - after_modules),
             *arena.ledger(),
         ]
-        recipe = Recipe(program.dtype, chip, shape, state.addresses, memory, stages, prefill)
+        recipe = Recipe(
+            program.dtype, chip, shape, state.addresses, memory, stages, prefill, config.gemm_strategy
+        )
         backend = CudaBackend(device, facts, arena, catalog, stream, recipe, state, ledger, program)
         if config.capture_graphs == "eager":
             report(0.0, "capturing graphs")
@@ -318,8 +335,10 @@ def _check_supported(program: Program, config: EngineConfig) -> None:
     """Refuses what the GPU cannot run, by name, before anything is taken."""
     if program.dtype not in (DType.BF16, DType.F16):
         raise UsageError(f"--dtype {program.dtype.value}: a GPU runs bfloat16 and float16")
-    if config.gemm_strategy != "native":
-        raise UsageError(f"--gemm-strategy {config.gemm_strategy}: not built; use native")
+    if config.gemm_strategy == "cublas":
+        library()
+    elif config.gemm_strategy != "native":
+        raise UsageError(f"--gemm-strategy {config.gemm_strategy}: not built; use native or cublas")
     if config.decode_path != "batched":
         raise UsageError(f"--decode-path {config.decode_path}: not built; use batched")
     shapes = {(op.heads // op.kv_heads, op.head_dim) for op in program.ops if isinstance(op, Attention)}

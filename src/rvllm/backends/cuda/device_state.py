@@ -12,7 +12,7 @@ from rvllm.backends.cuda.driver import Pinned, Stream
 from rvllm.backends.cuda.fuse import Stage
 from rvllm.backends.cuda.lowering import Addresses, Shape
 from rvllm.backends.cuda.memory import BLOCK, MemoryPlan
-from rvllm.backends.cuda.placement import ELEMENT, Form, Wanted, wanted_weights
+from rvllm.backends.cuda.placement import ELEMENT, Form, Wanted
 from rvllm.backends.cuda.sampling import MAX_TOP, StateSizes
 from rvllm.program.memory import plan_workspace
 from rvllm.program.ops import Program, RopeKV
@@ -65,9 +65,11 @@ class DeviceState:
     kv: Range
 
 
-def carve(arena: Arena, program: Program, stages: Sequence[Stage], plan: MemoryPlan) -> DeviceState:
+def carve(
+    arena: Arena, program: Program, stages: Sequence[Stage], plan: MemoryPlan, wanted: Sequence[Wanted]
+) -> DeviceState:
     """Takes everything the plan lists from the arena, line by line."""
-    places = [(w, arena.take("weights", w.nbytes, w.weight.name).address) for w in wanted_weights(stages)]
+    places = [(w, arena.take("weights", w.nbytes, w.weight.name).address) for w in wanted]
     weights: dict[tuple[str, Form], int] = {(w.weight.name, w.form): a for w, a in places}
     workspace = plan_workspace(list(stages), plan.tokens, plan.samples)
     base = arena.take("workspace", workspace.nbytes).address
@@ -96,6 +98,8 @@ def carve(arena: Arena, program: Program, stages: Sequence[Stage], plan: MemoryP
     arrivals = max((p.arrivals_bytes for p in plan.decode.values()), default=0)
     partial_at = arena.take("attention workspace", partial).address
     arrivals_at = arena.take("attention workspace", arrivals).address
+    gemm = plan.lines.get("cuBLAS workspace", 0)
+    gemm_workspace = arena.take("cuBLAS workspace", gemm).address if gemm else 0
     caches: dict[str, tuple[int, int]] = {}
     first = last = 0
     for cache in program.caches:
@@ -125,6 +129,7 @@ def carve(arena: Arena, program: Program, stages: Sequence[Stage], plan: MemoryP
         biases=biases,
         stops=stops,
         masks=masks,
+        gemm_workspace=gemm_workspace,
     )
     shape = shape_of(program, plan)
     return DeviceState(

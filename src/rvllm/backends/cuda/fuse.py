@@ -33,10 +33,10 @@ class Stage:
         return tuple(b for op in self.ops for b in op.writes if b.name not in self.inner)
 
 
-def fuse(program: Program) -> list[Stage]:
+def fuse(program: Program, gated_epilogue: bool = True) -> list[Stage]:
     """The program's ops in order, with these patterns merged:
 
-    Linear, GatedActivation of its result: the activation is the product's epilogue.
+    Linear, GatedActivation of its result: the activation is the product's epilogue (`gated_epilogue`).
     Linear, Add of its result: the residual add is the product's epilogue.
     Add, Norm of its result: one pass over the row.
 
@@ -51,6 +51,7 @@ def fuse(program: Program) -> list[Stage]:
         stage = Stage((op,))
         if isinstance(op, Linear) and after is not None and readers[op.out.name] == _reads(after, op.out):
             gated = isinstance(after, GatedActivation) and after.activation in GATED and after.x == op.out
+            gated = gated and gated_epilogue
             added = isinstance(after, Add) and after.y == op.out and after.x != op.out
             if gated or added:
                 stage = Stage((op, after), (op.out.name,))

@@ -20,7 +20,7 @@ from rvllm.backends.cuda.launches import Counts, Planned, bind, kernel_names
 from rvllm.backends.cuda.lowering import Addresses, Chip, Lowering, Shape
 from rvllm.backends.cuda.memory import MemoryPlan
 from rvllm.backends.cuda.metadata import Layout
-from rvllm.backends.cuda.placement import wanted_weights
+from rvllm.backends.cuda.placement import Wanted
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import GatherRows, Program, RopeKV
 
@@ -36,6 +36,7 @@ class Recipe:
     memory: MemoryPlan
     stages: Sequence[Stage]
     prefill: dict[str, PrefillPlan]
+    strategy: str
 
     def decode(self, seqs: int) -> list[Planned]:
         """A step of up to `seqs` sequences with one token each."""
@@ -95,6 +96,7 @@ class Recipe:
             counts,
             self.memory.decode,
             self.prefill if prefill else None,
+            self.strategy,
         )
 
 
@@ -106,10 +108,10 @@ def distinct(stages: Sequence[Stage]) -> list[Stage]:
     return list(found.values())
 
 
-def nowhere(program: Program, stages: Sequence[Stage]) -> Addresses:
+def nowhere(program: Program, wanted: Sequence[Wanted]) -> Addresses:
     """Addresses of nothing, for planning launches before any memory is taken."""
     return Addresses(
-        weights={(w.weight.name, w.form): 0 for w in wanted_weights(stages)},
+        weights={(w.weight.name, w.form): 0 for w in wanted},
         buffers={b.name: 0 for b in program.buffers},
         caches={c.name: (0, 0) for c in program.caches},
         ropes={op.rope: (0, 0) for op in program.ops if isinstance(op, RopeKV) and op.rope is not None},

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rvllm.backends.cuda.catalog import Catalog
+from rvllm.backends.cuda.cublas import KERNEL as CUBLAS
+from rvllm.backends.cuda.cublas import MatmulLaunch
 from rvllm.backends.cuda.driver import Grid, Launch, Stream, TensorMap
 
 
@@ -69,7 +71,7 @@ class Bound:
     """Planned launches bound to a GPU: run eagerly or captured into a graph."""
 
     planned: Sequence[Planned]
-    launches: list[Launch]
+    launches: list[Launch | MatmulLaunch]
     cells: dict[str, ctypes.c_int] = field(default_factory=dict)
 
     def run(self, stream: Stream, counts: Counts) -> None:
@@ -92,15 +94,18 @@ def fixed(*grid: int) -> GridOf:
 
 
 def kernel_names(planned: Iterable[Planned]) -> list[str]:
-    """The kernels a plan uses, each once."""
-    return list(dict.fromkeys(p.kernel for p in planned))
+    """The catalog's kernels a plan uses, each once."""
+    return list(dict.fromkeys(p.kernel for p in planned if p.kernel != CUBLAS))
 
 
 def bind(planned: Sequence[Planned], catalog: Catalog, pdl: bool) -> Bound:
     """Launch records for a plan; scalars that follow the step share one cell each."""
     cells = {name: ctypes.c_int(0) for name in ("tokens", "seqs", "samples")}
-    launches = []
+    launches: list[Launch | MatmulLaunch] = []
     for p in planned:
+        if p.kernel == CUBLAS:
+            launches.append(MatmulLaunch(p.parameters[0]))
+            continue
         arguments: list[Any] = []
         for parameter in p.parameters:
             match parameter:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan
+from rvllm.backends.cuda.cublas import KERNEL as CUBLAS
+from rvllm.backends.cuda.cublas import Matmul
 from rvllm.backends.cuda.fuse import Stage
 from rvllm.backends.cuda.gemm import Kind, gated_rows, gemm_arguments, plan_gemm
 from rvllm.backends.cuda.launches import Count, Counts, GridOf, MatrixMap, Planned, fixed
@@ -73,6 +75,7 @@ class Addresses:
     biases: int
     stops: int
     masks: int
+    gemm_workspace: int
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class Lowering:
         counts: Counts,
         decode: Mapping[str, DecodePlan],
         prefill: Mapping[str, PrefillPlan] | None,
+        strategy: str,
     ) -> None:
         self.dtype = dtype
         self.tag = "bf16" if dtype is DType.BF16 else "f16"
@@ -115,6 +119,7 @@ class Lowering:
         self.counts = counts
         self.decode = decode
         self.prefill = prefill
+        self.strategy = strategy
         self.planned: list[Planned] = []
         self.missing: list[str] = []
         self._emitters: dict[type[Op], Callable[[Stage], None]] = {
@@ -267,6 +272,9 @@ class Lowering:
     ) -> None:
         """One matrix product over all rows of the step, with its epilogue."""
         rows, k = op.weight.shape
+        if self.strategy == "cublas":
+            self._cublas(stage, op, out, pitch, residual=residual, scale=scale, soft_cap=soft_cap)
+            return
         if form == "gated":
             rows = gated_rows(rows // 2)
         count = self._rows(op.x.rows)(self.counts)
@@ -301,6 +309,38 @@ class Lowering:
             cluster=plan.cluster,
             why=plan.why,
         )
+
+    def _cublas(
+        self,
+        stage: Stage,
+        op: Linear | Logits,
+        out: int,
+        pitch: int,
+        *,
+        residual: int,
+        scale: float,
+        soft_cap: float,
+    ) -> None:
+        """The product by cuBLASLt; what it cannot do is refused."""
+        if soft_cap or (residual and scale != 1.0) or (op.bias is not None and isinstance(op, Logits)):
+            raise MissingKernelError("cuBLAS has no such epilogue; use --gemm-strategy native")
+        rows, k = op.weight.shape
+        matmul = Matmul(
+            x=self.at.buffers[op.x.name],
+            weight=self._weight(op.weight, "table"),
+            out=out,
+            bias=self._weight(op.bias, "bias"),
+            residual=residual,
+            tokens=self._rows(op.x.rows)(self.counts),
+            rows=rows,
+            width=k,
+            pitch=pitch,
+            scale=scale,
+            bf16=self.dtype is DType.BF16,
+            float_out=isinstance(op, Logits),
+            workspace=self.at.gemm_workspace,
+        )
+        self._plan(stage.name, CUBLAS, fixed(1), 0, matmul, why="--gemm-strategy cublas")
 
     def _linear(self, stage: Stage) -> None:
         op, after = stage.ops[0], stage.ops[1] if len(stage.ops) == 2 else None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rvllm.backends.cuda.arena import ALIGNMENT
 from rvllm.backends.cuda.attention import DecodePlan, plan_decode, table_stride
+from rvllm.backends.cuda.cublas import WORKSPACE
 from rvllm.backends.cuda.driver import DeviceFacts
 from rvllm.backends.cuda.fuse import Stage
 from rvllm.backends.cuda.metadata import Layout
-from rvllm.backends.cuda.placement import ELEMENT, wanted_weights
+from rvllm.backends.cuda.placement import ELEMENT, Wanted
 from rvllm.backends.cuda.sampling import MAX_TOP, START_WORDS, StateSizes
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, UsageError
@@ -72,11 +74,13 @@ def plan_memory(
     facts: DeviceFacts,
     budget: Budget,
     prefill_rows: int,
+    wanted: Sequence[Wanted],
 ) -> MemoryPlan:
     """Lays out the budget; the KV cache gets what the rest leaves.
 
-    prefill_rows: query rows of a prefill attention block. Raises CapacityError with the shortfall and the
-    flags that would fit, UsageError for a --max-model-len beyond the model's positions.
+    prefill_rows: query rows of a prefill attention block. wanted: the weights in their forms. Raises
+    CapacityError with the shortfall and the flags that would fit, UsageError for a --max-model-len beyond
+    the model's positions.
     """
     wanted_len = config.max_model_len
     if wanted_len is not None and wanted_len > program.max_position:
@@ -102,7 +106,7 @@ def plan_memory(
     mask_words = -(-program.vocab_size // 32)
     sizes, vocab = StateSizes(seqs, program.vocab_size), -(-program.vocab_size // 4) * 4
 
-    weights = sum(_aligned(w.nbytes) for w in wanted_weights(stages))
+    weights = sum(_aligned(w.nbytes) for w in wanted)
     workspace = plan_workspace([s for s in stages if s.reads or s.writes], tokens, samples).nbytes
     logits = 4 * samples * vocab
     ropes = {op.rope for op in program.ops if isinstance(op, RopeKV) and op.rope is not None}
@@ -123,6 +127,9 @@ def plan_memory(
             _aligned(n) for n in (4 * seqs * stride, layout.nbytes, 4 * start_words)
         ),
     }  # fmt: skip
+
+    if config.gemm_strategy == "cublas":
+        lines["cuBLAS workspace"] = WORKSPACE
 
     most_blocks = max(1, (budget.ours - sum(lines.values())) // block_bytes)
     asked = config.num_gpu_blocks or config.num_blocks

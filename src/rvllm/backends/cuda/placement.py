@@ -10,8 +10,9 @@ from rvllm.backends.cuda.fuse import Stage
 from rvllm.backends.cuda.gemm import gated_rows, packed_nbytes
 from rvllm.program.ops import Embed, GatedActivation, Linear, Logits, Norm, Weight
 
-# packed, gated: tiles for the matrix kernels, gated with gate and up rows interleaved; table: row-major, for
-# lookups; norm: float32; bias, gated_bias: the model's type, gated_bias interleaved like its matrix.
+# packed, gated: tiles for our matrix kernels, gated with gate and up rows interleaved; table: row-major, for
+# lookups and for cuBLAS; norm: float32; bias, gated_bias: the model's type, gated_bias interleaved like its
+# matrix.
 Form = Literal["packed", "gated", "table", "norm", "bias", "gated_bias"]
 ELEMENT = 2  # bytes of the model's type on a GPU: bfloat16 or float16
 
@@ -48,8 +49,11 @@ class Wanted:
                 return ELEMENT * self.rows
 
 
-def wanted_weights(stages: Iterable[Stage]) -> list[Wanted]:
-    """Every (weight, form) the stages use, each once, in order of first use."""
+def wanted_weights(stages: Iterable[Stage], matrices: Form = "packed") -> list[Wanted]:
+    """Every (weight, form) the stages use, each once, in order of first use.
+
+    matrices: the form of matrices that are not gated.
+    """
     found: dict[tuple[str, Form], Wanted] = {}
 
     def want(weight: Weight | None, form: Form) -> None:
@@ -60,7 +64,7 @@ def wanted_weights(stages: Iterable[Stage]) -> list[Wanted]:
         gated = any(isinstance(op, GatedActivation) for op in stage.ops[1:])
         for op in stage.ops:
             if isinstance(op, Linear | Logits):
-                want(op.weight, "gated" if gated else "packed")
+                want(op.weight, "gated" if gated else matrices)
                 want(op.bias, "gated_bias" if gated else "bias")
             elif isinstance(op, Embed):
                 want(op.table, "table")
