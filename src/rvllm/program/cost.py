@@ -14,16 +14,24 @@ from rvllm.program.ops import (
     Activate,
     Add,
     Attention,
+    BlockSparseAttention,
     Buffer,
+    ClampedGate,
     Embed,
+    Experts,
     GatedActivation,
     GatherRows,
+    HeadLinear,
+    HideTokens,
+    LatentAttention,
+    LatentRopeKV,
     Linear,
     Logits,
     Norm,
     Op,
     Program,
     RopeKV,
+    Route,
     Sample,
     Weight,
 )
@@ -158,6 +166,76 @@ def _(op: Attention, shape: StepShape, plain: Cost, size: int) -> Cost:
         shape.sequences * looked_at * op.heads * (2 * op.cache.key_dim + 2 * op.cache.value_dim + 5),
         shape.sequences * read * op.cache.elements_per_token * size,
     )
+
+
+@particulars.register
+def _(op: BlockSparseAttention, shape: StepShape, plain: Cost, size: int) -> Cost:
+    """A head sees its local blocks and one in `stride` before them, a group of heads that many more."""
+    sparsity, before = op.sparsity, shape.context - shape.query_len
+    near = sparsity.local * sparsity.size
+
+    def seen(position: int, share: float) -> float:
+        return min(position + 1, near) + max(0, position + 1 - near) * share
+
+    looked_at = sum(seen(before + i, 1 / sparsity.stride) for i in range(shape.query_len))
+    patterns = op.heads // op.kv_heads if sparsity.head_step else 1
+    read = seen(shape.context - 1, min(1.0, patterns / sparsity.stride))
+    return _flops(
+        plain,
+        shape.sequences * looked_at * op.heads * (2 * op.cache.key_dim + 2 * op.cache.value_dim + 5),
+        int(shape.sequences * read * op.cache.elements_per_token * size),
+    )
+
+
+@particulars.register
+def _(op: LatentRopeKV, shape: StepShape, plain: Cost, size: int) -> Cost:
+    rotated = 3 * shape.tokens * op.rope.dim * (op.heads + 1)
+    return _flops(plain, rotated, shape.tokens * op.cache.elements_per_token * size)
+
+
+@particulars.register
+def _(op: HeadLinear, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return _flops(plain, 2 * shape.rows(op.x) * op.weight.elements)
+
+
+@particulars.register
+def _(op: LatentAttention, shape: StepShape, plain: Cost, size: int) -> Cost:
+    before = shape.context - shape.query_len
+    looked_at = sum(before + i + 1 for i in range(shape.query_len))
+    return _flops(
+        plain,
+        shape.sequences * looked_at * op.heads * (2 * op.cache.key_dim + 2 * op.rank + 5),
+        shape.sequences * shape.context * op.cache.elements_per_token * size,
+    )
+
+
+@particulars.register
+def _(op: Route, shape: StepShape, plain: Cost, size: int) -> Cost:
+    experts = op.weight.shape[0]
+    return _flops(plain, shape.tokens * (2 * op.weight.elements + 10 * experts))
+
+
+@particulars.register
+def _(op: Experts, shape: StepShape, plain: Cost, size: int) -> Cost:
+    """Weights of the experts that are hit: of E, each token choosing k evenly, E * (1 - (1 - k / E)^T)."""
+    experts, chosen = op.up.shape[0], op.ids.width
+    hit = 1.0 - (1.0 - chosen / experts) ** shape.tokens
+    each = 2 * (op.up.elements + op.down.elements) // experts + 5 * op.down.shape[2] + 2 * op.out.width
+    return Cost(
+        weight_bytes=int(plain.weight_bytes * hit),
+        activation_bytes=plain.activation_bytes,
+        flops=shape.tokens * chosen * each,
+    )
+
+
+@particulars.register
+def _(op: ClampedGate, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return _flops(plain, 9 * shape.rows(op.out) * op.out.width)
+
+
+@particulars.register
+def _(op: HideTokens, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return Cost(activation_bytes=shape.samples * len(op.tokens) * op.logits.dtype.size)
 
 
 @particulars.register

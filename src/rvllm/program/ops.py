@@ -10,6 +10,7 @@ wanted. All sequences of the step lie one behind the other in the T rows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -41,33 +42,49 @@ class Part:
       head_qkv      GPT-NeoX: rows ordered [head][q|k|v][dim], wanted [q|k|v][head][dim]
       grouped_qkv   Phi-3-small and kin: rows ordered [kv head][its queries, k, v][dim], wanted
                     [queries | k | v][head][dim]
-    heads: head count for head_qkv, kv head count for grouped_qkv.
+      pairs         rows ordered (gate, up), (gate, up), ..., wanted all gates, then all ups
+      head_rows     rows ordered [head][row], wanted the rows `rows` = (first, count) of each head
+      head_columns  the same, and each head's [count, K] transposed: [head][K][count]
+    heads: head count for head_qkv, head_rows and head_columns, kv head count for grouped_qkv.
     head_dim: dim for grouped_qkv; the other layouts follow from heads.
     add: a constant added to every element (Gemma's norms store w, compute with 1 + w).
     alternatives: other names the same tensor goes by; the first one found is used.
+    prepared: the name of a tensor that some checkpoints hold instead, already laid out as wanted.
     """
 
     source: str
     shape: tuple[int, ...]
-    layout: Literal["plain", "transposed", "head_qkv", "grouped_qkv"] = "plain"
+    layout: Literal[
+        "plain", "transposed", "head_qkv", "grouped_qkv", "pairs", "head_rows", "head_columns"
+    ] = "plain"
     heads: int = 0
     head_dim: int = 0
     add: float = 0.0
     alternatives: tuple[str, ...] = ()
+    rows: tuple[int, int] = (0, 0)
+    prepared: str = ""
+
+    @property
+    def elements(self) -> int:
+        """Number of elements it becomes."""
+        if self.layout in ("head_rows", "head_columns"):
+            return self.heads * self.rows[1] * self.shape[-1]
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Weight:
     """A packed weight: parts stacked along axis 0 in order, then viewed as `shape`.
 
-    role: matrix (multiplied with activations, stored in the model's dtype or its quantised form),
-    table (looked up by row) or vector (norm weights and biases, small).
+    role: matrix (multiplied with activations, stored in the model's dtype or its quantised form), stack
+    (several matrices of one shape, one an expert or a head: [E, N, K]), table (looked up by row) or vector
+    (norm weights and biases, small).
     """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
-    role: Literal["matrix", "table", "vector"]
+    role: Literal["matrix", "stack", "table", "vector"]
 
     @property
     def elements(self) -> int:
@@ -80,7 +97,10 @@ class Weight:
 
 @dataclass(frozen=True)
 class KVCache:
-    """A paged cache of one attention layer: per token `heads * (key_dim + value_dim)` elements."""
+    """A paged cache of one attention layer: per token `heads * (key_dim + value_dim)` elements.
+
+    value_dim 0: keys and values are one vector, the latent (see LatentAttention).
+    """
 
     name: str
     heads: int
@@ -218,6 +238,84 @@ class Attention(Op):
     soft_cap: float | None = None
 
 
+@dataclass(frozen=True)
+class BlockSparsity:
+    """Which blocks of keys a query sees: near ones, and every `stride`-th (Phi-3-small's published code).
+
+    Positions are cut into blocks of `size`. Query head h at a position of block i sees the keys of block
+    j <= i (up to its own position) where i - j < local, or (j + 1 + h * head_step) % stride == 0.
+    """
+
+    size: int
+    local: int
+    stride: int
+    head_step: int  # 0: all heads see the same blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSparseAttention(Attention):
+    """Attention in which a query sees only some blocks of keys; see BlockSparsity."""
+
+    sparsity: BlockSparsity
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentRopeKV(Op):
+    """Rotates the positional parts of MLA's queries and key, writes latent and key into the paged cache.
+
+    q [T, heads * head_dim]: the last `rope.dim` elements of each head are rotated in place. kv
+    [T, rank + rope.dim]: the latent and the one key that all heads share; the key is rotated, and both are
+    written to the cache as they stand (DeepSeek-AI 2024, section 2.1). cache: one head, key_dim
+    rank + rope.dim, value_dim 0.
+    """
+
+    READS = ("q", "kv")
+    WRITES = ("q", "kv")
+    q: Buffer
+    kv: Buffer
+    cache: KVCache
+    heads: int
+    head_dim: int
+    rope: Rope
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadLinear(Op):
+    """out[t, h] = weight[h] @ x[t, h][:K], followed by the rest of x[t, h]; weight [heads, N, K].
+
+    x [T, heads * (K + tail)], out [T, heads * (N + tail)]. This is how MLA's key and value projections are
+    absorbed: into the queries before attention (tail: their rotated part), and out of the mixed latents
+    after it. Sums in float32.
+    """
+
+    READS = ("x",)
+    WRITES = ("out",)
+    WEIGHTS = ("weight",)
+    x: Buffer
+    out: Buffer
+    weight: Weight
+    tail: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttention(Op):
+    """Causal softmax(q c^T * scale) c[:rank] over cached latents c, which all heads share.
+
+    q [T, heads * (rank + rotated)], absorbed (see HeadLinear): the key of head h at position s is
+    [W_uk[h] latent_s; key_s], so q_nope @ (W_uk[h] latent_s) = (W_uk[h]^T q_nope) @ latent_s.
+    out [T, heads * rank]: mixed latents, from which W_uv[h] makes the head's output.
+    """
+
+    READS = ("q",)
+    WRITES = ("out",)
+    q: Buffer
+    out: Buffer
+    cache: KVCache
+    heads: int
+    rank: int
+    scale: float
+
+
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
 
@@ -230,6 +328,22 @@ class GatedActivation(Op):
     x: Buffer
     out: Buffer
     activation: Activation
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClampedGate(Op):
+    """out = g * sigmoid(alpha * g) * (u + 1): Phi-3-small's gegelu, built on the quick GELU (alpha 1.702).
+
+    g = min(x[:, :width], limit), u = x[:, width:] clamped to [-limit, limit]; x [rows, 2 * width].
+    limit None clamps nothing.
+    """
+
+    READS = ("x",)
+    WRITES = ("out",)
+    x: Buffer
+    out: Buffer
+    limit: float | None
+    alpha: float = 1.702
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +369,57 @@ class Add(Op):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Route(Op):
+    """Chooses `top_k` of E experts for every token: ids int32 and shares float32, both [T, top_k].
+
+    s = softmax(x @ weight.T) over the E experts, or its sigmoid, in float32; weight [E, K].
+    c = s + bias, the score by which experts are chosen; it does not enter the shares (DeepSeek-AI 2024b).
+    Experts are cut into `groups` of equal size and only those of the `kept_groups` best take part: a group
+    is worth its largest c, or with group_score "top2" the sum of its two largest.
+    ids are the top_k with the largest c, in descending order; of equals the lower id comes first.
+    shares[t, j] = s[t, ids[t, j]], divided by their sum (+ 1e-20) if `renormalise`, times `scale`.
+    """
+
+    READS = ("x",)
+    WRITES = ("ids", "shares")
+    WEIGHTS = ("weight", "bias")
+    x: Buffer
+    ids: Buffer
+    shares: Buffer
+    weight: Weight
+    bias: Weight | None = None
+    top_k: int
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    groups: int = 1
+    kept_groups: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    renormalise: bool = False
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts(Op):
+    """out[t] = sum over j of shares[t, j] * down[e] @ a, e = ids[t, j], in order of j (Shazeer et al. 2017).
+
+    a = act(g) * u with [g; u] = up[e] @ x[t] where gated, else act(up[e] @ x[t]). x [T, K]; ids, shares
+    [T, k] as Route writes them; up [E, 2 * width or width, K]; down [E, N, width]; out [T, N]. Only the
+    experts that some token chose are read.
+    """
+
+    READS = ("x", "ids", "shares")
+    WRITES = ("out",)
+    WEIGHTS = ("up", "down")
+    x: Buffer
+    ids: Buffer
+    shares: Buffer
+    out: Buffer
+    up: Weight
+    down: Weight
+    activation: Activation
+    gated: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class GatherRows(Op):
     """out[s] = x[row[s]]: the rows whose logits the step wants; x [T, width], out [S, width]."""
 
@@ -277,6 +442,16 @@ class Logits(Op):
     bias: Weight | None = None
     scale: float = 1.0
     soft_cap: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HideTokens(Op):
+    """logits[s, i] = -inf for the token ids i that stand for nothing and must never be drawn."""
+
+    READS = ("logits",)
+    WRITES = ("logits",)
+    logits: Buffer
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
