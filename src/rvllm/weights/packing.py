@@ -27,8 +27,8 @@ _SAME = {DType.F32: TensorType.F32, DType.F16: TensorType.F16, DType.BF16: Tenso
 
 
 def find_tensor(part: Part, checkpoint: Checkpoint) -> TensorInfo | None:
-    """The tensor a part is made of: its source or the first alternative there is."""
-    names = (part.source, *part.alternatives)
+    """The tensor a part is made of: its source, the first alternative there is, or one already laid out."""
+    names = (part.source, *part.alternatives, part.prepared)
     return next((checkpoint.tensors[name] for name in names if name in checkpoint.tensors), None)
 
 
@@ -51,14 +51,23 @@ def check_weights(program: Program, checkpoint: Checkpoint) -> None:
             readable = ", ".join(t.value for t in TensorType)
             problem = f"has type {kind}, not one of {readable}" if kind else "is missing"
             problems.append(f"{part.source} {problem}")
-        elif _without_ones(info.shape) != _without_ones(part.shape):
-            problems.append(f"{info.name} has shape {list(info.shape)} instead of {list(part.shape)}")
+        elif _without_ones(info.shape) != _without_ones(stored_shape(part, info)):
+            wanted = list(stored_shape(part, info))
+            problems.append(f"{info.name} has shape {list(info.shape)} instead of {wanted}")
     if problems:
         more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         raise ModelError(
             f"{checkpoint.path}: does not hold the weights of a {program.architecture}: "
             f"{'; '.join(problems[:NAMED])}{more}"
         )
+
+
+def stored_shape(part: Part, info: TensorInfo) -> tuple[int, ...]:
+    """The shape the tensor must have: the part's, or that of its result where it is stored laid out."""
+    if info.name != part.prepared:
+        return part.shape
+    columns, count = part.shape[-1], part.rows[1]
+    return (part.heads, *((columns, count) if part.layout == "head_columns" else (count, columns)))
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -75,7 +84,7 @@ def pack(weight: Weight, checkpoint: Checkpoint, dtype: DType) -> NDArray[Any]:
     position = 0
     for part in weight.parts:
         info = _require(part, checkpoint)
-        count = math.prod(part.shape)
+        count = part.elements
         _pack_part(part, info, checkpoint.raw(info), out[position : position + count], dtype)
         position += count
     if position != weight.elements:
@@ -87,18 +96,24 @@ def _require(part: Part, checkpoint: Checkpoint) -> TensorInfo:
     info = find_tensor(part, checkpoint)
     if info is None:
         raise ModelError(f"{checkpoint.path}: tensor {part.source} is missing")
-    if math.prod(info.shape) != math.prod(part.shape):
+    wanted = stored_shape(part, info)
+    if math.prod(info.shape) != math.prod(wanted):
         raise ModelError(
-            f"{info.file}: tensor {info.name} has shape {list(info.shape)} instead of {list(part.shape)}"
+            f"{info.file}: tensor {info.name} has shape {list(info.shape)} instead of {list(wanted)}"
         )
     return info
 
 
 def _pack_part(part: Part, info: TensorInfo, raw: NDArray[np.uint8], out: NDArray[Any], dtype: DType) -> None:
     add = part.add + info.add
-    if part.layout == "transposed":
+    if is_transposed(part, info):
         stored = _numbers(info, raw)
-        _store(info, (stored.reshape(part.shape).T + np.float32(add)).reshape(-1), out)
+        if part.layout == "transposed":
+            turned = stored.reshape(part.shape).T
+        else:
+            first, count = part.rows
+            turned = stored.reshape(part.heads, -1, part.shape[-1])[:, first : first + count].swapaxes(1, 2)
+        _store(info, (turned + np.float32(add)).reshape(-1), out)
         return
     order = row_order(part, info)
     if order is not None and len(info.shape) < 2:
@@ -107,13 +122,13 @@ def _pack_part(part: Part, info: TensorInfo, raw: NDArray[np.uint8], out: NDArra
     rows, width = _as_rows(info.shape)
     if order is None and info.type.block[0] == 1:
         rows, width = rows * width, 1  # plain elements can be cut anywhere
-    stored_rows, wanted = raw.reshape(rows, -1), out.reshape(rows, width)
+    stored_rows, wanted = raw.reshape(rows, -1), out.reshape(-1, width)
 
     def convert(start: int, stop: int) -> None:
         piece = stored_rows[start:stop] if order is None else stored_rows[order[start:stop]]
         _convert(info, piece.reshape(-1), wanted[start:stop].reshape(-1), dtype, add)
 
-    _in_threads(convert, rows, max(1, TASK // max(width, 1)))
+    _in_threads(convert, len(wanted), max(1, TASK // max(width, 1)))
 
 
 def _as_rows(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -157,8 +172,15 @@ def _store(info: TensorInfo, numbers: NDArray[np.float32], out: NDArray[Any]) ->
         )
 
 
+def is_transposed(part: Part, info: TensorInfo) -> bool:
+    """Whether the tensor's rows become columns of the part."""
+    return part.layout in ("transposed", "head_columns") and info.name != part.prepared
+
+
 def row_order(part: Part, info: TensorInfo) -> NDArray[np.intp] | None:
     """Which stored row becomes row i of the part; None when they stay as they are."""
+    if info.name == part.prepared:
+        return None
     rows = info.shape[0] if info.shape else 1
     order = np.arange(rows)
     if info.unpermute_heads:  # stored [head][dim/2][half], wanted [head][half][dim/2]
@@ -170,6 +192,11 @@ def row_order(part: Part, info: TensorInfo) -> NDArray[np.intp] | None:
     elif part.layout == "grouped_qkv":
         groups = order.reshape(part.heads, -1, part.head_dim)
         order = np.concatenate([g.reshape(-1) for g in (groups[:, :-2], groups[:, -2], groups[:, -1])])
+    elif part.layout == "pairs":
+        order = order.reshape(-1, 2).T.reshape(-1)
+    elif part.layout == "head_rows":
+        first, count = part.rows
+        order = order.reshape(part.heads, -1)[:, first : first + count].reshape(-1)
     return None if np.array_equal(order, np.arange(rows)) else order
 
 
@@ -191,7 +218,7 @@ def raw_parts(weight: Weight, checkpoint: Checkpoint) -> list[RawPart]:
     found = []
     for part in weight.parts:
         info = _require(part, checkpoint)
-        if part.layout == "transposed" or part.add or info.add or len(info.shape) < 2:
+        if is_transposed(part, info) or part.add or info.add or len(info.shape) < 2:
             raise ModelError(
                 f"{info.file}: tensor {info.name} cannot be used in its stored form {info.type.value}"
             )
