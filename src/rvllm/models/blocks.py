@@ -100,16 +100,21 @@ def start(
     return ProgramBuilder(config.architecture, dtype, dims.vocab, longest)
 
 
-def sliding_layers(config: ModelConfig, layers: int, pattern: int) -> list[bool]:
-    """Which layers attend within the window: by `layer_types`, or of old all but each `pattern`-th."""
+def layer_types(config: ModelConfig, layers: int) -> list[bool] | None:
+    """Which layers attend within the window, by `layer_types`; None when the config has no such list."""
     if not config.has("layer_types"):
-        every = config.int("sliding_window_pattern", pattern)
-        return [(layer + 1) % every != 0 for layer in range(layers)]
+        return None
     kinds = config.list("layer_types", length=layers)
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise config.fail("layer_types", f"holds {kind!r}, supported: full_attention, sliding_attention")
     return [kind == "sliding_attention" for kind in kinds]
+
+
+def sliding_layers(config: ModelConfig, layers: int, pattern: int) -> list[bool]:
+    """Which layers attend within the window: by `layer_types`, or of old all but each `pattern`-th."""
+    every = config.int("sliding_window_pattern", pattern)
+    return layer_types(config, layers) or [(layer + 1) % every != 0 for layer in range(layers)]
 
 
 def read_activation(config: ModelConfig, name: str, default: str = "silu") -> Activation:

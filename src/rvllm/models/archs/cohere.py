@@ -44,13 +44,12 @@ def decoder(
             q = Part(f"{attn}.q_norm.weight", (dims.heads, dims.head_dim))
             k = Part(f"{attn}.k_norm.weight", (dims.kv_heads, dims.head_dim))
             blocks.head_norms(b, name, qkv, dims, ([q], [k]), "layer")
-        mixed = blocks.attention(
-            b, name, qkv, dims, rope if rotated(layer) else None, window=window(layer)
-        )  # fmt: skip
-        from_attention = blocks.project_out(b, name, mixed, attn, dims, bias=bias)
-        from_mlp = blocks.gated_mlp(b, f"{name}.mlp", normed, f"{source}.mlp", dims.intermediate, activation)
-        blocks.residual(b, f"{name}.attn", x, from_attention)
-        blocks.residual(b, f"{name}.mlp", x, from_mlp)
+        y = blocks.attention(b, name, qkv, dims, rope if rotated(layer) else None, window=window(layer))
+        y = blocks.project_out(b, name, y, attn, dims, bias=bias)
+        blocks.residual(b, f"{name}.attn", x, y)
+
+        y = blocks.gated_mlp(b, f"{name}.mlp", normed, f"{source}.mlp", dims.intermediate, activation)
+        blocks.residual(b, f"{name}.mlp", x, y)
 
     last = blocks.layer_norm(b, "final_norm", blocks.select(b, x), "model.norm", dims.eps, bias=False)
     tied = config.bool("tie_word_embeddings", True)

@@ -25,18 +25,20 @@ def build(config: ModelConfig, dtype: DType) -> Program:
         name, source = f"layers.{layer}", f"gpt_neox.layers.{layer}"
         mlp = (f"{source}.mlp.dense_h_to_4h", f"{source}.mlp.dense_4h_to_h")
 
-        normed = blocks.layer_norm(b, f"{name}.attn_norm", x, f"{source}.input_layernorm", dims.eps)
-        qkv = fused_qkv(b, f"{name}.qkv", normed, f"{source}.attention.query_key_value", dims, bias)
-        mixed = blocks.attention(b, name, qkv, dims, rope)
-        y = blocks.linear(b, f"{name}.o", mixed, [f"{source}.attention.dense"], [dims.hidden], bias)
-        if not parallel:
-            blocks.residual(b, f"{name}.attn", x, y)
+        for_attention = blocks.layer_norm(b, f"{name}.attn_norm", x, f"{source}.input_layernorm", dims.eps)
+        second = f"{source}.post_attention_layernorm"
+        if parallel:  # the MLP's norm reads the stream as attention's did
+            for_mlp = blocks.layer_norm(b, f"{name}.mlp_norm", x, second, dims.eps)
 
-        normed = blocks.layer_norm(b, f"{name}.mlp_norm", x, f"{source}.post_attention_layernorm", dims.eps)
-        z = blocks.mlp(b, f"{name}.mlp", normed, mlp, dims.intermediate, activation, bias=True)
-        if parallel:
-            blocks.residual(b, f"{name}.attn", x, y)
-        blocks.residual(b, f"{name}.mlp", x, z)
+        qkv = fused_qkv(b, f"{name}.qkv", for_attention, f"{source}.attention.query_key_value", dims, bias)
+        y = blocks.attention(b, name, qkv, dims, rope)
+        y = blocks.linear(b, f"{name}.o", y, [f"{source}.attention.dense"], [dims.hidden], bias)
+        blocks.residual(b, f"{name}.attn", x, y)
+
+        if not parallel:
+            for_mlp = blocks.layer_norm(b, f"{name}.mlp_norm", x, second, dims.eps)
+        y = blocks.mlp(b, f"{name}.mlp", for_mlp, mlp, dims.intermediate, activation, bias=True)
+        blocks.residual(b, f"{name}.mlp", x, y)
 
     last = blocks.layer_norm(b, "final_norm", blocks.select(b, x), "gpt_neox.final_layer_norm", dims.eps)
     blocks.head(

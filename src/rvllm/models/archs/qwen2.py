@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rvllm.models import blocks
 from rvllm.models.archs import llama
 from rvllm.models.config import ModelConfig
 from rvllm.program.dtypes import DType
@@ -20,13 +21,8 @@ def layer_windows(config: ModelConfig) -> list[int | None]:
     if not config.bool("use_sliding_window", False):
         return [None] * layers
     window = config.int("sliding_window", 4096)
-    if config.has("layer_types"):
-        kinds = config.list("layer_types", length=layers)
-        for kind in kinds:
-            if kind not in ("full_attention", "sliding_attention"):
-                raise config.fail(
-                    "layer_types", f"holds {kind!r}, supported: full_attention, sliding_attention"
-                )
-        return [window if kind == "sliding_attention" else None for kind in kinds]
-    first = config.int("max_window_layers", 28, low=0)
-    return [window if layer >= first else None for layer in range(layers)]
+    sliding = blocks.layer_types(config, layers)
+    if sliding is None:
+        first = config.int("max_window_layers", 28, low=0)
+        sliding = [layer >= first for layer in range(layers)]
+    return [window if flag else None for flag in sliding]

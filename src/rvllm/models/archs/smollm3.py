@@ -43,8 +43,5 @@ def layer_windows(config: ModelConfig, layers: int, rotated: list[bool]) -> list
     window = config.opt_int("sliding_window") if config.bool("use_sliding_window", False) else None
     if window is None:
         return [None] * layers
-    if config.has("layer_types"):
-        sliding = blocks.sliding_layers(config, layers, pattern=1)
-    else:
-        sliding = [not flag for flag in rotated]
+    sliding = blocks.layer_types(config, layers) or [not flag for flag in rotated]
     return [window if flag else None for flag in sliding]

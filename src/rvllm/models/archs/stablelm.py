@@ -30,17 +30,16 @@ def build(config: ModelConfig, dtype: DType) -> Program:
             q = per_head(f"{attn}.q_layernorm", dims.heads, dims.head_dim)
             k = per_head(f"{attn}.k_layernorm", dims.kv_heads, dims.head_dim)
             blocks.head_norms(b, name, qkv, dims, (q, k), "layer")
-        mixed = blocks.attention(b, name, qkv, dims, rope)
-        y = blocks.project_out(b, name, mixed, attn, dims, bias=False)
-        if not parallel:  # in parallel, attention and MLP share the first norm
-            blocks.residual(b, f"{name}.attn", x, y)
+        y = blocks.attention(b, name, qkv, dims, rope)
+        y = blocks.project_out(b, name, y, attn, dims, bias=False)
+        blocks.residual(b, f"{name}.attn", x, y)
+
+        if not parallel:  # in parallel, the MLP reads what attention read
             normed = blocks.layer_norm(
                 b, f"{name}.mlp_norm", x, f"{source}.post_attention_layernorm", dims.eps
             )  # fmt: skip
-        z = blocks.gated_mlp(b, f"{name}.mlp", normed, f"{source}.mlp", dims.intermediate, activation)
-        if parallel:
-            blocks.residual(b, f"{name}.attn", x, y)
-        blocks.residual(b, f"{name}.mlp", x, z)
+        y = blocks.gated_mlp(b, f"{name}.mlp", normed, f"{source}.mlp", dims.intermediate, activation)
+        blocks.residual(b, f"{name}.mlp", x, y)
 
     last = blocks.layer_norm(b, "final_norm", blocks.select(b, x), "model.norm", dims.eps)
     blocks.head(b, last, dims, tied=config.bool("tie_word_embeddings", False))
