@@ -174,3 +174,12 @@ def test_dummy_weights() -> None:
     norm = Weight("norm", (64,), (Part("model.norm.weight", (64,)),), "vector")
     assert abs(dummy(norm, 0).mean() - 1) < 0.05
     assert dummy(norm, 0, DType.BF16).dtype == DType.BF16.numpy
+    gemma = Weight(
+        "norm", (64,), (Part("model.norm.weight", (64,), add=1.0),), "vector"
+    )  # 1 + w is what is packed
+    heads = Weight(
+        "q", (64,), tuple(Part(f"q_layernorm.norms.{i}.weight", (16,)) for i in range(4)), "vector"
+    )
+    assert abs(dummy(gemma, 0).mean() - 1) < 0.05 and abs(dummy(heads, 0).mean() - 1) < 0.05
+    bias = Weight("b", (64,), (Part("model.norm.bias", (64,)),), "vector")
+    assert abs(dummy(bias, 0).mean()) < 0.05

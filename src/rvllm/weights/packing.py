@@ -237,14 +237,18 @@ def dummy(weight: Weight, seed: int, dtype: DType = DType.F32) -> NDArray[Any]:
     generator = np.random.default_rng([seed, zlib.crc32(weight.name.encode())])
     run = min(weight.elements, 1_048_573)
     numbers = generator.standard_normal(run, dtype=np.float32) * np.float32(0.02)
-    if weight.role == "vector" and weight.parts and weight.parts[0].source.lower().endswith("norm.weight"):
-        numbers += np.float32(1.0 + weight.parts[0].add)
+    if weight.role == "vector" and weight.parts and _is_norm(weight.parts[0].source.lower()):
+        numbers += np.float32(1.0)
     values = numbers.astype(dtype.numpy)
     out = np.empty(weight.elements, dtype=dtype.numpy)
     for start in range(0, weight.elements, run or 1):
         piece = out[start : start + run]
         piece[:] = values[: len(piece)]
     return out.reshape(weight.shape)
+
+
+def _is_norm(source: str) -> bool:
+    return "norm" in source and source.endswith(".weight")
 
 
 @cache
