@@ -221,8 +221,9 @@ def test_neutral_values_and_unknown_fields_are_no_error(server: LiveServer) -> N
     assert status == 200
 
 
-def test_a_prompt_too_long_says_by_how_much(server: LiveServer) -> None:
-    _, answer = server.chat(messages=[{"role": "user", "content": "the " * 400}])
+@pytest.mark.parametrize("words", [400, 20_000])  # the longer one is tokenised beside the event loop
+def test_a_prompt_too_long_says_by_how_much(server: LiveServer, words: int) -> None:
+    _, answer = server.chat(messages=[{"role": "user", "content": "the " * words}])
     assert answer["error"]["code"] == "context_length_exceeded"
     assert "256" in answer["error"]["message"]
 

@@ -142,8 +142,8 @@ def soak_request(port: int, seed: int) -> None:
     source = random.Random(seed)
     body = json.dumps(
         {
-            "messages": [{"role": "user", "content": f"{source.random()} " * source.randint(1, 20)}],
-            "max_tokens": source.randint(1, 8),
+            "messages": [{"role": "user", "content": f"{source.random()} " * source.randint(1, 10)}],
+            "max_tokens": source.randint(1, 6),
             "stream": source.random() < 0.5,
             "n": source.choice([1, 1, 1, 3]),
             "ignore_eos": True,

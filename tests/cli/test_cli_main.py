@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from models import model_path
 
 from rvllm.cli import main as cli
 from rvllm.errors import ModelError
@@ -139,7 +140,7 @@ def test_ctrl_c_while_loading_ends_quietly(tmp_path: Path) -> None:
         "start = c.EngineClient.start.__func__\n"
         "c.EngineClient.start = classmethod(functools.partial(start, command=('sleep', '60')))\n"
         "import rvllm.cli.serve as s\n"
-        "s._tokenizer = lambda config, times: print('loading', flush=True)\n"
+        "s._tokenizer = lambda config, template, start: print('loading', flush=True)\n"
         "from rvllm.cli.main import main\n"
         f"sys.exit(main(['--port', '0', '--model', {str(tmp_path)!r}]))\n"
     )
@@ -152,3 +153,12 @@ def test_ctrl_c_while_loading_ends_quietly(tmp_path: Path) -> None:
         process.send_signal(number)
         _, errors = process.communicate(timeout=20)
         assert (process.returncode, errors) == (code, "")
+
+
+@pytest.mark.models
+def test_a_broken_chat_template_stops_the_start(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}")
+    model = str(model_path("smollm2-135m"))
+    found = run("--model", model, "--port", "0", "--chat-template", str(tmp_path / "t.jinja"))
+    assert found.returncode == 2
+    assert "--chat-template: chat template: line 1" in one_line(found.stderr)

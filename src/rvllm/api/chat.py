@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import aclosing
 from typing import Any
 
@@ -21,7 +22,7 @@ from rvllm.api.answers import (
 from rvllm.api.body import parse
 from rvllm.api.errors import invalid
 from rvllm.api.exchange import Exchange, check_model
-from rvllm.api.generation import Job, Piece, Service
+from rvllm.api.generation import IN_THREAD_CHARS, Job, Piece, Service
 from rvllm.api.logprobs import Names, chat_logprobs, prompt_logprobs
 from rvllm.api.sampling import chat_params, refuse_unsupported
 from rvllm.api.schemas import ChatRequest, Message, TokenizeRequest
@@ -36,7 +37,7 @@ async def chat_completions(service: Service, exchange: Exchange, body: bytes) ->
     refuse_unsupported(request)
     _check_tools(request)
     params = chat_params(request, service.defaults)
-    tokens = await service.encode(render(service, request), bool(request.add_special_tokens))
+    tokens = await _prompt(service, request, len(body))
     job = service.job(
         f"chatcmpl-{exchange.request_id}", [tokens], params, priority=request.priority, param="messages"
     )
@@ -45,6 +46,15 @@ async def chat_completions(service: Service, exchange: Exchange, body: bytes) ->
         await answer.stream(exchange)
     else:
         await exchange.json(await answer.whole())
+
+
+async def _prompt(service: Service, request: ChatRequest, size: int) -> list[int]:
+    """The conversation as token ids; a long one does not hold up the event loop."""
+    if size < IN_THREAD_CHARS:
+        text = render(service, request)
+    else:
+        text = await asyncio.to_thread(render, service, request)
+    return await service.encode(text, bool(request.add_special_tokens))
 
 
 def render(service: Service, request: ChatRequest | TokenizeRequest) -> str:

@@ -19,7 +19,7 @@ from rvllm.text.processor import Choice, Delta
 from rvllm.text.requests import RequestMaker
 from rvllm.text.tokenizer import Tokenizer
 
-_IN_THREAD_CHARS = 20_000  # longer texts are tokenised beside the event loop
+IN_THREAD_CHARS = 20_000  # longer texts are rendered and tokenised beside the event loop
 
 
 class Engine(Protocol):
@@ -119,7 +119,7 @@ class Service:
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text, without holding up the event loop when it is long."""
-        if len(text) < _IN_THREAD_CHARS:
+        if len(text) < IN_THREAD_CHARS:
             return self.tokenizer.encode(text, add_special_tokens)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
 

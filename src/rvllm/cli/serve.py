@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import resource
 import socket
 import time
 from functools import partial
@@ -41,6 +42,7 @@ def main(args: argparse.Namespace) -> int:
     from rvllm.weights.source import resolve
 
     set_up(server_config.log_level)
+    _allow_many_connections()
     sock = bind(server_config)
     with sock:
         with ProgressBar() as progress:
@@ -53,6 +55,12 @@ def main(args: argparse.Namespace) -> int:
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(engine_config, config, template, sock, start))
+
+
+def _allow_many_connections() -> None:
+    """Each client is an open file; shells often allow 1,024 of them where the system would allow more."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _template(file: str | None) -> str | None:
@@ -92,7 +100,7 @@ async def _serve(
     stop = StopSignals()
     stop.install()
     stopped = asyncio.ensure_future(stop.first.wait())
-    loading = asyncio.ensure_future(_load(engine_config, start))
+    loading = asyncio.ensure_future(_load(engine_config, template, start))
     await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     if not loading.done():
@@ -106,12 +114,14 @@ async def _serve(
         await engine.close()
 
 
-async def _load(config: EngineConfig, start: _Start) -> tuple[EngineClient, Tokenizer | None]:
+async def _load(
+    config: EngineConfig, template: str | None, start: _Start
+) -> tuple[EngineClient, Tokenizer | None]:
     """Starts the engine process; while it loads, this one loads the tokenizer and the HTTP side."""
     from rvllm.cli.starting import start_engine
 
     engine, (tokenizer, _) = await start_engine(
-        config, partial(_tokenizer, config, start), partial(_import_http, start)
+        config, partial(_tokenizer, config, template, start), partial(_import_http, start)
     )
     return engine, tokenizer
 
@@ -124,16 +134,22 @@ def _import_http(start: _Start) -> None:
     start.http = time.perf_counter() - moment
 
 
-def _tokenizer(config: EngineConfig, start: _Start) -> Tokenizer | None:
-    """The model's tokenizer; None with --skip-tokenizer-init."""
+def _tokenizer(config: EngineConfig, template: str | None, start: _Start) -> Tokenizer | None:
+    """The model's tokenizer, its chat template checked; None with --skip-tokenizer-init."""
     if config.skip_tokenizer_init:
         return None
+    from rvllm.text.chat import check_template
     from rvllm.text.tokenizer import Tokenizer
 
     moment = time.perf_counter()
     tokenizer = Tokenizer.load(Path(config.model))
+    if template is not None:
+        try:
+            check_template(template)
+        except UsageError as error:
+            raise UsageError(f"--chat-template: {error}") from None
     with contextlib.suppress(RvllmError):  # compiles the template; what is wrong with it, requests will say
-        tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True)
+        tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], chat_template=template)
     start.tokenizer = time.perf_counter() - moment
     return tokenizer
 
