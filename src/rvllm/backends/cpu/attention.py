@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from rvllm.backends.cpu import ops
 from rvllm.backends.cpu.step import BLOCK, Step
-from rvllm.backends.cpu.threads import Task, Workers
+from rvllm.backends.cpu.threads import Workers
 
 F32 = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -111,7 +111,7 @@ def paged_attention(q: F32, keys: F32, values: F32, step: Step, scoring: Scoring
             ("decodes", scoring.window, parts),
             lambda: [Decodes.of(step, part, scoring) for part in np.array_split(single, parts)],
         )
-        workers.run([_decode_task(share, grouped, target, keys, values, scoring) for share in shares])
+        workers.each(parts, lambda i: _decode(shares[i], grouped, target, keys, values, scoring))
 
     for s in np.flatnonzero(step.query_lens > 1):
         first, count, start = int(step.first_rows[s]), int(step.query_lens[s]), int(step.starts[s])
@@ -121,26 +121,13 @@ def paged_attention(q: F32, keys: F32, values: F32, step: Step, scoring: Scoring
         v = np.take(values, table, axis=0).reshape(-1, SPLIT, *values.shape[2:])
         own = slice(first, first + count)
         chunk = Chunk(grouped[own], target[own], k, v, start, low, scoring)
-        _run_interleaved([chunk.task(i, min(count, i + QUERIES)) for i in range(0, count, QUERIES)], workers)
+        workers.each(-(-count // QUERIES), chunk.attend)
     return out
 
 
 def _spreads(workers: Workers, step: Step, single: Ints, heads: int) -> bool:
     work = int(step.starts[single].sum()) * heads
     return workers.count > 1 and len(single) >= workers.count and work >= 1 << 12
-
-
-def _run_interleaved(tasks: list[Task], workers: Workers) -> None:
-    """Gives every worker each n-th task, so that the growing cost of later queries is shared evenly."""
-
-    def share(index: int) -> Task:
-        def work() -> None:
-            for task in tasks[index :: workers.count]:
-                task()
-
-        return work
-
-    workers.run([share(i) for i in range(min(workers.count, len(tasks)))])
 
 
 @dataclass(frozen=True)
@@ -158,51 +145,45 @@ class Chunk:
     low: int
     scoring: Scoring
 
-    def task(self, begin: int, end: int) -> Task:
-        """Attends queries begin .. end - 1."""
-
-        def work() -> None:
-            positions = self.start + np.arange(begin, end)
-            oldest, newest = self.scoring.first_split(self.start + begin), (self.start + end - 1) // SPLIT
-            part = slice(oldest - self.low, newest + 1 - self.low)
-            scores = np.matmul(self.q[begin:end, None], self.k[None, part].transpose(0, 1, 3, 4, 2))
-            self.scoring.cap(scores)
-            for i, split in enumerate(range(oldest, newest + 1)):
-                at = np.arange(split * SPLIT, (split + 1) * SPLIT)
-                hidden = self.scoring.hidden(at, positions[:, None])
-                if hidden.any():
-                    np.copyto(scores[:, i], HIDDEN, where=hidden[:, None, None])
-            scores -= scores.max(axis=4).max(axis=1)[:, None, :, :, None]
-            np.exp(scores, out=scores)
-            sums = np.vecdot(scores, ONES)
-            mixed = np.matmul(scores, self.v[None, part].swapaxes(2, 3))
-            total, weight = mixed[:, 0], sums[:, 0]
-            for j in range(1, mixed.shape[1]):
-                total += mixed[:, j]
-                weight += sums[:, j]
-            np.divide(total, weight[..., None], out=self.out[begin:end])
-
-        return work
-
-
-def _decode_task(share: Decodes, grouped: F32, target: F32, keys: F32, values: F32, scoring: Scoring) -> Task:
-    """Attends one query of each of the share's sequences."""
-
-    def work() -> None:
-        k = np.take(keys, share.blocks, axis=0).reshape(-1, SPLIT, *keys.shape[2:])
-        v = np.take(values, share.blocks, axis=0).reshape(-1, SPLIT, *values.shape[2:])
-        scores = np.matmul(grouped[share.rows[share.sequence]], k.transpose(0, 2, 3, 1))
-        scoring.cap(scores)
-        np.copyto(scores, HIDDEN, where=share.hidden)
-        top = np.maximum.reduceat(scores.max(axis=-1), share.begins, axis=0)
-        scores -= top[share.sequence][..., None]
+    def attend(self, item: int) -> None:
+        """Attends the item-th QUERIES queries, counted from the end: those that see most come first."""
+        end = len(self.q) - item * QUERIES
+        begin = max(0, end - QUERIES)
+        positions = self.start + np.arange(begin, end)
+        oldest, newest = self.scoring.first_split(self.start + begin), (self.start + end - 1) // SPLIT
+        part = slice(oldest - self.low, newest + 1 - self.low)
+        scores = np.matmul(self.q[begin:end, None], self.k[None, part].transpose(0, 1, 3, 4, 2))
+        self.scoring.cap(scores)
+        for i, split in enumerate(range(oldest, newest + 1)):
+            at = np.arange(split * SPLIT, (split + 1) * SPLIT)
+            hidden = self.scoring.hidden(at, positions[:, None])
+            if hidden.any():
+                np.copyto(scores[:, i], HIDDEN, where=hidden[:, None, None])
+        scores -= scores.max(axis=4).max(axis=1)[:, None, :, :, None]
         np.exp(scores, out=scores)
         sums = np.vecdot(scores, ONES)
-        mixed = np.matmul(scores, v.swapaxes(1, 2))
-        total, weight = mixed[share.begins], sums[share.begins]
-        for j, longer in enumerate(share.longer, start=1):
-            total[longer] += mixed[share.begins[longer] + j]
-            weight[longer] += sums[share.begins[longer] + j]
-        target[share.rows] = total / weight[..., None]
+        mixed = np.matmul(scores, self.v[None, part].swapaxes(2, 3))
+        total, weight = mixed[:, 0], sums[:, 0]
+        for j in range(1, mixed.shape[1]):
+            total += mixed[:, j]
+            weight += sums[:, j]
+        np.divide(total, weight[..., None], out=self.out[begin:end])
 
-    return work
+
+def _decode(share: Decodes, grouped: F32, target: F32, keys: F32, values: F32, scoring: Scoring) -> None:
+    """Attends one query of each of the share's sequences."""
+    k = np.take(keys, share.blocks, axis=0).reshape(-1, SPLIT, *keys.shape[2:])
+    v = np.take(values, share.blocks, axis=0).reshape(-1, SPLIT, *values.shape[2:])
+    scores = np.matmul(grouped[share.rows[share.sequence]], k.transpose(0, 2, 3, 1))
+    scoring.cap(scores)
+    np.copyto(scores, HIDDEN, where=share.hidden)
+    top = np.maximum.reduceat(scores.max(axis=-1), share.begins, axis=0)
+    scores -= top[share.sequence][..., None]
+    np.exp(scores, out=scores)
+    sums = np.vecdot(scores, ONES)
+    mixed = np.matmul(scores, v.swapaxes(1, 2))
+    total, weight = mixed[share.begins], sums[share.begins]
+    for j, longer in enumerate(share.longer, start=1):
+        total[longer] += mixed[share.begins[longer] + j]
+        weight[longer] += sums[share.begins[longer] + j]
+    target[share.rows] = total / weight[..., None]

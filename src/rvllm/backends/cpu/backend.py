@@ -136,19 +136,22 @@ class CpuBackend:
         self._model.caches.clear()
 
     def _draw(self, batch: StepBatch, sampled: NDArray[np.int64], logits: F32, result: StepResult) -> None:
-        def rows(low: int, high: int) -> None:
-            for row in range(low, high):
-                s = int(sampled[row])
-                slot = int(batch.slots[s])
-                history = self._slots.history(slot)
-                token = draw(logits[row], history, batch.masks.get(s))
-                result.tokens[s] = token
-                if history.spec.logprobs is not None:
-                    result.logprobs[s] = top_logprobs(logits[row], token, history.spec.logprobs)
-                self._slots.drew(slot, token)
+        def one(row: int) -> None:
+            s = int(sampled[row])
+            slot = int(batch.slots[s])
+            history = self._slots.history(slot)
+            token = draw(logits[row], history, batch.masks.get(s))
+            result.tokens[s] = token
+            if history.spec.logprobs is not None:
+                result.logprobs[s] = top_logprobs(logits[row], token, history.spec.logprobs)
+            self._slots.drew(slot, token)
 
-        with np.errstate(over="ignore", invalid="ignore"):
-            self._model.workers.split(len(sampled), rows)
+        quick = all(self._slots.history(int(batch.slots[s])).quick for s in sampled)
+        if quick:
+            for row in range(len(sampled)):
+                one(row)
+        else:
+            self._model.workers.each(len(sampled), one)
 
     def _score_prompts(self, batch: StepBatch, logits: F32, result: StepResult) -> None:
         """Log-probabilities of the prompt's own tokens; logits holds the asked sequences' rows in order."""

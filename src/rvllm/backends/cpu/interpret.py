@@ -67,15 +67,7 @@ Kernel = Callable[[Any, Run], None]
 
 def by_rows(workers: Workers, x: F32, work: Callable[[slice], None]) -> None:
     """Runs elementwise work on a few rows at a time, so that temporaries stay in cache, on all threads."""
-    if len(x) <= ROWS:
-        work(slice(0, len(x)))
-        return
-
-    def share(low: int, high: int) -> None:
-        for begin in range(low, high, ROWS):
-            work(slice(begin, min(begin + ROWS, high)))
-
-    workers.split(len(x), share)
+    workers.each(-(-len(x) // ROWS), lambda i: work(slice(i * ROWS, (i + 1) * ROWS)))
 
 
 def embed(op: program_ops.Embed, run: Run) -> None:

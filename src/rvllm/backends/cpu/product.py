@@ -56,20 +56,22 @@ def product(x: F32, weight: F32, workers: Workers) -> F32:
     chunk = chunk_rows(inner, tile)
     whole = len(weight) // chunk
 
-    def multiply(low: int, high: int) -> None:
-        group = max(1, CACHED // (chunk * inner * 4))
-        for first in range(low, high, group):
-            begin, end = first * chunk, min(first + group, high) * chunk
-            # A long dot product streams memory at full speed, the small products that follow do not: it
-            # is here to bring the chunk into the cache.
-            flat = weight[begin:end].reshape(-1)
-            np.dot(flat, flat)
-            _stacked(stack, weight, out, begin, end, chunk)
+    group = max(1, min(CACHED // (chunk * inner * 4), -(-whole // (2 * workers.count))))
 
-    if workers.count > 1 and padded * weight.size >= SPREAD and whole > 1:
-        workers.split(whole, multiply)
+    def multiply(item: int) -> None:
+        begin, end = item * group * chunk, min((item + 1) * group, whole) * chunk
+        # A long dot product streams memory at full speed, the small products that follow do not: it is
+        # here to bring the group into the cache.
+        flat = weight[begin:end].reshape(-1)
+        np.dot(flat, flat)
+        _stacked(stack, weight, out, begin, end, chunk)
+
+    groups = -(-whole // group)
+    if padded * weight.size >= SPREAD:
+        workers.each(groups, multiply)
     else:
-        multiply(0, whole)
+        for item in range(groups):
+            multiply(item)
     if whole * chunk < len(weight):
         _stacked(stack, weight, out, whole * chunk, len(weight), len(weight) - whole * chunk)
     return out[:rows]

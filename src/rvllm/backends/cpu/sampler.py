@@ -60,6 +60,11 @@ class History:
             self.counts[token] += 1
 
     @property
+    def quick(self) -> bool:
+        """Whether the next token is the plain arg max: not worth another thread."""
+        return self.spec.temperature < GREEDY and self.spec.logprobs is None and not self.alters
+
+    @property
     def alters(self) -> bool:
         """Whether logits are changed before the draw."""
         spec = self.spec

@@ -1,4 +1,4 @@
-"""CPU threads: a small fork-join pool, and BLAS kept to the thread that calls it.
+"""CPU threads: a small pool, and BLAS kept to the thread that calls it.
 
 Work is split by us, not by BLAS, so that `--threads` means the same with every BLAS and no split ever
 depends on the batch.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable
+from itertools import count
 from queue import SimpleQueue
 
-Task = Callable[[], None]
+import numpy as np
 
 # The names under which OpenBLAS builds export their thread count, NumPy's own build first.
 _SETTERS = ("scipy_openblas_set_num_threads64_", "openblas_set_num_threads64_", "openblas_set_num_threads")
@@ -41,46 +41,61 @@ def single_threaded_blas() -> bool:
     return found
 
 
-class Workers:
-    """Runs the tasks of one parallel region; the caller takes the first share itself."""
+class Job:
+    """Items 0 .. total - 1 of one parallel region, taken one at a time by whoever is free."""
 
-    def __init__(self, count: int) -> None:
-        self.count = max(1, count)
-        self._inboxes: list[SimpleQueue[Task | None]] = [SimpleQueue() for _ in range(self.count - 1)]
-        self._done: SimpleQueue[BaseException | None] = SimpleQueue()
+    def __init__(self, total: int, work: Callable[[int], None]) -> None:
+        self.total = total
+        self.work = work
+        self.next = count()
+        self.done: SimpleQueue[int] = SimpleQueue()  # items that another thread finished
+        self.failure: BaseException | None = None
+
+    def take(self) -> int:
+        """Works until no item is left; returns how many it took. After a failure items are only counted."""
+        taken = 0
+        while (item := next(self.next)) < self.total:
+            taken += 1
+            try:
+                if self.failure is None:
+                    self.work(item)
+            except BaseException as error:
+                self.failure = error
+        return taken
+
+
+class Workers:
+    """Threads that help the calling one. A thread that the system lets wait holds up nobody but its item."""
+
+    def __init__(self, threads: int) -> None:
+        self.count = max(1, threads)
+        self._inboxes: list[SimpleQueue[Job | None]] = [SimpleQueue() for _ in range(self.count - 1)]
         for inbox in self._inboxes:
             threading.Thread(target=self._serve, args=(inbox,), daemon=True, name="rvllm-cpu").start()
 
-    def _serve(self, inbox: SimpleQueue[Task | None]) -> None:
-        while (task := inbox.get()) is not None:
-            try:
-                task()
-            except BaseException as error:
-                self._done.put(error)
-            else:
-                self._done.put(None)
-            del task  # do not keep the arrays it holds alive while waiting
+    @staticmethod
+    def _serve(inbox: SimpleQueue[Job | None]) -> None:
+        np.seterr(all="ignore")  # as `execute` has it in the calling thread; the setting is per thread
+        while (job := inbox.get()) is not None:
+            taken = job.take()
+            if taken:
+                job.done.put(taken)
+            del job  # do not keep the arrays it holds alive while waiting
 
-    def run(self, tasks: Sequence[Task]) -> None:
-        """Runs up to `count` tasks side by side and returns when all are done; re-raises a failure."""
-        for inbox, task in zip(self._inboxes, tasks[1:], strict=False):
-            inbox.put(task)
-        failure: BaseException | None = None
-        try:
-            for task in (*tasks[:1], *tasks[self.count :]):
-                task()
-        except BaseException as error:
-            failure = error
-        for _ in range(min(len(tasks), self.count) - 1):
-            failure = self._done.get() or failure
-        if failure is not None:
-            raise failure
-
-    def split(self, total: int, work: Callable[[int, int], None]) -> None:
-        """work(low, high) over `count` nearly equal ranges of 0 .. total - 1."""
-        shares = min(self.count, total)
-        bounds = [total * i // shares for i in range(shares + 1)] if shares else []
-        self.run([lambda a=a, b=b: work(a, b) for a, b in pairwise(bounds)])  # type: ignore[misc]
+    def each(self, total: int, work: Callable[[int], None]) -> None:
+        """work(i) for every i in 0 .. total - 1, side by side; waits for all and re-raises a failure."""
+        if self.count == 1 or total < 2:
+            for item in range(total):
+                work(item)
+            return
+        job = Job(total, work)
+        for inbox in self._inboxes[: total - 1]:
+            inbox.put(job)
+        left = total - job.take()
+        while left:
+            left -= job.done.get()
+        if job.failure is not None:
+            raise job.failure
 
     def close(self) -> None:
         """Ends the threads."""
