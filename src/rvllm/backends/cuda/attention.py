@@ -80,12 +80,14 @@ def plan_decode(
             f"lower --max-num-seqs"
         )
     kernel = decode_kernel(dtype.value, head_dim, smem_per_block)
-    smem = decode_smem(head_dim, max_seqs)
     group = heads // kv_heads
     parts = -(-group // 16)
     splits = min(max_seqs * -(-max_model_len // SPLIT), num_blocks * BLOCK // SPLIT + max_seqs)
     items = splits * kv_heads * parts
     stride = -(-(min(group, 16) * (head_dim + 2)) // 4) * 4
+    # Few pieces of work that are usually there at once: more shared memory a block. Otherwise more blocks.
+    separate = max_seqs * kv_heads * parts <= sm_count and head_dim <= 128 and not kernel.endswith("_small")
+    smem = decode_smem(head_dim, separate, max_seqs)
     resident = max(1, min(4 if head_dim <= 64 else 3, (smem_per_block + 1024) // (smem + 1664)))
     return DecodePlan(
         kernel=kernel,

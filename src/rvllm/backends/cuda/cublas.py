@@ -65,7 +65,7 @@ def library() -> ctypes.CDLL:
         except OSError:
             continue
     raise MissingKernelError(
-        'cuBLAS is not installed; install its extra (pip install "rvllm[cublas]") or use --gemm-strategy native'
+        'cuBLAS is not installed: pip install "rvllm[cublas]", or use --gemm-strategy native'
     )
 
 

@@ -142,10 +142,10 @@ class Loader:
         """Sends a piece in slices that fit the staging buffers, each dequantised and packed as it arrives."""
         width = piece.wanted.width
         row_bytes = piece.data.shape[1]
-        fit = min(self._staging[0].nbytes // row_bytes, self._rows_bytes // (2 * width)) // 64 * 64
-        if fit < 64:
+        fit = min(self._staging[0].nbytes // row_bytes, self._rows_bytes // (2 * width)) // 8 * 8
+        if fit < 8:
             raise ModelError(
-                f"{piece.wanted.weight.name}: 64 rows of {width} elements exceed the staging memory"
+                f"{piece.wanted.weight.name}: 8 rows of {width} elements exceed the staging memory; raise --num-gpu-blocks"
             )
         rows = len(piece.data)
         for turn, start in enumerate(range(0, rows, fit)):

@@ -14,7 +14,7 @@ from rvllm.errors import UsageError
 MAX_BIASES = 1024  # logit_bias entries a slot can hold
 MAX_STOPS = 128  # tokens that min_tokens can hold back
 MAX_TOP = 20  # most likely tokens reported with logprobs
-CHUNK = 2048  # logits a block of sample_scan looks at
+CHUNK = 1024  # logits a block of sample_scan looks at
 START_WORDS = 24  # int32 words that describe one starting slot
 PICK_THREADS = 1024
 HISTORY = 1  # flag: the slot's tokens are counted
