@@ -11,6 +11,7 @@ import archs_tiny as tiny
 import numpy as np
 import pytest
 
+from rvllm import LLM, SamplingParams
 from rvllm.errors import ModelError
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.packing import row_order
@@ -124,6 +125,23 @@ def test_batch_mates_change_no_bit(name: str, tmp_path: Path) -> None:
     backend.close()
     for s, rows in enumerate([*map(np.concatenate, zip(first, second[:2], strict=True)), second[2]]):
         assert np.array_equal(rows, alone[s]), f"sequence {s}"
+
+
+@pytest.mark.parametrize("name", tiny.CASES)
+def test_engine_gives_the_golden_tokens(name: str, tmp_path: Path) -> None:
+    """Through the whole engine: chunked prompts, batch-mates, and a prompt whose blocks are cached."""
+    case = tiny.CASES[name]
+    tiny.save(tmp_path, case.config, tiny.random_tensors(name, case.config))
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())
+    prompts = [tiny.prompt_of(name), tiny.prompt_of(f"{name} other", 30), tiny.prompt_of(name)]
+    with LLM(
+        str(tmp_path), device="cpu", skip_tokenizer_init=True, max_model_len=case.max_model_len,
+        max_num_seqs=2, max_num_batched_tokens=50, num_blocks=40, threads=1,
+    ) as llm:  # fmt: skip
+        params = SamplingParams(temperature=0.0, max_tokens=tiny.GREEDY, ignore_eos=True)
+        out = llm.generate([{"prompt_token_ids": p.tolist()} for p in prompts], params, use_tqdm=False)
+    assert list(out[0].outputs[0].token_ids) == golden["greedy"]
+    assert list(out[2].outputs[0].token_ids) == golden["greedy"]
 
 
 # What llama.cpp's files have no room for: biases and untied heads where its models never have them, Gemma 2
