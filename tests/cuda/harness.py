@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from rvllm.backends.cuda.driver import Device, Event, Function, Launch, Module, Stream, call
+from rvllm.backends.cuda.driver import Device, Event, Function, Launch, Module, Stream, api, call
 from rvllm.kernels import build
 from rvllm.kernels.ops_manifest import SPECS
 
@@ -99,7 +99,11 @@ class Gpu:
             self._modules.append(module)
             for symbol, mangled in cubin.names.items():
                 spec = by_symbol[cubin.unit.source, cubin.unit.defines, symbol]
-                self._functions[spec.name] = module.function(mangled, spec.name, spec.smem)
+                function = module.function(mangled, spec.name, spec.smem)
+                carveout = api().CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+                if spec.smem:
+                    call("cuFuncSetAttribute", function.handle, carveout, 100)
+                self._functions[spec.name] = function
 
     def launch(
         self, name: str, grid: Any, block: int, args: Sequence[Any], smem: int = 0, pdl: bool = True

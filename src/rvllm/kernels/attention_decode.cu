@@ -7,8 +7,9 @@
 // otherwise states go to `partial`, and the block that brings a sequence's last split merges all of them in
 // ascending order.
 // The list of items follows from the metadata, so it is made before the predecessor is done, and the first keys
-// (but the newest position's) are fetched before that too. A warp has one buffer, for keys and values in turn;
-// several blocks on an SM overlap one's arithmetic with another's loads.
+// (but the newest position's) are fetched before that too. A warp has one buffer, for keys and values in turn, and
+// several blocks on an SM overlap one's arithmetic with another's loads; launched with more shared memory it has
+// one for each, which is quicker where there are fewer items than SMs.
 // Bound by memory at long contexts (the KV cache is read once), by latency at short ones.
 #include "attention.cuh"
 
@@ -66,6 +67,12 @@ __device__ __forceinline__ Tile tile_of(const Item& item, int warp, const int* t
 template <typename T, int D>
 __device__ __forceinline__ void fetch(T* buffer, const T* cache, const Tile& t, int head, int kv_heads, int skip, int lane) {
   if (!t.empty()) load_tile<T, D, 32>(buffer, cache, t.blocks, head, kv_heads, t.lo, t.hi, skip, lane);
+}
+
+__device__ __forceinline__ u32 dynamic_shared_bytes() {
+  u32 bytes;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+  return bytes;
 }
 
 // Asks for a tile's lines to be brought to L2.
@@ -129,8 +136,11 @@ attn_decode(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, cons
   T* const queries = buffers + WARPS * BUFFER;
   int* const prefix = reinterpret_cast<int*>(queries + 16 * KS);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  T* const second = reinterpret_cast<T*>(prefix + (max_seqs + 31) / 32 * 32);  // buffers for values, if there is room
+  const bool separate = dynamic_shared_bytes() >= smem(second + WARPS * BUFFER) - smem(shared);
   T* const buffer = buffers + warp * BUFFER;
-  float* const exchange = reinterpret_cast<float*>(buffer);
+  T* const values = (separate ? second : buffers) + warp * BUFFER;
+  float* const exchange = reinterpret_cast<float*>(values);
   const int parts = (group + 15) / 16;
 
   // How many items come before each sequence: a running sum over the block.
@@ -174,10 +184,14 @@ attn_decode(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, cons
   Item item = item_of(begin, prefix, kv_lens, seqs, parts, window);
   Tile tile = tile_of(item, warp, tables, table_stride, slots);
   fetch<T, DK>(buffer, k_cache, tile, item.head, kv_heads, tile.newest, lane);
-  prefetch<T, DV>(v_cache, tile, item.head, kv_heads, lane);
+  if (separate)
+    fetch<T, DV>(values, v_cache, tile, item.head, kv_heads, tile.newest, lane);
+  else
+    prefetch<T, DV>(v_cache, tile, item.head, kv_heads, lane);
   griddep_wait();
   fetch_queries(item);
   fetch_newest<T, DK>(buffer, k_cache, tile, item.head, kv_heads, lane);
+  if (separate) fetch_newest<T, DV>(values, v_cache, tile, item.head, kv_heads, lane);
   cp_async_commit();
 
   const float factor = soft_cap > 0.f ? LOG2E : __fmul_rn(scale, LOG2E);
@@ -203,7 +217,7 @@ attn_decode(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, cons
       float s[8][4];
       tile_scores<T, DK>(s, queries, buffer, blocks, lane);
       __syncwarp();
-      fetch<T, DV>(buffer, v_cache, tile, item.head, kv_heads, -1, lane);
+      if (!separate) fetch<T, DV>(buffer, v_cache, tile, item.head, kv_heads, -1, lane);
       cp_async_commit();
       if (more) prefetch<T, DK>(k_cache, next_tile, next.head, kv_heads, lane);
       if (soft_cap > 0.f) tile_soft_cap(s, scale, soft_cap);
@@ -213,7 +227,7 @@ attn_decode(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, cons
       cp_async_wait<0>();  // the values are here
       __syncwarp();
       float x[DV / 8][4];
-      tile_values<T, DV>(p, buffer, blocks, lane, [&](int g, const float (&r)[2][4]) {
+      tile_values<T, DV>(p, values, blocks, lane, [&](int g, const float (&r)[2][4]) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           x[2 * g][i] = r[0][i];
@@ -255,7 +269,7 @@ attn_decode(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, cons
       for (int w = 0; w < WARPS; w++) {
         const float2 state = states[w][r];
         if (state.x == -INFINITY_F) continue;
-        const float* const source = reinterpret_cast<const float*>(buffers + w * BUFFER) + r * XS + column;
+        const float* const source = reinterpret_cast<const float*>((separate ? second : buffers) + w * BUFFER) + r * XS + column;
         split.add(state.x, state.y, *reinterpret_cast<const float4*>(source));
       }
       if (leading) {  // from the first split on, in order: one running sum
@@ -274,6 +288,7 @@ attn_decode(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, cons
     __syncthreads();  // the exchange and the queries have been read
     if (more) {
       fetch<T, DK>(buffer, k_cache, next_tile, next.head, kv_heads, -1, lane);
+      if (separate) fetch<T, DV>(values, v_cache, next_tile, next.head, kv_heads, -1, lane);
       if (ends) fetch_queries(next);
     }
     cp_async_commit();

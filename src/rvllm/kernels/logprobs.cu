@@ -21,18 +21,18 @@ logprobs(float* token, int* ranks, int* top_ids, float* top, const float* logits
   griddep_wait();
   if (!used) return;
   const int row = rows[entry], target = targets[entry] >= 0 ? targets[entry] : drawn[row], k = min(min(wanted[entry], MAX_TOP), vocab);
-  const float* const x = logits + (size_t)row * stride;
-  const float own = x[target];
+  const Row x = {logits + (size_t)row * stride, vocab, nullptr};
+  const float own = x.x[target];
   float maximum = -INFINITY_F;
   u64 larger = 0;
-  each(x, vocab, [&](float v, int) {
+  each(x, 0, [&](float v, int) {
     maximum = fmaxf(maximum, v);
     larger += v > own;
   });
   maximum = block_max(maximum, maxima);
   larger = block_sum(larger, ranked);
   double sum = 0;
-  each(x, vocab, [&](float v, int) { sum += (double)expf(v - maximum); });
+  each(x, 0, [&](float v, int) { sum += (double)expf(v - maximum); });
   sum = block_sum(sum, sums);
   const double norm = (double)maximum + log(sum);
   if (threadIdx.x == 0) {
@@ -41,16 +41,16 @@ logprobs(float* token, int* ranks, int* top_ids, float* top, const float* logits
     listed = 0;
   }
   if (k <= 0) return;
-  u64 above;
-  const u32 edge = select_key<false>(x, vocab, maximum, 0, k, histogram, above);
+  u64 above, count_wanted = k;
+  const u32 edge = select_key<false>(x, maximum, 0, 0, count_wanted, histogram, above);
   __syncthreads();
-  each(x, vocab, [&](float v, int id) {
+  each(x, 0, [&](float v, int id) {
     if (key_of(v) > edge) list[atomicAdd(&listed, 1)] = {v, id};  // `above` of them, fewer than k
   });
   int last = -1;
   for (int n = (int)above; n < k; n++) {  // of those at the edge, the lowest ids
     Best lowest = {0.f, 0x7fffffff};
-    each(x, vocab, [&](float v, int id) {
+    each(x, 0, [&](float v, int id) {
       if (key_of(v) == edge && id > last) lowest = better(lowest, {0.f, id});
     });
     lowest = block_best(lowest, scratch);

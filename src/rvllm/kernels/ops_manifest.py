@@ -16,9 +16,13 @@ _PAD = 8  # elements after each row of a tile, as in attention.cuh
 _TILE = 64
 
 
-def decode_smem(head_dim: int, max_seqs: int = DECODE_SEQS) -> int:
-    """Dynamic shared memory of attn_decode in bytes: four tiles, the queries, and a word a sequence."""
-    return 2 * (4 * _TILE + 16) * (head_dim + _PAD) + 4 * max_seqs
+def decode_smem(head_dim: int, separate: bool, max_seqs: int = DECODE_SEQS) -> int:
+    """Dynamic shared memory of attn_decode in bytes: four tiles, the queries, and a word a sequence.
+
+    separate: four more tiles, so that keys and values do not take turns.
+    """
+    tiles = 2 * 4 * _TILE * (head_dim + _PAD)
+    return tiles * (2 if separate else 1) + 2 * 16 * (head_dim + _PAD) + 4 * (-(-max_seqs // 32) * 32)
 
 
 def prefill_rows(head_dim: int, small: bool) -> int:
@@ -67,17 +71,18 @@ def _fitting(phase: str, dtype: str, head_dim: int, smem_per_block: int) -> str:
 
 def _attention(dtype: str, dim: int) -> list[KernelSpec]:
     t, short = TYPES[dtype], SHORT[dtype]
-    specs = [
-        KernelSpec(
-            name=f"sm80_{short}_attn_decode_d{dim}",
-            source="attention_decode.cu",
-            symbol=f"attn_decode<{t}, {dim}, {dim}>",
-            smem=decode_smem(dim),
-            unit=f"{short}_d{dim}",
-        )
-    ]
+    specs = []
     for small in (False, True) if dim <= 128 else (False,):
         suffix, rows = "_small" if small else "", prefill_rows(dim, small)
+        specs.append(
+            KernelSpec(
+                name=f"sm80_{short}_attn_decode_d{dim}{suffix}",
+                source="attention_decode.cu",
+                symbol=f"attn_decode<{t}, {dim}, {dim}>",
+                smem=decode_smem(dim, separate=not small and dim <= 128),
+                unit=f"{short}_d{dim}{suffix}",
+            )
+        )
         specs.append(
             KernelSpec(
                 name=f"sm80_{short}_attn_prefill_d{dim}{suffix}",

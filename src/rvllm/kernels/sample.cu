@@ -15,7 +15,8 @@ sample_scan(const float* logits, float* scaled, Best* bests, const Slot* slots, 
             const u16* histories, const int* bias_ids, const float* biases, const int* stops, const u32* masks,
             const int* mask_rows, int vocab, int stride, int history_stride, int mask_words) {
   griddep_launch();
-  __shared__ float values[CHUNK];
+  static_assert(CHUNK == 4 * 256, "four logits a thread");
+  __shared__ __align__(16) float values[CHUNK];
   __shared__ Best scratch[32];
   const int row = blockIdx.y, start = blockIdx.x * CHUNK, number = row_slots[row];
   if (row >= *count || number < 0) {
@@ -28,165 +29,120 @@ sample_scan(const float* logits, float* scaled, Best* bests, const Slot* slots, 
   const int mask_row = masks ? mask_rows[row] : -1;
   griddep_wait();
 
-  float x[8];
+  const int at = start + threadIdx.x * 4;
+  float4 v = make_float4(-INFINITY_F, -INFINITY_F, -INFINITY_F, -INFINITY_F);
+  if (at < vocab) v = *reinterpret_cast<const float4*>(logits + (size_t)row * stride + at);
+  float x[4] = {v.x, v.y, v.z, v.w};
+  u32 allowed = 15;
+  if (mask_row >= 0 && at < vocab) allowed = masks[(size_t)mask_row * mask_words + at / 32] >> at % 32;
 #pragma unroll
-  for (int j = 0; j < 2; j++) {
-    const int at = start + j * 1024 + threadIdx.x * 4;
-    float4 v = make_float4(-INFINITY_F, -INFINITY_F, -INFINITY_F, -INFINITY_F);
-    if (at < vocab) v = *reinterpret_cast<const float4*>(logits + (size_t)row * stride + at);
-    x[4 * j] = v.x;
-    x[4 * j + 1] = v.y;
-    x[4 * j + 2] = v.z;
-    x[4 * j + 3] = v.w;
-#pragma unroll
-    for (int k = 0; k < 4; k++)
-      if (at + k >= vocab) x[4 * j + k] = -INFINITY_F;
-    if (mask_row >= 0 && at < vocab) {
-      const u32 word = masks[(size_t)mask_row * mask_words + at / 32] >> at % 32;
-#pragma unroll
-      for (int k = 0; k < 4; k++)
-        if (!(word >> k & 1)) x[4 * j + k] = -INFINITY_F;
-    }
-  }
+  for (int k = 0; k < 4; k++)
+    if (at + k >= vocab || !(allowed >> k & 1)) x[k] = -INFINITY_F;
   if (forbid || slot.biases) {  // sparse changes, by way of shared memory
-#pragma unroll
-    for (int k = 0; k < 8; k++) values[k / 4 * 1024 + threadIdx.x * 4 + k % 4] = x[k];
+    *reinterpret_cast<float4*>(values + threadIdx.x * 4) = make_float4(x[0], x[1], x[2], x[3]);
     __syncthreads();
     if (forbid)
       for (int i = threadIdx.x; i < slot.stops; i += blockDim.x) {
-        const int at = stops[(size_t)number * MAX_STOPS + i] - start;
-        if (at >= 0 && at < CHUNK) values[at] = -INFINITY_F;
+        const int place = stops[(size_t)number * MAX_STOPS + i] - start;
+        if (place >= 0 && place < CHUNK) values[place] = -INFINITY_F;
       }
     __syncthreads();
     for (int i = threadIdx.x; i < slot.biases; i += blockDim.x) {
-      const int at = bias_ids[(size_t)number * MAX_BIASES + i] - start;
-      if (at >= 0 && at < CHUNK) values[at] += biases[(size_t)number * MAX_BIASES + i];
+      const int place = bias_ids[(size_t)number * MAX_BIASES + i] - start;
+      if (place >= 0 && place < CHUNK) values[place] += biases[(size_t)number * MAX_BIASES + i];
     }
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < 8; k++) x[k] = values[k / 4 * 1024 + threadIdx.x * 4 + k % 4];
+    for (int k = 0; k < 4; k++) x[k] = values[threadIdx.x * 4 + k];
   }
   Best best = {-INFINITY_F, 0x7fffffff};
-#pragma unroll
-  for (int j = 0; j < 2; j++) {
-    const int at = start + j * 1024 + threadIdx.x * 4;
-    if (at >= vocab) break;
+  if (at < vocab) {
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-      float v = x[4 * j + k];
       if (slot.flags & HISTORY && at + k < vocab) {
         const u16 seen = histories[(size_t)number * history_stride + at + k];
         const float times = (float)(seen & ~IN_PROMPT);
-        if (slot.repetition != 1.f && seen) v = v > 0.f ? __fdiv_rn(v, slot.repetition) : __fmul_rn(v, slot.repetition);
-        v = __fsub_rn(v, __fmul_rn(slot.frequency, times));
-        v = __fsub_rn(v, times > 0.f ? slot.presence : 0.f);
+        if (slot.repetition != 1.f && seen) x[k] = x[k] > 0.f ? __fdiv_rn(x[k], slot.repetition) : __fmul_rn(x[k], slot.repetition);
+        x[k] = __fsub_rn(x[k], __fmul_rn(slot.frequency, times));
+        x[k] = __fsub_rn(x[k], times > 0.f ? slot.presence : 0.f);
       }
-      if (!greedy) v = __fdiv_rn(v, slot.temperature);
-      x[4 * j + k] = v;
-      best = better(best, {v, at + k});
+      if (!greedy) x[k] = __fdiv_rn(x[k], slot.temperature);
+      best = better(best, {x[k], at + k});
     }
-    if (!greedy)
-      *reinterpret_cast<float4*>(scaled + (size_t)row * stride + at) = make_float4(x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]);
+    if (!greedy) *reinterpret_cast<float4*>(scaled + (size_t)row * stride + at) = make_float4(x[0], x[1], x[2], x[3]);
   }
   best = block_best(best, scratch);
   if (threadIdx.x == 0) bests[(size_t)row * gridDim.x + blockIdx.x] = best;
 }
 
 // Picks an index of the row by its weight: of keys above `edge` all, of those equal to it the first `ties`.
-// Each warp sums a consecutive part of the row; then the block looks closer at the part that holds the spot.
-__device__ int draw(const float* row, int vocab, float maximum, u32 edge, u64 ties, u32 random, int fallback) {
-  __shared__ u64 sums[32], tied[32], scratch[32], left, ties_left;
-  __shared__ int chosen, token;
-  constexpr int AHEAD = 4;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int part = (vocab + 32 * 128 - 1) / (32 * 128) * 128, begin = min(warp * part, vocab), end = min(begin + part, vocab);
+// Chunks are summed first; then the block looks closer at the chunk that holds the spot.
+__device__ int draw(const Row& row, float maximum, u32 edge, u64 ties, u32 random, int fallback) {
+  __shared__ u64 sums[MAX_CHUNKS], scratch[32], spot, ties_left;
+  __shared__ int tied[MAX_CHUNKS], chosen, token;
+  const int lane = threadIdx.x % 32, chunks = (row.vocab + CHUNK - 1) / CHUNK;
   const u64 edge_weight = weight_of(value_of(edge), maximum);
-  const auto look = [&](const float4& v, int i, int stop, u64 (&w)[4], bool (&tie)[4]) {
-    const float x[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      const u32 key = i + k < stop ? key_of(x[k]) : 0;
-      w[k] = key > edge ? weight_of(x[k], maximum) : 0;
-      tie[k] = key == edge;
-    }
-  };
-  u64 sum = 0, same = 0;
-  for (int base = begin + lane * 4; base < end; base += AHEAD * 128) {
-    float4 v[AHEAD];
-#pragma unroll
-    for (int a = 0; a < AHEAD; a++)
-      if (base + a * 128 < end) v[a] = *reinterpret_cast<const float4*>(row + base + a * 128);
-#pragma unroll
-    for (int a = 0; a < AHEAD; a++) {
-      u64 w[4];
-      bool tie[4];
-      look(v[a], base + a * 128, end, w, tie);
-#pragma unroll
-      for (int k = 0; k < 4; k++) {
-        sum += w[k];
-        same += tie[k];
-      }
-    }
-  }
-#pragma unroll
-  for (int o = 16; o; o >>= 1) {
-    sum += __shfl_xor_sync(~0u, sum, o);
-    same += __shfl_xor_sync(~0u, same, o);
-  }
-  if (lane == 0) {
-    sums[warp] = sum;
-    tied[warp] = same;
-  }
-  __syncthreads();
   if (threadIdx.x == 0) {
-    u64 total = 0, rest = ties;
-    for (int w = 0; w < 32; w++) {
-      const u64 taken = min(tied[w], rest);
-      rest -= taken;
-      total += sums[w] + taken * edge_weight;
-    }
-    u64 spot = __umul64hi(total, (u64)random << 32);  // below total
-    rest = ties;
     chosen = -1;
     token = fallback;
-    for (int w = 0; w < 32 && total; w++) {
-      const u64 taken = min(tied[w], rest), here = sums[w] + taken * edge_weight;
-      if (spot < here) {
-        chosen = w;
-        break;
-      }
-      spot -= here;
-      rest -= taken;
+  }
+  for (int c = threadIdx.x / 32; c < chunks; c += PICK_THREADS / 32) {
+    u64 sum = 0;
+    int same = 0;
+    if (key_of(row.maxima[c]) >= edge)
+      each_of(row, c, [&](float x, int) {
+        const u32 key = key_of(x);
+        if (key > edge) sum += weight_of(x, maximum);
+        same += key == edge;
+      });
+#pragma unroll
+    for (int o = 16; o; o >>= 1) {
+      sum += __shfl_xor_sync(~0u, sum, o);
+      same += __shfl_xor_sync(~0u, same, o);
     }
-    left = spot;
-    ties_left = rest;
+    if (lane == 0) {
+      sums[c] = sum;
+      tied[c] = same;
+    }
+  }
+  __syncthreads();
+  const int c = threadIdx.x;
+  u64 total, all_ties;
+  const u64 ties_before = block_scan(c < chunks ? tied[c] : 0, scratch, all_ties);
+  const u64 taken = c < chunks && ties_before < ties ? min((u64)tied[c], ties - ties_before) : 0;
+  const u64 here = c < chunks ? sums[c] + taken * edge_weight : 0, before = block_scan(here, scratch, total);
+  const u64 target = __umul64hi(total, (u64)random << 32);  // below total
+  if (before <= target && target < before + here) {
+    chosen = c;
+    spot = target - before;
+    ties_left = ties > ties_before ? ties - ties_before : 0;
   }
   __syncthreads();
   if (chosen >= 0) {
-    u64 spot = left, rest = ties_left;
-    const int stop = min((chosen + 1) * part, vocab);
-    for (int base = chosen * part; base < stop; base += PICK_THREADS * 4) {
-      const int i = base + threadIdx.x * 4;
-      u64 w[4], strip_ties, strip;
-      bool tie[4];
-      float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-      if (i < stop) v = *reinterpret_cast<const float4*>(row + i);
-      look(v, i, stop, w, tie);
-      u64 rank = block_scan(tie[0] + tie[1] + tie[2] + tie[3], scratch, strip_ties), mine = 0;
+    const int i = chosen * CHUNK + threadIdx.x * 4;
+    u64 w[4] = {}, mine = 0, unused;
+    bool tie[4] = {};
+    if (threadIdx.x < CHUNK / 4 && i < row.vocab) {
+      const float4 v = *reinterpret_cast<const float4*>(row.x + i);
+      const float x[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        if (tie[k] && rank++ < rest) w[k] = edge_weight;
-        mine += w[k];
+        const u32 key = i + k < row.vocab ? key_of(x[k]) : 0;
+        w[k] = key > edge ? weight_of(x[k], maximum) : 0;
+        tie[k] = key == edge;
       }
-      u64 before = block_scan(mine, scratch, strip);
+    }
+    u64 rank = block_scan(tie[0] + tie[1] + tie[2] + tie[3], scratch, unused);
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        if (before <= spot && spot < before + w[k]) token = i + k;
-        before += w[k];
-      }
-      if (spot < strip) break;
-      spot -= strip;
-      rest -= min(strip_ties, rest);
+    for (int k = 0; k < 4; k++) {
+      if (tie[k] && rank++ < ties_left) w[k] = edge_weight;
+      mine += w[k];
+    }
+    u64 run = block_scan(mine, scratch, unused);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      if (run <= spot && spot < run + w[k]) token = i + k;
+      run += w[k];
     }
   }
   __syncthreads();
@@ -195,14 +151,16 @@ __device__ int draw(const float* row, int vocab, float maximum, u32 edge, u64 ti
 
 // Finishes each row from its chunks' bests: the arg max when greedy, else the draw. tokens int32 [rows] gets the
 // token (-1 where the row draws nothing), last_tokens [slots] too; the slot's count and history advance.
-// Grid: (rows), PICK_THREADS threads. Greedy rows are bound by latency; a draw reads its row two to nine times.
+// Grid: (rows), PICK_THREADS threads. Greedy rows are bound by latency; a draw reads its row once, and the
+// parts that matter up to seven times.
 extern "C" __global__ void __launch_bounds__(PICK_THREADS)
 sample_pick(int* tokens, int* last_tokens, const float* scaled, const Best* bests, Slot* slots, const int* row_slots,
             const int* count, u16* histories, int vocab, int stride, int history_stride, int chunks) {
   griddep_launch();
   __shared__ Histogram histogram;
   __shared__ Best scratch[32];
-  __shared__ u64 sums[32];
+  __shared__ float maxima[MAX_CHUNKS];
+  __shared__ u32 bound;
   const int row = blockIdx.x, number = row_slots[row];
   if (row >= *count || number < 0) {
     if (row == 0) griddep_wait();
@@ -212,29 +170,39 @@ sample_pick(int* tokens, int* last_tokens, const float* scaled, const Best* best
   const Slot slot = slots[number];
   griddep_wait();
   Best best = {-INFINITY_F, 0x7fffffff};
-  for (int i = threadIdx.x; i < chunks; i += PICK_THREADS) best = better(best, bests[(size_t)row * chunks + i]);
+  if (threadIdx.x < chunks) {  // at most MAX_CHUNKS
+    best = bests[(size_t)row * chunks + threadIdx.x];
+    maxima[threadIdx.x] = best.value;
+  }
   best = block_best(best, scratch);
   if (best.id >= vocab) best.id = 0;  // no number among the logits
   int token = best.id;
   if (slot.temperature >= 1e-5f && best.value > -INFINITY_F) {
-    const float* const x = scaled + (size_t)row * stride;
+    const Row x = {scaled + (size_t)row * stride, vocab, maxima};
     const float maximum = best.value;
     u32 floor = LOWEST_KEY;
     if (slot.min_p > 0.f) floor = max(floor, key_of(__double2float_ru((double)maximum + log((double)slot.min_p))));
-    u64 above = 0, ties = ~0ull;
-    if (slot.top_k > 0 && slot.top_k < vocab)
-      floor = max(floor, select_key<false>(x, vocab, maximum, floor, slot.top_k, histogram, above));
+    u64 above = 0, ties = ~0ull, target = slot.top_k;
+    if (slot.top_k > 0 && slot.top_k < vocab) {
+      // At least k elements reach the k-th largest of the chunks' maxima: nothing below it can matter.
+      if (threadIdx.x == 0) bound = floor;
+      __syncthreads();
+      if (threadIdx.x < chunks && slot.top_k <= chunks) {
+        const float mine = maxima[threadIdx.x];
+        int larger = 0;
+        for (int c = 0; c < chunks; c++) larger += maxima[c] > mine || (maxima[c] == mine && c < threadIdx.x);
+        if (larger + 1 == slot.top_k) bound = max(floor, key_of(mine));
+      }
+      __syncthreads();
+      floor = max(floor, select_key<false>(x, maximum, bound, 0, target, histogram, above));
+    }
     u32 edge = floor;
     if (slot.top_p < 1.f) {
-      u64 sum = 0;
-      each(x, vocab, [&](float v, int) { sum += key_of(v) >= floor ? weight_of(v, maximum) : 0; });
-      sum = block_sum(sum, sums);
-      const u64 target = max((u64)1, (u64)ceil((double)slot.top_p * (double)sum));
-      edge = select_key<true>(x, vocab, maximum, floor, min(target, sum), histogram, above);
-      const u64 each_weight = max((u64)1, weight_of(value_of(edge), maximum));
-      ties = (min(target, sum) - above + each_weight - 1) / each_weight;
+      edge = select_key<true>(x, maximum, floor, slot.top_p, target, histogram, above);
+      const u64 weight = max((u64)1, weight_of(value_of(edge), maximum));
+      ties = (target - above + weight - 1) / weight;
     }
-    token = draw(x, vocab, maximum, edge, ties, philox(slot.seed, slot.generated), best.id);
+    token = draw(x, maximum, edge, ties, philox(slot.seed, slot.generated), best.id);
   }
   if (threadIdx.x) return;
   tokens[row] = token;

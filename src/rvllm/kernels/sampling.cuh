@@ -18,7 +18,7 @@ struct Slot {
 };
 constexpr u32 HISTORY = 1;      // token counts are kept for this slot
 constexpr u16 IN_PROMPT = 0x8000;  // in a token's count: it occurs in the prompt; the rest counts the output
-constexpr int CHUNK = 2048;     // logits one block of sample_scan looks at
+constexpr int CHUNK = 1024;     // logits one block of sample_scan looks at
 constexpr int MAX_BIASES = 1024, MAX_STOPS = 128, MAX_TOP = 20;
 
 // Floats as unsigned numbers of the same order.
@@ -31,9 +31,13 @@ __device__ __forceinline__ float value_of(u32 key) {
 }
 constexpr u32 LOWEST_KEY = 0x007fffffu + 1;  // just above minus infinity
 
-// exp(x - maximum) as a fixed-point number, so that sums are exact and hence independent of their order.
+// exp(x - maximum) as a fixed-point number, so that sums are exact and hence independent of their order. 2^40
+// stands for the most likely token. Shifting the mantissa is quicker than converting.
 __device__ __forceinline__ u64 weight_of(float x, float maximum) {
-  return (u64)(exp2_fast((x - maximum) * LOG2E) * 1099511627776.f);  // 2^40
+  const u32 e = __float_as_uint(exp2_fast((x - maximum) * LOG2E));
+  const int shift = (int)(e >> 23) - 127 + 40 - 23;
+  const u64 mantissa = (e & 0x7fffffu) | 0x800000u;
+  return shift >= 0 ? mantissa << shift : shift > -24 ? mantissa >> -shift : 0;
 }
 
 struct Best {
@@ -75,7 +79,7 @@ __device__ __forceinline__ u32 philox(u64 key, u32 counter) {
   return c0;
 }
 
-constexpr int BINS = 2048, PICK_THREADS = 1024;
+constexpr int BINS = 2048, PICK_THREADS = 1024, MAX_CHUNKS = PICK_THREADS;
 
 // Shared memory of select_key: a histogram of 64-bit sums in two halves, since shared memory adds 32 bits natively.
 struct Histogram {
@@ -91,24 +95,38 @@ __device__ __forceinline__ void histogram_add(Histogram& h, u32 bin, u64 x) {
   if (high) atomicAdd(&h.high[bin], high);
 }
 
-// Visits (value, id) of a row of `vocab` floats, 16-byte aligned and padded to four; the whole block.
-template <typename Visit> __device__ __forceinline__ void each(const float* row, int vocab, Visit visit) {
+// A row of `vocab` logits, 16-byte aligned and padded to four. maxima (shared): of each CHUNK of it, or null.
+struct Row {
+  const float* x;
+  int vocab;
+  const float* maxima;
+};
+
+// Visits (value, id) of the elements of chunk c; a warp calls.
+template <typename Visit> __device__ __forceinline__ void each_of(const Row& row, int c, Visit visit) {
   constexpr int AHEAD = 4;  // loads in flight a thread
-  const int step = blockDim.x * 4;
-  for (int base = threadIdx.x * 4; base < vocab; base += AHEAD * step) {
+#pragma unroll
+  for (int part = 0; part < CHUNK; part += AHEAD * 128) {
+    const int base = c * CHUNK + part + threadIdx.x % 32 * 4;
     float4 v[AHEAD];
 #pragma unroll
     for (int a = 0; a < AHEAD; a++)
-      if (base + a * step < vocab) v[a] = *reinterpret_cast<const float4*>(row + base + a * step);
+      if (base + a * 128 < row.vocab) v[a] = *reinterpret_cast<const float4*>(row.x + base + a * 128);
 #pragma unroll
     for (int a = 0; a < AHEAD; a++) {
-      const int i = base + a * step;
-      if (i < vocab) visit(v[a].x, i);
-      if (i + 1 < vocab) visit(v[a].y, i + 1);
-      if (i + 2 < vocab) visit(v[a].z, i + 2);
-      if (i + 3 < vocab) visit(v[a].w, i + 3);
+      const int i = base + a * 128;
+      if (i < row.vocab) visit(v[a].x, i);
+      if (i + 1 < row.vocab) visit(v[a].y, i + 1);
+      if (i + 2 < row.vocab) visit(v[a].z, i + 2);
+      if (i + 3 < row.vocab) visit(v[a].w, i + 3);
     }
   }
+}
+
+// The same for the whole row but chunks that hold nothing at or above `floor`; the block calls, a warp a chunk.
+template <typename Visit> __device__ __forceinline__ void each(const Row& row, u32 floor, Visit visit) {
+  for (int c = threadIdx.x / 32; c * CHUNK < row.vocab; c += blockDim.x / 32)
+    if (!row.maxima || key_of(row.maxima[c]) >= floor) each_of(row, c, visit);
 }
 
 // Sum of x over the threads before this one, and over all of the block. scratch: 32 elements.
@@ -133,22 +151,23 @@ __device__ __forceinline__ u64 block_scan(u64 x, u64* scratch, u64& total) {
 }
 
 // The largest key t such that what lies at or above it measures at least `target` > 0: elements are counted, or,
-// with WEIGHTS, their weights summed. Elements below `floor` do not take part; if all of them together measure
-// less, the answer is `floor`. above: the measure of what lies strictly above t. Three passes over the row, each
-// settling 11 or 10 bits. A block of PICK_THREADS threads; the same answer in every thread.
+// with WEIGHTS, their weights summed, and the target is `share` of that sum. Elements below `floor` do not take part;
+// if all of them together measure less, the answer is `floor`. above: the measure of what lies strictly above t.
+// Three passes over the row, each settling 11 or 10 bits. PICK_THREADS threads; the same answer in every thread.
 template <bool WEIGHTS>
-__device__ u32 select_key(const float* row, int vocab, float maximum, u32 floor, u64 target, Histogram& h, u64& above) {
+__device__ u32 select_key(const Row& row, float maximum, u32 floor, double share, u64& target, Histogram& h, u64& above) {
   u32 prefix = 0;
   above = 0;
   for (int level = 0; level < 3; level++) {
     const int shift = level == 0 ? 21 : level == 1 ? 10 : 0, bits = level == 2 ? 10 : 11;
+    const u32 lowest = level == 0 ? floor : max(floor, prefix << (shift + bits));
     __syncthreads();
     for (int i = threadIdx.x; i < BINS; i += PICK_THREADS) h.low[i] = h.high[i] = 0;
     if (threadIdx.x == 0) h.bin = ~0u;
     __syncthreads();
-    each(row, vocab, [&](float x, int) {
+    each(row, lowest, [&](float x, int) {
       const u32 key = key_of(x);
-      if (key < floor || (level > 0 && key >> (shift + bits) != prefix)) return;
+      if (key < lowest || (level > 0 && key >> (shift + bits) != prefix)) return;
       const u64 measure = WEIGHTS ? weight_of(x, maximum) : 1;
       if (measure) histogram_add(h, key >> shift & ((1u << bits) - 1), measure);
     });
@@ -158,6 +177,7 @@ __device__ u32 select_key(const float* row, int vocab, float maximum, u32 floor,
     const u64 a = (u64)h.high[first] << 32 | h.low[first], b = (u64)h.high[first - 1] << 32 | h.low[first - 1];
     u64 total;
     const u64 before = above + block_scan(a + b, h.warp_sums, total);  // everything above this thread's bins
+    if (WEIGHTS && level == 0) target = min(total, max((u64)1, (u64)ceil(share * (double)total)));
     if (before < target && before + a >= target) {
       h.bin = first;
       h.above = before;
