@@ -272,3 +272,15 @@ def test_a_client_that_reads_slowly_holds_only_itself_up(server: LiveServer) -> 
         data += slow.recv(1 << 20)
     assert data.count(b'"finish_reason":"length"') == 16
     slow.close()
+
+
+def test_the_engines_death_cuts_a_drain_short_and_is_a_failure() -> None:
+    with LiveServer(drain_timeout=60.0) as server:
+        server.engine.held = True
+        sock = send(server, BODY)
+        assert wait_for(lambda: len(server.engine.open) == 1)
+        server.call(server.stop.first.set)
+        assert wait_for(lambda: refused(server), 2)
+        server.call(server.engine.die, "out of memory")
+        assert b"out of memory" in read_to_end(sock)
+        assert server.ended(5) == 1

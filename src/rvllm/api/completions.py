@@ -70,10 +70,8 @@ class _Completion:
         self._writers = [CompletionLogprobsWriter(request.logprobs or 0, names) for _ in job.choices]
         self._started = [False] * len(job.choices)
         self._only_echo = bool(request.echo) and request.max_tokens == 0
-        if self._only_echo:
-            job.completion_tokens = -len(
-                job.choices
-            )  # the token that had to be drawn is not part of the answer
+        if self._only_echo:  # the token that each choice has to draw is not part of the answer
+            job.completion_tokens = -len(job.choices)
 
     async def whole(self) -> CompletionAnswer:
         """The finished answer."""

@@ -21,7 +21,7 @@ CANCEL_SECONDS = 2.0  # cancelled requests have this long to tell their clients
 DEAD_SECONDS = (
     10.0  # after the engine's death, errors and a /health of 503 are served so long before the exit
 )
-ENGINE_DIED = 1
+FAILED = 1  # the exit code when the engine has died, or uvicorn ended by itself
 
 
 class DyingEngine(Protocol):
@@ -62,7 +62,7 @@ async def serve(
         server_header=False,
         timeout_keep_alive=75,
     )
-    server = _Uvicorn(config)
+    server, url = _Uvicorn(config), url_of(sock)
     serving = asyncio.ensure_future(server.serve([sock]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.002)
@@ -70,20 +70,18 @@ async def serve(
         try:
             serving.result()
         except OSError as error:
-            raise UsageError(f"cannot listen on {url_of(sock)}: {error.strerror or error}") from None
+            raise UsageError(f"cannot listen on {url}: {error.strerror or error}") from None
     started()
     first = asyncio.ensure_future(stop.first.wait())
     dead = asyncio.ensure_future(engine.wait_dead())
     await asyncio.wait((serving, first, dead), return_when=asyncio.FIRST_COMPLETED)
-    code = stop.exit_code
-    if dead.done() and not first.done():
-        code = ENGINE_DIED
+    if first.done():
+        await _drain(server, gate, stop, serving, dead)
+    elif dead.done():
         seconds = gate.config.dead_engine_timeout
         event(logging.ERROR, "the engine has died", cause=dead.result(), seconds_until_exit=seconds)
         await asyncio.wait((first,), timeout=seconds)
-    else:
-        await _drain(server, gate, stop, serving, dead)
-        code = stop.exit_code
+    asked_to = first.done() and not dead.done()
     gate.draining = server.should_exit = True
     gate.cancel_all()
     await asyncio.wait((serving,), timeout=CANCEL_SECONDS)
@@ -91,7 +89,7 @@ async def serve(
     for task in (first, dead):
         task.cancel()
     await asyncio.gather(serving, first, dead, return_exceptions=True)
-    return code
+    return stop.exit_code if asked_to else FAILED
 
 
 async def _drain(
@@ -109,5 +107,7 @@ async def _drain(
         (serving, second, dead), timeout=gate.config.drain_timeout, return_when=asyncio.FIRST_COMPLETED
     )
     second.cancel()
+    if dead.done():  # what runs is about to end with the reason
+        await asyncio.wait((serving,), timeout=CANCEL_SECONDS)
     if gate.working:
         event(logging.WARNING, "cancelling what still runs", requests=len(gate.working))
