@@ -22,6 +22,7 @@ from rvllm.program.ops import (
     Embed,
     GatedActivation,
     GatherRows,
+    HideTokens,
     KVCache,
     Linear,
     Logits,
@@ -322,8 +323,12 @@ def head(
     bias: bool = False,
     scale: float = 1.0,
     soft_cap: float | None = None,
+    hidden: tuple[int, ...] = (),
 ) -> None:
-    """Logits from normalised rows, and the draw. A tied head is the embedding table itself."""
+    """Logits from normalised rows, and the draw. A tied head is the embedding table itself.
+
+    hidden: tokens of the vocabulary that stand for nothing and are never drawn.
+    """
     shape = (dims.vocab, dims.hidden)
     weight = b.table("embed", Part(embed_source, shape)) if tied else b.matrix("lm_head", Part(source, shape))
     shift = None
@@ -331,4 +336,6 @@ def head(
         shift = b.vector("lm_head.bias", Part(source.replace("weight", "bias"), (dims.vocab,)))
     out = b.buffer("logits", dims.vocab, "samples", DType.F32)
     b.emit(Logits(name="lm_head", x=x, out=out, weight=weight, bias=shift, scale=scale, soft_cap=soft_cap))
+    if hidden:
+        b.emit(HideTokens(name="hide_tokens", logits=out, tokens=hidden))
     b.emit(Sample(name="sample", logits=out))

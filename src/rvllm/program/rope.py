@@ -23,6 +23,7 @@ class Rope:
 
     interleaved: pairs are (0, 1), (2, 3), ... instead of (0, dim/2), (1, dim/2 + 1), ...
     attention_factor: multiplies cos and sin (YaRN and LongRoPE).
+    short_attention_factor: what does so instead while LongRoPE's short factors are used.
     """
 
     dim: int
@@ -36,6 +37,7 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    short_attention_factor: float | None = None
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     interleaved: bool = False
@@ -52,8 +54,10 @@ class Rope:
             angles = positions * self._dynamic_frequencies(length)
         else:
             angles = positions * self._frequencies(length)[None, :]
-        cos = np.cos(angles) * self.attention_factor
-        sin = np.sin(angles) * self.attention_factor
+        factor = self.attention_factor
+        if self.short_attention_factor is not None and length <= self.original_max_position:
+            factor = self.short_attention_factor
+        cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
         return cos.astype(np.float32), sin.astype(np.float32)
 
     def _frequencies(self, length: int) -> NDArray[np.float64]:

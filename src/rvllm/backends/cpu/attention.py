@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rvllm.backends.cpu import ops
 from rvllm.backends.cpu.step import BLOCK, Step
 from rvllm.backends.cpu.threads import Workers
+from rvllm.program.ops import BlockSparsity
 
 F32 = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -29,11 +30,16 @@ ONES = np.ones(SPLIT, dtype=np.float32)
 
 @dataclass(frozen=True)
 class Scoring:
-    """How scores are made: see the op Attention."""
+    """How scores are made: see the ops Attention and BlockSparseAttention.
+
+    groups: kv heads and query heads of each, which sparsity tells apart.
+    """
 
     scale: float
     window: int | None = None
     soft_cap: float | None = None
+    sparsity: BlockSparsity | None = None
+    groups: tuple[int, int] = (1, 1)
 
     def first_split(self, position: int) -> int:
         """The split of the oldest key that a query at this position sees."""
@@ -46,9 +52,21 @@ class Scoring:
         return np.maximum(0, positions - self.window + 1) // SPLIT
 
     def hidden(self, at: Ints, positions: Ints) -> NDArray[np.bool_]:
-        """Whether the keys at `at` are out of sight of the queries at `positions` (broadcast)."""
+        """Whether the keys at `at` [..., SPLIT] are out of sight of the queries at `positions` [..., 1].
+
+        [..., kv heads, group, SPLIT], the two in the middle 1 where all heads see the same.
+        """
         out: NDArray[np.bool_] = at > positions
-        return out if self.window is None else out | (at <= positions - self.window)
+        if self.window is not None:
+            out = out | (at <= positions - self.window)
+        if self.sparsity is None:
+            return out[..., None, None, :]
+        block = at // self.sparsity.size
+        near = positions // self.sparsity.size - block < self.sparsity.local
+        head = np.arange(self.groups[0] * self.groups[1]).reshape(*self.groups, 1)
+        strided = (block[..., None, None, :] + 1 + head * self.sparsity.head_step) % self.sparsity.stride == 0
+        unseen: NDArray[np.bool_] = ~(near[..., None, None, :] | strided)
+        return out[..., None, None, :] | unseen
 
     def cap(self, scores: F32) -> None:
         """Caps scores in place."""
@@ -57,11 +75,35 @@ class Scoring:
 
 
 @dataclass(frozen=True)
+class Pages:
+    """A layer's cache: keys and values [blocks, BLOCK, kv heads, dim].
+
+    values None: a token's value is the first `rank` elements of its key.
+    """
+
+    keys: F32
+    values: F32 | None
+    rank: int = 0
+
+    @property
+    def value_dim(self) -> int:
+        """Elements of a value."""
+        return self.rank if self.values is None else self.values.shape[3]
+
+    def take(self, table: NDArray[np.int32]) -> tuple[F32, F32]:
+        """Keys and values [splits, SPLIT, kv heads, dim] of whole splits of blocks."""
+        k = np.take(self.keys, table, axis=0).reshape(-1, SPLIT, *self.keys.shape[2:])
+        if self.values is None:
+            return k, k[..., : self.rank]
+        return k, np.take(self.values, table, axis=0).reshape(-1, SPLIT, *self.values.shape[2:])
+
+
+@dataclass(frozen=True)
 class Decodes:
     """Sequences with one query each, as a list of (sequence, split) items that every layer shares.
 
     rows: [S] their rows. begins, counts: [S] each sequence's first item and number of items.
-    sequence: [I] the item's place in `rows`. blocks: [I, SPLIT_BLOCKS]. hidden: [I, 1, 1, SPLIT].
+    sequence: [I] the item's place in `rows`. blocks: [I, SPLIT_BLOCKS]. hidden: [I, ., ., SPLIT].
     longer: for j = 1, 2, ...: the sequences with more than j items.
     """
 
@@ -88,7 +130,7 @@ class Decodes:
             begins=begins,
             sequence=sequence,
             blocks=step.tables[which[sequence][:, None], columns],
-            hidden=scoring.hidden(at, positions[sequence][:, None])[:, None, None],
+            hidden=scoring.hidden(at, positions[sequence][:, None]),
             longer=[np.flatnonzero(counts > j) for j in range(1, int(counts.max()))],
         )
 
@@ -98,27 +140,35 @@ def paged_attention(q: F32, keys: F32, values: F32, step: Step, scoring: Scoring
 
     Every place of the cache that a table names must hold finite numbers or the sequence's own.
     """
+    return _attend(q, Pages(keys, values), step, scoring, workers)
+
+
+def latent_attention(q: F32, cache: F32, rank: int, step: Step, scoring: Scoring, workers: Workers) -> F32:
+    """q [T, heads, dim], cache [blocks, BLOCK, 1, dim] → [T, heads, rank]; see the op LatentAttention."""
+    return _attend(q, Pages(cache, None, rank), step, scoring, workers)
+
+
+def _attend(q: F32, pages: Pages, step: Step, scoring: Scoring, workers: Workers) -> F32:
     rows, heads, _ = q.shape
-    kv_heads = keys.shape[2]
+    kv_heads = pages.keys.shape[2]
     grouped = (q * np.float32(scoring.scale)).reshape(rows, kv_heads, heads // kv_heads, -1)
-    out = np.empty((rows, heads, values.shape[3]), dtype=np.float32)
+    out = np.empty((rows, heads, pages.value_dim), dtype=np.float32)
     target = out.reshape(rows, kv_heads, heads // kv_heads, -1)
 
     single = np.flatnonzero(step.query_lens == 1)
     if len(single):
         parts = workers.count if _spreads(workers, step, single, heads) else 1
         shares = step.shared(
-            ("decodes", scoring.window, parts),
+            ("decodes", scoring.window, scoring.sparsity, parts),
             lambda: [Decodes.of(step, part, scoring) for part in np.array_split(single, parts)],
         )
-        workers.each(parts, lambda i: _decode(shares[i], grouped, target, keys, values, scoring))
+        workers.each(parts, lambda i: _decode(shares[i], grouped, target, pages, scoring))
 
     for s in np.flatnonzero(step.query_lens > 1):
         first, count, start = int(step.first_rows[s]), int(step.query_lens[s]), int(step.starts[s])
         low, high = scoring.first_split(start), (start + count - 1) // SPLIT + 1
         table = step.tables[s, low * SPLIT_BLOCKS : high * SPLIT_BLOCKS]
-        k = np.take(keys, table, axis=0).reshape(-1, SPLIT, *keys.shape[2:])
-        v = np.take(values, table, axis=0).reshape(-1, SPLIT, *values.shape[2:])
+        k, v = pages.take(table)
         own = slice(first, first + count)
         chunk = Chunk(grouped[own], target[own], k, v, start, low, scoring)
         workers.each(-(-count // QUERIES), chunk.attend)
@@ -158,7 +208,7 @@ class Chunk:
             at = np.arange(split * SPLIT, (split + 1) * SPLIT)
             hidden = self.scoring.hidden(at, positions[:, None])
             if hidden.any():
-                np.copyto(scores[:, i], HIDDEN, where=hidden[:, None, None])
+                np.copyto(scores[:, i], HIDDEN, where=hidden)
         scores -= scores.max(axis=4).max(axis=1)[:, None, :, :, None]
         np.exp(scores, out=scores)
         sums = np.vecdot(scores, ONES)
@@ -170,10 +220,9 @@ class Chunk:
         np.divide(total, weight[..., None], out=self.out[begin:end])
 
 
-def _decode(share: Decodes, grouped: F32, target: F32, keys: F32, values: F32, scoring: Scoring) -> None:
+def _decode(share: Decodes, grouped: F32, target: F32, pages: Pages, scoring: Scoring) -> None:
     """Attends one query of each of the share's sequences."""
-    k = np.take(keys, share.blocks, axis=0).reshape(-1, SPLIT, *keys.shape[2:])
-    v = np.take(values, share.blocks, axis=0).reshape(-1, SPLIT, *values.shape[2:])
+    k, v = pages.take(share.blocks)
     scores = np.matmul(grouped[share.rows[share.sequence]], k.transpose(0, 2, 3, 1))
     scoring.cap(scores)
     np.copyto(scores, HIDDEN, where=share.hidden)

@@ -18,7 +18,7 @@ from rvllm.backends.cpu.threads import Workers, available_cores, single_threaded
 from rvllm.config import EngineConfig
 from rvllm.errors import RvllmError, UsageError
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Program, RopeKV
+from rvllm.program.ops import LatentRopeKV, Program, RopeKV
 from rvllm.program.rope import Rope
 from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.packing import dummy, pack
@@ -168,13 +168,13 @@ class CpuBackend:
 
 def rope_tables(program: Program, length: int) -> dict[Rope, tuple[F32, F32]]:
     """cos and sin for every rope of the program, [length, dim / 2] each."""
-    ropes = {op.rope for op in program.ops if isinstance(op, RopeKV) and op.rope is not None}
+    ropes = {op.rope for op in program.ops if isinstance(op, RopeKV | LatentRopeKV) and op.rope is not None}
     return {rope: rope.table(length) for rope in ropes}
 
 
 def _check_products(program: Program) -> None:
     """Raises RvllmError if this machine's BLAS gives a row other bits at another place of its tile."""
-    shapes = {w.shape for w in program.weights if len(w.shape) == 2}
+    shapes = {w.shape[-2:] for w in program.weights if len(w.shape) >= 2}
     for outer, inner in sorted(shapes):
         if not same_at_every_position(inner, outer):
             raise RvllmError(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.cpu import ops
+from rvllm.backends.cpu import latent, moe, ops
 from rvllm.backends.cpu.attention import Scoring, paged_attention
 from rvllm.backends.cpu.product import product
 from rvllm.backends.cpu.step import BLOCK, Step
@@ -49,7 +49,7 @@ class Run:
 
     model: Model
     step: Step
-    buffers: dict[str, F32] = field(default_factory=dict)
+    buffers: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     def __getitem__(self, buffer: Buffer) -> F32:
         return self.buffers[buffer.name]
@@ -133,6 +133,17 @@ def attention(op: program_ops.Attention, run: Run) -> None:
     run[op.out] = out.reshape(len(qkv), -1)
 
 
+def block_sparse_attention(op: program_ops.BlockSparseAttention, run: Run) -> None:
+    """Attention over the same splits; keys that a head does not see weigh nothing."""
+    qkv = run[op.qkv]
+    q = qkv[:, : op.heads * op.head_dim].reshape(len(qkv), op.heads, op.head_dim)
+    keys, values = run.model.caches[op.cache.name]
+    groups = (op.kv_heads, op.heads // op.kv_heads)
+    scoring = Scoring(op.scale, op.window, op.soft_cap, op.sparsity, groups)
+    out = paged_attention(q, keys, values, run.step, scoring, run.model.workers)
+    run[op.out] = out.reshape(len(qkv), -1)
+
+
 def gated_activation(op: program_ops.GatedActivation, run: Run) -> None:
     """See ops.gated_activation."""
     x = run[op.x]
@@ -183,6 +194,14 @@ KERNELS: dict[type[Op], Kernel] = {
     program_ops.GatherRows: gather_rows,
     program_ops.Logits: logits,
     program_ops.Sample: sample,
+    program_ops.BlockSparseAttention: block_sparse_attention,
+    program_ops.LatentRopeKV: latent.rope_kv_op,
+    program_ops.HeadLinear: latent.head_linear_op,
+    program_ops.LatentAttention: latent.attention_op,
+    program_ops.Route: moe.route_op,
+    program_ops.Experts: moe.experts_op,
+    program_ops.ClampedGate: moe.clamped_gate_op,
+    program_ops.HideTokens: moe.hide_tokens_op,
 }
 
 

@@ -31,7 +31,8 @@ def score(logits: F32, how: Literal["softmax", "sigmoid"]) -> F32:
         return out
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     total = np.vecdot(weights, np.ones(weights.shape[1], np.float32))  # one order of sums, whatever T
-    return weights / total[:, None]
+    shares: F32 = weights / total[:, None]
+    return shares
 
 
 def largest(values: F32, count: int) -> Ints:

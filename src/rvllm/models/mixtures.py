@@ -1,0 +1,85 @@
+"""Blocks with routed experts: reads how a config chooses them, and emits the two ops that do it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rvllm.models.config import ModelConfig
+from rvllm.program.builder import ProgramBuilder
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Activation, Buffer, Experts, Part, Route, Weight
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A layer's routed experts; the ops Route and Experts say what each field means.
+
+    width: of one expert. parts: the names of its projections: gate and up, or up alone, then down.
+    correction: the name of the router's correction bias beside its weight, if it has one.
+    """
+
+    experts: int
+    top_k: int
+    width: int
+    activation: Activation
+    parts: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    correction: str | None = None
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    groups: int = 1
+    kept_groups: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    renormalise: bool = False
+    scale: float = 1.0
+
+
+def read_groups(config: ModelConfig, experts: int, top_k: int) -> tuple[int, int]:
+    """n_group and topk_group, checked against the number of experts. Raises ModelError."""
+    groups = config.int("n_group", high=experts)
+    if experts % groups:
+        raise config.fail("n_group", f"must divide the number of experts {experts}, got {groups}")
+    kept = config.int("topk_group", high=groups)
+    if top_k > kept * (experts // groups):
+        raise config.fail(
+            "topk_group", f"{kept} leaves {kept * (experts // groups)} experts, fewer than the {top_k} chosen"
+        )
+    return groups, kept
+
+
+def mixture(
+    b: ProgramBuilder, name: str, x: Buffer, source: str, spec: Mixture, *, router: str = "gate"
+) -> Buffer:
+    """The routed experts' sum: the router is `source`.`router`, experts are `source`.experts.N.
+
+    x [T, hidden] → [T, hidden].
+    """
+    gate = b.matrix(f"{name}.router", Part(f"{source}.{router}.weight", (spec.experts, x.width)))
+    bias = None
+    if spec.correction is not None:
+        bias = b.vector(f"{name}.router.bias", Part(f"{source}.{router}.{spec.correction}", (spec.experts,)))
+    ids = b.buffer(f"{name}.ids", spec.top_k, dtype=DType.I32)
+    shares = b.buffer(f"{name}.shares", spec.top_k, dtype=DType.F32)
+    b.emit(
+        Route(
+            name=f"{name}.route", x=x, ids=ids, shares=shares, weight=gate, bias=bias, top_k=spec.top_k,
+            scores=spec.scores, groups=spec.groups, kept_groups=spec.kept_groups,
+            group_score=spec.group_score, renormalise=spec.renormalise, scale=spec.scale,
+        )
+    )  # fmt: skip
+    *first, last = spec.parts
+    up = stack(b, f"{name}.experts.up", f"{source}.experts", first, spec.experts, (spec.width, x.width))
+    down = stack(b, f"{name}.experts.down", f"{source}.experts", [last], spec.experts, (x.width, spec.width))
+    return b.emit(
+        Experts(
+            name=f"{name}.experts", x=x, ids=ids, shares=shares, up=up, down=down,
+            out=b.buffer(f"{name}.experts.out", x.width), activation=spec.activation, gated=len(first) == 2,
+        )
+    ).out  # fmt: skip
+
+
+def stack(
+    b: ProgramBuilder, name: str, source: str, parts: list[str], experts: int, shape: tuple[int, int]
+) -> Weight:
+    """[experts, len(parts) * shape[0], shape[1]]: each expert's named projections, one below the other."""
+    found = (Part(f"{source}.{e}.{part}.weight", shape) for e in range(experts) for part in parts)
+    return b.weight(Weight(name, (experts, len(parts) * shape[0], shape[1]), tuple(found), "stack"))
