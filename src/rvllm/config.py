@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rvllm.errors import UsageError
@@ -253,6 +254,11 @@ def build(cls: type[ConfigT], given: Mapping[str, Any], environ: Mapping[str, st
         check_value(f.name, known, value, origin)
         values[f.name] = value
     return cls(**values)
+
+
+def kernel_cache_dir() -> Path:
+    """Where compiled kernels are kept."""
+    return Path(build(SourceConfig, {}).cache_dir).expanduser() / "kernels"
 
 
 def _shown(value: Any) -> str:

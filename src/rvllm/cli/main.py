@@ -19,6 +19,7 @@ COMMANDS = {
     "benchmark": "time the engine: tokens per second, time to first token, latency between tokens",
     "pull": "fetch a model into the cache",
     "plan": "print the program a model runs: ops, shapes, bytes, FLOPs",
+    "kernels": "list, compile and check the CUDA kernels",
     "info": "print version, devices, settings and the memory plan",
 }
 INTERRUPTED = 128 + signal.SIGINT

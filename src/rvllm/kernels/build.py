@@ -159,16 +159,18 @@ def compile_unit(unit: Unit) -> Cubin:
     return Cubin(unit, bytes(code), names, time.perf_counter() - started, report)
 
 
+def find(unit: Unit, cache_dir: Path) -> Path | None:
+    """The unit's cubin in the wheel or the cache, if it has been built from the present sources."""
+    paths = (folder / f"{unit.key}.cubin" for folder in (PREBUILT, cache_dir))
+    return next((path for path in paths if path.exists()), None)
+
+
 def _read(unit: Unit, cache_dir: Path) -> Cubin | None:
-    for folder in (PREBUILT, cache_dir):
-        try:
-            blob = (folder / f"{unit.key}.cubin").read_bytes()
-        except OSError:
-            continue
-        header, _, code = blob.partition(b"\n")
-        names = json.loads(header)["names"]
-        return Cubin(unit, code, names, 0.0)
-    return None
+    path = find(unit, cache_dir)
+    if path is None:
+        return None
+    header, _, code = path.read_bytes().partition(b"\n")
+    return Cubin(unit, code, json.loads(header)["names"], 0.0)
 
 
 def _write(cubin: Cubin, cache_dir: Path) -> None:

@@ -86,7 +86,7 @@ def plan_decode(
     items = splits * kv_heads * parts
     stride = -(-(min(group, 16) * (head_dim + 2)) // 4) * 4
     # Few pieces of work that are usually there at once: more shared memory a block. Otherwise more blocks.
-    separate = max_seqs * kv_heads * parts <= sm_count and head_dim <= 128 and not kernel.endswith("_small")
+    separate = max_seqs * kv_heads * parts <= sm_count // 2 and head_dim <= 128 and not kernel.endswith("_small")
     smem = decode_smem(head_dim, separate, max_seqs)
     resident = max(1, min(4 if head_dim <= 64 else 3, (smem_per_block + 1024) // (smem + 1664)))
     return DecodePlan(

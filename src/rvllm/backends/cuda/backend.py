@@ -7,7 +7,6 @@ waits for the step's event and reads the drawn tokens. Up to `pipeline_depth` st
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +39,7 @@ from rvllm.backends.cuda.scores import KERNEL as LOGPROBS_KERNEL
 from rvllm.backends.cuda.scores import Scorer
 from rvllm.backends.cuda.starts import KERNEL as START_KERNEL
 from rvllm.backends.cuda.starts import Starter
-from rvllm.config import EngineConfig, SourceConfig, build
+from rvllm.config import EngineConfig, kernel_cache_dir
 from rvllm.errors import MissingKernelError, UsageError
 from rvllm.program.cost import StepShape
 from rvllm.program.dtypes import DType
@@ -137,7 +136,7 @@ class CudaBackend:
             config.gemm_strategy,
         )
 
-        catalog = Catalog(facts.capability, kernel_cache())
+        catalog = Catalog(facts.capability, kernel_cache_dir())
         catalog.require(
             [*recipe.kernels(), *_service_kernels(program, checkpoint)],
             lambda done, count: report(done / count, "compiling kernels"),
@@ -324,11 +323,6 @@ class CudaBackend:
         self._catalog.close()
         self._stream.close()
         self._device.close()
-
-
-def kernel_cache() -> Path:
-    """Where compiled kernels are kept."""
-    return Path(build(SourceConfig, {}).cache_dir).expanduser() / "kernels"
 
 
 def _check_supported(program: Program, config: EngineConfig) -> None:

@@ -145,7 +145,8 @@ class Loader:
         fit = min(self._staging[0].nbytes // row_bytes, self._rows_bytes // (2 * width)) // 8 * 8
         if fit < 8:
             raise ModelError(
-                f"{piece.wanted.weight.name}: 8 rows of {width} elements exceed the staging memory; raise --num-gpu-blocks"
+                f"{piece.wanted.weight.name}: 8 rows of {width} elements exceed the staging memory; "
+                "raise --num-gpu-blocks"
             )
         rows = len(piece.data)
         for turn, start in enumerate(range(0, rows, fit)):

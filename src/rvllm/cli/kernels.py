@@ -1,0 +1,156 @@
+"""`rvllm kernels`: list the catalog, compile it ahead of time, check what is built; no GPU is needed."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rvllm.config import kernel_cache_dir
+from rvllm.errors import MissingKernelError, UsageError
+
+if TYPE_CHECKING:
+    from rvllm.kernels.build import Cubin, Unit
+    from rvllm.kernels.spec import KernelSpec
+
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the `kernels` subcommand."""
+    parser = subparsers.add_parser(
+        "kernels",
+        help="list, compile and check the CUDA kernels",
+        description="Lists the kernels of the catalog, compiles them ahead of time (NVRTC, no GPU) and "
+        "checks what is built.",
+    )
+    parser.add_argument("action", choices=("list", "build", "check"))
+    parser.add_argument(
+        "--arch",
+        default=None,
+        metavar="LIST",
+        help=f"targets, of {', '.join(TARGETS)} [this machine's GPU, else sm_90a]",
+    )
+    parser.add_argument("--match", default="*", metavar="PATTERN", help="only kernels named like this [*]")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="where to put cubins [the cache]; --output wheel puts them in the package",
+    )
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs `rvllm kernels`; raises RvllmError."""
+    from rvllm.kernels import build
+
+    targets = _targets(args.arch)
+    specs = _matching(args.match)
+    folder = kernel_cache_dir() if args.output is None else Path(args.output)
+    if args.output == "wheel":
+        folder = build.PREBUILT
+    if args.action == "list":
+        return _list(specs, targets[0], folder)
+    work = {target: build.units(_for_target(specs, target), target) for target in targets}
+    return _build(work, folder) if args.action == "build" else _check(work, folder)
+
+
+def _targets(text: str | None) -> list[str]:
+    if text is None:
+        return [_own_target()]
+    targets = [name.strip() for name in text.split(",")]
+    for target in targets:
+        if target not in TARGETS:
+            raise UsageError(f"--arch: {target!r} is not one of {', '.join(TARGETS)}")
+    return targets
+
+
+def _own_target() -> str:
+    from rvllm.backends.cuda.driver import Device, device_count
+    from rvllm.kernels.build import target_of
+
+    return target_of(Device().facts().capability) if device_count() else "sm_90a"
+
+
+def _capability(target: str) -> int:
+    return int(re.sub(r"\D", "", target))
+
+
+def _matching(pattern: str) -> list[KernelSpec]:
+    from rvllm.kernels.manifest import MANIFEST
+
+    specs = [spec for name, spec in sorted(MANIFEST.items()) if fnmatch.fnmatch(name, pattern)]
+    if not specs:
+        raise UsageError(f"--match: no kernel is named like {pattern!r}; see `rvllm kernels list`")
+    return specs
+
+
+def _for_target(specs: list[KernelSpec], target: str) -> list[KernelSpec]:
+    return [spec for spec in specs if spec.runs_on(_capability(target))]
+
+
+def _list(specs: list[KernelSpec], target: str, folder: Path) -> int:
+    """Every kernel with its source, its content hash for one target and whether it is built."""
+    from rvllm.cli.tables import table
+    from rvllm.kernels import build
+
+    units = {
+        (unit.source, unit.defines, symbol): unit
+        for unit in build.units(_for_target(specs, target), target)
+        for symbol in unit.symbols
+    }
+    rows = []
+    for spec in specs:
+        unit = units.get((spec.source, spec.defines, spec.symbol))
+        lowest = f"sm_{spec.arch}" + (" only" if spec.exact else "+")
+        state = "-" if unit is None else "built" if build.find(unit, folder) else "not built"
+        key = "" if unit is None else unit.key[:12]
+        rows.append((spec.name, lowest, spec.source, f"{spec.smem or ''}", key, state))
+    print(table(("kernel", "runs on", "source", "smem", f"hash for {target}", "state"), rows, right=(3,)))
+    print(f"{len(rows)} kernels; cubins in {folder}")
+    return 0
+
+
+def _build(work: dict[str, list[Unit]], folder: Path) -> int:
+    """Compiles what is missing; prints what the compiler says of each."""
+    from rvllm.kernels import build
+
+    for target, units in work.items():
+        began = time.perf_counter()
+        cubins = build.load(units, folder)
+        seconds = time.perf_counter() - began
+        fresh = [cubin for cubin in cubins if cubin.seconds]
+        for cubin in fresh:
+            print(f"{target}  {cubin.seconds:5.1f} s  {cubin.unit.source:22} {_report(cubin)}")
+        size = sum(len(cubin.code) for cubin in cubins)
+        print(f"{target}: {len(units)} units, {len(fresh)} compiled, {size / 1e6:.1f} MB, {seconds:.1f} s")
+    return 0
+
+
+def _report(cubin: Cubin) -> str:
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", cubin.log)]
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", cubin.log))
+    return f"{len(cubin.names)} kernels, up to {max(registers, default=0)} registers, {spills} bytes spilled"
+
+
+def _check(work: dict[str, list[Unit]], folder: Path) -> int:
+    """Fails with the list of units that are not built from the present sources."""
+    from rvllm.kernels import build
+
+    missing = [
+        f"{unit.source} ({target}, {len(unit.symbols)} kernels)"
+        for target, units in work.items()
+        for unit in units
+        if not build.find(unit, folder)
+    ]
+    total = sum(len(units) for units in work.values())
+    if missing:
+        shown = "; ".join(missing[:5]) + (f"; and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise MissingKernelError(
+            f"{len(missing)} of {total} units are not built: {shown}; run `rvllm kernels build`"
+        )
+    print(f"all {total} units are built from the present sources ({', '.join(work)}) in {folder}")
+    return 0
