@@ -1,0 +1,45 @@
+"""A tiny model's whole run on the GPU, for compute-sanitizer: prompts, chunks, decodes, every sampler path.
+
+PYTHONPATH=src:tests compute-sanitizer --tool memcheck python scripts/gpu/tiny_run.py
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+
+from gpu_engine import CONFIG, backend, core_of, model, run, tokens_of
+
+from rvllm.engine.messages import Sampling
+from rvllm.program.dtypes import DType
+
+
+def main() -> None:
+    """Runs twelve requests and prints how many tokens came out."""
+    config = model("Qwen2ForCausalLM")
+    engine = replace(CONFIG, max_num_seqs=8, max_num_batched_tokens=64)
+    core = core_of(backend(config, "cuda", DType.BF16, engine), config, engine)
+    rng = np.random.default_rng(0)
+    kinds = [
+        Sampling(max_tokens=6),
+        Sampling(max_tokens=6, temperature=1.0, top_k=20, top_p=0.9, min_p=0.01, seed=3),
+        Sampling(
+            max_tokens=6, repetition_penalty=1.3, presence_penalty=0.5, logit_bias=((3, 2.0),), logprobs=5
+        ),
+        Sampling(max_tokens=6, prompt_logprobs=2, min_tokens=3, stop_token_ids=(1, 2)),
+    ]
+    asked = [
+        (rng.integers(0, 515, n).tolist(), kinds[i % 4]) for i, n in enumerate([1, 5, 17, 63, 130, 300] * 2)
+    ]
+    outputs = run(core, asked)
+    print(f"{sum(len(tokens_of(o)) for o in outputs)} tokens, {core.stats().steps} steps")
+    core.close()
+
+
+if __name__ == "__main__":
+    main()
