@@ -12,6 +12,7 @@ from rvllm.program.ops import Program
 
 # Name in `architectures` of a config → module in models/archs with `build(config, dtype) -> Program`.
 ARCHITECTURES: dict[str, str] = {
+    "BertModel": "bert",
     "Cohere2ForCausalLM": "cohere2",
     "CohereForCausalLM": "cohere",
     "DeepseekV2ForCausalLM": "deepseek_v2",
@@ -29,8 +30,10 @@ ARCHITECTURES: dict[str, str] = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "RobertaModel": "bert",
     "SmolLM3ForCausalLM": "smollm3",
     "StableLmForCausalLM": "stablelm",
+    "XLMRobertaModel": "bert",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Buffer, KVCache, Op, Part, Program, Rows, Weight
+from rvllm.program.ops import Buffer, KVCache, Op, Part, Program, Rows, StateCache, Weight
 
 AnyOp = TypeVar("AnyOp", bound=Op)
 Thing = TypeVar("Thing")
@@ -24,6 +24,7 @@ class ProgramBuilder:
         self._buffers: dict[str, Buffer] = {}
         self._weights: dict[str, Weight] = {}
         self._caches: dict[str, KVCache] = {}
+        self._states: dict[str, StateCache] = {}
         self._notes: list[str] = []
 
     def buffer(self, name: str, width: int, rows: Rows = "tokens", dtype: DType | None = None) -> Buffer:
@@ -58,6 +59,10 @@ class ProgramBuilder:
         """Registers a layer's KV cache."""
         return self._once(self._caches, cache.name, cache)
 
+    def state(self, state: StateCache) -> StateCache:
+        """Registers a recurrent layer's state."""
+        return self._once(self._states, state.name, state)
+
     def emit(self, op: AnyOp) -> AnyOp:
         """Appends an op; its name must be new."""
         if op.name in self._names:
@@ -82,6 +87,7 @@ class ProgramBuilder:
             weights=tuple(self._weights.values()),
             caches=tuple(self._caches.values()),
             notes=tuple(self._notes),
+            states=tuple(self._states.values()),
         )
 
     @staticmethod

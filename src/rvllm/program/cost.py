@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import singledispatch
 
+from rvllm.program.encoder import AddPositions, Pool, TextAttention
 from rvllm.program.ops import (
     Activate,
     Add,
@@ -261,3 +262,25 @@ def _(op: GatherRows, shape: StepShape, plain: Cost, size: int) -> Cost:
 @particulars.register
 def _(op: Sample, shape: StepShape, plain: Cost, size: int) -> Cost:
     return _flops(plain, shape.samples * op.logits.width)
+
+
+@particulars.register
+def _(op: AddPositions, shape: StepShape, plain: Cost, size: int) -> Cost:
+    row = plain.weight_bytes // sum(w.shape[0] for w in op.weights)
+    rows = shape.tokens + (op.kinds is not None)
+    return Cost(
+        weight_bytes=row * rows,
+        activation_bytes=plain.activation_bytes,
+        flops=shape.tokens * op.x.width * len(op.weights),
+    )
+
+
+@particulars.register
+def _(op: TextAttention, shape: StepShape, plain: Cost, size: int) -> Cost:
+    scores = shape.tokens * shape.query_len * op.heads
+    return _flops(plain, scores * (4 * op.head_dim + 5))
+
+
+@particulars.register
+def _(op: Pool, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return _flops(plain, (shape.tokens + 3 * shape.samples) * op.x.width)

@@ -114,6 +114,18 @@ class KVCache:
         return self.heads * (self.key_dim + self.value_dim)
 
 
+@dataclass(frozen=True)
+class StateCache:
+    """What one recurrent layer carries from token to token: `elements` float32 a slot, zero at its start.
+
+    Unlike keys and values it is of one size however long the sequence is, and holds only its newest moment:
+    a prefix's blocks alone do not let another sequence go on from there.
+    """
+
+    name: str
+    elements: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Op:
     """One step of a program. READS, WRITES and WEIGHTS name the fields that hold buffers and weights.
@@ -478,8 +490,14 @@ class Program:
     weights: tuple[Weight, ...]
     caches: tuple[KVCache, ...]
     notes: tuple[str, ...] = field(default=())
+    states: tuple[StateCache, ...] = field(default=())
 
     @property
     def kv_elements_per_token(self) -> int:
         """Cache elements one token takes over all layers."""
         return sum(c.elements_per_token for c in self.caches)
+
+    @property
+    def state_elements_per_slot(self) -> int:
+        """Elements that a running sequence's recurrent layers carry."""
+        return sum(s.elements for s in self.states)

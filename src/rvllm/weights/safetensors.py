@@ -21,6 +21,7 @@ from rvllm.weights.mapped import (
     read_json,
     shown,
 )
+from rvllm.weights.sentence import read_sentence
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -43,6 +44,9 @@ def open_directory(path: Path) -> FileCheckpoint:
     if not config_path.is_file():
         raise ModelError(f"{path}: no config.json in it; a model directory has one beside its safetensors")
     config = read_json(config_path)
+    sentence = read_sentence(path)
+    if sentence is not None:
+        config["sentence_transformers"] = sentence
     generation_path = path / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
     readers = [SafetensorsFile(map_file(file)) for file in _weight_files(path)]

@@ -14,10 +14,12 @@ from rvllm.backends.cpu.memory import MemoryPlan, plan_memory
 from rvllm.backends.cpu.product import same_at_every_position
 from rvllm.backends.cpu.sampler import draw, top_logprobs
 from rvllm.backends.cpu.slots import Slots
+from rvllm.backends.cpu.step import BLOCK, flat_step
 from rvllm.backends.cpu.threads import Workers, available_cores, single_threaded_blas
 from rvllm.config import EngineConfig
 from rvllm.errors import RvllmError, UsageError
 from rvllm.program.dtypes import DType
+from rvllm.program.encoder import embedding_size
 from rvllm.program.ops import LatentRopeKV, Program, RopeKV
 from rvllm.program.rope import Rope
 from rvllm.weights.checkpoint import Checkpoint
@@ -122,8 +124,19 @@ class CpuBackend:
         return handle
 
     def embed(self, batch: StepBatch) -> NDArray[np.float32]:
-        """Refused: programs with a language-model head have no pooled vector. Raises UsageError."""
-        raise UsageError(f"{self._model.program.architecture} generates text; it gives no embeddings")
+        """One vector a text, [S, width]; the batch holds whole texts. Raises UsageError for other models."""
+        program = self._model.program
+        if embedding_size(program) is None:
+            raise UsageError(f"{program.architecture} generates text; it gives no embeddings")
+        began = time.perf_counter()
+        longest = int(batch.query_lens.max(initial=0))
+        tables = np.zeros((len(batch.slots), -(-longest // BLOCK)), dtype=np.int32)  # nothing is cached
+        rows = np.arange(len(batch.slots))
+        run = Run(self._model, flat_step(batch.tokens, batch.query_lens, batch.starts, tables, rows))
+        execute(self._launches, run)
+        self._steps += 1
+        self._busy += time.perf_counter() - began
+        return run.buffers["embeddings"]
 
     def stats(self) -> dict[str, float]:
         """Steps run and the seconds they took."""

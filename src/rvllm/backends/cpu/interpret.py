@@ -13,18 +13,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.cpu import latent, moe, ops
+from rvllm.backends.cpu import encode, latent, moe, ops
 from rvllm.backends.cpu.attention import Scoring, paged_attention
 from rvllm.backends.cpu.product import product
 from rvllm.backends.cpu.step import BLOCK, Step
 from rvllm.backends.cpu.threads import Workers
 from rvllm.errors import MissingKernelError
+from rvllm.program import encoder
 from rvllm.program import ops as program_ops
 from rvllm.program.memory import lifetimes
 from rvllm.program.ops import Buffer, Op, Program, Weight
 from rvllm.program.rope import Rope
 
 F32 = NDArray[np.float32]
+RESULTS = ("logits", "embeddings")  # buffers that outlive the run
 ROWS = 16  # rows that elementwise work takes at a time
 
 
@@ -85,10 +87,15 @@ def norm(op: program_ops.Norm, run: Run) -> None:
         x = x.reshape(len(x), -1, op.group)
         weight = None if weight is None else weight.reshape(-1, op.group)
         bias = None if bias is None else bias.reshape(-1, op.group)
-    if op.kind_ == "rms":
-        out = ops.rms_norm(x, weight, op.eps)
-    else:
-        out = ops.layer_norm(x, weight, bias, op.eps)
+    out = np.empty(x.shape, dtype=np.float32)
+
+    def work(rows: slice) -> None:
+        if op.kind_ == "rms":
+            out[rows] = ops.rms_norm(x[rows], weight, op.eps)
+        else:
+            out[rows] = ops.layer_norm(x[rows], weight, bias, op.eps)
+
+    by_rows(run.model.workers, x, work)
     if op.out is op.x or op.out == op.x:
         whole[:, op.start : op.start + width] = out.reshape(len(whole), width)
     else:
@@ -158,7 +165,14 @@ def gated_activation(op: program_ops.GatedActivation, run: Run) -> None:
 
 def activate(op: program_ops.Activate, run: Run) -> None:
     """See ops.activate."""
-    run[op.out] = ops.activate(run[op.x], op.activation)
+    x = run[op.x]
+    out = np.empty_like(x)
+
+    def work(rows: slice) -> None:
+        out[rows] = ops.activate(x[rows], op.activation)
+
+    by_rows(run.model.workers, x, work)
+    run[op.out] = out
 
 
 def add(op: program_ops.Add, run: Run) -> None:
@@ -202,6 +216,9 @@ KERNELS: dict[type[Op], Kernel] = {
     program_ops.Experts: moe.experts_op,
     program_ops.ClampedGate: moe.clamped_gate_op,
     program_ops.HideTokens: moe.hide_tokens_op,
+    encoder.AddPositions: encode.add_positions_op,
+    encoder.TextAttention: encode.text_attention_op,
+    encoder.Pool: encode.pool_op,
 }
 
 
@@ -226,7 +243,7 @@ def resolve(program: Program) -> list[Launch]:
     for life in lifetimes(program.ops):
         dead.setdefault(life.last, []).append(life.buffer.name)
     return [
-        Launch(op, KERNELS[type(op)], tuple(n for n in dead.get(i, ()) if n != "logits"))
+        Launch(op, KERNELS[type(op)], tuple(n for n in dead.get(i, ()) if n not in RESULTS))
         for i, op in enumerate(program.ops)
     ]
 

@@ -9,11 +9,13 @@ from rvllm.backends.base import Limits
 from rvllm.backends.cpu.step import BLOCK
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, UsageError
+from rvllm.program.encoder import embedding_size
 from rvllm.program.ops import Program
 
 GB = 1_000_000_000
 ELEMENT = 4  # float32
 DEFAULT_TOKENS = 512  # of one step
+ENCODER_TOKENS = 2048  # of one step of an encoder, which lets nobody wait for its next token
 MOST_KV = 4 * GB  # unless a flag asks for more
 RESERVE = 256 << 20  # for the interpreter and the activations of a step
 HUGE = 1 << 62
@@ -75,6 +77,8 @@ def plan_memory(program: Program, config: EngineConfig, free: int | None = None)
         raise UsageError(
             f"--max-model-len {wanted} is more than the model's {program.max_position} positions"
         )
+    if embedding_size(program) is not None:
+        return MemoryPlan(weights, 0, _encoder_limits(program, config))
     per_token = program.kv_elements_per_token * ELEMENT
     blocks = _blocks(config, per_token, free - weights - RESERVE)
     longest = blocks * BLOCK
@@ -102,6 +106,25 @@ def plan_memory(program: Program, config: EngineConfig, free: int | None = None)
             num_blocks=keep,
             pipeline_depth=1,
         ),
+    )
+
+
+def _encoder_limits(program: Program, config: EngineConfig) -> Limits:
+    """Texts are computed whole and nothing is cached. Raises UsageError when the longest finds no step."""
+    longest = config.max_model_len or program.max_position
+    budget = config.max_num_batched_tokens or max(ENCODER_TOKENS, longest)
+    if budget < longest:
+        raise UsageError(
+            f"--max-num-batched-tokens {budget}: a step must hold the longest text whole, {longest} tokens; "
+            "raise it or lower --max-model-len"
+        )
+    return Limits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=longest,
+        block_size=BLOCK,
+        num_blocks=0,
+        pipeline_depth=1,
     )
 
 
