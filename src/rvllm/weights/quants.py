@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from rvllm.weights.checkpoint import TensorType
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+Scales = tuple[Floats, Floats | None]  # of the groups of each block, [blocks, groups]
 
 PIECE = 1 << 15  # elements handled at a time: levels and floats of a piece stay in the second-level cache
 
@@ -47,15 +49,22 @@ def dequantise_into(kind: TensorType, raw: Bytes, out: Floats) -> None:
     if plain is not None:
         plain(raw, out)
         return
-    unpack = _BLOCKED[kind]
+    blocked = _BLOCKED[kind]
     stored = raw.reshape(blocks, nbytes)
     wanted = out.reshape(blocks, elements)
     step = max(1, PIECE // elements)
     levels = np.empty((min(step, blocks), elements), dtype=np.uint8)
     with np.errstate(invalid="ignore", over="ignore"):  # a scale that is no number gives none, quietly
         for start in range(0, blocks, step):
-            piece = stored[start : start + step]
-            unpack(piece, levels[: len(piece)], wanted[start : start + step])
+            piece, numbers = stored[start : start + step], wanted[start : start + step]
+            found = levels[: len(piece)]
+            blocked.levels(piece, found)
+            scale, minimum = blocked.scales(piece)
+            numbers[...] = found.view(np.int8) if blocked.signed else found
+            groups = numbers.reshape(len(piece), scale.shape[1], -1)
+            groups *= scale[:, :, None]
+            if minimum is not None:
+                groups += minimum[:, :, None]
 
 
 def _f32(raw: Bytes, out: Floats) -> None:
@@ -89,72 +98,37 @@ def _fifth_bits(piece: Bytes, start: int, levels: Bytes) -> None:
     np.bitwise_or(levels, bits, out=levels)
 
 
-def _q4_0(piece: Bytes, levels: Bytes, out: Floats) -> None:
+def _q4_0(piece: Bytes, levels: Bytes) -> None:
     _nibbles(piece[:, 2:18], levels)
     levels -= 8  # wraps around; read back as signed
-    out[...] = levels.view(np.int8)
-    out *= _halves(piece, 0)
 
 
-def _q4_1(piece: Bytes, levels: Bytes, out: Floats) -> None:
+def _q4_1(piece: Bytes, levels: Bytes) -> None:
     _nibbles(piece[:, 4:20], levels)
-    out[...] = levels
-    out *= _halves(piece, 0)
-    out += _halves(piece, 2)
 
 
-def _q5_0(piece: Bytes, levels: Bytes, out: Floats) -> None:
+def _q5_0(piece: Bytes, levels: Bytes) -> None:
     _nibbles(piece[:, 6:22], levels)
     _fifth_bits(piece, 2, levels)
     levels -= 16
-    out[...] = levels.view(np.int8)
-    out *= _halves(piece, 0)
 
 
-def _q5_1(piece: Bytes, levels: Bytes, out: Floats) -> None:
+def _q5_1(piece: Bytes, levels: Bytes) -> None:
     _nibbles(piece[:, 8:24], levels)
     _fifth_bits(piece, 4, levels)
-    out[...] = levels
-    out *= _halves(piece, 0)
-    out += _halves(piece, 2)
 
 
-def _q8_0(piece: Bytes, levels: Bytes, out: Floats) -> None:
-    out[...] = piece[:, 2:34].view(np.int8)
-    out *= _halves(piece, 0)
+def _q8_0(piece: Bytes, levels: Bytes) -> None:
+    levels[...] = piece[:, 2:34]
 
 
-def _k_scales(piece: Bytes) -> tuple[Floats, Floats]:
-    """Scales and minima, each float32 [blocks, 8, 1], of a Q4_K or Q5_K block's eight groups.
-
-    Twelve bytes hold eight 6-bit scales and eight 6-bit minima: bytes 0-3 scales 0-3, bytes 4-7 minima
-    0-3, bytes 8-11 the low four bits of scales 4-7 and (upper halves) of minima 4-7, whose two upper bits
-    are the upper bits of bytes 0-7.
-    """
-    first, second, third = piece[:, 4:8], piece[:, 8:12], piece[:, 12:16]
-    scales = np.concatenate([first & 63, (third & 15) | ((first >> 2) & 48)], axis=1)
-    minima = np.concatenate([second & 63, (third >> 4) | ((second >> 2) & 48)], axis=1)
-    d = _halves(piece, 0) * scales.astype(np.float32)
-    m = _halves(piece, 2) * minima.astype(np.float32)
-    return d[:, :, None], m[:, :, None]
-
-
-def _k_affine(piece: Bytes, levels: Bytes, out: Floats) -> None:
-    d, m = _k_scales(piece)
-    out[...] = levels
-    groups = out.reshape(-1, 8, 32)
-    groups *= d
-    groups -= m
-
-
-def _q4_k(piece: Bytes, levels: Bytes, out: Floats) -> None:
+def _q4_k(piece: Bytes, levels: Bytes) -> None:
     packed, pairs = piece[:, 16:144].reshape(-1, 4, 32), levels.reshape(-1, 4, 2, 32)
     np.bitwise_and(packed, 15, out=pairs[:, :, 0])
     np.right_shift(packed, 4, out=pairs[:, :, 1])
-    _k_affine(piece, levels, out)
 
 
-def _q5_k(piece: Bytes, levels: Bytes, out: Floats) -> None:
+def _q5_k(piece: Bytes, levels: Bytes) -> None:
     packed, pairs = piece[:, 48:176].reshape(-1, 4, 32), levels.reshape(-1, 4, 2, 32)
     np.bitwise_and(packed, 15, out=pairs[:, :, 0])
     np.right_shift(packed, 4, out=pairs[:, :, 1])
@@ -162,10 +136,9 @@ def _q5_k(piece: Bytes, levels: Bytes, out: Floats) -> None:
     for group in range(8):  # bit `group` of byte i is the fifth bit of element i of the group
         shifted = high << (4 - group) if group < 4 else high >> (group - 4)
         groups[:, group] |= shifted & 16
-    _k_affine(piece, levels, out)
 
 
-def _q6_k(piece: Bytes, levels: Bytes, out: Floats) -> None:
+def _q6_k(piece: Bytes, levels: Bytes) -> None:
     low, high = piece[:, :128].reshape(-1, 2, 64), piece[:, 128:192].reshape(-1, 2, 32)
     halves = levels.reshape(-1, 2, 4, 32)  # each half of a block: four runs of 32
     np.bitwise_and(low, 15, out=halves[:, :, 0:2].reshape(-1, 2, 64))
@@ -174,10 +147,31 @@ def _q6_k(piece: Bytes, levels: Bytes, out: Floats) -> None:
         shifted = high << (4 - 2 * run) if run < 3 else high >> 2
         halves[:, :, run] |= shifted & 48
     levels -= 32
-    d = _halves(piece, 208) * np.ascontiguousarray(piece[:, 192:208]).view(np.int8).astype(np.float32)
-    out[...] = levels.view(np.int8)
-    groups = out.reshape(-1, 16, 16)
-    groups *= d[:, :, None]
+
+
+def _one_scale(piece: Bytes) -> Scales:
+    return _halves(piece, 0), None
+
+
+def _scale_and_minimum(piece: Bytes) -> Scales:
+    return _halves(piece, 0), _halves(piece, 2)
+
+
+def _k_scales(piece: Bytes) -> Scales:
+    """Of a Q4_K or Q5_K block's eight groups.
+
+    Twelve bytes hold eight 6-bit scales and eight 6-bit minima: bytes 0-3 scales 0-3, bytes 4-7 minima
+    0-3, bytes 8-11 the low four bits of scales 4-7 and (upper halves) of minima 4-7, whose two upper bits
+    are the upper bits of bytes 0-7. A minimum is subtracted: it is given as its negative.
+    """
+    first, second, third = piece[:, 4:8], piece[:, 8:12], piece[:, 12:16]
+    scales = np.concatenate([first & 63, (third & 15) | ((first >> 2) & 48)], axis=1)
+    minima = np.concatenate([second & 63, (third >> 4) | ((second >> 2) & 48)], axis=1)
+    return _halves(piece, 0) * scales.astype(np.float32), -_halves(piece, 2) * minima.astype(np.float32)
+
+
+def _q6_k_scales(piece: Bytes) -> Scales:
+    return _halves(piece, 208) * np.ascontiguousarray(piece[:, 192:208]).view(np.int8).astype(np.float32), None
 
 
 _PLAIN: dict[TensorType, Callable[[Bytes, Floats], None]] = {
@@ -186,16 +180,41 @@ _PLAIN: dict[TensorType, Callable[[Bytes, Floats], None]] = {
     TensorType.BF16: _bf16,
 }
 
-_BLOCKED: dict[TensorType, Callable[[Bytes, Bytes, Floats], None]] = {
-    TensorType.Q4_0: _q4_0,
-    TensorType.Q4_1: _q4_1,
-    TensorType.Q5_0: _q5_0,
-    TensorType.Q5_1: _q5_1,
-    TensorType.Q8_0: _q8_0,
-    TensorType.Q4_K: _q4_k,
-    TensorType.Q5_K: _q5_k,
-    TensorType.Q6_K: _q6_k,
+
+@dataclass(frozen=True)
+class _Blocked:
+    levels: Callable[[Bytes, Bytes], None]
+    signed: bool
+    scales: Callable[[Bytes], Scales]
+
+
+_BLOCKED = {
+    TensorType.Q4_0: _Blocked(_q4_0, True, _one_scale),
+    TensorType.Q4_1: _Blocked(_q4_1, False, _scale_and_minimum),
+    TensorType.Q5_0: _Blocked(_q5_0, True, _one_scale),
+    TensorType.Q5_1: _Blocked(_q5_1, False, _scale_and_minimum),
+    TensorType.Q8_0: _Blocked(_q8_0, True, _one_scale),
+    TensorType.Q4_K: _Blocked(_q4_k, False, _k_scales),
+    TensorType.Q5_K: _Blocked(_q5_k, False, _k_scales),
+    TensorType.Q6_K: _Blocked(_q6_k, True, _q6_k_scales),
 }
+
+
+def levels_into(kind: TensorType, stored: Bytes, levels: Bytes) -> None:
+    """The integer levels of blocks [blocks, bytes] into uint8 [blocks, elements].
+
+    Those of Q4_0, Q5_0, Q8_0 and Q6_K are signed: view them as int8.
+    """
+    _BLOCKED[kind].levels(stored, levels)
+
+
+def scales_of(kind: TensorType, stored: Bytes) -> Scales:
+    """Scales and minima of blocks [blocks, bytes], each float32 [blocks, groups]; None: no minima.
+
+    An element is level * scale + minimum; a block's elements fall into equal groups.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        return _BLOCKED[kind].scales(stored)
 
 
 def stored_nbytes(kind: TensorType, shape: tuple[int, ...]) -> int:
