@@ -1,0 +1,99 @@
+"""Real models through `rvllm serve` on the GPU: 64 greedy tokens on every golden prompt.
+
+    PYTHONPATH=src python scripts/gpu/real_models.py smollm2-135m=FILE.gguf qwen2.5-coder-0.5b=FILE.gguf
+
+The golden files (tests/golden/greedy_*.json) hold what Transformers draws in float32 from the dequantised
+weights; the CPU backend draws the same. Where a 16-bit run first differs, the gap between the two leading
+log-probabilities there is printed. Exits 1 when a gap is wider than 16 bits explain.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
+PORT = 8137
+WIDEST = {"bfloat16": 0.25, "float16": 0.05}  # logits near 20 have steps of 0.125 in bfloat16
+
+
+def ask(path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A request to the server on the loopback address."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{PORT}{path}", data, {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        found: dict[str, Any] = json.loads(answer.read() or b"{}")
+        return found
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], began: float) -> float:
+    """Seconds from the process's start to a healthy server."""
+    while True:
+        try:
+            ask("/health")
+            return time.perf_counter() - began
+        except OSError:
+            if server.poll() is not None:
+                raise SystemExit(f"the server ended with {server.returncode}") from None
+            time.sleep(0.02)
+
+
+def compare(case: dict[str, Any], dtype: str) -> tuple[int, float | None]:
+    """(tokens that agree, the gap where they first differ)."""
+    wanted = case["output_token_ids"]
+    answer = ask(
+        "/v1/completions",
+        {"model": "m", "prompt": case["prompt_token_ids"], "max_tokens": len(wanted), "temperature": 0,
+         "ignore_eos": True, "logprobs": 2, "return_token_ids": True},
+    )  # fmt: skip
+    choice = answer["choices"][0]
+    got = choice["token_ids"]
+    for i, (a, b) in enumerate(zip(wanted, got, strict=True)):
+        if a != b:
+            top = sorted(choice["logprobs"]["top_logprobs"][i].values(), reverse=True)
+            return i, top[0] - top[1]
+    return len(wanted), None
+
+
+def check(name: str, path: str, dtype: str) -> bool:
+    """Starts a server, compares all prompts, stops it."""
+    cases = json.loads((GOLDEN / f"greedy_{name}.json").read_text())["cases"]
+    command = [sys.executable, "-m", "rvllm", "serve", "--model", path, "--device", "cuda", "--dtype", dtype,
+               "--port", str(PORT), "--served-model-name", "m", "--generation-config", "none"]  # fmt: skip
+    began = time.perf_counter()
+    server = subprocess.Popen(command)
+    try:
+        ready = wait_until_ready(server, began)
+        ask("/v1/completions", {"model": "m", "prompt": [1, 2, 3], "max_tokens": 1})
+        first = time.perf_counter() - began
+        results = [compare(case, dtype) for case in cases]
+    finally:
+        server.terminate()
+        code = server.wait(30)
+    equal = sum(gap is None for _, gap in results)
+    gaps = [f"{gap:.3f} at token {i}" for i, gap in results if gap is not None]
+    print(f"{name} {dtype}: healthy after {ready:.2f} s, first token {first:.2f} s, exit code {code}; "
+          f"{equal} of {len(results)} prompts equal over {len(cases[0]['token_ids'])} tokens"
+          + (f"; gaps where they first differ: {', '.join(gaps)}" if gaps else ""))  # fmt: skip
+    return all(gap is None or gap < WIDEST[dtype] for _, gap in results)
+
+
+def main() -> int:
+    """Checks every NAME=FILE in both 16-bit types."""
+    good = [
+        check(name, path, dtype)
+        for name, path in (argument.split("=", 1) for argument in sys.argv[1:])
+        for dtype in ("bfloat16", "float16")
+    ]
+    return 0 if all(good) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
