@@ -80,7 +80,7 @@ def check(name: str, path: str, dtype: str) -> bool:
     equal = sum(gap is None for _, gap in results)
     gaps = [f"{gap:.3f} at token {i}" for i, gap in results if gap is not None]
     print(f"{name} {dtype}: healthy after {ready:.2f} s, first token {first:.2f} s, exit code {code}; "
-          f"{equal} of {len(results)} prompts equal over {len(cases[0]['token_ids'])} tokens"
+          f"{equal} of {len(results)} prompts equal over {len(cases[0]['output_token_ids'])} tokens"
           + (f"; gaps where they first differ: {', '.join(gaps)}" if gaps else ""))  # fmt: skip
     return all(gap is None or gap < WIDEST[dtype] for _, gap in results)
 
