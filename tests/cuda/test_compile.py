@@ -1,71 +1,67 @@
-"""Every kernel of the catalog compiles for the targets CI stands for; no GPU needed."""
+"""Kernels compile, without a GPU, into code that keeps its registers.
+
+The default is a selection that touches every source file; RVLLM_COMPILE=all takes every kernel there is.
+"""
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
 
 import pytest
 
-from rvllm.errors import MissingKernelError
 from rvllm.kernels import build
-from rvllm.kernels.build import Unit
-from rvllm.kernels.manifest import MANIFEST
+from rvllm.kernels.ops_manifest import SPECS
 from rvllm.kernels.spec import KernelSpec
 
+pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC comes with the cuda extra")
 
-def nvrtc_missing() -> str:
-    try:
-        build._nvrtc()
-        build._cuda_includes()
-    except MissingKernelError as error:
-        return str(error)
-    return ""
-
-
-def units_of(target: str, capability: int) -> list[Unit]:
-    return build.units([s for s in MANIFEST.values() if s.runs_on(capability)], target)
-
-
-# sm_90a also runs what is written for sm_80: only what exists for Hopper alone is compiled twice.
-HOPPER = [
-    u for u in units_of("sm_90a", 90) if any(s.exact and s.source == u.source for s in MANIFEST.values())
-]
-REST = [u for u in units_of("sm_90a", 90) if u not in HOPPER]
-UNITS = [*units_of("sm_80", 80), *HOPPER, *REST]
+TARGETS = ("sm_80", "sm_90a")
+SPILL_LIMIT = 256  # bytes: seldom taken paths may spill a little
+CHOSEN = {
+    "sm_80": {"sm80_f16_attn_decode_d64", "sm80_f16_attn_prefill_d64_small", "sm80_sample_pick",
+              "sm80_bf16_norm_layer_add_wide", "sm80_f16_dequant_q5_k"},
+    "sm_90a": {"sm80_bf16_attn_decode_d128", "sm80_bf16_attn_prefill_d128", "sm80_sample_scan",
+               "sm80_sample_pick", "sm80_slot_start", "sm80_logprobs", "sm80_checksum",
+               "sm80_bf16_fill_random", "sm80_bf16_embed", "sm80_bf16_gather_rows", "sm80_bf16_add",
+               "sm80_bf16_rope_kv", "sm80_bf16_rope_kv_interleaved", "sm80_bf16_norm_rms",
+               "sm80_bf16_norm_rms_add", "sm80_bf16_norm_groups_rms", "sm80_bf16_gated_silu",
+               "sm80_bf16_act_gelu", "sm80_bf16_dequant_q4_1", "sm80_f32_dequant_q6_k"},
+}  # fmt: skip
 
 
-@pytest.mark.compile
-@pytest.mark.skipif(bool(nvrtc_missing()), reason=f"needs the cuda extra: {nvrtc_missing()}")
-@pytest.mark.parametrize("unit", UNITS, ids=lambda u: f"{u.target}-{u.source}-{u.key[:6]}")
-def test_compiles_without_spilling_much(unit: Unit) -> None:
+def wanted(target: str) -> list[build.Unit]:
+    specs = [s for s in SPECS if os.environ.get("RVLLM_COMPILE") == "all" or s.name in CHOSEN[target]]
+    return build.units(specs, target)
+
+
+CASES = [(target, unit) for target in TARGETS for unit in wanted(target)]
+
+
+@pytest.mark.parametrize(
+    ("target", "unit"), CASES, ids=[f"{t}-{u.source}-{u.symbols[0].replace(' ', '')}" for t, u in CASES]
+)
+def test_compiles_within_its_registers(target: str, unit: build.Unit) -> None:
     cubin = build.compile_unit(unit)
     assert set(cubin.names) == set(unit.symbols)
-    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", cubin.log)]
-    assert max(spilled, default=0) <= 256, cubin.log
-    assert "C7508" not in cubin.log, "setmaxnreg is ignored"
+    assert cubin.code.startswith(b"\x7fELF")
+    assert "warning" not in cubin.log, cubin.log
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", cubin.log)]
+    assert len(spills) >= len(unit.symbols)
+    assert max(spills) <= SPILL_LIMIT, cubin.log
 
 
-def test_a_key_follows_sources_headers_and_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "a.cu").write_text('#include "b.cuh"\n')
-    (tmp_path / "b.cuh").write_text("// one\n")
-    monkeypatch.setattr(build, "SOURCES", tmp_path)
-    spec = KernelSpec("k", "a.cu", "f")
-
-    def key(target: str = "sm_80", **changes: object) -> str:
-        build.source_hash.cache_clear()
-        (unit,) = build.units([KernelSpec(**{**spec.__dict__, **changes})], target)  # type: ignore[arg-type]
-        return unit.key
-
-    first = key()
-    assert key() == first
-    assert key(target="sm_90a") != first
-    assert key(defines=("X=1",)) != first
-    (tmp_path / "b.cuh").write_text("// two\n")
-    assert key() != first
-    build.source_hash.cache_clear()
+def test_names_say_what_they_are() -> None:
+    names = [spec.name for spec in SPECS]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"sm80_(bf16_|f16_|f32_)?[a-z0-9_]+", name) for name in names)
 
 
-def test_a_missing_cubin_is_named_not_compiled_behind_ones_back(tmp_path: Path) -> None:
-    with pytest.raises(MissingKernelError, match="rvllm kernels build"):
-        build.load(units_of("sm_80", 80)[:2], tmp_path, compile_missing=False)
+def test_every_source_is_there() -> None:
+    assert {s.source for s in SPECS} == {s.source for s in SPECS if (build.SOURCES / s.source).exists()}
+
+
+def test_chosen_kernels_exist() -> None:
+    known: dict[str, KernelSpec] = {spec.name: spec for spec in SPECS}
+    assert CHOSEN["sm_80"] | CHOSEN["sm_90a"] <= known.keys()
+    assert {s.source for s in SPECS} == {known[n].source for n in CHOSEN["sm_80"] | CHOSEN["sm_90a"]}

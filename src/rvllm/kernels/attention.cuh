@@ -21,37 +21,30 @@ constexpr int PAD = 8;  // elements after each row in shared memory: an odd numb
 template <typename T, int D, int THREADS>
 __device__ __forceinline__ void load_tile(T* tile, const T* cache, const int4 ids, int head, int kv_heads, int lo,
                                           int hi, int skip, int rank) {
-  constexpr int CHUNKS = D / 8, PER_BLOCK = KV_BLOCK * CHUNKS, TOTAL = 4 * PER_BLOCK;  // pieces of 16 bytes
+  constexpr int CHUNKS = D / 8, PER_BLOCK = KV_BLOCK * CHUNKS;  // pieces of 16 bytes
   const auto base = [&](int b) {
     const int id = b == 0 ? ids.x : b == 1 ? ids.y : b == 2 ? ids.z : ids.w;
     return cache + ((size_t)id * kv_heads + head) * (KV_BLOCK * D);
   };
-  const auto copy = [&](const T* source, int piece, int within) {
+  if constexpr (PER_BLOCK % THREADS == 0 && THREADS % CHUNKS == 0) {
+    if (lo <= 0 && hi >= TILE && skip < 0) {  // the whole tile: addresses are constants away from two
+      const u32 target = smem(tile + rank / CHUNKS * (D + PAD) + rank % CHUNKS * 8);
+#pragma unroll
+      for (int b = 0; b < TILE / KV_BLOCK; b++) {
+        const T* const source = base(b) + rank * 8;
+#pragma unroll
+        for (int i = 0; i < PER_BLOCK / THREADS; i++)
+          cp_async16(target + (b * KV_BLOCK + i * (THREADS / CHUNKS)) * (D + PAD) * 2, source + i * THREADS * 8);
+      }
+      return;
+    }
+  }
+#pragma unroll 4
+  for (int piece = rank; piece < min(4, (hi + KV_BLOCK - 1) / KV_BLOCK) * PER_BLOCK; piece += THREADS) {
     const int row = piece / CHUNKS;
     const bool valid = row >= lo && row < hi;
-    if (row != skip) cp_async16(smem(tile + row * (D + PAD) + piece % CHUNKS * 8), valid ? source + within * 8 : cache, valid ? 16 : 0);
-  };
-  if constexpr (PER_BLOCK % THREADS == 0) {
-    const bool whole = lo <= 0 && hi >= TILE && skip < 0;
-#pragma unroll
-    for (int b = 0; b < TILE / KV_BLOCK; b++) {
-      if (b * KV_BLOCK >= hi) break;
-      const T* const source = base(b);
-#pragma unroll
-      for (int i = 0; i < PER_BLOCK / THREADS; i++) {
-        const int within = i * THREADS + rank, piece = b * PER_BLOCK + within;
-        if (whole)
-          cp_async16(smem(tile + piece / CHUNKS * (D + PAD) + piece % CHUNKS * 8), source + within * 8);
-        else
-          copy(source, piece, within);
-      }
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < (TOTAL + THREADS - 1) / THREADS; i++) {
-      const int piece = i * THREADS + rank, b = piece / PER_BLOCK;
-      if (piece < TOTAL && b * KV_BLOCK < hi) copy(base(b), piece, piece % PER_BLOCK);
-    }
+    const T* const source = valid ? base(piece / PER_BLOCK) + piece % PER_BLOCK * 8 : cache;
+    if (row != skip) cp_async16(smem(tile + row * (D + PAD) + piece % CHUNKS * 8), source, valid ? 16 : 0);
   }
 }
 
@@ -112,11 +105,20 @@ __device__ __forceinline__ void tile_soft_cap(float (&s)[8][4], float scale, flo
 }
 
 // Scores to weights relative to the tile's own maximum. c: factor to base-2 logits. Out: m, the maximum in
-// base-2 units; l, the sum of weights; p, the weights as mma's A fragments, four steps of 16 positions.
+// base-2 units; l, the sum of weights; p, the weights as mma's A fragments, four steps of 16 positions. Without
+// `upper` rows 8 to 15 are not wanted and get no weight.
 template <typename T>
-__device__ __forceinline__ void tile_softmax(float (&s)[8][4], u32 (&p)[4][4], float c, float (&m)[2], float (&l)[2]) {
+__device__ __forceinline__ void tile_softmax(float (&s)[8][4], u32 (&p)[4][4], float c, float (&m)[2], float (&l)[2],
+                                             bool upper = true) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
+    if (h == 1 && !upper) {
+      m[1] = -INFINITY_F;
+      l[1] = 0.f;
+#pragma unroll
+      for (int n = 0; n < 8; n++) s[n][2] = s[n][3] = 0.f;
+      break;
+    }
     float best = fmaxf(s[0][2 * h], s[0][2 * h + 1]);
 #pragma unroll
     for (int n = 1; n < 8; n++) best = fmaxf(best, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
@@ -184,5 +186,5 @@ __device__ __forceinline__ Factors merge_maximum(float& M, float m) {
 
 __device__ __forceinline__ float merge(float X, float x, Factors f) { return __fmaf_rn(x, f.add, __fmul_rn(X, f.keep)); }
 
-// The attention output: weighted values over the sum of weights.
-__device__ __forceinline__ float finish(float X, float L) { return __fdiv_rn(X, L); }
+// The attention output is weighted values times this: one over the sum of weights.
+__device__ __forceinline__ float finish(float L) { return __frcp_rn(L); }

@@ -198,14 +198,13 @@ attn_decode(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, cons
   const int partial_stride = (min(group, 16) * (DV + 2) + 3) / 4 * 4;
   Sum run[SUMS];  // the splits of this sequence and head that this block has merged so far
   int run_start = item.split;
-#pragma unroll
-  for (int k = 0; k < SUMS; k++) run[k].clear();
   for (int index = begin; index < end; index++) {
     const bool more = index + 1 < end;
     Item next;
     Tile next_tile;
     if (more) {
-      next = item_of(index + 1, prefix, kv_lens, seqs, parts, window);
+      next = item;
+      if (++next.split == next.splits) next = item_of(index + 1, prefix, kv_lens, seqs, parts, window);
       next_tile = tile_of(next, warp, tables, table_stride, slots);
     }
     cp_async_wait<0>();  // the keys and the queries are here
@@ -223,7 +222,7 @@ attn_decode(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, cons
       if (soft_cap > 0.f) tile_soft_cap(s, scale, soft_cap);
       const int lo[2] = {tile.lo, tile.lo}, hi[2] = {tile.hi - 1, tile.hi - 1};
       if (tile.lo > 0 || tile.hi < TILE) tile_mask(s, lo, hi, lane);
-      tile_softmax<T>(s, p, factor, m, l);
+      tile_softmax<T>(s, p, factor, m, l, group > 8);
       cp_async_wait<0>();  // the values are here
       __syncwarp();
       float x[DV / 8][4];
@@ -255,8 +254,9 @@ attn_decode(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, cons
     float* const cell = partial + (size_t)index * partial_stride;
     T* const target = out + (size_t)item.seq * out_pitch + (size_t)(item.head * group + item.part * 16) * DV;
     const auto store = [&](int r, int column, const Sum& sum) {
-      const u32 low = pack2<T>(finish(sum.X[0], sum.L), finish(sum.X[1], sum.L));
-      const u32 high = pack2<T>(finish(sum.X[2], sum.L), finish(sum.X[3], sum.L));
+      const float f = finish(sum.L);
+      const u32 low = pack2<T>(__fmul_rn(sum.X[0], f), __fmul_rn(sum.X[1], f));
+      const u32 high = pack2<T>(__fmul_rn(sum.X[2], f), __fmul_rn(sum.X[3], f));
       *reinterpret_cast<uint2*>(target + r * DV + column) = make_uint2(low, high);
     };
 #pragma unroll
@@ -273,8 +273,12 @@ attn_decode(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, cons
         split.add(state.x, state.y, *reinterpret_cast<const float4*>(source));
       }
       if (leading) {  // from the first split on, in order: one running sum
-        run[k].add(split.M, split.L, make_float4(split.X[0], split.X[1], split.X[2], split.X[3]));
-        split = run[k];
+        if (item.split > 0) {
+          run[k].add(split.M, split.L, make_float4(split.X[0], split.X[1], split.X[2], split.X[3]));
+          split = run[k];
+        } else if (!ends) {
+          run[k] = split;
+        }
       }
       if (leading && done) {
         store(r, column, split);
@@ -326,11 +330,7 @@ attn_decode(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, cons
         if (threadIdx.x == 0) *arrived = 0;
       }
     }
-    if (ends) {
-      run_start = 0;
-#pragma unroll
-      for (int k = 0; k < SUMS; k++) run[k].clear();
-    }
+    if (ends) run_start = 0;
     item = next;
     tile = next_tile;
   }

@@ -152,13 +152,14 @@ attn_prefill(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, con
   for (int h = 0; h < 2; h++) {
     const int row = warp_row + lane / 4 + 8 * h;
     if (row > last_row) continue;
+    const float over = finish(L[h]);
     T* const target = out + (size_t)(offset + row / group) * out_pitch + (size_t)(head * group + row % group) * DV;
 #pragma unroll
     for (int n = 0; n < DV / 8; n++) {
       float2 old = make_float2(0.f, 0.f);
       if (!one_split) old = *reinterpret_cast<float2*>(total + (2 * n + h) * 64);
       const float a = merge(old.x, x[n][2 * h], f[h]), b = merge(old.y, x[n][2 * h + 1], f[h]);
-      *reinterpret_cast<u32*>(target + n * 8 + (lane % 4) * 2) = pack2<T>(finish(a, L[h]), finish(b, L[h]));
+      *reinterpret_cast<u32*>(target + n * 8 + (lane % 4) * 2) = pack2<T>(__fmul_rn(a, over), __fmul_rn(b, over));
     }
   }
 }

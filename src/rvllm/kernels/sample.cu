@@ -76,12 +76,15 @@ sample_scan(const float* logits, float* scaled, Best* bests, const Slot* slots, 
 }
 
 // Picks an index of the row by its weight: of keys above `edge` all, of those equal to it the first `ties`.
-// Chunks are summed first; then the block looks closer at the chunk that holds the spot.
+// Chunks are summed first; then the block looks closer at the chunk that holds the spot. Neighbours are added in
+// float32, always the same four, and these sums as fixed-point numbers.
 __device__ int draw(const Row& row, float maximum, u32 edge, u64 ties, u32 random, int fallback) {
   __shared__ u64 sums[MAX_CHUNKS], scratch[32], spot, ties_left;
   __shared__ int tied[MAX_CHUNKS], chosen, token;
   const int lane = threadIdx.x % 32, chunks = (row.vocab + CHUNK - 1) / CHUNK;
-  const u64 edge_weight = weight_of(value_of(edge), maximum);
+  const float edge_value = value_of(edge);
+  const u64 edge_weight = weight_of(edge_value, maximum);
+  const auto above = [&](float x) { return x > edge_value ? likelihood(x, maximum) : 0.f; };
   if (threadIdx.x == 0) {
     chosen = -1;
     token = fallback;
@@ -90,10 +93,9 @@ __device__ int draw(const Row& row, float maximum, u32 edge, u64 ties, u32 rando
     u64 sum = 0;
     int same = 0;
     if (key_of(row.maxima[c]) >= edge)
-      each_of(row, c, [&](float x, int) {
-        const u32 key = key_of(x);
-        if (key > edge) sum += weight_of(x, maximum);
-        same += key == edge;
+      fours_of(row, c, [&](const float4& v, int) {
+        sum += fixed_point(__fadd_rn(__fadd_rn(__fadd_rn(above(v.x), above(v.y)), above(v.z)), above(v.w)));
+        same += (v.x == edge_value) + (v.y == edge_value) + (v.z == edge_value) + (v.w == edge_value);
       });
 #pragma unroll
     for (int o = 16; o; o >>= 1) {
@@ -120,30 +122,30 @@ __device__ int draw(const Row& row, float maximum, u32 edge, u64 ties, u32 rando
   __syncthreads();
   if (chosen >= 0) {
     const int i = chosen * CHUNK + threadIdx.x * 4;
-    u64 w[4] = {}, mine = 0, unused;
+    float w[4] = {}, sum = 0.f;
     bool tie[4] = {};
+    u64 unused;
     if (threadIdx.x < CHUNK / 4 && i < row.vocab) {
       const float4 v = *reinterpret_cast<const float4*>(row.x + i);
       const float x[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        const u32 key = i + k < row.vocab ? key_of(x[k]) : 0;
-        w[k] = key > edge ? weight_of(x[k], maximum) : 0;
-        tie[k] = key == edge;
+        w[k] = i + k < row.vocab ? above(x[k]) : 0.f;
+        tie[k] = i + k < row.vocab && x[k] == edge_value;
       }
     }
-    u64 rank = block_scan(tie[0] + tie[1] + tie[2] + tie[3], scratch, unused);
+    const u64 rank = block_scan(tie[0] + tie[1] + tie[2] + tie[3], scratch, unused);
+    u64 taken_here = 0;  // ties among this thread's first k
+    u64 upto[4];
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-      if (tie[k] && rank++ < ties_left) w[k] = edge_weight;
-      mine += w[k];
+      sum = __fadd_rn(sum, w[k]);
+      if (tie[k] && rank + taken_here < ties_left) taken_here++;
+      upto[k] = fixed_point(sum) + taken_here * edge_weight;
     }
-    u64 run = block_scan(mine, scratch, unused);
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      if (run <= spot && spot < run + w[k]) token = i + k;
-      run += w[k];
-    }
+    const u64 run = block_scan(upto[3], scratch, unused);
+    if (run <= spot && spot < run + upto[3])
+      token = i + (spot < run + upto[0] ? 0 : spot < run + upto[1] ? 1 : spot < run + upto[2] ? 2 : 3);
   }
   __syncthreads();
   return token;

@@ -31,14 +31,19 @@ __device__ __forceinline__ float value_of(u32 key) {
 }
 constexpr u32 LOWEST_KEY = 0x007fffffu + 1;  // just above minus infinity
 
-// exp(x - maximum) as a fixed-point number, so that sums are exact and hence independent of their order. 2^40
-// stands for the most likely token. Shifting the mantissa is quicker than converting.
-__device__ __forceinline__ u64 weight_of(float x, float maximum) {
-  const u32 e = __float_as_uint(exp2_fast((x - maximum) * LOG2E));
+// A token's weight, 1 for the most likely one.
+__device__ __forceinline__ float likelihood(float x, float maximum) { return exp2_fast((x - maximum) * LOG2E); }
+
+// A weight as a fixed-point number, 2^40 for 1, so that sums are exact and hence independent of their order.
+// Shifting the mantissa is quicker than converting.
+__device__ __forceinline__ u64 fixed_point(float weight) {
+  const u32 e = __float_as_uint(weight);
   const int shift = (int)(e >> 23) - 127 + 40 - 23;
   const u64 mantissa = (e & 0x7fffffu) | 0x800000u;
   return shift >= 0 ? mantissa << shift : shift > -24 ? mantissa >> -shift : 0;
 }
+
+__device__ __forceinline__ u64 weight_of(float x, float maximum) { return fixed_point(likelihood(x, maximum)); }
 
 struct Best {
   float value;
@@ -102,8 +107,9 @@ struct Row {
   const float* maxima;
 };
 
-// Visits (value, id) of the elements of chunk c; a warp calls.
-template <typename Visit> __device__ __forceinline__ void each_of(const Row& row, int c, Visit visit) {
+// Visits the elements of chunk c, four neighbours and the first one's id at a time, beyond the row minus infinity;
+// a warp calls.
+template <typename Visit> __device__ __forceinline__ void fours_of(const Row& row, int c, Visit visit) {
   constexpr int AHEAD = 4;  // loads in flight a thread
 #pragma unroll
   for (int part = 0; part < CHUNK; part += AHEAD * 128) {
@@ -115,18 +121,26 @@ template <typename Visit> __device__ __forceinline__ void each_of(const Row& row
 #pragma unroll
     for (int a = 0; a < AHEAD; a++) {
       const int i = base + a * 128;
-      if (i < row.vocab) visit(v[a].x, i);
-      if (i + 1 < row.vocab) visit(v[a].y, i + 1);
-      if (i + 2 < row.vocab) visit(v[a].z, i + 2);
-      if (i + 3 < row.vocab) visit(v[a].w, i + 3);
+      if (i >= row.vocab) continue;
+      if (i + 1 >= row.vocab) v[a].y = -INFINITY_F;
+      if (i + 2 >= row.vocab) v[a].z = -INFINITY_F;
+      if (i + 3 >= row.vocab) v[a].w = -INFINITY_F;
+      visit(v[a], i);
     }
   }
 }
 
-// The same for the whole row but chunks that hold nothing at or above `floor`; the block calls, a warp a chunk.
+// Visits (value, id) of the row's elements but those in chunks that hold nothing at or above `floor`; the block
+// calls, a warp takes a chunk at a time.
 template <typename Visit> __device__ __forceinline__ void each(const Row& row, u32 floor, Visit visit) {
   for (int c = threadIdx.x / 32; c * CHUNK < row.vocab; c += blockDim.x / 32)
-    if (!row.maxima || key_of(row.maxima[c]) >= floor) each_of(row, c, visit);
+    if (!row.maxima || key_of(row.maxima[c]) >= floor)
+      fours_of(row, c, [&](const float4& v, int i) {
+        visit(v.x, i);
+        if (i + 1 < row.vocab) visit(v.y, i + 1);
+        if (i + 2 < row.vocab) visit(v.z, i + 2);
+        if (i + 3 < row.vocab) visit(v.w, i + 3);
+      });
 }
 
 // Sum of x over the threads before this one, and over all of the block. scratch: 32 elements.

@@ -71,7 +71,7 @@ def plan_decode(
 ) -> DecodePlan:
     """The launch that decodes up to `max_seqs` sequences of up to `max_model_len` tokens.
 
-    num_blocks: size of the KV pool, which bounds how many splits there can be at once.
+    num_blocks: size of the KV pool, which bounds how long one sequence can be.
     Raises MissingKernelError when no kernel has this head size or fits the GPU's shared memory.
     """
     if max_seqs > DECODE_SEQS:
@@ -82,16 +82,21 @@ def plan_decode(
     kernel = decode_kernel(dtype.value, head_dim, smem_per_block)
     group = heads // kv_heads
     parts = -(-group // 16)
-    splits = min(max_seqs * -(-max_model_len // SPLIT), num_blocks * BLOCK // SPLIT + max_seqs)
+    # Sequences may share blocks (a common prefix), so the size of the pool does not bound their splits.
+    splits = max_seqs * min(-(-max_model_len // SPLIT), -(-num_blocks * BLOCK // SPLIT))
     items = splits * kv_heads * parts
     stride = -(-(min(group, 16) * (head_dim + 2)) // 4) * 4
     # Few pieces of work that are usually there at once: more shared memory a block. Otherwise more blocks.
-    separate = max_seqs * kv_heads * parts <= sm_count // 2 and head_dim <= 128 and not kernel.endswith("_small")
+    separate = (
+        max_seqs * kv_heads * parts <= sm_count // 2 and head_dim <= 128 and not kernel.endswith("_small")
+    )
     smem = decode_smem(head_dim, separate, max_seqs)
     resident = max(1, min(4 if head_dim <= 64 else 3, (smem_per_block + 1024) // (smem + 1664)))
+    # A block for each sequence and head, where that fills the GPU: most blocks then hold whole sequences.
+    blocks = max(sm_count * resident, min(max_seqs * kv_heads * parts, 4 * sm_count * resident))
     return DecodePlan(
         kernel=kernel,
-        grid=min(items, sm_count * resident),
+        grid=min(items, blocks),
         block=128,
         smem=smem,
         partial_bytes=4 * items * stride,
