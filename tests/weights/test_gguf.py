@@ -239,7 +239,10 @@ WRONG = {
     "no number": (LLAMA | {"llama.rope.freq_base": float("nan")}, "llama.rope.freq_base is nan"),
     "per layer": (LLAMA | {"llama.attention.head_count_kv": [1, 2]}, "head_count_kv differs between layers"),
     "rope": (LLAMA | {"llama.rope.scaling.type": "su"}, "llama.rope.scaling.type is 'su'"),
-    "experts": (LLAMA | {"llama.expert_count": 8}, "llama.expert_count is not 0: mixtures of experts"),
+    "experts": (
+        LLAMA | {"general.architecture": "gemma", "gemma.expert_count": 8},
+        "gemma.expert_count is not 0: gemma with experts cannot be read",
+    ),
     "odd heads": (LLAMA | {"llama.attention.head_count": 5}, "whose rows are not 5 heads"),
     "split": (LLAMA | {"split.count": 3}, "split.count is 3, but the name"),
 }

@@ -56,7 +56,9 @@ def mixture(
     gate = b.matrix(f"{name}.router", Part(f"{source}.{router}.weight", (spec.experts, x.width)))
     bias = None
     if spec.correction is not None:
-        bias = b.vector(f"{name}.router.bias", Part(f"{source}.{router}.{spec.correction}", (spec.experts,)))
+        named = f"{source}.{router}.{spec.correction}"
+        in_gguf = (named.replace("_bias", ".bias"),)
+        bias = b.vector(f"{name}.router.bias", Part(named, (spec.experts,), alternatives=in_gguf))
     ids = b.buffer(f"{name}.ids", spec.top_k, dtype=DType.I32)
     shares = b.buffer(f"{name}.shares", spec.top_k, dtype=DType.F32)
     b.emit(

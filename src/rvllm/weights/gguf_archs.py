@@ -43,6 +43,9 @@ class Architecture:
     regrouped: fused attn_qkv rows stand as [q|k|v][head][dim], in Transformers as [head][q|k|v][dim].
     per_head: query and key norms are one tensor with a row a head, in Transformers a tensor a head.
     norm_add: added to norm weights as they are read (Gemma: -1).
+    experts: tensors that stack a matrix of every expert, by the name of one expert's in Transformers.
+    mixture: how it is laid out instead where it has experts.
+    latent: key_length and value_length are those of a cache of latents (MLA).
     present: config fields that are true where the named tensor (in Transformers' words) is there.
     extra: further config fields, from the metadata.
     """
@@ -56,6 +59,9 @@ class Architecture:
     regrouped: bool = False
     per_head: bool = False
     norm_add: float = 0.0
+    experts: Mapping[str, str] = field(default_factory=dict)
+    mixture: Architecture | None = None
+    latent: bool = False
     present: Mapping[str, str] = field(default_factory=dict)
     extra: Callable[[Metadata], dict[str, Any]] = lambda metadata: {"hidden_act": "silu"}
 
@@ -65,8 +71,20 @@ class Architecture:
         layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
         if layer and layer[2] in self.layer_names:
             return f"{self.layer_prefix}{layer[1]}.{self.layer_names[layer[2]]}.{kind}"
+        one = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(\d+)", stem)  # an expert's own tensor, in early files
+        if one and f"{one[2]}_exps" in self.experts:
+            return self.expert_name(int(one[1]), f"{one[2]}_exps", int(one[3]))
         known = self.global_names.get(stem)
         return f"{known}.{kind}" if known else name
+
+    def expert_name(self, layer: int, stack: str, expert: int) -> str:
+        """The name in Transformers of one expert's matrix of a stack."""
+        return f"{self.layer_prefix}{layer}.{self.experts[stack].format(expert)}.weight"
+
+    def stacked(self, name: str) -> tuple[int, str] | None:
+        """(layer, stack) of a tensor that stacks experts; None for any other."""
+        found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+        return (int(found[1]), found[2]) if found and found[2] in self.experts else None
 
 
 class Metadata:
@@ -209,6 +227,83 @@ def _gemma_with_windows(largest: int) -> Callable[[Metadata], dict[str, Any]]:
     return extra
 
 
+def _mixtral(metadata: Metadata) -> dict[str, Any]:
+    return {
+        **_rms(metadata),
+        "num_local_experts": metadata.count("expert_count"),
+        "num_experts_per_tok": metadata.count("expert_used_count"),
+    }
+
+
+def _qwen3_moe(metadata: Metadata) -> dict[str, Any]:
+    return {
+        **_rms(metadata),
+        "num_experts": metadata.count("expert_count"),
+        "num_experts_per_tok": metadata.count("expert_used_count"),
+        "moe_intermediate_size": metadata.count("expert_feed_forward_length"),
+        "norm_topk_prob": True,
+    }
+
+
+def _deepseek2(metadata: Metadata) -> dict[str, Any]:
+    """DeepSeek-V2 and V3, which llama.cpp tells apart by how experts are scored: 1 softmax, 2 sigmoid."""
+    rotated = metadata.count("rope.dimension_count")
+    key = metadata.opt_count("attention.key_length_mla", low=1) or metadata.count("attention.key_length")
+    if key <= rotated:
+        metadata.fail(metadata.key("rope.dimension_count"), f"is {rotated} of {key}, the whole key")
+    sigmoid = metadata.opt_count("expert_gating_func") == 2
+    groups = metadata.opt_count("expert_group_count") or 1
+    method = "noaux_tc" if sigmoid else "group_limited_greedy" if groups > 1 else "greedy"
+    return {
+        **_rms(metadata),
+        "architectures": ["DeepseekV3ForCausalLM" if sigmoid else "DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": key - rotated,
+        "v_head_dim": metadata.opt_count("attention.value_length_mla", low=1)
+        or metadata.count("attention.value_length"),
+        "kv_lora_rank": metadata.count("attention.kv_lora_rank"),
+        "q_lora_rank": metadata.opt_count("attention.q_lora_rank") or None,
+        "n_routed_experts": metadata.opt_count("expert_count") or None,
+        "n_shared_experts": metadata.opt_count("expert_shared_count"),
+        "num_experts_per_tok": metadata.opt_count("expert_used_count"),
+        "moe_intermediate_size": metadata.opt_count("expert_feed_forward_length"),
+        "first_k_dense_replace": metadata.opt_count("leading_dense_block_count"),
+        "routed_scaling_factor": metadata.opt_float("expert_weights_scale"),
+        "norm_topk_prob": metadata.opt_bool("expert_weights_norm") or False,
+        "topk_method": method,
+        "n_group": groups,
+        "topk_group": metadata.opt_count("expert_group_used_count") or groups,
+    }
+
+
+_EXPERTS = {
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
+_MIXTRAL_EXPERTS = {
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+}
+_DEEPSEEK2_NAMES = {
+    **LAYER_NAMES,
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.k_b_proj",
+    "attn_v_b": "self_attn.v_b_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "exp_probs_b": "mlp.gate.e_score_correction",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
+
 _FIRST = "model.layers.0.self_attn"
 _PHI3_NAMES = {
     "attn_norm": "input_layernorm",
@@ -244,9 +339,23 @@ _GEMMA2_NAMES = {
 }
 
 ARCHITECTURES = {
-    "llama": Architecture("LlamaForCausalLM", "llama", permuted=True, extra=_rms),
+    "llama": Architecture(
+        "LlamaForCausalLM", "llama", permuted=True, extra=_rms,
+        mixture=Architecture(
+            "MixtralForCausalLM", "mixtral", permuted=True, extra=_mixtral, experts=_MIXTRAL_EXPERTS,
+            layer_names={**LAYER_NAMES, "ffn_gate_inp": "block_sparse_moe.gate"},
+        ),
+    ),
     "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", extra=_rms),
     "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", extra=_rms),
+    "qwen3moe": Architecture(
+        "Qwen3MoeForCausalLM", "qwen3_moe", extra=_qwen3_moe, experts=_EXPERTS,
+        layer_names={**LAYER_NAMES, "ffn_gate_inp": "mlp.gate"},
+    ),
+    "deepseek2": Architecture(
+        "DeepseekV2ForCausalLM", "deepseek_v2", extra=_deepseek2, experts=_EXPERTS, latent=True,
+        layer_names=_DEEPSEEK2_NAMES,
+    ),
     "granite": Architecture("GraniteForCausalLM", "granite", permuted=True, extra=_granite),
     "smollm3": Architecture("SmolLM3ForCausalLM", "smollm3", permuted=True, extra=_rms),
     "command-r": Architecture(

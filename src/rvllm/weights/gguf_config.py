@@ -12,7 +12,7 @@ import numpy as np
 
 from rvllm.errors import ModelError
 from rvllm.weights.checkpoint import TensorInfo
-from rvllm.weights.gguf import GGUFFile, as_list, read_gguf
+from rvllm.weights.gguf import GGUFFile, GGUFTensor, as_list, read_gguf
 from rvllm.weights.gguf_archs import ARCHITECTURES, Architecture, Metadata
 from rvllm.weights.mapped import FileCheckpoint, shown
 from rvllm.weights.quants import dequantise
@@ -41,7 +41,11 @@ def open_gguf(path: Path) -> FileCheckpoint:
         )
     metadata = Metadata(first.metadata, path, name)
     if metadata.opt_count("expert_count"):
-        metadata.fail(metadata.key("expert_count"), "is not 0: mixtures of experts cannot be read from GGUF")
+        architecture = architecture.mixture or architecture
+        if not architecture.experts:
+            metadata.fail(
+                metadata.key("expert_count"), f"is not 0: {name} with experts cannot be read from GGUF"
+            )
     tensors, unreadable = _tensors(files, architecture, metadata)
     config = _config(metadata, architecture, tensors)
     if "rope_freqs.weight" in tensors:
@@ -90,6 +94,19 @@ def _tensors(
     unreadable: dict[str, str] = {}
     for file in files:
         for tensor in file.tensors.values():
+            stack = architecture.stacked(tensor.name)
+            if stack is not None:
+                _add_experts(
+                    file,
+                    tensor,
+                    [
+                        architecture.expert_name(*stack, expert)
+                        for expert in range(metadata.count("expert_count"))
+                    ],
+                    found,
+                    unreadable,
+                )
+                continue
             name = architecture.hf_name(tensor.name)
             if name in found or name in unreadable:
                 raise ModelError(f"{file.file.path}: tensor {shown(tensor.name)} is there twice")
@@ -122,6 +139,31 @@ def _tensors(
     return found, unreadable
 
 
+def _add_experts(
+    file: GGUFFile,
+    tensor: GGUFTensor,
+    names: list[str],
+    found: dict[str, TensorInfo],
+    unreadable: dict[str, str],
+) -> None:
+    """The matrices of a stack [experts, rows, columns] as tensors of their own, under these names."""
+    path = file.file.path
+    if len(tensor.shape) != 3 or tensor.shape[0] != len(names):
+        raise ModelError(
+            f"{path}: tensor {shown(tensor.name)} has shape {list(tensor.shape)}, "
+            f"wanted a matrix for each of {len(names)} experts"
+        )
+    if any(name in found or name in unreadable for name in names):
+        raise ModelError(f"{path}: tensor {shown(tensor.name)} is there twice")
+    if tensor.type is None:
+        unreadable |= dict.fromkeys(names, tensor.type_name)
+        return
+    nbytes = tensor.nbytes // len(names)
+    for expert, name in enumerate(names):
+        offset = tensor.offset + expert * nbytes
+        found[name] = TensorInfo(name, tensor.shape[1:], tensor.type, path, offset, nbytes)
+
+
 def _one_a_head(info: TensorInfo) -> dict[str, TensorInfo]:
     """The rows of a norm as tensors of their own: x.weight [heads, dim] as x.norms.0.weight, ..."""
     if len(info.shape) != 2:
@@ -150,7 +192,8 @@ def _config(
         metadata.opt_count("attention.key_length"),
         metadata.opt_count("attention.value_length"),
     )
-    if key_length is not None and value_length is not None and key_length != value_length:
+    uneven = key_length is not None and value_length is not None and key_length != value_length
+    if uneven and not architecture.latent:
         metadata.fail(
             metadata.key("attention.key_length"), "differs from value_length, which is not supported"
         )
@@ -176,7 +219,7 @@ def _config(
         "vocab_size": vocab_size,
         "max_position_embeddings": metadata.count("context_length"),
         "rope_theta": metadata.opt_float("rope.freq_base") or 10000.0,
-        "rope_scaling": _rope_scaling(metadata),
+        "rope_scaling": _rope_scaling(metadata, architecture.latent),
         "partial_rotary_factor": rotated / (head_dim or 1),
         "sliding_window": metadata.opt_count("attention.sliding_window") or None,
         "tie_word_embeddings": architecture.hf_name("output.weight") not in tensors,
@@ -192,7 +235,7 @@ def _config(
     }
 
 
-def _rope_scaling(metadata: Metadata) -> dict[str, Any] | None:
+def _rope_scaling(metadata: Metadata, latent: bool) -> dict[str, Any] | None:
     kind = metadata.opt_str("rope.scaling.type")
     factor = metadata.opt_float("rope.scaling.factor") or metadata.opt_float("rope.scale_linear")
     if kind == "longrope":
@@ -214,6 +257,9 @@ def _rope_scaling(metadata: Metadata) -> dict[str, Any] | None:
         "beta_fast": metadata.opt_float("rope.scaling.yarn_beta_fast"),
         "beta_slow": metadata.opt_float("rope.scaling.yarn_beta_slow"),
     }
+    log_multiplier = metadata.opt_float("rope.scaling.yarn_log_multiplier")
+    if latent and log_multiplier:  # a tenth of mscale_all_dim, which all of DeepSeek's models have as mscale
+        scaling["mscale"] = scaling["mscale_all_dim"] = round(10 * log_multiplier, 6)
     return {k: v for k, v in scaling.items() if v is not None}
 
 

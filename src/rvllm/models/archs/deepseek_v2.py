@@ -1,4 +1,4 @@
-"""DeepseekV2ForCausalLM (DeepSeek-AI 2024): latent attention, shared and routed experts, dense layers first."""
+"""DeepseekV2ForCausalLM (DeepSeek-AI 2024): latent attention; shared and routed experts in most layers."""
 
 from __future__ import annotations
 
