@@ -16,12 +16,16 @@ if TYPE_CHECKING:
     from rvllm.engine.sampling_params import SamplingParams
     from rvllm.errors import RvllmError
     from rvllm.llm import LLM
+    from rvllm.text.embedding import EmbeddingOutput, EmbeddingRequestOutput, PoolingParams
     from rvllm.text.outputs import CompletionOutput, Logprob, RequestOutput
 
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "Logprob",
+    "PoolingParams",
     "RequestOutput",
     "RvllmError",
     "SamplingParams",
@@ -32,6 +36,9 @@ _HOMES = {
     "LLM": "rvllm.llm",
     "SamplingParams": "rvllm.engine.sampling_params",
     "RvllmError": "rvllm.errors",
+    "EmbeddingOutput": "rvllm.text.embedding",
+    "EmbeddingRequestOutput": "rvllm.text.embedding",
+    "PoolingParams": "rvllm.text.embedding",
     "CompletionOutput": "rvllm.text.outputs",
     "Logprob": "rvllm.text.outputs",
     "RequestOutput": "rvllm.text.outputs",

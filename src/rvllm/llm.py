@@ -8,10 +8,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rvllm.config import EngineConfig, SourceConfig, build
 from rvllm.engine.core import EngineCore
+from rvllm.engine.messages import Embed
 from rvllm.engine.sampling_params import SamplingParams
-from rvllm.errors import UsageError
+from rvllm.errors import RvllmError, UsageError
+from rvllm.text.embedding import (
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    PoolingParams,
+    shorten,
+    text_tokens,
+)
 from rvllm.text.outputs import RequestMetrics, RequestOutput
 from rvllm.text.pending import PendingRequest
 from rvllm.text.processor import Choice
@@ -33,8 +44,8 @@ _ALREADY_SO: dict[str, tuple[Any, ...]] = {
     "block_size": (16, None),
     "kv_cache_dtype": ("auto",),
     "quantization": (None,),
-    "runner": ("auto", "generate"),
-    "task": ("auto", "generate"),
+    "runner": ("auto", "generate", "pooling"),  # the model itself says which
+    "task": ("auto", "generate", "embed", "embedding"),
     "swap_space": (0, 4),
     "cpu_offload_gb": (0,),
 }
@@ -151,6 +162,59 @@ class LLM:
             texts.append((text, tokenizer.encode(text, add_special_tokens=False)))
         return self._run(texts, params, bool(use_tqdm), None)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Turns texts into vectors with a sentence encoder, in order.
+
+        prompts: as in `generate`. truncate_prompt_tokens: the most tokens of a text to keep, -1 for as many
+        as the model takes; None refuses longer texts. pooling_params: one for all, or one for each.
+        Raises UsageError naming the text or parameter that is wrong; nothing has run then.
+        """
+        items = _prompt_list(prompts)
+        wanted = _pooling_list(pooling_params, len(items))
+        facts = self.engine.facts
+        found: dict[str, tuple[str | None, list[int], PoolingParams]] = {}
+        for i, (item, params) in enumerate(zip(items, wanted, strict=True)):
+            try:
+                text, ids = text_tokens(item, self._tokenizer, facts, truncate_prompt_tokens)
+                shorten(np.zeros(facts.embedding_size or 0, np.float32), params.dimensions)
+            except UsageError as error:
+                raise UsageError(f"prompts[{i}]: {error}" if len(items) > 1 else str(error)) from None
+            found[str(self._counter)] = text, ids, params
+            self._counter += 1
+        vectors = self._embed({name: ids for name, (_, ids, _) in found.items()}, bool(use_tqdm))
+        return [
+            EmbeddingRequestOutput(
+                name, EmbeddingOutput(shorten(vectors[name], params.dimensions).tolist()), ids, prompt=text
+            )
+            for name, (text, ids, params) in found.items()
+        ]
+
+    def _embed(self, texts: Mapping[str, list[int]], show: bool) -> dict[str, NDArray[np.float32]]:
+        """The vector of each text, by the name it is given under."""
+        vectors: dict[str, NDArray[np.float32]] = {}
+        try:
+            for name, ids in texts.items():
+                self.engine.add_embed(Embed(name, ids))
+            with progress_bar(len(texts), show) as advance:
+                while len(vectors) < len(texts):
+                    for output in self.engine.step():
+                        if output.embedding is None:
+                            raise RvllmError(f"request {output.request_id}: {output.error}")
+                        vectors[output.request_id] = np.frombuffer(output.embedding, dtype="<f4")
+                        advance(len(texts[output.request_id]), True)
+        finally:
+            self.engine.abort([name for name in texts if name not in vectors])
+            while self.engine.has_work():
+                self.engine.step()
+        return vectors
+
     def _run(
         self,
         prompts: list[tuple[str | None, list[int]]],
@@ -243,6 +307,14 @@ def _params_list(
         return [params] * count
     if len(params) != count:
         raise UsageError(f"sampling_params has {len(params)} entries for {count} prompts")
+    return list(params)
+
+
+def _pooling_list(params: PoolingParams | Sequence[PoolingParams] | None, count: int) -> list[PoolingParams]:
+    if params is None or isinstance(params, PoolingParams):
+        return [params or PoolingParams()] * count
+    if len(params) != count:
+        raise UsageError(f"pooling_params has {len(params)} entries for {count} prompts")
     return list(params)
 
 

@@ -18,14 +18,17 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 
 import msgspec
+import numpy as np
 import zmq
+from numpy.typing import NDArray
 
 from rvllm.config import EngineConfig
 from rvllm.engine.messages import (
     Abort,
+    Embed,
     Failed,
     FromEngine,
     Generate,
@@ -122,7 +125,20 @@ class EngineClient:
         """Waits for the engine's end and returns why, in one line."""
         return await asyncio.shield(self._dead)
 
-    async def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
+    async def embed(self, request: Embed) -> NDArray[np.float32]:
+        """The text's vector, float32 [embedding size]; being cancelled aborts the request.
+
+        Raises UsageError when the text cannot be encoded, EngineDeadError when the engine ends first.
+        """
+        async with aclosing(self.generate(request)) as outputs:
+            async for output in outputs:
+                if output.embedding is not None:
+                    return np.frombuffer(output.embedding, dtype="<f4")
+                if output.finish_reason == "error":
+                    raise UsageError(output.error or "the engine gave up on the text")
+        raise RvllmError(f"request {request.request_id} was aborted")
+
+    async def generate(self, request: Generate | Embed) -> AsyncGenerator[Output, None]:
         """The request's outputs up to the one with a finish reason.
 
         Closing the iterator early aborts the request. Raises EngineDeadError when the engine ends first,

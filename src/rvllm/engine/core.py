@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from rvllm.backends.base import Backend, StepResult, TopLogprobs
-from rvllm.engine.messages import Generate, ModelFacts, Output, Ready, Stats, TokenLogprobs
+from rvllm.engine.embedding import EmbeddingQueue
+from rvllm.engine.messages import Embed, Generate, ModelFacts, Output, Ready, Stats, TokenLogprobs
 from rvllm.engine.scheduler import Scheduler
 from rvllm.engine.sequence import Sequence
 from rvllm.engine.step import Step
@@ -34,8 +35,9 @@ class EngineCore:
         self, backend: Backend, facts: ModelFacts, config: EngineConfig, load_seconds: float = 0.0
     ) -> None:
         limits = backend.limits
-        # A sequence that the whole pool cannot hold could never finish.
-        max_model_len = min(limits.max_model_len, limits.num_blocks * limits.block_size)
+        max_model_len = limits.max_model_len
+        if facts.embedding_size is None:  # a sequence that the whole pool cannot hold could never finish
+            max_model_len = min(max_model_len, limits.num_blocks * limits.block_size)
         self.backend = backend
         self.facts: ModelFacts = msgspec.structs.replace(facts, max_model_len=max_model_len)
         self.scheduler = Scheduler(limits, config.enable_prefix_caching)
@@ -51,6 +53,7 @@ class EngineCore:
             facts=self.facts,
             pipeline_depth=limits.pipeline_depth,
         )
+        self._texts = EmbeddingQueue(backend)
         self._eos = frozenset(facts.eos_token_ids)
         self._depth = limits.pipeline_depth
         self._in_flight: deque[Step] = deque()
@@ -87,16 +90,43 @@ class EngineCore:
         self._alive[seq.request_id] = seq
         self.scheduler.add(seq)
 
+    def add_embed(self, request: Embed) -> None:
+        """Queues a text; one that cannot be encoded ends with an "error" output in the next step.
+
+        Raises UsageError when a text with the same id waits.
+        """
+        if request.request_id in self._texts:
+            raise UsageError(f"request_id {request.request_id!r} is in use by a request that has not ended")
+        refusal = self._embed_refusal(request)
+        if refusal is not None:
+            self._finished["error"] += 1
+            self._outbox.append(Output(request.request_id, [], finish_reason="error", error=refusal))
+            return
+        self._texts.add(request)
+
     def _refusal(self, request: Generate) -> str | None:
         prompt, limit = request.prompt_token_ids, self.facts.max_model_len
-        if not prompt:
-            return "the prompt is empty"
+        if self.facts.embedding_size is not None:
+            return f"{self.facts.architecture} gives embeddings and generates no text"
         if len(prompt) >= limit:
             return f"the prompt has {len(prompt)} tokens; at most {limit - 1} fit into max_model_len {limit}"
-        if min(prompt) < 0 or max(prompt) >= self.facts.vocab_size:
-            return f"a prompt token id is outside the vocabulary of {self.facts.vocab_size}"
         if request.sampling.max_tokens < 1:
             return f"max_tokens must be at least 1, got {request.sampling.max_tokens}"
+        return self._token_refusal(prompt)
+
+    def _embed_refusal(self, request: Embed) -> str | None:
+        prompt, limit = request.prompt_token_ids, self.facts.max_model_len
+        if self.facts.embedding_size is None:
+            return f"{self.facts.architecture} generates text and gives no embeddings"
+        if len(prompt) > limit:
+            return f"the text has {len(prompt)} tokens; at most {limit} fit into max_model_len {limit}"
+        return self._token_refusal(prompt)
+
+    def _token_refusal(self, prompt: list[int]) -> str | None:
+        if not prompt:
+            return "the prompt is empty"
+        if min(prompt) < 0 or max(prompt) >= self.facts.vocab_size:
+            return f"a prompt token id is outside the vocabulary of {self.facts.vocab_size}"
         return None
 
     def abort(self, request_ids: list[str]) -> None:
@@ -106,13 +136,23 @@ class EngineCore:
             if seq is not None:
                 self._end(seq, "abort")
                 self._outbox.append(seq.ending("abort"))
+            elif self._texts.abort(request_id):
+                self._finished["abort"] += 1
+                self._outbox.append(Output(request_id, [], finish_reason="abort"))
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to hand out."""
-        return bool(self._alive or self._in_flight or self._outbox)
+        return bool(self._alive or self._in_flight or self._outbox or self._texts)
 
     def step(self) -> list[Output]:
-        """Launches a step; collects the oldest if the pipeline is full or nothing can be launched."""
+        """Launches a step; collects the oldest if the pipeline is full or nothing can be launched.
+
+        An encoder's step takes texts that wait and hands out their vectors.
+        """
+        if self._texts:
+            computed = self._texts.step()
+            self._finished["stop"] += len(computed)
+            self._outbox += computed
         began = time.perf_counter()
         step = self.scheduler.schedule()
         self._host_seconds += time.perf_counter() - began
@@ -182,12 +222,12 @@ class EngineCore:
         scheduler = self.scheduler
         return Stats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.waiting) + len(self._texts),
             blocks_total=scheduler.blocks.num_blocks,
             blocks_used=scheduler.blocks.used,
             blocks_cached=scheduler.blocks.cached,
-            steps=scheduler.steps,
-            prompt_tokens=self._prompt_tokens,
+            steps=scheduler.steps + self._texts.steps,
+            prompt_tokens=self._prompt_tokens + self._texts.tokens,
             generation_tokens=self._generation_tokens,
             cached_prompt_tokens=scheduler.prefix_hits,
             prefix_queries=scheduler.prefix_queries,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rvllm.engine.messages import ModelFacts
 from rvllm.models.config import ModelConfig, token_ids
+from rvllm.program.encoder import embedding_size
 
 if TYPE_CHECKING:
     from rvllm.backends.base import Backend
@@ -53,6 +54,7 @@ def model_facts(
     bos = token_ids(model, "bos_token_id")
     return ModelFacts(
         architecture=program.architecture,
+        embedding_size=embedding_size(program),
         model_path=str(checkpoint.path),
         vocab_size=program.vocab_size,
         max_model_len=max_model_len,

@@ -6,7 +6,17 @@ import time
 from typing import Protocol
 
 from rvllm.engine.core import EngineCore
-from rvllm.engine.messages import Abort, FromEngine, Generate, GetStats, Outputs, Shutdown, Stats, ToEngine
+from rvllm.engine.messages import (
+    Abort,
+    Embed,
+    FromEngine,
+    Generate,
+    GetStats,
+    Outputs,
+    Shutdown,
+    Stats,
+    ToEngine,
+)
 
 
 class Link(Protocol):
@@ -50,6 +60,8 @@ class EngineLoop:
     def _handle(self, message: ToEngine) -> None:
         if isinstance(message, Generate):
             self._core.add_request(message)
+        elif isinstance(message, Embed):
+            self._core.add_embed(message)
         elif isinstance(message, Abort):
             self._core.abort(message.request_ids)
         elif isinstance(message, GetStats):

@@ -39,6 +39,18 @@ class Generate(msgspec.Struct, tag="generate", array_like=True):
     arrival: float = 0.0  # seconds, time.time() of the API process
 
 
+class Embed(msgspec.Struct, tag="embed", array_like=True):
+    """A text for an encoder to turn into a vector; `request_id` is unique among those alive.
+
+    It is answered by one Output with `embedding`, or with finish_reason "error" or "abort".
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    priority: int = 0
+    arrival: float = 0.0  # seconds, time.time() of the API process
+
+
 class Abort(msgspec.Struct, tag="abort", array_like=True):
     """The client went away or a stop string was found; unknown ids are ignored."""
 
@@ -78,6 +90,7 @@ class Output(msgspec.Struct, array_like=True, gc=False):
     stop_reason: int | None = None
     error: str | None = None
     queue_seconds: float = 0.0  # set on the first Output: time from arrival to first scheduling
+    embedding: bytes | None = None  # an Embed's vector, little-endian float32
 
 
 class Outputs(msgspec.Struct, tag="outputs", array_like=True):
@@ -122,6 +135,7 @@ class ModelFacts(msgspec.Struct, kw_only=True):
     bos_token_id: int | None = None
     dtype: str = ""
     generation_config: dict[str, Any] = {}
+    embedding_size: int | None = None  # width of an encoder's vectors; None: the model generates text
 
 
 class Loading(msgspec.Struct, tag="loading", array_like=True):
@@ -153,5 +167,5 @@ class Failed(msgspec.Struct, tag="failed", array_like=True):
     exit_code: int = 1
 
 
-ToEngine = Generate | Abort | GetStats | Shutdown
+ToEngine = Generate | Embed | Abort | GetStats | Shutdown
 FromEngine = Outputs | Stats | Loading | Ready | Failed

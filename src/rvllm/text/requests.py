@@ -120,14 +120,21 @@ def _whole(value: Any) -> int | None:
 
 def check_prompt(prompt_token_ids: list[int], facts: ModelFacts) -> None:
     """Raises UsageError when the prompt is empty, too long for an output token, or not of this vocabulary."""
+    if facts.embedding_size is not None:
+        raise UsageError(f"{facts.architecture} gives embeddings and generates no text")
     count = len(prompt_token_ids)
-    if count == 0:
-        raise UsageError("prompt must not be empty")
     if count >= facts.max_model_len:
         raise UsageError(
             f"prompt has {count} tokens, but the context holds {facts.max_model_len} "
             "and at least one is for the output (max_model_len)"
         )
+    check_tokens(prompt_token_ids, facts)
+
+
+def check_tokens(prompt_token_ids: list[int], facts: ModelFacts) -> None:
+    """Raises UsageError when there are no tokens, or one of them is not of this vocabulary."""
+    if not prompt_token_ids:
+        raise UsageError("prompt must not be empty")
     low, high = min(prompt_token_ids), max(prompt_token_ids)
     if low < 0 or high >= facts.vocab_size:
         wrong = low if low < 0 else high

@@ -99,6 +99,15 @@ class Tokenizer:
         """Token ids of a text; with `add_special_tokens`, what the model puts around it (BOS, [CLS] ...)."""
         return list(self.backend.encode(_well_formed(text), add_special_tokens=add_special_tokens).ids)
 
+    def encode_truncated(self, text: str, limit: int) -> list[int]:
+        """Token ids of a text's beginning: `limit` in all, with what the model puts around it."""
+        room = limit - self.backend.num_special_tokens_to_add(False)
+        encoding = self.backend.encode(_well_formed(text), add_special_tokens=False)
+        if room < 0:
+            return list(self.backend.post_process(encoding, None, True).ids)[:limit]
+        encoding.truncate(room)
+        return list(self.backend.post_process(encoding, None, True).ids)
+
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of several texts, on all cores."""
         inputs = [_well_formed(text) for text in texts]

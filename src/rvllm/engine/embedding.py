@@ -1,0 +1,85 @@
+"""Texts on their way through an encoder: whole texts share a step, and nothing of them is kept."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from bisect import insort
+from operator import itemgetter
+
+import numpy as np
+
+from rvllm.backends.base import Backend, StepBatch
+from rvllm.engine.messages import Embed, Output
+
+_rank = itemgetter(0)
+
+
+class EmbeddingQueue:
+    """Texts that wait, in order of (priority, arrival), and the steps that compute them."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.steps = 0
+        self.tokens = 0  # computed so far
+        self._backend = backend
+        self._waiting: list[tuple[tuple[int, int], Embed]] = []
+        self._ids: set[str] = set()
+        self._arrivals = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._ids
+
+    def add(self, request: Embed) -> None:
+        """Queues a text that fits into a step (see `EngineCore.add_embed`)."""
+        self._ids.add(request.request_id)
+        insort(self._waiting, ((request.priority, next(self._arrivals)), request), key=_rank)
+
+    def abort(self, request_id: str) -> bool:
+        """Forgets a text; False when it is not waiting."""
+        if request_id not in self._ids:
+            return False
+        self._ids.remove(request_id)
+        self._waiting = [entry for entry in self._waiting if entry[1].request_id != request_id]
+        return True
+
+    def step(self) -> list[Output]:
+        """Computes the first texts that fit into one step, one Output each."""
+        now = time.time()
+        requests = self._take()
+        lengths = np.array([len(r.prompt_token_ids) for r in requests], dtype=np.int32)
+        nothing = np.zeros(len(requests), dtype=np.int32)
+        batch = StepBatch(
+            step=self.steps,
+            slots=np.arange(len(requests), dtype=np.int32),
+            query_lens=lengths,
+            starts=nothing,
+            tokens=np.concatenate([np.array(r.prompt_token_ids, dtype=np.int32) for r in requests]),
+            sample=nothing.astype(np.bool_),
+        )
+        vectors = np.ascontiguousarray(self._backend.embed(batch), dtype="<f4")
+        self.steps += 1
+        self.tokens += int(lengths.sum())
+        return [
+            Output(
+                request.request_id, [], finish_reason="stop", embedding=vector.tobytes(),
+                queue_seconds=max(0.0, now - request.arrival) if request.arrival else 0.0,
+            )
+            for request, vector in zip(requests, vectors, strict=True)
+        ]  # fmt: skip
+
+    def _take(self) -> list[Embed]:
+        """The first texts, as many as a step has room for, and at least one."""
+        limits = self._backend.limits
+        count, tokens = 0, 0
+        for _, request in self._waiting[: limits.max_num_seqs]:
+            tokens += len(request.prompt_token_ids)
+            if count and tokens > limits.max_num_batched_tokens:
+                break
+            count += 1
+        taken = [request for _, request in self._waiting[:count]]
+        del self._waiting[:count]
+        self._ids.difference_update(request.request_id for request in taken)
+        return taken

@@ -1,0 +1,93 @@
+"""Texts for an encoder, and their vectors as Python callers see them, in vLLM's names and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.engine.messages import ModelFacts
+from rvllm.errors import UsageError
+from rvllm.text.requests import Prompt, check_tokens, prompt_tokens
+from rvllm.text.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class PoolingParams:
+    """dimensions: keep so many of a vector's first elements (Kusupati et al. 2022); None keeps all."""
+
+    dimensions: int | None = None
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """A text's vector."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """Number of elements."""
+        return len(self.embedding)
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """A text with its vector. prompt: None when token ids were given."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+    prompt: str | None = None
+    num_cached_tokens: int = 0
+
+
+def text_tokens(
+    prompt: Prompt, tokenizer: Tokenizer | None, facts: ModelFacts, truncate: int | None = None
+) -> tuple[str | None, list[int]]:
+    """(text or None, token ids) of a text to encode.
+
+    truncate: the most tokens to keep, those that the model puts around a text included; -1: all it takes.
+    Raises UsageError when the model gives no embeddings, or the text is empty, too long or of another
+    vocabulary.
+    """
+    if facts.embedding_size is None:
+        raise UsageError(f"{facts.architecture} generates text and gives no embeddings")
+    limit = facts.max_model_len
+    if truncate is not None:
+        if truncate != -1 and not 1 <= truncate <= limit:
+            raise UsageError(f"truncate_prompt_tokens must be -1 or in [1, {limit}], got {truncate}")
+        limit = limit if truncate == -1 else truncate
+    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+    given_ids = isinstance(prompt, Mapping) and prompt.get("prompt_token_ids") is not None
+    if truncate is not None and isinstance(text, str) and tokenizer is not None and not given_ids:
+        ids = tokenizer.encode_truncated(text, limit)
+    else:
+        text, ids = prompt_tokens(prompt, tokenizer)
+        if truncate is not None:
+            ids = ids[:limit]
+    if len(ids) > limit:
+        raise UsageError(
+            f"the text has {len(ids)} tokens, but the model takes {limit}; "
+            "truncate_prompt_tokens=-1 leaves out the rest"
+        )
+    check_tokens(ids, facts)
+    return (text if isinstance(text, str) else None), ids
+
+
+def shorten(
+    vector: NDArray[np.float32], dimensions: int | None, normalised: bool = True
+) -> NDArray[np.float32]:
+    """A vector's first `dimensions` elements, brought back to length 1 if it was.
+
+    Raises UsageError when the vector has fewer.
+    """
+    if dimensions is None:
+        return vector
+    if not 1 <= dimensions <= len(vector):
+        raise UsageError(f"dimensions must be in [1, {len(vector)}], got {dimensions}")
+    cut = vector[:dimensions]
+    return cut / max(float(np.linalg.norm(cut)), 1e-12) if normalised else cut
