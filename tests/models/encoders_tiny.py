@@ -101,11 +101,16 @@ def token_texts(name: str) -> list[list[int]]:
     return [source.integers(4, VOCAB, n).tolist() for n in lengths]
 
 
-WORDS = ["harbour", "winter", "copper", "question", "river", "engine", "violet", "answer", "basket", "morning", "theorem", "lantern", "window", "orchard", "signal", "garden", "protein", "bridge", "memory", "candle", "station", "quantum", "pepper", "letter", "island", "hammer", "journey", "compiler", "glacier", "whisper", "market", "planet", "tensor", "kitchen", "museum", "thunder", "ribbon", "forest", "captain", "algorithm", "東京", "café", "naïve", "Привет", "42", "3.14", "e-mail", "(brackets)", "don't", "co-operate", "übermäßig", "🙂", "https://x.org"]
+WORDS = (
+    "harbour winter copper question river engine violet answer basket morning theorem lantern window orchard "
+    "signal garden protein bridge memory candle station quantum pepper letter island hammer journey compiler "
+    "glacier whisper market planet tensor kitchen museum thunder ribbon forest captain algorithm 東京 café "
+    "naïve Привет 42 3.14 e-mail (brackets) don't co-operate übermäßig 🙂 https://x.org"
+)
 
 
 def sentences() -> list[str]:
     """Fifty texts from one word to more than MiniLM reads (256 tokens)."""
-    source = np.random.default_rng(50)
+    source, words = np.random.default_rng(50), WORDS.split()
     lengths = [1, 2, 3, 400, *source.integers(1, 40, 30).tolist(), *source.integers(40, 220, 16).tolist()]
-    return [" ".join(source.choice(WORDS, n)) for n in lengths]
+    return [" ".join(source.choice(words, n)) for n in lengths]
