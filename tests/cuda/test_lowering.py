@@ -6,11 +6,11 @@ import pytest
 
 from rvllm.backends.cuda.attention import plan_prefill
 from rvllm.backends.cuda.catalog import select
+from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.device_state import shape_of
 from rvllm.backends.cuda.driver import DeviceFacts
 from rvllm.backends.cuda.fuse import fuse
 from rvllm.backends.cuda.graphs import Recipe, nowhere
-from rvllm.backends.cuda.lowering import Chip
 from rvllm.backends.cuda.memory import Budget, MemoryPlan, plan_memory
 from rvllm.backends.cuda.placement import wanted_weights
 from rvllm.config import EngineConfig

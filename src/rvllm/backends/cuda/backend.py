@@ -15,6 +15,7 @@ from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepResult
 from rvllm.backends.cuda.arena import Arena
 from rvllm.backends.cuda.attention import plan_prefill, prefill_tiles
 from rvllm.backends.cuda.catalog import Catalog
+from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.cublas import library
 from rvllm.backends.cuda.device_state import DeviceState, carve, clear_state, send_ropes, shape_of
 from rvllm.backends.cuda.driver import Device, DeviceFacts, Pinned, Stream
@@ -23,7 +24,6 @@ from rvllm.backends.cuda.fuse import fuse
 from rvllm.backends.cuda.graphs import GraphBook, Recipe, nowhere
 from rvllm.backends.cuda.launches import Counts
 from rvllm.backends.cuda.loader import Loader, fill_dummy
-from rvllm.backends.cuda.lowering import Chip
 from rvllm.backends.cuda.memory import BLOCK, budget_of, plan_memory
 from rvllm.backends.cuda.metadata import SampledRows, leading_decodes
 from rvllm.backends.cuda.placement import wanted_weights

@@ -11,18 +11,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
-from rvllm.backends.cuda.attention import PrefillPlan
+from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
 from rvllm.backends.cuda.catalog import Catalog
+from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.driver import Graph, Stream
 from rvllm.backends.cuda.fuse import Stage
 from rvllm.backends.cuda.launches import Counts, Planned, bind, kernel_names
-from rvllm.backends.cuda.lowering import Addresses, Chip, Lowering, Shape
-from rvllm.backends.cuda.memory import MemoryPlan
+from rvllm.backends.cuda.lowering import Addresses, Lowering, Shape
+from rvllm.backends.cuda.memory import MemoryPlan, decode_plan
 from rvllm.backends.cuda.metadata import Layout
 from rvllm.backends.cuda.placement import Wanted
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import GatherRows, Program, RopeKV
+from rvllm.program.ops import Attention, GatherRows, Program, RopeKV
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class Recipe:
     def decode(self, seqs: int) -> list[Planned]:
         """A step of up to `seqs` sequences with one token each."""
         counts = Counts(seqs, seqs, seqs)
-        lowering = self._lowering(self.decode_layout(seqs), counts, prefill=False)
+        lowering = self._lowering(
+            self.decode_layout(seqs), counts, prefill=False, decode=self._decode_plans(seqs)
+        )
         return [*lowering.begin(), *lowering.lower(self.stages)]
 
     def body(self, tokens: int) -> list[Planned]:
@@ -86,7 +89,23 @@ class Recipe:
     def _cut(self) -> int:
         return next(i for i, s in enumerate(self.stages) if isinstance(s.ops[0], GatherRows))
 
-    def _lowering(self, layout: Layout, counts: Counts, *, prefill: bool) -> Lowering:
+    def _decode_plans(self, seqs: int) -> dict[str, DecodePlan]:
+        """How each layer's decode attention is launched for at most `seqs` sequences."""
+        return {
+            op.name: decode_plan(op, self.dtype, self.chip, seqs, self.memory.longest, self.memory.num_blocks)
+            for stage in self.stages
+            for op in stage.ops
+            if isinstance(op, Attention)
+        }
+
+    def _lowering(
+        self,
+        layout: Layout,
+        counts: Counts,
+        *,
+        prefill: bool,
+        decode: dict[str, DecodePlan] | None = None,
+    ) -> Lowering:
         return Lowering(
             self.dtype,
             self.chip,
@@ -94,7 +113,7 @@ class Recipe:
             self.addresses,
             layout,
             counts,
-            self.memory.decode,
+            self.memory.decode if decode is None else decode,
             self.prefill if prefill else None,
             self.strategy,
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan
+from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.cublas import KERNEL as CUBLAS
 from rvllm.backends.cuda.cublas import Matmul
 from rvllm.backends.cuda.fuse import Stage
@@ -37,15 +38,6 @@ from rvllm.program.rope import Rope
 
 BLOCK = 256  # threads of elementwise kernels
 GATED_KIND = {"silu": Kind.GATED_SILU, "gelu": Kind.GATED_GELU, "gelu_tanh": Kind.GATED_GELU_TANH}
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What of the GPU decides between kernels."""
-
-    capability: int
-    sm_count: int
-    smem_per_block: int
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rvllm.backends.cuda.arena import ALIGNMENT
 from rvllm.backends.cuda.attention import DecodePlan, plan_decode, table_stride
+from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.cublas import WORKSPACE
 from rvllm.backends.cuda.driver import DeviceFacts
 from rvllm.backends.cuda.fuse import Stage
@@ -15,6 +16,7 @@ from rvllm.backends.cuda.placement import ELEMENT, Wanted
 from rvllm.backends.cuda.sampling import MAX_TOP, START_WORDS, StateSizes
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, UsageError
+from rvllm.program.dtypes import DType
 from rvllm.program.memory import plan_workspace
 from rvllm.program.ops import Attention, Program, RopeKV
 
@@ -54,6 +56,7 @@ class MemoryPlan:
     samples: int  # rows of logits
     seqs: int
     max_model_len: int
+    longest: int  # tokens of a sequence that buffers are laid out for
     table_stride: int
     num_blocks: int
     block_bytes: int
@@ -136,14 +139,8 @@ def plan_memory(
     if asked is None and config.kv_cache_memory_gb is not None:
         asked = max(1, int(config.kv_cache_memory_gb * GB) // block_bytes)
     blocks = asked or most_blocks
-    decode = {
-        op.name: plan_decode(
-            program.dtype, op.head_dim, op.heads, op.kv_heads,
-            max_seqs=seqs, max_model_len=longest, num_blocks=blocks,
-            sm_count=facts.sm_count, smem_per_block=facts.smem_per_block,
-        )
-        for op in attentions
-    }  # fmt: skip
+    chip = Chip(facts.capability, facts.sm_count, facts.smem_per_block)
+    decode = {op.name: decode_plan(op, program.dtype, chip, seqs, longest, blocks) for op in attentions}
     partial = max((p.partial_bytes for p in decode.values()), default=0)
     arrivals = max((p.arrivals_bytes for p in decode.values()), default=0)
     lines["attention workspace"] = _aligned(partial) + _aligned(arrivals)
@@ -160,12 +157,28 @@ def plan_memory(
         samples=samples,
         seqs=seqs,
         max_model_len=min(longest, blocks * BLOCK),
+        longest=longest,
         table_stride=stride,
         num_blocks=blocks,
         block_bytes=block_bytes,
         layout=layout,
         start_words=start_words,
         decode=decode,
+    )
+
+
+def decode_plan(op: Attention, dtype: DType, chip: Chip, seqs: int, longest: int, blocks: int) -> DecodePlan:
+    """How an op's decode attention is launched for up to `seqs` sequences of up to `longest` tokens."""
+    return plan_decode(
+        dtype,
+        op.head_dim,
+        op.heads,
+        op.kv_heads,
+        max_seqs=seqs,
+        max_model_len=longest,
+        num_blocks=blocks,
+        sm_count=chip.sm_count,
+        smem_per_block=chip.smem_per_block,
     )
 
 
