@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 
+from rvllm import LLM, SamplingParams
 from rvllm.errors import ModelError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
@@ -116,6 +117,23 @@ def test_batch_mates_change_no_bit(name: str, tmp_path: Path) -> None:
     backend.close()
     for s, rows in enumerate([*map(np.concatenate, zip(first, second[:2], strict=True)), second[2]]):
         assert np.array_equal(rows, alone[s]), f"sequence {s}"
+
+
+@pytest.mark.parametrize("name", ["mixtral_window", "deepseek_v2", "phi3small"])
+@pytest.mark.parametrize("num_blocks", [40, 14])
+def test_the_engine_draws_the_same_tokens(name: str, num_blocks: int, tmp_path: Path) -> None:
+    """Prompts come in chunks and share a prefix; 14 blocks hold one long sequence and little else."""
+    saved(name, tmp_path)
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())
+    prompts = [tiny.prompt_of(name), tiny.prompt_of(f"{name} other", 30), tiny.prompt_of(name)]
+    with LLM(
+        str(tmp_path), device="cpu", skip_tokenizer_init=True, max_model_len=200, max_num_seqs=3,
+        max_num_batched_tokens=50, num_blocks=num_blocks, threads=1,
+    ) as llm:  # fmt: skip
+        params = SamplingParams(temperature=0.0, max_tokens=tiny.GREEDY, ignore_eos=True)
+        out = llm.generate([{"prompt_token_ids": p.tolist()} for p in prompts], params, use_tqdm=False)
+    assert list(out[0].outputs[0].token_ids) == golden["greedy"]
+    assert list(out[2].outputs[0].token_ids) == golden["greedy"]
 
 
 @pytest.mark.parametrize("name", moe.CASES)

@@ -63,6 +63,28 @@ def test_layouts(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pack(matrix(grouped.shape, part), checkpoint, DType.F32), wanted)
 
 
+def test_parts_of_heads_and_pairs(tmp_path: Path) -> None:
+    heads, first, count, width = 3, 5, 4, 6
+    stored, bias = random(heads * 9, width), random(10, seed=1)
+    checkpoint = arrays_in(tmp_path, t=stored, bias=bias)
+    each = stored.reshape(heads, 9, width)[:, first : first + count]
+    for layout, wanted in (("head_rows", each), ("head_columns", each.swapaxes(1, 2))):
+        part = Part("t", stored.shape, layout, heads, rows=(first, count), prepared="ready")  # type: ignore[arg-type]
+        weight = Weight("w", wanted.shape, (part,), "stack")
+        assert part.elements == weight.elements
+        check_weights(program_of(weight), checkpoint)
+        np.testing.assert_array_equal(pack(weight, checkpoint, DType.F32), wanted)
+        np.testing.assert_array_equal(pack(weight, checkpoint, DType.F16), wanted.astype(np.float16))
+        ready = arrays_in(tmp_path / layout, ready=np.ascontiguousarray(wanted))
+        check_weights(program_of(weight), ready)
+        np.testing.assert_array_equal(pack(weight, ready, DType.F32), wanted)
+    pairs = Part("bias", bias.shape, "pairs")
+    np.testing.assert_array_equal(
+        pack(Weight("b", bias.shape, (pairs,), "vector"), checkpoint, DType.F32),
+        np.concatenate([bias[::2], bias[1::2]]),
+    )
+
+
 def test_alternatives_and_constants(tmp_path: Path) -> None:
     norm = random(6)
     weight = Weight("n", (6,), (Part("x", (6,), add=1.0, alternatives=("y", "norm")),), "vector")
