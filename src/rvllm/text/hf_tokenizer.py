@@ -38,10 +38,14 @@ def read_directory(path: Path) -> TokenizerParts:
         backend, named = parts.backend, parts.special_tokens
     elif (path / "vocab.txt").is_file():
         backend = _from_wordpieces(path, config)
+    elif tiktoken := sorted(path.glob("*.tiktoken")):
+        from rvllm.text.tiktoken_file import from_tiktoken
+
+        backend = from_tiktoken(tiktoken[0], config.get("tokenizer_class"))
     else:
         raise ModelError(
-            f"{path}: no tokenizer (looked for tokenizer.json, vocab.json with merges.txt, tokenizer.model "
-            "and vocab.txt); --skip-tokenizer-init runs on token ids alone"
+            f"{path}: no tokenizer (looked for tokenizer.json, vocab.json with merges.txt, tokenizer.model, "
+            "vocab.txt and a .tiktoken file); --skip-tokenizer-init runs on token ids alone"
         )
     backend.no_padding()
     backend.no_truncation()
