@@ -127,6 +127,7 @@ class Limits:
     block_size: int
     num_blocks: int  # KV blocks to hand out, ids 0 .. num_blocks - 1
     pipeline_depth: int  # steps that may be launched before the oldest must be collected: 1 is synchronous
+    prefix_reuse: bool = True  # whether its blocks are all that a sequence needs to go on from a prefix
 
 
 @dataclass(frozen=True, slots=True)

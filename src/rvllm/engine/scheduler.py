@@ -33,7 +33,9 @@ class Scheduler:
 
     def __init__(self, limits: Limits, prefix_caching: bool = True) -> None:
         self.limits = limits
-        self.blocks = BlockManager(limits.num_blocks, limits.block_size, prefix_caching)
+        self.blocks = BlockManager(
+            limits.num_blocks, limits.block_size, prefix_caching and limits.prefix_reuse
+        )
         self.waiting: list[Sequence] = []  # both sorted by rank
         self.running: list[Sequence] = []
         self.steps = 0

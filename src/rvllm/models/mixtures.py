@@ -47,12 +47,20 @@ def read_groups(config: ModelConfig, experts: int, top_k: int) -> tuple[int, int
 
 
 def mixture(
-    b: ProgramBuilder, name: str, x: Buffer, source: str, spec: Mixture, *, router: str = "gate"
+    b: ProgramBuilder,
+    name: str,
+    x: Buffer,
+    source: str,
+    spec: Mixture,
+    *,
+    router: str = "gate",
+    inner: Buffer | None = None,
 ) -> Buffer:
     """The routed experts' sum: the router is `source`.`router`, experts are `source`.experts.N.
 
-    x [T, hidden] → [T, hidden].
+    x [T, hidden] → [T, hidden]. inner: what the experts read and write in place of x, the router's input.
     """
+    inner = x if inner is None else inner
     gate = b.matrix(f"{name}.router", Part(f"{source}.{router}.weight", (spec.experts, x.width)))
     bias = None
     if spec.correction is not None:
@@ -69,12 +77,15 @@ def mixture(
         )
     )  # fmt: skip
     *first, last = spec.parts
-    up = stack(b, f"{name}.experts.up", f"{source}.experts", first, spec.experts, (spec.width, x.width))
-    down = stack(b, f"{name}.experts.down", f"{source}.experts", [last], spec.experts, (x.width, spec.width))
+    up = stack(b, f"{name}.experts.up", f"{source}.experts", first, spec.experts, (spec.width, inner.width))
+    down = stack(
+        b, f"{name}.experts.down", f"{source}.experts", [last], spec.experts, (inner.width, spec.width)
+    )
     return b.emit(
         Experts(
-            name=f"{name}.experts", x=x, ids=ids, shares=shares, up=up, down=down,
-            out=b.buffer(f"{name}.experts.out", x.width), activation=spec.activation, gated=len(first) == 2,
+            name=f"{name}.experts", x=inner, ids=ids, shares=shares, up=up, down=down,
+            out=b.buffer(f"{name}.experts.out", inner.width), activation=spec.activation,
+            gated=len(first) == 2,
         )
     ).out  # fmt: skip
 

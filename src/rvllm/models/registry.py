@@ -26,6 +26,7 @@ ARCHITECTURES: dict[str, str] = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",
+    "NemotronHForCausalLM": "nemotron_h",
     "Phi3ForCausalLM": "phi3",
     "Phi3SmallForCausalLM": "phi3small",
     "Qwen2ForCausalLM": "qwen2",

@@ -36,6 +36,7 @@ from rvllm.program.ops import (
     Sample,
     Weight,
 )
+from rvllm.program.recurrent import CHUNK, CausalConv, GatedNorm, StateScan
 
 
 @dataclass(frozen=True)
@@ -284,3 +285,35 @@ def _(op: TextAttention, shape: StepShape, plain: Cost, size: int) -> Cost:
 @particulars.register
 def _(op: Pool, shape: StepShape, plain: Cost, size: int) -> Cost:
     return _flops(plain, (shape.tokens + 3 * shape.samples) * op.x.width)
+
+
+@particulars.register
+def _(op: CausalConv, shape: StepShape, plain: Cost, size: int) -> Cost:
+    width, kernel = op.weight.shape
+    return Cost(
+        weight_bytes=plain.weight_bytes,
+        activation_bytes=shape.tokens * width * (op.x.dtype.size + op.out.dtype.size),
+        kv_bytes=2 * 4 * op.state.elements * shape.sequences,
+        flops=shape.tokens * width * (2 * kernel + 5),
+    )
+
+
+@particulars.register
+def _(op: StateScan, shape: StepShape, plain: Cost, size: int) -> Cost:
+    """The state is read once a sequence and written when a chunk ends; the newest chunk lies beside it."""
+    inner, before = op.heads * op.dim, shape.context - shape.query_len
+    ended = min(1, shape.context // CHUNK - before // CHUNK)
+    newest = 4 * (op.xbc.width + op.heads) * (before % CHUNK + shape.query_len)
+    in_chunks = 2 * CHUNK * (inner + op.groups * op.size) + 3 * CHUNK * op.heads
+    return Cost(
+        weight_bytes=plain.weight_bytes,
+        activation_bytes=plain.activation_bytes - shape.tokens * (op.steps.width - op.heads) * size,
+        kv_bytes=shape.sequences * (4 * inner * op.size * (1 + ended) + newest),
+        flops=shape.tokens * (4 * inner * op.size + in_chunks),
+    )
+
+
+@particulars.register
+def _(op: GatedNorm, shape: StepShape, plain: Cost, size: int) -> Cost:
+    unread = shape.tokens * (op.gate.width - op.x.width) * size
+    return Cost(plain.weight_bytes, plain.activation_bytes - unread, 0, shape.tokens * op.x.width * 9)

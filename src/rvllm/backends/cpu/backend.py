@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepResult
-from rvllm.backends.cpu.interpret import F32, Launch, Model, Run, empty_caches, execute, resolve
+from rvllm.backends.cpu.interpret import F32, Launch, Model, Run, empty_caches, empty_states, execute, resolve
 from rvllm.backends.cpu.memory import MemoryPlan, plan_memory
 from rvllm.backends.cpu.product import same_at_every_position
 from rvllm.backends.cpu.sampler import draw, top_logprobs
@@ -36,6 +36,7 @@ class CpuBackend:
         self._model = model
         self._plan = plan
         self._slots = Slots(plan.limits, model.program.vocab_size)
+        model.states.update(empty_states(model.program, plan.limits.max_num_seqs))
         self._steps = 0
         self._busy = 0.0
 
@@ -85,12 +86,13 @@ class CpuBackend:
         return self._plan.limits
 
     def ledger(self) -> list[LedgerLine]:
-        """Weights, KV blocks and rope tables."""
+        """Weights, KV blocks, rope tables and the states of recurrent layers."""
         ropes = sum(cos.nbytes + sin.nbytes for cos, sin in self._model.ropes.values())
         return [
             LedgerLine("weights", sum(w.nbytes for w in self._model.weights.values())),
             LedgerLine("kv cache", self._plan.kv_bytes),
             LedgerLine("rope tables", ropes),
+            *self._plan.state_lines,
         ]
 
     def launch(self, batch: StepBatch) -> StepResult:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.cpu import encode, latent, moe, ops
+from rvllm.backends.cpu import encode, latent, moe, ops, recurrent
 from rvllm.backends.cpu.attention import Scoring, paged_attention
 from rvllm.backends.cpu.product import product
 from rvllm.backends.cpu.step import BLOCK, Step
@@ -21,6 +21,7 @@ from rvllm.backends.cpu.threads import Workers
 from rvllm.errors import MissingKernelError
 from rvllm.program import encoder
 from rvllm.program import ops as program_ops
+from rvllm.program import recurrent as recurrent_ops
 from rvllm.program.memory import lifetimes
 from rvllm.program.ops import Buffer, Op, Program, Weight
 from rvllm.program.rope import Rope
@@ -35,7 +36,7 @@ class Model:
     """A program with its weights, caches and rope tables in memory.
 
     caches: name → (keys, values), each [blocks, BLOCK, kv heads, dim].
-    ropes: cos and sin [max_model_len, dim / 2] by rope.
+    ropes: cos and sin [max_model_len, dim / 2] by rope. states: name → [slots, elements].
     """
 
     program: Program
@@ -43,6 +44,7 @@ class Model:
     caches: dict[str, tuple[F32, F32]]
     ropes: dict[Rope, tuple[F32, F32]]
     workers: Workers
+    states: dict[str, F32] = field(default_factory=dict)
 
 
 @dataclass
@@ -62,6 +64,10 @@ class Run:
     def weight(self, weight: Weight | None) -> F32 | None:
         """A weight's array, None for an absent one."""
         return None if weight is None else self.model.weights[weight.name]
+
+    def by_rows(self, count: int, work: Callable[[slice], None]) -> None:
+        """Runs elementwise work on a few of `count` rows at a time (see the function of this name)."""
+        self.model.workers.each(-(-count // ROWS), lambda i: work(slice(i * ROWS, (i + 1) * ROWS)))
 
 
 Kernel = Callable[[Any, Run], None]
@@ -219,6 +225,9 @@ KERNELS: dict[type[Op], Kernel] = {
     encoder.AddPositions: encode.add_positions_op,
     encoder.TextAttention: encode.text_attention_op,
     encoder.Pool: encode.pool_op,
+    recurrent_ops.CausalConv: recurrent.causal_conv_op,
+    recurrent_ops.StateScan: recurrent.state_scan_op,
+    recurrent_ops.GatedNorm: recurrent.gated_norm_op,
 }
 
 
@@ -269,3 +278,8 @@ def empty_caches(program: Program, blocks: int) -> dict[str, tuple[F32, F32]]:
         )
         for c in program.caches
     }
+
+
+def empty_states(program: Program, slots: int) -> dict[str, F32]:
+    """What recurrent layers carry, [slots, elements] each; memory is taken as it is first written."""
+    return {s.name: np.zeros((slots, s.elements), dtype=np.float32) for s in program.states}

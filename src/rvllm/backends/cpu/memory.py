@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rvllm.backends.base import Limits
+from rvllm.backends.base import LedgerLine, Limits
 from rvllm.backends.cpu.step import BLOCK
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, UsageError
@@ -28,6 +28,13 @@ class MemoryPlan:
     weight_bytes: int
     kv_bytes_per_token: int
     limits: Limits
+    state_bytes_per_slot: int = 0
+
+    @property
+    def state_lines(self) -> list[LedgerLine]:
+        """The ledger's line for the states of recurrent layers, if there are any."""
+        slots, each = self.limits.max_num_seqs, self.state_bytes_per_slot
+        return [LedgerLine(f"states of {slots} sequences", slots * each)] if each else []
 
     @property
     def kv_bytes(self) -> int:
@@ -80,7 +87,9 @@ def plan_memory(program: Program, config: EngineConfig, free: int | None = None)
     if embedding_size(program) is not None:
         return MemoryPlan(weights, 0, _encoder_limits(program, config))
     per_token = program.kv_elements_per_token * ELEMENT
-    blocks = _blocks(config, per_token, free - weights - RESERVE)
+    a_slot = program.state_elements_per_slot * ELEMENT
+    sequences = _sequences(config, a_slot, free - weights - RESERVE)
+    blocks = _blocks(config, per_token, free - weights - RESERVE - sequences * a_slot)
     longest = blocks * BLOCK
     if wanted is not None and wanted > longest:
         raise CapacityError(
@@ -89,7 +98,7 @@ def plan_memory(program: Program, config: EngineConfig, free: int | None = None)
             "or raise --kv-cache-memory-gb or --num-blocks"
         )
     limit = min(program.max_position, longest) if wanted is None else wanted
-    most = _blocks_for(limit) * config.max_num_seqs  # more could never be used at once
+    most = _blocks_for(limit) * sequences  # more could never be used at once
     keep = (
         blocks
         if config.num_blocks is not None or config.kv_cache_memory_gb is not None
@@ -98,15 +107,34 @@ def plan_memory(program: Program, config: EngineConfig, free: int | None = None)
     return MemoryPlan(
         weight_bytes=weights,
         kv_bytes_per_token=per_token,
+        state_bytes_per_slot=a_slot,
         limits=Limits(
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=sequences,
             max_num_batched_tokens=config.max_num_batched_tokens or DEFAULT_TOKENS,
             max_model_len=limit,
             block_size=BLOCK,
             num_blocks=keep,
             pipeline_depth=1,
+            prefix_reuse=not program.states,
         ),
     )
+
+
+def _sequences(config: EngineConfig, a_slot: int, free: int) -> int:
+    """Sequences at once: --max-num-seqs, or fewer where recurrent layers carry `a_slot` bytes for each.
+
+    Their states may take as much again as the KV cache may. Raises CapacityError when not one fits.
+    """
+    if not a_slot:
+        return config.max_num_seqs
+    flag = config.kv_cache_memory_gb
+    budget = int(min(free / 4, MOST_KV)) if flag is None else int(flag * GB)
+    if budget < a_slot:
+        raise CapacityError(
+            f"the recurrent layers' state of one sequence takes {a_slot / GB:.3f} GB, and "
+            f"{max(budget, 0) / GB:.3f} GB are for states; raise --kv-cache-memory-gb or free memory"
+        )
+    return min(config.max_num_seqs, budget // a_slot)
 
 
 def _encoder_limits(program: Program, config: EngineConfig) -> Limits:

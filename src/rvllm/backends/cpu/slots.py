@@ -55,7 +55,7 @@ class Slots:
         if (tokens == LAST_SAMPLED).any():
             own = np.repeat(self.last[batch.slots], batch.query_lens)
             tokens = np.where(tokens == LAST_SAMPLED, own, tokens)
-        return flat_step(tokens, batch.query_lens, batch.starts, self.tables[batch.slots], rows)
+        return flat_step(tokens, batch.query_lens, batch.starts, self.tables[batch.slots], rows, batch.slots)
 
     def next_tokens(self, slot: int, start: int, count: int) -> NDArray[np.int32]:
         """The tokens that follow positions start .. start + count - 1, as far as the SlotStart gave them."""

@@ -24,7 +24,7 @@ class Step:
     first_rows, query_lens, starts: [S], each sequence's first row, its rows and its first position.
     tables: [S, blocks], each sequence's block table, padded to whole attention splits
     with a block of zeros.
-    rows: [R] rows whose logits are wanted.
+    rows: [R] rows whose logits are wanted. slots: [S] each sequence's slot.
     """
 
     tokens: NDArray[np.int32]
@@ -35,6 +35,7 @@ class Step:
     starts: Ints
     tables: NDArray[np.int32]
     rows: Ints
+    slots: Ints
     _shared: dict[Hashable, Any] = field(default_factory=dict)
 
     def shared(self, key: Hashable, make: Callable[[], Thing]) -> Thing:
@@ -51,8 +52,9 @@ def flat_step(
     starts: NDArray[np.int32],
     tables: NDArray[np.int32],
     rows: Ints,
+    slots: NDArray[np.int32] | None = None,
 ) -> Step:
-    """The flat arrays of a step; see Step for the shapes."""
+    """The flat arrays of a step; see Step for the shapes. Without `slots`, sequence s is in slot s."""
     lens, first_positions = query_lens.astype(np.int64), starts.astype(np.int64)
     first_rows = np.concatenate([[0], np.cumsum(lens)[:-1]]) if len(lens) else lens
     sequence = np.repeat(np.arange(len(lens)), lens)
@@ -67,4 +69,5 @@ def flat_step(
         starts=first_positions,
         tables=tables,
         rows=rows,
+        slots=np.arange(len(lens)) if slots is None else slots.astype(np.int64),
     )
