@@ -100,6 +100,9 @@ class EngineConfig:
     capture_graphs: str = setting(
         "lazy", "Build decode graphs on first use or all at start.", choices=("lazy", "eager")
     )
+    check_device_memory: bool = setting(
+        False, "Debugging: end with an error if a step takes GPU memory after the start."
+    )
     generation_config: str = setting(
         "auto",
         "auto takes sampling defaults from the model's generation_config.json; none ignores it.",
@@ -108,6 +111,11 @@ class EngineConfig:
     seed: int = setting(0, "Seed of the engine: of dummy weights and of requests that bring none.", low=0)
     threads: int | None = setting(
         None, "CPU threads for matrix products; default: the machine's cores.", low=1
+    )
+    cpu_kernels: str = setting(
+        "numpy",
+        "Kernels on the CPU: numpy, or compiled ones that work on GGUF blocks (extra cpu); auto takes these if there and says so.",
+        choices=("auto", "numpy", "compiled"),
     )
 
 

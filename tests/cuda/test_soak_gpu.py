@@ -35,7 +35,9 @@ def requests(rng: np.random.Generator) -> list[tuple[list[int], Sampling]]:
 
 def test_a_thousand_requests_leave_nothing_behind() -> None:
     config = model("Qwen2ForCausalLM", num_attention_heads=6, num_key_value_heads=2)
-    engine = replace(CONFIG, max_num_seqs=48, num_gpu_blocks=72, capture_graphs="eager")
+    engine = replace(
+        CONFIG, max_num_seqs=48, num_gpu_blocks=72, capture_graphs="eager", check_device_memory=True
+    )
     core = core_of(backend(config, "cuda", DType.BF16, engine), config, engine)
     rng = np.random.default_rng(2)
     asked = requests(rng)

@@ -191,7 +191,13 @@ class _Snapshot(Collector):
             "rvllm:engine_host_seconds", "Seconds scheduling and booking.", engine.host_seconds
         )
         for name, value in sorted(engine.backend.items()):
-            yield self._gauge(f"rvllm:backend_{_ODD.sub('_', name)}", "Of the backend.", value)
+            yield self._of_backend(_ODD.sub("_", name.removeprefix("rvllm:").removeprefix("backend_")), value)
+
+    def _of_backend(self, name: str, value: float) -> Metric:
+        """A backend's own figure: a counter when its name says so."""
+        if name.endswith("_total"):
+            return self._counter(f"rvllm:backend_{name.removesuffix('_total')}", "Of the backend.", value)
+        return self._gauge(f"rvllm:backend_{name}", "Of the backend.", value)
 
     def _gauge(self, name: str, help: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, help, labels=list(self._labels))

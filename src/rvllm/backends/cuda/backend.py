@@ -40,7 +40,7 @@ from rvllm.backends.cuda.scores import Scorer
 from rvllm.backends.cuda.starts import KERNEL as START_KERNEL
 from rvllm.backends.cuda.starts import Starter
 from rvllm.config import EngineConfig, kernel_cache_dir
-from rvllm.errors import MissingKernelError, UsageError
+from rvllm.errors import MissingKernelError, RvllmError, UsageError
 from rvllm.program.cost import StepShape
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import Attention, Program
@@ -67,6 +67,7 @@ class CudaBackend:
         state: DeviceState,
         ledger: list[LedgerLine],
         program: Program,
+        check_memory: bool = False,
     ) -> None:
         plan = recipe.memory
         self._device, self._facts, self._arena = device, facts, arena
@@ -87,6 +88,7 @@ class CudaBackend:
         attention = next(op for stage in recipe.stages for op in stage.ops if isinstance(op, Attention))
         self._group = attention.heads // attention.kv_heads
         self._tile_rows = recipe.prefill[attention.name].rows
+        self._check_memory, self._free_before, self._graphs_before = check_memory, -1, 0
         self._last: Flight | None = None
         self._steps = self._gaps = 0
         self._busy = self._idle = self._decode_busy = 0.0
@@ -163,7 +165,9 @@ class CudaBackend:
         recipe = Recipe(
             program.dtype, chip, shape, state.addresses, memory, stages, prefill, config.gemm_strategy
         )
-        backend = CudaBackend(device, facts, arena, catalog, stream, recipe, state, ledger, program)
+        backend = CudaBackend(
+            device, facts, arena, catalog, stream, recipe, state, ledger, program, config.check_device_memory
+        )
         if config.capture_graphs == "eager":
             report(0.0, "capturing graphs")
             backend.capture_all()
@@ -242,7 +246,17 @@ class CudaBackend:
         result.tokens[rows.seqs[drawn]] = tokens[drawn]
         self._scorer.read(handle, result)
         handle.batch, handle.follows = NOTHING, None
+        if self._check_memory:
+            self._prove_memory_flat()
         return result
+
+    def _prove_memory_flat(self) -> None:
+        """Raises RvllmError if device memory was taken since the last step by anything but a new graph."""
+        free, graphs = self._device.free_memory()[0], len(self._graphs)
+        taken = self._free_before - free
+        if self._free_before >= 0 and taken > 0 and graphs == self._graphs_before:
+            raise RvllmError(f"--check-device-memory: a step took {taken} bytes of device memory")
+        self._free_before, self._graphs_before = free, graphs
 
     def _account(self, flight: Flight, seconds: float) -> None:
         """Adds up busy time, and the gap before a decode step that was queued behind another."""

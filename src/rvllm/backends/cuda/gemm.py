@@ -55,13 +55,6 @@ class Kind(IntEnum):
     GATED_GELU_TANH = 4
 
 
-class Trigger(IntEnum):
-    """When the next kernel of the chain may start: at once, or when the last load has been issued."""
-
-    EARLY = 0
-    LATE = 1
-
-
 @dataclass(frozen=True)
 class GemmPlan:
     """How one product is launched. The launch takes `grid`, `block`, `cluster` (along x) and `smem`."""
@@ -185,7 +178,7 @@ def _cycles(plan: GemmPlan, sm_count: int) -> float:
     token_tiles, pairs = _ceil(plan.tokens, plan.token_tile), _ceil(plan.rows, 2 * TILE)
     if plan.mode == "split":
         waves = _ceil(pairs * token_tiles * plan.segments, sm_count)
-        return waves * (_ceil(plan.blocks, plan.segments) * 4 * plan.token_tile + 6000)
+        return waves * (_ceil(plan.blocks, plan.segments) * 4 * plan.token_tile + 12000)
     return _ceil(pairs * token_tiles, sm_count) * (plan.blocks * 4 * plan.token_tile + 4000)
 
 
@@ -245,7 +238,6 @@ def gemm_arguments(
     residual: int = 0,
     scale: float = 1.0,
     soft_cap: float = 0.0,
-    trigger: Trigger = Trigger.EARLY,
     tokens: Any = None,
     x_width: int = 0,
     x_pitch: int = 0,
@@ -269,8 +261,6 @@ def gemm_arguments(
     ]
     if plan.mode == "sm80":
         scalars += [ctypes.c_int(x_width), ctypes.c_int(x_pitch)]
-    else:
-        scalars.append(ctypes.c_int(int(trigger)))
     return [x, weights, out, bias, residual, *scalars]
 
 
