@@ -265,9 +265,18 @@ class BlockSparsity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockSparseAttention(Attention):
-    """Attention in which a query sees only some blocks of keys; see BlockSparsity."""
+class BlockSparseAttention(Op):
+    """As Attention, but a query sees only some blocks of keys; see BlockSparsity."""
 
+    READS = ("qkv",)
+    WRITES = ("out",)
+    qkv: Buffer
+    out: Buffer
+    cache: KVCache
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
     sparsity: BlockSparsity
 
 
@@ -393,7 +402,7 @@ class Route(Op):
     """
 
     READS = ("x",)
-    WRITES = ("ids", "shares")
+    WRITES = ("shares", "ids")
     WEIGHTS = ("weight", "bias")
     x: Buffer
     ids: Buffer

@@ -152,7 +152,7 @@ def block_sparse_attention(op: program_ops.BlockSparseAttention, run: Run) -> No
     q = qkv[:, : op.heads * op.head_dim].reshape(len(qkv), op.heads, op.head_dim)
     keys, values = run.model.caches[op.cache.name]
     groups = (op.kv_heads, op.heads // op.kv_heads)
-    scoring = Scoring(op.scale, op.window, op.soft_cap, op.sparsity, groups)
+    scoring = Scoring(op.scale, sparsity=op.sparsity, groups=groups)
     out = paged_attention(q, keys, values, run.step, scoring, run.model.workers)
     run[op.out] = out.reshape(len(qkv), -1)
 
