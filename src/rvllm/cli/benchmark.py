@@ -71,9 +71,13 @@ def main(args: argparse.Namespace) -> int:
             results.append(summarise(n, [_measure(core, prompts, output_len) for _ in range(runs)]))
             if sys.stderr.isatty():
                 print(f"N={n}: {results[-1].tokens_per_s:.1f} tok/s", file=sys.stderr)
+        device = core.stats().backend
     finally:
         core.close()
     print(table(results, before))
+    if "rvllm:decode_idle_share" in device:
+        print(f"GPU idle between decode steps: {device['rvllm:decode_idle_share']:.2%} of their time")
+    about["backend_stats"] = device
     if args.json:
         write_json(Path(args.json), about, results)
     return 0
