@@ -43,7 +43,7 @@ struct Epilogue {
   const void* residual;  // [tokens, pitch], may be `out`, or null
   int kind;
   int tokens;  // rows of y to write
-  int rows;    // packed rows that exist: N, or 2 * width when gated
+  int rows;    // packed rows that exist: N, or 2 * width when gated (then a multiple of 16)
   int pitch;   // elements from token to token of out and residual
   float scale, soft_cap;
 };
@@ -57,66 +57,91 @@ __device__ __forceinline__ bf16 rounded<bf16>(float v) { return __float2bfloat16
 template <>
 __device__ __forceinline__ f16 rounded<f16>(float v) { return __float2half_rn(v); }
 
+// The gate's activations; explicit instructions, so that every kernel that inlines it gives the same bits.
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 __device__ __forceinline__ float activate(float x, int kind) {
-  if (kind == GATED_SILU) return x / (1.f + expf(-x));
-  if (kind == GATED_GELU) return 0.5f * x * (1.f + erff(x * 0.70710678f));
-  return 0.5f * x * (1.f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+  if (kind == GATED_GELU) return __fmul_rn(__fmul_rn(0.5f, x), 1.f + erff(__fmul_rn(x, 0.70710678f)));
+  const float inner = __fmul_rn(0.79788456f, fmaf(__fmul_rn(0.044715f, x), __fmul_rn(x, x), x));
+  return __fmul_rn(__fmul_rn(0.5f, x), 1.f + tanhf(inner));
+}
+template <class T>
+__device__ __forceinline__ T added(T residual, T value, float scale) {
+  return rounded<T>(fmaf(to_float(value), scale, to_float(residual)));
+}
+__device__ __forceinline__ float capped(float v, float cap) { return __fmul_rn(cap, tanhf(__fdiv_rn(v, cap))); }
+__device__ __forceinline__ float logit(float sum, float bias, float scale, float cap) {
+  const float v = fmaf(sum, scale, bias);
+  return cap > 0.f ? capped(v, cap) : v;
+}
+template <class T>
+__device__ __forceinline__ float bias_of(const Epilogue& e, int row) {
+  return e.bias && row < e.rows ? to_float(static_cast<const T*>(e.bias)[row]) : 0.f;
 }
 
-template <class T>
-struct alignas(4 * sizeof(T)) Quad {
-  T v[4];
+template <class T, int COUNT>
+struct alignas(COUNT * sizeof(T)) Pack {
+  T v[COUNT];
 };
 
-// Four elements of row `token` of a [tokens, pitch] matrix from column n; aligned says one access may do.
-template <class T>
-__device__ __forceinline__ void store_quad(T* matrix, const Quad<T>& q, size_t at, int count, bool aligned) {
-  if (aligned && count >= 4) {
-    *reinterpret_cast<Quad<T>*>(matrix + at) = q;
+// value = act(gate) * up, element by element; the kind is looked at once.
+template <class T, int COUNT>
+__device__ __forceinline__ void gate_all(Pack<T, COUNT>& value, const Pack<T, COUNT>& gate, const Pack<T, COUNT>& up,
+                                         int kind) {
+  const auto all = [&](auto act) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) value.v[i] = rounded<T>(__fmul_rn(act(to_float(gate.v[i])), to_float(up.v[i])));
+  };
+  if (kind == GATED_SILU)
+    all([](float g) { return silu(g); });
+  else
+    all([kind](float g) { return activate(g, kind); });
+}
+
+// COUNT neighbouring elements of a matrix, `left` of which exist; aligned says that one access may do.
+template <class T, int COUNT>
+__device__ __forceinline__ void store(T* at, const Pack<T, COUNT>& pack, int left, bool aligned) {
+  if (aligned && left >= COUNT) {
+    *reinterpret_cast<Pack<T, COUNT>*>(at) = pack;
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (i < count) matrix[at + i] = q.v[i];
+    for (int i = 0; i < COUNT; i++)
+      if (i < left) at[i] = pack.v[i];
   }
+}
+// Adds the residual at the same place to rounded values.
+template <class T, int COUNT>
+__device__ __forceinline__ void add_residual(const T* at, Pack<T, COUNT>& pack, float scale, int left, bool aligned) {
+  Pack<T, COUNT> r = pack;
+  if (aligned && left >= COUNT) {
+    r = *reinterpret_cast<const Pack<T, COUNT>*>(at);
+  } else {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++)
+      if (i < left) r.v[i] = at[i];
+  }
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) pack.v[i] = added<T>(r.v[i], pack.v[i], scale);
 }
 
 // Finishes packed rows row .. row + 3 of one token. `row` is a multiple of 4.
 template <class T>
 __device__ __forceinline__ void finish(const Epilogue& e, int token, int row, const float (&sum)[4]) {
-  const int count = e.rows - row;
-  if (token >= e.tokens || count <= 0) return;
+  const int left = e.rows - row;
+  if (token >= e.tokens || left <= 0) return;
   const bool aligned = (e.pitch & 3) == 0;
   const size_t at = static_cast<size_t>(token) * e.pitch + row;
-  float v[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    v[i] = e.kind == LOGITS ? sum[i] * e.scale : sum[i];
-    if (e.bias && i < count) v[i] += to_float(static_cast<const T*>(e.bias)[row + i]);
-  }
   if (e.kind == LOGITS) {
-    Quad<float> q;
+    Pack<float, 4> q;
 #pragma unroll
-    for (int i = 0; i < 4; i++) q.v[i] = e.soft_cap > 0.f ? e.soft_cap * tanhf(v[i] / e.soft_cap) : v[i];
-    store_quad(static_cast<float*>(e.out), q, at, count, aligned);
+    for (int i = 0; i < 4; i++) q.v[i] = logit(sum[i], bias_of<T>(e, row + i), e.scale, e.soft_cap);
+    store(static_cast<float*>(e.out) + at, q, left, aligned);
     return;
   }
-  Quad<T> q;
+  Pack<T, 4> q;
 #pragma unroll
-  for (int i = 0; i < 4; i++) q.v[i] = rounded<T>(v[i]);
-  if (e.residual) {
-    const T* residual = static_cast<const T*>(e.residual) + at;
-    Quad<T> r = q;
-    if (aligned && count >= 4) {
-      r = *reinterpret_cast<const Quad<T>*>(residual);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        if (i < count) r.v[i] = residual[i];
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) q.v[i] = rounded<T>(to_float(r.v[i]) + to_float(q.v[i]) * e.scale);
-  }
-  store_quad(static_cast<T*>(e.out), q, at, count, aligned);
+  for (int i = 0; i < 4; i++) q.v[i] = rounded<T>(sum[i] + bias_of<T>(e, row + i));
+  if (e.residual) add_residual(static_cast<const T*>(e.residual) + at, q, e.scale, left, aligned);
+  store(static_cast<T*>(e.out) + at, q, left, aligned);
 }
 
 // Finishes four outputs of one token: packed rows row .. row + 3 hold gates, row + 8 .. row + 11 their ups.
@@ -124,28 +149,26 @@ template <class T>
 __device__ __forceinline__ void finish_gated(const Epilogue& e, int token, int row, const float (&gate)[4],
                                              const float (&up)[4]) {
   if (token >= e.tokens || row >= e.rows) return;
-  const int column = row / 16 * 8 + row % 8;
-  Quad<T> q;
+  Pack<T, 4> q, g, u;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    float g = gate[i], u = up[i];
-    if (e.bias) {
-      g += to_float(static_cast<const T*>(e.bias)[row + i]);
-      u += to_float(static_cast<const T*>(e.bias)[row + 8 + i]);
-    }
-    q.v[i] = rounded<T>(activate(to_float(rounded<T>(g)), e.kind) * to_float(rounded<T>(u)));
+    g.v[i] = rounded<T>(gate[i] + bias_of<T>(e, row + i));
+    u.v[i] = rounded<T>(up[i] + bias_of<T>(e, row + 8 + i));
   }
-  store_quad(static_cast<T*>(e.out), q, static_cast<size_t>(token) * e.pitch + column, e.pitch - column,
-             (e.pitch & 3) == 0);
+  gate_all(q, g, u, e.kind);
+  store(static_cast<T*>(e.out) + static_cast<size_t>(token) * e.pitch + row / 16 * 8 + row % 8, q, 4,
+        (e.pitch & 3) == 0);
 }
 
-// Finishes everything of a staged [tokens][PITCH] float32 tile that falls to one of `threads` threads.
-// load(token, row, float (&)[4]) reads four staged sums; first..last are items in units of one quad.
-template <class T, int ROWS, class Load>
+// Finishes what falls to one of `threads` threads of a tile of ROWS rows of float32 sums that lies anywhere:
+// load(token, row, float (&)[4]) reads four. first..last are items, see items_per_token. BATCH items are
+// read before the first is finished, so that their latencies overlap.
+template <class T, int ROWS, int BATCH, class Load>
 __device__ __forceinline__ void finish_tile(const Epilogue& e, int token0, int row0, int first, int last, int thread,
                                             int threads, Load load) {
   if (e.kind >= GATED_SILU) {
     constexpr int ITEMS = ROWS / 8;
+#pragma unroll 1
     for (int i = first + thread; i < last; i += threads) {
       const int token = i / ITEMS, q = i % ITEMS, row = q / 2 * 16 + q % 2 * 4;
       float gate[4], up[4];
@@ -155,11 +178,19 @@ __device__ __forceinline__ void finish_tile(const Epilogue& e, int token0, int r
     }
   } else {
     constexpr int ITEMS = ROWS / 4;
-    for (int i = first + thread; i < last; i += threads) {
-      const int token = i / ITEMS, row = i % ITEMS * 4;
-      float sum[4];
-      load(token, row, sum);
-      finish<T>(e, token0 + token, row0 + row, sum);
+#pragma unroll 1
+    for (int i = first + thread; i < last; i += BATCH * threads) {
+      float sum[BATCH][4];
+#pragma unroll
+      for (int b = 0; b < BATCH; b++) {
+        const int item = i + b * threads;
+        if (item < last) load(item / ITEMS, item % ITEMS * 4, sum[b]);
+      }
+#pragma unroll
+      for (int b = 0; b < BATCH; b++) {
+        const int item = i + b * threads;
+        if (item < last) finish<T>(e, token0 + item / ITEMS, row0 + item % ITEMS * 4, sum[b]);
+      }
     }
   }
 }

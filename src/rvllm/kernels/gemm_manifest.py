@@ -11,8 +11,8 @@ from rvllm.kernels.spec import KernelSpec
 DTYPES = ("bf16", "f16")
 TILE = 64  # rows and columns of a packed tile
 TILE_BYTES = 2 * TILE * TILE
-SPLIT_TOKENS = (8, 16, 32, 64, 128, 256)  # token tiles of the sm_90a modes
-WALK_TOKENS = (8, 16, 32, 64, 128, 256)
+SPLIT_TOKENS = (8, 16, 32, 64, 96, 128, 192, 256)  # token tiles of the sm_90a modes
+WALK_TOKENS = (8, 16, 32, 64, 96, 128, 192, 256)
 SUM_TOKENS = (192,)
 SM80_TOKENS = (16, 64)
 _SMEM_LIMIT, _BARRIERS = 232448, 256
@@ -31,7 +31,8 @@ def sm90_threads(mode: str, tokens: int) -> int:
 def sm90_smem(mode: str, tokens: int) -> int:
     """Dynamic shared memory in bytes; mirrors Layout in gemm_sm90.cu."""
     stage = 2 * TILE_BYTES + tokens * TILE * 2
-    staging = 0 if mode == "split" else 2 * min(tokens, 32) * (TILE + 4) * 4
+    chunk = 64 if tokens % 64 == 0 else min(tokens, 32)
+    staging = 0 if mode == "split" else 2 * max(chunk * (TILE + 8) * 2, min(chunk, 32) * (TILE + 4) * 4)
     stages = min(12, (_SMEM_LIMIT - staging - _BARRIERS) // stage)
     return stages * stage + staging + _BARRIERS
 

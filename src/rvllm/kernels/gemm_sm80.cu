@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(THREADS)
     for (int i = 0; i < 4; i++) staging[(8 * j + column + i % 2) * PITCH + row + i / 2 * 8] = sum[j][i];
   __syncthreads();
   const int count = min(TOKENS, tokens - token0);
-  finish_tile<T, TILE>(e, token0, blockIdx.x * TILE, 0, count * items_per_token<TILE>(kind), thread, THREADS,
+  finish_tile<T, TILE, 2>(e, token0, blockIdx.x * TILE, 0, count * items_per_token<TILE>(kind), thread, THREADS,
                        [&](int token, int r, float(&q)[4]) {
                          const float4 f = *reinterpret_cast<const float4*>(staging + token * PITCH + r);
                          q[0] = f.x, q[1] = f.y, q[2] = f.z, q[3] = f.w;

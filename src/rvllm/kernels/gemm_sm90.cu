@@ -15,7 +15,6 @@ namespace rvllm::gemm {
 
 enum Mode { SPLIT, WALK, SUM };
 constexpr int CONSUMERS = 256;
-constexpr int EARLY = 0, LATE = 1;  // when the next kernel may start: at once, or with the last load issued
 
 struct alignas(64) TensorMap {
   u64 opaque[16];
@@ -26,10 +25,12 @@ struct Layout {
   static constexpr bool MANY_REGISTERS = MODE != SPLIT && TOKENS >= 192;
   static constexpr int THREADS = CONSUMERS + (MANY_REGISTERS ? 128 : 32);
   static constexpr int WEIGHTS = 2 * TILE_BYTES, X = TOKENS * TILE * 2;
-  static constexpr int CHUNK = TOKENS < 32 ? TOKENS : 32;   // tokens staged at a time in WALK and SUM
-  static constexpr int STAGE_PITCH = TILE + 4;              // floats; spreads a warp's stores over all banks
-  static constexpr int SPLIT_PITCH = 2 * TILE + 4;
-  static constexpr int STAGING = MODE == SPLIT ? 0 : 2 * CHUNK * STAGE_PITCH * 4;
+  static constexpr int CHUNK = TOKENS % 64 == 0 ? 64 : TOKENS < 32 ? TOKENS : 32;  // tokens staged at a time
+  static constexpr int STAGE_PITCH = (TILE + 8) * 2;    // bytes; spreads stores over all banks
+  static constexpr int SPLIT_PITCH = 2 * TILE + 4;      // floats, likewise
+  static constexpr int SUMS = (CHUNK < 32 ? CHUNK : 32) * (TILE + 4) * 4;  // float32 on their way to logits
+  static constexpr int PER_GROUP = CHUNK * STAGE_PITCH > SUMS ? CHUNK * STAGE_PITCH : SUMS;
+  static constexpr int STAGING = MODE == SPLIT ? 0 : 2 * PER_GROUP;
   static constexpr int BARRIERS = 256, LIMIT = 232448;
   static constexpr int FIT = (LIMIT - STAGING - BARRIERS) / (WEIGHTS + X);
   static constexpr int STAGES = FIT < 12 ? FIT : 12;
@@ -88,13 +89,79 @@ struct Ring {
   }
 };
 
+// Finishes one warpgroup's accumulators: packed rows row0 .. row0 + 63 of TOKENS tokens from token0 on.
+// 16-bit results turn around in `staging`, CHUNK tokens at a time, to leave in 16-byte pieces.
+template <class T, int TOKENS, int CHUNK, int PITCH>
+__device__ __forceinline__ void finish_accumulators(const Epilogue& e, const float (&acc)[TOKENS / 2], u8* staging,
+                                                    int barrier, int thread, int row0, int token0) {
+  const int warp = thread / 32, lane = thread % 32, row = row0 + warp * 16 + lane / 4, column = lane % 4 * 2;
+  const float bias[2] = {bias_of<T>(e, row), bias_of<T>(e, row + 8)};
+  if (e.kind == LOGITS) {
+    constexpr int SUMS = CHUNK < 32 ? CHUNK : 32, SUM_PITCH = TILE + 4;  // tokens at a time, floats
+    float* sums = reinterpret_cast<float*>(staging);
+    for (int chunk = 0; chunk < TOKENS / SUMS; chunk++) {
+      const int token1 = token0 + chunk * SUMS, count = min(SUMS, e.tokens - token1);
+      if (count <= 0) break;
+      ptx::bar_sync(barrier, 128);
+#pragma unroll
+      for (int i = 0; i < TOKENS / 2; i++)  // registers are chosen at compile time, the chunk is not
+        if (i / (SUMS / 2) == chunk)
+          sums[(i % (SUMS / 2) / 4 * 8 + column + i % 2) * SUM_PITCH + row - row0 + i % 4 / 2 * 8] = acc[i];
+      ptx::bar_sync(barrier, 128);
+      finish_tile<T, TILE, 2>(e, token1, row0, 0, count * (TILE / 4), thread, 128, [&](int t, int r, float(&q)[4]) {
+        const float4 f = *reinterpret_cast<const float4*>(sums + t * SUM_PITCH + r);
+        q[0] = f.x, q[1] = f.y, q[2] = f.z, q[3] = f.w;
+      });
+    }
+    return;
+  }
+  const bool pairs = e.kind >= GATED_SILU, aligned = (e.pitch & 7) == 0;
+  // Lanes 0-15 hold the addresses of two matrices: 8 tokens of rows 0-7 and of rows 8-15 of this warp.
+  const u32 at = ptx::smem(staging) + lane % 8 * PITCH + warp * 32 + lane / 8 % 2 * 16;
+  const auto both = [](float low, float high) {
+    const Pack<T, 2> p{{rounded<T>(low), rounded<T>(high)}};
+    return *reinterpret_cast<const u32*>(&p);
+  };
+  for (int chunk = 0; chunk < TOKENS / CHUNK; chunk++) {
+    const int token1 = token0 + chunk * CHUNK, count = min(CHUNK, e.tokens - token1);
+    if (count <= 0) break;
+    ptx::bar_sync(barrier, 128);
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; j++)  // registers are chosen at compile time, the chunk is not
+      if (j / (CHUNK / 8) == chunk)
+        ptx::stmatrix_x2_trans(at + j % (CHUNK / 8) * 8 * PITCH, both(acc[4 * j] + bias[0], acc[4 * j + 1] + bias[0]),
+                               both(acc[4 * j + 2] + bias[1], acc[4 * j + 3] + bias[1]));
+    ptx::bar_sync(barrier, 128);
+    if (pairs) {
+      for (int item = thread; item < count * 4; item += 128) {
+        const int t = item / 4, piece = item % 4, n = row0 / 2 + piece * 8;
+        const auto* slab = reinterpret_cast<const Pack<T, 8>*>(staging + t * PITCH + piece * 32);
+        const Pack<T, 8> gates = slab[0], ups = slab[1];
+        Pack<T, 8> value;
+        gate_all(value, gates, ups, e.kind);
+        if (n < e.rows / 2) store(static_cast<T*>(e.out) + static_cast<size_t>(token1 + t) * e.pitch + n, value, 8, aligned);
+      }
+    } else {
+#pragma unroll 1
+      for (int item = thread; item < count * 8; item += 128) {
+        const int t = item / 8, piece = item % 8, n = row0 + piece * 8, left = e.rows - n;
+        auto value = *reinterpret_cast<const Pack<T, 8>*>(staging + t * PITCH + piece * 16);
+        const size_t to = static_cast<size_t>(token1 + t) * e.pitch + n;
+        if (left <= 0) continue;
+        if (e.residual) add_residual(static_cast<const T*>(e.residual) + to, value, e.scale, left, aligned);
+        store(static_cast<T*>(e.out) + to, value, left, aligned);
+      }
+    }
+  }
+}
+
 // x: tensor map of [>= tokens, K] in boxes of 64 x TOKENS / CLUSTER, 128-byte swizzle. weights: packed.
-// blocks: ceil(K / 64). trigger: EARLY or LATE. The rest: see Epilogue.
+// blocks: ceil(K / 64). The rest: see Epilogue.
 template <class T, int TOKENS, Mode MODE, int CLUSTER>
 __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     gemm(const __grid_constant__ TensorMap x, const u8* __restrict__ weights, void* out, const void* bias,
          const void* residual, int kind, int tokens, int rows, int pitch, float scale, float soft_cap, int blocks,
-         int segments, int trigger) {
+         int segments) {
   using L = Layout<TOKENS, MODE>;
   using namespace ptx;
   constexpr int STAGES = L::STAGES, REGS = TOKENS / 2;
@@ -107,7 +174,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   const int tiles = (rows + TILE - 1) / TILE;
   const Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
 
-  if (trigger == EARLY) griddep_launch();
+  griddep_launch();
   if (threadIdx.x == CONSUMERS) {
     tensor_map_prefetch(&x);
     for (int s = 0; s < STAGES; s++) {
@@ -184,7 +251,6 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
         ahead = 0;
         more = next(v);
       }
-      if (trigger == LATE) griddep_launch();
     } else {
       griddep_wait();
     }
@@ -241,7 +307,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
         for (int i = 0; i < 4; i++)
           partial[(8 * j + column + i % 2) * L::SPLIT_PITCH + row + i / 2 * 8] = acc[4 * j + i];
     } else {
-      float* staging = reinterpret_cast<float*>(shared + STAGES * (L::WEIGHTS + L::X)) + group * L::CHUNK * L::STAGE_PITCH;
+      u8* staging = shared + STAGES * (L::WEIGHTS + L::X) + group * L::PER_GROUP;
       while (next(v)) {
         if (group >= v.count) {  // nothing for this warpgroup: keep in step with the pipeline
           for (int k = 0; k < blocks; k++) {
@@ -266,22 +332,8 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
         } else {
           segment(0, blocks);
         }
-        const int row = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
-        for (int c = 0; c < TOKENS / L::CHUNK; c++) {
-          const int token0 = v.token0 + c * L::CHUNK, count = min(L::CHUNK, tokens - token0);
-          if (count <= 0) break;
-          bar_sync(1 + group, 128);
-#pragma unroll
-          for (int j = 0; j < REGS; j++)  // registers are chosen at compile time, the chunk is not
-            if (j / (L::CHUNK / 2) == c)
-              staging[(j % (L::CHUNK / 2) / 4 * 8 + column + j % 2) * L::STAGE_PITCH + row + j % 4 / 2 * 8] = acc[j];
-          bar_sync(1 + group, 128);
-          finish_tile<T, TILE>(e, token0, (v.tile + group) * TILE, 0, count * items_per_token<TILE>(kind), thread, 128,
-                               [&](int token, int r, float(&q)[4]) {
-                                 const float4 f = *reinterpret_cast<const float4*>(staging + token * L::STAGE_PITCH + r);
-                                 q[0] = f.x, q[1] = f.y, q[2] = f.z, q[3] = f.w;
-                               });
-        }
+        finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(e, acc, staging, 1 + group, thread,
+                                                                 (v.tile + group) * TILE, v.token0);
       }
     }
   }
@@ -292,7 +344,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     if (warp < CONSUMERS / 32) {
       const int token0 = blockIdx.y * TOKENS, count = min(TOKENS, tokens - token0);
       const int items = count * items_per_token<2 * TILE>(kind), rank = blockIdx.x;
-      finish_tile<T, 2 * TILE>(e, token0, blockIdx.z * 2 * TILE, items * rank / segments, items * (rank + 1) / segments,
+      finish_tile<T, 2 * TILE, 4>(e, token0, blockIdx.z * 2 * TILE, items * rank / segments, items * (rank + 1) / segments,
                                threadIdx.x, CONSUMERS, [&](int token, int r, float(&q)[4]) {
                                  const u32 at = base + (token * L::SPLIT_PITCH + r) * 4;
                                  float4 part[8];

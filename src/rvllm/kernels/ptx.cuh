@@ -121,6 +121,15 @@ RVLLM_PTX void mma_16816(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], f1
 }
 
 #if __CUDA_ARCH__ >= 900
+// Two 8x8 matrices of 16-bit elements, transposed: lane i holds row i / 4, columns 2 (i % 4) and the next of
+// matrix j in r[j]; column i % 8 of matrix i / 8 goes to the 16 bytes at lane i's address.
+RVLLM_PTX void stmatrix_x2_trans(u32 addr, u32 r0, u32 r1) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" :: "r"(addr), "r"(r0), "r"(r1) : "memory");
+}
+RVLLM_PTX void stmatrix_x1_trans(u32 addr, u32 r0) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" :: "r"(addr), "r"(r0) : "memory");
+}
+
 // ---------------------------------------------------------------- mbarrier
 // `bar` is a shared address, 8-byte aligned. Phases alternate; wait(bar, parity) returns when the phase
 // of that parity has completed (a fresh barrier counts as having completed parity 1).
