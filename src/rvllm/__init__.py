@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rvllm.version import __version__
 
 if TYPE_CHECKING:
-    from rvllm.engine.sampling_params import SamplingParams
+    from rvllm.engine.sampling_params import SamplingParams, StructuredOutputsParams
     from rvllm.errors import RvllmError
     from rvllm.llm import LLM
     from rvllm.text.embedding import EmbeddingOutput, EmbeddingRequestOutput, PoolingParams
@@ -29,12 +29,14 @@ __all__ = [
     "RequestOutput",
     "RvllmError",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]
 
 _HOMES = {
     "LLM": "rvllm.llm",
     "SamplingParams": "rvllm.engine.sampling_params",
+    "StructuredOutputsParams": "rvllm.engine.sampling_params",
     "RvllmError": "rvllm.errors",
     "EmbeddingOutput": "rvllm.text.embedding",
     "EmbeddingRequestOutput": "rvllm.text.embedding",

@@ -23,6 +23,7 @@ from rvllm.text.embedding import (
     shorten,
     text_tokens,
 )
+from rvllm.text.grammar import check_tokenizer, vocabulary_of
 from rvllm.text.outputs import RequestMetrics, RequestOutput
 from rvllm.text.pending import PendingRequest
 from rvllm.text.processor import Choice
@@ -85,6 +86,7 @@ class LLM:
             self.engine = EngineCore.from_config(self.config, loading)
         self._requests = RequestMaker(self.engine.facts, self.config.seed)
         self._counter = 0
+        self._grammars_ready = False
 
     def close(self) -> None:
         """Gives memory and device back; the object is unusable afterwards."""
@@ -263,11 +265,20 @@ class LLM:
                 made = self._requests.make(name, ids, param, priority=priority[i] if priority else 0)
             except UsageError as error:
                 raise UsageError(f"prompts[{i}]: {error}" if len(prompts) > 1 else str(error)) from None
+            if made[0].sampling.grammar is not None:
+                self._prepare_grammars()
             choices = {m.request_id: Choice(self._tokenizer, param, ids, k) for k, m in enumerate(made)}
             requests.append(
                 PendingRequest(name, text, ids, param, made, choices, RequestMetrics(time.time()))
             )
         return requests
+
+    def _prepare_grammars(self) -> None:
+        """Hands the vocabulary to the engine, with the first request that has a grammar."""
+        if not self._grammars_ready:
+            check_tokenizer(self._tokenizer)
+            self.engine.set_vocabulary(vocabulary_of(self.get_tokenizer()))
+            self._grammars_ready = True
 
 
 def engine_config(model: str, revision: str | None, settings: Mapping[str, Any]) -> EngineConfig:

@@ -40,6 +40,7 @@ from rvllm.engine.messages import (
     Shutdown,
     Stats,
     ToEngine,
+    Vocabulary,
 )
 from rvllm.engine.process import Launch
 from rvllm.errors import EngineDeadError, RvllmError, UsageError
@@ -168,6 +169,11 @@ class EngineClient:
         """Ends requests; their streams close with an "abort" output. Unknown ids are ignored."""
         if self.alive:
             self._send(Abort(list(request_ids)))
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Must be called before the first request with a grammar."""
+        if self.alive:
+            self._send(vocabulary)
 
     async def stats(self) -> Stats:
         """A snapshot of the engine. Raises EngineDeadError."""

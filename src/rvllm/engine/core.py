@@ -11,7 +11,8 @@ import msgspec
 
 from rvllm.backends.base import Backend, StepResult, TopLogprobs
 from rvllm.engine.embedding import EmbeddingQueue
-from rvllm.engine.messages import Embed, Generate, ModelFacts, Output, Ready, Stats, TokenLogprobs
+from rvllm.engine.grammar import Grammars
+from rvllm.engine.messages import Embed, Generate, ModelFacts, Output, Ready, Stats, TokenLogprobs, Vocabulary
 from rvllm.engine.scheduler import Scheduler
 from rvllm.engine.sequence import Sequence
 from rvllm.engine.step import Step
@@ -40,7 +41,8 @@ class EngineCore:
             max_model_len = min(max_model_len, limits.num_blocks * limits.block_size)
         self.backend = backend
         self.facts: ModelFacts = msgspec.structs.replace(facts, max_model_len=max_model_len)
-        self.scheduler = Scheduler(limits, config.enable_prefix_caching)
+        self.grammars = Grammars(facts.vocab_size, facts.eos_token_ids)
+        self.scheduler = Scheduler(limits, config.enable_prefix_caching, self.grammars)
         self.ready = Ready(
             backend=backend.name,
             max_model_len=max_model_len,
@@ -88,7 +90,10 @@ class EngineCore:
             return
         seq = Sequence(request, self.facts.max_model_len, self.ready.block_size)
         self._alive[seq.request_id] = seq
-        self.scheduler.add(seq)
+        if request.sampling.grammar is None:
+            self.scheduler.add(seq)
+        else:
+            self.grammars.begin(seq, request.sampling.grammar)
 
     def add_embed(self, request: Embed) -> None:
         """Queues a text; one that cannot be encoded ends with an "error" output in the next step.
@@ -103,6 +108,10 @@ class EngineCore:
             self._outbox.append(Output(request.request_id, [], finish_reason="error", error=refusal))
             return
         self._texts.add(request)
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Must come before the first request with a grammar."""
+        self.grammars.set_vocabulary(vocabulary)
 
     def _refusal(self, request: Generate) -> str | None:
         prompt, limit = request.prompt_token_ids, self.facts.max_model_len
@@ -134,8 +143,7 @@ class EngineCore:
         for request_id in request_ids:
             seq = self._alive.get(request_id)
             if seq is not None:
-                self._end(seq, "abort")
-                self._outbox.append(seq.ending("abort"))
+                self._close(seq, "abort")
             elif self._texts.abort(request_id):
                 self._finished["abort"] += 1
                 self._outbox.append(Output(request_id, [], finish_reason="abort"))
@@ -153,6 +161,8 @@ class EngineCore:
             computed = self._texts.step()
             self._finished["stop"] += len(computed)
             self._outbox += computed
+        if self.grammars:
+            self._take_compiled()
         began = time.perf_counter()
         step = self.scheduler.schedule()
         self._host_seconds += time.perf_counter() - began
@@ -165,10 +175,26 @@ class EngineCore:
             began = time.perf_counter()
             self._update(oldest, result)
             self._host_seconds += time.perf_counter() - began
-        elif step is None and self._alive:
+        elif step is None and self._alive and not self.grammars:
             raise RuntimeError(f"no step can be scheduled for {len(self._alive)} requests")
         outputs, self._outbox = self._outbox, []
         return outputs
+
+    def _take_compiled(self) -> None:
+        """Sequences whose grammars are compiled join the queue, or end with what is wrong."""
+        others = len(self._alive) > len(self.grammars) or self._texts
+        for seq, outcome in self.grammars.ready(wait=not (others or self._outbox)):
+            if isinstance(outcome, str):
+                self._close(seq, "error", outcome)
+            else:
+                seq.matcher = outcome
+                self.grammars.forget(seq)
+                self.scheduler.add(seq)
+
+    def _close(self, seq: Sequence, reason: str, error: str | None = None) -> None:
+        """Ends a request with an Output that holds no token."""
+        self._end(seq, reason)
+        self._outbox.append(seq.ending(reason, error))
 
     def _update(self, step: Step, result: StepResult) -> None:
         """Books what a step computed and drew; parts of sequences that ended meanwhile are dropped."""
@@ -205,15 +231,30 @@ class EngineCore:
             if seq.sampling.prompt_logprobs is not None:
                 output.prompt_logprobs = seq.prompt_logprobs
         self._generation_tokens += 1
+        self._outbox.append(output)
+        if seq.matcher is not None and reason != "stop" and self._ended_by_grammar(seq, token):
+            return
         if reason is not None:
             output.finish_reason = reason
             if reason == "stop" and token not in self._eos:
                 output.stop_reason = token
             self._end(seq, reason)
-        self._outbox.append(output)
+
+    def _ended_by_grammar(self, seq: Sequence, token: int) -> bool:
+        """Moves a sequence's matcher on; one that nothing can follow ends at once, without an EOS token."""
+        assert seq.matcher is not None
+        error = seq.matcher.accept(token)
+        if error is not None:
+            self._close(seq, "error", error)
+        elif seq.matcher.ended:
+            self._close(seq, "stop")
+        return seq.finish_reason is not None
 
     def _end(self, seq: Sequence, reason: str) -> None:
-        self.scheduler.finish(seq, reason)
+        if self.grammars.forget(seq):
+            seq.finish_reason = reason
+        else:
+            self.scheduler.finish(seq, reason)
         del self._alive[seq.request_id]
         self._finished[reason] += 1
 
@@ -222,7 +263,7 @@ class EngineCore:
         scheduler = self.scheduler
         return Stats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting) + len(self._texts),
+            waiting=len(scheduler.waiting) + len(self._texts) + len(self.grammars),
             blocks_total=scheduler.blocks.num_blocks,
             blocks_used=scheduler.blocks.used,
             blocks_cached=scheduler.blocks.cached,
@@ -235,6 +276,10 @@ class EngineCore:
             finished=dict(self._finished),
             loop_seconds=time.perf_counter() - self._started,
             host_seconds=self._host_seconds,
+            masks=self.grammars.masks_computed,
+            mask_seconds=self.grammars.mask_seconds,
+            mask_p50_seconds=self.grammars.percentile(0.50),
+            mask_p99_seconds=self.grammars.percentile(0.99),
             backend=self.backend.stats(),
         )
 
@@ -242,6 +287,7 @@ class EngineCore:
         """Waits for the steps in flight and gives the backend back."""
         while self._in_flight:
             self.backend.collect(self._in_flight.popleft().handle)
+        self.grammars.close()
         self.backend.close()
 
 

@@ -16,6 +16,7 @@ from rvllm.engine.messages import (
     Shutdown,
     Stats,
     ToEngine,
+    Vocabulary,
 )
 
 
@@ -64,6 +65,8 @@ class EngineLoop:
             self._core.add_embed(message)
         elif isinstance(message, Abort):
             self._core.abort(message.request_ids)
+        elif isinstance(message, Vocabulary):
+            self._core.set_vocabulary(message)
         elif isinstance(message, GetStats):
             self._link.send(self._stats())
 

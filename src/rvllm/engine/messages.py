@@ -27,6 +27,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     max_tokens: int = 16
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str | None = None  # in llguidance's form; the output follows it (a Vocabulary must have come)
 
 
 class Generate(msgspec.Struct, tag="generate", array_like=True):
@@ -55,6 +56,16 @@ class Abort(msgspec.Struct, tag="abort", array_like=True):
     """The client went away or a stop string was found; unknown ids are ignored."""
 
     request_ids: list[str]
+
+
+class Vocabulary(msgspec.Struct, tag="vocabulary", array_like=True):
+    """What grammars need to know of the tokens; comes before the first request with a grammar.
+
+    tokenizer: the text of a tokenizer.json. eos_token_ids: for models whose config names none.
+    """
+
+    tokenizer: str
+    eos_token_ids: list[int]
 
 
 class GetStats(msgspec.Struct, tag="stats", array_like=True):
@@ -117,6 +128,10 @@ class Stats(msgspec.Struct, tag="stats", kw_only=True, array_like=True):
     loop_seconds: float = 0.0  # since the engine became ready
     idle_seconds: float = 0.0  # of these, waiting for a request
     host_seconds: float = 0.0  # of these, scheduling and bookkeeping
+    masks: int = 0  # token masks computed for grammars
+    mask_seconds: float = 0.0  # in all
+    mask_p50_seconds: float = 0.0  # how long a token waited for its mask, among the last few thousand
+    mask_p99_seconds: float = 0.0
     backend: dict[str, float] = {}
 
 
@@ -167,5 +182,5 @@ class Failed(msgspec.Struct, tag="failed", array_like=True):
     exit_code: int = 1
 
 
-ToEngine = Generate | Embed | Abort | GetStats | Shutdown
+ToEngine = Generate | Embed | Abort | Vocabulary | GetStats | Shutdown
 FromEngine = Outputs | Stats | Loading | Ready | Failed

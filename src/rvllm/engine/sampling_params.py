@@ -3,8 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from rvllm.errors import UsageError
+
+
+@dataclass(slots=True)
+class StructuredOutputsParams:
+    """The form an output must have, under vLLM's names: exactly one of the first six.
+
+    json: a JSON schema, as an object or its text. json_object: any JSON object. regex: what the whole output
+    matches. choice: one of these strings. grammar: a Lark grammar, or GBNF (`root ::= ...`).
+    structural_tag: free text in which triggers begin JSON (an object with `triggers` and `structures`).
+    disable_any_whitespace: JSON without spaces; whitespace_pattern: a regex for what may stand between its
+    tokens. Raises UsageError when several forms are given.
+    """
+
+    json: Any = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: Any = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        forms = self._forms()
+        if len(forms) > 1:
+            raise UsageError(f"structured_outputs takes one form, got {' and '.join(forms)}")
+
+    def _forms(self) -> dict[str, Any]:
+        names = ("json", "regex", "choice", "grammar", "structural_tag")
+        found = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {**found, "json_object": True} if self.json_object else found
+
+    def given(self) -> tuple[str, Any] | None:
+        """The form's name and value; None when there is none."""
+        return next(iter(self._forms().items()), None)
 
 
 @dataclass(slots=True)
@@ -35,6 +71,8 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
+    grammar: str | None = None  # in llguidance's form, already checked; comes before structured_outputs
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -54,7 +92,7 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and not (low < value <= high if above else low <= value <= high):
                 opening = "(" if above else "["
-                raise UsageError(f"{name} must be in {opening}{low:g}, {high:g}], got {value}")
+                raise UsageError(f"{name} must be in {opening}{low}, {high}], got {value}")
 
         within("n", 1, 1 << 20)
         within("temperature", 0, 100)

@@ -16,6 +16,7 @@ from operator import attrgetter
 
 from rvllm.backends.base import Limits
 from rvllm.engine.blocks import BlockManager, Digest
+from rvllm.engine.grammar import Grammars
 from rvllm.engine.sequence import Sequence
 from rvllm.engine.step import Step, StepPlan
 
@@ -31,8 +32,9 @@ def _remove(queue: list[Sequence], seq: Sequence) -> None:
 class Scheduler:
     """Queues, slots and blocks. `schedule` plans a step, `finish` ends a sequence at any time."""
 
-    def __init__(self, limits: Limits, prefix_caching: bool = True) -> None:
+    def __init__(self, limits: Limits, prefix_caching: bool = True, grammars: Grammars | None = None) -> None:
         self.limits = limits
+        self.grammars = Grammars(0, ()) if grammars is None else grammars
         self.blocks = BlockManager(
             limits.num_blocks, limits.block_size, prefix_caching and limits.prefix_reuse
         )
@@ -63,15 +65,15 @@ class Scheduler:
         if not plan:
             return None
         self.steps += 1
-        return plan.finish()
+        return plan.finish(self.grammars)
 
     def _plan_decodes(self, plan: StepPlan) -> list[Sequence]:
         """Adds every sequence that waits for one token only; returns those with more to compute."""
         prefilling = []
         for seq in self.running.copy():
             left = seq.length - seq.launched
-            if seq.slot < 0 or seq.length >= seq.max_length:
-                continue  # preempted just now, or all its tokens are launched
+            if seq.slot < 0 or seq.length >= seq.max_length or seq.must_wait:
+                continue  # preempted just now, or all its tokens are launched, or its mask is not known
             if left > 1:
                 prefilling.append(seq)
             elif seq.launched < seq.capacity or self._grow(seq, plan):

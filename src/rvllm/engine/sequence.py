@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 from array import array
+from typing import TYPE_CHECKING
 
 from rvllm.backends.base import SamplingSpec
 from rvllm.engine.blocks import ROOT, Digest, chain
 from rvllm.engine.messages import Generate, Output, Sampling, TokenLogprobs
+
+if TYPE_CHECKING:
+    from rvllm.engine.grammar import Matcher
 
 _arrivals = itertools.count()
 
@@ -45,9 +49,9 @@ class Sequence:
 
     __slots__ = (
         "arrival", "block_size", "blocks", "cached_tokens", "capacity", "computed", "digests",
-        "finish_reason", "first_scheduled", "in_flight", "launched", "length", "max_length", "min_length",
-        "prompt_len", "prompt_logprobs", "published", "rank", "request_id", "sampling", "slot", "spec",
-        "stop_ids", "tokens", "wanted_prompt_logprobs",
+        "finish_reason", "first_scheduled", "in_flight", "launched", "length", "matcher", "max_length",
+        "min_length", "prompt_len", "prompt_logprobs", "published", "rank", "request_id", "sampling", "slot",
+        "spec", "stop_ids", "tokens", "wanted_prompt_logprobs",
     )  # fmt: skip
 
     def __init__(self, request: Generate, max_model_len: int, block_size: int) -> None:
@@ -64,6 +68,7 @@ class Sequence:
         self.arrival = request.arrival
         self.first_scheduled: float | None = None  # time.time() of the first step with a part of it
         self.finish_reason: str | None = None
+        self.matcher: Matcher | None = None  # where it is in its grammar, if it has one
 
         self.slot = -1  # -1: waiting
         self.length = self.prompt_len
@@ -92,6 +97,11 @@ class Sequence:
         if len(self.prompt_logprobs) >= self.wanted_prompt_logprobs:
             return 0
         return max(0, self.wanted_prompt_logprobs - self.launched)
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether the mask of its next step depends on a token that a step in flight has yet to draw."""
+        return self.matcher is not None and self.length > len(self.tokens)
 
     def digest_chain(self, blocks: int) -> list[Digest]:
         """Content digests of its first `blocks` blocks, all of whose tokens are known."""

@@ -12,6 +12,7 @@ import msgspec
 from rvllm.engine.messages import Generate, ModelFacts, Sampling
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import UsageError
+from rvllm.text.grammar import grammar_of
 from rvllm.text.tokenizer import Tokenizer
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
@@ -168,6 +169,7 @@ def to_sampling(params: SamplingParams, prompt_len: int, facts: ModelFacts) -> S
         max_tokens=max_tokens,
         logprobs=params.logprobs,
         prompt_logprobs=params.prompt_logprobs,
+        grammar=params.grammar or grammar_of(params.structured_outputs),
     )
 
 

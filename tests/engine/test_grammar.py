@@ -1,0 +1,183 @@
+"""Requests with a grammar through the engine: masks, ends, errors, pressure, company."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from grammar_double import RandomDouble
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "text"))
+from tiny_tokenizers import byte_level
+
+from rvllm.backends.base import Limits
+from rvllm.config import EngineConfig
+from rvllm.engine.core import EngineCore
+from rvllm.engine.messages import Generate, ModelFacts, Output, Sampling
+from rvllm.engine.sampling_params import StructuredOutputsParams
+from rvllm.text.grammar import grammar_of, vocabulary_of
+
+TOKENIZER = byte_level()
+EOS = TOKENIZER.eos_token_id
+VOCAB = TOKENIZER.vocab_size + 27  # logits are often padded beyond the tokenizer
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "ages": {"type": "array", "maxItems": 3, "items": {"type": "integer", "minimum": 0, "maximum": 120}},
+    },
+    "required": ["name", "ages"],
+    "additionalProperties": False,
+}  # fmt: skip
+
+
+def core_of(depth: int = 2, seqs: int = 8, blocks: int = 400, vocabulary: bool = True) -> EngineCore:
+    limits = Limits(seqs, 64, 600, 16, blocks, depth)
+    facts = ModelFacts(
+        architecture="Double", model_path="", vocab_size=VOCAB, max_model_len=600, eos_token_ids=[EOS]
+    )
+    core = EngineCore(RandomDouble(limits, VOCAB), facts, EngineConfig())
+    if vocabulary:
+        core.set_vocabulary(vocabulary_of(TOKENIZER))
+    return core
+
+
+def request(name: str, grammar: str | None, **sampling: object) -> Generate:
+    values = {
+        "temperature": 1.0,
+        "max_tokens": 500,
+        "stop_token_ids": (EOS,),
+        "seed": hash_of(name),
+        **sampling,
+    }
+    return Generate(name, [1, 2, 3], Sampling(grammar=grammar, **values))  # type: ignore[arg-type]
+
+
+def hash_of(name: str) -> int:
+    return sum(ord(c) * 31**i for i, c in enumerate(name)) % 100_000
+
+
+def run(core: EngineCore, requests: list[Generate]) -> dict[str, tuple[list[int], Output]]:
+    """Tokens and the last Output of each request."""
+    for each in requests:
+        core.add_request(each)
+    tokens: dict[str, list[int]] = {each.request_id: [] for each in requests}
+    last: dict[str, Output] = {}
+    steps = 0
+    while core.has_work():
+        steps += 1
+        assert steps < 20_000
+        for output in core.step():
+            assert output.request_id not in last, "an output after the end"
+            tokens[output.request_id] += output.token_ids
+            if output.finish_reason is not None:
+                last[output.request_id] = output
+    assert not core.scheduler.blocks.used
+    return {name: (tokens[name], last[name]) for name in tokens}
+
+
+def text_of(tokens: list[int]) -> str:
+    return TOKENIZER.decode(tokens, skip_special_tokens=True)
+
+
+def grammar(**form: object) -> str:
+    found = grammar_of(StructuredOutputsParams(**form))  # type: ignore[arg-type]
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_outputs_follow_their_grammars_beside_free_ones(depth: int) -> None:
+    core = core_of(depth)
+    made = [request(f"json{i}", grammar(json=SCHEMA), temperature=0.3 * i) for i in range(6)]
+    made += [request(f"word{i}", grammar(regex="[a-f]{3}-[0-9]{1,4}")) for i in range(4)]
+    made += [request(f"free{i}", None, max_tokens=30) for i in range(3)]
+    done = run(core, made)
+    for name, (tokens, last) in done.items():
+        if name.startswith("json"):
+            value = json.loads(text_of(tokens))
+            assert set(value) == {"name", "ages"} and all(0 <= age <= 120 for age in value["ages"])
+        elif name.startswith("word"):
+            assert re.fullmatch("[a-f]{3}-[0-9]{1,4}", text_of(tokens))
+        if not name.startswith("free"):
+            assert (last.finish_reason, last.stop_reason, last.error) == ("stop", None, None)
+    stats = core.stats()
+    assert stats.masks == core.backend.masked_rows > 0  # type: ignore[attr-defined]
+    assert 0 < stats.mask_p50_seconds <= stats.mask_p99_seconds < 1
+    assert stats.finished["stop"] >= 10
+
+
+def test_a_request_gives_the_same_in_company_preempted_and_at_any_depth() -> None:
+    one = request("long", grammar(regex="[a-z ]{300,320}"))
+    one.priority = 1
+    alone, last = run(core_of(1), [one])["long"]
+    assert last.finish_reason == "stop" and re.fullmatch("[a-z ]{300,320}", text_of(alone))
+    others = [request(f"free{i}", None, max_tokens=200) for i in range(5)]
+    tight = core_of(2, blocks=40)
+    crowded = run(tight, [others[0], others[1], one, *others[2:]])
+    assert tight.stats().preemptions > 0
+    assert crowded["long"][0] == alone
+
+
+def test_max_tokens_cuts_and_an_end_just_there_is_a_stop() -> None:
+    form = grammar(choice=["abcabcabc"])
+    whole, last = run(core_of(), [request("a", form)])["a"]
+    assert text_of(whole) == "abcabcabc" and last.finish_reason == "stop"
+    cut, last = run(core_of(), [request("a", form, max_tokens=len(whole) - 1)])["a"]
+    assert cut == whole[:-1] and last.finish_reason == "length"
+    exact, last = run(core_of(), [request("a", form, max_tokens=len(whole))])["a"]
+    assert exact == whole and last.finish_reason == "stop"
+
+
+def test_min_tokens_delays_the_end_where_the_grammar_can_go_on() -> None:
+    tokens, last = run(core_of(), [request("a", grammar(regex="(ab)*"), min_tokens=9, max_tokens=300)])["a"]
+    assert last.finish_reason in ("stop", "length")
+    assert len(tokens) >= 9 and re.fullmatch("(ab)*a?", text_of(tokens))
+    tokens, last = run(core_of(), [request("a", grammar(choice=["x"]), min_tokens=9)])["a"]
+    assert text_of(tokens) == "x" and last.finish_reason == "stop"  # nothing could follow
+
+
+def test_ignored_eos_ends_with_the_grammar() -> None:
+    tokens, last = run(core_of(), [request("a", grammar(regex="[xy]{0,40}"), stop_token_ids=())])["a"]
+    assert re.fullmatch("[xy]*", text_of(tokens)) and last.finish_reason == "stop"
+
+
+def test_a_stop_token_the_grammar_needs_is_an_error_that_says_so() -> None:
+    needed = TOKENIZER.encode("q", add_special_tokens=False)[0]
+    sampling = {"stop_token_ids": (needed,), "min_tokens": 5}
+    _, last = run(core_of(), [request("a", grammar(choice=["q1", "q2"]), **sampling)])["a"]
+    assert last.finish_reason == "error" and "min_tokens" in (last.error or "")
+
+
+def test_the_empty_text_ends_at_once() -> None:
+    tokens, last = run(core_of(), [request("a", grammar(regex=""))])["a"]
+    assert text_of(tokens) == "" and last.finish_reason == "stop"
+
+
+def test_a_grammar_that_does_not_compile_ends_its_request_only() -> None:
+    core = core_of()
+    done = run(core, [request("bad", "start: missing"), request("good", grammar(choice=["yes"]))])
+    assert done["bad"][1].finish_reason == "error" and "missing" in (done["bad"][1].error or "")
+    assert text_of(done["good"][0]) == "yes"
+    done = run(core_of(vocabulary=False), [request("early", grammar(choice=["yes"]))])
+    assert "vocabulary" in (done["early"][1].error or "")
+
+
+def test_a_request_can_be_aborted_while_its_grammar_compiles() -> None:
+    core = core_of()
+    core.add_request(request("a", grammar(json=SCHEMA)))
+    assert core.has_work() and core.stats().waiting == 1
+    core.abort(["a"])
+    (output,) = core.step()
+    assert output.finish_reason == "abort" and not core.has_work()
+
+
+def test_an_equal_grammar_is_compiled_once() -> None:
+    core, form = core_of(), grammar(choice=["left", "right"])
+    run(core, [request("a", form)])
+    core.grammars._compile = None  # type: ignore[method-assign,assignment]  # a second compilation would fail
+    tokens, last = run(core, [request("b", form)])["b"]
+    assert text_of(tokens) in ("left", "right") and last.finish_reason == "stop"
