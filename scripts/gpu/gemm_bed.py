@@ -19,7 +19,7 @@ from rvllm.kernels import build
 from rvllm.kernels.gemm_manifest import KERNELS
 
 TORCH = {"bf16": torch.bfloat16, "f16": torch.float16}
-CACHE = Path(os.environ.get("RVLLM_CUBINS", ".carry/gemm-cubins"))
+CACHE = Path(os.environ.get("RVLLM_CUBINS", "build/cubins"))
 
 
 class Bed:

@@ -162,7 +162,8 @@ def main() -> None:
                 floor = max(2 * n * k / limit, flops / 790e12)
                 print(
                     f"{section:8} {name:8} {tokens:5}  {plan.kernel:24} {ours * 1e6:8.1f} "
-                    f"{theirs * 1e6:9.1f} {flops / ours / 1e12:8.0f} {flops / theirs / 1e12:8.0f} {floor * 1e6:8.1f}",
+                    f"{theirs * 1e6:9.1f} {flops / ours / 1e12:8.0f} {flops / theirs / 1e12:8.0f} "
+                    f"{floor * 1e6:8.1f}",
                     flush=True,
                 )
 

@@ -19,7 +19,7 @@ constexpr int TILE = 64;                     // rows and columns of a packed til
 constexpr int TILE_BYTES = TILE * TILE * 2;  // 8192
 
 // Byte offset of element (row, k) in a packed matrix of `blocks` = ceil(K / 64) tiles a row.
-__host__ __device__ inline u64 packed_offset(u64 row, u32 k, u32 blocks) {
+__host__ __device__ constexpr u64 packed_offset(u64 row, u32 k, u32 blocks) {
   const u32 chunk = (k % TILE / 8) ^ (row % 8);
   return (row / TILE * blocks + k / TILE) * TILE_BYTES + row % TILE * (TILE * 2) + chunk * 16 + k % 8 * 2;
 }
@@ -183,8 +183,8 @@ __device__ __forceinline__ void finish_tile(const Epilogue& e, int token0, int r
       float sum[BATCH][4];
 #pragma unroll
       for (int b = 0; b < BATCH; b++) {
-        const int item = i + b * threads;
-        if (item < last) load(item / ITEMS, item % ITEMS * 4, sum[b]);
+        const int item = min(i + b * threads, last - 1);  // no branch, so that all loads are in flight at once
+        load(item / ITEMS, item % ITEMS * 4, sum[b]);
       }
 #pragma unroll
       for (int b = 0; b < BATCH; b++) {

@@ -1,0 +1,172 @@
+"""Matrix kernels without a GPU: packing, plans, the layout that Python and C++ must agree on, compiling.
+
+With a GPU, `scripts/gpu/gemm_check.py` runs every kernel; `test_on_the_gpu` here runs its quick part.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rvllm.backends.cuda import driver, gemm
+from rvllm.errors import UsageError
+from rvllm.kernels import build, gemm_manifest
+from rvllm.kernels.gemm_manifest import KERNELS
+
+ROOT = Path(__file__).parents[2]
+NAMES = {spec.name: spec for spec in KERNELS}
+SHAPES = st.tuples(st.integers(1, 200_000), st.integers(1, 4000).map(lambda k: 8 * k))
+SEVEN_B = {"qkv": (4608, 3584), "o": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944),
+           "lm_head": (152064, 3584)}  # fmt: skip
+
+
+def bits(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.integers(0, 1 << 16, shape).astype(np.uint16)
+
+
+@pytest.mark.parametrize(("n", "k"), [(64, 64), (1, 8), (203, 72), (576, 1536), (130, 200)])
+def test_packing_follows_the_documented_offsets(n: int, k: int) -> None:
+    rng = np.random.default_rng()
+    weight = bits(rng, n, k)
+    packed = gemm.pack_matrix(weight)
+    assert packed.nbytes == gemm.packed_nbytes(n, k)
+    blocks, words = -(-k // 64), packed.view(np.uint16)
+    row, column = np.arange(n)[:, None], np.arange(k)[None, :]
+    chunk = column % 64 // 8 ^ row % 8
+    at = (row // 64 * blocks + column // 64) * 8192 + row % 64 * 128 + chunk * 16 + column % 8 * 2
+    assert np.array_equal(words[at // 2], weight)
+    assert np.count_nonzero(words) == np.count_nonzero(weight)  # all padding is zero
+    assert np.array_equal(gemm.unpack_matrix(packed, n, k), weight)
+
+
+def test_gate_and_up_take_turns_of_eight_rows() -> None:
+    gate = np.arange(24, dtype=np.uint16)[:, None] + np.zeros((1, 8), np.uint16)
+    both = gemm.interleave_gate_up(gate, gate + 100)
+    assert both.shape == (gemm.gated_rows(24), 8)
+    first = [*range(8), *range(100, 108), *range(8, 16), *range(108, 116)]
+    assert both[:32, 0].tolist() == first
+
+
+@given(SHAPES)
+def test_segments_cover_k_and_fit_a_cluster(shape: tuple[int, int]) -> None:
+    blocks, segments = -(-shape[1] // 64), gemm.segments_of(*shape)
+    bounds = gemm.segment_bounds(blocks, segments)
+    assert bounds[0] == 0 and bounds[-1] == blocks and 1 <= segments <= gemm.MAX_SEGMENTS
+    sizes = np.diff(bounds)
+    assert sizes.min() >= 1 and sizes.max() - sizes.min() <= 1
+
+
+@settings(max_examples=200)
+@given(SHAPES, st.integers(1, 9000), st.sampled_from(gemm_manifest.DTYPES), st.sampled_from([80, 89, 90]))
+def test_plans_name_kernels_that_exist_and_cover_the_product(
+    shape: tuple[int, int], tokens: int, dtype: str, capability: int
+) -> None:
+    plan = gemm.plan_gemm(*shape, tokens, dtype, 132, capability)
+    spec = NAMES[plan.kernel]
+    assert spec.runs_on(capability) and plan.smem == spec.smem
+    assert plan.segments == gemm.segments_of(*shape)  # whatever the batch: the bits depend on it
+    assert plan.grid[0] % plan.cluster == 0 and plan.cluster <= 8
+    tiles, token_tiles = -(-shape[0] // 64), -(-tokens // plan.token_tile)
+    if plan.mode == "sm80":
+        assert plan.grid == (tiles, token_tiles, 1)
+    elif plan.mode == "split":
+        assert plan.grid == (plan.segments, token_tiles, -(-tiles // 2)) and plan.cluster == plan.segments
+    else:
+        assert 1 <= plan.grid[0] <= 132 and plan.box_rows * plan.cluster == plan.token_tile
+        assert plan.mode == "sum" or plan.segments == 1
+    if tokens <= 256 and capability == 90:
+        assert token_tiles == 1  # weights are streamed once
+
+
+@pytest.mark.parametrize("name", SEVEN_B)
+def test_decode_uses_most_of_an_h100(name: str) -> None:
+    plan = gemm.plan_gemm(*SEVEN_B[name], 16, "bf16", 132)
+    assert 100 <= int(np.prod(plan.grid)) <= 132
+
+
+def test_refusals_name_the_way_out() -> None:
+    with pytest.raises(UsageError, match="8, 16"):
+        gemm.plan_gemm(64, 12, 1, "bf16", 132)
+    with pytest.raises(UsageError, match="bf16, f16"):
+        gemm.plan_gemm(64, 64, 1, "f64", 132)
+
+
+def compile_text(text: str, target: str) -> str:
+    """NVRTC's log of a source; raises AssertionError with it when it does not compile."""
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC comes with the cuda extra")
+    _, program = nvrtc.nvrtcCreateProgram(text.encode(), b"probe.cu", 0, [], [])
+    options = [
+        *build.OPTIONS,
+        f"-arch={target}",
+        f"-I{build.SOURCES}",
+        *(f"-I{p}" for p in build._cuda_includes()),
+    ]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    _, size = nvrtc.nvrtcGetProgramLogSize(program)
+    log = bytearray(size)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert status.value == 0, log.decode()
+    return log.decode()
+
+
+def test_python_and_cuda_agree_on_the_layout() -> None:
+    lines = ['#include "gemm_sm90.cu"', "using namespace rvllm::gemm;"]
+    for mode, sizes in (("split", gemm_manifest.SPLIT_TOKENS), ("walk", gemm_manifest.WALK_TOKENS),
+                        ("sum", gemm_manifest.SUM_TOKENS)):  # fmt: skip
+        for size in sizes:
+            layout = f"Layout<{size}, {mode.upper()}>"
+            lines.append(f"static_assert({layout}::BYTES == {gemm_manifest.sm90_smem(mode, size)});")
+            lines.append(f"static_assert({layout}::THREADS == {gemm_manifest.sm90_threads(mode, size)});")
+    kinds = {kind.name: int(kind) for kind in gemm.Kind}
+    lines += [f"static_assert({name} == {value});" for name, value in kinds.items()]
+    lines.append("static_assert(packed_offset(70, 130, 3) == (3 + 2) * 8192 + 6 * 128 + 6 * 16 + 4);")
+    compile_text("\n".join(lines), "sm_90a")
+    with pytest.raises(AssertionError, match="static assert"):
+        compile_text("\n".join([*lines, "static_assert(Layout<8, WALK>::BYTES == 1);"]), "sm_90a")
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
+def test_compiles_within_its_registers(target: str) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC comes with the cuda extra")
+    wanted = {
+        "sm_80": ["sm80_bf16_gemm_n16", "sm80_f16_gemm_n64", "sm80_bf16_gemm_pack_f32"],
+        "sm_90a": ["sm90_bf16_gemm_split_n256", "sm90_bf16_gemm_walk_n8", "sm90_f16_gemm_sum_n192"],
+    }[target]
+    for unit in build.units([NAMES[name] for name in wanted], target):
+        log = build.compile_unit(unit).log
+        assert "C75" not in log, log  # wgmma serialised or setmaxnreg ignored
+        spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
+        assert spills and max(spills) <= 128, log  # a little, and in the epilogue only
+
+
+def test_unit_names_keep_units_apart() -> None:
+    """Two kernels of one source compile together exactly when their units agree."""
+    groups = build.units([spec for spec in KERNELS if spec.source == "gemm_sm90.cu"], "sm_90a")
+    assert len(groups) == len({spec.unit for spec in KERNELS if spec.source == "gemm_sm90.cu"})
+    assert sum(len(unit.symbols) for unit in groups) == sum(s.source == "gemm_sm90.cu" for s in KERNELS)
+
+
+@pytest.mark.gpu
+def test_on_the_gpu() -> None:
+    if not driver.device_count():
+        pytest.skip("no NVIDIA GPU here")
+    pytest.importorskip("torch", reason="the check keeps its memory in torch")
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("torch has no CUDA here")
+    script = ROOT / "scripts" / "gpu" / "gemm_check.py"
+    path = f"{ROOT / 'src'}:{script.parent}"
+    done = subprocess.run(
+        [sys.executable, script, "--quick"], env={**os.environ, "PYTHONPATH": path},
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
