@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepResult
 from rvllm.backends.cpu.interpret import F32, Launch, Model, Run, empty_caches, empty_states, execute, resolve
 from rvllm.backends.cpu.memory import MemoryPlan, plan_memory
+from rvllm.backends.cpu.native.model import NativeModel, chosen
 from rvllm.backends.cpu.product import same_at_every_position
 from rvllm.backends.cpu.sampler import draw, top_logprobs
 from rvllm.backends.cpu.slots import Slots
@@ -31,9 +32,10 @@ Progress = Callable[[float, str], None]  # fraction done, what is being done
 class CpuBackend:
     """A program loaded into memory as float32 (see `rvllm.backends.base.Backend`)."""
 
-    def __init__(self, model: Model, plan: MemoryPlan) -> None:
+    def __init__(self, model: Model, plan: MemoryPlan, native: NativeModel | None = None) -> None:
         self._launches: list[Launch] = resolve(model.program)
         self._model = model
+        self._native = native
         self._plan = plan
         self._slots = Slots(plan.limits, model.program.vocab_size)
         model.states.update(empty_states(model.program, plan.limits.max_num_seqs))
@@ -54,8 +56,17 @@ class CpuBackend:
         resolve(program)
         if program.dtype is not DType.F32:
             raise UsageError(f"--dtype {program.dtype.value}: the CPU backend computes in float32")
+        compiled = chosen(config.cpu_kernels)
         plan = plan_memory(program, config)
         single_threaded_blas()
+        ropes = rope_tables(program, plan.limits.max_model_len)
+        workers = Workers(config.threads or available_cores())
+        if compiled:
+            native = NativeModel.load(
+                program, checkpoint, config.seed, plan.limits.num_blocks, ropes, workers,
+                plan.limits.max_model_len, progress,
+            )  # fmt: skip
+            return CpuBackend(native.model, plan, native)
         _check_products(program)
         weights: dict[str, F32] = {}
         done, total = 0, sum(w.elements for w in program.weights) or 1
@@ -70,8 +81,8 @@ class CpuBackend:
             program=program,
             weights=weights,
             caches=empty_caches(program, plan.limits.num_blocks),
-            ropes=rope_tables(program, plan.limits.max_model_len),
-            workers=Workers(config.threads or available_cores()),
+            ropes=ropes,
+            workers=workers,
         )
         return CpuBackend(model, plan)
 
@@ -88,8 +99,9 @@ class CpuBackend:
     def ledger(self) -> list[LedgerLine]:
         """Weights, KV blocks, rope tables and the states of recurrent layers."""
         ropes = sum(cos.nbytes + sin.nbytes for cos, sin in self._model.ropes.values())
+        packed = 0 if self._native is None else self._native.nbytes
         return [
-            LedgerLine("weights", sum(w.nbytes for w in self._model.weights.values())),
+            LedgerLine("weights", sum(w.nbytes for w in self._model.weights.values()) + packed),
             LedgerLine("kv cache", self._plan.kv_bytes),
             LedgerLine("rope tables", ropes),
             *self._plan.state_lines,
@@ -118,8 +130,14 @@ class CpuBackend:
                 for array in cache:
                     array[fresh] = 0
         run = Run(self._model, self._slots.step(batch, rows))
-        execute(self._launches, run)
+        self._execute(run)
         return run.buffers["logits"]
+
+    def _execute(self, run: Run) -> None:
+        if self._native is None:
+            execute(self._launches, run)
+        else:
+            self._native.execute(self._launches, run)
 
     def collect(self, handle: StepResult) -> StepResult:
         """The result of a launched step."""
@@ -135,7 +153,7 @@ class CpuBackend:
         tables = np.zeros((len(batch.slots), -(-longest // BLOCK)), dtype=np.int32)  # nothing is cached
         rows = np.arange(len(batch.slots))
         run = Run(self._model, flat_step(batch.tokens, batch.query_lens, batch.starts, tables, rows))
-        execute(self._launches, run)
+        self._execute(run)
         self._steps += 1
         self._busy += time.perf_counter() - began
         return run.buffers["embeddings"]

@@ -111,7 +111,7 @@ def erf(x: F32) -> F32:
     """The error function, within 3e-7, as a rational function of x^2 on [-4, 4]."""
     x = np.clip(x, np.float32(-4), np.float32(4))
     square = x * x
-    over, under = _polynomial(_ERF_OVER, square), _polynomial(_ERF_UNDER, square)
+    over, under = _polynomial(ERF_OVER, square), _polynomial(ERF_UNDER, square)
     out: F32 = np.clip(x * over / under, np.float32(-1), np.float32(1))
     return out
 
@@ -126,9 +126,9 @@ def _polynomial(coefficients: tuple[float, ...], x: F32) -> F32:
 
 
 # A minimax fit widely used for float32 (Eigen, XLA).
-_ERF_OVER = (-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05,
+ERF_OVER = (-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05,
              -7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02)  # fmt: skip
-_ERF_UNDER = (-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03,
+ERF_UNDER = (-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03,
               -1.42647390514189e-02)  # fmt: skip
 
 

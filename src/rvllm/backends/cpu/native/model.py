@@ -1,0 +1,140 @@
+"""A program loaded for the compiled kernels: packed weights, caches in their layout, machine code."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rvllm.backends.cpu.interpret import F32, RESULTS, Launch, Model, Run, empty_caches
+from rvllm.backends.cpu.step import BLOCK
+from rvllm.config import SourceConfig, build
+from rvllm.errors import UsageError
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import KVCache, Program, RopeKV, Weight
+from rvllm.weights.cache import cache_folder
+from rvllm.weights.checkpoint import Checkpoint
+from rvllm.weights.packing import dummy, pack
+
+if TYPE_CHECKING:
+    from rvllm.backends.cpu.native.formats import Matrix
+    from rvllm.backends.cpu.native.step import NativeStep
+    from rvllm.backends.cpu.threads import Workers
+    from rvllm.program.rope import Rope
+
+LANES = 16
+Progress = Callable[[float, str], None]
+
+
+def chosen(setting: str) -> bool:
+    """Whether --cpu-kernels asks for compiled ones. Raises UsageError when they are asked for and absent."""
+    present = importlib.util.find_spec("llvmlite") is not None
+    if setting == "compiled" and not present:
+        raise UsageError('--cpu-kernels compiled needs the extra cpu: pip install "rvllm[cpu]"')
+    return setting == "compiled" or (setting == "auto" and present)
+
+
+def caches_for(program: Program, supported: Iterable[str], blocks: int) -> dict[str, tuple[F32, F32]]:
+    """Caches in the compiled kernels' layout where these use them, else in the interpreter's."""
+    names = set(supported)
+    own = {op.cache.name for op in program.ops if isinstance(op, RopeKV) and op.name in names}
+    caches = empty_caches(program, blocks)  # takes no memory before it is written
+    return caches | {c.name: _cache(c, blocks) for c in program.caches if c.name in own}
+
+
+def _cache(cache: KVCache, blocks: int) -> tuple[F32, F32]:
+    padded = -(-cache.value_dim // LANES) * LANES
+    keys = np.zeros((blocks + 1, cache.heads, cache.key_dim, BLOCK), dtype=np.float32)
+    return keys, np.zeros((blocks + 1, cache.heads, BLOCK, padded), dtype=np.float32)
+
+
+class NativeModel:
+    """Runs a loaded program's steps on compiled kernels."""
+
+    def __init__(self, model: Model, step: NativeStep, matrices: dict[str, Matrix]) -> None:
+        self.model = model
+        self._step = step
+        self._matrices = matrices
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed weights."""
+        return sum(m.nbytes for m in self._matrices.values())
+
+    @staticmethod
+    def load(
+        program: Program,
+        checkpoint: Checkpoint | None,
+        seed: int,
+        blocks: int,
+        ropes: dict[Rope, tuple[F32, F32]],
+        workers: Workers,
+        max_len: int,
+        progress: Progress | None = None,
+    ) -> NativeModel:
+        """Packs the weights and compiles the kernels the program needs, or takes them from the cache."""
+        from rvllm.backends.cpu.native import lower
+        from rvllm.backends.cpu.native.compile import build as compile_kernels
+        from rvllm.backends.cpu.native.formats import pack_matrix
+        from rvllm.backends.cpu.native.step import NativeStep
+
+        names = lower.supported(program)
+        wanted = {m.name for op in program.ops if op.name in names and (m := lower.matrix_of(op))}
+        plain = {
+            w.name
+            for op in program.ops
+            for w in op.weights
+            if op.name not in names or w != lower.matrix_of(op)
+        }
+        weights: dict[str, F32] = {}
+        matrices: dict[str, Matrix] = {}
+        done, total = 0, sum(w.elements for w in program.weights) or 1
+        for weight in program.weights:
+            if weight.name in wanted:
+                matrices[weight.name] = pack_matrix(weight, checkpoint, seed)
+            if weight.name in plain:
+                weights[weight.name] = _plain(weight, checkpoint, seed)
+            done += weight.elements
+            if progress is not None:
+                progress(done / total, "loading weights for the compiled kernels")
+        caches = caches_for(program, names, blocks)
+        library = compile_kernels(lower.kernels_for(program, names, matrices), kernel_folder())
+        model = Model(program=program, weights=weights, caches=caches, ropes=ropes, workers=workers)
+        kernels = lower.Kernels(names, matrices, weights, caches, ropes)
+        return NativeModel(model, NativeStep(program, kernels, library, workers, max_len), matrices)
+
+    def execute(self, launches: list[Launch], run: Run) -> None:
+        """Runs all ops; the results are the run's own arrays."""
+        from rvllm.backends.cpu.native.step import Compiled
+
+        kernels = {launch.op.name: launch.kernel for launch in launches}
+        native = self._step
+        native.begin(run.step)
+        views = native.views(run.step)
+        run.buffers.update(views)
+        with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
+            for stage in native.stages:
+                if isinstance(stage, Compiled):
+                    native.run(stage)
+                    continue
+                kernels[stage.name](stage, run)
+                for buffer in stage.writes:
+                    view, made = views.get(buffer.name), run.buffers[buffer.name]
+                    if view is not None and made is not view:
+                        view[...] = made.reshape(view.shape)
+                        run.buffers[buffer.name] = view
+        for name in RESULTS:
+            if name in run.buffers:
+                run.buffers[name] = run.buffers[name].copy()
+
+
+def _plain(weight: Weight, checkpoint: Checkpoint | None, seed: int) -> F32:
+    return dummy(weight, seed) if checkpoint is None else pack(weight, checkpoint, DType.F32)
+
+
+def kernel_folder() -> Path:
+    """Where object code is kept."""
+    return cache_folder(build(SourceConfig, {})) / "cpu-kernels"
