@@ -227,6 +227,21 @@ def without(key: str) -> dict[str, Any]:
     return {k: v for k, v in LLAMA.items() if k != key}
 
 
+def renamed(architecture: str, **more: Any) -> dict[str, Any]:
+    """LLAMA's metadata under another architecture, with these of its own."""
+    own = {k.replace("llama.", f"{architecture}."): v for k, v in LLAMA.items()}
+    return {
+        **own,
+        "general.architecture": architecture,
+        **{f"{architecture}.{k}": v for k, v in more.items()},
+    }
+
+
+DEEPSEEK = {
+    "attention.kv_lora_rank": 4, "attention.key_length": 8, "attention.value_length": 4,
+    "rope.dimension_count": 4,
+}  # fmt: skip
+
 WRONG = {
     "no architecture": (without("general.architecture"), "general.architecture is missing"),
     "unknown": (
@@ -242,6 +257,16 @@ WRONG = {
     "experts": (
         LLAMA | {"general.architecture": "gemma", "gemma.expert_count": 8},
         "gemma.expert_count is not 0: gemma with experts cannot be read",
+    ),
+    "no expert count": (renamed("qwen3moe"), "qwen3moe.expert_count is missing"),
+    "no experts used": (renamed("llama", expert_count=4), "llama.expert_used_count is missing"),
+    "no latent": (
+        renamed("deepseek2", **DEEPSEEK | {"attention.kv_lora_rank": 0}),
+        "deepseek2.attention.kv_lora_rank is 0",
+    ),
+    "all rotated": (
+        renamed("deepseek2", **DEEPSEEK | {"rope.dimension_count": 8}),
+        "deepseek2.rope.dimension_count is 8 of 8, the whole key",
     ),
     "odd heads": (LLAMA | {"llama.attention.head_count": 5}, "whose rows are not 5 heads"),
     "split": (LLAMA | {"split.count": 3}, "split.count is 3, but the name"),
