@@ -115,8 +115,9 @@ def test_a_request_gives_the_same_in_company_preempted_and_at_any_depth() -> Non
     one.priority = 1
     alone, last = run(core_of(1), [one])["long"]
     assert last.finish_reason == "stop" and re.fullmatch("[a-z ]{300,320}", text_of(alone))
-    others = [request(f"free{i}", None, max_tokens=200) for i in range(5)]
+    others = [request(f"free{i}", None, max_tokens=200, stop_token_ids=()) for i in range(5)]
     tight = core_of(2, blocks=40)
+    run(tight, [request("first", one.sampling.grammar, max_tokens=1)])  # so that the next one begins at once
     crowded = run(tight, [others[0], others[1], one, *others[2:]])
     assert tight.stats().preemptions > 0
     assert crowded["long"][0] == alone
