@@ -240,6 +240,7 @@ def test_the_correction_bias_matters(tmp_path: Any) -> None:
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok must be in [1, 8], got 9"),
     ("mixtral", {"num_local_experts": 0}, "num_local_experts must be in"),
+    ("mixtral", {"num_local_experts": 70000}, "num_local_experts is 70000, in 2 layers that is more than"),
     ("qwen3_moe", {"mlp_only_layers": 3}, "mlp_only_layers must be a list"),
     ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step must be in"),
     ("deepseek_v2", {"n_group": 5}, "n_group must divide the number of experts 12, got 5"),

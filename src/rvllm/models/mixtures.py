@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from rvllm.models.config import ModelConfig
+from rvllm.models.config import REQUIRED, ModelConfig
 from rvllm.program.builder import ProgramBuilder
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import Activation, Buffer, Experts, Part, Route, Weight
+
+MOST_EXPERTS = 1 << 17  # of all layers together; five times what the largest published models have
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,20 @@ class Mixture:
     group_score: Literal["max", "top2"] = "max"
     renormalise: bool = False
     scale: float = 1.0
+
+
+def read_experts(config: ModelConfig, name: str, default: Any = REQUIRED) -> int:
+    """The number of routed experts a layer, small enough that a program of all of them can be written.
+
+    Raises ModelError.
+    """
+    experts = config.int(name, default, high=MOST_EXPERTS)
+    layers = config.int("num_hidden_layers", high=4096)
+    if experts * layers > MOST_EXPERTS:
+        raise config.fail(
+            name, f"is {experts}, in {layers} layers that is more than the {MOST_EXPERTS} experts supported"
+        )
+    return experts
 
 
 def read_groups(config: ModelConfig, experts: int, top_k: int) -> tuple[int, int]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rvllm.weights.gguf_archs import ARCHITECTURES, Architecture, Metadata
 from rvllm.weights.mapped import FileCheckpoint, shown
 from rvllm.weights.quants import dequantise
 
+MOST_EXPERTS = 1 << 14  # a tensor is made of each
 SAMPLING_KEYS = {
     "general.sampling.temp": "temperature",
     "general.sampling.top_k": "top_k",
@@ -96,16 +98,8 @@ def _tensors(
         for tensor in file.tensors.values():
             stack = architecture.stacked(tensor.name)
             if stack is not None:
-                _add_experts(
-                    file,
-                    tensor,
-                    [
-                        architecture.expert_name(*stack, expert)
-                        for expert in range(metadata.count("expert_count"))
-                    ],
-                    found,
-                    unreadable,
-                )
+                name_of = partial(architecture.expert_name, *stack)
+                _add_experts(file, tensor, metadata.count("expert_count"), name_of, found, unreadable)
                 continue
             name = architecture.hf_name(tensor.name)
             if name in found or name in unreadable:
@@ -142,17 +136,19 @@ def _tensors(
 def _add_experts(
     file: GGUFFile,
     tensor: GGUFTensor,
-    names: list[str],
+    experts: int,
+    name_of: Callable[[int], str],
     found: dict[str, TensorInfo],
     unreadable: dict[str, str],
 ) -> None:
-    """The matrices of a stack [experts, rows, columns] as tensors of their own, under these names."""
+    """The matrices of a stack [experts, rows, columns] as tensors of their own, each under its name."""
     path = file.file.path
-    if len(tensor.shape) != 3 or tensor.shape[0] != len(names):
+    if len(tensor.shape) != 3 or tensor.shape[0] != experts or experts > MOST_EXPERTS:
         raise ModelError(
             f"{path}: tensor {shown(tensor.name)} has shape {list(tensor.shape)}, "
-            f"wanted a matrix for each of {len(names)} experts"
+            f"wanted a matrix for each of {experts} experts"
         )
+    names = [name_of(expert) for expert in range(experts)]
     if any(name in found or name in unreadable for name in names):
         raise ModelError(f"{path}: tensor {shown(tensor.name)} is there twice")
     if tensor.type is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rvllm.models import blocks
 from rvllm.models.config import ModelConfig
 from rvllm.models.latent import Latent, latent_attention
-from rvllm.models.mixtures import Mixture, mixture, read_groups
+from rvllm.models.mixtures import Mixture, mixture, read_experts, read_groups
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import Program
 
@@ -64,7 +64,7 @@ def read_mixture(config: ModelConfig) -> Mixture:
     The published code scales the chosen shares, or renormalises them where `norm_topk_prob` says so, never
     both.
     """
-    experts = config.int("n_routed_experts", high=65536)
+    experts = read_experts(config, "n_routed_experts")
     top_k = config.int("num_experts_per_tok", high=experts)
     method = config.str("topk_method", "greedy", choices=("greedy", "group_limited_greedy"))
     groups, kept = read_groups(config, experts, top_k) if method == "group_limited_greedy" else (1, 1)

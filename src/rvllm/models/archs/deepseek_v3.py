@@ -5,7 +5,7 @@ from __future__ import annotations
 from rvllm.models import blocks
 from rvllm.models.archs import deepseek_v2
 from rvllm.models.config import ModelConfig
-from rvllm.models.mixtures import Mixture, read_groups
+from rvllm.models.mixtures import Mixture, read_experts, read_groups
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import Program
 
@@ -14,7 +14,7 @@ def build(config: ModelConfig, dtype: DType) -> Program:
     """The program of a DeepSeek-V3 config; its multi-token prediction layers are not used."""
     config.str("scoring_func", "sigmoid", choices=("sigmoid",))
     config.str("topk_method", "noaux_tc", choices=("noaux_tc",))
-    experts = config.int("n_routed_experts", 256, high=65536)
+    experts = read_experts(config, "n_routed_experts", 256)
     top_k = config.int("num_experts_per_tok", 8, high=experts)
     groups, kept = read_groups(config, experts, top_k)
     if experts // groups < 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rvllm.models import blocks
 from rvllm.models.config import ModelConfig
-from rvllm.models.mixtures import Mixture, mixture
+from rvllm.models.mixtures import Mixture, mixture, read_experts
 from rvllm.models.rope import read_rope
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import Program
@@ -15,7 +15,7 @@ def build(config: ModelConfig, dtype: DType) -> Program:
     dims = blocks.Dims.read(config, default_eps=1e-5)
     rope = read_rope(config, dims.head_dim, default_theta=1_000_000.0)
     window = config.opt_int("sliding_window")
-    experts = config.int("num_local_experts", 8, high=65536)
+    experts = read_experts(config, "num_local_experts", 8)
     spec = Mixture(
         experts=experts,
         top_k=config.int("num_experts_per_tok", 2, high=experts),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rvllm.models import blocks
 from rvllm.models.config import ModelConfig
-from rvllm.models.mixtures import Mixture, mixture
+from rvllm.models.mixtures import Mixture, mixture, read_experts
 from rvllm.models.rope import read_rope
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import Part, Program
@@ -48,7 +48,7 @@ def build(config: ModelConfig, dtype: DType) -> Program:
 def read_mixture(config: ModelConfig) -> Mixture:
     """The routed experts. The shares of the chosen ones are renormalised where the config says so."""
     count = "num_experts" if config.has("num_experts") else "num_local_experts"
-    experts = config.int(count, 128, high=65536)
+    experts = read_experts(config, count, 128)
     return Mixture(
         experts=experts,
         top_k=config.int("num_experts_per_tok", 8, high=experts),
