@@ -8,6 +8,9 @@ the host has read the tokens of the step before it.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +19,7 @@ from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
 
+_LAYER = re.compile(r"layers\.\d+\.")
 LAST_SAMPLED = -1  # in StepBatch.tokens: the token this slot sampled last, which only the device may know
 
 
@@ -138,6 +142,22 @@ class LedgerLine:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class StepKernel:
+    """Launches of one kernel in a step, for ops alike but for their layer; why: how it was chosen."""
+
+    op: str
+    kernel: str
+    count: int
+    why: str = ""
+
+
+def grouped(launches: Iterable[tuple[str, str, str]]) -> list[StepKernel]:
+    """Launches (op, kernel, why) counted by what all layers have in common, in the order of first use."""
+    counts = Counter((_LAYER.sub("", op), kernel, why) for op, kernel, why in launches)
+    return [StepKernel(op, kernel, count, why) for (op, kernel, why), count in counts.items()]
+
+
 class Backend(Protocol):
     """A loaded model on a device."""
 
@@ -160,6 +180,12 @@ class Backend(Protocol):
 
     def embed(self, batch: StepBatch) -> NDArray[np.float32]:
         """For encoder programs: one pooled vector a sequence, float32 [S, width]."""
+
+    def last_kernels(self) -> list[StepKernel]:
+        """The kernels of the last step, for people who watch."""
+
+    def decode_floor(self, seqs: int, context: int) -> float | None:
+        """Least seconds that a decode step of `seqs` sequences of `context` tokens can take, where known."""
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges for the metrics page (idle share, graph buckets, ...), by metric name."""

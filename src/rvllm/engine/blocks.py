@@ -6,6 +6,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import islice
 
 Digest = bytes
 ROOT: Digest = b""
@@ -46,6 +47,10 @@ class BlockManager:
     def cached(self) -> int:
         """Blocks free to take that hold a reusable prefix."""
         return len(self._cached)
+
+    def oldest_cached(self, count: int) -> list[int]:
+        """Up to `count` of the cached blocks, released longest ago first."""
+        return list(islice(self._cached, count))
 
     @property
     def used(self) -> int:

@@ -19,6 +19,7 @@ import tempfile
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import ExitStack, aclosing
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -32,12 +33,14 @@ from rvllm.engine.messages import (
     Failed,
     FromEngine,
     Generate,
+    GetState,
     GetStats,
     Loading,
     Output,
     Outputs,
     Ready,
     Shutdown,
+    State,
     Stats,
     ToEngine,
     Vocabulary,
@@ -62,6 +65,7 @@ class EngineClient:
         self._loop = asyncio.get_running_loop()
         self._streams: dict[str, Stream] = {}
         self._stats: deque[asyncio.Future[Stats]] = deque()
+        self._states: deque[asyncio.Future[State]] = deque()
         self._started: asyncio.Future[Ready] = self._loop.create_future()
         self._dead: asyncio.Future[str] = self._loop.create_future()
         self._failed: Failed | None = None
@@ -183,6 +187,14 @@ class EngineClient:
         self._send(GetStats())
         return await answer
 
+    async def state(self, asked: GetState | None = None) -> State:
+        """What the engine is doing, for people who watch. Raises EngineDeadError."""
+        self._check_alive()
+        answer: asyncio.Future[State] = self._loop.create_future()
+        self._states.append(answer)
+        self._send(asked or GetState())
+        return await answer
+
     async def close(self, timeout: float = CLOSE_SECONDS) -> None:
         """Ends the engine process and cleans up; requests still open get EngineDeadError."""
         if self._closing:
@@ -236,6 +248,10 @@ class EngineClient:
             answer = self._stats.popleft()
             if not answer.done():
                 answer.set_result(message)
+        elif isinstance(message, State):
+            state = self._states.popleft()
+            if not state.done():
+                state.set_result(message)
         elif isinstance(message, Loading):
             if self._progress is not None:
                 self._progress(message.fraction, message.text)
@@ -274,10 +290,11 @@ class EngineClient:
             self._started.set_exception(_start_error(cause, self._failed))
         for stream in self._streams.values():
             stream.put_nowait(EngineDeadError(cause))
-        while self._stats:
-            answer = self._stats.popleft()
-            if not answer.done():
-                answer.set_exception(EngineDeadError(cause))
+        for waiting in (self._stats, self._states):
+            while waiting:
+                answer: asyncio.Future[Any] = waiting.popleft()
+                if not answer.done():
+                    answer.set_exception(EngineDeadError(cause))
 
 
 def _private_directory() -> str:

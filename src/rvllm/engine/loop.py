@@ -11,6 +11,7 @@ from rvllm.engine.messages import (
     Embed,
     FromEngine,
     Generate,
+    GetState,
     GetStats,
     Outputs,
     Shutdown,
@@ -18,6 +19,7 @@ from rvllm.engine.messages import (
     ToEngine,
     Vocabulary,
 )
+from rvllm.engine.state import snapshot
 
 
 class Link(Protocol):
@@ -69,6 +71,8 @@ class EngineLoop:
             self._core.set_vocabulary(message)
         elif isinstance(message, GetStats):
             self._link.send(self._stats())
+        elif isinstance(message, GetState):
+            self._link.send(snapshot(self._core, self._stats(), message))
 
     def _stats(self) -> Stats:
         stats = self._core.stats()

@@ -72,6 +72,13 @@ class GetStats(msgspec.Struct, tag="stats", array_like=True):
     """Asks for a Stats message."""
 
 
+class GetState(msgspec.Struct, tag="state", array_like=True):
+    """Asks for a State message of at most so many sequences and so many block ids."""
+
+    sequences: int = 64
+    blocks: int = 8192
+
+
 class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
     """The engine process ends after the step in progress."""
 
@@ -135,6 +142,44 @@ class Stats(msgspec.Struct, tag="stats", kw_only=True, array_like=True):
     backend: dict[str, float] = {}
 
 
+class SequenceState(msgspec.Struct, array_like=True, gc=False):
+    """One request at a moment; counts in tokens, times in seconds."""
+
+    request_id: str
+    running: bool  # else it waits
+    prompt_tokens: int
+    output_tokens: int
+    computed: int  # tokens whose keys and values are in the cache
+    max_tokens: int  # the most it may generate
+    cached_tokens: int
+    age: float  # since it arrived
+    queued: float  # until its first step, or so far
+    blocks: list[int]  # in the order of its tokens; cut short where State.cut says so
+
+
+class KernelUse(msgspec.Struct, array_like=True, gc=False):
+    """Launches of one kernel in a step, for ops alike but for their layer; why: how it was chosen."""
+
+    op: str
+    kernel: str
+    count: int
+    why: str = ""
+
+
+class State(msgspec.Struct, tag="state", kw_only=True, array_like=True):
+    """What the engine is doing: for people who watch, made only when asked for.
+
+    floor_seconds: the least time a decode step of what runs now can take; None: not known.
+    """
+
+    stats: Stats
+    sequences: list[SequenceState] = []
+    cached_blocks: list[int] = []  # free, with a reusable prefix; released longest ago first
+    cut: bool = False  # whether there are more sequences or blocks than listed
+    kernels: list[KernelUse] = []  # of the last step, in the order of first use
+    floor_seconds: float | None = None
+
+
 class ModelFacts(msgspec.Struct, kw_only=True):
     """What requests need to know of the loaded model.
 
@@ -182,5 +227,5 @@ class Failed(msgspec.Struct, tag="failed", array_like=True):
     exit_code: int = 1
 
 
-ToEngine = Generate | Embed | Abort | Vocabulary | GetStats | Shutdown
-FromEngine = Outputs | Stats | Loading | Ready | Failed
+ToEngine = Generate | Embed | Abort | Vocabulary | GetStats | GetState | Shutdown
+FromEngine = Outputs | Stats | State | Loading | Ready | Failed

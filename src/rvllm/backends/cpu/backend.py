@@ -8,8 +8,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepResult
+from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepKernel, StepResult, grouped
 from rvllm.backends.cpu.interpret import F32, Launch, Model, Run, empty_caches, empty_states, execute, resolve
+from rvllm.backends.cpu.measure import Rates, measure
 from rvllm.backends.cpu.memory import MemoryPlan, plan_memory
 from rvllm.backends.cpu.native.model import NativeModel, chosen
 from rvllm.backends.cpu.product import same_at_every_position
@@ -19,6 +20,7 @@ from rvllm.backends.cpu.step import BLOCK, flat_step
 from rvllm.backends.cpu.threads import Workers, available_cores, single_threaded_blas
 from rvllm.config import EngineConfig
 from rvllm.errors import RvllmError, UsageError
+from rvllm.program.cost import StepShape, program_cost
 from rvllm.program.dtypes import DType
 from rvllm.program.encoder import embedding_size
 from rvllm.program.ops import LatentRopeKV, Program, RopeKV
@@ -40,6 +42,7 @@ class CpuBackend:
         self._slots = Slots(plan.limits, model.program.vocab_size)
         model.states.update(empty_states(model.program, plan.limits.max_num_seqs))
         self._steps = 0
+        self._rates: Rates | None = None
         self._busy = 0.0
 
     @staticmethod
@@ -157,6 +160,19 @@ class CpuBackend:
         self._steps += 1
         self._busy += time.perf_counter() - began
         return run.buffers["embeddings"]
+
+    def last_kernels(self) -> list[StepKernel]:
+        """The functions that computed the last step; see `Backend.last_kernels`."""
+        if not self._steps:
+            return []
+        return grouped((launch.op.name, f"numpy {launch.kernel.__name__}", "") for launch in self._launches)
+
+    def decode_floor(self, seqs: int, context: int) -> float:
+        """Least seconds of a decode step; memory and arithmetic are timed when somebody first asks."""
+        if self._rates is None:
+            self._rates = measure(self._model.workers.count)
+        cost = program_cost(self._model.program, StepShape(seqs, 1, context))
+        return cost.floor_seconds(self._rates.bandwidth, self._rates.flops)
 
     def stats(self) -> dict[str, float]:
         """Steps run and the seconds they took."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepResult
+from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepKernel, StepResult
 from rvllm.backends.cuda.arena import Arena
 from rvllm.backends.cuda.attention import plan_prefill, prefill_tiles
 from rvllm.backends.cuda.catalog import Catalog
@@ -41,7 +41,7 @@ from rvllm.backends.cuda.starts import KERNEL as START_KERNEL
 from rvllm.backends.cuda.starts import Starter
 from rvllm.config import EngineConfig, kernel_cache_dir
 from rvllm.errors import MissingKernelError, RvllmError, UsageError
-from rvllm.program.cost import StepShape
+from rvllm.program.cost import StepShape, program_cost
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import Attention, Program
 from rvllm.weights.checkpoint import Checkpoint
@@ -312,6 +312,16 @@ class CudaBackend:
     def embed(self, batch: StepBatch) -> NDArray[np.float32]:
         """Refused: programs with a language-model head have no pooled vector. Raises UsageError."""
         raise UsageError("this model generates text; it gives no embeddings")
+
+    def last_kernels(self) -> list[StepKernel]:
+        """Kernels of the step launched last; see `Backend.last_kernels`."""
+        return self._graphs.last_kernels()
+
+    def decode_floor(self, seqs: int, context: int) -> float | None:
+        """Bytes of a decode step over the memory's peak rate, which the driver tells."""
+        if not self._facts.memory_rate:
+            return None
+        return program_cost(self._program, StepShape(seqs, 1, context)).nbytes / self._facts.memory_rate
 
     def stats(self) -> dict[str, float]:
         """Steps, device seconds, and the idle gaps between consecutive decode steps."""

@@ -68,6 +68,7 @@ class DeviceFacts:
     memory: int  # bytes
     l2_bytes: int
     smem_per_block: int  # bytes a block may opt in to
+    memory_rate: float = 0.0  # bytes a second at the peak; 0: the driver does not tell
 
 
 class Device:
@@ -99,6 +100,8 @@ class Device:
             memory=int(call("cuDeviceTotalMem", self.handle)),
             l2_bytes=get("L2_CACHE_SIZE"),
             smem_per_block=get("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
+            # kHz, two transfers a clock, bits
+            memory_rate=2e3 * get("MEMORY_CLOCK_RATE") * get("GLOBAL_MEMORY_BUS_WIDTH") / 8,
         )
 
     @staticmethod

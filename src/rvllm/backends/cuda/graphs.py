@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
+from rvllm.backends.base import StepKernel, grouped
 from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
 from rvllm.backends.cuda.catalog import Catalog
@@ -151,8 +152,15 @@ class GraphBook:
         self._sample_sizes = recipe.sample_sizes()
         self.capture_seconds = 0.0
 
+        self._kernels: dict[tuple[str, int], list[StepKernel]] = {}
+        self._last: list[tuple[str, int]] = []  # the graphs of the step asked for last
+
     def __len__(self) -> int:
         return len(self._graphs)
+
+    def last_kernels(self) -> list[StepKernel]:
+        """The kernels of the step whose graphs were asked for last, in the order of first use."""
+        return [kernel for key in self._last for kernel in self._kernels[key]]
 
     def decode_size(self, seqs: int) -> int:
         """The padded batch size for `seqs` decodes."""
@@ -160,16 +168,19 @@ class GraphBook:
 
     def decode(self, size: int) -> Graph:
         """The graph of a decode step of `size` (a padded size) sequences."""
+        self._last = [("decode", size)]
         return self._get("decode", size, self._recipe.decode, Counts(size, size, size))
 
     def body(self, tokens: int) -> Graph:
         """The graph that computes the hidden rows of up to `tokens` tokens."""
         size = bucket_of(self._token_sizes, tokens)
+        self._last = [("body", size)]
         return self._get("body", size, self._recipe.body, Counts(size, self._recipe.memory.seqs, 0))
 
     def head(self, samples: int) -> Graph:
         """The graph from hidden rows to tokens for up to `samples` rows."""
         size = bucket_of(self._sample_sizes, samples)
+        self._last = [*self._last[:1], ("head", size)]
         return self._get("head", size, self._recipe.head, Counts(0, 0, size))
 
     def capture_all(self) -> None:
@@ -185,7 +196,9 @@ class GraphBook:
         graph = self._graphs.get((kind, size))
         if graph is None:
             started = time.perf_counter()
-            bound = bind(plan(size), self._catalog, pdl=self._recipe.chip.capability >= 90)
+            planned = plan(size)
+            self._kernels[kind, size] = grouped((p.op, p.kernel, p.why) for p in planned)
+            bound = bind(planned, self._catalog, pdl=self._recipe.chip.capability >= 90)
             self._stream.begin_capture()
             bound.run(self._stream, counts)
             graph = self._graphs[kind, size] = self._stream.end_capture()
