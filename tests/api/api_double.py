@@ -9,6 +9,8 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from text.tiny_tokenizers import byte_level
 
 from rvllm.api.app import build_app
@@ -17,7 +19,7 @@ from rvllm.api.generation import Service
 from rvllm.api.listen import StopSignals, bind
 from rvllm.api.server import serve
 from rvllm.config import ServerConfig
-from rvllm.engine.messages import Generate, ModelFacts, Output, Ready, Stats, TokenLogprobs
+from rvllm.engine.messages import Embed, Generate, ModelFacts, Output, Ready, Stats, TokenLogprobs
 from rvllm.errors import EngineDeadError
 from rvllm.telemetry.metrics import Metrics
 from rvllm.text.requests import RequestMaker
@@ -37,6 +39,8 @@ class FakeEngine:
         self.requests: list[Generate] = []
         self.open: set[str] = set()
         self.aborted: list[str] = []
+        self.embedding_size = 0
+        self.embeds: list[Embed] = []
         self.dead = asyncio.Event()
         self.cause = ""
 
@@ -77,6 +81,15 @@ class FakeEngine:
             if not finished:
                 self.aborted.append(request.request_id)
 
+    async def embed(self, request: Embed) -> NDArray[np.float32]:
+        """A vector of length 1 that the tokens alone decide."""
+        self.embeds.append(request)
+        await asyncio.sleep(self.pace)
+        vector = np.zeros(self.embedding_size, np.float32)
+        for token in request.prompt_token_ids:
+            vector[token % len(vector)] += 1 + token / 1000
+        return vector / np.linalg.norm(vector)
+
     def _outputs(self, request: Generate) -> list[Output]:
         if self.error:
             return [Output(request.request_id, [], finish_reason="error", error=self.error)]
@@ -105,8 +118,19 @@ def _logprobs(token: int, top: int) -> TokenLogprobs:
 class LiveServer:
     """The HTTP side in a thread of its own, on a free port of 127.0.0.1; use it in a `with` block."""
 
-    def __init__(self, *, texts: bool = True, template: str | None = None, **settings: Any) -> None:
-        """texts: whether the server has a tokenizer; template: a chat template instead of its own."""
+    def __init__(
+        self,
+        *,
+        texts: bool = True,
+        template: str | None = None,
+        embedding_size: int | None = None,
+        **settings: Any,
+    ) -> None:
+        """texts: whether the server has a tokenizer; template: a chat template instead of its own.
+
+        embedding_size: the model is an encoder with vectors of this size.
+        """
+        self.embedding_size = embedding_size
         self.config = ServerConfig(port=0, **settings)
         self.texts, self.template = texts, template
         self.tokenizer = byte_level()
@@ -123,7 +147,9 @@ class LiveServer:
     async def _serve(self) -> int:
         self.loop, self.stop = asyncio.get_running_loop(), StopSignals()
         self.engine = FakeEngine(self.tokenizer.encode(ANSWER))
+        self.engine.embedding_size = self.embedding_size or 0
         facts = ModelFacts(
+            embedding_size=self.embedding_size,
             architecture="Double",
             model_path="/nowhere",
             vocab_size=self.tokenizer.vocab_size,

@@ -15,6 +15,15 @@ from starlette.routing import Route
 from rvllm.api import misc
 from rvllm.api.chat import chat_completions
 from rvllm.api.completions import completions
+from rvllm.api.embeddings import (
+    EmbeddingRequest,
+    RerankRequest,
+    ScoreRequest,
+    embeddings,
+    refuse_encoder,
+    rerank,
+    score,
+)
 from rvllm.api.errors import ApiError
 from rvllm.api.exchange import Endpoint, Exchange, Gate
 from rvllm.api.generation import Service
@@ -40,8 +49,19 @@ def build_app(service: Service, gate: Gate) -> Starlette:
 
     return Starlette(
         routes=[
-            route("POST", "/v1/chat/completions", chat_completions, ChatRequest.__struct_fields__),
-            route("POST", "/v1/completions", completions, CompletionRequest.__struct_fields__),
+            route(
+                "POST", "/v1/chat/completions", generating(chat_completions), ChatRequest.__struct_fields__
+            ),
+            route("POST", "/v1/completions", generating(completions), CompletionRequest.__struct_fields__),
+            route("POST", "/v1/embeddings", embeddings, EmbeddingRequest.__struct_fields__),
+            *(
+                route("POST", path, handler, fields)
+                for paths, handler, fields in (
+                    (("/v1/score", "/score"), score, ScoreRequest.__struct_fields__),
+                    (("/v1/rerank", "/v2/rerank", "/rerank"), rerank, RerankRequest.__struct_fields__),
+                )
+                for path in paths
+            ),
             route("GET", "/v1/models", misc.list_models),
             route("GET", "/v1/models/{name:path}", misc.get_model, name="/v1/models/NAME"),
             route("POST", "/tokenize", misc.tokenize, ("prompt", "messages", "tools")),
@@ -52,6 +72,16 @@ def build_app(service: Service, gate: Gate) -> Starlette:
         ],
         exception_handlers={HTTPException: _http_error},
     )
+
+
+def generating(handler: ServiceHandler) -> ServiceHandler:
+    """A handler that answers with text: with an encoder loaded, a 400 instead."""
+
+    async def checked(service: Service, exchange: Exchange, body: bytes) -> None:
+        refuse_encoder(service)
+        await handler(service, exchange, body)
+
+    return checked
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rvllm.api.answers import PromptDetails, Usage
 from rvllm.api.errors import ApiError, busy, invalid
 from rvllm.config import ServerConfig
-from rvllm.engine.messages import Generate, Output, Ready, Stats
+from rvllm.engine.messages import Embed, Generate, Output, Ready, Stats
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.telemetry.metrics import Metrics, RequestTimes
 from rvllm.text.processor import Choice, Delta
@@ -27,6 +30,9 @@ class Engine(Protocol):
 
     def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
         """Outputs of one request; closing the generator aborts it."""
+
+    async def embed(self, request: Embed) -> NDArray[np.float32]:
+        """The vector of a text; being cancelled aborts the request."""
 
     async def stats(self) -> Stats:
         """The engine's figures."""
@@ -145,8 +151,7 @@ class Service:
         if count > self.config.max_choices:
             raise invalid(f"n times the number of prompts is {count}; this server answers at most "
                           f"{self.config.max_choices} (--max-choices)", "n")  # fmt: skip
-        if self._in_flight + count > self.ready.max_num_seqs + self.config.max_queue:
-            raise busy(f"{self._in_flight} requests are running or waiting, no more are taken (--max-queue)")
+        self._check_room(count)
         if priority is not None and not -(1 << 31) <= priority < 1 << 31:
             raise invalid("priority must fit in 32 bits", "priority")
         generates: list[Generate] = []
@@ -157,6 +162,20 @@ class Service:
             generates += made
             choices += [Choice(self._tokenizer, params, prompt, i) for i in range(len(made))]
         return Job(request_id, list(prompts), params, generates, choices, time.perf_counter())
+
+    def _check_room(self, count: int) -> None:
+        if self._in_flight + count > self.ready.max_num_seqs + self.config.max_queue:
+            raise busy(f"{self._in_flight} requests are running or waiting, no more are taken (--max-queue)")
+
+    @contextmanager
+    def admitted(self, count: int) -> Generator[None, None, None]:
+        """Counts so many requests as running. Raises ApiError 503 when the queue is full."""
+        self._check_room(count)
+        self._in_flight += count
+        try:
+            yield
+        finally:
+            self._in_flight -= count
 
     def _check_length(self, prompt: list[int], param: str) -> None:
         limit = self.ready.facts.max_model_len

@@ -1,0 +1,143 @@
+"""Vectors over HTTP: the official client, forms, lengths, scores, and models that give no vectors."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+
+import numpy as np
+import openai
+import pytest
+from api_double import CONTEXT, LiveServer
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Iterator[LiveServer]:
+    with LiveServer(embedding_size=SIZE, drain_timeout=0.2) as live:
+        yield live
+
+
+def expected(server: LiveServer, text: str | list[int]) -> np.ndarray:
+    ids = server.tokenizer.encode(text) if isinstance(text, str) else text
+    vector = np.zeros(SIZE, np.float32)
+    for token in ids:
+        vector[token % SIZE] += 1 + token / 1000
+    return vector / np.linalg.norm(vector)
+
+
+def test_the_official_client(encoder: LiveServer) -> None:
+    texts = [f"text {i} hello world" * (i % 5 + 1) for i in range(100)]
+    with openai.OpenAI(base_url=encoder.url + "/v1", api_key="none", max_retries=0) as client:
+        found = client.embeddings.create(model="tiny", input=texts)
+        assert [entry.index for entry in found.data] == list(range(100))
+        for text, entry in zip(texts, found.data, strict=True):
+            assert np.array_equal(np.array(entry.embedding, np.float32), expected(encoder, text))
+        assert found.usage.prompt_tokens == sum(len(encoder.tokenizer.encode(text)) for text in texts)
+        short = client.embeddings.create(model="tiny", input="hello world", dimensions=4)
+        cut = expected(encoder, "hello world")[:4]
+        assert np.allclose(short.data[0].embedding, cut / np.linalg.norm(cut), atol=1e-6)
+
+
+def test_token_ids_and_both_forms(encoder: LiveServer) -> None:
+    status, one = encoder.post("/v1/embeddings", input=[5, 6, 7])
+    assert status == 200 and len(one["data"]) == 1
+    assert np.allclose(one["data"][0]["embedding"], expected(encoder, [5, 6, 7]))
+    status, two = encoder.post("/v1/embeddings", input=[[5, 6, 7], "hello"], encoding_format="base64")
+    raw = np.frombuffer(base64.b64decode(two["data"][0]["embedding"]), "<f4")
+    assert np.array_equal(raw, np.array(one["data"][0]["embedding"], np.float32))
+    assert two["usage"] == {"prompt_tokens": 3 + len(encoder.tokenizer.encode("hello")),
+                            "total_tokens": 3 + len(encoder.tokenizer.encode("hello"))}  # fmt: skip
+
+
+def test_long_texts(encoder: LiveServer) -> None:
+    ids = [5 + i % 90 for i in range(CONTEXT + 9)]
+    status, answer = encoder.post("/v1/embeddings", input=ids)
+    assert (status, answer["error"]["param"]) == (400, "input")
+    assert f"{CONTEXT + 9} tokens" in answer["error"]["message"]
+    assert str(CONTEXT) in answer["error"]["message"]
+    assert "truncate_prompt_tokens" in answer["error"]["message"]
+    for keep, length in ((-1, CONTEXT), (7, 7)):
+        status, answer = encoder.post("/v1/embeddings", input=ids, truncate_prompt_tokens=keep)
+        assert status == 200 and answer["usage"]["prompt_tokens"] == length
+        assert np.allclose(answer["data"][0]["embedding"], expected(encoder, ids[:length]))
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"input": []}, "input"),
+        ({"input": ""}, "input"),
+        ({"input": [1, "a"]}, "input"),
+        ({"input": [[]]}, "input"),
+        ({"input": [10**6]}, "input"),
+        ({"input": ["a"] * 2049}, "input"),
+        ({}, "input"),
+        ({"input": "a", "dimensions": 17}, "dimensions"),
+        ({"input": "a", "dimensions": 0}, "dimensions"),
+        ({"input": "a", "encoding_format": "hex"}, "encoding_format"),
+        ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"input": "a", "priority": 1 << 40}, "priority"),
+    ],
+)
+def test_mistakes_name_the_field(encoder: LiveServer, body: dict[str, object], param: str) -> None:
+    status, answer = encoder.post("/v1/embeddings", **body)
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+def test_score(encoder: LiveServer) -> None:
+    texts = ["hello world", "the quick fox", "日本語"]
+    query, *vectors = [expected(encoder, text) for text in ["hello", *texts]]
+    status, answer = encoder.post("/v1/score", text_1="hello", text_2=texts)
+    assert status == 200
+    assert np.allclose([entry["score"] for entry in answer["data"]], [query @ v for v in vectors], atol=1e-6)
+    _, pairs = encoder.post("/score", text_1=texts, text_2=texts)
+    assert np.allclose([entry["score"] for entry in pairs["data"]], 1, atol=1e-6)
+    for wrong in ({"text_1": ["a", "b"], "text_2": ["c"]}, {"text_1": [], "text_2": ["c"]}):
+        status, answer = encoder.post("/v1/score", **wrong)
+        assert (status, answer["error"]["param"]) == (400, "text_1")
+
+
+def test_rerank(encoder: LiveServer) -> None:
+    texts = ["the quick fox", "hello", "日本語"]
+    status, answer = encoder.post("/v1/rerank", query="hello", documents=[*texts[:2], {"text": texts[2]}])
+    assert status == 200
+    scores = [entry["relevance_score"] for entry in answer["results"]]
+    assert scores == sorted(scores, reverse=True) and sorted(e["index"] for e in answer["results"]) == [
+        0,
+        1,
+        2,
+    ]
+    assert answer["results"][0]["document"] == {"text": "hello"} and scores[0] == pytest.approx(1)
+    _, best = encoder.post("/rerank", query="hello", documents=texts, top_n=1, return_documents=False)
+    assert [list(entry) for entry in best["results"]] == [["index", "relevance_score"]]
+    for wrong in ({"documents": []}, {"documents": texts, "top_n": -1}):
+        status, answer = encoder.post("/v1/rerank", query="hello", **wrong)
+        assert status == 400 and answer["error"]["param"] in wrong
+
+
+def test_each_model_does_its_own_work(encoder: LiveServer, server: LiveServer) -> None:
+    for path, body in (
+        ("/v1/embeddings", {"input": "hello"}),
+        ("/v1/score", {"text_1": "a", "text_2": "b"}),
+        ("/v1/rerank", {"query": "a", "documents": ["b"]}),
+    ):
+        status, answer = server.post(path, **body)
+        assert status == 400 and "gives no embeddings" in answer["error"]["message"]
+    for path, body in (
+        ("/v1/completions", {"prompt": "hello"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}]}),
+    ):
+        status, answer = encoder.post(path, **body)
+        assert status == 400 and "/v1/embeddings" in answer["error"]["message"]
+
+
+def test_a_client_that_leaves_ends_the_work() -> None:
+    with LiveServer(embedding_size=SIZE, request_timeout=0.2, drain_timeout=0.2) as server:
+        server.engine.pace = 0.05
+        status, _ = server.post("/v1/embeddings", input=["hello"] * 2000)
+        assert status == 408
+        assert len(server.engine.embeds) < 1000
+        server.engine.pace = 0
+        assert server.post("/v1/embeddings", input="hello")[0] == 200
