@@ -155,6 +155,10 @@ def test_limits_of_body_queue_and_key() -> None:
 
         large = BODY[:-1] + b" " * 1000 + b"}"
         assert server.raw("POST", CHAT, large, key)[0] == 413
+        huge = (
+            b" " * 30_000_000
+        )  # more than the sockets' buffers hold, from a client that sends before it reads
+        assert server.raw("POST", CHAT, huge, key)[0] == 413
         chunked = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
         chunked += "Authorization: Bearer s3cret\r\n\r\n"
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as sock:
@@ -284,3 +288,19 @@ def test_the_engines_death_cuts_a_drain_short_and_is_a_failure() -> None:
         server.call(server.engine.die, "out of memory")
         assert b"out of memory" in read_to_end(sock)
         assert server.ended(5) == 1
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", CHAT])
+def test_a_hopeless_prompt_costs_no_tokenising(
+    server: LiveServer, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(text: str, add_special_tokens: bool = True) -> list[int]:
+        raise AssertionError("tokenised")
+
+    monkeypatch.setattr(server.tokenizer, "encode", encode)
+    text = "hello world " * 100_000
+    chat = path == CHAT
+    given = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+    status, answer = server.post(path, **given)
+    assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+    assert answer["error"]["param"] == ("messages" if chat else "prompt")

@@ -54,7 +54,7 @@ async def _prompt(service: Service, request: ChatRequest, size: int) -> list[int
         text = render(service, request)
     else:
         text = await asyncio.to_thread(render, service, request)
-    return await service.encode(text, bool(request.add_special_tokens))
+    return await service.encode_prompt(text, bool(request.add_special_tokens), "messages")
 
 
 def render(service: Service, request: ChatRequest | TokenizeRequest) -> str:

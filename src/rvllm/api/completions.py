@@ -39,7 +39,7 @@ async def _prompts(service: Service, request: CompletionRequest) -> list[list[in
     """The prompts as token ids. One list of numbers is one prompt."""
     given, special = request.prompt, request.add_special_tokens is not False
     if isinstance(given, str):
-        return [await service.encode(given, special)]
+        return [await service.encode_prompt(given, special, "prompt")]
     if not given:
         raise invalid("prompt must not be empty", "prompt")
     if all(isinstance(item, int) for item in given):
@@ -54,7 +54,9 @@ async def _prompts(service: Service, request: CompletionRequest) -> list[list[in
             raise invalid(
                 "prompt must be a text, token ids, a list of texts or a list of token ids", "prompt"
             )
-        prompts.append(await service.encode(item, special) if isinstance(item, str) else item)
+        if isinstance(item, str):
+            item = await service.encode_prompt(item, special, "prompt")
+        prompts.append(item)
     return prompts
 
 

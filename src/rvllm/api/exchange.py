@@ -98,12 +98,24 @@ class Exchange:
         content_type: bytes,
         status: int = 200,
         headers: tuple[tuple[bytes, bytes], ...] = (),
+        *,
+        unread_body: bool = False,
     ) -> None:
-        """Answers with a whole body."""
+        """Answers with a whole body.
+
+        unread_body: the client may still be sending, and many read nothing before they have sent all; closing
+        on them would reset the connection and lose the answer. So what comes is thrown away, for a while.
+        """
         self.status = status
         length = (b"content-length", str(len(body)).encode())
         await self._start([(b"content-type", content_type), length, *headers])
-        await self._send({"type": "http.response.body", "body": body})
+        await self._send({"type": "http.response.body", "body": body, "more_body": unread_body})
+        if unread_body:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ERROR_SECONDS / 2):
+                    while (await self._receive()).get("more_body", False):
+                        pass
+            await self._send({"type": "http.response.body", "body": b""})
 
     async def open_stream(self) -> None:
         """Begins a stream of server-sent events."""
@@ -129,7 +141,13 @@ class Exchange:
             await self.event(error.body())
             await self.close_stream()
         elif not self.status:
-            await self.json(error.body(), error.status, error.headers)
+            await self.respond(
+                _ENCODER.encode(error.body()),
+                b"application/json",
+                error.status,
+                error.headers,
+                unread_body=error.status == 413,
+            )
 
     async def _start(self, headers: list[tuple[bytes, bytes]]) -> None:
         headers.append((b"x-request-id", self._shown_id))

@@ -129,6 +129,16 @@ class Service:
             return self.tokenizer.encode(text, add_special_tokens)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
 
+    async def encode_prompt(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+        """Token ids of a prompt. Raises a 400 at once for a text that is too large for the context at sight.
+
+        Tokenising megabytes takes seconds and gigabytes, all for nothing.
+        """
+        limit = self.ready.facts.max_model_len
+        if len(text) >= limit and await asyncio.to_thread(self.tokenizer.surely_reaches, text, limit):
+            raise _too_long(param, f"{len(text)} characters", limit)
+        return await self.encode(text, add_special_tokens)
+
     def job(
         self,
         request_id: str,
@@ -180,12 +190,7 @@ class Service:
     def _check_length(self, prompt: list[int], param: str) -> None:
         limit = self.ready.facts.max_model_len
         if len(prompt) >= limit:
-            raise invalid(
-                f"{param}: the prompt has {len(prompt)} tokens, but the context holds {limit} "
-                "and at least one is for the answer",
-                param,
-                "context_length_exceeded",
-            )
+            raise _too_long(param, f"{len(prompt)} tokens", limit)
 
     async def run(self, job: Job) -> AsyncGenerator[Piece, None]:
         """The pieces of all choices as they come. Closing it aborts what still runs.
@@ -226,6 +231,15 @@ class Service:
                         return
         finally:
             clock.finished(reason)
+
+
+def _too_long(param: str, what: str, limit: int) -> ApiError:
+    return invalid(
+        f"{param}: the prompt has {what}, but the context holds {limit} tokens "
+        "and at least one is for the answer",
+        param,
+        "context_length_exceeded",
+    )
 
 
 class _Clock:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from rvllm.errors import UsageError
 
 if TYPE_CHECKING:
     import tokenizers
+
+    from rvllm.text.length_bound import LengthBound
 
 DEFAULT_TEMPLATE = "default"
 
@@ -98,6 +101,19 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; with `add_special_tokens`, what the model puts around it (BOS, [CLS] ...)."""
         return list(self.backend.encode(_well_formed(text), add_special_tokens=add_special_tokens).ids)
+
+    @cached_property
+    def _length_bound(self) -> LengthBound | None:
+        from rvllm.text.length_bound import length_bound
+
+        return length_bound(self.backend, self.spelling)
+
+    def surely_reaches(self, text: str, count: int) -> bool:
+        """Whether a text's size alone says that it has `count` tokens or more; False also means "unknown"."""
+        if len(text) < count:  # most texts: not worth reading the vocabulary for
+            return False
+        bound = self._length_bound
+        return bound is not None and bound.fewest_tokens(text) >= count
 
     def encode_truncated(self, text: str, limit: int) -> list[int]:
         """Token ids of a text's beginning: `limit` in all, with what the model puts around it."""
