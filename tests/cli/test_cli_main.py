@@ -70,7 +70,7 @@ def test_without_words_the_help_is_shown() -> None:
     [
         (["nonsense"], "unknown command 'nonsense'"),
         (["--port", "x"], "--port: expected a whole number, got 'x'"),
-        (["serve", "--prot", "1"], "--prot"),
+        (["serve", "--prot", "1"], "unknown arguments: --prot 1 (see rvllm serve --help)"),
         (["serve", "--port", "99999"], "--port: must be at most 65535"),
         (["serve", "--device", "tpu"], "'tpu' is not one of auto, cuda, cpu"),
         (["--model", "/no/such/model"], "/no/such/model"),

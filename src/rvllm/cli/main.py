@@ -82,7 +82,10 @@ def _run(words: list[str]) -> int:
             parser.error(f"unknown command {words[0]!r}; there are {', '.join(COMMANDS)}")
         parser.print_help()
         return 0
-    args = parser.parse_args(words)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        command = f"rvllm {chosen}"
+        parser.exit(2, f"{command}: unknown arguments: {' '.join(unknown)} (see {command} --help)\n")
     if module is None:  # only reached by flags that argparse accepts without a command
         parser.print_help()
         return 0

@@ -152,3 +152,12 @@ def test_top_logprobs() -> None:
     assert out.token == pytest.approx(logp[17], abs=1e-5)
     assert order[out.rank - 1] == 17
     assert len(top_logprobs(logits, 17, 0).top_ids) == 0
+
+
+def test_a_token_has_the_logprob_it_has_among_the_top() -> None:
+    """Clients find the drawn token in the top list by comparing numbers."""
+    for seed in range(20):
+        logits = np.random.default_rng(seed).normal(0, 3, 1000).astype(np.float32)
+        best = int(np.argmax(logits))
+        out = top_logprobs(logits, best, 3)
+        assert out.token == float(out.top[0])

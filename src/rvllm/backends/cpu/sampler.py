@@ -160,7 +160,7 @@ def top_logprobs(logits: F32, token: int, count: int) -> TopLogprobs:
         largest = np.flatnonzero(logits >= np.partition(logits, -count)[-count])
         ids = largest[np.argsort(-logits[largest], kind="stable")][:count].astype(np.int32)
     return TopLogprobs(
-        token=float(logits[token] - norm),
+        token=float(np.float32(logits[token] - norm)),  # rounded as `top` is, so that equals stay equal
         rank=1 + int(np.count_nonzero(logits > logits[token])),
         top_ids=ids,
         top=(logits[ids] - norm).astype(np.float32),
