@@ -89,7 +89,9 @@ class Terminal:
 
     def __init__(self, *command: str) -> None:
         self.leader, follower = pty.openpty()
-        own = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
+        own = "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
+        # A shell starts its background jobs with Ctrl-C ignored, and the tests may be one of them.
+        own += "; signal.signal(signal.SIGINT, signal.SIG_DFL)"
         take_over = f"{own}; os.execv(sys.argv[1], sys.argv[1:])"
         self.process = subprocess.Popen(
             [sys.executable, "-c", take_over, *command],

@@ -171,17 +171,21 @@ def test_check_weights_without_any(tmp_path: Path) -> None:
 
 @pytest.mark.models
 def test_a_real_model_packs_fast() -> None:
-    """All of SmolLM2's 135 million weights, dequantised, within the budget that start-up has for them."""
+    """All of SmolLM2's 135 million weights, dequantised, in a few times what writing as many takes."""
     checkpoint = open_checkpoint(model_path("smollm2-135m"))
     weights = [matrix(info.shape, Part(name, info.shape)) for name, info in checkpoint.tensors.items()]
-    times = []
+    ratios = []
     for _ in range(3):
         start = time.perf_counter()
+        written = [np.full(weight.shape, 0.5, np.float32) for weight in weights]
+        floor = time.perf_counter() - start
+        del written
+        start = time.perf_counter()
         packed = [pack(weight, checkpoint, DType.F32) for weight in weights]
-        times.append(time.perf_counter() - start)
+        ratios.append((time.perf_counter() - start) / floor)
         assert sum(p.size for p in packed) == 134_515_008
         del packed
-    assert min(times) < 1.5  # 0.5 s on two quiet cores
+    assert min(ratios) < 6  # 2 on two cores, quiet or not
 
 
 def test_dummy_weights() -> None:
