@@ -5,8 +5,7 @@
 
 For each model it writes three files: `greedy_NAME.json` (64 greedy tokens a prompt and the logits of the
 first step, float32 weights dequantised from the file), `chat_NAME.json` (rendered chat templates) and
-`tokens_NAME.json` (token ids of awkward texts). Needs the `oracle` extra and, for
-Transformers to read GGUF weights, `accelerate`.
+`tokens_NAME.json` (token ids of awkward texts). Needs the `oracle` extra.
 """
 
 from __future__ import annotations
