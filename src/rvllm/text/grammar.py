@@ -149,14 +149,43 @@ def json_rule(schema: Any, spacing: str | None = WHITESPACE) -> str:
     return "%json " + json.dumps({**body, "x-guidance": options}, ensure_ascii=False)
 
 
-def with_lead(grammar: str, begin: str, end: str, *, opened: bool) -> str:
+class Spelled:
+    """Literal text in a grammar. A vocabulary's added tokens stand in it as tokens.
+
+    llguidance takes none of them for the text they look like, so that no text can forge them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        added = tokenizer.backend.get_added_tokens_decoder()
+        self._tokens = {token.content: i for i, token in added.items() if len(token.content) > 1}
+
+    def of(self, text: str) -> str:
+        """The text as a part of a Lark rule; "" for none."""
+        parts, plain = [], ""
+        while text:
+            token = max((t for t in self._tokens if text.startswith(t)), key=len, default=None)
+            if token is None:
+                plain, text = plain + text[0], text[1:]
+                continue
+            parts += [literal(plain)] if plain else []
+            parts.append(f"<[{self._tokens[token]}]>")
+            plain, text = "", text[len(token) :]
+        return " ".join(parts + ([literal(plain)] if plain else []))
+
+
+def with_lead(grammar: str, begin: str, end: str, tokenizer: Tokenizer, *, opened: bool) -> str:
     """A grammar whose text may be preceded by thoughts from `begin` to `end`.
 
     opened: the prompt has `begin` already, so thoughts must end before the grammar starts.
     """
-    lead = f"thoughts[suffix={literal(end)}]: {_FREE_TEXT}"
-    head = "thoughts gap" if opened else f"({literal(begin)} thoughts gap)?"
-    main = f"start: {head} @answer\n{lead}\ngap: /\\n{{0,2}}/"
+    spelled = Spelled(tokenizer)
+    last = spelled.of(end)
+    if last == literal(end):
+        thoughts = f"thoughts[suffix={last}]: {_FREE_TEXT}"
+    else:
+        thoughts = f"thoughts: FREE {last}\nFREE: {_FREE_TEXT}"
+    head = "thoughts gap" if opened else f"({spelled.of(begin)} thoughts gap)?"
+    main = f"start: {head} @answer\n{thoughts}\ngap: /\\n{{0,2}}/"
     if grammar.lstrip().startswith("{"):
         (answer,) = json.loads(grammar)["grammars"]
     else:

@@ -1,0 +1,113 @@
+"""Thoughts of thinking models, split from their answers while both come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rvllm.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ReasoningFormat:
+    """How a family of models marks its thoughts."""
+
+    name: str
+    begin: str
+    end: str
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        ReasoningFormat("think", "<think>", "</think>"),
+        ReasoningFormat("mistral", "[THINK]", "[/THINK]"),
+        ReasoningFormat("command-r", "<|START_THINKING|>", "<|END_THINKING|>"),
+    )
+}
+SAME = {"qwen3": "think", "deepseek_r1": "think", "deepseek_v3": "think", "cohere": "command-r"}
+CHOICES = ("auto", "none", *FORMATS, *SAME)
+
+
+def reasoning_format(chosen: str, template: str | None) -> ReasoningFormat | None:
+    """The format of `--reasoning-parser`; with "auto", the one whose marks the chat template names.
+
+    Raises UsageError for an unknown name.
+    """
+    if chosen == "none":
+        return None
+    if chosen == "auto":
+        return next((f for f in FORMATS.values() if template and f.end in template), None)
+    found = FORMATS.get(SAME.get(chosen, chosen))
+    if found is None:
+        raise UsageError(f"--reasoning-parser: {chosen!r} is not one of {', '.join(CHOICES)}")
+    return found
+
+
+def opened_by(prompt: str, known: ReasoningFormat) -> bool:
+    """Whether a prompt ends with the beginning of thoughts, so that the answer begins within them."""
+    return prompt.rstrip().endswith(known.begin)
+
+
+class ReasoningSplitter:
+    """Splits one answer into thoughts and words, however it is cut into pieces."""
+
+    def __init__(self, known: ReasoningFormat, inside: bool) -> None:
+        """inside: the prompt has opened the thoughts already."""
+        self._format = known
+        self._state = "thoughts" if inside else "start"
+        self._held = ""
+        self._lead = True  # whitespace at the beginning of thoughts or words is dropped
+
+    @property
+    def thinking(self) -> bool:
+        """Whether no word of the answer can have come yet."""
+        return self._state != "words"
+
+    def feed(self, text: str, final: bool = False) -> tuple[str, str]:
+        """(thoughts, words) that this piece of text completes. final: no more text comes."""
+        self._held += text
+        thoughts: list[str] = []
+        words: list[str] = []
+        if self._state == "start":
+            self._start(final)
+        if self._state == "thoughts":
+            thoughts.append(self._thoughts(final))
+        if self._state == "words" and self._held:
+            words.append(self._trimmed(self._held) if self._lead else self._held)
+            self._held = ""
+        return "".join(thoughts), "".join(words)
+
+    def _start(self, final: bool) -> None:
+        bare = self._held.lstrip()
+        if bare.startswith(self._format.begin):
+            self._held = bare[len(self._format.begin) :]
+            self._state = "thoughts"
+        elif final or not self._format.begin.startswith(bare):
+            self._state, self._lead = "words", False
+
+    def _thoughts(self, final: bool) -> str:
+        end = self._format.end
+        at = self._held.find(end)
+        if at >= 0:
+            found = self._trimmed(self._held[:at]).rstrip()
+            self._held = self._held[at + len(end) :]
+            self._state, self._lead = "words", True
+            return found
+        bare = self._held if final else self._held[: len(self._held) - _overlap(self._held, end)]
+        keep = len(bare.rstrip())  # whitespace before the end mark is none of the thoughts
+        found, self._held = self._trimmed(self._held[:keep]), self._held[keep:]
+        if final:
+            self._held = ""
+        return found
+
+    def _trimmed(self, text: str) -> str:
+        if not self._lead:
+            return text
+        text = text.lstrip()
+        self._lead = not text
+        return text
+
+
+def _overlap(text: str, mark: str) -> int:
+    """How many characters at the end of `text` are the beginning of `mark`."""
+    return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if mark.startswith(text[-n:])), 0)

@@ -1,0 +1,134 @@
+"""Which format a model's tool calls have, and the grammar that forces a call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rvllm.errors import UsageError
+from rvllm.text.grammar import Spelled, json_rule
+from rvllm.text.tools.formats import CommandR, DeepSeek, Hermes, Llama3, Mistral, ToolParser
+
+if TYPE_CHECKING:
+    from rvllm.text.tokenizer import Tokenizer
+
+MOST_CALLS = 16  # that a forced answer may make in parallel
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands around calls: `call_before` ends with the arguments' key or the like.
+
+    NAME in `call_before` stands for the function's name; `between` parts calls.
+    """
+
+    before: str
+    call_before: str
+    call_after: str
+    between: str
+    after: str
+    sign: str  # a text in chat templates that only this format's have
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """A family's way to write calls."""
+
+    name: str
+    parser: Callable[..., ToolParser]
+    frame: Frame
+    aliases: tuple[str, ...] = field(default=())
+
+
+_BEGIN, _SEP, _END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+_CALLS_BEGIN, _CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+
+# In the order in which a template is looked through: the first sign found decides.
+FORMATS = (
+    ToolFormat("deepseek_v3", DeepSeek, Frame(
+        _CALLS_BEGIN, f"{_BEGIN}function{_SEP}NAME\n```json\n", f"\n```{_END}", "\n", _CALLS_END,
+        f"function{_SEP}",
+    )),
+    ToolFormat("deepseek_v31", DeepSeek, Frame(
+        _CALLS_BEGIN, f"{_BEGIN}NAME{_SEP}", _END, "", _CALLS_END, _BEGIN,
+    )),
+    ToolFormat("mistral_args", Mistral, Frame("", "[TOOL_CALLS]NAME[ARGS]", "", "", "", "[ARGS]")),
+    ToolFormat("mistral", Mistral, Frame(
+        "[TOOL_CALLS][", '{"name": "NAME", "arguments": ', "}", ", ", "]", "[TOOL_CALLS]",
+    )),
+    ToolFormat("command_r", CommandR, Frame(
+        "<|START_ACTION|>[\n",
+        '    {"tool_call_id": "INDEX", "tool_name": "NAME", "parameters": ', "}", ",\n",
+        "\n]<|END_ACTION|>", "<|START_ACTION|>",
+    ), ("cohere",)),
+    ToolFormat("hermes", Hermes, Frame(
+        "", '<tool_call>\n{"name": "NAME", "arguments": ', "}\n</tool_call>", "\n", "", "<tool_call>",
+    ), ("qwen",)),
+    ToolFormat("llama3_json", Llama3, Frame(
+        "", '{"name": "NAME", "parameters": ', "}", "; ", "", '"parameters":',
+    ), ("llama3",)),
+)  # fmt: skip
+CHOICES = ("auto", "none", *(name for f in FORMATS for name in (f.name, *f.aliases)))
+
+
+def tool_format(chosen: str, template: str | None) -> ToolFormat | None:
+    """The format of `--tool-call-parser`; with "auto", the one that the chat template writes calls in.
+
+    Raises UsageError for an unknown name.
+    """
+    if chosen == "none":
+        return None
+    if chosen == "auto":
+        return next((f for f in FORMATS if template and _written_in(template, f)), None)
+    found = next((f for f in FORMATS if chosen in (f.name, *f.aliases)), None)
+    if found is None:
+        raise UsageError(f"--tool-call-parser: {chosen!r} is not one of {', '.join(CHOICES)}")
+    return found
+
+
+def _written_in(template: str, known: ToolFormat) -> bool:
+    if "tools" not in template:
+        return False
+    return known.frame.sign in template.replace('\\"', '"').replace("'+'", "")
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function the model may call."""
+
+    name: str
+    parameters: Any
+
+
+def forced_calls(
+    known: ToolFormat, functions: Sequence[Function], tokenizer: Tokenizer, *, parallel: bool
+) -> str:
+    """A grammar for an answer that is one call of one of `functions`, or with `parallel` one or more."""
+    frame = known.frame
+    tokens = Spelled(tokenizer)
+    calls = [
+        " ".join(part for part in (
+            tokens.of(frame.call_before.replace("NAME", _in_json(function.name)).replace("INDEX", "0")),
+            json_rule(_schema(function)),
+            tokens.of(frame.call_after),
+        ) if part)
+        for function in functions
+    ]  # fmt: skip
+    rules = [f"call_{i}: {call}" for i, call in enumerate(calls)]
+    rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(calls))))
+    more = f"({tokens.of(frame.between)} call){{0,{MOST_CALLS - 1}}}" if parallel else ""
+    whole = " ".join(part for part in (tokens.of(frame.before), "call", more, tokens.of(frame.after)) if part)
+    return "\n".join([f"start: {whole}", *rules])
+
+
+def _schema(function: Function) -> Any:
+    schema = {} if function.parameters is None else function.parameters
+    if schema == {}:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    return {"type": "object", **schema} if isinstance(schema, dict) else schema
+
+
+def _in_json(name: str) -> str:
+    return json.dumps(name, ensure_ascii=False)[1:-1]

@@ -1,0 +1,274 @@
+# ruff: noqa: E501, RUF043
+"""Tool calls and thoughts in a model's text: every format, every chunking, broken and cut."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_tokenizers import byte_level
+
+from rvllm.engine.sampling_params import StructuredOutputsParams
+from rvllm.errors import UsageError
+from rvllm.text.grammar import check, grammar_of, with_lead
+from rvllm.text.reasoning import FORMATS as REASONING
+from rvllm.text.reasoning import ReasoningSplitter, opened_by, reasoning_format
+from rvllm.text.tools.choose import FORMATS, Function, forced_calls, tool_format
+from rvllm.text.tools.events import CallArguments, CallStart, Event, Text
+
+ARGUMENTS = {"city": 'Zür"ich}', "days": [1, {"a": "]"}], "深": None}
+WRITTEN = json.dumps(ARGUMENTS, ensure_ascii=False)
+BAR = "｜"
+
+# (format, text, words, calls as (name, arguments' text))
+CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
+    ("hermes", "no call < here <tool_ at all\n", "no call < here <tool_ at all\n", []),
+    ("hermes", f'<tool_call>\n{{"name": "f", "arguments": {WRITTEN}}}\n</tool_call>', "", [("f", WRITTEN)]),
+    (
+        "hermes",
+        f'Let me see.\n<tool_call>\n{{"name": "f", "arguments": {WRITTEN}}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "g"}\n</tool_call>\nDone now.',
+        "Let me see.Done now.",
+        [("f", WRITTEN), ("g", "{}")],
+    ),
+    ("hermes", '<tool_call>{"arguments": {"x": 1}, "name": "f"}', "", [("f", '{"x": 1}')]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"x\\": 1}"}</tool_call>', "", [("f", '{"x": 1}')]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"x": [1, ', "", [("f", '{"x": [1, ')]),
+    ("hermes", "<tool_call>\nnot json</tool_call>", "<tool_call>\nnot json", []),
+    ("hermes", '<tool_call>{"nom": 1}</tool_call>', '<tool_call>{"nom": 1}', []),
+    ("llama3_json", f'{{"name": "f", "parameters": {WRITTEN}}}', "", [("f", WRITTEN)]),
+    (
+        "llama3_json",
+        '<|python_tag|>{"type": "function", "name": "f", "parameters": {}}; {"name": "g", "parameters": {"a": 2}}',
+        "",
+        [("f", "{}"), ("g", '{"a": 2}')],
+    ),
+    ("llama3_json", '{"name": "stranger", "parameters": {}} is JSON', '{"name": "stranger", "parameters": {}} is JSON', []),
+    ("llama3_json", '{"answer": 42}', '{"answer": 42}', []),
+    ("llama3_json", 'Call {"name": "f"}', 'Call {"name": "f"}', []),
+    (
+        "mistral",
+        f'[TOOL_CALLS][{{"name": "f", "arguments": {WRITTEN}}}, {{"name": "g", "arguments": {{}}, "id": "abcdefghi"}}]',
+        "",
+        [("f", WRITTEN), ("g", "{}")],
+    ),
+    ("mistral", "A [list] of [TOOLS", "A [list] of [TOOLS", []),
+    ("mistral_args", f"ok[TOOL_CALLS]f[ARGS]{WRITTEN}[TOOL_CALLS]g{{}}", "ok", [("f", WRITTEN), ("g", "{}")]),
+    ("mistral_args", '[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{"a": 1}', "", [("f", '{"a": 1}')]),
+    (
+        "command_r",
+        '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "f", "parameters": ' + WRITTEN + "},\n"
+        '    {"tool_call_id": "1", "tool_name": "g", "parameters": {}}\n]<|END_ACTION|>',
+        "",
+        [("f", WRITTEN), ("g", "{}")],
+    ),
+    ("command_r", "<|START_RESPONSE|>Hello there<|END_RESPONSE|>", "Hello there", []),
+    (
+        "deepseek_v3",
+        f"Well.<{BAR}tool▁calls▁begin{BAR}><{BAR}tool▁call▁begin{BAR}>function<{BAR}tool▁sep{BAR}>f\n```json\n{WRITTEN}\n```"
+        f"<{BAR}tool▁call▁end{BAR}>\n<{BAR}tool▁call▁begin{BAR}>function<{BAR}tool▁sep{BAR}>g\n```json\n{{}}\n```"
+        f"<{BAR}tool▁call▁end{BAR}><{BAR}tool▁calls▁end{BAR}>",
+        "Well.",
+        [("f", WRITTEN), ("g", "{}")],
+    ),
+    (
+        "deepseek_v31",
+        f"<{BAR}tool▁calls▁begin{BAR}><{BAR}tool▁call▁begin{BAR}>f<{BAR}tool▁sep{BAR}>{WRITTEN}<{BAR}tool▁call▁end{BAR}>"
+        f"<{BAR}tool▁calls▁end{BAR}>",
+        "",
+        [("f", WRITTEN)],
+    ),
+]  # fmt: skip
+
+
+def parse(name: str, pieces: list[str]) -> tuple[str, list[tuple[str, str]], list[Event]]:
+    """(words, calls, events in order) of a text that comes in pieces."""
+    found = tool_format(name, None)
+    assert found is not None
+    parser = found.parser(["f", "g"])
+    events: list[Event] = []
+    for piece in pieces:
+        events += parser.feed(piece)
+    events += parser.feed("", final=True)
+    words = "".join(e.text for e in events if isinstance(e, Text))
+    calls: list[tuple[str, str]] = []
+    for event in events:
+        if isinstance(event, CallStart):
+            assert event.index == len(calls)
+            calls.append((event.name, ""))
+        elif isinstance(event, CallArguments):
+            assert event.index == len(calls) - 1, "arguments of a call that is over"
+            calls[-1] = (calls[-1][0], calls[-1][1] + event.text)
+    return words, calls, events
+
+
+@pytest.mark.parametrize(("name", "text", "words", "calls"), CASES)
+def test_calls_are_found(name: str, text: str, words: str, calls: list[tuple[str, str]]) -> None:
+    assert parse(name, [text])[:2] == (words, calls)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_chunking_changes_nothing(data: st.DataObject) -> None:
+    name, text, words, calls = data.draw(st.sampled_from(CASES))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert parse(name, pieces)[:2] == (words, calls)
+
+
+_SCRAPS = st.lists(
+    st.sampled_from(
+        ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|START_ACTION|>", f"<{BAR}tool▁sep{BAR}>",
+         f"<{BAR}tool▁call▁begin{BAR}>", "function", "```json", "\n", " ", "{", "}", "[", "]", '"', ":", ",", '"name"', '"f"',
+         '"arguments"', "{}", "\\", "x", "1", '{"name": "f", "arguments": {', "<|python_tag|>", ";"]
+    ),
+    max_size=14,
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from([f.name for f in FORMATS]), _SCRAPS, st.lists(st.integers(0, 200), max_size=8))
+def test_scraps_never_break_a_parser_and_chunks_never_matter(
+    name: str, scraps: list[str], cuts: list[int]
+) -> None:
+    text = "".join(scraps)
+    cuts = sorted(min(cut, len(text)) for cut in cuts)
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    whole = parse(name, [text])
+    assert parse(name, pieces)[:2] == whole[:2] == parse(name, list(text))[:2]
+
+
+def test_arguments_are_streamed_as_they_come() -> None:
+    found = tool_format("hermes", None)
+    assert found is not None
+    parser = found.parser()
+    assert parser.feed('<tool_call>{"name": "f", "arguments"') == []
+    assert parser.feed(': {"city": "Os') == [CallStart(0, "f"), CallArguments(0, '{"city": "Os')]
+    assert parser.feed('lo"}') == [CallArguments(0, 'lo"}')]
+    assert parser.feed("}</tool_call>") == []
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("{% for t in tools %}<tool_call>\n{\"name\": <function-name>", "hermes"),
+        ("{{ tools }} [AVAILABLE_TOOLS] [TOOL_CALLS]", "mistral"),
+        ("{{ tools }} [TOOL_CALLS] x [ARGS]", "mistral_args"),
+        ('{{ tools }} Respond in the format {"name": function name, "parameters": dictionary', "llama3_json"),
+        ("{{- '\"parameters\": ' }}{{ tools }}", "llama3_json"),
+        ("{{ tools }}<|START_ACTION|>", "command_r"),
+        (f"{{{{ tools }}}}<{BAR}tool▁call▁begin{BAR}>function<{BAR}tool▁sep{BAR}>", "deepseek_v3"),
+        (f"{{{{ tools }}}}<{BAR}tool▁call▁begin{BAR}>' + name + '<{BAR}tool▁sep{BAR}>", "deepseek_v31"),
+        ("{{ messages }}", None),
+        ("{{ tools }}", None),
+    ],
+)  # fmt: skip
+def test_the_format_is_chosen_from_the_template(template: str, name: str | None) -> None:
+    found = tool_format("auto", template)
+    assert (found.name if found else None) == name
+
+
+def test_unknown_parsers_are_refused_by_name() -> None:
+    assert tool_format("none", "<tool_call> tools") is None
+    assert tool_format("qwen", None) is tool_format("hermes", None)
+    with pytest.raises(UsageError, match="tool-call-parser.*hermes"):
+        tool_format("x", None)
+    with pytest.raises(UsageError, match="reasoning-parser.*think"):
+        reasoning_format("x", None)
+
+
+TOOLS = [
+    Function("f", {"type": "object", "properties": {"city": {"$ref": "#/$defs/City"}}, "required": ["city"],
+                   "additionalProperties": False, "$defs": {"City": {"type": "string", "enum": ["Oslo", "Rom\"a"]}}}),
+    Function("g", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [f.name for f in FORMATS])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_forced_calls_are_read_back(name: str, parallel: bool) -> None:
+    import numpy as np
+    from llguidance import LLMatcher, LLTokenizer
+
+    tokenizer, found = byte_level(), tool_format(name, None)
+    assert found is not None
+    grammar = forced_calls(found, TOOLS, tokenizer, parallel=parallel)
+    check(grammar, "tools")
+    native = LLTokenizer(tokenizer.backend.to_str(), eos_token=[tokenizer.eos_token_id])
+    rng, counts = np.random.default_rng(0), set()
+    for _ in range(8):
+        matcher, tokens = LLMatcher(native, grammar, log_level=0), []
+        while not matcher.is_stopped():
+            mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+            token = int(rng.choice(np.flatnonzero(np.unpackbits(mask, bitorder="little"))))
+            assert matcher.consume_token(token), matcher.get_error()
+            tokens.append(token)
+        words, calls, _ = parse(name, [tokenizer.decode(tokens).removesuffix(tokenizer.eos_token or "")])
+        assert words.strip() == "" and calls
+        for called, arguments in calls:
+            value: Any = json.loads(arguments)
+            assert value == {} if called == "g" else value["city"] in ("Oslo", 'Rom"a')
+        counts.add(len(calls))
+    assert (max(counts) > 1) == parallel
+
+
+def split(name: str, pieces: list[str], inside: bool) -> tuple[str, str]:
+    splitter = ReasoningSplitter(REASONING[name], inside)
+    found = [splitter.feed(piece) for piece in pieces] + [splitter.feed("", final=True)]
+    return "".join(a for a, _ in found), "".join(b for _, b in found)
+
+
+THOUGHTS = [
+    ("think", "<think>\nHm, <b> </thin ok.\n</think>\n\nHello <think> you", False, ("Hm, <b> </thin ok.", "Hello <think> you")),
+    ("think", "Hm.\n</think>Hello", True, ("Hm.", "Hello")),
+    ("think", "Hm, cut <", True, ("Hm, cut <", "")),
+    ("think", " <thin air> it is", False, ("", " <thin air> it is")),
+    ("think", "<think></think>x", False, ("", "x")),
+    ("mistral", "[THINK]a b[/THINK]c", False, ("a b", "c")),
+    ("command-r", "<|START_THINKING|>a<|END_THINKING|>c ", False, ("a", "c ")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text", "inside", "expected"), THOUGHTS)
+def test_thoughts_are_split_however_they_come(
+    name: str, text: str, inside: bool, expected: tuple[str, str]
+) -> None:
+    assert split(name, [text], inside) == expected
+    assert split(name, list(text), inside) == expected
+    for cut in range(len(text)):
+        assert split(name, [text[:cut], text[cut:]], inside) == expected
+
+
+def test_reasoning_is_chosen_from_the_template_and_the_prompt() -> None:
+    think = reasoning_format("auto", "... </think> ...")
+    assert think is REASONING["think"] is reasoning_format("qwen3", None)
+    assert reasoning_format("auto", "{{ messages }}") is None
+    assert reasoning_format("none", "</think>") is None
+    assert think is not None
+    assert opened_by("assistant\n<think>\n", think) and not opened_by("<think>\n\n</think>\n\n", think)
+
+
+@pytest.mark.parametrize("end", ["</think>", "<|endoftext|>"])  # text, and one token
+@pytest.mark.parametrize("opened", [True, False])
+@pytest.mark.parametrize("form", [{"json": {"type": "integer"}}, {"choice": ["a", "b"]}])
+def test_thoughts_may_come_before_a_form(form: dict[str, Any], opened: bool, end: str) -> None:
+    from llguidance import LLMatcher, LLTokenizer
+
+    tokenizer = byte_level()
+    grammar = with_lead(
+        grammar_of(StructuredOutputsParams(**form)) or "", "<think>", end, tokenizer, opened=opened
+    )
+    check(grammar, "json")
+    native = LLTokenizer(tokenizer.backend.to_str(), eos_token=[tokenizer.eos_token_id])
+    answer = "12" if "json" in form else "a"
+    for text, fits in (
+        (f"hm ok{end}\n\n{answer}", opened),
+        (f"<think>hm{end}{answer}", not opened),
+        (answer, not opened),
+    ):
+        matcher = LLMatcher(native, grammar, log_level=0)
+        fed = all(matcher.consume_token(token) for token in tokenizer.encode(text, add_special_tokens=False))
+        assert (fed and matcher.is_accepting()) == fits, text
