@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rvllm.api import misc
+from rvllm.api import anthropic, misc
 from rvllm.api.chat import chat_completions
 from rvllm.api.completions import completions
 from rvllm.api.embeddings import (
@@ -25,8 +25,9 @@ from rvllm.api.embeddings import (
     score,
 )
 from rvllm.api.errors import ApiError
-from rvllm.api.exchange import Endpoint, Exchange, Gate
+from rvllm.api.exchange import Endpoint, Exchange, Failure, Gate, openai_failure
 from rvllm.api.generation import Service
+from rvllm.api.messages import count_tokens, messages
 from rvllm.api.schemas import ChatRequest, CompletionRequest
 
 ServiceHandler = Callable[[Service, Exchange, bytes], Awaitable[None]]
@@ -43,9 +44,11 @@ def build_app(service: Service, gate: Gate) -> Starlette:
         *,
         name: str | None = None,
         open: bool = False,
+        failure: Failure = openai_failure,
     ) -> Route:
         bound = partial(handler, service)
-        return Route(path, Endpoint(gate, name or path, bound, fields, open=open), methods=[method])  # type: ignore[arg-type]
+        endpoint = Endpoint(gate, name or path, bound, fields, open=open, failure=failure)  # type: ignore[arg-type]
+        return Route(path, endpoint, methods=[method])
 
     return Starlette(
         routes=[
@@ -53,6 +56,17 @@ def build_app(service: Service, gate: Gate) -> Starlette:
                 "POST", "/v1/chat/completions", generating(chat_completions), ChatRequest.__struct_fields__
             ),
             route("POST", "/v1/completions", generating(completions), CompletionRequest.__struct_fields__),
+            *(
+                route("POST", path, generating(handler), fields, failure=anthropic.failure)
+                for path, handler, fields in (
+                    ("/v1/messages", messages, anthropic.MessagesRequest.__struct_fields__),
+                    (
+                        "/v1/messages/count_tokens",
+                        count_tokens,
+                        anthropic.CountTokensRequest.__struct_fields__,
+                    ),
+                )
+            ),
             route("POST", "/v1/embeddings", embeddings, EmbeddingRequest.__struct_fields__),
             *(
                 route("POST", path, handler, fields)

@@ -36,6 +36,7 @@ class Exchange:
         self.request_id = uuid4().hex
         self.status = 0  # 0 until the answer has begun
         self.streaming = False
+        self.failure: Failure = openai_failure
         self._receive, self._send = receive, send
         given = self.header(b"x-request-id")
         self._shown_id = given if given and _CLIENT_ID.fullmatch(given) else self.request_id.encode()
@@ -125,10 +126,15 @@ class Exchange:
              (b"x-accel-buffering", b"no")]
         )  # fmt: skip
 
-    async def event(self, value: Any) -> None:
+    async def event(self, value: Any, name: str | None = None) -> None:
         """Sends one event with a struct as its JSON data; waits while the client reads slowly."""
-        data = b"data: " + _ENCODER.encode(value) + b"\n\n"
+        head = b"" if name is None else b"event: " + name.encode() + b"\n"
+        data = head + b"data: " + _ENCODER.encode(value) + b"\n\n"
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end_stream(self) -> None:
+        """Ends a stream whose last event says that it is the last."""
+        await self._send({"type": "http.response.body", "body": b""})
 
     async def close_stream(self) -> None:
         """Ends the stream as OpenAI does, with `[DONE]`."""
@@ -138,11 +144,12 @@ class Exchange:
         """Answers with an error: an error object, or as the last event of a stream that has begun."""
         if self.streaming:
             self.status = error.status  # for logs and metrics; the wire has said 200
-            await self.event(error.body())
-            await self.close_stream()
+            name, body = self.failure(error)
+            await self.event(body, name)
+            await (self.close_stream() if name is None else self.end_stream())
         elif not self.status:
             await self.respond(
-                _ENCODER.encode(error.body()),
+                _ENCODER.encode(self.failure(error)[1]),
                 b"application/json",
                 error.status,
                 error.headers,
@@ -152,6 +159,15 @@ class Exchange:
     async def _start(self, headers: list[tuple[bytes, bytes]]) -> None:
         headers.append((b"x-request-id", self._shown_id))
         await self._send({"type": "http.response.start", "status": self.status, "headers": headers})
+
+
+Failure = Callable[[ApiError], tuple[str | None, Any]]
+"""An error as (name of the event that carries it in a stream, body)."""
+
+
+def openai_failure(error: ApiError) -> tuple[str | None, Any]:
+    """OpenAI's error object; in a stream it comes as an event without a name, and `[DONE]` follows."""
+    return None, error.body()
 
 
 class ClientGoneError(Exception):
@@ -180,14 +196,23 @@ class Endpoint:
     """An ASGI app around a handler: checks the key, reads the body, ends the handler with the client."""
 
     def __init__(
-        self, gate: Gate, path: str, handler: Handler, fields: tuple[str, ...] = (), *, open: bool = False
+        self,
+        gate: Gate,
+        path: str,
+        handler: Handler,
+        fields: tuple[str, ...] = (),
+        *,
+        open: bool = False,
+        failure: Failure = openai_failure,
     ) -> None:
         """fields: the request's parameters, for errors; open: needs no key, answers in a drain."""
         self._gate, self._path, self._handler, self._fields, self._open = gate, path, handler, fields, open
+        self._failure = failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request; never raises but for cancellation by the HTTP server."""
         exchange = Exchange(scope, receive, send)
+        exchange.failure = self._failure
         began = time.perf_counter()
         try:
             await self._answer(exchange)
@@ -246,7 +271,9 @@ class Endpoint:
         if key is None:
             return
         scheme, _, given = (exchange.header(b"authorization") or b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), key.encode()):
+        if scheme.lower() != b"bearer":
+            given = exchange.header(b"x-api-key") or b""  # Anthropic's clients
+        if not hmac.compare_digest(given.strip(), key.encode()):
             raise ApiError(
                 401,
                 "a valid key is required: Authorization: Bearer KEY",
