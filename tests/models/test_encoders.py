@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from rvllm import LLM, PoolingParams
+from rvllm.cli.main import main
 from rvllm.errors import ModelError, UsageError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -184,3 +185,20 @@ def test_without_modules_the_mean_is_taken_and_said(tmp_path: Path) -> None:
     backend = encoders.load(path)
     assert np.array_equal(encoders.embed(backend, texts), with_modules)
     assert any("no modules.json" in note for note in backend._model.program.notes)
+
+
+def test_plan_and_info_speak_of_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = encoders.save(tmp_path, "bert_mean")
+    given = ["plan", "--model", str(path), "--device", "cpu", "--bandwidth", "10", "--tflops", "1"]
+    assert main([*given, "--batch", "3", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["step"] == {"batch": 3, "query_len": 64, "context": 64}
+    attention = next(op for op in plan["ops"] if op["kind"] == "textattention")
+    assert attention["kv_bytes"] == 0 and attention["flops"] == 3 * 64 * 64 * 4 * (4 * 12 + 5)
+    assert plan["ops"][-1]["writes"] == {"embeddings": [3, 48]}
+    assert main([*given, "--context", "9"]) == 0
+    assert "texts of 9 tokens" in capsys.readouterr().out
+    assert main([*given, "--context", "9", "--prefill", "5"]) == 2
+    assert "computes texts whole" in capsys.readouterr().err
+    assert main(["info", "--model", str(path), "--device", "cpu"]) == 0
+    assert "layers with attention  2" in capsys.readouterr().out

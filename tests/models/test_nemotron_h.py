@@ -119,9 +119,8 @@ def test_chunks_compute_the_recurrence() -> None:
     )
     steps = softplus_of(normal(sequences, CHUNK, heads) * 3)
     decay, skip, h = -np.exp(normal(heads)), normal(heads), normal(sequences, heads, dim, size)
-    y, after = Chunk(
-        x.transpose(0, 2, 1, 3), steps.swapaxes(1, 2), b, c, decay.astype(np.float32), skip
-    ).run(h)  # fmt: skip
+    chunk = Chunk(x.transpose(0, 2, 1, 3), steps.swapaxes(1, 2), b, c, decay.astype(np.float32), skip)
+    y, after = chunk.outputs(h), chunk.after(h)
     for s in range(sequences):
         wanted, state = scan(x[s], steps[s], b[s][:, None], c[s][:, None], decay, skip, h[s])
         np.testing.assert_allclose(y[s].swapaxes(0, 1), wanted, atol=1e-4)

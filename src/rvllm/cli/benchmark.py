@@ -58,6 +58,10 @@ def main(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     core = EngineCore.from_config(config)
     try:
+        if core.facts.embedding_size is not None:
+            raise UsageError(
+                f"{core.facts.architecture} gives embeddings; the benchmark times generated text"
+            )
         about = _about(core, config, length, output_len, runs, time.perf_counter() - began)
         print(_heading(core, config, about))
         if args.profile:

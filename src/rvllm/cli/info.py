@@ -148,7 +148,7 @@ def model_sections(config: EngineConfig) -> dict[str, Section]:
         ("parameters", f"{sum(w.elements for w in program.weights):,}"),
         ("vocabulary", str(program.vocab_size)),
         ("positions", str(program.max_position)),
-        ("layers with attention", str(len(program.caches))),
+        ("layers with attention", str(_attentions(program))),
         ("ops", str(len(program.ops))),
         ("tensors", ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none (config only)"),
         ("stored bytes", str(stored)),
@@ -177,6 +177,7 @@ def memory_rows(program: Program, config: EngineConfig, device: str) -> Section:
     limits = plan.limits
     return [
         ("weights", f"{plan.weight_bytes} bytes ({human_bytes(plan.weight_bytes)}) in float32"),
+        *[(line.name, f"{line.nbytes} bytes ({human_bytes(line.nbytes)})") for line in plan.state_lines],
         ("kv cache per token", f"{per_token} bytes"),
         ("kv blocks", f"{limits.num_blocks} of {limits.block_size} tokens"),
         ("kv cache", f"{plan.kv_bytes} bytes ({human_bytes(plan.kv_bytes)})"),
@@ -185,3 +186,10 @@ def memory_rows(program: Program, config: EngineConfig, device: str) -> Section:
         ("max_num_seqs", str(limits.max_num_seqs)),
         ("max_num_batched_tokens", str(limits.max_num_batched_tokens)),
     ]
+
+
+def _attentions(program: Program) -> int:
+    """Layers that attend, to a cache or within a text."""
+    from rvllm.program.encoder import TextAttention
+
+    return len(program.caches) + sum(isinstance(op, TextAttention) for op in program.ops)

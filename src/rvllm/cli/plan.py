@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FLAGS = ("model", "device", "dtype", "threads")
 DEFAULT_CONTEXT = 1024
+DEFAULT_TEXT = 128  # tokens of an encoder's texts
 
 
 def add_parser(subparsers: Any) -> None:
@@ -77,6 +78,7 @@ def main(args: argparse.Namespace) -> int:
 def step_shape(args: argparse.Namespace, program: Program) -> StepShape:
     """The step the flags describe. Raises UsageError naming the flag that cannot be."""
     from rvllm.program.cost import StepShape
+    from rvllm.program.encoder import embedding_size
 
     for name, high in (
         ("batch", 1 << 16),
@@ -87,6 +89,13 @@ def step_shape(args: argparse.Namespace, program: Program) -> StepShape:
         if value is not None and not 1 <= value <= high:
             raise UsageError(f"--{name}: must be in [1, {high}], got {value}")
     context = args.context
+    if embedding_size(program) is not None:  # texts are computed whole
+        length = context or (args.prefill if args.prefill > 1 else min(DEFAULT_TEXT, program.max_position))
+        if args.prefill not in (1, length):
+            raise UsageError(
+                f"--prefill {args.prefill}: an encoder computes texts whole; give --context alone"
+            )
+        return StepShape(sequences=args.batch, query_len=length, context=length)
     if context is None:
         context = args.prefill if args.prefill > 1 else min(DEFAULT_CONTEXT, program.max_position)
     if context < args.prefill:
@@ -164,6 +173,7 @@ def as_json(program: Program, shape: StepShape, rates: Rates | None, workspace: 
         },
         "rates": {"bandwidth": rates.bandwidth, "flops": rates.flops} if rates else None,
         "kv_bytes_per_token": kv_bytes_per_token(program),
+        "state_bytes_per_sequence": program.state_elements_per_slot * 4,
         "workspace_bytes": workspace.nbytes,
         "buffers": {n: {"offset": p.offset, "nbytes": p.nbytes} for n, p in workspace.placements.items()},
         "notes": list(program.notes),
@@ -188,6 +198,7 @@ def as_text(
     """The table, the totals and the workspace."""
     from rvllm.cli.tables import facts, human_bytes, human_flops, human_seconds, table
     from rvllm.program.cost import kv_bytes_per_token, op_cost, program_cost
+    from rvllm.program.encoder import embedding_size
 
     header = ["op", "kind", "rows", "weights", "dtype", "bytes", "FLOPs", *(["floor"] if rates else [])]
     rows = []
@@ -221,6 +232,11 @@ def as_text(
         ("workspace", f"{human_bytes(workspace.nbytes)} for {len(workspace.placements)} buffers"),
     ]
     what = "decode" if shape.query_len == 1 else f"prefill of {shape.query_len} tokens"
+    if embedding_size(program) is not None:
+        what = f"texts of {shape.query_len} tokens"
+    if program.states:
+        carried = program.state_elements_per_slot * 4
+        memory.insert(2, ("state per sequence", f"{human_bytes(carried)} in {len(program.states)} parts"))
     parts = [
         f"{program.architecture}, {program.dtype.value}: {what}, batch {shape.sequences}, "
         f"context {shape.context}",

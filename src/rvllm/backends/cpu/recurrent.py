@@ -61,23 +61,39 @@ class Chunk:
     decay: F32
     skip: F32
 
-    def run(self, h: F32) -> tuple[F32, F32]:
-        """(y [n, R, CHUNK, dim], the state after the chunk) from h [n, R, dim, size] before it."""
-        # Sums of exponents in float64: only their differences matter, which may be far smaller.
-        total = np.cumsum(self.steps * self.decay[:, None], axis=-1, dtype=np.float64)
+    def take(self, which: NDArray[np.bool_]) -> Chunk:
+        """The chunks of some of the sequences."""
+        if which.all():
+            return self
+        return Chunk(
+            self.x[which], self.steps[which], self.b[which], self.c[which], self.decay, self.skip
+        )  # fmt: skip
+
+    def exponents(self) -> NDArray[np.float64]:
+        """Sums of steps * decay up to each token [n, R, CHUNK]: only their differences matter, which may be
+        far smaller, hence float64."""
+        return np.cumsum(self.steps * self.decay[:, None], axis=-1, dtype=np.float64)
+
+    def outputs(self, h: F32) -> F32:
+        """y [n, R, CHUNK, dim] from the state h [n, R, dim, size] before the chunk."""
+        total = self.exponents()
         between = np.where(CAUSAL, total[..., :, None] - total[..., None, :], -np.inf)
         near = np.exp(between.astype(np.float32)) * self.steps[..., None, :]
         near *= np.matmul(self.c, self.b.swapaxes(1, 2))[:, None]
-        y = np.matmul(near, self.x)
+        y: F32 = np.matmul(near, self.x)
         before = np.matmul(self.c[:, None], h.swapaxes(2, 3))
         y += before * np.exp(total.astype(np.float32))[..., None]
         y += self.skip[:, None, None] * self.x
+        return y
 
+    def after(self, h: F32) -> F32:
+        """The state after the chunk, all of whose tokens are known, from h before it."""
+        total = self.exponents()
         left = np.exp((total[..., -1:] - total).astype(np.float32)) * self.steps
         weighted = np.ascontiguousarray((self.x * left[..., None]).swapaxes(2, 3))
-        after = np.matmul(weighted, self.b[:, None])
-        after += np.exp(total[..., -1].astype(np.float32))[..., None, None] * h
-        return y, after
+        out: F32 = np.matmul(weighted, self.b[:, None])
+        out += np.exp(total[..., -1].astype(np.float32))[..., None, None] * h
+        return out
 
 
 @dataclass(frozen=True)
@@ -157,16 +173,18 @@ def state_scan_op(op: recurrent.StateScan, run: Run) -> None:
             slots = step.slots[which]
             mine = tokens[at]
             x = mine[..., columns].reshape(len(at), CHUNK, per_group, op.dim).transpose(0, 2, 1, 3)
-            y, after = Chunk(
+            chunk = Chunk(
                 x=np.ascontiguousarray(x),
                 steps=np.ascontiguousarray(steps[at][..., heads].swapaxes(1, 2)),
                 b=np.ascontiguousarray(mine[..., first_b : first_b + op.size]),
                 c=np.ascontiguousarray(mine[..., first_b + wide : first_b + wide + op.size]),
                 decay=decay[heads],
                 skip=skip[heads],
-            ).run(h[slots, group])
-            out[at, :, heads] = y.transpose(0, 2, 1, 3)
-            h[slots[complete], group] = after[complete]
+            )
+            before = h[slots, group]
+            out[at, :, heads] = chunk.outputs(before).transpose(0, 2, 1, 3)
+            if complete.any():
+                h[slots[complete], group] = chunk.take(complete).after(before[complete])
 
     run.model.workers.each(op.groups, work)
     run[op.out] = out.reshape(chunks.count * CHUNK, -1)[chunks.places]
