@@ -61,6 +61,26 @@ def test_reads_what_the_gguf_package_writes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(stored.reshape(2, 32), numbers)
 
 
+def test_what_ends_an_answer(tmp_path: Path) -> None:
+    """What the file names, and control tokens spelled so; not a plain word that looks the same."""
+    words = ["<|endoftext|>", "<|im_end|>", "<|end|>", "a"]
+    known: dict[str, Any] = {
+        **LLAMA,
+        "tokenizer.ggml.tokens": words,
+        "tokenizer.ggml.token_type": np.array([3, 3, 1, 3], np.int32),
+        "tokenizer.ggml.eos_token_id": 1,
+    }
+
+    def ends(**changes: Any) -> Any:
+        values = {**known, **{f"tokenizer.ggml.{name}": value for name, value in changes.items()}}
+        checkpoint = open_checkpoint(write_gguf(tmp_path / "ends.gguf", values))
+        return checkpoint.generation_config["eos_token_id"]
+
+    assert ends(eot_token_id=3) == [1, 3, 0]
+    for damaged in (7, "text", np.array([3, 3], np.int32), np.array([1, 1, 1, 1], np.int32)):
+        assert ends(token_type=damaged, eot_token_id=1) == [1]
+
+
 def test_config_and_names(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf"))
     config = checkpoint.config

@@ -15,6 +15,7 @@ from rvllm.errors import ModelError
 from rvllm.weights.checkpoint import TensorInfo
 from rvllm.weights.gguf import GGUFFile, GGUFTensor, as_list, read_gguf
 from rvllm.weights.gguf_archs import ARCHITECTURES, Architecture, Metadata
+from rvllm.weights.gguf_ends import end_tokens
 from rvllm.weights.mapped import FileCheckpoint, shown
 from rvllm.weights.quants import dequantise
 
@@ -305,11 +306,9 @@ def _factors(files: list[GGUFFile], info: TensorInfo, config: Mapping[str, Any])
 
 
 def _generation_config(metadata: Metadata) -> dict[str, Any]:
-    """Tokens that end a turn (eos, end of turn, end of message), and sampling the publisher recommends."""
-    ends = [metadata.opt_count(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
-    found: dict[str, Any] = {}
-    if any(token is not None for token in ends):
-        found["eos_token_id"] = list(dict.fromkeys(token for token in ends if token is not None))
+    """Tokens that end an answer, and sampling the publisher recommends."""
+    ends = end_tokens(metadata)
+    found: dict[str, Any] = {"eos_token_id": ends} if ends else {}
     bos = metadata.opt_count("tokenizer.ggml.bos_token_id")
     if bos is not None:
         found["bos_token_id"] = bos
