@@ -11,6 +11,8 @@ from rvllm.backends.cuda.device_state import shape_of
 from rvllm.backends.cuda.driver import DeviceFacts
 from rvllm.backends.cuda.fuse import fuse
 from rvllm.backends.cuda.graphs import Recipe, nowhere
+from rvllm.backends.cuda.launches import Counts
+from rvllm.backends.cuda.lowering import LOWERED, refuse_unknown
 from rvllm.backends.cuda.memory import Budget, MemoryPlan, plan_memory
 from rvllm.backends.cuda.placement import wanted_weights
 from rvllm.config import EngineConfig
@@ -117,3 +119,22 @@ def test_cublas_takes_every_product_and_nothing_is_packed() -> None:
     assert sum(p.kernel == "cublaslt" for p in planned) == 28 * 4 + 1
     assert not any("gemm" in name for name in given.kernels())
     assert given.memory.lines["cuBLAS workspace"] == 32 << 20
+
+
+def test_a_mixture_is_refused_with_the_list_of_its_ops() -> None:
+    config = {
+        **QWEN_7B,
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    mixtral = build_program(ModelConfig(config, "test config"), DType.BF16)
+    with pytest.raises(MissingKernelError, match=r"route \(28x\), experts \(28x\).*--device cpu"):
+        refuse_unknown(mixtral)
+    refuse_unknown(program())
+
+
+def test_every_op_that_is_lowered_has_an_emitter() -> None:
+    given = recipe(program(num_hidden_layers=1), H100, EngineConfig())
+    lowering = given._lowering(given.memory.layout, Counts(1, 1, 1), prefill=True)
+    assert set(lowering._emitters) == set(LOWERED)

@@ -24,6 +24,7 @@ from rvllm.backends.cuda.fuse import fuse
 from rvllm.backends.cuda.graphs import GraphBook, Recipe, nowhere
 from rvllm.backends.cuda.launches import Counts
 from rvllm.backends.cuda.loader import Loader, fill_dummy
+from rvllm.backends.cuda.lowering import refuse_unknown
 from rvllm.backends.cuda.memory import BLOCK, budget_of, plan_memory
 from rvllm.backends.cuda.metadata import SampledRows, leading_decodes
 from rvllm.backends.cuda.placement import wanted_weights
@@ -351,6 +352,7 @@ class CudaBackend:
 
 def _check_supported(program: Program, config: EngineConfig) -> None:
     """Refuses what the GPU cannot run, by name, before anything is taken."""
+    refuse_unknown(program)
     if program.dtype not in (DType.BF16, DType.F16):
         raise UsageError(f"--dtype {program.dtype.value}: a GPU runs bfloat16 and float16")
     if config.gemm_strategy == "cublas":

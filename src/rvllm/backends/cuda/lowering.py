@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ from rvllm.program.ops import (
     Logits,
     Norm,
     Op,
+    Program,
     RopeKV,
     Sample,
     Weight,
@@ -82,6 +84,25 @@ class Shape:
     table_stride: int
     history_stride: int
     mask_words: int
+
+
+LOWERED: tuple[type[Op], ...] = (
+    Embed, Norm, Linear, RopeKV, Attention, GatedActivation, Activate, Add, GatherRows, Logits, Sample,
+)  # fmt: skip
+
+
+def refuse_unknown(program: Program) -> None:
+    """Raises MissingKernelError listing, by kind, every op of the program that no CUDA kernel computes."""
+    unknown = Counter(op.kind for op in program.ops if not isinstance(op, LOWERED))
+    if not any(isinstance(op, Attention) for op in program.ops) and not unknown:
+        raise MissingKernelError(
+            f"{program.architecture}: the CUDA backend runs programs with attention layers"
+        )
+    if unknown:
+        listed = ", ".join(f"{kind} ({count}x)" for kind, count in unknown.items())
+        raise MissingKernelError(
+            f"{program.architecture} needs ops that have no CUDA kernel: {listed}; run it with --device cpu"
+        )
 
 
 class Lowering:
