@@ -9,6 +9,7 @@ from typing import Any
 
 import archs_tiny as tiny
 import encoders_tiny as encoders
+import gguf
 import numpy as np
 import pytest
 
@@ -147,6 +148,44 @@ def test_names_of_checkpoints_with_a_head_and_of_old(tmp_path: Path) -> None:
     ours = [encoders.embed(encoders.load(p), texts) for p in
             (encoders.save(tmp_path / "plain", "bert_mean"), tmp_path / "other")]  # fmt: skip
     assert np.array_equal(*ours)
+
+
+def write_gguf(path: Path, name: str, pooling: int) -> Path:
+    """A case as llama.cpp's converter writes it."""
+    config = encoders.CASES[name]["config"]
+    arch = gguf.MODEL_ARCH.BERT
+    writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[arch])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_token_type_count(config["type_vocab_size"])
+    writer.add_causal_attention(False)
+    writer.add_uint32("bert.pooling_type", pooling)
+    table = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    for source, tensor in tiny.random_tensors(name, config).items():
+        known = table.get_name(source, try_suffixes=(".weight", ".bias"))
+        assert known is not None, source
+        writer.add_tensor(known, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_equals_safetensors(tmp_path: Path) -> None:
+    texts = encoders.token_texts("bert_mean")
+    wanted = encoders.embed(encoders.load(encoders.save(tmp_path, "bert_mean")), texts)
+    mean = encoders.load(write_gguf(tmp_path / "mean.gguf", "bert_mean", 1))
+    assert np.array_equal(encoders.embed(mean, texts), wanted)
+    cls = encoders.embed(encoders.load(write_gguf(tmp_path / "cls.gguf", "bert_mean", 2)), texts)
+    encoders.save_modules(tmp_path, "cls", True)
+    assert np.array_equal(cls, encoders.embed(encoders.load(tmp_path), texts))
+    with pytest.raises(ModelError, match="pooling_type is 4"):
+        encoders.load(write_gguf(tmp_path / "rank.gguf", "bert_mean", 4))
 
 
 def _edit(path: Path, name: str, **fields: Any) -> None:

@@ -266,7 +266,7 @@ WRONG = {
     "no architecture": (without("general.architecture"), "general.architecture is missing"),
     "unknown": (
         LLAMA | {"general.architecture": "foo"},
-        "'foo' is not supported; GGUF files of cohere2",
+        "'foo' is not supported; GGUF files of bert, cohere2",
     ),
     "no layers": (without("llama.block_count"), "llama.block_count is missing"),
     "negative": (LLAMA | {"llama.embedding_length": -4}, "llama.embedding_length is -4"),

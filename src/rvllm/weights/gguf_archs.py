@@ -184,6 +184,42 @@ def _cohere(metadata: Metadata) -> dict[str, Any]:
     return {**_layer_norm(metadata), "logit_scale": metadata.opt_float("logit_scale")}
 
 
+_BERT_LAYERS = {
+    "attn_q": "attention.self.query",
+    "attn_k": "attention.self.key",
+    "attn_v": "attention.self.value",
+    "attn_output": "attention.output.dense",
+    "attn_output_norm": "attention.output.LayerNorm",
+    "ffn_up": "intermediate.dense",
+    "ffn_down": "output.dense",
+    "layer_output_norm": "output.LayerNorm",
+}
+_BERT_GLOBALS = {
+    "token_embd": "embeddings.word_embeddings",
+    "position_embd": "embeddings.position_embeddings",
+    "token_types": "embeddings.token_type_embeddings",
+    "token_embd_norm": "embeddings.LayerNorm",
+}
+_POOLINGS = {1: "mean", 2: "cls", 3: "last"}
+
+
+def _bert(metadata: Metadata) -> dict[str, Any]:
+    """The file keeps how tokens are pooled; that vectors are normalised is llama.cpp's rule for all of them.
+
+    RoBERTa's files are BERT's too: their positions are stored from the first that is used.
+    """
+    pooling = metadata.opt_count("pooling_type") or 0
+    if pooling not in (0, *_POOLINGS):
+        metadata.fail(metadata.key("pooling_type"), f"is {pooling}, not 1 (mean), 2 (cls) or 3 (last)")
+    sentence = {"pooling": _POOLINGS[pooling], "normalise": True} if pooling else None
+    return {
+        **_layer_norm(metadata),
+        "hidden_act": "gelu",
+        "type_vocab_size": metadata.opt_count("tokenizer.ggml.token_type_count", low=1),
+        "sentence_transformers": sentence,
+    }
+
+
 def _gpt_neox(metadata: Metadata) -> dict[str, Any]:
     head_dim = metadata.count("embedding_length") // metadata.count("attention.head_count")
     return {
@@ -339,6 +375,10 @@ _GEMMA2_NAMES = {
 }
 
 ARCHITECTURES = {
+    "bert": Architecture(
+        "BertModel", "bert", layer_names=_BERT_LAYERS, global_names=_BERT_GLOBALS,
+        layer_prefix="encoder.layer.", extra=_bert,
+    ),
     "llama": Architecture(
         "LlamaForCausalLM", "llama", permuted=True, extra=_rms,
         mixture=Architecture(
