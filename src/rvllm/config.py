@@ -132,6 +132,21 @@ class ServerConfig:
     )
     api_key: str | None = setting(None, "Require this bearer token, but for /health, /metrics and /version.")
     chat_template: str | None = setting(None, "File with a Jinja chat template, instead of the model's own.")
+    tool_call_parser: str = setting(
+        "auto",
+        "How the model writes tool calls; auto: as its chat template shows.",
+        choices=(
+            "auto", "none", "deepseek_v3", "deepseek_v31", "mistral_args", "mistral", "command_r", "cohere",
+            "hermes", "qwen", "llama3_json", "llama3",
+        ),
+    )  # fmt: skip
+    reasoning_parser: str = setting(
+        "auto",
+        "How the model marks its thoughts, which answers carry as reasoning_content; auto: as its chat template shows.",
+        choices=(
+            "auto", "none", "think", "mistral", "command-r", "qwen3", "deepseek_r1", "deepseek_v3", "cohere",
+        ),
+    )  # fmt: skip
     max_body_mb: float = setting(16.0, "Largest request body in MB.", low=0.001)
     max_queue: int = setting(1024, "Requests that may wait; more are answered 503.", low=1)
     max_choices: int = setting(16, "Largest n (or prompts times n) of one request.", low=1)

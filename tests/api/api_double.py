@@ -19,7 +19,19 @@ from rvllm.api.generation import Service
 from rvllm.api.listen import StopSignals, bind
 from rvllm.api.server import serve
 from rvllm.config import ServerConfig
-from rvllm.engine.messages import Embed, Generate, ModelFacts, Output, Ready, Stats, TokenLogprobs
+from rvllm.engine.messages import (
+    Embed,
+    Generate,
+    KernelUse,
+    ModelFacts,
+    Output,
+    Ready,
+    SequenceState,
+    State,
+    Stats,
+    TokenLogprobs,
+    Vocabulary,
+)
 from rvllm.errors import EngineDeadError
 from rvllm.telemetry.metrics import Metrics
 from rvllm.text.requests import RequestMaker
@@ -36,9 +48,11 @@ class FakeEngine:
         self.pace = 0.0  # seconds between tokens
         self.held = False  # no token comes while this is set
         self.error: str | None = None  # end every request with this
+        self.asked_for_state = 0
         self.requests: list[Generate] = []
         self.open: set[str] = set()
         self.aborted: list[str] = []
+        self.vocabularies: list[Vocabulary] = []
         self.embedding_size = 0
         self.embeds: list[Embed] = []
         self.dead = asyncio.Event()
@@ -52,8 +66,28 @@ class FakeEngine:
         await self.dead.wait()
         return self.cause
 
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        self.vocabularies.append(vocabulary)
+
     async def stats(self) -> Stats:
         return Stats(running=len(self.open), blocks_total=10, blocks_used=len(self.open), steps=7)
+
+    async def state(self) -> State:
+        self.asked_for_state += 1
+        if not self.alive:
+            raise EngineDeadError(self.cause)
+        sequences = [
+            SequenceState(name, True, 20, 5, 24, 64, 16, 1.5, 0.25, [0, i + 1])
+            for i, name in enumerate(sorted(self.open))
+        ]
+        kernels = [KernelUse("qkv", "gemm_bf16", 30, "the only one"), KernelUse("lm_head", "gemm_bf16", 1)]
+        return State(
+            stats=await self.stats(),
+            sequences=sequences,
+            cached_blocks=[7, 8],
+            kernels=kernels,
+            floor_seconds=0.004 if sequences else None,
+        )
 
     def die(self, cause: str) -> None:
         self.cause = cause
@@ -131,7 +165,7 @@ class LiveServer:
         embedding_size: the model is an encoder with vectors of this size.
         """
         self.embedding_size = embedding_size
-        self.config = ServerConfig(port=0, **settings)
+        self.config = ServerConfig(port=0, **{"tool_call_parser": "hermes", **settings})
         self.texts, self.template = texts, template
         self.tokenizer = byte_level()
         self.code: int | None = None

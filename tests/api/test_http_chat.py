@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """`/v1/chat/completions` over real HTTP, with scripted tokens."""
 
 import json
@@ -190,9 +191,22 @@ def test_the_last_message_can_be_continued_and_echoed(server: LiveServer) -> Non
         ({"messages": [{"role": "user", "content": [7]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": "the " * 400}]}, "messages"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "yaml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "strin"}}}}, "response_format"),
+        ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"guided_json": {}}, "guided_json"),
+        ({"guided_json": {"type": "array", "uniqueItems": True}}, "guided_json"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"guided_regex": "("}, "guided_regex"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_grammar": "start: nothing"}, "guided_grammar"),
+        ({"guided_grammar": "root ::= ("}, "guided_grammar"),
+        ({"structural_tag": {"triggers": []}}, "structural_tag"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": 7}}, "structured_outputs.regex"),
+        ({"guided_decoding_backend": "outlines"}, "guided_decoding_backend"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs"),

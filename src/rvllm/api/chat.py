@@ -17,15 +17,21 @@ from rvllm.api.answers import (
     ChatDelta,
     ChatLogprobs,
     ChatMessage,
+    FunctionCall,
+    ToolCall,
     now,
 )
 from rvllm.api.body import parse
 from rvllm.api.errors import invalid
 from rvllm.api.exchange import Exchange, check_model
+from rvllm.api.forms import answer_grammar
 from rvllm.api.generation import IN_THREAD_CHARS, Job, Piece, Service
 from rvllm.api.logprobs import Names, chat_logprobs, prompt_logprobs
+from rvllm.api.parts import Call, PartsReader, ToolPlan, marks_are_special, tool_plan
 from rvllm.api.sampling import chat_params, refuse_unsupported
 from rvllm.api.schemas import ChatRequest, Message, TokenizeRequest
+from rvllm.text.reasoning import ReasoningSplitter, opened_by
+from rvllm.text.tools.events import CallStart, Event, Text
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -35,26 +41,29 @@ async def chat_completions(service: Service, exchange: Exchange, body: bytes) ->
     request = parse(body, ChatRequest)
     check_model(request.model, service.served_name)
     refuse_unsupported(request)
-    _check_tools(request)
+    plan = tool_plan(service, request.tools, request.tool_choice, request.parallel_tool_calls)
     params = chat_params(request, service.defaults)
-    tokens = await _prompt(service, request, len(body))
+    text = await _prompt(service, request, len(body))
+    thinks = None if service.reasoning is None else opened_by(text, service.reasoning)
+    params.grammar = await answer_grammar(service, request, plan, thinks)
+    if marks_are_special(service, plan):
+        params.skip_special_tokens = False
+    tokens = await service.encode_prompt(text, bool(request.add_special_tokens), "messages")
     job = service.job(
         f"chatcmpl-{exchange.request_id}", [tokens], params, priority=request.priority, param="messages"
     )
-    answer = _Chat(service, request, job)
+    answer = _Chat(service, request, job, plan, thinks)
     if request.stream:
         await answer.stream(exchange)
     else:
         await exchange.json(await answer.whole())
 
 
-async def _prompt(service: Service, request: ChatRequest, size: int) -> list[int]:
-    """The conversation as token ids; a long one does not hold up the event loop."""
+async def _prompt(service: Service, request: ChatRequest, size: int) -> str:
+    """The conversation as a prompt; a long one does not hold up the event loop."""
     if size < IN_THREAD_CHARS:
-        text = render(service, request)
-    else:
-        text = await asyncio.to_thread(render, service, request)
-    return await service.encode_prompt(text, bool(request.add_special_tokens), "messages")
+        return render(service, request)
+    return await asyncio.to_thread(render, service, request)
 
 
 def render(service: Service, request: ChatRequest | TokenizeRequest) -> str:
@@ -107,19 +116,19 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
     return plain
 
 
-def _check_tools(request: ChatRequest) -> None:
-    choice = request.tool_choice
-    if choice not in (None, "auto", "none"):
-        raise invalid("tool_choice: only auto and none are supported", "tool_choice", "unsupported_parameter")
-    if choice == "auto" and not request.tools:
-        raise invalid("tool_choice needs tools", "tool_choice")
-
-
 class _Chat:
     """Turns the pieces of a job into OpenAI's objects."""
 
-    def __init__(self, service: Service, request: ChatRequest, job: Job) -> None:
+    def __init__(
+        self,
+        service: Service,
+        request: ChatRequest,
+        job: Job,
+        plan: ToolPlan | None,
+        thinks: bool | None,
+    ) -> None:
         self._service, self._request, self._job = service, request, job
+        self._readers = [PartsReader(self._splitter(thinks), plan) for _ in job.choices]
         self._created = now()
         self._with_ids = bool(request.return_token_ids)
         self._names = Names(service.tokenizer, bool(request.return_tokens_as_token_ids))
@@ -128,7 +137,8 @@ class _Chat:
     async def whole(self) -> ChatAnswer:
         """The finished answer."""
         count = len(self._job.choices)
-        texts, ids = [[self._echo] for _ in range(count)], [list[int]() for _ in range(count)]
+        words, ids = [[self._echo] for _ in range(count)], [list[int]() for _ in range(count)]
+        thoughts: list[list[str]] = [[] for _ in range(count)]
         logprobs = [ChatLogprobs([]) for _ in range(count)]
         choices = [ChatChoice(index=i, message=ChatMessage("assistant", "")) for i in range(count)]
         answer = ChatAnswer(id=self._job.request_id, created=self._created, model=self._service.served_name,
@@ -136,7 +146,9 @@ class _Chat:
         async with aclosing(self._service.run(self._job)) as pieces:
             async for piece in pieces:
                 choice, delta = choices[piece.index], piece.delta
-                texts[piece.index].append(delta.text)
+                thought, events = self._read(piece)
+                thoughts[piece.index].append(thought)
+                words[piece.index] += [event.text for event in events if isinstance(event, Text)]
                 ids[piece.index] += delta.token_ids
                 part = self._logprobs(piece)
                 if part is not None:
@@ -146,9 +158,11 @@ class _Chat:
                         piece.delta.prompt_logprobs, self._service.tokenizer
                     )
                 if delta.finish_reason is not None:
-                    choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
+                    reader = self._readers[piece.index]
+                    choice.finish_reason = reader.finish_reason(delta.finish_reason)
+                    choice.stop_reason = delta.stop_reason
         for i, choice in enumerate(choices):
-            choice.message.content = "".join(texts[i])
+            choice.message = self._message("".join(words[i]), "".join(thoughts[i]), self._readers[i].calls)
             choice.logprobs = logprobs[i] if self._request.logprobs else None
             choice.token_ids = ids[i] if self._with_ids else UNSET
         answer.usage = self._job.usage()
@@ -168,12 +182,10 @@ class _Chat:
                 if not started[piece.index]:
                     started[piece.index] = True
                     await exchange.event(self._opening(piece.index, with_usage))
-                chunk = self._chunk(piece)
-                if chunk is None:
-                    continue
-                if with_usage:
-                    chunk.usage = self._job.usage() if running_usage else None
-                await exchange.event(chunk)
+                for chunk in self._chunks(piece):
+                    if with_usage:
+                        chunk.usage = self._job.usage() if running_usage else None
+                    await exchange.event(chunk)
         if with_usage:
             last = self._envelope([])
             last.usage = self._job.usage()
@@ -188,23 +200,65 @@ class _Chat:
             chunk.usage = None
         return chunk
 
-    def _chunk(self, piece: Piece) -> ChatChunk | None:
-        """The event of a piece; None when it adds nothing to see (text held back)."""
+    def _chunks(self, piece: Piece) -> list[ChatChunk]:
+        """The events of a piece; none when it adds nothing to see (text held back)."""
         delta = piece.delta
         logprobs = self._logprobs(piece)
-        if not (delta.text or logprobs or delta.finish_reason or (self._with_ids and delta.token_ids)):
-            return None
-        choice = ChatChunkChoice(
-            index=piece.index,
-            delta=ChatDelta(content=delta.text) if delta.text or not delta.finish_reason else ChatDelta(),
-            logprobs=logprobs,
-            finish_reason=delta.finish_reason,
-        )
-        if delta.finish_reason is not None:
-            choice.stop_reason = delta.stop_reason
+        deltas = self._deltas(piece)
+        seen = logprobs or delta.finish_reason or (self._with_ids and delta.token_ids)
+        if not deltas and seen:
+            deltas = [ChatDelta() if delta.finish_reason else ChatDelta(content="")]
+        elif delta.finish_reason and deltas[-1].tool_calls is not UNSET:
+            deltas.append(ChatDelta())  # clients look for the end in a chunk of its own
+        choices = [ChatChunkChoice(index=piece.index, delta=each) for each in deltas]
+        if not choices:
+            return []
+        choices[0].logprobs = logprobs
         if self._with_ids:
-            choice.token_ids = delta.token_ids
-        return self._envelope([choice])
+            choices[0].token_ids = delta.token_ids
+        if delta.finish_reason is not None:
+            choices[-1].finish_reason = self._readers[piece.index].finish_reason(delta.finish_reason)
+            choices[-1].stop_reason = delta.stop_reason
+        return [self._envelope([choice]) for choice in choices]
+
+    def _deltas(self, piece: Piece) -> list[ChatDelta]:
+        """What a piece adds to the message, in order."""
+        thought, events = self._read(piece)
+        deltas = [ChatDelta(reasoning_content=thought)] if thought else []
+        for event in events:
+            if isinstance(event, Text):
+                deltas.append(ChatDelta(content=event.text))
+            elif isinstance(event, CallStart):
+                call = self._readers[piece.index].calls[event.index]
+                started = ToolCall(FunctionCall("", call.name), call.id, "function", event.index)
+                deltas.append(ChatDelta(tool_calls=[started]))
+            else:
+                more = ToolCall(FunctionCall(event.text), index=event.index)
+                deltas.append(ChatDelta(tool_calls=[more]))
+        return deltas
+
+    def _read(self, piece: Piece) -> tuple[str, list[Event]]:
+        """(thoughts, what else) that a piece adds; thoughts are dropped when they are not wanted."""
+        reader = self._readers[piece.index]
+        thought, events = reader.feed(piece.delta.text, piece.delta.finish_reason is not None)
+        return ("" if self._request.include_reasoning is False else thought), events
+
+    def _splitter(self, thinks: bool | None) -> ReasoningSplitter | None:
+        if thinks is None or self._service.reasoning is None:
+            return None
+        return ReasoningSplitter(self._service.reasoning, thinks)
+
+    def _message(self, words: str, thoughts: str, calls: list[Call]) -> ChatMessage:
+        message = ChatMessage("assistant", words)
+        if thoughts:
+            message.reasoning_content = thoughts
+        if calls:
+            message.tool_calls = [
+                ToolCall(FunctionCall(call.arguments, call.name), call.id, "function") for call in calls
+            ]
+        if not words and (thoughts or calls):
+            message.content = None
+        return message
 
     def _envelope(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         return ChatChunk(

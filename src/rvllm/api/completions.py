@@ -11,6 +11,7 @@ from rvllm.api.answers import CompletionAnswer, CompletionChoice, CompletionLogp
 from rvllm.api.body import parse
 from rvllm.api.errors import invalid
 from rvllm.api.exchange import Exchange, check_model
+from rvllm.api.forms import answer_grammar
 from rvllm.api.generation import Job, Piece, Service
 from rvllm.api.logprobs import CompletionLogprobsWriter, Names, joined, prompt_logprobs
 from rvllm.api.sampling import completion_params, refuse_unsupported
@@ -24,6 +25,7 @@ async def completions(service: Service, exchange: Exchange, body: bytes) -> None
     refuse_unsupported(request)
     params = completion_params(request, service.defaults)
     params.detokenize = service.has_tokenizer
+    params.grammar = await answer_grammar(service, request)
     prompts = await _prompts(service, request)
     job = service.job(
         f"cmpl-{exchange.request_id}", prompts, params, priority=request.priority, param="prompt"

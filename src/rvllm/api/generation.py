@@ -15,12 +15,16 @@ from numpy.typing import NDArray
 from rvllm.api.answers import PromptDetails, Usage
 from rvllm.api.errors import ApiError, busy, invalid
 from rvllm.config import ServerConfig
-from rvllm.engine.messages import Embed, Generate, Output, Ready, Stats
+from rvllm.engine.messages import Embed, Generate, Output, Ready, State, Stats, Vocabulary
 from rvllm.engine.sampling_params import SamplingParams
+from rvllm.errors import UsageError
 from rvllm.telemetry.metrics import Metrics, RequestTimes
+from rvllm.text.grammar import vocabulary_of
 from rvllm.text.processor import Choice, Delta
+from rvllm.text.reasoning import reasoning_format
 from rvllm.text.requests import RequestMaker
 from rvllm.text.tokenizer import Tokenizer
+from rvllm.text.tools.choose import tool_format
 
 IN_THREAD_CHARS = 20_000  # longer texts are rendered and tokenised beside the event loop
 
@@ -34,8 +38,14 @@ class Engine(Protocol):
     async def embed(self, request: Embed) -> NDArray[np.float32]:
         """The vector of a text; being cancelled aborts the request."""
 
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Comes before the first request with a grammar."""
+
     async def stats(self) -> Stats:
         """The engine's figures."""
+
+    async def state(self) -> State:
+        """What the engine is doing, for people who watch."""
 
     @property
     def alive(self) -> bool:
@@ -98,14 +108,20 @@ class Service:
         served_name: str,
         requests: RequestMaker,
         chat_template: str | None = None,
+        shown_settings: Mapping[str, str] | None = None,
     ) -> None:
         self.engine, self.ready, self.config, self.metrics = engine, ready, config, metrics
         self.served_name = served_name
         self.chat_template = chat_template
+        self.shown_settings = shown_settings or {}  # what the page tells of the engine's settings
         self.started = int(time.time())
         self._tokenizer = tokenizer
         self._requests = requests
         self._in_flight = 0
+        self._vocabulary: asyncio.Task[None] | None = None  # hands the vocabulary to the engine
+        template = _template_of(tokenizer, chat_template)
+        self.tools = tool_format(config.tool_call_parser, template)
+        self.reasoning = reasoning_format(config.reasoning_parser, template)
         # Sampling defaults of the model, under SamplingParams' names.
         self.defaults: Mapping[str, Any] = requests.defaults
 
@@ -122,6 +138,15 @@ class Service:
     def has_tokenizer(self) -> bool:
         """Whether texts can be taken and given."""
         return self._tokenizer is not None
+
+    async def prepare_grammars(self) -> None:
+        """Returns when the engine can follow grammars; the vocabulary goes to it with the first one."""
+        if self._vocabulary is None or (self._vocabulary.done() and self._vocabulary.exception()):
+            self._vocabulary = asyncio.create_task(self._send_vocabulary())
+        await asyncio.shield(self._vocabulary)
+
+    async def _send_vocabulary(self) -> None:
+        self.engine.set_vocabulary(await asyncio.to_thread(vocabulary_of, self.tokenizer))
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text, without holding up the event loop when it is long."""
@@ -278,6 +303,16 @@ class _Clock:
                 self._last,
             )
         )
+
+
+def _template_of(tokenizer: Tokenizer | None, given: str | None) -> str | None:
+    """The source of the chat template in use, if there is one."""
+    if given is not None or tokenizer is None:
+        return given if tokenizer is None else tokenizer.chat_templates.get(given or "", given)
+    try:
+        return tokenizer.get_chat_template(tools=True)
+    except UsageError:
+        return None
 
 
 async def _merged(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:

@@ -30,12 +30,7 @@ class Refused(msgspec.Struct, kw_only=True):
     chat_template: Any = None
     function_call: Any = None
     functions: Any = None
-    guided_choice: Any = None
     guided_decoding_backend: Any = None
-    guided_grammar: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_whitespace_pattern: Any = None
     kv_transfer_params: Any = None
     length_penalty: Any = None
     logits_processors: Any = None
@@ -43,10 +38,7 @@ class Refused(msgspec.Struct, kw_only=True):
     modalities: Any = None
     prediction: Any = None
     prompt_embeds: Any = None
-    response_format: Any = None
     store: Any = None
-    structural_tag: Any = None
-    structured_outputs: Any = None
     suffix: Any = None
     thinking_token_budget: Any = None
     truncate_prompt_tokens: Any = None
@@ -60,14 +52,27 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "function_call": ("none",),
     "functions": ([],),
+    "guided_decoding_backend": ("auto", "guidance", "llguidance"),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "suffix": ("",),
     "use_beam_search": (False,),
 }
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True):
+    """vLLM's `structured_outputs`: the form of the answer, see `StructuredOutputsParams`."""
+
+    json: dict[str, Any] | bool | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: dict[str, Any] | str | None = None
+    disable_any_whitespace: bool | None = None
+    whitespace_pattern: str | None = None
 
 
 class GenerationRequest(Refused, kw_only=True):
@@ -103,6 +108,15 @@ class GenerationRequest(Refused, kw_only=True):
     echo: bool | None = None
     add_special_tokens: bool | None = None
 
+    response_format: dict[str, Any] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | bool | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    structural_tag: dict[str, Any] | str | None = None
+
 
 class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One message of a conversation; templates get its fields under the same names.
@@ -132,6 +146,8 @@ class ChatRequest(GenerationRequest, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):

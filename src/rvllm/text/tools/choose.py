@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ class ToolFormat:
     """A family's way to write calls."""
 
     name: str
-    parser: Callable[..., ToolParser]
+    parser: type[ToolParser]
     frame: Frame
     aliases: tuple[str, ...] = field(default=())
 
