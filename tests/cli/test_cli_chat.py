@@ -150,3 +150,20 @@ def test_ctrl_c_stops_the_answer_and_not_the_session(engine: str) -> None:
         terminal.until("/reset")
         terminal.type("/quit\n")
         assert terminal.process.wait(10) == 0
+
+
+def test_a_conversation_that_has_grown_too_long_says_how_to_go_on() -> None:
+    with LiveServer(drain_timeout=0.2) as server:
+        terminal = Terminal(sys.executable, "-m", "rvllm", "chat", "--max-tokens", "4", "--url", server.url)
+        terminal.until("> ")
+        terminal.type("hello\n")
+        terminal.until("tok/s")
+        terminal.type("Grüße aus 日本 " * 60 + "\n")
+        terminal.until("the context holds 256")
+        terminal.until("/reset starts a new conversation")
+        terminal.type("/reset\n")
+        terminal.until("forgotten")
+        terminal.type("hello\n")
+        terminal.until("tok/s")
+        terminal.type("/quit\n")
+        assert terminal.process.wait(10) == 0

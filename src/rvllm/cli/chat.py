@@ -201,7 +201,8 @@ class _Session:
             if not self._terminal:
                 raise
             self._conversation.pop()
-            print(f"rvllm: {error}", file=sys.stderr)
+            way_out = "; /reset starts a new conversation" if len(self._conversation) > 1 else ""
+            print(f"rvllm: {error}{way_out}", file=sys.stderr)
             return
         print(flush=True)
         print(f"  {answer.summary()}", file=sys.stderr)
