@@ -6,6 +6,7 @@ matrix products has one shape, whether a prompt brings the chunk at once or deco
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,39 +62,35 @@ class Chunk:
     decay: F32
     skip: F32
 
-    def take(self, which: NDArray[np.bool_]) -> Chunk:
-        """The chunks of some of the sequences."""
-        if which.all():
-            return self
-        return Chunk(
-            self.x[which], self.steps[which], self.b[which], self.c[which], self.decay, self.skip
-        )  # fmt: skip
-
     def exponents(self) -> NDArray[np.float64]:
         """Sums of steps * decay up to each token [n, R, CHUNK]: only their differences matter, which may be
         far smaller, hence float64."""
         return np.cumsum(self.steps * self.decay[:, None], axis=-1, dtype=np.float64)
 
-    def outputs(self, h: F32) -> F32:
-        """y [n, R, CHUNK, dim] from the state h [n, R, dim, size] before the chunk."""
+    def outputs(self, h: Sequence[F32]) -> F32:
+        """y [n, R, CHUNK, dim] from each sequence's state [R, dim, size] before the chunk."""
         total = self.exponents()
         between = np.where(CAUSAL, total[..., :, None] - total[..., None, :], -np.inf)
         near = np.exp(between.astype(np.float32)) * self.steps[..., None, :]
         near *= np.matmul(self.c, self.b.swapaxes(1, 2))[:, None]
         y: F32 = np.matmul(near, self.x)
-        before = np.matmul(self.c[:, None], h.swapaxes(2, 3))
+        before = np.empty_like(y)
+        for c, state, out in zip(self.c, h, before, strict=True):
+            np.matmul(c, state.swapaxes(1, 2), out=out)
         y += before * np.exp(total.astype(np.float32))[..., None]
         y += self.skip[:, None, None] * self.x
         return y
 
-    def after(self, h: F32) -> F32:
-        """The state after the chunk, all of whose tokens are known, from h before it."""
+    def advance(self, h: Sequence[F32], complete: NDArray[np.bool_]) -> None:
+        """Moves the states of the sequences all of whose tokens are known behind the chunk, in place."""
         total = self.exponents()
         left = np.exp((total[..., -1:] - total).astype(np.float32)) * self.steps
-        weighted = np.ascontiguousarray((self.x * left[..., None]).swapaxes(2, 3))
-        out: F32 = np.matmul(weighted, self.b[:, None])
-        out += np.exp(total[..., -1].astype(np.float32))[..., None, None] * h
-        return out
+        kept = np.exp(total[..., -1].astype(np.float32))
+        for i in np.flatnonzero(complete).tolist():
+            weighted = np.ascontiguousarray((self.x[i] * left[i][..., None]).swapaxes(1, 2))
+            state = h[i]
+            state *= kept[i][:, None, None]
+            state += np.matmul(weighted, self.b[i])
 
 
 @dataclass(frozen=True)
@@ -170,7 +167,7 @@ def state_scan_op(op: recurrent.StateScan, run: Run) -> None:
         first_b = inner + group * op.size
         for j, (which, complete) in enumerate(chunks.rounds):
             at = chunks.bases[which] + j
-            slots = step.slots[which]
+            slots = step.slots[which].tolist()
             mine = tokens[at]
             x = mine[..., columns].reshape(len(at), CHUNK, per_group, op.dim).transpose(0, 2, 1, 3)
             chunk = Chunk(
@@ -181,10 +178,10 @@ def state_scan_op(op: recurrent.StateScan, run: Run) -> None:
                 decay=decay[heads],
                 skip=skip[heads],
             )
-            before = h[slots, group]
-            out[at, :, heads] = chunk.outputs(before).transpose(0, 2, 1, 3)
+            states = [h[slot, group] for slot in slots]
+            out[at, :, heads] = chunk.outputs(states).transpose(0, 2, 1, 3)
             if complete.any():
-                h[slots[complete], group] = chunk.take(complete).after(before[complete])
+                chunk.advance(states, complete)
 
     run.model.workers.each(op.groups, work)
     run[op.out] = out.reshape(chunks.count * CHUNK, -1)[chunks.places]
