@@ -17,8 +17,9 @@ class RandomDouble:
 
     name = "random"
 
-    def __init__(self, limits: Limits, vocab: int) -> None:
+    def __init__(self, limits: Limits, vocab: int, bias: np.ndarray | None = None) -> None:
         self.limits, self.vocab = limits, vocab
+        self.bias = np.zeros(vocab) if bias is None else bias
         self.starts: dict[int, SlotStart] = {}
         self.drawn: dict[int, int] = {}
         self.masked_rows = 0
@@ -52,7 +53,7 @@ class RandomDouble:
             allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[: self.vocab].astype(bool)
         if index < spec.min_tokens:
             allowed[list(spec.stop_token_ids)] = False
-        logits = np.where(allowed, rng.standard_normal(self.vocab) * 4, -np.inf)
+        logits = np.where(allowed, rng.standard_normal(self.vocab) * 4 + self.bias, -np.inf)
         if not allowed.any():
             return 0
         if spec.temperature == 0:
