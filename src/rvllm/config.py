@@ -159,6 +159,16 @@ class ServerConfig:
     )
     log_level: str = setting("info", "How much to log.", choices=("debug", "info", "warning", "error"))
     access_log: bool = setting(False, "Log every request.")
+    responses_db: str = setting(
+        ":memory:",
+        "SQLite file that keeps responses and conversations; :memory: forgets them when the server ends.",
+    )
+    responses_ttl_hours: float = setting(
+        720.0, "Hours after which an unchanged response or conversation is forgotten; 0: never.", low=0.0
+    )
+    responses_max_mb: float = setting(
+        256.0, "MB of responses and conversations to keep; the oldest make room.", low=0.001
+    )
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from rvllm.api.exchange import Endpoint, Exchange, Failure, Gate, openai_failure
 from rvllm.api.generation import Service
 from rvllm.api.messages import count_tokens, messages
 from rvllm.api.schemas import ChatRequest, CompletionRequest
+from rvllm.api.stateful import stateful_routes
 
 ServiceHandler = Callable[[Service, Exchange, bytes], Awaitable[None]]
 
@@ -80,6 +81,7 @@ def build_app(service: Service, gate: Gate) -> Starlette:
             route("GET", "/v1/models/{name:path}", misc.get_model, name="/v1/models/NAME"),
             route("POST", "/tokenize", misc.tokenize, ("prompt", "messages", "tools")),
             route("POST", "/detokenize", misc.detokenize, ("tokens",)),
+            *stateful_routes(service, gate),
             route("GET", "/health", misc.health, open=True),
             route("GET", "/metrics", misc.metrics, open=True),
             route("GET", "/version", misc.version, open=True),

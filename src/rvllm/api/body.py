@@ -23,7 +23,7 @@ def parse(body: bytes, kind: type[RequestT]) -> RequestT:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise _wrong_field(str(error)) from None
+        raise wrong_field(str(error)) from None
     except msgspec.DecodeError as error:
         raise invalid(f"the body is not valid JSON: {error}") from None
     except UnicodeDecodeError as error:
@@ -32,9 +32,11 @@ def parse(body: bytes, kind: type[RequestT]) -> RequestT:
         raise invalid("the body is nested too deeply") from None
 
 
-def _wrong_field(message: str) -> ApiError:
+def wrong_field(message: str, where: str = "") -> ApiError:
+    """msgspec's complaint as a 400 whose `param` is the path of the field, below `where`."""
     found = _PATH.match(message)
     what, path = (found["what"], found["path"]) if found else (message, "")
+    path = f"{where}.{path}".strip(".").replace(".[", "[")
     missing = _MISSING.search(what)
     if missing:
         path = f"{path}.{missing['name']}" if path else missing["name"]

@@ -182,11 +182,19 @@ class Gate:
     metrics: Metrics
     draining: bool = False
     working: set[asyncio.Task[None]] = field(default_factory=set)
+    closing: list[Callable[[], None]] = field(default_factory=list)  # what to do once nothing works any more
 
     def cancel_all(self) -> None:
         """Cancels every request in work; their clients get an error."""
         for task in self.working:
             task.cancel()
+
+    async def close(self, seconds: float) -> None:
+        """Waits that long for what was cancelled, then closes what was opened for all requests."""
+        if self.working:
+            await asyncio.wait(tuple(self.working), timeout=seconds)
+        for close in self.closing:
+            close()
 
 
 Handler = Callable[[Exchange, bytes], Coroutine[Any, Any, None]]

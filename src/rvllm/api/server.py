@@ -89,6 +89,7 @@ async def serve(
     for task in (first, dead):
         task.cancel()
     await asyncio.gather(serving, first, dead, return_exceptions=True)
+    await gate.close(CANCEL_SECONDS)
     return stop.exit_code if asked_to else FAILED
 
 

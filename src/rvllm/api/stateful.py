@@ -1,0 +1,60 @@
+"""The routes of what the server keeps between requests: responses and conversations."""
+
+from __future__ import annotations
+
+from starlette.routing import Route
+
+from rvllm.api.conversations import Conversations
+from rvllm.api.embeddings import refuse_encoder
+from rvllm.api.exchange import Endpoint, Exchange, Gate, Handler
+from rvllm.api.generation import Service
+from rvllm.api.responses import Responses
+from rvllm.api.responses_schema import ResponsesRequest
+from rvllm.api.responses_store import ResponseStore
+
+
+def stateful_routes(service: Service, gate: Gate) -> list[Route]:
+    """Opens the stores and routes to them. Raises UsageError when a store cannot be opened."""
+    config = service.config
+    store = ResponseStore(
+        config.responses_db, config.responses_ttl_hours * 3600, int(config.responses_max_mb * 1e6)
+    )
+    gate.closing.append(store.close)
+    return [
+        *_response_routes(service, gate, Responses(service, gate, store)),
+        *_conversation_routes(gate, Conversations(store)),
+    ]
+
+
+def _route(gate: Gate, method: str, path: str, handler: Handler, fields: tuple[str, ...] = ()) -> Route:
+    name = path.replace("{id}", "ID").replace("{item}", "ITEM")
+    return Route(path, Endpoint(gate, name, handler, fields), methods=[method])
+
+
+def _response_routes(service: Service, gate: Gate, responses: Responses) -> list[Route]:
+    async def create(exchange: Exchange, body: bytes) -> None:
+        refuse_encoder(service)
+        await responses.create(exchange, body)
+
+    one = "/v1/responses/{id}"
+    return [
+        _route(gate, "POST", "/v1/responses", create, ResponsesRequest.__struct_fields__),
+        _route(gate, "GET", one, responses.retrieve),
+        _route(gate, "DELETE", one, responses.delete),
+        _route(gate, "POST", f"{one}/cancel", responses.cancel),
+        _route(gate, "GET", f"{one}/input_items", responses.input_items),
+    ]
+
+
+def _conversation_routes(gate: Gate, conversations: Conversations) -> list[Route]:
+    one = "/v1/conversations/{id}"
+    return [
+        _route(gate, "POST", "/v1/conversations", conversations.create),
+        _route(gate, "GET", one, conversations.retrieve),
+        _route(gate, "POST", one, conversations.update),
+        _route(gate, "DELETE", one, conversations.delete),
+        _route(gate, "POST", f"{one}/items", conversations.add_items),
+        _route(gate, "GET", f"{one}/items", conversations.list_items),
+        _route(gate, "GET", f"{one}/items/{{item}}", conversations.get_item),
+        _route(gate, "DELETE", f"{one}/items/{{item}}", conversations.delete_item),
+    ]
