@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rvllm.backends.cuda.addresses import Addresses, Shape
 from rvllm.backends.cuda.arena import Arena, Range
 from rvllm.backends.cuda.driver import Pinned, Stream
 from rvllm.backends.cuda.fuse import Stage
-from rvllm.backends.cuda.lowering import Addresses, Shape
 from rvllm.backends.cuda.memory import BLOCK, MemoryPlan
 from rvllm.backends.cuda.placement import ELEMENT, Form, Wanted
 from rvllm.backends.cuda.sampling import MAX_TOP, StateSizes

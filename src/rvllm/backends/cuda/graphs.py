@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 from rvllm.backends.base import StepKernel, grouped
+from rvllm.backends.cuda.addresses import Addresses, Shape
 from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
 from rvllm.backends.cuda.catalog import Catalog
@@ -19,7 +20,7 @@ from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.driver import Graph, Stream
 from rvllm.backends.cuda.fuse import Stage
 from rvllm.backends.cuda.launches import Counts, Planned, bind, kernel_names
-from rvllm.backends.cuda.lowering import Addresses, Lowering, Shape
+from rvllm.backends.cuda.lowering import Lowering
 from rvllm.backends.cuda.memory import MemoryPlan, decode_plan
 from rvllm.backends.cuda.metadata import Layout
 from rvllm.backends.cuda.placement import Wanted

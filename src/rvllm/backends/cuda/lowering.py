@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
+from rvllm.backends.cuda.addresses import Addresses, Shape
 from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.cublas import KERNEL as CUBLAS
@@ -36,54 +36,9 @@ from rvllm.program.ops import (
     Sample,
     Weight,
 )
-from rvllm.program.rope import Rope
 
 BLOCK = 256  # threads of elementwise kernels
 GATED_KIND = {"silu": Kind.GATED_SILU, "gelu": Kind.GATED_GELU, "gelu_tanh": Kind.GATED_GELU_TANH}
-
-
-@dataclass(frozen=True)
-class Addresses:
-    """Where everything lies on the device; all zero where only the plan itself is wanted.
-
-    logits, scaled: float32 [rows, logits_stride]. tables: int32 [slots, table_stride]. The rest: see
-    `sampling.StateSizes` and the kernels.
-    """
-
-    weights: Mapping[tuple[str, Form], int]
-    buffers: Mapping[str, int]
-    caches: Mapping[str, tuple[int, int]]
-    ropes: Mapping[Rope, tuple[int, int]]
-    metadata: int
-    tables: int
-    partial: int
-    arrivals: int
-    logits: int
-    scaled: int
-    bests: int
-    tokens: int
-    last_tokens: int
-    parameters: int
-    histories: int
-    bias_ids: int
-    biases: int
-    stops: int
-    masks: int
-    gemm_workspace: int
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Capacities the addresses were laid out for, and strides that follow from the model."""
-
-    tokens: int
-    samples: int
-    seqs: int
-    vocab: int
-    logits_stride: int
-    table_stride: int
-    history_stride: int
-    mask_words: int
 
 
 LOWERED: tuple[type[Op], ...] = (
