@@ -1,0 +1,160 @@
+# ruff: noqa: E501
+"""Tools and forms against Qwen2.5-Coder-0.5B, served as a user serves it, through the official client."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import openai
+import pytest
+from models import model_path
+
+pytestmark = [pytest.mark.models, pytest.mark.timeout(400)]
+
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the current weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "The city's name"}},
+            "required": ["city"],
+        },
+    },
+}
+QUESTION: list[Any] = [{"role": "user", "content": "What is the weather in Paris right now?"}]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    log = tmp_path_factory.mktemp("serve") / "log"
+    command = [sys.executable, "-m", "rvllm", "serve", "--model", str(model_path("qwen2.5-coder-0.5b"))]
+    command += ["--served-model-name", "qwen", "--port", "0", "--max-model-len", "1024"]
+    command += ["--device", "cpu", "--kv-cache-memory-gb", "0.05"]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            port = None
+            until = time.monotonic() + 120
+            while port is None and time.monotonic() < until:
+                assert process.poll() is None, log.read_text()
+                found = re.search(r"listening on http://127\.0\.0\.1:(\d+)", log.read_text())
+                port = found[1] if found else None
+                time.sleep(0.05)
+            assert port, log.read_text()
+            with openai.OpenAI(
+                base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=200
+            ) as made:
+                yield made
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def streamed(
+    client: openai.OpenAI, messages: list[Any], **extra: Any
+) -> tuple[str, dict[int, dict[str, str]], str]:
+    """(words, calls by index, finish reason) of a streamed answer."""
+    words, calls, finish = "", {}, ""
+    for chunk in client.chat.completions.create(model="qwen", messages=messages, stream=True, **extra):
+        choice = chunk.choices[0]
+        words += choice.delta.content or ""
+        for part in choice.delta.tool_calls or ():
+            call = calls.setdefault(part.index, {"id": "", "name": "", "arguments": ""})
+            call["id"] += part.id or ""
+            call["name"] += part.function.name or ""
+            call["arguments"] += part.function.arguments or ""
+        finish = choice.finish_reason or finish
+    return words, calls, finish
+
+
+def test_the_tool_loop(client: openai.OpenAI) -> None:
+    words, calls, finish = streamed(
+        client, QUESTION, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False,
+        temperature=0, max_tokens=80,
+    )  # fmt: skip
+    assert (words, finish, len(calls)) == ("", "tool_calls", 1)
+    call = calls[0]
+    assert call["name"] == "get_weather" and "Paris" in json.loads(call["arguments"])["city"]
+    made = {
+        "id": call["id"],
+        "type": "function",
+        "function": {"name": call["name"], "arguments": call["arguments"]},
+    }
+    messages = [
+        *QUESTION,
+        {"role": "assistant", "content": None, "tool_calls": [made]},
+        {
+            "role": "tool",
+            "tool_call_id": call["id"],
+            "content": '{"temperature": "17 degrees", "sky": "rain"}',
+        },
+    ]
+    words, calls, finish = streamed(client, messages, tools=[WEATHER], temperature=0, max_tokens=60)
+    assert calls == {} and finish == "stop" and ("17" in words or "rain" in words.lower())
+
+
+def test_a_named_function_is_called_whatever_the_question(client: openai.OpenAI) -> None:
+    pick: Any = {
+        "type": "function",
+        "function": {
+            "name": "pick",
+            "parameters": {
+                "type": "object",
+                "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer", "minimum": 1, "maximum": 3}},
+                "required": ["colour", "count"],
+                "additionalProperties": False,
+            },
+        },
+    }  # fmt: skip
+    answer = client.chat.completions.create(
+        model="qwen", messages=QUESTION, tools=[WEATHER, pick], temperature=1.3, seed=3, max_tokens=120,
+        tool_choice={"type": "function", "function": {"name": "pick"}}, n=3,
+    )  # fmt: skip
+    for choice in answer.choices:
+        assert choice.message.tool_calls is not None and len(choice.message.tool_calls) == 1
+        (call,) = choice.message.tool_calls
+        assert call.type == "function" and call.function.name == "pick"
+        jsonschema.validate(json.loads(call.function.arguments), pick["function"]["parameters"])
+
+
+def test_answers_take_the_form_asked_for(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "capital": {"type": "string", "maxLength": 20},
+            "population_millions": {"type": "number", "minimum": 0, "maximum": 100},
+        },
+        "required": ["capital", "population_millions"],
+        "additionalProperties": False,
+    }
+    messages: list[Any] = [{"role": "user", "content": "Describe France as JSON."}]
+    answer = client.chat.completions.create(
+        model="qwen", messages=messages, temperature=0, max_tokens=100,
+        response_format={"type": "json_schema", "json_schema": {"name": "country", "strict": True, "schema": schema}},
+    )  # fmt: skip
+    value = json.loads(answer.choices[0].message.content or "")
+    jsonschema.validate(value, schema)
+    assert value["capital"] == "Paris" and answer.choices[0].finish_reason == "stop"
+    picked = client.chat.completions.create(
+        model="qwen", messages=[{"role": "user", "content": "Is fire hot?"}], temperature=0,
+        extra_body={"guided_choice": ["yes", "no"]},
+    )  # fmt: skip
+    assert picked.choices[0].message.content == "yes"
+
+
+def test_a_wrong_schema_is_a_400_with_its_reason(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="strin") as caught:
+        client.chat.completions.create(
+            model="qwen", messages=QUESTION,
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strin"}}},
+        )  # fmt: skip
+    assert caught.value.param == "response_format"
