@@ -121,7 +121,7 @@ def test_chunks_compute_the_recurrence() -> None:
     decay, skip, h = -np.exp(normal(heads)), normal(heads), normal(sequences, heads, dim, size)
     chunk = Chunk(x.transpose(0, 2, 1, 3), steps.swapaxes(1, 2), b, c, decay.astype(np.float32), skip)
     after = h.copy()
-    y = chunk.outputs(list(after))
+    y = chunk.outputs(list(after), [0, 0], [CHUNK, CHUNK])
     chunk.advance(list(after), np.array([True, False]))
     for s in range(sequences):
         wanted, state = scan(x[s], steps[s], b[s][:, None], c[s][:, None], decay, skip, h[s])

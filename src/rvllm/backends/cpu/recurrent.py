@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 F32 = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
+TILE = 4  # tokens of a chunk that meet the state in one product
 CAUSAL = np.tril(np.ones((CHUNK, CHUNK), dtype=np.bool_))  # [token, earlier token]
 
 
@@ -67,16 +68,22 @@ class Chunk:
         far smaller, hence float64."""
         return np.cumsum(self.steps * self.decay[:, None], axis=-1, dtype=np.float64)
 
-    def outputs(self, h: Sequence[F32]) -> F32:
-        """y [n, R, CHUNK, dim] from each sequence's state [R, dim, size] before the chunk."""
+    def outputs(self, h: Sequence[F32], first: Sequence[int], end: Sequence[int]) -> F32:
+        """y [n, R, CHUNK, dim] from each sequence's state [R, dim, size] before the chunk.
+
+        Of each sequence, tokens first .. end - 1 of the chunk are wanted; the others may come out wrong.
+        """
         total = self.exponents()
         between = np.where(CAUSAL, total[..., :, None] - total[..., None, :], -np.inf)
         near = np.exp(between.astype(np.float32)) * self.steps[..., None, :]
         near *= np.matmul(self.c, self.b.swapaxes(1, 2))[:, None]
         y: F32 = np.matmul(near, self.x)
-        before = np.empty_like(y)
-        for c, state, out in zip(self.c, h, before, strict=True):
-            np.matmul(c, state.swapaxes(1, 2), out=out)
+        before = np.zeros_like(y)
+        tiles = before.reshape(*y.shape[:2], -1, TILE, y.shape[3]).swapaxes(1, 2)  # a view [n, tiles, R, ...]
+        queries = self.c.reshape(len(h), -1, 1, TILE, self.c.shape[2])
+        for i, state in enumerate(h):
+            part = slice(first[i] // TILE, -(-end[i] // TILE))
+            np.matmul(queries[i, part], state.swapaxes(1, 2), out=tiles[i, part])
         y += before * np.exp(total.astype(np.float32))[..., None]
         y += self.skip[:, None, None] * self.x
         return y
@@ -94,13 +101,25 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Round:
+    """One chunk of each of the sequences `which`, [n]; of it, tokens first .. end - 1 are this step's.
+
+    complete: whether all tokens of the chunk are known.
+    """
+
+    which: Ints
+    complete: NDArray[np.bool_]
+    first: list[int]
+    end: list[int]
+
+
+@dataclass(frozen=True)
 class Chunks:
     """Where a step's tokens stand in chunks; all scans of the step share it.
 
     The chunks of sequence s are counted from bases[s]. places: [T] chunk * CHUNK + offset of each token.
     known, sources: places of tokens that earlier steps brought, and (sequence, offset) where they are kept.
-    last: [S] each sequence's newest chunk. rounds: for j = 0, 1, ...: the sequences with more than j chunks,
-    and which of them complete that chunk.
+    last: [S] each sequence's newest chunk. rounds: one for the first, second ... chunk of each sequence.
     """
 
     count: int
@@ -109,7 +128,7 @@ class Chunks:
     known: Ints
     sources: tuple[Ints, Ints]
     last: Ints
-    rounds: list[tuple[Ints, NDArray[np.bool_]]]
+    rounds: list[Round]
 
     @staticmethod
     def of(step: Step) -> Chunks:
@@ -125,7 +144,9 @@ class Chunks:
         rounds = []
         for j in range(int(counts.max(initial=0))):
             which = np.flatnonzero(counts > j)
-            rounds.append((which, ends[which] >= (j + 1) * CHUNK))
+            first = np.maximum(offsets[which] - j * CHUNK, 0)
+            end = np.minimum(ends[which] - j * CHUNK, CHUNK)
+            rounds.append(Round(which, end == CHUNK, first.tolist(), end.tolist()))
         return Chunks(
             count=int(counts.sum()),
             bases=bases,
@@ -165,23 +186,22 @@ def state_scan_op(op: recurrent.StateScan, run: Run) -> None:
         heads = slice(group * per_group, (group + 1) * per_group)
         columns = slice(heads.start * op.dim, heads.stop * op.dim)
         first_b = inner + group * op.size
-        for j, (which, complete) in enumerate(chunks.rounds):
-            at = chunks.bases[which] + j
-            slots = step.slots[which].tolist()
-            mine = tokens[at]
-            x = mine[..., columns].reshape(len(at), CHUNK, per_group, op.dim).transpose(0, 2, 1, 3)
+        for j, now in enumerate(chunks.rounds):
+            at = chunks.bases[now.which] + j
+            slots = step.slots[now.which].tolist()
+            x = tokens[at, :, columns].reshape(len(at), CHUNK, per_group, op.dim).transpose(0, 2, 1, 3)
             chunk = Chunk(
                 x=np.ascontiguousarray(x),
-                steps=np.ascontiguousarray(steps[at][..., heads].swapaxes(1, 2)),
-                b=np.ascontiguousarray(mine[..., first_b : first_b + op.size]),
-                c=np.ascontiguousarray(mine[..., first_b + wide : first_b + wide + op.size]),
+                steps=np.ascontiguousarray(steps[at, :, heads].swapaxes(1, 2)),
+                b=np.ascontiguousarray(tokens[at, :, first_b : first_b + op.size]),
+                c=np.ascontiguousarray(tokens[at, :, first_b + wide : first_b + wide + op.size]),
                 decay=decay[heads],
                 skip=skip[heads],
             )
             states = [h[slot, group] for slot in slots]
-            out[at, :, heads] = chunk.outputs(states).transpose(0, 2, 1, 3)
-            if complete.any():
-                chunk.advance(states, complete)
+            out[at, :, heads] = chunk.outputs(states, now.first, now.end).transpose(0, 2, 1, 3)
+            if now.complete.any():
+                chunk.advance(states, now.complete)
 
     run.model.workers.each(op.groups, work)
     run[op.out] = out.reshape(chunks.count * CHUNK, -1)[chunks.places]
