@@ -10,8 +10,8 @@ class RvllmError(Exception):
     exit_code = 1
 
 
-class UsageError(RvllmError):
-    """A flag, environment variable or argument is wrong."""
+class UsageError(RvllmError, ValueError):
+    """A flag, environment variable or argument is wrong; a ValueError, as scripts written for vLLM expect."""
 
     exit_code = 2
 

@@ -167,6 +167,8 @@ def test_a_bad_prompt_stops_the_call_before_anything_runs(llm: LLM) -> None:
         llm.generate({"prompt_token_ids": [512]}, GREEDY)
     with pytest.raises(UsageError, match="prompt has 128 tokens, but the context holds 128"):
         llm.generate({"prompt_token_ids": [1] * 128}, GREEDY)
+    with pytest.raises(ValueError, match="temperature"):  # what scripts written for vLLM catch
+        SamplingParams(temperature=-1)
     assert llm.engine.stats().steps == steps
     assert idle(llm)
 
