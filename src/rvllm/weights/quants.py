@@ -171,7 +171,8 @@ def _k_scales(piece: Bytes) -> Scales:
 
 
 def _q6_k_scales(piece: Bytes) -> Scales:
-    return _halves(piece, 208) * np.ascontiguousarray(piece[:, 192:208]).view(np.int8).astype(np.float32), None
+    scales = np.ascontiguousarray(piece[:, 192:208]).view(np.int8)
+    return _halves(piece, 208) * scales.astype(np.float32), None
 
 
 _PLAIN: dict[TensorType, Callable[[Bytes, Floats], None]] = {
