@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from rvllm.engine.sequence import Sequence
 
 KEPT = 128  # compiled grammars kept for requests that bring the same again
+KEPT_LENGTH = 1 << 16  # characters of the longest grammar that is kept
+MOST_STATES = 50_000  # of a grammar's lexer, some 2 kB each
 TIMED = 4096  # mask times kept for the percentiles
 ALONE = 4  # up to so many masks of a step are computed one after the other
 POLL_SECONDS = 0.01  # how long an otherwise idle engine waits for a grammar before it looks at messages
@@ -109,7 +111,7 @@ class Grammars:
 
     def _compile(self, grammar: str) -> LLMatcher:
         """The grammar's matcher before its first token. Raises RvllmError with the reason."""
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
         if self._vocabulary is None:
             raise RvllmError("a grammar came before the vocabulary")
@@ -117,7 +119,8 @@ class Grammars:
             tokenizer = self._vocabulary.result()
         except Exception as error:
             raise RvllmError(f"structured outputs do not work with this tokenizer: {error}") from None
-        matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        limits = LLParserLimits(max_lexer_states=MOST_STATES, verbose_errors=False)
+        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise RvllmError(f"grammar: {str(matcher.get_error()).strip()}")
         return matcher
@@ -140,7 +143,8 @@ class Grammars:
         if error is not None:
             return seq, str(error)
         fresh, grammar = done.result(), seq.sampling.grammar or ""
-        self._compiled[grammar] = fresh
+        if len(grammar) <= KEPT_LENGTH:
+            self._compiled[grammar] = fresh
         if len(self._compiled) > KEPT:
             self._compiled.popitem(last=False)
         return seq, Matcher(fresh.deep_copy())

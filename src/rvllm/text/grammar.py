@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 WHITESPACE = r"(\n[ \t]{0,40}| )"
 LONGEST = 1 << 20  # characters of a schema, regex or grammar
 MOST_CHOICES = 10_000
+KEPT_LENGTH = 1 << 14  # characters of the longest of which the grammar is remembered
 
 _FREE_TEXT = r"/(.|\n)*/"
 
@@ -58,7 +59,8 @@ def grammar_of(params: StructuredOutputsParams | None) -> str | None:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if len(text) > LONGEST:
         raise UsageError(f"{name} has {len(text)} characters, more than {LONGEST}")
-    return _grammar(name, text, _Spaces.of(params))
+    make = _grammar if len(text) <= KEPT_LENGTH else _grammar.__wrapped__
+    return make(name, text, _Spaces.of(params))
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def _grammar(name: str, text: str, spaces: _Spaces) -> str:
 
     try:
         if name == "json":
+            text = "{}" if text == "true" else text
             found = LLMatcher.grammar_from_json_schema(text, overrides=spaces.options())  # type: ignore[arg-type]
         elif name == "json_object":
             found = LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=spaces.options())  # type: ignore[arg-type]
