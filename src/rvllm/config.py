@@ -113,7 +113,7 @@ class EngineConfig:
         None, "CPU threads for matrix products; default: the machine's cores.", low=1
     )
     cpu_kernels: str = setting(
-        "numpy",
+        "auto",
         "Kernels on the CPU: numpy, or compiled ones that work on GGUF blocks (extra cpu); auto takes these if there and says so.",
         choices=("auto", "numpy", "compiled"),
     )
@@ -168,6 +168,17 @@ class ServerConfig:
     )
     responses_max_mb: float = setting(
         256.0, "MB of responses and conversations to keep; the oldest make room.", low=0.001
+    )
+    files_dir: str | None = setting(
+        None,
+        "Folder for uploaded files and batches, which go on there after a restart; default: one that is deleted when the server ends.",
+    )
+    max_file_mb: float = setting(100.0, "Largest file to upload in MB.", low=0.001)
+    files_max_mb: float = setting(
+        2048.0, "MB of files to keep in all; beyond that uploads are refused.", low=0.001
+    )
+    batch_concurrency: int | None = setting(
+        None, "Requests of batches that run at once; default: half of --max-num-seqs.", low=1
     )
 
 

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -23,6 +25,7 @@ from rvllm.telemetry.logs import event
 from rvllm.telemetry.metrics import Metrics
 
 BODY_SECONDS = 60.0  # a client has this long to send its body
+FILE_CHUNK = 1 << 20  # bytes of a file that are sent at a time
 ERROR_SECONDS = 5.0  # and so long to take an error from us
 _ENCODER = msgspec.json.Encoder()
 _CLIENT_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -51,14 +54,17 @@ class Exchange:
         found: bytes | None = next((value for key, value in self.scope["headers"] if key == name), None)
         return found
 
-    async def body(self, limit: int) -> bytes:
-        """The whole body. Raises ApiError: 413 beyond `limit`, 415 when not JSON, 408 when it stalls."""
-        kind = (self.header(b"content-type") or b"application/json").partition(b";")[0].strip().lower()
-        if kind != b"application/json":
-            raise ApiError(415, "the body must be sent with Content-Type: application/json")
+    async def body(self, limit: int, kind: bytes = b"application/json", flag: str = "--max-body-mb") -> bytes:
+        """The whole body; `flag` is the setting behind the limit, for errors.
+
+        Raises ApiError: 413 beyond `limit` bytes, 415 when it is of another kind, 408 when it stalls.
+        """
+        given = (self.header(b"content-type") or b"application/json").partition(b";")[0].strip().lower()
+        if given != kind:
+            raise ApiError(415, f"the body must be sent with Content-Type: {kind.decode()}")
         too_large = ApiError(
             413,
-            f"the body is larger than {limit} bytes (--max-body-mb)",
+            f"the body is larger than {limit} bytes ({flag})",
             headers=((b"connection", b"close"),),
         )
         length = self.header(b"content-length")
@@ -117,6 +123,16 @@ class Exchange:
                     while (await self._receive()).get("more_body", False):
                         pass
             await self._send({"type": "http.response.body", "body": b""})
+
+    async def send_file(self, path: Path, content_type: bytes) -> None:
+        """Answers with a file's content."""
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            self.status = 200
+            await self._start([(b"content-type", content_type), (b"content-length", str(size).encode())])
+            while chunk := await asyncio.to_thread(file.read, FILE_CHUNK):
+                await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await self._send({"type": "http.response.body", "body": b""})
 
     async def open_stream(self) -> None:
         """Begins a stream of server-sent events."""
@@ -212,10 +228,13 @@ class Endpoint:
         *,
         open: bool = False,
         failure: Failure = openai_failure,
+        upload: bool = False,
     ) -> None:
-        """fields: the request's parameters, for errors; open: needs no key, answers in a drain."""
+        """fields: the request's parameters, for errors; open: needs no key, answers in a drain;
+        upload: takes a form with a file instead of JSON.
+        """
         self._gate, self._path, self._handler, self._fields, self._open = gate, path, handler, fields, open
-        self._failure = failure
+        self._failure, self._upload = failure, upload
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request; never raises but for cancellation by the HTTP server."""
@@ -242,7 +261,7 @@ class Endpoint:
                 raise busy("the server is shutting down")
         body = b""
         if exchange.scope["method"] == "POST":
-            body = await exchange.body(int(self._gate.config.max_body_mb * 1e6))
+            body = await self._body(exchange)
         work = asyncio.ensure_future(self._handle(exchange, body))
         gone = asyncio.ensure_future(exchange.gone())
         self._gate.working.add(work)
@@ -262,6 +281,12 @@ class Endpoint:
         if work.cancelled():
             raise busy("the server is shutting down")
         work.result()
+
+    async def _body(self, exchange: Exchange) -> bytes:
+        config = self._gate.config
+        if self._upload:
+            return await exchange.body(int(config.max_file_mb * 1e6), b"multipart/form-data", "--max-file-mb")
+        return await exchange.body(int(config.max_body_mb * 1e6))
 
     async def _handle(self, exchange: Exchange, body: bytes) -> None:
         try:

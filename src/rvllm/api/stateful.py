@@ -1,12 +1,16 @@
-"""The routes of what the server keeps between requests: responses and conversations."""
+"""The routes of what the server keeps between requests: responses, conversations, files and batches."""
 
 from __future__ import annotations
 
 from starlette.routing import Route
 
+from rvllm.api.batch_lines import endpoints
+from rvllm.api.batch_store import BatchStore
+from rvllm.api.batches import Batches
 from rvllm.api.conversations import Conversations
 from rvllm.api.embeddings import refuse_encoder
 from rvllm.api.exchange import Endpoint, Exchange, Gate, Handler
+from rvllm.api.files import Files
 from rvllm.api.generation import Service
 from rvllm.api.responses import Responses
 from rvllm.api.responses_schema import ResponsesRequest
@@ -20,9 +24,16 @@ def stateful_routes(service: Service, gate: Gate) -> list[Route]:
         config.responses_db, config.responses_ttl_hours * 3600, int(config.responses_max_mb * 1e6)
     )
     gate.closing.append(store.close)
+    responses = Responses(service, gate, store)
+    files = BatchStore(config.files_dir, int(config.files_max_mb * 1e6))
+    gate.closing.append(files.close)
+    answering = endpoints(service, {"/v1/responses": responses.create})
+    at_once = config.batch_concurrency or max(1, service.ready.max_num_seqs // 2)
     return [
-        *_response_routes(service, gate, Responses(service, gate, store)),
+        *_response_routes(service, gate, responses),
         *_conversation_routes(gate, Conversations(store)),
+        *_file_routes(gate, Files(files)),
+        *_batch_routes(gate, Batches(files, gate, answering, at_once)),
     ]
 
 
@@ -57,4 +68,25 @@ def _conversation_routes(gate: Gate, conversations: Conversations) -> list[Route
         _route(gate, "GET", f"{one}/items", conversations.list_items),
         _route(gate, "GET", f"{one}/items/{{item}}", conversations.get_item),
         _route(gate, "DELETE", f"{one}/items/{{item}}", conversations.delete_item),
+    ]
+
+
+def _file_routes(gate: Gate, files: Files) -> list[Route]:
+    one = "/v1/files/{id}"
+    return [
+        Route("/v1/files", Endpoint(gate, "/v1/files", files.create, upload=True), methods=["POST"]),
+        _route(gate, "GET", "/v1/files", files.list_all),
+        _route(gate, "GET", one, files.retrieve),
+        _route(gate, "DELETE", one, files.delete),
+        _route(gate, "GET", f"{one}/content", files.content),
+    ]
+
+
+def _batch_routes(gate: Gate, batches: Batches) -> list[Route]:
+    one = "/v1/batches/{id}"
+    return [
+        _route(gate, "POST", "/v1/batches", batches.create),
+        _route(gate, "GET", "/v1/batches", batches.list_all),
+        _route(gate, "GET", one, batches.retrieve),
+        _route(gate, "POST", f"{one}/cancel", batches.cancel),
     ]

@@ -1,0 +1,282 @@
+"""`/v1/files` and `/v1/batches` with the official client, and what a kill in the middle leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from api_double import LiveServer
+
+from rvllm.api.batch_lines import PRIORITY
+from rvllm.api.batch_store import Batch, BatchStore
+from rvllm.api.errors import ApiError
+from rvllm.api.form import parse_form
+from rvllm.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def client(server: LiveServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def chat_line(name: str, **body: Any) -> dict[str, Any]:
+    full = {"model": "tiny", "messages": [{"role": "user", "content": name}], "max_tokens": 3, **body}
+    return {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": full}
+
+
+def jsonl(*lines: Any) -> bytes:
+    return "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines).encode() + b"\n"
+
+
+def run(client: openai.OpenAI, data: bytes, url: Any = "/v1/chat/completions") -> Any:
+    file = client.files.create(file=("input.jsonl", data), purpose="batch")
+    made = client.batches.create(input_file_id=file.id, endpoint=url, completion_window="24h",
+                                 metadata={"who": "me"})  # fmt: skip
+    return ended(client, made.id)
+
+
+def ended(client: openai.OpenAI, name: str) -> Any:
+    for _ in range(1000):
+        found = client.batches.retrieve(name)
+        if found.status not in ("validating", "in_progress", "finalizing", "cancelling"):
+            return found
+        time.sleep(0.01)
+    raise AssertionError(found)
+
+
+def read(client: openai.OpenAI, name: str) -> list[Any]:
+    return [json.loads(line) for line in client.files.content(name).text.splitlines()]
+
+
+def test_files(client: openai.OpenAI) -> None:
+    data = bytes(range(256)) * 5000 + b"\r\n--end"
+    made = client.files.create(file=("über/../a b.bin", data), purpose="user_data",
+                               expires_after={"anchor": "created_at", "seconds": 3600})  # fmt: skip
+    assert (made.bytes, made.purpose, made.status) == (len(data), "user_data", "processed")
+    assert made.filename == "a b.bin" and made.expires_at == made.created_at + 3600
+    assert client.files.content(made.id).content == data
+    assert client.files.retrieve(made.id) == made
+    assert made.id in [entry.id for entry in client.files.list(purpose="user_data")]
+    assert made.id not in [entry.id for entry in client.files.list(purpose="batch")]
+    assert client.files.delete(made.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.content(made.id)
+    with pytest.raises(openai.BadRequestError, match="purpose"):
+        client.files.create(file=("a", b"b"), purpose="fine-tune")
+
+
+def test_a_batch(client: openai.OpenAI, server: LiveServer) -> None:
+    lines = [chat_line(f"line {i}") for i in range(30)]
+    lines.insert(7, chat_line("wrong", temperature=-1))
+    found = run(client, jsonl(*lines[:20], "", *lines[20:]))
+    assert found.status == "completed" and found.metadata == {"who": "me"}
+    counts = found.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (31, 30, 1)
+    results = read(client, found.output_file_id)
+    assert [entry["custom_id"] for entry in results] == [f"line {i}" for i in range(30)]
+    for entry in results:
+        assert entry["response"]["status_code"] == 200 and entry["error"] is None
+        message = entry["response"]["body"]["choices"][0]["message"]
+        assert message["content"] == server.tokenizer.decode(server.engine.answer[:3])
+    [wrong] = read(client, found.error_file_id)
+    assert wrong["custom_id"] == "wrong" and wrong["response"]["status_code"] == 400
+    assert wrong["response"]["body"]["error"]["param"] == "temperature"
+    assert {request.priority for request in server.engine.requests[-30:]} == {PRIORITY}
+    assert found.id in [batch.id for batch in client.batches.list(limit=1)]
+    assert client.files.retrieve(found.output_file_id).purpose == "batch_output"
+
+
+def test_the_other_endpoints(client: openai.OpenAI, server: LiveServer) -> None:
+    for url, body in (
+        ("/v1/completions", {"prompt": "hello", "max_tokens": 2}),
+        ("/v1/responses", {"input": "hello", "max_output_tokens": 2}),
+    ):
+        found = run(client, jsonl({"custom_id": "a", "method": "POST", "url": url, "body": body}), url)
+        [entry] = read(client, found.output_file_id)
+        assert entry["response"]["status_code"] == 200, entry
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": {"input": "hello"}}
+    found = run(client, jsonl(line), "/v1/embeddings")
+    [entry] = read(client, found.error_file_id)
+    assert "gives no embeddings" in entry["response"]["body"]["error"]["message"]
+    assert found.output_file_id is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "code", "line"),
+    [
+        (["{"], "invalid_json_line", 1),
+        ([chat_line("a"), {"custom_id": "b"}], "invalid_request", 2),
+        ([chat_line("a"), chat_line("a")], "duplicate_custom_id", 2),
+        ([{**chat_line("a"), "url": "/v1/completions"}], "invalid_url", 1),
+        ([{**chat_line("a"), "method": "GET"}], "invalid_method", 1),
+        ([chat_line("a", stream=True)], "invalid_request", 1),
+        ([""], "empty_file", None),
+    ],
+)
+def test_a_wrong_input_fails_before_anything_runs(
+    client: openai.OpenAI, server: LiveServer, lines: list[Any], code: str, line: int | None
+) -> None:
+    before = len(server.engine.requests)
+    found = run(client, jsonl(*lines))
+    assert found.status == "failed" and len(server.engine.requests) == before
+    assert [(error.code, error.line) for error in found.errors.data] == [(code, line)]
+
+
+def test_cancel_keeps_what_was_answered(client: openai.OpenAI, server: LiveServer) -> None:
+    server.engine.pace = 0.01
+    try:
+        file = client.files.create(file=jsonl(*(chat_line(f"{i}") for i in range(200))), purpose="batch")
+        made = client.batches.create(
+            input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+        )
+        while not (counts := client.batches.retrieve(made.id).request_counts) or counts.completed < 3:
+            time.sleep(0.01)
+        assert client.batches.cancel(made.id).status == "cancelling"
+        found = ended(client, made.id)
+        assert found.status == "cancelled" and found.cancelled_at and found.cancelling_at
+        kept = read(client, found.output_file_id)
+        assert 3 <= len(kept) == found.request_counts.completed < 200
+        with pytest.raises(openai.BadRequestError, match="cancelled"):
+            client.batches.cancel(made.id)
+        assert not server.engine.open
+    finally:
+        server.engine.pace = 0.0
+
+
+def test_batches_leave_room_for_others(server: LiveServer, client: openai.OpenAI) -> None:
+    server.engine.held = True
+    try:
+        file = client.files.create(file=jsonl(*(chat_line(f"{i}") for i in range(50))), purpose="batch")
+        made = client.batches.create(
+            input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+        )
+        for _ in range(100):
+            if server.engine.open:
+                break
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert len(server.engine.open) == 2  # half of the double's four sequences
+    finally:
+        server.engine.held = False
+    assert ended(client, made.id).request_counts.completed == 50
+
+
+def test_mistakes_name_the_field(client: openai.OpenAI, server: LiveServer) -> None:
+    file = client.files.create(file=jsonl(chat_line("a")), purpose="batch")
+    right = {"input_file_id": file.id, "endpoint": "/v1/completions", "completion_window": "24h"}
+    for name, value in (("input_file_id", "x"), ("endpoint", "/v1/x"), ("completion_window", "1h")):
+        status, answer = server.post("/v1/batches", **{**right, name: value})
+        assert (status, answer["error"]["param"]) == (400, name)
+    assert server.raw("GET", "/v1/batches/none")[0] == 404
+
+
+def test_uploads_are_bounded_and_pages_of_other_sites_cannot_send_them() -> None:
+    def send(server: LiveServer, size: int, **headers: str) -> int:
+        body = (b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--x\r\n'
+                b'Content-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + b"a" * size
+                + b"\r\n--x--\r\n")  # fmt: skip
+        kind = {"Content-Type": "multipart/form-data; boundary=x"}
+        return server.raw("POST", "/v1/files", body, kind | headers)[0]
+
+    with LiveServer(max_file_mb=0.01, files_max_mb=0.015, drain_timeout=0.2) as server:
+        assert send(server, 100, Origin="http://elsewhere.example") == 403
+        assert send(server, 100, **{"Sec-Fetch-Site": "cross-site"}) == 403
+        assert send(server, 20_000) == 413
+        assert send(server, 9_000, Origin=server.url) == 200
+        assert send(server, 9_000) == 400
+        assert server.post("/v1/files", purpose="batch")[0] == 415
+
+
+def test_forms() -> None:
+    head = b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\n'
+    assert parse_form(head + b"one\r\ntwo\r\n--b--\r\n", b"multipart/form-data; boundary=b")["a"].data == (
+        b"one\r\ntwo"
+    )
+    for body, kind in (
+        (head + b"one\r\n--b--", b"multipart/form-data"),
+        (head + b"one", b"multipart/form-data; boundary=b"),
+        (b"", b"multipart/form-data; boundary=b"),
+        (b"--b\r\nX: y\r\n\r\none\r\n--b--", b"multipart/form-data; boundary=b"),
+        (b"--b\r\n" * 100 + b"--b--", b"multipart/form-data; boundary=b"),
+    ):
+        with pytest.raises(ApiError):
+            parse_form(body, kind)
+
+
+def test_a_folder_belongs_to_one_server(tmp_path: Path) -> None:
+    with LiveServer(files_dir=str(tmp_path), drain_timeout=0.2), pytest.raises(UsageError, match="another"):
+        BatchStore(str(tmp_path), 10**9)
+
+
+def test_the_end_of_a_batch_can_be_repeated(tmp_path: Path) -> None:
+    store = BatchStore(str(tmp_path), 10**9)
+    batch = Batch(id="batch_1", endpoint="/v1/x", input_file_id="f", completion_window="24h", created_at=0,
+                  expires_at=0)  # fmt: skip
+    store.put_batch(batch)
+    for _ in range(2):
+        store.add_result("batch_1", 2, False, b"second")
+        store.add_result("batch_1", 1, False, b"first")
+    store.add_result("batch_1", 1, True, b"again")
+    (tmp_path / "files" / "file-batch_1-output").write_text("what a killed server left")
+    store.finish_batch(batch, "completed")
+    assert store.path(str(batch.output_file_id)).read_text() == "first\nsecond\n"
+    assert batch.error_file_id is None and store.lines_done("batch_1") == {}
+    store.close()
+    assert [b.status for b in BatchStore(str(tmp_path), 10**9).batches()] == ["completed"]
+
+
+SERVER = """
+import sys, time
+sys.path[:0] = sys.argv[2:]
+from api_double import LiveServer
+with LiveServer(files_dir=sys.argv[1], drain_timeout=0.1) as server:
+    server.engine.pace = 0.004
+    print(server.port, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_killed_and_started_again_each_line_is_there_once(tmp_path: Path) -> None:
+    here = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+    def start() -> tuple[subprocess.Popen[str], openai.OpenAI]:
+        process = subprocess.Popen([sys.executable, "-c", SERVER, str(tmp_path), *here], text=True,
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+        assert process.stdout is not None
+        url = f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"
+        return process, openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+
+    lines = [chat_line(f"{i}") for i in range(150)]
+    process, client = start()
+    file = client.files.create(file=jsonl(*lines), purpose="batch")
+    made = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+    )
+    done = 0
+    for wanted in (30, 80):
+        while done < wanted:
+            counts = client.batches.retrieve(made.id).request_counts
+            done = counts.completed if counts is not None else 0
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process, client = start()
+        counts = client.batches.retrieve(made.id).request_counts
+        assert counts is not None and counts.total == 150
+    found = ended(client, made.id)
+    assert found.status == "completed"
+    assert (found.request_counts.completed, found.request_counts.failed) == (150, 0)
+    assert [entry["custom_id"] for entry in read(client, found.output_file_id)] == [
+        f"{i}" for i in range(150)
+    ]
+    process.communicate("", timeout=20)
