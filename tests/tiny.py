@@ -152,7 +152,8 @@ def load(config: Mapping[str, Any], **settings: Any) -> CpuBackend:
     """The case's model on the CPU backend."""
     program = program_of(config)
     checkpoint = ArrayCheckpoint(config, weights_of(program))
-    engine = EngineConfig(**{"device": "cpu", "num_blocks": 64, "max_num_seqs": 8, "threads": 2, **settings})
+    defaults = {"device": "cpu", "cpu_kernels": "numpy", "num_blocks": 64, "max_num_seqs": 8, "threads": 2}
+    engine = EngineConfig(**{**defaults, **settings})
     return CpuBackend.load(program, checkpoint, engine)
 
 

@@ -266,7 +266,7 @@ def load(path: Path, max_model_len: int = 256) -> CpuBackend:
     checkpoint: Checkpoint = open_checkpoint(path)
     program = build_program(ModelConfig(checkpoint.config, checkpoint.config_origin), DType.F32)
     config = EngineConfig(
-        device="cpu", max_model_len=max_model_len, max_num_seqs=4, threads=1,
+        device="cpu", cpu_kernels="numpy", max_model_len=max_model_len, max_num_seqs=4, threads=1,
         num_blocks=4 * max_model_len // BLOCK,
     )  # fmt: skip
     return CpuBackend.load(program, checkpoint, config)

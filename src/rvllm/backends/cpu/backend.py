@@ -102,9 +102,11 @@ class CpuBackend:
     def ledger(self) -> list[LedgerLine]:
         """Weights, KV blocks, rope tables and the states of recurrent layers."""
         ropes = sum(cos.nbytes + sin.nbytes for cos, sin in self._model.ropes.values())
-        packed = 0 if self._native is None else self._native.nbytes
+        native = self._native
+        packed = [] if native is None else [LedgerLine("packed weights, compiled kernels", native.nbytes)]
         return [
-            LedgerLine("weights", sum(w.nbytes for w in self._model.weights.values()) + packed),
+            *packed,
+            LedgerLine("weights", sum(w.nbytes for w in self._model.weights.values())),
             LedgerLine("kv cache", self._plan.kv_bytes),
             LedgerLine("rope tables", ropes),
             *self._plan.state_lines,

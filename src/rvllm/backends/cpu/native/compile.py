@@ -26,7 +26,9 @@ class Library:
     def function(self, name: str) -> Any:
         """The kernel as a callable (args address, thread, threads); the GIL is released while it runs."""
         kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-        return kind(self.address[name])
+        function = kind(self.address[name])
+        function.library = self  # type: ignore[attr-defined]  # the code lives as long as who may call it
+        return function
 
 
 def build(kernels: Mapping[str, Write], folder: Path | None) -> Library:

@@ -79,7 +79,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive rows of a matrix in one format. data: uint8 [tiles, bytes of a tile]; first: its first row."""
+    """Rows of a matrix in one format, from row `first` on; data uint8 [tiles, bytes of a tile]."""
 
     format: Format
     first: int
@@ -112,18 +112,18 @@ def pack_matrix(weight: Weight, checkpoint: Checkpoint | None, seed: int) -> Mat
     """
     inner = weight.shape[-1]
     if checkpoint is None:
-        return Matrix((_segment(TensorType.F32, 0, inner, _bytes_of(dummy(weight, seed))),))
+        return Matrix((segment(TensorType.F32, 0, inner, _bytes_of(dummy(weight, seed))),))
     try:
         parts = raw_parts(weight, checkpoint)
     except ModelError:  # transposed, or with a constant to add: there is no stored form of these rows
-        return Matrix((_segment(TensorType.F32, 0, inner, _bytes_of(pack(weight, checkpoint, DType.F32))),))
+        return Matrix((segment(TensorType.F32, 0, inner, _bytes_of(pack(weight, checkpoint, DType.F32))),))
     segments: list[Segment] = []
     first = at = 0
     while at < len(parts):
         same = [p.data for p in parts[at:] if p.type is parts[at].type]
         count = next((i for i, p in enumerate(parts[at:]) if p.type is not parts[at].type), len(parts) - at)
         rows = same[0] if count == 1 else np.concatenate(same[:count])
-        segments.append(_segment(parts[at].type, first, inner, rows.reshape(-1)))
+        segments.append(segment(parts[at].type, first, inner, rows.reshape(-1)))
         first += segments[-1].rows
         at += count
     return Matrix(tuple(segments))
@@ -133,7 +133,8 @@ def _bytes_of(array: NDArray[np.float32]) -> Bytes:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def _segment(kind: TensorType, first: int, inner: int, raw: Bytes) -> Segment:
+def segment(kind: TensorType, first: int, inner: int, raw: Bytes) -> Segment:
+    """Packs rows of a stored type (`raw`: their bytes, flat); `first` is where they stand in their matrix."""
     elements, nbytes = kind.block
     rows = raw.reshape(-1, inner // elements * nbytes)
     kind_format = FORMATS[kind]

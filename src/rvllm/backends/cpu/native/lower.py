@@ -128,8 +128,6 @@ def _kernels_of(op: Op, matrices: dict[str, Matrix]) -> dict[str, Write]:
     if isinstance(op, ops.Linear | ops.Logits):
         forms = {s.format for s in matrices[op.weight.name].segments}
         found: dict[str, Write] = {f"product_{f.name}": matmul.product(f) for f in forms}
-        if any(f.minimum for f in forms):
-            found["sums"] = matmul.sums
         if isinstance(op, ops.Logits) and _finished(op):
             found[_finish(op)] = rowwise.finish(op.soft_cap is not None)
         return found
@@ -200,18 +198,15 @@ def _product(
     matrix = kernels.matrices[weight.name]
     inner = x.width
     calls = []
-    groups = inner // matmul.SUM_GROUP
-    sums, _ = places.scratch("sums", -(-places.rows * groups * 4 // places.threads))
-    if any(s.format.minimum for s in matrix.segments):
-        calls.append(Call("sums", (places.count(x), places.of(x), inner, sums)))
+    room = inner * LANES * 4 + matmul.BLOCK_ROWS * (inner // matmul.SUM_GROUP) * 4
     for segment in matrix.segments:
         added = np.zeros(segment.tiles * LANES, dtype=np.float32)
         if bias is not None:
             added[: segment.rows] = kernels.vectors[bias.name][segment.first : segment.first + segment.rows]
         arguments = (
             places.count(x), places.of(x), inner, places.of(out) + 4 * segment.first, out.width,
-            segment.data.ctypes.data, segment.tiles, inner, segment.rows, places.keep(added), sums,
-            *places.scratch("panel", inner * LANES * 4),
+            segment.data.ctypes.data, segment.tiles, inner, segment.rows, places.keep(added),
+            *places.scratch("panel", room),
         )  # fmt: skip
         calls.append(Call(f"product_{segment.format.name}", arguments))
     return calls

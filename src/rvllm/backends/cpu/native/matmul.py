@@ -16,12 +16,11 @@ from rvllm.backends.cpu.native.emit import F16, F32, I8, I16, I64, LANES, VF, VI
 from rvllm.backends.cpu.native.formats import PLAIN_GROUP, Format
 
 PRODUCT = (
-    "rows", "x", "x_width", "out", "out_width", "data", "tiles", "inner", "outer", "bias", "sums", "scratch",
+    "rows", "x", "x_width", "out", "out_width", "data", "tiles", "inner", "outer", "bias", "scratch",
     "scratch_size", "counter",
 )  # fmt: skip
-SUMS = ("rows", "x", "x_width", "out", "counter")
 
-STRIP = 2  # tiles a thread takes at a time with one row of x
+STRIPS = 4  # pieces for each thread with one row of x: few, since taking one costs a trip between cores
 BLOCK_ROWS = 64  # rows of x that meet a tile while its panel is in cache
 ACROSS = 8  # rows of x summed side by side
 UNROLL = 8
@@ -35,15 +34,17 @@ class Product:
         self.format = format_
         k = self.k = Kernel(module, name)
         self.x_width, self.out_width, self.inner = (k.int_arg(i) for i in (2, 4, 7))
-        self.x, self.out, self.data, self.bias, self.sums = (k.ptr_arg(i) for i in (1, 3, 5, 9, 10))
+        self.x, self.out, self.data, self.bias = (k.ptr_arg(i) for i in (1, 3, 5, 9))
         self.tiles, self.outer = k.int_arg(6), k.int_arg(8)
         self.group = format_.group or PLAIN_GROUP
         self.groups = self.inner // self.group
         self.tile_bytes = (
             self.groups * format_.record if format_.group else self.inner * (LANES * format_.element_bytes)
         )
-        self.panel = k.at(k.ptr_arg(11), k.thread * k.int_arg(12))
-        rows, counter = k.load(k.ptr_arg(0), 0, I64), k.ptr_arg(13)
+        self.panel = k.at(k.ptr_arg(10), k.thread * k.int_arg(11))
+        self.sums = k.at(self.panel, self.inner * LANES, F32)
+        self.summed = k.var(k.i(-1))  # the block of rows whose sums this thread has
+        rows, counter = k.load(k.ptr_arg(0), 0, I64), k.ptr_arg(12)
         k.either(rows.equals(1), lambda: self._one(counter), lambda: self._many(counter, rows))
         k.finish()
 
@@ -51,22 +52,26 @@ class Product:
 
     def _one(self, counter: Value) -> None:
         k = self.k
-        with k.items(counter, (self.tiles + (STRIP - 1)) // STRIP) as strip:
-            first = strip * STRIP
-            with k.loop(first, k.least(first + STRIP, self.tiles)) as tile:
+        size = (self.tiles + (k.threads * STRIPS - 1)) // (k.threads * STRIPS)
+        with k.items(counter, (self.tiles + (size - 1)) // size) as strip:
+            self._sum_groups(k.i(0), k.i(1))
+            first = strip * size
+            with k.loop(first, k.least(first + size, self.tiles)) as tile:
                 data = k.at(self.data, tile * self.tile_bytes)
 
                 def level(index: Value, take: Callable[[int, Value], None], data: Value = data) -> None:
                     self._levels(data, index, take)
 
-                self._sum([k.i(0)], tile, data, level)
+                self._sum(k.i(0), 1, k.i(0), tile, data, level)
 
     def _many(self, counter: Value, rows: Value) -> None:
         k = self.k
         blocks = (rows + (BLOCK_ROWS - 1)) // BLOCK_ROWS
         with k.items(counter, blocks * self.tiles) as item:
-            tile, begin = item % self.tiles, item // self.tiles * BLOCK_ROWS
+            tile, block = item % self.tiles, item // self.tiles
+            begin = block * BLOCK_ROWS
             end = k.least(begin + BLOCK_ROWS, rows)
+            self._sum_groups(block, end - begin)
             data = k.at(self.data, tile * self.tile_bytes)
             panel = data
             if self.format.name != "F32":
@@ -81,7 +86,7 @@ class Product:
             while across:
                 whole = row + (end - row) // across * across
                 with k.loop(row, whole, across) as first:
-                    self._sum([first + t for t in range(across)], tile, data, level)
+                    self._sum(first, across, begin, tile, data, level)
                 row, across = whole, across // 2
 
     # Levels of a tile as floats
@@ -127,15 +132,30 @@ class Product:
 
     # Sums
 
+    def _sum_groups(self, block: Value, count: Value) -> None:
+        """Sums of x over each group, for the `count` rows of a block, unless this thread has them already."""
+        k = self.k
+        if not self.format.minimum:
+            return
+        with k.when(self.summed.get() < block), k.loop(0, count) as row:
+            self.summed.set(block)
+            with k.loop(0, self.groups) as g:
+                at = (block * BLOCK_ROWS + row) * self.x_width + g * SUM_GROUP
+                pair = k.load(self.x, at, VF) + k.load(self.x, at + LANES, VF)
+                k.store(k.total(pair), self.sums, row * self.groups + g)
+
     def _sum(
         self,
-        rows: list[Value],
+        first: Value,
+        count: int,
+        begin: Value,
         tile: Value,
         data: Value,
         level: Callable[[Value, Callable[[int, Value], None]], None],
     ) -> None:
-        """The elements [rows, tile's 16] of the output."""
+        """Elements [first .. first + count - 1, the tile's 16] of the output; `begin`: of their block."""
         k, kind = self.k, self.format
+        rows = [first + t for t in range(count)]
         xs = [k.at(self.x, row * self.x_width, F32) for row in rows]
         totals = [k.var(k.vf(0.0)) for _ in rows]
 
@@ -155,7 +175,7 @@ class Product:
                     continue
                 total.set(k.fma(self._scale(record, 0), sum_.get(), total.get()))
                 if kind.minimum:
-                    over = k.splat(k.load(self.sums, row * self.groups + g, F32))
+                    over = k.splat(k.load(self.sums, (row - begin) * self.groups + g, F32))
                     total.set(k.fma(self._scale(record, 1), over, total.get()))
         if not kind.group:
             sums = [k.var(k.vf(0.0)) for _ in rows]
@@ -181,14 +201,3 @@ def product(format_: Format) -> Callable[[Any, str], None]:
         Product(format_, module, name)
 
     return write
-
-
-def sums(module: Any, name: str) -> None:
-    """The kernel SUMS: sums of x over groups of 32 elements, [rows, x_width / 32]."""
-    k = Kernel(module, name)
-    width, x, out = k.int_arg(2), k.ptr_arg(1), k.ptr_arg(3)
-    groups = width // SUM_GROUP
-    with k.items(k.ptr_arg(4), k.load(k.ptr_arg(0), 0, I64)) as row, k.loop(0, groups) as g:
-        at = row * width + g * SUM_GROUP
-        k.store(k.total(k.load(x, at, VF) + k.load(x, at + LANES, VF)), out, row * groups + g)
-    k.finish()

@@ -1,0 +1,231 @@
+"""The compiled kernels: each stored type against its dequantised rows, models against the NumPy kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+pytest.importorskip("llvmlite", reason="the extra cpu is not installed")
+
+from rvllm.backends.cpu import ops
+from rvllm.backends.cpu.native import compile as native
+from rvllm.backends.cpu.native import mathematics, matmul, rowwise
+from rvllm.backends.cpu.native.emit import F32, VF, Kernel
+from rvllm.backends.cpu.native.formats import FORMATS, LANES, Segment, aligned, segment
+from rvllm.backends.cpu.native.model import chosen
+from rvllm.errors import UsageError
+from rvllm.weights.checkpoint import TensorType
+from rvllm.weights.quants import dequantise
+
+ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(ROOT / "tests" / "weights"))
+sys.path.insert(0, str(ROOT / "tests" / "models"))
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[Any], Any]]] = {
+    "exp": (mathematics.exp, np.exp),
+    "tanh": (mathematics.tanh, np.tanh),
+    "erf": (mathematics.erf, ops.erf),
+    **{name: (f, ops.ACTIVATIONS[name]) for name, f in mathematics.ACTIVATIONS.items()},
+}
+
+
+def apply(function: Callable[..., Any]) -> native.Write:
+    """A kernel (in, out, count): the function over whole vectors and what is behind them."""
+
+    def write(module: Any, name: str) -> None:
+        k = Kernel(module, name)
+        x, out = k.ptr_arg(0), k.ptr_arg(1)
+        rowwise.across(k, k.int_arg(2), lambda i, kind: k.store(function(k, k.load(x, i, kind)), out, i))
+        k.finish()
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> native.Library:
+    forms = {f.name: f for f in FORMATS.values()}
+    kernels = {f"product_{n}": matmul.product(f) for n, f in forms.items()}
+    kernels |= {f"embed_{n}": rowwise.embed(f) for n, f in forms.items()}
+    kernels |= {name: apply(function) for name, (function, _) in FUNCTIONS.items()}
+    return native.build(kernels, tmp_path_factory.mktemp("kernels"))
+
+
+def address(array: np.ndarray) -> int:
+    return array.ctypes.data
+
+
+def stored(kind: TensorType, rows: int, inner: int) -> np.ndarray:
+    """Random bytes of a tensor."""
+    from test_quants import random_blocks
+
+    numbers = np.random.default_rng(rows).standard_normal((rows, inner)).astype(np.float32)
+    if kind.block[0] > 1:
+        return random_blocks(kind, rows, inner, rows).reshape(-1)
+    if kind is TensorType.BF16:
+        return (numbers.view(np.uint32) >> 16).astype(np.uint16).reshape(-1).view(np.uint8)
+    return numbers.astype(np.float16 if kind is TensorType.F16 else np.float32).reshape(-1).view(np.uint8)
+
+
+def product(library: native.Library, weight: Segment, x: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """x @ weight.T + bias on one thread; what is not written stays nan."""
+    rows, inner = x.shape
+    out = np.full((rows, weight.rows + 3), np.nan, dtype=np.float32)
+    count, line = np.array([rows]), np.zeros(8, dtype=np.int64)
+    room = inner * LANES * 4 + matmul.BLOCK_ROWS * (inner // 32 + 1) * 4
+    scratch, added = aligned(room), np.zeros(weight.tiles * LANES, dtype=np.float32)
+    scratch[:] = 255  # nan
+    added[: weight.rows] = bias
+    slots = np.array(
+        [
+            address(count), address(x), inner, address(out), out.shape[1], address(weight.data), weight.tiles,
+            inner, weight.rows, address(added), address(scratch), room, address(line),
+        ]
+    )  # fmt: skip
+    library.function(f"product_{weight.format.name}")(address(slots), 0, 1)
+    assert np.isnan(out[:, weight.rows :]).all()
+    return out[:, : weight.rows]
+
+
+@pytest.mark.parametrize("kind", TensorType, ids=lambda k: k.value)
+@pytest.mark.parametrize(("rows", "inner"), [(48, 256), (37, 512), (5, 1024)])
+def test_products_equal_the_dequantised(
+    kind: TensorType, rows: int, inner: int, library: native.Library
+) -> None:
+    raw = stored(kind, rows, inner)
+    weight = segment(kind, 0, inner, raw)
+    source = np.random.default_rng(inner)
+    x = source.standard_normal((141, inner), dtype=np.float32)
+    bias = source.standard_normal(rows, dtype=np.float32)
+    expected = x.astype(np.float64) @ dequantise(kind, raw, (rows, inner)).astype(np.float64).T + bias
+    whole = product(library, weight, x, bias)
+    np.testing.assert_allclose(whole, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    for first, count in ((0, 1), (140, 1), (3, 2), (8, 3), (60, 7), (1, 8), (50, 65)):
+        part = product(library, weight, x[first : first + count].copy(), bias)
+        assert np.array_equal(part, whole[first : first + count])
+
+
+@pytest.mark.parametrize("kind", [TensorType.F32, TensorType.F16, TensorType.BF16], ids=lambda k: k.value)
+@pytest.mark.parametrize("inner", [1, 7, 33, 45])
+def test_plain_rows_of_any_length(kind: TensorType, inner: int, library: native.Library) -> None:
+    raw = stored(kind, 19, inner)
+    x = np.random.default_rng(0).standard_normal((11, inner), dtype=np.float32)
+    weight, none = segment(kind, 0, inner, raw), np.zeros(19, dtype=np.float32)
+    whole = product(library, weight, x, none)
+    np.testing.assert_allclose(whole, x @ dequantise(kind, raw, (19, inner)).T, rtol=0, atol=1e-5)
+    assert np.array_equal(product(library, weight, x[4:5].copy(), none), whole[4:5])
+
+
+@pytest.mark.parametrize("kind", TensorType, ids=lambda k: k.value)
+def test_embeddings_have_the_bits_of_the_dequantised(kind: TensorType, library: native.Library) -> None:
+    raw = stored(kind, 40, 256)
+    table = segment(kind, 0, 256, raw)
+    ids = np.array([0, 39, 17, 16, 15, 17], dtype=np.int32)
+    out, line = np.full((6, 256), np.nan, dtype=np.float32), np.zeros(8, dtype=np.int64)
+    step = np.zeros(16, dtype=np.int64)
+    step[rowwise.TOKENS], step[rowwise.IDS] = len(ids), address(ids)
+    scale = int(np.array([1.0, 0.0], dtype=np.float32).view(np.int64)[0])
+    slots = np.array(
+        [address(step), address(table.data), table.data.shape[1], 256, address(out), scale, address(line)]
+    )
+    library.function(f"embed_{table.format.name}")(address(slots), 0, 1)
+    assert np.array_equal(out, dequantise(kind, raw, (40, 256))[ids])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name: str, library: native.Library) -> None:
+    x = np.concatenate([np.linspace(-20, 20, 4001), np.linspace(-0.3, 0.3, 203), [-200.0, 0.0, 60.0]])
+    x = x.astype(np.float32)
+    out = np.empty_like(x)
+    slots = np.array([address(x), address(out), len(x)])
+    library.function(name)(address(slots), 0, 1)
+    with np.errstate(over="ignore"):
+        expected = FUNCTIONS[name][1](x)
+    np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", tiny.CASES)
+def test_tiny_models_equal_the_numpy_kernels(name: str) -> None:
+    config = tiny.CASES[name]
+    prompt = tiny.prompt_of(config)
+    expected = tiny.logits_of(tiny.load(config, cpu_kernels="numpy"), prompt)
+    backend = tiny.load(config, cpu_kernels="compiled")
+    whole = tiny.logits_of(backend, prompt)
+    np.testing.assert_allclose(whole, expected, rtol=0, atol=3e-5)
+    for chunks in ([1] * len(prompt), [5, 16, 1, 26], [33, 15]):
+        assert np.array_equal(tiny.logits_of(backend, prompt, chunks, slot=1), whole)
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma2", "gemma3", "cohere", "cohere_qk_norm", "gpt_neox", "stablelm_parallel"]
+)
+def test_other_architectures_equal_the_numpy_kernels(name: str, tmp_path: Path) -> None:
+    import archs_tiny
+
+    from rvllm.backends.cpu.backend import CpuBackend
+    from rvllm.config import EngineConfig
+    from rvllm.models.config import ModelConfig
+    from rvllm.models.registry import build_program
+    from rvllm.program.dtypes import DType
+    from rvllm.weights.open import open_checkpoint
+
+    config = archs_tiny.CASES[name].config
+    checkpoint = open_checkpoint(archs_tiny.save(tmp_path, config, archs_tiny.random_tensors(name, config)))
+    program = build_program(ModelConfig(config, name), DType.F32)
+    prompt = archs_tiny.prompt_of(name)
+    found = [
+        tiny.logits_of(
+            CpuBackend.load(
+                program,
+                checkpoint,
+                EngineConfig(device="cpu", num_blocks=64, max_num_seqs=4, threads=n, cpu_kernels=kernels),
+            ),
+            prompt,
+        )
+        for kernels, n in (("numpy", 2), ("compiled", 1), ("compiled", 3))
+    ]
+    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-4)
+    assert np.array_equal(found[1], found[2])
+
+
+def test_a_broken_neighbour_reaches_nobody() -> None:
+    config = tiny.CASES["qwen2_layer_types"]
+    backend, prompt = tiny.load(config, cpu_kernels="compiled"), tiny.prompt_of(config)
+    alone = tiny.logits_of(backend, prompt)
+    for keys, values in backend._model.caches.values():
+        keys[:-1], values[:-1] = np.nan, np.nan
+    assert np.array_equal(tiny.logits_of(backend, prompt), alone)
+
+
+def test_what_is_asked_for_and_absent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen("compiled") and chosen("auto") and not chosen("numpy")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not chosen("auto")
+    with pytest.raises(UsageError, match=r"rvllm\[cpu\]"):
+        chosen("compiled")
+
+
+def test_damaged_object_code_is_compiled_again(tmp_path: Path) -> None:
+    x, out = np.arange(20, dtype=np.float32), np.zeros(20, dtype=np.float32)
+    slots = np.array([address(x), address(out), 20])
+    for _ in range(2):
+        native.build({"double": apply(lambda k, v: v + v)}, tmp_path).function("double")(address(slots), 0, 1)
+        assert np.array_equal(out, x + x)
+        (file,) = tmp_path.iterdir()
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 255
+        file.write_bytes(bytes(content))
+        out[:] = 0
+
+
+def test_vectors_are_registers() -> None:
+    """The inner loop multiplies whole vectors from memory, with no call and no scalar step."""
+    text = native.assembly_of({"double": apply(lambda k, v: k.fma(v, v, v))})
+    assert "call" not in text
+    assert VF.count == LANES and VF.element == F32
