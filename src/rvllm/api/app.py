@@ -28,6 +28,7 @@ from rvllm.api.errors import ApiError
 from rvllm.api.exchange import Endpoint, Exchange, Failure, Gate, openai_failure
 from rvllm.api.generation import Service
 from rvllm.api.messages import count_tokens, messages
+from rvllm.api.page import page_routes
 from rvllm.api.schemas import ChatRequest, CompletionRequest
 from rvllm.api.stateful import stateful_routes
 
@@ -85,6 +86,7 @@ def build_app(service: Service, gate: Gate) -> Starlette:
             route("GET", "/health", misc.health, open=True),
             route("GET", "/metrics", misc.metrics, open=True),
             route("GET", "/version", misc.version, open=True),
+            *page_routes(service, gate),
         ],
         exception_handlers={HTTPException: _http_error},
     )

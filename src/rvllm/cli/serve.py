@@ -193,6 +193,7 @@ async def _answer(
         served_name=name,
         requests=RequestMaker(ready.facts, engine_config.seed),
         chat_template=template,
+        shown_settings=_shown_settings(engine_config, ready.backend),
     )
     gate = Gate(config, metrics)
 
@@ -200,6 +201,19 @@ async def _answer(
         print("\n".join(_summary(engine, name, start, url_of(sock))), flush=True)
 
     return await serve(build_app(service, gate), gate, sock, engine, stop, announce)
+
+
+def _shown_settings(config: EngineConfig, backend: str) -> dict[str, str]:
+    """What the page shows of the settings: how matrices and decode steps are computed."""
+    shown = {"prefix caching": "on" if config.enable_prefix_caching else "off"}
+    if backend == "cpu":
+        return {"CPU kernels": config.cpu_kernels, **shown}
+    return {
+        "decode path": config.decode_path,
+        "GEMM strategy": config.gemm_strategy,
+        "capture graphs": config.capture_graphs,
+        **shown,
+    }
 
 
 def _summary(engine: EngineClient, name: str, start: _Start, url: str) -> list[str]:

@@ -1,0 +1,229 @@
+"""The page at `/`, and `/rvllm/state`: what the engine is doing, once or as a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+from urllib.parse import parse_qs
+
+import msgspec
+from starlette.routing import Route
+
+from rvllm.api.errors import ApiError, invalid
+from rvllm.api.exchange import Endpoint, Exchange, Gate
+from rvllm.api.generation import Service
+from rvllm.engine.messages import State
+from rvllm.version import __version__
+from rvllm.web.files import INDEX, WebFile, read_files
+
+FRESH_SECONDS = 0.2  # a state this young is shown to everyone who asks
+DRAIN_SECONDS = 0.25  # how soon a stream notices that the server shuts down
+LEAST_INTERVAL, MOST_INTERVAL = 0.2, 60.0
+# Nothing but our own files may run or be loaded, whatever a model writes.
+_POLICY = (
+    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_HEADERS = (
+    (b"content-security-policy", _POLICY),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-cache"),
+)
+
+
+class LedgerItem(msgspec.Struct):
+    """One line of the memory ledger, in bytes."""
+
+    name: str
+    bytes: int
+
+
+class SequenceItem(msgspec.Struct):
+    """One request; see `engine.messages.SequenceState`."""
+
+    id: str
+    running: bool
+    prompt_tokens: int
+    output_tokens: int
+    computed: int
+    max_tokens: int
+    cached_tokens: int
+    age: float
+    queued: float
+    blocks: list[int]
+
+
+class KernelItem(msgspec.Struct):
+    """One kernel of the last step; see `engine.messages.KernelUse`."""
+
+    op: str
+    kernel: str
+    count: int
+    why: str
+
+
+class EngineView(msgspec.Struct, kw_only=True):
+    """All that the page shows. Times in seconds, memory in bytes, counters since the start."""
+
+    time: float  # time.time() of the answer
+    uptime: float
+    version: str
+    model: str
+    architecture: str
+    dtype: str
+    backend: str
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int
+    pipeline_depth: int
+    load_seconds: float
+    settings: dict[str, str]
+    ledger: list[LedgerItem]
+    stats: dict[str, Any]  # engine.messages.Stats
+    sequences: list[SequenceItem]
+    cached_blocks: list[int]
+    cut: bool
+    kernels: list[KernelItem]
+    floor_seconds: float | None  # of one decode step of what runs now
+
+
+class StateFeed:
+    """The engine's state for all who watch: asked for when wanted, at most every FRESH_SECONDS."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._asking: asyncio.Task[EngineView] | None = None
+        self._asked = 0.0
+
+    async def view(self) -> EngineView:
+        """The state, at most FRESH_SECONDS old. Raises EngineDeadError."""
+        now = time.monotonic()
+        if self._asking is None or (self._asking.done() and now - self._asked > FRESH_SECONDS):
+            self._asked = now
+            self._asking = asyncio.ensure_future(self._ask())
+        return await asyncio.shield(self._asking)
+
+    async def _ask(self) -> EngineView:
+        return view_of(self._service, await self._service.engine.state())
+
+
+def view_of(service: Service, state: State) -> EngineView:
+    """What the page shows of a state."""
+    ready, facts = service.ready, service.ready.facts
+    now = time.time()
+    return EngineView(
+        time=now,
+        uptime=max(0.0, now - service.started),
+        version=__version__,
+        model=service.served_name,
+        architecture=facts.architecture,
+        dtype=facts.dtype,
+        backend=ready.backend,
+        max_model_len=ready.max_model_len,
+        max_num_seqs=ready.max_num_seqs,
+        max_num_batched_tokens=ready.max_num_batched_tokens,
+        block_size=ready.block_size,
+        num_blocks=ready.num_blocks,
+        pipeline_depth=ready.pipeline_depth,
+        load_seconds=ready.load_seconds,
+        settings=dict(service.shown_settings),
+        ledger=[LedgerItem(name, nbytes) for name, nbytes in ready.ledger],
+        stats=msgspec.structs.asdict(state.stats),
+        sequences=[
+            SequenceItem(
+                id=s.request_id,
+                running=s.running,
+                prompt_tokens=s.prompt_tokens,
+                output_tokens=s.output_tokens,
+                computed=s.computed,
+                max_tokens=s.max_tokens,
+                cached_tokens=s.cached_tokens,
+                age=s.age,
+                queued=s.queued,
+                blocks=s.blocks,
+            )
+            for s in state.sequences
+        ],
+        cached_blocks=state.cached_blocks,
+        cut=state.cut,
+        kernels=[KernelItem(k.op, k.kernel, k.count, k.why) for k in state.kernels],
+        floor_seconds=state.floor_seconds,
+    )
+
+
+def page_routes(service: Service, gate: Gate) -> list[Route]:
+    """`/`, its files under `/web/`, and `/rvllm/state`. The files need no key; the state does."""
+    files, feed = read_files(), StateFeed(service)
+
+    async def index(exchange: Exchange, body: bytes) -> None:
+        await _send(exchange, files[INDEX])
+
+    async def file(exchange: Exchange, body: bytes) -> None:
+        await _file(exchange, files)
+
+    async def state(exchange: Exchange, body: bytes) -> None:
+        await _state(exchange, feed, gate)
+
+    def route(
+        path: str, name: str, handler: Callable[[Exchange, bytes], Coroutine[Any, Any, None]], open: bool
+    ) -> Route:
+        return Route(path, Endpoint(gate, name, handler, open=open), methods=["GET"])
+
+    return [
+        route("/", "/", index, True),
+        route("/web/{name}", "/web/NAME", file, True),
+        route("/rvllm/state", "/rvllm/state", state, False),
+    ]
+
+
+async def _file(exchange: Exchange, files: Mapping[str, WebFile]) -> None:
+    name = exchange.scope["path_params"]["name"]
+    if name not in files:
+        raise ApiError(404, f"the page has no file {name[:100]!r}")
+    await _send(exchange, files[name])
+
+
+async def _send(exchange: Exchange, file: WebFile) -> None:
+    headers = (*_HEADERS, (b"etag", file.etag))
+    if exchange.header(b"if-none-match") == file.etag:
+        await exchange.respond(b"", file.content_type, 304, headers)
+    else:
+        await exchange.respond(file.body, file.content_type, headers=headers)
+
+
+async def _state(exchange: Exchange, feed: StateFeed, gate: Gate) -> None:
+    """One JSON object, or with `Accept: text/event-stream` one event every `interval` seconds."""
+    interval = _interval(exchange)
+    if b"text/event-stream" not in (exchange.header(b"accept") or b""):
+        await exchange.json(await feed.view(), headers=((b"cache-control", b"no-store"),))
+        return
+    view = await feed.view()
+    await exchange.open_stream()
+    while True:
+        await exchange.event(view)
+        until = time.monotonic() + interval
+        while not gate.draining and time.monotonic() < until:
+            await asyncio.sleep(min(DRAIN_SECONDS, interval))
+        if gate.draining:
+            await exchange.close_stream()
+            return
+        view = await feed.view()
+
+
+def _interval(exchange: Exchange) -> float:
+    given = parse_qs(exchange.scope["query_string"].decode("latin-1")).get("interval", ["1"])[-1]
+    try:
+        interval = float(given)
+    except ValueError:
+        interval = float("nan")
+    if not LEAST_INTERVAL <= interval <= MOST_INTERVAL:
+        raise invalid(
+            f"interval must be {LEAST_INTERVAL:g} to {MOST_INTERVAL:g} seconds, got {given[:40]!r}",
+            "interval",
+        )
+    return interval

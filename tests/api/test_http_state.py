@@ -1,0 +1,120 @@
+"""`/rvllm/state` and the page's files over real HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+
+import pytest
+from api_double import LiveServer
+
+
+def test_the_page_and_its_files(server: LiveServer) -> None:
+    status, headers, body = server.raw("GET", "/")
+    assert status == 200 and headers["content-type"] == "text/html; charset=utf-8"
+    assert "script-src 'self'" in headers["content-security-policy"]
+    names = [word.split('"')[0] for word in body.decode().split('"/web/')[1:]]
+    assert {name.rpartition(".")[2] for name in names} >= {"css", "js"}
+    for name in names:
+        status, headers, body = server.raw("GET", f"/web/{name}")
+        assert status == 200 and body, name
+        assert server.raw("GET", f"/web/{name}", headers={"If-None-Match": headers["etag"]})[0] == 304
+        assert headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize("name", ["nothing.js", "..%2Ffiles.py", "__init__.py", ""])
+def test_other_names_are_not_found(server: LiveServer, name: str) -> None:
+    assert server.raw("GET", f"/web/{name}")[0] == 404
+
+
+def test_state_once(server: LiveServer) -> None:
+    status, headers, body = server.raw("GET", "/rvllm/state")
+    assert status == 200 and headers["cache-control"] == "no-store"
+    state = json.loads(body)
+    assert state["model"] == "tiny" and state["backend"] == "double" and state["num_blocks"] == 10
+    assert state["stats"]["steps"] == 7 and state["cached_blocks"] == [7, 8]
+    assert state["kernels"][0] == {"op": "qkv", "kernel": "gemm_bf16", "count": 30, "why": "the only one"}
+
+
+@pytest.mark.parametrize("interval", ["0.1", "61", "nan", "often", "1e9"])
+def test_interval_is_checked(server: LiveServer, interval: str) -> None:
+    status, _, body = server.raw("GET", f"/rvllm/state?interval={interval}")
+    assert status == 400 and "interval must be 0.2 to 60 seconds" in json.loads(body)["error"]["message"]
+
+
+def watch(live: LiveServer, interval: float = 0.2) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=20)
+    connection.request("GET", f"/rvllm/state?interval={interval}", headers={"Accept": "text/event-stream"})
+    return connection.getresponse()
+
+
+def next_event(response: http.client.HTTPResponse) -> dict[str, object] | None:
+    while line := response.readline():
+        if line.startswith(b"data: "):
+            return None if b"[DONE]" in line else json.loads(line[6:])
+    raise AssertionError("the stream ended without a word")
+
+
+def test_a_stream_follows_the_engine_and_costs_nothing_when_nobody_watches() -> None:
+    with LiveServer() as live:
+        live.engine.held = True
+        response = watch(live)
+        first = next_event(response)
+        assert first is not None and first["sequences"] == [] and first["floor_seconds"] is None
+        thread = threading.Thread(target=live.chat, kwargs={"max_tokens": 2})
+        thread.start()
+        while (seen := next_event(response)) is not None and not seen["sequences"]:
+            pass
+        assert seen is not None and seen["sequences"][0]["blocks"] == [0, 1]  # type: ignore[index]
+        assert seen["sequences"][0]["id"].startswith("chatcmpl-")  # type: ignore[index]
+        live.engine.held = False
+        thread.join()
+        response.close()
+        time.sleep(0.5)  # the server notices within an interval
+        asked = live.engine.asked_for_state
+        time.sleep(0.6)
+        assert live.engine.asked_for_state == asked
+
+
+def test_many_watchers_ask_the_engine_once() -> None:
+    with LiveServer() as live:
+        responses = [watch(live, 0.4) for _ in range(8)]
+        for _ in range(3):
+            for response in responses:
+                assert next_event(response) is not None
+        for response in responses:
+            response.close()
+        assert live.engine.asked_for_state <= 7  # not 24
+
+
+def test_a_stream_does_not_hold_up_a_drain() -> None:
+    with LiveServer(drain_timeout=20.0) as live:
+        response = watch(live, 30.0)
+        assert next_event(response) is not None
+        began = time.monotonic()
+        live.call(live.stop.first.set)
+        assert next_event(response) is None
+        assert live.ended(10) == 0
+        assert time.monotonic() - began < 5
+
+
+def test_a_dead_engine_ends_the_stream_with_the_reason() -> None:
+    with LiveServer(dead_engine_timeout=5.0) as live:
+        response = watch(live)
+        assert next_event(response) is not None
+        live.call(live.engine.die, "it was killed")
+        while True:
+            event = next_event(response)
+            assert event is not None
+            if "error" in event:
+                break
+        assert "it was killed" in json.dumps(event)
+
+
+def test_the_state_needs_the_key_and_the_page_does_not() -> None:
+    with LiveServer(api_key="secret") as live:
+        assert live.raw("GET", "/")[0] == 200
+        assert live.raw("GET", "/rvllm/state")[0] == 401
+        assert live.raw("GET", "/rvllm/state", headers={"Authorization": "Bearer secret"})[0] == 200

@@ -1,0 +1,309 @@
+"""The page in a real browser, over a real server and a double of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from api_double import ANSWER, LiveServer
+from browser import ENTER, ESCAPE, LEFT, RIGHT, Browser, missing
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[LiveServer]:
+    with LiveServer(drain_timeout=0.2) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def window() -> Iterator[Browser]:
+    with Browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(window: Browser, live: LiveServer) -> Iterator[Browser]:
+    """A fresh page whose console must stay clean."""
+    visit(window, live)
+    window.run("localStorage.clear(); sessionStorage.clear()")
+    visit(window, live)
+    window.errors()
+    yield window
+    live.engine.held, live.engine.pace, live.engine.error = False, 0.0, None
+    assert window.errors() == []
+
+
+def visit(browser: Browser, live: LiveServer, view: str = "chat") -> None:
+    browser.open("about:blank")
+    browser.open(f"{live.url}/#{view}")
+    browser.until(lambda: browser.text("#status .word") in ("ready", "live"))
+
+
+def ask(page: Browser, text: str = "hello", answers: int = 1) -> None:
+    page.type("#prompt", text + ENTER)
+    page.until(lambda: page.count(".assistant.done") == answers)
+
+
+def set_parameter(page: Browser, name: str, value: str) -> None:
+    page.run(
+        "const f = document.getElementById('parameters').elements[arguments[0]]; f.value = arguments[1];"
+        "f.dispatchEvent(new Event('input', {bubbles: true}))", name, value,
+    )  # fmt: skip
+
+
+def tokens_of(live: LiveServer, text: str) -> list[int]:
+    return live.tokenizer.encode(text)
+
+
+def test_an_answer_streams_in_with_its_figures(page: Browser, live: LiveServer) -> None:
+    set_parameter(page, "max_tokens", str(len(tokens_of(live, ANSWER))))
+    ask(page)
+    assert page.text(".assistant .text") == ANSWER
+    figures = page.text(".assistant .figures")
+    assert "first token" in figures and "tokens/s" in figures and "cut at the limit" in figures
+    assert f"{len(tokens_of(live, ANSWER))} tokens" in figures
+    assert page.run("return document.activeElement.id") == "prompt"
+    assert page.text("#model") == "tiny"
+
+
+def test_parameters_and_the_conversation_are_sent_and_kept(page: Browser, live: LiveServer) -> None:
+    given = {
+        "max_tokens": "5",
+        "temperature": "0.5",
+        "top_p": "0.9",
+        "top_k": "7",
+        "min_p": "0.1",
+        "seed": "3",
+    }
+    for name, value in given.items():
+        set_parameter(page, name, value)
+    set_parameter(page, "system", "Be brief.")
+    ask(page, "one")
+    ask(page, "two", answers=2)
+    request = live.engine.requests[-1]
+    sampling = request.sampling
+    assert (sampling.max_tokens, sampling.top_k, sampling.seed) == (5, 7, 3)
+    assert (sampling.temperature, sampling.top_p, sampling.min_p) == (0.5, 0.9, 0.1)
+    prompt = live.tokenizer.decode(request.prompt_token_ids)
+    order = [prompt.find(part) for part in ("Be brief.", "one", ANSWER[:3], "two")]
+    assert -1 not in order and order == sorted(order)
+    visit(page, live)
+    assert page.run("return document.getElementById('parameters').elements.temperature.value") == "0.5"
+
+
+@pytest.mark.parametrize("how", ["button", "escape"])
+def test_stop_aborts_the_request(page: Browser, live: LiveServer, how: str) -> None:
+    live.engine.pace = 0.05
+    before = len(live.engine.aborted)
+    page.type("#prompt", "hello" + ENTER)
+    page.until(lambda: len(page.text(".assistant .text")) > 5)
+    if how == "button":
+        page.click("#stop")
+    else:
+        page.keys(ESCAPE)
+    page.until(lambda: len(live.engine.aborted) == before + 1)
+    page.until(lambda: "stopped" in page.text(".assistant .figures"))
+    assert page.run("return document.getElementById('send').hidden") is False
+
+
+def test_token_probabilities_on_hover_and_by_keyboard(page: Browser, live: LiveServer) -> None:
+    set_parameter(page, "max_tokens", "6")
+    page.click("input[name=logprobs]")
+    ask(page)
+    assert page.count(".token") == 6
+    assert page.run("return [...document.querySelectorAll('.token')].map(t => t.textContent).join('')")
+    page.hover(".token:nth-child(2)")
+    assert page.text("#token-tip").count("%") == 5
+    assert page.text("#token-tip .chosen").endswith("60.7 %"), "exp(-0.5)"
+    page.run("document.querySelector('.token').focus()")
+    page.keys(RIGHT + RIGHT + LEFT)
+    assert page.run("return [...document.querySelectorAll('.token')].indexOf(document.activeElement)") == 1
+    page.click(".assistant footer .quiet")
+    assert page.count(".assistant .text:not([hidden])") == 1 and page.count(".tokens[hidden]") == 1
+
+
+def test_what_goes_wrong_is_said_in_the_conversation(page: Browser, live: LiveServer) -> None:
+    live.engine.error = "the engine is tired <b>today</b>"
+    ask(page)
+    assert page.text(".assistant [role=alert]") == "the engine is tired <b>today</b>"
+    live.engine.error = None
+    set_parameter(page, "max_tokens", "3")
+    ask(page, answers=2)
+    assert page.count("[role=alert]") == 1
+    page.errors()  # Chromium notes the 500
+
+
+REL = 'target="_blank" rel="noopener noreferrer nofollow"'
+MARKDOWN = [
+    (
+        "**bold** and *it* and `x < y`",
+        "<p><strong>bold</strong> and <em>it</em> and <code>x &lt; y</code></p>",
+    ),
+    ("a snake_case_name 2*3*4", "<p>a snake_case_name 2<em>3</em>4</p>"),
+    ("# One\n\ntext\nmore", "<h2>One</h2><p>text<br>more</p>"),
+    ("- a\n- b\n  - c", "<ul><li>a</li><li><p>b</p><ul><li>c</li></ul></li></ul>"),
+    ("1. x\n2. y", '<ol start="1"><li>x</li><li>y</li></ol>'),
+    ("> q\n\n---", "<blockquote><p>q</p></blockquote><hr>"),
+    (
+        "|a|b|\n|-|-|\n|1|2|",
+        '<div class="scroll"><table><thead><tr><th>a</th><th>b</th></tr></thead>'
+        "<tbody><tr><td>1</td><td>2</td></tr></tbody></table></div>",
+    ),
+    ("<img src=x onerror=alert(1)>", "<p>&lt;img src=x onerror=alert(1)&gt;</p>"),
+    (
+        "[a](javascript:alert(1)) ![i](data:text/html,x)",
+        "<p>[a](javascript:alert(1)) ![i](data:text/html,x)</p>",
+    ),
+    ("[a](https://e.org/?q=<script>)", f'<p><a href="https://e.org/?q=&lt;script&gt;" {REL}>a</a></p>'),
+    ("see https://e.org/a_b.", f'<p>see <a href="https://e.org/a_b" {REL}>https://e.org/a_b</a>.</p>'),
+    ("**open *and `never closed https:// [", "<p>**open *and `never closed https:// [</p>"),
+    ("\\*plain\\*", "<p>*plain*</p>"),
+]
+RENDER = """return (async (text, wanted) => {
+    const { markdown } = await import('/web/markdown.js');
+    const made = document.createElement('div'), other = document.createElement('div');
+    made.append(markdown(text));
+    other.innerHTML = wanted;
+    made.normalize();
+    return made.isEqualNode(other) ? '' : made.innerHTML;
+})(arguments[0], arguments[1])"""
+
+
+def test_markdown_is_rendered_and_nothing_of_it_is_markup(page: Browser) -> None:
+    for text, wanted in MARKDOWN:
+        assert page.run(RENDER, text, wanted) == "", text
+
+
+def test_code_blocks_grow_while_they_stream(page: Browser) -> None:
+    made = page.run("""return (async (text) => {
+        const { markdown } = await import('/web/markdown.js');
+        const node = document.createElement('div');
+        node.append(markdown(text));
+        return [node.querySelector('pre').textContent, node.querySelector('.code-bar span').textContent];
+    })(arguments[0])""", "```python\nif a < b:\n    **not bold**")  # fmt: skip
+    assert made == ["if a < b:\n    **not bold**", "python"]
+
+
+def test_hostile_markdown_takes_no_time(page: Browser) -> None:
+    spent = page.run("""return (async () => {
+        const { markdown } = await import('/web/markdown.js');
+        const began = performance.now();
+        for (const part of ['*', '[', '`', '**a', '- ', '> ', '|', '_a_', '\\n- a\\n  ', '![](', '~~', '# ',
+                'https://']) {
+            markdown(part.repeat(4000));
+        }
+        return performance.now() - began;
+    })()""")
+    assert spent < 3000
+
+
+def test_events_survive_every_chunking(page: Browser) -> None:
+    seen = page.run("""return (async () => {
+        const { events } = await import('/web/api.js');
+        const text = 'data: {"a": "日本 😀"}\\n\\n: note\\n\\ndata: {"a": 2}\\n\\ndata: [DONE]\\n\\n';
+        const bytes = new TextEncoder().encode(text);
+        const all = [];
+        for (let size = 1; size <= bytes.length; size += 1) {
+            const body = new ReadableStream({ start(c) {
+                for (let i = 0; i < bytes.length; i += size) c.enqueue(bytes.slice(i, i + size));
+                c.close();
+            } });
+            const got = [];
+            for await (const event of events({ body })) got.push(event.a);
+            all.push(JSON.stringify(got));
+        }
+        return [...new Set(all)];
+    })()""")
+    assert seen == ['["日本 😀",2]']
+
+
+def test_the_engine_view_is_live_and_asks_only_while_seen(page: Browser, live: LiveServer) -> None:
+    asked = live.engine.asked_for_state
+    live.engine.held = True
+    page.type("#prompt", "hello" + ENTER)
+    page.until(lambda: live.engine.open)
+    assert live.engine.asked_for_state == asked, "the chat alone asks nothing of the engine"
+    page.click("#tab-engine")
+    page.until(lambda: page.count("#engine tbody tr .swatch") == 1)
+    request = next(iter(live.engine.open))
+    assert page.run("return document.querySelector('#engine tbody code').title") == request
+    assert "decoding" in page.text("#engine tbody")
+    assert page.text("#status .word") == "live"
+    tiles = page.text("#engine .tiles")
+    assert "10 %" in tiles and "1 of 10" in tiles and "250 tokens/s" in tiles, "one sequence in 4 ms"
+    assert "gemm_bf16" in page.text("#engine") and "the only one" in page.text("#engine")
+    colour = page.run("""const c = document.querySelector('canvas'), d = c.getContext('2d');
+        const at = (i) => [...d.getImageData(i * 16 + 7, 7, 1, 1).data].slice(0, 3).join();
+        return [at(0) === at(1), at(0) === at(3), at(7) === at(8), at(7) === at(3)]""")
+    assert colour == [True, False, True, False], "one colour a sequence; cached and empty differ"
+    page.hover(".map canvas")
+    assert page.text(".map .label").startswith("Block ")
+    live.engine.held = False
+    page.until(lambda: "No request is alive" in page.text("#engine"))
+    page.click("#tab-chat")
+    page.until(lambda: page.run("return document.getElementById('engine').hidden"))
+    settled = live.engine.asked_for_state
+    page.run("return new Promise((done) => setTimeout(done, 1300))")
+    assert live.engine.asked_for_state <= settled + 1
+
+
+def test_tabs_by_keyboard(page: Browser) -> None:
+    page.run("document.getElementById('tab-chat').focus()")
+    page.keys(RIGHT)
+    assert page.run("return [document.activeElement.id, location.hash]") == ["tab-engine", "#engine"]
+    assert page.run("return document.getElementById('chat').hidden") is True
+    page.keys(LEFT)
+    assert page.run("return [document.activeElement.id, location.hash]") == ["tab-chat", "#chat"]
+
+
+def test_everything_has_a_name(page: Browser) -> None:
+    for view in ("chat", "engine"):
+        page.run("location.hash = arguments[0]", view)
+        page.until(
+            lambda view=view: page.run("return document.getElementById(arguments[0]).hidden", view) is False
+        )
+        nameless = page.run("""
+            return [...document.querySelectorAll('button, input, textarea, [role=img], [tabindex]')]
+                .filter((n) => n.offsetParent !== null && !n.closest('pre'))
+                .filter((n) => !(n.innerText?.trim() || n.ariaLabel || n.title || n.labels?.length))
+                .map((n) => n.outerHTML)""")
+        assert nameless == []
+
+
+def overflow(browser: Browser) -> Any:
+    return browser.run("return document.documentElement.scrollWidth - innerWidth")
+
+
+def test_dark_on_a_phone() -> None:
+    with LiveServer(drain_timeout=0.2) as live, Browser(390, 844, dark=True) as phone:
+        visit(phone, live)
+        assert overflow(phone) <= 0
+        assert phone.run("return document.getElementById('settings').open") is False
+        set_parameter(phone, "max_tokens", "5")
+        ask(phone, "hello " * 30)
+        assert overflow(phone) <= 0
+        background = phone.run(
+            "return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
+        )
+        assert sum(background) < 150
+        live.engine.held = True
+        phone.type("#prompt", "again" + ENTER)
+        phone.until(lambda: live.engine.open)
+        phone.click("#tab-engine")
+        phone.until(lambda: phone.count("#engine tbody tr"))
+        assert overflow(phone) <= 0
+        assert phone.run("return document.querySelector('.tiles').offsetHeight") > 150
+
+
+def test_the_key_is_asked_for_and_used() -> None:
+    with LiveServer(api_key="secret", drain_timeout=0.2) as live, Browser() as browser:
+        browser.open(live.url)
+        browser.until(lambda: browser.run("return document.getElementById('key-dialog').open"))
+        assert browser.text("#status .word") == "key needed"
+        browser.type("#key", "secret" + ENTER)
+        browser.until(lambda: browser.text("#status .word") == "ready")
+        browser.click("#tab-engine")
+        browser.until(lambda: browser.text("#status .word") == "live")
