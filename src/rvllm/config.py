@@ -113,7 +113,7 @@ class EngineConfig:
         None, "CPU threads for matrix products; default: the machine's cores.", low=1
     )
     cpu_kernels: str = setting(
-        "numpy",
+        "auto",
         "Kernels on the CPU: numpy, or compiled ones that work on GGUF blocks (extra cpu); auto takes these if there and says so.",
         choices=("auto", "numpy", "compiled"),
     )
