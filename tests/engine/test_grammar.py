@@ -182,3 +182,13 @@ def test_an_equal_grammar_is_compiled_once() -> None:
     core.grammars._compile = None  # type: ignore[method-assign,assignment]  # a second compilation would fail
     tokens, last = run(core, [request("b", form)])["b"]
     assert text_of(tokens) in ("left", "right") and last.finish_reason == "stop"
+
+
+def test_a_grammar_that_costs_too_much_ends_its_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rvllm.engine.grammar.ALLOWANCE", 0.001)
+    monkeypatch.setattr("rvllm.engine.grammar.ALLOWANCE_PER_TOKEN", 0.0)
+    ambiguous = 'start: a\na: a a | "b" | ""'
+    done = run(core_of(), [request("slow", ambiguous, min_tokens=400), request("free", None, max_tokens=9)])
+    assert done["free"][1].finish_reason in ("length", "stop")
+    last = done["slow"][1]
+    assert last.finish_reason == "error" and "too costly" in (last.error or "")

@@ -30,16 +30,24 @@ KEPT_LENGTH = 1 << 16  # characters of the longest grammar that is kept
 MOST_STATES = 50_000  # of a grammar's lexer, some 2 kB each
 TIMED = 4096  # mask times kept for the percentiles
 ALONE = 4  # up to so many masks of a step are computed one after the other
+ALLOWANCE = 2.0  # seconds that following a grammar may cost, and seconds more for each token
+ALLOWANCE_PER_TOKEN = 0.01
 POLL_SECONDS = 0.01  # how long an otherwise idle engine waits for a grammar before it looks at messages
 
 
 class Matcher:
-    """One sequence's place in its grammar."""
+    """One sequence's place in its grammar.
 
-    __slots__ = ("_matcher",)
+    seconds: what following it has cost so far. An ambiguous grammar can cost ever more with each token;
+    one that exceeds its allowance ends its request, so that it does not stall the others.
+    """
+
+    __slots__ = ("_matcher", "_tokens", "seconds")
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
+        self._tokens = 0
+        self.seconds = 0.0
 
     @property
     def native(self) -> LLMatcher:
@@ -53,7 +61,13 @@ class Matcher:
 
     def accept(self, token: int) -> str | None:
         """Moves on by a drawn token; returns what is wrong when the grammar does not allow it."""
-        if self._matcher.consume_token(token):
+        began = time.perf_counter()
+        accepted = self._matcher.consume_token(token)
+        self._tokens += 1
+        self.seconds += time.perf_counter() - began
+        if self.seconds > ALLOWANCE + ALLOWANCE_PER_TOKEN * self._tokens:
+            return f"the grammar is too costly to follow: {self.seconds:.1f} s for {self._tokens} tokens"
+        if accepted:
             return None
         reason = str(self._matcher.get_error()).partition("\n")[0]
         return f"no token fits both the grammar and min_tokens, stop_token_ids or logit_bias: {reason}"
@@ -160,10 +174,14 @@ class Grammars:
             for row, matcher in zip(rows, wanted.values(), strict=True):
                 started = time.perf_counter()
                 matcher.fill(row)
+                matcher.seconds += time.perf_counter() - started
                 self._times.append(time.perf_counter() - started)
         else:
             self._fill_together(rows, list(wanted.values()))
-            self._times.extend([time.perf_counter() - began] * len(wanted))
+            waited = time.perf_counter() - began
+            self._times.extend([waited] * len(wanted))
+            for matcher in wanted.values():
+                matcher.seconds += waited / len(wanted)
         self.mask_seconds += time.perf_counter() - began
         self.masks_computed += len(wanted)
         return dict(zip(wanted, rows, strict=True))
