@@ -99,7 +99,7 @@ class NativeModel:
                 weights[weight.name] = _plain(weight, checkpoint, seed)
             done += weight.elements
             if progress is not None:
-                progress(done / total, "loading weights for the compiled kernels")
+                progress(done / total, "loading weights")
         caches = caches_for(program, names, blocks)
         library = compile_kernels(lower.kernels_for(program, names, matrices), kernel_folder())
         model = Model(program=program, weights=weights, caches=caches, ropes=ropes, workers=workers)
