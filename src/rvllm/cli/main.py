@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP (the default when only flags are given)",
     "chat": "talk to a model in the terminal",
     "benchmark": "time the engine: tokens per second, time to first token, latency between tokens",
+    "run-batch": "answer the requests of a JSONL file without a server",
     "pull": "fetch a model into the cache",
     "plan": "print the program a model runs: ops, shapes, bytes, FLOPs",
     "kernels": "list, compile and check the CUDA kernels",
@@ -71,7 +72,7 @@ def _run(words: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"rvllm {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     chosen = words[0] if words else ""
-    module = importlib.import_module(f"rvllm.cli.{chosen}") if chosen in COMMANDS else None
+    module = importlib.import_module(f"rvllm.cli.{chosen.replace('-', '_')}") if chosen in COMMANDS else None
     for name, text in COMMANDS.items():
         if module is None:
             subparsers.add_parser(name, help=text)
