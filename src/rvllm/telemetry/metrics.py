@@ -44,6 +44,10 @@ class EngineSnapshot(Protocol):
     loop_seconds: float
     idle_seconds: float
     host_seconds: float
+    masks: int
+    mask_seconds: float
+    mask_p50_seconds: float
+    mask_p99_seconds: float
     backend: dict[str, float]
 
 
@@ -190,6 +194,11 @@ class _Snapshot(Collector):
         yield self._counter(
             "rvllm:engine_host_seconds", "Seconds scheduling and booking.", engine.host_seconds
         )
+        yield self._counter("rvllm:grammar_masks", "Token masks computed for grammars.", engine.masks)
+        yield self._counter("rvllm:grammar_mask_seconds", "Seconds computing them.", engine.mask_seconds)
+        waited = "How long a token waited for its mask, of the last few thousand: "
+        yield self._gauge("rvllm:grammar_mask_p50_seconds", waited + "median.", engine.mask_p50_seconds)
+        yield self._gauge("rvllm:grammar_mask_p99_seconds", waited + "p99.", engine.mask_p99_seconds)
         for name, value in sorted(engine.backend.items()):
             yield self._of_backend(_ODD.sub("_", name.removeprefix("rvllm:").removeprefix("backend_")), value)
 
