@@ -18,6 +18,7 @@ COMMANDS = {
     "chat": "talk to a model in the terminal",
     "benchmark": "time the engine: tokens per second, time to first token, latency between tokens",
     "run-batch": "answer the requests of a JSONL file without a server",
+    "top": "watch a running server's engine in the terminal",
     "pull": "fetch a model into the cache",
     "plan": "print the program a model runs: ops, shapes, bytes, FLOPs",
     "kernels": "list, compile and check the CUDA kernels",

@@ -13,24 +13,46 @@ from rvllm.cli.chat import Answer, Conversation, Sampling
 from rvllm.errors import RvllmError, UsageError
 
 
+def connector(url: str, timeout: float) -> tuple[Callable[[], http.client.HTTPConnection], str]:
+    """How to connect to a server, and the path in front of its endpoints. Raises UsageError."""
+    parts = urlsplit(url if "//" in url else f"http://{url}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(f"--url: expected something like http://127.0.0.1:8000, got {url!r}")
+    try:
+        port = parts.port
+    except ValueError:
+        raise UsageError(f"--url: {url!r} has no valid port") from None
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    return partial(kind, parts.hostname, port, timeout=timeout), parts.path.rstrip("/").removesuffix("/v1")
+
+
+def get_json(url: str, path: str, api_key: str | None, timeout: float = 30.0) -> Any:
+    """What a server answers to a GET. Raises RvllmError when it cannot be reached or refuses."""
+    connect, prefix = connector(url, timeout)
+    connection = connect()
+    try:
+        connection.request("GET", prefix + path, headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
+        response = connection.getresponse()
+        body = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise RvllmError(f"cannot reach {url}: {error}") from None
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise RvllmError(f"{url} answers {response.status}: {_message(body)}")
+    try:
+        return json.loads(body)
+    except ValueError:
+        raise RvllmError(f"{url} answers something else than JSON; is it a server of this kind?") from None
+
+
 class RemoteTalker:
     """Talks to a server's `/v1/chat/completions`."""
 
     def __init__(self, url: str, model: str | None, api_key: str | None) -> None:
         """model: None takes the first one the server lists. Raises RvllmError when it cannot be reached."""
-        parts = urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(f"--url: expected something like http://127.0.0.1:8000, got {url!r}")
-        try:
-            port = parts.port
-        except ValueError:
-            raise UsageError(f"--url: {url!r} has no valid port") from None
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connect: Callable[[], http.client.HTTPConnection] = partial(
-            kind, parts.hostname, port, timeout=600
-        )
+        self._connect, self._path = connector(url, timeout=600)
         self._url = url
-        self._path = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"

@@ -167,13 +167,22 @@ class CpuBackend:
         """The functions that computed the last step; see `Backend.last_kernels`."""
         if not self._steps:
             return []
-        return grouped((launch.op.name, f"numpy {launch.kernel.__name__}", "") for launch in self._launches)
+        compiled = frozenset[str]() if self._native is None else self._native.compiled
+        return grouped(
+            (op.name, f"{'compiled' if op.name in compiled else 'numpy'} {launch.kernel.__name__}", "")
+            for launch in self._launches
+            for op in (launch.op,)
+        )
 
     def decode_floor(self, seqs: int, context: int) -> float:
         """Least seconds of a decode step; memory and arithmetic are timed when somebody first asks."""
         if self._rates is None:
             self._rates = measure(self._model.workers.count)
-        cost = program_cost(self._model.program, StepShape(seqs, 1, context))
+        shape = StepShape(seqs, 1, context)
+        if self._native is not None:  # they compute on the stored form, at another rate than was timed
+            cost = program_cost(self._model.program, shape, self._native.stored)
+            return cost.nbytes / self._rates.bandwidth
+        cost = program_cost(self._model.program, shape)
         return cost.floor_seconds(self._rates.bandwidth, self._rates.flops)
 
     def stats(self) -> dict[str, float]:

@@ -44,9 +44,9 @@ export class EngineView {
         el("table", {}, el("thead", {}, headings("Request", "", "Prompt", "Cached", "Output", "Blocks", "Queued", "Age")), this.requests)), this.requestNote),
       card("KV blocks", "wide", this.map.node, this.blockNote),
       card("Memory", "", this.ledger, this.legend),
-      card("Engine", "", this.about),
-      card("Kernels of the last step", "wide", el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Kernels" },
-        el("table", {}, el("thead", {}, headings("Op", "Kernel", "Launches", "Why")), this.kernels))));
+      card("Kernels of the last step", "tall", el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Kernels" },
+        el("table", {}, el("thead", {}, headings("Op", "Kernel", "Launches", "Why")), this.kernels))),
+      card("Engine", "", this.about));
     this.started = true;
   }
 

@@ -64,6 +64,18 @@ class NativeModel:
         """Memory of the packed weights."""
         return sum(m.nbytes for m in self._matrices.values())
 
+    @property
+    def stored(self) -> dict[str, int]:
+        """Bytes of each packed weight, by name."""
+        return {name: matrix.nbytes for name, matrix in self._matrices.items()}
+
+    @property
+    def compiled(self) -> frozenset[str]:
+        """Names of the ops that have a compiled kernel; the others run in NumPy."""
+        from rvllm.backends.cpu.native import lower
+
+        return frozenset(lower.supported(self.model.program))
+
     @staticmethod
     def load(
         program: Program,

@@ -1,0 +1,216 @@
+"""`rvllm top`: a running server's engine in the terminal, as the page shows it in a browser."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rvllm.cli.remote import get_json
+from rvllm.cli.tables import human_bytes, human_seconds
+from rvllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+WINDOW = 3.0  # seconds over which rates are taken
+BARS = " ▁▂▃▄▅▆▇█"
+State = dict[str, Any]  # api.page.EngineView as JSON
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declares `top`."""
+    parser = subparsers.add_parser("top", help="watch a running server's engine", allow_abbrev=False)
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server [http://127.0.0.1:8000]")
+    parser.add_argument(
+        "--api-key", default=None, help="its key (better: RVLLM_API_KEY, which other users do not see)"
+    )
+    parser.add_argument("--interval", default="1", metavar="SECONDS", help="between two looks, 0.2 to 60 [1]")
+    parser.add_argument("--once", action="store_true", help="print one look and end")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Shows the engine until Ctrl-C, or once. Raises RvllmError when the server cannot be reached."""
+    interval = _interval(args.interval)
+    key = args.api_key or os.environ.get("RVLLM_API_KEY")
+
+    def look() -> State:
+        state: State = get_json(args.url, "/rvllm/state", key)
+        return state
+
+    from rich.console import Console
+
+    history = History()
+    if args.once or not sys.stdout.isatty():
+        first = look()
+        if args.once and first["stats"]["running"]:  # a rate needs two looks
+            history.add(first)
+            time.sleep(min(interval, 1.0))
+            first = look()
+        Console().print(picture(first, history.add(first)))
+        return 0
+    from rich.live import Live
+
+    with Live(screen=True, auto_refresh=False) as live:
+        while True:
+            state = look()
+            live.update(picture(state, history.add(state)), refresh=True)
+            time.sleep(interval)
+
+
+def _interval(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0.2 <= value <= 60:
+        raise UsageError(f"--interval: expected 0.2 to 60 seconds, got {text!r}")
+    return value
+
+
+@dataclass
+class Rates:
+    """What happens a second; idle: share of the time without work, None before the second look.
+
+    recent: tokens generated a second at the last looks.
+    """
+
+    generated: float = 0.0
+    prompt: float = 0.0
+    steps: float = 0.0
+    idle: float | None = None
+    recent: list[float] = field(default_factory=list)
+
+
+class History:
+    """The last few states, to take rates from."""
+
+    def __init__(self) -> None:
+        self._states: deque[State] = deque()
+        self._recent: deque[float] = deque(maxlen=60)
+
+    def add(self, state: State) -> Rates:
+        """Takes a state; the rates since those of some seconds ago."""
+        states = self._states
+        if states and states[-1]["stats"]["steps"] > state["stats"]["steps"]:
+            states.clear()  # another engine answers
+        states.append(state)
+        while len(states) > 2 and state["time"] - states[1]["time"] >= WINDOW:
+            states.popleft()
+        old, new, span = states[0]["stats"], state["stats"], state["time"] - states[0]["time"]
+        if span <= 0:
+            return Rates(recent=list(self._recent))
+        loop = new["loop_seconds"] - old["loop_seconds"]
+        generated = (new["generation_tokens"] - old["generation_tokens"]) / span
+        self._recent.append(generated)
+        return Rates(
+            generated,
+            (new["prompt_tokens"] - old["prompt_tokens"]) / span,
+            (new["steps"] - old["steps"]) / span,
+            (new["idle_seconds"] - old["idle_seconds"]) / loop if loop > 0 else None,
+            list(self._recent),
+        )
+
+
+def picture(state: State, rates: Rates) -> RenderableType:
+    """The whole screen."""
+    from rich.console import Group
+    from rich.text import Text
+
+    head = Text.assemble(
+        ("rvllm ", "bold"), f"{state['version']} · ", (state["model"], "bold"),
+        f" · {state['architecture']} · {state['backend']}, {state['dtype']} · up {_span(state['uptime'])}",
+    )  # fmt: skip
+    return Group(head, Text(), _figures(state, rates), Text(), _requests(state), Text(), _memory(state),
+                 _kernels(state))  # fmt: skip
+
+
+def _figures(state: State, rates: Rates) -> RenderableType:
+    from rich.table import Table
+
+    stats, floor = state["stats"], state["floor_seconds"]
+    bound = stats["running"] / floor if floor else None
+    against = f"{rates.generated / bound:.0%} of the floor's {bound:,.0f}" if bound else ""
+    blocks, total = stats["blocks_used"], max(1, stats["blocks_total"])
+    hits = stats["cached_prompt_tokens"] / stats["prefix_queries"] if stats["prefix_queries"] else 0.0
+    grid = Table.grid(padding=(0, 3))
+    rows = [
+        ("generated", f"{rates.generated:,.1f} tokens/s", f"{against} {_sparkline(rates.recent)}".strip()),
+        ("prompts", f"{rates.prompt:,.1f} tokens/s", f"{hits:.0%} of prompt tokens found cached"),
+        ("requests", f"{stats['running']} running",
+         f"{stats['waiting']} waiting, {stats['preemptions']} preempted"),
+        ("KV blocks", f"{_bar(blocks / total)} {blocks / total:.0%}",
+         f"{blocks:,} of {total:,}, {stats['blocks_cached']:,} free with a prefix"),
+        ("idle", "–" if rates.idle is None else f"{rates.idle:.0%}", f"{rates.steps:,.1f} steps/s"),
+    ]  # fmt: skip
+    for name, value, detail in rows:
+        grid.add_row(f"[dim]{name}[/dim]", f"[bold]{value}[/bold]", f"[dim]{detail}[/dim]")
+    return grid
+
+
+def _requests(state: State) -> RenderableType:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    if not state["sequences"]:
+        return Text("no request is alive", style="dim")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("request", no_wrap=True)
+    for name in ("", "prompt", "cached", "output", "blocks", "queued", "age"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    for one in state["sequences"][:20]:
+        doing = "waiting" if not one["running"] else "decoding" if one["output_tokens"] else "prefill"
+        table.add_row(
+            Text(_short(one["id"])), doing, str(one["prompt_tokens"]), str(one["cached_tokens"]),
+            f"{one['output_tokens']}/{one['max_tokens']}", str(len(one["blocks"])), _span(one["queued"]),
+            _span(one["age"]),
+        )  # fmt: skip
+    return table
+
+
+def _memory(state: State) -> RenderableType:
+    from rich.text import Text
+
+    parts = [f"{line['name']} {human_bytes(line['bytes'])}" for line in state["ledger"]]
+    return Text.assemble(("memory   ", "dim"), " · ".join(parts) or "nothing listed")
+
+
+def _kernels(state: State) -> RenderableType:
+    from rich.text import Text
+
+    counts: dict[str, int] = {}
+    for kernel in state["kernels"]:
+        counts[kernel["kernel"]] = counts.get(kernel["kernel"], 0) + kernel["count"]
+    settings = " · ".join(f"{name} {value}" for name, value in state["settings"].items())
+    most = sorted(counts.items(), key=lambda item: -item[1])[:8]
+    text = " · ".join(f"{name} ×{count}" for name, count in most)
+    return Text.assemble(("settings ", "dim"), settings, "\n", ("kernels  ", "dim"), text or "no step yet")
+
+
+def _short(request_id: str) -> str:
+    """Ids differ at their ends; the middle is cut."""
+    return request_id if len(request_id) <= 20 else f"{request_id[:14]}…{request_id[-4:]}"
+
+
+def _bar(share: float, width: int = 12) -> str:
+    filled = round(width * min(1.0, share))
+    return "█" * filled + "░" * (width - filled)
+
+
+def _sparkline(values: list[float]) -> str:
+    top = max(values, default=0.0)
+    if not top:
+        return ""
+    return "".join(BARS[round((len(BARS) - 1) * value / top)] for value in values)
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return human_seconds(seconds)
+    minutes = int(seconds // 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,85 @@
+"""`rvllm top` against a server over a double of the engine."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "api"))
+
+from api_double import LiveServer
+
+from rvllm.cli.main import main
+from rvllm.cli.top import History, Rates
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[LiveServer]:
+    with LiveServer(drain_timeout=0.2) as server:
+        yield server
+
+
+def top(live: LiveServer, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    assert main(["top", "--once", "--url", live.url, *flags]) == 0
+    return capsys.readouterr().out
+
+
+def test_an_idle_engine(live: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = top(live, capsys)
+    assert "tiny" in shown and "Double" in shown and "no request is alive" in shown
+    assert "0 running" in shown and "gemm_bf16 ×31" in shown
+
+
+def test_a_running_request(live: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
+    live.engine.held = True
+    thread = threading.Thread(target=live.chat, kwargs={"max_tokens": 2})
+    thread.start()
+    while not live.engine.open:
+        time.sleep(0.01)
+    time.sleep(0.25)  # a state is shown to all who ask within 0.2 s
+    shown = top(live, capsys, "--interval", "0.3")
+    live.engine.held = False
+    thread.join()
+    assert "decoding" in shown and "5/64" in shown and "chatcmpl-" in shown
+    assert "1 running" in shown and "0% of the floor's 250" in shown
+
+
+def test_rates_come_from_differences_and_a_new_engine_starts_anew() -> None:
+    def state(moment: float, tokens: int, steps: int) -> dict[str, object]:
+        stats = {"generation_tokens": tokens, "prompt_tokens": 2 * tokens, "steps": steps}
+        stats |= {"loop_seconds": moment, "idle_seconds": moment / 2}  # type: ignore[dict-item]
+        return {"time": moment, "stats": stats}
+
+    history = History()
+    assert history.add(state(10.0, 100, 5)) == Rates()
+    rates = history.add(state(12.0, 150, 15))
+    assert (rates.generated, rates.prompt, rates.steps, rates.idle) == (25.0, 50.0, 5.0, 0.5)
+    assert history.add(state(13.0, 3, 1)).generated == 0.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--url", "127.0.0.1:9"], "cannot reach"),
+        (["--url", "ftp://x"], "--url"),
+        (["--interval", "often"], "--interval"),
+        (["--interval", "nan"], "--interval"),
+    ],
+)
+def test_mistakes_are_one_line(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["top", "--once", *flags]) != 0
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_the_key_is_sent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with LiveServer(api_key="secret", drain_timeout=0.2) as live:
+        assert main(["top", "--once", "--url", live.url]) == 1
+        assert "401" in capsys.readouterr().err
+        monkeypatch.setenv("RVLLM_API_KEY", "secret")
+        assert main(["top", "--once", "--url", live.url]) == 0
