@@ -23,6 +23,7 @@ WEATHER: dict[str, Any] = {
     "function": {
         "name": "get_weather",
         "description": "Get the current weather of a city",
+        "strict": True,
         "parameters": {
             "type": "object",
             "properties": {"city": {"type": "string", "description": "The city's name"}},

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import byte_level
+from tiny_tokenizers import byte_level, byte_level_metadata
 
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.errors import UsageError
+from rvllm.text.gguf_tokenizer import from_metadata
 from rvllm.text.grammar import check, grammar_of, with_lead
 from rvllm.text.reasoning import FORMATS as REASONING
 from rvllm.text.reasoning import ReasoningSplitter, opened_by, reasoning_format
-from rvllm.text.tools.choose import FORMATS, Function, forced_calls, tool_format
+from rvllm.text.tokenizer import Tokenizer
+from rvllm.text.tools.choose import FORMATS, Function, forced_calls, offered_calls, tool_format
 from rvllm.text.tools.events import CallArguments, CallStart, Event, Text
 
 ARGUMENTS = {"city": 'Zür"ich}', "days": [1, {"a": "]"}], "深": None}
@@ -213,6 +215,36 @@ def test_forced_calls_are_read_back(name: str, parallel: bool) -> None:
             assert value == {} if called == "g" else value["city"] in ("Oslo", 'Rom"a')
         counts.add(len(calls))
     assert (max(counts) > 1) == parallel
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_calls_of_strict_functions_fit_when_they_come(parallel: bool) -> None:
+    from llguidance import LLMatcher, LLTokenizer
+
+    tokenizer, hermes = Tokenizer(from_metadata(byte_level_metadata(), "tiny")), tool_format("hermes", None)
+    assert hermes is not None
+    strict = [Function("f", TOOLS[0].parameters, strict=True), TOOLS[1]]
+    assert offered_calls(hermes, strict, tokenizer, parallel=parallel) is None  # the mark is no token
+    tokenizer.backend.add_tokens(["<tool_call>", "</tool_call>"])
+    assert offered_calls(hermes, TOOLS, tokenizer, parallel=parallel) is None  # nothing is strict
+    grammar = offered_calls(hermes, strict, tokenizer, parallel=parallel)
+    assert grammar is not None
+    check(grammar, "tools")
+    native = LLTokenizer(tokenizer.backend.to_str(), eos_token=[tokenizer.eos_token_id])
+    oslo = '<tool_call>\n{"name": "f", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    free = '<tool_call>\n{"name": "g", "arguments": {"any": [1]}}\n</tool_call>'
+    for text, fits in (
+        ("Just words { } 日本.\n", True),
+        ("", True),
+        ("Let me see.\n" + oslo, True),
+        (free, True),
+        (f"{oslo}\n{free}", parallel),
+        (oslo.replace("Oslo", "Rome"), False),
+        (oslo.replace('"f"', '"h"'), False),
+    ):
+        matcher = LLMatcher(native, grammar, log_level=0)
+        fed = all(matcher.consume_token(token) for token in tokenizer.encode(text, add_special_tokens=False))
+        assert (fed and matcher.is_accepting()) == fits, text
 
 
 def split(name: str, pieces: list[str], inside: bool) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from rvllm.api.schemas import GenerationRequest
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.errors import UsageError
 from rvllm.text.grammar import check, check_tokenizer, grammar_of, with_lead
-from rvllm.text.tools.choose import forced_calls
+from rvllm.text.tools.choose import forced_calls, offered_calls
 
 _GUIDED = {
     "guided_json": "json",
@@ -34,7 +34,7 @@ async def answer_grammar(
     """
     asked = asked_form(request)
     forced = plan is not None and plan.forced is not None
-    if asked is None and not forced:
+    if asked is None and not forced and not (plan and any(f.strict for f in plan.functions)):
         return None
     if asked is not None and forced:
         raise invalid(f"{asked[0]} excludes a tool_choice that forces a call", asked[0])
@@ -43,7 +43,8 @@ async def answer_grammar(
     except UsageError as error:
         raise invalid(str(error), asked[0] if asked else "tool_choice") from None
     found = await asyncio.to_thread(_grammar, service, asked, plan, thinks)
-    await service.prepare_grammars()
+    if found is not None:
+        await service.prepare_grammars()
     return found
 
 
@@ -60,6 +61,11 @@ def _grammar(
             found = grammar_of(asked[1])
         elif plan is not None and plan.forced is not None:
             found = forced_calls(plan.known, plan.forced, service.tokenizer, parallel=plan.parallel)
+            check(found, "parameters")
+        elif plan is not None:
+            found = offered_calls(plan.known, plan.functions, service.tokenizer, parallel=plan.parallel)
+            if found is None:
+                return None
             check(found, "parameters")
         if found is not None and thinks is not None and service.reasoning is not None:
             marks = service.reasoning

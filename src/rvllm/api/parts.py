@@ -22,11 +22,11 @@ _NAME_LENGTH = 256
 class ToolPlan:
     """The tools of a request, and what the answer may do with them.
 
-    forced: the functions of which the answer must call one; None when it may call any of `names` or none.
+    forced: the functions of which the answer must call one; None when it may call any of `functions` or none.
     """
 
     known: ToolFormat
-    names: tuple[str, ...]
+    functions: tuple[Function, ...]
     forced: tuple[Function, ...] | None
     parallel: bool
 
@@ -58,9 +58,8 @@ def tool_plan(
             "start the server with --tool-call-parser, or send tool_choice none",
             "tools",
         )
-    names = tuple(function.name for function in functions)
     named = isinstance(choice, Mapping)
-    return ToolPlan(service.tools, names, forced, parallel is not False and not named)
+    return ToolPlan(service.tools, tuple(functions), forced, parallel is not False and not named)
 
 
 def _function(tool: Mapping[str, Any], index: int) -> Function:
@@ -73,7 +72,7 @@ def _function(tool: Mapping[str, Any], index: int) -> Function:
         raise invalid(f"{where}.function.name must be a string of 1 to {_NAME_LENGTH} characters", where)
     if parameters is not None and not isinstance(parameters, dict):
         raise invalid(f"{where}.function.parameters must be a JSON schema", where)
-    return Function(name, parameters)
+    return Function(name, parameters, function.get("strict") is True)
 
 
 def _forced(functions: list[Function], choice: str | Mapping[str, Any] | None) -> tuple[Function, ...] | None:
@@ -113,7 +112,9 @@ class PartsReader:
     calls: list[Call] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._parser = None if self.plan is None else self.plan.known.parser(self.plan.names)
+        self._parser = None
+        if self.plan is not None:
+            self._parser = self.plan.known.parser([function.name for function in self.plan.functions])
 
     def feed(self, text: str, final: bool) -> tuple[str, list[Event]]:
         """(thoughts, what else was found in its order: words, beginnings and arguments of calls)."""

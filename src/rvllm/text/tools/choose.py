@@ -96,31 +96,52 @@ def _written_in(template: str, known: ToolFormat) -> bool:
 
 @dataclass(frozen=True)
 class Function:
-    """A function the model may call."""
+    """A function the model may call. strict: its arguments must always fit `parameters`."""
 
     name: str
     parameters: Any
+    strict: bool = False
 
 
 def forced_calls(
     known: ToolFormat, functions: Sequence[Function], tokenizer: Tokenizer, *, parallel: bool
 ) -> str:
     """A grammar for an answer that is one call of one of `functions`, or with `parallel` one or more."""
-    frame = known.frame
-    tokens = Spelled(tokenizer)
-    calls = [
-        " ".join(part for part in (
-            tokens.of(frame.call_before.replace("NAME", _in_json(function.name)).replace("INDEX", "0")),
-            json_rule(_schema(function)),
-            tokens.of(frame.call_after),
-        ) if part)
-        for function in functions
-    ]  # fmt: skip
-    rules = [f"call_{i}: {call}" for i, call in enumerate(calls)]
-    rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(calls))))
-    more = f"({tokens.of(frame.between)} call){{0,{MOST_CALLS - 1}}}" if parallel else ""
-    whole = " ".join(part for part in (tokens.of(frame.before), "call", more, tokens.of(frame.after)) if part)
+    schemas = [_schema(function) for function in functions]
+    whole, rules = _calls(known.frame, functions, schemas, Spelled(tokenizer), parallel)
     return "\n".join([f"start: {whole}", *rules])
+
+
+def offered_calls(
+    known: ToolFormat, functions: Sequence[Function], tokenizer: Tokenizer, *, parallel: bool
+) -> str | None:
+    """A grammar for free text that may end in calls, in which those of strict functions fit their schemas.
+
+    None where it would hold nothing: no function is strict, or calls begin with no token of the vocabulary,
+    so that any text may look like one.
+    """
+    spelled = Spelled(tokenizer)
+    begins_with_token = spelled.of(known.frame.before + known.frame.call_before).startswith("<[")
+    if not begins_with_token or not any(function.strict for function in functions):
+        return None
+    schemas = [_schema(function) if function.strict else {"type": "object"} for function in functions]
+    whole, rules = _calls(known.frame, functions, schemas, spelled, parallel)
+    return "\n".join(["start: TEXT calls?", r"TEXT: /(.|\n)*/", f"calls: {whole}", *rules])
+
+
+def _calls(
+    frame: Frame, functions: Sequence[Function], schemas: Sequence[Any], spelled: Spelled, parallel: bool
+) -> tuple[str, list[str]]:
+    """(the right side of a rule for one or more calls, the rules that it needs)."""
+    rules = []
+    for i, (function, schema) in enumerate(zip(functions, schemas, strict=True)):
+        before = frame.call_before.replace("NAME", _in_json(function.name)).replace("INDEX", "0")
+        parts = (spelled.of(before), json_rule(schema), spelled.of(frame.call_after))
+        rules.append(f"call_{i}: " + " ".join(part for part in parts if part))
+    rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
+    more = f"({spelled.of(frame.between)} call){{0,{MOST_CALLS - 1}}}" if parallel else ""
+    whole = (spelled.of(frame.before), "call", more, spelled.of(frame.after))
+    return " ".join(part for part in whole if part), rules
 
 
 def _schema(function: Function) -> Any:
