@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,12 +28,25 @@ if TYPE_CHECKING:
 LANES = 16
 Progress = Callable[[float, str], None]
 
+OLDEST_COMPILER = (0, 50)  # of llvmlite, as the extra cpu asks
+
+
+def compiler_version() -> tuple[int, int] | None:
+    """llvmlite's (major, minor) as installed, None where it is not; nothing is imported."""
+    try:
+        major, minor, *_ = importlib.metadata.version("llvmlite").split(".")
+        return int(major), int(minor)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return None
+
 
 def chosen(setting: str) -> bool:
     """Whether --cpu-kernels asks for compiled ones. Raises UsageError when they are asked for and absent."""
-    present = importlib.util.find_spec("llvmlite") is not None
+    found = compiler_version()
+    present = found is not None and found >= OLDEST_COMPILER
     if setting == "compiled" and not present:
-        raise UsageError('--cpu-kernels compiled needs the extra cpu: pip install "rvllm[cpu]"')
+        older = f", llvmlite {found[0]}.{found[1]} is too old" if found else ""
+        raise UsageError(f'--cpu-kernels compiled needs the extra cpu{older}: pip install "rvllm[cpu]"')
     return setting == "compiled" or (setting == "auto" and present)
 
 
