@@ -15,6 +15,7 @@ from starlette.routing import Route
 from rvllm.api import anthropic, misc
 from rvllm.api.chat import chat_completions
 from rvllm.api.completions import completions
+from rvllm.api.docs_page import docs, openapi
 from rvllm.api.embeddings import (
     EmbeddingRequest,
     RerankRequest,
@@ -86,6 +87,8 @@ def build_app(service: Service, gate: Gate) -> Starlette:
             route("GET", "/health", misc.health, open=True),
             route("GET", "/metrics", misc.metrics, open=True),
             route("GET", "/version", misc.version, open=True),
+            Route("/openapi.json", Endpoint(gate, "/openapi.json", openapi, open=True), methods=["GET"]),
+            Route("/docs", Endpoint(gate, "/docs", docs, open=True), methods=["GET"]),
             *page_routes(service, gate),
         ],
         exception_handlers={HTTPException: _http_error},

@@ -1,0 +1,104 @@
+"""The OpenAPI document: complete, consistent, and true of what the server answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from typing import Any
+
+import jsonschema
+import pytest
+from api_double import LiveServer
+from starlette.routing import Route
+
+from rvllm.api.app import build_app
+from rvllm.api.openapi import document
+
+PAGE = {"/", "/web/{name}", "/rvllm/state", "/openapi.json", "/docs"}
+
+
+def references(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if "$ref" in value:
+            yield value["$ref"]
+        for inner in value.values():
+            yield from references(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from references(inner)
+
+
+def test_every_route_is_described_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Any] = []
+
+    def keep(*given: Any) -> Any:
+        built.append(build_app(*given))
+        return built[-1]
+
+    monkeypatch.setattr("api_double.build_app", keep)
+    with LiveServer(drain_timeout=0.2):
+        routes = {
+            (method, route.path.replace(":path", ""))
+            for route in built[0].routes
+            if isinstance(route, Route)
+            for method in (route.methods or ()) - {"HEAD"}
+        }
+    described = {
+        (method.upper(), path) for path, methods in document()["paths"].items() for method in methods
+    }
+    assert described == {(method, path) for method, path in routes if path not in PAGE}
+
+
+def test_the_document_holds_together(server: LiveServer) -> None:
+    status, headers, body = server.raw("GET", "/openapi.json")
+    assert status == 200 and headers["content-type"] == "application/json"
+    found = json.loads(body)
+    names = set(found["components"]["schemas"])
+    assert {ref.removeprefix("#/components/schemas/") for ref in references(found)} <= names
+    for schema in found["components"]["schemas"].values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+    operations = [o for methods in found["paths"].values() for o in methods.values()]
+    assert len({o["operationId"] for o in operations}) == len(operations)
+    chat = found["components"]["schemas"]["ChatRequest"]
+    assert chat["required"] == ["messages"] and "best_of" not in chat["properties"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "logprobs": True}),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 2, "logprobs": 1}),
+        ("/v1/messages", {"model": "tiny", "max_tokens": 2, "messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 2}),
+        ("/v1/conversations", {"metadata": {"a": "b"}}),
+        ("/tokenize", {"prompt": "a"}),
+        ("/v1/embeddings", {"input": "a"}),
+    ],
+)
+def test_answers_are_as_described(server: LiveServer, path: str, body: dict[str, Any]) -> None:
+    status, answer = server.post(path, **body)
+    operation = document()["paths"][path]["post"]
+    part = operation["responses"]["200" if status == 200 else "default"]
+    schema = {**part["content"]["application/json"]["schema"], "components": document()["components"]}
+    jsonschema.Draft202012Validator(schema).validate(answer)
+    request = operation["requestBody"]["content"]["application/json"]["schema"]
+    jsonschema.Draft202012Validator({**request, "components": document()["components"]}).validate(body)
+
+
+def test_the_page_links_to_what_is_on_it(server: LiveServer) -> None:
+    status, headers, body = server.raw("GET", "/docs")
+    assert status == 200 and headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in headers["content-security-policy"]
+    page = body.decode()
+    HTMLParser().feed(page)
+    links = set(re.findall(r'href="#([^"]+)"', page))
+    assert len(links) > 60 and links <= set(re.findall(r'id="([^"]+)"', page))
+    assert "/v1/chat/completions" in page and "<script" not in page
+
+
+def test_the_document_needs_no_key() -> None:
+    with LiveServer(api_key="secret", drain_timeout=0.2) as server:
+        assert server.raw("GET", "/openapi.json")[0] == server.raw("GET", "/docs")[0] == 200
+        assert server.raw("GET", "/v1/files")[0] == 401
