@@ -31,7 +31,9 @@ def get_json(url: str, path: str, api_key: str | None, timeout: float = 30.0) ->
     connect, prefix = connector(url, timeout)
     connection = connect()
     try:
-        connection.request("GET", prefix + path, headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
+        connection.request(
+            "GET", prefix + path, headers={"Authorization": f"Bearer {api_key}"} if api_key else {}
+        )
         response = connection.getresponse()
         body = response.read()
     except (OSError, http.client.HTTPException) as error:

@@ -1,0 +1,54 @@
+"""The dashboard in deploy/ asks for nothing that the metrics page does not have."""
+
+import json
+import re
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from rvllm.engine.messages import Stats
+from rvllm.telemetry.metrics import Metrics, RequestTimes
+
+DASHBOARD = Path(__file__).parent.parent.parent / "deploy" / "grafana-dashboard.json"
+NAME = re.compile(r"\br?vllm:\w+")
+# What boards made for vLLM look at; docs.vllm.ai, "Production Metrics".
+VLLM = {
+    "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
+    "vllm:num_preemptions_total", "vllm:prompt_tokens_total", "vllm:generation_tokens_total",
+    "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:request_success_total",
+    "vllm:time_to_first_token_seconds_bucket", "vllm:inter_token_latency_seconds_bucket",
+    "vllm:request_time_per_output_token_seconds_bucket", "vllm:e2e_request_latency_seconds_bucket",
+    "vllm:request_queue_time_seconds_bucket", "vllm:request_prefill_time_seconds_bucket",
+    "vllm:request_decode_time_seconds_bucket", "vllm:request_inference_time_seconds_bucket",
+    "vllm:request_prompt_tokens_bucket", "vllm:request_generation_tokens_bucket",
+    "vllm:request_params_max_tokens_bucket", "vllm:request_params_n_bucket", "vllm:cache_config_info",
+}  # fmt: skip
+
+
+def names_on_the_page() -> set[str]:
+    metrics = Metrics("m", {"block_size": "16"})
+    metrics.response("/v1/chat/completions", 200)
+    metrics.finished(RequestTimes("stop", 100, 11, 50, 2, queue=0.1, first=0.5, last=1.5))
+    page = metrics.page(Stats(running=1)).decode()
+    return {sample.name for family in text_string_to_metric_families(page) for sample in family.samples}
+
+
+def test_vllms_names_are_there() -> None:
+    assert names_on_the_page() >= VLLM
+
+
+def test_every_query_has_its_metric() -> None:
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    expressions = [target["expr"] for panel in panels for target in panel["targets"]]
+    asked = {name for expression in expressions for name in NAME.findall(expression)}
+    assert len(asked) > 15
+    assert asked <= names_on_the_page()
+
+
+def test_panels_do_not_overlap() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        at = panel["gridPos"]
+        cells = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
+        assert not cells & taken and at["x"] + at["w"] <= 24, panel["title"]
+        taken |= cells
