@@ -102,6 +102,7 @@ class BatchStore:
     def __init__(self, directory: str | None, limit: int) -> None:
         self._temporary = directory is None
         self._root = Path(tempfile.mkdtemp(prefix="rvllm-files-") if directory is None else directory)
+        self._root = self._root.expanduser()
         try:
             (self._root / "files").mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 
 from rvllm.errors import UsageError
@@ -14,7 +15,9 @@ def open_database(path: str, schema: str, flag: str) -> sqlite3.Connection:
     Raises UsageError naming `flag` when it cannot be opened.
     """
     try:
-        connection = sqlite3.connect(path, timeout=0.5, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(
+            os.path.expanduser(path), timeout=0.5, isolation_level=None, check_same_thread=False
+        )
         connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")

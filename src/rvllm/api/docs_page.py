@@ -8,7 +8,6 @@ from html import escape
 from typing import Any
 
 from rvllm.api.exchange import Exchange
-from rvllm.api.openapi import document
 
 _HEADERS = (
     (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; "
@@ -29,6 +28,8 @@ nav { columns: 2 } h2, h3 { overflow-wrap: anywhere } a { color: LinkText }
 
 async def openapi(exchange: Exchange, body: bytes) -> None:
     """`/openapi.json`."""
+    from rvllm.api.openapi import document  # not needed for the start
+
     await exchange.json(document())
 
 
@@ -40,6 +41,8 @@ async def docs(exchange: Exchange, body: bytes) -> None:
 @cache
 def page() -> bytes:
     """The page."""
+    from rvllm.api.openapi import document
+
     return "\n".join(_lines(document())).encode()
 
 
