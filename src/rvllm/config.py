@@ -159,6 +159,11 @@ class ServerConfig:
     )
     log_level: str = setting("info", "How much to log.", choices=("debug", "info", "warning", "error"))
     access_log: bool = setting(False, "Log every request.")
+    otlp_endpoint: str | None = setting(
+        None,
+        "Send OpenTelemetry spans of every request to this collector, OTLP over HTTP (extra otel): http://127.0.0.1:4318.",
+        metavar="URL",
+    )
     responses_db: str = setting(
         ":memory:",
         "SQLite file that keeps responses and conversations; :memory: forgets them when the server ends.",

@@ -23,9 +23,12 @@ from rvllm.config import ServerConfig
 from rvllm.errors import RvllmError
 from rvllm.telemetry.logs import event
 from rvllm.telemetry.metrics import Metrics
+from rvllm.telemetry.timing import RecentTimings, RequestTiming, current
+from rvllm.telemetry.tracing import Tracer
 
 BODY_SECONDS = 60.0  # a client has this long to send its body
 FILE_CHUNK = 1 << 20  # bytes of a file that are sent at a time
+TIMING = b"x-rvllm-timing"  # a request with this header is told where its time went
 ERROR_SECONDS = 5.0  # and so long to take an error from us
 _ENCODER = msgspec.json.Encoder()
 _CLIENT_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -153,7 +156,10 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": b""})
 
     async def close_stream(self) -> None:
-        """Ends the stream as OpenAI does, with `[DONE]`."""
+        """Ends the stream as OpenAI does, with `[DONE]`; a comment before it tells the times if asked for."""
+        if self._wants_timing() and (timing := current.get()) is not None:
+            comment = f": {TIMING.decode()} {timing.line()}\n\n".encode()
+            await self._send({"type": "http.response.body", "body": comment, "more_body": True})
         await self._send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
     async def fail(self, error: ApiError) -> None:
@@ -172,8 +178,13 @@ class Exchange:
                 unread_body=error.status == 413,
             )
 
+    def _wants_timing(self) -> bool:
+        return self.header(TIMING) is not None
+
     async def _start(self, headers: list[tuple[bytes, bytes]]) -> None:
         headers.append((b"x-request-id", self._shown_id))
+        if self._wants_timing() and (timing := current.get()) is not None:
+            headers.append((TIMING, timing.line().encode()))
         await self._send({"type": "http.response.start", "status": self.status, "headers": headers})
 
 
@@ -197,6 +208,8 @@ class Gate:
     config: ServerConfig
     metrics: Metrics
     draining: bool = False
+    timings: RecentTimings = field(default_factory=RecentTimings)
+    tracer: Tracer | None = None
     working: set[asyncio.Task[None]] = field(default_factory=set)
     closing: list[Callable[[], None]] = field(default_factory=list)  # what to do once nothing works any more
 
@@ -240,7 +253,8 @@ class Endpoint:
         """Answers one request; never raises but for cancellation by the HTTP server."""
         exchange = Exchange(scope, receive, send)
         exchange.failure = self._failure
-        began = time.perf_counter()
+        timing = RequestTiming(exchange.shown_id, self._path)
+        current.set(timing)  # the server runs each request in a context of its own
         try:
             await self._answer(exchange)
         except ClientGoneError:
@@ -249,10 +263,20 @@ class Endpoint:
             with contextlib.suppress(TimeoutError):  # a client that does not read is hung up on
                 async with asyncio.timeout(ERROR_SECONDS):
                     await exchange.fail(error)
+        self._finished(exchange, timing)
+
+    def _finished(self, exchange: Exchange, timing: RequestTiming) -> None:
+        timing.status, timing.seconds = exchange.status, timing.since()
+        if timing.choices:
+            self._gate.timings.add(timing)
+            if self._gate.tracer is not None:
+                timing.traceparent = (exchange.header(b"traceparent") or b"").decode("latin-1")
+                timing.tracestate = (exchange.header(b"tracestate") or b"").decode("latin-1")
+                self._gate.tracer.record(timing)
         self._gate.metrics.response(self._path, exchange.status)
         level = logging.INFO if self._gate.config.access_log else logging.DEBUG
         event(level, "request", id=exchange.shown_id, path=self._path, status=exchange.status,
-              seconds=time.perf_counter() - began)  # fmt: skip
+              seconds=timing.seconds)  # fmt: skip
 
     async def _answer(self, exchange: Exchange) -> None:
         if not self._open:

@@ -19,6 +19,7 @@ from rvllm.engine.messages import Embed, Generate, Output, Ready, State, Stats, 
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import UsageError
 from rvllm.telemetry.metrics import Metrics, RequestTimes
+from rvllm.telemetry.timing import ChoiceTiming, RequestTiming, current
 from rvllm.text.grammar import vocabulary_of
 from rvllm.text.processor import Choice, Delta
 from rvllm.text.reasoning import reasoning_format
@@ -240,10 +241,17 @@ class Service:
     async def _choice(self, job: Job, index: int) -> AsyncGenerator[Piece, None]:
         choice, request = job.choices[index], job.generates[index]
         clock, reason = _Clock(self.metrics, job, request), "abort"
+        timing = (current.get() or RequestTiming(job.request_id, "")).choice(
+            request.request_id, len(request.prompt_token_ids)
+        )
+        clock.timing = timing
         try:
             async with aclosing(self.engine.generate(request)) as outputs:
                 async for output in outputs:
+                    began = time.perf_counter()
                     delta = choice.feed(output)
+                    timing.detokenize += time.perf_counter() - began
+                    timing.cached_tokens = output.cached_tokens
                     reason = delta.finish_reason or reason
                     if reason == "error":
                         raise ApiError(500, delta.error or "the engine could not answer")
@@ -251,7 +259,9 @@ class Service:
                     job.completion_tokens += len(delta.token_ids)
                     if index % job.params.n == 0:
                         job.cached_tokens[index // job.params.n] = output.cached_tokens
+                    began = time.perf_counter()
                     yield Piece(index, delta)
+                    timing.stream += time.perf_counter() - began
                     if delta.finish_reason is not None:
                         return
         finally:
@@ -274,6 +284,7 @@ class _Clock:
         self._metrics, self._job, self._request = metrics, job, request
         self._first = self._last = self._queue = 0.0
         self._count = 0
+        self.timing = ChoiceTiming("", 0)
 
     def tokens(self, count: int, queue_seconds: float) -> None:
         """So many tokens have just come."""
@@ -283,13 +294,23 @@ class _Clock:
         if self._count == 0:
             self._first, self._queue = now, queue_seconds
             self._metrics.first_token(now)
+            self.timing.first = self._since_request(now)
+            self.timing.queued = max(0.0, self.timing.first - now) + queue_seconds
         else:
             self._metrics.between_tokens(now - self._last)
         self._last = now
         self._count += count
+        self.timing.last = self._since_request(now)
+        self.timing.output_tokens = self._count
+
+    def _since_request(self, seconds: float) -> float:
+        """Seconds since the HTTP request came, of a moment given since the job was made."""
+        request = current.get()
+        return seconds if request is None else self._job.arrival + seconds - request.began
 
     def finished(self, reason: str) -> None:
         """The choice has ended; "abort" when its client left."""
+        self.timing.finish_reason = reason
         sampling = self._request.sampling
         self._metrics.finished(
             RequestTimes(

@@ -15,6 +15,7 @@ from rvllm.api.errors import ApiError, invalid
 from rvllm.api.exchange import Endpoint, Exchange, Gate
 from rvllm.api.generation import Service
 from rvllm.engine.messages import State
+from rvllm.telemetry.timing import KEPT, RequestTiming
 from rvllm.version import __version__
 from rvllm.web.files import INDEX, WebFile, read_files
 
@@ -156,6 +157,37 @@ def view_of(service: Service, state: State) -> EngineView:
     )
 
 
+class ChoiceView(msgspec.Struct):
+    """One choice of a finished request; phases in seconds."""
+
+    id: str
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    finish_reason: str
+    phases: dict[str, float]
+
+
+class TimingView(msgspec.Struct):
+    """A finished request: when it came (time.time()), and how long it and its parts took, in seconds."""
+
+    id: str
+    path: str
+    status: int
+    arrived: float
+    seconds: float
+    choices: list[ChoiceView]
+
+
+def timing_view(timing: RequestTiming) -> TimingView:
+    """What `rvllm trace` shows of a request."""
+    choices = [
+        ChoiceView(c.id, c.prompt_tokens, c.cached_tokens, c.output_tokens, c.finish_reason, c.phases())
+        for c in timing.choices
+    ]
+    return TimingView(timing.id, timing.path, timing.status, timing.arrived / 1e9, timing.seconds, choices)
+
+
 def page_routes(service: Service, gate: Gate) -> list[Route]:
     """`/`, its files under `/web/`, and `/rvllm/state`. The files need no key; the state does."""
     files, feed = read_files(), StateFeed(service)
@@ -169,6 +201,12 @@ def page_routes(service: Service, gate: Gate) -> list[Route]:
     async def state(exchange: Exchange, body: bytes) -> None:
         await _state(exchange, feed, gate)
 
+    async def request(exchange: Exchange, body: bytes) -> None:
+        timing = gate.timings.find(exchange.scope["path_params"]["id"])
+        if timing is None:
+            raise ApiError(404, f"no finished request of that id is among the last {KEPT}")
+        await exchange.json(timing_view(timing), headers=((b"cache-control", b"no-store"),))
+
     def route(
         path: str, name: str, handler: Callable[[Exchange, bytes], Coroutine[Any, Any, None]], open: bool
     ) -> Route:
@@ -178,6 +216,7 @@ def page_routes(service: Service, gate: Gate) -> list[Route]:
         route("/", "/", index, True),
         route("/web/{name}", "/web/NAME", file, True),
         route("/rvllm/state", "/rvllm/state", state, False),
+        route("/rvllm/requests/{id}", "/rvllm/requests/ID", request, False),
     ]
 
 

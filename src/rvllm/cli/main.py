@@ -19,6 +19,7 @@ COMMANDS = {
     "benchmark": "time the engine: tokens per second, time to first token, latency between tokens",
     "run-batch": "answer the requests of a JSONL file without a server",
     "top": "watch a running server's engine in the terminal",
+    "trace": "where the time of a request went",
     "pull": "fetch a model into the cache",
     "plan": "print the program a model runs: ops, shapes, bytes, FLOPs",
     "kernels": "list, compile and check the CUDA kernels",

@@ -19,6 +19,7 @@ from rvllm.errors import RvllmError, UsageError
 if TYPE_CHECKING:
     from rvllm.api.listen import StopSignals
     from rvllm.engine.client import EngineClient
+    from rvllm.telemetry.tracing import Tracer
     from rvllm.text.tokenizer import Tokenizer
 
 
@@ -35,6 +36,10 @@ def main(args: argparse.Namespace) -> int:
     engine_config = build(EngineConfig, vars(args))
     server_config = build(ServerConfig, vars(args))
     template = _template(server_config.chat_template)
+    if server_config.otlp_endpoint is not None:
+        from rvllm.telemetry.tracing import check_available
+
+        check_available(server_config.otlp_endpoint)
 
     from rvllm.api.listen import bind
     from rvllm.telemetry.logs import set_up
@@ -195,12 +200,20 @@ async def _answer(
         chat_template=template,
         shown_settings=_shown_settings(engine_config, ready.backend),
     )
-    gate = Gate(config, metrics)
+    gate = Gate(config, metrics, tracer=_tracer(config.otlp_endpoint, name))
+    if gate.tracer is not None:
+        gate.closing.append(gate.tracer.close)
 
     def announce() -> None:
         print("\n".join(_summary(engine, name, start, url_of(sock))), flush=True)
 
     return await serve(build_app(service, gate), gate, sock, engine, stop, announce)
+
+
+def _tracer(endpoint: str | None, model: str) -> Tracer | None:
+    from rvllm.telemetry.tracing import Tracer
+
+    return None if endpoint is None else Tracer(endpoint, model)
 
 
 def _shown_settings(config: EngineConfig, backend: str) -> dict[str, str]:

@@ -1,0 +1,55 @@
+"""`rvllm trace ID`: where the time of a finished request went."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from typing import Any
+from urllib.parse import quote
+
+from rvllm.cli.remote import get_json
+from rvllm.cli.tables import human_seconds
+
+WIDTH = 40  # characters of the longest bar
+_SUMMED = {"detokenize": "turning tokens into text, in all", "stream": "handing it to the client, in all"}
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declares `trace`."""
+    parser = subparsers.add_parser("trace", help="where the time of a request went", allow_abbrev=False)
+    parser.add_argument("id", help="its X-Request-Id, or the id in its answer (chatcmpl-…)")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server [http://127.0.0.1:8000]")
+    parser.add_argument(
+        "--api-key", default=None, help="its key (better: RVLLM_API_KEY, which other users do not see)"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the phases. Raises RvllmError when the server does not know the request."""
+    key = args.api_key or os.environ.get("RVLLM_API_KEY")
+    found = get_json(args.url, f"/rvllm/requests/{quote(args.id, safe='')}", key)
+    moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["arrived"]))
+    print(f"{found['id']}  {found['path']}  {found['status']}  {moment}  {human_seconds(found['seconds'])}")
+    for choice in found["choices"]:
+        print(
+            f"\n{choice['id']}: {choice['prompt_tokens']} prompt tokens ({choice['cached_tokens']} cached), "
+            f"{choice['output_tokens']} generated, {choice['finish_reason']}"
+        )
+        for line in bars(choice["phases"], found["seconds"]):
+            print(line)
+    return 0
+
+
+def bars(phases: dict[str, float], total: float) -> list[str]:
+    """One line a phase: its name, how long it took, and where it lies in the request."""
+    lines, begin = [], 0.0
+    scale = WIDTH / total if total > 0 else 0.0
+    for name, seconds in phases.items():
+        if name in _SUMMED:
+            picture = _SUMMED[name]
+        else:
+            picture = " " * int(begin * scale) + "█" * max(1, round(seconds * scale))
+            begin += seconds
+        lines.append(f"  {name:<10}  {human_seconds(seconds):>9}  {picture}")
+    return lines
