@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import Context
 from uuid import uuid4
 
 import msgspec
@@ -57,7 +58,8 @@ class Batches:
     def resume(self) -> None:
         """Goes on with batches that have not ended; called at the start and for new ones."""
         if self._unfinished() is not None and (self._task is None or self._task.done()):
-            self._task = asyncio.ensure_future(self._work())
+            # In a context of its own: its work is no part of the request that happened to start it.
+            self._task = asyncio.get_running_loop().create_task(self._work(), context=Context())
             self._gate.working.add(self._task)
             self._task.add_done_callback(self._gate.working.discard)
 

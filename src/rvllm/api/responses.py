@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,7 +191,8 @@ class Responses:
         live = _Live(response, context, new)
         self._store.put(response, context)
         self._live[response.id] = live
-        live.task = asyncio.ensure_future(self._background(request, live))
+        # In a context of its own: the request that asks for it ends long before.
+        live.task = asyncio.get_running_loop().create_task(self._background(request, live), context=Context())
         self._gate.working.add(live.task)
         live.task.add_done_callback(self._gate.working.discard)
         return live
