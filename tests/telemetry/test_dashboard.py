@@ -29,7 +29,8 @@ def names_on_the_page() -> set[str]:
     metrics = Metrics("m", {"block_size": "16"})
     metrics.response("/v1/chat/completions", 200)
     metrics.finished(RequestTimes("stop", 100, 11, 50, 2, queue=0.1, first=0.5, last=1.5))
-    page = metrics.page(Stats(running=1)).decode()
+    gpu = {"rvllm:decode_idle_share": 0.01}
+    page = metrics.page(Stats(running=1, backend=gpu)).decode()
     return {sample.name for family in text_string_to_metric_families(page) for sample in family.samples}
 
 

@@ -8,7 +8,6 @@ import hmac
 import logging
 import os
 import re
-import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
