@@ -136,6 +136,25 @@ def test_what_goes_wrong_is_said_in_the_conversation(page: Browser, live: LiveSe
     page.errors()  # Chromium notes the 500
 
 
+def test_thoughts_are_shown_apart_and_not_sent_back(page: Browser) -> None:
+    page.run("""
+        window.sent = [];
+        const say = (delta) => 'data: ' + JSON.stringify({choices: [{index: 0, delta}]}) + '\\n\\n';
+        window.fetch = async (path, options) => {
+            window.sent.push(JSON.parse(options.body));
+            const told = say({reasoning_content: 'Hm <b>so</b>. '}) + say({content: 'Yes.'});
+            return new Response(told + 'data: [DONE]\\n\\n');
+        };
+    """)
+    ask(page, "one")
+    assert page.run("return document.querySelector('.thinking div').textContent") == "Hm <b>so</b>."
+    assert page.run("return document.querySelector('.thinking').open") is False
+    assert page.text(".assistant .text") == "Yes."
+    ask(page, "two", answers=2)
+    said = [message["content"] for message in page.run("return window.sent[1].messages")]
+    assert said == ["one", "Yes.", "two"]
+
+
 REL = 'target="_blank" rel="noopener noreferrer nofollow"'
 MARKDOWN = [
     (

@@ -119,6 +119,8 @@ function busy(is) {
 class Answer {
   constructor(withTokens) {
     this.text = "";
+    this.thought = "";  // what a thinking model says before its answer; it is not sent back
+    this.thinking = el("details", { class: "thinking", open: true, hidden: true }, el("summary", {}, "Thinking"), el("div"));
     this.began = performance.now();
     this.first = this.last = 0;
     this.tokens = 0;
@@ -130,7 +132,7 @@ class Answer {
     this.switch = this.view && el("button", { type: "button", class: "quiet", "aria-pressed": "true",
       onclick: () => this.toggle() }, "text");
     const foot = el("footer", {}, this.figures, this.switch, copyButton(() => this.text));
-    this.node = el("article", { class: "message assistant", "aria-label": "Model" }, this.content, this.view && this.view.node, foot);
+    this.node = el("article", { class: "message assistant", "aria-label": "Model" }, this.thinking, this.content, this.view && this.view.node, foot);
     if (this.view) this.content.hidden = true;
   }
 
@@ -145,10 +147,12 @@ class Answer {
     if (event.usage) this.tokens = event.usage.completion_tokens;
     for (const choice of event.choices) {
       const added = choice.delta.content || "";
-      if (added || choice.logprobs) {
+      const thought = choice.delta.reasoning_content || choice.delta.reasoning || "";
+      if (added || thought || choice.logprobs) {
         if (!this.first) this.first = now;
         this.last = now;
         this.text += added;
+        this.thought += thought;
         if (!event.usage) this.tokens += choice.logprobs ? choice.logprobs.content.length : 1;
       }
       if (choice.logprobs && this.view) this.view.add(choice.logprobs.content);
@@ -160,7 +164,12 @@ class Answer {
   draw() {
     this.drawAt = 0;
     const follow = this.atEnd();
-    this.content.replaceChildren(markdown(this.text));
+    if (this.thought) {
+      this.thinking.hidden = false;
+      setText(this.thinking.lastChild, this.thought.trim());
+      if (this.text && !this.answered) { this.answered = true; this.thinking.open = false; }
+    }
+    if (this.text) this.content.replaceChildren(markdown(this.text));
     this.showFigures();
     this.follow(follow);
   }
