@@ -193,7 +193,10 @@ def test_the_last_message_can_be_continued_and_echoed(server: LiveServer) -> Non
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"response_format": {"type": "yaml"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "strin"}}}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "strin"}}}},
+            "response_format",
+        ),
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"guided_json": {"type": "array", "uniqueItems": True}}, "guided_json"),
