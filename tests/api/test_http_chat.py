@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """`/v1/chat/completions` over real HTTP, with scripted tokens."""
 
 import json
