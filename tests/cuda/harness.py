@@ -14,12 +14,12 @@ import numpy as np
 
 from rvllm.backends.cuda.driver import Device, Event, Function, Launch, Module, Stream, api, call
 from rvllm.kernels import build
-from rvllm.kernels.ops_manifest import SPECS
+from rvllm.kernels.manifest import MANIFEST
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F16 = np.dtype(np.float16)
 SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
-BY_NAME = {spec.name: spec for spec in SPECS}
+BY_NAME = MANIFEST
 
 
 class Array:

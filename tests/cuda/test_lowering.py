@@ -51,7 +51,7 @@ def recipe(given: Program, facts: DeviceFacts, config: EngineConfig, budget: Bud
     rows = next(iter(prefill.values())).rows
     memory = plan_memory(given, stages, config, facts, budget, rows, wanted)
     chip = Chip(facts.capability, facts.sm_count, facts.smem_per_block)
-    nothing = nowhere(given, wanted)
+    nothing = nowhere(given, wanted, memory)
     shape = shape_of(given, memory)
     return Recipe(given.dtype, chip, shape, nothing, memory, stages, prefill, config.gemm_strategy)
 

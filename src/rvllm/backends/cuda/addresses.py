@@ -37,6 +37,7 @@ class Addresses:
     stops: int
     masks: int
     gemm_workspace: int
+    scratch: Mapping[str, int]  # of families of ops, by name
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ class CudaBackend:
             program.dtype,
             chip,
             shape,
-            nowhere(program, wanted),
+            nowhere(program, wanted, memory),
             memory,
             stages,
             prefill,

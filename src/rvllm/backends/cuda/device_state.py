@@ -100,6 +100,7 @@ def carve(
     arrivals_at = arena.take("attention workspace", arrivals).address
     gemm = plan.lines.get("cuBLAS workspace", 0)
     gemm_workspace = arena.take("cuBLAS workspace", gemm).address if gemm else 0
+    scratch = {name: arena.take("scratch of ops", n, name).address for name, n in plan.scratch.items()}
     caches: dict[str, tuple[int, int]] = {}
     first = last = 0
     for cache in program.caches:
@@ -130,6 +131,7 @@ def carve(
         stops=stops,
         masks=masks,
         gemm_workspace=gemm_workspace,
+        scratch=scratch,
     )
     shape = shape_of(program, plan)
     return DeviceState(
@@ -168,6 +170,7 @@ def clear_state(stream: Stream, state: DeviceState, plan: MemoryPlan) -> None:
         (at.last_tokens, 4 * plan.seqs),
         (at.tokens, 4 * plan.samples),
         (at.metadata, plan.layout.nbytes),
+        *((at.scratch[name], nbytes) for name, nbytes in plan.scratch.items()),
     ):
         if nbytes:
             stream.fill_bytes(address, 0, nbytes)

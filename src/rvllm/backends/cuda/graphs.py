@@ -129,13 +129,14 @@ def distinct(stages: Sequence[Stage]) -> list[Stage]:
     return list(found.values())
 
 
-def nowhere(program: Program, wanted: Sequence[Wanted]) -> Addresses:
+def nowhere(program: Program, wanted: Sequence[Wanted], memory: MemoryPlan) -> Addresses:
     """Addresses of nothing, for planning launches before any memory is taken."""
     return Addresses(
         weights={(w.weight.name, w.form): 0 for w in wanted},
         buffers={b.name: 0 for b in program.buffers},
         caches={c.name: (0, 0) for c in program.caches},
         ropes={op.rope: (0, 0) for op in program.ops if isinstance(op, RopeKV) and op.rope is not None},
+        scratch=dict.fromkeys(memory.scratch, 0),
         **{f.name: 0 for f in fields(Addresses) if f.type == "int"},
     )
 

@@ -5,15 +5,25 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from rvllm.backends.cuda.addresses import Addresses, Shape
 from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.cublas import KERNEL as CUBLAS
 from rvllm.backends.cuda.cublas import Matmul
+from rvllm.backends.cuda.families import Emitter, Scratch
 from rvllm.backends.cuda.fuse import Stage
 from rvllm.backends.cuda.gemm import Kind, gated_rows, gemm_arguments, plan_gemm
 from rvllm.backends.cuda.launches import Count, Counts, GridOf, MatrixMap, Planned, fixed
+from rvllm.backends.cuda.lower_encoder import EMITTERS as ENCODER
+from rvllm.backends.cuda.lower_encoder import scratch as encoder_scratch
+from rvllm.backends.cuda.lower_experts import EMITTERS as EXPERTS
+from rvllm.backends.cuda.lower_experts import scratch as experts_scratch
+from rvllm.backends.cuda.lower_latent import EMITTERS as LATENT
+from rvllm.backends.cuda.lower_latent import scratch as latent_scratch
+from rvllm.backends.cuda.lower_recurrent import EMITTERS as RECURRENT
+from rvllm.backends.cuda.lower_recurrent import scratch as recurrent_scratch
 from rvllm.backends.cuda.metadata import NUM_DECODES, NUM_SAMPLES, NUM_TOKENS, Layout
 from rvllm.backends.cuda.placement import Form
 from rvllm.backends.cuda.sampling import CHUNK, PICK_THREADS
@@ -39,11 +49,19 @@ from rvllm.program.ops import (
 
 BLOCK = 256  # threads of elementwise kernels
 GATED_KIND = {"silu": Kind.GATED_SILU, "gelu": Kind.GATED_GELU, "gelu_tanh": Kind.GATED_GELU_TANH}
-
-
+FAMILIES: dict[type[Op], Emitter] = {**EXPERTS, **LATENT, **RECURRENT, **ENCODER}
 LOWERED: tuple[type[Op], ...] = (
     Embed, Norm, Linear, RopeKV, Attention, GatedActivation, Activate, Add, GatherRows, Logits, Sample,
+    *FAMILIES,
 )  # fmt: skip
+
+
+def scratch_of(program: Program, tokens: int, seqs: int) -> Scratch:
+    """Device memory that families of ops need beside the program's buffers, in bytes by name."""
+    found: Scratch = {}
+    for sizes in (experts_scratch, latent_scratch, recurrent_scratch, encoder_scratch):
+        found |= sizes(program, tokens, seqs)
+    return found
 
 
 def refuse_unknown(program: Program) -> None:
@@ -102,6 +120,7 @@ class Lowering:
             GatherRows: self._gather,
             Logits: self._logits,
             Sample: self._sample,
+            **{kind: partial(emit, self) for kind, emit in FAMILIES.items()},
         }
 
     def lower(self, stages: Sequence[Stage]) -> list[Planned]:
@@ -127,13 +146,13 @@ class Lowering:
         """The head of a step: block tables brought up to date."""
         parameters = [
             self.at.metadata,
-            self._meta(self.layout.block_updates),
+            self.meta(self.layout.block_updates),
             self.at.tables,
             ctypes.c_int(self.shape.table_stride),
         ]
         return [Planned("begin", "sm80_begin_step", fixed(8), BLOCK, parameters)]
 
-    def _plan(
+    def plan(
         self,
         op: str,
         kernel: str,
@@ -144,34 +163,39 @@ class Lowering:
         cluster: int = 1,
         why: str = "",
     ) -> None:
+        """Adds one launch; see `Planned`."""
         self.planned.append(Planned(op, kernel, grid, block, parameters, smem, cluster, why))
 
-    def _meta(self, word: int) -> int:
+    def meta(self, word: int) -> int:
+        """Address of a word of the step's metadata."""
         return self.at.metadata + 4 * word
 
-    def _rows(self, rows: str) -> Callable[[Counts], int]:
+    def rows(self, rows: str) -> Callable[[Counts], int]:
+        """How many rows of that kind a step has."""
         return (lambda c: c.tokens) if rows == "tokens" else (lambda c: c.samples)
 
-    def _capacity(self, rows: str) -> int:
+    def capacity(self, rows: str) -> int:
+        """How many rows of that kind the largest step has."""
         return self.shape.tokens if rows == "tokens" else self.shape.samples
 
-    def _weight(self, weight: Weight | None, form: Form) -> int:
+    def weight(self, weight: Weight | None, form: Form) -> int:
+        """Address of a weight in that form, null for none."""
         return 0 if weight is None else self.at.weights[weight.name, form]
 
     def _embed(self, stage: Stage) -> None:
         (op,) = stage.ops
         assert isinstance(op, Embed)
-        self._plan(
+        self.plan(
             stage.name,
             f"sm80_{self.tag}_embed",
             lambda c: (c.tokens, 1, 1),
             128,
             self.at.buffers[op.out.name],
-            self._weight(op.table, "table"),
-            self._meta(self.layout.token_ids),
-            self._meta(self.layout.token_slots),
+            self.weight(op.table, "table"),
+            self.meta(self.layout.token_ids),
+            self.meta(self.layout.token_slots),
             self.at.last_tokens,
-            self._meta(NUM_TOKENS),
+            self.meta(NUM_TOKENS),
             ctypes.c_int(op.out.width),
             ctypes.c_float(op.scale),
         )
@@ -185,8 +209,8 @@ class Lowering:
         add = stage.ops[0] if len(stage.ops) == 2 else None
         assert add is None or isinstance(add, Add)
         kernel, threads = norm_kernel(self.dtype.value, norm.kind_, norm.x.width, add is not None)
-        rows = self._rows(norm.x.rows)
-        self._plan(
+        rows = self.rows(norm.x.rows)
+        self.plan(
             stage.name,
             kernel,
             lambda c: (rows(c), 1, 1),
@@ -194,8 +218,8 @@ class Lowering:
             self.at.buffers[norm.out.name],
             self.at.buffers[norm.x.name],
             self.at.buffers[add.y.name] if add else 0,
-            self._weight(norm.weight, "norm"),
-            self._weight(norm.bias, "norm"),
+            self.weight(norm.weight, "norm"),
+            self.weight(norm.bias, "norm"),
             ctypes.c_int(norm.x.width),
             ctypes.c_float(norm.eps),
             ctypes.c_float(add.scale if add else 1.0),
@@ -208,15 +232,15 @@ class Lowering:
             raise MissingKernelError(f"no norm kernel for slices of {group} elements")
         slices, warps = width // group, 4
         each = op.weight is not None and op.weight.elements == width and slices > 1
-        rows = self._rows(op.x.rows)
-        self._plan(
+        rows = self.rows(op.x.rows)
+        self.plan(
             name,
             f"sm80_{self.tag}_norm_groups_{op.kind_}",
             lambda c: (-(-slices // warps), rows(c), 1),
             32 * warps,
             self.at.buffers[op.x.name],
-            self._weight(op.weight, "norm"),
-            self._weight(op.bias, "norm"),
+            self.weight(op.weight, "norm"),
+            self.weight(op.bias, "norm"),
             ctypes.c_int(op.x.width),
             ctypes.c_int(op.start),
             ctypes.c_int(slices),
@@ -225,7 +249,7 @@ class Lowering:
             ctypes.c_float(op.eps),
         )
 
-    def _gemm(
+    def gemm(
         self,
         stage: Stage,
         op: Linear | Logits,
@@ -245,20 +269,20 @@ class Lowering:
             return
         if form == "gated":
             rows = gated_rows(rows // 2)
-        count = self._rows(op.x.rows)(self.counts)
+        count = self.rows(op.x.rows)(self.counts)
         plan = plan_gemm(rows, k, count, self.tag, self.chip.sm_count, self.chip.capability)
         x = self.at.buffers[op.x.name]
         source: object = x
         if plan.box_rows:
-            source = MatrixMap(x, self._capacity(op.x.rows), k, plan.box_rows, 64, self.dtype is DType.BF16)
+            source = MatrixMap(x, self.capacity(op.x.rows), k, plan.box_rows, 64, self.dtype is DType.BF16)
         parameters = gemm_arguments(
             plan,
             source,
-            self._weight(op.weight, form),
+            self.weight(op.weight, form),
             out,
             pitch,
             kind=kind,
-            bias=self._weight(op.bias, "gated_bias" if form == "gated" else "bias"),
+            bias=self.weight(op.bias, "gated_bias" if form == "gated" else "bias"),
             residual=residual,
             scale=scale,
             soft_cap=soft_cap,
@@ -267,7 +291,7 @@ class Lowering:
             x_pitch=k,
         )
         grid = plan.grid
-        self._plan(
+        self.plan(
             stage.name,
             plan.kernel,
             lambda c: grid,
@@ -295,11 +319,11 @@ class Lowering:
         rows, k = op.weight.shape
         matmul = Matmul(
             x=self.at.buffers[op.x.name],
-            weight=self._weight(op.weight, "table"),
+            weight=self.weight(op.weight, "table"),
             out=out,
-            bias=self._weight(op.bias, "bias"),
+            bias=self.weight(op.bias, "bias"),
             residual=residual,
-            tokens=self._rows(op.x.rows)(self.counts),
+            tokens=self.rows(op.x.rows)(self.counts),
             rows=rows,
             width=k,
             pitch=pitch,
@@ -308,19 +332,19 @@ class Lowering:
             float_out=isinstance(op, Logits),
             workspace=self.at.gemm_workspace,
         )
-        self._plan(stage.name, CUBLAS, fixed(1), 0, matmul, why="--gemm-strategy cublas")
+        self.plan(stage.name, CUBLAS, fixed(1), 0, matmul, why="--gemm-strategy cublas")
 
     def _linear(self, stage: Stage) -> None:
         op, after = stage.ops[0], stage.ops[1] if len(stage.ops) == 2 else None
         assert isinstance(op, Linear)
         if isinstance(after, GatedActivation):
             out, kind = self.at.buffers[after.out.name], GATED_KIND[after.activation]
-            self._gemm(stage, op, out, after.out.width, form="gated", kind=kind)
+            self.gemm(stage, op, out, after.out.width, form="gated", kind=kind)
         elif isinstance(after, Add):
             x = self.at.buffers[after.x.name]
-            self._gemm(stage, op, x, after.x.width, residual=x, scale=after.scale)
+            self.gemm(stage, op, x, after.x.width, residual=x, scale=after.scale)
         else:
-            self._gemm(stage, op, self.at.buffers[op.out.name], op.out.width)
+            self.gemm(stage, op, self.at.buffers[op.out.name], op.out.width)
 
     def _rope_kv(self, stage: Stage) -> None:
         (op,) = stage.ops
@@ -332,7 +356,7 @@ class Lowering:
         interleaved = op.rope is not None and op.rope.interleaved
         k_cache, v_cache = self.at.caches[op.cache.name]
         heads, warps = op.heads + 2 * op.kv_heads, 4
-        self._plan(
+        self.plan(
             stage.name,
             f"sm80_{self.tag}_rope_kv{'_interleaved' if interleaved else ''}",
             lambda c: (-(-heads // warps), c.tokens, 1),
@@ -343,9 +367,9 @@ class Lowering:
             cos,
             sin,
             self.at.tables,
-            self._meta(self.layout.positions),
-            self._meta(self.layout.token_slots),
-            self._meta(NUM_TOKENS),
+            self.meta(self.layout.positions),
+            self.meta(self.layout.token_slots),
+            self.meta(NUM_TOKENS),
             ctypes.c_int(op.qkv.width),
             ctypes.c_int(self.shape.table_stride),
             ctypes.c_int(op.heads),
@@ -364,8 +388,8 @@ class Lowering:
             k_cache,
             v_cache,
             self.at.tables,
-            self._meta(self.layout.seq_slots),
-            self._meta(self.layout.kv_lens),
+            self.meta(self.layout.seq_slots),
+            self.meta(self.layout.kv_lens),
         )
         numbers = (
             ctypes.c_int(op.qkv.width),
@@ -378,13 +402,13 @@ class Lowering:
             ctypes.c_int(op.window or 0),
         )
         decode = self.decode[op.name]
-        self._plan(
+        self.plan(
             stage.name,
             decode.kernel,
             fixed(decode.grid),
             decode.block,
             *shared,
-            self._meta(NUM_DECODES),
+            self.meta(NUM_DECODES),
             self.at.partial,
             self.at.arrivals,
             *numbers,
@@ -394,14 +418,14 @@ class Lowering:
         )
         if self.prefill is not None:
             prefill = self.prefill[op.name]
-            self._plan(
+            self.plan(
                 stage.name,
                 prefill.kernel,
                 fixed(self.layout.tiles, op.kv_heads),
                 prefill.block,
                 *shared,
-                self._meta(self.layout.query_offsets),
-                self._meta(self.layout.tile_list),
+                self.meta(self.layout.query_offsets),
+                self.meta(self.layout.tile_list),
                 *numbers,
                 smem=prefill.smem,
                 why="sequences with several tokens",
@@ -410,11 +434,11 @@ class Lowering:
     def _activation(self, stage: Stage) -> None:
         (op,) = stage.ops
         assert isinstance(op, GatedActivation | Activate)
-        width, rows = op.out.width, self._rows(op.out.rows)
+        width, rows = op.out.width, self.rows(op.out.rows)
         if width % 8:
             raise MissingKernelError(f"no activation kernel for rows of {width} elements")
         form = "gated" if isinstance(op, GatedActivation) else "act"
-        self._plan(
+        self.plan(
             stage.name,
             f"sm80_{self.tag}_{form}_{op.activation}",
             lambda c: (-(-width // 8 // BLOCK), rows(c), 1),
@@ -430,9 +454,9 @@ class Lowering:
             return
         (op,) = stage.ops
         assert isinstance(op, Add)
-        rows = self._rows(op.x.rows)
+        rows = self.rows(op.x.rows)
         elements = rows(self.counts) * op.x.width
-        self._plan(
+        self.plan(
             stage.name,
             f"sm80_{self.tag}_add",
             lambda c: (min(-(-elements // 8 // BLOCK), 8 * self.chip.sm_count), 1, 1),
@@ -446,22 +470,22 @@ class Lowering:
     def _gather(self, stage: Stage) -> None:
         (op,) = stage.ops
         assert isinstance(op, GatherRows)
-        self._plan(
+        self.plan(
             stage.name,
             f"sm80_{self.tag}_gather_rows",
             lambda c: (c.samples, 1, 1),
             128,
             self.at.buffers[op.out.name],
             self.at.buffers[op.x.name],
-            self._meta(self.layout.sample_rows),
-            self._meta(NUM_SAMPLES),
+            self.meta(self.layout.sample_rows),
+            self.meta(NUM_SAMPLES),
             ctypes.c_int(op.x.width),
         )
 
     def _logits(self, stage: Stage) -> None:
         (op,) = stage.ops
         assert isinstance(op, Logits)
-        self._gemm(
+        self.gemm(
             stage,
             op,
             self.at.logits,
@@ -473,10 +497,10 @@ class Lowering:
 
     def _sample(self, stage: Stage) -> None:
         chunks = -(-self.shape.vocab // CHUNK)
-        rows = (self._meta(self.layout.sample_slots), self._meta(NUM_SAMPLES))
+        rows = (self.meta(self.layout.sample_slots), self.meta(NUM_SAMPLES))
         vocab, stride = ctypes.c_int(self.shape.vocab), ctypes.c_int(self.shape.logits_stride)
         history = ctypes.c_int(self.shape.history_stride)
-        self._plan(
+        self.plan(
             stage.name,
             "sm80_sample_scan",
             lambda c: (chunks, c.samples, 1),
@@ -491,13 +515,13 @@ class Lowering:
             self.at.biases,
             self.at.stops,
             self.at.masks,
-            self._meta(self.layout.mask_rows),
+            self.meta(self.layout.mask_rows),
             vocab,
             stride,
             history,
             ctypes.c_int(self.shape.mask_words),
         )
-        self._plan(
+        self.plan(
             stage.name,
             "sm80_sample_pick",
             lambda c: (c.samples, 1, 1),

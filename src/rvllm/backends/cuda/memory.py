@@ -11,6 +11,7 @@ from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.cublas import WORKSPACE
 from rvllm.backends.cuda.driver import DeviceFacts
 from rvllm.backends.cuda.fuse import Stage
+from rvllm.backends.cuda.lowering import scratch_of
 from rvllm.backends.cuda.metadata import Layout
 from rvllm.backends.cuda.placement import ELEMENT, Wanted
 from rvllm.backends.cuda.sampling import MAX_TOP, START_WORDS, StateSizes
@@ -63,6 +64,7 @@ class MemoryPlan:
     layout: Layout
     start_words: int
     decode: dict[str, DecodePlan]
+    scratch: dict[str, int]
 
     @property
     def nbytes(self) -> int:
@@ -131,6 +133,9 @@ def plan_memory(
         ),
     }  # fmt: skip
 
+    scratch = scratch_of(program, tokens, seqs)
+    if scratch:
+        lines["scratch of ops"] = sum(_aligned(n) for n in scratch.values())
     if config.gemm_strategy == "cublas":
         lines["cuBLAS workspace"] = WORKSPACE
 
@@ -164,6 +169,7 @@ def plan_memory(
         layout=layout,
         start_words=start_words,
         decode=decode,
+        scratch=scratch,
     )
 
 
