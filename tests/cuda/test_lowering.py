@@ -4,24 +4,20 @@ from dataclasses import replace
 
 import pytest
 
-from rvllm.backends.cuda.attention import plan_prefill
 from rvllm.backends.cuda.catalog import select
-from rvllm.backends.cuda.chip import Chip
-from rvllm.backends.cuda.device_state import shape_of
 from rvllm.backends.cuda.driver import DeviceFacts
 from rvllm.backends.cuda.fuse import fuse
-from rvllm.backends.cuda.graphs import Recipe, nowhere
+from rvllm.backends.cuda.graphs import Recipe
 from rvllm.backends.cuda.launches import Counts
 from rvllm.backends.cuda.lowering import LOWERED, refuse_unknown
-from rvllm.backends.cuda.memory import Budget, MemoryPlan, plan_memory
-from rvllm.backends.cuda.placement import wanted_weights
+from rvllm.backends.cuda.memory import Budget, MemoryPlan
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, MissingKernelError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.memory import lifetimes
-from rvllm.program.ops import Attention, Program
+from rvllm.program.ops import Program
 
 QWEN_7B = {
     "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944,
@@ -40,20 +36,7 @@ def program(dtype: DType = DType.BF16, **changes: object) -> Program:
 
 
 def recipe(given: Program, facts: DeviceFacts, config: EngineConfig, budget: Budget = GB80) -> Recipe:
-    native = config.gemm_strategy == "native"
-    stages = fuse(given, gated_epilogue=native)
-    wanted = wanted_weights(stages, "packed" if native else "table")
-    prefill = {
-        op.name: plan_prefill(given.dtype, op.head_dim, smem_per_block=facts.smem_per_block)
-        for op in given.ops
-        if isinstance(op, Attention)
-    }
-    rows = next(iter(prefill.values())).rows
-    memory = plan_memory(given, stages, config, facts, budget, rows, wanted)
-    chip = Chip(facts.capability, facts.sm_count, facts.smem_per_block)
-    nothing = nowhere(given, wanted, memory)
-    shape = shape_of(given, memory)
-    return Recipe(given.dtype, chip, shape, nothing, memory, stages, prefill, config.gemm_strategy)
+    return Recipe.plan(given, config, facts, budget)[0]
 
 
 @pytest.mark.parametrize("facts", [H100, A100, L40], ids=lambda f: f.name)

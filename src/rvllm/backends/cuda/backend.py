@@ -7,27 +7,25 @@ waits for the step's event and reads the drawn tokens. Up to `pipeline_depth` st
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepKernel, StepResult
 from rvllm.backends.cuda.arena import Arena
-from rvllm.backends.cuda.attention import plan_prefill, prefill_tiles
+from rvllm.backends.cuda.attention import prefill_tiles
 from rvllm.backends.cuda.catalog import Catalog
-from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.cublas import library
-from rvllm.backends.cuda.device_state import DeviceState, carve, clear_state, send_ropes, shape_of
+from rvllm.backends.cuda.device_state import DeviceState, carve, clear_state, send_ropes
 from rvllm.backends.cuda.driver import Device, DeviceFacts, Pinned, Stream
 from rvllm.backends.cuda.flight import NOTHING, Flight
-from rvllm.backends.cuda.fuse import fuse
-from rvllm.backends.cuda.graphs import GraphBook, Recipe, nowhere
+from rvllm.backends.cuda.graphs import GraphBook, Recipe
 from rvllm.backends.cuda.launches import Counts
 from rvllm.backends.cuda.loader import Loader, fill_dummy
 from rvllm.backends.cuda.lowering import refuse_unknown
-from rvllm.backends.cuda.memory import BLOCK, budget_of, plan_memory
+from rvllm.backends.cuda.memory import BLOCK, budget_of
 from rvllm.backends.cuda.metadata import SampledRows, leading_decodes
-from rvllm.backends.cuda.placement import wanted_weights
 from rvllm.backends.cuda.profile import (
     READ_KERNEL,
     Profile,
@@ -44,7 +42,7 @@ from rvllm.config import EngineConfig, kernel_cache_dir
 from rvllm.errors import MissingKernelError, RvllmError, UsageError
 from rvllm.program.cost import StepShape, program_cost
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Attention, Program
+from rvllm.program.ops import Program
 from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.packing import find_tensor
 
@@ -86,9 +84,6 @@ class CudaBackend:
         self._ring = [Flight.create(plan) for _ in range(DEPTH + 2)]
         self._starter = Starter(catalog, stream, state, plan)
         self._scorer = Scorer(catalog, stream, state)
-        attention = next(op for stage in recipe.stages for op in stage.ops if isinstance(op, Attention))
-        self._group = attention.heads // attention.kv_heads
-        self._tile_rows = recipe.prefill[attention.name].rows
         self._check_memory, self._free_before, self._graphs_before = check_memory, -1, 0
         self._last: Flight | None = None
         self._steps = self._gaps = 0
@@ -114,31 +109,9 @@ class CudaBackend:
                 f"{facts.name} has compute capability {facts.capability / 10:.1f}; kernels exist from 8.0 on"
             )
         free, total = device.free_memory()
-        native = config.gemm_strategy == "native"
-        stages = fuse(program, gated_epilogue=native)
-        wanted = wanted_weights(stages, "packed" if native else "table")
-        attentions = {op.name: op for op in program.ops if isinstance(op, Attention)}
-        prefill = {
-            name: plan_prefill(program.dtype, op.head_dim, smem_per_block=facts.smem_per_block)
-            for name, op in attentions.items()
-        }
         budget = budget_of(config, free, total)
-        memory = plan_memory(
-            program, stages, config, facts, budget, next(iter(prefill.values())).rows, wanted
-        )
-        chip = Chip(facts.capability, facts.sm_count, facts.smem_per_block)
-        shape = shape_of(program, memory)
-        recipe = Recipe(
-            program.dtype,
-            chip,
-            shape,
-            nowhere(program, wanted, memory),
-            memory,
-            stages,
-            prefill,
-            config.gemm_strategy,
-        )
-
+        recipe, wanted = Recipe.plan(program, config, facts, budget)
+        memory = recipe.memory
         catalog = Catalog(facts.capability, kernel_cache_dir())
         catalog.require(
             [*recipe.kernels(), *_service_kernels(program, checkpoint)],
@@ -146,7 +119,7 @@ class CudaBackend:
         )
         after_modules, _ = device.free_memory()
         arena = Arena(memory.nbytes)
-        state = carve(arena, program, stages, memory, wanted)
+        state = carve(arena, program, recipe.stages, memory, wanted)
         stream = Stream()
         clear_state(stream, state, memory)
         send_ropes(stream, state, memory)
@@ -163,9 +136,7 @@ class CudaBackend:
             LedgerLine("kernels", free - after_modules),
             *arena.ledger(),
         ]
-        recipe = Recipe(
-            program.dtype, chip, shape, state.addresses, memory, stages, prefill, config.gemm_strategy
-        )
+        recipe = replace(recipe, addresses=state.addresses)
         backend = CudaBackend(
             device, facts, arena, catalog, stream, recipe, state, ledger, program, config.check_device_memory
         )
@@ -218,8 +189,7 @@ class CudaBackend:
             if len(rows.rows):
                 graphs.append(self._graphs.head(len(rows.rows)))
             layout = self._recipe.memory.layout
-            kv_lens, first = batch.starts + batch.query_lens, leading_decodes(batch.query_lens)
-            tiles = prefill_tiles(batch.query_lens, kv_lens, first, self._group, self._tile_rows)
+            tiles = self._tiles(batch)
         words = flight.metadata.array.view(np.int32)
         updates = self._starter.early_updates(batch.new_blocks, layout.updates)
         used = layout.pack(batch, updates, rows, tiles, words)
@@ -234,6 +204,14 @@ class CudaBackend:
         flight.done.record(self._stream)
         self._last = flight
         return flight
+
+    def _tiles(self, batch: StepBatch) -> NDArray[np.int32]:
+        """The blocks of query rows of sequences with several tokens; see `prefill_tiles`."""
+        shape = self._recipe.tiles
+        if shape is None:
+            return _NO_TILES
+        kv_lens, first = batch.starts + batch.query_lens, leading_decodes(batch.query_lens)
+        return prefill_tiles(batch.query_lens, kv_lens, first, shape.group, shape.rows)
 
     def collect(self, handle: Flight) -> StepResult:
         """Waits for a launched step and reads what it drew."""
@@ -361,11 +339,6 @@ def _check_supported(program: Program, config: EngineConfig) -> None:
         raise UsageError(f"--gemm-strategy {config.gemm_strategy}: not built; use native or cublas")
     if config.decode_path != "batched":
         raise UsageError(f"--decode-path {config.decode_path}: not built; use batched")
-    shapes = {(op.heads // op.kv_heads, op.head_dim) for op in program.ops if isinstance(op, Attention)}
-    if len(shapes) != 1:
-        raise MissingKernelError(
-            f"{program.architecture}: attention layers of {len(shapes)} different shapes; one is supported"
-        )
 
 
 def _service_kernels(program: Program, checkpoint: Checkpoint | None) -> list[str]:

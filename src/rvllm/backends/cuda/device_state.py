@@ -11,11 +11,11 @@ from rvllm.backends.cuda.addresses import Addresses, Shape
 from rvllm.backends.cuda.arena import Arena, Range
 from rvllm.backends.cuda.driver import Pinned, Stream
 from rvllm.backends.cuda.fuse import Stage
-from rvllm.backends.cuda.memory import BLOCK, MemoryPlan
+from rvllm.backends.cuda.memory import BLOCK, MemoryPlan, ropes_of
 from rvllm.backends.cuda.placement import ELEMENT, Form, Wanted
 from rvllm.backends.cuda.sampling import MAX_TOP, StateSizes
 from rvllm.program.memory import plan_workspace
-from rvllm.program.ops import Program, RopeKV
+from rvllm.program.ops import Program
 from rvllm.program.rope import Rope
 
 
@@ -190,10 +190,9 @@ def send_ropes(stream: Stream, state: DeviceState, plan: MemoryPlan) -> None:
 
 def _rope_ranges(arena: Arena, program: Program, plan: MemoryPlan) -> dict[Rope, tuple[int, int]]:
     found: dict[Rope, tuple[int, int]] = {}
-    for op in program.ops:
-        if isinstance(op, RopeKV) and op.rope is not None and op.rope not in found:
-            nbytes = 4 * plan.table_stride * BLOCK * (op.rope.dim // 2)
-            cos = arena.take("rope tables", nbytes)
-            sin = arena.take("rope tables", nbytes)
-            found[op.rope] = cos.address, sin.address
+    for rope in ropes_of(program):
+        nbytes = 4 * plan.table_stride * BLOCK * (rope.dim // 2)
+        cos = arena.take("rope tables", nbytes)
+        sin = arena.take("rope tables", nbytes)
+        found[rope] = cos.address, sin.address
     return found

@@ -17,15 +17,19 @@ from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
 from rvllm.backends.cuda.catalog import Catalog
 from rvllm.backends.cuda.chip import Chip
-from rvllm.backends.cuda.driver import Graph, Stream
-from rvllm.backends.cuda.fuse import Stage
+from rvllm.backends.cuda.device_state import shape_of
+from rvllm.backends.cuda.driver import DeviceFacts, Graph, Stream
+from rvllm.backends.cuda.families import TileShape
+from rvllm.backends.cuda.fuse import Stage, fuse
 from rvllm.backends.cuda.launches import Counts, Planned, bind, kernel_names
 from rvllm.backends.cuda.lowering import Lowering
-from rvllm.backends.cuda.memory import MemoryPlan, decode_plan
+from rvllm.backends.cuda.memory import Budget, MemoryPlan, plan_memory, ropes_of
 from rvllm.backends.cuda.metadata import Layout
-from rvllm.backends.cuda.placement import Wanted
+from rvllm.backends.cuda.paged import decode_plans, prefill_plans, tile_shape
+from rvllm.backends.cuda.placement import Wanted, wanted_weights
+from rvllm.config import EngineConfig
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Attention, GatherRows, Program, RopeKV
+from rvllm.program.ops import GatherRows, Program
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,36 @@ class Recipe:
     memory: MemoryPlan
     stages: Sequence[Stage]
     prefill: dict[str, PrefillPlan]
+    tiles: TileShape | None
     strategy: str
+
+    @staticmethod
+    def plan(
+        program: Program, config: EngineConfig, facts: DeviceFacts, budget: Budget
+    ) -> tuple[Recipe, list[Wanted]]:
+        """The recipe of a program on such a GPU, at addresses of nothing, and the weights it wants.
+
+        Raises MissingKernelError, CapacityError or UsageError.
+        """
+        native = config.gemm_strategy == "native"
+        stages = fuse(program, gated_epilogue=native)
+        wanted = wanted_weights(stages, "packed" if native else "table")
+        chip = Chip(facts.capability, facts.sm_count, facts.smem_per_block)
+        prefill = prefill_plans(program.ops, program.dtype, chip)
+        tiles = tile_shape(program.ops, prefill)
+        memory = plan_memory(program, stages, config, facts, budget, tiles, wanted)
+        recipe = Recipe(
+            dtype=program.dtype,
+            chip=chip,
+            shape=shape_of(program, memory),
+            addresses=nowhere(program, wanted, memory),
+            memory=memory,
+            stages=stages,
+            prefill=prefill,
+            tiles=tiles,
+            strategy=config.gemm_strategy,
+        )
+        return recipe, wanted
 
     def decode(self, seqs: int) -> list[Planned]:
         """A step of up to `seqs` sequences with one token each."""
@@ -89,16 +122,14 @@ class Recipe:
         return list(dict.fromkeys(names))
 
     def _cut(self) -> int:
-        return next(i for i, s in enumerate(self.stages) if isinstance(s.ops[0], GatherRows))
+        cuts = (i for i, s in enumerate(self.stages) if isinstance(s.ops[0], GatherRows))
+        return next(cuts, len(self.stages))
 
     def _decode_plans(self, seqs: int) -> dict[str, DecodePlan]:
         """How each layer's decode attention is launched for at most `seqs` sequences."""
-        return {
-            op.name: decode_plan(op, self.dtype, self.chip, seqs, self.memory.longest, self.memory.num_blocks)
-            for stage in self.stages
-            for op in stage.ops
-            if isinstance(op, Attention)
-        }
+        ops = (op for stage in self.stages for op in stage.ops)
+        memory = self.memory
+        return decode_plans(ops, self.dtype, self.chip, seqs, memory.longest, memory.num_blocks)
 
     def _lowering(
         self,
@@ -135,7 +166,7 @@ def nowhere(program: Program, wanted: Sequence[Wanted], memory: MemoryPlan) -> A
         weights={(w.weight.name, w.form): 0 for w in wanted},
         buffers={b.name: 0 for b in program.buffers},
         caches={c.name: (0, 0) for c in program.caches},
-        ropes={op.rope: (0, 0) for op in program.ops if isinstance(op, RopeKV) and op.rope is not None},
+        ropes=dict.fromkeys(ropes_of(program), (0, 0)),
         scratch=dict.fromkeys(memory.scratch, 0),
         **{f.name: 0 for f in fields(Addresses) if f.type == "int"},
     )

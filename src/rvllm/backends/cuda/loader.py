@@ -24,7 +24,7 @@ from rvllm.backends.cuda.placement import Wanted
 from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
 from rvllm.weights.checkpoint import Checkpoint, TensorType
-from rvllm.weights.packing import pack, raw_parts
+from rvllm.weights.packing import find_tensor, is_transposed, pack, raw_parts
 
 STAGING = 32 << 20  # bytes of one pinned buffer
 BLOCK = 256
@@ -102,8 +102,8 @@ class Loader:
 
     def _pieces(self, wanted: Wanted, address: int, checkpoint: Checkpoint) -> Iterator[Piece]:
         """The weight's stored rows, cut where the interleaving changes."""
-        position, half = 0, wanted.weight.shape[0] // 2
-        last = wanted.weight.shape[0]
+        position, last = 0, wanted.weight.elements // wanted.width
+        half = last // 2
         for type_, data in self._stored(wanted, checkpoint):
             start = 0
             while start < len(data):
@@ -130,12 +130,12 @@ class Loader:
         self, wanted: Wanted, checkpoint: Checkpoint
     ) -> Iterator[tuple[TensorType, NDArray[np.uint8]]]:
         """Parts in stored form; those that must be rearranged element by element are packed on the host."""
-        plain = all(p.layout != "transposed" and not p.add for p in wanted.weight.parts)
-        if plain:
+        found = ((part, find_tensor(part, checkpoint)) for part in wanted.weight.parts)
+        if not any(part.add or (info is not None and is_transposed(part, info)) for part, info in found):
             for part in raw_parts(wanted.weight, checkpoint):
                 yield part.type, part.data
         else:
-            rows = pack(wanted.weight, checkpoint, DType.F32).reshape(wanted.weight.shape[0], -1)
+            rows = pack(wanted.weight, checkpoint, DType.F32).reshape(-1, wanted.width)
             yield TensorType.F32, rows.view(np.uint8)
 
     def _matrix(self, piece: Piece) -> None:

@@ -6,20 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rvllm.backends.cuda.arena import ALIGNMENT
-from rvllm.backends.cuda.attention import DecodePlan, plan_decode, table_stride
+from rvllm.backends.cuda.attention import DecodePlan, table_stride
 from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.cublas import WORKSPACE
 from rvllm.backends.cuda.driver import DeviceFacts
+from rvllm.backends.cuda.families import TileShape
 from rvllm.backends.cuda.fuse import Stage
 from rvllm.backends.cuda.lowering import scratch_of
 from rvllm.backends.cuda.metadata import Layout
+from rvllm.backends.cuda.paged import decode_plans
 from rvllm.backends.cuda.placement import ELEMENT, Wanted
 from rvllm.backends.cuda.sampling import MAX_TOP, START_WORDS, StateSizes
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, UsageError
-from rvllm.program.dtypes import DType
 from rvllm.program.memory import plan_workspace
-from rvllm.program.ops import Attention, Program, RopeKV
+from rvllm.program.ops import LatentRopeKV, Program, RopeKV
+from rvllm.program.rope import Rope
 
 GB = 1_000_000_000
 BLOCK = 16  # positions of a KV block
@@ -78,12 +80,12 @@ def plan_memory(
     config: EngineConfig,
     facts: DeviceFacts,
     budget: Budget,
-    prefill_rows: int,
+    tiles: TileShape | None,
     wanted: Sequence[Wanted],
 ) -> MemoryPlan:
     """Lays out the budget; the KV cache gets what the rest leaves.
 
-    prefill_rows: query rows of a prefill attention block. wanted: the weights in their forms. Raises
+    tiles: of the step's tile list, None for programs without. wanted: the weights in their forms. Raises
     CapacityError with the shortfall and the flags that would fit, UsageError for a --max-model-len beyond
     the model's positions.
     """
@@ -98,13 +100,11 @@ def plan_memory(
     samples = seqs + SCORED_ROWS
     stride = table_stride(longest)
     block_bytes = max(1, program.kv_elements_per_token * ELEMENT * BLOCK)
-    attentions = [op for op in program.ops if isinstance(op, Attention)]
-    group = max((op.heads // op.kv_heads for op in attentions), default=1)
     layout = Layout(
         tokens=tokens,
         seqs=seqs,
         samples=samples,
-        tiles=-(-tokens * group // prefill_rows) + seqs,
+        tiles=-(-tokens * tiles.group // tiles.rows) + seqs if tiles else 0,
         updates=min(seqs * stride, 1 << 16),
     )
     start_words = max(LEAST_START_WORDS, seqs * START_WORDS, longest + 8192)
@@ -114,12 +114,11 @@ def plan_memory(
     weights = sum(_aligned(w.nbytes) for w in wanted)
     workspace = plan_workspace([s for s in stages if s.reads or s.writes], tokens, samples).nbytes
     logits = 4 * samples * vocab
-    ropes = {op.rope for op in program.ops if isinstance(op, RopeKV) and op.rope is not None}
     lines = {
         "weights": weights,
         "workspace": _aligned(workspace),
         "logits": 2 * _aligned(logits),
-        "rope tables": sum(2 * _aligned(4 * stride * BLOCK * (rope.dim // 2)) for rope in ropes),
+        "rope tables": sum(2 * _aligned(4 * stride * BLOCK * (rope.dim // 2)) for rope in ropes_of(program)),
         "sampler": sum(
             _aligned(n)
             for n in (
@@ -145,7 +144,7 @@ def plan_memory(
         asked = max(1, int(config.kv_cache_memory_gb * GB) // block_bytes)
     blocks = asked or most_blocks
     chip = Chip(facts.capability, facts.sm_count, facts.smem_per_block)
-    decode = {op.name: decode_plan(op, program.dtype, chip, seqs, longest, blocks) for op in attentions}
+    decode = decode_plans(program.ops, program.dtype, chip, seqs, longest, blocks)
     partial = max((p.partial_bytes for p in decode.values()), default=0)
     arrivals = max((p.arrivals_bytes for p in decode.values()), default=0)
     lines["attention workspace"] = _aligned(partial) + _aligned(arrivals)
@@ -173,19 +172,10 @@ def plan_memory(
     )
 
 
-def decode_plan(op: Attention, dtype: DType, chip: Chip, seqs: int, longest: int, blocks: int) -> DecodePlan:
-    """How an op's decode attention is launched for up to `seqs` sequences of up to `longest` tokens."""
-    return plan_decode(
-        dtype,
-        op.head_dim,
-        op.heads,
-        op.kv_heads,
-        max_seqs=seqs,
-        max_model_len=longest,
-        num_blocks=blocks,
-        sm_count=chip.sm_count,
-        smem_per_block=chip.smem_per_block,
-    )
+def ropes_of(program: Program) -> list[Rope]:
+    """The rotary tables the program's ops read, each once."""
+    found = (op.rope for op in program.ops if isinstance(op, RopeKV | LatentRopeKV))
+    return list(dict.fromkeys(rope for rope in found if rope is not None))
 
 
 def _check_fit(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from rvllm.backends.cuda.fuse import Stage
 from rvllm.backends.cuda.gemm import gated_rows, packed_nbytes
-from rvllm.program.ops import Embed, GatedActivation, Linear, Logits, Norm, Weight
+from rvllm.program.ops import Embed, GatedActivation, HeadLinear, Linear, Logits, Norm, Weight
 
 # packed, gated: tiles for our matrix kernels, gated with gate and up rows interleaved; table: row-major, for
 # lookups and for cuBLAS; norm: float32; bias, gated_bias: the model's type, gated_bias interleaved like its
@@ -26,14 +27,14 @@ class Wanted:
 
     @property
     def rows(self) -> int:
-        """Rows of the matrix as it lies on the device; elements of a vector."""
-        rows = self.weight.shape[0]
+        """Rows of the matrix as it lies on the device, of all matrices of a stack; elements of a vector."""
+        rows = math.prod(self.weight.shape[:-1]) if self.weight.role == "stack" else self.weight.shape[0]
         return gated_rows(rows // 2) if self.form in ("gated", "gated_bias") else rows
 
     @property
     def width(self) -> int:
         """Elements of a row of a matrix."""
-        return self.weight.shape[1]
+        return self.weight.shape[-1]
 
     @property
     def nbytes(self) -> int:
@@ -68,6 +69,8 @@ def wanted_weights(stages: Iterable[Stage], matrices: Form = "packed") -> list[W
                 want(op.bias, "gated_bias" if gated else "bias")
             elif isinstance(op, Embed):
                 want(op.table, "table")
+            elif isinstance(op, HeadLinear):
+                want(op.weight, "table")
             elif isinstance(op, Norm):
                 want(op.weight, "norm")
                 want(op.bias, "norm")

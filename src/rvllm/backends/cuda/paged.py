@@ -1,0 +1,85 @@
+"""The ops that attend to the paged cache, one entry a type: how each is planned, and what they share.
+
+They share the step's list of tiles (blocks of query rows of sequences with several tokens), the memory for
+partial results and its counters. So the ops of one program must cut their rows alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan, plan_decode, plan_prefill
+from rvllm.backends.cuda.chip import Chip
+from rvllm.backends.cuda.families import PagedPlans, TileShape
+from rvllm.backends.cuda.lower_encoder import PAGED as ENCODER
+from rvllm.backends.cuda.lower_latent import PAGED as LATENT
+from rvllm.errors import MissingKernelError
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Attention, Op
+
+
+def _decode(op: Op, dtype: DType, chip: Chip, seqs: int, longest: int, blocks: int) -> DecodePlan:
+    assert isinstance(op, Attention)
+    return plan_decode(
+        dtype,
+        op.head_dim,
+        op.heads,
+        op.kv_heads,
+        max_seqs=seqs,
+        max_model_len=longest,
+        num_blocks=blocks,
+        sm_count=chip.sm_count,
+        smem_per_block=chip.smem_per_block,
+    )
+
+
+def _prefill(op: Op, dtype: DType, chip: Chip) -> PrefillPlan:
+    assert isinstance(op, Attention)
+    return plan_prefill(dtype, op.head_dim, smem_per_block=chip.smem_per_block)
+
+
+def _group(op: Op) -> int:
+    assert isinstance(op, Attention)
+    return op.heads // op.kv_heads
+
+
+PAGED: dict[type[Op], PagedPlans] = {Attention: PagedPlans(_decode, _prefill, _group), **LATENT, **ENCODER}
+
+
+def decode_plans(
+    ops: Iterable[Op], dtype: DType, chip: Chip, seqs: int, longest: int, blocks: int
+) -> dict[str, DecodePlan]:
+    """By op: how it is launched for at most `seqs` sequences of one token, each at most `longest` long.
+
+    blocks: of the KV pool. Raises MissingKernelError where an op has no kernel.
+    """
+    return {
+        op.name: PAGED[type(op)].decode(op, dtype, chip, seqs, longest, blocks)
+        for op in ops
+        if type(op) in PAGED
+    }
+
+
+def prefill_plans(ops: Iterable[Op], dtype: DType, chip: Chip) -> dict[str, PrefillPlan]:
+    """By op: how it is launched for sequences of several tokens. Raises MissingKernelError."""
+    return {op.name: PAGED[type(op)].prefill(op, dtype, chip) for op in ops if type(op) in PAGED}
+
+
+def tile_shape(ops: Iterable[Op], plans: Mapping[str, PrefillPlan]) -> TileShape | None:
+    """How all these ops cut the rows of a step; None where none attends to the cache.
+
+    Raises MissingKernelError naming two ops that disagree.
+    """
+    found: tuple[str, TileShape] | None = None
+    for op in ops:
+        if type(op) not in PAGED:
+            continue
+        shape = TileShape(plans[op.name].rows, PAGED[type(op)].group(op))
+        if found is None:
+            found = op.name, shape
+        elif found[1] != shape:
+            raise MissingKernelError(
+                f"{found[0]} takes {found[1].rows} rows of {found[1].group} heads a block and {op.name} "
+                f"{shape.rows} of {shape.group}; attention layers of one shape are supported"
+            )
+    return found[1] if found else None
