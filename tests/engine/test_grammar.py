@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from grammar_double import RandomDouble
 
@@ -16,6 +18,7 @@ from tiny_tokenizers import byte_level
 from rvllm.backends.base import Limits
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
+from rvllm.engine.grammar import Matcher
 from rvllm.engine.messages import Generate, ModelFacts, Output, Sampling
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.text.grammar import grammar_of, vocabulary_of
@@ -89,8 +92,12 @@ def grammar(**form: object) -> str:
     return found
 
 
+@pytest.mark.parametrize("costly", [0.0, 1e9], ids=["beside", "inline"])
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_outputs_follow_their_grammars_beside_free_ones(depth: int) -> None:
+def test_outputs_follow_their_grammars_beside_free_ones(
+    depth: int, costly: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rvllm.engine.grammar.COSTLY", costly)
     core = core_of(depth)
     made = [request(f"json{i}", grammar(json=SCHEMA), temperature=0.3 * i) for i in range(6)]
     made += [request(f"word{i}", grammar(regex="[a-f]{3}-[0-9]{1,4}")) for i in range(4)]
@@ -107,10 +114,15 @@ def test_outputs_follow_their_grammars_beside_free_ones(depth: int) -> None:
     stats = core.stats()
     assert stats.masks == core.backend.masked_rows > 0  # type: ignore[attr-defined]
     assert 0 < stats.mask_p50_seconds <= stats.mask_p99_seconds < 1
+    assert stats.mask_exposed_seconds > 0
     assert stats.finished["stop"] >= 10
 
 
-def test_a_request_gives_the_same_in_company_preempted_and_at_any_depth() -> None:
+@pytest.mark.parametrize("costly", [0.0, 1e9], ids=["beside", "inline"])
+def test_a_request_gives_the_same_in_company_preempted_and_at_any_depth(
+    costly: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rvllm.engine.grammar.COSTLY", costly)
     one = request("long", grammar(regex="[a-z ]{300,320}"))
     one.priority = 1
     alone, last = run(core_of(1), [one])["long"]
@@ -192,3 +204,29 @@ def test_a_grammar_that_costs_too_much_ends_its_request_only(monkeypatch: pytest
     assert done["free"][1].finish_reason in ("length", "stop")
     last = done["slow"][1]
     assert last.finish_reason == "error" and "too costly" in (last.error or "")
+
+
+def test_a_slow_mask_holds_up_its_own_sequence_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SlowMatcher(Matcher):
+        def fill(self, row: np.ndarray) -> float:
+            time.sleep(0.05)
+            took = super().fill(row)
+            self.filled(row, 0.05)
+            return took
+
+    monkeypatch.setattr("rvllm.engine.grammar.Matcher", SlowMatcher)
+    core = core_of(2)
+    core.add_request(request("slow", grammar(regex="[a-z]{40}")))
+    drawn = {"slow": 0, "free": 0}
+    while not drawn["slow"]:
+        drawn["slow"] += sum(len(output.token_ids) for output in core.step())
+    core.add_request(request("free", None, max_tokens=400, stop_token_ids=()))
+    began = time.perf_counter()
+    while drawn["free"] < 400:
+        for output in core.step():
+            drawn[output.request_id] += len(output.token_ids)
+    masks = (time.perf_counter() - began) / 0.05
+    assert drawn["slow"] <= masks + 2 < 40
+    core.abort(["slow"])
+    while core.has_work():
+        core.step()

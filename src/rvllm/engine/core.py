@@ -42,7 +42,7 @@ class EngineCore:
         self.backend = backend
         self.facts: ModelFacts = msgspec.structs.replace(facts, max_model_len=max_model_len)
         self.grammars = Grammars(facts.vocab_size, facts.eos_token_ids)
-        self.scheduler = Scheduler(limits, config.enable_prefix_caching, self.grammars)
+        self.scheduler = Scheduler(limits, config.enable_prefix_caching)
         self.ready = Ready(
             backend=backend.name,
             max_model_len=max_model_len,
@@ -161,9 +161,8 @@ class EngineCore:
             computed = self._texts.step()
             self._finished["stop"] += len(computed)
             self._outbox += computed
-        if self.grammars:
-            self._take_compiled()
         began = time.perf_counter()
+        self._follow_grammars()
         step = self.scheduler.schedule()
         self._host_seconds += time.perf_counter() - began
         if step is not None:
@@ -175,15 +174,17 @@ class EngineCore:
             began = time.perf_counter()
             self._update(oldest, result)
             self._host_seconds += time.perf_counter() - began
-        elif step is None and self._alive and not self.grammars:
+        elif step is None and self._alive and not self._outbox and not self.grammars.wait():
             raise RuntimeError(f"no step can be scheduled for {len(self._alive)} requests")
         outputs, self._outbox = self._outbox, []
         return outputs
 
-    def _take_compiled(self) -> None:
-        """Sequences whose grammars are compiled join the queue, or end with what is wrong."""
-        others = len(self._alive) > len(self.grammars) or self._texts
-        for seq, outcome in self.grammars.ready(wait=not (others or self._outbox)):
+    def _follow_grammars(self) -> None:
+        """Masks for the next step. Sequences whose grammars are compiled join the queue; those whose grammar
+        is at its end or cannot be followed end."""
+        for seq, error in self.grammars.settle(bool(self._in_flight)):
+            self._ended_by_grammar(seq, error)
+        for seq, outcome in self.grammars.ready():
             if isinstance(outcome, str):
                 self._close(seq, "error", outcome)
             else:
@@ -232,18 +233,20 @@ class EngineCore:
                 output.prompt_logprobs = seq.prompt_logprobs
         self._generation_tokens += 1
         self._outbox.append(output)
-        if seq.matcher is not None and reason != "stop" and self._ended_by_grammar(seq, token):
-            return
+        if seq.matcher is not None and reason != "stop":
+            if seq.matcher.costly and reason is None:
+                self.grammars.accept_beside(seq, token)
+            elif self._ended_by_grammar(seq, self.grammars.accept(seq, token)):
+                return
         if reason is not None:
             output.finish_reason = reason
             if reason == "stop" and token not in self._eos:
                 output.stop_reason = token
             self._end(seq, reason)
 
-    def _ended_by_grammar(self, seq: Sequence, token: int) -> bool:
-        """Moves a sequence's matcher on; one that nothing can follow ends at once, without an EOS token."""
+    def _ended_by_grammar(self, seq: Sequence, error: str | None) -> bool:
+        """Ends a sequence whose matcher has an error, or that nothing can follow: at once, without an EOS."""
         assert seq.matcher is not None
-        error = seq.matcher.accept(token)
         if error is not None:
             self._close(seq, "error", error)
         elif seq.matcher.ended:
@@ -278,6 +281,7 @@ class EngineCore:
             host_seconds=self._host_seconds,
             masks=self.grammars.masks_computed,
             mask_seconds=self.grammars.mask_seconds,
+            mask_exposed_seconds=self.grammars.exposed_seconds,
             mask_p50_seconds=self.grammars.percentile(0.50),
             mask_p99_seconds=self.grammars.percentile(0.99),
             backend=self.backend.stats(),

@@ -3,6 +3,10 @@
 A request's grammar is a text in llguidance's own form (`text/grammar.py` makes it). It is compiled beside
 the engine's thread; the request joins the queue when that is done. llguidance is imported with the first
 grammar, and the vocabulary must have come before it (`EngineCore.set_vocabulary`).
+
+Most masks take some hundredths of a millisecond and are made in the engine's thread, while the step before
+runs on the device. A sequence whose last mask took longer is followed in a thread of its own: it sits out
+the steps that are launched meanwhile, and nobody waits for it.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +29,9 @@ if TYPE_CHECKING:
 
     from rvllm.engine.sequence import Sequence
 
+    Compiled = tuple[LLMatcher, "Matcher", float]
+    Followed = tuple[str | None, float | None]
+
 KEPT = 128  # compiled grammars kept for requests that bring the same again
 KEPT_LENGTH = 1 << 16  # characters of the longest grammar that is kept
 MOST_STATES = 50_000  # of a grammar's lexer, some 2 kB each
@@ -32,22 +39,30 @@ TIMED = 4096  # mask times kept for the percentiles
 ALONE = 4  # up to so many masks of a step are computed one after the other
 ALLOWANCE = 2.0  # seconds that following a grammar may cost, and seconds more for each token
 ALLOWANCE_PER_TOKEN = 0.01
+COSTLY = 0.001  # seconds: a matcher whose last token took longer is followed beside the engine's thread
+BESIDE_THREADS = 4
 POLL_SECONDS = 0.01  # how long an otherwise idle engine waits for a grammar before it looks at messages
+
+Mask = NDArray[np.uint32]  # [ceil(vocab / 32)], lowest bit first: the tokens that may come next
 
 
 class Matcher:
     """One sequence's place in its grammar.
 
-    seconds: what following it has cost so far. An ambiguous grammar can cost ever more with each token;
-    one that exceeds its allowance ends its request, so that it does not stall the others.
+    mask: of the next token; None until it has been made. seconds: what following the grammar has cost so
+    far. An ambiguous one can cost ever more with each token; one that exceeds its allowance ends its request.
+    costly: whether the last token took so long that the engine's thread should not wait for the next.
     """
 
-    __slots__ = ("_matcher", "_tokens", "seconds")
+    __slots__ = ("_matcher", "_since", "_tokens", "costly", "mask", "seconds")
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
         self._tokens = 0
+        self._since = 0.0  # seconds before the current token
         self.seconds = 0.0
+        self.costly = False
+        self.mask: Mask | None = None
 
     @property
     def native(self) -> LLMatcher:
@@ -62,6 +77,8 @@ class Matcher:
     def accept(self, token: int) -> str | None:
         """Moves on by a drawn token; returns what is wrong when the grammar does not allow it."""
         began = time.perf_counter()
+        self.mask = None
+        self._since = self.seconds
         accepted = self._matcher.consume_token(token)
         self._tokens += 1
         self.seconds += time.perf_counter() - began
@@ -72,9 +89,19 @@ class Matcher:
         reason = str(self._matcher.get_error()).partition("\n")[0]
         return f"no token fits both the grammar and min_tokens, stop_token_ids or logit_bias: {reason}"
 
-    def fill(self, row: NDArray[np.uint32]) -> None:
-        """Writes the mask of tokens that may come next, uint32 [ceil(vocab / 32)], lowest bit first."""
+    def fill(self, row: Mask) -> float:
+        """Makes the mask in `row`; returns the seconds it took."""
+        began = time.perf_counter()
         self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        took = time.perf_counter() - began
+        self.filled(row, took)
+        return took
+
+    def filled(self, row: Mask, seconds: float) -> None:
+        """The mask has been made in `row`, which took so long."""
+        self.seconds += seconds
+        self.costly = self.seconds - self._since > COSTLY
+        self.mask = row
 
 
 class Grammars:
@@ -84,13 +111,18 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos = list(eos_token_ids)
         self._vocabulary: Future[LLTokenizer] | None = None
+        self._words = -(-vocab_size // 32)
         self._pool: ThreadPoolExecutor | None = None
-        self._compiling: dict[str, tuple[Sequence, Future[LLMatcher]]] = {}  # by request id
+        self._compiling: dict[str, tuple[Sequence, Future[Compiled]]] = {}  # by request id
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._wanted: dict[str, Matcher] = {}  # whose next mask is to be made, by request id
+        self._beside: dict[str, tuple[Sequence, Future[Followed]]] = {}  # followed in threads of their own
+        self._beside_pool: ThreadPoolExecutor | None = None
         self._executor: LLExecutor | None = None
         self._times: deque[float] = deque(maxlen=TIMED)
         self.masks_computed = 0
         self.mask_seconds = 0.0
+        self.exposed_seconds = 0.0  # of these, while no step was on the device
 
     def __len__(self) -> int:
         """How many requests wait for their grammars."""
@@ -103,7 +135,7 @@ class Grammars:
 
     def _threads(self) -> ThreadPoolExecutor:
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+            self._pool = ThreadPoolExecutor(2, thread_name_prefix="grammar")
         return self._pool
 
     def _build(self, vocabulary: Vocabulary) -> LLTokenizer:
@@ -113,15 +145,20 @@ class Grammars:
         return LLTokenizer(vocabulary.tokenizer, n_vocab=self._vocab_size, eos_token=eos)
 
     def begin(self, seq: Sequence, grammar: str) -> None:
-        """Compiles a sequence's grammar; `ready` hands the sequence back."""
+        """Compiles a sequence's grammar and makes its first mask; `ready` hands the sequence back."""
         kept = self._compiled.get(grammar)
         if kept is not None:
             self._compiled.move_to_end(grammar)
-            done: Future[LLMatcher] = Future()
-            done.set_result(kept)
-        else:
-            done = self._threads().submit(self._compile, grammar)
-        self._compiling[seq.request_id] = (seq, done)
+        self._compiling[seq.request_id] = (seq, self._threads().submit(self._start, grammar, kept))
+
+    def _start(self, grammar: str, kept: LLMatcher | None) -> Compiled:
+        """(what may be kept, the matcher of a sequence with its first mask, the seconds that took)."""
+        fresh = kept or self._compile(grammar)
+        matcher = Matcher(fresh.deep_copy())
+        return fresh, matcher, matcher.fill(self._row())
+
+    def _row(self) -> Mask:
+        return np.zeros(self._words, dtype=np.uint32)
 
     def _compile(self, grammar: str) -> LLMatcher:
         """The grammar's matcher before its first token. Raises RvllmError with the reason."""
@@ -140,51 +177,101 @@ class Grammars:
         return matcher
 
     def forget(self, seq: Sequence) -> bool:
-        """A sequence does not wait for its grammar any more; False when it did not."""
+        """Nothing more is to be made for a sequence; whether it still waited for its grammar."""
+        self._wanted.pop(seq.request_id, None)
+        self._beside.pop(seq.request_id, None)
         return self._compiling.pop(seq.request_id, None) is not None
 
-    def ready(self, wait: bool) -> list[tuple[Sequence, Matcher | str]]:
-        """Sequences whose grammar is done, with the matcher or what is wrong with it; `forget` them then.
-
-        wait: nothing else is to be done, so sleep a moment if none is done yet.
-        """
-        if wait:
-            wait_for([done for _, done in self._compiling.values()], POLL_SECONDS, FIRST_COMPLETED)
+    def ready(self) -> list[tuple[Sequence, Matcher | str]]:
+        """Sequences whose grammar is done, with the matcher or what is wrong with it; `forget` them then."""
         return [self._outcome(seq, done) for seq, done in self._compiling.values() if done.done()]
 
-    def _outcome(self, seq: Sequence, done: Future[LLMatcher]) -> tuple[Sequence, Matcher | str]:
+    def _outcome(self, seq: Sequence, done: Future[Compiled]) -> tuple[Sequence, Matcher | str]:
         error = done.exception()
         if error is not None:
             return seq, str(error)
-        fresh, grammar = done.result(), seq.sampling.grammar or ""
+        (fresh, matcher, seconds), grammar = done.result(), seq.sampling.grammar or ""
+        self._count(seconds)
         if len(grammar) <= KEPT_LENGTH:
             self._compiled[grammar] = fresh
         if len(self._compiled) > KEPT:
             self._compiled.popitem(last=False)
-        return seq, Matcher(fresh.deep_copy())
+        return seq, matcher
 
-    def masks(self, wanted: dict[int, Matcher]) -> dict[int, NDArray[np.uint32]]:
-        """The masks of a step, by the same keys: uint32 [ceil(vocab / 32)] each."""
-        if not wanted:
-            return {}
-        words = -(-self._vocab_size // 32)
-        rows = np.zeros((len(wanted), words), dtype=np.uint32)
+    def accept(self, seq: Sequence, token: int) -> str | None:
+        """Moves a sequence on by its last token; returns what is wrong when the grammar does not allow it."""
+        assert seq.matcher is not None
+        error = seq.matcher.accept(token)
+        if error is None and not seq.matcher.ended:
+            self._wanted[seq.request_id] = seq.matcher
+        return error
+
+    def accept_beside(self, seq: Sequence, token: int) -> None:
+        """The same for a costly sequence, in a thread of its own; `settle` tells how it went."""
+        assert seq.matcher is not None
+        seq.matcher.mask = None
+        if self._beside_pool is None:
+            self._beside_pool = ThreadPoolExecutor(BESIDE_THREADS, thread_name_prefix="mask")
+        self._beside[seq.request_id] = seq, self._beside_pool.submit(self._follow, seq.matcher, token)
+
+    def _follow(self, matcher: Matcher, token: int) -> Followed:
+        """(what is wrong, seconds that the mask took; None when there is none to make)."""
+        error = matcher.accept(token)
+        if error is not None or matcher.ended:
+            return error, None
+        return None, matcher.fill(self._row())
+
+    def settle(self, device_busy: bool) -> list[tuple[Sequence, str | None]]:
+        """Makes the masks that are wanted. Returns the sequences accepted beside that are done, with what
+        is wrong with each; their masks are made unless they have ended.
+
+        device_busy: whether a step runs meanwhile.
+        """
+        if self._wanted:
+            began = time.perf_counter()
+            self._fill(list(self._wanted.values()))
+            self._wanted.clear()
+            self.exposed_seconds += 0.0 if device_busy else time.perf_counter() - began
+        settled = []
+        for name, (seq, done) in list(self._beside.items()):
+            if done.done():
+                del self._beside[name]
+                error, seconds = done.result()
+                if seconds is not None:
+                    self._count(seconds)
+                settled.append((seq, error))
+        return settled
+
+    def wait(self) -> bool:
+        """Sleeps until a grammar or a mask is done, for a moment at most; False when none is being made."""
+        awaited: list[Future[Any]] = [done for _, done in self._compiling.values()]
+        awaited += [done for _, done in self._beside.values()]
+        if not awaited:
+            return False
         began = time.perf_counter()
-        if len(wanted) <= ALONE:
-            for row, matcher in zip(rows, wanted.values(), strict=True):
-                started = time.perf_counter()
-                matcher.fill(row)
-                matcher.seconds += time.perf_counter() - started
-                self._times.append(time.perf_counter() - started)
-        else:
-            self._fill_together(rows, list(wanted.values()))
-            waited = time.perf_counter() - began
-            self._times.extend([waited] * len(wanted))
-            for matcher in wanted.values():
-                matcher.seconds += waited / len(wanted)
-        self.mask_seconds += time.perf_counter() - began
-        self.masks_computed += len(wanted)
-        return dict(zip(wanted, rows, strict=True))
+        wait_for(awaited, POLL_SECONDS, FIRST_COMPLETED)
+        if self._beside:
+            self.exposed_seconds += time.perf_counter() - began
+        return True
+
+    def _fill(self, matchers: list[Matcher]) -> None:
+        if len(matchers) <= ALONE:
+            for matcher in matchers:
+                self._count(matcher.fill(self._row()))
+            return
+        rows = np.zeros((len(matchers), self._words), dtype=np.uint32)
+        began = time.perf_counter()
+        self._fill_together(rows, matchers)
+        waited = time.perf_counter() - began
+        for row, matcher in zip(rows, matchers, strict=True):
+            matcher.filled(row, waited / len(matchers))
+        self._count(waited, len(matchers))
+
+    def _count(self, seconds: float, masks: int = 1) -> None:
+        """Books masks that took so long, together when there are several."""
+        self.masks_computed += masks
+        self.mask_seconds += seconds
+        self._times.extend([seconds] * masks)
 
     def _fill_together(self, rows: NDArray[np.uint32], matchers: list[Matcher]) -> None:
         """Many masks on all cores."""
@@ -204,6 +291,7 @@ class Grammars:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
     def close(self) -> None:
-        """Ends the compiling thread."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        """Ends the threads."""
+        for pool in (self._pool, self._beside_pool):
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)

@@ -137,6 +137,7 @@ class Stats(msgspec.Struct, tag="stats", kw_only=True, array_like=True):
     host_seconds: float = 0.0  # of these, scheduling and bookkeeping
     masks: int = 0  # token masks computed for grammars
     mask_seconds: float = 0.0  # in all
+    mask_exposed_seconds: float = 0.0  # that the device waited for masks
     mask_p50_seconds: float = 0.0  # how long a token waited for its mask, among the last few thousand
     mask_p99_seconds: float = 0.0
     backend: dict[str, float] = {}

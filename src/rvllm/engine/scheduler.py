@@ -16,7 +16,6 @@ from operator import attrgetter
 
 from rvllm.backends.base import Limits
 from rvllm.engine.blocks import BlockManager, Digest
-from rvllm.engine.grammar import Grammars
 from rvllm.engine.sequence import Sequence
 from rvllm.engine.step import Step, StepPlan
 
@@ -32,9 +31,8 @@ def _remove(queue: list[Sequence], seq: Sequence) -> None:
 class Scheduler:
     """Queues, slots and blocks. `schedule` plans a step, `finish` ends a sequence at any time."""
 
-    def __init__(self, limits: Limits, prefix_caching: bool = True, grammars: Grammars | None = None) -> None:
+    def __init__(self, limits: Limits, prefix_caching: bool = True) -> None:
         self.limits = limits
-        self.grammars = Grammars(0, ()) if grammars is None else grammars
         self.blocks = BlockManager(
             limits.num_blocks, limits.block_size, prefix_caching and limits.prefix_reuse
         )
@@ -65,7 +63,7 @@ class Scheduler:
         if not plan:
             return None
         self.steps += 1
-        return plan.finish(self.grammars)
+        return plan.finish()
 
     def _plan_decodes(self, plan: StepPlan) -> list[Sequence]:
         """Adds every sequence that waits for one token only; returns those with more to compute."""
@@ -103,7 +101,8 @@ class Scheduler:
     def _admit(self, plan: StepPlan) -> None:
         """Lets waiting sequences in, in order, while slots, blocks and budget last.
 
-        Only one whose prefix is just being computed for another is passed over until it can share that.
+        Passed over is one whose prefix is just being computed for another, until it can share that, and one
+        whose token mask is being made.
         """
         index = 0
         while index < len(self.waiting) and self._free_slots and plan.budget:
@@ -113,7 +112,7 @@ class Scheduler:
             shared = self._blocks_if_fits(seq)
             if shared is None:
                 return
-            if self._soon_shared(seq, len(shared)):
+            if seq.must_wait or self._soon_shared(seq, len(shared)):
                 index += 1
                 continue
             del self.waiting[index]

@@ -100,8 +100,8 @@ class Sequence:
 
     @property
     def must_wait(self) -> bool:
-        """Whether the mask of its next step depends on a token that a step in flight has yet to draw."""
-        return self.matcher is not None and self.length > len(self.tokens)
+        """Whether the mask of its next step is yet to be made, or the token before it yet to be drawn."""
+        return self.matcher is not None and (self.matcher.mask is None or self.length > len(self.tokens))
 
     def digest_chain(self, blocks: int) -> list[Digest]:
         """Content digests of its first `blocks` blocks, all of whose tokens are known."""

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from rvllm.backends.base import LAST_SAMPLED, SlotStart, StepBatch
-from rvllm.engine.grammar import Grammars
 from rvllm.engine.sequence import Sequence
 
 
@@ -82,7 +81,7 @@ class StepPlan:
         """A running sequence gets its next block."""
         self._new_blocks.append((seq.slot, len(seq.blocks), block))
 
-    def finish(self, grammars: Grammars) -> Step:
+    def finish(self) -> Step:
         """The step, with int32 arrays and token masks as `StepBatch` describes them."""
         decodes = len(self.decodes)
         sequences = self.decodes + self.prefills
@@ -96,8 +95,10 @@ class StepPlan:
             sample[decodes:] = self._samples
             for seq, (start, count) in zip(self.prefills, self._chunks, strict=True):
                 pieces.append(np.array(seq.tokens[start : start + count], dtype=np.int32))
-        constrained = {
-            s: seq.matcher for s, seq in enumerate(sequences) if seq.matcher is not None and sample[s]
+        masks = {
+            s: seq.matcher.mask
+            for s, seq in enumerate(sequences)
+            if seq.matcher is not None and seq.matcher.mask is not None and sample[s]
         }
         batch = StepBatch(
             step=self.number,
@@ -109,6 +110,6 @@ class StepPlan:
             started=self._started,
             new_blocks=np.array(self._new_blocks, dtype=np.int32).reshape(-1, 3),
             prompt_logprobs={decodes + s: top for s, top in self._prompt_logprobs.items()},
-            masks=grammars.masks(constrained),
+            masks=masks,
         )
         return Step(batch, sequences)
