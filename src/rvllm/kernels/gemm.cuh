@@ -11,6 +11,7 @@
 // order. Every variant does exactly that, so the bits of y[t, n] depend on row t of x and row n of W only.
 #pragma once
 
+#include "activations.cuh"
 #include "ptx.cuh"
 
 namespace rvllm::gemm {
@@ -34,8 +35,15 @@ enum Kind : int {
   LOGITS = 1,          // float32: cap * tanh((sum * scale + bias) / cap), or without the cap when it is 0
   GATED_SILU = 2,      // rounded(act(gate) * up), gate and up rounded first; rows interleaved by eights
   GATED_GELU = 3,      //   erf form
-  GATED_GELU_TANH = 4  //   tanh form
+  GATED_GELU_TANH = 4, //   tanh form
+  GATED_CLAMPED = 5,   //   clamped_gate; scale is its alpha, soft_cap its limit
+  ACT_SILU = 6,        // rounded(act(rounded(sum + bias))), in the order of Act
+  ACT_GELU = 7,
+  ACT_GELU_TANH = 8,
+  ACT_RELU = 9,
+  ACT_RELU2 = 10
 };
+__device__ __forceinline__ bool gated(int kind) { return kind >= GATED_SILU && kind <= GATED_CLAMPED; }
 
 struct Epilogue {
   void* out;             // [tokens, pitch]
@@ -57,13 +65,6 @@ __device__ __forceinline__ bf16 rounded<bf16>(float v) { return __float2bfloat16
 template <>
 __device__ __forceinline__ f16 rounded<f16>(float v) { return __float2half_rn(v); }
 
-// The gate's activations; explicit instructions, so that every kernel that inlines it gives the same bits.
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
-__device__ __forceinline__ float activate(float x, int kind) {
-  if (kind == GATED_GELU) return __fmul_rn(__fmul_rn(0.5f, x), 1.f + erff(__fmul_rn(x, 0.70710678f)));
-  const float inner = __fmul_rn(0.79788456f, fmaf(__fmul_rn(0.044715f, x), __fmul_rn(x, x), x));
-  return __fmul_rn(__fmul_rn(0.5f, x), 1.f + tanhf(inner));
-}
 template <class T>
 __device__ __forceinline__ T added(T residual, T value, float scale) {
   return rounded<T>(fmaf(to_float(value), scale, to_float(residual)));
@@ -86,15 +87,26 @@ struct alignas(COUNT * sizeof(T)) Pack {
 // value = act(gate) * up, element by element; the kind is looked at once.
 template <class T, int COUNT>
 __device__ __forceinline__ void gate_all(Pack<T, COUNT>& value, const Pack<T, COUNT>& gate, const Pack<T, COUNT>& up,
-                                         int kind) {
+                                         const Epilogue& e) {
   const auto all = [&](auto act) {
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) value.v[i] = rounded<T>(__fmul_rn(act(to_float(gate.v[i])), to_float(up.v[i])));
+    for (int i = 0; i < COUNT; i++) value.v[i] = rounded<T>(act(to_float(gate.v[i]), to_float(up.v[i])));
   };
-  if (kind == GATED_SILU)
-    all([](float g) { return silu(g); });
+  if (e.kind == GATED_SILU)
+    all([](float g, float u) { return __fmul_rn(silu(g), u); });
+  else if (e.kind == GATED_CLAMPED)
+    all([&](float g, float u) { return clamped_gate(g, u, e.soft_cap, e.scale); });
   else
-    all([kind](float g) { return activate(g, kind); });
+    all([&](float g, float u) { return __fmul_rn(activated(g, e.kind == GATED_GELU ? Act::GELU : Act::GELU_TANH), u); });
+}
+
+// Applies the activation of an ACT kind to rounded values; other kinds leave them.
+template <class T, int COUNT>
+__device__ __forceinline__ void activate_all(Pack<T, COUNT>& value, int kind) {
+  if (kind < ACT_SILU) return;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++)
+    value.v[i] = rounded<T>(activated(to_float(value.v[i]), static_cast<Act>(kind - ACT_SILU)));
 }
 
 // COUNT neighbouring elements of a matrix, `left` of which exist; aligned says that one access may do.
@@ -140,6 +152,7 @@ __device__ __forceinline__ void finish(const Epilogue& e, int token, int row, co
   Pack<T, 4> q;
 #pragma unroll
   for (int i = 0; i < 4; i++) q.v[i] = rounded<T>(sum[i] + bias_of<T>(e, row + i));
+  activate_all(q, e.kind);
   if (e.residual) add_residual(static_cast<const T*>(e.residual) + at, q, e.scale, left, aligned);
   store(static_cast<T*>(e.out) + at, q, left, aligned);
 }
@@ -155,7 +168,7 @@ __device__ __forceinline__ void finish_gated(const Epilogue& e, int token, int r
     g.v[i] = rounded<T>(gate[i] + bias_of<T>(e, row + i));
     u.v[i] = rounded<T>(up[i] + bias_of<T>(e, row + 8 + i));
   }
-  gate_all(q, g, u, e.kind);
+  gate_all(q, g, u, e);
   store(static_cast<T*>(e.out) + static_cast<size_t>(token) * e.pitch + row / 16 * 8 + row % 8, q, 4,
         (e.pitch & 3) == 0);
 }
@@ -166,7 +179,7 @@ __device__ __forceinline__ void finish_gated(const Epilogue& e, int token, int r
 template <class T, int ROWS, int BATCH, class Load>
 __device__ __forceinline__ void finish_tile(const Epilogue& e, int token0, int row0, int first, int last, int thread,
                                             int threads, Load load) {
-  if (e.kind >= GATED_SILU) {
+  if (gated(e.kind)) {
     constexpr int ITEMS = ROWS / 8;
 #pragma unroll 1
     for (int i = first + thread; i < last; i += threads) {
@@ -198,7 +211,7 @@ __device__ __forceinline__ void finish_tile(const Epilogue& e, int token0, int r
 // Quads (or gate/up pairs of quads) that a tile of ROWS rows has for one token.
 template <int ROWS>
 __device__ __forceinline__ int items_per_token(int kind) {
-  return kind >= GATED_SILU ? ROWS / 8 : ROWS / 4;
+  return gated(kind) ? ROWS / 8 : ROWS / 4;
 }
 
 }  // namespace rvllm::gemm

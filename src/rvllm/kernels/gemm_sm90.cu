@@ -115,7 +115,7 @@ __device__ __forceinline__ void finish_accumulators(const Epilogue& e, const flo
     }
     return;
   }
-  const bool pairs = e.kind >= GATED_SILU, aligned = (e.pitch & 7) == 0;
+  const bool pairs = gated(e.kind), aligned = (e.pitch & 7) == 0;
   // Lanes 0-15 hold the addresses of two matrices: 8 tokens of rows 0-7 and of rows 8-15 of this warp.
   const u32 at = ptx::smem(staging) + lane % 8 * PITCH + warp * 32 + lane / 8 % 2 * 16;
   const auto both = [](float low, float high) {
@@ -138,7 +138,7 @@ __device__ __forceinline__ void finish_accumulators(const Epilogue& e, const flo
         const auto* slab = reinterpret_cast<const Pack<T, 8>*>(staging + t * PITCH + piece * 32);
         const Pack<T, 8> gates = slab[0], ups = slab[1];
         Pack<T, 8> value;
-        gate_all(value, gates, ups, e.kind);
+        gate_all(value, gates, ups, e);
         if (n < e.rows / 2) store(static_cast<T*>(e.out) + static_cast<size_t>(token1 + t) * e.pitch + n, value, 8, aligned);
       }
     } else {
@@ -148,6 +148,7 @@ __device__ __forceinline__ void finish_accumulators(const Epilogue& e, const flo
         auto value = *reinterpret_cast<const Pack<T, 8>*>(staging + t * PITCH + piece * 16);
         const size_t to = static_cast<size_t>(token1 + t) * e.pitch + n;
         if (left <= 0) continue;
+        activate_all(value, e.kind);
         if (e.residual) add_residual(static_cast<const T*>(e.residual) + to, value, e.scale, left, aligned);
         store(static_cast<T*>(e.out) + to, value, left, aligned);
       }

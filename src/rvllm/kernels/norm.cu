@@ -1,6 +1,6 @@
 // RMS and layer normalisation of rows, with the residual add fused in front when wanted, and of heads.
 // All sums are float32 in an order that depends on the width alone.
-#include "common.cuh"
+#include "norm_slice.cuh"
 
 // ADD: x += y * scale (rounded to T, stored), then out = norm(x); otherwise out = norm(x), which may be in place.
 // LAYER: (x - mean) / sqrt(var + eps) * weight + bias; otherwise x / sqrt(mean(x^2) + eps) * weight.
@@ -76,6 +76,68 @@ norm(T* out, T* x, const T* __restrict__ y, const float* __restrict__ weight, co
   }
 }
 
+// x += norm(y) * scale, then out = norm(x) unless out is null (Gemma 2's norms around its blocks): RMS, with the
+// roundings to T that three separate kernels would make, and their order of sums. before, after float32 [width].
+// x, y, out [rows, width] as in norm; out may be y. Grid, block and limits as for norm.
+template <typename T, int VECTORS>
+__global__ void __launch_bounds__(1024)
+norm_add_norm(T* out, T* x, const T* y, const float* __restrict__ before, const float* __restrict__ after, int width,
+              float eps_before, float eps_after, float scale) {
+  griddep_launch();
+  __shared__ float scratch[32];
+  const int vectors = width / 8;
+  float v[VECTORS][8], sum = 0.f;
+  const auto normalised = [&](int k, const float* weight, float factor) {
+    const int i = threadIdx.x + k * blockDim.x;
+    alignas(16) float w[8];
+    *reinterpret_cast<float4*>(w) = *reinterpret_cast<const float4*>(weight + i * 8);
+    *reinterpret_cast<float4*>(w + 4) = *reinterpret_cast<const float4*>(weight + i * 8 + 4);
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[k][j] = v[k][j] * factor * w[j];
+    return pack8<T>(v[k]);
+  };
+  griddep_wait();
+  uint4* const row = reinterpret_cast<uint4*>(x + (size_t)blockIdx.x * width);
+  const uint4* const other = reinterpret_cast<const uint4*>(y + (size_t)blockIdx.x * width);
+#pragma unroll
+  for (int k = 0; k < VECTORS; k++) {
+    const int i = threadIdx.x + k * blockDim.x;
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[k][j] = 0.f;
+    if (i < vectors) unpack8<T>(other[i], v[k]);
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum += v[k][j] * v[k][j];
+  }
+  sum = block_sum(sum, scratch);
+  float factor = 1.f / sqrtf(sum / width + eps_before);
+  sum = 0.f;
+#pragma unroll
+  for (int k = 0; k < VECTORS; k++) {
+    const int i = threadIdx.x + k * blockDim.x;
+    if (i < vectors) {
+      float a[8];
+      unpack8<T>(normalised(k, before, factor), a);
+      unpack8<T>(row[i], v[k]);
+#pragma unroll
+      for (int j = 0; j < 8; j++) v[k][j] = fmaf(a[j], scale, v[k][j]);
+      const uint4 rounded = pack8<T>(v[k]);
+      row[i] = rounded;
+      unpack8<T>(rounded, v[k]);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum += v[k][j] * v[k][j];
+  }
+  if (!out) return;
+  sum = block_sum(sum, scratch);
+  factor = 1.f / sqrtf(sum / width + eps_after);
+  uint4* const target = reinterpret_cast<uint4*>(out + (size_t)blockIdx.x * width);
+#pragma unroll
+  for (int k = 0; k < VECTORS; k++) {
+    const int i = threadIdx.x + k * blockDim.x;
+    if (i < vectors) target[i] = normalised(k, after, factor);
+  }
+}
+
 // Normalises slices of `group` columns of x in place: columns start .. start + slices * group of rows of `pitch`
 // elements (query and key heads inside a fused QKV). One warp a slice; group even and <= 256.
 // weight float32 [group], or [slices * group] with weight_step = group; null is ones.
@@ -88,33 +150,6 @@ __global__ void norm_groups(T* x, const float* __restrict__ weight, const float*
   const int slice = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (slice >= slices) return;
   u32* const words = reinterpret_cast<u32*>(x + (size_t)blockIdx.y * pitch + start + slice * group);
-  float2 v[4];
-  float sum = 0.f;
-#pragma unroll
-  for (int k = 0; k < 4; k++) {
-    const int i = lane + 32 * k;
-    v[k] = i < group / 2 ? unpack2<T>(words[i]) : make_float2(0.f, 0.f);
-    sum += LAYER ? v[k].x + v[k].y : v[k].x * v[k].x + v[k].y * v[k].y;
-  }
-  sum = warp_sum(sum);
-  float mean = 0.f;
-  if (LAYER) {
-    mean = sum / group;
-    sum = 0.f;
-#pragma unroll
-    for (int k = 0; k < 4; k++)
-      if (lane + 32 * k < group / 2)
-        sum += (v[k].x - mean) * (v[k].x - mean) + (v[k].y - mean) * (v[k].y - mean);
-    sum = warp_sum(sum);
-  }
-  const float factor = 1.f / sqrtf(sum / group + eps);
-#pragma unroll
-  for (int k = 0; k < 4; k++) {
-    const int i = lane + 32 * k;
-    if (i >= group / 2) continue;
-    const int c = slice * weight_step + 2 * i;
-    const float2 w = weight ? make_float2(weight[c], weight[c + 1]) : make_float2(1.f, 1.f);
-    const float2 b = LAYER && bias ? make_float2(bias[c], bias[c + 1]) : make_float2(0.f, 0.f);
-    words[i] = pack2<T>((v[k].x - mean) * factor * w.x + b.x, (v[k].y - mean) * factor * w.y + b.y);
-  }
+  const int at = slice * weight_step;
+  norm_slice<T, LAYER>(words, words, weight ? weight + at : nullptr, LAYER && bias ? bias + at : nullptr, group, eps, lane);
 }

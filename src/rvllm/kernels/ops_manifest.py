@@ -7,7 +7,7 @@ from rvllm.kernels.spec import KernelSpec
 
 TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "float"}
 SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
-HEAD_DIMS = (64, 80, 96, 128, 256)
+HEAD_DIMS = (32, 64, 80, 96, 128, 160, 256)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 DECODE_SEQS = 2048  # sequences a launch of attn_decode can list
@@ -45,6 +45,12 @@ def norm_kernel(dtype: str, kind: str, width: int, add: bool) -> tuple[str, int]
         if width % 8 == 0 and threads <= 1024:
             return f"sm80_{SHORT[dtype]}_norm_{kind}{'_add' if add else ''}{suffix}", threads
     raise MissingKernelError(f"no norm kernel for rows of {width} elements")
+
+
+def norm_add_norm_kernel(dtype: str, width: int) -> tuple[str, int]:
+    """(kernel, threads) of the RMS norm, residual add and RMS norm in one; raises as `norm_kernel` does."""
+    kernel, threads = norm_kernel(dtype, "rms", width, False)
+    return kernel.replace("norm_rms", "norm_add_norm"), threads
 
 
 def decode_kernel(dtype: str, head_dim: int, smem_per_block: int) -> str:
@@ -110,15 +116,23 @@ def _elementwise(dtype: str) -> list[KernelSpec]:
         spec("norm_groups_rms", "norm.cu", f"norm_groups<{t}, false>"),
         spec("norm_groups_layer", "norm.cu", f"norm_groups<{t}, true>"),
     ]
+    for suffix, vectors in NORM_VECTORS.items():
+        specs.append(spec(f"norm_add_norm{suffix}", "norm.cu", f"norm_add_norm<{t}, {vectors}>"))
+    for interleaved in (False, True):
+        for kind in ("rms", "layer"):
+            suffix = "_interleaved" if interleaved else ""
+            flags = f"{str(interleaved).lower()}, {str(kind == 'layer').lower()}"
+            specs.append(spec(f"rope_kv_{kind}{suffix}", "rope.cu", f"rope_kv_normed<{t}, {flags}>"))
     for kind in ("rms", "layer"):
         for add in (False, True):
             for suffix, vectors in NORM_VECTORS.items():
                 flags = f"{str(kind == 'layer').lower()}, {str(add).lower()}"
                 name = f"norm_{kind}{'_add' if add else ''}{suffix}"
                 specs.append(spec(name, "norm.cu", f"norm<{t}, {flags}, {vectors}>"))
+    specs.append(spec("gated_clamped", "activation.cu", f"clamped<{t}>"))
     for act in ACTIVATIONS:
-        specs.append(spec(f"gated_{act}", "activation.cu", f"activate<{t}, {act.upper()}, true>"))
-        specs.append(spec(f"act_{act}", "activation.cu", f"activate<{t}, {act.upper()}, false>"))
+        specs.append(spec(f"gated_{act}", "activation.cu", f"activate<{t}, Act::{act.upper()}, true>"))
+        specs.append(spec(f"act_{act}", "activation.cu", f"activate<{t}, Act::{act.upper()}, false>"))
     return specs
 
 

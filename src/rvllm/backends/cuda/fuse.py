@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rvllm.program.ops import Add, Buffer, GatedActivation, Linear, Norm, Op, Program
+from rvllm.program.ops import (
+    Activate,
+    Add,
+    Buffer,
+    ClampedGate,
+    GatedActivation,
+    Linear,
+    Norm,
+    Op,
+    Program,
+    RopeKV,
+)
 
 GATED = ("silu", "gelu", "gelu_tanh")
 
@@ -36,35 +48,69 @@ class Stage:
 def fuse(program: Program, gated_epilogue: bool = True) -> list[Stage]:
     """The program's ops in order, with these patterns merged:
 
-    Linear, GatedActivation of its result: the activation is the product's epilogue (`gated_epilogue`).
+    Linear, activation of its result, gated or not: the product's epilogue (`gated_epilogue`).
     Linear, Add of its result: the residual add is the product's epilogue.
-    Add, Norm of its result: one pass over the row.
+    Norm, Add of its result, Norm of the sum or not: one pass over the row.
+    Add, Norm of its result: likewise.
+    Norm of the query heads, Norm of the key heads, RopeKV: each head is normalised as it is rotated.
 
-    A product's result is merged away only where nothing else reads it.
+    A result is merged away only where nothing else reads it.
     """
     readers = Counter(b.name for op in program.ops for b in op.reads)
     stages: list[Stage] = []
     position = 0
-    ops = program.ops
-    while position < len(ops):
-        op, after = ops[position], ops[position + 1] if position + 1 < len(ops) else None
-        stage = Stage((op,))
-        if isinstance(op, Linear) and after is not None and readers[op.out.name] == _reads(after, op.out):
-            gated = isinstance(after, GatedActivation) and after.activation in GATED and after.x == op.out
-            gated = gated and gated_epilogue
-            added = isinstance(after, Add) and after.y == op.out and after.x != op.out
-            if gated or added:
-                stage = Stage((op, after), (op.out.name,))
-        elif isinstance(op, Add) and isinstance(after, Norm) and _norms_rows(after) and after.x == op.x:
-            stage = Stage((op, after))
+    while position < len(program.ops):
+        stage = _stage(program.ops[position : position + 3], readers, gated_epilogue)
         stages.append(stage)
         position += len(stage.ops)
     return stages
 
 
-def _reads(op: Op, buffer: Buffer) -> int:
-    return sum(b == buffer for b in op.reads)
+def is_gate(op: Op | None) -> bool:
+    """Whether it halves a product's width, and the matrix kernels can do it on the way out."""
+    return isinstance(op, ClampedGate) or (isinstance(op, GatedActivation) and op.activation in GATED)
+
+
+def _stage(ops: Sequence[Op], readers: Counter[str], epilogue: bool) -> Stage:
+    """The stage that begins with the first of these ops."""
+    op, after, third = ops[0], ops[1] if len(ops) > 1 else None, ops[2] if len(ops) > 2 else None
+    match op, after:
+        case Linear(), GatedActivation() | ClampedGate() | Activate():
+            fits = epilogue and (is_gate(after) or isinstance(after, Activate))
+            if fits and after.x == op.out and readers[op.out.name] == 1:
+                return Stage((op, after), (op.out.name,))
+        case Linear(), Add():
+            if after.y == op.out and after.x != op.out and readers[op.out.name] == 1:
+                return Stage((op, after), (op.out.name,))
+        case Norm(), Add():
+            alone = _norms_rows(op) and op.kind_ == "rms" and op.weight is not None
+            if alone and after.y == op.out and after.x != op.out and readers[op.out.name] == 1:
+                follows = isinstance(third, Norm) and third.x == after.x and _norms_rows(third)
+                if follows and isinstance(third, Norm) and third.kind_ == "rms" and third.weight is not None:
+                    return Stage((op, after, third), (op.out.name,))
+                return Stage((op, after), (op.out.name,))
+        case Norm(), Norm():
+            if isinstance(third, RopeKV) and _norms_heads(op, after, third):
+                return Stage((op, after, third))
+        case Add(), Norm():
+            if _norms_rows(after) and after.x == op.x:
+                return Stage((op, after))
+    return Stage((op,))
 
 
 def _norms_rows(op: Norm) -> bool:
     return op.group is None and op.width is None and op.out != op.x
+
+
+def _norms_heads(queries: Norm, keys: Norm, rope: RopeKV) -> bool:
+    """Whether these are the norms of all query and all key heads that the RopeKV then rotates."""
+    ends = ((0, rope.heads), (rope.heads, rope.kv_heads))
+    return all(
+        norm.x == norm.out == rope.qkv
+        and norm.group == rope.head_dim
+        and norm.start == first * rope.head_dim
+        and norm.width == count * rope.head_dim
+        and norm.bias is None
+        and (norm.kind_, norm.eps) == (queries.kind_, queries.eps)
+        for norm, (first, count) in zip((queries, keys), ends, strict=True)
+    )

@@ -53,6 +53,12 @@ class Kind(IntEnum):
     GATED_SILU = 2
     GATED_GELU = 3
     GATED_GELU_TANH = 4
+    GATED_CLAMPED = 5  # scale is its alpha, soft_cap its limit
+    ACT_SILU = 6
+    ACT_GELU = 7
+    ACT_GELU_TANH = 8
+    ACT_RELU = 9
+    ACT_RELU2 = 10
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,13 @@ from rvllm.backends.cuda.metadata import NUM_DECODES, NUM_SAMPLES, NUM_TOKENS, L
 from rvllm.backends.cuda.placement import Form
 from rvllm.backends.cuda.sampling import CHUNK, PICK_THREADS
 from rvllm.errors import MissingKernelError
-from rvllm.kernels.ops_manifest import norm_kernel
+from rvllm.kernels.ops_manifest import norm_add_norm_kernel, norm_kernel
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import (
     Activate,
     Add,
     Attention,
+    ClampedGate,
     Embed,
     GatedActivation,
     GatherRows,
@@ -49,6 +50,10 @@ from rvllm.program.ops import (
 
 BLOCK = 256  # threads of elementwise kernels
 GATED_KIND = {"silu": Kind.GATED_SILU, "gelu": Kind.GATED_GELU, "gelu_tanh": Kind.GATED_GELU_TANH}
+ACT_KIND = {
+    "silu": Kind.ACT_SILU, "gelu": Kind.ACT_GELU, "gelu_tanh": Kind.ACT_GELU_TANH, "relu": Kind.ACT_RELU,
+    "relu2": Kind.ACT_RELU2,
+}  # fmt: skip
 FAMILIES: dict[type[Op], Emitter] = {**EXPERTS, **LATENT, **RECURRENT, **ENCODER}
 LOWERED: tuple[type[Op], ...] = (
     Embed, Norm, Linear, RopeKV, Attention, GatedActivation, Activate, Add, GatherRows, Logits, Sample,
@@ -198,6 +203,12 @@ class Lowering:
 
     def _norm(self, stage: Stage) -> None:
         norm = stage.ops[-1]
+        if isinstance(norm, RopeKV):
+            self._rope_kv(stage)
+            return
+        if isinstance(stage.ops[0], Norm) and len(stage.ops) > 1:
+            self._norm_add_norm(stage)
+            return
         assert isinstance(norm, Norm)
         if norm.group is not None or norm.width is not None:
             self._norm_groups(stage.name, norm)
@@ -219,6 +230,29 @@ class Lowering:
             ctypes.c_int(norm.x.width),
             ctypes.c_float(norm.eps),
             ctypes.c_float(add.scale if add else 1.0),
+        )
+
+    def _norm_add_norm(self, stage: Stage) -> None:
+        before, add, after = (*stage.ops, None)[:3]
+        assert isinstance(before, Norm)
+        assert isinstance(add, Add)
+        assert after is None or isinstance(after, Norm)
+        kernel, threads = norm_add_norm_kernel(self.dtype.value, add.x.width)
+        rows = self.rows(add.x.rows)
+        self.plan(
+            stage.name,
+            kernel,
+            lambda c: (rows(c), 1, 1),
+            threads,
+            self.at.buffers[after.out.name] if after else 0,
+            self.at.buffers[add.x.name],
+            self.at.buffers[before.x.name],
+            self.weight(before.weight, "norm"),
+            self.weight(after.weight, "norm") if after else 0,
+            ctypes.c_int(add.x.width),
+            ctypes.c_float(before.eps),
+            ctypes.c_float(after.eps if after else 0.0),
+            ctypes.c_float(add.scale),
         )
 
     def _norm_groups(self, name: str, op: Norm) -> None:
@@ -336,6 +370,14 @@ class Lowering:
         if isinstance(after, GatedActivation):
             out, kind = self.at.buffers[after.out.name], GATED_KIND[after.activation]
             self.gemm(stage, op, out, after.out.width, form="gated", kind=kind)
+        elif isinstance(after, ClampedGate):
+            self.gemm(
+                stage, op, self.at.buffers[after.out.name], after.out.width,
+                form="gated", kind=Kind.GATED_CLAMPED, scale=after.alpha, soft_cap=after.limit or 0.0,
+            )  # fmt: skip
+        elif isinstance(after, Activate):
+            out, kind = self.at.buffers[after.out.name], ACT_KIND[after.activation]
+            self.gemm(stage, op, out, after.out.width, kind=kind)
         elif isinstance(after, Add):
             x = self.at.buffers[after.x.name]
             self.gemm(stage, op, x, after.x.width, residual=x, scale=after.scale)
@@ -343,7 +385,7 @@ class Lowering:
             self.gemm(stage, op, self.at.buffers[op.out.name], op.out.width)
 
     def _rope_kv(self, stage: Stage) -> None:
-        (op,) = stage.ops
+        *norms, op = stage.ops
         assert isinstance(op, RopeKV)
         cos, sin = self.at.ropes[op.rope] if op.rope is not None else (0, 0)
         rotated = op.rope.dim if op.rope is not None else 0
@@ -352,9 +394,10 @@ class Lowering:
         interleaved = op.rope is not None and op.rope.interleaved
         k_cache, v_cache = self.at.caches[op.cache.name]
         heads, warps = op.heads + 2 * op.kv_heads, 4
+        kind, more = self._head_norms(norms, op)
         self.plan(
             stage.name,
-            f"sm80_{self.tag}_rope_kv{'_interleaved' if interleaved else ''}",
+            f"sm80_{self.tag}_rope_kv{kind}{'_interleaved' if interleaved else ''}",
             lambda c: (-(-heads // warps), c.tokens, 1),
             32 * warps,
             self.at.buffers[op.qkv.name],
@@ -372,7 +415,24 @@ class Lowering:
             ctypes.c_int(op.kv_heads),
             ctypes.c_int(op.head_dim),
             ctypes.c_int(rotated),
+            *more,
         )
+
+    def _head_norms(self, norms: Sequence[Op], op: RopeKV) -> tuple[str, list[object]]:
+        """What the norms of its heads add to a RopeKV: to the kernel's name, and to its parameters."""
+        if not norms:
+            return "", []
+        queries, keys = norms
+        assert isinstance(queries, Norm)
+        assert isinstance(keys, Norm)
+        if op.head_dim % 2 or op.head_dim > 256:
+            raise MissingKernelError(f"no norm kernel for heads of {op.head_dim} elements")
+        steps = [
+            op.head_dim if norm.weight is not None and norm.weight.elements == norm.width else 0
+            for norm in (queries, keys)
+        ]
+        weights = [self.weight(norm.weight, "norm") for norm in (queries, keys)]
+        return f"_{queries.kind_}", [*weights, *map(ctypes.c_int, steps), ctypes.c_float(queries.eps)]
 
     def _attention(self, stage: Stage) -> None:
         (op,) = stage.ops

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from rvllm.backends.cuda.fuse import Stage
+from rvllm.backends.cuda.fuse import Stage, is_gate
 from rvllm.backends.cuda.gemm import gated_rows, packed_nbytes
-from rvllm.program.ops import Embed, GatedActivation, HeadLinear, Linear, Logits, Norm, Weight
+from rvllm.program.ops import Embed, HeadLinear, Linear, Logits, Norm, Weight
 
 # packed, gated: tiles for our matrix kernels, gated with gate and up rows interleaved; table: row-major, for
 # lookups and for cuBLAS; norm: float32; bias, gated_bias: the model's type, gated_bias interleaved like its
@@ -62,7 +62,7 @@ def wanted_weights(stages: Iterable[Stage], matrices: Form = "packed") -> list[W
             found.setdefault((weight.name, form), Wanted(weight, form))
 
     for stage in stages:
-        gated = any(isinstance(op, GatedActivation) for op in stage.ops[1:])
+        gated = any(is_gate(op) for op in stage.ops[1:])
         for op in stage.ops:
             if isinstance(op, Linear | Logits):
                 want(op.weight, "gated" if gated else matrices)
