@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from rvllm.backends.cuda.driver import Device, Event, Function, Launch, Module, Stream, api, call
+from rvllm.backends.cuda.driver import Device, DeviceFacts, Event, Function, Launch, Module, Stream, api, call
 from rvllm.kernels import build
 from rvllm.kernels.manifest import MANIFEST
 
@@ -25,7 +25,7 @@ BY_NAME = MANIFEST
 class Array:
     """A device array with the shape and dtype of a host one."""
 
-    def __init__(self, gpu: Gpu, shape: tuple[int, ...], dtype: Any) -> None:
+    def __init__(self, gpu: Machine, shape: tuple[int, ...], dtype: Any) -> None:
         self.shape, self.dtype = shape, np.dtype(dtype)
         self.nbytes = max(16, int(np.prod(shape)) * self.dtype.itemsize)
         self.address = gpu.take(self.nbytes)
@@ -36,7 +36,7 @@ class Array:
         host = np.ascontiguousarray(values.astype(self.dtype, copy=False))
         assert host.shape == self.shape, (host.shape, self.shape)
         if host.nbytes:
-            call("cuMemcpyHtoD", self.address, host.ctypes.data, host.nbytes)
+            self.gpu.upload(self.address, host)
         return self
 
     def get(self) -> np.ndarray:
@@ -44,11 +44,71 @@ class Array:
         self.gpu.stream.sync()
         host = np.empty(self.shape, self.dtype)
         if host.nbytes:
-            call("cuMemcpyDtoH", host.ctypes.data, self.address, host.nbytes)
+            self.gpu.download(host, self.address)
         return host
 
 
-class Gpu:
+class Machine:
+    """What checks run on: a GPU, or the emulator in `emulator/`. Arrays, and arguments of launches."""
+
+    facts: DeviceFacts
+    stream: Any
+
+    def take(self, nbytes: int) -> int:
+        """Poisoned memory: every byte 0xff, so that floats are NaN and integers -1."""
+        raise AssertionError("a machine has memory")
+
+    def upload(self, address: int, host: np.ndarray) -> None:
+        """Copies a host array to an address."""
+        raise AssertionError("a machine has memory")
+
+    def download(self, host: np.ndarray, address: int) -> None:
+        """Fills a host array from an address."""
+        raise AssertionError("a machine has memory")
+
+    def array(self, values: Any, dtype: Any = None) -> Array:
+        """A copy of `values` on the machine."""
+        host = np.asarray(values, dtype)
+        return Array(self, host.shape, host.dtype).put(host)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """A poisoned array."""
+        return Array(self, shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An array of zeros."""
+        return self.array(np.zeros(shape, dtype))
+
+    def launch(
+        self, name: str, grid: Any, block: int, args: Sequence[Any], smem: int = 0, pdl: bool = True
+    ) -> None:
+        """Runs a kernel. Arrays go as pointers, None as null, ints as int32, floats as float32."""
+        raise AssertionError("a machine launches kernels")
+
+    @staticmethod
+    def cells(args: Sequence[Any]) -> list[Any]:
+        """Arguments as addresses (int) and ctypes cells."""
+        cells: list[Any] = []
+        for arg in args:
+            if isinstance(arg, Array):
+                cells.append(arg.address)
+            elif arg is None:
+                cells.append(0)
+            elif isinstance(arg, float):
+                cells.append(ctypes.c_float(arg))
+            elif isinstance(arg, (int, np.integer)):
+                cells.append(ctypes.c_int(int(arg)))
+            else:
+                cells.append(arg)
+        return cells
+
+    @staticmethod
+    def grid(grid: Any) -> tuple[int, int, int]:
+        """A grid given as a number or a tuple, in three numbers."""
+        return (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
+
+
+class Gpu(Machine):
     """One GPU: kernels are built on first use, memory is given back by `clear`."""
 
     def __init__(self) -> None:
@@ -74,18 +134,13 @@ class Gpu:
         while self._memory:
             call("cuMemFree", self._memory.pop())
 
-    def array(self, values: Any, dtype: Any = None) -> Array:
-        """A device copy of `values`."""
-        host = np.asarray(values, dtype)
-        return Array(self, host.shape, host.dtype).put(host)
+    def upload(self, address: int, host: np.ndarray) -> None:
+        """Copies a host array to the device."""
+        call("cuMemcpyHtoD", address, host.ctypes.data, host.nbytes)
 
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """A poisoned array."""
-        return Array(self, shape, dtype)
-
-    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """An array of zeros."""
-        return self.array(np.zeros(shape, dtype))
+    def download(self, host: np.ndarray, address: int) -> None:
+        """Fills a host array from the device."""
+        call("cuMemcpyDtoH", host.ctypes.data, address, host.nbytes)
 
     def build(self, names: Sequence[str]) -> None:
         """Builds and loads kernels."""
@@ -110,20 +165,8 @@ class Gpu:
     ) -> None:
         """Queues a kernel. Arrays go as pointers, None as null, ints as int32, floats as float32."""
         self.build([name])
-        cells: list[Any] = []
-        for arg in args:
-            if isinstance(arg, Array):
-                cells.append(arg.address)
-            elif arg is None:
-                cells.append(0)
-            elif isinstance(arg, float):
-                cells.append(ctypes.c_float(arg))
-            elif isinstance(arg, (int, np.integer)):
-                cells.append(ctypes.c_int(int(arg)))
-            else:
-                cells.append(arg)
-        grid = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
-        Launch(self._functions[name], block, smem, cells, pdl=pdl).run(self.stream, grid)
+        function = self._functions[name]
+        Launch(function, block, smem, self.cells(args), pdl=pdl).run(self.stream, self.grid(grid))
 
     def time(self, work: Callable[[int], None], repeats: int = 20, replays: int = 7) -> float:
         """Median seconds of one `work(i)` inside a graph of `repeats` of them in a chain."""
