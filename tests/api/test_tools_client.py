@@ -130,6 +130,37 @@ def test_the_clients_own_accumulator_understands_calls(client: openai.OpenAI, se
     assert final.choices[0].finish_reason == "tool_calls"
 
 
+def test_a_call_without_marks_and_no_second_one_unless_parallel(
+    client: openai.OpenAI, server: LiveServer
+) -> None:
+    call = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+    script(server, f"{call}\n{call}")
+    asked: dict[str, Any] = {"model": "tiny", "messages": HELLO, "tools": [WEATHER], "max_tokens": 250}
+    for parallel, count in ((True, 2), (False, 1)):
+        (choice,) = client.chat.completions.create(**asked, parallel_tool_calls=parallel).choices
+        assert [c.function.arguments for c in choice.message.tool_calls] == ['{"city": "Oslo"}'] * count
+        assert choice.finish_reason == "tool_calls" and choice.message.content is None
+        with client.chat.completions.stream(**asked, parallel_tool_calls=parallel) as stream:
+            (choice,) = stream.get_final_completion().choices
+        assert len(choice.message.tool_calls) == count and choice.finish_reason == "tool_calls"
+
+
+def test_a_form_beside_tools(client: openai.OpenAI, server: LiveServer) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["formed"]}}}
+    for choice, inside in (("auto", ["formed", "weather"]), ("required", ["weather"]), ("none", ["formed"])):
+        client.chat.completions.create(
+            model="tiny",
+            messages=HELLO,
+            tools=[WEATHER],
+            tool_choice=choice,
+            response_format=form,
+            max_tokens=5,
+        )  # type: ignore[call-overload]
+        grammar = server.engine.requests[-1].sampling.grammar
+        assert grammar is not None
+        assert [word for word in ("formed", "weather") if word in grammar] == inside
+
+
 def test_no_tools_no_calls(client: openai.OpenAI, server: LiveServer) -> None:
     script(server, CALLS)
     for extra in ({}, {"tools": [WEATHER], "tool_choice": "none"}):

@@ -18,7 +18,7 @@ from rvllm.text.grammar import check, grammar_of, with_lead
 from rvllm.text.reasoning import FORMATS as REASONING
 from rvllm.text.reasoning import ReasoningSplitter, opened_by, reasoning_format
 from rvllm.text.tokenizer import Tokenizer
-from rvllm.text.tools.choose import FORMATS, Function, forced_calls, offered_calls, tool_format
+from rvllm.text.tools.choose import FORMATS, Function, calls_or_form, forced_calls, offered_calls, tool_format
 from rvllm.text.tools.events import CallArguments, CallStart, Event, Text
 
 ARGUMENTS = {"city": 'Zür"ich}', "days": [1, {"a": "]"}], "深": None}
@@ -41,6 +41,11 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("hermes", '<tool_call>{"name": "f", "arguments": {"x": [1, ', "", [("f", '{"x": [1, ')]),
     ("hermes", "<tool_call>\nnot json</tool_call>", "<tool_call>\nnot json", []),
     ("hermes", '<tool_call>{"nom": 1}</tool_call>', '<tool_call>{"nom": 1}', []),
+    ("hermes", f' {{"name": "f", "arguments": {WRITTEN}}}\n{{"name": "g"}}', "", [("f", WRITTEN), ("g", "{}")]),
+    ("hermes", '{"name": "stranger", "arguments": {}}', '{"name": "stranger", "arguments": {}}', []),
+    ("hermes", '{"name": "f"} {"a": 1}', ' {"a": 1}', [("f", "{}")]),
+    ("hermes", 'Like {"name": "f"}', 'Like {"name": "f"}', []),
+    ("hermes", '<tool_call>{"name": "stranger"}</tool_call>', "", [("stranger", "{}")]),
     ("llama3_json", f'{{"name": "f", "parameters": {WRITTEN}}}', "", [("f", WRITTEN)]),
     (
         "llama3_json",
@@ -241,10 +246,63 @@ def test_calls_of_strict_functions_fit_when_they_come(parallel: bool) -> None:
         (f"{oslo}\n{free}", parallel),
         (oslo.replace("Oslo", "Rome"), False),
         (oslo.replace('"f"', '"h"'), False),
+        ('{"name": "f", "arguments": {"city": "Oslo"}}', True),
+        ('{"name": "f", "arguments": {"city": "Rome"}}', False),
+        ('{"name": "f", "arguments": {"city": "Oslo"}}\n{"name": "g", "arguments": {}}', parallel),
+        ('{"name": "h", "arguments": 1} {"name": "fg"}', True),
+        ('{ "arguments": {"city": "Rome"}, "name": "f"}', False),
     ):
         matcher = LLMatcher(native, grammar, log_level=0)
         fed = all(matcher.consume_token(token) for token in tokenizer.encode(text, add_special_tokens=False))
         assert (fed and matcher.is_accepting()) == fits, text
+
+
+ARRAY = {"type": "array", "items": {"type": "integer"}}
+NAMED = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("name", [f.name for f in FORMATS])
+@pytest.mark.parametrize("thoughts", [False, True])
+def test_a_form_leaves_room_for_calls(name: str, thoughts: bool) -> None:
+    from llguidance import LLMatcher, LLTokenizer
+
+    tokenizer, found = Tokenizer(from_metadata(byte_level_metadata(), "tiny")), tool_format(name, None)
+    assert found is not None
+    tokenizer.backend.add_tokens(["<tool_call>", "</tool_call>"])
+    strict = [Function("f", TOOLS[0].parameters, strict=True), TOOLS[1]]
+    native = LLTokenizer(tokenizer.backend.to_str(), eos_token=[tokenizer.eos_token_id])
+    frame = found.frame
+    begin = frame.call_before.replace("NAME", "f").replace("INDEX", "0")
+    oslo = f'{frame.before}{begin}{{"city": "Oslo"}}{frame.call_after}{frame.after}'
+    key = "parameters" if name == "llama3_json" else "arguments"
+    bare = f'{{"name": "f", "{key}": {{"city": "Oslo"}}}}'
+    for schema, fitting, unfit in ((ARRAY, "[1, 2]", '["a"]'), (NAMED, '{"name": "f"}', '{"name": 1}')):
+        form = grammar_of(StructuredOutputsParams(json=schema))
+        assert form is not None
+        grammar = calls_or_form(found, strict, tokenizer, form, parallel=False)
+        if thoughts:
+            grammar = with_lead(grammar, "<think>", "</think>", tokenizer, opened=False)
+        check(grammar, "tools")
+        for text, fits in (
+            (fitting, True),
+            (unfit, False),
+            ("Words.", False),
+            (oslo, True),
+            (oslo.replace("Oslo", "Rome"), False),
+            (bare, name in ("hermes", "llama3_json")),
+            (bare.replace("Oslo", "Rome"), False),
+            ("<think>Hm.</think>\n" + fitting, thoughts),
+            ("<think>Hm.</think>\n" + oslo, thoughts),
+        ):
+            matcher = LLMatcher(native, grammar, log_level=0)
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            fed = all(matcher.consume_token(token) for token in ids)
+            assert (fed and matcher.is_accepting()) == fits, text
 
 
 def split(name: str, pieces: list[str], inside: bool) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from rvllm.api.schemas import GenerationRequest
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.errors import UsageError
 from rvllm.text.grammar import check, check_tokenizer, grammar_of, with_lead
-from rvllm.text.tools.choose import forced_calls, offered_calls
+from rvllm.text.tools.choose import calls_or_form, forced_calls, offered_calls
 
 _GUIDED = {
     "guided_json": "json",
@@ -29,6 +29,7 @@ async def answer_grammar(
 ) -> str | None:
     """The grammar that the answer must follow, checked and ready to be followed; None for a free one.
 
+    With tools, the form is that of an answer that calls none of them, as OpenAI has it.
     plan: the tools the answer may use, see `parts.ToolPlan`. thinks: whether the prompt has opened the
     model's thoughts; None when it has none. Raises a 400 naming the field and what is wrong with it.
     """
@@ -36,7 +37,7 @@ async def answer_grammar(
     forced = plan is not None and plan.forced is not None
     if asked is None and not forced and not (plan and any(f.strict for f in plan.functions)):
         return None
-    if asked is not None and forced:
+    if asked is not None and forced and asked[0] != "response_format":
         raise invalid(f"{asked[0]} excludes a tool_choice that forces a call", asked[0])
     try:
         check_tokenizer(service.tokenizer if service.has_tokenizer else None)
@@ -56,17 +57,10 @@ def _grammar(
 ) -> str | None:
     param = asked[0] if asked else "tools"
     try:
-        found: str | None = None
-        if asked is not None:
-            found = grammar_of(asked[1])
-        elif plan is not None and plan.forced is not None:
-            found = forced_calls(plan.known, plan.forced, service.tokenizer, parallel=plan.parallel)
-            check(found, "parameters")
-        elif plan is not None:
-            found = offered_calls(plan.known, plan.functions, service.tokenizer, parallel=plan.parallel)
-            if found is None:
-                return None
-            check(found, "parameters")
+        found = None if asked is None else grammar_of(asked[1])
+        if plan is not None:
+            param = "tools"
+            found = _with_calls(service, plan, found)
         if found is not None and thinks is not None and service.reasoning is not None:
             marks = service.reasoning
             found = with_lead(found, marks.begin, marks.end, service.tokenizer, opened=thinks)
@@ -74,6 +68,20 @@ def _grammar(
         return found
     except UsageError as error:
         raise invalid(f"{param}: {error}", param) from None
+
+
+def _with_calls(service: Service, plan: ToolPlan, form: str | None) -> str | None:
+    """The grammar of an answer that may use tools, or has to; None for a free one."""
+    known, tokenizer, parallel = plan.known, service.tokenizer, plan.parallel
+    if plan.forced is not None:
+        found: str | None = forced_calls(known, plan.forced, tokenizer, parallel=parallel)
+    elif form is not None:
+        found = calls_or_form(known, plan.functions, tokenizer, form, parallel=parallel)
+    else:
+        found = offered_calls(known, plan.functions, tokenizer, parallel=parallel)
+    if found is not None:
+        check(found, "parameters")
+    return found
 
 
 def asked_form(request: GenerationRequest) -> tuple[str, StructuredOutputsParams] | None:

@@ -124,6 +124,8 @@ class PartsReader:
         if self._parser is None:
             return thoughts, [Text(words)] if words else []
         events = self._parser.feed(words, final)
+        if self.plan is not None and not self.plan.parallel:  # all but the first call are dropped
+            events = [event for event in events if isinstance(event, Text) or event.index == 0]
         for event in events:
             if isinstance(event, CallStart):
                 self.calls.append(Call(event.id or self._new_id(), event.name))

@@ -189,11 +189,12 @@ def with_lead(grammar: str, begin: str, end: str, tokenizer: Tokenizer, *, opene
         thoughts = f"thoughts: FREE {last}\nFREE: {_FREE_TEXT}"
     head = "thoughts gap" if opened else f"({spelled.of(begin)} thoughts gap)?"
     main = f"start: {head} @answer\n{thoughts}\ngap: /\\n{{0,2}}/"
+    others: list[dict[str, Any]] = []
     if grammar.lstrip().startswith("{"):
-        (answer,) = json.loads(grammar)["grammars"]
+        answer, *others = json.loads(grammar)["grammars"]
     else:
         answer = {"lark_grammar": grammar}
-    both = [{"lark_grammar": main}, {**answer, "name": "answer"}]
+    both = [{"lark_grammar": main}, {**answer, "name": "answer"}, *others]
     return json.dumps({"grammars": both}, ensure_ascii=False)
 
 

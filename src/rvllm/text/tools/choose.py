@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rvllm.errors import UsageError
-from rvllm.text.grammar import Spelled, json_rule
+from rvllm.text.grammar import Spelled, json_rule, literal
 from rvllm.text.tools.formats import CommandR, DeepSeek, Hermes, Llama3, Mistral, ToolParser
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def offered_calls(
 ) -> str | None:
     """A grammar for free text that may end in calls, in which those of strict functions fit their schemas.
 
+    An answer that begins as a call without marks does (see `Hermes`) has to go on as one.
     None where it would hold nothing: no function is strict, or calls begin with no token of the vocabulary,
     so that any text may look like one.
     """
@@ -124,9 +126,64 @@ def offered_calls(
     begins_with_token = spelled.of(known.frame.before + known.frame.call_before).startswith("<[")
     if not begins_with_token or not any(function.strict for function in functions):
         return None
-    schemas = [_schema(function) if function.strict else {"type": "object"} for function in functions]
+    schemas = _offered_schemas(functions)
     whole, rules = _calls(known.frame, functions, schemas, spelled, parallel)
-    return "\n".join(["start: TEXT calls?", r"TEXT: /(.|\n)*/", f"calls: {whole}", *rules])
+    text, bare = r"/(.|\n)*/", list[str]()
+    if known.parser is Hermes:
+        bare = _bare_calls(functions, schemas, parallel)
+        names = "|".join(_in_regex(function.name) for function in functions)
+        text += rf' & ~/\s*\{{\s*"(name"\s*:\s*"({names})"|arguments")(.|\n)*/'
+    start = "start: TEXT calls?" + (" | bare" if bare else "")
+    return "\n".join([start, f"TEXT: {text}", f"calls: {whole}", *bare, *rules])
+
+
+def calls_or_form(
+    known: ToolFormat, functions: Sequence[Function], tokenizer: Tokenizer, form: str, *, parallel: bool
+) -> str:
+    """A grammar for an answer that is either calls or what the grammar `form` says."""
+    schemas, bare = _offered_schemas(functions), known.parser in (Hermes, Llama3)
+    ways, rules = ["@form"], list[str]()
+    if known.parser is not Llama3:
+        whole, rules = _calls(known.frame, functions, schemas, Spelled(tokenizer), parallel)
+        ways.append(whole)
+    if bare:
+        # Whole objects, read by the same JSON rules as the form: a literal in front of the arguments would
+        # take the form's first characters for its own.
+        key, between = ("parameters", "; ") if known.parser is Llama3 else ("arguments", "\n")
+        objects = [_call_object(f.name, key, schema) for f, schema in zip(functions, schemas, strict=True)]
+        rules += [f"bare_{i}: {json_rule(schema)}" for i, schema in enumerate(objects)]
+        rules.append("bare: " + " | ".join(f"bare_{i}" for i in range(len(functions))))
+        more = f" ({literal(between)} bare){{0,{MOST_CALLS - 1}}}" if parallel else ""
+        ways.append(f"bare{more}")
+    main = "\n".join(["start: " + " | ".join(ways), *rules])
+    inner = json.loads(form)["grammars"] if form.lstrip().startswith("{") else [{"lark_grammar": form}]
+    return json.dumps(
+        {"grammars": [{"lark_grammar": main}, {**inner[0], "name": "form"}]}, ensure_ascii=False
+    )
+
+
+def _call_object(name: str, key: str, schema: Any) -> dict[str, Any]:
+    """The schema of a whole call; definitions move to its root, where references look for them."""
+    inner = dict(schema) if isinstance(schema, dict) else {"allOf": [schema]}
+    definitions = {word: inner.pop(word) for word in ("$defs", "definitions") if word in inner}
+    properties = {"name": {"const": name}, key: inner}
+    return {"type": "object", "properties": properties, "required": ["name", key],
+            "additionalProperties": False, **definitions}  # fmt: skip
+
+
+def _offered_schemas(functions: Sequence[Function]) -> list[Any]:
+    return [_schema(function) if function.strict else {"type": "object"} for function in functions]
+
+
+def _bare_calls(functions: Sequence[Function], schemas: Sequence[Any], parallel: bool) -> list[str]:
+    """Rules for calls without marks, at the beginning of an answer."""
+    rules = []
+    for i, (function, schema) in enumerate(zip(functions, schemas, strict=True)):
+        before = f'{{"name": "{_in_json(function.name)}", "arguments": '
+        rules.append(f"bare_{i}: {literal(before)} {json_rule(schema)} {literal('}')}")
+    rules.append("bare_call: " + " | ".join(f"bare_{i}" for i in range(len(functions))))
+    more = rf' ("\n" bare_call){{0,{MOST_CALLS - 1}}}' if parallel else ""
+    return [f"bare: bare_call{more}", *rules]
 
 
 def _calls(
@@ -149,6 +206,11 @@ def _schema(function: Function) -> Any:
     if schema == {}:
         return {"type": "object", "properties": {}, "additionalProperties": False}
     return {"type": "object", **schema} if isinstance(schema, dict) else schema
+
+
+def _in_regex(name: str) -> str:
+    """A pattern for the name as JSON has it, in a grammar's `/.../`."""
+    return re.escape(_in_json(name)).replace("/", r"\/")
 
 
 def _in_json(name: str) -> str:

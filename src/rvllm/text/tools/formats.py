@@ -133,8 +133,48 @@ def _begins(text: str, marks: Collection[str]) -> bool:
     return any(mark.startswith(text) for mark in marks)
 
 
-class Hermes(ToolParser):
-    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`: Hermes, Qwen 2.5 and 3, and others."""
+class BareParser(ToolParser):
+    """A format whose calls may also stand without a mark, as JSON at the beginning of the answer.
+
+    Only an offered function's name makes such JSON a call.
+    """
+
+    _bare = False  # whether what is being read has no mark
+
+    def read(self) -> Reading[None]:
+        space = yield from self.reader.skip_space()
+        first = yield from self.reader.next()
+        self.reader.unread(first)
+        if first == "{":
+            self._bare = True
+            yield from self.bare_calls(space)
+            self._bare = False
+        else:
+            self.say(space)
+        yield from super().read()
+
+    def bare_calls(self, before: str) -> Reading[None]:
+        """Reads calls, parted by `;`, `,` or nothing; the first one's `{` is next."""
+        while (yield from self.object_or_text(before)):
+            before = yield from self.reader.skip_space()
+            follows = yield from self.reader.next()
+            if follows == "{":
+                self.reader.unread(follows)
+                continue
+            if follows == END or follows not in ";,":
+                self.reader.unread(before + follows)
+                return
+            before = ""
+
+    def begin(self, name: str, identity: str | None = None) -> bool:
+        return (name in self.names or not self._bare) and super().begin(name, identity)
+
+
+class Hermes(BareParser):
+    """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`: Hermes, Qwen 2.5 and 3, and others.
+
+    Small models leave the marks out (Qwen2.5-Coder-0.5B nearly always), so an answer may also be bare JSON.
+    """
 
     marks = ("<tool_call>",)
     hidden = ("</tool_call>",)
@@ -143,7 +183,7 @@ class Hermes(ToolParser):
         yield from self.object_or_text(mark)
 
 
-class Llama3(ToolParser):
+class Llama3(BareParser):
     """Llama 3's JSON: an answer beginning `{"name": ..., "parameters": {...}}`, or `<|python_tag|>` and that.
 
     Several calls are parted by `;` or `,`. Only an offered function's name makes the JSON a call.
@@ -152,30 +192,10 @@ class Llama3(ToolParser):
     marks = ("<|python_tag|>",)
     hidden = ("<|eom_id|>",)
 
-    def read(self) -> Reading[None]:
-        space = yield from self.reader.skip_space()
-        first = yield from self.reader.next()
-        self.reader.unread(first)
-        if first == "{":
-            yield from self._calls(space)
-        else:
-            self.say(space)
-        yield from super().read()
-
     def call_after(self, mark: str) -> Reading[None]:
-        yield from self._calls("")
-
-    def _calls(self, before: str) -> Reading[None]:
-        while (yield from self.object_or_text(before)):
-            before = yield from self.reader.skip_space()
-            follows = yield from self.reader.next()
-            if follows == END or follows not in ";,":
-                self.reader.unread(before + follows)
-                return
-            before = ""
-
-    def begin(self, name: str, identity: str | None = None) -> bool:
-        return name in self.names and super().begin(name, identity)
+        self._bare = True
+        yield from self.bare_calls("")
+        self._bare = False
 
 
 class Mistral(ToolParser):
