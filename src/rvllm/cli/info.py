@@ -140,8 +140,8 @@ def model_sections(config: EngineConfig) -> dict[str, Section]:
     kinds: dict[str, int] = {}
     stored = 0
     for info in checkpoint.tensors.values():
-        kinds[info.type.value] = kinds.get(info.type.value, 0) + 1
-        stored += info.nbytes
+        kinds[info.stored_as] = kinds.get(info.stored_as, 0) + 1
+        stored += info.stored_nbytes
     facts = [
         ("path", str(checkpoint.path)),
         ("architecture", program.architecture),

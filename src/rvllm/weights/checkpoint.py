@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +41,24 @@ _BLOCKS = {
 }  # fmt: skip
 
 
+class Quantised(Protocol):
+    """A matrix that the file holds as levels and scales in tensors of their own (FP8, GPTQ, AWQ ...)."""
+
+    @property
+    def format(self) -> str:
+        """What to call it: `GPTQ 4-bit`."""
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes of the stored tensors it is made of."""
+
+    def numbers(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows start to stop, dequantised: float32 [stop - start, width].
+
+        Raises ModelError when what is stored contradicts itself.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One tensor, under Hugging Face's name, in row-major order.
@@ -50,6 +68,8 @@ class TensorInfo:
     regroup_heads: not 0 where the file holds fused rows as [q|k|v][head][dim] and Transformers as
     [head][q|k|v][dim] (GPT-NeoX); the number of heads.
     add: a constant the file's numbers lack (llama.cpp stores Gemma's norms as 1 + w; then it is -1).
+    quantised: not None where the tensor is computed from others on the way in; type is F32 then, nbytes what
+    its float32 numbers take, and file and offset are those of its levels.
     """
 
     name: str
@@ -61,6 +81,17 @@ class TensorInfo:
     unpermute_heads: int = 0
     regroup_heads: int = 0
     add: float = 0.0
+    quantised: Quantised | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def stored_as(self) -> str:
+        """Its type, or the name of its quantised format."""
+        return self.quantised.format if self.quantised else self.type.value
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes it takes in the file, scales included."""
+        return self.quantised.stored_nbytes if self.quantised else self.nbytes
 
 
 class Checkpoint(Protocol):
@@ -87,4 +118,7 @@ class Checkpoint(Protocol):
         """All tensors by name; empty for a config without weights."""
 
     def raw(self, info: TensorInfo) -> NDArray[np.uint8]:
-        """The tensor's bytes as a flat view of the memory-mapped file; nothing is copied."""
+        """The tensor's bytes, flat: a view of the memory-mapped file, nothing is copied.
+
+        A quantised tensor's float32 numbers are computed here, each time, on several threads.
+        """

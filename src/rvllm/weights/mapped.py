@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.errors import ModelError
-from rvllm.weights.checkpoint import TensorInfo
+from rvllm.weights.checkpoint import Quantised, TensorInfo
+from rvllm.weights.parallel import in_threads
 
 MAX_JSON_BYTES = 100 << 20  # of a config, an index or a safetensors header
+SLAB = 64  # rows of a quantised matrix that a thread takes at a time
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,20 @@ class FileCheckpoint:
     unreadable: Mapping[str, str] = field(default_factory=dict)
 
     def raw(self, info: TensorInfo) -> NDArray[np.uint8]:
-        """The tensor's bytes as a flat view of the memory-mapped file; nothing is copied."""
+        """The tensor's bytes, flat: a view of the mapped file, or a quantised tensor's float32 numbers."""
+        if info.quantised is not None:
+            return _dequantised(info.quantised, info.shape)
         return self.files[info.file].bytes[info.offset : info.offset + info.nbytes]
+
+
+def _dequantised(quantised: Quantised, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    out = np.empty(shape, dtype=np.float32)
+
+    def work(start: int, stop: int) -> None:
+        out[start:stop] = quantised.numbers(start, stop)
+
+    in_threads(work, shape[0], SLAB)
+    return out.reshape(-1).view(np.uint8)
 
 
 def check_layout(path: Path, spans: Iterable[tuple[int, int, str]], end: int) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import zlib
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,7 @@ from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import Part, Program, Weight
 from rvllm.weights.checkpoint import Checkpoint, TensorInfo, TensorType
+from rvllm.weights.parallel import in_threads
 from rvllm.weights.quants import PIECE, dequantise_into
 
 TASK = 1 << 19  # elements a thread takes at a time
@@ -128,7 +126,7 @@ def _pack_part(part: Part, info: TensorInfo, raw: NDArray[np.uint8], out: NDArra
         piece = stored_rows[start:stop] if order is None else stored_rows[order[start:stop]]
         _convert(info, piece.reshape(-1), wanted[start:stop].reshape(-1), dtype, add)
 
-    _in_threads(convert, len(wanted), max(1, TASK // max(width, 1)))
+    in_threads(convert, len(wanted), max(1, TASK // max(width, 1)))
 
 
 def _as_rows(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -215,7 +213,11 @@ def raw_parts(weight: Weight, checkpoint: Checkpoint) -> list[RawPart]:
     Rows are in the wanted order; those that already are remain views of the mapped file. Raises ModelError
     for a part that cannot be had this way: transposed, or with a constant to add.
     """
-    found = []
+    return list(each_raw_part(weight, checkpoint))
+
+
+def each_raw_part(weight: Weight, checkpoint: Checkpoint) -> Iterator[RawPart]:
+    """The parts one by one, so that of quantised ones only one is held as float32 at a time."""
     for part in weight.parts:
         info = _require(part, checkpoint)
         if is_transposed(part, info) or part.add or info.add or len(info.shape) < 2:
@@ -224,8 +226,7 @@ def raw_parts(weight: Weight, checkpoint: Checkpoint) -> list[RawPart]:
             )
         rows, width = _as_rows(info.shape)
         data, order = checkpoint.raw(info).reshape(rows, -1), row_order(part, info)
-        found.append(RawPart(info.type, width, data if order is None else data[order]))
-    return found
+        yield RawPart(info.type, width, data if order is None else data[order])
 
 
 def dummy(weight: Weight, seed: int, dtype: DType = DType.F32) -> NDArray[Any]:
@@ -249,19 +250,3 @@ def dummy(weight: Weight, seed: int, dtype: DType = DType.F32) -> NDArray[Any]:
 
 def _is_norm(source: str) -> bool:
     return "norm" in source and source.endswith(".weight")
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="weights")
-
-
-def _in_threads(work: Callable[[int, int], None], rows: int, step: int) -> None:
-    """work(start, stop) over all rows, in pieces of `step`; the first error is raised."""
-    if rows <= step:
-        work(0, rows)
-        return
-    pool = _pool()
-    tasks: list[Future[None]] = [pool.submit(work, s, min(s + step, rows)) for s in range(0, rows, step)]
-    for task in tasks:
-        task.result()

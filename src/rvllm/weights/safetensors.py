@@ -21,18 +21,23 @@ from rvllm.weights.mapped import (
     read_json,
     shown,
 )
+from rvllm.weights.quantised import quantised_tensors
 from rvllm.weights.sentence import read_sentence
+from rvllm.weights.stored import StoredTensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_RANK = 16
 MAX_ELEMENTS = 1 << 48
 
+QUANTISE_CONFIGS = ("quantize_config.json", "quant_config.json")  # of older GPTQ and AWQ checkpoints
+
 READABLE = {"F32": TensorType.F32, "F16": TensorType.F16, "BF16": TensorType.BF16}
 OTHER_SIZES = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
+SIZES = OTHER_SIZES | {name: kind.block[1] for name, kind in READABLE.items()}
 
 
 def open_directory(path: Path) -> FileCheckpoint:
@@ -50,15 +55,16 @@ def open_directory(path: Path) -> FileCheckpoint:
     generation_path = path / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
     readers = [SafetensorsFile(map_file(file)) for file in _weight_files(path)]
-    tensors: dict[str, TensorInfo] = {}
-    unreadable: dict[str, str] = {}
+    stored: dict[str, StoredTensor] = {}
     for reader in readers:
-        twice = (tensors.keys() | unreadable.keys()) & (reader.tensors.keys() | reader.unreadable.keys())
+        twice = stored.keys() & reader.tensors.keys()
         if twice:
             raise ModelError(f"{reader.file.path}: tensor {shown(min(twice))} is in another shard as well")
-        tensors |= reader.tensors
-        unreadable |= reader.unreadable
+        stored |= reader.tensors
     _check_index(path, {r.file.path.name: r for r in readers})
+    tensors = {n: _info(n, t, READABLE[t.kind]) for n, t in stored.items() if t.kind in READABLE}
+    if stored:
+        tensors |= quantised_tensors(_quantisation(path, config), str(config_path), stored)
     return FileCheckpoint(
         path=path,
         config=config,
@@ -66,8 +72,23 @@ def open_directory(path: Path) -> FileCheckpoint:
         generation_config=generation,
         tensors=tensors,
         files={r.file.path: r.file for r in readers},
-        unreadable=unreadable,
+        unreadable={name: t.kind for name, t in stored.items() if name not in tensors},
     )
+
+
+def _info(name: str, tensor: StoredTensor, kind: TensorType) -> TensorInfo:
+    return TensorInfo(name, tensor.shape, kind, tensor.file, tensor.offset, tensor.data.nbytes)
+
+
+def _quantisation(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What the model says of its quantisation: in its config, or in a file of its own; empty if nothing."""
+    found = config.get("quantization_config") or config.get("compression_config")
+    for name in QUANTISE_CONFIGS:
+        if found is None and (path / name).is_file():
+            found = read_json(path / name)
+    if found is not None and not isinstance(found, dict):
+        raise ModelError(f"{path / 'config.json'}: quantization_config must be an object")
+    return found or {}
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -110,17 +131,16 @@ def _check_index(path: Path, shards: dict[str, SafetensorsFile]) -> None:
         return
     for name, file in weight_map(index).items():
         shard = shards[file]
-        if name not in shard.tensors and name not in shard.unreadable:
+        if name not in shard.tensors:
             raise ModelError(f"{path / file}: tensor {shown(name)} is missing, {INDEX} says it is here")
 
 
 class SafetensorsFile:
-    """One parsed and validated file: `tensors` we read, `unreadable` ones by type."""
+    """One parsed and validated file and its `tensors`, whatever their types."""
 
     def __init__(self, file: MappedFile) -> None:
         self.file = file
-        self.tensors: dict[str, TensorInfo] = {}
-        self.unreadable: dict[str, str] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         self._parse()
 
     def _parse(self) -> None:
@@ -162,8 +182,7 @@ class SafetensorsFile:
             elements *= n
             if elements > MAX_ELEMENTS:
                 raise ModelError(f"{where}: shape {shown(shape)} is absurd")
-        readable = READABLE.get(kind) if isinstance(kind, str) else None
-        item = readable.block[1] if readable else OTHER_SIZES.get(kind) if isinstance(kind, str) else None
+        item = SIZES.get(kind) if isinstance(kind, str) else None
         if item is None:
             raise ModelError(f"{where}: dtype {shown(kind)} is not known")
         begin, end = data_start + offsets[0], data_start + offsets[1]
@@ -172,12 +191,9 @@ class SafetensorsFile:
                 f"{where}: {kind} of shape {shown(shape)} takes {elements * item} bytes, "
                 f"data_offsets give it {end - begin}"
             )
-        if readable is None:
-            self.unreadable[name] = str(kind)
-        else:
-            self.tensors[name] = TensorInfo(
-                name, tuple(shape), readable, self.file.path, begin, elements * item
-            )
+        self.tensors[name] = StoredTensor(
+            str(kind), tuple(shape), self.file.path, begin, self.file.bytes[begin:end]
+        )
         return begin, end
 
 

@@ -1,0 +1,258 @@
+"""Quantised safetensors checkpoints: numbers are what their formulas say, wrong files are refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from quantisers import AWQ, CASES, FP8, GPTQ, Tensors, awq, compressed, file_of, fp8_blocks, gptq, packed
+
+from rvllm.errors import ModelError
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Part, Weight
+from rvllm.weights.mapped import FileCheckpoint
+from rvllm.weights.open import open_checkpoint
+from rvllm.weights.packing import pack, raw_parts
+
+
+def write(folder: Path, quantisation: dict[str, Any] | None, tensors: Tensors) -> Path:
+    folder.mkdir(exist_ok=True)
+    config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"]}
+    if quantisation is not None:
+        config["quantization_config"] = quantisation
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(file_of(tensors))
+    return folder
+
+
+def opened(folder: Path, quantisation: dict[str, Any] | None, tensors: Tensors) -> FileCheckpoint:
+    return open_checkpoint(write(folder, quantisation, tensors))
+
+
+def numbers(checkpoint: FileCheckpoint, name: str) -> np.ndarray:
+    info = checkpoint.tensors[name]
+    raw = checkpoint.raw(info)
+    assert raw.nbytes == info.nbytes
+    return raw.view(np.float32).reshape(info.shape)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_numbers_are_the_formulas(case: str, tmp_path: Path) -> None:
+    quantisation, quantise = CASES[case]
+    rng = np.random.default_rng(len(case))
+    wide = rng.normal(size=(136, 48)).astype(np.float32) * np.float32(
+        0.1
+    )  # several threads' rows, odd blocks
+    tall = rng.normal(size=(24, 160)).astype(np.float32)
+    tensors, wanted = quantise("a", wide, rng)
+    more, other = quantise("m.b", tall, rng)
+    checkpoint = opened(tmp_path, quantisation, {**tensors, **more, "n.weight": ("F32", tall[0])})
+    np.testing.assert_array_equal(numbers(checkpoint, "a.weight"), wanted)
+    np.testing.assert_array_equal(numbers(checkpoint, "m.b.weight"), other)
+    np.testing.assert_array_equal(numbers(checkpoint, "n.weight"), tall[0])
+    close = 0.2 if "one_group" in case else 0.12
+    assert (
+        np.abs(wanted - wide)[1:].max() < close * np.abs(wide).max()
+    )  # the quantiser itself is none too bad
+    info = checkpoint.tensors["a.weight"]
+    stored = sum(
+        t.nbytes for n, (_, t) in tensors.items() if not n.endswith(("g_idx", "shape", "input_scale"))
+    )
+    assert info.stored_nbytes == stored < wide.nbytes * 0.45
+    assert ("GPTQ" in info.stored_as, "AWQ" in info.stored_as) == ("gptq" in case, "awq" in case)
+
+
+def test_all_codes_of_e4m3(tmp_path: Path) -> None:
+    import ml_dtypes
+
+    codes = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    one = np.ones((), np.float32)
+    checkpoint = opened(tmp_path, FP8, {"a.weight": ("F8_E4M3", codes), "a.weight_scale": ("F32", one)})
+    wanted = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(numbers(checkpoint, "a.weight"), wanted)
+    assert np.isnan(wanted).sum() == 2
+
+
+def test_fp8_without_a_config_goes_by_its_tensors(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    tensors, wanted = CASES["fp8_scalar"][1]("a", rng.normal(size=(8, 16)).astype(np.float32), rng)
+    np.testing.assert_array_equal(numbers(opened(tmp_path, None, tensors), "a.weight"), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "quantise"),
+    [
+        ("quantize_config.json", {"bits": 4, "group_size": 16, "desc_act": False, "sym": True}, gptq(4, 16)),
+        (
+            "quant_config.json",
+            {"zero_point": True, "q_group_size": 16, "w_bit": 4, "version": "GEMM"},
+            awq(16),
+        ),
+    ],
+)
+def test_older_checkpoints_have_a_file_of_their_own(
+    name: str, settings: dict[str, Any], quantise: Any, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(1)
+    tensors, wanted = quantise("a", rng.normal(size=(16, 32)).astype(np.float32), rng)
+    folder = write(tmp_path, None, tensors)
+    (folder / name).write_text(json.dumps(settings))
+    np.testing.assert_array_equal(numbers(open_checkpoint(folder), "a.weight"), wanted)
+
+
+def test_a_zero_of_nought_in_the_first_version(tmp_path: Path) -> None:
+    """Stored as -1 modulo 16; it must come back as 0, not 16."""
+    tensors: Tensors = {
+        "a.qweight": ("I32", np.full((1, 8), 0x33333333, np.int32)),
+        "a.qzeros": ("I32", np.full((1, 1), 0xFFFFFFFF, np.uint32).view(np.int32)),
+        "a.scales": ("F16", np.full((1, 8), 0.5, np.float16)),
+    }
+    checkpoint = opened(tmp_path, GPTQ | {"bits": 4, "group_size": -1}, tensors)
+    np.testing.assert_array_equal(numbers(checkpoint, "a.weight"), np.full((8, 8), 1.5, np.float32))
+
+
+def test_parts_are_packed_like_those_of_a_plain_model(tmp_path: Path) -> None:
+    quantisation, quantise = CASES["gptq"]
+    rng = np.random.default_rng(2)
+    tensors, first = quantise("a", rng.normal(size=(16, 32)).astype(np.float32), rng)
+    more, second = quantise("b", rng.normal(size=(8, 32)).astype(np.float32), rng)
+    checkpoint = opened(tmp_path, quantisation, {**tensors, **more})
+    both = Weight("w", (24, 32), (Part("a.weight", (16, 32)), Part("b.weight", (8, 32))), "matrix")
+    np.testing.assert_array_equal(pack(both, checkpoint, DType.F32), np.concatenate([first, second]))
+    half = pack(both, checkpoint, DType.F16)
+    np.testing.assert_array_equal(half, np.concatenate([first, second]).astype(np.float16))
+    rows = np.concatenate([p.data.reshape(-1).view(np.float32) for p in raw_parts(both, checkpoint)])
+    np.testing.assert_array_equal(rows.reshape(24, 32), np.concatenate([first, second]))
+    turned = Weight("t", (32, 16), (Part("a.weight", (16, 32), "transposed"),), "matrix")
+    np.testing.assert_array_equal(pack(turned, checkpoint, DType.F32), first.T)
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "message"),
+    [
+        (
+            {"quant_method": "bitsandbytes"},
+            "quant_method 'bitsandbytes' is not supported; supported: fp8",
+        ),
+        ({"load_in_4bit": True}, "quant_method 'none' is not supported"),
+        (GPTQ | {"bits": 3, "group_size": 16}, "bits 3 is not supported; supported: 4 and 8"),
+        (GPTQ | {"bits": "4", "group_size": 16}, "bits '4' is not supported; it must be a whole number"),
+        (GPTQ | {"bits": 4}, "quantization_config has no group_size"),
+        (GPTQ | {"bits": 4, "group_size": 16, "desc_act": "no"}, "desc_act 'no' is not supported"),
+        (GPTQ | {"bits": 4, "group_size": 16, "checkpoint_format": "marlin"}, "'marlin' is not supported"),
+        (AWQ | {"bits": 8, "group_size": 16}, "bits 8 is not supported; supported: 4"),
+        (AWQ | {"group_size": 16, "version": "gemv"}, "version 'gemv' is not supported; supported: gemm"),
+        (FP8 | {"fmt": "e5m2"}, "fmt 'e5m2' is not supported; supported: e4m3"),
+        (FP8 | {"weight_block_size": [128]}, "weight_block_size"),
+        (FP8 | {"weight_block_size": [0, 128]}, "weight_block_size"),
+        (compressed("nvfp4-pack-quantized"), "format 'nvfp4-pack-quantized' is not supported"),
+        ({"quant_method": "compressed-tensors", "config_groups": []} | {"format": "marlin-24"}, "marlin-24"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"a": 1}}, "config_groups"),
+        (
+            compressed("dense") | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+            "sparsity_config.format",
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_not_supported_is_named(quantisation: dict[str, Any], message: str, tmp_path: Path) -> None:
+    tensors: Tensors = {"n.weight": ("F32", np.ones(3, np.float32))}
+    with pytest.raises(ModelError, match=r"config\.json: quantization_config") as caught:
+        opened(tmp_path, quantisation, tensors)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_quantisation_must_be_an_object(tmp_path: Path) -> None:
+    folder = write(tmp_path, None, {"n.weight": ("F32", np.ones(3, np.float32))})
+    (folder / "config.json").write_text('{"quantization_config": "fp8"}')
+    with pytest.raises(ModelError, match="quantization_config must be an object"):
+        open_checkpoint(folder)
+
+
+def without(tensors: Tensors, name: str) -> Tensors:
+    return {n: t for n, t in tensors.items() if n != name}
+
+
+def broken() -> list[Any]:
+    """(id, quantization_config, tensors, message)"""
+    rng = np.random.default_rng(3)
+    matrix = rng.normal(size=(16, 32)).astype(np.float32)
+    block = FP8 | {"weight_block_size": [8, 8]}
+    group = GPTQ | {"bits": 4, "group_size": 16}
+    four = compressed("pack-quantized", type="int", num_bits=4)
+    f, g, g8, a, p = (
+        q("a", matrix, rng)[0] for q in (fp8_blocks(8, 8), gptq(4, 16), gptq(4, 8), awq(16), packed(4, 16))
+    )
+    ordered = gptq(4, 16, desc_act=True)("a", matrix, rng)[0]
+    wrong_order = ordered | {"a.g_idx": ("I32", np.full(32, 2, np.int32))}
+    rows = np.ones((16, 1), np.float32)
+    int8: Tensors = {
+        "a.weight": ("I8", np.ones((16, 32), np.int8)),
+        "a.weight_scale": ("F32", rows),
+        "a.weight_zero_point": ("I8", rows.astype(np.int8)),
+    }
+    return [
+        ("fp8_no_scale", block, without(f, "a.weight_scale_inv"), "a.weight is F8_E4M3 and has no scales"),
+        ("fp8_misfit", FP8 | {"weight_block_size": [8, 4]}, f, "blocks? of 8 x 4|a block of 8 x 4"),
+        (
+            "fp8_integers",
+            block,
+            f | {"a.weight_scale_inv": ("I32", np.ones((2, 4), np.int32))},
+            "must be F32 or",
+        ),
+        ("fp8_vector", block, f | {"a.weight": ("F8_E4M3", np.ones(4, np.uint8))}, "not that of a matrix"),
+        ("gptq_no_scales", group, without(g, "a.scales"), "a.scales is missing, a.qweight cannot be read"),
+        ("gptq_no_zeros", group, without(g, "a.qzeros"), "a.qzeros is missing"),
+        ("gptq_no_order", group | {"desc_act": True}, without(ordered, "a.g_idx"), "a.g_idx is missing"),
+        ("gptq_zeros", group, g | {"a.qzeros": ("I32", np.ones((2, 3), np.int32))}, "must be I32 of shape"),
+        ("gptq_groups", group, g8, "scales of a are of 4 groups, but 32 inputs in groups of 16 are 2"),
+        (
+            "gptq_apart",
+            group,
+            g | {"a.scales": ("F16", np.ones((2, 8), np.float16))},
+            "do not belong together",
+        ),
+        (
+            "gptq_empty",
+            group,
+            g | {"a.scales": ("F16", np.ones((0, 16), np.float16))},
+            "do not belong together",
+        ),
+        ("gptq_floats", group, g | {"a.qweight": ("F32", np.ones((4, 16), np.float32))}, "a.qweight is F32"),
+        ("gptq_order", group | {"desc_act": True}, wrong_order, "names a group that is not there"),
+        ("awq_no_scales", AWQ | {"group_size": 16}, without(a, "a.scales"), "a.scales is missing"),
+        ("awq_groups", AWQ | {"group_size": 8}, a, r"a.scales is F16 of shape \[2, 16\].* \[4, 16\]"),
+        (
+            "awq_vector",
+            AWQ | {"group_size": 8},
+            a | {"a.qweight": ("I32", np.ones(4, np.int32))},
+            "of a matrix",
+        ),
+        ("packed_no_scale", four, without(p, "a.weight_scale"), "a.weight_scale is missing"),
+        (
+            "packed_bits",
+            compressed("pack-quantized", type="int", num_bits=3),
+            p,
+            "num_bits '3' is not supported",
+        ),
+        (
+            "packed_zero",
+            four,
+            p | {"a.weight_zero_point": ("I32", np.ones((9, 2), np.int32))},
+            "zero_point is I32",
+        ),
+        ("int8_zero", compressed("int-quantized", type="int", num_bits=8), int8, "INT8 with zero points"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "tensors", "message"), [pytest.param(*c, id=i) for i, *c in broken()]
+)
+def test_what_is_missing_or_does_not_fit_is_named(
+    quantisation: dict[str, Any], tensors: Tensors, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        numbers(opened(tmp_path, quantisation, tensors), "a.weight")
+    assert "model.safetensors" in str(caught.value) or "config.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
