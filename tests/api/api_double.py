@@ -173,6 +173,7 @@ class LiveServer:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.loop: asyncio.AbstractEventLoop
         self.engine: FakeEngine
+        self.service: Service
         self.stop: StopSignals
 
     def _run(self) -> None:
@@ -202,7 +203,7 @@ class LiveServer:
             facts=facts,
         )
         metrics = Metrics("tiny", {"block_size": "16"})
-        service = Service(
+        self.service = service = Service(
             self.engine,
             ready,
             self.tokenizer if self.texts else None,

@@ -117,3 +117,42 @@ def test_a_wrong_parameter_is_a_400_that_names_it(server: LiveServer, body: dict
     status, answer = server.post(PATH, **body)
     assert status == 400, answer
     assert (answer["error"]["param"] or "").startswith(param), answer
+
+
+MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>")
+
+
+def test_a_suffix_becomes_a_prompt_with_a_gap() -> None:
+    filling = LiveServer(drain_timeout=0.2)
+    filling.tokenizer.backend.add_special_tokens(list(MARKS))
+    end = filling.tokenizer.convert_tokens_to_ids("<|fim_pad|>")
+    with filling as server:
+        server.engine.answer = [*server.engine.answer[:3], end, *server.engine.answer[3:]]
+        status, answer = server.post(PATH, prompt="hello", suffix=" world", max_tokens=9)
+        assert status == 200, answer
+        (made,) = server.engine.requests
+        assert server.tokenizer.decode(made.prompt_token_ids) == "{}hello{} world{}".format(*MARKS)
+        choice = answer["choices"][0]
+        assert choice["text"] == server.tokenizer.decode(server.engine.answer[:3])
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", None)
+        assert answer["usage"]["prompt_tokens"] == len(made.prompt_token_ids)
+
+        ids = server.tokenizer.encode("hello")
+        _, same = server.post(PATH, prompt=ids, suffix=" world", max_tokens=9)
+        assert same["choices"] == answer["choices"]
+        assert server.engine.requests[-1].prompt_token_ids == made.prompt_token_ids
+        _, on = server.post(PATH, prompt="hello", suffix=" world", max_tokens=9, ignore_eos=True)
+        assert on["choices"][0]["finish_reason"] == "length"
+        _, told = server.post(PATH, prompt="hello", suffix="x", stop_token_ids=[end])
+        assert told["choices"][0]["stop_reason"] == end
+        for body in ({"suffix": "b", "echo": True}, {"suffix": "the " * 40_000}, {"suffix": 1}):
+            status, answer = server.post(PATH, prompt="a", **body)
+            assert (status, answer["error"]["param"]) == (400, "suffix"), answer
+        status, answer = server.post(PATH, prompt="the " * 200, suffix="the " * 200)
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_an_empty_suffix_asks_for_nothing(server: LiveServer) -> None:
+    _, plain = server.post(PATH, prompt="hello", max_tokens=3)
+    _, same = server.post(PATH, prompt="hello", max_tokens=3, suffix="")
+    assert same["choices"] == plain["choices"]

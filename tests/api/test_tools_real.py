@@ -175,3 +175,15 @@ def test_a_wrong_schema_is_a_400_with_its_reason(client: openai.OpenAI) -> None:
             response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strin"}}},
         )  # fmt: skip
     assert caught.value.param == "response_format"
+
+
+def test_a_gap_is_filled(client: openai.OpenAI) -> None:
+    before, after = "def add(a, b):\n    ", "\n\nassert add(2, 3) == 5\n"
+    filled = client.completions.create(
+        model="qwen", prompt=before, suffix=after, max_tokens=24, temperature=0
+    )
+    assert filled.choices[0].text.strip().splitlines()[0] == "return a + b"
+    with_stream = client.completions.create(
+        model="qwen", prompt=before, suffix=after, max_tokens=24, temperature=0, stream=True
+    )
+    assert "".join(chunk.choices[0].text for chunk in with_stream) == filled.choices[0].text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import aclosing
 
 import msgspec
@@ -12,10 +13,12 @@ from rvllm.api.body import parse
 from rvllm.api.errors import invalid
 from rvllm.api.exchange import Exchange, check_model
 from rvllm.api.forms import answer_grammar
-from rvllm.api.generation import Job, Piece, Service
+from rvllm.api.generation import IN_THREAD_CHARS, Job, Piece, Service
 from rvllm.api.logprobs import CompletionLogprobsWriter, Names, joined, prompt_logprobs
 from rvllm.api.sampling import completion_params, refuse_unsupported
 from rvllm.api.schemas import CompletionRequest
+from rvllm.text.fim import FillIn
+from rvllm.text.processor import Delta
 
 
 async def completions(service: Service, exchange: Exchange, body: bytes) -> None:
@@ -26,7 +29,12 @@ async def completions(service: Service, exchange: Exchange, body: bytes) -> None
     params = completion_params(request, service.defaults)
     params.detokenize = service.has_tokenizer
     params.grammar = await answer_grammar(service, request)
-    prompts = await _prompts(service, request)
+    fill_in = _fill_in(service, request)
+    prompts = await _prompts(service, request, framed=fill_in is None)
+    if fill_in is not None:
+        prompts = [await _around_gap(service, request, fill_in, prompt) for prompt in prompts]
+        if not params.ignore_eos:
+            params.stop_token_ids = [*params.stop_token_ids, *sorted(fill_in.ends)]
     job = service.job(
         f"cmpl-{exchange.request_id}", prompts, params, priority=request.priority, param="prompt"
     )
@@ -37,9 +45,39 @@ async def completions(service: Service, exchange: Exchange, body: bytes) -> None
         await exchange.json(await answer.whole())
 
 
-async def _prompts(service: Service, request: CompletionRequest) -> list[list[int]]:
-    """The prompts as token ids. One list of numbers is one prompt."""
-    given, special = request.prompt, request.add_special_tokens is not False
+def _fill_in(service: Service, request: CompletionRequest) -> FillIn | None:
+    """How to write before a suffix; None when there is none. Raises a 400 when the model cannot."""
+    if not request.suffix:
+        return None
+    if request.echo:
+        raise invalid("suffix and echo exclude each other", "suffix")
+    found = service.tokenizer.fill_in
+    if found is None:
+        raise invalid(
+            f"suffix: {service.served_name} cannot fill in, its vocabulary has no tokens that mark a gap",
+            "suffix",
+            "unsupported_parameter",
+        )
+    return found
+
+
+async def _around_gap(
+    service: Service, request: CompletionRequest, fill_in: FillIn, before: list[int]
+) -> list[int]:
+    after = request.suffix or ""
+    await service.check_size(after, "suffix")
+    special = request.add_special_tokens is not False
+    if len(after) < IN_THREAD_CHARS:
+        return fill_in.prompt(service.tokenizer, before, after, special)
+    return await asyncio.to_thread(fill_in.prompt, service.tokenizer, before, after, special)
+
+
+async def _prompts(service: Service, request: CompletionRequest, framed: bool) -> list[list[int]]:
+    """The prompts as token ids. One list of numbers is one prompt.
+
+    framed: with what the model puts around a text, unless the request asks for none.
+    """
+    given, special = request.prompt, framed and request.add_special_tokens is not False
     if isinstance(given, str):
         return [await service.encode_prompt(given, special, "prompt")]
     if not given:
@@ -73,6 +111,7 @@ class _Completion:
         names = Names(self._tokenizer, bool(request.return_tokens_as_token_ids))
         self._writers = [CompletionLogprobsWriter(request.logprobs or 0, names) for _ in job.choices]
         self._started = [False] * len(job.choices)
+        self._asked_stops = request.stop_token_ids or ()
         self._only_echo = bool(request.echo) and request.max_tokens == 0
         if self._only_echo:  # the token that each choice has to draw is not part of the answer
             job.completion_tokens = -len(job.choices)
@@ -113,7 +152,7 @@ class _Completion:
         """What a piece adds to its choice; the first one carries the echoed prompt."""
         delta, index = piece.delta, piece.index
         part = CompletionChoice(
-            index=index, text="", finish_reason=delta.finish_reason, stop_reason=delta.stop_reason
+            index=index, text="", finish_reason=delta.finish_reason, stop_reason=self._stop_reason(delta)
         )
         logprobs: list[CompletionLogprobs] = []
         if not self._started[index]:
@@ -128,6 +167,11 @@ class _Completion:
         if logprobs:
             part.logprobs = joined(logprobs)
         return part
+
+    def _stop_reason(self, delta: Delta) -> int | str | None:
+        """The stop that was asked for; an end of the model's own is none."""
+        own = isinstance(delta.stop_reason, int) and delta.stop_reason not in self._asked_stops
+        return None if own else delta.stop_reason
 
     def _open(self, part: CompletionChoice, piece: Piece, logprobs: list[CompletionLogprobs]) -> None:
         prompt, request = self._job.prompt_of(piece.index), self._request

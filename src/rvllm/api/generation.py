@@ -27,6 +27,8 @@ from rvllm.text.requests import RequestMaker
 from rvllm.text.tokenizer import Tokenizer
 from rvllm.text.tools.choose import tool_format
 
+LOOK_SECONDS = 1.0
+IDLE_LOOKS = 2  # so often in a row nothing must run before the vocabulary for grammars is handed over
 IN_THREAD_CHARS = 20_000  # longer texts are rendered and tokenised beside the event loop
 
 
@@ -146,6 +148,20 @@ class Service:
             self._vocabulary = asyncio.create_task(self._send_vocabulary())
         await asyncio.shield(self._vocabulary)
 
+    async def warm_grammars(self) -> None:
+        """Returns when the engine has the vocabulary: after the first idle moment, or the first grammar.
+
+        Reading it keeps the engine busy for up to a second, which nobody notices while nothing runs.
+        """
+        tokenizer = self._tokenizer
+        if tokenizer is None or tokenizer.spelling.kind == "other" or self.ready.facts.embedding_size:
+            return
+        idle = 0
+        while self._vocabulary is None and idle < IDLE_LOOKS:
+            await asyncio.sleep(LOOK_SECONDS)
+            idle = 0 if self._in_flight else idle + 1
+        await self.prepare_grammars()
+
     async def _send_vocabulary(self) -> None:
         self.engine.set_vocabulary(await asyncio.to_thread(vocabulary_of, self.tokenizer))
 
@@ -160,10 +176,14 @@ class Service:
 
         Tokenising megabytes takes seconds and gigabytes, all for nothing.
         """
+        await self.check_size(text, param)
+        return await self.encode(text, add_special_tokens)
+
+    async def check_size(self, text: str, param: str) -> None:
+        """Raises a 400 for a text that cannot fit into the context, as its size alone says."""
         limit = self.ready.facts.max_model_len
         if len(text) >= limit and await asyncio.to_thread(self.tokenizer.surely_reaches, text, limit):
             raise _too_long(param, f"{len(text)} characters", limit)
-        return await self.encode(text, add_special_tokens)
 
     def job(
         self,

@@ -39,7 +39,6 @@ class Refused(msgspec.Struct, kw_only=True):
     prediction: Any = None
     prompt_embeds: Any = None
     store: Any = None
-    suffix: Any = None
     thinking_token_budget: Any = None
     truncate_prompt_tokens: Any = None
     use_beam_search: Any = None
@@ -57,7 +56,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
     "modalities": (["text"],),
     "store": (False,),
-    "suffix": ("",),
     "use_beam_search": (False,),
 }
 
@@ -151,9 +149,13 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
-    """The body of `/v1/completions`. `prompt` is a text, token ids, or a list of either."""
+    """The body of `/v1/completions`. `prompt` is a text, token ids, or a list of either.
+
+    suffix: what stands behind the text to be written, for models with tokens for that.
+    """
 
     prompt: str | list[str | int | list[int]]
+    suffix: str | None = None
     logprobs: int | None = None
 
 

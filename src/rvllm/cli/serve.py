@@ -207,7 +207,12 @@ async def _answer(
     def announce() -> None:
         print("\n".join(_summary(engine, name, start, url_of(sock))), flush=True)
 
-    return await serve(build_app(service, gate), gate, sock, engine, stop, announce)
+    warming = asyncio.ensure_future(service.warm_grammars())
+    try:
+        return await serve(build_app(service, gate), gate, sock, engine, stop, announce)
+    finally:
+        warming.cancel()
+        await asyncio.gather(warming, return_exceptions=True)
 
 
 def _tracer(endpoint: str | None, model: str) -> Tracer | None:

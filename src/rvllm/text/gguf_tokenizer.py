@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rvllm.errors import ModelError
+from rvllm.text.fim import GGUF_ENDS, GGUF_MARKS
 from rvllm.text.pretokenizers import DEFAULT, PRE_TOKENIZERS, PreTokenizer
 from rvllm.text.tokenizer import DEFAULT_TEMPLATE, TokenizerParts, byte_piece, frame
 
@@ -64,7 +65,7 @@ def from_metadata(metadata: Mapping[str, Any], origin: str) -> TokenizerParts:
         raise
     except Exception as error:  # values of the wrong type, or what the tokenizers package refuses
         raise ModelError(f"{origin}: {KEY}*: {type(error).__name__}: {error}") from None
-    return TokenizerParts(backend, origin, special, _chat_templates(metadata))
+    return TokenizerParts(backend, origin, special, _chat_templates(metadata), _roles(metadata, tokens))
 
 
 def _begins_with_bos(metadata: Mapping[str, Any]) -> bool:
@@ -259,6 +260,13 @@ def _special_tokens(metadata: Mapping[str, Any], tokens: list[str], origin: str)
             raise ModelError(f"{origin}: {KEY}{key} is {index!r}, but there are {len(tokens)} tokens")
         found[name] = tokens[index]
     return found
+
+
+def _roles(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, int]:
+    """Tokens with a meaning that only some models have; what is no token of the vocabulary is left out."""
+    names = (*(name for names in GGUF_MARKS for name in names), *GGUF_ENDS)
+    found = {name: metadata.get(f"{KEY}{name}_token_id") for name in names}
+    return {name: i for name, i in found.items() if isinstance(i, int) and 0 <= i < len(tokens)}
 
 
 def _add_special(backend: tokenizers.Tokenizer, metadata: Mapping[str, Any], tokens: list[str]) -> None:

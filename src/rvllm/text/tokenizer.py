@@ -18,6 +18,7 @@ from rvllm.errors import UsageError
 if TYPE_CHECKING:
     import tokenizers
 
+    from rvllm.text.fim import FillIn
     from rvllm.text.length_bound import LengthBound
 
 DEFAULT_TEMPLATE = "default"
@@ -30,12 +31,14 @@ class TokenizerParts:
     special_tokens: what chat templates may name: bos_token, eos_token, unk_token, pad_token, ...
     chat_templates: by name; a model's only one is called "default".
     origin: what to call it in messages.
+    roles: tokens whose meaning the model's file tells, under GGUF's names (`text/fim.py`).
     """
 
     backend: tokenizers.Tokenizer
     origin: str
     special_tokens: dict[str, str] = field(default_factory=dict)
     chat_templates: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, int] = field(default_factory=dict)
 
 
 class Tokenizer:
@@ -46,6 +49,7 @@ class Tokenizer:
         self.origin = parts.origin
         self.special_tokens = parts.special_tokens
         self.chat_templates = parts.chat_templates
+        self._roles = parts.roles
         added = parts.backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.spelling = spelling_of(parts.backend)
@@ -101,6 +105,13 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; with `add_special_tokens`, what the model puts around it (BOS, [CLS] ...)."""
         return list(self.backend.encode(_well_formed(text), add_special_tokens=add_special_tokens).ids)
+
+    @cached_property
+    def fill_in(self) -> FillIn | None:
+        """How to ask the model for the text between two others; None when its vocabulary has no marks."""
+        from rvllm.text.fim import fill_in_of
+
+        return fill_in_of(self, self._roles)
 
     @cached_property
     def _length_bound(self) -> LengthBound | None:
