@@ -53,7 +53,7 @@ class Emulator(Machine):
     ) -> None:
         self.facts = DeviceFacts("emulator", 80, sm_count, 1 << 34, 1 << 25, 166912)
         self.stream = _Stream()
-        self.order, self.launches = order, 0
+        self.order, self.launches, self._seconds = order, 0, _LIMIT
         self._memory = Memory()
         self._sources, self._catalog = sources, dict(catalog)
         self._kernels: dict[str, tuple[compiler.Library, KernelSpec]] = {}
@@ -109,7 +109,7 @@ class Emulator(Machine):
         told = f"{name}, grid {grid}, block {block}, order {order}: "
         pointers = (ctypes.c_void_p * max(1, len(cells)))(*(ctypes.addressof(c) for c in cells))
         launch = compiler.Launch(
-            (*self.grid(grid),), (block, 1, 1), smem, _LIMIT, order, ctypes.addressof(pointers)
+            (*self.grid(grid),), (block, 1, 1), smem, self._seconds, order, ctypes.addressof(pointers)
         )
         if library.run(library.index[spec.symbol], ctypes.byref(launch)):
             raise EmulatorError(told + launch.message.decode() + self._place(launch.fault, args))

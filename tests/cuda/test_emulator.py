@@ -1,0 +1,241 @@
+"""The emulator itself: what kernels get wrong is caught, in small kernels and in damaged copies of ours."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import attention_checks
+import harness
+import numpy as np
+import op_checks
+import pytest
+from emulator import Emulator, EmulatorError, available
+
+from rvllm.kernels import build
+from rvllm.kernels.manifest import MANIFEST
+from rvllm.kernels.spec import KernelSpec
+
+pytestmark = pytest.mark.skipif(not available(), reason="the emulator needs g++")
+SMALL = r"""
+#include "common.cuh"
+extern "C" __global__ void reversed(int* out, const int* in, int sync) {
+  __shared__ int values[64];
+  values[threadIdx.x] = in[threadIdx.x];
+  if (sync) __syncthreads();
+  out[threadIdx.x] = values[63 - threadIdx.x];
+}
+extern "C" __global__ void lanes(int* out, int sync) {
+  __shared__ int values[32];
+  values[threadIdx.x] = threadIdx.x;
+  if (sync) __syncwarp();
+  out[threadIdx.x] = values[threadIdx.x ^ 1];
+}
+extern "C" __global__ void past(int* out, int at) { out[at] = 1; }
+extern "C" __global__ void misaligned(float4* out, int by) {
+  *reinterpret_cast<float4*>(reinterpret_cast<char*>(out) + by) = make_float4(1.f, 2.f, 3.f, 4.f);
+}
+extern "C" __global__ void diverging(int* out, int limit) {
+  if (threadIdx.x < limit) __syncthreads();
+  out[threadIdx.x] = 1;
+}
+extern "C" __global__ void elsewhere(int* out, int limit) {
+  if (threadIdx.x < limit) {
+    __syncthreads();
+    out[threadIdx.x] = 1;
+  } else {
+    __syncthreads();
+    out[threadIdx.x] = 2;
+  }
+}
+extern "C" __global__ void absent(int* out, int limit) {
+  if (threadIdx.x >= limit) return;
+  out[threadIdx.x] = __shfl_xor_sync(~0u, (int)threadIdx.x, 1);
+}
+extern "C" __global__ void copied(int4* out, const int4* in, int wait) {
+  __shared__ int4 cell[32];
+  cp_async16(smem(cell + threadIdx.x), in + threadIdx.x);
+  cp_async_commit();
+  if (wait) cp_async_wait<0>();
+  out[threadIdx.x] = cell[threadIdx.x];
+}
+extern "C" __global__ void dynamic(int* out, int count) {
+  extern __shared__ __align__(16) int values[];
+  for (int i = threadIdx.x; i < count; i += blockDim.x) values[i] = i;
+  out[threadIdx.x] = values[threadIdx.x];
+}
+extern "C" __global__ void endless(volatile int* out) {
+  while (*out != 3) out[1] = 0;
+}
+extern "C" __global__ void warps(int* out, unsigned mask, int width) {
+  const int lane = threadIdx.x % 32;
+  int* const mine = out + threadIdx.x * 8;
+  if (!(mask >> lane & 1)) return;
+  mine[0] = __shfl_sync(mask, lane, 5, width);
+  mine[1] = __shfl_up_sync(mask, lane, 3, width);
+  mine[2] = __shfl_down_sync(mask, lane, 3, width);
+  mine[3] = __shfl_xor_sync(mask, lane, 1, width);
+  mine[4] = __ballot_sync(mask, lane % 3 == 0);
+  mine[5] = __reduce_add_sync(mask, lane);
+  mine[6] = __match_any_sync(mask, lane % 4);
+  mine[7] = __any_sync(mask, lane == 7) + 2 * __all_sync(mask, lane < 31);
+}
+extern "C" __global__ void arrivals(int* counter, int* last) {
+  __threadfence();
+  if (threadIdx.x == 0 && atomicAdd(counter, 1) + 1 == gridDim.x) *last = blockIdx.x;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of our kernels, with the small ones beside them."""
+    folder = tmp_path_factory.mktemp("kernels")
+    for path in build.SOURCES.glob("*.cu*"):
+        shutil.copy(path, folder)
+    (folder / "small.cu").write_text(SMALL)
+    return folder
+
+
+def small(sources: Path, order: int | None = 0) -> Emulator:
+    names = [line.split("void ")[1].split("(")[0] for line in SMALL.splitlines() if "__global__" in line]
+    return Emulator(order, sources, {n: KernelSpec(n, "small.cu", n) for n in names})
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+@pytest.mark.parametrize(("name", "threads"), [("reversed", 64), ("lanes", 32)])
+def test_a_missing_barrier_shows(sources: Path, name: str, threads: int, order: int) -> None:
+    gpu = small(sources, order)
+    out = [gpu.empty((threads,), np.int32) for _ in range(2)]
+    given = [gpu.array(np.arange(threads, dtype=np.int32))] if name == "reversed" else []
+    for sync in (0, 1):
+        gpu.launch(name, 1, threads, [out[sync], *given, sync])
+    at = np.arange(threads)
+    assert (out[1].get() == (63 - at if name == "reversed" else at ^ 1)).all()
+    assert (out[0].get() == -1).any()
+
+
+def refuses(gpu: Emulator, match: str, name: str, grid: int, block: int, args: list, smem: int = 0) -> None:
+    with pytest.raises(EmulatorError, match=match):
+        gpu.launch(name, grid, block, args, smem)
+
+
+def test_accesses_past_an_array(sources: Path) -> None:
+    gpu = small(sources)
+    out = gpu.empty((64,), np.int32)
+    gpu.launch("past", 1, 1, [out, 63])
+    told = r"past.*block \(0, 0, 0\), thread 0 .*0 bytes past.*argument 0, int32\[64\]"
+    refuses(gpu, told, "past", 1, 1, [out, 64])
+    refuses(gpu, "wrote beside", "past", 1, 1, [out, -1])
+    gpu.clear()
+    odd = gpu.empty((5,), np.int32)
+    refuses(gpu, r"wrote beside.*argument 0", "past", 1, 1, [odd, 6])
+    gpu.clear()
+    gpu.launch("misaligned", 1, 1, [gpu.empty((64,), np.int32), 16])
+    refuses(gpu, "misaligned access", "misaligned", 1, 1, [gpu.empty((64,), np.int32), 8])
+
+
+def test_threads_that_wait_for_nobody(sources: Path) -> None:
+    gpu = small(sources)
+    out = gpu.empty((64,), np.int32)
+    gpu.launch("diverging", 1, 64, [out, 64])
+    stuck = r"stuck: threads 0\.\.39 wait at __syncthreads.*line \d+; threads 40\.\.63 have ended"
+    refuses(gpu, stuck, "diverging", 1, 64, [out, 40])
+    elsewhere = r"at __syncthreads in line \d+ while others are at the one in line"
+    refuses(gpu, elsewhere, "elsewhere", 1, 64, [out, 32])
+    refuses(gpu, r"waits for lanes .* have ended|stuck", "absent", 1, 32, [out, 31])
+    gpu._seconds = 1
+    refuses(gpu, "still running after 1 seconds", "endless", 1, 1, [out])
+
+
+def test_shared_memory(sources: Path) -> None:
+    gpu = small(sources)
+    given, out = gpu.array(np.arange(128, dtype=np.int32)), gpu.empty((128,), np.int32)
+    gpu.launch("copied", 1, 32, [out, given, 1])
+    assert (out.get() == np.arange(128)).all()
+    gpu.launch("copied", 1, 32, [out, given, 0])
+    assert (out.get() == -1).all()
+    gpu.launch("dynamic", 1, 64, [out, 128], 512)
+    refuses(gpu, "0 bytes past the end of the 512 bytes of dynamic", "dynamic", 1, 64, [out, 129], 512)
+    refuses(gpu, "takes arguments of", "dynamic", 1, 64, [out, 1.0, 2], 512)
+    gpu.launch("dynamic", 1, 64, [out, 8], 512)
+    assert (out.get()[8:64] == -1).all()
+
+
+@pytest.mark.parametrize("width", [32, 8])
+@pytest.mark.parametrize("mask", [0xFFFFFFFF, 0x00FF00FF])
+def test_operations_of_a_warp(sources: Path, mask: int, width: int) -> None:
+    gpu = small(sources, None)
+    out = gpu.empty((64, 8), np.int32)
+    gpu.launch("warps", 1, 64, [out, np.uint32(mask).astype(np.int32), width])
+    active = [i for i in range(32) if mask >> i & 1]
+    result = out.get().reshape(2, 32, 8)
+    for lane in active:
+        base, source = lane // width * width, {}
+        source[0] = base + 5
+        source[1] = lane - 3 if lane - 3 >= base else lane
+        source[2] = lane + 3 if lane + 3 < base + width else lane
+        source[3] = lane ^ 1
+        wanted = [source[k] if mask >> source[k] & 1 else -1 for k in range(4)]
+        wanted.append(sum(1 << i for i in active if i % 3 == 0))
+        wanted.append(sum(active))
+        wanted.append(sum(1 << i for i in active if i % 4 == lane % 4))
+        wanted.append((7 in active) + 2 * (31 not in active))
+        signed = np.array(wanted, np.int64).astype(np.uint32).view(np.int32)
+        assert (result[:, lane] == signed).all(), (lane, result[0, lane], signed)
+    assert (result[:, [i for i in range(32) if i not in active]] == -1).all()
+
+
+def test_blocks_run_in_other_orders(sources: Path) -> None:
+    last = []
+    for order in (0, 1, 5):
+        gpu = small(sources, order)
+        out = gpu.empty((1,), np.int32)
+        gpu.launch("arrivals", 9, 64, [gpu.zeros((1,), np.int32), out])
+        last.append(int(out.get()[0]))
+    assert last[:2] == [8, 0] and 0 <= last[2] < 9
+
+
+def test_what_it_lacks_is_named(sources: Path) -> None:
+    body = 'asm volatile("foo.bar.u32 %0;" : "=r"(*p));'
+    text = f'#include "common.cuh"\nextern "C" __global__ void f(u32* p) {{ {body} }}\n'
+    (sources / "lacking.cu").write_text(text)
+    gpu = Emulator(0, sources, {"f": KernelSpec("f", "lacking.cu", "f")})
+    with pytest.raises(EmulatorError, match=r"the emulator has no foo\.bar\.u32"):
+        gpu.build(["f"])
+
+
+DAMAGE = [
+    ("norm", "common.cuh", "__syncthreads();\n  V total", "V total"),
+    ("norm", "norm.cu", "if (i < vectors) {\n      unpack8", "if (i <= vectors) {\n      unpack8"),
+    ("rope", "rope.cu", "position % KV_BLOCK) * D", "position % KV_BLOCK) * D + 8"),
+    ("prefill", "attention_prefill.cu", "cp_async_wait<0>();\n    __syncthreads();  // the values",
+     "__syncthreads();  // the values"),
+    ("prefill", "attention_prefill.cu", "cp_async_wait<0>();\n  __syncthreads();\n  load_v",
+     "cp_async_wait<0>();\n  load_v"),
+    ("decode", "attention_decode.cu", "__syncthreads();  // the exchange and the queries have been read", ""),
+    ("decode", "attention.cuh", "+ (lane / 16) * 8) * (DK + PAD) + ((lane / 8) % 2) * 8",
+     "+ (lane / 16) * 8) * (DK + PAD)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("check", "source", "good", "bad"), DAMAGE, ids=range(len(DAMAGE)))
+def test_damaged_kernels_fail_their_checks(
+    tmp_path: Path, check: str, source: str, good: str, bad: str
+) -> None:
+    for path in build.SOURCES.glob("*.cu*"):
+        shutil.copy(path, tmp_path)
+    text = (tmp_path / source).read_text()
+    assert text.count(good) == 1, "the line has changed: choose another"
+    (tmp_path / source).write_text(text.replace(good, bad))
+    kernels = {name: replace(s, unit=f"{name} alone") for name, s in MANIFEST.items()}
+    gpu = Emulator(None, tmp_path, kernels)
+    rng, shape = np.random.default_rng(3), attention_checks.Shape(64, 1, 4)
+    with pytest.raises(AssertionError):
+        for _ in range(3):
+            if check in ("norm", "rope"):
+                getattr(op_checks, f"check_{check}")(gpu, rng, harness.BF16)
+            else:
+                getattr(attention_checks, f"check_{check}")(gpu, rng, harness.BF16, shape)
+    gpu.clear()
