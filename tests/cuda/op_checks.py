@@ -196,14 +196,16 @@ def check_gather_add(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype) -> flo
 
 
 def random_blocks(rng: np.random.Generator, kind: TensorType, blocks: int) -> np.ndarray:
-    """Random bytes whose scales are finite."""
+    """Random bytes whose scales are finite; of either sign, some subnormal."""
     _, nbytes = kind.block
     raw = rng.integers(0, 256, (blocks, nbytes), dtype=np.uint8)
     scales = {"Q4_0": [0], "Q5_0": [0], "Q8_0": [0], "Q4_1": [0, 2], "Q5_1": [0, 2], "Q4_K": [0, 2],
               "Q5_K": [0, 2],
               "Q6_K": [208], "F16": [0]}  # fmt: skip
     for at in scales.get(kind.name, []):
-        raw[:, at : at + 2] = rng.standard_normal(blocks).astype(np.float16)[:, None].view(np.uint8)
+        scale = rng.standard_normal(blocks).astype(np.float16)
+        scale[::3] *= np.float16(2**-18)
+        raw[:, at : at + 2] = scale[:, None].view(np.uint8)
     if kind.name == "F32":
         raw[:] = rng.standard_normal((blocks, 1), np.float32).view(np.uint8)
     if kind.name == "BF16":

@@ -24,12 +24,12 @@ from models import model_path
 
 from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Part, Weight
+from rvllm.program.ops import Part, Program, Weight
 from rvllm.weights.checkpoint import TensorType
 from rvllm.weights.gguf import Strings, read_gguf
 from rvllm.weights.gguf_archs import ARCHITECTURES, LAYER_NAMES
 from rvllm.weights.open import open_checkpoint
-from rvllm.weights.packing import pack
+from rvllm.weights.packing import check_weights, pack
 
 
 def test_reads_what_the_gguf_package_writes(tmp_path: Path) -> None:
@@ -301,13 +301,21 @@ def test_wrong_metadata_is_refused(case: str, tmp_path: Path) -> None:
     assert "m.gguf" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_types_we_do_not_read_are_kept_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(9, "Q8_1"), (10, "Q2_K"), (11, "Q3_K"), (15, "Q8_K"), (16, "IQ2_XXS"), (18, "IQ3_XXS")],
+)
+def test_types_we_do_not_read_are_kept_by_name(number: int, kind: str, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     data = gguf_bytes(LLAMA, {"token_embd.weight": ("Q4_0", (4, 32), blocks("Q4_0", 4, 32))})
     entry = gguf_entry("token_embd.weight", (4, 32), 2, 0)
-    path.write_bytes(data.replace(entry, gguf_entry("token_embd.weight", (4, 32), 10, 0)))
+    path.write_bytes(data.replace(entry, gguf_entry("token_embd.weight", (4, 32), number, 0)))
     checkpoint = open_checkpoint(path)
-    assert checkpoint.unreadable == {"model.embed_tokens.weight": "Q2_K"}
+    assert checkpoint.unreadable == {"model.embed_tokens.weight": kind}
+    needed = Weight("w", (4, 32), (Part("model.embed_tokens.weight", (4, 32)),), "table")
+    program = Program("Toy", DType.F32, 4, 8, (), (), (needed,), ())
+    with pytest.raises(ModelError, match=f"embed_tokens.weight has type {kind}, not one of F32, .*Q6_K"):
+        check_weights(program, checkpoint)
 
 
 def test_bytes_that_are_no_text_survive_in_a_vocabulary() -> None:

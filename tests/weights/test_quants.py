@@ -12,7 +12,10 @@ BLOCKED = [t for t in TensorType if t.block[0] > 1]
 
 
 def random_blocks(kind: TensorType, rows: int, width: int, seed: int) -> np.ndarray:
-    """Random bytes as blocks, with finite float16 scales wherever a scale may stand."""
+    """Random bytes as blocks, with finite float16 scales wherever a scale may stand.
+
+    Every third scale is subnormal, every seventh zero of either sign; half of them are negative.
+    """
     elements, nbytes = kind.block
     generator = np.random.default_rng(seed)
     blocks = generator.integers(0, 256, (rows * width // elements, nbytes), dtype=np.uint8)
@@ -20,8 +23,16 @@ def random_blocks(kind: TensorType, rows: int, width: int, seed: int) -> np.ndar
         if start == 2 and kind not in (TensorType.Q4_1, TensorType.Q5_1, TensorType.Q4_K, TensorType.Q5_K):
             continue
         scale = generator.normal(0, 0.02, len(blocks)).astype(np.float16)
+        scale[::3] *= np.float16(2**-12)
+        scale[::7] *= np.float16(0)
         blocks[:, start : start + 2] = scale.view(np.uint8).reshape(-1, 2)
     return blocks
+
+
+def test_random_blocks_have_awkward_scales() -> None:
+    scales = random_blocks(TensorType.Q8_0, 64, 256, seed=0)[:, :2].copy().view(np.float16)
+    small = np.abs(scales) < np.finfo(np.float16).smallest_normal
+    assert (small & (scales != 0)).sum() > 50 and (scales == 0).sum() > 50 and (scales < 0).sum() > 50
 
 
 @pytest.mark.parametrize("kind", BLOCKED, ids=lambda k: k.value)

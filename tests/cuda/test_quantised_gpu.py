@@ -1,0 +1,65 @@
+"""Quantised checkpoints on the GPU: the same draws as a plain model of the same numbers."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gpu_engine import CONFIG, core_of, model, needs_gpu, run
+from safetensors.numpy import save_file
+from tiny import weights_of
+
+from rvllm.config import EngineConfig
+from rvllm.engine.messages import Sampling
+from rvllm.models.config import ModelConfig
+from rvllm.models.registry import build_program
+from rvllm.program.dtypes import DType
+from rvllm.weights.open import open_checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "weights"))
+from quantisers import AWQ, FP8, GPTQ, Tensors, awq, file_of, fp8_blocks, gptq
+
+pytestmark = [pytest.mark.gpu, needs_gpu]
+
+METHODS = {
+    "fp8": (FP8 | {"weight_block_size": [128, 128]}, fp8_blocks(128, 128)),
+    "gptq": (GPTQ | {"bits": 4, "group_size": 8, "desc_act": True}, gptq(4, 8, desc_act=True)),
+    "awq": (AWQ | {"group_size": 8}, awq(8)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_draws_are_those_of_the_same_numbers(method: str, tmp_path: Path) -> None:
+    from rvllm.backends.cuda.backend import CudaBackend
+
+    quantisation, quantise = METHODS[method]
+    config = model(num_hidden_layers=1, hidden_size=64, intermediate_size=88, num_attention_heads=2)
+    rng = np.random.default_rng(0)
+    stored: Tensors = {}
+    plain = {}
+    for name, numbers in weights_of(build_program(ModelConfig(config, "tiny"), DType.F32)).items():
+        if numbers.ndim == 2 and "layers" in name:
+            more, numbers = quantise(name.removesuffix(".weight"), numbers, rng)
+            stored |= more
+        else:
+            stored[name] = ("F32", numbers)
+        plain[name] = numbers
+    assert len(stored) > len(plain) + 6
+    folders = [tmp_path / "plain", tmp_path / "quantised"]
+    for folder, more in zip(folders, ({}, {"quantization_config": quantisation}), strict=True):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config | more))
+    save_file(plain, folders[0] / "model.safetensors")
+    (folders[1] / "model.safetensors").write_bytes(file_of(stored))
+    asked = [(rng.integers(0, 515, n).tolist(), Sampling(max_tokens=8, logprobs=2)) for n in (3, 40)]
+    found = []
+    for folder in folders:
+        checkpoint = open_checkpoint(folder)
+        program = build_program(ModelConfig(checkpoint.config, "tiny"), DType.BF16)
+        engine = EngineConfig(**{**CONFIG.__dict__, "device": "cuda"})
+        core = core_of(CudaBackend.load(program, checkpoint, engine), config)
+        outputs = run(core, asked)
+        found.append([(o.token_ids, o.logprobs) for request in outputs for o in request])
+        core.close()
+    assert found[0] == found[1]
