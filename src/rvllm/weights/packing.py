@@ -35,12 +35,12 @@ def check_weights(program: Program, checkpoint: Checkpoint) -> None:
 
     Raises ModelError: one line with the file, up to five tensors and how many more.
     """
-    if not checkpoint.tensors:
+    unreadable = getattr(checkpoint, "unreadable", {})
+    if not checkpoint.tensors and not unreadable:
         raise ModelError(
             f"{checkpoint.path}: holds no weights that can be read (safetensors or GGUF); "
             "--load-format dummy runs it with random ones"
         )
-    unreadable = getattr(checkpoint, "unreadable", {})
     problems = []
     for part in (part for weight in program.weights for part in weight.parts):
         info = find_tensor(part, checkpoint)
