@@ -11,7 +11,7 @@
 // several blocks on an SM overlap one's arithmetic with another's loads; launched with more shared memory it has
 // one for each, which is quicker where there are fewer items than SMs.
 // Bound by memory at long contexts (the KV cache is read once), by latency at short ones.
-#include "attention.cuh"
+#include "sight.cuh"
 
 constexpr int WARPS = 4, THREADS = WARPS * 32;
 static_assert(WARPS == TILES_PER_SPLIT, "one round of a block's warps is one split");
@@ -51,12 +51,18 @@ struct Tile {
   __device__ __forceinline__ int block(int b) const { return b == 0 ? blocks.x : b == 1 ? blocks.y : b == 2 ? blocks.z : blocks.w; }
 };
 
-__device__ __forceinline__ Tile tile_of(const Item& item, int warp, const int* tables, int table_stride, const int* slots) {
+template <typename Sight>
+__device__ __forceinline__ Tile tile_of(const Item& item, int warp, const int* tables, int table_stride,
+                                        const int* slots, int group, const Sight& sight) {
   const int start = (item.first_split + item.split) * SPLIT + warp * TILE;
   Tile tile;
   tile.lo = max(0, item.lo - start);
   tile.hi = min(TILE, item.position + 1 - start);
   tile.newest = item.position >= start && item.position < start + TILE ? item.position - start : -1;
+  if constexpr (!Sight::ALL) {
+    const int first = item.part * 16;
+    if (!sight.sees(start / TILE, item.position, item.head * group + first, min(16, group - first))) tile.hi = 0;
+  }
   tile.blocks = make_int4(0, 0, 0, 0);
   if (!tile.empty())
     tile.blocks = *reinterpret_cast<const int4*>(tables + (size_t)slots[item.seq] * table_stride + start / KV_BLOCK);
@@ -113,18 +119,12 @@ struct Sum {
   }
 };
 
-// out, q [decodes, pitch]: row s is sequence s; query head h at columns h * D of q. k_cache [blocks, kv_heads,
-// 16, DK], v_cache likewise with DV. tables int32 [slots, table_stride], table_stride % 4 == 0. slots, kv_lens
-// int32 [seqs]; kv_lens counts the newest token. count: how many sequences there are, at most max_seqs.
-// partial float [items, rows * (DV + 2), rounded up to 4], rows = min(group, 16); arrivals int32 [max_seqs *
-// kv_heads * parts], zero before and after. window 0: none; soft_cap 0: none.
-// Grid: any number of blocks of 128 threads.
-template <typename T, int DK, int DV>
-__global__ void __launch_bounds__(THREADS, DV <= 64 ? 4 : DV <= 128 ? 3 : 1)
-attn_decode(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, const T* v_cache, const int* tables,
-            const int* slots, const int* kv_lens, const int* count, float* partial, int* arrivals, int q_pitch,
-            int out_pitch, int table_stride, int kv_heads, int group, float scale, float soft_cap, int window,
-            int max_seqs) {
+template <typename T, int DK, int DV, typename Sight>
+__device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, const T* v_cache,
+                                       const int* tables, const int* slots, const int* kv_lens, const int* count,
+                                       float* partial, int* arrivals, int q_pitch, int out_pitch, int table_stride,
+                                       int kv_heads, int group, float scale, float soft_cap, int window, int max_seqs,
+                                       const Sight& sight) {
   griddep_launch();
   constexpr int KS = DK + PAD, VS = DV + PAD, XS = DV + 8;  // row pitches; XS in floats
   constexpr int BUFFER = TILE * (KS > VS ? KS : VS), SUMS = (16 * DV / 4 + THREADS - 1) / THREADS;
@@ -182,7 +182,7 @@ attn_decode(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, cons
   };
 
   Item item = item_of(begin, prefix, kv_lens, seqs, parts, window);
-  Tile tile = tile_of(item, warp, tables, table_stride, slots);
+  Tile tile = tile_of(item, warp, tables, table_stride, slots, group, sight);
   fetch<T, DK>(buffer, k_cache, tile, item.head, kv_heads, tile.newest, lane);
   if (separate)
     fetch<T, DV>(values, v_cache, tile, item.head, kv_heads, tile.newest, lane);
@@ -205,7 +205,7 @@ attn_decode(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, cons
     if (more) {
       next = item;
       if (++next.split == next.splits) next = item_of(index + 1, prefix, kv_lens, seqs, parts, window);
-      next_tile = tile_of(next, warp, tables, table_stride, slots);
+      next_tile = tile_of(next, warp, tables, table_stride, slots, group, sight);
     }
     cp_async_wait<0>();  // the keys and the queries are here
     __syncthreads();
@@ -222,6 +222,11 @@ attn_decode(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, cons
       if (soft_cap > 0.f) tile_soft_cap(s, scale, soft_cap);
       const int lo[2] = {tile.lo, tile.lo}, hi[2] = {tile.hi - 1, tile.hi - 1};
       if (tile.lo > 0 || tile.hi < TILE) tile_mask(s, lo, hi, lane);
+      if constexpr (!Sight::ALL) {
+        const int position[2] = {item.position, item.position}, first = item.head * group + item.part * 16 + row;
+        const int query_head[2] = {first, first + 8};
+        sight.hide(s, (item.first_split + item.split) * SPLIT + warp * TILE, position, query_head, lane);
+      }
       tile_softmax<T>(s, p, factor, m, l, group > 8);
       cp_async_wait<0>();  // the values are here
       __syncwarp();
@@ -334,4 +339,31 @@ attn_decode(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, cons
     item = next;
     tile = next_tile;
   }
+}
+
+// out, q [decodes, pitch]: row s is sequence s; query head h at columns h * D of q. k_cache [blocks, kv_heads,
+// 16, DK], v_cache likewise with DV. tables int32 [slots, table_stride], table_stride % 4 == 0. slots, kv_lens
+// int32 [seqs]; kv_lens counts the newest token. count: how many sequences there are, at most max_seqs.
+// partial float [items, rows * (DV + 2), rounded up to 4], rows = min(group, 16); arrivals int32 [max_seqs *
+// kv_heads * parts], zero before and after. window 0: none; soft_cap 0: none.
+// Grid: any number of blocks of 128 threads.
+template <typename T, int DK, int DV>
+__global__ void __launch_bounds__(THREADS, DV <= 64 ? 4 : DV <= 128 ? 3 : 1)
+attn_decode(T* out, const T* q, const T* k_cache, const T* v_cache, const int* tables, const int* slots,
+            const int* kv_lens, const int* count, float* partial, int* arrivals, int q_pitch, int out_pitch,
+            int table_stride, int kv_heads, int group, float scale, float soft_cap, int window, int max_seqs) {
+  attend<T, DK, DV>(out, q, k_cache, v_cache, tables, slots, kv_lens, count, partial, arrivals, q_pitch, out_pitch,
+                    table_stride, kv_heads, group, scale, soft_cap, window, max_seqs, Everything());
+}
+
+// The same where queries see some blocks of keys only.
+template <typename T, int DK, int DV>
+__global__ void __launch_bounds__(THREADS, DV <= 64 ? 4 : DV <= 128 ? 3 : 1)
+attn_decode_sparse(T* out, const T* q, const T* k_cache, const T* v_cache, const int* tables, const int* slots,
+                   const int* kv_lens, const int* count, float* partial, int* arrivals, int q_pitch, int out_pitch,
+                   int table_stride, int kv_heads, int group, float scale, float soft_cap, int window, int max_seqs,
+                   int size, int local, int stride, int head_step) {
+  attend<T, DK, DV>(out, q, k_cache, v_cache, tables, slots, kv_lens, count, partial, arrivals, q_pitch, out_pitch,
+                    table_stride, kv_heads, group, scale, soft_cap, window, max_seqs,
+                    SomeBlocks{size, local, stride, head_step});
 }

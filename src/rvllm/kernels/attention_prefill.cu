@@ -6,16 +6,14 @@
 // walks the key tiles they can see; keys are fetched while values are used and the other way round. Splits are
 // merged every 256 positions into totals kept in shared memory, exactly as the decode kernel merges them.
 // Bound by the tensor cores (mma.sync) and, at short prompts, by latency.
-#include "attention.cuh"
+#include "sight.cuh"
 
-// out, q [T, pitch]; caches, tables, window, soft_cap as in attn_decode. slots, kv_lens int32 [seqs],
-// query_offsets int32 [seqs + 1]: as in the step's metadata. tiles int32 [n, 2]: (sequence, first row) of each
-// block, the longest first. Grid: (n, kv_heads), WARPS * 32 threads.
-template <typename T, int DK, int DV, int WARPS>
-__global__ void __launch_bounds__(WARPS * 32)
-attn_prefill(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, const T* v_cache, const int* tables,
-             const int* slots, const int* kv_lens, const int* query_offsets, const int2* work, int q_pitch,
-             int out_pitch, int table_stride, int kv_heads, int group, float scale, float soft_cap, int window) {
+template <typename T, int DK, int DV, int WARPS, typename Sight>
+__device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, const T* v_cache,
+                                       const int* tables, const int* slots, const int* kv_lens,
+                                       const int* query_offsets, const int2* work, int q_pitch, int out_pitch,
+                                       int table_stride, int kv_heads, int group, float scale, float soft_cap,
+                                       int window, const Sight& sight) {
   griddep_launch();
   constexpr int THREADS = WARPS * 32, ROWS = WARPS * 16, KS = DK + PAD, VS = DV + PAD;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -37,7 +35,13 @@ attn_prefill(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, con
   const int last_row = min(first_row + ROWS, rows) - 1;
   const int block_lo = start + first_row / group, block_hi = start + last_row / group;  // positions of the block
   const int visible_lo = window > 0 ? max(0, block_lo - window + 1) : 0;
-  const int first_tile = visible_lo / TILE, last_tile = block_hi / TILE;
+  const int last_tile = block_hi / TILE;
+  const auto seen_from = [&](int t) {  // the first tile from t on that the block sees something of
+    if constexpr (!Sight::ALL)
+      while (t < last_tile && !sight.sees(t, block_lo, head * group, group)) t++;
+    return t;
+  };
+  const int first_tile = seen_from(visible_lo / TILE);
   const auto load_k = [&](int t) {
     const int4 blocks = *reinterpret_cast<const int4*>(table + t * (TILE / KV_BLOCK));
     load_tile<T, DK, THREADS>(k_tile, k_cache, blocks, head, kv_heads, max(0, visible_lo - t * TILE),
@@ -63,9 +67,13 @@ attn_prefill(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, con
   const int warp_row = first_row + warp * 16;
   const bool idle = warp_row > last_row;
   const int warp_lo = start + warp_row / group, warp_hi = start + min(warp_row + 15, last_row) / group;
-  int position[2];
+  int position[2], query_head[2];
 #pragma unroll
-  for (int h = 0; h < 2; h++) position[h] = start + min(warp_row + lane / 4 + 8 * h, last_row) / group;
+  for (int h = 0; h < 2; h++) {
+    const int row = min(warp_row + lane / 4 + 8 * h, last_row);
+    position[h] = start + row / group;
+    query_head[h] = head * group + row % group;
+  }
 
   const float factor = soft_cap > 0.f ? LOG2E : __fmul_rn(scale, LOG2E);
   float M[2] = {-INFINITY_F, -INFINITY_F}, L[2] = {0.f, 0.f};    // of the splits so far; values in `total`
@@ -75,8 +83,9 @@ attn_prefill(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, con
   __syncthreads();
   load_v(first_tile);
   cp_async_commit();
-  for (int t = first_tile; t <= last_tile; t++) {
+  for (int t = first_tile, next; t <= last_tile; t = next) {
     const int tile_start = t * TILE;
+    next = t < last_tile ? seen_from(t + 1) : t + 1;
     const bool seen = !idle && tile_start <= warp_hi && (window <= 0 || tile_start + TILE > warp_lo - window + 1);
     const int blocks = (min(TILE, block_hi + 1 - tile_start) + KV_BLOCK - 1) / KV_BLOCK;
     u32 p[4][4];
@@ -94,11 +103,12 @@ attn_prefill(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, con
         }
         tile_mask(s, lo, hi, lane);
       }
+      if constexpr (!Sight::ALL) sight.hide(s, tile_start, position, query_head, lane);
       tile_softmax<T>(s, p, factor, m, l);
     }
     cp_async_wait<0>();
     __syncthreads();  // the values are here, the keys have been read
-    if (t < last_tile) load_k(t + 1);
+    if (next <= last_tile) load_k(next);
     cp_async_commit();
     if (seen) {
       Factors f[2];
@@ -115,7 +125,7 @@ attn_prefill(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, con
       });
     }
     const bool first_split = t / TILES_PER_SPLIT == first_tile / TILES_PER_SPLIT;
-    if (t < last_tile && (t + 1) % TILES_PER_SPLIT == 0) {  // a split ends: into the totals with it
+    if (next <= last_tile && next / TILES_PER_SPLIT != t / TILES_PER_SPLIT) {  // a split ends: into the totals with it
       Factors f[2];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
@@ -137,7 +147,7 @@ attn_prefill(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, con
     }
     cp_async_wait<0>();
     __syncthreads();  // the next keys are here, the values have been read
-    if (t < last_tile) load_v(t + 1);
+    if (next <= last_tile) load_v(next);
     cp_async_commit();
   }
   if (idle) return;
@@ -162,4 +172,28 @@ attn_prefill(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, con
       *reinterpret_cast<u32*>(target + n * 8 + (lane % 4) * 2) = pack2<T>(__fmul_rn(a, over), __fmul_rn(b, over));
     }
   }
+}
+
+// out, q [T, pitch]; caches, tables, window, soft_cap as in attn_decode. slots, kv_lens int32 [seqs],
+// query_offsets int32 [seqs + 1]: as in the step's metadata. tiles int32 [n, 2]: (sequence, first row) of each
+// block, the longest first. Grid: (n, kv_heads), WARPS * 32 threads.
+template <typename T, int DK, int DV, int WARPS>
+__global__ void __launch_bounds__(WARPS * 32)
+attn_prefill(T* out, const T* q, const T* k_cache, const T* v_cache, const int* tables, const int* slots,
+             const int* kv_lens, const int* query_offsets, const int2* work, int q_pitch, int out_pitch,
+             int table_stride, int kv_heads, int group, float scale, float soft_cap, int window) {
+  attend<T, DK, DV, WARPS>(out, q, k_cache, v_cache, tables, slots, kv_lens, query_offsets, work, q_pitch, out_pitch,
+                           table_stride, kv_heads, group, scale, soft_cap, window, Everything());
+}
+
+// The same where queries see some blocks of keys only.
+template <typename T, int DK, int DV, int WARPS>
+__global__ void __launch_bounds__(WARPS * 32)
+attn_prefill_sparse(T* out, const T* q, const T* k_cache, const T* v_cache, const int* tables, const int* slots,
+                    const int* kv_lens, const int* query_offsets, const int2* work, int q_pitch, int out_pitch,
+                    int table_stride, int kv_heads, int group, float scale, float soft_cap, int window, int size,
+                    int local, int stride, int head_step) {
+  attend<T, DK, DV, WARPS>(out, q, k_cache, v_cache, tables, slots, kv_lens, query_offsets, work, q_pitch, out_pitch,
+                           table_stride, kv_heads, group, scale, soft_cap, window,
+                           SomeBlocks{size, local, stride, head_step});
 }

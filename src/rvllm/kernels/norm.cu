@@ -2,6 +2,12 @@
 // All sums are float32 in an order that depends on the width alone.
 #include "norm_slice.cuh"
 
+// Explicit instructions: a fused kernel gives the bits of the separate ones.
+__device__ __forceinline__ float plus_square(float sum, float v) { return __fmaf_rn(v, v, sum); }
+__device__ __forceinline__ float finished(float v, float mean, float factor, float w, float b) {
+  return __fmaf_rn(__fmul_rn(__fsub_rn(v, mean), factor), w, b);
+}
+
 // ADD: x += y * scale (rounded to T, stored), then out = norm(x); otherwise out = norm(x), which may be in place.
 // LAYER: (x - mean) / sqrt(var + eps) * weight + bias; otherwise x / sqrt(mean(x^2) + eps) * weight.
 // x, y, out [rows, width], width % 8 == 0 and width <= 8 * VECTORS * blockDim; weight, bias float32 [width] or null.
@@ -49,7 +55,7 @@ norm(T* out, T* x, const T* __restrict__ y, const float* __restrict__ weight, co
       }
     }
 #pragma unroll
-    for (int j = 0; j < 8; j++) sum += LAYER ? v[k][j] : v[k][j] * v[k][j];
+    for (int j = 0; j < 8; j++) sum = LAYER ? sum + v[k][j] : plus_square(sum, v[k][j]);
   }
   sum = block_sum(sum, scratch);
   float mean = 0.f;
@@ -60,7 +66,7 @@ norm(T* out, T* x, const T* __restrict__ y, const float* __restrict__ weight, co
     for (int k = 0; k < VECTORS; k++)
       if (threadIdx.x + k * blockDim.x < vectors) {
 #pragma unroll
-        for (int j = 0; j < 8; j++) sum += (v[k][j] - mean) * (v[k][j] - mean);
+        for (int j = 0; j < 8; j++) sum = plus_square(sum, v[k][j] - mean);
       }
     sum = block_sum(sum, scratch);
   }
@@ -71,7 +77,7 @@ norm(T* out, T* x, const T* __restrict__ y, const float* __restrict__ weight, co
     if (i >= vectors) continue;
     if (VECTORS > 1) parameters(i);
 #pragma unroll
-    for (int j = 0; j < 8; j++) v[k][j] = (v[k][j] - mean) * factor * w[j] + (LAYER ? b[j] : 0.f);
+    for (int j = 0; j < 8; j++) v[k][j] = finished(v[k][j], mean, factor, w[j], LAYER ? b[j] : 0.f);
     target[i] = pack8<T>(v[k]);
   }
 }
@@ -93,7 +99,7 @@ norm_add_norm(T* out, T* x, const T* y, const float* __restrict__ before, const 
     *reinterpret_cast<float4*>(w) = *reinterpret_cast<const float4*>(weight + i * 8);
     *reinterpret_cast<float4*>(w + 4) = *reinterpret_cast<const float4*>(weight + i * 8 + 4);
 #pragma unroll
-    for (int j = 0; j < 8; j++) v[k][j] = v[k][j] * factor * w[j];
+    for (int j = 0; j < 8; j++) v[k][j] = finished(v[k][j], 0.f, factor, w[j], 0.f);
     return pack8<T>(v[k]);
   };
   griddep_wait();
@@ -106,7 +112,7 @@ norm_add_norm(T* out, T* x, const T* y, const float* __restrict__ before, const 
     for (int j = 0; j < 8; j++) v[k][j] = 0.f;
     if (i < vectors) unpack8<T>(other[i], v[k]);
 #pragma unroll
-    for (int j = 0; j < 8; j++) sum += v[k][j] * v[k][j];
+    for (int j = 0; j < 8; j++) sum = plus_square(sum, v[k][j]);
   }
   sum = block_sum(sum, scratch);
   float factor = 1.f / sqrtf(sum / width + eps_before);
@@ -125,7 +131,7 @@ norm_add_norm(T* out, T* x, const T* y, const float* __restrict__ before, const 
       unpack8<T>(rounded, v[k]);
     }
 #pragma unroll
-    for (int j = 0; j < 8; j++) sum += v[k][j] * v[k][j];
+    for (int j = 0; j < 8; j++) sum = plus_square(sum, v[k][j]);
   }
   if (!out) return;
   sum = block_sum(sum, scratch);

@@ -34,6 +34,7 @@ from rvllm.program.ops import (
     Activate,
     Add,
     Attention,
+    BlockSparseAttention,
     ClampedGate,
     Embed,
     GatedActivation,
@@ -114,7 +115,7 @@ class Lowering:
             Norm: self._norm,
             Linear: self._linear,
             RopeKV: self._rope_kv,
-            Attention: self._attention,
+            Attention: self.attention,
             GatedActivation: self._activation,
             Activate: self._activation,
             Add: self._add,
@@ -434,9 +435,17 @@ class Lowering:
         weights = [self.weight(norm.weight, "norm") for norm in (queries, keys)]
         return f"_{queries.kind_}", [*weights, *map(ctypes.c_int, steps), ctypes.c_float(queries.eps)]
 
-    def _attention(self, stage: Stage) -> None:
+    def attention(self, stage: Stage) -> None:
+        """Attention over the paged cache: a launch for single tokens, and one for longer runs of them."""
         (op,) = stage.ops
-        assert isinstance(op, Attention)
+        assert isinstance(op, Attention | BlockSparseAttention)
+        soft_cap, window, sight = 0.0, 0, list[object]()
+        if isinstance(op, Attention):
+            soft_cap, window = op.soft_cap or 0.0, op.window or 0
+        else:
+            sparsity = op.sparsity
+            facts = (sparsity.size, sparsity.local, sparsity.stride, sparsity.head_step)
+            sight = [ctypes.c_int(fact) for fact in facts]
         k_cache, v_cache = self.at.caches[op.cache.name]
         shared = (
             self.at.buffers[op.out.name],
@@ -454,8 +463,8 @@ class Lowering:
             ctypes.c_int(op.kv_heads),
             ctypes.c_int(op.heads // op.kv_heads),
             ctypes.c_float(op.scale),
-            ctypes.c_float(op.soft_cap or 0.0),
-            ctypes.c_int(op.window or 0),
+            ctypes.c_float(soft_cap),
+            ctypes.c_int(window),
         )
         decode = self.decode[op.name]
         self.plan(
@@ -469,6 +478,7 @@ class Lowering:
             self.at.arrivals,
             *numbers,
             ctypes.c_int(self.layout.seqs),
+            *sight,
             smem=decode.smem,
             why="sequences with one token",
         )
@@ -483,6 +493,7 @@ class Lowering:
                 self.meta(self.layout.query_offsets),
                 self.meta(self.layout.tile_list),
                 *numbers,
+                *sight,
                 smem=prefill.smem,
                 why="sequences with several tokens",
             )

@@ -9,6 +9,7 @@ from typing import Literal
 
 from rvllm.backends.cuda.fuse import Stage, is_gate
 from rvllm.backends.cuda.gemm import gated_rows, packed_nbytes
+from rvllm.program.encoder import AddPositions
 from rvllm.program.ops import Embed, HeadLinear, Linear, Logits, Norm, Weight
 
 # packed, gated: tiles for our matrix kernels, gated with gate and up rows interleaved; table: row-major, for
@@ -71,6 +72,9 @@ def wanted_weights(stages: Iterable[Stage], matrices: Form = "packed") -> list[W
                 want(op.table, "table")
             elif isinstance(op, HeadLinear):
                 want(op.weight, "table")
+            elif isinstance(op, AddPositions):
+                want(op.positions, "table")
+                want(op.kinds, "table")
             elif isinstance(op, Norm):
                 want(op.weight, "norm")
                 want(op.bias, "norm")

@@ -1,0 +1,103 @@
+"""Encoders' kernels, block-sparse attention and fused row kernels: on a GPU, and emulated."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import attention_checks
+import encoder_checks
+import harness
+import numpy as np
+import pytest
+
+from rvllm.backends.cuda.driver import device_count
+
+DTYPES = {"bfloat16": harness.BF16, "float16": harness.F16}
+ROW_CHECKS = {check.__name__.removeprefix("check_"): check for check in encoder_checks.ROW_CHECKS}
+NEW_HEADS = [attention_checks.Shape(32, 2, 4), attention_checks.Shape(160, 2, 4)]
+DEVICES = [
+    pytest.param(
+        "emulated",
+        marks=pytest.mark.skipif(
+            shutil.which("g++") is None, reason="the emulator needs g++, which is not here"
+        ),
+    ),
+    pytest.param(
+        "gpu",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(
+                device_count() == 0, reason="no NVIDIA GPU, or the cuda extra is not installed"
+            ),
+        ],
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def gpu(request: pytest.FixtureRequest) -> Iterator[Any]:
+    if request.param == "gpu":
+        shared: Any = harness.Gpu()
+    else:
+        from emulator import Emulator
+
+        shared = Emulator()
+    yield shared
+    shared.clear()
+
+
+@pytest.fixture(autouse=True)
+def release(gpu: Any) -> Iterator[None]:
+    yield
+    gpu.clear()
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    seed = int(os.environ.get("RVLLM_TEST_SEED", "0"))
+    return np.random.default_rng([seed, zlib.crc32(request.node.name.encode())])
+
+
+def small(gpu: Any) -> bool:
+    """Whether sizes have to be small."""
+    return not isinstance(gpu, harness.Gpu)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("check", ROW_CHECKS)
+def test_row_kernels(gpu: Any, rng: np.random.Generator, check: str, dtype: str) -> None:
+    ROW_CHECKS[check](gpu, rng, DTYPES[dtype])
+
+
+def test_hidden_tokens(gpu: Any, rng: np.random.Generator) -> None:
+    encoder_checks.check_hide(gpu, rng)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", encoder_checks.TEXT_HEAD_DIMS)
+def test_text_attention(gpu: Any, rng: np.random.Generator, dim: int, dtype: str) -> None:
+    lengths = (1, 2, 64, 65, 130) if small(gpu) else encoder_checks.LENGTHS
+    encoder_checks.check_text_attention(gpu, rng, DTYPES[dtype], dim, lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", range(len(encoder_checks.SPARSE)))
+def test_block_sparse_attention(gpu: Any, rng: np.random.Generator, case: int, dtype: str) -> None:
+    shape, sparsity = encoder_checks.SPARSE[case]
+    encoder_checks.check_sparse(gpu, rng, DTYPES[dtype], shape, sparsity, 330 if small(gpu) else 1300)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", NEW_HEADS, ids=lambda s: f"d{s.dim}")
+@pytest.mark.parametrize("check", ["decode", "prefill", "invariance"])
+def test_attention_of_more_head_sizes(
+    gpu: Any, rng: np.random.Generator, check: str, shape: attention_checks.Shape, dtype: str
+) -> None:
+    if small(gpu):
+        pytest.skip("on a GPU only: the sizes are its own")
+    getattr(attention_checks, f"check_{check}")(gpu, rng, DTYPES[dtype], shape)
