@@ -22,13 +22,16 @@ TARGETS = {"sm_80": 80, "sm_90a": 90}
 SPILL_LIMIT = 384  # bytes: seldom taken paths may spill a little
 CHOSEN = {
     "sm_80": {"sm80_f16_attn_decode_d64", "sm80_f16_attn_prefill_d64_small", "sm80_sample_pick",
-              "sm80_bf16_norm_layer_add_wide", "sm80_f16_dequant_q5_k", "sm80_bf16_gemm_n16"},
+              "sm80_bf16_norm_layer_add_wide", "sm80_f16_dequant_q5_k", "sm80_bf16_gemm_n16",
+              "sm80_f16_experts_r64_n64"},
     "sm_90a": {"sm80_bf16_attn_decode_d128", "sm80_bf16_attn_prefill_d128", "sm80_sample_scan",
                "sm80_sample_pick", "sm80_slot_start", "sm80_logprobs", "sm80_checksum",
                "sm80_bf16_fill_random", "sm80_bf16_embed", "sm80_bf16_gather_rows", "sm80_bf16_add",
                "sm80_bf16_rope_kv", "sm80_bf16_rope_kv_interleaved", "sm80_bf16_norm_rms",
                "sm80_bf16_norm_rms_add", "sm80_bf16_norm_groups_rms", "sm80_bf16_gated_silu",
                "sm80_bf16_act_gelu", "sm80_bf16_dequant_q4_1", "sm80_f32_dequant_q6_k",
+               "sm80_bf16_route", "sm80_experts_sort", "sm80_bf16_experts_few_s4",
+               "sm80_bf16_experts_r128_n128",
                "sm80_bf16_gemm_pack_f32", "sm80_stream_read", "sm80_begin_step", "sm90_bf16_gemm_split_n8",
                "sm80_bf16_rope_kv_rms", "sm80_bf16_norm_add_norm", "sm80_bf16_gated_clamped",
                "sm80_bf16_text_attn_d64", "sm80_bf16_pool", "sm80_bf16_attn_decode_sparse_d128"},

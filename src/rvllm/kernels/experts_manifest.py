@@ -1,7 +1,108 @@
-"""Mixtures of experts: routing and grouped products: their kernels."""
+"""Mixtures of experts: routing and grouped products: their kernels.
+
+The sizes here are those of `route.cu`, `experts_sort.cu`, `experts_few.cu` and `experts_many.cu`, which say
+what they mean; `backends/cuda/lower_experts.py` chooses among the kernels.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from rvllm.kernels.spec import KernelSpec
 
-SPECS: list[KernelSpec] = []
+DTYPES = ("bf16", "f16")
+MOST_EXPERTS = 512  # a router's
+MOST_CHOSEN = 32  # experts of a token
+MOST_GROUPS = 32
+MOST_SEGMENTS = 8  # of K, the warps of a block of `few`
+FEW_TOKENS = 8  # of a step, for `few`
+ROUTE_WARPS = 4
+ROUTES = {"": (1, 1), "_wide": (8, 4)}  # tokens of a block, experts of a warp
+STAGES = (4, 8)  # of a warp's pipeline in `few` and `one`
+SORT_WARPS = (4, 32)
+_SLICE, _TILE = 2048, 64  # bytes of 16 rows of a packed tile; its columns
+_SMEM = 232448  # bytes of shared memory that a kernel may be launched with on any GPU
+
+
+@dataclass(frozen=True)
+class Block:
+    """An instantiation of `many`: rows of W by entries of an expert."""
+
+    rows: int
+    tokens: int
+    row_warps: int
+    token_warps: int
+
+    @property
+    def name(self) -> str:
+        """As in kernel names."""
+        return f"r{self.rows}_n{self.tokens}"
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.row_warps * self.token_warps
+
+    @property
+    def smem(self) -> int:
+        """Dynamic shared memory in bytes: four stages."""
+        return 4 * (self.rows + self.tokens) * _TILE * 2
+
+
+BLOCKS = (Block(64, 16, 4, 1), Block(64, 64, 4, 1), Block(128, 128, 4, 2))
+
+
+def few_smem(segments: int, slots: int) -> int:
+    """Dynamic shared memory of `few` in bytes."""
+    return segments * slots * (_SLICE + 8 * _TILE * 2)
+
+
+def one_smem(segments: int, slots: int, top_k: int) -> int:
+    """Dynamic shared memory of `one` in bytes."""
+    return segments * slots * (_SLICE + _TILE * 2) + top_k * segments * 64
+
+
+def sort_smem(warps: int, experts: int) -> int:
+    """Dynamic shared memory of `sort` in bytes."""
+    return 4 * (warps + 3) * experts
+
+
+def _specs() -> list[KernelSpec]:
+    specs = [
+        KernelSpec("sm80_experts_sort", "experts_sort.cu", "rvllm::experts::sort",
+                   smem=sort_smem(SORT_WARPS[-1], MOST_EXPERTS))
+    ]  # fmt: skip
+    for dtype in DTYPES:
+        for suffix, (tokens, experts) in ROUTES.items():
+            specs.append(
+                KernelSpec(f"sm80_{dtype}_route{suffix}", "route.cu", f"route<{dtype}, {tokens}, {experts}>")
+            )
+        for stages in STAGES:
+            for name in ("few", "one"):
+                specs.append(
+                    KernelSpec(
+                        name=f"sm80_{dtype}_experts_{name}_s{stages}",
+                        source="experts_few.cu",
+                        symbol=f"rvllm::experts::{name}<rvllm::{dtype}, {stages}>",
+                        smem=_SMEM - 16384,
+                    )
+                )
+        specs.append(
+            KernelSpec(
+                f"sm80_{dtype}_experts_combine", "experts_few.cu", f"rvllm::experts::combine<rvllm::{dtype}>"
+            )
+        )
+        for block in BLOCKS:
+            sizes = f"{block.rows}, {block.tokens}, {block.row_warps}, {block.token_warps}"
+            specs.append(
+                KernelSpec(
+                    name=f"sm80_{dtype}_experts_{block.name}",
+                    source="experts_many.cu",
+                    symbol=f"rvllm::experts::many<rvllm::{dtype}, {sizes}>",
+                    smem=block.smem,
+                )
+            )
+    return specs
+
+
+SPECS: list[KernelSpec] = _specs()

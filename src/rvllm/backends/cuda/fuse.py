@@ -11,6 +11,7 @@ from rvllm.program.ops import (
     Add,
     Buffer,
     ClampedGate,
+    Experts,
     GatedActivation,
     Linear,
     Norm,
@@ -50,6 +51,7 @@ def fuse(program: Program, gated_epilogue: bool = True) -> list[Stage]:
 
     Linear, activation of its result, gated or not: the product's epilogue (`gated_epilogue`).
     Linear, Add of its result: the residual add is the product's epilogue.
+    Experts, Add of its result: likewise, unless a Norm takes the Add.
     Norm, Add of its result, Norm of the sum or not: one pass over the row.
     Add, Norm of its result: likewise.
     Norm of the query heads, Norm of the key heads, RopeKV: each head is normalised as it is rotated.
@@ -81,6 +83,10 @@ def _stage(ops: Sequence[Op], readers: Counter[str], epilogue: bool) -> Stage:
                 return Stage((op, after), (op.out.name,))
         case Linear(), Add():
             if after.y == op.out and after.x != op.out and readers[op.out.name] == 1:
+                return Stage((op, after), (op.out.name,))
+        case Experts(), Add():
+            taken = isinstance(third, Norm) and _norms_rows(third) and third.x == after.x
+            if after.y == op.out and after.x != op.out and readers[op.out.name] == 1 and not taken:
                 return Stage((op, after), (op.out.name,))
         case Norm(), Add():
             alone = _norms_rows(op) and op.kind_ == "rms" and op.weight is not None

@@ -24,7 +24,7 @@ from rvllm.backends.cuda.placement import Wanted
 from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
 from rvllm.weights.checkpoint import Checkpoint, TensorType
-from rvllm.weights.packing import find_tensor, is_transposed, pack, raw_parts
+from rvllm.weights.packing import each_raw_part, find_tensor, is_transposed, pack
 
 STAGING = 32 << 20  # bytes of one pinned buffer
 BLOCK = 256
@@ -36,7 +36,8 @@ _PLAIN = {TensorType.F32: "f32", TensorType.F16: "f16", TensorType.BF16: "bf16"}
 class Piece:
     """Consecutive rows of a weight as they are stored, and where they go.
 
-    first: the row of the packed matrix (packed, gated) or of the table where the first of them goes.
+    address: of the matrix; in a stack, of the one that the rows belong to.
+    first: the row of the packed matrix or of the table where the first of them goes.
     padded: rows to write, with zeros behind the real ones.
     """
 
@@ -101,14 +102,15 @@ class Loader:
             event.close()
 
     def _pieces(self, wanted: Wanted, address: int, checkpoint: Checkpoint) -> Iterator[Piece]:
-        """The weight's stored rows, cut where the interleaving changes."""
-        position, last = 0, wanted.weight.elements // wanted.width
-        half = last // 2
+        """The weight's stored rows, cut where the interleaving changes and where a matrix of a stack ends."""
+        stacked, gated = wanted.form in ("stack", "gated_stack"), wanted.form in ("gated", "gated_stack")
+        last = wanted.weight.elements // wanted.width // (wanted.weight.shape[0] if stacked else 1)
+        position, half = 0, last // 2
         for type_, data in self._stored(wanted, checkpoint):
             start = 0
             while start < len(data):
-                row = position + start
-                if wanted.form == "gated":
+                matrix, row = divmod(position + start, last)
+                if gated:
                     up = row >= half
                     stop = min(len(data), start + (last if up else half) - row)
                     first = (row - half if up else row) // 8 * 16
@@ -119,10 +121,11 @@ class Loader:
                             f"{wanted.weight.name}: a part of a gate or up matrix starts within eight rows"
                         )
                 else:
-                    stop, first, kind = len(data), row, Interleave.PLAIN
-                    whole = wanted.form == "packed" and position + stop == last
+                    stop, first, kind = min(len(data), start + last - row), row, Interleave.PLAIN
+                    whole = wanted.form in ("packed", "stack") and row + stop - start == last
                     padded = stop - start + (-last % 64 if whole else 0)
-                yield Piece(wanted, address, type_, data[start:stop], first, padded, kind)
+                place = address + matrix * wanted.matrix_bytes if stacked else address
+                yield Piece(wanted, place, type_, data[start:stop], first, padded, kind)
                 start = stop
             position += len(data)
 
@@ -132,7 +135,7 @@ class Loader:
         """Parts in stored form; those that must be rearranged element by element are packed on the host."""
         found = ((part, find_tensor(part, checkpoint)) for part in wanted.weight.parts)
         if not any(part.add or (info is not None and is_transposed(part, info)) for part, info in found):
-            for part in raw_parts(wanted.weight, checkpoint):
+            for part in each_raw_part(wanted.weight, checkpoint):
                 yield part.type, part.data
         else:
             rows = pack(wanted.weight, checkpoint, DType.F32).reshape(-1, wanted.width)

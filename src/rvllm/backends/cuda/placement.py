@@ -10,12 +10,13 @@ from typing import Literal
 from rvllm.backends.cuda.fuse import Stage, is_gate
 from rvllm.backends.cuda.gemm import gated_rows, packed_nbytes
 from rvllm.program.encoder import AddPositions
-from rvllm.program.ops import Embed, HeadLinear, Linear, Logits, Norm, Weight
+from rvllm.program.ops import Embed, Experts, HeadLinear, Linear, Logits, Norm, Route, Weight
+from rvllm.program.recurrent import CausalConv, GatedNorm, StateScan
 
-# packed, gated: tiles for our matrix kernels, gated with gate and up rows interleaved; table: row-major, for
-# lookups and for cuBLAS; norm: float32; bias, gated_bias: the model's type, gated_bias interleaved like its
-# matrix.
-Form = Literal["packed", "gated", "table", "norm", "bias", "gated_bias"]
+# packed, gated: tiles for our matrix kernels, gated with gate and up rows interleaved; stack, gated_stack:
+# the same for each matrix of a stack, one behind the other; table: row-major, for lookups and for cuBLAS;
+# norm: float32; bias, gated_bias: the model's type, gated_bias interleaved like its matrix.
+Form = Literal["packed", "gated", "stack", "gated_stack", "table", "norm", "bias", "gated_bias"]
 ELEMENT = 2  # bytes of the model's type on a GPU: bfloat16 or float16
 
 
@@ -28,9 +29,15 @@ class Wanted:
 
     @property
     def rows(self) -> int:
-        """Rows of the matrix as it lies on the device, of all matrices of a stack; elements of a vector."""
-        rows = math.prod(self.weight.shape[:-1]) if self.weight.role == "stack" else self.weight.shape[0]
-        return gated_rows(rows // 2) if self.form in ("gated", "gated_bias") else rows
+        """Rows of the matrix as it lies on the device, elements of a vector.
+
+        Of a stack: of each packed matrix, or of all together in a table.
+        """
+        shape = self.weight.shape
+        rows = shape[0]
+        if self.weight.role == "stack":
+            rows = shape[1] if self.form in ("stack", "gated_stack") else math.prod(shape[:-1])
+        return gated_rows(rows // 2) if self.form in ("gated", "gated_stack", "gated_bias") else rows
 
     @property
     def width(self) -> int:
@@ -38,11 +45,18 @@ class Wanted:
         return self.weight.shape[-1]
 
     @property
+    def matrix_bytes(self) -> int:
+        """Bytes of one packed matrix, the only one or one of a stack."""
+        return packed_nbytes(self.rows, self.width)
+
+    @property
     def nbytes(self) -> int:
         """Bytes it takes on the device."""
         match self.form:
             case "packed" | "gated":
-                return packed_nbytes(self.rows, self.width)
+                return self.matrix_bytes
+            case "stack" | "gated_stack":
+                return self.weight.shape[0] * self.matrix_bytes
             case "table":
                 return self.weight.elements * ELEMENT
             case "norm":
@@ -72,10 +86,19 @@ def wanted_weights(stages: Iterable[Stage], matrices: Form = "packed") -> list[W
                 want(op.table, "table")
             elif isinstance(op, HeadLinear):
                 want(op.weight, "table")
+            elif isinstance(op, Route):
+                want(op.weight, "table")
+                want(op.bias, "norm")
+            elif isinstance(op, Experts):
+                want(op.up, "gated_stack" if op.gated else "stack")
+                want(op.down, "stack")
             elif isinstance(op, AddPositions):
                 want(op.positions, "table")
                 want(op.kinds, "table")
             elif isinstance(op, Norm):
                 want(op.weight, "norm")
                 want(op.bias, "norm")
+            elif isinstance(op, CausalConv | StateScan | GatedNorm):
+                for weight in op.weights:
+                    want(weight, "norm")
     return list(found.values())

@@ -1,0 +1,239 @@
+// Experts for few tokens: weights stream once through shared memory, every warp with a pipeline of its own.
+//
+// A block has 16 packed rows of one expert's matrix; its warps are the segments of K, whose sums meet in shared
+// memory at the end. Tokens are the eight columns of the matrix instruction. Columns without a token multiply
+// whatever lies there: no column reads another.
+#include "experts.cuh"
+
+namespace rvllm::experts {
+
+constexpr int FEW = 8;  // tokens of a step, at most
+constexpr int MOST_SEGMENTS = 8;
+
+// The bytes a warp has in flight at a stage: its slice of a tile of W, and 64 elements of ROWS rows of x.
+template <int ROWS>
+constexpr int stage_bytes() {
+  return SLICE_BYTES + ROWS * TILE * 2;
+}
+
+// Adds 16 rows x 64 columns of W times 64 columns of eight rows of x to acc.
+template <class T>
+__device__ __forceinline__ void multiply(float (&acc)[4], u32 w, u32 x, int lane) {
+  const int row = lane % 16, token = lane % 8;
+#pragma unroll
+  for (int step = 0; step < TILE / 16; step += 2) {
+    u32 a[4], b[4];
+    ptx::ldmatrix_x4(b, x + token * 128 + ((2 * step + lane / 8) ^ token) * 16);
+    ptx::ldmatrix_x4(a, w + row * 128 + ((2 * step + lane / 16) ^ row % 8) * 16);
+    ptx::mma_16816(acc, a, {b[0], b[1]}, T());
+    ptx::ldmatrix_x4(a, w + row * 128 + ((2 * step + 2 + lane / 16) ^ row % 8) * 16);
+    ptx::mma_16816(acc, a, {b[2], b[3]}, T());
+  }
+}
+
+__device__ __forceinline__ void load_slice(u32 to, const u8* from, int lane) {
+#pragma unroll
+  for (int i = 0; i < SLICE_BYTES; i += 512) ptx::cp_async16(to + i + lane * 16, from + i + lane * 16);
+}
+
+// Rows of one matrix of every expert that some of at most FEW tokens chose: inner = act(up x) or parts = down inner.
+// ids int32 [tokens, top_k]. by_token: x has a row a token, else a row an entry. out: a row an entry, `pitch`
+// elements each. k: elements of a row of x, a multiple of 8; blocks: ceil(k / 64); rows: packed rows (2 * width when
+// gated). act: PLAIN or a value of Act. slots: stages a warp has memory for, STAGES or all its blocks if fewer.
+// Grid: (ceil(rows / 16), entries). Block: 32 * segments. Shared: segments * slots * stage_bytes<8>().
+// The block of an expert's first entry does all its tokens; the others leave. Bound by memory.
+template <class T, int STAGES>
+__global__ void __launch_bounds__(32 * MOST_SEGMENTS)
+    few(T* out, const T* x, const u8* __restrict__ weights, const int* ids, const int* num_tokens, int top_k,
+        int by_token, int k, int blocks, int rows, int pitch, int act, int gated, int slots) {
+  using namespace ptx;
+  constexpr int STAGE = stage_bytes<FEW>();
+  extern __shared__ __align__(1024) u8 shared[];
+  __shared__ float partial[MOST_SEGMENTS][SLICE][FEW + 1];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, segments = blockDim.x / 32;
+  const u32 base = smem(shared) + warp * slots * STAGE;
+  griddep_launch();
+  griddep_wait();
+  const int tokens = min(*num_tokens, FEW), entry = blockIdx.y;
+  if (entry >= tokens * top_k) return;
+  const int expert = ids[entry];
+  int mine = -1;  // of lane t: token t's entry with this expert
+  if (lane < tokens)
+    for (int j = 0; j < top_k; j++)
+      if (ids[lane * top_k + j] == expert) mine = lane * top_k + j;
+  if (__any_sync(~0u, mine >= 0 && mine < entry)) return;  // the first entry's block does it
+
+  const int first = segment_start(blocks, segments, warp), last = segment_start(blocks, segments, warp + 1);
+  const u8* slice = weights + expert * matrix_bytes(rows, blocks) +
+                    static_cast<u64>(blockIdx.x / (TILE / SLICE)) * blocks * TILE_BYTES +
+                    blockIdx.x % (TILE / SLICE) * SLICE_BYTES;
+  // Each lane brings chunk lane % 8 of rows lane / 8 and lane / 8 + 4 of x.
+  const T* source[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int row = lane / 8 + 4 * h, place = __shfl_sync(~0u, mine, row);
+    source[h] = place < 0 ? nullptr : x + static_cast<size_t>(by_token ? row : place) * k + lane % 8 * 8;
+  }
+  int load_slot = 0, slot = 0;
+  const auto load = [&](int block) {
+    if (block < last) {
+      const u32 at = base + load_slot * STAGE;
+      if (++load_slot == slots) load_slot = 0;
+      load_slice(at, slice + static_cast<u64>(block) * TILE_BYTES, lane);
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int row = lane / 8 + 4 * h;
+        if (source[h]) {
+          const bool inside = block * TILE + lane % 8 * 8 < k;
+          cp_async16(at + SLICE_BYTES + row * 128 + (lane % 8 ^ row) * 16, inside ? source[h] + block * TILE : x,
+                     inside ? 16 : 0);
+        }
+      }
+    }
+    cp_async_commit();  // also when empty, so that the count of groups stays in step
+  };
+  for (int s = 0; s < STAGES - 1; s++) load(first + s);
+  float acc[4] = {};
+  for (int block = first; block < last; block++) {
+    cp_async_wait<STAGES - 2>();
+    __syncwarp();
+    load(block + STAGES - 1);
+    multiply<T>(acc, base + slot * STAGE, base + slot * STAGE + SLICE_BYTES, lane);
+    if (++slot == slots) slot = 0;
+  }
+  cp_async_wait<0>();
+#pragma unroll
+  for (int i = 0; i < 4; i++) partial[warp][lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = acc[i];
+  __syncthreads();
+
+  const auto sum = [&](int row, int column) {
+    float total = partial[0][row][column];
+    for (int s = 1; s < segments; s++) total += partial[s][row][column];
+    return total;
+  };
+  const int height = gated ? SLICE / 2 : SLICE;  // outputs of a token
+  for (int i = threadIdx.x; i < height * FEW; i += blockDim.x) {
+    const int row = i % height, column = i / height, at = blockIdx.x * height + row;
+    const int place = __shfl_sync(~0u, mine, column);
+    if (place < 0 || at >= (gated ? rows / 2 : rows)) continue;
+    const T value = gated ? gated_value<T>(sum(row, column), sum(row + 8, column), act)
+                          : plain_value<T>(sum(row, column), act);
+    out[static_cast<size_t>(place) * pitch + at] = value;
+  }
+}
+
+// One token's result: out = sum over j of shares[j] * (down[ids[j]] inner[j]), rounded; with a residual,
+// rounded(residual + scale * that). A block has 16 rows of the sum and takes the token's experts one behind the
+// other through one pipeline. inner [top_k, k]; residual may be out, or null. The rest as in `few`; top_k <= 32.
+// Grid: (ceil(rows / 16)). Block: 32 * segments. Shared: segments * slots * stage_bytes<1>() +
+// top_k * segments * 64. Bound by memory.
+template <class T, int STAGES>
+__global__ void __launch_bounds__(32 * MOST_SEGMENTS)
+    one(T* out, const T* inner, const u8* __restrict__ weights, const int* ids, const float* shares, const T* residual,
+        int top_k, int k, int blocks, int rows, int slots, float scale) {
+  using namespace ptx;
+  constexpr int STAGE = stage_bytes<1>();
+  extern __shared__ __align__(1024) u8 shared[];
+  __shared__ float parts[32][SLICE];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, segments = blockDim.x / 32;
+  const u32 base = smem(shared) + warp * slots * STAGE;
+  float* const partial = reinterpret_cast<float*>(shared + segments * slots * STAGE);  // [top_k][segments][16]
+  const int first = segment_start(blocks, segments, warp), last = segment_start(blocks, segments, warp + 1);
+  const int each = last - first;
+  const u8* const slice = weights + static_cast<u64>(blockIdx.x / (TILE / SLICE)) * blocks * TILE_BYTES +
+                          blockIdx.x % (TILE / SLICE) * SLICE_BYTES + static_cast<u64>(first) * TILE_BYTES;
+  const u64 matrix = matrix_bytes(rows, blocks);
+  griddep_launch();
+  griddep_wait();
+  const int chosen = lane < top_k ? ids[lane] : 0;
+  const float share = lane < top_k ? shares[lane] : 0.f;
+
+  int load_j = 0, load_block = 0, load_slot = 0;
+  const auto load = [&]() {
+    const int expert = __shfl_sync(~0u, chosen, load_j % 32);
+    if (load_j < top_k) {
+      const u32 at = base + load_slot * STAGE;
+      load_slice(at, slice + expert * matrix + static_cast<u64>(load_block) * TILE_BYTES, lane);
+      if (lane < 8) {
+        const int column = (first + load_block) * TILE + lane * 8;
+        const bool inside = column < k;
+        cp_async16(at + SLICE_BYTES + lane * 16, inside ? inner + static_cast<size_t>(load_j) * k + column : inner,
+                   inside ? 16 : 0);
+      }
+      if (++load_block == each) load_block = 0, load_j++;
+      if (++load_slot == slots) load_slot = 0;
+    }
+    cp_async_commit();
+  };
+  for (int s = 0; s < STAGES - 1; s++) load();
+  int slot = 0;
+  for (int j = 0; j < top_k; j++) {
+    float acc[4] = {};
+    for (int block = 0; block < each; block++) {
+      cp_async_wait<STAGES - 2>();
+      __syncwarp();
+      load();
+      const u32 at = base + slot * STAGE, x = at + SLICE_BYTES;
+      const int row = lane % 16;
+#pragma unroll
+      for (int step = 0; step < TILE / 16; step += 2) {
+        u32 a[4], b[4];
+        // Only column 0 is a token: all eight rows of each fragment are read from its one row.
+        ldmatrix_x4(b, x + (2 * step + lane / 8) * 16);
+        ldmatrix_x4(a, at + row * 128 + ((2 * step + lane / 16) ^ row % 8) * 16);
+        mma_16816(acc, a, {b[0], b[1]}, T());
+        ldmatrix_x4(a, at + row * 128 + ((2 * step + 2 + lane / 16) ^ row % 8) * 16);
+        mma_16816(acc, a, {b[2], b[3]}, T());
+      }
+      if (++slot == slots) slot = 0;
+    }
+    if (lane % 4 == 0) {
+      partial[(j * segments + warp) * SLICE + lane / 4] = acc[0];
+      partial[(j * segments + warp) * SLICE + lane / 4 + 8] = acc[2];
+    }
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+  for (int i = threadIdx.x; i < top_k * SLICE; i += blockDim.x) {
+    const int j = i / SLICE, row = i % SLICE;
+    float total = partial[j * segments * SLICE + row];
+    for (int s = 1; s < segments; s++) total += partial[(j * segments + s) * SLICE + row];
+    parts[j][row] = gemm::to_float(gemm::rounded<T>(total));
+  }
+  __syncthreads();
+  if (warp > 0) return;
+  float total = 0.f;
+  for (int j = 0; j < top_k; j++) total = weighted(total, parts[j][lane % SLICE], __shfl_sync(~0u, share, j), j == 0);
+  const int at = blockIdx.x * SLICE + lane;
+  if (lane >= SLICE || at >= rows) return;
+  const T value = gemm::rounded<T>(total);
+  out[at] = residual ? gemm::added<T>(residual[at], value, scale) : value;
+}
+
+// out[t] = sum over j, in order, of shares[t, j] * parts[t * top_k + j]; with a residual as in `one`.
+// parts [tokens * top_k, width], out and residual [tokens, width]; width % 8 == 0. Rows from *num_tokens on are left
+// alone. Grid: (ceil(width / 8 / threads), rows). Bound by memory.
+template <class T>
+__global__ void combine(T* out, const T* parts, const float* shares, const T* residual, const int* num_tokens,
+                        int top_k, int width, float scale) {
+  ptx::griddep_launch();
+  ptx::griddep_wait();
+  const int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8, token = blockIdx.y;
+  if (i >= width || token >= *num_tokens) return;
+  float total[8] = {};
+  for (int j = 0; j < top_k; j++) {
+    const size_t entry = static_cast<size_t>(token) * top_k + j;
+    const auto part = *reinterpret_cast<const gemm::Pack<T, 8>*>(parts + entry * width + i);
+    const float share = shares[entry];
+#pragma unroll
+    for (int c = 0; c < 8; c++) total[c] = weighted(total[c], gemm::to_float(part.v[c]), share, j == 0);
+  }
+  gemm::Pack<T, 8> value;
+#pragma unroll
+  for (int c = 0; c < 8; c++) value.v[c] = gemm::rounded<T>(total[c]);
+  const size_t at = static_cast<size_t>(token) * width + i;
+  if (residual) gemm::add_residual(residual + at, value, scale, 8, true);
+  *reinterpret_cast<gemm::Pack<T, 8>*>(out + at) = value;
+}
+
+}  // namespace rvllm::experts

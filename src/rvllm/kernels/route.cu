@@ -1,0 +1,197 @@
+// Chooses experts for every token: the router's product, its scores and the best of them in one launch.
+//
+// A logit is summed by one warp: lane l takes the 16-byte vectors l, l + 32, ... in order, element by element
+// with fused multiply-adds, and the lanes' sums are added as a butterfly. Neither the number of tokens nor that
+// of experts enters the order. Whoever completes a group of tokens (counted in `arrivals`) chooses for them.
+#include "common.cuh"
+
+constexpr int ROUTE_WARPS = 4, MOST_EXPERTS = 512, LANE_EXPERTS = MOST_EXPERTS / 32;
+
+enum RouteFlags : int { SIGMOID = 1, GROUP_TOP2 = 2, RENORMALISE = 4 };
+
+// The larger value, of equals that with the lower id. Ids are distinct or equal with equal values.
+__device__ __forceinline__ bool better(float a, int id, float b, int other) {
+  return a > b || (a == b && id < other);
+}
+
+// The best (value, id) of all lanes, in every lane.
+__device__ __forceinline__ void warp_best(float& value, int& id) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) {
+    const float v = __shfl_xor_sync(~0u, value, o);
+    const int i = __shfl_xor_sync(~0u, id, o);
+    if (better(v, i, value, id)) value = v, id = i;
+  }
+}
+
+// One warp chooses for one token. logits [experts] in global memory; choice: shared, MOST_EXPERTS floats.
+__device__ __forceinline__ void choose(const float* logits, const float* bias, float* choice, int* ids, float* shares,
+                                       int experts, int top_k, int groups, int kept, int flags, float scale) {
+  const int lane = threadIdx.x % 32;
+  float s[LANE_EXPERTS], c[LANE_EXPERTS];
+  float most = -INFINITY_F;
+#pragma unroll
+  for (int i = 0; i < LANE_EXPERTS; i++) {
+    const int e = lane + 32 * i;
+    s[i] = e < experts ? __ldcg(logits + e) : -INFINITY_F;
+    most = fmaxf(most, s[i]);
+  }
+  if (flags & SIGMOID) {
+#pragma unroll
+    for (int i = 0; i < LANE_EXPERTS; i++) s[i] = __fdiv_rn(1.f, __fadd_rn(1.f, expf(-s[i])));
+  } else {
+    most = warp_max(most);
+    float total = 0.f;
+#pragma unroll
+    for (int i = 0; i < LANE_EXPERTS; i++) {
+      s[i] = expf(__fsub_rn(s[i], most));  // 0 where there is no expert
+      total = __fadd_rn(total, s[i]);
+    }
+    total = warp_sum(total);
+#pragma unroll
+    for (int i = 0; i < LANE_EXPERTS; i++) s[i] = __fdiv_rn(s[i], total);
+  }
+  u32 out = 0;  // bit i: expert lane + 32 i takes no part, or has been taken
+#pragma unroll
+  for (int i = 0; i < LANE_EXPERTS; i++) {
+    const int e = lane + 32 * i;
+    c[i] = s[i];
+    if (e < experts && bias) c[i] = __fadd_rn(s[i], bias[e]);
+    if (!(c[i] == c[i])) c[i] = -INFINITY_F;  // not a number: last, but still somebody's expert
+    if (e >= experts) out |= 1u << i;
+  }
+  if (kept < groups) {
+    const int size = experts / groups;
+#pragma unroll
+    for (int i = 0; i < LANE_EXPERTS; i++)
+      if (lane + 32 * i < experts) choice[lane + 32 * i] = c[i];
+    __syncwarp();
+    float first = -INFINITY_F, second = -INFINITY_F;
+    if (lane < groups)
+      for (int i = 0; i < size; i++) {
+        const float v = choice[lane * size + i];
+        second = fmaxf(second, fminf(first, v));
+        first = fmaxf(first, v);
+      }
+    const float worth = flags & GROUP_TOP2 ? __fadd_rn(first, second) : first;
+    u32 chosen = 0;
+    for (int j = 0; j < kept; j++) {
+      const bool there = lane < groups && !(chosen >> lane & 1);
+      float best = there ? worth : -INFINITY_F;
+      int id = there ? lane : 32 + lane;
+      warp_best(best, id);
+      chosen |= 1u << id;
+    }
+#pragma unroll
+    for (int i = 0; i < LANE_EXPERTS; i++) {
+      const int e = lane + 32 * i;
+      if (e < experts && !(chosen >> e / size & 1)) out |= 1u << i;
+    }
+    __syncwarp();
+  }
+  float share = 0.f, total = 0.f;
+  int expert = 0;
+  for (int j = 0; j < top_k; j++) {
+    float best = -INFINITY_F, score = 0.f;
+    int id = MOST_EXPERTS + lane;
+#pragma unroll
+    for (int i = 0; i < LANE_EXPERTS; i++)
+      if (!(out >> i & 1) && better(c[i], lane + 32 * i, best, id)) best = c[i], id = lane + 32 * i, score = s[i];
+    const int mine = id;
+    warp_best(best, id);
+    score = __shfl_sync(~0u, score, id % 32);
+    if (mine == id) out |= 1u << id / 32;
+    if (lane == j) share = score, expert = id;
+    total = j == 0 ? score : __fadd_rn(total, score);
+  }
+  if (flags & RENORMALISE) share = __fdiv_rn(share, __fadd_rn(total, 1e-20f));
+  if (scale != 1.f) share = __fmul_rn(share, scale);
+  if (lane < top_k) {
+    ids[lane] = expert;
+    shares[lane] = share;
+  }
+}
+
+// ids int32, shares float32 [rows, top_k]; x [rows, k], weight [experts, k], bias float32 [experts] or null; logits
+// float32 [rows, experts] and arrivals int32 [ceil(rows / TOKENS)] (zeros, left as zeros) are scratch. Rows from
+// *num_tokens on are left alone. k % 8 == 0, experts <= MOST_EXPERTS, groups <= 32, top_k <= 32.
+// Grid: (ceil(experts / (4 * EXPERTS)), ceil(rows / TOKENS)). Block: 128. Bound by latency for few tokens, by
+// arithmetic for many.
+template <typename T, int TOKENS, int EXPERTS>
+__global__ void __launch_bounds__(ROUTE_WARPS * 32)
+route(int* ids, float* shares, const T* x, const T* __restrict__ weight, const float* __restrict__ bias, float* logits,
+      int* arrivals, const int* num_tokens, int k, int experts, int top_k, int groups, int kept, int flags,
+      float scale) {
+  constexpr int BATCH = TOKENS == 1 ? 8 : 1;  // vectors of a row in flight
+  __shared__ float choice[ROUTE_WARPS][MOST_EXPERTS];
+  __shared__ int last;
+  griddep_launch();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, vectors = k / 8;
+  const int e0 = (blockIdx.x * ROUTE_WARPS + warp) * EXPERTS, t0 = blockIdx.y * TOKENS;
+  const uint4* row[EXPERTS];
+  uint4 held[EXPERTS][BATCH];
+#pragma unroll
+  for (int e = 0; e < EXPERTS; e++)
+    row[e] = reinterpret_cast<const uint4*>(weight + (size_t)min(e0 + e, experts - 1) * k);
+  const auto fetch = [&](int base) {
+#pragma unroll
+    for (int e = 0; e < EXPERTS; e++)
+#pragma unroll
+      for (int b = 0; b < BATCH; b++) {
+        const int i = base + b * 32 + lane;
+        held[e][b] = i < vectors ? row[e][i] : make_uint4(0, 0, 0, 0);
+      }
+  };
+  fetch(0);  // the router's rows depend on nothing before
+  griddep_wait();
+  const int tokens = *num_tokens;
+  if (t0 >= tokens) return;
+  float acc[TOKENS][EXPERTS];
+#pragma unroll
+  for (int t = 0; t < TOKENS; t++)
+#pragma unroll
+    for (int e = 0; e < EXPERTS; e++) acc[t][e] = 0.f;
+  for (int base = 0; base < vectors; base += 32 * BATCH) {
+    if (base) fetch(base);
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++) {
+      if (TOKENS > 1 && t0 + t >= tokens) continue;
+      const uint4* const source = reinterpret_cast<const uint4*>(x + (size_t)(t0 + t) * k);
+      uint4 given[BATCH];
+#pragma unroll
+      for (int b = 0; b < BATCH; b++) {
+        const int i = base + b * 32 + lane;
+        given[b] = i < vectors ? source[i] : make_uint4(0, 0, 0, 0);
+      }
+#pragma unroll
+      for (int b = 0; b < BATCH; b++) {
+        float v[8];
+        unpack8<T>(given[b], v);
+#pragma unroll
+        for (int e = 0; e < EXPERTS; e++) {
+          float w[8];
+          unpack8<T>(held[e][b], w);
+#pragma unroll
+          for (int i = 0; i < 8; i++) acc[t][e] = __fmaf_rn(v[i], w[i], acc[t][e]);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < TOKENS; t++)
+#pragma unroll
+    for (int e = 0; e < EXPERTS; e++) {
+      const float sum = warp_sum(acc[t][e]);
+      if (lane == 0 && t0 + t < tokens && e0 + e < experts) __stcg(logits + (size_t)(t0 + t) * experts + e0 + e, sum);
+    }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(arrivals + blockIdx.y, 1) + 1 == (int)gridDim.x;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  for (int t = t0 + warp; t < min(t0 + TOKENS, tokens); t += ROUTE_WARPS)
+    choose(logits + (size_t)t * experts, bias, choice[warp], ids + (size_t)t * top_k, shares + (size_t)t * top_k, experts,
+           top_k, groups, kept, flags, scale);
+  if (threadIdx.x == 0) arrivals[blockIdx.y] = 0;
+}

@@ -1,0 +1,313 @@
+"""Routing and experts against the NumPy reference, by the launches that the backend plans."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, replace
+
+import numpy as np
+from harness import SHORT, Array, Machine, error, expect, rounded
+
+from rvllm.backends.cpu import moe
+from rvllm.backends.cpu.threads import Workers
+from rvllm.backends.cuda.chip import Chip
+from rvllm.backends.cuda.gemm import interleave_gate_up, pack_matrix
+from rvllm.backends.cuda.launches import Counts, Planned
+from rvllm.backends.cuda.lower_experts import ExpertsAt, ExpertsPlan, RouteAt, most_tiles, plan_route
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Activation, Buffer, Experts, Route, Weight
+
+LIMIT = {"bfloat16": 8e-3, "float16": 1.5e-3}
+WORKERS = Workers(1)
+DTYPES = {"bfloat16": DType.BF16, "float16": DType.F16}
+
+
+def run(gpu: Machine, planned: Planned) -> None:
+    """One planned launch."""
+    args = [ctypes.c_uint64(p) if isinstance(p, int) else p for p in planned.parameters]
+    gpu.launch(planned.kernel, planned.grid(Counts(0, 0, 0)), planned.block, args, planned.smem)
+
+
+def chip(gpu: Machine) -> Chip:
+    return Chip(gpu.facts.capability, gpu.facts.sm_count, gpu.facts.smem_per_block)
+
+
+def normal(rng: np.random.Generator, dtype: np.dtype, *shape: int, scale: float = 1.0) -> np.ndarray:
+    return rounded(rng.standard_normal(shape, np.float32) * np.float32(scale), dtype)
+
+
+# ---- routing
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A router; the fields of the op Route."""
+
+    experts: int
+    k: int
+    top_k: int
+    scores: str = "softmax"
+    bias: bool = False
+    groups: int = 1
+    kept: int = 1
+    group_score: str = "max"
+    renormalise: bool = False
+    scale: float = 1.0
+
+    def op(self, dtype: np.dtype) -> Route:
+        kind = DTYPES[dtype.name]
+        return Route(
+            name="route", x=Buffer("x", "tokens", self.k, kind),
+            ids=Buffer("ids", "tokens", self.top_k, DType.I32),
+            shares=Buffer("shares", "tokens", self.top_k, DType.F32),
+            weight=Weight("gate", (self.experts, self.k), (), "matrix"),
+            bias=Weight("gate.bias", (self.experts,), (), "vector") if self.bias else None, top_k=self.top_k,
+            scores=self.scores, groups=self.groups, kept_groups=self.kept, group_score=self.group_score,
+            renormalise=self.renormalise, scale=self.scale,
+        )  # type: ignore[arg-type]  # fmt: skip
+
+
+ROUTINGS = {
+    "mixtral": Routing(8, 4096, 2, renormalise=True),
+    "qwen3": Routing(128, 2048, 8, renormalise=True),
+    "deepseek_v2_lite": Routing(64, 2048, 6, scale=1.5),
+    "deepseek_v2": Routing(160, 320, 6, groups=8, kept=3, scale=16.0),
+    "deepseek_v3": Routing(256, 1032, 8, "sigmoid", True, 8, 4, "top2", True, 2.5),
+    "nemotron": Routing(20, 72, 3, "sigmoid", True, 4, 2, "top2", True, 5.0),
+    "tiny": Routing(4, 8, 1),
+    "all": Routing(512, 64, 32, "sigmoid"),
+}
+
+
+class Router:
+    """A router on the machine."""
+
+    def __init__(
+        self, gpu: Machine, dtype: np.dtype, routing: Routing, weight: np.ndarray, bias: np.ndarray
+    ) -> None:
+        self.gpu, self.dtype, self.op = gpu, dtype, routing.op(dtype)
+        self.weight, self.bias = gpu.array(weight.astype(dtype)), gpu.array(bias) if routing.bias else None
+
+    def choose(self, x: np.ndarray, padded: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids and shares of the rows of x, in a step of up to `padded`; checks that other rows stay."""
+        gpu, op, tokens = self.gpu, self.op, len(x)
+        rows = np.full((padded, x.shape[1]), np.nan, np.float32)
+        rows[:tokens] = x
+        ids, shares = gpu.empty((padded, op.top_k), np.int32), gpu.empty((padded, op.top_k), np.float32)
+        logits = gpu.empty((padded, op.weight.shape[0]), np.float32)
+        arrivals, count = gpu.zeros((padded,), np.int32), gpu.array([tokens], np.int32)
+        at = RouteAt(
+            x=gpu.array(rows.astype(self.dtype)).address, ids=ids.address, shares=shares.address,
+            weight=self.weight.address, bias=self.bias.address if self.bias else 0, logits=logits.address,
+            arrivals=arrivals.address, num_tokens=count.address,
+        )  # fmt: skip
+        run(gpu, plan_route(op, padded, SHORT[self.dtype.name], at))
+        assert (ids.get()[tokens:] == -1).all() and np.isnan(shares.get()[tokens:]).all()
+        assert not arrivals.get().any(), "the counters are not zero again"
+        return ids.get()[:tokens], shares.get()[:tokens]
+
+
+def check_route(
+    gpu: Machine,
+    rng: np.random.Generator,
+    dtype: np.dtype,
+    name: str,
+    sizes: tuple[int, ...] = (1, 2, 7, 33, 130),
+) -> float:
+    """Ids and shares equal the reference's, but for scores that nearly tie; bits alone as in company."""
+    routing = ROUTINGS[name]
+    weight = normal(rng, dtype, routing.experts, routing.k, scale=routing.k**-0.5)
+    bias = rng.standard_normal(routing.experts).astype(np.float32) * 0.1
+    router = Router(gpu, dtype, routing, weight, bias)
+    x = normal(rng, dtype, max(sizes), routing.k)
+    logits = (x.astype(np.float64) @ weight.T.astype(np.float64)).astype(np.float32)
+    wanted_ids, wanted = moe.choose(logits, bias if routing.bias else None, router.op)
+    worst, first = 0.0, None
+    for tokens in sizes:
+        ids, shares = router.choose(x[:tokens], tokens + tokens % 3)
+        if first is None:
+            first = (ids, shares)
+        assert (ids[:1] == first[0]).all() and (shares[:1] == first[1]).all(), (
+            "token 0 is not the same in company"
+        )
+        same = (ids == wanted_ids[:tokens]).all(axis=1)
+        assert same.mean() > 0.9 or (tokens < 10 and same.sum() >= tokens - 1), (
+            ids[~same],
+            wanted_ids[:tokens][~same],
+        )
+        assert all(len(set(row)) == len(row) for row in ids.tolist())
+        worst = max(worst, error(shares[same], wanted[:tokens][same]))
+    expect("route", worst, 1e-5)
+    return worst
+
+
+def check_route_ties(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) -> None:
+    """Equal scores go to the lower id; scores that are no numbers still give experts that exist."""
+    for routing in (Routing(64, 64, 5), Routing(24, 64, 4, "sigmoid", True, 4, 2, "top2", True)):
+        weight = normal(rng, dtype, routing.experts, routing.k)
+        weight[1::2] = weight[::2]
+        router = Router(gpu, dtype, routing, weight, np.zeros(routing.experts, np.float32))
+        x = normal(rng, dtype, 20, routing.k)
+        wanted, _ = moe.choose(x @ weight.T, np.zeros(1, np.float32), router.op)
+        assert (router.choose(x, 20)[0] == wanted).all()
+        assert (router.choose(np.zeros_like(x), 20)[0] == np.arange(routing.top_k)).all()
+        ids, _ = router.choose(np.full_like(x, np.nan), 20)
+        assert all(
+            len(set(row)) == len(row) and set(row) <= set(range(routing.experts)) for row in ids.tolist()
+        )
+
+
+# ---- experts
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Experts; the fields of the op Experts."""
+
+    experts: int
+    top_k: int
+    k: int
+    width: int
+    n: int
+    activation: Activation = "silu"
+    gated: bool = True
+
+    def op(self, dtype: np.dtype) -> Experts:
+        kind = DTYPES[dtype.name]
+        return Experts(
+            name="experts", x=Buffer("x", "tokens", self.k, kind), out=Buffer("out", "tokens", self.n, kind),
+            ids=Buffer("ids", "tokens", self.top_k, DType.I32),
+            shares=Buffer("shares", "tokens", self.top_k, DType.F32),
+            up=Weight("up", (self.experts, self.width * (1 + self.gated), self.k), (), "stack"),
+            down=Weight("down", (self.experts, self.n, self.width), (), "stack"), activation=self.activation,
+            gated=self.gated,
+        )  # fmt: skip
+
+
+MIXTURES = {
+    "mixtral": Mixed(8, 2, 256, 448, 256),
+    "qwen3": Mixed(64, 8, 192, 96, 200),
+    "deepseek": Mixed(64, 6, 136, 88, 136),
+    "nemotron": Mixed(16, 6, 64, 184, 72, "relu2", False),
+    "gelu": Mixed(4, 2, 72, 40, 72, "gelu_tanh"),
+    "one": Mixed(4, 1, 64, 64, 64, "gelu", False),
+    "large": Mixed(8, 2, 2048, 1408, 1024),
+}
+
+
+class Bench:
+    """Experts on the machine, with scratch memory for `most` tokens."""
+
+    def __init__(
+        self, gpu: Machine, rng: np.random.Generator, dtype: np.dtype, mixed: Mixed, most: int
+    ) -> None:
+        self.gpu, self.dtype, self.mixed, self.op, self.most = gpu, dtype, mixed, mixed.op(dtype), most
+        m = mixed
+        self.up = normal(rng, dtype, m.experts, m.width * (1 + m.gated), m.k, scale=2 * m.k**-0.5)
+        self.down = normal(rng, dtype, m.experts, m.n, m.width, scale=m.width**-0.5)
+        self._up = gpu.array(np.concatenate([self._packed(w, m.gated) for w in self.up]))
+        self._down = gpu.array(np.concatenate([self._packed(w, False) for w in self.down]))
+        entries = most * m.top_k
+        self.inner = gpu.empty((entries, m.width), dtype)
+        self.parts = gpu.empty((entries, m.n), dtype)
+        self.order = gpu.empty((entries,), np.int32)
+        self.tiles = gpu.empty((most_tiles(entries, m.experts, 16), 4), np.int32)
+        self.num_tiles = gpu.empty((1,), np.int32)
+
+    def _packed(self, weight: np.ndarray, gated: bool) -> np.ndarray:
+        stored = weight.astype(self.dtype)
+        return pack_matrix(interleave_gate_up(*np.split(stored, 2)) if gated else stored)
+
+    def run(
+        self, x: np.ndarray, ids: np.ndarray, shares: np.ndarray, padded: int,
+        residual: np.ndarray | None = None, scale: float = 1.0, only: str = "",
+    ) -> np.ndarray:  # fmt: skip
+        """The experts' sum for the rows of x, in a step of up to `padded`; checks that other rows stay."""
+        gpu, tokens = self.gpu, len(x)
+
+        def given(values: np.ndarray, dtype: np.dtype) -> Array:
+            poison = np.full((padded, values.shape[1]), -1 if dtype == np.int32 else np.nan, np.float64)
+            poison[:tokens] = values
+            return gpu.array(poison.astype(dtype))
+
+        out = (
+            gpu.empty((padded, self.mixed.n), self.dtype) if residual is None else given(residual, self.dtype)
+        )
+        held = [given(x, self.dtype), given(ids, np.dtype(np.int32)), given(shares, np.dtype(np.float32))]
+        count = gpu.array([tokens], np.int32)
+        at = ExpertsAt(
+            x=held[0].address, ids=held[1].address, shares=held[2].address, out=out.address,
+            residual=0 if residual is None else out.address, up=self._up.address, down=self._down.address,
+            inner=self.inner.address, parts=self.parts.address, order=self.order.address,
+            tiles=self.tiles.address, num_tiles=self.num_tiles.address, num_tokens=count.address,
+        )  # fmt: skip
+        tag, facts = SHORT[self.dtype.name], chip(gpu)
+        if only:  # a smaller GPU's choice of blocks
+            facts = replace(facts, smem_per_block=98304)
+        for planned in ExpertsPlan(self.op, "experts", padded, tag, facts, at, scale).launches():
+            run(gpu, planned)
+        result = out.get().astype(np.float32)
+        assert np.isnan(result[tokens:]).all()
+        return result[:tokens]
+
+    def wanted(self, x: np.ndarray, ids: np.ndarray, shares: np.ndarray) -> np.ndarray:
+        op = self.op
+        return moe.run_experts(x, ids, shares, self.up, self.down, op.activation, op.gated, WORKERS)
+
+
+def assign(rng: np.random.Generator, mixed: Mixed, tokens: int, how: str) -> tuple[np.ndarray, np.ndarray]:
+    """ids and shares: experts at random, or `same`: every token the same ones, among them the last."""
+    scores = rng.random((tokens, mixed.experts))
+    if how == "same":
+        scores[:] = np.arange(mixed.experts)
+    ids = np.argsort(-scores, axis=1)[:, : mixed.top_k].astype(np.int32)
+    shares = rng.random((tokens, mixed.top_k)).astype(np.float32)
+    return ids, shares / shares.sum(axis=1, keepdims=True)
+
+
+def check_experts(
+    gpu: Machine,
+    rng: np.random.Generator,
+    dtype: np.dtype,
+    name: str,
+    sizes: tuple[int, ...] = (1, 2, 3, 7, 33, 130),
+) -> float:
+    """Sums against the reference, spread and unbalanced, with and without a residual."""
+    mixed = MIXTURES[name]
+    bench = Bench(gpu, rng, dtype, mixed, 2 * max(sizes) + 8)
+    worst = 0.0
+    for i, tokens in enumerate(sizes):
+        for how in ("spread", "same"):
+            x = normal(rng, dtype, tokens, mixed.k)
+            ids, shares = assign(rng, mixed, tokens, how)
+            padded = tokens if tokens < 8 else tokens + i
+            out = bench.run(x, ids, shares, padded)
+            wanted = bench.wanted(x, ids, shares)
+            worst = max(worst, error(out, wanted))
+            residual = normal(rng, dtype, tokens, mixed.n)
+            out = bench.run(x, ids, shares, padded, residual, 0.75)
+            worst = max(worst, error(out, residual + np.float32(0.75) * wanted))
+    expect("experts", worst, LIMIT[dtype.name])
+    return worst
+
+
+def check_experts_invariance(
+    gpu: Machine,
+    rng: np.random.Generator,
+    dtype: np.dtype,
+    name: str,
+    sizes: tuple[int, ...] = (2, 5, 8, 9, 64, 300),
+) -> None:
+    """A token's bits alone, among few and among many; with every kernel that may do it."""
+    mixed = MIXTURES[name]
+    bench = Bench(gpu, rng, dtype, mixed, max(sizes))
+    x = normal(rng, dtype, max(sizes), mixed.k)
+    ids, shares = assign(rng, mixed, max(sizes), "spread")
+    together = bench.run(x, ids, shares, len(x))
+    for tokens in sizes:
+        for only in ("", "small"):
+            out = bench.run(x[:tokens], ids[:tokens], shares[:tokens], tokens, only=only)
+            assert (out == together[:tokens]).all(), (tokens, only)
+    for t in (0, 1, len(x) - 1):
+        alone = bench.run(x[t : t + 1], ids[t : t + 1], shares[t : t + 1], 1)
+        assert (alone == together[t]).all(), t

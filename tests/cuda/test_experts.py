@@ -1,0 +1,291 @@
+"""Mixtures of experts on CUDA: kernels against the reference, planning, loading, engines."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import experts_checks
+import numpy as np
+import pytest
+from emulator import Emulator, available
+from gpu_engine import backend, core_of, model, needs_gpu, run, tokens_of
+from harness import BF16, F16, Gpu, Machine
+from test_lowering import A100, L40, QWEN_7B, recipe
+from tiny import ArrayCheckpoint, weights_of
+
+from rvllm.backends.cuda.catalog import select
+from rvllm.backends.cuda.driver import DeviceFacts, device_count
+from rvllm.backends.cuda.fuse import fuse
+from rvllm.backends.cuda.gemm import interleave_gate_up, pack_matrix
+from rvllm.backends.cuda.loader import Loader
+from rvllm.backends.cuda.lower_experts import most_tiles, segments_of
+from rvllm.backends.cuda.memory import Budget
+from rvllm.backends.cuda.placement import Wanted, wanted_weights
+from rvllm.config import EngineConfig
+from rvllm.engine.messages import Sampling
+from rvllm.errors import MissingKernelError
+from rvllm.kernels import experts_manifest
+from rvllm.models.config import ModelConfig
+from rvllm.models.registry import build_program
+from rvllm.program.cost import StepShape, op_cost
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Experts, Program, Route
+
+DTYPES = {"bfloat16": BF16, "float16": F16}
+MIXTRAL = {
+    **QWEN_7B, "architectures": ["MixtralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
+    "num_local_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+QWEN3_30B = {
+    **QWEN_7B, "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "intermediate_size": 6144,
+    "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "num_experts": 128,
+    "num_experts_per_tok": 8, "norm_topk_prob": True, "max_position_embeddings": 40960,
+}  # fmt: skip
+H200 = DeviceFacts("H200", 90, 132, 139 << 30, 50 << 20, 232448)
+GB139 = Budget(139 << 30, 1 << 30, 125 << 30)
+
+
+def built(config: dict[str, Any], dtype: DType = DType.BF16, **changes: object) -> Program:
+    return build_program(ModelConfig({**config, **changes}, "test config"), dtype)
+
+
+# ---- kernels
+
+
+@pytest.fixture(scope="module")
+def machines() -> dict[str, Machine]:
+    return {}
+
+
+@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
+def gpu(request: pytest.FixtureRequest, machines: dict[str, Machine]) -> Iterator[Any]:
+    if request.param == "emulator" and not available():
+        pytest.skip("the emulator needs g++")
+    if request.param == "gpu" and not device_count():
+        pytest.skip("no NVIDIA GPU, or the cuda extra is not installed")
+    if request.param not in machines:
+        machines[request.param] = Emulator() if request.param == "emulator" else Gpu()
+    yield machines[request.param]
+    machines[request.param].clear()
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    seed = int(os.environ.get("RVLLM_TEST_SEED", "0"))
+    return np.random.default_rng([seed, zlib.crc32(request.node.name.encode())])
+
+
+def sizes(gpu: Machine, few: Sequence[int], all_: Sequence[int]) -> tuple[int, ...]:
+    return tuple(few if isinstance(gpu, Emulator) else all_)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", experts_checks.ROUTINGS)
+def test_routing(gpu: Any, rng: np.random.Generator, name: str, dtype: str) -> None:
+    given = sizes(gpu, (1, 2, 7, 18), (1, 2, 7, 33, 130))
+    experts_checks.check_route(gpu, rng, DTYPES[dtype], name, given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_routing_with_equal_scores(gpu: Any, rng: np.random.Generator, dtype: str) -> None:
+    experts_checks.check_route_ties(gpu, rng, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", experts_checks.MIXTURES)
+def test_experts(gpu: Any, rng: np.random.Generator, name: str, dtype: str) -> None:
+    if name == "large" and isinstance(gpu, Emulator):
+        pytest.skip("takes too long emulated")
+    given = sizes(gpu, (1, 3, 7, 20), (1, 2, 3, 7, 33, 130, 700))
+    experts_checks.check_experts(gpu, rng, DTYPES[dtype], name, given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", experts_checks.MIXTURES)
+def test_experts_have_the_same_bits_in_company(
+    gpu: Any, rng: np.random.Generator, name: str, dtype: str
+) -> None:
+    if name == "large" and isinstance(gpu, Emulator):
+        pytest.skip("takes too long emulated")
+    given = sizes(gpu, (2, 9, 40), (2, 5, 8, 9, 64, 300, 900))
+    experts_checks.check_experts_invariance(gpu, rng, DTYPES[dtype], name, given)
+
+
+# ---- planning
+
+
+@pytest.mark.parametrize("facts", [H200, A100, L40], ids=lambda f: f.name)
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16])
+@pytest.mark.parametrize("config", [MIXTRAL, QWEN3_30B], ids=["mixtral", "qwen3_30b"])
+def test_every_step_of_a_mixture_resolves_to_kernels(
+    config: dict[str, Any], facts: DeviceFacts, dtype: DType
+) -> None:
+    given = recipe(built(config, dtype, num_hidden_layers=2), facts, EngineConfig(), GB139)
+    names = given.kernels()
+    specs, missing = select(names, facts.capability)
+    assert not missing
+    assert any("route" in name for name in names)
+    for planned in (*given.decode(1), *given.decode(4), *given.decode(64), *given.body(4096)):
+        spec = next((s for s in specs if s.name == planned.kernel), None)
+        if spec is not None and "experts" in spec.name:
+            assert planned.smem <= min(max(spec.smem, 48 << 10), facts.smem_per_block)
+
+
+def test_mixtral_fits_an_h200_and_a_step_of_one_token_takes_nine_launches_a_layer() -> None:
+    given = recipe(built(MIXTRAL), H200, EngineConfig(max_model_len=8192), GB139)
+    assert 92e9 < given.memory.lines["weights"] < 95e9
+    kernels = [p.kernel for p in given.decode(1)]
+    assert len(kernels) == 2 + 32 * 9 + 1 + 1 + 1 + 2  # begin, embed, layers, gather, norm, head, sampling
+    assert sum("route" in k or "experts" in k for k in kernels) == 32 * 3
+
+
+def test_an_add_goes_with_the_experts_unless_a_norm_takes_it() -> None:
+    stages = [[op.kind for op in stage.ops] for stage in fuse(built(MIXTRAL, num_hidden_layers=2))]
+    assert stages.count(["experts"]) == 1 and stages.count(["experts", "add"]) == 1
+
+
+def test_too_many_experts_are_refused_by_name() -> None:
+    wide = built(QWEN3_30B, num_hidden_layers=1, num_experts=1024)
+    with pytest.raises(MissingKernelError, match="8 of 1024 experts"):
+        recipe(wide, H200, EngineConfig(), GB139).kernels()
+
+
+def test_tiles_are_enough_for_the_worst_spread() -> None:
+    rng = np.random.default_rng()
+    for _ in range(200):
+        tokens, experts, tile = rng.integers(1, 70), int(rng.integers(1, 40)), int(rng.integers(1, 20))
+        top_k = int(rng.integers(1, experts + 1))
+        counts = np.bincount(
+            np.argsort(rng.random((tokens, experts)) * rng.random(experts))[:, :top_k].reshape(-1)
+        )
+        assert sum(-(-counts // tile)) <= most_tiles(tokens * top_k, experts, tile)
+
+
+def test_segments_leave_no_warp_idle() -> None:
+    for k in range(8, 20000, 8):
+        assert 1 <= segments_of(k) <= experts_manifest.MOST_SEGMENTS
+        assert segments_of(k) <= -(-k // 64)
+
+
+def test_a_step_reads_the_experts_that_are_hit() -> None:
+    program = built(QWEN3_30B, num_hidden_layers=1)
+    op = next(op for op in program.ops if isinstance(op, Experts))
+    route = next(op for op in program.ops if isinstance(op, Route))
+    one = op_cost(program, op, StepShape(1, 1, 1)).weight_bytes
+    assert one == pytest.approx(8 * 3 * 768 * 2048 * 2)
+    assert op_cost(program, op, StepShape(4096, 1, 1)).weight_bytes == pytest.approx(16 * one, rel=1e-6)
+    assert op_cost(program, route, StepShape(1, 1, 1)).weight_bytes == 128 * 2048 * 2
+
+
+# ---- loading
+
+
+class HostLoader(Loader):
+    """A loader whose device is the emulator: pieces are packed where they are."""
+
+    def __init__(self, gpu: Emulator) -> None:
+        self._gpu, self._tag, self._dtype, self._held = gpu, "bf16", DType.BF16, []  # type: ignore[var-annotated]
+
+    def _send(self, data: np.ndarray, buffer: int) -> int:
+        self._held.append(self._gpu.array(data))
+        return self._held[-1].address
+
+    def _run(self, name: str, arguments: Sequence[Any], grid: int) -> None:
+        cells = [ctypes.c_uint64(a) if isinstance(a, int) else a for a in arguments]
+        self._gpu.launch(name, 2, 64, cells)
+
+    def place(self, wanted: Wanted, address: int, checkpoint: ArrayCheckpoint, rows: int) -> None:
+        """Loads a weight, `rows` at a time."""
+        for piece in self._pieces(wanted, address, checkpoint):
+            for start in range(0, len(piece.data), rows):
+                stop = min(start + rows, len(piece.data))
+                padded = stop - start + (piece.padded - len(piece.data) if stop == len(piece.data) else 0)
+                self._place(piece, self._send(piece.data[start:stop], 0), start, stop - start, padded)
+
+
+@pytest.mark.skipif(not available(), reason="the emulator needs g++")
+@pytest.mark.parametrize("rows", [8, 1000])
+def test_stacks_are_packed_expert_by_expert(rows: int) -> None:
+    config = model(
+        "MixtralForCausalLM", num_local_experts=3, num_experts_per_tok=2, hidden_size=72,
+        intermediate_size=40, num_hidden_layers=1,
+    )  # fmt: skip
+    program, gpu = built(config), Emulator()
+    arrays = weights_of(program)
+    checkpoint, loader = ArrayCheckpoint(config, arrays), HostLoader(gpu)
+    wanted = {w.form: w for w in wanted_weights(fuse(program)) if w.form in ("stack", "gated_stack")}
+    assert wanted["gated_stack"].nbytes == 3 * 2 * 2 * 8192
+    assert wanted["stack"].nbytes == 3 * 2 * 1 * 8192
+    for form, w in wanted.items():
+        target = gpu.zeros((w.nbytes,), np.uint8)
+        loader.place(w, target.address, checkpoint, rows)
+        found = target.get().reshape(3, -1)
+        for e in range(3):
+            gate, down, up = (
+                arrays[f"model.layers.0.block_sparse_moe.experts.{e}.w{i}.weight"].astype(BF16)
+                for i in (1, 2, 3)
+            )
+            matrix = down if form == "stack" else interleave_gate_up(gate, up)
+            assert (found[e] == pack_matrix(matrix)).all(), (form, e)
+
+
+# ---- engines on a GPU
+
+MODELS: dict[str, dict[str, Any]] = {
+    "mixtral": model("MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2, intermediate_size=168),
+    "qwen3_moe": model(
+        "Qwen3MoeForCausalLM", num_experts=16, num_experts_per_tok=4, moe_intermediate_size=96,
+        norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[1],
+    ),
+}  # fmt: skip
+TOLERANCE = {DType.BF16: 0.15, DType.F16: 0.03}  # of log-probabilities where both chose the same experts
+AGREE = {
+    DType.BF16: 0.8,
+    DType.F16: 0.95,
+}  # of the tokens; near ties of the router may fall to the other side
+
+
+def asked(vocab: int, sampling: Sampling) -> list[tuple[list[int], Sampling]]:
+    rng = np.random.default_rng(5)
+    return [(rng.integers(0, vocab, n).tolist(), sampling) for n in (1, 5, 16, 33, 70, 300)]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16], ids=lambda d: d.value)
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_agree_with_the_cpu(name: str, dtype: DType) -> None:
+    config, found = MODELS[name], {}
+    for device in ("cpu", "cuda"):
+        core = core_of(backend(config, device, dtype), config)
+        given = asked(config["vocab_size"], Sampling(max_tokens=2, prompt_logprobs=1))
+        found[device] = [o.logprob for out in run(core, given) for o in out[0].prompt_logprobs or []]
+        core.close()
+    apart = np.abs(np.array(found["cpu"]) - np.array(found["cuda"]))
+    assert len(apart) > 400
+    assert (apart < TOLERANCE[dtype]).mean() >= AGREE[dtype], np.sort(apart)[-40:]
+    assert np.median(apart) < TOLERANCE[dtype] / 4
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_a_request_gives_the_same_bits_alone_in_company_and_in_chunks(name: str) -> None:
+    config = MODELS[name]
+    core = core_of(backend(config, "cuda", DType.BF16), config)
+    requests = asked(config["vocab_size"], Sampling(max_tokens=30, logprobs=2))
+    requests += asked(config["vocab_size"], Sampling(max_tokens=30, temperature=1.0, seed=11, logprobs=2))
+    together = run(core, requests)
+    again = run(core, requests)  # now with prefixes from the cache
+    for request, first, second in zip(requests, together, again, strict=True):
+        (alone,) = run(core, [request])
+        for outputs in (first, second):
+            assert tokens_of(outputs) == tokens_of(alone)
+            assert [o.logprobs for o in outputs] == [o.logprobs for o in alone]
+    core.close()
