@@ -11,6 +11,7 @@ from rvllm.backends.base import Backend
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.program.dtypes import DType
+from rvllm.program.encoder import embedding_size
 from rvllm.program.ops import Program
 from rvllm.weights.checkpoint import Checkpoint
 
@@ -72,6 +73,7 @@ def load_backend(
         from rvllm.backends.cpu.backend import CpuBackend
 
         return CpuBackend.load(program, checkpoint, config, progress)
-    module = importlib.import_module("rvllm.backends.cuda.backend")
-    backend: Backend = module.CudaBackend.load(program, checkpoint, config, progress)
+    kind = ("backend", "CudaBackend") if embedding_size(program) is None else ("encoder", "CudaEncoder")
+    module = importlib.import_module(f"rvllm.backends.cuda.{kind[0]}")
+    backend: Backend = getattr(module, kind[1]).load(program, checkpoint, config, progress)
     return backend

@@ -16,14 +16,12 @@ from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepKernel, StepR
 from rvllm.backends.cuda.arena import Arena
 from rvllm.backends.cuda.attention import prefill_tiles
 from rvllm.backends.cuda.catalog import Catalog
-from rvllm.backends.cuda.cublas import library
 from rvllm.backends.cuda.device_state import DeviceState, carve, clear_state, send_ropes
 from rvllm.backends.cuda.driver import Device, DeviceFacts, Pinned, Stream
 from rvllm.backends.cuda.flight import NOTHING, Flight
 from rvllm.backends.cuda.graphs import GraphBook, Recipe
 from rvllm.backends.cuda.launches import Counts
 from rvllm.backends.cuda.loader import Loader, fill_dummy
-from rvllm.backends.cuda.lowering import refuse_unknown
 from rvllm.backends.cuda.memory import BLOCK, budget_of
 from rvllm.backends.cuda.metadata import SampledRows, leading_decodes
 from rvllm.backends.cuda.profile import (
@@ -38,8 +36,9 @@ from rvllm.backends.cuda.scores import KERNEL as LOGPROBS_KERNEL
 from rvllm.backends.cuda.scores import Scorer
 from rvllm.backends.cuda.starts import KERNEL as START_KERNEL
 from rvllm.backends.cuda.starts import Starter
+from rvllm.backends.cuda.supported import check_device, check_supported
 from rvllm.config import EngineConfig, kernel_cache_dir
-from rvllm.errors import MissingKernelError, RvllmError, UsageError
+from rvllm.errors import RvllmError, UsageError
 from rvllm.program.cost import StepShape, program_cost
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import Program
@@ -48,7 +47,6 @@ from rvllm.weights.packing import find_tensor
 
 _NO_TILES = np.zeros((0, 2), dtype=np.int32)
 DEPTH = 2  # steps under way: the next is launched before this one's tokens are read
-LEAST_CAPABILITY = 80
 Progress = Callable[[float, str], None]
 
 
@@ -101,13 +99,10 @@ class CudaBackend:
         Raises MissingKernelError, CapacityError or UsageError before any weight is read.
         """
         report = progress or (lambda fraction, text: None)
-        _check_supported(program, config)
+        check_supported(program, config)
         device = Device()
         facts = device.facts()
-        if facts.capability < LEAST_CAPABILITY:
-            raise MissingKernelError(
-                f"{facts.name} has compute capability {facts.capability / 10:.1f}; kernels exist from 8.0 on"
-            )
+        check_device(facts)
         free, total = device.free_memory()
         budget = budget_of(config, free, total)
         recipe, wanted = Recipe.plan(program, config, facts, budget)
@@ -326,19 +321,6 @@ class CudaBackend:
         self._catalog.close()
         self._stream.close()
         self._device.close()
-
-
-def _check_supported(program: Program, config: EngineConfig) -> None:
-    """Refuses what the GPU cannot run, by name, before anything is taken."""
-    refuse_unknown(program)
-    if program.dtype not in (DType.BF16, DType.F16):
-        raise UsageError(f"--dtype {program.dtype.value}: a GPU runs bfloat16 and float16")
-    if config.gemm_strategy == "cublas":
-        library()
-    elif config.gemm_strategy != "native":
-        raise UsageError(f"--gemm-strategy {config.gemm_strategy}: not built; use native or cublas")
-    if config.decode_path != "batched":
-        raise UsageError(f"--decode-path {config.decode_path}: not built; use batched")
 
 
 def _service_kernels(program: Program, checkpoint: Checkpoint | None) -> list[str]:

@@ -1,0 +1,35 @@
+"""What the GPU backends refuse by name before anything is taken."""
+
+from __future__ import annotations
+
+from rvllm.backends.cuda.cublas import library
+from rvllm.backends.cuda.driver import DeviceFacts
+from rvllm.backends.cuda.lowering import refuse_unknown
+from rvllm.config import EngineConfig
+from rvllm.errors import MissingKernelError, UsageError
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Program
+
+LEAST_CAPABILITY = 80
+
+
+def check_supported(program: Program, config: EngineConfig) -> None:
+    """Raises MissingKernelError or UsageError for what no GPU can run."""
+    refuse_unknown(program)
+    if program.dtype not in (DType.BF16, DType.F16):
+        raise UsageError(f"--dtype {program.dtype.value}: a GPU runs bfloat16 and float16")
+    if config.gemm_strategy == "cublas":
+        library()
+    elif config.gemm_strategy != "native":
+        raise UsageError(f"--gemm-strategy {config.gemm_strategy}: not built; use native or cublas")
+    if config.decode_path != "batched":
+        raise UsageError(f"--decode-path {config.decode_path}: not built; use batched")
+
+
+def check_device(facts: DeviceFacts) -> None:
+    """Raises MissingKernelError for a GPU older than any kernel."""
+    if facts.capability < LEAST_CAPABILITY:
+        raise MissingKernelError(
+            f"{facts.name} has compute capability {facts.capability / 10:.1f}; kernels exist from "
+            f"{LEAST_CAPABILITY / 10:.1f} on"
+        )
