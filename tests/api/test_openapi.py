@@ -100,7 +100,27 @@ def test_the_page_links_to_what_is_on_it(server: LiveServer) -> None:
     assert "/v1/chat/completions" in page and "<script" not in page
 
 
-def test_the_document_needs_no_key() -> None:
-    with LiveServer(api_key="secret", drain_timeout=0.2) as server:
-        assert server.raw("GET", "/openapi.json")[0] == server.raw("GET", "/docs")[0] == 200
-        assert server.raw("GET", "/v1/files")[0] == 401
+def test_the_document_needs_no_key_and_tells_of_one(server: LiveServer) -> None:
+    assert "security" not in json.loads(server.raw("GET", "/openapi.json")[2])
+    with LiveServer(api_key="secret", drain_timeout=0.2) as keyed:
+        status, _, body = keyed.raw("GET", "/openapi.json")
+        assert status == keyed.raw("GET", "/docs")[0] == 200
+        assert json.loads(body)["security"] == [{"bearer": []}, {"header": []}]
+        assert keyed.raw("GET", "/v1/files")[0] == 401
+        for headers in ({"Authorization": "Bearer secret"}, {"x-api-key": "secret"}):
+            assert keyed.raw("GET", "/v1/files", headers=headers)[0] == 200
+
+
+def test_errors_are_as_described(server: LiveServer) -> None:
+    for path in ("/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens"):
+        status, answer = server.post(path, messages=3)
+        part = document()["paths"][path]["post"]["responses"]["default"]
+        schema = {**part["content"]["application/json"]["schema"], "components": document()["components"]}
+        assert status == 400
+        jsonschema.Draft202012Validator(schema).validate(answer)
+
+
+def test_a_wrong_method_is_told_the_right_ones(server: LiveServer) -> None:
+    for path, methods in (("/v1/batches", "GET, HEAD, POST"), ("/v1/files/x", "DELETE, GET, HEAD")):
+        status, headers, _ = server.raw("PATCH", path)
+        assert (status, headers["allow"]) == (405, methods)

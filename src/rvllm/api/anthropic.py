@@ -158,10 +158,24 @@ _KINDS = {
 }  # fmt: skip
 
 
+class MessageErrorDetail(msgspec.Struct):
+    """Anthropic's words for what went wrong."""
+
+    type: str
+    message: str
+
+
+class MessageError(msgspec.Struct):
+    """The JSON body of every answer that is not a success, in Anthropic's shape."""
+
+    error: MessageErrorDetail
+    type: str = "error"
+
+
 def failure(error: ApiError) -> tuple[str | None, Any]:
     """Anthropic's error object, under the event name `error`."""
     kind = _KINDS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    return "error", {"type": "error", "error": {"type": kind, "message": str(error)}}
+    return "error", MessageError(MessageErrorDetail(kind, str(error)))
 
 
 def chat_body(request: CountTokensRequest) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from rvllm.api import anthropic, misc
 from rvllm.api.chat import chat_completions
@@ -87,7 +87,11 @@ def build_app(service: Service, gate: Gate) -> Starlette:
             route("GET", "/health", misc.health, open=True),
             route("GET", "/metrics", misc.metrics, open=True),
             route("GET", "/version", misc.version, open=True),
-            Route("/openapi.json", Endpoint(gate, "/openapi.json", openapi, open=True), methods=["GET"]),
+            Route(
+                "/openapi.json",
+                Endpoint(gate, "/openapi.json", partial(openapi, gate.config.api_key is not None), open=True),
+                methods=["GET"],
+            ),
             Route("/docs", Endpoint(gate, "/docs", docs, open=True), methods=["GET"]),
             *page_routes(service, gate),
         ],
@@ -111,9 +115,21 @@ async def _http_error(request: Request, error: Exception) -> Response:
     path = request.url.path[:200]
     texts = {404: f"there is nothing at {path}", 405: f"{path} does not take {request.method}"}
     wrong = ApiError(error.status_code, texts.get(error.status_code, error.detail))
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # the router names the methods of the path's first route only
+        headers["Allow"] = ", ".join(sorted(_methods(request)))
     return Response(
         msgspec.json.encode(wrong.body()),
         error.status_code,
-        headers=error.headers,
+        headers=headers,
         media_type="application/json",
     )
+
+
+def _methods(request: Request) -> set[str]:
+    """All methods that the request's path takes."""
+    found: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            found |= route.methods or set()
+    return found

@@ -26,11 +26,11 @@ nav { columns: 2 } h2, h3 { overflow-wrap: anywhere } a { color: LinkText }
 """
 
 
-async def openapi(exchange: Exchange, body: bytes) -> None:
-    """`/openapi.json`."""
+async def openapi(keyed: bool, exchange: Exchange, body: bytes) -> None:
+    """`/openapi.json`. keyed: whether the server asks for a key."""
     from rvllm.api.openapi import document  # not needed for the start
 
-    await exchange.json(document())
+    await exchange.json(document(keyed))
 
 
 async def docs(exchange: Exchange, body: bytes) -> None:

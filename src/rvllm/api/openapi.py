@@ -51,7 +51,10 @@ _FORM = {
 
 @dataclass(frozen=True)
 class Operation:
-    """One method of one path. form: the body is a form with a file; events: it can answer as a stream."""
+    """One method of one path.
+
+    form: the body is a form with a file; events: it can answer as a stream; bare: it may come without a body.
+    """
 
     method: str
     path: str
@@ -63,6 +66,9 @@ class Operation:
     form: bool = False
     content: str = "application/json"
     open: bool = False  # needs no key
+    error: type[msgspec.Struct] = ErrorBody
+    bare: bool = False
+    most: int = 100  # of a list's entries on a page
 
 
 OPERATIONS = (
@@ -71,9 +77,9 @@ OPERATIONS = (
     Operation("POST", "/v1/completions", "Continuations of texts.", CompletionRequest,
               answers.CompletionAnswer, events=True),
     Operation("POST", "/v1/messages", "The assistant's next message, in Anthropic's form.",
-              anthropic.MessagesRequest, anthropic.MessageAnswer, events=True),
+              anthropic.MessagesRequest, anthropic.MessageAnswer, events=True, error=anthropic.MessageError),
     Operation("POST", "/v1/messages/count_tokens", "How many tokens a conversation has.",
-              anthropic.CountTokensRequest, anthropic.TokenCount),
+              anthropic.CountTokensRequest, anthropic.TokenCount, error=anthropic.MessageError),
     Operation("POST", "/v1/responses", "An answer that the server keeps.", ResponsesRequest, ResponseAnswer,
               events=True),
     Operation("GET", "/v1/responses/{id}", "A kept answer, or its events again.", None, ResponseAnswer,
@@ -83,7 +89,8 @@ OPERATIONS = (
               ResponseAnswer),
     Operation("GET", "/v1/responses/{id}/input_items", "What an answer answers.", None, Page[Any],
               query=_LIST),
-    Operation("POST", "/v1/conversations", "A new conversation.", ConversationRequest, Conversation),
+    Operation("POST", "/v1/conversations", "A new conversation.", ConversationRequest, Conversation,
+              bare=True),
     Operation("GET", "/v1/conversations/{id}", "A conversation.", None, Conversation),
     Operation("POST", "/v1/conversations/{id}", "Changes its metadata.", ConversationRequest, Conversation),
     Operation("DELETE", "/v1/conversations/{id}", "Forgets a conversation."),
@@ -92,7 +99,8 @@ OPERATIONS = (
     Operation("GET", "/v1/conversations/{id}/items/{item}", "One item.", None, dict[str, Any]),
     Operation("DELETE", "/v1/conversations/{id}/items/{item}", "Forgets an item.", None, Conversation),
     Operation("POST", "/v1/files", "Uploads a file.", None, FileEntry, form=True),
-    Operation("GET", "/v1/files", "All files.", None, Page[FileEntry], query=("purpose", *_LIST)),
+    Operation("GET", "/v1/files", "All files.", None, Page[FileEntry], query=("purpose", *_LIST),
+              most=10_000),
     Operation("GET", "/v1/files/{id}", "A file's entry.", None, FileEntry),
     Operation("DELETE", "/v1/files/{id}", "Deletes a file."),
     Operation("GET", "/v1/files/{id}/content", "A file's content.", content="application/octet-stream"),
@@ -120,8 +128,8 @@ OPERATIONS = (
 
 
 @cache
-def document() -> dict[str, Any]:
-    """The OpenAPI 3.1 document."""
+def document(keyed: bool = True) -> dict[str, Any]:
+    """The OpenAPI 3.1 document. keyed: whether the server asks for a key."""
     kinds = _kinds()
     schemas, components = msgspec.json.schema_components(kinds, ref_template=REF)
     known = dict(zip(map(str, kinds), schemas, strict=True))
@@ -132,22 +140,25 @@ def document() -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _described(operation, known)
-    return {
+    found: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "rvLLM", "version": __version__},
-        "security": [{"key": []}],
         "paths": paths,
-        "components": {
-            "schemas": components,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
+        "components": {"schemas": components},
     }
+    if keyed:
+        found["security"] = [{"bearer": []}, {"header": []}]
+        found["components"]["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        }
+    return found
 
 
 def _kinds() -> list[Any]:
-    found: dict[str, Any] = {str(ErrorBody): ErrorBody}
+    found: dict[str, Any] = {}
     for operation in OPERATIONS:
-        for kind in (operation.request, operation.answer):
+        for kind in (operation.error, operation.request, operation.answer):
             if kind is not None:
                 found[str(kind)] = kind
     return list(found.values())
@@ -166,13 +177,13 @@ def _described(operation: Operation, known: dict[str, Any]) -> dict[str, Any]:
             "200": {"description": "The answer.", "content": content},
             "default": {
                 "description": "An error.",
-                "content": {"application/json": {"schema": known[str(ErrorBody)]}},
+                "content": {"application/json": {"schema": known[str(operation.error)]}},
             },
         },
     }
     if operation.request is not None:
         schema = {"application/json": {"schema": known[str(operation.request)]}}
-        described["requestBody"] = {"required": True, "content": schema}
+        described["requestBody"] = {"required": not operation.bare, "content": schema}
     elif operation.form:
         described["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}
     if operation.open:
@@ -188,7 +199,7 @@ def _parameters(operation: Operation) -> Iterable[dict[str, Any]]:
             {"type": "integer", "minimum": 0} if name in _INTEGERS else {"type": "string"}
         )
         if name == "limit":
-            schema |= {"minimum": 1, "maximum": 100}
+            schema |= {"minimum": 1, "maximum": operation.most}
         elif name == "order":
             schema["enum"] = ["asc", "desc"]
         elif name == "stream":
