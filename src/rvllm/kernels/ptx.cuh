@@ -119,6 +119,14 @@ RVLLM_PTX void mma_16816(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], f1
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+// d[16x8] += a[16x8] b[8x8] in tf32: operands are float32 bits whose low 13 bits are zero, sums float32. With
+// g = lane / 4, q = lane % 4: a holds rows g, g + 8 of column q, then of column q + 4; b rows q and q + 4 of
+// column g; d row g, columns 2q and 2q + 1, then the same of row g + 8.
+RVLLM_PTX void mma_1688(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 
 #if __CUDA_ARCH__ >= 900
 // Two 8x8 matrices of 16-bit elements, transposed: lane i holds row i / 4, columns 2 (i % 4) and the next of

@@ -38,6 +38,7 @@ class Addresses:
     masks: int
     gemm_workspace: int
     scratch: Mapping[str, int]  # of families of ops, by name
+    states: Mapping[str, int]  # of recurrent layers: float32 [slots, elements] each
 
 
 @dataclass(frozen=True)

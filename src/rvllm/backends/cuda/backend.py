@@ -78,6 +78,7 @@ class CudaBackend:
             block_size=BLOCK,
             num_blocks=plan.num_blocks,
             pipeline_depth=DEPTH,
+            prefix_reuse=not program.states,
         )
         self._ring = [Flight.create(plan) for _ in range(DEPTH + 2)]
         self._starter = Starter(catalog, stream, state, plan)

@@ -11,7 +11,7 @@ from rvllm.backends.cuda.addresses import Addresses, Shape
 from rvllm.backends.cuda.arena import Arena, Range
 from rvllm.backends.cuda.driver import Pinned, Stream
 from rvllm.backends.cuda.fuse import Stage
-from rvllm.backends.cuda.memory import BLOCK, MemoryPlan, ropes_of
+from rvllm.backends.cuda.memory import BLOCK, MemoryPlan, ropes_of, state_line
 from rvllm.backends.cuda.placement import ELEMENT, Form, Wanted
 from rvllm.backends.cuda.sampling import MAX_TOP, StateSizes
 from rvllm.program.memory import plan_workspace
@@ -101,6 +101,8 @@ def carve(
     gemm = plan.lines.get("cuBLAS workspace", 0)
     gemm_workspace = arena.take("cuBLAS workspace", gemm).address if gemm else 0
     scratch = {name: arena.take("scratch of ops", n, name).address for name, n in plan.scratch.items()}
+    line = state_line(plan.seqs)
+    states = {s.name: arena.take(line, 4 * s.elements * plan.seqs, s.name).address for s in program.states}
     caches: dict[str, tuple[int, int]] = {}
     first = last = 0
     for cache in program.caches:
@@ -132,6 +134,7 @@ def carve(
         masks=masks,
         gemm_workspace=gemm_workspace,
         scratch=scratch,
+        states=states,
     )
     shape = shape_of(program, plan)
     return DeviceState(

@@ -168,6 +168,7 @@ def nowhere(program: Program, wanted: Sequence[Wanted], memory: MemoryPlan) -> A
         caches={c.name: (0, 0) for c in program.caches},
         ropes=dict.fromkeys(ropes_of(program), (0, 0)),
         scratch=dict.fromkeys(memory.scratch, 0),
+        states={s.name: 0 for s in program.states},
         **{f.name: 0 for f in fields(Addresses) if f.type == "int"},
     )
 

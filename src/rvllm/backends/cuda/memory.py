@@ -95,7 +95,8 @@ def plan_memory(
             f"--max-model-len {wanted_len} is more than the model's {program.max_position} positions"
         )
     longest = wanted_len or program.max_position
-    seqs = config.max_num_seqs
+    weights = sum(_aligned(w.nbytes) for w in wanted)
+    seqs = _sequences(program, config, budget.ours - weights)
     tokens = max(config.max_num_batched_tokens or DEFAULT_TOKENS, seqs)
     samples = seqs + SCORED_ROWS
     stride = table_stride(longest)
@@ -111,7 +112,6 @@ def plan_memory(
     mask_words = -(-program.vocab_size // 32)
     sizes, vocab = StateSizes(seqs, program.vocab_size), -(-program.vocab_size // 4) * 4
 
-    weights = sum(_aligned(w.nbytes) for w in wanted)
     workspace = plan_workspace([s for s in stages if s.reads or s.writes], tokens, samples).nbytes
     logits = 4 * samples * vocab
     lines = {
@@ -135,6 +135,8 @@ def plan_memory(
     scratch = scratch_of(program, tokens, seqs)
     if scratch:
         lines["scratch of ops"] = sum(_aligned(n) for n in scratch.values())
+    if program.states:
+        lines[state_line(seqs)] = sum(_aligned(4 * s.elements * seqs) for s in program.states)
     if config.gemm_strategy == "cublas":
         lines["cuBLAS workspace"] = WORKSPACE
 
@@ -176,6 +178,31 @@ def ropes_of(program: Program) -> list[Rope]:
     """The rotary tables the program's ops read, each once."""
     found = (op.rope for op in program.ops if isinstance(op, RopeKV | LatentRopeKV))
     return list(dict.fromkeys(rope for rope in found if rope is not None))
+
+
+def state_line(seqs: int) -> str:
+    """The ledger's line for the states of recurrent layers."""
+    return f"recurrent state of {seqs} sequences"
+
+
+def _sequences(program: Program, config: EngineConfig, free: int) -> int:
+    """How many sequences run at once: --max-num-seqs, or as many as half of the free memory has states for.
+
+    free: bytes beside the weights. The KV cache has the other half, or both have --kv-cache-memory-gb. Raises
+    CapacityError where not one state fits.
+    """
+    each = 4 * program.state_elements_per_slot
+    if not each:
+        return config.max_num_seqs
+    flag = config.kv_cache_memory_gb
+    room = free // 2 if flag is None else int(flag * GB)
+    if room < each:
+        raise CapacityError(
+            f"GPU memory: the recurrent layers' state of one sequence takes {each / GB:.3f} GB, and "
+            f"{max(room, 0) / GB:.3f} GB are for states beside the weights; raise --gpu-memory-utilization "
+            "or --kv-cache-memory-gb"
+        )
+    return min(config.max_num_seqs, room // each)
 
 
 def _check_fit(

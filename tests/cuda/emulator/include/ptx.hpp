@@ -181,4 +181,41 @@ inline void multiplied(emu::Complete operation, float& d0, float& d1, float& d2,
   }
 EMU_PTX void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32 EMU_MMA_16816(__nv_bfloat16)
 EMU_PTX void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32 EMU_MMA_16816(__half)
+
+// tf32: float32 words whose low 13 bits a caller has to clear
+inline void multiply_tf32(Fiber* lanes, u32) {
+  float a[16][8], b[8][8], c[16][8];
+  const auto place = [](float& to, u32 word) {
+    if (word & 0x1fffu) EMU_FAIL("mma in tf32 of %08x, which has more than 10 bits of mantissa", word);
+    memcpy(&to, &word, 4);
+  };
+  for (u32 i = 0; i < 32; i++) {
+    const u32* const in = lanes[i].in;
+    const u32 g = i / 4, q = i % 4;
+    for (u32 h = 0; h < 2; h++) {
+      place(a[g + 8 * h][q], in[h]);
+      place(a[g + 8 * h][q + 4], in[2 + h]);
+      place(b[q + 4 * h][g], in[4 + h]);
+      memcpy(&c[g][2 * q + h], &in[6 + h], 4);
+      memcpy(&c[g + 8][2 * q + h], &in[8 + h], 4);
+    }
+  }
+  for (u32 k = 0; k < 8; k++)
+    for (u32 m = 0; m < 16; m++)
+      for (u32 n = 0; n < 8; n++) c[m][n] = __builtin_fmaf(a[m][k], b[k][n], c[m][n]);
+  for (u32 i = 0; i < 32; i++) {
+    const u32 g = i / 4, t = i % 4 * 2;
+    for (u32 h = 0; h < 2; h++) {
+      memcpy(&lanes[i].out[h], &c[g][t + h], 4);
+      memcpy(&lanes[i].out[2 + h], &c[g + 8][t + h], 4);
+    }
+  }
+}
+EMU_PTX void mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(float& d0, float& d1, float& d2, float& d3, u32 a0, u32 a1,
+                                                                u32 a2, u32 a3, u32 b0, u32 b1, float c0, float c1,
+                                                                float c2, float c3) {
+  u32* const in = current->in;
+  in[0] = a0, in[1] = a1, in[2] = a2, in[3] = a3, in[4] = b0, in[5] = b1;
+  multiplied(multiply_tf32, d0, d1, d2, d3, c0, c1, c2, c3);
+}
 }  // namespace emu_ptx

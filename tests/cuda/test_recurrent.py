@@ -1,0 +1,221 @@
+"""Mamba-2 on CUDA: real models resolve to kernels, states are budgeted, kernels and engine keep the bits."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import emulator
+import gpu_engine
+import harness
+import numpy as np
+import pytest
+import recurrent_checks as checks
+from recurrent_planned import check_planned
+
+from rvllm.backends.cuda.catalog import select
+from rvllm.backends.cuda.driver import DeviceFacts
+from rvllm.backends.cuda.graphs import Recipe
+from rvllm.backends.cuda.memory import Budget, state_line
+from rvllm.config import EngineConfig
+from rvllm.errors import CapacityError, MissingKernelError
+from rvllm.models.config import ModelConfig
+from rvllm.models.registry import build_program
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Program
+
+H200 = DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448)
+A100 = DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912)
+GB120 = Budget(141 << 30, 1 << 30, 120 << 30)
+
+_BASE = {
+    "architectures": ["NemotronHForCausalLM"], "conv_kernel": 4, "head_dim": 128, "layer_norm_epsilon": 1e-5,
+    "max_position_embeddings": 8192, "mlp_hidden_act": "relu2", "n_groups": 8, "ssm_state_size": 128,
+    "mamba_num_heads": 128, "mamba_head_dim": 64, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "tie_word_embeddings": False, "vocab_size": 131072, "use_conv_bias": True, "time_step_min": 0.001,
+}  # fmt: skip
+REAL: dict[str, dict[str, Any]] = {
+    "Nemotron-H-8B": _BASE
+    | {
+        "hidden_size": 4096, "intermediate_size": 21504,
+        "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+    },
+    "Nemotron-Nano-9B-v2": _BASE
+    | {
+        "hidden_size": 4480, "intermediate_size": 15680, "mamba_head_dim": 80, "num_attention_heads": 40,
+        "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+    },
+    "Nemotron-H-56B, a few layers": _BASE
+    | {
+        "hidden_size": 8192, "intermediate_size": 32768, "mamba_num_heads": 256, "ssm_state_size": 256,
+        "num_attention_heads": 64, "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-",
+    },
+    "Nemotron-3-Nano-30B-A3B": _BASE
+    | {
+        "hidden_size": 2688, "intermediate_size": 1856, "mamba_num_heads": 64, "num_key_value_heads": 2,
+        "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+        "n_routed_experts": 128, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1,
+        "moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712,
+        "norm_topk_prob": True, "routed_scaling_factor": 2.5, "max_position_embeddings": 262144,
+    },
+}  # fmt: skip
+
+
+def program(name: str = "Nemotron-H-8B", dtype: DType = DType.BF16, **changes: object) -> Program:
+    return build_program(ModelConfig({**REAL[name], **changes}, name), dtype)
+
+
+def recipe(
+    given: Program, facts: DeviceFacts = H200, budget: Budget = GB120, config: EngineConfig | None = None
+) -> Recipe:
+    return Recipe.plan(given, config or EngineConfig(max_model_len=8192), facts, budget)[0]
+
+
+@pytest.mark.parametrize("facts", [H200, A100], ids=lambda f: f.name)
+@pytest.mark.parametrize("name", REAL)
+def test_real_models_resolve_to_kernels(name: str, facts: DeviceFacts) -> None:
+    names = recipe(program(name, DType.F16 if facts is A100 else DType.BF16), facts).kernels()
+    specs, missing = select(names, facts.capability)
+    assert not missing
+    assert {s.name for s in specs} == set(names)
+    assert any("state_scan" in name for name in names)
+    assert any("scan_keep" in name for name in names)
+
+
+def test_a_recurrent_layer_is_six_launches_when_decoding() -> None:
+    given = program(hybrid_override_pattern="MM*")
+    ops = [p.op for p in recipe(given).decode(4) if p.op.startswith("layers.1")]
+    assert [op.split(".", 2)[2].split(" ")[0] for op in ops] == [
+        "norm", "in", "conv", "scan", "gated_norm", "out",
+    ]  # fmt: skip
+
+
+def test_the_states_are_a_line_of_the_budget() -> None:
+    given = program()
+    plan = recipe(given).memory
+    states = 4 * given.state_elements_per_slot * plan.seqs
+    assert plan.lines[state_line(plan.seqs)] == pytest.approx(states, rel=1e-3)
+    assert sum(plan.lines.values()) <= GB120.ours
+    assert GB120.ours - sum(plan.lines.values()) < plan.block_bytes
+
+
+def test_as_many_sequences_run_as_states_fit() -> None:
+    given = program()
+    each = 4 * given.state_elements_per_slot
+    weights = sum(w.elements for w in given.weights) * 2
+    few = Budget(141 << 30, 1 << 30, weights + 40 * each)
+    small = EngineConfig(max_model_len=512, max_num_batched_tokens=512)
+    plan = recipe(given, budget=few, config=small).memory
+    assert 16 <= plan.seqs <= 20
+    assert plan.layout.seqs == plan.seqs
+    asked = replace(small, kv_cache_memory_gb=10.5 * each / 1e9)
+    assert recipe(given, budget=few, config=asked).memory.seqs == 10
+    with pytest.raises(CapacityError, match="state of one sequence takes"):
+        recipe(given, budget=Budget(141 << 30, 1 << 30, weights + each))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"ssm_state_size": 96}, "states of 96"),
+        ({"mamba_head_dim": 40}, "heads of 40"),
+        ({"conv_kernel": 7}, "7 taps"),
+        ({"mamba_num_heads": 124, "n_groups": 4}, "multiples of 8"),
+    ],
+)
+def test_shapes_without_a_kernel_are_named(changes: dict[str, object], named: str) -> None:
+    with pytest.raises(MissingKernelError, match=named):
+        recipe(program(**changes)).kernels()
+
+
+# ---- kernels, through the emulator and on a GPU
+
+DTYPES = {"bfloat16": harness.BF16, "float16": harness.F16}
+
+
+def emulated() -> harness.Machine:
+    return emulator.Emulator()
+
+
+def real() -> harness.Machine:
+    return harness.Gpu()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            emulated, marks=pytest.mark.skipif(not emulator.available(), reason="the emulator needs g++")
+        ),
+        pytest.param(real, marks=[pytest.mark.gpu, gpu_engine.needs_gpu]),
+    ],
+    ids=["emulated", "gpu"],
+)
+def machine(request: pytest.FixtureRequest) -> harness.Machine:
+    return request.param()
+
+
+@pytest.fixture
+def gpu(machine: harness.Machine) -> Iterator[harness.Machine]:
+    yield machine
+    machine.clear()
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    seed = int(os.environ.get("RVLLM_TEST_SEED", "0"))
+    return np.random.default_rng([seed, zlib.crc32(request.node.name.encode())])
+
+
+@pytest.mark.parametrize(
+    ("taps", "act", "dtype"), [(4, "silu", "bfloat16"), (3, "gelu", "float16"), (2, "silu", "float16")]
+)
+def test_the_convolution(
+    gpu: harness.Machine, rng: np.random.Generator, taps: int, act: str, dtype: str
+) -> None:
+    checks.check_conv(gpu, rng, DTYPES[dtype], taps, act)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", checks.SCANS, ids=str)
+def test_the_scan(
+    gpu: harness.Machine, rng: np.random.Generator, shape: checks.ScanShape, dtype: str
+) -> None:
+    checks.check_scan(gpu, rng, DTYPES[dtype], shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gated_norm(gpu: harness.Machine, rng: np.random.Generator, dtype: str) -> None:
+    checks.check_gated_norm(gpu, rng, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16], ids=lambda d: d.value)
+def test_planned_launches_compute_the_layer(
+    gpu: harness.Machine, rng: np.random.Generator, dtype: DType
+) -> None:
+    check_planned(gpu, rng, TINY, dtype)
+
+
+# ---- whole models on a GPU
+
+TINY = gpu_engine.model(
+    "NemotronHForCausalLM", hybrid_override_pattern="M-M*-M", head_dim=128, mlp_hidden_act="relu2",
+    num_attention_heads=4, mamba_num_heads=8, mamba_head_dim=32, n_groups=2, ssm_state_size=64,
+    layer_norm_epsilon=1e-5, time_step_min=0.001, use_conv_bias=True,
+)  # fmt: skip
+MIXTURE = TINY | {
+    "hybrid_override_pattern": "MEM*E", "conv_kernel": 3, "n_routed_experts": 8, "num_experts_per_tok": 3,
+    "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5, "moe_intermediate_size": 64,
+    "moe_shared_expert_intermediate_size": 96, "norm_topk_prob": True, "use_conv_bias": False,
+    "mamba_head_dim": 80, "n_groups": 1, "ssm_state_size": 128,
+}  # fmt: skip
+MODELS = {"dense": TINY, "mixture": MIXTURE}
+LENGTHS = [1, 15, 16, 33, 70, 300]
+
+
+def prompts(count: int = len(LENGTHS)) -> list[list[int]]:
+    rng = np.random.default_rng(5)
+    return [rng.integers(0, TINY["vocab_size"], LENGTHS[i % len(LENGTHS)]).tolist() for i in range(count)]
