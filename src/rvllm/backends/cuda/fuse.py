@@ -13,6 +13,9 @@ from rvllm.program.ops import (
     ClampedGate,
     Experts,
     GatedActivation,
+    HeadLinear,
+    LatentAttention,
+    LatentRopeKV,
     Linear,
     Norm,
     Op,
@@ -55,6 +58,8 @@ def fuse(program: Program, gated_epilogue: bool = True) -> list[Stage]:
     Norm, Add of its result, Norm of the sum or not: one pass over the row.
     Add, Norm of its result: likewise.
     Norm of the query heads, Norm of the key heads, RopeKV: each head is normalised as it is rotated.
+    Norm of the latent, LatentRopeKV, HeadLinear of its queries: each is written once, where it is wanted.
+    LatentAttention, HeadLinear of its result: the product puts together what several blocks attended to.
 
     A result is merged away only where nothing else reads it.
     """
@@ -98,6 +103,12 @@ def _stage(ops: Sequence[Op], readers: Counter[str], epilogue: bool) -> Stage:
         case Norm(), Norm():
             if isinstance(third, RopeKV) and _norms_heads(op, after, third):
                 return Stage((op, after, third))
+        case Norm(), LatentRopeKV():
+            if isinstance(third, HeadLinear) and _prepares(op, after, third, readers):
+                return Stage((op, after, third))
+        case LatentAttention(), HeadLinear():
+            if after.x == op.out and after.tail == 0:
+                return Stage((op, after))
         case Add(), Norm():
             if _norms_rows(after) and after.x == op.x:
                 return Stage((op, after))
@@ -106,6 +117,16 @@ def _stage(ops: Sequence[Op], readers: Counter[str], epilogue: bool) -> Stage:
 
 def _norms_rows(op: Norm) -> bool:
     return op.group is None and op.width is None and op.out != op.x
+
+
+def _prepares(norm: Norm, rope: LatentRopeKV, absorb: HeadLinear, readers: Counter[str]) -> bool:
+    """Whether the norm is that of the latent, and nothing reads queries or latent afterwards."""
+    rotated = rope.rope.dim
+    plain = norm.kind_ == "rms" and norm.weight is not None and norm.bias is None and norm.group is None
+    whole = norm.x == norm.out == rope.kv and (norm.start, norm.width) == (0, rope.cache.key_dim - rotated)
+    queries = absorb.x == rope.q and absorb.tail == rotated
+    alone = readers[rope.q.name] == readers[rope.kv.name] == 2
+    return plain and whole and queries and alone
 
 
 def _norms_heads(queries: Norm, keys: Norm, rope: RopeKV) -> bool:

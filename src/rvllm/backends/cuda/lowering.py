@@ -26,7 +26,7 @@ from rvllm.backends.cuda.lower_recurrent import EMITTERS as RECURRENT
 from rvllm.backends.cuda.lower_recurrent import scratch as recurrent_scratch
 from rvllm.backends.cuda.metadata import NUM_DECODES, NUM_SAMPLES, NUM_TOKENS, Layout
 from rvllm.backends.cuda.placement import Form
-from rvllm.backends.cuda.sampling import CHUNK, PICK_THREADS
+from rvllm.backends.cuda.sampling import CHUNK, PICK_THREADS, SCAN_WARPS
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.ops_manifest import norm_add_norm_kernel, norm_kernel
 from rvllm.program.dtypes import DType
@@ -131,7 +131,8 @@ class Lowering:
         Raises MissingKernelError listing every op without a kernel.
         """
         for stage in stages:
-            emit = self._emitters.get(type(stage.ops[0]))
+            leader = next((op for op in stage.ops if type(op) in LATENT), stage.ops[0])
+            emit = self._emitters.get(type(leader))
             if emit is None:
                 self.missing.append(f"{stage.name} ({stage.ops[0].kind})")
                 continue
@@ -570,8 +571,8 @@ class Lowering:
         self.plan(
             stage.name,
             "sm80_sample_scan",
-            lambda c: (chunks, c.samples, 1),
-            256,
+            lambda c: (-(-chunks // SCAN_WARPS), c.samples, 1),
+            32 * SCAN_WARPS,
             self.at.logits,
             self.at.scaled,
             self.at.bests,

@@ -1,0 +1,304 @@
+"""Latent attention on CUDA: kernels against the reference, planning, engines."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import latent_checks as checks
+import numpy as np
+import pytest
+from emulator import Emulator, available
+from gpu_engine import backend, core_of, model, needs_gpu, run, tokens_of
+from harness import BF16, F16, Gpu, Machine
+from latent_checks import LITE, MANY, TINY, Sizes
+from test_lowering import A100, H100, L40, recipe
+
+from rvllm.backends.cuda.catalog import select
+from rvllm.backends.cuda.driver import device_count
+from rvllm.backends.cuda.launches import Counts
+from rvllm.backends.cuda.lower_latent import LatentShape, plan_decode, plan_prefill
+from rvllm.backends.cuda.memory import Budget
+from rvllm.config import EngineConfig
+from rvllm.engine.messages import Sampling
+from rvllm.errors import MissingKernelError
+from rvllm.models.config import ModelConfig
+from rvllm.models.registry import build_program
+from rvllm.program.dtypes import DType
+from rvllm.program.ops import Program
+
+DTYPES = {"bfloat16": BF16, "float16": F16}
+SIZES = {"lite": LITE, "tiny": TINY, "many": MANY}
+YARN = {
+    "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
+    "mscale": 0.707, "mscale_all_dim": 0.707,
+}  # fmt: skip
+V2_LITE = {
+    "architectures": ["DeepseekV2ForCausalLM"], "hidden_size": 2048, "intermediate_size": 10944,
+    "moe_intermediate_size": 1408, "num_hidden_layers": 27, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "vocab_size": 102400, "q_lora_rank": None, "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 64,
+    "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "topk_method": "greedy",
+    "max_position_embeddings": 163840, "rope_theta": 10000, "rope_scaling": YARN, "hidden_act": "silu",
+}  # fmt: skip
+V3 = {
+    **V2_LITE, "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 7168, "intermediate_size": 18432,
+    "moe_intermediate_size": 2048, "num_attention_heads": 128, "num_key_value_heads": 128,
+    "vocab_size": 129280, "q_lora_rank": 1536, "n_routed_experts": 256, "n_shared_experts": 1,
+    "num_experts_per_tok": 8, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 8,
+    "topk_group": 4,
+}  # fmt: skip
+GB139 = Budget(139 << 30, 1 << 30, 125 << 30)
+
+
+def built(config: dict[str, Any], dtype: DType = DType.BF16, **changes: object) -> Program:
+    return build_program(ModelConfig({**config, **changes}, "test config"), dtype)
+
+
+# ---- kernels
+
+
+@pytest.fixture(scope="module")
+def machines() -> dict[str, Machine]:
+    return {}
+
+
+@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
+def gpu(request: pytest.FixtureRequest, machines: dict[str, Machine]) -> Iterator[Any]:
+    if request.param == "emulator" and not available():
+        pytest.skip("the emulator needs g++")
+    if request.param == "gpu" and not device_count():
+        pytest.skip("no NVIDIA GPU, or the cuda extra is not installed")
+    if request.param not in machines:
+        machines[request.param] = Emulator() if request.param == "emulator" else Gpu()
+    yield machines[request.param]
+    machines[request.param].clear()
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    seed = int(os.environ.get("RVLLM_TEST_SEED", "0"))
+    return np.random.default_rng([seed, zlib.crc32(request.node.name.encode())])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "shape", "tail"),
+    [(1, (2, 40, 24), 8), (3, (16, 128, 512), 0), (70, (2, 72, 136), 16), (9, (3, 50, 312), 0)],
+    ids=["odd", "values", "tail", "three segments"],
+)
+def test_products_of_heads(
+    gpu: Machine, rng: np.random.Generator, tokens: int, shape: tuple[int, int, int], tail: int, dtype: str
+) -> None:
+    checks.check_head_linear(gpu, rng, DTYPES[dtype], tokens, shape, tail)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("name", SIZES)
+def test_preparing_queries_and_cache(
+    gpu: Machine, rng: np.random.Generator, name: str, interleaved: bool, dtype: str
+) -> None:
+    lens = [1, 2] if name == "lite" and isinstance(gpu, Emulator) else [30, 1, 41]
+    checks.check_prepare(gpu, rng, DTYPES[dtype], SIZES[name], lens, interleaved)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SIZES)
+def test_decode(gpu: Machine, rng: np.random.Generator, name: str, dtype: str) -> None:
+    lens = [1, 2, 16, 17, 63, 64, 65, 255, 256, 257, 600, 1030, 2100]
+    few = {"lite": [1, 90, 300], "many": [1, 63, 64, 300, 800], "tiny": lens[:-1]}
+    checks.check_decode(
+        gpu, rng, DTYPES[dtype], SIZES[name], few[name] if isinstance(gpu, Emulator) else lens
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SIZES)
+def test_prefill(gpu: Machine, rng: np.random.Generator, name: str, dtype: str) -> None:
+    lens, chunks = [40, 300, 1, 33, 200, 300, 531], [1, 1, 1, 33, 130, 37, 300]
+    if isinstance(gpu, Emulator):
+        lens, chunks = (
+            ([40, 30, 33, 260], [1, 1, 7, 5]) if name != "tiny" else (lens, [1, 1, 1, 33, 13, 37, 20])
+        )
+    checks.check_prefill(gpu, rng, DTYPES[dtype], SIZES[name], lens, chunks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SIZES)
+def test_a_token_has_the_same_bits_however_it_is_computed(
+    gpu: Machine, rng: np.random.Generator, name: str, dtype: str
+) -> None:
+    length, picks = 1300, 60
+    if isinstance(gpu, Emulator):
+        length, picks = {"lite": (20, 1), "many": (70, 4), "tiny": (300, 12)}[name]
+    assert checks.check_invariance(gpu, rng, DTYPES[dtype], SIZES[name], length, picks=picks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes", [TINY, MANY, Sizes(130, 32, 16, value=6)], ids=["tiny", "many", "130 heads"]
+)
+def test_values_of_decodes_in_parts(gpu: Machine, rng: np.random.Generator, sizes: Sizes, dtype: str) -> None:
+    checks.check_values(gpu, rng, DTYPES[dtype], sizes)
+
+
+# ---- planning
+
+
+@pytest.mark.parametrize("facts", [H100, A100, L40], ids=lambda f: f.name)
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16])
+@pytest.mark.parametrize("config", [V2_LITE, V3], ids=["v2-lite", "v3"])
+def test_deepseek_resolves_to_kernels(config: dict[str, Any], facts: Any, dtype: DType) -> None:
+    given = recipe(built(config, dtype, num_hidden_layers=2), facts, EngineConfig(max_model_len=8192), GB139)
+    specs, missing = select(given.kernels(), facts.capability)
+    assert not missing
+    known = {spec.name: spec for spec in specs}
+    for planned in (*given.decode(1), *given.decode(64), *given.body(4096)):
+        if "latent" in planned.kernel:
+            assert planned.smem <= min(max(known[planned.kernel].smem, 48 << 10), facts.smem_per_block)
+            assert min(planned.grid(Counts(64, 64, 64))) >= 1
+
+
+def test_v2_lite_fits_an_h200_and_its_attention_takes_seven_launches_a_layer() -> None:
+    given = recipe(built(V2_LITE), H100, EngineConfig(max_model_len=8192), GB139)
+    assert 31e9 < given.memory.lines["weights"] < 32.5e9
+    assert given.memory.block_bytes == 27 * 576 * 2 * 16
+    assert given.memory.lines["attention workspace"] < 200e6
+    layer = [p.kernel for p in given.decode(1) if p.op.startswith("layers.5.")]
+    ends = next(i for i, kernel in enumerate(layer) if "route" in kernel)
+    assert len([k for k in layer[:ends] if "norm" not in k]) == 6, (
+        layer
+    )  # q, kv_a, prepare, attention, values, o
+
+
+def test_sizes_without_a_kernel_are_named() -> None:
+    odd = built(V2_LITE, num_hidden_layers=1, kv_lora_rank=520, first_k_dense_replace=1)
+    with pytest.raises(MissingKernelError, match="latent of 520 elements"):
+        recipe(odd, H100, EngineConfig(), GB139)
+    odd = built(V2_LITE, num_hidden_layers=1, qk_nope_head_dim=100, first_k_dense_replace=1)
+    with pytest.raises(MissingKernelError, match=r"layers\.0\.absorb.*multiples of 8"):
+        recipe(odd, H100, EngineConfig(), GB139).kernels()
+    with pytest.raises(MissingKernelError, match="--max-num-seqs"):
+        decode_plan(max_seqs=5000)
+
+
+def decode_plan(max_seqs: int = 64, max_model_len: int = 8192, smem: int = 232448) -> Any:
+    return plan_decode(
+        DType.BF16, LatentShape(16, 512, 64), max_seqs=max_seqs, max_model_len=max_model_len,
+        num_blocks=10**6, sm_count=132, smem_per_block=smem,
+    )  # fmt: skip
+
+
+def test_parts_of_results_have_room_for_the_worst_cut() -> None:
+    for seqs in (1, 2, 7, 300):
+        plan = decode_plan(seqs)
+        for contexts in (np.full(seqs, 32), np.full(seqs, 1), np.arange(seqs) % 32 + 1):
+            items, before = int(contexts.sum()), np.cumsum(contexts) - contexts
+            for block in range(plan.grid):
+                begin, end = items * block // plan.grid, items * (block + 1) // plan.grid
+                of = np.searchsorted(before, np.arange(begin, end), side="right") - 1
+                others = before[of] < begin
+                assert others.sum() <= plan.spare
+        assert plan.partial_bytes == 4 * plan.grid * (plan.spare + 1) * 16 * 514
+
+
+def test_less_shared_memory_takes_smaller_kernels() -> None:
+    assert decode_plan().kernel == "sm80_bf16_latent_decode"
+    assert decode_plan(smem=101376).kernel == "sm80_bf16_latent_decode_small"
+    assert plan_prefill(DType.F16, LatentShape(16, 512, 64), 232448).rows == 32
+    small = plan_prefill(DType.F16, LatentShape(16, 512, 64), 101376)
+    assert (small.rows, small.kernel) == (16, "sm80_f16_latent_prefill_small")
+    with pytest.raises(MissingKernelError, match="48 KB"):
+        plan_prefill(DType.F16, LatentShape(16, 512, 64), 48 << 10)
+
+
+# ---- engines on a GPU
+
+_TINY = {
+    "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 24, "q_lora_rank": None,
+    "num_key_value_heads": 6, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40, "first_k_dense_replace": 3, "topk_method": "greedy",
+    "routed_scaling_factor": 1.0,
+}  # fmt: skip
+_SCALED = {
+    "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1,
+    "mscale": 0.707, "mscale_all_dim": 0.4,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "v2_dense": model("DeepseekV2ForCausalLM", **_TINY),
+    "v2_queries_yarn_biased": model(
+        "DeepseekV2ForCausalLM", **{**_TINY, "q_lora_rank": 40}, rope_scaling=_SCALED, attention_bias=True,
+    ),
+    "v2_real_heads": model(
+        "DeepseekV2ForCausalLM", num_attention_heads=20,
+        **{**_TINY, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+           "num_key_value_heads": 20},
+    ),
+    "v3_dense_halves": model(
+        "DeepseekV3ForCausalLM",
+        **{**_TINY, "topk_method": "noaux_tc", "n_group": 4, "topk_group": 2, "rope_interleave": False},
+    ),
+    "v2_experts": model("DeepseekV2ForCausalLM", **{**_TINY, "first_k_dense_replace": 1}),
+    "v3_experts": model(
+        "DeepseekV3ForCausalLM", rope_scaling=_SCALED,
+        **{**_TINY, "topk_method": "noaux_tc", "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+           "q_lora_rank": 48, "routed_scaling_factor": 2.5, "norm_topk_prob": True},
+    ),
+}  # fmt: skip
+TOLERANCE = {DType.BF16: 0.15, DType.F16: 0.03}  # of log-probabilities near 1
+AGREE = {DType.BF16: 0.8, DType.F16: 0.95}  # of them; near ties of a router may fall to the other side
+
+
+def asked(vocab: int, sampling: Sampling) -> list[tuple[list[int], Sampling]]:
+    rng = np.random.default_rng(5)
+    return [(rng.integers(0, vocab, n).tolist(), sampling) for n in (1, 5, 16, 33, 70, 300, 600)]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16], ids=lambda d: d.value)
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_agree_with_the_cpu(name: str, dtype: DType) -> None:
+    config, found = MODELS[name], {}
+    for device in ("cpu", "cuda"):
+        core = core_of(backend(config, device, dtype), config)
+        given = asked(config["vocab_size"], Sampling(max_tokens=6, logprobs=1, prompt_logprobs=1))
+        found[device] = run(core, given)
+        core.close()
+    pairs = [
+        (a.logprob, b.logprob)
+        for cpu, gpu in zip(found["cpu"], found["cuda"], strict=True)
+        for a, b in zip(cpu[0].prompt_logprobs or [], gpu[0].prompt_logprobs or [], strict=True)
+    ]
+    # The first tokens that were drawn; later ones follow other tokens where the first differ.
+    pairs += [
+        (a[0].logprobs[0].logprob, b[0].logprobs[0].logprob)
+        for a, b in zip(found["cpu"], found["cuda"], strict=True)
+        if a[0].logprobs and b[0].logprobs
+    ]
+    apart = np.abs(np.subtract(*np.array(pairs).T))
+    assert len(apart) > 1000
+    experts = "experts" in name
+    assert (apart < TOLERANCE[dtype]).mean() >= (AGREE[dtype] if experts else 1), np.sort(apart)[-40:]
+    assert np.median(apart) < TOLERANCE[dtype] / 4
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["v2_queries_yarn_biased", "v2_real_heads", "v3_experts"])
+def test_a_request_gives_the_same_bits_alone_in_company_and_in_chunks(name: str) -> None:
+    config = MODELS[name]
+    core = core_of(backend(config, "cuda", DType.BF16), config)
+    requests = asked(config["vocab_size"], Sampling(max_tokens=30, logprobs=2))
+    requests += asked(config["vocab_size"], Sampling(max_tokens=30, temperature=1.0, seed=11, logprobs=2))
+    together = run(core, requests)
+    again = run(core, requests)  # now with prefixes from the cache
+    for request, first, second in zip(requests, together, again, strict=True):
+        (alone,) = run(core, [request])
+        for outputs in (first, second):
+            assert tokens_of(outputs) == tokens_of(alone)
+            assert [o.logprobs for o in outputs] == [o.logprobs for o in alone]
+    core.close()
