@@ -10,7 +10,7 @@ from harness import Gpu
 from rvllm.backends.base import SamplingSpec, SlotStart
 from rvllm.backends.cpu.philox import uniform
 from rvllm.backends.cpu.sampler import History, adjust, distribution, draw, top_logprobs
-from rvllm.backends.cuda.sampling import MAX_TOP, PICK_THREADS, SLOT, StateSizes, pack_starts
+from rvllm.backends.cuda.sampling import MAX_TOP, PICK_THREADS, SCAN_WARPS, SLOT, StateSizes, pack_starts
 
 
 class Sampler:
@@ -58,7 +58,7 @@ class Sampler:
         args = [logits, scaled, bests, self.slots, slots, count, self.histories, self.bias_ids,
                 self.biases, self.stops, masks, mask_rows, self.vocab, stride,
                 self.sizes.history_stride, words]  # fmt: skip
-        self.gpu.launch("sm80_sample_scan", (chunks, rows), 256, args)
+        self.gpu.launch("sm80_sample_scan", (-(-chunks // SCAN_WARPS), rows), 32 * SCAN_WARPS, args)
         args = [tokens, self.last, scaled, bests, self.slots, slots, count, self.histories, self.vocab,
                 stride,
                 self.sizes.history_stride, chunks]  # fmt: skip

@@ -9,17 +9,18 @@
 // for a row that draws nothing; count: rows in use.
 // histories u16 [slots, history_stride] (even), or null; bias_ids, biases [slots, MAX_BIASES]; stops [slots, MAX_STOPS].
 // masks u32 [.., mask_words], mask_rows int32 [rows] (-1: none), or null.
-// Grid: (ceil(vocab / CHUNK), rows), 256 threads. Bound by memory: logits are read once.
-extern "C" __global__ void __launch_bounds__(256)
+// Grid: (ceil(vocab / CHUNK / SCAN_WARPS), rows), 32 * SCAN_WARPS threads: a chunk a warp. Bound by memory: logits are
+// read once.
+extern "C" __global__ void __launch_bounds__(32 * SCAN_WARPS)
 sample_scan(const float* logits, float* scaled, Best* bests, const Slot* slots, const int* row_slots, const int* count,
             const u16* histories, const int* bias_ids, const float* biases, const int* stops, const u32* masks,
             const int* mask_rows, int vocab, int stride, int history_stride, int mask_words) {
   griddep_launch();
-  static_assert(CHUNK == 4 * 256, "four logits a thread");
-  __shared__ __align__(16) float values[CHUNK];
-  __shared__ Best scratch[32];
-  const int row = blockIdx.y, start = blockIdx.x * CHUNK, number = row_slots[row];
-  if (row >= *count || number < 0) {
+  constexpr int VECTORS = CHUNK / 128;  // of four logits, a lane
+  __shared__ __align__(16) float changed[SCAN_WARPS][CHUNK];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int row = blockIdx.y, chunk = blockIdx.x * SCAN_WARPS + warp, start = chunk * CHUNK, number = row_slots[row];
+  if (row >= *count || number < 0 || start >= vocab) {
     if (row == 0 && blockIdx.x == 0) griddep_wait();
     return;
   }
@@ -29,50 +30,69 @@ sample_scan(const float* logits, float* scaled, Best* bests, const Slot* slots, 
   const int mask_row = masks ? mask_rows[row] : -1;
   griddep_wait();
 
-  const int at = start + threadIdx.x * 4;
-  float4 v = make_float4(-INFINITY_F, -INFINITY_F, -INFINITY_F, -INFINITY_F);
-  if (at < vocab) v = *reinterpret_cast<const float4*>(logits + (size_t)row * stride + at);
-  float x[4] = {v.x, v.y, v.z, v.w};
-  u32 allowed = 15;
-  if (mask_row >= 0 && at < vocab) allowed = masks[(size_t)mask_row * mask_words + at / 32] >> at % 32;
+  float x[VECTORS][4];
 #pragma unroll
-  for (int k = 0; k < 4; k++)
-    if (at + k >= vocab || !(allowed >> k & 1)) x[k] = -INFINITY_F;
+  for (int j = 0; j < VECTORS; j++) {
+    const int at = start + j * 128 + lane * 4;
+    float4 v = make_float4(-INFINITY_F, -INFINITY_F, -INFINITY_F, -INFINITY_F);
+    if (at < vocab) v = *reinterpret_cast<const float4*>(logits + (size_t)row * stride + at);
+    x[j][0] = v.x, x[j][1] = v.y, x[j][2] = v.z, x[j][3] = v.w;
+  }
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++) {
+    const int at = start + j * 128 + lane * 4;
+    u32 allowed = 15;
+    if (mask_row >= 0 && at < vocab) allowed = masks[(size_t)mask_row * mask_words + at / 32] >> at % 32;
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+      if (at + k >= vocab || !(allowed >> k & 1)) x[j][k] = -INFINITY_F;
+  }
   if (forbid || slot.biases) {  // sparse changes, by way of shared memory
-    *reinterpret_cast<float4*>(values + threadIdx.x * 4) = make_float4(x[0], x[1], x[2], x[3]);
-    __syncthreads();
+    float* const values = changed[warp];
+#pragma unroll
+    for (int j = 0; j < VECTORS; j++)
+      *reinterpret_cast<float4*>(values + j * 128 + lane * 4) = make_float4(x[j][0], x[j][1], x[j][2], x[j][3]);
+    __syncwarp();
     if (forbid)
-      for (int i = threadIdx.x; i < slot.stops; i += blockDim.x) {
+      for (int i = lane; i < slot.stops; i += 32) {
         const int place = stops[(size_t)number * MAX_STOPS + i] - start;
         if (place >= 0 && place < CHUNK) values[place] = -INFINITY_F;
       }
-    __syncthreads();
-    for (int i = threadIdx.x; i < slot.biases; i += blockDim.x) {
+    __syncwarp();
+    for (int i = lane; i < slot.biases; i += 32) {
       const int place = bias_ids[(size_t)number * MAX_BIASES + i] - start;
       if (place >= 0 && place < CHUNK) values[place] += biases[(size_t)number * MAX_BIASES + i];
     }
-    __syncthreads();
+    __syncwarp();
 #pragma unroll
-    for (int k = 0; k < 4; k++) x[k] = values[threadIdx.x * 4 + k];
+    for (int j = 0; j < VECTORS; j++)
+#pragma unroll
+      for (int k = 0; k < 4; k++) x[j][k] = values[j * 128 + lane * 4 + k];
   }
   Best best = {-INFINITY_F, 0x7fffffff};
-  if (at < vocab) {
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++) {
+    const int at = start + j * 128 + lane * 4;
+    if (at >= vocab) continue;
 #pragma unroll
     for (int k = 0; k < 4; k++) {
+      float& value = x[j][k];
       if (slot.flags & HISTORY && at + k < vocab) {
         const u16 seen = histories[(size_t)number * history_stride + at + k];
         const float times = (float)(seen & ~IN_PROMPT);
-        if (slot.repetition != 1.f && seen) x[k] = x[k] > 0.f ? __fdiv_rn(x[k], slot.repetition) : __fmul_rn(x[k], slot.repetition);
-        x[k] = __fsub_rn(x[k], __fmul_rn(slot.frequency, times));
-        x[k] = __fsub_rn(x[k], times > 0.f ? slot.presence : 0.f);
+        if (slot.repetition != 1.f && seen) value = value > 0.f ? __fdiv_rn(value, slot.repetition) : __fmul_rn(value, slot.repetition);
+        value = __fsub_rn(value, __fmul_rn(slot.frequency, times));
+        value = __fsub_rn(value, times > 0.f ? slot.presence : 0.f);
       }
-      if (!greedy) x[k] = __fdiv_rn(x[k], slot.temperature);
-      best = better(best, {x[k], at + k});
+      if (!greedy) value = __fdiv_rn(value, slot.temperature);
+      best = better(best, {value, at + k});
     }
-    if (!greedy) *reinterpret_cast<float4*>(scaled + (size_t)row * stride + at) = make_float4(x[0], x[1], x[2], x[3]);
+    if (!greedy) *reinterpret_cast<float4*>(scaled + (size_t)row * stride + at) = make_float4(x[j][0], x[j][1], x[j][2], x[j][3]);
   }
-  best = block_best(best, scratch);
-  if (threadIdx.x == 0) bests[(size_t)row * gridDim.x + blockIdx.x] = best;
+#pragma unroll
+  for (int o = 16; o; o >>= 1)
+    best = better(best, {__shfl_xor_sync(~0u, best.value, o), __shfl_xor_sync(~0u, best.id, o)});
+  if (lane == 0) bests[(size_t)row * ((vocab + CHUNK - 1) / CHUNK) + chunk] = best;
 }
 
 // Picks an index of the row by its weight: of keys above `edge` all, of those equal to it the first `ties`.

@@ -18,7 +18,8 @@ struct Slot {
 };
 constexpr u32 HISTORY = 1;      // token counts are kept for this slot
 constexpr u16 IN_PROMPT = 0x8000;  // in a token's count: it occurs in the prompt; the rest counts the output
-constexpr int CHUNK = 1024;     // logits one block of sample_scan looks at
+constexpr int CHUNK = 1024;     // logits one warp of sample_scan looks at
+constexpr int SCAN_WARPS = 8;   // warps of its blocks
 constexpr int MAX_BIASES = 1024, MAX_STOPS = 128, MAX_TOP = 20;
 
 // Floats as unsigned numbers of the same order.

@@ -14,7 +14,8 @@ from rvllm.errors import UsageError
 MAX_BIASES = 1024  # logit_bias entries a slot can hold
 MAX_STOPS = 128  # tokens that min_tokens can hold back
 MAX_TOP = 20  # most likely tokens reported with logprobs
-CHUNK = 1024  # logits a block of sample_scan looks at
+CHUNK = 1024  # logits a warp of sample_scan looks at
+SCAN_WARPS = 8  # warps of its blocks
 START_WORDS = 24  # int32 words that describe one starting slot
 PICK_THREADS = 1024
 HISTORY = 1  # flag: the slot's tokens are counted
@@ -69,7 +70,7 @@ class StateSizes:
         return 4 * self.slots * MAX_STOPS
 
     def chunks(self) -> int:
-        """Blocks of sample_scan a row has; `bests` takes 8 bytes for each, per row."""
+        """Chunks a row has; `bests` takes 8 bytes for each, per row."""
         return -(-self.vocab // CHUNK)
 
 
