@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from rvllm.engine.messages import (
     KernelUse,
     ModelFacts,
     Output,
+    PrefillChunk,
     Ready,
     SequenceState,
     State,
@@ -53,6 +55,7 @@ class FakeEngine:
         self.open: set[str] = set()
         self.aborted: list[str] = []
         self.vocabularies: list[Vocabulary] = []
+        self.chunks = 0  # steps that a prompt takes
         self.embedding_size = 0
         self.embeds: list[Embed] = []
         self.dead = asyncio.Event()
@@ -136,6 +139,9 @@ class FakeEngine:
             if i == 0 and sampling.prompt_logprobs is not None:
                 prompt = request.prompt_token_ids[1:]
                 output.prompt_logprobs = [_logprobs(t, sampling.prompt_logprobs) for t in prompt]
+            if i == 0 and self.chunks:
+                now = time.time()
+                output.prefill = [PrefillChunk(k, 8, now, now + 0.01) for k in range(self.chunks)]
             if token in sampling.stop_token_ids and i + 1 > sampling.min_tokens:
                 output.finish_reason, output.stop_reason = "stop", token
             elif i + 1 == sampling.max_tokens:

@@ -63,6 +63,15 @@ def test_trace_by_each_id(live: LiveServer, capsys: pytest.CaptureFixture[str]) 
         assert shown.count("prefill") == 2 and shown.count("█") > 10
 
 
+def test_the_chunks_of_a_long_prompt(live: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
+    live.engine.chunks = 3
+    ask(live, {"x-request-id": "chunked"})
+    live.engine.chunks = 0
+    assert main(["trace", "chunked", "--url", live.url]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "prompt tokens in step" in line]
+    assert [line.split()[-1] for line in lines] == ["0", "1", "2"]
+
+
 def test_an_unknown_id_is_one_line(live: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trace", "no/such", "--url", live.url]) == 1
     error = capsys.readouterr().err

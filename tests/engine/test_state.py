@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 
 import msgspec
+import pytest
 from double import PagedDouble, facts
 
 from rvllm.backends.base import Limits, StepKernel, grouped
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.messages import FromEngine, Generate, GetState, Sampling, State
-from rvllm.engine.state import snapshot
+from rvllm.engine.state import complete, snapshot
+from rvllm.telemetry.bounds import STEP_TOKENS
 
 
 def core_of(seqs: int = 2) -> EngineCore:
@@ -88,3 +90,31 @@ def test_layers_are_counted_together_in_the_order_of_first_use() -> None:
     assert grouped(launches) == [
         StepKernel("embed", "k0", 1), StepKernel("o", "k1", 2, "x"), StepKernel("o", "k2", 1)
     ]  # fmt: skip
+
+
+def test_a_prompts_chunks_come_with_its_first_token() -> None:
+    core = core_of()
+    ask(core, "a", [i % 90 for i in range(150)], 3)
+    outputs, began = [], time.time()
+    while core.has_work():
+        outputs += core.step()
+    first, *later = outputs
+    assert first.prefill is not None and [output.prefill for output in later] == [None] * len(later)
+    assert [(chunk.step, chunk.tokens) for chunk in first.prefill] == [(0, 64), (1, 64), (2, 22)]
+    assert all(began <= c.began <= c.ended <= time.time() for c in first.prefill)
+
+
+def test_steps_are_counted_by_size_and_compared_with_the_floor() -> None:
+    core = core_of()
+    assert complete(core, core.stats()).floor_ratio is None
+    ask(core, "a", [i % 90 for i in range(150)], 40)
+    while core.has_work():
+        core.step()
+    stats = complete(core, core.stats())
+    by_bound = dict(zip((*STEP_TOKENS, None), stats.step_counts, strict=True))
+    assert (by_bound[1], by_bound[32], by_bound[64]) == (39, 1, 2) and sum(stats.step_counts) == stats.steps
+    assert stats.step_tokens == 150 + 39
+    # The double's floor is a microsecond for each token of each sequence.
+    seconds = sum(took for _, _, took in core.figures._decodes)
+    assert stats.floor_ratio == pytest.approx(39 * 169e-6 / seconds, rel=0.02)
+    assert [k.kernel for k in stats.kernels] == ["blake2b"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from rvllm.engine.messages import Stats
+from rvllm.engine.messages import KernelUse, Stats
 from rvllm.telemetry.metrics import Metrics, RequestTimes
 
 DASHBOARD = Path(__file__).parent.parent.parent / "deploy" / "grafana-dashboard.json"
@@ -22,6 +22,9 @@ VLLM = {
     "vllm:request_decode_time_seconds_bucket", "vllm:request_inference_time_seconds_bucket",
     "vllm:request_prompt_tokens_bucket", "vllm:request_generation_tokens_bucket",
     "vllm:request_params_max_tokens_bucket", "vllm:request_params_n_bucket", "vllm:cache_config_info",
+    "vllm:iteration_tokens_total_bucket", "vllm:iteration_tokens_total_sum",
+    "vllm:iteration_tokens_total_count", "vllm:request_max_num_generation_tokens_bucket",
+    "vllm:request_prefill_kv_computed_tokens_bucket",
 }  # fmt: skip
 
 
@@ -29,8 +32,9 @@ def names_on_the_page() -> set[str]:
     metrics = Metrics("m", {"block_size": "16"})
     metrics.response("/v1/chat/completions", 200)
     metrics.finished(RequestTimes("stop", 100, 11, 50, 2, queue=0.1, first=0.5, last=1.5))
-    gpu = {"rvllm:decode_idle_share": 0.01}
-    page = metrics.page(Stats(running=1, backend=gpu)).decode()
+    gpu = {"rvllm:decode_idle_share": 0.01, 'rvllm:cuda_graph_captured{kind="decode",size="8"}': 1.0}
+    kernels = [KernelUse("qkv", "gemm_sm90_bf16", 28)]
+    page = metrics.page(Stats(running=1, backend=gpu, floor_ratio=0.9, kernels=kernels)).decode()
     return {sample.name for family in text_string_to_metric_families(page) for sample in family.samples}
 
 

@@ -3,7 +3,8 @@
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from rvllm.engine.messages import Stats
+from rvllm.engine.messages import KernelUse, Stats
+from rvllm.telemetry.bounds import STEP_TOKENS
 from rvllm.telemetry.metrics import Metrics, RequestTimes
 
 
@@ -69,3 +70,51 @@ def test_backend_names_that_prometheus_would_not_take_do_not_break_the_page() ->
     odd = Stats(backend={"graph bucket/8": 1.0})
     found = values(Metrics("m", {}).page(odd))
     assert found["rvllm:backend_graph_bucket_8"] == 1.0
+
+
+def test_backend_figures_may_carry_labels() -> None:
+    graphs = {f'rvllm:cuda_graph_captured{{kind="decode",size="{size}"}}': 1.0 for size in (1, 8)}
+    page = Metrics("m", {}).page(Stats(backend=graphs))
+    found = values(page)
+    for size in (1, 8):
+        assert found[f"rvllm:backend_cuda_graph_captured{{'kind': 'decode', 'size': '{size}'}}"] == 1
+    assert page.count(b"# TYPE rvllm:backend_cuda_graph_captured gauge") == 1
+
+
+def test_steps_blocks_kernels_and_settings() -> None:
+    counts = [0] * (len(STEP_TOKENS) + 1)
+    counts[0], counts[4], counts[-1] = 5, 2, 1
+    stats = Stats(
+        step_tokens=20_000,
+        step_counts=counts,
+        blocks_total=10,
+        blocks_used=4,
+        blocks_cached=5,
+        floor_ratio=0.875,
+        mask_exposed_seconds=0.25,
+        kernels=[KernelUse("qkv", "a", 28, "x"), KernelUse("qkv", "a", 2, "y"), KernelUse("down", "b", 28)],
+    )
+    info = {"decode_path": "batched", "gemm_strategy": "native", "dtype": "bfloat16", "device": "H200"}
+    found = values(Metrics("m", {}, info).page(stats))
+    assert found["vllm:iteration_tokens_total_sum"] == 20_000
+    assert found["vllm:iteration_tokens_total_count"] == 8
+    assert found["vllm:iteration_tokens_total_bucket{'le': '32.0'}"] == 5
+    assert found["vllm:iteration_tokens_total_bucket{'le': '64.0'}"] == 7
+    assert found["vllm:iteration_tokens_total_bucket{'le': '+Inf'}"] == 8
+    tiers = {tier: found[f"rvllm:kv_blocks{{'tier': '{tier}'}}"] for tier in ("in use", "cached", "empty")}
+    assert tiers == {"in use": 4, "cached": 5, "empty": 1}
+    assert found["rvllm:decode_floor_ratio"] == 0.875
+    assert found["rvllm:grammar_mask_exposed_seconds_total"] == 0.25
+    assert found["rvllm:step_kernel_launches{'kernel': 'a', 'op': 'qkv'}"] == 30
+    assert found["rvllm:step_kernel_launches{'kernel': 'b', 'op': 'down'}"] == 28
+    assert found[f"rvllm:engine_info{dict(sorted(info.items()))}"] == 1
+    assert "rvllm:decode_floor_ratio" not in values(Metrics("m", {}).page(Stats()))
+
+
+def test_computed_and_longest() -> None:
+    metrics = Metrics("m", {})
+    metrics.finished(RequestTimes("stop", 100, 11, 50, 2, 0.1, 0.5, 1.5, cached_tokens=64))
+    metrics.longest_choice(11)
+    found = values(metrics.page(None))
+    assert found["vllm:request_prefill_kv_computed_tokens_sum"] == 36
+    assert found["vllm:request_max_num_generation_tokens_sum"] == 11

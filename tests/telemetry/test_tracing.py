@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 
 from rvllm.cli.main import main
-from rvllm.telemetry.timing import KEPT, RecentTimings, RequestTiming
+from rvllm.telemetry.timing import KEPT, ChunkTiming, RecentTimings, RequestTiming
 from rvllm.telemetry.tracing import Tracer
 
 try:
@@ -29,6 +29,7 @@ def finished(id: str = "r1") -> RequestTiming:
     choice.queued, choice.first, choice.last = 0.1, 0.3, 1.3
     choice.detokenize, choice.stream = 0.02, 0.05
     choice.output_tokens, choice.cached_tokens, choice.finish_reason = 11, 64, "stop"
+    choice.chunks = [ChunkTiming(7, 64, 0.11, 0.09), ChunkTiming(8, 32, 0.2, 0.09)]
     timing.status, timing.seconds = 200, 1.4
     return timing
 
@@ -58,16 +59,21 @@ def collector() -> Iterator[str]:
 
 
 def received() -> dict[str, Any]:
+    """The spans by name; of several with one name the last."""
+    return {span.name: span for span in every()}
+
+
+def every() -> list[Any]:
     import gzip
 
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-    spans = {}
+    spans: list[Any] = []
     for body in Collector.bodies:
         data = gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
         for resource in ExportTraceServiceRequest.FromString(data).resource_spans:
             for scope in resource.scope_spans:
-                spans |= {span.name: span for span in scope.spans}
+                spans += scope.spans
     return spans
 
 
@@ -79,7 +85,8 @@ def test_spans_reach_the_collector(collector: str, path: str) -> None:
     tracer.record(timing)
     tracer.close()
     spans = received()
-    assert set(spans) == {"llm_request", "queue", "prefill", "decode", "detokenize", "stream"}
+    names = {"llm_request", "queue", "prefill", "prefill chunk", "decode", "detokenize", "stream"}
+    assert set(spans) == names
     root = spans["llm_request"]
     assert (
         root.trace_id.hex() == TRACE
@@ -96,6 +103,15 @@ def test_spans_reach_the_collector(collector: str, path: str) -> None:
         assert span.parent_span_id == root.span_id and span.trace_id == root.trace_id
         assert span.start_time_unix_nano == timing.arrived + begin * 1_000_000
         assert span.end_time_unix_nano == timing.arrived + end * 1_000_000
+    chunks = [span for span in every() if span.name == "prefill chunk"]
+    assert [span.parent_span_id for span in chunks] == [spans["prefill"].span_id] * 2
+    about = [{a.key: a.value.int_value for a in span.attributes} for span in chunks]
+    assert about == [{"rvllm.step": 7, "rvllm.tokens": 64}, {"rvllm.step": 8, "rvllm.tokens": 32}]
+    moments = [(s.start_time_unix_nano, s.end_time_unix_nano) for s in chunks]
+    assert [(a - timing.arrived, b - timing.arrived) for a, b in moments] == [
+        (110_000_000, 200_000_000),
+        (200_000_000, 290_000_000),
+    ]
 
 
 @otel

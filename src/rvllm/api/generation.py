@@ -15,11 +15,20 @@ from numpy.typing import NDArray
 from rvllm.api.answers import PromptDetails, Usage
 from rvllm.api.errors import ApiError, busy, invalid
 from rvllm.config import ServerConfig
-from rvllm.engine.messages import Embed, Generate, Output, Ready, State, Stats, Vocabulary
+from rvllm.engine.messages import (
+    Embed,
+    Generate,
+    Output,
+    PrefillChunk,
+    Ready,
+    State,
+    Stats,
+    Vocabulary,
+)
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import UsageError
 from rvllm.telemetry.metrics import Metrics, RequestTimes
-from rvllm.telemetry.timing import ChoiceTiming, RequestTiming, current
+from rvllm.telemetry.timing import ChoiceTiming, ChunkTiming, RequestTiming, current
 from rvllm.text.grammar import vocabulary_of
 from rvllm.text.processor import Choice, Delta
 from rvllm.text.reasoning import reasoning_format
@@ -257,6 +266,9 @@ class Service:
                         yield piece
         finally:
             self._in_flight -= len(job.choices)
+            for first in range(0, len(job.choices), job.params.n):
+                of_prompt = job.choices[first : first + job.params.n]
+                self.metrics.longest_choice(max(len(choice.token_ids) for choice in of_prompt))
 
     async def _choice(self, job: Job, index: int) -> AsyncGenerator[Piece, None]:
         choice, request = job.choices[index], job.generates[index]
@@ -272,6 +284,8 @@ class Service:
                     delta = choice.feed(output)
                     timing.detokenize += time.perf_counter() - began
                     timing.cached_tokens = output.cached_tokens
+                    if output.prefill:
+                        timing.chunks = _chunks(output.prefill)
                     reason = delta.finish_reason or reason
                     if reason == "error":
                         raise ApiError(500, delta.error or "the engine could not answer")
@@ -286,6 +300,13 @@ class Service:
                         return
         finally:
             clock.finished(reason)
+
+
+def _chunks(prefill: Sequence[PrefillChunk]) -> list[ChunkTiming]:
+    """Times of the engine's clock as seconds since the current request arrived."""
+    request = current.get()
+    arrived = prefill[0].began if request is None else request.arrived / 1e9
+    return [ChunkTiming(c.step, c.tokens, c.began - arrived, c.ended - c.began) for c in prefill]
 
 
 def _too_long(param: str, what: str, limit: int) -> ApiError:
@@ -342,6 +363,7 @@ class _Clock:
                 self._queue,
                 self._first,
                 self._last,
+                self.timing.cached_tokens,
             )
         )
 

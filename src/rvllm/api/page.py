@@ -157,6 +157,15 @@ def view_of(service: Service, state: State) -> EngineView:
     )
 
 
+class ChunkView(msgspec.Struct):
+    """A part of a prompt that one step computed; times in seconds, from the request's arrival."""
+
+    step: int
+    tokens: int
+    began: float
+    seconds: float
+
+
 class ChoiceView(msgspec.Struct):
     """One choice of a finished request; phases in seconds."""
 
@@ -166,6 +175,7 @@ class ChoiceView(msgspec.Struct):
     output_tokens: int
     finish_reason: str
     phases: dict[str, float]
+    chunks: list[ChunkView]
 
 
 class TimingView(msgspec.Struct):
@@ -182,7 +192,15 @@ class TimingView(msgspec.Struct):
 def timing_view(timing: RequestTiming) -> TimingView:
     """What `rvllm trace` shows of a request."""
     choices = [
-        ChoiceView(c.id, c.prompt_tokens, c.cached_tokens, c.output_tokens, c.finish_reason, c.phases())
+        ChoiceView(
+            c.id,
+            c.prompt_tokens,
+            c.cached_tokens,
+            c.output_tokens,
+            c.finish_reason,
+            c.phases(),
+            [ChunkView(part.step, part.tokens, part.began, part.seconds) for part in c.chunks],
+        )
         for c in timing.choices
     ]
     return TimingView(timing.id, timing.path, timing.status, timing.arrived / 1e9, timing.seconds, choices)

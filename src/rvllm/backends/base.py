@@ -188,7 +188,10 @@ class Backend(Protocol):
         """Least seconds that a decode step of `seqs` sequences of `context` tokens can take, where known."""
 
     def stats(self) -> dict[str, float]:
-        """Counters and gauges for the metrics page (idle share, graph buckets, ...), by metric name."""
+        """Counters and gauges for the metrics page (idle share, graph buckets, ...), by metric name.
+
+        A name may carry labels: `rvllm:cuda_graph_captured{kind="decode",size="8"}`.
+        """
 
     def close(self) -> None:
         """Gives everything back; the backend is unusable afterwards."""

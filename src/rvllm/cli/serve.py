@@ -188,6 +188,7 @@ async def _answer(
             "enable_prefix_caching": str(engine_config.enable_prefix_caching),
             "gpu_memory_utilization": str(engine_config.gpu_memory_utilization),
         },
+        _engine_info(engine_config, ready.backend, ready.facts.dtype),
     )
     service = Service(
         engine,
@@ -231,6 +232,19 @@ def _shown_settings(config: EngineConfig, backend: str) -> dict[str, str]:
         "GEMM strategy": config.gemm_strategy,
         "capture graphs": config.capture_graphs,
         **shown,
+    }
+
+
+def _engine_info(config: EngineConfig, backend: str, dtype: str) -> dict[str, str]:
+    """What computes a step, as labels of a metric."""
+    shared = {"device": backend, "dtype": dtype}
+    if backend == "cpu":
+        return {**shared, "decode_path": "cpu", "gemm_strategy": config.cpu_kernels}
+    return {
+        **shared,
+        "decode_path": config.decode_path,
+        "gemm_strategy": config.gemm_strategy,
+        "capture_graphs": config.capture_graphs,
     }
 
 

@@ -38,7 +38,20 @@ def main(args: argparse.Namespace) -> int:
         )
         for line in bars(choice["phases"], found["seconds"]):
             print(line)
+        for line in chunk_lines(choice["chunks"]):
+            print(line)
     return 0
+
+
+def chunk_lines(chunks: list[dict[str, Any]]) -> list[str]:
+    """One line for each part of a prompt that took several steps."""
+    if len(chunks) < 2:
+        return []
+    lines = []
+    for chunk in chunks:
+        what = f"{chunk['tokens']} prompt tokens in step {chunk['step']}"
+        lines.append(f"  {'':<10}  {human_seconds(chunk['seconds']):>9}  {what}")
+    return lines
 
 
 def bars(phases: dict[str, float], total: float) -> list[str]:

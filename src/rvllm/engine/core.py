@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import msgspec
 
 from rvllm.backends.base import Backend, StepResult, TopLogprobs
 from rvllm.engine.embedding import EmbeddingQueue
+from rvllm.engine.figures import Figures
 from rvllm.engine.grammar import Grammars
 from rvllm.engine.messages import Embed, Generate, ModelFacts, Output, Ready, Stats, TokenLogprobs, Vocabulary
 from rvllm.engine.scheduler import Scheduler
@@ -55,17 +56,13 @@ class EngineCore:
             facts=self.facts,
             pipeline_depth=limits.pipeline_depth,
         )
-        self._texts = EmbeddingQueue(backend)
+        self.texts = EmbeddingQueue(backend)
+        self.figures = Figures()
         self._eos = frozenset(facts.eos_token_ids)
         self._depth = limits.pipeline_depth
         self._in_flight: deque[Step] = deque()
         self._alive: dict[str, Sequence] = {}
         self._outbox: list[Output] = []
-        self._finished: Counter[str] = Counter()
-        self._prompt_tokens = 0
-        self._generation_tokens = 0
-        self._host_seconds = 0.0
-        self._started = time.perf_counter()
 
     @classmethod
     def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> EngineCore:
@@ -85,7 +82,7 @@ class EngineCore:
             raise UsageError(f"request_id {request.request_id!r} is in use by a request that has not ended")
         refusal = self._refusal(request)
         if refusal is not None:
-            self._finished["error"] += 1
+            self.figures.finished["error"] += 1
             self._outbox.append(Output(request.request_id, [], finish_reason="error", error=refusal))
             return
         seq = Sequence(request, self.facts.max_model_len, self.ready.block_size)
@@ -100,14 +97,14 @@ class EngineCore:
 
         Raises UsageError when a text with the same id waits.
         """
-        if request.request_id in self._texts:
+        if request.request_id in self.texts:
             raise UsageError(f"request_id {request.request_id!r} is in use by a request that has not ended")
         refusal = self._embed_refusal(request)
         if refusal is not None:
-            self._finished["error"] += 1
+            self.figures.finished["error"] += 1
             self._outbox.append(Output(request.request_id, [], finish_reason="error", error=refusal))
             return
-        self._texts.add(request)
+        self.texts.add(request)
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Must come before the first request with a grammar."""
@@ -144,36 +141,38 @@ class EngineCore:
             seq = self._alive.get(request_id)
             if seq is not None:
                 self._close(seq, "abort")
-            elif self._texts.abort(request_id):
-                self._finished["abort"] += 1
+            elif self.texts.abort(request_id):
+                self.figures.finished["abort"] += 1
                 self._outbox.append(Output(request_id, [], finish_reason="abort"))
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to hand out."""
-        return bool(self._alive or self._in_flight or self._outbox or self._texts)
+        return bool(self._alive or self._in_flight or self._outbox or self.texts)
 
     def step(self) -> list[Output]:
         """Launches a step; collects the oldest if the pipeline is full or nothing can be launched.
 
         An encoder's step takes texts that wait and hands out their vectors.
         """
-        if self._texts:
-            computed = self._texts.step()
-            self._finished["stop"] += len(computed)
+        if self.texts:
+            computed = self.texts.step()
+            self.figures.finished["stop"] += len(computed)
             self._outbox += computed
         began = time.perf_counter()
         self._follow_grammars()
         step = self.scheduler.schedule()
-        self._host_seconds += time.perf_counter() - began
+        self.figures.host_seconds += time.perf_counter() - began
         if step is not None:
+            self.figures.launched(step)
             step.handle = self.backend.launch(step.batch)
             self._in_flight.append(step)
         if self._in_flight and (step is None or len(self._in_flight) >= self._depth):
             oldest = self._in_flight.popleft()
             result = self.backend.collect(oldest.handle)
+            self.figures.collected(oldest)
             began = time.perf_counter()
             self._update(oldest, result)
-            self._host_seconds += time.perf_counter() - began
+            self.figures.host_seconds += time.perf_counter() - began
         elif step is None and self._alive and not self._outbox and not self.grammars.wait():
             raise RuntimeError(f"no step can be scheduled for {len(self._alive)} requests")
         outputs, self._outbox = self._outbox, []
@@ -215,6 +214,8 @@ class EngineCore:
                 seq.computed += count
                 if seq.computed // block_size > seq.published:
                     self.scheduler.publish(seq)
+            if s >= step.decodes:
+                seq.computed_chunk(step.batch.step, count, step.launched_at)
             if s in result.prompt_logprobs:
                 _keep_prompt_logprobs(seq, int(batch.starts[s]), result.prompt_logprobs[s])
             if sampled:
@@ -227,11 +228,12 @@ class EngineCore:
         if logprobs is not None:
             output.logprobs = [_token_logprobs(token, logprobs)]
         if len(seq.tokens) == seq.prompt_len + 1:
-            self._prompt_tokens += seq.prompt_len
+            self.figures.prompt_tokens += seq.prompt_len
             output.queue_seconds = seq.queue_seconds()
+            output.prefill = seq.chunks.copy()
             if seq.sampling.prompt_logprobs is not None:
                 output.prompt_logprobs = seq.prompt_logprobs
-        self._generation_tokens += 1
+        self.figures.generation_tokens += 1
         self._outbox.append(output)
         if seq.matcher is not None and reason != "stop":
             if seq.matcher.costly and reason is None:
@@ -259,33 +261,11 @@ class EngineCore:
         else:
             self.scheduler.finish(seq, reason)
         del self._alive[seq.request_id]
-        self._finished[reason] += 1
+        self.figures.finished[reason] += 1
 
     def stats(self) -> Stats:
         """Counters since the start and the state of this moment."""
-        scheduler = self.scheduler
-        return Stats(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting) + len(self._texts) + len(self.grammars),
-            blocks_total=scheduler.blocks.num_blocks,
-            blocks_used=scheduler.blocks.used,
-            blocks_cached=scheduler.blocks.cached,
-            steps=scheduler.steps + self._texts.steps,
-            prompt_tokens=self._prompt_tokens + self._texts.tokens,
-            generation_tokens=self._generation_tokens,
-            cached_prompt_tokens=scheduler.prefix_hits,
-            prefix_queries=scheduler.prefix_queries,
-            preemptions=scheduler.preemptions,
-            finished=dict(self._finished),
-            loop_seconds=time.perf_counter() - self._started,
-            host_seconds=self._host_seconds,
-            masks=self.grammars.masks_computed,
-            mask_seconds=self.grammars.mask_seconds,
-            mask_exposed_seconds=self.grammars.exposed_seconds,
-            mask_p50_seconds=self.grammars.percentile(0.50),
-            mask_p99_seconds=self.grammars.percentile(0.99),
-            backend=self.backend.stats(),
-        )
+        return self.figures.stats(self)
 
     def close(self) -> None:
         """Waits for the steps in flight and gives the backend back."""

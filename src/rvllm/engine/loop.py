@@ -19,7 +19,7 @@ from rvllm.engine.messages import (
     ToEngine,
     Vocabulary,
 )
-from rvllm.engine.state import snapshot
+from rvllm.engine.state import complete, snapshot
 
 
 class Link(Protocol):
@@ -70,7 +70,7 @@ class EngineLoop:
         elif isinstance(message, Vocabulary):
             self._core.set_vocabulary(message)
         elif isinstance(message, GetStats):
-            self._link.send(self._stats())
+            self._link.send(complete(self._core, self._stats()))
         elif isinstance(message, GetState):
             self._link.send(snapshot(self._core, self._stats(), message))
 

@@ -93,6 +93,15 @@ class TokenLogprobs(msgspec.Struct, array_like=True, gc=False):
     top_logprobs: list[float]
 
 
+class PrefillChunk(msgspec.Struct, array_like=True, gc=False):
+    """A part of a prompt that one step computed; from its launch to its end, time.time()."""
+
+    step: int
+    tokens: int
+    began: float
+    ended: float
+
+
 class Output(msgspec.Struct, array_like=True, gc=False):
     """New tokens of one request. finish_reason is set exactly once, on its last Output.
 
@@ -108,6 +117,7 @@ class Output(msgspec.Struct, array_like=True, gc=False):
     stop_reason: int | None = None
     error: str | None = None
     queue_seconds: float = 0.0  # set on the first Output: time from arrival to first scheduling
+    prefill: list[PrefillChunk] | None = None  # set on the first Output: how its prompt was computed
     embedding: bytes | None = None  # an Embed's vector, little-endian float32
 
 
@@ -115,6 +125,15 @@ class Outputs(msgspec.Struct, tag="outputs", array_like=True):
     """All that one step produced."""
 
     outputs: list[Output]
+
+
+class KernelUse(msgspec.Struct, array_like=True, gc=False):
+    """Launches of one kernel in a step, for ops alike but for their layer; why: how it was chosen."""
+
+    op: str
+    kernel: str
+    count: int
+    why: str = ""
 
 
 class Stats(msgspec.Struct, tag="stats", kw_only=True, array_like=True):
@@ -138,6 +157,10 @@ class Stats(msgspec.Struct, tag="stats", kw_only=True, array_like=True):
     masks: int = 0  # token masks computed for grammars
     mask_seconds: float = 0.0  # in all
     mask_exposed_seconds: float = 0.0  # that the device waited for masks
+    step_tokens: int = 0  # computed by all steps
+    step_counts: list[int] = []  # steps by their number of tokens, see telemetry.bounds
+    kernels: list[KernelUse] = []  # of the last step, in the order of first use; only when asked for
+    floor_ratio: float | None = None  # floor of the last decode steps over what they took; None: unknown
     mask_p50_seconds: float = 0.0  # how long a token waited for its mask, among the last few thousand
     mask_p99_seconds: float = 0.0
     backend: dict[str, float] = {}
@@ -156,15 +179,6 @@ class SequenceState(msgspec.Struct, array_like=True, gc=False):
     age: float  # since it arrived
     queued: float  # until its first step, or so far
     blocks: list[int]  # in the order of its tokens; cut short where State.cut says so
-
-
-class KernelUse(msgspec.Struct, array_like=True, gc=False):
-    """Launches of one kernel in a step, for ops alike but for their layer; why: how it was chosen."""
-
-    op: str
-    kernel: str
-    count: int
-    why: str = ""
 
 
 class State(msgspec.Struct, tag="state", kw_only=True, array_like=True):

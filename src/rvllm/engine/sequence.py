@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import time
 from array import array
 from typing import TYPE_CHECKING
 
 from rvllm.backends.base import SamplingSpec
 from rvllm.engine.blocks import ROOT, Digest, chain
-from rvllm.engine.messages import Generate, Output, Sampling, TokenLogprobs
+from rvllm.engine.messages import Generate, Output, PrefillChunk, Sampling, TokenLogprobs
 
 if TYPE_CHECKING:
     from rvllm.engine.grammar import Matcher
 
+MOST_CHUNKS = 256  # of a prompt that are told; the rest of a longer one is not
 _arrivals = itertools.count()
 
 
@@ -48,7 +50,7 @@ class Sequence:
     """
 
     __slots__ = (
-        "arrival", "block_size", "blocks", "cached_tokens", "capacity", "computed", "digests",
+        "arrival", "block_size", "blocks", "cached_tokens", "capacity", "chunks", "computed", "digests",
         "finish_reason", "first_scheduled", "in_flight", "launched", "length", "matcher", "max_length",
         "min_length", "prompt_len", "prompt_logprobs", "published", "rank", "request_id", "sampling", "slot",
         "spec", "stop_ids", "tokens", "wanted_prompt_logprobs",
@@ -68,6 +70,7 @@ class Sequence:
         self.arrival = request.arrival
         self.first_scheduled: float | None = None  # time.time() of the first step with a part of it
         self.finish_reason: str | None = None
+        self.chunks: list[PrefillChunk] = []  # of its prompt, as they were computed
         self.matcher: Matcher | None = None  # where it is in its grammar, if it has one
 
         self.slot = -1  # -1: waiting
@@ -131,6 +134,11 @@ class Sequence:
         if token in self.stop_ids and count >= self.min_length:
             return "stop"
         return "length" if count >= self.max_length else None
+
+    def computed_chunk(self, step: int, tokens: int, began: float) -> None:
+        """Notes a part of the prompt that a step has computed; began: time.time() of the step's launch."""
+        if len(self.chunks) < MOST_CHUNKS:
+            self.chunks.append(PrefillChunk(step, tokens, began, time.time()))
 
     def queue_seconds(self) -> float:
         """Time from arrival to first scheduling."""

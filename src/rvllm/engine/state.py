@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from rvllm.engine.sequence import Sequence
 
 
+def complete(core: EngineCore, stats: Stats) -> Stats:
+    """Adds what is only worked out for those who ask: the last step's kernels, the floor of decode steps."""
+    stats.kernels = _kernels(core)
+    stats.floor_ratio = core.figures.floor_ratio(core.backend)
+    return stats
+
+
+def _kernels(core: EngineCore) -> list[KernelUse]:
+    return [KernelUse(k.op, k.kernel, k.count, k.why) for k in core.backend.last_kernels()]
+
+
 def snapshot(core: EngineCore, stats: Stats, asked: GetState) -> State:
     """The state between two steps; its cost is bounded by what was asked for, not by the cache's size."""
     scheduler = core.scheduler
@@ -29,7 +40,7 @@ def snapshot(core: EngineCore, stats: Stats, asked: GetState) -> State:
         sequences=described,
         cached_blocks=cached,
         cut=alive > asked.sequences or held + scheduler.blocks.cached > asked.blocks,
-        kernels=[KernelUse(k.op, k.kernel, k.count, k.why) for k in core.backend.last_kernels()],
+        kernels=_kernels(core),
         floor_seconds=_floor(core),
     )
 

@@ -13,11 +13,23 @@ from rvllm.engine.sequence import Sequence
 
 @dataclass(slots=True)
 class Step:
-    """A launched step: `sequences[s]` is the sequence at index s of its batch."""
+    """A launched step: `sequences[s]` is the sequence at index s of its batch.
+
+    decodes: how many of them, the first ones, take part with one token. launched, launched_at: when it was
+    launched, time.perf_counter() and time.time().
+    """
 
     batch: StepBatch
     sequences: list[Sequence]
+    decodes: int
     handle: Any = None
+    launched: float = 0.0
+    launched_at: float = 0.0
+
+    @property
+    def decodes_only(self) -> bool:
+        """Whether no part of a prompt is in it."""
+        return self.decodes == len(self.sequences)
 
 
 class StepPlan:
@@ -112,4 +124,4 @@ class StepPlan:
             prompt_logprobs={decodes + s: top for s, top in self._prompt_logprobs.items()},
             masks=masks,
         )
-        return Step(batch, sequences)
+        return Step(batch, sequences, decodes)

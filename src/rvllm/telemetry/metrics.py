@@ -7,13 +7,17 @@ comes as a snapshot when the page is read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter as Counts
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from rvllm.telemetry.bounds import STEP_TOKENS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Upper bounds of vLLM's histograms, in seconds and in tokens, so that its dashboards show ours.
@@ -23,8 +27,17 @@ _BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75
                    80)  # fmt: skip
 _REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920,
             7680)  # fmt: skip
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
 _ODD = re.compile(r"\W", re.ASCII)
 _TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+
+
+class KernelLaunches(Protocol):
+    """Launches of one kernel for one op of the last step; `engine.messages.KernelUse`."""
+
+    op: str
+    kernel: str
+    count: int
 
 
 class EngineSnapshot(Protocol):
@@ -46,9 +59,17 @@ class EngineSnapshot(Protocol):
     host_seconds: float
     masks: int
     mask_seconds: float
+    mask_exposed_seconds: float
     mask_p50_seconds: float
     mask_p99_seconds: float
+    step_tokens: int
+    step_counts: list[int]
+    floor_ratio: float | None
     backend: dict[str, float]
+
+    @property
+    def kernels(self) -> Sequence[KernelLaunches]:
+        """Those of the last step."""
 
 
 @dataclass(slots=True)
@@ -67,16 +88,23 @@ class RequestTimes:
     queue: float
     first: float
     last: float
+    cached_tokens: int = 0  # of the prompt
 
 
 class Metrics:
     """All metrics of a server, in a registry of its own."""
 
-    def __init__(self, model_name: str, cache_config: Mapping[str, str]) -> None:
+    def __init__(
+        self, model_name: str, cache_config: Mapping[str, str], engine_info: Mapping[str, str] | None = None
+    ) -> None:
+        """engine_info: the settings that decide what computes a step, by label."""
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model_name, "engine": "0"}
-        self._cache_config = {**cache_config, "engine": "0"}
+        self._infos = {
+            "vllm:cache_config_info": ("KV cache settings.", {**cache_config, "engine": "0"}),
+            "rvllm:engine_info": ("What computes a step.", {**self._labels, **(engine_info or {})}),
+        }
         names = tuple(self._labels)
 
         def histogram(name: str, help: str, bounds: tuple[float, ...]) -> Histogram:
@@ -101,6 +129,12 @@ class Metrics:
         )
         self._prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self._generated = histogram("request_generation_tokens", "Tokens generated for a request.", _TOKENS)
+        self._computed = histogram(
+            "request_prefill_kv_computed_tokens", "Prompt tokens of a request not found cached.", _TOKENS
+        )
+        self._longest = histogram(
+            "request_max_num_generation_tokens", "Tokens of a request's longest choice.", _TOKENS
+        )
         self._max_tokens = histogram("request_params_max_tokens", "max_tokens of requests.", _TOKENS)
         self._n = histogram("request_params_n", "n of requests.", (1, 2, 5, 10, 20))
         self._success = Counter(
@@ -135,6 +169,7 @@ class Metrics:
         self._generated.observe(done.generation_tokens)
         self._max_tokens.observe(done.max_tokens)
         self._n.observe(done.n)
+        self._computed.observe(max(0, done.prompt_tokens - done.cached_tokens))
         if not done.first:
             return
         self._whole.observe(done.last)
@@ -145,13 +180,17 @@ class Metrics:
         if done.generation_tokens > 1:
             self._per_token.observe((done.last - done.first) / (done.generation_tokens - 1))
 
+    def longest_choice(self, tokens: int) -> None:
+        """All choices for a prompt have ended; the longest has so many tokens."""
+        self._longest.observe(tokens)
+
     def page(self, engine: EngineSnapshot | None) -> bytes:
         """The exposition text; `engine` is None when the engine process is gone."""
         page = generate_latest(self.registry)
         if engine is None:
             return page
         once = CollectorRegistry()
-        once.register(_Snapshot(engine, self._labels, self._cache_config))
+        once.register(_Snapshot(engine, self._labels, self._infos))
         return page + generate_latest(once)
 
 
@@ -159,9 +198,12 @@ class _Snapshot(Collector):
     """The engine's figures as metric families."""
 
     def __init__(
-        self, engine: EngineSnapshot, labels: Mapping[str, str], cache_config: Mapping[str, str]
+        self,
+        engine: EngineSnapshot,
+        labels: Mapping[str, str],
+        infos: Mapping[str, tuple[str, Mapping[str, str]]],
     ) -> None:
-        self._engine, self._labels, self._cache_config = engine, labels, cache_config
+        self._engine, self._labels, self._infos = engine, labels, infos
 
     def collect(self) -> Iterator[Metric]:
         """Yields one family a figure."""
@@ -178,16 +220,26 @@ class _Snapshot(Collector):
         yield self._counter(
             "vllm:prefix_cache_hits", "Prompt tokens found cached.", engine.cached_prompt_tokens
         )
-        config = GaugeMetricFamily(
-            "vllm:cache_config_info", "KV cache settings.", labels=list(self._cache_config)
-        )
-        config.add_metric(list(self._cache_config.values()), 1)
-        yield config
+        yield self._step_histogram()
+        for name, (help, values) in self._infos.items():
+            info = GaugeMetricFamily(name, help, labels=list(values))
+            info.add_metric(list(values.values()), 1)
+            yield info
         yield self._gauge("rvllm:kv_blocks_total", "KV blocks there are.", engine.blocks_total)
         yield self._gauge("rvllm:kv_blocks_used", "KV blocks held by sequences.", engine.blocks_used)
         yield self._gauge(
             "rvllm:kv_blocks_cached", "Free KV blocks with a reusable prefix.", engine.blocks_cached
         )
+        tiers = {"in use": engine.blocks_used, "cached": engine.blocks_cached}
+        tiers["empty"] = engine.blocks_total - sum(tiers.values())
+        yield self._by_label("rvllm:kv_blocks", "KV blocks by tier.", "tier", tiers)
+        if engine.floor_ratio is not None:
+            yield self._gauge(
+                "rvllm:decode_floor_ratio",
+                "Least time of the last decode steps over the time they took, 1 is the floor.",
+                engine.floor_ratio,
+            )
+        yield self._kernels()
         yield self._counter("rvllm:engine_steps", "Steps computed.", engine.steps)
         yield self._counter("rvllm:engine_loop_seconds", "Seconds since ready.", engine.loop_seconds)
         yield self._counter("rvllm:engine_idle_seconds", "Seconds without work.", engine.idle_seconds)
@@ -197,16 +249,57 @@ class _Snapshot(Collector):
         yield self._counter("rvllm:grammar_masks", "Token masks computed for grammars.", engine.masks)
         yield self._counter("rvllm:grammar_mask_seconds", "Seconds computing them.", engine.mask_seconds)
         waited = "How long a token waited for its mask, of the last few thousand: "
+        yield self._counter(
+            "rvllm:grammar_mask_exposed_seconds",
+            "Seconds of these with no step on the device.",
+            engine.mask_exposed_seconds,
+        )
         yield self._gauge("rvllm:grammar_mask_p50_seconds", waited + "median.", engine.mask_p50_seconds)
         yield self._gauge("rvllm:grammar_mask_p99_seconds", waited + "p99.", engine.mask_p99_seconds)
-        for name, value in sorted(engine.backend.items()):
-            yield self._of_backend(_ODD.sub("_", name.removeprefix("rvllm:").removeprefix("backend_")), value)
+        yield from self._of_backend()
 
-    def _of_backend(self, name: str, value: float) -> Metric:
-        """A backend's own figure: a counter when its name says so."""
-        if name.endswith("_total"):
-            return self._counter(f"rvllm:backend_{name.removesuffix('_total')}", "Of the backend.", value)
-        return self._gauge(f"rvllm:backend_{name}", "Of the backend.", value)
+    def _of_backend(self) -> Iterator[Metric]:
+        """A backend's own figures: counters where their names say so; labels may follow in braces."""
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+        for key, value in sorted(self._engine.backend.items()):
+            name, _, rest = key.partition("{")
+            name = _ODD.sub("_", name.removeprefix("rvllm:").removeprefix("backend_"))
+            labels = {**self._labels, **dict(_LABEL.findall(rest))}
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            family = families.setdefault(
+                name,
+                kind(f"rvllm:backend_{name.removesuffix('_total')}", "Of the backend.", labels=list(labels)),
+            )
+            family.add_metric(list(labels.values()), value)
+        yield from families.values()
+
+    def _step_histogram(self) -> Metric:
+        """vLLM's histogram of tokens per step, out of what the engine has counted."""
+        engine = self._engine
+        bounds = [*(str(float(bound)) for bound in STEP_TOKENS), "+Inf"]
+        counts = engine.step_counts or [0] * len(bounds)
+        family = HistogramMetricFamily(
+            "vllm:iteration_tokens_total", "Tokens computed by a step.", labels=list(self._labels)
+        )
+        buckets = list(zip(bounds, accumulate(counts), strict=True))
+        family.add_metric(list(self._labels.values()), buckets, engine.step_tokens)
+        return family
+
+    def _kernels(self) -> Metric:
+        family = GaugeMetricFamily(
+            "rvllm:step_kernel_launches",
+            "Launches of the last step by op and kernel.",
+            labels=[*self._labels, "op", "kernel"],
+        )
+        for (op, kernel), count in _summed(self._engine.kernels).items():
+            family.add_metric([*self._labels.values(), op, kernel], count)
+        return family
+
+    def _by_label(self, name: str, help: str, label: str, values: Mapping[str, float]) -> Metric:
+        family = GaugeMetricFamily(name, help, labels=[*self._labels, label])
+        for value, amount in values.items():
+            family.add_metric([*self._labels.values(), value], amount)
+        return family
 
     def _gauge(self, name: str, help: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, help, labels=list(self._labels))
@@ -217,3 +310,10 @@ class _Snapshot(Collector):
         family = CounterMetricFamily(name, help, labels=list(self._labels))
         family.add_metric(list(self._labels.values()), value)
         return family
+
+
+def _summed(kernels: Sequence[KernelLaunches]) -> dict[tuple[str, str], int]:
+    counts: Counts[tuple[str, str]] = Counts()
+    for kernel in kernels:
+        counts[kernel.op, kernel.kernel] += kernel.count
+    return counts

@@ -12,11 +12,22 @@ _CHOICE = re.compile(r"-\d+-\d+$")  # what the engine's ids have behind the answ
 KEPT = 512  # finished requests whose times are kept
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkTiming:
+    """A part of a prompt that one step computed; began: seconds since the request arrived."""
+
+    step: int
+    tokens: int
+    began: float
+    seconds: float
+
+
 @dataclass(slots=True)
 class ChoiceTiming:
     """One choice of an answer. Times in seconds since the request arrived; 0 where it did not get so far.
 
     queued: when its first step began; first, last: when its first and last tokens came.
+    chunks: how the prompt was computed, for the choice that the engine computed it for.
     detokenize, stream: seconds spent, in all, on turning tokens into text and on handing it to the client.
     """
 
@@ -30,6 +41,7 @@ class ChoiceTiming:
     output_tokens: int = 0
     cached_tokens: int = 0
     finish_reason: str = ""
+    chunks: list[ChunkTiming] = field(default_factory=list)
 
     def phases(self) -> dict[str, float]:
         """Seconds by phase; one that was not reached is left out."""

@@ -76,6 +76,8 @@ class Tracer:
         span.end(timing.arrived + _nanoseconds(timing.seconds))
 
     def _phases(self, timing: RequestTiming, choice: ChoiceTiming, context: Any) -> None:
+        from opentelemetry.trace import set_span_in_context
+
         begins = {"queue": 0.0, "prefill": choice.queued}
         for name, seconds in choice.phases().items():
             begin = begins.get(name, choice.first)
@@ -88,7 +90,19 @@ class Tracer:
             if name in _OVER_ALL:
                 attributes["rvllm.summed"] = True
             span = self._tracer.start_span(name, context=context, start_time=start, attributes=attributes)
+            if name == "prefill":
+                self._chunks(timing, choice, set_span_in_context(span))
             span.end(start + _nanoseconds(seconds))
+
+    def _chunks(self, timing: RequestTiming, choice: ChoiceTiming, context: Any) -> None:
+        """One span a step that computed a part of the prompt, below the span of the whole prefill."""
+        for chunk in choice.chunks:
+            start = timing.arrived + _nanoseconds(chunk.began)
+            about = {"rvllm.step": chunk.step, "rvllm.tokens": chunk.tokens}
+            span = self._tracer.start_span(
+                "prefill chunk", context=context, start_time=start, attributes=about
+            )
+            span.end(start + _nanoseconds(chunk.seconds))
 
     def close(self) -> None:
         """Sends what is left, for at most a few seconds."""
