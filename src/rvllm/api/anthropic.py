@@ -165,17 +165,17 @@ class MessageErrorDetail(msgspec.Struct):
     message: str
 
 
-class MessageError(msgspec.Struct):
+class MessageError(msgspec.Struct, kw_only=True):
     """The JSON body of every answer that is not a success, in Anthropic's shape."""
 
-    error: MessageErrorDetail
     type: str = "error"
+    error: MessageErrorDetail
 
 
 def failure(error: ApiError) -> tuple[str | None, Any]:
     """Anthropic's error object, under the event name `error`."""
     kind = _KINDS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    return "error", MessageError(MessageErrorDetail(kind, str(error)))
+    return "error", MessageError(error=MessageErrorDetail(kind, str(error)))
 
 
 def chat_body(request: CountTokensRequest) -> dict[str, Any]:

@@ -44,6 +44,13 @@ class Query:
             raise invalid(f"{name} must be a whole number in [{low}, {high}], got {text[:40]!r}", name)
         return int(text)
 
+    def choice(self, name: str, default: str, choices: Sequence[str]) -> str:
+        """One of several words. Raises a 400 for any other."""
+        text: str = self._values.get(name, [default])[-1]
+        if text not in choices:
+            raise invalid(f"{name} must be {' or '.join(choices)}, got {text[:40]!r}", name)
+        return text
+
     def truth(self, name: str) -> bool:
         """Whether the parameter is true."""
         return (self.text(name) or "").lower() in ("true", "1")
@@ -59,9 +66,7 @@ def page(
     most: int = 100,
 ) -> Page[Any]:
     """The page of `entries` (oldest first) that a query asks for by order, after and limit."""
-    order = query.text("order") or order
-    if order not in ("asc", "desc"):
-        raise invalid(f"order must be asc or desc, got {order[:40]!r}", "order")
+    order = query.choice("order", order, ("asc", "desc"))
     count = query.number("limit", limit, 1, most)
     ordered = list(entries) if order == "asc" else list(reversed(entries))
     after, start = query.text("after"), 0
