@@ -114,7 +114,9 @@ def test_outputs_follow_their_grammars_beside_free_ones(
     stats = core.stats()
     assert stats.masks == core.backend.masked_rows > 0  # type: ignore[attr-defined]
     assert 0 < stats.mask_p50_seconds <= stats.mask_p99_seconds < 1
-    assert stats.mask_exposed_seconds > 0
+    if costly and depth == 1:  # nothing is ever in flight while masks are made
+        assert stats.mask_exposed_seconds > 0
+    assert stats.mask_exposed_seconds < 10
     assert stats.finished["stop"] >= 10
 
 
