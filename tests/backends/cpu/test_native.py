@@ -15,13 +15,19 @@ import tiny
 pytest.importorskip("llvmlite", reason="the extra cpu is not installed")
 
 from rvllm.backends.cpu import ops
+from rvllm.backends.cpu.backend import CpuBackend
 from rvllm.backends.cpu.native import compile as native
 from rvllm.backends.cpu.native import mathematics, matmul, rowwise
 from rvllm.backends.cpu.native.emit import F32, VF, Kernel
 from rvllm.backends.cpu.native.formats import FORMATS, LANES, Segment, aligned, segment
 from rvllm.backends.cpu.native.model import chosen
+from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
+from rvllm.models.config import ModelConfig
+from rvllm.models.registry import build_program
+from rvllm.program.dtypes import DType
 from rvllm.weights.checkpoint import TensorType
+from rvllm.weights.open import open_checkpoint
 from rvllm.weights.quants import dequantise
 
 ROOT = Path(__file__).parents[3]
@@ -34,6 +40,14 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[Any], Any]]] = {
     "erf": (mathematics.erf, ops.erf),
     **{name: (f, ops.ACTIVATIONS[name]) for name, f in mathematics.ACTIVATIONS.items()},
 }
+
+
+def loaded(path: Path, **settings: Any) -> CpuBackend:
+    """The model at `path` on the CPU."""
+    checkpoint = open_checkpoint(path)
+    program = build_program(ModelConfig(checkpoint.config, checkpoint.config_origin), DType.F32)
+    shared = {"device": "cpu", "num_blocks": 64, "max_num_seqs": 4, "threads": 2}
+    return CpuBackend.load(program, checkpoint, EngineConfig(**{**shared, **settings}))
 
 
 def apply(function: Callable[..., Any]) -> native.Write:
@@ -168,30 +182,55 @@ def test_tiny_models_equal_the_numpy_kernels(name: str) -> None:
 def test_other_architectures_equal_the_numpy_kernels(name: str, tmp_path: Path) -> None:
     import archs_tiny
 
-    from rvllm.backends.cpu.backend import CpuBackend
-    from rvllm.config import EngineConfig
-    from rvllm.models.config import ModelConfig
-    from rvllm.models.registry import build_program
-    from rvllm.program.dtypes import DType
-    from rvllm.weights.open import open_checkpoint
-
     config = archs_tiny.CASES[name].config
-    checkpoint = open_checkpoint(archs_tiny.save(tmp_path, config, archs_tiny.random_tensors(name, config)))
-    program = build_program(ModelConfig(config, name), DType.F32)
+    path = archs_tiny.save(tmp_path, config, archs_tiny.random_tensors(name, config))
     prompt = archs_tiny.prompt_of(name)
     found = [
-        tiny.logits_of(
-            CpuBackend.load(
-                program,
-                checkpoint,
-                EngineConfig(device="cpu", num_blocks=64, max_num_seqs=4, threads=n, cpu_kernels=kernels),
-            ),
-            prompt,
-        )
+        tiny.logits_of(loaded(path, cpu_kernels=kernels, threads=n), prompt)
         for kernels, n in (("numpy", 2), ("compiled", 1), ("compiled", 3))
     ]
     np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-4)
     assert np.array_equal(found[1], found[2])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v2", "nemotron_h"])
+def test_ops_left_to_numpy_share_the_workspace(name: str, tmp_path: Path) -> None:
+    """Experts, latent attention and recurrent layers run between lists of compiled kernels."""
+    import archs_moe_tiny
+    import archs_tiny
+    import nemotron_tiny
+
+    config = (archs_moe_tiny.CASES | nemotron_tiny.CASES)[name].config
+    tensors = (
+        nemotron_tiny.random_tensors(name) if "nemotron" in name else archs_tiny.random_tensors(name, config)
+    )
+    path = archs_tiny.save(tmp_path, config, tensors)
+    prompt, found = archs_tiny.prompt_of(name, 60), []
+    for kernels in ("numpy", "compiled"):
+        backend = loaded(path, cpu_kernels=kernels, max_num_batched_tokens=64)
+        found.append(tiny.logits_of(backend, prompt, [41, 19]))
+        assert not np.array_equal(found[-1][0], found[-1][40])
+    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-4)
+
+
+def test_no_step_takes_memory_of_its_own() -> None:
+    """The workspace is as large as the largest step from the start, and buffers share it."""
+    config = tiny.CASES["llama"] | {"num_hidden_layers": 8}
+    backend = tiny.load(config, cpu_kernels="compiled", max_num_batched_tokens=48, max_num_seqs=4)
+    assert backend._native is not None
+    step = backend._native._step
+    before, apart = step.memory, sum(b.nbytes for b in step.buffers.values())
+    tiny.logits_of(backend, tiny.prompt_of(config, 48), [1, 47])
+    wide = tiny.logits_of(backend, tiny.prompt_of(config, 4), slot=1)
+    assert step.memory is before and len(wide) == 4
+    assert before.nbytes < apart / 3
+
+
+def test_a_step_larger_than_foreseen_is_computed() -> None:
+    config = tiny.CASES["llama"]
+    prompt = tiny.prompt_of(config)
+    few, many = (tiny.load(config, cpu_kernels="compiled", max_num_batched_tokens=n) for n in (16, 48))
+    assert np.array_equal(tiny.logits_of(few, prompt), tiny.logits_of(many, prompt))
 
 
 def test_a_broken_neighbour_reaches_nobody() -> None:

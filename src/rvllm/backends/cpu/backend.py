@@ -65,10 +65,7 @@ class CpuBackend:
         ropes = rope_tables(program, plan.limits.max_model_len)
         workers = Workers(config.threads or available_cores())
         if compiled:
-            native = NativeModel.load(
-                program, checkpoint, config.seed, plan.limits.num_blocks, ropes, workers,
-                plan.limits.max_model_len, progress,
-            )  # fmt: skip
+            native = NativeModel.load(program, checkpoint, config.seed, plan.limits, ropes, workers, progress)
             return CpuBackend(native.model, plan, native)
         _check_products(program)
         weights: dict[str, F32] = {}

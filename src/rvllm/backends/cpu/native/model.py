@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rvllm.backends.base import Limits
 from rvllm.backends.cpu.interpret import F32, RESULTS, Launch, Model, Run, empty_caches
 from rvllm.backends.cpu.step import BLOCK
 from rvllm.config import SourceConfig, build
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from rvllm.program.rope import Rope
 
 LANES = 16
+SCORED = 64  # rows of logits that a step has for prompts beside those it draws from
 Progress = Callable[[float, str], None]
 
 OLDEST_COMPILER = (0, 50)  # of llvmlite, as the extra cpu asks
@@ -94,10 +96,9 @@ class NativeModel:
         program: Program,
         checkpoint: Checkpoint | None,
         seed: int,
-        blocks: int,
+        limits: Limits,
         ropes: dict[Rope, tuple[F32, F32]],
         workers: Workers,
-        max_len: int,
         progress: Progress | None = None,
     ) -> NativeModel:
         """Packs the weights and compiles the kernels the program needs, or takes them from the cache."""
@@ -125,11 +126,14 @@ class NativeModel:
             done += weight.elements
             if progress is not None:
                 progress(done / total, "loading weights")
-        caches = caches_for(program, names, blocks)
+        caches = caches_for(program, names, limits.num_blocks)
         library = compile_kernels(lower.kernels_for(program, names, matrices), kernel_folder())
         model = Model(program=program, weights=weights, caches=caches, ropes=ropes, workers=workers)
         kernels = lower.Kernels(names, matrices, weights, caches, ropes)
-        return NativeModel(model, NativeStep(program, kernels, library, workers, max_len), matrices)
+        tokens = limits.max_num_batched_tokens
+        samples = min(tokens, limits.max_num_seqs + SCORED)
+        step = NativeStep(program, kernels, library, workers, limits.max_model_len, tokens, samples)
+        return NativeModel(model, step, matrices)
 
     def execute(self, launches: list[Launch], run: Run) -> None:
         """Runs all ops; the results are the run's own arrays."""
@@ -148,7 +152,10 @@ class NativeModel:
                 kernels[stage.name](stage, run)
                 for buffer in stage.writes:
                     view, made = views.get(buffer.name), run.buffers[buffer.name]
-                    if view is not None and made is not view:
+                    if view is None:
+                        if np.may_share_memory(made, native.memory):  # its place there will be another's
+                            run.buffers[buffer.name] = made.copy()
+                    elif made is not view:
                         view[...] = made.reshape(view.shape)
                         run.buffers[buffer.name] = view
         for name in RESULTS:

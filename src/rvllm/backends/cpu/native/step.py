@@ -1,7 +1,8 @@
 """A program as lists of compiled kernels with the ops between them that have none.
 
-Buffers are arrays of our own, so the kernels' arguments are made once and only the step's few numbers
-change. They grow when a step has more rows than any before it.
+Buffers lie in one workspace of our own, shared by those whose lifetimes do not meet, so the kernels'
+arguments are made once and only the step's few numbers change. It is as large as the largest step from the
+start; the system gives memory to the pages that a step touches.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rvllm.backends.cpu.interpret import RESULTS
 from rvllm.backends.cpu.native.compile import Library
 from rvllm.backends.cpu.native.lower import Call, Kernels, Places, lower
 from rvllm.backends.cpu.step import Step
 from rvllm.backends.cpu.threads import Workers
-from rvllm.program.ops import Op, Program
+from rvllm.program.memory import plan_workspace
+from rvllm.program.ops import Buffer, Op, Program
 
 Ints = NDArray[np.int64]
 LINE = 8  # int64 of a cache line: what threads share of different kernels lies in different ones
@@ -32,11 +35,30 @@ class Compiled:
     entries: Ints
 
 
+@dataclass(frozen=True)
+class _Results:
+    """Stands after the last op and reads what the caller will."""
+
+    reads: tuple[Buffer, ...]
+    writes: tuple[Buffer, ...] = ()
+
+
+def _results(buffers: dict[str, Buffer]) -> _Results:
+    return _Results(tuple(buffers[name] for name in RESULTS if name in buffers))
+
+
 class NativeStep:
     """Runs a program's steps. Stages are `Compiled` lists and single ops left to the interpreter."""
 
     def __init__(
-        self, program: Program, kernels: Kernels, library: Library, workers: Workers, max_len: int
+        self,
+        program: Program,
+        kernels: Kernels,
+        library: Library,
+        workers: Workers,
+        max_len: int,
+        tokens: int,
+        samples: int,
     ) -> None:
         self._program, self._kernels, self._library, self._workers = program, kernels, library, workers
         self._max_len = max_len
@@ -45,10 +67,10 @@ class NativeStep:
         self._capacity = (0, 0)
         self.buffers: dict[str, NDArray[np.float32]] = {}
         self.stages: list[Compiled | Op] = []
-        self.reserve(16, 4)
+        self.reserve(tokens, samples)
 
     def reserve(self, tokens: int, samples: int) -> None:
-        """Makes room for steps of so many rows."""
+        """Makes room for steps of so many rows, should there be more than were foreseen."""
         if tokens <= self._capacity[0] and samples <= self._capacity[1]:
             return
         tokens, samples = (max(new, old) for new, old in zip((tokens, samples), self._capacity, strict=True))
@@ -56,7 +78,13 @@ class NativeStep:
         rows = {"tokens": tokens, "samples": samples}
         compiled = [op for op in self._program.ops if op.name in self._kernels.supported]
         touched = {b.name: b for op in compiled for b in (*op.reads, *op.writes)}
-        self.buffers = {n: np.zeros((rows[b.rows], b.width), np.float32) for n, b in touched.items()}
+        workspace = plan_workspace([*self._program.ops, _results(touched)], tokens, samples)
+        self.memory = np.zeros(workspace.nbytes, np.uint8)  # nothing is taken before it is written
+        self.buffers = {}
+        for name, buffer in touched.items():
+            place = workspace.placements[name]
+            piece = self.memory[place.offset : place.offset + 4 * rows[buffer.rows] * buffer.width]
+            self.buffers[name] = piece.view(np.float32).reshape(rows[buffer.rows], buffer.width)
         self._kinds = {n: b.rows for n, b in touched.items()}
         places = Places(self.buffers, self._step, self._workers.count, max(tokens, samples), self._max_len)
         stages: list[list[Call] | Op] = []
