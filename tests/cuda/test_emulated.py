@@ -13,6 +13,11 @@ import op_checks
 import pytest
 import sampling_checks
 from emulator import Emulator, available
+from emulator.driver import emulated_driver
+from gpu_engine import backend, core_of, model, run, tokens_of
+
+from rvllm.engine.messages import Sampling
+from rvllm.program.dtypes import DType
 
 pytestmark = pytest.mark.skipif(not available(), reason="the emulator needs g++")
 DTYPES = {"bfloat16": harness.BF16, "float16": harness.F16}
@@ -62,3 +67,25 @@ def test_sampling(gpu: Emulator, rng: np.random.Generator) -> None:
 
 def test_logprobs(gpu: Emulator, rng: np.random.Generator) -> None:
     sampling_checks.check_logprobs(gpu, rng, 503)
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, DType.BF16), (128, DType.F16)])
+def test_a_model_on_the_cuda_backend(rng: np.random.Generator, head_dim: int, dtype: DType) -> None:
+    """Plans, loading, graphs, steps and sampling: the CPU backend's tokens, and the same bits in company."""
+    config = model(num_hidden_layers=2, head_dim=head_dim, hidden_size=128, intermediate_size=200)
+    asked = [(rng.integers(0, 515, n).tolist(), Sampling(max_tokens=4, logprobs=2)) for n in (5, 33, 70)]
+    with emulated_driver():
+        core = core_of(backend(config, "cuda", dtype), config)
+        found = run(core, asked)
+        (alone,) = run(core, asked[1:2])
+        core.close()
+    assert [o.logprobs for o in alone] == [o.logprobs for o in found[1]]
+    core = core_of(backend(config, "cpu", dtype), config)
+    for ours, theirs in zip(found, run(core, asked), strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            (one,), (other,) = a.logprobs or [], b.logprobs or []
+            assert one.logprob == pytest.approx(other.logprob, abs=0.12 if dtype is DType.BF16 else 0.02)
+            if tokens_of([a]) != tokens_of([b]):  # two tokens with nearly the same logit
+                assert other.top_logprobs[0] - other.top_logprobs[1] < 0.12
+                break
+    core.close()

@@ -9,7 +9,9 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -45,6 +47,7 @@ class Launch(ctypes.Structure):
         ("seconds", ctypes.c_uint),
         ("order", ctypes.c_ulonglong),
         ("arguments", ctypes.c_void_p),
+        ("stacks", ctypes.c_void_p),
         ("fault", ctypes.c_ulonglong),
         ("message", ctypes.c_char * 2000),
     )
@@ -74,6 +77,23 @@ class Library:
             self.sizes[symbol] = list(sizes)[1:]
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of the catalog in its library."""
+
+    spec: KernelSpec
+    library: Library
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each argument."""
+        return self.library.sizes[self.spec.symbol]
+
+    def run(self, launch: Launch) -> bool:
+        """Runs it; False when `launch` says what went wrong."""
+        return not self.library.run(self.library.index[self.spec.symbol], ctypes.byref(launch))
+
+
 def load(units: list[build.Unit], sources: Path = build.SOURCES) -> list[Library]:
     """The libraries of translation units, compiled where they are not cached.
 
@@ -85,12 +105,20 @@ def load(units: list[build.Unit], sources: Path = build.SOURCES) -> list[Library
     return [Library(path, unit.symbols) for path, unit in zip(paths, units, strict=True)]
 
 
-def unit_of(spec: KernelSpec, catalog: dict[str, KernelSpec]) -> build.Unit:
-    """The translation unit that holds a kernel, with all others of the catalog that compile with it."""
-    same = [
-        s for s in catalog.values() if (s.source, s.defines, s.unit) == (spec.source, spec.defines, spec.unit)
-    ]
-    return build.units(same if spec in same else [spec], "emulated")[0]
+def kernels_of(
+    names: Iterable[str], catalog: Mapping[str, KernelSpec], sources: Path = build.SOURCES
+) -> dict[str, Kernel]:
+    """Kernels by name, and all that compile with them."""
+    units: dict[build.Unit, list[KernelSpec]] = {}
+    for name in names:
+        one = catalog[name]
+        key = (one.source, one.defines, one.unit)
+        together = [s for s in catalog.values() if (s.source, s.defines, s.unit) == key]
+        units[build.units(together, "emulated")[0]] = together
+    found = {}
+    for library, specs in zip(load(list(units), sources), units.values(), strict=True):
+        found.update({spec.name: Kernel(spec, library) for spec in specs})
+    return found
 
 
 def cache_dir() -> Path:

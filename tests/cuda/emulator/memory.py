@@ -12,6 +12,29 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
+_THREADS, _STACK = 1024, 128 << 10  # as in fibers.hpp
+_stacks: list[mmap.mmap] = []
+
+
+def _forbid(address: int) -> None:
+    if _LIBC.mprotect(address, PAGE, _NO_ACCESS):
+        raise OSError(ctypes.get_errno(), "mprotect")
+
+
+def _address(pages: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(pages))
+
+
+def stacks() -> int:
+    """The address of the threads' stacks, each with a forbidden page at its low end."""
+    if not _stacks:
+        pages = mmap.mmap(-1, _THREADS * _STACK, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for i in range(_THREADS):
+            _forbid(_address(pages) + i * _STACK)
+        _stacks.append(pages)
+    return _address(_stacks[0])
+
+
 @dataclass
 class Region:
     """Pages that end in a forbidden one; the array ends where it begins, up to the next 16 bytes."""
@@ -39,14 +62,17 @@ class Memory:
         """The address of `nbytes` of poison (0xff), aligned to 16 bytes."""
         usable = max(1, -(-nbytes // PAGE)) * PAGE
         pages = mmap.mmap(-1, usable + PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        base = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        base = _address(pages)
         ctypes.memset(base, 0xFF, usable)
-        if _LIBC.mprotect(base + usable, PAGE, _NO_ACCESS):
-            raise OSError(ctypes.get_errno(), "mprotect")
+        _forbid(base + usable)
         end = base + usable
         region = Region(pages, base, end - -(-nbytes // 16) * 16, nbytes, end)
         self.regions.append(region)
         return region.address
+
+    def give_back(self, address: int) -> None:
+        """Gives one array back."""
+        self.regions = [region for region in self.regions if region.address != address]
 
     def clear(self) -> None:
         """Gives all back."""

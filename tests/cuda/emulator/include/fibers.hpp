@@ -395,11 +395,12 @@ inline void run_block() {
 }
 
 // What Python hands over (compiler.py has the same fields) and gets back: in `message` what went wrong, in `fault`
-// the address of a forbidden access.
+// the address of a forbidden access. The stacks are one process's, as guard pages for each library's would be too many.
 struct Launch {
   u32 grid[3], block[3], smem, seconds;
   u64 order;
   void** arguments;
+  char* stacks;  // MAX_THREADS of STACK bytes each
   u64 fault;
   char message[2000];
 };
@@ -426,16 +427,7 @@ inline int run(void (*entry)(void**), Launch& launch) {
     say("no such launch: %u threads, %u bytes of shared memory, grid %u x %u x %u", state.threads, smem, grid[0], grid[1], grid[2]);
     return 1;
   }
-  if (!state.stacks) {
-    void* const all = mmap(nullptr, (size_t)MAX_THREADS * STACK, PROT_READ | PROT_WRITE,
-                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (all == MAP_FAILED) {
-      say("no memory for stacks");
-      return 1;
-    }
-    state.stacks = static_cast<char*>(all);
-    for (u32 i = 0; i < MAX_THREADS; i++) mprotect(state.stacks + (size_t)i * STACK, 4096, PROT_NONE);
-  }
+  state.stacks = launch.stacks;
   arrange(state.order, state.threads, order);
   arrange(state.lanes, 32, order);
   const u32 blocks = grid[0] * grid[1] * grid[2];

@@ -1,0 +1,270 @@
+"""The CUDA driver as the backend calls it, over the emulator: whole models run where there is no GPU.
+
+`emulated_driver()` puts it in place of the bindings. Everything happens when it is queued, or, while a stream
+captures, when its graph is launched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from rvllm.backends.cuda import driver
+from rvllm.kernels import build
+from rvllm.kernels.manifest import MANIFEST
+
+from . import SMEM, compiler
+from .compiler import EmulatorError, Kernel
+from .launcher import Launcher, pointers_to
+
+OK = SimpleNamespace(value=0, name="CUDA_SUCCESS")
+NOT_READY = SimpleNamespace(value=600, name="CUDA_ERROR_NOT_READY")
+Work = Callable[[], None]
+
+
+class _Names:
+    """An enumeration whose members are their own names."""
+
+    def __getattr__(self, name: str) -> str:
+        return name
+
+
+@dataclass
+class _Function:
+    kernel: Kernel
+    smem: int = 0  # bytes it may have, once the driver has been told
+
+
+class _Stream:
+    def __init__(self) -> None:
+        self.captured: list[Work] | None = None
+
+    def queue(self, work: Work) -> None:
+        if self.captured is None:
+            work()
+        else:
+            self.captured.append(work)
+
+
+_FACTS = {
+    "MULTIPROCESSOR_COUNT": 4,
+    "COMPUTE_CAPABILITY_MAJOR": 8,
+    "COMPUTE_CAPABILITY_MINOR": 0,
+    "L2_CACHE_SIZE": 32 << 20,
+    "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN": SMEM,
+    "MEMORY_CLOCK_RATE": 1000,
+    "GLOBAL_MEMORY_BUS_WIDTH": 64,
+}
+_TOTAL = 8 << 30  # bytes of device memory
+
+
+class EmulatedDriver:
+    """`cuda.bindings.driver`, as far as backends/cuda/driver.py and arena.py call it."""
+
+    CU_MEMHOSTALLOC_DEVICEMAP = 2
+    CUdevice_attribute = CUstream_flags = CUstreamCaptureMode = CUevent_flags = _Names()
+    CUfunction_attribute = CUlaunchAttributeID = _Names()
+    CUlaunchConfig = SimpleNamespace
+
+    def __init__(self, order: int | None = None) -> None:
+        self.launcher = Launcher(order)
+        self._pinned: dict[int, Any] = {}
+        self._modules: list[dict[str, Kernel]] = []
+
+    # ---- modules: `load` stands in for build.load, and its "machine code" is a number
+    def load(
+        self,
+        wanted: Sequence[build.Unit],
+        cache_dir: Path,
+        compile_missing: bool = True,
+        progress: Any = None,
+    ) -> list[build.Cubin]:
+        """Builds units for the emulator."""
+        cubins = []
+        for unit in wanted:
+            key = (unit.source, unit.defines)
+            names = {s.symbol: s.name for s in MANIFEST.values() if (s.source, s.defines) == key}
+            found = compiler.kernels_of([names[symbol] for symbol in unit.symbols], MANIFEST)
+            self._modules.append({names[symbol]: found[names[symbol]] for symbol in unit.symbols})
+            code = str(len(self._modules) - 1).encode()
+            cubins.append(build.Cubin(unit, code, {symbol: names[symbol] for symbol in unit.symbols}, 0.0))
+        return cubins
+
+    def cuModuleLoadData(self, code: bytes) -> tuple[Any, ...]:
+        return OK, self._modules[int(code)]
+
+    def cuModuleUnload(self, module: dict[str, Kernel]) -> tuple[Any, ...]:
+        return (OK,)
+
+    def cuModuleGetFunction(self, module: dict[str, Kernel], name: bytes) -> tuple[Any, ...]:
+        return OK, _Function(module[name.decode()])
+
+    def cuFuncSetAttribute(self, function: _Function, attribute: str, value: int) -> tuple[Any, ...]:
+        if attribute == "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES":
+            function.smem = value
+        return (OK,)
+
+    @staticmethod
+    def CUlaunchAttribute() -> SimpleNamespace:
+        return SimpleNamespace(id=None, value=SimpleNamespace(clusterDim=SimpleNamespace(x=1)))
+
+    def cuLaunchKernelEx(
+        self, config: Any, function: _Function, parameters: int, extra: int
+    ) -> tuple[Any, ...]:
+        kernel, block, smem = function.kernel, config.blockDimX, config.sharedMemBytes
+        grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
+        if any(attribute.value.clusterDim.x > 1 for attribute in config.attrs):
+            raise EmulatorError(f"{kernel.spec.name} is launched in clusters, which the emulator lacks")
+        given = (ctypes.c_void_p * len(kernel.sizes)).from_address(parameters)
+        cells = [
+            ctypes.create_string_buffer(ctypes.string_at(address, size), size)
+            for address, size in zip(given, kernel.sizes, strict=True)
+        ]
+        pointers = pointers_to(cells)
+
+        def work(keep: Any = cells) -> None:
+            self.launcher.run(kernel, grid, block, smem, ctypes.addressof(pointers), allowed=function.smem)
+
+        config.hStream.queue(work)
+        return (OK,)
+
+    # ---- the device
+    def cuDeviceGetCount(self) -> tuple[Any, ...]:
+        return OK, 1
+
+    def cuDeviceGet(self, ordinal: int) -> tuple[Any, ...]:
+        return OK, ordinal
+
+    def cuDeviceGetName(self, size: int, device: int) -> tuple[Any, ...]:
+        return OK, b"emulator"
+
+    def cuDeviceGetAttribute(self, name: str, device: int) -> tuple[Any, ...]:
+        return OK, _FACTS[name.removeprefix("CU_DEVICE_ATTRIBUTE_")]
+
+    def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[Any, ...]:
+        return OK, device
+
+    def cuDevicePrimaryCtxRelease(self, device: int) -> tuple[Any, ...]:
+        return (OK,)
+
+    def cuCtxSetCurrent(self, context: int) -> tuple[Any, ...]:
+        return (OK,)
+
+    # ---- memory
+    def cuDeviceTotalMem(self, device: int) -> tuple[Any, ...]:
+        return OK, _TOTAL
+
+    def cuMemGetInfo(self) -> tuple[Any, ...]:
+        return OK, _TOTAL - sum(region.nbytes for region in self.launcher.memory.regions), _TOTAL
+
+    def cuMemAlloc(self, nbytes: int) -> tuple[Any, ...]:
+        return OK, self.launcher.memory.take(-(-nbytes // 256) * 256)
+
+    def cuMemFree(self, address: int) -> tuple[Any, ...]:
+        self.launcher.memory.give_back(address)
+        return (OK,)
+
+    def cuMemHostAlloc(self, nbytes: int, flags: int) -> tuple[Any, ...]:
+        array = np.empty(nbytes + 256, np.uint8)
+        address = -(-array.ctypes.data // 256) * 256
+        self._pinned[address] = array
+        return OK, address
+
+    def cuMemHostGetDevicePointer(self, address: int, flags: int) -> tuple[Any, ...]:
+        return OK, address
+
+    def cuMemFreeHost(self, address: int) -> tuple[Any, ...]:
+        del self._pinned[address]
+        return (OK,)
+
+    def cuMemcpyHtoD(self, target: int, source: int, nbytes: int) -> tuple[Any, ...]:
+        ctypes.memmove(target, source, nbytes)
+        return (OK,)
+
+    def cuMemcpyDtoH(self, target: int, source: int, nbytes: int) -> tuple[Any, ...]:
+        ctypes.memmove(target, source, nbytes)
+        return (OK,)
+
+    def cuMemsetD8(self, target: int, value: int, nbytes: int) -> tuple[Any, ...]:
+        ctypes.memset(target, value, nbytes)
+        return (OK,)
+
+    def cuMemcpyHtoDAsync(self, target: int, source: int, nbytes: int, stream: _Stream) -> tuple[Any, ...]:
+        stream.queue(lambda: (ctypes.memmove(target, source, nbytes), None)[1])
+        return (OK,)
+
+    cuMemcpyDtoHAsync = cuMemcpyHtoDAsync
+
+    def cuMemsetD8Async(self, target: int, value: int, nbytes: int, stream: _Stream) -> tuple[Any, ...]:
+        stream.queue(lambda: (ctypes.memset(target, value, nbytes), None)[1])
+        return (OK,)
+
+    # ---- streams and graphs
+    def cuStreamCreate(self, flags: str) -> tuple[Any, ...]:
+        return OK, _Stream()
+
+    def cuStreamSynchronize(self, stream: _Stream) -> tuple[Any, ...]:
+        return (OK,)
+
+    def cuStreamDestroy(self, stream: _Stream) -> tuple[Any, ...]:
+        return (OK,)
+
+    def cuStreamBeginCapture(self, stream: _Stream, mode: str) -> tuple[Any, ...]:
+        stream.captured = []
+        return (OK,)
+
+    def cuStreamEndCapture(self, stream: _Stream) -> tuple[Any, ...]:
+        captured, stream.captured = stream.captured, None
+        return OK, captured
+
+    def cuGraphInstantiate(self, captured: list[Work], flags: int) -> tuple[Any, ...]:
+        return OK, captured
+
+    def cuGraphGetNodes(self, captured: list[Work], count: int) -> tuple[Any, ...]:
+        return OK, [], len(captured)
+
+    def cuGraphDestroy(self, captured: list[Work]) -> tuple[Any, ...]:
+        return (OK,)
+
+    cuGraphExecDestroy = cuGraphDestroy
+
+    def cuGraphUpload(self, graph: list[Work], stream: _Stream) -> tuple[Any, ...]:
+        return (OK,)
+
+    def cuGraphLaunch(self, graph: list[Work], stream: _Stream) -> tuple[Any, ...]:
+        for work in graph:
+            stream.queue(work)
+        return (OK,)
+
+    # ---- events: the time at which they were recorded
+    def cuEventCreate(self, flags: str) -> tuple[Any, ...]:
+        return OK, [0.0]
+
+    def cuEventRecord(self, event: list[float], stream: _Stream) -> tuple[Any, ...]:
+        event[0] = time.perf_counter()
+        return (OK,)
+
+    def cuEventSynchronize(self, event: list[float]) -> tuple[Any, ...]:
+        return (OK,)
+
+    cuEventQuery = cuEventDestroy = cuEventSynchronize
+
+    def cuEventElapsedTime(self, earlier: list[float], later: list[float]) -> tuple[Any, ...]:
+        return OK, 1e3 * (later[0] - earlier[0])
+
+
+@contextmanager
+def emulated_driver(order: int | None = None) -> Iterator[EmulatedDriver]:
+    """Within it the CUDA backend runs on the emulator."""
+    emulated = EmulatedDriver(order)
+    with patch.object(driver, "api", lambda: emulated), patch.object(build, "load", emulated.load):
+        yield emulated

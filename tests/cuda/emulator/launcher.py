@@ -1,0 +1,81 @@
+"""One launch of an emulated kernel: its order, its limits, and what is said when it fails."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .compiler import EmulatorError, Kernel, Launch
+from .memory import Memory, stacks
+
+PLAIN_SMEM = 48 * 1024  # bytes of shared memory that need no permission
+
+
+@dataclass
+class Launcher:
+    """Runs kernels over one memory.
+
+    order: who goes first among blocks, threads and lanes: 0 ascending, 1 descending, larger numbers shuffle;
+    None takes another one at every launch.
+    seconds: of processor time that a launch may take.
+    """
+
+    order: int | None = None
+    seconds: int = 60
+    memory: Memory = field(default_factory=Memory)
+    launches: int = 0
+
+    def run(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int, int],
+        block: int,
+        smem: int,
+        pointers: int,
+        argument_at: Callable[[int], str] = lambda address: "",
+        allowed: int | None = None,
+    ) -> None:
+        """Runs a kernel on the arguments whose addresses begin at `pointers`.
+
+        allowed: bytes of shared memory it may have, by default what the catalog says.
+        argument_at: words for the argument whose memory begins at an address.
+        Raises EmulatorError for what a GPU would punish.
+        """
+        spec = kernel.spec
+        most = max(spec.smem if allowed is None else allowed, PLAIN_SMEM)
+        if smem > most:
+            raise EmulatorError(
+                f"{spec.name} may have {most} bytes of shared memory, the launch asks for {smem}"
+            )
+        order = self.order if self.order is not None else self._next(spec.name)
+        self.launches += 1
+        told = f"{spec.name}, grid {grid}, block {block}, order {order}: "
+        launch = Launch(grid, (block, 1, 1), smem, self.seconds, order, pointers, stacks())
+        if not kernel.run(launch):
+            raise EmulatorError(told + launch.message.decode() + self._place(launch.fault, argument_at))
+        damaged = self.memory.damaged()
+        if damaged:
+            raise EmulatorError(told + "wrote beside an array" + argument_at(damaged.address))
+
+    def _next(self, name: str) -> int:
+        if self.launches < 2:
+            return self.launches
+        seed = os.environ.get("RVLLM_TEST_SEED", "0")
+        return zlib.crc32(f"{seed} {name} {self.launches}".encode())
+
+    def _place(self, address: int, argument_at: Callable[[int], str]) -> str:
+        if not address:
+            return ""
+        near = self.memory.near(address)
+        if near is None:
+            return f" of address {address:#x}, far from every array"
+        region, past = near
+        return f", {past} bytes past the end of an array" + argument_at(region.address)
+
+
+def pointers_to(cells: list[object]) -> ctypes.Array[ctypes.c_void_p]:
+    """The addresses of ctypes cells, as a launch wants them."""
+    return (ctypes.c_void_p * max(1, len(cells)))(*(ctypes.addressof(c) for c in cells))  # type: ignore[arg-type]
