@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from api_double import LiveServer
+from api_double import CONTEXT, LiveServer
 
 
 def test_the_page_and_its_files(server: LiveServer) -> None:
@@ -118,3 +118,15 @@ def test_the_state_needs_the_key_and_the_page_does_not() -> None:
         assert live.raw("GET", "/")[0] == 200
         assert live.raw("GET", "/rvllm/state")[0] == 401
         assert live.raw("GET", "/rvllm/state", headers={"Authorization": "Bearer secret"})[0] == 200
+
+
+def test_what_a_program_needs_to_tokenise_through_us() -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with LiveServer(template=template, drain_timeout=0.2) as server:
+        status, _, body = server.raw("GET", "/tokenizer_info")
+        info = json.loads(body)
+        assert (status, info["chat_template"], info["model_max_length"]) == (200, template, CONTEXT)
+        status, answer = server.post("/tokenize", prompt=info["eos_token"], add_special_tokens=False)
+        assert answer["tokens"] == [server.tokenizer.eos_token_id]
+    with LiveServer(texts=False, drain_timeout=0.2) as server:
+        assert server.raw("GET", "/tokenizer_info")[0] == 400

@@ -214,6 +214,20 @@ class Text(msgspec.Struct):
     prompt: str
 
 
+class TokenizerInfo(msgspec.Struct, kw_only=True):
+    """The answer of `/tokenizer_info`, under the names of Hugging Face's tokenizer_config.json.
+
+    chat_template: what conversations are rendered with; None when the server has none.
+    """
+
+    tokenizer_class: str = "PreTrainedTokenizerFast"
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    chat_template: str | None
+    model_max_length: int
+
+
 def now() -> int:
     """Seconds since the epoch, for `created`."""
     return int(time.time())

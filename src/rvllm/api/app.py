@@ -83,6 +83,7 @@ def build_app(service: Service, gate: Gate) -> Starlette:
             route("GET", "/v1/models/{name:path}", misc.get_model, name="/v1/models/NAME"),
             route("POST", "/tokenize", misc.tokenize, ("prompt", "messages", "tools")),
             route("POST", "/detokenize", misc.detokenize, ("tokens",)),
+            route("GET", "/tokenizer_info", misc.tokenizer_info),
             *stateful_routes(service, gate),
             route("GET", "/health", misc.health, open=True),
             route("GET", "/metrics", misc.metrics, open=True),

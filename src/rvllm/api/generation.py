@@ -131,7 +131,7 @@ class Service:
         self._requests = requests
         self._in_flight = 0
         self._vocabulary: asyncio.Task[None] | None = None  # hands the vocabulary to the engine
-        template = _template_of(tokenizer, chat_template)
+        self.template = template = _template_of(tokenizer, chat_template)  # of conversations with tools
         self.tools = tool_format(config.tool_call_parser, template)
         self.reasoning = reasoning_format(config.reasoning_parser, template)
         # Sampling defaults of the model, under SamplingParams' names.

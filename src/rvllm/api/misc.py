@@ -1,8 +1,8 @@
-"""The small endpoints: models, tokenize, detokenize, health, metrics, version."""
+"""The small endpoints: models, tokenize, detokenize, tokenizer_info, health, metrics, version."""
 
 from __future__ import annotations
 
-from rvllm.api.answers import ModelCard, ModelList, Text, Tokens
+from rvllm.api.answers import ModelCard, ModelList, Text, TokenizerInfo, Tokens
 from rvllm.api.body import parse
 from rvllm.api.chat import render
 from rvllm.api.errors import ApiError, invalid
@@ -47,6 +47,19 @@ async def tokenize(service: Service, exchange: Exchange, body: bytes) -> None:
         tokens = await service.encode(render(service, request), bool(request.add_special_tokens))
     names = [service.tokenizer.token_text(i) for i in tokens] if request.return_token_strs else None
     await exchange.json(Tokens(len(tokens), service.ready.max_model_len, tokens, names))
+
+
+async def tokenizer_info(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/tokenizer_info`: what programs need that tokenise through this server (lm-eval does)."""
+    tokenizer = service.tokenizer
+    info = TokenizerInfo(
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.special_tokens.get("pad_token"),
+        chat_template=service.template,
+        model_max_length=service.ready.max_model_len,
+    )
+    await exchange.json(info)
 
 
 async def detokenize(service: Service, exchange: Exchange, body: bytes) -> None:
