@@ -4,9 +4,10 @@ A request's grammar is a text in llguidance's own form (`text/grammar.py` makes 
 the engine's thread; the request joins the queue when that is done. llguidance is imported with the first
 grammar, and the vocabulary must have come before it (`EngineCore.set_vocabulary`).
 
-Most masks take some hundredths of a millisecond and are made in the engine's thread, while the step before
-runs on the device. A sequence whose last mask took longer is followed in a thread of its own: it sits out
-the steps that are launched meanwhile, and nobody waits for it.
+Most masks take some hundredths of a millisecond. A few of them are made in the engine's thread, while the
+step before runs on the device; more are made together on all cores, for which the engine waits a moment. A
+sequence whose last mask took long is followed in a thread of its own. Sequences whose masks are late sit out
+the steps that are launched meanwhile; nobody else waits for them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     Compiled = tuple[LLMatcher, "Matcher", float]
     Followed = tuple[str | None, float | None]
+    Filled = tuple["Mask", float]
 
 KEPT = 128  # compiled grammars kept for requests that bring the same again
 KEPT_LENGTH = 1 << 16  # characters of the longest grammar that is kept
@@ -117,6 +119,7 @@ class Grammars:
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._wanted: dict[str, Matcher] = {}  # whose next mask is to be made, by request id
         self._beside: dict[str, tuple[Sequence, Future[Followed]]] = {}  # followed in threads of their own
+        self._together: list[tuple[list[Matcher], Future[Filled]]] = []  # whose masks are made together
         self._beside_pool: ThreadPoolExecutor | None = None
         self._executor: LLExecutor | None = None
         self._times: deque[float] = deque(maxlen=TIMED)
@@ -210,9 +213,12 @@ class Grammars:
         """The same for a costly sequence, in a thread of its own; `settle` tells how it went."""
         assert seq.matcher is not None
         seq.matcher.mask = None
+        self._beside[seq.request_id] = seq, self._mask_threads().submit(self._follow, seq.matcher, token)
+
+    def _mask_threads(self) -> ThreadPoolExecutor:
         if self._beside_pool is None:
             self._beside_pool = ThreadPoolExecutor(BESIDE_THREADS, thread_name_prefix="mask")
-        self._beside[seq.request_id] = seq, self._beside_pool.submit(self._follow, seq.matcher, token)
+        return self._beside_pool
 
     def _follow(self, matcher: Matcher, token: int) -> Followed:
         """(what is wrong, seconds that the mask took; None when there is none to make)."""
@@ -232,6 +238,7 @@ class Grammars:
             self._fill(list(self._wanted.values()))
             self._wanted.clear()
             self.exposed_seconds += 0.0 if device_busy else time.perf_counter() - began
+        self._take_filled()
         settled = []
         for name, (seq, done) in list(self._beside.items()):
             if done.done():
@@ -246,11 +253,12 @@ class Grammars:
         """Sleeps until a grammar or a mask is done, for a moment at most; False when none is being made."""
         awaited: list[Future[Any]] = [done for _, done in self._compiling.values()]
         awaited += [done for _, done in self._beside.values()]
+        awaited += [done for _, done in self._together]
         if not awaited:
             return False
         began = time.perf_counter()
         wait_for(awaited, POLL_SECONDS, FIRST_COMPLETED)
-        if self._beside:
+        if self._beside or self._together:
             self.exposed_seconds += time.perf_counter() - began
         return True
 
@@ -259,13 +267,22 @@ class Grammars:
             for matcher in matchers:
                 self._count(matcher.fill(self._row()))
             return
-        rows = np.zeros((len(matchers), self._words), dtype=np.uint32)
-        began = time.perf_counter()
-        self._fill_together(rows, matchers)
-        waited = time.perf_counter() - began
-        for row, matcher in zip(rows, matchers, strict=True):
-            matcher.filled(row, waited / len(matchers))
-        self._count(waited, len(matchers))
+        done = self._mask_threads().submit(self._fill_together, matchers)
+        self._together.append((matchers, done))
+        wait_for([done], COSTLY)
+
+    def _take_filled(self) -> None:
+        """Hands out the masks that have been made together."""
+        late = []
+        for matchers, done in self._together:
+            if not done.done():
+                late.append((matchers, done))
+                continue
+            rows, seconds = done.result()
+            for row, matcher in zip(rows, matchers, strict=True):
+                matcher.filled(row, seconds / len(matchers))
+            self._count(seconds, len(matchers))
+        self._together = late
 
     def _count(self, seconds: float, masks: int = 1) -> None:
         """Books masks that took so long, together when there are several."""
@@ -273,14 +290,17 @@ class Grammars:
         self.mask_seconds += seconds
         self._times.extend([seconds] * masks)
 
-    def _fill_together(self, rows: NDArray[np.uint32], matchers: list[Matcher]) -> None:
-        """Many masks on all cores."""
+    def _fill_together(self, matchers: list[Matcher]) -> Filled:
+        """(masks [len(matchers), ceil(vocab / 32)], seconds), made on all cores."""
+        began = time.perf_counter()
+        rows = np.zeros((len(matchers), self._words), dtype=np.uint32)
         if self._executor is None:
             from llguidance import LLExecutor
 
             self._executor = LLExecutor()
         natives = [(matcher.native, row) for row, matcher in enumerate(matchers)]
         self._executor.unsafe_compute_mask_ptr(natives, rows.ctypes.data, rows.shape[1] * 4, len(rows))
+        return rows, time.perf_counter() - began
 
     def percentile(self, share: float) -> float:
         """Seconds that so large a share of the last tokens waited at most for their masks; 0 before any.
