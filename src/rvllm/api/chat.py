@@ -30,6 +30,7 @@ from rvllm.api.logprobs import Names, chat_logprobs, prompt_logprobs
 from rvllm.api.parts import Call, PartsReader, ToolPlan, marks_are_special, tool_plan
 from rvllm.api.sampling import chat_params, refuse_unsupported
 from rvllm.api.schemas import ChatRequest, Message, TokenizeRequest
+from rvllm.api.streaming import stream
 from rvllm.text.reasoning import ReasoningSplitter, opened_by
 from rvllm.text.tools.events import CallStart, Event, Text
 
@@ -171,33 +172,20 @@ class _Chat:
 
     async def stream(self, exchange: Exchange) -> None:
         """The answer as server-sent events: role first, then text as it comes, then usage if asked for."""
-        options = self._request.stream_options
-        running_usage = options is not None and options.include_usage and options.continuous_usage_stats
-        with_usage = options is not None and options.include_usage
         started = [False] * len(self._job.choices)
-        async with aclosing(self._service.run(self._job)) as pieces:
-            async for piece in pieces:
-                if not exchange.streaming:  # not before the first piece, so that a refusal keeps its status
-                    await exchange.open_stream()
-                if not started[piece.index]:
-                    started[piece.index] = True
-                    await exchange.event(self._opening(piece.index, with_usage))
-                for chunk in self._chunks(piece):
-                    if with_usage:
-                        chunk.usage = self._job.usage() if running_usage else None
-                    await exchange.event(chunk)
-        if with_usage:
-            last = self._envelope([])
-            last.usage = self._job.usage()
-            await exchange.event(last)
-        await exchange.close_stream()
 
-    def _opening(self, index: int, with_usage: bool) -> ChatChunk:
+        def events(piece: Piece) -> list[ChatChunk]:
+            opening = [] if started[piece.index] else [self._opening(piece.index)]
+            started[piece.index] = True
+            return opening + self._chunks(piece)
+
+        options = self._request.stream_options
+        await stream(self._service, exchange, self._job, options, events, lambda: self._envelope([]))
+
+    def _opening(self, index: int) -> ChatChunk:
         chunk = self._envelope([ChatChunkChoice(index=index, delta=ChatDelta("assistant", self._echo))])
         if self._with_ids:
             chunk.prompt_token_ids = self._job.prompts[0]
-        if with_usage:
-            chunk.usage = None
         return chunk
 
     def _chunks(self, piece: Piece) -> list[ChatChunk]:

@@ -17,6 +17,7 @@ from rvllm.api.generation import IN_THREAD_CHARS, Job, Piece, Service
 from rvllm.api.logprobs import CompletionLogprobsWriter, Names, joined, prompt_logprobs
 from rvllm.api.sampling import completion_params, refuse_unsupported
 from rvllm.api.schemas import CompletionRequest
+from rvllm.api.streaming import stream
 from rvllm.text.fim import FillIn
 from rvllm.text.processor import Delta
 
@@ -128,25 +129,14 @@ class _Completion:
 
     async def stream(self, exchange: Exchange) -> None:
         """The answer as server-sent events."""
+
+        def events(piece: Piece) -> list[CompletionAnswer]:
+            part = self._part(piece)
+            seen = part.text or part.logprobs or part.finish_reason or part.token_ids
+            return [self._envelope([part])] if seen else []
+
         options = self._request.stream_options
-        with_usage = options is not None and options.include_usage
-        running_usage = options is not None and options.continuous_usage_stats
-        async with aclosing(self._service.run(self._job)) as pieces:
-            async for piece in pieces:
-                if not exchange.streaming:  # not before the first piece, so that a refusal keeps its status
-                    await exchange.open_stream()
-                part = self._part(piece)
-                if not (part.text or part.logprobs or part.finish_reason or part.token_ids):
-                    continue
-                chunk = self._envelope([part])
-                if with_usage:
-                    chunk.usage = self._job.usage() if running_usage else None
-                await exchange.event(chunk)
-        if with_usage:
-            last = self._envelope([])
-            last.usage = self._job.usage()
-            await exchange.event(last)
-        await exchange.close_stream()
+        await stream(self._service, exchange, self._job, options, events, lambda: self._envelope([]))
 
     def _part(self, piece: Piece) -> CompletionChoice:
         """What a piece adds to its choice; the first one carries the echoed prompt."""
