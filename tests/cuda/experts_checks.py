@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from harness import SHORT, Array, Machine, error, expect, rounded
@@ -14,6 +14,7 @@ from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.gemm import interleave_gate_up, pack_matrix
 from rvllm.backends.cuda.launches import Counts, Planned
 from rvllm.backends.cuda.lower_experts import ExpertsAt, ExpertsPlan, RouteAt, most_tiles, plan_route
+from rvllm.kernels.experts_manifest import BLOCKS, FEW_TOKENS, Block
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import Activation, Buffer, Experts, Route, Weight
 
@@ -185,12 +186,12 @@ class Mixed:
 
 
 MIXTURES = {
-    "mixtral": Mixed(8, 2, 256, 448, 256),
+    "mixtral": Mixed(8, 2, 1096, 136, 256),
     "qwen3": Mixed(64, 8, 192, 96, 200),
     "deepseek": Mixed(64, 6, 136, 88, 136),
     "nemotron": Mixed(16, 6, 64, 184, 72, "relu2", False),
     "gelu": Mixed(4, 2, 72, 40, 72, "gelu_tanh"),
-    "one": Mixed(4, 1, 64, 64, 64, "gelu", False),
+    "one": Mixed(4, 1, 64, 1032, 64, "gelu", False),
     "large": Mixed(8, 2, 2048, 1408, 1024),
 }
 
@@ -220,7 +221,7 @@ class Bench:
 
     def run(
         self, x: np.ndarray, ids: np.ndarray, shares: np.ndarray, padded: int,
-        residual: np.ndarray | None = None, scale: float = 1.0, only: str = "",
+        residual: np.ndarray | None = None, scale: float = 1.0, block: Block | None = None,
     ) -> np.ndarray:  # fmt: skip
         """The experts' sum for the rows of x, in a step of up to `padded`; checks that other rows stay."""
         gpu, tokens = self.gpu, len(x)
@@ -241,10 +242,9 @@ class Bench:
             inner=self.inner.address, parts=self.parts.address, order=self.order.address,
             tiles=self.tiles.address, num_tiles=self.num_tiles.address, num_tokens=count.address,
         )  # fmt: skip
-        tag, facts = SHORT[self.dtype.name], chip(gpu)
-        if only:  # a smaller GPU's choice of blocks
-            facts = replace(facts, smem_per_block=98304)
-        for planned in ExpertsPlan(self.op, "experts", padded, tag, facts, at, scale).launches():
+        plan = ExpertsPlan(self.op, "experts", padded, SHORT[self.dtype.name], chip(gpu), at, scale)
+        plan.block = block or plan.block
+        for planned in plan.launches():
             run(gpu, planned)
         result = out.get().astype(np.float32)
         assert np.isnan(result[tokens:]).all()
@@ -305,9 +305,9 @@ def check_experts_invariance(
     ids, shares = assign(rng, mixed, max(sizes), "spread")
     together = bench.run(x, ids, shares, len(x))
     for tokens in sizes:
-        for only in ("", "small"):
-            out = bench.run(x[:tokens], ids[:tokens], shares[:tokens], tokens, only=only)
-            assert (out == together[:tokens]).all(), (tokens, only)
+        for block in BLOCKS if tokens > FEW_TOKENS else (None,):
+            out = bench.run(x[:tokens], ids[:tokens], shares[:tokens], tokens, block=block)
+            assert (out == together[:tokens]).all(), (tokens, block)
     for t in (0, 1, len(x) - 1):
         alone = bench.run(x[t : t + 1], ids[t : t + 1], shares[t : t + 1], 1)
         assert (alone == together[t]).all(), t

@@ -2,12 +2,11 @@
 //
 // A block has 16 packed rows of one expert's matrix; its warps are the segments of K, whose sums meet in shared
 // memory at the end. Tokens are the eight columns of the matrix instruction. Columns without a token multiply
-// whatever lies there: no column reads another.
+// whatever lies there: no column depends on another.
 #include "experts.cuh"
 
 namespace rvllm::experts {
 
-constexpr int FEW = 8;  // tokens of a step, at most
 constexpr int MOST_SEGMENTS = 8;
 
 // The bytes a warp has in flight at a stage: its slice of a tile of W, and 64 elements of ROWS rows of x.
@@ -16,10 +15,11 @@ constexpr int stage_bytes() {
   return SLICE_BYTES + ROWS * TILE * 2;
 }
 
-// Adds 16 rows x 64 columns of W times 64 columns of eight rows of x to acc.
-template <class T>
+// Adds 16 rows x 64 columns of W times 64 columns of ROWS rows of x, 1 or 8, to acc. One row stands for all eight
+// columns of the instruction.
+template <class T, int ROWS>
 __device__ __forceinline__ void multiply(float (&acc)[4], u32 w, u32 x, int lane) {
-  const int row = lane % 16, token = lane % 8;
+  const int row = lane % 16, token = lane % ROWS;
 #pragma unroll
   for (int step = 0; step < TILE / 16; step += 2) {
     u32 a[4], b[4];
@@ -36,13 +36,13 @@ __device__ __forceinline__ void load_slice(u32 to, const u8* from, int lane) {
   for (int i = 0; i < SLICE_BYTES; i += 512) ptx::cp_async16(to + i + lane * 16, from + i + lane * 16);
 }
 
-// Rows of one matrix of every expert that some of at most FEW tokens chose: inner = act(up x) or parts = down inner.
-// ids int32 [tokens, top_k]. by_token: x has a row a token, else a row an entry. out: a row an entry, `pitch`
+// Rows of one matrix of every expert that some of at most FEW (1 or 8) tokens chose: inner = act(up x), or
+// parts = down inner. ids int32 [tokens, top_k]. by_token: x has a row a token, else a row an entry. out: a row an entry, `pitch`
 // elements each. k: elements of a row of x, a multiple of 8; blocks: ceil(k / 64); rows: packed rows (2 * width when
 // gated). act: PLAIN or a value of Act. slots: stages a warp has memory for, STAGES or all its blocks if fewer.
-// Grid: (ceil(rows / 16), entries). Block: 32 * segments. Shared: segments * slots * stage_bytes<8>().
+// Grid: (ceil(rows / 16), entries). Block: 32 * segments. Shared: segments * slots * stage_bytes<FEW>().
 // The block of an expert's first entry does all its tokens; the others leave. Bound by memory.
-template <class T, int STAGES>
+template <class T, int STAGES, int FEW>
 __global__ void __launch_bounds__(32 * MOST_SEGMENTS)
     few(T* out, const T* x, const u8* __restrict__ weights, const int* ids, const int* num_tokens, int top_k,
         int by_token, int k, int blocks, int rows, int pitch, int act, int gated, int slots) {
@@ -54,23 +54,28 @@ __global__ void __launch_bounds__(32 * MOST_SEGMENTS)
   const u32 base = smem(shared) + warp * slots * STAGE;
   griddep_launch();
   griddep_wait();
-  const int tokens = min(*num_tokens, FEW), entry = blockIdx.y;
-  if (entry >= tokens * top_k) return;
-  const int expert = ids[entry];
+  // Entries beyond the step's tokens are read too, so that no load waits for another.
+  const int tokens = min(*num_tokens, FEW), entry = blockIdx.y, expert = ids[entry];
   int mine = -1;  // of lane t: token t's entry with this expert
-  if (lane < tokens)
+  if (FEW == 1) {
+    if (lane == 0) mine = entry;
+  } else if (lane * top_k < gridDim.y) {
+#pragma unroll 8
     for (int j = 0; j < top_k; j++)
       if (ids[lane * top_k + j] == expert) mine = lane * top_k + j;
-  if (__any_sync(~0u, mine >= 0 && mine < entry)) return;  // the first entry's block does it
+  }
+  if (lane >= tokens) mine = -1;
+  if (entry >= tokens * top_k || __any_sync(~0u, mine >= 0 && mine < entry)) return;  // its first entry's block does it
 
   const int first = segment_start(blocks, segments, warp), last = segment_start(blocks, segments, warp + 1);
   const u8* slice = weights + expert * matrix_bytes(rows, blocks) +
                     static_cast<u64>(blockIdx.x / (TILE / SLICE)) * blocks * TILE_BYTES +
                     blockIdx.x % (TILE / SLICE) * SLICE_BYTES;
   // Each lane brings chunk lane % 8 of rows lane / 8 and lane / 8 + 4 of x.
-  const T* source[2];
+  constexpr int COPIES = FEW == 1 ? 1 : 2;
+  const T* source[COPIES];
 #pragma unroll
-  for (int h = 0; h < 2; h++) {
+  for (int h = 0; h < COPIES; h++) {
     const int row = lane / 8 + 4 * h, place = __shfl_sync(~0u, mine, row);
     source[h] = place < 0 ? nullptr : x + static_cast<size_t>(by_token ? row : place) * k + lane % 8 * 8;
   }
@@ -81,7 +86,7 @@ __global__ void __launch_bounds__(32 * MOST_SEGMENTS)
       if (++load_slot == slots) load_slot = 0;
       load_slice(at, slice + static_cast<u64>(block) * TILE_BYTES, lane);
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
+      for (int h = 0; h < COPIES; h++) {
         const int row = lane / 8 + 4 * h;
         if (source[h]) {
           const bool inside = block * TILE + lane % 8 * 8 < k;
@@ -98,12 +103,15 @@ __global__ void __launch_bounds__(32 * MOST_SEGMENTS)
     cp_async_wait<STAGES - 2>();
     __syncwarp();
     load(block + STAGES - 1);
-    multiply<T>(acc, base + slot * STAGE, base + slot * STAGE + SLICE_BYTES, lane);
+    multiply<T, FEW>(acc, base + slot * STAGE, base + slot * STAGE + SLICE_BYTES, lane);
     if (++slot == slots) slot = 0;
   }
   cp_async_wait<0>();
 #pragma unroll
-  for (int i = 0; i < 4; i++) partial[warp][lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2] = acc[i];
+  for (int i = 0; i < 4; i++) {
+    const int column = lane % 4 * 2 + i % 2;
+    if (column < FEW) partial[warp][lane / 4 + i / 2 * 8][column] = acc[i];
+  }
   __syncthreads();
 
   const auto sum = [&](int row, int column) {
@@ -111,10 +119,10 @@ __global__ void __launch_bounds__(32 * MOST_SEGMENTS)
     for (int s = 1; s < segments; s++) total += partial[s][row][column];
     return total;
   };
-  const int height = gated ? SLICE / 2 : SLICE;  // outputs of a token
+  const int height = gated ? SLICE / 2 : SLICE;  // outputs of a token; of eight tokens, they fill whole warps
   for (int i = threadIdx.x; i < height * FEW; i += blockDim.x) {
     const int row = i % height, column = i / height, at = blockIdx.x * height + row;
-    const int place = __shfl_sync(~0u, mine, column);
+    const int place = FEW == 1 ? entry : __shfl_sync(~0u, mine, column);
     if (place < 0 || at >= (gated ? rows / 2 : rows)) continue;
     const T value = gated ? gated_value<T>(sum(row, column), sum(row + 8, column), act)
                           : plain_value<T>(sum(row, column), act);
@@ -174,17 +182,7 @@ __global__ void __launch_bounds__(32 * MOST_SEGMENTS)
       __syncwarp();
       load();
       const u32 at = base + slot * STAGE, x = at + SLICE_BYTES;
-      const int row = lane % 16;
-#pragma unroll
-      for (int step = 0; step < TILE / 16; step += 2) {
-        u32 a[4], b[4];
-        // Only column 0 is a token: all eight rows of each fragment are read from its one row.
-        ldmatrix_x4(b, x + (2 * step + lane / 8) * 16);
-        ldmatrix_x4(a, at + row * 128 + ((2 * step + lane / 16) ^ row % 8) * 16);
-        mma_16816(acc, a, {b[0], b[1]}, T());
-        ldmatrix_x4(a, at + row * 128 + ((2 * step + 2 + lane / 16) ^ row % 8) * 16);
-        mma_16816(acc, a, {b[2], b[3]}, T());
-      }
+      multiply<T, 1>(acc, at, x, lane);
       if (++slot == slots) slot = 0;
     }
     if (lane % 4 == 0) {

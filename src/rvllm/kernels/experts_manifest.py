@@ -18,6 +18,7 @@ MOST_SEGMENTS = 8  # of K, the warps of a block of `few`
 FEW_TOKENS = 8  # of a step, for `few`
 ROUTE_WARPS = 4
 ROUTES = {"": (1, 1), "_wide": (8, 4)}  # tokens of a block, experts of a warp
+ROUTE_LANES = (4, 16)  # experts that a lane compares
 STAGES = (4, 8)  # of a warp's pipeline in `few` and `one`
 SORT_WARPS = (4, 32)
 _SLICE, _TILE = 2048, 64  # bytes of 16 rows of a packed tile; its columns
@@ -45,16 +46,19 @@ class Block:
 
     @property
     def smem(self) -> int:
-        """Dynamic shared memory in bytes: four stages."""
-        return 4 * (self.rows + self.tokens) * _TILE * 2
+        """Dynamic shared memory in bytes; mirrors Shape in experts_many.cu."""
+        large = self.rows * self.tokens // self.threads >= 32
+        return (3 if large else 4) * (
+            self.rows + self.tokens
+        ) * _TILE * 2 + 4 * self.rows * self.tokens * large
 
 
 BLOCKS = (Block(64, 16, 4, 1), Block(64, 64, 4, 1), Block(128, 128, 4, 2))
 
 
-def few_smem(segments: int, slots: int) -> int:
-    """Dynamic shared memory of `few` in bytes."""
-    return segments * slots * (_SLICE + 8 * _TILE * 2)
+def few_smem(segments: int, slots: int, tokens: int) -> int:
+    """Dynamic shared memory of `few` in bytes, for 1 or FEW_TOKENS tokens."""
+    return segments * slots * (_SLICE + tokens * _TILE * 2)
 
 
 def one_smem(segments: int, slots: int, top_k: int) -> int:
@@ -74,22 +78,29 @@ def _specs() -> list[KernelSpec]:
     ]  # fmt: skip
     for dtype in DTYPES:
         for suffix, (tokens, experts) in ROUTES.items():
-            specs.append(
-                KernelSpec(f"sm80_{dtype}_route{suffix}", "route.cu", f"route<{dtype}, {tokens}, {experts}>")
-            )
+            for lanes in ROUTE_LANES:
+                name = f"sm80_{dtype}_route{suffix}_e{32 * lanes}"
+                symbol = f"route<{dtype}, {tokens}, {experts}, {lanes}>"
+                specs.append(KernelSpec(name, "route.cu", symbol, unit=dtype))
         for stages in STAGES:
-            for name in ("few", "one"):
+            kinds = {"few1": f"few<rvllm::{dtype}, {stages}, 1>", "one": f"one<rvllm::{dtype}, {stages}>"}
+            kinds[f"few{FEW_TOKENS}"] = f"few<rvllm::{dtype}, {stages}, {FEW_TOKENS}>"
+            for name, symbol in kinds.items():
                 specs.append(
                     KernelSpec(
                         name=f"sm80_{dtype}_experts_{name}_s{stages}",
                         source="experts_few.cu",
-                        symbol=f"rvllm::experts::{name}<rvllm::{dtype}, {stages}>",
+                        symbol=f"rvllm::experts::{symbol}",
                         smem=_SMEM - 16384,
+                        unit=dtype,
                     )
                 )
         specs.append(
             KernelSpec(
-                f"sm80_{dtype}_experts_combine", "experts_few.cu", f"rvllm::experts::combine<rvllm::{dtype}>"
+                name=f"sm80_{dtype}_experts_combine",
+                source="experts_few.cu",
+                symbol=f"rvllm::experts::combine<rvllm::{dtype}>",
+                unit=dtype,
             )
         )
         for block in BLOCKS:
@@ -100,6 +111,7 @@ def _specs() -> list[KernelSpec]:
                     source="experts_many.cu",
                     symbol=f"rvllm::experts::many<rvllm::{dtype}, {sizes}>",
                     smem=block.smem,
+                    unit=dtype,
                 )
             )
     return specs

@@ -10,9 +10,11 @@ struct Shape {
   static constexpr int SLICES = ROWS / ROW_WARPS / 16;    // of 16 rows, a warp
   static constexpr int OCTETS = TOKENS / TOKEN_WARPS / 8;  // of 8 tokens, a warp
   static constexpr int W_BYTES = ROWS * TILE * 2, STAGE = W_BYTES + TOKENS * TILE * 2;
-  static constexpr int STAGES = 4, PITCH = ROWS + 4;
-  static constexpr int BYTES = STAGES * STAGE;
-  static_assert(TOKENS * PITCH * 4 <= BYTES, "the staged sums reuse the pipeline");
+  static constexpr bool SUMS_SHARED = SLICES * OCTETS >= 8;  // of the segments before: registers are short
+  static constexpr int STAGES = SUMS_SHARED ? 3 : 4, PITCH = ROWS + 4;
+  static constexpr int BYTES = STAGES * STAGE + (SUMS_SHARED ? ROWS * TOKENS * 4 : 0);
+  static constexpr int BLOCKS = TOKENS >= 128 ? 1 : TOKENS >= 64 ? 3 : 5;  // a multiprocessor
+  static_assert(TOKENS * PITCH * 4 <= STAGES * STAGE, "the staged sums reuse the pipeline");
   static_assert(TOKENS * 8 % THREADS == 0 && W_BYTES % (THREADS * 16) == 0, "copies come out even");
 };
 
@@ -22,7 +24,8 @@ struct Shape {
 // Grid: (ceil(ceil(rows / ROWS) / GROUP) * GROUP * most). GROUP row tiles pass over all tiles of entries before the
 // next ones begin, so that both operands stay in L2. Bound by the tensor cores, or by memory for few entries.
 template <class T, int ROWS, int TOKENS, int ROW_WARPS, int TOKEN_WARPS>
-__global__ void __launch_bounds__(Shape<ROWS, TOKENS, ROW_WARPS, TOKEN_WARPS>::THREADS)
+__global__ void __launch_bounds__(Shape<ROWS, TOKENS, ROW_WARPS, TOKEN_WARPS>::THREADS,
+                                  Shape<ROWS, TOKENS, ROW_WARPS, TOKEN_WARPS>::BLOCKS)
     many(T* out, const T* x, const u8* __restrict__ weights, const int* order, const int4* tiles, const int* num_tiles,
          int top_k, int by_token, int k, int blocks, int segments, int rows, int pitch, int act, int gated, int group) {
   using S = Shape<ROWS, TOKENS, ROW_WARPS, TOKEN_WARPS>;
@@ -76,7 +79,17 @@ __global__ void __launch_bounds__(Shape<ROWS, TOKENS, ROW_WARPS, TOKEN_WARPS>::T
   };
   for (int s = 0; s < STAGES - 1; s++) load(s);
 
-  float sum[S::SLICES][S::OCTETS][4], acc[S::SLICES][S::OCTETS][4] = {};
+  // The sum of the segments before this one: four floats of each of a thread's fragments, in registers or in shared
+  // memory, where only this thread looks at them.
+  float acc[S::SLICES][S::OCTETS][4] = {};
+  float sum[S::SUMS_SHARED ? 1 : S::SLICES][S::SUMS_SHARED ? 1 : S::OCTETS][4] = {};
+  float4* const sums = reinterpret_cast<float4*>(shared + STAGES * S::STAGE) + thread;
+  const auto held = [&](int m, int j) -> float4 {
+    if constexpr (S::SUMS_SHARED)
+      return sums[(m * S::OCTETS + j) * THREADS];
+    else
+      return make_float4(sum[m][j][0], sum[m][j][1], sum[m][j][2], sum[m][j][3]);
+  };
   int segment = 0, end = segment_start(blocks, segments, 1);
   for (int block = 0; block < blocks; block++) {
     cp_async_wait<STAGES - 2>();
@@ -108,12 +121,19 @@ __global__ void __launch_bounds__(Shape<ROWS, TOKENS, ROW_WARPS, TOKEN_WARPS>::T
 #pragma unroll
       for (int m = 0; m < S::SLICES; m++)
 #pragma unroll
-        for (int j = 0; j < S::OCTETS; j++)
-#pragma unroll
-          for (int i = 0; i < 4; i++) {
-            sum[m][j][i] = segment == 0 ? acc[m][j][i] : sum[m][j][i] + acc[m][j][i];
-            acc[m][j][i] = 0.f;
+        for (int j = 0; j < S::OCTETS; j++) {
+          float4 now = make_float4(acc[m][j][0], acc[m][j][1], acc[m][j][2], acc[m][j][3]);
+          if (segment > 0) {
+            const float4 before = held(m, j);
+            now.x = before.x + now.x, now.y = before.y + now.y, now.z = before.z + now.z, now.w = before.w + now.w;
           }
+          if constexpr (S::SUMS_SHARED)
+            sums[(m * S::OCTETS + j) * THREADS] = now;
+          else
+            sum[m][j][0] = now.x, sum[m][j][1] = now.y, sum[m][j][2] = now.z, sum[m][j][3] = now.w;
+#pragma unroll
+          for (int i = 0; i < 4; i++) acc[m][j][i] = 0.f;
+        }
       segment++;
       end = segment_start(blocks, segments, segment + 1);
     }
@@ -125,24 +145,30 @@ __global__ void __launch_bounds__(Shape<ROWS, TOKENS, ROW_WARPS, TOKEN_WARPS>::T
 #pragma unroll
   for (int m = 0; m < S::SLICES; m++)
 #pragma unroll
-    for (int j = 0; j < S::OCTETS; j++)
+    for (int j = 0; j < S::OCTETS; j++) {
+      const float4 total = held(m, j);
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int row = (row_warp * S::SLICES + m) * 16 + lane / 4 + i / 2 * 8;
         const int token = (token_warp * S::OCTETS + j) * 8 + lane % 4 * 2 + i % 2;
-        staging[token * S::PITCH + row] = sum[m][j][i];
+        staging[token * S::PITCH + row] = i == 0 ? total.x : i == 1 ? total.y : i == 2 ? total.z : total.w;
       }
+    }
   __syncthreads();
   // Eight outputs at a time: 8 rows, or 8 gates and the 8 ups behind them.
   const int pieces = gated ? ROWS / 16 : ROWS / 8, width = gated ? rows / 2 : rows;
   for (int i = thread; i < count * pieces; i += THREADS) {
     const int token = i / pieces, piece = i % pieces, column = (row_tile * pieces + piece) * 8;
     if (column >= width) continue;
-    const float* const from = staging + token * S::PITCH + piece * (gated ? 16 : 8);
+    float* const from = staging + token * S::PITCH + piece * (gated ? 16 : 8);
+    if (act != PLAIN) {
+#pragma unroll 1
+      for (int c = 0; c < 8; c++)  // not unrolled: five activations eight times are many registers
+        from[c] = gemm::to_float(gated ? gated_value<T>(from[c], from[c + 8], act) : plain_value<T>(from[c], act));
+    }
     gemm::Pack<T, 8> value;
 #pragma unroll
-    for (int c = 0; c < 8; c++)
-      value.v[c] = gated ? gated_value<T>(from[c], from[c + 8], act) : plain_value<T>(from[c], act);
+    for (int c = 0; c < 8; c++) value.v[c] = gemm::rounded<T>(from[c]);
     const int place = by_token ? first + token : order[first + token];
     *reinterpret_cast<gemm::Pack<T, 8>*>(out + static_cast<size_t>(place) * pitch + column) = value;
   }

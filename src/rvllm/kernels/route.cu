@@ -5,30 +5,32 @@
 // of experts enters the order. Whoever completes a group of tokens (counted in `arrivals`) chooses for them.
 #include "common.cuh"
 
-constexpr int ROUTE_WARPS = 4, MOST_EXPERTS = 512, LANE_EXPERTS = MOST_EXPERTS / 32;
+constexpr int ROUTE_WARPS = 4;
 
 enum RouteFlags : int { SIGMOID = 1, GROUP_TOP2 = 2, RENORMALISE = 4 };
 
-// The larger value, of equals that with the lower id. Ids are distinct or equal with equal values.
-__device__ __forceinline__ bool better(float a, int id, float b, int other) {
-  return a > b || (a == b && id < other);
+// Unsigned integers in the order of the floats, all above 0. What is not a number comes last but is there, so
+// that a token always has experts.
+__device__ __forceinline__ u32 ordered(float x) {
+  const u32 bits = __float_as_uint(x == x ? __fadd_rn(x, 0.f) : -INFINITY_F);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// The best (value, id) of all lanes, in every lane.
-__device__ __forceinline__ void warp_best(float& value, int& id) {
-#pragma unroll
-  for (int o = 16; o; o >>= 1) {
-    const float v = __shfl_xor_sync(~0u, value, o);
-    const int i = __shfl_xor_sync(~0u, id, o);
-    if (better(v, i, value, id)) value = v, id = i;
-  }
+__device__ __forceinline__ float as_float(u32 key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
+
+// The id with the largest key among all lanes' (key, id), of equals the lowest.
+__device__ __forceinline__ int warp_best(u32 key, int id) {
+  const u32 best = __reduce_max_sync(~0u, key);
+  return (int)__reduce_min_sync(~0u, key == best ? (u32)id : ~0u);
 }
 
-// One warp chooses for one token. logits [experts] in global memory; choice: shared, MOST_EXPERTS floats.
-__device__ __forceinline__ void choose(const float* logits, const float* bias, float* choice, int* ids, float* shares,
+// One warp chooses for one token. logits [experts] in global memory; keys: shared, 32 * LANE_EXPERTS words.
+template <int LANE_EXPERTS>
+__device__ __forceinline__ void choose(const float* logits, const float* bias, u32* keys, int* ids, float* shares,
                                        int experts, int top_k, int groups, int kept, int flags, float scale) {
   const int lane = threadIdx.x % 32;
-  float s[LANE_EXPERTS], c[LANE_EXPERTS];
+  float s[LANE_EXPERTS];
+  u32 key[LANE_EXPERTS];  // 0: no part in it, or taken
   float most = -INFINITY_F;
 #pragma unroll
   for (int i = 0; i < LANE_EXPERTS; i++) {
@@ -51,56 +53,51 @@ __device__ __forceinline__ void choose(const float* logits, const float* bias, f
 #pragma unroll
     for (int i = 0; i < LANE_EXPERTS; i++) s[i] = __fdiv_rn(s[i], total);
   }
-  u32 out = 0;  // bit i: expert lane + 32 i takes no part, or has been taken
 #pragma unroll
   for (int i = 0; i < LANE_EXPERTS; i++) {
     const int e = lane + 32 * i;
-    c[i] = s[i];
-    if (e < experts && bias) c[i] = __fadd_rn(s[i], bias[e]);
-    if (!(c[i] == c[i])) c[i] = -INFINITY_F;  // not a number: last, but still somebody's expert
-    if (e >= experts) out |= 1u << i;
+    key[i] = e >= experts ? 0 : ordered(bias ? __fadd_rn(s[i], bias[e]) : s[i]);
   }
   if (kept < groups) {
     const int size = experts / groups;
 #pragma unroll
     for (int i = 0; i < LANE_EXPERTS; i++)
-      if (lane + 32 * i < experts) choice[lane + 32 * i] = c[i];
+      if (lane + 32 * i < experts) keys[lane + 32 * i] = key[i];
     __syncwarp();
-    float first = -INFINITY_F, second = -INFINITY_F;
+    u32 first = 0, second = 0;
     if (lane < groups)
       for (int i = 0; i < size; i++) {
-        const float v = choice[lane * size + i];
-        second = fmaxf(second, fminf(first, v));
-        first = fmaxf(first, v);
+        const u32 k = keys[lane * size + i];
+        second = max(second, min(first, k));
+        first = max(first, k);
       }
-    const float worth = flags & GROUP_TOP2 ? __fadd_rn(first, second) : first;
+    const bool pair = flags & GROUP_TOP2;
+    u32 worth = lane >= groups ? 0 : pair ? ordered(__fadd_rn(as_float(first), as_float(second))) : first;
     u32 chosen = 0;
     for (int j = 0; j < kept; j++) {
-      const bool there = lane < groups && !(chosen >> lane & 1);
-      float best = there ? worth : -INFINITY_F;
-      int id = there ? lane : 32 + lane;
-      warp_best(best, id);
+      const int id = warp_best(worth, lane);
       chosen |= 1u << id;
+      if (lane == id) worth = 0;
     }
 #pragma unroll
-    for (int i = 0; i < LANE_EXPERTS; i++) {
-      const int e = lane + 32 * i;
-      if (e < experts && !(chosen >> e / size & 1)) out |= 1u << i;
-    }
+    for (int i = 0; i < LANE_EXPERTS; i++)
+      if (!(chosen >> (lane + 32 * i) / size & 1)) key[i] = 0;
     __syncwarp();
   }
   float share = 0.f, total = 0.f;
   int expert = 0;
   for (int j = 0; j < top_k; j++) {
-    float best = -INFINITY_F, score = 0.f;
-    int id = MOST_EXPERTS + lane;
+    u32 best = key[0];
+    int mine = lane;
+    float score = s[0];
+#pragma unroll
+    for (int i = 1; i < LANE_EXPERTS; i++)
+      if (key[i] > best) best = key[i], mine = lane + 32 * i, score = s[i];
+    const int id = warp_best(best, mine);
+    score = __shfl_sync(~0u, score, id % 32);
 #pragma unroll
     for (int i = 0; i < LANE_EXPERTS; i++)
-      if (!(out >> i & 1) && better(c[i], lane + 32 * i, best, id)) best = c[i], id = lane + 32 * i, score = s[i];
-    const int mine = id;
-    warp_best(best, id);
-    score = __shfl_sync(~0u, score, id % 32);
-    if (mine == id) out |= 1u << id / 32;
+      if (lane + 32 * i == id) key[i] = 0;
     if (lane == j) share = score, expert = id;
     total = j == 0 ? score : __fadd_rn(total, score);
   }
@@ -113,17 +110,17 @@ __device__ __forceinline__ void choose(const float* logits, const float* bias, f
 }
 
 // ids int32, shares float32 [rows, top_k]; x [rows, k], weight [experts, k], bias float32 [experts] or null; logits
-// float32 [rows, experts] and arrivals int32 [ceil(rows / TOKENS)] (zeros, left as zeros) are scratch. Rows from
-// *num_tokens on are left alone. k % 8 == 0, experts <= MOST_EXPERTS, groups <= 32, top_k <= 32.
+// float32 [rows, experts] and arrivals uint32 [ceil(rows / TOKENS)] (zeros, left as zeros) are scratch. Rows from
+// *num_tokens on are left alone. k % 8 == 0, experts <= 32 * LANE_EXPERTS, groups <= 32, top_k <= 32.
 // Grid: (ceil(experts / (4 * EXPERTS)), ceil(rows / TOKENS)). Block: 128. Bound by latency for few tokens, by
 // arithmetic for many.
-template <typename T, int TOKENS, int EXPERTS>
+template <typename T, int TOKENS, int EXPERTS, int LANE_EXPERTS>
 __global__ void __launch_bounds__(ROUTE_WARPS * 32)
 route(int* ids, float* shares, const T* x, const T* __restrict__ weight, const float* __restrict__ bias, float* logits,
-      int* arrivals, const int* num_tokens, int k, int experts, int top_k, int groups, int kept, int flags,
+      u32* arrivals, const int* num_tokens, int k, int experts, int top_k, int groups, int kept, int flags,
       float scale) {
   constexpr int BATCH = TOKENS == 1 ? 8 : 1;  // vectors of a row in flight
-  __shared__ float choice[ROUTE_WARPS][MOST_EXPERTS];
+  __shared__ u32 keys[ROUTE_WARPS][32 * LANE_EXPERTS];
   __shared__ int last;
   griddep_launch();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, vectors = k / 8;
@@ -184,14 +181,12 @@ route(int* ids, float* shares, const T* x, const T* __restrict__ weight, const f
       const float sum = warp_sum(acc[t][e]);
       if (lane == 0 && t0 + t < tokens && e0 + e < experts) __stcg(logits + (size_t)(t0 + t) * experts + e0 + e, sum);
     }
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(arrivals + blockIdx.y, 1) + 1 == (int)gridDim.x;
+  if (threadIdx.x == 0) last = add_acq_rel(arrivals + blockIdx.y, 1) + 1 == gridDim.x;
   __syncthreads();
   if (!last) return;
-  __threadfence();
   for (int t = t0 + warp; t < min(t0 + TOKENS, tokens); t += ROUTE_WARPS)
-    choose(logits + (size_t)t * experts, bias, choice[warp], ids + (size_t)t * top_k, shares + (size_t)t * top_k, experts,
+    choose<LANE_EXPERTS>(logits + (size_t)t * experts, bias, keys[warp], ids + (size_t)t * top_k, shares + (size_t)t * top_k, experts,
            top_k, groups, kept, flags, scale);
   if (threadIdx.x == 0) arrivals[blockIdx.y] = 0;
 }

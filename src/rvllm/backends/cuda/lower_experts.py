@@ -29,6 +29,7 @@ from rvllm.kernels.experts_manifest import (
     MOST_EXPERTS,
     MOST_GROUPS,
     MOST_SEGMENTS,
+    ROUTE_LANES,
     ROUTE_WARPS,
     ROUTES,
     SORT_WARPS,
@@ -118,7 +119,7 @@ def plan_route(op: Route, tokens: int, tag: str, at: RouteAt) -> Planned:
     numbers = (k, experts, op.top_k, op.groups, op.kept_groups, flags)
     return Planned(
         op.name,
-        f"sm80_{tag}_route{suffix}",
+        f"sm80_{tag}_route{suffix}_e{next(32 * n for n in ROUTE_LANES if experts <= 32 * n)}",
         fixed(-(-experts // (ROUTE_WARPS * experts_each)), -(-tokens // tokens_each)),
         32 * ROUTE_WARPS,
         (
@@ -131,7 +132,8 @@ def plan_route(op: Route, tokens: int, tag: str, at: RouteAt) -> Planned:
 class ExpertsPlan:
     """The launches of one Experts op for steps of up to `tokens` tokens.
 
-    scale: of the sum, where it is added to a residual.
+    scale: of the sum, where it is added to a residual. block: what more than FEW_TOKENS tokens are cut into;
+    any gives the same bits.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class ExpertsPlan:
         self.top_k, self.scale = op.ids.width, ctypes.c_float(scale)
         self.entries = tokens * self.top_k
         self.up_rows = gated_rows(self.width) if op.gated else self.width
+        self.block = self._block()
 
     def launches(self) -> list[Planned]:
         """In order."""
@@ -158,8 +161,7 @@ class ExpertsPlan:
             return [self._few("up"), self._one()]
         if self.tokens <= FEW_TOKENS:
             return [self._few("up"), self._few("down"), self._combine()]
-        block = self._block()
-        return [self._sort(block), self._many("up", block), self._many("down", block), self._combine()]
+        return [self._sort(), self._many("up"), self._many("down"), self._combine()]
 
     def _planned(
         self, kernel: str, grid: tuple[int, ...], block: int, smem: int, why: str, *given: object
@@ -189,11 +191,13 @@ class ExpertsPlan:
         blocks, segments = -(-k // TILE), segments_of(k)
         grid = -(-rows // SLICE), self.entries
         each = -(-blocks // segments)
-        stages, slots = self._stages(grid[0] * grid[1], each, lambda n: few_smem(segments, n))
+        few = 1 if self.tokens == 1 else FEW_TOKENS
+        stages, slots = self._stages(grid[0] * grid[1], each, lambda n: few_smem(segments, n, few))
         gated = which == "up" and self.op.gated
         numbers = (self.top_k, by_token, k, blocks, rows, pitch, act, int(gated), slots)
         return self._planned(
-            f"few_s{stages}", grid, 32 * segments, few_smem(segments, slots), f"{which}, streams hit experts",
+            f"few{few}_s{stages}", grid, 32 * segments, few_smem(segments, slots, few),
+            f"{which}, streams hit experts",
             out, x, weights, self.at.ids, self.at.num_tokens, *map(ctypes.c_int, numbers),
         )  # fmt: skip
 
@@ -224,9 +228,9 @@ class ExpertsPlan:
         fit = [b for b in BLOCKS if b.smem <= self.chip.smem_per_block]
         return next((b for b in fit if each <= 1.5 * b.tokens), fit[-1])
 
-    def _sort(self, block: Block) -> Planned:
+    def _sort(self) -> Planned:
         warps = SORT_WARPS[self.entries >= SORT_WIDE]
-        numbers = (self.top_k, self.experts, max(1, (self.experts - 1).bit_length()), block.tokens)
+        numbers = (self.top_k, self.experts, max(1, (self.experts - 1).bit_length()), self.block.tokens)
         at = self.at
         return Planned(
             self.name, "sm80_experts_sort", fixed(1), 32 * warps,
@@ -234,7 +238,8 @@ class ExpertsPlan:
             sort_smem(warps, self.experts), why="entries by expert",
         )  # fmt: skip
 
-    def _many(self, which: str, block: Block) -> Planned:
+    def _many(self, which: str) -> Planned:
+        block = self.block
         out, x, weights, by_token, k, rows, pitch, act = self._sides(which)
         group, gated = 1024 // block.rows, which == "up" and self.op.gated
         most = most_tiles(self.entries, self.experts, block.tokens)
