@@ -15,12 +15,17 @@ import numpy as np
 import pytest
 import recurrent_checks as checks
 from recurrent_planned import check_planned
+from tiny import ArrayCheckpoint, weights_of
 
+from rvllm.backends.cpu.backend import CpuBackend
+from rvllm.backends.cuda.backend import CudaBackend
 from rvllm.backends.cuda.catalog import select
 from rvllm.backends.cuda.driver import DeviceFacts
 from rvllm.backends.cuda.graphs import Recipe
 from rvllm.backends.cuda.memory import Budget, state_line
 from rvllm.config import EngineConfig
+from rvllm.engine.core import EngineCore
+from rvllm.engine.messages import Sampling
 from rvllm.errors import CapacityError, MissingKernelError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
@@ -213,9 +218,80 @@ MIXTURE = TINY | {
     "mamba_head_dim": 80, "n_groups": 1, "ssm_state_size": 128,
 }  # fmt: skip
 MODELS = {"dense": TINY, "mixture": MIXTURE}
-LENGTHS = [1, 15, 16, 33, 70, 300]
+TOLERANCE = {DType.BF16: 0.12, DType.F16: 0.02}  # of log-probabilities near 1, as in test_backend_gpu.py
+on_a_gpu = [pytest.mark.gpu, gpu_engine.needs_gpu]
 
 
-def prompts(count: int = len(LENGTHS)) -> list[list[int]]:
+def prompts(*lengths: int) -> list[list[int]]:
     rng = np.random.default_rng(5)
-    return [rng.integers(0, TINY["vocab_size"], LENGTHS[i % len(LENGTHS)]).tolist() for i in range(count)]
+    return [rng.integers(0, TINY["vocab_size"], n).tolist() for n in lengths]
+
+
+def core(model: str, device: str, dtype: DType = DType.BF16, **settings: Any) -> EngineCore:
+    """An engine over the model: weights exact in `dtype`, decays and steps of a trained model's size."""
+    config = MODELS[model]
+    built = build_program(ModelConfig(config, "tiny"), DType.F32 if device == "cpu" else dtype)
+    arrays = weights_of(built)
+    for name, array in arrays.items():
+        if name.endswith("A_log"):
+            arrays[name] = np.log(np.linspace(0.3, 8.0, len(array)))
+        elif name.endswith("dt_bias"):
+            arrays[name] = 5 * array - 3
+    exact = {k: v.astype(gpu_engine.ROUND[dtype]).astype(np.float32) for k, v in arrays.items()}
+    engine = replace(gpu_engine.CONFIG, device=device, **settings)
+    kind = CpuBackend if device == "cpu" else CudaBackend
+    loaded = kind.load(built, ArrayCheckpoint(config, exact), engine)
+    assert not loaded.limits.prefix_reuse
+    return gpu_engine.core_of(loaded, config, engine)
+
+
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16], ids=lambda d: d.value)
+@pytest.mark.parametrize("model", MODELS)
+class TestEngine:
+    pytestmark = on_a_gpu
+
+    def test_greedy_equals_the_cpu_or_differs_where_logits_are_close(self, model: str, dtype: DType) -> None:
+        sampling = Sampling(max_tokens=24, logprobs=3, prompt_logprobs=2)
+        asked = [(prompt, sampling) for prompt in prompts(1, 5, 16, 33, 150)]
+        found = {}
+        for device in ("cpu", "cuda"):
+            engine = core(model, device, dtype)
+            found[device] = gpu_engine.run(engine, asked)
+            engine.close()
+        limit = TOLERANCE[dtype]
+        for cpu, gpu in zip(found["cpu"], found["cuda"], strict=True):
+            scored = zip(cpu[0].prompt_logprobs or [], gpu[0].prompt_logprobs or [], strict=True)
+            for a, b in scored:
+                assert a.logprob == pytest.approx(b.logprob, abs=limit, rel=limit / 8)
+            for a, b in zip(cpu, gpu, strict=True):
+                (best,), (other,) = a.logprobs or [], b.logprobs or []
+                assert best.logprob == pytest.approx(other.logprob, abs=limit)
+                if a.token_ids != b.token_ids:
+                    assert best.top_logprobs[0] - best.top_logprobs[1] < limit
+                    break
+
+
+@pytest.mark.parametrize("model", MODELS)
+class TestPromises:
+    pytestmark = on_a_gpu
+
+    def test_a_request_gives_the_same_bits_alone_in_company_and_in_chunks(self, model: str) -> None:
+        engine = core(model, "cuda", max_num_batched_tokens=48)
+        sampled = Sampling(max_tokens=20, temperature=1.0, seed=11, top_p=0.9, logprobs=2)
+        kinds = (Sampling(max_tokens=20, logprobs=2), sampled)
+        asked = [(prompt, kind) for prompt in prompts(1, 15, 33, 90) for kind in kinds]
+        together = gpu_engine.run(engine, asked)
+        for request, outputs in zip(asked, together, strict=True):
+            (alone,) = gpu_engine.run(engine, [request])
+            assert gpu_engine.tokens_of(outputs) == gpu_engine.tokens_of(alone)
+            assert [o.logprobs for o in outputs] == [o.logprobs for o in alone]
+        engine.close()
+
+    def test_preempted_sequences_go_on_with_the_same_tokens(self, model: str) -> None:
+        engine = core(model, "cuda", num_gpu_blocks=24)
+        asked = [(prompt, Sampling(max_tokens=60)) for prompt in prompts(*[40] * 6)]
+        together = [gpu_engine.tokens_of(o) for o in gpu_engine.run(engine, asked)]
+        assert engine.stats().preemptions > 0
+        alone = [gpu_engine.tokens_of(gpu_engine.run(engine, [request])[0]) for request in asked]
+        assert together == alone
+        engine.close()

@@ -5,7 +5,7 @@
 // steps nor on its company. A warp has 16 rows of a head's state, in float32, in registers.
 #include "common.cuh"
 
-constexpr int CHUNK = 16, PAD = 8;  // PAD: elements behind each row in shared memory, against bank conflicts
+constexpr int CHUNK = 16;
 
 // Elements of a row of the newest chunk in a slot: x of all heads, B of all groups, a step a head; whole vectors.
 __device__ __forceinline__ int kept_pitch(int heads, int dim, int groups, int size) {
@@ -102,6 +102,7 @@ state_scan(T* out, const T* xbc, const T* steps, const float* __restrict__ log_d
            const float* __restrict__ bias, float* state, const int* count, const int* slots, const int* kv_lens,
            const int* offsets, int slot_elements, int steps_pitch, int heads, int dim, int groups, float least, int keep) {
   griddep_launch();
+  constexpr int PAD = 8;  // elements behind each row in shared memory, against bank conflicts
   constexpr int U = SIZE / 64, VECTORS = SIZE / 8, SP = SIZE + PAD;
   extern __shared__ __align__(128) unsigned char shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
