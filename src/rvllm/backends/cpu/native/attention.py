@@ -1,4 +1,4 @@
-"""Causal attention over the paged cache: one query of one head at a time, its blocks in order of position.
+"""Causal attention over the paged cache: a query of a few heads at a time, its blocks in order of position.
 
 A block's 16 keys lie side by side (see `rowwise.rope`), so the scores of a block are one vector and need no
 sums across lanes. The order of every sum depends on the query's position and the window alone.
@@ -18,27 +18,50 @@ ATTENTION = (
     "out_width", "scale", "window", "cap", "scratch", "scratch_size", "counter",
 )  # fmt: skip
 CHAINS = 4  # sums side by side
+ACROSS = 4  # heads side by side
+FEW = 4  # rows for each thread below which heads are computed one by one
 
 
 def attention(capped: bool) -> Callable[[Any, str], None]:
-    """The kernel ATTENTION; window 0 is none."""
+    """The kernel ATTENTION; window 0 is none.
+
+    Heads that share a key head are computed side by side, so that keys and values are loaded once for them;
+    with few rows (decode) one by one, so that all threads find work. Neither changes a head's sums.
+    """
 
     def write(module: Any, name: str) -> None:
         k = Kernel(module, name)
-        step, heads = k.ptr_arg(0), k.int_arg(3)
-        with k.items(k.ptr_arg(16), k.load(step, TOKENS, I64) * heads) as item:
-            _Query(k, step, item // heads, item % heads).attend(capped)
+        step, heads, kv_heads = k.ptr_arg(0), k.int_arg(3), k.int_arg(4)
+        rows, counter = k.load(step, TOKENS, I64), k.ptr_arg(16)
+        group = heads // kv_heads
+
+        def apart() -> None:
+            with k.items(counter, rows * heads) as item:
+                _Query(k, step, item // heads, item % heads, 1).attend(capped)
+
+        def together() -> None:
+            with k.items(counter, rows * kv_heads) as item:
+                row, first = item // kv_heads, item % kv_heads * group
+                done = k.i(0)
+                for across in range(ACROSS, 0, -1):
+                    whole = done + (group - done) // across * across
+                    with k.loop(done, whole, across) as head:
+                        _Query(k, step, row, first + head, across).attend(capped)
+                    done = whole
+
+        k.either(rows < k.threads * FEW, apart, together)
         k.finish()
 
     return write
 
 
 class _Query:
-    """Writes the attention of one query of one head."""
+    """Writes the attention of one query of `count` heads, from `head` on, that share a key head."""
 
-    def __init__(self, k: Kernel, step: Value, row: Value, head: Value) -> None:
-        self.k, self.row, self.head = k, row, head
+    def __init__(self, k: Kernel, step: Value, row: Value, head: Value, count: int) -> None:
+        self.k, self.row, self.count = k, row, count
         self.heads, self.kv_heads, self.dim, self.padded = (k.int_arg(i) for i in (3, 4, 5, 6))
+        self.mine = [head + n for n in range(count)]
         self.kv_head = head // (self.heads // self.kv_heads)
         positions, tables, sequence = (
             k.load(step, slot, k.args.type) for slot in (POSITIONS, TABLES, SEQUENCE)
@@ -49,19 +72,20 @@ class _Query:
         oldest = k.most(self.position - window + 1, k.i(0))
         self.oldest = k.select(window > 0, oldest, k.i(0))
         self.first, self.end = self.oldest // BLOCK, self.position // BLOCK + 1
-        self.scores = k.at(k.ptr_arg(14), k.thread * k.int_arg(15))
+        scratch, size = k.at(k.ptr_arg(14), k.thread * k.int_arg(15)), k.int_arg(15) // ACROSS
+        self.scores = [k.at(scratch, size * n) for n in range(count)]
 
     def attend(self, capped: bool) -> None:
         """Scores, then weights, then the weighted sum of the values."""
         k = self.k
-        top = self._score(capped)
-        total = self._weigh(k.splat(k.fold(top, k.most)))
+        tops = self._score(capped)
+        totals = [self._weigh(s, k.splat(k.fold(t, k.most))) for s, t in zip(self.scores, tops, strict=True)]
         chunks = self.padded // LANES
         done, count = k.i(0), CHAINS
         while count:
             whole = done + (chunks - done) // count * count
             with k.loop(done, whole, count) as chunk:
-                self._mix(chunk * LANES, count, total)
+                self._mix(chunk * LANES, count, totals)
             done, count = whole, count // 2
 
     def _block(self, base: Value, index: Value, size: Value) -> Value:
@@ -70,62 +94,67 @@ class _Query:
         block = k.extend(k.load(self.table, index, I32), I64, signed=True)
         return k.at(base, (block * self.kv_heads + self.kv_head) * size, F32)
 
-    def _score(self, capped: bool) -> Value:
-        """Scores of all blocks into scratch, out of sight -inf; the largest of each lane."""
+    def _score(self, capped: bool) -> list[Value]:
+        """Scores of all blocks into scratch, out of sight -inf; the largest of each lane, for each head."""
         k = self.k
-        query = k.at(k.ptr_arg(1), self.row * k.int_arg(2) + self.head * self.dim, F32)
+        queries = [k.at(k.ptr_arg(1), self.row * k.int_arg(2) + h * self.dim, F32) for h in self.mine]
         scale, cap = k.splat(k.float_arg(11)), k.splat(k.float_arg(13))
-        top = k.var(k.vf(float("-inf")))
+        tops = [k.var(k.vf(float("-inf"))) for _ in self.mine]
         even = self.dim // CHAINS * CHAINS
         with k.loop(self.first, self.end) as index:
             keys = self._block(k.ptr_arg(7), index, self.dim * BLOCK)
-            sums = [k.var(k.vf(0.0)) for _ in range(CHAINS)]
+            sums = [[k.var(k.vf(0.0)) for _ in range(CHAINS)] for _ in self.mine]
 
-            def multiply(sum_: Var, i: Value, keys: Value = keys) -> None:
+            def multiply(chain: int, i: Value, keys: Value = keys, sums: list[list[Var]] = sums) -> None:
                 key = k.load(keys, i * BLOCK, VF)
-                sum_.set(k.fma(key, k.splat(k.load(query, i, F32)), sum_.get()))
+                for query, chains in zip(queries, sums, strict=True):
+                    sum_ = chains[chain]
+                    sum_.set(k.fma(key, k.splat(k.load(query, i, F32)), sum_.get()))
 
             with k.loop(0, even, CHAINS) as i:
-                for n, sum_ in enumerate(sums):
-                    multiply(sum_, i + n)
+                for n in range(CHAINS):
+                    multiply(n, i + n)
             with k.loop(even, self.dim) as i:
-                multiply(sums[0], i)
-            a, b, c, d = (s.get() for s in sums)
-            score = ((a + b) + (c + d)) * scale
-            if capped:
-                score = tanh(k, score / cap) * cap
+                multiply(0, i)
             at = k.splat(k.narrow(index * BLOCK, I32)) + k.lane_numbers()
             seen = (at <= k.splat(k.narrow(self.position, I32))) & (at >= k.splat(k.narrow(self.oldest, I32)))
-            score = k.select(seen, score, k.vf(float("-inf")))
-            k.store(score, self.scores, (index - self.first) * BLOCK)
-            top.set(k.most(score, top.get()))
-        return top.get()
+            for chains, scores, top in zip(sums, self.scores, tops, strict=True):
+                a, b, c, d = (s.get() for s in chains)
+                score = ((a + b) + (c + d)) * scale
+                if capped:
+                    score = tanh(k, score / cap) * cap
+                score = k.select(seen, score, k.vf(float("-inf")))
+                k.store(score, scores, (index - self.first) * BLOCK)
+                top.set(k.most(score, top.get()))
+        return [top.get() for top in tops]
 
-    def _weigh(self, top: Value) -> Value:
+    def _weigh(self, scores: Value, top: Value) -> Value:
         """Scores become weights e^(score - top); their sum."""
         k = self.k
         total = k.var(k.vf(0.0))
         with k.loop(0, self.end - self.first) as index:
-            weight = exp(k, k.load(self.scores, index * BLOCK, VF) - top)
-            k.store(weight, self.scores, index * BLOCK)
+            weight = exp(k, k.load(scores, index * BLOCK, VF) - top)
+            k.store(weight, scores, index * BLOCK)
             total.set(total.get() + weight)
         return k.total(total.get())
 
-    def _mix(self, start: Value, count: int, total: Value) -> None:
+    def _mix(self, start: Value, count: int, totals: list[Value]) -> None:
         """Elements start .. start + 16 * count - 1 of the output. What is out of sight is not touched."""
         k = self.k
-        sums = [k.var(k.vf(0.0)) for _ in range(count)]
+        sums = [[k.var(k.vf(0.0)) for _ in range(count)] for _ in self.mine]
         with k.loop(self.first, self.end) as index:
             values = k.at(self._block(k.ptr_arg(8), index, self.padded * BLOCK), start, F32)
             low = k.most(self.oldest - index * BLOCK, k.i(0))
             high = k.least(self.position - index * BLOCK + 1, k.i(BLOCK))
-            weights = k.at(self.scores, (index - self.first) * BLOCK, F32)
+            weights = [k.at(s, (index - self.first) * BLOCK, F32) for s in self.scores]
             with k.loop(low, high) as j:
-                weight = k.splat(k.load(weights, j, F32))
-                for n, sum_ in enumerate(sums):
-                    value = k.load(values, j * self.padded + n * LANES, VF)
-                    sum_.set(k.fma(weight, value, sum_.get()))
-        out = k.at(k.ptr_arg(9), self.row * k.int_arg(10) + self.head * self.dim, F32)
-        for n, sum_ in enumerate(sums):
-            at = start + n * LANES
-            k.masked_store(sum_.get() / k.splat(total), out, at, self.dim - at)
+                row = [k.load(values, j * self.padded + n * LANES, VF) for n in range(count)]
+                for chunks, own in zip(sums, weights, strict=True):
+                    weight = k.splat(k.load(own, j, F32))
+                    for value, sum_ in zip(row, chunks, strict=True):
+                        sum_.set(k.fma(weight, value, sum_.get()))
+        for head, chunks, total in zip(self.mine, sums, totals, strict=True):
+            out = k.at(k.ptr_arg(9), self.row * k.int_arg(10) + head * self.dim, F32)
+            for n, sum_ in enumerate(chunks):
+                at = start + n * LANES
+                k.masked_store(sum_.get() / k.splat(total), out, at, self.dim - at)

@@ -239,7 +239,7 @@ def _rope_kv(op: ops.RopeKV, kernels: Kernels, places: Places) -> list[Call]:
 
 def _attend(op: ops.Attention, kernels: Kernels, places: Places) -> list[Call]:
     keys, values = kernels.caches[op.cache.name]
-    scores = places.scratch("scores", (places.max_len + 2 * LANES) * 4)
+    scores = places.scratch("scores", attention.ACROSS * (places.max_len + 2 * LANES) * 4)
     source = (places.of(op.qkv), op.qkv.width, op.heads, op.kv_heads, op.head_dim, values.shape[3])
     target = (keys.ctypes.data, values.ctypes.data, places.of(op.out), op.out.width)
     scoring = (float(op.scale), op.window or 0, float(op.soft_cap or 0.0))
