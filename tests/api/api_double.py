@@ -179,6 +179,7 @@ class LiveServer:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.loop: asyncio.AbstractEventLoop
         self.engine: FakeEngine
+        self.gate: Gate
         self.service: Service
         self.stop: StopSignals
 
@@ -219,7 +220,7 @@ class LiveServer:
             requests=RequestMaker(facts),
             chat_template=self.template,
         )
-        gate = Gate(self.config, metrics)
+        self.gate = gate = Gate(self.config, metrics)
         sock = bind(self.config)
         self.port = sock.getsockname()[1]
         return await serve(build_app(service, gate), gate, sock, self.engine, self.stop, self._ready.set)

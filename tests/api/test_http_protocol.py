@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable
 
@@ -39,7 +40,10 @@ def test_models_version_health(server: LiveServer) -> None:
     for path in ("/v1/models", "/v1/models/tiny", "/version", "/health"):
         assert server.raw("GET", path)[0] == 200, path
     card = json.loads(server.raw("GET", "/v1/models")[2])["data"][0]
-    assert (card["id"], card["max_model_len"]) == ("tiny", 256)
+    assert (card["id"], card["max_model_len"], card["context_length"]) == ("tiny", 256, 256)
+    able = {name for name, can in card["capabilities"].items() if can}
+    assert able == {"chat", "completions", "responses", "messages", "tools", "structured_outputs", "logprobs"}
+    assert {"embeddings", "fim", "reasoning", "vision"} <= card["capabilities"].keys()
     assert server.raw("GET", "/v1/models/other")[0] == 404
 
 
@@ -51,6 +55,35 @@ def test_tokenize_and_back(server: LiveServer) -> None:
     assert server.tokenizer.decode(chat["tokens"]).endswith("<|im_start|>assistant\n")
     assert server.post("/tokenize")[0] == 400
     assert server.post("/detokenize", tokens=[10**9])[1]["error"]["param"] == "tokens"
+
+
+def test_what_is_only_tokenised_has_a_limit(server: LiveServer) -> None:
+    long = "hello " * 200_000
+    for path, body, param in (
+        ("/tokenize", {"prompt": long}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": long}]}, "messages"),
+        ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": long}]}, None),
+        ("/detokenize", {"tokens": [1] * 1_000_001}, "tokens"),
+    ):
+        status, answer = server.post(path, model="tiny", **body)
+        assert status == 413, answer
+        if param is not None:
+            assert answer["error"]["param"] == param
+
+
+def test_long_texts_leave_the_event_loop_free(server: LiveServer) -> None:
+    busy = threading.Thread(
+        target=server.post,
+        args=("/tokenize",),
+        kwargs={"prompt": "hello 日本 " * 80_000, "return_token_strs": True},
+    )
+    busy.start()
+    slowest = 0.0
+    while busy.is_alive():
+        began = time.monotonic()
+        assert server.raw("GET", "/version")[0] == 200
+        slowest = max(slowest, time.monotonic() - began)
+    assert slowest < 0.5
 
 
 def test_metrics_have_vllms_names_and_count(server: LiveServer) -> None:

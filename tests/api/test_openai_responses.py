@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,6 +184,54 @@ def test_a_background_stream_can_be_joined_and_cancelled(client: openai.OpenAI, 
         assert len(server.engine.aborted) == aborted + 1
     finally:
         server.engine.pace = 0.0
+
+
+def test_a_client_that_leaves_its_stream_cancels_the_response(
+    client: openai.OpenAI, server: LiveServer
+) -> None:
+    server.engine.pace = 0.01
+    try:
+        for store in (True, False):
+            aborted = len(server.engine.aborted)
+            stream = client.responses.create(model="tiny", input="hello", stream=True, store=store)
+            seen, name = "", ""
+            for event in stream:
+                name = event.response.id if event.type == "response.created" else name
+                seen += event.delta if event.type == "response.output_text.delta" else ""
+                if len(seen) > 10:
+                    break
+            stream.close()
+            for _ in range(300):
+                if len(server.engine.aborted) > aborted and not server.gate.working:
+                    break
+                time.sleep(0.01)
+            assert len(server.engine.aborted) == aborted + 1
+            if not store:
+                with pytest.raises(openai.NotFoundError):
+                    client.responses.retrieve(name)
+                continue
+            kept = client.responses.retrieve(name)
+            assert kept.status == "cancelled" and kept.error is None
+            assert kept.output_text.startswith(seen) and kept.output[0].status == "incomplete"
+    finally:
+        server.engine.pace = 0.0
+
+
+def test_a_stream_that_the_server_ends_has_failed(tmp_path: Path) -> None:
+    database = tmp_path / "responses.db"
+    with LiveServer(drain_timeout=0.1, responses_db=str(database)) as server:
+        server.engine.pace = 0.02
+        with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+            stream = iter(client.responses.create(model="tiny", input="hello", stream=True))
+            name = next(stream).response.id
+            next(stream)
+            server.call(server.stop.first.set)
+            with pytest.raises(openai.APIError):
+                list(stream)
+    with LiveServer(responses_db=str(database), drain_timeout=0.1) as server:
+        _, _, body = server.raw("GET", f"/v1/responses/{name}")
+        kept = json.loads(body)
+        assert kept["status"] == "failed" and "shutting down" in kept["error"]["message"]
 
 
 def test_failures(client: openai.OpenAI, server: LiveServer) -> None:

@@ -180,7 +180,10 @@ class CompletionAnswer(msgspec.Struct, kw_only=True):
 
 
 class ModelCard(msgspec.Struct, kw_only=True):
-    """An entry of `/v1/models`."""
+    """An entry of `/v1/models`.
+
+    max_model_len, context_length: prompt and output together, in tokens, as vLLM and others name it.
+    """
 
     id: str
     object: str = "model"
@@ -189,6 +192,8 @@ class ModelCard(msgspec.Struct, kw_only=True):
     root: str
     parent: str | None = None
     max_model_len: int
+    context_length: int
+    capabilities: dict[str, bool]
     permission: list[str] = []
 
 

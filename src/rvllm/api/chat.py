@@ -44,7 +44,7 @@ async def chat_completions(service: Service, exchange: Exchange, body: bytes) ->
     refuse_unsupported(request)
     plan = tool_plan(service, request.tools, request.tool_choice, request.parallel_tool_calls)
     params = chat_params(request, service.defaults)
-    text = await _prompt(service, request, len(body))
+    text = await rendered(service, request, len(body))
     thinks = None if service.reasoning is None else opened_by(text, service.reasoning)
     params.grammar = await answer_grammar(service, request, plan, thinks)
     if marks_are_special(service, plan):
@@ -60,8 +60,8 @@ async def chat_completions(service: Service, exchange: Exchange, body: bytes) ->
         await exchange.json(await answer.whole())
 
 
-async def _prompt(service: Service, request: ChatRequest, size: int) -> str:
-    """The conversation as a prompt; a long one does not hold up the event loop."""
+async def rendered(service: Service, request: ChatRequest | TokenizeRequest, size: int) -> str:
+    """The conversation as a prompt. size: of the body, in bytes; a large one is rendered in a thread."""
     if size < IN_THREAD_CHARS:
         return render(service, request)
     return await asyncio.to_thread(render, service, request)

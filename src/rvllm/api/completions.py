@@ -83,9 +83,11 @@ async def _prompts(service: Service, request: CompletionRequest, framed: bool) -
         return [await service.encode_prompt(given, special, "prompt")]
     if not given:
         raise invalid("prompt must not be empty", "prompt")
-    if all(isinstance(item, int) for item in given):
-        return [[item for item in given if isinstance(item, int)]]
-    if len(given) > service.config.max_choices:
+    if isinstance(given[0], int):
+        service.check_length(len(given), "prompt")
+        if all(isinstance(item, int) for item in given):
+            return [[item for item in given if isinstance(item, int)]]
+    elif len(given) > service.config.max_choices:
         raise invalid(
             f"prompt: at most {service.config.max_choices} prompts in one request (--max-choices)", "prompt"
         )

@@ -38,6 +38,7 @@ from rvllm.text.tools.choose import tool_format
 
 LOOK_SECONDS = 1.0
 IDLE_LOOKS = 2  # so often in a row nothing must run before the vocabulary for grammars is handed over
+MOST_CHARS = 1_000_000  # of a text that is only to be tokenised: about a second and a gigabyte
 IN_THREAD_CHARS = 20_000  # longer texts are rendered and tokenised beside the event loop
 
 
@@ -180,6 +181,16 @@ class Service:
             return self.tokenizer.encode(text, add_special_tokens)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
 
+    async def encode_any(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+        """Token ids of a text that need not fit into the context. Raises a 413 beyond MOST_CHARS."""
+        if len(text) > MOST_CHARS:
+            raise ApiError(
+                413,
+                f"{param} has {len(text)} characters, at most {MOST_CHARS} are tokenised at once",
+                param=param,
+            )
+        return await self.encode(text, add_special_tokens)
+
     async def encode_prompt(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
         """Token ids of a prompt. Raises a 400 at once for a text that is too large for the context at sight.
 
@@ -222,7 +233,7 @@ class Service:
         generates: list[Generate] = []
         choices: list[Choice] = []
         for number, prompt in enumerate(prompts):
-            self._check_length(prompt, param)
+            self.check_length(len(prompt), param)
             made = self._requests.make(f"{request_id}-{number}", prompt, params, priority=priority or 0)
             generates += made
             choices += [Choice(self._tokenizer, params, prompt, i) for i in range(len(made))]
@@ -242,10 +253,11 @@ class Service:
         finally:
             self._in_flight -= count
 
-    def _check_length(self, prompt: list[int], param: str) -> None:
+    def check_length(self, tokens: int, param: str) -> None:
+        """Raises a 400 for a prompt of so many tokens when the context has no room for an answer."""
         limit = self.ready.facts.max_model_len
-        if len(prompt) >= limit:
-            raise _too_long(param, f"{len(prompt)} tokens", limit)
+        if tokens >= limit:
+            raise _too_long(param, f"{tokens} tokens", limit)
 
     async def run(self, job: Job) -> AsyncGenerator[Piece, None]:
         """The pieces of all choices as they come. Closing it aborts what still runs.

@@ -20,7 +20,7 @@ from rvllm.api.anthropic import (
     generation_body,
 )
 from rvllm.api.body import parse
-from rvllm.api.chat import render
+from rvllm.api.chat import rendered
 from rvllm.api.exchange import Exchange, check_model
 from rvllm.api.generation import Service
 from rvllm.api.inner import CallDelta, SeenChunk, SeenUsage, chat_chunks
@@ -43,7 +43,8 @@ async def count_tokens(service: Service, exchange: Exchange, body: bytes) -> Non
     request = parse(body, CountTokensRequest)
     check_model(request.model, service.served_name)
     chat = msgspec.convert(chat_body(request), ChatRequest)
-    await exchange.json(TokenCount(len(await service.encode(render(service, chat), False))))
+    text = await rendered(service, chat, len(body))
+    await exchange.json(TokenCount(len(await service.encode_any(text, False, "messages"))))
 
 
 class _Writer:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from rvllm.api.answers import ModelCard, ModelList, Text, TokenizerInfo, Tokens
 from rvllm.api.body import parse
-from rvllm.api.chat import render
+from rvllm.api.chat import rendered
 from rvllm.api.errors import ApiError, invalid
 from rvllm.api.exchange import Exchange, check_model
-from rvllm.api.generation import Service
+from rvllm.api.generation import MOST_CHARS, Service
 from rvllm.api.schemas import DetokenizeRequest, TokenizeRequest
 from rvllm.errors import RvllmError
 from rvllm.telemetry.metrics import CONTENT_TYPE
@@ -21,7 +23,31 @@ def _card(service: Service) -> ModelCard:
         created=service.started,
         root=service.served_name,
         max_model_len=ready.max_model_len,
+        context_length=ready.max_model_len,
+        capabilities=_capabilities(service),
     )
+
+
+def _capabilities(service: Service) -> dict[str, bool]:
+    """What requests may ask of the model."""
+    generates = service.ready.facts.embedding_size is None
+    texts = service.has_tokenizer
+    chat = generates and texts and service.template is not None
+    return {
+        "chat": chat,
+        "completions": generates,
+        "responses": chat,
+        "messages": chat,
+        "embeddings": not generates,
+        "rerank": not generates,
+        "tools": chat and service.tools is not None,
+        "reasoning": chat and service.reasoning is not None,
+        "structured_outputs": generates and texts and service.tokenizer.spelling.kind != "other",
+        "fim": generates and texts and service.tokenizer.fill_in is not None,
+        "logprobs": generates,
+        "vision": False,
+        "audio": False,
+    }
 
 
 async def list_models(service: Service, exchange: Exchange, body: bytes) -> None:
@@ -42,11 +68,16 @@ async def tokenize(service: Service, exchange: Exchange, body: bytes) -> None:
     if (request.prompt is None) == (request.messages is None):
         raise invalid("give either prompt or messages", "prompt")
     if request.prompt is not None:
-        tokens = await service.encode(request.prompt, request.add_special_tokens is not False)
+        tokens = await service.encode_any(request.prompt, request.add_special_tokens is not False, "prompt")
     else:
-        tokens = await service.encode(render(service, request), bool(request.add_special_tokens))
-    names = [service.tokenizer.token_text(i) for i in tokens] if request.return_token_strs else None
+        text = await rendered(service, request, len(body))
+        tokens = await service.encode_any(text, bool(request.add_special_tokens), "messages")
+    names = await asyncio.to_thread(_texts, service, tokens) if request.return_token_strs else None
     await exchange.json(Tokens(len(tokens), service.ready.max_model_len, tokens, names))
+
+
+def _texts(service: Service, tokens: list[int]) -> list[str]:
+    return [service.tokenizer.token_text(token) for token in tokens]
 
 
 async def tokenizer_info(service: Service, exchange: Exchange, body: bytes) -> None:
@@ -66,11 +97,17 @@ async def detokenize(service: Service, exchange: Exchange, body: bytes) -> None:
     """`/detokenize`: the text of token ids."""
     request = parse(body, DetokenizeRequest)
     check_model(request.model, service.served_name)
+    if len(request.tokens) > MOST_CHARS:
+        raise ApiError(413, f"tokens: at most {MOST_CHARS} are taken at once", param="tokens")
+    await exchange.json(Text(await asyncio.to_thread(_text, service, request.tokens)))
+
+
+def _text(service: Service, tokens: list[int]) -> str:
     size = service.ready.facts.vocab_size
-    for token in request.tokens:
+    for token in tokens:
         if not 0 <= token < size:
             raise invalid(f"tokens: {token} is outside the vocabulary of {size}", "tokens")
-    await exchange.json(Text(service.tokenizer.decode(request.tokens)))
+    return service.tokenizer.decode(tokens)
 
 
 async def health(service: Service, exchange: Exchange, body: bytes) -> None:

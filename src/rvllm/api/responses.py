@@ -91,6 +91,11 @@ class Responses:
                 raise
             exchange.status = error.status
             await writer.fail(error)
+        except asyncio.CancelledError:  # the client has left, or the server stops
+            if exchange.streaming:  # so the client knows its id and may ask for it
+                writer.abandon(busy("the server is shutting down") if self._gate.draining else None)
+                self._keep(response, context, new, None)
+            raise
         self._keep(response, context, new, None)
         if request.stream:
             await exchange.end_stream()
@@ -207,7 +212,7 @@ class Responses:
             await writer.fail(error)
         except asyncio.CancelledError:
             if live.cancelled:
-                response.status = "cancelled"
+                writer.abandon()
             else:
                 await writer.fail(busy("the server is shutting down"))
         finally:

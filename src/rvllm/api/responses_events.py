@@ -88,6 +88,23 @@ class ResponseWriter:
         self.response.error = ResponseError(code, str(error))
         await self._send("response.failed", response=self.response)
 
+    def abandon(self, error: ApiError | None = None) -> None:
+        """Ends the response where it is, and tells nobody: cancelled, or failed with `error`."""
+        if self._open:
+            self._fill(self.response.output[-1], "incomplete")
+        self.response.status = "cancelled"
+        if error is not None:
+            self.response.status, self.response.error = "failed", ResponseError("server_error", str(error))
+
+    def _fill(self, item: Item, status: str) -> None:
+        """Puts what has been written into its item."""
+        text = "".join(self._pieces)
+        item["status"] = status
+        if item["type"] == "function_call":
+            item["arguments"] = text
+        else:
+            item["content"] = [_part(item["type"], text, self._logprobs)]
+
     async def _text(self, text: str, entries: list[dict[str, Any]]) -> None:
         await self._enter("message", {"role": "assistant", "content": []})
         self._logprobs += entries
@@ -129,13 +146,12 @@ class ResponseWriter:
             return
         item, text = self.response.output[-1], "".join(self._pieces)
         kind = item["type"]
+        self._fill(item, "in_progress")
         if kind == "function_call":
-            item["arguments"] = text
             done = {"name": item["name"], "arguments": text}
             await self._send("response.function_call_arguments.done", **self._at(), **done)
         else:
-            part = _part(kind, text, self._logprobs)
-            item["content"] = [part]
+            (part,) = item["content"]
             if kind == "message":
                 done = {"text": text, "logprobs": list(self._logprobs)}
                 await self._send("response.output_text.done", **self._at(content_index=0), **done)
