@@ -224,7 +224,7 @@ _TINY = {
     "routed_scaling_factor": 1.0,
 }  # fmt: skip
 _SCALED = {
-    "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1,
+    "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "beta_fast": 32, "beta_slow": 1,
     "mscale": 0.707, "mscale_all_dim": 0.4,
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {

@@ -229,11 +229,8 @@ struct Gathering {
   int first, splits, items, unused;  // the group's first item, how many it has, all items; splits 0: out is written
 };
 
-__device__ __forceinline__ int first_item(int items, int block, int blocks) {
-  return (int)((long long)items * block / blocks);
-}
+// The product of items and blocks is below 2^32.
+__device__ __forceinline__ int first_item(u32 items, u32 block, u32 blocks) { return items * block / blocks; }
 // The block that has an item: the last one that begins at it or before.
-__device__ __forceinline__ int block_of(int item, int items, int blocks) {
-  return (int)((((long long)item + 1) * blocks - 1) / items);
-}
+__device__ __forceinline__ int block_of(u32 item, u32 items, u32 blocks) { return ((item + 1) * blocks - 1) / items; }
 __device__ __forceinline__ size_t slot_size(int rank) { return 16 * (size_t)(rank + 2); }

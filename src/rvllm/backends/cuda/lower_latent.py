@@ -100,6 +100,11 @@ def plan_decode(
     items = max_seqs * splits * shape.parts
     grid = min(items, sm_count)
     spare = min(splits, -(-items // grid))
+    if items * grid >= 1 << 32:
+        raise MissingKernelError(
+            f"latent attention cannot list {max_seqs} sequences of {max_model_len} tokens; lower "
+            "--max-num-seqs or --max-model-len"
+        )
     return LatentDecodePlan(
         kernel=f"sm80_{_tag(dtype)}_latent_decode{suffix}",
         grid=grid,
