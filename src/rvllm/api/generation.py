@@ -39,7 +39,7 @@ from rvllm.text.tools.choose import tool_format
 LOOK_SECONDS = 1.0
 IDLE_LOOKS = 2  # so often in a row nothing must run before the vocabulary for grammars is handed over
 MOST_CHARS = 1_000_000  # of a text that is only to be tokenised: about a second and a gigabyte
-IN_THREAD_CHARS = 20_000  # longer texts are rendered and tokenised beside the event loop
+IN_THREAD_CHARS = 5_000  # longer texts are rendered and tokenised beside the event loop
 
 
 class Engine(Protocol):

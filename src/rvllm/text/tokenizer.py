@@ -103,8 +103,13 @@ class Tokenizer:
         return self._id_of("pad_token")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; with `add_special_tokens`, what the model puts around it (BOS, [CLS] ...)."""
-        return list(self.backend.encode(_well_formed(text), add_special_tokens=add_special_tokens).ids)
+        """Token ids of a text; with `add_special_tokens`, what the model puts around it (BOS, [CLS] ...).
+
+        Other threads run meanwhile: unlike `encode`, a batch lets go of Python's lock.
+        """
+        inputs = [_well_formed(text)]
+        (encoding,) = self.backend.encode_batch_fast(inputs, add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
 
     @cached_property
     def fill_in(self) -> FillIn | None:
@@ -129,7 +134,7 @@ class Tokenizer:
     def encode_truncated(self, text: str, limit: int) -> list[int]:
         """Token ids of a text's beginning: `limit` in all, with what the model puts around it."""
         room = limit - self.backend.num_special_tokens_to_add(False)
-        encoding = self.backend.encode(_well_formed(text), add_special_tokens=False)
+        (encoding,) = self.backend.encode_batch_fast([_well_formed(text)], add_special_tokens=False)
         if room < 0:
             return list(self.backend.post_process(encoding, None, True).ids)[:limit]
         encoding.truncate(room)
@@ -148,9 +153,10 @@ class Tokenizer:
         """
         ids = [ids] if isinstance(ids, int) else list(ids)
         try:
-            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+            (text,) = self.backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         except (OverflowError, TypeError):
             raise UsageError(f"token ids must be whole numbers from 0 to {(1 << 32) - 1}") from None
+        return text
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for, which need not be whole characters; empty for an unknown id."""
