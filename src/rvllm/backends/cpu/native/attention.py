@@ -22,34 +22,33 @@ ACROSS = 4  # heads side by side
 FEW = 4  # rows for each thread below which heads are computed one by one
 
 
-def attention(capped: bool) -> Callable[[Any, str], None]:
-    """The kernel ATTENTION; window 0 is none.
+def runs(length: int, longest: int) -> list[int]:
+    """`length` in pieces of at most `longest`: 7 by 4 is 4, 3."""
+    return [min(longest, length - start) for start in range(0, length, longest)]
 
-    Heads that share a key head are computed side by side, so that keys and values are loaded once for them;
-    with few rows (decode) one by one, so that all threads find work. Neither changes a head's sums.
+
+def attention(capped: bool, group: int, chunks: int) -> Callable[[Any, str], None]:
+    """The kernel ATTENTION; window 0 is none. group: heads that share a key head; chunks: vectors of a value.
+
+    Heads of a group are computed side by side, so that keys and values are loaded once for them; with few
+    rows (decode) one by one, so that all threads find work. Neither changes a head's sums.
     """
 
     def write(module: Any, name: str) -> None:
         k = Kernel(module, name)
         step, heads, kv_heads = k.ptr_arg(0), k.int_arg(3), k.int_arg(4)
-        rows, counter = k.load(step, TOKENS, I64), k.ptr_arg(16)
-        group = heads // kv_heads
-
-        def apart() -> None:
-            with k.items(counter, rows * heads) as item:
-                _Query(k, step, item // heads, item % heads, 1).attend(capped)
-
-        def together() -> None:
-            with k.items(counter, rows * kv_heads) as item:
-                row, first = item // kv_heads, item % kv_heads * group
-                done = k.i(0)
-                for across in range(ACROSS, 0, -1):
-                    whole = done + (group - done) // across * across
-                    with k.loop(done, whole, across) as head:
-                        _Query(k, step, row, first + head, across).attend(capped)
-                    done = whole
-
-        k.either(rows < k.threads * FEW, apart, together)
+        rows = k.load(step, TOKENS, I64)
+        few = rows < k.threads * FEW
+        items, own = k.select(few, heads, kv_heads), k.select(few, k.i(1), k.i(group))
+        pieces = runs(group, ACROSS)
+        with k.items(k.ptr_arg(16), rows * items) as item:
+            row, first = item // items, item % items * own
+            done = k.i(0)
+            for count in dict.fromkeys([*pieces, 1]):
+                end = done + k.select(few, k.i(int(count == 1)), k.i(count * pieces.count(count)))
+                with k.loop(done, end, count) as head:
+                    _Query(k, step, row, first + head, count, chunks).attend(capped)
+                done = end
         k.finish()
 
     return write
@@ -58,8 +57,8 @@ def attention(capped: bool) -> Callable[[Any, str], None]:
 class _Query:
     """Writes the attention of one query of `count` heads, from `head` on, that share a key head."""
 
-    def __init__(self, k: Kernel, step: Value, row: Value, head: Value, count: int) -> None:
-        self.k, self.row, self.count = k, row, count
+    def __init__(self, k: Kernel, step: Value, row: Value, head: Value, count: int, chunks: int) -> None:
+        self.k, self.row, self.count, self.chunks = k, row, count, chunks
         self.heads, self.kv_heads, self.dim, self.padded = (k.int_arg(i) for i in (3, 4, 5, 6))
         self.mine = [head + n for n in range(count)]
         self.kv_head = head // (self.heads // self.kv_heads)
@@ -72,21 +71,16 @@ class _Query:
         oldest = k.most(self.position - window + 1, k.i(0))
         self.oldest = k.select(window > 0, oldest, k.i(0))
         self.first, self.end = self.oldest // BLOCK, self.position // BLOCK + 1
-        scratch, size = k.at(k.ptr_arg(14), k.thread * k.int_arg(15)), k.int_arg(15) // ACROSS
-        self.scores = [k.at(scratch, size * n) for n in range(count)]
+        self.scratch, self.size = k.at(k.ptr_arg(14), k.thread * k.int_arg(15)), k.int_arg(15) // ACROSS
+        self.scores = [k.at(self.scratch, self.size * n + LANES * 4) for n in range(count)]
 
     def attend(self, capped: bool) -> None:
         """Scores, then weights, then the weighted sum of the values."""
-        k = self.k
-        tops = self._score(capped)
-        totals = [self._weigh(s, k.splat(k.fold(t, k.most))) for s, t in zip(self.scores, tops, strict=True)]
-        chunks = self.padded // LANES
-        done, count = k.i(0), CHAINS
-        while count:
-            whole = done + (chunks - done) // count * count
-            with k.loop(done, whole, count) as chunk:
-                self._mix(chunk * LANES, count, totals)
-            done, count = whole, count // 2
+        self._weigh(self._score(capped))
+        start = 0
+        for count in runs(self.chunks, CHAINS):
+            self._mix(start * LANES, count)
+            start += count
 
     def _block(self, base: Value, index: Value, size: Value) -> Value:
         """Where this head's part of the sequence's block `index` begins."""
@@ -128,17 +122,21 @@ class _Query:
                 top.set(k.most(score, top.get()))
         return [top.get() for top in tops]
 
-    def _weigh(self, scores: Value, top: Value) -> Value:
-        """Scores become weights e^(score - top); their sum."""
+    def _weigh(self, tops: list[Value]) -> None:
+        """Scores become weights e^(score - top); each head's sum goes before its weights."""
         k = self.k
-        total = k.var(k.vf(0.0))
-        with k.loop(0, self.end - self.first) as index:
-            weight = exp(k, k.load(scores, index * BLOCK, VF) - top)
-            k.store(weight, scores, index * BLOCK)
-            total.set(total.get() + weight)
-        return k.total(total.get())
+        for scores, top in zip(self.scores, tops, strict=True):
+            k.store(k.splat(k.fold(top, k.most)), scores, -LANES)
+        with k.loop(0, self.count) as n:  # not side by side: the exponential is long to compile
+            scores, total = k.at(self.scratch, self.size * n), k.var(k.vf(0.0))
+            top = k.load(scores, 0, VF)
+            with k.loop(1, self.end - self.first + 1) as index:
+                weight = exp(k, k.load(scores, index * BLOCK, VF) - top)
+                k.store(weight, scores, index * BLOCK)
+                total.set(total.get() + weight)
+            k.store(k.splat(k.total(total.get())), scores, 0)
 
-    def _mix(self, start: Value, count: int, totals: list[Value]) -> None:
+    def _mix(self, start: int, count: int) -> None:
         """Elements start .. start + 16 * count - 1 of the output. What is out of sight is not touched."""
         k = self.k
         sums = [[k.var(k.vf(0.0)) for _ in range(count)] for _ in self.mine]
@@ -153,8 +151,9 @@ class _Query:
                     weight = k.splat(k.load(own, j, F32))
                     for value, sum_ in zip(row, chunks, strict=True):
                         sum_.set(k.fma(weight, value, sum_.get()))
-        for head, chunks, total in zip(self.mine, sums, totals, strict=True):
+        for head, chunks, scores in zip(self.mine, sums, self.scores, strict=True):
+            total = k.load(scores, -LANES, VF)
             out = k.at(k.ptr_arg(9), self.row * k.int_arg(10) + head * self.dim, F32)
             for n, sum_ in enumerate(chunks):
                 at = start + n * LANES
-                k.masked_store(sum_.get() / k.splat(total), out, at, self.dim - at)
+                k.masked_store(sum_.get() / total, out, k.i(at), self.dim - at)

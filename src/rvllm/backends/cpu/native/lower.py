@@ -135,7 +135,8 @@ def _kernels_of(op: Op, matrices: dict[str, Matrix]) -> dict[str, Write]:
         interleaved = op.rope is not None and op.rope.interleaved
         return {_rope(op): rowwise.rope(interleaved)}
     if isinstance(op, ops.Attention):
-        return {_attention(op): attention.attention(op.soft_cap is not None)}
+        group, chunks = op.heads // op.kv_heads, _chunks(op)
+        return {_attention(op): attention.attention(op.soft_cap is not None, group, chunks)}
     if isinstance(op, ops.GatedActivation | ops.Activate):
         return {_activate(op): rowwise.activate(op.activation, isinstance(op, ops.GatedActivation))}
     return {"add": rowwise.add} if isinstance(op, ops.Add) else {"gather": rowwise.gather}
@@ -155,7 +156,13 @@ def _rope(op: ops.RopeKV) -> str:
 
 
 def _attention(op: ops.Attention) -> str:
-    return "attention" if op.soft_cap is None else "attention_capped"
+    capped = "" if op.soft_cap is None else "_capped"
+    return f"attention{capped}_{op.heads // op.kv_heads}_heads_{_chunks(op)}"
+
+
+def _chunks(op: ops.Attention) -> int:
+    """Vectors of one value in the cache."""
+    return -(-op.cache.value_dim // LANES)
 
 
 def _activate(op: ops.GatedActivation | ops.Activate) -> str:
@@ -239,7 +246,7 @@ def _rope_kv(op: ops.RopeKV, kernels: Kernels, places: Places) -> list[Call]:
 
 def _attend(op: ops.Attention, kernels: Kernels, places: Places) -> list[Call]:
     keys, values = kernels.caches[op.cache.name]
-    scores = places.scratch("scores", attention.ACROSS * (places.max_len + 2 * LANES) * 4)
+    scores = places.scratch("scores", attention.ACROSS * (places.max_len + 3 * LANES) * 4)
     source = (places.of(op.qkv), op.qkv.width, op.heads, op.kv_heads, op.head_dim, values.shape[3])
     target = (keys.ctypes.data, values.ctypes.data, places.of(op.out), op.out.width)
     scoring = (float(op.scale), op.window or 0, float(op.soft_cap or 0.0))
