@@ -5,6 +5,7 @@ Each check takes a `Gpu` or an `Emulator`.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -349,10 +350,17 @@ def check_prepare(
         out = gpu.empty((padded, sizes.heads * sizes.width), dtype)
         cache = gpu.array(before.astype(dtype))
         many = np.concatenate([positions, np.full(3, -9)]), np.concatenate([owners, np.full(3, -9)])
-        given = [gpu.array(a.astype(dtype)) for a in (q, kv, weight)]
-        args = [out, *given, cache, gpu.array(norm), gpu.array(cos), gpu.array(sin), latents.tables,
-                *(gpu.array(a, np.int32) for a in many), gpu.array([count], np.int32), padded, sizes.heads,
-                sizes.rank, sizes.plain, sizes.rotated, latents.stride, 1e-6]  # fmt: skip
+        rows = q.reshape(padded, -1).astype(dtype), kv.astype(dtype)
+        if eights == 1:  # queries and latents in one row, as one product leaves them
+            both = gpu.array(np.concatenate(rows, axis=1))
+            given = both, ctypes.c_void_p(both.address + rows[0][0].nbytes)
+            pitches = [both.shape[1]] * 2
+        else:
+            given, pitches = tuple(map(gpu.array, rows)), [r.shape[1] for r in rows]
+        args = [out, *given, gpu.array(weight.astype(dtype)), cache, gpu.array(norm), gpu.array(cos),
+                gpu.array(sin), latents.tables, *(gpu.array(a, np.int32) for a in many),
+                gpu.array([count], np.int32), padded, *pitches, sizes.heads, sizes.rank, sizes.plain,
+                sizes.rotated, latents.stride, 1e-6]  # fmt: skip
         grid = (sizes.heads * product_chunks(sizes.rank, sizes.plain) + eights, -(-padded // (8 * eights)))
         name = f"sm80_{TAG[dtype.name]}_latent_prepare{'_interleaved' if interleaved else ''}_n{8 * eights}"
         gpu.launch(name, grid, 128, args, product_smem(sizes.plain, eights))

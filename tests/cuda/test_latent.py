@@ -18,6 +18,7 @@ from test_lowering import A100, H100, L40, recipe
 
 from rvllm.backends.cuda.catalog import select
 from rvllm.backends.cuda.driver import device_count
+from rvllm.backends.cuda.join import joined
 from rvllm.backends.cuda.launches import Counts
 from rvllm.backends.cuda.lower_latent import LatentShape, plan_decode, plan_prefill
 from rvllm.backends.cuda.memory import Budget
@@ -27,7 +28,7 @@ from rvllm.errors import MissingKernelError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Program
+from rvllm.program.ops import LatentRopeKV, Program
 
 DTYPES = {"bfloat16": BF16, "float16": F16}
 SIZES = {"lite": LITE, "tiny": TINY, "many": MANY}
@@ -162,16 +163,27 @@ def test_deepseek_resolves_to_kernels(config: dict[str, Any], facts: Any, dtype:
             assert min(planned.grid(Counts(64, 64, 64))) >= 1
 
 
-def test_v2_lite_fits_an_h200_and_its_attention_takes_seven_launches_a_layer() -> None:
+def test_v2_lite_fits_an_h200_and_its_attention_takes_five_launches_a_layer() -> None:
     given = recipe(built(V2_LITE), H100, EngineConfig(max_model_len=8192), GB139)
     assert 31e9 < given.memory.lines["weights"] < 32.5e9
     assert given.memory.block_bytes == 27 * 576 * 2 * 16
     assert given.memory.lines["attention workspace"] < 200e6
     layer = [p.kernel for p in given.decode(1) if p.op.startswith("layers.5.")]
     ends = next(i for i, kernel in enumerate(layer) if "route" in kernel)
-    assert len([k for k in layer[:ends] if "norm" not in k]) == 6, (
-        layer
-    )  # q, kv_a, prepare, attention, values, o
+    attention = [k for k in layer[:ends] if "norm" not in k]
+    assert len(attention) == 5, attention  # queries and latents, preparing, decode, values, output
+
+
+def test_queries_and_latents_are_one_product_where_that_is_possible() -> None:
+    given = built(V2_LITE, num_hidden_layers=2)
+    once = joined(given)
+    assert len(once.ops) == len(given.ops) - 2
+    assert joined(once) == once
+    assert sum(w.elements for w in once.weights) == sum(w.elements for w in given.weights)
+    op = next(op for op in once.ops if isinstance(op, LatentRopeKV))
+    assert op.q == op.kv and op.q.width == 16 * 192 + 576
+    for other in (built(V3, num_hidden_layers=1), built(V2_LITE, num_hidden_layers=1, attention_bias=True)):
+        assert joined(other) == other
 
 
 def test_sizes_without_a_kernel_are_named() -> None:

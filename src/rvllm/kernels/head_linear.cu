@@ -60,13 +60,14 @@ __device__ __forceinline__ void load_weights(T* into, const T* weight, const Sha
   }
 }
 
-// Sets x of tokens first .. first + 8 * NB - 1 on its way; x [tokens, heads * (K + tail)].
+// Sets x of tokens first .. first + 8 * NB - 1 on its way; x [tokens, x_pitch], of which head h has the K + tail
+// elements from h * (K + tail) on.
 template <typename T, int NB>
-__device__ __forceinline__ void load_x(T* into, const T* x, const Share& mine, int first, int tokens, int heads, int K,
-                                       int tail) {
+__device__ __forceinline__ void load_x(T* into, const T* x, const Share& mine, int first, int tokens, size_t x_pitch,
+                                       int K, int tail) {
   for (int token = threadIdx.x / 32; token < NB * 8; token += ROW_WARPS) {
     const bool valid = first + token < tokens;
-    const T* const source = x + ((size_t)(first + token) * heads + mine.head) * (K + tail);
+    const T* const source = x + (first + token) * x_pitch + mine.head * (K + tail);
     for (int k = threadIdx.x % 32 * 8; k < mine.pitch - PAD; k += 256) {
       const bool in = valid && k < K;
       cp_async16(smem(into + token * mine.pitch + k), in ? source + k : x, in ? 16 : 0);
@@ -133,7 +134,7 @@ head_linear(T* out, const T* x, const T* __restrict__ weight, int tokens, int he
   const int first = blockIdx.y * NB * 8;
   load_weights(shared.weights, weight, mine, N, K);
   griddep_wait();
-  load_x<T, NB>(shared.x, x, mine, first, tokens, heads, K, tail);
+  load_x<T, NB>(shared.x, x, mine, first, tokens, heads * (K + tail), K, tail);
   cp_async_commit();
   if (mine.row == 0 && tail) {
     const int words = tail / 8;
@@ -201,8 +202,8 @@ __device__ __forceinline__ void store_token(T* target, const T* kv, const float*
   rotate<T, INTERLEAVED>(target + rank, kv + rank, cos, sin, rotated);
 }
 
-// out [tokens, heads * (rank + rotated)] = weight[h] @ q[:plain], then q's rotated rest; q [tokens, heads * (plain +
-// rotated)], weight [heads, rank, plain]. kv [tokens, rank + rotated] goes into cache [blocks, 16, rank + rotated] at
+// out [tokens, heads * (rank + rotated)] = weight[h] @ q[:plain], then q's rotated rest; q [tokens, q_pitch] holds heads
+// of plain + rotated elements, weight [heads, rank, plain]. kv [tokens, kv_pitch] of rank + rotated goes into cache [blocks, 16, rank + rotated] at
 // (tables[slot][position / 16], position % 16), its first `rank` elements normalised with weights norm float32
 // [rank]. cos, sin float32 [positions, rotated / 2]. positions, token_slots int32 [tokens]; count: rows in use. rank
 // and rotated multiples of 16, plain of 8; rank and plain <= 512.
@@ -211,8 +212,8 @@ template <typename T, bool INTERLEAVED, int NB>
 __global__ void __launch_bounds__(BLOCK_THREADS)
 latent_prepare(T* out, const T* q, const T* kv, const T* __restrict__ weight, T* cache, const float* __restrict__ norm,
                const float* __restrict__ cos, const float* __restrict__ sin, const int* tables, const int* positions,
-               const int* token_slots, const int* count, int tokens, int heads, int rank, int plain, int rotated,
-               int table_stride, float eps) {
+               const int* token_slots, const int* count, int tokens, int q_pitch, int kv_pitch, int heads, int rank,
+               int plain, int rotated, int table_stride, float eps) {
   griddep_launch();
   extern __shared__ __align__(128) unsigned char memory[];
   const Shared<T, NB> shared(memory);
@@ -225,19 +226,20 @@ latent_prepare(T* out, const T* q, const T* kv, const T* __restrict__ weight, T*
       const int block = tables[(size_t)token_slots[token] * table_stride + position / KV_BLOCK];
       T* const target = cache + ((size_t)block * KV_BLOCK + position % KV_BLOCK) * (rank + rotated);
       const size_t at = (size_t)position * half;
-      store_token<T, INTERLEAVED>(target, kv + (size_t)token * (rank + rotated), norm, eps, cos + at, sin + at, rank, rotated);
+      store_token<T, INTERLEAVED>(target, kv + (size_t)token * kv_pitch, norm, eps, cos + at, sin + at, rank, rotated);
     }
     return;
   }
   const Share mine = share_of(blockIdx.x, rank, plain);
   load_weights(shared.weights, weight, mine, rank, plain);
   griddep_wait();
-  load_x<T, NB>(shared.x, q, mine, first, tokens, heads, plain, rotated);
+  load_x<T, NB>(shared.x, q, mine, first, tokens, q_pitch, plain, rotated);
   cp_async_commit();
   if (mine.row == 0) {
     for (int token = first + warp; token < min(first + NB * 8, *count); token += ROW_WARPS) {
       const size_t row = (size_t)token * heads + mine.head, at = (size_t)positions[token] * half;
-      rotate<T, INTERLEAVED>(out + row * (rank + rotated) + rank, q + row * (plain + rotated) + plain, cos + at, sin + at, rotated);
+      const T* const source = q + (size_t)token * q_pitch + mine.head * (plain + rotated);
+      rotate<T, INTERLEAVED>(out + row * (rank + rotated) + rank, source + plain, cos + at, sin + at, rotated);
     }
   }
   cp_async_wait<0>();
@@ -315,7 +317,7 @@ latent_values(T* out, const T* mixed, const T* __restrict__ weight, const float*
   const int first = blockIdx.y * NB * 8, parts = (heads + 15) / 16;
   load_weights(shared.weights, weight, mine, N, rank);
   griddep_wait();
-  load_x<T, NB>(shared.x, mixed, mine, first, tokens, heads, rank, 0);
+  load_x<T, NB>(shared.x, mixed, mine, first, tokens, heads * rank, rank, 0);
   cp_async_commit();
   const int counted = min(NB * 8, *decodes - first);
   if ((int)threadIdx.x < counted) from[threadIdx.x] = gatherings[(first + threadIdx.x) * parts + mine.head / 16];

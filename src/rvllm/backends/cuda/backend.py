@@ -20,6 +20,7 @@ from rvllm.backends.cuda.device_state import DeviceState, carve, clear_state, se
 from rvllm.backends.cuda.driver import Device, DeviceFacts, Pinned, Stream
 from rvllm.backends.cuda.flight import NOTHING, Flight
 from rvllm.backends.cuda.graphs import GraphBook, Recipe
+from rvllm.backends.cuda.join import joined
 from rvllm.backends.cuda.launches import Counts
 from rvllm.backends.cuda.loader import Loader, fill_dummy
 from rvllm.backends.cuda.memory import BLOCK, budget_of
@@ -101,6 +102,7 @@ class CudaBackend:
         """
         report = progress or (lambda fraction, text: None)
         check_supported(program, config)
+        program = joined(program)
         device = Device()
         facts = device.facts()
         check_device(facts)

@@ -123,9 +123,14 @@ def _prepares(norm: Norm, rope: LatentRopeKV, absorb: HeadLinear, readers: Count
     """Whether the norm is that of the latent, and nothing reads queries or latent afterwards."""
     rotated = rope.rope.dim
     plain = norm.kind_ == "rms" and norm.weight is not None and norm.bias is None and norm.group is None
-    whole = norm.x == norm.out == rope.kv and (norm.start, norm.width) == (0, rope.cache.key_dim - rotated)
+    joint = rope.q == rope.kv  # queries and latent in one row, see `join`
+    start = rope.heads * rope.head_dim if joint else 0
+    whole = norm.x == norm.out == rope.kv and (norm.start, norm.width) == (
+        start,
+        rope.cache.key_dim - rotated,
+    )
     queries = absorb.x == rope.q and absorb.tail == rotated
-    alone = readers[rope.q.name] == readers[rope.kv.name] == 2
+    alone = readers[rope.q.name] == readers[rope.kv.name] == (4 if joint else 2)
     return plain and whole and queries and alone
 
 

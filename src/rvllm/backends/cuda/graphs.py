@@ -21,6 +21,7 @@ from rvllm.backends.cuda.device_state import shape_of
 from rvllm.backends.cuda.driver import DeviceFacts, Graph, Stream
 from rvllm.backends.cuda.families import TileShape
 from rvllm.backends.cuda.fuse import Stage, fuse
+from rvllm.backends.cuda.join import joined
 from rvllm.backends.cuda.launches import Counts, Planned, bind, kernel_names
 from rvllm.backends.cuda.lowering import Lowering
 from rvllm.backends.cuda.memory import Budget, MemoryPlan, plan_memory, ropes_of
@@ -54,6 +55,7 @@ class Recipe:
 
         Raises MissingKernelError, CapacityError or UsageError.
         """
+        program = joined(program)
         native = config.gemm_strategy == "native"
         stages = fuse(program, gated_epilogue=native)
         wanted = wanted_weights(stages, "packed" if native else "table")

@@ -20,6 +20,7 @@ from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.families import Emitter, PagedPlans, Scratch
 from rvllm.backends.cuda.launches import Count, fixed
 from rvllm.backends.cuda.metadata import NUM_DECODES, NUM_TOKENS
+from rvllm.backends.cuda.placement import ELEMENT
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.latent_manifest import (
     DECODE,
@@ -233,7 +234,7 @@ def _prepare(lowering: Lowering, stage: Stage) -> None:
         THREADS,
         lowering.at.buffers[absorb.out.name],
         lowering.at.buffers[rope.q.name],
-        lowering.at.buffers[rope.kv.name],
+        lowering.at.buffers[rope.kv.name] + ELEMENT * norm.start,
         lowering.weight(absorb.weight, "table"),
         cache,
         lowering.weight(norm.weight, "norm"),
@@ -244,6 +245,7 @@ def _prepare(lowering: Lowering, stage: Stage) -> None:
         lowering.meta(lowering.layout.token_slots),
         lowering.meta(NUM_TOKENS),
         Count("tokens"),
+        *map(ctypes.c_int, (rope.q.width, rope.kv.width)),
         *map(ctypes.c_int, (product.heads, rank, product.inner, rope.rope.dim, lowering.shape.table_stride)),
         ctypes.c_float(norm.eps),
         smem=product.smem,
