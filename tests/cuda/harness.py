@@ -125,6 +125,7 @@ class Gpu(Machine):
         """Poisoned device memory: every byte 0xff, so that floats are NaN and integers -1."""
         address = int(call("cuMemAlloc", nbytes))
         call("cuMemsetD8", address, 0xFF, nbytes)
+        call("cuCtxSynchronize")  # kernels run in another stream, which does not wait for the poison
         self._memory.append(address)
         return address
 
