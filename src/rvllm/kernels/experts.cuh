@@ -12,6 +12,11 @@
 
 #include "gemm.cuh"
 
+//
+// Dependent launches. The product with the up matrices lets its successor start only once it has itself waited for
+// its predecessor. So when the product with the down matrices starts, what the router and the sort wrote is there,
+// and its weights can come before the wait for the activations.
+
 namespace rvllm::experts {
 
 using gemm::segment_start;

@@ -52,17 +52,17 @@ __global__ void __launch_bounds__(32 * MOST_SEGMENTS)
   __shared__ float partial[MOST_SEGMENTS][SLICE][FEW + 1];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, segments = blockDim.x / 32;
   const u32 base = smem(shared) + warp * slots * STAGE;
+  if (by_token) griddep_wait();
   griddep_launch();
-  griddep_wait();
   // Entries beyond the step's tokens are read too, so that no load waits for another.
-  const int tokens = min(*num_tokens, FEW), entry = blockIdx.y, expert = ids[entry];
+  const int tokens = min(*num_tokens, FEW), entry = blockIdx.y, expert = __ldcg(ids + entry);
   int mine = -1;  // of lane t: token t's entry with this expert
   if (FEW == 1) {
     if (lane == 0) mine = entry;
   } else if (lane * top_k < gridDim.y) {
 #pragma unroll 8
     for (int j = 0; j < top_k; j++)
-      if (ids[lane * top_k + j] == expert) mine = lane * top_k + j;
+      if (__ldcg(ids + lane * top_k + j) == expert) mine = lane * top_k + j;
   }
   if (lane >= tokens) mine = -1;
   if (entry >= tokens * top_k || __any_sync(~0u, mine >= 0 && mine < entry)) return;  // its first entry's block does it
@@ -79,12 +79,14 @@ __global__ void __launch_bounds__(32 * MOST_SEGMENTS)
     const int row = lane / 8 + 4 * h, place = __shfl_sync(~0u, mine, row);
     source[h] = place < 0 ? nullptr : x + static_cast<size_t>(by_token ? row : place) * k + lane % 8 * 8;
   }
-  int load_slot = 0, slot = 0;
-  const auto load = [&](int block) {
+  int slot = 0, load_slot = 0;
+  const auto load_weights = [&](int block, int to) {
+    load_slice(base + to * STAGE, slice + static_cast<u64>(block) * TILE_BYTES, lane);
+  };
+  const auto load_x = [&](int block) {
     if (block < last) {
       const u32 at = base + load_slot * STAGE;
       if (++load_slot == slots) load_slot = 0;
-      load_slice(at, slice + static_cast<u64>(block) * TILE_BYTES, lane);
 #pragma unroll
       for (int h = 0; h < COPIES; h++) {
         const int row = lane / 8 + 4 * h;
@@ -97,12 +99,15 @@ __global__ void __launch_bounds__(32 * MOST_SEGMENTS)
     }
     cp_async_commit();  // also when empty, so that the count of groups stays in step
   };
-  for (int s = 0; s < STAGES - 1; s++) load(first + s);
+  for (int s = 0; s < min(STAGES - 1, last - first); s++) load_weights(first + s, s);
+  if (!by_token) griddep_wait();
+  for (int s = 0; s < STAGES - 1; s++) load_x(first + s);
   float acc[4] = {};
   for (int block = first; block < last; block++) {
     cp_async_wait<STAGES - 2>();
     __syncwarp();
-    load(block + STAGES - 1);
+    if (block + STAGES - 1 < last) load_weights(block + STAGES - 1, load_slot);
+    load_x(block + STAGES - 1);
     multiply<T, FEW>(acc, base + slot * STAGE, base + slot * STAGE + SLICE_BYTES, lane);
     if (++slot == slots) slot = 0;
   }
@@ -152,35 +157,47 @@ __global__ void __launch_bounds__(32 * MOST_SEGMENTS)
                           blockIdx.x % (TILE / SLICE) * SLICE_BYTES + static_cast<u64>(first) * TILE_BYTES;
   const u64 matrix = matrix_bytes(rows, blocks);
   griddep_launch();
-  griddep_wait();
-  const int chosen = lane < top_k ? ids[lane] : 0;
-  const float share = lane < top_k ? shares[lane] : 0.f;
+  const int chosen = lane < top_k ? __ldcg(ids + lane) : 0;
+  const float share = lane < top_k ? __ldcg(shares + lane) : 0.f;
 
-  int load_j = 0, load_block = 0, load_slot = 0;
-  const auto load = [&]() {
-    const int expert = __shfl_sync(~0u, chosen, load_j % 32);
-    if (load_j < top_k) {
-      const u32 at = base + load_slot * STAGE;
-      load_slice(at, slice + expert * matrix + static_cast<u64>(load_block) * TILE_BYTES, lane);
-      if (lane < 8) {
-        const int column = (first + load_block) * TILE + lane * 8;
-        const bool inside = column < k;
-        cp_async16(at + SLICE_BYTES + lane * 16, inside ? inner + static_cast<size_t>(load_j) * k + column : inner,
-                   inside ? 16 : 0);
-      }
-      if (++load_block == each) load_block = 0, load_j++;
-      if (++load_slot == slots) load_slot = 0;
-    }
-    cp_async_commit();
+  // Two walks over the same tiles: the weights may run ahead of the activations.
+  struct Walk {
+    int j = 0, block = 0, slot = 0;
+  } weights_at, x_at;
+  const auto step = [&](Walk& walk) {
+    if (++walk.block == each) walk.block = 0, walk.j++;
+    if (++walk.slot == slots) walk.slot = 0;
   };
-  for (int s = 0; s < STAGES - 1; s++) load();
+  const auto load_weights = [&]() {
+    const int expert = __shfl_sync(~0u, chosen, weights_at.j % 32);
+    if (weights_at.j >= top_k) return;
+    load_slice(base + weights_at.slot * STAGE, slice + expert * matrix + static_cast<u64>(weights_at.block) * TILE_BYTES,
+               lane);
+    step(weights_at);
+  };
+  const auto load_x = [&]() {
+    if (x_at.j < top_k) {
+      if (lane < 8) {
+        const int column = (first + x_at.block) * TILE + lane * 8;
+        const bool inside = column < k;
+        cp_async16(base + x_at.slot * STAGE + SLICE_BYTES + lane * 16,
+                   inside ? inner + static_cast<size_t>(x_at.j) * k + column : inner, inside ? 16 : 0);
+      }
+      step(x_at);
+    }
+    cp_async_commit();  // also when empty, so that the count of groups stays in step
+  };
+  for (int s = 0; s < STAGES - 1; s++) load_weights();
+  griddep_wait();
+  for (int s = 0; s < STAGES - 1; s++) load_x();
   int slot = 0;
   for (int j = 0; j < top_k; j++) {
     float acc[4] = {};
     for (int block = 0; block < each; block++) {
       cp_async_wait<STAGES - 2>();
       __syncwarp();
-      load();
+      load_weights();
+      load_x();
       const u32 at = base + slot * STAGE, x = at + SLICE_BYTES;
       multiply<T, 1>(acc, at, x, lane);
       if (++slot == slots) slot = 0;

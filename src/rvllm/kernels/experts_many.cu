@@ -36,13 +36,13 @@ __global__ void __launch_bounds__(Shape<ROWS, TOKENS, ROW_WARPS, TOKEN_WARPS>::T
   const u32 base = smem(shared);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int row_warp = warp % ROW_WARPS, token_warp = warp / ROW_WARPS;
+  if (by_token) griddep_wait();
   griddep_launch();
-  griddep_wait();
-  const int count_tiles = *num_tiles, heap = group * count_tiles, row_tiles = (rows + ROWS - 1) / ROWS;
+  const int count_tiles = __ldcg(num_tiles), heap = group * count_tiles, row_tiles = (rows + ROWS - 1) / ROWS;
   if (count_tiles == 0) return;
   const int within = blockIdx.x % heap, row_tile = blockIdx.x / heap * group + within % group;
   if (row_tile >= row_tiles) return;
-  const int4 tile = tiles[within / group];
+  const int4 tile = __ldcg(tiles + within / group);
   const int first = tile.y, count = tile.z;
 
   const u64 strip = static_cast<u64>(blocks) * TILE_BYTES;  // 64 rows of W
@@ -55,17 +55,21 @@ __global__ void __launch_bounds__(Shape<ROWS, TOKENS, ROW_WARPS, TOKEN_WARPS>::T
     source[c] = nullptr;
     if (row < count) {
       const int place = first + row;
-      source[c] = x + static_cast<size_t>(by_token ? order[place] / top_k : place) * k + thread % 8 * 8;
+      source[c] = x + static_cast<size_t>(by_token ? __ldcg(order + place) / top_k : place) * k + thread % 8 * 8;
     }
   }
-  const auto load = [&](int block) {
+  const auto load_weights = [&](int block) {
+    if (block >= blocks) return;
+    const u32 at = base + block % STAGES * S::STAGE;
+#pragma unroll
+    for (int i = 0; i < S::W_BYTES; i += THREADS * 16) {
+      const int byte = i + thread * 16, strip_of = min(row_tile * (ROWS / TILE) + byte / TILE_BYTES, strips - 1);
+      cp_async16(at + byte, matrix + strip_of * strip + static_cast<u64>(block) * TILE_BYTES + byte % TILE_BYTES);
+    }
+  };
+  const auto load_x = [&](int block) {
     if (block < blocks) {
       const u32 at = base + block % STAGES * S::STAGE;
-#pragma unroll
-      for (int i = 0; i < S::W_BYTES; i += THREADS * 16) {
-        const int byte = i + thread * 16, strip_of = min(row_tile * (ROWS / TILE) + byte / TILE_BYTES, strips - 1);
-        cp_async16(at + byte, matrix + strip_of * strip + static_cast<u64>(block) * TILE_BYTES + byte % TILE_BYTES);
-      }
       const bool inside = block * TILE + thread % 8 * 8 < k;
 #pragma unroll
       for (int c = 0; c < COPIES; c++) {
@@ -77,7 +81,9 @@ __global__ void __launch_bounds__(Shape<ROWS, TOKENS, ROW_WARPS, TOKEN_WARPS>::T
     }
     cp_async_commit();  // also when empty, so that the count of groups stays in step
   };
-  for (int s = 0; s < STAGES - 1; s++) load(s);
+  for (int s = 0; s < STAGES - 1; s++) load_weights(s);
+  if (!by_token) griddep_wait();
+  for (int s = 0; s < STAGES - 1; s++) load_x(s);
 
   // The sum of the segments before this one: four floats of each of a thread's fragments, in registers or in shared
   // memory, where only this thread looks at them.
@@ -94,7 +100,8 @@ __global__ void __launch_bounds__(Shape<ROWS, TOKENS, ROW_WARPS, TOKEN_WARPS>::T
   for (int block = 0; block < blocks; block++) {
     cp_async_wait<STAGES - 2>();
     __syncthreads();
-    load(block + STAGES - 1);
+    load_weights(block + STAGES - 1);
+    load_x(block + STAGES - 1);
     const u32 w_base = base + block % STAGES * S::STAGE + row_warp * (S::SLICES * SLICE_BYTES);
     const u32 x_base = base + block % STAGES * S::STAGE + S::W_BYTES + token_warp * (S::OCTETS * 8 * 128);
 #pragma unroll
