@@ -80,6 +80,17 @@ extern "C" __global__ void warps(int* out, unsigned mask, int width) {
   mine[6] = __match_any_sync(mask, lane % 4);
   mine[7] = __any_sync(mask, lane == 7) + 2 * __all_sync(mask, lane < 31);
 }
+// out[i] = in[i] + 1; order: which of launching dependents, waiting and reading comes first.
+extern "C" __global__ void linked(int* out, const int* in, int order) {
+  int v = 0;
+  if (order == 2) v = in[threadIdx.x];  // too early
+  if (order == 3) out[threadIdx.x] = 0;  // likewise
+  if (order != 1) griddep_launch();
+  griddep_wait();
+  if (order == 1) griddep_launch();
+  if (order != 2) v = in[threadIdx.x];
+  out[threadIdx.x] = v + 1;
+}
 extern "C" __global__ void arrivals(int* counter, int* last) {
   __threadfence();
   if (threadIdx.x == 0 && atomicAdd(counter, 1) + 1 == gridDim.x) *last = blockIdx.x;
@@ -109,7 +120,7 @@ def test_a_missing_barrier_shows(sources: Path, name: str, threads: int, order: 
     out = [gpu.empty((threads,), np.int32) for _ in range(2)]
     given = [gpu.array(np.arange(threads, dtype=np.int32))] if name == "reversed" else []
     for sync in (0, 1):
-        gpu.launch(name, 1, threads, [out[sync], *given, sync])
+        gpu.launch(name, 1, threads, [out[sync], *given, sync], pdl=False)
     at = np.arange(threads)
     assert (out[1].get() == (63 - at if name == "reversed" else at ^ 1)).all()
     assert (out[0].get() == -1).any()
@@ -117,13 +128,13 @@ def test_a_missing_barrier_shows(sources: Path, name: str, threads: int, order: 
 
 def refuses(gpu: Emulator, match: str, name: str, grid: int, block: int, args: list, smem: int = 0) -> None:
     with pytest.raises(EmulatorError, match=match):
-        gpu.launch(name, grid, block, args, smem)
+        gpu.launch(name, grid, block, args, smem, pdl=False)
 
 
 def test_accesses_past_an_array(sources: Path) -> None:
     gpu = small(sources)
     out = gpu.empty((64,), np.int32)
-    gpu.launch("past", 1, 1, [out, 63])
+    gpu.launch("past", 1, 1, [out, 63], pdl=False)
     told = r"past.*block \(0, 0, 0\), thread 0 .*0 bytes past.*argument 0, int32\[64\]"
     refuses(gpu, told, "past", 1, 1, [out, 64])
     refuses(gpu, "wrote beside", "past", 1, 1, [out, -1])
@@ -131,14 +142,14 @@ def test_accesses_past_an_array(sources: Path) -> None:
     odd = gpu.empty((5,), np.int32)
     refuses(gpu, r"wrote beside.*argument 0", "past", 1, 1, [odd, 6])
     gpu.clear()
-    gpu.launch("misaligned", 1, 1, [gpu.empty((64,), np.int32), 16])
+    gpu.launch("misaligned", 1, 1, [gpu.empty((64,), np.int32), 16], pdl=False)
     refuses(gpu, "misaligned access", "misaligned", 1, 1, [gpu.empty((64,), np.int32), 8])
 
 
 def test_threads_that_wait_for_nobody(sources: Path) -> None:
     gpu = small(sources)
     out = gpu.empty((64,), np.int32)
-    gpu.launch("diverging", 1, 64, [out, 64])
+    gpu.launch("diverging", 1, 64, [out, 64], pdl=False)
     stuck = r"stuck: threads 0\.\.39 wait at __syncthreads.*line \d+; threads 40\.\.63 have ended"
     refuses(gpu, stuck, "diverging", 1, 64, [out, 40])
     elsewhere = r"at __syncthreads in line \d+ while others are at the one in line"
@@ -151,14 +162,14 @@ def test_threads_that_wait_for_nobody(sources: Path) -> None:
 def test_shared_memory(sources: Path) -> None:
     gpu = small(sources)
     given, out = gpu.array(np.arange(128, dtype=np.int32)), gpu.empty((128,), np.int32)
-    gpu.launch("copied", 1, 32, [out, given, 1])
+    gpu.launch("copied", 1, 32, [out, given, 1], pdl=False)
     assert (out.get() == np.arange(128)).all()
-    gpu.launch("copied", 1, 32, [out, given, 0])
+    gpu.launch("copied", 1, 32, [out, given, 0], pdl=False)
     assert (out.get() == -1).all()
-    gpu.launch("dynamic", 1, 64, [out, 128], 512)
+    gpu.launch("dynamic", 1, 64, [out, 128], 512, pdl=False)
     refuses(gpu, "0 bytes past the end of the 512 bytes of dynamic", "dynamic", 1, 64, [out, 129], 512)
     refuses(gpu, "takes arguments of", "dynamic", 1, 64, [out, 1.0, 2], 512)
-    gpu.launch("dynamic", 1, 64, [out, 8], 512)
+    gpu.launch("dynamic", 1, 64, [out, 8], 512, pdl=False)
     assert (out.get()[8:64] == -1).all()
 
 
@@ -167,7 +178,7 @@ def test_shared_memory(sources: Path) -> None:
 def test_operations_of_a_warp(sources: Path, mask: int, width: int) -> None:
     gpu = small(sources, None)
     out = gpu.empty((64, 8), np.int32)
-    gpu.launch("warps", 1, 64, [out, np.uint32(mask).astype(np.int32), width])
+    gpu.launch("warps", 1, 64, [out, np.uint32(mask).astype(np.int32), width], pdl=False)
     active = [i for i in range(32) if mask >> i & 1]
     result = out.get().reshape(2, 32, 8)
     for lane in active:
@@ -191,9 +202,47 @@ def test_blocks_run_in_other_orders(sources: Path) -> None:
     for order in (0, 1, 5):
         gpu = small(sources, order)
         out = gpu.empty((1,), np.int32)
-        gpu.launch("arrivals", 9, 64, [gpu.zeros((1,), np.int32), out])
+        gpu.launch("arrivals", 9, 64, [gpu.zeros((1,), np.int32), out], pdl=False)
         last.append(int(out.get()[0]))
     assert last[:2] == [8, 0] and 0 <= last[2] < 9
+
+
+def test_dependents_that_do_not_wait(sources: Path) -> None:
+    gpu = small(sources, 2)
+    a, b, c, d = (gpu.empty((64,), np.int32) for _ in range(4))
+    a.put(np.arange(64, dtype=np.int32))
+
+    def chain(*orders: int) -> np.ndarray:
+        gpu.stream.sync()
+        for out, given, order in zip((b, c, d), (a, b, c), orders, strict=False):
+            gpu.launch("linked", 1, 64, [out, given, order])
+        return (b, c, d)[len(orders) - 1].get()
+
+    assert (chain(0, 0, 0) == np.arange(64) + 3).all()
+    for array in (b, c, d):
+        array.put(np.full(64, -7, np.int32))
+    assert (chain(0, 2) == 0).all()  # it read poison
+    assert (chain(2) == np.arange(64) + 1).all()  # the first of a chain may read
+    with pytest.raises(EmulatorError, match=r"was written before griddepcontrol\.wait"):
+        b.put(np.full(64, -7, np.int32))
+        gpu.launch("linked", 1, 64, [b, a, 0])
+        gpu.launch("linked", 1, 64, [b, a, 3])
+    gpu.stream.sync()
+    with pytest.raises(EmulatorError, match="no thread waits for the predecessors"):
+        gpu.launch("past", 1, 1, [b, 0])
+
+
+def test_a_kernel_that_waits_first_makes_what_came_before_safe(sources: Path) -> None:
+    gpu = small(sources, 2)
+    a, b, c, d = (gpu.zeros((64,), np.int32) for _ in range(4))
+    for middle, expected in ((1, 2), (0, 0)):
+        b.put(np.full(64, -7, np.int32))
+        c.put(np.full(64, -7, np.int32))
+        gpu.stream.sync()
+        gpu.launch("linked", 1, 64, [b, a, 0])
+        gpu.launch("linked", 1, 64, [c, b, middle])
+        gpu.launch("linked", 1, 64, [d, b, 2])  # reads what the first has written, before it waits
+        assert (d.get() == expected).all()
 
 
 def test_what_it_lacks_is_named(sources: Path) -> None:
@@ -208,6 +257,7 @@ def test_what_it_lacks_is_named(sources: Path) -> None:
 DAMAGE = [
     ("norm", "common.cuh", "__syncthreads();\n  V total", "V total"),
     ("norm", "norm.cu", "if (i < vectors) {\n      unpack8", "if (i <= vectors) {\n      unpack8"),
+    ("norm_groups", "norm.cu", "  griddep_wait();\n  const int slice", "  const int slice"),
     ("rope", "rope.cu", "position % KV_BLOCK) * D", "position % KV_BLOCK) * D + 8"),
     ("prefill", "attention_prefill.cu", "cp_async_wait<0>();\n    __syncthreads();  // the values",
      "__syncthreads();  // the values"),
@@ -232,7 +282,7 @@ def test_damaged_kernels_fail_their_checks(
     rng, shape = np.random.default_rng(3), attention_checks.Shape(64, 1, 4)
     with pytest.raises(AssertionError):
         for _ in range(3):
-            if check in ("norm", "rope"):
+            if hasattr(op_checks, f"check_{check}"):
                 getattr(op_checks, f"check_{check}")(gpu, rng, harness.BF16)
             else:
                 getattr(attention_checks, f"check_{check}")(gpu, rng, harness.BF16, shape)

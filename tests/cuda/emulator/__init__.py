@@ -28,10 +28,14 @@ def available() -> bool:
 
 
 class _Stream:
-    """Launches have happened when they return."""
+    """Launches have happened when they return; waiting for them makes what they wrote safe to read."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
 
     def sync(self) -> None:
-        """Nothing to wait for."""
+        """Ends a chain."""
+        self._launcher.chain.cut()
 
 
 class Emulator(Machine):
@@ -50,8 +54,8 @@ class Emulator(Machine):
         seconds: int = 60,
     ) -> None:
         self.facts = DeviceFacts("emulator", 80, sm_count, 1 << 34, 1 << 25, SMEM)
-        self.stream = _Stream()
         self.launcher = Launcher(order, seconds)
+        self.stream = _Stream(self.launcher)
         self._sources, self._catalog = sources, catalog
         self._kernels: dict[str, compiler.Kernel] = {}
 
@@ -66,6 +70,7 @@ class Emulator(Machine):
     def upload(self, address: int, host: Any) -> None:
         """Copies a host array to an address."""
         ctypes.memmove(address, host.ctypes.data, host.nbytes)
+        self.launcher.chain.host_wrote(address, host.nbytes)
 
     def download(self, host: Any, address: int) -> None:
         """Fills a host array from an address."""
@@ -94,4 +99,4 @@ class Emulator(Machine):
             return ""
 
         pointers = pointers_to(cells)
-        self.launcher.run(kernel, self.grid(grid), block, smem, ctypes.addressof(pointers), argument_at)
+        self.launcher.run(kernel, self.grid(grid), block, smem, ctypes.addressof(pointers), pdl, argument_at)

@@ -48,7 +48,13 @@ class Launch(ctypes.Structure):
         ("order", ctypes.c_ulonglong),
         ("arguments", ctypes.c_void_p),
         ("stacks", ctypes.c_void_p),
+        ("hidden", ctypes.c_void_p),
+        ("hidden_count", ctypes.c_ulonglong),
+        ("saved", ctypes.c_void_p),
         ("fault", ctypes.c_ulonglong),
+        ("waited", ctypes.c_uint),
+        ("launched", ctypes.c_uint),
+        ("early", ctypes.c_uint),
         ("message", ctypes.c_char * 2000),
     )
 

@@ -131,8 +131,13 @@ class EmulatedDriver:
         ]
         pointers = pointers_to(cells)
 
+        # The backend's graphs are chains of programmatic launches on GPUs that have them.
+        pdl = config.hStream.captured is not None
+
         def work(keep: Any = cells) -> None:
-            self.launcher.run(kernel, grid, block, smem, ctypes.addressof(pointers), allowed=function.smem)
+            self.launcher.run(
+                kernel, grid, block, smem, ctypes.addressof(pointers), pdl, allowed=function.smem
+            )
 
         config.hStream.queue(work)
         return (OK,)
@@ -186,26 +191,29 @@ class EmulatedDriver:
         del self._pinned[address]
         return (OK,)
 
+    def _write(self, target: int, nbytes: int, how: Callable[[], object]) -> None:
+        how()
+        self.launcher.chain.cut()  # copies wait for kernels, and kernels for copies
+        self.launcher.chain.host_wrote(target, nbytes)
+
     def cuMemcpyHtoD(self, target: int, source: int, nbytes: int) -> tuple[Any, ...]:
-        ctypes.memmove(target, source, nbytes)
+        self._write(target, nbytes, lambda: ctypes.memmove(target, source, nbytes))
         return (OK,)
 
-    def cuMemcpyDtoH(self, target: int, source: int, nbytes: int) -> tuple[Any, ...]:
-        ctypes.memmove(target, source, nbytes)
-        return (OK,)
+    cuMemcpyDtoH = cuMemcpyHtoD
 
     def cuMemsetD8(self, target: int, value: int, nbytes: int) -> tuple[Any, ...]:
-        ctypes.memset(target, value, nbytes)
+        self._write(target, nbytes, lambda: ctypes.memset(target, value, nbytes))
         return (OK,)
 
     def cuMemcpyHtoDAsync(self, target: int, source: int, nbytes: int, stream: _Stream) -> tuple[Any, ...]:
-        stream.queue(lambda: (ctypes.memmove(target, source, nbytes), None)[1])
+        stream.queue(lambda: self._write(target, nbytes, lambda: ctypes.memmove(target, source, nbytes)))
         return (OK,)
 
     cuMemcpyDtoHAsync = cuMemcpyHtoDAsync
 
     def cuMemsetD8Async(self, target: int, value: int, nbytes: int, stream: _Stream) -> tuple[Any, ...]:
-        stream.queue(lambda: (ctypes.memset(target, value, nbytes), None)[1])
+        stream.queue(lambda: self._write(target, nbytes, lambda: ctypes.memset(target, value, nbytes)))
         return (OK,)
 
     # ---- streams and graphs
@@ -241,6 +249,7 @@ class EmulatedDriver:
         return (OK,)
 
     def cuGraphLaunch(self, graph: list[Work], stream: _Stream) -> tuple[Any, ...]:
+        stream.queue(self.launcher.chain.cut)
         for work in graph:
             stream.queue(work)
         return (OK,)

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from .chain import Chain
 from .compiler import EmulatorError, Kernel, Launch
 from .memory import Memory, stacks
 
@@ -28,6 +29,9 @@ class Launcher:
     memory: Memory = field(default_factory=Memory)
     launches: int = 0
 
+    def __post_init__(self) -> None:
+        self.chain = Chain(self.memory)
+
     def run(
         self,
         kernel: Kernel,
@@ -35,11 +39,13 @@ class Launcher:
         block: int,
         smem: int,
         pointers: int,
+        pdl: bool,
         argument_at: Callable[[int], str] = lambda address: "",
         allowed: int | None = None,
     ) -> None:
         """Runs a kernel on the arguments whose addresses begin at `pointers`.
 
+        pdl: it may start before its predecessors are done.
         allowed: bytes of shared memory it may have, by default what the catalog says.
         argument_at: words for the argument whose memory begins at an address.
         Raises EmulatorError for what a GPU would punish.
@@ -54,8 +60,13 @@ class Launcher:
         self.launches += 1
         told = f"{spec.name}, grid {grid}, block {block}, order {order}: "
         launch = Launch(grid, (block, 1, 1), smem, self.seconds, order, pointers, stacks())
+        keep = self.chain.begin(launch, pdl)
         if not kernel.run(launch):
             raise EmulatorError(told + launch.message.decode() + self._place(launch.fault, argument_at))
+        del keep
+        if pdl and not launch.waited:
+            raise EmulatorError(told + "no thread waits for the predecessors: the order of the chain is lost")
+        self.chain.end(launch)
         damaged = self.memory.damaged()
         if damaged:
             raise EmulatorError(told + "wrote beside an array" + argument_at(damaged.address))

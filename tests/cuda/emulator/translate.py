@@ -16,6 +16,8 @@ _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _DYNAMIC = re.compile(
     r"extern\s+__shared__\s+(?:(?:__align__|alignas)\(\s*\d+\s*\)\s*)?([\w:<>, ]+?)\s+(\w+)\s*\[\s*\]"
 )
+# griddepcontrol is sm_90's, but the emulator, which is sm_80 otherwise, has it.
+_GRIDDEP = re.compile(r"#if __CUDA_ARCH__ >= 900((?:\n\s*asm volatile\(\"griddepcontrol[^\n]*)+\n)#endif")
 _OPERAND = re.compile(r"%%([\w.]+)|%(\d+)|(?<![\w.])(\d+)(?![\w.])")
 
 
@@ -28,6 +30,7 @@ def known() -> frozenset[str]:
 def translate(text: str) -> str:
     """The source with asm statements and dynamic shared arrays rewritten; line numbers stay."""
     text = _DYNAMIC.sub(r"\1* const \2 = reinterpret_cast<\1*>(emu::dynamic_shared())", text)
+    text = _GRIDDEP.sub(r"\1", text)
     pieces, at = [], 0
     for match in _ASM.finditer(text):
         if match.start() < at or _in_comment(text, match.start()):

@@ -74,6 +74,27 @@ struct Barrier {
   u32 ids[MAX_THREADS];
 };
 
+// Memory that predecessors have written and that a block may not count on before griddepcontrol.wait.
+struct Range {
+  char* at;
+  u64 bytes;
+};
+
+// What Python hands over (compiler.py has the same fields) and gets back: in `message` what went wrong, in `fault`
+// the address of a forbidden access. The stacks are one process's, as guard pages for each library's would be too many.
+struct Launch {
+  u32 grid[3], block[3], smem, seconds;
+  u64 order;
+  void** arguments;
+  char* stacks;  // MAX_THREADS of STACK bytes each
+  const Range* hidden;
+  u64 hidden_count;
+  char* saved;  // room for the hidden bytes
+  u64 fault;
+  u32 waited, launched, early;  // some thread waited for the predecessors; let successors start; did so without waiting
+  char message[2000];
+};
+
 struct State {
   Fiber fibers[MAX_THREADS];
   Warp warps[MAX_THREADS / 32];
@@ -83,6 +104,9 @@ struct State {
   u32 threads, smem;
   u32 order[MAX_THREADS], lanes[32];  // who goes first
   u64 spins;                          // acquiring loads since the last wait
+  bool hiding, block_waited;  // griddepcontrol: the block does not see its predecessors' work yet; a thread waits
+  u32 before[MAX_THREADS], before_count;  // who waits for it
+  Launch* launch;
   uint3 block;
   dim3 grid_dim, block_dim;
   void (*entry)(void**);
@@ -164,7 +188,7 @@ inline void say_where() {
   const Fiber* f = current;
   say("block (%u, %u, %u)", state.block.x, state.block.y, state.block.z);
   if (f) say(", thread %u (warp %u lane %u)", f->id, f->id / 32, f->id % 32);
-  say(": ");
+  say(state.hiding ? ", before griddepcontrol.wait: " : ": ");
 }
 [[noreturn]] inline void stop() {
   state.failed = true;
@@ -202,9 +226,44 @@ inline void push(u32 id) {
   state.queue[state.tail] = id;
   state.tail = (state.tail + 1) % (2 * MAX_THREADS);
 }
+
+// ---- programmatic dependent launch: what predecessors have written is poison until the block waits for them. It is
+// given back when all threads wait or cannot go on otherwise.
+inline void hide() {
+  const Launch& launch = *state.launch;
+  char* saved = launch.saved;
+  for (u64 i = 0; i < launch.hidden_count; i++) {
+    memcpy(saved, launch.hidden[i].at, launch.hidden[i].bytes);
+    memset(launch.hidden[i].at, POISON, launch.hidden[i].bytes);
+    saved += launch.hidden[i].bytes;
+  }
+  state.hiding = true;
+}
+// False: something has been written there.
+inline bool give_back() {
+  const Launch& launch = *state.launch;
+  const char* saved = launch.saved;
+  bool untouched = true;
+  for (u64 i = 0; i < launch.hidden_count; i++) {
+    const Range& range = launch.hidden[i];
+    for (u64 b = 0; b < range.bytes; b++) untouched &= static_cast<unsigned char>(range.at[b]) == POISON;
+    memcpy(range.at, saved, range.bytes);
+    saved += range.bytes;
+  }
+  state.hiding = false;
+  return untouched;
+}
+inline bool release() {
+  if (!state.hiding || !state.before_count) return false;
+  if (!give_back()) EMU_FAIL("what a predecessor writes was written before griddepcontrol.wait");
+  for (u32 i = 0; i < state.before_count; i++) push(state.before[i]);
+  state.before_count = 0;
+  return true;
+}
+
 // Gives way to the next thread that can run; comes back when somebody has pushed this one.
 inline void give_way() {
-  if (state.head == state.tail) report_stuck();
+  if (state.head == state.tail && !release()) report_stuck();
   Fiber* const from = current;
   Fiber* const to = &state.fibers[state.queue[state.head]];
   state.head = (state.head + 1) % (2 * MAX_THREADS);
@@ -212,6 +271,21 @@ inline void give_way() {
   if (from == to) return;
   current = to;
   to_fiber(from, to);
+}
+
+inline void wait_for_predecessors() {
+  Fiber* const f = current;
+  state.block_waited = true;
+  state.launch->waited = 1;
+  if (!state.hiding) return;
+  state.before[state.before_count++] = f->id;
+  f->waits = "griddepcontrol.wait,";
+  give_way();
+  f->waits = nullptr;
+}
+inline void let_successors_start() {
+  state.launch->launched = 1;
+  if (!state.block_waited) state.launch->early = 1;
 }
 
 inline void thread_main() {
@@ -368,13 +442,15 @@ inline void arrange(u32* ids, u32 n, u64 order) {
   }
 }
 
-inline void run_block() {
+inline void run_block(bool hidden) {
   if (__start_emu_shared) memset(__start_emu_shared, POISON, __stop_emu_shared - __start_emu_shared);
   memset(dynamic_memory, POISON, state.smem);
   memset(dynamic_memory + state.smem, UNTOUCHED, GUARD);
   memset(state.warps, 0, sizeof state.warps);
   for (Barrier& b : state.barriers) b.arrived = b.waiting = 0;
-  state.head = state.tail = state.ended = 0;
+  state.head = state.tail = state.ended = state.before_count = 0;
+  state.hiding = state.block_waited = false;
+  if (hidden) hide();
   state.spins = 0;
   for (u32 i = 0; i < state.threads; i++) {
     prepare(state.fibers[i], i);
@@ -384,6 +460,11 @@ inline void run_block() {
   current = &state.fibers[state.order[0]];
   from_main(current);
   current = nullptr;
+  if (state.hiding && !give_back() && !state.failed) {
+    say_where();
+    say("what a predecessor writes was written without griddepcontrol.wait");
+    state.failed = true;
+  }
   if (state.failed) return;
   for (u32 i = 0; i < GUARD; i++)
     if (static_cast<unsigned char>(dynamic_memory[state.smem + i]) != UNTOUCHED) {
@@ -393,17 +474,6 @@ inline void run_block() {
       return;
     }
 }
-
-// What Python hands over (compiler.py has the same fields) and gets back: in `message` what went wrong, in `fault`
-// the address of a forbidden access. The stacks are one process's, as guard pages for each library's would be too many.
-struct Launch {
-  u32 grid[3], block[3], smem, seconds;
-  u64 order;
-  void** arguments;
-  char* stacks;  // MAX_THREADS of STACK bytes each
-  u64 fault;
-  char message[2000];
-};
 
 // Runs a grid; not 0: it failed.
 inline int run(void (*entry)(void**), Launch& launch) {
@@ -428,6 +498,9 @@ inline int run(void (*entry)(void**), Launch& launch) {
     return 1;
   }
   state.stacks = launch.stacks;
+  state.launch = &launch;
+  state.hiding = false;
+  launch.waited = launch.launched = launch.early = 0;
   arrange(state.order, state.threads, order);
   arrange(state.lanes, 32, order);
   const u32 blocks = grid[0] * grid[1] * grid[2];
@@ -462,11 +535,13 @@ inline int run(void (*entry)(void**), Launch& launch) {
       say("a forbidden access");
     state.failed = true;
     launch.fault = state.fault;
+    if (state.hiding) give_back();
   } else {
     for (u32 i = 0; i < blocks && !state.failed; i++) {
       const u32 at = sequence[i];
       state.block = {at % grid[0], at / grid[0] % grid[1], at / grid[0] / grid[1]};
-      run_block();
+      // Hiding for some blocks is enough, and quicker.
+      run_block(launch.hidden_count && (i < 2 || i % (blocks / 4 + 1) == 0));
     }
   }
   setitimer(ITIMER_VIRTUAL, &off, nullptr);

@@ -37,8 +37,8 @@ EMU_PTX void rsqrt_approx_ftz_f32(float& d, float a) { d = rsqrtf(a); }
 EMU_PTX void tanh_approx_f32(float& d, float a) { d = tanhf(a); }
 EMU_PTX void prefetch_global_L2(const void*) {}
 EMU_PTX void prefetch_global_L1(const void*) {}
-EMU_PTX void griddepcontrol_launch_dependents() {}
-EMU_PTX void griddepcontrol_wait() {}
+EMU_PTX void griddepcontrol_launch_dependents() { emu::let_successors_start(); }
+EMU_PTX void griddepcontrol_wait() { emu::wait_for_predecessors(); }
 
 // ---- global memory
 EMU_PTX void load4(u32& x, u32& y, u32& z, u32& w, const void* p) {
