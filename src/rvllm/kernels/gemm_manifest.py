@@ -13,7 +13,7 @@ TILE = 64  # rows and columns of a packed tile
 TILE_BYTES = 2 * TILE * TILE
 SPLIT_TOKENS = (8, 16, 32, 64, 96, 128, 192, 256)  # token tiles of the sm_90a modes
 WALK_TOKENS = (8, 16, 32, 64, 96, 128, 192, 256)
-SUM_TOKENS = (192,)
+SUM_TOKENS = (96, 128, 192)
 SM80_TOKENS = (16, 64)
 _SMEM_LIMIT, _BARRIERS = 232448, 256
 
@@ -21,6 +21,11 @@ _SMEM_LIMIT, _BARRIERS = 232448, 256
 def walk_cluster(tokens: int) -> int:
     """Blocks that share each load of x in the walk and sum modes."""
     return 1 if tokens < 64 else 2
+
+
+def walk_box(mode: str, tokens: int) -> int:
+    """Tokens of one load of x in the walk and sum modes; mirrors Layout in gemm_sm90.cu."""
+    return 64 if mode == "walk" and tokens == 256 else tokens // walk_cluster(tokens)
 
 
 def sm90_threads(mode: str, tokens: int) -> int:

@@ -22,6 +22,8 @@ struct alignas(64) TensorMap {
 
 template <int TOKENS, Mode MODE>
 struct Layout {
+  static constexpr bool TAIL = MODE == WALK && TOKENS == 256;  // see Walk
+  static constexpr int BOX = TAIL ? 64 : 0;                    // tokens of a load of x, where not its whole share
   static constexpr bool MANY_REGISTERS = MODE != SPLIT && TOKENS >= 192;
   static constexpr int THREADS = CONSUMERS + (MANY_REGISTERS ? 128 : 32);
   static constexpr int WEIGHTS = 2 * TILE_BYTES, X = TOKENS * TILE * 2;
@@ -38,25 +40,32 @@ struct Layout {
   static_assert(MODE != SPLIT || TOKENS * SPLIT_PITCH * 4 <= STAGES * (WEIGHTS + X), "partial sums must fit");
 };
 
-// One visit of a block to a tile: 64-row tiles `tile` .. `tile + count - 1`, tokens from token0.
+// One visit of a block to a tile: 64-row tiles `tile` .. `tile + count - 1`, `width` tokens from token0.
 struct Visit {
-  int tile, count, token0;
+  int tile, count, token0, width;
 };
 
 // The order in which clusters of C blocks walk over the matrix.
-template <int TOKENS, int C>
+template <int TOKENS, int C, bool TAIL>
 struct Walk {
+  static constexpr int GROUP = 16 / C;
   int tiles, token_tiles, clusters, cluster, rank, full, index = 0;
 
   __device__ Walk(int rows, int tokens)
       : tiles((rows + TILE - 1) / TILE), token_tiles((tokens + TOKENS - 1) / TOKENS), clusters(gridDim.x / C),
         cluster(blockIdx.x / C), rank(blockIdx.x % C), full(tiles / (2 * C * clusters)) {}
 
+  // Whether a group of row pairs has more token tiles than one round takes.
+  __device__ bool again() const { return token_tiles > 1 && GROUP * token_tiles > clusters; }
+
   // With one token tile the last, partial round deals out single tiles when there are enough blocks for
   // that. With several, groups of 16 row pairs pass over all tokens, so that both operands stay in L2.
+  // TAIL: when few tiles are left for the last round, each is dealt out in pieces of 128 or 64 tokens, which their
+  // blocks load for themselves.
   __device__ bool next(Visit& v) {
     const int i = index++;
-    if (token_tiles == 1) {
+    v.width = TOKENS;
+    if (token_tiles == 1 && !TAIL) {
       const int round = 2 * C * clusters, rest = tiles - full * round;
       v.token0 = 0;
       if (i == full && rest <= round / 2) {
@@ -68,14 +77,26 @@ struct Walk {
       v.tile = ((i * clusters + cluster) * C + rank) * 2;
       return (i * clusters + cluster) * C * 2 < tiles;
     }
-    constexpr int GROUP = 16 / C;
-    const int supers = (tiles + 2 * C - 1) / (2 * C), unit = i * clusters + cluster;
+    const int supers = (tiles + 2 * C - 1) / (2 * C), units = supers * token_tiles;
+    int unit = i * clusters + cluster, row = rank, piece = 0;
+    if constexpr (TAIL) {
+      const int rest = units % clusters, pairs = rest * C, blocks = clusters * C;
+      const int pieces = pairs * 4 <= blocks ? 4 : pairs * 2 <= blocks ? 2 : 1;
+      if (i == units / clusters && pieces > 1) {
+        const int mine = cluster * C + rank;
+        if (mine >= pairs * pieces) return false;
+        unit = i * clusters + mine / (C * pieces);
+        row = mine / pieces % C;
+        v.width = TOKENS / pieces;
+        piece = mine % pieces * v.width;
+      }
+    }
+    if (unit >= units) return false;
     const int group = unit / (GROUP * token_tiles), within = unit % (GROUP * token_tiles);
     const int height = min(GROUP, supers - group * GROUP);
-    if (unit >= supers * token_tiles) return false;
     v.count = 2;
-    v.tile = ((group * GROUP + within % height) * C + rank) * 2;
-    v.token0 = within / height * TOKENS;
+    v.tile = ((group * GROUP + within % height) * C + row) * 2;
+    v.token0 = within / height * TOKENS + piece;
     return true;
   }
 };
@@ -156,7 +177,7 @@ __device__ __forceinline__ void finish_accumulators(const Epilogue& e, const flo
   }
 }
 
-// x: tensor map of [>= tokens, K] in boxes of 64 x TOKENS / CLUSTER, 128-byte swizzle. weights: packed.
+// x: tensor map of [>= tokens, K] in boxes of 64 x (Layout::BOX, else TOKENS / CLUSTER), 128-byte swizzle. weights: packed.
 // blocks: ceil(K / 64). The rest: see Epilogue.
 template <class T, int TOKENS, Mode MODE, int CLUSTER>
 __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
@@ -195,13 +216,13 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     k0 = segment_start(blocks, segments, blockIdx.x);
     k1 = segment_start(blocks, segments, blockIdx.x + 1);
   }
-  Walk<TOKENS, CLUSTER> walk(rows, tokens);
+  Walk<TOKENS, CLUSTER, L::TAIL> walk(rows, tokens);
   bool once = true;
   const auto next = [&](Visit& v) {
     if constexpr (MODE == SPLIT) {
       const bool first = once;
       once = false;
-      v = {static_cast<int>(blockIdx.z) * 2, 2, static_cast<int>(blockIdx.y) * TOKENS};
+      v = {static_cast<int>(blockIdx.z) * 2, 2, static_cast<int>(blockIdx.y) * TOKENS, TOKENS};
       return first;
     } else {
       return walk.next(v);
@@ -211,20 +232,31 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   if (warp >= CONSUMERS / 32) {
     if constexpr (L::MANY_REGISTERS) registers_lower<40>();
     if (threadIdx.x == CONSUMERS) {
+      // Weights that are read again in a later round, for other tokens, may stay in L2.
+      const u64 hint = walk.again() ? EVICT_NORMAL : EVICT_FIRST;
       const auto load_weights = [&](const Visit& v, int k, int stage) {
-        mbar_arrive_expect(full(stage), v.count * TILE_BYTES + L::X);
+        mbar_arrive_expect(full(stage), v.count * TILE_BYTES + v.width * TILE * 2);
 #pragma unroll
         for (int i = 0; i < 2; i++)
           if (i < v.count) {
             const u64 tile = min(v.tile + i, tiles - 1);
             bulk_load(base + stage * L::WEIGHTS + i * TILE_BYTES, weights + (tile * blocks + k) * TILE_BYTES,
-                      TILE_BYTES, full(stage), EVICT_FIRST);
+                      TILE_BYTES, full(stage), hint);
           }
       };
       const auto load_x = [&](const Visit& v, int k, int stage) {
         constexpr int SHARE = TOKENS / CLUSTER;
         const u32 dst = x_base + stage * L::X;
-        if constexpr (CLUSTER > 1) {
+        if constexpr (L::TAIL) {
+          const bool whole = v.width == TOKENS;
+          const int first = whole ? walk.rank * SHARE : 0, end = whole ? first + SHARE : v.width;
+          for (int t = first; t < end; t += L::BOX) {
+            if (whole)
+              tensor_load_2d_multicast(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, full(stage), ALL);
+            else
+              tensor_load_2d(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, full(stage));
+          }
+        } else if constexpr (CLUSTER > 1) {
           tensor_load_2d_multicast(dst + walk.rank * SHARE * TILE * 2, &x, k * TILE, v.token0 + walk.rank * SHARE,
                                    full(stage), ALL);
         } else {
@@ -269,8 +301,9 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
         if (lane == 0) mbar_arrive(empty(stage));
       }
     };
-    // Sums blocks [first, last) into acc.
-    const auto segment = [&](int first, int last) {
+    // Sums blocks [first, last) into acc, of as many tokens as it has columns.
+    const auto segment = [&](auto& acc, int first, int last) {
+      constexpr int WIDTH = sizeof(acc) / sizeof(float) * 2;
       int held = -1;
       for (int k = first; k < last; k++) {
         mbar_wait(full(ring.stage), ring.phase);
@@ -279,7 +312,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
         wgmma_pin(acc);
         wgmma_fence();
 #pragma unroll
-        for (int j = 0; j < TILE / 16; j++) wgmma<TOKENS, T>(acc, a + 2 * j, b + 2 * j, j > 0 || k > first);
+        for (int j = 0; j < TILE / 16; j++) wgmma<WIDTH, T>(acc, a + 2 * j, b + 2 * j, j > 0 || k > first);
         wgmma_commit();
         wgmma_pin(acc);
         if (held >= 0) {
@@ -297,7 +330,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
 
     if constexpr (MODE == SPLIT) {
       next(v);
-      segment(k0, k1);
+      segment(acc, k0, k1);
       // Both warpgroups have read their last stage before partial sums overwrite it.
       bar_sync(1, CONSUMERS);
       float* partial = reinterpret_cast<float*>(shared);
@@ -320,20 +353,31 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
         }
         if constexpr (MODE == SUM) {
           float sum[REGS];
-          segment(0, segment_start(blocks, segments, 1));
+          segment(acc, 0, segment_start(blocks, segments, 1));
 #pragma unroll
           for (int i = 0; i < REGS; i++) sum[i] = acc[i];
           for (int s = 1; s < segments; s++) {
-            segment(segment_start(blocks, segments, s), segment_start(blocks, segments, s + 1));
+            segment(acc, segment_start(blocks, segments, s), segment_start(blocks, segments, s + 1));
 #pragma unroll
             for (int i = 0; i < REGS; i++) sum[i] += acc[i];
           }
 #pragma unroll
           for (int i = 0; i < REGS; i++) acc[i] = sum[i];
         } else {
-          segment(0, blocks);
+          if constexpr (L::TAIL) {  // a piece is summed in the first of the accumulators
+            if (v.width == 64)
+              segment(reinterpret_cast<float(&)[32]>(acc), 0, blocks);
+            else if (v.width == 128)
+              segment(reinterpret_cast<float(&)[64]>(acc), 0, blocks);
+            else
+              segment(acc, 0, blocks);
+          } else {
+            segment(acc, 0, blocks);
+          }
         }
-        finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(e, acc, staging, 1 + group, thread,
+        Epilogue mine = e;
+        if constexpr (L::TAIL) mine.tokens = min(tokens, v.token0 + v.width);
+        finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(mine, acc, staging, 1 + group, thread,
                                                                  (v.tile + group) * TILE, v.token0);
       }
     }

@@ -175,8 +175,8 @@ RVLLM_PTX void mbar_wait(u32 bar, u32 parity) {
 }
 
 // ---------------------------------------------------------------- the copy engine
-// Cache hints are opaque policies of `createpolicy`; these two words are the fractional 1.0 ones.
-constexpr u64 EVICT_FIRST = 0x12F0000000000000ull;
+// Cache hints are opaque policies of `createpolicy`; these words are the fractional 1.0 ones.
+constexpr u64 EVICT_FIRST = 0x12F0000000000000ull, EVICT_NORMAL = 0x1000000000000000ull;
 constexpr u64 EVICT_LAST = 0x14F0000000000000ull;
 
 // Contiguous global -> shared; address and size multiples of 16.

@@ -33,6 +33,7 @@ from rvllm.kernels.gemm_manifest import (
     sm80_smem,
     sm90_smem,
     sm90_threads,
+    walk_box,
     walk_cluster,
 )
 
@@ -42,6 +43,8 @@ Element = TypeVar("Element", bound=np.generic)
 
 MAX_SEGMENTS = 8  # the largest portable cluster
 SEGMENT_BLOCKS = 2  # a segment has at least so many tiles of K
+ONE_TILE = 256  # up to so many tokens a split product is the quickest
+_SLOWER = {96: 1.2, 128: 1.1, 192: 1.0}  # a narrow tile's cycles, measured against a wide one's
 REFERENCE_SMS = 132  # segments are cut for this many SMs on every GPU, so that bits do not depend on it
 
 
@@ -169,10 +172,11 @@ def plan_gemm(n: int, k: int, tokens: int, dtype: str, sm_count: int, capability
     split = variant(
         n, k, tokens, dtype, "split", _fit(SPLIT_TOKENS, tokens), sm_count, "K split over a cluster"
     )
-    if tokens <= SPLIT_TOKENS[-1]:
+    if tokens <= ONE_TILE:
         return split
-    whole = variant(n, k, tokens, dtype, "sum", SUM_TOKENS[0], sm_count, "enough tokens to fill the GPU")
-    return min(split, whole, key=lambda plan: _cycles(plan, sm_count))
+    why = "enough tokens to fill the GPU"
+    whole = [variant(n, k, tokens, dtype, "sum", size, sm_count, why) for size in SUM_TOKENS]
+    return min([split, *whole], key=lambda plan: _cycles(plan, sm_count))
 
 
 def _fit(sizes: tuple[int, ...], tokens: int) -> int:
@@ -185,7 +189,9 @@ def _cycles(plan: GemmPlan, sm_count: int) -> float:
     if plan.mode == "split":
         waves = _ceil(pairs * token_tiles * plan.segments, sm_count)
         return waves * (_ceil(plan.blocks, plan.segments) * 4 * plan.token_tile + 12000)
-    return _ceil(pairs * token_tiles, sm_count) * (plan.blocks * 4 * plan.token_tile + 4000)
+    return _ceil(pairs * token_tiles, sm_count) * (
+        plan.blocks * 4 * plan.token_tile * _SLOWER[plan.token_tile] + 4000
+    )
 
 
 def variant(
@@ -212,7 +218,7 @@ def variant(
             cluster, grid = segments, (segments, token_tiles, pairs)
         else:
             cluster = walk_cluster(token_tile)
-            box_rows = token_tile // cluster
+            box_rows = walk_box(mode, token_tile)
             needed = _ceil(n, TILE) if token_tiles == 1 else pairs * token_tiles
             grid = (cluster * min(max(1, sm_count // cluster), _ceil(needed, cluster)), 1, 1)
     return GemmPlan(
