@@ -10,6 +10,8 @@ import time
 import pytest
 from api_double import CONTEXT, LiveServer
 
+from rvllm.api.page import strategy_of
+
 
 def test_the_page_and_its_files(server: LiveServer) -> None:
     status, headers, body = server.raw("GET", "/")
@@ -35,7 +37,8 @@ def test_state_once(server: LiveServer) -> None:
     state = json.loads(body)
     assert state["model"] == "tiny" and state["backend"] == "double" and state["num_blocks"] == 10
     assert state["stats"]["steps"] == 7 and state["cached_blocks"] == [7, 8]
-    assert state["kernels"][0] == {"op": "qkv", "kernel": "gemm_bf16", "count": 30, "why": "the only one"}
+    first = {"op": "qkv", "kernel": "gemm_bf16", "count": 30, "why": "the only one", "strategy": "native"}
+    assert state["kernels"][0] == first
 
 
 @pytest.mark.parametrize("interval", ["0.1", "61", "nan", "often", "1e9"])
@@ -130,3 +133,21 @@ def test_what_a_program_needs_to_tokenise_through_us() -> None:
         assert answer["tokens"] == [server.tokenizer.eos_token_id]
     with LiveServer(texts=False, drain_timeout=0.2) as server:
         assert server.raw("GET", "/tokenizer_info")[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("kernel", "strategy"),
+    [
+        ("sm90_bf16_gemm_walk_n128", "native"),
+        ("sm80_bf16_gemv_n1", "native"),
+        ("cublasLtMatmul", "cublas"),
+        ("cutlass_gemm_silu", "cutlass"),
+        ("compiled linear", "compiled"),
+        ("numpy logits", "numpy"),
+        ("sm80_bf16_gemm_pack_f16", ""),
+        ("compiled norm", ""),
+        ("sm80_bf16_attention_decode", ""),
+    ],
+)
+def test_strategies_by_the_names_of_kernels(kernel: str, strategy: str) -> None:
+    assert strategy_of(kernel) == strategy

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "api"))
 
 from api_double import LiveServer
 
+from rvllm.cli.blockmap import block_map
 from rvllm.cli.main import main
 from rvllm.cli.top import History, Rates
 
@@ -32,7 +33,8 @@ def top(live: LiveServer, capsys: pytest.CaptureFixture[str], *flags: str) -> st
 def test_an_idle_engine(live: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
     shown = top(live, capsys)
     assert "tiny" in shown and "Double" in shown and "no request is alive" in shown
-    assert "0 running" in shown and "gemm_bf16 ×31" in shown
+    assert "0 running" in shown
+    assert "qkv            native    gemm_bf16 ×30" in shown and "lm_head        native" in shown
 
 
 def test_a_running_request(live: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +49,28 @@ def test_a_running_request(live: LiveServer, capsys: pytest.CaptureFixture[str])
     thread.join()
     assert "decoding" in shown and "5/64" in shown and "chatcmpl-" in shown
     assert "1 running" in shown and "0% of the floor's 250" in shown
+    assert "■■·····▪▪·" in shown, "two blocks of one sequence, two cached"
+
+
+def test_blocks_shared_and_many_to_a_mark() -> None:
+    one = {"id": "a", "running": True, "blocks": [0, 1]}
+    two = {"id": "b", "running": True, "blocks": [0, 5]}
+    few = {"sequences": [one, two], "cached_blocks": [3], "num_blocks": 8}
+    shown = block_map(few, 4)
+    assert shown.plain.splitlines()[:2] == ["◆■·▪", "·■··"] and "shared (1)" in shown.plain
+    assert {str(span.style) for span in shown.spans} >= {"cyan", "magenta"}
+    many = block_map({**few, "num_blocks": 64}, 4)
+    assert many.plain.splitlines()[:4] == ["◆■··", "····", "····", "····"]
+    assert "a mark is 4 blocks" in many.plain
+
+
+def test_the_ledger_is_a_bar(live: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = live.service.ready.ledger
+    ledger += [("weights", 3 << 30), ("KV cache", 1 << 30), ("nothing", 0)]
+    time.sleep(0.25)
+    shown = top(live, capsys)
+    del ledger[:]
+    assert "█" * 72 in shown and "weights 3" in shown and "KV cache 1" in shown and "nothing" not in shown
 
 
 def test_rates_come_from_differences_and_a_new_engine_starts_anew() -> None:

@@ -260,6 +260,18 @@ def test_the_engine_view_is_live_and_asks_only_while_seen(page: Browser, live: L
     assert colour == [True, False, True, False], "one colour a sequence; cached and empty differ"
     page.hover(".map canvas")
     assert page.text(".map .label").startswith("Block ")
+    page.run("document.querySelector('.map canvas').focus()")
+    page.keys(RIGHT)
+    assert page.text(".map .label") == f"Block 0: held by {request}"
+    page.keys(RIGHT * 7)
+    assert page.text(".map .label") == "Block 7: free, holds a reusable prefix"
+    matrices = page.run(
+        "return [...document.querySelectorAll('[aria-label=Matrices] tr')].map(r => r.innerText)"
+    )
+    assert [row.split("\t")[:3] for row in matrices[1:]] == [
+        ["qkv", "native", "gemm_bf16"],
+        ["lm_head", "native", "gemm_bf16"],
+    ]
     live.engine.held = False
     page.until(lambda: "No request is alive" in page.text("#engine"))
     page.click("#tab-chat")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
@@ -22,6 +23,7 @@ from rvllm.web.files import INDEX, WebFile, read_files
 FRESH_SECONDS = 0.2  # a state this young is shown to everyone who asks
 DRAIN_SECONDS = 0.25  # how soon a stream notices that the server shuts down
 LEAST_INTERVAL, MOST_INTERVAL = 0.2, 60.0
+_MATRIX = re.compile(r"(^|[_ ])(gemm|gemv|linear|logits|experts)")
 # Nothing but our own files may run or be loaded, whatever a model writes.
 _POLICY = (
     b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -58,12 +60,17 @@ class SequenceItem(msgspec.Struct):
 
 
 class KernelItem(msgspec.Struct):
-    """One kernel of the last step; see `engine.messages.KernelUse`."""
+    """One kernel of the last step; see `engine.messages.KernelUse`.
+
+    strategy: for products with a matrix of weights, whose kernel it is: native, cublas, cutlass; on the CPU
+    compiled or numpy. Empty for all else.
+    """
 
     op: str
     kernel: str
     count: int
     why: str
+    strategy: str
 
 
 class EngineView(msgspec.Struct, kw_only=True):
@@ -91,6 +98,18 @@ class EngineView(msgspec.Struct, kw_only=True):
     cut: bool
     kernels: list[KernelItem]
     floor_seconds: float | None  # of one decode step of what runs now
+    floor_ratio: float | None  # the least time of the last decode steps over the time they took
+
+
+def strategy_of(kernel: str) -> str:
+    """Whose matrix kernel it is, by its name; empty for other kernels."""
+    for library in ("cublas", "cutlass"):
+        if library in kernel:
+            return library
+    if not _MATRIX.search(kernel) or "_pack" in kernel:
+        return ""
+    first = kernel.partition(" ")[0]
+    return first if first in ("compiled", "numpy") else "native"
 
 
 class StateFeed:
@@ -152,7 +171,8 @@ def view_of(service: Service, state: State) -> EngineView:
         ],
         cached_blocks=state.cached_blocks,
         cut=state.cut,
-        kernels=[KernelItem(k.op, k.kernel, k.count, k.why) for k in state.kernels],
+        kernels=[KernelItem(k.op, k.kernel, k.count, k.why, strategy_of(k.kernel)) for k in state.kernels],
+        floor_ratio=state.stats.floor_ratio,
         floor_seconds=state.floor_seconds,
     )
 

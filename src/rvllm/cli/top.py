@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rvllm.cli.blockmap import COLOURS, block_map, colours_of
 from rvllm.cli.remote import get_json
 from rvllm.cli.tables import human_bytes, human_seconds
 from rvllm.errors import UsageError
@@ -17,6 +18,7 @@ from rvllm.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+WIDTH = 72  # of bars and maps, in characters
 WINDOW = 3.0  # seconds over which rates are taken
 BARS = " ▁▂▃▄▅▆▇█"
 State = dict[str, Any]  # api.page.EngineView as JSON
@@ -125,8 +127,8 @@ def picture(state: State, rates: Rates) -> RenderableType:
         ("rvllm ", "bold"), f"{state['version']} · ", (state["model"], "bold"),
         f" · {state['architecture']} · {state['backend']}, {state['dtype']} · up {_span(state['uptime'])}",
     )  # fmt: skip
-    return Group(head, Text(), _figures(state, rates), Text(), _requests(state), Text(), _memory(state),
-                 _kernels(state))  # fmt: skip
+    return Group(head, Text(), _figures(state, rates), Text(), _requests(state), Text(), _blocks(state),
+                 _memory(state), _kernels(state))  # fmt: skip
 
 
 def _figures(state: State, rates: Rates) -> RenderableType:
@@ -135,6 +137,8 @@ def _figures(state: State, rates: Rates) -> RenderableType:
     stats, floor = state["stats"], state["floor_seconds"]
     bound = stats["running"] / floor if floor else None
     against = f"{rates.generated / bound:.0%} of the floor's {bound:,.0f}" if bound else ""
+    if bound and state["floor_ratio"] is not None:
+        against += f" (decode steps {state['floor_ratio']:.0%})"
     blocks, total = stats["blocks_used"], max(1, stats["blocks_total"])
     hits = stats["cached_prompt_tokens"] / stats["prefix_queries"] if stats["prefix_queries"] else 0.0
     grid = Table.grid(padding=(0, 3))
@@ -159,6 +163,7 @@ def _requests(state: State) -> RenderableType:
 
     if not state["sequences"]:
         return Text("no request is alive", style="dim")
+    colours = colours_of(state["sequences"])
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("request", no_wrap=True)
     for name in ("", "prompt", "cached", "output", "blocks", "queued", "age"):
@@ -166,7 +171,8 @@ def _requests(state: State) -> RenderableType:
     for one in state["sequences"][:20]:
         doing = "waiting" if not one["running"] else "decoding" if one["output_tokens"] else "prefill"
         table.add_row(
-            Text(_short(one["id"])), doing, str(one["prompt_tokens"]), str(one["cached_tokens"]),
+            Text(_short(one["id"]), colours.get(one["id"], "")), doing,
+            str(one["prompt_tokens"]), str(one["cached_tokens"]),
             f"{one['output_tokens']}/{one['max_tokens']}", str(len(one["blocks"])), _span(one["queued"]),
             _span(one["age"]),
         )  # fmt: skip
@@ -174,22 +180,49 @@ def _requests(state: State) -> RenderableType:
 
 
 def _memory(state: State) -> RenderableType:
+    """The ledger as a bar, each line of it in a colour, and what the colours are."""
     from rich.text import Text
 
-    parts = [f"{line['name']} {human_bytes(line['bytes'])}" for line in state["ledger"]]
-    return Text.assemble(("memory   ", "dim"), " · ".join(parts) or "nothing listed")
+    lines = [line for line in state["ledger"] if line["bytes"]]
+    total = sum(line["bytes"] for line in lines)
+    text = Text.assemble(("memory   ", "dim"))
+    if not total:
+        return text.append("nothing listed")
+    colours = ["dim" if line["name"] == "free" else COLOURS[i % len(COLOURS)] for i, line in enumerate(lines)]
+    for line, colour in zip(lines, colours, strict=True):
+        text.append("█" * max(1, round(WIDTH * line["bytes"] / total)), colour)
+    text.append("\n" + " " * 9)
+    for i, (line, colour) in enumerate(zip(lines, colours, strict=True)):
+        text.append(" · " if i else "", "dim").append("█ ", colour)
+        text.append(f"{line['name']} {human_bytes(line['bytes'])}")
+    return text
+
+
+def _blocks(state: State) -> RenderableType:
+    from rich.table import Table
+
+    grid = Table.grid()
+    grid.add_row("[dim]blocks[/dim]   ", block_map(state, WIDTH))
+    return grid
 
 
 def _kernels(state: State) -> RenderableType:
     from rich.text import Text
 
-    counts: dict[str, int] = {}
-    for kernel in state["kernels"]:
-        counts[kernel["kernel"]] = counts.get(kernel["kernel"], 0) + kernel["count"]
     settings = " · ".join(f"{name} {value}" for name, value in state["settings"].items())
-    most = sorted(counts.items(), key=lambda item: -item[1])[:8]
-    text = " · ".join(f"{name} ×{count}" for name, count in most)
-    return Text.assemble(("settings ", "dim"), settings, "\n", ("kernels  ", "dim"), text or "no step yet")
+    matrices = [k for k in state["kernels"] if k["strategy"]]
+    others: dict[str, int] = {}
+    for kernel in state["kernels"]:
+        if not kernel["strategy"]:
+            others[kernel["kernel"]] = others.get(kernel["kernel"], 0) + kernel["count"]
+    most = sorted(others.items(), key=lambda item: -item[1])[:8]
+    shown = Text.assemble(("settings ", "dim"), settings, "\n", ("matrices ", "dim"))
+    shown.append(
+        f"\n{'':9}".join(f"{k['op']:<14} {k['strategy']:<9} {k['kernel']} ×{k['count']}" for k in matrices)
+        or "no step yet"
+    )
+    rest = " · ".join(f"{name} ×{count}" for name, count in most)
+    return shown.append("\nothers   ", "dim").append(rest or "none")
 
 
 def _short(request_id: str) -> str:

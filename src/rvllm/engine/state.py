@@ -35,6 +35,7 @@ def snapshot(core: EngineCore, stats: Stats, asked: GetState) -> State:
     held = sum(len(seq.blocks) for seq in scheduler.running)
     cached = scheduler.blocks.oldest_cached(budget)
     alive = len(scheduler.running) + len(scheduler.waiting)
+    stats.floor_ratio = core.figures.floor_ratio(core.backend)
     return State(
         stats=stats,
         sequences=described,

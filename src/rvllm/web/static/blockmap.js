@@ -19,14 +19,17 @@ export const colourOf = (id) => `hsl(${hueOf(id).toFixed(0)} 62% 50%)`;
 
 export class BlockMap {
   constructor() {
-    this.canvas = el("canvas", { role: "img", "aria-label": "KV block map" });
-    this.label = el("p", { class: "note label", "aria-live": "off" }, "Point at a block to see who holds it.");
+    this.canvas = el("canvas", { role: "img", "aria-label": "KV block map", tabindex: "0" });
+    this.label = el("p", { class: "note label", "aria-live": "polite" }, "Point at a block, or move with the arrow keys, to see who holds it.");
     this.node = el("div", { class: "map" }, this.canvas, this.label);
     this.owners = new Map();
     this.cached = new Set();
     this.shared = 0;
     this.canvas.addEventListener("pointermove", (event) => this.point(event));
     this.canvas.addEventListener("pointerdown", (event) => this.point(event));
+    this.canvas.addEventListener("keydown", (event) => this.step(event));
+    this.canvas.addEventListener("blur", () => { this.at = null; this.draw(); });
+    this.at = null;  // the block that the keyboard is at
     new ResizeObserver(() => this.draw()).observe(this.node);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
   }
@@ -81,6 +84,12 @@ export class BlockMap {
         draw.strokeRect(x + 1, y + 1, cell - gap - 2, cell - gap - 2);
       }
     }
+    if (this.at !== null && this.at < count) {
+      draw.strokeStyle = style.getPropertyValue("--accent");
+      draw.lineWidth = 2;
+      draw.strokeRect((this.at % columns) * cell, Math.floor(this.at / columns) * cell, cell - gap, cell - gap);
+      this.describe(this.at);
+    }
     this.canvas.setAttribute("aria-label", `KV block map: ${this.owners.size} of ${count} blocks in use`);
   }
 
@@ -88,9 +97,23 @@ export class BlockMap {
     if (!this.grid) return;
     const { cell, columns, count } = this.grid;
     const block = Math.floor(event.offsetY / cell) * columns + Math.floor(event.offsetX / cell);
-    if (block < 0 || block >= count) return;
+    if (block >= 0 && block < count) this.describe(block);
+  }
+
+  step(event) {
+    if (!this.grid) return;
+    const { columns, count } = this.grid;
+    const moves = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns, Home: -count, End: count };
+    if (!(event.key in moves)) return;
+    event.preventDefault();
+    this.at = this.at === null ? 0 : Math.max(0, Math.min(count - 1, this.at + moves[event.key]));
+    this.draw();
+  }
+
+  describe(block) {
     const owners = this.owners.get(block);
     const what = owners ? `held by ${owners.join(", ")}` : this.cached.has(block) ? "free, holds a reusable prefix" : "empty";
-    this.label.textContent = `Block ${block}: ${what}`;
+    const text = `Block ${block}: ${what}`;
+    if (this.label.textContent !== text) this.label.textContent = text;
   }
 }

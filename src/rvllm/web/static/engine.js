@@ -27,6 +27,8 @@ export class EngineView {
     this.requestNote = el("p", { class: "note" });
     this.ledger = el("div", { class: "ledger", role: "img" });
     this.legend = el("ul", { class: "legend" });
+    this.matrices = el("tbody");
+    this.matrixNote = el("p", { class: "note" });
     this.kernels = el("tbody");
     this.about = el("dl", { class: "about" });
     this.blockNote = el("p", { class: "note" });
@@ -44,6 +46,8 @@ export class EngineView {
         el("table", {}, el("thead", {}, headings("Request", "", "Prompt", "Cached", "Output", "Blocks", "Queued", "Age")), this.requests)), this.requestNote),
       card("KV blocks", "wide", this.map.node, this.blockNote),
       card("Memory", "", this.ledger, this.legend),
+      card("Matrices", "", el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Matrices" },
+        el("table", {}, el("thead", {}, headings("Matrix", "Strategy", "Kernel", "Why")), this.matrices)), this.matrixNote),
       card("Kernels of the last step", "tall", el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Kernels" },
         el("table", {}, el("thead", {}, headings("Op", "Kernel", "Launches", "Why")), this.kernels))),
       card("Engine", "", this.about));
@@ -89,8 +93,9 @@ export class EngineView {
   showTiles(state, now) {
     const { stats } = state;
     this.tile("Generated", rate(now.generated), "tokens/s");
+    const last = state.floor_ratio === null ? "" : `, decode steps ${percent(state.floor_ratio)}`;
     this.tile("Of the floor", now.floor && now.generated ? percent(now.generated / now.floor) : "–",
-      now.floor ? `${rate(now.floor)} tokens/s` : stats.running ? "not known here" : "nothing runs");
+      (now.floor ? `${rate(now.floor)} tokens/s` : stats.running ? "not known here" : "nothing runs") + (now.floor ? last : ""));
     this.tile("Prompts", rate(now.prompt), "tokens/s");
     this.tile("Running", whole(stats.running), `of ${whole(state.max_num_seqs)}`);
     this.tile("Waiting", whole(stats.waiting), stats.preemptions ? `${whole(stats.preemptions)} preempted` : "");
@@ -148,7 +153,12 @@ export class EngineView {
     const drawn = JSON.stringify(state.kernels);
     if (this.drawnKernels === drawn) return;
     this.drawnKernels = drawn;
-    rows(this.kernels, state.kernels, (kernel) => [el("td", {}, el("code", {}, kernel.op)), el("td", {}, el("code", {}, kernel.kernel)), whole(kernel.count), kernel.why || "–"]);
+    const code = (text) => el("td", {}, el("code", {}, text));
+    const matrices = state.kernels.filter((kernel) => kernel.strategy);
+    rows(this.matrices, matrices, (kernel) => [code(kernel.op), kernel.strategy, code(kernel.kernel), kernel.why || "–"]);
+    const path = state.settings["decode path"];
+    setText(this.matrixNote, !matrices.length ? "No step has run yet." : path ? `Decode path: ${path}. Strategy asked for: ${state.settings["GEMM strategy"]}.` : "");
+    rows(this.kernels, state.kernels, (kernel) => [code(kernel.op), code(kernel.kernel), whole(kernel.count), kernel.why || "–"]);
   }
 
   showAbout(state) {
