@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import archs_tiny as tiny
 import numpy as np
 
@@ -40,9 +42,9 @@ CASES = {
 }  # fmt: skip
 
 
-def random_tensors(name: str) -> dict[str, F32]:
-    """Weights from a seed; decays, steps and skips of a trained model's size."""
-    tensors = tiny.random_tensors(name, CASES[name].config)
+def random_tensors(name: str, changed: dict[str, Any] | None = None) -> dict[str, F32]:
+    """Weights from a seed; decays, steps and skips of a trained model's size. changed: in its config."""
+    tensors = tiny.random_tensors(name, CASES[name].config | (changed or {}))
     for source, tensor in tensors.items():
         if source.endswith("A_log"):
             tensors[source] = np.log(np.linspace(0.3, 8.0, len(tensor), dtype=np.float32))

@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import archs_tiny as tiny
+import nemotron_gguf
 import nemotron_tiny as nemotron
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from rvllm.models.registry import build_program
 from rvllm.program.cost import StepShape, program_cost
 from rvllm.program.dtypes import DType
 from rvllm.program.recurrent import CHUNK
+from rvllm.weights.open import open_checkpoint
+from rvllm.weights.packing import pack
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "archs"
 PIECES = [(5, 1, 64, 3, 40, 24), (16,) * 8 + (9,), (1,) * 137, (130, 7)]
@@ -92,6 +95,53 @@ def test_batch_mates_change_no_bit(name: str, tmp_path: Path) -> None:
     backend.close()
     for s, rows in enumerate([*map(np.concatenate, zip(first, second[:2], strict=True)), second[2]]):
         assert np.array_equal(rows, alone[s]), f"sequence {s}"
+
+
+# What llama.cpp's files cannot say: the least step, and plain MLPs beside experts.
+IN_GGUF: dict[str, dict[str, Any]] = {
+    "nemotron_h": {},
+    "nemotron_h_moe": {"time_step_min": 0.001},
+    "nemotron_h_latent": {"layers_block_type": ["mamba", "moe", "attention", "moe"]},
+}
+
+
+@pytest.mark.parametrize("name", nemotron.CASES)
+def test_gguf_equals_safetensors(name: str, tmp_path: Path) -> None:
+    """Equal but for decays, which the file holds as -exp(A_log)."""
+    case = nemotron.CASES[name]
+    config = case.config | IN_GGUF[name]
+    tensors = nemotron.random_tensors(name, IN_GGUF[name])
+    file = nemotron_gguf.write(tmp_path / "model.gguf", config, tensors)
+    prompt, logits, greedy = tiny.prompt_of(name, 45), [], []
+    for path in (tiny.save(tmp_path / "one", config, tensors), file):
+        backend = tiny.load(path)
+        logits.append(tiny.all_logits(backend, prompt, (len(prompt),)))
+        greedy.append(tiny.greedy(backend, prompt, 8))
+        backend.close()
+    np.testing.assert_allclose(*logits, atol=2e-5, rtol=0)
+    assert greedy[0] == greedy[1]
+    program = build_program(ModelConfig(open_checkpoint(file).config, "gguf"), DType.F32)
+    for weight in program.weights:
+        wanted = np.concatenate([tensors[p.source].reshape(-1) for p in weight.parts])
+        rounded = weight.parts[0].source.endswith("A_log")
+        found = pack(weight, open_checkpoint(file), DType.F32).reshape(-1)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6 if rounded else 0, err_msg=weight.name)
+
+
+@pytest.mark.parametrize(
+    ("instead", "message"),
+    [
+        ({"blk.0.ssm_a": np.ones((6, 1), np.float32)}, "must hold negative numbers"),
+        ({"blk.0.ssm_norm.weight": np.ones((2, 23), np.float32)}, "norm.weight has shape"),
+        ({"blk.0.ssm_d": np.ones((7, 1), np.float32)}, "mixer.D has shape"),
+    ],
+)
+def test_a_wrong_gguf_is_refused_in_one_line(instead: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = nemotron.CASES["nemotron_h"].config
+    path = nemotron_gguf.write(tmp_path / "x.gguf", config, nemotron.random_tensors("nemotron_h"), instead)
+    with pytest.raises(ModelError, match=message) as caught:
+        EngineCore.from_config(EngineConfig(model=str(path), device="cpu"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("field", ["time_step_min", "layer_norm_epsilon", "routed_scaling_factor"])

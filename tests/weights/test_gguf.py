@@ -27,7 +27,8 @@ from rvllm.program.dtypes import DType
 from rvllm.program.ops import Part, Program, Weight
 from rvllm.weights.checkpoint import TensorType
 from rvllm.weights.gguf import Strings, read_gguf
-from rvllm.weights.gguf_archs import ARCHITECTURES, LAYER_NAMES
+from rvllm.weights.gguf_archs import LAYER_NAMES
+from rvllm.weights.gguf_config import KNOWN
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.packing import check_weights, pack
 
@@ -103,12 +104,12 @@ def test_config_and_names(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("name", sorted(KNOWN))
 def test_names_are_llama_cpps(name: str) -> None:
     """Our table against the gguf package's, which maps the other way round."""
     arch = next(a for a, text in gguf.MODEL_ARCH_NAMES.items() if text == name)
     table = gguf.get_tensor_name_map(arch, 3)
-    ours = ARCHITECTURES[name]
+    ours = KNOWN[name]
     stored = {gguf.TENSOR_NAMES[t].format(bid=2) for t in gguf.MODEL_TENSORS[arch]}
     known = [n for n in (*(f"blk.2.{n}" for n in ours.layer_names), *ours.global_names) if n in stored]
     assert len(known) >= 9

@@ -68,6 +68,7 @@ class TensorInfo:
     regroup_heads: not 0 where the file holds fused rows as [q|k|v][head][dim] and Transformers as
     [head][q|k|v][dim] (GPT-NeoX); the number of heads.
     add: a constant the file's numbers lack (llama.cpp stores Gemma's norms as 1 + w; then it is -1).
+    logarithm: whether the file holds -exp(x) of each number x (llama.cpp's decays of Mamba layers).
     quantised: not None where the tensor is computed from others on the way in; type is F32 then, nbytes what
     its float32 numbers take, and file and offset are those of its levels.
     """
@@ -81,6 +82,7 @@ class TensorInfo:
     unpermute_heads: int = 0
     regroup_heads: int = 0
     add: float = 0.0
+    logarithm: bool = False
     quantised: Quantised | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from rvllm.errors import ModelError
+from rvllm.weights.checkpoint import TensorInfo
 from rvllm.weights.mapped import shown
 
 GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -48,6 +49,10 @@ class Architecture:
     latent: key_length and value_length are those of a cache of latents (MLA).
     present: config fields that are true where the named tensor (in Transformers' words) is there.
     extra: further config fields, from the metadata.
+    whole_names: tensors of a layer whose names in Transformers do not end as llama.cpp's do.
+    by_layer: numbers given per layer are 0 in layers of another kind.
+    adjust: what else the file's tensor (by llama.cpp's name) needs, to be what Transformers has.
+    observed: further config fields, from the tensors (in Transformers' words).
     """
 
     hf_class: str
@@ -64,9 +69,16 @@ class Architecture:
     latent: bool = False
     present: Mapping[str, str] = field(default_factory=dict)
     extra: Callable[[Metadata], dict[str, Any]] = lambda metadata: {"hidden_act": "silu"}
+    whole_names: Mapping[str, str] = field(default_factory=dict)
+    by_layer: bool = False
+    adjust: Callable[[str, TensorInfo], TensorInfo] = lambda name, info: info
+    observed: Callable[[Mapping[str, TensorInfo]], dict[str, Any]] = lambda tensors: {}
 
     def hf_name(self, name: str) -> str:
         """The name in Transformers; a tensor it does not know keeps its own."""
+        whole = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+        if whole and whole[2] in self.whole_names:
+            return f"{self.layer_prefix}{whole[1]}.{self.whole_names[whole[2]]}"
         stem, _, kind = name.rpartition(".")
         layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
         if layer and layer[2] in self.layer_names:
@@ -90,10 +102,13 @@ class Architecture:
 class Metadata:
     """Typed reading of one architecture's metadata; every failure names the file and the key."""
 
-    def __init__(self, values: Mapping[str, Any], path: Path, architecture: str) -> None:
+    def __init__(
+        self, values: Mapping[str, Any], path: Path, architecture: str, by_layer: bool = False
+    ) -> None:
         self.values = values
         self.path = path
         self.architecture = architecture
+        self.by_layer = by_layer  # see Architecture
 
     def fail(self, key: str, problem: str) -> NoReturn:
         raise ModelError(f"{self.path}: metadata {key} {problem}")
@@ -115,6 +130,8 @@ class Metadata:
         value = self.values.get(key)
         if isinstance(value, np.ndarray):
             distinct = set(value.tolist())
+            if self.by_layer and len(distinct) > 1:
+                distinct.discard(0)
             if len(distinct) != 1:
                 self.fail(key, "differs between layers, which is not supported")
             value = distinct.pop()

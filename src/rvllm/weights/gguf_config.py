@@ -16,9 +16,11 @@ from rvllm.weights.checkpoint import TensorInfo
 from rvllm.weights.gguf import GGUFFile, GGUFTensor, as_list, read_gguf
 from rvllm.weights.gguf_archs import ARCHITECTURES, Architecture, Metadata
 from rvllm.weights.gguf_ends import end_tokens
+from rvllm.weights.gguf_hybrids import HYBRIDS
 from rvllm.weights.mapped import FileCheckpoint, shown
 from rvllm.weights.quants import dequantise
 
+KNOWN = ARCHITECTURES | HYBRIDS
 MOST_EXPERTS = 1 << 14  # a tensor is made of each
 SAMPLING_KEYS = {
     "general.sampling.temp": "temperature",
@@ -36,13 +38,13 @@ def open_gguf(path: Path) -> FileCheckpoint:
     name = first.metadata.get("general.architecture")
     if not isinstance(name, str):
         raise ModelError(f"{path}: metadata general.architecture is missing")
-    architecture = ARCHITECTURES.get(name)
+    architecture = KNOWN.get(name)
     if architecture is None:
         raise ModelError(
             f"{path}: general.architecture {shown(name)} is not supported; "
-            f"GGUF files of {', '.join(sorted(ARCHITECTURES))} are"
+            f"GGUF files of {', '.join(sorted(KNOWN))} are"
         )
-    metadata = Metadata(first.metadata, path, name)
+    metadata = Metadata(first.metadata, path, name, architecture.by_layer)
     if metadata.opt_count("expert_count"):
         architecture = architecture.mixture or architecture
         if not architecture.experts:
@@ -127,6 +129,7 @@ def _tensors(
                 info = replace(info, regroup_heads=heads)
             if architecture.norm_add and kind.endswith("norm"):
                 info = replace(info, add=architecture.norm_add)
+            info = architecture.adjust(tensor.name, info)
             if architecture.per_head and kind in ("attn_q_norm", "attn_k_norm"):
                 found |= _one_a_head(info)
             else:
@@ -229,6 +232,7 @@ def _config(
         "pad_token_id": metadata.opt_count("tokenizer.ggml.padding_token_id"),
         **{name: tensor in tensors for name, tensor in architecture.present.items()},
         **architecture.extra(metadata),
+        **architecture.observed(tensors),
     }
 
 

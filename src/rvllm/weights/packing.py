@@ -104,6 +104,9 @@ def _require(part: Part, checkpoint: Checkpoint) -> TensorInfo:
 
 def _pack_part(part: Part, info: TensorInfo, raw: NDArray[np.uint8], out: NDArray[Any], dtype: DType) -> None:
     add = part.add + info.add
+    if info.logarithm:
+        _store(info, _logarithms(info, raw) + np.float32(add), out)
+        return
     if is_transposed(part, info):
         stored = _numbers(info, raw)
         if part.layout == "transposed":
@@ -140,6 +143,13 @@ def _numbers(info: TensorInfo, raw: NDArray[np.uint8]) -> NDArray[np.float32]:
     return out
 
 
+def _logarithms(info: TensorInfo, raw: NDArray[np.uint8]) -> NDArray[np.float32]:
+    numbers = _numbers(info, raw)
+    if not (numbers < 0).all():
+        raise ModelError(f"{info.file}: tensor {info.name} must hold negative numbers")
+    return np.log(-numbers)
+
+
 def _convert(info: TensorInfo, raw: NDArray[np.uint8], out: NDArray[Any], dtype: DType, add: float) -> None:
     """Stored bytes to elements of `dtype`, plus a constant."""
     if dtype is DType.F32:
@@ -173,6 +183,11 @@ def _store(info: TensorInfo, numbers: NDArray[np.float32], out: NDArray[Any]) ->
 def is_transposed(part: Part, info: TensorInfo) -> bool:
     """Whether the tensor's rows become columns of the part."""
     return part.layout in ("transposed", "head_columns") and info.name != part.prepared
+
+
+def has_stored_form(part: Part, info: TensorInfo) -> bool:
+    """Whether the part's rows are the tensor's, in whatever order: none is turned, no constant is added."""
+    return not (is_transposed(part, info) or part.add or info.add or len(info.shape) < 2)
 
 
 def row_order(part: Part, info: TensorInfo) -> NDArray[np.intp] | None:
@@ -220,7 +235,7 @@ def each_raw_part(weight: Weight, checkpoint: Checkpoint) -> Iterator[RawPart]:
     """The parts one by one, so that of quantised ones only one is held as float32 at a time."""
     for part in weight.parts:
         info = _require(part, checkpoint)
-        if is_transposed(part, info) or part.add or info.add or len(info.shape) < 2:
+        if not has_stored_form(part, info):
             raise ModelError(
                 f"{info.file}: tensor {info.name} cannot be used in its stored form {info.type.value}"
             )
