@@ -23,6 +23,7 @@ from rvllm.version import __version__
 
 if TYPE_CHECKING:
     from rvllm.program.ops import Program
+    from rvllm.weights.checkpoint import Checkpoint
 
 Section = list[tuple[str, str]]
 SECRET = ("api_key",)
@@ -155,10 +156,10 @@ def model_sections(config: EngineConfig) -> dict[str, Section]:
         ("end of sequence", ", ".join(map(str, model.eos_token_ids)) or "none"),
     ]
     device = choose_device(config)
-    return {"model": facts, f"memory plan ({device})": memory_rows(program, config, device)}
+    return {"model": facts, f"memory plan ({device})": memory_rows(program, checkpoint, config, device)}
 
 
-def memory_rows(program: Program, config: EngineConfig, device: str) -> Section:
+def memory_rows(program: Program, checkpoint: Checkpoint, config: EngineConfig, device: str) -> Section:
     """Weights, KV cache and limits, in bytes and tokens."""
     from rvllm.cli.tables import human_bytes
     from rvllm.program.cost import kv_bytes_per_token
@@ -171,12 +172,14 @@ def memory_rows(program: Program, config: EngineConfig, device: str) -> Section:
             ("kv cache per token", f"{per_token} bytes"),
             ("kv blocks", "decided at start; the ledger is printed then"),
         ]
-    from rvllm.backends.cpu.memory import plan_memory
+    from rvllm.backends.cpu.memory import plan_memory, weight_bytes
 
-    plan = plan_memory(program, config)
+    holds = config.load_format != "dummy" and checkpoint.tensors
+    form = weight_bytes(program, checkpoint if holds else None, config)
+    plan = plan_memory(program, config, weight_form=form)
     limits = plan.limits
     return [
-        ("weights", f"{plan.weight_bytes} bytes ({human_bytes(plan.weight_bytes)}) in float32"),
+        ("weights", f"{plan.weight_bytes} bytes ({human_bytes(plan.weight_bytes)}) {form[1]}"),
         *[(line.name, f"{line.nbytes} bytes ({human_bytes(line.nbytes)})") for line in plan.state_lines],
         ("kv cache per token", f"{per_token} bytes"),
         ("kv blocks", f"{limits.num_blocks} of {limits.block_size} tokens"),

@@ -268,3 +268,36 @@ def test_vectors_are_registers() -> None:
     text = native.assembly_of({"double": apply(lambda k, v: k.fma(v, v, v))})
     assert "call" not in text
     assert VF.count == LANES and VF.element == F32
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mixtral", "nemotron_h"])
+def test_the_plan_tells_what_the_weights_take(name: str, tmp_path: Path) -> None:
+    """Gemma adds a constant to its norms, experts stay with NumPy, tied embeddings are held once."""
+    import archs_moe_tiny
+    import archs_tiny
+    import nemotron_tiny
+
+    config = (archs_tiny.CASES | archs_moe_tiny.CASES | nemotron_tiny.CASES)[name].config
+    path = archs_tiny.save(tmp_path, config, archs_tiny.random_tensors(name, config))
+    for kernels in ("compiled", "numpy"):
+        backend = loaded(path, cpu_kernels=kernels)
+        lines = {line.name: line.nbytes for line in backend.ledger()}
+        held = lines["weights"] + lines.get("packed weights, compiled kernels", 0)
+        assert backend._plan.weight_bytes == held > 0
+
+
+@pytest.mark.models
+def test_the_plan_counts_gguf_blocks_as_packed() -> None:
+    from models import model_path
+
+    from rvllm.backends.cpu.native.model import weight_bytes
+
+    checkpoint = open_checkpoint(model_path("smollm2-135m"))
+    program = build_program(ModelConfig(checkpoint.config, checkpoint.config_origin), DType.F32)
+    planned = weight_bytes(program, checkpoint)
+    stored = sum(info.nbytes for info in checkpoint.tensors.values())
+    elements = sum(w.elements for w in program.weights)
+    assert stored <= planned < 1.1 * stored < 4 * elements / 4
+    config = EngineConfig(device="cpu", cpu_kernels="compiled", num_blocks=8, threads=1)
+    backend = CpuBackend.load(program, checkpoint, config)
+    assert planned == sum(line.nbytes for line in backend.ledger() if "weights" in line.name)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepKernel, StepResult, grouped
 from rvllm.backends.cpu.interpret import F32, Launch, Model, Run, empty_caches, empty_states, execute, resolve
 from rvllm.backends.cpu.measure import Rates, measure
-from rvllm.backends.cpu.memory import MemoryPlan, plan_memory
+from rvllm.backends.cpu.memory import MemoryPlan, plan_memory, weight_bytes
 from rvllm.backends.cpu.native.model import NativeModel, chosen
 from rvllm.backends.cpu.product import same_at_every_position
 from rvllm.backends.cpu.sampler import draw, top_logprobs
@@ -60,7 +60,7 @@ class CpuBackend:
         if program.dtype is not DType.F32:
             raise UsageError(f"--dtype {program.dtype.value}: the CPU backend computes in float32")
         compiled = chosen(config.cpu_kernels)
-        plan = plan_memory(program, config)
+        plan = plan_memory(program, config, weight_form=weight_bytes(program, checkpoint, config))
         single_threaded_blas()
         ropes = rope_tables(program, plan.limits.max_model_len)
         workers = Workers(config.threads or available_cores())
@@ -97,12 +97,12 @@ class CpuBackend:
         return self._plan.limits
 
     def ledger(self) -> list[LedgerLine]:
-        """Weights, KV blocks, rope tables and the states of recurrent layers."""
+        """Weights, KV blocks, rope tables, recurrent states, and the workspace of compiled kernels."""
         ropes = sum(cos.nbytes + sin.nbytes for cos, sin in self._model.ropes.values())
         native = self._native
-        packed = [] if native is None else [LedgerLine("packed weights, compiled kernels", native.nbytes)]
+        compiled = [] if native is None else native.ledger()
         return [
-            *packed,
+            *compiled,
             LedgerLine("weights", sum(w.nbytes for w in self._model.weights.values())),
             LedgerLine("kv cache", self._plan.kv_bytes),
             LedgerLine("rope tables", ropes),

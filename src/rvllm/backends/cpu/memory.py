@@ -11,6 +11,7 @@ from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, UsageError
 from rvllm.program.encoder import embedding_size
 from rvllm.program.ops import Program
+from rvllm.weights.checkpoint import Checkpoint
 
 GB = 1_000_000_000
 ELEMENT = 4  # float32
@@ -19,6 +20,7 @@ ENCODER_TOKENS = 2048  # of one step of an encoder, which lets nobody wait for i
 MOST_KV = 4 * GB  # unless a flag asks for more
 RESERVE = 256 << 20  # for the interpreter and the activations of a step
 HUGE = 1 << 62
+FLOAT32 = "in float32"
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,35 @@ def _control_group_free() -> int:
     return HUGE
 
 
-def plan_memory(program: Program, config: EngineConfig, free: int | None = None) -> MemoryPlan:
+def weight_bytes(program: Program, checkpoint: Checkpoint | None, config: EngineConfig) -> tuple[int, str]:
+    """Bytes the weights will take on the CPU, and in which form: by the kernels that --cpu-kernels chooses.
+
+    checkpoint None: random ones. Raises UsageError when compiled kernels are asked for and absent.
+    """
+    from rvllm.backends.cpu.native import model
+
+    if model.chosen(config.cpu_kernels):
+        return model.weight_bytes(program, checkpoint), "packed for compiled kernels"
+    return sum(w.elements for w in program.weights) * ELEMENT, FLOAT32
+
+
+def plan_memory(
+    program: Program,
+    config: EngineConfig,
+    free: int | None = None,
+    weight_form: tuple[int, str] | None = None,
+) -> MemoryPlan:
     """The memory plan of a program on this machine.
 
+    weight_form: bytes of the weights and how they are held (see `weight_bytes`); None: float32.
     Raises CapacityError when the weights, or one sequence of --max-model-len tokens, do not fit, and
     UsageError when --max-model-len exceeds what the model's positions are defined for.
     """
     free = free_bytes() if free is None else free
-    weights = sum(w.elements for w in program.weights) * ELEMENT
+    weights, form = weight_form or (sum(w.elements for w in program.weights) * ELEMENT, FLOAT32)
     if weights + RESERVE > free:
         raise CapacityError(
-            f"the weights take {weights / GB:.2f} GB in float32, and only {free / GB:.2f} GB of memory "
+            f"the weights take {weights / GB:.2f} GB {form}, and only {free / GB:.2f} GB of memory "
             "are free; choose a smaller model (--model) or a GPU (--device cuda)"
         )
     wanted = config.max_model_len

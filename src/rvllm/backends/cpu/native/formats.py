@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import Weight
 from rvllm.weights.checkpoint import Checkpoint, TensorType
-from rvllm.weights.packing import dummy, pack, raw_parts
+from rvllm.weights.packing import dummy, find_tensor, has_stored_form, pack, raw_parts
 from rvllm.weights.quants import levels_into, scales_of
 
 LANES = 16
@@ -127,6 +128,21 @@ def pack_matrix(weight: Weight, checkpoint: Checkpoint | None, seed: int) -> Mat
         first += segments[-1].rows
         at += count
     return Matrix(tuple(segments))
+
+
+def packed_nbytes(weight: Weight, checkpoint: Checkpoint | None) -> int:
+    """What `pack_matrix` will take, by the types in the checkpoint; nothing is read."""
+    inner = weight.shape[-1]
+    found = [] if checkpoint is None else [(part, find_tensor(part, checkpoint)) for part in weight.parts]
+    stored = [
+        (info.type, part.elements // inner) for part, info in found if info and has_stored_form(part, info)
+    ]
+    if len(stored) != len(weight.parts) or checkpoint is None:
+        stored = [(TensorType.F32, weight.elements // inner)]
+    return sum(
+        -(-sum(rows for _, rows in run) // LANES) * FORMATS[kind].tile_bytes(inner)
+        for kind, run in groupby(stored, key=lambda each: each[0])
+    )
 
 
 def _bytes_of(array: NDArray[np.float32]) -> Bytes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rvllm.backends.base import Limits
+from rvllm.backends.base import LedgerLine, Limits
 from rvllm.backends.cpu.interpret import F32, RESULTS, Launch, Model, Run, empty_caches
 from rvllm.backends.cpu.step import BLOCK
 from rvllm.config import SourceConfig, build
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rvllm.program.rope import Rope
 
 LANES = 16
+ELEMENT = 4  # bytes of a float32
 SCORED = 64  # rows of logits that a step has for prompts beside those it draws from
 Progress = Callable[[float, str], None]
 
@@ -50,6 +51,27 @@ def chosen(setting: str) -> bool:
         older = f", llvmlite {found[0]}.{found[1]} is too old" if found else ""
         raise UsageError(f'--cpu-kernels compiled needs the extra cpu{older}: pip install "rvllm[cpu]"')
     return setting == "compiled" or (setting == "auto" and present)
+
+
+def weight_bytes(program: Program, checkpoint: Checkpoint | None) -> int:
+    """Memory that the weights will take: packed for compiled ops, float32 for the others."""
+    from rvllm.backends.cpu.native.formats import packed_nbytes
+
+    wanted, plain = _placed(program)
+    packed = sum(packed_nbytes(w, checkpoint) for w in program.weights if w.name in wanted)
+    return packed + sum(ELEMENT * w.elements for w in program.weights if w.name in plain)
+
+
+def _placed(program: Program) -> tuple[set[str], set[str]]:
+    """Names of the weights that compiled ops want packed, and of those wanted as float32; some are both."""
+    from rvllm.backends.cpu.native import lower
+
+    names = lower.supported(program)
+    wanted = {m.name for op in program.ops if op.name in names and (m := lower.matrix_of(op))}
+    plain = {
+        w.name for op in program.ops for w in op.weights if op.name not in names or w != lower.matrix_of(op)
+    }
+    return wanted, plain
 
 
 def caches_for(program: Program, supported: Iterable[str], blocks: int) -> dict[str, tuple[F32, F32]]:
@@ -78,6 +100,11 @@ class NativeModel:
     def nbytes(self) -> int:
         """Memory of the packed weights."""
         return sum(m.nbytes for m in self._matrices.values())
+
+    def ledger(self) -> list[LedgerLine]:
+        """Packed weights, and the workspace of the largest step: the system gives it memory when written."""
+        workspace = LedgerLine("workspace of a step, at most", self._step.memory.nbytes)
+        return [LedgerLine("packed weights, compiled kernels", self.nbytes), workspace]
 
     @property
     def stored(self) -> dict[str, int]:
@@ -108,13 +135,7 @@ class NativeModel:
         from rvllm.backends.cpu.native.step import NativeStep
 
         names = lower.supported(program)
-        wanted = {m.name for op in program.ops if op.name in names and (m := lower.matrix_of(op))}
-        plain = {
-            w.name
-            for op in program.ops
-            for w in op.weights
-            if op.name not in names or w != lower.matrix_of(op)
-        }
+        wanted, plain = _placed(program)
         weights: dict[str, F32] = {}
         matrices: dict[str, Matrix] = {}
         done, total = 0, sum(w.elements for w in program.weights) or 1
