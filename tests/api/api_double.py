@@ -73,7 +73,9 @@ class FakeEngine:
         self.vocabularies.append(vocabulary)
 
     async def stats(self) -> Stats:
-        return Stats(running=len(self.open), blocks_total=10, blocks_used=len(self.open), steps=7)
+        return Stats(
+            running=len(self.open), blocks_total=10, blocks_used=len(self.open), steps=7, floor_ratio=0.9
+        )
 
     async def state(self) -> State:
         self.asked_for_state += 1

@@ -93,9 +93,8 @@ export class EngineView {
   showTiles(state, now) {
     const { stats } = state;
     this.tile("Generated", rate(now.generated), "tokens/s");
-    const last = state.floor_ratio === null ? "" : `, decode steps ${percent(state.floor_ratio)}`;
     this.tile("Of the floor", now.floor && now.generated ? percent(now.generated / now.floor) : "–",
-      (now.floor ? `${rate(now.floor)} tokens/s` : stats.running ? "not known here" : "nothing runs") + (now.floor ? last : ""));
+      now.floor ? `${rate(now.floor)} tokens/s` : stats.running ? "not known here" : "nothing runs");
     this.tile("Prompts", rate(now.prompt), "tokens/s");
     this.tile("Running", whole(stats.running), `of ${whole(state.max_num_seqs)}`);
     this.tile("Waiting", whole(stats.waiting), stats.preemptions ? `${whole(stats.preemptions)} preempted` : "");
@@ -150,14 +149,16 @@ export class EngineView {
   }
 
   showKernels(state) {
+    const path = state.settings["decode path"];
+    const asked = path ? `Decode path: ${path}. Strategy asked for: ${state.settings["GEMM strategy"]}. ` : "";
+    const ratio = state.floor_ratio === null ? "" : `The last decode steps ran at ${percent(state.floor_ratio)} of the floor.`;
+    setText(this.matrixNote, state.kernels.length ? asked + ratio : "No step has run yet.");
     const drawn = JSON.stringify(state.kernels);
     if (this.drawnKernels === drawn) return;
     this.drawnKernels = drawn;
     const code = (text) => el("td", {}, el("code", {}, text));
     const matrices = state.kernels.filter((kernel) => kernel.strategy);
     rows(this.matrices, matrices, (kernel) => [code(kernel.op), kernel.strategy, code(kernel.kernel), kernel.why || "–"]);
-    const path = state.settings["decode path"];
-    setText(this.matrixNote, !matrices.length ? "No step has run yet." : path ? `Decode path: ${path}. Strategy asked for: ${state.settings["GEMM strategy"]}.` : "");
     rows(this.kernels, state.kernels, (kernel) => [code(kernel.op), code(kernel.kernel), whole(kernel.count), kernel.why || "–"]);
   }
 
