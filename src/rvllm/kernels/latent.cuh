@@ -101,7 +101,7 @@ __device__ __forceinline__ void latent_scores(float (&s)[OWN][4], const T* q, co
     }
   };
   int k = 0;
-#pragma unroll 2
+#pragma unroll(OWN == 1 ? 3 : 2)
   for (; k + 1 < steps; k += 2) {
     step(k, sum[0]);
     step(k + 1, sum[1]);
