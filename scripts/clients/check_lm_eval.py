@@ -3,8 +3,8 @@
     python check_lm_eval.py MODEL SAMPLES...
 
 SAMPLES: files that `lm_eval --log_samples` wrote. Every loglikelihood in them is computed again with
-`rvllm.LLM` in this process, from prompt_logprobs of the same tokens, with whether each token was the likeliest.
-Ends with an error when one differs by more than 0.001 nats.
+`rvllm.LLM` in this process, from prompt_logprobs of the same tokens, with whether each token was the
+likeliest. Ends with an error when one differs by more than 0.001 nats.
 """
 
 import json

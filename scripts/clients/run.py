@@ -3,8 +3,8 @@
     python scripts/clients/run.py [npm] [agents] [schemathesis] [lm-eval]
 
 Without names, all of them. Each client is installed into a folder of its own below --work (a temporary one
-unless given), never beside rvllm. Ends with 0 when all went well, 1 when one did not, 69 when one could not be
-had.
+unless given), never beside rvllm. Ends with 0 when all went well, 1 when one did not, 69 when one could not
+be had.
 """
 
 from __future__ import annotations
@@ -123,15 +123,18 @@ def agents(work: Path) -> bool:
 def schemathesis(work: Path) -> bool:
     """Requests made from the OpenAPI document, right ones and wrong ones, in sequences and alone."""
     programs = installed(work, "schemathesis", "schemathesis>=4.32")
+    os.environ["SCHEMATHESIS_HOOKS"] = str(HERE / "schemathesis_hooks.py")
     command: list[str | Path] = [
         programs / "schemathesis",
         "--config-file",
         HERE / "schemathesis.toml",
         "run",
     ]
+    os.environ["SERVED_MODEL"] = "small"
     with served(fetched("smollm2-135m"), "small", work, *SMALL, "--api-key", "secret") as url:
         asked = ["--header", "Authorization: Bearer secret", "--max-time", "120"]
         generating = ran([*command, f"{url}/openapi.json", *asked], work)
+    os.environ["SERVED_MODEL"] = "minilm"
     with served(fetched("minilm-l6-v2"), "minilm", work) as url:
         asked = ["--include-path-regex", CHECKED_PATHS, "--max-time", "45"]
         return ran([*command, f"{url}/openapi.json", *asked], work) and generating

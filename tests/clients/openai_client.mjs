@@ -66,6 +66,25 @@ const checks = {
     return message.content;
   },
 
+  async "a stream in single bytes"() {
+    const bytewise = new OpenAI({
+      ...settings, baseURL,
+      fetch: async (url, init) => {
+        const response = await fetch(url, init);
+        const single = new TransformStream({
+          transform: (chunk, out) => chunk.forEach((byte) => out.enqueue(Uint8Array.of(byte))),
+        });
+        return new Response(response.body.pipeThrough(single), response);
+      },
+    });
+    const messages = [{ role: "user", content: "Say exactly: Grüße, 日本 😀" }];
+    const asked = { model, messages, temperature: 0, max_tokens: 24 };
+    const whole = await client.chat.completions.create(asked);
+    const chunks = await collect(await bytewise.chat.completions.create({ ...asked, stream: true }));
+    assert.equal(chunks.map((chunk) => chunk.choices[0].delta.content ?? "").join(""), whole.choices[0].message.content);
+    return whole.choices[0].message.content;
+  },
+
   async "a stream that is left"() {
     const stream = await client.chat.completions.create({ model, messages: question, stream: true, max_tokens: 400 });
     for await (const chunk of stream) if (chunk.choices[0].delta.content) break;

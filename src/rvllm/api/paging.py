@@ -37,7 +37,7 @@ class Query:
 
     def number(self, name: str, default: int, low: int, high: int) -> int:
         """A whole number in a range. Raises a 400 otherwise."""
-        text = self.text(name)
+        text: str | None = self._values.get(name, [None])[-1]
         if text is None:
             return default
         if not (text.isascii() and text.isdigit() and len(text) < 12 and low <= int(text) <= high):
