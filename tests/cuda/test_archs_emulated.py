@@ -1,0 +1,66 @@
+"""A few architectures whole on the emulator: what only they use, through plans, loading, graphs and sampling.
+
+All of them run with RVLLM_TEST_EMULATE=1 (test_archs_gpu.py), which takes minutes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from emulator.driver import emulated_driver
+from gpu_engine import CONFIG, core_of, run
+from test_archs_gpu import ENCODERS, MODELS, TOLERANCE, VOCAB, program_of, scores, tensors_of, text_batch
+
+from rvllm.backends.cpu.backend import CpuBackend
+from rvllm.backends.cuda.backend import CudaBackend
+from rvllm.backends.cuda.encoder import CudaEncoder
+from rvllm.config import EngineConfig
+from rvllm.engine.messages import Sampling
+from rvllm.program.dtypes import DType
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="the emulator needs g++, which is not here"
+)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi3small", "stablelm_qk_norm"])
+def test_scores_agree_with_the_cpu(name: str) -> None:
+    config = {**MODELS[name].config, "num_hidden_layers": 2}
+    checkpoint, rng = tensors_of(name, config, DType.F16), np.random.default_rng(7)
+    vocab = [t for t in range(VOCAB) if t not in config.get("dummy_token_indices", ())]
+    asked = [(rng.choice(vocab, n).tolist(), Sampling(max_tokens=3, prompt_logprobs=1)) for n in (3, 70)]
+    engine = replace(
+        CONFIG, max_model_len=128, max_num_seqs=2, max_num_batched_tokens=40, cpu_kernels="numpy"
+    )
+    core = core_of(CpuBackend.load(program_of(config, DType.F32), checkpoint, engine), config, engine)
+    wanted = scores(run(core, asked))
+    core.close()
+    with emulated_driver():
+        loaded = CudaBackend.load(program_of(config, DType.F16), checkpoint, engine)
+        core = core_of(loaded, config, engine)
+        found = run(core, asked)
+        (alone,) = run(core, asked[:1])
+        core.close()
+    np.testing.assert_allclose(scores(found), wanted, atol=2 * TOLERANCE[DType.F16])
+    assert [o.token_ids for o in alone] == [o.token_ids for o in found[0]]
+    hidden = set(config.get("dummy_token_indices", ()))
+    assert not hidden & {t for out in found for o in out for t in o.token_ids}
+
+
+def test_vectors_agree_with_the_cpu() -> None:
+    config = {**ENCODERS["roberta_last"], "num_hidden_layers": 2}
+    checkpoint, rng = tensors_of("roberta_last", config, DType.F16), np.random.default_rng(8)
+    texts = [rng.integers(4, VOCAB, n).tolist() for n in (1, 33, 70)]
+    reference = CpuBackend.load(program_of(config, DType.F32), checkpoint, EngineConfig(device="cpu"))
+    wanted = reference.embed(text_batch(texts))
+    reference.close()
+    with emulated_driver():
+        engine = EngineConfig(device="cuda", max_num_seqs=4, max_num_batched_tokens=192)
+        loaded = CudaEncoder.load(program_of(config, DType.F16), checkpoint, engine)
+        found = loaded.embed(text_batch(texts))
+        assert (loaded.embed(text_batch(texts[2:]))[0] == found[2]).all(), "a text differs in company"
+        loaded.close()
+    assert (1 - (found * wanted).sum(1)).max() < 1e-4
