@@ -12,7 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from rvllm.backends.cuda.driver import Device, DeviceFacts, Event, Function, Launch, Module, Stream, api, call
+from rvllm.backends.cuda import driver
+from rvllm.backends.cuda.driver import Device, DeviceFacts, Event, Function, Launch, Module, Stream, call
 from rvllm.kernels import build
 from rvllm.kernels.manifest import MANIFEST
 
@@ -156,7 +157,8 @@ class Gpu(Machine):
             for symbol, mangled in cubin.names.items():
                 spec = by_symbol[cubin.unit.source, cubin.unit.defines, symbol]
                 function = module.function(mangled, spec.name, spec.smem)
-                carveout = api().CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+                attributes = driver.api().CUfunction_attribute
+                carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
                 if spec.smem:
                     call("cuFuncSetAttribute", function.handle, carveout, 100)
                 self._functions[spec.name] = function

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 
 import attention_checks
+import gemm_checks
 import harness
 import numpy as np
 import op_checks
@@ -59,6 +60,19 @@ def test_fill_and_checksum(gpu: Emulator, rng: np.random.Generator) -> None:
 def test_attention(gpu: Emulator, rng: np.random.Generator, check: str, shape: int, dtype: str) -> None:
     run = getattr(attention_checks, f"check_{check}")
     run(gpu, rng, DTYPES[dtype], attention_checks.SHAPES[shape])
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("bfloat16", 1), ("float16", 6)])
+def test_attention_has_the_same_bits_in_any_company(
+    gpu: Emulator, rng: np.random.Generator, shape: int, dtype: str
+) -> None:
+    attention_checks.check_invariance(gpu, rng, DTYPES[dtype], attention_checks.SHAPES[shape], 330)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matrix_kernels(gpu: Emulator, rng: np.random.Generator, dtype: str) -> None:
+    gemm_checks.check_pack(gpu, rng, DTYPES[dtype])
+    gemm_checks.check_gemm(gpu, rng, DTYPES[dtype])
 
 
 def test_sampling(gpu: Emulator, rng: np.random.Generator) -> None:

@@ -20,6 +20,7 @@ pytestmark = [
 ]
 if device_count():
     import attention_checks
+    import gemm_checks
     import harness
     import op_checks
     import sampling_checks
@@ -70,6 +71,12 @@ def test_fill_and_checksum(gpu: harness.Gpu, rng: np.random.Generator) -> None:
 def test_attention(gpu: harness.Gpu, rng: np.random.Generator, check: str, shape: int, dtype: str) -> None:
     run = getattr(attention_checks, f"check_{check}")
     run(gpu, rng, dtype_of(dtype), attention_checks.SHAPES[shape])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matrix_kernels(gpu: harness.Gpu, rng: np.random.Generator, dtype: str) -> None:
+    gemm_checks.check_pack(gpu, rng, dtype_of(dtype))
+    gemm_checks.check_gemm(gpu, rng, dtype_of(dtype), sizes=(1, 7, 16, 33, 70, 500))
 
 
 @pytest.mark.parametrize("vocab", [1000, 49152, 151936])

@@ -164,6 +164,10 @@ class EmulatedDriver:
     def cuCtxSetCurrent(self, context: int) -> tuple[Any, ...]:
         return (OK,)
 
+    def cuCtxSynchronize(self) -> tuple[Any, ...]:
+        self.launcher.chain.cut()
+        return (OK,)
+
     # ---- memory
     def cuDeviceTotalMem(self, device: int) -> tuple[Any, ...]:
         return OK, _TOTAL
