@@ -25,6 +25,7 @@ from rvllm.backends.cuda.memory import Budget
 from rvllm.config import EngineConfig
 from rvllm.engine.messages import Sampling
 from rvllm.errors import MissingKernelError
+from rvllm.kernels.latent_manifest import splits_of
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
@@ -109,8 +110,8 @@ def test_preparing_queries_and_cache(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SIZES)
 def test_decode(gpu: Machine, rng: np.random.Generator, name: str, dtype: str) -> None:
-    lens = [1, 2, 16, 17, 63, 64, 65, 255, 256, 257, 600, 1030, 2100]
-    few = {"lite": [1, 90, 300], "many": [1, 63, 64, 300, 800], "tiny": lens[:-1]}
+    lens = [1, 2, 16, 17, 63, 64, 65, 255, 256, 257, 600, 2048, 2310]
+    few = {"lite": [1, 90, 300], "many": [1, 63, 64, 300, 800], "tiny": lens}
     checks.check_decode(
         gpu, rng, DTYPES[dtype], SIZES[name], few[name] if isinstance(gpu, Emulator) else lens
     )
@@ -207,7 +208,8 @@ def decode_plan(max_seqs: int = 64, max_model_len: int = 8192, smem: int = 23244
 def test_parts_of_results_have_room_for_the_worst_cut() -> None:
     for seqs in (1, 2, 7, 300):
         plan = decode_plan(seqs)
-        for contexts in (np.full(seqs, 32), np.full(seqs, 1), np.arange(seqs) % 32 + 1):
+        most = splits_of(8192)
+        for contexts in (np.full(seqs, most), np.full(seqs, 1), np.arange(seqs) % most + 1):
             items, before = int(contexts.sum()), np.cumsum(contexts) - contexts
             for block in range(plan.grid):
                 begin, end = items * block // plan.grid, items * (block + 1) // plan.grid
@@ -215,6 +217,11 @@ def test_parts_of_results_have_room_for_the_worst_cut() -> None:
                 others = before[of] < begin
                 assert others.sum() <= plan.spare
         assert plan.partial_bytes == 4 * plan.grid * (plan.spare + 1) * 16 * 514
+
+
+def test_splits_are_short_at_first() -> None:
+    found = [splits_of(n) for n in (1, 128, 129, 2048, 2049, 2304, 2305, 163840)]
+    assert found == [1, 1, 2, 16, 17, 17, 18, 16 + 632]
 
 
 def test_less_shared_memory_takes_smaller_kernels() -> None:

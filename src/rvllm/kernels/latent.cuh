@@ -7,14 +7,24 @@
 // positions, maxima and weights are exchanged in shared memory, and each warp sums its share of the value columns.
 // What a tile gives depends on that tile alone: scores are two sums, of the even and of the odd steps of 16
 // elements; weights are relative to the tile's maximum; their sum is that of eight groups of eight positions, in
-// ascending order. Tiles are merged in ascending order within a split of 256 positions, splits in ascending order,
-// by `merge` of attention.cuh. How many warps share the work does not enter.
+// ascending order. Tiles are merged in ascending order within a split, splits in ascending order, by `merge` of
+// attention.cuh. How many warps share the work does not enter. Splits begin at fixed positions: every 128 up to 2048,
+// where latency counts, every 256 from there on.
 #pragma once
 
 #include "attention.cuh"
 
 constexpr int EIGHTS = TILE / 8;      // groups of eight positions in a tile
 constexpr int WEIGHTS_PITCH = TILE + PAD;
+constexpr int SHORT_SPLITS = 16, SHORT = 2, LONG = 4;  // splits of SHORT tiles, then those of LONG
+
+__device__ __forceinline__ int split_of(int tile) {
+  constexpr int LIMIT = SHORT_SPLITS * SHORT;
+  return tile < LIMIT ? tile / SHORT : SHORT_SPLITS + (tile - LIMIT) / LONG;
+}
+__device__ __forceinline__ int first_tile(int split) {
+  return split < SHORT_SPLITS ? split * SHORT : SHORT_SPLITS * SHORT + (split - SHORT_SPLITS) * LONG;
+}
 
 // Sums over positions of the two rows of a thread: unit u is columns 16 (u * WARPS + warp) and on, laid out like
 // mma's accumulators.

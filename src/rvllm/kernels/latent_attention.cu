@@ -1,7 +1,7 @@
 // Latent attention (MLA with its projections absorbed) over a paged cache of one vector a token.
 //
 // Two kernels with one arithmetic (latent.cuh): `latent_decode` for sequences that compute one token, whose contexts
-// are cut into splits of 256 positions over many blocks, and `latent_prefill` for those that compute several, where
+// are cut into splits over many blocks, and `latent_prefill` for those that compute several, where
 // a block takes rows of one sequence and walks all positions they see. Tiles of keys come through one or two
 // BUFFERS of shared memory, as many as the GPU has room for; the bits are the same.
 // Decode is bound by memory at long contexts and by latency at short ones; prefill by the tensor cores (mma.sync).
@@ -22,11 +22,11 @@ __device__ __forceinline__ Place place_of(int item, const int* prefix, const int
   place.item = item;
   place.seq = below;
   place.position = kv_lens[below] - 1;
-  place.splits = place.position / SPLIT + 1;
+  place.splits = split_of(place.position / TILE) + 1;
   const int within = item - prefix[below];
   place.part = within / place.splits;
   place.split = within % place.splits;
-  place.tile = place.split * TILES_PER_SPLIT;
+  place.tile = first_tile(place.split);
   return place;
 }
 
@@ -53,7 +53,7 @@ latent_decode(T* __restrict__ out, const T* __restrict__ q, const T* cache, cons
   const int seqs = *count;
   int items = 0;
   for (int base = 0; base < seqs; base += 256) {
-    const int s = base + threadIdx.x, mine = s < seqs ? ((kv_lens[s] - 1) / SPLIT + 1) * parts : 0;
+    const int s = base + threadIdx.x, mine = s < seqs ? (split_of((kv_lens[s] - 1) / TILE) + 1) * parts : 0;
     int sum = mine;
 #pragma unroll
     for (int o = 1; o < 32; o <<= 1) {
@@ -107,13 +107,13 @@ latent_decode(T* __restrict__ out, const T* __restrict__ q, const T* cache, cons
   int buffer = 0;
   while (true) {
     Place next = place;
-    if (place.tile < min(place.position / TILE, place.split * TILES_PER_SPLIT + TILES_PER_SPLIT - 1)) {
+    if (place.tile < min(place.position / TILE, first_tile(place.split + 1) - 1)) {
       next.tile++;
     } else if (place.item + 1 < end) {
       if (place.split + 1 < place.splits) {
         next.item++;
         next.split++;
-        next.tile = next.split * TILES_PER_SPLIT;
+        next.tile = first_tile(next.split);
       } else {
         next = place_of(place.item + 1, prefix, kv_lens, seqs);
       }
@@ -235,7 +235,7 @@ latent_prefill(T* __restrict__ out, const T* __restrict__ q, const T* cache, con
     const int blocks = min(TILE, newest + 1 - t * TILE + KV_BLOCK - 1) / KV_BLOCK;
     latent_tile<T, WARPS, UNITS>(split, queries + group * 16 * pitch, keys + buffer * TILE * pitch, exchanges[group], width,
                                  rank, blocks, hi, factor, warp, lane);
-    if (t == last || (t + 1) % TILES_PER_SPLIT == 0) {
+    if (t == last || split_of(t + 1) != split_of(t)) {
       run.add(split);
       split.clear();
     }

@@ -6,6 +6,7 @@ from rvllm.kernels.spec import KernelSpec
 
 TAGS = ("bf16", "f16")
 TILE, PAD = 64, 8  # positions of a tile of keys; elements after each row of it, as in attention.cuh
+SHORT_SPLITS, SHORT, LONG = 16, 128, 256  # splits of SHORT positions, then those of LONG
 MOST_RANK = 512
 MOST_WIDTH = 576  # rank and rotated elements
 MOST_INNER = 512  # K of a head's matrix
@@ -15,6 +16,12 @@ DECODE = {"": (2, 2048), "_small": (1, 1024)}  # buffers, and sequences a launch
 PREFILL = {"": (4, 2, 2), "_small": (8, 1, 1)}  # warps a group of 16 rows, groups, buffers
 EXCHANGE = 2 * 16 * (TILE + PAD) + 2 * 4 * 16 * 8  # bytes a group of 16 rows exchanges about a tile
 STATIC = 256  # bytes of shared memory a block may declare besides
+
+
+def splits_of(tokens: int) -> int:
+    """Splits that a context of so many tokens is cut into."""
+    short = SHORT_SPLITS * SHORT
+    return -(-tokens // SHORT) if tokens <= short else SHORT_SPLITS + -(-(tokens - short) // LONG)
 
 
 def tiles_smem(width: int, rows: int, buffers: int) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rvllm.backends.cuda.attention import BLOCK, SPLIT, DecodePlan, PrefillPlan
+from rvllm.backends.cuda.attention import BLOCK, DecodePlan, PrefillPlan
 from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.families import Emitter, PagedPlans, Scratch
 from rvllm.backends.cuda.launches import Count, fixed
@@ -33,6 +33,7 @@ from rvllm.kernels.latent_manifest import (
     decode_smem,
     product_chunks,
     product_smem,
+    splits_of,
     tiles_smem,
 )
 from rvllm.program.dtypes import DType
@@ -97,7 +98,7 @@ def plan_decode(
             f"no latent attention kernel for {max_seqs} sequences and {smem_per_block // 1024} KB of shared "
             "memory; lower --max-num-seqs"
         )
-    splits = min(-(-max_model_len // SPLIT), -(-num_blocks * BLOCK // SPLIT))
+    splits = splits_of(min(max_model_len, num_blocks * BLOCK))
     items = max_seqs * splits * shape.parts
     grid = min(items, sm_count)
     spare = min(splits, -(-items // grid))
