@@ -120,6 +120,42 @@ def test_errors_are_as_described(server: LiveServer) -> None:
         jsonschema.Draft202012Validator(schema).validate(answer)
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"])
+def test_ranges_are_those_of_the_server(server: LiveServer, path: str) -> None:
+    base: dict[str, Any] = {"model": "tiny", "max_tokens": 1, "messages": [{"role": "user", "content": "a"}]}
+    base |= {"prompt": "a"} if path == "/v1/completions" else {}
+    if path == "/v1/responses":
+        base = {"model": "tiny", "max_output_tokens": 1, "input": "a"}
+    schema = document()["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    fields = document()["components"]["schemas"][schema["$ref"].rpartition("/")[2]]["properties"]
+    ranged = {name: field for name, field in fields.items() if "maximum" in field}
+    assert len(ranged) >= 4 and "temperature" in ranged
+    for name, field in ranged.items():
+        low = field.get("minimum", field.get("exclusiveMinimum"))
+        outside = low if "exclusiveMinimum" in field else low - 1
+        body = {**base, name: outside, "echo": True} if path == "/v1/completions" else {**base, name: outside}
+        status, answer = server.post(path, **body)
+        assert status == 400, (name, outside, answer)
+        if low == 0 and name != "max_tokens" and "exclusiveMinimum" not in field:
+            more = {"logprobs": True} if name == "top_logprobs" and path != "/v1/responses" else {}
+            status, answer = server.post(path, **{**base, name: low, **more})
+            assert status == 200, (name, low, answer)
+
+
+def test_events_are_as_described(server: LiveServer) -> None:
+    for path, body in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "logprobs": True}),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 3, "logprobs": 1}),
+    ):
+        content = document()["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]
+        data = content["schema"]["properties"]["data"]["contentSchema"]
+        validator = jsonschema.Draft202012Validator({**data, "components": document()["components"]})
+        events = server.events(path, **body)
+        assert len(events) > 2
+        for event in events:
+            validator.validate(event)
+
+
 def test_a_wrong_method_is_told_the_right_ones(server: LiveServer) -> None:
     for path, methods in (("/v1/batches", "GET, HEAD, POST"), ("/v1/files/x", "DELETE, GET, HEAD")):
         status, headers, _ = server.raw("PATCH", path)

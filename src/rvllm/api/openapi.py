@@ -23,6 +23,7 @@ from rvllm.api.embeddings import (
     ScoreRequest,
 )
 from rvllm.api.errors import ErrorBody
+from rvllm.api.openapi_bounds import add_bounds
 from rvllm.api.paging import Page
 from rvllm.api.responses_schema import ResponseAnswer, ResponsesRequest
 from rvllm.api.responses_store import Conversation
@@ -53,7 +54,8 @@ _FORM = {
 class Operation:
     """One method of one path.
 
-    form: the body is a form with a file; events: it can answer as a stream; bare: it may come without a body.
+    form: the body is a form with a file; events: it can answer as a stream, with such data in its events;
+    bare: it may come without a body.
     """
 
     method: str
@@ -62,7 +64,7 @@ class Operation:
     request: type[msgspec.Struct] | None = None
     answer: Any = None
     query: tuple[str, ...] = ()
-    events: bool = False
+    events: Any = None
     form: bool = False
     content: str = "application/json"
     open: bool = False  # needs no key
@@ -73,17 +75,18 @@ class Operation:
 
 OPERATIONS = (
     Operation("POST", "/v1/chat/completions", "The assistant's next message.", ChatRequest,
-              answers.ChatAnswer, events=True),
+              answers.ChatAnswer, events=answers.ChatChunk),
     Operation("POST", "/v1/completions", "Continuations of texts.", CompletionRequest,
-              answers.CompletionAnswer, events=True),
+              answers.CompletionAnswer, events=answers.CompletionAnswer),
     Operation("POST", "/v1/messages", "The assistant's next message, in Anthropic's form.",
-              anthropic.MessagesRequest, anthropic.MessageAnswer, events=True, error=anthropic.MessageError),
+              anthropic.MessagesRequest, anthropic.MessageAnswer, events=dict[str, Any],
+              error=anthropic.MessageError),
     Operation("POST", "/v1/messages/count_tokens", "How many tokens a conversation has.",
               anthropic.CountTokensRequest, anthropic.TokenCount, error=anthropic.MessageError),
     Operation("POST", "/v1/responses", "An answer that the server keeps.", ResponsesRequest, ResponseAnswer,
-              events=True),
+              events=dict[str, Any]),
     Operation("GET", "/v1/responses/{id}", "A kept answer, or its events again.", None, ResponseAnswer,
-              query=("stream", "starting_after"), events=True),
+              query=("stream", "starting_after"), events=dict[str, Any]),
     Operation("DELETE", "/v1/responses/{id}", "Forgets an answer."),
     Operation("POST", "/v1/responses/{id}/cancel", "Ends an answer made in the background.", None,
               ResponseAnswer),
@@ -138,6 +141,7 @@ def document(keyed: bool = True) -> dict[str, Any]:
         properties = components[kind.__name__]["properties"]
         for name in Refused.__struct_fields__:
             properties.pop(name, None)
+    add_bounds(components)
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _described(operation, known)
@@ -159,7 +163,7 @@ def document(keyed: bool = True) -> dict[str, Any]:
 def _kinds() -> list[Any]:
     found: dict[str, Any] = {}
     for operation in OPERATIONS:
-        for kind in (operation.error, operation.request, operation.answer):
+        for kind in (operation.error, operation.request, operation.answer, operation.events):
             if kind is not None:
                 found[str(kind)] = kind
     return list(found.values())
@@ -169,7 +173,7 @@ def _described(operation: Operation, known: dict[str, Any]) -> dict[str, Any]:
     answer = known[str(operation.answer)] if operation.answer is not None else {}
     content = {operation.content: {"schema": answer}}
     if operation.events:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _event(known[str(operation.events)])}
     described: dict[str, Any] = {
         "summary": operation.summary,
         "operationId": re.sub(r"\W+", "_", f"{operation.method.lower()}{operation.path}").strip("_"),
@@ -190,6 +194,12 @@ def _described(operation: Operation, known: dict[str, Any]) -> dict[str, Any]:
     if operation.open:
         described["security"] = []
     return described
+
+
+def _event(data: dict[str, Any]) -> dict[str, Any]:
+    """One server-sent event; all but OpenAI's last one, `[DONE]`, carry JSON."""
+    text = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
+    return {"type": "object", "properties": {"event": {"type": "string"}, "data": text}, "required": ["data"]}
 
 
 def _parameters(operation: Operation) -> Iterable[dict[str, Any]]:

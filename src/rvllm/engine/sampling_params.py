@@ -8,6 +8,38 @@ from typing import Any
 from rvllm.errors import UsageError
 
 
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Numbers from `low` to `high`, `low` itself only without `above`."""
+
+    low: float
+    high: float
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (self.low < value if self.above else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        return f"{'(' if self.above else '['}{self.low}, {self.high}]"
+
+
+# What a parameter may be; checked by `SamplingParams.validate`, told by the OpenAPI document.
+RANGES = {
+    "n": Range(1, 1 << 20),
+    "temperature": Range(0, 100),
+    "top_p": Range(0, 1, above=True),
+    "top_k": Range(0, 1 << 31),
+    "min_p": Range(0, 1),
+    "repetition_penalty": Range(0, 100, above=True),
+    "presence_penalty": Range(-2, 2),
+    "frequency_penalty": Range(-2, 2),
+    "max_tokens": Range(1, 1 << 31),
+    "min_tokens": Range(0, 1 << 31),
+    "logprobs": Range(0, 20),
+    "prompt_logprobs": Range(0, 20),
+}
+
+
 @dataclass(slots=True)
 class StructuredOutputsParams:
     """The form an output must have, under vLLM's names: exactly one of the first six.
@@ -87,25 +119,10 @@ class SamplingParams:
 
     def validate(self) -> None:
         """Raises UsageError naming the first parameter out of range."""
-
-        def within(name: str, low: float, high: float, *, above: bool = False) -> None:
+        for name, allowed in RANGES.items():
             value = getattr(self, name)
-            if value is not None and not (low < value <= high if above else low <= value <= high):
-                opening = "(" if above else "["
-                raise UsageError(f"{name} must be in {opening}{low}, {high}], got {value}")
-
-        within("n", 1, 1 << 20)
-        within("temperature", 0, 100)
-        within("top_p", 0, 1, above=True)
-        within("top_k", 0, 1 << 31)
-        within("min_p", 0, 1)
-        within("repetition_penalty", 0, 100, above=True)
-        within("presence_penalty", -2, 2)
-        within("frequency_penalty", -2, 2)
-        within("max_tokens", 1, 1 << 31)
-        within("min_tokens", 0, 1 << 31)
-        within("logprobs", 0, 20)
-        within("prompt_logprobs", 0, 20)
+            if value is not None and value not in allowed:
+                raise UsageError(f"{name} must be in {allowed}, got {value}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise UsageError(
                 f"min_tokens must not exceed max_tokens, got {self.min_tokens} > {self.max_tokens}"
