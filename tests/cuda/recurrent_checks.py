@@ -17,6 +17,8 @@ from rvllm.kernels.recurrent_manifest import conv_kernel, gated_norm_kernel, sca
 from rvllm.program.recurrent import CHUNK, CausalConv, StateScan
 
 LIMIT = {"bfloat16": 3e-3, "float16": 4e-4}
+SCAN_LIMIT = {"bfloat16": 2.3e-3, "float16": 3e-4}  # hardly more than the rounding of outputs
+STATE_LIMIT = 1e-5  # of the state, which is float32
 Part = tuple[int, int, int]  # sequence, its first position in the step, tokens
 SLOTS = 7
 
@@ -93,9 +95,9 @@ def run_in_pieces(
     dtype: np.dtype,
     elements: int,
     launch: Callable[[Meta, Sequence[Part], Array, Array, str], None],
-) -> list[np.ndarray]:
-    """Every sequence's outputs [L, width] when alone, the same in every other way of cutting."""
-    first: list[np.ndarray] = []
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Outputs [L, width] of each sequence, the same however it is cut, and its slot's state at the end."""
+    first, states = list[np.ndarray](), np.zeros(0)
     for how in ("alone", "company", "ones"):
         slots = rng.permutation(SLOTS)[: len(lengths)]
         state = gpu.empty((SLOTS, elements), np.float32)
@@ -110,12 +112,13 @@ def run_in_pieces(
                 row += n
             assert np.isnan(result[row:].astype(np.float32)).all(), "rows beyond the step were written"
         unused = np.setdiff1d(np.arange(SLOTS), slots)
-        assert np.isnan(state.get()[unused]).all(), "a slot of no sequence was written"
+        states = state.get()
+        assert np.isnan(states[unused]).all(), "a slot of no sequence was written"
         first = first or found
         for seq, (a, b) in enumerate(zip(first, found, strict=True)):
             same = (a.view(np.uint16) == b.view(np.uint16)).all(axis=1)
             assert same.all(), f"{how}: sequence {seq} differs from token {int(np.argmin(same))} on"
-    return first
+    return first, states[slots]
 
 
 def check_conv(
@@ -137,7 +140,7 @@ def check_conv(
         grid = (-(-width // 8 // 32), -(-(meta.tokens + 2) // tile))
         gpu.launch(conv_kernel(dtype.name, taps, act), grid, 32, args)
 
-    found = run_in_pieces(gpu, rng, LENGTHS, width, dtype, elements, launch)
+    found, _ = run_in_pieces(gpu, rng, LENGTHS, width, dtype, elements, launch)
     for x, y in zip(rows, found, strict=True):
         wanted = convolved(x[:, start : start + width].astype(np.float32), weight, bias, act)
         worst = max(worst, error(y, wanted))
@@ -147,12 +150,12 @@ def check_conv(
 
 def scanned(
     xbc: np.ndarray, raw: np.ndarray, shape: ScanShape, weights: Sequence[np.ndarray], floor: float
-) -> np.ndarray:
-    """The reference: one sequence's [L, heads * dim] from its inputs and raw time steps [L, heads]."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """The reference: outputs [L, heads * dim] and the state after them, from inputs and raw steps."""
     heads, dim, groups, size = shape.heads, shape.dim, shape.groups, shape.size
     log_decay, skip, bias = weights
     x, b, c = np.split(xbc, [heads * dim, heads * dim + groups * size], axis=1)
-    y, _ = recurrent.scan(
+    y, h = recurrent.scan(
         x.reshape(-1, heads, dim),
         np.maximum(recurrent.softplus(raw + bias), np.float32(floor)),
         b.reshape(-1, groups, size),
@@ -161,7 +164,7 @@ def scanned(
         skip,
         np.zeros((heads, dim, size), np.float32),
     )
-    return y.reshape(len(x), heads * dim)
+    return y.reshape(len(x), heads * dim), h
 
 
 def convolved(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, act: str) -> np.ndarray:
@@ -200,13 +203,18 @@ def check_scan(gpu: Machine, rng: np.random.Generator, dtype: np.dtype, shape: S
             args = [x, steps, *sequences, *numbers, size]
             gpu.launch(f"sm80_{SHORT[dtype.name]}_scan_keep", (2, blocks), 64, args)
 
-    found, worst = run_in_pieces(gpu, rng, LENGTHS, inner, dtype, elements, launch), 0.0
+    found, states = run_in_pieces(gpu, rng, LENGTHS, inner, dtype, elements, launch)
+    worst = 0.0
     for seq in range(len(LENGTHS)):
         inputs = xbc[seq].astype(np.float32), raw[seq][:, first : first + heads].astype(np.float32)
-        y = scanned(*inputs, shape, (log_decay, skip, bias), floor)
+        y, _ = scanned(*inputs, shape, (log_decay, skip, bias), floor)
         worst = max(worst, error(found[seq], y))
+        whole = len(inputs[0]) // CHUNK * CHUNK
+        if whole:
+            _, h = scanned(*(i[:whole] for i in inputs), shape, (log_decay, skip, bias), floor)
+            expect("state", error(states[seq][: h.size], h.reshape(-1)), STATE_LIMIT)
     assert max(LENGTHS) > 3 * CHUNK
-    expect("scan", worst, LIMIT[dtype.name])
+    expect("scan", worst, SCAN_LIMIT[dtype.name])
     return worst
 
 

@@ -98,7 +98,7 @@ def check_planned(gpu: Machine, rng: np.random.Generator, config: dict[str, Any]
         shift = values[conv.bias.name] if conv.bias else None
         xbc = rounded(convolved(own, values[conv.weight.name], shift, conv.activation), np_dtype)
         steps = x[:, scan.first : scan.first + scan.heads]
-        z = rounded(scanned(xbc, steps, shape, vectors, scan.floor), np_dtype)
+        z = rounded(scanned(xbc, steps, shape, vectors, scan.floor)[0], np_dtype)
         gated = (z * ops.silu(x[:, : z.shape[1]])).reshape(len(z), -1, norm.group)
         wanted = ops.rms_norm(gated, values[norm.weight.name].reshape(-1, norm.group), norm.eps)
         worst = max(worst, error(y, wanted.reshape(y.shape)))
