@@ -101,12 +101,13 @@ struct Walk {
   }
 };
 
-template <int STAGES>
 struct Ring {
+  const int stages;
   int stage = 0;
   u32 phase = 0;
+  __device__ explicit Ring(int stages) : stages(stages) {}
   __device__ void advance() {
-    if (++stage == STAGES) stage = 0, phase ^= 1;
+    if (++stage == stages) stage = 0, phase ^= 1;
   }
 };
 
@@ -186,10 +187,12 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
          int segments) {
   using L = Layout<TOKENS, MODE>;
   using namespace ptx;
-  constexpr int STAGES = L::STAGES, REGS = TOKENS / 2;
+  constexpr int REGS = TOKENS / 2;
+  // A split product is launched with fewer stages where that lets the next kernel's blocks in beside its own.
+  const int stages = MODE == SPLIT ? (dynamic_smem_bytes() - L::BARRIERS) / (L::WEIGHTS + L::X) : L::STAGES;
   constexpr u16 ALL = (1 << CLUSTER) - 1;
   extern __shared__ __align__(1024) u8 shared[];
-  const u32 base = smem(shared), x_base = base + STAGES * L::WEIGHTS, bars = base + L::BYTES - L::BARRIERS;
+  const u32 base = smem(shared), x_base = base + stages * L::WEIGHTS, bars = base + stages * (L::WEIGHTS + L::X) + L::STAGING;
   const auto full = [&](int s) { return bars + 16 * s; };
   const auto empty = [&](int s) { return bars + 16 * s + 8; };
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -199,7 +202,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   griddep_launch();
   if (threadIdx.x == CONSUMERS) {
     tensor_map_prefetch(&x);
-    for (int s = 0; s < STAGES; s++) {
+    for (int s = 0; s < stages; s++) {
       mbar_init(full(s), 1);
       mbar_init(empty(s), CONSUMERS / 32 * CLUSTER);
     }
@@ -264,10 +267,10 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
         }
       };
       Visit v;
-      Ring<STAGES> ring;
+      Ring ring(stages);
       bool more = next(v);
       // Weights first: they depend on no kernel before this one.
-      int ahead = more ? min(STAGES, k1 - k0) : 0;
+      int ahead = more ? min(stages, k1 - k0) : 0;
       for (int s = 0; s < ahead; s++) load_weights(v, k0 + s, s);
       griddep_wait();
       for (int s = 0; s < ahead; s++) {
@@ -291,7 +294,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   } else {
     if constexpr (L::MANY_REGISTERS) registers_raise<232>();
     const int group = warp / 4, thread = threadIdx.x % 128;
-    Ring<STAGES> ring;
+    Ring ring(stages);
     Visit v;
     float acc[REGS];
     const auto release = [&](int stage) {
@@ -341,7 +344,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
         for (int i = 0; i < 4; i++)
           partial[(8 * j + column + i % 2) * L::SPLIT_PITCH + row + i / 2 * 8] = acc[4 * j + i];
     } else {
-      u8* staging = shared + STAGES * (L::WEIGHTS + L::X) + group * L::PER_GROUP;
+      u8* staging = shared + stages * (L::WEIGHTS + L::X) + group * L::PER_GROUP;
       while (next(v)) {
         if (group >= v.count) {  // nothing for this warpgroup: keep in step with the pipeline
           for (int k = 0; k < blocks; k++) {

@@ -25,6 +25,12 @@ RVLLM_PTX u32 lane() {
   asm("mov.u32 %0, %%laneid;" : "=r"(v));
   return v;
 }
+// Bytes of dynamic shared memory the kernel was launched with.
+RVLLM_PTX int dynamic_smem_bytes() {
+  u32 v;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(v));
+  return static_cast<int>(v);
+}
 // The 32-bit shared-state-space address of a generic pointer into shared memory.
 RVLLM_PTX u32 smem(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
