@@ -77,8 +77,8 @@ class Bench:
         grid = (self.heads * product_chunks(RANK, PLAIN) + self.eights, -(-self.tokens // (8 * self.eights)))
         pitch = self.x.shape[1]
         turn = i % LAYERS
-        args = [self.q, self.x, self.x, self.into[turn], self.caches[turn], self.norm, self.angles, self.angles,
-                self.table, self.positions, self.owners, self.count, self.tokens, pitch, pitch,
+        args = [self.q, self.x, self.x, self.into[turn], self.caches[turn], self.norm, self.angles,
+                self.angles, self.table, self.positions, self.owners, self.count, self.tokens, pitch, pitch,
                 self.heads, RANK, PLAIN, ROTATED, self.stride, 1e-6]  # fmt: skip
         name = f"sm80_bf16_latent_prepare_interleaved_n{8 * self.eights}"
         self.gpu.launch(name, grid, 128, args, product_smem(PLAIN, self.eights))
