@@ -5,6 +5,10 @@
 // happens to work in one order fails in another. Shared memory is poisoned with 0xff before each block.
 #pragma once
 
+#if defined(__x86_64__) && !defined(EMU_UCONTEXT)
+#define EMU_SWAP  // a switch of our own: ucontext makes a system call each time
+#endif
+
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -15,7 +19,7 @@
 #include <sys/mman.h>
 #include <sys/time.h>
 #include <pthread.h>
-#ifndef __x86_64__
+#ifndef EMU_SWAP
 #include <ucontext.h>
 #endif
 
@@ -45,7 +49,7 @@ struct Copy {
 };
 
 struct Fiber {
-#ifdef __x86_64__
+#ifdef EMU_SWAP
   void* sp;
 #else
   ucontext_t context;
@@ -114,7 +118,7 @@ struct State {
   char* stacks;
   char* message;
   u32 room;
-#ifdef __x86_64__
+#ifdef EMU_SWAP
   void* main_sp;
 #else
   ucontext_t main_context;
@@ -139,7 +143,7 @@ inline char* dynamic_shared() { return dynamic_memory; }
 inline u32 shared_address(const void* p) { return static_cast<u32>(static_cast<const char*>(p) - dynamic_memory); }
 
 // ---- switching
-#ifdef __x86_64__
+#ifdef EMU_SWAP
 extern "C" __attribute__((visibility("hidden"))) void emu_swap(void** save, void* load);
 asm(R"(
 .text
@@ -316,7 +320,7 @@ inline void prepare(Fiber& f, u32 id) {
   f.copy_room = room;
   f.copy_count = f.groups = 0;
   char* const stack = state.stacks + (size_t)id * STACK;
-#ifdef __x86_64__
+#ifdef EMU_SWAP
   void** top = reinterpret_cast<void**>(stack + STACK - 64);
   *--top = nullptr;  // the stack is 16-byte aligned before a call
   *--top = reinterpret_cast<void*>(&thread_main);
