@@ -93,15 +93,23 @@ norm_add_norm(T* out, T* x, const T* y, const float* __restrict__ before, const 
   __shared__ float scratch[32];
   const int vectors = width / 8;
   float v[VECTORS][8], sum = 0.f;
-  const auto normalised = [&](int k, const float* weight, float factor) {
-    const int i = threadIdx.x + k * blockDim.x;
-    alignas(16) float w[8];
-    *reinterpret_cast<float4*>(w) = *reinterpret_cast<const float4*>(weight + i * 8);
-    *reinterpret_cast<float4*>(w + 4) = *reinterpret_cast<const float4*>(weight + i * 8 + 4);
+  alignas(16) float w[2][8];  // of the first norm and of the second
+  const auto weights = [&](int which, int i) {
+    const float* const weight = which == 0 ? before : after;
+    if (i >= vectors || !weight) return;
+    *reinterpret_cast<float4*>(w[which]) = *reinterpret_cast<const float4*>(weight + i * 8);
+    *reinterpret_cast<float4*>(w[which] + 4) = *reinterpret_cast<const float4*>(weight + i * 8 + 4);
+  };
+  const auto normalised = [&](int k, int which, float factor) {
+    if (VECTORS > 1) weights(which, threadIdx.x + k * blockDim.x);
 #pragma unroll
-    for (int j = 0; j < 8; j++) v[k][j] = finished(v[k][j], 0.f, factor, w[j], 0.f);
+    for (int j = 0; j < 8; j++) v[k][j] = finished(v[k][j], 0.f, factor, w[which][j], 0.f);
     return pack8<T>(v[k]);
   };
+  if (VECTORS == 1) {  // they do not depend on the predecessor
+    weights(0, threadIdx.x);
+    weights(1, threadIdx.x);
+  }
   griddep_wait();
   uint4* const row = reinterpret_cast<uint4*>(x + (size_t)blockIdx.x * width);
   const uint4* const other = reinterpret_cast<const uint4*>(y + (size_t)blockIdx.x * width);
@@ -122,7 +130,7 @@ norm_add_norm(T* out, T* x, const T* y, const float* __restrict__ before, const 
     const int i = threadIdx.x + k * blockDim.x;
     if (i < vectors) {
       float a[8];
-      unpack8<T>(normalised(k, before, factor), a);
+      unpack8<T>(normalised(k, 0, factor), a);
       unpack8<T>(row[i], v[k]);
 #pragma unroll
       for (int j = 0; j < 8; j++) v[k][j] = fmaf(a[j], scale, v[k][j]);
@@ -140,7 +148,7 @@ norm_add_norm(T* out, T* x, const T* y, const float* __restrict__ before, const 
 #pragma unroll
   for (int k = 0; k < VECTORS; k++) {
     const int i = threadIdx.x + k * blockDim.x;
-    if (i < vectors) target[i] = normalised(k, after, factor);
+    if (i < vectors) target[i] = normalised(k, 1, factor);
   }
 }
 
@@ -152,10 +160,11 @@ template <typename T, bool LAYER>
 __global__ void norm_groups(T* x, const float* __restrict__ weight, const float* __restrict__ bias, int pitch,
                             int start, int slices, int group, int weight_step, float eps) {
   griddep_launch();
-  griddep_wait();
   const int slice = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int at = min(slice, slices - 1) * weight_step;
+  const SliceWeights weights(weight ? weight + at : nullptr, LAYER && bias ? bias + at : nullptr, group, lane);
+  griddep_wait();
   if (slice >= slices) return;
   u32* const words = reinterpret_cast<u32*>(x + (size_t)blockIdx.y * pitch + start + slice * group);
-  const int at = slice * weight_step;
-  norm_slice<T, LAYER>(words, words, weight ? weight + at : nullptr, LAYER && bias ? bias + at : nullptr, group, eps, lane);
+  norm_slice<T, LAYER>(words, words, weights, group, eps, lane);
 }

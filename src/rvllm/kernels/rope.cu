@@ -6,7 +6,8 @@ constexpr int KV_BLOCK = 16;
 
 // What happens to a head before it turns: nothing.
 struct AsItIs {
-  __device__ __forceinline__ const u32* operator()(const u32* in, int, int) const { return in; }
+  __device__ __forceinline__ AsItIs fetch(int, int) const { return *this; }
+  __device__ __forceinline__ const u32* operator()(const u32* in, bool, int) const { return in; }
 };
 
 // The norm of its elements, rounded as a kernel of its own would; `to` is the warp's room for them.
@@ -16,13 +17,21 @@ struct Normed {
   int q_step, k_step, heads, kv_heads, D;
   float eps;
   u32* to;
-  __device__ __forceinline__ const u32* operator()(const u32* in, int head, int lane) const {
-    if (head >= heads + kv_heads) return in;
-    const bool query = head < heads;
-    const float* const weight = query ? q_weight + head * q_step : k_weight + (head - heads) * k_step;
-    norm_slice<T, LAYER>(to, in, weight, nullptr, D, eps, lane);
-    __syncwarp();
-    return to;
+
+  struct Fetched {
+    const Normed& norm;
+    SliceWeights weights;
+    __device__ __forceinline__ const u32* operator()(const u32* in, bool turns, int lane) const {
+      if (!turns) return in;
+      norm_slice<T, LAYER>(norm.to, in, weights, norm.D, norm.eps, lane);
+      __syncwarp();
+      return norm.to;
+    }
+  };
+  // Its weights, before the predecessor is waited for.
+  __device__ __forceinline__ Fetched fetch(int head, int lane) const {
+    const float* const weight = head < heads ? q_weight + head * q_step : k_weight + (head - heads) * k_step;
+    return {*this, SliceWeights(head < heads + kv_heads ? weight : nullptr, nullptr, D, lane)};
   }
 };
 
@@ -44,12 +53,13 @@ __device__ __forceinline__ void rotate_and_cache(T* qkv, T* k_cache, T* v_cache,
     const int block = tables[(size_t)slot * table_stride + position / KV_BLOCK], kv = (head - heads) % kv_heads;
     target = (turns ? k_cache : v_cache) + (((size_t)block * kv_heads + kv) * KV_BLOCK + position % KV_BLOCK) * D;
   }
+  const auto prepared = before.fetch(head, lane);
   griddep_wait();
   if (!active) return;
   T* const source = qkv + (size_t)row * pitch + (size_t)head * D;
   if (query) target = source;
   const u32* const raw = reinterpret_cast<const u32*>(source);
-  const u32* const in = before(raw, head, lane);
+  const u32* const in = prepared(raw, turns, lane);
   u32* const out = reinterpret_cast<u32*>(target);
   int plain = 0;  // words in front that have been rotated
   if (turns && rotated) {
