@@ -1,7 +1,7 @@
 """The matrix kernels of the catalog: names, instantiations and the constants that their plans need.
 
 `sm90_bf16_gemm_walk_n16` is the wgmma kernel that walks over tiles with 16 tokens at a time. The modes are
-described in gemm_sm90.cu, gemm_slim.cu and gemm_sm80.cu; `backends/cuda/gemm.py` chooses among them.
+described in gemm_sm90.cu and gemm_sm80.cu; `backends/cuda/gemm.py` chooses among them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ TILE_BYTES = 2 * TILE * TILE
 SPLIT_TOKENS = (8, 16, 32, 64, 96, 128, 192, 256)  # token tiles of the sm_90a modes
 WALK_TOKENS = (8, 16, 32, 64, 96, 128, 192, 256)
 SUM_TOKENS = (96, 128, 192)
-SLIM_TOKENS = (8, 16, 32)
 SM80_TOKENS = (16, 64)
-_SMEM_LIMIT, _SLIM_LIMIT, _BARRIERS = 232448, 115200, 256
+_SMEM_LIMIT, _BARRIERS = 232448, 256
 
 
 def walk_cluster(tokens: int) -> int:
@@ -45,12 +44,6 @@ def sm90_smem(mode: str, tokens: int, most: int = 12) -> int:
     return stages * stage + staging + _BARRIERS
 
 
-def slim_smem(tokens: int) -> int:
-    """Dynamic shared memory in bytes; mirrors Slim in gemm_slim.cu."""
-    stage, partial = TILE_BYTES + tokens * TILE * 2, 2 * tokens * (TILE + 4) * 4
-    return min(12, (_SLIM_LIMIT - partial - _BARRIERS) // stage) * stage + partial + _BARRIERS
-
-
 def sm80_smem(tokens: int) -> int:
     """Dynamic shared memory in bytes; mirrors STAGES in gemm_sm80.cu."""
     return 4 * (TILE_BYTES + tokens * TILE * 2)
@@ -75,22 +68,6 @@ def _sm90() -> list[KernelSpec]:
                     )
                 )
     return specs
-
-
-def _slim() -> list[KernelSpec]:
-    return [
-        KernelSpec(
-            name=f"sm90_{dtype}_gemm_slim_n{tokens}",
-            source="gemm_slim.cu",
-            symbol=f"rvllm::gemm::slim<rvllm::{dtype}, {tokens}>",
-            arch=90,
-            exact=True,
-            smem=slim_smem(tokens),
-            unit=dtype,
-        )
-        for dtype in DTYPES
-        for tokens in SLIM_TOKENS
-    ]
 
 
 def _sm80() -> list[KernelSpec]:
@@ -122,4 +99,4 @@ def _pack() -> list[KernelSpec]:
 
 _STREAM_READ = KernelSpec("sm80_stream_read", "stream_read.cu", "rvllm::stream_read")
 
-KERNELS: list[KernelSpec] = [*_sm90(), *_slim(), *_sm80(), *_pack(), _STREAM_READ]
+KERNELS: list[KernelSpec] = [*_sm90(), *_sm80(), *_pack(), _STREAM_READ]

@@ -24,14 +24,12 @@ from numpy.typing import NDArray
 from rvllm.errors import UsageError
 from rvllm.kernels.gemm_manifest import (
     DTYPES,
-    SLIM_TOKENS,
     SM80_TOKENS,
     SPLIT_TOKENS,
     SUM_TOKENS,
     TILE,
     TILE_BYTES,
     WALK_TOKENS,
-    slim_smem,
     sm80_smem,
     sm90_smem,
     sm90_threads,
@@ -39,13 +37,12 @@ from rvllm.kernels.gemm_manifest import (
     walk_cluster,
 )
 
-Mode = Literal["split", "slim", "walk", "sum", "sm80"]
+Mode = Literal["split", "walk", "sum", "sm80"]
 Grid = tuple[int, int, int]
 Element = TypeVar("Element", bound=np.generic)
 
 MAX_SEGMENTS = 8  # the largest portable cluster
 SEGMENT_BLOCKS = 2  # a segment has at least so many tiles of K
-SLIM_SEGMENTS = 5  # from so many on, clusters of one block a segment do not all run at once
 ONE_TILE = 256  # up to so many tokens a split product is the quickest
 _SLOWER = {96: 1.2, 128: 1.1, 192: 1.0}  # a narrow tile's cycles, measured against a wide one's
 MAX_STAGES, SMALL_STAGES = 12, 6  # of a split product's ring
@@ -174,8 +171,6 @@ def plan_gemm(n: int, k: int, tokens: int, dtype: str, sm_count: int, capability
     segments = segments_of(n, k)
     if segments == 1:
         return variant(n, k, tokens, dtype, "walk", _fit(WALK_TOKENS, tokens), sm_count, "rows fill the GPU")
-    if segments >= SLIM_SEGMENTS and tokens <= SLIM_TOKENS[-1]:
-        return variant(n, k, tokens, dtype, "slim", _fit(SLIM_TOKENS, tokens), sm_count, "few rows, small clusters")
     split = variant(
         n, k, tokens, dtype, "split", _fit(SPLIT_TOKENS, tokens), sm_count, "K split over a cluster"
     )
@@ -218,10 +213,6 @@ def variant(
     if mode == "sm80":
         name, grid, block = f"sm80_{dtype}_gemm_n{token_tile}", (_ceil(n, TILE), token_tiles, 1), 128
         smem, box_rows = sm80_smem(token_tile), 0
-    elif mode == "slim":
-        name, block, smem = f"sm90_{dtype}_gemm_slim_n{token_tile}", 160, slim_smem(token_tile)
-        cluster = segments if segments < SLIM_SEGMENTS else _ceil(segments, 2)
-        grid = (cluster, token_tiles, _ceil(n, TILE))
     else:
         name, block = f"sm90_{dtype}_gemm_{mode}_n{token_tile}", sm90_threads(mode, token_tile)
         smem = sm90_smem(mode, token_tile)
