@@ -19,7 +19,7 @@ _PIECE = 1 << 16  # bytes compared at a time
 
 
 class Range(ctypes.Structure):
-    """Bytes that a block must not see at first; the same fields in fibers.hpp."""
+    """Bytes that a block must not see at first; the same fields in state.hpp."""
 
     _fields_ = (("at", ctypes.c_void_p), ("bytes", ctypes.c_ulonglong))
 

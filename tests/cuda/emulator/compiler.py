@@ -38,7 +38,7 @@ __attribute__((visibility("default"))) int emu_run(int which, emu::Launch* launc
 
 
 class Launch(ctypes.Structure):
-    """A launch; the same fields in fibers.hpp."""
+    """A launch; the same fields in state.hpp."""
 
     _fields_ = (
         ("grid", ctypes.c_uint * 3),

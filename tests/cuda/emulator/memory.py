@@ -12,7 +12,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
-_THREADS, _STACK = 1024, 128 << 10  # as in fibers.hpp
+_THREADS, _STACK = 1024, 128 << 10  # as in state.hpp
 _stacks: list[mmap.mmap] = []
 
 

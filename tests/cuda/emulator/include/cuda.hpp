@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "fibers.hpp"
+#include "launch.hpp"
 #include "half.hpp"
 
 #define __CUDA_ARCH__ 800
