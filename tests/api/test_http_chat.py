@@ -245,6 +245,12 @@ def test_a_prompt_too_long_says_by_how_much(server: LiveServer, words: int) -> N
 
 
 def test_an_engine_error_is_a_500_also_in_a_stream_that_has_not_begun(server: LiveServer) -> None:
+    server.engine.error = "no token fits the grammar"
+    try:
+        status, answer = server.chat(guided_choice=["a"])
+        assert status == 400 and "no token fits" in answer["error"]["message"]
+    finally:
+        server.engine.error = None
     server.engine.error = "no block is left"
     try:
         status, answer = server.chat()

@@ -300,7 +300,10 @@ class Service:
                         timing.chunks = _chunks(output.prefill)
                     reason = delta.finish_reason or reason
                     if reason == "error":
-                        raise ApiError(500, delta.error or "the engine could not answer")
+                        # What of a checked request cannot be followed is its grammar, which the model's
+                        # vocabulary may have no tokens for.
+                        status = 500 if request.sampling.grammar is None else 400
+                        raise ApiError(status, delta.error or "the engine could not answer")
                     clock.tokens(len(delta.token_ids), output.queue_seconds)
                     job.completion_tokens += len(delta.token_ids)
                     if index % job.params.n == 0:

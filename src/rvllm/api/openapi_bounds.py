@@ -1,4 +1,4 @@
-"""What the types of fields do not tell: ranges of numbers, lists that must not be empty, words to choose from."""
+"""What the types of fields do not tell: ranges of numbers, lists that must not be empty, words."""
 
 from __future__ import annotations
 

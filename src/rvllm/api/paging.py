@@ -52,8 +52,11 @@ class Query:
         return text
 
     def truth(self, name: str) -> bool:
-        """Whether the parameter is true."""
-        return (self.text(name) or "").lower() in ("true", "1")
+        """Whether the parameter is true; an absent one is not. Raises a 400 for what is neither."""
+        text: str = self._values.get(name, ["false"])[-1].lower()
+        if text not in ("true", "1", "false", "0"):
+            raise invalid(f"{name} must be true or false, got {text[:40]!r}", name)
+        return text in ("true", "1")
 
 
 def page(
