@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sized
 from typing import TypeVar
 
 import msgspec
 
 from rvllm.api.errors import ApiError, invalid
 
+MOST_TOOLS = 128
+MOST_MESSAGES = 10_000  # of a conversation, whatever the surface calls them
 RequestT = TypeVar("RequestT", bound=msgspec.Struct)
 _PATH = re.compile(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`$", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<name>\w+)`")
@@ -30,6 +33,12 @@ def parse(body: bytes, kind: type[RequestT]) -> RequestT:
         raise invalid(f"the body is not valid UTF-8: {error.reason}") from None
     except RecursionError:
         raise invalid("the body is nested too deeply") from None
+
+
+def check_count(items: Sized, most: int, param: str) -> None:
+    """Raises a 400 for a list of more than `most` entries; comes before anything walks over it."""
+    if len(items) > most:
+        raise invalid(f"{param} has {len(items)} entries, more than {most}", param)
 
 
 def wrong_field(message: str, where: str = "") -> ApiError:

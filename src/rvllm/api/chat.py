@@ -21,7 +21,7 @@ from rvllm.api.answers import (
     ToolCall,
     now,
 )
-from rvllm.api.body import parse
+from rvllm.api.body import MOST_MESSAGES, check_count, parse
 from rvllm.api.errors import invalid
 from rvllm.api.exchange import Exchange, check_model
 from rvllm.api.forms import answer_grammar
@@ -71,6 +71,7 @@ def render(service: Service, request: ChatRequest | TokenizeRequest) -> str:
     """The conversation as the model's prompt, by its chat template."""
     if not request.messages:
         raise invalid("messages must not be empty", "messages")
+    check_count(request.messages, MOST_MESSAGES, "messages")
     continued = bool(request.continue_final_message)
     generation = not continued if request.add_generation_prompt is None else request.add_generation_prompt
     if continued and generation:

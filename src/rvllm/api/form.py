@@ -10,6 +10,7 @@ from rvllm.api.errors import ApiError, invalid
 _BOUNDARY = re.compile(rb'boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))')
 _PARAMETER = re.compile(r'(?:^|;)\s*(name|filename)="((?:[^"\\]|\\.)*)"')
 _MOST_PARTS = 32
+_MOST_HEAD = 8192  # bytes of a part's headers
 
 
 @dataclass
@@ -32,9 +33,11 @@ def parse_form(body: bytes, content_type: bytes) -> dict[str, Part]:
         raise invalid(f"the form is cut off, or has more than {_MOST_PARTS} parts")
     parts = {}
     for piece in pieces[1:-1]:
-        head, gap, data = piece.removeprefix(b"\r\n").partition(b"\r\n\r\n")
-        if not gap:
-            raise invalid("a part of the form has no headers")
+        start = len(b"\r\n") if piece.startswith(b"\r\n") else 0
+        end = piece.find(b"\r\n\r\n", start, start + _MOST_HEAD)
+        if end < 0:
+            raise invalid(f"a part of the form has no headers, or more than {_MOST_HEAD} bytes of them")
+        head, data = piece[start:end], piece[end + 4 :]
         part = _part(head, data)
         parts[part.name] = part
     return parts

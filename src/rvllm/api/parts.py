@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rvllm.api.body import MOST_TOOLS, check_count
 from rvllm.api.errors import invalid
 from rvllm.api.generation import Service
 from rvllm.text.reasoning import ReasoningSplitter
 from rvllm.text.tools.choose import Function, ToolFormat
 from rvllm.text.tools.events import CallStart, Event, Text
 
-MOST_TOOLS = 128
 _NAME_LENGTH = 256
 
 
@@ -42,13 +42,12 @@ def tool_plan(
     Raises a 400 naming the field: tools that are no functions, a choice that names none of them, or a model
     whose calls we cannot read.
     """
+    check_count(tools or (), MOST_TOOLS, "tools")
     functions = [_function(tool, i) for i, tool in enumerate(tools or ())]
     if not functions:
         if choice not in (None, "none"):
             raise invalid("tool_choice needs tools", "tool_choice")
         return None
-    if len(functions) > MOST_TOOLS:
-        raise invalid(f"tools takes at most {MOST_TOOLS} functions", "tools")
     forced = _forced(functions, choice)
     if choice == "none":
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rvllm.api.body import check_count
 from rvllm.api.errors import invalid
 from rvllm.api.schemas import NEUTRAL, ChatRequest, CompletionRequest, GenerationRequest, Refused
 from rvllm.engine.sampling_params import SamplingParams
@@ -16,6 +17,7 @@ _SAME_NAME = (
     "min_tokens", "prompt_logprobs", "skip_special_tokens", "spaces_between_special_tokens",
 )  # fmt: skip
 _MOST_STOPS = 64
+_MOST_STOP_IDS = 4096
 _MOST_BIASES = 4096
 
 
@@ -65,6 +67,7 @@ def _params(request: GenerationRequest, defaults: Mapping[str, Any], **values: A
     values["logit_bias"] = _biases(request.logit_bias)
     if len(values.get("stop") or ()) > _MOST_STOPS and not isinstance(values["stop"], str):
         raise invalid(f"stop takes at most {_MOST_STOPS} strings", "stop")
+    check_count(values.get("stop_token_ids") or (), _MOST_STOP_IDS, "stop_token_ids")
     if request.seed is not None and not -(1 << 63) <= request.seed < 1 << 64:
         raise invalid("seed must fit in 64 bits", "seed")
     if request.stream_options is not None and not request.stream:

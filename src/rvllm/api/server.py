@@ -13,6 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from rvllm.api.exchange import Gate
+from rvllm.api.http import BoundedHttp
 from rvllm.api.listen import StopSignals, url_of
 from rvllm.errors import UsageError
 from rvllm.telemetry.logs import event
@@ -54,7 +55,7 @@ async def serve(
     """
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=BoundedHttp,
         ws="none",
         lifespan="off",
         log_config=None,
