@@ -106,6 +106,7 @@ __global__ void causal_conv(T* out, const T* x, const float* __restrict__ weight
       for (int j = 0; j < BEFORE; j++) read8(window.v[j], x + (size_t)(row - BEFORE + j) * pitch);
     }
   }
+  uint4 next = load_l2(x + (size_t)min(row, tokens - 1) * pitch);
   for (; row < tokens; row++, done++) {
     const bool first = begins(row);
     if (row >= end && (first || done >= BEFORE)) break;
@@ -119,7 +120,8 @@ __global__ void causal_conv(T* out, const T* x, const float* __restrict__ weight
       done = 0;
     }
     float v[8], sum[8];
-    read8(v, x + (size_t)row * pitch);
+    unpack8<T>(next, v);
+    next = load_l2(x + (size_t)min(row + 1, tokens - 1) * pitch);
 #pragma unroll
     for (int c = 0; c < 8; c++) {
       sum[c] = __fmul_rn(window.v[0][c], taps[0][c]);
