@@ -173,10 +173,22 @@ __device__ __forceinline__ void rotate(T* target, const T* source, const float* 
   }
 }
 
+// The weights of the norm of two times eight elements a lane.
+__device__ __forceinline__ void load_norm(float (&weights)[2][8], const float* norm, int rank) {
+#pragma unroll
+  for (int k = 0; k < 2; k++) {
+    const int i = threadIdx.x % 32 + 32 * k;
+#pragma unroll
+    for (int j = 0; j < 8; j += 4)
+      *reinterpret_cast<float4*>(&weights[k][j]) =
+          i < rank / 8 ? *reinterpret_cast<const float4*>(norm + i * 8 + j) : make_float4(0.f, 0.f, 0.f, 0.f);
+  }
+}
+
 // One token's latent and key into the cache: kv [rank + rotated], of which the latent is normalised by its root mean
 // square and the key rotated. target: its place. One warp.
 template <typename T, bool INTERLEAVED>
-__device__ __forceinline__ void store_token(T* target, const T* kv, const float* __restrict__ norm, float eps, const float* cos,
+__device__ __forceinline__ void store_token(T* target, const T* kv, const float (&norm)[2][8], float eps, const float* cos,
                                             const float* sin, int rank, int rotated) {
   const int lane = threadIdx.x % 32;
   const uint4* const in = reinterpret_cast<const uint4*>(kv);
@@ -196,7 +208,7 @@ __device__ __forceinline__ void store_token(T* target, const T* kv, const float*
     const int i = lane + 32 * k;
     if (i >= rank / 8) continue;
 #pragma unroll
-    for (int j = 0; j < 8; j++) v[k][j] = __fmul_rn(__fmul_rn(v[k][j], factor), norm[i * 8 + j]);
+    for (int j = 0; j < 8; j++) v[k][j] = __fmul_rn(__fmul_rn(v[k][j], factor), norm[k][j]);
     reinterpret_cast<uint4*>(target)[i] = pack8<T>(v[k]);
   }
   rotate<T, INTERLEAVED>(target + rank, kv + rank, cos, sin, rotated);
@@ -216,28 +228,45 @@ latent_prepare(T* out, const T* q, const T* kv, const T* __restrict__ weight, T*
                int plain, int rotated, int table_stride, float eps) {
   griddep_launch();
   extern __shared__ __align__(128) unsigned char memory[];
+  __shared__ int token_positions[NB * 8];  // -1 beyond the count
   const Shared<T, NB> shared(memory);
   const int first = blockIdx.y * NB * 8, warp = threadIdx.x / 32, extra = gridDim.x - NB, half = rotated / 2;
   if (blockIdx.x >= extra) {
-    const int begin = first + (blockIdx.x - extra) * 8;
-    griddep_wait();
-    for (int token = begin + warp; token < min(begin + 8, *count); token += ROW_WARPS) {
+    const int begin = first + (blockIdx.x - extra) * 8 + warp, end = *count;
+    alignas(16) float weights[2][8];
+    size_t at[2];  // of two tokens, ROW_WARPS apart: where their angles and their place in the cache are
+    T* target[2];
+    load_norm(weights, norm, rank);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int token = begin + i * ROW_WARPS;
+      if (token >= end) continue;
       const int position = positions[token];
       const int block = tables[(size_t)token_slots[token] * table_stride + position / KV_BLOCK];
-      T* const target = cache + ((size_t)block * KV_BLOCK + position % KV_BLOCK) * (rank + rotated);
-      const size_t at = (size_t)position * half;
-      store_token<T, INTERLEAVED>(target, kv + (size_t)token * kv_pitch, norm, eps, cos + at, sin + at, rank, rotated);
+      target[i] = cache + ((size_t)block * KV_BLOCK + position % KV_BLOCK) * (rank + rotated);
+      at[i] = (size_t)position * half;
+    }
+    griddep_wait();
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int token = begin + i * ROW_WARPS;
+      if (token >= end) continue;
+      const T* const source = kv + (size_t)token * kv_pitch;
+      store_token<T, INTERLEAVED>(target[i], source, weights, eps, cos + at[i], sin + at[i], rank, rotated);
     }
     return;
   }
   const Share mine = share_of(blockIdx.x, rank, plain);
   load_weights(shared.weights, weight, mine, rank, plain);
+  if (threadIdx.x < NB * 8) token_positions[threadIdx.x] = first + threadIdx.x < *count ? positions[first + threadIdx.x] : -1;
+  __syncthreads();
   griddep_wait();
   load_x<T, NB>(shared.x, q, mine, first, tokens, q_pitch, plain, rotated);
   cp_async_commit();
   if (mine.row == 0) {
-    for (int token = first + warp; token < min(first + NB * 8, *count); token += ROW_WARPS) {
-      const size_t row = (size_t)token * heads + mine.head, at = (size_t)positions[token] * half;
+    for (int i = warp; i < NB * 8 && token_positions[i] >= 0; i += ROW_WARPS) {
+      const int token = first + i;
+      const size_t row = (size_t)token * heads + mine.head, at = (size_t)token_positions[i] * half;
       const T* const source = q + (size_t)token * q_pitch + mine.head * (plain + rotated);
       rotate<T, INTERLEAVED>(out + row * (rank + rotated) + rank, source + plain, cos + at, sin + at, rotated);
     }
@@ -316,10 +345,10 @@ latent_values(T* out, const T* mixed, const T* __restrict__ weight, const float*
   const Share mine = share_of(blockIdx.x, N, rank);
   const int first = blockIdx.y * NB * 8, parts = (heads + 15) / 16;
   load_weights(shared.weights, weight, mine, N, rank);
+  const int counted = min(NB * 8, *decodes - first);
   griddep_wait();
   load_x<T, NB>(shared.x, mixed, mine, first, tokens, heads * rank, rank, 0);
   cp_async_commit();
-  const int counted = min(NB * 8, *decodes - first);
   if ((int)threadIdx.x < counted) from[threadIdx.x] = gatherings[(first + threadIdx.x) * parts + mine.head / 16];
   cp_async_wait<0>();
   __syncthreads();

@@ -63,12 +63,11 @@ struct Exchange {
   float maxima[EIGHTS * 16], sums[EIGHTS * 16];
 };
 
-// Copies rows [0, hi) of a tile to shared memory and zeros the others of the blocks touched. ids: its four cache
-// blocks; cache [blocks, 16, width]. Row `skip` is left alone (-1: none). All threads of the block take part.
+// Copies rows [0, hi) of a tile to shared memory and zeros the others. ids: its four cache blocks; cache [blocks, 16, width]. Row `skip` is left alone (-1: none). All threads of the block take part.
 template <typename T>
 __device__ __forceinline__ void load_latents(T* tile, const T* cache, const int4 ids, int width, int hi, int skip) {
-  const int lane = threadIdx.x % 32, rows = min(TILE, (hi + KV_BLOCK - 1) / KV_BLOCK * KV_BLOCK);
-  for (int row = threadIdx.x / 32; row < rows; row += blockDim.x / 32) {
+  const int lane = threadIdx.x % 32;
+  for (int row = threadIdx.x / 32; row < TILE; row += blockDim.x / 32) {
     if (row == skip) continue;
     const int b = row / KV_BLOCK, id = b == 0 ? ids.x : b == 1 ? ids.y : b == 2 ? ids.z : ids.w;
     const bool valid = row < hi;
@@ -123,24 +122,22 @@ __device__ __forceinline__ void latent_scores(float (&s)[OWN][4], const T* q, co
     for (int i = 0; i < 4; i++) s[n][i] = __fadd_rn(sum[0][n][i], sum[1][n][i]);
 }
 
-// Merges one tile into `state`. q: the group's 16 rows; keys: the tile, of which `blocks` groups of 16 positions are
-// there; hi: the last position of the tile that each of the thread's two rows sees (negative: none). factor: to
-// base-2 logits. warp: within the group. Every thread of the block calls it.
+// Merges one tile into `state`. q: the group's 16 rows; keys: the tile; hi: the last position of the tile that each of
+// the thread's two rows sees (negative: none). factor: to base-2 logits. warp: within the group. Every thread of the
+// block calls it.
 template <typename T, int WARPS, int UNITS>
 __device__ __forceinline__ void latent_tile(Latents<UNITS>& state, const T* q, const T* keys, Exchange<T>& exchange,
-                                            int width, int rank, int blocks, const int (&hi)[2], float factor, int warp,
-                                            int lane) {
+                                            int width, int rank, const int (&hi)[2], float factor, int warp, int lane) {
   constexpr int OWN = EIGHTS / WARPS;
   const int pitch = width + PAD, row = lane / 4;
   float s[OWN][4];
-  const bool there = warp * OWN < 2 * blocks;
-  if (there) latent_scores<T, OWN>(s, q, keys, width, warp, lane);
+  latent_scores<T, OWN>(s, q, keys, width, warp, lane);
 #pragma unroll
   for (int n = 0; n < OWN; n++) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int position = (warp * OWN + n) * 8 + lane % 4 * 2 + (i & 1);
-      if (!there || position > hi[i / 2]) s[n][i] = -INFINITY_F;
+      if (position > hi[i / 2]) s[n][i] = -INFINITY_F;
     }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -195,13 +192,12 @@ __device__ __forceinline__ void latent_tile(Latents<UNITS>& state, const T* q, c
     if (column >= rank) continue;
     float x[2][4] = {};
 #pragma unroll
-    for (int j = 0; j < 4; j++)
-      if (j < blocks) {
-        u32 r[4];
-        ldmatrix_x4_trans(r, va + j * 16 * pitch * 2 + column * 2);
-        mma_16816(x[0], p[j], {r[0], r[1]}, T());
-        mma_16816(x[1], p[j], {r[2], r[3]}, T());
-      }
+    for (int j = 0; j < 4; j++) {
+      u32 r[4];
+      ldmatrix_x4_trans(r, va + j * 16 * pitch * 2 + column * 2);
+      mma_16816(x[0], p[j], {r[0], r[1]}, T());
+      mma_16816(x[1], p[j], {r[2], r[3]}, T());
+    }
 #pragma unroll
     for (int i = 0; i < 8; i++) state.x[u][i / 4][i % 4] = merge(state.x[u][i / 4][i % 4], x[i / 4][i % 4], f[i % 4 / 2]);
   }

@@ -12,7 +12,8 @@ struct Place {
   int item, seq, part, split, splits, tile, position;  // part: which 16 heads; position: the query's
 };
 
-__device__ __forceinline__ Place place_of(int item, const int* prefix, const int* kv_lens, int seqs) {
+template <typename Lens>
+__device__ __forceinline__ Place place_of(int item, const int* prefix, Lens lens, int seqs) {
   int below = 0, above = seqs;
   while (above - below > 1) {
     const int middle = (below + above) / 2;
@@ -21,7 +22,7 @@ __device__ __forceinline__ Place place_of(int item, const int* prefix, const int
   Place place;
   place.item = item;
   place.seq = below;
-  place.position = kv_lens[below] - 1;
+  place.position = lens(below) - 1;
   place.splits = split_of(place.position / TILE) + 1;
   const int within = item - prefix[below];
   place.part = within / place.splits;
@@ -41,19 +42,28 @@ latent_decode(T* __restrict__ out, const T* __restrict__ q, const T* cache, cons
               const int* kv_lens, const int* count, float* partial, Gathering* gatherings, int width, int rank, int heads,
               int table_stride, float scale, int max_seqs, int spare) {
   griddep_launch();
-  constexpr int WARPS = 8, UNITS = 4;
+  constexpr int WARPS = 8, UNITS = 4, NEAR = 128;  // NEAR: sequences whose lengths and slots are kept at hand
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ int warp_totals[WARPS];
+  __shared__ int warp_totals[WARPS], near_lens[NEAR], near_slots[NEAR];  // of the first sequences
   const int pitch = width + PAD, warp = threadIdx.x / 32, lane = threadIdx.x % 32, parts = (heads + 15) / 16;
   Exchange<T>& exchange = *reinterpret_cast<Exchange<T>*>(shared);
   T* const queries = reinterpret_cast<T*>(shared + sizeof exchange);
   T* const keys = queries + 16 * pitch;
   int* const prefix = reinterpret_cast<int*>(keys + BUFFERS * TILE * pitch);  // items before each sequence
 
+  const int len = threadIdx.x < max_seqs ? kv_lens[threadIdx.x] : 0;  // on their way together
+  const int slot = threadIdx.x < min(max_seqs, NEAR) ? slots[threadIdx.x] : 0;
   const int seqs = *count;
+  if (threadIdx.x < NEAR) {
+    near_lens[threadIdx.x] = len;
+    near_slots[threadIdx.x] = slot;
+  }
+  const auto len_of = [&](int s) { return s < NEAR ? near_lens[s] : kv_lens[s]; };
+  const auto slot_of = [&](int s) { return s < NEAR ? near_slots[s] : slots[s]; };
   int items = 0;
   for (int base = 0; base < seqs; base += 256) {
-    const int s = base + threadIdx.x, mine = s < seqs ? (split_of((kv_lens[s] - 1) / TILE) + 1) * parts : 0;
+    const int s = base + threadIdx.x;
+    const int mine = s < seqs ? (split_of(((base ? kv_lens[s] : len) - 1) / TILE) + 1) * parts : 0;
     int sum = mine;
 #pragma unroll
     for (int o = 1; o < 32; o <<= 1) {
@@ -78,22 +88,23 @@ latent_decode(T* __restrict__ out, const T* __restrict__ q, const T* cache, cons
 
   const auto fetch = [&](int buffer, const Place& place, bool newest_too) {
     const int start = place.tile * TILE, hi = min(TILE, place.position + 1 - start);
-    const int* const table = tables + (size_t)slots[place.seq] * table_stride;
+    const int* const table = tables + (size_t)slot_of(place.seq) * table_stride;
     const int4 ids = *reinterpret_cast<const int4*>(table + start / KV_BLOCK);
     const int newest = place.position < start + TILE ? place.position - start : -1;
     load_latents(keys + buffer * TILE * pitch, cache, ids, width, hi, newest_too ? -1 : newest);
+    return ids;
   };
   const auto fetch_queries = [&](const Place& place) {
     load_queries(queries, q, (size_t)place.seq * heads + place.part * 16, min(16, heads - place.part * 16), 16, width);
   };
 
-  Place place = place_of(begin, prefix, kv_lens, seqs);
-  fetch(0, place, false);  // all but the newest position has been there since the last step
+  Place place = place_of(begin, prefix, len_of, seqs);
+  const int4 ids = fetch(0, place, false);  // all but the newest position has been there since the last step
   griddep_wait();
   fetch_queries(place);
   if (place.position < place.tile * TILE + TILE && warp == 0) {
     const int row = place.position % TILE;
-    const int block = tables[(size_t)slots[place.seq] * table_stride + place.position / KV_BLOCK];
+    const int b = row / KV_BLOCK, block = b == 0 ? ids.x : b == 1 ? ids.y : b == 2 ? ids.z : ids.w;
     const T* const source = cache + ((size_t)block * KV_BLOCK + row % KV_BLOCK) * width;
     for (int c = lane; c < width / 8; c += 32) cp_async16(smem(keys + row * pitch + c * 8), source + c * 8);
   }
@@ -115,7 +126,7 @@ latent_decode(T* __restrict__ out, const T* __restrict__ q, const T* cache, cons
         next.split++;
         next.tile = first_tile(next.split);
       } else {
-        next = place_of(place.item + 1, prefix, kv_lens, seqs);
+        next = place_of(place.item + 1, prefix, len_of, seqs);
       }
     } else {
       next.item = end;
@@ -127,9 +138,7 @@ latent_decode(T* __restrict__ out, const T* __restrict__ q, const T* cache, cons
     cp_async_commit();
 
     const int last = place.position - place.tile * TILE, hi[2] = {last, last};
-    const int blocks = min(TILE, last + 1 + KV_BLOCK - 1) / KV_BLOCK;
-    latent_tile<T, WARPS, UNITS>(split, queries, keys + buffer * TILE * pitch, exchange, width, rank, blocks, hi, factor, warp,
-                                 lane);
+    latent_tile<T, WARPS, UNITS>(split, queries, keys + buffer * TILE * pitch, exchange, width, rank, hi, factor, warp, lane);
 
     if (next.item != place.item) {  // the item is done
       const int group = place.seq * parts + place.part, rows = min(16, heads - place.part * 16);
@@ -232,9 +241,8 @@ latent_prefill(T* __restrict__ out, const T* __restrict__ q, const T* cache, con
     if (t < last && BUFFERS == 2) fetch(buffer ^ 1, t + 1);
     cp_async_commit();
     const int hi[2] = {position[0] - t * TILE, position[1] - t * TILE};
-    const int blocks = min(TILE, newest + 1 - t * TILE + KV_BLOCK - 1) / KV_BLOCK;
     latent_tile<T, WARPS, UNITS>(split, queries + group * 16 * pitch, keys + buffer * TILE * pitch, exchanges[group], width,
-                                 rank, blocks, hi, factor, warp, lane);
+                                 rank, hi, factor, warp, lane);
     if (t == last || split_of(t + 1) != split_of(t)) {
       run.add(split);
       split.clear();

@@ -12,10 +12,10 @@ MOST_WIDTH = 576  # rank and rotated elements
 MOST_INNER = 512  # K of a head's matrix
 EIGHTS = (1, 8)  # groups of eight tokens a block of a head's product takes
 SEGMENT = 128  # of K, one a warp
-DECODE = {"": (2, 2048), "_small": (1, 1024)}  # buffers, and sequences a launch can list
+DECODE = {"": (2, 2048), "_small": (1, 512)}  # buffers, and sequences a launch can list
 PREFILL = {"": (4, 2, 2), "_small": (8, 1, 1)}  # warps a group of 16 rows, groups, buffers
 EXCHANGE = 2 * 16 * (TILE + PAD) + 2 * 4 * 16 * 8  # bytes a group of 16 rows exchanges about a tile
-STATIC = 256  # bytes of shared memory a block may declare besides
+STATIC = 1280  # bytes of shared memory a block may declare besides
 
 
 def splits_of(tokens: int) -> int:
