@@ -90,7 +90,7 @@ def test_compiled_kernels_compute_with_the_same_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_info_names_the_format(
+def test_info_and_plan_name_the_format(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RVLLM_DEVICE", "cpu")
@@ -102,6 +102,8 @@ def test_info_names_the_format(
         stored.append(json.loads(capsys.readouterr().out)["model"])
     assert f"{count} {shown}" in stored[0]["tensors"] and shown not in stored[1]["tensors"]
     assert int(stored[0]["stored bytes"]) < 0.5 * int(stored[1]["stored bytes"])
+    assert main(["plan", "--model", str(folder), "--bandwidth", "100", "--tflops", "1"]) == 0
+    assert f"{count} {shown}" in capsys.readouterr().out
 
 
 def test_a_model_that_lacks_a_quantised_matrix_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_files import LLAMA, gguf_bytes, llama_tensors, safetensors_of, write_directory
+from quantisers import CASES, file_of
 
 from rvllm.errors import ModelError
 from rvllm.weights.open import open_checkpoint
@@ -17,6 +18,14 @@ GGUF_HEADER = GGUF.index(b"blk.0.ffn_down.weight") + 60
 SAFETENSORS = safetensors_of(
     {"a": np.zeros((2, 3), np.float32), "b": np.ones(4, np.float16), "c": np.ones(1, np.int64)}
 )
+_RNG = np.random.default_rng(0)
+QUANTISED = {  # small modules of each format: (config, file)
+    name: (
+        CASES[name][0],
+        file_of(CASES[name][1]("a", _RNG.normal(size=(8, 32)).astype(np.float32), _RNG)[0]),
+    )
+    for name in ("fp8_blocks", "fp8_scalar", "gptq_desc_act", "awq", "packed_asymmetric")
+}
 SAFETENSORS_HEADER = 8 + int.from_bytes(SAFETENSORS[:8], "little")
 
 INTERESTING = [0, 1, 0x7F, 0x80, 0xFF]
@@ -91,6 +100,17 @@ def test_gguf(data: bytes, tmp_path: Path) -> None:
 @given(data=damaged(SAFETENSORS, SAFETENSORS_HEADER))
 def test_safetensors(data: bytes, tmp_path: Path) -> None:
     write_directory(tmp_path / "d", {})
+    (tmp_path / "d" / "model.safetensors").write_bytes(data)
+    open_and_read(tmp_path / "d", len(data))
+
+
+@settings(BUDGET, max_examples=100)
+@pytest.mark.parametrize("name", QUANTISED)
+@given(source=st.data())
+def test_quantised(name: str, source: st.DataObject, tmp_path: Path) -> None:
+    config, whole = QUANTISED[name]
+    data = source.draw(damaged(whole, 8 + int.from_bytes(whole[:8], "little")))
+    write_directory(tmp_path / "d", {}, {"quantization_config": config})
     (tmp_path / "d" / "model.safetensors").write_bytes(data)
     open_and_read(tmp_path / "d", len(data))
 

@@ -132,17 +132,14 @@ def model_sections(config: EngineConfig) -> dict[str, Section]:
     from rvllm.backends.load import choose_device, choose_dtype
     from rvllm.models.config import ModelConfig
     from rvllm.models.registry import build_program
+    from rvllm.weights.checkpoint import stored_formats
     from rvllm.weights.open import open_checkpoint
     from rvllm.weights.source import resolve
 
     checkpoint = open_checkpoint(resolve(config.model, build(SourceConfig, {})))
     model = ModelConfig(checkpoint.config, checkpoint.config_origin)
     program = build_program(model, choose_dtype(config, checkpoint))
-    kinds: dict[str, int] = {}
-    stored = 0
-    for info in checkpoint.tensors.values():
-        kinds[info.stored_as] = kinds.get(info.stored_as, 0) + 1
-        stored += info.stored_nbytes
+    formats, stored = stored_formats(checkpoint)
     facts = [
         ("path", str(checkpoint.path)),
         ("architecture", program.architecture),
@@ -151,7 +148,7 @@ def model_sections(config: EngineConfig) -> dict[str, Section]:
         ("positions", str(program.max_position)),
         ("layers with attention", str(_attentions(program))),
         ("ops", str(len(program.ops))),
-        ("tensors", ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())) or "none (config only)"),
+        ("tensors", formats or "none (config only)"),
         ("stored bytes", str(stored)),
         ("end of sequence", ", ".join(map(str, model.eos_token_ids)) or "none"),
     ]

@@ -58,6 +58,7 @@ def main(args: argparse.Namespace) -> int:
     from rvllm.models.config import ModelConfig
     from rvllm.models.registry import build_program
     from rvllm.program.memory import plan_workspace
+    from rvllm.weights.checkpoint import stored_formats
     from rvllm.weights.open import open_checkpoint
     from rvllm.weights.source import resolve
 
@@ -68,10 +69,12 @@ def main(args: argparse.Namespace) -> int:
     shape = step_shape(args, program)
     rates = floor_rates(args, choose_device(config), config.threads)
     workspace = plan_workspace(program.ops, shape.tokens, shape.samples)
+    formats, nbytes = stored_formats(checkpoint)
     if args.json:
-        print(json.dumps(as_json(program, shape, rates, workspace), indent=1))
+        stored = {"stored_formats": formats, "stored_bytes": nbytes}
+        print(json.dumps(as_json(program, shape, rates, workspace) | stored, indent=1))
     else:
-        print(as_text(program, shape, rates, workspace, buffers=args.buffers))
+        print(as_text(program, shape, rates, workspace, (formats, nbytes), buffers=args.buffers))
     return 0
 
 
@@ -193,9 +196,15 @@ def dtype_of(op: Op, program: Program) -> str:
 
 
 def as_text(
-    program: Program, shape: StepShape, rates: Rates | None, workspace: Workspace, *, buffers: bool
+    program: Program,
+    shape: StepShape,
+    rates: Rates | None,
+    workspace: Workspace,
+    stored: tuple[str, int],
+    *,
+    buffers: bool,
 ) -> str:
-    """The table, the totals and the workspace."""
+    """The table, the totals and the workspace; stored: formats and bytes of the checkpoint's tensors."""
     from rvllm.cli.tables import facts, human_bytes, human_flops, human_seconds, table
     from rvllm.program.cost import kv_bytes_per_token, op_cost, program_cost
     from rvllm.program.encoder import embedding_size
@@ -228,6 +237,7 @@ def as_text(
         totals.append(("floor", "give --bandwidth and --tflops of the GPU"))
     memory = [
         ("all weights", human_bytes(sum(w.elements for w in program.weights) * program.dtype.size)),
+        ("stored", f"{human_bytes(stored[1])}: {stored[0]}" if stored[0] else "no weights there"),
         ("KV cache per token", human_bytes(kv_bytes_per_token(program))),
         ("workspace", f"{human_bytes(workspace.nbytes)} for {len(workspace.placements)} buffers"),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -124,3 +125,10 @@ class Checkpoint(Protocol):
 
         A quantised tensor's float32 numbers are computed here, each time, on several threads.
         """
+
+
+def stored_formats(checkpoint: Checkpoint) -> tuple[str, int]:
+    """How tensors are stored, `61 F32, 210 Q4_1`, and their bytes in the files; without weights an empty text."""
+    kinds = Counter(info.stored_as for info in checkpoint.tensors.values())
+    total = sum(info.stored_nbytes for info in checkpoint.tensors.values())
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())), total

@@ -74,7 +74,8 @@ def _dequantised(quantised: Quantised, shape: tuple[int, ...]) -> NDArray[np.uin
     out = np.empty(shape, dtype=np.float32)
 
     def work(start: int, stop: int) -> None:
-        out[start:stop] = quantised.numbers(start, stop)
+        with np.errstate(over="ignore", invalid="ignore"):  # a scale that is no number gives none, quietly
+            out[start:stop] = quantised.numbers(start, stop)
 
     in_threads(work, shape[0], SLAB)
     return out.reshape(-1).view(np.uint8)
