@@ -15,8 +15,9 @@ from rvllm.backends.cuda.gemm import interleave_gate_up, pack_matrix
 from rvllm.backends.cuda.launches import Counts, Planned
 from rvllm.backends.cuda.lower_experts import ExpertsAt, ExpertsPlan, RouteAt, most_tiles, plan_route
 from rvllm.kernels.experts_manifest import BLOCKS, FEW_TOKENS, Block
+from rvllm.kernels.ops_manifest import norm_kernel
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Activation, Buffer, Experts, Route, Weight
+from rvllm.program.ops import Activation, Buffer, Experts, Norm, Route, Weight
 
 LIMIT = {"bfloat16": 8e-3, "float16": 1.5e-3}
 WORKERS = Workers(1)
@@ -89,20 +90,31 @@ class Router:
         self.gpu, self.dtype, self.op = gpu, dtype, routing.op(dtype)
         self.weight, self.bias = gpu.array(weight.astype(dtype)), gpu.array(bias) if routing.bias else None
 
-    def choose(self, x: np.ndarray, padded: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids and shares of the rows of x, in a step of up to `padded`; checks that other rows stay."""
+    def choose(
+        self, x: np.ndarray, padded: int, norm_weight: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """ids and shares of the rows of x, in a step of up to `padded`; checks that other rows stay.
+
+        norm_weight: x is to be normalised by them before; `normed` has what it became then.
+        """
         gpu, op, tokens = self.gpu, self.op, len(x)
         rows = np.full((padded, x.shape[1]), np.nan, np.float32)
         rows[:tokens] = x
         ids, shares = gpu.empty((padded, op.top_k), np.int32), gpu.empty((padded, op.top_k), np.float32)
         logits = gpu.empty((padded, op.weight.shape[0]), np.float32)
         arrivals, count = gpu.zeros((padded,), np.int32), gpu.array([tokens], np.int32)
+        given, normed = gpu.array(rows.astype(self.dtype)), gpu.empty(rows.shape, self.dtype)
+        norm = Norm(name="norm", x=op.x, out=op.x, weight=None, eps=1e-5) if norm_weight is not None else None
+        weights = gpu.array(np.ones(1) if norm_weight is None else norm_weight, np.float32)
         at = RouteAt(
-            x=gpu.array(rows.astype(self.dtype)).address, ids=ids.address, shares=shares.address,
+            x=(given if norm is None else normed).address, raw=given.address,
+            norm_weight=weights.address, ids=ids.address, shares=shares.address,
             weight=self.weight.address, bias=self.bias.address if self.bias else 0, logits=logits.address,
             arrivals=arrivals.address, num_tokens=count.address,
         )  # fmt: skip
-        run(gpu, plan_route(op, padded, SHORT[self.dtype.name], at))
+        run(gpu, plan_route(op, padded, SHORT[self.dtype.name], at, norm))
+        self.normed = normed.get()
+        assert np.isnan(self.normed[tokens:].astype(np.float32)).all()
         assert (ids.get()[tokens:] == -1).all() and np.isnan(shares.get()[tokens:]).all()
         assert not arrivals.get().any(), "the counters are not zero again"
         return ids.get()[:tokens], shares.get()[:tokens]
@@ -140,6 +152,24 @@ def check_route(
         worst = max(worst, error(shares[same], wanted[:tokens][same]))
     expect("route", worst, 1e-5)
     return worst
+
+
+def check_route_norm(gpu: Machine, rng: np.random.Generator, dtype: np.dtype, name: str) -> None:
+    """A row normalised as it is routed has the bits of the norm's own kernel, and then of the router's."""
+    routing = ROUTINGS[name]
+    weight = normal(rng, dtype, routing.experts, routing.k, scale=routing.k**-0.5)
+    router = Router(gpu, dtype, routing, weight, np.zeros(routing.experts, np.float32))
+    for tokens, padded in ((1, 1), (3, 4), (8, 8)):
+        x = normal(rng, dtype, tokens, routing.k, scale=3.0)
+        scales = rng.standard_normal(routing.k).astype(np.float32)
+        out = gpu.empty(x.shape, dtype)
+        kernel, threads = norm_kernel(dtype.name, "rms", routing.k, False)
+        args = [out, gpu.array(x.astype(dtype)), None, gpu.array(scales), None, routing.k, 1e-5, 1.0]
+        gpu.launch(kernel, tokens, threads, args)
+        apart = router.choose(out.get().astype(np.float32), padded)
+        together = router.choose(x, padded, scales)
+        assert (router.normed[:tokens].view(np.uint16) == out.get().view(np.uint16)).all()
+        assert all((a == b).all() for a, b in zip(apart, together, strict=True))
 
 
 def check_route_ties(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) -> None:

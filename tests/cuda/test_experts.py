@@ -16,6 +16,7 @@ from emulator import Emulator, available
 from emulator.driver import emulated_driver
 from gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
 from harness import BF16, F16, Gpu, Machine
+from real_configs import CONFIGS
 from test_lowering import A100, L40, QWEN_7B, recipe
 from tiny import ArrayCheckpoint, weights_of
 
@@ -87,11 +88,27 @@ def sizes(gpu: Machine, few: Sequence[int], all_: Sequence[int]) -> tuple[int, .
     return tuple(few if isinstance(gpu, Emulator) else all_)
 
 
+def test_shared_experts_start_while_others_are_chosen() -> None:
+    """The first product of DeepSeek's shared experts goes before the routed ones."""
+    stages = fuse(built(CONFIGS["DeepSeek-V2-Lite"], num_hidden_layers=2))
+    kinds = [[op.name.split(".", 2)[-1] for op in stage.ops] for stage in stages if "layers.1." in stage.name]
+    at = kinds.index(["mlp_norm", "moe.route"])
+    assert kinds[at + 1 : at + 4] == [
+        ["shared.gate_up", "shared.act"], ["moe.experts", "moe.add"], ["shared.down", "shared.add"],
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", experts_checks.ROUTINGS)
 def test_routing(gpu: Any, rng: np.random.Generator, name: str, dtype: str) -> None:
     given = sizes(gpu, (1, 2, 7, 18), (1, 2, 7, 33, 130))
     experts_checks.check_route(gpu, rng, DTYPES[dtype], name, given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["mixtral", "qwen3", "deepseek_v2", "deepseek_v3", "tiny"])
+def test_norm_and_routing_in_one(gpu: Any, rng: np.random.Generator, name: str, dtype: str) -> None:
+    experts_checks.check_route_norm(gpu, rng, DTYPES[dtype], name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,11 +156,11 @@ def test_every_step_of_a_mixture_resolves_to_kernels(
             assert planned.smem <= min(max(spec.smem, 48 << 10), facts.smem_per_block)
 
 
-def test_mixtral_fits_an_h200_and_a_step_of_one_token_takes_nine_launches_a_layer() -> None:
+def test_mixtral_fits_an_h200_and_a_step_of_one_token_takes_eight_launches_a_layer() -> None:
     given = recipe(built(MIXTRAL), H200, EngineConfig(max_model_len=8192), GB139)
     assert 92e9 < given.memory.lines["weights"] < 95e9
     kernels = [p.kernel for p in given.decode(1)]
-    assert len(kernels) == 2 + 32 * 9 + 1 + 1 + 1 + 2  # begin, embed, layers, gather, norm, head, sampling
+    assert len(kernels) == 2 + 32 * 8 + 1 + 1 + 1 + 2  # begin, embed, layers, gather, norm, head, sampling
     assert sum("route" in k or "experts" in k for k in kernels) == 32 * 3
 
 

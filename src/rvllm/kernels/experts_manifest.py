@@ -17,9 +17,10 @@ MOST_GROUPS = 32
 MOST_SEGMENTS = 8  # of K, the warps of a block of `few`
 FEW_TOKENS = 8  # of a step, for `few`
 ROUTE_WARPS = 4
-ROUTES = {"": (1, 1), "_wide": (8, 4)}  # tokens of a block, experts of a warp
+ROUTES = {"": (1, 1), "_norm": (1, 1), "_wide": (8, 4)}  # tokens of a block, experts of a warp
+ROUTE_NORM_WIDTH = 4096  # of a row that `route` can normalise too
 ROUTE_LANES = (4, 16)  # experts that a lane compares
-STAGES = (4, 8)  # of a warp's pipeline in `few` and `one`
+FEW_STAGES, ONE_STAGES = (4, 8), (4, 6)  # of a warp's pipeline
 SORT_WARPS = (4, 32)
 _SLICE, _TILE = 2048, 64  # bytes of 16 rows of a packed tile; its columns
 _SMEM = 232448  # bytes of shared memory that a kernel may be launched with on any GPU
@@ -80,21 +81,22 @@ def _specs() -> list[KernelSpec]:
         for suffix, (tokens, experts) in ROUTES.items():
             for lanes in ROUTE_LANES:
                 name = f"sm80_{dtype}_route{suffix}_e{32 * lanes}"
-                symbol = f"route<{dtype}, {tokens}, {experts}, {lanes}>"
+                norm = str(suffix == "_norm").lower()
+                symbol = f"route<{dtype}, {tokens}, {experts}, {lanes}, {norm}>"
                 specs.append(KernelSpec(name, "route.cu", symbol, unit=dtype))
-        for stages in STAGES:
-            kinds = {"few1": f"few<rvllm::{dtype}, {stages}, 1>", "one": f"one<rvllm::{dtype}, {stages}>"}
-            kinds[f"few{FEW_TOKENS}"] = f"few<rvllm::{dtype}, {stages}, {FEW_TOKENS}>"
-            for name, symbol in kinds.items():
-                specs.append(
-                    KernelSpec(
-                        name=f"sm80_{dtype}_experts_{name}_s{stages}",
-                        source="experts_few.cu",
-                        symbol=f"rvllm::experts::{symbol}",
-                        smem=_SMEM - 16384,
-                        unit=dtype,
-                    )
+        kinds = {f"one_s{s}": f"one<rvllm::{dtype}, {s}>" for s in ONE_STAGES}
+        for tokens in (1, FEW_TOKENS):
+            kinds |= {f"few{tokens}_s{s}": f"few<rvllm::{dtype}, {s}, {tokens}>" for s in FEW_STAGES}
+        for name, symbol in kinds.items():
+            specs.append(
+                KernelSpec(
+                    name=f"sm80_{dtype}_experts_{name}",
+                    source="experts_few.cu",
+                    symbol=f"rvllm::experts::{symbol}",
+                    smem=_SMEM - 16384,
+                    unit=dtype,
                 )
+            )
         specs.append(
             KernelSpec(
                 name=f"sm80_{dtype}_experts_combine",

@@ -6,6 +6,7 @@
 #include "common.cuh"
 
 constexpr int ROUTE_WARPS = 4;
+constexpr int NORM_VECTORS = 4;  // 16-byte vectors of a row that a thread normalises, at most: rows of 4096 elements
 
 enum RouteFlags : int { SIGMOID = 1, GROUP_TOP2 = 2, RENORMALISE = 4 };
 
@@ -114,11 +115,14 @@ __device__ __forceinline__ void choose(const float* logits, const float* bias, u
 // *num_tokens on are left alone. k % 8 == 0, experts <= 32 * LANE_EXPERTS, groups <= 32, top_k <= 32.
 // Grid: (ceil(experts / (4 * EXPERTS)), ceil(rows / TOKENS)). Block: 128. Bound by latency for few tokens, by
 // arithmetic for many.
-template <typename T, int TOKENS, int EXPERTS, int LANE_EXPERTS>
+// NORM (with one token a block): x is raw / sqrt(mean(raw^2) + eps) * norm_weight, by the same instructions as `norm`,
+// and is written too; every block normalises for itself. k <= 4096 then.
+template <typename T, int TOKENS, int EXPERTS, int LANE_EXPERTS, bool NORM>
 __global__ void __launch_bounds__(ROUTE_WARPS * 32)
-route(int* ids, float* shares, const T* x, const T* __restrict__ weight, const float* __restrict__ bias, float* logits,
-      u32* arrivals, const int* num_tokens, int k, int experts, int top_k, int groups, int kept, int flags,
-      float scale) {
+route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* __restrict__ bias, float* logits,
+      u32* arrivals, const int* num_tokens, const T* raw, const float* __restrict__ norm_weight, int k, int experts,
+      int top_k, int groups, int kept, int flags, float scale, float eps) {
+  static_assert(!NORM || TOKENS == 1, "the norm is that of one row");
   constexpr int BATCH = TOKENS == 1 ? 8 : 1;  // vectors of a row in flight
   __shared__ u32 keys[ROUTE_WARPS][32 * LANE_EXPERTS];
   __shared__ int last;
@@ -140,9 +144,46 @@ route(int* ids, float* shares, const T* x, const T* __restrict__ weight, const f
       }
   };
   fetch(0);  // the router's rows depend on nothing before
+  __shared__ uint4 normed[NORM ? ROUTE_WARPS * 32 * NORM_VECTORS : 1];
+  __shared__ float4 factors[NORM ? ROUTE_WARPS * 32 * NORM_VECTORS * 2 : 1];
+  __shared__ float squares[ROUTE_WARPS * NORM_VECTORS];
+  if constexpr (NORM)
+    for (int i = threadIdx.x; i < k / 4; i += blockDim.x) factors[i] = reinterpret_cast<const float4*>(norm_weight)[i];
   griddep_wait();
   const int tokens = *num_tokens;
   if (t0 >= tokens) return;
+  if constexpr (NORM) {
+    const uint4* const source = reinterpret_cast<const uint4*>(raw + (size_t)t0 * k);
+    float v[NORM_VECTORS][8];
+#pragma unroll
+    for (int n = 0; n < NORM_VECTORS; n++) {
+      const int i = threadIdx.x + n * ROUTE_WARPS * 32;
+      unpack8<T>(i < vectors ? source[i] : make_uint4(0, 0, 0, 0), v[n]);
+    }
+#pragma unroll
+    for (int n = 0; n < NORM_VECTORS; n++) {  // 32 vectors of the row are what one warp of `norm` has
+      float square = 0.f;
+#pragma unroll
+      for (int j = 0; j < 8; j++) square = __fmaf_rn(v[n][j], v[n][j], square);
+      square = warp_sum(square);
+      if (lane == 0) squares[warp + n * ROUTE_WARPS] = square;
+    }
+    __syncthreads();
+    float total = squares[0];
+    for (int w = 1; w < (vectors + 31) / 32; w++) total += squares[w];
+    const float factor = 1.f / sqrtf(total / k + eps);
+    const float* const scales = reinterpret_cast<const float*>(factors);
+#pragma unroll
+    for (int n = 0; n < NORM_VECTORS; n++) {
+      const int i = threadIdx.x + n * ROUTE_WARPS * 32;
+      if (i >= vectors) continue;
+#pragma unroll
+      for (int j = 0; j < 8; j++) v[n][j] = __fmaf_rn(__fmul_rn(v[n][j], factor), scales[i * 8 + j], 0.f);
+      normed[i] = pack8<T>(v[n]);
+      if (blockIdx.x == 0) reinterpret_cast<uint4*>(x + (size_t)t0 * k)[i] = normed[i];
+    }
+    __syncthreads();
+  }
   float acc[TOKENS][EXPERTS];
 #pragma unroll
   for (int t = 0; t < TOKENS; t++)
@@ -153,7 +194,7 @@ route(int* ids, float* shares, const T* x, const T* __restrict__ weight, const f
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
       if (TOKENS > 1 && t0 + t >= tokens) continue;
-      const uint4* const source = reinterpret_cast<const uint4*>(x + (size_t)(t0 + t) * k);
+      const uint4* const source = NORM ? normed : reinterpret_cast<const uint4*>(x + (size_t)(t0 + t) * k);
       uint4 given[BATCH];
 #pragma unroll
       for (int b = 0; b < BATCH; b++) {

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rvllm.kernels.experts_manifest import ROUTE_NORM_WIDTH
 from rvllm.program.ops import (
     Activate,
     Add,
@@ -21,7 +22,9 @@ from rvllm.program.ops import (
     Op,
     Program,
     RopeKV,
+    Route,
 )
+from rvllm.program.recurrent import CausalConv, StateScan
 
 GATED = ("silu", "gelu", "gelu_tanh")
 
@@ -57,11 +60,14 @@ def fuse(program: Program, gated_epilogue: bool = True) -> list[Stage]:
     Experts, Add of its result: likewise, unless a Norm takes the Add.
     Norm, Add of its result, Norm of the sum or not: one pass over the row.
     Add, Norm of its result: likewise.
+    CausalConv, StateScan of its result: the scan convolves when every sequence has one token.
+    Norm, Route of its result: few tokens are normalised as they are routed.
     Norm of the query heads, Norm of the key heads, RopeKV: each head is normalised as it is rotated.
     Norm of the latent, LatentRopeKV, HeadLinear of its queries: each is written once, where it is wanted.
     LatentAttention, HeadLinear of its result: the product puts together what several blocks attended to.
 
-    A result is merged away only where nothing else reads it.
+    A result is merged away only where nothing else reads it. A product that follows Experts without reading
+    what they write goes before them: its weights arrive while experts are being chosen.
     """
     readers = Counter(b.name for op in program.ops for b in op.reads)
     stages: list[Stage] = []
@@ -70,7 +76,19 @@ def fuse(program: Program, gated_epilogue: bool = True) -> list[Stage]:
         stage = _stage(program.ops[position : position + 3], readers, gated_epilogue)
         stages.append(stage)
         position += len(stage.ops)
+    for i in range(1, len(stages) - 1):
+        if isinstance(stages[i - 1].ops[-1], Route) and _may_overtake(stages[i + 1], stages[i]):
+            stages[i], stages[i + 1] = stages[i + 1], stages[i]
     return stages
+
+
+def _may_overtake(product: Stage, experts: Stage) -> bool:
+    """Whether these are a product and experts that do not depend on each other."""
+    if not isinstance(product.ops[0], Linear) or not isinstance(experts.ops[0], Experts):
+        return False
+    written = {b.name for b in experts.writes}
+    touched = written | {b.name for b in experts.reads}
+    return not (written & {b.name for b in product.reads} or touched & {b.name for b in product.writes})
 
 
 def is_gate(op: Op | None) -> bool:
@@ -103,11 +121,18 @@ def _stage(ops: Sequence[Op], readers: Counter[str], epilogue: bool) -> Stage:
         case Norm(), Norm():
             if isinstance(third, RopeKV) and _norms_heads(op, after, third):
                 return Stage((op, after, third))
+        case Norm(), Route():
+            plain = _norms_rows(op) and op.kind_ == "rms" and op.weight is not None and op.bias is None
+            if plain and after.x == op.out and op.x.width <= ROUTE_NORM_WIDTH:
+                return Stage((op, after))
         case Norm(), LatentRopeKV():
             if isinstance(third, HeadLinear) and _prepares(op, after, third, readers):
                 return Stage((op, after, third))
         case LatentAttention(), HeadLinear():
             if after.x == op.out and after.tail == 0:
+                return Stage((op, after))
+        case CausalConv(), StateScan():
+            if after.xbc == op.out and after.steps == op.x and readers[op.out.name] == 1:
                 return Stage((op, after))
         case Add(), Norm():
             if _norms_rows(after) and after.x == op.x:

@@ -11,12 +11,12 @@ on the device first. All of them give a token the same bits, and none asks the h
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.families import Emitter, Scratch
+from rvllm.backends.cuda.fuse import Stage
 from rvllm.backends.cuda.gemm import gated_rows
 from rvllm.backends.cuda.launches import Planned, fixed
 from rvllm.backends.cuda.metadata import NUM_TOKENS
@@ -24,26 +24,26 @@ from rvllm.backends.cuda.placement import Form
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.experts_manifest import (
     BLOCKS,
+    FEW_STAGES,
     FEW_TOKENS,
     MOST_CHOSEN,
     MOST_EXPERTS,
     MOST_GROUPS,
     MOST_SEGMENTS,
+    ONE_STAGES,
     ROUTE_LANES,
     ROUTE_WARPS,
     ROUTES,
     SORT_WARPS,
-    STAGES,
     Block,
     few_smem,
     one_smem,
     sort_smem,
 )
 from rvllm.kernels.ops_manifest import ACTIVATIONS
-from rvllm.program.ops import Add, Experts, Op, Program, Route
+from rvllm.program.ops import Add, Experts, Norm, Op, Program, Route
 
 if TYPE_CHECKING:
-    from rvllm.backends.cuda.fuse import Stage
     from rvllm.backends.cuda.lowering import Lowering
 
 SLICE, TILE = 16, 64  # rows a warp takes in `few`; rows and columns of a packed tile
@@ -55,7 +55,10 @@ SIGMOID, GROUP_TOP2, RENORMALISE = 1, 2, 4  # flags of `route`
 
 @dataclass(frozen=True)
 class RouteAt:
-    """Device addresses of a Route; logits float32 [T, E] and arrivals int32 [T], zeros, are scratch."""
+    """Device addresses of a Route; logits float32 [T, E] and arrivals int32 [T], zeros, are scratch.
+
+    raw, norm_weight: where x is the RMS norm of raw by these float32 weights, and is still to be computed.
+    """
 
     x: int
     ids: int
@@ -65,6 +68,8 @@ class RouteAt:
     logits: int
     arrivals: int
     num_tokens: int
+    raw: int = 0
+    norm_weight: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,8 @@ def most_tiles(entries: int, experts: int, tile: int) -> int:
     return hit + (entries - hit) // tile
 
 
-def plan_route(op: Route, tokens: int, tag: str, at: RouteAt) -> Planned:
-    """The launch that scores and chooses experts for up to `tokens` tokens.
+def plan_route(op: Route, tokens: int, tag: str, at: RouteAt, norm: Norm | None = None) -> Planned:
+    """The launch that scores and chooses experts for up to `tokens` tokens, after a norm if there is one.
 
     Raises MissingKernelError for what the kernel has no room for.
     """
@@ -112,19 +117,20 @@ def plan_route(op: Route, tokens: int, tag: str, at: RouteAt) -> Planned:
             f"no routing kernel for {op.top_k} of {experts} experts in {op.groups} groups of rows of {k}; "
             f"there is one for up to {MOST_CHOSEN} of {MOST_EXPERTS} in {MOST_GROUPS}, and rows of 8, 16, ..."
         )
-    suffix = "_wide" if tokens >= WIDE_ROUTE else ""
+    suffix = "_norm" if norm is not None else "_wide" if tokens >= WIDE_ROUTE else ""
     tokens_each, experts_each = ROUTES[suffix]
     flags = SIGMOID * (op.scores == "sigmoid") + RENORMALISE * op.renormalise
     flags += GROUP_TOP2 * (op.group_score == "top2")
     numbers = (k, experts, op.top_k, op.groups, op.kept_groups, flags)
     return Planned(
-        op.name,
+        op.name if norm is None else f"{norm.name} + {op.name}",
         f"sm80_{tag}_route{suffix}_e{next(32 * n for n in ROUTE_LANES if experts <= 32 * n)}",
         fixed(-(-experts // (ROUTE_WARPS * experts_each)), -(-tokens // tokens_each)),
         32 * ROUTE_WARPS,
         (
-            at.ids, at.shares, at.x, at.weight, at.bias, at.logits, at.arrivals, at.num_tokens,
-            *map(ctypes.c_int, numbers), ctypes.c_float(op.scale),
+            at.ids, at.shares, at.x, at.weight, at.bias, at.logits, at.arrivals, at.num_tokens, at.raw,
+            at.norm_weight, *map(ctypes.c_int, numbers), ctypes.c_float(op.scale),
+            ctypes.c_float(norm.eps if norm is not None else 0.0),
         ),
     )  # fmt: skip
 
@@ -177,22 +183,14 @@ class ExpertsPlan:
             return at.inner, at.x, at.up, 1, op.x.width, self.up_rows, self.width, act
         return at.parts, at.inner, at.down, 0, self.width, self.n, self.n, -1
 
-    def _stages(self, grid: int, each: int, smem: Callable[[int], int]) -> tuple[int, int]:
-        """(stages, slots) of a warp's pipeline of `each` tiles: deep where blocks do not share processors.
-
-        smem: bytes of a block with so many slots.
-        """
-        few, many = STAGES
-        stages = many if grid <= self.chip.sm_count and smem(many) <= self.chip.smem_per_block - 8192 else few
-        return stages, min(stages, each)
-
     def _few(self, which: str) -> Planned:
         out, x, weights, by_token, k, rows, pitch, act = self._sides(which)
         blocks, segments = -(-k // TILE), segments_of(k)
         grid = -(-rows // SLICE), self.entries
-        each = -(-blocks // segments)
-        few = 1 if self.tokens == 1 else FEW_TOKENS
-        stages, slots = self._stages(grid[0] * grid[1], each, lambda n: few_smem(segments, n, few))
+        each, few = -(-blocks // segments), 1 if self.tokens == 1 else FEW_TOKENS
+        # Several blocks share a multiprocessor; what fits the lesser pipeline is fetched all at once.
+        slots = min(FEW_STAGES[0], each)
+        stages = FEW_STAGES[each <= slots]
         gated = which == "up" and self.op.gated
         numbers = (self.top_k, by_token, k, blocks, rows, pitch, act, int(gated), slots)
         return self._planned(
@@ -204,7 +202,11 @@ class ExpertsPlan:
     def _one(self) -> Planned:
         blocks, segments = -(-self.width // TILE), segments_of(self.width)
         grid, each = -(-self.n // SLICE), self.top_k * -(-blocks // segments)
-        stages, slots = self._stages(grid, each, lambda n: one_smem(segments, n, self.top_k))
+        # A deep pipeline where a multiprocessor has one block. It leaves the next product's blocks some room.
+        deep = grid <= self.chip.sm_count
+        deep &= one_smem(segments, ONE_STAGES[1], self.top_k) <= self.chip.smem_per_block - 8192
+        stages = ONE_STAGES[deep]
+        slots = min(stages, each)
         numbers = (self.top_k, self.width, blocks, self.n, slots)
         at = self.at
         return self._planned(
@@ -265,8 +267,12 @@ class ExpertsPlan:
 
 
 def _route(lowering: Lowering, stage: Stage) -> None:
-    (op,) = stage.ops
+    """A Route, or a Norm and the Route that reads it: one launch for few tokens, two for many."""
+    op, norm = stage.ops[-1], stage.ops[0]
     assert isinstance(op, Route)
+    if isinstance(norm, Norm) and lowering.counts.tokens >= WIDE_ROUTE:
+        lowering.norm(Stage((norm,)))
+    fused = norm if isinstance(norm, Norm) and lowering.counts.tokens < WIDE_ROUTE else None
     buffers, scratch = lowering.at.buffers, lowering.at.scratch
     at = RouteAt(
         x=buffers[op.x.name],
@@ -277,8 +283,10 @@ def _route(lowering: Lowering, stage: Stage) -> None:
         logits=scratch["experts.logits"],
         arrivals=scratch["experts.arrivals"],
         num_tokens=lowering.meta(NUM_TOKENS),
+        raw=buffers[fused.x.name] if fused else 0,
+        norm_weight=lowering.weight(fused.weight, "norm") if fused else 0,
     )
-    lowering.planned.append(plan_route(op, lowering.counts.tokens, lowering.tag, at))
+    lowering.planned.append(plan_route(op, lowering.counts.tokens, lowering.tag, at, fused))
 
 
 def _experts(lowering: Lowering, stage: Stage) -> None:

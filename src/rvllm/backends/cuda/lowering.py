@@ -45,6 +45,7 @@ from rvllm.program.ops import (
     Op,
     Program,
     RopeKV,
+    Route,
     Sample,
     Weight,
 )
@@ -112,7 +113,7 @@ class Lowering:
         self.missing: list[str] = []
         self._emitters: dict[type[Op], Callable[[Stage], None]] = {
             Embed: self._embed,
-            Norm: self._norm,
+            Norm: self.norm,
             Linear: self._linear,
             RopeKV: self._rope_kv,
             Attention: self.attention,
@@ -203,8 +204,12 @@ class Lowering:
             ctypes.c_float(op.scale),
         )
 
-    def _norm(self, stage: Stage) -> None:
+    def norm(self, stage: Stage) -> None:
+        """A Norm, alone or as the first or last of what one kernel does."""
         norm = stage.ops[-1]
+        if isinstance(norm, Route):
+            self._emitters[Route](stage)
+            return
         if isinstance(norm, RopeKV):
             self._rope_kv(stage)
             return
@@ -518,7 +523,7 @@ class Lowering:
 
     def _add(self, stage: Stage) -> None:
         if len(stage.ops) == 2:
-            self._norm(stage)
+            self.norm(stage)
             return
         (op,) = stage.ops
         assert isinstance(op, Add)
