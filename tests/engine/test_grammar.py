@@ -232,3 +232,38 @@ def test_a_slow_mask_holds_up_its_own_sequence_only(monkeypatch: pytest.MonkeyPa
     core.abort(["slow"])
     while core.has_work():
         core.step()
+
+
+def test_many_choices_and_wide_unions_are_followed() -> None:
+    core = core_of()
+    choices = [f"item {i} of many" for i in range(10_000)]
+    union = {"anyOf": [{"type": "object", "properties": {f"k{i}": {"const": i}}} for i in range(300)]}
+    done = run(core, [request("choice", grammar(choice=choices)), request("union", grammar(json=union))])
+    assert text_of(done["choice"][0]) in choices
+    assert done["union"][1].finish_reason in ("stop", "length"), done["union"][1].error
+    assert core.stats().mask_seconds < 2
+
+
+def test_a_grammar_beyond_the_limits_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rvllm.engine.grammar.MOST_ITEMS", 10)
+    union = {"anyOf": [{"type": "object", "properties": {f"k{i}": {"const": i}}} for i in range(300)]}
+    _, last = run(core_of(), [request("union", grammar(json=union))])["union"]
+    assert last.finish_reason == "error" and "too complex" in (last.error or "")
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("company", [0, 6])
+def test_a_mask_beyond_the_limits_is_an_error_and_no_end(
+    beside: bool, company: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a matcher's mask allows EOS wherever the text stands."""
+    monkeypatch.setattr("rvllm.engine.grammar.COSTLY", 0.0 if beside else 1e9)
+    monkeypatch.setattr("rvllm.engine.grammar.MOST_ITEMS", 200)
+    keys = {f"k{i}": {"const": i} for i in range(300)}
+    wide = {"type": "object", "properties": {"first": {"const": 1}, **keys}, "required": ["first"]}
+    made = [request(f"wide{i}", grammar(json=wide)) for i in range(1 + company)]
+    done = run(core_of(), [*made, request("good", grammar(choice=["yes"]))])
+    for name, (_, last) in done.items():
+        if name.startswith("wide"):
+            assert last.finish_reason == "error" and "too complex" in (last.error or ""), last
+    assert text_of(done["good"][0]) == "yes"

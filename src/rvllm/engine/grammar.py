@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 KEPT = 128  # compiled grammars kept for requests that bring the same again
 KEPT_LENGTH = 1 << 16  # characters of the longest grammar that is kept
 MOST_STATES = 50_000  # of a grammar's lexer, some 2 kB each
+MOST_ITEMS = 30_000  # of a grammar at one place: the branches of a union, the keys of an object
 TIMED = 4096  # mask times kept for the percentiles
 ALONE = 4  # up to so many masks of a step are computed one after the other
 ALLOWANCE = 2.0  # seconds that following a grammar may cost, and seconds more for each token
@@ -76,6 +77,18 @@ class Matcher:
         """Whether nothing can follow: the text is complete."""
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
+    @property
+    def error(self) -> str | None:
+        """What is wrong, on one line; None while nothing is."""
+        if not self._matcher.is_error():
+            return None
+        return str(self._matcher.get_error()).strip().partition("\n")[0]
+
+    @property
+    def too_complex(self) -> str | None:
+        """The error of a matcher that has exceeded its limits; None while it has not."""
+        return None if self.error is None else f"the grammar is too complex to follow: {self.error}"
+
     def accept(self, token: int) -> str | None:
         """Moves on by a drawn token; returns what is wrong when the grammar does not allow it."""
         began = time.perf_counter()
@@ -88,7 +101,9 @@ class Matcher:
             return f"the grammar is too costly to follow: {self.seconds:.1f} s for {self._tokens} tokens"
         if accepted:
             return None
-        reason = str(self._matcher.get_error()).partition("\n")[0]
+        reason = self.error or ""
+        if "satisfy the grammar" not in reason:
+            return self.too_complex
         return f"no token fits both the grammar and min_tokens, stop_token_ids or logit_bias: {reason}"
 
     def fill(self, row: Mask) -> float:
@@ -117,9 +132,9 @@ class Grammars:
         self._pool: ThreadPoolExecutor | None = None
         self._compiling: dict[str, tuple[Sequence, Future[Compiled]]] = {}  # by request id
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
-        self._wanted: dict[str, Matcher] = {}  # whose next mask is to be made, by request id
+        self._wanted: dict[str, Sequence] = {}  # whose next mask is to be made, by request id
         self._beside: dict[str, tuple[Sequence, Future[Followed]]] = {}  # followed in threads of their own
-        self._together: list[tuple[list[Matcher], Future[Filled]]] = []  # whose masks are made together
+        self._together: list[tuple[list[Sequence], Future[Filled]]] = []  # whose masks are made together
         self._beside_pool: ThreadPoolExecutor | None = None
         self._executor: LLExecutor | None = None
         self._times: deque[float] = deque(maxlen=TIMED)
@@ -158,7 +173,10 @@ class Grammars:
         """(what may be kept, the matcher of a sequence with its first mask, the seconds that took)."""
         fresh = kept or self._compile(grammar)
         matcher = Matcher(fresh.deep_copy())
-        return fresh, matcher, matcher.fill(self._row())
+        seconds = matcher.fill(self._row())
+        if matcher.too_complex is not None:
+            raise RvllmError(matcher.too_complex)
+        return fresh, matcher, seconds
 
     def _row(self) -> Mask:
         return np.zeros(self._words, dtype=np.uint32)
@@ -173,7 +191,9 @@ class Grammars:
             tokenizer = self._vocabulary.result()
         except Exception as error:
             raise RvllmError(f"structured outputs do not work with this tokenizer: {error}") from None
-        limits = LLParserLimits(max_lexer_states=MOST_STATES, verbose_errors=False)
+        limits = LLParserLimits(
+            max_lexer_states=MOST_STATES, max_items_in_row=MOST_ITEMS, verbose_errors=False
+        )
         matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise RvllmError(f"grammar: {str(matcher.get_error()).strip()}")
@@ -206,7 +226,7 @@ class Grammars:
         assert seq.matcher is not None
         error = seq.matcher.accept(token)
         if error is None and not seq.matcher.ended:
-            self._wanted[seq.request_id] = seq.matcher
+            self._wanted[seq.request_id] = seq
         return error
 
     def accept_beside(self, seq: Sequence, token: int) -> None:
@@ -225,21 +245,28 @@ class Grammars:
         error = matcher.accept(token)
         if error is not None or matcher.ended:
             return error, None
-        return None, matcher.fill(self._row())
+        seconds = matcher.fill(self._row())
+        return matcher.too_complex, seconds
 
     def settle(self, device_busy: bool) -> list[tuple[Sequence, str | None]]:
-        """Makes the masks that are wanted. Returns the sequences accepted beside that are done, with what
-        is wrong with each; their masks are made unless they have ended.
+        """Makes the masks that are wanted. Returns the sequences accepted beside that are done, and those
+        for which no mask could be made, with what is wrong with each.
 
+        A matcher that has exceeded its limits allows EOS wherever it is; its sequence must go no further.
         device_busy: whether a step runs meanwhile.
         """
+        filled: list[Sequence] = []
         if self._wanted:
             began = time.perf_counter()
-            self._fill(list(self._wanted.values()))
+            filled += self._fill(list(self._wanted.values()))
             self._wanted.clear()
             self.exposed_seconds += 0.0 if device_busy else time.perf_counter() - began
-        self._take_filled()
-        settled = []
+        filled += self._take_filled()
+        settled: list[tuple[Sequence, str | None]] = []
+        for seq in filled:
+            error = seq.matcher.too_complex if seq.matcher is not None else None
+            if error is not None and seq.finish_reason is None:
+                settled.append((seq, error))
         for name, (seq, done) in list(self._beside.items()):
             if done.done():
                 del self._beside[name]
@@ -262,27 +289,33 @@ class Grammars:
             self.exposed_seconds += time.perf_counter() - began
         return True
 
-    def _fill(self, matchers: list[Matcher]) -> None:
+    def _fill(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Makes masks; returns the sequences that have theirs already."""
+        matchers = [seq.matcher for seq in sequences if seq.matcher is not None]
         if len(matchers) <= ALONE:
             for matcher in matchers:
                 self._count(matcher.fill(self._row()))
-            return
+            return sequences
         done = self._mask_threads().submit(self._fill_together, matchers)
-        self._together.append((matchers, done))
+        self._together.append((sequences, done))
         wait_for([done], COSTLY)
+        return []
 
-    def _take_filled(self) -> None:
-        """Hands out the masks that have been made together."""
-        late = []
-        for matchers, done in self._together:
+    def _take_filled(self) -> list[Sequence]:
+        """Hands out the masks that have been made together; returns whose they are."""
+        late, ready = [], []
+        for sequences, done in self._together:
             if not done.done():
-                late.append((matchers, done))
+                late.append((sequences, done))
                 continue
             rows, seconds = done.result()
-            for row, matcher in zip(rows, matchers, strict=True):
-                matcher.filled(row, seconds / len(matchers))
-            self._count(seconds, len(matchers))
+            for row, seq in zip(rows, sequences, strict=True):
+                if seq.matcher is not None:
+                    seq.matcher.filled(row, seconds / len(sequences))
+            self._count(seconds, len(sequences))
+            ready += sequences
         self._together = late
+        return ready
 
     def _count(self, seconds: float, masks: int = 1) -> None:
         """Books masks that took so long, together when there are several."""
