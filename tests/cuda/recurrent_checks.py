@@ -13,7 +13,14 @@ import numpy as np
 from harness import SHORT, Array, Machine, error, expect, rounded
 
 from rvllm.backends.cpu import ops, recurrent
-from rvllm.kernels.recurrent_manifest import conv_kernel, gated_norm_kernel, scan_kernel, scan_smem
+from rvllm.backends.cuda.lower_recurrent import ConvAt
+from rvllm.kernels.recurrent_manifest import (
+    SCAN_TAPS,
+    conv_kernel,
+    gated_norm_kernel,
+    scan_kernel,
+    scan_smem,
+)
 from rvllm.program.recurrent import CHUNK, CausalConv, StateScan
 
 LIMIT = {"bfloat16": 3e-3, "float16": 4e-4}
@@ -195,7 +202,7 @@ def check_scan(gpu: Machine, rng: np.random.Generator, dtype: np.dtype, shape: S
         keep = bool((meta.lengths == 1).all())
         sequences = [state, meta.count, meta.seq_slots, meta.kv_lens, meta.offsets]
         numbers = [elements, heads + 11, heads, dim, groups]
-        args = [out, x, steps, *weights, *sequences, *numbers, floor, int(keep)]
+        args = [out, x, steps, *weights, *sequences, *numbers, floor, int(keep), ConvAt()]
         blocks = meta.seqs + 1 if how == "ones" else int(rng.integers(1, meta.seqs + 2))
         smem = scan_smem(dim, size)
         gpu.launch(scan_kernel(dtype.name, dim, size), (heads, blocks), 2 * dim, args, smem=smem)
@@ -216,6 +223,47 @@ def check_scan(gpu: Machine, rng: np.random.Generator, dtype: np.dtype, shape: S
     assert max(LENGTHS) > 3 * CHUNK
     expect("scan", worst, SCAN_LIMIT[dtype.name])
     return worst
+
+
+def check_fused_conv(gpu: Machine, rng: np.random.Generator, dtype: np.dtype, shape: ScanShape) -> None:
+    """Decoding with the convolution inside the scan: the bits and the states of two launches."""
+    heads, dim, groups, size = shape.heads, shape.dim, shape.groups, shape.size
+    inner, wide = heads * dim, heads * dim + 2 * groups * size
+    pitch = -(-(wide + heads) // 8) * 8 + 8
+    lengths, slots = (1, 19, 34), np.array([5, 0, 3])
+    sizes = CausalConv.elements(wide, SCAN_TAPS), StateScan.elements(heads, dim, groups, size)
+    rows = [rounded(rng.standard_normal((n, pitch), np.float32), dtype).astype(dtype) for n in lengths]
+    taps, bias = gpu.array(rng.standard_normal((wide, SCAN_TAPS), np.float32)), None
+    if heads % 2:
+        bias = gpu.array(rng.standard_normal(wide, np.float32))
+    vectors = [gpu.array(rng.standard_normal(heads).astype(np.float32)) for _ in range(3)]
+    states = [[gpu.empty((SLOTS, n), np.float32) for n in sizes] for _ in range(2)]
+    smem, numbers = scan_smem(dim, size), [sizes[1], pitch, heads, dim, groups]
+    for parts in cuts(rng, lengths, "ones"):
+        meta, both = Meta(gpu, parts, slots), gathered(parts, rows, 2)
+        x, steps = gpu.array(both), gpu.array(np.roll(both, -wide, axis=1))
+        found = []
+        for fused, (inputs, state) in enumerate(states):
+            xbc = gpu.empty((meta.tokens + 2, wide), dtype)
+            out = gpu.empty((meta.tokens + 2, inner), dtype)
+            conv = ConvAt()
+            if fused:
+                where = taps.address, bias.address if bias else None, inputs.address
+                conv = ConvAt(x.address, *where, pitch, sizes[0])
+            else:
+                grid = (-(-wide // 8 // 64), meta.tokens + 2)
+                args = [xbc, x, taps, bias, inputs, meta.header, meta.positions, meta.token_slots,
+                        meta.offsets, wide, pitch, sizes[0], 1]  # fmt: skip
+                gpu.launch(conv_kernel(dtype.name, SCAN_TAPS, "silu"), grid, 64, args)
+            args = [out, xbc, steps, *vectors, state, meta.count, meta.seq_slots, meta.kv_lens, meta.offsets,
+                    *numbers, 0.01, 1, conv]  # fmt: skip
+            kernel = scan_kernel(dtype.name, dim, size, conv=bool(fused))
+            gpu.launch(kernel, (heads, meta.seqs + 1), 2 * dim, args, smem=smem)
+            found.append(out.get())
+        assert np.array_equal(*(f.view(np.uint16) for f in found)), parts
+        assert not np.isnan(found[0][: meta.tokens].astype(np.float32)).any()
+    for two, one in zip(*states, strict=True):
+        assert np.array_equal(two.get().view(np.uint32), one.get().view(np.uint32)), "states differ"
 
 
 def check_gated_norm(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) -> float:

@@ -53,7 +53,7 @@ def check_planned(gpu: Machine, rng: np.random.Generator, config: dict[str, Any]
     metadata = gpu.empty((recipe.memory.layout.nbytes // 4,), np.int32)
     recipe = replace(
         recipe,
-        stages=[stage for stage in recipe.stages if stage.ops[0] in (conv, scan, norm)],
+        stages=[stage for stage in recipe.stages if stage.ops[0] in (conv, norm)],
         addresses=replace(
             recipe.addresses,
             weights={(name, "norm"): array.address for name, array in weights.items()},

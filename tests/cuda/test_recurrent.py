@@ -90,12 +90,14 @@ def test_real_models_resolve_to_kernels(name: str, facts: DeviceFacts) -> None:
     assert any("scan_keep" in name for name in names)
 
 
-def test_a_recurrent_layer_is_six_launches_when_decoding() -> None:
+def test_a_recurrent_layer_is_five_launches_when_decoding() -> None:
     given = program(hybrid_override_pattern="MM*")
     ops = [p.op for p in recipe(given).decode(4) if p.op.startswith("layers.1")]
     assert [op.split(".", 2)[2].split(" ")[0] for op in ops] == [
-        "norm", "in", "conv", "scan", "gated_norm", "out",
+        "norm", "in", "conv", "gated_norm", "out",
     ]  # fmt: skip
+    others = program(hybrid_override_pattern="MM*", mamba_hidden_act="gelu")
+    assert len([p for p in recipe(others).decode(4) if p.op.startswith("layers.1")]) == 6
 
 
 def test_the_states_are_a_line_of_the_budget() -> None:
@@ -190,6 +192,14 @@ def test_the_scan(
     gpu: harness.Machine, rng: np.random.Generator, shape: checks.ScanShape, dtype: str
 ) -> None:
     checks.check_scan(gpu, rng, DTYPES[dtype], shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", checks.SCANS, ids=str)
+def test_the_convolution_within_the_scan(
+    gpu: harness.Machine, rng: np.random.Generator, shape: checks.ScanShape, dtype: str
+) -> None:
+    checks.check_fused_conv(gpu, rng, DTYPES[dtype], shape)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,6 +7,7 @@ from rvllm.kernels.ops_manifest import ACTIVATIONS, SHORT, TYPES
 from rvllm.kernels.spec import KernelSpec
 
 TAPS = (2, 3, 4)  # of the convolution
+SCAN_TAPS = 4  # of a convolution within the scan, which is followed by silu
 STATE_SIZES = (64, 128, 256)
 LARGEST_DIM = 128  # of a head
 _NARROW = 64  # heads up to this have a kernel of their own, with more blocks at a time
@@ -18,14 +19,23 @@ def scan_smem(dim: int, size: int) -> int:
     return 2 * 2 * _CHUNK * (dim + 2 * size + 3 * _PAD)
 
 
-def scan_kernel(dtype: str, dim: int, size: int) -> str:
-    """The scan for heads of `dim` and states of `size`; raises MissingKernelError where there is none."""
+def scan_convolves(taps: int, activation: str) -> bool:
+    """Whether the scan can compute this convolution itself, where every sequence has one token."""
+    return taps == SCAN_TAPS and activation == "silu"
+
+
+def scan_kernel(dtype: str, dim: int, size: int, conv: bool = False) -> str:
+    """The scan for heads of `dim` and states of `size`; raises MissingKernelError where there is none.
+
+    conv: the one that computes the convolution itself.
+    """
     if size not in STATE_SIZES or dim % 16 or not 16 <= dim <= LARGEST_DIM:
         raise MissingKernelError(
             f"no scan kernel for heads of {dim} and states of {size} elements; heads are multiples of 16 up "
             f"to {LARGEST_DIM}, states {', '.join(map(str, STATE_SIZES))}"
         )
-    return f"sm80_{SHORT[dtype]}_state_scan_s{size}{'' if dim <= _NARROW else '_wide'}"
+    name = f"sm80_{SHORT[dtype]}_state_scan_s{size}{'' if dim <= _NARROW else '_wide'}"
+    return f"{name}_conv" if conv else name
 
 
 def conv_kernel(dtype: str, taps: int, activation: str) -> str:
@@ -56,14 +66,15 @@ def _specs(dtype: str) -> list[KernelSpec]:
     ]
     specs += [
         KernelSpec(
-            name=f"sm80_{short}_state_scan_s{size}{suffix}",
+            name=f"sm80_{short}_state_scan_s{size}{suffix}{'_conv' if conv else ''}",
             source="scan.cu",
-            symbol=f"state_scan<{t}, {size}, {2 * dim}>",
+            symbol=f"state_scan<{t}, {size}, {2 * dim}, {str(conv).lower()}>",
             smem=scan_smem(dim, size),
             unit=f"{short}_s{size}",
         )
         for size in STATE_SIZES
         for suffix, dim in (("", _NARROW), ("_wide", LARGEST_DIM))
+        for conv in (False, True)
     ]
     specs.append(
         KernelSpec(f"sm80_{short}_scan_keep", "scan.cu", f"scan_keep<{t}>", unit=f"{short}_s{STATE_SIZES[0]}")

@@ -3,9 +3,9 @@
 // A token's output is made from the state at the start of its chunk and the chunk's tokens up to it, in matrix
 // products of one shape: what is not known yet is zero. So its bits depend neither on how the sequence is cut into
 // steps nor on its company. A warp has 16 rows of a head's state, in float32, in registers.
-#include "common.cuh"
+#include "conv.cuh"
 
-constexpr int CHUNK = 16;
+constexpr int CHUNK = 16, TAPS = 4;  // TAPS: of a convolution that runs in here
 
 // Elements of a row of the newest chunk in a slot: x of all heads, B of all groups, a step a head; whole vectors.
 __device__ __forceinline__ int kept_pitch(int heads, int dim, int groups, int size) {
@@ -83,6 +83,52 @@ __device__ __forceinline__ Piece piece_of(int seq, const int* offsets, const int
   return p;
 }
 
+// The convolution in front of a scan. x [T, pitch] from its first convolved column on; weight float32 [width, TAPS],
+// bias float32 [width] or null; state float32 [slots, slot_elements], in use as T, see conv.cuh. width, the scan's
+// row, is that of x, B and C.
+template <typename T> struct Conv {
+  const T* x;
+  const float *weight, *bias;
+  float* state;
+  int pitch, slot_elements;
+};
+
+// Four channels of it for one token, as conv.cu computes them: what does not depend on the step first.
+template <typename T> struct Four {
+  float taps[4][TAPS], shift[4];
+  uint2 before[TAPS - 1];
+
+  __device__ __forceinline__ void recall(const Conv<T>& conv, const T* kept, int width, int column, int position) {
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+      const float4 t = *reinterpret_cast<const float4*>(conv.weight + (size_t)(column + c) * TAPS);
+      taps[c][0] = t.x, taps[c][1] = t.y, taps[c][2] = t.z, taps[c][3] = t.w;
+      shift[c] = conv.bias ? conv.bias[column + c] : 0.f;
+    }
+#pragma unroll
+    for (int j = 0; j < TAPS - 1; j++) {
+      const int p = position - (TAPS - 1) + j;
+      before[j] = make_uint2(0, 0);
+      if (p >= 0) before[j] = *reinterpret_cast<const uint2*>(kept + (size_t)kept_row<TAPS>(p) * width + column);
+    }
+  }
+  __device__ __forceinline__ uint2 output(uint2 x) const {
+    float y[4];
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+      float inputs[TAPS];
+#pragma unroll
+      for (int j = 0; j < TAPS; j++) {
+        const uint2 v = j < TAPS - 1 ? before[j] : x;
+        const float2 f = unpack2<T>(c < 2 ? v.x : v.y);
+        inputs[j] = c % 2 ? f.y : f.x;
+      }
+      y[c] = convolved<TAPS, Act::SILU>(inputs, taps[c], shift[c]);
+    }
+    return make_uint2(pack2<T>(y[0], y[1]), pack2<T>(y[2], y[3]));
+  }
+};
+
 // The time step of a head from what the projection gave for it.
 __device__ __forceinline__ float time_step(float raw, float bias, float least) {
   const float x = raw + bias;
@@ -93,14 +139,16 @@ __device__ __forceinline__ float time_step(float raw, float bias, float least) {
 // head's column on. log_decay, skip, bias float32 [heads]. state float32 [slots, slot_elements], see `State`. count:
 // sequences of the step; slots, kv_lens int32 [sequences], offsets int32 [sequences + 1]. keep: also writes what is
 // known of the newest chunk, which is safe where no sequence has more than one token; `scan_keep` does it else.
+// CONV: sequences have one token each, and x, B and C come from `conv`; xbc is not read.
 // dim % 16 == 0, 2 * dim <= THREADS. Shared memory: 2 stages of CHUNK rows of dim, SIZE, SIZE elements of T, each + PAD.
 // Grid: (heads, any number), 2 * dim threads. Decode is bound by reading the state, a long prompt by the latency of
 // its chunks, one after the other.
-template <typename T, int SIZE, int THREADS>
+template <typename T, int SIZE, int THREADS, bool CONV>
 __global__ void __launch_bounds__(THREADS, THREADS > 128 ? 1 : SIZE <= 128 ? 3 : 2)
 state_scan(T* out, const T* xbc, const T* steps, const float* __restrict__ log_decay, const float* __restrict__ skip,
            const float* __restrict__ bias, float* state, const int* count, const int* slots, const int* kv_lens,
-           const int* offsets, int slot_elements, int steps_pitch, int heads, int dim, int groups, float least, int keep) {
+           const int* offsets, int slot_elements, int steps_pitch, int heads, int dim, int groups, float least, int keep,
+           Conv<T> conv) {
   griddep_launch();
   constexpr int PAD = 8;  // elements behind each row in shared memory, against bank conflicts
   constexpr int U = SIZE / 64, VECTORS = SIZE / 8, SP = SIZE + PAD;
@@ -162,16 +210,39 @@ state_scan(T* out, const T* xbc, const T* steps, const float* __restrict__ log_d
     else
       h.clear();
     recall();
+    const bool leads = head % (heads / groups) == 0;  // the head that writes what its group shares
+    if constexpr (CONV) {
+      T* const inputs = reinterpret_cast<T*>(conv.state + (size_t)slots[seq] * conv.slot_elements);
+      const int quads = (dim + 2 * SIZE) / 4;
+      for (int i = threadIdx.x; i < 16 * (dim + 2 * SIZE) / 8; i += blockDim.x) {  // zeros where no token is
+        const int r = i / ((dim + 2 * SIZE) / 8), c = i % ((dim + 2 * SIZE) / 8) * 8;
+        T* const to = c < dim ? xs(0) + r * XP + c : c < dim + SIZE ? bs(0) + r * SP + c - dim : cs(0) + r * SP + c - dim - SIZE;
+        if (r > known || (r < known && c >= dim + SIZE)) *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+      }
+      for (int i = threadIdx.x; i < quads; i += blockDim.x) {
+        const int c = i * 4;
+        const int column = c < dim ? head * dim + c : c < dim + SIZE ? first_b + c - dim : first_c + c - dim - SIZE;
+        Four<T> four;
+        four.recall(conv, inputs, wide, column, piece.start);
+        if (!waited) griddep_wait();
+        waited = true;
+        const uint2 x = *reinterpret_cast<const uint2*>(conv.x + (size_t)piece.row * conv.pitch + column);
+        T* const to = c < dim ? xs(0) + c + known * XP : c < dim + SIZE ? bs(0) + known * SP + c - dim : cs(0) + known * SP + c - dim - SIZE;
+        *reinterpret_cast<uint2*>(to) = four.output(x);
+        if (c < dim || leads) *reinterpret_cast<uint2*>(inputs + (size_t)kept_row<TAPS>(piece.start) * wide + column) = x;
+      }
+      cp_async_commit();
+    }
     if (!waited) griddep_wait();
     waited = true;
-    fetch(chunk, 0);
+    if constexpr (!CONV) fetch(chunk, 0);
     float step = step_of(chunk);
     bool moved = false;
     for (int stage = 0; chunk <= last; chunk++, stage ^= 1) {
       cp_async_wait<0>();
       __syncthreads();  // the chunk is here, and everyone has left the other stage
       float next_step = 0.f;
-      if (chunk < last) {
+      if (!CONV && chunk < last) {
         fetch(chunk + 1, stage ^ 1);
         next_step = step_of(chunk + 1);
       }
@@ -308,7 +379,7 @@ state_scan(T* out, const T* xbc, const T* steps, const float* __restrict__ log_d
       T* const target = kept + (size_t)r * pitch;
       const auto copy = [&](T* to, const T* from) { *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from); };
       if (x_row == r) copy(target + head * dim + x_vector * 8, xs(0) + r * XP + x_vector * 8);
-      if (head % (heads / groups) == 0 && threadIdx.x < VECTORS)
+      if (leads && threadIdx.x < VECTORS)
         copy(target + first_b + threadIdx.x * 8, bs(0) + r * SP + threadIdx.x * 8);
       if (threadIdx.x == 0) target[inner + groups * SIZE + head] = steps[(size_t)piece.row * steps_pitch + head];
     }

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 from rvllm.backends.cuda.families import Emitter, Scratch
 from rvllm.backends.cuda.metadata import NUM_SEQS
 from rvllm.errors import MissingKernelError
-from rvllm.kernels.recurrent_manifest import conv_kernel, gated_norm_kernel, scan_kernel, scan_smem
+from rvllm.kernels.recurrent_manifest import (
+    conv_kernel,
+    gated_norm_kernel,
+    scan_convolves,
+    scan_kernel,
+    scan_smem,
+)
 from rvllm.program.ops import Op, Program
 from rvllm.program.recurrent import CausalConv, GatedNorm, StateScan
 
@@ -41,16 +47,49 @@ def _aligned(name: str, *columns: int) -> None:
         raise MissingKernelError(f"{name} takes rows and offsets of multiples of 8 elements, not {odd[0]}")
 
 
-def _causal_conv(lowering: Lowering, stage: Stage) -> None:
+class ConvAt(ctypes.Structure):
+    """The convolution that a scan computes itself: `Conv` of scan.cu; all zero for none."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("state", ctypes.c_void_p),
+        ("pitch", ctypes.c_int),
+        ("slot_elements", ctypes.c_int),
+    )
+
+
+def _conv_and_scan(lowering: Lowering, stage: Stage) -> None:
+    """One launch for single tokens where the scan can convolve, two else."""
+    conv, *rest = stage.ops
+    assert isinstance(conv, CausalConv)
+    kernel = conv_kernel(lowering.dtype.value, conv.weight.shape[1], conv.activation)
+    _aligned("the convolution", conv.weight.shape[0], conv.x.width, conv.start)
+    if not rest:
+        _conv(lowering, conv.name, conv, kernel)
+        return
+    (scan,) = rest
+    assert isinstance(scan, StateScan)
+    if lowering.prefill is None and scan_convolves(conv.weight.shape[1], conv.activation):
+        _scan(lowering, stage.name, scan, conv)
+        return
+    _conv(lowering, stage.name, conv, kernel)
+    _scan(lowering, stage.name, scan, None)
+
+
+def _state_scan(lowering: Lowering, stage: Stage) -> None:
     (op,) = stage.ops
-    assert isinstance(op, CausalConv)
-    width, taps = op.weight.shape
-    kernel = conv_kernel(lowering.dtype.value, taps, op.activation)
-    _aligned("the convolution", width, op.x.width, op.start)
+    assert isinstance(op, StateScan)
+    _scan(lowering, stage.name, op, None)
+
+
+def _conv(lowering: Lowering, name: str, op: CausalConv, kernel: str) -> None:
     at, layout = lowering.at, lowering.layout
+    width = op.weight.shape[0]
     tile = conv_tile(lowering.counts.tokens, lowering.prefill is not None)
     lowering.plan(
-        stage.name,
+        name,
         kernel,
         lambda c: (-(-width // 8 // CONV_THREADS), -(-c.tokens // tile), 1),
         CONV_THREADS,
@@ -70,10 +109,9 @@ def _causal_conv(lowering: Lowering, stage: Stage) -> None:
     )
 
 
-def _state_scan(lowering: Lowering, stage: Stage) -> None:
-    (op,) = stage.ops
-    assert isinstance(op, StateScan)
-    kernel = scan_kernel(lowering.dtype.value, op.dim, op.size)
+def _scan(lowering: Lowering, name: str, op: StateScan, conv: CausalConv | None) -> None:
+    """The scan, and in steps with prompts a launch that keeps the newest chunk. conv: computed within."""
+    kernel = scan_kernel(lowering.dtype.value, op.dim, op.size, conv is not None)
     at, layout = lowering.at, lowering.layout
     steps = at.buffers[op.steps.name] + 2 * op.first
     sequences = (
@@ -86,7 +124,7 @@ def _state_scan(lowering: Lowering, stage: Stage) -> None:
     shape = [ctypes.c_int(n) for n in (op.state.elements, op.steps.width, op.heads, op.dim, op.groups)]
     prompts = lowering.prefill is not None
     lowering.plan(
-        stage.name,
+        name,
         kernel,
         lambda c: (op.heads, min(c.seqs, c.tokens, SCAN_ROWS) if prompts else c.seqs, 1),
         2 * op.dim,
@@ -100,12 +138,14 @@ def _state_scan(lowering: Lowering, stage: Stage) -> None:
         *shape,
         ctypes.c_float(op.floor),
         ctypes.c_int(0 if prompts else 1),
+        _conv_at(lowering, conv) if conv else ConvAt(),
         smem=scan_smem(op.dim, op.size),
+        why="the convolution too: sequences with one token" if conv else "",
     )
     if prompts:
         vectors = (op.heads * op.dim + op.groups * op.size) // 8
         lowering.plan(
-            stage.name,
+            name,
             f"sm80_{lowering.tag}_scan_keep",
             lambda c: (-(-vectors // KEEP_THREADS), min(c.seqs, c.tokens, SCAN_ROWS), 1),
             KEEP_THREADS,
@@ -116,6 +156,18 @@ def _state_scan(lowering: Lowering, stage: Stage) -> None:
             ctypes.c_int(op.size),
             why="the newest chunk, for the next step",
         )
+
+
+def _conv_at(lowering: Lowering, op: CausalConv) -> ConvAt:
+    at = lowering.at
+    return ConvAt(
+        at.buffers[op.x.name] + 2 * op.start,
+        lowering.weight(op.weight, "norm"),
+        lowering.weight(op.bias, "norm") or None,
+        at.states[op.state.name],
+        op.x.width,
+        op.state.elements,
+    )
 
 
 def _gated_norm(lowering: Lowering, stage: Stage) -> None:
@@ -141,7 +193,7 @@ def _gated_norm(lowering: Lowering, stage: Stage) -> None:
 
 
 EMITTERS: dict[type[Op], Emitter] = {
-    CausalConv: _causal_conv,
+    CausalConv: _conv_and_scan,
     StateScan: _state_scan,
     GatedNorm: _gated_norm,
 }
