@@ -160,3 +160,13 @@ def test_a_wrong_method_is_told_the_right_ones(server: LiveServer) -> None:
     for path, methods in (("/v1/batches", "GET, HEAD, POST"), ("/v1/files/x", "DELETE, GET, HEAD")):
         status, headers, _ = server.raw("PATCH", path)
         assert (status, headers["allow"]) == (405, methods)
+
+
+def test_a_query_is_checked_also_where_it_changes_nothing(server: LiveServer) -> None:
+    _, made = server.post("/v1/responses", input="a", max_output_tokens=1)
+    for query in ("starting_after=-1", "starting_after=", "stream=null", "stream="):
+        status, _, answer = server.raw("GET", f"/v1/responses/{made['id']}?{query}")
+        assert (status, json.loads(answer)["error"]["param"]) == (400, query.partition("=")[0])
+    for query in ("order=", "limit=", "limit=0"):
+        status, _, answer = server.raw("GET", f"/v1/files?{query}")
+        assert (status, json.loads(answer)["error"]["param"]) == (400, query.partition("=")[0])

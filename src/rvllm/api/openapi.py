@@ -207,7 +207,7 @@ def _parameters(operation: Operation) -> Iterable[dict[str, Any]]:
         yield {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     for name in operation.query:
         schema: dict[str, Any] = (
-            {"type": "integer", "minimum": 0} if name in _INTEGERS else {"type": "string"}
+            {"type": "integer", "minimum": 0, "maximum": 1 << 31} if name in _INTEGERS else {"type": "string"}
         )
         if name == "limit":
             schema |= {"minimum": 1, "maximum": operation.most}

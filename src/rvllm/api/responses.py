@@ -105,11 +105,10 @@ class Responses:
     async def retrieve(self, exchange: Exchange, body: bytes) -> None:
         """`GET /v1/responses/{id}`: the response, or with `stream=true` its events after `starting_after`."""
         name, query = exchange.scope["path_params"]["id"], Query(exchange)
-        live = self._live.get(name)
+        live, start = self._live.get(name), query.number("starting_after", -1, 0, 1 << 31)
         if not query.truth("stream"):
             await exchange.json(live.response if live is not None else self._stored(name).response)
             return
-        start = query.number("starting_after", -1, 0, 1 << 31)
         if live is not None:
             await self._follow(exchange, live, start)
             return
