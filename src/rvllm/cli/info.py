@@ -177,6 +177,10 @@ def memory_rows(program: Program, checkpoint: Checkpoint, config: EngineConfig, 
     limits = plan.limits
     return [
         ("weights", f"{plan.weight_bytes} bytes ({human_bytes(plan.weight_bytes)}) {form[1]}"),
+        (
+            "workspace of a step",
+            f"{plan.workspace_bytes} bytes ({human_bytes(plan.workspace_bytes)}) at most",
+        ),
         *[(line.name, f"{line.nbytes} bytes ({human_bytes(line.nbytes)})") for line in plan.state_lines],
         ("kv cache per token", f"{per_token} bytes"),
         ("kv blocks", f"{limits.num_blocks} of {limits.block_size} tokens"),

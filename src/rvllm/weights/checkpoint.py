@@ -128,7 +128,7 @@ class Checkpoint(Protocol):
 
 
 def stored_formats(checkpoint: Checkpoint) -> tuple[str, int]:
-    """How tensors are stored, `61 F32, 210 Q4_1`, and their bytes in the files; without weights an empty text."""
+    """How tensors are stored, `61 F32, 210 Q4_1` (empty without any), and their bytes in the files."""
     kinds = Counter(info.stored_as for info in checkpoint.tensors.values())
     total = sum(info.stored_nbytes for info in checkpoint.tensors.values())
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())), total

@@ -52,6 +52,7 @@ def check_weights(program: Program, checkpoint: Checkpoint) -> None:
         elif _without_ones(info.shape) != _without_ones(stored_shape(part, info)):
             wanted = list(stored_shape(part, info))
             problems.append(f"{info.name} has shape {list(info.shape)} instead of {wanted}")
+    problems = list(dict.fromkeys(problems))  # a tensor may be several parts
     if problems:
         more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         raise ModelError(
@@ -121,7 +122,15 @@ def _pack_part(part: Part, info: TensorInfo, raw: NDArray[np.uint8], out: NDArra
         _store(info, _numbers(info, raw)[order] + np.float32(add), out)
         return
     rows, width = _as_rows(info.shape)
-    if order is None and info.type.block[0] == 1:
+    if part.layout == "columns":
+        first, width = part.columns
+        span = column_bytes(part, info)
+        if span is None:
+            cut = _numbers(info, raw).reshape(rows, -1)[:, first : first + width]
+            _store(info, ((cut if order is None else cut[order]) + np.float32(add)).reshape(-1), out)
+            return
+        raw = raw.reshape(rows, -1)[:, span]
+    elif order is None and info.type.block[0] == 1:
         rows, width = rows * width, 1  # plain elements can be cut anywhere
     stored_rows, wanted = raw.reshape(rows, -1), out.reshape(-1, width)
 
@@ -186,8 +195,22 @@ def is_transposed(part: Part, info: TensorInfo) -> bool:
 
 
 def has_stored_form(part: Part, info: TensorInfo) -> bool:
-    """Whether the part's rows are the tensor's, in whatever order: none is turned, no constant is added."""
-    return not (is_transposed(part, info) or part.add or info.add or len(info.shape) < 2)
+    """Whether the part's rows are the tensor's, in whatever order, or whole blocks of each.
+
+    None is turned, and no constant is added.
+    """
+    if is_transposed(part, info) or part.add or info.add or len(info.shape) < 2:
+        return False
+    return part.layout != "columns" or column_bytes(part, info) is not None
+
+
+def column_bytes(part: Part, info: TensorInfo) -> slice | None:
+    """Where in a stored row the part's columns lie; None when they begin or end within a block."""
+    elements, nbytes = info.type.block
+    first, count = part.columns
+    if first % elements or count % elements:
+        return None
+    return slice(first // elements * nbytes, (first + count) // elements * nbytes)
 
 
 def row_order(part: Part, info: TensorInfo) -> NDArray[np.intp] | None:
@@ -226,22 +249,39 @@ def raw_parts(weight: Weight, checkpoint: Checkpoint) -> list[RawPart]:
     """A matrix's parts as stored blocks, for backends that compute on them.
 
     Rows are in the wanted order; those that already are remain views of the mapped file. Raises ModelError
-    for a part that cannot be had this way: transposed, or with a constant to add.
+    for a part that cannot be had this way: transposed, cut within a block, or with a constant to add.
     """
-    return list(each_raw_part(weight, checkpoint))
-
-
-def each_raw_part(weight: Weight, checkpoint: Checkpoint) -> Iterator[RawPart]:
-    """The parts one by one, so that of quantised ones only one is held as float32 at a time."""
-    for part in weight.parts:
-        info = _require(part, checkpoint)
+    found = [(part, _require(part, checkpoint)) for part in weight.parts]
+    for part, info in found:
         if not has_stored_form(part, info):
             raise ModelError(
                 f"{info.file}: tensor {info.name} cannot be used in its stored form {info.type.value}"
             )
-        rows, width = _as_rows(info.shape)
-        data, order = checkpoint.raw(info).reshape(rows, -1), row_order(part, info)
-        yield RawPart(info.type, width, data if order is None else data[order])
+    return [_raw_part(part, info, checkpoint) for part, info in found]
+
+
+def readable_parts(weight: Weight, checkpoint: Checkpoint) -> Iterator[RawPart]:
+    """A matrix's parts in turn, as stored blocks; those that cannot be had this way as float32.
+
+    Only one that is quantised or rearranged is held at a time.
+    """
+    for part in weight.parts:
+        info = _require(part, checkpoint)
+        if has_stored_form(part, info):
+            yield _raw_part(part, info, checkpoint)
+            continue
+        numbers = np.empty(part.elements, dtype=np.float32)
+        _pack_part(part, info, checkpoint.raw(info), numbers, DType.F32)
+        width = weight.shape[-1]
+        yield RawPart(TensorType.F32, width, numbers.reshape(-1, width).view(np.uint8))
+
+
+def _raw_part(part: Part, info: TensorInfo, checkpoint: Checkpoint) -> RawPart:
+    rows, width = _as_rows(info.shape)
+    data, order = checkpoint.raw(info).reshape(rows, -1), row_order(part, info)
+    if part.layout == "columns":
+        width, data = part.columns[1], data[:, column_bytes(part, info)]
+    return RawPart(info.type, width, data if order is None else data[order])
 
 
 def dummy(weight: Weight, seed: int, dtype: DType = DType.F32) -> NDArray[Any]:

@@ -10,6 +10,7 @@ from rvllm.backends.cpu.step import BLOCK
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, UsageError
 from rvllm.program.encoder import embedding_size
+from rvllm.program.memory import plan_workspace
 from rvllm.program.ops import Program
 from rvllm.weights.checkpoint import Checkpoint
 
@@ -18,7 +19,8 @@ ELEMENT = 4  # float32
 DEFAULT_TOKENS = 512  # of one step
 ENCODER_TOKENS = 2048  # of one step of an encoder, which lets nobody wait for its next token
 MOST_KV = 4 * GB  # unless a flag asks for more
-RESERVE = 256 << 20  # for the interpreter and the activations of a step
+RESERVE = 192 << 20  # for the interpreter, beside the activations of a step
+SCORED = 64  # rows of logits that a step has for prompts beside those it draws from
 HUGE = 1 << 62
 FLOAT32 = "in float32"
 
@@ -31,6 +33,7 @@ class MemoryPlan:
     kv_bytes_per_token: int
     limits: Limits
     state_bytes_per_slot: int = 0
+    workspace_bytes: int = 0  # activations of the largest step
 
     @property
     def state_lines(self) -> list[LedgerLine]:
@@ -80,6 +83,20 @@ def weight_bytes(program: Program, checkpoint: Checkpoint | None, config: Engine
     return sum(w.elements for w in program.weights) * ELEMENT, FLOAT32
 
 
+def rows_of_a_step(tokens: int, sequences: int) -> tuple[int, int]:
+    """The most tokens and rows of logits that a step has."""
+    return tokens, min(tokens, sequences + SCORED)
+
+
+def workspace_bytes(program: Program, config: EngineConfig) -> int:
+    """What the activations of the largest step take, where buffers share memory by their lifetimes."""
+    if embedding_size(program) is None:
+        tokens = config.max_num_batched_tokens or DEFAULT_TOKENS
+    else:
+        tokens = _encoder_limits(program, config).max_num_batched_tokens
+    return plan_workspace(program.ops, *rows_of_a_step(tokens, config.max_num_seqs)).nbytes
+
+
 def plan_memory(
     program: Program,
     config: EngineConfig,
@@ -94,10 +111,13 @@ def plan_memory(
     """
     free = free_bytes() if free is None else free
     weights, form = weight_form or (sum(w.elements for w in program.weights) * ELEMENT, FLOAT32)
-    if weights + RESERVE > free:
+    workspace = workspace_bytes(program, config)
+    left = free - weights - workspace - RESERVE
+    if left < 0:
         raise CapacityError(
-            f"the weights take {weights / GB:.2f} GB {form}, and only {free / GB:.2f} GB of memory "
-            "are free; choose a smaller model (--model) or a GPU (--device cuda)"
+            f"the weights take {weights / GB:.2f} GB {form}, a step {(workspace + RESERVE) / GB:.2f} GB, "
+            f"and only {free / GB:.2f} GB of memory are free; choose a smaller model (--model), a GPU "
+            "(--device cuda) or a lower --max-num-batched-tokens"
         )
     wanted = config.max_model_len
     if wanted is not None and wanted > program.max_position:
@@ -105,11 +125,11 @@ def plan_memory(
             f"--max-model-len {wanted} is more than the model's {program.max_position} positions"
         )
     if embedding_size(program) is not None:
-        return MemoryPlan(weights, 0, _encoder_limits(program, config))
+        return MemoryPlan(weights, 0, _encoder_limits(program, config), workspace_bytes=workspace)
     per_token = program.kv_elements_per_token * ELEMENT
     a_slot = program.state_elements_per_slot * ELEMENT
-    sequences = _sequences(config, a_slot, free - weights - RESERVE)
-    blocks = _blocks(config, per_token, free - weights - RESERVE - sequences * a_slot)
+    sequences = _sequences(config, a_slot, left)
+    blocks = _blocks(config, per_token, left - sequences * a_slot)
     longest = blocks * BLOCK
     if wanted is not None and wanted > longest:
         raise CapacityError(
@@ -128,6 +148,7 @@ def plan_memory(
         weight_bytes=weights,
         kv_bytes_per_token=per_token,
         state_bytes_per_slot=a_slot,
+        workspace_bytes=workspace,
         limits=Limits(
             max_num_seqs=sequences,
             max_num_batched_tokens=config.max_num_batched_tokens or DEFAULT_TOKENS,

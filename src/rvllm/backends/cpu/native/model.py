@@ -11,6 +11,7 @@ import numpy as np
 
 from rvllm.backends.base import LedgerLine, Limits
 from rvllm.backends.cpu.interpret import F32, RESULTS, Launch, Model, Run, empty_caches
+from rvllm.backends.cpu.memory import rows_of_a_step
 from rvllm.backends.cpu.step import BLOCK
 from rvllm.config import SourceConfig, build
 from rvllm.errors import UsageError
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 LANES = 16
 ELEMENT = 4  # bytes of a float32
-SCORED = 64  # rows of logits that a step has for prompts beside those it draws from
 Progress = Callable[[float, str], None]
 
 OLDEST_COMPILER = (0, 50)  # of llvmlite, as the extra cpu asks
@@ -151,9 +151,8 @@ class NativeModel:
         library = compile_kernels(lower.kernels_for(program, names, matrices), kernel_folder())
         model = Model(program=program, weights=weights, caches=caches, ropes=ropes, workers=workers)
         kernels = lower.Kernels(names, matrices, weights, caches, ropes)
-        tokens = limits.max_num_batched_tokens
-        samples = min(tokens, limits.max_num_seqs + SCORED)
-        step = NativeStep(program, kernels, library, workers, limits.max_model_len, tokens, samples)
+        rows = rows_of_a_step(limits.max_num_batched_tokens, limits.max_num_seqs)
+        step = NativeStep(program, kernels, library, workers, limits.max_model_len, *rows)
         return NativeModel(model, step, matrices)
 
     def execute(self, launches: list[Launch], run: Run) -> None:
