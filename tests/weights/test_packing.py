@@ -1,6 +1,7 @@
 """Checkpoint tensors become the weights a program declares."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rvllm.weights import packing
 from rvllm.weights.checkpoint import TensorType
 from rvllm.weights.mapped import FileCheckpoint
 from rvllm.weights.open import open_checkpoint
-from rvllm.weights.packing import check_weights, dummy, pack, raw_parts
+from rvllm.weights.packing import check_weights, dummy, pack, raw_parts, readable_parts
 from rvllm.weights.quants import dequantise
 
 
@@ -83,6 +84,53 @@ def test_parts_of_heads_and_pairs(tmp_path: Path) -> None:
         pack(Weight("b", bias.shape, (pairs,), "vector"), checkpoint, DType.F32),
         np.concatenate([bias[::2], bias[1::2]]),
     )
+
+
+@pytest.mark.parametrize("dtype", [DType.F32, DType.F16, DType.BF16])
+def test_columns(dtype: DType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "TASK", 13)
+    stored = random(11, 12)
+    checkpoint = arrays_in(tmp_path, t=stored)
+    parts = [Part("t", stored.shape, "columns", columns=(first, 4)) for first in (0, 4, 8)]
+    weight = Weight("w", (3, 11, 4), tuple(parts), "stack")
+    assert sum(p.elements for p in parts) == weight.elements
+    check_weights(program_of(weight), checkpoint)
+    wanted = stored.reshape(11, 3, 4).swapaxes(0, 1)
+    np.testing.assert_array_equal(pack(weight, checkpoint, dtype), wanted.astype(dtype.numpy))
+    raw = raw_parts(weight, checkpoint)
+    np.testing.assert_array_equal([r.data.copy().view(np.float32) for r in raw], wanted)
+    assert all(r.width == 4 for r in raw)
+    shifted = Weight("w", (11, 4), (replace(parts[1], add=1.0),), "matrix")
+    np.testing.assert_array_equal(
+        pack(shifted, checkpoint, dtype), (wanted[1] + np.float32(1)).astype(dtype.numpy)
+    )
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "Q6_K"])
+def test_columns_of_quantised_tensors(kind: str, tmp_path: Path) -> None:
+    """Whole blocks stay as they are; columns that cut a block come as the numbers they stand for."""
+    rows, width = 9, 1024
+    data = blocks(kind, rows, width)
+    tensors = llama_tensors() | {"blk.0.ffn_down.weight": (kind, (rows, width), data)}
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", LLAMA, tensors))
+    name = "model.layers.0.mlp.down_proj.weight"
+    wanted = dequantise(TensorType(kind), np.frombuffer(data, np.uint8), (rows, width))
+    for first, count in ((0, 512), (512, 256), (256, 768), (96, 416), (24, 500)):
+        weight = matrix((rows, count), Part(name, (rows, width), "columns", columns=(first, count)))
+        cut = wanted[:, first : first + count]
+        np.testing.assert_array_equal(pack(weight, checkpoint, DType.F32), cut)
+        np.testing.assert_array_equal(
+            pack(weight, checkpoint, DType.BF16).astype(np.float32),
+            cut.astype(ml_dtypes.bfloat16).astype(np.float32),
+        )
+        (raw,) = readable_parts(weight, checkpoint)
+        whole = first % TensorType(kind).block[0] == 0 == count % TensorType(kind).block[0]
+        assert raw.type is (TensorType(kind) if whole else TensorType.F32) and raw.width == count
+        back = dequantise(raw.type, np.ascontiguousarray(raw.data).reshape(-1), (rows, count))
+        np.testing.assert_array_equal(back, cut)
+        if not whole:
+            with pytest.raises(ModelError, match=f"cannot be used in its stored form {kind}"):
+                raw_parts(weight, checkpoint)
 
 
 def test_alternatives_and_constants(tmp_path: Path) -> None:
@@ -161,6 +209,14 @@ def test_check_weights_names_what_is_wrong(tmp_path: Path) -> None:
     )
     assert "m0 is missing" in message and "m3" not in message and message.endswith("and 3 more")
     assert str(tmp_path) in message and "\n" not in message
+
+
+def test_check_weights_names_a_tensor_of_several_parts_once(tmp_path: Path) -> None:
+    parts = [Part("m", (4, 6), "columns", columns=(first, 3)) for first in (0, 3)]
+    with pytest.raises(ModelError, match=r"of a Toy: m is missing$"):
+        check_weights(
+            program_of(Weight("w", (2, 4, 3), tuple(parts), "stack")), arrays_in(tmp_path, a=random(1))
+        )
 
 
 def test_check_weights_without_any(tmp_path: Path) -> None:

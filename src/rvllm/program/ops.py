@@ -45,6 +45,7 @@ class Part:
       pairs         rows ordered (gate, up), (gate, up), ..., wanted all gates, then all ups
       head_rows     rows ordered [head][row], wanted the rows `rows` = (first, count) of each head
       head_columns  the same, and each head's [count, K] transposed: [head][K][count]
+      columns       of each row the elements `columns` = (first, count)
     heads: head count for head_qkv, head_rows and head_columns, kv head count for grouped_qkv.
     head_dim: dim for grouped_qkv; the other layouts follow from heads.
     add: a constant added to every element (Gemma's norms store w, compute with 1 + w).
@@ -55,7 +56,7 @@ class Part:
     source: str
     shape: tuple[int, ...]
     layout: Literal[
-        "plain", "transposed", "head_qkv", "grouped_qkv", "pairs", "head_rows", "head_columns"
+        "plain", "transposed", "head_qkv", "grouped_qkv", "pairs", "head_rows", "head_columns", "columns"
     ] = "plain"
     heads: int = 0
     head_dim: int = 0
@@ -63,10 +64,13 @@ class Part:
     alternatives: tuple[str, ...] = ()
     rows: tuple[int, int] = (0, 0)
     prepared: str = ""
+    columns: tuple[int, int] = (0, 0)
 
     @property
     def elements(self) -> int:
         """Number of elements it becomes."""
+        if self.layout == "columns":
+            return math.prod(self.shape[:-1]) * self.columns[1]
         if self.layout in ("head_rows", "head_columns"):
             return self.heads * self.rows[1] * self.shape[-1]
         return math.prod(self.shape)
@@ -391,7 +395,7 @@ class Add(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class Route(Op):
-    """Chooses `top_k` of E experts for every token: ids int32 and shares float32, both [T, top_k].
+    """Chooses `top_k` of E experts for every token: ids int32 and shares float32, both [T, top_k + always].
 
     s = softmax(x @ weight.T) over the E experts, or its sigmoid, in float32; weight [E, K].
     c = s + bias, the score by which experts are chosen; it does not enter the shares (DeepSeek-AI 2024b).
@@ -399,6 +403,7 @@ class Route(Op):
     is worth its largest c, or with group_score "top2" the sum of its two largest.
     ids are the top_k with the largest c, in descending order; of equals the lower id comes first.
     shares[t, j] = s[t, ids[t, j]], divided by their sum (+ 1e-20) if `renormalise`, times `scale`.
+    Behind the chosen ones come the experts that every token has, E, E + 1, ..., each with share 1.
     """
 
     READS = ("x",)
@@ -416,6 +421,7 @@ class Route(Op):
     group_score: Literal["max", "top2"] = "max"
     renormalise: bool = False
     scale: float = 1.0
+    always: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,7 +430,7 @@ class Experts(Op):
 
     a = act(g) * u with [g; u] = up[e] @ x[t] where gated, else act(up[e] @ x[t]). x [T, K]; ids, shares
     [T, k] as Route writes them; up [E, 2 * width or width, K]; down [E, N, width]; out [T, N]. Only the
-    experts that some token chose are read.
+    experts that some token chose are read. always: the last so many experts are every token's (see Route).
     """
 
     READS = ("x", "ids", "shares")
@@ -438,6 +444,7 @@ class Experts(Op):
     down: Weight
     activation: Activation
     gated: bool = True
+    always: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

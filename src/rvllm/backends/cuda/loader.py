@@ -24,7 +24,7 @@ from rvllm.backends.cuda.placement import Wanted
 from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
 from rvllm.weights.checkpoint import Checkpoint, TensorType
-from rvllm.weights.packing import each_raw_part, find_tensor, is_transposed, pack
+from rvllm.weights.packing import pack, readable_parts
 
 STAGING = 32 << 20  # bytes of one pinned buffer
 BLOCK = 256
@@ -102,12 +102,15 @@ class Loader:
             event.close()
 
     def _pieces(self, wanted: Wanted, address: int, checkpoint: Checkpoint) -> Iterator[Piece]:
-        """The weight's stored rows, cut where the interleaving changes and where a matrix of a stack ends."""
+        """The weight's stored rows, cut where the interleaving changes and where a matrix of a stack ends.
+
+        Parts that must be rearranged element by element come as float32 from the host.
+        """
         stacked, gated = wanted.form in ("stack", "gated_stack"), wanted.form in ("gated", "gated_stack")
         last = wanted.weight.elements // wanted.width // (wanted.weight.shape[0] if stacked else 1)
         position, half = 0, last // 2
-        for type_, data in self._stored(wanted, checkpoint):
-            start = 0
+        for part in readable_parts(wanted.weight, checkpoint):
+            type_, data, start = part.type, part.data, 0
             while start < len(data):
                 matrix, row = divmod(position + start, last)
                 if gated:
@@ -128,18 +131,6 @@ class Loader:
                 yield Piece(wanted, place, type_, data[start:stop], first, padded, kind)
                 start = stop
             position += len(data)
-
-    def _stored(
-        self, wanted: Wanted, checkpoint: Checkpoint
-    ) -> Iterator[tuple[TensorType, NDArray[np.uint8]]]:
-        """Parts in stored form; those that must be rearranged element by element are packed on the host."""
-        found = ((part, find_tensor(part, checkpoint)) for part in wanted.weight.parts)
-        if not any(part.add or (info is not None and is_transposed(part, info)) for part, info in found):
-            for part in each_raw_part(wanted.weight, checkpoint):
-                yield part.type, part.data
-        else:
-            rows = pack(wanted.weight, checkpoint, DType.F32).reshape(-1, wanted.width)
-            yield TensorType.F32, rows.view(np.uint8)
 
     def _matrix(self, piece: Piece) -> None:
         """Sends a piece in slices that fit the staging buffers, each dequantised and packed as it arrives."""
