@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "cuda"))
 from harness import BF16, Array, Gpu
 from recurrent_checks import Meta
 
-from rvllm.backends.cuda.lower_recurrent import CONV_THREADS, KEEP_THREADS, SCAN_ROWS, conv_tile
+from rvllm.backends.cuda.lower_recurrent import CONV_THREADS, KEEP_THREADS, SCAN_ROWS, ConvAt, conv_tile
 from rvllm.kernels.recurrent_manifest import conv_kernel, gated_norm_kernel, scan_kernel, scan_smem
 from rvllm.program.recurrent import CHUNK, CausalConv, StateScan
 
@@ -101,19 +101,21 @@ class Layers:
 
     def scan(self, i: int) -> None:
         """The scan of layer i."""
+        self._scan(i, ConvAt())
+
+    def conv_scan(self, i: int) -> None:
+        """The scan of layer i with its convolution, for decode."""
+        inputs, s = self.conv_states[i % self.layers], self.s
+        where = self.both.address, self.taps.address, self.norm.address, inputs.address
+        self._scan(i, ConvAt(*where, s.pitch, self.conv_elements))
+
+    def _scan(self, i: int, conv: ConvAt) -> None:
         s = self.s
         rows = min(self.seqs, SCAN_ROWS) if self.prompts else self.seqs
-        args = [
-            self.scanned,
-            self.xbc,
-            self.both,
-            *self.vectors,
-            *self._sequences(i),
-            0.001,
-            int(not self.prompts),
-        ]
-        smem = scan_smem(s.dim, s.size)
-        self.gpu.launch(scan_kernel("bfloat16", s.dim, s.size), (s.heads, rows), 2 * s.dim, args, smem=smem)
+        args = [self.scanned, self.xbc, self.both, *self.vectors, *self._sequences(i), 0.001,
+                int(not self.prompts), conv]  # fmt: skip
+        kernel = scan_kernel("bfloat16", s.dim, s.size, conv=bool(conv.x))
+        self.gpu.launch(kernel, (s.heads, rows), 2 * s.dim, args, smem=scan_smem(s.dim, s.size))
 
     def keep(self, i: int) -> None:
         """The newest chunk of layer i."""
@@ -139,14 +141,15 @@ class Layers:
             scan = 2 * t * (s.wide + s.inner + s.heads) + self.seqs * state
         else:
             scan = self.seqs * (state * (1 + 1 / CHUNK) + kept * CHUNK / 2) + 2 * t * (s.wide + s.inner)
-        conv = 4 * t * s.wide + 8 * self.seqs * self.conv_elements
-        return {"conv": conv, "scan": scan, "keep": kept, "gated_norm": 6.0 * t * s.inner}
+        conv = 4 * t * s.wide + 4 * self.seqs * self.conv_elements
+        norm = 6.0 * t * s.inner
+        return {"conv": conv, "scan": scan, "conv_scan": conv + scan, "keep": kept, "gated_norm": norm}
 
 
 def rows(gpu: Gpu, name: str, what: str, lengths: list[int], starts: list[int]) -> None:
     """Times each launch alone and the layer's together, and prints them."""
     layers = Layers(gpu, MODELS[name], lengths, starts)
-    kinds = ["conv", "scan", *(["keep"] if layers.prompts else []), "gated_norm"]
+    kinds = ["conv", "scan", "keep", "gated_norm"] if layers.prompts else ["conv_scan", "gated_norm"]
     works: dict[str, Work] = {kind: getattr(layers, kind) for kind in kinds}
 
     def together(i: int) -> None:
