@@ -123,7 +123,7 @@ route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* 
       u32* arrivals, const int* num_tokens, const T* raw, const float* __restrict__ norm_weight, int k, int experts,
       int top_k, int groups, int kept, int flags, float scale, float eps) {
   static_assert(!NORM || TOKENS == 1, "the norm is that of one row");
-  constexpr int BATCH = TOKENS == 1 ? 8 : 1;  // vectors of a row in flight
+  constexpr int BATCH = TOKENS == 1 ? 16 : 1;  // vectors of a row in flight: rows of 4096 elements come at once
   __shared__ u32 keys[ROUTE_WARPS][32 * LANE_EXPERTS];
   __shared__ int last;
   griddep_launch();
@@ -203,6 +203,7 @@ route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* 
       }
 #pragma unroll
       for (int b = 0; b < BATCH; b++) {
+        if (base + b * 32 >= vectors) break;
         float v[8];
         unpack8<T>(given[b], v);
 #pragma unroll

@@ -202,8 +202,8 @@ class ExpertsPlan:
     def _one(self) -> Planned:
         blocks, segments = -(-self.width // TILE), segments_of(self.width)
         grid, each = -(-self.n // SLICE), self.top_k * -(-blocks // segments)
-        # A deep pipeline where a multiprocessor has one block. It leaves the next product's blocks some room.
-        deep = grid <= self.chip.sm_count
+        # A deep pipeline where a multiprocessor has a block or two. It leaves the next product's some room.
+        deep = grid <= 2 * self.chip.sm_count
         deep &= one_smem(segments, ONE_STAGES[1], self.top_k) <= self.chip.smem_per_block - 8192
         stages = ONE_STAGES[deep]
         slots = min(stages, each)
