@@ -248,6 +248,8 @@ CASES: dict[str, tuple[dict[str, object], Quantiser]] = {
     "fp8_blocks_e8m0": (FP8 | {"weight_block_size": [8, 8]}, fp8_blocks(8, 8, "F8_E8M0")),
     "fp8_scalar": (FP8, fp8_whole(())),
     "fp8_one": (FP8, fp8_whole((1,))),
+    "modelopt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8_whole(())),
+    "modelopt_nested": ({"quant_method": "modelopt", "quantization": {"quant_algo": "FP8"}}, fp8_whole(())),
     "fbgemm_fp8": ({"quant_method": "fbgemm_fp8", "modules_to_not_convert": []}, fp8_rows),
     "compressed_fp8_rows": (
         compressed("float-quantized", type="float", num_bits=8, strategy="channel"),
@@ -257,11 +259,16 @@ CASES: dict[str, tuple[dict[str, object], Quantiser]] = {
         compressed("float-quantized", type="float", num_bits=8, strategy="block", block_structure=[16, 16]),
         fp8_blocks(16, 16),
     ),
+    "compressed_fp8_text": (
+        compressed("float-quantized", type="float", num_bits=8, strategy="block", block_structure="16x16"),
+        fp8_blocks(16, 16),
+    ),
     "compressed_int8": (
         compressed("int-quantized", type="int", num_bits=8, strategy="group"),
         int8_groups(8),
     ),
     "gptq": (GPTQ | {"bits": 4, "group_size": 16}, gptq(4, 16)),
+    "gptq_null": (GPTQ | {"bits": 4, "group_size": 16, "desc_act": None, "pack_dtype": "int32"}, gptq(4, 16)),
     "gptq_one_group": (GPTQ | {"bits": 4, "group_size": -1, "sym": True}, gptq(4, -1, symmetric=True)),
     "gptq_desc_act": (GPTQ | {"bits": 4, "group_size": 8, "desc_act": True}, gptq(4, 8, desc_act=True)),
     "gptq_v2": (GPTQ | {"bits": 4, "group_size": 16, "checkpoint_format": "gptq_v2"}, gptq(4, 16, v2=True)),

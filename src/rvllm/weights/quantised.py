@@ -1,6 +1,7 @@
 """Quantised safetensors checkpoints: which tensors make up each matrix, by what the config says.
 
     fp8, fbgemm_fp8      X.weight in FP8 with X.weight_scale_inv or X.weight_scale
+    modelopt             the same, with quant_algo FP8
     gptq                 X.qweight, X.qzeros, X.scales, X.g_idx, 4 or 8 bits
     awq                  X.qweight, X.qzeros, X.scales, 4 bits, version gemm
     compressed-tensors   X.weight in FP8 or INT8 with X.weight_scale; X.weight_packed, 4 or 8 bits
@@ -25,7 +26,7 @@ from rvllm.weights.stored import StoredTensor
 Stored = dict[str, StoredTensor]
 Found = tuple[tuple[int, int], Quantised]
 
-SUPPORTED = ("fp8", "fbgemm_fp8", "gptq", "awq", "compressed-tensors")
+SUPPORTED = ("fp8", "fbgemm_fp8", "modelopt", "gptq", "awq", "compressed-tensors")
 GPTQ_FORMATS = ("gptq", "gptq_v2")
 COMPRESSED_FORMATS = ("float-quantized", "naive-quantized", "int-quantized", "pack-quantized", "dense",
                       "mixed-precision")  # fmt: skip
@@ -57,7 +58,9 @@ class Settings:
 
     def flag(self, name: str) -> bool:
         """A switch, off where it is not there."""
-        value = self.values.get(name, False)
+        value = self.values.get(name)
+        if value is None:
+            return False
         if not isinstance(value, bool):
             raise self.refuse(name, value, "it must be true or false")
         return value
@@ -82,6 +85,7 @@ def quantised_tensors(values: dict[str, Any], origin: str, stored: Stored) -> di
     readers: dict[str, Callable[[Settings, Stored], dict[str, TensorInfo]]] = {
         "fp8": _fp8,
         "fbgemm_fp8": _fp8,
+        "modelopt": _modelopt,
         "gptq": _gptq,
         "awq": _awq,
         "compressed-tensors": _compressed,
@@ -109,8 +113,18 @@ def _fp8(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
     return _scaled_tensors(stored, block, {"F8_E4M3"})
 
 
+def _modelopt(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
+    nested = settings.values.get("quantization")
+    values = nested if isinstance(nested, dict) else settings.values
+    if (algorithm := Settings(values, settings.origin).word("quant_algo", default="none")) != "fp8":
+        raise settings.refuse("quant_algo", algorithm, "supported: fp8")
+    return _scaled_tensors(stored, None, {"F8_E4M3"})
+
+
 def _block(settings: Settings, field: str, value: object) -> tuple[int, int] | None:
-    if value is None:
+    if isinstance(value, str) and "x" in value:  # "128x128"
+        value = [int(n) if n.isdecimal() else 0 for n in value.split("x")]
+    if value is None or value == "":
         return None
     good = isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
     if not good or not isinstance(value, list):
@@ -129,6 +143,8 @@ def _gptq(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
     form = settings.word("checkpoint_format", "format", default="gptq")
     if form not in GPTQ_FORMATS:
         raise settings.refuse("checkpoint_format", form, f"supported: {', '.join(GPTQ_FORMATS)}")
+    if (words := settings.word("pack_dtype", default="int32")) != "int32":
+        raise settings.refuse("pack_dtype", words, "supported: int32")
     chosen = GptqSettings(settings.integer("group_size"), settings.flag("desc_act"), form == "gptq")
     return _modules(stored, ".qweight", lambda module: gptq_matrix(stored, module, chosen))
 
