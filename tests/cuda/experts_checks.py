@@ -55,29 +55,32 @@ class Routing:
     group_score: str = "max"
     renormalise: bool = False
     scale: float = 1.0
+    always: int = 0
 
     def op(self, dtype: np.dtype) -> Route:
         kind = DTYPES[dtype.name]
         return Route(
             name="route", x=Buffer("x", "tokens", self.k, kind),
-            ids=Buffer("ids", "tokens", self.top_k, DType.I32),
-            shares=Buffer("shares", "tokens", self.top_k, DType.F32),
+            ids=Buffer("ids", "tokens", self.top_k + self.always, DType.I32),
+            shares=Buffer("shares", "tokens", self.top_k + self.always, DType.F32),
             weight=Weight("gate", (self.experts, self.k), (), "matrix"),
             bias=Weight("gate.bias", (self.experts,), (), "vector") if self.bias else None, top_k=self.top_k,
             scores=self.scores, groups=self.groups, kept_groups=self.kept, group_score=self.group_score,
-            renormalise=self.renormalise, scale=self.scale,
+            renormalise=self.renormalise, scale=self.scale, always=self.always,
         )  # type: ignore[arg-type]  # fmt: skip
 
 
 ROUTINGS = {
     "mixtral": Routing(8, 4096, 2, renormalise=True),
     "qwen3": Routing(128, 2048, 8, renormalise=True),
-    "deepseek_v2_lite": Routing(64, 2048, 6, scale=1.5),
-    "deepseek_v2": Routing(160, 320, 6, groups=8, kept=3, scale=16.0),
-    "deepseek_v3": Routing(256, 1032, 8, "sigmoid", True, 8, 4, "top2", True, 2.5),
-    "nemotron": Routing(20, 72, 3, "sigmoid", True, 4, 2, "top2", True, 5.0),
+    "deepseek_v2_lite": Routing(64, 2048, 6, scale=1.5, always=2),
+    "deepseek_v2": Routing(160, 320, 6, groups=8, kept=3, scale=16.0, always=2),
+    "deepseek_v3": Routing(256, 1032, 8, "sigmoid", True, 8, 4, "top2", True, 2.5, always=1),
+    "nemotron": Routing(20, 72, 3, "sigmoid", True, 4, 2, "top2", True, 5.0, always=2),
+    "apart": Routing(160, 320, 6, groups=8, kept=3, scale=16.0),
     "tiny": Routing(4, 8, 1),
     "all": Routing(512, 64, 32, "sigmoid"),
+    "all_always": Routing(512, 64, 25, "sigmoid", always=7),
 }
 
 
@@ -100,7 +103,7 @@ class Router:
         gpu, op, tokens = self.gpu, self.op, len(x)
         rows = np.full((padded, x.shape[1]), np.nan, np.float32)
         rows[:tokens] = x
-        ids, shares = gpu.empty((padded, op.top_k), np.int32), gpu.empty((padded, op.top_k), np.float32)
+        ids, shares = (gpu.empty((padded, op.ids.width), kind) for kind in (np.int32, np.float32))
         logits = gpu.empty((padded, op.weight.shape[0]), np.float32)
         arrivals, count = gpu.zeros((padded,), np.int32), gpu.array([tokens], np.int32)
         given, normed = gpu.array(rows.astype(self.dtype)), gpu.empty(rows.shape, self.dtype)
@@ -193,7 +196,7 @@ def check_route_ties(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) ->
 
 @dataclass(frozen=True)
 class Mixed:
-    """Experts; the fields of the op Experts."""
+    """Experts, and how many of them a token has; the fields of the op Experts."""
 
     experts: int
     top_k: int
@@ -202,6 +205,7 @@ class Mixed:
     n: int
     activation: Activation = "silu"
     gated: bool = True
+    always: int = 0
 
     def op(self, dtype: np.dtype) -> Experts:
         kind = DTYPES[dtype.name]
@@ -211,15 +215,17 @@ class Mixed:
             shares=Buffer("shares", "tokens", self.top_k, DType.F32),
             up=Weight("up", (self.experts, self.width * (1 + self.gated), self.k), (), "stack"),
             down=Weight("down", (self.experts, self.n, self.width), (), "stack"), activation=self.activation,
-            gated=self.gated,
+            gated=self.gated, always=self.always,
         )  # fmt: skip
 
 
 MIXTURES = {
     "mixtral": Mixed(8, 2, 1096, 136, 256),
     "qwen3": Mixed(64, 8, 192, 96, 200),
-    "deepseek": Mixed(64, 6, 136, 88, 136),
-    "nemotron": Mixed(16, 6, 64, 184, 72, "relu2", False),
+    "deepseek": Mixed(66, 8, 136, 88, 136, always=2),
+    "nemotron": Mixed(18, 8, 64, 184, 72, "relu2", False, always=2),
+    "deepseek_v3": Mixed(33, 5, 72, 72, 200, always=1),
+    "only": Mixed(3, 2, 72, 40, 64, always=1),
     "gelu": Mixed(4, 2, 72, 40, 72, "gelu_tanh"),
     "one": Mixed(4, 1, 64, 1032, 64, "gelu", False),
     "large": Mixed(8, 2, 2048, 1408, 1024),
@@ -227,15 +233,32 @@ MIXTURES = {
 
 
 class Bench:
-    """Experts on the machine, with scratch memory for `most` tokens."""
+    """Experts on the machine, with scratch memory for `most` tokens.
+
+    cancel: the second half of every sum takes back most of the first, for inputs whose halves are equal, so
+    that another order of summing shows.
+    """
 
     def __init__(
-        self, gpu: Machine, rng: np.random.Generator, dtype: np.dtype, mixed: Mixed, most: int
+        self,
+        gpu: Machine,
+        rng: np.random.Generator,
+        dtype: np.dtype,
+        mixed: Mixed,
+        most: int,
+        cancel: bool = False,
     ) -> None:
         self.gpu, self.dtype, self.mixed, self.op, self.most = gpu, dtype, mixed, mixed.op(dtype), most
         m = mixed
         self.up = normal(rng, dtype, m.experts, m.width * (1 + m.gated), m.k, scale=2 * m.k**-0.5)
         self.down = normal(rng, dtype, m.experts, m.n, m.width, scale=m.width**-0.5)
+        if cancel:
+            halves = self.up.reshape(m.experts, 1 + m.gated, 2, m.width // 2, m.k)
+            halves[:, :, 1] = halves[:, :, 0]
+            for weight in (self.up, self.down):
+                half = weight.shape[2] // 2
+                noise = normal(rng, dtype, *weight.shape[:2], half, scale=0.01 * half**-0.5)
+                weight[:, :, half:] = rounded(noise - weight[:, :, :half], dtype)
         self._up = gpu.array(np.concatenate([self._packed(w, m.gated) for w in self.up]))
         self._down = gpu.array(np.concatenate([self._packed(w, False) for w in self.down]))
         entries = most * m.top_k
@@ -286,13 +309,17 @@ class Bench:
 
 
 def assign(rng: np.random.Generator, mixed: Mixed, tokens: int, how: str) -> tuple[np.ndarray, np.ndarray]:
-    """ids and shares: experts at random, or `same`: every token the same ones, among them the last."""
-    scores = rng.random((tokens, mixed.experts))
+    """ids and shares: experts at random, or `same`: every token the same ones, among them the last.
+
+    Those that every token has come behind, with share 1.
+    """
+    experts, chosen = mixed.experts - mixed.always, mixed.top_k - mixed.always
+    scores = rng.random((tokens, experts))
     if how == "same":
-        scores[:] = np.arange(mixed.experts)
-    ids = np.argsort(-scores, axis=1)[:, : mixed.top_k].astype(np.int32)
-    shares = rng.random((tokens, mixed.top_k)).astype(np.float32)
-    return ids, shares / shares.sum(axis=1, keepdims=True)
+        scores[:] = np.arange(experts)
+    ids = np.argsort(-scores, axis=1)[:, :chosen].astype(np.int32)
+    shares = rng.random((tokens, chosen)).astype(np.float32)
+    return moe.with_everyones(ids, shares / shares.sum(axis=1, keepdims=True), experts, mixed.always)
 
 
 def check_experts(
@@ -330,8 +357,8 @@ def check_experts_invariance(
 ) -> None:
     """A token's bits alone, among few and among many; with every kernel that may do it."""
     mixed = MIXTURES[name]
-    bench = Bench(gpu, rng, dtype, mixed, max(sizes))
-    x = normal(rng, dtype, max(sizes), mixed.k)
+    bench = Bench(gpu, rng, dtype, mixed, max(sizes), cancel=True)
+    x = np.tile(normal(rng, dtype, max(sizes), mixed.k // 2), 2)
     ids, shares = assign(rng, mixed, max(sizes), "spread")
     together = bench.run(x, ids, shares, len(x))
     for tokens in sizes:
