@@ -75,7 +75,7 @@ def sort_smem(warps: int, experts: int) -> int:
 def _specs() -> list[KernelSpec]:
     specs = [
         KernelSpec("sm80_experts_sort", "experts_sort.cu", "rvllm::experts::sort",
-                   smem=sort_smem(SORT_WARPS[-1], MOST_EXPERTS))
+                   smem=sort_smem(SORT_WARPS[-1], MOST_EXPERTS + MOST_CHOSEN))
     ]  # fmt: skip
     for dtype in DTYPES:
         for suffix, (tokens, experts) in ROUTES.items():

@@ -28,7 +28,8 @@ __device__ __forceinline__ int warp_best(u32 key, int id) {
 // One warp chooses for one token. logits [experts] in global memory; keys: shared, 32 * LANE_EXPERTS words.
 template <int LANE_EXPERTS>
 __device__ __forceinline__ void choose(const float* logits, const float* bias, u32* keys, int* ids, float* shares,
-                                       int experts, int top_k, int groups, int kept, int flags, float scale) {
+                                       int experts, int top_k, int always, int groups, int kept, int flags,
+                                       float scale) {
   const int lane = threadIdx.x % 32;
   float s[LANE_EXPERTS];
   u32 key[LANE_EXPERTS];  // 0: no part in it, or taken
@@ -104,15 +105,17 @@ __device__ __forceinline__ void choose(const float* logits, const float* bias, u
   }
   if (flags & RENORMALISE) share = __fdiv_rn(share, __fadd_rn(total, 1e-20f));
   if (scale != 1.f) share = __fmul_rn(share, scale);
-  if (lane < top_k) {
+  if (lane >= top_k) expert = experts + lane - top_k, share = 1.f;  // those that every token has
+  if (lane < top_k + always) {
     ids[lane] = expert;
     shares[lane] = share;
   }
 }
 
-// ids int32, shares float32 [rows, top_k]; x [rows, k], weight [experts, k], bias float32 [experts] or null; logits
+// ids int32, shares float32 [rows, top_k + always]: behind the chosen experts, `experts`, `experts` + 1, ... with
+// share 1; x [rows, k], weight [experts, k], bias float32 [experts] or null; logits
 // float32 [rows, experts] and arrivals uint32 [ceil(rows / TOKENS)] (zeros, left as zeros) are scratch. Rows from
-// *num_tokens on are left alone. k % 8 == 0, experts <= 32 * LANE_EXPERTS, groups <= 32, top_k <= 32.
+// *num_tokens on are left alone. k % 8 == 0, experts <= 32 * LANE_EXPERTS, groups <= 32, top_k + always <= 32.
 // Grid: (ceil(experts / (4 * EXPERTS)), ceil(rows / TOKENS)). Block: 128. Bound by latency for few tokens, by
 // arithmetic for many.
 // NORM (with one token a block): x is raw / sqrt(mean(raw^2) + eps) * norm_weight, by the same instructions as `norm`,
@@ -121,7 +124,7 @@ template <typename T, int TOKENS, int EXPERTS, int LANE_EXPERTS, bool NORM>
 __global__ void __launch_bounds__(ROUTE_WARPS * 32)
 route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* __restrict__ bias, float* logits,
       u32* arrivals, const int* num_tokens, const T* raw, const float* __restrict__ norm_weight, int k, int experts,
-      int top_k, int groups, int kept, int flags, float scale, float eps) {
+      int top_k, int always, int groups, int kept, int flags, float scale, float eps) {
   static_assert(!NORM || TOKENS == 1, "the norm is that of one row");
   constexpr int BATCH = TOKENS == 1 ? 16 : 1;  // vectors of a row in flight: rows of 4096 elements come at once
   __shared__ u32 keys[ROUTE_WARPS][32 * LANE_EXPERTS];
@@ -228,7 +231,7 @@ route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* 
   __syncthreads();
   if (!last) return;
   for (int t = t0 + warp; t < min(t0 + TOKENS, tokens); t += ROUTE_WARPS)
-    choose<LANE_EXPERTS>(logits + (size_t)t * experts, bias, keys[warp], ids + (size_t)t * top_k, shares + (size_t)t * top_k, experts,
-           top_k, groups, kept, flags, scale);
+    choose<LANE_EXPERTS>(logits + (size_t)t * experts, bias, keys[warp], ids + (size_t)t * (top_k + always),
+                         shares + (size_t)t * (top_k + always), experts, top_k, always, groups, kept, flags, scale);
   if (threadIdx.x == 0) arrivals[blockIdx.y] = 0;
 }

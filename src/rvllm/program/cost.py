@@ -219,14 +219,18 @@ def _(op: Route, shape: StepShape, plain: Cost, size: int) -> Cost:
 
 @particulars.register
 def _(op: Experts, shape: StepShape, plain: Cost, size: int) -> Cost:
-    """Weights of the experts that are hit: of E, each token choosing k evenly, E * (1 - (1 - k / E)^T)."""
-    experts, chosen = op.up.shape[0], op.ids.width
-    hit = 1.0 - (1.0 - chosen / experts) ** shape.tokens
-    each = 2 * (op.up.elements + op.down.elements) // experts + 5 * op.down.shape[2] + 2 * op.out.width
+    """Weights of the experts that are hit: of E, each token choosing k evenly, E * (1 - (1 - k / E)^T).
+
+    Those that every token has come on top.
+    """
+    experts, chosen = op.up.shape[0] - op.always, op.ids.width - op.always
+    hit = experts * (1.0 - (1.0 - chosen / experts) ** shape.tokens) + op.always
+    elements = (op.up.elements + op.down.elements) // op.up.shape[0]
+    each = 2 * elements + 5 * op.down.shape[2] + 2 * op.out.width
     return Cost(
-        weight_bytes=int(plain.weight_bytes * hit),
+        weight_bytes=int(plain.weight_bytes * hit / op.up.shape[0]),
         activation_bytes=plain.activation_bytes,
-        flops=shape.tokens * chosen * each,
+        flops=shape.tokens * op.ids.width * each,
     )
 
 

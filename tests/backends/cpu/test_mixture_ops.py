@@ -71,6 +71,17 @@ def test_routing(op: Route) -> None:
         assert np.array_equal(alone[1][0], shares[token])
 
 
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_experts_that_every_token_has_come_last_with_share_one(scores: str) -> None:
+    fields = {"top_k": 3, "scores": scores, "renormalise": True, "scale": 2.5}
+    logits = np.random.default_rng(4).standard_normal((9, 10), dtype=np.float32)
+    ids, shares = moe.choose(logits, None, route(10, **fields))
+    more, with_more = moe.choose(logits, None, route(10, always=2, **fields))
+    assert more.dtype == np.int32 and with_more.dtype == np.float32
+    assert np.array_equal(more, np.hstack([ids, np.tile([[10, 11]], (9, 1))]))
+    assert np.array_equal(with_more, np.hstack([shares, np.ones((9, 2), np.float32)]))
+
+
 def test_of_equal_experts_the_first_is_chosen() -> None:
     logits = np.zeros((2, 6), np.float32)
     logits[1, [2, 5]] = 1.0

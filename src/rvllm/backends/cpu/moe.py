@@ -55,7 +55,7 @@ def keep_groups(choice: F32, groups: int, kept: int, worth: Literal["max", "top2
 
 
 def choose(logits: F32, bias: F32 | None, op: program_ops.Route) -> tuple[Ints, F32]:
-    """ids and shares [T, top_k] by the router's logits [T, E]; see the op Route."""
+    """ids and shares [T, top_k + always] by the router's logits [T, E]; see the op Route."""
     scores = score(logits, op.scores)
     choice = scores if bias is None else scores + bias
     if op.kept_groups < op.groups:
@@ -67,7 +67,18 @@ def choose(logits: F32, bias: F32 | None, op: program_ops.Route) -> tuple[Ints, 
         for j in range(1, op.top_k):
             total += shares[:, j]
         shares = shares / (total + np.float32(1e-20))[:, None]
-    return ids, shares if op.scale == 1.0 else shares * np.float32(op.scale)
+    if op.scale != 1.0:
+        shares = shares * np.float32(op.scale)
+    return with_everyones(ids, shares, scores.shape[1], op.always)
+
+
+def with_everyones(ids: Ints, shares: F32, experts: int, always: int) -> tuple[Ints, F32]:
+    """ids and shares [T, k] followed by the experts `experts`, `experts` + 1, ... that all tokens have."""
+    if not always:
+        return ids, shares
+    more = np.arange(experts, experts + always, dtype=np.int32)
+    ones = np.ones((len(ids), always), dtype=np.float32)
+    return np.hstack([ids, np.broadcast_to(more, ones.shape)]), np.hstack([shares, ones])
 
 
 def run_experts(

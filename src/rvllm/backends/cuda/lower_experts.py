@@ -112,16 +112,17 @@ def plan_route(op: Route, tokens: int, tag: str, at: RouteAt, norm: Norm | None 
     Raises MissingKernelError for what the kernel has no room for.
     """
     experts, k = op.weight.shape
-    if experts > MOST_EXPERTS or op.top_k > MOST_CHOSEN or op.groups > MOST_GROUPS or k % 8:
+    chosen = op.top_k + op.always
+    if experts > MOST_EXPERTS or chosen > MOST_CHOSEN or op.groups > MOST_GROUPS or k % 8:
         raise MissingKernelError(
-            f"no routing kernel for {op.top_k} of {experts} experts in {op.groups} groups of rows of {k}; "
+            f"no routing kernel for {chosen} of {experts} experts in {op.groups} groups of rows of {k}; "
             f"there is one for up to {MOST_CHOSEN} of {MOST_EXPERTS} in {MOST_GROUPS}, and rows of 8, 16, ..."
         )
     suffix = "_norm" if norm is not None else "_wide" if tokens >= WIDE_ROUTE else ""
     tokens_each, experts_each = ROUTES[suffix]
     flags = SIGMOID * (op.scores == "sigmoid") + RENORMALISE * op.renormalise
     flags += GROUP_TOP2 * (op.group_score == "top2")
-    numbers = (k, experts, op.top_k, op.groups, op.kept_groups, flags)
+    numbers = (k, experts, op.top_k, op.always, op.groups, op.kept_groups, flags)
     return Planned(
         op.name if norm is None else f"{norm.name} + {op.name}",
         f"sm80_{tag}_route{suffix}_e{next(32 * n for n in ROUTE_LANES if experts <= 32 * n)}",
@@ -150,7 +151,7 @@ class ExpertsPlan:
             raise MissingKernelError(
                 f"no kernel for experts of {op.x.width} x {self.width} x {self.n}: sizes must be 8, 16, ..."
             )
-        if self.experts > MOST_EXPERTS or op.ids.width > MOST_CHOSEN:
+        if self.experts - op.always > MOST_EXPERTS or op.ids.width > MOST_CHOSEN:
             raise MissingKernelError(
                 f"no kernel for {op.ids.width} of {self.experts} experts; there is one for up to "
                 f"{MOST_CHOSEN} of {MOST_EXPERTS}"
@@ -225,8 +226,9 @@ class ExpertsPlan:
         )  # fmt: skip
 
     def _block(self) -> Block:
-        """Tiles about as tall as an expert has entries, if they were spread evenly."""
-        each = self.entries / self.experts
+        """Tiles about as tall as a chosen expert has entries, if they were spread evenly."""
+        always = self.op.always
+        each = self.tokens * (self.top_k - always) / (self.experts - always)
         fit = [b for b in BLOCKS if b.smem <= self.chip.smem_per_block]
         return next((b for b in fit if each <= 1.5 * b.tokens), fit[-1])
 
