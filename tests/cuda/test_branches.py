@@ -21,11 +21,15 @@ from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 
-SHARED = {"DeepSeek-V2-Lite": 26, "Nemotron-3-Nano-30B-A3B": 23}  # layers with shared experts
+SHARED = {
+    "DeepSeek-V2-Lite": 26,
+    "DeepSeek-V3": 58,
+}  # layers with shared experts; with a bias they stay apart
 
 
 def stages_of(name: str) -> list[Stage]:
-    return branched(fuse(build_program(ModelConfig(CONFIGS[name], name), DType.BF16)))
+    config = ModelConfig({**CONFIGS[name], "mlp_bias": True}, name)
+    return branched(fuse(build_program(config, DType.BF16)))
 
 
 def regions(stages: Sequence[Stage]) -> list[list[Stage]]:
@@ -82,7 +86,7 @@ TINY: dict[str, Any] = model(
     "DeepseekV2ForCausalLM", hidden_size=64, intermediate_size=72, num_hidden_layers=3, num_attention_heads=2,
     num_key_value_heads=2, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16,
     q_lora_rank=None, n_routed_experts=6, n_shared_experts=2, num_experts_per_tok=2, moe_intermediate_size=24,
-    first_k_dense_replace=1, topk_method="greedy", vocab_size=99,
+    first_k_dense_replace=1, topk_method="greedy", vocab_size=99, mlp_bias=True,
 )  # fmt: skip
 Order = Callable[[list[Planned]], list[Planned]]
 
