@@ -139,6 +139,7 @@ class Gpu(Machine):
     def upload(self, address: int, host: np.ndarray) -> None:
         """Copies a host array to the device."""
         call("cuMemcpyHtoD", address, host.ctypes.data, host.nbytes)
+        call("cuCtxSynchronize")  # the copy of pageable memory may return while its last part is under way
 
     def download(self, host: np.ndarray, address: int) -> None:
         """Fills a host array from the device."""

@@ -279,11 +279,9 @@ class CudaBackend:
             Counts(size, size, size),
             pdl=self._facts.capability >= 90,
         )
-        kv, at = self._state.kv, self._state.addresses
-        nbytes = min(kv.nbytes, 16 << 30)
-        rate = stream_rate(
-            self._catalog, self._stream, kv.address, nbytes, at.bests, 4 * self._facts.sm_count
-        )
+        arena, sink = self._arena, self._state.addresses.bests
+        nbytes = min(arena.nbytes, 16 << 30)
+        rate = stream_rate(self._catalog, self._stream, arena.base, nbytes, sink, 4 * self._facts.sm_count)
         return Profile(seqs, context, rows, step, rate)
 
     def embed(self, batch: StepBatch) -> NDArray[np.float32]:
