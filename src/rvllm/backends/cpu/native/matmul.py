@@ -21,7 +21,7 @@ PRODUCT = (
 )  # fmt: skip
 
 STRIPS = 4  # pieces for each thread with one row of x: few, since taking one costs a trip between cores
-BLOCK_ROWS = 64  # rows of x that meet a tile while its panel is in cache
+BLOCK_ROWS = 128  # rows of x that meet a tile while its panel is in cache
 ACROSS = 8  # rows of x summed side by side
 UNROLL = 8
 SUM_GROUP = 32  # elements of a group of every format with a minimum
