@@ -149,3 +149,16 @@ def test_forms(client: openai.OpenAI, claude: anthropic.Anthropic, server: LiveS
     client.responses.create(model="tiny", input="hello", tools=RESPONSE_TOOLS, tool_choice=allowed,
                             max_output_tokens=1)  # fmt: skip
     assert "clock" in prompt(server) and "weather" not in prompt(server)
+
+
+def test_a_tool_is_told_alike_on_every_surface() -> None:
+    told = {"name": "weather", "description": "Tells the weather", "parameters": SCHEMA}
+    with LiveServer(template="{{ tools[0].function | tojson }}<tool_call>", drain_timeout=0.2) as server:
+        server.chat(tools=[{"type": "function", "function": told}], max_tokens=1)
+        expected = prompt(server)
+        assert expected == json.dumps(told) + "<tool_call>"
+        server.post("/v1/responses", input="hello", tools=[{"type": "function", **told}], max_output_tokens=1)
+        assert prompt(server) == expected
+        tool = {"name": "weather", "description": "Tells the weather", "input_schema": SCHEMA}
+        server.post("/v1/messages", model="tiny", messages=HELLO, tools=[tool], max_tokens=1)
+        assert prompt(server) == expected

@@ -233,9 +233,10 @@ def _tool(tool: Tool, index: int) -> dict[str, Any]:
             f"tools[{index}].type",
             "unsupported_parameter",
         )
-    function = {"name": tool.name, "parameters": tool.input_schema or {"type": "object", "properties": {}}}
+    function: dict[str, Any] = {"name": tool.name}  # in the order that models learnt
     if tool.description is not None:
         function["description"] = tool.description
+    function["parameters"] = tool.input_schema or {"type": "object", "properties": {}}
     return {"type": "function", "function": function}
 
 

@@ -268,9 +268,10 @@ def _tools(request: ResponsesRequest) -> tuple[list[dict[str, Any]], Any]:
                           "tool_choice")  # fmt: skip
     found = []
     for tool in tools:
-        function: dict[str, Any] = {"name": tool.name, "parameters": tool.parameters or {"type": "object"}}
+        function: dict[str, Any] = {"name": tool.name}  # in the order that models learnt
         if tool.description is not None:
             function["description"] = tool.description
+        function["parameters"] = tool.parameters or {"type": "object"}
         if tool.strict is not None:
             function["strict"] = tool.strict
         found.append({"type": "function", "function": function})
