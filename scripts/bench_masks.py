@@ -2,7 +2,7 @@
 
 python scripts/bench_masks.py [--model qwen2.5-coder-0.5b] [--step-ms 5]
 
-The device takes so long for every step, whatever is in it, and draws random allowed tokens. Prints for several
+The device takes so long for every step, whatever is in it, and draws random allowed tokens. Prints for some
 mixtures of constrained and free sequences how long steps took, what the masks took, and how long the device
 waited for them.
 """
