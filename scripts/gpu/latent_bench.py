@@ -21,7 +21,7 @@ from harness import BF16, Array, Gpu
 
 from rvllm.backends.cuda.attention import prefill_tiles, table_stride
 from rvllm.backends.cuda.driver import call
-from rvllm.backends.cuda.lower_latent import LatentShape, plan_decode, plan_prefill
+from rvllm.backends.cuda.latent import LatentShape, plan_decode, plan_prefill
 from rvllm.kernels.latent_manifest import product_chunks, product_smem
 from rvllm.program.dtypes import DType
 

@@ -16,7 +16,7 @@ from rvllm.backends.cpu import ops
 from rvllm.backends.cpu.latent import head_linear, rotate_last
 from rvllm.backends.cpu.threads import Workers
 from rvllm.backends.cuda.attention import prefill_tiles, table_stride
-from rvllm.backends.cuda.lower_latent import LatentShape, plan_decode, plan_prefill
+from rvllm.backends.cuda.latent import LatentShape, plan_decode, plan_prefill
 from rvllm.kernels.latent_manifest import EIGHTS, product_chunks, product_smem
 from rvllm.program.dtypes import DType
 

@@ -19,8 +19,8 @@ from test_lowering import A100, H100, L40, recipe
 from rvllm.backends.cuda.catalog import select
 from rvllm.backends.cuda.driver import device_count
 from rvllm.backends.cuda.join import joined
+from rvllm.backends.cuda.latent import LatentShape, plan_decode, plan_prefill
 from rvllm.backends.cuda.launches import Counts
-from rvllm.backends.cuda.lower_latent import LatentShape, plan_decode, plan_prefill
 from rvllm.backends.cuda.memory import Budget
 from rvllm.config import EngineConfig
 from rvllm.engine.messages import Sampling

@@ -63,7 +63,7 @@ def _specs(tag: str) -> list[KernelSpec]:
         specs.append(spec(f"latent_values_n{8 * n}", "head_linear.cu", f"latent_values<{tag}, {n}>", smem))
         for suffix, interleaved in (("", "false"), ("_interleaved", "true")):
             symbol = f"latent_prepare<{tag}, {interleaved}, {n}>"
-            specs.append(spec(f"latent_prepare{suffix}_n{8 * n}", "head_linear.cu", symbol, smem))
+            specs.append(spec(f"latent_prepare{suffix}_n{8 * n}", "latent_prepare.cu", symbol, smem))
     return specs
 
 

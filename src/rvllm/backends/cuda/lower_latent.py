@@ -12,30 +12,23 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rvllm.backends.cuda.attention import BLOCK, DecodePlan, PrefillPlan
+from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.families import Emitter, PagedPlans, Scratch
+from rvllm.backends.cuda.latent import (
+    LatentDecodePlan,
+    LatentShape,
+    check,
+    plan_decode,
+    plan_prefill,
+    plan_product,
+)
 from rvllm.backends.cuda.launches import Count, fixed
 from rvllm.backends.cuda.metadata import NUM_DECODES, NUM_TOKENS
 from rvllm.backends.cuda.placement import ELEMENT
 from rvllm.errors import MissingKernelError
-from rvllm.kernels.latent_manifest import (
-    DECODE,
-    EIGHTS,
-    MOST_INNER,
-    MOST_RANK,
-    MOST_WIDTH,
-    PREFILL,
-    STATIC,
-    decode_smem,
-    product_chunks,
-    product_smem,
-    splits_of,
-    tiles_smem,
-)
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import HeadLinear, LatentAttention, LatentRopeKV, Norm, Op, Program
 
@@ -44,102 +37,6 @@ if TYPE_CHECKING:
     from rvllm.backends.cuda.lowering import Lowering
 
 THREADS = 128  # of the products' blocks
-
-
-@dataclass(frozen=True)
-class LatentShape:
-    """What launches depend on: query heads, and elements of the latent and of the rotated key."""
-
-    heads: int
-    rank: int
-    rotated: int
-
-    @property
-    def width(self) -> int:
-        """Elements of a cached token."""
-        return self.rank + self.rotated
-
-    @property
-    def parts(self) -> int:
-        """Groups of up to 16 heads, the rows of a block."""
-        return -(-self.heads // 16)
-
-
-@dataclass(frozen=True)
-class LatentDecodePlan(DecodePlan):
-    """A launch of `latent_decode`. spare: the most splits of another block's sequence that a block has."""
-
-    spare: int
-
-
-def plan_decode(
-    dtype: DType,
-    shape: LatentShape,
-    *,
-    max_seqs: int,
-    max_model_len: int,
-    num_blocks: int,
-    sm_count: int,
-    smem_per_block: int,
-) -> LatentDecodePlan:
-    """The launch that decodes up to `max_seqs` sequences of up to `max_model_len` tokens.
-
-    num_blocks: size of the KV pool, which bounds how long one sequence can be. Raises MissingKernelError.
-    """
-    _check(shape)
-    fitting = (
-        (suffix, buffers)
-        for suffix, (buffers, most) in DECODE.items()
-        if max_seqs <= most and decode_smem(MOST_WIDTH, buffers, most) + STATIC <= smem_per_block
-    )
-    suffix, buffers = next(fitting, ("", 0))
-    if not buffers:
-        raise MissingKernelError(
-            f"no latent attention kernel for {max_seqs} sequences and {smem_per_block // 1024} KB of shared "
-            "memory; lower --max-num-seqs"
-        )
-    splits = splits_of(min(max_model_len, num_blocks * BLOCK))
-    items = max_seqs * splits * shape.parts
-    grid = min(items, sm_count)
-    spare = min(splits, -(-items // grid))
-    if items * grid >= 1 << 32:
-        raise MissingKernelError(
-            f"latent attention cannot list {max_seqs} sequences of {max_model_len} tokens; lower "
-            "--max-num-seqs or --max-model-len"
-        )
-    return LatentDecodePlan(
-        kernel=f"sm80_{_tag(dtype)}_latent_decode{suffix}",
-        grid=grid,
-        block=256,
-        smem=decode_smem(shape.width, buffers, max_seqs),
-        partial_bytes=4 * grid * (spare + 1) * 16 * (shape.rank + 2),
-        arrivals_bytes=16 * max_seqs * shape.parts,
-        spare=spare,
-    )
-
-
-def plan_prefill(dtype: DType, shape: LatentShape, smem_per_block: int) -> PrefillPlan:
-    """The launch that computes prompts; raises MissingKernelError as `plan_decode` does."""
-    _check(shape)
-    for suffix, (warps, groups, buffers) in PREFILL.items():
-        if tiles_smem(MOST_WIDTH, 16 * groups, buffers) + STATIC <= smem_per_block:
-            smem = tiles_smem(shape.width, 16 * groups, buffers)
-            name = f"sm80_{_tag(dtype)}_latent_prefill{suffix}"
-            return PrefillPlan(name, 16 * groups, 32 * warps * groups, smem)
-    raise MissingKernelError(f"no latent attention kernel for {smem_per_block // 1024} KB of shared memory")
-
-
-def _check(shape: LatentShape) -> None:
-    fits = shape.rank % 16 == 0 and shape.rotated % 16 == 0
-    if not fits or shape.rank > MOST_RANK or shape.width > MOST_WIDTH:
-        raise MissingKernelError(
-            f"no latent attention kernel for a latent of {shape.rank} elements and a key of {shape.rotated}: "
-            f"multiples of 16, the latent at most {MOST_RANK} and both together at most {MOST_WIDTH}"
-        )
-
-
-def _tag(dtype: DType) -> str:
-    return "bf16" if dtype is DType.BF16 else "f16"
 
 
 def _shape(op: Op) -> LatentShape:
@@ -165,36 +62,6 @@ def _prefill(op: Op, dtype: DType, chip: Chip) -> PrefillPlan:
 
 def _group(op: Op) -> int:
     return _shape(op).heads
-
-
-@dataclass(frozen=True)
-class Product:
-    """How the product of each head is launched: see `head_linear.cu`."""
-
-    suffix: str
-    heads: int
-    rows: int
-    inner: int
-    tail: int
-    eights: int
-    smem: int
-
-    def grid(self, tokens: int, more: int = 0) -> tuple[int, int, int]:
-        """Blocks for that many tokens; more: blocks beside those of the product."""
-        chunks = product_chunks(self.rows, self.inner)
-        return self.heads * chunks + more, -(-tokens // (8 * self.eights)), 1
-
-
-def plan_product(op: HeadLinear, tokens: int) -> Product:
-    """The product for up to `tokens` tokens; raises MissingKernelError for odd sizes."""
-    heads, rows, inner = op.weight.shape
-    if inner % 8 or op.tail % 8 or rows % (8 if op.tail else 2) or inner > MOST_INNER:
-        raise MissingKernelError(
-            f"no kernel for heads' matrices [{rows}, {inner}] with {op.tail} more elements; sizes must be "
-            f"multiples of 8, and the inner one at most {MOST_INNER}"
-        )
-    eights = next((n for n in EIGHTS if 8 * n >= tokens), EIGHTS[-1])
-    return Product(f"n{8 * eights}", heads, rows, inner, op.tail, eights, product_smem(inner, eights))
 
 
 def _head_linear(lowering: Lowering, stage: Stage) -> None:
@@ -224,7 +91,7 @@ def _prepare(lowering: Lowering, stage: Stage) -> None:
     assert isinstance(norm, Norm) and isinstance(rope, LatentRopeKV) and isinstance(absorb, HeadLinear)
     product = plan_product(absorb, lowering.counts.tokens)
     rank = rope.cache.key_dim - rope.rope.dim
-    _check(LatentShape(rope.heads, rank, rope.rope.dim))
+    check(LatentShape(rope.heads, rank, rope.rope.dim))
     cos, sin = lowering.at.ropes[rope.rope]
     cache, _ = lowering.at.caches[rope.cache.name]
     interleaved = "_interleaved" if rope.rope.interleaved else ""
