@@ -89,8 +89,8 @@ def sizes(gpu: Machine, few: Sequence[int], all_: Sequence[int]) -> tuple[int, .
 
 
 def test_shared_experts_start_while_others_are_chosen() -> None:
-    """The first product of DeepSeek's shared experts goes before the routed ones."""
-    stages = fuse(built(CONFIGS["DeepSeek-V2-Lite"], num_hidden_layers=2))
+    """The first product of a shared MLP that is no expert of the stack goes before the routed ones."""
+    stages = fuse(built(CONFIGS["DeepSeek-V2-Lite"], num_hidden_layers=2, mlp_bias=True))
     kinds = [[op.name.split(".", 2)[-1] for op in stage.ops] for stage in stages if "layers.1." in stage.name]
     at = kinds.index(["mlp_norm", "moe.route"])
     assert kinds[at + 1 : at + 4] == [

@@ -37,28 +37,36 @@ __device__ __forceinline__ void load_slice(u32 to, const u8* from, int lane) {
 }
 
 // Rows of one matrix of every expert that some of at most FEW (1 or 8) tokens chose: inner = act(up x), or
-// parts = down inner. ids int32 [tokens, top_k]. by_token: x has a row a token, else a row an entry. out: a row an entry, `pitch`
-// elements each. k: elements of a row of x, a multiple of 8; blocks: ceil(k / 64); rows: packed rows (2 * width when
-// gated). act: PLAIN or a value of Act. slots: stages a warp has memory for, STAGES or all its blocks if fewer.
+// parts = down inner. ids int32 [tokens, top_k], the last `always` of a token's being first_always, first_always + 1,
+// ... by_token: x has a row a token, else a row an entry. out: a row an entry, `pitch` elements each. k: elements of a
+// row of x, a multiple of 8; blocks: ceil(k / 64); rows: packed rows (2 * width when gated). act: PLAIN or a value of
+// Act. slots: stages a warp has memory for, STAGES or all its blocks if fewer.
 // Grid: (ceil(rows / 16), entries). Block: 32 * segments. Shared: segments * slots * stage_bytes<FEW>().
 // The block of an expert's first entry does all its tokens; the others leave. Bound by memory.
 template <class T, int STAGES, int FEW>
 __global__ void __launch_bounds__(32 * MOST_SEGMENTS)
     few(T* out, const T* x, const u8* __restrict__ weights, const int* ids, const int* num_tokens, int top_k,
-        int by_token, int k, int blocks, int rows, int pitch, int act, int gated, int slots) {
+        int always, int first_always, int by_token, int k, int blocks, int rows, int pitch, int act, int gated,
+        int slots) {
   using namespace ptx;
   constexpr int STAGE = stage_bytes<FEW>();
   extern __shared__ __align__(1024) u8 shared[];
   __shared__ float partial[MOST_SEGMENTS][SLICE][FEW + 1];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, segments = blockDim.x / 32;
   const u32 base = smem(shared) + warp * slots * STAGE;
-  if (by_token) griddep_wait();
-  griddep_launch();
+  // Of each token the experts that all tokens have come first: which they are is known before they are chosen.
+  const int place_of = (blockIdx.y % top_k + top_k - always) % top_k, entry = blockIdx.y / top_k * top_k + place_of;
+  const int common = place_of - (top_k - always);
+  const bool wait_first = by_token && common < 0;
+  if (wait_first) griddep_wait();
+  if (wait_first || !by_token) griddep_launch();
   // Entries beyond the step's tokens are read too, so that no load waits for another.
-  const int tokens = min(*num_tokens, FEW), entry = blockIdx.y, expert = __ldcg(ids + entry);
+  const int tokens = min(*num_tokens, FEW), expert = common >= 0 ? first_always + common : __ldcg(ids + entry);
   int mine = -1;  // of lane t: token t's entry with this expert
   if (FEW == 1) {
     if (lane == 0) mine = entry;
+  } else if (common >= 0) {
+    if (lane * top_k < gridDim.y) mine = lane * top_k + place_of;
   } else if (lane * top_k < gridDim.y) {
 #pragma unroll 8
     for (int j = 0; j < top_k; j++)
@@ -100,7 +108,8 @@ __global__ void __launch_bounds__(32 * MOST_SEGMENTS)
     cp_async_commit();  // also when empty, so that the count of groups stays in step
   };
   for (int s = 0; s < min(STAGES - 1, last - first); s++) load_weights(first + s, s);
-  if (!by_token) griddep_wait();
+  if (!wait_first) griddep_wait();
+  if (!wait_first && by_token) griddep_launch();
   for (int s = 0; s < STAGES - 1; s++) load_x(first + s);
   float acc[4] = {};
   for (int block = first; block < last; block++) {

@@ -193,7 +193,8 @@ class ExpertsPlan:
         slots = min(FEW_STAGES[0], each)
         stages = FEW_STAGES[each <= slots]
         gated = which == "up" and self.op.gated
-        numbers = (self.top_k, by_token, k, blocks, rows, pitch, act, int(gated), slots)
+        always, first = self.op.always, self.experts - self.op.always
+        numbers = (self.top_k, always, first, by_token, k, blocks, rows, pitch, act, int(gated), slots)
         return self._planned(
             f"few{few}_s{stages}", grid, 32 * segments, few_smem(segments, slots, few),
             f"{which}, streams hit experts",
