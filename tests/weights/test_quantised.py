@@ -101,6 +101,24 @@ def test_older_checkpoints_have_a_file_of_their_own(
     np.testing.assert_array_equal(numbers(open_checkpoint(folder), "a.weight"), wanted)
 
 
+def test_a_module_may_lie_in_several_shards(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    tensors, wanted = gptq(4, 16)("a", rng.normal(size=(16, 32)).astype(np.float32), rng)
+    folder = write(tmp_path, GPTQ | {"bits": 4, "group_size": 16}, {})
+    (folder / "model.safetensors").unlink()
+    where = {name: f"model-{i + 1:05d}-of-{len(tensors):05d}.safetensors" for i, name in enumerate(tensors)}
+    for name, file in where.items():
+        (folder / file).write_bytes(file_of({name: tensors[name]}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    np.testing.assert_array_equal(numbers(open_checkpoint(folder), "a.weight"), wanted)
+
+
+def test_a_config_alone_needs_no_format_that_is_read(tmp_path: Path) -> None:
+    folder = write(tmp_path, {"quant_method": "bitsandbytes"}, {})
+    (folder / "model.safetensors").unlink()
+    assert open_checkpoint(folder).tensors == {}
+
+
 def test_a_zero_of_nought_in_the_first_version(tmp_path: Path) -> None:
     """Stored as -1 modulo 16; it must come back as 0, not 16."""
     tensors: Tensors = {
