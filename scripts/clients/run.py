@@ -113,10 +113,11 @@ def npm(work: Path) -> bool:
 
 
 def agents(work: Path) -> bool:
-    """The OpenAI Agents SDK and Pydantic AI: tool loops and streams, against Qwen2.5-Coder."""
-    programs = installed(work, "agents", "openai-agents>=0.24", "pydantic-ai-slim[openai]>=2.6")
+    """The OpenAI Agents SDK, Pydantic AI, LangChain: tool loops and streams, against Qwen2.5-Coder."""
+    packages = ("openai-agents>=0.24", "pydantic-ai-slim[openai]>=2.6", "langchain-openai>=1", "langgraph>=1")
+    programs = installed(work, "agents", *packages)
     with served(fetched("qwen2.5-coder-0.5b"), "qwen", work, "--max-model-len", "2048") as url:
-        loops = ("openai_agents_loop.py", "pydantic_ai_loop.py")
+        loops = ("openai_agents_loop.py", "pydantic_ai_loop.py", "langchain_loop.py")
         return all(ran([programs / "python", HERE / loop, f"{url}/v1", "qwen"], work) for loop in loops)
 
 
