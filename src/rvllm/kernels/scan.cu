@@ -3,137 +3,7 @@
 // A token's output is made from the state at the start of its chunk and the chunk's tokens up to it, in matrix
 // products of one shape: what is not known yet is zero. So its bits depend neither on how the sequence is cut into
 // steps nor on its company. A warp has 16 rows of a head's state, in float32, in registers.
-#include "conv.cuh"
-
-constexpr int CHUNK = 16, TAPS = 4;  // TAPS: of a convolution that runs in here
-
-// Elements of a row of the newest chunk in a slot: x of all heads, B of all groups, a step a head; whole vectors.
-__device__ __forceinline__ int kept_pitch(int heads, int dim, int groups, int size) {
-  return (heads * dim + groups * size + heads + 7) / 8 * 8;
-}
-
-// A float as two of tf32: hi + lo is it but for 2^-22 of it.
-__device__ __forceinline__ void split(float v, u32& hi, u32& lo) {
-  hi = __float_as_uint(v) & 0xffffe000u;
-  lo = __float_as_uint(v - __uint_as_float(hi)) & 0xffffe000u;
-}
-
-// Eight elements of 16 bits as tf32, which holds them exactly.
-template <typename T> __device__ __forceinline__ void load8(u32 (&v)[8], const T* p) {
-  float f[8];
-  unpack8<T>(*reinterpret_cast<const uint4*>(p), f);
-#pragma unroll
-  for (int i = 0; i < 8; i++) v[i] = __float_as_uint(f[i]);
-}
-
-template <typename T> __device__ __forceinline__ u32 load1(const T* p) { return __float_as_uint(to_float(*p)); }
-
-// A slot's state: h [heads, dim, size] float32 at the start of the newest chunk, then what is known of that chunk,
-// [16, kept_pitch] of T. Each thread holds, of a warp's 16 rows r and SIZE columns, h[u][v][2 half + e] at row
-// lane / 4 + 8 half and column 64 u + 16 (lane % 4) + 8 e + v: an accumulator of mma_1688 whose column c of tile
-// (u, v) stands for 64 u + 8 c + v, and, as it is, its operand b.
-template <int SIZE> struct State {
-  static constexpr int U = SIZE / 64;
-  float h[U][8][4];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int u = 0; u < U; u++)
-#pragma unroll
-      for (int v = 0; v < 8; v++) h[u][v][0] = h[u][v][1] = h[u][v][2] = h[u][v][3] = 0.f;
-  }
-  __device__ __forceinline__ float* at(float* rows, int u, int half, int lane) const {
-    return rows + (size_t)(lane / 4 + 8 * half) * SIZE + 64 * u + 16 * (lane % 4);
-  }
-  __device__ __forceinline__ void load(float* rows, int lane) {
-#pragma unroll
-    for (int u = 0; u < U; u++)
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const float4 x = reinterpret_cast<const float4*>(at(rows, u, half, lane))[i];
-          const int v = i % 2 * 4, k = 2 * half + i / 2;
-          h[u][v][k] = x.x, h[u][v + 1][k] = x.y, h[u][v + 2][k] = x.z, h[u][v + 3][k] = x.w;
-        }
-  }
-  __device__ __forceinline__ void store(float* rows, int lane) const {
-#pragma unroll
-    for (int u = 0; u < U; u++)
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int v = i % 2 * 4, k = 2 * half + i / 2;
-          reinterpret_cast<float4*>(at(rows, u, half, lane))[i] =
-              make_float4(h[u][v][k], h[u][v + 1][k], h[u][v + 2][k], h[u][v + 3][k]);
-        }
-  }
-};
-
-// One sequence's part of a step.
-struct Piece {
-  int row, start, end;  // its first row; positions start .. end - 1
-};
-__device__ __forceinline__ Piece piece_of(int seq, const int* offsets, const int* kv_lens) {
-  Piece p;
-  p.row = offsets[seq];
-  p.end = kv_lens[seq];
-  p.start = p.end - (offsets[seq + 1] - p.row);
-  return p;
-}
-
-// The convolution in front of a scan. x [T, pitch] from its first convolved column on; weight float32 [width, TAPS],
-// bias float32 [width] or null; state float32 [slots, slot_elements], in use as T, see conv.cuh. width, the scan's
-// row, is that of x, B and C.
-template <typename T> struct Conv {
-  const T* x;
-  const float *weight, *bias;
-  float* state;
-  int pitch, slot_elements;
-};
-
-// Four channels of it for one token, as conv.cu computes them: what does not depend on the step first.
-template <typename T> struct Four {
-  float taps[4][TAPS], shift[4];
-  uint2 before[TAPS - 1];
-
-  __device__ __forceinline__ void recall(const Conv<T>& conv, const T* kept, int width, int column, int position) {
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
-      const float4 t = *reinterpret_cast<const float4*>(conv.weight + (size_t)(column + c) * TAPS);
-      taps[c][0] = t.x, taps[c][1] = t.y, taps[c][2] = t.z, taps[c][3] = t.w;
-      shift[c] = conv.bias ? conv.bias[column + c] : 0.f;
-    }
-#pragma unroll
-    for (int j = 0; j < TAPS - 1; j++) {
-      const int p = position - (TAPS - 1) + j;
-      before[j] = make_uint2(0, 0);
-      if (p >= 0) before[j] = *reinterpret_cast<const uint2*>(kept + (size_t)kept_row<TAPS>(p) * width + column);
-    }
-  }
-  __device__ __forceinline__ uint2 output(uint2 x) const {
-    float y[4];
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
-      float inputs[TAPS];
-#pragma unroll
-      for (int j = 0; j < TAPS; j++) {
-        const uint2 v = j < TAPS - 1 ? before[j] : x;
-        const float2 f = unpack2<T>(c < 2 ? v.x : v.y);
-        inputs[j] = c % 2 ? f.y : f.x;
-      }
-      y[c] = convolved<TAPS, Act::SILU>(inputs, taps[c], shift[c]);
-    }
-    return make_uint2(pack2<T>(y[0], y[1]), pack2<T>(y[2], y[3]));
-  }
-};
-
-// The time step of a head from what the projection gave for it.
-__device__ __forceinline__ float time_step(float raw, float bias, float least) {
-  const float x = raw + bias;
-  return fmaxf(fmaxf(x, 0.f) + log1pf(__expf(-fabsf(x))), least);
-}
+#include "scan.cuh"
 
 // out [T, heads * dim], xbc [T, heads * dim + 2 * groups * SIZE]: x, B, C. steps [T, steps_pitch] from the first
 // head's column on. log_decay, skip, bias float32 [heads]. state float32 [slots, slot_elements], see `State`. count:
@@ -211,32 +81,43 @@ state_scan(T* out, const T* xbc, const T* steps, const float* __restrict__ log_d
       h.clear();
     recall();
     const bool leads = head % (heads / groups) == 0;  // the head that writes what its group shares
+    float step;
     if constexpr (CONV) {
+      constexpr int BC = 2 * SIZE;
+      const int columns = dim + BC;
+      const auto cell = [&](int r, int c) {  // column c of x, B and C in the stage
+        return c < dim ? xs(0) + r * XP + c : c < dim + SIZE ? bs(0) + r * SP + c - dim : cs(0) + r * SP + c - dim - SIZE;
+      };
+      const auto column_of = [&](int c) { return c < dim ? head * dim + c : c < dim + SIZE ? first_b + c - dim : first_c + c - dim - SIZE; };
       T* const inputs = reinterpret_cast<T*>(conv.state + (size_t)slots[seq] * conv.slot_elements);
-      const int quads = (dim + 2 * SIZE) / 4;
-      for (int i = threadIdx.x; i < 16 * (dim + 2 * SIZE) / 8; i += blockDim.x) {  // zeros where no token is
-        const int r = i / ((dim + 2 * SIZE) / 8), c = i % ((dim + 2 * SIZE) / 8) * 8;
-        T* const to = c < dim ? xs(0) + r * XP + c : c < dim + SIZE ? bs(0) + r * SP + c - dim : cs(0) + r * SP + c - dim - SIZE;
-        if (r > known || (r < known && c >= dim + SIZE)) *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+      for (int i = threadIdx.x; i < CHUNK * columns / 8; i += blockDim.x) {  // zeros where no token is
+        const int r = i / (columns / 8), c = i % (columns / 8) * 8;
+        if (r > known || (r < known && c >= dim + SIZE)) *reinterpret_cast<uint4*>(cell(r, c)) = make_uint4(0, 0, 0, 0);
       }
-      for (int i = threadIdx.x; i < quads; i += blockDim.x) {
-        const int c = i * 4;
-        const int column = c < dim ? head * dim + c : c < dim + SIZE ? first_b + c - dim : first_c + c - dim - SIZE;
+      bool begun = false;
+      const auto begin = [&]() {
+        if (begun) return;
+        if (!waited) griddep_wait();
+        step = step_of(chunk);
+        begun = waited = true;
+      };
+      for (int i = threadIdx.x; i < columns / 4; i += blockDim.x) {
+        const int c = i * 4, column = column_of(c);
         Four<T> four;
         four.recall(conv, inputs, wide, column, piece.start);
-        if (!waited) griddep_wait();
-        waited = true;
+        begin();
         const uint2 x = *reinterpret_cast<const uint2*>(conv.x + (size_t)piece.row * conv.pitch + column);
-        T* const to = c < dim ? xs(0) + c + known * XP : c < dim + SIZE ? bs(0) + known * SP + c - dim : cs(0) + known * SP + c - dim - SIZE;
-        *reinterpret_cast<uint2*>(to) = four.output(x);
+        *reinterpret_cast<uint2*>(cell(known, c)) = four.output(x);
         if (c < dim || leads) *reinterpret_cast<uint2*>(inputs + (size_t)kept_row<TAPS>(piece.start) * wide + column) = x;
       }
+      begin();
       cp_async_commit();
+    } else {
+      if (!waited) griddep_wait();
+      waited = true;
+      fetch(chunk, 0);
+      step = step_of(chunk);
     }
-    if (!waited) griddep_wait();
-    waited = true;
-    if constexpr (!CONV) fetch(chunk, 0);
-    float step = step_of(chunk);
     bool moved = false;
     for (int stage = 0; chunk <= last; chunk++, stage ^= 1) {
       cp_async_wait<0>();
@@ -372,6 +253,7 @@ state_scan(T* out, const T* xbc, const T* steps, const float* __restrict__ log_d
         }
       }
       step = next_step;
+      if (CONV) break;  // one token, one chunk
     }
     if (moved) h.store(rows, lane);
     if (keep) {  // one token, in stage 0
