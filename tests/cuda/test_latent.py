@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import latent_checks as checks
 import numpy as np
 import pytest
 from emulator import Emulator, available
-from gpu_engine import backend, core_of, model, needs_gpu, run, tokens_of
+from emulator.driver import emulated_driver
+from gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
 from harness import BF16, F16, Gpu, Machine
 from latent_checks import LITE, MANY, TINY, Sizes
 from test_lowering import A100, H100, L40, recipe
+from tiny import ArrayCheckpoint, weights_of
 
+from rvllm.backends.cuda.backend import CudaBackend
 from rvllm.backends.cuda.catalog import select
 from rvllm.backends.cuda.driver import device_count
 from rvllm.backends.cuda.join import joined
@@ -30,6 +35,7 @@ from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import LatentRopeKV, Program
+from rvllm.weights.open import open_checkpoint
 
 DTYPES = {"bfloat16": BF16, "float16": F16}
 SIZES = {"lite": LITE, "tiny": TINY, "many": MANY}
@@ -269,6 +275,35 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 TOLERANCE = {DType.BF16: 0.15, DType.F16: 0.03}  # of log-probabilities near 1
 AGREE = {DType.BF16: 0.8, DType.F16: 0.95}  # of them; near ties of a router may fall to the other side
+
+
+SMALL = {
+    **MODELS["v2_experts"], "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 72,
+    "vocab_size": 99, "num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "moe_intermediate_size": 24,
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not available(), reason="the emulator needs g++")
+@pytest.mark.skipif(os.environ.get("RVLLM_TEST_EMULATE") == "1", reason="the driver is emulated already")
+def test_files_of_both_kinds_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "models")
+    import archs_moe_gguf
+
+    program = built(SMALL)
+    arrays = {k: v.astype(BF16).astype(np.float32) for k, v in weights_of(program).items()}
+    checkpoints: list[Any] = [ArrayCheckpoint(SMALL, arrays)]
+    for apart in (True, False):  # keys and values of all heads as two tensors, or as one
+        path = archs_moe_gguf.write(tmp_path / f"{apart}.gguf", SMALL, arrays, apart=apart)
+        checkpoints.append(open_checkpoint(path))
+    found = []
+    for checkpoint in checkpoints:
+        with emulated_driver():
+            core = core_of(CudaBackend.load(program, checkpoint, replace(CONFIG, device="cuda")), SMALL)
+            given = [(list(range(n)), Sampling(max_tokens=3, logprobs=2)) for n in (1, 7)]
+            found.append([[(o.token_ids, o.logprobs) for o in outputs] for outputs in run(core, given)])
+            core.close()
+    assert found[0] == found[1] == found[2]
 
 
 def asked(vocab: int, sampling: Sampling) -> list[tuple[list[int], Sampling]]:
