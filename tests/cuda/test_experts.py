@@ -254,6 +254,32 @@ def test_stacks_are_packed_expert_by_expert(rows: int) -> None:
             assert (found[e] == pack_matrix(matrix)).all(), (form, e)
 
 
+@pytest.mark.skipif(not available(), reason="the emulator needs g++")
+@pytest.mark.parametrize("rows", [8, 1000])
+def test_shared_experts_are_packed_behind_the_others(rows: int) -> None:
+    config = {**CONFIGS["DeepSeek-V2-Lite"], "hidden_size": 80, "moe_intermediate_size": 40,
+              "n_routed_experts": 3, "num_experts_per_tok": 2, "num_hidden_layers": 2}  # fmt: skip
+    program, gpu = built(config), Emulator()
+    arrays = weights_of(program)
+    checkpoint, loader = ArrayCheckpoint(config, arrays), HostLoader(gpu)
+    shared = {
+        which: arrays[f"model.layers.1.mlp.shared_experts.{which}_proj.weight"].astype(BF16)
+        for which in ("gate", "up", "down")
+    }
+    assert shared["up"].shape == shared["down"].shape == (80, 80)
+    for w in wanted_weights(fuse(program)):
+        if w.form not in ("stack", "gated_stack"):
+            continue
+        target = gpu.zeros((w.nbytes,), np.uint8)
+        loader.place(w, target.address, checkpoint, rows)
+        found = target.get().reshape(5, -1)
+        for s in range(2):
+            part = slice(40 * s, 40 * (s + 1))
+            gated = interleave_gate_up(shared["gate"][part], shared["up"][part])
+            matrix = gated if w.form == "gated_stack" else np.ascontiguousarray(shared["down"][:, part])
+            assert (found[3 + s] == pack_matrix(matrix)).all(), (w.form, s)
+
+
 # ---- engines
 
 

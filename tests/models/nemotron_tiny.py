@@ -38,6 +38,14 @@ CASES = {
             n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, moe_latent_size=20,
             moe_shared_expert_intermediate_size=16, norm_topk_prob=False,
         ),
+        tiny.case(  # Nemotron-3-Nano's shape: the shared MLP is two experts wide
+            "nemotron_h_shared", "NemotronHForCausalLM", "nemotron_h",
+            **_SHARED | {"mamba_head_dim": 16, "ssm_state_size": 16},
+            hybrid_override_pattern="ME*E", num_hidden_layers=4, num_attention_heads=2,
+            num_key_value_heads=1, mamba_num_heads=4, n_groups=2, chunk_size=16, n_routed_experts=6,
+            num_experts_per_tok=2, moe_intermediate_size=20, moe_shared_expert_intermediate_size=40,
+            norm_topk_prob=True, routed_scaling_factor=2.5,
+        ),
     ]
 }  # fmt: skip
 

@@ -158,6 +158,35 @@ def test_experts_cost_what_they_stream() -> None:
     assert two == pytest.approx(3.5 * one)
 
 
+def test_shared_experts_are_experts_of_every_token() -> None:
+    program = build(PUBLISHED["deepseek-v2-lite"][0], DType.BF16)
+    assert not any("shared" in op.name for op in program.ops)
+    route, op = the(program, Route), the(program, Experts)
+    assert (route.top_k, route.always, op.always, route.weight.shape) == (6, 2, 2, (64, 2048))
+    assert op.up.shape == (66, 2816, 2048) and op.down.shape == (66, 2048, 1408)
+    one = 3 * 2048 * 1408 * 2
+    for tokens, hit in ((1, 6 + 2), (2, 6 + 6 * 58 / 64 + 2), (4096, 66)):
+        cost = op_cost(program, op, StepShape(tokens, 1, 10))
+        assert cost.weight_bytes == pytest.approx(hit * one)
+        assert cost.flops == pytest.approx(tokens * 8 * one, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changed, always, apart",
+    [
+        ({"n_shared_experts": 1}, 1, False),
+        ({"n_shared_experts": 8}, 8, False),
+        ({"n_shared_experts": 9}, 0, True),  # wide enough for products of its own
+        ({"n_shared_experts": 0}, 0, False),
+        ({"mlp_bias": True}, 0, True),
+    ],
+)
+def test_when_shared_experts_stay_apart(changed: dict[str, Any], always: int, apart: bool) -> None:
+    program = build(PUBLISHED["deepseek-v2-lite"][0] | changed)
+    assert the(program, Route).always == the(program, Experts).always == always
+    assert any(op.name == "layers.1.shared.down" for op in program.ops) is apart
+
+
 def test_absorbed_projections_cost_as_much_as_they_are_large() -> None:
     program = build(PUBLISHED["deepseek-v2"][0], DType.BF16)
     cost = op_cost(program, the(program, HeadLinear), StepShape(3, 1, 10))

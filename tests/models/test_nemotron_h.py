@@ -23,6 +23,7 @@ from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.cost import StepShape, program_cost
 from rvllm.program.dtypes import DType
+from rvllm.program.ops import Part
 from rvllm.program.recurrent import CHUNK
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.packing import pack
@@ -102,7 +103,15 @@ IN_GGUF: dict[str, dict[str, Any]] = {
     "nemotron_h": {},
     "nemotron_h_moe": {"time_step_min": 0.001},
     "nemotron_h_latent": {"layers_block_type": ["mamba", "moe", "attention", "moe"]},
+    "nemotron_h_shared": {},
 }
+
+
+def cut(part: Part, tensor: tiny.F32) -> tiny.F32:
+    """What a part is of its tensor: all, or rows or columns of a shared MLP that is cut into experts."""
+    if part.layout == "columns":
+        return tensor[:, part.columns[0] : sum(part.columns)]
+    return tensor[part.rows[0] : sum(part.rows)] if part.layout == "head_rows" else tensor
 
 
 @pytest.mark.parametrize("name", nemotron.CASES)
@@ -122,7 +131,7 @@ def test_gguf_equals_safetensors(name: str, tmp_path: Path) -> None:
     assert greedy[0] == greedy[1]
     program = build_program(ModelConfig(open_checkpoint(file).config, "gguf"), DType.F32)
     for weight in program.weights:
-        wanted = np.concatenate([tensors[p.source].reshape(-1) for p in weight.parts])
+        wanted = np.concatenate([cut(p, tensors[p.source]).reshape(-1) for p in weight.parts])
         rounded = weight.parts[0].source.endswith("A_log")
         found = pack(weight, open_checkpoint(file), DType.F32).reshape(-1)
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6 if rounded else 0, err_msg=weight.name)

@@ -11,14 +11,16 @@ from rvllm.program.dtypes import DType
 from rvllm.program.ops import Activation, Buffer, Experts, Part, Route, Weight
 
 MOST_EXPERTS = 1 << 17  # of all layers together; five times what the largest published models have
+MOST_ALWAYS = 8  # experts that every token has; a wider shared MLP is worth products of its own
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """A layer's routed experts; the ops Route and Experts say what each field means.
+    """A layer's experts; the ops Route and Experts say what each field means.
 
     width: of one expert. parts: the names of its projections: gate and up, or up alone, then down.
     correction: the name of the router's correction bias beside its weight, if it has one.
+    always: into how many experts of that width the shared MLP is cut, see `cut_shared`.
     """
 
     experts: int
@@ -33,6 +35,17 @@ class Mixture:
     group_score: Literal["max", "top2"] = "max"
     renormalise: bool = False
     scale: float = 1.0
+    always: int = 0
+
+
+def cut_shared(shared: int, width: int, *, bias: bool) -> int:
+    """How many experts of `width` a shared MLP of width `shared` is; 0 where it stays a layer of its own.
+
+    The activation works on each element by itself, so rows s * width to (s + 1) * width of its first
+    matrices and the same columns of its last one are an expert, and the MLP's result is their sum.
+    """
+    count = shared // width
+    return count if shared == count * width and count <= MOST_ALWAYS and not bias else 0
 
 
 def read_experts(config: ModelConfig, name: str, default: Any = REQUIRED) -> int:
@@ -72,7 +85,7 @@ def mixture(
     router: str = "gate",
     inner: Buffer | None = None,
 ) -> Buffer:
-    """The routed experts' sum: the router is `source`.`router`, experts are `source`.experts.N.
+    """The experts' sum: the router is `source`.`router`, experts are `source`.experts.N and .shared_experts.
 
     x [T, hidden] → [T, hidden]. inner: what the experts read and write in place of x, the router's input.
     """
@@ -83,32 +96,45 @@ def mixture(
         named = f"{source}.{router}.{spec.correction}"
         in_gguf = (named.replace("_bias", ".bias"),)
         bias = b.vector(f"{name}.router.bias", Part(named, (spec.experts,), alternatives=in_gguf))
-    ids = b.buffer(f"{name}.ids", spec.top_k, dtype=DType.I32)
-    shares = b.buffer(f"{name}.shares", spec.top_k, dtype=DType.F32)
+    ids = b.buffer(f"{name}.ids", spec.top_k + spec.always, dtype=DType.I32)
+    shares = b.buffer(f"{name}.shares", spec.top_k + spec.always, dtype=DType.F32)
     b.emit(
         Route(
             name=f"{name}.route", x=x, ids=ids, shares=shares, weight=gate, bias=bias, top_k=spec.top_k,
             scores=spec.scores, groups=spec.groups, kept_groups=spec.kept_groups,
-            group_score=spec.group_score, renormalise=spec.renormalise, scale=spec.scale,
+            group_score=spec.group_score, renormalise=spec.renormalise, scale=spec.scale, always=spec.always,
         )
     )  # fmt: skip
     *first, last = spec.parts
-    up = stack(b, f"{name}.experts.up", f"{source}.experts", first, spec.experts, (spec.width, inner.width))
-    down = stack(
-        b, f"{name}.experts.down", f"{source}.experts", [last], spec.experts, (inner.width, spec.width)
-    )
+    up = stack(b, f"{name}.experts.up", source, first, spec, (spec.width, inner.width), "head_rows")
+    down = stack(b, f"{name}.experts.down", source, [last], spec, (inner.width, spec.width), "columns")
     return b.emit(
         Experts(
             name=f"{name}.experts", x=inner, ids=ids, shares=shares, up=up, down=down,
             out=b.buffer(f"{name}.experts.out", inner.width), activation=spec.activation,
-            gated=len(first) == 2,
+            gated=len(first) == 2, always=spec.always,
         )
     ).out  # fmt: skip
 
 
 def stack(
-    b: ProgramBuilder, name: str, source: str, parts: list[str], experts: int, shape: tuple[int, int]
+    b: ProgramBuilder,
+    name: str,
+    source: str,
+    parts: list[str],
+    spec: Mixture,
+    shape: tuple[int, int],
+    cut: Literal["head_rows", "columns"],
 ) -> Weight:
-    """[experts, len(parts) * shape[0], shape[1]]: each expert's named projections, one below the other."""
-    found = (Part(f"{source}.{e}.{part}.weight", shape) for e in range(experts) for part in parts)
-    return b.weight(Weight(name, (experts, len(parts) * shape[0], shape[1]), tuple(found), "stack"))
+    """[experts + always, len(parts) * shape[0], shape[1]]: each one's named projections, one below the other.
+
+    cut: whether the shared MLP's projections are cut into experts by rows or by columns.
+    """
+    width, count = spec.width, spec.always
+    found = [Part(f"{source}.experts.{e}.{p}.weight", shape) for e in range(spec.experts) for p in parts]
+    whole = (count * shape[0], shape[1]) if cut == "head_rows" else (shape[0], count * shape[1])
+    for begin in range(0, count * width, width):
+        here = {"rows": (begin, width), "heads": 1} if cut == "head_rows" else {"columns": (begin, width)}
+        found += [Part(f"{source}.shared_experts.{p}.weight", whole, cut, **here) for p in parts]
+    stacked = spec.experts + count, len(parts) * shape[0], shape[1]
+    return b.weight(Weight(name, stacked, tuple(found), "stack"))

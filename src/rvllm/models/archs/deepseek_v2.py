@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rvllm.models import blocks
 from rvllm.models.config import ModelConfig
 from rvllm.models.latent import Latent, latent_attention
-from rvllm.models.mixtures import Mixture, mixture, read_experts, read_groups
+from rvllm.models.mixtures import Mixture, cut_shared, mixture, read_experts, read_groups
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import Program
 
@@ -24,6 +26,8 @@ def decoder(config: ModelConfig, dtype: DType, spec: Mixture | None) -> Program:
     bias = config.bool("attention_bias", False)
     mlp_bias = config.bool("mlp_bias", False)
     shared = config.int("n_shared_experts", 0, low=0, high=65536)
+    if spec is not None:
+        spec = replace(spec, always=cut_shared(shared * spec.width, spec.width, bias=mlp_bias))
     first = config.int("first_k_dense_replace", 0, low=0)
     every = config.int("moe_layer_freq", 1)
 
@@ -46,7 +50,7 @@ def decoder(config: ModelConfig, dtype: DType, spec: Mixture | None) -> Program:
             continue
         y = mixture(b, f"{name}.moe", normed, mlp, spec)
         blocks.residual(b, f"{name}.moe", x, y)
-        if shared:
+        if shared and not spec.always:
             experts = f"{mlp}.shared_experts"
             y = blocks.gated_mlp(
                 b, f"{name}.shared", normed, experts, shared * spec.width, activation, bias=mlp_bias

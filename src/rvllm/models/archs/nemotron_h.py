@@ -11,7 +11,7 @@ from dataclasses import replace
 from rvllm.models import blocks
 from rvllm.models.blocks import Dims, linear
 from rvllm.models.config import ModelConfig
-from rvllm.models.mixtures import Mixture, mixture, read_groups
+from rvllm.models.mixtures import Mixture, cut_shared, mixture, read_groups
 from rvllm.program.builder import ProgramBuilder
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import Add, Buffer, Part, Program, StateCache, Weight
@@ -145,7 +145,7 @@ class Mamba:
 
 
 def experts(b: ProgramBuilder, config: ModelConfig, name: str, x: Buffer, source: str) -> Buffer:
-    """Sigmoid-routed experts, in a narrower space where the config has one, beside a shared MLP."""
+    """Sigmoid-routed experts, in a narrower space where the config has one, and a shared MLP."""
     count = config.int("n_routed_experts", 8, high=65536)
     top_k = config.int("num_experts_per_tok", 2, high=count)
     grouping = replace(config, values={"n_group": 1, "topk_group": 1, **config.values})
@@ -154,11 +154,14 @@ def experts(b: ProgramBuilder, config: ModelConfig, name: str, x: Buffer, source
         raise config.fail("n_group", f"{groups} leaves fewer than two of {count} experts a group")
     activation = blocks.read_activation(config, "mlp_hidden_act", "relu2")
     latent, bias = config.opt_int("moe_latent_size"), config.bool("mlp_bias", False)
+    width = config.int("moe_intermediate_size", 7688)
+    shared_width = config.int("moe_shared_expert_intermediate_size", 7688)
     spec = Mixture(
-        experts=count, top_k=top_k, width=config.int("moe_intermediate_size", 7688), activation=activation,
+        experts=count, top_k=top_k, width=width, activation=activation,
         parts=("up_proj", "down_proj"), correction="e_score_correction_bias", scores="sigmoid",
         groups=groups, kept_groups=kept, group_score="top2", scale=config.float("routed_scaling_factor", 1.0),
         renormalise=config.bool("norm_topk_prob", True),
+        always=cut_shared(shared_width, width, bias=bias) if latent is None else 0,
     )  # fmt: skip
     narrow = x
     if latent is not None:
@@ -166,10 +169,12 @@ def experts(b: ProgramBuilder, config: ModelConfig, name: str, x: Buffer, source
     routed = mixture(b, name, x, source, spec, inner=narrow)
     if latent is not None:
         routed = linear(b, f"{name}.latent_out", routed, [f"{source}.fc2_latent_proj"], [x.width], bias)
+    if spec.always:
+        return routed
     shared = f"{source}.shared_experts"
     y = blocks.mlp(
-        b, f"{name}.shared", x, (f"{shared}.up_proj", f"{shared}.down_proj"),
-        config.int("moe_shared_expert_intermediate_size", 7688), activation, bias=bias,
+        b, f"{name}.shared", x, (f"{shared}.up_proj", f"{shared}.down_proj"), shared_width, activation,
+        bias=bias,
     )  # fmt: skip
     b.emit(Add(name=f"{name}.shared.add", x=routed, y=y))
     return routed
