@@ -66,6 +66,7 @@ class Emulator(Machine):
     def clear(self) -> None:
         """Frees all arrays."""
         self.launcher.memory.clear()
+        self.launcher.chain.forget()
 
     def upload(self, address: int, host: Any) -> None:
         """Copies a host array to an address."""

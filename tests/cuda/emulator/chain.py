@@ -36,6 +36,11 @@ class Chain:
         """All work is done: nothing is unsafe."""
         self._unsafe = self._unsafe[:0]
 
+    def forget(self) -> None:
+        """All work is done and arrays are gone: others may come to lie where they were."""
+        self.cut()
+        self._images.clear()
+
     def host_wrote(self, address: int, nbytes: int) -> None:
         """The host has written there: no kernel's doing, and safe."""
         for region in self._memory.regions:

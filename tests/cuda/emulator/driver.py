@@ -186,6 +186,7 @@ class EmulatedDriver:
 
     def cuMemFree(self, address: int) -> tuple[Any, ...]:
         self.launcher.memory.give_back(address)
+        self.launcher.chain.forget()
         return (OK,)
 
     def cuMemHostAlloc(self, nbytes: int, flags: int) -> tuple[Any, ...]:
