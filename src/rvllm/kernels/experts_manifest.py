@@ -20,7 +20,7 @@ ROUTE_WARPS = 4
 ROUTES = {"": (1, 1), "_norm": (1, 1), "_wide": (8, 4)}  # tokens of a block, experts of a warp
 ROUTE_NORM_WIDTH = 4096  # of a row that `route` can normalise too
 ROUTE_LANES = (4, 16)  # experts that a lane compares
-FEW_STAGES, ONE_STAGES = (4, 8), (4, 6)  # of a warp's pipeline
+FEW_STAGES, ONE_STAGES = 4, (8, 6, 4)  # of a warp's pipeline
 SORT_WARPS = (4, 32)
 _SLICE, _TILE = 2048, 64  # bytes of 16 rows of a packed tile; its columns
 _SMEM = 232448  # bytes of shared memory that a kernel may be launched with on any GPU
@@ -86,7 +86,7 @@ def _specs() -> list[KernelSpec]:
                 specs.append(KernelSpec(name, "route.cu", symbol, unit=dtype))
         kinds = {f"one_s{s}": f"one<rvllm::{dtype}, {s}>" for s in ONE_STAGES}
         for tokens in (1, FEW_TOKENS):
-            kinds |= {f"few{tokens}_s{s}": f"few<rvllm::{dtype}, {s}, {tokens}>" for s in FEW_STAGES}
+            kinds[f"few{tokens}"] = f"few<rvllm::{dtype}, {FEW_STAGES}, {tokens}>"
         for name, symbol in kinds.items():
             specs.append(
                 KernelSpec(

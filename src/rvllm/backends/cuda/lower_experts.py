@@ -189,14 +189,12 @@ class ExpertsPlan:
         blocks, segments = -(-k // TILE), segments_of(k)
         grid = -(-rows // SLICE), self.entries
         each, few = -(-blocks // segments), 1 if self.tokens == 1 else FEW_TOKENS
-        # Several blocks share a multiprocessor; what fits the lesser pipeline is fetched all at once.
-        slots = min(FEW_STAGES[0], each)
-        stages = FEW_STAGES[each <= slots]
+        slots = min(FEW_STAGES, each)
         gated = which == "up" and self.op.gated
         always, first = self.op.always, self.experts - self.op.always
         numbers = (self.top_k, always, first, by_token, k, blocks, rows, pitch, act, int(gated), slots)
         return self._planned(
-            f"few{few}_s{stages}", grid, 32 * segments, few_smem(segments, slots, few),
+            f"few{few}", grid, 32 * segments, few_smem(segments, slots, few),
             f"{which}, streams hit experts",
             out, x, weights, self.at.ids, self.at.num_tokens, *map(ctypes.c_int, numbers),
         )  # fmt: skip
@@ -204,15 +202,19 @@ class ExpertsPlan:
     def _one(self) -> Planned:
         blocks, segments = -(-self.width // TILE), segments_of(self.width)
         grid, each = -(-self.n // SLICE), self.top_k * -(-blocks // segments)
-        # A deep pipeline where a multiprocessor has a block or two. It leaves the next product's some room.
-        deep = grid <= 2 * self.chip.sm_count
-        deep &= one_smem(segments, ONE_STAGES[1], self.top_k) <= self.chip.smem_per_block - 8192
-        stages = ONE_STAGES[deep]
+        # Blocks that are no more than the multiprocessors get one each, by asking for more than half of its
+        # shared memory: all have as much to do, and two in one place would be the last. What is left of it
+        # takes a block of the next product.
+        half = self.chip.smem_per_block // 2
+        alone = half + 1024 if grid <= self.chip.sm_count else 0
+        room = alone or half - 4096
+        stages = next((s for s in ONE_STAGES if one_smem(segments, s, self.top_k) <= room), ONE_STAGES[-1])
         slots = min(stages, each)
+        smem = max(alone, one_smem(segments, slots, self.top_k))
         numbers = (self.top_k, self.width, blocks, self.n, slots)
         at = self.at
         return self._planned(
-            f"one_s{stages}", (grid,), 32 * segments, one_smem(segments, slots, self.top_k), "down and sum",
+            f"one_s{stages}", (grid,), 32 * segments, smem, "down and sum",
             at.out, at.inner, at.down, at.ids, at.shares, at.residual, *map(ctypes.c_int, numbers),
             self.scale,
         )  # fmt: skip
