@@ -34,7 +34,7 @@ from rvllm.api.streaming import stream
 from rvllm.text.reasoning import ReasoningSplitter, opened_by
 from rvllm.text.tools.events import CallStart, Event, Text
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 async def chat_completions(service: Service, exchange: Exchange, body: bytes) -> None:
@@ -105,9 +105,9 @@ def render(service: Service, request: ChatRequest | TokenizeRequest) -> str:
 def _plain(message: Message, index: int) -> dict[str, Any]:
     """A message as templates expect it; `developer` is today's word for `system`."""
     where = f"messages[{index}]"
-    if message.role not in _ROLES:
+    if message.role not in ROLES:
         raise invalid(
-            f"{where}.role must be one of {', '.join(_ROLES)}, got {message.role[:40]!r}", f"{where}.role"
+            f"{where}.role must be one of {', '.join(ROLES)}, got {message.role[:40]!r}", f"{where}.role"
         )
     if message.content is None and message.role != "assistant":
         raise invalid(f"{where}.content is required", f"{where}.content")

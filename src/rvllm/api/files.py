@@ -11,7 +11,7 @@ from rvllm.api.form import parse_form, refuse_foreign
 from rvllm.api.paging import Query, page
 
 _PURPOSES = ("batch", "user_data")
-_LEAST_SECONDS, _MOST_SECONDS = 3600, 30 * 24 * 3600  # OpenAI's limits of expires_after
+LEAST_SECONDS, MOST_SECONDS = 3600, 30 * 24 * 3600  # OpenAI's limits of expires_after
 
 
 class Files:
@@ -66,8 +66,6 @@ class Files:
 
 
 def _seconds(text: bytes) -> int:
-    if not (text.isdigit() and len(text) < 10 and _LEAST_SECONDS <= int(text) <= _MOST_SECONDS):
-        raise invalid(
-            f"expires_after[seconds] must be in [{_LEAST_SECONDS}, {_MOST_SECONDS}]", "expires_after"
-        )
+    if not (text.isdigit() and len(text) < 10 and LEAST_SECONDS <= int(text) <= MOST_SECONDS):
+        raise invalid(f"expires_after[seconds] must be in [{LEAST_SECONDS}, {MOST_SECONDS}]", "expires_after")
     return int(text)

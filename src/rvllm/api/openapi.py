@@ -23,6 +23,7 @@ from rvllm.api.embeddings import (
     ScoreRequest,
 )
 from rvllm.api.errors import ErrorBody
+from rvllm.api.files import LEAST_SECONDS, MOST_SECONDS
 from rvllm.api.openapi_bounds import add_bounds
 from rvllm.api.paging import Page
 from rvllm.api.responses_schema import ResponseAnswer, ResponsesRequest
@@ -45,7 +46,7 @@ _FORM = {
     "properties": {
         "file": {"type": "string", "format": "binary"},
         "purpose": {"type": "string", "enum": ["batch", "user_data"]},
-        "expires_after[seconds]": {"type": "integer"},
+        "expires_after[seconds]": {"type": "integer", "minimum": LEAST_SECONDS, "maximum": MOST_SECONDS},
     },
 }
 

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from rvllm.api.batch_lines import ENDPOINTS
+from rvllm.api.chat import ROLES
 from rvllm.engine.sampling_params import RANGES
 
 # Other surfaces' names of sampling parameters.
 _SAME = {"max_completion_tokens": "max_tokens", "max_output_tokens": "max_tokens", "top_logprobs": "logprobs"}
 _FILLED = {"minItems": 1}
-# By request and field; these go before the ranges.
+# By struct and field; these go before the ranges.
 _BOUNDS: dict[tuple[str, str], dict[str, Any]] = {
+    ("Message", "role"): {"enum": list(ROLES)},
+    ("Turn", "role"): {"enum": ["user", "assistant"]},
     ("ChatRequest", "messages"): _FILLED,
     ("MessagesRequest", "messages"): _FILLED,
     ("CountTokensRequest", "messages"): _FILLED,
@@ -25,18 +28,18 @@ _BOUNDS: dict[tuple[str, str], dict[str, Any]] = {
     ("ScoreRequest", "text_2"): _FILLED,
     ("RerankRequest", "documents"): _FILLED,
     ("RerankRequest", "top_n"): {"minimum": 0},
+    ("DetokenizeRequest", "tokens"): {"items": {"type": "integer", "minimum": 0}},
     ("BatchRequest", "completion_window"): {"enum": ["24h"]},
     ("BatchRequest", "endpoint"): {"enum": [*ENDPOINTS, "/v1/responses"]},
 }
 
 
 def add_bounds(components: Mapping[str, dict[str, Any]]) -> None:
-    """Adds the bounds to the schemas of requests."""
+    """Adds the bounds to the schemas of requests and their parts."""
     for kind, schema in components.items():
-        if not kind.endswith("Request"):
-            continue
         for name, field in schema.get("properties", {}).items():
-            field.update(_BOUNDS.get((kind, name)) or _range(name, field))
+            ranged = _range(name, field) if kind.endswith("Request") else {}
+            field.update(_BOUNDS.get((kind, name), ranged))
 
 
 def _range(name: str, field: Mapping[str, Any]) -> dict[str, Any]:
