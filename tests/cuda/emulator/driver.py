@@ -44,12 +44,6 @@ class _Function:
     smem: int = 0  # bytes it may have, once the driver has been told
 
 
-@dataclass
-class _Event:
-    seconds: float = 0.0
-    captured: list[Work] | None = None  # what its stream was recording when it was recorded
-
-
 class _Stream:
     def __init__(self) -> None:
         self.captured: list[Work] | None = None
@@ -228,7 +222,7 @@ class EmulatedDriver:
         return (OK,)
 
     # ---- streams and graphs
-    def cuStreamCreateWithPriority(self, flags: str, priority: int) -> tuple[Any, ...]:
+    def cuStreamCreate(self, flags: str) -> tuple[Any, ...]:
         return OK, _Stream()
 
     def cuStreamSynchronize(self, stream: _Stream) -> tuple[Any, ...]:
@@ -267,24 +261,19 @@ class EmulatedDriver:
 
     # ---- events: the time at which they were recorded
     def cuEventCreate(self, flags: str) -> tuple[Any, ...]:
-        return OK, _Event()
+        return OK, [0.0]
 
-    def cuEventRecord(self, event: _Event, stream: _Stream) -> tuple[Any, ...]:
-        event.seconds, event.captured = time.perf_counter(), stream.captured
+    def cuEventRecord(self, event: list[float], stream: _Stream) -> tuple[Any, ...]:
+        event[0] = time.perf_counter()
         return (OK,)
 
-    def cuStreamWaitEvent(self, stream: _Stream, event: _Event, flags: int) -> tuple[Any, ...]:
-        if event.captured is not None:  # the stream is captured with the one that the event is of
-            stream.captured = event.captured
-        return (OK,)
-
-    def cuEventSynchronize(self, event: _Event) -> tuple[Any, ...]:
+    def cuEventSynchronize(self, event: list[float]) -> tuple[Any, ...]:
         return (OK,)
 
     cuEventQuery = cuEventDestroy = cuEventSynchronize
 
-    def cuEventElapsedTime(self, earlier: _Event, later: _Event) -> tuple[Any, ...]:
-        return OK, 1e3 * (later.seconds - earlier.seconds)
+    def cuEventElapsedTime(self, earlier: list[float], later: list[float]) -> tuple[Any, ...]:
+        return OK, 1e3 * (later[0] - earlier[0])
 
 
 @contextmanager

@@ -9,12 +9,12 @@ import numpy as np
 
 from rvllm.backends.cuda.addresses import Addresses, Shape
 from rvllm.backends.cuda.arena import Arena, Range
-from rvllm.backends.cuda.branches import workspace_of
 from rvllm.backends.cuda.driver import Pinned, Stream
 from rvllm.backends.cuda.fuse import Stage
 from rvllm.backends.cuda.memory import BLOCK, MemoryPlan, ropes_of, state_line
 from rvllm.backends.cuda.placement import ELEMENT, Form, Wanted
 from rvllm.backends.cuda.sampling import MAX_TOP, StateSizes
+from rvllm.program.memory import plan_workspace
 from rvllm.program.ops import Program
 from rvllm.program.rope import Rope
 
@@ -71,7 +71,7 @@ def carve(
     """Takes everything the plan lists from the arena, line by line."""
     places = [(w, arena.take("weights", w.nbytes, w.weight.name).address) for w in wanted]
     weights: dict[tuple[str, Form], int] = {(w.weight.name, w.form): a for w, a in places}
-    workspace = workspace_of(stages, plan.tokens, plan.samples)
+    workspace = plan_workspace(list(stages), plan.tokens, plan.samples)
     base = arena.take("workspace", workspace.nbytes).address
     vocab = -(-program.vocab_size // 4) * 4
     logits = arena.take("logits", 4 * plan.samples * vocab).address

@@ -133,15 +133,10 @@ class Pinned:
 
 
 class Stream:
-    """A stream that does not wait for the default stream.
+    """A stream that does not wait for the default stream."""
 
-    priority: lower numbers go first; what the GPU does not know is taken for the nearest it does.
-    """
-
-    def __init__(self, priority: int = 0) -> None:
-        flags = api().CUstream_flags.CU_STREAM_NON_BLOCKING
-        self.handle = call("cuStreamCreateWithPriority", flags, priority)
-        self.branch = Branch()
+    def __init__(self) -> None:
+        self.handle = call("cuStreamCreate", api().CUstream_flags.CU_STREAM_NON_BLOCKING)
 
     def sync(self) -> None:
         """Waits for all work on the stream."""
@@ -174,54 +169,9 @@ class Stream:
         call("cuGraphUpload", executable, self.handle)
         return Graph(executable, int(nodes))
 
-    def wait(self, event: Event) -> None:
-        """Lets what is queued from here on wait for an event of another stream."""
-        call("cuStreamWaitEvent", self.handle, event.handle, 0)
-
     def close(self) -> None:
-        """Destroys the stream and its branch."""
-        self.branch.close()
+        """Destroys the stream."""
         call("cuStreamDestroy", self.handle)
-
-
-class Branch:
-    """A second stream that runs beside another between two points; in a captured graph, a branch of it.
-
-    It goes first where both want the same multiprocessor: it is the one that started later.
-    """
-
-    def __init__(self) -> None:
-        self._made: tuple[Stream, Event, Event] | None = None
-
-    def ready(self) -> tuple[Stream, Event, Event]:
-        """The stream and the events of fork and join; made on first use, outside of captures."""
-        if self._made is None:
-            self._made = Stream(priority=-1), Event(), Event()
-        return self._made
-
-    @property
-    def stream(self) -> Stream:
-        """The branch's own stream."""
-        return self.ready()[0]
-
-    def fork(self, main: Stream) -> None:
-        """What the branch is given from here on waits for all that `main` has been given."""
-        stream, forked, _ = self.ready()
-        forked.record(main)
-        stream.wait(forked)
-
-    def join(self, main: Stream) -> None:
-        """What `main` is given from here on waits for the branch too."""
-        stream, _, joined = self.ready()
-        joined.record(stream)
-        main.wait(joined)
-
-    def close(self) -> None:
-        """Destroys what was made."""
-        if self._made is not None:
-            for part in self._made:
-                part.close()
-            self._made = None
 
 
 @dataclass

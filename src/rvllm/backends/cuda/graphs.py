@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields, replace
 from rvllm.backends.base import StepKernel, grouped
 from rvllm.backends.cuda.addresses import Addresses, Shape
 from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan
-from rvllm.backends.cuda.branches import branched
 from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
 from rvllm.backends.cuda.catalog import Catalog
 from rvllm.backends.cuda.chip import Chip
@@ -59,8 +58,6 @@ class Recipe:
         program = joined(program)
         native = config.gemm_strategy == "native"
         stages = fuse(program, gated_epilogue=native)
-        if native:  # cuBLAS's workspace serves one product at a time
-            stages = branched(stages)
         wanted = wanted_weights(stages, "packed" if native else "table")
         chip = Chip(facts.capability, facts.sm_count, facts.smem_per_block)
         prefill = prefill_plans(program.ops, program.dtype, chip)
@@ -238,7 +235,9 @@ class GraphBook:
             planned = plan(size)
             self._kernels[kind, size] = grouped((p.op, p.kernel, p.why) for p in planned)
             bound = bind(planned, self._catalog, pdl=self._recipe.chip.capability >= 90)
-            graph = self._graphs[kind, size] = bound.capture(self._stream, counts)
+            self._stream.begin_capture()
+            bound.run(self._stream, counts)
+            graph = self._graphs[kind, size] = self._stream.end_capture()
             self.capture_seconds += time.perf_counter() - started
         return graph
 

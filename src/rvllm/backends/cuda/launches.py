@@ -14,7 +14,7 @@ from typing import Any
 from rvllm.backends.cuda.catalog import Catalog
 from rvllm.backends.cuda.cublas import KERNEL as CUBLAS
 from rvllm.backends.cuda.cublas import MatmulLaunch
-from rvllm.backends.cuda.driver import Graph, Grid, Launch, Stream, TensorMap
+from rvllm.backends.cuda.driver import Grid, Launch, Stream, TensorMap
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class Planned:
     """One launch: which kernel, for which ops, over what.
 
     grid: a function of the step's size. parameters: device addresses as int, scalars as ctypes objects,
-    Count and MatrixMap. why: how the kernel was chosen, for `rvllm plan`. side: whether it belongs to a
-    branch that runs beside the launches that follow; joins: whether it waits for that branch.
+    Count and MatrixMap. why: how the kernel was chosen, for `rvllm plan`.
     """
 
     op: str
@@ -65,8 +64,6 @@ class Planned:
     smem: int = 0
     cluster: int = 1
     why: str = ""
-    side: bool = False
-    joins: bool = False
 
 
 @dataclass
@@ -80,24 +77,8 @@ class Bound:
     def run(self, stream: Stream, counts: Counts) -> None:
         """Queues every launch of the step."""
         self.set_counts(counts)
-        forked = False
         for planned, launch in zip(self.planned, self.launches, strict=True):
-            if planned.side and not forked:
-                stream.branch.fork(stream)
-            elif planned.joins and forked:
-                stream.branch.join(stream)
-            forked = (forked or planned.side) and not planned.joins
-            launch.run(stream.branch.stream if planned.side else stream, planned.grid(counts))
-        if forked:
-            stream.branch.join(stream)
-
-    def capture(self, stream: Stream, counts: Counts) -> Graph:
-        """A graph of the step."""
-        if any(p.side for p in self.planned):
-            stream.branch.ready()
-        stream.begin_capture()
-        self.run(stream, counts)
-        return stream.end_capture()
+            launch.run(stream, planned.grid(counts))
 
     def set_counts(self, counts: Counts) -> None:
         """What the launches from here on take for the step's size."""
@@ -121,7 +102,6 @@ def bind(planned: Sequence[Planned], catalog: Catalog, pdl: bool) -> Bound:
     """Launch records for a plan; scalars that follow the step share one cell each."""
     cells = {name: ctypes.c_int(0) for name in ("tokens", "seqs", "samples")}
     launches: list[Launch | MatmulLaunch] = []
-    forked = False
     for p in planned:
         if p.kernel == CUBLAS:
             launches.append(MatmulLaunch(p.parameters[0]))
@@ -137,8 +117,5 @@ def bind(planned: Sequence[Planned], catalog: Catalog, pdl: bool) -> Bound:
                     )
                 case _:
                     arguments.append(parameter)
-        # A launch behind a fork or a join depends on another stream's, and waits for the end of that.
-        early = pdl and not p.joins and not (p.side and not forked)
-        forked = (forked or p.side) and not p.joins
-        launches.append(Launch(catalog[p.kernel], p.block, p.smem, arguments, pdl=early, cluster=p.cluster))
+        launches.append(Launch(catalog[p.kernel], p.block, p.smem, arguments, pdl=pdl, cluster=p.cluster))
     return Bound(planned, launches, cells)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 from rvllm.backends.cuda.addresses import Addresses, Shape
 from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan
-from rvllm.backends.cuda.branches import JoinStage, SideStage
 from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.cublas import KERNEL as CUBLAS
 from rvllm.backends.cuda.cublas import Matmul
@@ -139,23 +137,14 @@ class Lowering:
             if emit is None:
                 self.missing.append(f"{stage.name} ({stage.ops[0].kind})")
                 continue
-            before = len(self.planned)
             try:
                 emit(stage)
-                self._mark(stage, before)
             except MissingKernelError as error:
                 self.missing.append(f"{stage.name} ({error})")
         if self.missing:
             shown = "; ".join(self.missing[:6]) + ("; ..." if len(self.missing) > 6 else "")
             raise MissingKernelError(f"{len(self.missing)} ops have no CUDA kernel: {shown}")
         return self.planned
-
-    def _mark(self, stage: Stage, before: int) -> None:
-        """Notes on a stage's launches, those from `before` on, whether they are a branch's or end one."""
-        if isinstance(stage, SideStage):
-            self.planned[before:] = [replace(p, side=True) for p in self.planned[before:]]
-        elif isinstance(stage, JoinStage):
-            self.planned[before] = replace(self.planned[before], joins=True)
 
     def begin(self) -> list[Planned]:
         """The head of a step: block tables brought up to date."""

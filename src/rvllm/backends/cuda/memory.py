@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from rvllm.backends.cuda.arena import ALIGNMENT
 from rvllm.backends.cuda.attention import DecodePlan, table_stride
-from rvllm.backends.cuda.branches import workspace_of
 from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.cublas import WORKSPACE
 from rvllm.backends.cuda.driver import DeviceFacts
@@ -20,6 +19,7 @@ from rvllm.backends.cuda.placement import ELEMENT, Wanted
 from rvllm.backends.cuda.sampling import MAX_TOP, START_WORDS, StateSizes
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, UsageError
+from rvllm.program.memory import plan_workspace
 from rvllm.program.ops import LatentRopeKV, Program, RopeKV
 from rvllm.program.rope import Rope
 
@@ -112,7 +112,7 @@ def plan_memory(
     mask_words = -(-program.vocab_size // 32)
     sizes, vocab = StateSizes(seqs, program.vocab_size), -(-program.vocab_size // 4) * 4
 
-    workspace = workspace_of(stages, tokens, samples).nbytes
+    workspace = plan_workspace([s for s in stages if s.reads or s.writes], tokens, samples).nbytes
     logits = 4 * samples * vocab
     lines = {
         "weights": weights,

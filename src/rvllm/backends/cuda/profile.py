@@ -91,7 +91,9 @@ def time_graph(stream: Stream, graph: Graph) -> float:
 def capture(planned: Sequence[Planned], catalog: Catalog, stream: Stream, counts: Counts, pdl: bool) -> Graph:
     """A graph of these launches."""
     bound = bind(planned, catalog, pdl=pdl)
-    return bound.capture(stream, counts)
+    stream.begin_capture()
+    bound.run(stream, counts)
+    return stream.end_capture()
 
 
 def profile_launches(
