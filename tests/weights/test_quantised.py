@@ -240,6 +240,16 @@ def broken() -> list[Any]:
             g | {"a.scales": ("F16", np.ones((0, 16), np.float16))},
             "do not belong together",
         ),
+        (
+            "gptq_odd",
+            group,
+            g
+            | {
+                "a.qweight": ("I32", np.ones((4, 6), np.int32)),
+                "a.scales": ("F16", np.ones((2, 6), np.float16)),
+            },
+            "zeros of 6 outputs do not fill",
+        ),
         ("gptq_floats", group, g | {"a.qweight": ("F32", np.ones((4, 16), np.float32))}, "a.qweight is F32"),
         ("gptq_order", group | {"desc_act": True}, wrong_order, "names a group that is not there"),
         ("awq_no_scales", AWQ | {"group_size": 16}, without(a, "a.scales"), "a.scales is missing"),

@@ -94,6 +94,8 @@ def gptq_matrix(
         )
     groups, rows = scales.shape
     fitting = tuple((groups, rows * bits // 32) for bits in BITS if rows * bits % 32 == 0)
+    if not fitting:
+        raise ModelError(f"{words.file}: tensor {name}: zeros of {rows} outputs do not fill 32-bit words")
     packed = require(stored, f"{module}.qzeros", ("I32",), fitting, name)
     bits = packed.shape[1] * 32 // rows
     width = words.shape[0] * 32 // bits
