@@ -20,10 +20,12 @@ from real_configs import CONFIGS
 from test_lowering import A100, L40, QWEN_7B, recipe
 from tiny import ArrayCheckpoint, weights_of
 
+from rvllm.backends.cuda import lower_experts
 from rvllm.backends.cuda.catalog import select
 from rvllm.backends.cuda.driver import DeviceFacts, device_count
 from rvllm.backends.cuda.fuse import fuse
 from rvllm.backends.cuda.gemm import interleave_gate_up, pack_matrix
+from rvllm.backends.cuda.launches import Counts
 from rvllm.backends.cuda.loader import Loader
 from rvllm.backends.cuda.lower_experts import most_tiles, segments_of
 from rvllm.backends.cuda.memory import Budget
@@ -167,6 +169,24 @@ def test_mixtral_fits_an_h200_and_a_step_of_one_token_takes_eight_launches_a_lay
 def test_an_add_goes_with_the_experts_unless_a_norm_takes_it() -> None:
     stages = [[op.kind for op in stage.ops] for stage in fuse(built(MIXTRAL, num_hidden_layers=2))]
     assert stages.count(["experts"]) == 1 and stages.count(["experts", "add"]) == 1
+
+
+def test_weights_ahead_are_those_of_the_next_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = recipe(built(QWEN3_30B, num_hidden_layers=2), H200, EngineConfig(max_model_len=8192), GB139)
+    at = {key: 4096 * (i + 1) for i, key in enumerate(given.addresses.weights)}
+    given = replace(given, addresses=replace(given.addresses, weights=at))
+
+    def routes(size: int) -> list[tuple[int, int, int]]:
+        """Blocks, address and bytes of each layer's router."""
+        monkeypatch.setattr(lower_experts, "AHEAD", size)
+        found = [p for p in given.decode(1) if "route" in p.kernel]
+        return [(p.grid(Counts(1, 1, 1))[0], p.parameters[10], p.parameters[11].value) for p in found]
+
+    assert routes(0) == [(32, 0, 0), (32, 0, 0)]
+    qkv, head = at["layers.1.qkv", "packed"], at["lm_head", "packed"]
+    size = 16 << 20
+    assert routes(size) == [(96, qkv, size), (96, head, size)]
+    assert routes(1 << 30)[0] == (96, qkv, 2 * 5120 * 2048)
 
 
 def test_too_many_experts_are_refused_by_name() -> None:

@@ -33,7 +33,7 @@ __device__ __forceinline__ void multiply(float (&acc)[4], u32 w, u32 x, int lane
 
 __device__ __forceinline__ void load_slice(u32 to, const u8* from, int lane) {
 #pragma unroll
-  for (int i = 0; i < SLICE_BYTES; i += 512) ptx::cp_async16(to + i + lane * 16, from + i + lane * 16);
+  for (int i = 0; i < SLICE_BYTES; i += 512) ptx::cp_async16_once(to + i + lane * 16, from + i + lane * 16);
 }
 
 // Rows of one matrix of every expert that some of at most FEW (1 or 8) tokens chose: inner = act(up x), or

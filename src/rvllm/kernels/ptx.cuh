@@ -86,6 +86,15 @@ RVLLM_PTX u32 add_acq_rel(u32* p, u32 v) {
 RVLLM_PTX void cp_async16(u32 dst, const void* src, u32 bytes = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(dst), "l"(src), "r"(bytes) : "memory");
 }
+// The same for what is read once: it need not stay in L2.
+RVLLM_PTX void cp_async16_once(u32 dst, const void* src) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
+               :: "r"(dst), "l"(src), "l"(0x12F0000000000000ull) : "memory");
+#else
+  cp_async16(dst, src);
+#endif
+}
 RVLLM_PTX void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
 RVLLM_PTX void cp_async_wait() {
@@ -195,6 +204,10 @@ RVLLM_PTX void bulk_load_multicast(u32 dst, const void* src, u32 bytes, u32 bar,
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1], %2, [%3], %4, %5;"
       :: "r"(dst), "l"(src), "r"(bytes), "r"(bar), "h"(blocks), "l"(hint) : "memory");
+}
+// Asks for contiguous memory to be brought to L2; address and size multiples of 16.
+RVLLM_PTX void bulk_prefetch(const void* src, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(src), "r"(bytes) : "memory");
 }
 // A box of a 2D tensor map (x is the contiguous coordinate) -> shared.
 RVLLM_PTX void tensor_load_2d(u32 dst, const void* map, int x, int y, u32 bar) {

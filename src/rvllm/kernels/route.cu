@@ -116,20 +116,34 @@ __device__ __forceinline__ void choose(const float* logits, const float* bias, u
 // share 1; x [rows, k], weight [experts, k], bias float32 [experts] or null; logits
 // float32 [rows, experts] and arrivals uint32 [ceil(rows / TOKENS)] (zeros, left as zeros) are scratch. Rows from
 // *num_tokens on are left alone. k % 8 == 0, experts <= 32 * LANE_EXPERTS, groups <= 32, top_k + always <= 32.
-// Grid: (ceil(experts / (4 * EXPERTS)), ceil(rows / TOKENS)). Block: 128. Bound by latency for few tokens, by
+// Blocks from `choosers` on choose nothing: on Hopper they ask for `ahead_bytes` (a multiple of 16) of weights that
+// come after the experts, as the memory is idle while experts are chosen.
+// Grid: (choosers = ceil(experts / (4 * EXPERTS)) and more, ceil(rows / TOKENS)). Block: 128. Bound by latency for few tokens, by
 // arithmetic for many.
 // NORM (with one token a block): x is raw / sqrt(mean(raw^2) + eps) * norm_weight, by the same instructions as `norm`,
 // and is written too; every block normalises for itself. k <= 4096 then.
 template <typename T, int TOKENS, int EXPERTS, int LANE_EXPERTS, bool NORM>
 __global__ void __launch_bounds__(ROUTE_WARPS * 32)
 route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* __restrict__ bias, float* logits,
-      u32* arrivals, const int* num_tokens, const T* raw, const float* __restrict__ norm_weight, int k, int experts,
+      u32* arrivals, const int* num_tokens, const T* raw, const float* __restrict__ norm_weight, const u8* __restrict__ ahead,
+      u32 ahead_bytes, int choosers, int k, int experts,
       int top_k, int always, int groups, int kept, int flags, float scale, float eps) {
   static_assert(!NORM || TOKENS == 1, "the norm is that of one row");
   constexpr int BATCH = TOKENS == 1 ? 16 : 1;  // vectors of a row in flight: rows of 4096 elements come at once
   __shared__ u32 keys[ROUTE_WARPS][32 * LANE_EXPERTS];
   __shared__ int last;
   griddep_launch();
+#if __CUDA_ARCH__ >= 900
+  if (TOKENS == 1 && (int)blockIdx.x >= choosers) {
+    constexpr u32 PIECE = 8192;
+    griddep_wait();  // until then the memory has other things to do
+    const u32 stride = (gridDim.x - choosers) * blockDim.x * PIECE;
+    if (blockIdx.y == 0)
+      for (u32 at = ((blockIdx.x - choosers) * blockDim.x + threadIdx.x) * PIECE; at < ahead_bytes; at += stride)
+        bulk_prefetch(ahead + at, min(PIECE, ahead_bytes - at));
+    return;
+  }
+#endif
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, vectors = k / 8;
   const int e0 = (blockIdx.x * ROUTE_WARPS + warp) * EXPERTS, t0 = blockIdx.y * TOKENS;
   const uint4* row[EXPERTS];
@@ -227,7 +241,7 @@ route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* 
       if (lane == 0 && t0 + t < tokens && e0 + e < experts) __stcg(logits + (size_t)(t0 + t) * experts + e0 + e, sum);
     }
   __syncthreads();
-  if (threadIdx.x == 0) last = add_acq_rel(arrivals + blockIdx.y, 1) + 1 == gridDim.x;
+  if (threadIdx.x == 0) last = add_acq_rel(arrivals + blockIdx.y, 1) + 1 == (u32)choosers;
   __syncthreads();
   if (!last) return;
   for (int t = t0 + warp; t < min(t0 + TOKENS, tokens); t += ROUTE_WARPS)

@@ -41,7 +41,7 @@ from rvllm.kernels.experts_manifest import (
     sort_smem,
 )
 from rvllm.kernels.ops_manifest import ACTIVATIONS
-from rvllm.program.ops import Add, Experts, Norm, Op, Program, Route
+from rvllm.program.ops import Add, Experts, Linear, Logits, Norm, Op, Program, Route
 
 if TYPE_CHECKING:
     from rvllm.backends.cuda.lowering import Lowering
@@ -50,6 +50,8 @@ SLICE, TILE = 16, 64  # rows a warp takes in `few`; rows and columns of a packed
 WIDE_ROUTE = 16  # tokens from which on a block of the router's kernel takes several
 SORT_WIDE = 1024  # entries from which on the sort takes a full block
 COMBINE_THREADS = 128
+AHEAD = 0  # bytes of the weights after the experts that come to L2 while they are chosen; see marginal.py
+AHEAD_BLOCKS = 64
 SIGMOID, GROUP_TOP2, RENORMALISE = 1, 2, 4  # flags of `route`
 
 
@@ -58,6 +60,7 @@ class RouteAt:
     """Device addresses of a Route; logits float32 [T, E] and arrivals int32 [T], zeros, are scratch.
 
     raw, norm_weight: where x is the RMS norm of raw by these float32 weights, and is still to be computed.
+    ahead, ahead_bytes: weights to be brought to L2 meanwhile.
     """
 
     x: int
@@ -70,6 +73,8 @@ class RouteAt:
     num_tokens: int
     raw: int = 0
     norm_weight: int = 0
+    ahead: int = 0
+    ahead_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,15 +127,16 @@ def plan_route(op: Route, tokens: int, tag: str, at: RouteAt, norm: Norm | None 
     tokens_each, experts_each = ROUTES[suffix]
     flags = SIGMOID * (op.scores == "sigmoid") + RENORMALISE * op.renormalise
     flags += GROUP_TOP2 * (op.group_score == "top2")
-    numbers = (k, experts, op.top_k, op.always, op.groups, op.kept_groups, flags)
+    choosers = -(-experts // (ROUTE_WARPS * experts_each))
+    numbers = (at.ahead_bytes, choosers, k, experts, op.top_k, op.always, op.groups, op.kept_groups, flags)
     return Planned(
         op.name if norm is None else f"{norm.name} + {op.name}",
         f"sm80_{tag}_route{suffix}_e{next(32 * n for n in ROUTE_LANES if experts <= 32 * n)}",
-        fixed(-(-experts // (ROUTE_WARPS * experts_each)), -(-tokens // tokens_each)),
+        fixed(choosers + (AHEAD_BLOCKS if at.ahead_bytes else 0), -(-tokens // tokens_each)),
         32 * ROUTE_WARPS,
         (
             at.ids, at.shares, at.x, at.weight, at.bias, at.logits, at.arrivals, at.num_tokens, at.raw,
-            at.norm_weight, *map(ctypes.c_int, numbers), ctypes.c_float(op.scale),
+            at.norm_weight, at.ahead, *map(ctypes.c_int, numbers), ctypes.c_float(op.scale),
             ctypes.c_float(norm.eps if norm is not None else 0.0),
         ),
     )  # fmt: skip
@@ -290,8 +296,25 @@ def _route(lowering: Lowering, stage: Stage) -> None:
         num_tokens=lowering.meta(NUM_TOKENS),
         raw=buffers[fused.x.name] if fused else 0,
         norm_weight=lowering.weight(fused.weight, "norm") if fused else 0,
+        **_ahead(lowering, stage),
     )
     lowering.planned.append(plan_route(op, lowering.counts.tokens, lowering.tag, at, fused))
+
+
+def _ahead(lowering: Lowering, stage: Stage) -> dict[str, int]:
+    """The first weights after the experts that this stage chooses, for `RouteAt`; none for many tokens."""
+    if not AHEAD or lowering.chip.capability < 90 or lowering.counts.tokens >= WIDE_ROUTE:
+        return {}
+    at = next((i for i, other in enumerate(lowering.stages) if other is stage), len(lowering.stages))
+    experts, *later = lowering.stages[at + 1 :] or [stage]
+    product = next((op for s in later for op in s.ops if isinstance(op, Linear | Logits)), None)
+    if product is None or not isinstance(experts.ops[0], Experts):
+        return {}
+    for form in ("packed", "gated"):
+        address = lowering.at.weights.get((product.weight.name, form))
+        if address is not None:
+            return {"ahead": address, "ahead_bytes": min(AHEAD, 2 * product.weight.elements // 16 * 16)}
+    return {}
 
 
 def _experts(lowering: Lowering, stage: Stage) -> None:

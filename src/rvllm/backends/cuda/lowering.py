@@ -110,6 +110,7 @@ class Lowering:
         self.prefill = prefill
         self.strategy = strategy
         self.planned: list[Planned] = []
+        self.stages: Sequence[Stage] = ()
         self.missing: list[str] = []
         self._emitters: dict[type[Op], Callable[[Stage], None]] = {
             Embed: self._embed,
@@ -131,6 +132,7 @@ class Lowering:
 
         Raises MissingKernelError listing every op without a kernel.
         """
+        self.stages = stages
         for stage in stages:
             leader = next((op for op in stage.ops if type(op) in LATENT), stage.ops[0])
             emit = self._emitters.get(type(leader))
