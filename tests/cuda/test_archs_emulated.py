@@ -19,6 +19,7 @@ from rvllm.backends.cuda.backend import CudaBackend
 from rvllm.backends.cuda.encoder import CudaEncoder
 from rvllm.config import EngineConfig
 from rvllm.engine.messages import Sampling
+from rvllm.engine.state import complete
 from rvllm.program.dtypes import DType
 
 pytestmark = pytest.mark.skipif(
@@ -43,9 +44,14 @@ def test_scores_agree_with_the_cpu(name: str) -> None:
         core = core_of(loaded, config, engine)
         found = run(core, asked)
         (alone,) = run(core, asked[:1])
+        stats = complete(core, core.stats())
         core.close()
     np.testing.assert_allclose(scores(found), wanted, atol=2 * TOLERANCE[DType.F16])
     assert [o.token_ids for o in alone] == [o.token_ids for o in found[0]]
+    graphs = [key for key in stats.backend if key.startswith("rvllm:cuda_graph_captured{")]
+    assert len(graphs) == stats.backend["rvllm:cuda_graphs"] > 0
+    assert any('kind="decode"' in key for key in graphs)
+    assert any("gemm" in kernel.kernel for kernel in stats.kernels)
     hidden = set(config.get("dummy_token_indices", ()))
     assert not hidden & {t for out in found for o in out for t in o.token_ids}
 

@@ -308,6 +308,7 @@ class CudaBackend:
             "rvllm:decode_idle_share": self._idle / spent if spent else 0.0,
             "rvllm:decode_gaps_total": self._gaps,
             "rvllm:cuda_graphs": len(self._graphs),
+            **self._graphs.captured(),
             "rvllm:cuda_graph_capture_seconds_total": self._graphs.capture_seconds,
         }
 

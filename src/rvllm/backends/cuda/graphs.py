@@ -194,6 +194,10 @@ class GraphBook:
     def __len__(self) -> int:
         return len(self._graphs)
 
+    def captured(self) -> dict[str, float]:
+        """A figure of 1 for each graph there is, by kind and padded size; see `Backend.stats`."""
+        return {f'rvllm:cuda_graph_captured{{kind="{k}",size="{size}"}}': 1.0 for k, size in self._graphs}
+
     def last_kernels(self) -> list[StepKernel]:
         """The kernels of the step whose graphs were asked for last, in the order of first use."""
         return [kernel for key in self._last for kernel in self._kernels[key]]
