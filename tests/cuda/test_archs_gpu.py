@@ -251,6 +251,11 @@ MODELS: dict[str, Case] = {
         num_experts_per_tok=2, moe_intermediate_size=48, moe_latent_size=40,
         moe_shared_expert_intermediate_size=32, norm_topk_prob=False,
     ),
+    "nemotron_h_shared": case(  # the shared MLP is two experts wide
+        "NemotronHForCausalLM", True, **NEMOTRON, hybrid_override_pattern="ME*E", num_hidden_layers=4,
+        n_routed_experts=8, num_experts_per_tok=3, routed_scaling_factor=2.5, moe_intermediate_size=40,
+        norm_topk_prob=True, moe_shared_expert_intermediate_size=80,
+    ),
 }  # fmt: skip
 
 
