@@ -161,6 +161,8 @@ def test_experts_cost_what_they_stream() -> None:
 def test_shared_experts_are_experts_of_every_token() -> None:
     program = build(PUBLISHED["deepseek-v2-lite"][0], DType.BF16)
     assert not any("shared" in op.name for op in program.ops)
+    assert [note for note in program.notes if "shared" in note and note.startswith("experts 64 and up")]
+    assert len(program.notes) == len(set(program.notes))
     route, op = the(program, Route), the(program, Experts)
     assert (route.top_k, route.always, op.always, route.weight.shape) == (6, 2, 2, (64, 2048))
     assert op.up.shape == (66, 2816, 2048) and op.down.shape == (66, 2048, 1408)

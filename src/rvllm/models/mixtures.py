@@ -105,6 +105,10 @@ def mixture(
             group_score=spec.group_score, renormalise=spec.renormalise, scale=spec.scale, always=spec.always,
         )
     )  # fmt: skip
+    if spec.always:
+        b.note(
+            f"experts {spec.experts} and up of a layer are the shared ones: every token has them with share 1"
+        )
     *first, last = spec.parts
     up = stack(b, f"{name}.experts.up", source, first, spec, (spec.width, inner.width), "head_rows")
     down = stack(b, f"{name}.experts.down", source, [last], spec, (inner.width, spec.width), "columns")

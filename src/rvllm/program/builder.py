@@ -72,8 +72,9 @@ class ProgramBuilder:
         return op
 
     def note(self, text: str) -> None:
-        """A remark that `rvllm plan` prints under the list."""
-        self._notes.append(text)
+        """A remark that `rvllm plan` prints under the list, once however often it is made."""
+        if text not in self._notes:
+            self._notes.append(text)
 
     def finish(self) -> Program:
         """The finished program."""
