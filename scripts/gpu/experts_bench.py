@@ -22,9 +22,9 @@ from experts_checks import Mixed, Routing, chip
 from harness import BF16, Array, Gpu
 
 from rvllm.backends.cuda.driver import Launch
+from rvllm.backends.cuda.experts import ExpertsAt, ExpertsPlan, RouteAt, most_tiles, plan_route
 from rvllm.backends.cuda.gemm import gated_rows, packed_nbytes
 from rvllm.backends.cuda.launches import Counts, Planned
-from rvllm.backends.cuda.lower_experts import ExpertsAt, ExpertsPlan, RouteAt, most_tiles, plan_route
 from rvllm.backends.cuda.profile import READ_KERNEL
 
 MODELS = {

@@ -11,9 +11,9 @@ from harness import SHORT, Array, Machine, error, expect, rounded
 from rvllm.backends.cpu import moe
 from rvllm.backends.cpu.threads import Workers
 from rvllm.backends.cuda.chip import Chip
+from rvllm.backends.cuda.experts import ExpertsAt, ExpertsPlan, RouteAt, most_tiles, plan_route
 from rvllm.backends.cuda.gemm import interleave_gate_up, pack_matrix
 from rvllm.backends.cuda.launches import Counts, Planned
-from rvllm.backends.cuda.lower_experts import ExpertsAt, ExpertsPlan, RouteAt, most_tiles, plan_route
 from rvllm.kernels.experts_manifest import BLOCKS, FEW_TOKENS, Block
 from rvllm.kernels.ops_manifest import norm_kernel
 from rvllm.program.dtypes import DType

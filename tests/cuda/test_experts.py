@@ -23,11 +23,11 @@ from tiny import ArrayCheckpoint, weights_of
 from rvllm.backends.cuda import lower_experts
 from rvllm.backends.cuda.catalog import select
 from rvllm.backends.cuda.driver import DeviceFacts, device_count
+from rvllm.backends.cuda.experts import most_tiles, segments_of
 from rvllm.backends.cuda.fuse import fuse
 from rvllm.backends.cuda.gemm import interleave_gate_up, pack_matrix
 from rvllm.backends.cuda.launches import Counts
 from rvllm.backends.cuda.loader import Loader
-from rvllm.backends.cuda.lower_experts import most_tiles, segments_of
 from rvllm.backends.cuda.memory import Budget
 from rvllm.backends.cuda.placement import Wanted, wanted_weights
 from rvllm.config import EngineConfig

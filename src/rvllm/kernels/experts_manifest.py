@@ -1,7 +1,7 @@
 """Mixtures of experts: routing and grouped products: their kernels.
 
 The sizes here are those of `route.cu`, `experts_sort.cu`, `experts_few.cu` and `experts_many.cu`, which say
-what they mean; `backends/cuda/lower_experts.py` chooses among the kernels.
+what they mean; `backends/cuda/experts.py` chooses among the kernels.
 """
 
 from __future__ import annotations
