@@ -83,7 +83,7 @@ def test_long_texts_leave_the_event_loop_free(server: LiveServer) -> None:
         began = time.monotonic()
         assert server.raw("GET", "/version")[0] == 200
         slowest = max(slowest, time.monotonic() - began)
-    assert slowest < 0.5
+    assert slowest < 1.0
 
 
 def test_metrics_have_vllms_names_and_count(server: LiveServer) -> None:

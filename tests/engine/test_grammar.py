@@ -211,9 +211,9 @@ def test_a_grammar_that_costs_too_much_ends_its_request_only(monkeypatch: pytest
 def test_a_slow_mask_holds_up_its_own_sequence_only(monkeypatch: pytest.MonkeyPatch) -> None:
     class SlowMatcher(Matcher):
         def fill(self, row: np.ndarray) -> float:
-            time.sleep(0.05)
+            time.sleep(0.25)
             took = super().fill(row)
-            self.filled(row, 0.05)
+            self.filled(row, 0.25)
             return took
 
     monkeypatch.setattr("rvllm.engine.grammar.Matcher", SlowMatcher)
@@ -227,8 +227,9 @@ def test_a_slow_mask_holds_up_its_own_sequence_only(monkeypatch: pytest.MonkeyPa
     while drawn["free"] < 400:
         for output in core.step():
             drawn[output.request_id] += len(output.token_ids)
-    masks = (time.perf_counter() - began) / 0.05
-    assert drawn["slow"] <= masks + 2 < 40
+    took = time.perf_counter() - began
+    assert took < 5, "40 masks take 10 s"
+    assert drawn["slow"] <= took / 0.25 + 2
     core.abort(["slow"])
     while core.has_work():
         core.step()
