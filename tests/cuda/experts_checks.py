@@ -348,6 +348,16 @@ def check_experts(
     return worst
 
 
+def check_experts_that_do_not_exist(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) -> None:
+    """Whatever the ids are, only weights are read: a profile runs kernels apart from their router."""
+    mixed = MIXTURES["gelu"]
+    bench = Bench(gpu, rng, dtype, mixed, 24)
+    for tokens in (1, 4, 20):
+        x = normal(rng, dtype, tokens, mixed.k)
+        ids = rng.integers(-(1 << 31), 1 << 31, (tokens, mixed.top_k)).astype(np.int32)
+        bench.run(x, ids, np.ones(ids.shape, np.float32), tokens)
+
+
 def check_experts_invariance(
     gpu: Machine,
     rng: np.random.Generator,

@@ -138,6 +138,10 @@ def test_experts_have_the_same_bits_in_company(
     experts_checks.check_experts_invariance(gpu, rng, DTYPES[dtype], name, given)
 
 
+def test_ids_of_no_expert_do_no_harm(gpu: Any, rng: np.random.Generator) -> None:
+    experts_checks.check_experts_that_do_not_exist(gpu, rng, BF16)
+
+
 # ---- planning
 
 

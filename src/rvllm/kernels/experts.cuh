@@ -32,6 +32,12 @@ __device__ __forceinline__ u64 matrix_bytes(int rows, int blocks) {
   return static_cast<u64>((rows + TILE - 1) / TILE) * blocks * TILE_BYTES;
 }
 
+// An expert that exists. Routers choose no others, but a profile times kernels apart from the router, on whatever lies
+// where it would have written.
+__device__ __forceinline__ int existing(int expert, int experts) {
+  return static_cast<int>(min(static_cast<u32>(expert), static_cast<u32>(experts - 1)));
+}
+
 // act(gate) * up, each factor rounded first as separate ops would.
 template <class T>
 __device__ __forceinline__ T gated_value(float gate, float up, int act) {

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(32 * MOST_SEGMENTS)
   if (wait_first) griddep_wait();
   if (wait_first || !by_token) griddep_launch();
   // Entries beyond the step's tokens are read too, so that no load waits for another.
-  const int tokens = min(*num_tokens, FEW), expert = common >= 0 ? first_always + common : __ldcg(ids + entry);
+  const int tokens = min(*num_tokens, FEW), expert = common >= 0 ? first_always + common : existing(__ldcg(ids + entry), first_always + always);
   int mine = -1;  // of lane t: token t's entry with this expert
   if (FEW == 1) {
     if (lane == 0) mine = entry;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(32 * MOST_SEGMENTS)
   } else if (lane * top_k < gridDim.y) {
 #pragma unroll 8
     for (int j = 0; j < top_k; j++)
-      if (__ldcg(ids + lane * top_k + j) == expert) mine = lane * top_k + j;
+      if (existing(__ldcg(ids + lane * top_k + j), first_always + always) == expert) mine = lane * top_k + j;
   }
   if (lane >= tokens) mine = -1;
   if (entry >= tokens * top_k || __any_sync(~0u, mine >= 0 && mine < entry)) return;  // its first entry's block does it
@@ -146,13 +146,14 @@ __global__ void __launch_bounds__(32 * MOST_SEGMENTS)
 
 // One token's result: out = sum over j of shares[j] * (down[ids[j]] inner[j]), rounded; with a residual,
 // rounded(residual + scale * that). A block has 16 rows of the sum and takes the token's experts one behind the
-// other through one pipeline. inner [top_k, k]; residual may be out, or null. The rest as in `few`; top_k <= 32.
+// other through one pipeline. inner [top_k, k]; residual may be out, or null; experts: how many there are. The rest as in `few`;
+// top_k <= 32.
 // Grid: (ceil(rows / 16)). Block: 32 * segments. Shared: segments * slots * stage_bytes<1>() +
 // top_k * segments * 64. Bound by memory.
 template <class T, int STAGES>
 __global__ void __launch_bounds__(32 * MOST_SEGMENTS)
     one(T* out, const T* inner, const u8* __restrict__ weights, const int* ids, const float* shares, const T* residual,
-        int top_k, int k, int blocks, int rows, int slots, float scale) {
+        int experts, int top_k, int k, int blocks, int rows, int slots, float scale) {
   using namespace ptx;
   constexpr int STAGE = stage_bytes<1>();
   extern __shared__ __align__(1024) u8 shared[];
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(32 * MOST_SEGMENTS)
                           blockIdx.x % (TILE / SLICE) * SLICE_BYTES + static_cast<u64>(first) * TILE_BYTES;
   const u64 matrix = matrix_bytes(rows, blocks);
   griddep_launch();
-  const int chosen = lane < top_k ? __ldcg(ids + lane) : 0;
+  const int chosen = lane < top_k ? existing(__ldcg(ids + lane), experts) : 0;
   const float share = lane < top_k ? __ldcg(shares + lane) : 0.f;
 
   // Two walks over the same tiles: the weights may run ahead of the activations.

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(1024)
   __syncthreads();
   for (int i = begin; i < end; i += 32) {
     const bool in = i + lane < end;
-    const int expert = in ? ids[i + lane] : 0;
+    const int expert = in ? existing(ids[i + lane], experts) : 0;
     const u32 same = same_expert(expert, in, bits);
     if (in && lane == __ffs(same) - 1) mine[expert] += __popc(same);
     __syncwarp();
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(1024)
   __syncthreads();
   for (int i = begin; i < end; i += 32) {
     const bool in = i + lane < end;
-    const int expert = in ? ids[i + lane] : 0;
+    const int expert = in ? existing(ids[i + lane], experts) : 0;
     const u32 same = same_expert(expert, in, bits);
     if (in) order[first[expert] + mine[expert] + __popc(same & ((1u << lane) - 1))] = i + lane;
     __syncwarp();

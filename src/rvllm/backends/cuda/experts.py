@@ -206,7 +206,7 @@ class ExpertsPlan:
         stages = next((s for s in ONE_STAGES if one_smem(segments, s, self.top_k) <= room), ONE_STAGES[-1])
         slots = min(stages, each)
         smem = max(alone, one_smem(segments, slots, self.top_k))
-        numbers = (self.top_k, self.width, blocks, self.n, slots)
+        numbers = (self.experts, self.top_k, self.width, blocks, self.n, slots)
         at = self.at
         return self._planned(
             f"one_s{stages}", (grid,), 32 * segments, smem, "down and sum",
