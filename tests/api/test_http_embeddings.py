@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -141,3 +142,13 @@ def test_a_client_that_leaves_ends_the_work() -> None:
         assert len(server.engine.embeds) < 1000
         server.engine.pace = 0
         assert server.post("/v1/embeddings", input="hello")[0] == 200
+
+
+def test_megabytes_are_refused_or_cut_before_they_are_tokenised(encoder: LiveServer) -> None:
+    before = time.monotonic()
+    status, answer = encoder.post("/v1/embeddings", input="a " * 5_000_000)
+    assert status == 400 and "characters" in answer["error"]["message"]
+    status, answer = encoder.post("/v1/embeddings", input="hello " * 2_000_000, truncate_prompt_tokens=5)
+    _, short = encoder.post("/v1/embeddings", input="hello " * 20, truncate_prompt_tokens=5)
+    assert status == 200 and answer["data"] == short["data"]
+    assert time.monotonic() - before < 10

@@ -102,7 +102,7 @@ def test_vectors(tmp_path: Path) -> None:
         cat, kitten, rates = (np.array(entry.embedding) for entry in answer.data)
         assert len(cat) == 384 and np.linalg.norm(cat) == pytest.approx(1, abs=1e-5)
         assert cat @ kitten > 0.5 > 0.2 > cat @ rates
-        with pytest.raises(openai.BadRequestError, match=r"\d+ tokens.*takes \d+"):
+        with pytest.raises(openai.BadRequestError, match=r"takes \d+ tokens"):
             served.openai.embeddings.create(model="real", input="word " * 2000)
         with pytest.raises(openai.BadRequestError, match="generates no text"):
             served.openai.completions.create(model="real", prompt="hello")

@@ -45,6 +45,9 @@ class EmbeddingRequestOutput:
     num_cached_tokens: int = 0
 
 
+MOST_CHARS = 1_000_000  # of a text; where it is to be truncated, what lies behind them is not looked at
+
+
 def text_tokens(
     prompt: Prompt, tokenizer: Tokenizer | None, facts: ModelFacts, truncate: int | None = None
 ) -> tuple[str | None, list[int]]:
@@ -64,18 +67,29 @@ def text_tokens(
     text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
     given_ids = isinstance(prompt, Mapping) and prompt.get("prompt_token_ids") is not None
     if truncate is not None and isinstance(text, str) and tokenizer is not None and not given_ids:
-        ids = tokenizer.encode_truncated(text, limit)
+        ids = tokenizer.encode_truncated(text[:MOST_CHARS], limit)
     else:
+        if isinstance(text, str) and not given_ids and _hopeless(text, tokenizer, limit):
+            raise _too_long(f"{len(text)} characters", limit)
         text, ids = prompt_tokens(prompt, tokenizer)
         if truncate is not None:
             ids = ids[:limit]
     if len(ids) > limit:
-        raise UsageError(
-            f"the text has {len(ids)} tokens, but the model takes {limit}; "
-            "truncate_prompt_tokens=-1 leaves out the rest"
-        )
+        raise _too_long(f"{len(ids)} tokens", limit)
     check_tokens(ids, facts)
     return (text if isinstance(text, str) else None), ids
+
+
+def _hopeless(text: str, tokenizer: Tokenizer | None, limit: int) -> bool:
+    """Whether a text is too long at sight; tokenising megabytes would take seconds and gigabytes."""
+    return len(text) > MOST_CHARS or (tokenizer is not None and tokenizer.surely_reaches(text, limit + 1))
+
+
+def _too_long(what: str, limit: int) -> UsageError:
+    return UsageError(
+        f"the text has {what}, but the model takes {limit} tokens; "
+        "truncate_prompt_tokens=-1 leaves out the rest"
+    )
 
 
 def shorten(
