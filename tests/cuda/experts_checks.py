@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from harness import SHORT, Array, Machine, error, expect, rounded
@@ -11,7 +11,7 @@ from harness import SHORT, Array, Machine, error, expect, rounded
 from rvllm.backends.cpu import moe
 from rvllm.backends.cpu.threads import Workers
 from rvllm.backends.cuda.chip import Chip
-from rvllm.backends.cuda.experts import ExpertsAt, ExpertsPlan, RouteAt, most_tiles, plan_route
+from rvllm.backends.cuda.experts import WIDE_ROUTE, ExpertsAt, ExpertsPlan, RouteAt, most_tiles, plan_route
 from rvllm.backends.cuda.gemm import interleave_gate_up, pack_matrix
 from rvllm.backends.cuda.launches import Counts, Planned
 from rvllm.kernels.experts_manifest import BLOCKS, FEW_TOKENS, Block
@@ -115,6 +115,8 @@ class Router:
             weight=self.weight.address, bias=self.bias.address if self.bias else 0, logits=logits.address,
             arrivals=arrivals.address, num_tokens=count.address,
         )  # fmt: skip
+        if gpu.facts.capability >= 90 and padded < WIDE_ROUTE:  # any memory will do
+            at = replace(at, ahead=self.weight.address, ahead_bytes=self.weight.nbytes // 16 * 16)
         run(gpu, plan_route(op, padded, SHORT[self.dtype.name], at, norm))
         self.normed = normed.get()
         assert np.isnan(self.normed[tokens:].astype(np.float32)).all()

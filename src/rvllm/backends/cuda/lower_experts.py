@@ -26,7 +26,7 @@ from rvllm.program.ops import Add, Experts, Linear, Logits, Norm, Op, Program, R
 if TYPE_CHECKING:
     from rvllm.backends.cuda.lowering import Lowering
 
-AHEAD = 0  # bytes of the weights after the experts that come to L2 while they are chosen; see marginal.py
+AHEAD = 16 << 20  # bytes of weights after the experts that come to L2 while they are chosen
 
 
 def _route(lowering: Lowering, stage: Stage) -> None:
