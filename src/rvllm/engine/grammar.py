@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rvllm.engine.sequence import Sequence
 
     Compiled = tuple[LLMatcher, "Matcher", float]
-    Followed = tuple[str | None, float | None]
+    Followed = tuple[str | None, "Mask | None", float]
     Filled = tuple["Mask", float]
 
 KEPT = 128  # compiled grammars kept for requests that bring the same again
@@ -107,15 +107,13 @@ class Matcher:
         return f"no token fits both the grammar and min_tokens, stop_token_ids or logit_bias: {reason}"
 
     def fill(self, row: Mask) -> float:
-        """Makes the mask in `row`; returns the seconds it took."""
+        """Makes the next mask in `row`, in whatever thread; returns the seconds it took."""
         began = time.perf_counter()
         self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        took = time.perf_counter() - began
-        self.filled(row, took)
-        return took
+        return time.perf_counter() - began
 
     def filled(self, row: Mask, seconds: float) -> None:
-        """The mask has been made in `row`, which took so long."""
+        """Takes the mask that has been made in `row`, which took so long: from now on it is used."""
         self.seconds += seconds
         self.costly = self.seconds - self._since > COSTLY
         self.mask = row
@@ -173,9 +171,11 @@ class Grammars:
         """(what may be kept, the matcher of a sequence with its first mask, the seconds that took)."""
         fresh = kept or self._compile(grammar)
         matcher = Matcher(fresh.deep_copy())
-        seconds = matcher.fill(self._row())
+        row = self._row()
+        seconds = matcher.fill(row)
         if matcher.too_complex is not None:
             raise RvllmError(matcher.too_complex)
+        matcher.filled(row, seconds)
         return fresh, matcher, seconds
 
     def _row(self) -> Mask:
@@ -241,12 +241,13 @@ class Grammars:
         return self._beside_pool
 
     def _follow(self, matcher: Matcher, token: int) -> Followed:
-        """(what is wrong, seconds that the mask took; None when there is none to make)."""
+        """(what is wrong, mask, seconds that it took); no mask where nothing can follow."""
         error = matcher.accept(token)
         if error is not None or matcher.ended:
-            return error, None
-        seconds = matcher.fill(self._row())
-        return matcher.too_complex, seconds
+            return error, None, 0.0
+        row = self._row()
+        seconds = matcher.fill(row)
+        return matcher.too_complex, row, seconds
 
     def settle(self, device_busy: bool) -> list[tuple[Sequence, str | None]]:
         """Makes the masks that are wanted. Returns the sequences accepted beside that are done, and those
@@ -270,9 +271,11 @@ class Grammars:
         for name, (seq, done) in list(self._beside.items()):
             if done.done():
                 del self._beside[name]
-                error, seconds = done.result()
-                if seconds is not None:
+                error, row, seconds = done.result()
+                if row is not None:
                     self._count(seconds)
+                if row is not None and error is None and seq.matcher is not None:
+                    seq.matcher.filled(row, seconds)
                 settled.append((seq, error))
         return settled
 
@@ -294,7 +297,10 @@ class Grammars:
         matchers = [seq.matcher for seq in sequences if seq.matcher is not None]
         if len(matchers) <= ALONE:
             for matcher in matchers:
-                self._count(matcher.fill(self._row()))
+                row = self._row()
+                seconds = matcher.fill(row)
+                matcher.filled(row, seconds)
+                self._count(seconds)
             return sequences
         done = self._mask_threads().submit(self._fill_together, matchers)
         self._together.append((sequences, done))
