@@ -174,7 +174,7 @@ def test_v2_lite_fits_an_h200_and_its_attention_takes_five_launches_a_layer() ->
     given = recipe(built(V2_LITE), H100, EngineConfig(max_model_len=8192), GB139)
     assert 31e9 < given.memory.lines["weights"] < 32.5e9
     assert given.memory.block_bytes == 27 * 576 * 2 * 16
-    assert given.memory.lines["attention workspace"] < 200e6
+    assert given.memory.lines["attention workspace"] < 300e6
     layer = [p.kernel for p in given.decode(1) if p.op.startswith("layers.5.")]
     ends = next(i for i, kernel in enumerate(layer) if "route" in kernel)
     attention = [k for k in layer[:ends] if "norm" not in k]
@@ -226,12 +226,13 @@ def test_parts_of_results_have_room_for_the_worst_cut() -> None:
 
 
 def test_splits_are_short_at_first() -> None:
-    found = [splits_of(n) for n in (1, 128, 129, 2048, 2049, 2304, 2305, 163840)]
-    assert found == [1, 1, 2, 16, 17, 17, 18, 16 + 632]
+    found = [splits_of(n) for n in (1, 64, 65, 2048, 2049, 2304, 2305, 163840)]
+    assert found == [1, 1, 2, 32, 33, 33, 34, 32 + 632]
 
 
 def test_less_shared_memory_takes_smaller_kernels() -> None:
     assert decode_plan().kernel == "sm80_bf16_latent_decode"
+    assert decode_plan(max_seqs=1).kernel == "sm80_bf16_latent_decode_small"
     assert decode_plan(smem=101376).kernel == "sm80_bf16_latent_decode_small"
     assert plan_prefill(DType.F16, LatentShape(16, 512, 64), 232448).rows == 32
     small = plan_prefill(DType.F16, LatentShape(16, 512, 64), 101376)

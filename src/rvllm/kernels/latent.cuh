@@ -8,7 +8,7 @@
 // What a tile gives depends on that tile alone: scores are two sums, of the even and of the odd steps of 16
 // elements; weights are relative to the tile's maximum; their sum is that of eight groups of eight positions, in
 // ascending order. Tiles are merged in ascending order within a split, splits in ascending order, by `merge` of
-// attention.cuh. How many warps share the work does not enter. Splits begin at fixed positions: every 128 up to 2048,
+// attention.cuh. How many warps share the work does not enter. Splits begin at fixed positions: every 64 up to 2048,
 // where latency counts, every 256 from there on.
 #pragma once
 
@@ -16,7 +16,7 @@
 
 constexpr int EIGHTS = TILE / 8;      // groups of eight positions in a tile
 constexpr int WEIGHTS_PITCH = TILE + PAD;
-constexpr int SHORT_SPLITS = 16, SHORT = 2, LONG = 4;  // splits of SHORT tiles, then those of LONG
+constexpr int SHORT_SPLITS = 32, SHORT = 1, LONG = 4;  // splits of SHORT tiles, then those of LONG
 
 __device__ __forceinline__ int split_of(int tile) {
   constexpr int LIMIT = SHORT_SPLITS * SHORT;
@@ -122,6 +122,27 @@ __device__ __forceinline__ void latent_scores(float (&s)[OWN][4], const T* q, co
     for (int i = 0; i < 4; i++) s[n][i] = __fadd_rn(sum[0][n][i], sum[1][n][i]);
 }
 
+// Adds weighted values to `state`, of the warp's columns below `columns`, all of them if FULL. v: where they begin, for
+// ldmatrix; step: bytes from 16 positions to the next.
+template <typename T, int WARPS, int UNITS, bool FULL>
+__device__ __forceinline__ void add_values(Latents<UNITS>& state, const u32 (&p)[4][4], u32 v, u32 step, int columns,
+                                              const Factors (&f)[2]) {
+#pragma unroll
+  for (int u = 0; u < UNITS; u++) {
+    if (!FULL && u * WARPS * 16 >= columns) continue;
+    float x[2][4] = {};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      u32 r[4];
+      ldmatrix_x4_trans(r, v + j * step + u * WARPS * 32);
+      mma_16816(x[0], p[j], {r[0], r[1]}, T());
+      mma_16816(x[1], p[j], {r[2], r[3]}, T());
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) state.x[u][i / 4][i % 4] = merge(state.x[u][i / 4][i % 4], x[i / 4][i % 4], f[i % 4 / 2]);
+  }
+}
+
 // Merges one tile into `state`. q: the group's 16 rows; keys: the tile; hi: the last position of the tile that each of
 // the thread's two rows sees (negative: none). factor: to base-2 logits. warp: within the group. Every thread of the
 // block calls it.
@@ -185,22 +206,11 @@ __device__ __forceinline__ void latent_tile(Latents<UNITS>& state, const T* q, c
   const u32 pa = smem(exchange.weights + (lane % 16) * WEIGHTS_PITCH + (lane / 16) * 8);
 #pragma unroll
   for (int j = 0; j < 4; j++) ldmatrix_x4(p[j], pa + j * 32);
-  const u32 va = smem(keys + (lane % 16) * pitch + (lane / 16) * 8);
-#pragma unroll
-  for (int u = 0; u < UNITS; u++) {
-    const int column = (u * WARPS + warp) * 16;
-    if (column >= rank) continue;
-    float x[2][4] = {};
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      u32 r[4];
-      ldmatrix_x4_trans(r, va + j * 16 * pitch * 2 + column * 2);
-      mma_16816(x[0], p[j], {r[0], r[1]}, T());
-      mma_16816(x[1], p[j], {r[2], r[3]}, T());
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++) state.x[u][i / 4][i % 4] = merge(state.x[u][i / 4][i % 4], x[i / 4][i % 4], f[i % 4 / 2]);
-  }
+  const u32 va = smem(keys + (lane % 16) * pitch + (lane / 16) * 8) + warp * 32;
+  if (UNITS == 4 && rank == UNITS * WARPS * 16)  // more units at once have no registers
+    add_values<T, WARPS, UNITS, true>(state, p, va, pitch * 32, rank - warp * 16, f);
+  else
+    add_values<T, WARPS, UNITS, false>(state, p, va, pitch * 32, rank - warp * 16, f);
 }
 
 // Writes finished rows to out [count, rank]: rows first, first + 1, ... of the 16, as many as `rows`.
@@ -240,3 +250,23 @@ __device__ __forceinline__ int first_item(u32 items, u32 block, u32 blocks) { re
 // The block that has an item: the last one that begins at it or before.
 __device__ __forceinline__ int block_of(u32 item, u32 items, u32 blocks) { return ((item + 1) * blocks - 1) / items; }
 __device__ __forceinline__ size_t slot_size(int rank) { return 16 * (size_t)(rank + 2); }
+
+// Writes unfinished rows to a slot.
+template <int WARPS, int UNITS>
+__device__ __forceinline__ void leave_latents(float* slot, const Latents<UNITS>& state, int rank, int warp, int lane) {
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const int row = lane / 4 + 8 * h;
+#pragma unroll
+    for (int u = 0; u < UNITS; u++) {
+      const int column = (u * WARPS + warp) * 16 + lane % 4 * 2;
+      if (column - lane % 4 * 2 >= rank) continue;
+#pragma unroll
+      for (int n = 0; n < 2; n++)
+        *reinterpret_cast<float2*>(slot + row * rank + column + n * 8) =
+            make_float2(state.x[u][n][2 * h], state.x[u][n][2 * h + 1]);
+    }
+    if (warp == 0 && lane % 4 == 0)
+      *reinterpret_cast<float2*>(slot + 16 * rank + 2 * row) = make_float2(state.M[h], state.L[h]);
+  }
+}

@@ -35,9 +35,10 @@ __device__ __forceinline__ Place place_of(int item, const int* prefix, Lens lens
 // table_stride], table_stride % 4 == 0. slots, kv_lens int32 [seqs]; kv_lens counts the newest token. count: how
 // many sequences there are, at most max_seqs. partial: spare + 1 slots a block; gatherings [max_seqs * parts], parts
 // = ceil(heads / 16): see latent.cuh. width = rank + rotated, both multiples of 16, rank <= 512.
-// Grid: any number of blocks of 256 threads. Shared memory: see latent_manifest.
+// Grid: any number of blocks of 256 threads. Shared memory: see latent_manifest. With one buffer a block leaves memory
+// and registers for one of the product before it, so that it can begin while that still runs.
 template <typename T, int BUFFERS>
-__global__ void __launch_bounds__(256, 1)
+__global__ void __maxnreg__(BUFFERS == 1 ? 152 : 255)
 latent_decode(T* __restrict__ out, const T* __restrict__ q, const T* cache, const int* tables, const int* slots,
               const int* kv_lens, const int* count, float* partial, Gathering* gatherings, int width, int rank, int heads,
               int table_stride, float scale, int max_seqs, int spare) {
@@ -148,24 +149,11 @@ latent_decode(T* __restrict__ out, const T* __restrict__ q, const T* cache, cons
         store_latents<T, WARPS, UNITS>(out, run, (size_t)place.seq * heads + place.part * 16, rows, rank, warp, lane);
         if (threadIdx.x == 0) gatherings[group] = {0, 0, 0, 0};
       } else if (!leading || !more) {
-        const Latents<UNITS>& state = leading ? run : split;
-        const int slot = blockIdx.x * (spare + 1) + (leading ? spare : place.item - begin);
-        float* const target = partial + slot * slot_size(rank);
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const int row = lane / 4 + 8 * h;
-#pragma unroll
-          for (int u = 0; u < UNITS; u++) {
-            const int column = (u * WARPS + warp) * 16 + lane % 4 * 2;
-            if (column >= rank) continue;
-#pragma unroll
-            for (int n = 0; n < 2; n++)
-              *reinterpret_cast<float2*>(target + row * rank + column + n * 8) =
-                  make_float2(state.x[u][n][2 * h], state.x[u][n][2 * h + 1]);
-          }
-          if (warp == 0 && lane % 4 == 0)
-            *reinterpret_cast<float2*>(target + 16 * rank + 2 * row) = make_float2(state.M[h], state.L[h]);
-        }
+        float* const slots = partial + (size_t)blockIdx.x * (spare + 1) * slot_size(rank);
+        if (leading)
+          leave_latents<WARPS, UNITS>(slots + spare * slot_size(rank), run, rank, warp, lane);
+        else
+          leave_latents<WARPS, UNITS>(slots + (place.item - begin) * slot_size(rank), split, rank, warp, lane);
         if (done && threadIdx.x == 0) gatherings[group] = {place.item - place.split, place.splits, items, 0};
       }
       if (done) {

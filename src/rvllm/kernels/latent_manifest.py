@@ -6,7 +6,7 @@ from rvllm.kernels.spec import KernelSpec
 
 TAGS = ("bf16", "f16")
 TILE, PAD = 64, 8  # positions of a tile of keys; elements after each row of it, as in attention.cuh
-SHORT_SPLITS, SHORT, LONG = 16, 128, 256  # splits of SHORT positions, then those of LONG
+SHORT_SPLITS, SHORT, LONG = 32, 64, 256  # splits of SHORT positions, then those of LONG
 MOST_RANK = 512
 MOST_WIDTH = 576  # rank and rotated elements
 MOST_INNER = 512  # K of a head's matrix

@@ -26,6 +26,8 @@ from rvllm.kernels.latent_manifest import (
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import HeadLinear
 
+FEW_ROWS = 8  # sequences times groups of 16 heads
+
 
 @dataclass(frozen=True)
 class LatentShape:
@@ -68,9 +70,11 @@ def plan_decode(
     num_blocks: size of the KV pool, which bounds how long one sequence can be. Raises MissingKernelError.
     """
     check(shape)
+    # Few sequences have a tile a block: one buffer serves, and leaves room beside it for the next kernel.
+    kernels = list(DECODE.items())[:: -1 if max_seqs * shape.parts <= FEW_ROWS else 1]
     fitting = (
         (suffix, buffers)
-        for suffix, (buffers, most) in DECODE.items()
+        for suffix, (buffers, most) in kernels
         if max_seqs <= most and decode_smem(MOST_WIDTH, buffers, most) + STATIC <= smem_per_block
     )
     suffix, buffers = next(fitting, ("", 0))

@@ -20,6 +20,7 @@
 #define __shared__ static __attribute__((section("emu_shared")))
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define warpSize 32
 
 #define threadIdx (emu::current->thread)
