@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+from rvllm.backends.cuda import ahead
 from rvllm.backends.cuda.addresses import Addresses, Shape
 from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.chip import Chip
@@ -474,11 +475,11 @@ class Lowering:
             ctypes.c_float(soft_cap),
             ctypes.c_int(window),
         )
-        decode = self.decode[op.name]
+        decode, following = self.decode[op.name], self._behind_attention(stage)
         self.plan(
             stage.name,
             decode.kernel,
-            fixed(decode.grid),
+            fixed(max(decode.grid, min(decode.grid + following.blocks, self.chip.sm_count))),
             decode.block,
             *shared,
             self.meta(NUM_DECODES),
@@ -486,6 +487,8 @@ class Lowering:
             self.at.arrivals,
             *numbers,
             ctypes.c_int(self.layout.seqs),
+            ctypes.c_int(decode.grid),
+            *following.parameters(),
             *sight,
             smem=decode.smem,
             why="sequences with one token",
@@ -505,6 +508,13 @@ class Lowering:
                 smem=prefill.smem,
                 why="sequences with several tokens",
             )
+
+    def _behind_attention(self, stage: Stage) -> ahead.Ahead:
+        """What blocks without work ask for beside attention: nothing but in small decode steps on Hopper."""
+        few = self.prefill is None and self.layout.seqs <= ahead.FEW_SEQS
+        if not ahead.ATTENTION_AHEAD or self.chip.capability < 90 or not few:
+            return ahead.Ahead()
+        return ahead.behind_attention(self.at.weights, self.stages, stage, ahead.ATTENTION_AHEAD)
 
     def _activation(self, stage: Stage) -> None:
         (op,) = stage.ops
