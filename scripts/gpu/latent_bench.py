@@ -96,6 +96,8 @@ class Bench:
                 *numbers,
                 self.seqs,
                 self.decode.spare,
+                self.decode.grid,
+                *[self.mixed, self.mixed, 0, 0],
             ]
             self.gpu.launch(self.decode.kernel, self.decode.grid, self.decode.block, args, self.decode.smem)
         else:

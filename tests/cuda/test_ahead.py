@@ -19,7 +19,8 @@ from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 
 MB = 1 << 20
-WORKERS = 19  # which parameter of `attn_decode` is the number of blocks that share its work
+# Which parameter is the number of blocks that share the work.
+WORKERS = {"attn_decode": 19, "latent_decode": 16}
 Asked = tuple[int, list[tuple[int, int]]]
 
 
@@ -35,9 +36,10 @@ def asked(launches: list[Planned]) -> list[Asked]:
     """Of each layer's attention: blocks beyond those that share the work, and the stretches asked for."""
     found = []
     for p in launches:
-        if "attn_decode" not in p.kernel:
+        at = next((at for name, at in WORKERS.items() if name in p.kernel), 0)
+        if not at:
             continue
-        workers, first, second, first_bytes, second_bytes = p.parameters[WORKERS : WORKERS + 5]
+        workers, first, second, first_bytes, second_bytes = p.parameters[at : at + 5]
         stretches = [(first, first_bytes.value), (second, second_bytes.value)]
         grid = p.grid(Counts(1, 1, 1))[0]
         found.append((grid - workers.value, [s for s in stretches if s != (0, 0)]))
@@ -65,6 +67,17 @@ def test_where_experts_follow_only_the_product_before_them_is_known(monkeypatch:
     given = planned(CONFIGS["Qwen3-30B-A3B"], 512)
     o = given.addresses.weights["layers.0.o", "packed"]
     assert asked(given.decode(4))[0] == (32, [(o, 16 * MB)])
+
+
+def test_latent_attention_asks_behind_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = planned(CONFIGS["DeepSeek-V2-Lite"], 512)
+    at, o = given.addresses.weights, 2 * 2048 * 2048
+    assert asked(given.decode(1)) == [(0, []), (0, [])]
+    monkeypatch.setattr(ahead, "ATTENTION_AHEAD", 24 * MB)
+    dense, mixture = asked(given.decode(1))
+    gate_up = (at["layers.0.mlp.gate_up", "gated"], 24 * MB - o)
+    assert dense == (24, [(at["layers.0.o", "packed"], o), gate_up])
+    assert mixture == (8, [(at["layers.1.o", "packed"], o)])
 
 
 def test_no_second_wave_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

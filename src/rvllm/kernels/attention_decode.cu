@@ -172,9 +172,7 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
   const int begin = (int)((long long)items * share / workers), end = (int)((long long)items * next_share / workers);
   if (begin == end) {
     if (blockIdx.x == 0) griddep_wait();
-    // Before this block lie `begin` that work where items are fewer than workers, and all workers otherwise.
-    const int working = min(items, workers);
-    if (ahead.first_bytes > 0) fetch_ahead(ahead, blockIdx.x - min(begin, working), gridDim.x - working);
+    fetch_ahead(ahead, begin, items, workers);
     return;
   }
 

@@ -8,14 +8,24 @@ from dataclasses import dataclass
 
 from rvllm.backends.cuda.fuse import Stage
 from rvllm.backends.cuda.placement import Form
-from rvllm.program.ops import Attention, BlockSparseAttention, Experts, Linear, Logits, Op, Route
+from rvllm.program.ops import (
+    Attention,
+    BlockSparseAttention,
+    Experts,
+    LatentAttention,
+    Linear,
+    Logits,
+    Op,
+    Route,
+)
 
 Weights = Mapping[tuple[str, Form], int]
 
 ATTENTION_AHEAD = 0  # bytes asked for beside attention; 0: none; `scripts/gpu/marginal.py` times others
 FEW_SEQS = 8  # the largest decode step with memory to spare beside attention
-BLOCK_BYTES = 128 * 4096  # what a block of `ahead.cuh` asks for: a piece a thread
-UNKNOWN = (Attention, BlockSparseAttention, Route, Experts)  # behind these other launches ask, or nobody can
+PIECE = 4096  # bytes a thread asks for, see `ahead.cuh`
+# Behind these, other launches ask for weights, or nobody knows which ones.
+UNKNOWN = (Attention, BlockSparseAttention, LatentAttention, Route, Experts)
 
 
 @dataclass(frozen=True)
@@ -24,10 +34,10 @@ class Ahead:
 
     stretches: tuple[tuple[int, int], ...] = ()
 
-    @property
-    def blocks(self) -> int:
-        """Idle blocks of 128 threads that ask for all of it."""
-        return -(-sum(size for _, size in self.stretches) // BLOCK_BYTES)
+    def grid(self, workers: int, threads: int, sm_count: int) -> int:
+        """Blocks of a launch where `workers` share the work and others, in the same wave, ask for this."""
+        more = -(-sum(size for _, size in self.stretches) // (threads * PIECE))
+        return max(workers, min(workers + more, sm_count))
 
     def parameters(self) -> list[object]:
         """What kernels take: both addresses, then both sizes."""

@@ -475,11 +475,11 @@ class Lowering:
             ctypes.c_float(soft_cap),
             ctypes.c_int(window),
         )
-        decode, following = self.decode[op.name], self._behind_attention(stage)
+        decode, following = self.decode[op.name], self.behind_attention(stage)
         self.plan(
             stage.name,
             decode.kernel,
-            fixed(max(decode.grid, min(decode.grid + following.blocks, self.chip.sm_count))),
+            fixed(following.grid(decode.grid, decode.block, self.chip.sm_count)),
             decode.block,
             *shared,
             self.meta(NUM_DECODES),
@@ -509,7 +509,7 @@ class Lowering:
                 why="sequences with several tokens",
             )
 
-    def _behind_attention(self, stage: Stage) -> ahead.Ahead:
+    def behind_attention(self, stage: Stage) -> ahead.Ahead:
         """What blocks without work ask for beside attention: nothing but in small decode steps on Hopper."""
         few = self.prefill is None and self.layout.seqs <= ahead.FEW_SEQS
         if not ahead.ATTENTION_AHEAD or self.chip.capability < 90 or not few:
