@@ -88,7 +88,7 @@ def check(name: str, path: str, dtype: str) -> bool:
     ]
     print(f"{name} {dtype}: healthy after {ready:.2f} s, first token {first:.2f} s, exit code {code}; "
           f"{equal} of {len(results)} prompts equal over {len(cases[0]['output_token_ids'])} tokens"
-          + (f"; gaps where they first differ (what can be told apart): {', '.join(gaps)}" if gaps else ""))  # fmt: skip
+          + (f"; first differences (can be told apart): {', '.join(gaps)}" if gaps else ""))  # fmt: skip
     return all(gap is None or gap < blur for (_, gap), blur in zip(results, blurs, strict=True))
 
 
