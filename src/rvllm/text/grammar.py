@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rvllm.engine.messages import Vocabulary
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.errors import UsageError
+from rvllm.text.dates import with_real_dates
 
 if TYPE_CHECKING:
     from rvllm.text.tokenizer import Tokenizer
@@ -88,7 +89,7 @@ def _grammar(name: str, text: str, spaces: _Spaces) -> str:
 
     try:
         if name == "json":
-            text = "{}" if text == "true" else text
+            text = "{}" if text == "true" else _dated(text)
             found = LLMatcher.grammar_from_json_schema(text, overrides=spaces.options())  # type: ignore[arg-type]
         elif name == "json_object":
             found = LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=spaces.options())  # type: ignore[arg-type]
@@ -106,6 +107,16 @@ def _grammar(name: str, text: str, spaces: _Spaces) -> str:
         raise UsageError(f"{name}: {error or 'nested too deeply'}") from None
     check(found, name)
     return found
+
+
+def _dated(text: str) -> str:
+    """A schema's text with patterns for its dates; one that Python would write otherwise stays as it is."""
+    if '"format"' not in text:
+        return text
+    try:
+        return json.dumps(with_real_dates(json.loads(text)), ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return text
 
 
 def check(grammar: str, name: str) -> None:
@@ -149,7 +160,7 @@ def literal(text: str) -> str:
 def json_rule(schema: Any, spacing: str | None = WHITESPACE) -> str:
     """A schema as Lark's `%json`, spaced by `spacing` (None: not at all)."""
     options = _Spaces(spacing).options()
-    body = schema if isinstance(schema, dict) else {"allOf": [schema]}
+    body = with_real_dates(schema) if isinstance(schema, dict) else {"allOf": [schema]}
     return "%json " + json.dumps({**body, "x-guidance": options}, ensure_ascii=False)
 
 
