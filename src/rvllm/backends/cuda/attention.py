@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rvllm.backends.cuda.chip import Chip
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.ops_manifest import (
     DECODE_SEQS,
@@ -20,6 +21,7 @@ from rvllm.kernels.ops_manifest import (
     prefill_smem,
 )
 from rvllm.program.dtypes import DType
+from rvllm.program.ops import Attention, BlockSparseAttention
 
 BLOCK = 16  # positions a cache block holds
 SPLIT = 256  # positions after which partial results are merged
@@ -101,6 +103,23 @@ def plan_decode(
         smem=smem,
         partial_bytes=4 * items * stride,
         arrivals_bytes=4 * max_seqs * kv_heads * parts,
+    )
+
+
+def decode_of(
+    op: Attention | BlockSparseAttention, dtype: DType, chip: Chip, seqs: int, longest: int, blocks: int
+) -> DecodePlan:
+    """`plan_decode` for an op: up to `seqs` sequences of up to `longest` tokens, `blocks` in the KV pool."""
+    return plan_decode(
+        dtype,
+        op.head_dim,
+        op.heads,
+        op.kv_heads,
+        max_seqs=seqs,
+        max_model_len=longest,
+        num_blocks=blocks,
+        sm_count=chip.sm_count,
+        smem_per_block=chip.smem_per_block,
     )
 
 

@@ -11,7 +11,7 @@ import ctypes
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan, plan_decode, plan_prefill
+from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan, decode_of, plan_prefill
 from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.families import Emitter, PagedPlans, Scratch
 from rvllm.backends.cuda.fuse import Stage
@@ -135,17 +135,7 @@ def _need_eights(width: int) -> None:
 
 def _sparse_decode(op: Op, dtype: DType, chip: Chip, seqs: int, longest: int, blocks: int) -> DecodePlan:
     assert isinstance(op, BlockSparseAttention)
-    plan = plan_decode(
-        dtype,
-        op.head_dim,
-        op.heads,
-        op.kv_heads,
-        max_seqs=seqs,
-        max_model_len=longest,
-        num_blocks=blocks,
-        sm_count=chip.sm_count,
-        smem_per_block=chip.smem_per_block,
-    )
+    plan = decode_of(op, dtype, chip, seqs, longest, blocks)
     return replace(plan, kernel=sparse_kernel(plan.kernel, op.head_dim))
 
 

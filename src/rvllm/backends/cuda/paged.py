@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan, plan_decode, plan_prefill
+from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan, decode_of, plan_prefill
 from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.families import PagedPlans, TileShape
 from rvllm.backends.cuda.lower_encoder import PAGED as ENCODER
@@ -20,17 +20,7 @@ from rvllm.program.ops import Attention, Op
 
 def _decode(op: Op, dtype: DType, chip: Chip, seqs: int, longest: int, blocks: int) -> DecodePlan:
     assert isinstance(op, Attention)
-    return plan_decode(
-        dtype,
-        op.head_dim,
-        op.heads,
-        op.kv_heads,
-        max_seqs=seqs,
-        max_model_len=longest,
-        num_blocks=blocks,
-        sm_count=chip.sm_count,
-        smem_per_block=chip.smem_per_block,
-    )
+    return decode_of(op, dtype, chip, seqs, longest, blocks)
 
 
 def _prefill(op: Op, dtype: DType, chip: Chip) -> PrefillPlan:
