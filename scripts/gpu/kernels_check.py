@@ -114,7 +114,7 @@ class Bench:
         args = [out, q, k, v, gpu.array(tables), gpu.array(np.arange(seqs, dtype=np.int32)),
                 gpu.array(np.full(seqs, context, np.int32)), gpu.array([seqs], np.int32), partial,
                 gpu.zeros((plan.arrivals_bytes // 4,), np.int32), pitch, HEADS * DIM, stride, KV_HEADS,
-                HEADS // KV_HEADS, 0.088, 0.0, 0, seqs, plan.grid, k, v, 0, 0]  # fmt: skip
+                HEADS // KV_HEADS, 0.088, 0.0, 0, seqs]  # fmt: skip
         seconds = gpu.time(lambda _: gpu.launch(plan.kernel, plan.grid, plan.block, args, plan.smem))
         self.add(f"decode N={seqs} context {context}", seconds, seqs * context * KV_HEADS * DIM * 4)
         gpu.clear()

@@ -96,8 +96,6 @@ class Bench:
                 *numbers,
                 self.seqs,
                 self.decode.spare,
-                self.decode.grid,
-                *[self.mixed, self.mixed, 0, 0],
             ]
             self.gpu.launch(self.decode.kernel, self.decode.grid, self.decode.block, args, self.decode.smem)
         else:

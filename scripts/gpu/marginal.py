@@ -1,15 +1,12 @@
 """What each kind of launch costs within a decode step: the step's time less the time without that kind.
 
-    PYTHONPATH=src python scripts/gpu/marginal.py [--only NAME,...] [--context N] [--attention-ahead MB]
+    PYTHONPATH=src python scripts/gpu/marginal.py --only NAME,... [--context N]
 
 `--profile` times chains of one kind alone. In a step, a launch overlaps its neighbours: weights are fetched
 while a predecessor ends, or a wait is longer than it need be. Here the step's graph is captured again without
 all launches of one kind, and also without each kind and the next, as neighbours that overlap hide each other.
 The others do the same work on what memory holds; a router stays, since experts must exist. Names as in
 arch_bench.py.
-
-Before the table: the step with other sizes of what idle blocks bring to L2 beside routers, and beside
-attention. --attention-ahead sets the latter for all the rest.
 """
 
 from __future__ import annotations
@@ -21,13 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from arch_bench import CONTEXT, ENGINE, program_of
 
-from rvllm.backends.cuda import ahead, lower_experts
+from rvllm.backends.cuda import lower_experts
 from rvllm.backends.cuda.backend import CudaBackend
 from rvllm.backends.cuda.launches import Counts, Planned
 from rvllm.backends.cuda.profile import capture, decode_batch, make_of, time_graph
 from rvllm.program.dtypes import DType
-
-MODELS = "Qwen2.5-7B,StableLM-2-1.6B,Qwen3-30B-A3B,DeepSeek-V2-Lite"
 
 
 def measure(name: str, context: int) -> None:
@@ -41,24 +36,20 @@ def measure(name: str, context: int) -> None:
     for launch in planned:
         kinds.setdefault(make_of(launch), []).append(launch)
 
-    def time_of(launches: list[Planned]) -> float:
-        graph = capture(launches, backend._catalog, backend._stream, Counts(1, 1, 1), True)
+    def seconds(without: set[str]) -> float:
+        kept = [p for p in planned if make_of(p) not in without]
+        graph = capture(kept, backend._catalog, backend._stream, Counts(1, 1, 1), True)
         found = time_graph(backend._stream, graph)
         graph.close()
         return found
 
-    def seconds(without: set[str]) -> float:
-        return time_of([p for p in planned if make_of(p) not in without])
-
-    for module, constant in ((lower_experts, "AHEAD"), (ahead, "ATTENTION_AHEAD")):
-        usual = getattr(module, constant)
-        for size in (0, 8, 16, 24):
-            setattr(module, constant, size << 20)
-            print(
-                f"{label}: {constant} {size} MB: {time_of(backend._recipe.decode(1)) * 1e6:.0f} us",
-                flush=True,
-            )
-        setattr(module, constant, usual)
+    usual = lower_experts.AHEAD
+    for size in (0, 8, 16, 24):  # MB brought to L2 while experts are chosen
+        lower_experts.AHEAD = size << 20
+        graph = capture(backend._recipe.decode(1), backend._catalog, backend._stream, Counts(1, 1, 1), True)
+        print(f"{label}: {size} MB ahead: {time_graph(backend._stream, graph) * 1e6:.0f} us", flush=True)
+        graph.close()
+    lower_experts.AHEAD = usual
     step = seconds(set())
     print(f"{label}: step {step * 1e6:.0f} us, {len(planned)} launches")
     print(f"{'kind':48} {'x':>4} {'us each':>8} {'with next':>10}")
@@ -79,11 +70,9 @@ def measure(name: str, context: int) -> None:
 def main() -> int:
     """Runs the models; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=MODELS, metavar="NAME,...")
-    parser.add_argument("--attention-ahead", type=int, default=ahead.ATTENTION_AHEAD >> 20, metavar="MB")
+    parser.add_argument("--only", required=True, metavar="NAME,...")
     parser.add_argument("--context", type=int, default=CONTEXT)
     args = parser.parse_args()
-    ahead.ATTENTION_AHEAD = args.attention_ahead << 20
     for name in args.only.split(","):
         measure(name, args.context)
     return 0

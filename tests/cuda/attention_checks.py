@@ -68,20 +68,11 @@ def common(shape: Shape, cache: Cache, pitch: int, out_pitch: int) -> list[objec
             float(shape.soft_cap or 0.0), shape.window or 0]  # fmt: skip
 
 
-def ahead_of(cache: Cache, wanted: bool) -> list[object]:
-    """The two stretches that decode kernels take, addresses and bytes: of the cache, or none."""
-    k, v = cache.k_cache, cache.v_cache
-    return [k, v, k.nbytes // 16 * 16, v.nbytes // 32 * 16] if wanted else [k, v, 0, 0]
-
-
 def decode(
     gpu: Gpu, cache: Cache, q: np.ndarray, slots: np.ndarray, kv_lens: np.ndarray, *,
-    pad: int = 0, blocks: int | None = None, idle: int = 0,
+    pad: int = 0, blocks: int | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """attn_decode of queries [S, heads, dim] at positions kv_lens - 1; out float32 [S, heads, dim].
-
-    idle: blocks beyond those that share the work. With any, blocks without work ask for the cache.
-    """
+    """attn_decode of queries [S, heads, dim] at positions kv_lens - 1; out float32 [S, heads, dim]."""
     shape, count = cache.shape, len(slots)
     plan = plan_decode(
         DType.parse(cache.dtype.name), shape.dim, shape.heads, shape.kv_heads, max_seqs=count + pad,
@@ -98,9 +89,8 @@ def decode(
     partial = gpu.empty((plan.partial_bytes // 4,), np.float32)
     args = [out, gpu.array(rows.astype(cache.dtype)), cache.k_cache, cache.v_cache, cache.tables,
             *(gpu.array(p, np.int32) for p in padded), gpu.array([count], np.int32), partial, arrivals,
-            *common(shape, cache, pitch, width), count + pad, blocks or plan.grid,
-            *ahead_of(cache, idle > 0)]  # fmt: skip
-    gpu.launch(plan.kernel, (blocks or plan.grid) + idle, plan.block, args, plan.smem)
+            *common(shape, cache, pitch, width), count + pad]  # fmt: skip
+    gpu.launch(plan.kernel, blocks or plan.grid, plan.block, args, plan.smem)
     result = out.get()
     assert not arrivals.get().any(), "arrival counters are not back at zero"
     assert np.isnan(result[count:].astype(np.float32)).all(), "rows beyond the count were written"
@@ -154,8 +144,8 @@ def check_decode(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape: Sha
     kv_lens = np.array([lens[s] for s in slots], np.int32)
     q = queries(rng, dtype, len(lens), shape)
     worst = 0.0
-    for blocks, idle in ((None, 2), (1, 0), (7, 3)):
-        out = decode(gpu, cache, q, slots, kv_lens, pad=3, blocks=blocks, idle=idle)
+    for blocks in (None, 1, 7):
+        out = decode(gpu, cache, q, slots, kv_lens, pad=3, blocks=blocks)
         for i, slot in enumerate(slots):
             worst = max(worst, error(out[i], reference(cache, slot, q[i : i + 1], lens[slot] - 1)[0]))
     expect(f"decode {dtype} {shape}", worst, 8e-3 if dtype.name == "bfloat16" else 1.5e-3)
@@ -211,8 +201,7 @@ def check_invariance(
         out = decode(gpu, cache, q[positions], zeros, ends, pad=2, blocks=int(rng.integers(1, 64)))
         same(out, positions, "decode in a batch")
         for p in (0, 70, 257, length - 1):
-            alone, end = np.zeros(1, np.int32), np.array([p + 1], np.int32)
-            out = decode(gpu, cache, q[p : p + 1], alone, end, idle=int(rng.integers(0, 40)))
+            out = decode(gpu, cache, q[p : p + 1], np.zeros(1, np.int32), np.array([p + 1], np.int32))
             same(out, slice(p, p + 1), "decode alone")
     return compared
 

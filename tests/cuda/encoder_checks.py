@@ -322,10 +322,8 @@ class Sparse:
         partial = gpu.empty((plan.partial_bytes // 4,), np.float32)
         args = [out, rows, cache.k_cache, cache.v_cache, cache.tables, gpu.array(slots, np.int32),
                 gpu.array(kv_lens, np.int32), gpu.array([len(slots)], np.int32), partial, arrivals,
-                *attention_checks.common(shape, cache, width, width), len(slots), blocks or plan.grid,
-                *attention_checks.ahead_of(cache, True), *self.facts]  # fmt: skip
-        grid = (blocks or plan.grid) + 2
-        gpu.launch(sparse_kernel(plan.kernel, shape.dim), grid, plan.block, args, plan.smem)
+                *attention_checks.common(shape, cache, width, width), len(slots), *self.facts]  # fmt: skip
+        gpu.launch(sparse_kernel(plan.kernel, shape.dim), blocks or plan.grid, plan.block, args, plan.smem)
         assert not arrivals.get().any(), "arrival counters are not back at zero"
         return out.get().reshape(len(slots), shape.heads, shape.dim).astype(np.float32)
 

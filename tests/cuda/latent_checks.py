@@ -114,9 +114,9 @@ def limits(gpu: Machine) -> tuple[int, int]:
 
 def decode(
     latents: Latents, q: np.ndarray, slots: np.ndarray, kv_lens: np.ndarray, *,
-    pad: int = 0, blocks: int | None = None, smem_per_block: int = 0, idle: int = 2,
+    pad: int = 0, blocks: int | None = None, smem_per_block: int = 0,
 ) -> Decoded:  # fmt: skip
-    """latent_decode of queries [S, heads, width] at positions kv_lens - 1; idle: as in attention_checks."""
+    """latent_decode of queries [S, heads, width] at positions kv_lens - 1."""
     gpu, sizes, count = latents.gpu, latents.sizes, len(slots)
     plan = plan_decode(
         DType.parse(latents.dtype.name), latents.shape, max_seqs=count + pad, max_model_len=max(latents.lens),
@@ -135,9 +135,8 @@ def decode(
     counted = gpu.array([count], np.int32)
     args = [out, gpu.array(rows.astype(latents.dtype)), latents.cache, latents.tables,
             *(gpu.array(p, np.int32) for p in padded), counted, partial, gatherings, sizes.width, sizes.rank,
-            sizes.heads, latents.stride, sizes.scale, count + pad, spare, grid, latents.cache, latents.tables,
-            *(array.nbytes // 16 * 16 * (idle > 0) for array in (latents.cache, latents.tables))]  # fmt: skip
-    gpu.launch(plan.kernel, grid + idle, plan.block, args, plan.smem)
+            sizes.heads, latents.stride, sizes.scale, count + pad, spare]  # fmt: skip
+    gpu.launch(plan.kernel, grid, plan.block, args, plan.smem)
     return Decoded(out, partial, gatherings, counted, grid, spare)
 
 

@@ -10,9 +10,7 @@
 // (but the newest position's) are fetched before that too. A warp has one buffer, for keys and values in turn, and
 // several blocks on an SM overlap one's arithmetic with another's loads; launched with more shared memory it has
 // one for each, which is quicker where there are fewer items than SMs.
-// Only the first `workers` blocks share the items. Whoever has none may ask for weights of the products behind.
 // Bound by memory at long contexts (the KV cache is read once), by latency at short ones.
-#include "ahead.cuh"
 #include "sight.cuh"
 
 constexpr int WARPS = 4, THREADS = WARPS * 32;
@@ -126,7 +124,7 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
                                        const int* tables, const int* slots, const int* kv_lens, const int* count,
                                        float* partial, int* arrivals, int q_pitch, int out_pitch, int table_stride,
                                        int kv_heads, int group, float scale, float soft_cap, int window, int max_seqs,
-                                       int workers, const Ahead& ahead, const Sight& sight) {
+                                       const Sight& sight) {
   griddep_launch();
   constexpr int KS = DK + PAD, VS = DV + PAD, XS = DV + 8;  // row pitches; XS in floats
   constexpr int BUFFER = TILE * (KS > VS ? KS : VS), SUMS = (16 * DV / 4 + THREADS - 1) / THREADS;
@@ -168,11 +166,9 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
     if (s < max_seqs) prefix[s] = before + sum - mine;
     __syncthreads();
   }
-  const int share = min((int)blockIdx.x, workers), next_share = min((int)blockIdx.x + 1, workers);
-  const int begin = (int)((long long)items * share / workers), end = (int)((long long)items * next_share / workers);
+  const int begin = (int)((long long)items * blockIdx.x / gridDim.x), end = (int)((long long)items * (blockIdx.x + 1) / gridDim.x);
   if (begin == end) {
     if (blockIdx.x == 0) griddep_wait();
-    fetch_ahead(ahead, begin, items, workers);
     return;
   }
 
@@ -349,18 +345,15 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
 // 16, DK], v_cache likewise with DV. tables int32 [slots, table_stride], table_stride % 4 == 0. slots, kv_lens
 // int32 [seqs]; kv_lens counts the newest token. count: how many sequences there are, at most max_seqs.
 // partial float [items, rows * (DV + 2), rounded up to 4], rows = min(group, 16); arrivals int32 [max_seqs *
-// kv_heads * parts], zero before and after. window 0: none; soft_cap 0: none. ahead, after: weights for L2, in
-// multiples of 16 bytes; ahead_bytes 0: neither.
-// Grid: `workers` blocks of 128 threads, any number above 0, and any number more.
+// kv_heads * parts], zero before and after. window 0: none; soft_cap 0: none.
+// Grid: any number of blocks of 128 threads.
 template <typename T, int DK, int DV>
 __global__ void __launch_bounds__(THREADS, DV <= 64 ? 4 : DV <= 128 ? 3 : 1)
 attn_decode(T* out, const T* q, const T* k_cache, const T* v_cache, const int* tables, const int* slots,
             const int* kv_lens, const int* count, float* partial, int* arrivals, int q_pitch, int out_pitch,
-            int table_stride, int kv_heads, int group, float scale, float soft_cap, int window, int max_seqs,
-            int workers, const u8* ahead, const u8* after, u32 ahead_bytes, u32 after_bytes) {
+            int table_stride, int kv_heads, int group, float scale, float soft_cap, int window, int max_seqs) {
   attend<T, DK, DV>(out, q, k_cache, v_cache, tables, slots, kv_lens, count, partial, arrivals, q_pitch, out_pitch,
-                    table_stride, kv_heads, group, scale, soft_cap, window, max_seqs, workers,
-                    Ahead{ahead, after, ahead_bytes, after_bytes}, Everything());
+                    table_stride, kv_heads, group, scale, soft_cap, window, max_seqs, Everything());
 }
 
 // The same where queries see some blocks of keys only.
@@ -369,9 +362,8 @@ __global__ void __launch_bounds__(THREADS, DV <= 64 ? 4 : DV <= 128 ? 3 : 1)
 attn_decode_sparse(T* out, const T* q, const T* k_cache, const T* v_cache, const int* tables, const int* slots,
                    const int* kv_lens, const int* count, float* partial, int* arrivals, int q_pitch, int out_pitch,
                    int table_stride, int kv_heads, int group, float scale, float soft_cap, int window, int max_seqs,
-                   int workers, const u8* ahead, const u8* after, u32 ahead_bytes, u32 after_bytes, int size,
-                   int local, int stride, int head_step) {
+                   int size, int local, int stride, int head_step) {
   attend<T, DK, DV>(out, q, k_cache, v_cache, tables, slots, kv_lens, count, partial, arrivals, q_pitch, out_pitch,
-                    table_stride, kv_heads, group, scale, soft_cap, window, max_seqs, workers,
-                    Ahead{ahead, after, ahead_bytes, after_bytes}, SomeBlocks{size, local, stride, head_step});
+                    table_stride, kv_heads, group, scale, soft_cap, window, max_seqs,
+                    SomeBlocks{size, local, stride, head_step});
 }

@@ -5,7 +5,6 @@
 // a block takes rows of one sequence and walks all positions they see. Tiles of keys come through one or two
 // BUFFERS of shared memory, as many as the GPU has room for; the bits are the same.
 // Decode is bound by memory at long contexts and by latency at short ones; prefill by the tensor cores (mma.sync).
-#include "ahead.cuh"
 #include "latent.cuh"
 
 // One tile of one item.
@@ -36,15 +35,13 @@ __device__ __forceinline__ Place place_of(int item, const int* prefix, Lens lens
 // table_stride], table_stride % 4 == 0. slots, kv_lens int32 [seqs]; kv_lens counts the newest token. count: how
 // many sequences there are, at most max_seqs. partial: spare + 1 slots a block; gatherings [max_seqs * parts], parts
 // = ceil(heads / 16): see latent.cuh. width = rank + rotated, both multiples of 16, rank <= 512.
-// ahead, after: weights that idle blocks ask for, see ahead.cuh; bytes 0: none.
-// Grid: `workers` blocks of 256 threads, any number above 0, and any number more without work. Shared memory: see latent_manifest. With one buffer a block leaves memory
+// Grid: any number of blocks of 256 threads. Shared memory: see latent_manifest. With one buffer a block leaves memory
 // and registers for one of the product before it, so that it can begin while that still runs.
 template <typename T, int BUFFERS>
 __global__ void __maxnreg__(BUFFERS == 1 ? 152 : 255)
 latent_decode(T* __restrict__ out, const T* __restrict__ q, const T* cache, const int* tables, const int* slots,
               const int* kv_lens, const int* count, float* partial, Gathering* gatherings, int width, int rank, int heads,
-              int table_stride, float scale, int max_seqs, int spare, int workers, const u8* ahead, const u8* after,
-              u32 ahead_bytes, u32 after_bytes) {
+              int table_stride, float scale, int max_seqs, int spare) {
   griddep_launch();
   constexpr int WARPS = 8, UNITS = 4, NEAR = 128;  // NEAR: sequences whose lengths and slots are kept at hand
   extern __shared__ __align__(128) unsigned char shared[];
@@ -84,11 +81,9 @@ latent_decode(T* __restrict__ out, const T* __restrict__ q, const T* cache, cons
     if (s < max_seqs) prefix[s] = before + sum - mine;
     __syncthreads();
   }
-  const int begin = first_item(items, min((int)blockIdx.x, workers), workers);
-  const int end = first_item(items, min((int)blockIdx.x + 1, workers), workers);
+  const int begin = first_item(items, blockIdx.x, gridDim.x), end = first_item(items, blockIdx.x + 1, gridDim.x);
   if (begin == end) {
     if (blockIdx.x == 0) griddep_wait();
-    fetch_ahead({ahead, after, ahead_bytes, after_bytes}, begin, items, workers);
     return;
   }
 

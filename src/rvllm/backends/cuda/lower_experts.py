@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rvllm.backends.cuda.ahead import stretch_of
 from rvllm.backends.cuda.experts import (
     WIDE_ROUTE,
     ExpertsAt,
@@ -63,8 +62,11 @@ def _ahead(lowering: Lowering, stage: Stage) -> dict[str, int]:
     product = next((op for s in later for op in s.ops if isinstance(op, Linear | Logits)), None)
     if product is None or not isinstance(experts.ops[0], Experts):
         return {}
-    stretch = stretch_of(lowering.at.weights, product, AHEAD)
-    return {"ahead": stretch[0], "ahead_bytes": stretch[1]} if stretch else {}
+    for form in ("packed", "gated"):
+        address = lowering.at.weights.get((product.weight.name, form))
+        if address is not None:
+            return {"ahead": address, "ahead_bytes": min(AHEAD, 2 * product.weight.elements // 16 * 16)}
+    return {}
 
 
 def _experts(lowering: Lowering, stage: Stage) -> None:

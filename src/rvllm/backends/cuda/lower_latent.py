@@ -140,11 +140,11 @@ def _attention(lowering: Lowering, stage: Stage) -> None:
         *map(ctypes.c_int, (shape.width, shape.rank, shape.heads, lowering.shape.table_stride)),
         ctypes.c_float(op.scale),
     )
-    decode, following = _decode_plan(lowering.decode, op), lowering.behind_attention(stage)
+    decode = _decode_plan(lowering.decode, op)
     lowering.plan(
         stage.name,
         decode.kernel,
-        fixed(following.grid(decode.grid, decode.block, lowering.chip.sm_count)),
+        fixed(decode.grid),
         decode.block,
         *shared,
         lowering.meta(NUM_DECODES),
@@ -153,8 +153,6 @@ def _attention(lowering: Lowering, stage: Stage) -> None:
         *numbers,
         ctypes.c_int(lowering.layout.seqs),
         ctypes.c_int(decode.spare),
-        ctypes.c_int(decode.grid),
-        *following.parameters(),
         smem=decode.smem,
         why="sequences with one token",
     )

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from rvllm.backends.cuda import ahead
 from rvllm.backends.cuda.addresses import Addresses, Shape
 from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.chip import Chip
@@ -475,11 +474,11 @@ class Lowering:
             ctypes.c_float(soft_cap),
             ctypes.c_int(window),
         )
-        decode, following = self.decode[op.name], self.behind_attention(stage)
+        decode = self.decode[op.name]
         self.plan(
             stage.name,
             decode.kernel,
-            fixed(following.grid(decode.grid, decode.block, self.chip.sm_count)),
+            fixed(decode.grid),
             decode.block,
             *shared,
             self.meta(NUM_DECODES),
@@ -487,8 +486,6 @@ class Lowering:
             self.at.arrivals,
             *numbers,
             ctypes.c_int(self.layout.seqs),
-            ctypes.c_int(decode.grid),
-            *following.parameters(),
             *sight,
             smem=decode.smem,
             why="sequences with one token",
@@ -508,13 +505,6 @@ class Lowering:
                 smem=prefill.smem,
                 why="sequences with several tokens",
             )
-
-    def behind_attention(self, stage: Stage) -> ahead.Ahead:
-        """What blocks without work ask for beside attention: nothing but in small decode steps on Hopper."""
-        few = self.prefill is None and self.layout.seqs <= ahead.FEW_SEQS
-        if not ahead.ATTENTION_AHEAD or self.chip.capability < 90 or not few:
-            return ahead.Ahead()
-        return ahead.behind_attention(self.at.weights, self.stages, stage, ahead.ATTENTION_AHEAD)
 
     def _activation(self, stage: Stage) -> None:
         (op,) = stage.ops
