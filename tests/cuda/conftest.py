@@ -1,11 +1,48 @@
-"""With RVLLM_TEST_EMULATE=1 the tests that want a GPU run on the emulator: slow, and only what sm_80 has."""
+"""Fixtures of kernel checks that run on the emulator and on a GPU.
+
+With RVLLM_TEST_EMULATE=1 the tests that want a GPU run on the emulator: slow, and only what sm_80 has.
+"""
 
 from __future__ import annotations
 
 import os
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
 
 if os.environ.get("RVLLM_TEST_EMULATE") == "1":
     from emulator.driver import emulated_driver
 
     _for_the_session = emulated_driver()
     _for_the_session.__enter__()
+
+
+@pytest.fixture(scope="module")
+def machines() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
+def gpu(request: pytest.FixtureRequest, machines: dict[str, Any]) -> Iterator[Any]:
+    from emulator import Emulator, available
+    from harness import Gpu
+
+    from rvllm.backends.cuda.driver import device_count
+
+    if request.param == "emulator" and not available():
+        pytest.skip("the emulator needs g++")
+    if request.param == "gpu" and not device_count():
+        pytest.skip("no NVIDIA GPU, or the cuda extra is not installed")
+    if request.param not in machines:
+        machines[request.param] = Emulator() if request.param == "emulator" else Gpu()
+    yield machines[request.param]
+    machines[request.param].clear()
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    seed = int(os.environ.get("RVLLM_TEST_SEED", "0"))
+    return np.random.default_rng([seed, zlib.crc32(request.node.name.encode())])

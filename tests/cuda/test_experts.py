@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +13,14 @@ import pytest
 from emulator import Emulator, available
 from emulator.driver import emulated_driver
 from gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
-from harness import BF16, F16, Gpu, Machine
+from harness import BF16, F16, Machine
 from real_configs import CONFIGS
 from test_lowering import A100, L40, QWEN_7B, recipe
 from tiny import ArrayCheckpoint, weights_of
 
 from rvllm.backends.cuda import lower_experts
 from rvllm.backends.cuda.catalog import select
-from rvllm.backends.cuda.driver import DeviceFacts, device_count
+from rvllm.backends.cuda.driver import DeviceFacts
 from rvllm.backends.cuda.experts import most_tiles, segments_of
 from rvllm.backends.cuda.fuse import fuse
 from rvllm.backends.cuda.gemm import interleave_gate_up, pack_matrix
@@ -61,29 +59,6 @@ def built(config: dict[str, Any], dtype: DType = DType.BF16, **changes: object) 
 
 
 # ---- kernels
-
-
-@pytest.fixture(scope="module")
-def machines() -> dict[str, Machine]:
-    return {}
-
-
-@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
-def gpu(request: pytest.FixtureRequest, machines: dict[str, Machine]) -> Iterator[Any]:
-    if request.param == "emulator" and not available():
-        pytest.skip("the emulator needs g++")
-    if request.param == "gpu" and not device_count():
-        pytest.skip("no NVIDIA GPU, or the cuda extra is not installed")
-    if request.param not in machines:
-        machines[request.param] = Emulator() if request.param == "emulator" else Gpu()
-    yield machines[request.param]
-    machines[request.param].clear()
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    seed = int(os.environ.get("RVLLM_TEST_SEED", "0"))
-    return np.random.default_rng([seed, zlib.crc32(request.node.name.encode())])
 
 
 def sizes(gpu: Machine, few: Sequence[int], all_: Sequence[int]) -> tuple[int, ...]:

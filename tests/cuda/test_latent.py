@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,13 @@ import pytest
 from emulator import Emulator, available
 from emulator.driver import emulated_driver
 from gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
-from harness import BF16, F16, Gpu, Machine
+from harness import BF16, F16, Machine
 from latent_checks import LITE, MANY, TINY, Sizes
 from test_lowering import A100, H100, L40, recipe
 from tiny import ArrayCheckpoint, weights_of
 
 from rvllm.backends.cuda.backend import CudaBackend
 from rvllm.backends.cuda.catalog import select
-from rvllm.backends.cuda.driver import device_count
 from rvllm.backends.cuda.join import joined
 from rvllm.backends.cuda.latent import LatentShape, plan_decode, plan_prefill
 from rvllm.backends.cuda.launches import Counts
@@ -66,29 +63,6 @@ def built(config: dict[str, Any], dtype: DType = DType.BF16, **changes: object) 
 
 
 # ---- kernels
-
-
-@pytest.fixture(scope="module")
-def machines() -> dict[str, Machine]:
-    return {}
-
-
-@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
-def gpu(request: pytest.FixtureRequest, machines: dict[str, Machine]) -> Iterator[Any]:
-    if request.param == "emulator" and not available():
-        pytest.skip("the emulator needs g++")
-    if request.param == "gpu" and not device_count():
-        pytest.skip("no NVIDIA GPU, or the cuda extra is not installed")
-    if request.param not in machines:
-        machines[request.param] = Emulator() if request.param == "emulator" else Gpu()
-    yield machines[request.param]
-    machines[request.param].clear()
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    seed = int(os.environ.get("RVLLM_TEST_SEED", "0"))
-    return np.random.default_rng([seed, zlib.crc32(request.node.name.encode())])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
