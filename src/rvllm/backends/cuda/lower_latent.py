@@ -4,8 +4,7 @@ A layer is two stages (see `fuse`): the norm of the latent, the rotation and the
 launch; attention and the product with W_uv are one for decodes, one for prompts and one for the product,
 which also puts together what several blocks decoded.
 
-EMITTERS: what plans the launches of a stage with an op of this type. PAGED: how attention is planned.
-`scratch` sizes the device memory that these launches need beside the program's buffers.
+EMITTERS: what plans the launches of a stage that an op of this type leads. PAGED: how attention is planned.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.chip import Chip
-from rvllm.backends.cuda.families import Emitter, PagedPlans, Scratch
+from rvllm.backends.cuda.families import Emitter, PagedPlans
 from rvllm.backends.cuda.latent import (
     LatentDecodePlan,
     LatentShape,
@@ -30,7 +29,7 @@ from rvllm.backends.cuda.metadata import NUM_DECODES, NUM_TOKENS
 from rvllm.backends.cuda.placement import ELEMENT
 from rvllm.errors import MissingKernelError
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import HeadLinear, LatentAttention, LatentRopeKV, Norm, Op, Program
+from rvllm.program.ops import HeadLinear, LatentAttention, LatentRopeKV, Norm, Op
 
 if TYPE_CHECKING:
     from rvllm.backends.cuda.fuse import Stage
@@ -200,8 +199,3 @@ EMITTERS: dict[type[Op], Emitter] = {
     HeadLinear: _head_linear,
 }
 PAGED: dict[type[Op], PagedPlans] = {LatentAttention: PagedPlans(_decode, _prefill, _group)}
-
-
-def scratch(program: Program, tokens: int, seqs: int) -> Scratch:
-    """None: parts of results lie in the memory that all attention shares."""
-    return {}

@@ -1,7 +1,6 @@
 """Mamba-2: the short convolution, the scan and the gated norm: their launches.
 
-EMITTERS: what plans the launches of a stage that begins with an op of this type. `scratch` sizes the device
-memory that these launches need beside the program's buffers.
+EMITTERS: what plans the launches of a stage that an op of this type leads.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING
 
-from rvllm.backends.cuda.families import Emitter, Scratch
+from rvllm.backends.cuda.families import Emitter
 from rvllm.backends.cuda.metadata import NUM_SEQS
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.recurrent_manifest import (
@@ -19,7 +18,7 @@ from rvllm.kernels.recurrent_manifest import (
     scan_kernel,
     scan_smem,
 )
-from rvllm.program.ops import Op, Program
+from rvllm.program.ops import Op
 from rvllm.program.recurrent import CausalConv, GatedNorm, StateScan
 
 if TYPE_CHECKING:
@@ -197,8 +196,3 @@ EMITTERS: dict[type[Op], Emitter] = {
     StateScan: _state_scan,
     GatedNorm: _gated_norm,
 }
-
-
-def scratch(program: Program, tokens: int, seqs: int) -> Scratch:
-    """Bytes by name for steps of up to `tokens` tokens of `seqs` sequences: none are needed."""
-    return {}

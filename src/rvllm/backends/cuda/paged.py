@@ -8,32 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan, decode_of, plan_prefill
+from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.families import PagedPlans, TileShape
-from rvllm.backends.cuda.lower_encoder import PAGED as ENCODER
+from rvllm.backends.cuda.lower_attention import PAGED as ATTENTION
 from rvllm.backends.cuda.lower_latent import PAGED as LATENT
 from rvllm.errors import MissingKernelError
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Attention, Op
+from rvllm.program.ops import Op
 
-
-def _decode(op: Op, dtype: DType, chip: Chip, seqs: int, longest: int, blocks: int) -> DecodePlan:
-    assert isinstance(op, Attention)
-    return decode_of(op, dtype, chip, seqs, longest, blocks)
-
-
-def _prefill(op: Op, dtype: DType, chip: Chip) -> PrefillPlan:
-    assert isinstance(op, Attention)
-    return plan_prefill(dtype, op.head_dim, smem_per_block=chip.smem_per_block)
-
-
-def _group(op: Op) -> int:
-    assert isinstance(op, Attention)
-    return op.heads // op.kv_heads
-
-
-PAGED: dict[type[Op], PagedPlans] = {Attention: PagedPlans(_decode, _prefill, _group), **LATENT, **ENCODER}
+PAGED: dict[type[Op], PagedPlans] = {**ATTENTION, **LATENT}
 
 
 def decode_plans(
