@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import tiny_tokenizers as tiny
 
+from rvllm.backends.base import SamplingSpec, SlotStart
+from rvllm.backends.cuda.sampling import pack_starts
 from rvllm.engine.messages import ModelFacts, Output, TokenLogprobs
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import UsageError
@@ -71,11 +73,32 @@ def test_stop_tokens_hold_the_models_own_unless_ignored() -> None:
         ([1], {"logit_bias": {1: 101.0}}, r"logit_bias must be in \[-100, 100\]"),
         ([1], {"logit_bias": {1: float("nan")}}, r"logit_bias must be in \[-100, 100\]"),
         ([1], {"stop_token_ids": [500]}, "stop_token_ids: token id 500"),
+        (
+            [1],
+            {"logit_bias": dict.fromkeys(range(1025), 1.0)},
+            "logit_bias takes at most 1024 tokens, got 1025",
+        ),
+        ([1], {"stop_token_ids": list(range(130)), "min_tokens": 1}, "stop_token_ids: min_tokens .* 128"),
     ],
 )
 def test_bad_requests_name_the_parameter(prompt: list[int], params: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         RequestMaker(facts()).make("r", prompt, SamplingParams(**params))
+
+
+def test_whatever_is_taken_fits_a_slot_of_the_gpu() -> None:
+    wide = facts(vocab_size=5000)
+    params = SamplingParams(
+        logit_bias=dict.fromkeys(range(1024), 1.0), stop_token_ids=[*range(100, 227)] * 3, min_tokens=2
+    )
+    sampling = to_sampling(params, 1, wide)
+    assert len(sampling.stop_token_ids) == 128  # each once, and the model's own
+    spec = SamplingSpec(logit_bias=sampling.logit_bias, stop_token_ids=sampling.stop_token_ids, min_tokens=2)
+    pack_starts([SlotStart(0, spec, np.zeros(1, np.int32), 1)], 5000)
+    many = SamplingParams(
+        stop_token_ids=list(range(300))
+    )  # nothing is held back: only the host looks at them
+    assert len(to_sampling(many, 1, wide).stop_token_ids) == 300
 
 
 def test_the_longest_prompt_leaves_one_token() -> None:

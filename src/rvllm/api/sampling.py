@@ -8,6 +8,7 @@ from typing import Any
 from rvllm.api.body import check_count
 from rvllm.api.errors import invalid
 from rvllm.api.schemas import NEUTRAL, ChatRequest, CompletionRequest, GenerationRequest, Refused
+from rvllm.backends.base import MOST_BIASES
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import UsageError
 
@@ -18,7 +19,6 @@ _SAME_NAME = (
 )  # fmt: skip
 _MOST_STOPS = 64
 _MOST_STOP_IDS = 4096
-_MOST_BIASES = 4096
 
 
 def refuse_unsupported(request: Refused) -> None:
@@ -84,8 +84,8 @@ def _params(request: GenerationRequest, defaults: Mapping[str, Any], **values: A
 def _biases(given: Mapping[str, float] | None) -> dict[int, float] | None:
     if not given:
         return None
-    if len(given) > _MOST_BIASES:
-        raise invalid(f"logit_bias takes at most {_MOST_BIASES} tokens", "logit_bias")
+    if len(given) > MOST_BIASES:
+        raise invalid(f"logit_bias takes at most {MOST_BIASES} tokens", "logit_bias")
     biases = {}
     for key, bias in given.items():
         if not (key.isascii() and key.isdigit() and len(key) < 10):

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 Int32 = NDArray[np.int32]
 
 _LAYER = re.compile(r"layers\.\d+\.")
+MOST_BIASES = 1024  # entries of a request's logit_bias: a slot has room for so many on a device
+MOST_STOPS = 128  # token ids that min_tokens can hold back
 LAST_SAMPLED = -1  # in StepBatch.tokens: the token this slot sampled last, which only the device may know
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from rvllm.backends.base import MOST_BIASES, MOST_STOPS
 from rvllm.engine.messages import Generate, ModelFacts, Sampling
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import UsageError
@@ -147,10 +148,14 @@ def to_sampling(params: SamplingParams, prompt_len: int, facts: ModelFacts) -> S
     params.validate()
     room = facts.max_model_len - prompt_len
     max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-    stops = _in_vocabulary("stop_token_ids", params.stop_token_ids, facts)
+    stops = list(dict.fromkeys(_in_vocabulary("stop_token_ids", params.stop_token_ids, facts)))
     if not params.ignore_eos:
         stops += [token for token in facts.eos_token_ids if token not in stops]
+    if params.min_tokens and len(stops) > MOST_STOPS:
+        raise UsageError(f"stop_token_ids: min_tokens holds back at most {MOST_STOPS} ids, got {len(stops)}")
     bias = params.logit_bias or {}
+    if len(bias) > MOST_BIASES:
+        raise UsageError(f"logit_bias takes at most {MOST_BIASES} tokens, got {len(bias)}")
     biased = _in_vocabulary("logit_bias", list(bias), facts)
     for value in bias.values():
         if not -100 <= value <= 100:

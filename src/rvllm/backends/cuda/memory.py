@@ -16,7 +16,7 @@ from rvllm.backends.cuda.lowering import scratch_of
 from rvllm.backends.cuda.metadata import Layout
 from rvllm.backends.cuda.paged import decode_plans
 from rvllm.backends.cuda.placement import ELEMENT, Wanted
-from rvllm.backends.cuda.sampling import MAX_TOP, START_WORDS, StateSizes
+from rvllm.backends.cuda.sampling import MAX_BIASES, MAX_STOPS, MAX_TOP, START_WORDS, StateSizes
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, UsageError
 from rvllm.program.memory import plan_workspace
@@ -108,7 +108,7 @@ def plan_memory(
         tiles=-(-tokens * tiles.group // tiles.rows) + seqs if tiles else 0,
         updates=min(seqs * stride, 1 << 16),
     )
-    start_words = max(LEAST_START_WORDS, seqs * START_WORDS, longest + 8192)
+    start_words = max(LEAST_START_WORDS, seqs * START_WORDS + longest + 2 * MAX_BIASES + MAX_STOPS)
     mask_words = -(-program.vocab_size // 32)
     sizes, vocab = StateSizes(seqs, program.vocab_size), -(-program.vocab_size // 4) * 4
 
