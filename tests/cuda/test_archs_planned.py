@@ -7,7 +7,7 @@ from real_configs import CONFIGS, on_one_card
 
 from rvllm.backends.cuda.catalog import select
 from rvllm.backends.cuda.driver import DeviceFacts
-from rvllm.backends.cuda.encoder import EncoderPlan
+from rvllm.backends.cuda.encoder_plan import EncoderPlan
 from rvllm.backends.cuda.graphs import Recipe
 from rvllm.backends.cuda.memory import Budget
 from rvllm.config import EngineConfig

@@ -6,24 +6,21 @@ waits for the step's event and reads the drawn tokens. Up to `pipeline_depth` st
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepKernel, StepResult
-from rvllm.backends.cuda.arena import Arena
 from rvllm.backends.cuda.attention import prefill_tiles
-from rvllm.backends.cuda.catalog import Catalog
 from rvllm.backends.cuda.device_state import DeviceState, carve, clear_state, send_ropes
-from rvllm.backends.cuda.driver import Device, DeviceFacts, Pinned, Stream
+from rvllm.backends.cuda.driver import Pinned
 from rvllm.backends.cuda.flight import NOTHING, Flight
+from rvllm.backends.cuda.gpu import Found, Gpu, Progress, loading_kernels
 from rvllm.backends.cuda.graphs import GraphBook, Recipe
 from rvllm.backends.cuda.join import joined
 from rvllm.backends.cuda.launches import Counts
-from rvllm.backends.cuda.loader import Loader, fill_dummy
-from rvllm.backends.cuda.memory import BLOCK, budget_of
+from rvllm.backends.cuda.memory import BLOCK
 from rvllm.backends.cuda.metadata import SampledRows, leading_decodes
 from rvllm.backends.cuda.profile import (
     READ_KERNEL,
@@ -37,18 +34,14 @@ from rvllm.backends.cuda.scores import KERNEL as LOGPROBS_KERNEL
 from rvllm.backends.cuda.scores import Scorer
 from rvllm.backends.cuda.starts import KERNEL as START_KERNEL
 from rvllm.backends.cuda.starts import Starter
-from rvllm.backends.cuda.supported import check_device, check_supported
-from rvllm.config import EngineConfig, kernel_cache_dir
+from rvllm.config import EngineConfig
 from rvllm.errors import RvllmError, UsageError
 from rvllm.program.cost import StepShape, program_cost
-from rvllm.program.dtypes import DType
 from rvllm.program.ops import Program
 from rvllm.weights.checkpoint import Checkpoint
-from rvllm.weights.packing import find_tensor
 
 _NO_TILES = np.zeros((0, 2), dtype=np.int32)
 DEPTH = 2  # steps under way: the next is launched before this one's tokens are read
-Progress = Callable[[float, str], None]
 
 
 class CudaBackend:
@@ -56,22 +49,17 @@ class CudaBackend:
 
     def __init__(
         self,
-        device: Device,
-        facts: DeviceFacts,
-        arena: Arena,
-        catalog: Catalog,
-        stream: Stream,
+        gpu: Gpu,
         recipe: Recipe,
         state: DeviceState,
-        ledger: list[LedgerLine],
         program: Program,
         check_memory: bool = False,
     ) -> None:
         plan = recipe.memory
-        self._device, self._facts, self._arena = device, facts, arena
-        self._catalog, self._stream, self._recipe, self._state = catalog, stream, recipe, state
-        self._ledger, self._program = ledger, program
-        self._graphs = GraphBook(recipe, catalog, stream)
+        self._gpu, self._ledger = gpu, gpu.ledger()
+        self._facts, self._catalog, self._stream = gpu.facts, gpu.catalog, gpu.stream
+        self._recipe, self._state, self._program = recipe, state, program
+        self._graphs = GraphBook(recipe, gpu.catalog, gpu.stream)
         self._limits = Limits(
             max_num_seqs=plan.seqs,
             max_num_batched_tokens=plan.tokens,
@@ -82,8 +70,8 @@ class CudaBackend:
             prefix_reuse=not program.states,
         )
         self._ring = [Flight.create(plan) for _ in range(DEPTH + 2)]
-        self._starter = Starter(catalog, stream, state, plan)
-        self._scorer = Scorer(catalog, stream, state)
+        self._starter = Starter(gpu.catalog, gpu.stream, state, plan)
+        self._scorer = Scorer(gpu.catalog, gpu.stream, state)
         self._check_memory, self._free_before, self._graphs_before = check_memory, -1, 0
         self._last: Flight | None = None
         self._steps = self._gaps = 0
@@ -101,43 +89,18 @@ class CudaBackend:
         Raises MissingKernelError, CapacityError or UsageError before any weight is read.
         """
         report = progress or (lambda fraction, text: None)
-        check_supported(program, config)
+        found = Found.for_program(program, config)
         program = joined(program)
-        device = Device()
-        facts = device.facts()
-        check_device(facts)
-        free, total = device.free_memory()
-        budget = budget_of(config, free, total)
-        recipe, wanted = Recipe.plan(program, config, facts, budget)
+        recipe, wanted = Recipe.plan(program, config, found.facts, found.budget)
         memory = recipe.memory
-        catalog = Catalog(facts.capability, kernel_cache_dir())
-        catalog.require(
-            [*recipe.kernels(), *_service_kernels(program, checkpoint)],
-            lambda done, count: report(done / count, "compiling kernels"),
-        )
-        after_modules, _ = device.free_memory()
-        arena = Arena(memory.nbytes)
-        state = carve(arena, program, recipe.stages, memory, wanted)
-        stream = Stream()
-        clear_state(stream, state, memory)
-        send_ropes(stream, state, memory)
-        if checkpoint is None:
-            fill_dummy(catalog, stream, program.dtype, state.places, config.seed)
-        else:
-            loader = Loader(catalog, stream, program.dtype, state.kv)
-            try:
-                loader.load(state.places, checkpoint, report)
-            finally:
-                loader.close()
-        ledger = [
-            LedgerLine("in use before (driver, context, others)", budget.used),
-            LedgerLine("kernels", free - after_modules),
-            *arena.ledger(),
-        ]
+        kernels = [*recipe.kernels(), START_KERNEL, LOGPROBS_KERNEL, *loading_kernels(program, checkpoint)]
+        gpu = Gpu.take(found, kernels, memory.nbytes, report)
+        state = carve(gpu.arena, program, recipe.stages, memory, wanted)
+        clear_state(gpu.stream, state, memory)
+        send_ropes(gpu.stream, state, memory)
+        gpu.load_weights(program.dtype, state.places, checkpoint, config.seed, state.kv, report)
         recipe = replace(recipe, addresses=state.addresses)
-        backend = CudaBackend(
-            device, facts, arena, catalog, stream, recipe, state, ledger, program, config.check_device_memory
-        )
+        backend = CudaBackend(gpu, recipe, state, program, config.check_device_memory)
         if config.capture_graphs == "eager":
             report(0.0, "capturing graphs")
             backend.capture_all()
@@ -155,15 +118,15 @@ class CudaBackend:
 
     def ledger(self) -> list[LedgerLine]:
         """Device memory line by line, and what the driver says is left."""
-        free, _ = self._device.free_memory()
+        free, _ = self._gpu.device.free_memory()
         return [*self._ledger, LedgerLine("free", free)]
 
     def capture_all(self) -> None:
         """Captures every graph now instead of on first use."""
-        before, _ = self._device.free_memory()
+        before, _ = self._gpu.device.free_memory()
         self._graphs.capture_all()
         self._stream.sync()
-        after, _ = self._device.free_memory()
+        after, _ = self._gpu.device.free_memory()
         self._ledger.append(LedgerLine("graphs", before - after))
 
     def launch(self, batch: StepBatch) -> Flight:
@@ -229,7 +192,7 @@ class CudaBackend:
 
     def _prove_memory_flat(self) -> None:
         """Raises RvllmError if device memory was taken since the last step by anything but a new graph."""
-        free, graphs = self._device.free_memory()[0], len(self._graphs)
+        free, graphs = self._gpu.device.free_memory()[0], len(self._graphs)
         taken = self._free_before - free
         if self._free_before >= 0 and taken > 0 and graphs == self._graphs_before:
             raise RvllmError(f"--check-device-memory: a step took {taken} bytes of device memory")
@@ -279,7 +242,7 @@ class CudaBackend:
             Counts(size, size, size),
             pdl=self._facts.capability >= 90,
         )
-        arena, sink = self._arena, self._state.addresses.bests
+        arena, sink = self._gpu.arena, self._state.addresses.bests
         nbytes = min(arena.nbytes, 16 << 30)
         rate = stream_rate(self._catalog, self._stream, arena.base, nbytes, sink, 4 * self._facts.sm_count)
         return Profile(seqs, context, rows, step, rate)
@@ -319,17 +282,4 @@ class CudaBackend:
         for flight in self._ring:
             flight.close()
         self._starter.close()
-        self._arena.close()
-        self._catalog.close()
-        self._stream.close()
-        self._device.close()
-
-
-def _service_kernels(program: Program, checkpoint: Checkpoint | None) -> list[str]:
-    """Kernels beside a step's own: slot starts, logprobs, and loading."""
-    names = [START_KERNEL, LOGPROBS_KERNEL]
-    tag = "bf16" if program.dtype is DType.BF16 else "f16"
-    if checkpoint is None:
-        return [*names, f"sm80_{tag}_fill_random", "sm80_f32_fill_random"]
-    found = (find_tensor(part, checkpoint) for weight in program.weights for part in weight.parts)
-    return [*names, *Loader.kernels(program.dtype, [info.type for info in found if info is not None])]
+        self._gpu.close()

@@ -7,14 +7,14 @@ per padded token count, and a head from there to the drawn tokens, per padded nu
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from rvllm.backends.base import StepKernel, grouped
+from rvllm.backends.base import StepKernel
 from rvllm.backends.cuda.addresses import Addresses, Shape
 from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
+from rvllm.backends.cuda.captured import Captured, Key
 from rvllm.backends.cuda.catalog import Catalog
 from rvllm.backends.cuda.chip import Chip
 from rvllm.backends.cuda.device_state import shape_of
@@ -22,7 +22,7 @@ from rvllm.backends.cuda.driver import DeviceFacts, Graph, Stream
 from rvllm.backends.cuda.families import TileShape
 from rvllm.backends.cuda.fuse import Stage, fuse
 from rvllm.backends.cuda.join import joined
-from rvllm.backends.cuda.launches import Counts, Planned, bind, kernel_names
+from rvllm.backends.cuda.launches import Counts, Planned, kernel_names
 from rvllm.backends.cuda.lowering import Lowering
 from rvllm.backends.cuda.memory import Budget, MemoryPlan, plan_memory, ropes_of
 from rvllm.backends.cuda.metadata import Layout
@@ -180,19 +180,19 @@ class GraphBook:
 
     def __init__(self, recipe: Recipe, catalog: Catalog, stream: Stream) -> None:
         self._recipe = recipe
-        self._catalog = catalog
-        self._stream = stream
-        self._graphs: dict[tuple[str, int], Graph] = {}
+        self._graphs = Captured(catalog, stream)
         self._decode_sizes = recipe.decode_sizes()
         self._token_sizes = recipe.token_sizes()
         self._sample_sizes = recipe.sample_sizes()
-        self.capture_seconds = 0.0
-
-        self._kernels: dict[tuple[str, int], list[StepKernel]] = {}
-        self._last: list[tuple[str, int]] = []  # the graphs of the step asked for last
+        self._last: list[Key] = []  # the graphs of the step asked for last
 
     def __len__(self) -> int:
         return len(self._graphs)
+
+    @property
+    def capture_seconds(self) -> float:
+        """Seconds that capturing took."""
+        return self._graphs.seconds
 
     def captured(self) -> dict[str, float]:
         """A figure of 1 for each graph there is, by kind and padded size; see `Backend.stats`."""
@@ -200,7 +200,7 @@ class GraphBook:
 
     def last_kernels(self) -> list[StepKernel]:
         """The kernels of the step whose graphs were asked for last, in the order of first use."""
-        return [kernel for key in self._last for kernel in self._kernels[key]]
+        return [kernel for key in self._last for kernel in self._graphs.kernels(key)]
 
     def decode_size(self, seqs: int) -> int:
         """The padded batch size for `seqs` decodes."""
@@ -209,19 +209,19 @@ class GraphBook:
     def decode(self, size: int) -> Graph:
         """The graph of a decode step of `size` (a padded size) sequences."""
         self._last = [("decode", size)]
-        return self._get("decode", size, self._recipe.decode, Counts(size, size, size))
+        return self._graphs.get("decode", size, self._recipe.decode, Counts(size, size, size))
 
     def body(self, tokens: int) -> Graph:
         """The graph that computes the hidden rows of up to `tokens` tokens."""
         size = bucket_of(self._token_sizes, tokens)
         self._last = [("body", size)]
-        return self._get("body", size, self._recipe.body, Counts(size, self._recipe.memory.seqs, 0))
+        return self._graphs.get("body", size, self._recipe.body, Counts(size, self._recipe.memory.seqs, 0))
 
     def head(self, samples: int) -> Graph:
         """The graph from hidden rows to tokens for up to `samples` rows."""
         size = bucket_of(self._sample_sizes, samples)
         self._last = [*self._last[:1], ("head", size)]
-        return self._get("head", size, self._recipe.head, Counts(0, 0, size))
+        return self._graphs.get("head", size, self._recipe.head, Counts(0, 0, size))
 
     def capture_all(self) -> None:
         """Captures every graph there can be."""
@@ -232,20 +232,6 @@ class GraphBook:
         for size in self._sample_sizes:
             self.head(size)
 
-    def _get(self, kind: str, size: int, plan: Callable[[int], list[Planned]], counts: Counts) -> Graph:
-        graph = self._graphs.get((kind, size))
-        if graph is None:
-            started = time.perf_counter()
-            planned = plan(size)
-            self._kernels[kind, size] = grouped((p.op, p.kernel, p.why) for p in planned)
-            bound = bind(planned, self._catalog, pdl=self._recipe.chip.capability >= 90)
-            self._stream.begin_capture()
-            bound.run(self._stream, counts)
-            graph = self._graphs[kind, size] = self._stream.end_capture()
-            self.capture_seconds += time.perf_counter() - started
-        return graph
-
     def close(self) -> None:
         """Destroys all graphs."""
-        for graph in self._graphs.values():
-            graph.close()
+        self._graphs.close()

@@ -16,10 +16,11 @@ from statistics import median
 import numpy as np
 
 from rvllm.backends.base import SamplingSpec, SlotStart, StepBatch
+from rvllm.backends.cuda.captured import capture
 from rvllm.backends.cuda.catalog import Catalog
 from rvllm.backends.cuda.driver import Event, Graph, Launch, Stream
 from rvllm.backends.cuda.fuse import Stage
-from rvllm.backends.cuda.launches import Counts, Planned, bind
+from rvllm.backends.cuda.launches import Counts, Planned
 from rvllm.program.cost import Cost, StepShape, op_cost
 from rvllm.program.ops import Program
 
@@ -86,14 +87,6 @@ def time_graph(stream: Stream, graph: Graph) -> float:
     began.close()
     ended.close()
     return median(times)
-
-
-def capture(planned: Sequence[Planned], catalog: Catalog, stream: Stream, counts: Counts, pdl: bool) -> Graph:
-    """A graph of these launches."""
-    bound = bind(planned, catalog, pdl=pdl)
-    stream.begin_capture()
-    bound.run(stream, counts)
-    return stream.end_capture()
 
 
 def profile_launches(
