@@ -1,11 +1,31 @@
-"""What the plan of the device's memory promises the rest of the backend; no GPU needed."""
+"""What the plan of the device's memory promises the rest of the backend and the operator; no GPU needed."""
+
+import json
+from pathlib import Path
 
 import pytest
-from test_lowering import H100, program, recipe
+from gpu_engine import needs_gpu
+from test_lowering import H100, QWEN_7B, program, recipe
 
 from rvllm.backends.base import MOST_BIASES, MOST_STOPS
+from rvllm.backends.cuda import arena
+from rvllm.backends.cuda.driver import CudaError
+from rvllm.backends.cuda.memory import GB, HEADROOM, budget_of
+from rvllm.backends.cuda.outlook import outlook
 from rvllm.backends.cuda.sampling import START_WORDS
+from rvllm.cli.main import main
 from rvllm.config import EngineConfig
+from rvllm.errors import CapacityError
+from rvllm.models.config import ModelConfig
+from rvllm.models.registry import build_program
+from rvllm.program.dtypes import DType
+
+TOTAL, FREE = 80 * GB, 78 * GB
+BERT = {
+    "architectures": ["BertModel"], "vocab_size": 515, "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 512, "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12, "type_vocab_size": 2,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("seqs", "longest"), [(8, 4096), (512, 131072), (256, 262144), (1024, 262144)])
@@ -16,3 +36,61 @@ def test_the_longest_request_with_every_list_full_fits_the_buffer_of_starting_sl
     plan = recipe(program(num_hidden_layers=1, max_position_embeddings=longest), H100, config).memory
     assert plan.longest == longest and plan.seqs == seqs
     assert plan.start_words - seqs * START_WORDS >= longest + 2 * MOST_BIASES + MOST_STOPS
+
+
+@pytest.mark.parametrize(
+    ("flags", "most"),
+    [
+        ({}, int(0.9 * TOTAL)),
+        ({"gpu_memory_utilization": 1.0}, TOTAL),
+        ({"gpu_memory_utilization": 1.0, "gpu_memory_reserve_gb": 8.0}, TOTAL - 8 * GB),
+        ({"gpu_memory_utilization": 0.5, "gpu_memory_reserve_gb": 8.0}, TOTAL // 2),
+        ({"gpu_memory_utilization": 0.01}, 2 * GB),
+        ({"gpu_memory_reserve_gb": 500.0}, 2 * GB),
+    ],
+)
+def test_both_memory_flags_hold_for_all_that_is_taken(flags: dict[str, float], most: int) -> None:
+    budget = budget_of(EngineConfig(**flags), FREE, TOTAL)  # type: ignore[arg-type]
+    assert budget.used == TOTAL - FREE
+    taken = budget.used + budget.ours
+    assert taken == (most - HEADROOM if most > budget.used else budget.used)
+
+
+@pytest.mark.parametrize("blocks", [None, 2000])
+def test_info_shows_every_byte_of_the_device(blocks: int | None) -> None:
+    config = EngineConfig(num_gpu_blocks=blocks)
+    given, budget = program(), budget_of(config, FREE, TOTAL)
+    seen, plan = outlook(given, config, H100, budget), recipe(given, H100, config, budget).memory
+    assert sum(seen.lines.values()) == seen.total == TOTAL and min(seen.lines.values()) >= 0
+    assert {name: seen.lines[name] for name in plan.lines} == plan.lines
+    assert seen.limits["kv blocks"] == plan.num_blocks == (blocks or plan.num_blocks)
+    assert seen.limits["max_model_len"] == plan.max_model_len
+
+
+def test_info_shows_an_encoder_too() -> None:
+    config = EngineConfig()
+    seen = outlook(
+        build_program(ModelConfig(BERT, "t"), DType.F16), config, H100, budget_of(config, FREE, TOTAL)
+    )
+    assert sum(seen.lines.values()) == TOTAL and seen.lines["weights"] > 0
+    assert seen.limits["max_model_len"] == 512 and "kv blocks" not in seen.limits
+
+
+def test_memory_that_is_gone_meanwhile_is_one_line_with_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, *_: object) -> int:
+        raise CudaError(f"{name}: CUDA_ERROR_OUT_OF_MEMORY")
+
+    monkeypatch.setattr(arena, "call", refuse)
+    with pytest.raises(CapacityError, match=r"9\.00 GB .*OUT_OF_MEMORY.*--gpu-memory-utilization"):
+        arena.Arena(9 * GB)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_info_plans_on_the_gpu_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B | {"num_hidden_layers": 2}))
+    assert (
+        main(["info", "--model", str(tmp_path), "--device", "cuda", "--num-gpu-blocks", "64", "--json"]) == 0
+    )
+    lines = json.loads(capsys.readouterr().out)["memory plan (cuda)"]
+    assert lines["kv blocks"] == "64" and int(lines["sum"].split()[0]) > 1 << 30

@@ -163,11 +163,14 @@ def memory_rows(program: Program, checkpoint: Checkpoint, config: EngineConfig, 
 
     per_token = kv_bytes_per_token(program)
     if device != "cpu":
-        weights = sum(w.elements for w in program.weights) * program.dtype.size
+        from rvllm.backends.cuda.outlook import outlook_here
+
+        seen = outlook_here(program, config)
         return [
-            ("weights", f"{weights} bytes ({human_bytes(weights)}) in {program.dtype.value}"),
+            *[(name, f"{nbytes} bytes ({human_bytes(nbytes)})") for name, nbytes in seen.lines.items()],
+            ("sum", f"{seen.total} bytes ({human_bytes(seen.total)}), all the device has"),
             ("kv cache per token", f"{per_token} bytes"),
-            ("kv blocks", "decided at start; the ledger is printed then"),
+            *[(name, str(value)) for name, value in seen.limits.items()],
         ]
     from rvllm.backends.cpu.memory import plan_memory, weight_bytes
 

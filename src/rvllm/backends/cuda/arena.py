@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rvllm.backends.base import LedgerLine
-from rvllm.backends.cuda.driver import call
+from rvllm.backends.cuda.driver import CudaError, call
 from rvllm.errors import CapacityError
 
 ALIGNMENT = 1024  # bytes: what swizzled shared-memory images and vector loads want
@@ -21,11 +21,21 @@ class Range:
 
 
 class Arena:
-    """One device allocation, carved front to back. There is no way to give a range back."""
+    """One device allocation, carved front to back. There is no way to give a range back.
+
+    Raises CapacityError when the driver has not as much, which another process may have taken meanwhile.
+    """
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        self.base = int(call("cuMemAlloc", nbytes))
+        try:
+            self.base = int(call("cuMemAlloc", nbytes))
+        except CudaError as error:
+            raise CapacityError(
+                f"GPU memory: the driver refuses {nbytes / 1e9:.2f} GB in one piece ({error}); another "
+                "process may have taken some meanwhile; lower --gpu-memory-utilization or raise "
+                "--gpu-memory-reserve-gb"
+            ) from None
         self._used = 0
         self._lines: dict[str, int] = {}
 

@@ -28,11 +28,12 @@ BLOCK = 16  # positions of a KV block
 SCORED_ROWS = 64  # rows of a step that may be scored for prompt logprobs besides the sampled ones
 DEFAULT_TOKENS = 8192
 LEAST_START_WORDS = 1 << 18
+HEADROOM = 256 << 20  # for what the driver takes by itself: kernels, graphs, their launch buffers
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes of device memory there are, in use before us, and ours to take."""
+    """Bytes of device memory there are, in use before us, and ours to carve up, which HEADROOM is not."""
 
     total: int
     used: int
@@ -42,11 +43,13 @@ class Budget:
 def budget_of(config: EngineConfig, free: int, total: int) -> Budget:
     """What --gpu-memory-utilization and --gpu-memory-reserve-gb leave: both limits hold.
 
-    Utilization is a share of the whole card, other processes' memory included; the reserve stays free.
+    Utilization is a share of the whole card, other processes' memory included; the reserve stays free. What
+    the driver takes for kernels and graphs comes out of HEADROOM, so that both limits hold for all of it.
     """
     used = total - free
     share = int(total * config.gpu_memory_utilization) - used
-    return Budget(total, used, max(0, min(share, free - int(config.gpu_memory_reserve_gb * GB))))
+    room = min(share, free - int(config.gpu_memory_reserve_gb * GB))
+    return Budget(total, used, max(0, room - HEADROOM))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,66 @@
+"""What a start would take of the GPU, without loading anything: for `rvllm info`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rvllm.backends.cuda.driver import Device, DeviceFacts
+from rvllm.backends.cuda.encoder_plan import EncoderPlan
+from rvllm.backends.cuda.graphs import Recipe
+from rvllm.backends.cuda.join import joined
+from rvllm.backends.cuda.memory import HEADROOM, Budget, budget_of
+from rvllm.backends.cuda.supported import check_device, check_supported
+from rvllm.config import EngineConfig
+from rvllm.program.encoder import embedding_size
+from rvllm.program.ops import Program
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """lines: bytes by name, of all the device's memory; their sum is `total`. limits: what would fit."""
+
+    total: int
+    lines: dict[str, int]
+    limits: dict[str, int]
+
+
+def outlook_here(program: Program, config: EngineConfig) -> Outlook:
+    """The outlook on this machine's GPU as it is now. Raises what the start would raise."""
+    check_supported(program, config)
+    device = Device()
+    try:
+        facts = device.facts()
+        check_device(facts)
+        return outlook(program, config, facts, budget_of(config, *device.free_memory()))
+    finally:
+        device.close()
+
+
+def outlook(program: Program, config: EngineConfig, facts: DeviceFacts, budget: Budget) -> Outlook:
+    """The lines and limits of the plan that a start with this budget follows."""
+    if embedding_size(program) is None:
+        memory = Recipe.plan(joined(program), config, facts, budget)[0].memory
+        taken = memory.lines
+        limits = {
+            "kv blocks": memory.num_blocks,
+            "tokens they hold": memory.num_blocks * 16,
+            "max_model_len": memory.max_model_len,
+            "max_num_seqs": memory.seqs,
+            "max_num_batched_tokens": memory.tokens,
+        }
+    else:
+        plan = EncoderPlan.make(program, config, facts, budget)
+        taken = plan.lines
+        limits = {
+            "max_model_len": plan.longest,
+            "max_num_seqs": plan.seqs,
+            "max_num_batched_tokens": plan.tokens,
+        }
+    rest = budget.total - budget.used - sum(taken.values()) - HEADROOM
+    lines = {
+        "in use before (driver, context, others)": budget.used,
+        **taken,
+        "kept for kernels and graphs": HEADROOM,
+        "free": rest,
+    }
+    return Outlook(budget.total, lines, limits)
