@@ -7,12 +7,14 @@ import pytest
 from rvllm.config import (
     EngineConfig,
     ServerConfig,
+    SourceConfig,
     add_flags,
     build,
     env_of,
     flag_of,
     markdown_table,
     settings_of,
+    unknown_variables,
 )
 from rvllm.errors import UsageError
 
@@ -29,7 +31,10 @@ def test_flags_win_over_environment_over_defaults() -> None:
         ({"max_num_seqs": "0"}, {}, "--max-num-seqs: must be at least 1"),
         ({"max_num_seqs": "many"}, {}, "--max-num-seqs: expected a whole number"),
         ({"device": "tpu"}, {}, "--device: 'tpu' is not one of auto, cuda, cpu"),
-        ({"gpu_memory_utilization": "nan"}, {}, "--gpu-memory-utilization"),
+        ({"gpu_memory_utilization": "nan"}, {}, "--gpu-memory-utilization: must be a finite number"),
+        ({"gpu_memory_utilization": "1.5"}, {}, "--gpu-memory-utilization: must be at most 1, got 1.5"),
+        ({"gpu_memory_reserve_gb": "inf"}, {}, "--gpu-memory-reserve-gb: must be a finite number, got inf"),
+        ({}, {"RVLLM_KV_CACHE_MEMORY_GB": "inf"}, "RVLLM_KV_CACHE_MEMORY_GB: must be a finite number"),
         ({}, {"RVLLM_BATCHED_GEMM_STRATEGY": "fast"}, "RVLLM_BATCHED_GEMM_STRATEGY: 'fast' is not one of"),
     ],
 )
@@ -37,6 +42,17 @@ def test_bad_values_name_their_origin(given: dict[str, str], environ: dict[str, 
     with pytest.raises(UsageError) as caught:
         build(EngineConfig, given, environ)
     assert says in str(caught.value)
+
+
+def test_variables_that_nothing_reads_are_found() -> None:
+    given = {"RVLLM_GPU_MEMORY_UTILISATION": "0.3", "RVLLM_PORT": "1", "RVLLM_TEST_SEED": "3", "HOME": "/"}
+    found = unknown_variables(given | {"RVLLM_FP8_WEIGHTS": "1"})
+    assert found == {
+        "RVLLM_FP8_WEIGHTS": None,
+        "RVLLM_GPU_MEMORY_UTILISATION": "RVLLM_GPU_MEMORY_UTILIZATION",
+    }
+    for cls in (EngineConfig, ServerConfig, SourceConfig):
+        assert unknown_variables({env_of(f.name, known): "" for f, known in settings_of(cls)}) == {}
 
 
 @pytest.mark.parametrize("cls", [EngineConfig, ServerConfig])

@@ -251,12 +251,12 @@ def check_value(name: str, known: Setting, value: Any, origin: str) -> None:
         return
     if known.choices and value not in known.choices:
         raise UsageError(f"{origin}: {value!r} is not one of {', '.join(known.choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{origin}: must be a finite number, got {value:g}")
     if known.low is not None and value < known.low:
         raise UsageError(f"{origin}: must be at least {known.low:g}, got {value}")
     if known.high is not None and value > known.high:
         raise UsageError(f"{origin}: must be at most {known.high:g}, got {value}")
-    if isinstance(value, float) and math.isnan(value):
-        raise UsageError(f"{origin}: must be a number, got nan")
 
 
 def add_flags(parser: argparse.ArgumentParser, cls: type, title: str, skip: Sequence[str] = ()) -> None:
@@ -303,6 +303,21 @@ def build(cls: type[ConfigT], given: Mapping[str, Any], environ: Mapping[str, st
         check_value(f.name, known, value, origin)
         values[f.name] = value
     return cls(**values)
+
+
+def unknown_variables(environ: Mapping[str, str]) -> dict[str, str | None]:
+    """Variables named like ours that no setting reads, each with the known one that it may be a slip of.
+
+    Those of the tests, RVLLM_TEST_..., are left out.
+    """
+    known = {env_of(f.name, s) for c in (EngineConfig, ServerConfig, SourceConfig) for f, s in settings_of(c)}
+    ours = sorted(n for n in environ if n.startswith("RVLLM_") and not n.startswith("RVLLM_TEST_"))
+    strange = [name for name in ours if name not in known]
+    if not strange:
+        return {}
+    from difflib import get_close_matches
+
+    return {name: next(iter(get_close_matches(name, known, n=1, cutoff=0.8)), None) for name in strange}
 
 
 def kernel_cache_dir() -> Path:

@@ -1,5 +1,6 @@
 """The command line as a whole: help, defaults, errors in one line, exit codes, start-up time."""
 
+import json
 import os
 import signal
 import subprocess
@@ -102,6 +103,14 @@ def test_errors_carry_their_own_exit_code(
     assert capsys.readouterr().err == "rvllm: x.gguf: no such tensor\n"
     assert cli.main(["stop"]) == 130
     assert capsys.readouterr().err == ""
+
+
+def test_a_misspelt_variable_is_told_and_leaves_the_output_alone() -> None:
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("RVLLM_")}
+    found = run("info", "--json", env=environ | {"RVLLM_DEVISE": "cuda"})
+    assert found.returncode == 0 and json.loads(found.stdout)
+    assert one_line(found.stderr) == "rvllm: no setting reads RVLLM_DEVISE (RVLLM_DEVICE?)"
+    assert run("info", "--json", env=environ | {"RVLLM_SEED": "3"}).stderr == ""
 
 
 def test_a_reader_that_stops_reading_is_no_error() -> None:

@@ -67,6 +67,18 @@ def _with_command(words: list[str]) -> list[str]:
     return words
 
 
+def _tell_of_unknown_variables() -> None:
+    """One line on stderr: a misspelt variable would otherwise leave its setting as it was, silently."""
+    if not any(name.startswith("RVLLM_") for name in os.environ):
+        return
+    from rvllm.config import unknown_variables
+
+    if unknown := unknown_variables(os.environ):
+        names = [f"{name} ({close}?)" if close else name for name, close in unknown.items()]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        print(f"rvllm: no setting reads {', '.join(names[:5])}{more}", file=sys.stderr)
+
+
 def _run(words: list[str]) -> int:
     parser = OneLineParser(
         prog="rvllm", description="An LLM inference server for one GPU that you understand completely."
@@ -92,6 +104,7 @@ def _run(words: list[str]) -> int:
     if module is None:  # only reached by flags that argparse accepts without a command
         parser.print_help()
         return 0
+    _tell_of_unknown_variables()
     code = module.main(args)
     assert isinstance(code, int)
     return code
