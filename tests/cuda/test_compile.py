@@ -1,6 +1,6 @@
 """Every kernel of the catalog compiles, without a GPU, into code that keeps its registers.
 
-The default is a selection that touches every source file; RVLLM_COMPILE=all, as CI has it, takes every
+The default is a selection that touches every source file; RVLLM_TEST_COMPILE=all, as CI has it, takes every
 kernel there is, for sm_80 and sm_90a.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rvllm.errors import MissingKernelError
+from rvllm.errors import MissingKernelError, UsageError
 from rvllm.kernels import build
 from rvllm.kernels.manifest import MANIFEST
 from rvllm.kernels.ops_manifest import SPECS
@@ -50,7 +50,7 @@ def nvrtc_missing() -> str:
 
 
 def wanted(target: str) -> list[build.Unit]:
-    everything = os.environ.get("RVLLM_COMPILE") == "all"
+    everything = os.environ.get("RVLLM_TEST_COMPILE") == "all"
     specs = [s for s in MANIFEST.values() if s.runs_on(TARGETS[target])]
     return build.units([s for s in specs if everything or s.name in CHOSEN[target]], target)
 
@@ -107,3 +107,30 @@ def test_a_key_follows_sources_headers_and_options(monkeypatch: pytest.MonkeyPat
 def test_a_missing_cubin_is_named_not_compiled_behind_ones_back(tmp_path: Path) -> None:
     with pytest.raises(MissingKernelError, match="rvllm kernels build"):
         build.load(wanted("sm_80")[:2], tmp_path, compile_missing=False)
+
+
+def kept(folder: Path) -> tuple[build.Unit, Path]:
+    (unit,) = build.units([MANIFEST["sm80_begin_step"]], "sm_80")
+    build._write(build.Cubin(unit, b"\x7fELF" + bytes(500), {"begin_step": "begin_step"}, 1.0), folder)
+    path = build.find(unit, folder)
+    assert path is not None
+    return unit, path
+
+
+@pytest.mark.parametrize("keep", [0, 10, 200, -1])
+def test_a_cubin_that_was_cut_short_counts_as_absent(keep: int, tmp_path: Path) -> None:
+    unit, path = kept(tmp_path)
+    (whole,) = build.load([unit], tmp_path, compile_missing=False)
+    assert len(whole.code) == 504
+    path.write_bytes(path.read_bytes()[:keep])
+    assert build.find(unit, tmp_path) is None
+    with pytest.raises(MissingKernelError, match="rvllm kernels build"):
+        build.load([unit], tmp_path, compile_missing=False)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(
+        UsageError, match=r"cannot be kept in .*file.kernels: Not a directory; set RVLLM_CACHE_DIR"
+    ):
+        kept(tmp_path / "file" / "kernels")

@@ -38,6 +38,19 @@ def config(**fields: object) -> ModelConfig:
         ({"rope_scaling": {"type": "spiral"}}, "rope_scaling: type is 'spiral'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor is missing"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 4,
+                }
+            },
+            "rope_scaling: high_freq_factor must be above low_freq_factor 4, got 4",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 1.0}, "rope_theta must be above 1"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "head_dim": 2}, "no formula for 2 rotated"),
         ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "must have 8 entries"),
         ({"architectures": []}, "architectures names no architecture"),
         ({"architectures": ["GPT5"]}, "architecture 'GPT5' is not supported; supported: "),

@@ -1,7 +1,9 @@
 """Compiles kernels with NVRTC into cubins, cached under a hash of everything that goes into them.
 
 Needs no GPU. A cubin's key is the SHA-256 of its source with all headers of ours it includes, its
-definitions, its instantiations, the target and the compiler's version, so a stale one cannot be loaded.
+definitions, its instantiations, the target and the compiler's options, so one of other sources cannot be
+loaded; the compiler's version is not in it, as cubins are found where there is no compiler. A file that is
+not what was written (cut short by a full disk, say) counts as absent.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from rvllm.errors import MissingKernelError, RvllmError
+from rvllm.errors import MissingKernelError, RvllmError, UsageError
 from rvllm.kernels.spec import KernelSpec
 
 SOURCES = Path(__file__).parent
@@ -99,7 +101,8 @@ def load(
 ) -> list[Cubin]:
     """The cubins of `wanted`, from the wheel, from the cache, or compiled now on all cores.
 
-    Raises MissingKernelError when something would have to be compiled and may not or cannot be.
+    Raises MissingKernelError when something would have to be compiled and may not or cannot be, UsageError
+    when the cache cannot be written.
     """
     found = {unit: cubin for unit in wanted if (cubin := _read(unit, cache_dir)) is not None}
     missing = [unit for unit in wanted if unit not in found]
@@ -161,24 +164,40 @@ def compile_unit(unit: Unit) -> Cubin:
 
 def find(unit: Unit, cache_dir: Path) -> Path | None:
     """The unit's cubin in the wheel or the cache, if it has been built from the present sources."""
-    paths = (folder / f"{unit.key}.cubin" for folder in (PREBUILT, cache_dir))
-    return next((path for path in paths if path.exists()), None)
+    found = _found(unit, cache_dir)
+    return None if found is None else found[0]
 
 
 def _read(unit: Unit, cache_dir: Path) -> Cubin | None:
-    path = find(unit, cache_dir)
-    if path is None:
-        return None
-    header, _, code = path.read_bytes().partition(b"\n")
-    return Cubin(unit, code, json.loads(header)["names"], 0.0)
+    found = _found(unit, cache_dir)
+    return None if found is None else found[1]
+
+
+def _found(unit: Unit, cache_dir: Path) -> tuple[Path, Cubin] | None:
+    for path in (folder / f"{unit.key}.cubin" for folder in (PREBUILT, cache_dir)):
+        try:
+            header, _, code = path.read_bytes().partition(b"\n")
+            said = json.loads(header)
+            names, digest = said["names"], said.get("sha256")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if digest in (None, hashlib.sha256(code).hexdigest()) and set(names) == set(unit.symbols):
+            return path, Cubin(unit, code, names, 0.0)
+    return None
 
 
 def _write(cubin: Cubin, cache_dir: Path) -> None:
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    header = json.dumps({"source": cubin.unit.source, "target": cubin.unit.target, "names": cubin.names})
-    with tempfile.NamedTemporaryFile(dir=cache_dir, delete=False) as file:
-        file.write(header.encode() + b"\n" + cubin.code)
-    os.replace(file.name, cache_dir / f"{cubin.unit.key}.cubin")
+    said = {"source": cubin.unit.source, "target": cubin.unit.target, "names": cubin.names}
+    header = json.dumps(said | {"sha256": hashlib.sha256(cubin.code).hexdigest()})
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cache_dir, delete=False) as file:
+            file.write(header.encode() + b"\n" + cubin.code)
+        os.replace(file.name, cache_dir / f"{cubin.unit.key}.cubin")
+    except OSError as error:
+        raise UsageError(
+            f"compiled kernels cannot be kept in {cache_dir}: {error.strerror}; set RVLLM_CACHE_DIR"
+        ) from None
 
 
 @cache

@@ -107,14 +107,17 @@ def read_rope(
     if kind == "linear":
         return replace(scaled, kind="linear")
     if kind == "dynamic":
+        if dim == 2:
+            raise section.fail("rope_type", "dynamic has no formula for 2 rotated elements")
         return replace(scaled, kind="dynamic")
     if kind == "llama3":
-        return replace(
-            scaled,
-            kind="llama3",
-            low_freq_factor=section.float("low_freq_factor", low=1e-6),
-            high_freq_factor=section.float("high_freq_factor", low=1e-6),
-        )
+        low = section.float("low_freq_factor", low=1e-6)
+        high = section.float("high_freq_factor", low=1e-6)
+        if low >= high:
+            raise section.fail("high_freq_factor", f"must be above low_freq_factor {low:g}, got {high:g}")
+        return replace(scaled, kind="llama3", low_freq_factor=low, high_freq_factor=high)
+    if theta <= 1:
+        raise config.fail(theta_name, f"must be above 1 for yarn, got {theta:g}")
     return replace(
         scaled,
         kind="yarn",
