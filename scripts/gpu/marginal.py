@@ -18,7 +18,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from arch_bench import CONTEXT, ENGINE, program_of
 
-from rvllm.backends.cuda import lower_experts
 from rvllm.backends.cuda.backend import CudaBackend
 from rvllm.backends.cuda.launches import Counts, Planned
 from rvllm.backends.cuda.profile import capture, decode_batch, make_of, time_graph
@@ -43,13 +42,6 @@ def measure(name: str, context: int) -> None:
         graph.close()
         return found
 
-    usual = lower_experts.AHEAD
-    for size in (0, 8, 16, 24):  # MB brought to L2 while experts are chosen
-        lower_experts.AHEAD = size << 20
-        graph = capture(backend._recipe.decode(1), backend._catalog, backend._stream, Counts(1, 1, 1), True)
-        print(f"{label}: {size} MB ahead: {time_graph(backend._stream, graph) * 1e6:.0f} us", flush=True)
-        graph.close()
-    lower_experts.AHEAD = usual
     step = seconds(set())
     print(f"{label}: step {step * 1e6:.0f} us, {len(planned)} launches")
     print(f"{'kind':48} {'x':>4} {'us each':>8} {'with next':>10}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from harness import SHORT, Array, Machine, error, expect, rounded
@@ -11,7 +11,7 @@ from harness import SHORT, Array, Machine, error, expect, rounded
 from rvllm.backends.cpu import moe
 from rvllm.backends.cpu.threads import Workers
 from rvllm.backends.cuda.chip import Chip
-from rvllm.backends.cuda.experts import WIDE_ROUTE, ExpertsAt, ExpertsPlan, RouteAt, most_tiles, plan_route
+from rvllm.backends.cuda.experts import ExpertsAt, ExpertsPlan, RouteAt, most_tiles, plan_route
 from rvllm.backends.cuda.gemm import interleave_gate_up, pack_matrix
 from rvllm.backends.cuda.launches import Counts, Planned
 from rvllm.kernels.experts_manifest import BLOCKS, FEW_TOKENS, Block
@@ -27,7 +27,8 @@ DTYPES = {"bfloat16": DType.BF16, "float16": DType.F16}
 def run(gpu: Machine, planned: Planned) -> None:
     """One planned launch."""
     args = [ctypes.c_uint64(p) if isinstance(p, int) else p for p in planned.parameters]
-    gpu.launch(planned.kernel, planned.grid(Counts(0, 0, 0)), planned.block, args, planned.smem)
+    grid = planned.grid(Counts(0, 0, 0))
+    gpu.launch(planned.kernel, grid, planned.block, args, planned.smem, cluster=planned.cluster)
 
 
 def chip(gpu: Machine) -> Chip:
@@ -94,11 +95,12 @@ class Router:
         self.weight, self.bias = gpu.array(weight.astype(dtype)), gpu.array(bias) if routing.bias else None
 
     def choose(
-        self, x: np.ndarray, padded: int, norm_weight: np.ndarray | None = None
+        self, x: np.ndarray, padded: int, norm_weight: np.ndarray | None = None, capability: int = 80
     ) -> tuple[np.ndarray, np.ndarray]:
         """ids and shares of the rows of x, in a step of up to `padded`; checks that other rows stay.
 
-        norm_weight: x is to be normalised by them before; `normed` has what it became then.
+        norm_weight: x is to be normalised by them before; `normed` has what it became then. capability: of
+        the GPU that the launch is planned for.
         """
         gpu, op, tokens = self.gpu, self.op, len(x)
         rows = np.full((padded, x.shape[1]), np.nan, np.float32)
@@ -115,9 +117,7 @@ class Router:
             weight=self.weight.address, bias=self.bias.address if self.bias else 0, logits=logits.address,
             arrivals=arrivals.address, num_tokens=count.address,
         )  # fmt: skip
-        if gpu.facts.capability >= 90 and padded < WIDE_ROUTE:  # any memory will do
-            at = replace(at, ahead=self.weight.address, ahead_bytes=self.weight.nbytes // 16 * 16)
-        run(gpu, plan_route(op, padded, SHORT[self.dtype.name], at, norm))
+        run(gpu, plan_route(op, padded, SHORT[self.dtype.name], at, norm, capability))
         self.normed = normed.get()
         assert np.isnan(self.normed[tokens:].astype(np.float32)).all()
         assert (ids.get()[tokens:] == -1).all() and np.isnan(shares.get()[tokens:]).all()
@@ -172,9 +172,10 @@ def check_route_norm(gpu: Machine, rng: np.random.Generator, dtype: np.dtype, na
         args = [out, gpu.array(x.astype(dtype)), None, gpu.array(scales), None, routing.k, 1e-5, 1.0]
         gpu.launch(kernel, tokens, threads, args)
         apart = router.choose(out.get().astype(np.float32), padded)
-        together = router.choose(x, padded, scales)
-        assert (router.normed[:tokens].view(np.uint16) == out.get().view(np.uint16)).all()
-        assert all((a == b).all() for a, b in zip(apart, together, strict=True))
+        for capability in sorted({80, gpu.facts.capability}):
+            together = router.choose(x, padded, scales, capability)
+            assert (router.normed[:tokens].view(np.uint16) == out.get().view(np.uint16)).all()
+            assert all((a == b).all() for a, b in zip(apart, together, strict=True)), capability
 
 
 def check_route_ties(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) -> None:

@@ -81,7 +81,14 @@ class Machine:
         return self.array(np.zeros(shape, dtype))
 
     def launch(
-        self, name: str, grid: Any, block: int, args: Sequence[Any], smem: int = 0, pdl: bool = True
+        self,
+        name: str,
+        grid: Any,
+        block: int,
+        args: Sequence[Any],
+        smem: int = 0,
+        pdl: bool = True,
+        cluster: int = 1,
     ) -> None:
         """Runs a kernel. Arrays go as pointers, None as null, ints as int32, floats as float32."""
         raise AssertionError("a machine launches kernels")
@@ -165,12 +172,21 @@ class Gpu(Machine):
                 self._functions[spec.name] = function
 
     def launch(
-        self, name: str, grid: Any, block: int, args: Sequence[Any], smem: int = 0, pdl: bool = True
+        self,
+        name: str,
+        grid: Any,
+        block: int,
+        args: Sequence[Any],
+        smem: int = 0,
+        pdl: bool = True,
+        cluster: int = 1,
     ) -> None:
         """Queues a kernel. Arrays go as pointers, None as null, ints as int32, floats as float32."""
         self.build([name])
         function = self._functions[name]
-        Launch(function, block, smem, self.cells(args), pdl=pdl).run(self.stream, self.grid(grid))
+        Launch(function, block, smem, self.cells(args), pdl=pdl, cluster=cluster).run(
+            self.stream, self.grid(grid)
+        )
 
     def time(self, work: Callable[[int], None], repeats: int = 20, replays: int = 7) -> float:
         """Median seconds of one `work(i)` inside a graph of `repeats` of them in a chain."""

@@ -18,7 +18,6 @@ from real_configs import CONFIGS
 from test_lowering import A100, L40, QWEN_7B, recipe
 from tiny import ArrayCheckpoint, weights_of
 
-from rvllm.backends.cuda import lower_experts
 from rvllm.backends.cuda.catalog import select
 from rvllm.backends.cuda.driver import DeviceFacts
 from rvllm.backends.cuda.experts import most_tiles, segments_of
@@ -83,7 +82,7 @@ def test_routing(gpu: Any, rng: np.random.Generator, name: str, dtype: str) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["mixtral", "qwen3", "deepseek_v2", "deepseek_v3", "tiny"])
+@pytest.mark.parametrize("name", [*experts_checks.ROUTINGS])
 def test_norm_and_routing_in_one(gpu: Any, rng: np.random.Generator, name: str, dtype: str) -> None:
     experts_checks.check_route_norm(gpu, rng, DTYPES[dtype], name)
 
@@ -150,22 +149,21 @@ def test_an_add_goes_with_the_experts_unless_a_norm_takes_it() -> None:
     assert stages.count(["experts"]) == 1 and stages.count(["experts", "add"]) == 1
 
 
-def test_weights_ahead_are_those_of_the_next_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = recipe(built(QWEN3_30B, num_hidden_layers=2), H200, EngineConfig(max_model_len=8192), GB139)
-    at = {key: 4096 * (i + 1) for i, key in enumerate(given.addresses.weights)}
-    given = replace(given, addresses=replace(given.addresses, weights=at))
+def test_a_token_is_routed_by_a_cluster_where_that_is_possible() -> None:
+    def route(experts: int, facts: DeviceFacts, tokens: int) -> tuple[str, int, int]:
+        given = recipe(
+            built(QWEN3_30B, num_hidden_layers=1, num_experts=experts), facts, EngineConfig(), GB139
+        )
+        (found,) = [p for p in given.decode(tokens) if "route" in p.kernel]
+        return found.kernel.split("route")[1], found.grid(Counts(1, 1, 1))[0], found.cluster
 
-    def routes(size: int) -> list[tuple[int, int, int]]:
-        """Blocks, address and bytes of each layer's router."""
-        monkeypatch.setattr(lower_experts, "AHEAD", size)
-        found = [p for p in given.decode(1) if "route" in p.kernel]
-        return [(p.grid(Counts(1, 1, 1))[0], p.parameters[10], p.parameters[11].value) for p in found]
-
-    assert routes(0) == [(32, 0, 0), (32, 0, 0)]
-    qkv, head = at["layers.1.qkv", "packed"], at["lm_head", "packed"]
-    size = 16 << 20
-    assert routes(size) == [(96, qkv, size), (96, head, size)]
-    assert routes(1 << 30)[0] == (96, qkv, 2 * 5120 * 2048)
+    assert route(20, H200, 1) == ("_cluster1_e128", 3, 3)
+    assert route(64, H200, 8) == ("_cluster1_e128", 8, 8)
+    assert route(65, H200, 1) == ("_cluster2_e128", 5, 5)
+    assert route(128, H200, 1) == ("_cluster2_e128", 8, 8)
+    assert route(129, H200, 1) == ("_norm_e512", 33, 1)
+    assert route(128, A100, 1) == ("_norm_e128", 32, 1)
+    assert route(128, H200, 16) == ("_wide_e128", 8, 1)
 
 
 def test_too_many_experts_are_refused_by_name() -> None:

@@ -16,8 +16,27 @@ MOST_CHOSEN = 32  # experts of a token
 MOST_GROUPS = 32
 MOST_SEGMENTS = 8  # of K, the warps of a block of `few`
 FEW_TOKENS = 8  # of a step, for `few`
-ROUTE_WARPS = 4
-ROUTES = {"": (1, 1), "_norm": (1, 1), "_wide": (8, 4)}  # tokens of a block, experts of a warp
+
+
+@dataclass(frozen=True)
+class RouteShape:
+    """An instantiation of `route`: warps and tokens of a block, experts of a warp."""
+
+    warps: int
+    tokens: int
+    experts: int
+    norm: bool = False
+    cluster: bool = False  # the blocks of a token; for up to MOST_CLUSTER of them, on Hopper
+
+
+ROUTES = {
+    "": RouteShape(4, 1, 1),
+    "_norm": RouteShape(4, 1, 1, norm=True),
+    "_wide": RouteShape(4, 8, 4),
+    "_cluster1": RouteShape(8, 1, 1, norm=True, cluster=True),
+    "_cluster2": RouteShape(8, 1, 2, norm=True, cluster=True),
+}
+MOST_CLUSTER = 8
 ROUTE_NORM_WIDTH = 4096  # of a row that `route` can normalise too
 ROUTE_LANES = (4, 16)  # experts that a lane compares
 FEW_STAGES, ONE_STAGES = 4, (8, 6, 4)  # of a warp's pipeline
@@ -78,12 +97,13 @@ def _specs() -> list[KernelSpec]:
                    smem=sort_smem(SORT_WARPS[-1], MOST_EXPERTS + MOST_CHOSEN))
     ]  # fmt: skip
     for dtype in DTYPES:
-        for suffix, (tokens, experts) in ROUTES.items():
-            for lanes in ROUTE_LANES:
-                name = f"sm80_{dtype}_route{suffix}_e{32 * lanes}"
-                norm = str(suffix == "_norm").lower()
-                symbol = f"route<{dtype}, {tokens}, {experts}, {lanes}, {norm}>"
-                specs.append(KernelSpec(name, "route.cu", symbol, unit=dtype))
+        for suffix, shape in ROUTES.items():
+            for lanes in ROUTE_LANES[:1] if shape.cluster else ROUTE_LANES:
+                arch = 90 if shape.cluster else 80
+                name = f"sm{arch}_{dtype}_route{suffix}_e{32 * lanes}"
+                sizes = f"{shape.warps}, {shape.tokens}, {shape.experts}, {lanes}"
+                symbol = f"route<{dtype}, {sizes}, {shape.norm:d}, {shape.cluster:d}>"
+                specs.append(KernelSpec(name, "route.cu", symbol, arch, unit=f"{dtype}_{arch}"))
         kinds = {f"one_s{s}": f"one<rvllm::{dtype}, {s}>" for s in ONE_STAGES}
         for tokens in (1, FEW_TOKENS):
             kinds[f"few{tokens}"] = f"few<rvllm::{dtype}, {FEW_STAGES}, {tokens}>"

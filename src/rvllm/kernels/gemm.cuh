@@ -157,6 +157,39 @@ __device__ __forceinline__ void finish(const Epilogue& e, int token, int row, co
   store(static_cast<T*>(e.out) + at, q, left, aligned);
 }
 
+// What four neighbouring outputs are finished with. Read before their sum is there, it hides a trip to L2, or to memory.
+template <class T>
+struct Held {
+  Pack<T, 4> bias = {}, residual = {};
+};
+// Whether quads of this product can be finished with what was held: none is gated, none is cut off.
+__device__ __forceinline__ bool can_hold(const Epilogue& e) {
+  return !gated(e.kind) && e.kind != LOGITS && ((e.pitch | e.rows) & 3) == 0;
+}
+template <class T>
+__device__ __forceinline__ Held<T> hold(const Epilogue& e, int token, int row) {
+  Held<T> held;
+  if (token >= e.tokens || row >= e.rows) return held;
+  const auto at = [](const void* base, size_t i) { return *reinterpret_cast<const Pack<T, 4>*>(static_cast<const T*>(base) + i); };
+  if (e.bias) held.bias = at(e.bias, row);
+  if (e.residual) held.residual = at(e.residual, static_cast<size_t>(token) * e.pitch + row);
+  return held;
+}
+// As `finish`, where can_hold.
+template <class T>
+__device__ __forceinline__ void finish_held(const Epilogue& e, int token, int row, const float (&sum)[4], const Held<T>& held) {
+  if (token >= e.tokens || row >= e.rows) return;
+  Pack<T, 4> q;
+#pragma unroll
+  for (int i = 0; i < 4; i++) q.v[i] = rounded<T>(sum[i] + to_float(held.bias.v[i]));
+  activate_all(q, e.kind);
+  if (e.residual) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) q.v[i] = added<T>(held.residual.v[i], q.v[i], e.scale);
+  }
+  store(static_cast<T*>(e.out) + static_cast<size_t>(token) * e.pitch + row, q, 4, true);
+}
+
 // Finishes four outputs of one token: packed rows row .. row + 3 hold gates, row + 8 .. row + 11 their ups.
 template <class T>
 __device__ __forceinline__ void finish_gated(const Epilogue& e, int token, int row, const float (&gate)[4],

@@ -198,6 +198,13 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int tiles = (rows + TILE - 1) / TILE;
   const Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
+  // SPLIT: the items of the sum that fall to a block of the cluster; if they are one a thread, what it is finished with.
+  const auto split_items = [&](int rank) {
+    const int count = min(TOKENS, tokens - static_cast<int>(blockIdx.y) * TOKENS);
+    return count * items_per_token<2 * TILE>(kind) * rank / segments;
+  };
+  const auto one_each = [&] { return can_hold(e) && split_items(blockIdx.x + 1) - split_items(blockIdx.x) <= CONSUMERS; };
+  Held<T> held;
 
   griddep_launch();
   if (threadIdx.x == CONSUMERS) {
@@ -333,6 +340,10 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
 
     if constexpr (MODE == SPLIT) {
       next(v);
+      if (one_each()) {
+        const int item = split_items(blockIdx.x) + threadIdx.x;
+        held = hold<T>(e, v.token0 + item / (TILE / 2), v.tile * TILE + item % (TILE / 2) * 4);
+      }
       segment(acc, k0, k1);
       // Both warpgroups have read their last stage before partial sums overwrite it.
       bar_sync(1, CONSUMERS);
@@ -390,21 +401,29 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     // Every block of the cluster adds up, in ascending order of segments, its share of the tile.
     cluster_sync();
     if (warp < CONSUMERS / 32) {
-      const int token0 = blockIdx.y * TOKENS, count = min(TOKENS, tokens - token0);
-      const int items = count * items_per_token<2 * TILE>(kind), rank = blockIdx.x;
-      finish_tile<T, 2 * TILE, 4>(e, token0, blockIdx.z * 2 * TILE, items * rank / segments, items * (rank + 1) / segments,
-                               threadIdx.x, CONSUMERS, [&](int token, int r, float(&q)[4]) {
-                                 const u32 at = base + (token * L::SPLIT_PITCH + r) * 4;
-                                 float4 part[8];
+      const int token0 = blockIdx.y * TOKENS, row0 = blockIdx.z * 2 * TILE;
+      const int first = split_items(blockIdx.x), last = split_items(blockIdx.x + 1);
+      const auto load = [&](int token, int r, float(&q)[4]) {
+        const u32 at = base + (token * L::SPLIT_PITCH + r) * 4;
+        float4 part[8];
 #pragma unroll
-                                 for (int s = 0; s < 8; s++)
-                                   if (s < segments) part[s] = cluster_load(cluster_map(at, s));
-                                 q[0] = part[0].x, q[1] = part[0].y, q[2] = part[0].z, q[3] = part[0].w;
+        for (int s = 0; s < 8; s++)
+          if (s < segments) part[s] = cluster_load(cluster_map(at, s));
+        q[0] = part[0].x, q[1] = part[0].y, q[2] = part[0].z, q[3] = part[0].w;
 #pragma unroll
-                                 for (int s = 1; s < 8; s++)
-                                   if (s < segments)
-                                     q[0] += part[s].x, q[1] += part[s].y, q[2] += part[s].z, q[3] += part[s].w;
-                               });
+        for (int s = 1; s < 8; s++)
+          if (s < segments) q[0] += part[s].x, q[1] += part[s].y, q[2] += part[s].z, q[3] += part[s].w;
+      };
+      if (one_each()) {
+        const int item = first + threadIdx.x, token = item / (TILE / 2), row = item % (TILE / 2) * 4;
+        float sum[4];
+        if (item < last) {
+          load(token, row, sum);
+          finish_held<T>(e, token0 + token, row0 + row, sum, held);
+        }
+      } else {
+        finish_tile<T, 2 * TILE, 4>(e, token0, row0, first, last, threadIdx.x, CONSUMERS, load);
+      }
     }
     cluster_sync();  // nobody leaves while its shared memory is being read
   } else if constexpr (CLUSTER > 1) {

@@ -205,10 +205,6 @@ RVLLM_PTX void bulk_load_multicast(u32 dst, const void* src, u32 bytes, u32 bar,
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1], %2, [%3], %4, %5;"
       :: "r"(dst), "l"(src), "r"(bytes), "r"(bar), "h"(blocks), "l"(hint) : "memory");
 }
-// Asks for contiguous memory to be brought to L2; address and size multiples of 16.
-RVLLM_PTX void bulk_prefetch(const void* src, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(src), "r"(bytes) : "memory");
-}
 // A box of a 2D tensor map (x is the contiguous coordinate) -> shared.
 RVLLM_PTX void tensor_load_2d(u32 dst, const void* map, int x, int y, u32 bar) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
@@ -266,6 +262,9 @@ RVLLM_PTX float4 cluster_load(u32 addr) {
   asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(addr) : "memory");
   return v;
+}
+RVLLM_PTX void cluster_store(u32 addr, float v) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(addr), "f"(v) : "memory");
 }
 
 // ---------------------------------------------------------------- registers

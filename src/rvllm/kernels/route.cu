@@ -2,11 +2,11 @@
 //
 // A logit is summed by one warp: lane l takes the 16-byte vectors l, l + 32, ... in order, element by element
 // with fused multiply-adds, and the lanes' sums are added as a butterfly. Neither the number of tokens nor that
-// of experts enters the order. Whoever completes a group of tokens (counted in `arrivals`) chooses for them.
+// of experts enters the order. Whoever completes a group of tokens (counted in `arrivals`) chooses for them; where
+// the blocks of a token are a cluster, its first one does, and logits meet in its shared memory.
 #include "common.cuh"
 
-constexpr int ROUTE_WARPS = 4;
-constexpr int NORM_VECTORS = 4;  // 16-byte vectors of a row that a thread normalises, at most: rows of 4096 elements
+constexpr int MOST_NORMED = 4096;  // elements of a row that can be normalised
 
 enum RouteFlags : int { SIGMOID = 1, GROUP_TOP2 = 2, RENORMALISE = 4 };
 
@@ -25,11 +25,10 @@ __device__ __forceinline__ int warp_best(u32 key, int id) {
   return (int)__reduce_min_sync(~0u, key == best ? (u32)id : ~0u);
 }
 
-// One warp chooses for one token. logits [experts] in global memory; keys: shared, 32 * LANE_EXPERTS words.
-template <int LANE_EXPERTS>
-__device__ __forceinline__ void choose(const float* logits, const float* bias, u32* keys, int* ids, float* shares,
-                                       int experts, int top_k, int always, int groups, int kept, int flags,
-                                       float scale) {
+// One warp chooses for one token. logit(e): of an expert; keys: shared, 32 * LANE_EXPERTS words.
+template <int LANE_EXPERTS, typename Logit>
+__device__ __forceinline__ void choose(Logit logit, const float* bias, u32* keys, int* ids, float* shares, int experts,
+                                       int top_k, int always, int groups, int kept, int flags, float scale) {
   const int lane = threadIdx.x % 32;
   float s[LANE_EXPERTS];
   u32 key[LANE_EXPERTS];  // 0: no part in it, or taken
@@ -37,7 +36,7 @@ __device__ __forceinline__ void choose(const float* logits, const float* bias, u
 #pragma unroll
   for (int i = 0; i < LANE_EXPERTS; i++) {
     const int e = lane + 32 * i;
-    s[i] = e < experts ? __ldcg(logits + e) : -INFINITY_F;
+    s[i] = e < experts ? logit(e) : -INFINITY_F;
     most = fmaxf(most, s[i]);
   }
   if (flags & SIGMOID) {
@@ -116,36 +115,28 @@ __device__ __forceinline__ void choose(const float* logits, const float* bias, u
 // share 1; x [rows, k], weight [experts, k], bias float32 [experts] or null; logits
 // float32 [rows, experts] and arrivals uint32 [ceil(rows / TOKENS)] (zeros, left as zeros) are scratch. Rows from
 // *num_tokens on are left alone. k % 8 == 0, experts <= 32 * LANE_EXPERTS, groups <= 32, top_k + always <= 32.
-// Blocks from `choosers` on choose nothing: on Hopper they ask for `ahead_bytes` (a multiple of 16) of weights that
-// come after the experts, as the memory is idle while experts are chosen.
-// Grid: (choosers = ceil(experts / (4 * EXPERTS)) and more, ceil(rows / TOKENS)). Block: 128. Bound by latency for few tokens, by
+// Grid: (ceil(experts / (WARPS * EXPERTS)), ceil(rows / TOKENS)). Block: WARPS * 32. Bound by latency for few tokens, by
 // arithmetic for many.
 // NORM (with one token a block): x is raw / sqrt(mean(raw^2) + eps) * norm_weight, by the same instructions as `norm`,
-// and is written too; every block normalises for itself. k <= 4096 then.
-template <typename T, int TOKENS, int EXPERTS, int LANE_EXPERTS, bool NORM>
-__global__ void __launch_bounds__(ROUTE_WARPS * 32)
+// and is written too; every block normalises for itself. k <= MOST_NORMED then.
+// CLUSTER (Hopper, one token a block): a token's blocks are a cluster. No scratch.
+template <typename T, int WARPS, int TOKENS, int EXPERTS, int LANE_EXPERTS, bool NORM, bool CLUSTER>
+__global__ void __launch_bounds__(WARPS * 32)
 route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* __restrict__ bias, float* logits,
-      u32* arrivals, const int* num_tokens, const T* raw, const float* __restrict__ norm_weight, const u8* __restrict__ ahead,
-      u32 ahead_bytes, int choosers, int k, int experts,
+      u32* arrivals, const int* num_tokens, const T* raw, const float* __restrict__ norm_weight, int k, int experts,
       int top_k, int always, int groups, int kept, int flags, float scale, float eps) {
-  static_assert(!NORM || TOKENS == 1, "the norm is that of one row");
-  constexpr int BATCH = TOKENS == 1 ? 16 : 1;  // vectors of a row in flight: rows of 4096 elements come at once
-  __shared__ u32 keys[ROUTE_WARPS][32 * LANE_EXPERTS];
+  static_assert(TOKENS == 1 || !(NORM || CLUSTER), "the norm is that of one row, a cluster that of one token");
+  constexpr int BATCH = TOKENS > 1 ? 1 : EXPERTS == 1 ? 16 : 12;  // vectors of a row in flight
+  constexpr int NORM_VECTORS = MOST_NORMED / 8 / (WARPS * 32);    // 16-byte vectors that a thread normalises, at most
+  __shared__ u32 keys[WARPS][32 * LANE_EXPERTS];
   __shared__ int last;
+  __shared__ float gathered[CLUSTER ? 32 * LANE_EXPERTS : 1];  // the logits, in the cluster's first block
   griddep_launch();
 #if __CUDA_ARCH__ >= 900
-  if (TOKENS == 1 && (int)blockIdx.x >= choosers) {
-    constexpr u32 PIECE = 8192;
-    griddep_wait();  // until then the memory has other things to do
-    const u32 stride = (gridDim.x - choosers) * blockDim.x * PIECE;
-    if (blockIdx.y == 0)
-      for (u32 at = ((blockIdx.x - choosers) * blockDim.x + threadIdx.x) * PIECE; at < ahead_bytes; at += stride)
-        bulk_prefetch(ahead + at, min(PIECE, ahead_bytes - at));
-    return;
-  }
+  if constexpr (CLUSTER) cluster_arrive();  // this block runs: others may write to its shared memory
 #endif
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, vectors = k / 8;
-  const int e0 = (blockIdx.x * ROUTE_WARPS + warp) * EXPERTS, t0 = blockIdx.y * TOKENS;
+  const int e0 = (blockIdx.x * WARPS + warp) * EXPERTS, t0 = blockIdx.y * TOKENS;
   const uint4* row[EXPERTS];
   uint4 held[EXPERTS][BATCH];
 #pragma unroll
@@ -161,20 +152,25 @@ route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* 
       }
   };
   fetch(0);  // the router's rows depend on nothing before
-  __shared__ uint4 normed[NORM ? ROUTE_WARPS * 32 * NORM_VECTORS : 1];
-  __shared__ float4 factors[NORM ? ROUTE_WARPS * 32 * NORM_VECTORS * 2 : 1];
-  __shared__ float squares[ROUTE_WARPS * NORM_VECTORS];
+  __shared__ uint4 normed[NORM ? MOST_NORMED / 8 : 1];
+  __shared__ float4 factors[NORM ? MOST_NORMED / 4 : 1];
+  __shared__ float squares[MOST_NORMED / 256];
   if constexpr (NORM)
     for (int i = threadIdx.x; i < k / 4; i += blockDim.x) factors[i] = reinterpret_cast<const float4*>(norm_weight)[i];
-  griddep_wait();
   const int tokens = *num_tokens;
-  if (t0 >= tokens) return;
+  griddep_wait();
+  if (t0 >= tokens) {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (CLUSTER) cluster_wait();
+#endif
+    return;
+  }
   if constexpr (NORM) {
     const uint4* const source = reinterpret_cast<const uint4*>(raw + (size_t)t0 * k);
     float v[NORM_VECTORS][8];
 #pragma unroll
     for (int n = 0; n < NORM_VECTORS; n++) {
-      const int i = threadIdx.x + n * ROUTE_WARPS * 32;
+      const int i = threadIdx.x + n * WARPS * 32;
       unpack8<T>(i < vectors ? source[i] : make_uint4(0, 0, 0, 0), v[n]);
     }
 #pragma unroll
@@ -183,7 +179,7 @@ route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* 
 #pragma unroll
       for (int j = 0; j < 8; j++) square = __fmaf_rn(v[n][j], v[n][j], square);
       square = warp_sum(square);
-      if (lane == 0) squares[warp + n * ROUTE_WARPS] = square;
+      if (lane == 0) squares[warp + n * WARPS] = square;
     }
     __syncthreads();
     float total = squares[0];
@@ -192,7 +188,7 @@ route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* 
     const float* const scales = reinterpret_cast<const float*>(factors);
 #pragma unroll
     for (int n = 0; n < NORM_VECTORS; n++) {
-      const int i = threadIdx.x + n * ROUTE_WARPS * 32;
+      const int i = threadIdx.x + n * WARPS * 32;
       if (i >= vectors) continue;
 #pragma unroll
       for (int j = 0; j < 8; j++) v[n][j] = __fmaf_rn(__fmul_rn(v[n][j], factor), scales[i * 8 + j], 0.f);
@@ -233,6 +229,26 @@ route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* 
       }
     }
   }
+  const auto choose_for = [&](int t, auto logit) {
+    choose<LANE_EXPERTS>(logit, bias, keys[warp], ids + (size_t)t * (top_k + always), shares + (size_t)t * (top_k + always),
+                         experts, top_k, always, groups, kept, flags, scale);
+  };
+#if __CUDA_ARCH__ >= 900
+  if constexpr (CLUSTER) {
+    cluster_wait();
+#pragma unroll
+    for (int e = 0; e < EXPERTS; e++) {
+      const float sum = warp_sum(acc[0][e]);
+      if (lane == 0 && e0 + e < experts) cluster_store(cluster_map(smem(gathered + e0 + e), 0), sum);
+    }
+    __syncwarp();
+    cluster_arrive();
+    if (blockIdx.x > 0) return;  // nobody writes to this block
+    cluster_wait();
+    if (warp == 0) choose_for(t0, [&](int e) { return gathered[e]; });
+    return;
+  }
+#endif
 #pragma unroll
   for (int t = 0; t < TOKENS; t++)
 #pragma unroll
@@ -241,11 +257,10 @@ route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* 
       if (lane == 0 && t0 + t < tokens && e0 + e < experts) __stcg(logits + (size_t)(t0 + t) * experts + e0 + e, sum);
     }
   __syncthreads();
-  if (threadIdx.x == 0) last = add_acq_rel(arrivals + blockIdx.y, 1) + 1 == (u32)choosers;
+  if (threadIdx.x == 0) last = add_acq_rel(arrivals + blockIdx.y, 1) + 1 == gridDim.x;
   __syncthreads();
   if (!last) return;
-  for (int t = t0 + warp; t < min(t0 + TOKENS, tokens); t += ROUTE_WARPS)
-    choose<LANE_EXPERTS>(logits + (size_t)t * experts, bias, keys[warp], ids + (size_t)t * (top_k + always),
-                         shares + (size_t)t * (top_k + always), experts, top_k, always, groups, kept, flags, scale);
+  for (int t = t0 + warp; t < min(t0 + TOKENS, tokens); t += WARPS)
+    choose_for(t, [&](int e) { return __ldcg(logits + (size_t)t * experts + e); });
   if (threadIdx.x == 0) arrivals[blockIdx.y] = 0;
 }

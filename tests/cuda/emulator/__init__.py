@@ -83,9 +83,18 @@ class Emulator(Machine):
         self._kernels.update(compiler.kernels_of(missing, self._catalog, self._sources))
 
     def launch(
-        self, name: str, grid: Any, block: int, args: Sequence[Any], smem: int = 0, pdl: bool = True
+        self,
+        name: str,
+        grid: Any,
+        block: int,
+        args: Sequence[Any],
+        smem: int = 0,
+        pdl: bool = True,
+        cluster: int = 1,
     ) -> None:
         """Runs a kernel; arguments as for `Gpu.launch`. Raises EmulatorError for what a GPU would punish."""
+        if cluster > 1:
+            raise EmulatorError(f"{name}: clusters are not emulated")
         self.build([name])
         kernel = self._kernels[name]
         cells = [ctypes.c_void_p(c) if isinstance(c, int) else c for c in self.cells(args)]

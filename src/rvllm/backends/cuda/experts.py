@@ -20,12 +20,12 @@ from rvllm.kernels.experts_manifest import (
     FEW_STAGES,
     FEW_TOKENS,
     MOST_CHOSEN,
+    MOST_CLUSTER,
     MOST_EXPERTS,
     MOST_GROUPS,
     MOST_SEGMENTS,
     ONE_STAGES,
     ROUTE_LANES,
-    ROUTE_WARPS,
     ROUTES,
     SORT_WARPS,
     Block,
@@ -40,7 +40,6 @@ SLICE, TILE = 16, 64  # rows a warp takes in `few`; rows and columns of a packed
 WIDE_ROUTE = 16  # tokens from which on a block of the router's kernel takes several
 SORT_WIDE = 1024  # entries from which on the sort takes a full block
 COMBINE_THREADS = 128
-AHEAD_BLOCKS = 64
 SIGMOID, GROUP_TOP2, RENORMALISE = 1, 2, 4  # flags of `route`
 
 
@@ -49,7 +48,6 @@ class RouteAt:
     """Device addresses of a Route; logits float32 [T, E] and arrivals int32 [T], zeros, are scratch.
 
     raw, norm_weight: where x is the RMS norm of raw by these float32 weights, and is still to be computed.
-    ahead, ahead_bytes: weights to be brought to L2 meanwhile.
     """
 
     x: int
@@ -62,8 +60,6 @@ class RouteAt:
     num_tokens: int
     raw: int = 0
     norm_weight: int = 0
-    ahead: int = 0
-    ahead_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,9 @@ def most_tiles(entries: int, experts: int, tile: int) -> int:
     return hit + (entries - hit) // tile
 
 
-def plan_route(op: Route, tokens: int, tag: str, at: RouteAt, norm: Norm | None = None) -> Planned:
+def plan_route(
+    op: Route, tokens: int, tag: str, at: RouteAt, norm: Norm | None = None, capability: int = 80
+) -> Planned:
     """The launch that scores and chooses experts for up to `tokens` tokens, after a norm if there is one.
 
     Raises MissingKernelError for what the kernel has no room for.
@@ -112,23 +110,39 @@ def plan_route(op: Route, tokens: int, tag: str, at: RouteAt, norm: Norm | None 
             f"no routing kernel for {chosen} of {experts} experts in {op.groups} groups of rows of {k}; "
             f"there is one for up to {MOST_CHOSEN} of {MOST_EXPERTS} in {MOST_GROUPS}, and rows of 8, 16, ..."
         )
-    suffix = "_norm" if norm is not None else "_wide" if tokens >= WIDE_ROUTE else ""
-    tokens_each, experts_each = ROUTES[suffix]
+    suffix = _route_kernel(experts, tokens, norm is not None, capability)
+    shape = ROUTES[suffix]
     flags = SIGMOID * (op.scores == "sigmoid") + RENORMALISE * op.renormalise
     flags += GROUP_TOP2 * (op.group_score == "top2")
-    choosers = -(-experts // (ROUTE_WARPS * experts_each))
-    numbers = (at.ahead_bytes, choosers, k, experts, op.top_k, op.always, op.groups, op.kept_groups, flags)
+    blocks = -(-experts // (shape.warps * shape.experts))
+    numbers = (k, experts, op.top_k, op.always, op.groups, op.kept_groups, flags)
+    lanes = next(32 * n for n in ROUTE_LANES if experts <= 32 * n)
     return Planned(
         op.name if norm is None else f"{norm.name} + {op.name}",
-        f"sm80_{tag}_route{suffix}_e{next(32 * n for n in ROUTE_LANES if experts <= 32 * n)}",
-        fixed(choosers + (AHEAD_BLOCKS if at.ahead_bytes else 0), -(-tokens // tokens_each)),
-        32 * ROUTE_WARPS,
+        f"sm{90 if shape.cluster else 80}_{tag}_route{suffix}_e{lanes}",
+        fixed(blocks, -(-tokens // shape.tokens)),
+        32 * shape.warps,
         (
             at.ids, at.shares, at.x, at.weight, at.bias, at.logits, at.arrivals, at.num_tokens, at.raw,
-            at.norm_weight, at.ahead, *map(ctypes.c_int, numbers), ctypes.c_float(op.scale),
+            at.norm_weight, *map(ctypes.c_int, numbers), ctypes.c_float(op.scale),
             ctypes.c_float(norm.eps if norm is not None else 0.0),
         ),
+        cluster=blocks if shape.cluster else 1,
     )  # fmt: skip
+
+
+def _route_kernel(experts: int, tokens: int, norm: bool, capability: int) -> str:
+    """Which of ROUTES: a token's blocks as a cluster where they are few enough."""
+    if not norm:
+        return "_wide" if tokens >= WIDE_ROUTE else ""
+    fits = (
+        name
+        for name, shape in ROUTES.items()
+        if shape.cluster
+        and experts <= MOST_CLUSTER * shape.warps * shape.experts
+        and experts <= 32 * ROUTE_LANES[0]
+    )
+    return next(fits, "_norm") if capability >= 90 else "_norm"
 
 
 class ExpertsPlan:

@@ -21,12 +21,10 @@ from rvllm.backends.cuda.fuse import Stage
 from rvllm.backends.cuda.metadata import NUM_TOKENS
 from rvllm.backends.cuda.placement import Form
 from rvllm.kernels.experts_manifest import BLOCKS
-from rvllm.program.ops import Add, Experts, Linear, Logits, Norm, Op, Program, Route
+from rvllm.program.ops import Add, Experts, Norm, Op, Program, Route
 
 if TYPE_CHECKING:
     from rvllm.backends.cuda.lowering import Lowering
-
-AHEAD = 16 << 20  # bytes of weights after the experts that come to L2 while they are chosen
 
 
 def _route(lowering: Lowering, stage: Stage) -> None:
@@ -48,25 +46,10 @@ def _route(lowering: Lowering, stage: Stage) -> None:
         num_tokens=lowering.meta(NUM_TOKENS),
         raw=buffers[fused.x.name] if fused else 0,
         norm_weight=lowering.weight(fused.weight, "norm") if fused else 0,
-        **_ahead(lowering, stage),
     )
-    lowering.planned.append(plan_route(op, lowering.counts.tokens, lowering.tag, at, fused))
-
-
-def _ahead(lowering: Lowering, stage: Stage) -> dict[str, int]:
-    """The first weights after the experts that this stage chooses, for `RouteAt`; none for many tokens."""
-    if not AHEAD or lowering.chip.capability < 90 or lowering.counts.tokens >= WIDE_ROUTE:
-        return {}
-    at = next((i for i, other in enumerate(lowering.stages) if other is stage), len(lowering.stages))
-    experts, *later = lowering.stages[at + 1 :] or [stage]
-    product = next((op for s in later for op in s.ops if isinstance(op, Linear | Logits)), None)
-    if product is None or not isinstance(experts.ops[0], Experts):
-        return {}
-    for form in ("packed", "gated"):
-        address = lowering.at.weights.get((product.weight.name, form))
-        if address is not None:
-            return {"ahead": address, "ahead_bytes": min(AHEAD, 2 * product.weight.elements // 16 * 16)}
-    return {}
+    lowering.planned.append(
+        plan_route(op, lowering.counts.tokens, lowering.tag, at, fused, lowering.chip.capability)
+    )
 
 
 def _experts(lowering: Lowering, stage: Stage) -> None:
