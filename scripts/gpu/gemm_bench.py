@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+import gemm_variants
 import torch
 from gemm_bed import Bed
 
-from rvllm.backends.cuda import gemm
+from rvllm.backends.cuda import cublas, gemm
 from rvllm.backends.cuda.driver import Launch
 
 LAYERS, HIDDEN, FFN, QKV, VOCAB = 28, 3584, 18944, 4608, 152064
@@ -75,22 +76,96 @@ class Bench:
         n, k = SHAPES[name]
         plan = plan or gemm.plan_gemm(n, k, tokens, "bf16", self.bed.facts.sm_count)
         x = torch.randn(tokens, k, device="cuda").bfloat16()
-        gated = name == "gate_up"
-        kind = gemm.Kind.GATED_SILU if gated else gemm.Kind.STORE
-        out = torch.zeros(tokens, n // 2 if gated else n, dtype=torch.bfloat16, device="cuda")
-        count = 1 if name == "lm_head" else min(LAYERS, max(4, 20000 // tokens))
+        gated, head = name == "gate_up", name == "lm_head"
+        kind = gemm.Kind.GATED_SILU if gated else gemm.Kind.LOGITS if head else gemm.Kind.STORE
+        kind_out = torch.float32 if head else torch.bfloat16
+        out = torch.zeros(tokens, n // 2 if gated else n, dtype=kind_out, device="cuda")
+        count = self.count(name, tokens)
         launches = [
             (self.bed.launch(plan, x, self.address(name, layer), out, "bf16", kind=kind), plan.grid)
             for layer in range(count)
         ]
         return self.bed.graph_seconds(launches, 7) / count
 
+    def lt(self, name: str, tokens: int) -> float:
+        """The same through cuBLASLt as the engine calls it, without SiLU * up."""
+        n, k = SHAPES[name]
+        x = torch.randn(tokens, k, device="cuda").bfloat16()
+        head = name == "lm_head"
+        out = torch.zeros(tokens, n, dtype=torch.float32 if head else torch.bfloat16, device="cuda")
+        workspace = torch.empty(cublas.WORKSPACE, dtype=torch.uint8, device="cuda")
+        count = self.count(name, tokens)
+        launches = []
+        for layer in range(count):
+            weight = self.address(name, layer)
+            product = cublas.Matmul(
+                x.data_ptr(),
+                weight,
+                out.data_ptr(),
+                0,
+                0,
+                tokens,
+                n,
+                k,
+                n,
+                1.0,
+                True,
+                head,
+                workspace.data_ptr(),
+            )
+            launches.append((cublas.MatmulLaunch(product), (1, 1, 1)))
+        return self.bed.graph_seconds(launches, 7) / count
+
+    def count(self, name: str, tokens: int) -> int:
+        """How many layers' weights a measurement passes over."""
+        return 1 if name == "lm_head" else min(LAYERS, max(4, 20000 // tokens))
+
+    def trace(self, name: str, tokens: int) -> None:
+        """Where the cycles of the traced kernels go; see RVLLM_STAMP in gemm_sm90.cu."""
+        n, k = SHAPES[name]
+        x = torch.randn(tokens, k, device="cuda").bfloat16()
+        one = gemm.segments_of(n, k) == 1
+        out = torch.zeros(tokens, n // 2 if one else n, dtype=torch.bfloat16, device="cuda")
+        kind = gemm.Kind.GATED_SILU if one else gemm.Kind.STORE
+        for variant in gemm_variants.TRACED if one else gemm_variants.TRACED_SUM:
+            plan = variant.plan(n, k, tokens, "bf16", self.bed.facts.sm_count)
+            log = torch.zeros(plan.grid[0], 2, 256, dtype=torch.int64, device="cuda")
+            launches = [
+                (self.bed.launch(plan, x, self.address(name, layer), out, "bf16", kind=kind,
+                                 residual=log.data_ptr()), plan.grid)
+                for layer in range(20)
+            ]  # fmt: skip
+            seconds = self.bed.graph_seconds(launches, 5) / 20
+            rows = log.cpu().numpy()
+            wall = (rows[:, :, 1] - rows[:, :, 0]).mean()
+            stamps = int(rows[0, 0, 2])
+            cycles = rows[:, :, 4:stamps]
+            ghz = ((cycles[:, :, -1] - cycles[:, :, 0]) / (rows[:, :, 1] - rows[:, :, 0])).mean()
+            start = cycles[:, :, 1] - cycles[:, :, 0]
+            print(
+                f"trace {variant.label} {name} {tokens}: {seconds * 1e6:.1f} us, in the kernel "
+                f"{wall / 1e3:.1f} us, {ghz:.3f} GHz, waits {start.mean():.0f} cycles for the kernel before"
+            )
+            before = cycles[:, :, 1]
+            for visit in range((stamps - 6) // 3):
+                end, stall, done = (cycles[:, :, 2 + 3 * visit + i] for i in range(3))
+                skew = abs(end[:, 0] - end[:, 1]).mean()
+                print(
+                    f"  visit {visit:2}: mainloop {(end - before).mean():8.0f} cycles "
+                    f"({(end - before).mean() / -(-k // 64):6.0f} a block of K; {(end - before).min()} to "
+                    f"{(end - before).max()}), waiting for loads {stall[:, 0].mean():7.0f} "
+                    f"{stall[:, 1].mean():7.0f}, epilogue {(done - end).mean():6.0f}, apart {skew:6.0f}, "
+                    f"blocks apart {end.max(axis=1).std():6.0f}",
+                    flush=True,
+                )
+                before = done
+
     def cublas(self, name: str, tokens: int) -> float:
         """The same through torch.matmul in a CUDA graph, without SiLU * up."""
         n, k = SHAPES[name]
         x = torch.randn(tokens, k, device="cuda").bfloat16()
         out = torch.empty(tokens, n, dtype=torch.bfloat16, device="cuda")
-        count = 1 if name == "lm_head" else min(LAYERS, max(4, 20000 // tokens))
+        count = self.count(name, tokens)
         base = self.weights.data_ptr()
         views = [
             self.weights[(self.address(name, i) - base) // 2 :][: n * k].view(n, k) for i in range(count)
@@ -124,12 +199,37 @@ def torch_graph_seconds(work: Callable[[], None], repeats: int = 7) -> float:
     return sorted(times)[len(times) // 2]
 
 
+def compare(bench: Bench, sizes: list[int]) -> None:
+    """Today's choice, every variant and cuBLASLt, shape by shape: TFLOP/s (microseconds)."""
+    variants = gemm_variants.VARIANTS
+    gemm_variants.add(bench.bed, variants)
+    sms = bench.bed.facts.sm_count
+    for name, (n, k) in SHAPES.items():
+        for tokens in sizes:
+            plans = {"today": gemm.plan_gemm(n, k, tokens, "bf16", sms)}
+            if tokens <= 128:
+                pass
+            elif gemm.segments_of(n, k) == 1:
+                plans |= {v.label: v.plan(n, k, tokens, "bf16", sms) for v in variants}
+            else:
+                ways: list[tuple[gemm.Mode, int]] = [("split", 128), ("split", 192), ("split", 256)]
+                ways += [("sum", 96), ("sum", 128), ("sum", 192)]
+                plans |= {f"{m}{size}": gemm.variant(n, k, tokens, "bf16", m, size, sms) for m, size in ways}
+            found = {label: bench.shape(name, tokens, plan) for label, plan in plans.items()}
+            found["today again"] = bench.shape(name, tokens, plans["today"])
+            found["cublas"] = bench.lt(name, tokens)
+            work = 2.0 * n * k * tokens
+            line = "  ".join(f"{label} {work / s / 1e12:.0f} ({s * 1e6:.1f})" for label, s in found.items())
+            print(f"{name:8} {tokens:5} {plans['today'].kernel[10:]:15} {line}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", default="1,8,16,32,64,96,128,256,512")
     parser.add_argument("--shape-tokens", default="1,32,64,128,256")
     parser.add_argument("--prefill-tokens", default="1024,8192")
-    parser.add_argument("--only", default="chain,shapes,prefill")
+    parser.add_argument("--variant-tokens", default="128,192,256,384,512,1024,2048,4096")
+    parser.add_argument("--only", default="chain,shapes,prefill", help="also: variants, trace")
     args = parser.parse_args()
     bench = Bench(Bed())
     nbytes, limit = bench.weights.numel() * 2, bench.limit
@@ -147,6 +247,13 @@ def main() -> None:
                 f"{rate / limit:8.1%}  {work:12.0f}",
                 flush=True,
             )
+    if "variants" in args.only:
+        compare(bench, [int(t) for t in args.variant_tokens.split(",")])
+    if "trace" in args.only:
+        gemm_variants.add(bench.bed, (*gemm_variants.TRACED, *gemm_variants.TRACED_SUM))
+        for tokens in (256, 512, 2048):
+            bench.trace("gate_up", tokens)
+        bench.trace("down", 512)
     head = "matrix  tokens  kernel                         us  cuBLAS us  TFLOP/s  cuBLAS  floor us"
     for section, sizes in (("shapes", args.shape_tokens), ("prefill", args.prefill_tokens)):
         if section not in args.only:

@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 
+import gemm_variants
 import numpy as np
 import torch
 from gemm_bed import TORCH, Bed
@@ -137,6 +138,40 @@ class Checker:
                             f"{name}: {which.name}",
                         )
 
+    def candidates(self) -> None:
+        """Kernels that are not in the catalog yet: the bits of the catalog's, whatever the epilogue."""
+        kinds = gemm.Kind
+        for dtype in TORCH:
+            for n, k in ((17000, 1160), (17003, 72), (37888, 3584), (151937, 896)):
+                if dtype == "f16" and n > 20000:
+                    continue
+                x = torch.randn(1000, k, device="cuda").to(TORCH[dtype])
+                w = (torch.randn(n, k, device="cuda") * k**-0.5).to(TORCH[dtype])
+                packed = self.bed.pack(w, dtype)
+                bias = torch.randn(n, device="cuda").to(TORCH[dtype])
+                added = torch.randn(1000, n, device="cuda").to(TORCH[dtype])
+                for tokens in (1, 70, 128, 129, 192, 256, 257, 300, 512, 600, 1000):
+                    usual = gemm.variant(n, k, tokens, dtype, "walk", 128, self.bed.facts.sm_count)
+                    ways: list[dict[str, object]] = [
+                        {}, {"bias": bias.data_ptr(), "residual": added.data_ptr(), "scale": 0.5},
+                        {"kind": kinds.LOGITS}, {"kind": kinds.ACT_GELU},
+                        {"kind": kinds.LOGITS, "soft_cap": 3.0, "bias": bias.data_ptr()},
+                    ]  # fmt: skip
+                    if n % 16 == 0:
+                        ways += [{"kind": kinds.GATED_SILU},
+                                 {"kind": kinds.GATED_GELU, "bias": bias.data_ptr()},
+                                 {"kind": kinds.GATED_CLAMPED, "scale": 1.7, "soft_cap": 1.0}]  # fmt: skip
+                    for way in ways:
+                        width = n // 2 if gemm.Kind.GATED_SILU <= way.get("kind", 0) <= 5 else n
+                        want = self.run(usual, x, packed, dtype, width, **way)
+                        raw = torch.int32 if want.dtype == torch.float32 else torch.int16
+                        for variant in gemm_variants.VARIANTS:
+                            plan = variant.plan(n, k, tokens, dtype, self.bed.facts.sm_count)
+                            got = self.run(plan, x, packed, dtype, width, **way)
+                            same = torch.equal(got.view(raw), want.view(raw))
+                            self.expect(same, f"{plan.kernel} t={tokens} n={n} k={k} {way}: other bits")
+                print(f"candidates {dtype} {n} x {k}: {self.launches} launches", flush=True)
+
     def packing(self) -> None:
         """The pack kernel against NumPy: parts, padding, strides, conversions, gate/up."""
         for dtype, kind in TORCH.items():
@@ -174,11 +209,17 @@ class Checker:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the small shapes only")
+    parser.add_argument("--variants", action="store_true", help="the kernels that are not in the catalog")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(time.time_ns() % 2**31)
     bed = Bed()
     checker = Checker(bed)
+    if args.variants:
+        gemm_variants.add(bed, gemm_variants.VARIANTS, tuple(TORCH))
+        checker.candidates()
+        print(f"{checker.launches} launches checked, {len(checker.failures)} failures")
+        sys.exit(bool(checker.failures))
     checker.packing()
     print("packing checked", flush=True)
     for dtype in TORCH:

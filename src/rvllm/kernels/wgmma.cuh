@@ -28,6 +28,12 @@ RVLLM_PTX void wgmma_pin(float (&d)[COUNT]) {
   for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// Four 8x8 matrices of 16-bit elements, transposed, as stmatrix_x2_trans.
+RVLLM_PTX void stmatrix_x4_trans(u32 addr, const u32 (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
+               :: "r"(addr), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+
 // wgmma<N, T>(d, a, b, keep): keep = 0 overwrites d, 1 adds to it.
 #define RVLLM_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define RVLLM_F16(i) RVLLM_F4(i), RVLLM_F4(i + 4), RVLLM_F4(i + 8), RVLLM_F4(i + 12)

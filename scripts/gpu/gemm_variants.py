@@ -1,0 +1,76 @@
+"""Matrix kernels that are no part of the catalog yet, for gemm_bench.py and gemm_check.py to compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from gemm_bed import CACHE, Bed
+
+from rvllm.backends.cuda import gemm
+from rvllm.backends.cuda.driver import Module
+from rvllm.kernels import build
+from rvllm.kernels.gemm_manifest import sm90_smem
+from rvllm.kernels.spec import KernelSpec
+
+SAFE = ("RVLLM_GEMM_TRAP",)  # a wait that never ends becomes an error
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel beside the catalog's; all but SUM are for weights with one segment."""
+
+    label: str
+    defines: tuple[str, ...] = ()
+    cluster: int = 2
+    mode: str = "FLOW"
+    tile: int = 256
+
+    def spec(self, dtype: str) -> KernelSpec:
+        """Its kernel, as the catalog would hold it."""
+        template = f"rvllm::{dtype}, {self.tile}, rvllm::gemm::{self.mode}, {self.cluster}"
+        smem = 229632 if self.mode == "FLOW" else sm90_smem(self.mode.lower(), self.tile)
+        return KernelSpec(
+            name=f"{dtype}_{self.label}",
+            source="gemm_sm90.cu",
+            symbol=f"rvllm::gemm::gemm<{template}>",
+            arch=90,
+            exact=True,
+            defines=self.defines,
+            smem=smem,
+            unit=self.label,
+        )
+
+    def plan(self, n: int, k: int, tokens: int, dtype: str, sms: int) -> gemm.GemmPlan:
+        """How it is launched."""
+        mode: gemm.Mode = "sum" if self.mode == "SUM" else "walk"
+        like = gemm.variant(n, k, tokens, dtype, mode, self.tile, sms)
+        spec = self.spec(dtype)
+        return replace(like, kernel=spec.name, smem=spec.smem, cluster=self.cluster)
+
+
+VARIANTS = (
+    Variant("flow", SAFE),
+    Variant("flow_ahead", (*SAFE, "RVLLM_GEMM_AHEAD=8")),
+    Variant("flow_turns", (*SAFE, "RVLLM_GEMM_TURNS")),
+    Variant("flow_alone", SAFE, cluster=1),
+)
+TRACED = (
+    Variant("walk_traced", ("RVLLM_GEMM_TRACE",), mode="WALK"),
+    Variant("flow_traced", (*SAFE, "RVLLM_GEMM_TRACE")),
+    Variant("flow_ahead_traced", (*SAFE, "RVLLM_GEMM_TRACE", "RVLLM_GEMM_AHEAD=8")),
+)
+TRACED_SUM = (
+    Variant("sum128_traced", ("RVLLM_GEMM_TRACE",), mode="SUM", tile=128),
+    Variant("sum192_traced", ("RVLLM_GEMM_TRACE",), mode="SUM", tile=192),
+)
+
+
+def add(bed: Bed, variants: tuple[Variant, ...], dtypes: tuple[str, ...] = ("bf16",)) -> None:
+    """Builds and loads kernels beside the catalog's."""
+    specs = [variant.spec(dtype) for variant in variants for dtype in dtypes]
+    for cubin in build.load(build.units(specs, "sm_90a"), CACHE):
+        module = Module(cubin.code)
+        for spec in specs:
+            mine = spec.defines == cubin.unit.defines and spec.symbol in cubin.names
+            if mine:
+                bed.functions[spec.name] = module.function(cubin.names[spec.symbol], spec.name, spec.smem)
