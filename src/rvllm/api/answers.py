@@ -107,13 +107,19 @@ class ChatChoice(msgspec.Struct, kw_only=True):
     token_ids: list[int] | UnsetType = UNSET
 
 
-class ChatAnswer(msgspec.Struct, kw_only=True):
-    """The answer of `/v1/chat/completions`."""
+class Envelope(msgspec.Struct, kw_only=True):
+    """What an answer, or an event of its stream, begins with."""
 
     id: str
-    object: str = "chat.completion"
+    object: str
     created: int
     model: str
+
+
+class ChatAnswer(Envelope, kw_only=True):
+    """The answer of `/v1/chat/completions`."""
+
+    object: str = "chat.completion"
     choices: list[ChatChoice]
     usage: Usage
     system_fingerprint: str | None = None
@@ -141,13 +147,10 @@ class ChatChunkChoice(msgspec.Struct, kw_only=True):
     token_ids: list[int] | UnsetType = UNSET
 
 
-class ChatChunk(msgspec.Struct, kw_only=True):
+class ChatChunk(Envelope, kw_only=True):
     """One event of a chat stream."""
 
-    id: str
     object: str = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     system_fingerprint: str | None = None
@@ -167,13 +170,10 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
-class CompletionAnswer(msgspec.Struct, kw_only=True):
+class CompletionAnswer(Envelope, kw_only=True):
     """The answer of `/v1/completions`, and each event of its stream."""
 
-    id: str
     object: str = "text_completion"
-    created: int
-    model: str
     choices: list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
     system_fingerprint: str | None = None

@@ -16,15 +16,8 @@ from rvllm.api import anthropic, misc
 from rvllm.api.chat import chat_completions
 from rvllm.api.completions import completions
 from rvllm.api.docs_page import docs, openapi
-from rvllm.api.embeddings import (
-    EmbeddingRequest,
-    RerankRequest,
-    ScoreRequest,
-    embeddings,
-    refuse_encoder,
-    rerank,
-    score,
-)
+from rvllm.api.embeddings import embeddings, refuse_encoder, rerank, score
+from rvllm.api.embeddings_schema import EmbeddingRequest, RerankRequest, ScoreRequest
 from rvllm.api.errors import ApiError
 from rvllm.api.exchange import Endpoint, Exchange, Failure, Gate, openai_failure
 from rvllm.api.generation import Service

@@ -23,7 +23,7 @@ from rvllm.api.batch_lines import (
 )
 from rvllm.api.batch_store import Batch, BatchError, BatchErrors, BatchStore, RequestCounts
 from rvllm.api.body import parse
-from rvllm.api.errors import ApiError, invalid
+from rvllm.api.errors import invalid, unknown
 from rvllm.api.exchange import Exchange, Gate
 from rvllm.api.paging import Query, page
 from rvllm.api.responses_schema import check_metadata
@@ -110,7 +110,7 @@ class Batches:
         name = exchange.scope["path_params"]["id"]
         batch = self._batches.get(name)
         if batch is None:
-            raise ApiError(404, f"there is no batch {name[:80]!r}", param="batch_id")
+            raise unknown("batch", name)
         return batch
 
     def _unfinished(self) -> Batch | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import aclosing
 from typing import Any
 
@@ -25,7 +24,8 @@ from rvllm.api.body import MOST_MESSAGES, check_count, parse
 from rvllm.api.errors import invalid
 from rvllm.api.exchange import Exchange, check_model
 from rvllm.api.forms import answer_grammar
-from rvllm.api.generation import IN_THREAD_CHARS, Job, Piece, Service
+from rvllm.api.generation import Service, off_loop
+from rvllm.api.job import Job, Piece
 from rvllm.api.logprobs import Names, chat_logprobs, prompt_logprobs
 from rvllm.api.parts import Call, PartsReader, ToolPlan, marks_are_special, tool_plan
 from rvllm.api.sampling import chat_params, refuse_unsupported
@@ -62,9 +62,7 @@ async def chat_completions(service: Service, exchange: Exchange, body: bytes) ->
 
 async def rendered(service: Service, request: ChatRequest | TokenizeRequest, size: int) -> str:
     """The conversation as a prompt. size: of the body, in bytes; a large one is rendered in a thread."""
-    if size < IN_THREAD_CHARS:
-        return render(service, request)
-    return await asyncio.to_thread(render, service, request)
+    return await off_loop(size, render, service, request)
 
 
 def render(service: Service, request: ChatRequest | TokenizeRequest) -> str:

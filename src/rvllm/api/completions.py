@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import aclosing
 
 import msgspec
@@ -13,7 +12,8 @@ from rvllm.api.body import parse
 from rvllm.api.errors import invalid
 from rvllm.api.exchange import Exchange, check_model
 from rvllm.api.forms import answer_grammar
-from rvllm.api.generation import IN_THREAD_CHARS, Job, Piece, Service
+from rvllm.api.generation import Service, off_loop
+from rvllm.api.job import Job, Piece
 from rvllm.api.logprobs import CompletionLogprobsWriter, Names, joined, prompt_logprobs
 from rvllm.api.sampling import completion_params, refuse_unsupported
 from rvllm.api.schemas import CompletionRequest
@@ -68,9 +68,7 @@ async def _around_gap(
     after = request.suffix or ""
     await service.check_size(after, "suffix")
     special = request.add_special_tokens is not False
-    if len(after) < IN_THREAD_CHARS:
-        return fill_in.prompt(service.tokenizer, before, after, special)
-    return await asyncio.to_thread(fill_in.prompt, service.tokenizer, before, after, special)
+    return await off_loop(len(after), fill_in.prompt, service.tokenizer, before, after, special)
 
 
 async def _prompts(service: Service, request: CompletionRequest, framed: bool) -> list[list[int]]:

@@ -9,7 +9,7 @@ import msgspec
 
 from rvllm.api.answers import now
 from rvllm.api.body import parse
-from rvllm.api.errors import ApiError
+from rvllm.api.errors import unknown
 from rvllm.api.exchange import Exchange
 from rvllm.api.items import Item, checked_items
 from rvllm.api.paging import Page, Query, page
@@ -88,20 +88,20 @@ class Conversations:
             if item["id"] == wanted:
                 await exchange.json(item)
                 return
-        raise ApiError(404, f"there is no item {wanted[:80]!r}", param="item_id")
+        raise unknown("item", wanted)
 
     async def delete_item(self, exchange: Exchange, body: bytes) -> None:
         """`DELETE /v1/conversations/{id}/items/{item}`: answers with the conversation."""
         found, wanted = self._found(exchange), exchange.scope["path_params"]["item"]
         if not self._store.delete_item(found.id, wanted):
-            raise ApiError(404, f"there is no item {wanted[:80]!r}", param="item_id")
+            raise unknown("item", wanted)
         await exchange.json(found)
 
     def _found(self, exchange: Exchange) -> Conversation:
         name = exchange.scope["path_params"]["id"]
         found = self._store.conversation(name)
         if found is None:
-            raise ApiError(404, f"there is no conversation {name[:80]!r}", param="conversation_id")
+            raise unknown("conversation", name)
         return found
 
 

@@ -8,14 +8,27 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from rvllm.api.answers import now
 from rvllm.api.body import parse
+from rvllm.api.embeddings_schema import (
+    Embedding,
+    EmbeddingAnswer,
+    EmbeddingRequest,
+    EmbeddingUsage,
+    RankedDocument,
+    RerankAnswer,
+    RerankRequest,
+    Score,
+    ScoreAnswer,
+    ScoreRequest,
+)
 from rvllm.api.errors import invalid
 from rvllm.api.exchange import Exchange, check_model
-from rvllm.api.generation import IN_THREAD_CHARS, Service
+from rvllm.api.generation import Service, off_loop
+from rvllm.api.job import checked_priority
 from rvllm.engine.messages import Embed
 from rvllm.errors import UsageError
 from rvllm.text.embedding import shorten, text_tokens
@@ -24,106 +37,6 @@ MOST_INPUTS = 2048  # OpenAI's limit for one request
 AT_ONCE = 64  # texts of one request that are in the engine together
 
 Vector = NDArray[np.float32]
-
-
-class EmbeddingRequest(msgspec.Struct, kw_only=True):
-    """The body of `/v1/embeddings`. `input` is a text, token ids, or a list of either.
-
-    truncate_prompt_tokens: keep so many tokens of a text, -1: as many as the model takes; without it a text
-    that is too long is refused. dimensions: keep so many elements, brought back to length 1.
-    """
-
-    input: str | list[str | int | list[int]]
-    model: str | None = None
-    dimensions: int | None = None
-    encoding_format: str | None = None
-    truncate_prompt_tokens: int | None = None
-    priority: int | None = None
-    user: str | None = None
-
-
-class ScoreRequest(msgspec.Struct, kw_only=True):
-    """The body of `/v1/score`: texts against texts, one against many, or pair by pair."""
-
-    text_1: str | list[str]
-    text_2: str | list[str]
-    model: str | None = None
-    truncate_prompt_tokens: int | None = None
-    priority: int | None = None
-
-
-class RerankRequest(msgspec.Struct, kw_only=True):
-    """The body of `/v1/rerank`. A document is a text or an object with a `text`; top_n 0: all of them."""
-
-    query: str
-    documents: list[str | dict[str, Any]]
-    top_n: int = 0
-    model: str | None = None
-    truncate_prompt_tokens: int | None = None
-    priority: int | None = None
-    return_documents: bool = True
-
-
-class EmbeddingUsage(msgspec.Struct):
-    """Tokens read."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
-class Embedding(msgspec.Struct, kw_only=True):
-    """A vector: numbers, or little-endian float32 in base64."""
-
-    index: int
-    embedding: list[float] | str
-    object: str = "embedding"
-
-
-class EmbeddingAnswer(msgspec.Struct, kw_only=True):
-    """The answer of `/v1/embeddings`."""
-
-    id: str
-    object: str = "list"
-    created: int
-    model: str
-    data: list[Embedding]
-    usage: EmbeddingUsage
-
-
-class Score(msgspec.Struct, kw_only=True):
-    """The cosine of the angle between a pair's vectors, -1 to 1."""
-
-    index: int
-    object: str = "score"
-    score: float
-
-
-class ScoreAnswer(msgspec.Struct, kw_only=True):
-    """The answer of `/v1/score`."""
-
-    id: str
-    object: str = "list"
-    created: int
-    model: str
-    data: list[Score]
-    usage: EmbeddingUsage
-
-
-class RankedDocument(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """A document with its score; `index` is its place in the request."""
-
-    index: int
-    document: dict[str, str] | None = None
-    relevance_score: float
-
-
-class RerankAnswer(msgspec.Struct, kw_only=True):
-    """The answer of `/v1/rerank`, best document first."""
-
-    id: str
-    model: str
-    usage: EmbeddingUsage
-    results: list[RankedDocument]
 
 
 async def embeddings(service: Service, exchange: Exchange, body: bytes) -> None:
@@ -143,7 +56,7 @@ async def embeddings(service: Service, exchange: Exchange, body: bytes) -> None:
         Embedding(index=i, embedding=_shown(shorten(vector, request.dimensions), form))
         for i, vector in enumerate(vectors)
     ]
-    await exchange.json(EmbeddingAnswer(id=name, created=int(time.time()), model=service.served_name,
+    await exchange.json(EmbeddingAnswer(id=name, created=now(), model=service.served_name,
                                         data=data, usage=encoder.usage()))  # fmt: skip
 
 
@@ -163,7 +76,7 @@ async def score(service: Service, exchange: Exchange, body: bytes) -> None:
         Score(index=i, score=_cosine(left[i if len(left) > 1 else 0], vector))
         for i, vector in enumerate(right)
     ]
-    await exchange.json(ScoreAnswer(id=name, created=int(time.time()), model=service.served_name,
+    await exchange.json(ScoreAnswer(id=name, created=now(), model=service.served_name,
                                     data=data, usage=encoder.usage()))  # fmt: skip
 
 
@@ -200,10 +113,8 @@ class _Encoder:
     def __init__(
         self, service: Service, name: str, param: str, truncate: int | None, priority: int | None
     ) -> None:
-        if priority is not None and not -(1 << 31) <= priority < 1 << 31:
-            raise invalid("priority must fit in 32 bits", "priority")
         self._service, self._name, self._param, self._truncate = service, name, param, truncate
-        self._priority = priority or 0
+        self._priority = checked_priority(priority)
         self._tokens = 0
 
     def usage(self) -> EmbeddingUsage:
@@ -217,10 +128,7 @@ class _Encoder:
         service = self._service
         prompts = []
         for text in texts:
-            if isinstance(text, str) and len(text) >= IN_THREAD_CHARS:
-                ids = await asyncio.to_thread(self._ids, text)
-            else:
-                ids = self._ids(text)
+            ids = await off_loop(len(text) if isinstance(text, str) else 0, self._ids, text)
             self._tokens += len(ids)
             prompts.append(ids)
         with service.admitted(1):

@@ -67,6 +67,11 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
+def unknown(what: str, name: str, param: str | None = None) -> ApiError:
+    """A 404: there is no such file, batch, item, ...; param: by default `what`_id."""
+    return ApiError(404, f"there is no {what} {name[:80]!r}", param=param or f"{what}_id")
+
+
 def busy(message: str) -> ApiError:
     """A 503 that asks the client to come back."""
     return ApiError(503, message, code="overloaded", headers=((b"retry-after", b"1"),))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from rvllm.api.batch_store import BatchStore, FileEntry
-from rvllm.api.errors import ApiError, invalid
+from rvllm.api.errors import invalid, unknown
 from rvllm.api.exchange import Exchange
 from rvllm.api.form import parse_form, refuse_foreign
 from rvllm.api.paging import Query, page
@@ -61,7 +61,7 @@ class Files:
         name = exchange.scope["path_params"]["id"]
         entry = self._store.file(name)
         if entry is None:
-            raise ApiError(404, f"there is no file {name[:80]!r}", param="file_id")
+            raise unknown("file", name)
         return entry
 
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.api.answers import PromptDetails, Usage
 from rvllm.api.errors import ApiError, busy, invalid
+from rvllm.api.job import Clock, Job, Piece, checked_priority, merged
 from rvllm.config import ServerConfig
 from rvllm.engine.messages import (
     Embed,
     Generate,
     Output,
-    PrefillChunk,
     Ready,
     State,
     Stats,
@@ -27,19 +25,28 @@ from rvllm.engine.messages import (
 )
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import UsageError
-from rvllm.telemetry.metrics import Metrics, RequestTimes
-from rvllm.telemetry.timing import ChoiceTiming, ChunkTiming, RequestTiming, current
+from rvllm.telemetry.metrics import Metrics
 from rvllm.text.grammar import vocabulary_of
-from rvllm.text.processor import Choice, Delta
+from rvllm.text.processor import Choice
 from rvllm.text.reasoning import reasoning_format
 from rvllm.text.requests import RequestMaker
 from rvllm.text.tokenizer import Tokenizer
 from rvllm.text.tools.choose import tool_format
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 LOOK_SECONDS = 1.0
 IDLE_LOOKS = 2  # so often in a row nothing must run before the vocabulary for grammars is handed over
 MOST_CHARS = 1_000_000  # of a text that is only to be tokenised: about a second and a gigabyte
 IN_THREAD_CHARS = 5_000  # longer texts are rendered and tokenised beside the event loop
+
+
+async def off_loop(size: int, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+    """What the work returns. With a `size` of IN_THREAD_CHARS or more it is done beside the event loop."""
+    if size < IN_THREAD_CHARS:
+        return work(*args, **options)
+    return await asyncio.to_thread(work, *args, **options)
 
 
 class Engine(Protocol):
@@ -66,45 +73,6 @@ class Engine(Protocol):
 
     async def wait_dead(self) -> str:
         """Returns, with the reason, when the engine process has ended."""
-
-
-@dataclass(slots=True)
-class Piece:
-    """What one engine step added to one choice of a request."""
-
-    index: int
-    delta: Delta
-
-
-@dataclass
-class Job:
-    """A request on its way through the engine: its choices, in order of prompt, then of n.
-
-    prompts: token ids of each prompt; params.n choices belong to each.
-    """
-
-    request_id: str
-    prompts: list[list[int]]
-    params: SamplingParams
-    generates: list[Generate]
-    choices: list[Choice]
-    arrival: float
-    completion_tokens: int = 0
-    cached_tokens: dict[int, int] = field(default_factory=dict)  # by prompt
-
-    def prompt_of(self, index: int) -> list[int]:
-        """The prompt that a choice answers."""
-        return self.prompts[index // self.params.n]
-
-    def usage(self) -> Usage:
-        """Tokens so far; a prompt counts once however many choices it has."""
-        prompt = sum(len(tokens) for tokens in self.prompts)
-        return Usage(
-            prompt,
-            self.completion_tokens,
-            prompt + self.completion_tokens,
-            PromptDetails(sum(self.cached_tokens.values())),
-        )
 
 
 class Service:
@@ -177,9 +145,7 @@ class Service:
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text, without holding up the event loop when it is long."""
-        if len(text) < IN_THREAD_CHARS:
-            return self.tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+        return await off_loop(len(text), self.tokenizer.encode, text, add_special_tokens)
 
     async def encode_any(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
         """Token ids of a text that need not fit into the context. Raises a 413 beyond MOST_CHARS."""
@@ -228,13 +194,12 @@ class Service:
             raise invalid(f"n times the number of prompts is {count}; this server answers at most "
                           f"{self.config.max_choices} (--max-choices)", "n")  # fmt: skip
         self._check_room(count)
-        if priority is not None and not -(1 << 31) <= priority < 1 << 31:
-            raise invalid("priority must fit in 32 bits", "priority")
+        urgency = checked_priority(priority)
         generates: list[Generate] = []
         choices: list[Choice] = []
         for number, prompt in enumerate(prompts):
             self.check_length(len(prompt), param)
-            made = self._requests.make(f"{request_id}-{number}", prompt, params, priority=priority or 0)
+            made = self._requests.make(f"{request_id}-{number}", prompt, params, priority=urgency)
             generates += made
             choices += [Choice(self._tokenizer, params, prompt, i) for i in range(len(made))]
         return Job(request_id, list(prompts), params, generates, choices, time.perf_counter())
@@ -272,7 +237,7 @@ class Service:
                         yield piece
             else:
                 async with aclosing(
-                    _merged([self._choice(job, i) for i in range(len(job.choices))])
+                    merged([self._choice(job, i) for i in range(len(job.choices))])
                 ) as pieces:
                     async for piece in pieces:
                         yield piece
@@ -284,20 +249,14 @@ class Service:
 
     async def _choice(self, job: Job, index: int) -> AsyncGenerator[Piece, None]:
         choice, request = job.choices[index], job.generates[index]
-        clock, reason = _Clock(self.metrics, job, request), "abort"
-        timing = (current.get() or RequestTiming(job.request_id, "")).choice(
-            request.request_id, len(request.prompt_token_ids)
-        )
-        clock.timing = timing
+        clock, reason = Clock(self.metrics, job, request), "abort"
         try:
             async with aclosing(self.engine.generate(request)) as outputs:
                 async for output in outputs:
                     began = time.perf_counter()
                     delta = choice.feed(output)
-                    timing.detokenize += time.perf_counter() - began
-                    timing.cached_tokens = output.cached_tokens
-                    if output.prefill:
-                        timing.chunks = _chunks(output.prefill)
+                    clock.timing.detokenize += time.perf_counter() - began
+                    clock.read(output)
                     reason = delta.finish_reason or reason
                     if reason == "error":
                         # What of a checked request cannot be followed is its grammar, which the model's
@@ -310,18 +269,11 @@ class Service:
                         job.cached_tokens[index // job.params.n] = output.cached_tokens
                     began = time.perf_counter()
                     yield Piece(index, delta)
-                    timing.stream += time.perf_counter() - began
+                    clock.timing.stream += time.perf_counter() - began
                     if delta.finish_reason is not None:
                         return
         finally:
             clock.finished(reason)
-
-
-def _chunks(prefill: Sequence[PrefillChunk]) -> list[ChunkTiming]:
-    """Times of the engine's clock as seconds since the current request arrived."""
-    request = current.get()
-    arrived = prefill[0].began if request is None else request.arrived / 1e9
-    return [ChunkTiming(c.step, c.tokens, c.began - arrived, c.ended - c.began) for c in prefill]
 
 
 def _too_long(param: str, what: str, limit: int) -> ApiError:
@@ -333,56 +285,6 @@ def _too_long(param: str, what: str, limit: int) -> ApiError:
     )
 
 
-class _Clock:
-    """Times one choice for the histograms."""
-
-    def __init__(self, metrics: Metrics, job: Job, request: Generate) -> None:
-        self._metrics, self._job, self._request = metrics, job, request
-        self._first = self._last = self._queue = 0.0
-        self._count = 0
-        self.timing = ChoiceTiming("", 0)
-
-    def tokens(self, count: int, queue_seconds: float) -> None:
-        """So many tokens have just come."""
-        if not count:
-            return
-        now = time.perf_counter() - self._job.arrival
-        if self._count == 0:
-            self._first, self._queue = now, queue_seconds
-            self._metrics.first_token(now)
-            self.timing.first = self._since_request(now)
-            self.timing.queued = max(0.0, self.timing.first - now) + queue_seconds
-        else:
-            self._metrics.between_tokens(now - self._last)
-        self._last = now
-        self._count += count
-        self.timing.last = self._since_request(now)
-        self.timing.output_tokens = self._count
-
-    def _since_request(self, seconds: float) -> float:
-        """Seconds since the HTTP request came, of a moment given since the job was made."""
-        request = current.get()
-        return seconds if request is None else self._job.arrival + seconds - request.began
-
-    def finished(self, reason: str) -> None:
-        """The choice has ended; "abort" when its client left."""
-        self.timing.finish_reason = reason
-        sampling = self._request.sampling
-        self._metrics.finished(
-            RequestTimes(
-                reason,
-                len(self._request.prompt_token_ids),
-                self._count,
-                sampling.max_tokens,
-                self._job.params.n,
-                self._queue,
-                self._first,
-                self._last,
-                self.timing.cached_tokens,
-            )
-        )
-
-
 def _template_of(tokenizer: Tokenizer | None, given: str | None) -> str | None:
     """The source of the chat template in use, if there is one."""
     if given is not None or tokenizer is None:
@@ -391,33 +293,3 @@ def _template_of(tokenizer: Tokenizer | None, given: str | None) -> str | None:
         return tokenizer.get_chat_template(tools=True)
     except UsageError:
         return None
-
-
-async def _merged(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
-    """Pieces of several streams in the order they come; the first failure ends all of them."""
-    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
-
-    async def pump(stream: AsyncGenerator[Piece, None]) -> None:
-        try:
-            async with aclosing(stream):
-                async for piece in stream:
-                    queue.put_nowait(piece)
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.ensure_future(pump(stream)) for stream in streams]
-    running = len(tasks)
-    try:
-        while running:
-            item = await queue.get()
-            if item is None:
-                running -= 1
-            elif isinstance(item, Piece):
-                yield item
-            else:
-                raise item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

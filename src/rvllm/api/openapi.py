@@ -14,7 +14,7 @@ from rvllm.api import answers, anthropic
 from rvllm.api.batch_store import Batch, FileEntry
 from rvllm.api.batches import BatchRequest
 from rvllm.api.conversations import ConversationRequest, ItemsRequest
-from rvllm.api.embeddings import (
+from rvllm.api.embeddings_schema import (
     EmbeddingAnswer,
     EmbeddingRequest,
     RerankAnswer,

@@ -10,7 +10,7 @@ from typing import Any
 
 from rvllm.api.answers import now
 from rvllm.api.body import parse
-from rvllm.api.errors import ApiError, busy, invalid
+from rvllm.api.errors import ApiError, busy, invalid, unknown
 from rvllm.api.exchange import Exchange, Gate, check_model
 from rvllm.api.generation import Service
 from rvllm.api.inner import chat_chunks
@@ -163,7 +163,7 @@ class Responses:
         elif request.conversation is not None:
             name = request.conversation if isinstance(request.conversation, str) else request.conversation.id
             if self._store.conversation(name) is None:
-                raise ApiError(404, f"there is no conversation {name[:80]!r}", param="conversation")
+                raise unknown("conversation", name, "conversation")
             before = self._store.items(name)
         known = {item["id"]: item for item in before}
         new = checked_items(request.input, known.get)

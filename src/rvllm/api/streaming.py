@@ -10,7 +10,8 @@ from msgspec import UnsetType
 
 from rvllm.api.answers import Usage
 from rvllm.api.exchange import Exchange
-from rvllm.api.generation import Job, Piece, Service
+from rvllm.api.generation import Service
+from rvllm.api.job import Job, Piece
 from rvllm.api.schemas import StreamOptions
 
 
