@@ -137,6 +137,9 @@ class Bench:
             ]  # fmt: skip
             seconds = self.bed.graph_seconds(launches, 5) / 20
             rows = log.cpu().numpy()
+            rows = rows[
+                (rows[:, :, 2] == rows[0, 0, 2]).all(axis=1)
+            ]  # blocks with as many visits as the first
             wall = (rows[:, :, 1] - rows[:, :, 0]).mean()
             stamps = int(rows[0, 0, 2])
             cycles = rows[:, :, 4:stamps]
