@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from rvllm.backends.cuda.profile import Profile, Row
+from rvllm.bench.profile import profile_table, read_profiles, write_profiles
 from rvllm.bench.prompts import fixed, random_tokens
 from rvllm.bench.report import Run, read_json, summarise, table, write_json
 from rvllm.bench.stats import median, percentile, rate
 from rvllm.cli.main import main
 from rvllm.errors import UsageError
+from rvllm.program.cost import Cost
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -61,6 +64,9 @@ def test_a_run_is_measured_written_and_compared(
     lines = capsys.readouterr().out.splitlines()
     assert "ratio" in lines[-3]
     assert lines[-1].endswith("x")
+    assert "measured otherwise" not in "".join(lines)
+    assert main([*flags, "--threads", "1", "--runs", "1", "--compare", str(file)]) == 0
+    assert f"{file} was measured otherwise: runs 2, now 1; --threads None, now 1" in capsys.readouterr().out
 
 
 def test_what_cannot_run_at_once_is_refused(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,6 +74,8 @@ def test_what_cannot_run_at_once_is_refused(model: Path, capsys: pytest.CaptureF
     for more, says in (
         (["--n", "3", "--max-num-seqs", "2"], "--max-num-seqs 2"),
         (["--input-len", "250", "--output-len", "10"], "--max-model-len"),
+        (["--profile"], "--profile times GPU kernels"),
+        (["--json", "/no/such/folder/x.json"], "--json: cannot write /no/such/folder/x.json"),
         (["--n", "9", "--num-blocks", "16", "--input-len", "40"], "KV blocks"),
     ):
         assert main([*flags, *more]) == 2
@@ -106,3 +114,35 @@ def test_prompts_differ_so_that_none_is_another_ones_prefix() -> None:
     tokens = random_tokens(3, 7, 100, seed=1)
     assert tokens == random_tokens(3, 7, 100, seed=1) != random_tokens(3, 7, 100, seed=2)
     assert all(0 <= token < 100 for prompt in tokens for token in prompt)
+
+
+def a_profile(seqs: int, microseconds: float) -> Profile:
+    rows = [
+        Row("qkv", "sm90_gemm", (1, 1, 1), 2, microseconds * 1e-6, Cost(weight_bytes=4_000_000, flops=10**6)),
+        Row("attn", "sm80_split", (1, 1, 1), 2, 3e-6, Cost()),
+        Row("attn", "sm80_join", (1, 1, 1), 2, 2e-6, Cost(kv_bytes=1000)),
+    ]
+    return Profile(seqs, 96, rows, step=1e-4, bandwidth=4e12)
+
+
+def test_a_profile_is_written_and_compared_with_a_later_one(tmp_path: Path) -> None:
+    file = tmp_path / "p.json"
+    write_profiles(file, {"model": "m"}, [a_profile(1, 8.0), a_profile(8, 9.0)])
+    assert json.loads(file.read_text())["model"] == "m"
+    lines = profile_table(a_profile(8, 4.5), read_profiles(file)).splitlines()
+    assert lines[2].split() == ["qkv", "sm90_gemm", "2", "4.5", "889", "0.2", "1.0", "7", "18", "2.00x"]
+    assert lines[3].split()[-2:] == ["10", "1.00x"]  # both kernels of the op together, told once
+    assert lines[4].split()[-2:] == ["-", "-"]
+    assert lines[-1] == "before 0.100 ms: 1.00x as fast now"
+    other = profile_table(a_profile(4, 4.5), read_profiles(file))
+    assert other.endswith("the earlier file has no profile of this step")
+    assert "ratio" not in profile_table(a_profile(8, 4.5))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"results": []}', '{"profiles": [{"seqs": 1}]}'])
+def test_a_file_without_profiles_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UsageError, match="holds no profiles"):
+        read_profiles(tmp_path / "x.json")
+    with pytest.raises(UsageError, match="cannot write"):
+        write_profiles(tmp_path / "no" / "x.json", {}, [])

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from rvllm.bench.stats import median, percentile, rate
+from rvllm.config import flag_of
 from rvllm.errors import UsageError
 
 
@@ -143,6 +144,17 @@ def read_json(path: Path) -> list[Result]:
         raise UsageError(f"--compare: cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, msgspec.ValidationError):
         raise UsageError(f"--compare: {path} holds no results of rvllm benchmark --json") from None
+
+
+def changes(path: Path, about: dict[str, Any]) -> list[str]:
+    """What an earlier file's run had otherwise: `dtype float32, now bfloat16`, `--threads 1, now 2`."""
+    before = json.loads(path.read_text(encoding="utf-8"))
+    named = [(name, before.get(name), about[name]) for name in ("model", "backend", "dtype", "runs")]
+    settings = before.get("engine")
+    for name, now in about["engine"].items():
+        if isinstance(settings, dict) and name in settings and name not in ("model", "dtype"):
+            named.append((flag_of(name), settings[name], now))
+    return [f"{name} {then}, now {now}" for name, then, now in named if then != now]
 
 
 def _number(value: Any) -> Any:

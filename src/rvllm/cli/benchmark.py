@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from rvllm.config import EngineConfig, add_flags, build
 from rvllm.errors import CapacityError, RvllmError, UsageError
 
 if TYPE_CHECKING:
+    from rvllm.bench.profile import Earlier
     from rvllm.bench.report import Result, Run
     from rvllm.engine.core import EngineCore
 
@@ -44,14 +46,22 @@ def add_parser(subparsers: Any) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Measures every batch size and prints the table."""
-    from rvllm.bench.report import read_json, summarise, table, write_json
+    from rvllm.backends.load import choose_device
+    from rvllm.bench.profile import read_profiles
+    from rvllm.bench.report import changes, read_json, summarise, table, write_json
     from rvllm.engine.core import EngineCore
 
     sizes = [_whole("--n", size) for size in args.n.split(",")]
     length = None if args.input_len is None else _whole("--input-len", args.input_len)
     output_len, runs = _whole("--output-len", args.output_len), _whole("--runs", args.runs)
-    before = read_json(Path(args.compare)) if args.compare else []
+    earlier = Path(args.compare) if args.compare else None
+    before = read_json(earlier) if earlier and not args.profile else []
+    profiles = read_profiles(earlier) if earlier and args.profile else []
     config = build(EngineConfig, vars(args))
+    if args.profile and choose_device(config) == "cpu":
+        raise UsageError("--profile times GPU kernels; the CPU backend has none (--device cuda)")
+    if args.json and not os.access(Path(args.json).absolute().parent, os.W_OK):
+        raise UsageError(f"--json: cannot write {args.json}: its folder is not there or not ours to write")
     if args.enable_prefix_caching is None:  # runs repeat their prompts, which would then cost nothing
         config = dataclasses.replace(config, enable_prefix_caching=False)
 
@@ -64,8 +74,10 @@ def main(args: argparse.Namespace) -> int:
             )
         about = _about(core, config, length, output_len, runs, time.perf_counter() - began)
         print(_heading(core, config, about))
+        if earlier and (changed := changes(earlier, about)):
+            print(f"{earlier} was measured otherwise: {'; '.join(changed)}")
         if args.profile:
-            _profile(core, sizes, (length or 32) + output_len // 2, args.json)
+            _profile(core, sizes, (length or 32) + output_len // 2, about, profiles, args.json)
             return 0
         results: list[Result] = []
         for n in sizes:
@@ -87,18 +99,23 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _profile(core: EngineCore, sizes: Sequence[int], context: int, target: str | None) -> None:
+def _profile(
+    core: EngineCore,
+    sizes: Sequence[int],
+    context: int,
+    about: dict[str, Any],
+    before: Sequence[Earlier],
+    target: str | None,
+) -> None:
     """Prints, for every batch size, one decode step kernel by kernel; writes them as JSON when asked."""
-    from rvllm.bench.profile import as_json, profile_table
+    from rvllm.bench.profile import profile_table, write_profiles
 
-    measure = getattr(core.backend, "profile", None)
-    if measure is None:
-        raise UsageError("--profile times GPU kernels; the CPU backend has none (--device cuda)")
-    profiles = [measure(n, context) for n in sizes]
+    backend: Any = core.backend
+    profiles = [backend.profile(n, context) for n in sizes]
     for profile in profiles:
-        print(profile_table(profile))
+        print(profile_table(profile, before))
     if target:
-        Path(target).write_text(as_json(profiles) + "\n")
+        write_profiles(Path(target), about, profiles)
 
 
 def _whole(flag: str, text: str) -> int:
