@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rvllm.program.ops import Activation, Buffer, Op, StateCache, Weight
+from rvllm.program.base import Activation, Buffer, Op, StateCache, Weight
 
 CHUNK = 16  # tokens whose sums belong together; chunks begin at multiples of it
 
