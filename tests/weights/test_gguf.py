@@ -330,6 +330,11 @@ def test_not_a_model(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "x.bin")
     with pytest.raises(ModelError, match="no such file"):
         open_checkpoint(tmp_path / "absent.gguf")
+    (tmp_path / "pointer.gguf").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
+    with pytest.raises(ModelError, match="Git LFS pointer"):
+        open_checkpoint(tmp_path / "pointer.gguf")
     os.mkfifo(tmp_path / "pipe.gguf")
     with pytest.raises(ModelError, match="neither a directory nor a regular file"):
         open_checkpoint(tmp_path / "pipe.gguf")

@@ -116,6 +116,7 @@ VALID = safetensors_of({"t": np.zeros(2, np.float32)})
 BROKEN = {
     "empty": (b"", "the file is empty"),
     "short": (b"\1\0\0", "too short"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "run `git lfs pull`"),
     "header length": (safetensors_bytes({}, length=1 << 62), "is absurd"),
     "truncated header": (VALID[:40], "truncated"),
     "truncated data": (VALID[:-1], "tensor 't' lies at"),

@@ -33,14 +33,19 @@ class MappedFile:
         return len(self.bytes)
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a clone without Git LFS has for large files
+
+
 def map_file(path: Path) -> MappedFile:
-    """Maps a file; ModelError names it when it cannot be read or is empty."""
+    """Maps a file; ModelError names it when it cannot be read, is empty or only stands for the real one."""
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         reason = error.strerror if isinstance(error, OSError) else "the file is empty"
         raise ModelError(f"{path}: cannot read the file: {reason}") from None
+    if mapped[: len(LFS_POINTER)] == LFS_POINTER:
+        raise ModelError(f"{path}: a Git LFS pointer, not the weights themselves; run `git lfs pull` there")
     return MappedFile(path, np.frombuffer(mapped, dtype=np.uint8))
 
 
