@@ -205,7 +205,7 @@ def torch_graph_seconds(work: Callable[[], None], repeats: int = 7) -> float:
 def compare(bench: Bench, sizes: list[int]) -> None:
     """Today's choice, every variant and cuBLASLt, shape by shape: TFLOP/s (microseconds)."""
     variants = gemm_variants.VARIANTS
-    gemm_variants.add(bench.bed, variants)
+    gemm_variants.add(bench.bed, (*variants, *gemm_variants.VARIANTS_SUM))
     sms = bench.bed.facts.sm_count
     for name, (n, k) in SHAPES.items():
         for tokens in sizes:
@@ -217,6 +217,7 @@ def compare(bench: Bench, sizes: list[int]) -> None:
             else:
                 ways: list[tuple[gemm.Mode, int]] = [("split", 128), ("split", 192), ("split", 256)]
                 ways += [("sum", 96), ("sum", 128), ("sum", 192)]
+                plans |= {v.label: v.plan(n, k, tokens, "bf16", sms) for v in gemm_variants.VARIANTS_SUM}
                 plans |= {f"{m}{size}": gemm.variant(n, k, tokens, "bf16", m, size, sms) for m, size in ways}
             found = {label: bench.shape(name, tokens, plan) for label, plan in plans.items()}
             found["today again"] = bench.shape(name, tokens, plans["today"])

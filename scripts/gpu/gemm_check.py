@@ -142,16 +142,19 @@ class Checker:
         """Kernels that are not in the catalog yet: the bits of the catalog's, whatever the epilogue."""
         kinds = gemm.Kind
         for dtype in TORCH:
-            for n, k in ((17000, 1160), (17003, 72), (37888, 3584), (151937, 896)):
+            for n, k in ((17000, 1160), (17003, 72), (37888, 3584), (151937, 896), (3584, 3584), (203, 72)):
                 if dtype == "f16" and n > 20000:
                     continue
+                one = gemm.segments_of(n, k) == 1
+                variants = gemm_variants.VARIANTS if one else gemm_variants.VARIANTS_SUM
                 x = torch.randn(1000, k, device="cuda").to(TORCH[dtype])
                 w = (torch.randn(n, k, device="cuda") * k**-0.5).to(TORCH[dtype])
                 packed = self.bed.pack(w, dtype)
                 bias = torch.randn(n, device="cuda").to(TORCH[dtype])
                 added = torch.randn(1000, n, device="cuda").to(TORCH[dtype])
                 for tokens in (1, 70, 128, 129, 192, 256, 257, 300, 512, 600, 1000):
-                    usual = gemm.variant(n, k, tokens, dtype, "walk", 128, self.bed.facts.sm_count)
+                    mode: gemm.Mode = "walk" if one else "sum"
+                    usual = gemm.variant(n, k, tokens, dtype, mode, 128, self.bed.facts.sm_count)
                     ways: list[dict[str, object]] = [
                         {}, {"bias": bias.data_ptr(), "residual": added.data_ptr(), "scale": 0.5},
                         {"kind": kinds.LOGITS}, {"kind": kinds.ACT_GELU},
@@ -165,7 +168,7 @@ class Checker:
                         width = n // 2 if gemm.Kind.GATED_SILU <= way.get("kind", 0) <= 5 else n
                         want = self.run(usual, x, packed, dtype, width, **way)
                         raw = torch.int32 if want.dtype == torch.float32 else torch.int16
-                        for variant in gemm_variants.VARIANTS:
+                        for variant in variants:
                             plan = variant.plan(n, k, tokens, dtype, self.bed.facts.sm_count)
                             got = self.run(plan, x, packed, dtype, width, **way)
                             same = torch.equal(got.view(raw), want.view(raw))
@@ -216,7 +219,7 @@ def main() -> None:
     bed = Bed()
     checker = Checker(bed)
     if args.variants:
-        gemm_variants.add(bed, gemm_variants.VARIANTS, tuple(TORCH))
+        gemm_variants.add(bed, (*gemm_variants.VARIANTS, *gemm_variants.VARIANTS_SUM), tuple(TORCH))
         checker.candidates()
         print(f"{checker.launches} launches checked, {len(checker.failures)} failures")
         sys.exit(bool(checker.failures))

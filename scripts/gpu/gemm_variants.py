@@ -45,7 +45,10 @@ class Variant:
         mode: gemm.Mode = "sum" if self.mode == "SUM" else "walk"
         like = gemm.variant(n, k, tokens, dtype, mode, self.tile, sms)
         spec = self.spec(dtype)
-        return replace(like, kernel=spec.name, smem=spec.smem, cluster=self.cluster)
+        pairs, token_tiles = -(-n // 128), -(-tokens // self.tile)
+        clusters = min(sms // self.cluster, -(-pairs * token_tiles // self.cluster))
+        grid = (self.cluster * clusters, 1, 1)
+        return replace(like, kernel=spec.name, smem=spec.smem, cluster=self.cluster, grid=grid)
 
 
 VARIANTS = (
@@ -53,7 +56,9 @@ VARIANTS = (
     Variant("flow_ahead", (*SAFE, "RVLLM_GEMM_AHEAD=8")),
     Variant("flow_turns", (*SAFE, "RVLLM_GEMM_TURNS")),
     Variant("flow_alone", SAFE, cluster=1),
+    Variant("flow_four", SAFE, cluster=4),
 )
+VARIANTS_SUM = (Variant("sum160", SAFE, mode="SUM", tile=160),)
 TRACED = (
     Variant("walk_traced", ("RVLLM_GEMM_TRACE",), mode="WALK"),
     Variant("flow_traced", (*SAFE, "RVLLM_GEMM_TRACE")),

@@ -30,7 +30,7 @@ def walk_box(mode: str, tokens: int) -> int:
 
 def sm90_threads(mode: str, tokens: int) -> int:
     """Threads of a block: two warpgroups and a producer warp, or warpgroup where registers are short."""
-    return 384 if mode != "split" and tokens >= 192 else 288
+    return 384 if mode != "split" and tokens >= 160 else 288
 
 
 def sm90_smem(mode: str, tokens: int, most: int = 12) -> int:

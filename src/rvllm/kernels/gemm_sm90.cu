@@ -13,8 +13,30 @@
 
 namespace rvllm::gemm {
 
-enum Mode { SPLIT, WALK, SUM };
+// RVLLM_GEMM_TRAP: a wait that never ends becomes an error.
+__device__ __forceinline__ void wait(u32 bar, u32 parity) {
+#ifdef RVLLM_GEMM_TRAP
+  for (u32 i = 0; !ptx::mbar_try_wait(bar, parity); i++)
+    if (i > 200000) __trap();
+#else
+  ptx::mbar_wait(bar, parity);
+#endif
+}
+__device__ __forceinline__ u64 global_time() {
+  u64 t;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+  return t;
+}
+
+enum Mode { SPLIT, WALK, SUM, FLOW };
 constexpr int CONSUMERS = 256;
+constexpr int STORERS = 96;  // threads of FLOW that write finished tiles
+#ifndef RVLLM_GEMM_AHEAD
+#define RVLLM_GEMM_AHEAD 0
+#endif
+constexpr int AHEAD = RVLLM_GEMM_AHEAD;  // blocks of K that FLOW asks L2 for before it loads them
+
+constexpr int FLOW_STAGING = 128 * TILE * 2;  // bytes a warpgroup's finished outputs wait in
 
 struct alignas(64) TensorMap {
   u64 opaque[16];
@@ -22,9 +44,9 @@ struct alignas(64) TensorMap {
 
 template <int TOKENS, Mode MODE>
 struct Layout {
-  static constexpr bool TAIL = MODE == WALK && TOKENS == 256;  // see Walk
+  static constexpr bool TAIL = (MODE == WALK || MODE == FLOW) && TOKENS == 256;  // see Walk
   static constexpr int BOX = TAIL ? 64 : 0;                    // tokens of a load of x, where not its whole share
-  static constexpr bool MANY_REGISTERS = MODE != SPLIT && TOKENS >= 192;
+  static constexpr bool MANY_REGISTERS = MODE != SPLIT && TOKENS >= 160;
   static constexpr int THREADS = CONSUMERS + (MANY_REGISTERS ? 128 : 32);
   static constexpr int WEIGHTS = 2 * TILE_BYTES, X = TOKENS * TILE * 2;
   static constexpr int CHUNK = TOKENS % 64 == 0 ? 64 : TOKENS < 32 ? TOKENS : 32;  // tokens staged at a time
@@ -32,7 +54,7 @@ struct Layout {
   static constexpr int SPLIT_PITCH = 2 * TILE + 4;      // floats, likewise
   static constexpr int SUMS = (CHUNK < 32 ? CHUNK : 32) * (TILE + 4) * 4;  // float32 on their way to logits
   static constexpr int PER_GROUP = CHUNK * STAGE_PITCH > SUMS ? CHUNK * STAGE_PITCH : SUMS;
-  static constexpr int STAGING = MODE == SPLIT ? 0 : 2 * PER_GROUP;
+  static constexpr int STAGING = MODE == SPLIT ? 0 : MODE == FLOW ? 2 * FLOW_STAGING : 2 * PER_GROUP;
   static constexpr int BARRIERS = 256, LIMIT = 232448;
   static constexpr int FIT = (LIMIT - STAGING - BARRIERS) / (WEIGHTS + X);
   static constexpr int STAGES = FIT < 12 ? FIT : 12;
@@ -178,6 +200,111 @@ __device__ __forceinline__ void finish_accumulators(const Epilogue& e, const flo
   }
 }
 
+// FLOW: a consumer warpgroup leaves its outputs in shared memory, 128 tokens at a time (256 when gated, which
+// halves the rows), and goes on with the next tile; STORERS threads carry them out.
+// Where piece `c` (16 bytes) of a token's row lies: pieces of 8 consecutive tokens fall into different banks.
+template <bool GATED>
+__device__ __forceinline__ u32 staged(int token, int c) {
+  return GATED ? token * TILE + (c ^ (token / 2 % 4)) * 16 : token * (2 * TILE) + (c ^ (token % 8)) * 16;
+}
+__device__ __forceinline__ int phases(const Epilogue& e, const int limit) {
+  return limit <= 0 || e.kind == LOGITS ? 0 : gated(e.kind) || limit <= 128 ? 1 : 2;
+}
+enum Named : int { ROOM = 1, READY = 3, TURN = 5 };  // barriers of warpgroup 0; those of 1 are the next
+
+template <class T, int TOKENS>
+__device__ __forceinline__ void hand_over(const Epilogue& e, const float (&acc)[TOKENS / 2], u32 staging, int group,
+                                          int thread, int row0, int token0, int limit) {
+  if (limit <= 0) return;
+  const int warp = thread / 32, lane = thread % 32, row = row0 + warp * 16 + lane / 4, column = lane % 4 * 2;
+  const float bias[2] = {bias_of<T>(e, row), bias_of<T>(e, row + 8)};
+  const auto both = [](T low, T high) {
+    const Pack<T, 2> p{{low, high}};
+    return *reinterpret_cast<const u32*>(&p);
+  };
+  if (e.kind == LOGITS) {  // 8 lanes hold 8 neighbours of a token: a whole sector of 32 bytes
+    const auto all = [&](auto finished) {
+      float* out = static_cast<float*>(e.out) + static_cast<size_t>(token0 + column) * e.pitch + row;
+#pragma unroll
+      for (int j = 0; j < TOKENS / 8; j++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          if (8 * j + column + i % 2 < limit && row + i / 2 * 8 < e.rows)
+            out[i % 2 * static_cast<size_t>(e.pitch) + i / 2 * 8] = finished(acc[4 * j + i], bias[i / 2]);
+        out += 8 * static_cast<size_t>(e.pitch);
+      }
+    };
+    if (e.soft_cap > 0.f)
+      all([&](float sum, float b) { return logit(sum, b, e.scale, e.soft_cap); });
+    else
+      all([&](float sum, float b) { return fmaf(sum, e.scale, b); });
+    return;
+  }
+  if (gated(e.kind)) {
+    ptx::bar_sync(ROOM + group, 128 + STORERS);
+    const auto all = [&](auto act) {
+      const auto value = [&](int i) {
+        return rounded<T>(act(to_float(rounded<T>(acc[i] + bias[0])), to_float(rounded<T>(acc[i + 2] + bias[1]))));
+      };
+#pragma unroll
+      for (int q = 0; q < TOKENS / 32; q++) {
+        if (32 * q >= limit) break;
+        u32 r[4];
+#pragma unroll
+        for (int m = 0; m < 4; m++) r[m] = both(value(16 * q + 4 * m), value(16 * q + 4 * m + 1));
+        ptx::stmatrix_x4_trans(staging + staged<true>(32 * q + lane, warp), r);
+      }
+    };
+    if (e.kind == GATED_SILU)
+      all([](float g, float u) { return __fmul_rn(silu(g), u); });
+    else if (e.kind == GATED_CLAMPED)
+      all([&](float g, float u) { return clamped_gate(g, u, e.soft_cap, e.scale); });
+    else
+      all([&](float g, float u) { return __fmul_rn(activated(g, e.kind == GATED_GELU ? Act::GELU : Act::GELU_TANH), u); });
+    ptx::bar_arrive(READY + group, 128 + STORERS);
+    return;
+  }
+#pragma unroll
+  for (int half = 0; half < TOKENS / 128; half++) {
+    if (half * 128 >= limit) break;
+    ptx::bar_sync(ROOM + group, 128 + STORERS);
+#pragma unroll
+    for (int q = 0; q < 8; q++) {  // 16 tokens, 16 rows
+      const int i = half * 64 + q * 8;
+      u32 r[4];
+#pragma unroll
+      for (int m = 0; m < 4; m++)
+        r[m] = both(rounded<T>(acc[i + 2 * m] + bias[m % 2]), rounded<T>(acc[i + 2 * m + 1] + bias[m % 2]));
+      ptx::stmatrix_x4_trans(staging + staged<false>(16 * q + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), r);
+    }
+    ptx::bar_arrive(READY + group, 128 + STORERS);
+  }
+}
+
+// What the storers do for one phase of one warpgroup: tokens token1 .. token1 + count - 1.
+template <class T>
+__device__ __forceinline__ void carry_out(const Epilogue& e, const u8* staging, int thread, int row0, int token1, int count) {
+  const bool aligned = (e.pitch & 7) == 0;
+  if (gated(e.kind)) {
+    for (int item = thread; item < count * 4; item += STORERS) {
+      const int t = item / 4, piece = item % 4, n = row0 / 2 + piece * 8;
+      if (n >= e.rows / 2) continue;
+      const auto value = *reinterpret_cast<const Pack<T, 8>*>(staging + staged<true>(t, piece));
+      store(static_cast<T*>(e.out) + static_cast<size_t>(token1 + t) * e.pitch + n, value, 8, aligned);
+    }
+    return;
+  }
+  for (int item = thread; item < count * 8; item += STORERS) {
+    const int t = item / 8, piece = item % 8, n = row0 + piece * 8, left = e.rows - n;
+    if (left <= 0) continue;
+    auto value = *reinterpret_cast<const Pack<T, 8>*>(staging + staged<false>(t, piece));
+    const size_t to = static_cast<size_t>(token1 + t) * e.pitch + n;
+    activate_all(value, e.kind);
+    if (e.residual) add_residual(static_cast<const T*>(e.residual) + to, value, e.scale, left, aligned);
+    store(static_cast<T*>(e.out) + to, value, left, aligned);
+  }
+}
+
 // x: tensor map of [>= tokens, K] in boxes of 64 x (Layout::BOX, else TOKENS / CLUSTER), 128-byte swizzle. weights: packed.
 // blocks: ceil(K / 64). The rest: see Epilogue.
 template <class T, int TOKENS, Mode MODE, int CLUSTER>
@@ -197,7 +324,25 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   const auto empty = [&](int s) { return bars + 16 * s + 8; };
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int tiles = (rows + TILE - 1) / TILE;
+#ifdef RVLLM_GEMM_TRACE  // the residual is where clocks are written, [blocks][2][256]
+  u64* const trace_log = static_cast<u64*>(const_cast<void*>(residual)) + (blockIdx.x * 2 + threadIdx.x / 128 % 2) * 256;
+  int stamps = 4;
+  const bool stamping = threadIdx.x < CONSUMERS && threadIdx.x % 128 == 0;
+  long long stalled = 0;
+#define RVLLM_STALL(what) { const long long t = clock64(); what stalled += clock64() - t; }
+#define RVLLM_STALLED if (stamping && stamps < 256) trace_log[stamps++] = stalled; stalled = 0;
+#define RVLLM_STAMP if (stamping && stamps < 256) trace_log[stamps++] = clock64();
+#define RVLLM_STAMP_END if (stamping) trace_log[1] = global_time(), trace_log[2] = stamps;
+  if (stamping) trace_log[0] = global_time();
+  RVLLM_STAMP
+  const Epilogue e{out, bias, nullptr, kind, tokens, rows, pitch, scale, soft_cap};
+#else
+#define RVLLM_STAMP
+#define RVLLM_STALL(what) what
+#define RVLLM_STALLED
+#define RVLLM_STAMP_END
   const Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
+#endif
   // SPLIT: the items of the sum that fall to a block of the cluster; if they are one a thread, what it is finished with.
   const auto split_items = [&](int rank) {
     const int count = min(TOKENS, tokens - static_cast<int>(blockIdx.y) * TOKENS);
@@ -240,7 +385,10 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   };
 
   if (warp >= CONSUMERS / 32) {
-    if constexpr (L::MANY_REGISTERS) registers_lower<40>();
+    if constexpr (MODE == FLOW)
+      registers_lower<88>();
+    else if constexpr (L::MANY_REGISTERS)
+      registers_lower<40>();
     if (threadIdx.x == CONSUMERS) {
       // Weights that are read again in a later round, for other tokens, may stay in L2.
       const u64 hint = walk.again() ? EVICT_NORMAL : EVICT_FIRST;
@@ -273,9 +421,20 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
           tensor_load_2d(dst, &x, k * TILE, v.token0, full(stage));
         }
       };
-      Visit v;
+      Visit v, after{};
       Ring ring(stages);
       bool more = next(v);
+      [[maybe_unused]] bool last = true;
+      if constexpr (MODE == FLOW && AHEAD > 0) last = !(more && next(after));
+      // Asks L2 for block k of this visit's weights, or of the next one's.
+      [[maybe_unused]] const auto ask = [&](int k) {
+        if (k >= blocks && last) return;
+        const int tile = k < blocks ? v.tile : after.tile, block = k < blocks ? k : k - blocks;
+        for (int i = 0; i < 2; i++) {
+          const u64 row = min(tile + i, tiles - 1);
+          bulk_prefetch(weights + (row * blocks + block) * TILE_BYTES, TILE_BYTES);
+        }
+      };
       // Weights first: they depend on no kernel before this one.
       int ahead = more ? min(stages, k1 - k0) : 0;
       for (int s = 0; s < ahead; s++) load_weights(v, k0 + s, s);
@@ -286,20 +445,51 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       }
       while (more) {
         for (int k = k0 + ahead; k < k1; k++) {
-          mbar_wait(empty(ring.stage), ring.phase ^ 1);
+          wait(empty(ring.stage), ring.phase ^ 1);
           load_weights(v, k, ring.stage);
           load_x(v, k, ring.stage);
           ring.advance();
+          if constexpr (MODE == FLOW && AHEAD > 0) ask(k + AHEAD);
         }
         ahead = 0;
-        more = next(v);
+        if constexpr (MODE == FLOW && AHEAD > 0) {
+          more = !last;
+          v = after;
+          last = !(more && next(after));
+        } else {
+          more = next(v);
+        }
       }
     } else {
       griddep_wait();
+      if constexpr (MODE == FLOW) {
+        const int thread = threadIdx.x - CONSUMERS - 32;
+        const u8* staging = shared + stages * (L::WEIGHTS + L::X);
+        if (thread >= 0) {
+          bar_arrive(ROOM, 128 + STORERS);
+          bar_arrive(ROOM + 1, 128 + STORERS);
+          Visit v;
+          while (next(v)) {
+            const int limit = min(v.width, tokens - v.token0), count = phases(e, limit);
+            const int step = gated(kind) ? TOKENS : 128;
+            for (int p = 0; p < count; p++)
+              for (int g = 0; g < 2; g++) {
+                bar_sync(READY + g, 128 + STORERS);
+                carry_out<T>(e, staging + g * FLOW_STAGING, thread, (v.tile + g) * TILE, v.token0 + p * step,
+                             min(step, limit - p * step));
+                __syncwarp();
+                bar_arrive(ROOM + g, 128 + STORERS);
+              }
+          }
+        }
+      }
     }
     __syncwarp();
   } else {
-    if constexpr (L::MANY_REGISTERS) registers_raise<232>();
+    if constexpr (MODE == FLOW)
+      registers_raise<208>();
+    else if constexpr (L::MANY_REGISTERS)
+      registers_raise<232>();
     const int group = warp / 4, thread = threadIdx.x % 128;
     Ring ring(stages);
     Visit v;
@@ -316,7 +506,10 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       constexpr int WIDTH = sizeof(acc) / sizeof(float) * 2;
       int held = -1;
       for (int k = first; k < last; k++) {
-        mbar_wait(full(ring.stage), ring.phase);
+        RVLLM_STALL(wait(full(ring.stage), ring.phase);)
+#ifdef RVLLM_GEMM_TURNS
+        if constexpr (MODE == FLOW) bar_sync(TURN + group, CONSUMERS);
+#endif
         const u64 a = wgmma_operand(base + ring.stage * L::WEIGHTS + group * TILE_BYTES);
         const u64 b = wgmma_operand(x_base + ring.stage * L::X);
         wgmma_pin(acc);
@@ -324,6 +517,9 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
 #pragma unroll
         for (int j = 0; j < TILE / 16; j++) wgmma<WIDTH, T>(acc, a + 2 * j, b + 2 * j, j > 0 || k > first);
         wgmma_commit();
+#ifdef RVLLM_GEMM_TURNS
+        if constexpr (MODE == FLOW) bar_arrive(TURN + 1 - group, CONSUMERS);
+#endif
         wgmma_pin(acc);
         if (held >= 0) {
           wgmma_wait<1>();
@@ -337,6 +533,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       if (held >= 0) release(held);
     };
     griddep_wait();
+    RVLLM_STAMP
 
     if constexpr (MODE == SPLIT) {
       next(v);
@@ -355,11 +552,14 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
         for (int i = 0; i < 4; i++)
           partial[(8 * j + column + i % 2) * L::SPLIT_PITCH + row + i / 2 * 8] = acc[4 * j + i];
     } else {
-      u8* staging = shared + stages * (L::WEIGHTS + L::X) + group * L::PER_GROUP;
+      [[maybe_unused]] u8* staging = shared + stages * (L::WEIGHTS + L::X) + group * L::PER_GROUP;
+#ifdef RVLLM_GEMM_TURNS
+      if (MODE == FLOW && group == 1) bar_arrive(TURN, CONSUMERS);
+#endif
       while (next(v)) {
         if (group >= v.count) {  // nothing for this warpgroup: keep in step with the pipeline
           for (int k = 0; k < blocks; k++) {
-            mbar_wait(full(ring.stage), ring.phase);
+            wait(full(ring.stage), ring.phase);
             release(ring.stage);
             ring.advance();
           }
@@ -389,11 +589,24 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
             segment(acc, 0, blocks);
           }
         }
-        Epilogue mine = e;
-        if constexpr (L::TAIL) mine.tokens = min(tokens, v.token0 + v.width);
-        finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(mine, acc, staging, 1 + group, thread,
-                                                                 (v.tile + group) * TILE, v.token0);
+        RVLLM_STAMP
+        RVLLM_STALLED
+        if constexpr (MODE == FLOW) {
+          hand_over<T, TOKENS>(e, acc, smem(shared) + stages * (L::WEIGHTS + L::X) + group * FLOW_STAGING, group, thread,
+                               (v.tile + group) * TILE, v.token0, min(v.width, tokens - v.token0));
+        } else {
+          Epilogue mine = e;
+          if constexpr (L::TAIL) mine.tokens = min(tokens, v.token0 + v.width);
+          finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(mine, acc, staging, 1 + group, thread,
+                                                                   (v.tile + group) * TILE, v.token0);
+        }
+        RVLLM_STAMP
       }
+      if constexpr (MODE == FLOW) bar_sync(ROOM + group, 128 + STORERS);  // as often as the storers arrive
+#ifdef RVLLM_GEMM_TURNS
+      if (MODE == FLOW && group == 0) bar_sync(TURN, CONSUMERS);
+#endif
+      RVLLM_STAMP_END
     }
   }
 

@@ -34,6 +34,11 @@ RVLLM_PTX void stmatrix_x4_trans(u32 addr, const u32 (&r)[4]) {
                :: "r"(addr), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 
+// Asks for contiguous memory to be brought to L2; address and size multiples of 16.
+RVLLM_PTX void bulk_prefetch(const void* src, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(src), "r"(bytes) : "memory");
+}
+
 // wgmma<N, T>(d, a, b, keep): keep = 0 overwrites d, 1 adds to it.
 #define RVLLM_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define RVLLM_F16(i) RVLLM_F4(i), RVLLM_F4(i + 4), RVLLM_F4(i + 8), RVLLM_F4(i + 12)
@@ -45,7 +50,8 @@ RVLLM_PTX void stmatrix_x4_trans(u32 addr, const u32 (&r)[4]) {
 #define RVLLM_R32 RVLLM_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define RVLLM_R48 RVLLM_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define RVLLM_R64 RVLLM_R48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define RVLLM_R96 RVLLM_R64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79" \
+#define RVLLM_R80 RVLLM_R64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define RVLLM_R96 RVLLM_R80 \
   ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 #define RVLLM_R128 RVLLM_R96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
   ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
@@ -69,6 +75,7 @@ RVLLM_WGMMA_BOTH(32, RVLLM_R16, "16", "17", "18", RVLLM_F16(0))
 RVLLM_WGMMA_BOTH(64, RVLLM_R32, "32", "33", "34", RVLLM_F32(0))
 RVLLM_WGMMA_BOTH(96, RVLLM_R48, "48", "49", "50", RVLLM_F32(0), RVLLM_F16(32))
 RVLLM_WGMMA_BOTH(128, RVLLM_R64, "64", "65", "66", RVLLM_F64(0))
+RVLLM_WGMMA_BOTH(160, RVLLM_R80, "80", "81", "82", RVLLM_F64(0), RVLLM_F16(64))
 RVLLM_WGMMA_BOTH(192, RVLLM_R96, "96", "97", "98", RVLLM_F64(0), RVLLM_F32(64))
 RVLLM_WGMMA_BOTH(256, RVLLM_R128, "128", "129", "130", RVLLM_F64(0), RVLLM_F64(64))
 }  // namespace rvllm::ptx
