@@ -33,6 +33,7 @@ constexpr int CONSUMERS = 256;
 constexpr int STORERS = 96;  // threads of FLOW that write finished tiles
 #ifndef RVLLM_GEMM_AHEAD
 #define RVLLM_GEMM_AHEAD 0
+  static constexpr int HELD = TOKENS <= 16 ? 1 : TOKENS == 32 || TOKENS == 256 ? 2 : 4;  // items of a split sum at once
 #endif
 constexpr int AHEAD = RVLLM_GEMM_AHEAD;  // blocks of K that FLOW asks L2 for before it loads them
 
@@ -343,13 +344,17 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
 #define RVLLM_STAMP_END
   const Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
 #endif
-  // SPLIT: the items of the sum that fall to a block of the cluster; if they are one a thread, what it is finished with.
+  // SPLIT: the items of the sum that fall to a block of the cluster, and what a thread's first ones are finished with.
   const auto split_items = [&](int rank) {
     const int count = min(TOKENS, tokens - static_cast<int>(blockIdx.y) * TOKENS);
     return count * items_per_token<2 * TILE>(kind) * rank / segments;
   };
-  const auto one_each = [&] { return can_hold(e) && split_items(blockIdx.x + 1) - split_items(blockIdx.x) <= CONSUMERS; };
-  Held<T> held;
+  Held<T> held[L::HELD];
+  const auto hold_from = [&](int item) {
+#pragma unroll
+    for (int b = 0; b < L::HELD; b++, item += CONSUMERS)
+      held[b] = hold<T>(e, blockIdx.y * TOKENS + item / (TILE / 2), blockIdx.z * 2 * TILE + item % (TILE / 2) * 4);
+  };
 
   griddep_launch();
   if (threadIdx.x == CONSUMERS) {
@@ -537,10 +542,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
 
     if constexpr (MODE == SPLIT) {
       next(v);
-      if (one_each()) {
-        const int item = split_items(blockIdx.x) + threadIdx.x;
-        held = hold<T>(e, v.token0 + item / (TILE / 2), v.tile * TILE + item % (TILE / 2) * 4);
-      }
+      if (can_hold(e)) hold_from(split_items(blockIdx.x) + threadIdx.x);
       segment(acc, k0, k1);
       // Both warpgroups have read their last stage before partial sums overwrite it.
       bar_sync(1, CONSUMERS);
@@ -627,18 +629,33 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
         for (int s = 1; s < 8; s++)
           if (s < segments) q[0] += part[s].x, q[1] += part[s].y, q[2] += part[s].z, q[3] += part[s].w;
       };
-      if (one_each()) {
-        const int item = first + threadIdx.x, token = item / (TILE / 2), row = item % (TILE / 2) * 4;
-        float sum[4];
-        if (item < last) {
-          load(token, row, sum);
-          finish_held<T>(e, token0 + token, row0 + row, sum, held);
+      if (can_hold(e)) {
+        for (int i = first + threadIdx.x; i - static_cast<int>(threadIdx.x) < last; i += L::HELD * CONSUMERS) {
+          float sum[L::HELD][4];
+#pragma unroll
+          for (int b = 0; b < L::HELD; b++) {
+            const int item = min(i + b * CONSUMERS, last - 1);  // no branch, so that all loads are in flight at once
+            load(item / (TILE / 2), item % (TILE / 2) * 4, sum[b]);
+          }
+          if (i >= first + L::HELD * CONSUMERS) hold_from(i);
+          // What others have was read: said before results leave, which takes longer.
+          if (i - static_cast<int>(threadIdx.x) + L::HELD * CONSUMERS >= last) cluster_arrive();
+#pragma unroll
+          for (int b = 0; b < L::HELD; b++) {
+            const int item = i + b * CONSUMERS;
+            if (item < last)
+              finish_held<T>(e, token0 + item / (TILE / 2), row0 + item % (TILE / 2) * 4, sum[b], held[b]);
+          }
         }
+        if (first >= last) cluster_arrive();
       } else {
         finish_tile<T, 2 * TILE, 4>(e, token0, row0, first, last, threadIdx.x, CONSUMERS, load);
+        cluster_arrive();
       }
+    } else {
+      cluster_arrive();
     }
-    cluster_sync();  // nobody leaves while its shared memory is being read
+    cluster_wait();  // nobody leaves while its shared memory is being read
   } else if constexpr (CLUSTER > 1) {
     cluster_sync();
   }
