@@ -8,9 +8,9 @@ import sys
 
 from double import PagedDouble, facts
 
-from rvllm.backends.base import Limits
+from rvllm.backends.base import Limits, Progress
 from rvllm.config import EngineConfig
-from rvllm.engine.core import EngineCore, Progress
+from rvllm.engine.core import EngineCore
 from rvllm.engine.process import main
 from rvllm.errors import ModelError
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
+Progress = Callable[[float, str], None]  # part done, 0 to 1; what is being done
 
 _LAYER = re.compile(r"layers\.\d+\.")
 MOST_BIASES = 1024  # entries of a request's logit_bias: a slot has room for so many on a device

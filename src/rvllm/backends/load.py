@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rvllm.backends.base import Backend
+from rvllm.backends.base import Backend, Progress
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.program.dtypes import DType
 from rvllm.program.encoder import embedding_size
 from rvllm.program.ops import Program
 from rvllm.weights.checkpoint import Checkpoint
-
-Progress = Callable[[float, str], None]
 
 
 def gpu_present() -> bool:

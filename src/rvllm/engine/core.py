@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from rvllm.backends.base import Backend, StepResult, TopLogprobs
+from rvllm.backends.base import Backend, Progress, StepResult, TopLogprobs
 from rvllm.engine.embedding import EmbeddingQueue
 from rvllm.engine.figures import Figures
 from rvllm.engine.grammar import Grammars
@@ -21,8 +20,6 @@ from rvllm.errors import UsageError
 
 if TYPE_CHECKING:
     from rvllm.config import EngineConfig
-
-Progress = Callable[[float, str], None]  # (part of it done, 0 to 1; what is being done)
 
 
 class EngineCore:

@@ -10,9 +10,8 @@ from rvllm.models.config import ModelConfig, token_ids
 from rvllm.program.encoder import embedding_size
 
 if TYPE_CHECKING:
-    from rvllm.backends.base import Backend
+    from rvllm.backends.base import Backend, Progress
     from rvllm.config import EngineConfig
-    from rvllm.engine.core import Progress
     from rvllm.program.ops import Program
     from rvllm.weights.checkpoint import Checkpoint
 

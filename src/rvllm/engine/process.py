@@ -29,7 +29,8 @@ from rvllm.engine.messages import Failed, FromEngine, Loading, ToEngine
 from rvllm.errors import RvllmError
 
 if TYPE_CHECKING:
-    from rvllm.engine.core import EngineCore, Progress
+    from rvllm.backends.base import Progress
+    from rvllm.engine.core import EngineCore
 
     MakeCore = Callable[[EngineConfig, Progress], EngineCore]
 

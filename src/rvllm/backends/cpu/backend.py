@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepKernel, StepResult, grouped
+from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel, StepResult, grouped
 from rvllm.backends.cpu.interpret import F32, Launch, Model, Run, empty_caches, empty_states, execute, resolve
 from rvllm.backends.cpu.measure import Rates, measure
 from rvllm.backends.cpu.memory import MemoryPlan, plan_memory, weight_bytes
@@ -27,8 +26,6 @@ from rvllm.program.ops import LatentRopeKV, Program, RopeKV
 from rvllm.program.rope import Rope
 from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.packing import dummy, pack
-
-Progress = Callable[[float, str], None]  # fraction done, what is being done
 
 
 class CpuBackend:

@@ -11,12 +11,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepKernel, StepResult
+from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel, StepResult
 from rvllm.backends.cuda.attention import prefill_tiles
 from rvllm.backends.cuda.device_state import DeviceState, carve, clear_state, send_ropes
 from rvllm.backends.cuda.driver import Pinned
 from rvllm.backends.cuda.flight import NOTHING, Flight
-from rvllm.backends.cuda.gpu import Found, Gpu, Progress, loading_kernels
+from rvllm.backends.cuda.gpu import Found, Gpu, loading_kernels
 from rvllm.backends.cuda.graphs import GraphBook, Recipe
 from rvllm.backends.cuda.join import joined
 from rvllm.backends.cuda.launches import Counts

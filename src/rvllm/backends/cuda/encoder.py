@@ -9,14 +9,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepKernel, StepResult
+from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel, StepResult
 from rvllm.backends.cuda.addresses import Addresses
 from rvllm.backends.cuda.attention import prefill_tiles
 from rvllm.backends.cuda.buckets import bucket_of
 from rvllm.backends.cuda.captured import Captured, Key
 from rvllm.backends.cuda.driver import Event, Graph, Pinned
 from rvllm.backends.cuda.encoder_plan import EncoderPlan
-from rvllm.backends.cuda.gpu import Found, Gpu, Progress, loading_kernels
+from rvllm.backends.cuda.gpu import Found, Gpu, loading_kernels
 from rvllm.backends.cuda.metadata import SampledRows
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError

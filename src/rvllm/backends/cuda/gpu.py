@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rvllm.backends.base import LedgerLine
+from rvllm.backends.base import LedgerLine, Progress
 from rvllm.backends.cuda.arena import Arena, Range
 from rvllm.backends.cuda.catalog import Catalog
 from rvllm.backends.cuda.driver import Device, DeviceFacts, Stream
@@ -18,8 +18,6 @@ from rvllm.program.dtypes import DType
 from rvllm.program.ops import Program
 from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.packing import find_tensor
-
-Progress = Callable[[float, str], None]  # fraction done, what is being done
 
 
 def loading_kernels(program: Program, checkpoint: Checkpoint | None) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rvllm.backends.base import Progress
 from rvllm.backends.cuda.arena import Range
 from rvllm.backends.cuda.catalog import Catalog
 from rvllm.backends.cuda.driver import Event, Launch, Pinned, Stream
@@ -28,7 +29,6 @@ from rvllm.weights.packing import pack, readable_parts
 
 STAGING = 32 << 20  # bytes of one pinned buffer
 BLOCK = 256
-Progress = Callable[[float, str], None]
 _PLAIN = {TensorType.F32: "f32", TensorType.F16: "f16", TensorType.BF16: "bf16"}
 
 

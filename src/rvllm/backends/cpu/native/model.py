@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rvllm.backends.base import LedgerLine, Limits
+from rvllm.backends.base import LedgerLine, Limits, Progress
 from rvllm.backends.cpu.interpret import F32, RESULTS, Launch, Model, Run, empty_caches
 from rvllm.backends.cpu.memory import rows_of_a_step
 from rvllm.backends.cpu.step import BLOCK
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 LANES = 16
 ELEMENT = 4  # bytes of a float32
-Progress = Callable[[float, str], None]
 
 OLDEST_COMPILER = (0, 50)  # of llvmlite, as the extra cpu asks
 
