@@ -33,7 +33,6 @@ constexpr int CONSUMERS = 256;
 constexpr int STORERS = 96;  // threads of FLOW that write finished tiles
 #ifndef RVLLM_GEMM_AHEAD
 #define RVLLM_GEMM_AHEAD 0
-  static constexpr int HELD = TOKENS <= 16 ? 1 : TOKENS == 32 || TOKENS == 256 ? 2 : 4;  // items of a split sum at once
 #endif
 constexpr int AHEAD = RVLLM_GEMM_AHEAD;  // blocks of K that FLOW asks L2 for before it loads them
 
@@ -56,6 +55,7 @@ struct Layout {
   static constexpr int SUMS = (CHUNK < 32 ? CHUNK : 32) * (TILE + 4) * 4;  // float32 on their way to logits
   static constexpr int PER_GROUP = CHUNK * STAGE_PITCH > SUMS ? CHUNK * STAGE_PITCH : SUMS;
   static constexpr int STAGING = MODE == SPLIT ? 0 : MODE == FLOW ? 2 * FLOW_STAGING : 2 * PER_GROUP;
+  static constexpr int HELD = TOKENS <= 16 ? 1 : TOKENS == 32 || TOKENS == 256 ? 2 : 4;  // items of a split sum at once
   static constexpr int BARRIERS = 256, LIMIT = 232448;
   static constexpr int FIT = (LIMIT - STAGING - BARRIERS) / (WEIGHTS + X);
   static constexpr int STAGES = FIT < 12 ? FIT : 12;
