@@ -42,6 +42,12 @@ class Variant:
 
     def plan(self, n: int, k: int, tokens: int, dtype: str, sms: int) -> gemm.GemmPlan:
         """How it is launched."""
+        if self.mode == "SPLIT":  # the blocks of a segment of two row pairs share x
+            split = gemm.variant(n, k, tokens, dtype, "split", self.tile, sms)
+            segments, token_tiles, pairs = split.grid
+            name = self.spec(dtype).name
+            grid = (2 * segments, token_tiles, -(-pairs // 2))
+            return replace(split, kernel=name, grid=grid, cluster=2 * segments, box_rows=self.tile // 2)
         mode: gemm.Mode = "sum" if self.mode == "SUM" else "walk"
         like = gemm.variant(n, k, tokens, dtype, mode, self.tile, sms)
         spec = self.spec(dtype)
@@ -58,7 +64,10 @@ VARIANTS = (
     Variant("flow_alone", SAFE, cluster=1),
     Variant("flow_four", SAFE, cluster=4),
 )
-VARIANTS_SUM = (Variant("sum160", SAFE, mode="SUM", tile=160),)
+VARIANTS_SUM = (
+    Variant("sum160", SAFE, mode="SUM", tile=160),
+    *(Variant(f"split{tile}x2", SAFE, mode="SPLIT", tile=tile) for tile in (96, 128, 192, 256)),
+)
 TRACED = (
     Variant("walk_traced", ("RVLLM_GEMM_TRACE",), mode="WALK"),
     Variant("flow_traced", (*SAFE, "RVLLM_GEMM_TRACE")),

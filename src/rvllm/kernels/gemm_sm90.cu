@@ -318,7 +318,11 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   constexpr int REGS = TOKENS / 2;
   // A split product is launched with fewer stages where that lets the next kernel's blocks in beside its own.
   const int stages = MODE == SPLIT ? (dynamic_smem_bytes() - L::BARRIERS) / (L::WEIGHTS + L::X) : L::STAGES;
-  constexpr u16 ALL = (1 << CLUSTER) - 1;
+  // SPLIT with CLUSTER 2: a cluster has the segments of two row pairs, and the blocks of a segment share x.
+  constexpr bool SPLIT_PAIR = MODE == SPLIT && CLUSTER == 2;
+  const int side = SPLIT_PAIR ? blockIdx.x / segments : 0, mine = blockIdx.x - side * segments;
+  const int split_pair = MODE == SPLIT ? blockIdx.z * CLUSTER + side : 0;
+  const u16 sharers = SPLIT_PAIR ? 1 << mine | 1 << (mine + segments) : (1 << CLUSTER) - 1;
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = smem(shared), x_base = base + stages * L::WEIGHTS, bars = base + stages * (L::WEIGHTS + L::X) + L::STAGING;
   const auto full = [&](int s) { return bars + 16 * s; };
@@ -353,7 +357,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   const auto hold_from = [&](int item) {
 #pragma unroll
     for (int b = 0; b < L::HELD; b++, item += CONSUMERS)
-      held[b] = hold<T>(e, blockIdx.y * TOKENS + item / (TILE / 2), blockIdx.z * 2 * TILE + item % (TILE / 2) * 4);
+      held[b] = hold<T>(e, blockIdx.y * TOKENS + item / (TILE / 2), split_pair * 2 * TILE + item % (TILE / 2) * 4);
   };
 
   griddep_launch();
@@ -373,8 +377,8 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   // The blocks of K this thread block sums, and its visits.
   int k0 = 0, k1 = blocks;
   if constexpr (MODE == SPLIT) {
-    k0 = segment_start(blocks, segments, blockIdx.x);
-    k1 = segment_start(blocks, segments, blockIdx.x + 1);
+    k0 = segment_start(blocks, segments, mine);
+    k1 = segment_start(blocks, segments, mine + 1);
   }
   Walk<TOKENS, CLUSTER, L::TAIL> walk(rows, tokens);
   bool once = true;
@@ -382,7 +386,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     if constexpr (MODE == SPLIT) {
       const bool first = once;
       once = false;
-      v = {static_cast<int>(blockIdx.z) * 2, 2, static_cast<int>(blockIdx.y) * TOKENS, TOKENS};
+      v = {split_pair * 2, 2, static_cast<int>(blockIdx.y) * TOKENS, TOKENS};
       return first;
     } else {
       return walk.next(v);
@@ -407,6 +411,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
                       TILE_BYTES, full(stage), hint);
           }
       };
+      const int share = SPLIT_PAIR ? side : walk.rank;  // of each load of x
       const auto load_x = [&](const Visit& v, int k, int stage) {
         constexpr int SHARE = TOKENS / CLUSTER;
         const u32 dst = x_base + stage * L::X;
@@ -415,13 +420,13 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
           const int first = whole ? walk.rank * SHARE : 0, end = whole ? first + SHARE : v.width;
           for (int t = first; t < end; t += L::BOX) {
             if (whole)
-              tensor_load_2d_multicast(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, full(stage), ALL);
+              tensor_load_2d_multicast(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, full(stage), sharers);
             else
               tensor_load_2d(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, full(stage));
           }
         } else if constexpr (CLUSTER > 1) {
-          tensor_load_2d_multicast(dst + walk.rank * SHARE * TILE * 2, &x, k * TILE, v.token0 + walk.rank * SHARE,
-                                   full(stage), ALL);
+          tensor_load_2d_multicast(dst + share * SHARE * TILE * 2, &x, k * TILE, v.token0 + share * SHARE,
+                                   full(stage), sharers);
         } else {
           tensor_load_2d(dst, &x, k * TILE, v.token0, full(stage));
         }
@@ -501,7 +506,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     float acc[REGS];
     const auto release = [&](int stage) {
       if constexpr (CLUSTER > 1) {
-        if (lane < CLUSTER) mbar_arrive_remote(empty(stage), lane);
+        if (lane < CLUSTER) mbar_arrive_remote(empty(stage), SPLIT_PAIR ? lane * segments + mine : lane);
       } else {
         if (lane == 0) mbar_arrive(empty(stage));
       }
@@ -542,7 +547,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
 
     if constexpr (MODE == SPLIT) {
       next(v);
-      if (can_hold(e)) hold_from(split_items(blockIdx.x) + threadIdx.x);
+      if (can_hold(e)) hold_from(split_items(mine) + threadIdx.x);
       segment(acc, k0, k1);
       // Both warpgroups have read their last stage before partial sums overwrite it.
       bar_sync(1, CONSUMERS);
@@ -597,9 +602,9 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
           hand_over<T, TOKENS>(e, acc, smem(shared) + stages * (L::WEIGHTS + L::X) + group * FLOW_STAGING, group, thread,
                                (v.tile + group) * TILE, v.token0, min(v.width, tokens - v.token0));
         } else {
-          Epilogue mine = e;
-          if constexpr (L::TAIL) mine.tokens = min(tokens, v.token0 + v.width);
-          finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(mine, acc, staging, 1 + group, thread,
+          Epilogue visit = e;
+          if constexpr (L::TAIL) visit.tokens = min(tokens, v.token0 + v.width);
+          finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(visit, acc, staging, 1 + group, thread,
                                                                    (v.tile + group) * TILE, v.token0);
         }
         RVLLM_STAMP
@@ -616,14 +621,14 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     // Every block of the cluster adds up, in ascending order of segments, its share of the tile.
     cluster_sync();
     if (warp < CONSUMERS / 32) {
-      const int token0 = blockIdx.y * TOKENS, row0 = blockIdx.z * 2 * TILE;
-      const int first = split_items(blockIdx.x), last = split_items(blockIdx.x + 1);
+      const int token0 = blockIdx.y * TOKENS, row0 = split_pair * 2 * TILE;
+      const int first = split_items(mine), last = split_items(mine + 1);
       const auto load = [&](int token, int r, float(&q)[4]) {
         const u32 at = base + (token * L::SPLIT_PITCH + r) * 4;
         float4 part[8];
 #pragma unroll
         for (int s = 0; s < 8; s++)
-          if (s < segments) part[s] = cluster_load(cluster_map(at, s));
+          if (s < segments) part[s] = cluster_load(cluster_map(at, side * segments + s));
         q[0] = part[0].x, q[1] = part[0].y, q[2] = part[0].z, q[3] = part[0].w;
 #pragma unroll
         for (int s = 1; s < 8; s++)
