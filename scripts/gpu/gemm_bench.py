@@ -210,9 +210,7 @@ def compare(bench: Bench, sizes: list[int]) -> None:
     for name, (n, k) in SHAPES.items():
         for tokens in sizes:
             plans = {"today": gemm.plan_gemm(n, k, tokens, "bf16", sms)}
-            if tokens <= 128:
-                pass
-            elif gemm.segments_of(n, k) == 1:
+            if gemm.segments_of(n, k) == 1:
                 plans |= {v.label: v.plan(n, k, tokens, "bf16", sms) for v in variants}
             else:
                 ways: list[tuple[gemm.Mode, int]] = [("split", 128), ("split", 192), ("split", 256)]
