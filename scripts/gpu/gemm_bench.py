@@ -202,6 +202,28 @@ def torch_graph_seconds(work: Callable[[], None], repeats: int = 7) -> float:
     return sorted(times)[len(times) // 2]
 
 
+def once(bench: Bench) -> None:
+    """One launch each of what a profiler should look at."""
+    flow = gemm_variants.VARIANTS[0]
+    gemm_variants.add(bench.bed, (flow,))
+    n, k = SHAPES["gate_up"]
+    x = torch.randn(512, 18944, device="cuda").bfloat16()
+    out = torch.zeros(512, n, dtype=torch.bfloat16, device="cuda")
+    for plan in (gemm.variant(n, k, 512, "bf16", "walk", 256, 132), flow.plan(n, k, 512, "bf16", 132)):
+        launch = bench.bed.launch(
+            plan, x[:, :k], bench.address("gate_up", 3), out, "bf16", kind=gemm.Kind.GATED_SILU
+        )
+        launch.run(bench.bed.stream, plan.grid)
+    n, k = SHAPES["down"]
+    plan = gemm.variant(n, k, 512, "bf16", "sum", 128, 132)
+    launch = bench.bed.launch(plan, x[:, :k], bench.address("down", 3), out, "bf16")
+    launch.run(bench.bed.stream, plan.grid)
+    bench.bed.stream.sync()
+    n, k = SHAPES["gate_up"]
+    torch.matmul(x[:, :k].contiguous(), torch.randn(n, k, device="cuda").bfloat16().T)
+    torch.cuda.synchronize()
+
+
 def compare(bench: Bench, sizes: list[int]) -> None:
     """Today's choice, every variant and cuBLASLt, shape by shape: TFLOP/s (microseconds)."""
     variants = gemm_variants.VARIANTS
@@ -231,7 +253,7 @@ def main() -> None:
     parser.add_argument("--shape-tokens", default="1,32,64,128,256")
     parser.add_argument("--prefill-tokens", default="1024,8192")
     parser.add_argument("--variant-tokens", default="128,192,256,384,512,1024,2048,4096")
-    parser.add_argument("--only", default="chain,shapes,prefill", help="also: variants, trace")
+    parser.add_argument("--only", default="chain,shapes,prefill", help="also: variants, trace, once")
     args = parser.parse_args()
     bench = Bench(Bed())
     nbytes, limit = bench.weights.numel() * 2, bench.limit
@@ -256,6 +278,8 @@ def main() -> None:
         for tokens in (256, 512, 2048):
             bench.trace("gate_up", tokens)
         bench.trace("down", 512)
+    if "once" in args.only:
+        once(bench)
     head = "matrix  tokens  kernel                         us  cuBLAS us  TFLOP/s  cuBLAS  floor us"
     for section, sizes in (("shapes", args.shape_tokens), ("prefill", args.prefill_tokens)):
         if section not in args.only:
