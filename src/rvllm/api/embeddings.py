@@ -49,14 +49,13 @@ async def embeddings(service: Service, exchange: Exchange, body: bytes) -> None:
     size = service.ready.facts.embedding_size
     if size is not None:
         shorten(np.zeros(size, np.float32), request.dimensions)  # refuses wrong dimensions before any work
-    name = f"embd-{exchange.request_id}"
-    encoder = _Encoder(service, name, "input", request.truncate_prompt_tokens, request.priority)
+    encoder = _Encoder(service, f"embd-{exchange.request_id}", "input", request)
     vectors = await encoder.vectors(_inputs(request.input))
     data = [
         Embedding(index=i, embedding=_shown(shorten(vector, request.dimensions), form))
         for i, vector in enumerate(vectors)
     ]
-    await exchange.json(EmbeddingAnswer(id=name, created=now(), model=service.served_name,
+    await exchange.json(EmbeddingAnswer(id=encoder.name, created=now(), model=service.served_name,
                                         data=data, usage=encoder.usage()))  # fmt: skip
 
 
@@ -68,15 +67,14 @@ async def score(service: Service, exchange: Exchange, body: bytes) -> None:
     second = [request.text_2] if isinstance(request.text_2, str) else request.text_2
     if not (first and second) or (len(first) not in (1, len(second))):
         raise invalid("text_1 must hold one text, or as many as text_2", "text_1")
-    name = f"score-{exchange.request_id}"
-    encoder = _Encoder(service, name, "text_1", request.truncate_prompt_tokens, request.priority)
+    encoder = _Encoder(service, f"score-{exchange.request_id}", "text_1", request)
     vectors = await encoder.vectors([*first, *second])
     left, right = vectors[: len(first)], vectors[len(first) :]
     data = [
         Score(index=i, score=_cosine(left[i if len(left) > 1 else 0], vector))
         for i, vector in enumerate(right)
     ]
-    await exchange.json(ScoreAnswer(id=name, created=now(), model=service.served_name,
+    await exchange.json(ScoreAnswer(id=encoder.name, created=now(), model=service.served_name,
                                     data=data, usage=encoder.usage()))  # fmt: skip
 
 
@@ -89,8 +87,7 @@ async def rerank(service: Service, exchange: Exchange, body: bytes) -> None:
         raise invalid("documents must not be empty", "documents")
     if request.top_n < 0:
         raise invalid(f"top_n must not be negative, got {request.top_n}", "top_n")
-    name = f"rerank-{exchange.request_id}"
-    encoder = _Encoder(service, name, "documents", request.truncate_prompt_tokens, request.priority)
+    encoder = _Encoder(service, f"rerank-{exchange.request_id}", "documents", request)
     query, *vectors = await encoder.vectors([request.query, *documents])
     ranked = [
         RankedDocument(
@@ -103,7 +100,7 @@ async def rerank(service: Service, exchange: Exchange, body: bytes) -> None:
     ranked.sort(key=lambda found: (-found.relevance_score, found.index))
     ranked = ranked[: request.top_n or len(ranked)]
     await exchange.json(
-        RerankAnswer(id=name, model=service.served_name, usage=encoder.usage(), results=ranked)
+        RerankAnswer(id=encoder.name, model=service.served_name, usage=encoder.usage(), results=ranked)
     )
 
 
@@ -111,10 +108,14 @@ class _Encoder:
     """Takes one request's texts through the engine, a bounded number of them at a time."""
 
     def __init__(
-        self, service: Service, name: str, param: str, truncate: int | None, priority: int | None
+        self,
+        service: Service,
+        name: str,
+        param: str,
+        request: EmbeddingRequest | ScoreRequest | RerankRequest,
     ) -> None:
-        self._service, self._name, self._param, self._truncate = service, name, param, truncate
-        self._priority = checked_priority(priority)
+        self._service, self.name, self._param = service, name, param
+        self._truncate, self._priority = request.truncate_prompt_tokens, checked_priority(request.priority)
         self._tokens = 0
 
     def usage(self) -> EmbeddingUsage:
@@ -150,7 +151,7 @@ class _Encoder:
 
         async def work() -> None:
             for index, ids in waiting:
-                request = Embed(f"{self._name}-{index}", ids, self._priority, time.time())
+                request = Embed(f"{self.name}-{index}", ids, self._priority, time.time())
                 found[index] = await self._service.engine.embed(request)
 
         tasks = [asyncio.ensure_future(work()) for _ in range(min(AT_ONCE, len(prompts)))]

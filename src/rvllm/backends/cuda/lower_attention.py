@@ -100,7 +100,6 @@ def _head_norms(to: Lowering, norms: Sequence[Op], op: RopeKV) -> tuple[str, lis
 
 
 def _attention(to: Lowering, stage: Stage) -> None:
-    """Attention over the paged cache: a launch for single tokens, and one for longer runs of them."""
     (op,) = stage.ops
     assert isinstance(op, Attention | BlockSparseAttention)
     soft_cap, window, sight = 0.0, 0, list[object]()
@@ -110,16 +109,6 @@ def _attention(to: Lowering, stage: Stage) -> None:
         sparsity = op.sparsity
         facts = (sparsity.size, sparsity.local, sparsity.stride, sparsity.head_step)
         sight = [ctypes.c_int(fact) for fact in facts]
-    k_cache, v_cache = to.at.caches[op.cache.name]
-    shared = (
-        to.at.buffers[op.out.name],
-        to.at.buffers[op.qkv.name],
-        k_cache,
-        v_cache,
-        to.at.tables,
-        to.meta(to.layout.seq_slots),
-        to.meta(to.layout.kv_lens),
-    )
     numbers = (
         ctypes.c_int(op.qkv.width),
         ctypes.c_int(op.out.width),
@@ -130,9 +119,32 @@ def _attention(to: Lowering, stage: Stage) -> None:
         ctypes.c_float(soft_cap),
         ctypes.c_int(window),
     )
+    places = (to.at.buffers[op.out.name], to.at.buffers[op.qkv.name], *to.at.caches[op.cache.name])
+    seqs = ctypes.c_int(to.layout.seqs)
+    attend(to, stage.name, op, places, numbers, one=(seqs, *sight), several=sight, heads=op.kv_heads)
+
+
+def attend(
+    to: Lowering,
+    name: str,
+    op: Op,
+    places: Sequence[int],
+    numbers: Sequence[object],
+    *,
+    one: Sequence[object],
+    several: Sequence[object] = (),
+    heads: int = 1,
+) -> None:
+    """Attention over the paged cache: a launch for single tokens, and one for longer runs of them.
+
+    op: whose plans these are. places: addresses of the result, the queries and the cache. numbers: what both
+    kernels are told; behind that comes what only the first is, `one`, and what only the second is, `several`.
+    heads: blocks of each tile.
+    """
+    shared = (*places, to.at.tables, to.meta(to.layout.seq_slots), to.meta(to.layout.kv_lens))
     decode = to.decode[op.name]
     to.plan(
-        stage.name,
+        name,
         decode.kernel,
         fixed(decode.grid),
         decode.block,
@@ -141,23 +153,22 @@ def _attention(to: Lowering, stage: Stage) -> None:
         to.at.partial,
         to.at.arrivals,
         *numbers,
-        ctypes.c_int(to.layout.seqs),
-        *sight,
+        *one,
         smem=decode.smem,
         why="sequences with one token",
     )
     if to.prefill is not None:
         prefill = to.prefill[op.name]
         to.plan(
-            stage.name,
+            name,
             prefill.kernel,
-            fixed(to.layout.tiles, op.kv_heads),
+            fixed(to.layout.tiles, heads),
             prefill.block,
             *shared,
             to.meta(to.layout.query_offsets),
             to.meta(to.layout.tile_list),
             *numbers,
-            *sight,
+            *several,
             smem=prefill.smem,
             why="sequences with several tokens",
         )

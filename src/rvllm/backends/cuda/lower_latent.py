@@ -24,7 +24,8 @@ from rvllm.backends.cuda.latent import (
     plan_prefill,
     plan_product,
 )
-from rvllm.backends.cuda.launches import Count, fixed
+from rvllm.backends.cuda.launches import Count
+from rvllm.backends.cuda.lower_attention import attend
 from rvllm.backends.cuda.metadata import NUM_DECODES, NUM_TOKENS
 from rvllm.backends.cuda.placement import ELEMENT
 from rvllm.errors import MissingKernelError
@@ -126,49 +127,14 @@ def _attention(lowering: Lowering, stage: Stage) -> None:
     op, after = stage.ops
     assert isinstance(op, LatentAttention) and isinstance(after, HeadLinear)
     cache, _ = lowering.at.caches[op.cache.name]
-    shape = _shape(op)
-    shared = (
-        lowering.at.buffers[op.out.name],
-        lowering.at.buffers[op.q.name],
-        cache,
-        lowering.at.tables,
-        lowering.meta(lowering.layout.seq_slots),
-        lowering.meta(lowering.layout.kv_lens),
-    )
+    shape, decode = _shape(op), _decode_plan(lowering.decode, op)
     numbers = (
         *map(ctypes.c_int, (shape.width, shape.rank, shape.heads, lowering.shape.table_stride)),
         ctypes.c_float(op.scale),
     )
-    decode = _decode_plan(lowering.decode, op)
-    lowering.plan(
-        stage.name,
-        decode.kernel,
-        fixed(decode.grid),
-        decode.block,
-        *shared,
-        lowering.meta(NUM_DECODES),
-        lowering.at.partial,
-        lowering.at.arrivals,
-        *numbers,
-        ctypes.c_int(lowering.layout.seqs),
-        ctypes.c_int(decode.spare),
-        smem=decode.smem,
-        why="sequences with one token",
-    )
-    if lowering.prefill is not None:
-        prefill = lowering.prefill[op.name]
-        lowering.plan(
-            stage.name,
-            prefill.kernel,
-            fixed(lowering.layout.tiles),
-            prefill.block,
-            *shared,
-            lowering.meta(lowering.layout.query_offsets),
-            lowering.meta(lowering.layout.tile_list),
-            *numbers,
-            smem=prefill.smem,
-            why="sequences with several tokens",
-        )
+    places = (lowering.at.buffers[op.out.name], lowering.at.buffers[op.q.name], cache)
+    counts = [ctypes.c_int(n) for n in (lowering.layout.seqs, decode.spare)]
+    attend(lowering, stage.name, op, places, numbers, one=counts)
     product = plan_product(after, lowering.counts.tokens)
     lowering.plan(
         stage.name,
