@@ -83,6 +83,28 @@ def test_window_layers_of_qwen2() -> None:
         windows(use_sliding_window=True, layer_types=["odd"] * 3)
 
 
+@pytest.mark.parametrize(
+    ("fields", "window"), [({}, 4096), ({"sliding_window": None}, None), ({"sliding_window": 7}, 7)]
+)
+def test_window_of_mistral(fields: dict[str, object], window: int | None) -> None:
+    program = build_program(config(architectures=["MistralForCausalLM"], **fields), DType.F32)
+    assert {op.window for op in program.ops if isinstance(op, Attention)} == {window}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "theta"),
+    [
+        ("LlamaForCausalLM", 1e4),
+        ("Qwen3ForCausalLM", 1e4),
+        ("SmolLM3ForCausalLM", 2e6),
+        ("CohereForCausalLM", 5e5),
+    ],
+)
+def test_base_of_rope_when_the_config_does_not_say(architecture: str, theta: float) -> None:
+    program = build_program(config(architectures=[architecture], rope_theta=None), DType.F32)
+    assert {op.rope.theta for op in program.ops if isinstance(op, RopeKV) and op.rope is not None} == {theta}
+
+
 def test_program_of_llama() -> None:
     program = tiny.program_of(tiny.CASES["llama_tied_biased_wide_heads"])
     logits = next(op for op in program.ops if isinstance(op, Logits))

@@ -38,15 +38,16 @@ def decoder(
     window: Callable[[int], int | None] = lambda layer: None,
     rotated: Callable[[int], bool] = lambda layer: True,
     tied: bool = False,
+    default_theta: float = 10_000.0,
     scales: Scales = Scales(),
 ) -> Program:
     """Pre-norm decoder with SwiGLU; its relatives differ in biases, scales, and each layer's window and rope.
 
-    tied: whether the head is the embedding when the config does not say.
+    tied, default_theta: whether the head is the embedding, and rope's base, when the config does not say.
     """
     dims = blocks.Dims.read(config)
     activation = blocks.read_activation(config, "hidden_act")
-    rope = read_rope(config, dims.head_dim)
+    rope = read_rope(config, dims.head_dim, default_theta=default_theta)
 
     b = blocks.start(config, dtype, dims)
     x = blocks.embed(b, dims, scale=scales.embedding)

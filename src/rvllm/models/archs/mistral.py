@@ -8,7 +8,11 @@ from rvllm.program.dtypes import DType
 from rvllm.program.ops import Program
 
 
+WINDOW = 4096  # when the config does not say
+
+
 def build(config: ModelConfig, dtype: DType) -> Program:
     """The program of a Mistral config."""
-    window = config.opt_int("sliding_window")
+    # null switches the window off; where nothing is said, it is that of the first release.
+    window = config.opt_int("sliding_window") if "sliding_window" in config.values else WINDOW
     return llama.decoder(config, dtype, window=lambda layer: window)

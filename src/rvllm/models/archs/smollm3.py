@@ -24,6 +24,7 @@ def build(config: ModelConfig, dtype: DType) -> Program:
         window=lambda layer: windows[layer],
         rotated=lambda layer: rotated[layer],
         tied=True,
+        default_theta=2_000_000.0,
     )
 
 
