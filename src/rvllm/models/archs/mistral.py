@@ -7,7 +7,6 @@ from rvllm.models.config import ModelConfig
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import Program
 
-
 WINDOW = 4096  # when the config does not say
 
 
