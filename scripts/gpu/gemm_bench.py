@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,8,16,32,64,96,128,256,512")
     parser.add_argument("--shape-tokens", default="1,32,64,128,256")
     parser.add_argument("--prefill-tokens", default="1024,8192")
-    parser.add_argument("--variant-tokens", default="128,192,256,384,512,1024,2048,4096")
+    parser.add_argument("--variant-tokens", default="64,128,192,256,384,512,1024,2048,4096")
     parser.add_argument("--only", default="chain,shapes,prefill", help="also: variants, trace, once")
     args = parser.parse_args()
     bench = Bench(Bed())

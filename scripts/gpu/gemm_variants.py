@@ -66,7 +66,7 @@ VARIANTS = (
 )
 VARIANTS_SUM = (
     Variant("sum160", SAFE, mode="SUM", tile=160),
-    *(Variant(f"split{tile}x2", SAFE, mode="SPLIT", tile=tile) for tile in (96, 128, 192, 256)),
+    *(Variant(f"split{tile}x2", SAFE, mode="SPLIT", tile=tile) for tile in (64, 96, 128, 192, 256)),
 )
 TRACED = (
     Variant("walk_traced", ("RVLLM_GEMM_TRACE",), mode="WALK"),
