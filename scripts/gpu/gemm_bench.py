@@ -239,9 +239,7 @@ def compare(bench: Bench, sizes: list[int]) -> None:
                 ways += [("sum", 96), ("sum", 128), ("sum", 192)]
                 plans |= {v.label: v.plan(n, k, tokens, "bf16", sms) for v in gemm_variants.VARIANTS_SUM}
                 plans |= {f"{m}{size}": gemm.variant(n, k, tokens, "bf16", m, size, sms) for m, size in ways}
-                few = {
-                    label: p for label, p in plans.items() if p.mode != "split" or p.token_tile * 2 >= tokens
-                }
+                few = {way: p for way, p in plans.items() if p.mode != "split" or 2 * p.token_tile >= tokens}
                 plans = few | {"today": plans["today"]}
             found = {label: bench.shape(name, tokens, plan) for label, plan in plans.items()}
             found["today again"] = bench.shape(name, tokens, plans["today"])

@@ -63,6 +63,7 @@ VARIANTS = (
     Variant("flow_turns", (*SAFE, "RVLLM_GEMM_TURNS")),
     Variant("flow_alone", SAFE, cluster=1),
     Variant("flow_four", SAFE, cluster=4),
+    Variant("flow_square", (*SAFE, "RVLLM_GEMM_SQUARE"), cluster=4),
 )
 VARIANTS_SUM = (
     Variant("sum160", SAFE, mode="SUM", tile=160),

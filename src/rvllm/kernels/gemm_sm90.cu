@@ -69,9 +69,10 @@ struct Visit {
 };
 
 // The order in which clusters of C blocks walk over the matrix.
-template <int TOKENS, int C, bool TAIL>
+// A cluster stands on CR row pairs by CT token tiles.
+template <int TOKENS, int CR, int CT, bool TAIL>
 struct Walk {
-  static constexpr int GROUP = 16 / C;
+  static constexpr int C = CR * CT, GROUP = 16 / CR;
   int tiles, token_tiles, clusters, cluster, rank, full, index = 0;
 
   __device__ Walk(int rows, int tokens)
@@ -100,8 +101,8 @@ struct Walk {
       v.tile = ((i * clusters + cluster) * C + rank) * 2;
       return (i * clusters + cluster) * C * 2 < tiles;
     }
-    const int supers = (tiles + 2 * C - 1) / (2 * C), units = supers * token_tiles;
-    int unit = i * clusters + cluster, row = rank, piece = 0;
+    const int supers = (tiles + 2 * CR - 1) / (2 * CR), wide = (token_tiles + CT - 1) / CT, units = supers * wide;
+    int unit = i * clusters + cluster, place = rank, piece = 0;
     if constexpr (TAIL) {
       const int rest = units % clusters, pairs = rest * C, blocks = clusters * C;
       const int pieces = pairs * 4 <= blocks ? 4 : pairs * 2 <= blocks ? 2 : 1;
@@ -109,17 +110,17 @@ struct Walk {
         const int mine = cluster * C + rank;
         if (mine >= pairs * pieces) return false;
         unit = i * clusters + mine / (C * pieces);
-        row = mine / pieces % C;
+        place = mine / pieces % C;
         v.width = TOKENS / pieces;
         piece = mine % pieces * v.width;
       }
     }
     if (unit >= units) return false;
-    const int group = unit / (GROUP * token_tiles), within = unit % (GROUP * token_tiles);
+    const int group = unit / (GROUP * wide), within = unit % (GROUP * wide);
     const int height = min(GROUP, supers - group * GROUP);
     v.count = 2;
-    v.tile = ((group * GROUP + within % height) * C + row) * 2;
-    v.token0 = within / height * TOKENS + piece;
+    v.tile = ((group * GROUP + within % height) * CR + place % CR) * 2;
+    v.token0 = (within / height * CT + place / CR) * TOKENS + piece;
     return true;
   }
 };
@@ -322,7 +323,13 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   constexpr bool SPLIT_PAIR = MODE == SPLIT && CLUSTER == 2;
   const int side = SPLIT_PAIR ? blockIdx.x / segments : 0, mine = blockIdx.x - side * segments;
   const int split_pair = MODE == SPLIT ? blockIdx.z * CLUSTER + side : 0;
-  const u16 sharers = SPLIT_PAIR ? 1 << mine | 1 << (mine + segments) : (1 << CLUSTER) - 1;
+#ifdef RVLLM_GEMM_SQUARE  // FLOW with CLUSTER 4: two row pairs by two token tiles, which share both operands
+  constexpr bool SQUARE = MODE == FLOW && CLUSTER == 4;
+#else
+  constexpr bool SQUARE = false;
+#endif
+  constexpr int SOURCES = SQUARE ? 3 : CLUSTER;  // blocks whose loads reach a block
+  const u16 sharers = SQUARE ? 3 << (blockIdx.x % 4 & 2) : SPLIT_PAIR ? 1 << mine | 1 << (mine + segments) : (1 << CLUSTER) - 1;
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = smem(shared), x_base = base + stages * L::WEIGHTS, bars = base + stages * (L::WEIGHTS + L::X) + L::STAGING;
   const auto full = [&](int s) { return bars + 16 * s; };
@@ -365,7 +372,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     tensor_map_prefetch(&x);
     for (int s = 0; s < stages; s++) {
       mbar_init(full(s), 1);
-      mbar_init(empty(s), CONSUMERS / 32 * CLUSTER);
+      mbar_init(empty(s), CONSUMERS / 32 * SOURCES);
     }
     mbar_init_fence();
   }
@@ -380,7 +387,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     k0 = segment_start(blocks, segments, mine);
     k1 = segment_start(blocks, segments, mine + 1);
   }
-  Walk<TOKENS, CLUSTER, L::TAIL> walk(rows, tokens);
+  Walk<TOKENS, SQUARE ? 2 : CLUSTER, SQUARE ? 2 : 1, L::TAIL> walk(rows, tokens);
   bool once = true;
   const auto next = [&](Visit& v) {
     if constexpr (MODE == SPLIT) {
@@ -403,6 +410,13 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       const u64 hint = walk.again() ? EVICT_NORMAL : EVICT_FIRST;
       const auto load_weights = [&](const Visit& v, int k, int stage) {
         mbar_arrive_expect(full(stage), v.count * TILE_BYTES + v.width * TILE * 2);
+        if (SQUARE && v.width == TOKENS) {
+          const int i = walk.rank / 2;
+          const u64 tile = min(v.tile + i, tiles - 1);
+          bulk_load_multicast(base + stage * L::WEIGHTS + i * TILE_BYTES, weights + (tile * blocks + k) * TILE_BYTES,
+                              TILE_BYTES, full(stage), 5 << walk.rank % 2, hint);
+          return;
+        }
 #pragma unroll
         for (int i = 0; i < 2; i++)
           if (i < v.count) {
@@ -411,13 +425,13 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
                       TILE_BYTES, full(stage), hint);
           }
       };
-      const int share = SPLIT_PAIR ? side : walk.rank;  // of each load of x
+      const int share = SPLIT_PAIR ? side : SQUARE ? walk.rank % 2 : walk.rank;  // of each load of x
       const auto load_x = [&](const Visit& v, int k, int stage) {
-        constexpr int SHARE = TOKENS / CLUSTER;
+        constexpr int SHARE = TOKENS / (SQUARE ? 2 : CLUSTER);
         const u32 dst = x_base + stage * L::X;
         if constexpr (L::TAIL) {
           const bool whole = v.width == TOKENS;
-          const int first = whole ? walk.rank * SHARE : 0, end = whole ? first + SHARE : v.width;
+          const int first = whole ? share * SHARE : 0, end = whole ? first + SHARE : v.width;
           for (int t = first; t < end; t += L::BOX) {
             if (whole)
               tensor_load_2d_multicast(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, full(stage), sharers);
@@ -505,7 +519,9 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     Visit v;
     float acc[REGS];
     const auto release = [&](int stage) {
-      if constexpr (CLUSTER > 1) {
+      if constexpr (SQUARE) {
+        if (lane < SOURCES) mbar_arrive_remote(empty(stage), walk.rank ^ lane);
+      } else if constexpr (CLUSTER > 1) {
         if (lane < CLUSTER) mbar_arrive_remote(empty(stage), SPLIT_PAIR ? lane * segments + mine : lane);
       } else {
         if (lane == 0) mbar_arrive(empty(stage));
