@@ -77,10 +77,7 @@ class EngineCore:
         """
         if request.request_id in self._alive:
             raise UsageError(f"request_id {request.request_id!r} is in use by a request that has not ended")
-        refusal = self._refusal(request)
-        if refusal is not None:
-            self.figures.finished["error"] += 1
-            self._outbox.append(Output(request.request_id, [], finish_reason="error", error=refusal))
+        if self._refused(request.request_id, self._refusal(request)):
             return
         seq = Sequence(request, self.facts.max_model_len, self.ready.block_size)
         self._alive[seq.request_id] = seq
@@ -96,16 +93,20 @@ class EngineCore:
         """
         if request.request_id in self.texts:
             raise UsageError(f"request_id {request.request_id!r} is in use by a request that has not ended")
-        refusal = self._embed_refusal(request)
-        if refusal is not None:
-            self.figures.finished["error"] += 1
-            self._outbox.append(Output(request.request_id, [], finish_reason="error", error=refusal))
+        if self._refused(request.request_id, self._embed_refusal(request)):
             return
         self.texts.add(request)
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Must come before the first request with a grammar."""
         self.grammars.set_vocabulary(vocabulary)
+
+    def _refused(self, name: str, refusal: str | None) -> bool:
+        """Whether there is a reason not to serve a request; its only output then tells it."""
+        if refusal is not None:
+            self.figures.finished["error"] += 1
+            self._outbox.append(Output(name, [], finish_reason="error", error=refusal))
+        return refusal is not None
 
     def _refusal(self, request: Generate) -> str | None:
         prompt, limit = request.prompt_token_ids, self.facts.max_model_len

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rvllm.backends.base import LedgerLine, Limits
 from rvllm.backends.cpu.step import BLOCK
+from rvllm.backends.lengths import asked_length, encoder_lengths
 from rvllm.config import EngineConfig
-from rvllm.errors import CapacityError, UsageError
+from rvllm.errors import CapacityError
 from rvllm.program.encoder import embedding_size
 from rvllm.program.memory import plan_workspace
 from rvllm.program.ops import Program
@@ -119,11 +120,7 @@ def plan_memory(
             f"and only {free / GB:.2f} GB of memory are free; choose a smaller model (--model), a GPU "
             "(--device cuda) or a lower --max-num-batched-tokens"
         )
-    wanted = config.max_model_len
-    if wanted is not None and wanted > program.max_position:
-        raise UsageError(
-            f"--max-model-len {wanted} is more than the model's {program.max_position} positions"
-        )
+    wanted = asked_length(program, config)
     if embedding_size(program) is not None:
         return MemoryPlan(weights, 0, _encoder_limits(program, config), workspace_bytes=workspace)
     per_token = program.kv_elements_per_token * ELEMENT
@@ -180,16 +177,10 @@ def _sequences(config: EngineConfig, a_slot: int, free: int) -> int:
 
 def _encoder_limits(program: Program, config: EngineConfig) -> Limits:
     """Texts are computed whole and nothing is cached. Raises UsageError when the longest finds no step."""
-    longest = config.max_model_len or program.max_position
-    budget = config.max_num_batched_tokens or max(ENCODER_TOKENS, longest)
-    if budget < longest:
-        raise UsageError(
-            f"--max-num-batched-tokens {budget}: a step must hold the longest text whole, {longest} tokens; "
-            "raise it or lower --max-model-len"
-        )
+    longest, tokens = encoder_lengths(program, config, ENCODER_TOKENS)
     return Limits(
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=budget,
+        max_num_batched_tokens=tokens,
         max_model_len=longest,
         block_size=BLOCK,
         num_blocks=0,

@@ -18,8 +18,9 @@ from rvllm.backends.cuda.lowering import Lowering, scratch_of
 from rvllm.backends.cuda.memory import GB, Budget
 from rvllm.backends.cuda.metadata import Layout
 from rvllm.backends.cuda.placement import Wanted, wanted_weights
+from rvllm.backends.lengths import encoder_lengths
 from rvllm.config import EngineConfig
-from rvllm.errors import CapacityError, UsageError
+from rvllm.errors import CapacityError
 from rvllm.kernels.encoder_manifest import TEXT_ROWS
 from rvllm.program.memory import Workspace, plan_workspace
 from rvllm.program.ops import Program
@@ -51,18 +52,7 @@ class EncoderPlan:
     @staticmethod
     def make(program: Program, config: EngineConfig, facts: DeviceFacts, budget: Budget) -> EncoderPlan:
         """Raises UsageError when the longest text finds no step, CapacityError when memory is short."""
-        if config.max_model_len is not None and config.max_model_len > program.max_position:
-            raise UsageError(
-                f"--max-model-len {config.max_model_len} is more than the model's "
-                f"{program.max_position} positions"
-            )
-        longest = config.max_model_len or program.max_position
-        tokens = config.max_num_batched_tokens or max(TOKENS, longest)
-        if tokens < longest:
-            raise UsageError(
-                f"--max-num-batched-tokens {tokens}: a step must hold the longest text whole, {longest} "
-                "tokens; raise it or lower --max-model-len"
-            )
+        longest, tokens = encoder_lengths(program, config, TOKENS)
         native = config.gemm_strategy == "native"
         seqs = config.max_num_seqs
         stages = fuse(program, gated_epilogue=native)

@@ -17,8 +17,9 @@ from rvllm.backends.cuda.metadata import Layout
 from rvllm.backends.cuda.paged import decode_plans
 from rvllm.backends.cuda.placement import ELEMENT, Wanted
 from rvllm.backends.cuda.sampling import MAX_BIASES, MAX_STOPS, MAX_TOP, START_WORDS, StateSizes
+from rvllm.backends.lengths import asked_length
 from rvllm.config import EngineConfig
-from rvllm.errors import CapacityError, UsageError
+from rvllm.errors import CapacityError
 from rvllm.program.memory import plan_workspace
 from rvllm.program.ops import LatentRopeKV, Program, RopeKV
 from rvllm.program.rope import Rope
@@ -92,11 +93,7 @@ def plan_memory(
     CapacityError with the shortfall and the flags that would fit, UsageError for a --max-model-len beyond
     the model's positions.
     """
-    wanted_len = config.max_model_len
-    if wanted_len is not None and wanted_len > program.max_position:
-        raise UsageError(
-            f"--max-model-len {wanted_len} is more than the model's {program.max_position} positions"
-        )
+    wanted_len = asked_length(program, config)
     longest = wanted_len or program.max_position
     weights = sum(_aligned(w.nbytes) for w in wanted)
     seqs = _sequences(program, config, budget.ours - weights)

@@ -1,0 +1,36 @@
+"""How long a text may be and what a step must hold, as far as no device has a say in it."""
+
+from __future__ import annotations
+
+from rvllm.config import EngineConfig
+from rvllm.errors import UsageError
+from rvllm.program.ops import Program
+
+
+def asked_length(program: Program, config: EngineConfig) -> int | None:
+    """--max-model-len in tokens, None where it is not given.
+
+    Raises UsageError when it exceeds what the model's positions are defined for.
+    """
+    wanted = config.max_model_len
+    if wanted is not None and wanted > program.max_position:
+        raise UsageError(
+            f"--max-model-len {wanted} is more than the model's {program.max_position} positions"
+        )
+    return wanted
+
+
+def encoder_lengths(program: Program, config: EngineConfig, usual: int) -> tuple[int, int]:
+    """(tokens of the longest text, tokens of the largest step) of an encoder, which takes texts whole.
+
+    usual: of a step, unless --max-num-batched-tokens says otherwise or a text is longer. Raises UsageError
+    where the longest text finds no step.
+    """
+    longest = asked_length(program, config) or program.max_position
+    tokens = config.max_num_batched_tokens or max(usual, longest)
+    if tokens < longest:
+        raise UsageError(
+            f"--max-num-batched-tokens {tokens}: a step must hold the longest text whole, {longest} tokens; "
+            "raise it or lower --max-model-len"
+        )
+    return longest, tokens
