@@ -227,13 +227,15 @@ def once(bench: Bench) -> None:
 def compare(bench: Bench, sizes: list[int]) -> None:
     """Today's choice, every variant and cuBLASLt, shape by shape: TFLOP/s (microseconds)."""
     variants = gemm_variants.VARIANTS
-    gemm_variants.add(bench.bed, (*variants, *gemm_variants.VARIANTS_SUM))
+    more = (*gemm_variants.VARIANTS_FEW, *gemm_variants.VARIANTS_SUM)
+    gemm_variants.add(bench.bed, (*variants, *more))
     sms = bench.bed.facts.sm_count
     for name, (n, k) in SHAPES.items():
         for tokens in sizes:
             plans = {"today": gemm.plan_gemm(n, k, tokens, "bf16", sms)}
             if gemm.segments_of(n, k) == 1:
-                plans |= {v.label: v.plan(n, k, tokens, "bf16", sms) for v in variants}
+                which = variants if tokens > 192 else gemm_variants.VARIANTS_FEW
+                plans |= {v.label: v.plan(n, k, tokens, "bf16", sms) for v in which}
             else:
                 ways: list[tuple[gemm.Mode, int]] = [("split", 128), ("split", 192), ("split", 256)]
                 ways += [("sum", 96), ("sum", 128), ("sum", 192)]

@@ -153,7 +153,8 @@ class Checker:
                 if dtype == "f16" and n > 20000:
                     continue
                 one = gemm.segments_of(n, k) == 1
-                variants = gemm_variants.VARIANTS if one else gemm_variants.VARIANTS_SUM
+                of_one = (*gemm_variants.VARIANTS, *gemm_variants.VARIANTS_FEW)
+                variants = of_one if one else gemm_variants.VARIANTS_SUM
                 x = torch.randn(1000, k, device="cuda").to(TORCH[dtype])
                 w = (torch.randn(n, k, device="cuda") * k**-0.5).to(TORCH[dtype])
                 packed = self.bed.pack(w, dtype)
@@ -228,7 +229,8 @@ def main() -> None:
     bed = Bed()
     checker = Checker(bed)
     if args.variants:
-        gemm_variants.add(bed, (*gemm_variants.VARIANTS, *gemm_variants.VARIANTS_SUM), tuple(TORCH))
+        of_one = (*gemm_variants.VARIANTS, *gemm_variants.VARIANTS_FEW)
+        gemm_variants.add(bed, (*of_one, *gemm_variants.VARIANTS_SUM), tuple(TORCH))
         checker.candidates()
         print(f"{checker.launches} launches checked, {len(checker.failures)} failures")
         sys.exit(bool(checker.failures))

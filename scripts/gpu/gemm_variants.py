@@ -54,7 +54,9 @@ class Variant:
         pairs, token_tiles = -(-n // 128), -(-tokens // self.tile)
         clusters = min(sms // self.cluster, -(-pairs * token_tiles // self.cluster))
         grid = (self.cluster * clusters, 1, 1)
-        return replace(like, kernel=spec.name, smem=spec.smem, cluster=self.cluster, grid=grid)
+        box = 64 if self.tile == 256 else self.tile // self.cluster
+        launch = replace(like, kernel=spec.name, smem=spec.smem, cluster=self.cluster)
+        return replace(launch, grid=grid, box_rows=box)
 
 
 VARIANTS = (
@@ -64,6 +66,11 @@ VARIANTS = (
     Variant("flow_alone", SAFE, cluster=1),
     Variant("flow_four", SAFE, cluster=4),
     Variant("flow_square", (*SAFE, "RVLLM_GEMM_SQUARE"), cluster=4),
+)
+VARIANTS_FEW = (
+    Variant("walk64_four", SAFE, mode="WALK", tile=64, cluster=4),
+    Variant("walk128_four", SAFE, mode="WALK", tile=128, cluster=4),
+    Variant("walk192_four", SAFE, mode="WALK", tile=192, cluster=4),
 )
 VARIANTS_SUM = (
     Variant("sum160", SAFE, mode="SUM", tile=160),
