@@ -304,6 +304,24 @@ def test_broken_tokenizer_json(content: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("vocab", [{"a": 0, "b": 1}, {"a": 0}])
+def test_merges_of_tokens_that_are_not_there(vocab: dict[str, int], tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    with pytest.raises(ModelError, match=r"vocab.json or merges.txt: ") as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/x.jinja"])
+def test_a_template_that_is_no_text(name: str, tmp_path: Path) -> None:
+    tiny.write_directory(tmp_path)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / name).write_bytes(b"\xff\xfe{{")
+    with pytest.raises(ModelError, match=r"jinja: cannot read the file: not UTF-8"):
+        Tokenizer.load(tmp_path)
+
+
 def test_broken_tokenizer_config(tmp_path: Path) -> None:
     tiny.write_directory(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"a": ')

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rvllm.errors import ModelError
 from rvllm.text.fim import GGUF_ENDS, GGUF_MARKS
 from rvllm.text.pretokenizers import DEFAULT, PRE_TOKENIZERS, PreTokenizer
-from rvllm.text.tokenizer import DEFAULT_TEMPLATE, TokenizerParts, byte_piece, frame
+from rvllm.text.tokenizer import DEFAULT_TEMPLATE, TokenizerParts, built, byte_piece, frame
 
 if TYPE_CHECKING:
     import tokenizers
@@ -126,10 +126,10 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> 
         raise ModelError(f"{origin}: {KEY}pre is {metadata[KEY + 'pre']!r}; supported: {known}") from None
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = _merges(metadata, origin)
-    try:
-        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=rule.ignore_merges)
-    except Exception as error:
-        raise ModelError(f"{origin}: {KEY}merges do not fit {KEY}tokens: {error}") from None
+    model = built(
+        lambda: models.BPE(vocab=vocab, merges=merges, ignore_merges=rule.ignore_merges),
+        f"{origin}: {KEY}merges do not fit {KEY}tokens",
+    )
     backend = Tokenizer(model)
     splits = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in rule.splits]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -148,16 +148,16 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], origin: str) 
     else:
         merges = merges_from_scores(tokens, _scores(metadata, tokens, origin))
     unknown = metadata.get(KEY + "unknown_token_id")
-    try:
-        model = models.BPE(
+    model = built(
+        lambda: models.BPE(
             vocab=vocab,
             merges=merges,
             unk_token=tokens[unknown] if isinstance(unknown, int) and 0 <= unknown < len(tokens) else None,
             fuse_unk=True,
             byte_fallback=_has_bytes(tokens),
-        )
-    except Exception as error:
-        raise ModelError(f"{origin}: {KEY}merges do not fit {KEY}tokens: {error}") from None
+        ),
+        f"{origin}: {KEY}merges do not fit {KEY}tokens",
+    )
     backend = Tokenizer(model)
     _spell_spaces(backend, metadata)
     return backend
@@ -194,7 +194,10 @@ def _unigram(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> tok
 
     vocab = list(zip(tokens, _scores(metadata, tokens, origin), strict=True))
     unknown = metadata.get(KEY + "unknown_token_id")
-    backend = Tokenizer(models.Unigram(vocab, unknown, byte_fallback=_has_bytes(tokens)))
+    model = built(
+        lambda: models.Unigram(vocab, unknown, byte_fallback=_has_bytes(tokens)), f"{origin}: {KEY}tokens"
+    )
+    backend = Tokenizer(model)
     _spell_spaces(backend, metadata)
     return backend
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rvllm.errors import ModelError
-from rvllm.text.tokenizer import DEFAULT_TEMPLATE, TokenizerParts
+from rvllm.text.tokenizer import DEFAULT_TEMPLATE, TokenizerParts, built
 
 if TYPE_CHECKING:
     import tokenizers
@@ -27,10 +27,7 @@ def read_directory(path: Path) -> TokenizerParts:
     config = _read_json(path / "tokenizer_config.json")
     named: dict[str, str] = {}  # special tokens that the vocabulary's own file names
     if file.is_file():
-        try:
-            backend = Tokenizer.from_file(str(file))
-        except Exception as error:
-            raise ModelError(f"{file}: {_first_line(error)}") from None
+        backend = built(lambda: Tokenizer.from_file(str(file)), str(file))
     elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         backend = _from_merges(path)
     elif (path / "tokenizer.model").is_file():
@@ -69,6 +66,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path}: must hold a JSON object")
     return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ModelError(f"{path}: cannot read the file: {reason}") from None
 
 
 def _text_of(token: Any) -> str | None:
@@ -121,9 +126,9 @@ def _chat_templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
     if isinstance(legacy, str):
         templates[DEFAULT_TEMPLATE] = legacy
     for file in sorted((path / "additional_chat_templates").glob("*.jinja")):
-        templates[file.stem] = file.read_text(encoding="utf-8")
+        templates[file.stem] = _read_text(file)
     if (path / "chat_template.jinja").is_file():
-        templates[DEFAULT_TEMPLATE] = (path / "chat_template.jinja").read_text(encoding="utf-8")
+        templates[DEFAULT_TEMPLATE] = _read_text(path / "chat_template.jinja")
     return templates
 
 
@@ -131,11 +136,8 @@ def _from_merges(path: Path) -> tokenizers.Tokenizer:
     """Byte-level BPE from GPT-2's two files."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    try:
-        model = models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt"))
-    except Exception as error:
-        raise ModelError(f"{path}: vocab.json or merges.txt: {_first_line(error)}") from None
-    backend = Tokenizer(model)
+    files = str(path / "vocab.json"), str(path / "merges.txt")
+    backend = Tokenizer(built(lambda: models.BPE.from_file(*files), f"{path}: vocab.json or merges.txt"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
@@ -156,7 +158,7 @@ def _from_wordpieces(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer
     """BERT's WordPiece from vocab.txt, one token a line."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    lines = (path / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    lines = _read_text(path / "vocab.txt").splitlines()
     vocab = {token: index for index, token in enumerate(lines)}
     cls, sep = (_text_of(config.get(n)) or d for n, d in (("cls_token", "[CLS]"), ("sep_token", "[SEP]")))
     if cls not in vocab or sep not in vocab:

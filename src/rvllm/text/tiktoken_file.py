@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from rvllm.errors import ModelError
 from rvllm.text.pretokenizers import PRE_TOKENIZERS
-from rvllm.text.tokenizer import byte_characters
+from rvllm.text.tokenizer import built, byte_characters
 
 if TYPE_CHECKING:
     import tokenizers
@@ -73,7 +73,7 @@ def from_tiktoken(file: Path, tokenizer_class: object) -> tokenizers.Tokenizer:
     if taken:
         raise ModelError(f"{file}: rank {min(taken)} is that of a special token of {tokenizer_class}")
     vocab |= {token: index for index, token in rules.special.items()}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    backend = Tokenizer(built(lambda: models.BPE(vocab=vocab, merges=merges, ignore_merges=True), str(file)))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(rules.pattern), behavior="isolated"),

@@ -7,13 +7,13 @@ or built from a GGUF file's metadata (`text/gguf_tokenizer.py`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from rvllm.errors import UsageError
+from rvllm.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -22,6 +22,21 @@ if TYPE_CHECKING:
     from rvllm.text.length_bound import LengthBound
 
 DEFAULT_TEMPLATE = "default"
+Built = TypeVar("Built")
+
+
+def built(make: Callable[[], Built], what: str) -> Built:
+    """What `make` builds with the tokenizers library; where it cannot, a ModelError that begins with `what`.
+
+    On some broken vocabularies the library panics, which comes as a BaseException of its own.
+    """
+    try:
+        return make()
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"{what}: {reason[0]}") from None
 
 
 @dataclass
