@@ -211,6 +211,21 @@ def test_check_weights_names_what_is_wrong(tmp_path: Path) -> None:
     assert str(tmp_path) in message and "\n" not in message
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_bias_that_nothing_reads_is_refused_unless_it_is_zero(dtype: Any, tmp_path: Path) -> None:
+    zeros, odd = np.array([0.0, -0.0, 0.0], dtype), np.array([0.0, 0.0, 1e-4], dtype)
+    weight = matrix((3, 4), Part("a.weight", (3, 4)))
+    for name in ("fine", "odd"):
+        (tmp_path / name).mkdir()
+    given = {"a.weight": random(3, 4), "b.bias": odd}  # b is of a module that nothing reads
+    check_weights(program_of(weight), arrays_in(tmp_path / "fine", **given, **{"a.bias": zeros}))
+    checkpoint = arrays_in(tmp_path / "odd", **given, **{"a.bias": odd})
+    with pytest.raises(ModelError, match=r"a\.bias is there, and the config asks for no bias$"):
+        check_weights(program_of(weight), checkpoint)
+    biased = Weight("bias", (3,), (Part("a.bias", (3,)),), "vector")
+    check_weights(program_of(weight, biased), checkpoint)
+
+
 def test_check_weights_names_a_tensor_of_several_parts_once(tmp_path: Path) -> None:
     parts = [Part("m", (4, 6), "columns", columns=(first, 3)) for first in (0, 3)]
     with pytest.raises(ModelError, match=r"of a Toy: m is missing$"):

@@ -31,7 +31,9 @@ def find_tensor(part: Part, checkpoint: Checkpoint) -> TensorInfo | None:
 
 
 def check_weights(program: Program, checkpoint: Checkpoint) -> None:
-    """Checks that every tensor of the program is there in the right shape; nothing of them is read.
+    """Checks that every tensor of the program is there in the right shape and no bias beside one left over.
+
+    Nothing is read but such biases: zeros may be left over, as some quantisers write them to every module.
 
     Raises ModelError: one line with the file, up to five tensors and how many more.
     """
@@ -52,6 +54,11 @@ def check_weights(program: Program, checkpoint: Checkpoint) -> None:
         elif _without_ones(info.shape) != _without_ones(stored_shape(part, info)):
             wanted = list(stored_shape(part, info))
             problems.append(f"{info.name} has shape {list(info.shape)} instead of {wanted}")
+    if not problems:
+        problems = [
+            f"{info.name} is there, and the config asks for no bias"
+            for info in _left_over(program, checkpoint)
+        ]
     problems = list(dict.fromkeys(problems))  # a tensor may be several parts
     if problems:
         more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
@@ -59,6 +66,25 @@ def check_weights(program: Program, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: does not hold the weights of a {program.architecture}: "
             f"{'; '.join(problems[:NAMED])}{more}"
         )
+
+
+def _left_over(program: Program, checkpoint: Checkpoint) -> list[TensorInfo]:
+    """Biases that are not zero, of modules whose weight the program reads and whose bias it does not."""
+    found = (find_tensor(part, checkpoint) for weight in program.weights for part in weight.parts)
+    read = {info.name for info in found if info is not None}
+    names = (name.removesuffix("weight") + "bias" for name in read if name.endswith(".weight"))
+    biases = [
+        checkpoint.tensors[name] for name in sorted(names) if name not in read and name in checkpoint.tensors
+    ]
+    return [info for info in biases if _any_number(info, checkpoint)]
+
+
+def _any_number(info: TensorInfo, checkpoint: Checkpoint) -> bool:
+    """Whether any element differs from zero; of quantised types it is taken to."""
+    if info.type not in (TensorType.F32, TensorType.F16, TensorType.BF16):
+        return True
+    words = checkpoint.raw(info).view(np.uint32 if info.type is TensorType.F32 else np.uint16)
+    return bool((words << np.array(1, words.dtype)).any())  # without the sign
 
 
 def stored_shape(part: Part, info: TensorInfo) -> tuple[int, ...]:
