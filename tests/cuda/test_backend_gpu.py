@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
 
+from rvllm.backends.cuda.arena import Arena
 from rvllm.backends.cuda.driver import Device
 from rvllm.engine.messages import Sampling
+from rvllm.errors import RvllmError
 from rvllm.program.dtypes import DType
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
@@ -133,4 +135,17 @@ def test_no_device_memory_is_taken_after_the_start() -> None:
         )
         assert Device.free_memory()[0] == before
     assert core.stats().blocks_used == 0
+    core.close()
+
+
+def test_the_debug_check_ends_an_engine_whose_step_takes_memory() -> None:
+    config = MODELS["llama"]
+    engine = CONFIG.__class__(**{**CONFIG.__dict__, "capture_graphs": "eager", "check_device_memory": True})
+    core = core_of(backend(config, "cuda", DType.BF16, engine), config, engine)
+    asked = [([1, 2, 3], Sampling(max_tokens=8))]
+    run(core, asked)
+    taken = Arena(64 << 20)  # as a step that allocates would
+    with pytest.raises(RvllmError, match=r"--check-device-memory: a step took [0-9]+ bytes"):
+        run(core, asked)
+    taken.close()
     core.close()

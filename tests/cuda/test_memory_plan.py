@@ -8,14 +8,17 @@ from gpu_engine import needs_gpu
 from test_lowering import H100, QWEN_7B, program, recipe
 
 from rvllm.backends.base import MOST_BIASES, MOST_STOPS
-from rvllm.backends.cuda import arena
+from rvllm.backends.cuda import arena, cublas
+from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
 from rvllm.backends.cuda.driver import CudaError
 from rvllm.backends.cuda.memory import GB, HEADROOM, budget_of
 from rvllm.backends.cuda.outlook import outlook
 from rvllm.backends.cuda.sampling import START_WORDS
+from rvllm.backends.cuda.supported import check_supported
+from rvllm.backends.load import choose_device, gpu_present
 from rvllm.cli.main import main
 from rvllm.config import EngineConfig
-from rvllm.errors import CapacityError
+from rvllm.errors import CapacityError, RvllmError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
@@ -83,6 +86,46 @@ def test_memory_that_is_gone_meanwhile_is_one_line_with_the_flags(monkeypatch: p
     monkeypatch.setattr(arena, "call", refuse)
     with pytest.raises(CapacityError, match=r"9\.00 GB .*OUT_OF_MEMORY.*--gpu-memory-utilization"):
         arena.Arena(9 * GB)
+
+
+def test_padded_sizes_of_decode_graphs() -> None:
+    wanted = [1, 2, 4, 8, 16, 24, 32, *range(40, 257, 8), *range(288, 513, 32)]
+    assert decode_buckets(512) == wanted and decode_buckets(256) == [n for n in wanted if n <= 256]
+    assert decode_buckets(1) == [1] and decode_buckets(300)[-2:] == [288, 300]
+    assert [bucket_of(wanted, n) for n in (1, 3, 9, 257, 512)] == [1, 4, 16, 288, 512]
+    tokens = token_buckets(8192)
+    assert all(bucket_of(tokens, n) * 8 <= n * 9 for n in range(128, 8193)) and tokens[-1] == 8192
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"gemm_strategy": "cutlass"}, "--gemm-strategy cutlass: not built; use native or cublas"),
+        ({"gemm_strategy": "cublas"}, r"cuBLAS is not installed: pip install .rvllm\[cublas\]"),
+        ({"decode_path": "persistent"}, "--decode-path persistent: not built; use batched"),
+    ],
+)
+def test_what_is_absent_is_refused_by_name(
+    flags: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cublas, "_candidates", lambda: iter(["no-such-library.so"]))
+    cublas.library.cache_clear()
+    with pytest.raises(RvllmError, match=message):
+        check_supported(program(num_hidden_layers=1), EngineConfig(**flags))  # type: ignore[arg-type]
+    cublas.library.cache_clear()
+    with pytest.raises(RvllmError, match="--dtype float32: a GPU runs bfloat16 and float16"):
+        check_supported(program(DType.F32, num_hidden_layers=1), EngineConfig())
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_gpus_that_are_hidden_are_not_there(hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([Path("/dev/nvidia0")]))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_present()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert not gpu_present() and choose_device(EngineConfig()) == "cpu"
+    with pytest.raises(RvllmError, match="no NVIDIA GPU is visible"):
+        choose_device(EngineConfig(device="cuda"))
 
 
 @pytest.mark.gpu

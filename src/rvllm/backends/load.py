@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from rvllm.weights.checkpoint import Checkpoint
 
 
 def gpu_present() -> bool:
-    """Whether the NVIDIA driver shows a GPU; imports nothing of CUDA."""
+    """Whether the NVIDIA driver shows a GPU that CUDA_VISIBLE_DEVICES leaves us; imports nothing of CUDA."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # the usual ways to hide all of them
+        return False
     return any(Path("/proc/driver/nvidia/gpus").glob("*")) or any(Path("/dev").glob("nvidia[0-9]*"))
 
 

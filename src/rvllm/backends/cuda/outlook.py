@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rvllm.backends.cuda.driver import Device, DeviceFacts
+from rvllm.backends.cuda.driver import DeviceFacts
 from rvllm.backends.cuda.encoder_plan import EncoderPlan
+from rvllm.backends.cuda.gpu import Found
 from rvllm.backends.cuda.graphs import Recipe
 from rvllm.backends.cuda.join import joined
-from rvllm.backends.cuda.memory import HEADROOM, Budget, budget_of
-from rvllm.backends.cuda.supported import check_device, check_supported
+from rvllm.backends.cuda.memory import HEADROOM, Budget
 from rvllm.config import EngineConfig
 from rvllm.program.encoder import embedding_size
 from rvllm.program.ops import Program
@@ -26,14 +26,11 @@ class Outlook:
 
 def outlook_here(program: Program, config: EngineConfig) -> Outlook:
     """The outlook on this machine's GPU as it is now. Raises what the start would raise."""
-    check_supported(program, config)
-    device = Device()
+    found = Found.for_program(program, config)
     try:
-        facts = device.facts()
-        check_device(facts)
-        return outlook(program, config, facts, budget_of(config, *device.free_memory()))
+        return outlook(program, config, found.facts, found.budget)
     finally:
-        device.close()
+        found.device.close()
 
 
 def outlook(program: Program, config: EngineConfig, facts: DeviceFacts, budget: Budget) -> Outlook:
