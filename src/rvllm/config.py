@@ -87,7 +87,9 @@ class EngineConfig:
     )
     gpu_memory_utilization: float = setting(0.90, "Share of the GPU's memory to take.", low=0.01, high=1.0)
     gpu_memory_reserve_gb: float = setting(0.0, "GB of GPU memory to leave free beyond that share.", low=0.0)
-    num_gpu_blocks: int | None = setting(None, "KV blocks on the GPU, overriding the memory flags.", low=1)
+    num_gpu_blocks: int | None = setting(
+        None, "KV blocks on the GPU, instead of as many as the memory flags leave room for.", low=1
+    )
     gemm_strategy: str = setting(
         "native",
         "Matrix kernels on a GPU.",
