@@ -94,6 +94,30 @@ class Bed:
         launch.keep = (x, out)  # type: ignore[attr-defined]  # torch frees what nobody holds
         return launch
 
+    def turns(
+        self, works: dict[str, list[tuple[Launch, tuple[int, int, int]]]], rounds: int = 7
+    ) -> dict[str, float]:
+        """Median seconds of one replay of each graph, taken in turns: all meet the clocks that the others leave."""
+        torch.cuda.synchronize()
+        graphs, times = {}, {name: [] for name in works}
+        for name, launches in works.items():
+            self.stream.begin_capture()
+            for launch, grid in launches:
+                launch.run(self.stream, grid)
+            graphs[name] = self.stream.end_capture()
+            graphs[name].launch(self.stream)
+        for _ in range(rounds):
+            for name, graph in graphs.items():
+                begin, end = Event(), Event()
+                begin.record(self.stream)
+                graph.launch(self.stream)
+                end.record(self.stream)
+                end.wait()
+                times[name].append(end.seconds_since(begin))
+        for graph in graphs.values():
+            graph.close()
+        return {name: sorted(found)[rounds // 2] for name, found in times.items()}
+
     def graph_seconds(self, launches: list[tuple[Launch, tuple[int, int, int]]], repeats: int = 15) -> float:
         """Median time of one replay of a graph of the launches."""
         torch.cuda.synchronize()

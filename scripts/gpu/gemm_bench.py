@@ -22,6 +22,7 @@ from rvllm.backends.cuda.driver import Launch
 LAYERS, HIDDEN, FFN, QKV, VOCAB = 28, 3584, 18944, 4608, 152064
 SHAPES = {"qkv": (QKV, HIDDEN), "o": (HIDDEN, HIDDEN), "gate_up": (2 * FFN, HIDDEN), "down": (HIDDEN, FFN),
           "lm_head": (VOCAB, HIDDEN)}  # fmt: skip
+Work = list[tuple[Launch, tuple[int, int, int]]]
 LAYER_BYTES = sum(2 * n * k for name, (n, k) in SHAPES.items() if name != "lm_head")
 
 
@@ -75,46 +76,36 @@ class Bench:
         """Seconds of one matrix, from a graph over all layers' weights."""
         n, k = SHAPES[name]
         plan = plan or gemm.plan_gemm(n, k, tokens, "bf16", self.bed.facts.sm_count)
+        return self.bed.graph_seconds(self.ours(name, tokens, plan), 7) / self.count(name, tokens)
+
+    def ours(self, name: str, tokens: int, plan: gemm.GemmPlan) -> Work:
+        """Launches of one matrix over all layers' weights."""
+        n, k = SHAPES[name]
         x = torch.randn(tokens, k, device="cuda").bfloat16()
         gated, head = name == "gate_up", name == "lm_head"
         kind = gemm.Kind.GATED_SILU if gated else gemm.Kind.LOGITS if head else gemm.Kind.STORE
-        kind_out = torch.float32 if head else torch.bfloat16
-        out = torch.zeros(tokens, n // 2 if gated else n, dtype=kind_out, device="cuda")
-        count = self.count(name, tokens)
-        launches = [
+        out_type = torch.float32 if head else torch.bfloat16
+        out = torch.zeros(tokens, n // 2 if gated else n, dtype=out_type, device="cuda")
+        return [
             (self.bed.launch(plan, x, self.address(name, layer), out, "bf16", kind=kind), plan.grid)
-            for layer in range(count)
+            for layer in range(self.count(name, tokens))
         ]
-        return self.bed.graph_seconds(launches, 7) / count
 
-    def lt(self, name: str, tokens: int) -> float:
+    def theirs(self, name: str, tokens: int) -> Work:
         """The same through cuBLASLt as the engine calls it, without SiLU * up."""
         n, k = SHAPES[name]
         x = torch.randn(tokens, k, device="cuda").bfloat16()
         head = name == "lm_head"
         out = torch.zeros(tokens, n, dtype=torch.float32 if head else torch.bfloat16, device="cuda")
         workspace = torch.empty(cublas.WORKSPACE, dtype=torch.uint8, device="cuda")
-        count = self.count(name, tokens)
-        launches = []
-        for layer in range(count):
-            weight = self.address(name, layer)
-            product = cublas.Matmul(
-                x.data_ptr(),
-                weight,
-                out.data_ptr(),
-                0,
-                0,
-                tokens,
-                n,
-                k,
-                n,
-                1.0,
-                True,
-                head,
-                workspace.data_ptr(),
-            )
-            launches.append((cublas.MatmulLaunch(product), (1, 1, 1)))
-        return self.bed.graph_seconds(launches, 7) / count
+        launches: Work = []
+        for layer in range(self.count(name, tokens)):
+            memory = x.data_ptr(), self.address(name, layer), out.data_ptr(), 0, 0
+            product = cublas.Matmul(*memory, tokens, n, k, n, 1.0, True, head, workspace.data_ptr())
+            launch = cublas.MatmulLaunch(product)
+            launch.keep = (x, out, workspace)  # type: ignore[attr-defined]  # torch frees what nobody holds
+            launches.append((launch, (1, 1, 1)))
+        return launches
 
     def count(self, name: str, tokens: int) -> int:
         """How many layers' weights a measurement passes over."""
@@ -225,29 +216,27 @@ def once(bench: Bench) -> None:
 
 
 def compare(bench: Bench, sizes: list[int]) -> None:
-    """Today's choice, every variant and cuBLASLt, shape by shape: TFLOP/s (microseconds)."""
-    variants = gemm_variants.VARIANTS
-    more = (*gemm_variants.VARIANTS_FEW, *gemm_variants.VARIANTS_SUM)
-    gemm_variants.add(bench.bed, (*variants, *more))
+    """Today's choice, every variant and cuBLASLt in turns, shape by shape: TFLOP/s (microseconds)."""
+    gemm_variants.add(bench.bed, (*gemm_variants.VARIANTS, *gemm_variants.VARIANTS_SUM))
     sms = bench.bed.facts.sm_count
     for name, (n, k) in SHAPES.items():
+        one = gemm.segments_of(n, k) == 1
         for tokens in sizes:
             plans = {"today": gemm.plan_gemm(n, k, tokens, "bf16", sms)}
-            if gemm.segments_of(n, k) == 1:
-                which = variants if tokens > 192 else gemm_variants.VARIANTS_FEW
-                plans |= {v.label: v.plan(n, k, tokens, "bf16", sms) for v in which}
-            else:
-                ways: list[tuple[gemm.Mode, int]] = [("split", 128), ("split", 192), ("split", 256)]
-                ways += [("sum", 96), ("sum", 128), ("sum", 192)]
-                plans |= {v.label: v.plan(n, k, tokens, "bf16", sms) for v in gemm_variants.VARIANTS_SUM}
-                plans |= {f"{m}{size}": gemm.variant(n, k, tokens, "bf16", m, size, sms) for m, size in ways}
-                few = {way: p for way, p in plans.items() if p.mode != "split" or 2 * p.token_tile >= tokens}
-                plans = few | {"today": plans["today"]}
-            found = {label: bench.shape(name, tokens, plan) for label, plan in plans.items()}
-            found["today again"] = bench.shape(name, tokens, plans["today"])
-            found["cublas"] = bench.lt(name, tokens)
-            work = 2.0 * n * k * tokens
-            line = "  ".join(f"{label} {work / s / 1e12:.0f} ({s * 1e6:.1f})" for label, s in found.items())
+            for variant in gemm_variants.VARIANTS if one else gemm_variants.VARIANTS_SUM:
+                plans[variant.label] = variant.plan(n, k, tokens, "bf16", sms)
+            others: list[tuple[gemm.Mode, int]] = []
+            if not one:
+                others = [("split", 192), ("split", 256)] if tokens <= 512 else []
+                others += [("sum", 96), ("sum", 128), ("sum", 192)]
+            for mode, tile in others:
+                plans[f"{mode}{tile}"] = gemm.variant(n, k, tokens, "bf16", mode, tile, sms)
+            works = {label: bench.ours(name, tokens, plan) for label, plan in plans.items()}
+            found = bench.bed.turns(works | {"cublas": bench.theirs(name, tokens)})
+            work, count = 2.0 * n * k * tokens, bench.count(name, tokens)
+            line = "  ".join(
+                f"{label} {work * count / s / 1e12:.0f} ({s / count * 1e6:.1f})" for label, s in found.items()
+            )
             print(f"{name:8} {tokens:5} {plans['today'].kernel[10:]:15} {line}", flush=True)
 
 
@@ -256,7 +245,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,8,16,32,64,96,128,256,512")
     parser.add_argument("--shape-tokens", default="1,32,64,128,256")
     parser.add_argument("--prefill-tokens", default="1024,8192")
-    parser.add_argument("--variant-tokens", default="64,128,192,256,384,512,1024,2048,4096")
+    parser.add_argument("--variant-tokens", default="128,160,192,256,320,384,512,640,1024,2048,4096")
     parser.add_argument("--only", default="chain,shapes,prefill", help="also: variants, trace, once")
     args = parser.parse_args()
     bench = Bench(Bed())
@@ -279,7 +268,7 @@ def main() -> None:
         compare(bench, [int(t) for t in args.variant_tokens.split(",")])
     if "trace" in args.only:
         gemm_variants.add(bench.bed, (*gemm_variants.TRACED, *gemm_variants.TRACED_SUM))
-        for tokens in (256, 512, 2048):
+        for tokens in (192, 256, 384, 512):
             bench.trace("gate_up", tokens)
         bench.trace("down", 512)
     if "once" in args.only:

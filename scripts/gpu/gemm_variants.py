@@ -42,49 +42,21 @@ class Variant:
 
     def plan(self, n: int, k: int, tokens: int, dtype: str, sms: int) -> gemm.GemmPlan:
         """How it is launched."""
-        if self.mode == "SPLIT":  # the blocks of a segment of two row pairs share x
-            split = gemm.variant(n, k, tokens, dtype, "split", self.tile, sms)
-            segments, token_tiles, pairs = split.grid
-            name = self.spec(dtype).name
-            grid = (2 * segments, token_tiles, -(-pairs // 2))
-            return replace(split, kernel=name, grid=grid, cluster=2 * segments, box_rows=self.tile // 2)
         mode: gemm.Mode = "sum" if self.mode == "SUM" else "walk"
         like = gemm.variant(n, k, tokens, dtype, mode, self.tile, sms)
         spec = self.spec(dtype)
         pairs, token_tiles = -(-n // 128), -(-tokens // self.tile)
         clusters = min(sms // self.cluster, -(-pairs * token_tiles // self.cluster))
         grid = (self.cluster * clusters, 1, 1)
-        box = 64 if self.tile == 256 else self.tile // self.cluster
+        box = 64 if self.mode == "FLOW" else self.tile // self.cluster
         launch = replace(like, kernel=spec.name, smem=spec.smem, cluster=self.cluster)
         return replace(launch, grid=grid, box_rows=box)
 
 
-VARIANTS = (
-    Variant("flow", SAFE),
-    Variant("flow_ahead", (*SAFE, "RVLLM_GEMM_AHEAD=8")),
-    Variant("flow_turns", (*SAFE, "RVLLM_GEMM_TURNS")),
-    Variant("flow_alone", SAFE, cluster=1),
-    Variant("flow_four", SAFE, cluster=4),
-    Variant("flow_square", (*SAFE, "RVLLM_GEMM_SQUARE"), cluster=4),
-)
-VARIANTS_FEW = (
-    Variant("walk64_four", SAFE, mode="WALK", tile=64, cluster=4),
-    Variant("walk128_four", SAFE, mode="WALK", tile=128, cluster=4),
-    Variant("walk192_four", SAFE, mode="WALK", tile=192, cluster=4),
-)
-VARIANTS_SUM = (
-    Variant("sum160", SAFE, mode="SUM", tile=160),
-    *(Variant(f"split{tile}x2", SAFE, mode="SPLIT", tile=tile) for tile in (64, 96, 128, 192, 256)),
-)
-TRACED = (
-    Variant("walk_traced", ("RVLLM_GEMM_TRACE",), mode="WALK"),
-    Variant("flow_traced", (*SAFE, "RVLLM_GEMM_TRACE")),
-    Variant("flow_ahead_traced", (*SAFE, "RVLLM_GEMM_TRACE", "RVLLM_GEMM_AHEAD=8")),
-)
-TRACED_SUM = (
-    Variant("sum128_traced", ("RVLLM_GEMM_TRACE",), mode="SUM", tile=128),
-    Variant("sum192_traced", ("RVLLM_GEMM_TRACE",), mode="SUM", tile=192),
-)
+VARIANTS = (Variant("flow", SAFE),)
+VARIANTS_SUM = (Variant("sum160", SAFE, mode="SUM", tile=160),)
+TRACED = (Variant("flow_traced", (*SAFE, "RVLLM_GEMM_TRACE")),)
+TRACED_SUM = (Variant("sum128_traced", ("RVLLM_GEMM_TRACE",), mode="SUM", tile=128),)
 
 
 def add(bed: Bed, variants: tuple[Variant, ...], dtypes: tuple[str, ...] = ("bf16",)) -> None:

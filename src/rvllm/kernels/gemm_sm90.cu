@@ -31,11 +31,7 @@ __device__ __forceinline__ u64 global_time() {
 enum Mode { SPLIT, WALK, SUM, FLOW };
 constexpr int CONSUMERS = 256;
 constexpr int STORERS = 96;  // threads of FLOW that write finished tiles
-#ifndef RVLLM_GEMM_AHEAD
-#define RVLLM_GEMM_AHEAD 0
-#endif
-constexpr int AHEAD = RVLLM_GEMM_AHEAD;  // blocks of K that FLOW asks L2 for before it loads them
-
+constexpr int BOX = 64;      // tokens of one of its loads of x
 constexpr int FLOW_STAGING = 128 * TILE * 2;  // bytes a warpgroup's finished outputs wait in
 
 struct alignas(64) TensorMap {
@@ -44,8 +40,6 @@ struct alignas(64) TensorMap {
 
 template <int TOKENS, Mode MODE>
 struct Layout {
-  static constexpr bool TAIL = (MODE == WALK || MODE == FLOW) && TOKENS == 256;  // see Walk
-  static constexpr int BOX = TAIL ? 64 : 0;                    // tokens of a load of x, where not its whole share
   static constexpr bool MANY_REGISTERS = MODE != SPLIT && TOKENS >= 160;
   static constexpr int THREADS = CONSUMERS + (MANY_REGISTERS ? 128 : 32);
   static constexpr int WEIGHTS = 2 * TILE_BYTES, X = TOKENS * TILE * 2;
@@ -63,33 +57,35 @@ struct Layout {
   static_assert(MODE != SPLIT || TOKENS * SPLIT_PITCH * 4 <= STAGES * (WEIGHTS + X), "partial sums must fit");
 };
 
-// One visit of a block to a tile: 64-row tiles `tile` .. `tile + count - 1`, `width` tokens from token0.
+// One visit of a block to a tile: 64-row tiles `tile` .. `tile + count - 1`, `width` tokens from token0. A piece
+// shares its weights with the other block of the cluster, what is no piece shares its tokens.
 struct Visit {
   int tile, count, token0, width;
+  bool piece;
 };
 
-// The order in which clusters of C blocks walk over the matrix.
-// A cluster stands on CR row pairs by CT token tiles.
-template <int TOKENS, int CR, int CT, bool TAIL>
+// The order in which clusters of C blocks, each with another row pair, walk over the matrix.
+template <int TOKENS, int C, bool NARROW>
 struct Walk {
-  static constexpr int C = CR * CT, GROUP = 16 / CR;
-  int tiles, token_tiles, clusters, cluster, rank, full, index = 0;
+  static constexpr int GROUP = 16 / C;
+  int tiles, tokens, token_tiles, clusters, cluster, rank, full, index = 0;
 
   __device__ Walk(int rows, int tokens)
-      : tiles((rows + TILE - 1) / TILE), token_tiles((tokens + TOKENS - 1) / TOKENS), clusters(gridDim.x / C),
-        cluster(blockIdx.x / C), rank(blockIdx.x % C), full(tiles / (2 * C * clusters)) {}
+      : tiles((rows + TILE - 1) / TILE), tokens(tokens), token_tiles((tokens + TOKENS - 1) / TOKENS),
+        clusters(gridDim.x / C), cluster(blockIdx.x / C), rank(blockIdx.x % C), full(tiles / (2 * C * clusters)) {}
 
   // Whether a group of row pairs has more token tiles than one round takes.
   __device__ bool again() const { return token_tiles > 1 && GROUP * token_tiles > clusters; }
 
   // With one token tile the last, partial round deals out single tiles when there are enough blocks for
   // that. With several, groups of 16 row pairs pass over all tokens, so that both operands stay in L2.
-  // TAIL: when few tiles are left for the last round, each is dealt out in pieces of 128 or 64 tokens, which their
-  // blocks load for themselves.
+  // NARROW: the last token tile is as narrow as its tokens allow, in steps of 64. When few tiles are left for the
+  // last round, each is dealt out in pieces of 128 or 64 tokens; a cluster then has pieces of one row pair.
   __device__ bool next(Visit& v) {
     const int i = index++;
     v.width = TOKENS;
-    if (token_tiles == 1 && !TAIL) {
+    v.piece = false;
+    if (token_tiles == 1 && !NARROW) {
       const int round = 2 * C * clusters, rest = tiles - full * round;
       v.token0 = 0;
       if (i == full && rest <= round / 2) {
@@ -101,9 +97,10 @@ struct Walk {
       v.tile = ((i * clusters + cluster) * C + rank) * 2;
       return (i * clusters + cluster) * C * 2 < tiles;
     }
-    const int supers = (tiles + 2 * CR - 1) / (2 * CR), wide = (token_tiles + CT - 1) / CT, units = supers * wide;
-    int unit = i * clusters + cluster, place = rank, piece = 0;
-    if constexpr (TAIL) {
+    const int supers = (tiles + 2 * C - 1) / (2 * C), units = supers * token_tiles;
+    int unit = i * clusters + cluster, place = rank, skip = 0;
+    if constexpr (NARROW) {
+      static_assert(C == 2 && TOKENS == 256);
       const int rest = units % clusters, pairs = rest * C, blocks = clusters * C;
       const int pieces = pairs * 4 <= blocks ? 4 : pairs * 2 <= blocks ? 2 : 1;
       if (i == units / clusters && pieces > 1) {
@@ -111,16 +108,18 @@ struct Walk {
         if (mine >= pairs * pieces) return false;
         unit = i * clusters + mine / (C * pieces);
         place = mine / pieces % C;
+        v.piece = true;
         v.width = TOKENS / pieces;
-        piece = mine % pieces * v.width;
+        skip = mine % pieces * v.width;
       }
     }
     if (unit >= units) return false;
-    const int group = unit / (GROUP * wide), within = unit % (GROUP * wide);
+    const int group = unit / (GROUP * token_tiles), within = unit % (GROUP * token_tiles);
     const int height = min(GROUP, supers - group * GROUP);
     v.count = 2;
-    v.tile = ((group * GROUP + within % height) * CR + place % CR) * 2;
-    v.token0 = (within / height * CT + place / CR) * TOKENS + piece;
+    v.tile = ((group * GROUP + within % height) * C + place) * 2;
+    v.token0 = within / height * TOKENS + skip;
+    if (NARROW && !v.piece) v.width = min(TOKENS, (tokens - v.token0 + BOX - 1) / BOX * BOX);
     return true;
   }
 };
@@ -212,7 +211,35 @@ __device__ __forceinline__ u32 staged(int token, int c) {
 __device__ __forceinline__ int phases(const Epilogue& e, const int limit) {
   return limit <= 0 || e.kind == LOGITS ? 0 : gated(e.kind) || limit <= 128 ? 1 : 2;
 }
-enum Named : int { ROOM = 1, READY = 3, TURN = 5 };  // barriers of warpgroup 0; those of 1 are the next
+enum Named : int { ROOM = 1, READY = 3 };  // barriers of warpgroup 0; those of 1 are the next
+
+// Two sums rounded to T, as they lie in memory, and what they are then.
+template <class T>
+__device__ __forceinline__ u32 rounded_pair(float low, float high);
+template <>
+__device__ __forceinline__ u32 rounded_pair<bf16>(float low, float high) {
+  const __nv_bfloat162 p = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const u32*>(&p);
+}
+template <>
+__device__ __forceinline__ u32 rounded_pair<f16>(float low, float high) {
+  const __half2 p = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const u32*>(&p);
+}
+template <class T>
+__device__ __forceinline__ float2 widened(u32 pair);
+template <>
+__device__ __forceinline__ float2 widened<bf16>(u32 pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+template <>
+__device__ __forceinline__ float2 widened<f16>(u32 pair) { return __half22float2(*reinterpret_cast<const __half2*>(&pair)); }
+
+// The bits of silu(v) in fewer steps: silu's further ones are for a denormal exp(-v), which 1 swallows, and for a
+// divisor below 2^-126, which 1 + exp(-v) is not.
+__device__ __forceinline__ float silu_quick(float v) {
+  return __fmul_rn(v, ptx::reciprocal_quick(__fadd_rn(1.f, ptx::exp2_quick(__fmul_rn(v, -1.44269504f)))));
+}
 
 template <class T, int TOKENS>
 __device__ __forceinline__ void hand_over(const Epilogue& e, const float (&acc)[TOKENS / 2], u32 staging, int group,
@@ -220,10 +247,6 @@ __device__ __forceinline__ void hand_over(const Epilogue& e, const float (&acc)[
   if (limit <= 0) return;
   const int warp = thread / 32, lane = thread % 32, row = row0 + warp * 16 + lane / 4, column = lane % 4 * 2;
   const float bias[2] = {bias_of<T>(e, row), bias_of<T>(e, row + 8)};
-  const auto both = [](T low, T high) {
-    const Pack<T, 2> p{{low, high}};
-    return *reinterpret_cast<const u32*>(&p);
-  };
   if (e.kind == LOGITS) {  // 8 lanes hold 8 neighbours of a token: a whole sector of 32 bytes
     const auto all = [&](auto finished) {
       float* out = static_cast<float*>(e.out) + static_cast<size_t>(token0 + column) * e.pitch + row;
@@ -242,23 +265,24 @@ __device__ __forceinline__ void hand_over(const Epilogue& e, const float (&acc)[
       all([&](float sum, float b) { return fmaf(sum, e.scale, b); });
     return;
   }
+  const auto pair = [&](int i, int half) { return rounded_pair<T>(acc[i] + bias[half], acc[i + 1] + bias[half]); };
   if (gated(e.kind)) {
     ptx::bar_sync(ROOM + group, 128 + STORERS);
     const auto all = [&](auto act) {
-      const auto value = [&](int i) {
-        return rounded<T>(act(to_float(rounded<T>(acc[i] + bias[0])), to_float(rounded<T>(acc[i + 2] + bias[1]))));
-      };
 #pragma unroll
       for (int q = 0; q < TOKENS / 32; q++) {
         if (32 * q >= limit) break;
         u32 r[4];
 #pragma unroll
-        for (int m = 0; m < 4; m++) r[m] = both(value(16 * q + 4 * m), value(16 * q + 4 * m + 1));
+        for (int m = 0; m < 4; m++) {
+          const float2 gate = widened<T>(pair(16 * q + 4 * m, 0)), up = widened<T>(pair(16 * q + 4 * m + 2, 1));
+          r[m] = rounded_pair<T>(act(gate.x, up.x), act(gate.y, up.y));
+        }
         ptx::stmatrix_x4_trans(staging + staged<true>(32 * q + lane, warp), r);
       }
     };
     if (e.kind == GATED_SILU)
-      all([](float g, float u) { return __fmul_rn(silu(g), u); });
+      all([](float g, float u) { return __fmul_rn(silu_quick(g), u); });
     else if (e.kind == GATED_CLAMPED)
       all([&](float g, float u) { return clamped_gate(g, u, e.soft_cap, e.scale); });
     else
@@ -273,10 +297,7 @@ __device__ __forceinline__ void hand_over(const Epilogue& e, const float (&acc)[
 #pragma unroll
     for (int q = 0; q < 8; q++) {  // 16 tokens, 16 rows
       const int i = half * 64 + q * 8;
-      u32 r[4];
-#pragma unroll
-      for (int m = 0; m < 4; m++)
-        r[m] = both(rounded<T>(acc[i + 2 * m] + bias[m % 2]), rounded<T>(acc[i + 2 * m + 1] + bias[m % 2]));
+      const u32 r[4] = {pair(i, 0), pair(i + 2, 1), pair(i + 4, 0), pair(i + 6, 1)};
       ptx::stmatrix_x4_trans(staging + staged<false>(16 * q + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), r);
     }
     ptx::bar_arrive(READY + group, 128 + STORERS);
@@ -319,17 +340,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   constexpr int REGS = TOKENS / 2;
   // A split product is launched with fewer stages where that lets the next kernel's blocks in beside its own.
   const int stages = MODE == SPLIT ? (dynamic_smem_bytes() - L::BARRIERS) / (L::WEIGHTS + L::X) : L::STAGES;
-  // SPLIT with CLUSTER 2: a cluster has the segments of two row pairs, and the blocks of a segment share x.
-  constexpr bool SPLIT_PAIR = MODE == SPLIT && CLUSTER == 2;
-  const int side = SPLIT_PAIR ? blockIdx.x / segments : 0, mine = blockIdx.x - side * segments;
-  const int split_pair = MODE == SPLIT ? blockIdx.z * CLUSTER + side : 0;
-#ifdef RVLLM_GEMM_SQUARE  // FLOW with CLUSTER 4: two row pairs by two token tiles, which share both operands
-  constexpr bool SQUARE = MODE == FLOW && CLUSTER == 4;
-#else
-  constexpr bool SQUARE = false;
-#endif
-  constexpr int SOURCES = SQUARE ? 3 : CLUSTER;  // blocks whose loads reach a block
-  const u16 sharers = SQUARE ? 3 << (blockIdx.x % 4 & 2) : SPLIT_PAIR ? 1 << mine | 1 << (mine + segments) : (1 << CLUSTER) - 1;
+  constexpr u16 ALL = (1 << CLUSTER) - 1;
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = smem(shared), x_base = base + stages * L::WEIGHTS, bars = base + stages * (L::WEIGHTS + L::X) + L::STAGING;
   const auto full = [&](int s) { return bars + 16 * s; };
@@ -364,7 +375,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   const auto hold_from = [&](int item) {
 #pragma unroll
     for (int b = 0; b < L::HELD; b++, item += CONSUMERS)
-      held[b] = hold<T>(e, blockIdx.y * TOKENS + item / (TILE / 2), split_pair * 2 * TILE + item % (TILE / 2) * 4);
+      held[b] = hold<T>(e, blockIdx.y * TOKENS + item / (TILE / 2), blockIdx.z * 2 * TILE + item % (TILE / 2) * 4);
   };
 
   griddep_launch();
@@ -372,7 +383,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     tensor_map_prefetch(&x);
     for (int s = 0; s < stages; s++) {
       mbar_init(full(s), 1);
-      mbar_init(empty(s), CONSUMERS / 32 * SOURCES);
+      mbar_init(empty(s), CONSUMERS / 32 * CLUSTER);
     }
     mbar_init_fence();
   }
@@ -384,16 +395,16 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   // The blocks of K this thread block sums, and its visits.
   int k0 = 0, k1 = blocks;
   if constexpr (MODE == SPLIT) {
-    k0 = segment_start(blocks, segments, mine);
-    k1 = segment_start(blocks, segments, mine + 1);
+    k0 = segment_start(blocks, segments, blockIdx.x);
+    k1 = segment_start(blocks, segments, blockIdx.x + 1);
   }
-  Walk<TOKENS, SQUARE ? 2 : CLUSTER, SQUARE ? 2 : 1, L::TAIL> walk(rows, tokens);
+  Walk<TOKENS, CLUSTER, MODE == FLOW> walk(rows, tokens);
   bool once = true;
   const auto next = [&](Visit& v) {
     if constexpr (MODE == SPLIT) {
       const bool first = once;
       once = false;
-      v = {split_pair * 2, 2, static_cast<int>(blockIdx.y) * TOKENS, TOKENS};
+      v = {static_cast<int>(blockIdx.z) * 2, 2, static_cast<int>(blockIdx.y) * TOKENS, TOKENS, false};
       return first;
     } else {
       return walk.next(v);
@@ -410,11 +421,10 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       const u64 hint = walk.again() ? EVICT_NORMAL : EVICT_FIRST;
       const auto load_weights = [&](const Visit& v, int k, int stage) {
         mbar_arrive_expect(full(stage), v.count * TILE_BYTES + v.width * TILE * 2);
-        if (SQUARE && v.width == TOKENS) {
-          const int i = walk.rank / 2;
-          const u64 tile = min(v.tile + i, tiles - 1);
-          bulk_load_multicast(base + stage * L::WEIGHTS + i * TILE_BYTES, weights + (tile * blocks + k) * TILE_BYTES,
-                              TILE_BYTES, full(stage), 5 << walk.rank % 2, hint);
+        if (MODE == FLOW && v.piece) {  // of the same rows as the other block's
+          const u64 tile = min(v.tile + walk.rank, tiles - 1);
+          bulk_load_multicast(base + stage * L::WEIGHTS + walk.rank * TILE_BYTES,
+                              weights + (tile * blocks + k) * TILE_BYTES, TILE_BYTES, full(stage), ALL, hint);
           return;
         }
 #pragma unroll
@@ -425,40 +435,26 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
                       TILE_BYTES, full(stage), hint);
           }
       };
-      const int share = SPLIT_PAIR ? side : SQUARE ? walk.rank % 2 : walk.rank;  // of each load of x
       const auto load_x = [&](const Visit& v, int k, int stage) {
-        constexpr int SHARE = TOKENS / (SQUARE ? 2 : CLUSTER);
+        constexpr int SHARE = TOKENS / CLUSTER;
         const u32 dst = x_base + stage * L::X;
-        if constexpr (L::TAIL) {
-          const bool whole = v.width == TOKENS;
-          const int first = whole ? share * SHARE : 0, end = whole ? first + SHARE : v.width;
-          for (int t = first; t < end; t += L::BOX) {
-            if (whole)
-              tensor_load_2d_multicast(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, full(stage), sharers);
-            else
+        if constexpr (MODE == FLOW) {
+          for (int t = v.piece ? 0 : walk.rank * BOX; t < v.width; t += v.piece ? BOX : CLUSTER * BOX) {
+            if (v.piece)
               tensor_load_2d(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, full(stage));
+            else
+              tensor_load_2d_multicast(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, full(stage), ALL);
           }
         } else if constexpr (CLUSTER > 1) {
-          tensor_load_2d_multicast(dst + share * SHARE * TILE * 2, &x, k * TILE, v.token0 + share * SHARE,
-                                   full(stage), sharers);
+          tensor_load_2d_multicast(dst + walk.rank * SHARE * TILE * 2, &x, k * TILE, v.token0 + walk.rank * SHARE,
+                                   full(stage), ALL);
         } else {
           tensor_load_2d(dst, &x, k * TILE, v.token0, full(stage));
         }
       };
-      Visit v, after{};
+      Visit v;
       Ring ring(stages);
       bool more = next(v);
-      [[maybe_unused]] bool last = true;
-      if constexpr (MODE == FLOW && AHEAD > 0) last = !(more && next(after));
-      // Asks L2 for block k of this visit's weights, or of the next one's.
-      [[maybe_unused]] const auto ask = [&](int k) {
-        if (k >= blocks && last) return;
-        const int tile = k < blocks ? v.tile : after.tile, block = k < blocks ? k : k - blocks;
-        for (int i = 0; i < 2; i++) {
-          const u64 row = min(tile + i, tiles - 1);
-          bulk_prefetch(weights + (row * blocks + block) * TILE_BYTES, TILE_BYTES);
-        }
-      };
       // Weights first: they depend on no kernel before this one.
       int ahead = more ? min(stages, k1 - k0) : 0;
       for (int s = 0; s < ahead; s++) load_weights(v, k0 + s, s);
@@ -473,16 +469,9 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
           load_weights(v, k, ring.stage);
           load_x(v, k, ring.stage);
           ring.advance();
-          if constexpr (MODE == FLOW && AHEAD > 0) ask(k + AHEAD);
         }
         ahead = 0;
-        if constexpr (MODE == FLOW && AHEAD > 0) {
-          more = !last;
-          v = after;
-          last = !(more && next(after));
-        } else {
-          more = next(v);
-        }
+        more = next(v);
       }
     } else {
       griddep_wait();
@@ -519,10 +508,8 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     Visit v;
     float acc[REGS];
     const auto release = [&](int stage) {
-      if constexpr (SQUARE) {
-        if (lane < SOURCES) mbar_arrive_remote(empty(stage), walk.rank ^ lane);
-      } else if constexpr (CLUSTER > 1) {
-        if (lane < CLUSTER) mbar_arrive_remote(empty(stage), SPLIT_PAIR ? lane * segments + mine : lane);
+      if constexpr (CLUSTER > 1) {
+        if (lane < CLUSTER) mbar_arrive_remote(empty(stage), lane);
       } else {
         if (lane == 0) mbar_arrive(empty(stage));
       }
@@ -533,9 +520,6 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       int held = -1;
       for (int k = first; k < last; k++) {
         RVLLM_STALL(wait(full(ring.stage), ring.phase);)
-#ifdef RVLLM_GEMM_TURNS
-        if constexpr (MODE == FLOW) bar_sync(TURN + group, CONSUMERS);
-#endif
         const u64 a = wgmma_operand(base + ring.stage * L::WEIGHTS + group * TILE_BYTES);
         const u64 b = wgmma_operand(x_base + ring.stage * L::X);
         wgmma_pin(acc);
@@ -543,9 +527,6 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
 #pragma unroll
         for (int j = 0; j < TILE / 16; j++) wgmma<WIDTH, T>(acc, a + 2 * j, b + 2 * j, j > 0 || k > first);
         wgmma_commit();
-#ifdef RVLLM_GEMM_TURNS
-        if constexpr (MODE == FLOW) bar_arrive(TURN + 1 - group, CONSUMERS);
-#endif
         wgmma_pin(acc);
         if (held >= 0) {
           wgmma_wait<1>();
@@ -563,7 +544,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
 
     if constexpr (MODE == SPLIT) {
       next(v);
-      if (can_hold(e)) hold_from(split_items(mine) + threadIdx.x);
+      if (can_hold(e)) hold_from(split_items(blockIdx.x) + threadIdx.x);
       segment(acc, k0, k1);
       // Both warpgroups have read their last stage before partial sums overwrite it.
       bar_sync(1, CONSUMERS);
@@ -576,9 +557,6 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
           partial[(8 * j + column + i % 2) * L::SPLIT_PITCH + row + i / 2 * 8] = acc[4 * j + i];
     } else {
       [[maybe_unused]] u8* staging = shared + stages * (L::WEIGHTS + L::X) + group * L::PER_GROUP;
-#ifdef RVLLM_GEMM_TURNS
-      if (MODE == FLOW && group == 1) bar_arrive(TURN, CONSUMERS);
-#endif
       while (next(v)) {
         if (group >= v.count) {  // nothing for this warpgroup: keep in step with the pipeline
           for (int k = 0; k < blocks; k++) {
@@ -601,11 +579,13 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
 #pragma unroll
           for (int i = 0; i < REGS; i++) acc[i] = sum[i];
         } else {
-          if constexpr (L::TAIL) {  // a piece is summed in the first of the accumulators
+          if constexpr (MODE == FLOW) {  // narrow visits are summed in the first of the accumulators
             if (v.width == 64)
               segment(reinterpret_cast<float(&)[32]>(acc), 0, blocks);
             else if (v.width == 128)
               segment(reinterpret_cast<float(&)[64]>(acc), 0, blocks);
+            else if (v.width == 192)
+              segment(reinterpret_cast<float(&)[96]>(acc), 0, blocks);
             else
               segment(acc, 0, blocks);
           } else {
@@ -618,17 +598,12 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
           hand_over<T, TOKENS>(e, acc, smem(shared) + stages * (L::WEIGHTS + L::X) + group * FLOW_STAGING, group, thread,
                                (v.tile + group) * TILE, v.token0, min(v.width, tokens - v.token0));
         } else {
-          Epilogue visit = e;
-          if constexpr (L::TAIL) visit.tokens = min(tokens, v.token0 + v.width);
-          finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(visit, acc, staging, 1 + group, thread,
+          finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(e, acc, staging, 1 + group, thread,
                                                                    (v.tile + group) * TILE, v.token0);
         }
         RVLLM_STAMP
       }
       if constexpr (MODE == FLOW) bar_sync(ROOM + group, 128 + STORERS);  // as often as the storers arrive
-#ifdef RVLLM_GEMM_TURNS
-      if (MODE == FLOW && group == 0) bar_sync(TURN, CONSUMERS);
-#endif
       RVLLM_STAMP_END
     }
   }
@@ -637,14 +612,14 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     // Every block of the cluster adds up, in ascending order of segments, its share of the tile.
     cluster_sync();
     if (warp < CONSUMERS / 32) {
-      const int token0 = blockIdx.y * TOKENS, row0 = split_pair * 2 * TILE;
-      const int first = split_items(mine), last = split_items(mine + 1);
+      const int token0 = blockIdx.y * TOKENS, row0 = blockIdx.z * 2 * TILE;
+      const int first = split_items(blockIdx.x), last = split_items(blockIdx.x + 1);
       const auto load = [&](int token, int r, float(&q)[4]) {
         const u32 at = base + (token * L::SPLIT_PITCH + r) * 4;
         float4 part[8];
 #pragma unroll
         for (int s = 0; s < 8; s++)
-          if (s < segments) part[s] = cluster_load(cluster_map(at, side * segments + s));
+          if (s < segments) part[s] = cluster_load(cluster_map(at, s));
         q[0] = part[0].x, q[1] = part[0].y, q[2] = part[0].z, q[3] = part[0].w;
 #pragma unroll
         for (int s = 1; s < 8; s++)

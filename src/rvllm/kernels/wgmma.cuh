@@ -34,9 +34,16 @@ RVLLM_PTX void stmatrix_x4_trans(u32 addr, const u32 (&r)[4]) {
                :: "r"(addr), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 
-// Asks for contiguous memory to be brought to L2; address and size multiples of 16.
-RVLLM_PTX void bulk_prefetch(const void* src, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(src), "r"(bytes) : "memory");
+// 2^v and 1 / v as the special function unit gives them; denormal numbers are zero.
+RVLLM_PTX float exp2_quick(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+RVLLM_PTX float reciprocal_quick(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
 }
 
 // wgmma<N, T>(d, a, b, keep): keep = 0 overwrites d, 1 adds to it.
