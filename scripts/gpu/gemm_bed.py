@@ -18,6 +18,7 @@ from rvllm.backends.cuda.driver import Device, Event, Function, Launch, Module, 
 from rvllm.kernels import build
 from rvllm.kernels.gemm_manifest import KERNELS
 
+Work = list[tuple[Launch, tuple[int, int, int]]]  # launches with their grids
 TORCH = {"bf16": torch.bfloat16, "f16": torch.float16}
 CACHE = Path(os.environ.get("RVLLM_CUBINS", "build/cubins"))
 
@@ -94,12 +95,11 @@ class Bed:
         launch.keep = (x, out)  # type: ignore[attr-defined]  # torch frees what nobody holds
         return launch
 
-    def turns(
-        self, works: dict[str, list[tuple[Launch, tuple[int, int, int]]]], rounds: int = 7
-    ) -> dict[str, float]:
-        """Median seconds of one replay of each graph, taken in turns: all meet the clocks that the others leave."""
+    def turns(self, works: dict[str, Work], rounds: int = 7) -> dict[str, float]:
+        """Median seconds of one replay of each graph, in turns: each meets the clocks the others leave."""
         torch.cuda.synchronize()
-        graphs, times = {}, {name: [] for name in works}
+        graphs = {}
+        times: dict[str, list[float]] = {name: [] for name in works}
         for name, launches in works.items():
             self.stream.begin_capture()
             for launch, grid in launches:
@@ -118,7 +118,7 @@ class Bed:
             graph.close()
         return {name: sorted(found)[rounds // 2] for name, found in times.items()}
 
-    def graph_seconds(self, launches: list[tuple[Launch, tuple[int, int, int]]], repeats: int = 15) -> float:
+    def graph_seconds(self, launches: Work, repeats: int = 15) -> float:
         """Median time of one replay of a graph of the launches."""
         torch.cuda.synchronize()
         self.stream.begin_capture()

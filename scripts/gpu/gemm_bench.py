@@ -14,15 +14,13 @@ from collections.abc import Callable
 
 import gemm_variants
 import torch
-from gemm_bed import Bed
+from gemm_bed import Bed, Work
 
 from rvllm.backends.cuda import cublas, gemm
-from rvllm.backends.cuda.driver import Launch
 
 LAYERS, HIDDEN, FFN, QKV, VOCAB = 28, 3584, 18944, 4608, 152064
 SHAPES = {"qkv": (QKV, HIDDEN), "o": (HIDDEN, HIDDEN), "gate_up": (2 * FFN, HIDDEN), "down": (HIDDEN, FFN),
           "lm_head": (VOCAB, HIDDEN)}  # fmt: skip
-Work = list[tuple[Launch, tuple[int, int, int]]]
 LAYER_BYTES = sum(2 * n * k for name, (n, k) in SHAPES.items() if name != "lm_head")
 
 
@@ -56,7 +54,7 @@ class Bench:
 
         x, qkv, h, logits = empty(HIDDEN), empty(QKV), empty(FFN), empty(VOCAB, torch.float32)
         x.normal_()
-        launches: list[tuple[Launch, tuple[int, int, int]]] = []
+        launches: Work = []
 
         def add(name: str, layer: int, source: torch.Tensor, out: torch.Tensor, **options: object) -> None:
             plan = gemm.plan_gemm(*SHAPES[name], tokens, "bf16", self.bed.facts.sm_count)
