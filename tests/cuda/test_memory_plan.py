@@ -30,6 +30,12 @@ BERT = {
     "layer_norm_eps": 1e-12, "type_vocab_size": 2,
 }  # fmt: skip
 
+MAMBA_ONLY = {
+    "architectures": ["NemotronHForCausalLM"], "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512,
+    "hybrid_override_pattern": "M-", "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "mamba_num_heads": 8, "mamba_head_dim": 64, "n_groups": 2, "ssm_state_size": 128, "conv_kernel": 4,
+}  # fmt: skip
+
 
 @pytest.mark.parametrize(("seqs", "longest"), [(8, 4096), (512, 131072), (256, 262144), (1024, 262144)])
 def test_the_longest_request_with_every_list_full_fits_the_buffer_of_starting_slots(
@@ -115,6 +121,14 @@ def test_what_is_absent_is_refused_by_name(
     cublas.library.cache_clear()
     with pytest.raises(RvllmError, match="--dtype float32: a GPU runs bfloat16 and float16"):
         check_supported(program(DType.F32, num_hidden_layers=1), EngineConfig())
+
+
+def test_a_decoder_without_attention_is_refused_before_its_cache_is_planned() -> None:
+    with pytest.raises(RvllmError, match="NemotronHForCausalLM without any layer that attends"):
+        check_supported(build_program(ModelConfig(MAMBA_ONLY, "t"), DType.BF16), EngineConfig())
+    attends = MAMBA_ONLY | {"hybrid_override_pattern": "M*"}
+    check_supported(build_program(ModelConfig(attends, "t"), DType.BF16), EngineConfig())
+    check_supported(build_program(ModelConfig(BERT, "t"), DType.BF16), EngineConfig())
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])

@@ -8,6 +8,7 @@ from rvllm.backends.cuda.lowering import refuse_unknown
 from rvllm.config import EngineConfig
 from rvllm.errors import MissingKernelError, UsageError
 from rvllm.program.dtypes import DType
+from rvllm.program.encoder import embedding_size
 from rvllm.program.ops import Program
 
 LEAST_CAPABILITY = 80
@@ -18,6 +19,11 @@ def check_supported(program: Program, config: EngineConfig) -> None:
     refuse_unknown(program)
     if program.dtype not in (DType.BF16, DType.F16):
         raise UsageError(f"--dtype {program.dtype.value}: a GPU runs bfloat16 and float16")
+    if embedding_size(program) is None and not program.caches:
+        raise MissingKernelError(
+            f"{program.architecture} without any layer that attends has no KV cache, and the GPU's memory is "
+            "planned around one; use --device cpu"
+        )
     if config.gemm_strategy == "cublas":
         library()
     elif config.gemm_strategy != "native":
