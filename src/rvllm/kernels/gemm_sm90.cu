@@ -7,7 +7,8 @@
 //   WALK   for weights with one segment: resident blocks walk over tiles. grid (blocks, 1, 1).
 //   SUM    as WALK for any number of segments, their running sum kept in registers beside the accumulator.
 //
-// In WALK and SUM the blocks of a cluster (CLUSTER along rows) share each load of x by multicast.
+// In WALK and SUM the two blocks of a cluster, of neighbouring row pairs, share each load of x by multicast. In a
+// cluster of four, two row pairs by two token tiles, the blocks of a row pair share its weights too.
 #include "gemm.cuh"
 #include "wgmma.cuh"
 
@@ -64,10 +65,10 @@ struct Visit {
   bool piece;
 };
 
-// The order in which clusters of C blocks, each with another row pair, walk over the matrix.
-template <int TOKENS, int C, bool NARROW>
+// The order in which clusters of CR row pairs by CT token tiles walk over the matrix.
+template <int TOKENS, int CR, int CT, bool NARROW>
 struct Walk {
-  static constexpr int GROUP = 16 / C;
+  static constexpr int C = CR * CT, GROUP = 16 / CR;
   int tiles, tokens, token_tiles, clusters, cluster, rank, full, index = 0;
 
   __device__ Walk(int rows, int tokens)
@@ -85,7 +86,7 @@ struct Walk {
     const int i = index++;
     v.width = TOKENS;
     v.piece = false;
-    if (token_tiles == 1 && !NARROW) {
+    if (token_tiles == 1 && CT == 1 && !NARROW) {
       const int round = 2 * C * clusters, rest = tiles - full * round;
       v.token0 = 0;
       if (i == full && rest <= round / 2) {
@@ -97,10 +98,10 @@ struct Walk {
       v.tile = ((i * clusters + cluster) * C + rank) * 2;
       return (i * clusters + cluster) * C * 2 < tiles;
     }
-    const int supers = (tiles + 2 * C - 1) / (2 * C), units = supers * token_tiles;
+    const int supers = (tiles + 2 * CR - 1) / (2 * CR), across = (token_tiles + CT - 1) / CT, units = supers * across;
     int unit = i * clusters + cluster, place = rank, skip = 0;
     if constexpr (NARROW) {
-      static_assert(C == 2 && TOKENS == 256);
+      static_assert(C == 2 && CT == 1 && TOKENS == 256);
       const int rest = units % clusters, pairs = rest * C, blocks = clusters * C;
       const int pieces = pairs * 4 <= blocks ? 4 : pairs * 2 <= blocks ? 2 : 1;
       if (i == units / clusters && pieces > 1) {
@@ -114,11 +115,11 @@ struct Walk {
       }
     }
     if (unit >= units) return false;
-    const int group = unit / (GROUP * token_tiles), within = unit % (GROUP * token_tiles);
+    const int group = unit / (GROUP * across), within = unit % (GROUP * across);
     const int height = min(GROUP, supers - group * GROUP);
     v.count = 2;
-    v.tile = ((group * GROUP + within % height) * C + place) * 2;
-    v.token0 = within / height * TOKENS + skip;
+    v.tile = ((group * GROUP + within % height) * CR + place % CR) * 2;
+    v.token0 = (within / height * CT + place / CR) * TOKENS + skip;
     if (NARROW && !v.piece) v.width = min(TOKENS, (tokens - v.token0 + BOX - 1) / BOX * BOX);
     return true;
   }
@@ -340,7 +341,9 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   constexpr int REGS = TOKENS / 2;
   // A split product is launched with fewer stages where that lets the next kernel's blocks in beside its own.
   const int stages = MODE == SPLIT ? (dynamic_smem_bytes() - L::BARRIERS) / (L::WEIGHTS + L::X) : L::STAGES;
-  constexpr u16 ALL = (1 << CLUSTER) - 1;
+  constexpr bool SQUARE = CLUSTER == 4;  // blocks 0 and 1, then 2 and 3 have the same tokens
+  constexpr int ROWS = SQUARE ? 2 : CLUSTER, SOURCES = SQUARE ? 3 : CLUSTER;  // of a load of x; of what a block receives
+  const u16 neighbours = SQUARE ? 3 << (blockIdx.x & 2) : (1 << CLUSTER) - 1;
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = smem(shared), x_base = base + stages * L::WEIGHTS, bars = base + stages * (L::WEIGHTS + L::X) + L::STAGING;
   const auto full = [&](int s) { return bars + 16 * s; };
@@ -383,7 +386,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     tensor_map_prefetch(&x);
     for (int s = 0; s < stages; s++) {
       mbar_init(full(s), 1);
-      mbar_init(empty(s), CONSUMERS / 32 * CLUSTER);
+      mbar_init(empty(s), CONSUMERS / 32 * SOURCES);
     }
     mbar_init_fence();
   }
@@ -398,7 +401,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     k0 = segment_start(blocks, segments, blockIdx.x);
     k1 = segment_start(blocks, segments, blockIdx.x + 1);
   }
-  Walk<TOKENS, CLUSTER, MODE == FLOW> walk(rows, tokens);
+  Walk<TOKENS, ROWS, CLUSTER / ROWS, MODE == FLOW> walk(rows, tokens);
   bool once = true;
   const auto next = [&](Visit& v) {
     if constexpr (MODE == SPLIT) {
@@ -421,10 +424,12 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       const u64 hint = walk.again() ? EVICT_NORMAL : EVICT_FIRST;
       const auto load_weights = [&](const Visit& v, int k, int stage) {
         mbar_arrive_expect(full(stage), v.count * TILE_BYTES + v.width * TILE * 2);
-        if (MODE == FLOW && v.piece) {  // of the same rows as the other block's
-          const u64 tile = min(v.tile + walk.rank, tiles - 1);
-          bulk_load_multicast(base + stage * L::WEIGHTS + walk.rank * TILE_BYTES,
-                              weights + (tile * blocks + k) * TILE_BYTES, TILE_BYTES, full(stage), ALL, hint);
+        if (SQUARE || (MODE == FLOW && v.piece)) {  // of the same rows as another block's, which loads the other tile
+          const int i = SQUARE ? walk.rank / 2 : walk.rank;
+          const u16 sharers = SQUARE ? 5 << walk.rank % 2 : neighbours;
+          const u64 tile = min(v.tile + i, tiles - 1);
+          bulk_load_multicast(base + stage * L::WEIGHTS + i * TILE_BYTES, weights + (tile * blocks + k) * TILE_BYTES,
+                              TILE_BYTES, full(stage), sharers, hint);
           return;
         }
 #pragma unroll
@@ -436,18 +441,18 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
           }
       };
       const auto load_x = [&](const Visit& v, int k, int stage) {
-        constexpr int SHARE = TOKENS / CLUSTER;
+        constexpr int SHARE = TOKENS / ROWS;
         const u32 dst = x_base + stage * L::X;
         if constexpr (MODE == FLOW) {
           for (int t = v.piece ? 0 : walk.rank * BOX; t < v.width; t += v.piece ? BOX : CLUSTER * BOX) {
             if (v.piece)
               tensor_load_2d(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, full(stage));
             else
-              tensor_load_2d_multicast(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, full(stage), ALL);
+              tensor_load_2d_multicast(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, full(stage), neighbours);
           }
         } else if constexpr (CLUSTER > 1) {
-          tensor_load_2d_multicast(dst + walk.rank * SHARE * TILE * 2, &x, k * TILE, v.token0 + walk.rank * SHARE,
-                                   full(stage), ALL);
+          const int first = walk.rank % ROWS * SHARE;
+          tensor_load_2d_multicast(dst + first * TILE * 2, &x, k * TILE, v.token0 + first, full(stage), neighbours);
         } else {
           tensor_load_2d(dst, &x, k * TILE, v.token0, full(stage));
         }
@@ -509,7 +514,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     float acc[REGS];
     const auto release = [&](int stage) {
       if constexpr (CLUSTER > 1) {
-        if (lane < CLUSTER) mbar_arrive_remote(empty(stage), lane);
+        if (lane < SOURCES) mbar_arrive_remote(empty(stage), SQUARE ? walk.rank ^ lane : lane);
       } else {
         if (lane == 0) mbar_arrive(empty(stage));
       }
