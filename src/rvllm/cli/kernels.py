@@ -93,7 +93,8 @@ def _for_target(specs: list[KernelSpec], target: str) -> list[KernelSpec]:
 
 
 def _list(specs: list[KernelSpec], target: str, folder: Path) -> int:
-    """Every kernel with its source, its content hash for one target and whether it is built."""
+    """Every kernel with its source and instantiation (dtype and tile sizes), its content hash for one target
+    and whether it is built."""
     from rvllm.cli.tables import table
     from rvllm.kernels import build
 
@@ -108,8 +109,10 @@ def _list(specs: list[KernelSpec], target: str, folder: Path) -> int:
         lowest = f"sm_{spec.arch}" + (" only" if spec.exact else "+")
         state = "-" if unit is None else "built" if build.find(unit, folder) else "not built"
         key = "" if unit is None else unit.key[:12]
-        rows.append((spec.name, lowest, spec.source, f"{spec.smem or ''}", key, state))
-    print(table(("kernel", "runs on", "source", "smem", f"hash for {target}", "state"), rows, right=(3,)))
+        made = " ".join((spec.symbol, *spec.defines))
+        rows.append((spec.name, lowest, spec.source, made, f"{spec.smem or ''}", key, state))
+    heading = ("kernel", "runs on", "source", "instantiation", "smem", f"hash for {target}", "state")
+    print(table(heading, rows, right=(4,)))
     print(f"{len(rows)} kernels; cubins in {folder}")
     return 0
 
