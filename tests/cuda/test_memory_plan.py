@@ -33,7 +33,8 @@ BERT = {
 MAMBA_ONLY = {
     "architectures": ["NemotronHForCausalLM"], "vocab_size": 512, "hidden_size": 256,
     "num_attention_heads": 4, "hybrid_override_pattern": "M-", "head_dim": 64, "intermediate_size": 512,
-    "num_key_value_heads": 2, "mamba_num_heads": 8, "mamba_head_dim": 64, "n_groups": 2, "ssm_state_size": 128, "conv_kernel": 4,
+    "num_key_value_heads": 2, "mamba_num_heads": 8, "mamba_head_dim": 64, "n_groups": 2,
+    "ssm_state_size": 128, "conv_kernel": 4,
 }  # fmt: skip
 
 
