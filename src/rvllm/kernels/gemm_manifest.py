@@ -25,7 +25,7 @@ def walk_cluster(tokens: int) -> int:
 
 def walk_box(mode: str, tokens: int) -> int:
     """Tokens of one load of x in the walk and sum modes; mirrors Layout in gemm_sm90.cu."""
-    return 64 if mode == "walk" and tokens == 256 else tokens // walk_cluster(tokens)
+    return 64 if mode == "flow" else tokens // walk_cluster(tokens)
 
 
 def sm90_threads(mode: str, tokens: int) -> int:

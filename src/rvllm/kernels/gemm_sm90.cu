@@ -5,12 +5,14 @@
 //   SPLIT  a block sums one segment of K; the segments of a tile form a cluster and are added through
 //          distributed shared memory. grid (segments, token tiles, row pairs), cluster (segments, 1, 1).
 //   WALK   for weights with one segment: resident blocks walk over tiles. grid (blocks, 1, 1).
+//   FLOW   as WALK for many tokens: tiles leave while the next are summed, see gemm_flow.cuh.
 //   SUM    as WALK for any number of segments, their running sum kept in registers beside the accumulator.
 //
-// In WALK and SUM the two blocks of a cluster, of neighbouring row pairs, share each load of x by multicast. In a
+// In WALK, FLOW and SUM the two blocks of a cluster, of neighbouring row pairs, share each load of x by multicast. In a
 // cluster of four, two row pairs by two token tiles, the blocks of a row pair share its weights too.
-#include "gemm.cuh"
-#include "wgmma.cuh"
+#include "gemm_finish.cuh"
+#include "gemm_flow.cuh"
+#include "gemm_walk.cuh"
 
 namespace rvllm::gemm {
 
@@ -31,10 +33,6 @@ __device__ __forceinline__ u64 global_time() {
 
 enum Mode { SPLIT, WALK, SUM, FLOW };
 constexpr int CONSUMERS = 256;
-constexpr int STORERS = 96;  // threads of FLOW that write finished tiles
-constexpr int BOX = 64;      // tokens of one of its loads of x
-constexpr int FLOW_STAGING = 128 * TILE * 2;  // bytes a warpgroup's finished outputs wait in
-
 struct alignas(64) TensorMap {
   u64 opaque[16];
 };
@@ -58,73 +56,6 @@ struct Layout {
   static_assert(MODE != SPLIT || TOKENS * SPLIT_PITCH * 4 <= STAGES * (WEIGHTS + X), "partial sums must fit");
 };
 
-// One visit of a block to a tile: 64-row tiles `tile` .. `tile + count - 1`, `width` tokens from token0. A piece
-// shares its weights with the other block of the cluster, what is no piece shares its tokens.
-struct Visit {
-  int tile, count, token0, width;
-  bool piece;
-};
-
-// The order in which clusters of CR row pairs by CT token tiles walk over the matrix.
-template <int TOKENS, int CR, int CT, bool NARROW>
-struct Walk {
-  static constexpr int C = CR * CT, GROUP = 16 / CR;
-  int tiles, tokens, token_tiles, clusters, cluster, rank, full, index = 0;
-
-  __device__ Walk(int rows, int tokens)
-      : tiles((rows + TILE - 1) / TILE), tokens(tokens), token_tiles((tokens + TOKENS - 1) / TOKENS),
-        clusters(gridDim.x / C), cluster(blockIdx.x / C), rank(blockIdx.x % C), full(tiles / (2 * C * clusters)) {}
-
-  // Whether a group of row pairs has more token tiles than one round takes.
-  __device__ bool again() const { return token_tiles > 1 && GROUP * token_tiles > clusters; }
-
-  // With one token tile the last, partial round deals out single tiles when there are enough blocks for
-  // that. With several, groups of 16 row pairs pass over all tokens, so that both operands stay in L2.
-  // NARROW: the last token tile is as narrow as its tokens allow, in steps of 64. When few tiles are left for the
-  // last round, each is dealt out in pieces of 128 or 64 tokens; a cluster then has pieces of one row pair.
-  __device__ bool next(Visit& v) {
-    const int i = index++;
-    v.width = TOKENS;
-    v.piece = false;
-    if (token_tiles == 1 && CT == 1 && !NARROW) {
-      const int round = 2 * C * clusters, rest = tiles - full * round;
-      v.token0 = 0;
-      if (i == full && rest <= round / 2) {
-        v.count = 1;
-        v.tile = full * round + cluster * C + rank;
-        return cluster * C < rest;
-      }
-      v.count = 2;
-      v.tile = ((i * clusters + cluster) * C + rank) * 2;
-      return (i * clusters + cluster) * C * 2 < tiles;
-    }
-    const int supers = (tiles + 2 * CR - 1) / (2 * CR), across = (token_tiles + CT - 1) / CT, units = supers * across;
-    int unit = i * clusters + cluster, place = rank, skip = 0;
-    if constexpr (NARROW) {
-      static_assert(C == 2 && CT == 1 && TOKENS == 256);
-      const int rest = units % clusters, pairs = rest * C, blocks = clusters * C;
-      const int pieces = pairs * 4 <= blocks ? 4 : pairs * 2 <= blocks ? 2 : 1;
-      if (i == units / clusters && pieces > 1) {
-        const int mine = cluster * C + rank;
-        if (mine >= pairs * pieces) return false;
-        unit = i * clusters + mine / (C * pieces);
-        place = mine / pieces % C;
-        v.piece = true;
-        v.width = TOKENS / pieces;
-        skip = mine % pieces * v.width;
-      }
-    }
-    if (unit >= units) return false;
-    const int group = unit / (GROUP * across), within = unit % (GROUP * across);
-    const int height = min(GROUP, supers - group * GROUP);
-    v.count = 2;
-    v.tile = ((group * GROUP + within % height) * CR + place % CR) * 2;
-    v.token0 = (within / height * CT + place / CR) * TOKENS + skip;
-    if (NARROW && !v.piece) v.width = min(TOKENS, (tokens - v.token0 + BOX - 1) / BOX * BOX);
-    return true;
-  }
-};
-
 struct Ring {
   const int stages;
   int stage = 0;
@@ -134,200 +65,6 @@ struct Ring {
     if (++stage == stages) stage = 0, phase ^= 1;
   }
 };
-
-// Finishes one warpgroup's accumulators: packed rows row0 .. row0 + 63 of TOKENS tokens from token0 on.
-// 16-bit results turn around in `staging`, CHUNK tokens at a time, to leave in 16-byte pieces.
-template <class T, int TOKENS, int CHUNK, int PITCH>
-__device__ __forceinline__ void finish_accumulators(const Epilogue& e, const float (&acc)[TOKENS / 2], u8* staging,
-                                                    int barrier, int thread, int row0, int token0) {
-  const int warp = thread / 32, lane = thread % 32, row = row0 + warp * 16 + lane / 4, column = lane % 4 * 2;
-  const float bias[2] = {bias_of<T>(e, row), bias_of<T>(e, row + 8)};
-  if (e.kind == LOGITS) {
-    constexpr int SUMS = CHUNK < 32 ? CHUNK : 32, SUM_PITCH = TILE + 4;  // tokens at a time, floats
-    float* sums = reinterpret_cast<float*>(staging);
-    for (int chunk = 0; chunk < TOKENS / SUMS; chunk++) {
-      const int token1 = token0 + chunk * SUMS, count = min(SUMS, e.tokens - token1);
-      if (count <= 0) break;
-      ptx::bar_sync(barrier, 128);
-#pragma unroll
-      for (int i = 0; i < TOKENS / 2; i++)  // registers are chosen at compile time, the chunk is not
-        if (i / (SUMS / 2) == chunk)
-          sums[(i % (SUMS / 2) / 4 * 8 + column + i % 2) * SUM_PITCH + row - row0 + i % 4 / 2 * 8] = acc[i];
-      ptx::bar_sync(barrier, 128);
-      finish_tile<T, TILE, 2>(e, token1, row0, 0, count * (TILE / 4), thread, 128, [&](int t, int r, float(&q)[4]) {
-        const float4 f = *reinterpret_cast<const float4*>(sums + t * SUM_PITCH + r);
-        q[0] = f.x, q[1] = f.y, q[2] = f.z, q[3] = f.w;
-      });
-    }
-    return;
-  }
-  const bool pairs = gated(e.kind), aligned = (e.pitch & 7) == 0;
-  // Lanes 0-15 hold the addresses of two matrices: 8 tokens of rows 0-7 and of rows 8-15 of this warp.
-  const u32 at = ptx::smem(staging) + lane % 8 * PITCH + warp * 32 + lane / 8 % 2 * 16;
-  const auto both = [](float low, float high) {
-    const Pack<T, 2> p{{rounded<T>(low), rounded<T>(high)}};
-    return *reinterpret_cast<const u32*>(&p);
-  };
-  for (int chunk = 0; chunk < TOKENS / CHUNK; chunk++) {
-    const int token1 = token0 + chunk * CHUNK, count = min(CHUNK, e.tokens - token1);
-    if (count <= 0) break;
-    ptx::bar_sync(barrier, 128);
-#pragma unroll
-    for (int j = 0; j < TOKENS / 8; j++)  // registers are chosen at compile time, the chunk is not
-      if (j / (CHUNK / 8) == chunk)
-        ptx::stmatrix_x2_trans(at + j % (CHUNK / 8) * 8 * PITCH, both(acc[4 * j] + bias[0], acc[4 * j + 1] + bias[0]),
-                               both(acc[4 * j + 2] + bias[1], acc[4 * j + 3] + bias[1]));
-    ptx::bar_sync(barrier, 128);
-    if (pairs) {
-      for (int item = thread; item < count * 4; item += 128) {
-        const int t = item / 4, piece = item % 4, n = row0 / 2 + piece * 8;
-        const auto* slab = reinterpret_cast<const Pack<T, 8>*>(staging + t * PITCH + piece * 32);
-        const Pack<T, 8> gates = slab[0], ups = slab[1];
-        Pack<T, 8> value;
-        gate_all(value, gates, ups, e);
-        if (n < e.rows / 2) store(static_cast<T*>(e.out) + static_cast<size_t>(token1 + t) * e.pitch + n, value, 8, aligned);
-      }
-    } else {
-#pragma unroll 1
-      for (int item = thread; item < count * 8; item += 128) {
-        const int t = item / 8, piece = item % 8, n = row0 + piece * 8, left = e.rows - n;
-        auto value = *reinterpret_cast<const Pack<T, 8>*>(staging + t * PITCH + piece * 16);
-        const size_t to = static_cast<size_t>(token1 + t) * e.pitch + n;
-        if (left <= 0) continue;
-        activate_all(value, e.kind);
-        if (e.residual) add_residual(static_cast<const T*>(e.residual) + to, value, e.scale, left, aligned);
-        store(static_cast<T*>(e.out) + to, value, left, aligned);
-      }
-    }
-  }
-}
-
-// FLOW: a consumer warpgroup leaves its outputs in shared memory, 128 tokens at a time (256 when gated, which
-// halves the rows), and goes on with the next tile; STORERS threads carry them out.
-// Where piece `c` (16 bytes) of a token's row lies: pieces of 8 consecutive tokens fall into different banks.
-template <bool GATED>
-__device__ __forceinline__ u32 staged(int token, int c) {
-  return GATED ? token * TILE + (c ^ (token / 2 % 4)) * 16 : token * (2 * TILE) + (c ^ (token % 8)) * 16;
-}
-__device__ __forceinline__ int phases(const Epilogue& e, const int limit) {
-  return limit <= 0 || e.kind == LOGITS ? 0 : gated(e.kind) || limit <= 128 ? 1 : 2;
-}
-enum Named : int { ROOM = 1, READY = 3 };  // barriers of warpgroup 0; those of 1 are the next
-
-// Two sums rounded to T, as they lie in memory, and what they are then.
-template <class T>
-__device__ __forceinline__ u32 rounded_pair(float low, float high);
-template <>
-__device__ __forceinline__ u32 rounded_pair<bf16>(float low, float high) {
-  const __nv_bfloat162 p = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const u32*>(&p);
-}
-template <>
-__device__ __forceinline__ u32 rounded_pair<f16>(float low, float high) {
-  const __half2 p = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const u32*>(&p);
-}
-template <class T>
-__device__ __forceinline__ float2 widened(u32 pair);
-template <>
-__device__ __forceinline__ float2 widened<bf16>(u32 pair) {
-  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-}
-template <>
-__device__ __forceinline__ float2 widened<f16>(u32 pair) { return __half22float2(*reinterpret_cast<const __half2*>(&pair)); }
-
-// The bits of silu(v) in fewer steps: silu's further ones are for a denormal exp(-v), which 1 swallows, and for a
-// divisor below 2^-126, which 1 + exp(-v) is not.
-__device__ __forceinline__ float silu_quick(float v) {
-  return __fmul_rn(v, ptx::reciprocal_quick(__fadd_rn(1.f, ptx::exp2_quick(__fmul_rn(v, -1.44269504f)))));
-}
-
-template <class T, int TOKENS>
-__device__ __forceinline__ void hand_over(const Epilogue& e, const float (&acc)[TOKENS / 2], u32 staging, int group,
-                                          int thread, int row0, int token0, int limit) {
-  if (limit <= 0) return;
-  const int warp = thread / 32, lane = thread % 32, row = row0 + warp * 16 + lane / 4, column = lane % 4 * 2;
-  const float bias[2] = {bias_of<T>(e, row), bias_of<T>(e, row + 8)};
-  if (e.kind == LOGITS) {  // 8 lanes hold 8 neighbours of a token: a whole sector of 32 bytes
-    const auto all = [&](auto finished) {
-      float* out = static_cast<float*>(e.out) + static_cast<size_t>(token0 + column) * e.pitch + row;
-#pragma unroll
-      for (int j = 0; j < TOKENS / 8; j++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          if (8 * j + column + i % 2 < limit && row + i / 2 * 8 < e.rows)
-            out[i % 2 * static_cast<size_t>(e.pitch) + i / 2 * 8] = finished(acc[4 * j + i], bias[i / 2]);
-        out += 8 * static_cast<size_t>(e.pitch);
-      }
-    };
-    if (e.soft_cap > 0.f)
-      all([&](float sum, float b) { return logit(sum, b, e.scale, e.soft_cap); });
-    else
-      all([&](float sum, float b) { return fmaf(sum, e.scale, b); });
-    return;
-  }
-  const auto pair = [&](int i, int half) { return rounded_pair<T>(acc[i] + bias[half], acc[i + 1] + bias[half]); };
-  if (gated(e.kind)) {
-    ptx::bar_sync(ROOM + group, 128 + STORERS);
-    const auto all = [&](auto act) {
-#pragma unroll
-      for (int q = 0; q < TOKENS / 32; q++) {
-        if (32 * q >= limit) break;
-        u32 r[4];
-#pragma unroll
-        for (int m = 0; m < 4; m++) {
-          const float2 gate = widened<T>(pair(16 * q + 4 * m, 0)), up = widened<T>(pair(16 * q + 4 * m + 2, 1));
-          r[m] = rounded_pair<T>(act(gate.x, up.x), act(gate.y, up.y));
-        }
-        ptx::stmatrix_x4_trans(staging + staged<true>(32 * q + lane, warp), r);
-      }
-    };
-    if (e.kind == GATED_SILU)
-      all([](float g, float u) { return __fmul_rn(silu_quick(g), u); });
-    else if (e.kind == GATED_CLAMPED)
-      all([&](float g, float u) { return clamped_gate(g, u, e.soft_cap, e.scale); });
-    else
-      all([&](float g, float u) { return __fmul_rn(activated(g, e.kind == GATED_GELU ? Act::GELU : Act::GELU_TANH), u); });
-    ptx::bar_arrive(READY + group, 128 + STORERS);
-    return;
-  }
-#pragma unroll
-  for (int half = 0; half < TOKENS / 128; half++) {
-    if (half * 128 >= limit) break;
-    ptx::bar_sync(ROOM + group, 128 + STORERS);
-#pragma unroll
-    for (int q = 0; q < 8; q++) {  // 16 tokens, 16 rows
-      const int i = half * 64 + q * 8;
-      const u32 r[4] = {pair(i, 0), pair(i + 2, 1), pair(i + 4, 0), pair(i + 6, 1)};
-      ptx::stmatrix_x4_trans(staging + staged<false>(16 * q + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), r);
-    }
-    ptx::bar_arrive(READY + group, 128 + STORERS);
-  }
-}
-
-// What the storers do for one phase of one warpgroup: tokens token1 .. token1 + count - 1.
-template <class T>
-__device__ __forceinline__ void carry_out(const Epilogue& e, const u8* staging, int thread, int row0, int token1, int count) {
-  const bool aligned = (e.pitch & 7) == 0;
-  if (gated(e.kind)) {
-    for (int item = thread; item < count * 4; item += STORERS) {
-      const int t = item / 4, piece = item % 4, n = row0 / 2 + piece * 8;
-      if (n >= e.rows / 2) continue;
-      const auto value = *reinterpret_cast<const Pack<T, 8>*>(staging + staged<true>(t, piece));
-      store(static_cast<T*>(e.out) + static_cast<size_t>(token1 + t) * e.pitch + n, value, 8, aligned);
-    }
-    return;
-  }
-  for (int item = thread; item < count * 8; item += STORERS) {
-    const int t = item / 8, piece = item % 8, n = row0 + piece * 8, left = e.rows - n;
-    if (left <= 0) continue;
-    auto value = *reinterpret_cast<const Pack<T, 8>*>(staging + staged<false>(t, piece));
-    const size_t to = static_cast<size_t>(token1 + t) * e.pitch + n;
-    activate_all(value, e.kind);
-    if (e.residual) add_residual(static_cast<const T*>(e.residual) + to, value, e.scale, left, aligned);
-    store(static_cast<T*>(e.out) + to, value, left, aligned);
-  }
-}
 
 // x: tensor map of [>= tokens, K] in boxes of 64 x (Layout::BOX, else TOKENS / CLUSTER), 128-byte swizzle. weights: packed.
 // blocks: ceil(K / 64). The rest: see Epilogue.
