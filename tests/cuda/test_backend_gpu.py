@@ -149,3 +149,22 @@ def test_the_debug_check_ends_an_engine_whose_step_takes_memory() -> None:
         run(core, asked)
     taken.close()
     core.close()
+
+
+def test_the_ledger_adds_up_to_what_the_driver_says_is_taken() -> None:
+    engine = CONFIG.__class__(
+        **{
+            **CONFIG.__dict__,
+            "num_gpu_blocks": None,
+            "gpu_memory_utilization": 0.6,
+            "capture_graphs": "eager",
+        }
+    )
+    loaded = backend(MODELS["qwen2"], "cuda", DType.BF16, engine)
+    lines = {line.name: line.nbytes for line in loaded.ledger()}
+    free, total = Device.free_memory()
+    taken = sum(nbytes for name, nbytes in lines.items() if name != "free")
+    assert taken == pytest.approx(total - free, rel=0.01)
+    assert total - free <= 0.6 * total  # kernels and graphs included
+    assert min(lines.values()) >= 0 and lines["kv cache"] > 0.5 * taken
+    loaded.close()
