@@ -12,6 +12,7 @@ import pytest
 from models import model_path
 
 from rvllm.cli import main as cli
+from rvllm.cli.starting import LoadingBar
 from rvllm.errors import ModelError
 from rvllm.version import __version__
 
@@ -111,6 +112,22 @@ def test_a_misspelt_variable_is_told_and_leaves_the_output_alone() -> None:
     assert found.returncode == 0 and json.loads(found.stdout)
     assert one_line(found.stderr) == "rvllm: no setting reads RVLLM_DEVISE (RVLLM_DEVICE?)"
     assert run("info", "--json", env=environ | {"RVLLM_SEED": "3"}).stderr == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_loading_is_shown_on_a_terminal_alone(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    with LoadingBar() as bar:
+        bar.show(0.5, "loading weights, 3.2 GB/s")
+        bar.show(1.0, "loading weights, 3.4 GB/s")
+    err = capsys.readouterr().err
+    if not terminal:
+        assert err == ""
+        return
+    assert " 50% loading weights, 3.2 GB/s" in err and "━" * 15 + "·" * 15 in err
+    assert err.endswith("100% loading weights, 3.4 GB/s\r\x1b[K")  # and nothing of it stays
 
 
 def test_a_reader_that_stops_reading_is_no_error() -> None:
