@@ -1,0 +1,113 @@
+"""The order in which resident blocks visit a matrix, compiled for the CPU: each tile once, clusters in step."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from emulator import compiler
+
+from rvllm.backends.cuda import gemm
+from rvllm.kernels import build
+
+PROGRAM = """
+#include <algorithm>
+#define __device__
+namespace rvllm::gemm {
+using std::min;
+constexpr int TILE = 64;
+thread_local struct { int x; } gridDim, blockIdx;
+}
+%s
+template <class Walk>
+static int walk(int blocks, int block, int rows, int tokens, int* out, int most) {
+  using namespace rvllm::gemm;
+  gridDim.x = blocks, blockIdx.x = block;
+  Walk order(rows, tokens);
+  Visit v;
+  int count = 0;
+  for (; count < most && order.next(v); count++)
+    for (int i = 0; i < 5; i++) *out++ = i == 0 ? v.tile : i == 1 ? v.count : i == 2 ? v.token0 : i == 3 ? v.width : v.piece;
+  return count;
+}
+#define ORDER(NAME, ...)                                                                                 \\
+  extern "C" int NAME(int blocks, int block, int rows, int tokens, int* out, int most) {                  \\
+    return walk<rvllm::gemm::Walk<__VA_ARGS__>>(blocks, block, rows, tokens, out, most);                  \\
+  }
+ORDER(flow, 256, 2, 1, true)
+ORDER(walk8, 8, 1, 1, false)
+ORDER(walk128, 128, 2, 1, false)
+ORDER(square128, 128, 2, 2, false)
+"""
+MOST = 4000
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    gxx = compiler.compiler()
+    if gxx is None:
+        pytest.skip("no g++ here")
+    folder: Path = tmp_path_factory.mktemp("walk")
+    header = (build.SOURCES / "gemm_walk.cuh").read_text()
+    kept = [line for line in header.splitlines() if not line.startswith(("#include", "#pragma"))]
+    source = folder / "walk.cpp"
+    source.write_text(PROGRAM % "\n".join(kept))
+    command = [gxx, "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", str(folder / "walk.so")]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(folder / "walk.so"))
+
+
+def visits(library: ctypes.CDLL, order: str, blocks: int, block: int, rows: int, tokens: int) -> np.ndarray:
+    """Visits of one block as rows of tile, count, token0, width, piece."""
+    out = np.zeros((MOST, 5), np.int32)
+    count = getattr(library, order)(blocks, block, rows, tokens, ctypes.c_void_p(out.ctypes.data), MOST)
+    assert count < MOST
+    return out[:count]
+
+
+def cases() -> list[tuple[int, int]]:
+    """Shapes of a 7B model and of nobody, each at lucky and unlucky numbers of tokens."""
+    rows = [64, 1000, 17003, 37888, 49152, random.randrange(1, 60000)]
+    tokens = [1, 63, 129, 192, 256, 257, 384, 512, 600, random.randrange(1, 3000)]
+    return [(n, t) for n in rows for t in tokens]
+
+
+@pytest.mark.parametrize("order", ["flow", "walk8", "walk128", "square128"])
+def test_every_tile_is_visited_once_and_clusters_stay_in_step(library: ctypes.CDLL, order: str) -> None:
+    tile = {"flow": 256, "walk8": 8}.get(order, 128)
+    cluster = {"walk8": 1, "square128": 4}.get(order, 2)
+    for n, t in cases():
+        tiles, pairs, token_tiles = -(-n // 64), -(-n // 128), -(-t // tile)
+        needed = tiles if token_tiles == 1 else pairs * token_tiles
+        blocks = cluster * min(132 // cluster, -(-needed // cluster))
+        step = min(tile, 64)
+        seen = np.zeros((tiles, -(-t // step)), np.int32)
+        for first in range(0, blocks, cluster):
+            members = [visits(library, order, blocks, first + i, n, t) for i in range(cluster)]
+            assert len({len(m) for m in members}) == 1, (n, t, first)
+            for visit in zip(*members, strict=True):
+                assert (
+                    len({(v[1], v[3], v[4]) for v in visit}) == 1
+                )  # as many tiles, as wide, all pieces or none
+                if cluster == 2:
+                    shared = 0 if visit[0][4] else 2  # a piece shares its weights, others share their tokens
+                    assert visit[0][shared] == visit[1][shared], (n, t, visit)
+                if cluster == 4:
+                    assert visit[0][2] == visit[1][2] and visit[2][2] == visit[3][2]
+                    assert visit[0][0] == visit[2][0] and visit[1][0] == visit[3][0]
+            for row, count, token0, width, _ in np.concatenate(members):
+                seen[row : row + count, token0 // step : -(-(token0 + width) // step)] += 1
+        assert (seen == 1).all(), (order, n, t, seen.min(), seen.max())
+
+
+def test_the_last_round_of_few_tiles_is_dealt_out(library: ctypes.CDLL) -> None:
+    """A 7B model's gate_up, 2.24 rounds of 256 tokens: two whole visits and a narrow one for nearly every block."""
+    found = [visits(library, "flow", 132, block, 37888, 256) for block in range(132)]
+    assert sorted({len(v) for v in found}) == [2, 3]
+    assert {tuple(v[:, 3]) for v in found} == {(256, 256), (256, 256, 64)}
+    assert sum(len(v) == 3 for v in found) == 128
+    assert gemm.segments_of(37888, 3584) == 1
