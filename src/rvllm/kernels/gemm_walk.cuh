@@ -50,6 +50,9 @@ struct Walk {
     const int supers = (tiles + 2 * CR - 1) / (2 * CR), across = (token_tiles + CT - 1) / CT, units = supers * across;
     int unit = i * clusters + cluster, place = rank, skip = 0;
     if constexpr (NARROW) {
+      // From round to round a cluster goes on by one token tile, so that all get their share of the narrow one.
+      const int period = GROUP * across, ahead = ((GROUP - clusters) % period + period) % period;
+      unit = i * clusters + (cluster + i * ahead) % clusters;
       static_assert(C == 2 && CT == 1 && TOKENS == 256);
       const int rest = units % clusters, pairs = rest * C, blocks = clusters * C;
       const int pieces = pairs * 4 <= blocks ? 4 : pairs * 2 <= blocks ? 2 : 1;
