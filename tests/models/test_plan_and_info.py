@@ -89,3 +89,13 @@ def test_info_without_a_model_names_devices(capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     assert "cores" in out and "cuda extra" in out
     assert "memory plan" not in out
+
+
+def test_info_of_what_does_not_fit_shows_the_rest_and_then_says_so(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", "--model", model, "--num-blocks", "999999999", "--json"]) == 2
+    found = capsys.readouterr()
+    shown = json.loads(found.out)
+    assert shown["model"]["architecture"] == "LlamaForCausalLM" and "memory plan (cpu)" not in shown
+    assert found.err.startswith("rvllm: --num-blocks 999999999: ") and found.err.count("\n") == 1

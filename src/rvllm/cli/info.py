@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from rvllm.config import (
     flag_of,
     settings_of,
 )
+from rvllm.errors import RvllmError
 from rvllm.version import __version__
 
 if TYPE_CHECKING:
@@ -44,21 +46,34 @@ def add_parser(subparsers: Any) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs `rvllm info`; raises RvllmError."""
-    from rvllm.cli.tables import facts
-
+    """Runs `rvllm info`; raises RvllmError, for what does not fit after all else has been printed."""
     sections: dict[str, Section] = {"rvllm": versions(), "devices": devices()}
     for title, cls in (("engine settings", EngineConfig), ("server settings", ServerConfig)):
         sections[title] = settings(cls, vars(args))
     sections["source settings"] = settings(SourceConfig, {})
     if args.model is not None or os.environ.get("RVLLM_MODEL"):
         given = {f.name: getattr(args, f.name) for f, _ in settings_of(EngineConfig)}
-        sections |= model_sections(build(EngineConfig, given))
-    if args.json:
+        config = build(EngineConfig, given)
+        model = describe(config)
+        sections["model"] = model.facts
+        try:
+            rows = memory_rows(model.program, model.checkpoint, config, model.device)
+            sections[f"memory plan ({model.device})"] = rows
+        except RvllmError:
+            show(sections, as_json=args.json)
+            raise
+    show(sections, as_json=args.json)
+    return 0
+
+
+def show(sections: dict[str, Section], *, as_json: bool) -> None:
+    """Prints the sections."""
+    from rvllm.cli.tables import facts
+
+    if as_json:
         print(json.dumps({title: dict(rows) for title, rows in sections.items()}, indent=1))
     else:
-        print("\n\n".join(facts(title, rows) for title, rows in sections.items()))
-    return 0
+        print("\n\n".join(facts(title, rows) for title, rows in sections.items()), flush=True)
 
 
 def versions() -> Section:
@@ -127,8 +142,18 @@ def _shown(value: Any) -> str:
     return "derived" if value is None else str(value)
 
 
-def model_sections(config: EngineConfig) -> dict[str, Section]:
-    """The model's facts and its memory plan on the chosen device."""
+@dataclass(frozen=True)
+class Described:
+    """A model, and the device it would run on."""
+
+    program: Program
+    checkpoint: Checkpoint
+    device: str
+    facts: Section
+
+
+def describe(config: EngineConfig) -> Described:
+    """Reads the model's files but for its weights. Raises RvllmError: what is wrong with them, or no GPU."""
     from rvllm.backends.load import choose_device, choose_dtype
     from rvllm.models.config import ModelConfig
     from rvllm.models.registry import build_program
@@ -152,8 +177,7 @@ def model_sections(config: EngineConfig) -> dict[str, Section]:
         ("stored bytes", str(stored)),
         ("end of sequence", ", ".join(map(str, model.eos_token_ids)) or "none"),
     ]
-    device = choose_device(config)
-    return {"model": facts, f"memory plan ({device})": memory_rows(program, checkpoint, config, device)}
+    return Described(program, checkpoint, choose_device(config), facts)
 
 
 def memory_rows(program: Program, checkpoint: Checkpoint, config: EngineConfig, device: str) -> Section:
