@@ -156,6 +156,7 @@ def test_the_ledger_adds_up_to_what_the_driver_says_is_taken() -> None:
         **{
             **CONFIG.__dict__,
             "num_gpu_blocks": None,
+            "num_blocks": None,
             "gpu_memory_utilization": 0.6,
             "capture_graphs": "eager",
         }
