@@ -161,7 +161,7 @@ def check_prefill(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape: Sh
     q = [queries(rng, dtype, n, shape) for n in chunks]
     worst = 0.0
     for small in (False, True):
-        out = prefill(gpu, cache, q, slots, np.array(lens, np.int32), 2, small=small and shape.dim <= 128)
+        out = prefill(gpu, cache, q, slots, np.array(lens, np.int32), 2, small=small and shape.dim <= 160)
         for s in range(2, len(lens)):
             worst = max(worst, error(out[s], reference(cache, s, q[s], lens[s] - chunks[s])))
     expect(f"prefill {dtype} {shape}", worst, 8e-3 if dtype.name == "bfloat16" else 1.5e-3)
@@ -186,7 +186,7 @@ def check_invariance(
         compared += out.size
 
     other = queries(rng, dtype, 90, shape)
-    for small in (False, True) if shape.dim <= 128 else (False,):
+    for small in (False, True) if shape.dim <= 160 else (False,):
         cuts = np.sort(rng.choice(np.arange(1, length), 7, replace=False))
         for begin, end in zip([0, *cuts], [*cuts, length], strict=True):
             out = prefill(

@@ -27,7 +27,7 @@ def decode_smem(head_dim: int, separate: bool, max_seqs: int = DECODE_SEQS) -> i
 
 def prefill_rows(head_dim: int, small: bool) -> int:
     """Query rows a block of attn_prefill has."""
-    return 64 if small or head_dim > 128 else 128
+    return (128 if head_dim <= 128 else 64) // (2 if small else 1)
 
 
 def prefill_smem(head_dim: int, rows: int) -> int:
@@ -78,17 +78,18 @@ def _fitting(phase: str, dtype: str, head_dim: int, smem_per_block: int) -> str:
 def _attention(dtype: str, dim: int) -> list[KernelSpec]:
     t, short = TYPES[dtype], SHORT[dtype]
     specs = []
-    for small in (False, True) if dim <= 128 else (False,):
+    for small in (False, True) if dim <= 160 else (False,):
         suffix, rows = "_small" if small else "", prefill_rows(dim, small)
-        specs.append(
-            KernelSpec(
-                name=f"sm80_{short}_attn_decode_d{dim}{suffix}",
-                source="attention_decode.cu",
-                symbol=f"attn_decode<{t}, {dim}, {dim}>",
-                smem=decode_smem(dim, separate=not small and dim <= 128),
-                unit=f"{short}_d{dim}{suffix}",
+        if dim <= 128 or not small:
+            specs.append(
+                KernelSpec(
+                    name=f"sm80_{short}_attn_decode_d{dim}{suffix}",
+                    source="attention_decode.cu",
+                    symbol=f"attn_decode<{t}, {dim}, {dim}>",
+                    smem=decode_smem(dim, separate=not small and dim <= 128),
+                    unit=f"{short}_d{dim}{suffix}",
+                )
             )
-        )
         specs.append(
             KernelSpec(
                 name=f"sm80_{short}_attn_prefill_d{dim}{suffix}",
