@@ -44,6 +44,18 @@ def test_bad_values_name_their_origin(given: dict[str, str], environ: dict[str, 
     assert says in str(caught.value)
 
 
+def test_what_kubernetes_sets_for_a_service_named_rvllm() -> None:
+    given = {
+        "RVLLM_PORT": "tcp://10.0.0.1:8000",
+        "RVLLM_SERVICE_HOST": "10.0.0.1",
+        "RVLLM_PORT_8000_TCP": "x",
+    }
+    with pytest.raises(UsageError, match=r"RVLLM_PORT: expected a whole number.*enableServiceLinks"):
+        build(ServerConfig, {}, given)
+    assert build(ServerConfig, {"port": "8001"}, given).port == 8001
+    assert unknown_variables(given) == {}
+
+
 def test_variables_that_nothing_reads_are_found() -> None:
     given = {"RVLLM_GPU_MEMORY_UTILISATION": "0.3", "RVLLM_PORT": "1", "RVLLM_TEST_SEED": "3", "HOME": "/"}
     found = unknown_variables(given | {"RVLLM_FP8_WEIGHTS": "1"})

@@ -199,6 +199,8 @@ class SourceConfig:
     offline: bool = setting(False, "Never use the network (HF_HUB_OFFLINE does the same for the hub).")
 
 
+# A service's name becomes variables of every pod beside it: RVLLM_PORT=tcp://10.0.0.1:8000.
+KUBERNETES = "; Kubernetes sets it for a service named rvllm: set enableServiceLinks: false, or give the flag"
 ConfigT = typing.TypeVar("ConfigT")
 
 
@@ -301,7 +303,8 @@ def build(cls: type[ConfigT], given: Mapping[str, Any], environ: Mapping[str, st
             try:
                 value = parse_value(cls, f.name, value)
             except UsageError as error:
-                raise UsageError(f"{origin}: {str(error).partition(': ')[2]}") from None
+                hint = KUBERNETES if value.startswith("tcp://") and not origin.startswith("--") else ""
+                raise UsageError(f"{origin}: {str(error).partition(': ')[2]}{hint}") from None
         check_value(f.name, known, value, origin)
         values[f.name] = value
     return cls(**values)
@@ -310,10 +313,11 @@ def build(cls: type[ConfigT], given: Mapping[str, Any], environ: Mapping[str, st
 def unknown_variables(environ: Mapping[str, str]) -> dict[str, str | None]:
     """Variables named like ours that no setting reads, each with the known one that it may be a slip of.
 
-    Those of the tests, RVLLM_TEST_..., are left out.
+    Those of the tests, RVLLM_TEST_..., are left out, and what Kubernetes sets for a service named rvllm.
     """
     known = {env_of(f.name, s) for c in (EngineConfig, ServerConfig, SourceConfig) for f, s in settings_of(c)}
-    ours = sorted(n for n in environ if n.startswith("RVLLM_") and not n.startswith("RVLLM_TEST_"))
+    others = ("RVLLM_TEST_", "RVLLM_SERVICE_", "RVLLM_PORT_")
+    ours = sorted(n for n in environ if n.startswith("RVLLM_") and not n.startswith(others))
     strange = [name for name in ours if name not in known]
     if not strange:
         return {}
