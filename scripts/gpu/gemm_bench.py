@@ -198,7 +198,7 @@ def once(bench: Bench) -> None:
     n, k = SHAPES["gate_up"]
     x = torch.randn(512, 18944, device="cuda").bfloat16()
     out = torch.zeros(512, n, dtype=torch.bfloat16, device="cuda")
-    for plan in (gemm.variant(n, k, 512, "bf16", "walk", 256, 132), flow.plan(n, k, 512, "bf16", 132)):
+    for plan in (gemm.variant(n, k, 512, "bf16", "flow", 256, 132), flow.plan(n, k, 512, "bf16", 132)):
         launch = bench.bed.launch(
             plan, x[:, :k], bench.address("gate_up", 3), out, "bf16", kind=gemm.Kind.GATED_SILU
         )

@@ -17,7 +17,7 @@ import torch
 from gemm_bed import TORCH, Bed
 
 from rvllm.backends.cuda import gemm
-from rvllm.kernels.gemm_manifest import SM80_TOKENS, SPLIT_TOKENS, SUM_TOKENS, WALK_TOKENS
+from rvllm.kernels.gemm_manifest import MODES, SM80_TOKENS
 
 SHAPES = [(203, 72), (64, 8), (1000, 264), (576, 576), (1536, 576), (896, 4864), (3584, 3584), (4608, 3584),
           (17000, 1160), (37888, 3584), (49152, 576), (151937, 896)]  # fmt: skip
@@ -59,10 +59,10 @@ class Checker:
 
     def variants(self, n: int, k: int, tokens: int, dtype: str) -> list[gemm.GemmPlan]:
         sms = self.bed.facts.sm_count
-        modes: list[tuple[gemm.Mode, tuple[int, ...]]] = [("split", SPLIT_TOKENS), ("sum", SUM_TOKENS)]
+        modes: tuple[gemm.Mode, ...] = ("split", "sum")
         if gemm.segments_of(n, k) == 1:
-            modes.append(("walk", WALK_TOKENS))
-        return [gemm.variant(n, k, tokens, dtype, mode, size, sms) for mode, sizes in modes for size in sizes]
+            modes += ("walk", "flow")
+        return [gemm.variant(n, k, tokens, dtype, mode, size, sms) for mode in modes for size in MODES[mode]]
 
     def shape(self, n: int, k: int, dtype: str, token_list: list[int]) -> None:
         """Bits equal over every variant and batch; error against float64."""
@@ -103,10 +103,12 @@ class Checker:
             if family == "sm80":
                 plans = [gemm.variant(n, k, tokens, dtype, "sm80", SM80_TOKENS[tokens > 16], 0)]
             else:
-                mode: gemm.Mode = "walk" if gemm.segments_of(n, k) == 1 else "split"
                 size = 8 if tokens < 9 else 128 if tokens < 129 else 256
-                plans = [gemm.variant(n, k, tokens, dtype, m, s, self.bed.facts.sm_count)
-                         for m, s in ((mode, size), ("sum", 192))]  # fmt: skip
+                ways: list[tuple[gemm.Mode, int]] = [("split", size), ("sum", 192)]
+                if gemm.segments_of(n, k) == 1:
+                    ways = [("walk", min(size, 128)), ("flow", 256), ("sum", 192)]
+                sms = self.bed.facts.sm_count
+                plans = [gemm.variant(n, k, tokens, dtype, mode, tile, sms) for mode, tile in ways]
             bias = torch.randn(n, device="cuda").to(kind)
             residual = torch.randn(tokens, n, device="cuda").to(kind)
             row = sums[:tokens]

@@ -42,25 +42,19 @@ class Variant:
 
     def plan(self, n: int, k: int, tokens: int, dtype: str, sms: int) -> gemm.GemmPlan:
         """How it is launched."""
-        mode: gemm.Mode = "sum" if self.mode == "SUM" else "walk"
+        mode: gemm.Mode = "sum" if self.mode == "SUM" else "flow"
         like = gemm.variant(n, k, tokens, dtype, mode, self.tile, sms)
         spec = self.spec(dtype)
         pairs, token_tiles = -(-n // 128), -(-tokens // self.tile)
         clusters = min(sms // self.cluster, -(-pairs * token_tiles // self.cluster))
         grid = (self.cluster * clusters, 1, 1)
         box = 64 if self.mode == "FLOW" else self.tile // 2
-        if self.cluster == 4:  # so many fit at once, whatever SMs a GPC lacks
-            units = -(-pairs // 2) * -(-token_tiles // 2)
-            grid = (4 * min(28, units), 1, 1)
         launch = replace(like, kernel=spec.name, smem=spec.smem, cluster=self.cluster)
         return replace(launch, grid=grid, box_rows=box)
 
 
 VARIANTS = (Variant("flow", SAFE),)
-VARIANTS_SUM = (
-    Variant("sum160", SAFE, mode="SUM", tile=160),
-    Variant("sum128_square", SAFE, mode="SUM", tile=128, cluster=4),
-)
+VARIANTS_SUM = (Variant("sum160", SAFE, mode="SUM", tile=160),)
 TRACED = (Variant("flow_traced", (*SAFE, "RVLLM_GEMM_TRACE")),)
 TRACED_SUM = (Variant("sum128_traced", ("RVLLM_GEMM_TRACE",), mode="SUM", tile=128),)
 

@@ -122,8 +122,7 @@ def compile_text(text: str, target: str) -> str:
 
 def test_python_and_cuda_agree_on_the_layout() -> None:
     lines = ['#include "gemm_sm90.cu"', "using namespace rvllm::gemm;"]
-    for mode, sizes in (("split", gemm_manifest.SPLIT_TOKENS), ("walk", gemm_manifest.WALK_TOKENS),
-                        ("sum", gemm_manifest.SUM_TOKENS)):  # fmt: skip
+    for mode, sizes in gemm_manifest.MODES.items():
         for size in sizes:
             layout = f"Layout<{size}, {mode.upper()}>"
             lines.append(f"static_assert({layout}::BYTES == {gemm_manifest.sm90_smem(mode, size)});")
@@ -141,7 +140,12 @@ def test_compiles_within_its_registers(target: str) -> None:
     pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC comes with the cuda extra")
     wanted = {
         "sm_80": ["sm80_bf16_gemm_n16", "sm80_f16_gemm_n64", "sm80_bf16_gemm_pack_f32"],
-        "sm_90a": ["sm90_bf16_gemm_split_n256", "sm90_bf16_gemm_walk_n8", "sm90_f16_gemm_sum_n192"],
+        "sm_90a": [
+            "sm90_bf16_gemm_split_n256",
+            "sm90_bf16_gemm_walk_n8",
+            "sm90_f16_gemm_sum_n192",
+            "sm90_f16_gemm_flow_n256",
+        ],
     }[target]
     for unit in build.units([NAMES[name] for name in wanted], target):
         log = build.compile_unit(unit).log

@@ -38,10 +38,9 @@ static int walk(int blocks, int block, int rows, int tokens, int* out, int most)
   extern "C" int NAME(int blocks, int block, int rows, int tokens, int* out, int most) {                  \\
     return walk<rvllm::gemm::Walk<__VA_ARGS__>>(blocks, block, rows, tokens, out, most);                  \\
   }
-ORDER(flow, 256, 2, 1, true)
-ORDER(walk8, 8, 1, 1, false)
-ORDER(walk128, 128, 2, 1, false)
-ORDER(square128, 128, 2, 2, false)
+ORDER(flow, 256, 2, true)
+ORDER(walk8, 8, 1, false)
+ORDER(walk128, 128, 2, false)
 """
 MOST = 4000
 
@@ -76,10 +75,10 @@ def cases() -> list[tuple[int, int]]:
     return [(n, t) for n in rows for t in tokens]
 
 
-@pytest.mark.parametrize("order", ["flow", "walk8", "walk128", "square128"])
+@pytest.mark.parametrize("order", ["flow", "walk8", "walk128"])
 def test_every_tile_is_visited_once_and_clusters_stay_in_step(library: ctypes.CDLL, order: str) -> None:
     tile = {"flow": 256, "walk8": 8}.get(order, 128)
-    cluster = {"walk8": 1, "square128": 4}.get(order, 2)
+    cluster = 1 if order == "walk8" else 2
     for n, t in cases():
         tiles, pairs, token_tiles = -(-n // 64), -(-n // 128), -(-t // tile)
         needed = tiles if token_tiles == 1 else pairs * token_tiles
@@ -94,9 +93,6 @@ def test_every_tile_is_visited_once_and_clusters_stay_in_step(library: ctypes.CD
                 if cluster == 2:
                     shared = 0 if visit[0][4] else 2  # a piece shares its weights, others share their tokens
                     assert visit[0][shared] == visit[1][shared], (n, t, visit)
-                if cluster == 4:
-                    assert visit[0][2] == visit[1][2] and visit[2][2] == visit[3][2]
-                    assert visit[0][0] == visit[2][0] and visit[1][0] == visit[3][0]
             for row, count, token0, width, _ in np.concatenate(members):
                 seen[row : row + count, token0 // step : -(-(token0 + width) // step)] += 1
         assert (seen == 1).all(), (order, n, t, seen.min(), seen.max())

@@ -12,19 +12,21 @@ DTYPES = ("bf16", "f16")
 TILE = 64  # rows and columns of a packed tile
 TILE_BYTES = 2 * TILE * TILE
 SPLIT_TOKENS = (8, 16, 32, 64, 96, 128, 192, 256)  # token tiles of the sm_90a modes
-WALK_TOKENS = (8, 16, 32, 64, 96, 128, 192, 256)
-SUM_TOKENS = (96, 128, 192)
+WALK_TOKENS = (8, 16, 32, 64, 96, 128, 192)
+FLOW_TOKENS = (256,)
+SUM_TOKENS = (96, 128, 160, 192)
+MODES = {"split": SPLIT_TOKENS, "walk": WALK_TOKENS, "flow": FLOW_TOKENS, "sum": SUM_TOKENS}
 SM80_TOKENS = (16, 64)
 _SMEM_LIMIT, _BARRIERS = 232448, 256
 
 
 def walk_cluster(tokens: int) -> int:
-    """Blocks that share each load of x in the walk and sum modes."""
+    """Blocks that share each load of x in the walk, flow and sum modes."""
     return 1 if tokens < 64 else 2
 
 
 def walk_box(mode: str, tokens: int) -> int:
-    """Tokens of one load of x in the walk and sum modes; mirrors Layout in gemm_sm90.cu."""
+    """Tokens of one load of x in the walk, flow and sum modes; mirrors gemm_sm90.cu."""
     return 64 if mode == "flow" else tokens // walk_cluster(tokens)
 
 
@@ -37,7 +39,9 @@ def sm90_smem(mode: str, tokens: int, most: int = 12) -> int:
     """Dynamic shared memory in bytes, at most `most` stages of a split; mirrors Layout in gemm_sm90.cu."""
     stage = 2 * TILE_BYTES + tokens * TILE * 2
     chunk = 64 if tokens % 64 == 0 else min(tokens, 32)
-    staging = 0 if mode == "split" else 2 * max(chunk * (TILE + 8) * 2, min(chunk, 32) * (TILE + 4) * 4)
+    staging = 2 * max(chunk * (TILE + 8) * 2, min(chunk, 32) * (TILE + 4) * 4)
+    if mode in ("split", "flow"):
+        staging = 0 if mode == "split" else 2 * 128 * TILE * 2
     stages = min(12, (_SMEM_LIMIT - staging - _BARRIERS) // stage)
     if mode == "split":  # a block's partial sums take the place of its stages
         stages = min(stages, max(most, 2, -(-tokens * (2 * TILE + 4) * 4 // stage)))
@@ -52,7 +56,7 @@ def sm80_smem(tokens: int) -> int:
 def _sm90() -> list[KernelSpec]:
     specs = []
     for dtype in DTYPES:
-        for mode, sizes in (("split", SPLIT_TOKENS), ("walk", WALK_TOKENS), ("sum", SUM_TOKENS)):
+        for mode, sizes in MODES.items():
             for tokens in sizes:
                 cluster = 1 if mode == "split" else walk_cluster(tokens)
                 instance = f"rvllm::{dtype}, {tokens}, rvllm::gemm::{mode.upper()}, {cluster}"

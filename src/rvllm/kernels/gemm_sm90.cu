@@ -8,8 +8,7 @@
 //   FLOW   as WALK for many tokens: tiles leave while the next are summed, see gemm_flow.cuh.
 //   SUM    as WALK for any number of segments, their running sum kept in registers beside the accumulator.
 //
-// In WALK, FLOW and SUM the two blocks of a cluster, of neighbouring row pairs, share each load of x by multicast. In a
-// cluster of four, two row pairs by two token tiles, the blocks of a row pair share its weights too.
+// In WALK, FLOW and SUM the blocks of a cluster (CLUSTER along rows) share each load of x by multicast.
 #include "gemm_finish.cuh"
 #include "gemm_flow.cuh"
 #include "gemm_walk.cuh"
@@ -66,7 +65,7 @@ struct Ring {
   }
 };
 
-// x: tensor map of [>= tokens, K] in boxes of 64 x (Layout::BOX, else TOKENS / CLUSTER), 128-byte swizzle. weights: packed.
+// x: tensor map of [>= tokens, K] in boxes of 64 x (FLOW: BOX, else TOKENS / CLUSTER), 128-byte swizzle. weights: packed.
 // blocks: ceil(K / 64). The rest: see Epilogue.
 template <class T, int TOKENS, Mode MODE, int CLUSTER>
 __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
@@ -78,9 +77,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   constexpr int REGS = TOKENS / 2;
   // A split product is launched with fewer stages where that lets the next kernel's blocks in beside its own.
   const int stages = MODE == SPLIT ? (dynamic_smem_bytes() - L::BARRIERS) / (L::WEIGHTS + L::X) : L::STAGES;
-  constexpr bool SQUARE = CLUSTER == 4;  // blocks 0 and 1, then 2 and 3 have the same tokens
-  constexpr int ROWS = SQUARE ? 2 : CLUSTER, SOURCES = SQUARE ? 3 : CLUSTER;  // of a load of x; of what a block receives
-  const u16 neighbours = SQUARE ? 3 << (blockIdx.x & 2) : (1 << CLUSTER) - 1;
+  constexpr u16 ALL = (1 << CLUSTER) - 1;
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = smem(shared), x_base = base + stages * L::WEIGHTS, bars = base + stages * (L::WEIGHTS + L::X) + L::STAGING;
   const auto full = [&](int s) { return bars + 16 * s; };
@@ -123,7 +120,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     tensor_map_prefetch(&x);
     for (int s = 0; s < stages; s++) {
       mbar_init(full(s), 1);
-      mbar_init(empty(s), CONSUMERS / 32 * SOURCES);
+      mbar_init(empty(s), CONSUMERS / 32 * CLUSTER);
     }
     mbar_init_fence();
   }
@@ -138,7 +135,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     k0 = segment_start(blocks, segments, blockIdx.x);
     k1 = segment_start(blocks, segments, blockIdx.x + 1);
   }
-  Walk<TOKENS, ROWS, CLUSTER / ROWS, MODE == FLOW> walk(rows, tokens);
+  Walk<TOKENS, CLUSTER, MODE == FLOW> walk(rows, tokens);
   bool once = true;
   const auto next = [&](Visit& v) {
     if constexpr (MODE == SPLIT) {
@@ -161,12 +158,10 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       const u64 hint = walk.again() ? EVICT_NORMAL : EVICT_FIRST;
       const auto load_weights = [&](const Visit& v, int k, int stage) {
         mbar_arrive_expect(full(stage), v.count * TILE_BYTES + v.width * TILE * 2);
-        if (SQUARE || (MODE == FLOW && v.piece)) {  // of the same rows as another block's, which loads the other tile
-          const int i = SQUARE ? walk.rank / 2 : walk.rank;
-          const u16 sharers = SQUARE ? 5 << walk.rank % 2 : neighbours;
-          const u64 tile = min(v.tile + i, tiles - 1);
-          bulk_load_multicast(base + stage * L::WEIGHTS + i * TILE_BYTES, weights + (tile * blocks + k) * TILE_BYTES,
-                              TILE_BYTES, full(stage), sharers, hint);
+        if (MODE == FLOW && v.piece) {  // of the same rows as the other block's, which loads the other tile
+          const u64 tile = min(v.tile + walk.rank, tiles - 1);
+          bulk_load_multicast(base + stage * L::WEIGHTS + walk.rank * TILE_BYTES,
+                              weights + (tile * blocks + k) * TILE_BYTES, TILE_BYTES, full(stage), ALL, hint);
           return;
         }
 #pragma unroll
@@ -178,18 +173,18 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
           }
       };
       const auto load_x = [&](const Visit& v, int k, int stage) {
-        constexpr int SHARE = TOKENS / ROWS;
+        constexpr int SHARE = TOKENS / CLUSTER;
         const u32 dst = x_base + stage * L::X;
         if constexpr (MODE == FLOW) {
           for (int t = v.piece ? 0 : walk.rank * BOX; t < v.width; t += v.piece ? BOX : CLUSTER * BOX) {
             if (v.piece)
               tensor_load_2d(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, full(stage));
             else
-              tensor_load_2d_multicast(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, full(stage), neighbours);
+              tensor_load_2d_multicast(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, full(stage), ALL);
           }
         } else if constexpr (CLUSTER > 1) {
-          const int first = walk.rank % ROWS * SHARE;
-          tensor_load_2d_multicast(dst + first * TILE * 2, &x, k * TILE, v.token0 + first, full(stage), neighbours);
+          const int first = walk.rank * SHARE;
+          tensor_load_2d_multicast(dst + first * TILE * 2, &x, k * TILE, v.token0 + first, full(stage), ALL);
         } else {
           tensor_load_2d(dst, &x, k * TILE, v.token0, full(stage));
         }
@@ -251,7 +246,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     float acc[REGS];
     const auto release = [&](int stage) {
       if constexpr (CLUSTER > 1) {
-        if (lane < SOURCES) mbar_arrive_remote(empty(stage), SQUARE ? walk.rank ^ lane : lane);
+        if (lane < CLUSTER) mbar_arrive_remote(empty(stage), lane);
       } else {
         if (lane == 0) mbar_arrive(empty(stage));
       }

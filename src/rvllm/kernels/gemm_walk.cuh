@@ -14,10 +14,10 @@ struct Visit {
   bool piece;
 };
 
-// The order in which clusters of CR row pairs by CT token tiles walk over the matrix.
-template <int TOKENS, int CR, int CT, bool NARROW>
+// The order in which clusters of C blocks, each with another row pair, walk over the matrix.
+template <int TOKENS, int C, bool NARROW>
 struct Walk {
-  static constexpr int C = CR * CT, GROUP = 16 / CR;
+  static constexpr int GROUP = 16 / C;
   int tiles, tokens, token_tiles, clusters, cluster, rank, full, index = 0;
 
   __device__ Walk(int rows, int tokens)
@@ -35,7 +35,7 @@ struct Walk {
     const int i = index++;
     v.width = TOKENS;
     v.piece = false;
-    if (token_tiles == 1 && CT == 1 && !NARROW) {
+    if (token_tiles == 1 && !NARROW) {
       const int round = 2 * C * clusters, rest = tiles - full * round;
       v.token0 = 0;
       if (i == full && rest <= round / 2) {
@@ -47,13 +47,13 @@ struct Walk {
       v.tile = ((i * clusters + cluster) * C + rank) * 2;
       return (i * clusters + cluster) * C * 2 < tiles;
     }
-    const int supers = (tiles + 2 * CR - 1) / (2 * CR), across = (token_tiles + CT - 1) / CT, units = supers * across;
+    const int supers = (tiles + 2 * C - 1) / (2 * C), units = supers * token_tiles;
     int unit = i * clusters + cluster, place = rank, skip = 0;
     if constexpr (NARROW) {
       // From round to round a cluster goes on by one token tile, so that all get their share of the narrow one.
-      const int period = GROUP * across, ahead = ((GROUP - clusters) % period + period) % period;
+      const int period = GROUP * token_tiles, ahead = ((GROUP - clusters) % period + period) % period;
       unit = i * clusters + (cluster + i * ahead) % clusters;
-      static_assert(C == 2 && CT == 1 && TOKENS == 256);
+      static_assert(C == 2 && TOKENS == 256);
       const int rest = units % clusters, pairs = rest * C, blocks = clusters * C;
       const int pieces = pairs * 4 <= blocks ? 4 : pairs * 2 <= blocks ? 2 : 1;
       if (i == units / clusters && pieces > 1) {
@@ -67,11 +67,11 @@ struct Walk {
       }
     }
     if (unit >= units) return false;
-    const int group = unit / (GROUP * across), within = unit % (GROUP * across);
+    const int group = unit / (GROUP * token_tiles), within = unit % (GROUP * token_tiles);
     const int height = min(GROUP, supers - group * GROUP);
     v.count = 2;
-    v.tile = ((group * GROUP + within % height) * CR + place % CR) * 2;
-    v.token0 = (within / height * CT + place / CR) * TOKENS + skip;
+    v.tile = ((group * GROUP + within % height) * C + place) * 2;
+    v.token0 = within / height * TOKENS + skip;
     if (NARROW && !v.piece) v.width = min(TOKENS, (tokens - v.token0 + BOX - 1) / BOX * BOX);
     return true;
   }

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from rvllm.errors import UsageError
 from rvllm.kernels.gemm_manifest import (
     DTYPES,
+    FLOW_TOKENS,
     SM80_TOKENS,
     SPLIT_TOKENS,
     SUM_TOKENS,
@@ -37,14 +38,19 @@ from rvllm.kernels.gemm_manifest import (
     walk_cluster,
 )
 
-Mode = Literal["split", "walk", "sum", "sm80"]
+Mode = Literal["split", "walk", "flow", "sum", "sm80"]
 Grid = tuple[int, int, int]
 Element = TypeVar("Element", bound=np.generic)
 
 MAX_SEGMENTS = 8  # the largest portable cluster
 SEGMENT_BLOCKS = 2  # a segment has at least so many tiles of K
 ONE_TILE = 256  # up to so many tokens a split product is the quickest
-_SLOWER = {96: 1.2, 128: 1.1, 192: 1.0}  # a narrow tile's cycles, measured against a wide one's
+_SLOWER = {
+    96: 1.36,
+    128: 1.1,
+    160: 1.09,
+    192: 1.08,
+}  # a tile's cycles, measured against its products'
 MAX_STAGES, SMALL_STAGES = 12, 6  # of a split product's ring
 SMALL_WEIGHT = 24 << 20  # bytes
 REFERENCE_SMS = 132  # segments are cut for this many SMs on every GPU, so that bits do not depend on it
@@ -170,15 +176,17 @@ def plan_gemm(n: int, k: int, tokens: int, dtype: str, sm_count: int, capability
         )
     segments = segments_of(n, k)
     if segments == 1:
-        return variant(n, k, tokens, dtype, "walk", _fit(WALK_TOKENS, tokens), sm_count, "rows fill the GPU")
-    split = variant(
-        n, k, tokens, dtype, "split", _fit(SPLIT_TOKENS, tokens), sm_count, "K split over a cluster"
-    )
-    if tokens <= ONE_TILE:
-        return split
-    why = "enough tokens to fill the GPU"
-    whole = [variant(n, k, tokens, dtype, "sum", size, sm_count, why) for size in SUM_TOKENS]
-    return min([split, *whole], key=lambda plan: _cycles(plan, sm_count))
+        why = "rows fill the GPU"
+        if tokens > WALK_TOKENS[-1]:
+            return variant(n, k, tokens, dtype, "flow", FLOW_TOKENS[-1], sm_count, why)
+        return variant(n, k, tokens, dtype, "walk", _fit(WALK_TOKENS, tokens), sm_count, why)
+    tiles = (_fit(SPLIT_TOKENS, tokens),) if tokens <= ONE_TILE else SPLIT_TOKENS[-2:]
+    why = "K split over a cluster"
+    plans = [variant(n, k, tokens, dtype, "split", size, sm_count, why) for size in tiles]
+    if tokens > ONE_TILE:
+        why = "enough tokens to fill the GPU"
+        plans += [variant(n, k, tokens, dtype, "sum", size, sm_count, why) for size in SUM_TOKENS]
+    return min(plans, key=lambda plan: _cycles(plan, sm_count))
 
 
 def _fit(sizes: tuple[int, ...], tokens: int) -> int:
@@ -189,7 +197,8 @@ def _cycles(plan: GemmPlan, sm_count: int) -> float:
     """A rough count of tensor-core cycles, for choosing between two ways to do a large product."""
     token_tiles, pairs = _ceil(plan.tokens, plan.token_tile), _ceil(plan.rows, 2 * TILE)
     if plan.mode == "split":
-        waves = _ceil(pairs * token_tiles * plan.segments, sm_count)
+        clusters = max(1, sm_count * 9 // 10 // plan.segments)  # that fit at once: GPCs are not filled
+        waves = _ceil(pairs * token_tiles, clusters)
         return waves * (_ceil(plan.blocks, plan.segments) * 4 * plan.token_tile + 12000)
     return _ceil(pairs * token_tiles, sm_count) * (
         plan.blocks * 4 * plan.token_tile * _SLOWER[plan.token_tile] + 4000
@@ -206,7 +215,7 @@ def variant(
     sm_count: int,
     why: str = "asked for",
 ) -> GemmPlan:
-    """The plan of one given kernel; `walk` needs a weight with one segment."""
+    """The plan of one given kernel; `walk` and `flow` need a weight with one segment."""
     blocks, segments = _ceil(k, TILE), segments_of(n, k)
     pairs, token_tiles = _ceil(n, 2 * TILE), _ceil(tokens, token_tile)
     cluster, box_rows = 1, token_tile
