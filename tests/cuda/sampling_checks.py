@@ -109,13 +109,12 @@ def agrees(token: int, logits: np.ndarray, history: History, mask: np.ndarray | 
     changed = adjust(logits.copy(), history, mask)
     if spec.temperature < 1e-5:
         return False
-    ids, weights = distribution(changed, spec)
-    total = np.cumsum(weights) / weights.sum()
-    at = np.searchsorted(ids, token)
-    if at >= len(ids) or ids[at] != token:
+    weights = distribution(changed, spec).astype(np.float64)
+    if weights[token] == 0:
         return False
+    total = np.cumsum(weights) / weights.sum()
     u = uniform(spec.seed, history.generated)
-    return bool((total[at - 1] if at else 0.0) - 1e-5 <= u <= total[at] + 1e-5)
+    return bool((total[token - 1] if token else 0.0) - 1e-5 <= u <= total[token] + 1e-5)
 
 
 def check_sampling(gpu: Gpu, rng: np.random.Generator, vocab: int) -> str:
@@ -164,6 +163,25 @@ def check_sampling(gpu: Gpu, rng: np.random.Generator, vocab: int) -> str:
         if history.counts is not None:
             assert (counts[place[row], :vocab] & 0x7FFF == history.counts).all()
     return f"{exact}/{4 * count} the same token, the rest on an edge"
+
+
+def check_broken_logits(gpu: Gpu, rng: np.random.Generator, vocab: int) -> None:
+    """Rows of infinities and NaN: some token of the vocabulary comes out, and neighbours do not notice."""
+    base = SamplingSpec(temperature=1.0, seed=7)
+    chosen = [SamplingSpec(), base, replace(base, top_p=0.9, top_k=9, min_p=0.1), base, base]
+    tokens = np.zeros(2, np.int32)
+    place = np.arange(len(chosen), dtype=np.int32)
+    sampler = Sampler(gpu, len(chosen), vocab)
+    rows = rng.standard_normal((len(chosen), vocab), np.float32)
+    wanted = [draw(row, History.begin(s, tokens, 2, vocab)) for row, s in zip(rows, chosen, strict=True)]
+    for broken in (np.inf, -np.inf, np.nan):
+        for share in (1, vocab):
+            sampler.start([SlotStart(i, spec, tokens, 2) for i, spec in enumerate(chosen)])
+            logits = rows.copy()
+            logits[:3, rng.permutation(vocab)[:share]] = broken
+            found = sampler.sample(logits, place)
+            assert ((found >= 0) & (found < vocab)).all(), (broken, share, found)
+            assert (found[3:] == wanted[3:]).all(), (broken, share, found, wanted)
 
 
 def check_logprobs(gpu: Gpu, rng: np.random.Generator, vocab: int) -> float:

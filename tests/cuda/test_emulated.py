@@ -17,6 +17,7 @@ from emulator import Emulator, available
 from emulator.driver import emulated_driver
 from gpu_engine import backend, core_of, model, run, tokens_of
 
+from rvllm.backends.base import SamplingSpec
 from rvllm.engine.messages import Sampling
 from rvllm.program.dtypes import DType
 
@@ -77,6 +78,26 @@ def test_matrix_kernels(gpu: Emulator, rng: np.random.Generator, dtype: str) -> 
 
 def test_sampling(gpu: Emulator, rng: np.random.Generator) -> None:
     sampling_checks.check_sampling(gpu, rng, 1000)
+
+
+def test_sampling_from_broken_logits(gpu: Emulator, rng: np.random.Generator) -> None:
+    sampling_checks.check_broken_logits(gpu, rng, 1500)
+
+
+def test_an_edge_of_the_draw_is_the_neighbours_too() -> None:
+    spec, tokens = SamplingSpec(temperature=1.0, seed=3), np.zeros(2, np.int32)
+    history = sampling_checks.History.begin(spec, tokens, 2, 8)
+    u = sampling_checks.uniform(spec.seed, 0)
+    weights = np.full(8, 1e-9)
+    weights[2], weights[5] = u + 2e-6, 1 - u - 2e-6  # the draw falls just within token 2
+    logits = np.log(weights).astype(np.float32)
+    assert sampling_checks.draw(logits, history) == 2
+    assert [sampling_checks.agrees(token, logits, history, None) for token in (1, 2, 5, 7)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_logprobs(gpu: Emulator, rng: np.random.Generator) -> None:

@@ -84,6 +84,10 @@ def test_sampling(gpu: harness.Gpu, rng: np.random.Generator, vocab: int) -> Non
     sampling_checks.check_sampling(gpu, rng, vocab)
 
 
+def test_sampling_from_broken_logits(gpu: harness.Gpu, rng: np.random.Generator) -> None:
+    sampling_checks.check_broken_logits(gpu, rng, 151936)
+
+
 @pytest.mark.parametrize("vocab", [503, 151936])
 def test_logprobs(gpu: harness.Gpu, rng: np.random.Generator, vocab: int) -> None:
     sampling_checks.check_logprobs(gpu, rng, vocab)
