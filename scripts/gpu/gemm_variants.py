@@ -53,9 +53,13 @@ class Variant:
         return replace(launch, grid=grid, box_rows=box)
 
 
-VARIANTS = (Variant("flow", SAFE),)
+DEEP = (*SAFE, "RVLLM_GEMM_DEEP")
+VARIANTS = (Variant("flow_deep", DEEP),)
 VARIANTS_SUM = (Variant("sum160", SAFE, mode="SUM", tile=160),)
-TRACED = (Variant("flow_traced", (*SAFE, "RVLLM_GEMM_TRACE")),)
+TRACED = (
+    Variant("flow_traced", (*SAFE, "RVLLM_GEMM_TRACE")),
+    Variant("flow_deep_traced", (*DEEP, "RVLLM_GEMM_TRACE")),
+)
 TRACED_SUM = (Variant("sum128_traced", ("RVLLM_GEMM_TRACE",), mode="SUM", tile=128),)
 
 

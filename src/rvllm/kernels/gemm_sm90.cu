@@ -55,14 +55,25 @@ struct Layout {
   static_assert(MODE != SPLIT || TOKENS * SPLIT_PITCH * 4 <= STAGES * (WEIGHTS + X), "partial sums must fit");
 };
 
+#ifdef RVLLM_GEMM_DEEP
+constexpr bool DEEP = true;
+#else
+constexpr bool DEEP = false;
+#endif
+
+// The stages of loads in flight: where stage s has its weights, its tokens and its pair of barriers.
 struct Ring {
-  const int stages;
+  int stages, first;  // first: index of stage 0's barriers
+  u32 weights, x;
+  int weights_pitch, x_pitch;
   int stage = 0;
   u32 phase = 0;
-  __device__ explicit Ring(int stages) : stages(stages) {}
   __device__ void advance() {
     if (++stage == stages) stage = 0, phase ^= 1;
   }
+  __device__ int barrier() const { return first + stage; }
+  __device__ u32 weights_at() const { return weights + stage * weights_pitch; }
+  __device__ u32 x_at() const { return x + stage * x_pitch; }
 };
 
 // x: tensor map of [>= tokens, K] in boxes of 64 x (FLOW: BOX, else TOKENS / CLUSTER), 128-byte swizzle. weights: packed.
@@ -82,7 +93,13 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   const u32 base = smem(shared), x_base = base + stages * L::WEIGHTS, bars = base + stages * (L::WEIGHTS + L::X) + L::STAGING;
   const auto full = [&](int s) { return bars + 16 * s; };
   const auto empty = [&](int s) { return bars + 16 * s + 8; };
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Ring wide{stages, 0, base, x_base, L::WEIGHTS, L::X};
+  // FLOW: the narrow stages of pieces, which are the last visit, are more. They have barriers of their own.
+  const auto narrow = [&](const Visit& v) {
+    const int pitch = L::WEIGHTS + v.width * TILE * 2;
+    return Ring{L::STAGES * (L::WEIGHTS + L::X) / pitch, L::STAGES, base, base + L::WEIGHTS, pitch, pitch};
+  };
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // a warp's one number, to the compiler
   const int tiles = (rows + TILE - 1) / TILE;
 #ifdef RVLLM_GEMM_TRACE  // the residual is where clocks are written, [blocks][2][256]
   u64* const trace_log = static_cast<u64*>(const_cast<void*>(residual)) + (blockIdx.x * 2 + threadIdx.x / 128 % 2) * 256;
@@ -118,7 +135,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   griddep_launch();
   if (threadIdx.x == CONSUMERS) {
     tensor_map_prefetch(&x);
-    for (int s = 0; s < stages; s++) {
+    for (int s = 0; s < (MODE == FLOW && DEEP ? L::BARRIERS / 16 : stages); s++) {
       mbar_init(full(s), 1);
       mbar_init(empty(s), CONSUMERS / 32 * CLUSTER);
     }
@@ -156,59 +173,63 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     if (threadIdx.x == CONSUMERS) {
       // Weights that are read again in a later round, for other tokens, may stay in L2.
       const u64 hint = walk.again() ? EVICT_NORMAL : EVICT_FIRST;
-      const auto load_weights = [&](const Visit& v, int k, int stage) {
-        mbar_arrive_expect(full(stage), v.count * TILE_BYTES + v.width * TILE * 2);
+      const auto load_weights = [&](const Visit& v, int k, const Ring& ring) {
+        const u32 bar = full(ring.barrier()), dst = ring.weights_at();
+        mbar_arrive_expect(bar, v.count * TILE_BYTES + v.width * TILE * 2);
         if (MODE == FLOW && v.piece) {  // of the same rows as the other block's, which loads the other tile
           const u64 tile = min(v.tile + walk.rank, tiles - 1);
-          bulk_load_multicast(base + stage * L::WEIGHTS + walk.rank * TILE_BYTES,
-                              weights + (tile * blocks + k) * TILE_BYTES, TILE_BYTES, full(stage), ALL, hint);
+          bulk_load_multicast(dst + walk.rank * TILE_BYTES, weights + (tile * blocks + k) * TILE_BYTES, TILE_BYTES, bar,
+                              ALL, hint);
           return;
         }
 #pragma unroll
         for (int i = 0; i < 2; i++)
           if (i < v.count) {
             const u64 tile = min(v.tile + i, tiles - 1);
-            bulk_load(base + stage * L::WEIGHTS + i * TILE_BYTES, weights + (tile * blocks + k) * TILE_BYTES,
-                      TILE_BYTES, full(stage), hint);
+            bulk_load(dst + i * TILE_BYTES, weights + (tile * blocks + k) * TILE_BYTES, TILE_BYTES, bar, hint);
           }
       };
-      const auto load_x = [&](const Visit& v, int k, int stage) {
+      const auto load_x = [&](const Visit& v, int k, const Ring& ring) {
         constexpr int SHARE = TOKENS / CLUSTER;
-        const u32 dst = x_base + stage * L::X;
+        const u32 bar = full(ring.barrier()), dst = ring.x_at();
         if constexpr (MODE == FLOW) {
           for (int t = v.piece ? 0 : walk.rank * BOX; t < v.width; t += v.piece ? BOX : CLUSTER * BOX) {
             if (v.piece)
-              tensor_load_2d(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, full(stage));
+              tensor_load_2d(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, bar);
             else
-              tensor_load_2d_multicast(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, full(stage), ALL);
+              tensor_load_2d_multicast(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, bar, ALL);
           }
         } else if constexpr (CLUSTER > 1) {
           const int first = walk.rank * SHARE;
-          tensor_load_2d_multicast(dst + first * TILE * 2, &x, k * TILE, v.token0 + first, full(stage), ALL);
+          tensor_load_2d_multicast(dst + first * TILE * 2, &x, k * TILE, v.token0 + first, bar, ALL);
         } else {
-          tensor_load_2d(dst, &x, k * TILE, v.token0, full(stage));
+          tensor_load_2d(dst, &x, k * TILE, v.token0, bar);
         }
       };
       Visit v;
-      Ring ring(stages);
       bool more = next(v);
+      Ring ring = MODE == FLOW && DEEP && more && v.piece ? narrow(v) : wide;
       // Weights first: they depend on no kernel before this one.
-      int ahead = more ? min(stages, k1 - k0) : 0;
-      for (int s = 0; s < ahead; s++) load_weights(v, k0 + s, s);
+      int ahead = more ? min(ring.stages, k1 - k0) : 0;
+      for (Ring r = ring; r.stage < ahead; r.stage++) load_weights(v, k0 + r.stage, r);
       griddep_wait();
       for (int s = 0; s < ahead; s++) {
-        load_x(v, k0 + s, s);
+        load_x(v, k0 + s, ring);
         ring.advance();
       }
       while (more) {
         for (int k = k0 + ahead; k < k1; k++) {
-          wait(empty(ring.stage), ring.phase ^ 1);
-          load_weights(v, k, ring.stage);
-          load_x(v, k, ring.stage);
+          wait(empty(ring.barrier()), ring.phase ^ 1);
+          load_weights(v, k, ring);
+          load_x(v, k, ring);
           ring.advance();
         }
         ahead = 0;
         more = next(v);
+        if (MODE == FLOW && DEEP && more && v.piece) {
+          for (int s = 0; s < ring.stages; s++, ring.advance()) wait(empty(ring.barrier()), ring.phase ^ 1);
+          ring = narrow(v);
+        }
       }
     } else {
       griddep_wait();
@@ -241,7 +262,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     else if constexpr (L::MANY_REGISTERS)
       registers_raise<232>();
     const int group = warp / 4, thread = threadIdx.x % 128;
-    Ring ring(stages);
+    Ring ring = wide;
     Visit v;
     float acc[REGS];
     const auto release = [&](int stage) {
@@ -256,20 +277,19 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       constexpr int WIDTH = sizeof(acc) / sizeof(float) * 2;
       int held = -1;
       for (int k = first; k < last; k++) {
-        RVLLM_STALL(wait(full(ring.stage), ring.phase);)
-        const u64 a = wgmma_operand(base + ring.stage * L::WEIGHTS + group * TILE_BYTES);
-        const u64 b = wgmma_operand(x_base + ring.stage * L::X);
+        RVLLM_STALL(wait(full(ring.barrier()), ring.phase);)
+        const u32 a = ring.weights_at() + group * TILE_BYTES, b = ring.x_at();
         wgmma_pin(acc);
         wgmma_fence();
 #pragma unroll
-        for (int j = 0; j < TILE / 16; j++) wgmma<WIDTH, T>(acc, a + 2 * j, b + 2 * j, j > 0 || k > first);
+        for (int j = 0; j < TILE / 16; j++) wgmma<WIDTH, T>(acc, wgmma_operand(a + 32 * j), wgmma_operand(b + 32 * j), j > 0 || k > first);
         wgmma_commit();
         wgmma_pin(acc);
         if (held >= 0) {
           wgmma_wait<1>();
           release(held);
         }
-        held = ring.stage;
+        held = ring.barrier();
         ring.advance();
       }
       wgmma_wait<0>();
@@ -297,8 +317,8 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       while (next(v)) {
         if (group >= v.count) {  // nothing for this warpgroup: keep in step with the pipeline
           for (int k = 0; k < blocks; k++) {
-            wait(full(ring.stage), ring.phase);
-            release(ring.stage);
+            wait(full(ring.barrier()), ring.phase);
+            release(ring.barrier());
             ring.advance();
           }
           continue;
@@ -316,6 +336,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
 #pragma unroll
           for (int i = 0; i < REGS; i++) acc[i] = sum[i];
         } else {
+          if (MODE == FLOW && DEEP && v.piece) ring = narrow(v);
           if constexpr (MODE == FLOW) {  // narrow visits are summed in the first of the accumulators
             if (v.width == 64)
               segment(reinterpret_cast<float(&)[32]>(acc), 0, blocks);

@@ -12,8 +12,10 @@ namespace rvllm::ptx {
 // 16-byte chunks of row r stored at chunk ^ (r % 8) (the 128-byte swizzle). `addr` is 1024-byte aligned
 // plus 32 bytes for each step of 16 along K. Groups of 8 rows lie 1024 bytes apart.
 RVLLM_PTX u64 wgmma_operand(u32 addr) {
-  constexpr u64 SWIZZLE_128B = 1ull << 62, GROUP_STRIDE = (1024ull >> 4) << 32, UNUSED_LEADING = 1ull << 16;
-  return SWIZZLE_128B | GROUP_STRIDE | UNUSED_LEADING | ((addr & 0x3FFFF) >> 4);
+  constexpr u32 SWIZZLE_128B = 1u << 30, GROUP_STRIDE = 1024 >> 4, UNUSED_LEADING = 1u << 16;  // the first two: high word
+  u64 operand;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(operand) : "r"(UNUSED_LEADING | (addr & 0x3FFFF) >> 4), "n"(SWIZZLE_128B | GROUP_STRIDE));
+  return operand;
 }
 RVLLM_PTX void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 RVLLM_PTX void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
