@@ -6,9 +6,9 @@ import pytest
 
 from rvllm.backends.cuda.catalog import select
 from rvllm.backends.cuda.driver import DeviceFacts
-from rvllm.backends.cuda.fuse import fuse
+from rvllm.backends.cuda.fuse import Stage, fuse
 from rvllm.backends.cuda.graphs import Recipe
-from rvllm.backends.cuda.lowering import FAMILIES, LOWERED, refuse_unknown
+from rvllm.backends.cuda.lowering import EMITTERS, FAMILIES, LOWERED, refuse_unknown
 from rvllm.backends.cuda.memory import Budget, MemoryPlan
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, MissingKernelError
@@ -16,7 +16,7 @@ from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.memory import lifetimes
-from rvllm.program.ops import Op, Program
+from rvllm.program.ops import Embed, Linear, Logits, Op, Program
 
 QWEN_7B = {
     "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944,
@@ -69,6 +69,22 @@ def test_ops_without_kernels_are_all_listed() -> None:
     with pytest.raises(MissingKernelError) as caught:
         recipe(odd, H100, EngineConfig())
     assert "head size 72" in str(caught.value)
+
+
+def test_all_that_is_missing_is_listed_with_what_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(to: object, stage: Stage) -> None:
+        raise MissingKernelError(f"no kernel for {stage.ops[0].kind}")
+
+    given = recipe(program(), H100, EngineConfig())
+    for kind in (Embed, Logits, Linear):
+        monkeypatch.setitem(EMITTERS, kind, none)
+    with pytest.raises(MissingKernelError) as caught:
+        given.decode(1)
+    text = str(caught.value)
+    assert text.startswith(
+        f"{2 + 28 * 4} ops have no CUDA kernel: embed (no kernel for embed); layers.0.qkv, "
+    )
+    assert "lm_head (no kernel for logits)" in text and "layers.27.mlp.down + layers.27.mlp.add (" in text
 
 
 def lines(plan: MemoryPlan) -> int:

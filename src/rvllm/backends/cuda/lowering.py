@@ -93,22 +93,22 @@ class Lowering:
     def lower(self, stages: Sequence[Stage]) -> list[Planned]:
         """The launches of all stages, in order.
 
-        Raises MissingKernelError listing every op without a kernel.
+        Raises MissingKernelError listing every op without a kernel, those with one reason together.
         """
-        self.stages, missing = stages, list[str]()
+        self.stages, missing = stages, dict[str, list[str]]()
         for stage in stages:
             leader = next((op for op in stage.ops if isinstance(op, LEADING)), stage.ops[0])
             emit = EMITTERS.get(type(leader))
             if emit is None:
-                missing.append(f"{stage.name} ({stage.ops[0].kind})")
+                missing.setdefault(stage.ops[0].kind, []).append(stage.name)
                 continue
             try:
                 emit(self, stage)
             except MissingKernelError as error:
-                missing.append(f"{stage.name} ({error})")
+                missing.setdefault(str(error), []).append(stage.name)
         if missing:
-            shown = "; ".join(missing[:6]) + ("; ..." if len(missing) > 6 else "")
-            raise MissingKernelError(f"{len(missing)} ops have no CUDA kernel: {shown}")
+            shown = "; ".join(f"{', '.join(names)} ({why})" for why, names in missing.items())
+            raise MissingKernelError(f"{sum(map(len, missing.values()))} ops have no CUDA kernel: {shown}")
         return self.planned
 
     def begin(self) -> list[Planned]:

@@ -6,7 +6,8 @@ partial results and its counters. So the ops of one program must cut their rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.chip import Chip
@@ -17,6 +18,7 @@ from rvllm.errors import MissingKernelError
 from rvllm.program.dtypes import DType
 from rvllm.program.ops import Op
 
+Plan = TypeVar("Plan")
 PAGED: dict[type[Op], PagedPlans] = {**ATTENTION, **LATENT}
 
 
@@ -25,18 +27,28 @@ def decode_plans(
 ) -> dict[str, DecodePlan]:
     """By op: how it is launched for at most `seqs` sequences of one token, each at most `longest` long.
 
-    blocks: of the KV pool. Raises MissingKernelError where an op has no kernel.
+    blocks: of the KV pool. Raises MissingKernelError with what all ops lack.
     """
-    return {
-        op.name: PAGED[type(op)].decode(op, dtype, chip, seqs, longest, blocks)
-        for op in ops
-        if type(op) in PAGED
-    }
+    return _plans(ops, lambda plans, op: plans.decode(op, dtype, chip, seqs, longest, blocks))
 
 
 def prefill_plans(ops: Iterable[Op], dtype: DType, chip: Chip) -> dict[str, PrefillPlan]:
-    """By op: how it is launched for sequences of several tokens. Raises MissingKernelError."""
-    return {op.name: PAGED[type(op)].prefill(op, dtype, chip) for op in ops if type(op) in PAGED}
+    """By op: how it is launched for sequences of several tokens; raises as `decode_plans` does."""
+    return _plans(ops, lambda plans, op: plans.prefill(op, dtype, chip))
+
+
+def _plans(ops: Iterable[Op], plan: Callable[[PagedPlans, Op], Plan]) -> dict[str, Plan]:
+    found, missing = dict[str, Plan](), list[str]()
+    for op in ops:
+        if type(op) not in PAGED:
+            continue
+        try:
+            found[op.name] = plan(PAGED[type(op)], op)
+        except MissingKernelError as error:
+            missing.append(str(error))
+    if missing:
+        raise MissingKernelError("; ".join(dict.fromkeys(missing)))
+    return found
 
 
 def tile_shape(ops: Iterable[Op], plans: Mapping[str, PrefillPlan]) -> TileShape | None:
