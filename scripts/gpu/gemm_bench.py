@@ -152,6 +152,35 @@ class Bench:
                 )
                 before = done
 
+    def trace_split(self, name: str, tokens: int, variant: gemm_variants.Variant) -> None:
+        """The steps of a split product."""
+        n, k = SHAPES[name]
+        x = torch.randn(tokens, k, device="cuda").bfloat16()
+        out = torch.zeros(tokens, n, dtype=torch.bfloat16, device="cuda")
+        plan = variant.plan(n, k, tokens, "bf16", self.bed.facts.sm_count)
+        log = torch.zeros(plan.grid[0] * plan.grid[2], 2, 256, dtype=torch.int64, device="cuda")
+        launches = [
+            (
+                self.bed.launch(plan, x, self.address(name, layer), out, "bf16", residual=log.data_ptr()),
+                plan.grid,
+            )
+            for layer in range(20)
+        ]
+        seconds = self.bed.graph_seconds(launches, 5) / 20
+        rows = log.cpu().numpy()
+        cycles = rows[:, :, 4:11]
+        steps = (cycles[:, :, 1:] - cycles[:, :, :-1]).mean(axis=(0, 1))
+        most = (cycles[:, :, 1:] - cycles[:, :, :-1]).max(axis=(0, 1))
+        ghz = ((cycles[:, :, -1] - cycles[:, :, 0]) / (rows[:, :, 1] - rows[:, :, 0])).mean()
+        print(
+            f"trace {variant.label} {name} {tokens}: {seconds * 1e6:.1f} us, {ghz:.2f} GHz, cycles (most):",
+            end="",
+        )
+        steps_of = ("wait", "mainloop", "to shared", "cluster", "add up", "leave")
+        for step, mean, top in zip(steps_of, steps, most, strict=True):
+            print(f"  {step} {mean:.0f} ({top})", end="")
+        print(flush=True)
+
     def cublas(self, name: str, tokens: int) -> float:
         """The same through torch.matmul in a CUDA graph, without SiLU * up."""
         n, k = SHAPES[name]
@@ -269,6 +298,10 @@ def main() -> None:
         for tokens in (192, 256, 384, 512):
             bench.trace("gate_up", tokens)
         bench.trace("down", 512)
+        gemm_variants.add(bench.bed, gemm_variants.TRACED_SPLIT)
+        for variant in gemm_variants.TRACED_SPLIT:
+            for name in ("qkv", "o", "down"):
+                bench.trace_split(name, variant.tile, variant)
     if "once" in args.only:
         once(bench)
     head = "matrix  tokens  kernel                         us  cuBLAS us  TFLOP/s  cuBLAS  floor us"

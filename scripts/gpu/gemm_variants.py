@@ -42,9 +42,11 @@ class Variant:
 
     def plan(self, n: int, k: int, tokens: int, dtype: str, sms: int) -> gemm.GemmPlan:
         """How it is launched."""
-        mode: gemm.Mode = "sum" if self.mode == "SUM" else "flow"
+        mode: gemm.Mode = "sum" if self.mode == "SUM" else "split" if self.mode == "SPLIT" else "flow"
         like = gemm.variant(n, k, tokens, dtype, mode, self.tile, sms)
         spec = self.spec(dtype)
+        if mode == "split":
+            return replace(like, kernel=spec.name)
         pairs, token_tiles = -(-n // 128), -(-tokens // self.tile)
         clusters = min(sms // self.cluster, -(-pairs * token_tiles // self.cluster))
         grid = (self.cluster * clusters, 1, 1)
@@ -55,10 +57,14 @@ class Variant:
 
 DEEP = (*SAFE, "RVLLM_GEMM_DEEP")
 VARIANTS = (Variant("flow_deep", DEEP),)
-VARIANTS_SUM = (Variant("sum160", SAFE, mode="SUM", tile=160),)
+VARIANTS_SUM = (Variant("split256_held4", (*SAFE, "RVLLM_GEMM_HELD=4"), mode="SPLIT", cluster=1),)
 TRACED = (
     Variant("flow_traced", (*SAFE, "RVLLM_GEMM_TRACE")),
     Variant("flow_deep_traced", (*DEEP, "RVLLM_GEMM_TRACE")),
+)
+TRACED_SPLIT = (
+    *(Variant(f"split{n}_traced", ("RVLLM_GEMM_TRACE",), 1, "SPLIT", n) for n in (64, 128, 256)),
+    Variant("split256_held4_traced", ("RVLLM_GEMM_TRACE", "RVLLM_GEMM_HELD=4"), 1, "SPLIT"),
 )
 TRACED_SUM = (Variant("sum128_traced", ("RVLLM_GEMM_TRACE",), mode="SUM", tile=128),)
 

@@ -36,6 +36,9 @@ struct alignas(64) TensorMap {
   u64 opaque[16];
 };
 
+#ifndef RVLLM_GEMM_HELD
+#define RVLLM_GEMM_HELD 2
+#endif
 template <int TOKENS, Mode MODE>
 struct Layout {
   static constexpr bool MANY_REGISTERS = MODE != SPLIT && TOKENS >= 160;
@@ -47,7 +50,7 @@ struct Layout {
   static constexpr int SUMS = (CHUNK < 32 ? CHUNK : 32) * (TILE + 4) * 4;  // float32 on their way to logits
   static constexpr int PER_GROUP = CHUNK * STAGE_PITCH > SUMS ? CHUNK * STAGE_PITCH : SUMS;
   static constexpr int STAGING = MODE == SPLIT ? 0 : MODE == FLOW ? 2 * FLOW_STAGING : 2 * PER_GROUP;
-  static constexpr int HELD = TOKENS <= 16 ? 1 : TOKENS == 32 || TOKENS == 256 ? 2 : 4;  // items of a split sum at once
+  static constexpr int HELD = TOKENS <= 16 ? 1 : TOKENS == 32 || TOKENS == 256 ? RVLLM_GEMM_HELD : 4;  // items of a split sum at once
   static constexpr int BARRIERS = 256, LIMIT = 232448;
   static constexpr int FIT = (LIMIT - STAGING - BARRIERS) / (WEIGHTS + X);
   static constexpr int STAGES = FIT < 12 ? FIT : 12;
@@ -102,7 +105,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // a warp's one number, to the compiler
   const int tiles = (rows + TILE - 1) / TILE;
 #ifdef RVLLM_GEMM_TRACE  // the residual is where clocks are written, [blocks][2][256]
-  u64* const trace_log = static_cast<u64*>(const_cast<void*>(residual)) + (blockIdx.x * 2 + threadIdx.x / 128 % 2) * 256;
+  u64* const trace_log = static_cast<u64*>(const_cast<void*>(residual)) + ((blockIdx.x + gridDim.x * blockIdx.z) * 2 + threadIdx.x / 128 % 2) * 256;
   int stamps = 4;
   const bool stamping = threadIdx.x < CONSUMERS && threadIdx.x % 128 == 0;
   long long stalled = 0;
@@ -303,6 +306,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       next(v);
       if (can_hold(e)) hold_from(split_items(blockIdx.x) + threadIdx.x);
       segment(acc, k0, k1);
+      RVLLM_STAMP
       // Both warpgroups have read their last stage before partial sums overwrite it.
       bar_sync(1, CONSUMERS);
       float* partial = reinterpret_cast<float*>(shared);
@@ -312,6 +316,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
 #pragma unroll
         for (int i = 0; i < 4; i++)
           partial[(8 * j + column + i % 2) * L::SPLIT_PITCH + row + i / 2 * 8] = acc[4 * j + i];
+      RVLLM_STAMP
     } else {
       [[maybe_unused]] u8* staging = shared + stages * (L::WEIGHTS + L::X) + group * L::PER_GROUP;
       while (next(v)) {
@@ -369,6 +374,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   if constexpr (MODE == SPLIT) {
     // Every block of the cluster adds up, in ascending order of segments, its share of the tile.
     cluster_sync();
+    RVLLM_STAMP
     if (warp < CONSUMERS / 32) {
       const int token0 = blockIdx.y * TOKENS, row0 = blockIdx.z * 2 * TILE;
       const int first = split_items(blockIdx.x), last = split_items(blockIdx.x + 1);
@@ -409,7 +415,10 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     } else {
       cluster_arrive();
     }
+    RVLLM_STAMP
     cluster_wait();  // nobody leaves while its shared memory is being read
+    RVLLM_STAMP
+    RVLLM_STAMP_END
   } else if constexpr (CLUSTER > 1) {
     cluster_sync();
   }
