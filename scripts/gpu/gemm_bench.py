@@ -1,10 +1,11 @@
 """Times the matrix kernels on this GPU: the products of a 7B model as one decode chain, and prefill.
 
-    PYTHONPATH=src:scripts/gpu python scripts/gpu/gemm_bench.py [--tokens 1,8] [--only chain,shapes,prefill]
+    PYTHONPATH=src:scripts/gpu python scripts/gpu/gemm_bench.py [--tokens 1,8] [--only chain,turns]
 
 The chain is 28 layers of qkv, o (+ residual), gate_up (+ SiLU * up), down (+ residual) and the head, each
 product reading the one before, in one CUDA graph with programmatic dependent launch. Beside it, from the
-same run: the fastest plain read of the weights, and cuBLAS (through torch) for the same matrices.
+same run: the fastest plain read of the weights, and cuBLAS (through torch) for the same matrices. Above 500
+tokens power sets the clock, so kernels compare only in `turns`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-import gemm_variants
 import torch
 from gemm_bed import Bed, Work
 
 from rvllm.backends.cuda import cublas, gemm
+from rvllm.kernels.gemm_manifest import MODES
 
 LAYERS, HIDDEN, FFN, QKV, VOCAB = 28, 3584, 18944, 4608, 152064
 SHAPES = {"qkv": (QKV, HIDDEN), "o": (HIDDEN, HIDDEN), "gate_up": (2 * FFN, HIDDEN), "down": (HIDDEN, FFN),
@@ -109,78 +110,6 @@ class Bench:
         """How many layers' weights a measurement passes over."""
         return 1 if name == "lm_head" else min(LAYERS, max(4, 20000 // tokens))
 
-    def trace(self, name: str, tokens: int) -> None:
-        """Where the cycles of the traced kernels go; see RVLLM_STAMP in gemm_sm90.cu."""
-        n, k = SHAPES[name]
-        x = torch.randn(tokens, k, device="cuda").bfloat16()
-        one = gemm.segments_of(n, k) == 1
-        out = torch.zeros(tokens, n // 2 if one else n, dtype=torch.bfloat16, device="cuda")
-        kind = gemm.Kind.GATED_SILU if one else gemm.Kind.STORE
-        for variant in gemm_variants.TRACED if one else gemm_variants.TRACED_SUM:
-            plan = variant.plan(n, k, tokens, "bf16", self.bed.facts.sm_count)
-            log = torch.zeros(plan.grid[0], 2, 256, dtype=torch.int64, device="cuda")
-            launches = [
-                (self.bed.launch(plan, x, self.address(name, layer), out, "bf16", kind=kind,
-                                 residual=log.data_ptr()), plan.grid)
-                for layer in range(20)
-            ]  # fmt: skip
-            seconds = self.bed.graph_seconds(launches, 5) / 20
-            rows = log.cpu().numpy()
-            rows = rows[
-                (rows[:, :, 2] == rows[0, 0, 2]).all(axis=1)
-            ]  # blocks with as many visits as the first
-            wall = (rows[:, :, 1] - rows[:, :, 0]).mean()
-            stamps = int(rows[0, 0, 2])
-            cycles = rows[:, :, 4:stamps]
-            ghz = ((cycles[:, :, -1] - cycles[:, :, 0]) / (rows[:, :, 1] - rows[:, :, 0])).mean()
-            start = cycles[:, :, 1] - cycles[:, :, 0]
-            print(
-                f"trace {variant.label} {name} {tokens}: {seconds * 1e6:.1f} us, in the kernel "
-                f"{wall / 1e3:.1f} us, {ghz:.3f} GHz, waits {start.mean():.0f} cycles for the kernel before"
-            )
-            before = cycles[:, :, 1]
-            for visit in range((stamps - 6) // 3):
-                end, stall, done = (cycles[:, :, 2 + 3 * visit + i] for i in range(3))
-                skew = abs(end[:, 0] - end[:, 1]).mean()
-                print(
-                    f"  visit {visit:2}: mainloop {(end - before).mean():8.0f} cycles "
-                    f"({(end - before).mean() / -(-k // 64):6.0f} a block of K; {(end - before).min()} to "
-                    f"{(end - before).max()}), waiting for loads {stall[:, 0].mean():7.0f} "
-                    f"{stall[:, 1].mean():7.0f}, epilogue {(done - end).mean():6.0f}, apart {skew:6.0f}, "
-                    f"blocks apart {end.max(axis=1).std():6.0f}",
-                    flush=True,
-                )
-                before = done
-
-    def trace_split(self, name: str, tokens: int, variant: gemm_variants.Variant) -> None:
-        """The steps of a split product."""
-        n, k = SHAPES[name]
-        x = torch.randn(tokens, k, device="cuda").bfloat16()
-        out = torch.zeros(tokens, n, dtype=torch.bfloat16, device="cuda")
-        plan = variant.plan(n, k, tokens, "bf16", self.bed.facts.sm_count)
-        log = torch.zeros(plan.grid[0] * plan.grid[2], 2, 256, dtype=torch.int64, device="cuda")
-        launches = [
-            (
-                self.bed.launch(plan, x, self.address(name, layer), out, "bf16", residual=log.data_ptr()),
-                plan.grid,
-            )
-            for layer in range(20)
-        ]
-        seconds = self.bed.graph_seconds(launches, 5) / 20
-        rows = log.cpu().numpy()
-        cycles = rows[:, :, 4:11]
-        steps = (cycles[:, :, 1:] - cycles[:, :, :-1]).mean(axis=(0, 1))
-        most = (cycles[:, :, 1:] - cycles[:, :, :-1]).max(axis=(0, 1))
-        ghz = ((cycles[:, :, -1] - cycles[:, :, 0]) / (rows[:, :, 1] - rows[:, :, 0])).mean()
-        print(
-            f"trace {variant.label} {name} {tokens}: {seconds * 1e6:.1f} us, {ghz:.2f} GHz, cycles (most):",
-            end="",
-        )
-        steps_of = ("wait", "mainloop", "to shared", "cluster", "add up", "leave")
-        for step, mean, top in zip(steps_of, steps, most, strict=True):
-            print(f"  {step} {mean:.0f} ({top})", end="")
-        print(flush=True)
-
     def cublas(self, name: str, tokens: int) -> float:
         """The same through torch.matmul in a CUDA graph, without SiLU * up."""
         n, k = SHAPES[name]
@@ -220,42 +149,17 @@ def torch_graph_seconds(work: Callable[[], None], repeats: int = 7) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def once(bench: Bench) -> None:
-    """One launch each of what a profiler should look at."""
-    flow = gemm_variants.VARIANTS[0]
-    gemm_variants.add(bench.bed, (flow,))
-    n, k = SHAPES["gate_up"]
-    x = torch.randn(512, 18944, device="cuda").bfloat16()
-    out = torch.zeros(512, n, dtype=torch.bfloat16, device="cuda")
-    for plan in (gemm.variant(n, k, 512, "bf16", "flow", 256, 132), flow.plan(n, k, 512, "bf16", 132)):
-        launch = bench.bed.launch(
-            plan, x[:, :k], bench.address("gate_up", 3), out, "bf16", kind=gemm.Kind.GATED_SILU
-        )
-        launch.run(bench.bed.stream, plan.grid)
-    n, k = SHAPES["down"]
-    plan = gemm.variant(n, k, 512, "bf16", "sum", 128, 132)
-    launch = bench.bed.launch(plan, x[:, :k], bench.address("down", 3), out, "bf16")
-    launch.run(bench.bed.stream, plan.grid)
-    bench.bed.stream.sync()
-    n, k = SHAPES["gate_up"]
-    torch.matmul(x[:, :k].contiguous(), torch.randn(n, k, device="cuda").bfloat16().T)
-    torch.cuda.synchronize()
-
-
 def compare(bench: Bench, sizes: list[int]) -> None:
-    """Today's choice, every variant and cuBLASLt in turns, shape by shape: TFLOP/s (microseconds)."""
-    gemm_variants.add(bench.bed, (*gemm_variants.VARIANTS, *gemm_variants.VARIANTS_SUM))
+    """What is chosen, what could be, and cuBLASLt, in turns, shape by shape: TFLOP/s (microseconds)."""
     sms = bench.bed.facts.sm_count
     for name, (n, k) in SHAPES.items():
         one = gemm.segments_of(n, k) == 1
         for tokens in sizes:
-            plans = {"today": gemm.plan_gemm(n, k, tokens, "bf16", sms)}
-            for variant in gemm_variants.VARIANTS if one else gemm_variants.VARIANTS_SUM:
-                plans[variant.label] = variant.plan(n, k, tokens, "bf16", sms)
-            others: list[tuple[gemm.Mode, int]] = []
+            plans = {"chosen": gemm.plan_gemm(n, k, tokens, "bf16", sms)}
+            others: list[tuple[gemm.Mode, int]] = [("walk", 192), ("flow", 256)]
             if not one:
                 others = [("split", 192), ("split", 256)] if tokens <= 512 else []
-                others += [("sum", 96), ("sum", 128), ("sum", 192)]
+                others += [("sum", tile) for tile in MODES["sum"]]
             for mode, tile in others:
                 plans[f"{mode}{tile}"] = gemm.variant(n, k, tokens, "bf16", mode, tile, sms)
             works = {label: bench.ours(name, tokens, plan) for label, plan in plans.items()}
@@ -264,7 +168,7 @@ def compare(bench: Bench, sizes: list[int]) -> None:
             line = "  ".join(
                 f"{label} {work * count / s / 1e12:.0f} ({s / count * 1e6:.1f})" for label, s in found.items()
             )
-            print(f"{name:8} {tokens:5} {plans['today'].kernel[10:]:15} {line}", flush=True)
+            print(f"{name:8} {tokens:5} {plans['chosen'].kernel[10:]:15} {line}", flush=True)
 
 
 def main() -> None:
@@ -272,8 +176,8 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,8,16,32,64,96,128,256,512")
     parser.add_argument("--shape-tokens", default="1,32,64,128,256")
     parser.add_argument("--prefill-tokens", default="1024,8192")
-    parser.add_argument("--variant-tokens", default="128,160,192,256,320,384,512,640,1024,2048,4096")
-    parser.add_argument("--only", default="chain,shapes,prefill", help="also: variants, trace, once")
+    parser.add_argument("--turn-tokens", default="128,160,192,256,320,384,512,640,1024,2048,4096")
+    parser.add_argument("--only", default="chain,shapes,prefill", help="also: turns")
     args = parser.parse_args()
     bench = Bench(Bed())
     nbytes, limit = bench.weights.numel() * 2, bench.limit
@@ -291,19 +195,8 @@ def main() -> None:
                 f"{rate / limit:8.1%}  {work:12.0f}",
                 flush=True,
             )
-    if "variants" in args.only:
-        compare(bench, [int(t) for t in args.variant_tokens.split(",")])
-    if "trace" in args.only:
-        gemm_variants.add(bench.bed, (*gemm_variants.TRACED, *gemm_variants.TRACED_SUM))
-        for tokens in (192, 256, 384, 512):
-            bench.trace("gate_up", tokens)
-        bench.trace("down", 512)
-        gemm_variants.add(bench.bed, gemm_variants.TRACED_SPLIT)
-        for variant in gemm_variants.TRACED_SPLIT:
-            for name in ("qkv", "o", "down"):
-                bench.trace_split(name, variant.tile, variant)
-    if "once" in args.only:
-        once(bench)
+    if "turns" in args.only:
+        compare(bench, [int(t) for t in args.turn_tokens.split(",")])
     head = "matrix  tokens  kernel                         us  cuBLAS us  TFLOP/s  cuBLAS  floor us"
     for section, sizes in (("shapes", args.shape_tokens), ("prefill", args.prefill_tokens)):
         if section not in args.only:

@@ -15,30 +15,13 @@
 
 namespace rvllm::gemm {
 
-// RVLLM_GEMM_TRAP: a wait that never ends becomes an error.
-__device__ __forceinline__ void wait(u32 bar, u32 parity) {
-#ifdef RVLLM_GEMM_TRAP
-  for (u32 i = 0; !ptx::mbar_try_wait(bar, parity); i++)
-    if (i > 200000) __trap();
-#else
-  ptx::mbar_wait(bar, parity);
-#endif
-}
-__device__ __forceinline__ u64 global_time() {
-  u64 t;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
-  return t;
-}
-
 enum Mode { SPLIT, WALK, SUM, FLOW };
 constexpr int CONSUMERS = 256;
+
 struct alignas(64) TensorMap {
   u64 opaque[16];
 };
 
-#ifndef RVLLM_GEMM_HELD
-#define RVLLM_GEMM_HELD 2
-#endif
 template <int TOKENS, Mode MODE>
 struct Layout {
   static constexpr bool MANY_REGISTERS = MODE != SPLIT && TOKENS >= 160;
@@ -50,7 +33,7 @@ struct Layout {
   static constexpr int SUMS = (CHUNK < 32 ? CHUNK : 32) * (TILE + 4) * 4;  // float32 on their way to logits
   static constexpr int PER_GROUP = CHUNK * STAGE_PITCH > SUMS ? CHUNK * STAGE_PITCH : SUMS;
   static constexpr int STAGING = MODE == SPLIT ? 0 : MODE == FLOW ? 2 * FLOW_STAGING : 2 * PER_GROUP;
-  static constexpr int HELD = TOKENS <= 16 ? 1 : TOKENS == 32 || TOKENS == 256 ? RVLLM_GEMM_HELD : 4;  // items of a split sum at once
+  static constexpr int HELD = TOKENS <= 16 ? 1 : TOKENS == 32 || TOKENS == 256 ? 2 : 4;  // items of a split sum at once
   static constexpr int BARRIERS = 256, LIMIT = 232448;
   static constexpr int FIT = (LIMIT - STAGING - BARRIERS) / (WEIGHTS + X);
   static constexpr int STAGES = FIT < 12 ? FIT : 12;
@@ -58,15 +41,9 @@ struct Layout {
   static_assert(MODE != SPLIT || TOKENS * SPLIT_PITCH * 4 <= STAGES * (WEIGHTS + X), "partial sums must fit");
 };
 
-#ifdef RVLLM_GEMM_DEEP
-constexpr bool DEEP = true;
-#else
-constexpr bool DEEP = false;
-#endif
-
-// The stages of loads in flight: where stage s has its weights, its tokens and its pair of barriers.
+// The stages of loads in flight: where each has its weights and its tokens.
 struct Ring {
-  int stages, first;  // first: index of stage 0's barriers
+  int stages;
   u32 weights, x;
   int weights_pitch, x_pitch;
   int stage = 0;
@@ -74,7 +51,6 @@ struct Ring {
   __device__ void advance() {
     if (++stage == stages) stage = 0, phase ^= 1;
   }
-  __device__ int barrier() const { return first + stage; }
   __device__ u32 weights_at() const { return weights + stage * weights_pitch; }
   __device__ u32 x_at() const { return x + stage * x_pitch; }
 };
@@ -96,33 +72,10 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   const u32 base = smem(shared), x_base = base + stages * L::WEIGHTS, bars = base + stages * (L::WEIGHTS + L::X) + L::STAGING;
   const auto full = [&](int s) { return bars + 16 * s; };
   const auto empty = [&](int s) { return bars + 16 * s + 8; };
-  const Ring wide{stages, 0, base, x_base, L::WEIGHTS, L::X};
-  // FLOW: the narrow stages of pieces, which are the last visit, are more. They have barriers of their own.
-  const auto narrow = [&](const Visit& v) {
-    const int pitch = L::WEIGHTS + v.width * TILE * 2;
-    return Ring{L::STAGES * (L::WEIGHTS + L::X) / pitch, L::STAGES, base, base + L::WEIGHTS, pitch, pitch};
-  };
+  const Ring loads{stages, base, x_base, L::WEIGHTS, L::X};
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // a warp's one number, to the compiler
   const int tiles = (rows + TILE - 1) / TILE;
-#ifdef RVLLM_GEMM_TRACE  // the residual is where clocks are written, [blocks][2][256]
-  u64* const trace_log = static_cast<u64*>(const_cast<void*>(residual)) + ((blockIdx.x + gridDim.x * blockIdx.z) * 2 + threadIdx.x / 128 % 2) * 256;
-  int stamps = 4;
-  const bool stamping = threadIdx.x < CONSUMERS && threadIdx.x % 128 == 0;
-  long long stalled = 0;
-#define RVLLM_STALL(what) { const long long t = clock64(); what stalled += clock64() - t; }
-#define RVLLM_STALLED if (stamping && stamps < 256) trace_log[stamps++] = stalled; stalled = 0;
-#define RVLLM_STAMP if (stamping && stamps < 256) trace_log[stamps++] = clock64();
-#define RVLLM_STAMP_END if (stamping) trace_log[1] = global_time(), trace_log[2] = stamps;
-  if (stamping) trace_log[0] = global_time();
-  RVLLM_STAMP
-  const Epilogue e{out, bias, nullptr, kind, tokens, rows, pitch, scale, soft_cap};
-#else
-#define RVLLM_STAMP
-#define RVLLM_STALL(what) what
-#define RVLLM_STALLED
-#define RVLLM_STAMP_END
   const Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
-#endif
   // SPLIT: the items of the sum that fall to a block of the cluster, and what a thread's first ones are finished with.
   const auto split_items = [&](int rank) {
     const int count = min(TOKENS, tokens - static_cast<int>(blockIdx.y) * TOKENS);
@@ -138,7 +91,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   griddep_launch();
   if (threadIdx.x == CONSUMERS) {
     tensor_map_prefetch(&x);
-    for (int s = 0; s < (MODE == FLOW && DEEP ? L::BARRIERS / 16 : stages); s++) {
+    for (int s = 0; s < stages; s++) {
       mbar_init(full(s), 1);
       mbar_init(empty(s), CONSUMERS / 32 * CLUSTER);
     }
@@ -177,7 +130,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       // Weights that are read again in a later round, for other tokens, may stay in L2.
       const u64 hint = walk.again() ? EVICT_NORMAL : EVICT_FIRST;
       const auto load_weights = [&](const Visit& v, int k, const Ring& ring) {
-        const u32 bar = full(ring.barrier()), dst = ring.weights_at();
+        const u32 bar = full(ring.stage), dst = ring.weights_at();
         mbar_arrive_expect(bar, v.count * TILE_BYTES + v.width * TILE * 2);
         if (MODE == FLOW && v.piece) {  // of the same rows as the other block's, which loads the other tile
           const u64 tile = min(v.tile + walk.rank, tiles - 1);
@@ -194,7 +147,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       };
       const auto load_x = [&](const Visit& v, int k, const Ring& ring) {
         constexpr int SHARE = TOKENS / CLUSTER;
-        const u32 bar = full(ring.barrier()), dst = ring.x_at();
+        const u32 bar = full(ring.stage), dst = ring.x_at();
         if constexpr (MODE == FLOW) {
           for (int t = v.piece ? 0 : walk.rank * BOX; t < v.width; t += v.piece ? BOX : CLUSTER * BOX) {
             if (v.piece)
@@ -211,7 +164,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       };
       Visit v;
       bool more = next(v);
-      Ring ring = MODE == FLOW && DEEP && more && v.piece ? narrow(v) : wide;
+      Ring ring = loads;
       // Weights first: they depend on no kernel before this one.
       int ahead = more ? min(ring.stages, k1 - k0) : 0;
       for (Ring r = ring; r.stage < ahead; r.stage++) load_weights(v, k0 + r.stage, r);
@@ -222,17 +175,13 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       }
       while (more) {
         for (int k = k0 + ahead; k < k1; k++) {
-          wait(empty(ring.barrier()), ring.phase ^ 1);
+          mbar_wait(empty(ring.stage), ring.phase ^ 1);
           load_weights(v, k, ring);
           load_x(v, k, ring);
           ring.advance();
         }
         ahead = 0;
         more = next(v);
-        if (MODE == FLOW && DEEP && more && v.piece) {
-          for (int s = 0; s < ring.stages; s++, ring.advance()) wait(empty(ring.barrier()), ring.phase ^ 1);
-          ring = narrow(v);
-        }
       }
     } else {
       griddep_wait();
@@ -265,7 +214,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     else if constexpr (L::MANY_REGISTERS)
       registers_raise<232>();
     const int group = warp / 4, thread = threadIdx.x % 128;
-    Ring ring = wide;
+    Ring ring = loads;
     Visit v;
     float acc[REGS];
     const auto release = [&](int stage) {
@@ -280,7 +229,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       constexpr int WIDTH = sizeof(acc) / sizeof(float) * 2;
       int held = -1;
       for (int k = first; k < last; k++) {
-        RVLLM_STALL(wait(full(ring.barrier()), ring.phase);)
+        mbar_wait(full(ring.stage), ring.phase);
         const u32 a = ring.weights_at() + group * TILE_BYTES, b = ring.x_at();
         wgmma_pin(acc);
         wgmma_fence();
@@ -292,7 +241,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
           wgmma_wait<1>();
           release(held);
         }
-        held = ring.barrier();
+        held = ring.stage;
         ring.advance();
       }
       wgmma_wait<0>();
@@ -300,13 +249,11 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       if (held >= 0) release(held);
     };
     griddep_wait();
-    RVLLM_STAMP
 
     if constexpr (MODE == SPLIT) {
       next(v);
       if (can_hold(e)) hold_from(split_items(blockIdx.x) + threadIdx.x);
       segment(acc, k0, k1);
-      RVLLM_STAMP
       // Both warpgroups have read their last stage before partial sums overwrite it.
       bar_sync(1, CONSUMERS);
       float* partial = reinterpret_cast<float*>(shared);
@@ -316,14 +263,13 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
 #pragma unroll
         for (int i = 0; i < 4; i++)
           partial[(8 * j + column + i % 2) * L::SPLIT_PITCH + row + i / 2 * 8] = acc[4 * j + i];
-      RVLLM_STAMP
     } else {
       [[maybe_unused]] u8* staging = shared + stages * (L::WEIGHTS + L::X) + group * L::PER_GROUP;
       while (next(v)) {
         if (group >= v.count) {  // nothing for this warpgroup: keep in step with the pipeline
           for (int k = 0; k < blocks; k++) {
-            wait(full(ring.barrier()), ring.phase);
-            release(ring.barrier());
+            mbar_wait(full(ring.stage), ring.phase);
+            release(ring.stage);
             ring.advance();
           }
           continue;
@@ -341,7 +287,6 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
 #pragma unroll
           for (int i = 0; i < REGS; i++) acc[i] = sum[i];
         } else {
-          if (MODE == FLOW && DEEP && v.piece) ring = narrow(v);
           if constexpr (MODE == FLOW) {  // narrow visits are summed in the first of the accumulators
             if (v.width == 64)
               segment(reinterpret_cast<float(&)[32]>(acc), 0, blocks);
@@ -355,8 +300,6 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
             segment(acc, 0, blocks);
           }
         }
-        RVLLM_STAMP
-        RVLLM_STALLED
         if constexpr (MODE == FLOW) {
           hand_over<T, TOKENS>(e, acc, smem(shared) + stages * (L::WEIGHTS + L::X) + group * FLOW_STAGING, group, thread,
                                (v.tile + group) * TILE, v.token0, min(v.width, tokens - v.token0));
@@ -364,17 +307,14 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
           finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(e, acc, staging, 1 + group, thread,
                                                                    (v.tile + group) * TILE, v.token0);
         }
-        RVLLM_STAMP
       }
       if constexpr (MODE == FLOW) bar_sync(ROOM + group, 128 + STORERS);  // as often as the storers arrive
-      RVLLM_STAMP_END
     }
   }
 
   if constexpr (MODE == SPLIT) {
     // Every block of the cluster adds up, in ascending order of segments, its share of the tile.
     cluster_sync();
-    RVLLM_STAMP
     if (warp < CONSUMERS / 32) {
       const int token0 = blockIdx.y * TOKENS, row0 = blockIdx.z * 2 * TILE;
       const int first = split_items(blockIdx.x), last = split_items(blockIdx.x + 1);
@@ -415,10 +355,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     } else {
       cluster_arrive();
     }
-    RVLLM_STAMP
     cluster_wait();  // nobody leaves while its shared memory is being read
-    RVLLM_STAMP
-    RVLLM_STAMP_END
   } else if constexpr (CLUSTER > 1) {
     cluster_sync();
   }
