@@ -129,8 +129,8 @@ route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* 
   constexpr int BATCH = TOKENS > 1 ? 1 : EXPERTS == 1 ? 16 : 12;  // vectors of a row in flight
   constexpr int NORM_VECTORS = MOST_NORMED / 8 / (WARPS * 32);    // 16-byte vectors that a thread normalises, at most
   __shared__ u32 keys[WARPS][32 * LANE_EXPERTS];
-  __shared__ int last;
-  __shared__ float gathered[CLUSTER ? 32 * LANE_EXPERTS : 1];  // the logits, in the cluster's first block
+  [[maybe_unused]] __shared__ int last;
+  [[maybe_unused]] __shared__ float gathered[CLUSTER ? 32 * LANE_EXPERTS : 1];  // the logits, in the cluster's first block
   griddep_launch();
 #if __CUDA_ARCH__ >= 900
   if constexpr (CLUSTER) cluster_arrive();  // this block runs: others may write to its shared memory
@@ -233,8 +233,8 @@ route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* 
     choose<LANE_EXPERTS>(logit, bias, keys[warp], ids + (size_t)t * (top_k + always), shares + (size_t)t * (top_k + always),
                          experts, top_k, always, groups, kept, flags, scale);
   };
-#if __CUDA_ARCH__ >= 900
   if constexpr (CLUSTER) {
+#if __CUDA_ARCH__ >= 900
     cluster_wait();
 #pragma unroll
     for (int e = 0; e < EXPERTS; e++) {
@@ -246,21 +246,21 @@ route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* 
     if (blockIdx.x > 0) return;  // nobody writes to this block
     cluster_wait();
     if (warp == 0) choose_for(t0, [&](int e) { return gathered[e]; });
-    return;
-  }
 #endif
+  } else {
 #pragma unroll
-  for (int t = 0; t < TOKENS; t++)
+    for (int t = 0; t < TOKENS; t++)
 #pragma unroll
-    for (int e = 0; e < EXPERTS; e++) {
-      const float sum = warp_sum(acc[t][e]);
-      if (lane == 0 && t0 + t < tokens && e0 + e < experts) __stcg(logits + (size_t)(t0 + t) * experts + e0 + e, sum);
-    }
-  __syncthreads();
-  if (threadIdx.x == 0) last = add_acq_rel(arrivals + blockIdx.y, 1) + 1 == gridDim.x;
-  __syncthreads();
-  if (!last) return;
-  for (int t = t0 + warp; t < min(t0 + TOKENS, tokens); t += WARPS)
-    choose_for(t, [&](int e) { return __ldcg(logits + (size_t)t * experts + e); });
-  if (threadIdx.x == 0) arrivals[blockIdx.y] = 0;
+      for (int e = 0; e < EXPERTS; e++) {
+        const float sum = warp_sum(acc[t][e]);
+        if (lane == 0 && t0 + t < tokens && e0 + e < experts) __stcg(logits + (size_t)(t0 + t) * experts + e0 + e, sum);
+      }
+    __syncthreads();
+    if (threadIdx.x == 0) last = add_acq_rel(arrivals + blockIdx.y, 1) + 1 == gridDim.x;
+    __syncthreads();
+    if (!last) return;
+    for (int t = t0 + warp; t < min(t0 + TOKENS, tokens); t += WARPS)
+      choose_for(t, [&](int e) { return __ldcg(logits + (size_t)t * experts + e); });
+    if (threadIdx.x == 0) arrivals[blockIdx.y] = 0;
+  }
 }
