@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,13 +60,25 @@ def wanted(target: str) -> list[build.Unit]:
 CASES = [(target, unit) for target in TARGETS for unit in wanted(target)]
 
 
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> Iterator[Callable[[build.Unit], build.Cubin]]:
+    """Compiles what this run asks for on all cores; gives a unit's cubin when it is there."""
+    asked = [item.callspec.params.get("unit") for item in request.session.items if hasattr(item, "callspec")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        cubins = {u: pool.submit(build.compile_unit, u) for u in asked if isinstance(u, build.Unit)}
+        yield lambda unit: cubins[unit].result()
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.compile
 @pytest.mark.skipif(bool(nvrtc_missing()), reason=f"needs the cuda extra: {nvrtc_missing()}")
 @pytest.mark.parametrize(
     ("target", "unit"), CASES, ids=[f"{t}-{u.source}-{u.symbols[0].replace(' ', '')}" for t, u in CASES]
 )
-def test_compiles_within_its_registers(target: str, unit: build.Unit) -> None:
-    cubin = build.compile_unit(unit)
+def test_compiles_within_its_registers(
+    target: str, unit: build.Unit, compiled: Callable[[build.Unit], build.Cubin]
+) -> None:
+    cubin = compiled(unit)
     assert set(cubin.names) == set(unit.symbols)
     assert cubin.code.startswith(b"\x7fELF")
     assert "warning" not in cubin.log, cubin.log
