@@ -59,12 +59,6 @@ template <typename T> __device__ __forceinline__ uint4 pack8(const float (&x)[8]
 }
 
 // ---- arithmetic and reductions -----------------------------------------------------------------------
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(~0u, x, o);

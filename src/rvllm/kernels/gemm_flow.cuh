@@ -46,7 +46,7 @@ __device__ __forceinline__ float2 widened<f16>(u32 pair) { return __half22float2
 // The bits of silu(v) in fewer steps: silu's further ones are for a denormal exp(-v), which 1 swallows, and for a
 // divisor below 2^-126, which 1 + exp(-v) is not.
 __device__ __forceinline__ float silu_quick(float v) {
-  return __fmul_rn(v, ptx::reciprocal_quick(__fadd_rn(1.f, ptx::exp2_quick(__fmul_rn(v, -1.44269504f)))));
+  return __fmul_rn(v, ptx::reciprocal_fast(__fadd_rn(1.f, ptx::exp2_fast(__fmul_rn(v, -1.44269504f)))));
 }
 
 template <class T, int TOKENS>

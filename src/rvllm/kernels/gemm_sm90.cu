@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     // Sums blocks [first, last) into acc, of as many tokens as it has columns.
     const auto segment = [&](auto& acc, int first, int last) {
       constexpr int WIDTH = sizeof(acc) / sizeof(float) * 2;
-      int held = -1;
+      int reading = -1;
       for (int k = first; k < last; k++) {
         mbar_wait(full(ring.stage), ring.phase);
         const u32 a = ring.weights_at() + group * TILE_BYTES, b = ring.x_at();
@@ -237,16 +237,16 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
         for (int j = 0; j < TILE / 16; j++) wgmma<WIDTH, T>(acc, wgmma_operand(a + 32 * j), wgmma_operand(b + 32 * j), j > 0 || k > first);
         wgmma_commit();
         wgmma_pin(acc);
-        if (held >= 0) {
+        if (reading >= 0) {
           wgmma_wait<1>();
-          release(held);
+          release(reading);
         }
-        held = ring.stage;
+        reading = ring.stage;
         ring.advance();
       }
       wgmma_wait<0>();
       wgmma_pin(acc);
-      if (held >= 0) release(held);
+      if (reading >= 0) release(reading);
     };
     griddep_wait();
 

@@ -34,6 +34,19 @@ RVLLM_PTX int dynamic_smem_bytes() {
 // The 32-bit shared-state-space address of a generic pointer into shared memory.
 RVLLM_PTX u32 smem(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
+// ---------------------------------------------------------------- the special function unit
+// 2^v and 1 / v as it gives them; denormal numbers are zero.
+RVLLM_PTX float exp2_fast(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+RVLLM_PTX float reciprocal_fast(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+
 // ---------------------------------------------------------------- programmatic dependent launch
 // Every kernel of a chain calls griddep_wait() in every thread before it touches anything an earlier
 // kernel writes or reads. Weights may be read before it. Without the attribute both are no-ops.

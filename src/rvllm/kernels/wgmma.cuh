@@ -36,18 +36,6 @@ RVLLM_PTX void stmatrix_x4_trans(u32 addr, const u32 (&r)[4]) {
                :: "r"(addr), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 
-// 2^v and 1 / v as the special function unit gives them; denormal numbers are zero.
-RVLLM_PTX float exp2_quick(float v) {
-  float r;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-  return r;
-}
-RVLLM_PTX float reciprocal_quick(float v) {
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-  return r;
-}
-
 // wgmma<N, T>(d, a, b, keep): keep = 0 overwrites d, 1 adds to it.
 #define RVLLM_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define RVLLM_F16(i) RVLLM_F4(i), RVLLM_F4(i + 4), RVLLM_F4(i + 8), RVLLM_F4(i + 12)

@@ -138,9 +138,7 @@ def _route_kernel(experts: int, tokens: int, norm: bool, capability: int) -> str
     fits = (
         name
         for name, shape in ROUTES.items()
-        if shape.cluster
-        and experts <= MOST_CLUSTER * shape.warps * shape.experts
-        and experts <= 32 * ROUTE_LANES[0]
+        if shape.cluster and experts <= MOST_CLUSTER * shape.warps * shape.experts
     )
     return next(fits, "_norm") if capability >= 90 else "_norm"
 

@@ -45,12 +45,7 @@ Element = TypeVar("Element", bound=np.generic)
 MAX_SEGMENTS = 8  # the largest portable cluster
 SEGMENT_BLOCKS = 2  # a segment has at least so many tiles of K
 ONE_TILE = 256  # up to so many tokens a split product is the quickest
-_SLOWER = {
-    96: 1.36,
-    128: 1.1,
-    160: 1.09,
-    192: 1.08,
-}  # a tile's cycles, measured against its products'
+_SLOWER = {96: 1.36, 128: 1.1, 160: 1.09, 192: 1.08}  # a tile's cycles, measured against its products'
 MAX_STAGES, SMALL_STAGES = 12, 6  # of a split product's ring
 SMALL_WEIGHT = 20 << 20  # bytes; 24 MB cost StableLM-2-1.6B 4 % of a step
 REFERENCE_SMS = 132  # segments are cut for this many SMs on every GPU, so that bits do not depend on it

@@ -9,7 +9,7 @@ from rvllm.backends.cuda.encoder_plan import EncoderPlan
 from rvllm.backends.cuda.gpu import Found
 from rvllm.backends.cuda.graphs import Recipe
 from rvllm.backends.cuda.join import joined
-from rvllm.backends.cuda.memory import HEADROOM, Budget
+from rvllm.backends.cuda.memory import BLOCK, HEADROOM, Budget
 from rvllm.config import EngineConfig
 from rvllm.program.encoder import embedding_size
 from rvllm.program.ops import Program
@@ -40,7 +40,7 @@ def outlook(program: Program, config: EngineConfig, facts: DeviceFacts, budget: 
         taken = memory.lines
         limits = {
             "kv blocks": memory.num_blocks,
-            "tokens they hold": memory.num_blocks * 16,
+            "tokens they hold": memory.num_blocks * BLOCK,
             "max_model_len": memory.max_model_len,
             "max_num_seqs": memory.seqs,
             "max_num_batched_tokens": memory.tokens,
