@@ -22,11 +22,11 @@ import numpy as np
 from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepResult
 from rvllm.config import EngineConfig, SourceConfig
 from rvllm.engine.core import EngineCore
-from rvllm.engine.messages import Generate, ModelFacts, Sampling, Vocabulary
+from rvllm.engine.ipc.messages import Generate, ModelFacts, Sampling, Vocabulary
 from rvllm.engine.sampling_params import StructuredOutputsParams
-from rvllm.text.grammar import grammar_of, vocabulary_of
-from rvllm.text.tokenizer import Tokenizer
-from rvllm.weights.source import resolve
+from rvllm.text.grammar.grammar import grammar_of, vocabulary_of
+from rvllm.text.tokenizers.tokenizer import Tokenizer
+from rvllm.weights.fetch.source import resolve
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "text"))
 

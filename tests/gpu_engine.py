@@ -13,10 +13,10 @@ from tiny import ArrayCheckpoint, weights_of
 
 from rvllm.backends.base import Backend
 from rvllm.backends.cpu.backend import CpuBackend
-from rvllm.backends.cuda.driver import device_count
+from rvllm.backends.cuda.device.driver import device_count
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
-from rvllm.engine.messages import Generate, ModelFacts, Output, Sampling
+from rvllm.engine.ipc.messages import Generate, ModelFacts, Output, Sampling
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType

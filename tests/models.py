@@ -25,7 +25,7 @@ def fetch_script() -> ModuleType:
 @cache
 def _path_or_reason(name: str) -> Path | str:
     from rvllm.errors import CapacityError
-    from rvllm.weights.cache import FetchError
+    from rvllm.weights.fetch.cache import FetchError
 
     try:
         path: Path = fetch_script().fetch(name)

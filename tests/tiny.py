@@ -19,7 +19,7 @@ from rvllm.config import EngineConfig
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Program
+from rvllm.program.ops.dense import Program
 from rvllm.weights.checkpoint import TensorInfo, TensorType
 
 TOKENS = 48  # longer than the windows and trained contexts below

@@ -31,20 +31,20 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from real_configs import CONFIGS, on_one_card
 
 from rvllm.backends.base import StepBatch
-from rvllm.backends.cuda.driver import DeviceFacts
-from rvllm.backends.cuda.graphs import Recipe
-from rvllm.backends.cuda.memory import Budget
+from rvllm.backends.cuda.device.driver import DeviceFacts
+from rvllm.backends.cuda.layout.memory import Budget
 from rvllm.backends.cuda.profile import MATMUL_RATE, READ_KERNEL, stream_rate
+from rvllm.backends.cuda.step_planner import Recipe
 from rvllm.bench.profile import profile_table
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
-from rvllm.engine.messages import Generate, ModelFacts, Sampling
+from rvllm.engine.ipc.messages import Generate, ModelFacts, Sampling
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.cost import StepShape, program_cost
 from rvllm.program.dtypes import DType
-from rvllm.program.encoder import embedding_size
-from rvllm.program.ops import Program
+from rvllm.program.ops.dense import Program
+from rvllm.program.ops.encoder import embedding_size
 
 PROMPT, TOKENS, RUNS = 12, 64, 3
 CONTEXT = PROMPT + TOKENS // 2
@@ -99,7 +99,7 @@ def program_of(name: str, dtype: DType) -> tuple[str, Program]:
 
 def dry_run(name: str, dtype: DType) -> Line:
     """The plan alone: launches and floor at an H200's plain read rate."""
-    from rvllm.backends.cuda.encoder_plan import EncoderPlan
+    from rvllm.backends.cuda.ops.encoder.plan import EncoderPlan
 
     label, program = program_of(name, dtype)
     budget = Budget(141 << 30, 1 << 30, 136 << 30)

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "cuda"))
 from experts_checks import Mixed, Routing, chip
 from harness import BF16, Array, Gpu
 
-from rvllm.backends.cuda.driver import Launch
-from rvllm.backends.cuda.experts import ExpertsAt, ExpertsPlan, RouteAt, most_tiles, plan_route
-from rvllm.backends.cuda.gemm import gated_rows, packed_nbytes
-from rvllm.backends.cuda.launches import Counts, Planned
+from rvllm.backends.cuda.device.driver import Launch
+from rvllm.backends.cuda.device.launches import Counts, Planned
+from rvllm.backends.cuda.ops.gemm.plan import gated_rows, packed_nbytes
+from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, RouteAt, most_tiles, plan_route
 from rvllm.backends.cuda.profile import READ_KERNEL
 
 MODELS = {

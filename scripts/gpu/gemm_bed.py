@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from rvllm.backends.cuda import gemm
-from rvllm.backends.cuda.driver import Device, Event, Function, Launch, Module, Stream, TensorMap
+from rvllm.backends.cuda.device.driver import Device, Event, Function, Launch, Module, Stream, TensorMap
+from rvllm.backends.cuda.ops.gemm import plan as gemm
 from rvllm.kernels import build
-from rvllm.kernels.gemm_manifest import KERNELS
+from rvllm.kernels.gemm.specs import SPECS
 
 Work = list[tuple[Launch, tuple[int, int, int]]]  # launches with their grids
 TORCH = {"bf16": torch.bfloat16, "f16": torch.float16}
@@ -32,7 +32,7 @@ class Bed:
         self.device = Device()
         self.facts = self.device.facts()
         started = time.perf_counter()
-        specs = [spec for spec in KERNELS if spec.runs_on(self.facts.capability)]
+        specs = [spec for spec in SPECS if spec.runs_on(self.facts.capability)]
         cubins = build.load(build.units(specs, build.target_of(self.facts.capability)), CACHE)
         self.functions: dict[str, Function] = {}
         for cubin in cubins:

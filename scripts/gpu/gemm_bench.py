@@ -16,8 +16,9 @@ from collections.abc import Callable
 import torch
 from gemm_bed import Bed, Work
 
-from rvllm.backends.cuda import cublas, gemm
-from rvllm.kernels.gemm_manifest import MODES
+from rvllm.backends.cuda.ops.gemm import cublas
+from rvllm.backends.cuda.ops.gemm import plan as gemm
+from rvllm.kernels.gemm.specs import MODES
 
 LAYERS, HIDDEN, FFN, QKV, VOCAB = 28, 3584, 18944, 4608, 152064
 SHAPES = {"qkv": (QKV, HIDDEN), "o": (HIDDEN, HIDDEN), "gate_up": (2 * FFN, HIDDEN), "down": (HIDDEN, FFN),

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from gemm_bed import TORCH, Bed
 
-from rvllm.backends.cuda import gemm
-from rvllm.kernels.gemm_manifest import MODES, SM80_TOKENS
+from rvllm.backends.cuda.ops.gemm import plan as gemm
+from rvllm.kernels.gemm.specs import MODES, SM80_TOKENS
 
 SHAPES = [(203, 72), (64, 8), (1000, 264), (576, 576), (1536, 576), (896, 4864), (3584, 3584), (4608, 3584),
           (17000, 1160), (37888, 3584), (49152, 576), (151937, 896)]  # fmt: skip

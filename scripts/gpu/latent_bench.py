@@ -19,10 +19,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "cuda"))
 from harness import BF16, Array, Gpu
 
-from rvllm.backends.cuda.attention import prefill_tiles, table_stride
-from rvllm.backends.cuda.driver import call
-from rvllm.backends.cuda.latent import LatentShape, plan_decode, plan_prefill
-from rvllm.kernels.latent_manifest import product_chunks, product_smem
+from rvllm.backends.cuda.device.driver import call
+from rvllm.backends.cuda.ops.attention.plan import prefill_tiles, table_stride
+from rvllm.backends.cuda.ops.mla.plan import LatentShape, plan_decode, plan_prefill
+from rvllm.kernels.mla.specs import product_chunks, product_smem
 from rvllm.program.dtypes import DType
 
 LAYERS = 8

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from arch_bench import CONTEXT, ENGINE, program_of
 
 from rvllm.backends.cuda.backend import CudaBackend
-from rvllm.backends.cuda.launches import Counts, Planned
+from rvllm.backends.cuda.device.launches import Counts, Planned
 from rvllm.backends.cuda.profile import capture, decode_batch, make_of, time_graph
 from rvllm.program.dtypes import DType
 

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "cuda"))
 from harness import BF16, Array, Gpu
 from recurrent_checks import Meta
 
-from rvllm.backends.cuda.lower_recurrent import CONV_THREADS, KEEP_THREADS, SCAN_ROWS, ConvAt, conv_tile
-from rvllm.kernels.recurrent_manifest import conv_kernel, gated_norm_kernel, scan_kernel, scan_smem
-from rvllm.program.recurrent import CHUNK, CausalConv, StateScan
+from rvllm.backends.cuda.ops.mamba2 import CONV_THREADS, KEEP_THREADS, SCAN_ROWS, ConvAt, conv_tile
+from rvllm.kernels.mamba2.specs import conv_kernel, gated_norm_kernel, scan_kernel, scan_smem
+from rvllm.program.ops.mamba2 import CHUNK, CausalConv, StateScan
 
 TAPS, LAYERS = 4, 24
 

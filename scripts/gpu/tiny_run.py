@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "cuda"))
 from gpu_engine import CONFIG, backend, core_of, run, tokens_of
 from test_archs_gpu import MODELS, VOCAB
 
-from rvllm.engine.messages import Sampling
+from rvllm.engine.ipc.messages import Sampling
 from rvllm.program.dtypes import DType
 
 FAMILIES = ("qwen2", "gemma2", "mixtral", "deepseek_v2_lite", "nemotron_h_moe", "phi3small")

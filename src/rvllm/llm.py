@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rvllm.config import EngineConfig, SourceConfig, build
 from rvllm.engine.core import EngineCore
-from rvllm.engine.messages import Embed
+from rvllm.engine.ipc.messages import Embed
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import RvllmError, UsageError
 from rvllm.text.embedding import (
@@ -23,12 +23,12 @@ from rvllm.text.embedding import (
     shorten,
     text_tokens,
 )
-from rvllm.text.grammar import check_tokenizer, vocabulary_of
+from rvllm.text.grammar.grammar import check_tokenizer, vocabulary_of
 from rvllm.text.outputs import RequestMetrics, RequestOutput
 from rvllm.text.pending import PendingRequest
 from rvllm.text.processor import Choice
 from rvllm.text.requests import Prompt, RequestMaker, prompt_tokens
-from rvllm.text.tokenizer import Tokenizer
+from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 
@@ -72,8 +72,8 @@ class LLM:
         revision: str | None = None,
         **settings: Any,
     ) -> None:
-        from rvllm.weights.progress import ProgressBar
-        from rvllm.weights.source import resolve
+        from rvllm.weights.fetch.progress import ProgressBar
+        from rvllm.weights.fetch.source import resolve
 
         self.config = engine_config(model, revision, settings)
         source = build(SourceConfig, {})

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from text.tiny_tokenizers import byte_level
 
 from rvllm.api.app import build_app
-from rvllm.api.exchange import Gate
-from rvllm.api.generation import Service
-from rvllm.api.listen import StopSignals, bind
-from rvllm.api.server import serve
+from rvllm.api.generate.generation import Service
+from rvllm.api.http.exchange import Gate
+from rvllm.api.http.listen import StopSignals, bind
+from rvllm.api.http.server import serve
 from rvllm.config import ServerConfig
-from rvllm.engine.messages import (
+from rvllm.engine.ipc.messages import (
     Embed,
     Generate,
     KernelUse,

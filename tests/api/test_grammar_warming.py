@@ -14,7 +14,7 @@ from api_double import LiveServer
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[LiveServer]:
-    monkeypatch.setattr("rvllm.api.generation.LOOK_SECONDS", 0.02)
+    monkeypatch.setattr("rvllm.api.generate.generation.LOOK_SECONDS", 0.02)
     with LiveServer(drain_timeout=0.2) as live:
         yield live
 
@@ -48,7 +48,7 @@ def test_the_first_grammar_does_not_wait_for_it(server: LiveServer) -> None:
 
 
 def test_a_server_without_a_tokenizer_has_nothing_to_hand_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rvllm.api.generation.LOOK_SECONDS", 0.02)
+    monkeypatch.setattr("rvllm.api.generate.generation.LOOK_SECONDS", 0.02)
     with LiveServer(drain_timeout=0.2, texts=False) as server:
         warming(server).result(10)
         assert not server.engine.vocabularies

@@ -8,7 +8,7 @@ from api_double import LiveServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rvllm.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from rvllm.api.schemas.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 BODIES = {
     "/v1/chat/completions": ChatRequest,
@@ -71,8 +71,8 @@ def test_random_fields(server: LiveServer, path: str) -> None:
 @settings(max_examples=150, deadline=None)
 @given(place=st.integers(0, 200), junk=st.binary(max_size=4), cut=st.integers(0, 200))
 def test_mutated_bytes(place: int, junk: bytes, cut: int) -> None:
-    from rvllm.api.body import parse
-    from rvllm.api.errors import ApiError
+    from rvllm.api.http.body import parse
+    from rvllm.api.http.errors import ApiError
 
     good = json.dumps(
         {"messages": [{"role": "user", "content": "é😀"}], "temperature": 0.5, "stop": ["a"]}

@@ -10,7 +10,7 @@ from api_double import LiveServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rvllm.api.openapi import OPERATIONS
+from rvllm.api.docs.openapi import OPERATIONS
 
 LEAVES = st.one_of(
     st.none(),

@@ -74,7 +74,7 @@ def test_headers_of_a_usual_size_pass_after_a_large_body(server: LiveServer) -> 
 
 
 def test_slow_headers_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rvllm.api.http.HEAD_SECONDS", 0.3)
+    monkeypatch.setattr("rvllm.api.http.protocol.HEAD_SECONDS", 0.3)
     with LiveServer(drain_timeout=0.2) as server:
         drip = [b"GET /version HTTP/1.1\r\n", b"X-A: b\r\n", b"X-"]
         before = time.monotonic()

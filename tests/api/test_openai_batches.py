@@ -16,10 +16,10 @@ import openai
 import pytest
 from api_double import LiveServer
 
-from rvllm.api.batch_lines import PRIORITY
-from rvllm.api.batch_store import Batch, BatchStore
-from rvllm.api.errors import ApiError
-from rvllm.api.form import parse_form
+from rvllm.api.batches.lines import PRIORITY
+from rvllm.api.batches.store import Batch, BatchStore
+from rvllm.api.http.errors import ApiError
+from rvllm.api.http.multipart import parse_form
 from rvllm.errors import UsageError
 
 

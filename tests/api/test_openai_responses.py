@@ -12,8 +12,8 @@ import openai
 import pytest
 from api_double import ANSWER, CONTEXT, LiveServer
 
-from rvllm.api.responses_schema import ResponsesRequest, new_response
-from rvllm.api.responses_store import Conversation, ResponseStore
+from rvllm.api.responses.store import Conversation, ResponseStore
+from rvllm.api.schemas.responses import ResponsesRequest, new_response
 from rvllm.errors import UsageError
 
 

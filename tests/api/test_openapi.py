@@ -14,7 +14,7 @@ from api_double import LiveServer
 from starlette.routing import Route
 
 from rvllm.api.app import build_app
-from rvllm.api.openapi import document
+from rvllm.api.docs.openapi import document
 
 PAGE = ("/rvllm/", "/web/", "/openapi.json", "/docs")  # the page's own, and the document itself
 

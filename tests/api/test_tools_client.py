@@ -12,7 +12,7 @@ import pytest
 from api_double import LiveServer
 
 from rvllm.config import ServerConfig, settings_of
-from rvllm.text.reasoning import CHOICES as REASONING_CHOICES
+from rvllm.text.chat.reasoning import CHOICES as REASONING_CHOICES
 from rvllm.text.tools.choose import CHOICES as TOOL_CHOICES
 
 TEMPLATE = (

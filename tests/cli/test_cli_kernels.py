@@ -48,7 +48,7 @@ def test_the_list_holds_every_kernel_with_what_makes_it(capsys: pytest.CaptureFi
         (["list", "--arch", ""], "--arch: '' is not one of"),
         (
             ["check", *STEP],
-            "1 of 1 units are not built: step.cu (sm_90a, 1 kernels); run `rvllm kernels build`",
+            "1 of 1 units are not built: common/begin_step.cu (sm_90a, 1 kernels); run `rvllm kernels build`",
         ),
         (["shuffle"], "invalid choice: 'shuffle'"),
     ],

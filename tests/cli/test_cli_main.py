@@ -12,7 +12,7 @@ import pytest
 from models import model_path
 
 from rvllm.cli import main as cli
-from rvllm.cli.starting import LoadingBar
+from rvllm.cli.common.starting import LoadingBar
 from rvllm.errors import ModelError
 from rvllm.version import __version__
 
@@ -161,7 +161,7 @@ def test_ctrl_c_while_loading_ends_quietly(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     script = tmp_path / "serve.py"
     script.write_text(
-        "import sys, rvllm.engine.client as c\n"
+        "import sys, rvllm.engine.ipc.client as c\n"
         "import functools\n"
         "start = c.EngineClient.start.__func__\n"
         "c.EngineClient.start = classmethod(functools.partial(start, command=('sleep', '60')))\n"

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "api"))
 
 from api_double import LiveServer
 
-from rvllm.cli.blockmap import block_map
+from rvllm.cli.common.blockmap import block_map
 from rvllm.cli.main import main
 from rvllm.cli.top import History, Rates
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from harness import Array, Gpu, error, expect, rounded
 
-from rvllm.backends.cpu import ops
-from rvllm.backends.cuda.attention import plan_decode, plan_prefill, prefill_tiles, table_stride
+from rvllm.backends.cpu.reference import ops
+from rvllm.backends.cuda.ops.attention.plan import plan_decode, plan_prefill, prefill_tiles, table_stride
 from rvllm.program.dtypes import DType
 
 BLOCK = 16

@@ -30,7 +30,7 @@ def gpu(request: pytest.FixtureRequest, machines: dict[str, Any]) -> Iterator[An
     from emulator import Emulator, available
     from harness import Gpu
 
-    from rvllm.backends.cuda.driver import device_count
+    from rvllm.backends.cuda.device.driver import device_count
 
     if request.param == "emulator" and not available():
         pytest.skip("the emulator needs g++")

@@ -14,11 +14,12 @@ import numpy as np
 from attention_checks import BLOCK, Cache, Shape, scale_of
 from harness import SHORT, Gpu, error, expect, rounded
 
-from rvllm.backends.cpu import encode, moe, ops
-from rvllm.backends.cpu.attention import Scoring
-from rvllm.backends.cuda import gemm
-from rvllm.backends.cuda.attention import plan_decode, plan_prefill, prefill_tiles
-from rvllm.kernels.encoder_manifest import (
+from rvllm.backends.cpu.reference import encoder as encode
+from rvllm.backends.cpu.reference import moe, ops
+from rvllm.backends.cpu.reference.attention import Scoring
+from rvllm.backends.cuda.ops.attention.plan import plan_decode, plan_prefill, prefill_tiles
+from rvllm.backends.cuda.ops.gemm import plan as gemm
+from rvllm.kernels.encoder.specs import (
     HIDDEN_TOKENS,
     POOL_THREADS,
     POOLINGS,
@@ -27,10 +28,10 @@ from rvllm.kernels.encoder_manifest import (
     sparse_kernel,
     text_attention_kernel,
 )
-from rvllm.kernels.gemm_manifest import sm80_smem
-from rvllm.kernels.ops_manifest import norm_add_norm_kernel, norm_kernel
+from rvllm.kernels.gemm.specs import sm80_smem
+from rvllm.kernels.rowwise.specs import norm_add_norm_kernel, norm_kernel
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import BlockSparsity
+from rvllm.program.ops.dense import BlockSparsity
 from rvllm.program.rope import Rope
 
 LIMIT = {"bfloat16": 3e-3, "float16": 4e-4}

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 from harness import SHORT, Array, Machine, error, expect, rounded
 
-from rvllm.backends.cpu import moe
+from rvllm.backends.cpu.reference import moe
 from rvllm.backends.cpu.threads import Workers
-from rvllm.backends.cuda.chip import Chip
-from rvllm.backends.cuda.experts import ExpertsAt, ExpertsPlan, RouteAt, most_tiles, plan_route
-from rvllm.backends.cuda.gemm import interleave_gate_up, pack_matrix
-from rvllm.backends.cuda.launches import Counts, Planned
-from rvllm.kernels.experts_manifest import BLOCKS, FEW_TOKENS, Block
-from rvllm.kernels.ops_manifest import norm_kernel
+from rvllm.backends.cuda.device.info import Chip
+from rvllm.backends.cuda.device.launches import Counts, Planned
+from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up, pack_matrix
+from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, RouteAt, most_tiles, plan_route
+from rvllm.kernels.moe.specs import BLOCKS, FEW_TOKENS, Block
+from rvllm.kernels.rowwise.specs import norm_kernel
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Activation, Buffer, Experts, Norm, Route, Weight
+from rvllm.program.ops.dense import Activation, Buffer, Experts, Norm, Route, Weight
 
 LIMIT = {"bfloat16": 8e-3, "float16": 1.5e-3}
 WORKERS = Workers(1)

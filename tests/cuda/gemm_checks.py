@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from harness import SHORT, Machine, error, expect, rounded
 
-from rvllm.backends.cuda import gemm
-from rvllm.kernels.gemm_manifest import SM80_TOKENS, sm80_smem
+from rvllm.backends.cuda.ops.gemm import plan as gemm
+from rvllm.kernels.gemm.specs import SM80_TOKENS, sm80_smem
 
 SHAPES = [(203, 72), (64, 8), (576, 576), (130, 1160)]  # (rows, columns) of the weight
 GUARD = 5  # poisoned rows behind the output

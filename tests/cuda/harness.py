@@ -12,8 +12,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from rvllm.backends.cuda import driver
-from rvllm.backends.cuda.driver import Device, DeviceFacts, Event, Function, Launch, Module, Stream, call
+from rvllm.backends.cuda.device import driver
+from rvllm.backends.cuda.device.driver import (
+    Device,
+    DeviceFacts,
+    Event,
+    Function,
+    Launch,
+    Module,
+    Stream,
+    call,
+)
 from rvllm.kernels import build
 from rvllm.kernels.manifest import MANIFEST
 

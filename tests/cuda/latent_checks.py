@@ -12,12 +12,12 @@ from itertools import pairwise
 import numpy as np
 from harness import Array, Machine, error, expect, rounded
 
-from rvllm.backends.cpu import ops
-from rvllm.backends.cpu.latent import head_linear, rotate_last
+from rvllm.backends.cpu.reference import ops
+from rvllm.backends.cpu.reference.mla import head_linear, rotate_last
 from rvllm.backends.cpu.threads import Workers
-from rvllm.backends.cuda.attention import prefill_tiles, table_stride
-from rvllm.backends.cuda.latent import LatentShape, plan_decode, plan_prefill
-from rvllm.kernels.latent_manifest import EIGHTS, product_chunks, product_smem
+from rvllm.backends.cuda.ops.attention.plan import prefill_tiles, table_stride
+from rvllm.backends.cuda.ops.mla.plan import LatentShape, plan_decode, plan_prefill
+from rvllm.kernels.mla.specs import EIGHTS, product_chunks, product_smem
 from rvllm.program.dtypes import DType
 
 BLOCK = 16

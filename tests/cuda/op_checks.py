@@ -7,11 +7,12 @@ import ctypes
 import numpy as np
 from harness import BF16, F16, SHORT, Gpu, error, expect, rounded
 
-from rvllm.backends.cpu import ops
-from rvllm.kernels.ops_manifest import ACTIVATIONS, FORMATS, norm_kernel
+from rvllm.backends.cpu.reference import ops
+from rvllm.kernels.loading.specs import FORMATS
+from rvllm.kernels.rowwise.specs import ACTIVATIONS, norm_kernel
 from rvllm.program.rope import Rope
 from rvllm.weights.checkpoint import TensorType
-from rvllm.weights.quants import dequantise
+from rvllm.weights.gguf.blocks import dequantise
 
 LIMIT = {"bfloat16": 3e-3, "float16": 4e-4}
 

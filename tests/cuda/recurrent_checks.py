@@ -12,16 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 from harness import SHORT, Array, Machine, error, expect, rounded
 
-from rvllm.backends.cpu import ops, recurrent
-from rvllm.backends.cuda.lower_recurrent import ConvAt
-from rvllm.kernels.recurrent_manifest import (
+from rvllm.backends.cpu.reference import mamba2 as recurrent
+from rvllm.backends.cpu.reference import ops
+from rvllm.backends.cuda.ops.mamba2 import ConvAt
+from rvllm.kernels.mamba2.specs import (
     SCAN_TAPS,
     conv_kernel,
     gated_norm_kernel,
     scan_kernel,
     scan_smem,
 )
-from rvllm.program.recurrent import CHUNK, CausalConv, StateScan
+from rvllm.program.ops.mamba2 import CHUNK, CausalConv, StateScan
 
 LIMIT = {"bfloat16": 3e-3, "float16": 4e-4}
 SCAN_LIMIT = {"bfloat16": 2.3e-3, "float16": 3e-4}  # hardly more than the rounding of outputs

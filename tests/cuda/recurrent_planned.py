@@ -12,17 +12,17 @@ from harness import Machine, error, expect, rounded
 from recurrent_checks import LIMIT, ScanShape, convolved, gathered, scanned
 
 from rvllm.backends.base import StepBatch
-from rvllm.backends.cpu import ops
-from rvllm.backends.cuda.driver import DeviceFacts
-from rvllm.backends.cuda.graphs import Recipe
-from rvllm.backends.cuda.launches import Counts
-from rvllm.backends.cuda.memory import Budget
-from rvllm.backends.cuda.metadata import SampledRows
+from rvllm.backends.cpu.reference import ops
+from rvllm.backends.cuda.device.driver import DeviceFacts
+from rvllm.backends.cuda.device.launches import Counts
+from rvllm.backends.cuda.layout.memory import Budget
+from rvllm.backends.cuda.layout.metadata import SampledRows
+from rvllm.backends.cuda.step_planner import Recipe
 from rvllm.config import EngineConfig
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
-from rvllm.program.recurrent import CausalConv, GatedNorm, StateScan
+from rvllm.program.ops.mamba2 import CausalConv, GatedNorm, StateScan
 
 LENGTHS = (37, 20, 3)
 STEPS = [  # (starts, tokens) of the sequences: prompts, decodes of two, of three, and both kinds

@@ -8,9 +8,16 @@ import numpy as np
 from harness import Gpu
 
 from rvllm.backends.base import SamplingSpec, SlotStart
-from rvllm.backends.cpu.philox import uniform
-from rvllm.backends.cpu.sampler import History, adjust, distribution, draw, top_logprobs
-from rvllm.backends.cuda.sampling import MAX_TOP, PICK_THREADS, SCAN_WARPS, SLOT, StateSizes, pack_starts
+from rvllm.backends.cpu.reference.philox import uniform
+from rvllm.backends.cpu.reference.sampler import History, adjust, distribution, draw, top_logprobs
+from rvllm.backends.cuda.ops.sampling.slots import (
+    MAX_TOP,
+    PICK_THREADS,
+    SCAN_WARPS,
+    SLOT,
+    StateSizes,
+    pack_starts,
+)
 
 
 class Sampler:

@@ -18,7 +18,7 @@ from rvllm.backends.cpu.backend import CpuBackend
 from rvllm.backends.cuda.backend import CudaBackend
 from rvllm.backends.cuda.encoder import CudaEncoder
 from rvllm.config import EngineConfig
-from rvllm.engine.messages import Sampling
+from rvllm.engine.ipc.messages import Sampling
 from rvllm.engine.state import complete
 from rvllm.program.dtypes import DType
 

@@ -28,11 +28,11 @@ from rvllm.backends.cuda.backend import CudaBackend
 from rvllm.backends.cuda.encoder import CudaEncoder
 from rvllm.backends.load import load_backend
 from rvllm.config import EngineConfig
-from rvllm.engine.messages import Output, Sampling
+from rvllm.engine.ipc.messages import Output, Sampling
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import ARCHITECTURES, build_program
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Program
+from rvllm.program.ops.dense import Program
 
 VOCAB = 259
 DTYPES = [DType.BF16, DType.F16]

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 from real_configs import CONFIGS, on_one_card
 
-from rvllm.backends.cuda.catalog import select
-from rvllm.backends.cuda.driver import DeviceFacts
-from rvllm.backends.cuda.encoder_plan import EncoderPlan
-from rvllm.backends.cuda.graphs import Recipe
-from rvllm.backends.cuda.memory import Budget
+from rvllm.backends.cuda.device.catalog import select
+from rvllm.backends.cuda.device.driver import DeviceFacts
+from rvllm.backends.cuda.layout.memory import Budget
+from rvllm.backends.cuda.ops.encoder.plan import EncoderPlan
+from rvllm.backends.cuda.step_planner import Recipe
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, MissingKernelError, UsageError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program, supported
 from rvllm.program.dtypes import DType
-from rvllm.program.encoder import embedding_size
-from rvllm.program.ops import Program
+from rvllm.program.ops.dense import Program
+from rvllm.program.ops.encoder import embedding_size
 
 H200 = DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448)
 A100 = DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912)

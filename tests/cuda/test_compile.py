@@ -16,8 +16,9 @@ import pytest
 
 from rvllm.errors import MissingKernelError, UsageError
 from rvllm.kernels import build
+from rvllm.kernels.attention import specs as attention
 from rvllm.kernels.manifest import MANIFEST
-from rvllm.kernels.ops_manifest import SPECS
+from rvllm.kernels.rowwise import specs as rowwise
 from rvllm.kernels.spec import KernelSpec
 
 TARGETS = {"sm_80": 80, "sm_90a": 90}
@@ -96,7 +97,7 @@ def test_the_selection_touches_every_source() -> None:
     assert chosen <= MANIFEST.keys()
     assert {s.source for s in MANIFEST.values()} == {MANIFEST[n].source for n in chosen}
     assert all((build.SOURCES / s.source).exists() for s in MANIFEST.values())
-    assert {s.name for s in SPECS} <= MANIFEST.keys()
+    assert {s.name for s in (*attention.SPECS, *rowwise.SPECS)} <= MANIFEST.keys()
 
 
 def test_a_key_follows_sources_headers_and_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from emulator.driver import emulated_driver
 from gpu_engine import backend, core_of, model, run, tokens_of
 
 from rvllm.backends.base import SamplingSpec
-from rvllm.engine.messages import Sampling
+from rvllm.engine.ipc.messages import Sampling
 from rvllm.program.dtypes import DType
 
 pytestmark = pytest.mark.skipif(not available(), reason="the emulator needs g++")

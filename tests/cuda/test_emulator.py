@@ -18,7 +18,7 @@ from rvllm.kernels.spec import KernelSpec
 
 pytestmark = pytest.mark.skipif(not available(), reason="the emulator needs g++")
 SMALL = r"""
-#include "common.cuh"
+#include "common/common.cuh"
 extern "C" __global__ void reversed(int* out, const int* in, int sync) {
   __shared__ int values[64];
   values[threadIdx.x] = in[threadIdx.x];
@@ -102,8 +102,7 @@ extern "C" __global__ void arrivals(int* counter, int* last) {
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of our kernels, with the small ones beside them."""
     folder = tmp_path_factory.mktemp("kernels")
-    for path in build.SOURCES.glob("*.cu*"):
-        shutil.copy(path, folder)
+    shutil.copytree(build.SOURCES, folder, dirs_exist_ok=True)
     (folder / "small.cu").write_text(SMALL)
     return folder
 
@@ -247,7 +246,7 @@ def test_a_kernel_that_waits_first_makes_what_came_before_safe(sources: Path) ->
 
 def test_what_it_lacks_is_named(sources: Path) -> None:
     body = 'asm volatile("foo.bar.u32 %0;" : "=r"(*p));'
-    text = f'#include "common.cuh"\nextern "C" __global__ void f(u32* p) {{ {body} }}\n'
+    text = f'#include "common/common.cuh"\nextern "C" __global__ void f(u32* p) {{ {body} }}\n'
     (sources / "lacking.cu").write_text(text)
     gpu = Emulator(0, sources, {"f": KernelSpec("f", "lacking.cu", "f")})
     with pytest.raises(EmulatorError, match=r"the emulator has no foo\.bar\.u32"):
@@ -255,16 +254,16 @@ def test_what_it_lacks_is_named(sources: Path) -> None:
 
 
 DAMAGE = [
-    ("norm", "common.cuh", "__syncthreads();\n  V total", "V total"),
-    ("norm", "norm.cu", "if (i < vectors)", "if (i <= vectors)"),
-    ("norm_groups", "norm.cu", "griddep_wait();", ""),
-    ("rope", "rope.cu", "position % KV_BLOCK) * D", "position % KV_BLOCK) * D + 8"),
-    ("prefill", "attention_prefill.cu", "cp_async_wait<0>();\n    __syncthreads();  // the values",
+    ("norm", "common/common.cuh", "__syncthreads();\n  V total", "V total"),
+    ("norm", "rowwise/norm.cu", "if (i < vectors)", "if (i <= vectors)"),
+    ("norm_groups", "rowwise/norm.cu", "griddep_wait();", ""),
+    ("rope", "rowwise/rope.cu", "position % KV_BLOCK) * D", "position % KV_BLOCK) * D + 8"),
+    ("prefill", "attention/prefill.cu", "cp_async_wait<0>();\n    __syncthreads();  // the values",
      "__syncthreads();  // the values"),
-    ("prefill", "attention_prefill.cu", "cp_async_wait<0>();\n  __syncthreads();\n  load_v",
+    ("prefill", "attention/prefill.cu", "cp_async_wait<0>();\n  __syncthreads();\n  load_v",
      "cp_async_wait<0>();\n  load_v"),
-    ("decode", "attention_decode.cu", "__syncthreads();  // the exchange and the queries have been read", ""),
-    ("decode", "attention.cuh", "+ (lane / 16) * 8) * (DK + PAD) + ((lane / 8) % 2) * 8",
+    ("decode", "attention/decode.cu", "__syncthreads();  // the exchange and the queries have been read", ""),
+    ("decode", "attention/attention.cuh", "+ (lane / 16) * 8) * (DK + PAD) + ((lane / 8) % 2) * 8",
      "+ (lane / 16) * 8) * (DK + PAD)"),
 ]  # fmt: skip
 
@@ -273,8 +272,7 @@ DAMAGE = [
 def test_damaged_kernels_fail_their_checks(
     tmp_path: Path, check: str, source: str, good: str, bad: str
 ) -> None:
-    for path in build.SOURCES.glob("*.cu*"):
-        shutil.copy(path, tmp_path)
+    shutil.copytree(build.SOURCES, tmp_path, dirs_exist_ok=True)
     text = (tmp_path / source).read_text()
     assert good in text, "the line has changed: choose another"
     (tmp_path / source).write_text(text.replace(good, bad))

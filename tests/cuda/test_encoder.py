@@ -14,7 +14,7 @@ import harness
 import numpy as np
 import pytest
 
-from rvllm.backends.cuda.driver import device_count
+from rvllm.backends.cuda.device.driver import device_count
 
 DTYPES = {"bfloat16": harness.BF16, "float16": harness.F16}
 ROW_CHECKS = {check.__name__.removeprefix("check_"): check for check in encoder_checks.ROW_CHECKS}

@@ -18,24 +18,24 @@ from real_configs import CONFIGS
 from test_lowering import A100, L40, QWEN_7B, recipe
 from tiny import ArrayCheckpoint, weights_of
 
-from rvllm.backends.cuda.catalog import select
-from rvllm.backends.cuda.driver import DeviceFacts
-from rvllm.backends.cuda.experts import most_tiles, segments_of
-from rvllm.backends.cuda.fuse import fuse
-from rvllm.backends.cuda.gemm import interleave_gate_up, pack_matrix
-from rvllm.backends.cuda.launches import Counts
-from rvllm.backends.cuda.loader import Loader
-from rvllm.backends.cuda.memory import Budget
-from rvllm.backends.cuda.placement import Wanted, wanted_weights
+from rvllm.backends.cuda.device.catalog import select
+from rvllm.backends.cuda.device.driver import DeviceFacts
+from rvllm.backends.cuda.device.launches import Counts
+from rvllm.backends.cuda.layout.fusion import fuse
+from rvllm.backends.cuda.layout.memory import Budget
+from rvllm.backends.cuda.layout.weights import Wanted, wanted_weights
+from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up, pack_matrix
+from rvllm.backends.cuda.ops.moe.plan import most_tiles, segments_of
+from rvllm.backends.cuda.weight_loader import Loader
 from rvllm.config import EngineConfig
-from rvllm.engine.messages import Sampling
+from rvllm.engine.ipc.messages import Sampling
 from rvllm.errors import MissingKernelError
-from rvllm.kernels import experts_manifest
+from rvllm.kernels.moe import specs as experts_manifest
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.cost import StepShape, op_cost
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Experts, Program, Route
+from rvllm.program.ops.dense import Experts, Program, Route
 
 DTYPES = {"bfloat16": BF16, "float16": F16}
 MIXTRAL = {

@@ -16,13 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rvllm.backends.cuda import driver, gemm
+from rvllm.backends.cuda.device import driver
+from rvllm.backends.cuda.ops.gemm import plan as gemm
 from rvllm.errors import UsageError
-from rvllm.kernels import build, gemm_manifest
-from rvllm.kernels.gemm_manifest import KERNELS
+from rvllm.kernels import build
+from rvllm.kernels.gemm import specs as gemm_manifest
+from rvllm.kernels.gemm.specs import SPECS
 
 ROOT = Path(__file__).parents[2]
-NAMES = {spec.name: spec for spec in KERNELS}
+NAMES = {spec.name: spec for spec in SPECS}
 SHAPES = st.tuples(st.integers(1, 200_000), st.integers(1, 4000).map(lambda k: 8 * k))
 SEVEN_B = {"qkv": (4608, 3584), "o": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944),
            "lm_head": (152064, 3584)}  # fmt: skip
@@ -121,7 +123,7 @@ def compile_text(text: str, target: str) -> str:
 
 
 def test_python_and_cuda_agree_on_the_layout() -> None:
-    lines = ['#include "gemm_sm90.cu"', "using namespace rvllm::gemm;"]
+    lines = ['#include "gemm/gemm_sm90.cu"', "using namespace rvllm::gemm;"]
     for mode, sizes in gemm_manifest.MODES.items():
         for size in sizes:
             layout = f"Layout<{size}, {mode.upper()}>"
@@ -156,9 +158,9 @@ def test_compiles_within_its_registers(target: str) -> None:
 
 def test_unit_names_keep_units_apart() -> None:
     """Two kernels of one source compile together exactly when their units agree."""
-    groups = build.units([spec for spec in KERNELS if spec.source == "gemm_sm90.cu"], "sm_90a")
-    assert len(groups) == len({spec.unit for spec in KERNELS if spec.source == "gemm_sm90.cu"})
-    assert sum(len(unit.symbols) for unit in groups) == sum(s.source == "gemm_sm90.cu" for s in KERNELS)
+    groups = build.units([spec for spec in SPECS if spec.source == "gemm/gemm_sm90.cu"], "sm_90a")
+    assert len(groups) == len({spec.unit for spec in SPECS if spec.source == "gemm/gemm_sm90.cu"})
+    assert sum(len(unit.symbols) for unit in groups) == sum(s.source == "gemm/gemm_sm90.cu" for s in SPECS)
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from emulator import compiler
 
-from rvllm.backends.cuda import gemm
+from rvllm.backends.cuda.ops.gemm import plan as gemm
 from rvllm.kernels import build
 
 PROGRAM = """
@@ -51,7 +51,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if gxx is None:
         pytest.skip("no g++ here")
     folder: Path = tmp_path_factory.mktemp("walk")
-    header = (build.SOURCES / "gemm_walk.cuh").read_text()
+    header = (build.SOURCES / "gemm/tile_scheduler.cuh").read_text()
     kept = [line for line in header.splitlines() if not line.startswith(("#include", "#pragma"))]
     source = folder / "walk.cpp"
     source.write_text(PROGRAM % "\n".join(kept))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from rvllm.backends.cuda.driver import device_count
+from rvllm.backends.cuda.device.driver import device_count
 
 pytestmark = [
     pytest.mark.gpu,

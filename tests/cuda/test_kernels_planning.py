@@ -8,10 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rvllm.backends.base import SamplingSpec, SlotStart
-from rvllm.backends.cuda.attention import plan_decode, plan_prefill, prefill_tiles, table_stride
-from rvllm.backends.cuda.sampling import HISTORY, MAX_BIASES, SLOT, START_WORDS, StateSizes, pack_starts
+from rvllm.backends.cuda.ops.attention.plan import plan_decode, plan_prefill, prefill_tiles, table_stride
+from rvllm.backends.cuda.ops.sampling.slots import (
+    HISTORY,
+    MAX_BIASES,
+    SLOT,
+    START_WORDS,
+    StateSizes,
+    pack_starts,
+)
 from rvllm.errors import MissingKernelError, UsageError
-from rvllm.kernels.ops_manifest import HEAD_DIMS, norm_kernel
+from rvllm.kernels.attention.specs import HEAD_DIMS
+from rvllm.kernels.rowwise.specs import norm_kernel
 from rvllm.program.dtypes import DType
 
 H100, A100, ADA = 232448, 166912, 101376  # bytes of shared memory a block may have

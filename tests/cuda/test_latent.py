@@ -19,19 +19,19 @@ from test_lowering import A100, H100, L40, recipe
 from tiny import ArrayCheckpoint, weights_of
 
 from rvllm.backends.cuda.backend import CudaBackend
-from rvllm.backends.cuda.catalog import select
-from rvllm.backends.cuda.join import joined
-from rvllm.backends.cuda.latent import LatentShape, plan_decode, plan_prefill
-from rvllm.backends.cuda.launches import Counts
-from rvllm.backends.cuda.memory import Budget
+from rvllm.backends.cuda.device.catalog import select
+from rvllm.backends.cuda.device.launches import Counts
+from rvllm.backends.cuda.layout.joining import joined
+from rvllm.backends.cuda.layout.memory import Budget
+from rvllm.backends.cuda.ops.mla.plan import LatentShape, plan_decode, plan_prefill
 from rvllm.config import EngineConfig
-from rvllm.engine.messages import Sampling
+from rvllm.engine.ipc.messages import Sampling
 from rvllm.errors import MissingKernelError
-from rvllm.kernels.latent_manifest import splits_of
+from rvllm.kernels.mla.specs import splits_of
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import LatentRopeKV, Program
+from rvllm.program.ops.dense import LatentRopeKV, Program
 from rvllm.weights.open import open_checkpoint
 
 DTYPES = {"bfloat16": BF16, "float16": F16}

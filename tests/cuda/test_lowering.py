@@ -4,19 +4,19 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from rvllm.backends.cuda.catalog import select
-from rvllm.backends.cuda.driver import DeviceFacts
-from rvllm.backends.cuda.fuse import Stage, fuse
-from rvllm.backends.cuda.graphs import Recipe
+from rvllm.backends.cuda.device.catalog import select
+from rvllm.backends.cuda.device.driver import DeviceFacts
+from rvllm.backends.cuda.layout.fusion import Stage, fuse
+from rvllm.backends.cuda.layout.memory import Budget, MemoryPlan
 from rvllm.backends.cuda.lowering import EMITTERS, FAMILIES, LOWERED, refuse_unknown
-from rvllm.backends.cuda.memory import Budget, MemoryPlan
+from rvllm.backends.cuda.step_planner import Recipe
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, MissingKernelError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.memory import lifetimes
-from rvllm.program.ops import Embed, Linear, Logits, Op, Program
+from rvllm.program.ops.dense import Embed, Linear, Logits, Op, Program
 
 QWEN_7B = {
     "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944,

@@ -8,12 +8,13 @@ from gpu_engine import needs_gpu
 from test_lowering import H100, QWEN_7B, program, recipe
 
 from rvllm.backends.base import MOST_BIASES, MOST_STOPS
-from rvllm.backends.cuda import arena, cublas
 from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
-from rvllm.backends.cuda.driver import CudaError
-from rvllm.backends.cuda.memory import GB, HEADROOM, budget_of
-from rvllm.backends.cuda.outlook import outlook
-from rvllm.backends.cuda.sampling import START_WORDS
+from rvllm.backends.cuda.device import arena
+from rvllm.backends.cuda.device.driver import CudaError
+from rvllm.backends.cuda.layout.memory import GB, HEADROOM, budget_of
+from rvllm.backends.cuda.layout.preview import outlook
+from rvllm.backends.cuda.ops.gemm import cublas
+from rvllm.backends.cuda.ops.sampling.slots import START_WORDS
 from rvllm.backends.cuda.supported import check_supported
 from rvllm.backends.load import choose_device, gpu_present
 from rvllm.cli.main import main

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rvllm.backends.base import LAST_SAMPLED, StepBatch
-from rvllm.backends.cuda.metadata import (
+from rvllm.backends.cuda.layout.metadata import (
     NUM_BLOCK_UPDATES,
     NUM_DECODES,
     NUM_SAMPLES,

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from tiny import weights_of
 
 from rvllm.config import EngineConfig
-from rvllm.engine.messages import Sampling
+from rvllm.engine.ipc.messages import Sampling
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType

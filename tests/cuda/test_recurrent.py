@@ -19,18 +19,18 @@ from tiny import ArrayCheckpoint, weights_of
 
 from rvllm.backends.cpu.backend import CpuBackend
 from rvllm.backends.cuda.backend import CudaBackend
-from rvllm.backends.cuda.catalog import select
-from rvllm.backends.cuda.driver import DeviceFacts
-from rvllm.backends.cuda.graphs import Recipe
-from rvllm.backends.cuda.memory import Budget, state_line
+from rvllm.backends.cuda.device.catalog import select
+from rvllm.backends.cuda.device.driver import DeviceFacts
+from rvllm.backends.cuda.layout.memory import Budget, state_line
+from rvllm.backends.cuda.step_planner import Recipe
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
-from rvllm.engine.messages import Sampling
+from rvllm.engine.ipc.messages import Sampling
 from rvllm.errors import CapacityError, MissingKernelError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Program
+from rvllm.program.ops.dense import Program
 
 H200 = DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448)
 A100 = DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912)

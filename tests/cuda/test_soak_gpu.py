@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
 
-from rvllm.backends.cuda.driver import Device
-from rvllm.engine.messages import Generate, Sampling
+from rvllm.backends.cuda.device.driver import Device
+from rvllm.engine.ipc.messages import Generate, Sampling
 from rvllm.program.dtypes import DType
 
 pytestmark = [pytest.mark.gpu, needs_gpu]

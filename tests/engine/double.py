@@ -24,7 +24,7 @@ from rvllm.backends.base import (
     TopLogprobs,
     grouped,
 )
-from rvllm.engine.messages import ModelFacts
+from rvllm.engine.ipc.messages import ModelFacts
 
 VOCAB = 97
 EOS = 96

@@ -11,7 +11,7 @@ from double import PagedDouble, facts
 from rvllm.backends.base import Limits, Progress
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
-from rvllm.engine.process import main
+from rvllm.engine.ipc.process import main
 from rvllm.errors import ModelError
 
 

@@ -18,8 +18,8 @@ import pytest
 from double import next_token
 
 from rvllm.config import EngineConfig
-from rvllm.engine.client import EngineClient
-from rvllm.engine.messages import Generate, Sampling
+from rvllm.engine.ipc.client import EngineClient
+from rvllm.engine.ipc.messages import Generate, Sampling
 from rvllm.errors import EngineDeadError, RvllmError, UsageError
 
 HERE = Path(__file__).parent
@@ -207,8 +207,8 @@ def test_socket_directory_is_private() -> None:
 PARENT = """
 import asyncio, sys, time
 from rvllm.config import EngineConfig
-from rvllm.engine.client import EngineClient
-from rvllm.engine.messages import Generate, Sampling
+from rvllm.engine.ipc.client import EngineClient
+from rvllm.engine.ipc.messages import Generate, Sampling
 async def main():
     client = await EngineClient.start(EngineConfig(model="double", seed=5), command=sys.argv[1:])
     stream = client.generate(Generate("a", [1], Sampling(max_tokens=4000)))

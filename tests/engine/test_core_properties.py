@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rvllm.backends.base import Limits
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
-from rvllm.engine.messages import Generate, Output, Sampling
+from rvllm.engine.ipc.messages import Generate, Output, Sampling
 
 MAX_LEN = 100
 

@@ -11,9 +11,9 @@ from random import Random
 import pytest
 
 from rvllm.config import EngineConfig
-from rvllm.engine.client import EngineClient
 from rvllm.engine.core import EngineCore
-from rvllm.engine.messages import Generate, Output, Sampling
+from rvllm.engine.ipc.client import EngineClient
+from rvllm.engine.ipc.messages import Generate, Output, Sampling
 from rvllm.errors import ModelError, RvllmError
 
 TINY = {
@@ -132,7 +132,7 @@ def test_missing_weights_are_named(model: EngineConfig) -> None:
 
 
 def test_in_its_own_process(model: EngineConfig) -> None:
-    """`python -m rvllm.engine.process` as it is served: the same tokens as in this process."""
+    """`python -m rvllm.engine.ipc.process` as it is served: the same tokens as in this process."""
     wanted = requests(Random(2))
     core = EngineCore.from_config(model)
     expected = {name: essence(outputs) for name, outputs in run(core, wanted).items()}

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from rvllm.config import EngineConfig
-from rvllm.engine.client import EngineClient
 from rvllm.engine.core import EngineCore
-from rvllm.engine.messages import Embed, Generate, Output, Sampling
+from rvllm.engine.ipc.client import EngineClient
+from rvllm.engine.ipc.messages import Embed, Generate, Output, Sampling
 from rvllm.errors import UsageError
 
 ENCODER = {

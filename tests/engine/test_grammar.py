@@ -19,9 +19,9 @@ from rvllm.backends.base import Limits
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.grammar import Matcher
-from rvllm.engine.messages import Generate, ModelFacts, Output, Sampling
+from rvllm.engine.ipc.messages import Generate, ModelFacts, Output, Sampling
 from rvllm.engine.sampling_params import StructuredOutputsParams
-from rvllm.text.grammar import grammar_of, vocabulary_of
+from rvllm.text.grammar.grammar import grammar_of, vocabulary_of
 
 TOKENIZER = byte_level()
 EOS = TOKENIZER.eos_token_id

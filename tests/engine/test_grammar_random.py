@@ -12,7 +12,7 @@ import test_grammar as whole
 from test_grammar import SCHEMA, core_of, grammar, request
 
 import rvllm.engine.grammar as engine_grammar
-from rvllm.engine.messages import Generate, Output
+from rvllm.engine.ipc.messages import Generate, Output
 
 FORMS = (
     grammar(json=SCHEMA),

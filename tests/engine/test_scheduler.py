@@ -11,7 +11,7 @@ from double import PagedDouble, facts, next_token
 from rvllm.backends.base import LAST_SAMPLED, Limits, StepBatch
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
-from rvllm.engine.messages import Generate, Output, Sampling
+from rvllm.engine.ipc.messages import Generate, Output, Sampling
 from rvllm.errors import UsageError
 
 

@@ -11,7 +11,7 @@ from double import PagedDouble, facts
 from rvllm.backends.base import Limits, StepKernel, grouped
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
-from rvllm.engine.messages import FromEngine, Generate, GetState, Sampling, State
+from rvllm.engine.ipc.messages import FromEngine, Generate, GetState, Sampling, State
 from rvllm.engine.state import complete, snapshot
 from rvllm.telemetry.bounds import STEP_TOKENS
 

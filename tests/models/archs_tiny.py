@@ -16,13 +16,13 @@ from safetensors.numpy import save_file
 
 from rvllm.backends.base import LAST_SAMPLED, SamplingSpec, SlotStart, StepBatch
 from rvllm.backends.cpu.backend import CpuBackend
-from rvllm.backends.cpu.interpret import Run, execute
+from rvllm.backends.cpu.reference.interpreter import Run, execute
 from rvllm.backends.cpu.step import BLOCK, flat_step
 from rvllm.config import EngineConfig
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Part
+from rvllm.program.ops.dense import Part
 from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.open import open_checkpoint
 

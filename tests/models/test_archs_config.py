@@ -13,7 +13,7 @@ from rvllm.errors import ModelError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program, supported
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Attention, Embed, Norm, Program, RopeKV
+from rvllm.program.ops.dense import Attention, Embed, Norm, Program, RopeKV
 from rvllm.program.rope import Rope
 
 

@@ -18,7 +18,7 @@ from rvllm.errors import ModelError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Program
+from rvllm.program.ops.dense import Program
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.packing import check_weights, pack
 

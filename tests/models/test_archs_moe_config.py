@@ -10,14 +10,14 @@ import archs_tiny as tiny
 import numpy as np
 import pytest
 
-from rvllm.backends.cuda.fuse import fuse
+from rvllm.backends.cuda.layout.fusion import fuse
 from rvllm.errors import ModelError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.cost import StepShape, op_cost, program_cost
 from rvllm.program.dtypes import DType
 from rvllm.program.memory import plan_workspace
-from rvllm.program.ops import (
+from rvllm.program.ops.dense import (
     BlockSparseAttention,
     Experts,
     HeadLinear,

@@ -10,7 +10,7 @@ from rvllm.models.config import ModelConfig, token_ids
 from rvllm.models.registry import ARCHITECTURES, build_program, supported
 from rvllm.models.rope import max_positions, read_rope
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Attention, Linear, Logits, RopeKV
+from rvllm.program.ops.dense import Attention, Linear, Logits, RopeKV
 
 LLAMA = tiny.CASES["llama"]
 

@@ -13,18 +13,18 @@ import nemotron_tiny as nemotron
 import numpy as np
 import pytest
 
-from rvllm.backends.cpu.recurrent import Chunk, scan
-from rvllm.backends.cpu.recurrent import softplus as softplus_of
+from rvllm.backends.cpu.reference.mamba2 import Chunk, scan
+from rvllm.backends.cpu.reference.mamba2 import softplus as softplus_of
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
-from rvllm.engine.messages import Generate, Sampling
+from rvllm.engine.ipc.messages import Generate, Sampling
 from rvllm.errors import CapacityError, ModelError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.cost import StepShape, program_cost
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Part
-from rvllm.program.recurrent import CHUNK
+from rvllm.program.ops.dense import Part
+from rvllm.program.ops.mamba2 import CHUNK
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.packing import pack
 

@@ -3,9 +3,9 @@
 import pytest
 import tiny
 
-from rvllm.program import ops
 from rvllm.program.cost import Cost, StepShape, kv_bytes_per_token, op_cost, particulars, program_cost
-from rvllm.program.ops import Attention, Linear, Logits, Op
+from rvllm.program.ops import dense as ops
+from rvllm.program.ops.dense import Attention, Linear, Logits, Op
 
 CONFIG = tiny.CASES["llama"] | {"num_attention_heads": 4, "num_key_value_heads": 2}
 PROGRAM = tiny.program_of(CONFIG)

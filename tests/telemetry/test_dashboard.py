@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from rvllm.engine.messages import KernelUse, Stats
+from rvllm.engine.ipc.messages import KernelUse, Stats
 from rvllm.telemetry.metrics import Metrics, RequestTimes
 
 DASHBOARD = Path(__file__).parent.parent.parent / "deploy" / "grafana-dashboard.json"

@@ -3,7 +3,7 @@
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from rvllm.engine.messages import KernelUse, Stats
+from rvllm.engine.ipc.messages import KernelUse, Stats
 from rvllm.telemetry.bounds import STEP_TOKENS
 from rvllm.telemetry.metrics import Metrics, RequestTimes
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rvllm.errors import UsageError
-from rvllm.text.chat import render_chat
+from rvllm.text.chat.template import render_chat
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CHAT = [{"role": "user", "content": "Hi <b>&"}, {"role": "assistant", "content": "Hello"}]

@@ -9,8 +9,8 @@ import pytest
 import tiny_tokenizers as tiny
 
 from rvllm.backends.base import SamplingSpec, SlotStart
-from rvllm.backends.cuda.sampling import pack_starts
-from rvllm.engine.messages import ModelFacts, Output, TokenLogprobs
+from rvllm.backends.cuda.ops.sampling.slots import pack_starts
+from rvllm.engine.ipc.messages import ModelFacts, Output, TokenLogprobs
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import UsageError
 from rvllm.text.processor import Choice, Delta

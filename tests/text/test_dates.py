@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
 from rvllm.engine.sampling_params import StructuredOutputsParams
-from rvllm.text.dates import with_real_dates
-from rvllm.text.grammar import grammar_of
+from rvllm.text.grammar.dates import with_real_dates
+from rvllm.text.grammar.grammar import grammar_of
 
 BYTES = LLTokenizer("byte")
 

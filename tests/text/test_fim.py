@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from tiny_tokenizers import byte_level_metadata, sentencepiece_metadata
 
-from rvllm.text.fim import FillIn
-from rvllm.text.gguf_tokenizer import from_metadata
-from rvllm.text.tokenizer import Tokenizer
+from rvllm.text.chat.fim import FillIn
+from rvllm.text.tokenizers.gguf import from_metadata
+from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 KEY = "tokenizer.ggml."
 

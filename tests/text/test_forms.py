@@ -10,7 +10,7 @@ from models import model_path
 
 from rvllm import LLM, SamplingParams, StructuredOutputsParams
 from rvllm.errors import UsageError
-from rvllm.text.grammar import grammar_of
+from rvllm.text.grammar.grammar import grammar_of
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ from grammar_double import RandomDouble
 from rvllm.backends.base import Limits
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
-from rvllm.engine.messages import Generate, ModelFacts, Sampling
+from rvllm.engine.ipc.messages import Generate, ModelFacts, Sampling
 from rvllm.engine.sampling_params import StructuredOutputsParams
-from rvllm.text.grammar import grammar_of, vocabulary_of
-from rvllm.text.tokenizer import Tokenizer
+from rvllm.text.grammar.grammar import grammar_of, vocabulary_of
+from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 MAX_TOKENS = 400
 

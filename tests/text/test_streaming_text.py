@@ -7,9 +7,9 @@ import tiny_tokenizers as tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rvllm.text.detokenizer import WindowDetokenizer, make_detokenizer
 from rvllm.text.stop import StopFinder
-from rvllm.text.tokenizer import Tokenizer
+from rvllm.text.tokenizers.detokenizer import WindowDetokenizer, make_detokenizer
+from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 BYTES = tiny.byte_level()
 PIECES = tiny.sentencepiece()

@@ -14,9 +14,9 @@ from models import model_path
 from tiny_tokenizers import CORPUS, trained
 
 from rvllm.errors import ModelError
-from rvllm.text.tiktoken_file import CLASSES, merges_of
-from rvllm.text.tokenizer import CHARACTER_BYTES, Tokenizer
-from rvllm.weights.gguf import read_gguf
+from rvllm.text.tokenizers.tiktoken import CLASSES, merges_of
+from rvllm.text.tokenizers.tokenizer import CHARACTER_BYTES, Tokenizer
+from rvllm.weights.gguf.container import read_gguf
 
 CL100K = (  # as tiktoken publishes it
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 from rvllm.errors import ModelError, UsageError
-from rvllm.text.gguf_tokenizer import from_metadata
-from rvllm.text.pretokenizers import PRE_TOKENIZERS
-from rvllm.text.tokenizer import Tokenizer
+from rvllm.text.tokenizers.gguf import from_metadata
+from rvllm.text.tokenizers.pretokenizers import PRE_TOKENIZERS
+from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 AWKWARD = [
     "", " ", "\n\n", "  two  spaces ", "don't DON'T", "a\r\nb\tc", "12345 6", "日本語 中文", "😀👍🏽",

@@ -13,11 +13,11 @@ from tiny_tokenizers import byte_level, byte_level_metadata
 
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.errors import UsageError
-from rvllm.text.gguf_tokenizer import from_metadata
-from rvllm.text.grammar import check, grammar_of, with_lead
-from rvllm.text.reasoning import FORMATS as REASONING
-from rvllm.text.reasoning import ReasoningSplitter, opened_by, reasoning_format
-from rvllm.text.tokenizer import Tokenizer
+from rvllm.text.chat.reasoning import FORMATS as REASONING
+from rvllm.text.chat.reasoning import ReasoningSplitter, opened_by, reasoning_format
+from rvllm.text.grammar.grammar import check, grammar_of, with_lead
+from rvllm.text.tokenizers.gguf import from_metadata
+from rvllm.text.tokenizers.tokenizer import Tokenizer
 from rvllm.text.tools.choose import FORMATS, Function, calls_or_form, forced_calls, offered_calls, tool_format
 from rvllm.text.tools.events import CallArguments, CallStart, Event, Text
 

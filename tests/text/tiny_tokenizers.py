@@ -11,8 +11,8 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from rvllm.text.gguf_tokenizer import from_metadata
-from rvllm.text.tokenizer import Tokenizer
+from rvllm.text.tokenizers.gguf import from_metadata
+from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, doesn't it? It's 12345 times faster!\n",
@@ -29,7 +29,7 @@ def trained(pattern: str = "qwen2") -> Backend:
     """A byte-level BPE of about 500 tokens trained on CORPUS, with special and user-defined tokens."""
     from tokenizers import Regex
 
-    from rvllm.text.pretokenizers import PRE_TOKENIZERS
+    from rvllm.text.tokenizers.pretokenizers import PRE_TOKENIZERS
 
     backend = Backend(models.BPE())
     splits = [pre_tokenizers.Split(Regex(s), "isolated") for s in PRE_TOKENIZERS[pattern].splits]

@@ -24,11 +24,11 @@ from models import model_path
 
 from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Part, Program, Weight
+from rvllm.program.ops.dense import Part, Program, Weight
 from rvllm.weights.checkpoint import TensorType
-from rvllm.weights.gguf import Strings, read_gguf
-from rvllm.weights.gguf_archs import LAYER_NAMES
-from rvllm.weights.gguf_config import KNOWN
+from rvllm.weights.gguf.archs import LAYER_NAMES
+from rvllm.weights.gguf.config import KNOWN
+from rvllm.weights.gguf.container import Strings, read_gguf
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.packing import check_weights, pack
 

@@ -12,11 +12,11 @@ from servers import Hub
 
 from rvllm.config import SourceConfig
 from rvllm.errors import CapacityError, ModelError
-from rvllm.weights.cache import FetchError
-from rvllm.weights.hub import choose
+from rvllm.weights.fetch.cache import FetchError
+from rvllm.weights.fetch.hub import choose
+from rvllm.weights.fetch.source import resolve
 from rvllm.weights.open import open_checkpoint
-from rvllm.weights.safetensors import INDEX
-from rvllm.weights.source import resolve
+from rvllm.weights.safetensors.directory import INDEX
 
 WEIGHTS = safetensors_of({"a": np.ones(3, np.float32)})
 MODEL = {

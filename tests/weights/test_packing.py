@@ -13,13 +13,13 @@ from models import model_path
 
 from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Part, Program, Weight
+from rvllm.program.ops.dense import Part, Program, Weight
 from rvllm.weights import packing
 from rvllm.weights.checkpoint import TensorType
+from rvllm.weights.gguf.blocks import dequantise
 from rvllm.weights.mapped import FileCheckpoint
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.packing import check_weights, dummy, pack, raw_parts, readable_parts
-from rvllm.weights.quants import dequantise
 
 
 def arrays_in(folder: Path, **tensors: np.ndarray) -> FileCheckpoint:

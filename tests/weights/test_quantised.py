@@ -10,7 +10,7 @@ from quantisers import AWQ, CASES, FP8, GPTQ, Tensors, awq, compressed, file_of,
 
 from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Part, Weight
+from rvllm.program.ops.dense import Part, Weight
 from rvllm.weights.mapped import FileCheckpoint
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.packing import pack, raw_parts

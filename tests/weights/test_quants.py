@@ -6,7 +6,7 @@ import pytest
 from gguf.quants import dequantize, quantize
 
 from rvllm.weights.checkpoint import TensorType
-from rvllm.weights.quants import PIECE, dequantise, dequantise_into, stored_nbytes
+from rvllm.weights.gguf.blocks import PIECE, dequantise, dequantise_into, stored_nbytes
 
 BLOCKED = [t for t in TensorType if t.block[0] > 1]
 

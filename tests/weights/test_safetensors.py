@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from rvllm.errors import ModelError
 from rvllm.weights.checkpoint import TensorType
 from rvllm.weights.open import open_checkpoint
-from rvllm.weights.safetensors import INDEX
+from rvllm.weights.safetensors.directory import INDEX
 
 ARRAYS = {
     "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),

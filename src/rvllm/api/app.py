@@ -12,18 +12,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 
-from rvllm.api import anthropic, misc
-from rvllm.api.chat import chat_completions
-from rvllm.api.completions import completions
-from rvllm.api.docs_page import docs, openapi
-from rvllm.api.embeddings import embeddings, refuse_encoder, rerank, score
-from rvllm.api.embeddings_schema import EmbeddingRequest, RerankRequest, ScoreRequest
-from rvllm.api.errors import ApiError
-from rvllm.api.exchange import Endpoint, Exchange, Failure, Gate, openai_failure
-from rvllm.api.generation import Service
-from rvllm.api.messages import count_tokens, messages
+from rvllm.api import system
+from rvllm.api.anthropic.messages import count_tokens, messages
+from rvllm.api.docs.page import docs, openapi
+from rvllm.api.generate.generation import Service
+from rvllm.api.http.errors import ApiError
+from rvllm.api.http.exchange import Endpoint, Exchange, Failure, Gate, openai_failure
+from rvllm.api.openai.chat import chat_completions
+from rvllm.api.openai.completions import completions
+from rvllm.api.openai.embeddings import embeddings, refuse_encoder, rerank, score
 from rvllm.api.page import page_routes
-from rvllm.api.schemas import ChatRequest, CompletionRequest
+from rvllm.api.schemas import anthropic
+from rvllm.api.schemas.embeddings import EmbeddingRequest, RerankRequest, ScoreRequest
+from rvllm.api.schemas.requests import ChatRequest, CompletionRequest
 from rvllm.api.stateful import stateful_routes
 
 ServiceHandler = Callable[[Service, Exchange, bytes], Awaitable[None]]
@@ -72,15 +73,15 @@ def build_app(service: Service, gate: Gate) -> Starlette:
                 )
                 for path in paths
             ),
-            route("GET", "/v1/models", misc.list_models),
-            route("GET", "/v1/models/{name:path}", misc.get_model, name="/v1/models/NAME"),
-            route("POST", "/tokenize", misc.tokenize, ("prompt", "messages", "tools")),
-            route("POST", "/detokenize", misc.detokenize, ("tokens",)),
-            route("GET", "/tokenizer_info", misc.tokenizer_info),
+            route("GET", "/v1/models", system.list_models),
+            route("GET", "/v1/models/{name:path}", system.get_model, name="/v1/models/NAME"),
+            route("POST", "/tokenize", system.tokenize, ("prompt", "messages", "tools")),
+            route("POST", "/detokenize", system.detokenize, ("tokens",)),
+            route("GET", "/tokenizer_info", system.tokenizer_info),
             *stateful_routes(service, gate),
-            route("GET", "/health", misc.health, open=True),
-            route("GET", "/metrics", misc.metrics, open=True),
-            route("GET", "/version", misc.version, open=True),
+            route("GET", "/health", system.health, open=True),
+            route("GET", "/metrics", system.metrics, open=True),
+            route("GET", "/version", system.version, open=True),
             Route(
                 "/openapi.json",
                 Endpoint(gate, "/openapi.json", partial(openapi, gate.config.api_key is not None), open=True),

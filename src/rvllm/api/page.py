@@ -12,10 +12,10 @@ from urllib.parse import parse_qs
 import msgspec
 from starlette.routing import Route
 
-from rvllm.api.errors import ApiError, invalid
-from rvllm.api.exchange import Endpoint, Exchange, Gate
-from rvllm.api.generation import Service
-from rvllm.engine.messages import State
+from rvllm.api.generate.generation import Service
+from rvllm.api.http.errors import ApiError, invalid
+from rvllm.api.http.exchange import Endpoint, Exchange, Gate
+from rvllm.engine.ipc.messages import State
 from rvllm.telemetry.timing import KEPT, RequestTiming
 from rvllm.version import __version__
 from rvllm.web.files import INDEX, WebFile, read_files

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from starlette.routing import Route
 
-from rvllm.api.batch_lines import endpoints
-from rvllm.api.batch_store import BatchStore
-from rvllm.api.batches import Batches
-from rvllm.api.conversations import Conversations
-from rvllm.api.embeddings import refuse_encoder
-from rvllm.api.exchange import Endpoint, Exchange, Gate, Handler
-from rvllm.api.files import Files
-from rvllm.api.generation import Service
-from rvllm.api.responses import Responses
-from rvllm.api.responses_schema import ResponsesRequest
-from rvllm.api.responses_store import ResponseStore
+from rvllm.api.batches.endpoints import Batches
+from rvllm.api.batches.files import Files
+from rvllm.api.batches.lines import endpoints
+from rvllm.api.batches.store import BatchStore
+from rvllm.api.generate.generation import Service
+from rvllm.api.http.exchange import Endpoint, Exchange, Gate, Handler
+from rvllm.api.openai.embeddings import refuse_encoder
+from rvllm.api.responses.conversations import Conversations
+from rvllm.api.responses.endpoints import Responses
+from rvllm.api.responses.store import ResponseStore
+from rvllm.api.schemas.responses import ResponsesRequest
 
 
 def stateful_routes(service: Service, gate: Gate) -> list[Route]:

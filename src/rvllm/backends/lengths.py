@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
-from rvllm.program.ops import Program
+from rvllm.program.ops.dense import Program
 
 
 def asked_length(program: Program, config: EngineConfig) -> int | None:

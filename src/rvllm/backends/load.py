@@ -11,8 +11,8 @@ from rvllm.backends.base import Backend, Progress
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.program.dtypes import DType
-from rvllm.program.encoder import embedding_size
-from rvllm.program.ops import Program
+from rvllm.program.ops.dense import Program
+from rvllm.program.ops.encoder import embedding_size
 from rvllm.weights.checkpoint import Checkpoint
 
 

@@ -166,7 +166,7 @@ def _prompts(core: EngineCore, config: EngineConfig, n: int, length: int | None)
     from rvllm.bench.prompts import fixed, random_tokens
 
     if length is None and not config.skip_tokenizer_init and config.load_format != "dummy":
-        from rvllm.text.tokenizer import Tokenizer
+        from rvllm.text.tokenizers.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.load(Path(core.facts.model_path))
         return [tokenizer.encode(text) for text in fixed(n)]
@@ -191,7 +191,7 @@ def _check_room(core: EngineCore, prompts: Sequence[Sequence[int]], output_len: 
 def _measure(core: EngineCore, prompts: Sequence[list[int]], output_len: int) -> Run:
     """One run: all requests at once, each drawing exactly `output_len` tokens greedily."""
     from rvllm.bench.report import Run
-    from rvllm.engine.messages import Generate, Sampling
+    from rvllm.engine.ipc.messages import Generate, Sampling
 
     sampling = Sampling(max_tokens=output_len)  # no stop tokens: the end of sequence is drawn like any other
     last: dict[str, float] = {}

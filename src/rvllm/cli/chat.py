@@ -91,11 +91,11 @@ def main(args: argparse.Namespace) -> int:
     """Runs the conversation until the input ends."""
     sampling = _sampling(args)
     if args.url:
-        from rvllm.cli.remote import RemoteTalker
+        from rvllm.cli.common.remote import RemoteTalker
 
         talker: Talker = RemoteTalker(args.url, args.model, args.api_key)
     else:
-        from rvllm.cli.local import LocalTalker
+        from rvllm.cli.common.local import LocalTalker
 
         talker = LocalTalker(build(EngineConfig, vars(args)))
     try:

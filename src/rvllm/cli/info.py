@@ -24,7 +24,7 @@ from rvllm.errors import RvllmError
 from rvllm.version import __version__
 
 if TYPE_CHECKING:
-    from rvllm.program.ops import Program
+    from rvllm.program.ops.dense import Program
     from rvllm.weights.checkpoint import Checkpoint
 
 Section = list[tuple[str, str]]
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
 
 def show(sections: dict[str, Section], *, as_json: bool) -> None:
     """Prints the sections."""
-    from rvllm.cli.tables import facts
+    from rvllm.cli.common.tables import facts
 
     if as_json:
         print(json.dumps({title: dict(rows) for title, rows in sections.items()}, indent=1))
@@ -93,7 +93,7 @@ def devices() -> Section:
     from rvllm.backends.cpu.memory import free_bytes
     from rvllm.backends.cpu.threads import available_cores
     from rvllm.backends.load import cuda_packages_present, gpu_present
-    from rvllm.cli.tables import human_bytes
+    from rvllm.cli.common.tables import human_bytes
 
     rows = [("cpu", f"{available_cores()} cores, {human_bytes(free_bytes())} of memory free, {_cpu_name()}")]
     for index, path in enumerate(sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))):
@@ -158,8 +158,8 @@ def describe(config: EngineConfig) -> Described:
     from rvllm.models.config import ModelConfig
     from rvllm.models.registry import build_program
     from rvllm.weights.checkpoint import stored_formats
+    from rvllm.weights.fetch.source import resolve
     from rvllm.weights.open import open_checkpoint
-    from rvllm.weights.source import resolve
 
     checkpoint = open_checkpoint(resolve(config.model, build(SourceConfig, {})))
     model = ModelConfig(checkpoint.config, checkpoint.config_origin)
@@ -182,12 +182,12 @@ def describe(config: EngineConfig) -> Described:
 
 def memory_rows(program: Program, checkpoint: Checkpoint, config: EngineConfig, device: str) -> Section:
     """Weights, KV cache and limits, in bytes and tokens."""
-    from rvllm.cli.tables import human_bytes
+    from rvllm.cli.common.tables import human_bytes
     from rvllm.program.cost import kv_bytes_per_token
 
     per_token = kv_bytes_per_token(program)
     if device != "cpu":
-        from rvllm.backends.cuda.outlook import outlook_here
+        from rvllm.backends.cuda.layout.preview import outlook_here
 
         seen = outlook_here(program, config)
         return [
@@ -221,6 +221,6 @@ def memory_rows(program: Program, checkpoint: Checkpoint, config: EngineConfig, 
 
 def _attentions(program: Program) -> int:
     """Layers that attend, to a cache or within a text."""
-    from rvllm.program.encoder import TextAttention
+    from rvllm.program.ops.encoder import TextAttention
 
     return len(program.caches) + sum(isinstance(op, TextAttention) for op in program.ops)

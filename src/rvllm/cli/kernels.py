@@ -69,7 +69,7 @@ def _targets(text: str | None) -> list[str]:
 
 
 def _own_target() -> str:
-    from rvllm.backends.cuda.driver import Device, device_count
+    from rvllm.backends.cuda.device.driver import Device, device_count
     from rvllm.kernels.build import target_of
 
     return target_of(Device().facts().capability) if device_count() else "sm_90a"
@@ -95,7 +95,7 @@ def _for_target(specs: list[KernelSpec], target: str) -> list[KernelSpec]:
 def _list(specs: list[KernelSpec], target: str, folder: Path) -> int:
     """Every kernel with its source and instantiation (dtype and tile sizes), its content hash for one target
     and whether it is built."""
-    from rvllm.cli.tables import table
+    from rvllm.cli.common.tables import table
     from rvllm.kernels import build
 
     units = {

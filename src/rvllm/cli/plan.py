@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rvllm.backends.cpu.measure import Rates
     from rvllm.program.cost import StepShape
     from rvllm.program.memory import Workspace
-    from rvllm.program.ops import Op, Program
+    from rvllm.program.ops.dense import Op, Program
 
 FLAGS = ("model", "device", "dtype", "threads")
 DEFAULT_CONTEXT = 1024
@@ -59,8 +59,8 @@ def main(args: argparse.Namespace) -> int:
     from rvllm.models.registry import build_program
     from rvllm.program.memory import plan_workspace
     from rvllm.weights.checkpoint import stored_formats
+    from rvllm.weights.fetch.source import resolve
     from rvllm.weights.open import open_checkpoint
-    from rvllm.weights.source import resolve
 
     config = build(EngineConfig, {name: getattr(args, name) for name in FLAGS})
     checkpoint = open_checkpoint(resolve(config.model, build(SourceConfig, {})))
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
 def step_shape(args: argparse.Namespace, program: Program) -> StepShape:
     """The step the flags describe. Raises UsageError naming the flag that cannot be."""
     from rvllm.program.cost import StepShape
-    from rvllm.program.encoder import embedding_size
+    from rvllm.program.ops.encoder import embedding_size
 
     for name, high in (
         ("batch", 1 << 16),
@@ -205,9 +205,9 @@ def as_text(
     buffers: bool,
 ) -> str:
     """The table, the totals and the workspace; stored: formats and bytes of the checkpoint's tensors."""
-    from rvllm.cli.tables import facts, human_bytes, human_flops, human_seconds, table
+    from rvllm.cli.common.tables import facts, human_bytes, human_flops, human_seconds, table
     from rvllm.program.cost import kv_bytes_per_token, op_cost, program_cost
-    from rvllm.program.encoder import embedding_size
+    from rvllm.program.ops.encoder import embedding_size
 
     header = ["op", "kind", "rows", "weights", "dtype", "bytes", "FLOPs", *(["floor"] if rates else [])]
     rows = []

@@ -24,9 +24,9 @@ def add_parser(subparsers: Any) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs `rvllm pull`; raises RvllmError."""
+    from rvllm.weights.fetch.progress import ProgressBar
+    from rvllm.weights.fetch.source import resolve
     from rvllm.weights.open import open_checkpoint
-    from rvllm.weights.progress import ProgressBar
-    from rvllm.weights.source import resolve
 
     with ProgressBar() as progress:
         path = resolve(args.model, build(SourceConfig, {}), progress)

@@ -18,10 +18,10 @@ from rvllm.config import EngineConfig, ServerConfig, SourceConfig, add_flags, bu
 from rvllm.errors import UsageError
 
 if TYPE_CHECKING:
-    from rvllm.api.batch_lines import Answering, BatchLine
-    from rvllm.api.generation import Service
-    from rvllm.engine.client import EngineClient
-    from rvllm.text.tokenizer import Tokenizer
+    from rvllm.api.batches.lines import Answering, BatchLine
+    from rvllm.api.generate.generation import Service
+    from rvllm.engine.ipc.client import EngineClient
+    from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 _SERVER_FLAGS = (
     "served_model_name", "chat_template", "tool_call_parser", "reasoning_parser", "batch_concurrency",
@@ -119,7 +119,7 @@ def _text(file: str) -> str:
 
 def _requests(data: bytes, source: Path) -> dict[int, BatchLine]:
     """The requests by line number. Raises UsageError naming the first wrong line."""
-    from rvllm.api.batch_lines import ENDPOINTS, LineError, parse_line, read_lines
+    from rvllm.api.batches.lines import ENDPOINTS, LineError, parse_line, read_lines
 
     found, names = {}, set[str]()
     for number, line in read_lines(data.splitlines()):
@@ -137,8 +137,8 @@ def _requests(data: bytes, source: Path) -> dict[int, BatchLine]:
 
 
 def _found(config: EngineConfig) -> EngineConfig:
-    from rvllm.weights.progress import ProgressBar
-    from rvllm.weights.source import resolve
+    from rvllm.weights.fetch.progress import ProgressBar
+    from rvllm.weights.fetch.source import resolve
 
     with ProgressBar() as progress:
         path = resolve(config.model, build(SourceConfig, {}), progress)
@@ -153,8 +153,8 @@ async def _run(
     journal: Journal,
 ) -> None:
     """Starts the engine and answers the lines that have no answer yet."""
-    from rvllm.api.batch_lines import endpoints
-    from rvllm.cli.starting import start_engine
+    from rvllm.api.batches.lines import endpoints
+    from rvllm.cli.common.starting import start_engine
 
     if all(number in journal.done for number in lines):
         return
@@ -174,7 +174,7 @@ async def _run(
 
 
 async def _worker(waiting: Any, answering: Mapping[str, Answering], journal: Journal) -> None:
-    from rvllm.api.batch_lines import answer_line
+    from rvllm.api.batches.lines import answer_line
 
     for number, line in waiting:
         journal.add(number, *await answer_line(line, answering[line.url]))
@@ -183,7 +183,7 @@ async def _worker(waiting: Any, answering: Mapping[str, Answering], journal: Jou
 def _tokenizer(config: EngineConfig) -> Tokenizer | None:
     if config.skip_tokenizer_init:
         return None
-    from rvllm.text.tokenizer import Tokenizer
+    from rvllm.text.tokenizers.tokenizer import Tokenizer
 
     return Tokenizer.load(Path(config.model))
 
@@ -195,7 +195,7 @@ def _service(
     config: ServerConfig,
     template: str | None,
 ) -> Service:
-    from rvllm.api.generation import Service
+    from rvllm.api.generate.generation import Service
     from rvllm.telemetry.metrics import Metrics
     from rvllm.text.requests import RequestMaker
 

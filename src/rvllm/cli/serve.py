@@ -17,10 +17,10 @@ from rvllm.config import EngineConfig, ServerConfig, SourceConfig, add_flags, bu
 from rvllm.errors import RvllmError, UsageError
 
 if TYPE_CHECKING:
-    from rvllm.api.listen import StopSignals
-    from rvllm.engine.client import EngineClient
+    from rvllm.api.http.listen import StopSignals
+    from rvllm.engine.ipc.client import EngineClient
     from rvllm.telemetry.tracing import Tracer
-    from rvllm.text.tokenizer import Tokenizer
+    from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 
 def add_parser(subparsers: Any) -> None:
@@ -41,10 +41,10 @@ def main(args: argparse.Namespace) -> int:
 
         check_available(server_config.otlp_endpoint)
 
-    from rvllm.api.listen import bind
+    from rvllm.api.http.listen import bind
     from rvllm.telemetry.logs import set_up
-    from rvllm.weights.progress import ProgressBar
-    from rvllm.weights.source import resolve
+    from rvllm.weights.fetch.progress import ProgressBar
+    from rvllm.weights.fetch.source import resolve
 
     set_up(server_config.log_level)
     _allow_many_connections()
@@ -100,7 +100,7 @@ async def _serve(
     start: _Start,
 ) -> int:
     """Loads and serves; a signal while loading ends the start."""
-    from rvllm.api.listen import StopSignals
+    from rvllm.api.http.listen import StopSignals
 
     stop = StopSignals()
     stop.install()
@@ -123,7 +123,7 @@ async def _load(
     config: EngineConfig, template: str | None, start: _Start
 ) -> tuple[EngineClient, Tokenizer | None]:
     """Starts the engine process; while it loads, this one loads the tokenizer and the HTTP side."""
-    from rvllm.cli.starting import start_engine
+    from rvllm.cli.common.starting import start_engine
 
     engine, (tokenizer, _) = await start_engine(
         config, partial(_tokenizer, config, template, start), partial(_import_http, start)
@@ -134,7 +134,7 @@ async def _load(
 def _import_http(start: _Start) -> None:
     moment = time.perf_counter()
     import rvllm.api.app
-    import rvllm.api.server  # noqa: F401
+    import rvllm.api.http.server  # noqa: F401
 
     start.http = time.perf_counter() - moment
 
@@ -143,8 +143,8 @@ def _tokenizer(config: EngineConfig, template: str | None, start: _Start) -> Tok
     """The model's tokenizer, its chat template checked; None with --skip-tokenizer-init."""
     if config.skip_tokenizer_init:
         return None
-    from rvllm.text.chat import check_template
-    from rvllm.text.tokenizer import Tokenizer
+    from rvllm.text.chat.template import check_template
+    from rvllm.text.tokenizers.tokenizer import Tokenizer
 
     moment = time.perf_counter()
     tokenizer = Tokenizer.load(Path(config.model))
@@ -171,10 +171,10 @@ async def _answer(
 ) -> int:
     """Serves a loaded model."""
     from rvllm.api.app import build_app
-    from rvllm.api.exchange import Gate
-    from rvllm.api.generation import Service
-    from rvllm.api.listen import url_of
-    from rvllm.api.server import serve
+    from rvllm.api.generate.generation import Service
+    from rvllm.api.http.exchange import Gate
+    from rvllm.api.http.listen import url_of
+    from rvllm.api.http.server import serve
     from rvllm.telemetry.metrics import Metrics
     from rvllm.text.requests import RequestMaker
 

@@ -10,9 +10,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rvllm.cli.blockmap import COLOURS, block_map, colours_of
-from rvllm.cli.remote import get_json
-from rvllm.cli.tables import human_bytes, human_seconds
+from rvllm.cli.common.blockmap import COLOURS, block_map, colours_of
+from rvllm.cli.common.remote import get_json
+from rvllm.cli.common.tables import human_bytes, human_seconds
 from rvllm.errors import UsageError
 
 if TYPE_CHECKING:

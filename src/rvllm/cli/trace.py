@@ -8,8 +8,8 @@ import time
 from typing import Any
 from urllib.parse import quote
 
-from rvllm.cli.remote import get_json
-from rvllm.cli.tables import human_seconds
+from rvllm.cli.common.remote import get_json
+from rvllm.cli.common.tables import human_seconds
 
 WIDTH = 40  # characters of the longest bar
 _SUMMED = {"detokenize": "turning tokens into text, in all", "stream": "handing it to the client, in all"}

@@ -10,11 +10,20 @@ import msgspec
 
 from rvllm.backends.base import Backend, Progress, StepResult, TopLogprobs
 from rvllm.engine.embedding import EmbeddingQueue
-from rvllm.engine.figures import Figures
 from rvllm.engine.grammar import Grammars
-from rvllm.engine.messages import Embed, Generate, ModelFacts, Output, Ready, Stats, TokenLogprobs, Vocabulary
+from rvllm.engine.ipc.messages import (
+    Embed,
+    Generate,
+    ModelFacts,
+    Output,
+    Ready,
+    Stats,
+    TokenLogprobs,
+    Vocabulary,
+)
 from rvllm.engine.scheduler import Scheduler
 from rvllm.engine.sequence import Sequence
+from rvllm.engine.stats import Figures
 from rvllm.engine.step import Step
 from rvllm.errors import UsageError
 

@@ -10,7 +10,7 @@ from operator import itemgetter
 import numpy as np
 
 from rvllm.backends.base import Backend, StepBatch
-from rvllm.engine.messages import Embed, Output
+from rvllm.engine.ipc.messages import Embed, Output
 
 _rank = itemgetter(0)
 

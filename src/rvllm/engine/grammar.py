@@ -1,8 +1,8 @@
 """Grammars on their way through the engine: which tokens may come next, as bitmasks for the backend.
 
-A request's grammar is a text in llguidance's own form (`text/grammar.py` makes it). It is compiled beside
-the engine's thread; the request joins the queue when that is done. llguidance is imported with the first
-grammar, and the vocabulary must have come before it (`EngineCore.set_vocabulary`).
+A request's grammar is a text in llguidance's own form (`text/grammar/grammar.py` makes it). It is compiled
+beside the engine's thread; the request joins the queue when that is done. llguidance is imported with the
+first grammar, and the vocabulary must have come before it (`EngineCore.set_vocabulary`).
 
 Most masks take some hundredths of a millisecond. A few of them are made in the engine's thread, while the
 step before runs on the device; more are made together on all cores, for which the engine waits a moment. A
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.engine.messages import Vocabulary
+from rvllm.engine.ipc.messages import Vocabulary
 from rvllm.errors import RvllmError
 
 if TYPE_CHECKING:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rvllm.engine.messages import ModelFacts
+from rvllm.engine.ipc.messages import ModelFacts
 from rvllm.models.config import ModelConfig, token_ids
-from rvllm.program.encoder import embedding_size
+from rvllm.program.ops.encoder import embedding_size
 
 if TYPE_CHECKING:
     from rvllm.backends.base import Backend, Progress
     from rvllm.config import EngineConfig
-    from rvllm.program.ops import Program
+    from rvllm.program.ops.dense import Program
     from rvllm.weights.checkpoint import Checkpoint
 
 
@@ -21,9 +21,9 @@ def load(config: EngineConfig, progress: Progress | None = None) -> tuple[Backen
     from rvllm.backends.load import choose_dtype, load_backend
     from rvllm.config import SourceConfig, build
     from rvllm.models.registry import build_program
+    from rvllm.weights.fetch.source import resolve
     from rvllm.weights.open import open_checkpoint
     from rvllm.weights.packing import check_weights
-    from rvllm.weights.source import resolve
 
     report = progress or (lambda fraction, text: None)
     path = resolve(

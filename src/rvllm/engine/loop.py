@@ -6,7 +6,7 @@ import time
 from typing import Protocol
 
 from rvllm.engine.core import EngineCore
-from rvllm.engine.messages import (
+from rvllm.engine.ipc.messages import (
     Abort,
     Embed,
     FromEngine,

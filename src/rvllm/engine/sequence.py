@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rvllm.backends.base import SamplingSpec
 from rvllm.engine.blocks import ROOT, Digest, chain
-from rvllm.engine.messages import Generate, Output, PrefillChunk, Sampling, TokenLogprobs
+from rvllm.engine.ipc.messages import Generate, Output, PrefillChunk, Sampling, TokenLogprobs
 
 if TYPE_CHECKING:
     from rvllm.engine.grammar import Matcher

@@ -6,7 +6,7 @@ import time
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from rvllm.engine.messages import GetState, KernelUse, SequenceState, State, Stats
+from rvllm.engine.ipc.messages import GetState, KernelUse, SequenceState, State, Stats
 
 if TYPE_CHECKING:
     from rvllm.engine.core import EngineCore

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from rvllm.kernels.encoder_manifest import SPECS as ENCODER
-from rvllm.kernels.experts_manifest import SPECS as EXPERTS
-from rvllm.kernels.gemm_manifest import KERNELS
-from rvllm.kernels.latent_manifest import SPECS as LATENT
-from rvllm.kernels.ops_manifest import SPECS
-from rvllm.kernels.recurrent_manifest import SPECS as RECURRENT
+from rvllm.kernels.attention import specs as attention
+from rvllm.kernels.encoder import specs as encoder
+from rvllm.kernels.gemm import specs as gemm
+from rvllm.kernels.loading import specs as loading
+from rvllm.kernels.mamba2 import specs as mamba2
+from rvllm.kernels.mla import specs as mla
+from rvllm.kernels.moe import specs as moe
+from rvllm.kernels.rowwise import specs as rowwise
+from rvllm.kernels.sampling import specs as sampling
 from rvllm.kernels.spec import KernelSpec
 
-_STEP = KernelSpec("sm80_begin_step", "step.cu", "begin_step")
+_STEP = KernelSpec("sm80_begin_step", "common/begin_step.cu", "begin_step")
+_FAMILIES = (gemm, attention, rowwise, sampling, moe, mla, mamba2, encoder, loading)
 
 
 def _collect() -> dict[str, KernelSpec]:
     found: dict[str, KernelSpec] = {}
-    for spec in (_STEP, *KERNELS, *SPECS, *EXPERTS, *LATENT, *RECURRENT, *ENCODER):
+    for spec in (_STEP, *(spec for family in _FAMILIES for spec in family.SPECS)):
         if spec.name in found:
             raise ValueError(f"kernel {spec.name!r} listed twice")
         found[spec.name] = spec

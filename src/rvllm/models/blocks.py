@@ -13,7 +13,7 @@ from rvllm.models.config import ModelConfig
 from rvllm.models.rope import max_positions
 from rvllm.program.builder import ProgramBuilder
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import (
+from rvllm.program.ops.dense import (
     Activate,
     Activation,
     Add,

@@ -8,7 +8,7 @@ from typing import cast
 from rvllm.errors import ModelError
 from rvllm.models.config import ModelConfig
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Program
+from rvllm.program.ops.dense import Program
 
 # Name in `architectures` of a config → module in models/archs with `build(config, dtype) -> Program`.
 ARCHITECTURES: dict[str, str] = {

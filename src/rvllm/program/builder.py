@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Buffer, KVCache, Op, Part, Program, Rows, StateCache, Weight
+from rvllm.program.ops.dense import Buffer, KVCache, Op, Part, Program, Rows, StateCache, Weight
 
 AnyOp = TypeVar("AnyOp", bound=Op)
 Thing = TypeVar("Thing")

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import singledispatch
 
-from rvllm.program.encoder import AddPositions, Pool, TextAttention
-from rvllm.program.ops import (
+from rvllm.program.ops.dense import (
     Activate,
     Add,
     Attention,
@@ -36,7 +35,8 @@ from rvllm.program.ops import (
     Sample,
     Weight,
 )
-from rvllm.program.recurrent import CHUNK, CausalConv, GatedNorm, StateScan
+from rvllm.program.ops.encoder import AddPositions, Pool, TextAttention
+from rvllm.program.ops.mamba2 import CHUNK, CausalConv, GatedNorm, StateScan
 
 
 @dataclass(frozen=True)

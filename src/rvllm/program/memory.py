@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from rvllm.program.ops import Buffer
+from rvllm.program.ops.dense import Buffer
 
 ALIGNMENT = 256  # bytes; what vector loads and the copy engine want
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.engine.messages import ModelFacts
+from rvllm.engine.ipc.messages import ModelFacts
 from rvllm.errors import UsageError
 from rvllm.text.requests import Prompt, check_tokens, prompt_tokens
-from rvllm.text.tokenizer import Tokenizer
+from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)

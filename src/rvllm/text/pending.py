@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from rvllm.engine.messages import Generate, Output
+from rvllm.engine.ipc.messages import Generate, Output
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import RvllmError
 from rvllm.text.outputs import PositionLogprobs, RequestMetrics, RequestOutput
 from rvllm.text.processor import Choice, Delta, position_logprobs
-from rvllm.text.tokenizer import Tokenizer
+from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass

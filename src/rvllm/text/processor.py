@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rvllm.engine.messages import Output, TokenLogprobs
+from rvllm.engine.ipc.messages import Output, TokenLogprobs
 from rvllm.engine.sampling_params import SamplingParams
-from rvllm.text.detokenizer import Detokenizer, make_detokenizer
 from rvllm.text.outputs import CompletionOutput, Logprob, PositionLogprobs
 from rvllm.text.stop import StopFinder
-from rvllm.text.tokenizer import Tokenizer
+from rvllm.text.tokenizers.detokenizer import Detokenizer, make_detokenizer
+from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 
 from rvllm.backends.base import MOST_BIASES, MOST_STOPS
-from rvllm.engine.messages import Generate, ModelFacts, Sampling
+from rvllm.engine.ipc.messages import Generate, ModelFacts, Sampling
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import UsageError
-from rvllm.text.grammar import grammar_of
-from rvllm.text.tokenizer import Tokenizer
+from rvllm.text.grammar.grammar import grammar_of
+from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rvllm.errors import ModelError
-from rvllm.weights.gguf import MAGIC
+from rvllm.weights.gguf.container import MAGIC
 from rvllm.weights.mapped import FileCheckpoint
 
 
@@ -16,7 +16,7 @@ def open_checkpoint(path: Path) -> FileCheckpoint:
     line that names file and field) for whatever is missing, damaged or not supported.
     """
     if path.is_dir():
-        from rvllm.weights.safetensors import open_directory
+        from rvllm.weights.safetensors.directory import open_directory
 
         return open_directory(path)
     if not path.exists():
@@ -24,7 +24,7 @@ def open_checkpoint(path: Path) -> FileCheckpoint:
     if not path.is_file():
         raise ModelError(f"{path}: neither a directory nor a regular file")
     if path.suffix == ".gguf" or _starts_with(path, MAGIC):
-        from rvllm.weights.gguf_config import open_gguf
+        from rvllm.weights.gguf.config import open_gguf
 
         return open_gguf(path)
     raise ModelError(f"{path}: neither a model directory nor a GGUF file")

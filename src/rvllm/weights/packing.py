@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Part, Program, Weight
+from rvllm.program.ops.dense import Part, Program, Weight
 from rvllm.weights.checkpoint import Checkpoint, TensorInfo, TensorType
+from rvllm.weights.gguf.blocks import PIECE, dequantise_into
 from rvllm.weights.parallel import in_threads
-from rvllm.weights.quants import PIECE, dequantise_into
 
 TASK = 1 << 19  # elements a thread takes at a time
 NAMED = 5  # tensors an error message names before it counts

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rvllm.backends.base import SamplingSpec, StepBatch
-from rvllm.backends.cpu import ops
-from rvllm.backends.cpu.attention import Scoring, paged_attention
 from rvllm.backends.cpu.backend import CpuBackend
-from rvllm.backends.cpu.product import chunk_rows, product, same_at_every_position, tile_rows
+from rvllm.backends.cpu.reference import ops
+from rvllm.backends.cpu.reference.attention import Scoring, paged_attention
+from rvllm.backends.cpu.reference.gemm import chunk_rows, product, same_at_every_position, tile_rows
 from rvllm.backends.cpu.step import flat_step
 from rvllm.backends.cpu.threads import Workers
 

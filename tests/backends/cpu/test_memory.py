@@ -8,15 +8,15 @@ import tiny
 
 from rvllm.backends.base import StepBatch
 from rvllm.backends.cpu.backend import CpuBackend
-from rvllm.backends.cpu.interpret import resolve
 from rvllm.backends.cpu.memory import GB, plan_memory
+from rvllm.backends.cpu.reference.interpreter import resolve
 from rvllm.backends.load import choose_device, choose_dtype, gpu_present, load_backend
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, MissingKernelError, UsageError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Op, Program
+from rvllm.program.ops.dense import Op, Program
 
 PROGRAM = tiny.program_of(tiny.CASES["llama"])
 PER_TOKEN = 3 * 2 * 16 * 4

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import tiny
 
-from rvllm.backends.cpu import latent, moe, ops
-from rvllm.backends.cpu.attention import Scoring, latent_attention, paged_attention
+from rvllm.backends.cpu.reference import mla as latent
+from rvllm.backends.cpu.reference import moe, ops
+from rvllm.backends.cpu.reference.attention import Scoring, latent_attention, paged_attention
 from rvllm.backends.cpu.step import Step, flat_step
 from rvllm.backends.cpu.threads import Workers
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import BlockSparsity, Buffer, Route, Weight
+from rvllm.program.ops.dense import BlockSparsity, Buffer, Route, Weight
 
 F32 = np.ndarray
 WORKERS = Workers(1)

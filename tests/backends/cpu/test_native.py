@@ -14,21 +14,21 @@ import tiny
 
 pytest.importorskip("llvmlite", reason="the extra cpu is not installed")
 
-from rvllm.backends.cpu import ops
 from rvllm.backends.cpu.backend import CpuBackend
-from rvllm.backends.cpu.native import compile as native
-from rvllm.backends.cpu.native import mathematics, matmul, rowwise
-from rvllm.backends.cpu.native.emit import F32, VF, Kernel
-from rvllm.backends.cpu.native.formats import FORMATS, LANES, Segment, aligned, segment
-from rvllm.backends.cpu.native.model import chosen
+from rvllm.backends.cpu.compiled import compile as native
+from rvllm.backends.cpu.compiled import mathematics, matmul, rowwise
+from rvllm.backends.cpu.compiled.emit import F32, VF, Kernel
+from rvllm.backends.cpu.compiled.formats import FORMATS, LANES, Segment, aligned, segment
+from rvllm.backends.cpu.compiled.model import chosen
+from rvllm.backends.cpu.reference import ops
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.weights.checkpoint import TensorType
+from rvllm.weights.gguf.blocks import dequantise
 from rvllm.weights.open import open_checkpoint
-from rvllm.weights.quants import dequantise
 
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "tests" / "weights"))
@@ -290,7 +290,7 @@ def test_the_plan_tells_what_the_weights_take(name: str, tmp_path: Path) -> None
 def test_the_plan_counts_gguf_blocks_as_packed() -> None:
     from models import model_path
 
-    from rvllm.backends.cpu.native.model import weight_bytes
+    from rvllm.backends.cpu.compiled.model import weight_bytes
 
     checkpoint = open_checkpoint(model_path("smollm2-135m"))
     program = build_program(ModelConfig(checkpoint.config, checkpoint.config_origin), DType.F32)

@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from rvllm.backends.cpu import interpret, ops
+from rvllm.backends.cpu.reference import interpreter as interpret
+from rvllm.backends.cpu.reference import ops
 from rvllm.backends.cpu.step import flat_step
 from rvllm.backends.cpu.threads import Workers
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Buffer, Norm, Part, Program, Weight
+from rvllm.program.ops.dense import Buffer, Norm, Part, Program, Weight
 
 X = np.random.default_rng(0).standard_normal((7, 24)).astype(np.float32) * 3
 

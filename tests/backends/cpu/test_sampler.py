@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rvllm.backends.base import SamplingSpec
-from rvllm.backends.cpu.philox import philox4x32, uniform
-from rvllm.backends.cpu.sampler import History, adjust, distribution, draw, nucleus, top_logprobs
+from rvllm.backends.cpu.reference.philox import philox4x32, uniform
+from rvllm.backends.cpu.reference.sampler import History, adjust, distribution, draw, nucleus, top_logprobs
 
 VOCAB = 50
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from harness import Array, Machine
 
-from rvllm.backends.cuda.driver import DeviceFacts
+from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.kernels import build
 from rvllm.kernels.manifest import MANIFEST
 from rvllm.kernels.spec import KernelSpec

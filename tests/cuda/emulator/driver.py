@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from rvllm.backends.cuda import driver
+from rvllm.backends.cuda.device import driver
 from rvllm.kernels import build
 from rvllm.kernels.manifest import MANIFEST
 
@@ -68,7 +68,7 @@ _TOTAL = 8 << 30  # bytes of device memory
 
 
 class EmulatedDriver:
-    """`cuda.bindings.driver`, as far as backends/cuda/driver.py and arena.py call it."""
+    """`cuda.bindings.driver`, as far as backends/cuda/device/driver.py and arena.py call it."""
 
     CU_MEMHOSTALLOC_DEVICEMAP = 2
     CUdevice_attribute = CUstream_flags = CUstreamCaptureMode = CUevent_flags = _Names()

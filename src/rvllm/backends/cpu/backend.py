@@ -8,12 +8,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel, StepResult, grouped
-from rvllm.backends.cpu.interpret import F32, Launch, Model, Run, empty_caches, empty_states, execute, resolve
+from rvllm.backends.cpu.compiled.model import NativeModel, chosen
 from rvllm.backends.cpu.measure import Rates, measure
 from rvllm.backends.cpu.memory import MemoryPlan, plan_memory, weight_bytes
-from rvllm.backends.cpu.native.model import NativeModel, chosen
-from rvllm.backends.cpu.product import same_at_every_position
-from rvllm.backends.cpu.sampler import draw, top_logprobs
+from rvllm.backends.cpu.reference.gemm import same_at_every_position
+from rvllm.backends.cpu.reference.interpreter import (
+    F32,
+    Launch,
+    Model,
+    Run,
+    empty_caches,
+    empty_states,
+    execute,
+    resolve,
+)
+from rvllm.backends.cpu.reference.sampler import draw, top_logprobs
 from rvllm.backends.cpu.slots import Slots
 from rvllm.backends.cpu.step import BLOCK, flat_step
 from rvllm.backends.cpu.threads import Workers, available_cores, single_threaded_blas
@@ -21,8 +30,8 @@ from rvllm.config import EngineConfig
 from rvllm.errors import RvllmError, UsageError
 from rvllm.program.cost import StepShape, program_cost
 from rvllm.program.dtypes import DType
-from rvllm.program.encoder import embedding_size
-from rvllm.program.ops import LatentRopeKV, Program, RopeKV
+from rvllm.program.ops.dense import LatentRopeKV, Program, RopeKV
+from rvllm.program.ops.encoder import embedding_size
 from rvllm.program.rope import Rope
 from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.packing import dummy, pack

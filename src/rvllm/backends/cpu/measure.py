@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rvllm.backends.cpu.product import product
+from rvllm.backends.cpu.reference.gemm import product
 from rvllm.backends.cpu.threads import Workers, available_cores, single_threaded_blas
 
 STREAMED = 1 << 24  # float32 elements: 64 MB, beyond the caches

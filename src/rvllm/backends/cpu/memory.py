@@ -10,9 +10,9 @@ from rvllm.backends.cpu.step import BLOCK
 from rvllm.backends.lengths import asked_length, encoder_lengths
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
-from rvllm.program.encoder import embedding_size
 from rvllm.program.memory import plan_workspace
-from rvllm.program.ops import Program
+from rvllm.program.ops.dense import Program
+from rvllm.program.ops.encoder import embedding_size
 from rvllm.weights.checkpoint import Checkpoint
 
 GB = 1_000_000_000
@@ -77,7 +77,7 @@ def weight_bytes(program: Program, checkpoint: Checkpoint | None, config: Engine
 
     checkpoint None: random ones. Raises UsageError when compiled kernels are asked for and absent.
     """
-    from rvllm.backends.cpu.native import model
+    from rvllm.backends.cpu.compiled import model
 
     if model.chosen(config.cpu_kernels):
         return model.weight_bytes(program, checkpoint), "packed for compiled kernels"

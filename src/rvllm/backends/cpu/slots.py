@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.base import LAST_SAMPLED, Limits, SlotStart, StepBatch
-from rvllm.backends.cpu.attention import SPLIT_BLOCKS
-from rvllm.backends.cpu.sampler import History
+from rvllm.backends.cpu.reference.attention import SPLIT_BLOCKS
+from rvllm.backends.cpu.reference.sampler import History
 from rvllm.backends.cpu.step import BLOCK, Step, flat_step
 
 

@@ -12,16 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel, StepResult
-from rvllm.backends.cuda.attention import prefill_tiles
-from rvllm.backends.cuda.device_state import DeviceState, carve, clear_state, send_ropes
-from rvllm.backends.cuda.driver import Pinned
-from rvllm.backends.cuda.flight import NOTHING, Flight
-from rvllm.backends.cuda.gpu import Found, Gpu, loading_kernels
-from rvllm.backends.cuda.graphs import GraphBook, Recipe
-from rvllm.backends.cuda.join import joined
-from rvllm.backends.cuda.launches import Counts
-from rvllm.backends.cuda.memory import BLOCK
-from rvllm.backends.cuda.metadata import SampledRows, leading_decodes
+from rvllm.backends.cuda.device.driver import Pinned
+from rvllm.backends.cuda.device.launches import Counts
+from rvllm.backends.cuda.in_flight import NOTHING, Flight
+from rvllm.backends.cuda.layout.device_state import DeviceState, carve, clear_state, send_ropes
+from rvllm.backends.cuda.layout.joining import joined
+from rvllm.backends.cuda.layout.memory import BLOCK
+from rvllm.backends.cuda.layout.metadata import SampledRows, leading_decodes
+from rvllm.backends.cuda.loaded_model import Found, Gpu, loading_kernels
+from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
+from rvllm.backends.cuda.ops.sampling.logprobs import KERNEL as LOGPROBS_KERNEL
+from rvllm.backends.cuda.ops.sampling.logprobs import Scorer
+from rvllm.backends.cuda.ops.sampling.starts import KERNEL as START_KERNEL
+from rvllm.backends.cuda.ops.sampling.starts import Starter
 from rvllm.backends.cuda.profile import (
     READ_KERNEL,
     Profile,
@@ -30,14 +33,11 @@ from rvllm.backends.cuda.profile import (
     stage_cost,
     stream_rate,
 )
-from rvllm.backends.cuda.scores import KERNEL as LOGPROBS_KERNEL
-from rvllm.backends.cuda.scores import Scorer
-from rvllm.backends.cuda.starts import KERNEL as START_KERNEL
-from rvllm.backends.cuda.starts import Starter
+from rvllm.backends.cuda.step_planner import GraphBook, Recipe
 from rvllm.config import EngineConfig
 from rvllm.errors import RvllmError, UsageError
 from rvllm.program.cost import StepShape, program_cost
-from rvllm.program.ops import Program
+from rvllm.program.ops.dense import Program
 from rvllm.weights.checkpoint import Checkpoint
 
 _NO_TILES = np.zeros((0, 2), dtype=np.int32)

@@ -10,19 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel, StepResult
-from rvllm.backends.cuda.addresses import Addresses
-from rvllm.backends.cuda.attention import prefill_tiles
 from rvllm.backends.cuda.buckets import bucket_of
-from rvllm.backends.cuda.captured import Captured, Key
-from rvllm.backends.cuda.driver import Event, Graph, Pinned
-from rvllm.backends.cuda.encoder_plan import EncoderPlan
-from rvllm.backends.cuda.gpu import Found, Gpu, loading_kernels
-from rvllm.backends.cuda.metadata import SampledRows
+from rvllm.backends.cuda.device.driver import Event, Graph, Pinned
+from rvllm.backends.cuda.device.graphs import Captured, Key
+from rvllm.backends.cuda.layout.addresses import Addresses
+from rvllm.backends.cuda.layout.metadata import SampledRows
+from rvllm.backends.cuda.loaded_model import Found, Gpu, loading_kernels
+from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
+from rvllm.backends.cuda.ops.encoder.plan import EncoderPlan
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
-from rvllm.kernels.encoder_manifest import TEXT_ROWS
-from rvllm.program.encoder import Pool
-from rvllm.program.ops import Program
+from rvllm.kernels.encoder.specs import TEXT_ROWS
+from rvllm.program.ops.dense import Program
+from rvllm.program.ops.encoder import Pool
 from rvllm.weights.checkpoint import Checkpoint
 
 _NO_UPDATES = np.zeros((0, 3), dtype=np.int32)

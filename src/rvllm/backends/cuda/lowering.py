@@ -10,27 +10,27 @@ import ctypes
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from rvllm.backends.cuda.addresses import Addresses, Shape
-from rvllm.backends.cuda.attention import DecodePlan, PrefillPlan
-from rvllm.backends.cuda.chip import Chip
-from rvllm.backends.cuda.families import Emitter, Scratch
-from rvllm.backends.cuda.fuse import Stage
-from rvllm.backends.cuda.launches import Counts, GridOf, Planned, fixed
-from rvllm.backends.cuda.lower_attention import EMITTERS as ATTENTION
-from rvllm.backends.cuda.lower_encoder import EMITTERS as ENCODER
-from rvllm.backends.cuda.lower_experts import EMITTERS as EXPERTS
-from rvllm.backends.cuda.lower_experts import scratch as experts_scratch
-from rvllm.backends.cuda.lower_latent import EMITTERS as LATENT
-from rvllm.backends.cuda.lower_products import EMITTERS as PRODUCTS
-from rvllm.backends.cuda.lower_recurrent import EMITTERS as RECURRENT
-from rvllm.backends.cuda.lower_rows import EMITTERS as ROWS
-from rvllm.backends.cuda.lower_rows import norm
-from rvllm.backends.cuda.lower_sampling import EMITTERS as SAMPLING
-from rvllm.backends.cuda.metadata import Layout
-from rvllm.backends.cuda.placement import Form
+from rvllm.backends.cuda.device.info import Chip
+from rvllm.backends.cuda.device.launches import Counts, GridOf, Planned, fixed
+from rvllm.backends.cuda.layout.addresses import Addresses, Shape
+from rvllm.backends.cuda.layout.fusion import Stage
+from rvllm.backends.cuda.layout.metadata import Layout
+from rvllm.backends.cuda.layout.weights import Form
+from rvllm.backends.cuda.ops.attention.launches import EMITTERS as ATTENTION
+from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
+from rvllm.backends.cuda.ops.encoder.launches import EMITTERS as ENCODER
+from rvllm.backends.cuda.ops.family import Emitter, Scratch
+from rvllm.backends.cuda.ops.gemm.launches import EMITTERS as PRODUCTS
+from rvllm.backends.cuda.ops.mamba2 import EMITTERS as RECURRENT
+from rvllm.backends.cuda.ops.mla.launches import EMITTERS as LATENT
+from rvllm.backends.cuda.ops.moe.launches import EMITTERS as EXPERTS
+from rvllm.backends.cuda.ops.moe.launches import scratch as experts_scratch
+from rvllm.backends.cuda.ops.rowwise import EMITTERS as ROWS
+from rvllm.backends.cuda.ops.rowwise import norm
+from rvllm.backends.cuda.ops.sampling.launches import EMITTERS as SAMPLING
 from rvllm.errors import MissingKernelError
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Op, Program, RopeKV, Route, Weight
+from rvllm.program.ops.dense import Op, Program, RopeKV, Route, Weight
 
 BEGIN_THREADS = 256
 FAMILIES = (ROWS, PRODUCTS, ATTENTION, EXPERTS, LATENT, RECURRENT, ENCODER, SAMPLING)

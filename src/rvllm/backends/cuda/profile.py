@@ -16,13 +16,13 @@ from statistics import median
 import numpy as np
 
 from rvllm.backends.base import SamplingSpec, SlotStart, StepBatch
-from rvllm.backends.cuda.captured import capture
-from rvllm.backends.cuda.catalog import Catalog
-from rvllm.backends.cuda.driver import Event, Graph, Launch, Stream
-from rvllm.backends.cuda.fuse import Stage
-from rvllm.backends.cuda.launches import Counts, Planned
+from rvllm.backends.cuda.device.catalog import Catalog
+from rvllm.backends.cuda.device.driver import Event, Graph, Launch, Stream
+from rvllm.backends.cuda.device.graphs import capture
+from rvllm.backends.cuda.device.launches import Counts, Planned
+from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.program.cost import Cost, StepShape, op_cost
-from rvllm.program.ops import Program
+from rvllm.program.ops.dense import Program
 
 REPLAYS = 15
 READ_KERNEL = "sm80_stream_read"

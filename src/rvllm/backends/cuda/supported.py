@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from rvllm.backends.cuda.cublas import library
-from rvllm.backends.cuda.driver import DeviceFacts
+from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.lowering import refuse_unknown
+from rvllm.backends.cuda.ops.gemm.cublas import library
 from rvllm.config import EngineConfig
 from rvllm.errors import MissingKernelError, UsageError
 from rvllm.program.dtypes import DType
-from rvllm.program.encoder import embedding_size
-from rvllm.program.ops import Program
+from rvllm.program.ops.dense import Program
+from rvllm.program.ops.encoder import embedding_size
 
 LEAST_CAPABILITY = 80
 

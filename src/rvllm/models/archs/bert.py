@@ -11,8 +11,8 @@ from rvllm.models import blocks
 from rvllm.models.config import ModelConfig
 from rvllm.program.builder import ProgramBuilder
 from rvllm.program.dtypes import DType
-from rvllm.program.encoder import AddPositions, Pool, Pooling, TextAttention
-from rvllm.program.ops import Activate, Add, Buffer, Embed, Linear, Norm, Part, Program
+from rvllm.program.ops.dense import Activate, Add, Buffer, Embed, Linear, Norm, Part, Program
+from rvllm.program.ops.encoder import AddPositions, Pool, Pooling, TextAttention
 
 PREFIXES = ("", "bert.", "roberta.")  # checkpoints of models with a head put the encoder under its name
 POOLINGS = ("mean", "cls", "last")

@@ -6,7 +6,7 @@ from rvllm.models import blocks
 from rvllm.models.archs import cohere
 from rvllm.models.config import ModelConfig
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Program
+from rvllm.program.ops.dense import Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from rvllm.models import blocks
 from rvllm.models.config import ModelConfig
-from rvllm.models.latent import Latent, latent_attention
-from rvllm.models.mixtures import Mixture, cut_shared, mixture, read_experts, read_groups
+from rvllm.models.mla import Latent, latent_attention
+from rvllm.models.moe import Mixture, cut_shared, mixture, read_experts, read_groups
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Program
+from rvllm.program.ops.dense import Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:

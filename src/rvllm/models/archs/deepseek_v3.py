@@ -5,9 +5,9 @@ from __future__ import annotations
 from rvllm.models import blocks
 from rvllm.models.archs import deepseek_v2
 from rvllm.models.config import ModelConfig
-from rvllm.models.mixtures import Mixture, read_experts, read_groups
+from rvllm.models.moe import Mixture, read_experts, read_groups
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Program
+from rvllm.program.ops.dense import Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:

@@ -10,7 +10,7 @@ from rvllm.models import blocks
 from rvllm.models.config import ModelConfig
 from rvllm.models.rope import read_rope
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Activation, Program
+from rvllm.program.ops.dense import Activation, Program
 
 HEAD_DIM = 256  # when the config does not say
 

@@ -7,7 +7,7 @@ from rvllm.models.archs import gemma
 from rvllm.models.config import ModelConfig
 from rvllm.models.rope import max_positions, read_rope
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Buffer, Part, Program
+from rvllm.program.ops.dense import Buffer, Part, Program
 from rvllm.program.rope import Rope
 
 

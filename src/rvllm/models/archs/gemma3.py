@@ -9,7 +9,7 @@ from rvllm.models.archs import gemma, gemma2
 from rvllm.models.config import ModelConfig
 from rvllm.models.rope import read_rope
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Program
+from rvllm.program.ops.dense import Program
 from rvllm.program.rope import Rope
 
 GLOBAL_THETA, LOCAL_THETA = 1_000_000.0, 10_000.0

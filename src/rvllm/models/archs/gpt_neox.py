@@ -7,7 +7,7 @@ from rvllm.models.config import ModelConfig
 from rvllm.models.rope import read_rope, rotated_dim
 from rvllm.program.builder import ProgramBuilder
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Buffer, Linear, Part, Program
+from rvllm.program.ops.dense import Buffer, Linear, Part, Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:

@@ -9,7 +9,7 @@ from rvllm.models import blocks
 from rvllm.models.config import ModelConfig
 from rvllm.models.rope import read_rope
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Program
+from rvllm.program.ops.dense import Program
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rvllm.models.archs import llama
 from rvllm.models.config import ModelConfig
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Program
+from rvllm.program.ops.dense import Program
 
 WINDOW = 4096  # when the config does not say
 

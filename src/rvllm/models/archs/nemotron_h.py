@@ -11,11 +11,11 @@ from dataclasses import replace
 from rvllm.models import blocks
 from rvllm.models.blocks import Dims, linear
 from rvllm.models.config import ModelConfig
-from rvllm.models.mixtures import Mixture, cut_shared, mixture, read_groups
+from rvllm.models.moe import Mixture, cut_shared, mixture, read_groups
 from rvllm.program.builder import ProgramBuilder
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Add, Buffer, Part, Program, StateCache, Weight
-from rvllm.program.recurrent import CausalConv, GatedNorm, StateScan
+from rvllm.program.ops.dense import Add, Buffer, Part, Program, StateCache, Weight
+from rvllm.program.ops.mamba2 import CausalConv, GatedNorm, StateScan
 
 KINDS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 NAMES = {

@@ -12,7 +12,7 @@ from rvllm.models.config import ModelConfig, token_ids
 from rvllm.models.rope import max_positions, read_rope
 from rvllm.program.builder import ProgramBuilder
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import (
+from rvllm.program.ops.dense import (
     BlockSparseAttention,
     BlockSparsity,
     Buffer,

@@ -7,7 +7,7 @@ from rvllm.models.archs.qwen2 import layer_windows
 from rvllm.models.config import ModelConfig
 from rvllm.models.rope import read_rope
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Part, Program
+from rvllm.program.ops.dense import Part, Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rvllm.models import blocks
 from rvllm.models.config import ModelConfig
-from rvllm.models.mixtures import Mixture, mixture, read_experts
+from rvllm.models.moe import Mixture, mixture, read_experts
 from rvllm.models.rope import read_rope
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Part, Program
+from rvllm.program.ops.dense import Part, Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:

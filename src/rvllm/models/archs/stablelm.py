@@ -6,7 +6,7 @@ from rvllm.models import blocks
 from rvllm.models.config import ModelConfig
 from rvllm.models.rope import read_rope, rotated_dim
 from rvllm.program.dtypes import DType
-from rvllm.program.ops import Part, Program
+from rvllm.program.ops.dense import Part, Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rvllm.errors import UsageError
-from rvllm.text.grammar import Spelled, json_rule, literal
+from rvllm.text.grammar.grammar import Spelled, json_rule, literal
 from rvllm.text.tools.formats import CommandR, DeepSeek, Hermes, Llama3, Mistral, ToolParser
 
 if TYPE_CHECKING:
-    from rvllm.text.tokenizer import Tokenizer
+    from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 MOST_CALLS = 16  # that a forced answer may make in parallel
 

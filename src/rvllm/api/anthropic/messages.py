@@ -1,0 +1,165 @@
+"""Anthropic's `/v1/messages` and `/v1/messages/count_tokens`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from rvllm.api.generate.generation import Service
+from rvllm.api.generate.inner import CallDelta, SeenChunk, SeenUsage, chat_chunks
+from rvllm.api.http.body import parse
+from rvllm.api.http.exchange import Exchange, check_model
+from rvllm.api.openai.chat import rendered
+from rvllm.api.schemas.anthropic import (
+    CHAT_NAMES,
+    CountTokensRequest,
+    MessageAnswer,
+    MessagesRequest,
+    MessageUsage,
+    TextBlock,
+    ThinkingBlock,
+    TokenCount,
+    ToolUseBlock,
+    chat_body,
+    generation_body,
+)
+from rvllm.api.schemas.requests import ChatRequest
+
+_STOPS = {"length": "max_tokens", "tool_calls": "tool_use"}
+
+
+async def messages(service: Service, exchange: Exchange, body: bytes) -> None:
+    """Answers with the assistant's next message, whole or as a stream of events."""
+    request = parse(body, MessagesRequest)
+    check_model(request.model, service.served_name)
+    writer = _Writer(exchange, request, service.served_name)
+    await chat_chunks(service, exchange.request_id, generation_body(request), CHAT_NAMES, writer.take)
+    await writer.finish()
+
+
+async def count_tokens(service: Service, exchange: Exchange, body: bytes) -> None:
+    """Answers with the number of tokens that a request's prompt has."""
+    request = parse(body, CountTokensRequest)
+    check_model(request.model, service.served_name)
+    chat = msgspec.convert(chat_body(request), ChatRequest)
+    text = await rendered(service, chat, len(body))
+    await exchange.json(TokenCount(len(await service.encode_any(text, False, "messages"))))
+
+
+class _Writer:
+    """Turns chat chunks into blocks: sends their events when streaming, keeps the blocks otherwise."""
+
+    def __init__(self, exchange: Exchange, request: MessagesRequest, model: str) -> None:
+        self._exchange, self._streaming = exchange, request.stream
+        self._max_tokens = request.max_tokens
+        self._answer = MessageAnswer(
+            id=f"msg_{exchange.request_id}", model=model, content=[], usage=MessageUsage()
+        )
+        self._usage = SeenUsage()
+        self._open = ""  # the kind of the block being written, for tools with the call's number
+        self._arguments: list[str] = []
+        self._started = False
+
+    async def take(self, chunk: SeenChunk) -> None:
+        """Takes the next chunk; only the first one comes without usage."""
+        if chunk.usage is not None:
+            self._usage = chunk.usage
+            await self._start()
+        for choice in chunk.choices:
+            delta = choice.delta
+            thought = delta.reasoning_content or delta.reasoning
+            if thought:
+                await self._enter("thinking", ThinkingBlock(""))
+                await self._add({"type": "thinking_delta", "thinking": thought})
+            if delta.content:
+                await self._enter("text", TextBlock(""))
+                await self._add({"type": "text_delta", "text": delta.content})
+            for call in delta.tool_calls or ():
+                await self._call(call)
+            if choice.finish_reason is not None:
+                self._stop(choice.finish_reason, choice.stop_reason)
+
+    async def finish(self) -> None:
+        """Sends the rest of the stream, or the whole message."""
+        await self._leave()
+        usage = self._answer.usage = _usage(self._usage)
+        if not self._streaming:
+            await self._exchange.json(self._answer)
+            return
+        delta = {"stop_reason": self._answer.stop_reason, "stop_sequence": self._answer.stop_sequence}
+        await self._send("message_delta", delta=delta, usage=usage)
+        await self._send("message_stop")
+        await self._exchange.end_stream()
+
+    async def _start(self) -> None:
+        if self._started:
+            return
+        self._started = True
+        if self._streaming:
+            opening = msgspec.structs.replace(self._answer, usage=_usage(self._usage), content=[])
+            opening.usage.output_tokens = 0
+            await self._exchange.open_stream()
+            await self._send("message_start", message=opening)
+            await self._send("ping")
+
+    def _stop(self, reason: str, detail: int | str | None) -> None:
+        answer = self._answer
+        answer.stop_reason = _STOPS.get(reason, "end_turn")
+        if reason == "length" and self._usage.completion_tokens < self._max_tokens:
+            answer.stop_reason = "model_context_window_exceeded"
+        if reason == "stop" and isinstance(detail, str):
+            answer.stop_reason, answer.stop_sequence = "stop_sequence", detail
+
+    async def _call(self, call: CallDelta) -> None:
+        name = call.function.name if call.function is not None else None
+        if self._open != f"tool {call.index}":
+            await self._enter(f"tool {call.index}", ToolUseBlock(call.id or "", name or "", {}))
+        arguments = call.function.arguments if call.function is not None else None
+        if arguments:
+            await self._add({"type": "input_json_delta", "partial_json": arguments})
+
+    async def _enter(self, kind: str, block: TextBlock | ThinkingBlock | ToolUseBlock) -> None:
+        """Begins a block unless one of its kind is being written."""
+        if self._open == kind:
+            return
+        await self._leave()
+        self._open = kind
+        self._answer.content.append(block)
+        await self._send("content_block_start", index=len(self._answer.content) - 1, content_block=block)
+
+    async def _add(self, delta: dict[str, str]) -> None:
+        block = self._answer.content[-1]
+        if isinstance(block, ToolUseBlock):
+            self._arguments.append(delta["partial_json"])
+        elif not self._streaming and isinstance(block, TextBlock):
+            block.text += delta["text"]
+        elif not self._streaming and isinstance(block, ThinkingBlock):
+            block.thinking += delta["thinking"]
+        await self._send("content_block_delta", index=len(self._answer.content) - 1, delta=delta)
+
+    async def _leave(self) -> None:
+        if not self._open:
+            return
+        block = self._answer.content[-1]
+        if isinstance(block, ToolUseBlock):
+            block.input = _arguments("".join(self._arguments))
+            self._arguments.clear()
+        self._open = ""
+        await self._send("content_block_stop", index=len(self._answer.content) - 1)
+
+    async def _send(self, kind: str, **fields: Any) -> None:
+        if self._streaming:
+            await self._exchange.event({"type": kind, **fields}, kind)
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    """A call's arguments; a call that max_tokens cut off has none."""
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return {}
+
+
+def _usage(seen: SeenUsage) -> MessageUsage:
+    return MessageUsage(seen.prompt_tokens - seen.cached_tokens, seen.completion_tokens, seen.cached_tokens)

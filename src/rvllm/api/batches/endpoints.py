@@ -1,0 +1,238 @@
+"""OpenAI's `/v1/batches`: many requests out of a file, answered while nobody else needs the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import Context
+from uuid import uuid4
+
+import msgspec
+
+from rvllm.api.batches.lines import (
+    MOST_LINES,
+    Answering,
+    BatchLine,
+    LineError,
+    answer_line,
+    parse_line,
+    read_lines,
+    result_line,
+)
+from rvllm.api.batches.store import Batch, BatchError, BatchErrors, BatchStore, RequestCounts
+from rvllm.api.http.body import parse
+from rvllm.api.http.errors import invalid, unknown
+from rvllm.api.http.exchange import Exchange, Gate
+from rvllm.api.http.pagination import Query, page
+from rvllm.api.schemas.responses import check_metadata
+from rvllm.errors import EngineDeadError
+from rvllm.telemetry.logs import event
+
+WINDOW_SECONDS = 24 * 3600
+MOST_ERRORS = 100  # of a wrong input, so many lines are told
+
+
+class BatchRequest(msgspec.Struct, kw_only=True):
+    """The body of `POST /v1/batches`."""
+
+    input_file_id: str
+    endpoint: str
+    completion_window: str
+    metadata: dict[str, str] | None = None
+
+
+class Batches:
+    """The endpoints, and the task that works batches off in the order they came."""
+
+    def __init__(
+        self, store: BatchStore, gate: Gate, answering: Mapping[str, Answering], concurrency: int
+    ) -> None:
+        self._store, self._gate, self._answering, self._concurrency = store, gate, answering, concurrency
+        self._batches = {batch.id: batch for batch in store.batches()}
+        self._task: asyncio.Task[None] | None = None
+        self._working: tuple[str, Sequence[asyncio.Task[None]]] | None = None  # the batch whose lines run
+        self.resume()
+
+    def resume(self) -> None:
+        """Goes on with batches that have not ended; called at the start and for new ones."""
+        if self._unfinished() is not None and (self._task is None or self._task.done()):
+            # In a context of its own: its work is no part of the request that happened to start it.
+            self._task = asyncio.get_running_loop().create_task(self._work(), context=Context())
+            self._gate.working.add(self._task)
+            self._task.add_done_callback(self._gate.working.discard)
+
+    async def create(self, exchange: Exchange, body: bytes) -> None:
+        """`POST /v1/batches`."""
+        request = parse(body, BatchRequest)
+        check_metadata(request.metadata)
+        if request.completion_window != "24h":
+            raise invalid("completion_window must be 24h", "completion_window")
+        if request.endpoint not in self._answering:
+            raise invalid(f"endpoint must be one of {', '.join(self._answering)}", "endpoint")
+        file = self._store.file(request.input_file_id)
+        if file is None or file.purpose != "batch":
+            raise invalid("input_file_id must name a file uploaded with purpose batch", "input_file_id")
+        now = int(time.time())
+        batch = Batch(
+            id=f"batch_{uuid4().hex}", endpoint=request.endpoint, input_file_id=file.id,
+            completion_window="24h", created_at=now, expires_at=now + WINDOW_SECONDS,
+            metadata=request.metadata,
+        )  # fmt: skip
+        self._batches[batch.id] = batch
+        self._store.put_batch(batch)
+        self.resume()
+        await exchange.json(batch)
+
+    async def retrieve(self, exchange: Exchange, body: bytes) -> None:
+        """`GET /v1/batches/{id}`."""
+        await exchange.json(self._found(exchange))
+
+    async def list_all(self, exchange: Exchange, body: bytes) -> None:
+        """`GET /v1/batches`, newest first."""
+        await exchange.json(page(list(self._batches.values()), lambda batch: batch.id, Query(exchange)))
+
+    async def cancel(self, exchange: Exchange, body: bytes) -> None:
+        """`POST /v1/batches/{id}/cancel`: what has been answered is kept."""
+        batch = self._found(exchange)
+        if batch.status not in ("validating", "in_progress"):
+            raise invalid(f"the batch is {batch.status} and cannot be cancelled", "batch_id")
+        batch.enter("cancelling")
+        self._store.put_batch(batch)
+        if self._working is not None and self._working[0] == batch.id:
+            for task in self._working[1]:
+                task.cancel()
+        self.resume()
+        await exchange.json(batch)
+
+    def _found(self, exchange: Exchange) -> Batch:
+        name = exchange.scope["path_params"]["id"]
+        batch = self._batches.get(name)
+        if batch is None:
+            raise unknown("batch", name)
+        return batch
+
+    def _unfinished(self) -> Batch | None:
+        return next((b for b in self._batches.values() if b.status in _UNFINISHED), None)
+
+    async def _work(self) -> None:
+        """Works off all batches. Cancelled or without an engine, it leaves the rest for the next start."""
+        while (batch := self._unfinished()) is not None:
+            try:
+                await self._advance(batch)
+            except EngineDeadError:
+                return
+            except Exception:
+                logging.getLogger("rvllm").exception("batch %s failed", batch.id)
+                batch.errors = BatchErrors([BatchError(code="server_error", message="see the server's log")])
+                batch.enter("failed")
+                self._store.put_batch(batch)
+
+    async def _advance(self, batch: Batch) -> None:
+        """Takes a batch through its life, from wherever it stands."""
+        if batch.status == "validating":
+            await self._validate(batch)
+        if batch.status == "in_progress":
+            await self._answer(batch)
+        if batch.status in ("cancelling", "finalizing"):
+            end = "cancelled" if batch.status == "cancelling" else _end_of(batch)
+            await asyncio.to_thread(self._store.finish_batch, batch, end)
+            event(logging.INFO, "batch ended", id=batch.id, status=batch.status,
+                  completed=batch.request_counts.completed, failed=batch.request_counts.failed)  # fmt: skip
+
+    async def _validate(self, batch: Batch) -> None:
+        total, errors = await asyncio.to_thread(self._check_lines, batch)
+        if batch.status != "validating":  # cancelled meanwhile
+            return
+        batch.request_counts = RequestCounts(total)
+        if errors:
+            batch.errors = BatchErrors(errors)
+            batch.enter("failed")
+        else:
+            batch.enter("in_progress")
+        self._store.put_batch(batch)
+
+    def _check_lines(self, batch: Batch) -> tuple[int, list[BatchError]]:
+        total, errors, names = 0, list[BatchError](), set[str]()
+
+        def wrong(code: str, message: str, line: int | None, param: str | None = None) -> None:
+            errors.append(BatchError(code=code, message=message, line=line, param=param))
+
+        try:
+            with self._store.path(batch.input_file_id).open("rb") as file:
+                for number, line in read_lines(file):
+                    total += 1
+                    try:
+                        name = parse_line(line, (batch.endpoint,)).custom_id
+                        if name in names:
+                            raise LineError(
+                                "duplicate_custom_id", f"custom_id {name[:80]!r} is not the first"
+                            )
+                        names.add(name)
+                    except LineError as error:
+                        wrong(error.code, str(error), number, error.param)
+                    if len(errors) >= MOST_ERRORS or total > MOST_LINES:
+                        break
+        except FileNotFoundError:
+            wrong("missing_input", "the input file has been deleted", None, "input_file_id")
+        if total > MOST_LINES:
+            wrong("too_many_lines", f"a batch holds at most {MOST_LINES} requests", None)
+        if not (total or errors):
+            wrong("empty_file", "the input file holds no requests", None)
+        return total, errors
+
+    async def _answer(self, batch: Batch) -> None:
+        """Answers all lines that have no answer yet, several at a time."""
+        done = self._store.lines_done(batch.id)
+        failed = sum(done.values())
+        batch.request_counts.completed, batch.request_counts.failed = len(done) - failed, failed
+        with self._store.path(batch.input_file_id).open("rb") as file:
+            lines = (entry for entry in read_lines(file) if entry[0] not in done)
+            tasks = [
+                asyncio.ensure_future(self._worker(batch, lines.__next__)) for _ in range(self._concurrency)
+            ]
+            self._working = (batch.id, tasks)
+            try:
+                await asyncio.gather(*tasks)
+            except asyncio.CancelledError:
+                if batch.status != "cancelling":  # the server stops; the next one goes on
+                    raise
+            finally:
+                self._working = None
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        if batch.status == "in_progress":
+            batch.enter("finalizing")
+            self._store.put_batch(batch)
+
+    async def _worker(self, batch: Batch, following: Callable[[], tuple[int, bytes]]) -> None:
+        answering = self._answering[batch.endpoint]
+        while True:
+            try:
+                number, line = following()
+            except StopIteration:
+                return
+            request = parse_line(line, (batch.endpoint,))
+            if time.time() > batch.expires_at:
+                failed, result = True, _expired(request)
+            else:
+                failed, result = await answer_line(request, answering)
+            self._store.add_result(batch.id, number, failed, result)
+            if failed:
+                batch.request_counts.failed += 1
+            else:
+                batch.request_counts.completed += 1
+
+
+_UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
+
+
+def _end_of(batch: Batch) -> str:
+    return "expired" if (batch.finalizing_at or 0) > batch.expires_at else "completed"
+
+
+def _expired(request: BatchLine) -> bytes:
+    error = {"code": "batch_expired", "message": "the batch's completion window ended before this request"}
+    return result_line(request.custom_id, None, error)

@@ -1,0 +1,71 @@
+"""OpenAI's `/v1/files`: what batches read and write."""
+
+from __future__ import annotations
+
+import asyncio
+
+from rvllm.api.batches.store import BatchStore, FileEntry
+from rvllm.api.http.errors import invalid, unknown
+from rvllm.api.http.exchange import Exchange
+from rvllm.api.http.multipart import parse_form, refuse_foreign
+from rvllm.api.http.pagination import Query, page
+
+_PURPOSES = ("batch", "user_data")
+LEAST_SECONDS, MOST_SECONDS = 3600, 30 * 24 * 3600  # OpenAI's limits of expires_after
+
+
+class Files:
+    """The endpoints."""
+
+    def __init__(self, store: BatchStore) -> None:
+        self._store = store
+
+    async def create(self, exchange: Exchange, body: bytes) -> None:
+        """`POST /v1/files`: a form with `file`, `purpose` and perhaps `expires_after[seconds]`."""
+        refuse_foreign(
+            exchange.header(b"origin"), exchange.header(b"sec-fetch-site"), exchange.header(b"host")
+        )
+        parts = await asyncio.to_thread(parse_form, body, exchange.header(b"content-type") or b"")
+        file, purpose = parts.get("file"), parts.get("purpose")
+        if file is None or file.filename is None:
+            raise invalid("file is required, as a part with a filename", "file")
+        word = "" if purpose is None else purpose.data.decode("utf-8", "replace")
+        if word not in _PURPOSES:
+            raise invalid(f"purpose must be one of {', '.join(_PURPOSES)}, got {word[:40]!r}", "purpose")
+        expiry = parts.get("expires_after[seconds]")
+        seconds = None if expiry is None else _seconds(expiry.data)
+        await exchange.json(self._store.add_file(file.filename, word, file.data, seconds))
+
+    async def list_all(self, exchange: Exchange, body: bytes) -> None:
+        """`GET /v1/files`, newest first, perhaps of one `purpose`."""
+        query = Query(exchange)
+        purpose = query.text("purpose")
+        found = [entry for entry in self._store.files() if purpose in (None, entry.purpose)]
+        await exchange.json(page(found, lambda entry: entry.id, query, limit=10_000, most=10_000))
+
+    async def retrieve(self, exchange: Exchange, body: bytes) -> None:
+        """`GET /v1/files/{id}`."""
+        await exchange.json(self._found(exchange))
+
+    async def content(self, exchange: Exchange, body: bytes) -> None:
+        """`GET /v1/files/{id}/content`."""
+        await exchange.send_file(self._store.path(self._found(exchange).id), b"application/octet-stream")
+
+    async def delete(self, exchange: Exchange, body: bytes) -> None:
+        """`DELETE /v1/files/{id}`."""
+        name = self._found(exchange).id
+        self._store.delete_file(name)
+        await exchange.json({"id": name, "object": "file", "deleted": True})
+
+    def _found(self, exchange: Exchange) -> FileEntry:
+        name = exchange.scope["path_params"]["id"]
+        entry = self._store.file(name)
+        if entry is None:
+            raise unknown("file", name)
+        return entry
+
+
+def _seconds(text: bytes) -> int:
+    if not (text.isdigit() and len(text) < 10 and LEAST_SECONDS <= int(text) <= MOST_SECONDS):
+        raise invalid(f"expires_after[seconds] must be in [{LEAST_SECONDS}, {MOST_SECONDS}]", "expires_after")
+    return int(text)

@@ -1,0 +1,131 @@
+"""The lines of a batch: read and checked, answered by the endpoint they name, written as results."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+
+from rvllm.api.generate.generation import Service
+from rvllm.api.generate.inner import Inner
+from rvllm.api.http.errors import ApiError, from_rvllm
+from rvllm.api.http.exchange import Exchange
+from rvllm.api.openai.chat import chat_completions
+from rvllm.api.openai.completions import completions
+from rvllm.api.openai.embeddings import embeddings, refuse_encoder
+from rvllm.errors import EngineDeadError, RvllmError
+
+PRIORITY = 1 << 20  # behind all that people wait for
+MOST_LINES = 50_000  # OpenAI's limit for one batch
+BUSY_SECONDS = 0.25  # before a line is tried again for which the queue had no room
+
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")  # what `endpoints` has of itself
+
+Answering = Callable[[Exchange, bytes], Awaitable[None]]
+_encode = msgspec.json.Encoder().encode
+
+
+class BatchLine(msgspec.Struct, kw_only=True):
+    """A request in a batch's input."""
+
+    custom_id: str
+    method: str
+    url: str
+    body: dict[str, Any]
+
+
+class LineError(Exception):
+    """A line that is no request; `code` is a word for programs."""
+
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code, self.param = code, param
+
+
+def endpoints(service: Service, more: Mapping[str, Answering] | None = None) -> dict[str, Answering]:
+    """What answers a line, by its url; `more` adds to that."""
+
+    def generating(handler: Callable[[Service, Exchange, bytes], Awaitable[None]]) -> Answering:
+        async def answer(exchange: Exchange, body: bytes) -> None:
+            refuse_encoder(service)
+            await handler(service, exchange, body)
+
+        return answer
+
+    async def embed(exchange: Exchange, body: bytes) -> None:
+        await embeddings(service, exchange, body)
+
+    return {
+        "/v1/chat/completions": generating(chat_completions),
+        "/v1/completions": generating(completions),
+        "/v1/embeddings": embed,
+        **(more or {}),
+    }
+
+
+def read_lines(data: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line) of all lines that are not empty."""
+    for number, line in enumerate(data, 1):
+        text = line.strip()
+        if text:
+            yield number, text
+
+
+def parse_line(line: bytes, urls: Iterable[str]) -> BatchLine:
+    """The request in a line. Raises LineError when it is none, or not for one of `urls`."""
+    try:
+        request = msgspec.json.decode(line, type=BatchLine)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        code = "invalid_request" if isinstance(error, msgspec.ValidationError) else "invalid_json_line"
+        raise LineError(code, f"the line is no request: {error}") from None
+    if request.method != "POST":
+        raise LineError("invalid_method", "method must be POST", "method")
+    if request.url not in urls:
+        raise LineError("invalid_url", f"url must be {' or '.join(urls)}, got {request.url[:80]!r}", "url")
+    if request.body.get("stream") or request.body.get("background"):
+        raise LineError("invalid_request", "a batch takes neither stream nor background", "body.stream")
+    return request
+
+
+async def answer_line(request: BatchLine, answering: Answering) -> tuple[bool, bytes]:
+    """(whether it failed, the line of the result). Waits while the server is busy.
+
+    Raises EngineDeadError when there is nobody left to answer.
+    """
+    given = request.body.get("priority")
+    priority = max(PRIORITY, given) if isinstance(given, int) else PRIORITY
+    body = _encode({**request.body, "priority": priority})
+    while True:
+        exchange = Inner(uuid4().hex)
+        status, answer = 200, None
+        try:
+            await answering(exchange, body)
+            answer = exchange.answer
+        except EngineDeadError:
+            raise
+        except RvllmError as error:
+            wrong = from_rvllm(error, tuple(request.body))
+            status, answer = wrong.status, wrong.body()
+        except ApiError as error:
+            if error.status == 503:
+                await asyncio.sleep(BUSY_SECONDS)
+                continue
+            status, answer = error.status, error.body()
+        except Exception:
+            logging.getLogger("rvllm").exception("a batch's request %s failed", request.custom_id)
+            status, answer = 500, ApiError(500, "internal error, see the server's log").body()
+        response = {"status_code": status, "request_id": exchange.request_id, "body": answer}
+        return status != 200, result_line(request.custom_id, response, None)
+
+
+def result_line(
+    custom_id: str | None, response: Mapping[str, Any] | None, error: Mapping[str, Any] | None
+) -> bytes:
+    """A line of an output or error file."""
+    return _encode(
+        {"id": f"batch_req_{uuid4().hex}", "custom_id": custom_id, "response": response, "error": error}
+    )

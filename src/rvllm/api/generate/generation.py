@@ -1,0 +1,295 @@
+"""From prompts and parameters to streams of text: what chat and plain completions share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.api.generate.job import Clock, Job, Piece, checked_priority, merged
+from rvllm.api.http.errors import ApiError, busy, invalid
+from rvllm.config import ServerConfig
+from rvllm.engine.ipc.messages import (
+    Embed,
+    Generate,
+    Output,
+    Ready,
+    State,
+    Stats,
+    Vocabulary,
+)
+from rvllm.engine.sampling_params import SamplingParams
+from rvllm.errors import UsageError
+from rvllm.telemetry.metrics import Metrics
+from rvllm.text.chat.reasoning import reasoning_format
+from rvllm.text.grammar.grammar import vocabulary_of
+from rvllm.text.processor import Choice
+from rvllm.text.requests import RequestMaker
+from rvllm.text.tokenizers.tokenizer import Tokenizer
+from rvllm.text.tools.choose import tool_format
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LOOK_SECONDS = 1.0
+IDLE_LOOKS = 2  # so often in a row nothing must run before the vocabulary for grammars is handed over
+MOST_CHARS = 1_000_000  # of a text that is only to be tokenised: about a second and a gigabyte
+IN_THREAD_CHARS = 5_000  # longer texts are rendered and tokenised beside the event loop
+
+
+async def off_loop(size: int, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+    """What the work returns. With a `size` of IN_THREAD_CHARS or more it is done beside the event loop."""
+    if size < IN_THREAD_CHARS:
+        return work(*args, **options)
+    return await asyncio.to_thread(work, *args, **options)
+
+
+class Engine(Protocol):
+    """What the HTTP layer needs of the engine's client."""
+
+    def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
+        """Outputs of one request; closing the generator aborts it."""
+
+    async def embed(self, request: Embed) -> NDArray[np.float32]:
+        """The vector of a text; being cancelled aborts the request."""
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Comes before the first request with a grammar."""
+
+    async def stats(self) -> Stats:
+        """The engine's figures."""
+
+    async def state(self) -> State:
+        """What the engine is doing, for people who watch."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine process runs."""
+
+    async def wait_dead(self) -> str:
+        """Returns, with the reason, when the engine process has ended."""
+
+
+class Service:
+    """The loaded model as the HTTP handlers see it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        ready: Ready,
+        tokenizer: Tokenizer | None,
+        config: ServerConfig,
+        metrics: Metrics,
+        *,
+        served_name: str,
+        requests: RequestMaker,
+        chat_template: str | None = None,
+        shown_settings: Mapping[str, str] | None = None,
+    ) -> None:
+        self.engine, self.ready, self.config, self.metrics = engine, ready, config, metrics
+        self.served_name = served_name
+        self.chat_template = chat_template
+        self.shown_settings = shown_settings or {}  # what the page tells of the engine's settings
+        self.started = int(time.time())
+        self._tokenizer = tokenizer
+        self._requests = requests
+        self._in_flight = 0
+        self._vocabulary: asyncio.Task[None] | None = None  # hands the vocabulary to the engine
+        self.template = template = _template_of(tokenizer, chat_template)  # of conversations with tools
+        self.tools = tool_format(config.tool_call_parser, template)
+        self.reasoning = reasoning_format(config.reasoning_parser, template)
+        # Sampling defaults of the model, under SamplingParams' names.
+        self.defaults: Mapping[str, Any] = requests.defaults
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises a 400 when the server runs without one."""
+        if self._tokenizer is None:
+            raise invalid(
+                "this server runs without a tokenizer (--skip-tokenizer-init): send token ids", "prompt"
+            )
+        return self._tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether texts can be taken and given."""
+        return self._tokenizer is not None
+
+    async def prepare_grammars(self) -> None:
+        """Returns when the engine can follow grammars; the vocabulary goes to it with the first one."""
+        if self._vocabulary is None or (self._vocabulary.done() and self._vocabulary.exception()):
+            self._vocabulary = asyncio.create_task(self._send_vocabulary())
+        await asyncio.shield(self._vocabulary)
+
+    async def warm_grammars(self) -> None:
+        """Returns when the engine has the vocabulary: after the first idle moment, or the first grammar.
+
+        Reading it keeps the engine busy for up to a second, which nobody notices while nothing runs.
+        """
+        tokenizer = self._tokenizer
+        if tokenizer is None or tokenizer.spelling.kind == "other" or self.ready.facts.embedding_size:
+            return
+        idle = 0
+        while self._vocabulary is None and idle < IDLE_LOOKS:
+            await asyncio.sleep(LOOK_SECONDS)
+            idle = 0 if self._in_flight else idle + 1
+        await self.prepare_grammars()
+
+    async def _send_vocabulary(self) -> None:
+        self.engine.set_vocabulary(await asyncio.to_thread(vocabulary_of, self.tokenizer))
+
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text, without holding up the event loop when it is long."""
+        return await off_loop(len(text), self.tokenizer.encode, text, add_special_tokens)
+
+    async def encode_any(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+        """Token ids of a text that need not fit into the context. Raises a 413 beyond MOST_CHARS."""
+        if len(text) > MOST_CHARS:
+            raise ApiError(
+                413,
+                f"{param} has {len(text)} characters, at most {MOST_CHARS} are tokenised at once",
+                param=param,
+            )
+        return await self.encode(text, add_special_tokens)
+
+    async def encode_prompt(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+        """Token ids of a prompt. Raises a 400 at once for a text that is too large for the context at sight.
+
+        Tokenising megabytes takes seconds and gigabytes, all for nothing.
+        """
+        await self.check_size(text, param)
+        return await self.encode(text, add_special_tokens)
+
+    async def check_size(self, text: str, param: str) -> None:
+        """Raises a 400 for a text that cannot fit into the context, as its size alone says."""
+        limit = self.ready.facts.max_model_len
+        if len(text) >= limit and await asyncio.to_thread(self.tokenizer.surely_reaches, text, limit):
+            raise _too_long(param, f"{len(text)} characters", limit)
+
+    def job(
+        self,
+        request_id: str,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        *,
+        priority: int | None,
+        param: str,
+    ) -> Job:
+        """Checks a request against the limits and makes the engine's messages.
+
+        param: the request's field that holds the prompt, for errors.
+        Raises ApiError: 400 for too many choices or an unfit prompt, 503 when the queue is full.
+        """
+        if params.stop and self._tokenizer is None:
+            raise invalid(
+                "stop needs a tokenizer, and this server runs without one: use stop_token_ids", "stop"
+            )
+        count = len(prompts) * params.n
+        if count > self.config.max_choices:
+            raise invalid(f"n times the number of prompts is {count}; this server answers at most "
+                          f"{self.config.max_choices} (--max-choices)", "n")  # fmt: skip
+        self._check_room(count)
+        urgency = checked_priority(priority)
+        generates: list[Generate] = []
+        choices: list[Choice] = []
+        for number, prompt in enumerate(prompts):
+            self.check_length(len(prompt), param)
+            made = self._requests.make(f"{request_id}-{number}", prompt, params, priority=urgency)
+            generates += made
+            choices += [Choice(self._tokenizer, params, prompt, i) for i in range(len(made))]
+        return Job(request_id, list(prompts), params, generates, choices, time.perf_counter())
+
+    def _check_room(self, count: int) -> None:
+        if self._in_flight + count > self.ready.max_num_seqs + self.config.max_queue:
+            raise busy(f"{self._in_flight} requests are running or waiting, no more are taken (--max-queue)")
+
+    @contextmanager
+    def admitted(self, count: int) -> Generator[None, None, None]:
+        """Counts so many requests as running. Raises ApiError 503 when the queue is full."""
+        self._check_room(count)
+        self._in_flight += count
+        try:
+            yield
+        finally:
+            self._in_flight -= count
+
+    def check_length(self, tokens: int, param: str) -> None:
+        """Raises a 400 for a prompt of so many tokens when the context has no room for an answer."""
+        limit = self.ready.facts.max_model_len
+        if tokens >= limit:
+            raise _too_long(param, f"{tokens} tokens", limit)
+
+    async def run(self, job: Job) -> AsyncGenerator[Piece, None]:
+        """The pieces of all choices as they come. Closing it aborts what still runs.
+
+        Raises ApiError when the engine ends a choice with an error, EngineDeadError when it dies.
+        """
+        self._in_flight += len(job.choices)
+        try:
+            if len(job.choices) == 1:
+                async with aclosing(self._choice(job, 0)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+            else:
+                async with aclosing(
+                    merged([self._choice(job, i) for i in range(len(job.choices))])
+                ) as pieces:
+                    async for piece in pieces:
+                        yield piece
+        finally:
+            self._in_flight -= len(job.choices)
+            for first in range(0, len(job.choices), job.params.n):
+                of_prompt = job.choices[first : first + job.params.n]
+                self.metrics.longest_choice(max(len(choice.token_ids) for choice in of_prompt))
+
+    async def _choice(self, job: Job, index: int) -> AsyncGenerator[Piece, None]:
+        choice, request = job.choices[index], job.generates[index]
+        clock, reason = Clock(self.metrics, job, request), "abort"
+        try:
+            async with aclosing(self.engine.generate(request)) as outputs:
+                async for output in outputs:
+                    began = time.perf_counter()
+                    delta = choice.feed(output)
+                    clock.timing.detokenize += time.perf_counter() - began
+                    clock.read(output)
+                    reason = delta.finish_reason or reason
+                    if reason == "error":
+                        # What of a checked request cannot be followed is its grammar, which the model's
+                        # vocabulary may have no tokens for.
+                        status = 500 if request.sampling.grammar is None else 400
+                        raise ApiError(status, delta.error or "the engine could not answer")
+                    clock.tokens(len(delta.token_ids), output.queue_seconds)
+                    job.completion_tokens += len(delta.token_ids)
+                    if index % job.params.n == 0:
+                        job.cached_tokens[index // job.params.n] = output.cached_tokens
+                    began = time.perf_counter()
+                    yield Piece(index, delta)
+                    clock.timing.stream += time.perf_counter() - began
+                    if delta.finish_reason is not None:
+                        return
+        finally:
+            clock.finished(reason)
+
+
+def _too_long(param: str, what: str, limit: int) -> ApiError:
+    return invalid(
+        f"{param}: the prompt has {what}, but the context holds {limit} tokens "
+        "and at least one is for the answer",
+        param,
+        "context_length_exceeded",
+    )
+
+
+def _template_of(tokenizer: Tokenizer | None, given: str | None) -> str | None:
+    """The source of the chat template in use, if there is one."""
+    if given is not None or tokenizer is None:
+        return given if tokenizer is None else tokenizer.chat_templates.get(given or "", given)
+    try:
+        return tokenizer.get_chat_template(tools=True)
+    except UsageError:
+        return None

@@ -1,0 +1,157 @@
+"""A request on its way through the engine: its choices, what they add, and how long that takes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from rvllm.api.http.errors import invalid
+from rvllm.api.schemas.answers import PromptDetails, Usage
+from rvllm.engine.ipc.messages import Generate, Output, PrefillChunk
+from rvllm.engine.sampling_params import SamplingParams
+from rvllm.telemetry.metrics import Metrics, RequestTimes
+from rvllm.telemetry.timing import ChunkTiming, RequestTiming, current
+from rvllm.text.processor import Choice, Delta
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one engine step added to one choice of a request."""
+
+    index: int
+    delta: Delta
+
+
+@dataclass
+class Job:
+    """A request on its way through the engine: its choices, in order of prompt, then of n.
+
+    prompts: token ids of each prompt; params.n choices belong to each.
+    """
+
+    request_id: str
+    prompts: list[list[int]]
+    params: SamplingParams
+    generates: list[Generate]
+    choices: list[Choice]
+    arrival: float
+    completion_tokens: int = 0
+    cached_tokens: dict[int, int] = field(default_factory=dict)  # by prompt
+
+    def prompt_of(self, index: int) -> list[int]:
+        """The prompt that a choice answers."""
+        return self.prompts[index // self.params.n]
+
+    def usage(self) -> Usage:
+        """Tokens so far; a prompt counts once however many choices it has."""
+        prompt = sum(len(tokens) for tokens in self.prompts)
+        return Usage(
+            prompt,
+            self.completion_tokens,
+            prompt + self.completion_tokens,
+            PromptDetails(sum(self.cached_tokens.values())),
+        )
+
+
+def checked_priority(priority: int | None) -> int:
+    """The engine's priority; 0 unless it was asked for. Raises a 400 for one beyond 32 bits."""
+    if priority is not None and not -(1 << 31) <= priority < 1 << 31:
+        raise invalid("priority must fit in 32 bits", "priority")
+    return priority or 0
+
+
+class Clock:
+    """Times one choice for the histograms."""
+
+    def __init__(self, metrics: Metrics, job: Job, request: Generate) -> None:
+        self._metrics, self._job, self._request = metrics, job, request
+        self._first = self._last = self._queue = 0.0
+        self._count = 0
+        timing = current.get() or RequestTiming(job.request_id, "")
+        self.timing = timing.choice(request.request_id, len(request.prompt_token_ids))
+
+    def read(self, output: Output) -> None:
+        """The engine has told where its time went and what the prefix cache held."""
+        self.timing.cached_tokens = output.cached_tokens
+        if output.prefill:
+            self.timing.chunks = _chunks(output.prefill)
+
+    def tokens(self, count: int, queue_seconds: float) -> None:
+        """So many tokens have just come."""
+        if not count:
+            return
+        now = time.perf_counter() - self._job.arrival
+        if self._count == 0:
+            self._first, self._queue = now, queue_seconds
+            self._metrics.first_token(now)
+            self.timing.first = self._since_request(now)
+            self.timing.queued = max(0.0, self.timing.first - now) + queue_seconds
+        else:
+            self._metrics.between_tokens(now - self._last)
+        self._last = now
+        self._count += count
+        self.timing.last = self._since_request(now)
+        self.timing.output_tokens = self._count
+
+    def _since_request(self, seconds: float) -> float:
+        """Seconds since the HTTP request came, of a moment given since the job was made."""
+        request = current.get()
+        return seconds if request is None else self._job.arrival + seconds - request.began
+
+    def finished(self, reason: str) -> None:
+        """The choice has ended; "abort" when its client left."""
+        self.timing.finish_reason = reason
+        sampling = self._request.sampling
+        self._metrics.finished(
+            RequestTimes(
+                reason,
+                len(self._request.prompt_token_ids),
+                self._count,
+                sampling.max_tokens,
+                self._job.params.n,
+                self._queue,
+                self._first,
+                self._last,
+                self.timing.cached_tokens,
+            )
+        )
+
+
+def _chunks(prefill: Sequence[PrefillChunk]) -> list[ChunkTiming]:
+    """Times of the engine's clock as seconds since the current request arrived."""
+    request = current.get()
+    arrived = prefill[0].began if request is None else request.arrived / 1e9
+    return [ChunkTiming(c.step, c.tokens, c.began - arrived, c.ended - c.began) for c in prefill]
+
+
+async def merged(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
+    """Pieces of several streams in the order they come; the first failure ends all of them."""
+    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+
+    async def pump(stream: AsyncGenerator[Piece, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for piece in stream:
+                    queue.put_nowait(piece)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.ensure_future(pump(stream)) for stream in streams]
+    running = len(tasks)
+    try:
+        while running:
+            item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, Piece):
+                yield item
+            else:
+                raise item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,132 @@
+"""The form that a request asks of its answer: OpenAI's `response_format`, vLLM's `guided_*` and
+`structured_outputs`, and calls that a `tool_choice` forces."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from rvllm.api.generate.generation import Service
+from rvllm.api.generate.output_parser import ToolPlan
+from rvllm.api.http.errors import invalid
+from rvllm.api.schemas.requests import GenerationRequest
+from rvllm.engine.sampling_params import StructuredOutputsParams
+from rvllm.errors import UsageError
+from rvllm.text.grammar.grammar import check, check_tokenizer, grammar_of, with_lead
+from rvllm.text.tools.choose import calls_or_form, forced_calls, offered_calls
+
+_GUIDED = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "structural_tag": "structural_tag",
+}
+
+
+async def answer_grammar(
+    service: Service, request: GenerationRequest, plan: ToolPlan | None = None, thinks: bool | None = None
+) -> str | None:
+    """The grammar that the answer must follow, checked and ready to be followed; None for a free one.
+
+    With tools, the form is that of an answer that calls none of them, as OpenAI has it.
+    plan: the tools the answer may use, see `parts.ToolPlan`. thinks: whether the prompt has opened the
+    model's thoughts; None when it has none. Raises a 400 naming the field and what is wrong with it.
+    """
+    asked = asked_form(request)
+    forced = plan is not None and plan.forced is not None
+    if asked is None and not forced and not (plan and any(f.strict for f in plan.functions)):
+        return None
+    if asked is not None and forced and asked[0] != "response_format":
+        raise invalid(f"{asked[0]} excludes a tool_choice that forces a call", asked[0])
+    try:
+        check_tokenizer(service.tokenizer if service.has_tokenizer else None)
+    except UsageError as error:
+        raise invalid(str(error), asked[0] if asked else "tool_choice") from None
+    found = await asyncio.to_thread(_grammar, service, asked, plan, thinks)
+    if found is not None:
+        await service.prepare_grammars()
+    return found
+
+
+def _grammar(
+    service: Service,
+    asked: tuple[str, StructuredOutputsParams] | None,
+    plan: ToolPlan | None,
+    thinks: bool | None,
+) -> str | None:
+    param = asked[0] if asked else "tools"
+    try:
+        found = None if asked is None else grammar_of(asked[1])
+        if plan is not None:
+            param = "tools"
+            found = _with_calls(service, plan, found)
+        if found is not None and thinks is not None and service.reasoning is not None:
+            marks = service.reasoning
+            found = with_lead(found, marks.begin, marks.end, service.tokenizer, opened=thinks)
+            check(found, "grammar")
+        return found
+    except UsageError as error:
+        raise invalid(f"{param}: {error}", param) from None
+
+
+def _with_calls(service: Service, plan: ToolPlan, form: str | None) -> str | None:
+    """The grammar of an answer that may use tools, or has to; None for a free one."""
+    known, tokenizer, parallel = plan.known, service.tokenizer, plan.parallel
+    if plan.forced is not None:
+        found: str | None = forced_calls(known, plan.forced, tokenizer, parallel=parallel)
+    elif form is not None:
+        found = calls_or_form(known, plan.functions, tokenizer, form, parallel=parallel)
+    else:
+        found = offered_calls(known, plan.functions, tokenizer, parallel=parallel)
+    if found is not None:
+        check(found, "parameters")
+    return found
+
+
+def asked_form(request: GenerationRequest) -> tuple[str, StructuredOutputsParams] | None:
+    """(the field that asks for a form, the form); None when no field does. Raises a 400 when two do."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    if request.response_format is not None:
+        form = _response_format(request.response_format)
+        found += [("response_format", form)] if form else []
+    for name, ours in _GUIDED.items():
+        if getattr(request, name) is not None:
+            found.append((name, {ours: getattr(request, name)}))
+    body = request.structured_outputs
+    if body is not None:
+        values = {name: getattr(body, name) for name in body.__struct_fields__}
+        found.append(("structured_outputs", {k: v for k, v in values.items() if v is not None}))
+    if not found:
+        return None
+    if len(found) > 1:
+        raise invalid(f"{found[0][0]} and {found[1][0]} exclude each other", found[1][0])
+    name, values = found[0]
+    if request.guided_whitespace_pattern is not None:
+        values.setdefault("whitespace_pattern", request.guided_whitespace_pattern)
+    try:
+        params = StructuredOutputsParams(**values)
+    except UsageError as error:
+        raise invalid(f"{name}: {error}", name) from None
+    return (name, params) if params.given() is not None else None
+
+
+def _response_format(value: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's `response_format` under StructuredOutputsParams' names; {} for free text."""
+    kind = value.get("type")
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind == "json_schema":
+        holder = value.get("json_schema")
+        if not isinstance(holder, dict) or not isinstance(holder.get("schema"), dict | bool):
+            raise invalid("response_format.json_schema.schema must be a JSON schema", "response_format")
+        return {"json": holder["schema"]}
+    if kind == "structural_tag":
+        return {"structural_tag": {k: v for k, v in value.items() if k != "type"}}
+    raise invalid(
+        "response_format.type must be text, json_object, json_schema or structural_tag, "
+        f"got {str(kind)[:40]!r}",
+        "response_format",
+    )

@@ -1,0 +1,354 @@
+"""One HTTP request and its answer, straight on ASGI: body limits, the client going away, errors, SSE."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import os
+import re
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from rvllm.api.http.errors import ApiError, busy, from_rvllm
+from rvllm.config import ServerConfig
+from rvllm.errors import RvllmError
+from rvllm.telemetry.logs import event
+from rvllm.telemetry.metrics import Metrics
+from rvllm.telemetry.timing import RecentTimings, RequestTiming, current
+from rvllm.telemetry.tracing import Tracer
+
+BODY_SECONDS = 60.0  # a client has this long to send its body
+FILE_CHUNK = 1 << 20  # bytes of a file that are sent at a time
+TIMING = b"x-rvllm-timing"  # a request with this header is told where its time went
+ERROR_SECONDS = 5.0  # and so long to take an error from us
+_ENCODER = msgspec.json.Encoder()
+_CLIENT_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class Exchange:
+    """A request being answered: once, by `json`, `respond` or a stream of events."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self.request_id = uuid4().hex
+        self.status = 0  # 0 until the answer has begun
+        self.streaming = False
+        self.failure: Failure = openai_failure
+        self._receive, self._send = receive, send
+        given = self.header(b"x-request-id")
+        self._shown_id = given if given and _CLIENT_ID.fullmatch(given) else self.request_id.encode()
+
+    @property
+    def shown_id(self) -> str:
+        """The id in the response's X-Request-Id header and in the logs: the client's own if it sent one."""
+        return self._shown_id.decode()
+
+    def header(self, name: bytes) -> bytes | None:
+        """A request header's value; `name` in lower case."""
+        found: bytes | None = next((value for key, value in self.scope["headers"] if key == name), None)
+        return found
+
+    async def body(self, limit: int, kind: bytes = b"application/json", flag: str = "--max-body-mb") -> bytes:
+        """The whole body; `flag` is the setting behind the limit, for errors.
+
+        Raises ApiError: 413 beyond `limit` bytes, 415 when it is of another kind, 408 when it stalls.
+        """
+        given = (self.header(b"content-type") or b"application/json").partition(b";")[0].strip().lower()
+        if given != kind:
+            raise ApiError(415, f"the body must be sent with Content-Type: {kind.decode()}")
+        too_large = ApiError(
+            413,
+            f"the body is larger than {limit} bytes ({flag})",
+            headers=((b"connection", b"close"),),
+        )
+        length = self.header(b"content-length")
+        if length is not None and length.isdigit() and (len(length) > 18 or int(length) > limit):
+            raise too_large
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while True:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGoneError
+                    chunk = message.get("body", b"")
+                    size += len(chunk)
+                    if size > limit:
+                        raise too_large
+                    chunks.append(chunk)
+                    if not message.get("more_body", False):
+                        return b"".join(chunks)
+        except TimeoutError:
+            raise ApiError(408, "the body did not arrive in time") from None
+
+    async def gone(self) -> None:
+        """Returns when the client has closed the connection (after the body has been read)."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def json(
+        self, value: Any, status: int = 200, headers: tuple[tuple[bytes, bytes], ...] = ()
+    ) -> None:
+        """Answers with a struct or dict as JSON."""
+        await self.respond(_ENCODER.encode(value), b"application/json", status, headers)
+
+    async def respond(
+        self,
+        body: bytes,
+        content_type: bytes,
+        status: int = 200,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+        *,
+        unread_body: bool = False,
+    ) -> None:
+        """Answers with a whole body.
+
+        unread_body: the client may still be sending, and many read nothing before they have sent all; closing
+        on them would reset the connection and lose the answer. So what comes is thrown away, for a while.
+        """
+        self.status = status
+        length = (b"content-length", str(len(body)).encode())
+        await self._start([(b"content-type", content_type), length, *headers])
+        await self._send({"type": "http.response.body", "body": body, "more_body": unread_body})
+        if unread_body:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ERROR_SECONDS / 2):
+                    while (await self._receive()).get("more_body", False):
+                        pass
+            await self._send({"type": "http.response.body", "body": b""})
+
+    async def send_file(self, path: Path, content_type: bytes) -> None:
+        """Answers with a file's content."""
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            self.status = 200
+            await self._start([(b"content-type", content_type), (b"content-length", str(size).encode())])
+            while chunk := await asyncio.to_thread(file.read, FILE_CHUNK):
+                await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def open_stream(self) -> None:
+        """Begins a stream of server-sent events."""
+        self.status, self.streaming = 200, True
+        await self._start(
+            [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
+             (b"x-accel-buffering", b"no")]
+        )  # fmt: skip
+
+    async def event(self, value: Any, name: str | None = None) -> None:
+        """Sends one event with a struct as its JSON data; waits while the client reads slowly."""
+        head = b"" if name is None else b"event: " + name.encode() + b"\n"
+        data = head + b"data: " + _ENCODER.encode(value) + b"\n\n"
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end_stream(self) -> None:
+        """Ends a stream whose last event says that it is the last."""
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def close_stream(self) -> None:
+        """Ends the stream as OpenAI does, with `[DONE]`; a comment before it tells the times if asked for."""
+        if self._wants_timing() and (timing := current.get()) is not None:
+            comment = f": {TIMING.decode()} {timing.line()}\n\n".encode()
+            await self._send({"type": "http.response.body", "body": comment, "more_body": True})
+        await self._send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    async def fail(self, error: ApiError) -> None:
+        """Answers with an error: an error object, or as the last event of a stream that has begun."""
+        if self.streaming:
+            self.status = error.status  # for logs and metrics; the wire has said 200
+            name, body = self.failure(error)
+            await self.event(body, name)
+            await (self.close_stream() if name is None else self.end_stream())
+        elif not self.status:
+            await self.respond(
+                _ENCODER.encode(self.failure(error)[1]),
+                b"application/json",
+                error.status,
+                error.headers,
+                unread_body=error.status == 413,
+            )
+
+    def _wants_timing(self) -> bool:
+        return self.header(TIMING) is not None
+
+    async def _start(self, headers: list[tuple[bytes, bytes]]) -> None:
+        headers.append((b"x-request-id", self._shown_id))
+        if self._wants_timing() and (timing := current.get()) is not None:
+            headers.append((TIMING, timing.line().encode()))
+        await self._send({"type": "http.response.start", "status": self.status, "headers": headers})
+
+
+Failure = Callable[[ApiError], tuple[str | None, Any]]
+"""An error as (name of the event that carries it in a stream, body)."""
+
+
+def openai_failure(error: ApiError) -> tuple[str | None, Any]:
+    """OpenAI's error object; in a stream it comes as an event without a name, and `[DONE]` follows."""
+    return None, error.body()
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection; there is nobody to answer."""
+
+
+@dataclass
+class Gate:
+    """What every endpoint shares: settings, metrics, and the requests being worked on."""
+
+    config: ServerConfig
+    metrics: Metrics
+    draining: bool = False
+    timings: RecentTimings = field(default_factory=RecentTimings)
+    tracer: Tracer | None = None
+    working: set[asyncio.Task[None]] = field(default_factory=set)
+    closing: list[Callable[[], None]] = field(default_factory=list)  # what to do once nothing works any more
+
+    def cancel_all(self) -> None:
+        """Cancels every request in work; their clients get an error."""
+        for task in self.working:
+            task.cancel()
+
+    async def close(self, seconds: float) -> None:
+        """Waits that long for what was cancelled, then closes what was opened for all requests."""
+        if self.working:
+            await asyncio.wait(tuple(self.working), timeout=seconds)
+        for close in self.closing:
+            close()
+
+
+Handler = Callable[[Exchange, bytes], Coroutine[Any, Any, None]]
+
+
+class Endpoint:
+    """An ASGI app around a handler: checks the key, reads the body, ends the handler with the client."""
+
+    def __init__(
+        self,
+        gate: Gate,
+        path: str,
+        handler: Handler,
+        fields: tuple[str, ...] = (),
+        *,
+        open: bool = False,
+        failure: Failure = openai_failure,
+        upload: bool = False,
+    ) -> None:
+        """fields: the request's parameters, for errors; open: needs no key, answers in a drain;
+        upload: takes a form with a file instead of JSON.
+        """
+        self._gate, self._path, self._handler, self._fields, self._open = gate, path, handler, fields, open
+        self._failure, self._upload = failure, upload
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request; never raises but for cancellation by the HTTP server."""
+        exchange = Exchange(scope, receive, send)
+        exchange.failure = self._failure
+        timing = RequestTiming(exchange.shown_id, self._path)
+        current.set(timing)  # the server runs each request in a context of its own
+        try:
+            await self._answer(exchange)
+        except ClientGoneError:
+            exchange.status = 499  # nginx's word for it, in logs and metrics
+        except ApiError as error:
+            with contextlib.suppress(TimeoutError):  # a client that does not read is hung up on
+                async with asyncio.timeout(ERROR_SECONDS):
+                    await exchange.fail(error)
+        self._finished(exchange, timing)
+
+    def _finished(self, exchange: Exchange, timing: RequestTiming) -> None:
+        timing.status, timing.seconds = exchange.status, timing.since()
+        if timing.choices:
+            self._gate.timings.add(timing)
+            if self._gate.tracer is not None:
+                timing.traceparent = (exchange.header(b"traceparent") or b"").decode("latin-1")
+                timing.tracestate = (exchange.header(b"tracestate") or b"").decode("latin-1")
+                self._gate.tracer.record(timing)
+        self._gate.metrics.response(self._path, exchange.status)
+        level = logging.INFO if self._gate.config.access_log else logging.DEBUG
+        event(level, "request", id=exchange.shown_id, path=self._path, status=exchange.status,
+              seconds=timing.seconds)  # fmt: skip
+
+    async def _answer(self, exchange: Exchange) -> None:
+        if not self._open:
+            self._check_key(exchange)
+            if self._gate.draining:
+                raise busy("the server is shutting down")
+        body = b""
+        if exchange.scope["method"] == "POST":
+            body = await self._body(exchange)
+        work = asyncio.ensure_future(self._handle(exchange, body))
+        gone = asyncio.ensure_future(exchange.gone())
+        self._gate.working.add(work)
+        try:
+            limit = self._gate.config.request_timeout or None
+            await asyncio.wait((work, gone), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            timed_out = not (work.done() or gone.done())
+        finally:
+            self._gate.working.discard(work)
+            gone.cancel()
+            cancelled = work.cancelled() or work.cancel()
+            await _ended(work)
+        if timed_out:
+            raise ApiError(408, f"the request took longer than {limit:g} s (--request-timeout)")
+        if gone.done() and not gone.cancelled() and cancelled:
+            raise ClientGoneError
+        if work.cancelled():
+            raise busy("the server is shutting down")
+        work.result()
+
+    async def _body(self, exchange: Exchange) -> bytes:
+        config = self._gate.config
+        if self._upload:
+            return await exchange.body(int(config.max_file_mb * 1e6), b"multipart/form-data", "--max-file-mb")
+        return await exchange.body(int(config.max_body_mb * 1e6))
+
+    async def _handle(self, exchange: Exchange, body: bytes) -> None:
+        try:
+            await self._handler(exchange, body)
+        except RvllmError as error:
+            raise from_rvllm(error, self._fields) from None
+        except ApiError:
+            raise
+        except Exception:
+            logging.getLogger("rvllm").exception("request %s failed", exchange.shown_id)
+            raise ApiError(500, f"internal error, see the server's log for {exchange.shown_id}") from None
+
+    def _check_key(self, exchange: Exchange) -> None:
+        key = self._gate.config.api_key
+        if key is None:
+            return
+        scheme, _, given = (exchange.header(b"authorization") or b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            given = exchange.header(b"x-api-key") or b""  # Anthropic's clients
+        if not hmac.compare_digest(given.strip(), key.encode()):
+            raise ApiError(
+                401,
+                "a valid key is required: Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers=((b"www-authenticate", b"Bearer"),),
+            )
+
+
+async def _ended(task: Awaitable[None]) -> None:
+    """Waits for a task's end, whatever it is."""
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def check_model(asked: str | None, served: str) -> None:
+    """Raises a 404 when a request names another model than the one served."""
+    if asked is not None and asked != served:
+        raise ApiError(
+            404,
+            f"the model {asked[:200]!r} is not served here; this server has {served!r}",
+            param="model",
+            code="model_not_found",
+        )

@@ -1,0 +1,115 @@
+"""The HTTP server's life: bind, serve, drain on SIGTERM, end when the engine has died."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Generator
+from typing import Protocol
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from rvllm.api.http.exchange import Gate
+from rvllm.api.http.listen import StopSignals, url_of
+from rvllm.api.http.protocol import BoundedHttp
+from rvllm.errors import UsageError
+from rvllm.telemetry.logs import event
+
+CANCEL_SECONDS = 2.0  # cancelled requests have this long to tell their clients
+DEAD_SECONDS = (
+    10.0  # after the engine's death, errors and a /health of 503 are served so long before the exit
+)
+FAILED = 1  # the exit code when the engine has died, or uvicorn ended by itself
+
+
+class DyingEngine(Protocol):
+    """The part of the engine's client that tells of its death."""
+
+    async def wait_dead(self) -> str:
+        """Returns, with the reason, when the engine process has ended."""
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn, leaving signals to us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+async def serve(
+    app: ASGIApp,
+    gate: Gate,
+    sock: socket.socket,
+    engine: DyingEngine,
+    stop: StopSignals,
+    started: Callable[[], None],
+) -> int:
+    """Serves `app` on `sock` until a signal or the engine's death; returns the process's exit code.
+
+    started: called once connections are accepted. Raises UsageError when another process has begun to
+    listen on the port meanwhile.
+    """
+    config = uvicorn.Config(
+        app,
+        http=BoundedHttp,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+    )
+    server, url = _Uvicorn(config), url_of(sock)
+    serving = asyncio.ensure_future(server.serve([sock]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.002)
+    if serving.done():
+        try:
+            serving.result()
+        except OSError as error:
+            raise UsageError(f"cannot listen on {url}: {error.strerror or error}") from None
+    started()
+    first = asyncio.ensure_future(stop.first.wait())
+    dead = asyncio.ensure_future(engine.wait_dead())
+    await asyncio.wait((serving, first, dead), return_when=asyncio.FIRST_COMPLETED)
+    if first.done():
+        await _drain(server, gate, stop, serving, dead)
+    elif dead.done():
+        seconds = gate.config.dead_engine_timeout
+        event(logging.ERROR, "the engine has died", cause=dead.result(), seconds_until_exit=seconds)
+        await asyncio.wait((first,), timeout=seconds)
+    asked_to = first.done() and not dead.done()
+    gate.draining = server.should_exit = True
+    gate.cancel_all()
+    await asyncio.wait((serving,), timeout=CANCEL_SECONDS)
+    server.force_exit = True
+    for task in (first, dead):
+        task.cancel()
+    await asyncio.gather(serving, first, dead, return_exceptions=True)
+    await gate.close(CANCEL_SECONDS)
+    return stop.exit_code if asked_to else FAILED
+
+
+async def _drain(
+    server: uvicorn.Server,
+    gate: Gate,
+    stop: StopSignals,
+    serving: asyncio.Future[None],
+    dead: asyncio.Future[str],
+) -> None:
+    """Stops accepting and waits for what runs: until it is done, time is up, or a second signal comes."""
+    event(logging.INFO, "draining", requests=len(gate.working), at_most_seconds=gate.config.drain_timeout)
+    gate.draining = server.should_exit = True
+    second = asyncio.ensure_future(stop.second.wait())
+    await asyncio.wait(
+        (serving, second, dead), timeout=gate.config.drain_timeout, return_when=asyncio.FIRST_COMPLETED
+    )
+    second.cancel()
+    if dead.done():  # what runs is about to end with the reason
+        await asyncio.wait((serving,), timeout=CANCEL_SECONDS)
+    if gate.working:
+        event(logging.WARNING, "cancelling what still runs", requests=len(gate.working))

@@ -1,0 +1,271 @@
+"""OpenAI's `/v1/responses`: create, look at, cancel and delete answers that the server keeps."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextvars import Context
+from dataclasses import dataclass, field
+from typing import Any
+
+from rvllm.api.generate.generation import Service
+from rvllm.api.generate.inner import chat_chunks
+from rvllm.api.http.body import parse
+from rvllm.api.http.errors import ApiError, busy, invalid, unknown
+from rvllm.api.http.exchange import Exchange, Gate, check_model
+from rvllm.api.http.pagination import Query, page
+from rvllm.api.responses.events import ResponseWriter, snapshot
+from rvllm.api.responses.store import ResponseStore, StoredResponse
+from rvllm.api.schemas.answers import now
+from rvllm.api.schemas.items import Item, checked_items
+from rvllm.api.schemas.responses import (
+    CHAT_NAMES,
+    ResponseAnswer,
+    ResponsesRequest,
+    chat_body,
+    check_request,
+    new_response,
+)
+
+_ENDED = ("completed", "incomplete", "failed", "cancelled")
+
+
+@dataclass
+class _Live:
+    """A background response that is being generated."""
+
+    response: ResponseAnswer
+    context: list[Item]
+    new: list[Item]  # of the context, what this request brought
+    events: list[dict[str, Any]] = field(default_factory=list)
+    grown: asyncio.Event = field(default_factory=asyncio.Event)  # set, then replaced, with each event
+    task: asyncio.Task[None] | None = None
+    cancelled: bool = False  # by its client
+
+    async def add(self, kind: str, event: dict[str, Any]) -> None:
+        """Keeps an event for those who stream the response."""
+        self.events.append(snapshot(event))
+        self.wake()
+
+    def wake(self) -> None:
+        """Lets those who stream look again."""
+        self.grown.set()
+        self.grown = asyncio.Event()
+
+
+class Responses:
+    """The endpoints; `store` keeps what they answer."""
+
+    def __init__(self, service: Service, gate: Gate, store: ResponseStore) -> None:
+        self._service, self._gate, self._store = service, gate, store
+        self._live: dict[str, _Live] = {}
+
+    async def create(self, exchange: Exchange, body: bytes) -> None:
+        """`POST /v1/responses`: answers whole, as a stream, or at once with more to come."""
+        request = parse(body, ResponsesRequest)
+        check_model(request.model, self._service.served_name)
+        check_request(request)
+        before, new = self._context(request)
+        context = [*before, *new]
+        response = new_response(request, f"resp_{exchange.request_id}", self._service.served_name, now())
+        chat_body(request, context)  # refuses what does not fit together before anything begins
+        if request.background:
+            live = self._start(request, response, context, new)
+            if request.stream:
+                await self._follow(exchange, live, -1)
+            else:
+                await exchange.json(response)
+            return
+
+        async def tell(kind: str, event: dict[str, Any]) -> None:
+            if request.stream:
+                if not exchange.streaming:
+                    await exchange.open_stream()
+                await exchange.event(event, kind)
+
+        writer = ResponseWriter(response, tell)
+        try:
+            await self._generate(request, exchange.request_id, context, writer)
+        except ApiError as error:
+            if not exchange.streaming:
+                raise
+            exchange.status = error.status
+            await writer.fail(error)
+        except asyncio.CancelledError:  # the client has left, or the server stops
+            if exchange.streaming:  # so the client knows its id and may ask for it
+                writer.abandon(busy("the server is shutting down") if self._gate.draining else None)
+                self._keep(response, context, new, None)
+            raise
+        self._keep(response, context, new, None)
+        if request.stream:
+            await exchange.end_stream()
+        else:
+            await exchange.json(response)
+
+    async def retrieve(self, exchange: Exchange, body: bytes) -> None:
+        """`GET /v1/responses/{id}`: the response, or with `stream=true` its events after `starting_after`."""
+        name, query = exchange.scope["path_params"]["id"], Query(exchange)
+        live, start = self._live.get(name), query.number("starting_after", -1, 0, 1 << 31)
+        if not query.truth("stream"):
+            await exchange.json(live.response if live is not None else self._stored(name).response)
+            return
+        if live is not None:
+            await self._follow(exchange, live, start)
+            return
+        events = self._stored(name).events
+        if events is None:
+            raise invalid("only responses made in the background can be streamed again", "stream")
+        await exchange.open_stream()
+        for event in events[start + 1 :]:
+            await exchange.event(event, event["type"])
+        await exchange.end_stream()
+
+    async def delete(self, exchange: Exchange, body: bytes) -> None:
+        """`DELETE /v1/responses/{id}`."""
+        name = exchange.scope["path_params"]["id"]
+        live = self._live.get(name)
+        if live is not None:
+            await self._cancel(live)
+        if not self._store.delete(name):
+            raise _missing(name)
+        await exchange.json({"id": name, "object": "response", "deleted": True})
+
+    async def cancel(self, exchange: Exchange, body: bytes) -> None:
+        """`POST /v1/responses/{id}/cancel`: ends a response that is made in the background."""
+        name = exchange.scope["path_params"]["id"]
+        live = self._live.get(name)
+        if live is not None:
+            await self._cancel(live)
+        response = self._stored(name).response
+        if not response.background:
+            raise invalid("only responses made in the background can be cancelled", "response_id")
+        await exchange.json(response)
+
+    async def input_items(self, exchange: Exchange, body: bytes) -> None:
+        """`GET /v1/responses/{id}/input_items`: all that the response answers, earlier responses included."""
+        name = exchange.scope["path_params"]["id"]
+        live = self._live.get(name)
+        context = live.context if live is not None else self._stored(name).context
+        await exchange.json(page(context, lambda item: str(item["id"]), Query(exchange)))
+
+    def _context(self, request: ResponsesRequest) -> tuple[list[Item], list[Item]]:
+        """The items to answer: (those of the conversation or of the previous responses, the new ones)."""
+        before: list[Item] = []
+        if request.previous_response_id is not None:
+            name = request.previous_response_id
+            previous = None if name in self._live else self._store.get(name)
+            if previous is None or previous.response.status not in _ENDED:
+                what = "is still in progress" if name in self._live else "is not (or no longer) kept here"
+                raise ApiError(404 if name not in self._live else 400,
+                               f"previous_response_id: {name[:80]!r} {what}",
+                               param="previous_response_id", code="previous_response_not_found")  # fmt: skip
+            before = [*previous.context, *previous.response.output]
+        elif request.conversation is not None:
+            name = request.conversation if isinstance(request.conversation, str) else request.conversation.id
+            if self._store.conversation(name) is None:
+                raise unknown("conversation", name, "conversation")
+            before = self._store.items(name)
+        known = {item["id"]: item for item in before}
+        new = checked_items(request.input, known.get)
+        if not (before or new or request.instructions):
+            raise invalid("input must not be empty", "input")
+        return before, new
+
+    async def _generate(
+        self, request: ResponsesRequest, name: str, context: Sequence[Item], writer: ResponseWriter
+    ) -> None:
+        """Runs the request; with truncation "auto" the oldest items go until the rest fits."""
+        items = list(context)
+        while True:
+            body = chat_body(request, items)
+            try:
+                await chat_chunks(self._service, name, body, CHAT_NAMES, writer.take)
+                break
+            except ApiError as error:
+                full = error.code == "context_length_exceeded" and not writer.begun
+                if not (full and request.truncation == "auto" and len(items) > 1):
+                    raise
+                items = _shorter(items)
+        await writer.finish()
+
+    def _start(
+        self, request: ResponsesRequest, response: ResponseAnswer, context: list[Item], new: list[Item]
+    ) -> _Live:
+        response.status = "queued"
+        live = _Live(response, context, new)
+        self._store.put(response, context)
+        self._live[response.id] = live
+        # In a context of its own: the request that asks for it ends long before.
+        live.task = asyncio.get_running_loop().create_task(self._background(request, live), context=Context())
+        self._gate.working.add(live.task)
+        live.task.add_done_callback(self._gate.working.discard)
+        return live
+
+    async def _background(self, request: ResponsesRequest, live: _Live) -> None:
+        response = live.response
+        writer = ResponseWriter(response, live.add)
+        try:
+            await writer.begin()
+            await self._generate(request, response.id.removeprefix("resp_"), live.context, writer)
+        except ApiError as error:
+            await writer.fail(error)
+        except asyncio.CancelledError:
+            if live.cancelled:
+                writer.abandon()
+            else:
+                await writer.fail(busy("the server is shutting down"))
+        finally:
+            del self._live[response.id]
+            self._keep(response, live.context, live.new, live.events)
+            live.wake()
+
+    async def _cancel(self, live: _Live) -> None:
+        assert live.task is not None
+        live.cancelled = True
+        live.task.cancel()
+        await asyncio.gather(live.task, return_exceptions=True)
+
+    async def _follow(self, exchange: Exchange, live: _Live, start: int) -> None:
+        """Streams a response's events from number `start` + 1 on until it has ended."""
+        await exchange.open_stream()
+        sent = start + 1
+        while True:
+            grown = live.grown
+            for event in live.events[sent:]:
+                await exchange.event(event, event["type"])
+                sent += 1
+            if sent >= len(live.events):
+                if live.response.id not in self._live:
+                    break
+                await grown.wait()
+        await exchange.end_stream()
+
+    def _keep(
+        self,
+        response: ResponseAnswer,
+        context: list[Item],
+        new: list[Item],
+        events: list[dict[str, Any]] | None,
+    ) -> None:
+        if response.store:
+            self._store.put(response, context, events)
+        if response.conversation is not None and response.status in ("completed", "incomplete"):
+            self._store.add_items(response.conversation.id, [*new, *response.output])
+
+    def _stored(self, name: str) -> StoredResponse:
+        found = self._store.get(name)
+        if found is None:
+            raise _missing(name)
+        return found
+
+
+def _shorter(items: list[Item]) -> list[Item]:
+    """Without the oldest eighth, and without outputs whose calls are gone."""
+    rest = items[max(1, len(items) // 8) :]
+    calls = {item["call_id"] for item in rest if item["type"] == "function_call"}
+    kept = [item for item in rest if item["type"] != "function_call_output" or item["call_id"] in calls]
+    return kept or rest
+
+
+def _missing(name: str) -> ApiError:
+    return ApiError(404, f"there is no response {name[:80]!r} (any more)", param="response_id")

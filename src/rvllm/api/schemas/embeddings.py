@@ -1,0 +1,103 @@
+"""The bodies of `/v1/embeddings`, `/v1/score` and `/v1/rerank`, and of their answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from rvllm.api.schemas.answers import Envelope
+
+
+class EmbeddingRequest(msgspec.Struct, kw_only=True):
+    """The body of `/v1/embeddings`. `input` is a text, token ids, or a list of either.
+
+    truncate_prompt_tokens: keep so many tokens of a text, -1: as many as the model takes; without it a text
+    that is too long is refused. dimensions: keep so many elements, brought back to length 1.
+    """
+
+    input: str | list[str | int | list[int]]
+    model: str | None = None
+    dimensions: int | None = None
+    encoding_format: str | None = None
+    truncate_prompt_tokens: int | None = None
+    priority: int | None = None
+    user: str | None = None
+
+
+class ScoreRequest(msgspec.Struct, kw_only=True):
+    """The body of `/v1/score`: texts against texts, one against many, or pair by pair."""
+
+    text_1: str | list[str]
+    text_2: str | list[str]
+    model: str | None = None
+    truncate_prompt_tokens: int | None = None
+    priority: int | None = None
+
+
+class RerankRequest(msgspec.Struct, kw_only=True):
+    """The body of `/v1/rerank`. A document is a text or an object with a `text`; top_n 0: all of them."""
+
+    query: str
+    documents: list[str | dict[str, Any]]
+    top_n: int = 0
+    model: str | None = None
+    truncate_prompt_tokens: int | None = None
+    priority: int | None = None
+    return_documents: bool = True
+
+
+class EmbeddingUsage(msgspec.Struct):
+    """Tokens read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(msgspec.Struct, kw_only=True):
+    """A vector: numbers, or little-endian float32 in base64."""
+
+    index: int
+    embedding: list[float] | str
+    object: str = "embedding"
+
+
+class EmbeddingAnswer(Envelope, kw_only=True):
+    """The answer of `/v1/embeddings`."""
+
+    object: str = "list"
+    data: list[Embedding]
+    usage: EmbeddingUsage
+
+
+class Score(msgspec.Struct, kw_only=True):
+    """The cosine of the angle between a pair's vectors, -1 to 1."""
+
+    index: int
+    object: str = "score"
+    score: float
+
+
+class ScoreAnswer(Envelope, kw_only=True):
+    """The answer of `/v1/score`."""
+
+    object: str = "list"
+    data: list[Score]
+    usage: EmbeddingUsage
+
+
+class RankedDocument(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A document with its score; `index` is its place in the request."""
+
+    index: int
+    document: dict[str, str] | None = None
+    relevance_score: float
+
+
+class RerankAnswer(msgspec.Struct, kw_only=True):
+    """The answer of `/v1/rerank`, best document first."""
+
+    id: str
+    model: str
+    usage: EmbeddingUsage
+    results: list[RankedDocument]

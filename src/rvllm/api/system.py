@@ -1,0 +1,131 @@
+"""The small endpoints: models, tokenize, detokenize, tokenizer_info, health, metrics, version."""
+
+from __future__ import annotations
+
+import asyncio
+
+from rvllm.api.generate.generation import MOST_CHARS, Service
+from rvllm.api.http.body import parse
+from rvllm.api.http.errors import ApiError, invalid
+from rvllm.api.http.exchange import Exchange, check_model
+from rvllm.api.openai.chat import rendered
+from rvllm.api.schemas.answers import ModelCard, ModelList, Text, TokenizerInfo, Tokens
+from rvllm.api.schemas.requests import DetokenizeRequest, TokenizeRequest
+from rvllm.errors import RvllmError
+from rvllm.telemetry.metrics import CONTENT_TYPE
+from rvllm.version import __version__
+
+
+def _card(service: Service) -> ModelCard:
+    ready = service.ready
+    return ModelCard(
+        id=service.served_name,
+        created=service.started,
+        root=service.served_name,
+        max_model_len=ready.max_model_len,
+        context_length=ready.max_model_len,
+        capabilities=_capabilities(service),
+    )
+
+
+def _capabilities(service: Service) -> dict[str, bool]:
+    """What requests may ask of the model."""
+    generates = service.ready.facts.embedding_size is None
+    texts = service.has_tokenizer
+    chat = generates and texts and service.template is not None
+    return {
+        "chat": chat,
+        "completions": generates,
+        "responses": chat,
+        "messages": chat,
+        "embeddings": not generates,
+        "rerank": not generates,
+        "tools": chat and service.tools is not None,
+        "reasoning": chat and service.reasoning is not None,
+        "structured_outputs": generates and texts and service.tokenizer.spelling.kind != "other",
+        "fim": generates and texts and service.tokenizer.fill_in is not None,
+        "logprobs": generates,
+        "vision": False,
+        "audio": False,
+    }
+
+
+async def list_models(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/v1/models`: the one model served."""
+    await exchange.json(ModelList([_card(service)]))
+
+
+async def get_model(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/v1/models/{name}`."""
+    check_model(exchange.scope["path_params"]["name"], service.served_name)
+    await exchange.json(_card(service))
+
+
+async def tokenize(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/tokenize`: the token ids of a text or a conversation."""
+    request = parse(body, TokenizeRequest)
+    check_model(request.model, service.served_name)
+    if (request.prompt is None) == (request.messages is None):
+        raise invalid("give either prompt or messages", "prompt")
+    if request.prompt is not None:
+        tokens = await service.encode_any(request.prompt, request.add_special_tokens is not False, "prompt")
+    else:
+        text = await rendered(service, request, len(body))
+        tokens = await service.encode_any(text, bool(request.add_special_tokens), "messages")
+    names = await asyncio.to_thread(_texts, service, tokens) if request.return_token_strs else None
+    await exchange.json(Tokens(len(tokens), service.ready.max_model_len, tokens, names))
+
+
+def _texts(service: Service, tokens: list[int]) -> list[str]:
+    return [service.tokenizer.token_text(token) for token in tokens]
+
+
+async def tokenizer_info(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/tokenizer_info`: what programs need that tokenise through this server (lm-eval does)."""
+    tokenizer = service.tokenizer
+    info = TokenizerInfo(
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.special_tokens.get("pad_token"),
+        chat_template=service.template,
+        model_max_length=service.ready.max_model_len,
+    )
+    await exchange.json(info)
+
+
+async def detokenize(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/detokenize`: the text of token ids."""
+    request = parse(body, DetokenizeRequest)
+    check_model(request.model, service.served_name)
+    if len(request.tokens) > MOST_CHARS:
+        raise ApiError(413, f"tokens: at most {MOST_CHARS} are taken at once", param="tokens")
+    await exchange.json(Text(await asyncio.to_thread(_text, service, request.tokens)))
+
+
+def _text(service: Service, tokens: list[int]) -> str:
+    size = service.ready.facts.vocab_size
+    for token in tokens:
+        if not 0 <= token < size:
+            raise invalid(f"tokens: {token} is outside the vocabulary of {size}", "tokens")
+    return service.tokenizer.decode(tokens)
+
+
+async def health(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/health`: 200 while requests are answered, 503 when the engine has died."""
+    if not service.engine.alive:
+        raise ApiError(503, "the engine has died", code="engine_dead")
+    await exchange.respond(b"", b"text/plain")
+
+
+async def metrics(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/metrics`: Prometheus' text format; without the engine's figures when it is gone."""
+    try:
+        stats = await service.engine.stats() if service.engine.alive else None
+    except RvllmError:
+        stats = None
+    await exchange.respond(service.metrics.page(stats), CONTENT_TYPE.encode())
+
+
+async def version(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/version`."""
+    await exchange.json({"version": __version__})

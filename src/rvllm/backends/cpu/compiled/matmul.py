@@ -1,0 +1,203 @@
+"""x @ weight.T on packed weights: a tile is 16 rows of the weight, one in each lane.
+
+Every lane sums its own row from first to last element, in groups: within a group the stored levels times x,
+each rounded once (fma), then `total = group * scale + total` and, for formats with a minimum,
+`total = minimum * (sum of x over the group) + total`. One row of x reads the levels straight from the
+record; more rows first unpack a tile into a panel of floats. Both do the same arithmetic in the same
+order, so a row's bits do not depend on how many rows there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rvllm.backends.cpu.compiled.emit import F16, F32, I8, I16, I64, LANES, VF, VI, Kernel, Value, Var, lanes
+from rvllm.backends.cpu.compiled.formats import PLAIN_GROUP, Format
+
+PRODUCT = (
+    "rows", "x", "x_width", "out", "out_width", "data", "tiles", "inner", "outer", "bias", "scratch",
+    "scratch_size", "counter",
+)  # fmt: skip
+
+STRIPS = 4  # pieces for each thread with one row of x: few, since taking one costs a trip between cores
+BLOCK_ROWS = 128  # rows of x that meet a tile while its panel is in cache
+ACROSS = 8  # rows of x summed side by side
+UNROLL = 8
+SUM_GROUP = 32  # elements of a group of every format with a minimum
+
+
+class Product:
+    """Writes the product for one format."""
+
+    def __init__(self, format_: Format, module: Any, name: str) -> None:
+        self.format = format_
+        k = self.k = Kernel(module, name)
+        self.x_width, self.out_width, self.inner = (k.int_arg(i) for i in (2, 4, 7))
+        self.x, self.out, self.data, self.bias = (k.ptr_arg(i) for i in (1, 3, 5, 9))
+        self.tiles, self.outer = k.int_arg(6), k.int_arg(8)
+        self.group = format_.group or PLAIN_GROUP
+        self.groups = self.inner // self.group
+        self.tile_bytes = (
+            self.groups * format_.record if format_.group else self.inner * (LANES * format_.element_bytes)
+        )
+        self.panel = k.at(k.ptr_arg(10), k.thread * k.int_arg(11))
+        self.sums = k.at(self.panel, self.inner * LANES, F32)
+        self.summed = k.var(k.i(-1))  # the block of rows whose sums this thread has
+        rows, counter = k.load(k.ptr_arg(0), 0, I64), k.ptr_arg(12)
+        k.either(rows.equals(1), lambda: self._one(counter), lambda: self._many(counter, rows))
+        k.finish()
+
+    # The two ways
+
+    def _one(self, counter: Value) -> None:
+        k = self.k
+        size = (self.tiles + (k.threads * STRIPS - 1)) // (k.threads * STRIPS)
+        with k.items(counter, (self.tiles + (size - 1)) // size) as strip:
+            self._sum_groups(k.i(0), k.i(1))
+            first = strip * size
+            with k.loop(first, k.least(first + size, self.tiles)) as tile:
+                data = k.at(self.data, tile * self.tile_bytes)
+
+                def level(index: Value, take: Callable[[int, Value], None], data: Value = data) -> None:
+                    self._levels(data, index, take)
+
+                self._sum(k.i(0), 1, k.i(0), tile, data, level)
+
+    def _many(self, counter: Value, rows: Value) -> None:
+        k = self.k
+        blocks = (rows + (BLOCK_ROWS - 1)) // BLOCK_ROWS
+        with k.items(counter, blocks * self.tiles) as item:
+            tile, block = item % self.tiles, item // self.tiles
+            begin = block * BLOCK_ROWS
+            end = k.least(begin + BLOCK_ROWS, rows)
+            self._sum_groups(block, end - begin)
+            data = k.at(self.data, tile * self.tile_bytes)
+            panel = data
+            if self.format.name != "F32":
+                panel = self.panel
+                self._unpack(data)
+
+            def level(index: Value, take: Callable[[int, Value], None]) -> None:
+                for u in range(UNROLL):
+                    take(u, k.load(panel, (index + u) * LANES, VF))
+
+            row, across = begin, ACROSS
+            while across:
+                whole = row + (end - row) // across * across
+                with k.loop(row, whole, across) as first:
+                    self._sum(first, across, begin, tile, data, level)
+                row, across = whole, across // 2
+
+    # Levels of a tile as floats
+
+    def _levels(self, data: Value, index: Value, take: Callable[[int, Value], None]) -> None:
+        """take(u, level) for elements index .. index + UNROLL - 1 of a row, all in one group."""
+        k, kind = self.k, self.format
+        if not kind.group:
+            for u in range(UNROLL):
+                take(u, self._plain(data, index + u))
+            return
+        place = index % self.group
+        record = k.at(data, index // self.group * kind.record + kind.levels_at)
+        if kind.bits == 4:
+            for u in range(0, UNROLL, 2):
+                pair = k.extend(k.load(record, (place + u) // 2 * LANES, lanes(I8)), VI)
+                low, high = pair & 15, pair >> 4
+                if kind.offset:
+                    low, high = low - kind.offset, high - kind.offset
+                take(u, k.to_float(low))
+                take(u + 1, k.to_float(high))
+            return
+        for u in range(UNROLL):
+            level = k.load(record, (place + u) * LANES, lanes(I8))
+            take(u, k.to_float(k.extend(level, VI, signed=True)))
+
+    def _plain(self, data: Value, index: Value) -> Value:
+        k = self.k
+        if self.format.name == "F32":
+            return k.load(data, index * LANES, VF)
+        if self.format.name == "F16":
+            return k.to_float(k.load(data, index * LANES, lanes(F16)))
+        return k.bits(k.extend(k.load(data, index * LANES, lanes(I16)), VI) << 16, VF)
+
+    def _unpack(self, data: Value) -> None:
+        k = self.k
+        whole = self.groups * self.group
+        with k.loop(0, whole, UNROLL) as index:
+            self._levels(data, index, lambda u, v: k.store(v, self.panel, (index + u) * LANES))
+        if not self.format.group:
+            with k.loop(whole, self.inner) as index:
+                k.store(self._plain(data, index), self.panel, index * LANES)
+
+    # Sums
+
+    def _sum_groups(self, block: Value, count: Value) -> None:
+        """Sums of x over each group, for the `count` rows of a block, unless this thread has them already."""
+        k = self.k
+        if not self.format.minimum:
+            return
+        with k.when(self.summed.get() < block), k.loop(0, count) as row:
+            self.summed.set(block)
+            with k.loop(0, self.groups) as g:
+                at = (block * BLOCK_ROWS + row) * self.x_width + g * SUM_GROUP
+                pair = k.load(self.x, at, VF) + k.load(self.x, at + LANES, VF)
+                k.store(k.total(pair), self.sums, row * self.groups + g)
+
+    def _sum(
+        self,
+        first: Value,
+        count: int,
+        begin: Value,
+        tile: Value,
+        data: Value,
+        level: Callable[[Value, Callable[[int, Value], None]], None],
+    ) -> None:
+        """Elements [first .. first + count - 1, the tile's 16] of the output; `begin`: of their block."""
+        k, kind = self.k, self.format
+        rows = [first + t for t in range(count)]
+        xs = [k.at(self.x, row * self.x_width, F32) for row in rows]
+        totals = [k.var(k.vf(0.0)) for _ in rows]
+
+        def multiply(sums: list[Var], index: Value, weight: Value) -> None:
+            for x, sum_ in zip(xs, sums, strict=True):
+                sum_.set(k.fma(weight, k.splat(k.load(x, index, F32)), sum_.get()))
+
+        with k.loop(0, self.groups) as g:
+            sums = [k.var(k.vf(0.0)) for _ in rows]
+            with k.loop(0, self.group, UNROLL) as j:
+                index = g * self.group + j
+                level(index, lambda u, weight: multiply(sums, index + u, weight))
+            record = k.at(data, g * kind.record)
+            for row, sum_, total in zip(rows, sums, totals, strict=True):
+                if not kind.group:
+                    total.set(total.get() + sum_.get())
+                    continue
+                total.set(k.fma(self._scale(record, 0), sum_.get(), total.get()))
+                if kind.minimum:
+                    over = k.splat(k.load(self.sums, (row - begin) * self.groups + g, F32))
+                    total.set(k.fma(self._scale(record, 1), over, total.get()))
+        if not kind.group:
+            sums = [k.var(k.vf(0.0)) for _ in rows]
+            with k.loop(self.groups * self.group, self.inner) as index:
+                multiply(sums, index, self._plain(data, index))
+            for sum_, total in zip(sums, totals, strict=True):
+                total.set(total.get() + sum_.get())
+        for row, total in zip(rows, totals, strict=True):
+            value = total.get() + k.load(self.bias, tile * LANES, VF)
+            place = k.at(self.out, row * self.out_width, F32)
+            k.masked_store(value, place, tile * LANES, self.outer - tile * LANES)
+
+    def _scale(self, record: Value, which: int) -> Value:
+        if self.format.scale_bytes == 4:
+            return self.k.load(record, which * LANES, VF)
+        return self.k.to_float(self.k.load(record, which * LANES, lanes(F16)))
+
+
+def product(format_: Format) -> Callable[[Any, str], None]:
+    """The kernel PRODUCT for a format."""
+
+    def write(module: Any, name: str) -> None:
+        Product(format_, module, name)
+
+    return write

@@ -1,0 +1,191 @@
+"""A program loaded for the compiled kernels: packed weights, caches in their layout, machine code."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rvllm.backends.base import LedgerLine, Limits, Progress
+from rvllm.backends.cpu.memory import rows_of_a_step
+from rvllm.backends.cpu.reference.interpreter import F32, RESULTS, Launch, Model, Run, empty_caches
+from rvllm.backends.cpu.step import BLOCK
+from rvllm.config import SourceConfig, build
+from rvllm.errors import UsageError
+from rvllm.program.dtypes import DType
+from rvllm.program.ops.dense import KVCache, Program, RopeKV, Weight
+from rvllm.weights.checkpoint import Checkpoint
+from rvllm.weights.fetch.cache import cache_folder
+from rvllm.weights.packing import dummy, pack
+
+if TYPE_CHECKING:
+    from rvllm.backends.cpu.compiled.formats import Matrix
+    from rvllm.backends.cpu.compiled.step import NativeStep
+    from rvllm.backends.cpu.threads import Workers
+    from rvllm.program.rope import Rope
+
+LANES = 16
+ELEMENT = 4  # bytes of a float32
+
+OLDEST_COMPILER = (0, 50)  # of llvmlite, as the extra cpu asks
+
+
+def compiler_version() -> tuple[int, int] | None:
+    """llvmlite's (major, minor) as installed, None where it is not; nothing is imported."""
+    try:
+        major, minor, *_ = importlib.metadata.version("llvmlite").split(".")
+        return int(major), int(minor)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return None
+
+
+def chosen(setting: str) -> bool:
+    """Whether --cpu-kernels asks for compiled ones. Raises UsageError when they are asked for and absent."""
+    found = compiler_version()
+    present = found is not None and found >= OLDEST_COMPILER
+    if setting == "compiled" and not present:
+        older = f", llvmlite {found[0]}.{found[1]} is too old" if found else ""
+        raise UsageError(f'--cpu-kernels compiled needs the extra cpu{older}: pip install "rvllm[cpu]"')
+    return setting == "compiled" or (setting == "auto" and present)
+
+
+def weight_bytes(program: Program, checkpoint: Checkpoint | None) -> int:
+    """Memory that the weights will take: packed for compiled ops, float32 for the others."""
+    from rvllm.backends.cpu.compiled.formats import packed_nbytes
+
+    wanted, plain = _placed(program)
+    packed = sum(packed_nbytes(w, checkpoint) for w in program.weights if w.name in wanted)
+    return packed + sum(ELEMENT * w.elements for w in program.weights if w.name in plain)
+
+
+def _placed(program: Program) -> tuple[set[str], set[str]]:
+    """Names of the weights that compiled ops want packed, and of those wanted as float32; some are both."""
+    from rvllm.backends.cpu.compiled import lower
+
+    names = lower.supported(program)
+    wanted = {m.name for op in program.ops if op.name in names and (m := lower.matrix_of(op))}
+    plain = {
+        w.name for op in program.ops for w in op.weights if op.name not in names or w != lower.matrix_of(op)
+    }
+    return wanted, plain
+
+
+def caches_for(program: Program, supported: Iterable[str], blocks: int) -> dict[str, tuple[F32, F32]]:
+    """Caches in the compiled kernels' layout where these use them, else in the interpreter's."""
+    names = set(supported)
+    own = {op.cache.name for op in program.ops if isinstance(op, RopeKV) and op.name in names}
+    caches = empty_caches(program, blocks)  # takes no memory before it is written
+    return caches | {c.name: _cache(c, blocks) for c in program.caches if c.name in own}
+
+
+def _cache(cache: KVCache, blocks: int) -> tuple[F32, F32]:
+    padded = -(-cache.value_dim // LANES) * LANES
+    keys = np.zeros((blocks + 1, cache.heads, cache.key_dim, BLOCK), dtype=np.float32)
+    return keys, np.zeros((blocks + 1, cache.heads, BLOCK, padded), dtype=np.float32)
+
+
+class NativeModel:
+    """Runs a loaded program's steps on compiled kernels."""
+
+    def __init__(self, model: Model, step: NativeStep, matrices: dict[str, Matrix]) -> None:
+        self.model = model
+        self._step = step
+        self._matrices = matrices
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed weights."""
+        return sum(m.nbytes for m in self._matrices.values())
+
+    def ledger(self) -> list[LedgerLine]:
+        """Packed weights, and the workspace of the largest step: the system gives it memory when written."""
+        workspace = LedgerLine("workspace of a step, at most", self._step.memory.nbytes)
+        return [LedgerLine("packed weights, compiled kernels", self.nbytes), workspace]
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """Bytes of each packed weight, by name."""
+        return {name: matrix.nbytes for name, matrix in self._matrices.items()}
+
+    @property
+    def compiled(self) -> frozenset[str]:
+        """Names of the ops that have a compiled kernel; the others run in NumPy."""
+        from rvllm.backends.cpu.compiled import lower
+
+        return frozenset(lower.supported(self.model.program))
+
+    @staticmethod
+    def load(
+        program: Program,
+        checkpoint: Checkpoint | None,
+        seed: int,
+        limits: Limits,
+        ropes: dict[Rope, tuple[F32, F32]],
+        workers: Workers,
+        progress: Progress | None = None,
+    ) -> NativeModel:
+        """Packs the weights and compiles the kernels the program needs, or takes them from the cache."""
+        from rvllm.backends.cpu.compiled import lower
+        from rvllm.backends.cpu.compiled.compile import build as compile_kernels
+        from rvllm.backends.cpu.compiled.formats import pack_matrix
+        from rvllm.backends.cpu.compiled.step import NativeStep
+
+        names = lower.supported(program)
+        wanted, plain = _placed(program)
+        weights: dict[str, F32] = {}
+        matrices: dict[str, Matrix] = {}
+        done, total = 0, sum(w.elements for w in program.weights) or 1
+        for weight in program.weights:
+            if weight.name in wanted:
+                matrices[weight.name] = pack_matrix(weight, checkpoint, seed)
+            if weight.name in plain:
+                weights[weight.name] = _plain(weight, checkpoint, seed)
+            done += weight.elements
+            if progress is not None:
+                progress(done / total, "loading weights")
+        caches = caches_for(program, names, limits.num_blocks)
+        library = compile_kernels(lower.kernels_for(program, names, matrices), kernel_folder())
+        model = Model(program=program, weights=weights, caches=caches, ropes=ropes, workers=workers)
+        kernels = lower.Kernels(names, matrices, weights, caches, ropes)
+        rows = rows_of_a_step(limits.max_num_batched_tokens, limits.max_num_seqs)
+        step = NativeStep(program, kernels, library, workers, limits.max_model_len, *rows)
+        return NativeModel(model, step, matrices)
+
+    def execute(self, launches: list[Launch], run: Run) -> None:
+        """Runs all ops; the results are the run's own arrays."""
+        from rvllm.backends.cpu.compiled.step import Compiled
+
+        kernels = {launch.op.name: launch.kernel for launch in launches}
+        native = self._step
+        native.begin(run.step)
+        views = native.views(run.step)
+        run.buffers.update(views)
+        with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
+            for stage in native.stages:
+                if isinstance(stage, Compiled):
+                    native.run(stage)
+                    continue
+                kernels[stage.name](stage, run)
+                for buffer in stage.writes:
+                    view, made = views.get(buffer.name), run.buffers[buffer.name]
+                    if view is None:
+                        if np.may_share_memory(made, native.memory):  # its place there will be another's
+                            run.buffers[buffer.name] = made.copy()
+                    elif made is not view:
+                        view[...] = made.reshape(view.shape)
+                        run.buffers[buffer.name] = view
+        for name in RESULTS:
+            if name in run.buffers:
+                run.buffers[name] = run.buffers[name].copy()
+
+
+def _plain(weight: Weight, checkpoint: Checkpoint | None, seed: int) -> F32:
+    return dummy(weight, seed) if checkpoint is None else pack(weight, checkpoint, DType.F32)
+
+
+def kernel_folder() -> Path:
+    """Where object code is kept."""
+    return cache_folder(build(SourceConfig, {})) / "cpu-kernels"

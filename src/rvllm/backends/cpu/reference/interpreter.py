@@ -1,0 +1,288 @@
+"""Runs a program's ops one after the other: the table of kernels and the state they share.
+
+A kernel is a function (op, run) that reads and writes the run's buffers; which one an op takes is
+settled once, when the program is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.backends.cpu.reference import encoder as encode
+from rvllm.backends.cpu.reference import mamba2 as recurrent
+from rvllm.backends.cpu.reference import mla as latent
+from rvllm.backends.cpu.reference import moe, ops
+from rvllm.backends.cpu.reference.attention import Scoring, paged_attention
+from rvllm.backends.cpu.reference.gemm import product
+from rvllm.backends.cpu.step import BLOCK, Step
+from rvllm.backends.cpu.threads import Workers
+from rvllm.errors import MissingKernelError
+from rvllm.program.memory import lifetimes
+from rvllm.program.ops import dense as program_ops
+from rvllm.program.ops import encoder
+from rvllm.program.ops import mamba2 as recurrent_ops
+from rvllm.program.ops.dense import Buffer, Op, Program, Weight
+from rvllm.program.rope import Rope
+
+F32 = NDArray[np.float32]
+RESULTS = ("logits", "embeddings")  # buffers that outlive the run
+ROWS = 16  # rows that elementwise work takes at a time
+
+
+@dataclass
+class Model:
+    """A program with its weights, caches and rope tables in memory.
+
+    caches: name → (keys, values), each [blocks, BLOCK, kv heads, dim].
+    ropes: cos and sin [max_model_len, dim / 2] by rope. states: name → [slots, elements].
+    """
+
+    program: Program
+    weights: dict[str, F32]
+    caches: dict[str, tuple[F32, F32]]
+    ropes: dict[Rope, tuple[F32, F32]]
+    workers: Workers
+    states: dict[str, F32] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """One pass over the ops."""
+
+    model: Model
+    step: Step
+    buffers: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    def __getitem__(self, buffer: Buffer) -> F32:
+        return self.buffers[buffer.name]
+
+    def __setitem__(self, buffer: Buffer, value: F32) -> None:
+        self.buffers[buffer.name] = value
+
+    def weight(self, weight: Weight | None) -> F32 | None:
+        """A weight's array, None for an absent one."""
+        return None if weight is None else self.model.weights[weight.name]
+
+    def by_rows(self, count: int, work: Callable[[slice], None]) -> None:
+        """Runs elementwise work on a few of `count` rows at a time (see the function of this name)."""
+        self.model.workers.each(-(-count // ROWS), lambda i: work(slice(i * ROWS, (i + 1) * ROWS)))
+
+
+Kernel = Callable[[Any, Run], None]
+
+
+def by_rows(workers: Workers, x: F32, work: Callable[[slice], None]) -> None:
+    """Runs elementwise work on a few rows at a time, so that temporaries stay in cache, on all threads."""
+    workers.each(-(-len(x) // ROWS), lambda i: work(slice(i * ROWS, (i + 1) * ROWS)))
+
+
+def embed(op: program_ops.Embed, run: Run) -> None:
+    """See ops.embed."""
+    run[op.out] = ops.embed(run.step.tokens, run.model.weights[op.table.name], op.scale)
+
+
+def norm(op: program_ops.Norm, run: Run) -> None:
+    """See ops.rms_norm and ops.layer_norm; slices of a row are normalised as rows of their own."""
+    whole = run[op.x]
+    width = whole.shape[-1] - op.start if op.width is None else op.width
+    x = whole if width == whole.shape[-1] else whole[:, op.start : op.start + width]
+    weight, bias = run.weight(op.weight), run.weight(op.bias)
+    if op.group is not None:
+        x = x.reshape(len(x), -1, op.group)
+        weight = None if weight is None else weight.reshape(-1, op.group)
+        bias = None if bias is None else bias.reshape(-1, op.group)
+    out = np.empty(x.shape, dtype=np.float32)
+
+    def work(rows: slice) -> None:
+        if op.kind_ == "rms":
+            out[rows] = ops.rms_norm(x[rows], weight, op.eps)
+        else:
+            out[rows] = ops.layer_norm(x[rows], weight, bias, op.eps)
+
+    by_rows(run.model.workers, x, work)
+    if op.out is op.x or op.out == op.x:
+        whole[:, op.start : op.start + width] = out.reshape(len(whole), width)
+    else:
+        run[op.out] = out.reshape(len(whole), width)
+
+
+def linear(op: program_ops.Linear, run: Run) -> None:
+    """ops.linear in pieces of fixed shape."""
+    out = product(run[op.x], run.model.weights[op.weight.name], run.model.workers)
+    bias = run.weight(op.bias)
+    if bias is not None:
+        out += bias
+    run[op.out] = out
+
+
+def rope_kv(op: program_ops.RopeKV, run: Run) -> None:
+    """Rotates queries and keys in place and writes keys and values to their places in the cache."""
+    qkv, step = run[op.qkv], run.step
+    heads = qkv.reshape(len(qkv), -1, op.head_dim)
+    rotated = op.heads + op.kv_heads
+    if op.rope is not None:
+        cos, sin = run.model.ropes[op.rope]
+        cos, sin = cos[step.positions], sin[step.positions]
+        interleaved = op.rope.interleaved
+
+        def work(rows: slice) -> None:
+            heads[rows, :rotated] = ops.rotate(heads[rows, :rotated], cos[rows], sin[rows], interleaved)
+
+        by_rows(run.model.workers, qkv, work)
+    keys, values = run.model.caches[op.cache.name]
+    keys.reshape(-1, *keys.shape[2:])[step.places] = heads[:, op.heads : rotated]
+    values.reshape(-1, *values.shape[2:])[step.places] = heads[:, rotated:]
+
+
+def attention(op: program_ops.Attention, run: Run) -> None:
+    """ops.attention over the paged cache, in splits of fixed shape."""
+    qkv = run[op.qkv]
+    q = qkv[:, : op.heads * op.head_dim].reshape(len(qkv), op.heads, op.head_dim)
+    keys, values = run.model.caches[op.cache.name]
+    scoring = Scoring(op.scale, op.window, op.soft_cap)
+    out = paged_attention(q, keys, values, run.step, scoring, run.model.workers)
+    run[op.out] = out.reshape(len(qkv), -1)
+
+
+def block_sparse_attention(op: program_ops.BlockSparseAttention, run: Run) -> None:
+    """Attention over the same splits; keys that a head does not see weigh nothing."""
+    qkv = run[op.qkv]
+    q = qkv[:, : op.heads * op.head_dim].reshape(len(qkv), op.heads, op.head_dim)
+    keys, values = run.model.caches[op.cache.name]
+    groups = (op.kv_heads, op.heads // op.kv_heads)
+    scoring = Scoring(op.scale, sparsity=op.sparsity, groups=groups)
+    out = paged_attention(q, keys, values, run.step, scoring, run.model.workers)
+    run[op.out] = out.reshape(len(qkv), -1)
+
+
+def gated_activation(op: program_ops.GatedActivation, run: Run) -> None:
+    """See ops.gated_activation."""
+    x = run[op.x]
+    out = np.empty((len(x), op.out.width), dtype=np.float32)
+
+    def work(rows: slice) -> None:
+        out[rows] = ops.gated_activation(x[rows], op.activation)
+
+    by_rows(run.model.workers, x, work)
+    run[op.out] = out
+
+
+def activate(op: program_ops.Activate, run: Run) -> None:
+    """See ops.activate."""
+    x = run[op.x]
+    out = np.empty_like(x)
+
+    def work(rows: slice) -> None:
+        out[rows] = ops.activate(x[rows], op.activation)
+
+    by_rows(run.model.workers, x, work)
+    run[op.out] = out
+
+
+def add(op: program_ops.Add, run: Run) -> None:
+    """See ops.add."""
+    run[op.x] = ops.add(run[op.x], run[op.y], op.scale)
+
+
+def gather_rows(op: program_ops.GatherRows, run: Run) -> None:
+    """The rows whose logits are wanted."""
+    run[op.out] = run[op.x][run.step.rows]
+
+
+def logits(op: program_ops.Logits, run: Run) -> None:
+    """ops.logits in pieces of fixed shape."""
+    out = product(run[op.x], run.model.weights[op.weight.name], run.model.workers)
+    run[op.out] = ops.finish_logits(out, run.weight(op.bias), op.scale, op.soft_cap)
+
+
+def sample(op: program_ops.Sample, run: Run) -> None:
+    """The draw itself is the backend's: it needs the slots' state. Hands it the logits."""
+    run.buffers["logits"] = run[op.logits]
+
+
+KERNELS: dict[type[Op], Kernel] = {
+    program_ops.Embed: embed,
+    program_ops.Norm: norm,
+    program_ops.Linear: linear,
+    program_ops.RopeKV: rope_kv,
+    program_ops.Attention: attention,
+    program_ops.GatedActivation: gated_activation,
+    program_ops.Activate: activate,
+    program_ops.Add: add,
+    program_ops.GatherRows: gather_rows,
+    program_ops.Logits: logits,
+    program_ops.Sample: sample,
+    program_ops.BlockSparseAttention: block_sparse_attention,
+    program_ops.LatentRopeKV: latent.rope_kv_op,
+    program_ops.HeadLinear: latent.head_linear_op,
+    program_ops.LatentAttention: latent.attention_op,
+    program_ops.Route: moe.route_op,
+    program_ops.Experts: moe.experts_op,
+    program_ops.ClampedGate: moe.clamped_gate_op,
+    program_ops.HideTokens: moe.hide_tokens_op,
+    encoder.AddPositions: encode.add_positions_op,
+    encoder.TextAttention: encode.text_attention_op,
+    encoder.Pool: encode.pool_op,
+    recurrent_ops.CausalConv: recurrent.causal_conv_op,
+    recurrent_ops.StateScan: recurrent.state_scan_op,
+    recurrent_ops.GatedNorm: recurrent.gated_norm_op,
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """An op with its kernel, and the buffers that nothing reads after it."""
+
+    op: Op
+    kernel: Kernel
+    dead: tuple[str, ...]
+
+
+def resolve(program: Program) -> list[Launch]:
+    """Every op's kernel. Raises MissingKernelError listing all op types that have none."""
+    missing = sorted({op.kind for op in program.ops if type(op) not in KERNELS})
+    if missing:
+        raise MissingKernelError(
+            f"{program.architecture}: the CPU backend has no kernel for {', '.join(missing)}; "
+            f"it has {', '.join(sorted(t.__name__.lower() for t in KERNELS))}"
+        )
+    dead: dict[int, list[str]] = {}
+    for life in lifetimes(program.ops):
+        dead.setdefault(life.last, []).append(life.buffer.name)
+    return [
+        Launch(op, KERNELS[type(op)], tuple(n for n in dead.get(i, ()) if n not in RESULTS))
+        for i, op in enumerate(program.ops)
+    ]
+
+
+def execute(launches: list[Launch], run: Run) -> None:
+    """Runs all ops; a buffer's memory is given back after its last use."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
+        for launch in launches:
+            launch.kernel(launch.op, run)
+            for name in launch.dead:
+                run.buffers.pop(name, None)
+
+
+def empty_caches(program: Program, blocks: int) -> dict[str, tuple[F32, F32]]:
+    """Key and value arrays of every cache, with one block more that stays zero to pad block tables.
+
+    Memory is taken as it is first written.
+    """
+    return {
+        c.name: (
+            np.zeros((blocks + 1, BLOCK, c.heads, c.key_dim), dtype=np.float32),
+            np.zeros((blocks + 1, BLOCK, c.heads, c.value_dim), dtype=np.float32),
+        )
+        for c in program.caches
+    }
+
+
+def empty_states(program: Program, slots: int) -> dict[str, F32]:
+    """What recurrent layers carry, [slots, elements] each; memory is taken as it is first written."""
+    return {s.name: np.zeros((slots, s.elements), dtype=np.float32) for s in program.states}

@@ -1,0 +1,73 @@
+"""All device memory, taken once: one allocation carved into named ranges, and the ledger that shows them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rvllm.backends.base import LedgerLine
+from rvllm.backends.cuda.device.driver import CudaError, call
+from rvllm.errors import CapacityError
+
+ALIGNMENT = 1024  # bytes: what swizzled shared-memory images and vector loads want
+
+
+@dataclass(frozen=True)
+class Range:
+    """A named piece of device memory."""
+
+    name: str
+    address: int
+    nbytes: int
+
+
+class Arena:
+    """One device allocation, carved front to back. There is no way to give a range back.
+
+    Raises CapacityError when the driver has not as much, which another process may have taken meanwhile.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        try:
+            self.base = int(call("cuMemAlloc", nbytes))
+        except CudaError as error:
+            raise CapacityError(
+                f"GPU memory: the driver refuses {nbytes / 1e9:.2f} GB in one piece ({error}); another "
+                "process may have taken some meanwhile; lower --gpu-memory-utilization or raise "
+                "--gpu-memory-reserve-gb"
+            ) from None
+        self._used = 0
+        self._lines: dict[str, int] = {}
+
+    @property
+    def free(self) -> int:
+        """Bytes not carved yet."""
+        return self.nbytes - self._used
+
+    def take(self, line: str, nbytes: int, what: str | None = None) -> Range:
+        """A range of at least `nbytes`, entered in the ledger under `line`.
+
+        Raises CapacityError with the shortfall when the arena is exhausted.
+        """
+        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        if size > self.free:
+            raise CapacityError(
+                f"GPU memory: {what or line} needs {size / 1e9:.2f} GB and {self.free / 1e9:.2f} GB "
+                f"are left of {self.nbytes / 1e9:.2f} GB; raise --gpu-memory-utilization, or lower "
+                "--max-num-seqs, --max-num-batched-tokens or --max-model-len"
+            )
+        address = self.base + self._used
+        self._used += size
+        self._lines[line] = self._lines.get(line, 0) + size
+        return Range(what or line, address, size)
+
+    def ledger(self) -> list[LedgerLine]:
+        """What was taken, line by line, and what is left over."""
+        lines = [LedgerLine(name, nbytes) for name, nbytes in self._lines.items()]
+        if self.free:
+            lines.append(LedgerLine("unused", self.free))
+        return lines
+
+    def close(self) -> None:
+        """Frees the allocation."""
+        call("cuMemFree", self.base)

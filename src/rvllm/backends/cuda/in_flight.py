@@ -1,0 +1,71 @@
+"""Host memory and events of the steps under way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rvllm.backends.base import StepBatch
+from rvllm.backends.cuda.device.driver import Event, Pinned
+from rvllm.backends.cuda.layout.memory import MemoryPlan
+from rvllm.backends.cuda.layout.metadata import SampledRows
+from rvllm.backends.cuda.ops.sampling.slots import MAX_TOP
+
+
+def _nothing() -> StepBatch:
+    empty = np.zeros(0, dtype=np.int32)
+    return StepBatch(-1, empty, empty, empty, empty, np.zeros(0, dtype=np.bool_))
+
+
+NOTHING = _nothing()
+
+
+@dataclass
+class Flight:
+    """One step's pinned images and events; reused round robin once the step has been collected.
+
+    began and ended enclose the step's graphs, done comes after the copies to the host. asked: for each
+    entry of the logprobs kernel the sequence it belongs to, whether it scores the prompt, and how many
+    top tokens it wants. follows: the step before this one, when that was a decode step still under way.
+    """
+
+    metadata: Pinned
+    tokens: Pinned
+    entries: Pinned
+    scores: Pinned
+    began: Event
+    ended: Event
+    done: Event
+    masks: Pinned | None = None
+    batch: StepBatch = field(default_factory=lambda: NOTHING)
+    rows: SampledRows = field(default_factory=lambda: SampledRows.of(NOTHING))
+    asked: list[tuple[int, bool, int]] = field(default_factory=list)
+    decode: bool = False
+    follows: Flight | None = None
+
+    @property
+    def under_way(self) -> bool:
+        """Whether it holds a step that has not been collected."""
+        return self.batch is not NOTHING
+
+    @staticmethod
+    def create(plan: MemoryPlan) -> Flight:
+        """Pinned memory for the largest step of the plan."""
+        return Flight(
+            metadata=Pinned(plan.layout.nbytes),
+            tokens=Pinned(4 * plan.samples),
+            entries=Pinned(16 * plan.samples),
+            scores=Pinned(plan.samples * (8 + 8 * MAX_TOP)),
+            began=Event(),
+            ended=Event(),
+            done=Event(),
+        )
+
+    def close(self) -> None:
+        """Frees memory and events."""
+        for pinned in (self.metadata, self.tokens, self.entries, self.scores, self.masks):
+            if pinned is not None:
+                pinned.close()
+        for event in (self.began, self.ended, self.done):
+            event.close()

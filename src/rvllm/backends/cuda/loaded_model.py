@@ -1,0 +1,107 @@
+"""What a loaded model holds of a GPU: its kernels, a stream, all memory, and the weights in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rvllm.backends.base import LedgerLine, Progress
+from rvllm.backends.cuda.device.arena import Arena, Range
+from rvllm.backends.cuda.device.catalog import Catalog
+from rvllm.backends.cuda.device.driver import Device, DeviceFacts, Stream
+from rvllm.backends.cuda.layout.memory import Budget, budget_of
+from rvllm.backends.cuda.layout.weights import Wanted
+from rvllm.backends.cuda.supported import check_device, check_supported
+from rvllm.backends.cuda.weight_loader import Loader, fill_dummy
+from rvllm.config import EngineConfig, kernel_cache_dir
+from rvllm.program.dtypes import DType
+from rvllm.program.ops.dense import Program
+from rvllm.weights.checkpoint import Checkpoint
+from rvllm.weights.packing import find_tensor
+
+
+def loading_kernels(program: Program, checkpoint: Checkpoint | None) -> list[str]:
+    """Kernels that put the program's weights in place; None as checkpoint: those that fill in random ones."""
+    if checkpoint is None:
+        tag = "bf16" if program.dtype is DType.BF16 else "f16"
+        return [f"sm80_{tag}_fill_random", "sm80_f32_fill_random"]
+    found = (find_tensor(part, checkpoint) for weight in program.weights for part in weight.parts)
+    return Loader.kernels(program.dtype, [info.type for info in found if info is not None])
+
+
+@dataclass(frozen=True)
+class Found:
+    """A GPU that can run a program, and the memory that was free on it before anything was taken."""
+
+    device: Device
+    facts: DeviceFacts
+    budget: Budget
+
+    @staticmethod
+    def for_program(program: Program, config: EngineConfig) -> Found:
+        """Raises MissingKernelError or UsageError for what no GPU, or not this one, can run."""
+        check_supported(program, config)
+        device = Device()
+        facts = device.facts()
+        check_device(facts)
+        free, total = device.free_memory()
+        return Found(device, facts, budget_of(config, free, total))
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU's kernels and memory in one model's hands. kernel_bytes: what the loaded kernels take."""
+
+    device: Device
+    facts: DeviceFacts
+    catalog: Catalog
+    arena: Arena
+    stream: Stream
+    budget: Budget
+    kernel_bytes: int
+
+    @staticmethod
+    def take(found: Found, kernels: Sequence[str], nbytes: int, report: Progress) -> Gpu:
+        """Loads these kernels, compiling what is new, and takes `nbytes` of memory.
+
+        Raises MissingKernelError listing kernels that there are not.
+        """
+        catalog = Catalog(found.facts.capability, kernel_cache_dir())
+        catalog.require(kernels, lambda done, count: report(done / count, "compiling kernels"))
+        free, total = found.device.free_memory()
+        taken = total - free - found.budget.used
+        return Gpu(found.device, found.facts, catalog, Arena(nbytes), Stream(), found.budget, taken)
+
+    def load_weights(
+        self,
+        dtype: DType,
+        places: Sequence[tuple[Wanted, int]],
+        checkpoint: Checkpoint | None,
+        seed: int,
+        staging: Range,
+        report: Progress,
+    ) -> None:
+        """Fills the weights' places from a checkpoint, by way of `staging`; None: with random numbers."""
+        if checkpoint is None:
+            fill_dummy(self.catalog, self.stream, dtype, places, seed)
+            return
+        loader = Loader(self.catalog, self.stream, dtype, staging)
+        try:
+            loader.load(places, checkpoint, report)
+        finally:
+            loader.close()
+
+    def ledger(self) -> list[LedgerLine]:
+        """Device memory line by line, as far as it was taken from the start."""
+        return [
+            LedgerLine("in use before (driver, context, others)", self.budget.used),
+            LedgerLine("kernels", self.kernel_bytes),
+            *self.arena.ledger(),
+        ]
+
+    def close(self) -> None:
+        """Gives everything back."""
+        self.arena.close()
+        self.catalog.close()
+        self.stream.close()
+        self.device.close()

@@ -1,0 +1,184 @@
+"""Attention over the paged cache, dense or block-sparse, and the rotation that fills it: their launches.
+
+EMITTERS: what plans the launches of a stage that an op of this type leads. PAGED: how those of them that
+attend to the paged cache are planned.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rvllm.backends.cuda.device.info import Chip
+from rvllm.backends.cuda.device.launches import fixed
+from rvllm.backends.cuda.layout.metadata import NUM_DECODES, NUM_TOKENS
+from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan, decode_of, plan_prefill
+from rvllm.backends.cuda.ops.family import Emitter, PagedPlans
+from rvllm.errors import MissingKernelError
+from rvllm.kernels.encoder.specs import sparse_kernel
+from rvllm.program.dtypes import DType
+from rvllm.program.ops.dense import Attention, BlockSparseAttention, Norm, Op, RopeKV
+
+if TYPE_CHECKING:
+    from rvllm.backends.cuda.layout.fusion import Stage
+    from rvllm.backends.cuda.lowering import Lowering
+
+
+def _decode(op: Op, dtype: DType, chip: Chip, seqs: int, longest: int, blocks: int) -> DecodePlan:
+    assert isinstance(op, Attention | BlockSparseAttention)
+    plan = decode_of(op, dtype, chip, seqs, longest, blocks)
+    if isinstance(op, BlockSparseAttention):
+        plan = replace(plan, kernel=sparse_kernel(plan.kernel, op.head_dim))
+    return plan
+
+
+def _prefill(op: Op, dtype: DType, chip: Chip) -> PrefillPlan:
+    assert isinstance(op, Attention | BlockSparseAttention)
+    plan = plan_prefill(dtype, op.head_dim, smem_per_block=chip.smem_per_block)
+    if isinstance(op, BlockSparseAttention):
+        plan = replace(plan, kernel=sparse_kernel(plan.kernel, op.head_dim))
+    return plan
+
+
+def _group(op: Op) -> int:
+    assert isinstance(op, Attention | BlockSparseAttention)
+    return op.heads // op.kv_heads
+
+
+def _rope_kv(to: Lowering, stage: Stage) -> None:
+    *norms, op = stage.ops
+    assert isinstance(op, RopeKV)
+    cos, sin = to.at.ropes[op.rope] if op.rope is not None else (0, 0)
+    rotated = op.rope.dim if op.rope is not None else 0
+    if rotated % 4:
+        raise MissingKernelError(f"no rope kernel for {rotated} rotated elements, not a multiple of 4")
+    interleaved = op.rope is not None and op.rope.interleaved
+    k_cache, v_cache = to.at.caches[op.cache.name]
+    heads, warps = op.heads + 2 * op.kv_heads, 4
+    kind, more = _head_norms(to, norms, op)
+    to.plan(
+        stage.name,
+        f"sm80_{to.tag}_rope_kv{kind}{'_interleaved' if interleaved else ''}",
+        lambda c: (-(-heads // warps), c.tokens, 1),
+        32 * warps,
+        to.at.buffers[op.qkv.name],
+        k_cache,
+        v_cache,
+        cos,
+        sin,
+        to.at.tables,
+        to.meta(to.layout.positions),
+        to.meta(to.layout.token_slots),
+        to.meta(NUM_TOKENS),
+        ctypes.c_int(op.qkv.width),
+        ctypes.c_int(to.shape.table_stride),
+        ctypes.c_int(op.heads),
+        ctypes.c_int(op.kv_heads),
+        ctypes.c_int(op.head_dim),
+        ctypes.c_int(rotated),
+        *more,
+    )
+
+
+def _head_norms(to: Lowering, norms: Sequence[Op], op: RopeKV) -> tuple[str, list[object]]:
+    """What the norms of its heads add to a RopeKV: to the kernel's name, and to its parameters."""
+    if not norms:
+        return "", []
+    queries, keys = norms
+    assert isinstance(queries, Norm)
+    assert isinstance(keys, Norm)
+    if op.head_dim % 2 or op.head_dim > 256:
+        raise MissingKernelError(f"no norm kernel for heads of {op.head_dim} elements")
+    steps = [
+        op.head_dim if norm.weight is not None and norm.weight.elements == norm.width else 0
+        for norm in (queries, keys)
+    ]
+    weights = [to.weight(norm.weight, "norm") for norm in (queries, keys)]
+    return f"_{queries.kind_}", [*weights, *map(ctypes.c_int, steps), ctypes.c_float(queries.eps)]
+
+
+def _attention(to: Lowering, stage: Stage) -> None:
+    (op,) = stage.ops
+    assert isinstance(op, Attention | BlockSparseAttention)
+    soft_cap, window, sight = 0.0, 0, list[object]()
+    if isinstance(op, Attention):
+        soft_cap, window = op.soft_cap or 0.0, op.window or 0
+    else:
+        sparsity = op.sparsity
+        facts = (sparsity.size, sparsity.local, sparsity.stride, sparsity.head_step)
+        sight = [ctypes.c_int(fact) for fact in facts]
+    numbers = (
+        ctypes.c_int(op.qkv.width),
+        ctypes.c_int(op.out.width),
+        ctypes.c_int(to.shape.table_stride),
+        ctypes.c_int(op.kv_heads),
+        ctypes.c_int(op.heads // op.kv_heads),
+        ctypes.c_float(op.scale),
+        ctypes.c_float(soft_cap),
+        ctypes.c_int(window),
+    )
+    places = (to.at.buffers[op.out.name], to.at.buffers[op.qkv.name], *to.at.caches[op.cache.name])
+    seqs = ctypes.c_int(to.layout.seqs)
+    attend(to, stage.name, op, places, numbers, one=(seqs, *sight), several=sight, heads=op.kv_heads)
+
+
+def attend(
+    to: Lowering,
+    name: str,
+    op: Op,
+    places: Sequence[int],
+    numbers: Sequence[object],
+    *,
+    one: Sequence[object],
+    several: Sequence[object] = (),
+    heads: int = 1,
+) -> None:
+    """Attention over the paged cache: a launch for single tokens, and one for longer runs of them.
+
+    op: whose plans these are. places: addresses of the result, the queries and the cache. numbers: what both
+    kernels are told; behind that comes what only the first is, `one`, and what only the second is, `several`.
+    heads: blocks of each tile.
+    """
+    shared = (*places, to.at.tables, to.meta(to.layout.seq_slots), to.meta(to.layout.kv_lens))
+    decode = to.decode[op.name]
+    to.plan(
+        name,
+        decode.kernel,
+        fixed(decode.grid),
+        decode.block,
+        *shared,
+        to.meta(NUM_DECODES),
+        to.at.partial,
+        to.at.arrivals,
+        *numbers,
+        *one,
+        smem=decode.smem,
+        why="sequences with one token",
+    )
+    if to.prefill is not None:
+        prefill = to.prefill[op.name]
+        to.plan(
+            name,
+            prefill.kernel,
+            fixed(to.layout.tiles, heads),
+            prefill.block,
+            *shared,
+            to.meta(to.layout.query_offsets),
+            to.meta(to.layout.tile_list),
+            *numbers,
+            *several,
+            smem=prefill.smem,
+            why="sequences with several tokens",
+        )
+
+
+EMITTERS: dict[type[Op], Emitter] = {
+    RopeKV: _rope_kv,
+    Attention: _attention,
+    BlockSparseAttention: _attention,
+}
+PAGED: dict[type[Op], PagedPlans] = dict.fromkeys(
+    (Attention, BlockSparseAttention), PagedPlans(_decode, _prefill, _group)
+)

@@ -1,0 +1,149 @@
+"""How attention kernels are launched: which one, how many blocks, how much shared memory and workspace.
+
+Pure functions of shapes and of the GPU's limits; the kernels' own comments say how they cut the work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.backends.cuda.device.info import Chip
+from rvllm.errors import MissingKernelError
+from rvllm.kernels.attention.specs import (
+    DECODE_SEQS,
+    decode_kernel,
+    decode_smem,
+    prefill_kernel,
+    prefill_rows,
+    prefill_smem,
+)
+from rvllm.program.dtypes import DType
+from rvllm.program.ops.dense import Attention, BlockSparseAttention
+
+BLOCK = 16  # positions a cache block holds
+SPLIT = 256  # positions after which partial results are merged
+TABLE_ALIGNMENT = 4  # a slot's block table is a multiple of this many entries
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """A launch of `attn_decode`.
+
+    grid: blocks of `block` threads, for any contexts. smem: bytes a block. partial_bytes: workspace for
+    unfinished splits. arrivals_bytes: counters that are zero before the first launch.
+    """
+
+    kernel: str
+    grid: int
+    block: int
+    smem: int
+    partial_bytes: int
+    arrivals_bytes: int
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """A launch of `attn_prefill`: its grid is (number of tiles, kv_heads). rows: query rows a tile has."""
+
+    kernel: str
+    rows: int
+    block: int
+    smem: int
+
+
+def table_stride(max_model_len: int) -> int:
+    """Entries of a slot's block table: enough for `max_model_len` tokens, aligned for vector loads."""
+    return -(-max_model_len // (BLOCK * TABLE_ALIGNMENT)) * TABLE_ALIGNMENT
+
+
+def plan_decode(
+    dtype: DType,
+    head_dim: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    max_seqs: int,
+    max_model_len: int,
+    num_blocks: int,
+    sm_count: int,
+    smem_per_block: int,
+) -> DecodePlan:
+    """The launch that decodes up to `max_seqs` sequences of up to `max_model_len` tokens.
+
+    num_blocks: size of the KV pool, which bounds how long one sequence can be.
+    Raises MissingKernelError when no kernel has this head size or fits the GPU's shared memory.
+    """
+    if max_seqs > DECODE_SEQS:
+        raise MissingKernelError(
+            f"decode attention takes at most {DECODE_SEQS} sequences a step, not {max_seqs}; "
+            f"lower --max-num-seqs"
+        )
+    kernel = decode_kernel(dtype.value, head_dim, smem_per_block)
+    group = heads // kv_heads
+    parts = -(-group // 16)
+    # Sequences may share blocks (a common prefix), so the size of the pool does not bound their splits.
+    splits = max_seqs * min(-(-max_model_len // SPLIT), -(-num_blocks * BLOCK // SPLIT))
+    items = splits * kv_heads * parts
+    stride = -(-(min(group, 16) * (head_dim + 2)) // 4) * 4
+    # Few pieces of work that are usually there at once: more shared memory a block. Otherwise more blocks.
+    separate = (
+        max_seqs * kv_heads * parts <= sm_count // 2 and head_dim <= 128 and not kernel.endswith("_small")
+    )
+    smem = decode_smem(head_dim, separate, max_seqs)
+    resident = max(1, min(4 if head_dim <= 64 else 3, (smem_per_block + 1024) // (smem + 1664)))
+    # A block for each sequence and head, where that fills the GPU: most blocks then hold whole sequences.
+    blocks = max(sm_count * resident, min(max_seqs * kv_heads * parts, 4 * sm_count * resident))
+    return DecodePlan(
+        kernel=kernel,
+        grid=min(items, blocks),
+        block=128,
+        smem=smem,
+        partial_bytes=4 * items * stride,
+        arrivals_bytes=4 * max_seqs * kv_heads * parts,
+    )
+
+
+def decode_of(
+    op: Attention | BlockSparseAttention, dtype: DType, chip: Chip, seqs: int, longest: int, blocks: int
+) -> DecodePlan:
+    """`plan_decode` for an op: up to `seqs` sequences of up to `longest` tokens, `blocks` in the KV pool."""
+    return plan_decode(
+        dtype,
+        op.head_dim,
+        op.heads,
+        op.kv_heads,
+        max_seqs=seqs,
+        max_model_len=longest,
+        num_blocks=blocks,
+        sm_count=chip.sm_count,
+        smem_per_block=chip.smem_per_block,
+    )
+
+
+def plan_prefill(dtype: DType, head_dim: int, *, smem_per_block: int) -> PrefillPlan:
+    """The launch that computes prompts; raises MissingKernelError as `plan_decode` does."""
+    kernel = prefill_kernel(dtype.value, head_dim, smem_per_block)
+    rows = prefill_rows(head_dim, kernel.endswith("_small"))
+    return PrefillPlan(kernel, rows, rows * 2, prefill_smem(head_dim, rows))
+
+
+def prefill_tiles(
+    query_lens: NDArray[np.int32], kv_lens: NDArray[np.int32], first: int, group: int, rows: int
+) -> NDArray[np.int32]:
+    """int32 [n, 2] rows (sequence, first row): the blocks of `attn_prefill`, those with most keys first.
+
+    query_lens, kv_lens: of all sequences of the step, kv_lens counting this step's tokens; sequences
+    before `first` are decodes and get no block. group: query heads of a kv head; rows: of the plan.
+    """
+    total = query_lens[first:].astype(np.int64) * group
+    blocks = -(-total // rows)
+    seqs = np.repeat(np.arange(first, len(query_lens)), blocks)
+    within = np.arange(len(seqs)) - np.repeat(np.cumsum(blocks) - blocks, blocks)
+    start_rows = within * rows
+    last = np.minimum(start_rows + rows, np.repeat(total, blocks)) - 1
+    keys = (kv_lens - query_lens)[seqs] + last // group
+    order = np.argsort(-keys, kind="stable")
+    return np.stack([seqs, start_rows], axis=1)[order].astype(np.int32)

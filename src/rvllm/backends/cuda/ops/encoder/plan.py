@@ -1,0 +1,149 @@
+"""Sentence encoders on the GPU, planned: capacities, memory and launches; no device is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from rvllm.backends.cuda.buckets import token_buckets
+from rvllm.backends.cuda.device.arena import ALIGNMENT
+from rvllm.backends.cuda.device.driver import DeviceFacts
+from rvllm.backends.cuda.device.info import Chip
+from rvllm.backends.cuda.device.launches import Counts, Planned, kernel_names
+from rvllm.backends.cuda.layout.addresses import Addresses, Shape
+from rvllm.backends.cuda.layout.fusion import Stage, fuse
+from rvllm.backends.cuda.layout.memory import GB, Budget
+from rvllm.backends.cuda.layout.metadata import Layout
+from rvllm.backends.cuda.layout.weights import Wanted, wanted_weights
+from rvllm.backends.cuda.lowering import Lowering, scratch_of
+from rvllm.backends.cuda.ops.gemm.cublas import WORKSPACE
+from rvllm.backends.cuda.step_planner import distinct
+from rvllm.backends.lengths import encoder_lengths
+from rvllm.config import EngineConfig
+from rvllm.errors import CapacityError
+from rvllm.kernels.encoder.specs import TEXT_ROWS
+from rvllm.program.memory import Workspace, plan_workspace
+from rvllm.program.ops.dense import Program
+
+TOKENS = 16384  # of the largest step, unless asked otherwise
+LEAST_WORKSPACE = 48 << 20  # weights pass through the workspace when they are loaded
+
+
+@dataclass(frozen=True)
+class EncoderPlan:
+    """Capacities, stages and sizes of an encoder on one GPU; planning touches no device.
+
+    lines: bytes of the arena by name. seqs: texts of the largest step; longest: tokens of the longest text.
+    """
+
+    program: Program
+    chip: Chip
+    stages: list[Stage]
+    wanted: list[Wanted]
+    workspace: Workspace
+    layout: Layout
+    lines: dict[str, int]
+    scratch: dict[str, int]
+    tokens: int
+    seqs: int
+    longest: int
+    strategy: str
+
+    @staticmethod
+    def make(program: Program, config: EngineConfig, facts: DeviceFacts, budget: Budget) -> EncoderPlan:
+        """Raises UsageError when the longest text finds no step, CapacityError when memory is short."""
+        longest, tokens = encoder_lengths(program, config, TOKENS)
+        native = config.gemm_strategy == "native"
+        seqs = config.max_num_seqs
+        stages = fuse(program, gated_epilogue=native)
+        wanted = wanted_weights(stages, "packed" if native else "table")
+        workspace = plan_workspace(stages, tokens, seqs)
+        scratch = scratch_of(program, tokens, seqs)
+        layout = Layout(tokens, seqs, samples=0, tiles=_tiles(tokens, seqs), updates=0)
+        lines = {
+            "weights": sum(_aligned(w.nbytes) for w in wanted),
+            "workspace": _aligned(max(workspace.nbytes, LEAST_WORKSPACE)),
+            "metadata": _aligned(layout.nbytes),
+        }
+        if scratch:
+            lines["scratch of ops"] = sum(_aligned(n) for n in scratch.values())
+        if not native:
+            lines["cuBLAS workspace"] = _aligned(WORKSPACE)
+        needed = sum(lines.values())
+        if needed > budget.ours:
+            parts = ", ".join(f"{name} {nbytes / GB:.2f}" for name, nbytes in lines.items())
+            raise CapacityError(
+                f"GPU memory: {needed / GB:.2f} GB are needed ({parts}), of {budget.total / GB:.2f} GB "
+                f"{budget.ours / GB:.2f} GB are ours; raise --gpu-memory-utilization or lower "
+                "--max-num-batched-tokens"
+            )
+        return EncoderPlan(
+            program=program,
+            chip=Chip(facts.capability, facts.sm_count, facts.smem_per_block),
+            stages=stages,
+            wanted=wanted,
+            workspace=workspace,
+            layout=layout,
+            lines=lines,
+            scratch=scratch,
+            tokens=tokens,
+            seqs=seqs,
+            longest=longest,
+            strategy=config.gemm_strategy,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arena."""
+        return sum(self.lines.values())
+
+    def sizes(self) -> list[int]:
+        """Padded token counts, one graph each."""
+        return token_buckets(self.tokens)
+
+    def counts(self, tokens: int) -> Counts:
+        """What a step of up to `tokens` tokens can hold."""
+        texts = min(tokens, self.seqs)
+        return Counts(tokens, texts, texts)
+
+    def layout_of(self, tokens: int) -> Layout:
+        """The metadata of such a step."""
+        return replace(self.layout, tiles=_tiles(tokens, self.counts(tokens).seqs))
+
+    def launches(self, tokens: int, addresses: Addresses) -> list[Planned]:
+        """A step of up to `tokens` tokens. Raises MissingKernelError for ops without a kernel."""
+        counts = self.counts(tokens)
+        shape = Shape(self.tokens, self.seqs, self.seqs, self.program.vocab_size, 0, 0, 0, 0)
+        layout = self.layout_of(tokens)
+        lowering = Lowering(
+            self.program.dtype, self.chip, shape, addresses, layout, counts, {}, None, self.strategy
+        )
+        return lowering.lower(self.stages)
+
+    def kernels(self) -> list[str]:
+        """Every kernel any step can need."""
+        nowhere = self.addresses({}, 0, 0, 0, dict.fromkeys(self.scratch, 0))
+        few = replace(self, stages=distinct(self.stages))
+        names = [name for size in self.sizes() for name in kernel_names(few.launches(size, nowhere))]
+        return list(dict.fromkeys(names))
+
+    def addresses(
+        self, weights: dict[int, int], workspace: int, metadata: int, gemm: int, scratch: dict[str, int]
+    ) -> Addresses:
+        """Where things lie; weights by their place in `wanted`, absent ones nowhere."""
+        nothing = {f.name: 0 for f in fields(Addresses) if f.type == "int"}
+        given = {"metadata": metadata, "gemm_workspace": gemm}
+        maps: dict[str, Any] = {f.name: {} for f in fields(Addresses) if f.type != "int"}
+        maps["weights"] = {(w.weight.name, w.form): weights.get(i, 0) for i, w in enumerate(self.wanted)}
+        maps["buffers"] = {n: workspace + p.offset for n, p in self.workspace.placements.items()}
+        maps["scratch"] = scratch
+        return Addresses(**{**nothing, **given, **maps})
+
+
+def _tiles(tokens: int, texts: int) -> int:
+    """Blocks of query rows that `texts` texts of together `tokens` tokens can have."""
+    return tokens // TEXT_ROWS + texts
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

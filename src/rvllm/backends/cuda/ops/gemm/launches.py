@@ -1,0 +1,141 @@
+"""Matrix products with the epilogues that `fuse` gives them, by our kernels or by cuBLASLt: their launches.
+
+EMITTERS: what plans the launches of a stage that an op of this type leads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rvllm.backends.cuda.device.launches import Count, MatrixMap, fixed
+from rvllm.backends.cuda.layout.weights import Form
+from rvllm.backends.cuda.ops.family import Emitter
+from rvllm.backends.cuda.ops.gemm.cublas import KERNEL as CUBLAS
+from rvllm.backends.cuda.ops.gemm.cublas import Matmul
+from rvllm.backends.cuda.ops.gemm.plan import Kind, gated_rows, gemm_arguments, plan_gemm
+from rvllm.errors import MissingKernelError
+from rvllm.program.dtypes import DType
+from rvllm.program.ops.dense import Activate, Add, ClampedGate, GatedActivation, Linear, Logits, Op
+
+if TYPE_CHECKING:
+    from rvllm.backends.cuda.layout.fusion import Stage
+    from rvllm.backends.cuda.lowering import Lowering
+
+GATED_KIND = {"silu": Kind.GATED_SILU, "gelu": Kind.GATED_GELU, "gelu_tanh": Kind.GATED_GELU_TANH}
+ACT_KIND = {
+    "silu": Kind.ACT_SILU, "gelu": Kind.ACT_GELU, "gelu_tanh": Kind.ACT_GELU_TANH, "relu": Kind.ACT_RELU,
+    "relu2": Kind.ACT_RELU2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """Where a product's rows go, `pitch` elements apart, and what happens to them on the way.
+
+    form: of the weight. kind, residual (an address), scale, soft_cap: see `gemm_arguments`.
+    """
+
+    out: int
+    pitch: int
+    form: Form = "packed"
+    kind: Kind = Kind.STORE
+    residual: int = 0
+    scale: float = 1.0
+    soft_cap: float = 0.0
+
+
+def _linear(to: Lowering, stage: Stage) -> None:
+    op, after = stage.ops[0], stage.ops[1] if len(stage.ops) == 2 else None
+    assert isinstance(op, Linear)
+    written = after.x if isinstance(after, Add) else stage.writes[0]
+    out, pitch = to.at.buffers[written.name], written.width
+    match after:
+        case GatedActivation():
+            end = Epilogue(out, pitch, "gated", GATED_KIND[after.activation])
+        case ClampedGate():
+            limit = after.limit or 0.0
+            end = Epilogue(out, pitch, "gated", Kind.GATED_CLAMPED, scale=after.alpha, soft_cap=limit)
+        case Activate():
+            end = Epilogue(out, pitch, kind=ACT_KIND[after.activation])
+        case Add():
+            end = Epilogue(out, pitch, residual=out, scale=after.scale)
+        case _:
+            end = Epilogue(out, pitch)
+    _product(to, stage.name, op, end)
+
+
+def _logits(to: Lowering, stage: Stage) -> None:
+    (op,) = stage.ops
+    assert isinstance(op, Logits)
+    end = Epilogue(
+        to.at.logits, to.shape.logits_stride, kind=Kind.LOGITS, scale=op.scale, soft_cap=op.soft_cap or 0.0
+    )
+    _product(to, stage.name, op, end)
+
+
+def _product(to: Lowering, name: str, op: Linear | Logits, end: Epilogue) -> None:
+    """One matrix product over all rows of the step, with its epilogue."""
+    if to.strategy == "cublas":
+        to.plan(name, CUBLAS, fixed(1), 0, _matmul(to, op, end), why="--gemm-strategy cublas")
+        return
+    rows, k = op.weight.shape
+    if end.form == "gated":
+        rows = gated_rows(rows // 2)
+    count = to.rows(op.x.rows)(to.counts)
+    plan = plan_gemm(rows, k, count, to.tag, to.chip.sm_count, to.chip.capability)
+    x = to.at.buffers[op.x.name]
+    source: object = x
+    if plan.box_rows:
+        source = MatrixMap(x, to.capacity(op.x.rows), k, plan.box_rows, 64, to.dtype is DType.BF16)
+    parameters = gemm_arguments(
+        plan,
+        source,
+        to.weight(op.weight, end.form),
+        end.out,
+        end.pitch,
+        kind=end.kind,
+        bias=to.weight(op.bias, "gated_bias" if end.form == "gated" else "bias"),
+        residual=end.residual,
+        scale=end.scale,
+        soft_cap=end.soft_cap,
+        tokens=Count(op.x.rows),
+        x_width=k,
+        x_pitch=k,
+    )
+    to.plan(
+        name,
+        plan.kernel,
+        fixed(*plan.grid),
+        plan.block,
+        *parameters,
+        smem=plan.smem,
+        cluster=plan.cluster,
+        why=plan.why,
+    )
+
+
+def _matmul(to: Lowering, op: Linear | Logits, end: Epilogue) -> Matmul:
+    """The product for cuBLASLt. Raises MissingKernelError for an epilogue that it cannot do."""
+    bias_too = op.bias is not None and isinstance(op, Logits)
+    if end.soft_cap or (end.residual and end.scale != 1.0) or bias_too:
+        raise MissingKernelError("cuBLAS has no such epilogue; use --gemm-strategy native")
+    rows, k = op.weight.shape
+    return Matmul(
+        x=to.at.buffers[op.x.name],
+        weight=to.weight(op.weight, "table"),
+        out=end.out,
+        bias=to.weight(op.bias, "bias"),
+        residual=end.residual,
+        tokens=to.rows(op.x.rows)(to.counts),
+        rows=rows,
+        width=k,
+        pitch=end.pitch,
+        scale=end.scale,
+        bf16=to.dtype is DType.BF16,
+        float_out=isinstance(op, Logits),
+        workspace=to.at.gemm_workspace,
+    )
+
+
+EMITTERS: dict[type[Op], Emitter] = {Linear: _linear, Logits: _logits}

@@ -1,0 +1,335 @@
+"""Matrix products on the GPU: how weights are packed, and which kernel computes y = x W^T for a batch.
+
+Everything here is arithmetic on shapes; nothing touches a device. The kernels are in
+`kernels/gemm/gemm_sm90.cu`, `gemm/gemm_sm80.cu` and `gemm/pack.cu`.
+
+Packed weights. W [N, K] becomes tiles of 64 x 64 elements, 8192 bytes each: tile (i, j) at byte
+(i * ceil(K / 64) + j) * 8192, row r of a tile at 128 * r, the 16-byte chunk c of a row at 16 * (c ^ (r % 8)).
+Missing rows and columns are zeros. A fused gate/up matrix interleaves its two halves by eights first.
+
+Batch invariance. K is cut into `segments_of(N, K)` segments; every kernel sums a segment in one
+accumulator and adds the segments in ascending order, so an output's bits do not depend on the batch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.errors import UsageError
+from rvllm.kernels.gemm.specs import (
+    DTYPES,
+    FLOW_TOKENS,
+    SM80_TOKENS,
+    SPLIT_TOKENS,
+    SUM_TOKENS,
+    TILE,
+    TILE_BYTES,
+    WALK_TOKENS,
+    sm80_smem,
+    sm90_smem,
+    sm90_threads,
+    walk_box,
+    walk_cluster,
+)
+
+Mode = Literal["split", "walk", "flow", "sum", "sm80"]
+Grid = tuple[int, int, int]
+Element = TypeVar("Element", bound=np.generic)
+
+MAX_SEGMENTS = 8  # the largest portable cluster
+SEGMENT_BLOCKS = 2  # a segment has at least so many tiles of K
+ONE_TILE = 256  # up to so many tokens a split product is the quickest
+_SLOWER = {96: 1.36, 128: 1.1, 160: 1.09, 192: 1.08}  # a tile's cycles, measured against its products'
+MAX_STAGES, SMALL_STAGES = 12, 6  # of a split product's ring
+SMALL_WEIGHT = 20 << 20  # bytes; 24 MB cost StableLM-2-1.6B 4 % of a step
+REFERENCE_SMS = 132  # segments are cut for this many SMs on every GPU, so that bits do not depend on it
+
+
+class Kind(IntEnum):
+    """What becomes of the sums; the values are those of `Kind` in gemm/gemm.cuh, which defines them."""
+
+    STORE = 0
+    LOGITS = 1
+    GATED_SILU = 2
+    GATED_GELU = 3
+    GATED_GELU_TANH = 4
+    GATED_CLAMPED = 5  # scale is its alpha, soft_cap its limit
+    ACT_SILU = 6
+    ACT_GELU = 7
+    ACT_GELU_TANH = 8
+    ACT_RELU = 9
+    ACT_RELU2 = 10
+
+
+@dataclass(frozen=True)
+class GemmPlan:
+    """How one product is launched. The launch takes `grid`, `block`, `cluster` (along x) and `smem`."""
+
+    kernel: str
+    mode: Mode
+    tokens: int  # rows of x
+    rows: int  # N
+    blocks: int  # ceil(K / 64)
+    segments: int
+    token_tile: int
+    box_rows: int  # rows of the tensor map's box of x (its width is 64 elements); 0 for sm_80
+    grid: Grid
+    block: int
+    cluster: int
+    smem: int
+    why: str
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights the kernel streams at least once."""
+        return _ceil(self.rows, TILE) * self.blocks * TILE_BYTES
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def packed_nbytes(n: int, k: int) -> int:
+    """Bytes a packed [n, k] matrix of 16-bit elements takes."""
+    return _ceil(n, TILE) * _ceil(k, TILE) * TILE_BYTES
+
+
+def gated_rows(width: int) -> int:
+    """Packed rows of a gate/up matrix of `width` gates and `width` ups: both padded to eights."""
+    return 2 * 8 * _ceil(width, 8)
+
+
+def segments_of(n: int, k: int) -> int:
+    """Into how many segments the sums over K are cut: a function of the weight's shape alone.
+
+    Enough for about one block of 128 rows and one segment for every SM, at most MAX_SEGMENTS.
+    """
+    pairs, blocks = _ceil(n, 2 * TILE), _ceil(k, TILE)
+    return max(1, min(MAX_SEGMENTS, REFERENCE_SMS // pairs, blocks // SEGMENT_BLOCKS))
+
+
+def segment_bounds(blocks: int, segments: int) -> list[int]:
+    """First tile of each segment, and the end: segment s is [bounds[s], bounds[s + 1])."""
+    return [blocks * s // segments for s in range(segments + 1)]
+
+
+def pack_matrix(weight: NDArray[Element]) -> NDArray[np.uint8]:
+    """Packs W [N, K] of a 16-bit dtype; the reference of the pack kernel. Returns packed_nbytes bytes."""
+    n, k = weight.shape
+    rows, blocks = _ceil(n, TILE), _ceil(k, TILE)
+    padded = np.zeros((rows * TILE, blocks * TILE), np.uint16)
+    padded[:n, :k] = np.ascontiguousarray(weight).view(np.uint16)
+    tiles = padded.reshape(rows, TILE, blocks, 8, 8).transpose(0, 2, 1, 3, 4)  # row tile, block, row, chunk
+    return np.ascontiguousarray(_swizzle(tiles)).view(np.uint8).reshape(-1)
+
+
+def unpack_matrix(packed: NDArray[np.uint8], n: int, k: int) -> NDArray[np.uint16]:
+    """The bits of W [N, K] out of a packed matrix."""
+    rows, blocks = _ceil(n, TILE), _ceil(k, TILE)
+    tiles = _swizzle(packed.view(np.uint16).reshape(rows, blocks, TILE, 8, 8))
+    return np.ascontiguousarray(tiles.transpose(0, 2, 1, 3, 4).reshape(rows * TILE, blocks * TILE)[:n, :k])
+
+
+def _swizzle(tiles: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    """Moves chunk c of row r to c ^ (r % 8); its own inverse."""
+    row, chunk = np.arange(TILE)[:, None], np.arange(8)[None, :]
+    return tiles[:, :, row, chunk ^ (row % 8)]
+
+
+def interleave_gate_up(gate: NDArray[Element], up: NDArray[Element]) -> NDArray[Element]:
+    """Rows of gate and up [width, K] in turns of eight, each padded to eights: [gated_rows(width), K]."""
+    width, k = gate.shape
+    both = np.zeros((_ceil(width, 8), 2, 8, k), gate.dtype)
+    for half, part in enumerate((gate, up)):
+        padded = np.zeros((_ceil(width, 8) * 8, k), gate.dtype)
+        padded[:width] = part
+        both[:, half] = padded.reshape(-1, 8, k)
+    return both.reshape(-1, k)
+
+
+def plan_gemm(n: int, k: int, tokens: int, dtype: str, sm_count: int, capability: int = 90) -> GemmPlan:
+    """Chooses the kernel for y [tokens, n] = x [tokens, k] W^T on a GPU.
+
+    n: packed rows that exist, N or `gated_rows`. dtype: `bf16` or `f16`. capability: 90 for 9.0.
+    Raises UsageError for a k that is no multiple of 8 or a dtype without kernels.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"no matrix kernel for dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    if k % 8 or min(n, k, tokens) < 1:
+        raise UsageError(
+            f"no matrix kernel for [{tokens}, {k}] x [{n}, {k}]: the inner size must be 8, 16, ..."
+        )
+    if capability != 90:
+        return variant(
+            n, k, tokens, dtype, "sm80", SM80_TOKENS[tokens > SM80_TOKENS[0]], sm_count, "mma.sync"
+        )
+    segments = segments_of(n, k)
+    if segments == 1:
+        why = "rows fill the GPU"
+        if tokens > WALK_TOKENS[-1]:
+            return variant(n, k, tokens, dtype, "flow", FLOW_TOKENS[-1], sm_count, why)
+        return variant(n, k, tokens, dtype, "walk", _fit(WALK_TOKENS, tokens), sm_count, why)
+    tiles = (_fit(SPLIT_TOKENS, tokens),) if tokens <= ONE_TILE else SPLIT_TOKENS[-2:]
+    why = "K split over a cluster"
+    plans = [variant(n, k, tokens, dtype, "split", size, sm_count, why) for size in tiles]
+    if tokens > ONE_TILE:
+        why = "enough tokens to fill the GPU"
+        plans += [variant(n, k, tokens, dtype, "sum", size, sm_count, why) for size in SUM_TOKENS]
+    return min(plans, key=lambda plan: _cycles(plan, sm_count))
+
+
+def _fit(sizes: tuple[int, ...], tokens: int) -> int:
+    return next((size for size in sizes if size >= tokens), sizes[-1])
+
+
+def _cycles(plan: GemmPlan, sm_count: int) -> float:
+    """A rough count of tensor-core cycles, for choosing between two ways to do a large product."""
+    token_tiles, pairs = _ceil(plan.tokens, plan.token_tile), _ceil(plan.rows, 2 * TILE)
+    if plan.mode == "split":
+        clusters = max(1, sm_count * 9 // 10 // plan.segments)  # that fit at once: GPCs are not filled
+        waves = _ceil(pairs * token_tiles, clusters)
+        return waves * (_ceil(plan.blocks, plan.segments) * 4 * plan.token_tile + 12000)
+    return _ceil(pairs * token_tiles, sm_count) * (
+        plan.blocks * 4 * plan.token_tile * _SLOWER[plan.token_tile] + 4000
+    )
+
+
+def variant(
+    n: int,
+    k: int,
+    tokens: int,
+    dtype: str,
+    mode: Mode,
+    token_tile: int,
+    sm_count: int,
+    why: str = "asked for",
+) -> GemmPlan:
+    """The plan of one given kernel; `walk` and `flow` need a weight with one segment."""
+    blocks, segments = _ceil(k, TILE), segments_of(n, k)
+    pairs, token_tiles = _ceil(n, 2 * TILE), _ceil(tokens, token_tile)
+    cluster, box_rows = 1, token_tile
+    if mode == "sm80":
+        name, grid, block = f"sm80_{dtype}_gemm_n{token_tile}", (_ceil(n, TILE), token_tiles, 1), 128
+        smem, box_rows = sm80_smem(token_tile), 0
+    else:
+        name, block = f"sm90_{dtype}_gemm_{mode}_n{token_tile}", sm90_threads(mode, token_tile)
+        smem = sm90_smem(mode, token_tile)
+        if mode == "split":
+            cluster, grid = segments, (segments, token_tiles, pairs)
+            smem = sm90_smem(mode, token_tile, _split_stages(n, k))
+        else:
+            cluster = walk_cluster(token_tile)
+            box_rows = walk_box(mode, token_tile)
+            needed = _ceil(n, TILE) if token_tiles == 1 else pairs * token_tiles
+            grid = (cluster * min(max(1, sm_count // cluster), _ceil(needed, cluster)), 1, 1)
+    return GemmPlan(
+        kernel=name,
+        mode=mode,
+        tokens=tokens,
+        rows=n,
+        blocks=blocks,
+        segments=segments,
+        token_tile=token_tile,
+        box_rows=box_rows,
+        grid=grid,
+        block=block,
+        cluster=cluster,
+        smem=smem,
+        why=why,
+    )
+
+
+def _split_stages(n: int, k: int) -> int:
+    """Stages of a split product: few for a small weight, whose time is mostly the way in and out.
+
+    Two kernels' blocks then share an SM, and the next weights arrive while these sums are added up. A large
+    one wants all of the shared memory, to keep enough loads in flight.
+    """
+    small = 2 * n * k <= SMALL_WEIGHT or segments_of(n, k) == MAX_SEGMENTS
+    return min(SMALL_STAGES, _ceil(_ceil(k, TILE), segments_of(n, k))) if small else MAX_STAGES
+
+
+def gemm_arguments(
+    plan: GemmPlan,
+    x: Any,
+    weights: int,
+    out: int,
+    pitch: int,
+    *,
+    kind: Kind = Kind.STORE,
+    bias: int = 0,
+    residual: int = 0,
+    scale: float = 1.0,
+    soft_cap: float = 0.0,
+    tokens: Any = None,
+    x_width: int = 0,
+    x_pitch: int = 0,
+) -> list[Any]:
+    """A kernel's parameters, in order, for `driver.Launch`.
+
+    x: for sm_90a the tensor map of x in boxes of plan.box_rows x 64 elements; for sm_80 its address, with
+    its width and pitch in elements. weights, out, bias, residual: device addresses, 0 for none. pitch:
+    elements from row to row of out and residual. tokens: a cell that holds the number of rows to write,
+    when that changes between launches of one plan.
+    """
+    scalars = [
+        ctypes.c_int(int(kind)),
+        ctypes.c_int(plan.tokens) if tokens is None else tokens,
+        ctypes.c_int(plan.rows),
+        ctypes.c_int(pitch),
+        ctypes.c_float(scale),
+        ctypes.c_float(soft_cap),
+        ctypes.c_int(plan.blocks),
+        ctypes.c_int(plan.segments),
+    ]
+    if plan.mode == "sm80":
+        scalars += [ctypes.c_int(x_width), ctypes.c_int(x_pitch)]
+    return [x, weights, out, bias, residual, *scalars]
+
+
+class Interleave(IntEnum):
+    """Where the pack kernel puts a part's rows: in order, or as the gates or ups of a gated matrix."""
+
+    PLAIN = 0
+    GATE = 1
+    UP = 2
+
+
+def pack_arguments(
+    source: int,
+    packed: int,
+    rows: int,
+    k: int,
+    *,
+    first: int = 0,
+    padded_rows: int | None = None,
+    row_stride: int | None = None,
+    column_stride: int = 1,
+    interleave: Interleave = Interleave.PLAIN,
+) -> list[Any]:
+    """Parameters of `sm80_*_gemm_pack_*`: source [rows, k] into the packed matrix from row `first` on.
+
+    Strides are in elements. Rows from `rows` up to `padded_rows` are filled with zeros; by default the part
+    is padded to eights when interleaved and not at all when plain. The last plain part of a matrix has to
+    be padded so that first + padded_rows is a multiple of 64. Grid and block are free: threads stride.
+    """
+    if padded_rows is None:
+        padded_rows = rows if interleave == Interleave.PLAIN else 8 * _ceil(rows, 8)
+    return [
+        source,
+        packed,
+        ctypes.c_int64(rows),
+        ctypes.c_int64(padded_rows),
+        ctypes.c_int(k),
+        ctypes.c_int64(k if row_stride is None else row_stride),
+        ctypes.c_int64(column_stride),
+        ctypes.c_int(_ceil(k, TILE)),
+        ctypes.c_int64(first),
+        ctypes.c_int(int(interleave)),
+    ]

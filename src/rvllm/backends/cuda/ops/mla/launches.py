@@ -1,0 +1,167 @@
+"""MLA: latents in the cache and the products that absorb its projections: their launches.
+
+A layer is two stages (see `fuse`): the norm of the latent, the rotation and the absorbed queries are one
+launch; attention and the product with W_uv are one for decodes, one for prompts and one for the product,
+which also puts together what several blocks decoded.
+
+EMITTERS: what plans the launches of a stage that an op of this type leads. PAGED: how attention is planned.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rvllm.backends.cuda.device.info import Chip
+from rvllm.backends.cuda.device.launches import Count
+from rvllm.backends.cuda.layout.metadata import NUM_DECODES, NUM_TOKENS
+from rvllm.backends.cuda.layout.weights import ELEMENT
+from rvllm.backends.cuda.ops.attention.launches import attend
+from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
+from rvllm.backends.cuda.ops.family import Emitter, PagedPlans
+from rvllm.backends.cuda.ops.mla.plan import (
+    LatentDecodePlan,
+    LatentShape,
+    check,
+    plan_decode,
+    plan_prefill,
+    plan_product,
+)
+from rvllm.errors import MissingKernelError
+from rvllm.program.dtypes import DType
+from rvllm.program.ops.dense import HeadLinear, LatentAttention, LatentRopeKV, Norm, Op
+
+if TYPE_CHECKING:
+    from rvllm.backends.cuda.layout.fusion import Stage
+    from rvllm.backends.cuda.lowering import Lowering
+
+THREADS = 128  # of the products' blocks
+
+
+def _shape(op: Op) -> LatentShape:
+    assert isinstance(op, LatentAttention)
+    return LatentShape(op.heads, op.rank, op.cache.key_dim - op.rank)
+
+
+def _decode(op: Op, dtype: DType, chip: Chip, seqs: int, longest: int, blocks: int) -> DecodePlan:
+    return plan_decode(
+        dtype,
+        _shape(op),
+        max_seqs=seqs,
+        max_model_len=longest,
+        num_blocks=blocks,
+        sm_count=chip.sm_count,
+        smem_per_block=chip.smem_per_block,
+    )
+
+
+def _prefill(op: Op, dtype: DType, chip: Chip) -> PrefillPlan:
+    return plan_prefill(dtype, _shape(op), chip.smem_per_block)
+
+
+def _group(op: Op) -> int:
+    return _shape(op).heads
+
+
+def _head_linear(lowering: Lowering, stage: Stage) -> None:
+    """A product on its own."""
+    (op,) = stage.ops
+    assert isinstance(op, HeadLinear)
+    product = plan_product(op, lowering.counts.tokens)
+    lowering.plan(
+        stage.name,
+        f"sm80_{lowering.tag}_head_linear_{product.suffix}",
+        lambda c: product.grid(c.tokens),
+        THREADS,
+        lowering.at.buffers[op.out.name],
+        lowering.at.buffers[op.x.name],
+        lowering.weight(op.weight, "table"),
+        Count("tokens"),
+        *map(ctypes.c_int, (product.heads, product.rows, product.inner, product.tail)),
+        smem=product.smem,
+    )
+
+
+def _prepare(lowering: Lowering, stage: Stage) -> None:
+    """Norm of the latent, rotation, cache and absorbed queries."""
+    if len(stage.ops) != 3:
+        raise MissingKernelError("no kernel that writes latents to the cache without normalising them")
+    norm, rope, absorb = stage.ops
+    assert isinstance(norm, Norm) and isinstance(rope, LatentRopeKV) and isinstance(absorb, HeadLinear)
+    product = plan_product(absorb, lowering.counts.tokens)
+    rank = rope.cache.key_dim - rope.rope.dim
+    check(LatentShape(rope.heads, rank, rope.rope.dim))
+    cos, sin = lowering.at.ropes[rope.rope]
+    cache, _ = lowering.at.caches[rope.cache.name]
+    interleaved = "_interleaved" if rope.rope.interleaved else ""
+    lowering.plan(
+        stage.name,
+        f"sm80_{lowering.tag}_latent_prepare{interleaved}_{product.suffix}",
+        lambda c: product.grid(c.tokens, product.eights),
+        THREADS,
+        lowering.at.buffers[absorb.out.name],
+        lowering.at.buffers[rope.q.name],
+        lowering.at.buffers[rope.kv.name] + ELEMENT * norm.start,
+        lowering.weight(absorb.weight, "table"),
+        cache,
+        lowering.weight(norm.weight, "norm"),
+        cos,
+        sin,
+        lowering.at.tables,
+        lowering.meta(lowering.layout.positions),
+        lowering.meta(lowering.layout.token_slots),
+        lowering.meta(NUM_TOKENS),
+        Count("tokens"),
+        *map(ctypes.c_int, (rope.q.width, rope.kv.width)),
+        *map(ctypes.c_int, (product.heads, rank, product.inner, rope.rope.dim, lowering.shape.table_stride)),
+        ctypes.c_float(norm.eps),
+        smem=product.smem,
+    )
+
+
+def _attention(lowering: Lowering, stage: Stage) -> None:
+    """Attention over latents, and the product that makes values of what it mixes."""
+    if len(stage.ops) != 2:
+        raise MissingKernelError("no kernel for latent attention without the product that follows it")
+    op, after = stage.ops
+    assert isinstance(op, LatentAttention) and isinstance(after, HeadLinear)
+    cache, _ = lowering.at.caches[op.cache.name]
+    shape, decode = _shape(op), _decode_plan(lowering.decode, op)
+    numbers = (
+        *map(ctypes.c_int, (shape.width, shape.rank, shape.heads, lowering.shape.table_stride)),
+        ctypes.c_float(op.scale),
+    )
+    places = (lowering.at.buffers[op.out.name], lowering.at.buffers[op.q.name], cache)
+    counts = [ctypes.c_int(n) for n in (lowering.layout.seqs, decode.spare)]
+    attend(lowering, stage.name, op, places, numbers, one=counts)
+    product = plan_product(after, lowering.counts.tokens)
+    lowering.plan(
+        stage.name,
+        f"sm80_{lowering.tag}_latent_values_{product.suffix}",
+        lambda c: product.grid(c.tokens),
+        THREADS,
+        lowering.at.buffers[after.out.name],
+        lowering.at.buffers[op.out.name],
+        lowering.weight(after.weight, "table"),
+        lowering.at.partial,
+        lowering.at.arrivals,
+        lowering.meta(NUM_DECODES),
+        Count("tokens"),
+        *map(ctypes.c_int, (product.heads, product.rows, product.inner, decode.grid, decode.spare)),
+        smem=product.smem,
+    )
+
+
+def _decode_plan(plans: Mapping[str, DecodePlan], op: LatentAttention) -> LatentDecodePlan:
+    plan = plans[op.name]
+    assert isinstance(plan, LatentDecodePlan)
+    return plan
+
+
+EMITTERS: dict[type[Op], Emitter] = {
+    LatentRopeKV: _prepare,
+    LatentAttention: _attention,
+    HeadLinear: _head_linear,
+}
+PAGED: dict[type[Op], PagedPlans] = {LatentAttention: PagedPlans(_decode, _prefill, _group)}

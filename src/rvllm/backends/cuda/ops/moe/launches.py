@@ -1,0 +1,101 @@
+"""Mixtures of experts: routing and grouped products: their launches.
+
+EMITTERS: what plans the launches of a stage that begins with an op of this type. `scratch` sizes the device
+memory that these launches need beside the program's buffers. How they are launched is in `experts.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rvllm.backends.cuda.layout.fusion import Stage
+from rvllm.backends.cuda.layout.metadata import NUM_TOKENS
+from rvllm.backends.cuda.layout.weights import Form
+from rvllm.backends.cuda.ops.family import Emitter, Scratch
+from rvllm.backends.cuda.ops.moe.plan import (
+    WIDE_ROUTE,
+    ExpertsAt,
+    ExpertsPlan,
+    RouteAt,
+    most_tiles,
+    plan_route,
+)
+from rvllm.kernels.moe.specs import BLOCKS
+from rvllm.program.ops.dense import Add, Experts, Norm, Op, Program, Route
+
+if TYPE_CHECKING:
+    from rvllm.backends.cuda.lowering import Lowering
+
+
+def _route(lowering: Lowering, stage: Stage) -> None:
+    """A Route, or a Norm and the Route that reads it: one launch for few tokens, two for many."""
+    op, norm = stage.ops[-1], stage.ops[0]
+    assert isinstance(op, Route)
+    if isinstance(norm, Norm) and lowering.counts.tokens >= WIDE_ROUTE:
+        lowering.norm(Stage((norm,)))
+    fused = norm if isinstance(norm, Norm) and lowering.counts.tokens < WIDE_ROUTE else None
+    buffers, scratch = lowering.at.buffers, lowering.at.scratch
+    at = RouteAt(
+        x=buffers[op.x.name],
+        ids=buffers[op.ids.name],
+        shares=buffers[op.shares.name],
+        weight=lowering.weight(op.weight, "table"),
+        bias=lowering.weight(op.bias, "norm"),
+        logits=scratch["experts.logits"],
+        arrivals=scratch["experts.arrivals"],
+        num_tokens=lowering.meta(NUM_TOKENS),
+        raw=buffers[fused.x.name] if fused else 0,
+        norm_weight=lowering.weight(fused.weight, "norm") if fused else 0,
+    )
+    lowering.planned.append(
+        plan_route(op, lowering.counts.tokens, lowering.tag, at, fused, lowering.chip.capability)
+    )
+
+
+def _experts(lowering: Lowering, stage: Stage) -> None:
+    op, add = stage.ops[0], stage.ops[1] if len(stage.ops) == 2 else None
+    assert isinstance(op, Experts)
+    assert add is None or isinstance(add, Add)
+    buffers, scratch = lowering.at.buffers, lowering.at.scratch
+    form: Form = "gated_stack" if op.gated else "stack"
+    at = ExpertsAt(
+        x=buffers[op.x.name],
+        ids=buffers[op.ids.name],
+        shares=buffers[op.shares.name],
+        out=buffers[add.x.name if add else op.out.name],
+        residual=buffers[add.x.name] if add else 0,
+        up=lowering.weight(op.up, form),
+        down=lowering.weight(op.down, "stack"),
+        inner=scratch["experts.inner"],
+        parts=scratch["experts.parts"],
+        order=scratch["experts.order"],
+        tiles=scratch["experts.tiles"],
+        num_tiles=scratch["experts.num_tiles"],
+        num_tokens=lowering.meta(NUM_TOKENS),
+    )
+    plan = ExpertsPlan(
+        op, stage.name, lowering.counts.tokens, lowering.tag, lowering.chip, at, add.scale if add else 1.0
+    )
+    lowering.planned += plan.launches()
+
+
+EMITTERS: dict[type[Op], Emitter] = {Route: _route, Experts: _experts}
+
+
+def scratch(program: Program, tokens: int, seqs: int) -> Scratch:
+    """Bytes by name for steps of up to `tokens` tokens of `seqs` sequences; empty where it has no such op."""
+    routes = [op for op in program.ops if isinstance(op, Route)]
+    mixtures = [op for op in program.ops if isinstance(op, Experts)]
+    if not mixtures:
+        return {}
+    entries = tokens * max(op.ids.width for op in mixtures)
+    experts = max(op.down.shape[0] for op in mixtures)
+    return {
+        "experts.logits": 4 * tokens * max((op.weight.shape[0] for op in routes), default=0),
+        "experts.arrivals": 4 * tokens,
+        "experts.inner": 2 * max(tokens * op.ids.width * op.down.shape[2] for op in mixtures),
+        "experts.parts": 2 * max(tokens * op.ids.width * op.down.shape[1] for op in mixtures),
+        "experts.order": 4 * entries,
+        "experts.tiles": 16 * most_tiles(entries, experts, min(b.tokens for b in BLOCKS)),
+        "experts.num_tiles": 4,
+    }

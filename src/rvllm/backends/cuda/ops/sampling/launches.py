@@ -1,0 +1,85 @@
+"""From logits to drawn tokens: their launches.
+
+EMITTERS: what plans the launches of a stage that an op of this type leads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+from rvllm.backends.cuda.layout.metadata import NUM_SAMPLES
+from rvllm.backends.cuda.ops.family import Emitter
+from rvllm.backends.cuda.ops.sampling.slots import CHUNK, PICK_THREADS, SCAN_WARPS
+from rvllm.kernels.encoder.specs import HIDDEN_TOKENS
+from rvllm.program.ops.dense import HideTokens, Op, Sample
+
+if TYPE_CHECKING:
+    from rvllm.backends.cuda.layout.fusion import Stage
+    from rvllm.backends.cuda.lowering import Lowering
+
+
+def _hide_tokens(to: Lowering, stage: Stage) -> None:
+    (op,) = stage.ops
+    assert isinstance(op, HideTokens)
+    for first in range(0, len(op.tokens), HIDDEN_TOKENS):
+        ids = op.tokens[first : first + HIDDEN_TOKENS]
+        to.plan(
+            stage.name,
+            "sm80_hide_tokens",
+            lambda c: (c.samples, 1, 1),
+            128,
+            to.at.logits,
+            to.meta(NUM_SAMPLES),
+            ctypes.c_int(to.shape.logits_stride),
+            ctypes.c_int(len(ids)),
+            (ctypes.c_int * HIDDEN_TOKENS)(*ids),
+        )
+
+
+def _sample(to: Lowering, stage: Stage) -> None:
+    chunks = -(-to.shape.vocab // CHUNK)
+    rows = (to.meta(to.layout.sample_slots), to.meta(NUM_SAMPLES))
+    vocab, stride = ctypes.c_int(to.shape.vocab), ctypes.c_int(to.shape.logits_stride)
+    history = ctypes.c_int(to.shape.history_stride)
+    to.plan(
+        stage.name,
+        "sm80_sample_scan",
+        lambda c: (-(-chunks // SCAN_WARPS), c.samples, 1),
+        32 * SCAN_WARPS,
+        to.at.logits,
+        to.at.scaled,
+        to.at.bests,
+        to.at.parameters,
+        *rows,
+        to.at.histories,
+        to.at.bias_ids,
+        to.at.biases,
+        to.at.stops,
+        to.at.masks,
+        to.meta(to.layout.mask_rows),
+        vocab,
+        stride,
+        history,
+        ctypes.c_int(to.shape.mask_words),
+    )
+    to.plan(
+        stage.name,
+        "sm80_sample_pick",
+        lambda c: (c.samples, 1, 1),
+        PICK_THREADS,
+        to.at.tokens,
+        to.at.last_tokens,
+        to.at.scaled,
+        to.at.bests,
+        to.at.parameters,
+        *rows,
+        to.at.histories,
+        vocab,
+        stride,
+        history,
+        ctypes.c_int(chunks),
+    )
+
+
+EMITTERS: dict[type[Op], Emitter] = {HideTokens: _hide_tokens, Sample: _sample}

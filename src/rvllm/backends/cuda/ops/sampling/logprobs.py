@@ -1,0 +1,112 @@
+"""Log-probabilities of drawn tokens and of prompts: what to ask the kernel for, and what it answered."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.backends.base import SlotStart, StepResult, TopLogprobs
+from rvllm.backends.cuda.device.catalog import Catalog
+from rvllm.backends.cuda.device.driver import Launch, Stream
+from rvllm.backends.cuda.in_flight import Flight
+from rvllm.backends.cuda.layout.device_state import DeviceState
+from rvllm.backends.cuda.ops.sampling.slots import MAX_TOP, PICK_THREADS
+
+KERNEL = "sm80_logprobs"
+
+
+class Scorer:
+    """Knows which slots want logprobs and what their prompts go on with."""
+
+    def __init__(self, catalog: Catalog, stream: Stream, state: DeviceState) -> None:
+        self._stream = stream
+        self._state = state
+        self._tops: dict[int, int] = {}
+        self._given: dict[int, NDArray[np.int32]] = {}
+        arrays, at = state.logprobs, state.addresses
+        rows = arrays.rows
+        self._launch = Launch(
+            catalog[KERNEL],
+            PICK_THREADS,
+            0,
+            [
+                arrays.token,
+                arrays.ranks,
+                arrays.top_ids,
+                arrays.top,
+                at.logits,
+                arrays.entries,
+                arrays.entries + 4 * rows,
+                arrays.entries + 8 * rows,
+                at.tokens,
+                arrays.entries + 12 * rows,
+                ctypes.c_int(state.shape.vocab),
+                ctypes.c_int(state.shape.logits_stride),
+            ],
+            pdl=False,
+        )
+
+    def start(self, entry: SlotStart) -> None:
+        """A sequence takes a slot."""
+        self._given[entry.slot] = entry.tokens
+        self._tops.pop(entry.slot, None)
+        if entry.sampling.logprobs is not None:
+            self._tops[entry.slot] = entry.sampling.logprobs
+
+    def launch(self, flight: Flight) -> None:
+        """Queues the kernel for the rows of this step that want logprobs, and the copy of its answers."""
+        flight.asked = []
+        if not self._tops and not flight.batch.prompt_logprobs:
+            return
+        entries = self._ask(flight)
+        count = len(entries)
+        if not count:
+            return
+        arrays = self._state.logprobs
+        words = flight.entries.array.view(np.int32).reshape(4, arrays.rows)
+        words[:3, :count] = np.array(entries, dtype=np.int32).T
+        words[3, 0] = count
+        self._stream.copy_to_device(arrays.entries, flight.entries.address, flight.entries.nbytes)
+        self._launch.run(self._stream, (count, 1, 1))
+        self._stream.copy_to_host(flight.scores.address, arrays.token, arrays.result_bytes)
+
+    def _ask(self, flight: Flight) -> list[tuple[int, int, int]]:
+        """(row, target token or -1 for the drawn one, top tokens wanted) of each entry."""
+        batch, rows = flight.batch, flight.rows
+        ends = np.cumsum(batch.query_lens)
+        entries: list[tuple[int, int, int]] = []
+        for row, (slot, s) in enumerate(zip(rows.slots.tolist(), rows.seqs.tolist(), strict=True)):
+            if slot >= 0:
+                top = self._tops.get(slot)
+                if top is not None:
+                    entries.append((row, -1, top))
+                    flight.asked.append((s, False, top))
+                continue
+            within = int(rows.rows[row]) - int(ends[s] - batch.query_lens[s])
+            following = int(batch.starts[s]) + within + 1
+            given = self._given[int(batch.slots[s])]
+            if following < len(given):
+                top = batch.prompt_logprobs[s]
+                entries.append((row, int(given[following]), top))
+                flight.asked.append((s, True, top))
+        return entries
+
+    def read(self, flight: Flight, result: StepResult) -> None:
+        """Puts the kernel's answers into the step's result."""
+        for s in flight.batch.prompt_logprobs:
+            result.prompt_logprobs[s] = []
+        if not flight.asked:
+            return
+        rows, raw = self._state.logprobs.rows, flight.scores.array
+        token = raw[: 4 * rows].view(np.float32)
+        ranks = raw[4 * rows : 8 * rows].view(np.int32)
+        ids = raw[8 * rows : (8 + 4 * MAX_TOP) * rows].view(np.int32).reshape(rows, MAX_TOP)
+        top = raw[(8 + 4 * MAX_TOP) * rows :].view(np.float32).reshape(rows, MAX_TOP)
+        for i, (s, prompt, count) in enumerate(flight.asked):
+            scored = TopLogprobs(float(token[i]), int(ranks[i]), ids[i, :count].copy(), top[i, :count].copy())
+            if prompt:
+                result.prompt_logprobs[s].append(scored)
+            else:
+                result.logprobs[s] = scored

@@ -1,0 +1,115 @@
+"""Host images of what the sampling kernels keep per slot, and how starting sequences are packed for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.backends.base import MOST_BIASES, MOST_STOPS, SamplingSpec, SlotStart
+from rvllm.errors import UsageError
+
+MAX_BIASES, MAX_STOPS = MOST_BIASES, MOST_STOPS  # of sampling/sampling.cuh too
+MAX_TOP = 20  # most likely tokens reported with logprobs
+CHUNK = 1024  # logits a warp of sample_scan looks at
+SCAN_WARPS = 8  # warps of its blocks
+START_WORDS = 24  # int32 words that describe one starting slot
+PICK_THREADS = 1024
+HISTORY = 1  # flag: the slot's tokens are counted
+
+# `struct Slot` of kernels/sampling/sampling.cuh, 64 bytes.
+SLOT = np.dtype(
+    [("temperature", "<f4"), ("top_k", "<i4"), ("top_p", "<f4"), ("min_p", "<f4"),
+     ("repetition", "<f4"), ("presence", "<f4"), ("frequency", "<f4"), ("min_tokens", "<i4"),
+     ("seed", "<u8"), ("generated", "<i4"), ("flags", "<u4"), ("biases", "<i4"), ("stops", "<i4"),
+     ("reserved", "<i4", (2,))]
+)  # fmt: skip
+
+
+def counts_tokens(spec: SamplingSpec) -> bool:
+    """Whether the slot needs its tokens counted: any penalty is on."""
+    return spec.repetition_penalty != 1.0 or spec.presence_penalty != 0.0 or spec.frequency_penalty != 0.0
+
+
+@dataclass(frozen=True)
+class StateSizes:
+    """Bytes of the sampler's device arrays for `slots` slots and a vocabulary.
+
+    history_stride: u16 elements from one slot's token counts to the next.
+    """
+
+    slots: int
+    vocab: int
+
+    @property
+    def history_stride(self) -> int:
+        """Elements; a multiple of 8, so that every slot's counts start on 16 bytes."""
+        return -(-self.vocab // 8) * 8
+
+    @property
+    def histories(self) -> int:
+        """u16 [slots, history_stride]."""
+        return 2 * self.slots * self.history_stride
+
+    @property
+    def parameters(self) -> int:
+        """`Slot` [slots]."""
+        return SLOT.itemsize * self.slots
+
+    @property
+    def biases(self) -> int:
+        """Bias ids, and as much again for the biases: [slots, MAX_BIASES] of 4 bytes."""
+        return 4 * self.slots * MAX_BIASES
+
+    @property
+    def stops(self) -> int:
+        """int32 [slots, MAX_STOPS]."""
+        return 4 * self.slots * MAX_STOPS
+
+    def chunks(self) -> int:
+        """Chunks a row has; `bests` takes 8 bytes for each, per row."""
+        return -(-self.vocab // CHUNK)
+
+
+def pack_starts(started: Sequence[SlotStart], vocab: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """What `slot_start` reads: int32 [n, START_WORDS] entries and the int32 words they point into.
+
+    Raises UsageError for a logit_bias or a list of stop tokens longer than a slot holds.
+    """
+    entries = np.zeros((len(started), START_WORDS), dtype=np.int32)
+    words: list[NDArray[np.int32]] = []
+    used = 0
+
+    def put(values: NDArray[np.int32]) -> int:
+        nonlocal used
+        words.append(values)
+        used += len(values)
+        return used - len(values)
+
+    for entry, start in zip(entries, started, strict=True):
+        spec = start.sampling
+        bias = [(i, b) for i, b in spec.logit_bias if 0 <= i < vocab]
+        stops = [i for i in spec.stop_token_ids if 0 <= i < vocab] if spec.min_tokens > 0 else []
+        if len(bias) > MAX_BIASES:
+            raise UsageError(f"logit_bias has {len(bias)} entries; at most {MAX_BIASES} fit a request")
+        if len(stops) > MAX_STOPS:
+            raise UsageError(f"min_tokens with {len(stops)} stop tokens; at most {MAX_STOPS} fit a request")
+        counted = counts_tokens(spec)
+        entry[0] = start.slot
+        entry[1:4] = (
+            (put(start.tokens.astype(np.int32)), len(start.tokens), start.prompt_len) if counted else 0
+        )
+        entry[4] = put(np.array([i for i, _ in bias], dtype=np.int32))
+        put(np.array([b for _, b in bias], dtype=np.float32).view(np.int32))
+        entry[5] = put(np.array(stops, dtype=np.int32))
+        slot = entry[8:].view(SLOT)
+        slot["temperature"], slot["top_k"] = spec.temperature, spec.top_k
+        slot["top_p"], slot["min_p"] = spec.top_p, spec.min_p
+        slot["repetition"], slot["presence"] = spec.repetition_penalty, spec.presence_penalty
+        slot["frequency"], slot["min_tokens"] = spec.frequency_penalty, spec.min_tokens
+        slot["seed"], slot["generated"] = spec.seed & (2**64 - 1), len(start.tokens) - start.prompt_len
+        slot["flags"] = HISTORY if counted else 0
+        slot["biases"], slot["stops"] = len(bias), len(stops)
+    return entries, np.concatenate(words) if words else np.zeros(0, dtype=np.int32)

@@ -1,0 +1,237 @@
+"""CUDA graphs per padded step size, captured on first use or all at start.
+
+A step of decodes alone is one graph. A step with prompts is two: a body that ends with the hidden rows,
+per padded token count, and a head from there to the drawn tokens, per padded number of sampled rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+from rvllm.backends.base import StepKernel
+from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
+from rvllm.backends.cuda.device.catalog import Catalog
+from rvllm.backends.cuda.device.driver import DeviceFacts, Graph, Stream
+from rvllm.backends.cuda.device.graphs import Captured, Key
+from rvllm.backends.cuda.device.info import Chip
+from rvllm.backends.cuda.device.launches import Counts, Planned, kernel_names
+from rvllm.backends.cuda.layout.addresses import Addresses, Shape
+from rvllm.backends.cuda.layout.device_state import shape_of
+from rvllm.backends.cuda.layout.fusion import Stage, fuse
+from rvllm.backends.cuda.layout.joining import joined
+from rvllm.backends.cuda.layout.memory import Budget, MemoryPlan, plan_memory, ropes_of
+from rvllm.backends.cuda.layout.metadata import Layout
+from rvllm.backends.cuda.layout.weights import Wanted, wanted_weights
+from rvllm.backends.cuda.lowering import Lowering
+from rvllm.backends.cuda.ops.attention.paged import decode_plans, prefill_plans, tile_shape
+from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
+from rvllm.backends.cuda.ops.family import TileShape
+from rvllm.config import EngineConfig
+from rvllm.program.dtypes import DType
+from rvllm.program.ops.dense import GatherRows, Program
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that planning a step's launches needs; no device is touched."""
+
+    dtype: DType
+    chip: Chip
+    shape: Shape
+    addresses: Addresses
+    memory: MemoryPlan
+    stages: Sequence[Stage]
+    prefill: dict[str, PrefillPlan]
+    tiles: TileShape | None
+    strategy: str
+
+    @staticmethod
+    def plan(
+        program: Program, config: EngineConfig, facts: DeviceFacts, budget: Budget
+    ) -> tuple[Recipe, list[Wanted]]:
+        """The recipe of a program on such a GPU, at addresses of nothing, and the weights it wants.
+
+        Raises MissingKernelError, CapacityError or UsageError.
+        """
+        program = joined(program)
+        native = config.gemm_strategy == "native"
+        stages = fuse(program, gated_epilogue=native)
+        wanted = wanted_weights(stages, "packed" if native else "table")
+        chip = Chip(facts.capability, facts.sm_count, facts.smem_per_block)
+        prefill = prefill_plans(program.ops, program.dtype, chip)
+        tiles = tile_shape(program.ops, prefill)
+        memory = plan_memory(program, stages, config, facts, budget, tiles, wanted)
+        recipe = Recipe(
+            dtype=program.dtype,
+            chip=chip,
+            shape=shape_of(program, memory),
+            addresses=nowhere(program, wanted, memory),
+            memory=memory,
+            stages=stages,
+            prefill=prefill,
+            tiles=tiles,
+            strategy=config.gemm_strategy,
+        )
+        return recipe, wanted
+
+    def decode(self, seqs: int) -> list[Planned]:
+        """A step of up to `seqs` sequences with one token each."""
+        counts = Counts(seqs, seqs, seqs)
+        lowering = self._lowering(
+            self.decode_layout(seqs), counts, prefill=False, decode=self._decode_plans(seqs)
+        )
+        return [*lowering.begin(), *lowering.lower(self.stages)]
+
+    def body(self, tokens: int) -> list[Planned]:
+        """A step of up to `tokens` tokens, up to the rows whose logits are wanted."""
+        lowering = self._lowering(self.memory.layout, Counts(tokens, self.memory.seqs, 0), prefill=True)
+        return [*lowering.begin(), *lowering.lower(self.stages[: self._cut()])]
+
+    def head(self, samples: int) -> list[Planned]:
+        """From the hidden rows to the drawn tokens, for up to `samples` rows."""
+        lowering = self._lowering(self.memory.layout, Counts(0, 0, samples), prefill=False)
+        return lowering.lower(self.stages[self._cut() :])
+
+    def decode_layout(self, seqs: int) -> Layout:
+        """The metadata of a decode graph."""
+        return replace(self.memory.layout, tokens=seqs, seqs=seqs, samples=seqs, tiles=0)
+
+    def decode_sizes(self) -> list[int]:
+        """Padded batch sizes of decode graphs."""
+        return decode_buckets(self.memory.seqs)
+
+    def token_sizes(self) -> list[int]:
+        """Padded token counts of bodies."""
+        return token_buckets(self.memory.tokens)
+
+    def sample_sizes(self) -> list[int]:
+        """Padded row counts of heads."""
+        return decode_buckets(self.memory.samples)
+
+    def kernels(self) -> list[str]:
+        """Every kernel any step can need; raises MissingKernelError where an op has none."""
+        names: list[str] = []
+        few = replace(self, stages=distinct(self.stages))
+        for plan, sizes in (
+            (few.decode, self.decode_sizes()),
+            (few.body, self.token_sizes()),
+            (few.head, self.sample_sizes()),
+        ):
+            for size in sizes:
+                names += kernel_names(plan(size))
+        return list(dict.fromkeys(names))
+
+    def _cut(self) -> int:
+        cuts = (i for i, s in enumerate(self.stages) if isinstance(s.ops[0], GatherRows))
+        return next(cuts, len(self.stages))
+
+    def _decode_plans(self, seqs: int) -> dict[str, DecodePlan]:
+        """How each layer's decode attention is launched for at most `seqs` sequences."""
+        ops = (op for stage in self.stages for op in stage.ops)
+        memory = self.memory
+        return decode_plans(ops, self.dtype, self.chip, seqs, memory.longest, memory.num_blocks)
+
+    def _lowering(
+        self,
+        layout: Layout,
+        counts: Counts,
+        *,
+        prefill: bool,
+        decode: dict[str, DecodePlan] | None = None,
+    ) -> Lowering:
+        return Lowering(
+            self.dtype,
+            self.chip,
+            self.shape,
+            self.addresses,
+            layout,
+            counts,
+            self.memory.decode if decode is None else decode,
+            self.prefill if prefill else None,
+            self.strategy,
+        )
+
+
+def distinct(stages: Sequence[Stage]) -> list[Stage]:
+    """One stage of each make: equal but for names, so that a plan of these uses the same kernels."""
+    found: dict[str, Stage] = {}
+    for stage in stages:
+        found.setdefault(re.sub(r"layers\.\d+", "", repr(stage)), stage)
+    return list(found.values())
+
+
+def nowhere(program: Program, wanted: Sequence[Wanted], memory: MemoryPlan) -> Addresses:
+    """Addresses of nothing, for planning launches before any memory is taken."""
+    return Addresses(
+        weights={(w.weight.name, w.form): 0 for w in wanted},
+        buffers={b.name: 0 for b in program.buffers},
+        caches={c.name: (0, 0) for c in program.caches},
+        ropes=dict.fromkeys(ropes_of(program), (0, 0)),
+        scratch=dict.fromkeys(memory.scratch, 0),
+        states={s.name: 0 for s in program.states},
+        **{f.name: 0 for f in fields(Addresses) if f.type == "int"},
+    )
+
+
+class GraphBook:
+    """The captured graphs of a recipe."""
+
+    def __init__(self, recipe: Recipe, catalog: Catalog, stream: Stream) -> None:
+        self._recipe = recipe
+        self._graphs = Captured(catalog, stream)
+        self._decode_sizes = recipe.decode_sizes()
+        self._token_sizes = recipe.token_sizes()
+        self._sample_sizes = recipe.sample_sizes()
+        self._last: list[Key] = []  # the graphs of the step asked for last
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    @property
+    def capture_seconds(self) -> float:
+        """Seconds that capturing took."""
+        return self._graphs.seconds
+
+    def captured(self) -> dict[str, float]:
+        """A figure of 1 for each graph there is, by kind and padded size; see `Backend.stats`."""
+        return {f'rvllm:cuda_graph_captured{{kind="{k}",size="{size}"}}': 1.0 for k, size in self._graphs}
+
+    def last_kernels(self) -> list[StepKernel]:
+        """The kernels of the step whose graphs were asked for last, in the order of first use."""
+        return [kernel for key in self._last for kernel in self._graphs.kernels(key)]
+
+    def decode_size(self, seqs: int) -> int:
+        """The padded batch size for `seqs` decodes."""
+        return bucket_of(self._decode_sizes, seqs)
+
+    def decode(self, size: int) -> Graph:
+        """The graph of a decode step of `size` (a padded size) sequences."""
+        self._last = [("decode", size)]
+        return self._graphs.get("decode", size, self._recipe.decode, Counts(size, size, size))
+
+    def body(self, tokens: int) -> Graph:
+        """The graph that computes the hidden rows of up to `tokens` tokens."""
+        size = bucket_of(self._token_sizes, tokens)
+        self._last = [("body", size)]
+        return self._graphs.get("body", size, self._recipe.body, Counts(size, self._recipe.memory.seqs, 0))
+
+    def head(self, samples: int) -> Graph:
+        """The graph from hidden rows to tokens for up to `samples` rows."""
+        size = bucket_of(self._sample_sizes, samples)
+        self._last = [*self._last[:1], ("head", size)]
+        return self._graphs.get("head", size, self._recipe.head, Counts(0, 0, size))
+
+    def capture_all(self) -> None:
+        """Captures every graph there can be."""
+        for size in self._decode_sizes:
+            self.decode(size)
+        for size in self._token_sizes:
+            self.body(size)
+        for size in self._sample_sizes:
+            self.head(size)
+
+    def close(self) -> None:
+        """Destroys all graphs."""
+        self._graphs.close()

@@ -1,0 +1,321 @@
+"""The API process's end: starts the engine process and turns its messages into streams.
+
+client = await EngineClient.start(config)
+async for output in client.generate(request):
+    ...
+await client.close()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import ExitStack, aclosing
+from typing import Any
+
+import msgspec
+import numpy as np
+import zmq
+from numpy.typing import NDArray
+
+from rvllm.config import EngineConfig
+from rvllm.engine.ipc.messages import (
+    Abort,
+    Embed,
+    Failed,
+    FromEngine,
+    Generate,
+    GetState,
+    GetStats,
+    Loading,
+    Output,
+    Outputs,
+    Ready,
+    Shutdown,
+    State,
+    Stats,
+    ToEngine,
+    Vocabulary,
+)
+from rvllm.engine.ipc.process import Launch
+from rvllm.errors import EngineDeadError, RvllmError, UsageError
+
+COMMAND = (sys.executable, "-m", "rvllm.engine.ipc.process")
+CLOSE_SECONDS = 5.0  # for the step in progress; after that the process is killed
+
+Stream = asyncio.Queue[Output | EngineDeadError]
+
+
+class EngineClient:
+    """Talks to one engine process; belongs to the event loop that started it. Make one with `start`."""
+
+    def __init__(self, config: EngineConfig, progress: Callable[[float, str], None] | None = None) -> None:
+        self.config = config
+        self.ready: Ready  # set by `start`
+        self.process: subprocess.Popen[bytes] | None = None
+        self._progress = progress
+        self._loop = asyncio.get_running_loop()
+        self._streams: dict[str, Stream] = {}
+        self._stats: deque[asyncio.Future[Stats]] = deque()
+        self._states: deque[asyncio.Future[State]] = deque()
+        self._started: asyncio.Future[Ready] = self._loop.create_future()
+        self._dead: asyncio.Future[str] = self._loop.create_future()
+        self._failed: Failed | None = None
+        self._burial: asyncio.Task[None] | None = None
+        self._closing = False
+        self._undo = ExitStack()
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(FromEngine).decode
+
+    @classmethod
+    async def start(
+        cls,
+        config: EngineConfig,
+        progress: Callable[[float, str], None] | None = None,
+        command: Sequence[str] = COMMAND,
+    ) -> EngineClient:
+        """Starts the engine process and waits until it takes requests.
+
+        progress is called with (fraction, text) while the model loads. Raises the RvllmError that the
+        engine failed with, or EngineDeadError when the process ended without a word.
+        """
+        client = cls(config, progress)
+        try:
+            client._spawn(command)
+            client.ready = await client._started
+        except BaseException:
+            await client.close(0.0)
+            raise
+        return client
+
+    def _spawn(self, command: Sequence[str]) -> None:
+        """Starts the process and registers, step by step, how to undo each step."""
+        undo, loop = self._undo, self._loop
+        self.directory = _private_directory()
+        undo.callback(shutil.rmtree, self.directory, ignore_errors=True)
+        address = f"ipc://{self.directory}/engine"
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        undo.callback(context.term)
+        self._socket = context.socket(zmq.DEALER)
+        undo.callback(self._socket.close, 0)
+        self._socket.set_hwm(0)
+        self._socket.bind(address)
+        self._life, theirs = socket.socketpair()
+        undo.callback(self._life.close)
+        with theirs:
+            self.process = subprocess.Popen(command, stdin=theirs.fileno(), start_new_session=True)
+        launch = self._encode(Launch(self.directory, address, self.config))
+        self._life.sendall(len(launch).to_bytes(4, "little") + launch)
+        for source, heard in (
+            (int(self._socket.get(zmq.FD)), self._drain),
+            (self._life.fileno(), self._on_life),
+        ):
+            loop.add_reader(source, heard)
+            undo.callback(loop.remove_reader, source)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine takes requests."""
+        return not self._dead.done() and not self._closing
+
+    async def wait_dead(self) -> str:
+        """Waits for the engine's end and returns why, in one line."""
+        return await asyncio.shield(self._dead)
+
+    async def embed(self, request: Embed) -> NDArray[np.float32]:
+        """The text's vector, float32 [embedding size]; being cancelled aborts the request.
+
+        Raises UsageError when the text cannot be encoded, EngineDeadError when the engine ends first.
+        """
+        async with aclosing(self.generate(request)) as outputs:
+            async for output in outputs:
+                if output.embedding is not None:
+                    return np.frombuffer(output.embedding, dtype="<f4")
+                if output.finish_reason == "error":
+                    raise UsageError(output.error or "the engine gave up on the text")
+        raise RvllmError(f"request {request.request_id} was aborted")
+
+    async def generate(self, request: Generate | Embed) -> AsyncGenerator[Output, None]:
+        """The request's outputs up to the one with a finish reason.
+
+        Closing the iterator early aborts the request. Raises EngineDeadError when the engine ends first,
+        UsageError when a living request has the same id.
+        """
+        self._check_alive()
+        if request.request_id in self._streams:
+            raise UsageError(f"request_id {request.request_id!r} is in use by a request that has not ended")
+        stream: Stream = asyncio.Queue()
+        self._streams[request.request_id] = stream
+        finished = False
+        try:
+            self._send(request)
+            while not finished:
+                output = await stream.get()
+                if isinstance(output, EngineDeadError):
+                    raise output
+                finished = output.finish_reason is not None
+                yield output
+        finally:
+            if self._streams.get(request.request_id) is stream:
+                del self._streams[request.request_id]
+            if not finished and self.alive:
+                self._send(Abort([request.request_id]))
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Ends requests; their streams close with an "abort" output. Unknown ids are ignored."""
+        if self.alive:
+            self._send(Abort(list(request_ids)))
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Must be called before the first request with a grammar."""
+        if self.alive:
+            self._send(vocabulary)
+
+    async def stats(self) -> Stats:
+        """A snapshot of the engine. Raises EngineDeadError."""
+        self._check_alive()
+        answer: asyncio.Future[Stats] = self._loop.create_future()
+        self._stats.append(answer)
+        self._send(GetStats())
+        return await answer
+
+    async def state(self, asked: GetState | None = None) -> State:
+        """What the engine is doing, for people who watch. Raises EngineDeadError."""
+        self._check_alive()
+        answer: asyncio.Future[State] = self._loop.create_future()
+        self._states.append(answer)
+        self._send(asked or GetState())
+        return await answer
+
+    async def close(self, timeout: float = CLOSE_SECONDS) -> None:
+        """Ends the engine process and cleans up; requests still open get EngineDeadError."""
+        if self._closing:
+            return
+        if self.process is not None:
+            if self.alive and timeout:
+                self._send(Shutdown())
+            self._closing = True
+            await self._end_process(timeout)
+        if self._burial is not None:
+            await self._burial
+        self._closing = True
+        self._bury("the engine was closed")
+        self._undo.close()
+
+    async def _end_process(self, timeout: float) -> int:
+        """The process's exit code; it is killed when it still runs after `timeout` seconds."""
+        assert self.process is not None
+        try:
+            return await asyncio.to_thread(self.process.wait, timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return await asyncio.to_thread(self.process.wait)
+
+    def _check_alive(self) -> None:
+        if not self.alive:
+            raise EngineDeadError(self._dead.result() if self._dead.done() else "the engine was closed")
+
+    def _send(self, message: ToEngine) -> None:
+        self._socket.send(self._encode(message), zmq.NOBLOCK)
+        # The socket's descriptor signals changes only, and sending may swallow one.
+        if int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        """Hands on every message that has come."""
+        while not self._socket.closed:
+            try:
+                data = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._handle(self._decode(data))
+
+    def _handle(self, message: FromEngine) -> None:
+        if isinstance(message, Outputs):
+            for output in message.outputs:
+                stream = self._streams.get(output.request_id)
+                if stream is not None:
+                    stream.put_nowait(output)
+        elif isinstance(message, Stats):
+            answer = self._stats.popleft()
+            if not answer.done():
+                answer.set_result(message)
+        elif isinstance(message, State):
+            state = self._states.popleft()
+            if not state.done():
+                state.set_result(message)
+        elif isinstance(message, Loading):
+            if self._progress is not None:
+                self._progress(message.fraction, message.text)
+        elif isinstance(message, Ready):
+            if not self._started.done():
+                self._started.set_result(message)
+        else:
+            self._failed = message
+
+    def _on_life(self) -> None:
+        """The process's end of the socket is closed: it has ended, or is about to."""
+        self._loop.remove_reader(self._life)
+        if not self._closing:
+            self._burial = self._loop.create_task(self._find_cause())
+
+    async def _find_cause(self) -> None:
+        code = await self._end_process(CLOSE_SECONDS)
+        for _ in range(50):  # its last message may still be on the way
+            self._drain()
+            if self._failed is not None or code <= 0:
+                break
+            await asyncio.sleep(0.01)
+        if self._failed is not None:
+            self._bury(self._failed.message)
+        elif code < 0:
+            self._bury(f"the engine process was killed by {_signal_name(-code)}")
+        else:
+            self._bury(f"the engine process ended with exit code {code}")
+
+    def _bury(self, cause: str) -> None:
+        """Tells everyone who waits."""
+        if self._dead.done():
+            return
+        self._dead.set_result(cause)
+        if not self._started.done():
+            self._started.set_exception(_start_error(cause, self._failed))
+        for stream in self._streams.values():
+            stream.put_nowait(EngineDeadError(cause))
+        for waiting in (self._stats, self._states):
+            while waiting:
+                answer: asyncio.Future[Any] = waiting.popleft()
+                if not answer.done():
+                    answer.set_exception(EngineDeadError(cause))
+
+
+def _private_directory() -> str:
+    """A new directory that only this user can enter, with a path short enough for a socket in it."""
+    directory = tempfile.mkdtemp(prefix="rvllm-")
+    if len(directory) > 80:  # a socket's path holds 107 bytes
+        os.rmdir(directory)
+        directory = tempfile.mkdtemp(prefix="rvllm-", dir="/tmp")
+    return directory
+
+
+def _start_error(cause: str, failed: Failed | None) -> RvllmError:
+    if failed is None:
+        return EngineDeadError(cause)
+    error = RvllmError(failed.message)
+    error.exit_code = failed.exit_code
+    return error
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,91 @@
+"""What the engine counts, for metrics and the live page."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import Counter, deque
+from typing import TYPE_CHECKING
+
+from rvllm.engine.ipc.messages import Stats
+from rvllm.telemetry.bounds import STEP_TOKENS
+
+if TYPE_CHECKING:
+    from rvllm.backends.base import Backend
+    from rvllm.engine.core import EngineCore
+    from rvllm.engine.step import Step
+
+RECENT_STEPS = 256  # decode steps that the floor is compared with
+
+
+class Figures:
+    """Counters since the start; belongs to the engine's thread."""
+
+    def __init__(self) -> None:
+        self.finished: Counter[str] = Counter()  # requests, by finish reason
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self.host_seconds = 0.0  # scheduling and bookkeeping
+        self._started = time.perf_counter()
+        self._collected = 0.0  # when a step was collected last
+        self._step_tokens = 0
+        self._step_counts = [0] * (len(STEP_TOKENS) + 1)
+        self._decodes: deque[tuple[int, int, float]] = deque(maxlen=RECENT_STEPS)
+
+    def launched(self, step: Step) -> None:
+        """A step begins."""
+        step.launched, step.launched_at = time.perf_counter(), time.time()
+        tokens = step.batch.num_tokens
+        self._step_tokens += tokens
+        self._step_counts[bisect_left(STEP_TOKENS, tokens)] += 1
+
+    def collected(self, step: Step) -> None:
+        """A step's tokens are there. It took the time since its launch or, when that was still under way
+        then, since the end of the step before it."""
+        now = time.perf_counter()
+        if step.decodes_only:
+            took = now - max(step.launched, self._collected)
+            self._decodes.append((len(step.sequences), int(step.batch.starts.sum()), took))
+        self._collected = now
+
+    def floor_ratio(self, backend: Backend) -> float | None:
+        """The least time of the last decode steps over the time they took; None before any, or unknown.
+
+        Their floor is that of a step with the mean number of sequences of their mean length.
+        """
+        seconds = sum(took for _, _, took in self._decodes)
+        seqs = sum(count for count, _, _ in self._decodes)
+        if not seconds or not seqs:
+            return None
+        steps = len(self._decodes)
+        context = sum(tokens for _, tokens, _ in self._decodes) // seqs
+        floor = backend.decode_floor(max(1, round(seqs / steps)), max(1, context))
+        return None if floor is None else floor * steps / seconds
+
+    def stats(self, core: EngineCore) -> Stats:
+        """Counters since the start and the state of this moment."""
+        scheduler, grammars, texts = core.scheduler, core.grammars, core.texts
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(texts) + len(grammars),
+            blocks_total=scheduler.blocks.num_blocks,
+            blocks_used=scheduler.blocks.used,
+            blocks_cached=scheduler.blocks.cached,
+            steps=scheduler.steps + texts.steps,
+            prompt_tokens=self.prompt_tokens + texts.tokens,
+            generation_tokens=self.generation_tokens,
+            cached_prompt_tokens=scheduler.prefix_hits,
+            prefix_queries=scheduler.prefix_queries,
+            preemptions=scheduler.preemptions,
+            finished=dict(self.finished),
+            loop_seconds=time.perf_counter() - self._started,
+            host_seconds=self.host_seconds,
+            masks=grammars.masks_computed,
+            mask_seconds=grammars.mask_seconds,
+            mask_exposed_seconds=grammars.exposed_seconds,
+            mask_p50_seconds=grammars.percentile(0.50),
+            mask_p99_seconds=grammars.percentile(0.99),
+            step_tokens=self._step_tokens,
+            step_counts=self._step_counts.copy(),
+            backend=core.backend.stats(),
+        )

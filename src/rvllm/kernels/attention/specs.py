@@ -1,0 +1,86 @@
+"""Attention over the paged cache: decode and prefill kernels, and the shared memory each may ask for."""
+
+from __future__ import annotations
+
+from rvllm.errors import MissingKernelError
+from rvllm.kernels.spec import KernelSpec
+from rvllm.kernels.types import SHORT, TYPES
+
+HEAD_DIMS = (32, 64, 80, 96, 128, 160, 256)
+DECODE_SEQS = 2048  # sequences a launch of attn_decode can list
+_PAD = 8  # elements after each row of a tile, as in attention/attention.cuh
+_TILE = 64
+
+
+def decode_smem(head_dim: int, separate: bool, max_seqs: int = DECODE_SEQS) -> int:
+    """Dynamic shared memory of attn_decode in bytes: four tiles, the queries, and a word a sequence.
+
+    separate: four more tiles, so that keys and values do not take turns.
+    """
+    tiles = 2 * 4 * _TILE * (head_dim + _PAD)
+    return tiles * (2 if separate else 1) + 2 * 16 * (head_dim + _PAD) + 4 * (-(-max_seqs // 32) * 32)
+
+
+def prefill_rows(head_dim: int, small: bool) -> int:
+    """Query rows a block of attn_prefill has."""
+    return (128 if head_dim <= 128 else 64) // (2 if small else 1)
+
+
+def prefill_smem(head_dim: int, rows: int) -> int:
+    """Dynamic shared memory of attn_prefill in bytes."""
+    return 2 * (rows + 2 * _TILE) * (head_dim + _PAD) + 4 * rows * head_dim
+
+
+def decode_kernel(dtype: str, head_dim: int, smem_per_block: int) -> str:
+    """The decode attention kernel that fits; raises MissingKernelError when none does."""
+    return _fitting("decode", dtype, head_dim, smem_per_block)
+
+
+def prefill_kernel(dtype: str, head_dim: int, smem_per_block: int) -> str:
+    """The prefill attention kernel that fits; raises MissingKernelError when none does."""
+    return _fitting("prefill", dtype, head_dim, smem_per_block)
+
+
+def _fitting(phase: str, dtype: str, head_dim: int, smem_per_block: int) -> str:
+    base = f"sm80_{SHORT[dtype]}_attn_{phase}_d{head_dim}"
+    static = 1024 if phase == "decode" else 0  # what the kernel declares besides
+    for name in (base, f"{base}_small"):
+        if name in _BY_NAME and _BY_NAME[name].smem + static <= smem_per_block:
+            return name
+    raise MissingKernelError(
+        f"no {phase} attention kernel for {dtype}, head size {head_dim} "
+        f"and {smem_per_block // 1024} KB of shared memory; head sizes are {', '.join(map(str, HEAD_DIMS))}"
+    )
+
+
+def _attention(dtype: str, dim: int) -> list[KernelSpec]:
+    t, short = TYPES[dtype], SHORT[dtype]
+    specs = []
+    for small in (False, True) if dim <= 160 else (False,):
+        suffix, rows = "_small" if small else "", prefill_rows(dim, small)
+        if dim <= 128 or not small:
+            specs.append(
+                KernelSpec(
+                    name=f"sm80_{short}_attn_decode_d{dim}{suffix}",
+                    source="attention/decode.cu",
+                    symbol=f"attn_decode<{t}, {dim}, {dim}>",
+                    smem=decode_smem(dim, separate=not small and dim <= 128),
+                    unit=f"{short}_d{dim}{suffix}",
+                )
+            )
+        specs.append(
+            KernelSpec(
+                name=f"sm80_{short}_attn_prefill_d{dim}{suffix}",
+                source="attention/prefill.cu",
+                symbol=f"attn_prefill<{t}, {dim}, {dim}, {rows // 16}>",
+                smem=prefill_smem(dim, rows),
+                unit=f"{short}_d{dim}{suffix}",
+            )
+        )
+    return specs
+
+
+SPECS: list[KernelSpec] = [
+    spec for dtype in ("bfloat16", "float16") for dim in HEAD_DIMS for spec in _attention(dtype, dim)
+]
+_BY_NAME = {spec.name: spec for spec in SPECS}

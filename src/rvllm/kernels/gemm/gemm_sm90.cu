@@ -1,0 +1,364 @@
+// Matrix kernels for Hopper: weights stream through shared memory as the 64-row side of wgmma, tokens are
+// the N side. 8 consumer warps (two warpgroups, each with 64 rows of W) and one producer warp; where the
+// accumulators need more than 168 registers the producer is a warpgroup too, which gives its registers away.
+//
+//   SPLIT  a block sums one segment of K; the segments of a tile form a cluster and are added through
+//          distributed shared memory. grid (segments, token tiles, row pairs), cluster (segments, 1, 1).
+//   WALK   for weights with one segment: resident blocks walk over tiles. grid (blocks, 1, 1).
+//   FLOW   as WALK for many tokens: tiles leave while the next are summed, see gemm/epilogue_overlap.cuh.
+//   SUM    as WALK for any number of segments, their running sum kept in registers beside the accumulator.
+//
+// In WALK, FLOW and SUM the blocks of a cluster (CLUSTER along rows) share each load of x by multicast.
+#include "gemm/epilogue.cuh"
+#include "gemm/epilogue_overlap.cuh"
+#include "gemm/tile_scheduler.cuh"
+
+namespace rvllm::gemm {
+
+enum Mode { SPLIT, WALK, SUM, FLOW };
+constexpr int CONSUMERS = 256;
+
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
+
+template <int TOKENS, Mode MODE>
+struct Layout {
+  static constexpr bool MANY_REGISTERS = MODE != SPLIT && TOKENS >= 160;
+  static constexpr int THREADS = CONSUMERS + (MANY_REGISTERS ? 128 : 32);
+  static constexpr int WEIGHTS = 2 * TILE_BYTES, X = TOKENS * TILE * 2;
+  static constexpr int CHUNK = TOKENS % 64 == 0 ? 64 : TOKENS < 32 ? TOKENS : 32;  // tokens staged at a time
+  static constexpr int STAGE_PITCH = (TILE + 8) * 2;    // bytes; spreads stores over all banks
+  static constexpr int SPLIT_PITCH = 2 * TILE + 4;      // floats, likewise
+  static constexpr int SUMS = (CHUNK < 32 ? CHUNK : 32) * (TILE + 4) * 4;  // float32 on their way to logits
+  static constexpr int PER_GROUP = CHUNK * STAGE_PITCH > SUMS ? CHUNK * STAGE_PITCH : SUMS;
+  static constexpr int STAGING = MODE == SPLIT ? 0 : MODE == FLOW ? 2 * FLOW_STAGING : 2 * PER_GROUP;
+  static constexpr int HELD = TOKENS <= 16 ? 1 : TOKENS == 32 || TOKENS == 256 ? 2 : 4;  // items of a split sum at once
+  static constexpr int BARRIERS = 256, LIMIT = 232448;
+  static constexpr int FIT = (LIMIT - STAGING - BARRIERS) / (WEIGHTS + X);
+  static constexpr int STAGES = FIT < 12 ? FIT : 12;
+  static constexpr int BYTES = STAGES * (WEIGHTS + X) + STAGING + BARRIERS;
+  static_assert(MODE != SPLIT || TOKENS * SPLIT_PITCH * 4 <= STAGES * (WEIGHTS + X), "partial sums must fit");
+};
+
+// The stages of loads in flight: where each has its weights and its tokens.
+struct Ring {
+  int stages;
+  u32 weights, x;
+  int weights_pitch, x_pitch;
+  int stage = 0;
+  u32 phase = 0;
+  __device__ void advance() {
+    if (++stage == stages) stage = 0, phase ^= 1;
+  }
+  __device__ u32 weights_at() const { return weights + stage * weights_pitch; }
+  __device__ u32 x_at() const { return x + stage * x_pitch; }
+};
+
+// x: tensor map of [>= tokens, K] in boxes of 64 x (FLOW: BOX, else TOKENS / CLUSTER), 128-byte swizzle. weights: packed.
+// blocks: ceil(K / 64). The rest: see Epilogue.
+template <class T, int TOKENS, Mode MODE, int CLUSTER>
+__global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
+    gemm(const __grid_constant__ TensorMap x, const u8* __restrict__ weights, void* out, const void* bias,
+         const void* residual, int kind, int tokens, int rows, int pitch, float scale, float soft_cap, int blocks,
+         int segments) {
+  using L = Layout<TOKENS, MODE>;
+  using namespace ptx;
+  constexpr int REGS = TOKENS / 2;
+  // A split product is launched with fewer stages where that lets the next kernel's blocks in beside its own.
+  const int stages = MODE == SPLIT ? (dynamic_smem_bytes() - L::BARRIERS) / (L::WEIGHTS + L::X) : L::STAGES;
+  constexpr u16 ALL = (1 << CLUSTER) - 1;
+  extern __shared__ __align__(1024) u8 shared[];
+  const u32 base = smem(shared), x_base = base + stages * L::WEIGHTS, bars = base + stages * (L::WEIGHTS + L::X) + L::STAGING;
+  const auto full = [&](int s) { return bars + 16 * s; };
+  const auto empty = [&](int s) { return bars + 16 * s + 8; };
+  const Ring loads{stages, base, x_base, L::WEIGHTS, L::X};
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // a warp's one number, to the compiler
+  const int tiles = (rows + TILE - 1) / TILE;
+  const Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
+  // SPLIT: the items of the sum that fall to a block of the cluster, and what a thread's first ones are finished with.
+  const auto split_items = [&](int rank) {
+    const int count = min(TOKENS, tokens - static_cast<int>(blockIdx.y) * TOKENS);
+    return count * items_per_token<2 * TILE>(kind) * rank / segments;
+  };
+  Held<T> held[L::HELD];
+  const auto hold_from = [&](int item) {
+#pragma unroll
+    for (int b = 0; b < L::HELD; b++, item += CONSUMERS)
+      held[b] = hold<T>(e, blockIdx.y * TOKENS + item / (TILE / 2), blockIdx.z * 2 * TILE + item % (TILE / 2) * 4);
+  };
+
+  griddep_launch();
+  if (threadIdx.x == CONSUMERS) {
+    tensor_map_prefetch(&x);
+    for (int s = 0; s < stages; s++) {
+      mbar_init(full(s), 1);
+      mbar_init(empty(s), CONSUMERS / 32 * CLUSTER);
+    }
+    mbar_init_fence();
+  }
+  if constexpr (CLUSTER > 1)
+    cluster_sync();
+  else
+    __syncthreads();
+
+  // The blocks of K this thread block sums, and its visits.
+  int k0 = 0, k1 = blocks;
+  if constexpr (MODE == SPLIT) {
+    k0 = segment_start(blocks, segments, blockIdx.x);
+    k1 = segment_start(blocks, segments, blockIdx.x + 1);
+  }
+  Walk<TOKENS, CLUSTER, MODE == FLOW> walk(rows, tokens);
+  bool once = true;
+  const auto next = [&](Visit& v) {
+    if constexpr (MODE == SPLIT) {
+      const bool first = once;
+      once = false;
+      v = {static_cast<int>(blockIdx.z) * 2, 2, static_cast<int>(blockIdx.y) * TOKENS, TOKENS, false};
+      return first;
+    } else {
+      return walk.next(v);
+    }
+  };
+
+  if (warp >= CONSUMERS / 32) {
+    if constexpr (MODE == FLOW)
+      registers_lower<88>();
+    else if constexpr (L::MANY_REGISTERS)
+      registers_lower<40>();
+    if (threadIdx.x == CONSUMERS) {
+      // Weights that are read again in a later round, for other tokens, may stay in L2.
+      const u64 hint = walk.again() ? EVICT_NORMAL : EVICT_FIRST;
+      const auto load_weights = [&](const Visit& v, int k, const Ring& ring) {
+        const u32 bar = full(ring.stage), dst = ring.weights_at();
+        mbar_arrive_expect(bar, v.count * TILE_BYTES + v.width * TILE * 2);
+        if (MODE == FLOW && v.piece) {  // of the same rows as the other block's, which loads the other tile
+          const u64 tile = min(v.tile + walk.rank, tiles - 1);
+          bulk_load_multicast(dst + walk.rank * TILE_BYTES, weights + (tile * blocks + k) * TILE_BYTES, TILE_BYTES, bar,
+                              ALL, hint);
+          return;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          if (i < v.count) {
+            const u64 tile = min(v.tile + i, tiles - 1);
+            bulk_load(dst + i * TILE_BYTES, weights + (tile * blocks + k) * TILE_BYTES, TILE_BYTES, bar, hint);
+          }
+      };
+      const auto load_x = [&](const Visit& v, int k, const Ring& ring) {
+        constexpr int SHARE = TOKENS / CLUSTER;
+        const u32 bar = full(ring.stage), dst = ring.x_at();
+        if constexpr (MODE == FLOW) {
+          for (int t = v.piece ? 0 : walk.rank * BOX; t < v.width; t += v.piece ? BOX : CLUSTER * BOX) {
+            if (v.piece)
+              tensor_load_2d(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, bar);
+            else
+              tensor_load_2d_multicast(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, bar, ALL);
+          }
+        } else if constexpr (CLUSTER > 1) {
+          const int first = walk.rank * SHARE;
+          tensor_load_2d_multicast(dst + first * TILE * 2, &x, k * TILE, v.token0 + first, bar, ALL);
+        } else {
+          tensor_load_2d(dst, &x, k * TILE, v.token0, bar);
+        }
+      };
+      Visit v;
+      bool more = next(v);
+      Ring ring = loads;
+      // Weights first: they depend on no kernel before this one.
+      int ahead = more ? min(ring.stages, k1 - k0) : 0;
+      for (Ring r = ring; r.stage < ahead; r.stage++) load_weights(v, k0 + r.stage, r);
+      griddep_wait();
+      for (int s = 0; s < ahead; s++) {
+        load_x(v, k0 + s, ring);
+        ring.advance();
+      }
+      while (more) {
+        for (int k = k0 + ahead; k < k1; k++) {
+          mbar_wait(empty(ring.stage), ring.phase ^ 1);
+          load_weights(v, k, ring);
+          load_x(v, k, ring);
+          ring.advance();
+        }
+        ahead = 0;
+        more = next(v);
+      }
+    } else {
+      griddep_wait();
+      if constexpr (MODE == FLOW) {
+        const int thread = threadIdx.x - CONSUMERS - 32;
+        const u8* staging = shared + stages * (L::WEIGHTS + L::X);
+        if (thread >= 0) {
+          bar_arrive(ROOM, 128 + STORERS);
+          bar_arrive(ROOM + 1, 128 + STORERS);
+          Visit v;
+          while (next(v)) {
+            const int limit = min(v.width, tokens - v.token0), count = phases(e, limit);
+            const int step = gated(kind) ? TOKENS : 128;
+            for (int p = 0; p < count; p++)
+              for (int g = 0; g < 2; g++) {
+                bar_sync(READY + g, 128 + STORERS);
+                carry_out<T>(e, staging + g * FLOW_STAGING, thread, (v.tile + g) * TILE, v.token0 + p * step,
+                             min(step, limit - p * step));
+                __syncwarp();
+                bar_arrive(ROOM + g, 128 + STORERS);
+              }
+          }
+        }
+      }
+    }
+    __syncwarp();
+  } else {
+    if constexpr (MODE == FLOW)
+      registers_raise<208>();
+    else if constexpr (L::MANY_REGISTERS)
+      registers_raise<232>();
+    const int group = warp / 4, thread = threadIdx.x % 128;
+    Ring ring = loads;
+    Visit v;
+    float acc[REGS];
+    const auto release = [&](int stage) {
+      if constexpr (CLUSTER > 1) {
+        if (lane < CLUSTER) mbar_arrive_remote(empty(stage), lane);
+      } else {
+        if (lane == 0) mbar_arrive(empty(stage));
+      }
+    };
+    // Sums blocks [first, last) into acc, of as many tokens as it has columns.
+    const auto segment = [&](auto& acc, int first, int last) {
+      constexpr int WIDTH = sizeof(acc) / sizeof(float) * 2;
+      int reading = -1;
+      for (int k = first; k < last; k++) {
+        mbar_wait(full(ring.stage), ring.phase);
+        const u32 a = ring.weights_at() + group * TILE_BYTES, b = ring.x_at();
+        wgmma_pin(acc);
+        wgmma_fence();
+#pragma unroll
+        for (int j = 0; j < TILE / 16; j++) wgmma<WIDTH, T>(acc, wgmma_operand(a + 32 * j), wgmma_operand(b + 32 * j), j > 0 || k > first);
+        wgmma_commit();
+        wgmma_pin(acc);
+        if (reading >= 0) {
+          wgmma_wait<1>();
+          release(reading);
+        }
+        reading = ring.stage;
+        ring.advance();
+      }
+      wgmma_wait<0>();
+      wgmma_pin(acc);
+      if (reading >= 0) release(reading);
+    };
+    griddep_wait();
+
+    if constexpr (MODE == SPLIT) {
+      next(v);
+      if (can_hold(e)) hold_from(split_items(blockIdx.x) + threadIdx.x);
+      segment(acc, k0, k1);
+      // Both warpgroups have read their last stage before partial sums overwrite it.
+      bar_sync(1, CONSUMERS);
+      float* partial = reinterpret_cast<float*>(shared);
+      const int row = group * TILE + thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < TOKENS / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          partial[(8 * j + column + i % 2) * L::SPLIT_PITCH + row + i / 2 * 8] = acc[4 * j + i];
+    } else {
+      [[maybe_unused]] u8* staging = shared + stages * (L::WEIGHTS + L::X) + group * L::PER_GROUP;
+      while (next(v)) {
+        if (group >= v.count) {  // nothing for this warpgroup: keep in step with the pipeline
+          for (int k = 0; k < blocks; k++) {
+            mbar_wait(full(ring.stage), ring.phase);
+            release(ring.stage);
+            ring.advance();
+          }
+          continue;
+        }
+        if constexpr (MODE == SUM) {
+          float sum[REGS];
+          segment(acc, 0, segment_start(blocks, segments, 1));
+#pragma unroll
+          for (int i = 0; i < REGS; i++) sum[i] = acc[i];
+          for (int s = 1; s < segments; s++) {
+            segment(acc, segment_start(blocks, segments, s), segment_start(blocks, segments, s + 1));
+#pragma unroll
+            for (int i = 0; i < REGS; i++) sum[i] += acc[i];
+          }
+#pragma unroll
+          for (int i = 0; i < REGS; i++) acc[i] = sum[i];
+        } else {
+          if constexpr (MODE == FLOW) {  // narrow visits are summed in the first of the accumulators
+            if (v.width == 64)
+              segment(reinterpret_cast<float(&)[32]>(acc), 0, blocks);
+            else if (v.width == 128)
+              segment(reinterpret_cast<float(&)[64]>(acc), 0, blocks);
+            else if (v.width == 192)
+              segment(reinterpret_cast<float(&)[96]>(acc), 0, blocks);
+            else
+              segment(acc, 0, blocks);
+          } else {
+            segment(acc, 0, blocks);
+          }
+        }
+        if constexpr (MODE == FLOW) {
+          hand_over<T, TOKENS>(e, acc, smem(shared) + stages * (L::WEIGHTS + L::X) + group * FLOW_STAGING, group, thread,
+                               (v.tile + group) * TILE, v.token0, min(v.width, tokens - v.token0));
+        } else {
+          finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(e, acc, staging, 1 + group, thread,
+                                                                   (v.tile + group) * TILE, v.token0);
+        }
+      }
+      if constexpr (MODE == FLOW) bar_sync(ROOM + group, 128 + STORERS);  // as often as the storers arrive
+    }
+  }
+
+  if constexpr (MODE == SPLIT) {
+    // Every block of the cluster adds up, in ascending order of segments, its share of the tile.
+    cluster_sync();
+    if (warp < CONSUMERS / 32) {
+      const int token0 = blockIdx.y * TOKENS, row0 = blockIdx.z * 2 * TILE;
+      const int first = split_items(blockIdx.x), last = split_items(blockIdx.x + 1);
+      const auto load = [&](int token, int r, float(&q)[4]) {
+        const u32 at = base + (token * L::SPLIT_PITCH + r) * 4;
+        float4 part[8];
+#pragma unroll
+        for (int s = 0; s < 8; s++)
+          if (s < segments) part[s] = cluster_load(cluster_map(at, s));
+        q[0] = part[0].x, q[1] = part[0].y, q[2] = part[0].z, q[3] = part[0].w;
+#pragma unroll
+        for (int s = 1; s < 8; s++)
+          if (s < segments) q[0] += part[s].x, q[1] += part[s].y, q[2] += part[s].z, q[3] += part[s].w;
+      };
+      if (can_hold(e)) {
+        for (int i = first + threadIdx.x; i - static_cast<int>(threadIdx.x) < last; i += L::HELD * CONSUMERS) {
+          float sum[L::HELD][4];
+#pragma unroll
+          for (int b = 0; b < L::HELD; b++) {
+            const int item = min(i + b * CONSUMERS, last - 1);  // no branch, so that all loads are in flight at once
+            load(item / (TILE / 2), item % (TILE / 2) * 4, sum[b]);
+          }
+          if (i >= first + L::HELD * CONSUMERS) hold_from(i);
+          // What others have was read: said before results leave, which takes longer.
+          if (i - static_cast<int>(threadIdx.x) + L::HELD * CONSUMERS >= last) cluster_arrive();
+#pragma unroll
+          for (int b = 0; b < L::HELD; b++) {
+            const int item = i + b * CONSUMERS;
+            if (item < last)
+              finish_held<T>(e, token0 + item / (TILE / 2), row0 + item % (TILE / 2) * 4, sum[b], held[b]);
+          }
+        }
+        if (first >= last) cluster_arrive();
+      } else {
+        finish_tile<T, 2 * TILE, 4>(e, token0, row0, first, last, threadIdx.x, CONSUMERS, load);
+        cluster_arrive();
+      }
+    } else {
+      cluster_arrive();
+    }
+    cluster_wait();  // nobody leaves while its shared memory is being read
+  } else if constexpr (CLUSTER > 1) {
+    cluster_sync();
+  }
+}
+
+}  // namespace rvllm::gemm

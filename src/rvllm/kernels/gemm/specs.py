@@ -1,0 +1,108 @@
+"""The matrix kernels of the catalog: names, instantiations and the constants that their plans need.
+
+`sm90_bf16_gemm_walk_n16` is the wgmma kernel that walks over tiles with 16 tokens at a time. The modes are
+described in gemm/gemm_sm90.cu and gemm/gemm_sm80.cu; `backends/cuda/ops/gemm/plan.py` chooses among them.
+"""
+
+from __future__ import annotations
+
+from rvllm.kernels.spec import KernelSpec
+
+DTYPES = ("bf16", "f16")
+TILE = 64  # rows and columns of a packed tile
+TILE_BYTES = 2 * TILE * TILE
+SPLIT_TOKENS = (8, 16, 32, 64, 96, 128, 192, 256)  # token tiles of the sm_90a modes
+WALK_TOKENS = (8, 16, 32, 64, 96, 128, 192)
+FLOW_TOKENS = (256,)
+SUM_TOKENS = (96, 128, 160, 192)
+MODES = {"split": SPLIT_TOKENS, "walk": WALK_TOKENS, "flow": FLOW_TOKENS, "sum": SUM_TOKENS}
+SM80_TOKENS = (16, 64)
+_SMEM_LIMIT, _BARRIERS = 232448, 256
+
+
+def walk_cluster(tokens: int) -> int:
+    """Blocks that share each load of x in the walk, flow and sum modes."""
+    return 1 if tokens < 64 else 2
+
+
+def walk_box(mode: str, tokens: int) -> int:
+    """Tokens of one load of x in the walk, flow and sum modes; mirrors gemm/gemm_sm90.cu."""
+    return 64 if mode == "flow" else tokens // walk_cluster(tokens)
+
+
+def sm90_threads(mode: str, tokens: int) -> int:
+    """Threads of a block: two warpgroups and a producer warp, or warpgroup where registers are short."""
+    return 384 if mode != "split" and tokens >= 160 else 288
+
+
+def sm90_smem(mode: str, tokens: int, most: int = 12) -> int:
+    """Dynamic shared memory in bytes, at most `most` stages of a split; mirrors Layout in gemm_sm90.cu."""
+    stage = 2 * TILE_BYTES + tokens * TILE * 2
+    chunk = 64 if tokens % 64 == 0 else min(tokens, 32)
+    staging = 2 * max(chunk * (TILE + 8) * 2, min(chunk, 32) * (TILE + 4) * 4)
+    if mode in ("split", "flow"):
+        staging = 0 if mode == "split" else 2 * 128 * TILE * 2
+    stages = min(12, (_SMEM_LIMIT - staging - _BARRIERS) // stage)
+    if mode == "split":  # a block's partial sums take the place of its stages
+        stages = min(stages, max(most, 2, -(-tokens * (2 * TILE + 4) * 4 // stage)))
+    return stages * stage + staging + _BARRIERS
+
+
+def sm80_smem(tokens: int) -> int:
+    """Dynamic shared memory in bytes; mirrors STAGES in gemm/gemm_sm80.cu."""
+    return 4 * (TILE_BYTES + tokens * TILE * 2)
+
+
+def _sm90() -> list[KernelSpec]:
+    specs = []
+    for dtype in DTYPES:
+        for mode, sizes in MODES.items():
+            for tokens in sizes:
+                cluster = 1 if mode == "split" else walk_cluster(tokens)
+                # The longest unit decides how long a first start takes.
+                together = "few" if tokens <= 16 else "some" if tokens <= 64 else tokens
+                instance = f"rvllm::{dtype}, {tokens}, rvllm::gemm::{mode.upper()}, {cluster}"
+                specs.append(
+                    KernelSpec(
+                        name=f"sm90_{dtype}_gemm_{mode}_n{tokens}",
+                        source="gemm/gemm_sm90.cu",
+                        symbol=f"rvllm::gemm::gemm<{instance}>",
+                        arch=90,
+                        exact=True,
+                        smem=sm90_smem(mode, tokens),
+                        unit=f"{dtype}_{mode}_{together}",
+                    )
+                )
+    return specs
+
+
+def _sm80() -> list[KernelSpec]:
+    return [
+        KernelSpec(
+            name=f"sm80_{dtype}_gemm_n{tokens}",
+            source="gemm/gemm_sm80.cu",
+            symbol=f"rvllm::gemm::gemm<rvllm::{dtype}, {tokens}>",
+            smem=sm80_smem(tokens),
+            unit=dtype,
+        )
+        for dtype in DTYPES
+        for tokens in SM80_TOKENS
+    ]
+
+
+def _pack() -> list[KernelSpec]:
+    types = {"f32": "float", "bf16": "rvllm::bf16", "f16": "rvllm::f16"}
+    return [
+        KernelSpec(
+            name=f"sm80_{dtype}_gemm_pack_{source}",
+            source="gemm/pack.cu",
+            symbol=f"rvllm::gemm::pack<{types[source]}, rvllm::{dtype}>",
+        )
+        for dtype in DTYPES
+        for source in types
+    ]
+
+
+_STREAM_READ = KernelSpec("sm80_stream_read", "common/stream_read.cu", "rvllm::stream_read")
+
+SPECS: list[KernelSpec] = [*_sm90(), *_sm80(), *_pack(), _STREAM_READ]

@@ -1,0 +1,78 @@
+// wgmma: d[64 x N] (+)= a[64 x 16] b[N x 16]^T, both operands in shared memory, float32 sums (sm_90a).
+//
+// Thread i of the warpgroup holds, in d[4 * j + e], row 16 * (i / 32) + (i % 32) / 4 + 8 * (e / 2) and
+// column 8 * j + 2 * (i % 4) + e % 2 (PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16").
+#pragma once
+
+#include "ptx/ptx.cuh"
+
+namespace rvllm::ptx {
+
+// Both operands are "K-major": rows of 64 elements (128 bytes), 8 rows to a 1024-byte group, the eight
+// 16-byte chunks of row r stored at chunk ^ (r % 8) (the 128-byte swizzle). `addr` is 1024-byte aligned
+// plus 32 bytes for each step of 16 along K. Groups of 8 rows lie 1024 bytes apart.
+RVLLM_PTX u64 wgmma_operand(u32 addr) {
+  constexpr u32 SWIZZLE_128B = 1u << 30, GROUP_STRIDE = 1024 >> 4, UNUSED_LEADING = 1u << 16;  // the first two: high word
+  u64 operand;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(operand) : "r"(UNUSED_LEADING | (addr & 0x3FFFF) >> 4), "n"(SWIZZLE_128B | GROUP_STRIDE));
+  return operand;
+}
+RVLLM_PTX void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+RVLLM_PTX void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+RVLLM_PTX void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
+}
+// Keeps the compiler from moving accesses of accumulators across the asynchronous product.
+template <int COUNT>
+RVLLM_PTX void wgmma_pin(float (&d)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Four 8x8 matrices of 16-bit elements, transposed, as stmatrix_x2_trans.
+RVLLM_PTX void stmatrix_x4_trans(u32 addr, const u32 (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
+               :: "r"(addr), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+
+// wgmma<N, T>(d, a, b, keep): keep = 0 overwrites d, 1 adds to it.
+#define RVLLM_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define RVLLM_F16(i) RVLLM_F4(i), RVLLM_F4(i + 4), RVLLM_F4(i + 8), RVLLM_F4(i + 12)
+#define RVLLM_F32(i) RVLLM_F16(i), RVLLM_F16(i + 16)
+#define RVLLM_F64(i) RVLLM_F32(i), RVLLM_F32(i + 32)
+#define RVLLM_R4 "%0,%1,%2,%3"
+#define RVLLM_R8 RVLLM_R4 ",%4,%5,%6,%7"
+#define RVLLM_R16 RVLLM_R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define RVLLM_R32 RVLLM_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define RVLLM_R48 RVLLM_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define RVLLM_R64 RVLLM_R48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define RVLLM_R80 RVLLM_R64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define RVLLM_R96 RVLLM_R80 \
+  ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define RVLLM_R128 RVLLM_R96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
+  ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define RVLLM_WGMMA(N, TYPE, NAME, REGS, A, B, KEEP, ...)                                                   \
+  template <>                                                                                               \
+  RVLLM_PTX void wgmma<N, TYPE>(float (&d)[N / 2], u64 a, u64 b, u32 keep) {                                \
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" KEEP ", 0;\n\t"                                   \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGS                    \
+                 "}, %" A ", %" B ", p, 1, 1, 0, 0;\n\t}"                                                   \
+                 : __VA_ARGS__ : "l"(a), "l"(b), "r"(keep));                                                \
+  }
+#define RVLLM_WGMMA_BOTH(N, REGS, A, B, KEEP, ...)                  \
+  RVLLM_WGMMA(N, bf16, "bf16", REGS, A, B, KEEP, __VA_ARGS__)       \
+  RVLLM_WGMMA(N, f16, "f16", REGS, A, B, KEEP, __VA_ARGS__)
+
+template <int N, class T>
+RVLLM_PTX void wgmma(float (&d)[N / 2], u64 a, u64 b, u32 keep);
+RVLLM_WGMMA_BOTH(8, RVLLM_R4, "4", "5", "6", RVLLM_F4(0))
+RVLLM_WGMMA_BOTH(16, RVLLM_R8, "8", "9", "10", RVLLM_F4(0), RVLLM_F4(4))
+RVLLM_WGMMA_BOTH(32, RVLLM_R16, "16", "17", "18", RVLLM_F16(0))
+RVLLM_WGMMA_BOTH(64, RVLLM_R32, "32", "33", "34", RVLLM_F32(0))
+RVLLM_WGMMA_BOTH(96, RVLLM_R48, "48", "49", "50", RVLLM_F32(0), RVLLM_F16(32))
+RVLLM_WGMMA_BOTH(128, RVLLM_R64, "64", "65", "66", RVLLM_F64(0))
+RVLLM_WGMMA_BOTH(160, RVLLM_R80, "80", "81", "82", RVLLM_F64(0), RVLLM_F16(64))
+RVLLM_WGMMA_BOTH(192, RVLLM_R96, "96", "97", "98", RVLLM_F64(0), RVLLM_F32(64))
+RVLLM_WGMMA_BOTH(256, RVLLM_R128, "128", "129", "130", RVLLM_F64(0), RVLLM_F64(64))
+}  // namespace rvllm::ptx

@@ -1,0 +1,110 @@
+// Rotary embedding of queries and keys, fused with the write of keys and values into the paged cache, and with
+// the norms of query and key heads in front of it where a model has them.
+#include "rowwise/head_norm.cuh"
+
+constexpr int KV_BLOCK = 16;
+
+// What happens to a head before it turns: nothing.
+struct AsItIs {
+  __device__ __forceinline__ AsItIs fetch(int, int) const { return *this; }
+  __device__ __forceinline__ const u32* operator()(const u32* in, bool, int) const { return in; }
+};
+
+// The norm of its elements, rounded as a kernel of its own would; `to` is the warp's room for them.
+template <typename T, bool LAYER>
+struct Normed {
+  const float *q_weight, *k_weight;
+  int q_step, k_step, heads, kv_heads, D;
+  float eps;
+  u32* to;
+
+  struct Fetched {
+    const Normed& norm;
+    SliceWeights weights;
+    __device__ __forceinline__ const u32* operator()(const u32* in, bool turns, int lane) const {
+      if (!turns) return in;
+      norm_slice<T, LAYER>(norm.to, in, weights, norm.D, norm.eps, lane);
+      __syncwarp();
+      return norm.to;
+    }
+  };
+  // Its weights, before the predecessor is waited for.
+  __device__ __forceinline__ Fetched fetch(int head, int lane) const {
+    const float* const weight = head < heads ? q_weight + head * q_step : k_weight + (head - heads) * k_step;
+    return {*this, SliceWeights(head < heads + kv_heads ? weight : nullptr, nullptr, D, lane)};
+  }
+};
+
+template <typename T, bool INTERLEAVED, typename Before>
+__device__ __forceinline__ void rotate_and_cache(T* qkv, T* k_cache, T* v_cache, const float* __restrict__ cos,
+                                                 const float* __restrict__ sin, const int* tables, const int* positions,
+                                                 const int* token_slots, const int* count, int pitch, int table_stride,
+                                                 int heads, int kv_heads, int D, int rotated, const Before& before) {
+  griddep_launch();
+  const int head = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.y;
+  const int position = positions[row], slot = token_slots[row];
+  const bool active = row < *count && head < heads + 2 * kv_heads;
+  const bool query = head < heads, turns = head < heads + kv_heads;
+  T* target = nullptr;
+  const int half = rotated / 2;
+  const float* const c = cos + (size_t)position * half;
+  const float* const s = sin + (size_t)position * half;
+  if (active && !query) {
+    const int block = tables[(size_t)slot * table_stride + position / KV_BLOCK], kv = (head - heads) % kv_heads;
+    target = (turns ? k_cache : v_cache) + (((size_t)block * kv_heads + kv) * KV_BLOCK + position % KV_BLOCK) * D;
+  }
+  const auto prepared = before.fetch(head, lane);
+  griddep_wait();
+  if (!active) return;
+  T* const source = qkv + (size_t)row * pitch + (size_t)head * D;
+  if (query) target = source;
+  const u32* const raw = reinterpret_cast<const u32*>(source);
+  const u32* const in = prepared(raw, turns, lane);
+  u32* const out = reinterpret_cast<u32*>(target);
+  int plain = 0;  // words in front that have been rotated
+  if (turns && rotated) {
+    plain = half;
+    if (INTERLEAVED) {
+      for (int i = lane; i < half; i += 32) {
+        const float2 v = unpack2<T>(in[i]);
+        out[i] = pack2<T>(v.x * c[i] - v.y * s[i], v.y * c[i] + v.x * s[i]);
+      }
+    } else {
+      for (int i = lane; i < half / 2; i += 32) {
+        const float2 a = unpack2<T>(in[i]), b = unpack2<T>(in[i + half / 2]);
+        const float2 cc = *reinterpret_cast<const float2*>(c + 2 * i), ss = *reinterpret_cast<const float2*>(s + 2 * i);
+        out[i] = pack2<T>(a.x * cc.x - b.x * ss.x, a.y * cc.y - b.y * ss.y);
+        out[i + half / 2] = pack2<T>(b.x * cc.x + a.x * ss.x, b.y * cc.y + a.y * ss.y);
+      }
+    }
+  }
+  if (out != in)
+    for (int i = plain + lane; i < D / 2; i += 32) out[i] = in[i];
+}
+
+// qkv [T, pitch]: heads query heads, kv_heads key heads, kv_heads value heads of D elements each. Queries are
+// rotated in place; keys are rotated and, like values, written to k_cache / v_cache [blocks, kv_heads, 16, D] at
+// (tables[slot][position / 16], position % 16). cos, sin float32 [positions, rotated / 2]; rotated: how many
+// leading elements of a head turn, a multiple of 4, 0 for none. Pairs are (i, i + rotated / 2), or (2i, 2i + 1)
+// when INTERLEAVED. positions, token_slots int32 [T]; count: rows in use.
+// Grid: (ceil((heads + 2 kv_heads) / warps), T), one warp a head. Bound by latency at decode sizes.
+template <typename T, bool INTERLEAVED>
+__global__ void rope_kv(T* qkv, T* k_cache, T* v_cache, const float* cos, const float* sin, const int* tables,
+                        const int* positions, const int* token_slots, const int* count, int pitch, int table_stride,
+                        int heads, int kv_heads, int D, int rotated) {
+  rotate_and_cache<T, INTERLEAVED>(qkv, k_cache, v_cache, cos, sin, tables, positions, token_slots, count, pitch,
+                                   table_stride, heads, kv_heads, D, rotated, AsItIs());
+}
+
+// The same with the norm of each query and key head first; keys in qkv stay as they were. q_weight, k_weight
+// float32 [D] with step 0, or one row a head with step D; D even and <= 256. Four warps.
+template <typename T, bool INTERLEAVED, bool LAYER>
+__global__ void rope_kv_normed(T* qkv, T* k_cache, T* v_cache, const float* cos, const float* sin, const int* tables,
+                               const int* positions, const int* token_slots, const int* count, int pitch,
+                               int table_stride, int heads, int kv_heads, int D, int rotated, const float* q_weight,
+                               const float* k_weight, int q_step, int k_step, float eps) {
+  __shared__ u32 room[4][128];
+  const Normed<T, LAYER> before = {q_weight, k_weight, q_step, k_step, heads, kv_heads, D, eps, room[threadIdx.x / 32]};
+  rotate_and_cache<T, INTERLEAVED>(qkv, k_cache, v_cache, cos, sin, tables, positions, token_slots, count, pitch,
+                                   table_stride, heads, kv_heads, D, rotated, before);
+}

@@ -1,0 +1,175 @@
+"""Reads the tokenizer of a Hugging Face directory: tokenizer.json and the small files beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rvllm.errors import ModelError
+from rvllm.text.tokenizers.tokenizer import DEFAULT_TEMPLATE, TokenizerParts, built
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def read_directory(path: Path) -> TokenizerParts:
+    """The tokenizer of a model directory. Raises ModelError naming file and field.
+
+    What is put around a text is tokenizer.json's alone: `add_bos_token` and `add_eos_token` in
+    tokenizer_config.json are for tokenizers that have no such file, as in Transformers.
+    """
+    from tokenizers import Tokenizer
+
+    file = path / "tokenizer.json"
+    config = _read_json(path / "tokenizer_config.json")
+    named: dict[str, str] = {}  # special tokens that the vocabulary's own file names
+    if file.is_file():
+        backend = built(lambda: Tokenizer.from_file(str(file)), str(file))
+    elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        backend = _from_merges(path)
+    elif (path / "tokenizer.model").is_file():
+        parts = _from_sentencepiece(path, config)
+        backend, named = parts.backend, parts.special_tokens
+    elif (path / "vocab.txt").is_file():
+        backend = _from_wordpieces(path, config)
+    elif tiktoken := sorted(path.glob("*.tiktoken")):
+        from rvllm.text.tokenizers.tiktoken import from_tiktoken
+
+        backend = from_tiktoken(tiktoken[0], config.get("tokenizer_class"))
+    else:
+        raise ModelError(
+            f"{path}: no tokenizer (looked for tokenizer.json, vocab.json with merges.txt, tokenizer.model, "
+            "vocab.txt and a .tiktoken file); --skip-tokenizer-init runs on token ids alone"
+        )
+    backend.no_padding()
+    backend.no_truncation()
+    special = named | _special_tokens(config, _read_json(path / "special_tokens_map.json"))
+    _complete(backend, config, special)
+    return TokenizerParts(backend, str(path), special, _chat_templates(path, config))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable as JSON: {_first_line(error)}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: must hold a JSON object")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ModelError(f"{path}: cannot read the file: {reason}") from None
+
+
+def _text_of(token: Any) -> str | None:
+    """A token given as text or as an object with `content`."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _special_tokens(config: dict[str, Any], extra: dict[str, Any]) -> dict[str, str]:
+    found = {}
+    for name in _NAMES:
+        token = _text_of(config.get(name)) or _text_of(extra.get(name))
+        if token:
+            found[name] = token
+    return found
+
+
+def _complete(backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]) -> None:
+    """Adds what only tokenizer_config.json or special_tokens_map.json name, in the order of the ids."""
+    from tokenizers import AddedToken
+
+    declared = config.get("added_tokens_decoder") or {}
+    if not isinstance(declared, dict):
+        return
+    for key, entry in sorted(declared.items(), key=lambda item: int(item[0]) if item[0].isdigit() else 0):
+        content = _text_of(entry)
+        if content is None or not key.isdigit():
+            continue
+        if backend.token_to_id(content) is None or int(key) not in backend.get_added_tokens_decoder():
+            flags = {k: bool(entry.get(k, False)) for k in ("single_word", "lstrip", "rstrip", "normalized")}
+            token = AddedToken(content, special=bool(entry.get("special", False)), **flags)
+            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    missing = [t for t in special.values() if t not in known and backend.token_to_id(t) is not None]
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in missing])
+
+
+def _chat_templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Templates by name; files beside the config win over what is inside it."""
+    templates: dict[str, str] = {}
+    inside = config.get("chat_template")
+    if isinstance(inside, str):
+        templates[DEFAULT_TEMPLATE] = inside
+    elif isinstance(inside, list):
+        for entry in inside:
+            if isinstance(entry, dict) and isinstance(entry.get("template"), str):
+                templates[str(entry.get("name", DEFAULT_TEMPLATE))] = entry["template"]
+    legacy = _read_json(path / "chat_template.json").get("chat_template")
+    if isinstance(legacy, str):
+        templates[DEFAULT_TEMPLATE] = legacy
+    for file in sorted((path / "additional_chat_templates").glob("*.jinja")):
+        templates[file.stem] = _read_text(file)
+    if (path / "chat_template.jinja").is_file():
+        templates[DEFAULT_TEMPLATE] = _read_text(path / "chat_template.jinja")
+    return templates
+
+
+def _from_merges(path: Path) -> tokenizers.Tokenizer:
+    """Byte-level BPE from GPT-2's two files."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    files = str(path / "vocab.json"), str(path / "merges.txt")
+    backend = Tokenizer(built(lambda: models.BPE.from_file(*files), f"{path}: vocab.json or merges.txt"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _from_sentencepiece(path: Path, config: dict[str, Any]) -> TokenizerParts:
+    """SentencePiece's own file, with BOS and EOS as tokenizer_config.json asks for them."""
+    from rvllm.text.tokenizers.gguf import KEY, from_metadata
+    from rvllm.text.tokenizers.sentencepiece import read_model
+
+    metadata = read_model(path / "tokenizer.model")
+    for name, default in (("add_bos_token", True), ("add_eos_token", False)):
+        metadata[KEY + name] = bool(config.get(name, default))
+    return from_metadata(metadata, str(path / "tokenizer.model"))
+
+
+def _from_wordpieces(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+    """BERT's WordPiece from vocab.txt, one token a line."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    lines = _read_text(path / "vocab.txt").splitlines()
+    vocab = {token: index for index, token in enumerate(lines)}
+    cls, sep = (_text_of(config.get(n)) or d for n, d in (("cls_token", "[CLS]"), ("sep_token", "[SEP]")))
+    if cls not in vocab or sep not in vocab:
+        raise ModelError(f"{path / 'vocab.txt'}: holds no {cls} or no {sep}")
+    backend = Tokenizer(models.WordPiece(vocab, unk_token=_text_of(config.get("unk_token")) or "[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(
+        lowercase=bool(config.get("do_lower_case", True)),
+        strip_accents=config.get("strip_accents"),
+        handle_chinese_chars=bool(config.get("tokenize_chinese_chars", True)),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.BertProcessing((sep, vocab[sep]), (cls, vocab[cls]))
+    return backend

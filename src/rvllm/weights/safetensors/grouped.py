@@ -1,0 +1,222 @@
+"""Matrices of 4- or 8-bit levels with a zero and a scale a group: GPTQ, AWQ and llm-compressor's packing.
+
+An element is w[n, k] = (level[n, k] - zero[n, g]) * scale[n, g], g the group of input k: k // group_size, or
+what `g_idx` says where columns were quantised in order of importance (`desc_act`). The three differ in how
+levels and zeros lie in 32-bit words, always from the low end:
+
+    GPTQ   qweight [K * bits / 32, N]: a word holds successive k; qzeros [groups, N * bits / 32] successive n,
+           one less than the zero in the first version of the format, modulo 2^bits
+    AWQ    qweight [K, N / 8], qzeros [groups, N / 8]: a word holds eight successive n in the order
+           0 2 4 6 1 3 5 7 (of its `gemm` version)
+    packed weight_packed [N, K * bits / 32]: a word holds successive k; weight_zero_point
+           [N * bits / 32, groups] successive n, or none: 2^(bits - 1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.errors import ModelError
+from rvllm.weights.safetensors.stored import FLOAT_KINDS, StoredTensor, require, unpack
+
+Levels = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # the place within its word of each of eight successive columns
+AWQ_BITS = 4
+BITS = (4, 8)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """See the module. levels(start, stop): [rows, K]; zeros and scales(start, stop): [rows, groups].
+
+    group_size: inputs of a group where `order` is None; order: I32 [K], the group of each input.
+    """
+
+    format: str
+    stored_nbytes: int
+    levels: Callable[[int, int], Levels]
+    zeros: Callable[[int, int], Floats]
+    scales: Callable[[int, int], Floats]
+    group_size: int
+    order: StoredTensor | None = None
+
+    def numbers(self, start: int, stop: int) -> Floats:
+        """Rows start to stop, float32 [stop - start, K]."""
+        out = self.levels(start, stop).astype(np.float32)
+        zeros, scales = self.zeros(start, stop), self.scales(start, stop)
+        width, groups = out.shape[1], zeros.shape[1]
+        group = self._groups(width, groups)
+        if group is None:
+            cut = out.reshape(len(out), groups, self.group_size)
+            cut -= zeros[:, :, None]
+            cut *= scales[:, :, None]
+            return out
+        out -= zeros[:, group]
+        out *= scales[:, group]
+        return out
+
+    def _groups(self, width: int, groups: int) -> NDArray[np.int32] | None:
+        """The group of each input; None where they are successive runs of the same length."""
+        plain = np.arange(width, dtype=np.int32) // self.group_size
+        group = plain if self.order is None else self.order.data.view(np.int32)
+        if group.size and not (group.min() >= 0 and group.max() < groups):
+            place = f"{self.order.file}: g_idx at byte {self.order.offset}" if self.order else self.format
+            raise ModelError(f"{place}: names a group that is not there, the scales are of {groups}")
+        regular = width == groups * self.group_size and np.array_equal(group, plain)
+        return None if regular else group
+
+
+@dataclass(frozen=True)
+class GptqSettings:
+    """group_size: -1 for a whole row; first_version: zeros are stored one less; desc_act: g_idx is needed."""
+
+    group_size: int
+    desc_act: bool
+    first_version: bool
+
+
+def gptq_matrix(
+    stored: dict[str, StoredTensor], module: str, settings: GptqSettings
+) -> tuple[tuple[int, int], Grouped]:
+    """A GPTQ module's shape [N, K] and matrix. Raises ModelError: what is missing or does not fit."""
+    name = f"{module}.qweight"
+    words = require(stored, name, ("I32",), (), name)
+    scales = require(stored, f"{module}.scales", FLOAT_KINDS, (), name)
+    if not _are_matrices(words, scales) or scales.shape[1] != words.shape[1]:
+        raise ModelError(
+            f"{words.file}: tensors {name} of shape {list(words.shape)} and {module}.scales of shape "
+            f"{list(scales.shape)} do not belong together"
+        )
+    groups, rows = scales.shape
+    fitting = tuple((groups, rows * bits // 32) for bits in BITS if rows * bits % 32 == 0)
+    if not fitting:
+        raise ModelError(f"{words.file}: tensor {name}: zeros of {rows} outputs do not fill 32-bit words")
+    packed = require(stored, f"{module}.qzeros", ("I32",), fitting, name)
+    bits = packed.shape[1] * 32 // rows
+    width = words.shape[0] * 32 // bits
+    size = width if settings.group_size < 1 else settings.group_size
+    _check_groups(scales, module, groups, width, size)
+    order = _order(stored, f"{module}.g_idx", name, width, settings.desc_act and groups > 1)
+
+    def levels(start: int, stop: int) -> Levels:
+        return unpack(words.words()[:, start:stop].T, bits)
+
+    def zeros(start: int, stop: int) -> Floats:
+        found = _unpacked_columns(packed, bits, start, stop)
+        if settings.first_version:
+            found = (found + np.uint8(1)) & np.uint8((1 << bits) - 1)
+        return np.ascontiguousarray(found.T, dtype=np.float32)
+
+    total = sum(t.data.nbytes for t in (words, scales, packed))
+    label = f"GPTQ {bits}-bit"
+    return (rows, width), Grouped(label, total, levels, zeros, _columns_of(scales), size, order)
+
+
+def awq_matrix(
+    stored: dict[str, StoredTensor], module: str, group_size: int
+) -> tuple[tuple[int, int], Grouped]:
+    """An AWQ module's shape [N, K] and matrix. Raises ModelError: what is missing or does not fit."""
+    name = f"{module}.qweight"
+    words = require(stored, name, ("I32",), (), name)
+    if not _are_matrices(words):
+        raise ModelError(f"{words.file}: tensor {name} has shape {list(words.shape)}, not that of a matrix")
+    width, rows = words.shape[0], words.shape[1] * 32 // AWQ_BITS
+    size = width if group_size < 1 else group_size
+    groups = -(-width // max(size, 1))
+    scales = require(stored, f"{module}.scales", FLOAT_KINDS, ((groups, rows),), name)
+    packed = require(stored, f"{module}.qzeros", ("I32",), ((groups, words.shape[1]),), name)
+
+    def columns(tensor: StoredTensor, start: int, stop: int) -> Levels:
+        first = start // 8
+        levels = unpack(tensor.words()[:, first : -(-stop // 8)], AWQ_BITS)
+        in_order = levels.reshape(len(levels), -1, 8)[:, :, AWQ_PLACES].reshape(len(levels), -1)
+        return in_order[:, start - 8 * first : stop - 8 * first].T
+
+    def zeros(start: int, stop: int) -> Floats:
+        return np.ascontiguousarray(columns(packed, start, stop), dtype=np.float32)
+
+    def levels(start: int, stop: int) -> Levels:
+        return np.ascontiguousarray(columns(words, start, stop))
+
+    total = sum(t.data.nbytes for t in (words, scales, packed))
+    return (rows, width), Grouped("AWQ 4-bit", total, levels, zeros, _columns_of(scales), size)
+
+
+def packed_matrix(stored: dict[str, StoredTensor], name: str, bits: int) -> tuple[tuple[int, int], Grouped]:
+    """Shape [N, K] and matrix of X.weight_packed (`name`). Raises ModelError as the others do."""
+    module = name.removesuffix("_packed")
+    words = require(stored, name, ("I32",), (), name)
+    scales = require(stored, f"{module}_scale", FLOAT_KINDS, (), name)
+    if not _are_matrices(words, scales) or scales.shape[0] != words.shape[0]:
+        raise ModelError(
+            f"{words.file}: tensors {name} of shape {list(words.shape)} and {module}_scale of shape "
+            f"{list(scales.shape)} do not belong together"
+        )
+    rows, width, groups = words.shape[0], words.shape[1] * 32 // bits, scales.shape[1]
+    size = -(-width // max(groups, 1))
+    _check_groups(scales, module, groups, width, size)
+    packed = stored.get(f"{module}_zero_point")
+    if packed is not None:
+        require(stored, f"{module}_zero_point", ("I32",), ((-(-rows * bits // 32), groups),), name)
+    order = _order(stored, f"{module}_g_idx", name, width, False)
+
+    def levels(start: int, stop: int) -> Levels:
+        return unpack(words.piece(slice(start, stop)).words(), bits)
+
+    def zeros(start: int, stop: int) -> Floats:
+        if packed is None:
+            return np.full((stop - start, groups), 1 << (bits - 1), dtype=np.float32)
+        first = start * bits // 32
+        found = unpack(packed.words()[first : -(-stop * bits // 32)].T, bits)  # [groups, rows of these words]
+        skip = first * 32 // bits
+        return np.ascontiguousarray(found[:, start - skip : stop - skip].T, dtype=np.float32)
+
+    def scale_rows(start: int, stop: int) -> Floats:
+        return scales.piece(slice(start, stop)).floats()
+
+    total = sum(t.data.nbytes for t in (words, scales, packed) if t is not None)
+    label = f"packed {bits}-bit"
+    return (rows, width), Grouped(label, total, levels, zeros, scale_rows, size, order)
+
+
+def _are_matrices(*tensors: StoredTensor) -> bool:
+    return all(len(t.shape) == 2 and min(t.shape) > 0 for t in tensors)
+
+
+def _check_groups(scales: StoredTensor, module: str, groups: int, width: int, size: int) -> None:
+    if groups != -(-width // max(size, 1)):
+        raise ModelError(
+            f"{scales.file}: the scales of {module} are of {groups} groups, but {width} inputs in groups of "
+            f"{size} are {-(-width // max(size, 1))}"
+        )
+
+
+def _order(
+    stored: dict[str, StoredTensor], name: str, whose: str, width: int, needed: bool
+) -> StoredTensor | None:
+    """g_idx, where it is there or needed."""
+    if name not in stored and not needed:
+        return None
+    return require(stored, name, ("I32",), ((width,),), whose)
+
+
+def _unpacked_columns(packed: StoredTensor, bits: int, start: int, stop: int) -> Levels:
+    """Columns start to stop of levels packed along columns, read from the words that hold them."""
+    each = 32 // bits
+    first = start // each
+    levels = unpack(packed.words()[:, first : -(-stop // each)], bits)
+    return levels[:, start - each * first : stop - each * first]
+
+
+def _columns_of(scales: StoredTensor) -> Callable[[int, int], Floats]:
+    """Scales [groups, N] as rows [n, groups]."""
+
+    def rows(start: int, stop: int) -> Floats:
+        return np.ascontiguousarray(scales.piece(columns=slice(start, stop)).floats().T)
+
+    return rows

@@ -1,0 +1,217 @@
+"""Quantised safetensors checkpoints: which tensors make up each matrix, by what the config says.
+
+    fp8, fbgemm_fp8      X.weight in FP8 with X.weight_scale_inv or X.weight_scale
+    modelopt             the same, with quant_algo FP8
+    gptq                 X.qweight, X.qzeros, X.scales, X.g_idx, 4 or 8 bits
+    awq                  X.qweight, X.qzeros, X.scales, 4 bits, version gemm
+    compressed-tensors   X.weight in FP8 or INT8 with X.weight_scale; X.weight_packed, 4 or 8 bits
+
+Each matrix appears as X.weight, like that of a model that is not quantised, and is dequantised to float32
+when it is read. How activations were meant to be quantised is left aside: they keep the model's type. Modules
+that the quantiser passed over are there as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from rvllm.errors import ModelError
+from rvllm.weights.checkpoint import Quantised, TensorInfo, TensorType
+from rvllm.weights.safetensors.grouped import (
+    AWQ_BITS,
+    BITS,
+    GptqSettings,
+    awq_matrix,
+    gptq_matrix,
+    packed_matrix,
+)
+from rvllm.weights.safetensors.scaled import NUMBER_KINDS, scaled_matrix
+from rvllm.weights.safetensors.stored import StoredTensor
+
+Stored = dict[str, StoredTensor]
+Found = tuple[tuple[int, int], Quantised]
+
+SUPPORTED = ("fp8", "fbgemm_fp8", "modelopt", "gptq", "awq", "compressed-tensors")
+GPTQ_FORMATS = ("gptq", "gptq_v2")
+COMPRESSED_FORMATS = ("float-quantized", "naive-quantized", "int-quantized", "pack-quantized", "dense",
+                      "mixed-precision")  # fmt: skip
+
+
+class Settings:
+    """quantization_config with the checks that its fields need; errors name file and field."""
+
+    def __init__(self, values: dict[str, Any], origin: str) -> None:
+        self.values = values
+        self.origin = origin
+
+    def refuse(self, field: str, value: object, wanted: str) -> ModelError:
+        """The error for a field whose value is not supported."""
+        shown = repr(value)[:60]
+        return ModelError(f"{self.origin}: quantization_config.{field} {shown} is not supported; {wanted}")
+
+    def integer(self, *names: str, default: int | None = None) -> int:
+        """The first of these fields that is there."""
+        for name in names:
+            value = self.values.get(name)
+            if value is not None:
+                if type(value) is not int:
+                    raise self.refuse(name, value, "it must be a whole number")
+                return value
+        if default is None:
+            raise ModelError(f"{self.origin}: quantization_config has no {names[0]}")
+        return default
+
+    def flag(self, name: str) -> bool:
+        """A switch, off where it is not there."""
+        value = self.values.get(name)
+        if value is None:
+            return False
+        if not isinstance(value, bool):
+            raise self.refuse(name, value, "it must be true or false")
+        return value
+
+    def word(self, *names: str, default: str) -> str:
+        """The first of these fields that is there, in lower case."""
+        found = next((self.values[n] for n in names if self.values.get(n) is not None), default)
+        return str(found).lower()
+
+
+def quantised_tensors(values: dict[str, Any], origin: str, stored: Stored) -> dict[str, TensorInfo]:
+    """The quantised matrices of a checkpoint, by the name they have in a model that is not quantised.
+
+    values: quantization_config, empty where there is none; origin: the config's path, for errors. Reads no
+    tensor. Raises ModelError for a method, a number of bits or a layout that is not supported, and for
+    matrices whose scales are missing or do not fit.
+    """
+    if not values:
+        return _scaled_tensors(stored, None, {"F8_E4M3"})
+    settings = Settings(values, origin)
+    method = settings.word("quant_method", default=_older_method(values))
+    readers: dict[str, Callable[[Settings, Stored], dict[str, TensorInfo]]] = {
+        "fp8": _fp8,
+        "fbgemm_fp8": _fp8,
+        "modelopt": _modelopt,
+        "gptq": _gptq,
+        "awq": _awq,
+        "compressed-tensors": _compressed,
+    }
+    if method not in readers:
+        raise settings.refuse("quant_method", method, f"supported: {', '.join(SUPPORTED)}")
+    return readers[method](settings, stored)
+
+
+def _older_method(values: dict[str, Any]) -> str:
+    """Which method a config without quant_method means, by the names of its fields."""
+    if "w_bit" in values or "q_group_size" in values:
+        return "awq"
+    return "gptq" if "desc_act" in values or "bits" in values else "none"
+
+
+def _fp8(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
+    if (fmt := settings.word("fmt", "weight_dtype", default="e4m3")) not in (
+        "e4m3",
+        "e4m3fn",
+        "float8_e4m3fn",
+    ):
+        raise settings.refuse("fmt", fmt, "supported: e4m3")
+    block = _block(settings, "weight_block_size", settings.values.get("weight_block_size"))
+    return _scaled_tensors(stored, block, {"F8_E4M3"})
+
+
+def _modelopt(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
+    nested = settings.values.get("quantization")
+    values = nested if isinstance(nested, dict) else settings.values
+    if (algorithm := Settings(values, settings.origin).word("quant_algo", default="none")) != "fp8":
+        raise settings.refuse("quant_algo", algorithm, "supported: fp8")
+    return _scaled_tensors(stored, None, {"F8_E4M3"})
+
+
+def _block(settings: Settings, field: str, value: object) -> tuple[int, int] | None:
+    if isinstance(value, str) and "x" in value:  # "128x128"
+        value = [int(n) if n.isdecimal() else 0 for n in value.split("x")]
+    if value is None or value == "":
+        return None
+    good = isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
+    if not good or not isinstance(value, list):
+        raise settings.refuse(field, value, "it must be two positive numbers, rows and columns of a block")
+    return value[0], value[1]
+
+
+def _scaled_tensors(stored: Stored, block: tuple[int, int] | None, kinds: set[str]) -> dict[str, TensorInfo]:
+    names = [n for n, t in stored.items() if t.kind in kinds and n.endswith(".weight")]
+    return {name: _info(name, stored[name], scaled_matrix(stored, name, block)) for name in names}
+
+
+def _gptq(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
+    if (bits := settings.integer("bits")) not in BITS:
+        raise settings.refuse("bits", bits, f"supported: {' and '.join(map(str, BITS))}")
+    form = settings.word("checkpoint_format", "format", default="gptq")
+    if form not in GPTQ_FORMATS:
+        raise settings.refuse("checkpoint_format", form, f"supported: {', '.join(GPTQ_FORMATS)}")
+    if (words := settings.word("pack_dtype", default="int32")) != "int32":
+        raise settings.refuse("pack_dtype", words, "supported: int32")
+    chosen = GptqSettings(settings.integer("group_size"), settings.flag("desc_act"), form == "gptq")
+    return _modules(stored, ".qweight", lambda module: gptq_matrix(stored, module, chosen))
+
+
+def _awq(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
+    if (bits := settings.integer("bits", "w_bit")) != AWQ_BITS:
+        raise settings.refuse("bits", bits, f"supported: {AWQ_BITS}")
+    if (version := settings.word("version", "format", default="gemm")) != "gemm":
+        raise settings.refuse("version", version, "supported: gemm")
+    size = settings.integer("group_size", "q_group_size")
+    return _modules(stored, ".qweight", lambda module: awq_matrix(stored, module, size))
+
+
+def _compressed(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
+    groups = settings.values.get("config_groups") or {}
+    if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
+        raise settings.refuse("config_groups", groups, "it must be an object of groups")
+    forms = {str(g["format"]) for g in groups.values() if g.get("format")}
+    for form in sorted({settings.word("format", default="dense"), *forms}):
+        if form not in COMPRESSED_FORMATS:
+            raise settings.refuse("format", form, f"supported: {', '.join(COMPRESSED_FORMATS)}")
+    sparsity = settings.values.get("sparsity_config") or {}
+    if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
+        raise settings.refuse("sparsity_config.format", sparsity["format"], "supported: dense")
+    weights = [g["weights"] for g in groups.values() if isinstance(g.get("weights"), dict)]
+    blocks = {_block(settings, "config_groups.weights.block_structure", w.get("block_structure"))
+              for w in weights} - {None}  # fmt: skip
+    block = blocks.pop() if len(blocks) == 1 else None
+    found = _scaled_tensors(stored, block, set(NUMBER_KINDS))
+    shifted = next((n for n in found if stored[n].kind == "I8" and f"{n}_zero_point" in stored), None)
+    if shifted is not None:
+        raise ModelError(
+            f"{stored[shifted].file}: tensor {shifted} is INT8 with zero points; INT8 is read without"
+        )
+    packed = [name for name in stored if name.endswith(".weight_packed")]
+    if packed:
+        bits = _packed_bits(settings, weights)
+        for name in packed:
+            weight = name.removesuffix("_packed")
+            found[weight] = _info(weight, stored[name], packed_matrix(stored, name, bits))
+    return found
+
+
+def _packed_bits(settings: Settings, weights: list[dict[str, Any]]) -> int:
+    """Bits of packed levels; all groups must have the same."""
+    bits = {w.get("num_bits") for w in weights if str(w.get("type", "int")) == "int"}
+    if len(bits) != 1 or not bits <= set(BITS):
+        shown = ", ".join(sorted(map(str, bits))) or "absent"
+        raise settings.refuse(
+            "config_groups.weights.num_bits", shown, f"packed weights need one of {BITS} for all groups"
+        )
+    return int(bits.pop() or 0)
+
+
+def _modules(stored: Stored, end: str, read: Callable[[str], Found]) -> dict[str, TensorInfo]:
+    modules = [name.removesuffix(end) for name in stored if name.endswith(end)]
+    return {f"{m}.weight": _info(f"{m}.weight", stored[m + end], read(m)) for m in modules}
+
+
+def _info(name: str, levels: StoredTensor, found: Found) -> TensorInfo:
+    shape, quantised = found
+    nbytes = 4 * math.prod(shape)
+    return TensorInfo(name, shape, TensorType.F32, levels.file, levels.offset, nbytes, quantised=quantised)
