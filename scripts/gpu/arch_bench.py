@@ -34,7 +34,7 @@ from rvllm.backends.base import StepBatch
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.layout.memory import Budget
 from rvllm.backends.cuda.profile import MATMUL_RATE, READ_KERNEL, stream_rate
-from rvllm.backends.cuda.step_planner import Recipe
+from rvllm.backends.cuda.step_planner import StepPlanner
 from rvllm.bench.profile import profile_table
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
@@ -109,11 +109,11 @@ def dry_run(name: str, dtype: DType) -> Line:
         launches = len(plan.launches(ENCODER.max_num_seqs * TEXT, nowhere))
         floor = encoder_floor(program, 4.2e12)
         return Line(label, plan.lines["weights"] / 1e9, launches, 0.0, float("nan"), 1e3 * floor, 4.2, 1.0)
-    recipe, _ = Recipe.plan(program, ENGINE, H200, budget)
-    recipe.kernels()
+    planner, _ = StepPlanner.plan(program, ENGINE, H200, budget)
+    planner.kernels()
     cost = program_cost(program, StepShape(1, 1, CONTEXT))
     return Line(
-        label, recipe.memory.lines["weights"] / 1e9, len(recipe.decode(1)), 0.0, float("nan"),
+        label, planner.memory.lines["weights"] / 1e9, len(planner.decode(1)), 0.0, float("nan"),
         1e3 * cost.nbytes / 4.2e12, 4.2,
     )  # fmt: skip
 
@@ -166,8 +166,8 @@ def generate(label: str, program: Program, profile: bool) -> Line:
         prompts = rng.integers(0, program.vocab_size, (RUNS + 1, PROMPT)).tolist()
         times = [decode_seconds(core, prompt, i) for i, prompt in enumerate(prompts)][1:]
         read = read_rate(backend)
-        launches = len(backend._recipe.decode(1))
-        weights = backend._recipe.memory.lines["weights"] / 1e9
+        launches = len(backend._planner.decode(1))
+        weights = backend._planner.memory.lines["weights"] / 1e9
     finally:
         core.close()
     floor = program_cost(program, StepShape(1, 1, CONTEXT)).nbytes / read

@@ -30,7 +30,7 @@ def measure(name: str, context: int) -> None:
     backend = CudaBackend.load(program, None, ENGINE)
     for _ in range(2):  # leaves the step's metadata, slots and buffers on the device
         backend.collect(backend.launch(decode_batch(1, context, program.vocab_size)))
-    planned = backend._recipe.decode(1)
+    planned = backend._planner.decode(1)
     kinds: dict[str, list[Planned]] = {}
     for launch in planned:
         kinds.setdefault(make_of(launch), []).append(launch)

@@ -10,7 +10,7 @@ from harness import SHORT, Array, Machine, error, expect, rounded
 
 from rvllm.backends.cpu.reference import moe
 from rvllm.backends.cpu.threads import Workers
-from rvllm.backends.cuda.device.info import Chip
+from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Counts, Planned
 from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up, pack_matrix
 from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, RouteAt, most_tiles, plan_route
@@ -31,8 +31,8 @@ def run(gpu: Machine, planned: Planned) -> None:
     gpu.launch(planned.kernel, grid, planned.block, args, planned.smem, cluster=planned.cluster)
 
 
-def chip(gpu: Machine) -> Chip:
-    return Chip(gpu.facts.capability, gpu.facts.sm_count, gpu.facts.smem_per_block)
+def chip(gpu: Machine) -> DeviceInfo:
+    return DeviceInfo(gpu.facts.capability, gpu.facts.sm_count, gpu.facts.smem_per_block)
 
 
 def normal(rng: np.random.Generator, dtype: np.dtype, *shape: int, scale: float = 1.0) -> np.ndarray:

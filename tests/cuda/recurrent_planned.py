@@ -17,7 +17,7 @@ from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.device.launches import Counts
 from rvllm.backends.cuda.layout.memory import Budget
 from rvllm.backends.cuda.layout.metadata import SampledRows
-from rvllm.backends.cuda.step_planner import Recipe
+from rvllm.backends.cuda.step_planner import StepPlanner
 from rvllm.config import EngineConfig
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
@@ -39,7 +39,7 @@ def check_planned(gpu: Machine, rng: np.random.Generator, config: dict[str, Any]
     program = build_program(ModelConfig(config, "tiny"), dtype)
     facts = DeviceFacts("any", 80, 4, 8 << 30, 1 << 25, 166912)
     engine = EngineConfig(max_num_seqs=6, max_num_batched_tokens=96, max_model_len=128, num_gpu_blocks=64)
-    recipe, _ = Recipe.plan(program, engine, facts, Budget(8 << 30, 0, 6 << 30))
+    planner, _ = StepPlanner.plan(program, engine, facts, Budget(8 << 30, 0, 6 << 30))
     conv = next(op for op in program.ops if isinstance(op, CausalConv))
     scan = next(op for op in program.ops if isinstance(op, StateScan))
     norm = next(op for op in program.ops if isinstance(op, GatedNorm))
@@ -50,12 +50,12 @@ def check_planned(gpu: Machine, rng: np.random.Generator, config: dict[str, Any]
     weights = {name: gpu.array(value) for name, value in values.items()}
     buffers = {b.name: gpu.empty((96, b.width), np_dtype) for b in (conv.x, conv.out, scan.out, norm.out)}
     states = {s.name: gpu.empty((6, s.elements), np.float32) for s in (conv.state, scan.state)}
-    metadata = gpu.empty((recipe.memory.layout.nbytes // 4,), np.int32)
-    recipe = replace(
-        recipe,
-        stages=[stage for stage in recipe.stages if stage.ops[0] in (conv, norm)],
+    metadata = gpu.empty((planner.memory.layout.nbytes // 4,), np.int32)
+    planner = replace(
+        planner,
+        stages=[stage for stage in planner.stages if stage.ops[0] in (conv, norm)],
         addresses=replace(
-            recipe.addresses,
+            planner.addresses,
             weights={(name, "norm"): array.address for name, array in weights.items()},
             buffers={name: array.address for name, array in buffers.items()},
             states={name: array.address for name, array in states.items()},
@@ -69,7 +69,7 @@ def check_planned(gpu: Machine, rng: np.random.Generator, config: dict[str, Any]
         seqs = len(starts)
         decode = max(counts) == 1
         padded = seqs + 1 if decode else sum(counts) + 5
-        layout = recipe.decode_layout(padded) if decode else recipe.memory.layout
+        layout = planner.decode_layout(padded) if decode else planner.memory.layout
         batch = StepBatch(
             0, slots[:seqs], np.array(counts, np.int32), np.array(starts, np.int32),
             np.zeros(sum(counts), np.int32), np.ones(seqs, bool),
@@ -81,8 +81,8 @@ def check_planned(gpu: Machine, rng: np.random.Generator, config: dict[str, Any]
         parts = [(seq, at, n) for seq, (at, n) in enumerate(zip(starts, counts, strict=True))]
         rows = gathered(parts, inputs, 96 - sum(counts))
         buffers[conv.x.name].put(rows.astype(np_dtype))
-        planned = recipe.decode(padded) if decode else recipe.body(padded)
-        size = Counts(padded, padded if decode else recipe.memory.seqs, padded)
+        planned = planner.decode(padded) if decode else planner.body(padded)
+        size = Counts(padded, padded if decode else planner.memory.seqs, padded)
         for p in planned[1:]:
             args = [_pointer(a) if isinstance(a, int) else a for a in p.parameters]
             gpu.launch(p.kernel, p.grid(size), p.block, args, smem=p.smem)

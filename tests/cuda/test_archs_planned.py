@@ -9,7 +9,7 @@ from rvllm.backends.cuda.device.catalog import select
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.layout.memory import Budget
 from rvllm.backends.cuda.ops.encoder.plan import EncoderPlan
-from rvllm.backends.cuda.step_planner import Recipe
+from rvllm.backends.cuda.step_planner import StepPlanner
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, MissingKernelError, UsageError
 from rvllm.models.config import ModelConfig
@@ -22,7 +22,7 @@ H200 = DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448)
 A100 = DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912)
 ROOM = Budget(400 << 30, 1 << 30, 300 << 30)  # kernels are asked about here, not memory
 FEW = EngineConfig(max_num_seqs=8, max_num_batched_tokens=512, max_model_len=500, num_gpu_blocks=256)
-MOST_LAUNCHES = {  # of a decode step, for each layer: what keeps small models near the memory's rate
+MAX_LAUNCHES = {  # of a decode step, for each layer: what keeps small models near the memory's rate
     "Qwen3-8B": 8.3, "StableLM-2-12B": 7.3, "Gemma-2-9B": 8.3, "Gemma-3-4B": 8.4, "Pythia-6.9b": 8.3,
     "Phi-3-small": 8.3, "Command-R-35B": 7.3, "Qwen3-30B-A3B": 9.3,
 }  # fmt: skip
@@ -35,7 +35,7 @@ def program(name: str, dtype: DType = DType.BF16) -> Program:
 def kernels(given: Program, facts: DeviceFacts) -> list[str]:
     if embedding_size(given) is not None:
         return EncoderPlan.make(given, EngineConfig(), facts, ROOM).kernels()
-    return Recipe.plan(given, FEW, facts, ROOM)[0].kernels()
+    return StepPlanner.plan(given, FEW, facts, ROOM)[0].kernels()
 
 
 def test_every_architecture_has_a_published_config() -> None:
@@ -51,12 +51,12 @@ def test_every_op_resolves_to_a_kernel(name: str, facts: DeviceFacts, dtype: DTy
     assert {spec.name for spec in specs} == set(names)
 
 
-@pytest.mark.parametrize("name", MOST_LAUNCHES)
+@pytest.mark.parametrize("name", MAX_LAUNCHES)
 def test_a_decode_step_has_few_launches(name: str) -> None:
     given = program(name)
-    recipe, _ = Recipe.plan(given, FEW, H200, ROOM)
+    planner, _ = StepPlanner.plan(given, FEW, H200, ROOM)
     layers = on_one_card(name)[1]["num_hidden_layers"]
-    assert len(recipe.decode(1)) <= MOST_LAUNCHES[name] * layers
+    assert len(planner.decode(1)) <= MAX_LAUNCHES[name] * layers
 
 
 def test_an_encoder_is_planned_within_its_budget() -> None:

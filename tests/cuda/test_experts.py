@@ -15,7 +15,7 @@ from emulator.driver import emulated_driver
 from gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
 from harness import BF16, F16, Machine
 from real_configs import CONFIGS
-from test_lowering import A100, L40, QWEN_7B, recipe
+from test_lowering import A100, L40, QWEN_7B, planner
 from tiny import ArrayCheckpoint, weights_of
 
 from rvllm.backends.cuda.device.catalog import select
@@ -23,7 +23,7 @@ from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.device.launches import Counts
 from rvllm.backends.cuda.layout.fusion import fuse
 from rvllm.backends.cuda.layout.memory import Budget
-from rvllm.backends.cuda.layout.weights import Wanted, wanted_weights
+from rvllm.backends.cuda.layout.weights import PackedWeight, packed_weights
 from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up, pack_matrix
 from rvllm.backends.cuda.ops.moe.plan import most_tiles, segments_of
 from rvllm.backends.cuda.weight_loader import Loader
@@ -125,7 +125,7 @@ def test_ids_of_no_expert_do_no_harm(gpu: Any, rng: np.random.Generator) -> None
 def test_every_step_of_a_mixture_resolves_to_kernels(
     config: dict[str, Any], facts: DeviceFacts, dtype: DType
 ) -> None:
-    given = recipe(built(config, dtype, num_hidden_layers=2), facts, EngineConfig(), GB139)
+    given = planner(built(config, dtype, num_hidden_layers=2), facts, EngineConfig(), GB139)
     names = given.kernels()
     specs, missing = select(names, facts.capability)
     assert not missing
@@ -137,7 +137,7 @@ def test_every_step_of_a_mixture_resolves_to_kernels(
 
 
 def test_mixtral_fits_an_h200_and_a_step_of_one_token_takes_eight_launches_a_layer() -> None:
-    given = recipe(built(MIXTRAL), H200, EngineConfig(max_model_len=8192), GB139)
+    given = planner(built(MIXTRAL), H200, EngineConfig(max_model_len=8192), GB139)
     assert 92e9 < given.memory.lines["weights"] < 95e9
     kernels = [p.kernel for p in given.decode(1)]
     assert len(kernels) == 2 + 32 * 8 + 1 + 1 + 1 + 2  # begin, embed, layers, gather, norm, head, sampling
@@ -151,7 +151,7 @@ def test_an_add_goes_with_the_experts_unless_a_norm_takes_it() -> None:
 
 def test_a_token_is_routed_by_a_cluster_where_that_is_possible() -> None:
     def route(experts: int, facts: DeviceFacts, tokens: int) -> tuple[str, int, int]:
-        given = recipe(
+        given = planner(
             built(QWEN3_30B, num_hidden_layers=1, num_experts=experts), facts, EngineConfig(), GB139
         )
         (found,) = [p for p in given.decode(tokens) if "route" in p.kernel]
@@ -169,7 +169,7 @@ def test_a_token_is_routed_by_a_cluster_where_that_is_possible() -> None:
 def test_too_many_experts_are_refused_by_name() -> None:
     wide = built(QWEN3_30B, num_hidden_layers=1, num_experts=1024)
     with pytest.raises(MissingKernelError, match="8 of 1024 experts"):
-        recipe(wide, H200, EngineConfig(), GB139).kernels()
+        planner(wide, H200, EngineConfig(), GB139).kernels()
 
 
 def test_tiles_are_enough_for_the_worst_spread() -> None:
@@ -185,7 +185,7 @@ def test_tiles_are_enough_for_the_worst_spread() -> None:
 
 def test_segments_leave_no_warp_idle() -> None:
     for k in range(8, 20000, 8):
-        assert 1 <= segments_of(k) <= experts_manifest.MOST_SEGMENTS
+        assert 1 <= segments_of(k) <= experts_manifest.MAX_SEGMENTS
         assert segments_of(k) <= -(-k // 64)
 
 
@@ -216,7 +216,7 @@ class HostLoader(Loader):
         cells = [ctypes.c_uint64(a) if isinstance(a, int) else a for a in arguments]
         self._gpu.launch(name, 2, 64, cells)
 
-    def place(self, wanted: Wanted, address: int, checkpoint: ArrayCheckpoint, rows: int) -> None:
+    def place(self, wanted: PackedWeight, address: int, checkpoint: ArrayCheckpoint, rows: int) -> None:
         """Loads a weight, `rows` at a time."""
         for piece in self._pieces(wanted, address, checkpoint):
             for start in range(0, len(piece.data), rows):
@@ -235,7 +235,7 @@ def test_stacks_are_packed_expert_by_expert(rows: int) -> None:
     program, gpu = built(config), Emulator()
     arrays = weights_of(program)
     checkpoint, loader = ArrayCheckpoint(config, arrays), HostLoader(gpu)
-    wanted = {w.form: w for w in wanted_weights(fuse(program)) if w.form in ("stack", "gated_stack")}
+    wanted = {w.form: w for w in packed_weights(fuse(program)) if w.form in ("stack", "gated_stack")}
     assert wanted["gated_stack"].nbytes == 3 * 2 * 2 * 8192
     assert wanted["stack"].nbytes == 3 * 2 * 1 * 8192
     for form, w in wanted.items():
@@ -264,7 +264,7 @@ def test_shared_experts_are_packed_behind_the_others(rows: int) -> None:
         for which in ("gate", "up", "down")
     }
     assert shared["up"].shape == shared["down"].shape == (80, 80)
-    for w in wanted_weights(fuse(program)):
+    for w in packed_weights(fuse(program)):
         if w.form not in ("stack", "gated_stack"):
             continue
         target = gpu.zeros((w.nbytes,), np.uint8)

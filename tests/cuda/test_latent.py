@@ -15,7 +15,7 @@ from emulator.driver import emulated_driver
 from gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
 from harness import BF16, F16, Machine
 from latent_checks import LITE, MANY, TINY, Sizes
-from test_lowering import A100, H100, L40, recipe
+from test_lowering import A100, H100, L40, planner
 from tiny import ArrayCheckpoint, weights_of
 
 from rvllm.backends.cuda.backend import CudaBackend
@@ -134,7 +134,7 @@ def test_values_of_decodes_in_parts(gpu: Machine, rng: np.random.Generator, size
 @pytest.mark.parametrize("dtype", [DType.BF16, DType.F16])
 @pytest.mark.parametrize("config", [V2_LITE, V3], ids=["v2-lite", "v3"])
 def test_deepseek_resolves_to_kernels(config: dict[str, Any], facts: Any, dtype: DType) -> None:
-    given = recipe(built(config, dtype, num_hidden_layers=2), facts, EngineConfig(max_model_len=8192), GB139)
+    given = planner(built(config, dtype, num_hidden_layers=2), facts, EngineConfig(max_model_len=8192), GB139)
     specs, missing = select(given.kernels(), facts.capability)
     assert not missing
     known = {spec.name: spec for spec in specs}
@@ -145,7 +145,7 @@ def test_deepseek_resolves_to_kernels(config: dict[str, Any], facts: Any, dtype:
 
 
 def test_v2_lite_fits_an_h200_and_its_attention_takes_five_launches_a_layer() -> None:
-    given = recipe(built(V2_LITE), H100, EngineConfig(max_model_len=8192), GB139)
+    given = planner(built(V2_LITE), H100, EngineConfig(max_model_len=8192), GB139)
     assert 31e9 < given.memory.lines["weights"] < 32.5e9
     assert given.memory.block_bytes == 27 * 576 * 2 * 16
     assert given.memory.lines["attention workspace"] < 300e6
@@ -170,10 +170,10 @@ def test_queries_and_latents_are_one_product_where_that_is_possible() -> None:
 def test_sizes_without_a_kernel_are_named() -> None:
     odd = built(V2_LITE, num_hidden_layers=1, kv_lora_rank=520, first_k_dense_replace=1)
     with pytest.raises(MissingKernelError, match="latent of 520 elements"):
-        recipe(odd, H100, EngineConfig(), GB139)
+        planner(odd, H100, EngineConfig(), GB139)
     odd = built(V2_LITE, num_hidden_layers=1, qk_nope_head_dim=100, first_k_dense_replace=1)
     with pytest.raises(MissingKernelError, match=r"layers\.0\.absorb.*multiples of 8"):
-        recipe(odd, H100, EngineConfig(), GB139).kernels()
+        planner(odd, H100, EngineConfig(), GB139).kernels()
     with pytest.raises(MissingKernelError, match="--max-num-seqs"):
         decode_plan(max_seqs=5000)
 

@@ -9,7 +9,7 @@ from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.layout.fusion import Stage, fuse
 from rvllm.backends.cuda.layout.memory import Budget, MemoryPlan
 from rvllm.backends.cuda.lowering import EMITTERS, FAMILIES, LOWERED, refuse_unknown
-from rvllm.backends.cuda.step_planner import Recipe
+from rvllm.backends.cuda.step_planner import StepPlanner
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, MissingKernelError
 from rvllm.models.config import ModelConfig
@@ -34,14 +34,14 @@ def program(dtype: DType = DType.BF16, **changes: object) -> Program:
     return build_program(ModelConfig({**QWEN_7B, **changes}, "test config"), dtype)
 
 
-def recipe(given: Program, facts: DeviceFacts, config: EngineConfig, budget: Budget = GB80) -> Recipe:
-    return Recipe.plan(given, config, facts, budget)[0]
+def planner(given: Program, facts: DeviceFacts, config: EngineConfig, budget: Budget = GB80) -> StepPlanner:
+    return StepPlanner.plan(given, config, facts, budget)[0]
 
 
 @pytest.mark.parametrize("facts", [H100, A100, L40], ids=lambda f: f.name)
 @pytest.mark.parametrize("dtype", [DType.BF16, DType.F16])
 def test_a_7b_resolves_to_one_kernel_each(facts: DeviceFacts, dtype: DType) -> None:
-    names = recipe(program(dtype), facts, EngineConfig()).kernels()
+    names = planner(program(dtype), facts, EngineConfig()).kernels()
     specs, missing = select(names, facts.capability)
     assert not missing
     assert {s.name for s in specs} == set(names)
@@ -50,7 +50,7 @@ def test_a_7b_resolves_to_one_kernel_each(facts: DeviceFacts, dtype: DType) -> N
 def test_fusing_leaves_eight_launches_a_layer() -> None:
     given = program()
     assert len(given.ops) == 28 * 11 + 5
-    planned = recipe(given, H100, EngineConfig()).decode(8)
+    planned = planner(given, H100, EngineConfig()).decode(8)
     assert (
         len(planned) == 1 + 1 + 28 * 8 + 1 + 1 + 1 + 2
     )  # begin, embed, layers, gather, norm, head, sampling
@@ -67,7 +67,7 @@ def test_merged_buffers_take_no_workspace() -> None:
 def test_ops_without_kernels_are_all_listed() -> None:
     odd = program(hidden_size=3584, num_attention_heads=28, head_dim=72, num_hidden_layers=2)
     with pytest.raises(MissingKernelError) as caught:
-        recipe(odd, H100, EngineConfig())
+        planner(odd, H100, EngineConfig())
     assert "head size 72" in str(caught.value)
 
 
@@ -75,7 +75,7 @@ def test_all_that_is_missing_is_listed_with_what_lacks_it(monkeypatch: pytest.Mo
     def none(to: object, stage: Stage) -> None:
         raise MissingKernelError(f"no kernel for {stage.ops[0].kind}")
 
-    given = recipe(program(), H100, EngineConfig())
+    given = planner(program(), H100, EngineConfig())
     for kind in (Embed, Logits, Linear):
         monkeypatch.setitem(EMITTERS, kind, none)
     with pytest.raises(MissingKernelError) as caught:
@@ -92,10 +92,10 @@ def lines(plan: MemoryPlan) -> int:
 
 
 def test_the_ledger_fills_the_budget_and_no_more() -> None:
-    plan = recipe(program(), H100, EngineConfig()).memory
+    plan = planner(program(), H100, EngineConfig()).memory
     assert lines(plan) <= GB80.ours
     assert GB80.ours - lines(plan) < plan.block_bytes
-    fixed = recipe(program(), H100, EngineConfig(num_gpu_blocks=1000)).memory
+    fixed = planner(program(), H100, EngineConfig(num_gpu_blocks=1000)).memory
     assert fixed.num_blocks == 1000
     assert lines(fixed) < lines(plan)
     assert fixed.max_model_len == 16000
@@ -104,15 +104,15 @@ def test_the_ledger_fills_the_budget_and_no_more() -> None:
 def test_too_little_memory_names_the_shortfall_and_the_flags() -> None:
     small = replace(GB80, ours=12 << 30)
     with pytest.raises(CapacityError) as caught:
-        recipe(program(), H100, EngineConfig(), small)
+        planner(program(), H100, EngineConfig(), small)
     assert "short by" in str(caught.value)
     assert "--gpu-memory-utilization" in str(caught.value)
     with pytest.raises(CapacityError, match="--max-model-len 32768"):
-        recipe(program(), H100, EngineConfig(max_model_len=32768, num_gpu_blocks=100))
+        planner(program(), H100, EngineConfig(max_model_len=32768, num_gpu_blocks=100))
 
 
 def test_cublas_takes_every_product_and_nothing_is_packed() -> None:
-    given = recipe(program(), H100, EngineConfig(gemm_strategy="cublas"))
+    given = planner(program(), H100, EngineConfig(gemm_strategy="cublas"))
     planned = given.decode(16)
     assert sum(p.kernel == "cublaslt" for p in planned) == 28 * 4 + 1
     assert not any("gemm" in name for name in given.kernels())

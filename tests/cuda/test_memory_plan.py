@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 from gpu_engine import needs_gpu
-from test_lowering import H100, QWEN_7B, program, recipe
+from test_lowering import H100, QWEN_7B, planner, program
 
-from rvllm.backends.base import MOST_BIASES, MOST_STOPS
+from rvllm.backends.base import MAX_BIASES, MAX_STOPS
 from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
 from rvllm.backends.cuda.device import arena
 from rvllm.backends.cuda.device.driver import CudaError
 from rvllm.backends.cuda.layout.memory import GB, HEADROOM, budget_of
-from rvllm.backends.cuda.layout.preview import outlook
+from rvllm.backends.cuda.layout.preview import preview
 from rvllm.backends.cuda.ops.gemm import cublas
 from rvllm.backends.cuda.ops.sampling.slots import START_WORDS
 from rvllm.backends.cuda.supported import check_supported
@@ -44,9 +44,9 @@ def test_the_longest_request_with_every_list_full_fits_the_buffer_of_starting_sl
     seqs: int, longest: int
 ) -> None:
     config = EngineConfig(max_num_seqs=seqs, num_gpu_blocks=longest // 16)
-    plan = recipe(program(num_hidden_layers=1, max_position_embeddings=longest), H100, config).memory
+    plan = planner(program(num_hidden_layers=1, max_position_embeddings=longest), H100, config).memory
     assert plan.longest == longest and plan.seqs == seqs
-    assert plan.start_words - seqs * START_WORDS >= longest + 2 * MOST_BIASES + MOST_STOPS
+    assert plan.start_words - seqs * START_WORDS >= longest + 2 * MAX_BIASES + MAX_STOPS
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_both_memory_flags_hold_for_all_that_is_taken(flags: dict[str, float], m
 def test_info_shows_every_byte_of_the_device(blocks: int | None) -> None:
     config = EngineConfig(num_gpu_blocks=blocks)
     given, budget = program(), budget_of(config, FREE, TOTAL)
-    seen, plan = outlook(given, config, H100, budget), recipe(given, H100, config, budget).memory
+    seen, plan = preview(given, config, H100, budget), planner(given, H100, config, budget).memory
     assert sum(seen.lines.values()) == seen.total == TOTAL and min(seen.lines.values()) >= 0
     assert {name: seen.lines[name] for name in plan.lines} == plan.lines
     assert seen.limits["kv blocks"] == plan.num_blocks == (blocks or plan.num_blocks)
@@ -80,7 +80,7 @@ def test_info_shows_every_byte_of_the_device(blocks: int | None) -> None:
 
 def test_info_shows_an_encoder_too() -> None:
     config = EngineConfig()
-    seen = outlook(
+    seen = preview(
         build_program(ModelConfig(BERT, "t"), DType.F16), config, H100, budget_of(config, FREE, TOTAL)
     )
     assert sum(seen.lines.values()) == TOTAL and seen.lines["weights"] > 0

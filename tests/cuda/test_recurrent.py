@@ -22,7 +22,7 @@ from rvllm.backends.cuda.backend import CudaBackend
 from rvllm.backends.cuda.device.catalog import select
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.layout.memory import Budget, state_line
-from rvllm.backends.cuda.step_planner import Recipe
+from rvllm.backends.cuda.step_planner import StepPlanner
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Sampling
@@ -73,16 +73,16 @@ def program(name: str = "Nemotron-H-8B", dtype: DType = DType.BF16, **changes: o
     return build_program(ModelConfig({**REAL[name], **changes}, name), dtype)
 
 
-def recipe(
+def planner(
     given: Program, facts: DeviceFacts = H200, budget: Budget = GB120, config: EngineConfig | None = None
-) -> Recipe:
-    return Recipe.plan(given, config or EngineConfig(max_model_len=8192), facts, budget)[0]
+) -> StepPlanner:
+    return StepPlanner.plan(given, config or EngineConfig(max_model_len=8192), facts, budget)[0]
 
 
 @pytest.mark.parametrize("facts", [H200, A100], ids=lambda f: f.name)
 @pytest.mark.parametrize("name", REAL)
 def test_real_models_resolve_to_kernels(name: str, facts: DeviceFacts) -> None:
-    names = recipe(program(name, DType.F16 if facts is A100 else DType.BF16), facts).kernels()
+    names = planner(program(name, DType.F16 if facts is A100 else DType.BF16), facts).kernels()
     specs, missing = select(names, facts.capability)
     assert not missing
     assert {s.name for s in specs} == set(names)
@@ -92,17 +92,17 @@ def test_real_models_resolve_to_kernels(name: str, facts: DeviceFacts) -> None:
 
 def test_a_recurrent_layer_is_five_launches_when_decoding() -> None:
     given = program(hybrid_override_pattern="MM*")
-    ops = [p.op for p in recipe(given).decode(4) if p.op.startswith("layers.1")]
+    ops = [p.op for p in planner(given).decode(4) if p.op.startswith("layers.1")]
     assert [op.split(".", 2)[2].split(" ")[0] for op in ops] == [
         "norm", "in", "conv", "gated_norm", "out",
     ]  # fmt: skip
     others = program(hybrid_override_pattern="MM*", mamba_hidden_act="gelu")
-    assert len([p for p in recipe(others).decode(4) if p.op.startswith("layers.1")]) == 6
+    assert len([p for p in planner(others).decode(4) if p.op.startswith("layers.1")]) == 6
 
 
 def test_the_states_are_a_line_of_the_budget() -> None:
     given = program()
-    plan = recipe(given).memory
+    plan = planner(given).memory
     states = 4 * given.state_elements_per_slot * plan.seqs
     assert plan.lines[state_line(plan.seqs)] == pytest.approx(states, rel=1e-3)
     assert sum(plan.lines.values()) <= GB120.ours
@@ -115,13 +115,13 @@ def test_as_many_sequences_run_as_states_fit() -> None:
     weights = sum(w.elements for w in given.weights) * 2
     few = Budget(141 << 30, 1 << 30, weights + 40 * each)
     small = EngineConfig(max_model_len=512, max_num_batched_tokens=512)
-    plan = recipe(given, budget=few, config=small).memory
+    plan = planner(given, budget=few, config=small).memory
     assert 16 <= plan.seqs <= 20
     assert plan.layout.seqs == plan.seqs
     asked = replace(small, kv_cache_memory_gb=10.5 * each / 1e9)
-    assert recipe(given, budget=few, config=asked).memory.seqs == 10
+    assert planner(given, budget=few, config=asked).memory.seqs == 10
     with pytest.raises(CapacityError, match="state of one sequence takes"):
-        recipe(given, budget=Budget(141 << 30, 1 << 30, weights + each))
+        planner(given, budget=Budget(141 << 30, 1 << 30, weights + each))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_as_many_sequences_run_as_states_fit() -> None:
 )
 def test_shapes_without_a_kernel_are_named(changes: dict[str, object], named: str) -> None:
     with pytest.raises(MissingKernelError, match=named):
-        recipe(program(**changes)).kernels()
+        planner(program(**changes)).kernels()
 
 
 # ---- kernels, through the emulator and on a GPU

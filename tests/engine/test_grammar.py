@@ -245,7 +245,7 @@ def test_many_choices_and_wide_unions_are_followed() -> None:
 
 
 def test_a_grammar_beyond_the_limits_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rvllm.engine.grammar.MOST_ITEMS", 10)
+    monkeypatch.setattr("rvllm.engine.grammar.MAX_ITEMS", 10)
     union = {"anyOf": [{"type": "object", "properties": {f"k{i}": {"const": i}}} for i in range(300)]}
     _, last = run(core_of(), [request("union", grammar(json=union))])["union"]
     assert last.finish_reason == "error" and "too complex" in (last.error or "")
@@ -258,7 +258,7 @@ def test_a_mask_beyond_the_limits_is_an_error_and_no_end(
 ) -> None:
     """Such a matcher's mask allows EOS wherever the text stands."""
     monkeypatch.setattr("rvllm.engine.grammar.COSTLY", 0.0 if beside else 1e9)
-    monkeypatch.setattr("rvllm.engine.grammar.MOST_ITEMS", 200)
+    monkeypatch.setattr("rvllm.engine.grammar.MAX_ITEMS", 200)
     keys = {f"k{i}": {"const": i} for i in range(300)}
     wide = {"type": "object", "properties": {"first": {"const": 1}, **keys}, "required": ["first"]}
     made = [request(f"wide{i}", grammar(json=wide)) for i in range(1 + company)]

@@ -115,6 +115,6 @@ def test_steps_are_counted_by_size_and_compared_with_the_floor() -> None:
     assert (by_bound[1], by_bound[32], by_bound[64]) == (39, 1, 2) and sum(stats.step_counts) == stats.steps
     assert stats.step_tokens == 150 + 39
     # The double's floor is a microsecond for each token of each sequence.
-    seconds = sum(took for _, _, took in core.figures._decodes)
+    seconds = sum(took for _, _, took in core.counters._decodes)
     assert stats.floor_ratio == pytest.approx(39 * 169e-6 / seconds, rel=0.02)
     assert [k.kernel for k in stats.kernels] == ["blake2b"]

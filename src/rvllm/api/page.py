@@ -22,7 +22,7 @@ from rvllm.web.files import INDEX, WebFile, read_files
 
 FRESH_SECONDS = 0.2  # a state this young is shown to everyone who asks
 DRAIN_SECONDS = 0.25  # how soon a stream notices that the server shuts down
-LEAST_INTERVAL, MOST_INTERVAL = 0.2, 60.0
+MIN_INTERVAL, MAX_INTERVAL = 0.2, 60.0
 _MATRIX = re.compile(r"(^|[_ ])(gemm|gemv|linear|logits|experts)")
 # Nothing but our own files may run or be loaded, whatever a model writes.
 _POLICY = (
@@ -298,9 +298,9 @@ def _interval(exchange: Exchange) -> float:
         interval = float(given)
     except ValueError:
         interval = float("nan")
-    if not LEAST_INTERVAL <= interval <= MOST_INTERVAL:
+    if not MIN_INTERVAL <= interval <= MAX_INTERVAL:
         raise invalid(
-            f"interval must be {LEAST_INTERVAL:g} to {MOST_INTERVAL:g} seconds, got {given[:40]!r}",
+            f"interval must be {MIN_INTERVAL:g} to {MAX_INTERVAL:g} seconds, got {given[:40]!r}",
             "interval",
         )
     return interval

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from rvllm.api.generate.generation import MOST_CHARS, Service
+from rvllm.api.generate.generation import MAX_CHARS, Service
 from rvllm.api.http.body import parse
 from rvllm.api.http.errors import ApiError, invalid
 from rvllm.api.http.exchange import Exchange, check_model
@@ -97,8 +97,8 @@ async def detokenize(service: Service, exchange: Exchange, body: bytes) -> None:
     """`/detokenize`: the text of token ids."""
     request = parse(body, DetokenizeRequest)
     check_model(request.model, service.served_name)
-    if len(request.tokens) > MOST_CHARS:
-        raise ApiError(413, f"tokens: at most {MOST_CHARS} are taken at once", param="tokens")
+    if len(request.tokens) > MAX_CHARS:
+        raise ApiError(413, f"tokens: at most {MAX_CHARS} are taken at once", param="tokens")
     await exchange.json(Text(await asyncio.to_thread(_text, service, request.tokens)))
 
 

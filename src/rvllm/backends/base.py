@@ -21,8 +21,8 @@ Int32 = NDArray[np.int32]
 Progress = Callable[[float, str], None]  # part done, 0 to 1; what is being done
 
 _LAYER = re.compile(r"layers\.\d+\.")
-MOST_BIASES = 1024  # entries of a request's logit_bias: a slot has room for so many on a device
-MOST_STOPS = 128  # token ids that min_tokens can hold back
+MAX_BIASES = 1024  # entries of a request's logit_bias: a slot has room for so many on a device
+MAX_STOPS = 128  # token ids that min_tokens can hold back
 LAST_SAMPLED = -1  # in StepBatch.tokens: the token this slot sampled last, which only the device may know
 
 

@@ -187,9 +187,9 @@ def memory_rows(program: Program, checkpoint: Checkpoint, config: EngineConfig, 
 
     per_token = kv_bytes_per_token(program)
     if device != "cpu":
-        from rvllm.backends.cuda.layout.preview import outlook_here
+        from rvllm.backends.cuda.layout.preview import preview_here
 
-        seen = outlook_here(program, config)
+        seen = preview_here(program, config)
         return [
             *[(name, f"{nbytes} bytes ({human_bytes(nbytes)})") for name, nbytes in seen.lines.items()],
             ("sum", f"{seen.total} bytes ({human_bytes(seen.total)}), all the device has"),

@@ -23,7 +23,7 @@ from rvllm.engine.ipc.messages import (
 )
 from rvllm.engine.scheduler import Scheduler
 from rvllm.engine.sequence import Sequence
-from rvllm.engine.stats import Figures
+from rvllm.engine.stats import EngineStats
 from rvllm.engine.step import Step
 from rvllm.errors import UsageError
 
@@ -63,7 +63,7 @@ class EngineCore:
             pipeline_depth=limits.pipeline_depth,
         )
         self.texts = EmbeddingQueue(backend)
-        self.figures = Figures()
+        self.counters = EngineStats()
         self._eos = frozenset(facts.eos_token_ids)
         self._depth = limits.pipeline_depth
         self._in_flight: deque[Step] = deque()
@@ -113,7 +113,7 @@ class EngineCore:
     def _refused(self, name: str, refusal: str | None) -> bool:
         """Whether there is a reason not to serve a request; its only output then tells it."""
         if refusal is not None:
-            self.figures.finished["error"] += 1
+            self.counters.finished["error"] += 1
             self._outbox.append(Output(name, [], finish_reason="error", error=refusal))
         return refusal is not None
 
@@ -149,7 +149,7 @@ class EngineCore:
             if seq is not None:
                 self._close(seq, "abort")
             elif self.texts.abort(request_id):
-                self.figures.finished["abort"] += 1
+                self.counters.finished["abort"] += 1
                 self._outbox.append(Output(request_id, [], finish_reason="abort"))
 
     def has_work(self) -> bool:
@@ -163,23 +163,23 @@ class EngineCore:
         """
         if self.texts:
             computed = self.texts.step()
-            self.figures.finished["stop"] += len(computed)
+            self.counters.finished["stop"] += len(computed)
             self._outbox += computed
         began = time.perf_counter()
         self._follow_grammars()
         step = self.scheduler.schedule()
-        self.figures.host_seconds += time.perf_counter() - began
+        self.counters.host_seconds += time.perf_counter() - began
         if step is not None:
-            self.figures.launched(step)
+            self.counters.launched(step)
             step.handle = self.backend.launch(step.batch)
             self._in_flight.append(step)
         if self._in_flight and (step is None or len(self._in_flight) >= self._depth):
             oldest = self._in_flight.popleft()
             result = self.backend.collect(oldest.handle)
-            self.figures.collected(oldest)
+            self.counters.collected(oldest)
             began = time.perf_counter()
             self._update(oldest, result)
-            self.figures.host_seconds += time.perf_counter() - began
+            self.counters.host_seconds += time.perf_counter() - began
         elif step is None and self._alive and not self._outbox and not self.grammars.wait():
             raise RuntimeError(f"no step can be scheduled for {len(self._alive)} requests")
         outputs, self._outbox = self._outbox, []
@@ -235,12 +235,12 @@ class EngineCore:
         if logprobs is not None:
             output.logprobs = [_token_logprobs(token, logprobs)]
         if len(seq.tokens) == seq.prompt_len + 1:
-            self.figures.prompt_tokens += seq.prompt_len
+            self.counters.prompt_tokens += seq.prompt_len
             output.queue_seconds = seq.queue_seconds()
             output.prefill = seq.chunks.copy()
             if seq.sampling.prompt_logprobs is not None:
                 output.prompt_logprobs = seq.prompt_logprobs
-        self.figures.generation_tokens += 1
+        self.counters.generation_tokens += 1
         self._outbox.append(output)
         if seq.matcher is not None and reason != "stop":
             if seq.matcher.costly and reason is None:
@@ -268,11 +268,11 @@ class EngineCore:
         else:
             self.scheduler.finish(seq, reason)
         del self._alive[seq.request_id]
-        self.figures.finished[reason] += 1
+        self.counters.finished[reason] += 1
 
     def stats(self) -> Stats:
         """Counters since the start and the state of this moment."""
-        return self.figures.stats(self)
+        return self.counters.stats(self)
 
     def close(self) -> None:
         """Waits for the steps in flight and gives the backend back."""

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 KEPT = 128  # compiled grammars kept for requests that bring the same again
 KEPT_LENGTH = 1 << 16  # characters of the longest grammar that is kept
-MOST_STATES = 50_000  # of a grammar's lexer, some 2 kB each
-MOST_ITEMS = 30_000  # of a grammar at one place: the branches of a union, the keys of an object
+MAX_STATES = 50_000  # of a grammar's lexer, some 2 kB each
+MAX_ITEMS = 30_000  # of a grammar at one place: the branches of a union, the keys of an object
 TIMED = 4096  # mask times kept for the percentiles
 ALONE = 4  # up to so many masks of a step are computed one after the other
 ALLOWANCE = 2.0  # seconds that following a grammar may cost, and seconds more for each token
@@ -191,9 +191,7 @@ class Grammars:
             tokenizer = self._vocabulary.result()
         except Exception as error:
             raise RvllmError(f"structured outputs do not work with this tokenizer: {error}") from None
-        limits = LLParserLimits(
-            max_lexer_states=MOST_STATES, max_items_in_row=MOST_ITEMS, verbose_errors=False
-        )
+        limits = LLParserLimits(max_lexer_states=MAX_STATES, max_items_in_row=MAX_ITEMS, verbose_errors=False)
         matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise RvllmError(f"grammar: {str(matcher.get_error()).strip()}")

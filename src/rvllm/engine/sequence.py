@@ -14,7 +14,7 @@ from rvllm.engine.ipc.messages import Generate, Output, PrefillChunk, Sampling, 
 if TYPE_CHECKING:
     from rvllm.engine.grammar import Matcher
 
-MOST_CHUNKS = 256  # of a prompt that are told; the rest of a longer one is not
+MAX_CHUNKS = 256  # of a prompt that are told; the rest of a longer one is not
 _arrivals = itertools.count()
 
 
@@ -137,7 +137,7 @@ class Sequence:
 
     def computed_chunk(self, step: int, tokens: int, began: float) -> None:
         """Notes a part of the prompt that a step has computed; began: time.time() of the step's launch."""
-        if len(self.chunks) < MOST_CHUNKS:
+        if len(self.chunks) < MAX_CHUNKS:
             self.chunks.append(PrefillChunk(step, tokens, began, time.time()))
 
     def queue_seconds(self) -> float:

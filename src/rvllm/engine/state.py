@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def complete(core: EngineCore, stats: Stats) -> Stats:
     """Adds what is only worked out for those who ask: the last step's kernels, the floor of decode steps."""
     stats.kernels = _kernels(core)
-    stats.floor_ratio = core.figures.floor_ratio(core.backend)
+    stats.floor_ratio = core.counters.floor_ratio(core.backend)
     return stats
 
 
@@ -35,7 +35,7 @@ def snapshot(core: EngineCore, stats: Stats, asked: GetState) -> State:
     held = sum(len(seq.blocks) for seq in scheduler.running)
     cached = scheduler.blocks.oldest_cached(budget)
     alive = len(scheduler.running) + len(scheduler.waiting)
-    stats.floor_ratio = core.figures.floor_ratio(core.backend)
+    stats.floor_ratio = core.counters.floor_ratio(core.backend)
     return State(
         stats=stats,
         sequences=described,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 RECENT_STEPS = 256  # decode steps that the floor is compared with
 
 
-class Figures:
+class EngineStats:
     """Counters since the start; belongs to the engine's thread."""
 
     def __init__(self) -> None:

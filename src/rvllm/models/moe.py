@@ -10,8 +10,8 @@ from rvllm.program.builder import ProgramBuilder
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Activation, Buffer, Experts, Part, Route, Weight
 
-MOST_EXPERTS = 1 << 17  # of all layers together; five times what the largest published models have
-MOST_ALWAYS = 8  # experts that every token has; a wider shared MLP is worth products of its own
+MAX_EXPERTS = 1 << 17  # of all layers together; five times what the largest published models have
+MAX_ALWAYS = 8  # experts that every token has; a wider shared MLP is worth products of its own
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def cut_shared(shared: int, width: int, *, bias: bool) -> int:
     matrices and the same columns of its last one are an expert, and the MLP's result is their sum.
     """
     count = shared // width
-    return count if shared == count * width and count <= MOST_ALWAYS and not bias else 0
+    return count if shared == count * width and count <= MAX_ALWAYS and not bias else 0
 
 
 def read_experts(config: ModelConfig, name: str, default: Any = REQUIRED) -> int:
@@ -53,11 +53,11 @@ def read_experts(config: ModelConfig, name: str, default: Any = REQUIRED) -> int
 
     Raises ModelError.
     """
-    experts = config.int(name, default, high=MOST_EXPERTS)
+    experts = config.int(name, default, high=MAX_EXPERTS)
     layers = config.int("num_hidden_layers", high=4096)
-    if experts * layers > MOST_EXPERTS:
+    if experts * layers > MAX_EXPERTS:
         raise config.fail(
-            name, f"is {experts}, in {layers} layers that is more than the {MOST_EXPERTS} experts supported"
+            name, f"is {experts}, in {layers} layers that is more than the {MAX_EXPERTS} experts supported"
         )
     return experts
 

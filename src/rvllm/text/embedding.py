@@ -45,7 +45,7 @@ class EmbeddingRequestOutput:
     num_cached_tokens: int = 0
 
 
-MOST_CHARS = 1_000_000  # of a text; where it is to be truncated, what lies behind them is not looked at
+MAX_CHARS = 1_000_000  # of a text; where it is to be truncated, what lies behind them is not looked at
 
 
 def text_tokens(
@@ -67,7 +67,7 @@ def text_tokens(
     text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
     given_ids = isinstance(prompt, Mapping) and prompt.get("prompt_token_ids") is not None
     if truncate is not None and isinstance(text, str) and tokenizer is not None and not given_ids:
-        ids = tokenizer.encode_truncated(text[:MOST_CHARS], limit)
+        ids = tokenizer.encode_truncated(text[:MAX_CHARS], limit)
     else:
         if isinstance(text, str) and not given_ids and _hopeless(text, tokenizer, limit):
             raise _too_long(f"{len(text)} characters", limit)
@@ -82,7 +82,7 @@ def text_tokens(
 
 def _hopeless(text: str, tokenizer: Tokenizer | None, limit: int) -> bool:
     """Whether a text is too long at sight; tokenising megabytes would take seconds and gigabytes."""
-    return len(text) > MOST_CHARS or (tokenizer is not None and tokenizer.surely_reaches(text, limit + 1))
+    return len(text) > MAX_CHARS or (tokenizer is not None and tokenizer.surely_reaches(text, limit + 1))
 
 
 def _too_long(what: str, limit: int) -> UsageError:

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from rvllm.backends.base import MOST_BIASES, MOST_STOPS
+from rvllm.backends.base import MAX_BIASES, MAX_STOPS
 from rvllm.engine.ipc.messages import Generate, ModelFacts, Sampling
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import UsageError
@@ -151,11 +151,11 @@ def to_sampling(params: SamplingParams, prompt_len: int, facts: ModelFacts) -> S
     stops = list(dict.fromkeys(_in_vocabulary("stop_token_ids", params.stop_token_ids, facts)))
     if not params.ignore_eos:
         stops += [token for token in facts.eos_token_ids if token not in stops]
-    if params.min_tokens and len(stops) > MOST_STOPS:
-        raise UsageError(f"stop_token_ids: min_tokens holds back at most {MOST_STOPS} ids, got {len(stops)}")
+    if params.min_tokens and len(stops) > MAX_STOPS:
+        raise UsageError(f"stop_token_ids: min_tokens holds back at most {MAX_STOPS} ids, got {len(stops)}")
     bias = params.logit_bias or {}
-    if len(bias) > MOST_BIASES:
-        raise UsageError(f"logit_bias takes at most {MOST_BIASES} tokens, got {len(bias)}")
+    if len(bias) > MAX_BIASES:
+        raise UsageError(f"logit_bias takes at most {MAX_BIASES} tokens, got {len(bias)}")
     biased = _in_vocabulary("logit_bias", list(bias), facts)
     for value in bias.values():
         if not -100 <= value <= 100:

@@ -12,7 +12,7 @@ from uuid import uuid4
 import msgspec
 
 from rvllm.api.batches.lines import (
-    MOST_LINES,
+    MAX_LINES,
     Answering,
     BatchLine,
     LineError,
@@ -31,7 +31,7 @@ from rvllm.errors import EngineDeadError
 from rvllm.telemetry.logs import event
 
 WINDOW_SECONDS = 24 * 3600
-MOST_ERRORS = 100  # of a wrong input, so many lines are told
+MAX_ERRORS = 100  # of a wrong input, so many lines are told
 
 
 class BatchRequest(msgspec.Struct, kw_only=True):
@@ -172,12 +172,12 @@ class Batches:
                         names.add(name)
                     except LineError as error:
                         wrong(error.code, str(error), number, error.param)
-                    if len(errors) >= MOST_ERRORS or total > MOST_LINES:
+                    if len(errors) >= MAX_ERRORS or total > MAX_LINES:
                         break
         except FileNotFoundError:
             wrong("missing_input", "the input file has been deleted", None, "input_file_id")
-        if total > MOST_LINES:
-            wrong("too_many_lines", f"a batch holds at most {MOST_LINES} requests", None)
+        if total > MAX_LINES:
+            wrong("too_many_lines", f"a batch holds at most {MAX_LINES} requests", None)
         if not (total or errors):
             wrong("empty_file", "the input file holds no requests", None)
         return total, errors

@@ -11,7 +11,7 @@ from rvllm.api.http.multipart import parse_form, refuse_foreign
 from rvllm.api.http.pagination import Query, page
 
 _PURPOSES = ("batch", "user_data")
-LEAST_SECONDS, MOST_SECONDS = 3600, 30 * 24 * 3600  # OpenAI's limits of expires_after
+MIN_SECONDS, MAX_SECONDS = 3600, 30 * 24 * 3600  # OpenAI's limits of expires_after
 
 
 class Files:
@@ -66,6 +66,6 @@ class Files:
 
 
 def _seconds(text: bytes) -> int:
-    if not (text.isdigit() and len(text) < 10 and LEAST_SECONDS <= int(text) <= MOST_SECONDS):
-        raise invalid(f"expires_after[seconds] must be in [{LEAST_SECONDS}, {MOST_SECONDS}]", "expires_after")
+    if not (text.isdigit() and len(text) < 10 and MIN_SECONDS <= int(text) <= MAX_SECONDS):
+        raise invalid(f"expires_after[seconds] must be in [{MIN_SECONDS}, {MAX_SECONDS}]", "expires_after")
     return int(text)

@@ -20,7 +20,7 @@ from rvllm.api.openai.embeddings import embeddings, refuse_encoder
 from rvllm.errors import EngineDeadError, RvllmError
 
 PRIORITY = 1 << 20  # behind all that people wait for
-MOST_LINES = 50_000  # OpenAI's limit for one batch
+MAX_LINES = 50_000  # OpenAI's limit for one batch
 BUSY_SECONDS = 0.25  # before a line is tried again for which the queue had no room
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")  # what `endpoints` has of itself

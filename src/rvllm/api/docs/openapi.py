@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from rvllm.api.batches.endpoints import BatchRequest
-from rvllm.api.batches.files import LEAST_SECONDS, MOST_SECONDS
+from rvllm.api.batches.files import MAX_SECONDS, MIN_SECONDS
 from rvllm.api.batches.store import Batch, FileEntry
 from rvllm.api.docs.bounds import add_bounds
 from rvllm.api.http.errors import ErrorBody
@@ -46,7 +46,7 @@ _FORM = {
     "properties": {
         "file": {"type": "string", "format": "binary"},
         "purpose": {"type": "string", "enum": ["batch", "user_data"]},
-        "expires_after[seconds]": {"type": "integer", "minimum": LEAST_SECONDS, "maximum": MOST_SECONDS},
+        "expires_after[seconds]": {"type": "integer", "minimum": MIN_SECONDS, "maximum": MAX_SECONDS},
     },
 }
 

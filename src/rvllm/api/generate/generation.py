@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 LOOK_SECONDS = 1.0
 IDLE_LOOKS = 2  # so often in a row nothing must run before the vocabulary for grammars is handed over
-MOST_CHARS = 1_000_000  # of a text that is only to be tokenised: about a second and a gigabyte
+MAX_CHARS = 1_000_000  # of a text that is only to be tokenised: about a second and a gigabyte
 IN_THREAD_CHARS = 5_000  # longer texts are rendered and tokenised beside the event loop
 
 
@@ -148,11 +148,11 @@ class Service:
         return await off_loop(len(text), self.tokenizer.encode, text, add_special_tokens)
 
     async def encode_any(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
-        """Token ids of a text that need not fit into the context. Raises a 413 beyond MOST_CHARS."""
-        if len(text) > MOST_CHARS:
+        """Token ids of a text that need not fit into the context. Raises a 413 beyond MAX_CHARS."""
+        if len(text) > MAX_CHARS:
             raise ApiError(
                 413,
-                f"{param} has {len(text)} characters, at most {MOST_CHARS} are tokenised at once",
+                f"{param} has {len(text)} characters, at most {MAX_CHARS} are tokenised at once",
                 param=param,
             )
         return await self.encode(text, add_special_tokens)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rvllm.api.generate.generation import Service
-from rvllm.api.http.body import MOST_TOOLS, check_count
+from rvllm.api.http.body import MAX_TOOLS, check_count
 from rvllm.api.http.errors import invalid
 from rvllm.text.chat.reasoning import ReasoningSplitter
 from rvllm.text.tools.choose import Function, ToolFormat
@@ -42,7 +42,7 @@ def tool_plan(
     Raises a 400 naming the field: tools that are no functions, a choice that names none of them, or a model
     whose calls we cannot read.
     """
-    check_count(tools or (), MOST_TOOLS, "tools")
+    check_count(tools or (), MAX_TOOLS, "tools")
     functions = [_function(tool, i) for i, tool in enumerate(tools or ())]
     if not functions:
         if choice not in (None, "none"):

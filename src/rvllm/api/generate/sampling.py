@@ -8,7 +8,7 @@ from typing import Any
 from rvllm.api.http.body import check_count
 from rvllm.api.http.errors import invalid
 from rvllm.api.schemas.requests import NEUTRAL, ChatRequest, CompletionRequest, GenerationRequest, Refused
-from rvllm.backends.base import MOST_BIASES
+from rvllm.backends.base import MAX_BIASES
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import UsageError
 
@@ -17,8 +17,8 @@ _SAME_NAME = (
     "frequency_penalty", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos",
     "min_tokens", "prompt_logprobs", "skip_special_tokens", "spaces_between_special_tokens",
 )  # fmt: skip
-_MOST_STOPS = 64
-_MOST_STOP_IDS = 4096
+_MAX_STOPS = 64
+_MAX_STOP_IDS = 4096
 
 
 def refuse_unsupported(request: Refused) -> None:
@@ -65,9 +65,9 @@ def _params(request: GenerationRequest, defaults: Mapping[str, Any], **values: A
         if given is not None:
             values[name] = given
     values["logit_bias"] = _biases(request.logit_bias)
-    if len(values.get("stop") or ()) > _MOST_STOPS and not isinstance(values["stop"], str):
-        raise invalid(f"stop takes at most {_MOST_STOPS} strings", "stop")
-    check_count(values.get("stop_token_ids") or (), _MOST_STOP_IDS, "stop_token_ids")
+    if len(values.get("stop") or ()) > _MAX_STOPS and not isinstance(values["stop"], str):
+        raise invalid(f"stop takes at most {_MAX_STOPS} strings", "stop")
+    check_count(values.get("stop_token_ids") or (), _MAX_STOP_IDS, "stop_token_ids")
     if request.seed is not None and not -(1 << 63) <= request.seed < 1 << 64:
         raise invalid("seed must fit in 64 bits", "seed")
     if request.stream_options is not None and not request.stream:
@@ -84,8 +84,8 @@ def _params(request: GenerationRequest, defaults: Mapping[str, Any], **values: A
 def _biases(given: Mapping[str, float] | None) -> dict[int, float] | None:
     if not given:
         return None
-    if len(given) > MOST_BIASES:
-        raise invalid(f"logit_bias takes at most {MOST_BIASES} tokens", "logit_bias")
+    if len(given) > MAX_BIASES:
+        raise invalid(f"logit_bias takes at most {MAX_BIASES} tokens", "logit_bias")
     biases = {}
     for key, bias in given.items():
         if not (key.isascii() and key.isdigit() and len(key) < 10):

@@ -10,8 +10,8 @@ import msgspec
 
 from rvllm.api.http.errors import ApiError, invalid
 
-MOST_TOOLS = 128
-MOST_MESSAGES = 10_000  # of a conversation, whatever the surface calls them
+MAX_TOOLS = 128
+MAX_MESSAGES = 10_000  # of a conversation, whatever the surface calls them
 RequestT = TypeVar("RequestT", bound=msgspec.Struct)
 _PATH = re.compile(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`$", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<name>\w+)`")

@@ -9,8 +9,8 @@ from rvllm.api.http.errors import ApiError, invalid
 
 _BOUNDARY = re.compile(rb'boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))')
 _PARAMETER = re.compile(r'(?:^|;)\s*(name|filename)="((?:[^"\\]|\\.)*)"')
-_MOST_PARTS = 32
-_MOST_HEAD = 8192  # bytes of a part's headers
+_MAX_PARTS = 32
+_MAX_HEAD = 8192  # bytes of a part's headers
 
 
 @dataclass
@@ -28,15 +28,15 @@ def parse_form(body: bytes, content_type: bytes) -> dict[str, Part]:
     if found is None:
         raise invalid("the form's Content-Type names no boundary")
     mark = b"--" + (found[1] or found[2])
-    pieces = (b"\r\n" + body).split(b"\r\n" + mark, _MOST_PARTS + 1)
+    pieces = (b"\r\n" + body).split(b"\r\n" + mark, _MAX_PARTS + 1)
     if len(pieces) < 2 or pieces[-1].rstrip(b"\r\n") != b"--":
-        raise invalid(f"the form is cut off, or has more than {_MOST_PARTS} parts")
+        raise invalid(f"the form is cut off, or has more than {_MAX_PARTS} parts")
     parts = {}
     for piece in pieces[1:-1]:
         start = len(b"\r\n") if piece.startswith(b"\r\n") else 0
-        end = piece.find(b"\r\n\r\n", start, start + _MOST_HEAD)
+        end = piece.find(b"\r\n\r\n", start, start + _MAX_HEAD)
         if end < 0:
-            raise invalid(f"a part of the form has no headers, or more than {_MOST_HEAD} bytes of them")
+            raise invalid(f"a part of the form has no headers, or more than {_MAX_HEAD} bytes of them")
         head, data = piece[start:end], piece[end + 4 :]
         part = _part(head, data)
         parts[part.name] = part

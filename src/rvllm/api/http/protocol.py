@@ -10,7 +10,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from rvllm.api.http.errors import ApiError
 
-MOST_HEAD = 64 << 10  # bytes of a request line with its headers, behind the first read of the socket
+MAX_HEAD = 64 << 10  # bytes of a request line with its headers, behind the first read of the socket
 HEAD_SECONDS = 30.0  # a client has so long for them
 
 
@@ -47,8 +47,8 @@ class BoundedHttp(HttpToolsProtocol):
         super().data_received(data)
         if self._in_head and self._begun:
             self._head = 0 if self._head < 0 else self._head + len(data)
-            if self._head > MOST_HEAD:
-                self._refuse(ApiError(431, f"the headers are larger than {MOST_HEAD} bytes"))
+            if self._head > MAX_HEAD:
+                self._refuse(ApiError(431, f"the headers are larger than {MAX_HEAD} bytes"))
 
     def send_400_response(self, msg: str) -> None:
         """What has come is no HTTP."""

@@ -15,7 +15,7 @@ from rvllm.api.generate.output_parser import Call, PartsReader, ToolPlan, marks_
 from rvllm.api.generate.sampling import chat_params, refuse_unsupported
 from rvllm.api.generate.streaming import stream
 from rvllm.api.generate.structured_outputs import answer_grammar
-from rvllm.api.http.body import MOST_MESSAGES, check_count, parse
+from rvllm.api.http.body import MAX_MESSAGES, check_count, parse
 from rvllm.api.http.errors import invalid
 from rvllm.api.http.exchange import Exchange, check_model
 from rvllm.api.schemas.answers import (
@@ -69,7 +69,7 @@ def render(service: Service, request: ChatRequest | TokenizeRequest) -> str:
     """The conversation as the model's prompt, by its chat template."""
     if not request.messages:
         raise invalid("messages must not be empty", "messages")
-    check_count(request.messages, MOST_MESSAGES, "messages")
+    check_count(request.messages, MAX_MESSAGES, "messages")
     continued = bool(request.continue_final_message)
     generation = not continued if request.add_generation_prompt is None else request.add_generation_prompt
     if continued and generation:

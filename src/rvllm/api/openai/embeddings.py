@@ -33,7 +33,7 @@ from rvllm.engine.ipc.messages import Embed
 from rvllm.errors import UsageError
 from rvllm.text.embedding import shorten, text_tokens
 
-MOST_INPUTS = 2048  # OpenAI's limit for one request
+MAX_INPUTS = 2048  # OpenAI's limit for one request
 AT_ONCE = 64  # texts of one request that are in the engine together
 
 Vector = NDArray[np.float32]
@@ -124,8 +124,8 @@ class _Encoder:
 
     async def vectors(self, texts: Sequence[str | list[int]]) -> list[Vector]:
         """Vectors in the order of the texts. Raises UsageError for a text that cannot be encoded."""
-        if len(texts) > MOST_INPUTS:
-            raise invalid(f"{self._param}: at most {MOST_INPUTS} texts in one request", self._param)
+        if len(texts) > MAX_INPUTS:
+            raise invalid(f"{self._param}: at most {MAX_INPUTS} texts in one request", self._param)
         service = self._service
         prompts = []
         for text in texts:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from rvllm.api.http.body import MOST_MESSAGES, MOST_TOOLS, check_count
+from rvllm.api.http.body import MAX_MESSAGES, MAX_TOOLS, check_count
 from rvllm.api.http.errors import ApiError, invalid
 
 
@@ -181,8 +181,8 @@ def failure(error: ApiError) -> tuple[str | None, Any]:
 
 def chat_body(request: CountTokensRequest) -> dict[str, Any]:
     """The conversation and its tools as a chat request. Raises ApiError for what has no counterpart."""
-    check_count(request.messages, MOST_MESSAGES, "messages")
-    check_count(request.tools or (), MOST_TOOLS, "tools")
+    check_count(request.messages, MAX_MESSAGES, "messages")
+    check_count(request.tools or (), MAX_TOOLS, "tools")
     body: dict[str, Any] = {"model": request.model, "messages": _messages(request)}
     last = request.messages[-1] if request.messages else None
     if last is not None and last.role == "assistant":

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import msgspec
 
-from rvllm.api.http.body import MOST_MESSAGES, check_count, wrong_field
+from rvllm.api.http.body import MAX_MESSAGES, check_count, wrong_field
 from rvllm.api.http.errors import ApiError, invalid
 
 Item = dict[str, Any]
@@ -96,7 +96,7 @@ def checked_items(
     """
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
-    check_count(given, MOST_MESSAGES, where)
+    check_count(given, MAX_MESSAGES, where)
     return [_checked(item, find, f"{where}[{i}]") for i, item in enumerate(given)]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from rvllm.api.http.body import MOST_TOOLS, check_count
+from rvllm.api.http.body import MAX_TOOLS, check_count
 from rvllm.api.http.errors import invalid
 from rvllm.api.schemas.items import Item, chat_messages
 
@@ -183,7 +183,7 @@ def check_request(request: ResponsesRequest) -> None:
         if name not in _INCLUDES:
             raise invalid(f"include: {name[:60]!r} is not known", "include")
     check_metadata(request.metadata)
-    check_count(request.tools or (), MOST_TOOLS, "tools")
+    check_count(request.tools or (), MAX_TOOLS, "tools")
     for i, tool in enumerate(request.tools or ()):
         if tool.type != "function":
             raise invalid(f"tools[{i}].type: {tool.type[:40]!r} is not supported; there are only functions",

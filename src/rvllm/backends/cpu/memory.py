@@ -19,7 +19,7 @@ GB = 1_000_000_000
 ELEMENT = 4  # float32
 DEFAULT_TOKENS = 512  # of one step
 ENCODER_TOKENS = 2048  # of one step of an encoder, which lets nobody wait for its next token
-MOST_KV = 4 * GB  # unless a flag asks for more
+MAX_KV = 4 * GB  # unless a flag asks for more
 RESERVE = 192 << 20  # for the interpreter, beside the activations of a step
 SCORED = 64  # rows of logits that a step has for prompts beside those it draws from
 HUGE = 1 << 62
@@ -166,7 +166,7 @@ def _sequences(config: EngineConfig, a_slot: int, free: int) -> int:
     if not a_slot:
         return config.max_num_seqs
     flag = config.kv_cache_memory_gb
-    budget = int(min(free / 4, MOST_KV)) if flag is None else int(flag * GB)
+    budget = int(min(free / 4, MAX_KV)) if flag is None else int(flag * GB)
     if budget < a_slot:
         raise CapacityError(
             f"the recurrent layers' state of one sequence takes {a_slot / GB:.3f} GB, and "
@@ -201,7 +201,7 @@ def _blocks(config: EngineConfig, per_token: int, free: int) -> int:
         flag = f"--kv-cache-memory-gb {config.kv_cache_memory_gb:g}"
         blocks = int(config.kv_cache_memory_gb * GB) // block_bytes
     else:
-        flag, blocks = "a quarter of the free memory", int(min(free / 4, MOST_KV)) // block_bytes
+        flag, blocks = "a quarter of the free memory", int(min(free / 4, MAX_KV)) // block_bytes
     if blocks < 1:
         raise CapacityError(f"{flag} holds no KV block of {block_bytes} bytes; raise --kv-cache-memory-gb")
     if blocks * block_bytes > free:

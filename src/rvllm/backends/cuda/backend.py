@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel, StepResult
 from rvllm.backends.cuda.device.driver import Pinned
 from rvllm.backends.cuda.device.launches import Counts
-from rvllm.backends.cuda.in_flight import NOTHING, Flight
+from rvllm.backends.cuda.in_flight import NOTHING, InFlightStep
 from rvllm.backends.cuda.layout.device_state import DeviceState, carve, clear_state, send_ropes
 from rvllm.backends.cuda.layout.joining import joined
 from rvllm.backends.cuda.layout.memory import BLOCK
 from rvllm.backends.cuda.layout.metadata import SampledRows, leading_decodes
-from rvllm.backends.cuda.loaded_model import Found, Gpu, loading_kernels
+from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
 from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
 from rvllm.backends.cuda.ops.sampling.logprobs import KERNEL as LOGPROBS_KERNEL
 from rvllm.backends.cuda.ops.sampling.logprobs import Scorer
@@ -33,7 +33,7 @@ from rvllm.backends.cuda.profile import (
     stage_cost,
     stream_rate,
 )
-from rvllm.backends.cuda.step_planner import GraphBook, Recipe
+from rvllm.backends.cuda.step_planner import GraphBook, StepPlanner
 from rvllm.config import EngineConfig
 from rvllm.errors import RvllmError, UsageError
 from rvllm.program.cost import StepShape, program_cost
@@ -50,16 +50,16 @@ class CudaBackend:
     def __init__(
         self,
         gpu: Gpu,
-        recipe: Recipe,
+        planner: StepPlanner,
         state: DeviceState,
         program: Program,
         check_memory: bool = False,
     ) -> None:
-        plan = recipe.memory
+        plan = planner.memory
         self._gpu, self._ledger = gpu, gpu.ledger()
         self._facts, self._catalog, self._stream = gpu.facts, gpu.catalog, gpu.stream
-        self._recipe, self._state, self._program = recipe, state, program
-        self._graphs = GraphBook(recipe, gpu.catalog, gpu.stream)
+        self._planner, self._state, self._program = planner, state, program
+        self._graphs = GraphBook(planner, gpu.catalog, gpu.stream)
         self._limits = Limits(
             max_num_seqs=plan.seqs,
             max_num_batched_tokens=plan.tokens,
@@ -69,11 +69,11 @@ class CudaBackend:
             pipeline_depth=DEPTH,
             prefix_reuse=not program.states,
         )
-        self._ring = [Flight.create(plan) for _ in range(DEPTH + 2)]
+        self._ring = [InFlightStep.create(plan) for _ in range(DEPTH + 2)]
         self._starter = Starter(gpu.catalog, gpu.stream, state, plan)
         self._scorer = Scorer(gpu.catalog, gpu.stream, state)
         self._check_memory, self._free_before, self._graphs_before = check_memory, -1, 0
-        self._last: Flight | None = None
+        self._last: InFlightStep | None = None
         self._steps = self._gaps = 0
         self._busy = self._idle = self._decode_busy = 0.0
 
@@ -89,18 +89,18 @@ class CudaBackend:
         Raises MissingKernelError, CapacityError or UsageError before any weight is read.
         """
         report = progress or (lambda fraction, text: None)
-        found = Found.for_program(program, config)
+        found = OpenDevice.for_program(program, config)
         program = joined(program)
-        recipe, wanted = Recipe.plan(program, config, found.facts, found.budget)
-        memory = recipe.memory
-        kernels = [*recipe.kernels(), START_KERNEL, LOGPROBS_KERNEL, *loading_kernels(program, checkpoint)]
+        planner, wanted = StepPlanner.plan(program, config, found.facts, found.budget)
+        memory = planner.memory
+        kernels = [*planner.kernels(), START_KERNEL, LOGPROBS_KERNEL, *loading_kernels(program, checkpoint)]
         gpu = Gpu.take(found, kernels, memory.nbytes, report)
-        state = carve(gpu.arena, program, recipe.stages, memory, wanted)
+        state = carve(gpu.arena, program, planner.stages, memory, wanted)
         clear_state(gpu.stream, state, memory)
         send_ropes(gpu.stream, state, memory)
         gpu.load_weights(program.dtype, state.places, checkpoint, config.seed, state.kv, report)
-        recipe = replace(recipe, addresses=state.addresses)
-        backend = CudaBackend(gpu, recipe, state, program, config.check_device_memory)
+        planner = replace(planner, addresses=state.addresses)
+        backend = CudaBackend(gpu, planner, state, program, config.check_device_memory)
         if config.capture_graphs == "eager":
             report(0.0, "capturing graphs")
             backend.capture_all()
@@ -129,7 +129,7 @@ class CudaBackend:
         after, _ = self._gpu.device.free_memory()
         self._ledger.append(LedgerLine("graphs", before - after))
 
-    def launch(self, batch: StepBatch) -> Flight:
+    def launch(self, batch: StepBatch) -> InFlightStep:
         """Queues a step; see `Backend.launch`."""
         flight = self._ring[self._steps % len(self._ring)]
         self._steps += 1
@@ -144,12 +144,12 @@ class CudaBackend:
         self._send_masks(flight)
         if decode:
             size = self._graphs.decode_size(len(batch.slots))
-            graphs, layout, tiles = [self._graphs.decode(size)], self._recipe.decode_layout(size), _NO_TILES
+            graphs, layout, tiles = [self._graphs.decode(size)], self._planner.decode_layout(size), _NO_TILES
         else:
             graphs = [self._graphs.body(batch.num_tokens)]
             if len(rows.rows):
                 graphs.append(self._graphs.head(len(rows.rows)))
-            layout = self._recipe.memory.layout
+            layout = self._planner.memory.layout
             tiles = self._tiles(batch)
         words = flight.metadata.array.view(np.int32)
         updates = self._starter.early_updates(batch.new_blocks, layout.updates)
@@ -168,13 +168,13 @@ class CudaBackend:
 
     def _tiles(self, batch: StepBatch) -> NDArray[np.int32]:
         """The blocks of query rows of sequences with several tokens; see `prefill_tiles`."""
-        shape = self._recipe.tiles
+        shape = self._planner.tiles
         if shape is None:
             return _NO_TILES
         kv_lens, first = batch.starts + batch.query_lens, leading_decodes(batch.query_lens)
         return prefill_tiles(batch.query_lens, kv_lens, first, shape.group, shape.rows)
 
-    def collect(self, handle: Flight) -> StepResult:
+    def collect(self, handle: InFlightStep) -> StepResult:
         """Waits for a launched step and reads what it drew."""
         batch, rows = handle.batch, handle.rows
         handle.done.wait()
@@ -198,7 +198,7 @@ class CudaBackend:
             raise RvllmError(f"--check-device-memory: a step took {taken} bytes of device memory")
         self._free_before, self._graphs_before = free, graphs
 
-    def _account(self, flight: Flight, seconds: float) -> None:
+    def _account(self, flight: InFlightStep, seconds: float) -> None:
         """Adds up busy time, and the gap before a decode step that was queued behind another."""
         self._busy += seconds
         if flight.follows is not None:
@@ -206,7 +206,7 @@ class CudaBackend:
             self._decode_busy += seconds
             self._gaps += 1
 
-    def _send_masks(self, flight: Flight) -> None:
+    def _send_masks(self, flight: InFlightStep) -> None:
         masks = flight.batch.masks
         if not masks:
             return
@@ -233,9 +233,9 @@ class CudaBackend:
             self.collect(self.launch(decode_batch(seqs, context, self._state.shape.vocab)))
         size = self._graphs.decode_size(seqs)
         shape = StepShape(seqs, 1, context)
-        costs = {stage.name: stage_cost(self._program, stage, shape) for stage in self._recipe.stages}
+        costs = {stage.name: stage_cost(self._program, stage, shape) for stage in self._planner.stages}
         rows, step = profile_launches(
-            self._recipe.decode(size),
+            self._planner.decode(size),
             costs,
             self._catalog,
             self._stream,

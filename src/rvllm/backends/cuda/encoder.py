@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel, StepResult
 from rvllm.backends.cuda.buckets import bucket_of
 from rvllm.backends.cuda.device.driver import Event, Graph, Pinned
-from rvllm.backends.cuda.device.graphs import Captured, Key
+from rvllm.backends.cuda.device.graphs import GraphCache, Key
 from rvllm.backends.cuda.layout.addresses import Addresses
 from rvllm.backends.cuda.layout.metadata import SampledRows
-from rvllm.backends.cuda.loaded_model import Found, Gpu, loading_kernels
+from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
 from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
 from rvllm.backends.cuda.ops.encoder.plan import EncoderPlan
 from rvllm.config import EngineConfig
@@ -39,7 +39,7 @@ class CudaEncoder:
         self._metadata = Pinned(plan.layout.nbytes)
         self._out = Pinned(4 * plan.seqs * self._width)
         self._began, self._ended = Event(), Event()
-        self._graphs = Captured(gpu.catalog, gpu.stream)
+        self._graphs = GraphCache(gpu.catalog, gpu.stream)
         self._last: Key = ("texts", 0)
         self._steps, self._texts, self._busy = 0, 0, 0.0
         self._limits = Limits(
@@ -63,7 +63,7 @@ class CudaEncoder:
         Raises MissingKernelError, CapacityError or UsageError before any weight is read.
         """
         report = progress or (lambda fraction, text: None)
-        found = Found.for_program(program, config)
+        found = OpenDevice.for_program(program, config)
         plan = EncoderPlan.make(program, config, found.facts, found.budget)
         kernels = [*plan.kernels(), *loading_kernels(program, checkpoint)]
         gpu = Gpu.take(found, kernels, plan.nbytes, report)

@@ -22,7 +22,7 @@ NOTHING = _nothing()
 
 
 @dataclass
-class Flight:
+class InFlightStep:
     """One step's pinned images and events; reused round robin once the step has been collected.
 
     began and ended enclose the step's graphs, done comes after the copies to the host. asked: for each
@@ -42,7 +42,7 @@ class Flight:
     rows: SampledRows = field(default_factory=lambda: SampledRows.of(NOTHING))
     asked: list[tuple[int, bool, int]] = field(default_factory=list)
     decode: bool = False
-    follows: Flight | None = None
+    follows: InFlightStep | None = None
 
     @property
     def under_way(self) -> bool:
@@ -50,9 +50,9 @@ class Flight:
         return self.batch is not NOTHING
 
     @staticmethod
-    def create(plan: MemoryPlan) -> Flight:
+    def create(plan: MemoryPlan) -> InFlightStep:
         """Pinned memory for the largest step of the plan."""
-        return Flight(
+        return InFlightStep(
             metadata=Pinned(plan.layout.nbytes),
             tokens=Pinned(4 * plan.samples),
             entries=Pinned(16 * plan.samples),

@@ -10,7 +10,7 @@ from rvllm.backends.cuda.device.arena import Arena, Range
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Device, DeviceFacts, Stream
 from rvllm.backends.cuda.layout.memory import Budget, budget_of
-from rvllm.backends.cuda.layout.weights import Wanted
+from rvllm.backends.cuda.layout.weights import PackedWeight
 from rvllm.backends.cuda.supported import check_device, check_supported
 from rvllm.backends.cuda.weight_loader import Loader, fill_dummy
 from rvllm.config import EngineConfig, kernel_cache_dir
@@ -30,7 +30,7 @@ def loading_kernels(program: Program, checkpoint: Checkpoint | None) -> list[str
 
 
 @dataclass(frozen=True)
-class Found:
+class OpenDevice:
     """A GPU that can run a program, and the memory that was free on it before anything was taken."""
 
     device: Device
@@ -38,14 +38,14 @@ class Found:
     budget: Budget
 
     @staticmethod
-    def for_program(program: Program, config: EngineConfig) -> Found:
+    def for_program(program: Program, config: EngineConfig) -> OpenDevice:
         """Raises MissingKernelError or UsageError for what no GPU, or not this one, can run."""
         check_supported(program, config)
         device = Device()
         facts = device.facts()
         check_device(facts)
         free, total = device.free_memory()
-        return Found(device, facts, budget_of(config, free, total))
+        return OpenDevice(device, facts, budget_of(config, free, total))
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Gpu:
     kernel_bytes: int
 
     @staticmethod
-    def take(found: Found, kernels: Sequence[str], nbytes: int, report: Progress) -> Gpu:
+    def take(found: OpenDevice, kernels: Sequence[str], nbytes: int, report: Progress) -> Gpu:
         """Loads these kernels, compiling what is new, and takes `nbytes` of memory.
 
         Raises MissingKernelError listing kernels that there are not.
@@ -75,7 +75,7 @@ class Gpu:
     def load_weights(
         self,
         dtype: DType,
-        places: Sequence[tuple[Wanted, int]],
+        places: Sequence[tuple[PackedWeight, int]],
         checkpoint: Checkpoint | None,
         seed: int,
         staging: Range,

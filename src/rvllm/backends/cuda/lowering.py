@@ -10,12 +10,12 @@ import ctypes
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from rvllm.backends.cuda.device.info import Chip
+from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Counts, GridOf, Planned, fixed
 from rvllm.backends.cuda.layout.addresses import Addresses, Shape
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import Layout
-from rvllm.backends.cuda.layout.weights import Form
+from rvllm.backends.cuda.layout.weights import WeightLayout
 from rvllm.backends.cuda.ops.attention.launches import EMITTERS as ATTENTION
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.ops.encoder.launches import EMITTERS as ENCODER
@@ -68,7 +68,7 @@ class Lowering:
     def __init__(
         self,
         dtype: DType,
-        chip: Chip,
+        chip: DeviceInfo,
         shape: Shape,
         addresses: Addresses,
         layout: Layout,
@@ -147,7 +147,7 @@ class Lowering:
         """How many rows of that kind the largest step has."""
         return self.shape.tokens if rows == "tokens" else self.shape.samples
 
-    def weight(self, weight: Weight | None, form: Form) -> int:
+    def weight(self, weight: Weight | None, form: WeightLayout) -> int:
         """Address of a weight in that form, null for none."""
         return 0 if weight is None else self.at.weights[weight.name, form]
 

@@ -14,8 +14,8 @@ from rvllm.backends.base import StepKernel
 from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import DeviceFacts, Graph, Stream
-from rvllm.backends.cuda.device.graphs import Captured, Key
-from rvllm.backends.cuda.device.info import Chip
+from rvllm.backends.cuda.device.graphs import GraphCache, Key
+from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Counts, Planned, kernel_names
 from rvllm.backends.cuda.layout.addresses import Addresses, Shape
 from rvllm.backends.cuda.layout.device_state import shape_of
@@ -23,7 +23,7 @@ from rvllm.backends.cuda.layout.fusion import Stage, fuse
 from rvllm.backends.cuda.layout.joining import joined
 from rvllm.backends.cuda.layout.memory import Budget, MemoryPlan, plan_memory, ropes_of
 from rvllm.backends.cuda.layout.metadata import Layout
-from rvllm.backends.cuda.layout.weights import Wanted, wanted_weights
+from rvllm.backends.cuda.layout.weights import PackedWeight, packed_weights
 from rvllm.backends.cuda.lowering import Lowering
 from rvllm.backends.cuda.ops.attention.paged import decode_plans, prefill_plans, tile_shape
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
@@ -34,11 +34,11 @@ from rvllm.program.ops.dense import GatherRows, Program
 
 
 @dataclass(frozen=True)
-class Recipe:
+class StepPlanner:
     """All that planning a step's launches needs; no device is touched."""
 
     dtype: DType
-    chip: Chip
+    chip: DeviceInfo
     shape: Shape
     addresses: Addresses
     memory: MemoryPlan
@@ -50,20 +50,20 @@ class Recipe:
     @staticmethod
     def plan(
         program: Program, config: EngineConfig, facts: DeviceFacts, budget: Budget
-    ) -> tuple[Recipe, list[Wanted]]:
-        """The recipe of a program on such a GPU, at addresses of nothing, and the weights it wants.
+    ) -> tuple[StepPlanner, list[PackedWeight]]:
+        """The planner of a program on such a GPU, at addresses of nothing, and the weights it wants.
 
         Raises MissingKernelError, CapacityError or UsageError.
         """
         program = joined(program)
         native = config.gemm_strategy == "native"
         stages = fuse(program, gated_epilogue=native)
-        wanted = wanted_weights(stages, "packed" if native else "table")
-        chip = Chip(facts.capability, facts.sm_count, facts.smem_per_block)
+        wanted = packed_weights(stages, "packed" if native else "table")
+        chip = DeviceInfo(facts.capability, facts.sm_count, facts.smem_per_block)
         prefill = prefill_plans(program.ops, program.dtype, chip)
         tiles = tile_shape(program.ops, prefill)
         memory = plan_memory(program, stages, config, facts, budget, tiles, wanted)
-        recipe = Recipe(
+        planner = StepPlanner(
             dtype=program.dtype,
             chip=chip,
             shape=shape_of(program, memory),
@@ -74,7 +74,7 @@ class Recipe:
             tiles=tiles,
             strategy=config.gemm_strategy,
         )
-        return recipe, wanted
+        return planner, wanted
 
     def decode(self, seqs: int) -> list[Planned]:
         """A step of up to `seqs` sequences with one token each."""
@@ -162,7 +162,7 @@ def distinct(stages: Sequence[Stage]) -> list[Stage]:
     return list(found.values())
 
 
-def nowhere(program: Program, wanted: Sequence[Wanted], memory: MemoryPlan) -> Addresses:
+def nowhere(program: Program, wanted: Sequence[PackedWeight], memory: MemoryPlan) -> Addresses:
     """Addresses of nothing, for planning launches before any memory is taken."""
     return Addresses(
         weights={(w.weight.name, w.form): 0 for w in wanted},
@@ -176,14 +176,14 @@ def nowhere(program: Program, wanted: Sequence[Wanted], memory: MemoryPlan) -> A
 
 
 class GraphBook:
-    """The captured graphs of a recipe."""
+    """The captured graphs of a planner."""
 
-    def __init__(self, recipe: Recipe, catalog: Catalog, stream: Stream) -> None:
-        self._recipe = recipe
-        self._graphs = Captured(catalog, stream)
-        self._decode_sizes = recipe.decode_sizes()
-        self._token_sizes = recipe.token_sizes()
-        self._sample_sizes = recipe.sample_sizes()
+    def __init__(self, planner: StepPlanner, catalog: Catalog, stream: Stream) -> None:
+        self._planner = planner
+        self._graphs = GraphCache(catalog, stream)
+        self._decode_sizes = planner.decode_sizes()
+        self._token_sizes = planner.token_sizes()
+        self._sample_sizes = planner.sample_sizes()
         self._last: list[Key] = []  # the graphs of the step asked for last
 
     def __len__(self) -> int:
@@ -209,19 +209,19 @@ class GraphBook:
     def decode(self, size: int) -> Graph:
         """The graph of a decode step of `size` (a padded size) sequences."""
         self._last = [("decode", size)]
-        return self._graphs.get("decode", size, self._recipe.decode, Counts(size, size, size))
+        return self._graphs.get("decode", size, self._planner.decode, Counts(size, size, size))
 
     def body(self, tokens: int) -> Graph:
         """The graph that computes the hidden rows of up to `tokens` tokens."""
         size = bucket_of(self._token_sizes, tokens)
         self._last = [("body", size)]
-        return self._graphs.get("body", size, self._recipe.body, Counts(size, self._recipe.memory.seqs, 0))
+        return self._graphs.get("body", size, self._planner.body, Counts(size, self._planner.memory.seqs, 0))
 
     def head(self, samples: int) -> Graph:
         """The graph from hidden rows to tokens for up to `samples` rows."""
         size = bucket_of(self._sample_sizes, samples)
         self._last = [*self._last[:1], ("head", size)]
-        return self._graphs.get("head", size, self._recipe.head, Counts(0, 0, size))
+        return self._graphs.get("head", size, self._planner.head, Counts(0, 0, size))
 
     def capture_all(self) -> None:
         """Captures every graph there can be."""

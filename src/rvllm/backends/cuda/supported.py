@@ -11,7 +11,7 @@ from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import embedding_size
 
-LEAST_CAPABILITY = 80
+MIN_CAPABILITY = 80
 
 
 def check_supported(program: Program, config: EngineConfig) -> None:
@@ -34,8 +34,8 @@ def check_supported(program: Program, config: EngineConfig) -> None:
 
 def check_device(facts: DeviceFacts) -> None:
     """Raises MissingKernelError for a GPU older than any kernel."""
-    if facts.capability < LEAST_CAPABILITY:
+    if facts.capability < MIN_CAPABILITY:
         raise MissingKernelError(
             f"{facts.name} has compute capability {facts.capability / 10:.1f}; kernels exist from "
-            f"{LEAST_CAPABILITY / 10:.1f} on"
+            f"{MIN_CAPABILITY / 10:.1f} on"
         )

@@ -20,7 +20,7 @@ from rvllm.backends.base import Progress
 from rvllm.backends.cuda.device.arena import Range
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Event, Launch, Pinned, Stream
-from rvllm.backends.cuda.layout.weights import Wanted
+from rvllm.backends.cuda.layout.weights import PackedWeight
 from rvllm.backends.cuda.ops.gemm.plan import Interleave, interleave_gate_up, pack_arguments
 from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
@@ -41,7 +41,7 @@ class Piece:
     padded: rows to write, with zeros behind the real ones.
     """
 
-    wanted: Wanted
+    wanted: PackedWeight
     address: int
     type: TensorType
     data: NDArray[np.uint8]  # [rows, bytes of a row]
@@ -75,7 +75,7 @@ class Loader:
         return names + [f"sm80_{tag}_dequant_{t.value.lower()}" for t in dict.fromkeys(types)]
 
     def load(
-        self, places: Sequence[tuple[Wanted, int]], checkpoint: Checkpoint, progress: Progress | None
+        self, places: Sequence[tuple[PackedWeight, int]], checkpoint: Checkpoint, progress: Progress | None
     ) -> float:
         """Loads every weight to its address and returns GB/s of stored bytes."""
         total = sum(wanted.nbytes for wanted, _ in places) or 1
@@ -101,7 +101,7 @@ class Loader:
             staging.close()
             event.close()
 
-    def _pieces(self, wanted: Wanted, address: int, checkpoint: Checkpoint) -> Iterator[Piece]:
+    def _pieces(self, wanted: PackedWeight, address: int, checkpoint: Checkpoint) -> Iterator[Piece]:
         """The weight's stored rows, cut where the interleaving changes and where a matrix of a stack ends.
 
         Parts that must be rearranged element by element come as float32 from the host.
@@ -187,7 +187,7 @@ class Loader:
     def _run(self, name: str, arguments: Sequence[Any], grid: int) -> None:
         Launch(self._catalog[name], BLOCK, 0, arguments, pdl=False).run(self._stream, (grid, 1, 1))
 
-    def _vector(self, wanted: Wanted, address: int, checkpoint: Checkpoint) -> None:
+    def _vector(self, wanted: PackedWeight, address: int, checkpoint: Checkpoint) -> None:
         """Norm weights and biases: small, converted on the host."""
         if wanted.form == "norm":
             values = pack(wanted.weight, checkpoint, DType.F32)
@@ -206,7 +206,7 @@ class Loader:
 
 
 def fill_dummy(
-    catalog: Catalog, stream: Stream, dtype: DType, places: Sequence[tuple[Wanted, int]], seed: int
+    catalog: Catalog, stream: Stream, dtype: DType, places: Sequence[tuple[PackedWeight, int]], seed: int
 ) -> None:
     """Random weights where the real ones would be: deviation 0.02, norms around 1; no file is read."""
     tag = "bf16" if dtype is DType.BF16 else "f16"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta",
            "bright_yellow", "bright_green")  # fmt: skip
 HELD, SHARED, CACHED, EMPTY = "■", "◆", "▪", "·"
-MOST_LINES = 4
+MAX_LINES = 4
 
 
 def colours_of(sequences: list[dict[str, Any]]) -> dict[str, str]:
@@ -29,7 +29,7 @@ def block_map(state: dict[str, Any], width: int = 76) -> Text:
 
     colours, owners = colours_of(state["sequences"]), _owners(state["sequences"])
     cached, total = set(state["cached_blocks"]), state["num_blocks"]
-    each = max(1, -(-total // (width * MOST_LINES)))
+    each = max(1, -(-total // (width * MAX_LINES)))
     text = Text()
     for mark, start in enumerate(range(0, total, each)):
         if mark and mark % width == 0:

@@ -7,9 +7,9 @@ from rvllm.kernels.spec import KernelSpec
 TAGS = ("bf16", "f16")
 TILE, PAD = 64, 8  # positions of a tile of keys; elements after each row of it, as in attention/attention.cuh
 SHORT_SPLITS, SHORT, LONG = 32, 64, 256  # splits of SHORT positions, then those of LONG
-MOST_RANK = 512
-MOST_WIDTH = 576  # rank and rotated elements
-MOST_INNER = 512  # K of a head's matrix
+MAX_RANK = 512
+MAX_WIDTH = 576  # rank and rotated elements
+MAX_INNER = 512  # K of a head's matrix
 EIGHTS = (1, 8)  # groups of eight tokens a block of a head's product takes
 SEGMENT = 128  # of K, one a warp
 DECODE = {"": (2, 2048), "_small": (1, 512)}  # buffers, and sequences a launch can list
@@ -51,14 +51,14 @@ def _specs(tag: str) -> list[KernelSpec]:
 
     specs = []
     for suffix, (buffers, seqs) in DECODE.items():
-        symbol, smem = f"latent_decode<{tag}, {buffers}>", decode_smem(MOST_WIDTH, buffers, seqs)
+        symbol, smem = f"latent_decode<{tag}, {buffers}>", decode_smem(MAX_WIDTH, buffers, seqs)
         specs.append(spec(f"latent_decode{suffix}", "mla/attention.cu", symbol, smem))
     for suffix, (warps, groups, buffers) in PREFILL.items():
         symbol = f"latent_prefill<{tag}, {warps}, {groups}, {buffers}>"
-        smem = tiles_smem(MOST_WIDTH, 16 * groups, buffers)
+        smem = tiles_smem(MAX_WIDTH, 16 * groups, buffers)
         specs.append(spec(f"latent_prefill{suffix}", "mla/attention.cu", symbol, smem))
     for n in EIGHTS:
-        smem = product_smem(MOST_INNER, n)
+        smem = product_smem(MAX_INNER, n)
         specs.append(spec(f"head_linear_n{8 * n}", "mla/head_gemm.cu", f"head_linear<{tag}, {n}>", smem))
         specs.append(spec(f"latent_values_n{8 * n}", "mla/head_gemm.cu", f"latent_values<{tag}, {n}>", smem))
         for suffix, interleaved in (("", "false"), ("_interleaved", "true")):

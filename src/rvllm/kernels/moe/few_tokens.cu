@@ -7,7 +7,7 @@
 
 namespace rvllm::experts {
 
-constexpr int MOST_SEGMENTS = 8;
+constexpr int MAX_SEGMENTS = 8;
 
 // The bytes a warp has in flight at a stage: its slice of a tile of W, and 64 elements of ROWS rows of x.
 template <int ROWS>
@@ -44,14 +44,14 @@ __device__ __forceinline__ void load_slice(u32 to, const u8* from, int lane) {
 // Grid: (ceil(rows / 16), entries). Block: 32 * segments. Shared: segments * slots * stage_bytes<FEW>().
 // The block of an expert's first entry does all its tokens; the others leave. Bound by memory.
 template <class T, int STAGES, int FEW>
-__global__ void __launch_bounds__(32 * MOST_SEGMENTS)
+__global__ void __launch_bounds__(32 * MAX_SEGMENTS)
     few(T* out, const T* x, const u8* __restrict__ weights, const int* ids, const int* num_tokens, int top_k,
         int always, int first_always, int by_token, int k, int blocks, int rows, int pitch, int act, int gated,
         int slots) {
   using namespace ptx;
   constexpr int STAGE = stage_bytes<FEW>();
   extern __shared__ __align__(1024) u8 shared[];
-  __shared__ float partial[MOST_SEGMENTS][SLICE][FEW + 1];
+  __shared__ float partial[MAX_SEGMENTS][SLICE][FEW + 1];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, segments = blockDim.x / 32;
   const u32 base = smem(shared) + warp * slots * STAGE;
   // Of each token the experts that all tokens have come first: which they are is known before they are chosen.
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(32 * MOST_SEGMENTS)
 // Grid: (ceil(rows / 16)). Block: 32 * segments. Shared: segments * slots * stage_bytes<1>() +
 // top_k * segments * 64. Bound by memory.
 template <class T, int STAGES>
-__global__ void __launch_bounds__(32 * MOST_SEGMENTS)
+__global__ void __launch_bounds__(32 * MAX_SEGMENTS)
     one(T* out, const T* inner, const u8* __restrict__ weights, const int* ids, const float* shares, const T* residual,
         int experts, int top_k, int k, int blocks, int rows, int slots, float scale) {
   using namespace ptx;

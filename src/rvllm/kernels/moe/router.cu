@@ -6,7 +6,7 @@
 // the blocks of a token are a cluster, its first one does, and logits meet in its shared memory.
 #include "common/common.cuh"
 
-constexpr int MOST_NORMED = 4096;  // elements of a row that can be normalised
+constexpr int MAX_NORMED = 4096;  // elements of a row that can be normalised
 
 enum RouteFlags : int { SIGMOID = 1, GROUP_TOP2 = 2, RENORMALISE = 4 };
 
@@ -118,7 +118,7 @@ __device__ __forceinline__ void choose(Logit logit, const float* bias, u32* keys
 // Grid: (ceil(experts / (WARPS * EXPERTS)), ceil(rows / TOKENS)). Block: WARPS * 32. Bound by latency for few tokens, by
 // arithmetic for many.
 // NORM (with one token a block): x is raw / sqrt(mean(raw^2) + eps) * norm_weight, by the same instructions as `norm`,
-// and is written too; every block normalises for itself. k <= MOST_NORMED then.
+// and is written too; every block normalises for itself. k <= MAX_NORMED then.
 // CLUSTER (Hopper, one token a block): a token's blocks are a cluster. No scratch.
 template <typename T, int WARPS, int TOKENS, int EXPERTS, int LANE_EXPERTS, bool NORM, bool CLUSTER>
 __global__ void __launch_bounds__(WARPS * 32)
@@ -127,7 +127,7 @@ route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* 
       int top_k, int always, int groups, int kept, int flags, float scale, float eps) {
   static_assert(TOKENS == 1 || !(NORM || CLUSTER), "the norm is that of one row, a cluster that of one token");
   constexpr int BATCH = TOKENS > 1 ? 1 : EXPERTS == 1 ? 16 : 12;  // vectors of a row in flight
-  constexpr int NORM_VECTORS = MOST_NORMED / 8 / (WARPS * 32);    // 16-byte vectors that a thread normalises, at most
+  constexpr int NORM_VECTORS = MAX_NORMED / 8 / (WARPS * 32);    // 16-byte vectors that a thread normalises, at most
   __shared__ u32 keys[WARPS][32 * LANE_EXPERTS];
   [[maybe_unused]] __shared__ int last;
   [[maybe_unused]] __shared__ float gathered[CLUSTER ? 32 * LANE_EXPERTS : 1];  // the logits, in the cluster's first block
@@ -152,9 +152,9 @@ route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* 
       }
   };
   fetch(0);  // the router's rows depend on nothing before
-  __shared__ uint4 normed[NORM ? MOST_NORMED / 8 : 1];
-  __shared__ float4 factors[NORM ? MOST_NORMED / 4 : 1];
-  __shared__ float squares[MOST_NORMED / 256];
+  __shared__ uint4 normed[NORM ? MAX_NORMED / 8 : 1];
+  __shared__ float4 factors[NORM ? MAX_NORMED / 4 : 1];
+  __shared__ float squares[MAX_NORMED / 256];
   if constexpr (NORM)
     for (int i = threadIdx.x; i < k / 4; i += blockDim.x) factors[i] = reinterpret_cast<const float4*>(norm_weight)[i];
   const int tokens = *num_tokens;

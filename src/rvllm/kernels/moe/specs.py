@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from rvllm.kernels.spec import KernelSpec
 
 DTYPES = ("bf16", "f16")
-MOST_EXPERTS = 512  # a router's
-MOST_CHOSEN = 32  # experts of a token
-MOST_GROUPS = 32
-MOST_SEGMENTS = 8  # of K, the warps of a block of `few`
+MAX_EXPERTS = 512  # a router's
+MAX_CHOSEN = 32  # experts of a token
+MAX_GROUPS = 32
+MAX_SEGMENTS = 8  # of K, the warps of a block of `few`
 FEW_TOKENS = 8  # of a step, for `few`
 
 
@@ -26,7 +26,7 @@ class RouteShape:
     tokens: int
     experts: int
     norm: bool = False
-    cluster: bool = False  # the blocks of a token; for up to MOST_CLUSTER of them, on Hopper
+    cluster: bool = False  # the blocks of a token; for up to MAX_CLUSTER of them, on Hopper
 
 
 ROUTES = {
@@ -36,7 +36,7 @@ ROUTES = {
     "_cluster1": RouteShape(8, 1, 1, norm=True, cluster=True),
     "_cluster2": RouteShape(8, 1, 2, norm=True, cluster=True),
 }
-MOST_CLUSTER = 8
+MAX_CLUSTER = 8
 ROUTE_NORM_WIDTH = 4096  # of a row that `route` can normalise too
 ROUTE_LANES = (4, 16)  # experts that a lane compares
 FEW_STAGES, ONE_STAGES = 4, (8, 6, 4)  # of a warp's pipeline
@@ -94,7 +94,7 @@ def sort_smem(warps: int, experts: int) -> int:
 def _specs() -> list[KernelSpec]:
     specs = [
         KernelSpec("sm80_experts_sort", "moe/sort.cu", "rvllm::experts::sort",
-                   smem=sort_smem(SORT_WARPS[-1], MOST_EXPERTS + MOST_CHOSEN))
+                   smem=sort_smem(SORT_WARPS[-1], MAX_EXPERTS + MAX_CHOSEN))
     ]  # fmt: skip
     for dtype in DTYPES:
         for suffix, shape in ROUTES.items():

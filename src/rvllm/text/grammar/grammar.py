@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # model that likes spaces would never come to an end.
 WHITESPACE = r"(\n[ \t]{0,40}| )"
 LONGEST = 1 << 20  # characters of a schema, regex or grammar
-MOST_CHOICES = 10_000
+MAX_CHOICES = 10_000
 KEPT_LENGTH = 1 << 14  # characters of the longest of which the grammar is remembered
 
 _FREE_TEXT = r"/(.|\n)*/"
@@ -132,8 +132,8 @@ def _choice(text: str) -> str:
     choices = json.loads(text)
     if not choices or not all(isinstance(choice, str) for choice in choices):
         raise UsageError("choice must be a list of at least one string")
-    if len(choices) > MOST_CHOICES:
-        raise UsageError(f"choice takes at most {MOST_CHOICES} strings, got {len(choices)}")
+    if len(choices) > MAX_CHOICES:
+        raise UsageError(f"choice takes at most {MAX_CHOICES} strings, got {len(choices)}")
     # As one terminal: a rule with so many branches takes a parser thousands of times as long.
     return "start: CHOICE\nCHOICE: " + " | ".join(literal(choice) for choice in dict.fromkeys(choices))
 

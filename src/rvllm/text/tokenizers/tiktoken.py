@@ -21,7 +21,7 @@ from rvllm.text.tokenizers.tokenizer import built, byte_characters
 if TYPE_CHECKING:
     import tokenizers
 
-MOST_BYTES = 64 << 20  # of a vocabulary file
+MAX_BYTES = 64 << 20  # of a vocabulary file
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def from_tiktoken(file: Path, tokenizer_class: object) -> tokenizers.Tokenizer:
 def read_ranks(file: Path) -> dict[bytes, int]:
     """Tokens and their ranks. Raises ModelError naming the line."""
     try:
-        if file.stat().st_size > MOST_BYTES:
-            raise ModelError(f"{file}: larger than {MOST_BYTES >> 20} MiB, which no vocabulary is")
+        if file.stat().st_size > MAX_BYTES:
+            raise ModelError(f"{file}: larger than {MAX_BYTES >> 20} MiB, which no vocabulary is")
         lines = file.read_bytes().splitlines()
     except OSError as error:
         raise ModelError(f"{file}: cannot read the file: {error.strerror}") from None

@@ -15,7 +15,7 @@ from rvllm.text.tools.formats import CommandR, DeepSeek, Hermes, Llama3, Mistral
 if TYPE_CHECKING:
     from rvllm.text.tokenizers.tokenizer import Tokenizer
 
-MOST_CALLS = 16  # that a forced answer may make in parallel
+MAX_CALLS = 16  # that a forced answer may make in parallel
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def calls_or_form(
         objects = [_call_object(f.name, key, schema) for f, schema in zip(functions, schemas, strict=True)]
         rules += [f"bare_{i}: {json_rule(schema)}" for i, schema in enumerate(objects)]
         rules.append("bare: " + " | ".join(f"bare_{i}" for i in range(len(functions))))
-        more = f" ({literal(between)} bare){{0,{MOST_CALLS - 1}}}" if parallel else ""
+        more = f" ({literal(between)} bare){{0,{MAX_CALLS - 1}}}" if parallel else ""
         ways.append(f"bare{more}")
     main = "\n".join(["start: " + " | ".join(ways), *rules])
     inner = json.loads(form)["grammars"] if form.lstrip().startswith("{") else [{"lark_grammar": form}]
@@ -182,7 +182,7 @@ def _bare_calls(functions: Sequence[Function], schemas: Sequence[Any], parallel:
         before = f'{{"name": "{_in_json(function.name)}", "arguments": '
         rules.append(f"bare_{i}: {literal(before)} {json_rule(schema)} {literal('}')}")
     rules.append("bare_call: " + " | ".join(f"bare_{i}" for i in range(len(functions))))
-    more = rf' ("\n" bare_call){{0,{MOST_CALLS - 1}}}' if parallel else ""
+    more = rf' ("\n" bare_call){{0,{MAX_CALLS - 1}}}' if parallel else ""
     return [f"bare: bare_call{more}", *rules]
 
 
@@ -196,7 +196,7 @@ def _calls(
         parts = (spelled.of(before), json_rule(schema), spelled.of(frame.call_after))
         rules.append(f"call_{i}: " + " ".join(part for part in parts if part))
     rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
-    more = f"({spelled.of(frame.between)} call){{0,{MOST_CALLS - 1}}}" if parallel else ""
+    more = f"({spelled.of(frame.between)} call){{0,{MAX_CALLS - 1}}}" if parallel else ""
     whole = (spelled.of(frame.before), "call", more, spelled.of(frame.after))
     return " ".join(part for part in whole if part), rules
 

@@ -21,7 +21,7 @@ from rvllm.weights.gguf.hybrids import HYBRIDS
 from rvllm.weights.mapped import FileCheckpoint, shown
 
 KNOWN = ARCHITECTURES | HYBRIDS
-MOST_EXPERTS = 1 << 14  # a tensor is made of each
+MAX_EXPERTS = 1 << 14  # a tensor is made of each
 SAMPLING_KEYS = {
     "general.sampling.temp": "temperature",
     "general.sampling.top_k": "top_k",
@@ -147,7 +147,7 @@ def _add_experts(
 ) -> None:
     """The matrices of a stack [experts, rows, columns] as tensors of their own, each under its name."""
     path = file.file.path
-    if len(tensor.shape) != 3 or tensor.shape[0] != experts or experts > MOST_EXPERTS:
+    if len(tensor.shape) != 3 or tensor.shape[0] != experts or experts > MAX_EXPERTS:
         raise ModelError(
             f"{path}: tensor {shown(tensor.name)} has shape {list(tensor.shape)}, "
             f"wanted a matrix for each of {experts} experts"

@@ -21,7 +21,7 @@ def capture(planned: Sequence[Planned], catalog: Catalog, stream: Stream, counts
     return stream.end_capture()
 
 
-class Captured:
+class GraphCache:
     """Graphs by kind and padded size, each with its kernels; `seconds` is what capturing them took."""
 
     def __init__(self, catalog: Catalog, stream: Stream) -> None:

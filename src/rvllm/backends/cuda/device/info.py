@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Chip:
+class DeviceInfo:
     """What of the GPU decides between kernels."""
 
     capability: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rvllm.backends.cuda.layout.weights import Form
+from rvllm.backends.cuda.layout.weights import WeightLayout
 from rvllm.program.rope import Rope
 
 
@@ -17,7 +17,7 @@ class Addresses:
     `sampling.StateSizes` and the kernels.
     """
 
-    weights: Mapping[tuple[str, Form], int]
+    weights: Mapping[tuple[str, WeightLayout], int]
     buffers: Mapping[str, int]
     caches: Mapping[str, tuple[int, int]]
     ropes: Mapping[Rope, tuple[int, int]]

@@ -12,7 +12,7 @@ from rvllm.backends.cuda.device.driver import Pinned, Stream
 from rvllm.backends.cuda.layout.addresses import Addresses, Shape
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.memory import BLOCK, MemoryPlan, ropes_of, state_line
-from rvllm.backends.cuda.layout.weights import ELEMENT, Form, Wanted
+from rvllm.backends.cuda.layout.weights import ELEMENT, PackedWeight, WeightLayout
 from rvllm.backends.cuda.ops.sampling.slots import MAX_TOP, StateSizes
 from rvllm.program.memory import plan_workspace
 from rvllm.program.ops.dense import Program
@@ -59,18 +59,18 @@ class DeviceState:
 
     addresses: Addresses
     shape: Shape
-    places: list[tuple[Wanted, int]]
+    places: list[tuple[PackedWeight, int]]
     start_entries: int  # slot starts are sent here: entries, then the words they point into
     logprobs: LogprobArrays
     kv: Range
 
 
 def carve(
-    arena: Arena, program: Program, stages: Sequence[Stage], plan: MemoryPlan, wanted: Sequence[Wanted]
+    arena: Arena, program: Program, stages: Sequence[Stage], plan: MemoryPlan, wanted: Sequence[PackedWeight]
 ) -> DeviceState:
     """Takes everything the plan lists from the arena, line by line."""
     places = [(w, arena.take("weights", w.nbytes, w.weight.name).address) for w in wanted]
-    weights: dict[tuple[str, Form], int] = {(w.weight.name, w.form): a for w, a in places}
+    weights: dict[tuple[str, WeightLayout], int] = {(w.weight.name, w.form): a for w, a in places}
     workspace = plan_workspace(list(stages), plan.tokens, plan.samples)
     base = arena.take("workspace", workspace.nbytes).address
     vocab = -(-program.vocab_size // 4) * 4

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rvllm.backends.base import MAX_BIASES, MAX_STOPS
 from rvllm.backends.cuda.device.arena import ALIGNMENT
 from rvllm.backends.cuda.device.driver import DeviceFacts
-from rvllm.backends.cuda.device.info import Chip
+from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import Layout
-from rvllm.backends.cuda.layout.weights import ELEMENT, Wanted
+from rvllm.backends.cuda.layout.weights import ELEMENT, PackedWeight
 from rvllm.backends.cuda.lowering import scratch_of
 from rvllm.backends.cuda.ops.attention.paged import decode_plans
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, table_stride
 from rvllm.backends.cuda.ops.family import TileShape
 from rvllm.backends.cuda.ops.gemm.cublas import WORKSPACE
-from rvllm.backends.cuda.ops.sampling.slots import MAX_BIASES, MAX_STOPS, MAX_TOP, START_WORDS, StateSizes
+from rvllm.backends.cuda.ops.sampling.slots import MAX_TOP, START_WORDS, StateSizes
 from rvllm.backends.lengths import asked_length
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
@@ -28,7 +29,7 @@ GB = 1_000_000_000
 BLOCK = 16  # positions of a KV block
 SCORED_ROWS = 64  # rows of a step that may be scored for prompt logprobs besides the sampled ones
 DEFAULT_TOKENS = 8192
-LEAST_START_WORDS = 1 << 18
+MIN_START_WORDS = 1 << 18
 HEADROOM = 256 << 20  # for what the driver takes by itself: kernels, graphs, their launch buffers
 
 
@@ -85,7 +86,7 @@ def plan_memory(
     facts: DeviceFacts,
     budget: Budget,
     tiles: TileShape | None,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[PackedWeight],
 ) -> MemoryPlan:
     """Lays out the budget; the KV cache gets what the rest leaves.
 
@@ -108,7 +109,7 @@ def plan_memory(
         tiles=-(-tokens * tiles.group // tiles.rows) + seqs if tiles else 0,
         updates=min(seqs * stride, 1 << 16),
     )
-    start_words = max(LEAST_START_WORDS, seqs * START_WORDS + longest + 2 * MAX_BIASES + MAX_STOPS)
+    start_words = max(MIN_START_WORDS, seqs * START_WORDS + longest + 2 * MAX_BIASES + MAX_STOPS)
     mask_words = -(-program.vocab_size // 32)
     sizes, vocab = StateSizes(seqs, program.vocab_size), -(-program.vocab_size // 4) * 4
 
@@ -145,7 +146,7 @@ def plan_memory(
     if asked is None and config.kv_cache_memory_gb is not None:
         asked = max(1, int(config.kv_cache_memory_gb * GB) // block_bytes)
     blocks = asked or most_blocks
-    chip = Chip(facts.capability, facts.sm_count, facts.smem_per_block)
+    chip = DeviceInfo(facts.capability, facts.sm_count, facts.smem_per_block)
     decode = decode_plans(program.ops, program.dtype, chip, seqs, longest, blocks)
     partial = max((p.partial_bytes for p in decode.values()), default=0)
     arrivals = max((p.arrivals_bytes for p in decode.values()), default=0)

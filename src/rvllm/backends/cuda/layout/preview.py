@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.layout.joining import joined
 from rvllm.backends.cuda.layout.memory import BLOCK, HEADROOM, Budget
-from rvllm.backends.cuda.loaded_model import Found
+from rvllm.backends.cuda.loaded_model import OpenDevice
 from rvllm.backends.cuda.ops.encoder.plan import EncoderPlan
-from rvllm.backends.cuda.step_planner import Recipe
+from rvllm.backends.cuda.step_planner import StepPlanner
 from rvllm.config import EngineConfig
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import embedding_size
 
 
 @dataclass(frozen=True)
-class Outlook:
+class MemoryPreview:
     """lines: bytes by name, of all the device's memory; their sum is `total`. limits: what would fit."""
 
     total: int
@@ -24,19 +24,19 @@ class Outlook:
     limits: dict[str, int]
 
 
-def outlook_here(program: Program, config: EngineConfig) -> Outlook:
-    """The outlook on this machine's GPU as it is now. Raises what the start would raise."""
-    found = Found.for_program(program, config)
+def preview_here(program: Program, config: EngineConfig) -> MemoryPreview:
+    """The preview on this machine's GPU as it is now. Raises what the start would raise."""
+    found = OpenDevice.for_program(program, config)
     try:
-        return outlook(program, config, found.facts, found.budget)
+        return preview(program, config, found.facts, found.budget)
     finally:
         found.device.close()
 
 
-def outlook(program: Program, config: EngineConfig, facts: DeviceFacts, budget: Budget) -> Outlook:
+def preview(program: Program, config: EngineConfig, facts: DeviceFacts, budget: Budget) -> MemoryPreview:
     """The lines and limits of the plan that a start with this budget follows."""
     if embedding_size(program) is None:
-        memory = Recipe.plan(joined(program), config, facts, budget)[0].memory
+        memory = StepPlanner.plan(joined(program), config, facts, budget)[0].memory
         taken = memory.lines
         limits = {
             "kv blocks": memory.num_blocks,
@@ -60,4 +60,4 @@ def outlook(program: Program, config: EngineConfig, facts: DeviceFacts, budget: 
         "kept for kernels and graphs": HEADROOM,
         "free": rest,
     }
-    return Outlook(budget.total, lines, limits)
+    return MemoryPreview(budget.total, lines, limits)

@@ -16,16 +16,16 @@ from rvllm.program.ops.mamba2 import CausalConv, GatedNorm, StateScan
 # packed, gated: tiles for our matrix kernels, gated with gate and up rows interleaved; stack, gated_stack:
 # the same for each matrix of a stack, one behind the other; table: row-major, for lookups and for cuBLAS;
 # norm: float32; bias, gated_bias: the model's type, gated_bias interleaved like its matrix.
-Form = Literal["packed", "gated", "stack", "gated_stack", "table", "norm", "bias", "gated_bias"]
+WeightLayout = Literal["packed", "gated", "stack", "gated_stack", "table", "norm", "bias", "gated_bias"]
 ELEMENT = 2  # bytes of the model's type on a GPU: bfloat16 or float16
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PackedWeight:
     """A weight in one form; the same weight may be wanted in two (a tied head)."""
 
     weight: Weight
-    form: Form
+    form: WeightLayout
 
     @property
     def rows(self) -> int:
@@ -65,16 +65,16 @@ class Wanted:
                 return ELEMENT * self.rows
 
 
-def wanted_weights(stages: Iterable[Stage], matrices: Form = "packed") -> list[Wanted]:
+def packed_weights(stages: Iterable[Stage], matrices: WeightLayout = "packed") -> list[PackedWeight]:
     """Every (weight, form) the stages use, each once, in order of first use.
 
     matrices: the form of matrices that are not gated.
     """
-    found: dict[tuple[str, Form], Wanted] = {}
+    found: dict[tuple[str, WeightLayout], PackedWeight] = {}
 
-    def want(weight: Weight | None, form: Form) -> None:
+    def want(weight: Weight | None, form: WeightLayout) -> None:
         if weight is not None:
-            found.setdefault((weight.name, form), Wanted(weight, form))
+            found.setdefault((weight.name, form), PackedWeight(weight, form))
 
     for stage in stages:
         gated = any(is_gate(op) for op in stage.ops[1:])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rvllm.program.ops.dense import Op
 
 if TYPE_CHECKING:
-    from rvllm.backends.cuda.device.info import Chip
+    from rvllm.backends.cuda.device.info import DeviceInfo
     from rvllm.backends.cuda.layout.fusion import Stage
     from rvllm.backends.cuda.lowering import Lowering
     from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
@@ -40,6 +40,6 @@ class PagedPlans:
     group(op): see TileShape. The two plans raise MissingKernelError.
     """
 
-    decode: Callable[[Op, DType, Chip, int, int, int], DecodePlan]
-    prefill: Callable[[Op, DType, Chip], PrefillPlan]
+    decode: Callable[[Op, DType, DeviceInfo, int, int, int], DecodePlan]
+    prefill: Callable[[Op, DType, DeviceInfo], PrefillPlan]
     group: Callable[[Op], int]

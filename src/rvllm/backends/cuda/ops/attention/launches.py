@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rvllm.backends.cuda.device.info import Chip
+from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import fixed
 from rvllm.backends.cuda.layout.metadata import NUM_DECODES, NUM_TOKENS
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan, decode_of, plan_prefill
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rvllm.backends.cuda.lowering import Lowering
 
 
-def _decode(op: Op, dtype: DType, chip: Chip, seqs: int, longest: int, blocks: int) -> DecodePlan:
+def _decode(op: Op, dtype: DType, chip: DeviceInfo, seqs: int, longest: int, blocks: int) -> DecodePlan:
     assert isinstance(op, Attention | BlockSparseAttention)
     plan = decode_of(op, dtype, chip, seqs, longest, blocks)
     if isinstance(op, BlockSparseAttention):
@@ -34,7 +34,7 @@ def _decode(op: Op, dtype: DType, chip: Chip, seqs: int, longest: int, blocks: i
     return plan
 
 
-def _prefill(op: Op, dtype: DType, chip: Chip) -> PrefillPlan:
+def _prefill(op: Op, dtype: DType, chip: DeviceInfo) -> PrefillPlan:
     assert isinstance(op, Attention | BlockSparseAttention)
     plan = plan_prefill(dtype, op.head_dim, smem_per_block=chip.smem_per_block)
     if isinstance(op, BlockSparseAttention):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
-from rvllm.backends.cuda.device.info import Chip
+from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.ops.attention.launches import PAGED as ATTENTION
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.ops.family import PagedPlans, TileShape
@@ -23,7 +23,7 @@ PAGED: dict[type[Op], PagedPlans] = {**ATTENTION, **LATENT}
 
 
 def decode_plans(
-    ops: Iterable[Op], dtype: DType, chip: Chip, seqs: int, longest: int, blocks: int
+    ops: Iterable[Op], dtype: DType, chip: DeviceInfo, seqs: int, longest: int, blocks: int
 ) -> dict[str, DecodePlan]:
     """By op: how it is launched for at most `seqs` sequences of one token, each at most `longest` long.
 
@@ -32,7 +32,7 @@ def decode_plans(
     return _plans(ops, lambda plans, op: plans.decode(op, dtype, chip, seqs, longest, blocks))
 
 
-def prefill_plans(ops: Iterable[Op], dtype: DType, chip: Chip) -> dict[str, PrefillPlan]:
+def prefill_plans(ops: Iterable[Op], dtype: DType, chip: DeviceInfo) -> dict[str, PrefillPlan]:
     """By op: how it is launched for sequences of several tokens; raises as `decode_plans` does."""
     return _plans(ops, lambda plans, op: plans.prefill(op, dtype, chip))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.cuda.device.info import Chip
+from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.attention.specs import (
     DECODE_SEQS,
@@ -107,7 +107,7 @@ def plan_decode(
 
 
 def decode_of(
-    op: Attention | BlockSparseAttention, dtype: DType, chip: Chip, seqs: int, longest: int, blocks: int
+    op: Attention | BlockSparseAttention, dtype: DType, chip: DeviceInfo, seqs: int, longest: int, blocks: int
 ) -> DecodePlan:
     """`plan_decode` for an op: up to `seqs` sequences of up to `longest` tokens, `blocks` in the KV pool."""
     return plan_decode(

@@ -8,13 +8,13 @@ from typing import Any
 from rvllm.backends.cuda.buckets import token_buckets
 from rvllm.backends.cuda.device.arena import ALIGNMENT
 from rvllm.backends.cuda.device.driver import DeviceFacts
-from rvllm.backends.cuda.device.info import Chip
+from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Counts, Planned, kernel_names
 from rvllm.backends.cuda.layout.addresses import Addresses, Shape
 from rvllm.backends.cuda.layout.fusion import Stage, fuse
 from rvllm.backends.cuda.layout.memory import GB, Budget
 from rvllm.backends.cuda.layout.metadata import Layout
-from rvllm.backends.cuda.layout.weights import Wanted, wanted_weights
+from rvllm.backends.cuda.layout.weights import PackedWeight, packed_weights
 from rvllm.backends.cuda.lowering import Lowering, scratch_of
 from rvllm.backends.cuda.ops.gemm.cublas import WORKSPACE
 from rvllm.backends.cuda.step_planner import distinct
@@ -26,7 +26,7 @@ from rvllm.program.memory import Workspace, plan_workspace
 from rvllm.program.ops.dense import Program
 
 TOKENS = 16384  # of the largest step, unless asked otherwise
-LEAST_WORKSPACE = 48 << 20  # weights pass through the workspace when they are loaded
+MIN_WORKSPACE = 48 << 20  # weights pass through the workspace when they are loaded
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class EncoderPlan:
     """
 
     program: Program
-    chip: Chip
+    chip: DeviceInfo
     stages: list[Stage]
-    wanted: list[Wanted]
+    wanted: list[PackedWeight]
     workspace: Workspace
     layout: Layout
     lines: dict[str, int]
@@ -56,13 +56,13 @@ class EncoderPlan:
         native = config.gemm_strategy == "native"
         seqs = config.max_num_seqs
         stages = fuse(program, gated_epilogue=native)
-        wanted = wanted_weights(stages, "packed" if native else "table")
+        wanted = packed_weights(stages, "packed" if native else "table")
         workspace = plan_workspace(stages, tokens, seqs)
         scratch = scratch_of(program, tokens, seqs)
         layout = Layout(tokens, seqs, samples=0, tiles=_tiles(tokens, seqs), updates=0)
         lines = {
             "weights": sum(_aligned(w.nbytes) for w in wanted),
-            "workspace": _aligned(max(workspace.nbytes, LEAST_WORKSPACE)),
+            "workspace": _aligned(max(workspace.nbytes, MIN_WORKSPACE)),
             "metadata": _aligned(layout.nbytes),
         }
         if scratch:
@@ -79,7 +79,7 @@ class EncoderPlan:
             )
         return EncoderPlan(
             program=program,
-            chip=Chip(facts.capability, facts.sm_count, facts.smem_per_block),
+            chip=DeviceInfo(facts.capability, facts.sm_count, facts.smem_per_block),
             stages=stages,
             wanted=wanted,
             workspace=workspace,

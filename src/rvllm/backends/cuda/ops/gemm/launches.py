@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rvllm.backends.cuda.device.launches import Count, MatrixMap, fixed
-from rvllm.backends.cuda.layout.weights import Form
+from rvllm.backends.cuda.layout.weights import WeightLayout
 from rvllm.backends.cuda.ops.family import Emitter
 from rvllm.backends.cuda.ops.gemm.cublas import KERNEL as CUBLAS
 from rvllm.backends.cuda.ops.gemm.cublas import Matmul
@@ -38,7 +38,7 @@ class Epilogue:
 
     out: int
     pitch: int
-    form: Form = "packed"
+    form: WeightLayout = "packed"
     kind: Kind = Kind.STORE
     residual: int = 0
     scale: float = 1.0

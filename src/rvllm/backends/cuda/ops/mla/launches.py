@@ -13,7 +13,7 @@ import ctypes
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from rvllm.backends.cuda.device.info import Chip
+from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Count
 from rvllm.backends.cuda.layout.metadata import NUM_DECODES, NUM_TOKENS
 from rvllm.backends.cuda.layout.weights import ELEMENT
@@ -44,7 +44,7 @@ def _shape(op: Op) -> LatentShape:
     return LatentShape(op.heads, op.rank, op.cache.key_dim - op.rank)
 
 
-def _decode(op: Op, dtype: DType, chip: Chip, seqs: int, longest: int, blocks: int) -> DecodePlan:
+def _decode(op: Op, dtype: DType, chip: DeviceInfo, seqs: int, longest: int, blocks: int) -> DecodePlan:
     return plan_decode(
         dtype,
         _shape(op),
@@ -56,7 +56,7 @@ def _decode(op: Op, dtype: DType, chip: Chip, seqs: int, longest: int, blocks: i
     )
 
 
-def _prefill(op: Op, dtype: DType, chip: Chip) -> PrefillPlan:
+def _prefill(op: Op, dtype: DType, chip: DeviceInfo) -> PrefillPlan:
     return plan_prefill(dtype, _shape(op), chip.smem_per_block)
 
 

@@ -12,9 +12,9 @@ from rvllm.errors import MissingKernelError
 from rvllm.kernels.mla.specs import (
     DECODE,
     EIGHTS,
-    MOST_INNER,
-    MOST_RANK,
-    MOST_WIDTH,
+    MAX_INNER,
+    MAX_RANK,
+    MAX_WIDTH,
     PREFILL,
     STATIC,
     decode_smem,
@@ -75,7 +75,7 @@ def plan_decode(
     fitting = (
         (suffix, buffers)
         for suffix, (buffers, most) in kernels
-        if max_seqs <= most and decode_smem(MOST_WIDTH, buffers, most) + STATIC <= smem_per_block
+        if max_seqs <= most and decode_smem(MAX_WIDTH, buffers, most) + STATIC <= smem_per_block
     )
     suffix, buffers = next(fitting, ("", 0))
     if not buffers:
@@ -107,7 +107,7 @@ def plan_prefill(dtype: DType, shape: LatentShape, smem_per_block: int) -> Prefi
     """The launch that computes prompts; raises MissingKernelError as `plan_decode` does."""
     check(shape)
     for suffix, (warps, groups, buffers) in PREFILL.items():
-        if tiles_smem(MOST_WIDTH, 16 * groups, buffers) + STATIC <= smem_per_block:
+        if tiles_smem(MAX_WIDTH, 16 * groups, buffers) + STATIC <= smem_per_block:
             smem = tiles_smem(shape.width, 16 * groups, buffers)
             name = f"sm80_{tag_of(dtype)}_latent_prefill{suffix}"
             return PrefillPlan(name, 16 * groups, 32 * warps * groups, smem)
@@ -117,10 +117,10 @@ def plan_prefill(dtype: DType, shape: LatentShape, smem_per_block: int) -> Prefi
 def check(shape: LatentShape) -> None:
     """Raises MissingKernelError for a shape without kernels."""
     fits = shape.rank % 16 == 0 and shape.rotated % 16 == 0
-    if not fits or shape.rank > MOST_RANK or shape.width > MOST_WIDTH:
+    if not fits or shape.rank > MAX_RANK or shape.width > MAX_WIDTH:
         raise MissingKernelError(
             f"no latent attention kernel for a latent of {shape.rank} elements and a key of {shape.rotated}: "
-            f"multiples of 16, the latent at most {MOST_RANK} and both together at most {MOST_WIDTH}"
+            f"multiples of 16, the latent at most {MAX_RANK} and both together at most {MAX_WIDTH}"
         )
 
 
@@ -150,10 +150,10 @@ class Product:
 def plan_product(op: HeadLinear, tokens: int) -> Product:
     """The product for up to `tokens` tokens; raises MissingKernelError for odd sizes."""
     heads, rows, inner = op.weight.shape
-    if inner % 8 or op.tail % 8 or rows % (8 if op.tail else 2) or inner > MOST_INNER:
+    if inner % 8 or op.tail % 8 or rows % (8 if op.tail else 2) or inner > MAX_INNER:
         raise MissingKernelError(
             f"no kernel for heads' matrices [{rows}, {inner}] with {op.tail} more elements; sizes must be "
-            f"multiples of 8, and the inner one at most {MOST_INNER}"
+            f"multiples of 8, and the inner one at most {MAX_INNER}"
         )
     eights = next((n for n in EIGHTS if 8 * n >= tokens), EIGHTS[-1])
     return Product(f"n{8 * eights}", heads, rows, inner, op.tail, eights, product_smem(inner, eights))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_TOKENS
-from rvllm.backends.cuda.layout.weights import Form
+from rvllm.backends.cuda.layout.weights import WeightLayout
 from rvllm.backends.cuda.ops.family import Emitter, Scratch
 from rvllm.backends.cuda.ops.moe.plan import (
     WIDE_ROUTE,
@@ -57,7 +57,7 @@ def _experts(lowering: Lowering, stage: Stage) -> None:
     assert isinstance(op, Experts)
     assert add is None or isinstance(add, Add)
     buffers, scratch = lowering.at.buffers, lowering.at.scratch
-    form: Form = "gated_stack" if op.gated else "stack"
+    form: WeightLayout = "gated_stack" if op.gated else "stack"
     at = ExpertsAt(
         x=buffers[op.x.name],
         ids=buffers[op.ids.name],

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-from rvllm.backends.cuda.device.info import Chip
+from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Planned, fixed
 from rvllm.backends.cuda.ops.gemm.plan import gated_rows
 from rvllm.errors import MissingKernelError
@@ -19,11 +19,11 @@ from rvllm.kernels.moe.specs import (
     BLOCKS,
     FEW_STAGES,
     FEW_TOKENS,
-    MOST_CHOSEN,
-    MOST_CLUSTER,
-    MOST_EXPERTS,
-    MOST_GROUPS,
-    MOST_SEGMENTS,
+    MAX_CHOSEN,
+    MAX_CLUSTER,
+    MAX_EXPERTS,
+    MAX_GROUPS,
+    MAX_SEGMENTS,
     ONE_STAGES,
     ROUTE_LANES,
     ROUTES,
@@ -87,7 +87,7 @@ class ExpertsAt:
 
 def segments_of(k: int) -> int:
     """Into how many segments an expert's sums over K are cut, whatever kernel sums them."""
-    return max(1, min(MOST_SEGMENTS, -(-k // TILE) // 2))
+    return max(1, min(MAX_SEGMENTS, -(-k // TILE) // 2))
 
 
 def most_tiles(entries: int, experts: int, tile: int) -> int:
@@ -105,10 +105,10 @@ def plan_route(
     """
     experts, k = op.weight.shape
     chosen = op.top_k + op.always
-    if experts > MOST_EXPERTS or chosen > MOST_CHOSEN or op.groups > MOST_GROUPS or k % 8:
+    if experts > MAX_EXPERTS or chosen > MAX_CHOSEN or op.groups > MAX_GROUPS or k % 8:
         raise MissingKernelError(
             f"no routing kernel for {chosen} of {experts} experts in {op.groups} groups of rows of {k}; "
-            f"there is one for up to {MOST_CHOSEN} of {MOST_EXPERTS} in {MOST_GROUPS}, and rows of 8, 16, ..."
+            f"there is one for up to {MAX_CHOSEN} of {MAX_EXPERTS} in {MAX_GROUPS}, and rows of 8, 16, ..."
         )
     suffix = _route_kernel(experts, tokens, norm is not None, capability)
     shape = ROUTES[suffix]
@@ -138,7 +138,7 @@ def _route_kernel(experts: int, tokens: int, norm: bool, capability: int) -> str
     fits = (
         name
         for name, shape in ROUTES.items()
-        if shape.cluster and experts <= MOST_CLUSTER * shape.warps * shape.experts
+        if shape.cluster and experts <= MAX_CLUSTER * shape.warps * shape.experts
     )
     return next(fits, "_norm") if capability >= 90 else "_norm"
 
@@ -151,17 +151,24 @@ class ExpertsPlan:
     """
 
     def __init__(
-        self, op: Experts, name: str, tokens: int, tag: str, chip: Chip, at: ExpertsAt, scale: float = 1.0
+        self,
+        op: Experts,
+        name: str,
+        tokens: int,
+        tag: str,
+        chip: DeviceInfo,
+        at: ExpertsAt,
+        scale: float = 1.0,
     ) -> None:
         self.experts, self.n, self.width = op.down.shape
         if op.x.width % 8 or self.width % 8 or self.n % 8:
             raise MissingKernelError(
                 f"no kernel for experts of {op.x.width} x {self.width} x {self.n}: sizes must be 8, 16, ..."
             )
-        if self.experts - op.always > MOST_EXPERTS or op.ids.width > MOST_CHOSEN:
+        if self.experts - op.always > MAX_EXPERTS or op.ids.width > MAX_CHOSEN:
             raise MissingKernelError(
                 f"no kernel for {op.ids.width} of {self.experts} experts; there is one for up to "
-                f"{MOST_CHOSEN} of {MOST_EXPERTS}"
+                f"{MAX_CHOSEN} of {MAX_EXPERTS}"
             )
         self.op, self.name, self.tokens, self.tag, self.chip, self.at = op, name, tokens, tag, chip, at
         self.top_k, self.scale = op.ids.width, ctypes.c_float(scale)

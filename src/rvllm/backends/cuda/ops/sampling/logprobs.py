@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from rvllm.backends.base import SlotStart, StepResult, TopLogprobs
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Launch, Stream
-from rvllm.backends.cuda.in_flight import Flight
+from rvllm.backends.cuda.in_flight import InFlightStep
 from rvllm.backends.cuda.layout.device_state import DeviceState
 from rvllm.backends.cuda.ops.sampling.slots import MAX_TOP, PICK_THREADS
 
@@ -55,7 +55,7 @@ class Scorer:
         if entry.sampling.logprobs is not None:
             self._tops[entry.slot] = entry.sampling.logprobs
 
-    def launch(self, flight: Flight) -> None:
+    def launch(self, flight: InFlightStep) -> None:
         """Queues the kernel for the rows of this step that want logprobs, and the copy of its answers."""
         flight.asked = []
         if not self._tops and not flight.batch.prompt_logprobs:
@@ -72,7 +72,7 @@ class Scorer:
         self._launch.run(self._stream, (count, 1, 1))
         self._stream.copy_to_host(flight.scores.address, arrays.token, arrays.result_bytes)
 
-    def _ask(self, flight: Flight) -> list[tuple[int, int, int]]:
+    def _ask(self, flight: InFlightStep) -> list[tuple[int, int, int]]:
         """(row, target token or -1 for the drawn one, top tokens wanted) of each entry."""
         batch, rows = flight.batch, flight.rows
         ends = np.cumsum(batch.query_lens)
@@ -93,7 +93,7 @@ class Scorer:
                 flight.asked.append((s, True, top))
         return entries
 
-    def read(self, flight: Flight, result: StepResult) -> None:
+    def read(self, flight: InFlightStep, result: StepResult) -> None:
         """Puts the kernel's answers into the step's result."""
         for s in flight.batch.prompt_logprobs:
             result.prompt_logprobs[s] = []

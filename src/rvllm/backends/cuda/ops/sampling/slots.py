@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import MOST_BIASES, MOST_STOPS, SamplingSpec, SlotStart
+from rvllm.backends.base import MAX_BIASES, MAX_STOPS, SamplingSpec, SlotStart
 from rvllm.errors import UsageError
 
-MAX_BIASES, MAX_STOPS = MOST_BIASES, MOST_STOPS  # of sampling/sampling.cuh too
 MAX_TOP = 20  # most likely tokens reported with logprobs
 CHUNK = 1024  # logits a warp of sample_scan looks at
 SCAN_WARPS = 8  # warps of its blocks
