@@ -178,6 +178,7 @@ def _built(unit: build.Unit, sources: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         for name, text in {**files, "main.cpp": main}.items():
+            (Path(place) / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(place) / name).write_text(text)
         command = [compiler() or "g++", *FLAGS, *(f"-D{d}" for d in unit.defines), f"-I{place}", f"-I{SHIM}",
                    f"{place}/main.cpp", "-o", f"{place}/out.so", "-lm"]  # fmt: skip
