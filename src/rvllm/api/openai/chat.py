@@ -107,12 +107,12 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
         raise invalid(
             f"{where}.role must be one of {', '.join(ROLES)}, got {message.role[:40]!r}", f"{where}.role"
         )
-    if message.content is None and message.role != "assistant":
+    if (message.content is None or message.content is UNSET) and message.role != "assistant":
         raise invalid(f"{where}.content is required", f"{where}.content")
     plain: dict[str, Any] = msgspec.to_builtins(message)
     plain["role"] = "system" if message.role == "developer" else message.role
-    if message.content is None and not message.tool_calls:
-        plain["content"] = ""
+    if not message.tool_calls:  # an empty list of calls is none; templates look for the field
+        plain.pop("tool_calls", None)
     return plain
 
 
@@ -262,7 +262,7 @@ class _Chat:
 def _echoed(request: ChatRequest) -> str:
     """With `echo`, the text of the final message that the answer continues."""
     last = request.messages[-1]
-    if not request.echo or last.role != "assistant" or last.content is None:
+    if not request.echo or last.role != "assistant" or not last.content or last.content is UNSET:
         return ""
     if isinstance(last.content, str):
         return last.content

@@ -119,15 +119,17 @@ class GenerationRequest(Refused, kw_only=True):
 class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One message of a conversation; templates get its fields under the same names.
 
-    content: a text or a list of parts, of which only text parts are understood.
+    content: a text or a list of parts, of which only text parts are understood; null and absent are two
+    things to some templates.
     """
 
     role: str
-    content: str | list[str | dict[str, Any]] | None = None
+    content: str | list[str | dict[str, Any]] | msgspec.UnsetType | None = msgspec.UNSET
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class ChatRequest(GenerationRequest, kw_only=True):

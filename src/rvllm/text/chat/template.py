@@ -6,12 +6,13 @@ plain JSON values only.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from rvllm.errors import UsageError
+from rvllm.text.chat.arguments import as_text, mended, parsed
+from rvllm.text.chat.traits import ABSENT, TemplateTraits
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -42,9 +43,9 @@ def render_chat(
         raise UsageError("messages must not be empty")
     if add_generation_prompt and continue_final_message:
         raise UsageError("add_generation_prompt and continue_final_message exclude each other")
-    compiled, takes_parts = _compile(template)
+    compiled, traits = _compile(template)
     try:
-        chat = [_message(message, index, takes_parts) for index, message in enumerate(messages)]
+        chat = [_message(message, index, traits) for index, message in enumerate(messages)]
         values = {
             **_plain(dict(variables or {})),
             "messages": chat,
@@ -64,6 +65,11 @@ def check_template(template: str) -> None:
     _compile(template)
 
 
+def template_traits(template: str) -> TemplateTraits:
+    """What a template makes of messages. Raises UsageError when it does not compile."""
+    return _compile(template)[1]
+
+
 def _render(compiled: Template, values: Mapping[str, Any]) -> str:
     from jinja2 import TemplateError
 
@@ -78,19 +84,28 @@ def _render(compiled: Template, values: Mapping[str, Any]) -> str:
 
 
 @lru_cache(maxsize=32)
-def _compile(template: str) -> tuple[Template, bool]:
-    """The compiled template, and whether it handles content given as a list of parts."""
+def _compile(template: str) -> tuple[Template, TemplateTraits]:
+    """The compiled template, and what it makes of messages."""
     from jinja2 import TemplateSyntaxError
 
     from rvllm.text.chat.jinja import environment
 
     env = environment()
     try:
-        return env.from_string(template), _loops_over_content(env.parse(template))
+        compiled = env.from_string(template)
+        return compiled, TemplateTraits(partial(_tried, compiled), _loops_over_content(env.parse(template)))
     except TemplateSyntaxError as error:
         raise UsageError(f"chat template: line {error.lineno}: {error.message}") from None
     except RecursionError:
         raise UsageError("chat template: nested too deeply") from None
+
+
+def _tried(compiled: Template, values: Mapping[str, Any]) -> str | None:
+    """A trial rendering; None where the template fails."""
+    try:
+        return _render(compiled, values)
+    except UsageError:
+        return None
 
 
 def _loops_over_content(tree: Any) -> bool:
@@ -131,28 +146,49 @@ def _plain(value: Any) -> Any:
     return f"<{type(value).__name__}>"
 
 
-def _message(message: Mapping[str, Any], index: int, takes_parts: bool) -> dict[str, Any]:
-    """One message as templates expect it: no null fields, text content, tool arguments as objects."""
+def _message(message: Mapping[str, Any], index: int, traits: TemplateTraits) -> dict[str, Any]:
+    """One message as this template takes it; fields that are null are left out, as Transformers does.
+
+    An assistant's content that is null, absent or empty stays what it is, unless the template fails on it
+    or loses the calls beside it (`TemplateTraits.content`).
+    """
     where = f"messages[{index}]"
     if not isinstance(message, Mapping):
         raise UsageError(f"{where} must be an object with role and content")
-    plain: dict[str, Any] = {k: v for k, v in _plain(message).items() if v is not None}
+    given = _plain(message)
+    plain: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     if not isinstance(plain.get("role"), str):
         raise UsageError(f"{where}.role must be a string")
     if "content" in plain:
-        plain["content"] = _content(plain["content"], f"{where}.content", takes_parts)
-    for call in plain.get("tool_calls") or ():
-        _parse_arguments(call, f"{where}.tool_calls")
+        plain["content"] = _content(plain["content"], f"{where}.content", traits)
+    calls = plain.get("tool_calls") or ()
+    for call in calls:
+        _give_arguments(call, f"{where}.tool_calls", traits)
+    if not plain.get("content") and plain["role"] == "assistant":
+        content = given.get("content", ABSENT)
+        plain = _with_content(given, plain, traits.content(content, with_calls=bool(calls)))
     reasoning = next((plain[key] for key in _REASONING if plain.get(key) is not None), None)
     if reasoning is not None:
         plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
     return plain
 
 
-def _content(content: Any, where: str, takes_parts: bool) -> str | list[dict[str, Any]]:
-    """Strings stay; parts stay for templates that loop over them, else their texts are joined by newlines."""
+def _with_content(given: Mapping[str, Any], plain: Mapping[str, Any], content: Any) -> dict[str, Any]:
+    """The message with this content, its fields in the order in which they were given."""
+    names = [name for name in given if name in plain or name == "content"]
+    if "content" not in names:
+        names.insert(1, "content")
+    values = {**plain, "content": content}
+    return {name: values[name] for name in names if values[name] is not ABSENT}
+
+
+def _content(content: Any, where: str, traits: TemplateTraits) -> str | list[dict[str, Any]]:
+    """Strings and parts stay for templates that take them; else each becomes the other.
+
+    Texts of parts are joined by newlines.
+    """
     if isinstance(content, str):
-        return content
+        return [{"type": "text", "text": content}] if content and traits.wants_parts else content
     if not isinstance(content, list):
         raise UsageError(f"{where} must be a string or a list of text parts")
     parts: list[dict[str, Any]] = []
@@ -168,20 +204,28 @@ def _content(content: Any, where: str, takes_parts: bool) -> str | list[dict[str
         if not isinstance(text, str):
             raise UsageError(f"{where}[{i}].text must be a string")
         parts.append({**part, "type": "text", "text": text})
-    return parts if takes_parts else "\n".join(part["text"] for part in parts)
+    return parts if traits.loops_over_content else "\n".join(part["text"] for part in parts)
 
 
-def _parse_arguments(call: Any, where: str) -> None:
-    """OpenAI sends a call's arguments as JSON text, templates expect the object."""
+def _give_arguments(call: Any, where: str, traits: TemplateTraits) -> None:
+    """Makes a call's arguments what the template wants: JSON text, or the object that it stands for.
+
+    Text that is broken JSON stays text for a template that shows it; others get the object that it begins.
+    """
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict):
         raise UsageError(f"{where} must hold objects with a function")
-    if not isinstance(function.get("arguments"), str):
+    arguments = function.get("arguments")
+    if traits.wants_text_arguments:
+        if arguments is not None:
+            function["arguments"] = as_text(arguments)
+        return
+    if not isinstance(arguments, str):
         return
     try:
-        function["arguments"] = json.loads(function["arguments"]) if function["arguments"].strip() else {}
+        function["arguments"] = parsed(arguments)
     except ValueError:
-        raise UsageError(f"{where}: arguments of {function.get('name')!r} are not valid JSON") from None
+        function["arguments"] = arguments if traits.takes_text_arguments else mended(arguments)
 
 
 def _mark_end(chat: list[dict[str, Any]]) -> str:
