@@ -14,6 +14,7 @@ from starlette.routing import Match, Route
 
 from rvllm.api import system
 from rvllm.api.anthropic.messages import count_tokens, messages
+from rvllm.api.batches.lines import Answering
 from rvllm.api.docs.page import docs, openapi
 from rvllm.api.generate.generation import Service
 from rvllm.api.http.errors import ApiError
@@ -47,12 +48,10 @@ def build_app(service: Service, gate: Gate) -> Starlette:
         endpoint = Endpoint(gate, name or path, bound, fields, open=open, failure=failure)  # type: ignore[arg-type]
         return Route(path, endpoint, methods=[method])
 
+    stateless = _stateless()
     return Starlette(
         routes=[
-            route(
-                "POST", "/v1/chat/completions", generating(chat_completions), ChatRequest.__struct_fields__
-            ),
-            route("POST", "/v1/completions", generating(completions), CompletionRequest.__struct_fields__),
+            *(route("POST", path, handler, fields) for path, (handler, fields) in stateless.items()),
             *(
                 route("POST", path, generating(handler), fields, failure=anthropic.failure)
                 for path, handler, fields in (
@@ -64,7 +63,6 @@ def build_app(service: Service, gate: Gate) -> Starlette:
                     ),
                 )
             ),
-            route("POST", "/v1/embeddings", embeddings, EmbeddingRequest.__struct_fields__),
             *(
                 route("POST", path, handler, fields)
                 for paths, handler, fields in (
@@ -78,7 +76,7 @@ def build_app(service: Service, gate: Gate) -> Starlette:
             route("POST", "/tokenize", system.tokenize, ("prompt", "messages", "tools")),
             route("POST", "/detokenize", system.detokenize, ("tokens",)),
             route("GET", "/tokenizer_info", system.tokenizer_info),
-            *stateful_routes(service, gate),
+            *stateful_routes(service, gate, answering(service)),
             route("GET", "/health", system.health, open=True),
             route("GET", "/metrics", system.metrics, open=True),
             route("GET", "/version", system.version, open=True),
@@ -92,6 +90,20 @@ def build_app(service: Service, gate: Gate) -> Starlette:
         ],
         exception_handlers={HTTPException: _http_error},
     )
+
+
+def _stateless() -> dict[str, tuple[ServiceHandler, tuple[str, ...]]]:
+    """(handler, the body's fields) of what a line of a batch may ask for too, by path."""
+    return {
+        "/v1/chat/completions": (generating(chat_completions), ChatRequest.__struct_fields__),
+        "/v1/completions": (generating(completions), CompletionRequest.__struct_fields__),
+        "/v1/embeddings": (embeddings, EmbeddingRequest.__struct_fields__),
+    }
+
+
+def answering(service: Service) -> dict[str, Answering]:
+    """The same handlers for the lines of batches, by path."""
+    return {path: partial(handler, service) for path, (handler, _) in _stateless().items()}
 
 
 def generating(handler: ServiceHandler) -> ServiceHandler:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from starlette.routing import Route
 
 from rvllm.api.batches.endpoints import Batches
 from rvllm.api.batches.files import Files
-from rvllm.api.batches.lines import endpoints
+from rvllm.api.batches.lines import Answering
 from rvllm.api.batches.store import BatchStore
 from rvllm.api.generate.generation import Service
 from rvllm.api.http.exchange import Endpoint, Exchange, Gate, Handler
@@ -17,8 +19,11 @@ from rvllm.api.responses.store import ResponseStore
 from rvllm.api.schemas.responses import ResponsesRequest
 
 
-def stateful_routes(service: Service, gate: Gate) -> list[Route]:
-    """Opens the stores and routes to them. Raises UsageError when a store cannot be opened."""
+def stateful_routes(service: Service, gate: Gate, answering: Mapping[str, Answering]) -> list[Route]:
+    """Opens the stores and routes to them. answering: what answers a batch's lines, besides responses.
+
+    Raises UsageError when a store cannot be opened.
+    """
     config = service.config
     store = ResponseStore(
         config.responses_db, config.responses_ttl_hours * 3600, int(config.responses_max_mb * 1e6)
@@ -27,13 +32,12 @@ def stateful_routes(service: Service, gate: Gate) -> list[Route]:
     responses = Responses(service, gate, store)
     files = BatchStore(config.files_dir, int(config.files_max_mb * 1e6))
     gate.closing.append(files.close)
-    answering = endpoints(service, {"/v1/responses": responses.create})
     at_once = config.batch_concurrency or max(1, service.ready.max_num_seqs // 2)
     return [
         *_response_routes(service, gate, responses),
         *_conversation_routes(gate, Conversations(store)),
         *_file_routes(gate, Files(files)),
-        *_batch_routes(gate, Batches(files, gate, answering, at_once)),
+        *_batch_routes(gate, Batches(files, gate, {**answering, "/v1/responses": responses.create}, at_once)),
     ]
 
 

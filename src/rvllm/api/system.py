@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+from rvllm.api.generate.conversation import rendered
 from rvllm.api.generate.generation import MAX_CHARS, Service
 from rvllm.api.http.body import parse
 from rvllm.api.http.errors import ApiError, invalid
 from rvllm.api.http.exchange import Exchange, check_model
-from rvllm.api.openai.chat import rendered
 from rvllm.api.schemas.answers import ModelCard, ModelList, Text, TokenizerInfo, Tokens
 from rvllm.api.schemas.requests import DetokenizeRequest, TokenizeRequest
 from rvllm.errors import RvllmError

@@ -119,12 +119,12 @@ def _text(file: str) -> str:
 
 def _requests(data: bytes, source: Path) -> dict[int, BatchLine]:
     """The requests by line number. Raises UsageError naming the first wrong line."""
-    from rvllm.api.batches.lines import ENDPOINTS, LineError, parse_line, read_lines
+    from rvllm.api.batches.lines import STATELESS, LineError, parse_line, read_lines
 
     found, names = {}, set[str]()
     for number, line in read_lines(data.splitlines()):
         try:
-            request = parse_line(line, ENDPOINTS)
+            request = parse_line(line, STATELESS)
         except LineError as error:
             raise UsageError(f"{source}, line {number}: {error}") from None
         if request.custom_id in names:
@@ -153,7 +153,7 @@ async def _run(
     journal: Journal,
 ) -> None:
     """Starts the engine and answers the lines that have no answer yet."""
-    from rvllm.api.batches.lines import endpoints
+    from rvllm.api.app import answering as handlers
     from rvllm.cli.common.starting import start_engine
 
     if all(number in journal.done for number in lines):
@@ -162,7 +162,7 @@ async def _run(
     try:
         service = _service(engine, tokenizer, engine_config, config, template)
         waiting = iter([(number, line) for number, line in lines.items() if number not in journal.done])
-        answering = endpoints(service)
+        answering = handlers(service)
         at_once = config.batch_concurrency or engine.ready.max_num_seqs
         async with asyncio.TaskGroup() as group:
             for _ in range(at_once):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
 
+from rvllm.api.generate.answer import Answer, AnswerDelta
+from rvllm.api.generate.conversation import rendered
 from rvllm.api.generate.generation import Service
-from rvllm.api.generate.inner import CallDelta, SeenChunk, SeenUsage, chat_chunks
 from rvllm.api.http.body import parse
+from rvllm.api.http.errors import field_names
 from rvllm.api.http.exchange import Exchange, check_model
-from rvllm.api.openai.chat import rendered
+from rvllm.api.schemas.answers import Usage
 from rvllm.api.schemas.anthropic import (
     CHAT_NAMES,
     CountTokensRequest,
@@ -21,10 +24,11 @@ from rvllm.api.schemas.anthropic import (
     ThinkingBlock,
     TokenCount,
     ToolUseBlock,
-    chat_body,
-    generation_body,
+    conversation,
+    generation,
 )
 from rvllm.api.schemas.requests import ChatRequest
+from rvllm.text.tools.events import CallStart, Event, Text
 
 _STOPS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -33,8 +37,12 @@ async def messages(service: Service, exchange: Exchange, body: bytes) -> None:
     """Answers with the assistant's next message, whole or as a stream of events."""
     request = parse(body, MessagesRequest)
     check_model(request.model, service.served_name)
-    writer = _Writer(exchange, request, service.served_name)
-    await chat_chunks(service, exchange.request_id, generation_body(request), CHAT_NAMES, writer.take)
+    with field_names(CHAT_NAMES, ChatRequest.__struct_fields__):
+        answer = await Answer.start(service, f"msg_{exchange.request_id}", generation(request), len(body))
+        writer = _Writer(exchange, request, service.served_name)
+        async with aclosing(answer.deltas()) as deltas:
+            async for delta in deltas:
+                await writer.take(delta, answer.usage)
     await writer.finish()
 
 
@@ -42,13 +50,12 @@ async def count_tokens(service: Service, exchange: Exchange, body: bytes) -> Non
     """Answers with the number of tokens that a request's prompt has."""
     request = parse(body, CountTokensRequest)
     check_model(request.model, service.served_name)
-    chat = msgspec.convert(chat_body(request), ChatRequest)
-    text = await rendered(service, chat, len(body))
+    text = await rendered(service, conversation(request), len(body))
     await exchange.json(TokenCount(len(await service.encode_any(text, False, "messages"))))
 
 
 class _Writer:
-    """Turns chat chunks into blocks: sends their events when streaming, keeps the blocks otherwise."""
+    """Turns deltas into blocks: sends their events when streaming, keeps the blocks otherwise."""
 
     def __init__(self, exchange: Exchange, request: MessagesRequest, model: str) -> None:
         self._exchange, self._streaming = exchange, request.stream
@@ -56,39 +63,30 @@ class _Writer:
         self._answer = MessageAnswer(
             id=f"msg_{exchange.request_id}", model=model, content=[], usage=MessageUsage()
         )
-        self._usage = SeenUsage()
         self._open = ""  # the kind of the block being written, for tools with the call's number
         self._arguments: list[str] = []
         self._started = False
 
-    async def take(self, chunk: SeenChunk) -> None:
-        """Takes the next chunk; only the first one comes without usage."""
-        if chunk.usage is not None:
-            self._usage = chunk.usage
-            await self._start()
-        for choice in chunk.choices:
-            delta = choice.delta
-            thought = delta.reasoning_content or delta.reasoning
-            if thought:
-                await self._enter("thinking", ThinkingBlock(""))
-                await self._add({"type": "thinking_delta", "thinking": thought})
-            if delta.content:
-                await self._enter("text", TextBlock(""))
-                await self._add({"type": "text_delta", "text": delta.content})
-            for call in delta.tool_calls or ():
-                await self._call(call)
-            if choice.finish_reason is not None:
-                self._stop(choice.finish_reason, choice.stop_reason)
+    async def take(self, delta: AnswerDelta, usage: Usage) -> None:
+        """Takes the next delta, and the tokens so far."""
+        self._answer.usage = _usage(usage)
+        await self._start()
+        if delta.reasoning:
+            await self._enter("thinking", ThinkingBlock(""))
+            await self._add({"type": "thinking_delta", "thinking": delta.reasoning})
+        for event in delta.events:
+            await self._event(event)
+        if delta.finish_reason is not None:
+            self._stop(delta.finish_reason, delta.stop_reason)
 
     async def finish(self) -> None:
         """Sends the rest of the stream, or the whole message."""
         await self._leave()
-        usage = self._answer.usage = _usage(self._usage)
         if not self._streaming:
             await self._exchange.json(self._answer)
             return
         delta = {"stop_reason": self._answer.stop_reason, "stop_sequence": self._answer.stop_sequence}
-        await self._send("message_delta", delta=delta, usage=usage)
+        await self._send("message_delta", delta=delta, usage=self._answer.usage)
         await self._send("message_stop")
         await self._exchange.end_stream()
 
@@ -97,8 +95,8 @@ class _Writer:
             return
         self._started = True
         if self._streaming:
-            opening = msgspec.structs.replace(self._answer, usage=_usage(self._usage), content=[])
-            opening.usage.output_tokens = 0
+            usage = msgspec.structs.replace(self._answer.usage, output_tokens=0)
+            opening = msgspec.structs.replace(self._answer, usage=usage, content=[])
             await self._exchange.open_stream()
             await self._send("message_start", message=opening)
             await self._send("ping")
@@ -106,18 +104,19 @@ class _Writer:
     def _stop(self, reason: str, detail: int | str | None) -> None:
         answer = self._answer
         answer.stop_reason = _STOPS.get(reason, "end_turn")
-        if reason == "length" and self._usage.completion_tokens < self._max_tokens:
+        if reason == "length" and self._answer.usage.output_tokens < self._max_tokens:
             answer.stop_reason = "model_context_window_exceeded"
         if reason == "stop" and isinstance(detail, str):
             answer.stop_reason, answer.stop_sequence = "stop_sequence", detail
 
-    async def _call(self, call: CallDelta) -> None:
-        name = call.function.name if call.function is not None else None
-        if self._open != f"tool {call.index}":
-            await self._enter(f"tool {call.index}", ToolUseBlock(call.id or "", name or "", {}))
-        arguments = call.function.arguments if call.function is not None else None
-        if arguments:
-            await self._add({"type": "input_json_delta", "partial_json": arguments})
+    async def _event(self, event: Event) -> None:
+        if isinstance(event, Text):
+            await self._enter("text", TextBlock(""))
+            await self._add({"type": "text_delta", "text": event.text})
+        elif isinstance(event, CallStart):
+            await self._enter(f"tool {event.index}", ToolUseBlock(event.id or "", event.name, {}))
+        elif event.text:
+            await self._add({"type": "input_json_delta", "partial_json": event.text})
 
     async def _enter(self, kind: str, block: TextBlock | ThinkingBlock | ToolUseBlock) -> None:
         """Begins a block unless one of its kind is being written."""
@@ -161,5 +160,6 @@ def _arguments(text: str) -> dict[str, Any]:
         return {}
 
 
-def _usage(seen: SeenUsage) -> MessageUsage:
-    return MessageUsage(seen.prompt_tokens - seen.cached_tokens, seen.completion_tokens, seen.cached_tokens)
+def _usage(usage: Usage) -> MessageUsage:
+    cached = usage.prompt_tokens_details.cached_tokens
+    return MessageUsage(usage.prompt_tokens - cached, usage.completion_tokens, cached)

@@ -10,20 +10,17 @@ from uuid import uuid4
 
 import msgspec
 
-from rvllm.api.generate.generation import Service
-from rvllm.api.generate.inner import Inner
 from rvllm.api.http.errors import ApiError, from_rvllm
 from rvllm.api.http.exchange import Exchange
-from rvllm.api.openai.chat import chat_completions
-from rvllm.api.openai.completions import completions
-from rvllm.api.openai.embeddings import embeddings, refuse_encoder
 from rvllm.errors import EngineDeadError, RvllmError
 
 PRIORITY = 1 << 20  # behind all that people wait for
 MAX_LINES = 50_000  # OpenAI's limit for one batch
 BUSY_SECONDS = 0.25  # before a line is tried again for which the queue had no room
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")  # what `endpoints` has of itself
+# What a batch may ask for; the routes answer it. Without a server nothing is kept, so no responses.
+STATELESS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+ENDPOINTS = (*STATELESS, "/v1/responses")
 
 Answering = Callable[[Exchange, bytes], Awaitable[None]]
 _encode = msgspec.json.Encoder().encode
@@ -46,25 +43,27 @@ class LineError(Exception):
         self.code, self.param = code, param
 
 
-def endpoints(service: Service, more: Mapping[str, Answering] | None = None) -> dict[str, Answering]:
-    """What answers a line, by its url; `more` adds to that."""
+class LineExchange(Exchange):
+    """A request that did not come over the wire: its whole answer is kept in `answer`."""
 
-    def generating(handler: Callable[[Service, Exchange, bytes], Awaitable[None]]) -> Answering:
-        async def answer(exchange: Exchange, body: bytes) -> None:
-            refuse_encoder(service)
-            await handler(service, exchange, body)
+    def __init__(self, request_id: str) -> None:
+        super().__init__({"type": "http", "method": "POST", "headers": []}, _nothing, _nowhere)
+        self.request_id = request_id
+        self.answer: Any = None
 
-        return answer
+    async def json(
+        self, value: Any, status: int = 200, headers: tuple[tuple[bytes, bytes], ...] = ()
+    ) -> None:
+        """Keeps the answer."""
+        self.answer, self.status = value, status
 
-    async def embed(exchange: Exchange, body: bytes) -> None:
-        await embeddings(service, exchange, body)
 
-    return {
-        "/v1/chat/completions": generating(chat_completions),
-        "/v1/completions": generating(completions),
-        "/v1/embeddings": embed,
-        **(more or {}),
-    }
+async def _nothing() -> Any:
+    return {"type": "http.disconnect"}
+
+
+async def _nowhere(message: Any) -> None:
+    pass
 
 
 def read_lines(data: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -100,7 +99,7 @@ async def answer_line(request: BatchLine, answering: Answering) -> tuple[bool, b
     priority = max(PRIORITY, given) if isinstance(given, int) else PRIORITY
     body = _encode({**request.body, "priority": priority})
     while True:
-        exchange = Inner(uuid4().hex)
+        exchange = LineExchange(uuid4().hex)
         status, answer = 200, None
         try:
             await answering(exchange, body)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rvllm.api.batches.lines import ENDPOINTS
-from rvllm.api.openai.chat import ROLES
+from rvllm.api.generate.conversation import ROLES
 from rvllm.engine.sampling_params import RANGES
 
 # Other surfaces' names of sampling parameters.
@@ -30,7 +30,7 @@ _BOUNDS: dict[tuple[str, str], dict[str, Any]] = {
     ("RerankRequest", "top_n"): {"minimum": 0},
     ("DetokenizeRequest", "tokens"): {"items": {"type": "integer", "minimum": 0}},
     ("BatchRequest", "completion_window"): {"enum": ["24h"]},
-    ("BatchRequest", "endpoint"): {"enum": [*ENDPOINTS, "/v1/responses"]},
+    ("BatchRequest", "endpoint"): {"enum": [*ENDPOINTS]},
 }
 
 

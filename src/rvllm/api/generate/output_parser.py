@@ -103,7 +103,7 @@ class Call:
 
 
 @dataclass
-class PartsReader:
+class OutputParser:
     """Takes one choice's text apart. Without thoughts and tools, the text is the words as it is."""
 
     thoughts: ReasoningSplitter | None
@@ -116,7 +116,7 @@ class PartsReader:
             self._parser = self.plan.known.parser([function.name for function in self.plan.functions])
 
     def feed(self, text: str, final: bool) -> tuple[str, list[Event]]:
-        """(thoughts, what else was found in its order: words, beginnings and arguments of calls)."""
+        """(thoughts, what else was found in its order: words, beginnings of calls with ids, arguments)."""
         thoughts, words = "", text
         if self.thoughts is not None:
             thoughts, words = self.thoughts.feed(text, final)
@@ -127,7 +127,8 @@ class PartsReader:
             events = [event for event in events if isinstance(event, Text) or event.index == 0]
         for event in events:
             if isinstance(event, CallStart):
-                self.calls.append(Call(event.id or self._new_id(), event.name))
+                event.id = event.id or self._new_id()
+                self.calls.append(Call(event.id, event.name))
             elif not isinstance(event, Text):
                 self.calls[event.index].arguments += event.text
         return thoughts, events

@@ -1,18 +1,18 @@
-"""A job's answer as server-sent events, in whatever shape an endpoint gives them."""
+"""An answer as server-sent events, in whatever shape an endpoint gives them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from msgspec import UnsetType
 
-from rvllm.api.generate.generation import Service
-from rvllm.api.generate.job import Job, Piece
 from rvllm.api.http.exchange import Exchange
 from rvllm.api.schemas.answers import Usage
 from rvllm.api.schemas.requests import StreamOptions
+
+T = TypeVar("T")
 
 
 class Chunk(Protocol):
@@ -22,30 +22,30 @@ class Chunk(Protocol):
 
 
 async def stream(
-    service: Service,
     exchange: Exchange,
-    job: Job,
+    steps: AsyncGenerator[T, None],
     options: StreamOptions | None,
-    events: Callable[[Piece], Sequence[Chunk]],
+    events: Callable[[T], Sequence[Chunk]],
     last: Callable[[], Chunk],
+    usage: Callable[[], Usage],
 ) -> None:
-    """Runs a job and sends the events of each piece, then the usage if asked for.
+    """Sends the events of each step of an answer, then the usage if asked for.
 
-    events: what a piece adds, possibly nothing. last: an event without choices, to carry the usage.
-    Nothing is sent before the first piece, so that a refusal keeps its status.
+    events: what a step adds, possibly nothing. last: an event without choices, to carry the usage.
+    Nothing is sent before the first step, so that a refusal keeps its status.
     """
     with_usage = options is not None and options.include_usage
     running_usage = options is not None and options.continuous_usage_stats
-    async with aclosing(service.run(job)) as pieces:
-        async for piece in pieces:
+    async with aclosing(steps):
+        async for step in steps:
             if not exchange.streaming:
                 await exchange.open_stream()
-            for event in events(piece):
+            for event in events(step):
                 if with_usage:
-                    event.usage = job.usage() if running_usage else None
+                    event.usage = usage() if running_usage else None
                 await exchange.event(event)
     if with_usage:
         end = last()
-        end.usage = job.usage()
+        end.usage = usage()
         await exchange.event(end)
     await exchange.close_stream()

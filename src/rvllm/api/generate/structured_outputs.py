@@ -30,7 +30,7 @@ async def answer_grammar(
     """The grammar that the answer must follow, checked and ready to be followed; None for a free one.
 
     With tools, the form is that of an answer that calls none of them, as OpenAI has it.
-    plan: the tools the answer may use, see `parts.ToolPlan`. thinks: whether the prompt has opened the
+    plan: the tools the answer may use, see `ToolPlan`. thinks: whether the prompt has opened the
     model's thoughts; None when it has none. Raises a 400 naming the field and what is wrong with it.
     """
     asked = asked_form(request)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
 
 import msgspec
 
@@ -90,3 +91,29 @@ def from_rvllm(error: RvllmError, fields: Collection[str] = ()) -> ApiError:
     if isinstance(error, CapacityError):
         return invalid(message)
     return ApiError(500, message)
+
+
+@contextmanager
+def field_names(names: Mapping[str, str], fields: Collection[str]) -> Generator[None, None, None]:
+    """Errors raised inside speak of a surface's own fields.
+
+    names: what the surface calls a field of the conversation, where it differs. fields: of the conversation.
+    """
+    try:
+        yield
+    except RvllmError as error:
+        raise _renamed(from_rvllm(error, fields), names) from None
+    except ApiError as error:
+        raise _renamed(error, names) from None
+
+
+def _renamed(error: ApiError, names: Mapping[str, str]) -> ApiError:
+    """The same error about the field's other name, in its parameter and where its message begins with it."""
+    head = re.split(r"[.\[]", error.param or "")[0]
+    other = names.get(head)
+    if other is None:
+        return error
+    message = str(error)
+    if re.match(rf"{re.escape(head)}(?!\w)", message):
+        message = other + message[len(head) :]
+    return ApiError(error.status, message, param=other, code=error.code, headers=error.headers)

@@ -136,7 +136,8 @@ class _Completion:
             return [self._envelope([part])] if seen else []
 
         options = self._request.stream_options
-        await stream(self._service, exchange, self._job, options, events, lambda: self._envelope([]))
+        run = self._service.run(self._job)
+        await stream(exchange, run, options, events, lambda: self._envelope([]), self._job.usage)
 
     def _part(self, piece: Piece) -> CompletionChoice:
         """What a piece adds to its choice; the first one carries the echoed prompt."""

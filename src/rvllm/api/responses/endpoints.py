@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import aclosing
 from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
+from rvllm.api.generate.answer import Answer
 from rvllm.api.generate.generation import Service
-from rvllm.api.generate.inner import chat_chunks
+from rvllm.api.generate.logprobs import Names, chat_logprobs
 from rvllm.api.http.body import parse
-from rvllm.api.http.errors import ApiError, busy, invalid, unknown
+from rvllm.api.http.errors import ApiError, busy, field_names, invalid, unknown
 from rvllm.api.http.exchange import Exchange, Gate, check_model
 from rvllm.api.http.pagination import Query, page
 from rvllm.api.responses.events import ResponseWriter, snapshot
 from rvllm.api.responses.store import ResponseStore, StoredResponse
 from rvllm.api.schemas.answers import now
 from rvllm.api.schemas.items import Item, checked_items
+from rvllm.api.schemas.requests import ChatRequest
 from rvllm.api.schemas.responses import (
     CHAT_NAMES,
     ResponseAnswer,
     ResponsesRequest,
-    chat_body,
     check_request,
+    conversation,
     new_response,
 )
 
@@ -68,7 +73,7 @@ class Responses:
         before, new = self._context(request)
         context = [*before, *new]
         response = new_response(request, f"resp_{exchange.request_id}", self._service.served_name, now())
-        chat_body(request, context)  # refuses what does not fit together before anything begins
+        conversation(request, context)  # refuses what does not fit together before anything begins
         if request.background:
             live = self._start(request, response, context, new)
             if request.stream:
@@ -177,9 +182,8 @@ class Responses:
         """Runs the request; with truncation "auto" the oldest items go until the rest fits."""
         items = list(context)
         while True:
-            body = chat_body(request, items)
             try:
-                await chat_chunks(self._service, name, body, CHAT_NAMES, writer.take)
+                await self._answer(conversation(request, items), name, writer)
                 break
             except ApiError as error:
                 full = error.code == "context_length_exceeded" and not writer.begun
@@ -187,6 +191,18 @@ class Responses:
                     raise
                 items = _shorter(items)
         await writer.finish()
+
+    async def _answer(self, chat: ChatRequest, name: str, writer: ResponseWriter) -> None:
+        with field_names(CHAT_NAMES, ChatRequest.__struct_fields__):
+            size = len(msgspec.json.encode(chat.messages))
+            answer = await Answer.start(self._service, f"resp_{name}", chat, size)
+            names, top = Names(self._service.tokenizer, False), chat.top_logprobs or 0
+            async with aclosing(answer.deltas()) as deltas:
+                async for delta in deltas:
+                    logprobs: list[dict[str, Any]] = []
+                    if chat.logprobs and delta.logprobs:
+                        logprobs = msgspec.to_builtins(chat_logprobs(delta.logprobs, top, names).content)
+                    await writer.take(delta, answer.usage, logprobs)
 
     def _start(
         self, request: ResponsesRequest, response: ResponseAnswer, context: list[Item], new: list[Item]

@@ -1,4 +1,4 @@
-"""Chat chunks become the items of a response, and the events that OpenAI documents for them."""
+"""An answer's deltas become the items of a response, and the events that OpenAI documents for them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import msgspec
 
-from rvllm.api.generate.inner import CallDelta, SeenChunk, SeenUsage
+from rvllm.api.generate.answer import AnswerDelta
 from rvllm.api.http.errors import ApiError
+from rvllm.api.schemas.answers import Usage
 from rvllm.api.schemas.items import Item
 from rvllm.api.schemas.responses import (
     IncompleteDetails,
@@ -19,12 +20,13 @@ from rvllm.api.schemas.responses import (
     ResponseError,
     ResponseUsage,
 )
+from rvllm.text.tools.events import CallArguments, CallStart, Text
 
 OnEvent = Callable[[str, dict[str, Any]], Awaitable[None]]
 
 
 class ResponseWriter:
-    """Fills a response from chunks; each step is told to `on_event` as (type, event)."""
+    """Fills a response from deltas; each step is told to `on_event` as (type, event)."""
 
     def __init__(self, response: ResponseAnswer, on_event: OnEvent) -> None:
         self.response = response
@@ -48,25 +50,23 @@ class ResponseWriter:
             await self._send("response.created", response=self.response)
         await self._send("response.in_progress", response=self.response)
 
-    async def take(self, chunk: SeenChunk) -> None:
-        """Takes the next chunk."""
+    async def take(self, delta: AnswerDelta, usage: Usage, logprobs: list[dict[str, Any]]) -> None:
+        """Takes the next delta, the tokens so far, and the log-probabilities of the delta's tokens."""
         await self.begin()
-        if chunk.usage is not None:
-            self.response.usage = _usage(chunk.usage)
-        for choice in chunk.choices:
-            delta = choice.delta
-            thought = delta.reasoning_content or delta.reasoning
-            if thought:
-                await self._enter("reasoning", {"summary": [], "content": []})
-                await self._add(thought, "response.reasoning_text.delta", content_index=0)
-            entries = (choice.logprobs.content or []) if choice.logprobs is not None else []
-            if delta.content or (
-                entries and not thought and not delta.tool_calls and self._open == "message"
-            ):
-                await self._text(delta.content or "", entries)
-            for call in delta.tool_calls or ():
-                await self._call(call)
-            self._finish = choice.finish_reason or self._finish
+        self.response.usage = _usage(usage)
+        if delta.reasoning:
+            await self._enter("reasoning", {"summary": [], "content": []})
+            await self._add(delta.reasoning, "response.reasoning_text.delta", content_index=0)
+            logprobs = []
+        for event in delta.events:
+            if isinstance(event, Text):
+                await self._text(event.text, logprobs)
+            else:
+                await self._call(event)
+            logprobs = []
+        if logprobs and self._open == "message":  # of text that is held back
+            await self._text("", logprobs)
+        self._finish = delta.finish_reason or self._finish
 
     async def finish(self) -> None:
         """Ends the response as its last chunk says."""
@@ -110,15 +110,12 @@ class ResponseWriter:
         self._logprobs += entries
         await self._add(text, "response.output_text.delta", content_index=0, logprobs=entries)
 
-    async def _call(self, call: CallDelta) -> None:
-        function = call.function
-        name = (function.name if function is not None else None) or ""
-        if self._open != f"function_call {call.index}":
-            item = {"call_id": call.id or "", "name": name, "arguments": ""}
-            await self._enter(f"function_call {call.index}", item)
-        arguments = function.arguments if function is not None else None
-        if arguments:
-            await self._add(arguments, "response.function_call_arguments.delta")
+    async def _call(self, event: CallStart | CallArguments) -> None:
+        if isinstance(event, CallStart):
+            item = {"call_id": event.id or "", "name": event.name, "arguments": ""}
+            await self._enter(f"function_call {event.index}", item)
+        elif event.text:
+            await self._add(event.text, "response.function_call_arguments.delta")
 
     async def _enter(self, kind: str, item: Item) -> None:
         """Begins an item unless one of its kind is being written."""
@@ -179,13 +176,13 @@ def _part(kind: str, text: str = "", logprobs: list[dict[str, Any]] | None = Non
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs or ())}
 
 
-def _usage(seen: SeenUsage) -> ResponseUsage:
+def _usage(usage: Usage) -> ResponseUsage:
     return ResponseUsage(
-        input_tokens=seen.prompt_tokens,
-        input_tokens_details=InputDetails(seen.cached_tokens),
-        output_tokens=seen.completion_tokens,
+        input_tokens=usage.prompt_tokens,
+        input_tokens_details=InputDetails(usage.prompt_tokens_details.cached_tokens),
+        output_tokens=usage.completion_tokens,
         output_tokens_details=OutputDetails(),
-        total_tokens=seen.total_tokens,
+        total_tokens=usage.total_tokens,
     )
 
 

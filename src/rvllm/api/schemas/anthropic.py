@@ -1,7 +1,6 @@
 """The bodies of Anthropic's `/v1/messages`: requests, answers, events and errors, in Anthropic's shapes.
 
-A request is answered by the chat endpoint (`inner.py`); here is what it looks like on the wire, and how it
-reads as a chat request.
+Here is what a request looks like on the wire, and how it reads as a conversation.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import msgspec
 
 from rvllm.api.http.body import MAX_MESSAGES, MAX_TOOLS, check_count
 from rvllm.api.http.errors import ApiError, invalid
+from rvllm.api.schemas.requests import ChatRequest
 
 
 class TextBlock(msgspec.Struct, tag_field="type", tag="text"):
@@ -179,11 +179,11 @@ def failure(error: ApiError) -> tuple[str | None, Any]:
     return "error", MessageError(error=MessageErrorDetail(kind, str(error)))
 
 
-def chat_body(request: CountTokensRequest) -> dict[str, Any]:
-    """The conversation and its tools as a chat request. Raises ApiError for what has no counterpart."""
+def conversation(request: CountTokensRequest) -> ChatRequest:
+    """The conversation and its tools. Raises ApiError for what has no counterpart."""
     check_count(request.messages, MAX_MESSAGES, "messages")
     check_count(request.tools or (), MAX_TOOLS, "tools")
-    body: dict[str, Any] = {"model": request.model, "messages": _messages(request)}
+    body: dict[str, Any] = {"messages": _messages(request)}
     last = request.messages[-1] if request.messages else None
     if last is not None and last.role == "assistant":
         body["continue_final_message"], body["add_generation_prompt"] = True, False
@@ -198,32 +198,29 @@ def chat_body(request: CountTokensRequest) -> dict[str, Any]:
             raise invalid("thinking.type must be enabled, disabled or adaptive", "thinking.type")
         if request.thinking.type != "adaptive":
             body["chat_template_kwargs"] = {"enable_thinking": request.thinking.type == "enabled"}
-    return body
+    return msgspec.convert(body, ChatRequest)
 
 
-def generation_body(request: MessagesRequest) -> dict[str, Any]:
-    """The whole request as a chat request. Raises ApiError for what has no counterpart."""
+def generation(request: MessagesRequest) -> ChatRequest:
+    """The whole request as a conversation to be answered. Raises ApiError for what has no counterpart."""
     for name in ("container", "mcp_servers"):
         if getattr(request, name):
             raise invalid(f"{name} is not supported by this server", name, "unsupported_parameter")
-    body = chat_body(request)
-    for name in ("max_tokens", "temperature", "top_p", "top_k"):
-        value = getattr(request, name)
-        if value is not None:
-            body[name] = value
-    if request.stop_sequences:
-        body["stop"] = request.stop_sequences
+    chat = conversation(request)
+    chat.max_tokens, chat.temperature = request.max_tokens, request.temperature
+    chat.top_p, chat.top_k = request.top_p, request.top_k
+    chat.stop = request.stop_sequences or None
     config = request.output_config
     if config is not None and config.effort is not None:
-        body["reasoning_effort"] = config.effort
+        chat.reasoning_effort = config.effort
     if config is not None and config.format is not None:
         if config.format.type != "json_schema" or config.format.schema is None:
             raise invalid("output_config.format must be a json_schema with a schema", "output_config.format")
-        body["response_format"] = {
+        chat.response_format = {
             "type": "json_schema",
             "json_schema": {"name": "answer", "schema": config.format.schema, "strict": True},
         }
-    return body
+    return chat
 
 
 def _tool(tool: Tool, index: int) -> dict[str, Any]:

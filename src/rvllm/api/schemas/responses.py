@@ -1,4 +1,4 @@
-"""The bodies of OpenAI's `/v1/responses`: the request, the response, and the request as a chat request."""
+"""The bodies of OpenAI's `/v1/responses`: the request, the response, and the request as a conversation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import msgspec
 from rvllm.api.http.body import MAX_TOOLS, check_count
 from rvllm.api.http.errors import invalid
 from rvllm.api.schemas.items import Item, chat_messages
+from rvllm.api.schemas.requests import ChatRequest
 
 
 class Reasoning(msgspec.Struct, kw_only=True):
@@ -219,8 +220,8 @@ def new_response(request: ResponsesRequest, name: str, model: str, created: int)
     )  # fmt: skip
 
 
-def chat_body(request: ResponsesRequest, items: Sequence[Item]) -> dict[str, Any]:
-    """The request, with all items of its context, as a chat request."""
+def conversation(request: ResponsesRequest, items: Sequence[Item]) -> ChatRequest:
+    """The request, with all items of its context. Raises ApiError for what a chat has no word for."""
     body: dict[str, Any] = {"messages": chat_messages(items, request.instructions)}
     for ours, theirs in (
         ("temperature", "temperature"), ("top_p", "top_p"), ("parallel_tool_calls", "parallel_tool_calls"),
@@ -242,7 +243,7 @@ def chat_body(request: ResponsesRequest, items: Sequence[Item]) -> dict[str, Any
             body["tool_choice"] = choice
     elif choice not in (None, "auto", "none"):
         raise invalid("tool_choice needs tools", "tool_choice")
-    return body
+    return msgspec.convert(body, ChatRequest)
 
 
 def _format(wanted: TextFormat) -> dict[str, Any]:

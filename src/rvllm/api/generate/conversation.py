@@ -1,0 +1,71 @@
+"""A conversation on its way in: the request of every surface is a `ChatRequest` first, then a prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import UNSET
+
+from rvllm.api.generate.generation import Service, off_loop
+from rvllm.api.http.body import MAX_MESSAGES, check_count
+from rvllm.api.http.errors import invalid
+from rvllm.api.schemas.requests import ChatRequest, Message, TokenizeRequest
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+async def rendered(service: Service, request: ChatRequest | TokenizeRequest, size: int) -> str:
+    """The conversation as a prompt. size: of the body, in bytes; a large one is rendered in a thread."""
+    return await off_loop(size, render, service, request)
+
+
+def render(service: Service, request: ChatRequest | TokenizeRequest) -> str:
+    """The conversation as the model's prompt, by its chat template."""
+    if not request.messages:
+        raise invalid("messages must not be empty", "messages")
+    check_count(request.messages, MAX_MESSAGES, "messages")
+    continued = bool(request.continue_final_message)
+    generation = not continued if request.add_generation_prompt is None else request.add_generation_prompt
+    if continued and generation:
+        raise invalid("continue_final_message excludes add_generation_prompt", "continue_final_message")
+    variables = dict(request.chat_template_kwargs or {})
+    taken = {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+             "continue_final_message", "tokenize"} & variables.keys()  # fmt: skip
+    if taken:
+        raise invalid(f"chat_template_kwargs must not set {min(taken)}", "chat_template_kwargs")
+    tools, documents = request.tools, None
+    if isinstance(request, ChatRequest):
+        documents = request.documents
+        if request.tool_choice == "none":
+            tools = None
+        if request.reasoning_effort is not None:
+            variables.setdefault("reasoning_effort", request.reasoning_effort)
+    text = service.tokenizer.apply_chat_template(
+        [_plain(message, i) for i, message in enumerate(request.messages)],
+        tools=tools or None,
+        documents=documents,
+        chat_template=service.chat_template,
+        add_generation_prompt=generation,
+        continue_final_message=continued,
+        tokenize=False,
+        **variables,
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def _plain(message: Message, index: int) -> dict[str, Any]:
+    """A message as templates expect it; `developer` is today's word for `system`."""
+    where = f"messages[{index}]"
+    if message.role not in ROLES:
+        raise invalid(
+            f"{where}.role must be one of {', '.join(ROLES)}, got {message.role[:40]!r}", f"{where}.role"
+        )
+    if (message.content is None or message.content is UNSET) and message.role != "assistant":
+        raise invalid(f"{where}.content is required", f"{where}.content")
+    plain: dict[str, Any] = msgspec.to_builtins(message)
+    plain["role"] = "system" if message.role == "developer" else message.role
+    if not message.tool_calls:  # an empty list of calls is none; templates look for the field
+        plain.pop("tool_calls", None)
+    return plain
