@@ -161,7 +161,7 @@ def _message(words: str, thoughts: str, calls: list[Call]) -> ChatMessage:
 def _echoed(request: ChatRequest) -> str:
     """With `echo`, the text of the final message that the answer continues."""
     last = request.messages[-1]
-    if not request.echo or last.role != "assistant" or not last.content or last.content is UNSET:
+    if not request.echo or last.role != "assistant" or not last.content:
         return ""
     if isinstance(last.content, str):
         return last.content
