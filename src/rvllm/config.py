@@ -116,7 +116,7 @@ class EngineConfig:
     )
     cpu_kernels: str = setting(
         "auto",
-        "Kernels on the CPU: numpy, or compiled ones that work on GGUF blocks (extra cpu); auto takes these if there and says so.",
+        "Kernels on the CPU: numpy, or compiled ones that work on GGUF blocks; auto takes these where the package has them for the processor, and says so.",
         choices=("auto", "numpy", "compiled"),
     )
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from quantisers import AWQ, FP8, GPTQ, Quantiser, Tensors, awq, compressed, file_of, fp8_blocks, gptq, packed
 
+from rvllm.backends.cpu.compiled.library import missing
 from rvllm.cli.main import main
 from rvllm.errors import ModelError
 
@@ -69,7 +70,8 @@ def test_logits_are_those_of_the_same_numbers(model: str, method: str, tmp_path:
 
 
 def test_compiled_kernels_compute_with_the_same_numbers(tmp_path: Path) -> None:
-    pytest.importorskip("llvmlite", reason="needs the extra cpu")
+    if absent := missing():
+        pytest.skip(f"no compiled kernels: {absent}")
     import tiny
 
     from rvllm.backends.cpu.backend import CpuBackend

@@ -1,1 +1,1 @@
-"""Compiled CPU kernels (the extra `cpu`): see docs/decisions/0010-compiled-cpu-kernels.md."""
+"""Compiled CPU kernels, built with the package: see docs/decisions/0010-compiled-cpu-kernels.md."""

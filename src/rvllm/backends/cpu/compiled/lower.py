@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.cpu.compiled import attention, matmul, rowwise
-from rvllm.backends.cpu.compiled.compile import Write
 from rvllm.backends.cpu.compiled.formats import LANES, Matrix, aligned
-from rvllm.backends.cpu.compiled.rowwise import SAMPLES, TOKENS
-from rvllm.backends.cpu.compiled.schedule import schedule
+from rvllm.backends.cpu.compiled.slots import BLOCK_ROWS, HEADS_ACROSS, SAMPLES, SUM_GROUP, TOKENS
 from rvllm.program.ops import dense as ops
 from rvllm.program.ops.dense import Buffer, Op, Program, Weight
 from rvllm.program.rope import Rope
@@ -110,38 +107,6 @@ def matrix_of(op: Op) -> Weight | None:
     return op.table if isinstance(op, ops.Embed) else None
 
 
-def kernels_for(program: Program, names: frozenset[str], matrices: dict[str, Matrix]) -> dict[str, Write]:
-    """The kernels to compile for the program: only what it needs, since compiling takes time."""
-    found: dict[str, Write] = {"schedule": schedule}
-    for op in program.ops:
-        if op.name in names:
-            found |= _kernels_of(op, matrices)
-    return dict(sorted(found.items()))
-
-
-def _kernels_of(op: Op, matrices: dict[str, Matrix]) -> dict[str, Write]:
-    if isinstance(op, ops.Embed):
-        form = matrices[op.table.name].segments[0].format
-        return {f"embed_{form.name}": rowwise.embed(form)}
-    if isinstance(op, ops.Norm):
-        return {f"norm_{op.kind_}": rowwise.norm(op.kind_ == "layer")}
-    if isinstance(op, ops.Linear | ops.Logits):
-        forms = {s.format for s in matrices[op.weight.name].segments}
-        found: dict[str, Write] = {f"product_{f.name}": matmul.product(f) for f in forms}
-        if isinstance(op, ops.Logits) and _finished(op):
-            found[_finish(op)] = rowwise.finish(op.soft_cap is not None)
-        return found
-    if isinstance(op, ops.RopeKV):
-        interleaved = op.rope is not None and op.rope.interleaved
-        return {_rope(op): rowwise.rope(interleaved)}
-    if isinstance(op, ops.Attention):
-        group, chunks = op.heads // op.kv_heads, _chunks(op)
-        return {_attention(op): attention.attention(op.soft_cap is not None, group, chunks)}
-    if isinstance(op, ops.GatedActivation | ops.Activate):
-        return {_activate(op): rowwise.activate(op.activation, isinstance(op, ops.GatedActivation))}
-    return {"add": rowwise.add} if isinstance(op, ops.Add) else {"gather": rowwise.gather}
-
-
 def _finished(op: ops.Logits) -> bool:
     """Whether something follows the product and its bias."""
     return op.scale != 1.0 or op.soft_cap is not None
@@ -156,13 +121,7 @@ def _rope(op: ops.RopeKV) -> str:
 
 
 def _attention(op: ops.Attention) -> str:
-    capped = "" if op.soft_cap is None else "_capped"
-    return f"attention{capped}_{op.heads // op.kv_heads}_heads_{_chunks(op)}"
-
-
-def _chunks(op: ops.Attention) -> int:
-    """Vectors of one value in the cache."""
-    return -(-op.cache.value_dim // LANES)
+    return "attention" if op.soft_cap is None else "attention_capped"
 
 
 def _activate(op: ops.GatedActivation | ops.Activate) -> str:
@@ -205,7 +164,7 @@ def _product(
     matrix = kernels.matrices[weight.name]
     inner = x.width
     calls = []
-    room = inner * LANES * 4 + matmul.BLOCK_ROWS * (inner // matmul.SUM_GROUP) * 4
+    room = inner * LANES * 4 + BLOCK_ROWS * (inner // SUM_GROUP) * 4
     for segment in matrix.segments:
         added = np.zeros(segment.tiles * LANES, dtype=np.float32)
         if bias is not None:
@@ -246,7 +205,7 @@ def _rope_kv(op: ops.RopeKV, kernels: Kernels, places: Places) -> list[Call]:
 
 def _attend(op: ops.Attention, kernels: Kernels, places: Places) -> list[Call]:
     keys, values = kernels.caches[op.cache.name]
-    scores = places.scratch("scores", attention.ACROSS * (places.max_len + 3 * LANES) * 4)
+    scores = places.scratch("scores", HEADS_ACROSS * (places.max_len + 3 * LANES) * 4)
     source = (places.of(op.qkv), op.qkv.width, op.heads, op.kv_heads, op.head_dim, values.shape[3])
     target = (keys.ctypes.data, values.ctypes.data, places.of(op.out), op.out.width)
     scoring = (float(op.scale), op.window or 0, float(op.soft_cap or 0.0))

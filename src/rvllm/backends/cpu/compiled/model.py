@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rvllm.backends.base import LedgerLine, Limits, Progress
+from rvllm.backends.cpu.compiled.library import Library, load, missing
 from rvllm.backends.cpu.memory import rows_of_a_step
 from rvllm.backends.cpu.reference.interpreter import F32, RESULTS, Launch, Model, Run, empty_caches
 from rvllm.backends.cpu.step import BLOCK
-from rvllm.config import SourceConfig, build
 from rvllm.errors import UsageError
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import KVCache, Program, RopeKV, Weight
 from rvllm.weights.checkpoint import Checkpoint
-from rvllm.weights.fetch.cache import cache_folder
 from rvllm.weights.packing import dummy, pack
 
 if TYPE_CHECKING:
@@ -30,26 +27,13 @@ if TYPE_CHECKING:
 LANES = 16
 ELEMENT = 4  # bytes of a float32
 
-OLDEST_COMPILER = (0, 50)  # of llvmlite, as the extra cpu asks
-
-
-def compiler_version() -> tuple[int, int] | None:
-    """llvmlite's (major, minor) as installed, None where it is not; nothing is imported."""
-    try:
-        major, minor, *_ = importlib.metadata.version("llvmlite").split(".")
-        return int(major), int(minor)
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        return None
-
 
 def chosen(setting: str) -> bool:
     """Whether --cpu-kernels asks for compiled ones. Raises UsageError when they are asked for and absent."""
-    found = compiler_version()
-    present = found is not None and found >= OLDEST_COMPILER
-    if setting == "compiled" and not present:
-        older = f", llvmlite {found[0]}.{found[1]} is too old" if found else ""
-        raise UsageError(f'--cpu-kernels compiled needs the extra cpu{older}: pip install "rvllm[cpu]"')
-    return setting == "compiled" or (setting == "auto" and present)
+    absent = missing()
+    if setting == "compiled" and absent:
+        raise UsageError(f"--cpu-kernels compiled: {absent}")
+    return setting != "numpy" and absent is None
 
 
 def weight_bytes(program: Program, checkpoint: Checkpoint | None) -> int:
@@ -127,9 +111,11 @@ class NativeModel:
         workers: Workers,
         progress: Progress | None = None,
     ) -> NativeModel:
-        """Packs the weights and compiles the kernels the program needs, or takes them from the cache."""
+        """Packs the weights for the kernels that come with the package.
+
+        Raises UsageError when their library cannot be loaded.
+        """
         from rvllm.backends.cpu.compiled import lower
-        from rvllm.backends.cpu.compiled.compile import build as compile_kernels
         from rvllm.backends.cpu.compiled.formats import pack_matrix
         from rvllm.backends.cpu.compiled.step import NativeStep
 
@@ -147,7 +133,7 @@ class NativeModel:
             if progress is not None:
                 progress(done / total, "loading weights")
         caches = caches_for(program, names, limits.num_blocks)
-        library = compile_kernels(lower.kernels_for(program, names, matrices), kernel_folder())
+        library = _library()
         model = Model(program=program, weights=weights, caches=caches, ropes=ropes, workers=workers)
         kernels = lower.Kernels(names, matrices, weights, caches, ropes)
         rows = rows_of_a_step(limits.max_num_batched_tokens, limits.max_num_seqs)
@@ -186,6 +172,9 @@ def _plain(weight: Weight, checkpoint: Checkpoint | None, seed: int) -> F32:
     return dummy(weight, seed) if checkpoint is None else pack(weight, checkpoint, DType.F32)
 
 
-def kernel_folder() -> Path:
-    """Where object code is kept."""
-    return cache_folder(build(SourceConfig, {})) / "cpu-kernels"
+def _library() -> Library:
+    try:
+        return load()
+    except OSError as error:
+        hint = "use --cpu-kernels numpy"
+        raise UsageError(f"the compiled CPU kernels cannot be loaded: {error}; {hint}") from None

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.cpu.compiled.compile import Library
+from rvllm.backends.cpu.compiled.library import Library
 from rvllm.backends.cpu.compiled.lower import Call, Kernels, Places, lower
 from rvllm.backends.cpu.reference.interpreter import RESULTS
 from rvllm.backends.cpu.step import Step
@@ -108,7 +108,7 @@ class NativeStep:
             line = self._lines[len(self._arguments)].ctypes.data
             slots = np.array([_slot(a) for a in (*call.arguments, line)], dtype=np.int64)
             self._arguments.append(slots)
-            entries += [self._library.address[call.kernel], slots.ctypes.data, line]
+            entries += [self._library.address(call.kernel), slots.ctypes.data, line]
         return Compiled(np.array(entries, dtype=np.int64))
 
     def begin(self, step: Step) -> None:

@@ -7,31 +7,35 @@ sums across lanes. The order of every sum depends on the query's position and th
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
-from rvllm.backends.cpu.compiled.emit import F32, I32, I64, LANES, VF, Kernel, Value, Var
-from rvllm.backends.cpu.compiled.mathematics import exp, tanh
-from rvllm.backends.cpu.compiled.rowwise import BLOCK, POSITIONS, SEQUENCE, TABLE_WIDTH, TABLES, TOKENS
+from rvllm.backends.cpu.compiled.codegen.emit import F32, I32, I64, LANES, VF, Kernel, Value, Var
+from rvllm.backends.cpu.compiled.codegen.mathematics import exp, tanh
+from rvllm.backends.cpu.compiled.slots import (
+    BLOCK,
+    HEADS_ACROSS,
+    POSITIONS,
+    SEQUENCE,
+    TABLE_WIDTH,
+    TABLES,
+    TOKENS,
+)
 
 ATTENTION = (
     "step", "qkv", "qkv_width", "heads", "kv_heads", "dim", "padded_dim", "keys", "values", "out",
     "out_width", "scale", "window", "cap", "scratch", "scratch_size", "counter",
 )  # fmt: skip
 CHAINS = 4  # sums side by side
-ACROSS = 4  # heads side by side
 FEW = 4  # rows for each thread below which heads are computed one by one
 
 
-def runs(length: int, longest: int) -> list[int]:
-    """`length` in pieces of at most `longest`: 7 by 4 is 4, 3."""
-    return [min(longest, length - start) for start in range(0, length, longest)]
+def attention(capped: bool) -> Callable[[Any, str], None]:
+    """The kernel ATTENTION; window 0 is none.
 
-
-def attention(capped: bool, group: int, chunks: int) -> Callable[[Any, str], None]:
-    """The kernel ATTENTION; window 0 is none. group: heads that share a key head; chunks: vectors of a value.
-
-    Heads of a group are computed side by side, so that keys and values are loaded once for them; with few
-    rows (decode) one by one, so that all threads find work. Neither changes a head's sums.
+    Heads that share a key head are computed side by side, HEADS_ACROSS and then what is left, so that keys
+    and values are loaded once for them; with few rows (decode) one by one, so that all threads find work.
+    Neither changes a head's sums.
     """
 
     def write(module: Any, name: str) -> None:
@@ -39,26 +43,31 @@ def attention(capped: bool, group: int, chunks: int) -> Callable[[Any, str], Non
         step, heads, kv_heads = k.ptr_arg(0), k.int_arg(3), k.int_arg(4)
         rows = k.load(step, TOKENS, I64)
         few = rows < k.threads * FEW
-        items, own = k.select(few, heads, kv_heads), k.select(few, k.i(1), k.i(group))
-        pieces = runs(group, ACROSS)
+        items, own = k.select(few, heads, kv_heads), k.select(few, k.i(1), heads // kv_heads)
         with k.items(k.ptr_arg(16), rows * items) as item:
             row, first = item // items, item % items * own
-            done = k.i(0)
-            for count in dict.fromkeys([*pieces, 1]):
-                end = done + k.select(few, k.i(int(count == 1)), k.i(count * pieces.count(count)))
-                with k.loop(done, end, count) as head:
-                    _Query(k, step, row, first + head, count, chunks).attend(capped)
-                done = end
+            for count in range(HEADS_ACROSS, 0, -1):
+                with _pieces(k, own, HEADS_ACROSS, count) as head:
+                    _Query(k, step, row, first + head, count).attend(capped)
         k.finish()
 
     return write
 
 
+def _pieces(k: Kernel, length: Value, longest: int, count: int) -> AbstractContextManager[Value]:
+    """Where pieces of `count` begin when `length` is cut into pieces of `longest` and a rest: 7 is 4, 3."""
+    whole = length // longest * longest
+    if count == longest:
+        return k.loop(0, whole, longest)
+    rest = k.select((length - whole).equals(count), k.i(1), k.i(0))
+    return k.loop(whole, whole + rest)
+
+
 class _Query:
     """Writes the attention of one query of `count` heads, from `head` on, that share a key head."""
 
-    def __init__(self, k: Kernel, step: Value, row: Value, head: Value, count: int, chunks: int) -> None:
-        self.k, self.row, self.count, self.chunks = k, row, count, chunks
+    def __init__(self, k: Kernel, step: Value, row: Value, head: Value, count: int) -> None:
+        self.k, self.row, self.count = k, row, count
         self.heads, self.kv_heads, self.dim, self.padded = (k.int_arg(i) for i in (3, 4, 5, 6))
         self.mine = [head + n for n in range(count)]
         self.kv_head = head // (self.heads // self.kv_heads)
@@ -71,16 +80,16 @@ class _Query:
         oldest = k.most(self.position - window + 1, k.i(0))
         self.oldest = k.select(window > 0, oldest, k.i(0))
         self.first, self.end = self.oldest // BLOCK, self.position // BLOCK + 1
-        self.scratch, self.size = k.at(k.ptr_arg(14), k.thread * k.int_arg(15)), k.int_arg(15) // ACROSS
+        self.scratch, self.size = k.at(k.ptr_arg(14), k.thread * k.int_arg(15)), k.int_arg(15) // HEADS_ACROSS
         self.scores = [k.at(self.scratch, self.size * n + LANES * 4) for n in range(count)]
 
     def attend(self, capped: bool) -> None:
         """Scores, then weights, then the weighted sum of the values."""
         self._weigh(self._score(capped))
-        start = 0
-        for count in runs(self.chunks, CHAINS):
-            self._mix(start * LANES, count)
-            start += count
+        chunks = self.padded // LANES
+        for count in range(CHAINS, 0, -1):
+            with _pieces(self.k, chunks, CHAINS, count) as chunk:
+                self._mix(chunk * LANES, count)
 
     def _block(self, base: Value, index: Value, size: Value) -> Value:
         """Where this head's part of the sequence's block `index` begins."""
@@ -136,7 +145,7 @@ class _Query:
                 total.set(total.get() + weight)
             k.store(k.splat(k.total(total.get())), scores, 0)
 
-    def _mix(self, start: int, count: int) -> None:
+    def _mix(self, start: Value, count: int) -> None:
         """Elements start .. start + 16 * count - 1 of the output. What is out of sight is not touched."""
         k = self.k
         sums = [[k.var(k.vf(0.0)) for _ in range(count)] for _ in self.mine]
@@ -156,4 +165,4 @@ class _Query:
             out = k.at(k.ptr_arg(9), self.row * k.int_arg(10) + head * self.dim, F32)
             for n, sum_ in enumerate(chunks):
                 at = start + n * LANES
-                k.masked_store(sum_.get() / total, out, k.i(at), self.dim - at)
+                k.masked_store(sum_.get() / total, out, at, self.dim - at)

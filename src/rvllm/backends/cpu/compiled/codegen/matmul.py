@@ -12,8 +12,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rvllm.backends.cpu.compiled.emit import F16, F32, I8, I16, I64, LANES, VF, VI, Kernel, Value, Var, lanes
+from rvllm.backends.cpu.compiled.codegen.emit import (
+    F16,
+    F32,
+    I8,
+    I16,
+    I64,
+    LANES,
+    VF,
+    VI,
+    Kernel,
+    Value,
+    Var,
+    lanes,
+)
 from rvllm.backends.cpu.compiled.formats import PLAIN_GROUP, Format
+from rvllm.backends.cpu.compiled.slots import BLOCK_ROWS, SUM_GROUP
 
 PRODUCT = (
     "rows", "x", "x_width", "out", "out_width", "data", "tiles", "inner", "outer", "bias", "scratch",
@@ -21,10 +35,8 @@ PRODUCT = (
 )  # fmt: skip
 
 STRIPS = 4  # pieces for each thread with one row of x: few, since taking one costs a trip between cores
-BLOCK_ROWS = 128  # rows of x that meet a tile while its panel is in cache
 ACROSS = 8  # rows of x summed side by side
 UNROLL = 8
-SUM_GROUP = 32  # elements of a group of every format with a minimum
 
 
 class Product:

@@ -8,15 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rvllm.backends.cpu.compiled.emit import F16, F32, I8, I16, I32, I64, LANES, VF, Kernel, Value
+from rvllm.backends.cpu.compiled.codegen.emit import F16, F32, I8, I16, I32, I64, LANES, VF, Kernel, Value
+from rvllm.backends.cpu.compiled.codegen.mathematics import ACTIVATIONS, tanh
 from rvllm.backends.cpu.compiled.formats import Format
-from rvllm.backends.cpu.compiled.mathematics import ACTIVATIONS, tanh
+from rvllm.backends.cpu.compiled.slots import (
+    BLOCK,
+    IDS,
+    PLACES,
+    POSITIONS,
+    SAMPLES,
+    TOKENS,
+    WANTED,
+)
 from rvllm.program.ops.dense import Activation
-
-BLOCK = 16  # tokens of a KV block
-
-# Slots of a step (see `native.step`): what the kernels know of the batch.
-TOKENS, SAMPLES, IDS, POSITIONS, PLACES, TABLES, TABLE_WIDTH, SEQUENCE, WANTED = range(9)
 
 EMBED = ("step", "data", "tile_bytes", "width", "out", "scale", "counter")
 NORM = (

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from rvllm.backends.cpu.compiled.emit import Kernel, Value
+from rvllm.backends.cpu.compiled.codegen.emit import Kernel, Value
 from rvllm.backends.cpu.reference.ops import ERF_OVER, ERF_UNDER
 from rvllm.program.ops.dense import Activation
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +10,11 @@ import numpy as np
 import pytest
 import tiny
 
-pytest.importorskip("llvmlite", reason="the extra cpu is not installed")
-
 from rvllm.backends.cpu.backend import CpuBackend
-from rvllm.backends.cpu.compiled import compile as native
-from rvllm.backends.cpu.compiled import mathematics, matmul, rowwise
-from rvllm.backends.cpu.compiled.emit import F32, VF, Kernel
-from rvllm.backends.cpu.compiled.formats import FORMATS, LANES, Segment, aligned, segment
+from rvllm.backends.cpu.compiled import library as compiled
+from rvllm.backends.cpu.compiled.formats import LANES, Segment, aligned, segment
 from rvllm.backends.cpu.compiled.model import chosen
+from rvllm.backends.cpu.compiled.slots import BLOCK_ROWS, IDS, TOKENS
 from rvllm.backends.cpu.reference import ops
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
@@ -34,12 +29,8 @@ ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT / "tests" / "weights"))
 sys.path.insert(0, str(ROOT / "tests" / "models"))
 
-FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[Any], Any]]] = {
-    "exp": (mathematics.exp, np.exp),
-    "tanh": (mathematics.tanh, np.tanh),
-    "erf": (mathematics.erf, ops.erf),
-    **{name: (f, ops.ACTIVATIONS[name]) for name, f in mathematics.ACTIVATIONS.items()},
-}
+if absent := compiled.missing():
+    pytest.skip(f"no compiled kernels: {absent}", allow_module_level=True)
 
 
 def loaded(path: Path, **settings: Any) -> CpuBackend:
@@ -50,25 +41,16 @@ def loaded(path: Path, **settings: Any) -> CpuBackend:
     return CpuBackend.load(program, checkpoint, EngineConfig(**{**shared, **settings}))
 
 
-def apply(function: Callable[..., Any]) -> native.Write:
-    """A kernel (in, out, count): the function over whole vectors and what is behind them."""
-
-    def write(module: Any, name: str) -> None:
-        k = Kernel(module, name)
-        x, out = k.ptr_arg(0), k.ptr_arg(1)
-        rowwise.across(k, k.int_arg(2), lambda i, kind: k.store(function(k, k.load(x, i, kind)), out, i))
-        k.finish()
-
-    return write
+def runnable() -> list[compiled.Processor]:
+    """The kinds of processor whose libraries this machine can run: its own, and a lower level of it."""
+    kind = compiled.processor()
+    lower = [compiled.Processor.X86_64_V3] if kind is compiled.Processor.X86_64_V4 else []
+    return [*([kind] if kind else []), *lower]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> native.Library:
-    forms = {f.name: f for f in FORMATS.values()}
-    kernels = {f"product_{n}": matmul.product(f) for n, f in forms.items()}
-    kernels |= {f"embed_{n}": rowwise.embed(f) for n, f in forms.items()}
-    kernels |= {name: apply(function) for name, (function, _) in FUNCTIONS.items()}
-    return native.build(kernels, tmp_path_factory.mktemp("kernels"))
+@pytest.fixture(scope="module", params=runnable(), ids=lambda kind: kind.value)
+def library(request: pytest.FixtureRequest) -> compiled.Library:
+    return compiled.Library(compiled.PREBUILT / f"{request.param.value}.so")
 
 
 def address(array: np.ndarray) -> int:
@@ -87,12 +69,12 @@ def stored(kind: TensorType, rows: int, inner: int) -> np.ndarray:
     return numbers.astype(np.float16 if kind is TensorType.F16 else np.float32).reshape(-1).view(np.uint8)
 
 
-def product(library: native.Library, weight: Segment, x: np.ndarray, bias: np.ndarray) -> np.ndarray:
+def product(library: compiled.Library, weight: Segment, x: np.ndarray, bias: np.ndarray) -> np.ndarray:
     """x @ weight.T + bias on one thread; what is not written stays nan."""
     rows, inner = x.shape
     out = np.full((rows, weight.rows + 3), np.nan, dtype=np.float32)
     count, line = np.array([rows]), np.zeros(8, dtype=np.int64)
-    room = inner * LANES * 4 + matmul.BLOCK_ROWS * (inner // 32 + 1) * 4
+    room = inner * LANES * 4 + BLOCK_ROWS * (inner // 32 + 1) * 4
     scratch, added = aligned(room), np.zeros(weight.tiles * LANES, dtype=np.float32)
     scratch[:] = 255  # nan
     added[: weight.rows] = bias
@@ -110,7 +92,7 @@ def product(library: native.Library, weight: Segment, x: np.ndarray, bias: np.nd
 @pytest.mark.parametrize("kind", TensorType, ids=lambda k: k.value)
 @pytest.mark.parametrize(("rows", "inner"), [(48, 256), (37, 512), (5, 1024)])
 def test_products_equal_the_dequantised(
-    kind: TensorType, rows: int, inner: int, library: native.Library
+    kind: TensorType, rows: int, inner: int, library: compiled.Library
 ) -> None:
     raw = stored(kind, rows, inner)
     weight = segment(kind, 0, inner, raw)
@@ -125,9 +107,18 @@ def test_products_equal_the_dequantised(
         assert np.array_equal(part, whole[first : first + count])
 
 
+@pytest.mark.parametrize("kind", TensorType, ids=lambda k: k.value)
+def test_every_processor_gives_the_same_bits(kind: TensorType) -> None:
+    raw, x = stored(kind, 37, 512), np.random.default_rng(5).standard_normal((9, 512), dtype=np.float32)
+    weight, none = segment(kind, 0, 512, raw), np.zeros(37, dtype=np.float32)
+    libraries = [compiled.Library(compiled.PREBUILT / f"{kind.value}.so") for kind in runnable()]
+    first, *others = [product(library, weight, x, none) for library in libraries]
+    assert all(np.array_equal(first, other) for other in others)
+
+
 @pytest.mark.parametrize("kind", [TensorType.F32, TensorType.F16, TensorType.BF16], ids=lambda k: k.value)
 @pytest.mark.parametrize("inner", [1, 7, 33, 45])
-def test_plain_rows_of_any_length(kind: TensorType, inner: int, library: native.Library) -> None:
+def test_plain_rows_of_any_length(kind: TensorType, inner: int, library: compiled.Library) -> None:
     raw = stored(kind, 19, inner)
     x = np.random.default_rng(0).standard_normal((11, inner), dtype=np.float32)
     weight, none = segment(kind, 0, inner, raw), np.zeros(19, dtype=np.float32)
@@ -137,13 +128,13 @@ def test_plain_rows_of_any_length(kind: TensorType, inner: int, library: native.
 
 
 @pytest.mark.parametrize("kind", TensorType, ids=lambda k: k.value)
-def test_embeddings_have_the_bits_of_the_dequantised(kind: TensorType, library: native.Library) -> None:
+def test_embeddings_have_the_bits_of_the_dequantised(kind: TensorType, library: compiled.Library) -> None:
     raw = stored(kind, 40, 256)
     table = segment(kind, 0, 256, raw)
     ids = np.array([0, 39, 17, 16, 15, 17], dtype=np.int32)
     out, line = np.full((6, 256), np.nan, dtype=np.float32), np.zeros(8, dtype=np.int64)
     step = np.zeros(16, dtype=np.int64)
-    step[rowwise.TOKENS], step[rowwise.IDS] = len(ids), address(ids)
+    step[TOKENS], step[IDS] = len(ids), address(ids)
     scale = int(np.array([1.0, 0.0], dtype=np.float32).view(np.int64)[0])
     slots = np.array(
         [address(step), address(table.data), table.data.shape[1], 256, address(out), scale, address(line)]
@@ -152,16 +143,15 @@ def test_embeddings_have_the_bits_of_the_dequantised(kind: TensorType, library: 
     assert np.array_equal(out, dequantise(kind, raw, (40, 256))[ids])
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions(name: str, library: native.Library) -> None:
+@pytest.mark.parametrize("name", ops.ACTIVATIONS)
+def test_activations(name: str, library: compiled.Library) -> None:
     x = np.concatenate([np.linspace(-20, 20, 4001), np.linspace(-0.3, 0.3, 203), [-200.0, 0.0, 60.0]])
     x = x.astype(np.float32)
-    out = np.empty_like(x)
-    slots = np.array([address(x), address(out), len(x)])
+    out, rows, line = np.empty_like(x), np.array([1]), np.zeros(1, np.int64)
+    slots = np.array([address(rows), address(x), len(x), address(out), len(x), address(line)])
     library.function(name)(address(slots), 0, 1)
     with np.errstate(over="ignore"):
-        expected = FUNCTIONS[name][1](x)
-    np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(out, ops.ACTIVATIONS[name](x), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", tiny.CASES)
@@ -244,30 +234,49 @@ def test_a_broken_neighbour_reaches_nobody() -> None:
 
 def test_what_is_asked_for_and_absent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen("compiled") and chosen("auto") and not chosen("numpy")
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.48.1")
+    monkeypatch.setattr(compiled, "processor", lambda: None)
     assert not chosen("auto")
-    with pytest.raises(UsageError, match=r"rvllm\[cpu\]"):
+    with pytest.raises(
+        UsageError, match=r"none for this processor .*, only for x86-64-v4, x86-64-v3, aarch64"
+    ):
         chosen("compiled")
 
 
-def test_damaged_object_code_is_compiled_again(tmp_path: Path) -> None:
-    x, out = np.arange(20, dtype=np.float32), np.zeros(20, dtype=np.float32)
-    slots = np.array([address(x), address(out), 20])
-    for _ in range(2):
-        native.build({"double": apply(lambda k, v: v + v)}, tmp_path).function("double")(address(slots), 0, 1)
-        assert np.array_equal(out, x + x)
-        (file,) = tmp_path.iterdir()
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 255
-        file.write_bytes(bytes(content))
-        out[:] = 0
+def test_a_copy_that_was_not_built_says_how(tmp_path: Path) -> None:
+    assert "build_cpu_kernels.py" in (compiled.missing(tmp_path) or "")
+
+
+def test_a_damaged_library_is_refused(tmp_path: Path) -> None:
+    kind = compiled.processor()
+    assert kind is not None
+    for path in compiled.PREBUILT.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    library = tmp_path / f"{kind.value}.so"
+    content = bytearray(library.read_bytes())
+    content[len(content) // 2] ^= 255
+    library.write_bytes(bytes(content))
+    with pytest.raises(OSError, match="is not what was built"):
+        compiled.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", compiled.Processor)
+def test_every_processor_has_every_kernel(kind: compiled.Processor) -> None:
+    """The libraries of other processors cannot be loaded here; their symbols can be read."""
+    pytest.importorskip("llvmlite", reason="needs the extra cpu-build")
+    from rvllm.backends.cpu.compiled.codegen.catalog import kernels
+
+    names = (compiled.PREBUILT / f"{kind.value}.so").read_bytes()
+    assert all(b"\0" + name.encode() + b"\0" in names for name in kernels())
 
 
 def test_vectors_are_registers() -> None:
     """The inner loop multiplies whole vectors from memory, with no call and no scalar step."""
-    text = native.assembly_of({"double": apply(lambda k, v: k.fma(v, v, v))})
-    assert "call" not in text
-    assert VF.count == LANES and VF.element == F32
+    pytest.importorskip("llvmlite", reason="needs the extra cpu-build")
+    from rvllm.backends.cpu.compiled.codegen import build, rowwise
+
+    for kind, word in ((compiled.Processor.X86_64_V4, "zmm"), (compiled.Processor.X86_64_V3, "ymm")):
+        text = build.assembly({"add": rowwise.add}, kind)
+        assert "call" not in text and word in text
 
 
 @pytest.mark.parametrize("name", ["gemma2", "mixtral", "nemotron_h"])

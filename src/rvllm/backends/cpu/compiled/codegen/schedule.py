@@ -12,7 +12,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from rvllm.backends.cpu.compiled.emit import I64, PTR, Kernel, Value
+from rvllm.backends.cpu.compiled.codegen.emit import I64, PTR, Kernel, Value
 
 ENTRY = 3  # slots a kernel: its address, that of its arguments, that of its line
 NEXT, ACTIVE = 0, 1  # of a line: the next free item, and how many threads are at work

@@ -1,0 +1,11 @@
+"""What the kernels and those who call them agree on: slots of a step, sizes of shared pieces."""
+
+from __future__ import annotations
+
+LANES = 16  # rows of a tile, elements of a vector
+BLOCK = 16  # tokens of a KV block
+# Slots of a step (see `step.NativeStep`): what the kernels know of the batch.
+TOKENS, SAMPLES, IDS, POSITIONS, PLACES, TABLES, TABLE_WIDTH, SEQUENCE, WANTED = range(9)
+HEADS_ACROSS = 4  # heads of a group that attention computes side by side
+BLOCK_ROWS = 128  # rows of x that meet a tile of weights while its panel is in cache
+SUM_GROUP = 32  # elements of a group of every format with a minimum
