@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "cuda"))
 from attention_checks import Cache, Shape, common, queries, scale_of
 from harness import BF16, F16, Array, Gpu
 
-from rvllm.backends.cuda.device.driver import TensorMap
 from rvllm.backends.cuda.ops.attention.plan import plan_prefill, prefill_tiles
 from rvllm.kernels.attention.specs import (
     PREFILL_SM90_ROWS,
@@ -56,11 +55,7 @@ class Step:
         self.count = gpu.array([len(self.lists[PREFILL_SM90_ROWS].get())], np.int32)
         self.number = int(self.lists[PREFILL_SM90_ROWS].shape[0])
         self.numbers = common(shape, cache, rows.shape[1], width)
-        blocks = cache.num_blocks * shape.kv_heads * 16
-        self.maps = [
-            TensorMap.matrix(a.address, blocks, shape.dim, 2 * shape.dim, 16, 64, cache.dtype == BF16)
-            for a in (cache.k_cache, cache.v_cache)
-        ]
+        self.maps = cache.maps()
 
     def empty(self) -> Array:
         """A poisoned output."""

@@ -230,6 +230,7 @@ __device__ __forceinline__ void consume(Ring<D> ring, Scheduler<Mask> scheduler,
     if (scheduler.get(round, w)) fetch_queries<T, D>(q_place, q, w, w.first_row + warp * 16, q_pitch, group, lane);
   };
   fetch(0);
+  if (warp >= 4) bar_arrive(1, CONSUMERS);  // the first turn is the other warpgroup's
   Work w;
   for (int round = 0; scheduler.get(round, w); round++) {
     const int warp_row = w.first_row + warp * 16, group_row = w.first_row + warp / 4 * GROUP_ROWS;
@@ -259,8 +260,12 @@ __device__ __forceinline__ void consume(Ring<D> ring, Scheduler<Mask> scheduler,
     float s[8][4], values[D / 2], m[2], l[2];
     u32 p[4][4];
     float(&scores)[32] = reinterpret_cast<float(&)[32]>(s);
+    // The warpgroups hand products to the tensor cores in turns, so that one multiplies while the other weighs.
+    const auto my_turn = [&] { bar_sync(1 + warp / 4, CONSUMERS); };
+    const auto your_turn = [&] { bar_arrive(2 - warp / 4, CONSUMERS); };
     const auto multiply_keys = [&](const Ring<D>& r) {
       mbar_wait(r.full_keys(), r.phase);
+      my_turn();
       wgmma_pin(scores);
       wgmma_fence();
 #pragma unroll
@@ -295,6 +300,8 @@ __device__ __forceinline__ void consume(Ring<D> ring, Scheduler<Mask> scheduler,
     int t = w.first_tile;
     const auto skip = [&](int until) {  // tiles of the other warpgroup alone
       for (; t < until && t <= w.last_tile; t = scheduler.seen_from(t + 1, w)) {
+        my_turn();
+        your_turn();
         mbar_wait(ring.full_keys(), ring.phase);
         release(ring.free_keys());
         mbar_wait(ring.full_values(), ring.phase);
@@ -307,6 +314,7 @@ __device__ __forceinline__ void consume(Ring<D> ring, Scheduler<Mask> scheduler,
     skip(begin);
     if (t <= end && !idle) {
       multiply_keys(ring);
+      your_turn();
       wgmma_wait<0>();
       wgmma_pin(scores);
       release(ring.free_keys());
@@ -317,6 +325,7 @@ __device__ __forceinline__ void consume(Ring<D> ring, Scheduler<Mask> scheduler,
         ahead.advance();
         multiply_keys(ahead);
         multiply_values(ring);
+        your_turn();
         const auto f = state.weigh(m, l);
         wgmma_wait<1>();
         wgmma_pin(scores);

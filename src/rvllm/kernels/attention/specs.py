@@ -41,6 +41,12 @@ def prefill_sm90_smem(head_dim: int) -> int:
     return 2 * stages * stage + rows + barriers
 
 
+def prefill_sm90_kernel(dtype: str, head_dim: int) -> str | None:
+    """The prefill attention kernel for Hopper with heads of that size, where there is one."""
+    name = f"sm90_{SHORT[dtype]}_attn_prefill_d{head_dim}"
+    return name if name in _BY_NAME else None
+
+
 def decode_kernel(dtype: str, head_dim: int, smem_per_block: int) -> str:
     """The decode attention kernel that fits; raises MissingKernelError when none does."""
     return _fitting("decode", dtype, head_dim, smem_per_block)
