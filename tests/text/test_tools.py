@@ -18,7 +18,8 @@ from rvllm.text.chat.reasoning import ReasoningSplitter, opened_by, reasoning_fo
 from rvllm.text.grammar.grammar import check, grammar_of, with_lead
 from rvllm.text.tokenizers.gguf import from_metadata
 from rvllm.text.tokenizers.tokenizer import Tokenizer
-from rvllm.text.tools.choose import FORMATS, Function, calls_or_form, forced_calls, offered_calls, tool_format
+from rvllm.text.tools.calls_grammar import Function, calls_or_form, forced_calls, offered_calls
+from rvllm.text.tools.choose import FORMATS, tool_format
 from rvllm.text.tools.events import CallArguments, CallStart, Event, Text
 
 ARGUMENTS = {"city": 'Zür"ich}', "days": [1, {"a": "]"}], "深": None}
@@ -39,8 +40,8 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("hermes", '<tool_call>{"arguments": {"x": 1}, "name": "f"}', "", [("f", '{"x": 1}')]),
     ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"x\\": 1}"}</tool_call>', "", [("f", '{"x": 1}')]),
     ("hermes", '<tool_call>{"name": "f", "arguments": {"x": [1, ', "", [("f", '{"x": [1, ')]),
-    ("hermes", "<tool_call>\nnot json</tool_call>", "<tool_call>\nnot json", []),
-    ("hermes", '<tool_call>{"nom": 1}</tool_call>', '<tool_call>{"nom": 1}', []),
+    ("hermes", "<tool_call>\nnot json</tool_call>", "<tool_call>\nnot json</tool_call>", []),
+    ("hermes", '<tool_call>{"nom": 1}</tool_call>', '<tool_call>{"nom": 1}</tool_call>', []),
     ("hermes", f' {{"name": "f", "arguments": {WRITTEN}}}\n{{"name": "g"}}', "", [("f", WRITTEN), ("g", "{}")]),
     ("hermes", '{"name": "stranger", "arguments": {}}', '{"name": "stranger", "arguments": {}}', []),
     ("hermes", '{"name": "f"} {"a": 1}', ' {"a": 1}', [("f", "{}")]),
@@ -88,7 +89,119 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         "",
         [("f", WRITTEN)],
     ),
+    (
+        "kimi_k2",
+        f"Ok.<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{WRITTEN}<|tool_call_end|>"
+        "<|tool_call_begin|>functions.g:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>",
+        "Ok.",
+        [("f", WRITTEN), ("g", "{}")],
+    ),
+    (
+        "command_r_action",
+        'Plan: act.\nAction:\n```json\n[\n    {\n        "tool_name": "f",\n        "parameters": ' + WRITTEN
+        + '\n    },\n    {"tool_name": "g", "parameters": {}}\n]```',
+        "Plan: act.",
+        [("f", WRITTEN), ("g", "{}")],
+    ),
+    ("command_r_action", "Action: is what counts. Action", "Action: is what counts. Action", []),
+    (
+        "qwen3_coder",
+        "I look.\n\n<tool_call>\n<function=f>\n<parameter=city>\nOslo\nand \"Rome\" <b>\n</parameter>\n<parameter=n>\n1\n</parameter>\n"
+        "</function>\n</tool_call>\n<tool_call>\n<function=g>\n</function>\n</tool_call>",
+        "I look.",
+        [("f", '{"city": "Oslo\\nand \\"Rome\\" <b>", "n": "1"}'), ("g", "{}")],
+    ),
+    ("qwen3_coder", "<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>", "", [("f", '{"a": "1"}')]),
+    ("qwen3_coder", "<tool_call>\n<function=f>\n<parameter=a>\n1\n<parameter=b>x</function>", "", [("f", '{"a": "1", "b": "x"}')]),
+    ("qwen3_coder", "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n<parameter=b>cut", "", [("f", '{"a": "1"')]),
+    ("qwen3_coder", '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', "", [("f", "{}")]),
+    ("qwen3_coder", "<tool_call>no call</tool_call>", "<tool_call>no call</tool_call>", []),
+    ("seed_oss", "<seed:tool_call>\n<function=f>\n<parameter=a>x</parameter>\n</function>\n</seed:tool_call>", "", [("f", '{"a": "x"}')]),
+    (
+        "minimax_m2",
+        '<minimax:tool_call>\n<invoke name="f">\n<parameter name="a">x y</parameter>\n</invoke>\n<invoke name="g">\n</invoke>\n</minimax:tool_call>',
+        "",
+        [("f", '{"a": "x y"}'), ("g", "{}")],
+    ),
+    (
+        "glm45",
+        "\n<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>x\ny</arg_value>\n<arg_key>b</arg_key>\n<arg_value>2</arg_value>\n</tool_call>"
+        "<tool_call>g</tool_call>",
+        "",
+        [("f", '{"a": "x\\ny", "b": "2"}'), ("g", "{}")],
+    ),
+    ("glm45", "<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>", "", [("f", '{"a": "1"}')]),
+    ("glm45", "<tool_call>no call at all\n\nreally</tool_call>", "<tool_call>no call at all\n\nreally</tool_call>", []),
+    ("nemotron_json", f'<TOOLCALL>[{{"name": "f", "arguments": {WRITTEN}}}]</TOOLCALL>', "", [("f", WRITTEN)]),
+    ("hunyuan_a13b", f'<tool_calls>[{{"name": "f", "arguments": {WRITTEN}}}, {{"name": "g"}}]</tool_calls>', "", [("f", WRITTEN), ("g", "{}")]),
+    ("hunyuan_a13b", '<tool_calls>\n{"name": "f", "arguments": {}}\n{"name": "g"}\n</tool_calls>', "", [("f", "{}"), ("g", "{}")]),
+    ("phi4_mini_json", f'functools[{{"name": "f", "arguments": {WRITTEN}}}, {{"name": "g"}}]', "", [("f", WRITTEN), ("g", "{}")]),
+    ("phi4_mini_json", "functools are tools", "functools are tools", []),
+    ("phi4_marked", f'<|tool_call|>{{"name": "f", "arguments": {WRITTEN}}}<|/tool_call|>', "", [("f", WRITTEN)]),
+    ("granite", f'<|tool_call|>[{{"name": "f", "arguments": {WRITTEN}}}]', "", [("f", WRITTEN)]),
+    ("granite_20b_fc", '<function_call> {"name": "f", "arguments": {}}\n<function_call> {"name": "g"}', "", [("f", "{}"), ("g", "{}")]),
+    ("functionary_v31", f"<function=f>{WRITTEN}</function><function=g>{{}}</function>", "", [("f", WRITTEN), ("g", "{}")]),
+    ("functionary_v31", "<function=f>words</function>", "<function=f>words</function>", []),
+    (
+        "llama4_pythonic",
+        "[f(city=\"Zür']\", days=[1, -2.5, {'a': None}], ok=True, no=false), g()]",
+        "",
+        [("f", '{"city": "Zür\']", "days": [1, -2.5, {"a": null}], "ok": true, "no": false}'), ("g", "{}")],
+    ),
+    ("llama4_pythonic", "[1, 2]", "[1, 2]", []),
+    ("llama4_pythonic", "[stranger(a=1)]", "[stranger(a=1)]", []),
+    ("llama4_pythonic", "[f(1)] and [f(", "[f(1)] and [f(", []),
+    ("llama4_pythonic", "<|python_start|>[f(a='x')]<|python_end|>", "", [("f", '{"a": "x"}')]),
+    ("lfm2", '<|tool_call_start|>[f(a="x")]<|tool_call_end|>Done.', "Done.", [("f", '{"a": "x"}')]),
 ]  # fmt: skip
+
+
+def test_plain_text_is_typed_by_the_schema() -> None:
+    schema = {
+        "type": "object",
+        "properties": {
+            "n": {"type": "integer"}, "x": {"type": "number"}, "ok": {"type": "boolean"}, "s": {"type": "string"},
+            "l": {"type": "array"}, "o": {"type": ["object", "null"]}, "e": {"$ref": "#/$defs/E"},
+            "u": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
+        },
+        "$defs": {"E": {"enum": [1, 2]}},
+    }  # fmt: skip
+    values = {
+        "n": "3",
+        "x": "2.5",
+        "ok": "True",
+        "s": "7",
+        "l": "[1]",
+        "o": "null",
+        "e": "2",
+        "u": "x",
+        "free": "1",
+    }
+    for name, before, after in (
+        ("qwen3_coder", "<tool_call>\n<function=f>\n", "</function>\n</tool_call>"),
+        ("glm45", "<tool_call>f\n", "</tool_call>"),
+    ):
+        found = tool_format(name, None)
+        assert found is not None and found.members is not None
+        members = (
+            found.members.before.replace("KEY", k) + v + found.members.after for k, v in values.items()
+        )
+        events = found.parser(["f"], {"f": schema}).feed(before + "".join(members) + after, final=True)
+        text = "".join(e.text for e in events if isinstance(e, CallArguments))
+        assert json.loads(text) == {"n": 3, "x": 2.5, "ok": True, "s": "7", "l": [1], "o": None, "e": 2, "u": "x",
+                                    "free": "1"}  # fmt: skip
+
+
+def test_a_value_that_is_not_of_its_type_stays_text() -> None:
+    found = tool_format("qwen3_coder", None)
+    assert found is not None
+    schema = {"properties": {"n": {"type": "integer"}, "m": {"type": "integer"}}}
+    text = "<function=f><parameter=n>\nmany\n</parameter><parameter=m>1.5</parameter></function>"
+    events = found.parser(["f"], {"f": schema}).feed(text, final=True)
+    assert json.loads("".join(e.text for e in events if isinstance(e, CallArguments))) == {
+        "n": "many",
+        "m": "1.5",
+    }
 
 
 def parse(name: str, pieces: list[str]) -> tuple[str, list[tuple[str, str]], list[Event]]:
@@ -130,7 +243,8 @@ _SCRAPS = st.lists(
     st.sampled_from(
         ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|START_ACTION|>", f"<{BAR}tool▁sep{BAR}>",
          f"<{BAR}tool▁call▁begin{BAR}>", "function", "```json", "\n", " ", "{", "}", "[", "]", '"', ":", ",", '"name"', '"f"',
-         '"arguments"', "{}", "\\", "x", "1", '{"name": "f", "arguments": {', "<|python_tag|>", ";"]
+         '"arguments"', "{}", "\\", "x", "1", "<function=", "<parameter=", ">", "</parameter>", "</function>", "<arg_key>",
+         "</arg_key>", "<arg_value>", "</arg_value>", "Action:", "functools", "f(", ")", "=", "'", "<|tool_call|>", '{"name": "f", "arguments": {', "<|python_tag|>", ";"]
     ),
     max_size=14,
 )  # fmt: skip
@@ -174,6 +288,31 @@ def test_arguments_are_streamed_as_they_come() -> None:
     ],
 )  # fmt: skip
 def test_the_format_is_chosen_from_the_template(template: str, name: str | None) -> None:
+    found = tool_format("auto", template)
+    assert (found.name if found else None) == name
+
+
+WRITES = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.content or '' }}{% for c in m.tool_calls %}"
+WRITTEN_CALLS = {
+    "qwen3_coder": "{{ '<tool_call>\\n<function=' + c.function.name + '>' }}{% for k, v in c.function.arguments | items %}"
+    "{{ '<parameter=' + k + '>\\n' + v + '\\n</parameter>' }}{% endfor %}{{ '</function>\\n</tool_call>' }}",
+    "glm45": "{{ '<tool_call>' + c.function.name }}{% for k, v in c.function.arguments | items %}"
+    "<arg_key>{{ k }}</arg_key><arg_value>{{ v }}</arg_value>{% endfor %}</tool_call>",
+    "hermes": "<tool_call>{{ c.function | tojson }}</tool_call>",
+    "command_r_action": "{{ 'Action:\\n```json\\n[{\\\"tool_name\\\": \\\"' + c.function.name + '\\\", \\\"parameters\\\": ' }}"
+    "{{ c.function.arguments | tojson }}}]```",
+    "llama3_json": "{{ '{\\\"name\\\": \\\"' + c.function.name + '\\\", \\\"parameters\\\": ' }}{{ c.function.arguments | tojson }}}",
+    "granite": "<|tool_call|>[{{ c.function | tojson }}]",
+    "llama4_pythonic": "[{{ c.function.name }}({% for k, v in c.function.arguments | items %}{{ k }}=\"{{ v }}\"{% endfor %})]",
+    "deepseek_v3": f"{BAR}".join(["{{ '<", "tool▁call▁begin", ">function<", "tool▁sep", ">' + c.function.name + '\\n```json\\n' + "
+    "c.function.arguments + '\\n```<", "tool▁call▁end", ">' }}"]),
+    None: "<<{{ c.function.name }}|{{ c.function.arguments | tojson }}>>",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN_CALLS)
+def test_the_format_is_the_one_in_which_the_template_writes_a_call(name: str | None) -> None:
+    template = WRITES + WRITTEN_CALLS[name] + "{% endfor %}{% endfor %}"
     found = tool_format("auto", template)
     assert (found.name if found else None) == name
 
@@ -278,7 +417,11 @@ def test_a_form_leaves_room_for_calls(name: str, thoughts: bool) -> None:
     native = LLTokenizer(tokenizer.backend.to_str(), eos_token=[tokenizer.eos_token_id])
     frame = found.frame
     begin = frame.call_before.replace("NAME", "f").replace("INDEX", "0")
-    oslo = f'{frame.before}{begin}{{"city": "Oslo"}}{frame.call_after}{frame.after}'
+    written = '{"city": "Oslo"}'
+    if found.members:
+        value = "Oslo" if found.members.bare_strings else '"Oslo"'
+        written = found.members.before.replace("KEY", "city") + value + found.members.after
+    oslo = f"{frame.before}{begin}{written}{frame.call_after}{frame.after}"
     key = "parameters" if name == "llama3_json" else "arguments"
     bare = f'{{"name": "f", "{key}": {{"city": "Oslo"}}}}'
     for schema, fitting, unfit in ((ARRAY, "[1, 2]", '["a"]'), (NAMED, '{"name": "f"}', '{"name": 1}')):

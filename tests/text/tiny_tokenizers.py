@@ -66,6 +66,7 @@ def byte_level_metadata(pre: str = "qwen2", **extra: Any) -> dict[str, Any]:
 
 
 TEMPLATE = (
+    "{% for t in tools or [] %}{{ t.function.name }}\n{% endfor %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )

@@ -40,7 +40,7 @@ def _capabilities(service: Service) -> dict[str, bool]:
         "messages": chat,
         "embeddings": not generates,
         "rerank": not generates,
-        "tools": chat and service.tools is not None,
+        "tools": chat and service.tools is not None and service.places_tools,
         "reasoning": chat and service.reasoning is not None,
         "structured_outputs": generates and texts and service.tokenizer.spelling.kind != "other",
         "fim": generates and texts and service.tokenizer.fill_in is not None,

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
+from functools import cached_property
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
@@ -27,6 +28,7 @@ from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import UsageError
 from rvllm.telemetry.metrics import Metrics
 from rvllm.text.chat.reasoning import reasoning_format
+from rvllm.text.chat.template import template_traits
 from rvllm.text.grammar.grammar import vocabulary_of
 from rvllm.text.processor import Choice
 from rvllm.text.requests import RequestMaker
@@ -119,6 +121,16 @@ class Service:
     def has_tokenizer(self) -> bool:
         """Whether texts can be taken and given."""
         return self._tokenizer is not None
+
+    @cached_property
+    def places_tools(self) -> bool:
+        """Whether the chat template shows the model the tools that it is offered."""
+        if self.template is None:
+            return False
+        try:
+            return template_traits(self.template).places_tools
+        except UsageError:  # rendering will say what is wrong
+            return True
 
     async def prepare_grammars(self) -> None:
         """Returns when the engine can follow grammars; the vocabulary goes to it with the first one."""

@@ -12,7 +12,8 @@ from rvllm.api.generate.generation import Service
 from rvllm.api.http.body import MAX_TOOLS, check_count
 from rvllm.api.http.errors import invalid
 from rvllm.text.chat.reasoning import ReasoningSplitter
-from rvllm.text.tools.choose import Function, ToolFormat
+from rvllm.text.tools.calls_grammar import Function
+from rvllm.text.tools.choose import ToolFormat
 from rvllm.text.tools.events import CallStart, Event, Text
 
 _NAME_LENGTH = 256
@@ -55,6 +56,12 @@ def tool_plan(
         raise invalid(
             "tools: this model's chat template does not show how it writes tool calls; "
             "start the server with --tool-call-parser, or send tool_choice none",
+            "tools",
+        )
+    if not service.places_tools:
+        raise invalid(
+            "tools: this model's chat template has no place for tools, so it would never see them; "
+            "start the server with --chat-template FILE, or send tool_choice none",
             "tools",
         )
     named = isinstance(choice, Mapping)
@@ -113,7 +120,10 @@ class OutputParser:
     def __post_init__(self) -> None:
         self._parser = None
         if self.plan is not None:
-            self._parser = self.plan.known.parser([function.name for function in self.plan.functions])
+            self._parser = self.plan.known.parser(
+                [function.name for function in self.plan.functions],
+                {function.name: function.parameters for function in self.plan.functions},
+            )
 
     def feed(self, text: str, final: bool) -> tuple[str, list[Event]]:
         """(thoughts, what else was found in its order: words, beginnings of calls with ids, arguments)."""
@@ -149,7 +159,8 @@ def marks_are_special(service: Service, plan: ToolPlan | None) -> bool:
     """Whether marks of calls or thoughts are special tokens, which must then stay in the text to be seen."""
     marks: list[str] = []
     if plan is not None:
-        marks += [*plan.known.parser.marks, *plan.known.parser.hidden]
+        parser = plan.known.parser
+        marks += [*parser.marks, *parser.hidden, *parser.inner]
     if service.reasoning is not None:
         marks += [service.reasoning.begin, service.reasoning.end]
     tokenizer = service.tokenizer

@@ -13,7 +13,7 @@ from rvllm.api.schemas.requests import GenerationRequest
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.errors import UsageError
 from rvllm.text.grammar.grammar import check, check_tokenizer, grammar_of, with_lead
-from rvllm.text.tools.choose import calls_or_form, forced_calls, offered_calls
+from rvllm.text.tools.calls_grammar import calls_or_form, forced_calls, offered_calls
 
 _GUIDED = {
     "guided_json": "json",

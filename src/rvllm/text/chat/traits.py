@@ -19,6 +19,7 @@ ABSENT = object()
 
 USER, CALL, KEY, VALUE, RESULT = "zquser", "zqcall", "zqkey", "zqvalue", "zqresult"
 ARGUMENTS = {KEY: VALUE}
+TEXT_ARGUMENTS = f'{{"{KEY}": "{VALUE}"}}'
 _IDENTITY = "zq1234567"  # Mistral's templates insist on nine letters and digits
 TOOL = {
     "type": "function",
@@ -60,12 +61,30 @@ class TemplateTraits:
     @cached_property
     def wants_text_arguments(self) -> bool:
         """Whether a call's arguments must be JSON text to be shown as JSON."""
-        return not _shows_call(self.call(ARGUMENTS)) and self.takes_text_arguments
+        return not self._shows(ARGUMENTS) and self.takes_text_arguments
 
     @cached_property
     def takes_text_arguments(self) -> bool:
         """Whether a call is shown with arguments that are text."""
-        return _shows_call(self.call(f'{{"{KEY}": "{VALUE}"}}'))
+        return self._shows(TEXT_ARGUMENTS)
+
+    def _shows(self, arguments: Any) -> bool:
+        """Whether a call is shown with some content, and its arguments not as Python spells them."""
+        turns = (turn or "" for turn in self._turns(arguments).values())
+        return any(VALUE in turn and f"'{KEY}': '" not in turn for turn in turns)
+
+    def _turns(self, arguments: Any) -> dict[str, str | None]:
+        """The turn that is a call, for each content that it may have; None where the template fails.
+
+        Some templates insist on an answer to each call, some take none: one that any content lets through
+        stands behind it.
+        """
+        turns: dict[str, str | None] = {}
+        for answered in (True, False):
+            turns = {name: self.call(arguments, content, answered) for name, content in _CONTENTS.items()}
+            if any(turn is not None and _names_call(turn) for turn in turns.values()):
+                return turns
+        return turns
 
     @cached_property
     def places_tools(self) -> bool:
@@ -87,35 +106,34 @@ class TemplateTraits:
     @cached_property
     def _contents(self) -> dict[bool, dict[str, Any]]:
         """By whether there are calls: what to give in place of which content."""
-        arguments = f'{{"{KEY}": "{VALUE}"}}' if self.wants_text_arguments else ARGUMENTS
-        turns = {name: self.call(arguments, content) for name, content in _CONTENTS.items()}
+        arguments = TEXT_ARGUMENTS if self.wants_text_arguments else ARGUMENTS
+        turns = self._turns(arguments)
         renders = {name for name, turn in turns.items() if turn is not None and "None" not in turn}
         shows = {name for name in renders if _names_call(turns[name] or "")}
         empty = {name for name, content in _CONTENTS.items() if self._renders_empty(content)}
         return {True: _stand_ins(shows or renders), False: _stand_ins(empty)}
 
-    def call(self, arguments: Any, content: Any = "") -> str | None:
-        """What the template writes for a turn that is one call of CALL; None where it fails.
+    @cached_property
+    def written_call(self) -> str | None:
+        """What the template writes for a turn that is one call of CALL with ARGUMENTS, headers included."""
+        turns = self._turns(TEXT_ARGUMENTS if self.wants_text_arguments else ARGUMENTS)
+        shown = [turn for turn in turns.values() if turn is not None]
+        return next(
+            (turn for turn in shown if _names_call(turn) and "None" not in turn), shown[0] if shown else None
+        )
 
-        The text between the user's words and the tool's answer, headers included.
-        """
+    def call(self, arguments: Any, content: Any, answered: bool) -> str | None:
+        """The text between the user's words and the tool's answer; None where the template fails."""
         function = {"name": CALL, "arguments": arguments}
         message: dict[str, Any] = {"role": "assistant"}
         if content is not ABSENT:
             message["content"] = content
         message["tool_calls"] = [{"id": _IDENTITY, "type": "function", "function": function}]
         talk = [{"role": "user", "content": self._user()}, message]
-        result = {"role": "tool", "tool_call_id": _IDENTITY, "name": CALL, "content": RESULT}
-        best = None
-        for more in ([result], []):  # some templates insist on an answer to each call, some take none
-            text = self._conversation([*talk, *more])
-            if text is None:
-                continue
-            turn = text.rpartition(USER)[2].partition(RESULT)[0]
-            best = turn if best is None else best
-            if _names_call(turn):
-                return turn
-        return best
+        if answered:
+            talk.append({"role": "tool", "tool_call_id": _IDENTITY, "name": CALL, "content": RESULT})
+        text = self._conversation(talk)
+        return None if text is None else text.rpartition(USER)[2].partition(RESULT)[0]
 
     def _renders_empty(self, content: Any) -> bool:
         message: dict[str, Any] = {"role": "assistant"}
@@ -135,11 +153,6 @@ class TemplateTraits:
             if text is not None:
                 return text
         return None
-
-
-def _shows_call(turn: str | None) -> bool:
-    """Whether a turn shows the arguments of the trial's call, and not as Python spells an object."""
-    return turn is not None and VALUE in turn and f"'{KEY}': '" not in turn
 
 
 def _names_call(turn: str) -> bool:

@@ -1,21 +1,31 @@
-"""Which format a model's tool calls have, and the grammar that forces a call."""
+"""Which format a model's tool calls have: the one that its chat template writes calls in."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 from rvllm.errors import UsageError
-from rvllm.text.grammar.grammar import Spelled, json_rule, literal
-from rvllm.text.tools.formats import CommandR, DeepSeek, Hermes, Llama3, Mistral, ToolParser
-
-if TYPE_CHECKING:
-    from rvllm.text.tokenizers.tokenizer import Tokenizer
-
-MAX_CALLS = 16  # that a forced answer may make in parallel
+from rvllm.text.chat.template import template_traits
+from rvllm.text.chat.traits import ARGUMENTS, CALL, TOOL, VALUE
+from rvllm.text.tools.events import CallArguments, CallStart
+from rvllm.text.tools.formats import (
+    ActionJson,
+    CommandR,
+    DeepSeek,
+    Functionary,
+    Granite,
+    Hermes,
+    Kimi,
+    Llama3,
+    Mistral,
+    Nemotron,
+    Phi4,
+    ToolCalls,
+    ToolParser,
+)
+from rvllm.text.tools.pythonic import Pythonic
+from rvllm.text.tools.tagged import Glm, MiniMaxM2, Qwen3Coder, SeedOss
 
 
 @dataclass(frozen=True)
@@ -30,188 +40,177 @@ class Frame:
     call_after: str
     between: str
     after: str
-    sign: str  # a text in chat templates that only this format's have
+
+
+@dataclass(frozen=True)
+class Members:
+    """How arguments stand one by one: `before` with KEY for the name, the value, `after`.
+
+    between: parts them. bare_strings: strings stand as they are, without quotes.
+    """
+
+    before: str
+    after: str
+    between: str = ""
+    bare_strings: bool = True
 
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """A family's way to write calls."""
+    """A family's way to write calls.
+
+    signs: texts that chat templates have together that only tell of calls in this format.
+    members: how arguments are written where they are not one JSON object.
+    """
 
     name: str
     parser: type[ToolParser]
     frame: Frame
+    signs: tuple[str, ...]
     aliases: tuple[str, ...] = field(default=())
+    members: Members | None = None
 
 
 _BEGIN, _SEP, _END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 _CALLS_BEGIN, _CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+_KIMI = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+_QWEN_MEMBERS = Members("<parameter=KEY>\n", "\n</parameter>\n")
+_CALL, _JSON_CALL = "<tool_call>\n", '{"name": "NAME", "arguments": '
 
-# In the order in which a template is looked through: the first sign found decides.
+# In the order in which a template is looked through: the first whose signs are all there decides.
 FORMATS = (
     ToolFormat("deepseek_v3", DeepSeek, Frame(
         _CALLS_BEGIN, f"{_BEGIN}function{_SEP}NAME\n```json\n", f"\n```{_END}", "\n", _CALLS_END,
-        f"function{_SEP}",
-    )),
+    ), (f"function{_SEP}",)),
     ToolFormat("deepseek_v31", DeepSeek, Frame(
-        _CALLS_BEGIN, f"{_BEGIN}NAME{_SEP}", _END, "", _CALLS_END, _BEGIN,
-    )),
-    ToolFormat("mistral_args", Mistral, Frame("", "[TOOL_CALLS]NAME[ARGS]", "", "", "", "[ARGS]")),
+        _CALLS_BEGIN, f"{_BEGIN}NAME{_SEP}", _END, "", _CALLS_END,
+    ), (_BEGIN,)),
+    ToolFormat("kimi_k2", Kimi, Frame(
+        _KIMI[0], "<|tool_call_begin|>functions.NAME:INDEX<|tool_call_argument_begin|>",
+        "<|tool_call_end|>", "", _KIMI[1],
+    ), ("<|tool_call_argument_begin|>",)),
+    ToolFormat("mistral_args", Mistral, Frame("", "[TOOL_CALLS]NAME[ARGS]", "", "", ""), ("[ARGS]",)),
     ToolFormat("mistral", Mistral, Frame(
-        "[TOOL_CALLS][", '{"name": "NAME", "arguments": ', "}", ", ", "]", "[TOOL_CALLS]",
-    )),
+        "[TOOL_CALLS][", _JSON_CALL, "}", ", ", "]",
+    ), ("[TOOL_CALLS]",)),
     ToolFormat("command_r", CommandR, Frame(
         "<|START_ACTION|>[\n",
         '    {"tool_call_id": "INDEX", "tool_name": "NAME", "parameters": ', "}", ",\n",
-        "\n]<|END_ACTION|>", "<|START_ACTION|>",
-    ), ("cohere",)),
+        "\n]<|END_ACTION|>",
+    ), ("<|START_ACTION|>",), ("cohere",)),
+    ToolFormat("command_r_action", ActionJson, Frame(
+        "Action:\n```json\n[\n",
+        '    {\n        "tool_name": "NAME",\n        "parameters": ', "\n    }", ",\n", "\n]```",
+    ), ("Action:", '"tool_name"')),
+    ToolFormat("minimax_m2", MiniMaxM2, Frame(
+        "<minimax:tool_call>", '\n<invoke name="NAME">\n', "</invoke>", "", "\n</minimax:tool_call>",
+    ), ("<minimax:tool_call>",), ("minimax",), Members('<parameter name="KEY">', "</parameter>\n")),
+    ToolFormat("seed_oss", SeedOss, Frame(
+        "", "<seed:tool_call>\n<function=NAME>\n", "</function>\n</seed:tool_call>", "\n", "",
+    ), ("<seed:tool_call>",), (), Members("<parameter=KEY>", "</parameter>\n")),
+    ToolFormat("qwen3_coder", Qwen3Coder, Frame(
+        "", f"{_CALL}<function=NAME>\n", "</function>\n</tool_call>", "\n", "",
+    ), ("<function=", "<parameter="), ("qwen3_xml", "qwen3_coder_xml", "nemotron3"), _QWEN_MEMBERS),
+    ToolFormat("glm45", Glm, Frame(
+        "", "<tool_call>NAME\n", "</tool_call>", "\n", "",
+    ), ("<arg_key>",), ("glm47", "glm"), Members("<arg_key>KEY</arg_key>\n<arg_value>", "</arg_value>\n")),
+    ToolFormat("nemotron_json", Nemotron, Frame(
+        "<TOOLCALL>[", _JSON_CALL, "}", ", ", "]</TOOLCALL>",
+    ), ("<TOOLCALL>",), ("llama_nemotron_json",)),
+    ToolFormat("hunyuan_a13b", ToolCalls, Frame(
+        "<tool_calls>[", _JSON_CALL, "}", ", ", "]</tool_calls>",
+    ), ("<tool_calls>",), ("jamba", "minimax_m1")),
+    ToolFormat("phi4_mini_json", Phi4, Frame(
+        "functools[", _JSON_CALL, "}", ", ", "]",
+    ), ("functools",), ("phi4",)),
+    ToolFormat("phi4_marked", Phi4, Frame(
+        "", f"<|tool_call|>{_JSON_CALL}", "}<|/tool_call|>", "", "",
+    ), ("<|/tool_call|>",)),
+    ToolFormat("granite", Granite, Frame(
+        "<|tool_call|>[", _JSON_CALL, "}", ", ", "]",
+    ), ("<|tool_call|>",)),
+    ToolFormat("granite_20b_fc", Granite, Frame(
+        "", f"<function_call> {_JSON_CALL}", "}", "\n", "",
+    ), ("<function_call>",), ("granite-20b-fc",)),
     ToolFormat("hermes", Hermes, Frame(
-        "", '<tool_call>\n{"name": "NAME", "arguments": ', "}\n</tool_call>", "\n", "", "<tool_call>",
-    ), ("qwen",)),
+        "", f"{_CALL}{_JSON_CALL}", "}\n</tool_call>", "\n", "",
+    ), ("<tool_call>",), ("qwen", "granite4")),
+    ToolFormat("functionary_v31", Functionary, Frame(
+        "", "<function=NAME>", "</function>", "", "",
+    ), ("<function=", "</function>"), ("llama3_function",)),
+    ToolFormat("lfm2", Pythonic, Frame(
+        "<|tool_call_start|>[", "NAME(", ")", ", ", "]<|tool_call_end|>",
+    ), ("<|tool_list_start|>",), (), Members("KEY=", "", ", ", bare_strings=False)),
+    ToolFormat("llama4_pythonic", Pythonic, Frame(
+        "[", "NAME(", ")", ", ", "]",
+    ), ("func_name1(",), ("pythonic",), Members("KEY=", "", ", ", bare_strings=False)),
     ToolFormat("llama3_json", Llama3, Frame(
-        "", '{"name": "NAME", "parameters": ', "}", "; ", "", '"parameters":',
-    ), ("llama3",)),
+        "", '{"name": "NAME", "parameters": ', "}", "; ", "",
+    ), ('"parameters":',), ("llama3", "llama4_json")),
 )  # fmt: skip
 CHOICES = ("auto", "none", *(name for f in FORMATS for name in (f.name, *f.aliases)))
+_BARE = (Hermes, Pythonic, Llama3)  # whose calls may stand without a mark at the beginning of an answer
 
 
 def tool_format(chosen: str, template: str | None) -> ToolFormat | None:
     """The format of `--tool-call-parser`; with "auto", the one that the chat template writes calls in.
 
+    The template is given a call, and what it makes of it is read back. Only a template that shows no calls
+    is judged by the words it is written in.
     Raises UsageError for an unknown name.
     """
     if chosen == "none":
         return None
     if chosen == "auto":
-        return next((f for f in FORMATS if template and _written_in(template, f)), None)
+        return None if template is None else _written_by(template)
     found = next((f for f in FORMATS if chosen in (f.name, *f.aliases)), None)
     if found is None:
         raise UsageError(f"--tool-call-parser: {chosen!r} is not one of {', '.join(CHOICES)}")
     return found
 
 
-def _written_in(template: str, known: ToolFormat) -> bool:
+def _written_by(template: str) -> ToolFormat | None:
     if "tools" not in template:
-        return False
-    return known.frame.sign in template.replace('\\"', '"').replace("'+'", "")
-
-
-@dataclass(frozen=True)
-class Function:
-    """A function the model may call. strict: its arguments must always fit `parameters`."""
-
-    name: str
-    parameters: Any
-    strict: bool = False
-
-
-def forced_calls(
-    known: ToolFormat, functions: Sequence[Function], tokenizer: Tokenizer, *, parallel: bool
-) -> str:
-    """A grammar for an answer that is one call of one of `functions`, or with `parallel` one or more."""
-    schemas = [_schema(function) for function in functions]
-    whole, rules = _calls(known.frame, functions, schemas, Spelled(tokenizer), parallel)
-    return "\n".join([f"start: {whole}", *rules])
-
-
-def offered_calls(
-    known: ToolFormat, functions: Sequence[Function], tokenizer: Tokenizer, *, parallel: bool
-) -> str | None:
-    """A grammar for free text that may end in calls, in which those of strict functions fit their schemas.
-
-    An answer that begins as a call without marks does (see `Hermes`) has to go on as one.
-    None where it would hold nothing: no function is strict, or calls begin with no token of the vocabulary,
-    so that any text may look like one.
-    """
-    spelled = Spelled(tokenizer)
-    begins_with_token = spelled.of(known.frame.before + known.frame.call_before).startswith("<[")
-    if not begins_with_token or not any(function.strict for function in functions):
         return None
-    schemas = _offered_schemas(functions)
-    whole, rules = _calls(known.frame, functions, schemas, spelled, parallel)
-    text, bare = r"/(.|\n)*/", list[str]()
-    if known.parser is Hermes:
-        bare = _bare_calls(functions, schemas, parallel)
-        names = "|".join(_in_regex(function.name) for function in functions)
-        text += rf' & ~/\s*\{{\s*"(name"\s*:\s*"({names})"|arguments")(.|\n)*/'
-    start = "start: TEXT calls?" + (" | bare" if bare else "")
-    return "\n".join([start, f"TEXT: {text}", f"calls: {whole}", *bare, *rules])
+    try:
+        traits = template_traits(template)
+    except UsageError:  # requests will say so
+        return _signed(template)
+    turn = traits.written_call
+    if turn is None or VALUE not in turn:
+        return _signed(template)
+    marked = [f for f in FORMATS if _reads(f, turn)]
+    if marked:
+        return next((f for f in marked if _framed(f, turn)), marked[0])
+    begins = [at for at in (turn.find("{"), turn.find("["), turn.find(CALL + "(") - 1) if at >= 0]
+    bare = [f for f in FORMATS if f.parser in _BARE and any(_reads(f, turn[at:]) for at in begins)]
+    if not bare:
+        return None
+    signed = _signed(template)  # a template may leave the marks out that it asks for
+    return signed or next((f for f in bare if _framed(f, turn)), bare[0])
 
 
-def calls_or_form(
-    known: ToolFormat, functions: Sequence[Function], tokenizer: Tokenizer, form: str, *, parallel: bool
-) -> str:
-    """A grammar for an answer that is either calls or what the grammar `form` says."""
-    schemas, bare = _offered_schemas(functions), known.parser in (Hermes, Llama3)
-    ways, rules = ["@form"], list[str]()
-    if known.parser is not Llama3:
-        whole, rules = _calls(known.frame, functions, schemas, Spelled(tokenizer), parallel)
-        ways.append(whole)
-    if bare:
-        # Whole objects, read by the same JSON rules as the form: a literal in front of the arguments would
-        # take the form's first characters for its own.
-        key, between = ("parameters", "; ") if known.parser is Llama3 else ("arguments", "\n")
-        objects = [_call_object(f.name, key, schema) for f, schema in zip(functions, schemas, strict=True)]
-        rules += [f"bare_{i}: {json_rule(schema)}" for i, schema in enumerate(objects)]
-        rules.append("bare: " + " | ".join(f"bare_{i}" for i in range(len(functions))))
-        more = f" ({literal(between)} bare){{0,{MAX_CALLS - 1}}}" if parallel else ""
-        ways.append(f"bare{more}")
-    main = "\n".join(["start: " + " | ".join(ways), *rules])
-    inner = json.loads(form)["grammars"] if form.lstrip().startswith("{") else [{"lark_grammar": form}]
-    return json.dumps(
-        {"grammars": [{"lark_grammar": main}, {**inner[0], "name": "form"}]}, ensure_ascii=False
-    )
+def _reads(known: ToolFormat, turn: str) -> bool:
+    """Whether a format finds the trial's call, and nothing else, in a turn."""
+    parser = known.parser([CALL], {CALL: TOOL["function"]["parameters"]})  # type: ignore[index]
+    events = parser.feed(turn, final=True)
+    starts = [event.name for event in events if isinstance(event, CallStart)]
+    text = "".join(event.text for event in events if isinstance(event, CallArguments))
+    try:
+        return starts == [CALL] and json.loads(text) == ARGUMENTS
+    except ValueError:
+        return False
 
 
-def _call_object(name: str, key: str, schema: Any) -> dict[str, Any]:
-    """The schema of a whole call; definitions move to its root, where references look for them."""
-    inner = dict(schema) if isinstance(schema, dict) else {"allOf": [schema]}
-    definitions = {word: inner.pop(word) for word in ("$defs", "definitions") if word in inner}
-    properties = {"name": {"const": name}, key: inner}
-    return {"type": "object", "properties": properties, "required": ["name", key],
-            "additionalProperties": False, **definitions}  # fmt: skip
+def _framed(known: ToolFormat, turn: str) -> bool:
+    """Whether a turn has the format's marks, spaces apart."""
+    begin = (known.frame.before + known.frame.call_before).replace("NAME", CALL).replace("INDEX", "0")
+    return "".join(begin.split()) in "".join(turn.split())
 
 
-def _offered_schemas(functions: Sequence[Function]) -> list[Any]:
-    return [_schema(function) if function.strict else {"type": "object"} for function in functions]
-
-
-def _bare_calls(functions: Sequence[Function], schemas: Sequence[Any], parallel: bool) -> list[str]:
-    """Rules for calls without marks, at the beginning of an answer."""
-    rules = []
-    for i, (function, schema) in enumerate(zip(functions, schemas, strict=True)):
-        before = f'{{"name": "{_in_json(function.name)}", "arguments": '
-        rules.append(f"bare_{i}: {literal(before)} {json_rule(schema)} {literal('}')}")
-    rules.append("bare_call: " + " | ".join(f"bare_{i}" for i in range(len(functions))))
-    more = rf' ("\n" bare_call){{0,{MAX_CALLS - 1}}}' if parallel else ""
-    return [f"bare: bare_call{more}", *rules]
-
-
-def _calls(
-    frame: Frame, functions: Sequence[Function], schemas: Sequence[Any], spelled: Spelled, parallel: bool
-) -> tuple[str, list[str]]:
-    """(the right side of a rule for one or more calls, the rules that it needs)."""
-    rules = []
-    for i, (function, schema) in enumerate(zip(functions, schemas, strict=True)):
-        before = frame.call_before.replace("NAME", _in_json(function.name)).replace("INDEX", "0")
-        parts = (spelled.of(before), json_rule(schema), spelled.of(frame.call_after))
-        rules.append(f"call_{i}: " + " ".join(part for part in parts if part))
-    rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
-    more = f"({spelled.of(frame.between)} call){{0,{MAX_CALLS - 1}}}" if parallel else ""
-    whole = (spelled.of(frame.before), "call", more, spelled.of(frame.after))
-    return " ".join(part for part in whole if part), rules
-
-
-def _schema(function: Function) -> Any:
-    schema = {} if function.parameters is None else function.parameters
-    if schema == {}:
-        return {"type": "object", "properties": {}, "additionalProperties": False}
-    return {"type": "object", **schema} if isinstance(schema, dict) else schema
-
-
-def _in_regex(name: str) -> str:
-    """A pattern for the name as JSON has it, in a grammar's `/.../`."""
-    return re.escape(_in_json(name)).replace("/", r"\/")
-
-
-def _in_json(name: str) -> str:
-    return json.dumps(name, ensure_ascii=False)[1:-1]
+def _signed(template: str) -> ToolFormat | None:
+    """The format that the template's words tell of."""
+    if "tools" not in template:
+        return None
+    plain = template.replace('\\"', '"').replace("'+'", "")
+    return next((f for f in FORMATS if all(sign in plain for sign in f.signs)), None)

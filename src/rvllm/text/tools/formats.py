@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
+from typing import Any
 
 from rvllm.text.tools.events import CallArguments, CallStart, Event, Text, merged
 from rvllm.text.tools.reader import END, Reader, Reading
@@ -15,15 +16,18 @@ class ToolParser:
 
     names: the functions the request offers; formats without a mark of their own need them to tell a call
     from any other JSON.
+    schemas: the functions' parameters, for formats that write arguments as plain text.
     marks: what the formats begin and part calls with; text is held back while it may become one of them.
     """
 
     marks: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()  # marks that only structure the text, and are dropped
+    inner: tuple[str, ...] = ()  # marks within a call
     keys = CallKeys(("name",), ("arguments", "parameters"))
 
-    def __init__(self, names: Collection[str] = ()) -> None:
+    def __init__(self, names: Collection[str] = (), schemas: Mapping[str, Any] | None = None) -> None:
         self.names = frozenset(names)
+        self.schemas = schemas or {}
         self.calls = 0
         self.reader = Reader()
         self._events: list[Event] = []
@@ -52,13 +56,23 @@ class ToolParser:
             self._done = True
 
     def read(self) -> Reading[None]:
-        """Reads the whole answer: text up to a mark, then what the mark begins."""
+        """Reads the whole answer: text up to a mark, then what the mark begins.
+
+        Where that is no call it is text, and so is the mark that closes it.
+        """
+        is_text = False
         while True:
             mark = yield from self.plain(*self.marks, *self.hidden)
             if not mark:
                 return
-            if mark not in self.hidden:
+            if mark in self.hidden:
+                if is_text and "/" in mark:
+                    self.say(mark)
+                is_text = False
+            else:
+                before = self.calls
                 yield from self.call_after(mark)
+                is_text = self.calls == before
 
     def call_after(self, mark: str) -> Reading[None]:
         """Reads what follows a mark."""
@@ -202,6 +216,7 @@ class Mistral(ToolParser):
     """`[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]`; newer ones `[TOOL_CALLS]name[ARGS]{...}`."""
 
     marks = ("[TOOL_CALLS]",)
+    inner = ("[ARGS]", "[CALL_ID]")
     keys = CallKeys(("name",), ("arguments",), ("id",))
 
     def call_after(self, mark: str) -> Reading[None]:
@@ -261,6 +276,111 @@ class CommandR(ToolParser):
             yield from self.object_or_text(mark + space)
 
 
+class ActionJson(ToolParser):
+    """`Action:` and a list of `{"tool_name": ..., "parameters": {...}}` in a fence: Command R and R+."""
+
+    marks = ("Action:",)
+    keys = CallKeys(("tool_name", "name"), ("parameters", "arguments"), ("tool_call_id",))
+
+    def call_after(self, mark: str) -> Reading[None]:
+        before = mark + (yield from self.reader.skip_space())
+        fence = yield from self.reader.starts_with("```json", "```")
+        before += fence + (yield from self.reader.skip_space())
+        first = yield from self.reader.next()
+        if first != "[":
+            self.reader.unread(first)
+            self.say(before)
+            return
+        if (yield from self.array_of_calls(before + first)) and fence:
+            space = yield from self.reader.skip_space()
+            if not (yield from self.reader.starts_with("```")):
+                self.reader.unread(space)
+
+
+class MarkedJson(ToolParser):
+    """A mark, then a list of calls or one call, as JSON."""
+
+    def call_after(self, mark: str) -> Reading[None]:
+        space = yield from self.reader.skip_space()
+        first = yield from self.reader.next()
+        if first == "[":
+            yield from self.array_of_calls(mark + space + first)
+            return
+        self.reader.unread(first)
+        before = mark + space
+        while (yield from self.object_or_text(before)):
+            before = yield from self.reader.skip_space()
+            follows = yield from self.reader.next()
+            self.reader.unread(follows)
+            if follows != "{":
+                self.reader.unread(before)
+                return
+
+
+class Granite(MarkedJson):
+    """`<|tool_call|>[{"name": ..., "arguments": {...}}]`, Granite 3; Granite 20B writes `<function_call>`."""
+
+    marks = ("<|tool_call|>", "<function_call>")
+    hidden = ("</function_call>",)
+
+
+class Phi4(MarkedJson):
+    """Phi-4: `functools[{"name": ..., "arguments": {...}}]`, or the call between `<|tool_call|>` marks."""
+
+    marks = ("functools", "<|tool_call|>")
+    hidden = ("<|/tool_call|>",)
+
+
+class ToolCalls(MarkedJson):
+    """`<tool_calls>[{"name": ..., "arguments": {...}}]</tool_calls>`: Jamba, Hunyuan, MiniMax M1."""
+
+    marks = ("<tool_calls>",)
+    hidden = ("</tool_calls>",)
+
+
+class Nemotron(MarkedJson):
+    """`<TOOLCALL>[{"name": ..., "arguments": {...}}]</TOOLCALL>`: Nemotron Nano v2 and Llama Nemotron."""
+
+    marks = ("<TOOLCALL>",)
+    hidden = ("</TOOLCALL>",)
+
+
+class Kimi(ToolParser):
+    """`<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>{...}<|tool_call_end|>`: Kimi K2."""
+
+    marks = ("<|tool_call_begin|>",)
+    inner = ("<|tool_call_argument_begin|>",)
+    hidden = ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_end|>")
+
+    def call_after(self, mark: str) -> Reading[None]:
+        identity, found = yield from self.reader.until("<|tool_call_argument_begin|>")
+        name = identity.strip().removeprefix("functions.").rpartition(":")[0] or identity.strip()
+        if not found or not name:
+            self.say(mark + identity + found)
+            return
+        self.begin(name, identity.strip())
+        yield from self.reader.skip_space()
+        yield from arguments_object(self)
+
+
+class Functionary(ToolParser):
+    """`<function=NAME>{...}</function>`: Functionary 3.1, and Llama 3.1 with functions of one's own."""
+
+    marks = ("<function=",)
+    hidden = ("</function>",)
+
+    def call_after(self, mark: str) -> Reading[None]:
+        name, end = yield from self.reader.until(">", "\n")
+        space = yield from self.reader.skip_space()
+        first = yield from self.reader.next()
+        self.reader.unread(first)
+        if end != ">" or first != "{" or not name:
+            self.say(mark + name + end + space)
+            return
+        self.begin(name)
+        yield from arguments_object(self)
+
+
 class DeepSeek(ToolParser):
     """DeepSeek V3, R1 and V3.1: calls between marks of their own, `name<｜tool▁sep｜>` and JSON.
 
@@ -270,6 +390,7 @@ class DeepSeek(ToolParser):
     marks = ("<｜tool▁call▁begin｜>",)
     hidden = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁end｜>")
     SEPARATOR = "<｜tool▁sep｜>"
+    inner = (SEPARATOR,)
 
     def call_after(self, mark: str) -> Reading[None]:
         name, found = yield from self.reader.until(self.SEPARATOR)
