@@ -13,8 +13,9 @@ from rvllm.backends.cpu.threads import Workers
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Counts, Planned
 from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up, pack_matrix
-from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, RouteAt, most_tiles, plan_route
-from rvllm.kernels.moe.specs import BLOCKS, FEW_TOKENS, Block
+from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, Path, most_tiles
+from rvllm.backends.cuda.ops.moe.router import RouteAt, plan_route
+from rvllm.kernels.moe.specs import BLOCKS, FEW_TOKENS, GROUPED_TOKENS
 from rvllm.kernels.rowwise.specs import norm_kernel
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Activation, Buffer, Experts, Norm, Route, Weight
@@ -268,7 +269,8 @@ class Bench:
         self.inner = gpu.empty((entries, m.width), dtype)
         self.parts = gpu.empty((entries, m.n), dtype)
         self.order = gpu.empty((entries,), np.int32)
-        self.tiles = gpu.empty((most_tiles(entries, m.experts, 16), 4), np.int32)
+        self.places = gpu.empty((entries,), np.int32)
+        self.tiles = gpu.empty((most_tiles(entries, m.experts, 8), 4), np.int32)
         self.num_tiles = gpu.empty((1,), np.int32)
 
     def _packed(self, weight: np.ndarray, gated: bool) -> np.ndarray:
@@ -277,9 +279,12 @@ class Bench:
 
     def run(
         self, x: np.ndarray, ids: np.ndarray, shares: np.ndarray, padded: int,
-        residual: np.ndarray | None = None, scale: float = 1.0, block: Block | None = None,
+        residual: np.ndarray | None = None, scale: float = 1.0, how: tuple[Path, int] | None = None,
     ) -> np.ndarray:  # fmt: skip
-        """The experts' sum for the rows of x, in a step of up to `padded`; checks that other rows stay."""
+        """The experts' sum for the rows of x, in a step of up to `padded`; checks that other rows stay.
+
+        how: by which kernels, with tiles of so many entries; as planned by default.
+        """
         gpu, tokens = self.gpu, len(x)
 
         def given(values: np.ndarray, dtype: np.dtype) -> Array:
@@ -296,10 +301,14 @@ class Bench:
             x=held[0].address, ids=held[1].address, shares=held[2].address, out=out.address,
             residual=0 if residual is None else out.address, up=self._up.address, down=self._down.address,
             inner=self.inner.address, parts=self.parts.address, order=self.order.address,
-            tiles=self.tiles.address, num_tiles=self.num_tiles.address, num_tokens=count.address,
+            places=self.places.address, tiles=self.tiles.address, num_tiles=self.num_tiles.address,
+            num_tokens=count.address,
         )  # fmt: skip
         plan = ExpertsPlan(self.op, "experts", padded, SHORT[self.dtype.name], chip(gpu), at, scale)
-        plan.block = block or plan.block
+        if how:
+            plan.path = how[0]
+            plan.tile = how[1] if how[0] == "grouped" else plan.tile
+            plan.block = next((b for b in BLOCKS if b.tokens == how[1]), plan.block)
         for planned in plan.launches():
             run(gpu, planned)
         result = out.get().astype(np.float32)
@@ -361,6 +370,18 @@ def check_experts_that_do_not_exist(gpu: Machine, rng: np.random.Generator, dtyp
         bench.run(x, ids, np.ones(ids.shape, np.float32), tokens)
 
 
+def ways(tokens: int, capability: int) -> list[tuple[Path, int]]:
+    """The kernels that may do a step of so many tokens, and their tiles."""
+    found: list[tuple[Path, int]] = [("many", block.tokens) for block in BLOCKS]
+    if tokens <= FEW_TOKENS:
+        found.append(("few", 0))
+    if tokens == 1:
+        found.append(("one", 0))
+    if capability == 90:
+        found += [("grouped", tile) for tile in GROUPED_TOKENS]
+    return found
+
+
 def check_experts_invariance(
     gpu: Machine,
     rng: np.random.Generator,
@@ -375,9 +396,10 @@ def check_experts_invariance(
     ids, shares = assign(rng, mixed, max(sizes), "spread")
     together = bench.run(x, ids, shares, len(x))
     for tokens in sizes:
-        for block in BLOCKS if tokens > FEW_TOKENS else (None,):
-            out = bench.run(x[:tokens], ids[:tokens], shares[:tokens], tokens, block=block)
-            assert (out == together[:tokens]).all(), (tokens, block)
+        for how in ways(tokens, gpu.facts.capability):
+            out = bench.run(x[:tokens], ids[:tokens], shares[:tokens], tokens, how=how)
+            assert (out == together[:tokens]).all(), (tokens, how)
     for t in (0, 1, len(x) - 1):
-        alone = bench.run(x[t : t + 1], ids[t : t + 1], shares[t : t + 1], 1)
-        assert (alone == together[t]).all(), t
+        for how in ways(1, gpu.facts.capability):
+            alone = bench.run(x[t : t + 1], ids[t : t + 1], shares[t : t + 1], 1, how=how)
+            assert (alone == together[t]).all(), (t, how)

@@ -35,12 +35,12 @@ CHOSEN = {
                "sm80_bf16_norm_rms_add", "sm80_bf16_norm_groups_rms", "sm80_bf16_gated_silu",
                "sm80_bf16_act_gelu", "sm80_bf16_dequant_q4_1", "sm80_f32_dequant_q6_k",
                "sm80_bf16_route_e128", "sm80_experts_sort", "sm80_bf16_experts_few1",
+               "sm90_bf16_moe_grouped_n8", "sm90_bf16_moe_grouped_n128",
                "sm80_bf16_experts_r128_n128",
                "sm80_bf16_gemm_pack_f32", "sm80_stream_read", "sm80_begin_step", "sm90_bf16_gemm_split_n8",
                "sm80_bf16_rope_kv_rms", "sm80_bf16_norm_add_norm", "sm80_bf16_gated_clamped",
                "sm80_bf16_state_scan_s128_conv", "sm80_bf16_scan_keep", "sm80_bf16_causal_conv_k4_silu",
-               "sm80_bf16_text_attn_d64", "sm80_bf16_pool", "sm80_bf16_attn_decode_sparse_d128",
-               "sm90_bf16_attn_prefill_d128"},
+               "sm80_bf16_text_attn_d64", "sm80_bf16_pool", "sm80_bf16_attn_decode_sparse_d128"},
 }  # fmt: skip
 
 
@@ -87,6 +87,15 @@ def test_compiles_within_its_registers(
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", cubin.log)]
     assert len(spills) >= len(unit.symbols)
     assert max(spills) <= SPILL_LIMIT, cubin.log
+    specs = {s.symbol: s for s in MANIFEST.values() if (s.source, s.defines) == (unit.source, unit.defines)}
+    for symbol, mangled in cubin.names.items():
+        said = cubin.log.split(f"Compiling entry function '{mangled}'")[1].split("Compiling entry function")[
+            0
+        ]
+        found = re.search(r"(\d+) bytes smem", said)
+        spec = specs[symbol]
+        declared = spec.static_smem if spec.smem else 48 << 10
+        assert not found or int(found[1]) <= declared, (spec.name, found[0])
 
 
 def test_names_say_what_they_are() -> None:

@@ -15,7 +15,8 @@ class KernelSpec:
     symbol: a name expression (`gemm<bf16, 16, 0>`) or the name of an extern "C" function in it.
     arch: lowest compute capability as 80, 90, ...; `exact` says it runs on that one alone (wgmma: sm_90a).
     defines: preprocessor definitions, `("HEAD_DIM=128",)`.
-    smem: dynamic shared memory in bytes the kernel may be launched with at most.
+    smem: dynamic shared memory in bytes the kernel may be launched with at most; less where a GPU has less.
+    static_smem: what it declares besides, at most, if it is launched with any.
     Specs with equal (source, defines, unit) compile as one translation unit.
     """
 
@@ -26,6 +27,7 @@ class KernelSpec:
     exact: bool = False
     defines: tuple[str, ...] = ()
     smem: int = 0
+    static_smem: int = 1024
     unit: str = ""
 
     def runs_on(self, capability: int) -> bool:

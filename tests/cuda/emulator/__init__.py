@@ -16,10 +16,9 @@ from rvllm.kernels.spec import KernelSpec
 
 from . import compiler
 from .compiler import EmulatorError
-from .launcher import Launcher, pointers_to
+from .launcher import SMEM, Launcher, pointers_to
 
 __all__ = ["Emulator", "EmulatorError", "available"]
-SMEM = 166912  # bytes of shared memory a block may have, as on capability 8.0
 
 
 def available() -> bool:

@@ -22,11 +22,12 @@ from rvllm.backends.cuda.device import driver
 from rvllm.kernels import build
 from rvllm.kernels.manifest import MANIFEST
 
-from . import SMEM, compiler
+from . import compiler
 from .compiler import EmulatorError, Kernel
-from .launcher import Launcher, pointers_to
+from .launcher import SMEM, Launcher, pointers_to
 
 OK = SimpleNamespace(value=0, name="CUDA_SUCCESS")
+INVALID_VALUE = SimpleNamespace(value=1, name="CUDA_ERROR_INVALID_VALUE")
 NOT_READY = SimpleNamespace(value=600, name="CUDA_ERROR_NOT_READY")
 Work = Callable[[], None]
 
@@ -108,8 +109,14 @@ class EmulatedDriver:
     def cuModuleGetFunction(self, module: dict[str, Kernel], name: bytes) -> tuple[Any, ...]:
         return OK, _Function(module[name.decode()])
 
+    def cuFuncGetAttribute(self, attribute: str, function: _Function) -> tuple[Any, ...]:
+        assert attribute == "CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES"
+        return OK, function.kernel.spec.static_smem
+
     def cuFuncSetAttribute(self, function: _Function, attribute: str, value: int) -> tuple[Any, ...]:
         if attribute == "CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES":
+            if value + function.kernel.spec.static_smem > SMEM:
+                return (INVALID_VALUE,)
             function.smem = value
         return (OK,)
 
@@ -154,6 +161,9 @@ class EmulatedDriver:
 
     def cuDeviceGetAttribute(self, name: str, device: int) -> tuple[Any, ...]:
         return OK, _FACTS[name.removeprefix("CU_DEVICE_ATTRIBUTE_")]
+
+    def cuCtxGetDevice(self) -> tuple[Any, ...]:
+        return OK, 0
 
     def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[Any, ...]:
         return OK, device

@@ -12,6 +12,8 @@ from .chain import Chain
 from .compiler import EmulatorError, Kernel, Launch
 from .memory import Memory, stacks
 
+SMEM = 166912  # bytes of shared memory a block may have, as on capability 8.0
+MAX_THREADS, MAX_GRID = 1024, (2**31 - 1, 65535, 65535)  # of a block; blocks of a grid
 PLAIN_SMEM = 48 * 1024  # bytes of shared memory that need no permission
 
 
@@ -51,11 +53,13 @@ class Launcher:
         Raises EmulatorError for what a GPU would punish.
         """
         spec = kernel.spec
-        most = max(spec.smem if allowed is None else allowed, PLAIN_SMEM)
+        most = max(min(spec.smem, SMEM - spec.static_smem) if allowed is None else allowed, PLAIN_SMEM)
         if smem > most:
             raise EmulatorError(
                 f"{spec.name} may have {most} bytes of shared memory, the launch asks for {smem}"
             )
+        if not (0 < block <= MAX_THREADS and all(0 < n <= m for n, m in zip(grid, MAX_GRID, strict=True))):
+            raise EmulatorError(f"{spec.name}: no GPU launches a grid of {grid} blocks of {block} threads")
         order = self.order if self.order is not None else self._next(spec.name)
         self.launches += 1
         told = f"{spec.name}, grid {grid}, block {block}, order {order}: "

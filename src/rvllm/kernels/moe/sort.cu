@@ -25,11 +25,12 @@ __device__ __forceinline__ int running_sum(int value) {
 
 // order int32 [tokens * top_k]: the entries by expert, those of one expert ascending. tiles int4: (expert, place of
 // its first entry in `order`, entries, 0), each of up to `tile` entries; *num_tiles: how many. ids int32
-// [tokens, top_k], of up to `experts` experts. bits: of an expert's number.
+// [tokens, top_k], of up to `experts` experts. bits: of an expert's number. places int32 [tokens * top_k], or null: where
+// each entry is in `order`.
 // Grid: 1. Shared: (warps + 3) * experts * 4. Bound by latency.
 __global__ void __launch_bounds__(1024)
     sort(int* order, int4* tiles, int* num_tiles, const int* ids, const int* num_tokens, int top_k, int experts, int bits,
-         int tile) {
+         int tile, int* places) {
   extern __shared__ __align__(16) int counts[];  // [warps][experts]: first how many, then places before this warp's
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   int* const totals = counts + warps * experts;
@@ -80,7 +81,11 @@ __global__ void __launch_bounds__(1024)
     const bool in = i + lane < end;
     const int expert = in ? existing(ids[i + lane], experts) : 0;
     const u32 same = same_expert(expert, in, bits);
-    if (in) order[first[expert] + mine[expert] + __popc(same & ((1u << lane) - 1))] = i + lane;
+    if (in) {
+      const int place = first[expert] + mine[expert] + __popc(same & ((1u << lane) - 1));
+      order[place] = i + lane;
+      if (places) places[i + lane] = place;
+    }
     __syncwarp();
     if (in && lane == __ffs(same) - 1) mine[expert] += __popc(same);
     __syncwarp();

@@ -39,7 +39,8 @@ ROUTES = {
 MAX_CLUSTER = 8
 ROUTE_NORM_WIDTH = 4096  # of a row that `route` can normalise too
 ROUTE_LANES = (4, 16)  # experts that a lane compares
-FEW_STAGES, ONE_STAGES = 4, (8, 6, 4)  # of a warp's pipeline
+FEW_STAGES = {1: 4, FEW_TOKENS: 3}  # of a warp's pipeline, by the step's tokens; few enough for 99 KB
+ONE_STAGES = (8, 6, 4)
 SORT_WARPS = (4, 32)
 _SLICE, _TILE = 2048, 64  # bytes of 16 rows of a packed tile; its columns
 _SMEM = 232448  # bytes of shared memory that a kernel may be launched with on any GPU
@@ -71,6 +72,19 @@ class Block:
         return (3 if large else 4) * (
             self.rows + self.tokens
         ) * _TILE * 2 + 4 * self.rows * self.tokens * large
+
+
+GROUPED_TOKENS = (8, 16, 32, 64, 128)  # entries of a work tile of `grouped`
+GROUPED_THREADS = 384
+MAX_LISTED = 512  # entries that a block of `grouped` lists for itself, in tiles of up to 64
+_LIST_BYTES, _STAGING_PITCH, _BARRIERS, _LIMIT = 5136, 144, 256, 232448
+
+
+def grouped_smem(tokens: int) -> int:
+    """Dynamic shared memory of `grouped` in bytes; mirrors Layout in moe/grouped_gemm_sm90.cu."""
+    stage = (2 * 64 + tokens) * _TILE * 2
+    rest = 2 * min(tokens, 64) * _STAGING_PITCH + _BARRIERS + _LIST_BYTES * (tokens <= 64)
+    return min(12, (_LIMIT - rest) // stage) * stage + rest
 
 
 BLOCKS = (Block(64, 16, 4, 1), Block(64, 64, 4, 1), Block(128, 128, 4, 2))
@@ -106,7 +120,7 @@ def _specs() -> list[KernelSpec]:
                 specs.append(KernelSpec(name, "moe/router.cu", symbol, arch, unit=f"{dtype}_{arch}"))
         kinds = {f"one_s{s}": f"one<rvllm::{dtype}, {s}>" for s in ONE_STAGES}
         for tokens in (1, FEW_TOKENS):
-            kinds[f"few{tokens}"] = f"few<rvllm::{dtype}, {FEW_STAGES}, {tokens}>"
+            kinds[f"few{tokens}"] = f"few<rvllm::{dtype}, {FEW_STAGES[tokens]}, {tokens}>"
         for name, symbol in kinds.items():
             specs.append(
                 KernelSpec(
@@ -114,6 +128,7 @@ def _specs() -> list[KernelSpec]:
                     source="moe/few_tokens.cu",
                     symbol=f"rvllm::experts::{symbol}",
                     smem=_SMEM - 16384,
+                    static_smem=5120 if name == f"few{FEW_TOKENS}" else 2048,
                     unit=dtype,
                 )
             )
@@ -134,6 +149,18 @@ def _specs() -> list[KernelSpec]:
                     symbol=f"rvllm::experts::many<rvllm::{dtype}, {sizes}>",
                     smem=block.smem,
                     unit=dtype,
+                )
+            )
+        for tokens in GROUPED_TOKENS:
+            specs.append(
+                KernelSpec(
+                    name=f"sm90_{dtype}_moe_grouped_n{tokens}",
+                    source="moe/grouped_gemm_sm90.cu",
+                    symbol=f"rvllm::experts::grouped<rvllm::{dtype}, {tokens}>",
+                    arch=90,
+                    exact=True,
+                    smem=grouped_smem(tokens),
+                    unit=f"{dtype}_{'few' if tokens <= 32 else tokens}",
                 )
             )
     return specs

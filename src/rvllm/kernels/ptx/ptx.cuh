@@ -202,6 +202,11 @@ RVLLM_PTX void mbar_wait(u32 bar, u32 parity) {
   }
 }
 
+// Arrives on the barrier, which counts this arrival, once all cp.async copies of this thread so far are there.
+RVLLM_PTX void cp_async_mbar_arrive(u32 bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(bar) : "memory");
+}
+
 // ---------------------------------------------------------------- the copy engine
 // Cache hints are opaque policies of `createpolicy`; these words are the fractional 1.0 ones.
 constexpr u64 EVICT_FIRST = 0x12F0000000000000ull, EVICT_NORMAL = 0x1000000000000000ull;

@@ -237,11 +237,15 @@ class Module:
         self.handle = call("cuModuleLoadData", code)
 
     def function(self, mangled: str, name: str, smem: int) -> Function:
-        """A kernel by its mangled name, allowed `smem` bytes of dynamic shared memory."""
+        """A kernel by its mangled name, allowed `smem` bytes of dynamic shared memory or all there is."""
         handle = call("cuModuleGetFunction", self.handle, mangled.encode())
         if smem > 48 * 1024:
-            attribute = api().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            call("cuFuncSetAttribute", handle, attribute, smem)
+            attributes = api().CUfunction_attribute
+            static = call("cuFuncGetAttribute", attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, handle)
+            most = api().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+            room = call("cuDeviceGetAttribute", most, call("cuCtxGetDevice")) - static
+            attribute = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            call("cuFuncSetAttribute", handle, attribute, min(smem, room))
         return Function(name, handle)
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """Mixtures of experts: routing and grouped products: their launches.
 
 EMITTERS: what plans the launches of a stage that begins with an op of this type. `scratch` sizes the device
-memory that these launches need beside the program's buffers. How they are launched is in `experts.py`.
+memory that these launches need beside the program's buffers. How they are launched is in `router.py` and
+`plan.py`.
 """
 
 from __future__ import annotations
@@ -12,15 +13,9 @@ from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_TOKENS
 from rvllm.backends.cuda.layout.weights import WeightLayout
 from rvllm.backends.cuda.ops.family import Emitter, Scratch
-from rvllm.backends.cuda.ops.moe.plan import (
-    WIDE_ROUTE,
-    ExpertsAt,
-    ExpertsPlan,
-    RouteAt,
-    most_tiles,
-    plan_route,
-)
-from rvllm.kernels.moe.specs import BLOCKS
+from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, most_tiles
+from rvllm.backends.cuda.ops.moe.router import WIDE_ROUTE, RouteAt, plan_route
+from rvllm.kernels.moe.specs import BLOCKS, GROUPED_TOKENS
 from rvllm.program.ops.dense import Add, Experts, Norm, Op, Program, Route
 
 if TYPE_CHECKING:
@@ -69,6 +64,7 @@ def _experts(lowering: Lowering, stage: Stage) -> None:
         inner=scratch["experts.inner"],
         parts=scratch["experts.parts"],
         order=scratch["experts.order"],
+        places=scratch["experts.places"],
         tiles=scratch["experts.tiles"],
         num_tiles=scratch["experts.num_tiles"],
         num_tokens=lowering.meta(NUM_TOKENS),
@@ -96,6 +92,7 @@ def scratch(program: Program, tokens: int, seqs: int) -> Scratch:
         "experts.inner": 2 * max(tokens * op.ids.width * op.down.shape[2] for op in mixtures),
         "experts.parts": 2 * max(tokens * op.ids.width * op.down.shape[1] for op in mixtures),
         "experts.order": 4 * entries,
-        "experts.tiles": 16 * most_tiles(entries, experts, min(b.tokens for b in BLOCKS)),
+        "experts.places": 4 * entries,
+        "experts.tiles": 16 * most_tiles(entries, experts, min(*GROUPED_TOKENS, *(b.tokens for b in BLOCKS))),
         "experts.num_tiles": 4,
     }

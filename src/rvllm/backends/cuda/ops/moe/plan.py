@@ -1,73 +1,57 @@
-"""How a mixture's routing and experts are launched: arithmetic on shapes, and addresses passed on.
+"""How a mixture's experts are launched: arithmetic on shapes, and addresses passed on.
 
 A step of one token takes two launches behind the router's: the up matrices of its experts, then the down
-matrices with the weighted sum. Up to eight tokens take three, one more for the sum. More are sorted by expert
-on the device first. All of them give a token the same bits, and none asks the host anything. The kernels are
-in `kernels/moe/router.cu` and `kernels/experts_*.cu`.
+matrices with the weighted sum. On Hopper more tokens take three, one more for the sum: products grouped by
+expert, which list few entries for themselves and have many sorted by a launch before. On other GPUs up to
+eight tokens take kernels that sort nothing. All of them give a token the same bits, and none asks the host
+anything. The kernels are in `kernels/moe/`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Planned, fixed
-from rvllm.backends.cuda.ops.gemm.plan import gated_rows
+from rvllm.backends.cuda.ops.gemm.plan import Kind, gated_rows
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.moe.specs import (
     BLOCKS,
     FEW_STAGES,
     FEW_TOKENS,
+    GROUPED_THREADS,
+    GROUPED_TOKENS,
     MAX_CHOSEN,
-    MAX_CLUSTER,
     MAX_EXPERTS,
-    MAX_GROUPS,
+    MAX_LISTED,
     MAX_SEGMENTS,
     ONE_STAGES,
-    ROUTE_LANES,
-    ROUTES,
     SORT_WARPS,
     Block,
     few_smem,
+    grouped_smem,
     one_smem,
     sort_smem,
 )
 from rvllm.kernels.rowwise.specs import ACTIVATIONS
-from rvllm.program.ops.dense import Experts, Norm, Route
+from rvllm.program.ops.dense import Experts
 
 SLICE, TILE = 16, 64  # rows a warp takes in `few`; rows and columns of a packed tile
-WIDE_ROUTE = 16  # tokens from which on a block of the router's kernel takes several
 SORT_WIDE = 1024  # entries from which on the sort takes a full block
 COMBINE_THREADS = 128
-SIGMOID, GROUP_TOP2, RENORMALISE = 1, 2, 4  # flags of `route`
-
-
-@dataclass(frozen=True)
-class RouteAt:
-    """Device addresses of a Route; logits float32 [T, E] and arrivals int32 [T], zeros, are scratch.
-
-    raw, norm_weight: where x is the RMS norm of raw by these float32 weights, and is still to be computed.
-    """
-
-    x: int
-    ids: int
-    shares: int
-    weight: int
-    bias: int
-    logits: int
-    arrivals: int
-    num_tokens: int
-    raw: int = 0
-    norm_weight: int = 0
+GROUP = 16  # row pairs that pass over all entries together
+Path = Literal["one", "few", "many", "grouped"]
 
 
 @dataclass(frozen=True)
 class ExpertsAt:
     """Device addresses of an Experts. Scratch, for E entries (see `moe/moe.cuh`):
 
-    inner [E, width] and parts [E, N] of the 16-bit type, order int32 [E], tiles int32 [most, 4] (see
-    `most_tiles`), num_tiles int32. residual: what the sum is added to, 0 for nothing.
+    inner [E, width] and parts [E, N] of the 16-bit type, order and places int32 [E], tiles int32 [most, 4]
+    (see `most_tiles`), num_tiles int32. residual: what the sum is added to, 0 for nothing.
     """
 
     x: int
@@ -80,6 +64,7 @@ class ExpertsAt:
     inner: int
     parts: int
     order: int
+    places: int
     tiles: int
     num_tiles: int
     num_tokens: int
@@ -96,58 +81,11 @@ def most_tiles(entries: int, experts: int, tile: int) -> int:
     return hit + (entries - hit) // tile
 
 
-def plan_route(
-    op: Route, tokens: int, tag: str, at: RouteAt, norm: Norm | None = None, capability: int = 80
-) -> Planned:
-    """The launch that scores and chooses experts for up to `tokens` tokens, after a norm if there is one.
-
-    Raises MissingKernelError for what the kernel has no room for.
-    """
-    experts, k = op.weight.shape
-    chosen = op.top_k + op.always
-    if experts > MAX_EXPERTS or chosen > MAX_CHOSEN or op.groups > MAX_GROUPS or k % 8:
-        raise MissingKernelError(
-            f"no routing kernel for {chosen} of {experts} experts in {op.groups} groups of rows of {k}; "
-            f"there is one for up to {MAX_CHOSEN} of {MAX_EXPERTS} in {MAX_GROUPS}, and rows of 8, 16, ..."
-        )
-    suffix = _route_kernel(experts, tokens, norm is not None, capability)
-    shape = ROUTES[suffix]
-    flags = SIGMOID * (op.scores == "sigmoid") + RENORMALISE * op.renormalise
-    flags += GROUP_TOP2 * (op.group_score == "top2")
-    blocks = -(-experts // (shape.warps * shape.experts))
-    numbers = (k, experts, op.top_k, op.always, op.groups, op.kept_groups, flags)
-    lanes = next(32 * n for n in ROUTE_LANES if experts <= 32 * n)
-    return Planned(
-        op.name if norm is None else f"{norm.name} + {op.name}",
-        f"sm{90 if shape.cluster else 80}_{tag}_route{suffix}_e{lanes}",
-        fixed(blocks, -(-tokens // shape.tokens)),
-        32 * shape.warps,
-        (
-            at.ids, at.shares, at.x, at.weight, at.bias, at.logits, at.arrivals, at.num_tokens, at.raw,
-            at.norm_weight, *map(ctypes.c_int, numbers), ctypes.c_float(op.scale),
-            ctypes.c_float(norm.eps if norm is not None else 0.0),
-        ),
-        cluster=blocks if shape.cluster else 1,
-    )  # fmt: skip
-
-
-def _route_kernel(experts: int, tokens: int, norm: bool, capability: int) -> str:
-    """Which of ROUTES: a token's blocks as a cluster where they are few enough."""
-    if not norm:
-        return "_wide" if tokens >= WIDE_ROUTE else ""
-    fits = (
-        name
-        for name, shape in ROUTES.items()
-        if shape.cluster and experts <= MAX_CLUSTER * shape.warps * shape.experts
-    )
-    return next(fits, "_norm") if capability >= 90 else "_norm"
-
-
 class ExpertsPlan:
     """The launches of one Experts op for steps of up to `tokens` tokens.
 
-    scale: of the sum, where it is added to a residual. block: what more than FEW_TOKENS tokens are cut into;
-    any gives the same bits.
+    scale: of the sum, where it is added to a residual. path, block, tile: which kernels, what more than
+    FEW_TOKENS tokens are cut into by `many`, and entries of a work tile of `grouped`; all give the same bits.
     """
 
     def __init__(
@@ -174,15 +112,25 @@ class ExpertsPlan:
         self.top_k, self.scale = op.ids.width, ctypes.c_float(scale)
         self.entries = tokens * self.top_k
         self.up_rows = gated_rows(self.width) if op.gated else self.width
-        self.block = self._block()
+        self.path: Path = (
+            "one" if tokens == 1
+            else "grouped" if chip.capability == 90
+            else "few" if tokens <= FEW_TOKENS
+            else "many"
+        )  # fmt: skip
+        self.block, self.tile = self._block(), self._tile()
 
     def launches(self) -> list[Planned]:
         """In order."""
-        if self.tokens == 1:
+        if self.path == "one":
             return [self._few("up"), self._one()]
-        if self.tokens <= FEW_TOKENS:
-            return [self._few("up"), self._few("down"), self._combine()]
-        return [self._sort(), self._many("up"), self._many("down"), self._combine()]
+        if self.path == "few":
+            return [self._few("up"), self._few("down"), self._combine(0)]
+        if self.path == "many":
+            return [self._sort(self.block.tokens, 0), self._many("up"), self._many("down"), self._combine(0)]
+        places = self.at.places
+        products = [self._grouped("up"), self._grouped("down"), self._combine(places)]
+        return products if self._listed() else [self._sort(self.tile, places), *products]
 
     def _planned(
         self, kernel: str, grid: tuple[int, ...], block: int, smem: int, why: str, *given: object
@@ -203,7 +151,7 @@ class ExpertsPlan:
         blocks, segments = -(-k // TILE), segments_of(k)
         grid = -(-rows // SLICE), self.entries
         each, few = -(-blocks // segments), 1 if self.tokens == 1 else FEW_TOKENS
-        slots = min(FEW_STAGES, each)
+        slots = min(FEW_STAGES[few], each)
         gated = which == "up" and self.op.gated
         always, first = self.op.always, self.experts - self.op.always
         numbers = (self.top_k, always, first, by_token, k, blocks, rows, pitch, act, int(gated), slots)
@@ -233,30 +181,79 @@ class ExpertsPlan:
             self.scale,
         )  # fmt: skip
 
-    def _combine(self) -> Planned:
+    def _combine(self, places: int) -> Planned:
         grid = -(-self.n // 8 // COMBINE_THREADS), self.tokens
         at = self.at
         return self._planned(
             "combine", grid, COMBINE_THREADS, 0, "weighted sum",
-            at.out, at.parts, at.shares, at.residual, at.num_tokens, ctypes.c_int(self.top_k),
+            at.out, at.parts, at.shares, at.residual, at.num_tokens, places, ctypes.c_int(self.top_k),
             ctypes.c_int(self.n), self.scale,
         )  # fmt: skip
 
-    def _block(self) -> Block:
-        """Tiles about as tall as a chosen expert has entries, if they were spread evenly."""
-        always = self.op.always
-        each = self.tokens * (self.top_k - always) / (self.experts - always)
-        fit = [b for b in BLOCKS if b.smem <= self.chip.smem_per_block]
-        return next((b for b in fit if each <= 1.5 * b.tokens), fit[-1])
+    def _spread(self) -> tuple[tuple[float, int], ...]:
+        """Experts, and entries of each of them, as a step of even choices has them, with room for chance."""
+        always, routed = self.op.always, self.experts - self.op.always
+        mean = self.tokens * (self.top_k - always) / routed
+        hit = routed * (1 - (1 - (self.top_k - always) / routed) ** self.tokens)
+        return (hit, min(self.tokens, math.ceil(mean + 3 * mean**0.5))), (always, self.tokens)
 
-    def _sort(self) -> Planned:
+    def _cost(self, tile: int, cycles: float, read: float) -> tuple[float, float]:
+        """To compare tiles of so many entries by: cycles for 64 of K and a tile's rows, of all experts.
+
+        cycles: of one tile whose operands lie in L2; read: of one expert's weights from memory.
+        """
+        spread = self._spread()
+        tiles = sum(experts * -(-each // tile) for experts, each in spread)
+        return max(tiles * cycles, sum(experts for experts, _ in spread) * read), tiles * cycles
+
+    def _block(self) -> Block:
+        """What costs `many` least, by an A100's 52 bytes a cycle from L2, 13 from memory, and 2,048 FLOPs."""
+        fit = [b for b in BLOCKS if b.smem <= self.chip.smem_per_block]
+
+        def cost(block: Block) -> tuple[float, float]:
+            moved, multiplied = (block.rows + block.tokens) * 128 / 52, block.rows * block.tokens / 16
+            strips = block.rows / TILE
+            return self._cost(block.tokens, max(moved, multiplied) / strips, TILE * 128 / 13)
+
+        return min(fit, key=cost)
+
+    def _tile(self) -> int:
+        """What costs `grouped` least, by an H200's 56 bytes a cycle from L2, 19 from memory, 4,096 FLOPs."""
+
+        def cost(tile: int) -> tuple[float, float]:
+            return self._cost(tile, max((2 * TILE + tile) * 128 / 56, 4 * tile), 2 * TILE * 128 / 19)
+
+        return min(GROUPED_TOKENS, key=cost)
+
+    def _listed(self) -> bool:
+        """Whether blocks of `grouped` list the entries themselves."""
+        return self.entries <= MAX_LISTED and self.tile <= 64
+
+    def _sort(self, tile: int, places: int) -> Planned:
         warps = SORT_WARPS[self.entries >= SORT_WIDE]
-        numbers = (self.top_k, self.experts, max(1, (self.experts - 1).bit_length()), self.block.tokens)
+        numbers = (self.top_k, self.experts, max(1, (self.experts - 1).bit_length()), tile)
         at = self.at
         return Planned(
             self.name, "sm80_experts_sort", fixed(1), 32 * warps,
-            (at.order, at.tiles, at.num_tiles, at.ids, at.num_tokens, *map(ctypes.c_int, numbers)),
+            (at.order, at.tiles, at.num_tiles, at.ids, at.num_tokens, *map(ctypes.c_int, numbers), places),
             sort_smem(warps, self.experts), why="entries by expert",
+        )  # fmt: skip
+
+    def _grouped(self, which: str) -> Planned:
+        out, x, weights, by_token, k, rows, pitch, _ = self._sides(which)
+        kind, at = Kind.STORE, self.at
+        if which == "up":
+            name = self.op.activation.upper()
+            kind = Kind[f"GATED_{name}" if self.op.gated else f"ACT_{name}"]
+        sorted_by = (0, 0, 0) if self._listed() else (at.order, at.tiles, at.num_tiles)
+        numbers = (
+            self.top_k, self.experts, by_token, k, -(-k // TILE), segments_of(k), rows, pitch, kind, GROUP
+        )  # fmt: skip
+        return Planned(
+            self.name, f"sm90_{self.tag}_moe_grouped_n{self.tile}", fixed(self.chip.sm_count),
+            GROUPED_THREADS,
+            (out, x, weights, at.ids, at.num_tokens, at.places, *sorted_by, *map(ctypes.c_int, numbers)),
+            grouped_smem(self.tile), why=f"{which}, grouped by expert, {self.tile} entries a tile",
         )  # fmt: skip
 
     def _many(self, which: str) -> Planned:

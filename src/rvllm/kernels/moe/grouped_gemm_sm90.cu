@@ -1,0 +1,219 @@
+// Grouped products of experts on Hopper: work tiles of (up to TOKENS entries of one expert) x (128 rows of its
+// matrix), dealt to one resident block a multiprocessor. Weights are the 64-row side of wgmma, entries the other.
+//
+// Two consumer warpgroups have 64 rows each. The producer warpgroup fills a ring of stages: one thread streams packed
+// tiles of weights with bulk copies, all of them gather the entries' rows of x with cp.async, because the rows of one
+// expert lie anywhere. The ring goes on from work tile to work tile, so a block always has its shared memory full of
+// loads under way; that, and not the number of entries, is what a step of few tokens lives on.
+#include "gemm/epilogue.cuh"
+#include "moe/entries.cuh"
+
+namespace rvllm::experts {
+
+constexpr int CONSUMERS = 256, PRODUCERS = 128;
+
+template <int TOKENS>
+struct Layout {
+  static constexpr int WEIGHTS = 2 * TILE_BYTES, X = TOKENS * TILE * 2, STAGE = WEIGHTS + X;
+  static constexpr int CHUNK = TOKENS < 64 ? TOKENS : 64;   // tokens staged at a time
+  static constexpr int STAGE_PITCH = (TILE + 8) * 2;        // bytes; spreads stores over all banks
+  static constexpr int PER_GROUP = CHUNK * STAGE_PITCH, STAGING = 2 * PER_GROUP;
+  static constexpr int BARRIERS = 256, LIST = TOKENS <= 64 ? (sizeof(EntryList) + 15) / 16 * 16 : 0, LIMIT = 232448;
+  static constexpr int FIT = (LIMIT - STAGING - BARRIERS - LIST) / STAGE;
+  static constexpr int STAGES = FIT < 12 ? FIT : 12;
+  static constexpr int BYTES = STAGES * STAGE + STAGING + BARRIERS + LIST;
+  static constexpr int GATHERERS = TOKENS * 8 < PRODUCERS ? TOKENS * 8 : PRODUCERS;  // threads that load x
+  static constexpr int COPIES = TOKENS * 8 / GATHERERS;                              // of 16 bytes, a thread and stage
+  static_assert(STAGES * 16 <= BARRIERS && PER_GROUP % 16 == 0, "regions are aligned");
+};
+
+// The order of work tiles: groups of `group` row pairs pass over all entries before the next ones begin, so that both
+// operands stay in L2 when an expert has more entries than one tile.
+struct TileScheduler {
+  int tiles, pairs, group, unit;
+  __device__ bool next(int& tile, int& pair) {
+    if (unit >= tiles * pairs) return false;
+    const int first = unit / (group * tiles) * group, within = unit - first * tiles, height = min(group, pairs - first);
+    tile = within / height;
+    pair = first + within % height;
+    unit += gridDim.x;
+    return true;
+  }
+};
+
+// For every expert and its entries: out = act(W[expert] x), or without activation, by `kind` (see gemm.cuh; never LOGITS).
+// by_token (the up matrix): x has a row a token; otherwise a row a place in the order of entries by expert. out: a row a
+// place, `pitch` elements each. ids int32 [tokens, top_k]. k: elements of a row of x, a multiple of 8; blocks:
+// ceil(k / 64), segments: of them; rows: packed rows (2 * width when gated).
+// order null: at most MAX_LISTED entries, listed by every block; places int32 [entries], where by_token, becomes where
+// each entry is. Otherwise order, tiles and num_tiles are those of `sort`.
+// Grid: (multiprocessors). Shared: Layout<TOKENS>::BYTES. Bound by memory, or by the tensor cores for many entries.
+template <class T, int TOKENS>
+__global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1)
+    grouped(T* out, const T* x, const u8* __restrict__ weights, const int* ids, const int* num_tokens, int* places,
+            const int* order, const int4* tiles, const int* num_tiles, int top_k, int experts, int by_token, int k,
+            int blocks, int segments, int rows, int pitch, int kind, int group) {
+  using L = Layout<TOKENS>;
+  using namespace ptx;
+  constexpr int REGS = TOKENS / 2;
+  __builtin_assume(kind != gemm::LOGITS);
+  extern __shared__ __align__(1024) u8 shared[];
+  const u32 base = smem(shared), bars = base + L::STAGES * L::STAGE + L::STAGING;
+  const auto full = [&](int s) { return bars + 16 * s; };
+  const auto empty = [&](int s) { return bars + 16 * s + 8; };
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < L::STAGES; s++) {
+      mbar_init(full(s), 1 + L::GATHERERS);
+      mbar_init(empty(s), CONSUMERS / 32);
+    }
+    mbar_init_fence();
+  }
+  const bool listed = TOKENS <= 64 && !order;
+  EntryList& list = *reinterpret_cast<EntryList*>(shared + L::STAGES * L::STAGE + L::STAGING + L::BARRIERS);
+  if (listed)
+    list_begin(reinterpret_cast<u32*>(shared), experts);
+  else
+    __syncthreads();
+  if (by_token) griddep_wait();
+  griddep_launch();
+  if (listed)
+    list_entries(list, reinterpret_cast<u32*>(shared), ids, by_token && blockIdx.x == 0 ? places : nullptr,
+                 *num_tokens * top_k, experts, TOKENS);
+
+  const int strips = (rows + TILE - 1) / TILE;
+  TileScheduler scheduler{listed ? list.count : __ldcg(num_tiles), (strips + 1) / 2, group, static_cast<int>(blockIdx.x)};
+  EntryTile tile;
+  int pair, stage = 0;
+  u32 phase = 0;
+  const auto next = [&]() {
+    int t;
+    if (!scheduler.next(t, pair)) return false;
+    if (listed) {
+      tile = list.tile(t);
+    } else {
+      const int4 v = __ldcg(tiles + t);
+      tile = {v.x, v.y, v.z};
+    }
+    return true;
+  };
+  const auto advance = [&]() {
+    if (++stage == L::STAGES) stage = 0, phase ^= 1;
+  };
+
+  if (warp >= CONSUMERS / 32) {
+    const int thread = threadIdx.x - CONSUMERS, chunk = thread % 8, row0 = thread / 8;
+    const u32 swizzled = row0 * 128 + (chunk ^ row0 % 8) * 16;
+    const auto load_weights = [&](int block, int to) {
+      const u8* const matrix = weights + tile.expert * matrix_bytes(rows, blocks);
+      mbar_arrive_expect(full(to), L::WEIGHTS);
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const u64 strip = min(pair * 2 + i, strips - 1);
+        bulk_load(base + to * L::STAGE + i * TILE_BYTES, matrix + (strip * blocks + block) * TILE_BYTES, TILE_BYTES,
+                  full(to), TOKENS >= 64 ? EVICT_NORMAL : EVICT_FIRST);
+      }
+    };
+    bool more = next();
+    int ahead = 0;
+    if (!by_token) {  // weights depend on no kernel that may still run
+      if (more) ahead = min(L::STAGES, blocks);
+      if (thread == 0)
+        for (int s = 0; s < ahead; s++) load_weights(s, s);
+      griddep_wait();
+    }
+    if (thread >= L::GATHERERS) return;
+    while (more) {
+      const T* source[L::COPIES];
+#pragma unroll
+      for (int c = 0; c < L::COPIES; c++) {
+        const int row = row0 + c * (L::GATHERERS / 8);
+        source[c] = nullptr;
+        if (row < tile.count) {
+          int place = tile.first + row;
+          if (by_token) place = (listed ? list.order[place] : __ldcg(order + place)) / top_k;
+          source[c] = x + static_cast<size_t>(place) * k + chunk * 8;
+        }
+      }
+      for (int block = 0; block < blocks; block++) {
+        if (block >= ahead) {
+          mbar_wait(empty(stage), phase ^ 1);
+          if (thread == 0) load_weights(block, stage);
+        }
+        const u32 at = base + stage * L::STAGE + L::WEIGHTS + swizzled;
+        const bool inside = block * TILE + chunk * 8 < k;
+#pragma unroll
+        for (int c = 0; c < L::COPIES; c++)
+          if (source[c]) cp_async16(at + c * (L::GATHERERS * 16), inside ? source[c] + block * TILE : x, inside ? 16 : 0);
+        cp_async_mbar_arrive(full(stage));
+        advance();
+      }
+      ahead = 0;
+      more = next();
+    }
+    return;
+  }
+
+  const int warpgroup = warp / 4, thread = threadIdx.x % 128;
+  // Sums blocks [first, last) into acc, of as many entries as it has columns.
+  const auto segment = [&](auto& acc, int first, int last) {
+    constexpr int WIDTH = sizeof(acc) / sizeof(float) * 2;
+    int reading = -1;
+    for (int b = first; b < last; b++) {
+      mbar_wait(full(stage), phase);
+      fence_async_shared();  // x came by ordinary copies, the tensor cores read like the copy engine
+      const u32 w = base + stage * L::STAGE + warpgroup * TILE_BYTES, t = base + stage * L::STAGE + L::WEIGHTS;
+      wgmma_pin(acc);
+      wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < TILE / 16; j++)
+        wgmma<WIDTH, T>(acc, wgmma_operand(w + 32 * j), wgmma_operand(t + 32 * j), j > 0 || b > first);
+      wgmma_commit();
+      wgmma_pin(acc);
+      if (reading >= 0) {
+        wgmma_wait<1>();
+        if (lane == 0) mbar_arrive(empty(reading));
+      }
+      reading = stage;
+      advance();
+    }
+    wgmma_wait<0>();
+    wgmma_pin(acc);
+    if (reading >= 0 && lane == 0) mbar_arrive(empty(reading));
+  };
+  if (!by_token) griddep_wait();
+  float sum[REGS];
+  const auto all_segments = [&](auto& acc) {
+    constexpr int COUNT = sizeof(acc) / sizeof(float);
+    segment(acc, 0, gemm::segment_start(blocks, segments, 1));
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) sum[i] = acc[i];
+    for (int s = 1; s < segments; s++) {
+      segment(acc, gemm::segment_start(blocks, segments, s), gemm::segment_start(blocks, segments, s + 1));
+#pragma unroll
+      for (int i = 0; i < COUNT; i++) sum[i] += acc[i];
+    }
+  };
+  u8* const staging = shared + L::STAGES * L::STAGE + warpgroup * L::PER_GROUP;
+  while (next()) {
+    float acc[REGS];
+    if constexpr (TOKENS == 128) {
+      if (tile.count <= 32)
+        all_segments(reinterpret_cast<float(&)[16]>(acc));
+      else if (tile.count <= 64)
+        all_segments(reinterpret_cast<float(&)[32]>(acc));
+      else if (tile.count <= 96)
+        all_segments(reinterpret_cast<float(&)[48]>(acc));
+      else
+        all_segments(acc);
+    } else {
+      all_segments(acc);
+    }
+    const gemm::Epilogue e{out + static_cast<size_t>(tile.first) * pitch, nullptr, nullptr, kind, tile.count, rows, pitch, 1.f, 0.f};
+    gemm::finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(e, sum, staging, 1 + warpgroup, thread,
+                                                                   (pair * 2 + warpgroup) * TILE, 0);
+  }
+}
+
+}  // namespace rvllm::experts
