@@ -77,3 +77,13 @@ def test_what_is_built_is_checked_and_not_built_again(
     assert main(["kernels", "check", *STEP, "--arch", "sm_90a"]) == 2
     assert main(["kernels", "build", *STEP, "--arch", "sm_90a"]) == 0
     assert "1 units, 1 compiled" in capsys.readouterr().out
+
+
+def test_a_release_is_checked_by_its_manifest(tmp_path: Path) -> None:
+    (tmp_path / "a.cubin").write_bytes(b"code")
+    (tmp_path / "b.cubin").write_bytes(b"more")
+    build.write_manifest(tmp_path)
+    assert build.damaged(tmp_path) == []
+    (tmp_path / "a.cubin").write_bytes(b"coda")
+    (tmp_path / "b.cubin").unlink()
+    assert build.damaged(tmp_path) == ["a.cubin", "b.cubin"]

@@ -10,6 +10,7 @@ from typing import Any
 from rvllm.backends.base import Backend, Progress
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
+from rvllm.extras import install_command
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import embedding_size
@@ -41,7 +42,8 @@ def choose_device(config: EngineConfig) -> str:
         raise UsageError("--device cuda: no NVIDIA GPU is visible on this machine; use --device cpu")
     if not cuda_packages_present():
         raise UsageError(
-            'this machine\'s GPU needs the extra cuda: pip install "rvllm[cuda]" (or run with --device cpu)'
+            f"this machine's GPU needs NVIDIA's bindings: {install_command('cuda', 'compiler')} "
+            "(or run with --device cpu)"
         )
     return "cuda"
 

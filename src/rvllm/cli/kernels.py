@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import re
+import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +51,10 @@ def main(args: argparse.Namespace) -> int:
 
     targets = _targets(args.arch)
     specs = _matching(args.match)
-    folder = kernel_cache_dir() if args.output is None else Path(args.output)
+    shipped = (
+        args.action == "check" and args.output is None and (build.PREBUILT / build.MANIFEST_FILE).exists()
+    )
+    folder = build.PREBUILT if shipped else kernel_cache_dir() if args.output is None else Path(args.output)
     if args.output == "wheel":
         folder = build.PREBUILT
     if args.action == "list":
@@ -123,7 +128,7 @@ def _build(work: dict[str, list[Unit]], folder: Path) -> int:
 
     for target, units in work.items():
         began = time.perf_counter()
-        cubins = build.load(units, folder)
+        cubins = build.load(units, folder, progress=partial(_progress, target))
         seconds = time.perf_counter() - began
         fresh = [cubin for cubin in cubins if cubin.seconds]
         for cubin in fresh:
@@ -131,6 +136,12 @@ def _build(work: dict[str, list[Unit]], folder: Path) -> int:
         size = sum(len(cubin.code) for cubin in cubins)
         print(f"{target}: {len(units)} units, {len(fresh)} compiled, {size / 1e6:.1f} MB, {seconds:.1f} s")
     return 0
+
+
+def _progress(target: str, done: int, total: int) -> None:
+    """How far compiling has come: one line on a terminal that is written over, nothing in a log."""
+    if sys.stderr.isatty():
+        print(f"\r{target}: {done} of {total} compiled", end="\n" if done == total else "", file=sys.stderr)
 
 
 def _report(cubin: Cubin) -> str:
@@ -150,6 +161,10 @@ def _check(work: dict[str, list[Unit]], folder: Path) -> int:
         if not build.find(unit, folder)
     ]
     total = sum(len(units) for units in work.values())
+    if folder == build.PREBUILT and (wrong := build.damaged(folder)):
+        raise MissingKernelError(
+            f"{len(wrong)} files of {folder} are not what the release had: {', '.join(wrong[:5])}"
+        )
     if missing:
         shown = "; ".join(missing[:5]) + (f"; and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise MissingKernelError(

@@ -21,10 +21,12 @@ from functools import cache
 from pathlib import Path
 
 from rvllm.errors import MissingKernelError, RvllmError, UsageError
+from rvllm.extras import install_command
 from rvllm.kernels.spec import KernelSpec
 
 SOURCES = Path(__file__).parent
 PREBUILT = SOURCES / "prebuilt"  # cubins that a release wheel ships
+MANIFEST_FILE = "manifest.json"  # of a release: the SHA-256 of each of its files
 OPTIONS = ("--std=c++17", "-default-device", "-DNDEBUG")
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
@@ -186,6 +188,22 @@ def _found(unit: Unit, cache_dir: Path) -> tuple[Path, Cubin] | None:
     return None
 
 
+def write_manifest(folder: Path) -> None:
+    """Lists what a release ships: the SHA-256 of every cubin in `folder`."""
+    hashes = {path.name: _sha256(path) for path in sorted(folder.glob("*.cubin"))}
+    (folder / MANIFEST_FILE).write_text(json.dumps(hashes, indent=0) + "\n")
+
+
+def damaged(folder: Path) -> list[str]:
+    """Files of a release's folder that are absent, or not what its manifest says."""
+    said: dict[str, str] = json.loads((folder / MANIFEST_FILE).read_text())
+    return [n for n, digest in said.items() if not (folder / n).exists() or _sha256(folder / n) != digest]
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _write(cubin: Cubin, cache_dir: Path) -> None:
     said = {"source": cubin.unit.source, "target": cubin.unit.target, "names": cubin.names}
     header = json.dumps(said | {"sha256": hashlib.sha256(cubin.code).hexdigest()})
@@ -208,8 +226,8 @@ def _nvrtc():  # type: ignore[no-untyped-def]  # the module has no types
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:
         raise MissingKernelError(
-            f"kernels have to be compiled and NVRTC is not there ({error}); "
-            'install the extra: pip install "rvllm[cuda]"'
+            f"kernels have to be compiled and NVRTC is not there ({error}): "
+            f"{install_command('cuda', 'compiler')}"
         ) from None
     return nvrtc
 
@@ -240,6 +258,4 @@ def _cuda_includes() -> tuple[str, ...]:
         if (path / "cuda_bf16.h").exists():
             cccl = path / "cccl"
             return (str(path), str(cccl)) if cccl.exists() else (str(path),)
-    raise MissingKernelError(
-        'CUDA headers (cuda_bf16.h) not found; install the extra: pip install "rvllm[cuda]"'
-    )
+    raise MissingKernelError(f"CUDA headers (cuda_bf16.h) are not there: {install_command('compiler')}")

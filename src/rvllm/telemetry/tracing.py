@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from rvllm.errors import UsageError
+from rvllm.extras import install_command
 from rvllm.telemetry.timing import ChoiceTiming, RequestTiming
 from rvllm.version import __version__
 
@@ -23,7 +24,7 @@ def check_available(endpoint: str) -> None:
     except ModuleNotFoundError:
         found = None
     if found is None:
-        raise UsageError('--otlp-endpoint needs the extra otel: pip install "rvllm[otel]"')
+        raise UsageError(f"--otlp-endpoint needs OpenTelemetry: {install_command('otel')}")
 
 
 class Tracer:

@@ -209,8 +209,9 @@ RVLLM_PTX void cp_async_mbar_arrive(u32 bar) {
 
 // ---------------------------------------------------------------- the copy engine
 // Cache hints are opaque policies of `createpolicy`; these words are the fractional 1.0 ones.
-constexpr u64 EVICT_FIRST = 0x12F0000000000000ull, EVICT_NORMAL = 0x1000000000000000ull;
-constexpr u64 EVICT_LAST = 0x14F0000000000000ull;
+// inline: variables of internal linkage would carry a name that differs from one compilation to the next.
+inline constexpr u64 EVICT_FIRST = 0x12F0000000000000ull, EVICT_NORMAL = 0x1000000000000000ull;
+inline constexpr u64 EVICT_LAST = 0x14F0000000000000ull;
 
 // Contiguous global -> shared; address and size multiples of 16.
 RVLLM_PTX void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar, u64 hint) {

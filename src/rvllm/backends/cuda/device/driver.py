@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.errors import RvllmError
+from rvllm.extras import install_command
 
 
 class CudaError(RvllmError):
@@ -28,9 +29,7 @@ def api() -> Any:
     try:
         from cuda.bindings import driver
     except ImportError:
-        raise CudaError(
-            'cuda-bindings is not installed; install the extra: pip install "rvllm[cuda]"'
-        ) from None
+        raise CudaError(f"NVIDIA's bindings are not installed: {install_command('cuda')}") from None
     try:
         (status,) = driver.cuInit(0)
     except RuntimeError as error:  # the bindings' way to say that libcuda.so is not there

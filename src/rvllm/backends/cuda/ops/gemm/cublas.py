@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rvllm.backends.cuda.device.driver import Grid, Stream
 from rvllm.errors import MissingKernelError, RvllmError
+from rvllm.extras import install_command
 
 KERNEL = "cublaslt"  # how these products are named beside the catalog's kernels
 WORKSPACE = 32 << 20  # bytes; what NVIDIA recommends for Hopper
@@ -65,7 +66,7 @@ def library() -> ctypes.CDLL:
         except OSError:
             continue
     raise MissingKernelError(
-        'cuBLAS is not installed: pip install "rvllm[cublas]", or use --gemm-strategy native'
+        f"cuBLAS is not installed: {install_command('cublas')}, or use --gemm-strategy native"
     )
 
 
