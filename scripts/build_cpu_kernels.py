@@ -1,9 +1,7 @@
-"""Builds the CPU kernels' libraries into a source tree, as building the package does (extra `cpu-build`)."""
+"""Builds the CPU kernels' libraries into a source tree, as building the package does (extra `cpu-build`).
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+PYTHONPATH=src python scripts/build_cpu_kernels.py
+"""
 
 from rvllm.backends.cpu.compiled.codegen.build import build_all
 

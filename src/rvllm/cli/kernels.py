@@ -51,10 +51,9 @@ def main(args: argparse.Namespace) -> int:
 
     targets = _targets(args.arch)
     specs = _matching(args.match)
-    shipped = (
-        args.action == "check" and args.output is None and (build.PREBUILT / build.MANIFEST_FILE).exists()
-    )
-    folder = build.PREBUILT if shipped else kernel_cache_dir() if args.output is None else Path(args.output)
+    folder = kernel_cache_dir() if args.output is None else Path(args.output)
+    if args.action == "check" and args.output is None and (build.PREBUILT / build.MANIFEST_FILE).exists():
+        folder = build.PREBUILT  # of a release: what it came with is what is to be checked
     if args.output == "wheel":
         folder = build.PREBUILT
     if args.action == "list":
@@ -161,10 +160,10 @@ def _check(work: dict[str, list[Unit]], folder: Path) -> int:
         if not build.find(unit, folder)
     ]
     total = sum(len(units) for units in work.values())
-    if folder == build.PREBUILT and (wrong := build.damaged(folder)):
-        raise MissingKernelError(
-            f"{len(wrong)} files of {folder} are not what the release had: {', '.join(wrong[:5])}"
-        )
+    wrong = build.damaged(folder) if (folder / build.MANIFEST_FILE).exists() else []
+    if wrong:
+        shown = ", ".join(wrong[:5])
+        raise MissingKernelError(f"{len(wrong)} files of {folder} are not what the release had: {shown}")
     if missing:
         shown = "; ".join(missing[:5]) + (f"; and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise MissingKernelError(
