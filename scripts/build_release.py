@@ -2,8 +2,8 @@
 
     PYTHONPATH=src python scripts/build_release.py --out dist [--arch sm_80,sm_90a,...]
 
-Needs the extras `cuda` and `compiler` (NVRTC), no GPU. Cubins that are built from the present sources already
-are taken as they are. Prints the size of each architecture; writes dist/*.whl and dist/sbom.json (CycloneDX 1.6).
+Needs the extras `cuda` and `compiler` (NVRTC), no GPU. Cubins that are built from the present sources stay as
+they are. Prints the size of each architecture; writes dist/*.whl and dist/sbom.json (CycloneDX 1.6).
 """
 
 from __future__ import annotations

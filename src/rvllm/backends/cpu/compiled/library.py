@@ -67,7 +67,7 @@ def missing(folder: Path = PREBUILT) -> str | None:
     if kind is None:
         return f"there are none for this processor ({platform.machine()}), only for {_all()}"
     if not (folder / f"{kind.value}.so").exists():
-        return "this copy was not built: run `PYTHONPATH=src python scripts/build_cpu_kernels.py`, or install it by pip"
+        return "this copy was not built: run scripts/build_cpu_kernels.py, or install it by pip"
     return None
 
 
