@@ -18,8 +18,8 @@ INSIDE = {
         "schemas",
         "http database",
     ],
-    "weights": ["open packing", "fetch", "safetensors", "gguf", "mapped", "checkpoint parallel"],
-    "program": ["builder cost memory", "ops", "rope dtypes"],
+    "weights": ["formats", "open packing", "fetch", "safetensors", "gguf", "mapped", "checkpoint parallel"],
+    "program": ["builder cost memory", "ops", "formats rope dtypes"],
     "kernels": [
         "manifest",
         "encoder mamba2 mla moe",

@@ -58,6 +58,11 @@ class EngineConfig:
         "Element type of weights and activations; auto: float32 on the CPU, the checkpoint's 16-bit type on a GPU.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    quantization: str = setting(
+        "auto",
+        "Weights on a GPU; auto keeps quantised ones as the checkpoint has them where there are kernels, none expands them to 16 bits, fp8 quantises a 16-bit checkpoint as it is loaded.",
+        choices=("auto", "none", "fp8"),
+    )
     load_format: str = setting(
         "auto",
         "auto reads the checkpoint's weights; dummy fills random ones (for measurements, needs only config.json).",

@@ -44,7 +44,6 @@ _ALREADY_SO: dict[str, tuple[Any, ...]] = {
     "enable_chunked_prefill": (True, None),
     "block_size": (16, None),
     "kv_cache_dtype": ("auto",),
-    "quantization": (None,),
     "runner": ("auto", "generate", "pooling"),  # the model itself says which
     "task": ("auto", "generate", "embed", "embedding"),
     "swap_space": (0, 4),

@@ -192,7 +192,7 @@ def test_token_ids_alone(model: Path) -> None:
         ({"max_num_seqs": 0}, "max-num-seqs: must be at least 1"),
         ({"dtype": "int8"}, "dtype: 'int8' is not one of"),
         ({"tokenizer_mode": "slow"}, "tokenizer_mode='slow' is not supported"),
-        ({"quantization": "awq"}, "quantization='awq' is not supported, only None"),
+        ({"quantization": "awq"}, "quantization: 'awq' is not one of auto, none, fp8"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], said: str) -> None:
@@ -202,9 +202,11 @@ def test_settings_are_checked(settings: dict[str, Any], said: str) -> None:
 
 def test_settings_of_vllm_scripts_are_taken() -> None:
     config = engine_config(
-        "org/name:a.gguf", "v1", {"tensor_parallel_size": 1, "enforce_eager": True, "seed": 3}
+        "org/name:a.gguf",
+        "v1",
+        {"tensor_parallel_size": 1, "enforce_eager": True, "quantization": None, "seed": 3},
     )
-    assert (config.model, config.seed) == ("org/name@v1:a.gguf", 3)
+    assert (config.model, config.seed, config.quantization) == ("org/name@v1:a.gguf", 3, "auto")
 
 
 def test_a_missing_model_is_one_line(tmp_path: Path) -> None:

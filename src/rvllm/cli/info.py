@@ -189,7 +189,8 @@ def memory_rows(program: Program, checkpoint: Checkpoint, config: EngineConfig, 
     if device != "cpu":
         from rvllm.backends.cuda.layout.preview import preview_here
 
-        seen = preview_here(program, config)
+        holds = config.load_format != "dummy" and checkpoint.tensors
+        seen = preview_here(program, checkpoint if holds else None, config)
         return [
             *[(name, f"{nbytes} bytes ({human_bytes(nbytes)})") for name, nbytes in seen.lines.items()],
             ("sum", f"{seen.total} bytes ({human_bytes(seen.total)}), all the device has"),

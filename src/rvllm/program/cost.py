@@ -93,9 +93,9 @@ WeightBytes = Callable[[Weight], int]
 
 
 def weight_bytes(program: Program, stored: Mapping[str, int] | None = None) -> WeightBytes:
-    """Bytes a weight takes: `stored` by name where known (quantised), else elements times the dtype."""
+    """Bytes a weight takes: `stored` by name where known, else those of its format or of the dtype."""
     known = stored or {}
-    return lambda weight: known.get(weight.name, weight.elements * program.dtype.size)
+    return lambda weight: known.get(weight.name, weight.nbytes(program.dtype.size))
 
 
 def kv_bytes_per_token(program: Program) -> int:

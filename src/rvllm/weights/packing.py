@@ -230,6 +230,11 @@ def has_stored_form(part: Part, info: TensorInfo) -> bool:
     return part.layout != "columns" or column_bytes(part, info) is not None
 
 
+def readable_type(part: Part, info: TensorInfo) -> TensorType:
+    """The type in which `readable_parts` gives the part."""
+    return info.type if has_stored_form(part, info) else TensorType.F32
+
+
 def column_bytes(part: Part, info: TensorInfo) -> slice | None:
     """Where in a stored row the part's columns lie; None when they begin or end within a block."""
     elements, nbytes = info.type.block

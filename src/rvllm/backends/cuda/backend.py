@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel, StepResult
 from rvllm.backends.cuda.device.driver import Pinned
 from rvllm.backends.cuda.device.launches import Counts
+from rvllm.backends.cuda.formats.choose import kept
 from rvllm.backends.cuda.in_flight import NOTHING, InFlightStep
 from rvllm.backends.cuda.layout.device_state import DeviceState, carve, clear_state, send_ropes
-from rvllm.backends.cuda.layout.joining import joined
 from rvllm.backends.cuda.layout.memory import BLOCK
 from rvllm.backends.cuda.layout.metadata import SampledRows, leading_decodes
 from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
@@ -90,10 +90,11 @@ class CudaBackend:
         """
         report = progress or (lambda fraction, text: None)
         found = OpenDevice.for_program(program, config)
-        program = joined(program)
+        program = kept(program, checkpoint, config, found.facts)
         planner, wanted = StepPlanner.plan(program, config, found.facts, found.budget)
         memory = planner.memory
-        kernels = [*planner.kernels(), START_KERNEL, LOGPROBS_KERNEL, *loading_kernels(program, checkpoint)]
+        loading = loading_kernels(wanted, program.dtype, checkpoint)
+        kernels = [*planner.kernels(), START_KERNEL, LOGPROBS_KERNEL, *loading]
         gpu = Gpu.take(found, kernels, memory.nbytes, report)
         state = carve(gpu.arena, program, planner.stages, memory, wanted)
         clear_state(gpu.stream, state, memory)

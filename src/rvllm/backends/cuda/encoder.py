@@ -65,7 +65,7 @@ class CudaEncoder:
         report = progress or (lambda fraction, text: None)
         found = OpenDevice.for_program(program, config)
         plan = EncoderPlan.make(program, config, found.facts, found.budget)
-        kernels = [*plan.kernels(), *loading_kernels(program, checkpoint)]
+        kernels = [*plan.kernels(), *loading_kernels(plan.wanted, program.dtype, checkpoint)]
         gpu = Gpu.take(found, kernels, plan.nbytes, report)
         arena = gpu.arena
         places = [(w, arena.take("weights", w.nbytes, w.weight.name).address) for w in plan.wanted]

@@ -9,6 +9,7 @@ from rvllm.backends.base import LedgerLine, Progress
 from rvllm.backends.cuda.device.arena import Arena, Range
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Device, DeviceFacts, Stream
+from rvllm.backends.cuda.formats import device_format
 from rvllm.backends.cuda.layout.memory import Budget, budget_of
 from rvllm.backends.cuda.layout.weights import PackedWeight
 from rvllm.backends.cuda.supported import check_device, check_supported
@@ -17,16 +18,18 @@ from rvllm.config import EngineConfig, kernel_cache_dir
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from rvllm.weights.checkpoint import Checkpoint
-from rvllm.weights.packing import find_tensor
 
 
-def loading_kernels(program: Program, checkpoint: Checkpoint | None) -> list[str]:
-    """Kernels that put the program's weights in place; None as checkpoint: those that fill in random ones."""
-    if checkpoint is None:
-        tag = "bf16" if program.dtype is DType.BF16 else "f16"
-        return [f"sm80_{tag}_fill_random", "sm80_f32_fill_random"]
-    found = (find_tensor(part, checkpoint) for weight in program.weights for part in weight.parts)
-    return Loader.kernels(program.dtype, [info.type for info in found if info is not None])
+def loading_kernels(packed: Sequence[PackedWeight], dtype: DType, checkpoint: Checkpoint | None) -> list[str]:
+    """Kernels that put the weights in place; None as checkpoint: those that fill in random ones."""
+    if checkpoint is not None:
+        return Loader.kernels(packed, dtype, checkpoint)
+    tag = "bf16" if dtype is DType.BF16 else "f16"
+    names = [f"sm80_{tag}_fill_random", "sm80_f32_fill_random"]
+    for wanted in packed:
+        if wanted.format is not None:
+            names += device_format(wanted.format).loading_kernels(wanted, dtype, None)
+    return list(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Counts, GridOf, Planned, fixed
+from rvllm.backends.cuda.formats import device_format
 from rvllm.backends.cuda.layout.addresses import Addresses, Shape
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import Layout
@@ -30,7 +31,7 @@ from rvllm.backends.cuda.ops.rowwise import norm
 from rvllm.backends.cuda.ops.sampling.launches import EMITTERS as SAMPLING
 from rvllm.errors import MissingKernelError
 from rvllm.program.dtypes import DType
-from rvllm.program.ops.dense import Op, Program, RopeKV, Route, Weight
+from rvllm.program.ops.dense import Linear, Logits, Op, Program, RopeKV, Route, Weight
 
 BEGIN_THREADS = 256
 FAMILIES = (ROWS, PRODUCTS, ATTENTION, EXPERTS, LATENT, RECURRENT, ENCODER, SAMPLING)
@@ -44,7 +45,12 @@ def scratch_of(program: Program, tokens: int, seqs: int) -> Scratch:
 
     For steps of up to `tokens` tokens of `seqs` sequences.
     """
-    return experts_scratch(program, tokens, seqs)
+    found = experts_scratch(program, tokens, seqs)
+    for weight in (op.weight for op in program.ops if isinstance(op, Linear | Logits)):
+        if weight.format is not None:
+            for name, nbytes in device_format(weight.format).scratch(weight, max(tokens, seqs)).items():
+                found[name] = max(nbytes, found.get(name, 0))
+    return found
 
 
 def refuse_unknown(program: Program) -> None:

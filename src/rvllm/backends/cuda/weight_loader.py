@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,31 +20,34 @@ from rvllm.backends.base import Progress
 from rvllm.backends.cuda.device.arena import Range
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Event, Launch, Pinned, Stream
-from rvllm.backends.cuda.layout.weights import PackedWeight
+from rvllm.backends.cuda.formats import device_format
+from rvllm.backends.cuda.layout.weights import PackedWeight, WeightLayout
 from rvllm.backends.cuda.ops.gemm.plan import Interleave, interleave_gate_up, pack_arguments
 from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
 from rvllm.weights.checkpoint import Checkpoint, TensorType
-from rvllm.weights.packing import pack, readable_parts
+from rvllm.weights.packing import find_tensor, pack, readable_parts, readable_type
 
 STAGING = 32 << 20  # bytes of one pinned buffer
 BLOCK = 256
+VECTORS = ("norm", "bias", "gated_bias")
+Tag = TypeVar("Tag")  # what goes with a part's rows
 _PLAIN = {TensorType.F32: "f32", TensorType.F16: "f16", TensorType.BF16: "bf16"}
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Consecutive rows of a weight as they are stored, and where they go.
+class Span:
+    """Consecutive rows of a weight as they come from the host, and where they go.
 
     address: of the matrix; in a stack, of the one that the rows belong to.
+    data: uint8 [rows, bytes of a row].
     first: the row of the packed matrix or of the table where the first of them goes.
     padded: rows to write, with zeros behind the real ones.
     """
 
-    wanted: PackedWeight
+    packed: PackedWeight
     address: int
-    type: TensorType
-    data: NDArray[np.uint8]  # [rows, bytes of a row]
+    data: NDArray[np.uint8]
     first: int
     padded: int
     interleave: Interleave
@@ -68,11 +71,19 @@ class Loader:
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="load")
 
     @staticmethod
-    def kernels(dtype: DType, types: Sequence[TensorType]) -> list[str]:
-        """The kernels that loading tensors of these types needs."""
-        tag = "bf16" if dtype is DType.BF16 else "f16"
-        names = [f"sm80_{tag}_gemm_pack_{source}" for source in ("f32", "f16", "bf16")]
-        return names + [f"sm80_{tag}_dequant_{t.value.lower()}" for t in dict.fromkeys(types)]
+    def kernels(packed: Sequence[PackedWeight], dtype: DType, checkpoint: Checkpoint) -> list[str]:
+        """The kernels that loading these weights needs. What is missing is left to `check_weights`."""
+        tag, names = "bf16" if dtype is DType.BF16 else "f16", list[str]()
+        for wanted in packed:
+            if wanted.form in VECTORS:
+                continue
+            if wanted.format is not None:
+                names += device_format(wanted.format).loading_kernels(wanted, dtype, checkpoint)
+                continue
+            found = ((part, find_tensor(part, checkpoint)) for part in wanted.weight.parts)
+            for kind in (readable_type(part, info) for part, info in found if info is not None):
+                names += _placing(wanted.form, kind, tag)
+        return list(dict.fromkeys(names))
 
     def load(
         self, places: Sequence[tuple[PackedWeight, int]], checkpoint: Checkpoint, progress: Progress | None
@@ -81,12 +92,12 @@ class Loader:
         total = sum(wanted.nbytes for wanted, _ in places) or 1
         done, stored, started = 0, 0, time.perf_counter()
         for wanted, address in places:
-            if wanted.form in ("norm", "bias", "gated_bias"):
+            if wanted.form in VECTORS:
                 self._vector(wanted, address, checkpoint)
+            elif wanted.format is not None:
+                stored += device_format(wanted.format).load(self, wanted, address, checkpoint)
             else:
-                for piece in self._pieces(wanted, address, checkpoint):
-                    stored += piece.data.nbytes
-                    self._matrix(piece)
+                stored += self._expand(wanted, address, checkpoint)
             done += wanted.nbytes
             if progress is not None:
                 rate = stored / 1e9 / max(time.perf_counter() - started, 1e-9)
@@ -101,16 +112,18 @@ class Loader:
             staging.close()
             event.close()
 
-    def _pieces(self, wanted: PackedWeight, address: int, checkpoint: Checkpoint) -> Iterator[Piece]:
-        """The weight's stored rows, cut where the interleaving changes and where a matrix of a stack ends.
+    def spans(
+        self, packed: PackedWeight, address: int, arrays: Iterable[tuple[Tag, NDArray[np.uint8]]]
+    ) -> Iterator[tuple[Tag, Span]]:
+        """The weight's rows, cut where the interleaving changes and where a matrix of a stack ends.
 
-        Parts that must be rearranged element by element come as float32 from the host.
+        arrays: the rows of each part as uint8 [rows, bytes of a row], with whatever goes with them.
         """
-        stacked, gated = wanted.form in ("stack", "gated_stack"), wanted.form in ("gated", "gated_stack")
-        last = wanted.weight.elements // wanted.width // (wanted.weight.shape[0] if stacked else 1)
+        stacked, gated = packed.form in ("stack", "gated_stack"), packed.form in ("gated", "gated_stack")
+        last = packed.weight.elements // packed.width // (packed.weight.shape[0] if stacked else 1)
         position, half = 0, last // 2
-        for part in readable_parts(wanted.weight, checkpoint):
-            type_, data, start = part.type, part.data, 0
+        for tag, data in arrays:
+            start = 0
             while start < len(data):
                 matrix, row = divmod(position + start, last)
                 if gated:
@@ -121,34 +134,72 @@ class Loader:
                     padded = -(-(stop - start) // 8) * 8
                     if (row - half if up else row) % 8:
                         raise ModelError(
-                            f"{wanted.weight.name}: a part of a gate or up matrix starts within eight rows"
+                            f"{packed.weight.name}: a part of a gate or up matrix starts within eight rows"
                         )
                 else:
                     stop, first, kind = min(len(data), start + last - row), row, Interleave.PLAIN
-                    whole = wanted.form in ("packed", "stack") and row + stop - start == last
+                    whole = packed.form in ("packed", "stack") and row + stop - start == last
                     padded = stop - start + (-last % 64 if whole else 0)
-                place = address + matrix * wanted.matrix_bytes if stacked else address
-                yield Piece(wanted, place, type_, data[start:stop], first, padded, kind)
+                place = address + matrix * packed.matrix_bytes if stacked else address
+                yield tag, Span(packed, place, data[start:stop], first, padded, kind)
                 start = stop
             position += len(data)
 
-    def _matrix(self, piece: Piece) -> None:
-        """Sends a piece in slices that fit the staging buffers, each dequantised and packed as it arrives."""
-        width = piece.wanted.width
-        row_bytes = piece.data.shape[1]
-        fit = min(self._staging[0].nbytes // row_bytes, self._rows_bytes // (2 * width)) // 8 * 8
+    def stream(self, span: Span, row_bytes: int = 0) -> Iterator[tuple[int, int, int, int]]:
+        """Sends a span's rows in slices that fit: (device address, first packed row, rows, rows to write).
+
+        row_bytes: of scratch memory (`rows_at`) that each row needs beside. Kernels that take a slice are
+        to be queued before the next one is asked for.
+        """
+        fit = self._staging[0].nbytes // span.data.shape[1]
+        if row_bytes:
+            fit = min(fit, self._rows_bytes // row_bytes)
+        fit = fit // 8 * 8
         if fit < 8:
             raise ModelError(
-                f"{piece.wanted.weight.name}: 8 rows of {width} elements exceed the staging memory; "
-                "raise --num-gpu-blocks"
+                f"{span.packed.weight.name}: 8 rows of {span.packed.width} elements exceed the staging "
+                "memory; raise --num-gpu-blocks"
             )
-        rows = len(piece.data)
+        rows = len(span.data)
         for turn, start in enumerate(range(0, rows, fit)):
             stop = min(start + fit, rows)
-            padded = stop - start + (piece.padded - rows if stop == rows else 0)
-            source = self._send(piece.data[start:stop], turn % 2)
-            self._place(piece, source, start, stop - start, padded)
+            padded = stop - start + (span.padded - rows if stop == rows else 0)
+            first = span.first + (start if span.interleave == Interleave.PLAIN else start // 8 * 16)
+            yield self._send(span.data[start:stop], turn % 2), first, stop - start, padded
             self._free[turn % 2].record(self._stream)
+
+    def copy(self, values: NDArray[Any], address: int) -> None:
+        """Copies an array to the device as it is."""
+        flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        for start in range(0, flat.nbytes, self._staging[0].nbytes):
+            piece = flat[start : start + self._staging[0].nbytes]
+            self._free[0].wait()
+            self._staging[0].array[: piece.nbytes] = piece
+            self._stream.copy_to_device(address + start, self._staging[0].address, piece.nbytes)
+            self._free[0].record(self._stream)
+
+    def run(self, kernel: str, arguments: Sequence[Any], grid: int) -> None:
+        """Queues a kernel of BLOCK threads a block."""
+        Launch(self._catalog[kernel], BLOCK, 0, arguments, pdl=False).run(self._stream, (grid, 1, 1))
+
+    def _expand(self, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
+        """A matrix in the model's type; parts that must be rearranged come as float32 from the host."""
+        width, nbytes = packed.width, 0
+        parts = ((part.type, part.data) for part in readable_parts(packed.weight, checkpoint))
+        for kind, span in self.spans(packed, address, parts):
+            nbytes += span.data.nbytes
+            *dequant, place = _placing(packed.form, kind, self._tag)
+            for source, first, rows, padded in self.stream(span, 2 * width):
+                if packed.form == "table":
+                    self._dequantise(place, span.address + first * width * 2, source, rows * width)
+                    continue
+                if dequant:
+                    self._dequantise(dequant[0], self._rows, source, rows * width)
+                    source = self._rows
+                where = pack_arguments(source, span.address, rows, width, first=first, padded_rows=padded,
+                                       interleave=span.interleave)  # fmt: skip
+                self.run(place, where, 132 * 8)
+        return nbytes
 
     def _send(self, data: NDArray[np.uint8], buffer: int) -> int:
         """Copies rows to the device by way of a pinned buffer; returns their address there."""
@@ -163,29 +214,8 @@ class Loader:
         self._stream.copy_to_device(self._raw[buffer], self._staging[buffer].address, data.nbytes)
         return self._raw[buffer]
 
-    def _place(self, piece: Piece, source: int, start: int, rows: int, padded: int) -> None:
-        width, kind = piece.wanted.width, piece.type
-        if piece.wanted.form == "table":
-            target = piece.address + (piece.first + start) * width * 2
-            self._dequantise(kind, target, source, rows * width)
-            return
-        if kind not in _PLAIN:
-            self._dequantise(kind, self._rows, source, rows * width)
-            source, name = self._rows, self._tag
-        else:
-            name = _PLAIN[kind]
-        first = piece.first + (start if piece.interleave == Interleave.PLAIN else start // 8 * 16)
-        arguments = pack_arguments(
-            source, piece.address, rows, width, first=first, padded_rows=padded, interleave=piece.interleave
-        )
-        self._run(f"sm80_{self._tag}_gemm_pack_{name}", arguments, 132 * 8)
-
-    def _dequantise(self, kind: TensorType, target: int, source: int, count: int) -> None:
-        arguments = [target, source, ctypes.c_uint64(count)]
-        self._run(f"sm80_{self._tag}_dequant_{kind.value.lower()}", arguments, -(-count // 8 // BLOCK))
-
-    def _run(self, name: str, arguments: Sequence[Any], grid: int) -> None:
-        Launch(self._catalog[name], BLOCK, 0, arguments, pdl=False).run(self._stream, (grid, 1, 1))
+    def _dequantise(self, kernel: str, target: int, source: int, count: int) -> None:
+        self.run(kernel, [target, source, ctypes.c_uint64(count)], -(-count // 8 // BLOCK))
 
     def _vector(self, wanted: PackedWeight, address: int, checkpoint: Checkpoint) -> None:
         """Norm weights and biases: small, converted on the host."""
@@ -196,13 +226,19 @@ class Loader:
             if wanted.form == "gated_bias":
                 gate, up = values.reshape(2, -1, 1)
                 values = interleave_gate_up(gate, up)
-        flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        for start in range(0, flat.nbytes, self._staging[0].nbytes):
-            piece = flat[start : start + self._staging[0].nbytes]
-            self._free[0].wait()
-            self._staging[0].array[: piece.nbytes] = piece
-            self._stream.copy_to_device(address + start, self._staging[0].address, piece.nbytes)
-            self._free[0].record(self._stream)
+        self.copy(values, address)
+
+
+def _placing(form: WeightLayout, kind: TensorType, tag: str) -> list[str]:
+    """The kernels that put rows stored as `kind` in their place: at most one that dequantises, one that
+    places.
+    """
+    dequant = f"sm80_{tag}_dequant_{kind.value.lower()}"
+    if form == "table":
+        return [dequant]
+    if kind in _PLAIN:
+        return [f"sm80_{tag}_gemm_pack_{_PLAIN[kind]}"]
+    return [dequant, f"sm80_{tag}_gemm_pack_{tag}"]
 
 
 def fill_dummy(
@@ -211,6 +247,9 @@ def fill_dummy(
     """Random weights where the real ones would be: deviation 0.02, norms around 1; no file is read."""
     tag = "bf16" if dtype is DType.BF16 else "f16"
     for index, (wanted, address) in enumerate(places):
+        if wanted.format is not None:
+            device_format(wanted.format).fill(catalog, stream, wanted, address, seed * 1_000_003 + index)
+            continue
         norm = wanted.form == "norm"
         size = 4 if norm else 2
         is_weight = norm and not wanted.weight.name.endswith(".bias")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rvllm.program.dtypes import DType
+from rvllm.program.formats import WeightFormat
 
 Rows = Literal["tokens", "samples"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -78,12 +79,14 @@ class Weight:
     role: matrix (multiplied with activations, stored in the model's dtype or its quantised form), stack
     (several matrices of one shape, one an expert or a head: [E, N, K]), table (looked up by row) or vector
     (norm weights and biases, small).
+    format: of its numbers in memory; None: the model's own type (see `weights.formats.with_formats`).
     """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     role: Literal["matrix", "stack", "table", "vector"]
+    format: WeightFormat | None = None
 
     @property
     def elements(self) -> int:
@@ -92,6 +95,13 @@ class Weight:
         for n in self.shape:
             count *= n
         return count
+
+    def nbytes(self, size: int) -> int:
+        """Bytes of its numbers and scales; size: bytes of an element of the model's type."""
+        if self.format is None:
+            return self.elements * size
+        rows, columns = self.shape[-2:]
+        return math.prod(self.shape[:-2]) * self.format.nbytes(rows, columns)
 
 
 @dataclass(frozen=True)

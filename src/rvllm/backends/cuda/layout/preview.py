@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rvllm.backends.cuda.device.driver import DeviceFacts
-from rvllm.backends.cuda.layout.joining import joined
+from rvllm.backends.cuda.formats.choose import kept
 from rvllm.backends.cuda.layout.memory import BLOCK, HEADROOM, Budget
 from rvllm.backends.cuda.loaded_model import OpenDevice
 from rvllm.backends.cuda.ops.encoder.plan import EncoderPlan
@@ -13,6 +13,7 @@ from rvllm.backends.cuda.step_planner import StepPlanner
 from rvllm.config import EngineConfig
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import embedding_size
+from rvllm.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,11 @@ class MemoryPreview:
     limits: dict[str, int]
 
 
-def preview_here(program: Program, config: EngineConfig) -> MemoryPreview:
+def preview_here(program: Program, checkpoint: Checkpoint | None, config: EngineConfig) -> MemoryPreview:
     """The preview on this machine's GPU as it is now. Raises what the start would raise."""
     found = OpenDevice.for_program(program, config)
     try:
+        program = kept(program, checkpoint, config, found.facts)
         return preview(program, config, found.facts, found.budget)
     finally:
         found.device.close()
@@ -36,7 +38,7 @@ def preview_here(program: Program, config: EngineConfig) -> MemoryPreview:
 def preview(program: Program, config: EngineConfig, facts: DeviceFacts, budget: Budget) -> MemoryPreview:
     """The lines and limits of the plan that a start with this budget follows."""
     if embedding_size(program) is None:
-        memory = StepPlanner.plan(joined(program), config, facts, budget)[0].memory
+        memory = StepPlanner.plan(program, config, facts, budget)[0].memory
         taken = memory.lines
         limits = {
             "kv blocks": memory.num_blocks,

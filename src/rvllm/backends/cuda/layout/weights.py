@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from rvllm.backends.cuda.formats import device_format
 from rvllm.backends.cuda.layout.fusion import Stage, is_gate
 from rvllm.backends.cuda.ops.gemm.plan import gated_rows, packed_nbytes
+from rvllm.program.formats import WeightFormat
 from rvllm.program.ops.dense import Embed, Experts, HeadLinear, Linear, Logits, Norm, Route, Weight
 from rvllm.program.ops.encoder import AddPositions
 from rvllm.program.ops.mamba2 import CausalConv, GatedNorm, StateScan
@@ -45,8 +47,15 @@ class PackedWeight:
         return self.weight.shape[-1]
 
     @property
+    def format(self) -> WeightFormat | None:
+        """Of the numbers in it; None: the model's type. Tables are expanded, for lookups and for cuBLAS."""
+        return self.weight.format if self.form in ("packed", "gated", "stack", "gated_stack") else None
+
+    @property
     def matrix_bytes(self) -> int:
         """Bytes of one packed matrix, the only one or one of a stack."""
+        if self.format is not None:
+            return device_format(self.format).packed_nbytes(self.format, self.rows, self.width)
         return packed_nbytes(self.rows, self.width)
 
     @property

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rvllm.backends.cuda.device.launches import Count, MatrixMap, fixed
+from rvllm.backends.cuda.formats import device_format
 from rvllm.backends.cuda.layout.weights import WeightLayout
 from rvllm.backends.cuda.ops.family import Emitter
 from rvllm.backends.cuda.ops.gemm.cublas import KERNEL as CUBLAS
@@ -78,6 +79,9 @@ def _product(to: Lowering, name: str, op: Linear | Logits, end: Epilogue) -> Non
     """One matrix product over all rows of the step, with its epilogue."""
     if to.strategy == "cublas":
         to.plan(name, CUBLAS, fixed(1), 0, _matmul(to, op, end), why="--gemm-strategy cublas")
+        return
+    if op.weight.format is not None:
+        device_format(op.weight.format).product(to, name, op, end)
         return
     rows, k = op.weight.shape
     if end.form == "gated":

@@ -1,0 +1,386 @@
+"""Checks and times the E4M3 matrix kernels on this GPU, at a 7B model's shapes and at odd ones.
+
+    PYTHONPATH=src:scripts/gpu python scripts/gpu/fp8_bench.py [--only check,shapes,chain] [--tokens 1,8,...]
+
+Needs one sm_90 GPU and torch, which holds the memory and computes the references in float64. Outputs are
+poisoned before each launch. The chain is 28 layers of qkv, o, gate_up and down in one CUDA graph, each
+product reading the one before, beside the time that reading the weights takes at the memory's rate in the
+same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rvllm.backends.cuda.device.driver import Device, Event, Launch, Module, Stream, TensorMap
+from rvllm.backends.cuda.formats import fp8_plan as fp8
+from rvllm.backends.cuda.ops.gemm.plan import Kind
+from rvllm.kernels import build
+from rvllm.kernels.gemm.fp8.specs import MODES, SPECS
+from rvllm.kernels.manifest import MANIFEST
+
+LAYERS, HIDDEN, FFN, QKV = 28, 3584, 18944, 4608
+SHAPES = {"qkv": (QKV, HIDDEN), "o": (HIDDEN, HIDDEN), "gate_up": (2 * FFN, HIDDEN), "down": (HIDDEN, FFN)}
+CAPACITY = 8192 + 256
+
+
+class Bed:
+    """The kernels, loaded, and one stream."""
+
+    def __init__(self) -> None:
+        torch.zeros(1, device="cuda")
+        self.device = Device()
+        self.facts = self.device.facts()
+        specs = [*(s for s in SPECS if "f16" not in s.name.replace("bf16", "")), MANIFEST["sm80_stream_read"]]
+        cache = Path(os.environ.get("RVLLM_CUBINS", "build/cubins"))
+        started = time.perf_counter()
+        self.functions = {}
+        for cubin in build.load(build.units(specs, build.target_of(self.facts.capability)), cache):
+            module = Module(cubin.code)
+            for spec in specs:
+                if spec.source == cubin.unit.source and spec.symbol in cubin.names:
+                    self.functions[spec.name] = module.function(
+                        cubin.names[spec.symbol], spec.name, spec.smem
+                    )
+        print(f"built in {time.perf_counter() - started:.1f} s", flush=True)
+        self.stream = Stream()
+        self.q = torch.empty(CAPACITY * 19072, dtype=torch.uint8, device="cuda")
+        self.s = torch.empty(CAPACITY * 160, dtype=torch.float32, device="cuda")
+
+    def seconds(self, launches, repeats: int = 9) -> float:
+        """Median time of a replay of a graph of the launches."""
+        torch.cuda.synchronize()
+        self.stream.begin_capture()
+        for launch, grid in launches:
+            launch.run(self.stream, grid)
+        graph = self.stream.end_capture()
+        for _ in range(2):
+            graph.launch(self.stream)
+        times = []
+        for _ in range(repeats):
+            begin, end = Event(), Event()
+            begin.record(self.stream)
+            graph.launch(self.stream)
+            end.record(self.stream)
+            end.wait()
+            times.append(end.seconds_since(begin))
+        graph.close()
+        return sorted(times)[len(times) // 2]
+
+    def rate(self, memory: torch.Tensor) -> float:
+        """Bytes a second of a plain read."""
+        sink = torch.zeros(1, dtype=torch.int32, device="cuda")
+        args = [memory.data_ptr(), ctypes.c_uint64(memory.numel() // 16), sink.data_ptr()]
+        launch = Launch(self.functions["sm80_stream_read"], 512, 0, args, pdl=False)
+        return memory.numel() / self.seconds([(launch, (132 * 4, 1, 1))], 5)
+
+    def product(self, plan, x, weights, out, scales, quantise=True, **options):
+        """The launches of one product: x is 16-bit; quantised first unless the kernel does it."""
+        k = x.shape[1]
+        pitch, work = fp8.activation_pitch(k), []
+        if not plan.resident and quantise:
+            args = [
+                x.data_ptr(),
+                self.q.data_ptr(),
+                self.s.data_ptr(),
+                ctypes.c_int(k),
+                ctypes.c_int(x.stride(0)),
+                ctypes.c_int(pitch),
+                ctypes.c_int(CAPACITY),
+            ]
+            work.append(
+                (
+                    Launch(self.functions["sm80_bf16_fp8_quantise"], 128, 0, args),
+                    (-(-pitch // 512), plan.tokens, 1),
+                )
+            )
+        if plan.resident:
+            x_map = TensorMap.matrix(x.data_ptr(), x.shape[0], k, x.stride(0) * 2, plan.box_rows, 64, True)
+        else:
+            x_map = TensorMap.matrix(
+                self.q.data_ptr(), plan.tokens, pitch // 2, pitch, plan.box_rows, 64, True
+            )
+        args = fp8.fp8_arguments(
+            plan,
+            x_map,
+            x.data_ptr(),
+            self.s.data_ptr(),
+            weights,
+            out.data_ptr(),
+            out.stride(0),
+            k=k,
+            scales=scales,
+            x_pitch=x.stride(0) if plan.resident else CAPACITY,
+            **options,
+        )
+        work.append(
+            (
+                Launch(self.functions[plan.kernel], plan.block, plan.smem, args, cluster=plan.cluster),
+                plan.grid,
+            )
+        )
+        work[-1][0].keep = (x, out)
+        return work
+
+    def run(self, work) -> None:
+        torch.cuda.synchronize()
+        for launch, grid in work:
+            launch.run(self.stream, grid)
+        self.stream.sync()
+
+
+def quantised(x: torch.Tensor):
+    """(numbers float64, scales float64 [T, blocks]) of x, as fp8.cuh says."""
+    t, k = x.shape
+    padded = torch.nn.functional.pad(x.float(), (0, -k % 128)).view(t, -1, 128)
+    amax = padded.abs().amax(-1).clamp_min(1e-30)
+    q = (padded * (448.0 / amax)[..., None]).to(torch.float8_e4m3fn)
+    return q.double(), (amax * np.float32(1 / 448.0)).double()
+
+
+class Checker:
+    def __init__(self, bed: Bed) -> None:
+        self.bed, self.failures, self.launches, self.worst = bed, [], 0, 0.0
+
+    def weight(self, n: int, k: int, scales: str):
+        """(packed with scales, float64 [n, blocks, 128])."""
+        codes = (torch.randn(n, k, device="cuda") * 60).clamp(-448, 448).to(torch.float8_e4m3fn)
+        packed = torch.from_numpy(fp8.pack_codes(codes.view(torch.uint8).cpu().numpy())).cuda()
+        shape = fp8.scales_shape(n, k, scales)
+        factors = (torch.rand(shape, device="cuda") + 0.5) / (60 * k**0.5)
+        whole = torch.full((fp8.packed_nbytes(n, k, scales),), 255, dtype=torch.uint8, device="cuda")
+        whole[: packed.numel()] = packed
+        whole[fp8.scales_offset(n, k) :] = factors.reshape(-1).view(torch.uint8)
+        numbers = torch.nn.functional.pad(codes.double(), (0, -k % 128)).view(n, -1, 128)
+        if scales == "row":
+            return whole, numbers * factors[:n, None, None].double()
+        by_row = factors.repeat_interleave(8, 2).reshape(factors.shape[0], -1)[:, :n]
+        return whole, numbers * by_row.T[..., None].double()
+
+    def shape(self, n: int, k: int, scales: str, sizes) -> None:
+        packed, w = self.weight(n, k, scales)
+        top = max(sizes)
+        x = torch.randn(top, k, device="cuda").bfloat16() * torch.exp2(
+            torch.randint(-6, 7, (top, 1), device="cuda")
+        )
+        q, s = quantised(x)
+        want = torch.einsum("tbk,tb,nbk->tn", q, s, w)
+        size = torch.einsum("tbk,tb,nbk->tn", q.abs(), s, w.abs())
+        bits = None
+        for tokens in sorted(sizes, reverse=True):
+            for mode, tiles in MODES.items():
+                if (mode == "walk") != (fp8.segments_of(n, k) == 1) and mode != "sum":
+                    continue
+                for tile in tiles:
+                    if tokens > 4 * tile or tile > 8 * tokens or not fp8._fits(mode, n, k, tile):
+                        continue
+                    plan = fp8.variant(n, k, tokens, "bf16", mode, tile, self.bed.facts.sm_count)
+                    out = torch.full((top, n), float("nan"), device="cuda")
+                    self.bed.s.fill_(float("nan"))
+                    self.bed.run(
+                        self.bed.product(plan, x[:tokens], packed.data_ptr(), out, scales, kind=Kind.LOGITS)
+                    )
+                    self.launches += 1
+                    got = out[:tokens].double()
+                    error = ((got - want[:tokens]).abs() / size[:tokens].clamp_min(1e-30)).max().item()
+                    self.worst = max(self.worst, 9e9 if math.isnan(error) else error)
+                    bits = out.clone() if bits is None else bits
+                    same = torch.equal(out[:tokens].view(torch.int32), bits[:tokens].view(torch.int32))
+                    if not error < 2**-11 or not same or not out[tokens:].isnan().all():
+                        self.failures.append(
+                            f"{plan.kernel} {n}x{k} {scales} t={tokens}: error {error:.1e} same={same}"
+                        )
+        self.epilogues(n, k, scales, packed, x, want, sizes)
+
+    def epilogues(self, n, k, scales, packed, x, want, sizes) -> None:
+        """Bias, residual and SiLU * up, against the formula in float64."""
+        bias = torch.randn(n, device="cuda").bfloat16()
+        for tokens in sizes:
+            plan = fp8.plan_fp8(n, k, tokens, "bf16", self.bed.facts.sm_count)
+            added = torch.randn(tokens, n, device="cuda").bfloat16()
+            out = torch.full((tokens, n), float("nan"), dtype=torch.bfloat16, device="cuda")
+            self.bed.run(
+                self.bed.product(
+                    plan,
+                    x[:tokens],
+                    packed.data_ptr(),
+                    out,
+                    scales,
+                    bias=bias.data_ptr(),
+                    residual=added.data_ptr(),
+                    scale=0.5,
+                )
+            )
+            ref = added.double() + 0.5 * (want[:tokens] + bias.double())
+            self.close(out, ref, want[:tokens], f"{plan.kernel} {n}x{k} t={tokens} bias, residual")
+            if n % 16 == 0:
+                gated = torch.full((tokens, n // 2), float("nan"), dtype=torch.bfloat16, device="cuda")
+                self.bed.run(
+                    self.bed.product(plan, x[:tokens], packed.data_ptr(), gated, scales, kind=Kind.GATED_SILU)
+                )
+                halves = want[:tokens].view(tokens, n // 16, 2, 8)
+                gate, up = halves[:, :, 0].reshape(tokens, -1), halves[:, :, 1].reshape(tokens, -1)
+                self.close(
+                    gated,
+                    torch.nn.functional.silu(gate) * up,
+                    (gate.abs() + 1) * (up.abs() + 1),
+                    f"{plan.kernel} {n}x{k} t={tokens} gated",
+                )
+
+    def close(self, got, ref, scale, what) -> None:
+        self.launches += 1
+        error = ((got.double() - ref).abs() / (scale.abs() + ref.abs() + 1)).max().item()
+        if not error < 0.02:
+            self.failures.append(f"{what}: error {error:.2e}")
+
+
+def check(bed: Bed) -> None:
+    checker = Checker(bed)
+    for n, k in ((200, 328), (64, 8), (1000, 136), (130, 4096), (4608, 3584), (3584, 3584), (20000, 512)):
+        for scales in ("row", "block"):
+            print(
+                f"{n} x {k} {scales}: {checker.launches} launches, {len(checker.failures)} failures",
+                flush=True,
+            )
+            try:
+                checker.shape(n, k, scales, (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 128, 129, 300))
+            except Exception as error:  # a wedged context ends the run, with what was found so far
+                print(f"{n}x{k} {scales}: {error}", flush=True)
+                print("\n".join(checker.failures[:20]), flush=True)
+                raise
+    print(
+        f"{checker.launches} launches checked, worst error over sum of |products| {checker.worst:.1e}, "
+        f"{len(checker.failures)} failures",
+        flush=True,
+    )
+    print("\n".join(checker.failures[:40]), flush=True)
+
+
+class Bench:
+    def __init__(self, bed: Bed) -> None:
+        self.bed = bed
+        self.each = {
+            name: -(-fp8.packed_nbytes(n, k, "block") // 256) * 256 for name, (n, k) in SHAPES.items()
+        }
+        total = LAYERS * sum(self.each.values())
+        numbers = torch.empty(1 << 27, device="cuda").normal_(0, 60).to(torch.float8_e4m3fn).view(torch.uint8)
+        self.weights = numbers.repeat(-(-total // numbers.numel()))[:total]
+        # Scales must be numbers: fill each weight's with ones.
+        for layer in range(LAYERS):
+            for name, (n, k) in SHAPES.items():
+                at = self.offset(name, layer) + fp8.scales_offset(n, k)
+                count = 4 * int(np.prod(fp8.scales_shape(n, k, "block")))
+                self.weights[at : at + count].view(torch.float32).fill_(1e-4)
+        self.rate = bed.rate(self.weights)
+        print(f"plain read {self.rate / 1e12:.2f} TB/s", flush=True)
+
+    def offset(self, name: str, layer: int) -> int:
+        at = layer * sum(self.each.values())
+        for other, nbytes in self.each.items():
+            if other == name:
+                return at
+            at += nbytes
+        raise KeyError(name)
+
+    def address(self, name: str, layer: int) -> int:
+        return self.weights.data_ptr() + self.offset(name, layer)
+
+    def chain(self, tokens: int, scales: str, quantise: bool) -> float:
+        def empty(width):
+            return torch.zeros(tokens, width, dtype=torch.bfloat16, device="cuda")
+
+        x, qkv, h = empty(HIDDEN), empty(QKV), empty(FFN)
+        x.normal_()
+        work = []
+
+        def add(name, layer, source, out, **options):
+            plan = fp8.plan_fp8(*SHAPES[name], tokens, "bf16", self.bed.facts.sm_count)
+            work.extend(
+                self.bed.product(plan, source, self.address(name, layer), out, scales, quantise, **options)
+            )
+
+        for layer in range(LAYERS):
+            add("qkv", layer, x, qkv)
+            add("o", layer, qkv[:, :HIDDEN], x, residual=x.data_ptr())
+            add("gate_up", layer, x, h, kind=Kind.GATED_SILU)
+            add("down", layer, h, x, residual=x.data_ptr())
+        return self.bed.seconds(work)
+
+    def shapes(self, sizes) -> None:
+        for name, (n, k) in SHAPES.items():
+            for tokens in sizes:
+                x = torch.randn(tokens, k, device="cuda").bfloat16()
+                gated = name == "gate_up"
+                out = torch.zeros(tokens, n // 2 if gated else n, dtype=torch.bfloat16, device="cuda")
+                count = min(LAYERS, max(4, 20000 // tokens))
+                plans = {"chosen": fp8.plan_fp8(n, k, tokens, "bf16", self.bed.facts.sm_count)}
+                modes = ("walk",) if fp8.segments_of(n, k) == 1 else ("split", "sum")
+                for mode in modes:
+                    for tile in MODES[mode]:
+                        near = tokens <= tile < 4 * tokens or (tokens > tile >= 128)
+                        if near and fp8._fits(mode, n, k, tile) and tokens // tile < 100:
+                            plan = fp8.variant(n, k, tokens, "bf16", mode, tile, self.bed.facts.sm_count)
+                            plans.setdefault(f"{mode}{tile}", plan)
+                if tokens > 1000:
+                    plans = {label: p for label, p in plans.items() if p.mode != "split"}
+                line = []
+                for label, plan in plans.items():
+                    work = []
+                    for layer in range(count):
+                        work += self.bed.product(
+                            plan,
+                            x,
+                            self.address(name, layer),
+                            out,
+                            "row",
+                            False,
+                            kind=Kind.GATED_SILU if gated else Kind.STORE,
+                        )
+                    took = self.bed.seconds(work, 5) / count
+                    shown = plan.kernel[19:] if label == "chosen" else label
+                    rate, work_done = n * k / took / 1e12, 2 * n * k * tokens / took / 1e12
+                    line.append(f"{shown} {took * 1e6:.1f}us {rate:.2f}TB/s {work_done:.0f}TF")
+                print(f"{name:8} {tokens:5} | " + " | ".join(line), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", default="1,8,32,64,128,256,512,8192")
+    parser.add_argument("--only", default="check,chain,shapes")
+    args = parser.parse_args()
+    sizes = [int(n) for n in args.tokens.split(",")]
+    torch.manual_seed(time.time_ns() % 2**31)
+    bed = Bed()
+    if "check" in args.only:
+        check(bed)
+    bench = Bench(bed)
+    weights = sum(n * k for n, k in SHAPES.values()) * LAYERS
+    if "chain" in args.only:
+        for tokens in sizes:
+            if tokens > 1000:
+                continue
+            row, block, bare = (
+                bench.chain(tokens, *way) for way in (("row", True), ("block", True), ("row", False))
+            )
+            print(
+                f"chain {tokens:4}: {row * 1e3:.3f} ms, block scales {block * 1e3:.3f}, "
+                f"without quantising {bare * 1e3:.3f}; "
+                f"reading {weights / bench.rate * 1e3:.3f}; {2 * weights * tokens / row / 1e12:.0f} TFLOP/s",
+                flush=True,
+            )
+    if "shapes" in args.only:
+        bench.shapes(sizes)
+
+
+if __name__ == "__main__":
+    main()
+    sys.exit(0)

@@ -1,0 +1,48 @@
+"""The program as one GPU runs it: products joined, and every matrix in the format it is kept in."""
+
+from __future__ import annotations
+
+from rvllm.backends.cuda.device.driver import DeviceFacts
+from rvllm.backends.cuda.device.info import DeviceInfo
+from rvllm.backends.cuda.formats import device_format
+from rvllm.backends.cuda.layout.joining import joined
+from rvllm.config import EngineConfig
+from rvllm.errors import MissingKernelError, UsageError
+from rvllm.program.ops.dense import Program
+from rvllm.program.ops.encoder import embedding_size
+from rvllm.weights.checkpoint import Checkpoint
+from rvllm.weights.formats import with_formats
+
+
+def kept(
+    program: Program, checkpoint: Checkpoint | None, config: EngineConfig, facts: DeviceFacts
+) -> Program:
+    """The program to plan and load; checkpoint: None for dummy weights.
+
+    Raises UsageError or MissingKernelError for formats that are asked for and cannot be run.
+    """
+    mode = config.quantization
+    if embedding_size(program) is not None:
+        if mode == "fp8":
+            raise UsageError("--quantization fp8: encoders run in 16 bits; leave the flag away")
+        return program
+    found = with_formats(joined(program), checkpoint, mode)
+    quantised = {w.name: w for w in found.weights if w.format is not None}
+    if quantised and config.gemm_strategy != "native":
+        raise UsageError(
+            f"--gemm-strategy {config.gemm_strategy} computes in 16 bits; use native, or "
+            "--quantization none, which expands the weights"
+        )
+    info = DeviceInfo(facts.capability, facts.sm_count, facts.smem_per_block)
+    refused: dict[str, list[str]] = {}
+    for name, weight in quantised.items():
+        assert weight.format is not None
+        why = device_format(weight.format).refusal(weight, found.dtype, info)
+        if why is not None:
+            refused.setdefault(why, []).append(name)
+    if refused:
+        shown = "; ".join(
+            f"{', '.join(names[:3])}{' ...' * (len(names) > 3)}: {why}" for why, names in refused.items()
+        )
+        raise MissingKernelError(f"{shown}; --quantization none expands the weights to 16 bits")
+    return found

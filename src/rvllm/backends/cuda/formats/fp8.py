@@ -1,0 +1,253 @@
+"""E4M3 weights on the GPU: loading, memory, and the launches of their products.
+
+sm_90: activations are quantised to E4M3 too, a scale for each token and 128 columns, and the tensor cores
+multiply E4M3; any scales of activations that a checkpoint holds are coarser and left aside. Elsewhere: the
+weights are widened to the activations' 16-bit type on their way to the tensor cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.backends.cuda.device.launches import Count, MatrixMap, fixed
+from rvllm.backends.cuda.formats import fp8_plan
+from rvllm.backends.cuda.formats.base import format_of
+from rvllm.backends.cuda.ops.gemm.plan import gated_rows
+from rvllm.errors import MissingKernelError
+from rvllm.kernels.gemm.fp8.specs import BLOCK_K, SOURCES, TILE
+from rvllm.program.formats import FP8_ROWS, Fp8Format
+from rvllm.program.ops.dense import Linear, Logits, Weight
+from rvllm.weights.checkpoint import TensorType
+from rvllm.weights.formats import Fp8Part, fp8_part
+from rvllm.weights.packing import find_tensor, readable_parts, readable_type
+
+if TYPE_CHECKING:
+    from rvllm.backends.cuda.device.catalog import Catalog
+    from rvllm.backends.cuda.device.driver import Stream
+    from rvllm.backends.cuda.device.info import DeviceInfo
+    from rvllm.backends.cuda.layout.weights import PackedWeight
+    from rvllm.backends.cuda.lowering import Lowering
+    from rvllm.backends.cuda.ops.gemm.launches import Epilogue
+    from rvllm.backends.cuda.weight_loader import Loader
+    from rvllm.program.dtypes import DType
+    from rvllm.weights.checkpoint import Checkpoint
+
+ACTIVATIONS, SCALES = "fp8.activations", "fp8.scales"  # scratch
+SPARE_TOKENS = 256  # scales of a whole tile of tokens are loaded, whether they exist or not
+DEVIATION = 0.02 / 60  # scale of dummy weights, whose bytes have deviation 60
+_THREADS = 128
+_TAGS = {TensorType.F32: "f32", TensorType.BF16: "bf16", TensorType.F16: "f16"}
+
+
+class Fp8Device:
+    """See `DeviceFormat`."""
+
+    def refusal(self, weight: Weight, dtype: DType, info: DeviceInfo) -> str | None:
+        """See DeviceFormat."""
+        return "FP8 needs an inner size of 8, 16, ..." if weight.shape[-1] % 8 else None
+
+    def packed_nbytes(self, kept: Fp8Format, rows: int, columns: int) -> int:
+        """See DeviceFormat."""
+        return fp8_plan.packed_nbytes(rows, columns, kept.scales)
+
+    def scratch(self, weight: Weight, tokens: int) -> dict[str, int]:
+        """See DeviceFormat."""
+        pitch = fp8_plan.activation_pitch(weight.shape[-1])
+        rows = _capacity(tokens)  # more than rows of logits
+        return {ACTIVATIONS: rows * pitch, SCALES: 4 * pitch // BLOCK_K * rows}
+
+    def loading_kernels(self, packed: PackedWeight, dtype: DType, checkpoint: Checkpoint | None) -> list[str]:
+        """See DeviceFormat."""
+        if checkpoint is None:
+            return ["sm80_fp8_fill", "sm80_fp8_fill_scales"]
+        if _parts(packed.weight, checkpoint) is not None:
+            return ["sm80_fp8_pack"]
+        infos = ((part, find_tensor(part, checkpoint)) for part in packed.weight.parts)
+        types = (readable_type(part, info) for part, info in infos if info is not None)
+        return [f"sm80_fp8_quantise_{_TAGS[kind]}" for kind in types]
+
+    def load(self, loader: Loader, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
+        """See DeviceFormat."""
+        rows, k = packed.rows, packed.width
+        scales_at = address + fp8_plan.scales_offset(rows, k)
+        blocks = ctypes.c_int(-(-k // BLOCK_K))
+        parts = _parts(packed.weight, checkpoint)
+        nbytes = 0
+        for name, span in loader.spans(packed, address, _sources(packed, parts, checkpoint)):
+            nbytes += span.data.nbytes
+            for source, first, count, padded in loader.stream(span):
+                scales = [] if parts is not None else [scales_at]
+                sizes = [ctypes.c_int64(count), ctypes.c_int64(padded), ctypes.c_int(k), blocks]
+                where = [ctypes.c_int64(first), ctypes.c_int(int(span.interleave))]
+                loader.run(name, [source, address, *scales, *sizes, *where], 132 * 8)
+        if parts is not None:
+            numbers = np.concatenate([_spread(p.scales(), _kept(packed), k) for p in parts])
+            arranged = arrange_scales(numbers, rows, _kept(packed).scales, packed.form == "gated")
+            nbytes += arranged.nbytes
+            loader.copy(arranged, scales_at)
+        return nbytes
+
+    def fill(self, catalog: Catalog, stream: Stream, packed: PackedWeight, address: int, seed: int) -> None:
+        """See DeviceFormat."""
+        from rvllm.backends.cuda.device.driver import Launch
+
+        rows, k = packed.rows, packed.width
+        count = int(np.prod(fp8_plan.scales_shape(rows, k, _kept(packed).scales)))
+        work: list[tuple[str, list[Any]]] = [
+            ("fill", [address, ctypes.c_uint64(fp8_plan.payload_nbytes(rows, k)), ctypes.c_uint(seed)]),
+            ("fill_scales", [address + fp8_plan.scales_offset(rows, k), ctypes.c_uint64(count),
+                             ctypes.c_float(DEVIATION)]),
+        ]  # fmt: skip
+        for name, arguments in work:
+            Launch(catalog[f"sm80_fp8_{name}"], 256, 0, arguments, pdl=False).run(stream, (132 * 8, 1, 1))
+
+    def product(self, to: Lowering, name: str, op: Linear | Logits, end: Epilogue) -> None:
+        """See DeviceFormat."""
+        rows, k = op.weight.shape
+        if end.form == "gated":
+            rows = gated_rows(rows // 2)
+        count = to.rows(op.x.rows)(to.counts)
+        if to.chip.capability != 90:
+            self._widened(to, name, op, end, rows, count)
+            return
+        plan = fp8_plan.plan_fp8(rows, k, count, to.tag, to.chip.sm_count)
+        x, capacity = to.at.buffers[op.x.name], to.capacity(op.x.rows)
+        scale_pitch = _capacity(to.shape.tokens)
+        if plan.resident:
+            x_map = MatrixMap(x, capacity, k, plan.box_rows, 64, to.tag == "bf16")
+        else:
+            quantised, pitch = to.at.scratch[ACTIVATIONS], fp8_plan.activation_pitch(k)
+            self._quantise(to, name, op, k, pitch, scale_pitch)
+            x_map = MatrixMap(quantised, capacity, pitch // 2, plan.box_rows, 64, bf16=True)
+        parameters = fp8_plan.fp8_arguments(
+            plan,
+            x_map,
+            x,
+            to.at.scratch[SCALES],
+            to.weight(op.weight, end.form),
+            end.out,
+            end.pitch,
+            k=k,
+            scales=_format(op.weight).scales,
+            x_pitch=op.x.width if plan.resident else scale_pitch,
+            kind=end.kind,
+            bias=to.weight(op.bias, "gated_bias" if end.form == "gated" else "bias"),
+            residual=end.residual,
+            scale=end.scale,
+            soft_cap=end.soft_cap,
+            tokens=Count(op.x.rows),
+        )
+        to.plan(name, plan.kernel, fixed(*plan.grid), plan.block, *parameters,
+                smem=plan.smem, cluster=plan.cluster, why=plan.why)  # fmt: skip
+
+    def _quantise(
+        self, to: Lowering, name: str, op: Linear | Logits, k: int, pitch: int, capacity: int
+    ) -> None:
+        """Activations to E4M3, in a launch of its own."""
+        rows, groups = to.rows(op.x.rows), -(-pitch // BLOCK_K // (_THREADS // 32))
+        to.plan(
+            name,
+            f"sm80_{to.tag}_fp8_quantise",
+            lambda c: (groups, rows(c), 1),
+            _THREADS,
+            to.at.buffers[op.x.name],
+            to.at.scratch[ACTIVATIONS],
+            to.at.scratch[SCALES],
+            ctypes.c_int(k),
+            ctypes.c_int(op.x.width),
+            ctypes.c_int(pitch),
+            ctypes.c_int(capacity),
+        )
+
+    def _widened(
+        self, to: Lowering, name: str, op: Linear | Logits, end: Epilogue, rows: int, count: int
+    ) -> None:
+        """The product on GPUs where weights alone are E4M3."""
+        k = op.weight.shape[-1]
+        plan = fp8_plan.plan_widened(rows, k, count, to.tag)
+        if plan.smem > to.chip.smem_per_block:
+            raise MissingKernelError(f"{plan.kernel} needs {plan.smem} bytes of shared memory")
+        arguments = fp8_plan.widened_arguments(
+            plan,
+            to.at.buffers[op.x.name],
+            to.weight(op.weight, end.form),
+            end.out,
+            end.pitch,
+            k=k,
+            x_pitch=op.x.width,
+            scales=_format(op.weight).scales,
+            kind=end.kind,
+            bias=to.weight(op.bias, "gated_bias" if end.form == "gated" else "bias"),
+            residual=end.residual,
+            scale=end.scale,
+            soft_cap=end.soft_cap,
+            tokens=Count(op.x.rows),
+        )
+        to.plan(name, plan.kernel, fixed(*plan.grid), plan.block, *arguments, smem=plan.smem, why=plan.why)
+
+
+def _capacity(tokens: int) -> int:
+    """Tokens that a row of activations' scales has room for."""
+    return -(-tokens // SPARE_TOKENS) * SPARE_TOKENS + SPARE_TOKENS
+
+
+def _format(weight: Weight) -> Fp8Format:
+    kept = format_of(weight)
+    assert isinstance(kept, Fp8Format)
+    return kept
+
+
+def _kept(packed: PackedWeight) -> Fp8Format:
+    return _format(packed.weight)
+
+
+def _parts(weight: Weight, checkpoint: Checkpoint) -> list[Fp8Part] | None:
+    """The weight's parts as E4M3; None where it is quantised on the way in."""
+    infos = [(part, find_tensor(part, checkpoint)) for part in weight.parts]
+    parts = [fp8_part(part, info) for part, info in infos if info is not None]
+    return [p for p in parts if p is not None] if all(p is not None for p in parts) else None
+
+
+def _sources(
+    packed: PackedWeight, parts: list[Fp8Part] | None, checkpoint: Checkpoint
+) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """The kernel that packs each part, and the part's rows as bytes."""
+    if parts is not None:
+        yield from (("sm80_fp8_pack", part.codes()) for part in parts)
+        return
+    for raw in readable_parts(packed.weight, checkpoint):
+        yield f"sm80_fp8_quantise_{_TAGS[raw.type]}", raw.data
+
+
+def _spread(scales: NDArray[np.float32], kept: Fp8Format, k: int) -> NDArray[np.float32]:
+    """A part's scales [rows, 1] for each block of columns where the weight's change along a row."""
+    blocks = -(-k // BLOCK_K)
+    return scales if kept.scales == "row" or scales.shape[1] == blocks else np.repeat(scales, blocks, axis=1)
+
+
+def arrange_scales(
+    scales: NDArray[np.float32], rows: int, kind: fp8_plan.Scales, gated: bool
+) -> NDArray[np.float32]:
+    """Scales [N, 1 or K blocks] as they lie behind the tiles of a matrix of `rows` packed rows; see
+    `scales_shape`.
+    """
+    order = np.arange(len(scales))
+    if gated:
+        half = len(scales) // 2
+        inner = order % half
+        order = inner // 8 * 16 + inner % 8 + np.where(order < half, 0, 8)
+    placed = np.zeros((-(-rows // TILE) * TILE, scales.shape[1]), np.float32)
+    placed[order] = scales
+    if kind == "row":
+        return np.ascontiguousarray(placed[:, 0])
+    groups = placed.reshape(-1, TILE // FP8_ROWS, FP8_ROWS, scales.shape[1])
+    # A group that ends with rows of padding has its scale in its first row.
+    return np.ascontiguousarray(groups[:, :, 0].transpose(2, 0, 1))
+
+
+assert set(_TAGS.values()) == set(SOURCES)

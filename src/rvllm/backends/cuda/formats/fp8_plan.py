@@ -1,0 +1,297 @@
+"""Products of E4M3 weights on sm_90a: how weights are packed, and which kernel computes y = x W^T for a
+batch.
+
+Everything here is arithmetic on shapes; nothing touches a device. The kernels are in `kernels/gemm/fp8/`;
+what a number means stands in `fp8.cuh`.
+
+Packed weights. W [N, K] becomes tiles of 64 x 128 bytes: tile (i, j) at byte (i * ceil(K / 128) + j) *
+8192, row r of a tile at 128 * r, the 16-byte chunk c of a row at 16 * (c ^ (r % 8)). Missing rows and
+columns are zeros. A fused gate/up matrix interleaves its two halves by eights first. Behind the tiles lie
+float32 scales, see `scales_shape`.
+
+Batch invariance. K is cut into `segments_of(N, K)` segments. In each, sums of 128 products are scaled and
+added up in ascending order, and so are then the segments, in every kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.backends.cuda.ops.gemm.plan import MAX_SEGMENTS, REFERENCE_SMS, SEGMENT_BLOCKS, Kind
+from rvllm.errors import UsageError
+from rvllm.kernels.gemm.fp8.specs import (
+    BLOCK_K,
+    DTYPES,
+    MAX_STAGES,
+    MODES,
+    SM80_TOKENS,
+    TILE,
+    TILE_BYTES,
+    cluster_of,
+    is_resident,
+    sm80_smem,
+    smem_of,
+    threads_of,
+)
+
+Mode = Literal["split", "walk", "sum", "sm80"]
+Scales = Literal["row", "block"]
+Grid = tuple[int, int, int]
+
+SMALL_STAGES = 6  # of a split product whose time is mostly the way in and out
+SMALL_WEIGHT = 20 << 20  # bytes
+ONE_TILE = 128  # up to so many tokens a split product is the quickest
+ALIGNMENT = 256  # of the scales behind the tiles
+
+
+@dataclass(frozen=True)
+class Fp8Plan:
+    """How one product is launched. resident: x is given in 16 bits, otherwise quantised."""
+
+    kernel: str
+    mode: Mode
+    tokens: int
+    rows: int
+    blocks: int  # ceil(K / 128)
+    segments: int
+    token_tile: int
+    box_rows: int
+    resident: bool
+    grid: Grid
+    block: int
+    cluster: int
+    smem: int
+    why: str
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def payload_nbytes(n: int, k: int) -> int:
+    """Bytes of the tiles of a packed [n, k] matrix."""
+    return _ceil(n, TILE) * _ceil(k, BLOCK_K) * TILE_BYTES
+
+
+def scales_shape(n: int, k: int, scales: Scales) -> tuple[int, ...]:
+    """The float32 scales behind the tiles: one a row, or [K blocks, tiles, 8], each for eight rows of a
+    tile.
+    """
+    tiles = _ceil(n, TILE)
+    return (tiles * TILE,) if scales == "row" else (_ceil(k, BLOCK_K), tiles, 8)
+
+
+def packed_nbytes(n: int, k: int, scales: Scales) -> int:
+    """Bytes a packed matrix takes, its scales included."""
+    return _ceil(payload_nbytes(n, k), ALIGNMENT) * ALIGNMENT + 4 * int(np.prod(scales_shape(n, k, scales)))
+
+
+def scales_offset(n: int, k: int) -> int:
+    """Where the scales begin."""
+    return _ceil(payload_nbytes(n, k), ALIGNMENT) * ALIGNMENT
+
+
+def pack_codes(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Packs E4M3 bytes [N, K] into tiles; the reference of the pack kernel."""
+    n, k = codes.shape
+    rows, blocks = _ceil(n, TILE), _ceil(k, BLOCK_K)
+    padded = np.zeros((rows * TILE, blocks * BLOCK_K), np.uint8)
+    padded[:n, :k] = codes
+    tiles = padded.reshape(rows, TILE, blocks, 8, 16).transpose(0, 2, 1, 3, 4)
+    row, chunk = np.arange(TILE)[:, None], np.arange(8)[None, :]
+    return np.ascontiguousarray(tiles[:, :, row, chunk ^ (row % 8)]).reshape(-1)
+
+
+def segments_of(n: int, k: int) -> int:
+    """Into how many segments the sums over K are cut: a function of the weight's shape alone."""
+    pairs, blocks = _ceil(n, 2 * TILE), _ceil(k, BLOCK_K)
+    return max(1, min(MAX_SEGMENTS, REFERENCE_SMS // pairs, blocks // SEGMENT_BLOCKS))
+
+
+def activation_pitch(k: int) -> int:
+    """Bytes from row to row of quantised activations."""
+    return _ceil(k, BLOCK_K) * BLOCK_K
+
+
+def plan_fp8(n: int, k: int, tokens: int, dtype: str, sm_count: int) -> Fp8Plan:
+    """Chooses the kernel for y [tokens, n] = x [tokens, k] W^T on an sm_90a GPU.
+
+    n: packed rows that exist, N or `gated_rows`. Raises UsageError for a k that is no multiple of 8.
+    """
+    if dtype not in DTYPES or k % 8 or min(n, k, tokens) < 1:
+        raise UsageError(
+            f"no FP8 matrix kernel for {dtype} [{tokens}, {k}] x [{n}, {k}]: K must be 8, 16, ..."
+        )
+    if segments_of(n, k) == 1:
+        sizes = [size for size in MODES["walk"] if _fits("walk", n, k, size)]
+        return variant(n, k, tokens, dtype, "walk", _fit(sizes, tokens), sm_count, "rows fill the GPU")
+    sizes = [size for size in MODES["split"] if _fits("split", n, k, size)]
+    if tokens <= ONE_TILE:
+        return variant(n, k, tokens, dtype, "split", _fit(sizes, tokens), sm_count, "K split over a cluster")
+    plans = [variant(n, k, tokens, dtype, "split", sizes[-1], sm_count, "K split over a cluster")]
+    plans.append(
+        variant(n, k, tokens, dtype, "sum", MODES["sum"][-1], sm_count, "enough tokens to fill the GPU")
+    )
+    return min(plans, key=lambda plan: _cycles(plan, sm_count))
+
+
+def _fit(sizes: list[int], tokens: int) -> int:
+    return next((size for size in sizes if size >= tokens), sizes[-1])
+
+
+def _held_blocks(mode: Mode, n: int, k: int) -> int:
+    blocks = _ceil(k, BLOCK_K)
+    return _ceil(blocks, segments_of(n, k)) if mode == "split" else blocks
+
+
+def _fits(mode: Mode, n: int, k: int, token_tile: int) -> bool:
+    """Whether a kernel's shared memory holds resident activations beside half of its stages."""
+    held = _held_blocks(mode, n, k) if is_resident(mode, token_tile) else 0
+    return smem_of(mode, token_tile, held, 6) == smem_of(mode, token_tile, 0, 6) + held * token_tile * (
+        BLOCK_K + 4
+    )
+
+
+def _cycles(plan: Fp8Plan, sm_count: int) -> float:
+    """A rough count of cycles, for choosing between two ways to do a large product."""
+    token_tiles, pairs = _ceil(plan.tokens, plan.token_tile), _ceil(plan.rows, 2 * TILE)
+    step = 4.6 * plan.token_tile
+    if plan.mode == "split":
+        clusters = max(1, sm_count * 9 // 10 // plan.segments)
+        return _ceil(pairs * token_tiles, clusters) * (_ceil(plan.blocks, plan.segments) * step + 8000)
+    return _ceil(pairs * token_tiles, sm_count) * (plan.blocks * step + 4000)
+
+
+def variant(
+    n: int,
+    k: int,
+    tokens: int,
+    dtype: str,
+    mode: Mode,
+    token_tile: int,
+    sm_count: int,
+    why: str = "asked for",
+) -> Fp8Plan:
+    """The plan of one given kernel; `walk` needs a weight with one segment."""
+    blocks, segments = _ceil(k, BLOCK_K), segments_of(n, k)
+    pairs, token_tiles = _ceil(n, 2 * TILE), _ceil(tokens, token_tile)
+    resident = is_resident(mode, token_tile)
+    held = _held_blocks(mode, n, k) if resident else 0
+    if mode == "split":
+        cluster, grid = segments, (segments, token_tiles, pairs)
+        small = n * k <= SMALL_WEIGHT or segments == MAX_SEGMENTS
+        most = min(SMALL_STAGES, _ceil(blocks, segments)) if small else MAX_STAGES
+    else:
+        cluster, most = cluster_of(mode, token_tile), MAX_STAGES
+        needed = _ceil(n, TILE) if token_tiles == 1 else pairs * token_tiles
+        grid = (cluster * min(max(1, sm_count // cluster), _ceil(needed, cluster)), 1, 1)
+    return Fp8Plan(
+        kernel=f"sm90_{dtype}_fp8_gemm_{mode}_n{token_tile}",
+        mode=mode,
+        tokens=tokens,
+        rows=n,
+        blocks=blocks,
+        segments=segments,
+        token_tile=token_tile,
+        box_rows=token_tile // (1 if mode == "split" else cluster),
+        resident=resident,
+        grid=grid,
+        block=threads_of(mode, token_tile),
+        cluster=cluster,
+        smem=smem_of(mode, token_tile, held, max(2, most)),
+        why=why,
+    )
+
+
+def fp8_arguments(
+    plan: Fp8Plan,
+    x_map: Any,
+    x: int,
+    x_scales: int,
+    weights: int,
+    out: int,
+    pitch: int,
+    *,
+    k: int,
+    scales: Scales,
+    x_pitch: int,
+    kind: Kind = Kind.STORE,
+    bias: int = 0,
+    residual: int = 0,
+    scale: float = 1.0,
+    soft_cap: float = 0.0,
+    tokens: Any = None,
+) -> list[Any]:
+    """A kernel's parameters, in order, for `driver.Launch`.
+
+    x_map: the tensor map of quantised x, in boxes of plan.box_rows x 128 bytes. x: 16-bit x, its rows x_pitch
+    elements apart, where the plan's kernel is resident; otherwise x_scales: float32 [blocks, x_pitch].
+    weights: the packed matrix, scales behind it. The rest: see `gemm_arguments`.
+    """
+    beside = weights + scales_offset(plan.rows, k)
+    return [
+        x_map,
+        weights,
+        beside if scales == "block" else 0,
+        beside if scales == "row" else 0,
+        x,
+        x_scales,
+        ctypes.c_int(k),
+        ctypes.c_int(x_pitch),
+        out,
+        bias,
+        residual,
+        ctypes.c_int(int(kind)),
+        ctypes.c_int(plan.tokens) if tokens is None else tokens,
+        ctypes.c_int(plan.rows),
+        ctypes.c_int(pitch),
+        ctypes.c_float(scale),
+        ctypes.c_float(soft_cap),
+        ctypes.c_int(plan.blocks),
+        ctypes.c_int(plan.segments),
+    ]
+
+
+def plan_widened(n: int, k: int, tokens: int, dtype: str, token_tile: int = 0) -> Fp8Plan:
+    """The kernel for GPUs other than sm_90: weights alone are E4M3. token_tile: 0 for the one that fits."""
+    token_tile = token_tile or SM80_TOKENS[tokens > SM80_TOKENS[0]]
+    return Fp8Plan(
+        kernel=f"sm80_{dtype}_fp8_gemm_n{token_tile}",
+        mode="sm80",
+        tokens=tokens,
+        rows=n,
+        blocks=_ceil(k, BLOCK_K),
+        segments=segments_of(n, k),
+        token_tile=token_tile,
+        box_rows=0,
+        resident=True,
+        grid=(_ceil(n, TILE), _ceil(tokens, token_tile), 1),
+        block=128,
+        cluster=1,
+        smem=sm80_smem(token_tile),
+        why="mma.sync, weights widened to 16 bits",
+    )
+
+
+def widened_arguments(
+    plan: Fp8Plan,
+    x: Any,
+    weights: int,
+    out: int,
+    pitch: int,
+    *,
+    k: int,
+    scales: Scales,
+    x_pitch: int,
+    **options: Any,
+) -> list[Any]:
+    """Parameters of a kernel of `plan_widened`; see `fp8_arguments`."""
+    found = fp8_arguments(
+        plan, 0, x, 0, weights, out, pitch, k=k, scales=scales, x_pitch=x_pitch, **options
+    )  # fmt: skip
+    return [x, *found[1:4], *found[8:], ctypes.c_int(k), ctypes.c_int(x_pitch)]

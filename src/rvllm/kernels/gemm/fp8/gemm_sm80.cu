@@ -1,0 +1,125 @@
+// E4M3 weights on GPUs without FP8 tensor cores that we use (sm_80 and later): each number becomes one of the activations'
+// 16-bit type, which holds it exactly, on its way to mma.sync; activations stay as they are. Sums of 128 along K are
+// scaled and added up in ascending order. A block of 4 warps sums 64 rows of W by TOKENS tokens over all of K.
+// grid (row tiles, token tiles).
+#include "gemm/fp8/fp8.cuh"
+
+namespace rvllm::fp8 {
+
+using namespace gemm;
+constexpr int THREADS = 128, STAGES = 4;
+
+// Two neighbouring bytes as elements of T, the first in the low half.
+template <class T>
+__device__ __forceinline__ u32 widened_pair(u32 bytes) {
+  const auto number = [](u32 byte) {  // the exponent's bias is off by 120 in a float32 of these bits; subnormals too
+    const float v = __fmul_rn(__uint_as_float((byte & 0x7f) << 20), 1.329227995784916e36f);
+    return (byte & 0x7f) == 0x7f ? __uint_as_float(0x7fffffff) : byte & 0x80 ? -v : v;
+  };
+  const Pack<T, 2> pair{{rounded<T>(number(bytes & 0xff)), rounded<T>(number(bytes >> 8 & 0xff))}};
+  return *reinterpret_cast<const u32*>(&pair);
+}
+
+// x: [tokens, k] row-major with `x_pitch` elements from row to row, k and x_pitch multiples of 8, 16-byte aligned.
+// weights, block_scales (or null), row_scales (or null): see fp8.cuh. blocks: ceil(K / 128). The rest: see Epilogue.
+template <class T, int TOKENS>
+__global__ void __launch_bounds__(THREADS)
+    gemm_widened(const T* __restrict__ x, const u8* __restrict__ weights, const float* __restrict__ block_scales,
+                 const float* __restrict__ row_scales, void* out, const void* bias, const void* residual, int kind,
+                 int tokens, int rows, int pitch, float scale, float soft_cap, int blocks, int segments, int k, int x_pitch) {
+  using namespace ptx;
+  constexpr int X_BYTES = TOKENS * BLOCK_K * 2, STAGE = TILE_BYTES + X_BYTES, PITCH = TILE + 4;
+  static_assert(TOKENS * PITCH * 4 <= STAGES * STAGE, "the staged sums reuse the pipeline");
+  extern __shared__ __align__(1024) u8 shared[];
+  const u32 base = smem(shared);
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int token0 = blockIdx.y * TOKENS, tiles = (rows + TILE - 1) / TILE;
+  const u8* tile = weights + static_cast<u64>(blockIdx.x) * blocks * TILE_BYTES;
+  const Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
+
+  griddep_launch();
+  griddep_wait();
+  const auto load = [&](int block) {
+    if (block < blocks) {
+      const u32 at = base + block % STAGES * STAGE;
+      for (int i = thread * 16; i < TILE_BYTES; i += THREADS * 16)
+        cp_async16(at + i, tile + static_cast<u64>(block) * TILE_BYTES + i);
+      for (int i = thread; i < TOKENS * 16; i += THREADS) {  // two halves of 64 columns, as 16-bit tiles lie
+        const int row = i / 16, half = i % 16 / 8, chunk = i % 8, column = block * BLOCK_K + half * TILE + chunk * 8;
+        const bool inside = token0 + row < tokens && column < k;
+        const T* from = inside ? x + static_cast<size_t>(token0 + row) * x_pitch + column : x;
+        cp_async16(at + TILE_BYTES + half * (TOKENS * 128) + row * 128 + (chunk ^ row % 8) * 16, from, inside ? 16 : 0);
+      }
+    }
+    cp_async_commit();  // also when empty, so that the count of groups stays in step
+  };
+  for (int s = 0; s < STAGES - 1; s++) load(s);
+
+  const int row = warp * 16 + lane / 4, column = lane % 4 * 2;
+  float by_row[2] = {1.f, 1.f};
+  if (row_scales) by_row[0] = row_scales[blockIdx.x * TILE + row], by_row[1] = row_scales[blockIdx.x * TILE + row + 8];
+  float total[TOKENS / 8][4] = {}, sum[TOKENS / 8][4] = {};
+  int segment = 0, end = segment_start(blocks, segments, 1);
+  for (int block = 0; block < blocks; block++) {
+    cp_async_wait<STAGES - 2>();
+    __syncthreads();
+    load(block + STAGES - 1);
+    const int stage = block % STAGES * STAGE;
+    const u32 b_base = base + stage + TILE_BYTES;
+    float acc[TOKENS / 8][4] = {};
+#pragma unroll
+    for (int step = 0; step < BLOCK_K / 16; step++) {
+      const auto pair = [&](int r, int c) {
+        const u8* at = shared + stage + r * 128 + (step ^ r % 8) * 16 + c;
+        return widened_pair<T>(*reinterpret_cast<const u16*>(at));
+      };
+      const u32 a[4] = {pair(row, column), pair(row + 8, column), pair(row, column + 8), pair(row + 8, column + 8)};
+#pragma unroll
+      for (int j = 0; j < TOKENS / 8; j += 2) {
+        u32 b[4];
+        const int token = 8 * j + lane / 16 * 8 + lane % 8, chunk = 2 * (step % 4) + lane / 8 % 2;
+        ldmatrix_x4(b, b_base + step / 4 * (TOKENS * 128) + token * 128 + (chunk ^ token % 8) * 16);
+        mma_16816(acc[j], a, {b[0], b[1]}, T());
+        mma_16816(acc[j + 1], a, {b[2], b[3]}, T());
+      }
+    }
+    float by_block[2] = {1.f, 1.f};
+    if (block_scales) {
+      const float* at = block_scales + (static_cast<size_t>(block) * tiles + blockIdx.x) * 8 + warp * 2;
+      by_block[0] = at[0], by_block[1] = at[1];
+    }
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) sum[j][i] = fmaf(acc[j][i], by_block[i / 2], sum[j][i]);
+    if (block + 1 == end) {
+#pragma unroll
+      for (int j = 0; j < TOKENS / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const float v = __fmul_rn(sum[j][i], by_row[i / 2]);
+          total[j][i] = segment == 0 ? v : total[j][i] + v;
+          sum[j][i] = 0.f;
+        }
+      segment++;
+      end = segment_start(blocks, segments, segment + 1);
+    }
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+
+  float* staging = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (int j = 0; j < TOKENS / 8; j++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) staging[(8 * j + column + i % 2) * PITCH + row + i / 2 * 8] = total[j][i];
+  __syncthreads();
+  const int count = min(TOKENS, tokens - token0);
+  finish_tile<T, TILE, 2>(e, token0, blockIdx.x * TILE, 0, count * items_per_token<TILE>(kind), thread, THREADS,
+                          [&](int token, int r, float(&q)[4]) {
+                            const float4 f = *reinterpret_cast<const float4*>(staging + token * PITCH + r);
+                            q[0] = f.x, q[1] = f.y, q[2] = f.z, q[3] = f.w;
+                          });
+}
+
+}  // namespace rvllm::fp8

@@ -1,0 +1,126 @@
+"""The kernels of E4M3 weights: names, instantiations and the constants that their plans need.
+
+The modes are described in gemm/fp8/gemm_sm90.cu; `backends/cuda/formats/fp8.py` chooses among them.
+"""
+
+from __future__ import annotations
+
+from rvllm.kernels.spec import KernelSpec
+
+DTYPES = ("bf16", "f16")
+BLOCK_K = 128  # columns of a packed tile and of a scale of the activations
+TILE, TILE_BYTES = 64, 8192
+RESIDENT_TOKENS = 16  # up to so many, SPLIT and WALK quantise activations on their way in
+MODES = {"split": (8, 16, 32, 64, 128), "walk": (8, 16, 32, 64, 128, 192), "sum": (32, 64, 128)}
+MAX_STAGES = 12
+_SMEM_LIMIT, _BARRIERS = 232448, 256
+_SPLIT_PITCH = 4 * (2 * TILE + 4)
+
+
+def cluster_of(mode: str, tokens: int) -> int:
+    """Blocks that share each load of x in the walk and sum modes."""
+    return 1 if mode == "split" or tokens < 64 else 2
+
+
+def threads_of(mode: str, tokens: int) -> int:
+    """Threads of a block: two warpgroups and a producer warp, or warpgroup where registers are short."""
+    return 384 if (mode == "walk" and tokens >= 160) or (mode == "sum" and tokens >= 128) else 288
+
+
+def is_resident(mode: str, tokens: int) -> bool:
+    """Whether a kernel takes 16-bit activations and keeps them in shared memory as a whole."""
+    return mode != "sum" and tokens <= RESIDENT_TOKENS
+
+
+def smem_of(mode: str, tokens: int, held_blocks: int, most: int = MAX_STAGES) -> int:
+    """Dynamic shared memory in bytes; mirrors Layout in gemm/fp8/gemm_sm90.cu. 0: does not fit.
+
+    held_blocks: blocks of K whose activations are resident. most: stages at most.
+    """
+    resident = is_resident(mode, tokens)
+    scales = 128 if resident else -(-(64 + 4 * tokens) // 128) * 128
+    stage = 2 * TILE_BYTES + (0 if resident else tokens * BLOCK_K) + scales
+    chunk = 64 if tokens % 64 == 0 else min(tokens, 32)
+    staging = 2 * max(chunk * (TILE + 8) * 2, min(chunk, 32) * (TILE + 4) * 4) if mode != "split" else 0
+    fixed = staging + _BARRIERS + (held_blocks * tokens * (BLOCK_K + 4) if resident else 0)
+    stages = min(most, (_SMEM_LIMIT - fixed) // stage)
+    if stages < 2:
+        return 0
+    if mode == "split":  # a block's partial sums take the place of its stages
+        stages = max(stages, -(-tokens * _SPLIT_PITCH // stage))
+    return stages * stage + fixed
+
+
+def _gemms() -> list[KernelSpec]:
+    specs = []
+    for dtype in DTYPES:
+        for mode, sizes in MODES.items():
+            for tokens in sizes:
+                together = "few" if tokens <= 16 else "some" if tokens <= 64 else tokens
+                instance = f"rvllm::{dtype}, {tokens}, rvllm::fp8::{mode.upper()}, {cluster_of(mode, tokens)}"
+                specs.append(
+                    KernelSpec(
+                        name=f"sm90_{dtype}_fp8_gemm_{mode}_n{tokens}",
+                        source="gemm/fp8/gemm_sm90.cu",
+                        symbol=f"rvllm::fp8::gemm<{instance}>",
+                        arch=90,
+                        exact=True,
+                        smem=_SMEM_LIMIT,
+                        unit=f"{dtype}_{mode}_{together}",
+                    )
+                )
+    return specs
+
+
+def _quantise() -> list[KernelSpec]:
+    return [
+        KernelSpec(
+            name=f"sm80_{dtype}_fp8_quantise",
+            source="gemm/fp8/quantise.cu",
+            symbol=f"rvllm::fp8::quantise<rvllm::{dtype}>",
+            unit=dtype,
+        )
+        for dtype in DTYPES
+    ]
+
+
+SM80_TOKENS = (16, 64)
+SOURCES = {
+    "f32": "float",
+    "bf16": "rvllm::bf16",
+    "f16": "rvllm::f16",
+}  # what can be quantised as it is loaded
+
+
+def sm80_smem(tokens: int) -> int:
+    """Dynamic shared memory in bytes; mirrors STAGES in gemm/fp8/gemm_sm80.cu."""
+    return 4 * (TILE_BYTES + tokens * BLOCK_K * 2)
+
+
+def _sm80() -> list[KernelSpec]:
+    return [
+        KernelSpec(
+            name=f"sm80_{dtype}_fp8_gemm_n{tokens}",
+            source="gemm/fp8/gemm_sm80.cu",
+            symbol=f"rvllm::fp8::gemm_widened<rvllm::{dtype}, {tokens}>",
+            smem=sm80_smem(tokens),
+            unit=dtype,
+        )
+        for dtype in DTYPES
+        for tokens in SM80_TOKENS
+    ]
+
+
+def _loading() -> list[KernelSpec]:
+    source = "gemm/fp8/pack.cu"
+    plain = {"pack": "pack_bytes", "fill": "fill_bytes", "fill_scales": "fill_scales"}
+    return [
+        *(KernelSpec(f"sm80_fp8_{name}", source, f"rvllm::fp8::{symbol}") for name, symbol in plain.items()),
+        *(
+            KernelSpec(f"sm80_fp8_quantise_{name}", source, f"rvllm::fp8::quantise_rows<{kind}>")
+            for name, kind in SOURCES.items()
+        ),
+    ]
+
+
+SPECS: list[KernelSpec] = [*_gemms(), *_quantise(), *_sm80(), *_loading()]

@@ -1,0 +1,47 @@
+"""In which numbers a matrix is kept: plain data that a weight carries from the checkpoint to the kernels.
+
+A weight without a format is kept in the model's own type. What a format looks like in a backend's memory
+and which kernels run it is the backend's concern (`backends/cuda/formats`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+FP8_BLOCK = 128  # columns that share a scale, of FP8 weights in blocks and of FP8 activations
+FP8_ROWS = 8  # rows that share one
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """Base of all formats."""
+
+    name: ClassVar[str] = ""
+
+    @property
+    def label(self) -> str:
+        """What `rvllm info` and `rvllm plan` call it."""
+        raise NotImplementedError
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Bytes of a [rows, columns] matrix, numbers and scales, that a product reads."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Fp8Format(WeightFormat):
+    """E4M3 numbers and float32 scales: one a row, or one for each 128 columns of eight rows."""
+
+    name: ClassVar[str] = "fp8"
+    scales: Literal["row", "block"]
+
+    @property
+    def label(self) -> str:
+        """`FP8, a scale a row`."""
+        return "FP8, a scale a row" if self.scales == "row" else "FP8, scales of blocks"
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """See WeightFormat."""
+        blocks = -(-rows // FP8_ROWS) * -(-columns // FP8_BLOCK)
+        return rows * columns + 4 * (rows if self.scales == "row" else blocks)

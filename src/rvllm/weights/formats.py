@@ -1,0 +1,153 @@
+"""Which format each matrix of a program is kept in: as the checkpoint stores it, where kernels can compute
+on that.
+
+`with_formats` writes it into the program's weights, where plans, costs, memory and kernels find it. A
+matrix that no reader knows is expanded to the model's type as it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.errors import UsageError
+from rvllm.program.formats import FP8_BLOCK, FP8_ROWS, Fp8Format, WeightFormat
+from rvllm.program.ops.dense import Linear, Logits, Op, Part, Program, Weight
+from rvllm.weights.checkpoint import Checkpoint, TensorInfo, TensorType
+from rvllm.weights.packing import find_tensor, has_stored_form, row_order
+from rvllm.weights.safetensors.scaled import Scaled
+
+Stored = Sequence[tuple[Part, TensorInfo]]
+Reader = Callable[[Weight, Stored], WeightFormat | None]  # None: not a format of this reader's
+QUANTISABLE = (TensorType.F32, TensorType.F16, TensorType.BF16)
+
+
+def with_formats(program: Program, checkpoint: Checkpoint | None, quantization: str) -> Program:
+    """The program with the format of every matrix in its weights; unchanged weights have none.
+
+    checkpoint: None for dummy weights. quantization: see the flag. Raises UsageError where it asks for
+    what cannot be.
+    """
+    chosen: dict[str, WeightFormat] = {}
+    for op in program.ops:
+        if isinstance(op, Linear | Logits):
+            found = _format_of(op, checkpoint, quantization)
+            if found is not None:
+                chosen[op.weight.name] = found
+    if not chosen:
+        return program if all(w.format is None for w in program.weights) else _rewritten(program, {})
+    return _rewritten(program, chosen)
+
+
+def _rewritten(program: Program, chosen: dict[str, WeightFormat]) -> Program:
+    weights = {w.name: replace(w, format=chosen.get(w.name)) for w in program.weights}
+
+    def of(op: Op) -> Op:
+        names = {f.name for f in fields(op)} & set(op.WEIGHTS)
+        old = {name: getattr(op, name) for name in names}
+        new: dict[str, Any] = {
+            name: weights[w.name] for name, w in old.items() if w is not None and w != weights[w.name]
+        }
+        return replace(op, **new) if new else op
+
+    return replace(program, ops=tuple(of(op) for op in program.ops), weights=tuple(weights.values()))
+
+
+def _format_of(op: Linear | Logits, checkpoint: Checkpoint | None, quantization: str) -> WeightFormat | None:
+    if quantization == "none":
+        return None
+    at_load = quantization == "fp8" and isinstance(op, Linear) and op.weight.shape[-1] % 8 == 0
+    if checkpoint is None:
+        return Fp8Format("row") if at_load else None
+    found = [(part, find_tensor(part, checkpoint)) for part in op.weight.parts]
+    stored = [(part, info) for part, info in found if info is not None]
+    if len(stored) < len(found):
+        return None  # which loading says in full
+    known = (reader(op.weight, stored) for reader in READERS)
+    chosen = next((form for form in known if form is not None), None)
+    if quantization != "fp8" or isinstance(chosen, Fp8Format) or not at_load:
+        return chosen
+    for _, info in stored:
+        if info.quantised is not None or info.type not in QUANTISABLE:
+            raise UsageError(
+                f"--quantization fp8: tensor {info.name} is stored as {info.stored_as} already; fp8 is for "
+                "checkpoints in 16 or 32 bits, use --quantization auto"
+            )
+    return Fp8Format("row")
+
+
+def fp8_reader(weight: Weight, stored: Stored) -> WeightFormat | None:
+    """FP8 with a scale a row or tensor, or in blocks of whole 128 columns and eights of rows."""
+    parts = [fp8_part(part, info) for part, info in stored]
+    if any(p is None for p in parts) or weight.shape[-1] % 8:
+        return None
+    known = [p for p in parts if p is not None]
+    if all(p.block[1] >= weight.shape[-1] for p in known) and all(p.block[0] == 1 or p.single for p in known):
+        return Fp8Format("row")
+    if any(p.block[1] % FP8_BLOCK and p.block[1] < weight.shape[-1] for p in known):
+        return None
+    offset, groups = 0, []
+    for p in known:
+        groups.append(p.rows // p.block[0] + offset)
+        offset += p.scaled.levels.shape[0]
+    return Fp8Format("block") if _even(np.concatenate(groups)) else None
+
+
+def _even(groups: NDArray[np.intp]) -> bool:
+    """Whether eights of rows share a group, counted from the first row and from the middle one."""
+
+    def alike(rows: NDArray[np.intp]) -> bool:
+        whole = rows[: len(rows) // FP8_ROWS * FP8_ROWS].reshape(-1, FP8_ROWS)
+        rest = rows[whole.size :]
+        return bool((whole == whole[:, :1]).all() and (rest == rest[:1]).all())
+
+    half = len(groups) // 2
+    return alike(groups) and (half % FP8_ROWS == 0 or (alike(groups[:half]) and alike(groups[half:])))
+
+
+class Fp8Part:
+    """A part of a matrix that is stored as E4M3: its codes and scales in the wanted order of rows."""
+
+    def __init__(self, scaled: Scaled, rows: NDArray[np.intp]) -> None:
+        self.scaled, self.rows, self.block = scaled, rows, scaled.block
+
+    @property
+    def single(self) -> bool:
+        """Whether one scale is for the whole tensor."""
+        return self.scaled.grid == (1, 1)
+
+    def codes(self) -> NDArray[np.uint8]:
+        """E4M3 bytes [rows, K]; a view of the file where its rows are in order."""
+        levels = self.scaled.levels
+        data = levels.data.reshape(levels.shape)
+        in_order = len(self.rows) == len(data) and bool((np.diff(self.rows) == 1).all())
+        return data if in_order else data[self.rows]
+
+    def scales(self) -> NDArray[np.float32]:
+        """float32 [rows, 1], or [rows, ceil(K / 128)] where scales change along a row."""
+        grid = replace(self.scaled.scales, shape=self.scaled.grid).floats()
+        by_row = grid[self.rows // self.block[0]]
+        if by_row.shape[1] == 1:
+            return by_row
+        columns = np.arange(-(-self.scaled.levels.shape[1] // FP8_BLOCK)) * FP8_BLOCK
+        return np.ascontiguousarray(by_row[:, columns // self.block[1]])
+
+
+def fp8_part(part: Part, info: TensorInfo) -> Fp8Part | None:
+    """The part as E4M3; None where it is stored otherwise, or some of its columns are wanted, or it is
+    turned.
+    """
+    scaled = info.quantised
+    if not isinstance(scaled, Scaled) or scaled.levels.kind != "F8_E4M3":
+        return None
+    if part.layout == "columns" or not has_stored_form(part, info):
+        return None
+    order = row_order(part, info)
+    return Fp8Part(scaled, np.arange(info.shape[0]) if order is None else order)
+
+
+READERS: tuple[Reader, ...] = (fp8_reader,)

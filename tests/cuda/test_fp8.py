@@ -1,0 +1,196 @@
+"""E4M3 weights: kernels in the emulator, whole models, and what a start plans and refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fp8_checks
+import harness
+import ml_dtypes
+import numpy as np
+import pytest
+from emulator import Emulator, available
+from emulator.driver import emulated_driver
+from gpu_engine import CONFIG, core_of, model, run
+from stored_as import Layout
+from tiny import ArrayCheckpoint, weights_of
+
+from rvllm.backends.cpu.backend import CpuBackend
+from rvllm.backends.cuda.backend import CudaBackend
+from rvllm.backends.cuda.device.driver import DeviceFacts
+from rvllm.backends.cuda.formats import fp8_plan
+from rvllm.backends.cuda.formats.choose import kept
+from rvllm.backends.cuda.layout.memory import Budget
+from rvllm.backends.cuda.step_planner import StepPlanner
+from rvllm.engine.core import EngineCore
+from rvllm.engine.ipc.messages import Sampling
+from rvllm.errors import UsageError
+from rvllm.models.config import ModelConfig
+from rvllm.models.registry import build_program
+from rvllm.program.cost import StepShape, program_cost
+from rvllm.program.dtypes import DType
+from rvllm.program.ops.dense import Linear, Program
+from rvllm.weights.open import open_checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "weights"))
+from quantisers import Quantiser, compressed, file_of, fp8_blocks, fp8_rows, fp8_whole
+
+SM90 = DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448)
+SM80 = DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912)
+ROOM = Budget(400 << 30, 1 << 30, 300 << 30)
+DTYPES = {"bfloat16": harness.BF16, "float16": harness.F16}
+emulated = pytest.mark.skipif(not available(), reason="the emulator needs g++")
+
+
+def program_of(config: dict[str, Any], dtype: DType) -> Program:
+    return build_program(ModelConfig(config, "tiny"), dtype)
+
+
+@emulated
+def test_kernels_that_load() -> None:
+    gpu, rng = Emulator(), np.random.default_rng(1)
+    fp8_checks.check_fp8_pack(gpu, rng)
+    fp8_checks.check_fp8_quantise_rows(gpu, rng)
+    gpu.clear()
+
+
+@emulated
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_that_run(dtype: str) -> None:
+    gpu, rng = Emulator(), np.random.default_rng(2)
+    fp8_checks.check_fp8_quantise(gpu, rng, DTYPES[dtype])
+    fp8_checks.check_fp8_widened(gpu, rng, DTYPES[dtype])
+    gpu.clear()
+
+
+BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+METHODS: dict[str, tuple[dict[str, Any], Quantiser, str]] = {
+    "blocks": (BLOCKS, fp8_blocks(128, 128), "FP8, scales of blocks"),
+    "blocks_64": (BLOCKS | {"weight_block_size": [64, 128]}, fp8_blocks(64, 128), "FP8, scales of blocks"),
+    "rows": ({"quant_method": "fbgemm_fp8"}, fp8_rows, "FP8, a scale a row"),
+    "whole": ({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8_whole(()), "FP8, a scale a row"),
+    "compressed": (compressed("float-quantized", type="float", num_bits=8), fp8_rows, "FP8, a scale a row"),
+}  # fmt: skip
+CONFIG_OF = {
+    "llama": model(num_hidden_layers=2, hidden_size=256, intermediate_size=200, num_attention_heads=4),
+    "phi3": model(
+        "Phi3ForCausalLM", num_hidden_layers=1, hidden_size=192, intermediate_size=136, num_attention_heads=3,
+        num_key_value_heads=1,
+    ),
+}  # fmt: skip
+
+
+def saved(folder: Path, config: dict[str, Any], method: str) -> Path:
+    """A checkpoint whose layers' matrices are quantised that way."""
+    quantisation, quantise, _ = METHODS[method]
+    rng, stored = np.random.default_rng(5), dict[str, Any]()
+    for name, numbers in weights_of(build_program(ModelConfig(config, "tiny"), DType.F32)).items():
+        if numbers.ndim == 2 and "layers" in name:
+            stored |= quantise(name.removesuffix(".weight"), numbers, rng)[0]
+        else:
+            stored[name] = ("F32", numbers.astype(ml_dtypes.bfloat16).astype(np.float32))
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
+    (folder / "model.safetensors").write_bytes(file_of(stored))
+    return folder
+
+
+def formats_of(program: Program) -> set[str | None]:
+    matrices = [op.weight for op in program.ops if isinstance(op, Linear)]
+    return {w.format.label if w.format else None for w in matrices}
+
+
+def score(core: EngineCore, asked: list[tuple[list[int], Sampling]]) -> list[np.ndarray]:
+    """The log-probabilities of each prompt's own tokens."""
+    outputs = run(core, asked)
+    return [
+        np.array([t.logprob for o in found for t in (o.prompt_logprobs or []) if t is not None])
+        for found in outputs
+    ]
+
+
+@emulated
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CONFIG_OF)
+def test_a_checkpoint_stays_fp8_and_scores_like_its_numbers(name: str, method: str, tmp_path: Path) -> None:
+    """Against the dequantised model in float32: widened weights are exact, activations rounded to 16 bits."""
+    config = CONFIG_OF[name]
+    checkpoint = open_checkpoint(saved(tmp_path / "model", config, method))
+    rng = np.random.default_rng(3)
+    asked = [(rng.integers(0, 515, n).tolist(), Sampling(max_tokens=2, prompt_logprobs=1)) for n in (3, 40)]
+    core = core_of(CpuBackend.load(program_of(config, DType.F32), checkpoint, CONFIG), config)
+    wanted = score(core, asked)
+    core.close()
+    engine = replace(CONFIG, max_num_seqs=2, max_num_batched_tokens=64, max_model_len=128, device="cuda")
+    with emulated_driver():
+        loaded = CudaBackend.load(program_of(config, DType.F16), checkpoint, engine)
+        core = core_of(loaded, config, engine)
+        found, (alone,) = score(core, asked), run(core, asked[1:])
+        together = run(core, asked)[1]
+        core.close()
+    assert [o.token_ids for o in alone] == [o.token_ids for o in together]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert len(ours) > 1
+        np.testing.assert_allclose(ours, theirs, atol=0.02)
+    program = kept(program_of(config, DType.F16), checkpoint, engine, SM80)
+    assert formats_of(program) == {METHODS[method][2]}
+
+
+@emulated
+def test_a_16_bit_checkpoint_is_quantised_as_it_is_loaded() -> None:
+    """Each row's largest number becomes 448: the scores of a model of those very numbers."""
+    config = CONFIG_OF["llama"]
+    plain = weights_of(build_program(ModelConfig(config, "tiny"), DType.F32))
+    rounded = {}
+    for name, numbers in plain.items():
+        plain[name] = numbers.astype(np.float16).astype(np.float32)
+        rounded[name] = plain[name]
+        if numbers.ndim == 2 and "layers" in name:
+            inverse, scale = fp8_checks.inverse_and_scale(np.abs(plain[name]).max(axis=1, keepdims=True))
+            codes = fp8_checks.codes_of(plain[name] * inverse)
+            rounded[name] = codes.view(fp8_checks.E4M3).astype(np.float32) * scale
+    prompt = np.random.default_rng(4).integers(0, 515, 30).tolist()
+    asked = [(prompt, Sampling(max_tokens=1, prompt_logprobs=1))]
+    cpu = CpuBackend.load(program_of(config, DType.F32), ArrayCheckpoint(config, rounded), CONFIG)
+    core = core_of(cpu, config)
+    (wanted,) = score(core, asked)
+    core.close()
+    engine = replace(
+        CONFIG, max_num_seqs=1, max_num_batched_tokens=32, max_model_len=64, device="cuda", quantization="fp8"
+    )
+    with emulated_driver():
+        gpu = CudaBackend.load(program_of(config, DType.F16), ArrayCheckpoint(config, plain), engine)
+        core = core_of(gpu, config, engine)
+        (found,) = score(core, asked)
+        core.close()
+    np.testing.assert_allclose(found, wanted, atol=0.02)
+
+
+def test_none_expands_and_the_ledger_follows(tmp_path: Path) -> None:
+    config = CONFIG_OF["llama"] | {"hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 64}
+    checkpoint = Layout(program_of(config, DType.BF16), "fp8")
+    sizes = {}
+    for mode in ("auto", "none"):
+        engine = replace(CONFIG, quantization=mode)
+        program = kept(program_of(config, DType.BF16), checkpoint, engine, SM90)
+        assert formats_of(program) == {"FP8, scales of blocks" if mode == "auto" else None}
+        sizes[mode] = StepPlanner.plan(program, engine, SM90, ROOM)[0].memory.lines["weights"]
+        cost = program_cost(program, StepShape(1, 1, 16)).weight_bytes
+        assert 0.95 * cost < sizes[mode] < 1.2 * cost
+    assert sizes["auto"] < 0.55 * sizes["none"]
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    config = CONFIG_OF["llama"]
+    program = program_of(config, DType.BF16)
+    with pytest.raises(UsageError, match="--quantization none"):
+        kept(program, Layout(program, "fp8"), replace(CONFIG, gemm_strategy="cublas"), SM90)
+    with pytest.raises(UsageError, match=r"Q8_0 already.*--quantization auto"):
+        kept(program, Layout(program, "Q8_0"), replace(CONFIG, quantization="fp8"), SM90)
+    assert fp8_plan.plan_widened(4096, 4096, 64, "bf16").smem <= 101376  # what 8.6, 8.9 and 12.0 have
+    dummy = kept(program, None, replace(CONFIG, quantization="fp8"), SM90)
+    assert formats_of(dummy) == {"FP8, a scale a row"}
