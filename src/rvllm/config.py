@@ -155,7 +155,8 @@ class ServerConfig:
         "auto",
         "How the model marks its thoughts, which answers carry as reasoning_content; auto: as its chat template shows.",
         choices=(
-            "auto", "none", "think", "mistral", "command-r", "qwen3", "deepseek_r1", "deepseek_v3", "cohere",
+            "auto", "none", "think", "mistral", "command-r", "seed_oss", "deepseek_r1", "qwen3", "deepseek_v3",
+            "glm45", "kimi_k2", "olmo3", "ernie45", "holo2", "cohere", "minimax_m2", "step3", "nemotron_v3",
         ),
     )  # fmt: skip
     max_body_mb: float = setting(16.0, "Largest request body in MB.", low=0.001)

@@ -19,7 +19,7 @@ from rvllm.text.grammar.grammar import grammar_of
         ({"json": {"type": "strin"}}, "json: .*strin"),
         ({"json": "{"}, "json: "),
         ({"json": {"not": {}}}, "json: .*not"),
-        ({"json": {"type": "string", "format": "nonsense"}}, "json: .*nonsense"),
+        ({"json": {"type": "array", "uniqueItems": True}}, "json: .*uniqueItems"),
         ({"json": {"$ref": "#/missing"}}, "json: .*missing"),
         ({"json": False}, "json: "),
         ({"regex": "(a"}, "regex: .*group"),

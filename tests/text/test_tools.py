@@ -14,7 +14,7 @@ from tiny_tokenizers import byte_level, byte_level_metadata
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.errors import UsageError
 from rvllm.text.chat.reasoning import FORMATS as REASONING
-from rvllm.text.chat.reasoning import ReasoningSplitter, opened_by, reasoning_format
+from rvllm.text.chat.reasoning import ReasoningSplitter, begins_within, opened_by, reasoning_format
 from rvllm.text.grammar.grammar import check, grammar_of, with_lead
 from rvllm.text.tokenizers.gguf import from_metadata
 from rvllm.text.tokenizers.tokenizer import Tokenizer
@@ -462,6 +462,10 @@ THOUGHTS = [
     ("think", "<think></think>x", False, ("", "x")),
     ("mistral", "[THINK]a b[/THINK]c", False, ("a b", "c")),
     ("command-r", "<|START_THINKING|>a<|END_THINKING|>c ", False, ("a", "c ")),
+    ("deepseek_r1", "I think.\n</think>\n\nAnswer", False, ("I think.", "Answer")),  # as vLLM's of that name
+    ("deepseek_r1", "<think>\nI think.\n</think>\n\nAnswer", False, ("I think.", "Answer")),
+    ("deepseek_r1", "I thi", False, ("I thi", "")),
+    ("deepseek_r1", "<thi", True, ("<thi", "")),
 ]  # fmt: skip
 
 
@@ -481,6 +485,10 @@ def test_reasoning_is_chosen_from_the_template_and_the_prompt() -> None:
     assert reasoning_format("auto", "{{ messages }}") is None
     assert reasoning_format("none", "</think>") is None
     assert think is not None
+    r1 = reasoning_format("deepseek_r1", None)
+    assert r1 is not None and begins_within("assistant\n", r1) is True
+    assert begins_within("assistant\n<think>\n\n</think>\n\n", r1) is None
+    assert begins_within("assistant\n", think) is False and begins_within("", None) is None
     assert opened_by("assistant\n<think>\n", think) and not opened_by("<think>\n\n</think>\n\n", think)
 
 

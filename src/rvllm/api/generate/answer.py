@@ -18,7 +18,7 @@ from rvllm.api.generate.structured_outputs import answer_grammar
 from rvllm.api.schemas.answers import Usage
 from rvllm.api.schemas.requests import ChatRequest
 from rvllm.engine.ipc.messages import TokenLogprobs
-from rvllm.text.chat.reasoning import ReasoningSplitter, opened_by
+from rvllm.text.chat.reasoning import ReasoningSplitter, begins_within
 from rvllm.text.tools.events import Event
 
 
@@ -61,7 +61,7 @@ class Answer:
         plan = tool_plan(service, request.tools, request.tool_choice, request.parallel_tool_calls)
         params = chat_params(request, service.defaults)
         text = await rendered(service, request, size)
-        thinks = None if service.reasoning is None else opened_by(text, service.reasoning)
+        thinks = begins_within(text, service.reasoning)
         params.grammar = await answer_grammar(service, request, plan, thinks)
         if marks_are_special(service, plan):
             params.skip_special_tokens = False

@@ -9,11 +9,15 @@ from rvllm.errors import UsageError
 
 @dataclass(frozen=True)
 class ReasoningFormat:
-    """How a family of models marks its thoughts."""
+    """How a family of models marks its thoughts.
+
+    implied: an answer begins within thoughts although nothing has opened them.
+    """
 
     name: str
     begin: str
     end: str
+    implied: bool = False
 
 
 FORMATS = {
@@ -22,9 +26,16 @@ FORMATS = {
         ReasoningFormat("think", "<think>", "</think>"),
         ReasoningFormat("mistral", "[THINK]", "[/THINK]"),
         ReasoningFormat("command-r", "<|START_THINKING|>", "<|END_THINKING|>"),
+        ReasoningFormat("seed_oss", "<seed:think>", "</seed:think>"),
+        ReasoningFormat("deepseek_r1", "<think>", "</think>", implied=True),
     )
 }
-SAME = {"qwen3": "think", "deepseek_r1": "think", "deepseek_v3": "think", "cohere": "command-r"}
+# vLLM's names for the same, with its meanings: some take an answer for thoughts until these end.
+SAME = {
+    "qwen3": "think", "deepseek_v3": "think", "glm45": "think", "kimi_k2": "think", "olmo3": "think",
+    "ernie45": "think", "holo2": "think", "cohere": "command-r", "minimax_m2": "deepseek_r1",
+    "step3": "deepseek_r1", "nemotron_v3": "deepseek_r1",
+}  # fmt: skip
 CHOICES = ("auto", "none", *FORMATS, *SAME)
 
 
@@ -48,13 +59,23 @@ def opened_by(prompt: str, known: ReasoningFormat) -> bool:
     return prompt.rstrip().endswith(known.begin)
 
 
+def begins_within(prompt: str, known: ReasoningFormat | None) -> bool | None:
+    """Whether the answer begins within thoughts; None where it can have none.
+
+    That is so without a format, and where the prompt has closed thoughts that are else implied.
+    """
+    if known is None or (known.implied and prompt.rstrip().endswith(known.end)):
+        return None
+    return known.implied or opened_by(prompt, known)
+
+
 class ReasoningSplitter:
     """Splits one answer into thoughts and words, however it is cut into pieces."""
 
     def __init__(self, known: ReasoningFormat, inside: bool) -> None:
         """inside: the prompt has opened the thoughts already."""
         self._format = known
-        self._state = "thoughts" if inside else "start"
+        self._state = "thoughts" if inside and not known.implied else "start"
         self._held = ""
         self._lead = True  # whitespace at the beginning of thoughts or words is dropped
 
@@ -83,7 +104,10 @@ class ReasoningSplitter:
             self._held = bare[len(self._format.begin) :]
             self._state = "thoughts"
         elif final or not self._format.begin.startswith(bare):
-            self._state, self._lead = "words", False
+            if self._format.implied:
+                self._state = "thoughts"
+            else:
+                self._state, self._lead = "words", False
 
     def _thoughts(self, final: bool) -> str:
         end = self._format.end

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from rvllm.text.grammar.schema import map_schemas
+
 _YEAR = r"([1-9]\d{3}|0[1-9]\d{2}|00[1-9]\d|000[1-9])"
 _LEAP = r"(\d{2}(0[48]|[2468][048]|[13579][26])|(0[48]|[2468][048]|[13579][26])00)"
 _DAYS = r"((0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])|(0[13-9]|1[0-2])-(29|30)|(0[13578]|1[02])-31)"
@@ -15,28 +17,13 @@ _DATE = f"({_YEAR}-{_DAYS}|{_LEAP}-02-29)"
 _TIME = r"\d{2}:\d{2}:[0-5]\d"
 PATTERNS = {"date": f"^{_DATE}$", "date-time": f"^{_DATE}[Tt]{_TIME}", "time": f"^{_TIME}"}
 
-_ONE = (
-    "items", "additionalItems", "additionalProperties", "unevaluatedProperties", "unevaluatedItems",
-    "contains", "propertyNames", "not", "if", "then", "else",
-)  # fmt: skip
-_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
-_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-
 
 def with_real_dates(schema: Any) -> Any:
     """The schema with a pattern beside every format of a date or a time, wherever a schema stands in it."""
-    if not isinstance(schema, dict):
-        return schema
-    found = dict(schema)
-    for key in _ONE:
-        if isinstance(found.get(key), dict):
-            found[key] = with_real_dates(found[key])
-    for key in _LISTS:
-        if isinstance(found.get(key), list):
-            found[key] = [with_real_dates(part) for part in found[key]]
-    for key in _MAPS:
-        if isinstance(found.get(key), dict):
-            found[key] = {name: with_real_dates(part) for name, part in found[key].items()}
+    return map_schemas(schema, _dated)
+
+
+def _dated(found: dict[str, Any]) -> dict[str, Any]:
     kind = found.get("format")
     pattern = PATTERNS.get(kind) if isinstance(kind, str) else None
     if pattern is None:

@@ -16,6 +16,7 @@ from rvllm.engine.ipc.messages import Vocabulary
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.errors import UsageError
 from rvllm.text.grammar.dates import with_real_dates
+from rvllm.text.grammar.schema import REWRITTEN, without_idle_keywords
 
 if TYPE_CHECKING:
     from rvllm.text.tokenizers.tokenizer import Tokenizer
@@ -89,7 +90,7 @@ def _grammar(name: str, text: str, spaces: _Spaces) -> str:
 
     try:
         if name == "json":
-            text = "{}" if text == "true" else _dated(text)
+            text = "{}" if text == "true" else _tidied(text)
             found = LLMatcher.grammar_from_json_schema(text, overrides=spaces.options())  # type: ignore[arg-type]
         elif name == "json_object":
             found = LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=spaces.options())  # type: ignore[arg-type]
@@ -109,14 +110,18 @@ def _grammar(name: str, text: str, spaces: _Spaces) -> str:
     return found
 
 
-def _dated(text: str) -> str:
-    """A schema's text with patterns for its dates; one that Python would write otherwise stays as it is."""
-    if '"format"' not in text:
+def _tidied(text: str) -> str:
+    """A schema's text with patterns for its dates and without idle keywords, where it has any of these."""
+    if not any(f'"{word}"' in text for word in REWRITTEN):
         return text
     try:
-        return json.dumps(with_real_dates(json.loads(text)), ensure_ascii=False, allow_nan=False)
-    except ValueError:
+        return json.dumps(_tidy(json.loads(text)), ensure_ascii=False, allow_nan=False)
+    except ValueError:  # numbers that Python would write otherwise
         return text
+
+
+def _tidy(schema: Any) -> Any:
+    return with_real_dates(without_idle_keywords(schema))
 
 
 def check(grammar: str, name: str) -> None:
@@ -160,7 +165,7 @@ def literal(text: str) -> str:
 def json_rule(schema: Any, spacing: str | None = WHITESPACE) -> str:
     """A schema as Lark's `%json`, spaced by `spacing` (None: not at all)."""
     options = _Spaces(spacing).options()
-    body = with_real_dates(schema) if isinstance(schema, dict) else {"allOf": [schema]}
+    body = _tidy(schema) if isinstance(schema, dict) else {"allOf": [schema]}
     return "%json " + json.dumps({**body, "x-guidance": options}, ensure_ascii=False)
 
 
