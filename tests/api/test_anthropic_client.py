@@ -140,7 +140,7 @@ def test_errors_are_the_clients_exceptions(client: anthropic.Anthropic, server: 
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "image"),
         ({"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "hm"}]}]},
          "belong to the assistant"),
-        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type"),
+        ({"tools": [{"type": "computer_20250124", "name": "computer"}]}, "tools[0].type"),
         ({"tool_choice": {"type": "some"}}, "tool_choice.type"),
         ({"stop_sequences": [""]}, "stop_sequences must not hold"),
         ({"mcp_servers": [{}]}, "mcp_servers is not supported"),

@@ -273,7 +273,7 @@ def test_truncation_auto_leaves_out_the_oldest(client: openai.OpenAI, server: Li
         ({"input": "a", "background": True, "store": False}, "background"),
         ({"input": "a", "truncation": "some"}, "truncation"),
         ({"input": "a", "include": ["everything"]}, "include"),
-        ({"input": "a", "tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"input": "a", "tools": [{"type": "function"}]}, "tools[0].name"),
         ({"input": "a", "tool_choice": "required"}, "tool_choice"),
         ({"input": "a", "max_output_tokens": 0}, "max_output_tokens"),
         ({"input": "a", "temperature": 1000}, "temperature"),

@@ -7,7 +7,14 @@ from typing import Any
 
 from rvllm.api.http.body import check_count
 from rvllm.api.http.errors import invalid
-from rvllm.api.schemas.requests import NEUTRAL, ChatRequest, CompletionRequest, GenerationRequest, Refused
+from rvllm.api.schemas.requests import (
+    NEUTRAL,
+    OTHER_NAMES,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    Refused,
+)
 from rvllm.backends.base import MAX_BIASES
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import UsageError
@@ -29,6 +36,15 @@ def refuse_unsupported(request: Refused) -> None:
             raise invalid(f"{name} is not supported by this server", name, "unsupported_parameter")
 
 
+def take_other_names(request: GenerationRequest) -> None:
+    """Moves values that stand under a neighbouring server's names to ours; ours come first."""
+    for theirs, ours in OTHER_NAMES.items():
+        value = getattr(request, theirs)
+        if value is not None and getattr(request, ours) is None:
+            unlimited = ours == "max_tokens" and value == -1  # llama.cpp's word for it
+            setattr(request, ours, None if unlimited else value)
+
+
 def chat_params(request: ChatRequest, defaults: Mapping[str, Any]) -> SamplingParams:
     """A chat's parameters; without max_tokens the answer may fill the context."""
     if request.top_logprobs is not None and not request.logprobs:
@@ -36,6 +52,7 @@ def chat_params(request: ChatRequest, defaults: Mapping[str, Any]) -> SamplingPa
     top = request.top_logprobs or 0
     if not 0 <= top <= 20:
         raise invalid(f"top_logprobs must be in [0, 20], got {top}", "top_logprobs")
+    take_other_names(request)
     limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     name = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
     if limit is not None and limit < 1:
@@ -47,6 +64,7 @@ def chat_params(request: ChatRequest, defaults: Mapping[str, Any]) -> SamplingPa
 
 def completion_params(request: CompletionRequest, defaults: Mapping[str, Any]) -> SamplingParams:
     """A plain completion's parameters; max_tokens is 16 by default; 0 (with echo) draws one to drop."""
+    take_other_names(request)
     limit = request.max_tokens
     if limit is None:
         limit = defaults.get("max_tokens", 16)

@@ -21,7 +21,13 @@ _GUIDED = {
     "guided_choice": "choice",
     "guided_grammar": "grammar",
     "structural_tag": "structural_tag",
+    "json_schema": "json",
+    "regex": "regex",
+    "grammar": "grammar",
+    "ebnf": "grammar",
 }
+
+_TEXT_FORMS = {"grammar": ("grammar",), "regex": ("pattern", "regex")}
 
 
 async def answer_grammar(
@@ -91,7 +97,7 @@ def asked_form(request: GenerationRequest) -> tuple[str, StructuredOutputsParams
         form = _response_format(request.response_format)
         found += [("response_format", form)] if form else []
     for name, ours in _GUIDED.items():
-        if getattr(request, name) is not None:
+        if getattr(request, name) not in (None, ""):  # llama.cpp's clients send an empty grammar for none
             found.append((name, {ours: getattr(request, name)}))
     body = request.structured_outputs
     if body is not None:
@@ -116,17 +122,26 @@ def _response_format(value: dict[str, Any]) -> dict[str, Any]:
     kind = value.get("type")
     if kind == "text":
         return {}
+    if kind == "json_object" and value.get("schema") is not None:  # llama.cpp's, Together's, Fireworks' way
+        if not isinstance(value["schema"], dict | bool):
+            raise invalid("response_format.schema must be a JSON schema", "response_format")
+        return {"json": value["schema"]}
     if kind == "json_object":
         return {"json_object": True}
+    if kind in _TEXT_FORMS:
+        text = next((value[key] for key in _TEXT_FORMS[kind] if isinstance(value.get(key), str)), None)
+        if text is None:
+            raise invalid(f"response_format.{_TEXT_FORMS[kind][0]} must be a string", "response_format")
+        return {kind: text}
     if kind == "json_schema":
-        holder = value.get("json_schema")
+        holder = value.get("json_schema") or {"schema": value.get("schema")}  # llama.cpp takes both
         if not isinstance(holder, dict) or not isinstance(holder.get("schema"), dict | bool):
             raise invalid("response_format.json_schema.schema must be a JSON schema", "response_format")
         return {"json": holder["schema"]}
     if kind == "structural_tag":
         return {"structural_tag": {k: v for k, v in value.items() if k != "type"}}
     raise invalid(
-        "response_format.type must be text, json_object, json_schema or structural_tag, "
+        "response_format.type must be text, json_object, json_schema, structural_tag, grammar or regex, "
         f"got {str(kind)[:40]!r}",
         "response_format",
     )

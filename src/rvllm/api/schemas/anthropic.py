@@ -11,6 +11,7 @@ import msgspec
 
 from rvllm.api.http.body import MAX_MESSAGES, MAX_TOOLS, check_count
 from rvllm.api.http.errors import ApiError, invalid
+from rvllm.api.schemas.anthropic_tools import typed_tool
 from rvllm.api.schemas.requests import ChatRequest
 
 
@@ -61,7 +62,7 @@ class Turn(msgspec.Struct):
 
 
 class Tool(msgspec.Struct):
-    """A tool that the client runs; tools that Anthropic runs itself have another `type`."""
+    """A tool that the client runs; those with a `type` are Anthropic's, see `anthropic_tools.py`."""
 
     name: str
     description: str | None = None
@@ -188,7 +189,8 @@ def conversation(request: CountTokensRequest) -> ChatRequest:
     if last is not None and last.role == "assistant":
         body["continue_final_message"], body["add_generation_prompt"] = True, False
     if request.tools:
-        body["tools"] = [_tool(tool, i) for i, tool in enumerate(request.tools)]
+        tools = [_tool(tool, i) for i, tool in enumerate(request.tools)]
+        body["tools"] = [tool for tool in tools if tool is not None] or None
     if request.tool_choice is not None:
         body["tool_choice"] = _choice(request.tool_choice)
         if request.tool_choice.disable_parallel_tool_use:
@@ -223,17 +225,18 @@ def generation(request: MessagesRequest) -> ChatRequest:
     return chat
 
 
-def _tool(tool: Tool, index: int) -> dict[str, Any]:
+def _tool(tool: Tool, index: int) -> dict[str, Any] | None:
+    """A tool as a function; None for one that only Anthropic's service can run."""
+    description, schema = tool.description, tool.input_schema
     if tool.type not in (None, "custom"):
-        raise invalid(
-            f"tools[{index}].type: {tool.type[:40]} runs at Anthropic; here tools are the client's own",
-            f"tools[{index}].type",
-            "unsupported_parameter",
-        )
+        found = typed_tool(tool.type, f"tools[{index}]")
+        if found is None:
+            return None
+        description, schema = description or found[0], schema or found[1]
     function: dict[str, Any] = {"name": tool.name}  # in the order that models learnt
-    if tool.description is not None:
-        function["description"] = tool.description
-    function["parameters"] = tool.input_schema or {"type": "object", "properties": {}}
+    if description is not None:
+        function["description"] = description
+    function["parameters"] = schema or {"type": "object", "properties": {}}
     return {"type": "function", "function": function}
 
 

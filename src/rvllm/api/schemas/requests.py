@@ -25,38 +25,81 @@ class Refused(msgspec.Struct, kw_only=True):
     allowed_token_ids: Any = None
     audio: Any = None
     bad_words: Any = None
+    adaptive_target: Any = None
     best_of: Any = None
     cache_salt: Any = None
     chat_template: Any = None
+    dry_multiplier: Any = None
+    dynatemp_range: Any = None
+    eta_cutoff: Any = None
+    epsilon_cutoff: Any = None
     function_call: Any = None
     functions: Any = None
     guided_decoding_backend: Any = None
     kv_transfer_params: Any = None
     length_penalty: Any = None
     logits_processors: Any = None
+    lora_path: Any = None
+    min_keep: Any = None
+    mirostat: Any = None
+    mirostat_mode: Any = None
     mm_processor_kwargs: Any = None
     modalities: Any = None
     prediction: Any = None
     prompt_embeds: Any = None
+    repeat_last_n: Any = None
+    samplers: Any = None
+    smoothing_factor: Any = None
     store: Any = None
+    tfs_z: Any = None
     thinking_token_budget: Any = None
+    top_a: Any = None
+    top_n_sigma: Any = None
     truncate_prompt_tokens: Any = None
+    typical: Any = None
+    typical_p: Any = None
     use_beam_search: Any = None
     web_search_options: Any = None
+    xtc_probability: Any = None
 
 
 # Values of refused fields that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "adaptive_target": (-1,),
     "bad_words": ([],),
     "best_of": (1,),
+    "dry_multiplier": (0,),
+    "dynatemp_range": (0,),
+    "eta_cutoff": (0,),
+    "epsilon_cutoff": (0,),
     "function_call": ("none",),
     "functions": ([],),
     "guided_decoding_backend": ("auto", "guidance", "llguidance"),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
+    "min_keep": (0, 1),
+    "mirostat": (0,),
+    "mirostat_mode": (0,),
     "modalities": (["text"],),
+    "repeat_last_n": (-1,),
+    "samplers": ([],),
+    "smoothing_factor": (0,),
     "store": (False,),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "top_n_sigma": (-1, 0),
+    "typical": (1,),
+    "typical_p": (1,),
     "use_beam_search": (False,),
+    "xtc_probability": (0,),
+}
+
+# What neighbouring servers call a field: llama.cpp's and SGLang's names.
+OTHER_NAMES = {
+    "repeat_penalty": "repetition_penalty",
+    "n_predict": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
 }
 
 
@@ -114,6 +157,16 @@ class GenerationRequest(Refused, kw_only=True):
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
     structural_tag: dict[str, Any] | str | None = None
+
+    # The same as llama.cpp and SGLang call it.
+    json_schema: dict[str, Any] | bool | str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    ebnf: str | None = None
+    repeat_penalty: float | None = None
+    n_predict: int | None = None
+    max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
 
 
 class Message(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -158,6 +158,7 @@ class ResponseAnswer(msgspec.Struct, kw_only=True):
     metadata: dict[str, str]
 
 
+LEFT_OUT = "rvllm_tools_left_out"  # in a response's metadata
 LOGPROBS = "message.output_text.logprobs"
 _INCLUDES = (
     LOGPROBS, "reasoning.encrypted_content", "file_search_call.results", "web_search_call.results",
@@ -186,11 +187,14 @@ def check_request(request: ResponsesRequest) -> None:
     check_metadata(request.metadata)
     check_count(request.tools or (), MAX_TOOLS, "tools")
     for i, tool in enumerate(request.tools or ()):
-        if tool.type != "function":
-            raise invalid(f"tools[{i}].type: {tool.type[:40]!r} is not supported; there are only functions",
-                          f"tools[{i}].type", "unsupported_parameter")  # fmt: skip
-        if not tool.name:
+        if tool.type == "function" and not tool.name:
             raise invalid(f"tools[{i}].name is required", f"tools[{i}].name")
+
+
+def left_out(request: ResponsesRequest) -> str:
+    """The kinds of the tools that are no functions: offers that nobody here can take up."""
+    kinds = (tool.type[:64] for tool in request.tools or () if tool.type != "function")
+    return ", ".join(dict.fromkeys(kinds))[:512]
 
 
 def check_metadata(metadata: dict[str, str] | None) -> None:
@@ -216,7 +220,8 @@ def new_response(request: ResponsesRequest, name: str, model: str, created: int)
         temperature=request.temperature, text=request.text or TextConfig(),
         tool_choice=request.tool_choice or "auto", tools=request.tools or [],
         top_logprobs=request.top_logprobs or 0, top_p=request.top_p,
-        truncation=request.truncation or "disabled", user=request.user, metadata=request.metadata or {},
+        truncation=request.truncation or "disabled", user=request.user,
+        metadata={**(request.metadata or {}), **({LEFT_OUT: out} if (out := left_out(request)) else {})},
     )  # fmt: skip
 
 
@@ -257,11 +262,13 @@ def _format(wanted: TextFormat) -> dict[str, Any]:
 
 def _tools(request: ResponsesRequest) -> tuple[list[dict[str, Any]], Any]:
     """(tools, tool_choice) in the chat's words; allowed_tools leaves out the others."""
-    tools, choice = request.tools or [], request.tool_choice
+    tools = [tool for tool in request.tools or () if tool.type == "function"]
+    choice = request.tool_choice
     if isinstance(choice, dict):
         if choice.get("type") == "allowed_tools":
             allowed = {tool.get("name") for tool in choice.get("tools") or () if isinstance(tool, dict)}
-            tools, choice = [tool for tool in tools if tool.name in allowed], choice.get("mode") or "auto"
+            tools = [tool for tool in tools if tool.name in allowed]
+            choice = choice.get("mode") or "auto"
         elif choice.get("type") == "function" and isinstance(choice.get("name"), str):
             choice = {"type": "function", "function": {"name": choice["name"]}}
         else:

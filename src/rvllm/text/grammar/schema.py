@@ -70,10 +70,8 @@ def _cleaned(schema: dict[str, Any]) -> dict[str, Any]:
     for key, idle in _IDLE.items():
         if key in found and any(_same(found[key], value) for value in idle):
             del found[key]
-    if "if" not in found or not {"then", "else"} & found.keys():
-        for key in ("if", "then", "else"):
-            found.pop(key, None)
-    elif all(_same(found.get(key, True), True) or found.get(key) == {} for key in ("then", "else")):
+    branches = [found[key] for key in ("then", "else") if key in found] if "if" in found else []
+    if not any(branch not in _ALWAYS for branch in branches):
         for key in ("if", "then", "else"):
             found.pop(key, None)
     return found
