@@ -159,6 +159,18 @@ class ServerConfig:
             "glm45", "kimi_k2", "olmo3", "ernie45", "holo2", "cohere", "minimax_m2", "step3", "nemotron_v3",
         ),
     )  # fmt: skip
+    workers: int | None = setting(
+        None,
+        "Processes that render, tokenise and compile what clients send; default: half the cores, 2 to 4.",
+        low=2,
+        high=64,
+    )
+    worker_timeout: float = setting(
+        5.0, "Seconds that one such piece of work may take; then its process is killed.", low=0.1
+    )
+    worker_memory_mb: float = setting(
+        1024.0, "MB that one such piece of work may take; then its process ends.", low=64.0
+    )
     max_body_mb: float = setting(16.0, "Largest request body in MB.", low=0.001)
     max_queue: int = setting(1024, "Requests that may wait; more are answered 503.", low=1)
     max_choices: int = setting(16, "Largest n (or prompts times n) of one request.", low=1)

@@ -16,6 +16,14 @@ class UsageError(RvllmError, ValueError):
     exit_code = 2
 
 
+class LimitError(UsageError):
+    """What was asked for takes more time, memory or stack than one request may."""
+
+
+class UnavailableError(RvllmError):
+    """Something that the request needs does not answer at the moment; another try may succeed."""
+
+
 class ModelError(RvllmError):
     """A model cannot be found, read or is not supported; the message names file and field."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from rvllm.api.generate.conversation import rendered
 from rvllm.api.generate.generation import MAX_CHARS, Service
 from rvllm.api.http.body import parse
@@ -13,6 +11,7 @@ from rvllm.api.schemas.answers import ModelCard, ModelList, Text, TokenizerInfo,
 from rvllm.api.schemas.requests import DetokenizeRequest, TokenizeRequest
 from rvllm.errors import RvllmError
 from rvllm.telemetry.metrics import CONTENT_TYPE
+from rvllm.text.worker import tasks
 from rvllm.version import __version__
 
 
@@ -72,12 +71,10 @@ async def tokenize(service: Service, exchange: Exchange, body: bytes) -> None:
     else:
         text = await rendered(service, request, len(body))
         tokens = await service.encode_any(text, bool(request.add_special_tokens), "messages")
-    names = await asyncio.to_thread(_texts, service, tokens) if request.return_token_strs else None
+    names = None
+    if request.return_token_strs:
+        names = await service.work.run(tasks.token_texts, "prompt", len(tokens), tokens)
     await exchange.json(Tokens(len(tokens), service.ready.max_model_len, tokens, names))
-
-
-def _texts(service: Service, tokens: list[int]) -> list[str]:
-    return [service.tokenizer.token_text(token) for token in tokens]
 
 
 async def tokenizer_info(service: Service, exchange: Exchange, body: bytes) -> None:
@@ -99,15 +96,12 @@ async def detokenize(service: Service, exchange: Exchange, body: bytes) -> None:
     check_model(request.model, service.served_name)
     if len(request.tokens) > MAX_CHARS:
         raise ApiError(413, f"tokens: at most {MAX_CHARS} are taken at once", param="tokens")
-    await exchange.json(Text(await asyncio.to_thread(_text, service, request.tokens)))
-
-
-def _text(service: Service, tokens: list[int]) -> str:
     size = service.ready.facts.vocab_size
-    for token in tokens:
+    for token in request.tokens:
         if not 0 <= token < size:
             raise invalid(f"tokens: {token} is outside the vocabulary of {size}", "tokens")
-    return service.tokenizer.decode(tokens)
+    text = await service.work.run(tasks.decode, "tokens", len(request.tokens), request.tokens)
+    await exchange.json(Text(text))
 
 
 async def health(service: Service, exchange: Exchange, body: bytes) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import dataclasses
 import resource
 import socket
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from rvllm.engine.ipc.client import EngineClient
     from rvllm.telemetry.tracing import Tracer
     from rvllm.text.tokenizers.tokenizer import Tokenizer
+    from rvllm.text.worker.pool import WorkerPool
 
 
 def add_parser(subparsers: Any) -> None:
@@ -105,30 +105,64 @@ async def _serve(
     stop = StopSignals()
     stop.install()
     stopped = asyncio.ensure_future(stop.first.wait())
-    loading = asyncio.ensure_future(_load(engine_config, template, start))
+    loading = asyncio.ensure_future(_load(engine_config, config, template, start))
     await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     if not loading.done():
         loading.cancel()
         await asyncio.gather(loading, return_exceptions=True)
         return stop.exit_code
-    engine, tokenizer = loading.result()
+    engine, tokenizer, work = loading.result()
     try:
-        return await _answer(engine, tokenizer, config, engine_config, template, sock, stop, start)
+        return await _answer(engine, tokenizer, work, config, engine_config, template, sock, stop, start)
     finally:
+        if work is not None:
+            work.close()
         await engine.close()
 
 
 async def _load(
-    config: EngineConfig, template: str | None, start: _Start
-) -> tuple[EngineClient, Tokenizer | None]:
-    """Starts the engine process; while it loads, this one loads the tokenizer and the HTTP side."""
+    config: EngineConfig, server: ServerConfig, template: str | None, start: _Start
+) -> tuple[EngineClient, Tokenizer | None, WorkerPool | None]:
+    """Starts the engine process; while it loads, this one loads the tokenizer, workers and the HTTP side."""
     from rvllm.cli.common.starting import start_engine
 
-    engine, (tokenizer, _) = await start_engine(
-        config, partial(_tokenizer, config, template, start), partial(_import_http, start)
+    work = _workers(config, server)
+    try:
+        engine, (tokenizer, _) = await start_engine(
+            config, partial(_tokenizer, config, start), partial(_import_http, start)
+        )
+    except BaseException:
+        if work is not None:
+            work.close()
+        raise
+    if work is None or template is None:
+        return engine, tokenizer, work
+    from rvllm.text.worker.tasks import check_template
+
+    try:
+        await work.run(check_template, "--chat-template", len(template), template)
+    except RvllmError as error:
+        work.close()
+        await engine.close()
+        raise UsageError(f"--chat-template: {str(error).removeprefix('--chat-template: ')}") from None
+    return engine, tokenizer, work
+
+
+def _workers(config: EngineConfig, server: ServerConfig) -> WorkerPool | None:
+    """Processes for work on what clients send, which begin to load; None without a tokenizer."""
+    from rvllm.text.worker.pool import WorkerPool, worker_count
+
+    if config.skip_tokenizer_init:
+        return None
+    pool = WorkerPool(
+        config.model,
+        count=worker_count(server.workers),
+        seconds=server.worker_timeout,
+        memory=int(server.worker_memory_mb * 1e6),
     )
-    return engine, tokenizer
+    pool.start()
+    return pool
 
 
 def _import_http(start: _Start) -> None:
@@ -139,22 +173,14 @@ def _import_http(start: _Start) -> None:
     start.http = time.perf_counter() - moment
 
 
-def _tokenizer(config: EngineConfig, template: str | None, start: _Start) -> Tokenizer | None:
-    """The model's tokenizer, its chat template checked; None with --skip-tokenizer-init."""
+def _tokenizer(config: EngineConfig, start: _Start) -> Tokenizer | None:
+    """The model's tokenizer; None with --skip-tokenizer-init."""
     if config.skip_tokenizer_init:
         return None
-    from rvllm.text.chat.template import check_template
     from rvllm.text.tokenizers.tokenizer import Tokenizer
 
     moment = time.perf_counter()
     tokenizer = Tokenizer.load(Path(config.model))
-    if template is not None:
-        try:
-            check_template(template)
-        except UsageError as error:
-            raise UsageError(f"--chat-template: {error}") from None
-    with contextlib.suppress(RvllmError):  # compiles the template; what is wrong with it, requests will say
-        tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], chat_template=template)
     start.tokenizer = time.perf_counter() - moment
     return tokenizer
 
@@ -162,6 +188,7 @@ def _tokenizer(config: EngineConfig, template: str | None, start: _Start) -> Tok
 async def _answer(
     engine: EngineClient,
     tokenizer: Tokenizer | None,
+    work: WorkerPool | None,
     config: ServerConfig,
     engine_config: EngineConfig,
     template: str | None,
@@ -199,6 +226,7 @@ async def _answer(
         served_name=name,
         requests=RequestMaker(ready.facts, engine_config.seed),
         chat_template=template,
+        work=work,
         shown_settings=_shown_settings(engine_config, ready.backend),
     )
     gate = Gate(config, metrics, tracer=_tracer(config.otlp_endpoint, name))

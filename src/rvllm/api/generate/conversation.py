@@ -7,21 +7,17 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from rvllm.api.generate.generation import Service, off_loop
+from rvllm.api.generate.generation import Service
 from rvllm.api.http.body import MAX_MESSAGES, check_count
 from rvllm.api.http.errors import invalid
 from rvllm.api.schemas.requests import ChatRequest, Message, TokenizeRequest
+from rvllm.text.worker import tasks
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 async def rendered(service: Service, request: ChatRequest | TokenizeRequest, size: int) -> str:
-    """The conversation as a prompt. size: of the body, in bytes; a large one is rendered in a thread."""
-    return await off_loop(size, render, service, request)
-
-
-def render(service: Service, request: ChatRequest | TokenizeRequest) -> str:
-    """The conversation as the model's prompt, by its chat template."""
+    """The conversation as the model's prompt, by its chat template. size: of the body, in bytes."""
     if not request.messages:
         raise invalid("messages must not be empty", "messages")
     check_count(request.messages, MAX_MESSAGES, "messages")
@@ -41,18 +37,16 @@ def render(service: Service, request: ChatRequest | TokenizeRequest) -> str:
             tools = None
         if request.reasoning_effort is not None:
             variables.setdefault("reasoning_effort", request.reasoning_effort)
-    text = service.tokenizer.apply_chat_template(
-        [_plain(message, i) for i, message in enumerate(request.messages)],
-        tools=tools or None,
-        documents=documents,
-        chat_template=service.chat_template,
-        add_generation_prompt=generation,
-        continue_final_message=continued,
-        tokenize=False,
-        **variables,
+    options = {
+        "tools": tools or None,
+        "documents": documents,
+        "add_generation_prompt": generation,
+        "continue_final_message": continued,
+    }
+    messages = [_plain(message, i) for i, message in enumerate(request.messages)]
+    return await service.work.run(
+        tasks.render, "messages", size, service.chat_template, messages, options, variables
     )
-    assert isinstance(text, str)
-    return text
 
 
 def _plain(message: Message, index: int) -> dict[str, Any]:

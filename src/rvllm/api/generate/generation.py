@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from functools import cached_property
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,21 +34,12 @@ from rvllm.text.processor import Choice
 from rvllm.text.requests import RequestMaker
 from rvllm.text.tokenizers.tokenizer import Tokenizer
 from rvllm.text.tools.choose import tool_format
-
-P = ParamSpec("P")
-T = TypeVar("T")
+from rvllm.text.worker import tasks
+from rvllm.text.worker.work import InProcess, TextWork
 
 LOOK_SECONDS = 1.0
 IDLE_LOOKS = 2  # so often in a row nothing must run before the vocabulary for grammars is handed over
 MAX_CHARS = 1_000_000  # of a text that is only to be tokenised: about a second and a gigabyte
-IN_THREAD_CHARS = 5_000  # longer texts are rendered and tokenised beside the event loop
-
-
-async def off_loop(size: int, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-    """What the work returns. With a `size` of IN_THREAD_CHARS or more it is done beside the event loop."""
-    if size < IN_THREAD_CHARS:
-        return work(*args, **options)
-    return await asyncio.to_thread(work, *args, **options)
 
 
 class Engine(Protocol):
@@ -91,14 +82,17 @@ class Service:
         served_name: str,
         requests: RequestMaker,
         chat_template: str | None = None,
+        work: TextWork | None = None,
         shown_settings: Mapping[str, str] | None = None,
     ) -> None:
+        """work: who renders, tokenises and compiles what clients send; None: this process."""
         self.engine, self.ready, self.config, self.metrics = engine, ready, config, metrics
         self.served_name = served_name
         self.chat_template = chat_template
         self.shown_settings = shown_settings or {}  # what the page tells of the engine's settings
         self.started = int(time.time())
         self._tokenizer = tokenizer
+        self._work = InProcess(tokenizer) if work is None and tokenizer is not None else work
         self._requests = requests
         self._in_flight = 0
         self._vocabulary: asyncio.Task[None] | None = None  # hands the vocabulary to the engine
@@ -116,6 +110,14 @@ class Service:
                 "this server runs without a tokenizer (--skip-tokenizer-init): send token ids", "prompt"
             )
         return self._tokenizer
+
+    @property
+    def work(self) -> TextWork:
+        """Who works on texts. Raises a 400 when the server runs without a tokenizer."""
+        if self._work is None:
+            _ = self.tokenizer
+        assert self._work is not None
+        return self._work
 
     @property
     def has_tokenizer(self) -> bool:
@@ -155,10 +157,6 @@ class Service:
     async def _send_vocabulary(self) -> None:
         self.engine.set_vocabulary(await asyncio.to_thread(vocabulary_of, self.tokenizer))
 
-    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text, without holding up the event loop when it is long."""
-        return await off_loop(len(text), self.tokenizer.encode, text, add_special_tokens)
-
     async def encode_any(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
         """Token ids of a text that need not fit into the context. Raises a 413 beyond MAX_CHARS."""
         if len(text) > MAX_CHARS:
@@ -167,21 +165,19 @@ class Service:
                 f"{param} has {len(text)} characters, at most {MAX_CHARS} are tokenised at once",
                 param=param,
             )
-        return await self.encode(text, add_special_tokens)
+        found = await self.work.run(tasks.encode, param, len(text), text, add_special_tokens, None)
+        return found or []
 
     async def encode_prompt(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
-        """Token ids of a prompt. Raises a 400 at once for a text that is too large for the context at sight.
+        """Token ids of a prompt. Raises a 400 for a text that is too large for the context at sight.
 
         Tokenising megabytes takes seconds and gigabytes, all for nothing.
         """
-        await self.check_size(text, param)
-        return await self.encode(text, add_special_tokens)
-
-    async def check_size(self, text: str, param: str) -> None:
-        """Raises a 400 for a text that cannot fit into the context, as its size alone says."""
         limit = self.ready.facts.max_model_len
-        if len(text) >= limit and await asyncio.to_thread(self.tokenizer.surely_reaches, text, limit):
-            raise _too_long(param, f"{len(text)} characters", limit)
+        found = await self.work.run(tasks.encode, param, len(text), text, add_special_tokens, limit)
+        if found is None:
+            raise too_long(param, f"{len(text)} characters", limit)
+        return found
 
     def job(
         self,
@@ -234,7 +230,7 @@ class Service:
         """Raises a 400 for a prompt of so many tokens when the context has no room for an answer."""
         limit = self.ready.facts.max_model_len
         if tokens >= limit:
-            raise _too_long(param, f"{tokens} tokens", limit)
+            raise too_long(param, f"{tokens} tokens", limit)
 
     async def run(self, job: Job) -> AsyncGenerator[Piece, None]:
         """The pieces of all choices as they come. Closing it aborts what still runs.
@@ -288,7 +284,8 @@ class Service:
             clock.finished(reason)
 
 
-def _too_long(param: str, what: str, limit: int) -> ApiError:
+def too_long(param: str, what: str, limit: int) -> ApiError:
+    """A 400 for a prompt that does not fit into the context."""
     return invalid(
         f"{param}: the prompt has {what}, but the context holds {limit} tokens "
         "and at least one is for the answer",

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from rvllm.api.generate.generation import Service
@@ -11,9 +10,11 @@ from rvllm.api.generate.output_parser import ToolPlan
 from rvllm.api.http.errors import invalid
 from rvllm.api.schemas.requests import GenerationRequest
 from rvllm.engine.sampling_params import StructuredOutputsParams
-from rvllm.errors import UsageError
-from rvllm.text.grammar.grammar import check, check_tokenizer, grammar_of, with_lead
-from rvllm.text.tools.calls_grammar import calls_or_form, forced_calls, offered_calls
+from rvllm.errors import LimitError, UsageError
+from rvllm.text.grammar.grammar import check_tokenizer
+from rvllm.text.worker.tasks import Calls
+from rvllm.text.worker.tasks import answer_grammar as answer
+from rvllm.text.worker.work import IN_THREAD
 
 _GUIDED = {
     "guided_json": "json",
@@ -49,44 +50,20 @@ async def answer_grammar(
         check_tokenizer(service.tokenizer if service.has_tokenizer else None)
     except UsageError as error:
         raise invalid(str(error), asked[0] if asked else "tool_choice") from None
-    found = await asyncio.to_thread(_grammar, service, asked, plan, thinks)
+    param, form = (asked[0], asked[1]) if asked else ("tools", None)
+    calls = None if plan is None else Calls(plan.known, plan.functions, plan.forced, plan.parallel)
+    marks, thoughts = service.reasoning, None
+    if thinks is not None and marks is not None:
+        thoughts = (marks.begin, marks.end, thinks)
+    try:
+        found = await service.work.run(answer, param, IN_THREAD, form, calls, thoughts)
+    except UsageError as error:
+        message = str(error)
+        known = next((name for name in ("tools", param) if message.startswith(f"{name}: ")), None)
+        code = "too_complex" if isinstance(error, LimitError) else None
+        raise invalid(message if known else f"{param}: {message}", known or param, code) from None
     if found is not None:
         await service.prepare_grammars()
-    return found
-
-
-def _grammar(
-    service: Service,
-    asked: tuple[str, StructuredOutputsParams] | None,
-    plan: ToolPlan | None,
-    thinks: bool | None,
-) -> str | None:
-    param = asked[0] if asked else "tools"
-    try:
-        found = None if asked is None else grammar_of(asked[1])
-        if plan is not None:
-            param = "tools"
-            found = _with_calls(service, plan, found)
-        if found is not None and thinks is not None and service.reasoning is not None:
-            marks = service.reasoning
-            found = with_lead(found, marks.begin, marks.end, service.tokenizer, opened=thinks)
-            check(found, "grammar")
-        return found
-    except UsageError as error:
-        raise invalid(f"{param}: {error}", param) from None
-
-
-def _with_calls(service: Service, plan: ToolPlan, form: str | None) -> str | None:
-    """The grammar of an answer that may use tools, or has to; None for a free one."""
-    known, tokenizer, parallel = plan.known, service.tokenizer, plan.parallel
-    if plan.forced is not None:
-        found: str | None = forced_calls(known, plan.forced, tokenizer, parallel=parallel)
-    elif form is not None:
-        found = calls_or_form(known, plan.functions, tokenizer, form, parallel=parallel)
-    else:
-        found = offered_calls(known, plan.functions, tokenizer, parallel=parallel)
-    if found is not None:
-        check(found, "parameters")
     return found
 
 

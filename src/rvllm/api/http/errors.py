@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import msgspec
 
-from rvllm.errors import CapacityError, RvllmError, UsageError
+from rvllm.errors import CapacityError, LimitError, RvllmError, UnavailableError, UsageError
 
 _TYPES = {
     401: "authentication_error",
@@ -87,7 +87,10 @@ def from_rvllm(error: RvllmError, fields: Collection[str] = ()) -> ApiError:
     message = str(error)
     if isinstance(error, UsageError):
         word = message.partition(" ")[0].rstrip(":")
-        return invalid(message, word if re.split(r"[.\[]", word)[0] in fields else None)
+        code = "too_complex" if isinstance(error, LimitError) else None
+        return invalid(message, word if re.split(r"[.\[]", word)[0] in fields else None, code)
+    if isinstance(error, UnavailableError):
+        return busy(message)
     if isinstance(error, CapacityError):
         return invalid(message)
     return ApiError(500, message)

@@ -7,7 +7,7 @@ from contextlib import aclosing
 import msgspec
 from msgspec import UNSET
 
-from rvllm.api.generate.generation import Service, off_loop
+from rvllm.api.generate.generation import Service, too_long
 from rvllm.api.generate.job import Job, Piece
 from rvllm.api.generate.logprobs import CompletionLogprobsWriter, Names, joined, prompt_logprobs
 from rvllm.api.generate.sampling import completion_params, refuse_unsupported
@@ -20,6 +20,7 @@ from rvllm.api.schemas.answers import CompletionAnswer, CompletionChoice, Comple
 from rvllm.api.schemas.requests import CompletionRequest
 from rvllm.text.chat.fim import FillIn
 from rvllm.text.processor import Delta
+from rvllm.text.worker import tasks
 
 
 async def completions(service: Service, exchange: Exchange, body: bytes) -> None:
@@ -33,7 +34,7 @@ async def completions(service: Service, exchange: Exchange, body: bytes) -> None
     fill_in = _fill_in(service, request)
     prompts = await _prompts(service, request, framed=fill_in is None)
     if fill_in is not None:
-        prompts = [await _around_gap(service, request, fill_in, prompt) for prompt in prompts]
+        prompts = [await _around_gap(service, request, prompt) for prompt in prompts]
         if not params.ignore_eos:
             params.stop_token_ids = [*params.stop_token_ids, *sorted(fill_in.ends)]
     job = service.job(
@@ -62,13 +63,14 @@ def _fill_in(service: Service, request: CompletionRequest) -> FillIn | None:
     return found
 
 
-async def _around_gap(
-    service: Service, request: CompletionRequest, fill_in: FillIn, before: list[int]
-) -> list[int]:
+async def _around_gap(service: Service, request: CompletionRequest, before: list[int]) -> list[int]:
     after = request.suffix or ""
-    await service.check_size(after, "suffix")
     special = request.add_special_tokens is not False
-    return await off_loop(len(after), fill_in.prompt, service.tokenizer, before, after, special)
+    limit = service.ready.facts.max_model_len
+    found = await service.work.run(tasks.fill_in, "suffix", len(after), before, after, special, limit)
+    if found is None:
+        raise too_long("suffix", f"{len(after)} characters", limit)
+    return found
 
 
 async def _prompts(service: Service, request: CompletionRequest, framed: bool) -> list[list[int]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.api.generate.generation import Service, off_loop
+from rvllm.api.generate.generation import Service
 from rvllm.api.generate.job import checked_priority
 from rvllm.api.http.body import parse
 from rvllm.api.http.errors import invalid
@@ -32,6 +32,7 @@ from rvllm.api.schemas.embeddings import (
 from rvllm.engine.ipc.messages import Embed
 from rvllm.errors import UsageError
 from rvllm.text.embedding import shorten, text_tokens
+from rvllm.text.worker import tasks
 
 MAX_INPUTS = 2048  # OpenAI's limit for one request
 AT_ONCE = 64  # texts of one request that are in the engine together
@@ -129,18 +130,21 @@ class _Encoder:
         service = self._service
         prompts = []
         for text in texts:
-            ids = await off_loop(len(text) if isinstance(text, str) else 0, self._ids, text)
+            ids = await self._ids(text)
             self._tokens += len(ids)
             prompts.append(ids)
         with service.admitted(1):
             return await self._through_the_engine(prompts)
 
-    def _ids(self, text: str | list[int]) -> list[int]:
-        service = self._service
-        prompt = text if isinstance(text, str) else {"prompt_token_ids": text}
-        tokenizer = service.tokenizer if service.has_tokenizer else None
+    async def _ids(self, text: str | list[int]) -> list[int]:
+        service, facts = self._service, self._service.ready.facts
         try:
-            return text_tokens(prompt, tokenizer, service.ready.facts, self._truncate)[1]
+            if isinstance(text, str) and service.has_tokenizer:
+                return await service.work.run(
+                    tasks.embedding_tokens, self._param, len(text), text, facts, self._truncate
+                )
+            prompt = text if isinstance(text, str) else {"prompt_token_ids": text}
+            return text_tokens(prompt, None, facts, self._truncate)[1]
         except UsageError as error:
             named = str(error).startswith("truncate_prompt_tokens")
             raise invalid(str(error), "truncate_prompt_tokens" if named else self._param) from None

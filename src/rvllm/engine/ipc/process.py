@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     MakeCore = Callable[[EngineConfig, Progress], EngineCore]
 
+STACK = 64 << 20  # bytes of a thread's stack; only what is touched takes memory
 LINGER_MS = 2000  # how long a last message may take to leave
 
 
@@ -86,6 +87,9 @@ def _load(config: EngineConfig, progress: Progress) -> EngineCore:
 def main(make_core: MakeCore = _load) -> int:
     """Runs the engine until it is told to stop; the exit code is the error's when it fails."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then says what to do
+    # Grammars recurse in native code: threads here have many times the stack on which each was tried out.
+    threading.stack_size(STACK)
+    os.environ.setdefault("RUST_MIN_STACK", str(STACK))
     parent = _take_over_stdin()
     launch = msgspec.msgpack.decode(_read_frame(parent), type=Launch)
     threading.Thread(target=_die_with, args=(parent, launch.directory), daemon=True).start()

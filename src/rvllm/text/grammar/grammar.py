@@ -12,13 +12,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from rvllm.engine.grammar import MAX_ITEMS, MAX_STATES
 from rvllm.engine.ipc.messages import Vocabulary
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.errors import UsageError
 from rvllm.text.grammar.dates import with_real_dates
+from rvllm.text.grammar.limits import check_rules, check_schema
 from rvllm.text.grammar.schema import REWRITTEN, without_idle_keywords
 
 if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
     from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 # Whitespace between the tokens of JSON where it is free: an indented new line or one space. Unbounded, a
@@ -61,6 +67,10 @@ def grammar_of(params: StructuredOutputsParams | None) -> str | None:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if len(text) > LONGEST:
         raise UsageError(f"{name} has {len(text)} characters, more than {LONGEST}")
+    if name == "json" or (name == "structural_tag" and isinstance(value, dict)):
+        check_schema(value, name)
+    elif name == "grammar":
+        check_rules(text, name)
     make = _grammar if len(text) <= KEPT_LENGTH else _grammar.__wrapped__
     return make(name, text, _Spaces.of(params))
 
@@ -131,6 +141,31 @@ def check(grammar: str, name: str) -> None:
     wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar)
     if wrong:
         raise UsageError(f"{name}: {messages[0].strip()}")
+
+
+@lru_cache(maxsize=1)
+def native_vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
+    """The tokens as llguidance takes them."""
+    from llguidance import LLTokenizer
+
+    vocabulary = vocabulary_of(tokenizer)
+    return LLTokenizer(vocabulary.tokenizer, n_vocab=tokenizer.vocab_size, eos_token=vocabulary.eos_token_ids)
+
+
+def try_out(grammar: str, tokenizer: Tokenizer) -> None:
+    """Compiles a checked grammar and makes its first mask, as the engine will, and forgets it.
+
+    The engine must live, and compiling recurses in native code: what a process with a smaller stack has
+    survived is safe there. What is wrong with the grammar for the model's tokens, the engine tells.
+    """
+    from llguidance import LLMatcher, LLParserLimits
+
+    vocabulary = native_vocabulary(tokenizer)
+    limits = LLParserLimits(max_lexer_states=MAX_STATES, max_items_in_row=MAX_ITEMS, verbose_errors=False)
+    matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
+    if not matcher.is_error():
+        row = np.zeros(-(-tokenizer.vocab_size // 32), dtype=np.uint32)
+        matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
 
 
 def _choice(text: str) -> str:

@@ -1,0 +1,253 @@
+"""Workers for texts that clients sent: processes with limits, killed when they exceed them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+import logging
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar, cast
+
+import msgspec
+
+from rvllm.errors import LimitError, UnavailableError, UsageError
+from rvllm.text.worker.process import (
+    BROKEN,
+    DONE,
+    EXCEEDED,
+    FORK,
+    HEAD,
+    KILL,
+    ORDER,
+    READY,
+    REFUSED,
+    REPORT,
+    Launch,
+)
+from rvllm.text.worker.work import Task
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+COMMAND = (sys.executable, "-m", "rvllm.text.worker.process")
+LARGE = 100_000  # characters or bytes; such work never takes the last worker
+STACK = 4 << 20  # bytes; the engine's own threads have more, so what passed here passes there
+START_SECONDS = 60.0  # for the tokenizer to load
+
+
+@dataclass
+class _Worker:
+    number: int
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+
+class WorkerPool:
+    """Does tasks (see `work.TextWork`) in up to `count` processes; belongs to one event loop.
+
+    Whoever is cancelled while a worker is busy with it has that worker killed: the next is there in
+    milliseconds. Small work goes before large, and large work leaves one worker free.
+    """
+
+    def __init__(self, model: str, *, count: int, seconds: float, memory: int) -> None:
+        """model: whose tokenizer to load; seconds, memory (bytes): what one task may take."""
+        self._launch = Launch(model, memory, STACK)
+        self._count, self._seconds, self._memory = max(2, count), seconds, memory
+        self._numbers = itertools.count()
+        self._idle: list[_Worker] = []
+        self._busy = self._large = 0
+        self._waiting: list[tuple[int, int, bool, asyncio.Future[None]]] = []
+        self._forker: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._ready: asyncio.Future[None] | None = None
+        self._closed = False
+        self.killed = 0  # workers that exceeded their limits or whose client left
+
+    def start(self) -> None:
+        """Begins to load; `run` waits for it. Also called when the loading process has died."""
+        loop = asyncio.get_running_loop()
+        self._stop_forker()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._forker = subprocess.Popen(COMMAND, stdin=theirs.fileno(), start_new_session=True)
+        ours.setblocking(False)
+        self._control, self._ready = ours, loop.create_future()
+        ours.send(msgspec.msgpack.encode(self._launch))
+        loop.add_reader(ours.fileno(), self._report, ours)
+
+    async def run(self, task: Task[P, T], what: str, size: int, /, *args: P.args, **options: P.kwargs) -> T:
+        """See `TextWork`."""
+        data = pickle.dumps((task, args, options), pickle.HIGHEST_PROTOCOL)
+        large = size >= LARGE
+        await self._admitted(size, large)
+        worker: _Worker | None = None
+        try:
+            worker = await self._take()
+            kind, value = await self._ask(worker, data)
+        except TimeoutError:
+            raise LimitError(f"{what}: takes longer than {self._seconds:g} s (--worker-timeout)") from None
+        except (OSError, EOFError):
+            raise LimitError(
+                f"{what}: too large or too deeply nested, a worker's memory or stack does not hold it "
+                "(--worker-memory-mb)"
+            ) from None
+        else:
+            self._idle.append(worker)
+            worker = None
+        finally:
+            if worker is not None:
+                self._kill(worker)
+            self._busy -= 1
+            self._large -= large
+            self._next()
+        if kind == DONE:
+            return cast(T, value)
+        raise self._error(kind, value, what)
+
+    async def _ask(self, worker: _Worker, data: bytes) -> tuple[int, Any]:
+        async with asyncio.timeout(self._seconds):
+            worker.writer.write(HEAD.pack(len(data)))
+            worker.writer.write(data)
+            await worker.writer.drain()
+            (length,) = HEAD.unpack(await worker.reader.readexactly(HEAD.size))
+            answer = await worker.reader.readexactly(length)
+        kind, value = msgspec.msgpack.decode(answer)
+        return kind, value
+
+    def _error(self, kind: int, value: Any, what: str) -> Exception:
+        if kind == REFUSED:
+            return UsageError(value)
+        if kind == EXCEEDED:
+            return LimitError(f"{what}: needs more {value} than a worker has (--worker-memory-mb)")
+        assert kind == BROKEN
+        return RuntimeError(f"{what}: {value}")
+
+    async def _admitted(self, size: int, large: bool) -> None:
+        """Waits for a turn."""
+        if self._may_begin(large) and not self._waiting:
+            self._begin(large)
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (size, next(self._numbers), large, turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # it had just begun
+                self._busy -= 1
+                self._large -= large
+                self._next()
+            raise
+
+    def _may_begin(self, large: bool) -> bool:
+        return self._busy < self._count and (not large or self._large < self._count - 1)
+
+    def _begin(self, large: bool) -> None:
+        self._busy += 1
+        self._large += large
+
+    def _next(self) -> None:
+        while self._waiting:
+            _, _, large, turn = self._waiting[0]
+            if turn.done():
+                heapq.heappop(self._waiting)
+            elif self._may_begin(large):
+                heapq.heappop(self._waiting)
+                self._begin(large)
+                turn.set_result(None)
+            else:
+                return
+
+    async def _take(self) -> _Worker:
+        """A worker that waits for a task."""
+        while self._idle:
+            worker = self._idle.pop()
+            if not worker.reader.at_eof():
+                return worker
+            self._kill(worker)
+        await self._loaded()
+        number = next(self._numbers)
+        ours, theirs = socket.socketpair()
+        try:
+            assert self._control is not None
+            with theirs:
+                socket.send_fds(self._control, [ORDER.pack(FORK, number)], [theirs.fileno()])
+            reader, writer = await asyncio.open_connection(sock=ours, limit=1 << 20)
+        except BaseException as error:
+            ours.close()
+            if isinstance(error, OSError):
+                raise UnavailableError("no worker for texts could be started") from None
+            raise
+        return _Worker(number, reader, writer)
+
+    async def _loaded(self) -> None:
+        if self._closed:
+            raise UnavailableError("the server is shutting down")
+        if self._ready is None or (self._ready.done() and self._forker is None):
+            self.start()
+        assert self._ready is not None
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await asyncio.shield(self._ready)
+        except TimeoutError:
+            self._stop_forker()
+            raise UnavailableError("the workers for texts do not start") from None
+
+    def _kill(self, worker: _Worker) -> None:
+        worker.writer.close()
+        self.killed += 1
+        if self._control is not None:
+            with contextlib.suppress(OSError):
+                self._control.send(ORDER.pack(KILL, worker.number))
+
+    def _report(self, control: socket.socket) -> None:
+        """The process that forks has said something, or has ended."""
+        try:
+            data = control.recv(REPORT.size)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            if control is self._control:
+                self._stop_forker()
+            return
+        number, code = REPORT.unpack(data)
+        if number == READY:
+            if self._ready is not None and not self._ready.done():
+                self._ready.set_result(None)
+        elif code not in (0, -signal.SIGKILL):
+            logging.getLogger("rvllm").warning("a worker for texts ended with %d", code)
+
+    def _stop_forker(self) -> None:
+        if self._control is not None:
+            asyncio.get_running_loop().remove_reader(self._control.fileno())
+            self._control.close()
+            self._control = None
+        if self._forker is not None:
+            self._forker.kill()
+            self._forker.wait()
+            self._forker = None
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(UnavailableError("the workers for texts have died"))
+            self._ready.exception()  # nobody may be waiting
+        for worker in self._idle:
+            worker.writer.close()
+        self._idle.clear()
+
+    def close(self) -> None:
+        """Ends all processes; what runs fails."""
+        self._closed = True
+        self._stop_forker()
+
+
+def worker_count(given: int | None) -> int:
+    """`--workers`, or by the cores: two to four."""
+    return given or max(2, min(4, (os.cpu_count() or 2) // 2))
