@@ -32,6 +32,7 @@ class Setting:
     env: str | None = None  # None: derived from the name
     short: str | None = None
     metavar: str | None = None
+    secret: bool = False  # never shown; an empty one is a mistake
 
 
 def setting(default: Any, help: str, **extra: Any) -> Any:
@@ -137,7 +138,22 @@ class ServerConfig:
     served_model_name: str | None = setting(
         None, "Name clients use for the model; default: the value of --model."
     )
-    api_key: str | None = setting(None, "Require this bearer token, but for /health, /metrics and /version.")
+    allowed_hosts: str | None = setting(
+        None,
+        "Names, separated by commas, that the Host header may have; * for any; default: loopback names and addresses when bound to loopback, else any.",
+        metavar="HOSTS",
+    )
+    allowed_origins: str | None = setting(
+        None,
+        "Origins of web pages, separated by commas, that may use the server (https://app.example); * for any; default: only its own page.",
+        metavar="ORIGINS",
+    )
+    api_key: str | None = setting(
+        None, "Require this bearer token, but for /health, /metrics and /version.", secret=True
+    )
+    api_key_file: str | None = setting(
+        None, "File with one accepted key a line; with --api-key, that one is accepted too."
+    )
     chat_template: str | None = setting(None, "File with a Jinja chat template, instead of the model's own.")
     tool_call_parser: str = setting(
         "auto",
@@ -172,6 +188,25 @@ class ServerConfig:
         1024.0, "MB that one such piece of work may take; then its process ends.", low=64.0
     )
     max_body_mb: float = setting(16.0, "Largest request body in MB.", low=0.001)
+    max_inflight_mb: float = setting(
+        256.0, "MB of all bodies being received or worked on; beyond that, 503.", low=0.001
+    )
+    max_head_kb: float = setting(64.0, "Largest request line with its headers in KB.", low=1.0)
+    max_connections: int = setting(4096, "Connections open at once; more are answered 503.", low=1)
+    max_connections_per_client: int = setting(2048, "Connections open at once from one address.", low=1)
+    header_timeout: float = setting(30.0, "Seconds that a client has to send its headers.", low=0.1)
+    body_timeout: float = setting(
+        60.0, "Seconds that a client has to send its body, and one more for each 64 KB.", low=0.1
+    )
+    write_timeout: float = setting(
+        30.0, "Seconds that a client may leave an answer unread; then it is hung up on.", low=0.1
+    )
+    keep_alive_timeout: float = setting(
+        75.0, "Seconds that a connection may wait for its next request.", low=1.0
+    )
+    max_unread_tokens: int = setting(
+        4096, "Tokens of a choice that may wait for a slow client; then its request is aborted.", low=16
+    )
     max_queue: int = setting(1024, "Requests that may wait; more are answered 503.", low=1)
     max_choices: int = setting(16, "Largest n (or prompts times n) of one request.", low=1)
     drain_timeout: float = setting(30.0, "Seconds that SIGTERM leaves running requests to finish.", low=0.0)
@@ -256,6 +291,8 @@ def parse_value(cls: type, name: str, text: str) -> Any:
     Raises UsageError that says what would be accepted.
     """
     base, optional = _base_type(cls, name)
+    if base is str:
+        return text  # any text: none, auto and the like mean themselves
     if optional and text.lower() in ("none", "auto", ""):
         return None
     if base is bool:
@@ -316,7 +353,7 @@ def build(cls: type[ConfigT], given: Mapping[str, Any], environ: Mapping[str, st
     values: dict[str, Any] = {}
     for f, known in settings_of(cls):
         value, origin = given.get(f.name), flag_of(f.name)
-        if value is None and environ.get(env_of(f.name, known)):
+        if value is None and (environ.get(env_of(f.name, known)) or _set(environ, f.name, known)):
             origin = env_of(f.name, known)
             value = environ[origin]
         if value is None:
@@ -327,9 +364,16 @@ def build(cls: type[ConfigT], given: Mapping[str, Any], environ: Mapping[str, st
             except UsageError as error:
                 hint = KUBERNETES if value.startswith("tcp://") and not origin.startswith("--") else ""
                 raise UsageError(f"{origin}: {str(error).partition(': ')[2]}{hint}") from None
+        if known.secret and not value:
+            raise UsageError(f"{origin}: must not be empty")
         check_value(f.name, known, value, origin)
         values[f.name] = value
     return cls(**values)
+
+
+def _set(environ: Mapping[str, str], name: str, known: Setting) -> bool:
+    """Whether a secret's variable is set, be it to nothing: that is no wish to go without."""
+    return known.secret and env_of(name, known) in environ
 
 
 def unknown_variables(environ: Mapping[str, str]) -> dict[str, str | None]:

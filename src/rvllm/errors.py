@@ -20,6 +20,10 @@ class LimitError(UsageError):
     """What was asked for takes more time, memory or stack than one request may."""
 
 
+class SlowClientError(RvllmError):
+    """A client leaves so much of its answer unread that the rest is not made."""
+
+
 class UnavailableError(RvllmError):
     """Something that the request needs does not answer at the moment; another try may succeed."""
 

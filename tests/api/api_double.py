@@ -173,7 +173,7 @@ class LiveServer:
         embedding_size: the model is an encoder with vectors of this size.
         """
         self.embedding_size = embedding_size
-        self.config = ServerConfig(port=0, **{"tool_call_parser": "hermes", **settings})
+        self.config = ServerConfig(port=0, **{"tool_call_parser": "hermes", "allowed_hosts": "*", **settings})
         self.texts, self.template = texts, template
         self.tokenizer = byte_level()
         self.code: int | None = None

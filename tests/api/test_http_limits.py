@@ -73,9 +73,8 @@ def test_headers_of_a_usual_size_pass_after_a_large_body(server: LiveServer) -> 
     assert answer.count(b"HTTP/1.1 200 OK") == 2
 
 
-def test_slow_headers_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rvllm.api.http.protocol.HEAD_SECONDS", 0.3)
-    with LiveServer(drain_timeout=0.2) as server:
+def test_slow_headers_time_out() -> None:
+    with LiveServer(drain_timeout=0.2, header_timeout=0.3) as server:
         drip = [b"GET /version HTTP/1.1\r\n", b"X-A: b\r\n", b"X-"]
         before = time.monotonic()
         assert error_of(exchange(server, *drip, pause=0.05))[0] == 408

@@ -8,6 +8,7 @@ from functools import partial
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
@@ -17,6 +18,7 @@ from rvllm.api.anthropic.messages import count_tokens, messages
 from rvllm.api.batches.lines import Answering
 from rvllm.api.docs.page import docs, openapi
 from rvllm.api.generate.generation import Service
+from rvllm.api.http.browsers import Guard
 from rvllm.api.http.errors import ApiError
 from rvllm.api.http.exchange import Endpoint, Exchange, Failure, Gate, openai_failure
 from rvllm.api.openai.chat import chat_completions
@@ -82,13 +84,14 @@ def build_app(service: Service, gate: Gate) -> Starlette:
             route("GET", "/version", system.version, open=True),
             Route(
                 "/openapi.json",
-                Endpoint(gate, "/openapi.json", partial(openapi, gate.config.api_key is not None), open=True),
+                Endpoint(gate, "/openapi.json", partial(openapi, bool(gate.keys)), open=True),
                 methods=["GET"],
             ),
             Route("/docs", Endpoint(gate, "/docs", docs, open=True), methods=["GET"]),
             *page_routes(service, gate),
         ],
         exception_handlers={HTTPException: _http_error},
+        middleware=[Middleware(Guard, gate.config)],
     )
 
 

@@ -205,6 +205,7 @@ async def _answer(
     from rvllm.telemetry.metrics import Metrics
     from rvllm.text.requests import RequestMaker
 
+    engine.max_unread = config.max_unread_tokens
     ready = engine.ready
     name = config.served_model_name or engine_config.model
     metrics = Metrics(

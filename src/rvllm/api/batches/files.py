@@ -7,7 +7,7 @@ import asyncio
 from rvllm.api.batches.store import BatchStore, FileEntry
 from rvllm.api.http.errors import invalid, unknown
 from rvllm.api.http.exchange import Exchange
-from rvllm.api.http.multipart import parse_form, refuse_foreign
+from rvllm.api.http.multipart import parse_form
 from rvllm.api.http.pagination import Query, page
 
 _PURPOSES = ("batch", "user_data")
@@ -22,9 +22,6 @@ class Files:
 
     async def create(self, exchange: Exchange, body: bytes) -> None:
         """`POST /v1/files`: a form with `file`, `purpose` and perhaps `expires_after[seconds]`."""
-        refuse_foreign(
-            exchange.header(b"origin"), exchange.header(b"sec-fetch-site"), exchange.header(b"host")
-        )
         parts = await asyncio.to_thread(parse_form, body, exchange.header(b"content-type") or b"")
         file, purpose = parts.get("file"), parts.get("purpose")
         if file is None or file.filename is None:

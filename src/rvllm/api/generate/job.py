@@ -16,6 +16,8 @@ from rvllm.telemetry.metrics import Metrics, RequestTimes
 from rvllm.telemetry.timing import ChunkTiming, RequestTiming, current
 from rvllm.text.processor import Choice, Delta
 
+MERGED = 64  # pieces that wait between choices and their writer
+
 
 @dataclass(slots=True)
 class Piece:
@@ -129,16 +131,16 @@ def _chunks(prefill: Sequence[PrefillChunk]) -> list[ChunkTiming]:
 
 async def merged(streams: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
     """Pieces of several streams in the order they come; the first failure ends all of them."""
-    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue(MERGED)
 
     async def pump(stream: AsyncGenerator[Piece, None]) -> None:
         try:
             async with aclosing(stream):
                 async for piece in stream:
-                    queue.put_nowait(piece)
-            queue.put_nowait(None)
+                    await queue.put(piece)
+            await queue.put(None)
         except Exception as error:
-            queue.put_nowait(error)
+            await queue.put(error)
 
     tasks = [asyncio.ensure_future(pump(stream)) for stream in streams]
     running = len(tasks)

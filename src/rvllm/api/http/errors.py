@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import msgspec
 
-from rvllm.errors import CapacityError, LimitError, RvllmError, UnavailableError, UsageError
+from rvllm.errors import CapacityError, LimitError, RvllmError, SlowClientError, UnavailableError, UsageError
 
 _TYPES = {
     401: "authentication_error",
@@ -89,6 +89,8 @@ def from_rvllm(error: RvllmError, fields: Collection[str] = ()) -> ApiError:
         word = message.partition(" ")[0].rstrip(":")
         code = "too_complex" if isinstance(error, LimitError) else None
         return invalid(message, word if re.split(r"[.\[]", word)[0] in fields else None, code)
+    if isinstance(error, SlowClientError):
+        return ApiError(408, message)
     if isinstance(error, UnavailableError):
         return busy(message)
     if isinstance(error, CapacityError):

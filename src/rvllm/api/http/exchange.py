@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import os
 import re
@@ -18,6 +17,8 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from rvllm.api.http.errors import ApiError, busy, from_rvllm
+from rvllm.api.http.keys import load_keys
+from rvllm.api.http.limits import BODY_RATE, BodyBudget
 from rvllm.config import ServerConfig
 from rvllm.errors import RvllmError
 from rvllm.telemetry.logs import event
@@ -25,7 +26,6 @@ from rvllm.telemetry.metrics import Metrics
 from rvllm.telemetry.timing import RecentTimings, RequestTiming, current
 from rvllm.telemetry.tracing import Tracer
 
-BODY_SECONDS = 60.0  # a client has this long to send its body
 FILE_CHUNK = 1 << 20  # bytes of a file that are sent at a time
 TIMING = b"x-rvllm-timing"  # a request with this header is told where its time went
 ERROR_SECONDS = 5.0  # and so long to take an error from us
@@ -42,6 +42,9 @@ class Exchange:
         self.status = 0  # 0 until the answer has begun
         self.streaming = False
         self.failure: Failure = openai_failure
+        self.budget = BodyBudget(1 << 62)
+        self.body_seconds = 60.0
+        self.body_bytes = 0  # that have come
         self._receive, self._send = receive, send
         given = self.header(b"x-request-id")
         self._shown_id = given if given and _CLIENT_ID.fullmatch(given) else self.request_id.encode()
@@ -70,25 +73,31 @@ class Exchange:
             headers=((b"connection", b"close"),),
         )
         length = self.header(b"content-length")
-        if length is not None and length.isdigit() and (len(length) > 18 or int(length) > limit):
-            raise too_large
+        if length is not None and length.isdigit():
+            if len(length) > 18 or int(length) > limit:
+                raise too_large
+            self.budget.check(int(length))
         chunks: list[bytes] = []
-        size = 0
+        began = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(BODY_SECONDS):
+            async with asyncio.timeout_at(began + self.body_seconds) as due:
                 while True:
                     message = await self._receive()
                     if message["type"] == "http.disconnect":
                         raise ClientGoneError
                     chunk = message.get("body", b"")
-                    size += len(chunk)
-                    if size > limit:
+                    if self.body_bytes + len(chunk) > limit:
                         raise too_large
+                    self.budget.take(len(chunk))
+                    self.body_bytes += len(chunk)
                     chunks.append(chunk)
                     if not message.get("more_body", False):
                         return b"".join(chunks)
+                    due.reschedule(began + self.body_seconds + self.body_bytes / BODY_RATE)
         except TimeoutError:
-            raise ApiError(408, "the body did not arrive in time") from None
+            raise ApiError(
+                408, "the body did not arrive in time (--body-timeout)", headers=((b"connection", b"close"),)
+            ) from None
 
     async def gone(self) -> None:
         """Returns when the client has closed the connection (after the body has been read)."""
@@ -209,8 +218,12 @@ class Gate:
     draining: bool = False
     timings: RecentTimings = field(default_factory=RecentTimings)
     tracer: Tracer | None = None
-    working: set[asyncio.Task[None]] = field(default_factory=set)
+    working: set[asyncio.Task[Any]] = field(default_factory=set)
     closing: list[Callable[[], None]] = field(default_factory=list)  # what to do once nothing works any more
+
+    def __post_init__(self) -> None:
+        self.budget = BodyBudget(int(self.config.max_inflight_mb * 1e6))
+        self.keys = load_keys(self.config)
 
     def cancel_all(self) -> None:
         """Cancels every request in work; their clients get an error."""
@@ -252,13 +265,19 @@ class Endpoint:
         """Answers one request; never raises but for cancellation by the HTTP server."""
         exchange = Exchange(scope, receive, send)
         exchange.failure = self._failure
+        exchange.budget, exchange.body_seconds = self._gate.budget, self._gate.config.body_timeout
         timing = RequestTiming(exchange.shown_id, self._path)
         current.set(timing)  # the server runs each request in a context of its own
         try:
-            await self._answer(exchange)
+            error = await self._answer(exchange)
         except ClientGoneError:
+            error = None
             exchange.status = 499  # nginx's word for it, in logs and metrics
-        except ApiError as error:
+        except ApiError as refused:
+            error = _bare(refused)
+        finally:
+            self._gate.budget.give(exchange.body_bytes)
+        if error is not None:
             with contextlib.suppress(TimeoutError):  # a client that does not read is hung up on
                 async with asyncio.timeout(ERROR_SECONDS):
                     await exchange.fail(error)
@@ -277,7 +296,8 @@ class Endpoint:
         event(level, "request", id=exchange.shown_id, path=self._path, status=exchange.status,
               seconds=timing.seconds)  # fmt: skip
 
-    async def _answer(self, exchange: Exchange) -> None:
+    async def _answer(self, exchange: Exchange) -> ApiError | None:
+        """Answers; returns the error with which the work ended."""
         if not self._open:
             self._check_key(exchange)
             if self._gate.draining:
@@ -286,6 +306,7 @@ class Endpoint:
         if exchange.scope["method"] == "POST":
             body = await self._body(exchange)
         work = asyncio.ensure_future(self._handle(exchange, body))
+        del body
         gone = asyncio.ensure_future(exchange.gone())
         self._gate.working.add(work)
         try:
@@ -303,7 +324,7 @@ class Endpoint:
             raise ClientGoneError
         if work.cancelled():
             raise busy("the server is shutting down")
-        work.result()
+        return work.result()
 
     async def _body(self, exchange: Exchange) -> bytes:
         config = self._gate.config
@@ -311,25 +332,30 @@ class Endpoint:
             return await exchange.body(int(config.max_file_mb * 1e6), b"multipart/form-data", "--max-file-mb")
         return await exchange.body(int(config.max_body_mb * 1e6))
 
-    async def _handle(self, exchange: Exchange, body: bytes) -> None:
+    async def _handle(self, exchange: Exchange, body: bytes) -> ApiError | None:
+        """Runs the handler; returns its error bare of frames.
+
+        A task, its exception and the frames in between form a cycle, which keeps the body and all that was
+        parsed from it until Python looks for cycles: refusals would cost more memory than answers.
+        """
         try:
             await self._handler(exchange, body)
         except RvllmError as error:
-            raise from_rvllm(error, self._fields) from None
-        except ApiError:
-            raise
+            return from_rvllm(error, self._fields)
+        except ApiError as error:
+            return _bare(error)
         except Exception:
             logging.getLogger("rvllm").exception("request %s failed", exchange.shown_id)
-            raise ApiError(500, f"internal error, see the server's log for {exchange.shown_id}") from None
+            return ApiError(500, f"internal error, see the server's log for {exchange.shown_id}")
+        return None
 
     def _check_key(self, exchange: Exchange) -> None:
-        key = self._gate.config.api_key
-        if key is None:
+        if not self._gate.keys:
             return
         scheme, _, given = (exchange.header(b"authorization") or b"").partition(b" ")
         if scheme.lower() != b"bearer":
             given = exchange.header(b"x-api-key") or b""  # Anthropic's clients
-        if not hmac.compare_digest(given.strip(), key.encode()):
+        if not self._gate.keys.accept(given.strip()):
             raise ApiError(
                 401,
                 "a valid key is required: Authorization: Bearer KEY",
@@ -338,7 +364,13 @@ class Endpoint:
             )
 
 
-async def _ended(task: Awaitable[None]) -> None:
+def _bare(error: ApiError) -> ApiError:
+    """The error without the frames that it came through."""
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    return error
+
+
+async def _ended(task: Awaitable[object]) -> None:
     """Waits for a task's end, whatever it is."""
     await asyncio.gather(task, return_exceptions=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from rvllm.api.http.errors import ApiError, invalid
+from rvllm.api.http.errors import invalid
 
 _BOUNDARY = re.compile(rb'boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))')
 _PARAMETER = re.compile(r'(?:^|;)\s*(name|filename)="((?:[^"\\]|\\.)*)"')
@@ -58,12 +58,3 @@ def _plain(filename: str) -> str:
     """A file's name without folders or control characters."""
     name = re.split(r"[/\\]", filename)[-1]
     return "".join(c for c in name if c.isprintable())[:255] or "file"
-
-
-def refuse_foreign(origin: bytes | None, site: bytes | None, host: bytes | None) -> None:
-    """Raises a 403 for a form from a web page of another site: browsers send those without asking us."""
-    foreign = site in (b"cross-site", b"same-site")
-    if origin is not None and origin.partition(b"://")[2] != (host or b""):
-        foreign = True
-    if foreign:
-        raise ApiError(403, "forms from pages of other sites are not taken")

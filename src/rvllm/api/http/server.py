@@ -7,12 +7,14 @@ import contextlib
 import logging
 import socket
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Protocol
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from rvllm.api.http.exchange import Gate
+from rvllm.api.http.limits import Connections, Limits
 from rvllm.api.http.listen import StopSignals, url_of
 from rvllm.api.http.protocol import BoundedHttp
 from rvllm.errors import UsageError
@@ -53,15 +55,16 @@ async def serve(
     started: called once connections are accepted. Raises UsageError when another process has begun to
     listen on the port meanwhile.
     """
+    limits = Limits.of(gate.config)
     config = uvicorn.Config(
         app,
-        http=BoundedHttp,
+        http=partial(BoundedHttp, limits=limits, connections=Connections(limits)),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=75,
+        timeout_keep_alive=int(limits.idle_seconds),
     )
     server, url = _Uvicorn(config), url_of(sock)
     serving = asyncio.ensure_future(server.serve([sock]))

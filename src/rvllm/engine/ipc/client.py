@@ -46,12 +46,14 @@ from rvllm.engine.ipc.messages import (
     Vocabulary,
 )
 from rvllm.engine.ipc.process import Launch
-from rvllm.errors import EngineDeadError, RvllmError, UsageError
+from rvllm.errors import EngineDeadError, RvllmError, SlowClientError, UsageError
 
 COMMAND = (sys.executable, "-m", "rvllm.engine.ipc.process")
 CLOSE_SECONDS = 5.0  # for the step in progress; after that the process is killed
 
-Stream = asyncio.Queue[Output | EngineDeadError]
+MAX_UNREAD = 4096  # outputs of a request that may wait to be taken
+
+Stream = asyncio.Queue[Output | EngineDeadError | SlowClientError]
 
 
 class EngineClient:
@@ -60,6 +62,7 @@ class EngineClient:
     def __init__(self, config: EngineConfig, progress: Callable[[float, str], None] | None = None) -> None:
         self.config = config
         self.ready: Ready  # set by `start`
+        self.max_unread = MAX_UNREAD
         self.process: subprocess.Popen[bytes] | None = None
         self._progress = progress
         self._loop = asyncio.get_running_loop()
@@ -159,7 +162,7 @@ class EngineClient:
             self._send(request)
             while not finished:
                 output = await stream.get()
-                if isinstance(output, EngineDeadError):
+                if not isinstance(output, Output):
                     raise output
                 finished = output.finish_reason is not None
                 yield output
@@ -243,7 +246,7 @@ class EngineClient:
             for output in message.outputs:
                 stream = self._streams.get(output.request_id)
                 if stream is not None:
-                    stream.put_nowait(output)
+                    self._hand_on(stream, output)
         elif isinstance(message, Stats):
             answer = self._stats.popleft()
             if not answer.done():
@@ -260,6 +263,18 @@ class EngineClient:
                 self._started.set_result(message)
         else:
             self._failed = message
+
+    def _hand_on(self, stream: Stream, output: Output) -> None:
+        """Puts an output where its reader finds it; one that has left too many there gets no more."""
+        if stream.qsize() < self.max_unread:
+            stream.put_nowait(output)
+            return
+        while not stream.empty():
+            stream.get_nowait()
+        stream.put_nowait(SlowClientError("the answer was not read as fast as it came (--max-unread-tokens)"))
+        del self._streams[output.request_id]
+        if self.alive and output.finish_reason is None:
+            self._send(Abort([output.request_id]))
 
     def _on_life(self) -> None:
         """The process's end of the socket is closed: it has ended, or is about to."""
