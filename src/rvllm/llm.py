@@ -83,7 +83,7 @@ class LLM:
             self._tokenizer = Tokenizer.load(path if tokenizer is None else resolve(tokenizer, source))
         with loading_bar() as loading:
             self.engine = EngineCore.from_config(self.config, loading)
-        self._requests = RequestMaker(self.engine.facts, self.config.seed)
+        self._requests = RequestMaker(self.engine.facts, self.config.seed, self._tokenizer)
         self._counter = 0
         self._grammars_ready = False
 

@@ -207,6 +207,6 @@ def _service(
         config,
         Metrics(name, {}),
         served_name=name,
-        requests=RequestMaker(engine.ready.facts, engine_config.seed),
+        requests=RequestMaker(engine.ready.facts, engine_config.seed, tokenizer),
         chat_template=template,
     )

@@ -225,7 +225,7 @@ async def _answer(
         config,
         metrics,
         served_name=name,
-        requests=RequestMaker(ready.facts, engine_config.seed),
+        requests=RequestMaker(ready.facts, engine_config.seed, tokenizer),
         chat_template=template,
         work=work,
         shown_settings=_shown_settings(engine_config, ready.backend),

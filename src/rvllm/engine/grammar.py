@@ -157,7 +157,7 @@ class Grammars:
     def _build(self, vocabulary: Vocabulary) -> LLTokenizer:
         from llguidance import LLTokenizer
 
-        eos = self._eos or vocabulary.eos_token_ids
+        eos = list(dict.fromkeys([*self._eos, *vocabulary.eos_token_ids]))
         return LLTokenizer(vocabulary.tokenizer, n_vocab=self._vocab_size, eos_token=eos)
 
     def begin(self, seq: Sequence, grammar: str) -> None:

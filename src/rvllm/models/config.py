@@ -150,11 +150,13 @@ class ModelConfig:
 
 
 def token_ids(config: ModelConfig, name: str) -> tuple[int, ...]:
-    """A field that holds one token id, a list of them, or nothing."""
+    """A field that holds one token id, a list of them, or nothing; -1 stands for none."""
     value = config.values.get(name)
     if value is None:
         return ()
-    ids = value if isinstance(value, list | tuple) else [value]
+    ids = [
+        entry for entry in (value if isinstance(value, list | tuple) else [value]) if entry not in (None, -1)
+    ]
     for entry in ids:
         if isinstance(entry, bool) or not isinstance(entry, int) or not 0 <= entry < MOST:
             raise config.fail(name, f"must be a token id or a list of them, got {_shown(value)}")

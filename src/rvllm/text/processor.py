@@ -90,6 +90,8 @@ class Choice:
             delta.abort_needed = output.finish_reason is None
         elif output.finish_reason is not None:
             delta.finish_reason, delta.stop_reason = output.finish_reason, output.stop_reason
+            if delta.stop_reason not in self._params.stop_token_ids:
+                delta.stop_reason = None  # an end of the model's own, which only its tokenizer names
             delta.error = output.error
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
         self.text += delta.text

@@ -32,11 +32,15 @@ _DEFAULTS = {  # generation_config.json's name: SamplingParams'
 class RequestMaker:
     """Makes the engine's messages for one loaded model. Requests without a seed get one drawn from `seed`.
 
+    tokenizer: its eos_token ends answers too, beside what the model's config and generation_config name.
     defaults: SamplingParams fields that the model's generation_config sets.
     """
 
-    def __init__(self, facts: ModelFacts, seed: int = 0) -> None:
+    def __init__(self, facts: ModelFacts, seed: int = 0, tokenizer: Tokenizer | None = None) -> None:
         self.facts = facts
+        eos = None if tokenizer is None else tokenizer.eos_token_id
+        if eos is not None and eos not in facts.eos_token_ids and eos < facts.vocab_size:
+            self.facts = msgspec.structs.replace(facts, eos_token_ids=[*facts.eos_token_ids, eos])
         self.defaults = sampling_defaults(facts)
         self._seeds = random.Random(seed)
 

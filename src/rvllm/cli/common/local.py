@@ -39,7 +39,7 @@ class LocalTalker:
         except BaseException:
             self._runner.close()
             raise
-        self._requests = RequestMaker(self._engine.ready.facts, config.seed)
+        self._requests = RequestMaker(self._engine.ready.facts, config.seed, self._tokenizer)
         ready = self._engine.ready
         print(f"{config.model} on {ready.backend}, loaded in {ready.load_seconds:.1f} s", file=sys.stderr)
 

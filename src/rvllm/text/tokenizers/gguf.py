@@ -6,6 +6,7 @@ The text is handed to the merges as it stands: a GGUF file names no Unicode norm
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,12 @@ from rvllm.errors import ModelError
 from rvllm.text.chat.fim import GGUF_ENDS, GGUF_MARKS
 from rvllm.text.tokenizers.pretokenizers import DEFAULT, PRE_TOKENIZERS, PreTokenizer
 from rvllm.text.tokenizers.tokenizer import DEFAULT_TEMPLATE, TokenizerParts, built, byte_piece, frame
+from rvllm.weights.gguf.end_tokens import spelled_ends
 
 if TYPE_CHECKING:
     import tokenizers
 
+_log = logging.getLogger(__name__)
 KEY = "tokenizer.ggml."
 CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
@@ -249,8 +252,17 @@ def _wordpiece(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> t
 
 
 def _types(metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:
+    """The type of each token; one whose spelling says that it ends something is a control token."""
     types = [int(kind) for kind in metadata.get(KEY + "token_type", ())]
-    return types if len(types) == len(tokens) else [1] * len(tokens)
+    if len(types) != len(tokens):
+        types = [1] * len(tokens)
+    for index in spelled_ends(tokens):
+        if types[index] != CONTROL:
+            _log.info(
+                "%r is typed %d in the file, and taken for a control token", tokens[index], types[index]
+            )
+            types[index] = CONTROL
+    return types
 
 
 def _special_tokens(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from rvllm.text.tokenizers.tokenizer import DEFAULT_TEMPLATE, TokenizerParts, bu
 if TYPE_CHECKING:
     import tokenizers
 
+_log = logging.getLogger(__name__)
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -46,8 +48,11 @@ def read_directory(path: Path) -> TokenizerParts:
         )
     backend.no_padding()
     backend.no_truncation()
-    special = named | _special_tokens(config, _read_json(path / "special_tokens_map.json"))
-    _complete(backend, config, special)
+    extra = _read_json(path / "special_tokens_map.json")
+    special = named | _special_tokens(config, extra)
+    _complete(backend, _with_added(config, _read_json(path / "added_tokens.json")), special)
+    _add_more(backend, config, extra)
+    _check_ids(backend, special, path)
     return TokenizerParts(backend, str(path), special, _chat_templates(path, config))
 
 
@@ -110,6 +115,39 @@ def _complete(backend: tokenizers.Tokenizer, config: dict[str, Any], special: di
     known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     missing = [t for t in special.values() if t not in known and backend.token_to_id(t) is not None]
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in missing])
+
+
+def _with_added(config: dict[str, Any], added: dict[str, Any]) -> dict[str, Any]:
+    """The config with the tokens of added_tokens.json, where older checkpoints keep them: content to id."""
+    declared = config.get("added_tokens_decoder") or {}
+    if not added or not isinstance(declared, dict):
+        return config
+    older = {str(index): {"content": token} for token, index in added.items() if isinstance(index, int)}
+    return {**config, "added_tokens_decoder": {**older, **declared}}
+
+
+def _add_more(backend: tokenizers.Tokenizer, *sources: dict[str, Any]) -> None:
+    """Makes special the tokens that `additional_special_tokens` and `extra_special_tokens` name."""
+    from tokenizers import AddedToken
+
+    names: list[str] = []
+    for source in sources:
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            value = source.get(key) or ()
+            entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+            names += [text for entry in entries if (text := _text_of(entry)) is not None]
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}  # with their own flags
+    missing = [n for n in dict.fromkeys(names) if n not in known and backend.token_to_id(n) is not None]
+    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in missing])
+
+
+def _check_ids(backend: tokenizers.Tokenizer, special: dict[str, str], path: Path) -> None:
+    """Tells of named tokens that the vocabulary lacks. Raises ModelError where that is the end token."""
+    for name, token in list(special.items()):
+        if backend.token_to_id(token) is None:
+            if name == "eos_token":
+                raise ModelError(f"{path}: eos_token is {token!r}, which is no token of the vocabulary")
+            _log.warning("%s: %s is %r, which is no token of the vocabulary", path, name, token)
 
 
 def _chat_templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
