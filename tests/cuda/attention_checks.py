@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from harness import Array, Gpu, error, expect, rounded
+from harness import BF16, Array, Gpu, error, expect, rounded
 
 from rvllm.backends.cpu.reference import ops
-from rvllm.backends.cuda.ops.attention.plan import plan_decode, plan_prefill, prefill_tiles, table_stride
+from rvllm.backends.cuda.device.driver import TensorMap
+from rvllm.backends.cuda.ops.attention.plan import (
+    plan_decode,
+    plan_prefill,
+    plan_prefill_sm90,
+    prefill_tiles,
+    table_stride,
+)
 from rvllm.program.dtypes import DType
 
 BLOCK = 16
@@ -58,6 +65,14 @@ class Cache:
         self.tables = gpu.array(tables)
         self.k_cache, self.v_cache = gpu.array(store[0].astype(dtype)), gpu.array(store[1].astype(dtype))
 
+    def maps(self) -> list[TensorMap]:
+        """Tensor maps of keys and values, in boxes of a block and 64 columns."""
+        rows, dim = self.num_blocks * self.shape.kv_heads * BLOCK, self.shape.dim
+        return [
+            TensorMap.matrix(a.address, rows, dim, 2 * dim, BLOCK, 64, self.dtype == BF16)
+            for a in (self.k_cache, self.v_cache)
+        ]
+
 
 def scale_of(shape: Shape) -> float:
     return float(np.float32(1.7 / np.sqrt(shape.dim)))
@@ -103,9 +118,11 @@ def prefill(
 ) -> list[np.ndarray]:  # fmt: skip
     """attn_prefill of per-sequence queries [n, heads, dim] that end at kv_lens; not the first `first`."""
     shape = cache.shape
-    plan = plan_prefill(
-        DType.parse(cache.dtype.name), shape.dim, smem_per_block=101376 if small else gpu.facts.smem_per_block
-    )
+    dtype, plan = DType.parse(cache.dtype.name), None
+    if gpu.facts.capability == 90 and not (small or shape.soft_cap):
+        plan = plan_prefill_sm90(dtype, shape.dim, sm_count=gpu.facts.sm_count)
+    if plan is None:
+        plan = plan_prefill(dtype, shape.dim, smem_per_block=101376 if small else gpu.facts.smem_per_block)
     lens = np.array([len(x) for x in q], np.int32)
     offsets = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
     width = shape.heads * shape.dim
@@ -114,10 +131,16 @@ def prefill(
     rows[:, :width] = np.concatenate(q).reshape(-1, width)
     out = gpu.empty((int(offsets[-1]), width), cache.dtype)
     tiles = prefill_tiles(lens, kv_lens.astype(np.int32), first, shape.group, plan.rows)
-    args = [out, gpu.array(rows.astype(cache.dtype)), cache.k_cache, cache.v_cache, cache.tables,
-            gpu.array(slots, np.int32), gpu.array(kv_lens, np.int32), gpu.array(offsets), gpu.array(tiles),
-            *common(shape, cache, pitch, width)]  # fmt: skip
-    gpu.launch(plan.kernel, (len(tiles), shape.kv_heads), plan.block, args, plan.smem)
+    seqs = [cache.tables, gpu.array(slots, np.int32), gpu.array(kv_lens, np.int32), gpu.array(offsets)]
+    queries, numbers = gpu.array(rows.astype(cache.dtype)), common(shape, cache, pitch, width)
+    if plan.persistent:
+        *pitches, _, window = numbers
+        args = [out, queries, *cache.maps(), *seqs, gpu.array(tiles), gpu.array([len(tiles)], np.int32),
+                *pitches, window]  # fmt: skip
+        gpu.launch(plan.kernel, plan.persistent, plan.block, args, plan.smem)
+    else:
+        args = [out, queries, cache.k_cache, cache.v_cache, *seqs, gpu.array(tiles), *numbers]
+        gpu.launch(plan.kernel, (len(tiles), shape.kv_heads), plan.block, args, plan.smem)
     result = out.get().astype(np.float32)
     assert np.isnan(result[: offsets[first]]).all(), "rows of decodes were written by prefill"
     parts = np.split(result, offsets[1:-1])

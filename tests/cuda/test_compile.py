@@ -40,7 +40,8 @@ CHOSEN = {
                "sm80_bf16_gemm_pack_f32", "sm80_stream_read", "sm80_begin_step", "sm90_bf16_gemm_split_n8",
                "sm80_bf16_rope_kv_rms", "sm80_bf16_norm_add_norm", "sm80_bf16_gated_clamped",
                "sm80_bf16_state_scan_s128_conv", "sm80_bf16_scan_keep", "sm80_bf16_causal_conv_k4_silu",
-               "sm80_bf16_text_attn_d64", "sm80_bf16_pool", "sm80_bf16_attn_decode_sparse_d128"},
+               "sm80_bf16_text_attn_d64", "sm80_bf16_pool", "sm80_bf16_attn_decode_sparse_d128",
+               "sm90_bf16_attn_prefill_d128"},
 }  # fmt: skip
 
 

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rvllm.backends.base import SamplingSpec, SlotStart
-from rvllm.backends.cuda.ops.attention.plan import plan_decode, plan_prefill, prefill_tiles, table_stride
+from rvllm.backends.cuda.ops.attention.plan import (
+    plan_decode,
+    plan_prefill,
+    plan_prefill_sm90,
+    prefill_tiles,
+    table_stride,
+)
 from rvllm.backends.cuda.ops.sampling.slots import (
     HISTORY,
     MAX_BIASES,
@@ -18,7 +24,7 @@ from rvllm.backends.cuda.ops.sampling.slots import (
     pack_starts,
 )
 from rvllm.errors import MissingKernelError, UsageError
-from rvllm.kernels.attention.specs import HEAD_DIMS
+from rvllm.kernels.attention.specs import HEAD_DIMS, PREFILL_SM90_DIMS
 from rvllm.kernels.rowwise.specs import norm_kernel
 from rvllm.program.dtypes import DType
 
@@ -42,6 +48,15 @@ def test_plans_fit_the_gpu(dim: int, smem: int) -> None:
         assert plan.smem + 1024 <= smem and plan.grid >= 1 and plan.block == 128
     prefill = plan_prefill(DType.F16, dim, smem_per_block=smem)
     assert prefill.smem <= smem and prefill.block == prefill.rows * 2
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_the_hopper_kernel_fits_and_cuts_rows_as_the_other_does(dim: int) -> None:
+    plan = plan_prefill_sm90(DType.BF16, dim, sm_count=132)
+    assert (plan is None) == (dim not in PREFILL_SM90_DIMS)
+    if plan is not None:
+        assert plan.smem <= H100 and plan.persistent == 132
+        assert plan.rows == plan_prefill(DType.BF16, dim, smem_per_block=H100).rows
 
 
 def test_unknown_head_size_is_named() -> None:

@@ -1,17 +1,21 @@
 """Every op of a program resolves to kernels of the manifest, for every step size; no GPU needed."""
 
+import ctypes
+import re
 from dataclasses import dataclass, replace
 
 import pytest
 
 from rvllm.backends.cuda.device.catalog import select
 from rvllm.backends.cuda.device.driver import DeviceFacts
+from rvllm.backends.cuda.device.launches import Counts, MatrixMap, Planned
 from rvllm.backends.cuda.layout.fusion import Stage, fuse
 from rvllm.backends.cuda.layout.memory import Budget, MemoryPlan
 from rvllm.backends.cuda.lowering import EMITTERS, FAMILIES, LOWERED, refuse_unknown
 from rvllm.backends.cuda.step_planner import StepPlanner
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, MissingKernelError
+from rvllm.kernels import build
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
@@ -23,6 +27,13 @@ QWEN_7B = {
     "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
     "max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
     "hidden_act": "silu",
+}  # fmt: skip
+GEMMA_27B = {
+    "architectures": ["Gemma2ForCausalLM"], "hidden_size": 4608, "intermediate_size": 36864,
+    "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128,
+    "vocab_size": 256000, "max_position_embeddings": 8192, "rope_theta": 1e4, "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 144, "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
 }  # fmt: skip
 H100 = DeviceFacts("H100", 90, 132, 80 << 30, 50 << 20, 232448)
 A100 = DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912)
@@ -45,6 +56,47 @@ def test_a_7b_resolves_to_one_kernel_each(facts: DeviceFacts, dtype: DType) -> N
     specs, missing = select(names, facts.capability)
     assert not missing
     assert {s.name for s in specs} == set(names)
+
+
+def kinds(planned: Planned) -> list[str]:
+    """Of each parameter of a launch what C++ would call it."""
+    names = {int: "pointer", MatrixMap: "map", ctypes.c_int: "int", ctypes.c_float: "float"}
+    return [names[type(parameter)] for parameter in planned.parameters]
+
+
+def declared(source: str, kernel: str) -> list[str]:
+    """The same of the parameters that a kernel's source declares."""
+    text = (build.SOURCES / source).read_text()
+    found = re.search(rf"\n{kernel}\((.*?)\) {{", text, re.DOTALL)
+    assert found, kernel
+    kinds = []
+    for parameter in found[1].split(","):
+        words = parameter.split()
+        pointer = any("*" in word for word in words)
+        kinds.append("pointer" if pointer else "map" if "TensorMap" in words else words[0])
+    return kinds
+
+
+def prompts(given: Program, facts: DeviceFacts) -> list[Planned]:
+    """The launches of prefill attention in a step of 4,096 tokens."""
+    planned = planner(given, facts, EngineConfig()).body(4096)
+    return [p for p in planned if "attn_prefill" in p.kernel]
+
+
+def test_hopper_computes_prompts_by_wgmma_where_it_can() -> None:
+    planned = prompts(program(), H100)
+    assert {p.kernel for p in planned} == {"sm90_bf16_attn_prefill_d128"} and len(planned) == 28
+    assert kinds(planned[0]) == declared("attention/prefill_sm90.cu", "attn_prefill_sm90")
+    assert planned[0].grid(Counts(4096, 256, 0)) == (132, 1, 1)
+    for facts in (A100, L40):
+        (one, *_) = prompts(program(), facts)
+        assert one.kernel.startswith("sm80_bf16_attn_prefill_d128")
+        assert kinds(one) == declared("attention/prefill.cu", "attn_prefill")
+
+
+def test_capped_logits_keep_the_older_kernel_for_prompts() -> None:
+    capped = build_program(ModelConfig(GEMMA_27B, "test config"), DType.BF16)
+    assert {p.kernel for p in prompts(capped, H100)} == {"sm80_bf16_attn_prefill_d128"}
 
 
 def test_fusing_leaves_eight_launches_a_layer() -> None:

@@ -9,6 +9,7 @@ from rvllm.backends.cuda.layout.metadata import (
     NUM_DECODES,
     NUM_SAMPLES,
     NUM_SEQS,
+    NUM_TILES,
     NUM_TOKENS,
     Layout,
     SampledRows,
@@ -53,6 +54,7 @@ def test_pack_reads_back(query_lens: list[int]) -> None:
     )
     assert header[NUM_BLOCK_UPDATES] == 5
     assert header[NUM_DECODES] == query_lens.count(1)
+    assert header[NUM_TILES] == 2
     positions = [s + i for s, n in zip(starts, query_lens, strict=True) for i in range(n)]
     slots = [int(s) for s, n in zip(given.slots, query_lens, strict=True) for _ in range(n)]
     assert read(layout.token_ids, sum(query_lens)) == [int(t) for t in given.tokens]

@@ -104,12 +104,9 @@ __device__ __forceinline__ void tile_soft_cap(float (&s)[8][4], float scale, flo
     }
 }
 
-// Scores to weights relative to the tile's own maximum. c: factor to base-2 logits. Out: m, the maximum in
-// base-2 units; l, the sum of weights; p, the weights as mma's A fragments, four steps of 16 positions. Without
-// `upper` rows 8 to 15 are not wanted and get no weight.
-template <typename T>
-__device__ __forceinline__ void tile_softmax(float (&s)[8][4], u32 (&p)[4][4], float c, float (&m)[2], float (&l)[2],
-                                             bool upper = true) {
+// Scores to weights relative to the tile's own maximum, in place. c: factor to base-2 logits. Out: m, the maximum in
+// base-2 units; l, the sum of weights. Without `upper` rows 8 to 15 are not wanted and get no weight.
+__device__ __forceinline__ void tile_weights(float (&s)[8][4], float c, float (&m)[2], float (&l)[2], bool upper = true) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     if (h == 1 && !upper) {
@@ -136,6 +133,11 @@ __device__ __forceinline__ void tile_softmax(float (&s)[8][4], u32 (&p)[4][4], f
     sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 1));
     l[h] = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 2));
   }
+}
+
+// Weights as mma's A fragments, four steps of 16 positions.
+template <typename T>
+__device__ __forceinline__ void pack_weights(const float (&s)[8][4], u32 (&p)[4][4]) {
 #pragma unroll
   for (int j = 0; j < 4; j++) {
     p[j][0] = pack2<T>(s[2 * j][0], s[2 * j][1]);
@@ -143,6 +145,13 @@ __device__ __forceinline__ void tile_softmax(float (&s)[8][4], u32 (&p)[4][4], f
     p[j][2] = pack2<T>(s[2 * j + 1][0], s[2 * j + 1][1]);
     p[j][3] = pack2<T>(s[2 * j + 1][2], s[2 * j + 1][3]);
   }
+}
+
+template <typename T>
+__device__ __forceinline__ void tile_softmax(float (&s)[8][4], u32 (&p)[4][4], float c, float (&m)[2], float (&l)[2],
+                                             bool upper = true) {
+  tile_weights(s, c, m, l, upper);
+  pack_weights<T>(s, p);
 }
 
 // x = p v, sixteen columns at a time: take(g, x) gets columns 16 g + 8 i in x[i], laid out like scores.

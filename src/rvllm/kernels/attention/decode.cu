@@ -81,19 +81,6 @@ __device__ __forceinline__ u32 dynamic_shared_bytes() {
   return bytes;
 }
 
-// Asks for a tile's lines to be brought to L2.
-template <typename T, int D>
-__device__ __forceinline__ void prefetch(const T* cache, const Tile& t, int head, int kv_heads, int lane) {
-  if (t.empty()) return;
-#pragma unroll
-  for (int b = 0; b < TILE / KV_BLOCK; b++) {
-    if (b * KV_BLOCK >= t.hi || (b + 1) * KV_BLOCK <= t.lo) continue;
-    const T* const source = cache + ((size_t)t.block(b) * kv_heads + head) * (KV_BLOCK * D);
-    for (int line = lane; line < KV_BLOCK * D * 2 / 128; line += 32)
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(source + line * 64));
-  }
-}
-
 // Fetches the newest position's row, which the predecessor has just written to the cache.
 template <typename T, int D>
 __device__ __forceinline__ void fetch_newest(T* buffer, const T* cache, const Tile& t, int head, int kv_heads, int lane) {
@@ -184,10 +171,7 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
   Item item = item_of(begin, prefix, kv_lens, seqs, parts, window);
   Tile tile = tile_of(item, warp, tables, table_stride, slots, group, sight);
   fetch<T, DK>(buffer, k_cache, tile, item.head, kv_heads, tile.newest, lane);
-  if (separate)
-    fetch<T, DV>(values, v_cache, tile, item.head, kv_heads, tile.newest, lane);
-  else
-    prefetch<T, DV>(v_cache, tile, item.head, kv_heads, lane);
+  if (separate) fetch<T, DV>(values, v_cache, tile, item.head, kv_heads, tile.newest, lane);
   griddep_wait();
   fetch_queries(item);
   fetch_newest<T, DK>(buffer, k_cache, tile, item.head, kv_heads, lane);
@@ -218,7 +202,6 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
       __syncwarp();
       if (!separate) fetch<T, DV>(buffer, v_cache, tile, item.head, kv_heads, -1, lane);
       cp_async_commit();
-      if (more) prefetch<T, DK>(k_cache, next_tile, next.head, kv_heads, lane);
       if (soft_cap > 0.f) tile_soft_cap(s, scale, soft_cap);
       const int lo[2] = {tile.lo, tile.lo}, hi[2] = {tile.hi - 1, tile.hi - 1};
       if (tile.lo > 0 || tile.hi < TILE) tile_mask(s, lo, hi, lane);
@@ -238,7 +221,6 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
           x[2 * g + 1][i] = r[1][i];
         }
       });
-      if (more) prefetch<T, DV>(v_cache, next_tile, next.head, kv_heads, lane);
       __syncwarp();
 #pragma unroll
       for (int n = 0; n < DV / 8; n++) {  // results go where the values were

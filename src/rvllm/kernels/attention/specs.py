@@ -8,6 +8,8 @@ from rvllm.kernels.types import SHORT, TYPES
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 256)
 DECODE_SEQS = 2048  # sequences a launch of attn_decode can list
+PREFILL_SM90_DIMS = (64, 96, 128)  # head sizes of attn_prefill_sm90
+PREFILL_SM90_ROWS, PREFILL_SM90_THREADS = 128, 384
 _PAD = 8  # elements after each row of a tile, as in attention/attention.cuh
 _TILE = 64
 
@@ -29,6 +31,20 @@ def prefill_rows(head_dim: int, small: bool) -> int:
 def prefill_smem(head_dim: int, rows: int) -> int:
     """Dynamic shared memory of attn_prefill in bytes."""
     return 2 * (rows + 2 * _TILE) * (head_dim + _PAD) + 4 * rows * head_dim
+
+
+def prefill_sm90_smem(head_dim: int) -> int:
+    """Dynamic shared memory of attn_prefill_sm90 in bytes, as its Layout."""
+    halves, barriers, limit = -(-head_dim // 64), 256, 232448
+    stage, rows = halves * _TILE * 128, PREFILL_SM90_ROWS * (halves * 128 + 4 * head_dim)
+    stages = min(6, (limit - barriers - rows) // (2 * stage))
+    return 2 * stages * stage + rows + barriers
+
+
+def prefill_sm90_kernel(dtype: str, head_dim: int) -> str | None:
+    """The prefill attention kernel for Hopper with heads of that size, where there is one."""
+    name = f"sm90_{SHORT[dtype]}_attn_prefill_d{head_dim}"
+    return name if name in _BY_NAME else None
 
 
 def decode_kernel(dtype: str, head_dim: int, smem_per_block: int) -> str:
@@ -81,7 +97,20 @@ def _attention(dtype: str, dim: int) -> list[KernelSpec]:
     return specs
 
 
+def _sm90(dtype: str, dim: int) -> KernelSpec:
+    return KernelSpec(
+        name=f"sm90_{SHORT[dtype]}_attn_prefill_d{dim}",
+        source="attention/prefill_sm90.cu",
+        symbol=f"attn_prefill_sm90<{TYPES[dtype]}, {dim}>",
+        arch=90,
+        exact=True,
+        smem=prefill_sm90_smem(dim),
+        static_smem=0,
+        unit=f"{SHORT[dtype]}_d{dim}",
+    )
+
+
 SPECS: list[KernelSpec] = [
     spec for dtype in ("bfloat16", "float16") for dim in HEAD_DIMS for spec in _attention(dtype, dim)
-]
+] + [_sm90(dtype, dim) for dtype in ("bfloat16", "float16") for dim in PREFILL_SM90_DIMS]
 _BY_NAME = {spec.name: spec for spec in SPECS}

@@ -1,4 +1,5 @@
-// wgmma: d[64 x N] (+)= a[64 x 16] b[N x 16]^T, both operands in shared memory, float32 sums (sm_90a).
+// wgmma: d[64 x N] (+)= a[64 x 16] b[N x 16]^T, a in shared memory or in registers, b in shared memory, float32
+// sums (sm_90a).
 //
 // Thread i of the warpgroup holds, in d[4 * j + e], row 16 * (i / 32) + (i % 32) / 4 + 8 * (e / 2) and
 // column 8 * j + 2 * (i % 4) + e % 2 (PTX ISA, "Register fragments for wgmma.mma_async.m64nNk16").
@@ -15,6 +16,15 @@ RVLLM_PTX u64 wgmma_operand(u32 addr) {
   constexpr u32 SWIZZLE_128B = 1u << 30, GROUP_STRIDE = 1024 >> 4, UNUSED_LEADING = 1u << 16;  // the first two: high word
   u64 operand;
   asm("mov.b64 %0, {%1, %2};" : "=l"(operand) : "r"(UNUSED_LEADING | (addr & 0x3FFFF) >> 4), "n"(SWIZZLE_128B | GROUP_STRIDE));
+  return operand;
+}
+// An operand that is stored along its other dimension ("MN-major"): rows are steps of K and hold 64 elements of N
+// (128 bytes, swizzled as above). The next 64 elements of N lie `leading` bytes further, the next 8 rows 1024.
+// `addr`: 1024-byte aligned plus 2048 for each step of 16 along K.
+RVLLM_PTX u64 wgmma_operand_mn(u32 addr, u32 leading) {
+  constexpr u32 SWIZZLE_128B = 1u << 30, GROUP_STRIDE = 1024 >> 4;
+  u64 operand;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(operand) : "r"(leading >> 4 << 16 | (addr & 0x3FFFF) >> 4), "n"(SWIZZLE_128B | GROUP_STRIDE));
   return operand;
 }
 RVLLM_PTX void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -75,4 +85,26 @@ RVLLM_WGMMA_BOTH(128, RVLLM_R64, "64", "65", "66", RVLLM_F64(0))
 RVLLM_WGMMA_BOTH(160, RVLLM_R80, "80", "81", "82", RVLLM_F64(0), RVLLM_F16(64))
 RVLLM_WGMMA_BOTH(192, RVLLM_R96, "96", "97", "98", RVLLM_F64(0), RVLLM_F32(64))
 RVLLM_WGMMA_BOTH(256, RVLLM_R128, "128", "129", "130", RVLLM_F64(0), RVLLM_F64(64))
+
+// wgmma_rs<N, T, MN>(d, a, b, keep): a in registers, laid out for each warp as the A operand of mma.m16n8k16 is.
+// MN: b is an operand of wgmma_operand_mn, else of wgmma_operand.
+#define RVLLM_WGMMA_RS(N, TYPE, NAME, MN, REGS, A, B, KEEP, ...)                                              \
+  template <>                                                                                               \
+  RVLLM_PTX void wgmma_rs<N, TYPE, MN>(float (&d)[N / 2], const u32 (&a)[4], u64 b, u32 keep) {              \
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" KEEP ", 0;\n\t"                                   \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" REGS                    \
+                 "}, {" A "}, %" B ", p, 1, 1, " #MN ";\n\t}"                                               \
+                 : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));            \
+  }
+#define RVLLM_WGMMA_RS_ALL(N, REGS, A, B, KEEP, ...)                \
+  RVLLM_WGMMA_RS(N, bf16, "bf16", 0, REGS, A, B, KEEP, __VA_ARGS__) \
+  RVLLM_WGMMA_RS(N, bf16, "bf16", 1, REGS, A, B, KEEP, __VA_ARGS__) \
+  RVLLM_WGMMA_RS(N, f16, "f16", 0, REGS, A, B, KEEP, __VA_ARGS__)   \
+  RVLLM_WGMMA_RS(N, f16, "f16", 1, REGS, A, B, KEEP, __VA_ARGS__)
+
+template <int N, class T, int MN>
+RVLLM_PTX void wgmma_rs(float (&d)[N / 2], const u32 (&a)[4], u64 b, u32 keep);
+RVLLM_WGMMA_RS_ALL(64, RVLLM_R32, "%32,%33,%34,%35", "36", "37", RVLLM_F32(0))
+RVLLM_WGMMA_RS_ALL(96, RVLLM_R48, "%48,%49,%50,%51", "52", "53", RVLLM_F32(0), RVLLM_F16(32))
+RVLLM_WGMMA_RS_ALL(128, RVLLM_R64, "%64,%65,%66,%67", "68", "69", RVLLM_F64(0))
 }  // namespace rvllm::ptx

@@ -53,3 +53,4 @@ class Shape:
     table_stride: int
     history_stride: int
     mask_words: int
+    kv_blocks: int

@@ -158,6 +158,7 @@ def shape_of(program: Program, plan: MemoryPlan) -> Shape:
         table_stride=plan.table_stride,
         history_stride=StateSizes(plan.seqs, program.vocab_size).history_stride,
         mask_words=-(-program.vocab_size // 32),
+        kv_blocks=plan.num_blocks,
     )
 
 

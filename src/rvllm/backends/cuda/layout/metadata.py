@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from rvllm.backends.base import StepBatch
 
 HEADER_WORDS = 16
-NUM_TOKENS, NUM_SEQS, NUM_SAMPLES, NUM_BLOCK_UPDATES, NUM_DECODES = range(5)
+NUM_TOKENS, NUM_SEQS, NUM_SAMPLES, NUM_BLOCK_UPDATES, NUM_DECODES, NUM_TILES = range(6)
 
 
 @dataclass(frozen=True)
 class Layout:
     """Word offsets of each array for steps of up to `tokens` tokens, `seqs` sequences and `samples` rows.
 
-    header [16]: token, sequence, sample, block-update and decode counts.
+    header [16]: token, sequence, sample, block-update, decode and tile counts.
     token_ids, positions, token_slots [tokens]: per row of the flat batch; id -1 is the slot's last sample.
     seq_slots, kv_lens [seqs], query_offsets [seqs + 1]: per sequence; kv_len counts this step's tokens too.
     sample_rows, sample_slots, mask_rows [samples]: the rows whose logits are wanted, the slot that draws from
@@ -115,7 +115,7 @@ class Layout:
         header[:] = 0
         header[NUM_TOKENS], header[NUM_SEQS], header[NUM_SAMPLES] = tokens, seqs, samples
         header[NUM_BLOCK_UPDATES] = len(updates)
-        header[NUM_DECODES] = leading_decodes(batch.query_lens)
+        header[NUM_DECODES], header[NUM_TILES] = leading_decodes(batch.query_lens), len(tiles)
         _put(out, self.token_ids, batch.tokens)
         offsets = out[self.query_offsets : self.query_offsets + seqs + 1]
         offsets[0] = 0

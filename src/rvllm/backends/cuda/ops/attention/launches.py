@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rvllm.backends.cuda.device.info import DeviceInfo
-from rvllm.backends.cuda.device.launches import fixed
-from rvllm.backends.cuda.layout.metadata import NUM_DECODES, NUM_TOKENS
-from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan, decode_of, plan_prefill
+from rvllm.backends.cuda.device.launches import MatrixMap, fixed
+from rvllm.backends.cuda.layout.metadata import NUM_DECODES, NUM_TILES, NUM_TOKENS
+from rvllm.backends.cuda.ops.attention.plan import BLOCK, DecodePlan, PrefillPlan, decode_of, prefill_of
 from rvllm.backends.cuda.ops.family import Emitter, PagedPlans
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.encoder.specs import sparse_kernel
@@ -36,7 +36,7 @@ def _decode(op: Op, dtype: DType, chip: DeviceInfo, seqs: int, longest: int, blo
 
 def _prefill(op: Op, dtype: DType, chip: DeviceInfo) -> PrefillPlan:
     assert isinstance(op, Attention | BlockSparseAttention)
-    plan = plan_prefill(dtype, op.head_dim, smem_per_block=chip.smem_per_block)
+    plan = prefill_of(op, dtype, chip)
     if isinstance(op, BlockSparseAttention):
         plan = replace(plan, kernel=sparse_kernel(plan.kernel, op.head_dim))
     return plan
@@ -121,7 +121,18 @@ def _attention(to: Lowering, stage: Stage) -> None:
     )
     places = (to.at.buffers[op.out.name], to.at.buffers[op.qkv.name], *to.at.caches[op.cache.name])
     seqs = ctypes.c_int(to.layout.seqs)
-    attend(to, stage.name, op, places, numbers, one=(seqs, *sight), several=sight, heads=op.kv_heads)
+    rows, bf16 = to.shape.kv_blocks * op.kv_heads * BLOCK, to.dtype is DType.BF16
+    attend(
+        to,
+        stage.name,
+        op,
+        places,
+        numbers,
+        one=(seqs, *sight),
+        several=sight,
+        heads=op.kv_heads,
+        maps=[MatrixMap(at, rows, op.head_dim, BLOCK, 64, bf16) for at in to.at.caches[op.cache.name]],
+    )
 
 
 def attend(
@@ -134,14 +145,16 @@ def attend(
     one: Sequence[object],
     several: Sequence[object] = (),
     heads: int = 1,
+    maps: Sequence[MatrixMap] = (),
 ) -> None:
     """Attention over the paged cache: a launch for single tokens, and one for longer runs of them.
 
     op: whose plans these are. places: addresses of the result, the queries and the cache. numbers: what both
     kernels are told; behind that comes what only the first is, `one`, and what only the second is, `several`.
-    heads: blocks of each tile.
+    heads: blocks of each tile. maps: of the cache, for a persistent prefill kernel, which is told of no cap.
     """
-    shared = (*places, to.at.tables, to.meta(to.layout.seq_slots), to.meta(to.layout.kv_lens))
+    seqs = (to.at.tables, to.meta(to.layout.seq_slots), to.meta(to.layout.kv_lens))
+    shared: tuple[object, ...] = (*places, *seqs)
     decode = to.decode[op.name]
     to.plan(
         name,
@@ -157,21 +170,29 @@ def attend(
         smem=decode.smem,
         why="sequences with one token",
     )
-    if to.prefill is not None:
-        prefill = to.prefill[op.name]
-        to.plan(
-            name,
-            prefill.kernel,
-            fixed(to.layout.tiles, heads),
-            prefill.block,
-            *shared,
-            to.meta(to.layout.query_offsets),
-            to.meta(to.layout.tile_list),
-            *numbers,
-            *several,
-            smem=prefill.smem,
-            why="sequences with several tokens",
-        )
+    if to.prefill is None:
+        return
+    prefill = to.prefill[op.name]
+    tiles = [to.meta(to.layout.query_offsets), to.meta(to.layout.tile_list)]
+    grid = fixed(to.layout.tiles, heads)
+    if prefill.persistent:
+        out, queries, *_ = places
+        *pitches, _, window = numbers
+        shared, numbers = (out, queries, *maps, *seqs), (*pitches, window)
+        tiles.append(to.meta(NUM_TILES))
+        grid = fixed(min(prefill.persistent, to.layout.tiles * heads))
+    to.plan(
+        name,
+        prefill.kernel,
+        grid,
+        prefill.block,
+        *shared,
+        *tiles,
+        *numbers,
+        *several,
+        smem=prefill.smem,
+        why="sequences with several tokens",
+    )
 
 
 EMITTERS: dict[type[Op], Emitter] = {

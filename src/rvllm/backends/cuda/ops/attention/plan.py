@@ -14,10 +14,14 @@ from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.attention.specs import (
     DECODE_SEQS,
+    PREFILL_SM90_ROWS,
+    PREFILL_SM90_THREADS,
     decode_kernel,
     decode_smem,
     prefill_kernel,
     prefill_rows,
+    prefill_sm90_kernel,
+    prefill_sm90_smem,
     prefill_smem,
 )
 from rvllm.program.dtypes import DType
@@ -46,12 +50,17 @@ class DecodePlan:
 
 @dataclass(frozen=True)
 class PrefillPlan:
-    """A launch of `attn_prefill`: its grid is (number of tiles, kv_heads). rows: query rows a tile has."""
+    """A launch of `attn_prefill`, a block a (tile, kv head), or of `attn_prefill_sm90`.
+
+    rows: query rows a tile has. persistent: blocks of `attn_prefill_sm90`, which take tile after tile; 0 for
+    the other kernel.
+    """
 
     kernel: str
     rows: int
     block: int
     smem: int
+    persistent: int = 0
 
 
 def table_stride(max_model_len: int) -> int:
@@ -130,10 +139,29 @@ def plan_prefill(dtype: DType, head_dim: int, *, smem_per_block: int) -> Prefill
     return PrefillPlan(kernel, rows, rows * 2, prefill_smem(head_dim, rows))
 
 
+def plan_prefill_sm90(dtype: DType, head_dim: int, *, sm_count: int) -> PrefillPlan | None:
+    """The launch that computes prompts by wgmma; None where no kernel has this head size."""
+    kernel = prefill_sm90_kernel(dtype.value, head_dim)
+    if kernel is None:
+        return None
+    return PrefillPlan(kernel, PREFILL_SM90_ROWS, PREFILL_SM90_THREADS, prefill_sm90_smem(head_dim), sm_count)
+
+
+def prefill_of(op: Attention | BlockSparseAttention, dtype: DType, chip: DeviceInfo) -> PrefillPlan:
+    """How an op computes prompts: by wgmma on Hopper where a kernel for it is there, else by `plan_prefill`.
+
+    Both give the same bits. The wgmma kernel knows neither capped logits nor block-sparse masks.
+    """
+    plan = None
+    if chip.capability == 90 and isinstance(op, Attention) and not op.soft_cap:
+        plan = plan_prefill_sm90(dtype, op.head_dim, sm_count=chip.sm_count)
+    return plan or plan_prefill(dtype, op.head_dim, smem_per_block=chip.smem_per_block)
+
+
 def prefill_tiles(
     query_lens: NDArray[np.int32], kv_lens: NDArray[np.int32], first: int, group: int, rows: int
 ) -> NDArray[np.int32]:
-    """int32 [n, 2] rows (sequence, first row): the blocks of `attn_prefill`, those with most keys first.
+    """int32 [n, 2] rows (sequence, first row): the tiles of prefill attention, those with most keys first.
 
     query_lens, kv_lens: of all sequences of the step, kv_lens counting this step's tokens; sequences
     before `first` are decodes and get no block. group: query heads of a kv head; rows: of the plan.

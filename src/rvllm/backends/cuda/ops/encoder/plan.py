@@ -113,7 +113,7 @@ class EncoderPlan:
     def launches(self, tokens: int, addresses: Addresses) -> list[Planned]:
         """A step of up to `tokens` tokens. Raises MissingKernelError for ops without a kernel."""
         counts = self.counts(tokens)
-        shape = Shape(self.tokens, self.seqs, self.seqs, self.program.vocab_size, 0, 0, 0, 0)
+        shape = Shape(self.tokens, self.seqs, self.seqs, self.program.vocab_size, 0, 0, 0, 0, 0)
         layout = self.layout_of(tokens)
         lowering = Lowering(
             self.program.dtype, self.chip, shape, addresses, layout, counts, {}, None, self.strategy

@@ -1,0 +1,448 @@
+// attn_prefill for Hopper: the same rows, the same sums in the same order, by wgmma. See prefill.cu and attention.cuh.
+//
+// Persistent blocks of two consumer warpgroups, 64 rows each, and a producer warp that brings tiles of 64 keys and of
+// their values through tensor maps, a cache block of 16 positions and 64 columns (128 bytes, swizzled) a copy. Queries
+// stay in registers as wgmma's A operand, and so do the weights. While the tensor cores multiply the next tile's keys a
+// warpgroup folds the last tile's values into the split; while they multiply this tile's values it takes the
+// exponentials of the next: two warpgroups keep them busy in turns. The totals of finished splits are in shared memory.
+// Work tiles come longest first; block b takes the b-th, then from the other end of the next round, and so on.
+// Bound by the tensor cores; exponentials and the folding of tiles take about as long.
+#include "attention/masks.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace rvllm {
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
+}  // namespace rvllm
+
+constexpr int GROUP_ROWS = 64, ROWS = 2 * GROUP_ROWS, CONSUMERS = 256, THREADS = CONSUMERS + 128;
+
+template <int D>
+struct Layout {
+  static constexpr int HALVES = (D + 63) / 64, HALF = TILE * 128;  // of 64 columns; bytes
+  static constexpr int STAGE = HALVES * HALF, QUERIES = 16 * HALVES * 128, TOTALS = 16 * D * 4;  // of a warp, the last two
+  static constexpr int BARRIERS = 256, LIMIT = 232448, FIT = (LIMIT - BARRIERS - 8 * (QUERIES + TOTALS)) / (2 * STAGE);
+  static constexpr int STAGES = FIT < 6 ? FIT : 6;
+  static constexpr int BYTES = 2 * STAGES * STAGE + 8 * (QUERIES + TOTALS) + BARRIERS;
+  static_assert(STAGES >= 2 && 32 * STAGES + 8 <= BARRIERS, "a tile is fetched while another is multiplied");
+};
+
+// One work tile: rows first_row .. last_row of a sequence under one kv head, and the key tiles it sees.
+struct Work {
+  int seq, head, first_row, last_row;
+  int offset, start, kv_len;  // row of the sequence's first token, its position, and the end of the context
+  int visible_lo, position, first_tile, last_tile;
+};
+
+// The work tiles of this block, in order, of which there are `tiles` for each kv head.
+template <typename Mask>
+struct Scheduler {
+  const int *kv_lens, *query_offsets;
+  const int2* work;
+  int tiles, kv_heads, group, window;
+  const Mask& mask;
+
+  // The first tile from t on that a block sees something of.
+  __device__ __forceinline__ int seen_from(int t, const Work& w) const {
+    if constexpr (!Mask::ALL)
+      while (t < w.last_tile && !mask.sees(t, w.position, w.head * group, group)) t++;
+    return t;
+  }
+  __device__ __forceinline__ bool get(int round, Work& w) const {
+    const int turn = round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x, index = round * gridDim.x + turn;
+    if (index >= tiles * kv_heads) return false;
+    const int2 mine = work[index / kv_heads];
+    w.seq = mine.x;
+    w.head = index % kv_heads;
+    w.first_row = mine.y;
+    w.offset = query_offsets[w.seq];
+    const int tokens = query_offsets[w.seq + 1] - w.offset;
+    w.kv_len = kv_lens[w.seq];
+    w.start = w.kv_len - tokens;
+    w.last_row = min(w.first_row + ROWS, tokens * group) - 1;
+    w.position = w.start + w.first_row / group;
+    w.visible_lo = window > 0 ? max(0, w.position - window + 1) : 0;
+    w.last_tile = (w.start + w.last_row / group) / TILE;
+    w.first_tile = seen_from(w.visible_lo / TILE, w);
+    return true;
+  }
+};
+
+// Stages of keys and of values, which fill and empty separately.
+template <int D>
+struct Ring {
+  using L = Layout<D>;
+  u32 base, bars;
+  int stage = 0;
+  u32 phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == L::STAGES) stage = 0, phase ^= 1;
+  }
+  __device__ __forceinline__ u32 keys() const { return base + stage * L::STAGE; }
+  __device__ __forceinline__ u32 values() const { return base + (L::STAGES + stage) * L::STAGE; }
+  __device__ __forceinline__ u32 full_keys() const { return bars + 32 * stage; }
+  __device__ __forceinline__ u32 full_values() const { return bars + 32 * stage + 8; }
+  __device__ __forceinline__ u32 free_keys() const { return bars + 32 * stage + 16; }
+  __device__ __forceinline__ u32 free_values() const { return bars + 32 * stage + 24; }
+};
+
+// The producer warp: every tile of every work tile, the blocks that hold something. Values of positions that do not
+// exist are zeros (their weights are zero, and zero times what lies there might not be).
+template <int D, typename Mask>
+__device__ __forceinline__ void produce(Ring<D> ring, Scheduler<Mask> scheduler, const TensorMap& k_map,
+                                        const TensorMap& v_map, const int* tables, const int* slots, int table_stride,
+                                        u32 edge_bar, int lane) {
+  using L = Layout<D>;
+  constexpr int BLOCKS = TILE / KV_BLOCK, LOOKAHEAD = 32;
+  const int block = lane / L::HALVES, half = lane % L::HALVES;
+  const u32 place = half * L::HALF + block * (KV_BLOCK * 128);
+  u32 edge_phase = 0;
+  Work w;
+  for (int round = 0; scheduler.get(round, w); round++) {
+    const int* const table = tables + (size_t)slots[w.seq] * table_stride;
+    int from = -1;
+    int4 ids;
+    for (int t = w.first_tile; t <= w.last_tile; t = scheduler.seen_from(t + 1, w)) {
+      if (t / LOOKAHEAD != from) {  // the tables of the next tiles, one a lane
+        from = t / LOOKAHEAD;
+        ids = *reinterpret_cast<const int4*>(table + min(from * LOOKAHEAD + lane, w.last_tile) * BLOCKS);
+      }
+      const int x = __shfl_sync(~0u, ids.x, t % LOOKAHEAD), y = __shfl_sync(~0u, ids.y, t % LOOKAHEAD);
+      const int z = __shfl_sync(~0u, ids.z, t % LOOKAHEAD), u = __shfl_sync(~0u, ids.w, t % LOOKAHEAD);
+      const int row = ((block == 0 ? x : block == 1 ? y : block == 2 ? z : u) * scheduler.kv_heads + w.head) * KV_BLOCK;
+      const int first = max(0, w.visible_lo - t * TILE) / KV_BLOCK, rows = min(TILE, w.kv_len - t * TILE);
+      const int end = (rows + KV_BLOCK - 1) / KV_BLOCK;
+      const bool mine = block >= first && block < end, edge = first > 0 || rows < TILE;
+      const u32 bytes = (end - first) * (L::HALVES * KV_BLOCK * 128);
+      mbar_wait(ring.free_keys(), ring.phase ^ 1);
+      if (lane == 0) mbar_arrive_expect(ring.full_keys(), bytes);
+      __syncwarp();
+      if (mine) tensor_load_2d(ring.keys() + place, &k_map, half * 64, row, ring.full_keys());
+      mbar_wait(ring.free_values(), ring.phase ^ 1);
+      const u32 bar = edge ? edge_bar : ring.full_values();
+      if (lane == 0) mbar_arrive_expect(bar, bytes);
+      __syncwarp();
+      if (mine) tensor_load_2d(ring.values() + place, &v_map, half * 64, row, bar);
+      if (edge) {
+        mbar_wait(edge_bar, edge_phase);
+        edge_phase ^= 1;
+        for (int i = lane; i < L::STAGE / 16; i += 32) {
+          const int r = i / 8 % TILE;
+          if (r < first * KV_BLOCK || r >= rows)
+            asm volatile("st.shared.v4.u32 [%0], {%1,%1,%1,%1};" ::"r"(ring.values() + i * 16), "r"(0) : "memory");
+        }
+        fence_async_shared();
+        __syncwarp();
+        if (lane == 0) mbar_arrive(ring.full_values());
+      }
+      ring.advance();
+    }
+  }
+}
+
+// A consumer warp's 16 rows of queries into its part of shared memory: 16-byte chunk c of row r at c ^ (r % 8).
+template <typename T, int D>
+__device__ __forceinline__ void fetch_queries(u32 to, const T* q, const Work& w, int warp_row, int q_pitch, int group,
+                                              int lane) {
+  constexpr int CHUNKS = D / 8;
+#pragma unroll 1
+  for (int i = lane; i < 16 * CHUNKS; i += 32) {
+    const int r = i / CHUNKS, chunk = i % CHUNKS, row = warp_row + r;
+    const bool valid = row <= w.last_row;
+    const T* const source = q + (size_t)(w.offset + row / group) * q_pitch + (size_t)(w.head * group + row % group) * D;
+    cp_async16(to + r * (Layout<D>::HALVES * 128) + (chunk ^ r % 8) * 16, valid ? source + chunk * 8 : q, valid ? 16 : 0);
+  }
+  cp_async_commit();
+}
+
+// What a consumer thread keeps of its two rows: of the splits so far (their values are in shared memory), and of the
+// tiles of this split.
+template <int D>
+struct State {
+  float M[2], L[2], m[2], l[2], x[D / 2];
+  bool some;  // whether a split has been finished
+
+  __device__ __forceinline__ void clear() {
+    some = false;
+#pragma unroll
+    for (int h = 0; h < 2; h++) M[h] = -INFINITY_F, L[h] = 0.f;
+    clear_split();
+  }
+  __device__ __forceinline__ void clear_split() {
+#pragma unroll
+    for (int h = 0; h < 2; h++) m[h] = -INFINITY_F, l[h] = 0.f;
+#pragma unroll
+    for (int i = 0; i < D / 2; i++) x[i] = 0.f;
+  }
+  // A tile into the split: first its maximum and sum of weights, then its values.
+  struct Both {
+    Factors of[2];
+  };
+  __device__ __forceinline__ Both weigh(const float (&tile_m)[2], const float (&tile_l)[2]) {
+    Both f;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      f.of[h] = merge_maximum(m[h], tile_m[h]);
+      l[h] = merge(l[h], tile_l[h], f.of[h]);
+    }
+    return f;
+  }
+  __device__ __forceinline__ void fold(const Both& f, const float (&values)[D / 2]) {
+#pragma unroll
+    for (int i = 0; i < D / 2; i++) x[i] = merge(x[i], values[i], f.of[i / 2 % 2]);
+  }
+  // The split into the totals. total: this thread's part of them, a pair of columns and a row every 64 floats.
+  __device__ __forceinline__ void end_split(float* total) {
+    fold_into(total, [&](int pair, float2 v) { *reinterpret_cast<float2*>(total + pair * 64) = v; });
+    some = true;
+    clear_split();
+  }
+  template <typename Take>
+  __device__ __forceinline__ void fold_into(const float* total, Take take) {
+    Factors f[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      f[h] = merge_maximum(M[h], m[h]);
+      L[h] = merge(L[h], l[h], f[h]);
+    }
+#pragma unroll
+    for (int pair = 0; pair < D / 4; pair++) {
+      const float2 old = some ? *reinterpret_cast<const float2*>(total + pair * 64) : make_float2(0.f, 0.f);
+      take(pair, make_float2(merge(old.x, x[2 * pair], f[pair % 2]), merge(old.y, x[2 * pair + 1], f[pair % 2])));
+    }
+  }
+};
+
+template <typename T, int D, typename Mask>
+__device__ __forceinline__ void consume(Ring<D> ring, Scheduler<Mask> scheduler, u32 q_place, float* totals,
+                                        T* __restrict__ out, const T* q, int q_pitch, int out_pitch, float scale,
+                                        int warp, int lane) {
+  using L = Layout<D>;
+  const int group = scheduler.group, window = scheduler.window;
+  const float factor = __fmul_rn(scale, LOG2E);
+  float* const total = totals + lane * 2;
+  const auto release = [&](u32 bar) {
+    if (lane == 0) mbar_arrive(bar);
+  };
+  const auto fetch = [&](int round) {
+    Work w;
+    if (scheduler.get(round, w)) fetch_queries<T, D>(q_place, q, w, w.first_row + warp * 16, q_pitch, group, lane);
+  };
+  fetch(0);
+  if (warp >= 4) bar_arrive(1, CONSUMERS);  // the first turn is the other warpgroup's
+  Work w;
+  for (int round = 0; scheduler.get(round, w); round++) {
+    const int warp_row = w.first_row + warp * 16, group_row = w.first_row + warp / 4 * GROUP_ROWS;
+    u32 queries[D / 16][4];
+    cp_async_wait<0>();
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+      ldmatrix_x4(queries[k], q_place + lane % 16 * (L::HALVES * 128) + (((2 * k + lane / 16) ^ lane % 8) * 16));
+    __syncwarp();
+    fetch(round + 1);
+
+    // What the warpgroup's, the warp's and this thread's rows may see.
+    const bool idle = group_row > w.last_row;
+    const int group_lo = w.start + group_row / group, group_hi = w.start + min(group_row + GROUP_ROWS - 1, w.last_row) / group;
+    const int begin = idle ? w.last_tile + 1 : window > 0 ? max(0, group_lo - window + 1) / TILE : 0;
+    const int end = group_hi / TILE;
+    const int warp_lo = w.start + min(warp_row, w.last_row) / group, warp_hi = w.start + min(warp_row + 15, w.last_row) / group;
+    int position[2], query_head[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int row = min(warp_row + lane / 4 + 8 * h, w.last_row);
+      position[h] = w.start + row / group;
+      query_head[h] = w.head * group + row % group;
+    }
+
+    float s[8][4], values[D / 2], m[2], l[2];
+    u32 p[4][4];
+    float(&scores)[32] = reinterpret_cast<float(&)[32]>(s);
+    // The warpgroups hand products to the tensor cores in turns, so that one multiplies while the other weighs.
+    const auto my_turn = [&] { bar_sync(1 + warp / 4, CONSUMERS); };
+    const auto your_turn = [&] { bar_arrive(2 - warp / 4, CONSUMERS); };
+    const auto multiply_keys = [&](const Ring<D>& r) {
+      mbar_wait(r.full_keys(), r.phase);
+      my_turn();
+      wgmma_pin(scores);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < D / 16; k++)
+        wgmma_rs<TILE, T, 0>(scores, queries[k], wgmma_operand(r.keys() + k / 4 * L::HALF + k % 4 * 32), k > 0);
+      wgmma_commit();
+    };
+    const auto multiply_values = [&](const Ring<D>& r) {
+      mbar_wait(r.full_values(), r.phase);
+      wgmma_pin(values);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < TILE / 16; k++)
+        wgmma_rs<D, T, 1>(values, p[k], wgmma_operand_mn(r.values() + k * 2048, L::HALF), k > 0);
+      wgmma_commit();
+    };
+    const auto weigh = [&](int t) {
+      const int tile_start = t * TILE;
+      if (tile_start + TILE - 1 > warp_lo || (window > 0 && tile_start < warp_hi - window + 1)) {
+        int lo[2], hi[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          lo[h] = window > 0 ? position[h] - window + 1 - tile_start : 0;
+          hi[h] = position[h] - tile_start;
+        }
+        tile_mask(s, lo, hi, lane);
+      }
+      if constexpr (!Mask::ALL) scheduler.mask.hide(s, tile_start, position, query_head, lane);
+      tile_weights(s, factor, m, l);
+    };
+
+    int t = w.first_tile;
+    const auto skip = [&](int until) {  // tiles of the other warpgroup alone
+      for (; t < until && t <= w.last_tile; t = scheduler.seen_from(t + 1, w)) {
+        my_turn();
+        your_turn();
+        mbar_wait(ring.full_keys(), ring.phase);
+        release(ring.free_keys());
+        mbar_wait(ring.full_values(), ring.phase);
+        release(ring.free_values());
+        ring.advance();
+      }
+    };
+    State<D> state;
+    state.clear();
+    skip(begin);
+    if (t <= end && !idle) {
+      multiply_keys(ring);
+      your_turn();
+      wgmma_wait<0>();
+      wgmma_pin(scores);
+      release(ring.free_keys());
+      weigh(t);
+      pack_weights<T>(s, p);
+      for (int next; (next = scheduler.seen_from(t + 1, w)) <= end; t = next) {
+        Ring<D> ahead = ring;
+        ahead.advance();
+        multiply_keys(ahead);
+        multiply_values(ring);
+        your_turn();
+        const auto f = state.weigh(m, l);
+        wgmma_wait<1>();
+        wgmma_pin(scores);
+        release(ahead.free_keys());
+        weigh(next);
+        wgmma_wait<0>();
+        wgmma_pin(values);
+        release(ring.free_values());
+        state.fold(f, values);
+        if (next / TILES_PER_SPLIT != t / TILES_PER_SPLIT) state.end_split(total);
+        pack_weights<T>(s, p);
+        ring = ahead;
+      }
+      multiply_values(ring);
+      const auto f = state.weigh(m, l);
+      wgmma_wait<0>();
+      wgmma_pin(values);
+      release(ring.free_values());
+      state.fold(f, values);
+      ring.advance();
+      t = scheduler.seen_from(t + 1, w);
+    }
+    skip(w.last_tile + 1);
+    if (idle) continue;
+
+    // Through shared memory, so that whole rows leave at once.
+    const u32 staged = smem(totals);
+    u32 packed[D / 4];
+    float over[2];
+    float result[D / 2];
+    state.fold_into(total, [&](int pair, float2 v) { result[2 * pair] = v.x, result[2 * pair + 1] = v.y; });
+#pragma unroll
+    for (int h = 0; h < 2; h++) over[h] = finish(state.L[h]);
+#pragma unroll
+    for (int i = 0; i < D / 4; i++)
+      packed[i] = pack2<T>(__fmul_rn(result[2 * i], over[i % 2]), __fmul_rn(result[2 * i + 1], over[i % 2]));
+    __syncwarp();  // the totals have been read
+#pragma unroll
+    for (int i = 0; i < D / 4; i++) {
+      const int r = lane / 4 + i % 2 * 8;
+      asm volatile("st.shared.u32 [%0], %1;" ::"r"(staged + r * (L::HALVES * 128) + (i / 2 ^ r % 8) * 16 + lane % 4 * 4), "r"(packed[i])
+                   : "memory");
+    }
+    __syncwarp();
+    for (int i = lane; i < 16 * (D / 8); i += 32) {
+      const int r = i / (D / 8), chunk = i % (D / 8), row = warp_row + r;
+      if (row > w.last_row) continue;
+      uint4 v;
+      asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                   : "r"(staged + r * (L::HALVES * 128) + (chunk ^ r % 8) * 16)
+                   : "memory");
+      T* const target = out + (size_t)(w.offset + row / group) * out_pitch + (size_t)(w.head * group + row % group) * D;
+      *reinterpret_cast<uint4*>(target + chunk * 8) = v;
+    }
+    __syncwarp();  // what was staged has been read
+  }
+}
+
+template <typename T, int D, typename Mask>
+__device__ __forceinline__ void attend(T* __restrict__ out, const T* q, const TensorMap& k_map, const TensorMap& v_map,
+                                       const int* tables, const int* slots, const int* kv_lens, const int* query_offsets,
+                                       const int2* work, const int* count, int q_pitch, int out_pitch, int table_stride,
+                                       int kv_heads, int group, float scale, int window, const Mask& mask) {
+  using L = Layout<D>;
+  griddep_launch();
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const u32 base = smem(shared), queries = base + 2 * L::STAGES * L::STAGE, bars = queries + 8 * (L::QUERIES + L::TOTALS);
+  const u32 edge_bar = bars + 32 * L::STAGES;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const Ring<D> ring{base, bars};
+  if (threadIdx.x == 0) {
+    tensor_map_prefetch(&k_map);
+    tensor_map_prefetch(&v_map);
+    for (Ring<D> r = ring; r.phase == 0; r.advance()) {
+      mbar_init(r.full_keys(), 1);
+      mbar_init(r.full_values(), 1);
+      mbar_init(r.free_keys(), CONSUMERS / 32);
+      mbar_init(r.free_values(), CONSUMERS / 32);
+    }
+    mbar_init(edge_bar, 1);
+    mbar_init_fence();
+  }
+  __syncthreads();
+  griddep_wait();
+  const Scheduler<Mask> scheduler{kv_lens, query_offsets, work, *count, kv_heads, group, window, mask};
+  if (warp >= CONSUMERS / 32) {
+    registers_lower<40>();
+    if (warp == CONSUMERS / 32)
+      produce<D>(ring, scheduler, k_map, v_map, tables, slots, table_stride, edge_bar, lane);
+  } else {
+    registers_raise<232>();
+    float* const totals = reinterpret_cast<float*>(shared + 2 * L::STAGES * L::STAGE + 8 * L::QUERIES + warp * L::TOTALS);
+    consume<T, D>(ring, scheduler, queries + warp * L::QUERIES, totals, out, q, q_pitch, out_pitch, scale, warp,
+                  lane);
+  }
+}
+
+// As attn_prefill; k_map, v_map: tensor maps of the caches as matrices [blocks * kv_heads * 16, D] in boxes of 16 x
+// 64 with the 128-byte swizzle. count: how many work tiles a kv head has. Grid: any number of blocks, one an SM.
+template <typename T, int D>
+__global__ void __launch_bounds__(THREADS, 1)
+attn_prefill_sm90(T* out, const T* q, const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map,
+                  const int* tables, const int* slots, const int* kv_lens, const int* query_offsets, const int2* work,
+                  const int* count, int q_pitch, int out_pitch, int table_stride, int kv_heads, int group, float scale,
+                  int window) {
+  attend<T, D>(out, q, k_map, v_map, tables, slots, kv_lens, query_offsets, work, count, q_pitch, out_pitch,
+               table_stride, kv_heads, group, scale, window, Everything());
+}
+
+// The same where queries see some blocks of keys only.
+template <typename T, int D>
+__global__ void __launch_bounds__(THREADS, 1)
+attn_prefill_sparse_sm90(T* out, const T* q, const __grid_constant__ TensorMap k_map,
+                         const __grid_constant__ TensorMap v_map, const int* tables, const int* slots,
+                         const int* kv_lens, const int* query_offsets, const int2* work, const int* count, int q_pitch,
+                         int out_pitch, int table_stride, int kv_heads, int group, float scale, int window, int size, int local, int stride, int head_step) {
+  attend<T, D>(out, q, k_map, v_map, tables, slots, kv_lens, query_offsets, work, count, q_pitch, out_pitch,
+               table_stride, kv_heads, group, scale, window, SomeBlocks{size, local, stride, head_step});
+}
