@@ -105,34 +105,47 @@ __device__ __forceinline__ void tile_soft_cap(float (&s)[8][4], float scale, flo
 }
 
 // Scores to weights relative to the tile's own maximum, in place. c: factor to base-2 logits. Out: m, the maximum in
-// base-2 units; l, the sum of weights. Without `upper` rows 8 to 15 are not wanted and get no weight.
+// base-2 units; l, this thread's share of the sum of weights, see tile_sums. Without `upper` rows 8 to 15 are not
+// wanted and get no weight.
 __device__ __forceinline__ void tile_weights(float (&s)[8][4], float c, float (&m)[2], float (&l)[2], bool upper = true) {
+  const int rows = upper ? 2 : 1;
+  float best[2], base[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) best[h] = fmaxf(s[0][2 * h], s[0][2 * h + 1]);
+#pragma unroll
+  for (int n = 1; n < 8; n++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) best[h] = fmaxf(best[h], fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+#pragma unroll
+  for (int o = 1; o <= 2; o *= 2)
+#pragma unroll
+    for (int h = 0; h < 2; h++) best[h] = fmaxf(best[h], __shfl_xor_sync(~0u, best[h], o));
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    if (h == 1 && !upper) {
-      m[1] = -INFINITY_F;
-      l[1] = 0.f;
-#pragma unroll
-      for (int n = 0; n < 8; n++) s[n][2] = s[n][3] = 0.f;
-      break;
-    }
-    float best = fmaxf(s[0][2 * h], s[0][2 * h + 1]);
-#pragma unroll
-    for (int n = 1; n < 8; n++) best = fmaxf(best, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
-    best = fmaxf(best, __shfl_xor_sync(~0u, best, 1));
-    best = fmaxf(best, __shfl_xor_sync(~0u, best, 2));
-    m[h] = __fmul_rn(best, c);
-    const float base = m[h] == -INFINITY_F ? 0.f : m[h];
-    float sum = 0.f;
-#pragma unroll
-    for (int n = 0; n < 8; n++) {
-      s[n][2 * h] = exp2_fast(__fmaf_rn(s[n][2 * h], c, -base));
-      s[n][2 * h + 1] = exp2_fast(__fmaf_rn(s[n][2 * h + 1], c, -base));
-      sum = __fadd_rn(sum, __fadd_rn(s[n][2 * h], s[n][2 * h + 1]));
-    }
-    sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 1));
-    l[h] = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 2));
+    m[h] = h < rows ? __fmul_rn(best[h], c) : -INFINITY_F;
+    base[h] = m[h] == -INFINITY_F ? 0.f : m[h];
+    l[h] = 0.f;
   }
+#pragma unroll
+  for (int n = 0; n < 8; n++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      if (h < rows) {
+        s[n][2 * h] = exp2_fast(__fmaf_rn(s[n][2 * h], c, -base[h]));
+        s[n][2 * h + 1] = exp2_fast(__fmaf_rn(s[n][2 * h + 1], c, -base[h]));
+        l[h] = __fadd_rn(l[h], __fadd_rn(s[n][2 * h], s[n][2 * h + 1]));
+      } else {
+        s[n][2 * h] = s[n][2 * h + 1] = 0.f;
+      }
+    }
+}
+
+// Sums of weights over the four threads of a row.
+__device__ __forceinline__ void tile_sums(float (&l)[2]) {
+#pragma unroll
+  for (int o = 1; o <= 2; o *= 2)
+#pragma unroll
+    for (int h = 0; h < 2; h++) l[h] = __fadd_rn(l[h], __shfl_xor_sync(~0u, l[h], o));
 }
 
 // Weights as mma's A fragments, four steps of 16 positions.
@@ -151,6 +164,7 @@ template <typename T>
 __device__ __forceinline__ void tile_softmax(float (&s)[8][4], u32 (&p)[4][4], float c, float (&m)[2], float (&l)[2],
                                              bool upper = true) {
   tile_weights(s, c, m, l, upper);
+  tile_sums(l);
   pack_weights<T>(s, p);
 }
 

@@ -326,11 +326,14 @@ __device__ __forceinline__ void consume(Ring<D> ring, Scheduler<Mask> scheduler,
         multiply_keys(ahead);
         multiply_values(ring);
         your_turn();
+        tile_sums(l);
         const auto f = state.weigh(m, l);
         wgmma_wait<1>();
         wgmma_pin(scores);
         release(ahead.free_keys());
         weigh(next);
+        // Never, but the compiler does not know: weights come before the wait for the values.
+        if (l[0] + l[1] == -1.f) asm volatile("nanosleep.u32 0;" ::: "memory");
         wgmma_wait<0>();
         wgmma_pin(values);
         release(ring.free_values());
@@ -340,6 +343,7 @@ __device__ __forceinline__ void consume(Ring<D> ring, Scheduler<Mask> scheduler,
         ring = ahead;
       }
       multiply_values(ring);
+      tile_sums(l);
       const auto f = state.weigh(m, l);
       wgmma_wait<0>();
       wgmma_pin(values);
