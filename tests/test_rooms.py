@@ -17,6 +17,7 @@ INSIDE = {
         "generate",
         "schemas",
         "http database",
+        "disk",
     ],
     "weights": ["formats", "open packing", "fetch", "safetensors", "gguf", "mapped", "checkpoint parallel"],
     "program": ["builder cost memory", "ops", "formats rope dtypes"],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from pathlib import Path
 
+from rvllm.api.disk import private_file
 from rvllm.errors import UsageError
 
 
@@ -15,6 +17,8 @@ def open_database(path: str, schema: str, flag: str) -> sqlite3.Connection:
     Raises UsageError naming `flag` when it cannot be opened.
     """
     try:
+        if path != ":memory:":
+            private_file(Path(path).expanduser())  # its write-ahead log takes the same permissions
         connection = sqlite3.connect(
             os.path.expanduser(path), timeout=0.5, isolation_level=None, check_same_thread=False
         )
@@ -26,6 +30,8 @@ def open_database(path: str, schema: str, flag: str) -> sqlite3.Connection:
             connection.execute(statement)
         connection.execute("COMMIT")
         return connection
+    except OSError as error:
+        raise UsageError(f"{flag}: cannot open {path}: {error.strerror}") from None
     except sqlite3.Error as error:
         reason = "another server uses it" if "locked" in str(error) else str(error)
         raise UsageError(f"{flag}: cannot open {path}: {reason}") from None

@@ -92,5 +92,6 @@ def _batch_routes(gate: Gate, batches: Batches) -> list[Route]:
         _route(gate, "POST", "/v1/batches", batches.create),
         _route(gate, "GET", "/v1/batches", batches.list_all),
         _route(gate, "GET", one, batches.retrieve),
+        _route(gate, "DELETE", one, batches.delete),
         _route(gate, "POST", f"{one}/cancel", batches.cancel),
     ]

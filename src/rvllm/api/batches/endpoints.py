@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import Context
+from functools import partial
 from uuid import uuid4
 
 import msgspec
@@ -22,6 +24,7 @@ from rvllm.api.batches.lines import (
     result_line,
 )
 from rvllm.api.batches.store import Batch, BatchError, BatchErrors, BatchStore, RequestCounts
+from rvllm.api.disk import is_full
 from rvllm.api.http.body import parse
 from rvllm.api.http.errors import invalid, unknown
 from rvllm.api.http.exchange import Exchange, Gate
@@ -31,6 +34,8 @@ from rvllm.errors import EngineDeadError
 from rvllm.telemetry.logs import event
 
 WINDOW_SECONDS = 24 * 3600
+MAX_TRIES = 3  # servers may end so often while a line runs; then it is not tried again
+ROOM_SECONDS = 2.0  # how often a batch looks whether the disk has room again
 MAX_ERRORS = 100  # of a wrong input, so many lines are told
 
 
@@ -80,8 +85,8 @@ class Batches:
             completion_window="24h", created_at=now, expires_at=now + WINDOW_SECONDS,
             metadata=request.metadata,
         )  # fmt: skip
+        self._store.add_batch(batch)
         self._batches[batch.id] = batch
-        self._store.put_batch(batch)
         self.resume()
         await exchange.json(batch)
 
@@ -98,13 +103,24 @@ class Batches:
         batch = self._found(exchange)
         if batch.status not in ("validating", "in_progress"):
             raise invalid(f"the batch is {batch.status} and cannot be cancelled", "batch_id")
+        changed = msgspec.structs.replace(batch)
+        changed.enter("cancelling")
+        self._store.put_batch(changed)
         batch.enter("cancelling")
-        self._store.put_batch(batch)
         if self._working is not None and self._working[0] == batch.id:
             for task in self._working[1]:
                 task.cancel()
         self.resume()
         await exchange.json(batch)
+
+    async def delete(self, exchange: Exchange, body: bytes) -> None:
+        """`DELETE /v1/batches/{id}`: forgets one that has ended; its files stay."""
+        batch = self._found(exchange)
+        if batch.status in _UNFINISHED:
+            raise invalid(f"the batch is {batch.status}: cancel it first", "batch_id")
+        self._store.delete_batch(batch.id)
+        del self._batches[batch.id]
+        await exchange.json({"id": batch.id, "object": "batch", "deleted": True})
 
     def _found(self, exchange: Exchange) -> Batch:
         name = exchange.scope["path_params"]["id"]
@@ -123,7 +139,11 @@ class Batches:
                 await self._advance(batch)
             except EngineDeadError:
                 return
-            except Exception:
+            except Exception as error:
+                if is_full(error):  # what has been answered is kept; the rest waits
+                    event(logging.WARNING, "a batch waits for room on the disk", id=batch.id)
+                    await asyncio.sleep(ROOM_SECONDS)
+                    continue
                 logging.getLogger("rvllm").exception("batch %s failed", batch.id)
                 batch.errors = BatchErrors([BatchError(code="server_error", message="see the server's log")])
                 batch.enter("failed")
@@ -187,43 +207,81 @@ class Batches:
         done = self._store.lines_done(batch.id)
         failed = sum(done.values())
         batch.request_counts.completed, batch.request_counts.failed = len(done) - failed, failed
+        tries = self._store.tries(batch.id)
         with self._store.path(batch.input_file_id).open("rb") as file:
-            lines = (entry for entry in read_lines(file) if entry[0] not in done)
-            tasks = [
-                asyncio.ensure_future(self._worker(batch, lines.__next__)) for _ in range(self._concurrency)
-            ]
-            self._working = (batch.id, tasks)
-            try:
-                await asyncio.gather(*tasks)
-            except asyncio.CancelledError:
-                if batch.status != "cancelling":  # the server stops; the next one goes on
-                    raise
-            finally:
-                self._working = None
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+            suspects = [entry for entry in read_lines(file) if entry[0] in tries and entry[0] not in done]
+        # Servers have ended while these ran. Each runs alone, so that the next end tells which it was.
+        await self._through(batch, iter(suspects), tries, 1)
+        with self._store.path(batch.input_file_id).open("rb") as file:
+            rest = (entry for entry in read_lines(file) if entry[0] not in done and entry[0] not in tries)
+            await self._through(batch, rest, {}, self._concurrency)
         if batch.status == "in_progress":
             batch.enter("finalizing")
             self._store.put_batch(batch)
 
-    async def _worker(self, batch: Batch, following: Callable[[], tuple[int, bytes]]) -> None:
+    async def _through(
+        self, batch: Batch, lines: Iterator[tuple[int, bytes]], tries: Mapping[int, int], at_once: int
+    ) -> None:
+        """Answers these lines, so many at once."""
+        tasks = [asyncio.ensure_future(self._worker(batch, lines.__next__, tries)) for _ in range(at_once)]
+        self._working = (batch.id, tasks)
+        try:
+            await asyncio.gather(*tasks)
+        except asyncio.CancelledError:
+            if batch.status != "cancelling":  # the server stops; the next one goes on
+                raise
+        finally:
+            self._working = None
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _worker(
+        self, batch: Batch, following: Callable[[], tuple[int, bytes]], tries: Mapping[int, int]
+    ) -> None:
         answering = self._answering[batch.endpoint]
-        while True:
+        while batch.status == "in_progress":
             try:
                 number, line = following()
             except StopIteration:
                 return
+            await asyncio.sleep(0)  # lines that are refused at once must not hold up everybody else
             request = parse_line(line, (batch.endpoint,))
             if time.time() > batch.expires_at:
                 failed, result = True, _expired(request)
+            elif tries.get(number, 0) >= MAX_TRIES:
+                failed, result = True, _deadly(request)
             else:
-                failed, result = await answer_line(request, answering)
-            self._store.add_result(batch.id, number, failed, result)
+                await self._when_there_is_room(partial(self._store.begin_line, batch.id, number))
+                try:
+                    failed, result = await answer_line(request, answering)
+                except BaseException:
+                    self._store.spare_line(batch.id, number)
+                    raise
+            await self._when_there_is_room(
+                partial(self._store.add_result, batch.id, number, failed, result), len(result)
+            )
+            self._store.spare_line(batch.id, number)
             if failed:
                 batch.request_counts.failed += 1
             else:
                 batch.request_counts.completed += 1
+
+    async def _when_there_is_room(self, write: Callable[[], None], size: int = 0) -> None:
+        """Writes, as soon as the disk and --files-max-mb have room for it."""
+        waits = False
+        while True:
+            try:
+                if self._store.has_room(size):
+                    write()
+                    return
+            except (OSError, sqlite3.Error) as error:
+                if not is_full(error):
+                    raise
+            if not waits:
+                event(logging.WARNING, "a batch waits for room for its answers")
+            waits = True
+            await asyncio.sleep(ROOM_SECONDS)
 
 
 _UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
@@ -235,4 +293,12 @@ def _end_of(batch: Batch) -> str:
 
 def _expired(request: BatchLine) -> bytes:
     error = {"code": "batch_expired", "message": "the batch's completion window ended before this request"}
+    return result_line(request.custom_id, None, error)
+
+
+def _deadly(request: BatchLine) -> bytes:
+    error = {
+        "code": "server_error",
+        "message": f"{MAX_TRIES} servers have ended while they answered this request",
+    }
     return result_line(request.custom_id, None, error)

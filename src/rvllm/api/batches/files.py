@@ -31,7 +31,8 @@ class Files:
             raise invalid(f"purpose must be one of {', '.join(_PURPOSES)}, got {word[:40]!r}", "purpose")
         expiry = parts.get("expires_after[seconds]")
         seconds = None if expiry is None else _seconds(expiry.data)
-        await exchange.json(self._store.add_file(file.filename, word, file.data, seconds))
+        entry = await asyncio.to_thread(self._store.add_file, file.filename, word, file.data, seconds)
+        await exchange.json(entry)
 
     async def list_all(self, exchange: Exchange, body: bytes) -> None:
         """`GET /v1/files`, newest first, perhaps of one `purpose`."""

@@ -111,6 +111,7 @@ OPERATIONS = (
     Operation("POST", "/v1/batches", "Answers a file of requests.", BatchRequest, Batch),
     Operation("GET", "/v1/batches", "All batches.", None, Page[Batch], query=_LIST),
     Operation("GET", "/v1/batches/{id}", "A batch.", None, Batch),
+    Operation("DELETE", "/v1/batches/{id}", "Forgets a batch that has ended; its files stay."),
     Operation("POST", "/v1/batches/{id}/cancel", "Ends a batch; what was answered is kept.", None, Batch),
     Operation("POST", "/v1/embeddings", "Vectors of texts.", EmbeddingRequest, EmbeddingAnswer),
     *(

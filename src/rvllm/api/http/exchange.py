@@ -16,6 +16,7 @@ from uuid import uuid4
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from rvllm.api.disk import is_full
 from rvllm.api.http.errors import ApiError, busy, from_rvllm
 from rvllm.api.http.keys import load_keys
 from rvllm.api.http.limits import BODY_RATE, BodyBudget
@@ -344,7 +345,10 @@ class Endpoint:
             return from_rvllm(error, self._fields)
         except ApiError as error:
             return _bare(error)
-        except Exception:
+        except Exception as error:
+            if is_full(error):
+                event(logging.WARNING, "the disk is full", id=exchange.shown_id, path=self._path)
+                return ApiError(507, "the server has no room on its disk for this", code="storage_full")
             logging.getLogger("rvllm").exception("request %s failed", exchange.shown_id)
             return ApiError(500, f"internal error, see the server's log for {exchange.shown_id}")
         return None

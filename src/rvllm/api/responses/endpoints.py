@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import sqlite3
 from collections.abc import Sequence
 from contextlib import aclosing
 from contextvars import Context
@@ -11,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from rvllm.api.disk import is_full
 from rvllm.api.generate.answer import Answer
 from rvllm.api.generate.generation import Service
 from rvllm.api.generate.logprobs import Names, chat_logprobs
@@ -31,6 +34,7 @@ from rvllm.api.schemas.responses import (
     conversation,
     new_response,
 )
+from rvllm.telemetry import logs
 
 _ENDED = ("completed", "incomplete", "failed", "cancelled")
 
@@ -263,10 +267,18 @@ class Responses:
         new: list[Item],
         events: list[dict[str, Any]] | None,
     ) -> None:
-        if response.store:
-            self._store.put(response, context, events)
-        if response.conversation is not None and response.status in ("completed", "incomplete"):
-            self._store.add_items(response.conversation.id, [*new, *response.output])
+        """Keeps a response that has been made. On a full disk the client has its answer all the same; that it
+        is not kept, the answer's `store` tells where it is not sent yet."""
+        try:
+            if response.store:
+                self._store.put(response, context, events)
+            if response.conversation is not None and response.status in ("completed", "incomplete"):
+                self._store.add_items(response.conversation.id, [*new, *response.output])
+        except (OSError, sqlite3.Error) as error:
+            if not is_full(error):
+                raise
+            response.store = False
+            logs.event(logging.WARNING, "the disk is full: a response is not kept", id=response.id)
 
     def _stored(self, name: str) -> StoredResponse:
         found = self._store.get(name)

@@ -26,6 +26,7 @@ CREATE TABLE IF NOT EXISTS items (
     UNIQUE (conversation, id))
 """
 _encode = msgspec.json.Encoder().encode
+OVERHEAD = 512  # bytes that an entry counts for, beside what it holds
 
 
 class Conversation(msgspec.Struct, kw_only=True):
@@ -76,11 +77,11 @@ class ResponseStore:
         """Keeps a response, in place of what was kept under its id."""
         body, given = _encode(response), _encode(list(context))
         shown = None if events is None else _encode(list(events))
-        size = len(body) + len(given) + len(shown or b"")
-        self.delete(response.id)
-        self._db.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?)",
+        size = OVERHEAD + len(body) + len(given) + len(shown or b"")
+        row = self._db.execute("SELECT size FROM responses WHERE id = ?", (response.id,)).fetchone()
+        self._db.execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?)",
                          (response.id, self._clock(), size, body, given, shown))  # fmt: skip
-        self._grow(size)
+        self._grow(size - (row[0] if row else 0))
 
     def get(self, name: str) -> StoredResponse | None:
         """The response of that id; None when there is none any more."""
@@ -99,14 +100,17 @@ class ResponseStore:
         """Forgets a response; False when there was none."""
         return self._delete("responses", name)
 
-    def put_conversation(self, conversation: Conversation, size: int = 0) -> None:
+    def put_conversation(self, conversation: Conversation) -> None:
         """Keeps a new conversation or its new metadata."""
-        metadata = _encode(conversation.metadata)
+        metadata, name = _encode(conversation.metadata), conversation.id
+        row = self._db.execute("SELECT length(metadata) FROM conversations WHERE id = ?", (name,)).fetchone()
+        grown = len(metadata) - row[0] if row else len(metadata) + OVERHEAD
         self._db.execute(
             "INSERT INTO conversations VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
-            "metadata = excluded.metadata, at = excluded.at",
-            (conversation.id, self._clock(), size, conversation.created_at, metadata),
+            "metadata = excluded.metadata, at = excluded.at, size = size + excluded.size",
+            (name, self._clock(), grown, conversation.created_at, metadata),
         )
+        self._grow(grown)
 
     def conversation(self, name: str) -> Conversation | None:
         """The conversation of that id; None when there is none any more."""
@@ -125,16 +129,21 @@ class ResponseStore:
         """Puts items at the end of a conversation; those it has already stay where they are."""
         grown = 0
         self._db.execute("BEGIN")
-        for item in items:
-            body = _encode(item)
-            added = self._db.execute(
-                "INSERT OR IGNORE INTO items (conversation, id, body) VALUES (?, ?, ?)",
-                (conversation, item["id"], body),
-            )
-            grown += len(body) * added.rowcount
-        self._db.execute("UPDATE conversations SET at = ?, size = size + ? WHERE id = ?",
-                         (self._clock(), grown, conversation))  # fmt: skip
-        self._db.execute("COMMIT")
+        try:
+            for item in items:
+                body = _encode(item)
+                added = self._db.execute(
+                    "INSERT OR IGNORE INTO items (conversation, id, body) VALUES (?, ?, ?)",
+                    (conversation, item["id"], body),
+                )
+                grown += (len(body) + OVERHEAD) * added.rowcount
+            self._db.execute("UPDATE conversations SET at = ?, size = size + ? WHERE id = ?",
+                             (self._clock(), grown, conversation))  # fmt: skip
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
         self._grow(grown)
 
     def items(self, conversation: str) -> list[Item]:
@@ -152,9 +161,10 @@ class ResponseStore:
         ).fetchone()
         if row is None:
             return False
+        size = row[0] + OVERHEAD
         self._db.execute("DELETE FROM items WHERE conversation = ? AND id = ?", key)
-        self._db.execute("UPDATE conversations SET size = size - ? WHERE id = ?", (row[0], conversation))
-        self._size -= row[0]
+        self._db.execute("UPDATE conversations SET size = size - ? WHERE id = ?", (size, conversation))
+        self._size -= size
         return True
 
     def _delete(self, table: str, name: str) -> bool:

@@ -104,7 +104,7 @@ def _checked(given: Mapping[str, Any], find: Callable[[str], Item | None], where
     kind = given.get("type") or "message"
     if "type" not in given and set(given) == {"id"}:
         kind = "item_reference"
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise invalid(f"{where}: items of type {str(kind)[:40]!r} are not supported", f"{where}.type",
                       "unsupported_parameter")  # fmt: skip
     struct, prefix = _KINDS[kind]
