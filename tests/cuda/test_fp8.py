@@ -25,7 +25,10 @@ from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.formats import fp8_plan
 from rvllm.backends.cuda.formats.choose import kept
 from rvllm.backends.cuda.layout.memory import Budget
+from rvllm.backends.cuda.layout.preview import kernels_on
 from rvllm.backends.cuda.step_planner import StepPlanner
+from rvllm.cli.common.matrices import matrices
+from rvllm.cli.plan import numbers_of
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Sampling
 from rvllm.errors import UsageError
@@ -194,3 +197,16 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     assert fp8_plan.plan_widened(4096, 4096, 64, "bf16").smem <= 101376  # what 8.6, 8.9 and 12.0 have
     dummy = kept(program, None, replace(CONFIG, quantization="fp8"), SM90)
     assert formats_of(dummy) == {"FP8, a scale a row"}
+
+
+def test_plan_names_numbers_and_kernels() -> None:
+    program = program_of(CONFIG_OF["llama"], DType.BF16)
+    layout = Layout(program, "fp8")
+    shown, kernels = kernels_on(program, layout, CONFIG, SM90, StepShape(1, 1, 100))
+    qkv = next(op for op in shown.ops if isinstance(op, Linear))
+    assert kernels[qkv.name] == "sm90_bf16_fp8_gemm_walk_n8"
+    assert numbers_of(qkv, shown, layout) == "FP8, blocks of 128 x 128 > FP8, scales of blocks"
+    _, kernels = kernels_on(program, layout, CONFIG, SM90, StepShape(40, 1, 100))
+    assert kernels[qkv.name].split(", ") == ["sm80_bf16_fp8_quantise", "sm90_bf16_fp8_gemm_walk_n64"]
+    lines = dict(matrices(shown, layout))
+    assert any("kept FP8, scales of blocks" in line and line.startswith("2 of ") for line in lines.values())

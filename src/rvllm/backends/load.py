@@ -72,6 +72,8 @@ def load_backend(
     if config.load_format == "dummy":
         checkpoint = None
     if choose_device(config) == "cpu":
+        if config.quantization == "fp8":
+            raise UsageError("--quantization fp8 is for GPUs; leave the flag away on the CPU")
         from rvllm.backends.cpu.backend import CpuBackend
 
         return CpuBackend.load(program, checkpoint, config, progress)

@@ -54,8 +54,11 @@ def main(args: argparse.Namespace) -> int:
     if args.model is not None or os.environ.get("RVLLM_MODEL"):
         given = {f.name: getattr(args, f.name) for f, _ in settings_of(EngineConfig)}
         config = build(EngineConfig, given)
+        from rvllm.cli.common.matrices import matrices
+
         model = describe(config)
         sections["model"] = model.facts
+        sections["matrices"] = matrices(model.program, model.checkpoint)
         try:
             rows = memory_rows(model.program, model.checkpoint, config, model.device)
             sections[f"memory plan ({model.device})"] = rows
@@ -159,11 +162,15 @@ def describe(config: EngineConfig) -> Described:
     from rvllm.models.registry import build_program
     from rvllm.weights.checkpoint import stored_formats
     from rvllm.weights.fetch.source import resolve
+    from rvllm.weights.formats import with_formats
     from rvllm.weights.open import open_checkpoint
 
     checkpoint = open_checkpoint(resolve(config.model, build(SourceConfig, {})))
     model = ModelConfig(checkpoint.config, checkpoint.config_origin)
+    device = choose_device(config)
     program = build_program(model, choose_dtype(config, checkpoint))
+    if device != "cpu":
+        program = with_formats(program, checkpoint if checkpoint.tensors else None, config.quantization)
     formats, stored = stored_formats(checkpoint)
     facts = [
         ("path", str(checkpoint.path)),
@@ -177,7 +184,7 @@ def describe(config: EngineConfig) -> Described:
         ("stored bytes", str(stored)),
         ("end of sequence", ", ".join(map(str, model.eos_token_ids)) or "none"),
     ]
-    return Described(program, checkpoint, choose_device(config), facts)
+    return Described(program, checkpoint, device, facts)
 
 
 def memory_rows(program: Program, checkpoint: Checkpoint, config: EngineConfig, device: str) -> Section:

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from rvllm.program.cost import StepShape
     from rvllm.program.memory import Workspace
     from rvllm.program.ops.dense import Op, Program
+    from rvllm.weights.checkpoint import Checkpoint
 
-FLAGS = ("model", "device", "dtype", "threads")
+FLAGS = ("model", "device", "dtype", "quantization", "threads")
 DEFAULT_CONTEXT = 1024
 DEFAULT_TEXT = 128  # tokens of an encoder's texts
 
@@ -65,16 +66,24 @@ def main(args: argparse.Namespace) -> int:
     config = build(EngineConfig, {name: getattr(args, name) for name in FLAGS})
     checkpoint = open_checkpoint(resolve(config.model, build(SourceConfig, {})))
     model = ModelConfig(checkpoint.config, checkpoint.config_origin)
-    program = build_program(model, choose_dtype(config, checkpoint))
+    program, device = build_program(model, choose_dtype(config, checkpoint)), choose_device(config)
+    kernels: dict[str, str] = {}
+    holds = checkpoint if checkpoint.tensors else None
     shape = step_shape(args, program)
-    rates = floor_rates(args, choose_device(config), config.threads)
+    if device != "cpu":
+        from rvllm.backends.cuda.layout.preview import kernels_here
+
+        program, kernels = kernels_here(program, holds, config, shape)
+    rates = floor_rates(args, device, config.threads)
     workspace = plan_workspace(program.ops, shape.tokens, shape.samples)
     formats, nbytes = stored_formats(checkpoint)
     if args.json:
         stored = {"stored_formats": formats, "stored_bytes": nbytes}
-        print(json.dumps(as_json(program, shape, rates, workspace) | stored, indent=1))
+        print(json.dumps(as_json(program, holds, shape, rates, workspace, kernels) | stored, indent=1))
     else:
-        print(as_text(program, shape, rates, workspace, (formats, nbytes), buffers=args.buffers))
+        print(
+            as_text(program, holds, shape, rates, workspace, (formats, nbytes), kernels, buffers=args.buffers)
+        )
     return 0
 
 
@@ -141,8 +150,16 @@ def weight_shapes(op: Op) -> str:
     return " ".join("[" + ", ".join(map(str, w.shape)) + "]" for w in op.weights)
 
 
-def as_json(program: Program, shape: StepShape, rates: Rates | None, workspace: Workspace) -> dict[str, Any]:
-    """Everything the command knows, in bytes, operations and seconds."""
+def as_json(
+    program: Program,
+    checkpoint: Checkpoint | None,
+    shape: StepShape,
+    rates: Rates | None,
+    workspace: Workspace,
+    kernels: dict[str, str],
+) -> dict[str, Any]:
+    """Everything the command knows, in bytes, operations and seconds. kernels: by op, on a GPU."""
+    from rvllm.cli.common.matrices import kept_as, stored_as
     from rvllm.program.cost import kv_bytes_per_token, op_cost, program_cost
 
     def entry(op: Op) -> dict[str, Any]:
@@ -154,6 +171,9 @@ def as_json(program: Program, shape: StepShape, rates: Rates | None, workspace: 
             "writes": {b.name: [shape.rows(b), b.width] for b in op.writes},
             "weights": {w.name: list(w.shape) for w in op.weights},
             "dtype": dtype_of(op, program),
+            "stored": {w.name: stored_as(w, checkpoint) for w in op.weights},
+            "kept": {w.name: kept_as(w, program) for w in op.weights},
+            "kernel": kernels.get(op.name),
             "weight_bytes": cost.weight_bytes,
             "activation_bytes": cost.activation_bytes,
             "kv_bytes": cost.kv_bytes,
@@ -183,6 +203,18 @@ def as_json(program: Program, shape: StepShape, rates: Rates | None, workspace: 
     }
 
 
+def numbers_of(op: Op, program: Program, checkpoint: Checkpoint | None) -> str:
+    """`BF16`, or how an op's matrices are stored and kept where these differ: `Q8_0 > bfloat16`."""
+    from rvllm.cli.common.matrices import kept_as, stored_as
+
+    said = []
+    for weight in op.weights:
+        if weight.role != "vector":
+            stored, kept = stored_as(weight, checkpoint), kept_as(weight, program)
+            said.append(kept if stored in ("random", kept) else f"{stored} > {kept}")
+    return ", ".join(dict.fromkeys(said))
+
+
 def floor_total(program: Program, shape: StepShape, rates: Rates) -> float:
     """The sum of the ops' floors: they run one after the other."""
     from rvllm.program.cost import op_cost
@@ -197,27 +229,33 @@ def dtype_of(op: Op, program: Program) -> str:
 
 def as_text(
     program: Program,
+    checkpoint: Checkpoint | None,
     shape: StepShape,
     rates: Rates | None,
     workspace: Workspace,
     stored: tuple[str, int],
+    kernels: dict[str, str],
     *,
     buffers: bool,
 ) -> str:
-    """The table, the totals and the workspace; stored: formats and bytes of the checkpoint's tensors."""
+    """The table, the totals and the workspace; stored: formats and bytes of the checkpoint's tensors.
+
+    kernels: by op, on a GPU.
+    """
     from rvllm.cli.common.tables import facts, human_bytes, human_flops, human_seconds, table
     from rvllm.program.cost import kv_bytes_per_token, op_cost, program_cost
     from rvllm.program.ops.encoder import embedding_size
 
-    header = ["op", "kind", "rows", "weights", "dtype", "bytes", "FLOPs", *(["floor"] if rates else [])]
+    header = ["op", "kind", "rows", "weights", "numbers", "dtype", "bytes", "FLOPs"]
+    header += (["floor"] if rates else []) + (["kernel"] if kernels else [])
     rows = []
     for op in program.ops:
         cost = op_cost(program, op, shape)
-        line = [op.name, op.kind, shapes(op, shape), weight_shapes(op), dtype_of(op, program)]
+        line = [op.name, op.kind, shapes(op, shape), weight_shapes(op), numbers_of(op, program, checkpoint)]
+        line.append(dtype_of(op, program))
         line += [human_bytes(cost.nbytes), human_flops(cost.flops)]
-        rows.append(
-            line + ([human_seconds(cost.floor_seconds(rates.bandwidth, rates.flops))] if rates else [])
-        )
+        line += [human_seconds(cost.floor_seconds(rates.bandwidth, rates.flops))] if rates else []
+        rows.append(line + ([kernels.get(op.name, "")] if kernels else []))
     total = program_cost(program, shape)
     totals = [
         ("ops", str(len(program.ops))),
@@ -236,7 +274,7 @@ def as_text(
     else:
         totals.append(("floor", "give --bandwidth and --tflops of the GPU"))
     memory = [
-        ("all weights", human_bytes(sum(w.elements for w in program.weights) * program.dtype.size)),
+        ("all weights", human_bytes(sum(w.nbytes(program.dtype.size) for w in program.weights))),
         ("stored", f"{human_bytes(stored[1])}: {stored[0]}" if stored[0] else "no weights there"),
         ("KV cache per token", human_bytes(kv_bytes_per_token(program))),
         ("workspace", f"{human_bytes(workspace.nbytes)} for {len(workspace.placements)} buffers"),
@@ -250,7 +288,7 @@ def as_text(
     parts = [
         f"{program.architecture}, {program.dtype.value}: {what}, batch {shape.sequences}, "
         f"context {shape.context}",
-        table(header, rows, right=(5, 6, 7)),
+        table(header, rows, right=(6, 7, 8) if rates else (6, 7)),
         facts("total", totals),
         facts("memory", memory),
     ]

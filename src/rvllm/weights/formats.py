@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rvllm.errors import UsageError
 from rvllm.program.formats import FP8_BLOCK, FP8_ROWS, Fp8Format, WeightFormat
 from rvllm.program.ops.dense import Linear, Logits, Op, Part, Program, Weight
+from rvllm.program.ops.encoder import embedding_size
 from rvllm.weights.checkpoint import Checkpoint, TensorInfo, TensorType
 from rvllm.weights.packing import find_tensor, has_stored_form, row_order
 from rvllm.weights.safetensors.scaled import Scaled
@@ -29,9 +30,14 @@ QUANTISABLE = (TensorType.F32, TensorType.F16, TensorType.BF16)
 def with_formats(program: Program, checkpoint: Checkpoint | None, quantization: str) -> Program:
     """The program with the format of every matrix in its weights; unchanged weights have none.
 
-    checkpoint: None for dummy weights. quantization: see the flag. Raises UsageError where it asks for
+    Encoders are computed in the model's type. checkpoint: None for dummy weights. quantization: see the flag.
+    Raises UsageError where it asks for
     what cannot be.
     """
+    if embedding_size(program) is not None:
+        if quantization == "fp8":
+            raise UsageError("--quantization fp8: encoders run in 16 bits; leave the flag away")
+        return program
     chosen: dict[str, WeightFormat] = {}
     for op in program.ops:
         if isinstance(op, Linear | Logits):

@@ -9,7 +9,6 @@ from rvllm.backends.cuda.layout.joining import joined
 from rvllm.config import EngineConfig
 from rvllm.errors import MissingKernelError, UsageError
 from rvllm.program.ops.dense import Program
-from rvllm.program.ops.encoder import embedding_size
 from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.formats import with_formats
 
@@ -21,12 +20,7 @@ def kept(
 
     Raises UsageError or MissingKernelError for formats that are asked for and cannot be run.
     """
-    mode = config.quantization
-    if embedding_size(program) is not None:
-        if mode == "fp8":
-            raise UsageError("--quantization fp8: encoders run in 16 bits; leave the flag away")
-        return program
-    found = with_formats(joined(program), checkpoint, mode)
+    found = with_formats(joined(program), checkpoint, config.quantization)
     quantised = {w.name: w for w in found.weights if w.format is not None}
     if quantised and config.gemm_strategy != "native":
         raise UsageError(

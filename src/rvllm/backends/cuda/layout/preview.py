@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from rvllm.backends.cuda.device.driver import DeviceFacts
+from rvllm.backends.cuda.device.driver import Device, DeviceFacts
 from rvllm.backends.cuda.formats.choose import kept
 from rvllm.backends.cuda.layout.memory import BLOCK, HEADROOM, Budget
 from rvllm.backends.cuda.loaded_model import OpenDevice
 from rvllm.backends.cuda.ops.encoder.plan import EncoderPlan
 from rvllm.backends.cuda.step_planner import StepPlanner
+from rvllm.backends.cuda.supported import check_device, check_supported
 from rvllm.config import EngineConfig
+from rvllm.program.cost import StepShape
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import embedding_size
 from rvllm.weights.checkpoint import Checkpoint
+
+BOUNDLESS = Budget(1 << 60, 0, 1 << 59)  # where memory is not what is asked about
 
 
 @dataclass(frozen=True)
@@ -63,3 +67,44 @@ def preview(program: Program, config: EngineConfig, facts: DeviceFacts, budget: 
         "free": rest,
     }
     return MemoryPreview(budget.total, lines, limits)
+
+
+def kernels_here(
+    program: Program, checkpoint: Checkpoint | None, config: EngineConfig, shape: StepShape
+) -> tuple[Program, dict[str, str]]:
+    """The program as this machine's GPU keeps it, and the kernels of each op in such a step."""
+    device = Device()
+    try:
+        facts = device.facts()
+    finally:
+        device.close()
+    check_device(facts)
+    return kernels_on(program, checkpoint, config, facts, shape)
+
+
+def kernels_on(
+    program: Program,
+    checkpoint: Checkpoint | None,
+    config: EngineConfig,
+    facts: DeviceFacts,
+    shape: StepShape,
+) -> tuple[Program, dict[str, str]]:
+    """See `kernels_here`. Memory is no bound: the plan is for one step, not for a start."""
+    check_supported(program, config)
+    program = kept(program, checkpoint, config, facts)
+    tokens = max(shape.tokens, shape.sequences)
+    if embedding_size(program) is not None:
+        plan = EncoderPlan.make(program, replace(config, max_num_batched_tokens=tokens), facts, BOUNDLESS)
+        launches = plan.launches(tokens, plan.addresses({}, 0, 0, 0, {}))
+    else:
+        config = replace(
+            config, max_num_seqs=shape.sequences, max_num_batched_tokens=tokens, num_gpu_blocks=1 << 16
+        )
+        planner, _ = StepPlanner.plan(program, config, facts, BOUNDLESS)
+        decode = shape.query_len == 1
+        launches = planner.decode(tokens) if decode else [*planner.body(tokens), *planner.head(shape.samples)]
+    found: dict[str, str] = {}
+    for launch in launches:
+        for name in launch.op.split(" + "):
+            found[name] = f"{found[name]}, {launch.kernel}" if name in found else launch.kernel
+    return program, found
