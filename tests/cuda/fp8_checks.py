@@ -11,6 +11,7 @@ from harness import SHORT, Machine, expect, rounded
 from rvllm.backends.cuda.formats import fp8_plan as fp8
 from rvllm.backends.cuda.ops.gemm.plan import Kind, interleave_gate_up
 from rvllm.kernels.gemm.fp8.specs import SM80_TOKENS
+from rvllm.kernels.rowwise.specs import norm_kernel, quantised_norm_kernel
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 SHAPES = [(203, 72), (64, 8), (130, 392)]  # (rows, columns) of the weight
@@ -91,6 +92,35 @@ def check_fp8_quantise(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) 
         assert (q.get()[:rows] == codes_of(blocks * inverse[:, :, None]).reshape(rows, pitch)).all()
         assert (q.get()[rows:] == 255).all()
         assert (scales.get()[:, :rows] == scale.T).all()
+
+
+def check_fp8_norm(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) -> None:
+    """Norms that write E4M3: the bits of the norm and the quantiser in turn; x is left as the norm leaves it."""
+    rows, short = 3, SHORT[dtype.name]
+    for width in (72, 256, 1000):
+        pitch, capacity = fp8.activation_pitch(width), 256
+        x, y = (
+            rounded(rng.standard_normal((rows, width), np.float32), dtype).astype(dtype) for _ in range(2)
+        )
+        weight, bias = (gpu.array(rng.standard_normal(width).astype(np.float32)) for _ in range(2))
+        for kind in ("rms", "layer"):
+            for add in (False, True):
+                found = []
+                for find in (norm_kernel, quantised_norm_kernel):
+                    kernel, threads = find(dtype.name, kind, width, add)
+                    residual = gpu.array(x)
+                    tail = [residual, gpu.array(y) if add else None, weight, bias, width, 1e-5, 0.5]
+                    q = gpu.empty((rows, pitch), np.uint8)
+                    scales = gpu.empty((pitch // 128, capacity), np.float32)
+                    if find is norm_kernel:
+                        out = gpu.empty((rows, width), dtype)
+                        gpu.launch(kernel, rows, threads, [out, *tail])
+                        args = [out, q, scales, width, width, pitch, capacity]
+                        gpu.launch(f"sm80_{short}_fp8_quantise", (-(-pitch // 512), rows), 128, args)
+                    else:
+                        gpu.launch(kernel, rows, threads, [q, scales, *tail, pitch, capacity])
+                    found.append((residual.get().tobytes(), q.get().tobytes(), scales.get().tobytes()))
+                assert found[0] == found[1], (width, kind, add)
 
 
 class Widened:

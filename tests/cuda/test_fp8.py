@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from emulator import Emulator, available
 from emulator.driver import emulated_driver
-from gpu_engine import CONFIG, core_of, model, run
+from gpu_engine import CONFIG, core_of, model, needs_gpu, run
 from stored_as import Layout
 from tiny import ArrayCheckpoint, weights_of
 
 from rvllm.backends.cpu.backend import CpuBackend
+from rvllm.backends.cpu.reference import interpreter
 from rvllm.backends.cuda.backend import CudaBackend
-from rvllm.backends.cuda.device.driver import DeviceFacts
+from rvllm.backends.cuda.device.driver import Device, DeviceFacts
 from rvllm.backends.cuda.formats import fp8_plan
 from rvllm.backends.cuda.formats.choose import kept
 from rvllm.backends.cuda.layout.memory import Budget
@@ -66,6 +67,7 @@ def test_kernels_that_load() -> None:
 def test_kernels_that_run(dtype: str) -> None:
     gpu, rng = Emulator(), np.random.default_rng(2)
     fp8_checks.check_fp8_quantise(gpu, rng, DTYPES[dtype])
+    fp8_checks.check_fp8_norm(gpu, rng, DTYPES[dtype])
     fp8_checks.check_fp8_widened(gpu, rng, DTYPES[dtype])
     gpu.clear()
 
@@ -207,6 +209,59 @@ def test_plan_names_numbers_and_kernels() -> None:
     assert kernels[qkv.name] == "sm90_bf16_fp8_gemm_walk_n8"
     assert numbers_of(qkv, shown, layout) == "FP8, blocks of 128 x 128 > FP8, scales of blocks"
     _, kernels = kernels_on(program, layout, CONFIG, SM90, StepShape(40, 1, 100))
-    assert kernels[qkv.name].split(", ") == ["sm80_bf16_fp8_quantise", "sm90_bf16_fp8_gemm_walk_n64"]
+    assert kernels[qkv.name] == "sm90_bf16_fp8_gemm_walk_n64"  # its norm writes E4M3
+    down = [op for op in shown.ops if isinstance(op, Linear)][-1]
+    assert kernels[down.name].split(", ") == ["sm80_bf16_fp8_quantise", "sm90_bf16_fp8_gemm_split_n64"]
     lines = dict(matrices(shown, layout))
     assert any("kept FP8, scales of blocks" in line and line.startswith("2 of ") for line in lines.values())
+
+
+def rounded_activations(x: np.ndarray) -> np.ndarray:
+    """x [T, K] as its E4M3 numbers stand for it: a scale for each token and 128 columns."""
+    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % 128))).reshape(len(x), -1, 128)
+    inverse, scale = fp8_checks.inverse_and_scale(np.abs(padded).max(axis=2, keepdims=True))
+    codes = fp8_checks.codes_of((padded * inverse).astype(np.float32))
+    return (codes.view(fp8_checks.E4M3).astype(np.float32) * scale).reshape(len(x), -1)[:, : x.shape[1]]
+
+
+def with_rounded_activations(op: Linear, given: interpreter.Run) -> None:
+    """The CPU's product of a layer, on activations rounded to float16 and then so."""
+    x = given[op.x]
+    given[op.x] = rounded_activations(x.astype(np.float16).astype(np.float32))
+    interpreter.linear(op, given)
+    given[op.x] = x
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CONFIG_OF)
+def test_scores_on_a_gpu_are_those_of_the_format(
+    name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float32 products of the dequantised weights and of activations rounded as the format says.
+
+    On sm_90; elsewhere activations stay in 16 bits. A request's bits do not depend on its company.
+    """
+    config = CONFIG_OF[name]
+    checkpoint = open_checkpoint(saved(tmp_path / "model", config, method))
+    rng = np.random.default_rng(3)
+    sizes = (1, 3, 7, 17, 40, 70, 130)
+    asked = [(rng.integers(0, 515, n).tolist(), Sampling(max_tokens=6, prompt_logprobs=1)) for n in sizes]
+    if Device().facts().capability == 90:
+        monkeypatch.setitem(interpreter.KERNELS, Linear, with_rounded_activations)
+    cpu = replace(CONFIG, cpu_kernels="numpy")
+    core = core_of(CpuBackend.load(program_of(config, DType.F32), checkpoint, cpu), config, cpu)
+    wanted = score(core, asked)
+    core.close()
+    found = []
+    for tokens in (256, 33):  # whole prompts, and in chunks
+        engine = replace(CONFIG, max_num_batched_tokens=tokens, device="cuda")
+        core = core_of(CudaBackend.load(program_of(config, DType.F16), checkpoint, engine), config, engine)
+        found.append([[(o.token_ids, o.logprobs) for o in r] for r in run(core, asked)])
+        for ours, theirs in zip(score(core, asked), wanted, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=0.05)
+        for i, one in enumerate(asked):
+            assert [o.token_ids for o in run(core, [one])[0]] == [t for t, _ in found[-1][i]], i
+        core.close()
+    assert [[t for t, _ in r] for r in found[0]] == [[t for t, _ in r] for r in found[1]]

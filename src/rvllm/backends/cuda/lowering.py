@@ -40,7 +40,7 @@ LOWERED: tuple[type[Op], ...] = tuple(EMITTERS)
 LEADING: tuple[type[Op], ...] = (*LATENT, RopeKV, Route)  # their kernels do what stands before them too
 
 
-def scratch_of(program: Program, tokens: int, seqs: int) -> Scratch:
+def scratch_of(program: Program, tokens: int, seqs: int, capability: int) -> Scratch:
     """Device memory that families of ops need beside the program's buffers, in bytes by name.
 
     For steps of up to `tokens` tokens of `seqs` sequences.
@@ -48,7 +48,9 @@ def scratch_of(program: Program, tokens: int, seqs: int) -> Scratch:
     found = experts_scratch(program, tokens, seqs)
     for weight in (op.weight for op in program.ops if isinstance(op, Linear | Logits)):
         if weight.format is not None:
-            for name, nbytes in device_format(weight.format).scratch(weight, max(tokens, seqs)).items():
+            for name, nbytes in (
+                device_format(weight.format).scratch(weight, max(tokens, seqs), capability).items()
+            ):
                 found[name] = max(nbytes, found.get(name, 0))
     return found
 
@@ -69,6 +71,7 @@ class Lowering:
     counts: rows the launches must cover. decode, prefill: by op, how attention is launched; prefill is None
     where no sequence of the step has several tokens. strategy: of products, `--gemm-strategy`.
     planned: the launches so far. stages: all that is being lowered, for emitters that look ahead.
+    quantised: the buffers that norms write as E4M3 (see `formats.fp8`).
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Lowering:
         self.strategy = strategy
         self.planned: list[Planned] = []
         self.stages: Sequence[Stage] = ()
+        self.quantised: frozenset[str] = frozenset()
 
     def lower(self, stages: Sequence[Stage]) -> list[Planned]:
         """The launches of all stages, in order.

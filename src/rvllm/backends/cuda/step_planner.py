@@ -17,6 +17,7 @@ from rvllm.backends.cuda.device.driver import DeviceFacts, Graph, Stream
 from rvllm.backends.cuda.device.graphs import GraphCache, Key
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Counts, Planned, kernel_names
+from rvllm.backends.cuda.formats.fp8 import quantised_buffers
 from rvllm.backends.cuda.layout.addresses import Addresses, Shape
 from rvllm.backends.cuda.layout.device_state import shape_of
 from rvllm.backends.cuda.layout.fusion import Stage, fuse
@@ -141,7 +142,7 @@ class StepPlanner:
         prefill: bool,
         decode: dict[str, DecodePlan] | None = None,
     ) -> Lowering:
-        return Lowering(
+        lowering = Lowering(
             self.dtype,
             self.chip,
             self.shape,
@@ -152,6 +153,8 @@ class StepPlanner:
             self.prefill if prefill else None,
             self.strategy,
         )
+        lowering.quantised = quantised_buffers(self.stages, self.chip.capability)
+        return lowering
 
 
 def distinct(stages: Sequence[Stage]) -> list[Stage]:

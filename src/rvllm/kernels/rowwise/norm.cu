@@ -1,5 +1,6 @@
 // RMS and layer normalisation of rows, with the residual add fused in front when wanted, and of heads.
 // All sums are float32 in an order that depends on the width alone.
+#include "gemm/fp8/e4m3.cuh"
 #include "rowwise/head_norm.cuh"
 
 // Explicit instructions: a fused kernel gives the bits of the separate ones.
@@ -13,10 +14,9 @@ __device__ __forceinline__ float finished(float v, float mean, float factor, flo
 // x, y, out [rows, width], width % 8 == 0 and width <= 8 * VECTORS * blockDim; weight, bias float32 [width] or null.
 // Grid: (rows). Block: VECTORS 16-byte vectors a thread; see plan_norm. Bound by latency at decode sizes (one
 // block a row), by memory at prefill.
-template <typename T, bool LAYER, bool ADD, int VECTORS>
-__global__ void __launch_bounds__(1024)
-norm(T* out, T* x, const T* __restrict__ y, const float* __restrict__ weight, const float* __restrict__ bias,
-     int width, float eps, float scale) {
+template <typename T, bool LAYER, bool ADD, int VECTORS, class Store>
+__device__ __forceinline__ void norm_row(T* x, const T* y, const float* weight, const float* bias, int width, float eps,
+                                         float scale, Store store) {
   griddep_launch();
   __shared__ float scratch[32];
   const int vectors = width / 8;
@@ -35,7 +35,6 @@ norm(T* out, T* x, const T* __restrict__ y, const float* __restrict__ weight, co
   griddep_wait();
   uint4* const row = reinterpret_cast<uint4*>(x + (size_t)blockIdx.x * width);
   const uint4* const other = reinterpret_cast<const uint4*>(y + (size_t)blockIdx.x * width);
-  uint4* const target = reinterpret_cast<uint4*>(out + (size_t)blockIdx.x * width);
   float sum = 0.f;
 #pragma unroll
   for (int k = 0; k < VECTORS; k++) {
@@ -74,12 +73,52 @@ norm(T* out, T* x, const T* __restrict__ y, const float* __restrict__ weight, co
 #pragma unroll
   for (int k = 0; k < VECTORS; k++) {
     const int i = threadIdx.x + k * blockDim.x;
-    if (i >= vectors) continue;
-    if (VECTORS > 1) parameters(i);
+    if (i < vectors) {
+      if (VECTORS > 1) parameters(i);
 #pragma unroll
-    for (int j = 0; j < 8; j++) v[k][j] = finished(v[k][j], mean, factor, w[j], LAYER ? b[j] : 0.f);
-    target[i] = pack8<T>(v[k]);
+      for (int j = 0; j < 8; j++) v[k][j] = finished(v[k][j], mean, factor, w[j], LAYER ? b[j] : 0.f);
+    }
+    store(i, i < vectors, v[k]);
   }
+}
+
+template <typename T, bool LAYER, bool ADD, int VECTORS>
+__global__ void __launch_bounds__(1024)
+norm(T* out, T* x, const T* __restrict__ y, const float* __restrict__ weight, const float* __restrict__ bias,
+     int width, float eps, float scale) {
+  uint4* const target = reinterpret_cast<uint4*>(out + (size_t)blockIdx.x * width);
+  norm_row<T, LAYER, ADD, VECTORS>(x, y, weight, bias, width, eps, scale, [&](int i, bool in, const float(&v)[8]) {
+    if (in) target[i] = pack8<T>(v);
+  });
+}
+
+// The same, its result rounded to T and then quantised to E4M3, a scale for each 128 columns: the bytes and scales that
+// gemm/fp8/quantise.cu gives. q [rows, pitch], zeros behind the columns; scales [pitch / 128, capacity].
+template <typename T, bool LAYER, bool ADD, int VECTORS>
+__global__ void __launch_bounds__(1024)
+norm_e4m3(u8* q, float* scales, T* x, const T* __restrict__ y, const float* __restrict__ weight,
+          const float* __restrict__ bias, int width, float eps, float scale, int pitch, int capacity) {
+  uint2* const target = reinterpret_cast<uint2*>(q + (size_t)blockIdx.x * pitch);
+  norm_row<T, LAYER, ADD, VECTORS>(x, y, weight, bias, width, eps, scale, [&](int i, bool in, const float(&v)[8]) {
+    float r[8], amax = 0.f;
+    unpack8<T>(pack8<T>(v), r);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      if (!in) r[j] = 0.f;
+      amax = fmaxf(amax, fabsf(r[j]));
+    }
+#pragma unroll
+    for (int d = 8; d; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
+    const float inverse = fp8::inverse_of(amax);
+    if (i >= pitch / 8) return;
+    u32 words[2];
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+      words[j] = fp8::to_e4m3x2(__fmul_rn(r[4 * j], inverse), __fmul_rn(r[4 * j + 1], inverse)) |
+                 fp8::to_e4m3x2(__fmul_rn(r[4 * j + 2], inverse), __fmul_rn(r[4 * j + 3], inverse)) << 16;
+    target[i] = make_uint2(words[0], words[1]);
+    if (i % 16 == 0) scales[(size_t)(i / 16) * capacity + blockIdx.x] = fp8::scale_of(amax);
+  });
 }
 
 // x += norm(y) * scale, then out = norm(x) unless out is null (Gemma 2's norms around its blocks): RMS, with the

@@ -22,6 +22,12 @@ def norm_kernel(dtype: str, kind: str, width: int, add: bool) -> tuple[str, int]
     raise MissingKernelError(f"no norm kernel for rows of {width} elements")
 
 
+def quantised_norm_kernel(dtype: str, kind: str, width: int, add: bool) -> tuple[str, int]:
+    """The same for a norm that writes E4M3."""
+    kernel, threads = norm_kernel(dtype, kind, width, add)
+    return kernel.replace("_norm_", "_fp8_norm_"), threads
+
+
 def norm_add_norm_kernel(dtype: str, width: int) -> tuple[str, int]:
     """(kernel, threads) of the RMS norm, residual add and RMS norm in one; raises as `norm_kernel` does."""
     kernel, threads = norm_kernel(dtype, "rms", width, False)
@@ -56,6 +62,7 @@ def _elementwise(dtype: str) -> list[KernelSpec]:
                 flags = f"{str(kind == 'layer').lower()}, {str(add).lower()}"
                 name = f"norm_{kind}{'_add' if add else ''}{suffix}"
                 specs.append(spec(name, "rowwise/norm.cu", f"norm<{t}, {flags}, {vectors}>"))
+                specs.append(spec(f"fp8_{name}", "rowwise/norm.cu", f"norm_e4m3<{t}, {flags}, {vectors}>"))
     specs.append(spec("gated_clamped", "rowwise/activation.cu", f"clamped<{t}>"))
     for act in ACTIVATIONS:
         specs.append(

@@ -39,7 +39,7 @@ class DeviceFormat(Protocol):
     def fill(self, catalog: Catalog, stream: Stream, packed: PackedWeight, address: int, seed: int) -> None:
         """Puts random numbers there, of deviation 0.02."""
 
-    def scratch(self, weight: Weight, tokens: int) -> dict[str, int]:
+    def scratch(self, weight: Weight, tokens: int, capability: int) -> dict[str, int]:
         """Device memory its products need for steps of so many tokens, in bytes by name; shared by all
         weights.
         """

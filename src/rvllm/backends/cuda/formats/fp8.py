@@ -8,7 +8,7 @@ weights are widened to the activations' 16-bit type on their way to the tensor c
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from rvllm.backends.cuda.ops.gemm.plan import gated_rows
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.gemm.fp8.specs import BLOCK_K, SOURCES, TILE
 from rvllm.program.formats import FP8_ROWS, Fp8Format
-from rvllm.program.ops.dense import Linear, Logits, Weight
+from rvllm.program.ops.dense import Add, Linear, Logits, Norm, Op, Weight
 from rvllm.weights.checkpoint import TensorType
 from rvllm.weights.formats import Fp8Part, fp8_part
 from rvllm.weights.packing import find_tensor, readable_parts, readable_type
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rvllm.backends.cuda.device.catalog import Catalog
     from rvllm.backends.cuda.device.driver import Stream
     from rvllm.backends.cuda.device.info import DeviceInfo
+    from rvllm.backends.cuda.layout.fusion import Stage
     from rvllm.backends.cuda.layout.weights import PackedWeight
     from rvllm.backends.cuda.lowering import Lowering
     from rvllm.backends.cuda.ops.gemm.launches import Epilogue
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from rvllm.weights.checkpoint import Checkpoint
 
 ACTIVATIONS, SCALES = "fp8.activations", "fp8.scales"  # scratch
+NORMED, NORMED_SCALES = "fp8.normed", "fp8.normed_scales"  # of what norms write quantised
 SPARE_TOKENS = 256  # scales of a whole tile of tokens are loaded, whether they exist or not
 DEVIATION = 0.02 / 60  # scale of dummy weights, whose bytes have deviation 60
 _THREADS = 128
@@ -55,11 +57,14 @@ class Fp8Device:
         """See DeviceFormat."""
         return fp8_plan.packed_nbytes(rows, columns, kept.scales)
 
-    def scratch(self, weight: Weight, tokens: int) -> dict[str, int]:
+    def scratch(self, weight: Weight, tokens: int, capability: int) -> dict[str, int]:
         """See DeviceFormat."""
+        if capability != 90:
+            return {}
         pitch = fp8_plan.activation_pitch(weight.shape[-1])
-        rows = _capacity(tokens)  # more than rows of logits
-        return {ACTIVATIONS: rows * pitch, SCALES: 4 * pitch // BLOCK_K * rows}
+        rows = activation_capacity(tokens)  # more than rows of logits
+        scales = 4 * pitch // BLOCK_K * rows
+        return {ACTIVATIONS: rows * pitch, SCALES: scales, NORMED: rows * pitch, NORMED_SCALES: scales}
 
     def loading_kernels(self, packed: PackedWeight, dtype: DType, checkpoint: Checkpoint | None) -> list[str]:
         """See DeviceFormat."""
@@ -115,20 +120,23 @@ class Fp8Device:
         if to.chip.capability != 90:
             self._widened(to, name, op, end, rows, count)
             return
-        plan = fp8_plan.plan_fp8(rows, k, count, to.tag, to.chip.sm_count)
+        normed = op.x.name in to.quantised
+        plan = fp8_plan.plan_fp8(rows, k, count, to.tag, to.chip.sm_count, quantised=normed)
         x, capacity = to.at.buffers[op.x.name], to.capacity(op.x.rows)
-        scale_pitch = _capacity(to.shape.tokens)
+        at, scales_at = (NORMED, NORMED_SCALES) if normed else (ACTIVATIONS, SCALES)
+        scale_pitch = activation_capacity(to.shape.tokens)
         if plan.resident:
             x_map = MatrixMap(x, capacity, k, plan.box_rows, 64, to.tag == "bf16")
         else:
-            quantised, pitch = to.at.scratch[ACTIVATIONS], fp8_plan.activation_pitch(k)
-            self._quantise(to, name, op, k, pitch, scale_pitch)
-            x_map = MatrixMap(quantised, capacity, pitch // 2, plan.box_rows, 64, bf16=True)
+            pitch = fp8_plan.activation_pitch(k)
+            if not normed:
+                self._quantise(to, name, op, k, pitch, scale_pitch)
+            x_map = MatrixMap(to.at.scratch[at], capacity, pitch // 2, plan.box_rows, 64, bf16=True)
         parameters = fp8_plan.fp8_arguments(
             plan,
             x_map,
             x,
-            to.at.scratch[SCALES],
+            to.at.scratch[scales_at],
             to.weight(op.weight, end.form),
             end.out,
             end.pitch,
@@ -191,7 +199,45 @@ class Fp8Device:
         to.plan(name, plan.kernel, fixed(*plan.grid), plan.block, *arguments, smem=plan.smem, why=plan.why)
 
 
-def _capacity(tokens: int) -> int:
+def quantised_buffers(stages: Sequence[Stage], capability: int) -> frozenset[str]:
+    """The buffers that norms write as E4M3 right away: those that only products of E4M3 weights read.
+
+    They share one place, so none may be written before the last one has been read.
+    """
+    if capability != 90:
+        return frozenset()
+    readers: dict[str, list[tuple[int, Op]]] = {}
+    for i, stage in enumerate(stages):
+        for op in stage.ops:
+            for buffer in op.reads:
+                readers.setdefault(buffer.name, []).append((i, op))
+    found, other, free_from = set[str](), set[str](), 0
+    for i, stage in enumerate(stages):
+        written = {b.name for b in stage.writes}
+        norm = stage.ops[-1]
+        if not (isinstance(norm, Norm) and _writes_rows(stage, norm)):
+            other |= written
+            continue
+        name = norm.out.name
+        until = next((j for j in range(i + 1, len(stages)) if norm.out in stages[j].writes), len(stages))
+        following = [(j, op) for j, op in readers.get(name, []) if i < j <= until]
+        fit = all(isinstance(op, Linear) and isinstance(op.weight.format, Fp8Format) for _, op in following)
+        if following and fit and i >= free_from:
+            found.add(name)
+            other |= written - {name}
+            free_from = max(j for j, _ in following) + 1
+        else:
+            other |= written
+    return frozenset(found - other)
+
+
+def _writes_rows(stage: Stage, norm: Norm) -> bool:
+    """Whether it is a norm of whole rows, alone or behind a residual add."""
+    alone = len(stage.ops) == 1 or (len(stage.ops) == 2 and isinstance(stage.ops[0], Add))
+    return alone and norm.group is None and norm.width is None and norm.out != norm.x
+
+
+def activation_capacity(tokens: int) -> int:
     """Tokens that a row of activations' scales has room for."""
     return -(-tokens // SPARE_TOKENS) * SPARE_TOKENS + SPARE_TOKENS
 

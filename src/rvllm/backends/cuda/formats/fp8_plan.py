@@ -34,17 +34,19 @@ from rvllm.kernels.gemm.fp8.specs import (
     TILE_BYTES,
     cluster_of,
     is_resident,
+    is_split,
     sm80_smem,
     smem_of,
     threads_of,
 )
 
-Mode = Literal["split", "walk", "sum", "sm80"]
+Mode = Literal["split", "walk", "sum", "split_resident", "walk_resident", "sm80"]
 Scales = Literal["row", "block"]
 Grid = tuple[int, int, int]
 
 SMALL_STAGES = 6  # of a split product whose time is mostly the way in and out
 SMALL_WEIGHT = 20 << 20  # bytes
+RESIDENT_TOKENS = 4  # with more, quantising them once is quicker than in every block
 ONE_TILE = 128  # up to so many tokens a split product is the quickest
 ALIGNMENT = 256  # of the scales behind the tiles
 
@@ -118,53 +120,56 @@ def activation_pitch(k: int) -> int:
     return _ceil(k, BLOCK_K) * BLOCK_K
 
 
-def plan_fp8(n: int, k: int, tokens: int, dtype: str, sm_count: int) -> Fp8Plan:
+def plan_fp8(n: int, k: int, tokens: int, dtype: str, sm_count: int, quantised: bool) -> Fp8Plan:
     """Chooses the kernel for y [tokens, n] = x [tokens, k] W^T on an sm_90a GPU.
 
-    n: packed rows that exist, N or `gated_rows`. Raises UsageError for a k that is no multiple of 8.
+    n: packed rows that exist, N or `gated_rows`. quantised: whether x is E4M3 already. Raises UsageError
+    for a k that is no multiple of 8.
     """
     if dtype not in DTYPES or k % 8 or min(n, k, tokens) < 1:
         raise UsageError(
             f"no FP8 matrix kernel for {dtype} [{tokens}, {k}] x [{n}, {k}]: K must be 8, 16, ..."
         )
-    if segments_of(n, k) == 1:
-        sizes = [size for size in MODES["walk"] if _fits("walk", n, k, size)]
-        return variant(n, k, tokens, dtype, "walk", _fit(sizes, tokens), sm_count, "rows fill the GPU")
-    sizes = [size for size in MODES["split"] if _fits("split", n, k, size)]
+    one = segments_of(n, k) == 1
+    resident: Mode = "walk_resident" if one else "split_resident"
+    if not quantised and tokens <= RESIDENT_TOKENS and _fits(resident, n, k, MODES[resident][0]):
+        return variant(n, k, tokens, dtype, resident, MODES[resident][0], sm_count, "quantises on the way in")
+    why = "rows fill the GPU" if one else "K split over a cluster"
+    first: Mode = "walk" if one else "split"
     if tokens <= ONE_TILE:
-        return variant(n, k, tokens, dtype, "split", _fit(sizes, tokens), sm_count, "K split over a cluster")
-    plans = [variant(n, k, tokens, dtype, "split", sizes[-1], sm_count, "K split over a cluster")]
-    plans.append(
-        variant(n, k, tokens, dtype, "sum", MODES["sum"][-1], sm_count, "enough tokens to fill the GPU")
-    )
+        return variant(n, k, tokens, dtype, first, _fit(MODES[first], tokens), sm_count, why)
+    plans = [variant(n, k, tokens, dtype, first, size, sm_count, why) for size in MODES[first][-2:]]
+    if not one:
+        size = MODES["sum"][-1]
+        plans.append(variant(n, k, tokens, dtype, "sum", size, sm_count, "enough tokens to fill the GPU"))
     return min(plans, key=lambda plan: _cycles(plan, sm_count))
 
 
-def _fit(sizes: list[int], tokens: int) -> int:
+def _fit(sizes: tuple[int, ...], tokens: int) -> int:
     return next((size for size in sizes if size >= tokens), sizes[-1])
 
 
 def _held_blocks(mode: Mode, n: int, k: int) -> int:
     blocks = _ceil(k, BLOCK_K)
-    return _ceil(blocks, segments_of(n, k)) if mode == "split" else blocks
+    return _ceil(blocks, segments_of(n, k)) if is_split(mode) else blocks
 
 
 def _fits(mode: Mode, n: int, k: int, token_tile: int) -> bool:
     """Whether a kernel's shared memory holds resident activations beside half of its stages."""
-    held = _held_blocks(mode, n, k) if is_resident(mode, token_tile) else 0
-    return smem_of(mode, token_tile, held, 6) == smem_of(mode, token_tile, 0, 6) + held * token_tile * (
-        BLOCK_K + 4
-    )
+    held = _held_blocks(mode, n, k) if is_resident(mode) else 0
+    resident = held * token_tile * (BLOCK_K + 4)
+    return smem_of(mode, token_tile, held, 6) == smem_of(mode, token_tile, 0, 6) + resident
 
 
 def _cycles(plan: Fp8Plan, sm_count: int) -> float:
     """A rough count of cycles, for choosing between two ways to do a large product."""
     token_tiles, pairs = _ceil(plan.tokens, plan.token_tile), _ceil(plan.rows, 2 * TILE)
     step = 4.6 * plan.token_tile
-    if plan.mode == "split":
+    if is_split(plan.mode):
         clusters = max(1, sm_count * 9 // 10 // plan.segments)
         return _ceil(pairs * token_tiles, clusters) * (_ceil(plan.blocks, plan.segments) * step + 8000)
-    return _ceil(pairs * token_tiles, sm_count) * (plan.blocks * step + 4000)
+    units = _ceil(pairs, plan.cluster) * token_tiles
+    return _ceil(units, sm_count // plan.cluster) * (plan.blocks * step + 4000)
 
 
 def variant(
@@ -180,9 +185,9 @@ def variant(
     """The plan of one given kernel; `walk` needs a weight with one segment."""
     blocks, segments = _ceil(k, BLOCK_K), segments_of(n, k)
     pairs, token_tiles = _ceil(n, 2 * TILE), _ceil(tokens, token_tile)
-    resident = is_resident(mode, token_tile)
+    resident = is_resident(mode)
     held = _held_blocks(mode, n, k) if resident else 0
-    if mode == "split":
+    if is_split(mode):
         cluster, grid = segments, (segments, token_tiles, pairs)
         small = n * k <= SMALL_WEIGHT or segments == MAX_SEGMENTS
         most = min(SMALL_STAGES, _ceil(blocks, segments)) if small else MAX_STAGES
@@ -198,7 +203,7 @@ def variant(
         blocks=blocks,
         segments=segments,
         token_tile=token_tile,
-        box_rows=token_tile // (1 if mode == "split" else cluster),
+        box_rows=token_tile // (1 if is_split(mode) else cluster),
         resident=resident,
         grid=grid,
         block=threads_of(mode, token_tile),

@@ -133,7 +133,7 @@ def plan_memory(
         ),
     }  # fmt: skip
 
-    scratch = scratch_of(program, tokens, seqs)
+    scratch = scratch_of(program, tokens, seqs, facts.capability)
     if scratch:
         lines["scratch of ops"] = sum(_aligned(n) for n in scratch.values())
     if program.states:

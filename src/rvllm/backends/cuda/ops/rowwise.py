@@ -8,10 +8,12 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING
 
+from rvllm.backends.cuda.formats.fp8 import NORMED, NORMED_SCALES, activation_capacity
+from rvllm.backends.cuda.formats.fp8_plan import activation_pitch
 from rvllm.backends.cuda.layout.metadata import NUM_SAMPLES, NUM_TOKENS
 from rvllm.backends.cuda.ops.family import Emitter
 from rvllm.errors import MissingKernelError
-from rvllm.kernels.rowwise.specs import norm_add_norm_kernel, norm_kernel
+from rvllm.kernels.rowwise.specs import norm_add_norm_kernel, norm_kernel, quantised_norm_kernel
 from rvllm.program.ops.dense import Activate, Add, ClampedGate, Embed, GatedActivation, GatherRows, Norm, Op
 
 if TYPE_CHECKING:
@@ -52,14 +54,22 @@ def norm(to: Lowering, stage: Stage) -> None:
     if op.group is not None or op.width is not None:
         _norm_groups(to, stage.name, op)
         return
-    kernel, threads = norm_kernel(to.dtype.value, op.kind_, op.x.width, first is not None)
+    find = quantised_norm_kernel if op.out.name in to.quantised else norm_kernel
+    kernel, threads = find(to.dtype.value, op.kind_, op.x.width, first is not None)
     rows = to.rows(op.x.rows)
+    out: list[object] = [to.at.buffers[op.out.name]]
+    behind: list[object] = []
+    if op.out.name in to.quantised:
+        out = [to.at.scratch[NORMED], to.at.scratch[NORMED_SCALES]]
+        behind = [
+            ctypes.c_int(n) for n in (activation_pitch(op.x.width), activation_capacity(to.shape.tokens))
+        ]
     to.plan(
         stage.name,
         kernel,
         lambda c: (rows(c), 1, 1),
         threads,
-        to.at.buffers[op.out.name],
+        *out,
         to.at.buffers[op.x.name],
         to.at.buffers[first.y.name] if first else 0,
         to.weight(op.weight, "norm"),
@@ -67,6 +77,7 @@ def norm(to: Lowering, stage: Stage) -> None:
         ctypes.c_int(op.x.width),
         ctypes.c_float(op.eps),
         ctypes.c_float(first.scale if first else 1.0),
+        *behind,
     )
 
 

@@ -7,8 +7,11 @@
 //   WALK   for weights with one segment: resident blocks walk over tiles. grid (blocks, 1, 1).
 //   SUM    as WALK for any number of segments, whose running sum is kept in registers too.
 //
-// Up to 16 tokens, SPLIT and WALK take 16-bit activations and quantise them on the way in, as fp8/quantise.cu does:
-// it costs no launch, and weights are on their way meanwhile.
+// RESIDENT kernels take 16-bit activations and quantise them on the way in, as fp8/quantise.cu does: it costs no launch,
+// and weights are on their way meanwhile.
+//
+// While a warpgroup scales one sum of 128, the tensor cores are kept busy: few tokens leave registers for a second
+// accumulator, with many the two warpgroups take turns.
 #include "gemm/epilogue.cuh"
 #include "gemm/fp8/fp8.cuh"
 #include "gemm/tile_scheduler.cuh"
@@ -19,14 +22,15 @@ namespace rvllm::fp8 {
 using namespace gemm;
 enum Mode { SPLIT, WALK, SUM };
 constexpr int CONSUMERS = 256;
+constexpr int TURN = 3;  // named barriers of the warpgroups' turns: this one and the next
 
 struct alignas(64) TensorMap {
   u64 opaque[16];
 };
 
-template <int TOKENS, Mode MODE>
+template <int TOKENS, Mode MODE, bool RESIDENT>
 struct Layout {
-  static constexpr bool RESIDENT = MODE != SUM && TOKENS <= 16;  // x lies in shared memory as a whole
+  static constexpr bool TURNS = TOKENS >= 64;  // warpgroups take turns at the tensor cores
   static constexpr bool MANY_REGISTERS = MODE == WALK ? TOKENS >= 160 : MODE == SUM && TOKENS >= 128;
   static constexpr int THREADS = CONSUMERS + (MANY_REGISTERS ? 128 : 32);
   static constexpr int WEIGHTS = 2 * TILE_BYTES, X = RESIDENT ? 0 : TOKENS * BLOCK_K;
@@ -124,21 +128,21 @@ __device__ __forceinline__ void zero_resident(int count, int blocks, u32 tiles, 
 // x: tensor map of e4m3 [>= tokens, pitch] in boxes of 128 bytes x (TOKENS / CLUSTER), 128-byte swizzle; not read where x
 // is RESIDENT: then x_rows is 16-bit [>= tokens, x_width], x_pitch elements apart. x_scales: [blocks, x_pitch] otherwise.
 // weights, block_scales (or null), row_scales (or null): see fp8.cuh. blocks: ceil(K / 128). The rest: see Epilogue.
-template <class T, int TOKENS, Mode MODE, int CLUSTER>
-__global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
+template <class T, int TOKENS, Mode MODE, int CLUSTER, bool RESIDENT>
+__global__ void __launch_bounds__(Layout<TOKENS, MODE, RESIDENT>::THREADS, 1)
     gemm(const __grid_constant__ TensorMap x, const u8* __restrict__ weights, const float* __restrict__ block_scales,
          const float* __restrict__ row_scales, const void* x_rows, const float* x_scales, int x_width, int x_pitch,
          void* out, const void* bias, const void* residual, int kind, int tokens, int rows, int pitch, float scale,
          float soft_cap, int blocks, int segments) {
-  using L = Layout<TOKENS, MODE>;
+  using L = Layout<TOKENS, MODE, RESIDENT>;
   using namespace ptx;
   constexpr int REGS = TOKENS / 2;
-  const int held_blocks = L::RESIDENT ? MODE == SPLIT ? (blocks + segments - 1) / segments : blocks : 0;
+  const int held_blocks = RESIDENT ? MODE == SPLIT ? (blocks + segments - 1) / segments : blocks : 0;
   const int stages = min(L::MOST, (dynamic_smem_bytes() - L::BARRIERS - L::STAGING - held_blocks * L::RESIDENT_BLOCK) / L::STAGE);
   constexpr u16 ALL = (1 << CLUSTER) - 1;
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = smem(shared), x_base = base + stages * L::WEIGHTS;
-  const u32 resident = x_base + stages * L::X, staging_base = resident + held_blocks * TOKENS * (L::RESIDENT ? BLOCK_K : 0);
+  const u32 resident = x_base + stages * L::X, staging_base = resident + held_blocks * TOKENS * (RESIDENT ? BLOCK_K : 0);
   const u32 scales_base = staging_base + L::STAGING, resident_scales = scales_base + stages * L::SCALES;
   const u32 bars = base + dynamic_smem_bytes() - L::BARRIERS;
   const auto full = [&](int s) { return bars + 16 * s; };
@@ -160,7 +164,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
 
   griddep_launch();
   if (threadIdx.x == CONSUMERS) {
-    if constexpr (!L::RESIDENT) tensor_map_prefetch(&x);
+    if constexpr (!RESIDENT) tensor_map_prefetch(&x);
     for (int s = 0; s < stages; s++) {
       mbar_init(full(s), 1);
       mbar_init(empty(s), CONSUMERS / 32 * CLUSTER);
@@ -197,7 +201,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       const auto load_weights = [&](const Visit& v, int k, const Ring& ring) {
         const u32 bar = full(ring.stage), dst = ring.weights_at();
         const int count = max(0, min(v.count, tiles - v.tile));  // of a cluster's last tiles, some blocks have none
-        mbar_arrive_expect(bar, count * TILE_BYTES + (block_scales ? count * 32 : 0) + (L::RESIDENT ? 0 : TOKENS * (BLOCK_K + 4)));
+        mbar_arrive_expect(bar, count * TILE_BYTES + (block_scales ? count * 32 : 0) + (RESIDENT ? 0 : TOKENS * (BLOCK_K + 4)));
 #pragma unroll
         for (int i = 0; i < 2; i++)
           if (i < count) bulk_load(dst + i * TILE_BYTES, weights + (static_cast<u64>(v.tile + i) * blocks + k) * TILE_BYTES, TILE_BYTES, bar, hint);
@@ -205,7 +209,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
           bulk_load(ring.scales_at(), block_scales + (static_cast<u64>(k) * tiles + v.tile) * 8, count * 32, bar, EVICT_NORMAL);
       };
       const auto load_x = [&](const Visit& v, int k, const Ring& ring) {
-        if constexpr (!L::RESIDENT) {
+        if constexpr (!RESIDENT) {
           constexpr int SHARE = TOKENS / CLUSTER;
           const u32 bar = full(ring.stage), dst = ring.x_at();
           // The map's elements are pairs of bytes.
@@ -257,57 +261,104 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
         if (lane == 0) mbar_arrive(empty(stage));
       }
     };
+    // Queues the products of the ring's next block of K, number k.
+    const auto multiply = [&](float(&acc)[REGS], int k) {
+      mbar_wait(full(ring.stage), ring.phase);
+      const u32 a = ring.weights_at() + group * TILE_BYTES;
+      const u32 b = RESIDENT ? resident + (k - k0) * (TOKENS * BLOCK_K) : ring.x_at();
+      wgmma_pin(acc);
+      wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < BLOCK_K / 32; j++) {
+        if (L::TURNS && j == BLOCK_K / 32 - 1) wgmma_commit();
+        wgmma_e4m3<TOKENS>(acc, wgmma_operand(a + 32 * j), wgmma_operand(b + 32 * j), j > 0);
+      }
+      wgmma_commit();
+      wgmma_pin(acc);
+    };
+    // Adds the products of block k, which are done and lie in `stage`, to the sum.
+    const auto promote = [&](float(&acc)[REGS], int k, int stage) {
+      const u32 scales = scales_base + stage * L::SCALES;
+      const u32 xs = (RESIDENT ? resident_scales + (k - k0) * TOKENS * 4 : scales + L::WEIGHT_SCALES) + column * 4;
+      wgmma_pin(acc);
+      if (block_scales) {
+        const float2 by_block = smem_float2(scales + (group * 8 + warp % 4 * 2) * 4);
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; j++) {
+          const float2 s = smem_float2(xs + 32 * j);
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            sum[4 * j + i] = fmaf(acc[4 * j + i], __fmul_rn(i % 2 ? s.y : s.x, i / 2 ? by_block.y : by_block.x), sum[4 * j + i]);
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; j++) {
+          const float2 s = smem_float2(xs + 32 * j);
+#pragma unroll
+          for (int i = 0; i < 4; i++) sum[4 * j + i] = fmaf(acc[4 * j + i], i % 2 ? s.y : s.x, sum[4 * j + i]);
+        }
+      }
+      release(stage);
+    };
     // Sums blocks [first, last) into `sum`, of the tile that falls to this warpgroup.
     const auto segment = [&](int first, int last) {
-      float acc[REGS], by_row[2] = {1.f, 1.f};
+      float by_row[2] = {1.f, 1.f};
       if (row_scales) {
         const float* at = row_scales + min(v.tile + group, tiles - 1) * TILE + row;
         by_row[0] = __ldg(at), by_row[1] = __ldg(at + 8);
       }
 #pragma unroll
       for (int i = 0; i < REGS; i++) sum[i] = 0.f;
+      if constexpr (L::TURNS) {
+        float acc[REGS];
+        const bool turns = v.count == 2;
+        if (turns && group == 1) bar_arrive(TURN, CONSUMERS);
 #pragma unroll 1
-      for (int k = first; k < last; k++) {
-        mbar_wait(full(ring.stage), ring.phase);
-        const u32 a = ring.weights_at() + group * TILE_BYTES;
-        const u32 b = L::RESIDENT ? resident + (k - k0) * (TOKENS * BLOCK_K) : ring.x_at();
-        wgmma_pin(acc);
-        wgmma_fence();
-#pragma unroll
-        for (int j = 0; j < BLOCK_K / 32; j++) wgmma_e4m3<TOKENS>(acc, wgmma_operand(a + 32 * j), wgmma_operand(b + 32 * j), j > 0);
-        wgmma_commit();
-        wgmma_pin(acc);
-        float by_block[2] = {1.f, 1.f};
-        if (block_scales) {
-          const float2 s = smem_float2(ring.scales_at() + (group * 8 + warp % 4 * 2) * 4);
-          by_block[0] = s.x, by_block[1] = s.y;
-        }
-        const u32 xs = (L::RESIDENT ? resident_scales + (k - k0) * TOKENS * 4 : ring.scales_at() + L::WEIGHT_SCALES) + column * 4;
-        wgmma_wait<0>();
-        wgmma_pin(acc);
-        if (block_scales) {
-#pragma unroll
-          for (int j = 0; j < TOKENS / 8; j++) {
-            const float2 s = smem_float2(xs + 32 * j);
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-              sum[4 * j + i] = fmaf(acc[4 * j + i], __fmul_rn(i % 2 ? s.y : s.x, by_block[i / 2]), sum[4 * j + i]);
+        for (int k = first; k < last; k++) {
+          if (turns) bar_sync(TURN + group, CONSUMERS);
+          multiply(acc, k);
+          if (turns) {  // the other's products follow these at once
+            wgmma_wait<1>();
+            if (group == 0 || k + 1 < last) bar_arrive(TURN + 1 - group, CONSUMERS);
           }
+          wgmma_wait<0>();
+          promote(acc, k, ring.stage);
+          ring.advance();
+        }
+      } else {
+        float even[REGS], odd[REGS];
+        int k = first;
+        const auto queue = [&](float(&acc)[REGS], int k) {  // returns its stage
+          const int stage = ring.stage;
+          multiply(acc, k);
+          ring.advance();
+          return stage;
+        };
+        int at_even = queue(even, k), at_odd;
+#pragma unroll 1
+        for (; k + 2 < last; k += 2) {
+          at_odd = queue(odd, k + 1);
+          wgmma_wait<1>();
+          promote(even, k, at_even);
+          at_even = queue(even, k + 2);
+          wgmma_wait<1>();
+          promote(odd, k + 1, at_odd);
+        }
+        if (k + 1 < last) {
+          at_odd = queue(odd, k + 1);
+          wgmma_wait<1>();
+          promote(even, k, at_even);
+          wgmma_wait<0>();
+          promote(odd, k + 1, at_odd);
         } else {
-#pragma unroll
-          for (int j = 0; j < TOKENS / 8; j++) {
-            const float2 s = smem_float2(xs + 32 * j);
-#pragma unroll
-            for (int i = 0; i < 4; i++) sum[4 * j + i] = fmaf(acc[4 * j + i], i % 2 ? s.y : s.x, sum[4 * j + i]);
-          }
+          wgmma_wait<0>();
+          promote(even, k, at_even);
         }
-        release(ring.stage);
-        ring.advance();
       }
 #pragma unroll
       for (int i = 0; i < REGS; i++) sum[i] = __fmul_rn(sum[i], by_row[i / 2 % 2]);
     };
-    if constexpr (L::RESIDENT) {
+    if constexpr (RESIDENT) {
       const int token0 = MODE == SPLIT ? blockIdx.y * TOKENS : 0, count = min(TOKENS, tokens - token0);
       zero_resident<TOKENS>(count, k1 - k0, resident, resident_scales, threadIdx.x);
       griddep_wait();

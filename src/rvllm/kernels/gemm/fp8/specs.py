@@ -10,8 +10,14 @@ from rvllm.kernels.spec import KernelSpec
 DTYPES = ("bf16", "f16")
 BLOCK_K = 128  # columns of a packed tile and of a scale of the activations
 TILE, TILE_BYTES = 64, 8192
-RESIDENT_TOKENS = 16  # up to so many, SPLIT and WALK quantise activations on their way in
-MODES = {"split": (8, 16, 32, 64, 128), "walk": (8, 16, 32, 64, 128, 192), "sum": (32, 64, 128)}
+# Token tiles. What is resident takes 16-bit activations and quantises them on their way in.
+MODES = {
+    "split": (8, 16, 32, 64, 128),
+    "walk": (8, 16, 32, 64, 128, 192),
+    "sum": (64, 128),
+    "split_resident": (8,),
+    "walk_resident": (8,),
+}
 MAX_STAGES = 12
 _SMEM_LIMIT, _BARRIERS = 232448, 256
 _SPLIT_PITCH = 4 * (2 * TILE + 4)
@@ -19,7 +25,17 @@ _SPLIT_PITCH = 4 * (2 * TILE + 4)
 
 def cluster_of(mode: str, tokens: int) -> int:
     """Blocks that share each load of x in the walk and sum modes."""
-    return 1 if mode == "split" or tokens < 64 else 2
+    return 1 if is_split(mode) or tokens < 64 else 2
+
+
+def is_split(mode: str) -> bool:
+    """Whether a block sums one segment of K."""
+    return mode.startswith("split")
+
+
+def is_resident(mode: str) -> bool:
+    """Whether a kernel takes 16-bit activations and keeps them in shared memory as a whole."""
+    return mode.endswith("_resident")
 
 
 def threads_of(mode: str, tokens: int) -> int:
@@ -27,26 +43,21 @@ def threads_of(mode: str, tokens: int) -> int:
     return 384 if (mode == "walk" and tokens >= 160) or (mode == "sum" and tokens >= 128) else 288
 
 
-def is_resident(mode: str, tokens: int) -> bool:
-    """Whether a kernel takes 16-bit activations and keeps them in shared memory as a whole."""
-    return mode != "sum" and tokens <= RESIDENT_TOKENS
-
-
 def smem_of(mode: str, tokens: int, held_blocks: int, most: int = MAX_STAGES) -> int:
     """Dynamic shared memory in bytes; mirrors Layout in gemm/fp8/gemm_sm90.cu. 0: does not fit.
 
     held_blocks: blocks of K whose activations are resident. most: stages at most.
     """
-    resident = is_resident(mode, tokens)
+    resident = is_resident(mode)
     scales = 128 if resident else -(-(64 + 4 * tokens) // 128) * 128
     stage = 2 * TILE_BYTES + (0 if resident else tokens * BLOCK_K) + scales
     chunk = 64 if tokens % 64 == 0 else min(tokens, 32)
-    staging = 2 * max(chunk * (TILE + 8) * 2, min(chunk, 32) * (TILE + 4) * 4) if mode != "split" else 0
+    staging = 2 * max(chunk * (TILE + 8) * 2, min(chunk, 32) * (TILE + 4) * 4) if not is_split(mode) else 0
     fixed = staging + _BARRIERS + (held_blocks * tokens * (BLOCK_K + 4) if resident else 0)
     stages = min(most, (_SMEM_LIMIT - fixed) // stage)
     if stages < 2:
         return 0
-    if mode == "split":  # a block's partial sums take the place of its stages
+    if is_split(mode):  # a block's partial sums take the place of its stages
         stages = max(stages, -(-tokens * _SPLIT_PITCH // stage))
     return stages * stage + fixed
 
@@ -57,7 +68,9 @@ def _gemms() -> list[KernelSpec]:
         for mode, sizes in MODES.items():
             for tokens in sizes:
                 together = "few" if tokens <= 16 else "some" if tokens <= 64 else tokens
-                instance = f"rvllm::{dtype}, {tokens}, rvllm::fp8::{mode.upper()}, {cluster_of(mode, tokens)}"
+                kind, resident = mode.removesuffix("_resident").upper(), str(is_resident(mode)).lower()
+                cluster = cluster_of(mode, tokens)
+                instance = f"rvllm::{dtype}, {tokens}, rvllm::fp8::{kind}, {cluster}, {resident}"
                 specs.append(
                     KernelSpec(
                         name=f"sm90_{dtype}_fp8_gemm_{mode}_n{tokens}",
@@ -66,7 +79,7 @@ def _gemms() -> list[KernelSpec]:
                         arch=90,
                         exact=True,
                         smem=_SMEM_LIMIT,
-                        unit=f"{dtype}_{mode}_{together}",
+                        unit=f"{dtype}_{mode.removesuffix('_resident')}_{together}",
                     )
                 )
     return specs

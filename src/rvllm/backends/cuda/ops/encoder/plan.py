@@ -58,7 +58,7 @@ class EncoderPlan:
         stages = fuse(program, gated_epilogue=native)
         wanted = packed_weights(stages, "packed" if native else "table")
         workspace = plan_workspace(stages, tokens, seqs)
-        scratch = scratch_of(program, tokens, seqs)
+        scratch = scratch_of(program, tokens, seqs, facts.capability)
         layout = Layout(tokens, seqs, samples=0, tiles=_tiles(tokens, seqs), updates=0)
         lines = {
             "weights": sum(_aligned(w.nbytes) for w in wanted),
