@@ -95,7 +95,7 @@ def check_fp8_quantise(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) 
 
 
 def check_fp8_norm(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) -> None:
-    """Norms that write E4M3: the bits of the norm and the quantiser in turn; x is left as the norm leaves it."""
+    """Norms that write E4M3: the bits of the norm and the quantiser in turn, and the same sums in x."""
     rows, short = 3, SHORT[dtype.name]
     for width in (72, 256, 1000):
         pitch, capacity = fp8.activation_pitch(width), 256

@@ -1,4 +1,4 @@
-"""Quantised checkpoints on the GPU: the same draws as a plain model of the same numbers."""
+"""Checkpoints that are expanded on the GPU: the same draws as a plain model of the same numbers."""
 
 import json
 import sys
@@ -18,12 +18,11 @@ from rvllm.program.dtypes import DType
 from rvllm.weights.open import open_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "weights"))
-from quantisers import AWQ, FP8, GPTQ, Tensors, awq, file_of, fp8_blocks, gptq
+from quantisers import AWQ, GPTQ, Tensors, awq, file_of, gptq
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 
 METHODS = {
-    "fp8": (FP8 | {"weight_block_size": [128, 128]}, fp8_blocks(128, 128)),
     "gptq": (GPTQ | {"bits": 4, "group_size": 8, "desc_act": True}, gptq(4, 8, desc_act=True)),
     "awq": (AWQ | {"group_size": 8}, awq(8)),
 }
