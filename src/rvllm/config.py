@@ -8,7 +8,9 @@ validation and `rvllm info` are all derived from them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import json
 import math
 import os
 import types
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rvllm.errors import UsageError
+from rvllm.vllm_flags import human_size
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Setting:
     env: str | None = None  # None: derived from the name
     short: str | None = None
     metavar: str | None = None
+    many: bool = False  # several words, kept as one text with a line for each
+    other_env: str | None = None  # a variable of vLLM's that means the same
     secret: bool = False  # never shown; an empty one is a mistake
 
 
@@ -49,6 +54,8 @@ class EngineConfig:
         "Model: a directory, a .gguf file, org/name[@revision][:file.gguf], or the alias smollm2-135m.",
         short="-m",
     )
+    tokenizer: str | None = setting(None, "Another model to take the tokenizer from.")
+    revision: str | None = setting(None, "The model's branch, tag or commit, as in org/name@revision.")
     device: str = setting(
         "auto",
         "Where to run; auto takes the GPU if there is one and says so.",
@@ -126,6 +133,12 @@ class EngineConfig:
         choices=("auto", "numpy", "compiled"),
     )
 
+    def __post_init__(self) -> None:
+        if self.revision is not None:
+            name, colon, file = self.model.partition(":")
+            object.__setattr__(self, "model", f"{name.partition('@')[0]}@{self.revision}{colon}{file}")
+            object.__setattr__(self, "revision", None)
+
 
 @dataclass(frozen=True)
 class ServerConfig:
@@ -136,7 +149,9 @@ class ServerConfig:
     )
     port: int = setting(8000, "Port to bind.", low=0, high=65535)
     served_model_name: str | None = setting(
-        None, "Name clients use for the model; default: the value of --model."
+        None,
+        "Names clients use for the model, answers say the first; default: the value of --model.",
+        many=True,
     )
     allowed_hosts: str | None = setting(
         None,
@@ -149,7 +164,11 @@ class ServerConfig:
         metavar="ORIGINS",
     )
     api_key: str | None = setting(
-        None, "Require this bearer token, but for /health, /metrics and /version.", secret=True
+        None,
+        "Require this bearer token, but for /health, /metrics and /version.",
+        secret=True,
+        many=True,
+        other_env="VLLM_API_KEY",
     )
     api_key_file: str | None = setting(
         None, "File with one accepted key a line; with --api-key, that one is accepted too."
@@ -302,8 +321,8 @@ def parse_value(cls: type, name: str, text: str) -> Any:
             return False
         raise UsageError(f"{name}: expected true or false, got {text!r}")
     try:
-        return base(text)
-    except ValueError:
+        return human_size(text) if base is int else base(text)
+    except (ValueError, OverflowError):
         kind = {"int": "a whole number", "float": "a number"}.get(base.__name__, base.__name__)
         raise UsageError(f"{name}: expected {kind}, got {text!r}") from None
 
@@ -341,7 +360,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, title: str, skip: Sequ
                 if known.choices
                 else known.metavar or base.__name__.upper()
             )
-            group.add_argument(*names, dest=f.name, default=None, metavar=metavar, help=text)
+            several: dict[str, Any] = {"nargs": "+"} if known.many else {}
+            group.add_argument(*names, dest=f.name, default=None, metavar=metavar, help=text, **several)
 
 
 def build(cls: type[ConfigT], given: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> ConfigT:
@@ -356,8 +376,12 @@ def build(cls: type[ConfigT], given: Mapping[str, Any], environ: Mapping[str, st
         if value is None and (environ.get(env_of(f.name, known)) or _set(environ, f.name, known)):
             origin = env_of(f.name, known)
             value = environ[origin]
+        if value is None and known.other_env is not None and known.other_env in environ:
+            origin, value = known.other_env, environ[known.other_env]
         if value is None:
             continue
+        if known.many:
+            value = _lines(value)
         if isinstance(value, str):
             try:
                 value = parse_value(cls, f.name, value)
@@ -374,6 +398,15 @@ def build(cls: type[ConfigT], given: Mapping[str, Any], environ: Mapping[str, st
 def _set(environ: Mapping[str, str], name: str, known: Setting) -> bool:
     """Whether a secret's variable is set, be it to nothing: that is no wish to go without."""
     return known.secret and env_of(name, known) in environ
+
+
+def _lines(value: Any) -> str:
+    """Several words as one text, a line for each; a JSON list of them is taken, as vLLM takes it."""
+    words = [value] if isinstance(value, str) else [str(word) for word in value]
+    if len(words) == 1 and words[0].startswith("["):
+        with contextlib.suppress(ValueError):
+            words = [str(word) for word in json.loads(words[0])]
+    return "\n".join(words)
 
 
 def unknown_variables(environ: Mapping[str, str]) -> dict[str, str | None]:

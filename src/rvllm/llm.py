@@ -29,26 +29,9 @@ from rvllm.text.pending import PendingRequest
 from rvllm.text.processor import Choice
 from rvllm.text.requests import Prompt, RequestMaker, prompt_tokens
 from rvllm.text.tokenizers.tokenizer import Tokenizer
+from rvllm.vllm_flags import VLLM_FLAGS, VLLM_VALUES, settle
 
 Message = Mapping[str, Any]
-
-# vLLM's arguments that are no settings here, with the values that ask for what happens anyway.
-_ALREADY_SO: dict[str, tuple[Any, ...]] = {
-    "tokenizer_mode": ("auto", "hf"),
-    "trust_remote_code": (False, True),  # models bring no code of their own
-    "enforce_eager": (False, True),  # graphs change no result
-    "disable_log_stats": (True, False),
-    "tensor_parallel_size": (1,),
-    "pipeline_parallel_size": (1,),
-    "data_parallel_size": (1,),
-    "enable_chunked_prefill": (True, None),
-    "block_size": (16, None),
-    "kv_cache_dtype": ("auto",),
-    "runner": ("auto", "generate", "pooling"),  # the model itself says which
-    "task": ("auto", "generate", "embed", "embedding"),
-    "swap_space": (0, 4),
-    "cpu_offload_gb": (0,),
-}
 
 
 class LLM:
@@ -281,21 +264,21 @@ class LLM:
 
 
 def engine_config(model: str, revision: str | None, settings: Mapping[str, Any]) -> EngineConfig:
-    """EngineConfig of LLM's arguments. Raises UsageError naming one that is unknown or unsupported."""
+    """EngineConfig of LLM's arguments, ours and vLLM's (`vllm_flags.py`).
+
+    Raises UsageError naming one that is unknown or asks for what is not done, with what to use instead.
+    """
     known = set(EngineConfig.__dataclass_fields__)
     given: dict[str, Any] = {}
     for name, value in settings.items():
         if name in known:
-            given[name] = value
-        elif name not in _ALREADY_SO:
+            translated = VLLM_VALUES.get(name, {})
+            given[name] = translated.get(value, value) if isinstance(value, str | int | None) else value
+        elif name not in VLLM_FLAGS:
             raise UsageError(f"LLM: unknown argument {name!r}; known are {', '.join(sorted(known))}")
-        elif value not in _ALREADY_SO[name]:
-            supported = " or ".join(map(repr, _ALREADY_SO[name]))
-            raise UsageError(f"LLM: {name}={value!r} is not supported, only {supported}")
-    if revision is not None:
-        name, colon, file = model.partition(":")
-        model = f"{name}@{revision}{colon}{file}"
-    return build(EngineConfig, {**given, "model": model})
+        elif (found := settle(name, value, f"LLM: {name}=")) is not None and found[0] in known:
+            given[found[0]] = found[1]
+    return build(EngineConfig, {**given, "model": model, "revision": revision})
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -72,7 +72,7 @@ def test_without_words_the_help_is_shown() -> None:
     [
         (["nonsense"], "unknown command 'nonsense'"),
         (["--port", "x"], "--port: expected a whole number, got 'x'"),
-        (["serve", "--prot", "1"], "unknown arguments: --prot 1 (see rvllm serve --help)"),
+        (["serve", "--prot", "1"], "unknown arguments: --prot; --port? (see rvllm serve --help)"),
         (["serve", "--port", "99999"], "--port: must be at most 65535"),
         (["serve", "--device", "tpu"], "'tpu' is not one of auto, cuda, cpu"),
         (["--model", "/no/such/model"], "/no/such/model"),
@@ -166,7 +166,7 @@ def test_ctrl_c_while_loading_ends_quietly(tmp_path: Path) -> None:
         "start = c.EngineClient.start.__func__\n"
         "c.EngineClient.start = classmethod(functools.partial(start, command=('sleep', '60')))\n"
         "import rvllm.cli.serve as s\n"
-        "s._tokenizer = lambda config, template, start: print('loading', flush=True)\n"
+        "s._tokenizer = lambda *given: print('loading', flush=True)\n"
         "from rvllm.cli.main import main\n"
         f"sys.exit(main(['--port', '0', '--model', {str(tmp_path)!r}]))\n"
     )

@@ -187,12 +187,12 @@ def test_token_ids_alone(model: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is not supported, only 1"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is not supported: rvLLM runs on one GPU"),
         ({"max_num_sequences": 2}, "unknown argument 'max_num_sequences'"),
         ({"max_num_seqs": 0}, "max-num-seqs: must be at least 1"),
         ({"dtype": "int8"}, "dtype: 'int8' is not one of"),
         ({"tokenizer_mode": "slow"}, "tokenizer_mode='slow' is not supported"),
-        ({"quantization": "awq"}, "quantization: 'awq' is not one of auto, none, fp8"),
+        ({"quantization": "bitsandbytes"}, "quantization: 'bitsandbytes' is not one of auto, none, fp8"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], said: str) -> None:

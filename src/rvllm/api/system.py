@@ -15,10 +15,10 @@ from rvllm.text.worker import tasks
 from rvllm.version import __version__
 
 
-def _card(service: Service) -> ModelCard:
+def _card(service: Service, name: str) -> ModelCard:
     ready = service.ready
     return ModelCard(
-        id=service.served_name,
+        id=name,
         created=service.started,
         root=service.served_name,
         max_model_len=ready.max_model_len,
@@ -50,20 +50,20 @@ def _capabilities(service: Service) -> dict[str, bool]:
 
 
 async def list_models(service: Service, exchange: Exchange, body: bytes) -> None:
-    """`/v1/models`: the one model served."""
-    await exchange.json(ModelList([_card(service)]))
+    """`/v1/models`: the one model served, under each of its names."""
+    await exchange.json(ModelList([_card(service, name) for name in service.served_names]))
 
 
 async def get_model(service: Service, exchange: Exchange, body: bytes) -> None:
     """`/v1/models/{name}`."""
-    check_model(exchange.scope["path_params"]["name"], service.served_name)
-    await exchange.json(_card(service))
+    check_model(exchange.scope["path_params"]["name"], service.served_names)
+    await exchange.json(_card(service, exchange.scope["path_params"]["name"]))
 
 
 async def tokenize(service: Service, exchange: Exchange, body: bytes) -> None:
     """`/tokenize`: the token ids of a text or a conversation."""
     request = parse(body, TokenizeRequest)
-    check_model(request.model, service.served_name)
+    check_model(request.model, service.served_names)
     if (request.prompt is None) == (request.messages is None):
         raise invalid("give either prompt or messages", "prompt")
     if request.prompt is not None:
@@ -93,7 +93,7 @@ async def tokenizer_info(service: Service, exchange: Exchange, body: bytes) -> N
 async def detokenize(service: Service, exchange: Exchange, body: bytes) -> None:
     """`/detokenize`: the text of token ids."""
     request = parse(body, DetokenizeRequest)
-    check_model(request.model, service.served_name)
+    check_model(request.model, service.served_names)
     if len(request.tokens) > MAX_CHARS:
         raise ApiError(413, f"tokens: at most {MAX_CHARS} are taken at once", param="tokens")
     size = service.ready.facts.vocab_size

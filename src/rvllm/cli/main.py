@@ -25,6 +25,7 @@ COMMANDS = {
     "kernels": "list, compile and check the CUDA kernels",
     "info": "print version, devices, settings and the memory plan",
 }
+TAKE_VLLM_FLAGS = ("serve", "chat", "benchmark", "run-batch", "info", "plan")
 INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -97,10 +98,17 @@ def _run(words: list[str]) -> int:
             parser.error(f"unknown command {words[0]!r}; there are {', '.join(COMMANDS)}")
         parser.print_help()
         return 0
+    if chosen in TAKE_VLLM_FLAGS:
+        from rvllm.cli.common.vllm_words import own_words
+
+        words = [chosen, *own_words(words[1:])]
     args, unknown = parser.parse_known_args(words)
     if unknown:
+        from rvllm.cli.common.vllm_words import hint
+
         command = f"rvllm {chosen}"
-        parser.exit(2, f"{command}: unknown arguments: {' '.join(unknown)} (see {command} --help)\n")
+        near = hint(unknown)
+        parser.exit(2, f"{command}: unknown arguments: {' '.join(unknown)}{near} (see {command} --help)\n")
     if module is None:  # only reached by flags that argparse accepts without a command
         parser.print_help()
         return 0

@@ -185,7 +185,7 @@ def _tokenizer(config: EngineConfig) -> Tokenizer | None:
         return None
     from rvllm.text.tokenizers.tokenizer import Tokenizer
 
-    return Tokenizer.load(Path(config.model))
+    return Tokenizer.load(Path(config.tokenizer or config.model))
 
 
 def _service(
@@ -205,7 +205,7 @@ def _service(
         engine.ready,
         tokenizer,
         config,
-        Metrics(name, {}),
+        Metrics(name.partition("\n")[0], {}),
         served_name=name,
         requests=RequestMaker(engine.ready.facts, engine_config.seed, tokenizer),
         chat_template=template,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 def add_parser(subparsers: Any) -> None:
     """Declares `serve`."""
     parser = subparsers.add_parser("serve", help="serve a model over HTTP", allow_abbrev=False)
+    parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="the same as --model MODEL")
     add_flags(parser, EngineConfig, "engine")
     add_flags(parser, ServerConfig, "server")
 
@@ -33,6 +34,10 @@ def add_parser(subparsers: Any) -> None:
 def main(args: argparse.Namespace) -> int:
     """Serves until a signal, the engine's death or a failed start; returns the exit code."""
     began = time.perf_counter()
+    if args.model_tag is not None:
+        if args.model not in (None, args.model_tag):
+            raise UsageError(f"both MODEL ({args.model_tag}) and --model ({args.model}) are given: give one")
+        args.model = args.model_tag
     engine_config = build(EngineConfig, vars(args))
     server_config = build(ServerConfig, vars(args))
     template = _template(server_config.chat_template)
@@ -53,6 +58,9 @@ def main(args: argparse.Namespace) -> int:
         with ProgressBar() as progress:
             path = resolve(engine_config.model, build(SourceConfig, {}), progress)
         start = _Start(began, time.perf_counter() - began)
+        if engine_config.tokenizer is not None:
+            tokenizer = resolve(engine_config.tokenizer, build(SourceConfig, {}))
+            engine_config = dataclasses.replace(engine_config, tokenizer=str(tokenizer))
         engine_config, name = dataclasses.replace(engine_config, model=str(path)), engine_config.model
         config = dataclasses.replace(server_config, served_model_name=server_config.served_model_name or name)
 
@@ -69,9 +77,9 @@ def _allow_many_connections() -> None:
 
 
 def _template(file: str | None) -> str | None:
-    """The text of `--chat-template`."""
-    if file is None:
-        return None
+    """The text of `--chat-template`, which may be the template itself."""
+    if file is None or "{{" in file or "{%" in file:
+        return file
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -180,7 +188,7 @@ def _tokenizer(config: EngineConfig, start: _Start) -> Tokenizer | None:
     from rvllm.text.tokenizers.tokenizer import Tokenizer
 
     moment = time.perf_counter()
-    tokenizer = Tokenizer.load(Path(config.model))
+    tokenizer = Tokenizer.load(Path(config.tokenizer or config.model))
     start.tokenizer = time.perf_counter() - moment
     return tokenizer
 
@@ -207,7 +215,8 @@ async def _answer(
 
     engine.max_unread = config.max_unread_tokens
     ready = engine.ready
-    name = config.served_model_name or engine_config.model
+    names = config.served_model_name or engine_config.model
+    name = names.partition("\n")[0]
     metrics = Metrics(
         name,
         {
@@ -224,7 +233,7 @@ async def _answer(
         tokenizer,
         config,
         metrics,
-        served_name=name,
+        served_name=names,
         requests=RequestMaker(ready.facts, engine_config.seed, tokenizer),
         chat_template=template,
         work=work,

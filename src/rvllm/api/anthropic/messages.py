@@ -36,7 +36,7 @@ _STOPS = {"length": "max_tokens", "tool_calls": "tool_use"}
 async def messages(service: Service, exchange: Exchange, body: bytes) -> None:
     """Answers with the assistant's next message, whole or as a stream of events."""
     request = parse(body, MessagesRequest)
-    check_model(request.model, service.served_name)
+    check_model(request.model, service.served_names)
     with field_names(CHAT_NAMES, ChatRequest.__struct_fields__):
         answer = await Answer.start(service, f"msg_{exchange.request_id}", generation(request), len(body))
         writer = _Writer(exchange, request, service.served_name)
@@ -49,7 +49,7 @@ async def messages(service: Service, exchange: Exchange, body: bytes) -> None:
 async def count_tokens(service: Service, exchange: Exchange, body: bytes) -> None:
     """Answers with the number of tokens that a request's prompt has."""
     request = parse(body, CountTokensRequest)
-    check_model(request.model, service.served_name)
+    check_model(request.model, service.served_names)
     text = await rendered(service, conversation(request), len(body))
     await exchange.json(TokenCount(len(await service.encode_any(text, False, "messages"))))
 

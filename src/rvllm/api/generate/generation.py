@@ -87,7 +87,8 @@ class Service:
     ) -> None:
         """work: who renders, tokenises and compiles what clients send; None: this process."""
         self.engine, self.ready, self.config, self.metrics = engine, ready, config, metrics
-        self.served_name = served_name
+        self.served_names = tuple(served_name.split("\n"))
+        self.served_name = self.served_names[0]  # what answers say
         self.chat_template = chat_template
         self.shown_settings = shown_settings or {}  # what the page tells of the engine's settings
         self.started = int(time.time())

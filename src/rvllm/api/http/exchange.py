@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -379,12 +379,12 @@ async def _ended(task: Awaitable[object]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def check_model(asked: str | None, served: str) -> None:
-    """Raises a 404 when a request names another model than the one served."""
-    if asked is not None and asked != served:
+def check_model(asked: str | None, served: Sequence[str]) -> None:
+    """Raises a 404 when a request names another model than the one served, which may have several names."""
+    if asked is not None and asked not in served:
         raise ApiError(
             404,
-            f"the model {asked[:200]!r} is not served here; this server has {served!r}",
+            f"the model {asked[:200]!r} is not served here; this server has {' or '.join(map(repr, served))}",
             param="model",
             code="model_not_found",
         )

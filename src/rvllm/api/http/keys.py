@@ -39,7 +39,7 @@ def load_keys(config: ServerConfig) -> Keys:
 
     Raises UsageError for a file that cannot be read or holds no key, and for a key that no header can carry.
     """
-    found = [] if config.api_key is None else [("--api-key", config.api_key)]
+    found = [] if config.api_key is None else [("--api-key", key) for key in config.api_key.split("\n")]
     if config.api_key_file is not None:
         try:
             lines = Path(config.api_key_file).expanduser().read_text(encoding="utf-8").split("\n")

@@ -32,7 +32,7 @@ from rvllm.text.tools.events import CallStart, Text
 async def chat_completions(service: Service, exchange: Exchange, body: bytes) -> None:
     """Answers a chat request, whole or as a stream."""
     request = parse(body, ChatRequest)
-    check_model(request.model, service.served_name)
+    check_model(request.model, service.served_names)
     answer = await Answer.start(service, f"chatcmpl-{exchange.request_id}", request, len(body))
     writer = _ChatWriter(service, answer)
     if request.stream:

@@ -26,7 +26,7 @@ from rvllm.text.worker import tasks
 async def completions(service: Service, exchange: Exchange, body: bytes) -> None:
     """Answers a completion request, whole or as a stream."""
     request = parse(body, CompletionRequest)
-    check_model(request.model, service.served_name)
+    check_model(request.model, service.served_names)
     refuse_unsupported(request)
     params = completion_params(request, service.defaults)
     params.detokenize = service.has_tokenizer

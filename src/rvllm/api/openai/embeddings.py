@@ -43,7 +43,7 @@ Vector = NDArray[np.float32]
 async def embeddings(service: Service, exchange: Exchange, body: bytes) -> None:
     """Answers with a vector for each text."""
     request = parse(body, EmbeddingRequest)
-    check_model(request.model, service.served_name)
+    check_model(request.model, service.served_names)
     form = request.encoding_format or "float"
     if form not in ("float", "base64"):
         raise invalid(f"encoding_format must be float or base64, got {form[:40]!r}", "encoding_format")
@@ -63,7 +63,7 @@ async def embeddings(service: Service, exchange: Exchange, body: bytes) -> None:
 async def score(service: Service, exchange: Exchange, body: bytes) -> None:
     """Answers with the cosine similarity of each pair of texts."""
     request = parse(body, ScoreRequest)
-    check_model(request.model, service.served_name)
+    check_model(request.model, service.served_names)
     first = [request.text_1] if isinstance(request.text_1, str) else request.text_1
     second = [request.text_2] if isinstance(request.text_2, str) else request.text_2
     if not (first and second) or (len(first) not in (1, len(second))):
@@ -82,7 +82,7 @@ async def score(service: Service, exchange: Exchange, body: bytes) -> None:
 async def rerank(service: Service, exchange: Exchange, body: bytes) -> None:
     """Answers with the documents, those most like the query first."""
     request = parse(body, RerankRequest)
-    check_model(request.model, service.served_name)
+    check_model(request.model, service.served_names)
     documents = [_document(document, i) for i, document in enumerate(request.documents)]
     if not documents:
         raise invalid("documents must not be empty", "documents")

@@ -72,7 +72,7 @@ class Responses:
     async def create(self, exchange: Exchange, body: bytes) -> None:
         """`POST /v1/responses`: answers whole, as a stream, or at once with more to come."""
         request = parse(body, ResponsesRequest)
-        check_model(request.model, self._service.served_name)
+        check_model(request.model, self._service.served_names)
         check_request(request)
         before, new = self._context(request)
         context = [*before, *new]

@@ -29,12 +29,13 @@ class LocalTalker:
             raise UsageError("--skip-tokenizer-init: a conversation needs the tokenizer")
         with ProgressBar() as progress:
             path = resolve(config.model, build(SourceConfig, {}), progress)
+            words = path if config.tokenizer is None else resolve(config.tokenizer, build(SourceConfig, {}))
         self._runner = asyncio.Runner()
         self._ids = count()
         try:
             found = dataclasses.replace(config, model=str(path))
             self._engine, (self._tokenizer,) = self._runner.run(
-                start_engine(found, partial(Tokenizer.load, path))
+                start_engine(found, partial(Tokenizer.load, words))
             )
         except BaseException:
             self._runner.close()

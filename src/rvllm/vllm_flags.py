@@ -1,0 +1,336 @@
+"""vLLM's settings that are none of ours: what each means here. One table for the command line and for `LLM`.
+
+A setting is taken when its value asks for what happens anyway, becomes one of ours where there is one, and is
+refused else, with what to use instead. Names are vLLM's, with underscores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rvllm.errors import UsageError
+
+ANY = object()
+"""Among neutral values: whatever it is, it changes no result here."""
+
+
+@dataclass(frozen=True)
+class VllmFlag:
+    """What one of vLLM's settings means here.
+
+    neutral: values that ask for what is done anyway. instead: what to use, for other values.
+    ours: the setting of ours that takes its place, `values` in other words.
+    switch: stands alone on a command line. short: its other names there.
+    """
+
+    neutral: tuple[Any, ...] = ()
+    instead: str = ""
+    ours: str | None = None
+    values: Mapping[Any, Any] | None = None
+    switch: bool = False
+    short: tuple[str, ...] = ()
+
+
+def _taken(*values: Any, instead: str = "", short: tuple[str, ...] = ()) -> VllmFlag:
+    return VllmFlag(values or (ANY,), instead, short=short)
+
+
+def _switch(*values: Any, instead: str = "") -> VllmFlag:
+    return VllmFlag(values or (ANY,), instead, switch=True)
+
+
+def _renamed(ours: str, values: Mapping[Any, Any] | None = None, short: tuple[str, ...] = ()) -> VllmFlag:
+    return VllmFlag(ours=ours, values=values, short=short)
+
+
+_ONE_GPU = "rvLLM runs on one GPU; start one server for each and put a balancer in front"
+_NO_LORA = "adapters are not supported; merge them into the model first"
+_TEXT = "models take and give text alone"
+_TLS = "put a proxy that speaks TLS (nginx, Caddy) in front"
+_REQUEST = "send it with each request"
+_NO_SPECULATION = "there is no speculative decoding"
+_NO_TRANSFER = "there is no transfer of KV blocks between servers"
+_NO_PLUGINS = "there are no plug-ins"
+_MODEL = "the model's own files say what it is for"
+_QUANTISED = ("gptq", "awq", "gptq_marlin", "awq_marlin", "compressed-tensors", "gguf")
+
+VLLM_FLAGS: dict[str, VllmFlag] = {
+    # the model
+    "task": _taken("auto", "generate", "embed", "embedding", "score", "classify", instead=_MODEL),
+    "runner": _taken("auto", "generate", "pooling", instead=_MODEL),
+    "convert": _taken("auto", "none", "embed", "classify", instead=_MODEL),
+    "tokenizer_mode": _taken("auto", "hf", instead="tokenizers are read from their files"),
+    "tokenizer_revision": _taken(None, instead="--tokenizer ORG/NAME@REVISION"),
+    "code_revision": _taken(),
+    "trust_remote_code": _switch(),  # models bring no code of their own
+    "trust_request_chat_template": _switch(False, instead="--chat-template FILE"),
+    "hf_config_path": _taken(None, instead="a model directory with its own config.json"),
+    "hf_token": _taken(None, True, instead="the variable HF_TOKEN"),
+    "hf_overrides": _taken(None, {}, instead="edit config.json"),
+    "config_format": _taken("auto", "hf", instead="config.json is read"),
+    "model_impl": _taken("auto", "vllm", instead="the architectures in `rvllm info`"),
+    "allowed_local_media_path": _taken(None, "", instead=_TEXT),
+    "allowed_media_domains": _taken(),
+    "enforce_eager": _switch(),  # graphs change no result
+    "max_seq_len_to_capture": _taken(),
+    "max_cudagraph_capture_size": _taken(),
+    "cudagraph_capture_sizes": _taken(),
+    "max_logprobs": _taken(*range(21), instead="up to 20 log-probabilities for each token"),
+    "logprobs_mode": _taken("raw_logprobs", instead="log-probabilities are those before penalties"),
+    "disable_sliding_window": _switch(False, instead="--max-model-len up to the window"),
+    "disable_cascade_attn": _switch(),
+    "enable_prompt_embeds": _switch(False, instead="prompts are text or token ids"),
+    "pooler_config": _taken(None, {}, instead="pooling is read from the model's files"),
+    "override_pooler_config": _taken(None, {}, instead="pooling is read from the model's files"),
+    "override_generation_config": _taken(None, {}, instead=_REQUEST),
+    "override_neuron_config": _taken(None, {}, instead="--device cuda or cpu"),
+    "logits_processor_pattern": _taken(None, instead="logit_bias in requests"),
+    "logits_processors": _taken(None, [], instead="logit_bias in requests"),
+    "enable_sleep_mode": _switch(False, instead="end the server; it starts again in seconds"),
+    "io_processor_plugin": _taken(None, instead=_NO_PLUGINS),
+    "override_attention_dtype": _taken(None, instead="--dtype"),
+    "renderer_num_workers": _taken(),
+    # loading
+    "download_dir": _taken(None, instead="the variable RVLLM_CACHE_DIR"),
+    "safetensors_load_strategy": _taken(),
+    "safetensors_prefetch_block_size": _taken(),
+    "model_loader_extra_config": _taken(None, {}, instead="there is one loader"),
+    "ignore_patterns": _taken(),
+    "use_tqdm_on_load": _switch(),
+    "pt_load_map_location": _taken(),
+    # many devices
+    "tensor_parallel_size": _taken(1, instead=_ONE_GPU, short=("-tp",)),
+    "pipeline_parallel_size": _taken(1, instead=_ONE_GPU, short=("-pp",)),
+    "data_parallel_size": _taken(1, instead=_ONE_GPU, short=("-dp",)),
+    "decode_context_parallel_size": _taken(1, instead=_ONE_GPU, short=("-dcp",)),
+    "prefill_context_parallel_size": _taken(1, instead=_ONE_GPU, short=("-pcp",)),
+    "data_parallel_rank": _taken(None, 0, instead=_ONE_GPU, short=("-dpn",)),
+    "data_parallel_start_rank": _taken(None, 0, instead=_ONE_GPU, short=("-dpr",)),
+    "data_parallel_size_local": _taken(None, 1, instead=_ONE_GPU, short=("-dpl",)),
+    "data_parallel_address": _taken(None, instead=_ONE_GPU, short=("-dpa",)),
+    "data_parallel_rpc_port": _taken(None, instead=_ONE_GPU, short=("-dpp",)),
+    "data_parallel_backend": _taken("mp", instead=_ONE_GPU, short=("-dpb",)),
+    "data_parallel_hybrid_lb": _switch(False, instead=_ONE_GPU),
+    "data_parallel_external_lb": _switch(False, instead=_ONE_GPU),
+    "distributed_executor_backend": _taken(None, "uni", "mp", instead=_ONE_GPU),
+    "nnodes": _taken(1, instead=_ONE_GPU, short=("-n",)),
+    "node_rank": _taken(0, instead=_ONE_GPU, short=("-r",)),
+    "master_addr": _taken(),
+    "master_port": _taken(),
+    "enable_expert_parallel": _switch(),  # with one GPU every expert is there
+    "all2all_backend": _taken(),
+    "enable_dbo": _switch(False, instead=_ONE_GPU),
+    "enable_eplb": _switch(False, instead=_ONE_GPU),
+    "eplb_config": _taken(None, {}, instead=_ONE_GPU),
+    "expert_placement_strategy": _taken(),
+    "max_parallel_loading_workers": _taken(),
+    "ray_workers_use_nsight": _switch(False, instead="nsys on the server itself"),
+    "disable_custom_all_reduce": _switch(),
+    "worker_cls": _taken("auto", instead=_NO_PLUGINS),
+    "worker_extension_cls": _taken("", instead=_NO_PLUGINS),
+    "headless": _switch(False, instead=_ONE_GPU),
+    "api_server_count": _taken(None, 1, instead="one process answers all requests", short=("-asc",)),
+    # the cache
+    "block_size": _taken(16, None, instead="blocks are of 16 tokens"),
+    "kv_cache_memory_bytes": _renamed("kv_cache_memory_gb"),
+    "kv_cache_dtype": _taken("auto", instead="the cache has the model's dtype"),
+    "num_gpu_blocks_override": _renamed("num_gpu_blocks"),
+    "swap_space": _taken(),  # a sequence that has to wait is computed again
+    "cpu_offload_gb": _taken(0, instead="a quantised checkpoint; weights stay on the GPU"),
+    "prefix_caching_hash_algo": _taken(),
+    "calculate_kv_scales": _switch(False, instead="the cache has the model's dtype"),
+    "kv_sharing_fast_prefill": _switch(False, instead="prompts are computed in full"),
+    "mamba_cache_dtype": _taken("auto", instead="states are float32"),
+    "mamba_ssm_cache_dtype": _taken("auto", "float32", instead="states are float32"),
+    "mamba_block_size": _taken(),
+    "mamba_cache_mode": _taken("none", instead="states are not shared between requests"),
+    "kv_offloading_size": _taken(None, 0, instead="a larger share: --gpu-memory-utilization"),
+    "kv_offloading_backend": _taken(),
+    "enable_kv_cache_events": _switch(False, instead="the metrics at /metrics"),
+    # pictures and sound
+    "limit_mm_per_prompt": _taken(),
+    "language_model_only": _switch(),
+    "media_io_kwargs": _taken(),
+    "mm_processor_kwargs": _taken(),
+    "mm_processor_cache_gb": _taken(),
+    "mm_processor_cache_type": _taken(),
+    "mm_encoder_tp_mode": _taken(),
+    "mm_encoder_attn_backend": _taken(),
+    "disable_mm_preprocessor_cache": _switch(),
+    "enable_mm_embeds": _switch(False, instead=_TEXT),
+    "interleave_mm_strings": _switch(),
+    "skip_mm_profiling": _switch(),
+    "video_pruning_rate": _taken(),
+    # adapters
+    "enable_lora": _switch(False, instead=_NO_LORA),
+    "lora_modules": _taken(None, instead=_NO_LORA),
+    "max_loras": _taken(),
+    "max_lora_rank": _taken(),
+    "max_cpu_loras": _taken(),
+    "lora_dtype": _taken(),
+    "lora_extra_vocab_size": _taken(),
+    "fully_sharded_loras": _switch(),
+    "default_mm_loras": _taken(None, instead=_NO_LORA),
+    "prompt_adapters": _taken(None, instead=_NO_LORA),
+    # what is seen
+    "otlp_traces_endpoint": _renamed("otlp_endpoint"),
+    "collect_detailed_traces": _taken(),
+    "show_hidden_metrics_for_version": _taken(),
+    "kv_cache_metrics": _switch(),
+    "kv_cache_metrics_sample": _taken(),
+    "cudagraph_metrics": _switch(),
+    "enable_mfu_metrics": _switch(),
+    "enable_layerwise_nvtx_tracing": _switch(False, instead="rvllm plan and rvllm trace"),
+    "enable_logging_iteration_details": _switch(False, instead="rvllm top"),
+    "disable_log_stats": _switch(),
+    "aggregate_engine_logging": _switch(),
+    "disable_log_requests": _switch(),
+    "enable_log_requests": VllmFlag(ours="access_log", switch=True),
+    "enable_log_outputs": _switch(False, instead="--access-log; texts are never logged"),
+    "enable_log_deltas": _switch(),
+    "max_log_len": _taken(),
+    "log_error_stack": _switch(),
+    "log_config_file": _taken(None, instead="--log-level"),
+    "uvicorn_log_level": _taken(),
+    "disable_uvicorn_access_log": _switch(),
+    "disable_access_log_for_endpoints": _taken(),
+    # scheduling
+    "enable_chunked_prefill": _switch(True, None, instead="prompts are always computed in chunks"),
+    "max_num_partial_prefills": _taken(),
+    "max_long_partial_prefills": _taken(),
+    "long_prefill_token_threshold": _taken(),
+    "max_num_scheduled_tokens": _renamed("max_num_batched_tokens"),
+    "scheduling_policy": _taken("fcfs", "priority", instead="priority in requests is always heeded"),
+    "disable_chunked_mm_input": _switch(),
+    "scheduler_cls": _taken(None, instead=_NO_PLUGINS),
+    "disable_hybrid_kv_cache_manager": _switch(),
+    "async_scheduling": _switch(),  # steps are always launched ahead
+    "stream_interval": _taken(1, instead="every token is sent when it comes"),
+    "num_scheduler_steps": _taken(),
+    "multi_step_stream_outputs": _switch(),
+    "preemption_mode": _taken(None, "recompute", instead="evicted sequences are computed again"),
+    "scheduler_delay_factor": _taken(0, instead="requests start at once"),
+    "num_lookahead_slots": _taken(0, instead=_NO_SPECULATION),
+    "use_v2_block_manager": _switch(),
+    # the rest of the engine
+    "speculative_config": _taken(None, {}, instead=_NO_SPECULATION),
+    "speculative_model": _taken(None, instead=_NO_SPECULATION),
+    "num_speculative_tokens": _taken(None, 0, instead=_NO_SPECULATION),
+    "kv_transfer_config": _taken(None, instead=_NO_TRANSFER),
+    "kv_events_config": _taken(None, instead=_NO_TRANSFER),
+    "ec_transfer_config": _taken(None, instead=_NO_TRANSFER),
+    "compilation_config": VllmFlag((ANY,), short=("-O", "-cc")),  # nothing is compiled at run time
+    "optimization_level": _taken(),
+    "performance_mode": _taken(),
+    "additional_config": _taken(None, {}, instead="flags of their own"),
+    "profiler_config": _taken(None, {}, instead="rvllm benchmark and rvllm trace"),
+    "attention_backend": _taken(),
+    "attention_config": _taken(),
+    "kernel_config": _taken(),
+    "structured_outputs_config": _taken(),
+    "guided_decoding_backend": _taken(),
+    "guided_decoding_disable_fallback": _switch(),
+    "guided_decoding_disable_any_whitespace": _switch(False, instead="disable_any_whitespace in requests"),
+    "enable_reasoning": _switch(),
+    "reasoning_config": _taken(None, {}, instead="--reasoning-parser"),
+    "reasoning_parser_plugin": _taken("", None, instead=_NO_PLUGINS),
+    "fail_on_environ_validation": _switch(),
+    "shutdown_timeout": _renamed("drain_timeout"),
+    "disable_frontend_multiprocessing": _switch(),
+    "disable_async_output_proc": _switch(),
+    "gpu_memory_utilization_per_process": _taken(),
+    # the server
+    "enable_auto_tool_choice": _switch(),
+    "exclude_tools_when_tool_choice_none": _switch(),
+    "tool_parser_plugin": _taken("", None, instead=_NO_PLUGINS),
+    "tool_server": _taken(None, instead="tools are run by clients"),
+    "chat_template_content_format": _taken(),  # the template itself is asked
+    "default_chat_template_kwargs": _taken(None, {}, instead="chat_template_kwargs in requests"),
+    "response_role": _taken("assistant", instead="answers are the assistant's"),
+    "return_tokens_as_token_ids": _switch(False, instead=_REQUEST),
+    "enable_prompt_tokens_details": _switch(),
+    "enable_server_load_tracking": _switch(),
+    "enable_force_include_usage": _switch(False, instead="stream_options in requests"),
+    "enable_tokenizer_info_endpoint": _switch(),
+    "enable_request_id_headers": _switch(),
+    "enable_response_messages": _switch(False, instead="the conversation's items"),
+    "allow_credentials": _switch(False, instead="keys are sent in headers, never in cookies"),
+    "allowed_methods": _taken(),
+    "allowed_headers": _taken(),
+    "uds": _taken(None, instead="--host and --port"),
+    "grpc": _switch(False, instead="HTTP"),
+    "ssl_keyfile": _taken(None, instead=_TLS),
+    "ssl_certfile": _taken(None, instead=_TLS),
+    "ssl_ca_certs": _taken(None, instead=_TLS),
+    "ssl_cert_reqs": _taken(None, 0, instead=_TLS),
+    "ssl_ciphers": _taken(None, instead=_TLS),
+    "enable_ssl_refresh": _switch(False, instead=_TLS),
+    "root_path": _taken(None, "", instead="a proxy that takes the prefix off"),
+    "middleware": _taken(None, [], instead="a proxy in front"),
+    "disable_fastapi_docs": _switch(False, instead="a proxy that keeps /docs to itself"),
+    "enable_offline_docs": _switch(),
+    "h11_max_incomplete_event_size": _taken(),
+    "h11_max_header_count": _taken(),
+    "tokens_only": _switch(False, instead="--skip-tokenizer-init"),
+}  # fmt: skip
+
+# Values of our own settings in vLLM's words.
+VLLM_VALUES: dict[str, dict[Any, Any]] = {
+    "dtype": {"half": "float16", "float": "float32"},
+    "load_format": dict.fromkeys(("safetensors", "hf", "gguf", "fastsafetensors"), "auto"),
+    "generation_config": {"vllm": "none"},
+    "max_model_len": {"-1": None, -1: None},
+    # What a checkpoint is quantised as is read from it.
+    "quantization": {**dict.fromkeys(_QUANTISED, "auto"), None: "auto"},
+    "device": {"cuda:0": "cuda"},
+    "log_level": {"warn": "warning", "critical": "error", "trace": "debug"},
+}
+
+
+def settle(name: str, value: Any, spelled: str) -> tuple[str, Any] | None:
+    """(setting of ours, its value) that takes a vLLM setting's place; None for one that asks for nothing.
+
+    spelled: the setting as the user wrote it, up to its value, for the message.
+    Raises UsageError for a value that asks for what we do not do, naming what to use instead.
+    """
+    known = VLLM_FLAGS[name]
+    if known.ours is not None:
+        if name == "kv_cache_memory_bytes" and value is not None:
+            value = human_size(str(value)) / 1e9
+        return known.ours, (known.values or {}).get(value, value)
+    if any(neutral is ANY or _same(neutral, value) for neutral in known.neutral):
+        return None
+    raise UsageError(f"{spelled}{_shown(value)} is not supported: {known.instead}")
+
+
+def human_size(text: str) -> int:
+    """`4k` → 4000, `4K` → 4096, and so on with m, g and t, as vLLM reads whole numbers. Raises ValueError."""
+    number, unit = text[:-1], text[-1:]
+    power = "kmgt".find(unit.lower()) + 1 if unit else 0
+    if not power:
+        return int(text)
+    size = int(number) * 1024**power if unit.isupper() else round(float(number) * 1000**power)
+    return int(size)
+
+
+def _same(neutral: Any, value: Any) -> bool:
+    """Equal, also as a command line or a YAML file has it."""
+    if isinstance(value, str) and not isinstance(neutral, str):
+        text = value.strip()
+        if neutral is None:
+            return text.lower() in ("none", "null", "")
+        try:
+            value = json.loads(text.lower() if text.lower() in ("true", "false") else text)
+        except ValueError:
+            return False
+    if isinstance(neutral, bool) or isinstance(value, bool):
+        return neutral is value
+    return bool(neutral == value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
