@@ -20,7 +20,15 @@ INSIDE = {
         "http database",
         "disk",
     ],
-    "weights": ["formats", "open packing", "fetch", "safetensors", "gguf", "mapped", "checkpoint parallel"],
+    "weights": [
+        "formats",
+        "open packing finite",
+        "fetch",
+        "safetensors",
+        "gguf",
+        "mapped",
+        "checkpoint parallel",
+    ],
     "program": ["builder cost memory", "ops", "formats rope dtypes"],
     "kernels": [
         "manifest",

@@ -115,6 +115,9 @@ class EngineConfig:
     capture_graphs: str = setting(
         "lazy", "Build decode graphs on first use or all at start.", choices=("lazy", "eager")
     )
+    check_weights: bool = setting(
+        False, "Refuse a checkpoint with infinite numbers or none (NaN) among its F32, F16 and BF16 weights."
+    )
     check_device_memory: bool = setting(
         False, "Debugging: end with an error if a step takes GPU memory after the start."
     )
@@ -234,6 +237,14 @@ class ServerConfig:
         10.0,
         "Seconds the server still answers (with errors) after its engine died; then it exits with 1.",
         low=0.0,
+    )
+    engine_stall_seconds: float = setting(
+        120.0,
+        "Seconds of silence, while there is work, after which /health says that the engine is stalled.",
+        low=0.5,
+    )
+    restart_engine: bool = setting(
+        False, "Start the engine again when it has died or stalled, up to 3 times in 10 minutes."
     )
     log_level: str = setting("info", "How much to log.", choices=("debug", "info", "warning", "error"))
     access_log: bool = setting(False, "Log every request.")

@@ -65,6 +65,16 @@ class FakeEngine:
     def alive(self) -> bool:
         return not self.dead.is_set()
 
+    @property
+    def status(self) -> str:
+        return "ready" if self.alive else "failed"
+
+    async def restart(self) -> None:
+        self.dead = asyncio.Event()
+
+    def kill(self) -> None:
+        self.die("killed")
+
     async def wait_dead(self) -> str:
         await self.dead.wait()
         return self.cause

@@ -62,7 +62,7 @@ class Served:
 
     def get(self, path: str) -> tuple[int, str]:
         with socket.create_connection(("127.0.0.1", self.port), timeout=10) as sock:
-            sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            sock.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             data = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
         return int(data.split()[1]), data
 
@@ -73,7 +73,7 @@ class Served:
 
     def engine_pid(self) -> int:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        (child,) = children
+        (child,) = [pid for pid in children if b"engine" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         return int(child)
 
     def resident_mb(self) -> float:
@@ -155,7 +155,9 @@ def soak_request(port: int, seed: int) -> None:
         place = source.randrange(len(body))
         body = body[:place] + source.randbytes(3) + body[place + 1 :]
     path = source.choice(["/v1/chat/completions"] * 3 + ["/v1/completions", "/tokenize"])
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     message = head.encode() + body
     with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
         if kind == "cut":

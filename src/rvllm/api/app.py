@@ -79,7 +79,7 @@ def build_app(service: Service, gate: Gate) -> Starlette:
             route("POST", "/detokenize", system.detokenize, ("tokens",)),
             route("GET", "/tokenizer_info", system.tokenizer_info),
             *stateful_routes(service, gate, answering(service)),
-            route("GET", "/health", system.health, open=True),
+            route("GET", "/health", partial(system.health, gate), open=True),
             route("GET", "/metrics", system.metrics, open=True),
             route("GET", "/version", system.version, open=True),
             Route(

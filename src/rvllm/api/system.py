@@ -6,7 +6,7 @@ from rvllm.api.generate.conversation import rendered
 from rvllm.api.generate.generation import MAX_CHARS, Service
 from rvllm.api.http.body import parse
 from rvllm.api.http.errors import ApiError, invalid
-from rvllm.api.http.exchange import Exchange, check_model
+from rvllm.api.http.exchange import Exchange, Gate, check_model
 from rvllm.api.schemas.answers import ModelCard, ModelList, Text, TokenizerInfo, Tokens
 from rvllm.api.schemas.requests import DetokenizeRequest, TokenizeRequest
 from rvllm.errors import RvllmError
@@ -104,11 +104,17 @@ async def detokenize(service: Service, exchange: Exchange, body: bytes) -> None:
     await exchange.json(Text(text))
 
 
-async def health(service: Service, exchange: Exchange, body: bytes) -> None:
-    """`/health`: 200 while requests are answered, 503 when the engine has died."""
-    if not service.engine.alive:
-        raise ApiError(503, "the engine has died", code="engine_dead")
-    await exchange.respond(b"", b"text/plain")
+async def health(gate: Gate, service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/health`: 200 while requests are answered, else 503; `status` says which it is."""
+    status = service.engine.status
+    if status == "ready" and gate.draining:
+        status = "draining"
+    if status != "ready":
+        said = {"failed": "the engine has died", "stalled": "the engine does not answer",
+                "starting": "the engine starts again", "draining": "the server is shutting down"}  # fmt: skip
+        code = "engine_dead" if status == "failed" else status
+        raise ApiError(503, said[status], code=code)
+    await exchange.json({"status": status})
 
 
 async def metrics(service: Service, exchange: Exchange, body: bytes) -> None:

@@ -21,6 +21,7 @@ Int32 = NDArray[np.int32]
 Progress = Callable[[float, str], None]  # part done, 0 to 1; what is being done
 
 _LAYER = re.compile(r"layers\.\d+\.")
+BROKEN_ROW = -2  # in place of a token; kernels/sampling/sample.cu has it too
 MAX_BIASES = 1024  # entries of a request's logit_bias: a slot has room for so many on a device
 MAX_STOPS = 128  # token ids that min_tokens can hold back
 LAST_SAMPLED = -1  # in StepBatch.tokens: the token this slot sampled last, which only the device may know
@@ -114,7 +115,8 @@ class TopLogprobs:
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step drew: tokens int32 [S], -1 where nothing was sampled."""
+    """What a step drew: tokens int32 [S], -1 where nothing was sampled, BROKEN_ROW where a logit is infinite
+    or no number, so that no token can be drawn."""
 
     step: int
     tokens: Int32

@@ -213,6 +213,7 @@ async def _answer(
     from rvllm.telemetry.metrics import Metrics
     from rvllm.text.requests import RequestMaker
 
+    engine.stall_seconds = config.engine_stall_seconds
     engine.max_unread = config.max_unread_tokens
     ready = engine.ready
     names = config.served_model_name or engine_config.model
@@ -240,6 +241,7 @@ async def _answer(
         shown_settings=_shown_settings(engine_config, ready.backend),
     )
     gate = Gate(config, metrics, tracer=_tracer(config.otlp_endpoint, name))
+    gate.restarted.append(service.forget_vocabulary)
     if gate.tracer is not None:
         gate.closing.append(gate.tracer.close)
 

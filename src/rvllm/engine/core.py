@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from rvllm.backends.base import Backend, Progress, StepResult, TopLogprobs
+from rvllm.backends.base import BROKEN_ROW, Backend, Progress, StepResult, TopLogprobs
 from rvllm.engine.embedding import EmbeddingQueue
 from rvllm.engine.grammar import Grammars
 from rvllm.engine.ipc.messages import (
@@ -29,6 +29,9 @@ from rvllm.errors import UsageError
 
 if TYPE_CHECKING:
     from rvllm.config import EngineConfig
+
+
+BROKEN = "the model's logits are infinite or no numbers: its weights may be damaged (--check-weights)"
 
 
 class EngineCore:
@@ -225,7 +228,10 @@ class EngineCore:
                 seq.computed_chunk(step.batch.step, count, step.launched_at)
             if s in result.prompt_logprobs:
                 _keep_prompt_logprobs(seq, int(batch.starts[s]), result.prompt_logprobs[s])
-            if sampled:
+            if sampled and token == BROKEN_ROW:
+                self.counters.broken_logits += 1
+                self._close(seq, "error", BROKEN)
+            elif sampled:
                 self._emit(seq, token, result.logprobs.get(s))
 
     def _emit(self, seq: Sequence, token: int, logprobs: TopLogprobs | None) -> None:

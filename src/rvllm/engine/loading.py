@@ -36,6 +36,10 @@ def load(config: EngineConfig, progress: Progress | None = None) -> tuple[Backen
     program = build_program(model, choose_dtype(config, checkpoint))
     if config.load_format != "dummy":
         check_weights(program, checkpoint)
+        if config.check_weights:
+            from rvllm.weights.finite import check_finite
+
+            check_finite(checkpoint)
     backend = load_backend(program, checkpoint, config, report)
     return backend, model_facts(program, checkpoint, model, config, backend.limits.max_model_len)
 

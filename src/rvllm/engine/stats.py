@@ -25,6 +25,7 @@ class EngineStats:
         self.finished: Counter[str] = Counter()  # requests, by finish reason
         self.prompt_tokens = 0
         self.generation_tokens = 0
+        self.broken_logits = 0  # draws from logits that are infinite or no numbers
         self.host_seconds = 0.0  # scheduling and bookkeeping
         self._started = time.perf_counter()
         self._collected = 0.0  # when a step was collected last
@@ -88,4 +89,5 @@ class EngineStats:
             step_tokens=self._step_tokens,
             step_counts=self._step_counts.copy(),
             backend=core.backend.stats(),
+            broken_logits=self.broken_logits,
         )

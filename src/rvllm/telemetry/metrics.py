@@ -54,6 +54,7 @@ class EngineSnapshot(Protocol):
     cached_prompt_tokens: int
     prefix_queries: int
     preemptions: int
+    broken_logits: int
     loop_seconds: float
     idle_seconds: float
     host_seconds: float
@@ -214,6 +215,11 @@ class _Snapshot(Collector):
         share = engine.blocks_used / total
         yield self._gauge("vllm:kv_cache_usage_perc", "KV blocks in use, 1 is all.", share)
         yield self._counter("vllm:num_preemptions", "Preemptions.", engine.preemptions)
+        yield self._counter(
+            "rvllm:broken_logits",
+            "Draws from logits that are infinite or no numbers; each ended its request.",
+            engine.broken_logits,
+        )
         yield self._counter("vllm:prompt_tokens", "Prompt tokens processed.", engine.prompt_tokens)
         yield self._counter("vllm:generation_tokens", "Tokens generated.", engine.generation_tokens)
         yield self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", engine.prefix_queries)

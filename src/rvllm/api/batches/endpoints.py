@@ -58,6 +58,7 @@ class Batches:
         self._batches = {batch.id: batch for batch in store.batches()}
         self._task: asyncio.Task[None] | None = None
         self._working: tuple[str, Sequence[asyncio.Task[None]]] | None = None  # the batch whose lines run
+        gate.restarted.append(self.resume)
         self.resume()
 
     def resume(self) -> None:

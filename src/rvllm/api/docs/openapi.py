@@ -127,7 +127,7 @@ OPERATIONS = (
     Operation("POST", "/tokenize", "A text's or conversation's tokens.", TokenizeRequest, answers.Tokens),
     Operation("POST", "/detokenize", "The text of tokens.", DetokenizeRequest, answers.Text),
     Operation("GET", "/tokenizer_info", "Special tokens and the chat template.", None, answers.TokenizerInfo),
-    Operation("GET", "/health", "200 while requests are answered.", content="text/plain", open=True),
+    Operation("GET", "/health", "200 while requests are answered.", open=True),
     Operation("GET", "/metrics", "Figures for Prometheus.", content="text/plain", open=True),
     Operation("GET", "/version", "The server's version.", None, dict[str, str], open=True),
 )  # fmt: skip

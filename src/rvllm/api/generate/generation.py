@@ -64,6 +64,10 @@ class Engine(Protocol):
     def alive(self) -> bool:
         """Whether the engine process runs."""
 
+    @property
+    def status(self) -> str:
+        """starting, ready, stalled or failed."""
+
     async def wait_dead(self) -> str:
         """Returns, with the reason, when the engine process has ended."""
 
@@ -140,6 +144,10 @@ class Service:
         if self._vocabulary is None or (self._vocabulary.done() and self._vocabulary.exception()):
             self._vocabulary = asyncio.create_task(self._send_vocabulary())
         await asyncio.shield(self._vocabulary)
+
+    def forget_vocabulary(self) -> None:
+        """A new engine has no vocabulary."""
+        self._vocabulary = None
 
     async def warm_grammars(self) -> None:
         """Returns when the engine has the vocabulary: after the first idle moment, or the first grammar.

@@ -220,6 +220,7 @@ class Gate:
     timings: RecentTimings = field(default_factory=RecentTimings)
     tracer: Tracer | None = None
     working: set[asyncio.Task[Any]] = field(default_factory=set)
+    restarted: list[Callable[[], None]] = field(default_factory=list)  # what to do with a new engine
     closing: list[Callable[[], None]] = field(default_factory=list)  # what to do once nothing works any more
 
     def __post_init__(self) -> None:

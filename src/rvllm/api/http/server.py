@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
+from collections import deque
 from collections.abc import Callable, Generator
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -24,14 +26,26 @@ CANCEL_SECONDS = 2.0  # cancelled requests have this long to tell their clients
 DEAD_SECONDS = (
     10.0  # after the engine's death, errors and a /health of 503 are served so long before the exit
 )
+MAX_RESTARTS, RESTART_WINDOW = 3, 600.0  # of the engine: so many within so many seconds
+STALL_REST = 5.0  # a killed engine's end is noticed within so many seconds
 FAILED = 1  # the exit code when the engine has died, or uvicorn ended by itself
 
 
 class DyingEngine(Protocol):
-    """The part of the engine's client that tells of its death."""
+    """The part of the engine's client that tells of its life."""
+
+    @property
+    def status(self) -> str:
+        """starting, ready, stalled or failed."""
 
     async def wait_dead(self) -> str:
         """Returns, with the reason, when the engine process has ended."""
+
+    async def restart(self) -> None:
+        """Starts a new process in place of the dead one."""
+
+    def kill(self) -> None:
+        """Ends the process at once."""
 
 
 class _Uvicorn(uvicorn.Server):
@@ -77,8 +91,8 @@ async def serve(
             raise UsageError(f"cannot listen on {url}: {error.strerror or error}") from None
     started()
     first = asyncio.ensure_future(stop.first.wait())
-    dead = asyncio.ensure_future(engine.wait_dead())
-    await asyncio.wait((serving, first, dead), return_when=asyncio.FIRST_COMPLETED)
+    watching = asyncio.ensure_future(_kill_when_stalled(engine, gate)) if gate.config.restart_engine else None
+    dead = await _served(gate, engine, first, serving)
     if first.done():
         await _drain(server, gate, stop, serving, dead)
     elif dead.done():
@@ -90,11 +104,51 @@ async def serve(
     gate.cancel_all()
     await asyncio.wait((serving,), timeout=CANCEL_SECONDS)
     server.force_exit = True
-    for task in (first, dead):
+    others = [task for task in (first, dead, watching) if task is not None]
+    for task in others:
         task.cancel()
-    await asyncio.gather(serving, first, dead, return_exceptions=True)
+    await asyncio.gather(serving, *others, return_exceptions=True)
     await gate.close(CANCEL_SECONDS)
     return stop.exit_code if asked_to else FAILED
+
+
+async def _served(
+    gate: Gate, engine: DyingEngine, first: asyncio.Future[Any], serving: asyncio.Future[None]
+) -> asyncio.Future[str]:
+    """Returns, with the wait for the engine's death, when the server is to end: a signal came, uvicorn has
+    ended, or the engine died and is not to be started again, or too often."""
+    restarts: deque[float] = deque(maxlen=MAX_RESTARTS)
+    while True:
+        dead = asyncio.ensure_future(engine.wait_dead())
+        await asyncio.wait((serving, first, dead), return_when=asyncio.FIRST_COMPLETED)
+        now = time.monotonic()
+        often = len(restarts) == MAX_RESTARTS and now - restarts[0] < RESTART_WINDOW
+        if first.done() or serving.done() or not gate.config.restart_engine or often:
+            return dead
+        restarts.append(now)
+        event(logging.ERROR, "the engine has died and is started again", cause=dead.result())
+        starting = asyncio.ensure_future(engine.restart())
+        await asyncio.wait((serving, first, starting), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return dead
+        if (error := starting.exception()) is not None:
+            event(logging.ERROR, "the engine could not be started again", cause=str(error))
+            return dead
+        event(logging.WARNING, "the engine runs again", seconds=time.monotonic() - now)
+        for again in gate.restarted:
+            again()
+
+
+async def _kill_when_stalled(engine: DyingEngine, gate: Gate) -> None:
+    """Ends an engine that has stalled, so that it is started again."""
+    while True:
+        await asyncio.sleep(min(1.0, gate.config.engine_stall_seconds / 4))
+        if engine.status == "stalled":
+            event(logging.ERROR, "the engine has stalled and is killed")
+            engine.kill()
+            await asyncio.sleep(STALL_REST)
 
 
 async def _drain(

@@ -7,7 +7,16 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel, StepResult, grouped
+from rvllm.backends.base import (
+    BROKEN_ROW,
+    LedgerLine,
+    Limits,
+    Progress,
+    StepBatch,
+    StepKernel,
+    StepResult,
+    grouped,
+)
 from rvllm.backends.cpu.compiled.model import NativeModel, chosen
 from rvllm.backends.cpu.measure import Rates, measure
 from rvllm.backends.cpu.memory import MemoryPlan, plan_memory, weight_bytes
@@ -205,6 +214,9 @@ class CpuBackend:
             history = self._slots.history(slot)
             token = draw(logits[row], history, batch.masks.get(s))
             result.tokens[s] = token
+            if token == BROKEN_ROW:
+                self._slots.drew(slot, 0)
+                return
             if history.spec.logprobs is not None:
                 result.logprobs[s] = top_logprobs(logits[row], token, history.spec.logprobs)
             self._slots.drew(slot, token)

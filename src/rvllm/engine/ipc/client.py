@@ -9,6 +9,7 @@ await client.close()
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ import tempfile
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import ExitStack, aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -46,13 +47,16 @@ from rvllm.engine.ipc.messages import (
     Vocabulary,
 )
 from rvllm.engine.ipc.process import Launch
-from rvllm.errors import EngineDeadError, RvllmError, SlowClientError, UsageError
+from rvllm.errors import EngineDeadError, RvllmError, SlowClientError, UnavailableError, UsageError
 
 COMMAND = (sys.executable, "-m", "rvllm.engine.ipc.process")
+QUESTION_SECONDS = 5.0  # for the engine to say how it is doing
+LOOK_SECONDS = 1.0  # how often a silent engine is looked at, at least
 CLOSE_SECONDS = 5.0  # for the step in progress; after that the process is killed
 
 MAX_UNREAD = 4096  # outputs of a request that may wait to be taken
 
+T = TypeVar("T")
 Stream = asyncio.Queue[Output | EngineDeadError | SlowClientError]
 
 
@@ -64,8 +68,13 @@ class EngineClient:
         self.ready: Ready  # set by `start`
         self.max_unread = MAX_UNREAD
         self.process: subprocess.Popen[bytes] | None = None
+        self.stall_seconds = math.inf  # silence of so long, while there is work, is a stall
         self._progress = progress
+        self._command: Sequence[str] = COMMAND
         self._loop = asyncio.get_running_loop()
+        self._heard = self._loop.time()  # when the engine spoke last
+        self._waiting_since: float | None = None  # since when it owes an answer
+        self._watch: asyncio.Task[None] | None = None
         self._streams: dict[str, Stream] = {}
         self._stats: deque[asyncio.Future[Stats]] = deque()
         self._states: deque[asyncio.Future[State]] = deque()
@@ -91,13 +100,69 @@ class EngineClient:
         engine failed with, or EngineDeadError when the process ended without a word.
         """
         client = cls(config, progress)
+        client._command = tuple(command)
         try:
             client._spawn(command)
             client.ready = await client._started
         except BaseException:
             await client.close(0.0)
             raise
+        client._watch = client._loop.create_task(client._look())
         return client
+
+    async def restart(self) -> None:
+        """Starts a new process in place of one that has died, and waits until it takes requests.
+
+        Raises what `start` does; the client is dead then, as before.
+        """
+        assert self._dead.done()
+        self._undo.close()
+        self._undo = ExitStack()
+        self._failed = self._burial = None
+        self._streams, self._stats, self._states = {}, deque(), deque()
+        self._started, self._dead = self._loop.create_future(), self._loop.create_future()
+        self._waiting_since, self._heard = None, self._loop.time()
+        self._spawn(self._command)
+        self.ready = await asyncio.shield(self._started)
+
+    def kill(self) -> None:
+        """Ends the process at once; the rest happens as when it dies by itself."""
+        if self.process is not None:
+            self.process.kill()
+
+    @property
+    def status(self) -> str:
+        """starting, ready, stalled (silent for `stall_seconds` while it owes an answer) or failed."""
+        if self._dead.done() or self._closing:
+            return "failed"
+        if not self._started.done():
+            return "starting"
+        return "stalled" if self._silence() > self.stall_seconds else "ready"
+
+    def _silence(self) -> float:
+        """Seconds for which the engine has owed an answer and said nothing."""
+        if self._waiting_since is None:
+            return 0.0
+        return self._loop.time() - max(self._heard, self._waiting_since)
+
+    async def _look(self) -> None:
+        """Asks a silent engine with work how it is: a step may take long, but between steps it answers."""
+        while not self._closing:
+            await asyncio.sleep(min(LOOK_SECONDS, self.stall_seconds / 4))
+            silent = self._loop.time() - self._heard > min(LOOK_SECONDS, self.stall_seconds / 4)
+            if self.alive and self._started.done() and self._streams and silent and not self._stats:
+                self._ask_for_stats()
+
+    def _ask_for_stats(self) -> asyncio.Future[Stats]:
+        answer: asyncio.Future[Stats] = self._loop.create_future()
+        self._stats.append(answer)
+        self._owed()
+        self._send(GetStats())
+        return answer
+
+    def _owed(self) -> None:
+        if self._waiting_since is None:
+            self._waiting_since = self._loop.time()
 
     def _spawn(self, command: Sequence[str]) -> None:
         """Starts the process and registers, step by step, how to undo each step."""
@@ -183,25 +248,33 @@ class EngineClient:
             self._send(vocabulary)
 
     async def stats(self) -> Stats:
-        """A snapshot of the engine. Raises EngineDeadError."""
+        """A snapshot of the engine. Raises EngineDeadError, or UnavailableError when it does not answer."""
         self._check_alive()
-        answer: asyncio.Future[Stats] = self._loop.create_future()
-        self._stats.append(answer)
-        self._send(GetStats())
-        return await answer
+        return await self._in_time(self._ask_for_stats())
 
     async def state(self, asked: GetState | None = None) -> State:
-        """What the engine is doing, for people who watch. Raises EngineDeadError."""
+        """What the engine is doing, for people who watch. Raises as `stats` does."""
         self._check_alive()
         answer: asyncio.Future[State] = self._loop.create_future()
         self._states.append(answer)
+        self._owed()
         self._send(asked or GetState())
-        return await answer
+        return await self._in_time(answer)
+
+    async def _in_time(self, answer: asyncio.Future[T]) -> T:
+        """The answer. Raises UnavailableError when the engine is too busy, or stalled."""
+        try:
+            async with asyncio.timeout(QUESTION_SECONDS):
+                return await asyncio.shield(answer)
+        except TimeoutError:
+            raise UnavailableError(f"the engine has not answered for {QUESTION_SECONDS:g} s") from None
 
     async def close(self, timeout: float = CLOSE_SECONDS) -> None:
         """Ends the engine process and cleans up; requests still open get EngineDeadError."""
         if self._closing:
             return
+        if self._watch is not None:
+            self._watch.cancel()
         if self.process is not None:
             if self.alive and timeout:
                 self._send(Shutdown())
@@ -239,7 +312,10 @@ class EngineClient:
                 data = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            self._heard = self._loop.time()
             self._handle(self._decode(data))
+            if not (self._stats or self._states):
+                self._waiting_since = None
 
     def _handle(self, message: FromEngine) -> None:
         if isinstance(message, Outputs):

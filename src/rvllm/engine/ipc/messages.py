@@ -164,6 +164,7 @@ class Stats(msgspec.Struct, tag="stats", kw_only=True, array_like=True):
     mask_p50_seconds: float = 0.0  # how long a token waited for its mask, among the last few thousand
     mask_p99_seconds: float = 0.0
     backend: dict[str, float] = {}
+    broken_logits: int = 0  # draws from logits that are infinite or no numbers; each ended its request
 
 
 class SequenceState(msgspec.Struct, array_like=True, gc=False):

@@ -85,7 +85,7 @@ sample_scan(const float* logits, float* scaled, Best* bests, const Slot* slots, 
         value = __fsub_rn(value, times > 0.f ? slot.presence : 0.f);
       }
       if (!greedy) value = __fdiv_rn(value, slot.temperature);
-      best = better(best, {value, at + k});
+      best = better(best, {value == value ? value : INFINITY_F, at + k});  // no number: the row is broken
     }
     if (!greedy) *reinterpret_cast<float4*>(scaled + (size_t)row * stride + at) = make_float4(x[j][0], x[j][1], x[j][2], x[j][3]);
   }
@@ -171,8 +171,10 @@ __device__ int draw(const Row& row, float maximum, u32 edge, u64 ties, u32 rando
   return token;
 }
 
+constexpr int BROKEN_ROW = -2;  // backends/base.py has it too
+
 // Finishes each row from its chunks' bests: the arg max when greedy, else the draw. tokens int32 [rows] gets the
-// token (-1 where the row draws nothing), last_tokens [slots] too; the slot's count and history advance.
+// token (-1 where the row draws nothing, BROKEN_ROW where a logit is infinite or no number), last_tokens [slots] too; the slot's count and history advance.
 // Grid: (rows), PICK_THREADS threads. Greedy rows are bound by latency; a draw reads its row once, and the
 // parts that matter up to seven times.
 extern "C" __global__ void __launch_bounds__(PICK_THREADS)
@@ -197,9 +199,9 @@ sample_pick(int* tokens, int* last_tokens, const float* scaled, const Best* best
     maxima[threadIdx.x] = best.value;
   }
   best = block_best(best, scratch);
-  if (best.id >= vocab) best.id = 0;  // no number among the logits
-  int token = best.id;
-  if (slot.temperature >= 1e-5f && best.value > -INFINITY_F) {
+  const bool broken = best.value == INFINITY_F;
+  int token = broken || best.id >= vocab ? 0 : best.id;
+  if (slot.temperature >= 1e-5f && best.value > -INFINITY_F && !broken) {
     const Row x = {scaled + (size_t)row * stride, vocab, maxima};
     const float maximum = best.value;
     u32 floor = LOWEST_KEY;
@@ -227,7 +229,7 @@ sample_pick(int* tokens, int* last_tokens, const float* scaled, const Best* best
     token = draw(x, maximum, edge, ties, philox(slot.seed, slot.generated), best.id);
   }
   if (threadIdx.x) return;
-  tokens[row] = token;
+  tokens[row] = broken ? BROKEN_ROW : token;
   last_tokens[number] = token;
   slots[number].generated = slot.generated + 1;
   if (slot.flags & HISTORY) {

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import SamplingSpec, TopLogprobs
+from rvllm.backends.base import BROKEN_ROW, SamplingSpec, TopLogprobs
 from rvllm.backends.cpu.reference.philox import uniform
 
 F32 = NDArray[np.float32]
@@ -77,17 +77,26 @@ class History:
 
 
 def draw(logits: F32, history: History, mask: NDArray[np.uint32] | None = None) -> int:
-    """The next token of one row; logits [vocab] stay as they are."""
+    """The next token of one row, BROKEN_ROW where a logit that may be drawn is +inf or no number.
+
+    logits [vocab] stay as they are.
+    """
     spec = history.spec
     if mask is not None or history.alters:
         logits = adjust(logits.copy(), history, mask)
     if spec.temperature < GREEDY:
-        return int(np.argmax(logits))
+        return _largest(logits)
     total = np.cumsum(distribution(logits, spec), dtype=np.float64)
     if not total[-1] > 0:  # every token is forbidden, or the logits are not numbers
-        return int(np.argmax(logits))
+        return _largest(logits)
     u = uniform(spec.seed, history.generated)
     return int(np.searchsorted(total, u * total[-1], side="right"))
+
+
+def _largest(logits: F32) -> int:
+    """Index of the largest; BROKEN_ROW where that is +inf or where one is no number."""
+    found = int(np.argmax(logits))  # the first that is no number, if there is one
+    return found if logits[found] < np.inf else BROKEN_ROW
 
 
 def adjust(logits: F32, history: History, mask: NDArray[np.uint32] | None) -> F32:
