@@ -173,7 +173,7 @@ def check_sampling(gpu: Gpu, rng: np.random.Generator, vocab: int) -> str:
 
 
 def check_broken_logits(gpu: Gpu, rng: np.random.Generator, vocab: int) -> None:
-    """Rows with one +inf or NaN are told apart by their token, -inf is no fault, and neighbours notice nothing."""
+    """Rows with one +inf or NaN are told by their token, -inf is no fault, and neighbours notice nothing."""
     base = SamplingSpec(temperature=1.0, seed=7)
     chosen = [SamplingSpec(), base, replace(base, top_p=0.9, top_k=9, min_p=0.1), base, base]
     tokens = np.zeros(2, np.int32)
