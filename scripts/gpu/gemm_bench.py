@@ -18,7 +18,6 @@ from gemm_bed import Bed, Work
 
 from rvllm.backends.cuda.ops.gemm import cublas
 from rvllm.backends.cuda.ops.gemm import plan as gemm
-from rvllm.kernels.gemm.specs import MODES
 
 LAYERS, HIDDEN, FFN, QKV, VOCAB = 28, 3584, 18944, 4608, 152064
 SHAPES = {"qkv": (QKV, HIDDEN), "o": (HIDDEN, HIDDEN), "gate_up": (2 * FFN, HIDDEN), "down": (HIDDEN, FFN),
@@ -154,22 +153,24 @@ def compare(bench: Bench, sizes: list[int]) -> None:
     """What is chosen, what could be, and cuBLASLt, in turns, shape by shape: TFLOP/s (microseconds)."""
     sms = bench.bed.facts.sm_count
     for name, (n, k) in SHAPES.items():
-        one = gemm.segments_of(n, k) == 1
+        segments = gemm.segments_of(n, k)
         for tokens in sizes:
             plans = {"chosen": gemm.plan_gemm(n, k, tokens, "bf16", sms)}
-            others: list[tuple[gemm.Mode, int]] = [("walk", 192), ("flow", 256)]
-            if not one:
-                others = [("split", 192), ("split", 256)] if tokens <= 512 else []
-                others += [("sum", tile) for tile in MODES["sum"]]
+            others = gemm.ways_of(segments, tokens)
+            if tokens > 128:
+                others += [("flow", 256)] if segments == 1 else [("split", 256), ("sum", 128), ("sum", 192)]
             for mode, tile in others:
-                plans[f"{mode}{tile}"] = gemm.variant(n, k, tokens, "bf16", mode, tile, sms)
+                plan = gemm.variant(n, k, tokens, "bf16", mode, tile, sms)
+                if (mode, tile) != (plans["chosen"].mode, plans["chosen"].token_tile):
+                    plans[f"{mode}{tile}"] = plan
             works = {label: bench.ours(name, tokens, plan) for label, plan in plans.items()}
             found = bench.bed.turns(works | {"cublas": bench.theirs(name, tokens)})
             work, count = 2.0 * n * k * tokens, bench.count(name, tokens)
             line = "  ".join(
                 f"{label} {work * count / s / 1e12:.0f} ({s / count * 1e6:.1f})" for label, s in found.items()
             )
-            print(f"{name:8} {tokens:5} {plans['chosen'].kernel[10:]:15} {line}", flush=True)
+            way = f"{plans['chosen'].mode}{plans['chosen'].token_tile}"
+            print(f"{name:8} {tokens:5} {way:9} {line}", flush=True)
 
 
 def main() -> None:
@@ -177,7 +178,8 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,8,16,32,64,96,128,256,512")
     parser.add_argument("--shape-tokens", default="1,32,64,128,256")
     parser.add_argument("--prefill-tokens", default="1024,8192")
-    parser.add_argument("--turn-tokens", default="128,160,192,256,320,384,512,640,1024,2048,4096")
+    turns = "64,96,128,129,144,160,192,224,256,257,288,320,384,448,512,2048,8192"
+    parser.add_argument("--turn-tokens", default=turns)
     parser.add_argument("--only", default="chain,shapes,prefill", help="also: turns")
     args = parser.parse_args()
     bench = Bench(Bed())

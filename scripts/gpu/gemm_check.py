@@ -16,13 +16,13 @@ import torch
 from gemm_bed import TORCH, Bed
 
 from rvllm.backends.cuda.ops.gemm import plan as gemm
-from rvllm.kernels.gemm.specs import MODES, SM80_TOKENS
+from rvllm.kernels.gemm.specs import SM80_TOKENS
 
 SHAPES = [(203, 72), (64, 8), (1000, 264), (576, 576), (1536, 576), (896, 4864), (3584, 3584), (4608, 3584),
           (17000, 1160), (37888, 3584), (49152, 576), (151937, 896)]  # fmt: skip
 SMALL_SHAPES = [(203, 72), (208, 72), (1000, 264)]
 MANY_SHAPES = [*SMALL_SHAPES, (17000, 1160), (17003, 72), (37888, 3584), (3584, 3584), (4200, 1160)]
-TOKENS = [1, 2, 3, 7, 8, 9, 16, 31, 64, 100, 128, 200, 256, 512, 1000]
+TOKENS = [1, 2, 3, 7, 8, 9, 16, 31, 64, 100, 128, 129, 200, 256, 300, 512, 1000]
 GUARD = 64  # poisoned rows behind the output
 
 
@@ -62,8 +62,9 @@ class Checker:
         sms = self.bed.facts.sm_count
         modes: tuple[gemm.Mode, ...] = ("split", "sum")
         if gemm.segments_of(n, k) == 1:
-            modes += ("walk", "flow")
-        return [gemm.variant(n, k, tokens, dtype, mode, size, sms) for mode in modes for size in MODES[mode]]
+            modes += ("walk", "flow", "tall")
+        ways = [(mode, tile) for mode in modes for tile in gemm.token_tiles(mode)]
+        return [gemm.variant(n, k, tokens, dtype, mode, tile, sms) for mode, tile in ways]
 
     def shape(self, n: int, k: int, dtype: str, token_list: list[int]) -> None:
         """Bits equal over every variant and batch; error against float64."""
@@ -107,7 +108,7 @@ class Checker:
                 size = 8 if tokens < 9 else 128 if tokens < 129 else 256
                 ways: list[tuple[gemm.Mode, int]] = [("split", size), ("sum", 192)]
                 if gemm.segments_of(n, k) == 1:
-                    ways = [("walk", min(size, 128)), ("flow", 256), ("sum", 192)]
+                    ways = [("walk", min(size, 128)), ("flow", 256), ("tall", 160), ("sum", 192)]
                 sms = self.bed.facts.sm_count
                 plans = [gemm.variant(n, k, tokens, dtype, mode, tile, sms) for mode, tile in ways]
             bias = torch.randn(n, device="cuda").to(kind)
@@ -170,7 +171,13 @@ class Checker:
                 if dtype == "f16" and n > 20000:
                     continue
                 one = gemm.segments_of(n, k) == 1
-                others: list[tuple[gemm.Mode, int]] = [("flow", 256)] if one else [("sum", 160), ("sum", 192)]
+                others: list[tuple[gemm.Mode, int]] = [
+                    ("flow", 256),
+                    ("tall", 80),
+                    ("tall", 192),
+                ]
+                if not one:
+                    others = [("sum", 160), ("sum", 192), ("split", 144), ("split", 256)]
                 x = torch.randn(1000, k, device="cuda").to(TORCH[dtype])
                 w = (torch.randn(n, k, device="cuda") * k**-0.5).to(TORCH[dtype])
                 packed = self.bed.pack(w, dtype)

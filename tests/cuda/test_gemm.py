@@ -74,7 +74,7 @@ def test_plans_name_kernels_that_exist_and_cover_the_product(
     plan = gemm.plan_gemm(*shape, tokens, dtype, 132, capability)
     spec = NAMES[plan.kernel]
     assert spec.runs_on(capability) and plan.smem <= spec.smem
-    assert plan.mode == "split" or plan.smem == spec.smem
+    assert plan.mode in ("split", "tall") or plan.smem == spec.smem
     assert plan.segments == gemm.segments_of(*shape)  # whatever the batch: the bits depend on it
     assert plan.grid[0] % plan.cluster == 0 and plan.cluster <= 8
     tiles, token_tiles = -(-shape[0] // 64), -(-tokens // plan.token_tile)
@@ -85,10 +85,12 @@ def test_plans_name_kernels_that_exist_and_cover_the_product(
         partial_sums = 4 * plan.token_tile * (2 * 64 + 4)
         assert plan.smem - 256 >= max(partial_sums, 2 * (2 * 8192 + 128 * plan.token_tile))
     else:
-        assert 1 <= plan.grid[0] <= 132 and plan.token_tile % (plan.box_rows * plan.cluster) == 0
+        assert 1 <= plan.grid[0] <= 132 and plan.token_tile % plan.box_rows == 0
         assert plan.mode == "sum" or plan.segments == 1
+        if plan.mode != "tall":  # whose blocks of a cluster share weights, not tokens
+            assert plan.token_tile % (plan.box_rows * plan.cluster) == 0
     if tokens <= 256 and capability == 90:
-        assert token_tiles == 1  # weights are streamed once
+        assert token_tiles == 1 or (plan.mode == "tall" and token_tiles == 2)  # weights are streamed once
 
 
 @pytest.mark.parametrize("name", SEVEN_B)
@@ -129,6 +131,10 @@ def test_python_and_cuda_agree_on_the_layout() -> None:
             layout = f"Layout<{size}, {mode.upper()}>"
             lines.append(f"static_assert({layout}::BYTES == {gemm_manifest.sm90_smem(mode, size)});")
             lines.append(f"static_assert({layout}::THREADS == {gemm_manifest.sm90_threads(mode, size)});")
+    lines.insert(1, '#include "gemm/gemm_sm90_tall.cu"')
+    for tile in gemm_manifest.TALL_TILES:
+        lines.append(f"static_assert(Tall::bytes({tile}) == {gemm_manifest.sm90_smem('tall', tile)});")
+    lines.append(f"static_assert(Tall::THREADS == {gemm_manifest.sm90_threads('tall', 192)});")
     kinds = {kind.name: int(kind) for kind in gemm.Kind}
     lines += [f"static_assert({name} == {value});" for name, value in kinds.items()]
     lines.append("static_assert(packed_offset(70, 130, 3) == (3 + 2) * 8192 + 6 * 128 + 6 * 16 + 4);")
@@ -147,6 +153,7 @@ def test_compiles_within_its_registers(target: str) -> None:
             "sm90_bf16_gemm_walk_n8",
             "sm90_f16_gemm_sum_n192",
             "sm90_f16_gemm_flow_n256",
+            "sm90_bf16_gemm_tall_n192",
         ],
     }[target]
     for unit in build.units([NAMES[name] for name in wanted], target):

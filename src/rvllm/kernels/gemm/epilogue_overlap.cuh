@@ -1,6 +1,6 @@
-// How sums leave while the next tile is summed. A consumer warpgroup leaves its outputs in shared memory, 128
-// tokens at a time (256 when gated, which halves the rows), and goes on; STORERS other threads carry them out.
-// Logits leave the registers directly.
+// Epilogue overlap: sums leave while the next tile is summed. A consumer warpgroup leaves its outputs in STAGED bytes of
+// shared memory, a phase of STAGED / 128 tokens at a time (twice as many when gated, which halves the rows), and goes on;
+// STORERS other threads carry them out. Logits leave the registers directly.
 #pragma once
 
 #include "gemm/gemm.cuh"
@@ -16,10 +16,14 @@ template <bool GATED>
 __device__ __forceinline__ u32 staged(int token, int c) {
   return GATED ? token * TILE + (c ^ (token / 2 % 4)) * 16 : token * (2 * TILE) + (c ^ (token % 8)) * 16;
 }
+template <int STAGED>
+__device__ __forceinline__ int step_tokens(int kind) { return gated(kind) ? STAGED / TILE : STAGED / (2 * TILE); }
+template <int STAGED>
 __device__ __forceinline__ int phases(const Epilogue& e, const int limit) {
-  return limit <= 0 || e.kind == LOGITS ? 0 : gated(e.kind) || limit <= 128 ? 1 : 2;
+  const int step = step_tokens<STAGED>(e.kind);
+  return limit <= 0 || e.kind == LOGITS ? 0 : (limit + step - 1) / step;
 }
-enum Named : int { ROOM = 1, READY = 3 };  // barriers of warpgroup 0; those of 1 are the next
+enum Named : int { ROOM = 1, READY = 4 };  // barriers of warpgroup 0; those of the others follow
 
 // Two sums rounded to T, as they lie in memory, and what they are then.
 template <class T>
@@ -49,7 +53,7 @@ __device__ __forceinline__ float silu_quick(float v) {
   return __fmul_rn(v, ptx::reciprocal_fast(__fadd_rn(1.f, ptx::exp2_fast(__fmul_rn(v, -1.44269504f)))));
 }
 
-template <class T, int TOKENS>
+template <class T, int TOKENS, int STAGED>
 __device__ __forceinline__ void hand_over(const Epilogue& e, const float (&acc)[TOKENS / 2], u32 staging, int group,
                                           int thread, int row0, int token0, int limit) {
   if (limit <= 0) return;
@@ -75,18 +79,20 @@ __device__ __forceinline__ void hand_over(const Epilogue& e, const float (&acc)[
   }
   const auto pair = [&](int i, int half) { return rounded_pair<T>(acc[i] + bias[half], acc[i + 1] + bias[half]); };
   if (gated(e.kind)) {
-    ptx::bar_sync(ROOM + group, 128 + STORERS);
+    constexpr int STEP = STAGED / TILE;
     const auto all = [&](auto act) {
 #pragma unroll
       for (int q = 0; q < TOKENS / 32; q++) {
         if (32 * q >= limit) break;
+        if (32 * q % STEP == 0) ptx::bar_sync(ROOM + group, 128 + STORERS);
         u32 r[4];
 #pragma unroll
         for (int m = 0; m < 4; m++) {
           const float2 gate = widened<T>(pair(16 * q + 4 * m, 0)), up = widened<T>(pair(16 * q + 4 * m + 2, 1));
           r[m] = rounded_pair<T>(act(gate.x, up.x), act(gate.y, up.y));
         }
-        ptx::stmatrix_x4_trans(staging + staged<true>(32 * q + lane, warp), r);
+        ptx::stmatrix_x4_trans(staging + staged<true>(32 * q % STEP + lane, warp), r);
+        if (32 * (q + 1) % STEP == 0 || 32 * (q + 1) >= limit) ptx::bar_arrive(READY + group, 128 + STORERS);
       }
     };
     if (e.kind == GATED_SILU)
@@ -95,16 +101,16 @@ __device__ __forceinline__ void hand_over(const Epilogue& e, const float (&acc)[
       all([&](float g, float u) { return clamped_gate(g, u, e.soft_cap, e.scale); });
     else
       all([&](float g, float u) { return __fmul_rn(activated(g, e.kind == GATED_GELU ? Act::GELU : Act::GELU_TANH), u); });
-    ptx::bar_arrive(READY + group, 128 + STORERS);
     return;
   }
+  constexpr int STEP = STAGED / (2 * TILE);
 #pragma unroll
-  for (int half = 0; half < TOKENS / 128; half++) {
-    if (half * 128 >= limit) break;
+  for (int first = 0; first < TOKENS; first += STEP) {
+    if (first >= limit) break;
     ptx::bar_sync(ROOM + group, 128 + STORERS);
 #pragma unroll
-    for (int q = 0; q < 8; q++) {  // 16 tokens, 16 rows
-      const int i = half * 64 + q * 8;
+    for (int q = 0; q < STEP / 16; q++) {  // 16 tokens, 16 rows
+      const int i = first / 2 + q * 8;
       const u32 r[4] = {pair(i, 0), pair(i + 2, 1), pair(i + 4, 0), pair(i + 6, 1)};
       ptx::stmatrix_x4_trans(staging + staged<false>(16 * q + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), r);
     }

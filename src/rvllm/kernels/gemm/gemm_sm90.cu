@@ -11,16 +11,13 @@
 // In WALK, FLOW and SUM the blocks of a cluster (CLUSTER along rows) share each load of x by multicast.
 #include "gemm/epilogue.cuh"
 #include "gemm/epilogue_overlap.cuh"
+#include "gemm/mainloop.cuh"
 #include "gemm/tile_scheduler.cuh"
 
 namespace rvllm::gemm {
 
 enum Mode { SPLIT, WALK, SUM, FLOW };
 constexpr int CONSUMERS = 256;
-
-struct alignas(64) TensorMap {
-  u64 opaque[16];
-};
 
 template <int TOKENS, Mode MODE>
 struct Layout {
@@ -33,7 +30,8 @@ struct Layout {
   static constexpr int SUMS = (CHUNK < 32 ? CHUNK : 32) * (TILE + 4) * 4;  // float32 on their way to logits
   static constexpr int PER_GROUP = CHUNK * STAGE_PITCH > SUMS ? CHUNK * STAGE_PITCH : SUMS;
   static constexpr int STAGING = MODE == SPLIT ? 0 : MODE == FLOW ? 2 * FLOW_STAGING : 2 * PER_GROUP;
-  static constexpr int HELD = TOKENS <= 16 ? 1 : TOKENS == 32 || TOKENS == 256 ? 2 : 4;  // items of a split sum at once
+  static constexpr bool WIDE = MODE == SPLIT && TOKENS > 128;  // token tiles of many widths, in one kernel
+  static constexpr int HELD = TOKENS <= 16 ? 1 : TOKENS == 32 || TOKENS > 192 ? 2 : 4;  // items of a split sum at once
   static constexpr int BARRIERS = 256, LIMIT = 232448;
   static constexpr int FIT = (LIMIT - STAGING - BARRIERS) / (WEIGHTS + X);
   static constexpr int STAGES = FIT < 12 ? FIT : 12;
@@ -41,59 +39,45 @@ struct Layout {
   static_assert(MODE != SPLIT || TOKENS * SPLIT_PITCH * 4 <= STAGES * (WEIGHTS + X), "partial sums must fit");
 };
 
-// The stages of loads in flight: where each has its weights and its tokens.
-struct Ring {
-  int stages;
-  u32 weights, x;
-  int weights_pitch, x_pitch;
-  int stage = 0;
-  u32 phase = 0;
-  __device__ void advance() {
-    if (++stage == stages) stage = 0, phase ^= 1;
-  }
-  __device__ u32 weights_at() const { return weights + stage * weights_pitch; }
-  __device__ u32 x_at() const { return x + stage * x_pitch; }
-};
-
-// x: tensor map of [>= tokens, K] in boxes of 64 x (FLOW: BOX, else TOKENS / CLUSTER), 128-byte swizzle. weights: packed.
-// blocks: ceil(K / 64). The rest: see Epilogue.
+// x: tensor map of [>= tokens, K] in boxes of 64 x (FLOW: BOX, SPLIT: tile, else TOKENS /
+// CLUSTER), 128-byte swizzle. weights: packed. blocks: ceil(K / 64). tile: tokens of a tile, TOKENS unless WIDE.
+// The rest: see Epilogue.
 template <class T, int TOKENS, Mode MODE, int CLUSTER>
 __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     gemm(const __grid_constant__ TensorMap x, const u8* __restrict__ weights, void* out, const void* bias,
          const void* residual, int kind, int tokens, int rows, int pitch, float scale, float soft_cap, int blocks,
-         int segments) {
+         int segments, int tile) {
   using L = Layout<TOKENS, MODE>;
   using namespace ptx;
   constexpr int REGS = TOKENS / 2;
+  const int width = L::WIDE ? tile : TOKENS, x_bytes = width * TILE * 2;
   // A split product is launched with fewer stages where that lets the next kernel's blocks in beside its own.
-  const int stages = MODE == SPLIT ? (dynamic_smem_bytes() - L::BARRIERS) / (L::WEIGHTS + L::X) : L::STAGES;
+  const int stages = MODE == SPLIT ? (dynamic_smem_bytes() - L::BARRIERS) / (L::WEIGHTS + x_bytes) : L::STAGES;
   constexpr u16 ALL = (1 << CLUSTER) - 1;
   extern __shared__ __align__(1024) u8 shared[];
-  const u32 base = smem(shared), x_base = base + stages * L::WEIGHTS, bars = base + stages * (L::WEIGHTS + L::X) + L::STAGING;
-  const auto full = [&](int s) { return bars + 16 * s; };
-  const auto empty = [&](int s) { return bars + 16 * s + 8; };
-  const Ring loads{stages, base, x_base, L::WEIGHTS, L::X};
+  const u32 base = smem(shared), x_base = base + stages * L::WEIGHTS, bars = base + stages * (L::WEIGHTS + x_bytes) + L::STAGING;
+  const Ring loads{stages, base, x_base, L::WEIGHTS, x_bytes, bars};
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // a warp's one number, to the compiler
   const int tiles = (rows + TILE - 1) / TILE;
   const Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
   // SPLIT: the items of the sum that fall to a block of the cluster, and what a thread's first ones are finished with.
   const auto split_items = [&](int rank) {
-    const int count = min(TOKENS, tokens - static_cast<int>(blockIdx.y) * TOKENS);
+    const int count = min(width, tokens - static_cast<int>(blockIdx.y) * width);
     return count * items_per_token<2 * TILE>(kind) * rank / segments;
   };
   Held<T> held[L::HELD];
   const auto hold_from = [&](int item) {
 #pragma unroll
     for (int b = 0; b < L::HELD; b++, item += CONSUMERS)
-      held[b] = hold<T>(e, blockIdx.y * TOKENS + item / (TILE / 2), blockIdx.z * 2 * TILE + item % (TILE / 2) * 4);
+      held[b] = hold<T>(e, blockIdx.y * width + item / (TILE / 2), blockIdx.z * 2 * TILE + item % (TILE / 2) * 4);
   };
 
   griddep_launch();
   if (threadIdx.x == CONSUMERS) {
     tensor_map_prefetch(&x);
     for (int s = 0; s < stages; s++) {
-      mbar_init(full(s), 1);
-      mbar_init(empty(s), CONSUMERS / 32 * CLUSTER);
+      mbar_init(loads.full(s), 1);
+      mbar_init(loads.empty(s), CONSUMERS / 32 * CLUSTER);
     }
     mbar_init_fence();
   }
@@ -114,7 +98,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     if constexpr (MODE == SPLIT) {
       const bool first = once;
       once = false;
-      v = {static_cast<int>(blockIdx.z) * 2, 2, static_cast<int>(blockIdx.y) * TOKENS, TOKENS, false};
+      v = {static_cast<int>(blockIdx.z) * 2, 2, static_cast<int>(blockIdx.y) * width, width, false};
       return first;
     } else {
       return walk.next(v);
@@ -130,7 +114,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       // Weights that are read again in a later round, for other tokens, may stay in L2.
       const u64 hint = walk.again() ? EVICT_NORMAL : EVICT_FIRST;
       const auto load_weights = [&](const Visit& v, int k, const Ring& ring) {
-        const u32 bar = full(ring.stage), dst = ring.weights_at();
+        const u32 bar = ring.full(ring.stage), dst = ring.weights_at();
         mbar_arrive_expect(bar, v.count * TILE_BYTES + v.width * TILE * 2);
         if (MODE == FLOW && v.piece) {  // of the same rows as the other block's, which loads the other tile
           const u64 tile = min(v.tile + walk.rank, tiles - 1);
@@ -147,7 +131,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       };
       const auto load_x = [&](const Visit& v, int k, const Ring& ring) {
         constexpr int SHARE = TOKENS / CLUSTER;
-        const u32 bar = full(ring.stage), dst = ring.x_at();
+        const u32 bar = ring.full(ring.stage), dst = ring.x_at();
         if constexpr (MODE == FLOW) {
           for (int t = v.piece ? 0 : walk.rank * BOX; t < v.width; t += v.piece ? BOX : CLUSTER * BOX) {
             if (v.piece)
@@ -175,7 +159,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       }
       while (more) {
         for (int k = k0 + ahead; k < k1; k++) {
-          mbar_wait(empty(ring.stage), ring.phase ^ 1);
+          mbar_wait(ring.empty(ring.stage), ring.phase ^ 1);
           load_weights(v, k, ring);
           load_x(v, k, ring);
           ring.advance();
@@ -187,14 +171,14 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       griddep_wait();
       if constexpr (MODE == FLOW) {
         const int thread = threadIdx.x - CONSUMERS - 32;
-        const u8* staging = shared + stages * (L::WEIGHTS + L::X);
+        const u8* staging = shared + stages * (L::WEIGHTS + x_bytes);
         if (thread >= 0) {
           bar_arrive(ROOM, 128 + STORERS);
           bar_arrive(ROOM + 1, 128 + STORERS);
           Visit v;
           while (next(v)) {
-            const int limit = min(v.width, tokens - v.token0), count = phases(e, limit);
-            const int step = gated(kind) ? TOKENS : 128;
+            const int limit = min(v.width, tokens - v.token0), count = phases<FLOW_STAGING>(e, limit);
+            const int step = step_tokens<FLOW_STAGING>(kind);
             for (int p = 0; p < count; p++)
               for (int g = 0; g < 2; g++) {
                 bar_sync(READY + g, 128 + STORERS);
@@ -217,59 +201,34 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     Ring ring = loads;
     Visit v;
     float acc[REGS];
-    const auto release = [&](int stage) {
-      if constexpr (CLUSTER > 1) {
-        if (lane < CLUSTER) mbar_arrive_remote(empty(stage), lane);
-      } else {
-        if (lane == 0) mbar_arrive(empty(stage));
-      }
-    };
-    // Sums blocks [first, last) into acc, of as many tokens as it has columns.
-    const auto segment = [&](auto& acc, int first, int last) {
-      constexpr int WIDTH = sizeof(acc) / sizeof(float) * 2;
-      int reading = -1;
-      for (int k = first; k < last; k++) {
-        mbar_wait(full(ring.stage), ring.phase);
-        const u32 a = ring.weights_at() + group * TILE_BYTES, b = ring.x_at();
-        wgmma_pin(acc);
-        wgmma_fence();
-#pragma unroll
-        for (int j = 0; j < TILE / 16; j++) wgmma<WIDTH, T>(acc, wgmma_operand(a + 32 * j), wgmma_operand(b + 32 * j), j > 0 || k > first);
-        wgmma_commit();
-        wgmma_pin(acc);
-        if (reading >= 0) {
-          wgmma_wait<1>();
-          release(reading);
-        }
-        reading = ring.stage;
-        ring.advance();
-      }
-      wgmma_wait<0>();
-      wgmma_pin(acc);
-      if (reading >= 0) release(reading);
-    };
+    const auto segment = [&](auto& acc, int first, int last) { sum_blocks<T, CLUSTER>(acc, ring, group, lane, first, last); };
     griddep_wait();
 
     if constexpr (MODE == SPLIT) {
       next(v);
       if (can_hold(e)) hold_from(split_items(blockIdx.x) + threadIdx.x);
-      segment(acc, k0, k1);
+      if constexpr (L::WIDE)
+        of_width<144, 160, 176, 192, 208, 224, 240, 256>(width, acc, [&](auto& part) { segment(part, k0, k1); });
+      else
+        segment(acc, k0, k1);
       // Both warpgroups have read their last stage before partial sums overwrite it.
       bar_sync(1, CONSUMERS);
       float* partial = reinterpret_cast<float*>(shared);
       const int row = group * TILE + thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
 #pragma unroll
-      for (int j = 0; j < TOKENS / 8; j++)
+      for (int j = 0; j < TOKENS / 8; j++) {
+        if (L::WIDE && 8 * j >= width) break;
 #pragma unroll
         for (int i = 0; i < 4; i++)
           partial[(8 * j + column + i % 2) * L::SPLIT_PITCH + row + i / 2 * 8] = acc[4 * j + i];
+      }
     } else {
-      [[maybe_unused]] u8* staging = shared + stages * (L::WEIGHTS + L::X) + group * L::PER_GROUP;
+      [[maybe_unused]] u8* staging = shared + stages * (L::WEIGHTS + x_bytes) + group * L::PER_GROUP;
       while (next(v)) {
         if (group >= v.count) {  // nothing for this warpgroup: keep in step with the pipeline
           for (int k = 0; k < blocks; k++) {
-            mbar_wait(full(ring.stage), ring.phase);
-            release(ring.stage);
+            mbar_wait(ring.full(ring.stage), ring.phase);
+            release<CLUSTER>(ring, ring.stage, lane);
             ring.advance();
           }
           continue;
@@ -301,7 +260,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
           }
         }
         if constexpr (MODE == FLOW) {
-          hand_over<T, TOKENS>(e, acc, smem(shared) + stages * (L::WEIGHTS + L::X) + group * FLOW_STAGING, group, thread,
+          hand_over<T, TOKENS, FLOW_STAGING>(e, acc, smem(shared) + stages * (L::WEIGHTS + x_bytes) + group * FLOW_STAGING, group, thread,
                                (v.tile + group) * TILE, v.token0, min(v.width, tokens - v.token0));
         } else {
           finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(e, acc, staging, 1 + group, thread,
@@ -316,7 +275,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     // Every block of the cluster adds up, in ascending order of segments, its share of the tile.
     cluster_sync();
     if (warp < CONSUMERS / 32) {
-      const int token0 = blockIdx.y * TOKENS, row0 = blockIdx.z * 2 * TILE;
+      const int token0 = blockIdx.y * width, row0 = blockIdx.z * 2 * TILE;
       const int first = split_items(blockIdx.x), last = split_items(blockIdx.x + 1);
       const auto load = [&](int token, int r, float(&q)[4]) {
         const u32 at = base + (token * L::SPLIT_PITCH + r) * 4;

@@ -11,11 +11,19 @@ from rvllm.kernels.spec import KernelSpec
 DTYPES = ("bf16", "f16")
 TILE = 64  # rows and columns of a packed tile
 TILE_BYTES = 2 * TILE * TILE
-SPLIT_TOKENS = (8, 16, 32, 64, 96, 128, 192, 256)  # token tiles of the sm_90a modes
+SPLIT_TOKENS = (8, 16, 32, 64, 96, 128, 256)  # token tiles that the sm_90a kernels are compiled for
 WALK_TOKENS = (8, 16, 32, 64, 96, 128, 192)
 FLOW_TOKENS = (256,)
 SUM_TOKENS = (96, 128, 160, 192)
-MODES = {"split": SPLIT_TOKENS, "walk": WALK_TOKENS, "flow": FLOW_TOKENS, "sum": SUM_TOKENS}
+TALL_TOKENS = (192,)
+MODES = {
+    "split": SPLIT_TOKENS,
+    "walk": WALK_TOKENS,
+    "flow": FLOW_TOKENS,
+    "sum": SUM_TOKENS,
+}  # of gemm_sm90.cu
+SPLIT_WIDE = (144, 160, 176, 192, 208, 224, 240, 256)  # token tiles of the largest split kernel
+TALL_TILES = (80, 96, 112, 128, 144, 160, 176, 192)  # token tiles of the tall kernel
 SM80_TOKENS = (16, 64)
 _SMEM_LIMIT, _BARRIERS = 232448, 256
 
@@ -32,11 +40,15 @@ def walk_box(mode: str, tokens: int) -> int:
 
 def sm90_threads(mode: str, tokens: int) -> int:
     """Threads of a block: two warpgroups and a producer warp, or warpgroup where registers are short."""
+    if mode == "tall":
+        return 512
     return 384 if mode != "split" and tokens >= 160 else 288
 
 
 def sm90_smem(mode: str, tokens: int, most: int = 12) -> int:
     """Dynamic shared memory in bytes, at most `most` stages of a split; mirrors Layout in gemm_sm90.cu."""
+    if mode == "tall":
+        return _tall_smem(tokens)
     stage = 2 * TILE_BYTES + tokens * TILE * 2
     chunk = 64 if tokens % 64 == 0 else min(tokens, 32)
     staging = 2 * max(chunk * (TILE + 8) * 2, min(chunk, 32) * (TILE + 4) * 4)
@@ -46,6 +58,19 @@ def sm90_smem(mode: str, tokens: int, most: int = 12) -> int:
     if mode == "split":  # a block's partial sums take the place of its stages
         stages = min(stages, max(most, 2, -(-tokens * (2 * TILE + 4) * 4 // stage)))
     return stages * stage + staging + _BARRIERS
+
+
+def widths_of(mode: str, tokens: int) -> tuple[int, ...]:
+    """The token tiles that the kernel `mode` compiled for `tokens` can be launched with."""
+    if mode == "tall":
+        return TALL_TILES
+    return SPLIT_WIDE if mode == "split" and tokens == SPLIT_WIDE[-1] else (tokens,)
+
+
+def _tall_smem(tokens: int) -> int:
+    """As sm90_smem, of a tall kernel with token tiles of this size; mirrors Tall in gemm_sm90_tall.cu."""
+    stage, staging = 3 * TILE_BYTES + tokens * TILE * 2, 3 * TILE_BYTES
+    return min(8, (_SMEM_LIMIT - staging - _BARRIERS) // stage) * stage + staging + _BARRIERS
 
 
 def sm80_smem(tokens: int) -> int:
@@ -69,11 +94,23 @@ def _sm90() -> list[KernelSpec]:
                         symbol=f"rvllm::gemm::gemm<{instance}>",
                         arch=90,
                         exact=True,
-                        smem=sm90_smem(mode, tokens),
+                        smem=max(sm90_smem(mode, tile) for tile in widths_of(mode, tokens)),
                         unit=f"{dtype}_{mode}_{together}",
                     )
                 )
-    return specs
+    return specs + [
+        KernelSpec(
+            name=f"sm90_{dtype}_gemm_tall_n{tokens}",
+            source="gemm/gemm_sm90_tall.cu",
+            symbol=f"rvllm::gemm::gemm_tall<rvllm::{dtype}>",
+            arch=90,
+            exact=True,
+            smem=max(_tall_smem(tile) for tile in TALL_TILES),
+            unit=dtype,
+        )
+        for dtype in DTYPES
+        for tokens in TALL_TOKENS
+    ]
 
 
 def _sm80() -> list[KernelSpec]:

@@ -48,20 +48,27 @@ RVLLM_PTX void stmatrix_x4_trans(u32 addr, const u32 (&r)[4]) {
 
 // wgmma<N, T>(d, a, b, keep): keep = 0 overwrites d, 1 adds to it.
 #define RVLLM_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define RVLLM_F16(i) RVLLM_F4(i), RVLLM_F4(i + 4), RVLLM_F4(i + 8), RVLLM_F4(i + 12)
+#define RVLLM_F8(i) RVLLM_F4(i), RVLLM_F4(i + 4)
+#define RVLLM_F16(i) RVLLM_F8(i), RVLLM_F8(i + 8)
 #define RVLLM_F32(i) RVLLM_F16(i), RVLLM_F16(i + 16)
 #define RVLLM_F64(i) RVLLM_F32(i), RVLLM_F32(i + 32)
 #define RVLLM_R4 "%0,%1,%2,%3"
 #define RVLLM_R8 RVLLM_R4 ",%4,%5,%6,%7"
 #define RVLLM_R16 RVLLM_R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define RVLLM_R32 RVLLM_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define RVLLM_R48 RVLLM_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
-#define RVLLM_R64 RVLLM_R48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define RVLLM_R80 RVLLM_R64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
-#define RVLLM_R96 RVLLM_R80 \
-  ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
-#define RVLLM_R128 RVLLM_R96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
-  ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define RVLLM_R24 RVLLM_R16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define RVLLM_R32 RVLLM_R24 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define RVLLM_R40 RVLLM_R32 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define RVLLM_R48 RVLLM_R40 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define RVLLM_R56 RVLLM_R48 ",%48,%49,%50,%51,%52,%53,%54,%55"
+#define RVLLM_R64 RVLLM_R56 ",%56,%57,%58,%59,%60,%61,%62,%63"
+#define RVLLM_R72 RVLLM_R64 ",%64,%65,%66,%67,%68,%69,%70,%71"
+#define RVLLM_R80 RVLLM_R72 ",%72,%73,%74,%75,%76,%77,%78,%79"
+#define RVLLM_R88 RVLLM_R80 ",%80,%81,%82,%83,%84,%85,%86,%87"
+#define RVLLM_R96 RVLLM_R88 ",%88,%89,%90,%91,%92,%93,%94,%95"
+#define RVLLM_R104 RVLLM_R96 ",%96,%97,%98,%99,%100,%101,%102,%103"
+#define RVLLM_R112 RVLLM_R104 ",%104,%105,%106,%107,%108,%109,%110,%111"
+#define RVLLM_R120 RVLLM_R112 ",%112,%113,%114,%115,%116,%117,%118,%119"
+#define RVLLM_R128 RVLLM_R120 ",%120,%121,%122,%123,%124,%125,%126,%127"
 #define RVLLM_WGMMA(N, TYPE, NAME, REGS, A, B, KEEP, ...)                                                   \
   template <>                                                                                               \
   RVLLM_PTX void wgmma<N, TYPE>(float (&d)[N / 2], u64 a, u64 b, u32 keep) {                                \
@@ -77,13 +84,20 @@ RVLLM_PTX void stmatrix_x4_trans(u32 addr, const u32 (&r)[4]) {
 template <int N, class T>
 RVLLM_PTX void wgmma(float (&d)[N / 2], u64 a, u64 b, u32 keep);
 RVLLM_WGMMA_BOTH(8, RVLLM_R4, "4", "5", "6", RVLLM_F4(0))
-RVLLM_WGMMA_BOTH(16, RVLLM_R8, "8", "9", "10", RVLLM_F4(0), RVLLM_F4(4))
+RVLLM_WGMMA_BOTH(16, RVLLM_R8, "8", "9", "10", RVLLM_F8(0))
 RVLLM_WGMMA_BOTH(32, RVLLM_R16, "16", "17", "18", RVLLM_F16(0))
 RVLLM_WGMMA_BOTH(64, RVLLM_R32, "32", "33", "34", RVLLM_F32(0))
+RVLLM_WGMMA_BOTH(80, RVLLM_R40, "40", "41", "42", RVLLM_F32(0), RVLLM_F8(32))
 RVLLM_WGMMA_BOTH(96, RVLLM_R48, "48", "49", "50", RVLLM_F32(0), RVLLM_F16(32))
+RVLLM_WGMMA_BOTH(112, RVLLM_R56, "56", "57", "58", RVLLM_F32(0), RVLLM_F16(32), RVLLM_F8(48))
 RVLLM_WGMMA_BOTH(128, RVLLM_R64, "64", "65", "66", RVLLM_F64(0))
+RVLLM_WGMMA_BOTH(144, RVLLM_R72, "72", "73", "74", RVLLM_F64(0), RVLLM_F8(64))
 RVLLM_WGMMA_BOTH(160, RVLLM_R80, "80", "81", "82", RVLLM_F64(0), RVLLM_F16(64))
+RVLLM_WGMMA_BOTH(176, RVLLM_R88, "88", "89", "90", RVLLM_F64(0), RVLLM_F16(64), RVLLM_F8(80))
 RVLLM_WGMMA_BOTH(192, RVLLM_R96, "96", "97", "98", RVLLM_F64(0), RVLLM_F32(64))
+RVLLM_WGMMA_BOTH(208, RVLLM_R104, "104", "105", "106", RVLLM_F64(0), RVLLM_F32(64), RVLLM_F8(96))
+RVLLM_WGMMA_BOTH(224, RVLLM_R112, "112", "113", "114", RVLLM_F64(0), RVLLM_F32(64), RVLLM_F16(96))
+RVLLM_WGMMA_BOTH(240, RVLLM_R120, "120", "121", "122", RVLLM_F64(0), RVLLM_F32(64), RVLLM_F16(96), RVLLM_F8(112))
 RVLLM_WGMMA_BOTH(256, RVLLM_R128, "128", "129", "130", RVLLM_F64(0), RVLLM_F64(64))
 
 // wgmma_rs<N, T, MN>(d, a, b, keep): a in registers, laid out for each warp as the A operand of mma.m16n8k16 is.

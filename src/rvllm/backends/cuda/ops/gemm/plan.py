@@ -21,13 +21,17 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from rvllm.backends.cuda.ops.gemm import cost
 from rvllm.errors import UsageError
 from rvllm.kernels.gemm.specs import (
     DTYPES,
     FLOW_TOKENS,
     SM80_TOKENS,
     SPLIT_TOKENS,
+    SPLIT_WIDE,
     SUM_TOKENS,
+    TALL_TILES,
+    TALL_TOKENS,
     TILE,
     TILE_BYTES,
     WALK_TOKENS,
@@ -38,14 +42,14 @@ from rvllm.kernels.gemm.specs import (
     walk_cluster,
 )
 
-Mode = Literal["split", "walk", "flow", "sum", "sm80"]
+Mode = Literal["split", "walk", "flow", "sum", "tall", "sm80"]
 Grid = tuple[int, int, int]
 Element = TypeVar("Element", bound=np.generic)
 
 MAX_SEGMENTS = 8  # the largest portable cluster
 SEGMENT_BLOCKS = 2  # a segment has at least so many tiles of K
-ONE_TILE = 256  # up to so many tokens a split product is the quickest
-_SLOWER = {96: 1.36, 128: 1.1, 160: 1.09, 192: 1.08}  # a tile's cycles, measured against its products'
+SPLIT_SIZES = (*SPLIT_TOKENS[:-1], *SPLIT_WIDE)  # token tiles of a split product
+MAX_ONE_ROW = 128  # tokens up to which a product is bound by its weights' bytes, whatever the tiles
 MAX_STAGES, SMALL_STAGES = 12, 6  # of a split product's ring
 SMALL_WEIGHT = 20 << 20  # bytes; 24 MB cost StableLM-2-1.6B 4 % of a step
 REFERENCE_SMS = 132  # segments are cut for this many SMs on every GPU, so that bits do not depend on it
@@ -169,35 +173,50 @@ def plan_gemm(n: int, k: int, tokens: int, dtype: str, sm_count: int, capability
         return variant(
             n, k, tokens, dtype, "sm80", SM80_TOKENS[tokens > SM80_TOKENS[0]], sm_count, "mma.sync"
         )
-    segments = segments_of(n, k)
-    if segments == 1:
-        why = "rows fill the GPU"
-        if tokens > WALK_TOKENS[-1]:
-            return variant(n, k, tokens, dtype, "flow", FLOW_TOKENS[-1], sm_count, why)
-        return variant(n, k, tokens, dtype, "walk", _fit(WALK_TOKENS, tokens), sm_count, why)
-    tiles = (_fit(SPLIT_TOKENS, tokens),) if tokens <= ONE_TILE else SPLIT_TOKENS[-2:]
-    why = "K split over a cluster"
-    plans = [variant(n, k, tokens, dtype, "split", size, sm_count, why) for size in tiles]
-    if tokens > ONE_TILE:
+    work = cost.Work(n, tokens, _ceil(k, TILE), segments_of(n, k), sm_count)
+    ways = ways_of(work.segments, tokens)
+    mode, tile = min(ways, key=lambda way: cost.cycles(way[0], way[1], work))
+    why = "K split over a cluster" if mode == "split" else "rows fill the GPU"
+    if mode == "sum":
         why = "enough tokens to fill the GPU"
-        plans += [variant(n, k, tokens, dtype, "sum", size, sm_count, why) for size in SUM_TOKENS]
-    return min(plans, key=lambda plan: _cycles(plan, sm_count))
+    return variant(n, k, tokens, dtype, mode, tile, sm_count, why)
+
+
+def ways_of(segments: int, tokens: int) -> list[tuple[Mode, int]]:
+    """The modes and token tiles worth a thought for a batch of so many tokens."""
+    ways: list[tuple[Mode, int]] = []
+    if segments == 1:
+        if tokens <= WALK_TOKENS[-1]:
+            ways.append(("walk", _fit(WALK_TOKENS, tokens)))
+        if tokens > MAX_ONE_ROW:
+            fewest = _ceil(tokens, 2 * TALL_TILES[-1])
+            ways += [("tall", _fit(TALL_TILES, _ceil(tokens, 2 * pairs))) for pairs in (fewest, fewest + 1)]
+        if tokens > WALK_TOKENS[-1]:
+            ways.append(("flow", FLOW_TOKENS[-1]))
+        return ways
+    fewest = _ceil(tokens, SPLIT_SIZES[-1])
+    more = (fewest, fewest + 1) if fewest > 1 else (1,)
+    ways += [("split", _fit(SPLIT_SIZES, _ceil(tokens, tiles))) for tiles in more]
+    if tokens > SPLIT_SIZES[-1]:
+        ways += [("sum", size) for size in SUM_TOKENS]
+    return ways
+
+
+def token_tiles(mode: Mode) -> tuple[int, ...]:
+    """The token tiles that a mode's kernels can be launched with."""
+    tiles: dict[Mode, tuple[int, ...]] = {
+        "split": SPLIT_SIZES,
+        "walk": WALK_TOKENS,
+        "flow": FLOW_TOKENS,
+        "sum": SUM_TOKENS,
+        "tall": TALL_TILES,
+        "sm80": SM80_TOKENS,
+    }
+    return tiles[mode]
 
 
 def _fit(sizes: tuple[int, ...], tokens: int) -> int:
     return next((size for size in sizes if size >= tokens), sizes[-1])
-
-
-def _cycles(plan: GemmPlan, sm_count: int) -> float:
-    """A rough count of tensor-core cycles, for choosing between two ways to do a large product."""
-    token_tiles, pairs = _ceil(plan.tokens, plan.token_tile), _ceil(plan.rows, 2 * TILE)
-    if plan.mode == "split":
-        clusters = max(1, sm_count * 9 // 10 // plan.segments)  # that fit at once: GPCs are not filled
-        waves = _ceil(pairs * token_tiles, clusters)
-        return waves * (_ceil(plan.blocks, plan.segments) * 4 * plan.token_tile + 12000)
-    return _ceil(pairs * token_tiles, sm_count) * (
-        plan.blocks * 4 * plan.token_tile * _SLOWER[plan.token_tile] + 4000
-    )
 
 
 def variant(
@@ -210,7 +229,7 @@ def variant(
     sm_count: int,
     why: str = "asked for",
 ) -> GemmPlan:
-    """The plan of one given kernel; `walk` and `flow` need a weight with one segment."""
+    """The plan of one given kernel; `walk`, `flow` and `tall` need a weight with one segment."""
     blocks, segments = _ceil(k, TILE), segments_of(n, k)
     pairs, token_tiles = _ceil(n, 2 * TILE), _ceil(tokens, token_tile)
     cluster, box_rows = 1, token_tile
@@ -218,11 +237,16 @@ def variant(
         name, grid, block = f"sm80_{dtype}_gemm_n{token_tile}", (_ceil(n, TILE), token_tiles, 1), 128
         smem, box_rows = sm80_smem(token_tile), 0
     else:
-        name, block = f"sm90_{dtype}_gemm_{mode}_n{token_tile}", sm90_threads(mode, token_tile)
+        name = f"sm90_{dtype}_gemm_{mode}_n{_kernel_tokens(mode, token_tile)}"
+        block = sm90_threads(mode, token_tile)
         smem = sm90_smem(mode, token_tile)
         if mode == "split":
             cluster, grid = segments, (segments, token_tiles, pairs)
             smem = sm90_smem(mode, token_tile, _split_stages(n, k))
+        elif mode == "tall":
+            cluster = 2
+            units = _ceil(n, 3 * TILE) * _ceil(tokens, 2 * token_tile)
+            grid = (2 * min(max(1, sm_count // 2), units), 1, 1)
         else:
             cluster = walk_cluster(token_tile)
             box_rows = walk_box(mode, token_tile)
@@ -243,6 +267,13 @@ def variant(
         smem=smem,
         why=why,
     )
+
+
+def _kernel_tokens(mode: Mode, token_tile: int) -> int:
+    """The token tile in the name of the kernel that runs tiles of this size."""
+    if mode == "tall":
+        return TALL_TOKENS[-1]
+    return SPLIT_TOKENS[-1] if mode == "split" and token_tile in SPLIT_WIDE else token_tile
 
 
 def _split_stages(n: int, k: int) -> int:
@@ -290,6 +321,8 @@ def gemm_arguments(
     ]
     if plan.mode == "sm80":
         scalars += [ctypes.c_int(x_width), ctypes.c_int(x_pitch)]
+    else:
+        scalars.append(ctypes.c_int(plan.token_tile))
     return [x, weights, out, bias, residual, *scalars]
 
 

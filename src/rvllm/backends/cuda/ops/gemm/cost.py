@@ -1,0 +1,91 @@
+"""What a product costs by each way to launch it, in cycles of a multiprocessor: a model, to choose by.
+
+A block's main loop is bound by its tensor cores or by what a multiprocessor takes in from L2; a product also
+by the memory's rate. The constants are traced on an H200 (docs/decisions/0011-matrix-kernels.md): 64 of K
+with 128 rows take 520, 570, 650, 781 and 1,043 cycles for 96, 128, 160, 192 and 256 tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rvllm.kernels.gemm.specs import TILE, TILE_BYTES, walk_cluster
+
+INFLOW = 57.0  # bytes a cycle into one multiprocessor
+TENSOR = 2 * 1.018  # cycles for 64 rows, 64 of K and one token
+MEMORY = 2576.0  # bytes a cycle from memory to all of them: 4.25 TB/s at 1.65 GHz
+WAY_IN_AND_OUT = 4000.0  # cycles of a launch beside its main loop
+SPLIT_EXIT = 8000.0  # more, where a cluster adds up
+PIECE = 1.25  # what a narrow piece of a last round takes, against its bytes
+
+
+@dataclass(frozen=True)
+class Work:
+    """A product of `rows` x `tokens`, K in `blocks` of 64 and `segments`, on `sms` multiprocessors."""
+
+    rows: int
+    tokens: int
+    blocks: int
+    segments: int
+    sms: int
+
+    @property
+    def tiles(self) -> int:
+        """64-row tiles of the weight."""
+        return _ceil(self.rows, TILE)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def step_cycles(row_tiles: int, tokens: int) -> float:
+    """Cycles that a block needs for 64 of K of `row_tiles` 64-row tiles and `tokens` tokens."""
+    return max(TENSOR * row_tiles * tokens, (row_tiles * TILE_BYTES + tokens * TILE * 2) / INFLOW)
+
+
+def cycles(mode: str, token_tile: int, work: Work) -> float:
+    """Cycles of the whole product by a mode of the sm_90a kernels with this token tile."""
+    by_mode = {"split": _split, "walk": _walk, "sum": _sum, "flow": _flow, "tall": _tall}
+    memory = work.tiles * work.blocks * TILE_BYTES / MEMORY
+    return max(memory, by_mode[mode](token_tile, work)) + WAY_IN_AND_OUT
+
+
+def _split(tile: int, work: Work) -> float:
+    clusters = max(1, work.sms * 9 // 10 // work.segments)  # that fit at once: GPCs are not filled
+    waves = _ceil(_ceil(work.tiles, 2) * _ceil(work.tokens, tile), clusters)
+    return waves * (_ceil(work.blocks, work.segments) * step_cycles(2, tile) + SPLIT_EXIT)
+
+
+def _walk(tile: int, work: Work) -> float:
+    if work.tokens > tile:
+        return _sum(tile, work)
+    full, rest = divmod(work.tiles, 2 * work.sms)
+    last = 0.0 if not rest else step_cycles(1 if rest <= work.sms else 2, tile)
+    return work.blocks * (full * step_cycles(2, tile) + last)
+
+
+def _sum(tile: int, work: Work) -> float:
+    """Resident blocks: as many rounds as tiles take."""
+    blocks = work.sms // walk_cluster(tile) * walk_cluster(tile)
+    rounds = _ceil(_ceil(work.tiles, 2) * _ceil(work.tokens, tile), blocks)
+    return rounds * work.blocks * step_cycles(2, tile)
+
+
+def _flow(tile: int, work: Work) -> float:
+    """As _sum, but the last token tile is narrow and a last round of few tiles is dealt out in pieces."""
+    whole, rest = divmod(work.tokens, tile)
+    widths = [tile] * whole + ([_ceil(rest, TILE) * TILE] if rest else [])
+    mean = sum(step_cycles(2, width) for width in widths) / len(widths)
+    clusters = work.sms // 2
+    rounds, left = divmod(_ceil(work.tiles, 4) * len(widths), clusters)
+    last = 0.0
+    if left:
+        pieces = 4 if left * 4 <= clusters else 2 if left * 2 <= clusters else 1
+        last = mean if pieces == 1 else PIECE * step_cycles(2, tile // pieces)
+    return work.blocks * (rounds * mean + last)
+
+
+def _tall(tile: int, work: Work) -> float:
+    rounds = _ceil(_ceil(work.tiles, 3) * _ceil(work.tokens, 2 * tile), work.sms // 2)
+    return rounds * work.blocks * step_cycles(3, tile)
