@@ -246,15 +246,10 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
 #pragma unroll
           for (int i = 0; i < REGS; i++) acc[i] = sum[i];
         } else {
-          if constexpr (MODE == FLOW) {  // narrow visits are summed in the first of the accumulators
-            if (v.width == 64)
-              segment(reinterpret_cast<float(&)[32]>(acc), 0, blocks);
-            else if (v.width == 128)
-              segment(reinterpret_cast<float(&)[64]>(acc), 0, blocks);
-            else if (v.width == 192)
-              segment(reinterpret_cast<float(&)[96]>(acc), 0, blocks);
-            else
-              segment(acc, 0, blocks);
+          if constexpr (MODE == FLOW) {  // narrow tiles are summed in the first of the accumulators
+            const int there = (tokens - v.token0 + 15) / 16 * 16, least = min(v.width, 128);
+            of_width<64, 128, 144, 160, 176, 192, 208, 224, 240, 256>(
+                v.piece ? v.width : max(least, min(v.width, there)), acc, [&](auto& part) { segment(part, 0, blocks); });
           } else {
             segment(acc, 0, blocks);
           }

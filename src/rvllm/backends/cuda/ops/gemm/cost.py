@@ -75,10 +75,13 @@ def _sum(tile: int, work: Work) -> float:
 def _flow(tile: int, work: Work) -> float:
     """As _sum, but the last token tile is narrow and a last round of few tiles is dealt out in pieces."""
     whole, rest = divmod(work.tokens, tile)
-    widths = [tile] * whole + ([_ceil(rest, TILE) * TILE] if rest else [])
-    mean = sum(step_cycles(2, width) for width in widths) / len(widths)
+    steps = [step_cycles(2, tile)] * whole
+    if rest:  # loaded by boxes of 64 tokens, summed by sixteens
+        loaded = (2 * TILE_BYTES + _ceil(rest, TILE) * TILE * TILE * 2) / INFLOW
+        steps.append(max(loaded, TENSOR * 2 * max(min(_ceil(rest, TILE) * TILE, 128), _ceil(rest, 16) * 16)))
+    mean = sum(steps) / len(steps)
     clusters = work.sms // 2
-    rounds, left = divmod(_ceil(work.tiles, 4) * len(widths), clusters)
+    rounds, left = divmod(_ceil(work.tiles, 4) * len(steps), clusters)
     last = 0.0
     if left:
         pieces = 4 if left * 4 <= clusters else 2 if left * 2 <= clusters else 1

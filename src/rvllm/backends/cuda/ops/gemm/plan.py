@@ -191,7 +191,6 @@ def ways_of(segments: int, tokens: int) -> list[tuple[Mode, int]]:
         if tokens > MAX_ONE_ROW:
             fewest = _ceil(tokens, 2 * TALL_TILES[-1])
             ways += [("tall", _fit(TALL_TILES, _ceil(tokens, 2 * pairs))) for pairs in (fewest, fewest + 1)]
-        if tokens > WALK_TOKENS[-1]:
             ways.append(("flow", FLOW_TOKENS[-1]))
         return ways
     fewest = _ceil(tokens, SPLIT_SIZES[-1])
