@@ -246,7 +246,8 @@ async def _answer(
         gate.closing.append(gate.tracer.close)
 
     def announce() -> None:
-        print("\n".join(_summary(engine, name, start, url_of(sock))), flush=True)
+        kernels = _kernels(engine.ready.backend, engine_config)
+        print("\n".join(_summary(engine, name, kernels, start, url_of(sock))), flush=True)
 
     warming = asyncio.ensure_future(service.warm_grammars())
     try:
@@ -288,7 +289,16 @@ def _engine_info(config: EngineConfig, backend: str, dtype: str) -> dict[str, st
     }
 
 
-def _summary(engine: EngineClient, name: str, start: _Start, url: str) -> list[str]:
+def _kernels(backend: str, config: EngineConfig) -> str:
+    """What computes: on the CPU which kernels there are for the processor, on a GPU what was chosen."""
+    if backend != "cpu":
+        return f"{config.gemm_strategy} products, {config.decode_path} decode"
+    from rvllm.backends.cpu.compiled.library import in_use
+
+    return in_use(config.cpu_kernels)
+
+
+def _summary(engine: EngineClient, name: str, kernels: str, start: _Start, url: str) -> list[str]:
     """What an operator wants to know of a server that has just started."""
     from rvllm.version import __version__
 
@@ -297,6 +307,7 @@ def _summary(engine: EngineClient, name: str, start: _Start, url: str) -> list[s
     tokens = ready.num_blocks * ready.block_size
     return [
         f"rvLLM {__version__} · {name} · {facts.architecture} · {ready.backend}, {facts.dtype}",
+        f"  kernels {kernels}",
         f"  memory  {memory}",
         f"  blocks  {ready.num_blocks:,} of {ready.block_size} tokens: {tokens:,} tokens for up to "
         f"{ready.max_num_seqs} sequences of at most {ready.max_model_len:,}",

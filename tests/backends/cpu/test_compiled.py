@@ -234,8 +234,9 @@ def test_a_broken_neighbour_reaches_nobody() -> None:
 
 def test_what_is_asked_for_and_absent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen("compiled") and chosen("auto") and not chosen("numpy")
+    assert compiled.in_use("auto").startswith("compiled for ") and "asks" in compiled.in_use("numpy")
     monkeypatch.setattr(compiled, "processor", lambda: None)
-    assert not chosen("auto")
+    assert not chosen("auto") and "none for this processor" in compiled.in_use("auto")
     with pytest.raises(
         UsageError, match=r"none for this processor .*, only for x86-64-v4, x86-64-v3, aarch64"
     ):

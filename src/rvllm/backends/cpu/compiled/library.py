@@ -71,6 +71,16 @@ def missing(folder: Path = PREBUILT) -> str | None:
     return None
 
 
+def in_use(setting: str) -> str:
+    """Which kernels `--cpu-kernels` comes to on this machine, and why: `compiled for x86-64-v4`."""
+    absent, kind = missing(), processor()
+    if setting == "numpy":
+        return "NumPy, as --cpu-kernels asks"
+    return (
+        f"NumPy, since of compiled ones {absent}" if absent or kind is None else f"compiled for {kind.value}"
+    )
+
+
 def _all() -> str:
     return ", ".join(kind.value for kind in Processor)
 
