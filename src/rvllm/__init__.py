@@ -13,34 +13,57 @@ from typing import TYPE_CHECKING, Any
 from rvllm.version import __version__
 
 if TYPE_CHECKING:
-    from rvllm.engine.sampling_params import SamplingParams, StructuredOutputsParams
+    from rvllm.engine.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
     from rvllm.errors import RvllmError
-    from rvllm.llm import LLM
-    from rvllm.text.embedding import EmbeddingOutput, EmbeddingRequestOutput, PoolingParams
+    from rvllm.offline.async_llm import AsyncLLM
+    from rvllm.offline.llm import LLM
+    from rvllm.offline.llm_engine import LLMEngine
+    from rvllm.text.embedding import (
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
+        PoolingParams,
+        ScoringOutput,
+        ScoringRequestOutput,
+    )
     from rvllm.text.outputs import CompletionOutput, Logprob, RequestOutput
+    from rvllm.vllm.engine_args import AsyncEngineArgs, EngineArgs
 
 __all__ = [
     "LLM",
+    "AsyncEngineArgs",
+    "AsyncLLM",
     "CompletionOutput",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
+    "EngineArgs",
+    "LLMEngine",
     "Logprob",
     "PoolingParams",
     "RequestOutput",
+    "RequestOutputKind",
     "RvllmError",
     "SamplingParams",
+    "ScoringOutput",
+    "ScoringRequestOutput",
     "StructuredOutputsParams",
     "__version__",
 ]
 
 _HOMES = {
-    "LLM": "rvllm.llm",
+    "LLM": "rvllm.offline.llm",
+    "AsyncEngineArgs": "rvllm.vllm.engine_args",
+    "AsyncLLM": "rvllm.offline.async_llm",
+    "EngineArgs": "rvllm.vllm.engine_args",
+    "LLMEngine": "rvllm.offline.llm_engine",
+    "RequestOutputKind": "rvllm.engine.sampling_params",
     "SamplingParams": "rvllm.engine.sampling_params",
     "StructuredOutputsParams": "rvllm.engine.sampling_params",
     "RvllmError": "rvllm.errors",
     "EmbeddingOutput": "rvllm.text.embedding",
     "EmbeddingRequestOutput": "rvllm.text.embedding",
     "PoolingParams": "rvllm.text.embedding",
+    "ScoringOutput": "rvllm.text.embedding",
+    "ScoringRequestOutput": "rvllm.text.embedding",
     "CompletionOutput": "rvllm.text.outputs",
     "Logprob": "rvllm.text.outputs",
     "RequestOutput": "rvllm.text.outputs",

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from rvllm.errors import UsageError
-from rvllm.vllm_flags import human_size
 
 
 @dataclass(frozen=True)
@@ -315,6 +314,16 @@ def _base_type(cls: type, name: str) -> tuple[type, bool]:
     return hint, False
 
 
+def human_size(text: str) -> int:
+    """`4k` → 4000, `4K` → 4096, and so on with m, g and t, as vLLM reads whole numbers. Raises ValueError."""
+    number, unit = text[:-1], text[-1:]
+    power = "kmgt".find(unit.lower()) + 1 if unit else 0
+    if not power:
+        return int(text)
+    size = int(number) * 1024**power if unit.isupper() else round(float(number) * 1000**power)
+    return int(size)
+
+
 def parse_value(cls: type, name: str, text: str) -> Any:
     """Text from the command line or environment as the field's type.
 
@@ -354,7 +363,11 @@ def check_value(name: str, known: Setting, value: Any, origin: str) -> None:
 
 def add_flags(parser: argparse.ArgumentParser, cls: type, title: str, skip: Sequence[str] = ()) -> None:
     """Adds a config class's settings to a parser; values stay text until `build`."""
-    group = parser.add_argument_group(title)
+    add_settings(parser.add_argument_group(title), cls, skip)
+
+
+def add_settings(group: Any, cls: type, skip: Sequence[str] = ()) -> None:
+    """Adds a config class's settings to a parser or a group of one."""
     for f, known in settings_of(cls):
         if f.name in skip:
             continue

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from rvllm.cli.common.vllm_words import own_words
 from rvllm.cli.main import main
-from rvllm.config import EngineConfig, ServerConfig, build
+from rvllm.config import EngineConfig, ServerConfig, build, human_size
 from rvllm.errors import UsageError
-from rvllm.llm import engine_config
-from rvllm.vllm_flags import VLLM_FLAGS, human_size
+from rvllm.offline.arguments import engine_config
+from rvllm.vllm.flags import VLLM_FLAGS
+from rvllm.vllm.words import own_words
 
 # Command lines of vLLM's documentation and recipes, each taken whole.
 TAKEN = [
@@ -126,7 +126,7 @@ def test_the_same_table_serves_python() -> None:
 
 
 def test_every_refusal_names_a_way_out() -> None:
-    from rvllm.vllm_flags import ANY
+    from rvllm.vllm.flags import ANY
 
     for name, flag in VLLM_FLAGS.items():
         assert flag.ours or flag.instead or ANY in flag.neutral or name == "override_neuron_config", name

@@ -15,7 +15,7 @@ import tiny_tokenizers as tiny
 import rvllm
 from rvllm import LLM, RequestOutput, SamplingParams
 from rvllm.errors import ModelError, UsageError
-from rvllm.llm import engine_config
+from rvllm.offline.llm import engine_config
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,

@@ -99,12 +99,12 @@ def _run(words: list[str]) -> int:
         parser.print_help()
         return 0
     if chosen in TAKE_VLLM_FLAGS:
-        from rvllm.cli.common.vllm_words import own_words
+        from rvllm.vllm.words import own_words
 
         words = [chosen, *own_words(words[1:])]
     args, unknown = parser.parse_known_args(words)
     if unknown:
-        from rvllm.cli.common.vllm_words import hint
+        from rvllm.vllm.words import hint
 
         command = f"rvllm {chosen}"
         near = hint(unknown)

@@ -122,6 +122,15 @@ class BlockManager:
             self._by_digest[digest] = block
             self._digest[block] = digest
 
+    def forget(self) -> None:
+        """Makes every free block that holds a prefix an empty one."""
+        for block in self._cached:
+            digest, self._digest[block] = self._digest[block], None
+            if digest is not None:
+                del self._by_digest[digest]
+            self._empty.append(block)
+        self._cached.clear()
+
     def check(self) -> None:
         """Raises RuntimeError when the books do not balance; for tests and debugging."""
         free = set(self._empty) | set(self._cached)

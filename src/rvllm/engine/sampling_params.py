@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from rvllm.errors import UsageError
@@ -75,6 +77,42 @@ class StructuredOutputsParams:
         return next(iter(self._forms().items()), None)
 
 
+class RequestOutputKind(Enum):
+    """What each output of a running request holds: all so far, what is new, or nothing before the end."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+@dataclass(slots=True)
+class BeamSearchParams:
+    """A beam search, under vLLM's names. Raises UsageError for widths that the engine has no ranks for."""
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.beam_width <= 10:
+            raise UsageError(f"beam_width must be in [1, 10], got {self.beam_width}")
+        if self.max_tokens < 1:
+            raise UsageError(f"max_tokens must be at least 1, got {self.max_tokens}")
+
+
+# Parameters of vLLM's that are not served, with the values that ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bad_words": (None, []),
+    "allowed_token_ids": (None, []),
+    "truncate_prompt_tokens": (None,),
+    "logits_processors": (None, []),
+    "best_of": (None, 1),
+    "use_beam_search": (None, False),
+}
+
+
 @dataclass(slots=True)
 class SamplingParams:
     """How a request draws its tokens and when it stops.
@@ -105,6 +143,23 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     structured_outputs: StructuredOutputsParams | None = None
     grammar: str | None = None  # in llguidance's form, already checked; comes before structured_outputs
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    extra_args: dict[str, Any] | None = None  # for plug-ins; there are none
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    truncate_prompt_tokens: int | None = None
+    logits_processors: Any = None
+    best_of: int | None = None
+    use_beam_search: bool | None = None
+
+    @staticmethod
+    def from_optional(**given: Any) -> SamplingParams:
+        """Parameters of which those that are None have their defaults."""
+        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+    def clone(self) -> SamplingParams:
+        """A copy that shares nothing with this one."""
+        return copy.deepcopy(self)
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -119,6 +174,11 @@ class SamplingParams:
 
     def validate(self) -> None:
         """Raises UsageError naming the first parameter out of range."""
+        if self.logprobs == -1 or self.prompt_logprobs == -1:
+            raise UsageError("logprobs: -1, all of the vocabulary, is not supported; up to 20 are")
+        for name, neutral in _NEUTRAL.items():
+            if getattr(self, name) not in neutral:
+                raise UsageError(f"{name} is not supported")
         for name, allowed in RANGES.items():
             value = getattr(self, name)
             if value is not None and value not in allowed:

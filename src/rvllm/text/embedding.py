@@ -16,9 +16,17 @@ from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 @dataclass(slots=True)
 class PoolingParams:
-    """dimensions: keep so many of a vector's first elements (Kusupati et al. 2022); None keeps all."""
+    """dimensions: keep so many of a vector's first elements (Kusupati et al. 2022); None keeps all.
+
+    normalize: vectors have length 1 where the model's files say so, which cannot be asked away.
+    """
 
     dimensions: int | None = None
+    normalize: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.normalize is False:
+            raise UsageError("normalize=False is not supported: vectors are as the model's files say")
 
 
 @dataclass(slots=True)
@@ -43,6 +51,32 @@ class EmbeddingRequestOutput:
     finished: bool = True
     prompt: str | None = None
     num_cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class ScoringOutput:
+    """How alike two texts are."""
+
+    score: float
+
+
+@dataclass(slots=True)
+class ScoringRequestOutput:
+    """A pair of texts with its score: the cosine of the angle between their vectors."""
+
+    request_id: str
+    outputs: ScoringOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+    num_cached_tokens: int = 0
+
+
+def scored(one: EmbeddingRequestOutput, other: EmbeddingRequestOutput) -> ScoringRequestOutput:
+    """The score of a pair."""
+    left, right = np.asarray(one.outputs.embedding), np.asarray(other.outputs.embedding)
+    scale = max(float(np.linalg.norm(left) * np.linalg.norm(right)), 1e-12)
+    score = ScoringOutput(float(np.dot(left, right)) / scale)
+    return ScoringRequestOutput(other.request_id, score, one.prompt_token_ids + other.prompt_token_ids)
 
 
 MAX_CHARS = 1_000_000  # of a text; where it is to be truncated, what lies behind them is not looked at

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rvllm.config import human_size
 from rvllm.errors import UsageError
 
 ANY = object()
@@ -304,16 +305,6 @@ def settle(name: str, value: Any, spelled: str) -> tuple[str, Any] | None:
     if any(neutral is ANY or _same(neutral, value) for neutral in known.neutral):
         return None
     raise UsageError(f"{spelled}{_shown(value)} is not supported: {known.instead}")
-
-
-def human_size(text: str) -> int:
-    """`4k` → 4000, `4K` → 4096, and so on with m, g and t, as vLLM reads whole numbers. Raises ValueError."""
-    number, unit = text[:-1], text[-1:]
-    power = "kmgt".find(unit.lower()) + 1 if unit else 0
-    if not power:
-        return int(text)
-    size = int(number) * 1024**power if unit.isupper() else round(float(number) * 1000**power)
-    return int(size)
 
 
 def _same(neutral: Any, value: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rvllm.config import EngineConfig, ServerConfig, flag_of, settings_of
 from rvllm.errors import UsageError
-from rvllm.vllm_flags import VLLM_FLAGS, VLLM_VALUES, settle
+from rvllm.vllm.flags import VLLM_FLAGS, VLLM_VALUES, settle
 
 _SHORT = {short: name for name, flag in VLLM_FLAGS.items() for short in flag.short}
 _SHORT["-q"] = "quantization"

@@ -1,0 +1,1 @@
+"""The engine in your own process: `LLM` and what goes with it."""

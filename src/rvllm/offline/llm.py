@@ -1,0 +1,390 @@
+"""`rvllm.LLM`: the engine in this process, under vLLM's names, so that scripts written for it run."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.config import EngineConfig, SourceConfig, build
+from rvllm.engine.core import EngineCore
+from rvllm.engine.ipc.messages import Embed
+from rvllm.engine.sampling_params import BeamSearchParams, SamplingParams
+from rvllm.errors import RvllmError, UsageError
+from rvllm.offline.arguments import engine_config, params_list, pooling_list, prompt_list, refuse
+from rvllm.offline.progress import loading_bar, progress_bar
+from rvllm.text.embedding import (
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    PoolingParams,
+    ScoringRequestOutput,
+    scored,
+    shorten,
+    text_tokens,
+)
+from rvllm.text.grammar.grammar import check_tokenizer, vocabulary_of
+from rvllm.text.outputs import RequestMetrics, RequestOutput
+from rvllm.text.pending import PendingRequest
+from rvllm.text.processor import Choice
+from rvllm.text.requests import Prompt, RequestMaker, prompt_tokens
+from rvllm.text.tokenizers.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from rvllm.offline.beam_search import BeamSearchOutput
+    from rvllm.offline.llm_engine import LLMEngine
+    from rvllm.offline.metrics import Metric
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A loaded model that generates text in this process.
+
+    model: a directory, a .gguf file, org/name[@revision][:file.gguf] or the alias smollm2-135m.
+    tokenizer: another model to take the tokenizer from. revision: as in org/name@revision.
+    settings: EngineConfig's fields (dtype, device, seed, max_model_len, max_num_seqs, ...), and those
+    arguments of vLLM that ask for what is done anyway (tensor_parallel_size=1, enforce_eager, ...).
+
+    Raises UsageError for a setting that is unknown or out of range, ModelError for a model that cannot be
+    loaded, CapacityError when it does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str = EngineConfig.model,
+        *,
+        tokenizer: str | None = None,
+        revision: str | None = None,
+        **settings: Any,
+    ) -> None:
+        from rvllm.weights.fetch.progress import ProgressBar
+        from rvllm.weights.fetch.source import resolve
+
+        self._closed = True  # nothing to give back yet
+        self.config = engine_config(model, revision, {**settings, "tokenizer": tokenizer})
+        source = build(SourceConfig, {})
+        with ProgressBar() as fetching:
+            path = resolve(self.config.model, source, fetching)
+        self._tokenizer: Tokenizer | None = None
+        if not self.config.skip_tokenizer_init:
+            words = self.config.tokenizer
+            self._tokenizer = Tokenizer.load(path if words is None else resolve(words, source))
+        self._load()
+        self._requests = RequestMaker(self.engine.facts, self.config.seed, self._tokenizer)
+        self._counter = 0
+        self._grammars_ready = False
+
+    def _load(self) -> None:
+        with loading_bar() as loading:
+            self.engine = EngineCore.from_config(self.config, loading)
+        self._closed, self._grammars_ready = False, False
+
+    def close(self) -> None:
+        """Gives memory and device back; the object is unusable afterwards."""
+        if not self._closed:
+            self._closed = True
+            self.engine.close()
+
+    def __del__(self) -> None:
+        """`del llm` gives memory back too, as scripts expect that load one model after another."""
+        if not getattr(self, "_closed", True) and not sys.is_finalizing():
+            self.close()
+
+    def sleep(self, level: int = 1) -> None:
+        """Gives all memory back until `wake_up`, at whatever level: loading again takes seconds."""
+        self.close()
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Loads the model again after `sleep`."""
+        if self._closed:
+            self._load()
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer; None after skip_tokenizer_init."""
+        return self._tokenizer
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Tokens that end an answer."""
+        return list(self._requests.facts.eos_token_ids)
+
+    @property
+    def llm_engine(self) -> LLMEngine:
+        """The engine, to be driven step by step."""
+        from rvllm.offline.llm_engine import LLMEngine
+
+        return LLMEngine(self)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets cached prefixes; False while requests run."""
+        if self.engine.has_work():
+            return False
+        self.engine.scheduler.blocks.forget()
+        return True
+
+    def get_metrics(self) -> list[Metric]:
+        """What the engine counts, as values."""
+        from rvllm.offline.metrics import metrics_of
+
+        return metrics_of(self.engine)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises UsageError after skip_tokenizer_init."""
+        if self._tokenizer is None:
+            raise UsageError("there is no tokenizer: the model was loaded with skip_tokenizer_init")
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses when given none: vLLM's defaults and the model's generation_config."""
+        return SamplingParams(**self._requests.defaults)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        *,
+        lora_request: Any = None,
+        priority: Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Completes prompts, all at once, and returns their outputs in order.
+
+        prompts: a text, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or a list of these.
+        sampling_params: one for all, one for each, or None for the model's defaults.
+        use_tqdm: shows a progress bar. priority: one for each prompt, lower ones run first.
+        Raises UsageError naming the prompt or parameter that is wrong; nothing has run then.
+        """
+        refuse(lora_request=lora_request, tokenization_kwargs=tokenization_kwargs)
+        items = prompt_list(prompts)
+        params = params_list(sampling_params, len(items), self.get_default_sampling_params)
+        texts = [prompt_tokens(item, self._tokenizer) for item in items]
+        return self._run(texts, params, bool(use_tqdm), priority)
+
+    def pending(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> PendingRequest:
+        """A request that has not been given to the engine. Raises UsageError naming what is wrong with it."""
+        return self._requests_of([prompt_tokens(prompt, self._tokenizer)], [params], [priority])[0]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: Any = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or a list of them, made into prompts by the model's chat template.
+
+        chat_template: a template's source, or the name of one of the model's.
+        chat_template_content_format changes nothing: the template itself is asked what it takes.
+        Raises UsageError naming what is wrong with messages, template or parameters.
+        """
+        refuse(lora_request=lora_request, tokenization_kwargs=tokenization_kwargs,
+               mm_processor_kwargs=mm_processor_kwargs)  # fmt: skip
+        tokenizer = self.get_tokenizer()
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = [messages] if single else messages
+        params = params_list(sampling_params, len(conversations), self.get_default_sampling_params)
+        texts: list[tuple[str | None, list[int]]] = []
+        for conversation in conversations:
+            text = tokenizer.apply_chat_template(
+                conversation,
+                tools=tools,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **(chat_template_kwargs or {}),
+            )
+            assert isinstance(text, str)
+            texts.append((text, tokenizer.encode(text, add_special_tokens=False)))
+        return self._run(texts, params, bool(use_tqdm), None)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        lora_request: Any = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Turns texts into vectors with a sentence encoder, in order.
+
+        prompts: as in `generate`. truncate_prompt_tokens: the most tokens of a text to keep, -1 for as many
+        as the model takes; None refuses longer texts. pooling_params: one for all, or one for each.
+        Raises UsageError naming the text or parameter that is wrong; nothing has run then.
+        """
+        refuse(lora_request=lora_request, tokenization_kwargs=tokenization_kwargs)
+        items = prompt_list(prompts)
+        wanted = pooling_list(pooling_params, len(items))
+        facts = self.engine.facts
+        found: dict[str, tuple[str | None, list[int], PoolingParams]] = {}
+        for i, (item, params) in enumerate(zip(items, wanted, strict=True)):
+            try:
+                text, ids = text_tokens(item, self._tokenizer, facts, truncate_prompt_tokens)
+                shorten(np.zeros(facts.embedding_size or 0, np.float32), params.dimensions)
+            except UsageError as error:
+                raise UsageError(f"prompts[{i}]: {error}" if len(items) > 1 else str(error)) from None
+            found[str(self._counter)] = text, ids, params
+            self._counter += 1
+        vectors = self._embed({name: ids for name, (_, ids, _) in found.items()}, bool(use_tqdm))
+        return [
+            EmbeddingRequestOutput(
+                name, EmbeddingOutput(shorten(vectors[name], params.dimensions).tolist()), ids, prompt=text
+            )
+            for name, (text, ids, params) in found.items()
+        ]
+
+    def encode(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        pooling_task: str = "embed",
+        **options: Any,
+    ) -> list[EmbeddingRequestOutput]:
+        """`embed` under vLLM's general name. Raises UsageError for another pooling_task."""
+        if pooling_task not in ("embed", "auto"):
+            raise UsageError(f"pooling_task {pooling_task!r} is not supported; models give one vector a text")
+        return self.embed(prompts, pooling_params=pooling_params, **options)
+
+    def score(
+        self,
+        data_1: Prompt | Sequence[Prompt],
+        data_2: Prompt | Sequence[Prompt],
+        /,
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: Any = None,
+    ) -> list[ScoringRequestOutput]:
+        """The cosine similarity of pairs of texts: one against many, or pair by pair.
+
+        Raises UsageError when the numbers of texts do not fit.
+        """
+        left, right = prompt_list(data_1), prompt_list(data_2)
+        if not right or len(left) not in (1, len(right)):
+            raise UsageError(
+                f"score takes one text against many or as many, got {len(left)} and {len(right)}"
+            )
+        found = self.embed([*left, *right], truncate_prompt_tokens=truncate_prompt_tokens, use_tqdm=use_tqdm,
+                           lora_request=lora_request)  # fmt: skip
+        ours, theirs = found[: len(left)], found[len(left) :]
+        pairs = zip(ours * (len(theirs) if len(ours) == 1 else 1), theirs, strict=True)
+        return [scored(one, other) for one, other in pairs]
+
+    def classify(self, prompts: Any, **_: Any) -> NoReturn:
+        """Raises UsageError: no architecture here gives classes."""
+        architecture = self.engine.facts.architecture
+        raise UsageError(f"{architecture} gives no classes: models that generate or embed are served")
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, **neutral: Any
+    ) -> list[BeamSearchOutput]:
+        """The best continuations by their whole probability, `beam_width` of them for each prompt."""
+        from rvllm.offline.beam_search import beam_search
+
+        refuse(lora_request=neutral.get("lora_request"))
+        return [beam_search(self, *prompt_tokens(p, self._tokenizer), params) for p in prompt_list(prompts)]
+
+    def _embed(self, texts: Mapping[str, list[int]], show: bool) -> dict[str, NDArray[np.float32]]:
+        """The vector of each text, by the name it is given under."""
+        vectors: dict[str, NDArray[np.float32]] = {}
+        try:
+            for name, ids in texts.items():
+                self.engine.add_embed(Embed(name, ids))
+            with progress_bar(len(texts), show) as advance:
+                while len(vectors) < len(texts):
+                    for output in self.engine.step():
+                        if output.embedding is None:
+                            raise RvllmError(f"request {output.request_id}: {output.error}")
+                        vectors[output.request_id] = np.frombuffer(output.embedding, dtype="<f4")
+                        advance(len(texts[output.request_id]), True)
+        finally:
+            self.engine.abort([name for name in texts if name not in vectors])
+            while self.engine.has_work():
+                self.engine.step()
+        return vectors
+
+    def _run(
+        self,
+        prompts: list[tuple[str | None, list[int]]],
+        params: list[SamplingParams],
+        show: bool,
+        priority: Sequence[int] | None,
+    ) -> list[RequestOutput]:
+        """Runs requests to their end. Whatever interrupts it leaves no request behind in the engine."""
+        requests = self._requests_of(prompts, params, priority)
+        running = {name: request for request in requests for name in request.choices}
+        try:
+            for request in requests:
+                for message in request.messages:
+                    self.engine.add_request(message)
+            with progress_bar(len(requests), show) as advance:
+                while running:
+                    for output in self.engine.step():
+                        if output.request_id not in running:  # what comes after a stop string
+                            continue
+                        request = running[output.request_id]
+                        delta = request.feed(output)
+                        if delta.abort_needed:
+                            self.engine.abort([output.request_id])
+                        if delta.finish_reason is not None:
+                            del running[output.request_id]
+                        advance(len(delta.token_ids), request.finished)
+        finally:
+            self.engine.abort(list(running))
+            while self.engine.has_work():
+                self.engine.step()
+        return [request.to_output(self._tokenizer) for request in requests]
+
+    def _requests_of(
+        self,
+        prompts: list[tuple[str | None, list[int]]],
+        params: list[SamplingParams],
+        priority: Sequence[int] | None,
+    ) -> list[PendingRequest]:
+        if priority is not None and len(priority) != len(prompts):
+            raise UsageError(f"priority has {len(priority)} entries for {len(prompts)} prompts")
+        requests = []
+        for i, ((text, ids), param) in enumerate(zip(prompts, params, strict=True)):
+            name = str(self._counter)
+            self._counter += 1
+            try:
+                made = self._requests.make(name, ids, param, priority=priority[i] if priority else 0)
+            except UsageError as error:
+                raise UsageError(f"prompts[{i}]: {error}" if len(prompts) > 1 else str(error)) from None
+            if made[0].sampling.grammar is not None:
+                self._prepare_grammars()
+            choices = {m.request_id: Choice(self._tokenizer, param, ids, k) for k, m in enumerate(made)}
+            requests.append(
+                PendingRequest(name, text, ids, param, made, choices, RequestMetrics(time.time()))
+            )
+        return requests
+
+    def _prepare_grammars(self) -> None:
+        """Hands the vocabulary to the engine, with the first request that has a grammar."""
+        if not self._grammars_ready:
+            check_tokenizer(self._tokenizer)
+            self.engine.set_vocabulary(vocabulary_of(self.get_tokenizer()))
+            self._grammars_ready = True

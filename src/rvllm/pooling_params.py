@@ -1,0 +1,5 @@
+"""vLLM's name for the pooling parameters."""
+
+from rvllm.text.embedding import PoolingParams
+
+__all__ = ["PoolingParams"]

@@ -1,0 +1,1 @@
+"""What vLLM calls its settings, and what they mean here."""
