@@ -201,8 +201,8 @@ def random_blocks(rng: np.random.Generator, kind: TensorType, blocks: int) -> np
     _, nbytes = kind.block
     raw = rng.integers(0, 256, (blocks, nbytes), dtype=np.uint8)
     scales = {"Q4_0": [0], "Q5_0": [0], "Q8_0": [0], "Q4_1": [0, 2], "Q5_1": [0, 2], "Q4_K": [0, 2],
-              "Q5_K": [0, 2],
-              "Q6_K": [208], "F16": [0]}  # fmt: skip
+              "Q5_K": [0, 2], "Q6_K": [208], "F16": [0], "Q2_K": [80, 82], "Q3_K": [108],
+              "IQ4_NL": [0], "IQ4_XS": [0]}  # fmt: skip
     for at in scales.get(kind.name, []):
         scale = rng.standard_normal(blocks).astype(np.float16)
         scale[::3] *= np.float16(2**-18)

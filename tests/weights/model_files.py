@@ -10,7 +10,8 @@ import numpy as np
 from rvllm.weights.checkpoint import TensorType
 
 TYPE_NUMBERS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12,
-                "Q5_K": 13, "Q6_K": 14, "BF16": 30}  # fmt: skip
+                "Q5_K": 13, "Q6_K": 14, "BF16": 30, "Q2_K": 10, "Q3_K": 11, "IQ4_NL": 20, "IQ4_XS": 23,
+                "MXFP4": 39}  # fmt: skip
 
 
 def gguf_string(text: str | bytes) -> bytes:

@@ -27,6 +27,11 @@ class TensorType(Enum):
     Q4_K = "Q4_K"
     Q5_K = "Q5_K"
     Q6_K = "Q6_K"
+    Q2_K = "Q2_K"
+    Q3_K = "Q3_K"
+    IQ4_NL = "IQ4_NL"
+    IQ4_XS = "IQ4_XS"
+    MXFP4 = "MXFP4"
 
     @property
     def block(self) -> tuple[int, int]:
@@ -39,6 +44,8 @@ _BLOCKS = {
     TensorType.Q4_0: (32, 18), TensorType.Q4_1: (32, 20), TensorType.Q5_0: (32, 22),
     TensorType.Q5_1: (32, 24), TensorType.Q8_0: (32, 34), TensorType.Q4_K: (256, 144),
     TensorType.Q5_K: (256, 176), TensorType.Q6_K: (256, 210),
+    TensorType.Q2_K: (256, 84), TensorType.Q3_K: (256, 110), TensorType.IQ4_NL: (32, 18),
+    TensorType.IQ4_XS: (256, 136), TensorType.MXFP4: (32, 17),
 }  # fmt: skip
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from rvllm.kernels.spec import KernelSpec
 from rvllm.kernels.types import SHORT, TYPES
 
-FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+FORMATS = (
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K",
+    "IQ4_NL", "IQ4_XS", "MXFP4",
+)  # fmt: skip
 
 
 def _loading(dtype: str) -> list[KernelSpec]:

@@ -3,12 +3,13 @@
 A block format stores runs of a row as small integers with a scale, and for some a minimum, per group:
 
     Q4_0, Q5_0  d * (q - 8), d * (q - 16)         Q4_1, Q5_1  d * q + m          Q8_0  d * q
-    Q4_K, Q5_K  (d * s) * q - (dmin * n)          Q6_K        (d * s) * (q - 32)
+    Q4_K, Q5_K, Q2_K  (d * s) * q - (dmin * n)    Q6_K, Q3_K  (d * s) * (q - 32), (d * s) * (q - 4)
+    IQ4_NL, IQ4_XS    d * table[q], (d * s) * table[q]          MXFP4  2^(e - 128) * table[q]
 
-with q the level, d, dmin and m float16 per block, s and n small integers per group of 32 (Q6_K: 16)
-elements. Layouts as ggml defines them; results are bit-identical to the `gguf` package's, which the tests
-compare with. They are written here again because this is most of what loading a model costs, and working
-through blocks in pieces that stay in the cache is several times faster.
+with q the level, d, dmin and m float16 per block, s and n small integers per group of 32 (Q6_K, Q2_K, Q3_K:
+16) elements. Layouts as ggml defines them; results are bit-identical to the `gguf` package's, which the
+tests compare with. They are written here again because this is most of what loading a model costs, and
+working through blocks in pieces that stay in the cache is several times faster.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from rvllm.weights.checkpoint import TensorType
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Scales = tuple[Floats, Floats | None]  # of the groups of each block, [blocks, groups]
+
+# What the levels of IQ4_NL and IQ4_XS, and of MXFP4 (twice the numbers of e2m1), stand for.
+NORMAL_TABLE = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+FP4_TABLE = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
 
 PIECE = 1 << 15  # elements handled at a time: levels and floats of a piece stay in the second-level cache
 
@@ -149,6 +154,36 @@ def _q6_k(piece: Bytes, levels: Bytes) -> None:
     levels -= 32
 
 
+def _q2_k(piece: Bytes, levels: Bytes) -> None:
+    packed, runs = piece[:, 16:80].reshape(-1, 2, 32), levels.reshape(-1, 2, 4, 32)
+    for run in range(4):
+        np.right_shift(packed, 2 * run, out=runs[:, :, run])
+    np.bitwise_and(levels, 3, out=levels)
+
+
+def _q3_k(piece: Bytes, levels: Bytes) -> None:
+    packed, runs = piece[:, 32:96].reshape(-1, 2, 32), levels.reshape(-1, 8, 32)
+    for run in range(8):  # bit `run` of byte i of the mask is the third bit of element i of the run
+        third = (piece[:, :32] >> run & 1) << 2
+        runs[:, run] = (packed[:, run // 4] >> run % 4 * 2 & 3) | third
+    levels -= 4  # wraps around; read back as signed
+
+
+def _iq4_nl(piece: Bytes, levels: Bytes) -> None:
+    _nibbles(piece[:, 2:18], levels)
+    levels[...] = NORMAL_TABLE.view(np.uint8)[levels]
+
+
+def _iq4_xs(piece: Bytes, levels: Bytes) -> None:
+    _nibbles(piece[:, 8:136].reshape(-1, 16), levels.reshape(-1, 32))
+    levels[...] = NORMAL_TABLE.view(np.uint8)[levels]
+
+
+def _mxfp4(piece: Bytes, levels: Bytes) -> None:
+    _nibbles(piece[:, 1:17], levels)
+    levels[...] = FP4_TABLE.view(np.uint8)[levels]
+
+
 def _one_scale(piece: Bytes) -> Scales:
     return _halves(piece, 0), None
 
@@ -175,6 +210,34 @@ def _q6_k_scales(piece: Bytes) -> Scales:
     return _halves(piece, 208) * scales.astype(np.float32), None
 
 
+def _q2_k_scales(piece: Bytes) -> Scales:
+    both = piece[:, :16]
+    return _halves(piece, 80) * (both & 15).astype(np.float32), -_halves(piece, 82) * (both >> 4).astype(
+        np.float32
+    )
+
+
+def _q3_k_scales(piece: Bytes) -> Scales:
+    """Sixteen 6-bit scales, less 32: bytes 0-7 have the low four bits of 0-7 and (upper halves) of 8-15,
+    bytes 8-11 the two upper bits of scales i % 4, in the order of i / 4.
+    """
+    low, high = piece[:, 96:104], piece[:, 104:108]
+    fours = np.concatenate([low & 15, low >> 4], axis=1)
+    twos = np.concatenate([high >> shift & 3 for shift in (0, 2, 4, 6)], axis=1)
+    return _halves(piece, 108) * ((fours | twos << 4).astype(np.float32) - np.float32(32)), None
+
+
+def _iq4_xs_scales(piece: Bytes) -> Scales:
+    high = np.ascontiguousarray(piece[:, 2:4]).view(np.uint16)
+    fours = np.stack([piece[:, 4:8] & 15, piece[:, 4:8] >> 4], axis=2).reshape(len(piece), 8)
+    twos = high >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+    return _halves(piece, 0) * ((fours | twos << 4).astype(np.float32) - np.float32(32)), None
+
+
+def _mxfp4_scales(piece: Bytes) -> Scales:
+    return np.ldexp(np.float32(1), piece[:, :1].astype(np.int32) - 128), None
+
+
 _PLAIN: dict[TensorType, Callable[[Bytes, Floats], None]] = {
     TensorType.F32: _f32,
     TensorType.F16: _f16,
@@ -198,13 +261,18 @@ _BLOCKED = {
     TensorType.Q4_K: _Blocked(_q4_k, False, _k_scales),
     TensorType.Q5_K: _Blocked(_q5_k, False, _k_scales),
     TensorType.Q6_K: _Blocked(_q6_k, True, _q6_k_scales),
+    TensorType.Q2_K: _Blocked(_q2_k, False, _q2_k_scales),
+    TensorType.Q3_K: _Blocked(_q3_k, True, _q3_k_scales),
+    TensorType.IQ4_NL: _Blocked(_iq4_nl, True, _one_scale),
+    TensorType.IQ4_XS: _Blocked(_iq4_xs, True, _iq4_xs_scales),
+    TensorType.MXFP4: _Blocked(_mxfp4, True, _mxfp4_scales),
 }
 
 
 def levels_into(kind: TensorType, stored: Bytes, levels: Bytes) -> None:
     """The integer levels of blocks [blocks, bytes] into uint8 [blocks, elements].
 
-    Those of Q4_0, Q5_0, Q8_0 and Q6_K are signed: view them as int8.
+    Those of kinds without a minimum are signed: view them as int8.
     """
     _BLOCKED[kind].levels(stored, levels)
 

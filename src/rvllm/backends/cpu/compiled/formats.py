@@ -75,6 +75,8 @@ FORMATS = {
     TensorType.Q4_K: Format("Q4_K", 32, 4, 4, minimum=True),
     TensorType.Q5_K: Format("I8K", 32, 8, 4, minimum=True),
     TensorType.Q6_K: Format("Q6_K", 16, 8, 4),
+    TensorType.Q3_K: Format("Q6_K", 16, 8, 4),
+    TensorType.IQ4_NL: Format("I8", 32, 8, 2),
 }
 
 
@@ -117,6 +119,8 @@ def pack_matrix(weight: Weight, checkpoint: Checkpoint | None, seed: int) -> Mat
     try:
         parts = raw_parts(weight, checkpoint)
     except ModelError:  # transposed, or with a constant to add: there is no stored form of these rows
+        parts = []
+    if not parts or any(part.type not in FORMATS for part in parts):
         return Matrix((segment(TensorType.F32, 0, inner, _bytes_of(pack(weight, checkpoint, DType.F32))),))
     segments: list[Segment] = []
     first = at = 0
