@@ -29,6 +29,16 @@ template <class P> inline P* aligned(P* p, u32 alignment, const char* what) {
 EMU_PTX u32 sreg_laneid() { return current->id % 32; }
 EMU_PTX u32 sreg_dynamic_smem_size() { return emu::state.smem; }
 EMU_PTX void mov_u32(u32& d, u32 a) { d = a; }
+EMU_PTX void sub_rn_bf16x2(u32& d, u32 a, u32 b) {
+  const auto half = [](u32 x, int h) { return emu::from_bf16(static_cast<unsigned short>(x >> 16 * h)); };
+  d = emu::to_bf16(half(a, 0) - half(b, 0)) | static_cast<u32>(emu::to_bf16(half(a, 1) - half(b, 1))) << 16;
+}
+EMU_PTX void sub_rn_f16x2(u32& d, u32 a, u32 b) {
+  const auto half = [](u32 x, int h) { return emu::from_f16(static_cast<unsigned short>(x >> 16 * h)); };
+  d = emu::to_f16(half(a, 0) - half(b, 0)) | static_cast<u32>(emu::to_f16(half(a, 1) - half(b, 1))) << 16;
+}
+EMU_PTX void cvt_rn_bf16x2_f32(u32& d, float high, float low) { d = emu::to_bf16(low) | static_cast<u32>(emu::to_bf16(high)) << 16; }
+EMU_PTX void cvt_rn_f16x2_f32(u32& d, float high, float low) { d = emu::to_f16(low) | static_cast<u32>(emu::to_f16(high)) << 16; }
 EMU_PTX void ex2_approx_ftz_f32(float& d, float a) { d = exp2f(a); }
 EMU_PTX void ex2_approx_f32(float& d, float a) { d = exp2f(a); }
 EMU_PTX void lg2_approx_ftz_f32(float& d, float a) { d = log2f(a); }
@@ -59,6 +69,17 @@ EMU_PTX void ld_acquire_gpu_global_u32(u32& d, const u32* p) {
 }
 EMU_PTX void st_release_gpu_global_u32(u32* p, u32 v) { *p = v; }
 EMU_PTX void atom_add_acq_rel_gpu_global_u32(u32& old, u32* p, u32 v) { old = *p, *p += v; }
+
+// ---- shared memory by its address
+EMU_PTX void ld_shared_u32(u32& d, u32 at) { memcpy(&d, shared_pointer(at, 4, 4, "a load"), 4); }
+EMU_PTX void ld_shared_v2_u32(u32& x, u32& y, u32 at) {
+  const char* const p = shared_pointer(at, 8, 8, "an 8-byte load");
+  memcpy(&x, p, 4), memcpy(&y, p + 4, 4);
+}
+EMU_PTX void ld_shared_v4_u32(u32& x, u32& y, u32& z, u32& w, u32 at) {
+  const char* const p = shared_pointer(at, 16, 16, "a 16-byte load");
+  memcpy(&x, p, 4), memcpy(&y, p + 4, 4), memcpy(&z, p + 8, 4), memcpy(&w, p + 12, 4);
+}
 
 // ---- cp.async: the data arrive when the thread waits for the group, and until then the place is poison
 EMU_PTX void cp_async_cg_shared_global(u32 dst, const void* src, u32 size, u32 bytes) {

@@ -1,0 +1,362 @@
+"""Products with integer weights on the GPU: how they are packed, and which kernel computes y = x W^T.
+
+Everything here is arithmetic on shapes; nothing touches a device. The kernels are in `kernels/gemm/integer`;
+formats.cuh there describes the layout of a packed matrix.
+
+Batch invariance. K is cut into `segments_of(N, K)` segments of whole chunks; every kernel sums a segment's
+groups in ascending order and adds the segments in ascending order, so an output's bits do not depend on the
+batch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.kernels.gemm.integer.specs import (
+    CHUNK,
+    SM80_TOKENS,
+    SPLIT_TOKENS,
+    TILE,
+    WALK_TOKENS,
+    IntegerLayout,
+    sm80_smem,
+    smem,
+    threads,
+)
+from rvllm.weights.gguf.blocks import FP4_TABLE, NORMAL_TABLE
+
+Mode = Literal["split", "walk", "sm80"]
+Grid = tuple[int, int, int]
+
+MAX_SEGMENTS = 8  # the largest portable cluster
+SEGMENT_CHUNKS = 2  # a segment has at least so many chunks of K
+REFERENCE_SMS = 132  # segments are cut for this many SMs on every GPU, so that bits do not depend on it
+TABLES = {"nl4": NORMAL_TABLE.astype(np.float64), "mx4": FP4_TABLE.astype(np.float64)}
+SPLIT_LIMIT = 128  # up to so many tokens a product of several segments is split over a cluster
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def segments_of(n: int, k: int) -> int:
+    """Into how many segments the sums over K are cut: a function of the weight's shape alone."""
+    pairs, chunks = _ceil(n, 2 * TILE), _ceil(k, CHUNK)
+    return max(1, min(MAX_SEGMENTS, REFERENCE_SMS // pairs, chunks // SEGMENT_CHUNKS))
+
+
+@dataclass(frozen=True)
+class IntegerPlan:
+    """How one product is launched. The launch takes `grid`, `block`, `cluster` (along x) and `smem`."""
+
+    kernel: str
+    layout: IntegerLayout
+    mode: Mode
+    tokens: int  # rows of x
+    rows: int  # N
+    chunks: int  # ceil(K / 128)
+    segments: int
+    token_tile: int  # and rows of the tensor map's box of x (its width is 64 elements)
+    grid: Grid
+    block: int
+    cluster: int
+    smem: int
+    why: str
+
+
+def plan_integer(
+    n: int, k: int, tokens: int, dtype: str, layout: IntegerLayout, sm_count: int, capability: int = 90
+) -> IntegerPlan:
+    """Chooses the kernel for y [tokens, n] = x [tokens, k] W^T. n: packed rows that exist."""
+    if capability != 90:
+        return variant_sm80(n, k, tokens, dtype, layout, SM80_TOKENS[tokens > SM80_TOKENS[0]])
+    segments = segments_of(n, k)
+    if segments > 1 and tokens <= SPLIT_LIMIT:
+        return variant(n, k, tokens, dtype, layout, "split", _fit(SPLIT_TOKENS, tokens), sm_count)
+    return variant(n, k, tokens, dtype, layout, "walk", _fit(WALK_TOKENS, tokens), sm_count)
+
+
+def _fit(sizes: tuple[int, ...], tokens: int) -> int:
+    return next((size for size in sizes if size >= tokens), sizes[-1])
+
+
+def variant(
+    n: int,
+    k: int,
+    tokens: int,
+    dtype: str,
+    layout: IntegerLayout,
+    mode: Mode,
+    token_tile: int,
+    sm_count: int,
+    stages: int = 16,
+) -> IntegerPlan:
+    """The plan of one given kernel."""
+    chunks, segments = _ceil(k, CHUNK), segments_of(n, k)
+    pairs, token_tiles = _ceil(n, 2 * TILE), _ceil(tokens, token_tile)
+    if mode == "split":
+        cluster, grid, why = segments, (segments, token_tiles, pairs), "K split over a cluster"
+    else:
+        needed = _ceil(n, TILE) if token_tiles == 1 else pairs * token_tiles
+        cluster, grid, why = 1, (min(sm_count, needed), 1, 1), "resident blocks walk over tiles"
+    return IntegerPlan(
+        kernel=f"sm90_{dtype}_integer_{layout.name}_{mode}_n{token_tile}",
+        layout=layout,
+        mode=mode,
+        tokens=tokens,
+        rows=n,
+        chunks=chunks,
+        segments=segments,
+        token_tile=token_tile,
+        grid=grid,
+        block=threads(token_tile),
+        cluster=cluster,
+        smem=smem(layout, mode, token_tile, segments, stages),
+        why=why,
+    )
+
+
+def variant_sm80(
+    n: int, k: int, tokens: int, dtype: str, layout: IntegerLayout, token_tile: int
+) -> IntegerPlan:
+    """The plan of a kernel for GPUs without wgmma."""
+    return IntegerPlan(
+        kernel=f"sm80_{dtype}_integer_{layout.name}_n{token_tile}",
+        layout=layout,
+        mode="sm80",
+        tokens=tokens,
+        rows=n,
+        chunks=_ceil(k, CHUNK),
+        segments=segments_of(n, k),
+        token_tile=token_tile,
+        grid=(_ceil(n, TILE), _ceil(tokens, token_tile), 1),
+        block=128,
+        cluster=1,
+        smem=sm80_smem(layout, token_tile),
+        why="mma.sync",
+    )
+
+
+def integer_arguments(
+    plan: IntegerPlan,
+    x: Any,
+    weights: int,
+    out: int,
+    pitch: int,
+    *,
+    kind: int = 0,
+    bias: int = 0,
+    residual: int = 0,
+    scale: float = 1.0,
+    soft_cap: float = 0.0,
+    tokens: Any = None,
+    x_width: int = 0,
+    x_pitch: int = 0,
+) -> list[Any]:
+    """A kernel's parameters, in order; see `gemm_arguments`.
+
+    x: for sm_90a the tensor map of x in boxes of plan.token_tile x 64 elements; else its address, with its
+    width and pitch in elements.
+    """
+    behind = [ctypes.c_int(x_width), ctypes.c_int(x_pitch)] if plan.mode == "sm80" else []
+    return [
+        x,
+        weights,
+        out,
+        bias,
+        residual,
+        ctypes.c_int(int(kind)),
+        ctypes.c_int(plan.tokens) if tokens is None else tokens,
+        ctypes.c_int(plan.rows),
+        ctypes.c_int(pitch),
+        ctypes.c_float(scale),
+        ctypes.c_float(soft_cap),
+        ctypes.c_int(plan.chunks),
+        ctypes.c_int(plan.segments),
+        *behind,
+    ]
+
+
+@dataclass(frozen=True)
+class WordSource:
+    """Levels, zeros and scales of a matrix as GPTQ, AWQ and compressed-tensors store them, on the device.
+
+    Element (n, k) of levels is in the word at n // level_n_per * level_n + k // level_k_per * level_k, its
+    place there (n + k) % per; zeros likewise by groups. skips: elements of the first word before row 0.
+    zeros 0: all are 2^(bits - 1); plus_one: they are stored one less. scale_kind: 0 float16, 1 bfloat16, 2
+    float32. order: the address of the stored column of each packed one (int32), or 0.
+    """
+
+    levels: Any
+    scales: Any
+    level_n: int
+    level_k: int
+    scale_n: int
+    scale_g: int
+    group_size: int
+    level_n_per: int = 1
+    level_k_per: int = 1
+    level_skip: int = 0
+    zeros: Any = 0
+    zero_n: int = 0
+    zero_g: int = 0
+    zero_n_per: int = 1
+    zero_g_per: int = 1
+    zero_skip: int = 0
+    awq: bool = False
+    plus_one: bool = False
+    scale_kind: int = 0
+    order: Any = 0
+
+
+def pack_words_arguments(
+    source: WordSource,
+    packed: Any,
+    rows: int,
+    k: int,
+    *,
+    first: int = 0,
+    padded_rows: int | None = None,
+    interleave: int = 0,
+) -> list[Any]:
+    """Parameters of `sm80_*_integer_pack_*` for words; rows as in `pack_arguments`. Any grid and block do."""
+    s, i, i64 = source, ctypes.c_int, ctypes.c_int64
+    return [
+        packed, *_rows(rows, first, padded_rows, interleave), i(k),
+        s.levels, i64(s.level_n), i64(s.level_k), i(s.level_n_per), i(s.level_k_per), i(s.level_skip),
+        s.zeros, i64(s.zero_n), i64(s.zero_g), i(s.zero_n_per), i(s.zero_g_per), i(s.zero_skip),
+        i(s.awq), i(s.plus_one), s.scales, i(s.scale_kind), i64(s.scale_n), i64(s.scale_g), i(s.group_size),
+        s.order,
+    ]  # fmt: skip
+
+
+def pack_blocks_arguments(
+    blocks: Any,
+    row_bytes: int,
+    packed: Any,
+    rows: int,
+    k: int,
+    *,
+    first: int = 0,
+    padded_rows: int | None = None,
+    interleave: int = 0,
+) -> list[Any]:
+    """Parameters of `sm80_integer_pack_q4_k` and its like: GGUF blocks, rows of `row_bytes`."""
+    return [
+        packed,
+        *_rows(rows, first, padded_rows, interleave),
+        ctypes.c_int(k),
+        blocks,
+        ctypes.c_int64(row_bytes),
+    ]
+
+
+def _rows(rows: int, first: int, padded: int | None, interleave: int) -> list[Any]:
+    if padded is None:
+        padded = rows if not interleave else 8 * _ceil(rows, 8)
+    return [ctypes.c_int64(first), ctypes.c_int64(rows), ctypes.c_int64(padded), ctypes.c_int(interleave)]
+
+
+def pack_levels(
+    levels: NDArray[np.uint8], words: NDArray[np.uint32], layout: IntegerLayout
+) -> NDArray[np.uint8]:
+    """Packs levels [N, K] and words of scales [N, ceil(K / layout.run)]; the reference of the pack kernels.
+
+    Returns layout.nbytes(N, K) bytes.
+    """
+    n, k = levels.shape
+    tiles, chunks = _ceil(n, TILE), _ceil(k, CHUNK)
+    whole = np.zeros((tiles * TILE, chunks * CHUNK), np.uint8)
+    whole[:n, :k] = levels
+    # row = 16 w + 8 rb + g, column of a chunk = 64 u + 16 j + 8 cb + 2 c + h; thread t = 32 w + 4 g + c
+    cut = whole.reshape(tiles, 4, 2, 8, chunks, 2, 4, 2, 4, 2)
+    ordered = cut.transpose(0, 4, 5, 1, 3, 8, 6, 9, 7, 2).reshape(tiles, chunks, 2, 128, 4, 8)  # ... j, place
+    planes, shift = [], 0
+    for bits in layout.planes:
+        planes.append(
+            _plane(ordered >> np.uint8(shift) & np.uint8((1 << bits) - 1), bits).reshape(tiles, chunks, 2, -1)
+        )
+        shift += bits
+    scales = np.zeros((tiles * TILE, chunks * layout.runs), np.uint32)
+    scales[:n, : words.shape[1]] = words
+    runs = scales.reshape(tiles, TILE, chunks, layout.runs).transpose(0, 2, 3, 1)
+    head = np.ascontiguousarray(runs).view(np.uint8).reshape(tiles, chunks, -1)
+    units = np.concatenate(planes, axis=3).reshape(tiles, chunks, -1)
+    return np.concatenate([head, units], axis=2).reshape(-1)
+
+
+def _plane(levels: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Levels [..., thread, step, place] as the bytes of one plane."""
+    step, place = np.meshgrid(np.arange(4), np.arange(8), indexing="ij")
+    byte, half = place // 2, place % 2
+    word, bit = {
+        8: (4 * half + step, 8 * byte),
+        4: (step, 4 * place),
+        2: (step // 2, 8 * byte + 4 * (step % 2) + 2 * half),
+        1: (0 * step, 8 * byte + 2 * step + half),
+    }[bits]
+    out = np.zeros((*levels.shape[:-2], bits), np.uint32)
+    for s in range(4):
+        for p in range(8):
+            out[..., word[s, p]] |= levels[..., s, p].astype(np.uint32) << np.uint32(bit[s, p])
+    if bits == 8:  # two planes of 16 bytes a thread
+        out = out.reshape(*out.shape[:-2], 128, 2, 4).swapaxes(-2, -3)
+    return np.ascontiguousarray(out).view(np.uint8)
+
+
+def multiplied(
+    levels: NDArray[np.uint8], words: NDArray[np.uint32], layout: IntegerLayout, dtype: np.dtype[Any]
+) -> NDArray[np.float32]:
+    """What products are of, float32 [N, K]: the reference of the kernels' decoding.
+
+    dtype: bfloat16 or float16. Layouts of integers: level - zero, which `sum_scales` multiplies later;
+    others: level * scale - minimum, in float32 (with one rounding more, of the minimum and the 128 that
+    levels are raised by), rounded to dtype.
+    """
+    run = np.arange(levels.shape[1]) // layout.run
+    low = (words & 0xFFFF).astype(np.uint16)[:, run]
+    high = (words >> 16).astype(np.uint16)[:, run]
+    if layout.integers:
+        magic = {"bfloat16": 0x4300, "float16": 0x6400}[dtype.name]
+        zero = high.view(np.float16).astype(np.float32) if layout.bits == 8 else high.astype(np.int32) - magic
+        return (levels - zero).astype(np.float32)
+    first, second = (half.view(np.float16).astype(np.float64) for half in (low, high))
+    if layout.pairs:
+        scale = np.where(np.arange(levels.shape[1]) // layout.group % 2, second, first)
+        exact = scale * (levels.astype(np.float64) - (1 << (layout.bits - 1)))
+    elif layout.table or layout.bits == 8:
+        signed = TABLES[layout.name][levels] if layout.table else levels.astype(np.float64) - 128
+        exact = first * signed - second
+    else:
+        less = (-128 * first - second).astype(np.float32)
+        exact = (levels + 128.0) * first + less
+    return exact.astype(np.float32).astype(dtype).astype(np.float32)
+
+
+def sum_scales(words: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """The scales of a layout of integers, [N, groups]: what a group's sum is multiplied by."""
+    return (words & 0xFFFF).astype(np.uint16).view(np.float16).astype(np.float32)
+
+
+def dummy_word(layout: IntegerLayout) -> int:
+    """A word of scales under which random levels have deviation 0.02 and mean 0.
+
+    Of layouts of 4-bit integers the offset is the zero alone: the fill kernel adds what the type wants.
+    """
+    numbers = TABLES[layout.name] if layout.table else np.arange(1 << layout.bits, dtype=np.float64)
+    scale = np.float16(0.02 / numbers.std())
+    middle = 1 << (layout.bits - 1)
+    if layout.integers and layout.bits == 4:
+        return int(scale.view(np.uint16)) | middle << 16
+    if layout.integers:
+        other = float(middle)
+    elif layout.pairs:
+        other = float(scale)
+    else:
+        other = 0.0 if layout.table or layout.bits == 8 else float(scale) * middle
+    return int(scale.view(np.uint16)) | int(np.float16(other).view(np.uint16)) << 16

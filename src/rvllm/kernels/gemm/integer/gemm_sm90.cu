@@ -1,0 +1,434 @@
+// Products with integer weights on Hopper: y = x W^T as in gemm/gemm_sm90.cu, but what streams through shared memory
+// are levels; each warpgroup turns its 64 rows of them into the register operand of wgmma.
+//
+//   SPLIT  a block sums one segment of K; the segments of a tile form a cluster and are added through
+//          distributed shared memory. grid (segments, token tiles, row pairs), cluster (segments, 1, 1).
+//   WALK   resident blocks visit tiles and sum all segments; the running total lies in shared memory.
+//
+// One arithmetic for all of them: the groups' (or steps') sums are added in ascending order within a segment, the
+// segments' sums in ascending order.
+#include "gemm/epilogue.cuh"
+#include "gemm/integer/formats.cuh"
+#include "gemm/integer/tiles.cuh"
+#include "ptx/wgmma_rs.cuh"
+
+namespace rvllm::gemm {
+
+#ifndef RVLLM_WARP_TOKENS
+#define RVLLM_WARP_TOKENS 32
+#endif
+enum Mode { SPLIT, WALK };
+#ifndef RVLLM_BLOCKS
+#define RVLLM_BLOCKS 2
+#endif
+constexpr int TURN = 4;  // named barriers: from here on
+constexpr int CONSUMERS = 256;
+
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
+
+template <int TOKENS, class F, Mode MODE>
+struct Layout {
+  static constexpr bool WARPS = TOKENS <= RVLLM_WARP_TOKENS;  // mma.sync, warp by warp: wgmma is too slow to answer
+  static constexpr bool TURNS = TOKENS >= 96;   // the warpgroups multiply in turns
+  static constexpr bool MANY_REGISTERS = TOKENS >= 96;
+  static constexpr int THREADS = CONSUMERS + (MANY_REGISTERS ? 128 : 32);
+  static constexpr int DEPTH = TOKENS <= 32 ? 2 : 1;  // chunks of a stage
+  static constexpr int WEIGHTS = (2 * DEPTH * F::CHUNK + 1023) / 1024 * 1024, X = DEPTH * TOKENS * CHUNK_K * 2;
+  static constexpr int STAGE = WEIGHTS + X;
+  static constexpr int CHUNK = TOKENS % 64 == 0 ? 64 : TOKENS < 32 ? TOKENS : 32;  // tokens staged at a time
+  static constexpr int STAGE_PITCH = (TILE + 8) * 2;  // bytes; spreads stores over all banks
+  static constexpr int SPLIT_PITCH = 2 * TILE + 4;    // floats, likewise
+  static constexpr int SUMS = (CHUNK < 32 ? CHUNK : 32) * (TILE + 4) * 4;  // float32 on their way to logits
+  static constexpr int PER_GROUP = CHUNK * STAGE_PITCH > SUMS ? CHUNK * STAGE_PITCH : SUMS;
+  static constexpr int STAGING = MODE == SPLIT ? 0 : 2 * PER_GROUP;
+  // Of a product with several segments, in the place of what is staged later.
+  static constexpr int TOTALS = MODE == SPLIT ? 0 : TOKENS * 2 * TILE * 4 > STAGING ? TOKENS * 2 * TILE * 4 : STAGING;
+  static constexpr int BARRIERS = 256;
+};
+
+// x: tensor map of [>= tokens, K] in boxes of 64 x TOKENS, 128-byte swizzle. weights: see formats.cuh. chunks:
+// ceil(K / 128). The rest: see Epilogue. As many stages as the launch's shared memory holds.
+template <class T, int TOKENS, class F, Mode MODE>
+__global__ void __launch_bounds__((Layout<TOKENS, F, MODE>::THREADS), TOKENS <= 16 ? RVLLM_BLOCKS : TOKENS <= 32 ? 2 : 1)
+    gemm(const __grid_constant__ TensorMap x, const u8* __restrict__ weights, void* out, const void* bias,
+         const void* residual, int kind, int tokens, int rows, int pitch, float scale, float soft_cap, int chunks,
+         int segments) {
+  using L = Layout<TOKENS, F, MODE>;
+  using namespace ptx;
+  constexpr int REGS = TOKENS / 2, D = L::DEPTH;
+  const bool totals = MODE == WALK && segments > 1;
+  const int behind = (totals ? L::TOTALS : L::STAGING) + L::BARRIERS;
+  const int stages = min((dynamic_smem_bytes() - behind) / L::STAGE, L::BARRIERS / 16);
+  extern __shared__ __align__(1024) u8 shared[];
+  const u32 base = smem(shared), bars = base + stages * L::STAGE + behind - L::BARRIERS;
+  u8* const staged = shared + stages * L::STAGE;
+  const auto full = [&](int s) { return bars + 16 * s; };
+  const auto empty = [&](int s) { return bars + 16 * s + 8; };
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int tiles = (rows + TILE - 1) / TILE;
+  const Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
+
+  griddep_launch();
+  if (threadIdx.x == CONSUMERS) {
+    tensor_map_prefetch(&x);
+    for (int s = 0; s < stages; s++) {
+      mbar_init(full(s), 1);
+      mbar_init(empty(s), CONSUMERS / 32);
+    }
+    mbar_init_fence();
+  }
+  __syncthreads();
+
+  int k0 = 0, k1 = chunks;
+  if constexpr (MODE == SPLIT) {
+    k0 = segment_start(chunks, segments, blockIdx.x);
+    k1 = segment_start(chunks, segments, blockIdx.x + 1);
+  }
+  Tiles<TOKENS> order(tiles, tokens);
+  bool once = true;
+  const auto next = [&](WorkTile& v) {
+    if constexpr (MODE == SPLIT) {
+      const bool first = once;
+      once = false;
+      v = {static_cast<int>(blockIdx.z) * 2, 2, static_cast<int>(blockIdx.y) * TOKENS};
+      return first;
+    } else {
+      return order.next(v);
+    }
+  };
+  // Stages of a tile: each up to D chunks, and none reaches over a segment's end.
+  const auto stage_end = [&](int k, int segment_end) { return min(k + D, segment_end); };
+  const auto bound = [&](int s) { return MODE == SPLIT ? (s ? k1 : k0) : segment_start(chunks, segments, s); };
+  const int parts = MODE == SPLIT ? 1 : segments;
+
+  if (warp >= CONSUMERS / 32) {
+    if constexpr (L::MANY_REGISTERS) registers_lower<40>();
+    if (threadIdx.x == CONSUMERS) {
+      const u64 hint = order.again() ? EVICT_NORMAL : EVICT_FIRST;
+      const auto load_weights = [&](const WorkTile& v, int k, int end, int stage) {
+        const u32 bar = full(stage), dst = base + stage * L::STAGE, bytes = (end - k) * F::CHUNK;
+        mbar_arrive_expect(bar, v.count * bytes + (end - k) * TOKENS * CHUNK_K * 2);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          if (i < v.count) {
+            const u64 tile = min(v.tile + i, tiles - 1);
+            bulk_load(dst + i * D * F::CHUNK, weights + (tile * chunks + k) * F::CHUNK, bytes, bar, hint);
+          }
+      };
+      const auto load_x = [&](const WorkTile& v, int k, int end, int stage) {
+        const u32 dst = base + stage * L::STAGE + L::WEIGHTS;
+        for (int i = 0; i < 2 * (end - k); i++)
+          tensor_load_2d(dst + i * TOKENS * TILE * 2, &x, (2 * k + i) * TILE, v.token0, full(stage));
+      };
+      WorkTile v;
+      int stage = 0;
+      u32 phase = 0;
+      bool more = next(v);
+      // Weights first: they depend on no kernel before this one.
+      int ahead = 0;
+      if (more)
+        for (int s = 0; s < parts && ahead < stages; s++)
+          for (int k = bound(s); k < bound(s + 1) && ahead < stages; k += D, ahead++)
+            load_weights(v, k, stage_end(k, bound(s + 1)), ahead);
+      griddep_wait();
+      while (more) {
+        for (int s = 0; s < parts; s++)
+          for (int k = bound(s); k < bound(s + 1); k += D) {
+            const int end = stage_end(k, bound(s + 1));
+            if (ahead > 0) {
+              ahead--;
+            } else {
+              mbar_wait(empty(stage), phase ^ 1);
+              load_weights(v, k, end, stage);
+            }
+            load_x(v, k, end, stage);
+            if (++stage == stages) stage = 0, phase ^= 1;
+          }
+        more = next(v);
+      }
+    } else {
+      griddep_wait();
+    }
+    __syncwarp();
+  } else {
+    if constexpr (L::MANY_REGISTERS) registers_raise<232>();
+    const int group = warp / 4, thread = threadIdx.x % 128;
+    const int row = thread / 32 * 16 + lane / 4;  // of my 64
+    int stage = 0;
+    u32 phase = 0;
+    const auto advance = [&] {
+      if (++stage == stages) stage = 0, phase ^= 1;
+    };
+    const auto release = [&](int s) {
+      if (lane == 0) mbar_arrive(empty(s));
+    };
+    float sum[REGS];
+    const auto weights_at = [&](int place) { return base + stage * L::STAGE + (group * D + place) * F::CHUNK; };
+    const auto x_at = [&](int place, int u) {
+      return base + stage * L::STAGE + L::WEIGHTS + (2 * place + u) * TOKENS * TILE * 2;
+    };
+    // Products of a unit's steps [from, to) by mma.sync, added to acc.
+    const auto multiply_now = [&](float(&acc)[REGS], const u32(&a)[4][4], u32 b, int from, int to) {
+#pragma unroll
+      for (int j = from; j < to; j += 2)
+#pragma unroll
+        for (int n = 0; n < TOKENS / 8; n++) {
+          u32 v[4];
+          ldmatrix_x4(v, b + (8 * n + lane % 8) * 128 + (2 * j + lane / 8 ^ lane % 8) * 16);
+          float(&d)[4] = reinterpret_cast<float(&)[4]>(acc[4 * n]);
+          mma_16816(d, a[j], {v[0], v[1]}, T());
+          mma_16816(d, a[j + 1], {v[2], v[3]}, T());
+        }
+    };
+    // The same by wgmma, begun and not awaited; kept says that they are added to what acc has.
+    const auto multiply = [&](float(&acc)[REGS], const u32(&a)[4][4], u32 b, int from, int to, bool kept) {
+      wgmma_pin(acc);
+      wgmma_fence();
+#pragma unroll
+      for (int j = from; j < to; j++) wgmma_rs<TOKENS, T>(acc, a[j], wgmma_operand(b + 32 * j), j > from || kept);
+      wgmma_commit();
+      wgmma_pin(acc);
+    };
+    // sum += scale * acc, a row at a time; the scales are at `run`.
+    const auto promote = [&](const float(&acc)[REGS], u32 run) {
+      const float low = low_half(shared_word(run)), high = low_half(shared_word(run + 32));
+#pragma unroll
+      for (int i = 0; i < REGS; i++) sum[i] = fmaf(i % 4 < 2 ? low : high, acc[i], sum[i]);
+    };
+    const auto clear = [](float(&v)[REGS]) {
+#pragma unroll
+      for (int i = 0; i < REGS; i++) v[i] = 0.f;
+    };
+
+    // Sums the chunks [first, last) into `sum`, in one of three ways with the same bits.
+    // By warps: what one warp waits for, others hide.
+    [[maybe_unused]] const auto segment_by_warps = [&](int first, int last) {
+      float acc[REGS];
+      clear(sum);
+      clear(acc);
+      for (int k = first; k < last; k += D) {
+        mbar_wait(full(stage), phase);
+#pragma unroll
+        for (int place = 0; place < D; place++) {
+          if (k + place < last) {
+            const u32 here = weights_at(place);
+#pragma unroll
+            for (int u = 0; u < 2; u++) {
+              u32 a[4][4];
+              F::template decode<T>(a, here, u, thread, row);
+              if constexpr (F::INTEGERS && F::RUNS > 1) {
+#pragma unroll
+                for (int j = 0; j < 4; j += F::STEPS) {
+                  multiply_now(acc, a, x_at(place, u), j, j + F::STEPS);
+                  promote(acc, F::run_at(here, u, j) + 4 * row);
+                  clear(acc);
+                }
+              } else {
+                multiply_now(acc, a, x_at(place, u), 0, 4);
+              }
+            }
+            if constexpr (F::INTEGERS && F::RUNS == 1) {
+              promote(acc, here + 4 * row);
+              clear(acc);
+            }
+          }
+        }
+        __syncwarp();
+        release(stage);
+        advance();
+      }
+      if constexpr (!F::INTEGERS) {
+#pragma unroll
+        for (int i = 0; i < REGS; i++) sum[i] = acc[i];
+      }
+    };
+    // In turns: while one warpgroup's products run, the other promotes its sums and decodes its next chunk.
+    [[maybe_unused]] const auto segment_in_turns = [&](int first, int last) {
+      float acc[REGS];
+      u32 even[4][4], odd[4][4];
+      if constexpr (F::INTEGERS) clear(sum);
+      for (int k = first; k < last; k++) {
+        mbar_wait(full(stage), phase);
+        const u32 here = weights_at(0);
+        F::template decode<T>(even, here, 0, thread, row);
+        F::template decode<T>(odd, here, 1, thread, row);
+        bar_sync(TURN + group, CONSUMERS);
+        if constexpr (F::INTEGERS && F::RUNS > 1) {
+#pragma unroll
+          for (int u = 0; u < 2; u++)
+#pragma unroll
+            for (int j = 0; j < 4; j += F::STEPS) {
+              multiply(acc, u ? odd : even, x_at(0, u), j, j + F::STEPS, false);
+              if (u == 1 && j + F::STEPS == 4) bar_arrive(TURN + (group ^ 1), CONSUMERS);
+              wgmma_wait<0>();
+              wgmma_pin(acc);
+              promote(acc, F::run_at(here, u, j) + 4 * row);
+            }
+        } else {
+          multiply(acc, even, x_at(0, 0), 0, 4, !F::INTEGERS && k > first);
+          multiply(acc, odd, x_at(0, 1), 0, 4, true);
+          bar_arrive(TURN + (group ^ 1), CONSUMERS);
+          wgmma_wait<0>();
+          wgmma_pin(acc);
+          if constexpr (F::INTEGERS) promote(acc, here + 4 * row);
+        }
+        release(stage);
+        advance();
+      }
+      if constexpr (!F::INTEGERS) {
+#pragma unroll
+        for (int i = 0; i < REGS; i++) sum[i] = acc[i];
+      }
+    };
+    // Overlapped: while the tensor cores multiply one unit the next is decoded.
+    [[maybe_unused]] const auto segment_overlapped = [&](int first, int last) {
+      float acc[REGS];
+      u32 even[4][4], odd[4][4];
+      int k = first, at = 0;  // the chunk, and its place within its stage
+      [[maybe_unused]] const auto multiply_groups = [&](u32(&a)[4][4], u32 here, int u) {
+        if constexpr (F::INTEGERS) {
+#pragma unroll
+          for (int j = 0; j < 4; j += F::STEPS) {
+            multiply(acc, a, x_at(at, u), j, j + F::STEPS, false);
+            wgmma_wait<0>();
+            wgmma_pin(acc);
+            promote(acc, F::run_at(here, u, j) + 4 * row);
+          }
+        }
+      };
+      mbar_wait(full(stage), phase);
+      F::template decode<T>(even, weights_at(0), 0, thread, row);
+      if constexpr (F::INTEGERS) clear(sum);
+      int reading = -1;  // the stage that products in flight read last
+      while (true) {
+        const u32 here = weights_at(at);
+        if constexpr (F::INTEGERS && F::RUNS > 1) {
+          multiply_groups(even, here, 0);
+          F::template decode<T>(odd, here, 1, thread, row);
+          multiply_groups(odd, here, 1);
+        } else {
+          multiply(acc, even, x_at(at, 0), 0, 4, !F::INTEGERS && k > first);
+          if constexpr (!F::INTEGERS) {
+            wgmma_wait<1>();
+            if (reading >= 0) release(reading);
+          }
+          F::template decode<T>(odd, here, 1, thread, row);
+          multiply(acc, odd, x_at(at, 1), 0, 4, true);
+        }
+        const bool leave = ++at == D || k + 1 == last, more = ++k < last;
+        reading = leave ? stage : -1;
+        if (leave) {
+          at = 0;
+          advance();
+        }
+        if (more) {
+          if (leave) mbar_wait(full(stage), phase);
+          if constexpr (F::RUNS == 1 || !F::INTEGERS) wgmma_wait<1>();
+          F::template decode<T>(even, weights_at(at), 0, thread, row);
+        }
+        if constexpr (F::INTEGERS) {
+          if constexpr (F::RUNS == 1) {
+            wgmma_wait<0>();
+            wgmma_pin(acc);
+            promote(acc, here + 4 * row);
+          }
+          if (leave) release(reading);
+        }
+        if (!more) break;
+      }
+      if constexpr (!F::INTEGERS) {
+        wgmma_wait<0>();
+        wgmma_pin(acc);
+        if (reading >= 0) release(reading);
+#pragma unroll
+        for (int i = 0; i < REGS; i++) sum[i] = acc[i];
+      }
+    };
+    const auto segment = [&](int first, int last) {
+      if constexpr (L::WARPS)
+        segment_by_warps(first, last);
+      else if constexpr (L::TURNS)
+        segment_in_turns(first, last);
+      else
+        segment_overlapped(first, last);
+    };
+    // The first turn is the first warpgroup's.
+    if (L::TURNS && group == 1) bar_arrive(TURN, CONSUMERS);
+    griddep_wait();
+
+    WorkTile v;
+    if constexpr (MODE == SPLIT) {
+      next(v);
+      segment(k0, k1);
+      if (L::TURNS && group == 0) bar_sync(TURN, CONSUMERS);  // as often as the other arrives
+      bar_sync(1, CONSUMERS);  // both warpgroups have read their last stage before partial sums overwrite it
+      float* partial = reinterpret_cast<float*>(shared);
+      const int column = lane % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < TOKENS / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          partial[(8 * j + column + i % 2) * L::SPLIT_PITCH + group * TILE + row + i / 2 * 8] = sum[4 * j + i];
+    } else {
+      u8* const mine = staged + group * (totals ? L::TOTALS / 2 : L::PER_GROUP);
+      float* const total = reinterpret_cast<float*>(mine) + thread;
+      while (next(v)) {
+        if (group >= v.count) {  // nothing for this warpgroup: keep in step with the pipeline
+          for (int s = 0; s < parts; s++)
+            for (int k = bound(s); k < bound(s + 1); k += D) {
+              mbar_wait(full(stage), phase);
+              if constexpr (L::TURNS) {
+                bar_sync(TURN + group, CONSUMERS);
+                bar_arrive(TURN + (group ^ 1), CONSUMERS);
+              }
+              release(stage);
+              advance();
+            }
+          continue;
+        }
+        for (int s = 0; s < parts; s++) {
+          segment(bound(s), bound(s + 1));
+          if (s > 0) {
+#pragma unroll
+            for (int i = 0; i < REGS; i++) sum[i] = total[i * 128] + sum[i];
+          }
+          if (s + 1 < parts) {
+            if (s == 0) bar_sync(1 + group, 128);  // the tile before has left
+#pragma unroll
+            for (int i = 0; i < REGS; i++) total[i * 128] = sum[i];
+          }
+        }
+        finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(e, sum, mine, 1 + group, thread,
+                                                                 (v.tile + group) * TILE, v.token0);
+      }
+      if (L::TURNS && group == 0) bar_sync(TURN, CONSUMERS);  // as often as the other arrives
+    }
+  }
+
+  if constexpr (MODE == SPLIT) {
+    // Every block of the cluster adds up, in ascending order of segments, its share of the tile.
+    cluster_sync();
+    if (warp < CONSUMERS / 32) {
+      const int token0 = blockIdx.y * TOKENS, row0 = blockIdx.z * 2 * TILE, mine = blockIdx.x;
+      const int items = min(TOKENS, tokens - token0) * items_per_token<2 * TILE>(kind);
+      const auto load = [&](int token, int r, float(&q)[4]) {
+        const u32 from = base + (token * L::SPLIT_PITCH + r) * 4;
+        float4 part[8];
+#pragma unroll
+        for (int s = 0; s < 8; s++)
+          if (s < segments) part[s] = cluster_load(cluster_map(from, s));
+        q[0] = part[0].x, q[1] = part[0].y, q[2] = part[0].z, q[3] = part[0].w;
+#pragma unroll
+        for (int s = 1; s < 8; s++)
+          if (s < segments) q[0] += part[s].x, q[1] += part[s].y, q[2] += part[s].z, q[3] += part[s].w;
+      };
+      finish_tile<T, 2 * TILE, 1>(e, token0, row0, items * mine / segments, items * (mine + 1) / segments, threadIdx.x,
+                                  CONSUMERS, load);
+    }
+    cluster_sync();  // nobody leaves while its shared memory is being read
+  }
+}
+
+}  // namespace rvllm::gemm

@@ -1,0 +1,196 @@
+"""The kernels for integer weights: their layouts in memory, names and instantiations.
+
+`sm90_bf16_integer_q4_walk_n16` is the wgmma kernel for the layout `q4` that walks over tiles with 16 tokens
+at a time. Layouts and modes are described in gemm/integer/formats.cuh and gemm/integer/gemm_sm90.cu.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rvllm.kernels.spec import KernelSpec
+
+DTYPES = ("bf16", "f16")
+TILE, CHUNK = 64, 128  # rows and columns of a chunk
+SPLIT_TOKENS = (8, 16, 32, 64, 128)  # token tiles of the sm_90a modes
+WALK_TOKENS = (8, 16, 32, 64, 96, 128, 192)
+SM80_TOKENS = (16, 64)
+SMEM_LIMIT = 232448
+_BARRIERS, _MAX_STAGES = 256, 16
+
+
+@dataclass(frozen=True)
+class IntegerLayout:
+    """How levels and scales of a matrix lie in chunks of 64 rows x 128 columns.
+
+    bits: of a level. group: columns that share a scale. integers: whether scales multiply sums (else the
+    levels, before they are rounded). pairs: whether a word of scales has two groups' scales and no minimum.
+    table: whether levels are places in a table. symbol: the C++ type.
+    """
+
+    name: str
+    symbol: str
+    bits: int
+    group: int
+    integers: bool = False
+    pairs: bool = False
+    table: bool = False
+
+    @property
+    def run(self) -> int:
+        """Columns that a word of scales is for."""
+        return 2 * self.group if self.pairs else self.group
+
+    @property
+    def runs(self) -> int:
+        """Words of scales a row has in a chunk."""
+        return CHUNK // self.run
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Bits of each plane of a unit of 64 columns."""
+        return {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}[self.bits]
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk."""
+        return self.runs * TILE * 4 + TILE * CHUNK * self.bits // 8
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Bytes of a matrix, padded to whole chunks."""
+        return -(-rows // TILE) * -(-columns // CHUNK) * self.chunk_bytes
+
+
+def _integers(bits: int, group: int) -> IntegerLayout:
+    name, end = f"int{bits}", "" if group == CHUNK else f"g{group}"
+    return IntegerLayout(name + end, f"Int{bits}{end.upper()}", bits, group, integers=True)
+
+
+LAYOUTS: dict[str, IntegerLayout] = {
+    layout.name: layout
+    for layout in (
+        *(_integers(bits, group) for bits in (4, 8) for group in (128, 64, 32)),
+        IntegerLayout("q2", "Q2", 2, 16),
+        IntegerLayout("q3", "Q3", 3, 16, pairs=True),
+        IntegerLayout("q4", "Q4", 4, 32),
+        IntegerLayout("q5", "Q5", 5, 32),
+        IntegerLayout("q6", "Q6", 6, 16, pairs=True),
+        IntegerLayout("q8", "Q8", 8, 32),
+        IntegerLayout("nl4", "NL4", 4, 32, table=True),
+        IntegerLayout("mx4", "MX4", 4, 32, table=True),
+    )
+}
+# What a stored block format becomes.
+GGUF_LAYOUTS = {
+    "Q4_0": "q4", "Q4_1": "q4", "Q4_K": "q4", "Q5_0": "q5", "Q5_1": "q5", "Q5_K": "q5", "Q8_0": "q8",
+    "Q6_K": "q6", "Q2_K": "q2", "Q3_K": "q3", "IQ4_NL": "nl4", "IQ4_XS": "nl4", "MXFP4": "mx4",
+}  # fmt: skip
+
+
+def depth(tokens: int) -> int:
+    """Chunks of a stage; mirrors Layout in gemm/integer/gemm_sm90.cu, like the next three."""
+    return 2 if tokens <= 32 else 1
+
+
+def threads(tokens: int) -> int:
+    """Threads of a block: two warpgroups and a producer warp, or warpgroup where registers are short."""
+    return 384 if tokens >= 96 else 288
+
+
+def stage_bytes(layout: IntegerLayout, tokens: int) -> int:
+    """Shared memory of one stage of loads."""
+    weights = -(-2 * depth(tokens) * layout.chunk_bytes // 1024) * 1024
+    return weights + depth(tokens) * tokens * CHUNK * 2
+
+
+def smem(layout: IntegerLayout, mode: str, tokens: int, segments: int, most: int = _MAX_STAGES) -> int:
+    """Dynamic shared memory in bytes, of at most `most` stages where fewer do."""
+    chunk = 64 if tokens % 64 == 0 else min(tokens, 32)
+    staging = 2 * max(chunk * (TILE + 8) * 2, min(chunk, 32) * (TILE + 4) * 4)
+    totals = tokens * 2 * TILE * 4 if segments > 1 else 0
+    behind = (0 if mode == "split" else max(totals, staging)) + _BARRIERS
+    stage = stage_bytes(layout, tokens)
+    least = max(2, -(-tokens * (2 * TILE + 4) * 4 // stage)) if mode == "split" else 2
+    stages = min(_MAX_STAGES, (SMEM_LIMIT - behind) // stage, max(least, most))
+    return stages * stage + behind
+
+
+def _sm90() -> list[KernelSpec]:
+    return [
+        KernelSpec(
+            name=f"sm90_{dtype}_integer_{layout.name}_{mode}_n{tokens}",
+            source="gemm/integer/gemm_sm90.cu",
+            symbol=f"rvllm::gemm::gemm<rvllm::{dtype}, {tokens}, rvllm::gemm::{layout.symbol}, "
+            f"rvllm::gemm::{mode.upper()}>",
+            arch=90,
+            exact=True,
+            smem=SMEM_LIMIT,
+            unit=f"{dtype}_{layout.name}_{'few' if tokens <= 32 else 'many'}",
+        )
+        for dtype in DTYPES
+        for layout in LAYOUTS.values()
+        for mode, sizes in (("split", SPLIT_TOKENS), ("walk", WALK_TOKENS))
+        for tokens in sizes
+    ]
+
+
+def sm80_smem(layout: IntegerLayout, tokens: int) -> int:
+    """Dynamic shared memory in bytes; mirrors STAGES in gemm/integer/gemm_sm80.cu."""
+    return 3 * (layout.chunk_bytes + tokens * CHUNK * 2)
+
+
+def _sm80() -> list[KernelSpec]:
+    return [
+        KernelSpec(
+            name=f"sm80_{dtype}_integer_{layout.name}_n{tokens}",
+            source="gemm/integer/gemm_sm80.cu",
+            symbol=f"rvllm::gemm::gemm<rvllm::{dtype}, {tokens}, rvllm::gemm::{layout.symbol}>",
+            smem=sm80_smem(layout, tokens),
+            unit=f"{dtype}_{layout.name}",
+        )
+        for dtype in DTYPES
+        for layout in LAYOUTS.values()
+        for tokens in SM80_TOKENS
+    ]
+
+
+def _loading() -> list[KernelSpec]:
+    blocks = [
+        KernelSpec(
+            name=f"sm80_integer_pack_{kind.lower()}",
+            source="gemm/integer/pack_blocks.cu",
+            symbol=f"rvllm::gemm::pack_blocks<rvllm::gguf::{kind}, rvllm::gemm::{LAYOUTS[layout].symbol}>",
+            unit=kind,
+        )
+        for kind, layout in GGUF_LAYOUTS.items()
+    ]
+    words = [
+        KernelSpec(
+            name=f"sm80_{dtype}_integer_pack_{layout.name}",
+            source="gemm/integer/pack_words.cu",
+            symbol=f"rvllm::gemm::pack_words<rvllm::{dtype}, {layout.bits}, {layout.group}>",
+            unit=f"{dtype}_{layout.name}",
+        )
+        for dtype in DTYPES
+        for layout in LAYOUTS.values()
+        if layout.integers
+    ]
+    fill = [
+        KernelSpec(
+            name=f"sm80_{dtype}_integer_fill",
+            source="gemm/integer/pack_words.cu",
+            symbol=f"rvllm::gemm::fill<rvllm::{dtype}>",
+        )
+        for dtype in DTYPES
+    ]
+    quantise = [
+        KernelSpec(
+            f"sm80_integer_quantise_{name}", "gemm/integer/quantise.cu", f"rvllm::gemm::quantise<{kind}>"
+        )
+        for name, kind in (("f32", "float"), ("bf16", "rvllm::bf16"), ("f16", "rvllm::f16"))
+    ]
+    reorder = KernelSpec("sm80_integer_reorder", "gemm/integer/quantise.cu", "rvllm::gemm::reorder")
+    return [*blocks, *words, *fill, *quantise, reorder]
+
+
+SPECS: list[KernelSpec] = [*_sm90(), *_sm80(), *_loading()]

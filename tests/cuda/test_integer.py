@@ -1,0 +1,44 @@
+"""Kernels for integer weights in the emulator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import harness
+import integer_checks
+import numpy as np
+import pytest
+from emulator import Emulator, available
+
+from rvllm.kernels.gemm.integer.specs import GGUF_LAYOUTS, LAYOUTS
+
+pytestmark = pytest.mark.skipif(not available(), reason="the emulator needs g++")
+DTYPES = {"bfloat16": harness.BF16, "float16": harness.F16}
+
+
+@pytest.fixture(scope="module")
+def shared() -> Emulator:
+    return Emulator()
+
+
+@pytest.fixture
+def gpu(shared: Emulator) -> Iterator[Emulator]:
+    yield shared
+    shared.clear()
+
+
+@pytest.mark.parametrize("kind", GGUF_LAYOUTS)
+def test_blocks_are_packed_as_the_reference_packs_them(gpu: Emulator, kind: str) -> None:
+    integer_checks.check_blocks(gpu, np.random.default_rng(len(kind)), kind)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [name for name, layout in LAYOUTS.items() if layout.integers])
+def test_words_are_packed_as_the_reference_packs_them(gpu: Emulator, layout: str, dtype: str) -> None:
+    integer_checks.check_words(gpu, np.random.default_rng(len(layout)), DTYPES[dtype], layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_products(gpu: Emulator, layout: str, dtype: str) -> None:
+    integer_checks.check_products(gpu, np.random.default_rng(len(layout)), DTYPES[dtype], layout, (1, 33))
