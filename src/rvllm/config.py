@@ -67,8 +67,8 @@ class EngineConfig:
     )
     quantization: str = setting(
         "auto",
-        "Weights on a GPU; auto keeps quantised ones as the checkpoint has them where there are kernels, none expands them to 16 bits, fp8 quantises a 16-bit checkpoint as it is loaded.",
-        choices=("auto", "none", "fp8"),
+        "Weights on a GPU; auto keeps quantised ones as the checkpoint has them where there are kernels, none expands them to 16 bits, fp8 and int4 (groups of 128, rounded to the nearest) quantise a 16-bit checkpoint as it is loaded.",
+        choices=("auto", "none", "fp8", "int4"),
     )
     load_format: str = setting(
         "auto",

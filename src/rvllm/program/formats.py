@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from rvllm.kernels.gemm.integer.specs import LAYOUTS
+
 FP8_BLOCK = 128  # columns that share a scale, of FP8 weights in blocks and of FP8 activations
 FP8_ROWS = 8  # rows that share one
 
@@ -45,3 +47,31 @@ class Fp8Format(WeightFormat):
         """See WeightFormat."""
         blocks = -(-rows // FP8_ROWS) * -(-columns // FP8_BLOCK)
         return rows * columns + 4 * (rows if self.scales == "row" else blocks)
+
+
+@dataclass(frozen=True)
+class IntegerFormat(WeightFormat):
+    """Levels of a few bits with scales of groups of columns: GPTQ, AWQ, compressed-tensors, GGUF blocks.
+
+    parts: (rows, name of a layout of `kernels.gemm.integer`) of successive rows; one, unless a fused matrix
+    is of several kinds. stored: what it is called. reordered: its columns were quantised in another order
+    than theirs; activations are put into that order first.
+    """
+
+    name: ClassVar[str] = "integer"
+    parts: tuple[tuple[int, str], ...]
+    stored: str
+    reordered: bool = False
+
+    @property
+    def label(self) -> str:
+        """`Q4_K`, `GPTQ 4-bit`."""
+        return self.stored
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """See WeightFormat."""
+        total = 0
+        for count, name in self.parts:
+            layout, here = LAYOUTS[name], rows if len(self.parts) == 1 else count
+            total += here * (columns * layout.bits // 8 + 4 * -(-columns // layout.run))
+        return total

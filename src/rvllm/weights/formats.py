@@ -7,7 +7,7 @@ matrix that no reader knows is expanded to the model's type as it is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -15,15 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.errors import UsageError
-from rvllm.program.formats import FP8_BLOCK, FP8_ROWS, Fp8Format, WeightFormat
+from rvllm.kernels.gemm.integer.specs import GGUF_LAYOUTS
+from rvllm.program.formats import FP8_BLOCK, FP8_ROWS, Fp8Format, IntegerFormat, WeightFormat
 from rvllm.program.ops.dense import Linear, Logits, Op, Part, Program, Weight
 from rvllm.program.ops.encoder import embedding_size
 from rvllm.weights.checkpoint import Checkpoint, TensorInfo, TensorType
 from rvllm.weights.packing import find_tensor, has_stored_form, row_order
+from rvllm.weights.safetensors.grouped import Grouped
 from rvllm.weights.safetensors.scaled import Scaled
 
 Stored = Sequence[tuple[Part, TensorInfo]]
 Reader = Callable[[Weight, Stored], WeightFormat | None]  # None: not a format of this reader's
+QUANTISED_INT4 = "INT4, groups of 128"  # what --quantization int4 makes
+INTEGER_GROUPS = (128, 64, 32)  # columns of a group that there are kernels for
 QUANTISABLE = (TensorType.F32, TensorType.F16, TensorType.BF16)
 
 
@@ -66,24 +70,38 @@ def _rewritten(program: Program, chosen: dict[str, WeightFormat]) -> Program:
 def _format_of(op: Linear | Logits, checkpoint: Checkpoint | None, quantization: str) -> WeightFormat | None:
     if quantization == "none":
         return None
-    at_load = quantization == "fp8" and isinstance(op, Linear) and op.weight.shape[-1] % 8 == 0
-    if checkpoint is None:
-        return Fp8Format("row") if at_load else None
+    asked = _asked_for(op, quantization)
+    if checkpoint is None or asked is None:
+        return asked if checkpoint is None else _stored_format(op, checkpoint)
+    chosen = _stored_format(op, checkpoint)
+    if isinstance(chosen, type(asked)):
+        return chosen
+    for info in (find_tensor(part, checkpoint) for part in op.weight.parts):
+        if info is not None and (info.quantised is not None or info.type not in QUANTISABLE):
+            raise UsageError(
+                f"--quantization {quantization}: tensor {info.name} is stored as {info.stored_as} already; "
+                f"{quantization} is for checkpoints in 16 or 32 bits, use --quantization auto"
+            )
+    return asked
+
+
+def _asked_for(op: Linear | Logits, quantization: str) -> WeightFormat | None:
+    """The format into which a matrix is to be quantised as it is loaded."""
+    if not isinstance(op, Linear) or op.weight.shape[-1] % 8:
+        return None
+    if quantization == "int4":
+        return IntegerFormat(((op.weight.shape[0], "int4"),), QUANTISED_INT4)
+    return Fp8Format("row") if quantization == "fp8" else None
+
+
+def _stored_format(op: Linear | Logits, checkpoint: Checkpoint) -> WeightFormat | None:
+    """The format in which the checkpoint has all of a matrix's parts."""
     found = [(part, find_tensor(part, checkpoint)) for part in op.weight.parts]
     stored = [(part, info) for part, info in found if info is not None]
     if len(stored) < len(found):
         return None  # which loading says in full
     known = (reader(op.weight, stored) for reader in READERS)
-    chosen = next((form for form in known if form is not None), None)
-    if quantization != "fp8" or isinstance(chosen, Fp8Format) or not at_load:
-        return chosen
-    for _, info in stored:
-        if info.quantised is not None or info.type not in QUANTISABLE:
-            raise UsageError(
-                f"--quantization fp8: tensor {info.name} is stored as {info.stored_as} already; fp8 is for "
-                "checkpoints in 16 or 32 bits, use --quantization auto"
-            )
-    return Fp8Format("row")
+    return next((form for form in known if form is not None), None)
 
 
 def fp8_reader(weight: Weight, stored: Stored) -> WeightFormat | None:
@@ -156,4 +174,61 @@ def fp8_part(part: Part, info: TensorInfo) -> Fp8Part | None:
     return Fp8Part(scaled, np.arange(info.shape[0]) if order is None else order)
 
 
-READERS: tuple[Reader, ...] = (fp8_reader,)
+def gguf_reader(weight: Weight, stored: Stored) -> WeightFormat | None:
+    """GGUF's blocks, each part of a fused matrix in its own kind; gates and ups in one layout."""
+    kinds = [info.type.value for _, info in stored if info.quantised is None]
+    if len(kinds) < len(stored) or any(kind not in GGUF_LAYOUTS for kind in kinds) or weight.shape[-1] % 8:
+        return None
+    if not all(has_stored_form(part, info) for part, info in stored):
+        return None
+    rows = [part.elements // weight.shape[-1] for part, _ in stored]
+    parts = _runs(zip(rows, (GGUF_LAYOUTS[kind] for kind in kinds), strict=True))
+    # A matrix of two equal halves may be gates and ups, whose rows are interleaved.
+    if len(parts) > 1 and ((len(rows) == 2 and rows[0] == rows[1]) or any(n % 8 for n, _ in parts)):
+        return None
+    return IntegerFormat(parts, " and ".join(dict.fromkeys(kinds)))
+
+
+def _runs(parts: Iterable[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
+    """Neighbours of one layout made one."""
+    found: list[tuple[int, str]] = []
+    for rows, layout in parts:
+        if found and found[-1][1] == layout:
+            found[-1] = (found[-1][0] + rows, layout)
+        else:
+            found.append((rows, layout))
+    return tuple(found)
+
+
+def packed_reader(weight: Weight, stored: Stored) -> WeightFormat | None:
+    """GPTQ, AWQ and compressed-tensors integers, in groups of a multiple of 32 or of whole rows."""
+    found = [packed_part(part, info) for part, info in stored]
+    known = [g for g in found if g is not None]
+    k = weight.shape[-1]
+    if len(known) < len(found) or k % 8 or len({(g.packed.bits, min(g.group_size, k)) for g in known}) != 1:
+        return None
+    bits, size = known[0].packed.bits, known[0].group_size
+    group = INTEGER_GROUPS[0] if size >= k else next((g for g in INTEGER_GROUPS if size % g == 0), 0)
+    try:
+        orders = [g.column_order(k) for g in known]
+    except ValueError:
+        return None
+    if not group or any(not _same(orders[0], order) for order in orders):
+        return None
+    layout = f"int{bits}" + ("" if group == INTEGER_GROUPS[0] else f"g{group}")
+    return IntegerFormat(((weight.shape[0], layout),), known[0].format, reordered=orders[0] is not None)
+
+
+def _same(one: NDArray[np.int32] | None, other: NDArray[np.int32] | None) -> bool:
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))
+
+
+def packed_part(part: Part, info: TensorInfo) -> Grouped | None:
+    """The part as packed integers; None where it is stored otherwise or its rows are in another order."""
+    grouped = info.quantised
+    if not isinstance(grouped, Grouped) or part.layout == "columns" or not has_stored_form(part, info):
+        return None
+    return grouped if row_order(part, info) is None else None
+
+
+READERS: tuple[Reader, ...] = (fp8_reader, gguf_reader, packed_reader)

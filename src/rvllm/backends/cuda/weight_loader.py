@@ -60,14 +60,15 @@ class Loader:
         self._catalog = catalog
         self._stream = stream
         self._dtype = dtype
-        self._tag = "bf16" if dtype is DType.BF16 else "f16"
+        self.tag = "bf16" if dtype is DType.BF16 else "f16"
         raw = min(STAGING, scratch.nbytes // 12 // 4096 * 4096)
         # Two raw buffers and, as Q4 blocks grow fourfold in 16 bits, room for one dequantised piece.
         self._raw = [scratch.address, scratch.address + raw]
-        self._rows = scratch.address + 2 * raw
+        self.rows_at = scratch.address + 2 * raw
         self._rows_bytes = scratch.nbytes - 2 * raw
         self._staging = [Pinned(raw), Pinned(raw)]
         self._free = [Event(), Event()]
+        self._turn = 0  # of `send`
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="load")
 
     @staticmethod
@@ -168,6 +169,39 @@ class Loader:
             yield self._send(span.data[start:stop], turn % 2), first, stop - start, padded
             self._free[turn % 2].record(self._stream)
 
+    def slices(self, rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+        """Rows start to stop, by eights, that `send` has room for."""
+        fit = (self._staging[0].nbytes - 4096) // (row_bytes + 8) // 8 * 8
+        if fit < 8:
+            raise ModelError(f"8 rows of {row_bytes} bytes exceed the staging memory; raise --num-gpu-blocks")
+        for start in range(0, rows, fit):
+            yield start, min(start + fit, rows)
+
+    def send(self, arrays: Sequence[NDArray[Any]]) -> list[int]:
+        """Copies arrays to the device, contiguous; their addresses there, until `sent` was called twice."""
+        self._turn ^= 1
+        self._free[self._turn].wait()
+        staging, offset, addresses = self._staging[self._turn].array, 0, []
+        for values in arrays:
+            pinned = staging[offset : offset + values.nbytes].view(values.dtype).reshape(values.shape)
+            share = -(-len(values) // 4)
+            list(
+                self._readers.map(
+                    lambda s, to=pinned, values=values, share=share: np.copyto(
+                        to[s : s + share], values[s : s + share]
+                    ),
+                    range(0, len(values), share),
+                )
+            )
+            addresses.append(self._raw[self._turn] + offset)
+            offset += -(-values.nbytes // 256) * 256
+        self._stream.copy_to_device(self._raw[self._turn], self._staging[self._turn].address, offset)
+        return addresses
+
+    def sent(self) -> None:
+        """Says that the kernels which read what was sent last are queued."""
+        self._free[self._turn].record(self._stream)
+
     def copy(self, values: NDArray[Any], address: int) -> None:
         """Copies an array to the device as it is."""
         flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
@@ -188,14 +222,14 @@ class Loader:
         parts = ((part.type, part.data) for part in readable_parts(packed.weight, checkpoint))
         for kind, span in self.spans(packed, address, parts):
             nbytes += span.data.nbytes
-            *dequant, place = _placing(packed.form, kind, self._tag)
+            *dequant, place = _placing(packed.form, kind, self.tag)
             for source, first, rows, padded in self.stream(span, 2 * width):
                 if packed.form == "table":
                     self._dequantise(place, span.address + first * width * 2, source, rows * width)
                     continue
                 if dequant:
-                    self._dequantise(dequant[0], self._rows, source, rows * width)
-                    source = self._rows
+                    self._dequantise(dequant[0], self.rows_at, source, rows * width)
+                    source = self.rows_at
                 where = pack_arguments(source, span.address, rows, width, first=first, padded_rows=padded,
                                        interleave=span.interleave)  # fmt: skip
                 self.run(place, where, 132 * 8)

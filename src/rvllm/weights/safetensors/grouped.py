@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,21 @@ BITS = (4, 8)
 
 
 @dataclass(frozen=True)
+class PackedMatrix:
+    """The stored tensors of a matrix, for backends that compute on them.
+
+    kind: see the module; zeros None: all are 2^(bits - 1); plus_one: they are stored one less.
+    """
+
+    kind: Literal["gptq", "awq", "packed"]
+    bits: int
+    levels: StoredTensor
+    scales: StoredTensor
+    zeros: StoredTensor | None
+    plus_one: bool = False
+
+
+@dataclass(frozen=True)
 class Grouped:
     """See the module. levels(start, stop): [rows, K]; zeros and scales(start, stop): [rows, groups].
 
@@ -43,7 +59,22 @@ class Grouped:
     zeros: Callable[[int, int], Floats]
     scales: Callable[[int, int], Floats]
     group_size: int
+    packed: PackedMatrix
     order: StoredTensor | None = None
+
+    def column_order(self, width: int) -> NDArray[np.int32] | None:
+        """The stored column of each, sorted by group, where groups are no runs; None where they are.
+
+        Raises ModelError for groups that are not there, ValueError for groups of unequal length.
+        """
+        groups = -(-width // self.group_size)
+        group = self._groups(width, groups)
+        if self.order is None or group is None:
+            return None
+        order = np.argsort(group, kind="stable").astype(np.int32)
+        if not np.array_equal(group[order], np.arange(width, dtype=np.int32) // self.group_size):
+            raise ValueError(f"{self.format}: groups of unequal length")
+        return None if np.array_equal(order, np.arange(width)) else order
 
     def numbers(self, start: int, stop: int) -> Floats:
         """Rows start to stop, float32 [stop - start, K]."""
@@ -114,7 +145,8 @@ def gptq_matrix(
 
     total = sum(t.data.nbytes for t in (words, scales, packed))
     label = f"GPTQ {bits}-bit"
-    return (rows, width), Grouped(label, total, levels, zeros, _columns_of(scales), size, order)
+    raw = PackedMatrix("gptq", bits, words, scales, packed, settings.first_version)
+    return (rows, width), Grouped(label, total, levels, zeros, _columns_of(scales), size, raw, order)
 
 
 def awq_matrix(
@@ -144,7 +176,8 @@ def awq_matrix(
         return np.ascontiguousarray(columns(words, start, stop))
 
     total = sum(t.data.nbytes for t in (words, scales, packed))
-    return (rows, width), Grouped("AWQ 4-bit", total, levels, zeros, _columns_of(scales), size)
+    raw = PackedMatrix("awq", AWQ_BITS, words, scales, packed)
+    return (rows, width), Grouped("AWQ 4-bit", total, levels, zeros, _columns_of(scales), size, raw)
 
 
 def packed_matrix(stored: dict[str, StoredTensor], name: str, bits: int) -> tuple[tuple[int, int], Grouped]:
@@ -181,7 +214,8 @@ def packed_matrix(stored: dict[str, StoredTensor], name: str, bits: int) -> tupl
 
     total = sum(t.data.nbytes for t in (words, scales, packed) if t is not None)
     label = f"packed {bits}-bit"
-    return (rows, width), Grouped(label, total, levels, zeros, scale_rows, size, order)
+    raw = PackedMatrix("packed", bits, words, scales, packed)
+    return (rows, width), Grouped(label, total, levels, zeros, scale_rows, size, raw, order)
 
 
 def _are_matrices(*tensors: StoredTensor) -> bool:

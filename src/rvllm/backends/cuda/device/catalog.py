@@ -45,6 +45,9 @@ class Catalog:
                 found = smem[cubin.unit.source, cubin.unit.defines, symbol]
                 self._functions[found.name] = module.function(mangled, found.name, found.smem)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._functions
+
     def __getitem__(self, name: str) -> Function:
         return self._functions[name]
 

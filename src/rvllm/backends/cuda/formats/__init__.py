@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from rvllm.backends.cuda.formats.base import DeviceFormat
 from rvllm.backends.cuda.formats.fp8 import Fp8Device
-from rvllm.program.formats import Fp8Format, WeightFormat
+from rvllm.backends.cuda.formats.integer import IntegerDevice
+from rvllm.program.formats import Fp8Format, IntegerFormat, WeightFormat
 
-FORMATS: dict[type[WeightFormat], DeviceFormat] = {Fp8Format: Fp8Device()}
+FORMATS: dict[type[WeightFormat], DeviceFormat] = {Fp8Format: Fp8Device(), IntegerFormat: IntegerDevice()}
 
 
 def device_format(kept: WeightFormat) -> DeviceFormat:

@@ -1,0 +1,341 @@
+"""Integer weights on the GPU (GPTQ, AWQ, compressed-tensors, GGUF blocks): loading, memory, launches.
+
+Levels stay as few bits as they are stored in, in the order in which the tensor cores take them
+(`kernels/gemm/integer/formats.cuh`); activations stay in 16 bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.backends.cuda.device.launches import Count, MatrixMap, fixed
+from rvllm.backends.cuda.formats.base import format_of
+from rvllm.backends.cuda.ops.gemm import integer
+from rvllm.backends.cuda.ops.gemm.plan import Kind, gated_rows
+from rvllm.kernels.gemm.integer.specs import LAYOUTS, TILE, IntegerLayout, sm80_smem
+from rvllm.program.formats import IntegerFormat
+from rvllm.program.ops.dense import Linear, Logits, Weight
+from rvllm.weights.checkpoint import TensorType
+from rvllm.weights.formats import QUANTISED_INT4, packed_part
+from rvllm.weights.packing import find_tensor, raw_parts, readable_parts, readable_type
+from rvllm.weights.safetensors.grouped import Grouped, PackedMatrix
+from rvllm.weights.safetensors.stored import StoredTensor
+
+if TYPE_CHECKING:
+    from rvllm.backends.cuda.device.catalog import Catalog
+    from rvllm.backends.cuda.device.driver import Stream
+    from rvllm.backends.cuda.device.info import DeviceInfo
+    from rvllm.backends.cuda.layout.weights import PackedWeight
+    from rvllm.backends.cuda.lowering import Lowering
+    from rvllm.backends.cuda.ops.gemm.launches import Epilogue
+    from rvllm.backends.cuda.weight_loader import Loader, Span
+    from rvllm.program.dtypes import DType
+    from rvllm.weights.checkpoint import Checkpoint
+
+REORDERED = "integer.reordered"  # scratch: activations in the order of a weight's columns
+_ALIGN = 256
+_GRID = 132 * 8
+_PLAIN = {TensorType.F32: "f32", TensorType.F16: "f16", TensorType.BF16: "bf16"}
+_SCALES = {"F16": 0, "BF16": 1, "F32": 2}  # ScaleKind in pack_words.cu
+_GATHER_THREADS = 128
+
+
+@dataclass(frozen=True)
+class Run:
+    """Successive rows in one layout, from packed row `first` on, at `offset` bytes of the weight's place."""
+
+    first: int
+    rows: int
+    offset: int
+    layout: IntegerLayout
+
+
+def runs_of(kept: IntegerFormat, rows: int, columns: int) -> tuple[list[Run], int]:
+    """The runs of a packed matrix and where they end, in bytes; the order of columns lies behind."""
+    found, first, offset = [], 0, 0
+    for count, name in kept.parts:
+        layout, here = LAYOUTS[name], rows if len(kept.parts) == 1 else count
+        found.append(Run(first, here, offset, layout))
+        first += here
+        offset += -(-layout.nbytes(here, columns) // _ALIGN) * _ALIGN
+    return found, offset
+
+
+class IntegerDevice:
+    """See `DeviceFormat`."""
+
+    def refusal(self, weight: Weight, dtype: DType, info: DeviceInfo) -> str | None:
+        """See DeviceFormat."""
+        if info.capability == 90:
+            return None
+        needed = max(sm80_smem(LAYOUTS[name], 64) for _, name in _format(weight).parts)
+        if needed > info.smem_per_block:
+            return f"its kernel needs {needed} bytes of shared memory"
+        return None
+
+    def packed_nbytes(self, kept: IntegerFormat, rows: int, columns: int) -> int:
+        """See DeviceFormat."""
+        return runs_of(kept, rows, columns)[1] + (4 * columns if kept.reordered else 0)
+
+    def scratch(self, weight: Weight, tokens: int, capability: int) -> dict[str, int]:
+        """See DeviceFormat."""
+        return {REORDERED: 2 * tokens * weight.shape[-1]} if _format(weight).reordered else {}
+
+    def loading_kernels(self, packed: PackedWeight, dtype: DType, checkpoint: Checkpoint | None) -> list[str]:
+        """See DeviceFormat."""
+        tag, kept = _tag(dtype), _format(packed.weight)
+        if checkpoint is None:
+            return [f"sm80_{tag}_integer_fill"]
+        words = [f"sm80_{tag}_integer_pack_{name}" for _, name in kept.parts if LAYOUTS[name].integers]
+        infos = [(part, find_tensor(part, checkpoint)) for part in packed.weight.parts]
+        kinds = [readable_type(part, info) for part, info in infos if info is not None]
+        if kept.stored == QUANTISED_INT4:
+            return words + [f"sm80_integer_quantise_{_PLAIN[kind]}" for kind in kinds]
+        return words or [f"sm80_integer_pack_{kind.value.lower()}" for kind in kinds]
+
+    def load(self, loader: Loader, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
+        """See DeviceFormat."""
+        kept = _format(packed.weight)
+        if kept.stored == QUANTISED_INT4:
+            return _quantise(loader, packed, address, checkpoint)
+        if LAYOUTS[kept.parts[0][1]].integers:
+            return _load_words(loader, packed, address, checkpoint)
+        return _load_blocks(loader, packed, address, checkpoint)
+
+    def fill(self, catalog: Catalog, stream: Stream, packed: PackedWeight, address: int, seed: int) -> None:
+        """See DeviceFormat."""
+        from rvllm.backends.cuda.device.driver import Launch
+
+        name = next(n for n in ("sm80_bf16_integer_fill", "sm80_f16_integer_fill") if n in catalog)
+        for run in runs_of(_format(packed.weight), packed.rows, packed.width)[0]:
+            layout = run.layout
+            arguments = [
+                address + run.offset,
+                ctypes.c_uint64(layout.nbytes(run.rows, packed.width) // 4),
+                ctypes.c_int(layout.chunk_bytes),
+                ctypes.c_int(layout.runs * TILE * 4),
+                ctypes.c_uint(integer.dummy_word(layout)),
+                ctypes.c_int(layout.integers and layout.bits == 4),
+                ctypes.c_uint(seed & 0xFFFFFFFF),
+            ]
+            Launch(catalog[name], 256, 0, arguments, pdl=False).run(stream, (_GRID, 1, 1))
+
+    def product(self, to: Lowering, name: str, op: Linear | Logits, end: Epilogue) -> None:
+        """See DeviceFormat."""
+        rows, k = op.weight.shape
+        if end.form == "gated":
+            rows = gated_rows(rows // 2)
+        kept, count = _format(op.weight), to.rows(op.x.rows)(to.counts)
+        x, pitch = to.at.buffers[op.x.name], op.x.width
+        weights, bias = to.weight(op.weight, end.form), to.weight(op.bias, _bias_form(end))
+        runs, behind = runs_of(kept, rows, k)
+        if kept.reordered:
+            self._reorder(to, name, op, x, weights + behind)
+            x, pitch = to.at.scratch[REORDERED], k
+        for run in runs:
+            plan = integer.plan_integer(
+                run.rows, k, count, to.tag, run.layout, to.chip.sm_count, to.chip.capability
+            )
+            source: Any = x
+            if plan.mode != "sm80":
+                source = MatrixMap(x, to.capacity(op.x.rows), k, plan.token_tile, 64, to.tag == "bf16")
+            parameters = integer.integer_arguments(
+                plan,
+                source,
+                weights + run.offset,
+                end.out + run.first * (4 if end.kind == Kind.LOGITS else 2),
+                end.pitch,
+                kind=end.kind,
+                bias=bias + 2 * run.first if bias else 0,
+                residual=end.residual + 2 * run.first if end.residual else 0,
+                scale=end.scale,
+                soft_cap=end.soft_cap,
+                tokens=Count(op.x.rows),
+                x_width=k,
+                x_pitch=pitch,
+            )
+            to.plan(name, plan.kernel, fixed(*plan.grid), plan.block, *parameters,
+                    smem=plan.smem, cluster=plan.cluster, why=plan.why)  # fmt: skip
+
+    def _reorder(self, to: Lowering, name: str, op: Linear | Logits, x: int, order: int) -> None:
+        """Activations in the order of the weight's columns, in a launch of its own."""
+        k, rows = op.weight.shape[-1], to.rows(op.x.rows)
+        to.plan(
+            name,
+            "sm80_integer_reorder",
+            lambda c: (-(-k // (8 * _GATHER_THREADS)), rows(c), 1),
+            _GATHER_THREADS,
+            x,
+            to.at.scratch[REORDERED],
+            order,
+            ctypes.c_int(k),
+            ctypes.c_int(op.x.width),
+        )
+
+
+def _bias_form(end: Epilogue) -> Any:
+    return "gated_bias" if end.form == "gated" else "bias"
+
+
+def _tag(dtype: DType) -> str:
+    from rvllm.program.dtypes import DType
+
+    return "bf16" if dtype is DType.BF16 else "f16"
+
+
+def _format(weight: Weight) -> IntegerFormat:
+    kept = format_of(weight)
+    assert isinstance(kept, IntegerFormat)
+    return kept
+
+
+def _placed(packed: PackedWeight, span: Span) -> tuple[Span, Run]:
+    """A span with its rows counted from the run that they belong to."""
+    runs, _ = runs_of(_format(packed.weight), packed.rows, packed.width)
+    run = next(r for r in runs if span.first < r.first + r.rows)
+    first, rows = span.first - run.first, len(span.data)
+    padded = span.padded
+    if len(runs) > 1:
+        padded = rows + (-run.rows % TILE if first + rows == run.rows else 0)
+    return replace(span, first=first, padded=padded), run
+
+
+def _load_blocks(loader: Loader, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
+    """GGUF blocks, as they lie in the file."""
+    nbytes = 0
+    parts = (
+        (f"sm80_integer_pack_{p.type.value.lower()}", p.data) for p in raw_parts(packed.weight, checkpoint)
+    )
+    for kernel, whole in loader.spans(packed, address, parts):
+        span, run = _placed(packed, whole)
+        nbytes += span.data.nbytes
+        for source, first, rows, padded in loader.stream(span):
+            arguments = integer.pack_blocks_arguments(
+                source, span.data.shape[1], address + run.offset, rows, packed.width,
+                first=first, padded_rows=padded, interleave=span.interleave,
+            )  # fmt: skip
+            loader.run(kernel, arguments, _GRID)
+    return nbytes
+
+
+def _load_words(loader: Loader, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
+    """Packed words, as they lie in the file: slices of rows with their zeros and scales."""
+    kept, k = _format(packed.weight), packed.width
+    (run,), behind = runs_of(kept, packed.rows, k)
+    parts = list(_grouped(packed.weight, checkpoint))
+    order = parts[0].column_order(k)
+    order_at = 0
+    if order is not None:
+        order_at = address + behind
+        loader.copy(order, order_at)
+    kernel = f"sm80_{loader.tag}_integer_pack_{run.layout.name}"
+    for grouped, span in loader.spans(packed, address, ((g, _numbered(g.packed)) for g in parts)):
+        begin = int(span.data[0].view(np.uint32)[0])
+        for start, stop in loader.slices(
+            len(span.data), -(-grouped.stored_nbytes // _row_count(grouped.packed))
+        ):
+            arrays, source = word_source(grouped, begin + start, begin + stop)
+            levels, scales, *zeros = loader.send(arrays)
+            source = replace(
+                source, levels=levels, scales=scales, zeros=zeros[0] if zeros else 0, order=order_at,
+                group_size=min(grouped.group_size, k),
+            )  # fmt: skip
+            last = stop == len(span.data)
+            arguments = integer.pack_words_arguments(
+                source, address, stop - start, k,
+                first=span.first + start * (2 if span.interleave else 1),
+                padded_rows=span.padded - start if last else stop - start, interleave=span.interleave,
+            )  # fmt: skip
+            loader.run(kernel, arguments, _GRID)
+            loader.sent()
+    return sum(g.stored_nbytes for g in parts)
+
+
+def _grouped(weight: Weight, checkpoint: Checkpoint) -> Iterator[Grouped]:
+    for part in weight.parts:
+        info = find_tensor(part, checkpoint)
+        found = None if info is None else packed_part(part, info)
+        assert found is not None, part.source
+        yield found
+
+
+def _row_count(packed: PackedMatrix) -> int:
+    if packed.kind == "packed":
+        return packed.levels.shape[0]
+    return packed.levels.shape[1] * (32 // packed.bits if packed.kind == "awq" else 1)
+
+
+def _numbered(packed: PackedMatrix) -> NDArray[np.uint8]:
+    """The numbers of a matrix's rows, in place of the rows."""
+    return np.arange(_row_count(packed), dtype=np.uint32)[:, None].view(np.uint8)
+
+
+def _matrix(tensor: StoredTensor) -> NDArray[Any]:
+    item = {"I32": np.uint32, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}[tensor.kind]
+    return tensor.data.view(item).reshape(tensor.shape)
+
+
+def word_source(grouped: Grouped, start: int, stop: int) -> tuple[list[NDArray[Any]], integer.WordSource]:
+    """Levels, scales and perhaps zeros of rows start to stop, by eights, and how they lie.
+
+    Addresses and the group's size are left to be filled in.
+    """
+    packed = grouped.packed
+    each, rows = 32 // packed.bits, stop - start
+    levels, scales = _matrix(packed.levels), _matrix(packed.scales)
+    zeros = None if packed.zeros is None else _matrix(packed.zeros)
+    first, skip = start // each, start % each
+    if packed.kind == "packed":
+        taken = [levels[start:stop], scales[start:stop]]
+        taken += [] if zeros is None else [zeros[first : -(-stop // each)]]
+        where = {"level_n": levels.shape[1], "level_k": 1, "level_k_per": each, "scale_n": scales.shape[1],
+                 "scale_g": 1, "zero_n": scales.shape[1], "zero_g": 1}  # fmt: skip
+    else:
+        awq = packed.kind == "awq"
+        columns = slice(first, -(-stop // each))
+        taken = [levels[:, columns] if awq else levels[:, start:stop], scales[:, start:stop]]
+        taken += [] if zeros is None else [zeros[:, columns]]
+        words = taken[-1].shape[1]
+        where = {"level_n": 1, "level_k": words if awq else rows, "level_k_per": 1 if awq else each,
+                 "level_n_per": each if awq else 1, "level_skip": skip if awq else 0, "scale_n": 1,
+                 "scale_g": rows, "zero_n": 1, "zero_g": words}  # fmt: skip
+    source = integer.WordSource(
+        levels=0, scales=0, group_size=0, zero_n_per=each, zero_skip=skip, awq=packed.kind == "awq",
+        plus_one=packed.plus_one, scale_kind=_SCALES[packed.scales.kind], **where,
+    )  # fmt: skip
+    return taken, source
+
+
+def _quantise(loader: Loader, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
+    """A matrix of plain numbers, quantised on its way in."""
+    nbytes, k = 0, packed.width
+    groups, words = -(-k // 128), -(-k // 8)
+    (run,), _ = runs_of(_format(packed.weight), packed.rows, k)
+    parts = ((_PLAIN[part.type], part.data) for part in readable_parts(packed.weight, checkpoint))
+    for kind, span in loader.spans(packed, address, parts):
+        nbytes += span.data.nbytes
+        for source, first, rows, padded in loader.stream(span, 4 * words + 8 * groups):
+            zeros = loader.rows_at + 4 * rows * words
+            scales = zeros + 4 * rows * groups
+            loader.run(
+                f"sm80_integer_quantise_{kind}",
+                [source, loader.rows_at, zeros, scales, ctypes.c_int64(rows), ctypes.c_int(k)],
+                _GRID,
+            )
+            from_words = integer.WordSource(
+                levels=loader.rows_at, level_n=words, level_k=1, level_k_per=8, zeros=zeros,
+                zero_n=groups, zero_g=1, scales=scales, scale_n=groups, scale_g=1, scale_kind=2,
+                group_size=128,
+            )  # fmt: skip
+            arguments = integer.pack_words_arguments(
+                from_words, address + run.offset, rows, k,
+                first=first, padded_rows=padded, interleave=span.interleave,
+            )  # fmt: skip
+            loader.run(f"sm80_{loader.tag}_integer_pack_int4", arguments, _GRID)
+    return nbytes

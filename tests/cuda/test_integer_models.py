@@ -1,0 +1,167 @@
+"""Checkpoints of integers, run as they are stored, against float32 on the CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from emulator import available
+from emulator.driver import emulated_driver
+from gpu_engine import CONFIG, core_of, model, run
+from integer_checks import stored_blocks
+from tiny import weights_of
+
+from rvllm.backends.cpu.backend import CpuBackend
+from rvllm.backends.cuda.device.driver import device_count
+from rvllm.engine.ipc.messages import Sampling
+from rvllm.models.config import ModelConfig
+from rvllm.models.registry import build_program
+from rvllm.program.dtypes import DType
+from rvllm.program.formats import IntegerFormat
+from rvllm.weights.checkpoint import Checkpoint
+from rvllm.weights.formats import with_formats
+from rvllm.weights.open import open_checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "weights"))
+from model_files import LLAMA, gguf_bytes
+from quantisers import AWQ, GPTQ, Quantiser, Tensors, awq, compressed, file_of, gptq, packed
+
+pytestmark = pytest.mark.skipif(not available() and device_count() == 0, reason="needs g++ or a GPU")
+
+
+def ordered(seed: int, quantiser: Quantiser) -> Quantiser:
+    """The same order of columns for every matrix of one width, as quantisers find it."""
+    return lambda name, matrix, rng: quantiser(name, matrix, np.random.default_rng([seed, matrix.shape[1]]))
+
+
+METHODS: dict[str, tuple[dict[str, Any], Quantiser]] = {
+    "gptq": (GPTQ | {"bits": 4, "group_size": 32}, gptq(4, 32)),
+    "gptq in order of importance": (
+        GPTQ | {"bits": 4, "group_size": 32, "desc_act": True},
+        ordered(1, gptq(4, 32, desc_act=True)),
+    ),
+    "gptq 8 bits, whole rows": (GPTQ | {"bits": 8, "group_size": -1}, gptq(8, -1)),
+    "awq": (AWQ | {"group_size": 64}, awq(64)),
+    "packed": (
+        compressed("pack-quantized", num_bits=4, group_size=32, strategy="group", type="int"),
+        packed(4, 32),
+    ),
+}
+KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS",
+         "MXFP4"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def machine() -> Iterator[None]:
+    if device_count() > 0:
+        yield
+    else:
+        with emulated_driver():
+            yield
+
+
+def check_runs(checkpoint: Checkpoint, vocabulary: int) -> None:
+    """Log probabilities of prompts' next tokens as near to float32's as those of weights expanded to
+    bfloat16, whose error is that of 16-bit activations and weights; the same bits alone and in company.
+    """
+    from rvllm.backends.cuda.backend import CudaBackend
+
+    rng = np.random.default_rng(0)
+    asked = [
+        (rng.integers(0, vocabulary, n).tolist(), Sampling(max_tokens=1, logprobs=5)) for n in (3, 40, 17)
+    ]
+    config = checkpoint.config
+
+    def found(
+        device: str, requests: list[tuple[list[int], Sampling]], quantization: str = "auto"
+    ) -> list[dict[int, float]]:
+        program = build_program(ModelConfig(config, "tiny"), DType.F32 if device == "cpu" else DType.BF16)
+        engine = replace(CONFIG, device=device, max_num_batched_tokens=64, quantization=quantization)
+        backend = CpuBackend if device == "cpu" else CudaBackend
+        core = core_of(backend.load(program, checkpoint, engine), config)
+        outputs = run(core, requests)
+        core.close()
+        first = [request[0].logprobs[0] for request in outputs]
+        return [dict(zip(f.top_ids, f.top_logprobs, strict=True)) for f in first]
+
+    exact, kept = found("cpu", asked), found("cuda", asked)
+
+    def error(others: list[dict[int, float]]) -> float:
+        pairs = [(one, other, set(one) & set(other)) for one, other in zip(exact, others, strict=True)]
+        assert all(len(common) >= 3 for _, _, common in pairs)
+        return max(abs(one[token] - other[token]) for one, other, common in pairs for token in common)
+
+    assert error(kept) < 1.5 * error(found("cuda", asked, "none")) + 0.01
+    assert found("cuda", asked[1:2]) == kept[1:2]
+
+
+def kept_formats(checkpoint: Checkpoint) -> list[IntegerFormat]:
+    program = build_program(ModelConfig(checkpoint.config, "tiny"), DType.BF16)
+    weights = with_formats(program, checkpoint, "auto").weights
+    return [w.format for w in weights if isinstance(w.format, IntegerFormat)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_packed_integers(method: str, tmp_path: Path) -> None:
+    quantisation, quantise = METHODS[method]
+    config = model(num_hidden_layers=1, hidden_size=128, intermediate_size=192, num_attention_heads=2)
+    rng = np.random.default_rng(0)
+    stored: Tensors = {}
+    for name, numbers in weights_of(build_program(ModelConfig(config, "tiny"), DType.F32)).items():
+        if numbers.ndim == 2 and "layers" in name:
+            stored |= quantise(name.removesuffix(".weight"), numbers, rng)[0]
+        else:
+            stored[name] = ("F32", numbers)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
+    (tmp_path / "model.safetensors").write_bytes(file_of(stored))
+    checkpoint = open_checkpoint(tmp_path)
+    formats = kept_formats(checkpoint)
+    assert len(formats) == 4 and all(f.reordered == ("importance" in method) for f in formats)
+    check_runs(checkpoint, config["vocab_size"])
+
+
+def gguf_model(path: Path, kind_of: dict[str, str], default: str) -> Checkpoint:
+    """A Llama of one layer whose matrices are random blocks of the kinds given by llama.cpp's names."""
+    rng = np.random.default_rng(1)
+    hidden, inner, heads, kv, words = 256, 512, 4, 2, 96
+    metadata = LLAMA | {
+        "llama.context_length": 256, "llama.embedding_length": hidden, "llama.feed_forward_length": inner,
+        "llama.attention.head_count": heads, "llama.attention.head_count_kv": kv,
+        "tokenizer.ggml.tokens": [f"t{i}" for i in range(words)],
+    }  # fmt: skip
+    shapes = {
+        "token_embd": (words, hidden), "output": (words, hidden), "blk.0.attn_q": (hidden, hidden),
+        "blk.0.attn_k": (hidden // 2, hidden), "blk.0.attn_v": (hidden // 2, hidden),
+        "blk.0.attn_output": (hidden, hidden), "blk.0.ffn_gate": (inner, hidden),
+        "blk.0.ffn_up": (inner, hidden), "blk.0.ffn_down": (hidden, inner),
+    }  # fmt: skip
+    tensors = {
+        f"{name}.weight": (kind, shape, stored_blocks(rng, kind, *shape).tobytes())
+        for name, shape in shapes.items()
+        for kind in [kind_of.get(name, default)]
+    }
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        numbers = 1 + rng.standard_normal(hidden).astype(np.float32) / 20
+        tensors[f"{name}.weight"] = ("F32", (hidden,), numbers.tobytes())
+    path.write_bytes(gguf_bytes(metadata, tensors))
+    return open_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gguf_blocks(kind: str, tmp_path: Path) -> None:
+    checkpoint = gguf_model(tmp_path / "m.gguf", {}, kind)
+    assert [f.stored for f in kept_formats(checkpoint)] == [kind] * 5
+    check_runs(checkpoint, 96)
+
+
+def test_kinds_mixed_within_a_product(tmp_path: Path) -> None:
+    kinds = {"blk.0.attn_v": "Q6_K", "blk.0.ffn_down": "Q6_K", "output": "Q6_K", "token_embd": "Q4_K"}
+    checkpoint = gguf_model(tmp_path / "m.gguf", kinds, "Q4_K")
+    assert sorted(len(f.parts) for f in kept_formats(checkpoint)) == [1, 1, 1, 1, 2]
+    check_runs(checkpoint, 96)
