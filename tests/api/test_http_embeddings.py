@@ -91,6 +91,8 @@ def test_score(encoder: LiveServer) -> None:
     texts = ["hello world", "the quick fox", "日本語"]
     query, *vectors = [expected(encoder, text) for text in ["hello", *texts]]
     status, answer = encoder.post("/v1/score", text_1="hello", text_2=texts)
+    for one, two in (("queries", "documents"), ("data_1", "data_2")):
+        assert encoder.post("/v1/score", **{one: "hello", two: texts})[1]["data"] == answer["data"]
     assert status == 200
     assert np.allclose([entry["score"] for entry in answer["data"]], [query @ v for v in vectors], atol=1e-6)
     _, pairs = encoder.post("/score", text_1=texts, text_2=texts)

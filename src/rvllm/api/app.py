@@ -21,13 +21,13 @@ from rvllm.api.generate.generation import Service
 from rvllm.api.http.browsers import Guard
 from rvllm.api.http.errors import ApiError
 from rvllm.api.http.exchange import Endpoint, Exchange, Failure, Gate, openai_failure
-from rvllm.api.openai.chat import chat_completions
+from rvllm.api.openai.chat import chat_batch, chat_completions
 from rvllm.api.openai.completions import completions
 from rvllm.api.openai.embeddings import embeddings, refuse_encoder, rerank, score
 from rvllm.api.page import page_routes
 from rvllm.api.schemas import anthropic
 from rvllm.api.schemas.embeddings import EmbeddingRequest, RerankRequest, ScoreRequest
-from rvllm.api.schemas.requests import ChatRequest, CompletionRequest
+from rvllm.api.schemas.requests import ChatBatchRequest, ChatRequest, CompletionRequest
 from rvllm.api.stateful import stateful_routes
 
 ServiceHandler = Callable[[Service, Exchange, bytes], Awaitable[None]]
@@ -54,6 +54,12 @@ def build_app(service: Service, gate: Gate) -> Starlette:
     return Starlette(
         routes=[
             *(route("POST", path, handler, fields) for path, (handler, fields) in stateless.items()),
+            route(
+                "POST",
+                "/v1/chat/completions/batch",
+                generating(chat_batch),
+                ChatBatchRequest.__struct_fields__,
+            ),
             *(
                 route("POST", path, generating(handler), fields, failure=anthropic.failure)
                 for path, handler, fields in (
@@ -80,7 +86,11 @@ def build_app(service: Service, gate: Gate) -> Starlette:
             route("GET", "/tokenizer_info", system.tokenizer_info),
             *stateful_routes(service, gate, answering(service)),
             route("GET", "/health", partial(system.health, gate), open=True),
+            *(route(method, "/ping", partial(system.health, gate), open=True) for method in ("GET", "POST")),
             route("GET", "/metrics", system.metrics, open=True),
+            route("GET", "/load", system.load),
+            route("GET", "/is_sleeping", system.is_sleeping),
+            route("GET", "/server_info", system.server_info),
             route("GET", "/version", system.version, open=True),
             Route(
                 "/openapi.json",

@@ -129,3 +129,31 @@ async def metrics(service: Service, exchange: Exchange, body: bytes) -> None:
 async def version(service: Service, exchange: Exchange, body: bytes) -> None:
     """`/version`."""
     await exchange.json({"version": __version__})
+
+
+async def load(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/load`: how many choices run or wait, as vLLM tells balancers."""
+    await exchange.json({"server_load": service.in_flight})
+
+
+async def is_sleeping(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/is_sleeping`: never; a server that is not needed is ended, and starts in seconds."""
+    await exchange.json({"is_sleeping": False})
+
+
+async def server_info(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/server_info`: what is served, and how; the settings are under vLLM's name for them."""
+    ready, facts = service.ready, service.ready.facts
+    settings = {
+        "model": service.served_name,
+        "architecture": facts.architecture,
+        "dtype": facts.dtype,
+        "device": ready.backend,
+        "max_model_len": facts.max_model_len,
+        "max_num_seqs": ready.max_num_seqs,
+        "max_num_batched_tokens": ready.max_num_batched_tokens,
+        "block_size": ready.block_size,
+        "num_gpu_blocks": ready.num_blocks,
+        **service.shown_settings,
+    }
+    await exchange.json({"vllm_config": settings, "system_env": {"rvllm": __version__}})

@@ -226,6 +226,7 @@ class _Snapshot(Collector):
         yield self._counter(
             "vllm:prefix_cache_hits", "Prompt tokens found cached.", engine.cached_prompt_tokens
         )
+        yield from self._as_vllm_has_them()
         yield self._step_histogram()
         for name, (help, values) in self._infos.items():
             info = GaugeMetricFamily(name, help, labels=list(values))
@@ -264,6 +265,33 @@ class _Snapshot(Collector):
         yield self._gauge("rvllm:grammar_mask_p99_seconds", waited + "p99.", engine.mask_p99_seconds)
         yield from self._of_backend()
 
+    def _as_vllm_has_them(self) -> Iterator[Metric]:
+        """What dashboards made for vLLM ask for besides; what we have none of is 0."""
+        engine = self._engine
+        cached = engine.cached_prompt_tokens
+        yield self._counter("vllm:prompt_tokens_cached", "Prompt tokens found cached.", cached)
+        sources = {
+            "local_compute": max(0, engine.prompt_tokens - cached),
+            "local_cache_hit": cached,
+            "external_kv_transfer": 0,
+        }
+        yield self._by_label(
+            "vllm:prompt_tokens_by_source", "Prompt tokens by source.", "source", sources, True
+        )
+        states = {"awake": 1, "weights_offloaded": 0, "discard_all": 0}
+        yield self._by_label("vllm:engine_sleep_state", "Always awake.", "sleep_state", states)
+        yield self._counter("vllm:corrupted_requests", "Requests with broken logits.", engine.broken_logits)
+        share = engine.blocks_used / max(1, engine.blocks_total)
+        yield self._gauge("vllm:gpu_cache_usage_perc", "kv_cache_usage_perc under its older name.", share)
+        older = "Of the prefix cache, under an older name."
+        yield self._counter("vllm:gpu_prefix_cache_queries", older, engine.prefix_queries)
+        yield self._counter("vllm:gpu_prefix_cache_hits", older, cached)
+        for name in ("external_prefix_cache_queries", "external_prefix_cache_hits", "mm_cache_queries",
+                     "mm_cache_hits", "spec_decode_num_drafts", "spec_decode_num_draft_tokens",
+                     "spec_decode_num_accepted_tokens"):  # fmt: skip
+            yield self._counter(f"vllm:{name}", "There are none here.", 0)
+        yield self._gauge("vllm:num_requests_swapped", "There are none here.", 0)
+
     def _of_backend(self) -> Iterator[Metric]:
         """A backend's own figures: counters where their names say so; labels may follow in braces."""
         families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
@@ -301,8 +329,11 @@ class _Snapshot(Collector):
             family.add_metric([*self._labels.values(), op, kernel], count)
         return family
 
-    def _by_label(self, name: str, help: str, label: str, values: Mapping[str, float]) -> Metric:
-        family = GaugeMetricFamily(name, help, labels=[*self._labels, label])
+    def _by_label(
+        self, name: str, help: str, label: str, values: Mapping[str, float], counts: bool = False
+    ) -> Metric:
+        kind = CounterMetricFamily if counts else GaugeMetricFamily
+        family = kind(name, help, labels=[*self._labels, label])
         for value, amount in values.items():
             family.add_metric([*self._labels.values(), value], amount)
         return family

@@ -28,6 +28,7 @@ from rvllm.api.schemas.embeddings import (
     ScoreRequest,
 )
 from rvllm.api.schemas.requests import (
+    ChatBatchRequest,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -77,6 +78,8 @@ class Operation:
 OPERATIONS = (
     Operation("POST", "/v1/chat/completions", "The assistant's next message.", ChatRequest,
               answers.ChatAnswer, events=answers.ChatChunk),
+    Operation("POST", "/v1/chat/completions/batch", "Several conversations' next messages.",
+              ChatBatchRequest, answers.ChatAnswer),
     Operation("POST", "/v1/completions", "Continuations of texts.", CompletionRequest,
               answers.CompletionAnswer, events=answers.CompletionAnswer),
     Operation("POST", "/v1/messages", "The assistant's next message, in Anthropic's form.",
@@ -128,6 +131,12 @@ OPERATIONS = (
     Operation("POST", "/detokenize", "The text of tokens.", DetokenizeRequest, answers.Text),
     Operation("GET", "/tokenizer_info", "Special tokens and the chat template.", None, answers.TokenizerInfo),
     Operation("GET", "/health", "200 while requests are answered.", open=True),
+    *(
+        Operation(method, "/ping", "The same as /health.", open=True) for method in ("GET", "POST")
+    ),
+    Operation("GET", "/load", "Choices that run or wait.", None, dict[str, int]),
+    Operation("GET", "/is_sleeping", "Whether the model is asleep.", None, dict[str, bool]),
+    Operation("GET", "/server_info", "What is served, and how.", None, dict[str, Any]),
     Operation("GET", "/metrics", "Figures for Prometheus.", content="text/plain", open=True),
     Operation("GET", "/version", "The server's version.", None, dict[str, str], open=True),
 )  # fmt: skip

@@ -129,6 +129,11 @@ class Service:
         """Whether texts can be taken and given."""
         return self._tokenizer is not None
 
+    @property
+    def in_flight(self) -> int:
+        """Choices and texts that run or wait."""
+        return self._in_flight
+
     @cached_property
     def places_tools(self) -> bool:
         """Whether the chat template shows the model the tools that it is offered."""

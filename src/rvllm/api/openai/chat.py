@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import aclosing
 
 from msgspec import UNSET
@@ -11,7 +12,8 @@ from rvllm.api.generate.generation import Service
 from rvllm.api.generate.logprobs import Names, chat_logprobs, prompt_logprobs
 from rvllm.api.generate.output_parser import Call
 from rvllm.api.generate.streaming import stream
-from rvllm.api.http.body import parse
+from rvllm.api.http.body import check_count, parse
+from rvllm.api.http.errors import invalid
 from rvllm.api.http.exchange import Exchange, check_model
 from rvllm.api.schemas.answers import (
     ChatAnswer,
@@ -25,7 +27,7 @@ from rvllm.api.schemas.answers import (
     ToolCall,
     now,
 )
-from rvllm.api.schemas.requests import ChatRequest
+from rvllm.api.schemas.requests import ChatBatchRequest, ChatRequest
 from rvllm.text.tools.events import CallStart, Text
 
 
@@ -39,6 +41,43 @@ async def chat_completions(service: Service, exchange: Exchange, body: bytes) ->
         await writer.stream(exchange)
     else:
         await exchange.json(await writer.whole())
+
+
+async def chat_batch(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/v1/chat/completions/batch`, as vLLM has it: several conversations, a choice for each, in order.
+
+    They are answered together; a mistake in one refuses all.
+    """
+    request = parse(body, ChatBatchRequest)
+    check_model(request.model, service.served_names)
+    check_count(request.messages, service.config.max_choices, "messages")
+    if not request.messages:
+        raise invalid("messages must hold at least one conversation", "messages")
+    for name, value in (("stream", request.stream), ("n", request.n not in (None, 1))):
+        if value:
+            raise invalid(f"{name} is not for batches: send the conversations one by one", name)
+    fields = {name: getattr(request, name) for name in request.__struct_fields__ if name != "messages"}
+    names = [f"chatcmpl-{exchange.request_id}-{i}" for i in range(len(request.messages))]
+    answers = [
+        await Answer.start(service, name, ChatRequest(messages=messages, **fields), len(body))
+        for name, messages in zip(names, request.messages, strict=True)
+    ]
+    running = [asyncio.ensure_future(_ChatWriter(service, answer).whole()) for answer in answers]
+    try:
+        found = await asyncio.gather(*running)
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+    whole = found[0]
+    whole.id = f"chatcmpl-{exchange.request_id}"
+    whole.choices = [answer.choices[0] for answer in found]
+    for i, choice in enumerate(whole.choices):
+        choice.index = i
+    whole.usage.prompt_tokens = sum(answer.usage.prompt_tokens for answer in found)
+    whole.usage.completion_tokens = sum(answer.usage.completion_tokens for answer in found)
+    whole.usage.total_tokens = whole.usage.prompt_tokens + whole.usage.completion_tokens
+    await exchange.json(whole)
 
 
 class _ChatWriter:
@@ -132,7 +171,8 @@ class _ChatWriter:
 
 def _parts(delta: AnswerDelta) -> list[ChatDelta]:
     """What a delta adds to the message, in order."""
-    parts = [ChatDelta(reasoning_content=delta.reasoning)] if delta.reasoning else []
+    thought = delta.reasoning
+    parts = [ChatDelta(reasoning=thought, reasoning_content=thought)] if thought else []
     for event in delta.events:
         if isinstance(event, Text):
             parts.append(ChatDelta(content=event.text))
@@ -148,7 +188,7 @@ def _parts(delta: AnswerDelta) -> list[ChatDelta]:
 def _message(words: str, thoughts: str, calls: list[Call]) -> ChatMessage:
     message = ChatMessage("assistant", words)
     if thoughts:
-        message.reasoning_content = thoughts
+        message.reasoning = message.reasoning_content = thoughts
     if calls:
         message.tool_calls = [
             ToolCall(FunctionCall(call.arguments, call.name), call.id, "function") for call in calls

@@ -64,11 +64,8 @@ async def score(service: Service, exchange: Exchange, body: bytes) -> None:
     """Answers with the cosine similarity of each pair of texts."""
     request = parse(body, ScoreRequest)
     check_model(request.model, service.served_names)
-    first = [request.text_1] if isinstance(request.text_1, str) else request.text_1
-    second = [request.text_2] if isinstance(request.text_2, str) else request.text_2
-    if not (first and second) or (len(first) not in (1, len(second))):
-        raise invalid("text_1 must hold one text, or as many as text_2", "text_1")
-    encoder = _Encoder(service, f"score-{exchange.request_id}", "text_1", request)
+    name, first, second = _sides(request)
+    encoder = _Encoder(service, f"score-{exchange.request_id}", name, request)
     vectors = await encoder.vectors([*first, *second])
     left, right = vectors[: len(first)], vectors[len(first) :]
     data = [
@@ -77,6 +74,21 @@ async def score(service: Service, exchange: Exchange, body: bytes) -> None:
     ]
     await exchange.json(ScoreAnswer(id=encoder.name, created=now(), model=service.served_name,
                                     data=data, usage=encoder.usage()))  # fmt: skip
+
+
+def _sides(request: ScoreRequest) -> tuple[str, list[str], list[str]]:
+    """(the first side's name, the texts of both sides). Raises a 400 when they do not fit together."""
+    pairs = (("text_1", "text_2"), ("queries", "documents"), ("data_1", "data_2"))
+    given = [(one, two) for one, two in pairs if getattr(request, one) or getattr(request, two)]
+    if len(given) > 1:
+        raise invalid(f"{given[0][0]} and {given[1][0]} exclude each other", given[1][0])
+    name, other = given[0] if given else pairs[0]
+    first, second = getattr(request, name) or [], getattr(request, other) or []
+    first = [first] if isinstance(first, str) else first
+    second = [second] if isinstance(second, str) else second
+    if not (first and second) or (len(first) not in (1, len(second))):
+        raise invalid(f"{name} must hold one text, or as many as {other}", name)
+    return name, first, second
 
 
 async def rerank(service: Service, exchange: Exchange, body: bytes) -> None:

@@ -92,7 +92,8 @@ class ChatMessage(msgspec.Struct):
     role: str
     content: str | None
     refusal: None = None
-    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET  # the same under the name of before
     tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
@@ -132,7 +133,8 @@ class ChatDelta(msgspec.Struct):
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
-    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET  # the same under the name of before
     tool_calls: list[ToolCall] | UnsetType = UNSET
 
 

@@ -26,10 +26,17 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True):
 
 
 class ScoreRequest(msgspec.Struct, kw_only=True):
-    """The body of `/v1/score`: texts against texts, one against many, or pair by pair."""
+    """The body of `/v1/score`: texts against texts, one against many, or pair by pair.
 
-    text_1: str | list[str]
-    text_2: str | list[str]
+    vLLM has three pairs of names for the two sides; one of them is given.
+    """
+
+    text_1: str | list[str] | None = None
+    text_2: str | list[str] | None = None
+    queries: str | list[str] | None = None
+    documents: str | list[str] | None = None
+    data_1: str | list[str] | None = None
+    data_2: str | list[str] | None = None
     model: str | None = None
     truncate_prompt_tokens: int | None = None
     priority: int | None = None

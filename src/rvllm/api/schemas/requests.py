@@ -185,10 +185,9 @@ class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
     reasoning: str | None = None
 
 
-class ChatRequest(GenerationRequest, kw_only=True):
-    """The body of `/v1/chat/completions`."""
+class ChatOptions(GenerationRequest, kw_only=True):
+    """What a chat asks for besides its messages."""
 
-    messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -201,6 +200,18 @@ class ChatRequest(GenerationRequest, kw_only=True):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
+
+
+class ChatRequest(ChatOptions, kw_only=True):
+    """The body of `/v1/chat/completions`."""
+
+    messages: list[Message]
+
+
+class ChatBatchRequest(ChatOptions, kw_only=True):
+    """The body of `/v1/chat/completions/batch`: several conversations with the same options."""
+
+    messages: list[list[Message]]
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):

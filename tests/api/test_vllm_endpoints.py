@@ -1,0 +1,82 @@
+"""Endpoints, fields and metric names that vLLM's clients and dashboards look for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openai
+import pytest
+from api_double import LiveServer
+from prometheus_client.parser import text_string_to_metric_families
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}{# </think> #}"
+# vLLM's metrics of a text model on one GPU (its documentation's table, with the older names).
+NAMES = (
+    "num_requests_running num_requests_waiting kv_cache_usage_perc prefix_cache_queries "
+    "prefix_cache_hits external_prefix_cache_queries external_prefix_cache_hits mm_cache_queries "
+    "mm_cache_hits num_preemptions prompt_tokens generation_tokens prompt_tokens_cached "
+    "prompt_tokens_by_source request_success iteration_tokens_total request_prompt_tokens "
+    "request_generation_tokens request_max_num_generation_tokens request_params_n "
+    "request_params_max_tokens time_to_first_token_seconds inter_token_latency_seconds "
+    "request_time_per_output_token_seconds e2e_request_latency_seconds request_queue_time_seconds "
+    "request_inference_time_seconds request_prefill_time_seconds request_decode_time_seconds "
+    "request_prefill_kv_computed_tokens cache_config_info engine_sleep_state corrupted_requests "
+    "gpu_cache_usage_perc gpu_prefix_cache_queries gpu_prefix_cache_hits spec_decode_num_drafts "
+    "spec_decode_num_accepted_tokens"
+)
+
+
+@pytest.fixture(scope="module")
+def server() -> Any:
+    with LiveServer(template=TEMPLATE, drain_timeout=0.2) as made:
+        yield made
+
+
+def test_small_endpoints(server: LiveServer) -> None:
+    import json
+
+    for method, path in (("GET", "/ping"), ("POST", "/ping"), ("GET", "/health")):
+        assert server.raw(method, path)[0] == 200
+    for path, answer in (("/load", {"server_load": 0}), ("/is_sleeping", {"is_sleeping": False})):
+        status, _, body = server.raw("GET", path)
+        assert (status, json.loads(body)) == (200, answer)
+    status, _, body = server.raw("GET", "/server_info")
+    assert status == 200 and json.loads(body)["vllm_config"]["model"] == "tiny"
+
+
+def test_thoughts_stand_under_both_names(server: LiveServer) -> None:
+    eos = server.tokenizer.eos_token_id
+    server.engine.answer = [*server.tokenizer.encode("<think>Hm.</think>Yes", add_special_tokens=False), eos]
+    status, answer = server.chat(max_tokens=50)
+    assert status == 200, answer
+    message = answer["choices"][0]["message"]
+    assert message["reasoning"] == message["reasoning_content"] == "Hm." and message["content"] == "Yes"
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0) as client:
+        stream = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=50, stream=True
+        )
+        deltas = [chunk.choices[0].delta for chunk in stream if chunk.choices]
+    for name in ("reasoning", "reasoning_content"):
+        assert "".join(getattr(delta, name, None) or "" for delta in deltas) == "Hm."
+
+
+def test_a_batch_of_conversations_has_a_choice_for_each(server: LiveServer) -> None:
+    talks = [[{"role": "user", "content": "one"}], [{"role": "user", "content": "two"}]]
+    status, answer = server.post("/v1/chat/completions/batch", messages=talks, max_tokens=3, temperature=0)
+    assert status == 200, answer
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    assert answer["usage"]["completion_tokens"] == 6
+    prompts = [server.tokenizer.decode(r.prompt_token_ids) for r in server.engine.requests[-2:]]
+    assert sorted(prompts) == ["user:one\n", "user:two\n"]
+    for body, param in (({"stream": True}, "stream"), ({"n": 2}, "n"), ({"messages": []}, "messages")):
+        status, answer = server.post("/v1/chat/completions/batch", **{"messages": talks, **body})
+        assert status == 400 and answer["error"]["param"] == param
+    status, answer = server.post("/v1/chat/completions/batch", messages=[talks[0], []], max_tokens=3)
+    assert status == 400
+
+
+def test_metric_names(server: LiveServer) -> None:
+    server.chat(max_tokens=2)
+    _, _, page = server.raw("GET", "/metrics")
+    found = {family.name for family in text_string_to_metric_families(page.decode())}
+    assert {f"vllm:{name}" for name in NAMES.split()} <= found
