@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP (the default when only flags are given)",
     "chat": "talk to a model in the terminal",
     "benchmark": "time the engine: tokens per second, time to first token, latency between tokens",
+    "bench": "measure with vLLM's arguments: serve, throughput, latency",
     "run-batch": "answer the requests of a JSONL file without a server",
     "top": "watch a running server's engine in the terminal",
     "trace": "where the time of a request went",
@@ -25,7 +26,7 @@ COMMANDS = {
     "kernels": "list, compile and check the CUDA kernels",
     "info": "print version, devices, settings and the memory plan",
 }
-TAKE_VLLM_FLAGS = ("serve", "chat", "benchmark", "run-batch", "info", "plan")
+TAKE_VLLM_FLAGS = ("serve", "chat", "benchmark", "bench", "run-batch", "info", "plan")
 INTERRUPTED = 128 + signal.SIGINT
 
 

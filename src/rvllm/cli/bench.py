@@ -1,0 +1,230 @@
+"""`rvllm bench serve | throughput | latency`: measurements with vLLM's arguments and fields."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import datetime
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from rvllm.config import EngineConfig, add_flags, build
+from rvllm.errors import RvllmError, UsageError
+
+_RANKS = (10, 25, 50, 75, 90, 99)
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declares `bench` and its three kinds."""
+    parser = subparsers.add_parser("bench", help="measure with vLLM's arguments", allow_abbrev=False)
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    serve = kinds.add_parser("serve", help="load on a running server", allow_abbrev=False)
+    _add_serve(serve)
+    throughput = kinds.add_parser("throughput", help="many requests, no server", allow_abbrev=False)
+    _add_workload(throughput, input_len=None, output_len=None)
+    throughput.add_argument("--num-prompts", type=int, default=1000, help="requests [1000]")
+    add_flags(throughput, EngineConfig, "engine")
+    latency = kinds.add_parser("latency", help="one batch, over and over", allow_abbrev=False)
+    _add_workload(latency, input_len=32, output_len=128)
+    latency.add_argument("--batch-size", type=int, default=8, help="requests at once [8]")
+    latency.add_argument("--num-iters-warmup", type=int, default=10, help="runs before those that count [10]")
+    latency.add_argument("--num-iters", type=int, default=30, help="runs [30]")
+    add_flags(latency, EngineConfig, "engine")
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--backend",
+        default="openai",
+        choices=("openai", "vllm", "openai-chat"),
+        help="which endpoint [openai]",
+    )
+    add("--base-url", help="the server's address, instead of --host and --port")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000)
+    add("--endpoint", help="default: /v1/completions, of openai-chat /v1/chat/completions")
+    add("--model", help="default: the first that the server lists")
+    add("--tokenizer", help="not needed: prompts are token ids")
+    add("--dataset-name", default="random", choices=("random",), help="random prompts alone")
+    add("--random-input-len", "--input-len", type=int, default=1024, help="tokens of a prompt [1024]")
+    add("--random-output-len", "--output-len", type=int, default=128, help="tokens of an answer [128]")
+    add("--random-range-ratio", type=float, default=0.0, help="lengths vary by this share [0]")
+    add("--vocab-size", type=int, default=30000, help="random ids are below [30000]")
+    add("--num-prompts", type=int, default=1000, help="requests [1000]")
+    add("--num-warmups", type=int, default=0, help="requests before those that count [0]")
+    add("--request-rate", type=float, default=float("inf"), help="requests a second [inf: all at once]")
+    add("--burstiness", type=float, default=1.0, help="1: a Poisson process; more: steadier [1]")
+    add("--max-concurrency", type=int, help="requests under way at once")
+    add("--temperature", type=float, help="default: the server's")
+    add("--ignore-eos", action="store_true", help="answers have their whole length")
+    add("--seed", type=int, default=0)
+    add("--api-key", help="default: the variables OPENAI_API_KEY, RVLLM_API_KEY")
+    add("--percentile-metrics", default="ttft,tpot,itl", help="of ttft, tpot, itl, e2el [ttft,tpot,itl]")
+    add("--metric-percentiles", default="99", help="[99]")
+    add("--label", help="a word for the result")
+    add("--save-result", action="store_true", help="write a JSON file")
+    add("--result-dir", default=".", help="its folder")
+    add("--result-filename", help="its name; default: made of backend, rate, model and time")
+    add("--disable-tqdm", action="store_true", help="there is no bar anyway")
+
+
+def _add_workload(parser: argparse.ArgumentParser, input_len: int | None, output_len: int | None) -> None:
+    parser.add_argument("--input-len", "--random-input-len", type=int, default=input_len or 1024)
+    parser.add_argument("--output-len", "--random-output-len", type=int, default=output_len or 128)
+    parser.add_argument("--n", type=int, default=1, help="answers to each prompt [1]")
+    parser.add_argument("--dataset-name", default="random", choices=("random",))
+    parser.add_argument("--output-json", help="write the result to this file")
+    parser.add_argument("--disable-detokenize", action="store_true", help="token ids alone")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs one kind of measurement; 1 when a request failed."""
+    return {"serve": _serve, "throughput": _throughput, "latency": _latency}[args.kind](args)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    import os
+
+    from rvllm.bench.load import Target, run
+    from rvllm.bench.serving import TITLES, page, summary
+    from rvllm.cli.common.remote import get_json
+
+    metrics = [name for name in args.percentile_metrics.split(",") if name]
+    if unknown := [name for name in metrics if name not in TITLES]:
+        raise UsageError(f"--percentile-metrics: {unknown[0]!r} is not one of {', '.join(TITLES)}")
+    ranks = [float(rank) for rank in args.metric_percentiles.split(",")]
+    if args.num_prompts < 1 or args.request_rate <= 0 or args.burstiness <= 0:
+        raise UsageError("--num-prompts, --request-rate and --burstiness must be above 0")
+    base = (args.base_url or f"http://{args.host}:{args.port}").rstrip("/")
+    chat = args.backend == "openai-chat"
+    endpoint = args.endpoint or ("/v1/chat/completions" if chat else "/v1/completions")
+    key = args.api_key or os.environ.get("OPENAI_API_KEY") or os.environ.get("RVLLM_API_KEY")
+    model = args.model or get_json(base, "/v1/models", key)["data"][0]["id"]
+    target = Target(base + endpoint, (("Authorization", f"Bearer {key}"),) if key else ())
+    bodies, lengths = _bodies(args, model, chat, args.num_prompts + args.num_warmups)
+    options: dict[str, Any] = {"burstiness": args.burstiness, "most": args.max_concurrency, "seed": args.seed}
+    warm = args.num_warmups
+    if warm:
+        asyncio.run(run(target, bodies[:warm], lengths[:warm], rate=float("inf"), **options))
+    began = time.perf_counter()
+    sent = asyncio.run(run(target, bodies[warm:], lengths[warm:], rate=args.request_rate, **options))
+    found = summary(sent, time.perf_counter() - began, metrics, ranks)
+    print(page(found, metrics, ranks))
+    if failed := next((one.error for one in sent if one.error), ""):
+        print(f"the first failure: {failed}")
+    if args.save_result:
+        _save_serve(args, model, found)
+    return int(found["failed"] > 0)
+
+
+def _bodies(
+    args: argparse.Namespace, model: str, chat: bool, count: int
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """(requests, their prompts' lengths); the same for the same seed."""
+    source, bodies, lengths = random.Random(args.seed), [], []
+    for _ in range(count):
+        length, output = (_varied(source, n, args.random_range_ratio)
+                          for n in (args.random_input_len, args.random_output_len))  # fmt: skip
+        ids = [source.randrange(min(1000, args.vocab_size // 2), args.vocab_size) for _ in range(length)]
+        body: dict[str, Any] = {"model": model, "max_tokens": output, "stream": True,
+                                "stream_options": {"include_usage": True}}  # fmt: skip
+        if chat:
+            body["messages"] = [{"role": "user", "content": " ".join(str(i % 1000) for i in ids)}]
+        else:
+            body["prompt"] = ids
+        if args.temperature is not None:
+            body["temperature"] = args.temperature
+        if args.ignore_eos:
+            body["ignore_eos"] = True
+        bodies.append(body)
+        lengths.append(length)
+    return bodies, lengths
+
+
+def _varied(source: random.Random, length: int, ratio: float) -> int:
+    low, high = round(length * (1 - ratio)), round(length * (1 + ratio))
+    return max(1, source.randint(low, high))
+
+
+def _save_serve(args: argparse.Namespace, model: str, found: dict[str, Any]) -> None:
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    rate = "inf" if args.request_rate == float("inf") else args.request_rate
+    about = {
+        "date": now, "backend": args.backend, "endpoint_type": args.backend, "label": args.label,
+        "model_id": model, "tokenizer_id": args.tokenizer or model, "num_prompts": args.num_prompts,
+        "request_rate": rate, "burstiness": args.burstiness, "max_concurrency": args.max_concurrency,
+    }  # fmt: skip
+    name = args.result_filename or f"{args.backend}-{rate}qps-{model.rsplit('/', 1)[-1]}-{now}.json"
+    _write(Path(args.result_dir) / name, {**about, **found})
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _batch(args: argparse.Namespace, count: int) -> tuple[Any, list[dict[str, list[int]]], Any]:
+    """(a loaded LLM, random prompts, their parameters)."""
+    from rvllm.bench.prompts import random_tokens
+    from rvllm.engine.sampling_params import SamplingParams
+    from rvllm.offline.llm import LLM
+
+    config = build(EngineConfig, vars(args))
+    if args.enable_prefix_caching is None:  # runs repeat their prompts, which would then cost nothing
+        config = dataclasses.replace(config, enable_prefix_caching=False)
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+    llm = LLM(**settings)
+    if llm.engine.facts.embedding_size is not None:
+        llm.close()
+        raise RvllmError(f"{llm.engine.facts.architecture} gives embeddings; text is measured here")
+    params = SamplingParams(n=args.n, max_tokens=args.output_len, ignore_eos=True,
+                            detokenize=not args.disable_detokenize)  # fmt: skip
+    ids = random_tokens(count, args.input_len, llm.engine.facts.vocab_size, config.seed)
+    return llm, [{"prompt_token_ids": each} for each in ids], params
+
+
+def _throughput(args: argparse.Namespace) -> int:
+    llm, prompts, params = _batch(args, args.num_prompts)
+    with llm:
+        began = time.perf_counter()
+        outputs = llm.generate(prompts, params)
+        seconds = time.perf_counter() - began
+    written = sum(len(one.token_ids) for output in outputs for one in output.outputs)
+    read = sum(len(output.prompt_token_ids) for output in outputs)
+    rates = len(outputs) / seconds, (read + written) / seconds, written / seconds
+    print("Throughput: {:.2f} requests/s, {:.2f} total tokens/s, {:.2f} output tokens/s".format(*rates))
+    print(f"Total num prompt tokens:  {read}\nTotal num output tokens:  {written}")
+    if args.output_json:
+        _write(Path(args.output_json), {
+            "elapsed_time": seconds, "num_requests": len(outputs), "total_num_tokens": read + written,
+            "requests_per_second": len(outputs) / seconds, "tokens_per_second": (read + written) / seconds,
+        })  # fmt: skip
+    return 0
+
+
+def _latency(args: argparse.Namespace) -> int:
+    from rvllm.bench.stats import percentile
+
+    llm, prompts, params = _batch(args, args.batch_size)
+    times = []
+    with llm:
+        for i in range(args.num_iters_warmup + args.num_iters):
+            began = time.perf_counter()
+            llm.generate(prompts, params, use_tqdm=False)
+            if i >= args.num_iters_warmup:
+                times.append(time.perf_counter() - began)
+    average = sum(times) / len(times)
+    ranks = {str(rank): percentile(times, rank) for rank in _RANKS}
+    print(f"Avg latency: {average} seconds")
+    for rank, value in ranks.items():
+        print(f"{rank}% percentile latency: {value} seconds")
+    if args.output_json:
+        _write(Path(args.output_json), {"avg_latency": average, "latencies": times, "percentiles": ranks})
+    return 0
