@@ -24,13 +24,17 @@ POISON = np.float32(np.nan)
 
 @dataclass
 class Shape:
-    """Heads, their size, and what the queries see."""
+    """Heads, their size, what the queries see, and by how much keys grow from one position to the next.
+
+    With growth later tiles have far larger maxima, so that states are brought to new references.
+    """
 
     dim: int
     kv_heads: int
     group: int
     window: int | None = None
     soft_cap: float | None = None
+    growth: float = 0.0
 
     @property
     def heads(self) -> int:
@@ -58,7 +62,10 @@ class Cache:
             used += counts[s]
             tables[s, : counts[s]] = own
             for which, keep in ((0, self.k), (1, self.v)):
-                values = rounded(rng.standard_normal((n, shape.kv_heads, shape.dim), np.float32), dtype)
+                values = rng.standard_normal((n, shape.kv_heads, shape.dim), np.float32)
+                if which == 0:
+                    values *= 1 + np.float32(shape.growth) * np.arange(n, dtype=np.float32)[:, None, None]
+                values = rounded(values, dtype)
                 keep.append(values)
                 at = np.arange(n)
                 store[which, own[at // BLOCK], :, at % BLOCK] = values
@@ -237,6 +244,7 @@ SHAPES = [
     Shape(128, 1, 32, window=100),
     Shape(256, 2, 2, window=300, soft_cap=50.0),
     Shape(64, 2, 16, window=64),
+    Shape(128, 2, 4, growth=0.02),
 ]
 
 __all__ = ["SHAPES", "Array", "check_decode", "check_invariance", "check_prefill"]

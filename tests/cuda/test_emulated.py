@@ -56,14 +56,16 @@ def test_fill_and_checksum(gpu: Emulator, rng: np.random.Generator) -> None:
     op_checks.check_fill(gpu, rng)
 
 
-@pytest.mark.parametrize(("dtype", "shape"), [("bfloat16", 1), ("float16", 4), ("bfloat16", 3)])
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("bfloat16", 1), ("float16", 4), ("bfloat16", 3), ("float16", 7)]
+)
 @pytest.mark.parametrize("check", ["decode", "prefill"])
 def test_attention(gpu: Emulator, rng: np.random.Generator, check: str, shape: int, dtype: str) -> None:
     run = getattr(attention_checks, f"check_{check}")
     run(gpu, rng, DTYPES[dtype], attention_checks.SHAPES[shape])
 
 
-@pytest.mark.parametrize(("dtype", "shape"), [("bfloat16", 1), ("float16", 6)])
+@pytest.mark.parametrize(("dtype", "shape"), [("bfloat16", 1), ("float16", 6), ("bfloat16", 7)])
 def test_attention_has_the_same_bits_in_any_company(
     gpu: Emulator, rng: np.random.Generator, shape: int, dtype: str
 ) -> None:

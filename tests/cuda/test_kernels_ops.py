@@ -66,7 +66,7 @@ def test_fill_and_checksum(gpu: harness.Gpu, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", range(7))
+@pytest.mark.parametrize("shape", range(len(attention_checks.SHAPES)))
 @pytest.mark.parametrize("check", ["decode", "prefill", "invariance"])
 def test_attention(gpu: harness.Gpu, rng: np.random.Generator, check: str, shape: int, dtype: str) -> None:
     run = getattr(attention_checks, f"check_{check}")

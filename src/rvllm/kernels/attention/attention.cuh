@@ -109,13 +109,19 @@ __device__ __forceinline__ void tile_soft_cap(float (&s)[8][4], float scale, flo
 // wanted and get no weight.
 __device__ __forceinline__ void tile_weights(float (&s)[8][4], float c, float (&m)[2], float (&l)[2], bool upper = true) {
   const int rows = upper ? 2 : 1;
-  float best[2], base[2];
+  float best[2], base[2], high[8][2];
 #pragma unroll
-  for (int h = 0; h < 2; h++) best[h] = fmaxf(s[0][2 * h], s[0][2 * h + 1]);
+  for (int n = 0; n < 8; n++)
 #pragma unroll
-  for (int n = 1; n < 8; n++)
+    for (int h = 0; h < 2; h++) high[n][h] = fmaxf(s[n][2 * h], s[n][2 * h + 1]);
 #pragma unroll
-    for (int h = 0; h < 2; h++) best[h] = fmaxf(best[h], fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+  for (int w = 4; w; w /= 2)
+#pragma unroll
+    for (int n = 0; n < w; n++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) high[n][h] = fmaxf(high[n][h], high[n + w][h]);
+#pragma unroll
+  for (int h = 0; h < 2; h++) best[h] = high[0][h];
 #pragma unroll
   for (int o = 1; o <= 2; o *= 2)
 #pragma unroll
@@ -133,7 +139,8 @@ __device__ __forceinline__ void tile_weights(float (&s)[8][4], float c, float (&
       if (h < rows) {
         s[n][2 * h] = exp2_fast(__fmaf_rn(s[n][2 * h], c, -base[h]));
         s[n][2 * h + 1] = exp2_fast(__fmaf_rn(s[n][2 * h + 1], c, -base[h]));
-        l[h] = __fadd_rn(l[h], __fadd_rn(s[n][2 * h], s[n][2 * h + 1]));
+        const float pair = __fadd_rn(s[n][2 * h], s[n][2 * h + 1]);
+        l[h] = n == 0 ? pair : __fadd_rn(l[h], pair);
       } else {
         s[n][2 * h] = s[n][2 * h + 1] = 0.f;
       }
@@ -195,16 +202,21 @@ __device__ __forceinline__ void tile_values(const u32 (&p)[4][4], const T* v, in
     values_of<T, DV, false>(p, va, blocks, take);
 }
 
-// Merging a state (m, l, x) into (M, L, X): X = X * keep + x * add, likewise L.
+// Merging a state (m, l, x) into (M, L, X): X = X * keep + x * add, likewise L. m is a maximum in base-2 units, or
+// another state's reference; M is a reference that sums are relative to. It is raised only where m exceeds it by more
+// than SLACK: elsewhere keep is exactly 1, and a kernel whose rows all have that may leave the multiplication out.
+constexpr float SLACK = 16.f;
+
 struct Factors {
   float keep, add;
 };
 
 __device__ __forceinline__ Factors merge_maximum(float& M, float m) {
-  const float best = fmaxf(M, m), base = best == -INFINITY_F ? 0.f : best;
-  const Factors f = {exp2_fast(__fsub_rn(M, base)), exp2_fast(__fsub_rn(m, base))};
-  M = best;
-  return f;
+  const bool raised = m > __fadd_rn(M, SLACK);
+  const float old = M;
+  M = raised ? m : M;
+  const float base = M == -INFINITY_F ? 0.f : M;
+  return {raised && old != -INFINITY_F ? exp2_fast(__fsub_rn(old, base)) : 1.f, exp2_fast(__fsub_rn(m, base))};
 }
 
 __device__ __forceinline__ float merge(float X, float x, Factors f) { return __fmaf_rn(x, f.add, __fmul_rn(X, f.keep)); }

@@ -178,39 +178,56 @@ struct State {
   // A tile into the split: first its maximum and sum of weights, then its values.
   struct Both {
     Factors of[2];
+    bool kept;  // no row of the warp is to be multiplied by anything but 1
   };
-  __device__ __forceinline__ Both weigh(const float (&tile_m)[2], const float (&tile_l)[2]) {
+  static __device__ __forceinline__ Both factors(float (&M)[2], float (&L)[2], const float (&m)[2], const float (&l)[2]) {
     Both f;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      f.of[h] = merge_maximum(m[h], tile_m[h]);
-      l[h] = merge(l[h], tile_l[h], f.of[h]);
+      f.of[h] = merge_maximum(M[h], m[h]);
+      L[h] = merge(L[h], l[h], f.of[h]);
     }
+    f.kept = __all_sync(~0u, f.of[0].keep == 1.f && f.of[1].keep == 1.f);
     return f;
   }
-  __device__ __forceinline__ void fold(const Both& f, const float (&values)[D / 2]) {
-#pragma unroll
-    for (int i = 0; i < D / 2; i++) x[i] = merge(x[i], values[i], f.of[i / 2 % 2]);
+  __device__ __forceinline__ Both weigh(const float (&tile_m)[2], const float (&tile_l)[2]) {
+    return factors(m, l, tile_m, tile_l);
   }
-  // The split into the totals. total: this thread's part of them, a pair of columns and a row every 64 floats.
+  __device__ __forceinline__ void fold(const Both& f, const float (&values)[D / 2]) {
+    if (f.kept) {
+#pragma unroll
+      for (int i = 0; i < D / 2; i++) x[i] = __fmaf_rn(values[i], f.of[i / 2 % 2].add, x[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < D / 2; i++) x[i] = merge(x[i], values[i], f.of[i / 2 % 2]);
+    }
+  }
+  // The split into the totals. total: this thread's part of them, two columns of both rows every 128 floats.
   __device__ __forceinline__ void end_split(float* total) {
-    fold_into(total, [&](int pair, float2 v) { *reinterpret_cast<float2*>(total + pair * 64) = v; });
+    const Both f = factors(M, L, m, l);
+#pragma unroll
+    for (int i = 0; i < D / 8; i++) {
+      float4* const cell = reinterpret_cast<float4*>(total + i * 128);
+      *cell = with_total(some ? *cell : make_float4(0.f, 0.f, 0.f, 0.f), i, f);
+    }
     some = true;
     clear_split();
   }
-  template <typename Take>
-  __device__ __forceinline__ void fold_into(const float* total, Take take) {
-    Factors f[2];
+  // The values of all splits, x among them, over their sum of weights.
+  __device__ __forceinline__ void finish_all(const float* total, float (&result)[D / 2]) {
+    const Both f = factors(M, L, m, l);
+    const float over[2] = {finish(L[0]), finish(L[1])};
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      f[h] = merge_maximum(M[h], m[h]);
-      L[h] = merge(L[h], l[h], f[h]);
+    for (int i = 0; i < D / 8; i++) {
+      const float4 old = some ? *reinterpret_cast<const float4*>(total + i * 128) : make_float4(0.f, 0.f, 0.f, 0.f);
+      const float4 v = with_total(old, i, f);
+      result[4 * i] = __fmul_rn(v.x, over[0]), result[4 * i + 1] = __fmul_rn(v.y, over[0]);
+      result[4 * i + 2] = __fmul_rn(v.z, over[1]), result[4 * i + 3] = __fmul_rn(v.w, over[1]);
     }
-#pragma unroll
-    for (int pair = 0; pair < D / 4; pair++) {
-      const float2 old = some ? *reinterpret_cast<const float2*>(total + pair * 64) : make_float2(0.f, 0.f);
-      take(pair, make_float2(merge(old.x, x[2 * pair], f[pair % 2]), merge(old.y, x[2 * pair + 1], f[pair % 2])));
-    }
+  }
+  __device__ __forceinline__ float4 with_total(const float4& old, int i, const Both& f) const {
+    return make_float4(merge(old.x, x[4 * i], f.of[0]), merge(old.y, x[4 * i + 1], f.of[0]),
+                       merge(old.z, x[4 * i + 2], f.of[1]), merge(old.w, x[4 * i + 3], f.of[1]));
   }
 };
 
@@ -221,7 +238,7 @@ __device__ __forceinline__ void consume(Ring<D> ring, Scheduler<Mask> scheduler,
   using L = Layout<D>;
   const int group = scheduler.group, window = scheduler.window;
   const float factor = __fmul_rn(scale, LOG2E);
-  float* const total = totals + lane * 2;
+  float* const total = totals + lane * 4;
   const auto release = [&](u32 bar) {
     if (lane == 0) mbar_arrive(bar);
   };
@@ -357,20 +374,13 @@ __device__ __forceinline__ void consume(Ring<D> ring, Scheduler<Mask> scheduler,
 
     // Through shared memory, so that whole rows leave at once.
     const u32 staged = smem(totals);
-    u32 packed[D / 4];
-    float over[2];
     float result[D / 2];
-    state.fold_into(total, [&](int pair, float2 v) { result[2 * pair] = v.x, result[2 * pair + 1] = v.y; });
-#pragma unroll
-    for (int h = 0; h < 2; h++) over[h] = finish(state.L[h]);
-#pragma unroll
-    for (int i = 0; i < D / 4; i++)
-      packed[i] = pack2<T>(__fmul_rn(result[2 * i], over[i % 2]), __fmul_rn(result[2 * i + 1], over[i % 2]));
+    state.finish_all(total, result);
     __syncwarp();  // the totals have been read
 #pragma unroll
     for (int i = 0; i < D / 4; i++) {
       const int r = lane / 4 + i % 2 * 8;
-      asm volatile("st.shared.u32 [%0], %1;" ::"r"(staged + r * (L::HALVES * 128) + (i / 2 ^ r % 8) * 16 + lane % 4 * 4), "r"(packed[i])
+      asm volatile("st.shared.u32 [%0], %1;" ::"r"(staged + r * (L::HALVES * 128) + (i / 2 ^ r % 8) * 16 + lane % 4 * 4), "r"(pack2<T>(result[2 * i], result[2 * i + 1]))
                    : "memory");
     }
     __syncwarp();
