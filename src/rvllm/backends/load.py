@@ -55,8 +55,13 @@ def choose_dtype(config: EngineConfig, checkpoint: Checkpoint | None) -> DType:
     """
     if config.dtype != "auto":
         return DType.parse(config.dtype)
-    if choose_device(config) == "cpu":
-        return DType.F32
+    return DType.F32 if choose_device(config) == "cpu" else gpu_dtype(config, checkpoint)
+
+
+def gpu_dtype(config: EngineConfig, checkpoint: Checkpoint | None) -> DType:
+    """The type on a GPU: as asked, else the 16-bit type that the checkpoint's config names, else bfloat16."""
+    if config.dtype != "auto":
+        return DType.parse(config.dtype)
     values: Any = {} if checkpoint is None else checkpoint.config
     named = str(values.get("dtype") or values.get("torch_dtype") or "")
     return DType.F16 if named.removeprefix("torch.") in ("float16", "half") else DType.BF16

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from rvllm.weights.checkpoint import Checkpoint
 
 FLAGS = ("model", "device", "dtype", "quantization", "threads")
+MEMORY_FLAGS = (
+    "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks",
+    "gpu_memory_utilization", "gpu_memory_reserve_gb", "num_gpu_blocks", "gemm_strategy",
+)  # fmt: skip
 DEFAULT_CONTEXT = 1024
 DEFAULT_TEXT = 128  # tokens of an encoder's texts
 
@@ -46,9 +50,22 @@ def add_parser(subparsers: Any) -> None:
         help="10^12 operations a second for the floor times [measured on the CPU]",
     )  # fmt: skip
     parser.add_argument("--buffers", action="store_true", help="list every buffer's place in the workspace")
+    parser.add_argument(
+        "--memory", action="store_true",
+        help="what a start would take of a GPU, and how many sequences of which length fit; needs no GPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpu", default=None, metavar="NAME", help="with --memory: the GPU to plan for [h100-80gb]"
+    )
+    parser.add_argument(
+        "--vram-gb", type=float, default=None, metavar="GB", help="with --memory: GB of it instead of its own"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_flags(
-        parser, EngineConfig, "model", [f.name for f, _ in settings_of(EngineConfig) if f.name not in FLAGS]
+        parser,
+        EngineConfig,
+        "model",
+        [f.name for f, _ in settings_of(EngineConfig) if f.name not in (*FLAGS, *MEMORY_FLAGS)],
     )
     parser.set_defaults(main=main)
 
@@ -63,6 +80,10 @@ def main(args: argparse.Namespace) -> int:
     from rvllm.weights.fetch.source import resolve
     from rvllm.weights.open import open_checkpoint
 
+    if args.memory:
+        return plan_memory(args)
+    if args.gpu is not None or args.vram_gb is not None:
+        raise UsageError("--gpu and --vram-gb need --memory")
     config = build(EngineConfig, {name: getattr(args, name) for name in FLAGS})
     checkpoint = open_checkpoint(resolve(config.model, build(SourceConfig, {})))
     model = ModelConfig(checkpoint.config, checkpoint.config_origin)
@@ -84,6 +105,29 @@ def main(args: argparse.Namespace) -> int:
         print(
             as_text(program, holds, shape, rates, workspace, (formats, nbytes), kernels, buffers=args.buffers)
         )
+    return 0
+
+
+def plan_memory(args: argparse.Namespace) -> int:
+    """`rvllm plan --memory`; raises CapacityError, naming the flags that would fit, when nothing does."""
+    from rvllm.backends.cuda.known_gpus import known_gpu
+    from rvllm.backends.load import gpu_dtype
+    from rvllm.cli.common.capacity import capacity, capacity_text
+    from rvllm.models.config import ModelConfig
+    from rvllm.models.registry import build_program
+    from rvllm.program.cost import kv_bytes_per_token
+    from rvllm.weights.fetch.source import resolve
+    from rvllm.weights.open import open_checkpoint
+
+    if args.vram_gb is not None and not 1 <= args.vram_gb <= 10_000:
+        raise UsageError(f"--vram-gb: must be in [1, 10000], got {args.vram_gb:g}")
+    config = build(EngineConfig, {name: getattr(args, name) for name in (*FLAGS, *MEMORY_FLAGS)})
+    checkpoint = open_checkpoint(resolve(config.model, build(SourceConfig, {})))
+    model = ModelConfig(checkpoint.config, checkpoint.config_origin)
+    program = build_program(model, gpu_dtype(config, checkpoint))
+    holds = checkpoint if checkpoint.tensors and config.load_format != "dummy" else None
+    found = capacity(program, holds, config, known_gpu(args.gpu or "h100-80gb", args.vram_gb))
+    print(json.dumps(found, indent=1) if args.json else capacity_text(found, kv_bytes_per_token(program)))
     return 0
 
 
