@@ -10,6 +10,7 @@ import msgspec
 
 from rvllm.errors import CapacityError, LimitError, RvllmError, SlowClientError, UnavailableError, UsageError
 
+MAX_MESSAGE = 1500  # characters of an error's message that are sent
 _TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -60,7 +61,10 @@ class ApiError(Exception):
     def body(self) -> ErrorBody:
         """The error object."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return ErrorBody(ErrorDetail(str(self), kind, self.param, self.code or self.status))
+        message = str(self)  # others' parsers quote what a client sent, whatever its length
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[:MAX_MESSAGE]} ... ({len(message)} characters)"
+        return ErrorBody(ErrorDetail(message, kind, self.param, self.code or self.status))
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

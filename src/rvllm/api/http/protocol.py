@@ -146,6 +146,8 @@ class BoundedHttp(HttpToolsProtocol):
         codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
         hosts = sum(1 for name, _ in self.headers if name == b"host")
         version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            self._wrong(ApiError(400, _NOT_HTTP))
         if codings and (codings != [b"chunked"] or version != "1.1"):
             self._wrong(ApiError(400, "the only Transfer-Encoding taken is chunked, in HTTP/1.1"))
         if hosts > 1 or (not hosts and version == "1.1"):

@@ -192,7 +192,7 @@ class EngineClient:
     @property
     def alive(self) -> bool:
         """Whether the engine takes requests."""
-        return not self._dead.done() and not self._closing
+        return self._started.done() and not self._dead.done() and not self._closing
 
     async def wait_dead(self) -> str:
         """Waits for the engine's end and returns why, in one line."""
@@ -296,6 +296,8 @@ class EngineClient:
             return await asyncio.to_thread(self.process.wait)
 
     def _check_alive(self) -> None:
+        if not self.alive and self.status == "starting":
+            raise UnavailableError("the engine starts again")
         if not self.alive:
             raise EngineDeadError(self._dead.result() if self._dead.done() else "the engine was closed")
 

@@ -91,7 +91,7 @@ class WorkerPool:
         worker: _Worker | None = None
         try:
             worker = await self._take()
-            kind, value = await self._ask(worker, data)
+            kind, value, leaves = await self._ask(worker, data)
         except TimeoutError:
             raise LimitError(f"{what}: takes longer than {self._seconds:g} s (--worker-timeout)") from None
         except (OSError, EOFError):
@@ -100,8 +100,9 @@ class WorkerPool:
                 "(--worker-memory-mb)"
             ) from None
         else:
-            self._idle.append(worker)
-            worker = None
+            if not leaves:
+                self._idle.append(worker)
+                worker = None
         finally:
             if worker is not None:
                 self._kill(worker)
@@ -112,15 +113,16 @@ class WorkerPool:
             return cast(T, value)
         raise self._error(kind, value, what)
 
-    async def _ask(self, worker: _Worker, data: bytes) -> tuple[int, Any]:
+    async def _ask(self, worker: _Worker, data: bytes) -> tuple[int, Any, bool]:
+        """(kind, result or what is wrong, whether the worker ends now)."""
         async with asyncio.timeout(self._seconds):
             worker.writer.write(HEAD.pack(len(data)))
             worker.writer.write(data)
             await worker.writer.drain()
             (length,) = HEAD.unpack(await worker.reader.readexactly(HEAD.size))
             answer = await worker.reader.readexactly(length)
-        kind, value = msgspec.msgpack.decode(answer)
-        return kind, value
+        kind, value, leaves = msgspec.msgpack.decode(answer)
+        return kind, value, leaves
 
     def _error(self, kind: int, value: Any, what: str) -> Exception:
         if kind == REFUSED:

@@ -122,11 +122,14 @@ def _answer(sock: socket.socket, tokenizer: Any, memory: int) -> int:
     encode = msgspec.msgpack.Encoder().encode
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     while (task := _read(sock)) is not None:
-        answer = encode(_done(task, tokenizer))
+        kind, value = _done(task, tokenizer)
         del task
-        sock.sendall(HEAD.pack(len(answer)) + answer)
+        # What a heap has taken it seldom gives back; a fresh worker is cheap.
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
-        if grown > memory // 4:  # what a heap has taken it seldom gives back; a fresh worker is cheap
+        leaves = kind == EXCEEDED or grown > memory // 4
+        answer = encode((kind, value, leaves))
+        sock.sendall(HEAD.pack(len(answer)) + answer)
+        if leaves:
             return 0
     return 0
 

@@ -1,0 +1,57 @@
+"""Chat templates as attackers: a model's files are somebody else's code."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from harness import Server
+
+ASK = {"messages": [{"role": "user", "content": "go"}], "max_tokens": 2}
+GUARD = "{% if messages[0].content != 'go' %}fine{% else %}BOMB{% endif %}"
+BOMBS = {
+    "a loop": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "memory": "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "a power": "{% set n = messages|length + 9 %}{{ (n ** 10) ** (n ** 6) }}",
+    "recursion": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+}
+
+
+def test_a_template_that_never_ends_stops_nobody() -> None:
+    """Each bomb goes off for one kind of message only; all other requests and the end stay prompt."""
+    bombs = "".join(
+        f"{{% if messages[0].content == 'go {name}' %}}{bomb}{{% endif %}}" for name, bomb in BOMBS.items()
+    )
+    with Server("--worker-timeout", "1", "--worker-memory-mb", "300", template=bombs + "hello") as server:
+        for name in BOMBS:
+            before = time.monotonic()
+            body = {**ASK, "messages": [{"role": "user", "content": f"go {name}"}]}
+            status, answer = server.ask("POST", "/v1/chat/completions", body)
+            assert status == 400, (name, answer)
+            assert time.monotonic() - before < 8
+            assert (again := server.ask("POST", "/v1/chat/completions", ASK))[0] == 200, (name, again)
+        assert "Traceback" not in server.text()
+        before = time.monotonic()
+        assert server.end() == 0 and time.monotonic() - before < 5
+
+
+INSIDES = [
+    "messages.__class__",
+    "''.__class__.__mro__",
+    "self._TemplateReference__context",
+    "namespace(__class__=1)",
+    "cycler.__init__.__globals__",
+]
+
+
+@pytest.mark.parametrize("inside", INSIDES)
+def test_a_template_reaches_nothing_of_pythons(inside: str) -> None:
+    from rvllm.errors import UsageError
+    from rvllm.text.chat.template import render_chat
+
+    template = f"[{{{{ {inside} }}}}]"
+    try:
+        shown = render_chat(template, [{"role": "user", "content": "a"}])
+    except UsageError:
+        return
+    assert shown == "[]"
