@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from rvllm.cli.main import main
+from rvllm.cli.plan import folded
 
 QUICK = ["--bandwidth", "100", "--tflops", "1"]
 
@@ -19,13 +20,41 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_plan_prints_every_op_and_totals(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--model", model, "--batch", "2", "--context", "64", "--buffers", *QUICK]) == 0
+    flags = ["--batch", "2", "--context", "64", "--buffers", "--all", *QUICK]
+    assert main(["plan", "--model", model, *flags]) == 0
     out = capsys.readouterr().out
     for op in tiny.program_of(tiny.CASES["llama"]).ops:
         assert f"\n{op.name} " in out
     assert "[2, 48] → [2, 80]" in out
     assert "workspace" in out and "floor" in out
     assert "layers.0.qkv.out" in out
+
+
+def test_plan_folds_equal_layers_and_fits_80_columns(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", model, *QUICK]) == 0
+    out = capsys.readouterr().out
+    lines, layers = out.splitlines(), tiny.CASES["llama"]["num_hidden_layers"]
+    assert max(map(len, lines)) <= 80
+    assert out.index("\ntotal\n") < out.index("\nmemory\n") < out.index(f"\nlayers.0-{layers - 1}.qkv ")
+    per_layer = [op for op in tiny.program_of(tiny.CASES["llama"]).ops if op.name.startswith("layers.0.")]
+    assert sum(line.startswith("layers.") for line in lines) == len(per_layer)
+    assert "limit" in out and "tokens/s" in out
+
+
+def test_layers_that_differ_are_not_folded() -> None:
+    rows = [{"op": f"layers.{i}.qkv", "bytes": str(i // 2)} for i in range(5)] + [
+        {"op": "head", "bytes": "2"}
+    ]
+    assert [(first, last) for first, last, _ in folded(rows)] == [(0, 1), (2, 3), (4, 4), (-1, -1)]
+
+
+def test_info_tells_what_differs_first(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--model", model, "--seed", "3"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("memory plan (cpu)\n") and "3  (--seed)" in out
+    assert "max_num_seqs  " not in out.partition("\nsettings\n")[2] and "--all shows them" in out
+    assert main(["info", "--model", model, "--seed", "3", "--all"]) == 0
+    assert "max_num_batched_tokens  derived  (default)" in capsys.readouterr().out
 
 
 def test_plan_json_adds_up(model: str, capsys: pytest.CaptureFixture[str]) -> None:

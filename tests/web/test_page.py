@@ -272,7 +272,7 @@ def test_the_engine_view_is_live_and_asks_only_while_seen(page: Browser, live: L
         ["qkv", "native", "gemm_bf16"],
         ["lm_head", "native", "gemm_bf16"],
     ]
-    assert "at 90 % of the floor" in page.text("#engine")
+    assert "at 90 % of the limit" in page.text("#engine")
     live.engine.held = False
     page.until(lambda: "No request is alive" in page.text("#engine"))
     page.click("#tab-chat")

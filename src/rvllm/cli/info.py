@@ -40,6 +40,7 @@ def add_parser(subparsers: Any) -> None:
         "also the model's facts and the memory it would take here.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--all", action="store_true", help="also the settings that have their defaults")
     add_flags(parser, EngineConfig, "engine")
     add_flags(parser, ServerConfig, "server")
     parser.set_defaults(main=main)
@@ -63,20 +64,33 @@ def main(args: argparse.Namespace) -> int:
             rows = memory_rows(model.program, model.checkpoint, config, model.device)
             sections[f"memory plan ({model.device})"] = rows
         except RvllmError:
-            show(sections, as_json=args.json)
+            show(sections, as_json=args.json, everything=args.all)
             raise
-    show(sections, as_json=args.json)
+    show(sections, as_json=args.json, everything=args.all)
     return 0
 
 
-def show(sections: dict[str, Section], *, as_json: bool) -> None:
-    """Prints the sections."""
+def show(sections: dict[str, Section], *, as_json: bool, everything: bool) -> None:
+    """Prints the sections: as JSON and with `everything` all of them, else what matters first."""
     from rvllm.cli.common.tables import facts
 
     if as_json:
         print(json.dumps({title: dict(rows) for title, rows in sections.items()}, indent=1))
-    else:
-        print("\n\n".join(facts(title, rows) for title, rows in sections.items()), flush=True)
+        return
+    if not everything:
+        sections = _telling(sections)
+    print("\n\n".join(facts(title, rows) for title, rows in sections.items()), flush=True)
+
+
+def _telling(sections: dict[str, Section]) -> dict[str, Section]:
+    """The memory plan and the settings that were changed first; those with their defaults are left out."""
+    settings = {title: rows for title, rows in sections.items() if title.endswith(" settings")}
+    changed = [row for rows in settings.values() for row in rows if not row[1].endswith("  (default)")]
+    kept = sum(map(len, settings.values())) - len(changed)
+    changed.append(("(others)", f"{kept} have their defaults; --all shows them"))
+    plans = {title: rows for title, rows in sections.items() if title.startswith("memory plan")}
+    rest = {title: rows for title, rows in sections.items() if title not in settings and title not in plans}
+    return {**plans, "settings": changed, **rest}
 
 
 def versions() -> Section:

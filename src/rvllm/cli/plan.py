@@ -60,6 +60,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--vram-gb", type=float, default=None, metavar="GB", help="with --memory: GB of it instead of its own"
     )
+    parser.add_argument("--all", action="store_true", help="list every op of every layer, with its shapes")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_flags(
         parser,
@@ -103,7 +104,17 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(as_json(program, holds, shape, rates, workspace, kernels) | stored, indent=1))
     else:
         print(
-            as_text(program, holds, shape, rates, workspace, (formats, nbytes), kernels, buffers=args.buffers)
+            as_text(
+                program,
+                holds,
+                shape,
+                rates,
+                workspace,
+                (formats, nbytes),
+                kernels,
+                buffers=args.buffers,
+                everything=args.all,
+            )
         )
     return 0
 
@@ -281,25 +292,16 @@ def as_text(
     kernels: dict[str, str],
     *,
     buffers: bool,
+    everything: bool,
 ) -> str:
-    """The table, the totals and the workspace; stored: formats and bytes of the checkpoint's tensors.
+    """The totals, the workspace and the table; stored: formats and bytes of the checkpoint's tensors.
 
-    kernels: by op, on a GPU.
+    kernels: by op, on a GPU. everything: equal layers are not folded.
     """
     from rvllm.cli.common.tables import facts, human_bytes, human_flops, human_seconds, table
-    from rvllm.program.cost import kv_bytes_per_token, op_cost, program_cost
+    from rvllm.program.cost import kv_bytes_per_token, program_cost
     from rvllm.program.ops.encoder import embedding_size
 
-    header = ["op", "kind", "rows", "weights", "numbers", "dtype", "bytes", "FLOPs"]
-    header += (["floor"] if rates else []) + (["kernel"] if kernels else [])
-    rows = []
-    for op in program.ops:
-        cost = op_cost(program, op, shape)
-        line = [op.name, op.kind, shapes(op, shape), weight_shapes(op), numbers_of(op, program, checkpoint)]
-        line.append(dtype_of(op, program))
-        line += [human_bytes(cost.nbytes), human_flops(cost.flops)]
-        line += [human_seconds(cost.floor_seconds(rates.bandwidth, rates.flops))] if rates else []
-        rows.append(line + ([kernels.get(op.name, "")] if kernels else []))
     total = program_cost(program, shape)
     totals = [
         ("ops", str(len(program.ops))),
@@ -312,7 +314,8 @@ def as_text(
         floor = floor_total(program, shape, rates)
         per_second = shape.tokens / floor
         totals += [
-            ("floor", f"{human_seconds(floor)}, {per_second:,.0f} tokens/s"),
+            ("floor", human_seconds(floor)),
+            ("limit", f"{per_second:,.0f} tokens/s"),
             ("at", f"{rates.bandwidth / 1e9:.4g} GB/s and {rates.flops / 1e12:.4g} TFLOP/s"),
         ]
     else:
@@ -329,12 +332,17 @@ def as_text(
     if program.states:
         carried = program.state_elements_per_slot * 4
         memory.insert(2, ("state per sequence", f"{human_bytes(carried)} in {len(program.states)} parts"))
+    rows = _op_rows(program, checkpoint, shape, rates, kernels)
+    if everything:
+        ops = table(*_whole_table(rows, bool(rates), bool(kernels)))
+    else:
+        ops = table(*_folded_table(rows, bool(rates), bool(kernels)))
     parts = [
         f"{program.architecture}, {program.dtype.value}: {what}, batch {shape.sequences}, "
         f"context {shape.context}",
-        table(header, rows, right=(6, 7, 8) if rates else (6, 7)),
         facts("total", totals),
         facts("memory", memory),
+        ops,
     ]
     if buffers:
         places = sorted(workspace.placements.values(), key=lambda p: (p.offset, p.buffer.name))
@@ -343,3 +351,91 @@ def as_text(
     if program.notes:
         parts.append("\n".join(f"note: {note}" for note in program.notes))
     return "\n\n".join(parts)
+
+
+Row = dict[str, str]
+_NUMBERS = ("bytes", "FLOPs", "floor")
+
+
+def _op_rows(
+    program: Program,
+    checkpoint: Checkpoint | None,
+    shape: StepShape,
+    rates: Rates | None,
+    kernels: dict[str, str],
+) -> list[Row]:
+    """What is known of each op, by the table's headings."""
+    from rvllm.cli.common.tables import human_bytes, human_flops, human_seconds
+    from rvllm.program.cost import op_cost
+
+    rows = []
+    for op in program.ops:
+        cost = op_cost(program, op, shape)
+        rows.append({
+            "op": op.name, "kind": op.kind, "rows": shapes(op, shape), "weights": weight_shapes(op),
+            "numbers": numbers_of(op, program, checkpoint), "dtype": dtype_of(op, program),
+            "bytes": human_bytes(cost.nbytes), "FLOPs": human_flops(cost.flops),
+            "floor": human_seconds(cost.floor_seconds(rates.bandwidth, rates.flops)) if rates else "",
+            "kernel": kernels.get(op.name, ""),
+        })  # fmt: skip
+    return rows
+
+
+def _whole_table(
+    rows: list[Row], floors: bool, kernels: bool
+) -> tuple[list[str], list[list[str]], list[int]]:
+    """(headings, cells, columns to align to the right) of every op with all that is known of it."""
+    header = ["op", "kind", "rows", "weights", "numbers", "dtype", "bytes", "FLOPs"]
+    header += (["floor"] if floors else []) + (["kernel"] if kernels else [])
+    cells = [[row[name] for name in header] for row in rows]
+    return header, cells, [header.index(name) for name in _NUMBERS if name in header]
+
+
+def _folded_table(
+    rows: list[Row], floors: bool, kernels: bool
+) -> tuple[list[str], list[list[str]], list[int]]:
+    """The same with neighbouring layers that are alike in one, `layers.0-29.qkv`, in 80 columns.
+
+    Figures are those of one layer.
+    """
+    header = ["op", "weights", "numbers", "bytes"]
+    header += (["floor"] if floors else []) + (["kernel"] if kernels else [])
+    cells = []
+    for first, last, layer in folded(rows):
+        for row in layer:
+            name = row["op"]
+            if last > first:
+                name = name.replace(f"layers.{first}.", f"layers.{first}-{last}.", 1)
+            cells.append([name, *(row[column] for column in header[1:])])
+    return header, cells, [header.index(name) for name in _NUMBERS if name in header]
+
+
+def folded(rows: list[Row]) -> list[tuple[int, int, list[Row]]]:
+    """(first layer, last layer, rows of the first) of each run of layers alike; -1 for ops of no layer."""
+    groups: list[tuple[int, list[Row]]] = []
+    for row in rows:
+        layer = _layer_of(row["op"])
+        if groups and groups[-1][0] == layer:
+            groups[-1][1].append(row)
+        else:
+            groups.append((layer, [row]))
+    runs: list[tuple[int, int, list[Row]]] = []
+    for layer, group in groups:
+        if runs and layer >= 0 and runs[-1][1] == layer - 1 and _alike(runs[-1][2], group):
+            first, _, kept = runs.pop()
+            runs.append((first, layer, kept))
+        else:
+            runs.append((layer, layer, group))
+    return runs
+
+
+def _layer_of(name: str) -> int:
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "layers" and len(parts) > 2 and parts[1].isdigit() else -1
+
+
+def _alike(one: list[Row], other: list[Row]) -> bool:
+    def bare(row: Row) -> Row:
+        return {**row, "op": row["op"].partition(".")[2].partition(".")[2]}
+
+    return [bare(row) for row in one] == [bare(row) for row in other]

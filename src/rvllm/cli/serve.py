@@ -300,10 +300,11 @@ def _kernels(backend: str, config: EngineConfig) -> str:
 
 def _summary(engine: EngineClient, name: str, kernels: str, start: _Start, url: str) -> list[str]:
     """What an operator wants to know of a server that has just started."""
+    from rvllm.cli.common.tables import human_bytes
     from rvllm.version import __version__
 
     ready, facts = engine.ready, engine.ready.facts
-    memory = " · ".join(f"{line} {_size(nbytes)}" for line, nbytes in ready.ledger)
+    memory = " · ".join(f"{line} {human_bytes(nbytes)}" for line, nbytes in ready.ledger)
     tokens = ready.num_blocks * ready.block_size
     return [
         f"rvLLM {__version__} · {name} · {facts.architecture} · {ready.backend}, {facts.dtype}",
@@ -315,13 +316,3 @@ def _summary(engine: EngineClient, name: str, kernels: str, start: _Start, url: 
         f"beside it tokenizer {start.tokenizer:.2f}, HTTP {start.http:.2f}",
         f"  listening on {url}",
     ]
-
-
-def _size(nbytes: int) -> str:
-    """Bytes as people read them."""
-    value = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -18,7 +18,7 @@ from rvllm.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-WIDTH = 72  # of bars and maps, in characters
+WIDTH = 64  # of bars and maps, in characters
 WINDOW = 3.0  # seconds over which rates are taken
 BARS = " ▁▂▃▄▅▆▇█"
 State = dict[str, Any]  # api.page.EngineView as JSON
@@ -93,7 +93,7 @@ class History:
 
     def __init__(self) -> None:
         self._states: deque[State] = deque()
-        self._recent: deque[float] = deque(maxlen=60)
+        self._recent: deque[float] = deque(maxlen=16)
 
     def add(self, state: State) -> Rates:
         """Takes a state; the rates since those of some seconds ago."""
@@ -127,6 +127,7 @@ def picture(state: State, rates: Rates) -> RenderableType:
         ("rvllm ", "bold"), f"{state['version']} · ", (state["model"], "bold"),
         f" · {state['architecture']} · {state['backend']}, {state['dtype']} · up {_span(state['uptime'])}",
     )  # fmt: skip
+    head.overflow, head.no_wrap = "ellipsis", True
     return Group(head, Text(), _figures(state, rates), Text(), _requests(state), Text(), _blocks(state),
                  _memory(state), _kernels(state))  # fmt: skip
 
@@ -135,9 +136,9 @@ def _figures(state: State, rates: Rates) -> RenderableType:
     from rich.table import Table
 
     stats, floor = state["stats"], state["floor_seconds"]
-    bound = stats["running"] / floor if floor else None
-    against = f"{rates.generated / bound:.0%} of the floor's {bound:,.0f}" if bound else ""
-    if bound and state["floor_ratio"] is not None:
+    limit = stats["running"] / floor if floor else None
+    against = f"{rates.generated / limit:.0%} of the limit, {limit:,.0f}" if limit else ""
+    if limit and state["floor_ratio"] is not None:
         against += f" (decode steps {state['floor_ratio']:.0%})"
     blocks, total = stats["blocks_used"], max(1, stats["blocks_total"])
     hits = stats["cached_prompt_tokens"] / stats["prefix_queries"] if stats["prefix_queries"] else 0.0

@@ -243,7 +243,7 @@ class _Snapshot(Collector):
         if engine.floor_ratio is not None:
             yield self._gauge(
                 "rvllm:decode_floor_ratio",
-                "Least time of the last decode steps over the time they took, 1 is the floor.",
+                "Share of the limit: the least time of the last decode steps over the time they took.",
                 engine.floor_ratio,
             )
         yield self._kernels()

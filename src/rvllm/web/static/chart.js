@@ -1,4 +1,4 @@
-// Tokens per second over the last two minutes, as SVG, with the floor as a dashed line.
+// Tokens per second over the last two minutes, as SVG, with the limit as a dashed line.
 
 import { el, rate } from "./dom.js";
 
@@ -24,7 +24,7 @@ export class Chart {
     }
     this.picture.append(this.area, this.floor, this.line);
     this.top = el("span", { class: "top" });
-    this.floorLabel = el("span", { class: "floor-label", hidden: true }, "floor");
+    this.floorLabel = el("span", { class: "floor-label", hidden: true }, "limit");
     this.node = el("div", { class: "chart", role: "img" }, this.picture, this.top, this.floorLabel,
       el("span", { class: "left" }, "2 min ago"), el("span", { class: "right" }, "now"));
   }

@@ -19,9 +19,9 @@ export function setText(node, text) {
 }
 
 export function bytes(count) {
-  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  const units = ["B", "kB", "MB", "GB", "TB"];
   let unit = 0;
-  while (Math.abs(count) >= 1024 && unit < units.length - 1) { count /= 1024; unit += 1; }
+  while (Math.abs(count) >= 1000 && unit < units.length - 1) { count /= 1000; unit += 1; }
   return `${unit === 0 ? count : count.toFixed(1)} ${units[unit]}`;
 }
 

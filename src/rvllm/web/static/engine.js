@@ -1,4 +1,4 @@
-// The engine, live: figures, tokens per second against the floor, requests, KV blocks, memory, kernels.
+// The engine, live: figures, tokens per second against the limit, requests, KV blocks, memory, kernels.
 
 import { BlockMap, colourOf } from "./blockmap.js";
 import { Chart } from "./chart.js";
@@ -35,7 +35,7 @@ export class EngineView {
     this.node.replaceChildren(
       el("dl", { class: "tiles" },
         tile("Generated", "Tokens drawn per second, all requests together"),
-        tile("Of the floor", "Against what the memory's speed allows for a decode step of this batch"),
+        tile("Of the limit", "Against what the memory's speed allows for a decode step of this batch"),
         tile("Prompts", "Prompt tokens computed per second"),
         tile("Running", "Requests in the batch"), tile("Waiting", "Requests in the queue"),
         tile("KV blocks", "Blocks held by sequences"),
@@ -93,7 +93,7 @@ export class EngineView {
   showTiles(state, now) {
     const { stats } = state;
     this.tile("Generated", rate(now.generated), "tokens/s");
-    this.tile("Of the floor", now.floor && now.generated ? percent(now.generated / now.floor) : "–",
+    this.tile("Of the limit", now.floor && now.generated ? percent(now.generated / now.floor) : "–",
       now.floor ? `${rate(now.floor)} tokens/s` : stats.running ? "not known here" : "nothing runs");
     this.tile("Prompts", rate(now.prompt), "tokens/s");
     this.tile("Running", whole(stats.running), `of ${whole(state.max_num_seqs)}`);
@@ -151,7 +151,7 @@ export class EngineView {
   showKernels(state) {
     const path = state.settings["decode path"];
     const asked = path ? `Decode path: ${path}. Strategy asked for: ${state.settings["GEMM strategy"]}. ` : "";
-    const ratio = state.floor_ratio === null ? "" : `The last decode steps ran at ${percent(state.floor_ratio)} of the floor.`;
+    const ratio = state.floor_ratio === null ? "" : `The last decode steps ran at ${percent(state.floor_ratio)} of the limit.`;
     setText(this.matrixNote, state.kernels.length ? asked + ratio : "No step has run yet.");
     const drawn = JSON.stringify(state.kernels);
     if (this.drawnKernels === drawn) return;
