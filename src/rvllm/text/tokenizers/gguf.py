@@ -122,6 +122,10 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> 
     """Byte-level BPE (GPT-2's kind) with one of the known pre-tokenizers."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+    if metadata.get(KEY + "pre") is None:
+        _log.warning(
+            "%s names no pre-tokenizer (%spre): text is cut by a guess, answers may suffer", origin, KEY
+        )
     try:
         rule = _rule(metadata)
     except KeyError:

@@ -50,6 +50,9 @@ class PreTokenizer:
     add_bos: bool = False
 
 
+_PUNCTUATION = r"[\p{P}$+<=>^~|`]+"
+_THREE_DIGITS = r"[0-9][0-9][0-9]"
+_SEED_CODER = rf"{_CONTRACTIONS}|{_LEAD}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 _DIGITS_GPT2 = PreTokenizer((r"\p{N}", _GPT2))
 _PLAIN_GPT2 = PreTokenizer((_GPT2,))
 _LLAMA3_RULE = PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True)
@@ -64,6 +67,17 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "mpt": _PLAIN_GPT2,
     "olmo": _PLAIN_GPT2,
     "jais": _PLAIN_GPT2,
+    "jina-v1-en": _PLAIN_GPT2,
+    "jina-v2-es": _PLAIN_GPT2,
+    "jina-v2-de": _PLAIN_GPT2,
+    "jina-v2-code": _PLAIN_GPT2,
+    "gigachat": _PLAIN_GPT2,
+    "a.x-4.0": _PLAIN_GPT2,
+    "mellum": _PLAIN_GPT2,
+    "modern-bert": _PLAIN_GPT2,
+    "granite-docling": _PLAIN_GPT2,
+    "falcon": PreTokenizer((_PUNCTUATION, _GPT2, _THREE_DIGITS)),
+    "seed-coder": PreTokenizer((_SEED_CODER,)),
     "trillion": _PLAIN_GPT2,
     "smollm": _DIGITS_GPT2,
     "starcoder": _DIGITS_GPT2,
@@ -76,6 +90,8 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "llama3": _LLAMA3_RULE,
     "llama-v3": _LLAMA3_RULE,
     "falcon3": _LLAMA3_RULE,
+    "falcon-h1": _LLAMA3_RULE,
+    "midm-2.0": _LLAMA3_RULE,
     "pixtral": _LLAMA3_RULE,
     "lfm2": _LLAMA3_RULE,
     "dbrx": _LLAMA3_MERGED,
@@ -87,10 +103,13 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "stablelm2": _QWEN2_RULE,
     "hunyuan": _QWEN2_RULE,
     "megrez": _QWEN2_RULE,
+    "kormo": _QWEN2_RULE,
+    "grok-2": _QWEN2_RULE,
     "qwen35": PreTokenizer((_QWEN35,)),
     "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
     "gpt-4o": PreTokenizer((_GPT4O,)),
     "llama4": PreTokenizer((_GPT4O,)),
+    "minimax-m2": PreTokenizer((_GPT4O,)),
     "deepseek-llm": PreTokenizer(
         (
             r"[\r\n]",
@@ -106,5 +125,5 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "hunyuan-dense": _DEEPSEEK3_RULE,
 }
 
-DEFAULT = _PLAIN_GPT2
-"""For files with no `tokenizer.ggml.pre`, or one that says `default`."""
+DEFAULT = PreTokenizer((r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", _THREE_DIGITS))
+"""For files with no `tokenizer.ggml.pre`, or one that says `default`: llama.cpp's guess."""
