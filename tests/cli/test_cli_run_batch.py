@@ -41,7 +41,7 @@ def test_all_lines_are_answered_in_order_and_not_twice(
 ) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [line(i) for i in range(40)] + [line(40, temperature=-1), line(41, model="other")]
-    source.write_text("\n".join(lines) + "\n")
+    source.write_text("\n".join(lines) + "\n", encoding="utf-8-sig")  # with the mark that editors put there
     assert main(flags) == 0
     assert "42 requests" in capsys.readouterr().err
     first = read(target)

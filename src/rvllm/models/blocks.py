@@ -46,6 +46,21 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+# What Transformers' classes take for an absent num_key_value_heads; the others, and null: as many as heads.
+KV_HEADS = {
+    "mistral": 8, "mixtral": 8, "qwen2": 32, "qwen3": 32, "qwen3_moe": 4, "gemma": 16, "gemma2": 4,
+    "gemma3_text": 4, "smollm3": 4, "stablelm": 32, "deepseek_v3": 128,
+}  # fmt: skip
+
+
+def _default_kv_heads(config: ModelConfig, heads: int) -> int:
+    """Where the class's own default does not divide the heads, the config cannot mean it."""
+    default = heads
+    if "num_key_value_heads" not in config.values:
+        default = KV_HEADS.get(str(config.values.get("model_type")), heads)
+    return default if default <= heads and heads % default == 0 else heads
+
+
 @dataclass(frozen=True)
 class Dims:
     """The dimensions nearly every decoder has."""
@@ -69,7 +84,7 @@ class Dims:
         """
         hidden = config.int("hidden_size")
         heads = config.int("num_attention_heads", high=65536)
-        kv_heads = config.int("num_key_value_heads", heads, high=heads)
+        kv_heads = config.int("num_key_value_heads", _default_kv_heads(config, heads), high=heads)
         if heads % kv_heads:
             raise config.fail(
                 "num_key_value_heads", f"must divide num_attention_heads {heads}, got {kv_heads}"

@@ -115,7 +115,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(text: bytes, origin: str) -> dict[str, Any]:
     """A JSON object without repeated keys; ModelError names `origin` and what is wrong."""
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_distinct)
+        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_distinct)
     except UnicodeDecodeError:
         raise ModelError(f"{origin}: not UTF-8") from None
     except RecursionError:

@@ -66,10 +66,13 @@ async def _nowhere(message: Any) -> None:
     pass
 
 
+BOM = b"\xef\xbb\xbf"  # what some editors put in front of a file
+
+
 def read_lines(data: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, line) of all lines that are not empty."""
     for number, line in enumerate(data, 1):
-        text = line.strip()
+        text = line.removeprefix(BOM).strip() if number == 1 else line.strip()
         if text:
             yield number, text
 
