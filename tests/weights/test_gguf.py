@@ -82,6 +82,8 @@ def test_what_ends_an_answer(tmp_path: Path) -> None:
         assert ends(token_type=kinds, eot_token_id=1) == [1, 0, 2]
     assert ends(tokens=["<|return|>", "<|call|>", "<|end|>", "a"], eot_token_id=0) == [1, 0]
     assert ends(tokens=["</s>", "<|tool_response>", "<turn|>", "a"], eot_token_id=1) == [1, 2]
+    html = np.array([1, 3, 1, 1], np.int32)  # a plain </s> is a tag that code models write
+    assert ends(tokens=["</s>", "<|im_end|>", "a", "b"], token_type=html, eot_token_id=1) == [1]
     assert ends(tokens=["<|fim_pad|>", "<|file_sep|>", "<|repo_name|>", "a"], eot_token_id=1) == [1, 0, 2]
 
 

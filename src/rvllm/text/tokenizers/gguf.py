@@ -260,7 +260,7 @@ def _types(metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:
     types = [int(kind) for kind in metadata.get(KEY + "token_type", ())]
     if len(types) != len(tokens):
         types = [1] * len(tokens)
-    for index in spelled_ends(tokens):
+    for index in spelled_ends(tokens, types):
         if types[index] != CONTROL:
             _log.info(
                 "%r is typed %d in the file, and taken for a control token", tokens[index], types[index]
