@@ -98,6 +98,7 @@ class Layer:
             self.route_op, self.tokens, "bf16",
             RouteAt(g.x.address, g.chosen.address, g.shares.address, w.gate.address, w.bias.address,
                     g.logits.address, g.arrivals.address, g.count.address),
+            chip(self.gpu),
         )  # fmt: skip
         at = moe.ExpertsAt(
             x=g.x.address, ids=g.ids[layer].address, shares=g.shares.address, out=g.out.address, residual=0,

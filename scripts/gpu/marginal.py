@@ -1,6 +1,6 @@
 """What each kind of launch costs within a decode step: the step's time less the time without that kind.
 
-    PYTHONPATH=src python scripts/gpu/marginal.py --only NAME,... [--context N]
+    PYTHONPATH=src python scripts/gpu/marginal.py --only NAME,... [--context N] [--seqs 1,8,128]
 
 `--profile` times chains of one kind alone. In a step, a launch overlaps its neighbours: weights are fetched
 while a predecessor ends, or a wait is longer than it need be. Here the step's graph is captured again without
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -24,20 +25,29 @@ from rvllm.backends.cuda.profile import capture, decode_batch, make_of, time_gra
 from rvllm.program.dtypes import DType
 
 
-def measure(name: str, context: int) -> None:
-    """Prints the table of one model."""
+def measure(name: str, context: int, sizes: list[int]) -> None:
+    """Prints the tables of one model."""
     label, program = program_of(name, DType.BF16)
-    backend = CudaBackend.load(program, None, ENGINE)
+    blocks = max(ENGINE.num_gpu_blocks or 0, max(sizes) * (context // 16 + 2))
+    engine = replace(ENGINE, max_num_seqs=max(ENGINE.max_num_seqs, *sizes), num_gpu_blocks=blocks)
+    backend = CudaBackend.load(program, None, engine)
+    for seqs in sizes:
+        table(backend, f"{label}, {seqs} sequences", seqs, context, program.vocab_size)
+    backend.close()
+
+
+def table(backend: CudaBackend, label: str, seqs: int, context: int, vocab_size: int) -> None:
+    """Prints what each kind of launch costs in a step of so many sequences."""
     for _ in range(2):  # leaves the step's metadata, slots and buffers on the device
-        backend.collect(backend.launch(decode_batch(1, context, program.vocab_size)))
-    planned = backend._planner.decode(1)
+        backend.collect(backend.launch(decode_batch(seqs, context, vocab_size)))
+    planned = backend._planner.decode(seqs)
     kinds: dict[str, list[Planned]] = {}
     for launch in planned:
         kinds.setdefault(make_of(launch), []).append(launch)
 
     def seconds(without: set[str]) -> float:
         kept = [p for p in planned if make_of(p) not in without]
-        graph = capture(kept, backend._catalog, backend._stream, Counts(1, 1, 1), True)
+        graph = capture(kept, backend._catalog, backend._stream, Counts(seqs, seqs, seqs), True)
         found = time_graph(backend._stream, graph)
         graph.close()
         return found
@@ -56,7 +66,6 @@ def measure(name: str, context: int) -> None:
         print(
             f"{kind.replace('|sm', ' sm')[:62]:62} {count:4} {one * 1e6:8.2f} {pair * 1e6:10.2f}", flush=True
         )
-    backend.close()
 
 
 def main() -> int:
@@ -64,9 +73,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", required=True, metavar="NAME,...")
     parser.add_argument("--context", type=int, default=CONTEXT)
+    parser.add_argument("--seqs", default="1")
     args = parser.parse_args()
     for name in args.only.split(","):
-        measure(name, args.context)
+        measure(name, args.context, [int(n) for n in args.seqs.split(",")])
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import numpy as np
 from harness import SHORT, Array, Machine, error, expect, rounded
@@ -13,9 +14,10 @@ from rvllm.backends.cpu.threads import Workers
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Counts, Planned
 from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up, pack_matrix
+from rvllm.backends.cuda.ops.moe import router as router_plan
 from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, Path, most_tiles
 from rvllm.backends.cuda.ops.moe.router import RouteAt, plan_route
-from rvllm.kernels.moe.specs import BLOCKS, FEW_TOKENS, GROUPED_TOKENS
+from rvllm.kernels.moe.specs import BLOCKS, GROUPED_TOKENS
 from rvllm.kernels.rowwise.specs import norm_kernel
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Activation, Buffer, Experts, Norm, Route, Weight
@@ -118,7 +120,8 @@ class Router:
             weight=self.weight.address, bias=self.bias.address if self.bias else 0, logits=logits.address,
             arrivals=arrivals.address, num_tokens=count.address,
         )  # fmt: skip
-        run(gpu, plan_route(op, padded, SHORT[self.dtype.name], at, norm, capability))
+        on = DeviceInfo(capability, gpu.facts.sm_count, gpu.facts.smem_per_block)
+        run(gpu, plan_route(op, padded, SHORT[self.dtype.name], at, on, norm))
         self.normed = normed.get()
         assert np.isnan(self.normed[tokens:].astype(np.float32)).all()
         assert (ids.get()[tokens:] == -1).all() and np.isnan(shares.get()[tokens:]).all()
@@ -144,6 +147,9 @@ def check_route(
     worst, first = 0.0, None
     for tokens in sizes:
         ids, shares = router.choose(x[:tokens], tokens + tokens % 3)
+        with patch.object(router_plan, "FEW_ROUTED", 0):  # by the kernel for many tokens
+            again = router.choose(x[:tokens], tokens + tokens % 3)
+        assert (again[0] == ids).all() and (again[1] == shares).all()
         if first is None:
             first = (ids, shares)
         assert (ids[:1] == first[0]).all() and (shares[:1] == first[1]).all(), (
@@ -373,8 +379,6 @@ def check_experts_that_do_not_exist(gpu: Machine, rng: np.random.Generator, dtyp
 def ways(tokens: int, capability: int) -> list[tuple[Path, int]]:
     """The kernels that may do a step of so many tokens, and their tiles."""
     found: list[tuple[Path, int]] = [("many", block.tokens) for block in BLOCKS]
-    if tokens <= FEW_TOKENS:
-        found.append(("few", 0))
     if tokens == 1:
         found.append(("one", 0))
     if capability == 90:

@@ -25,12 +25,13 @@ from rvllm.backends.cuda.layout.fusion import fuse
 from rvllm.backends.cuda.layout.memory import Budget
 from rvllm.backends.cuda.layout.weights import PackedWeight, packed_weights
 from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up, pack_matrix
-from rvllm.backends.cuda.ops.moe.plan import most_tiles, segments_of
+from rvllm.backends.cuda.ops.moe.plan import most_tiles
 from rvllm.backends.cuda.weight_loader import Loader
 from rvllm.config import EngineConfig
 from rvllm.engine.ipc.messages import Sampling
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.moe import specs as experts_manifest
+from rvllm.kernels.moe.specs import segments_of
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.cost import StepShape, op_cost
@@ -150,20 +151,19 @@ def test_an_add_goes_with_the_experts_unless_a_norm_takes_it() -> None:
 
 
 def test_a_token_is_routed_by_a_cluster_where_that_is_possible() -> None:
-    def route(experts: int, facts: DeviceFacts, tokens: int) -> tuple[str, int, int]:
+    def route(experts: int, facts: DeviceFacts, tokens: int) -> tuple[str, tuple[int, ...], int]:
         given = planner(
             built(QWEN3_30B, num_hidden_layers=1, num_experts=experts), facts, EngineConfig(), GB139
         )
         (found,) = [p for p in given.decode(tokens) if "route" in p.kernel]
-        return found.kernel.split("route")[1], found.grid(Counts(1, 1, 1))[0], found.cluster
+        return found.kernel.split("route")[1], found.grid(Counts(1, 1, 1))[:2], found.cluster
 
-    assert route(20, H200, 1) == ("_cluster1_e128", 3, 3)
-    assert route(64, H200, 8) == ("_cluster1_e128", 8, 8)
-    assert route(65, H200, 1) == ("_cluster2_e128", 5, 5)
-    assert route(128, H200, 1) == ("_cluster2_e128", 8, 8)
-    assert route(129, H200, 1) == ("_norm_e512", 33, 1)
-    assert route(128, A100, 1) == ("_norm_e128", 32, 1)
-    assert route(128, H200, 16) == ("_wide_e128", 8, 1)
+    assert route(20, H200, 1) == ("_cluster_norm_e128", (2, 1), 2)
+    assert route(128, H200, 8) == ("_cluster_norm_e128", (8, 1), 8)
+    assert route(129, H200, 1) == ("_norm_e512", (9, 1), 1)
+    assert route(128, A100, 9) == ("_norm_e128", (8, 2), 1)
+    assert route(128, H200, 64) == ("_cluster_e128", (8, 8), 8)
+    assert route(128, H200, 1024) == ("_many_e128", (32, 1), 1)
 
 
 def test_too_many_experts_are_refused_by_name() -> None:

@@ -6,8 +6,8 @@
 
 namespace rvllm::experts {
 
-constexpr int MAX_LISTED = 512;           // entries
-constexpr int MASK_WORDS = MAX_LISTED / 32;
+constexpr int MAX_LISTED = 1024;  // entries
+constexpr int MAX_TILES = 672;    // of 8 entries and more, of up to 544 experts
 
 // Up to some number of entries of one expert, which meet its weights together.
 struct EntryTile {
@@ -16,44 +16,42 @@ struct EntryTile {
 
 // In shared memory.
 struct EntryList {
-  u16 order[MAX_LISTED];    // entries by expert, those of one expert ascending
-  uint2 tiles[MAX_LISTED];  // (expert, first << 16 | count)
-  int count;                // of tiles
+  uint2 tiles[MAX_TILES];  // (expert, first << 16 | count)
+  u16 order[MAX_LISTED];   // entries by expert, those of one expert ascending
+  int count;               // of tiles
   __device__ EntryTile tile(int i) const {
     const uint2 t = tiles[i];
     return {static_cast<int>(t.x), static_cast<int>(t.y >> 16), static_cast<int>(t.y & 0xffff)};
   }
 };
 
-// 32-bit words of scratch that `list_entries` needs.
-__host__ __device__ constexpr int list_scratch(int experts) { return experts * (MASK_WORDS + 1); }
-
-// First half: clears the scratch. Depends on nothing.
-__device__ __forceinline__ void list_begin(u32* scratch, int experts) {
-  for (int i = threadIdx.x; i < experts * MASK_WORDS; i += blockDim.x) scratch[i] = 0;
+// First half: clears the scratch, experts * (pitch + 1) words. Depends on nothing. pitch: words of an expert's mask of up
+// to 32 * pitch entries, odd, so that experts fall into different banks.
+__device__ __forceinline__ void list_begin(u32* scratch, int experts, int pitch) {
+  for (int i = threadIdx.x; i < experts * pitch; i += blockDim.x) scratch[i] = 0;
   __syncthreads();
 }
 
-// Second half: lists entries 0 .. entries - 1, at most MAX_LISTED, of `experts` experts, in tiles of up to `tile`.
-// places, or null: where each entry is in the order. All threads of the block call it; the scratch is free afterwards,
-// also for the copy engine.
+// Second half: lists entries 0 .. entries - 1 of `experts` experts, in tiles of up to `tile`. places, or null: where each
+// entry is in the order. All threads of the block call it; the scratch is free afterwards, also for the copy engine.
 __device__ __forceinline__ void list_entries(EntryList& list, u32* scratch, const int* ids, int* places, int entries,
-                                             int experts, int tile) {
-  u32* const masks = scratch;                        // [experts][MASK_WORDS]: bit i of an expert's: entry i is its
-  u32* const first = scratch + experts * MASK_WORDS;  // place of an expert's first entry
+                                             int experts, int pitch, int tile) {
+  u32* const masks = scratch;                  // [experts][pitch]: bit i of an expert's: entry i is its
+  u32* const first = scratch + experts * pitch;  // how many an expert has, then the place of its first one
   const int lane = threadIdx.x % 32, words = (entries + 31) / 32;
   for (int i = threadIdx.x; i < entries; i += blockDim.x)
-    atomicOr(masks + existing(__ldcg(ids + i), experts) * MASK_WORDS + i / 32, 1u << i % 32);
+    atomicOr(masks + existing(__ldcg(ids + i), experts) * pitch + i / 32, 1u << i % 32);
+  __syncthreads();
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) {
+    int count = 0;
+    for (int w = 0; w < words; w++) count += __popc(masks[e * pitch + w]);
+    first[e] = count;
+  }
   __syncthreads();
   if (threadIdx.x < 32) {
     const int each = (experts + 31) / 32, begin = min(lane * each, experts), end = min(begin + each, experts);
     u32 mine = 0;  // entries and, above them, tiles
-    for (int e = begin; e < end; e++) {
-      int count = 0;
-      for (int w = 0; w < words; w++) count += __popc(masks[e * MASK_WORDS + w]);
-      first[e] = count;
-      mine += static_cast<u32>(count) | static_cast<u32>((count + tile - 1) / tile) << 16;
-    }
+    for (int e = begin; e < end; e++) mine += first[e] | (first[e] + tile - 1) / tile << 16;
     u32 before = mine;
 #pragma unroll
     for (int o = 1; o < 32; o *= 2) {
@@ -74,7 +72,7 @@ __device__ __forceinline__ void list_entries(EntryList& list, u32* scratch, cons
   __syncthreads();
   for (int i = threadIdx.x; i < entries; i += blockDim.x) {
     const int expert = existing(__ldcg(ids + i), experts);
-    const u32* const mask = masks + expert * MASK_WORDS;
+    const u32* const mask = masks + expert * pitch;
     int place = first[expert] + __popc(mask[i / 32] & ((1u << i % 32) - 1));
     for (int w = 0; w < i / 32; w++) place += __popc(mask[w]);
     list.order[place] = static_cast<u16>(i);

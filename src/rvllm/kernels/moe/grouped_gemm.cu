@@ -20,7 +20,7 @@ struct Shape {
 
 // For the tile (expert, first, count) of tiles[0 .. *num_tiles - 1]: out = act(W[expert] x), or without `act`.
 // by_token (the up matrix): x has a row a token, out a row a place in `order`; otherwise x has a row a place and out
-// a row an entry. k, blocks, rows, pitch, act, gated as in `few`; segments of K. most: tiles the grid allows for.
+// a row an entry. k, blocks, rows, pitch, act, gated as in `one_up`; segments of K. most: tiles the grid allows for.
 // Grid: (ceil(ceil(rows / ROWS) / GROUP) * GROUP * most). GROUP row tiles pass over all tiles of entries before the
 // next ones begin, so that both operands stay in L2. Bound by the tensor cores, or by memory for few entries.
 template <class T, int ROWS, int TOKENS, int ROW_WARPS, int TOKEN_WARPS>

@@ -24,6 +24,7 @@ struct Layout {
   static constexpr int BYTES = STAGES * STAGE + STAGING + BARRIERS + LIST;
   static constexpr int GATHERERS = TOKENS * 8 < PRODUCERS ? TOKENS * 8 : PRODUCERS;  // threads that load x
   static constexpr int COPIES = TOKENS * 8 / GATHERERS;                              // of 16 bytes, a thread and stage
+  static_assert(MAX_TILES % 2 == 0 && STAGES * STAGE >= 544 * (MAX_LISTED / 32 + 2) * 4, "the list's scratch fits");
   static_assert(STAGES * 16 <= BARRIERS && PER_GROUP % 16 == 0, "regions are aligned");
 };
 
@@ -45,14 +46,14 @@ struct TileScheduler {
 // by_token (the up matrix): x has a row a token; otherwise a row a place in the order of entries by expert. out: a row a
 // place, `pitch` elements each. ids int32 [tokens, top_k]. k: elements of a row of x, a multiple of 8; blocks:
 // ceil(k / 64), segments: of them; rows: packed rows (2 * width when gated).
-// order null: at most MAX_LISTED entries, listed by every block; places int32 [entries], where by_token, becomes where
-// each entry is. Otherwise order, tiles and num_tiles are those of `sort`.
+// order null: at most MAX_LISTED entries, listed by every block with mask_words words an expert; places int32 [entries],
+// where by_token, becomes where each entry is. Otherwise order, tiles and num_tiles are those of `sort`.
 // Grid: (multiprocessors). Shared: Layout<TOKENS>::BYTES. Bound by memory, or by the tensor cores for many entries.
 template <class T, int TOKENS>
 __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1)
     grouped(T* out, const T* x, const u8* __restrict__ weights, const int* ids, const int* num_tokens, int* places,
             const int* order, const int4* tiles, const int* num_tiles, int top_k, int experts, int by_token, int k,
-            int blocks, int segments, int rows, int pitch, int kind, int group) {
+            int blocks, int segments, int rows, int pitch, int kind, int group, int mask_words) {
   using L = Layout<TOKENS>;
   using namespace ptx;
   constexpr int REGS = TOKENS / 2;
@@ -73,31 +74,39 @@ __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1)
   const bool listed = TOKENS <= 64 && !order;
   EntryList& list = *reinterpret_cast<EntryList*>(shared + L::STAGES * L::STAGE + L::STAGING + L::BARRIERS);
   if (listed)
-    list_begin(reinterpret_cast<u32*>(shared), experts);
+    list_begin(reinterpret_cast<u32*>(shared), experts, mask_words);
   else
     __syncthreads();
   if (by_token) griddep_wait();
   griddep_launch();
   if (listed)
     list_entries(list, reinterpret_cast<u32*>(shared), ids, by_token && blockIdx.x == 0 ? places : nullptr,
-                 *num_tokens * top_k, experts, TOKENS);
+                 *num_tokens * top_k, experts, mask_words, TOKENS);
 
   const int strips = (rows + TILE - 1) / TILE;
   TileScheduler scheduler{listed ? list.count : __ldcg(num_tiles), (strips + 1) / 2, group, static_cast<int>(blockIdx.x)};
-  EntryTile tile;
-  int pair, stage = 0;
+  EntryTile tile, coming;  // this work tile's entries, and the next one's, which are looked up ahead
+  int pair, coming_pair, stage = 0;
   u32 phase = 0;
-  const auto next = [&]() {
+  bool any;
+  const auto look_ahead = [&]() {
     int t;
-    if (!scheduler.next(t, pair)) return false;
+    any = scheduler.next(t, coming_pair);
+    if (!any) return;
     if (listed) {
-      tile = list.tile(t);
+      coming = list.tile(t);
     } else {
       const int4 v = __ldcg(tiles + t);
-      tile = {v.x, v.y, v.z};
+      coming = {v.x, v.y, v.z};
     }
+  };
+  const auto next = [&]() {
+    if (!any) return false;
+    tile = coming, pair = coming_pair;
+    look_ahead();
     return true;
   };
+  look_ahead();
   const auto advance = [&]() {
     if (++stage == L::STAGES) stage = 0, phase ^= 1;
   };
@@ -124,18 +133,20 @@ __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1)
       griddep_wait();
     }
     if (thread >= L::GATHERERS) return;
+    int entry[L::COPIES];  // of the next work tile: the rows that this thread copies from, or -1
+    const auto look_up = [&](const EntryTile& of) {
+#pragma unroll
+      for (int c = 0; c < L::COPIES; c++) {
+        const int row = row0 + c * (L::GATHERERS / 8), place = of.first + row;
+        entry[c] = row >= of.count ? -1 : !by_token ? place : listed ? list.order[place] : __ldcg(order + place);
+      }
+    };
+    if (more) look_up(tile);
     while (more) {
       const T* source[L::COPIES];
 #pragma unroll
-      for (int c = 0; c < L::COPIES; c++) {
-        const int row = row0 + c * (L::GATHERERS / 8);
-        source[c] = nullptr;
-        if (row < tile.count) {
-          int place = tile.first + row;
-          if (by_token) place = (listed ? list.order[place] : __ldcg(order + place)) / top_k;
-          source[c] = x + static_cast<size_t>(place) * k + chunk * 8;
-        }
-      }
+      for (int c = 0; c < L::COPIES; c++)
+        source[c] = entry[c] < 0 ? nullptr : x + static_cast<size_t>(by_token ? entry[c] / top_k : entry[c]) * k + chunk * 8;
       for (int block = 0; block < blocks; block++) {
         if (block >= ahead) {
           mbar_wait(empty(stage), phase ^ 1);
@@ -147,6 +158,7 @@ __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1)
         for (int c = 0; c < L::COPIES; c++)
           if (source[c]) cp_async16(at + c * (L::GATHERERS * 16), inside ? source[c] + block * TILE : x, inside ? 16 : 0);
         cp_async_mbar_arrive(full(stage));
+        if (block == blocks / 2 && any) look_up(coming);
         advance();
       }
       ahead = 0;

@@ -27,72 +27,109 @@ __device__ __forceinline__ int running_sum(int value) {
 // its first entry in `order`, entries, 0), each of up to `tile` entries; *num_tiles: how many. ids int32
 // [tokens, top_k], of up to `experts` experts. bits: of an expert's number. places int32 [tokens * top_k], or null: where
 // each entry is in `order`.
-// Grid: 1. Shared: (warps + 3) * experts * 4. Bound by latency.
+// Grid: 1; CLUSTER (Hopper): a cluster, whose blocks have a part of the entries each. Shared: (warps + 4) * ceil4(experts)
+// * 4. Bound by latency.
+template <bool CLUSTER>
 __global__ void __launch_bounds__(1024)
     sort(int* order, int4* tiles, int* num_tiles, const int* ids, const int* num_tokens, int top_k, int experts, int bits,
          int tile, int* places) {
   extern __shared__ __align__(16) int counts[];  // [warps][experts]: first how many, then places before this warp's
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  int* const totals = counts + warps * experts;
-  int* const first = totals + experts;       // place of an expert's first entry
-  int* const first_tile = first + experts;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, pitch = (experts + 3) / 4 * 4;
+  int* const totals = counts + warps * pitch;  // of this block
+  int* const all = totals + pitch;             // of all blocks
+  int* const first = all + pitch;              // place of an expert's first entry, then of this block's first one
+  int* const first_tile = first + pitch;
+  const int block = blockIdx.x, block_count = gridDim.x;
   ptx::griddep_launch();
-  for (int i = threadIdx.x; i < warps * experts; i += blockDim.x) counts[i] = 0;
+  for (int i = threadIdx.x; i < (warps + 1) * pitch; i += blockDim.x) counts[i] = 0;
   ptx::griddep_wait();
-  const int entries = *num_tokens * top_k;
-  const int share = (entries + 32 * warps - 1) / (32 * warps) * 32;  // of a warp
-  const int begin = warp * share, end = min(begin + share, entries);
-  int* const mine = counts + warp * experts;
+  const int entries = *num_tokens * top_k, all_warps = warps * block_count;
+  const int share = (entries + 32 * all_warps - 1) / (32 * all_warps) * 32;  // of a warp
+  const int begin = min((block * warps + warp) * share, entries), end = min(begin + share, entries);
+  int* const mine = counts + warp * pitch;
+  // Calls work(i, inside, expert) for the warp's entries, 32 at a time; the next ids are on their way meanwhile.
+  const auto for_entries = [&](auto work) {
+    int next = begin + lane < end ? ids[begin + lane] : 0;
+    for (int i = begin + lane; i - lane < end; i += 32) {
+      const int expert = existing(next, experts);
+      if (i + 32 < end) next = ids[i + 32];
+      work(i, i < end, expert);
+    }
+  };
   __syncthreads();
-  for (int i = begin; i < end; i += 32) {
-    const bool in = i + lane < end;
-    const int expert = in ? existing(ids[i + lane], experts) : 0;
+  for_entries([&](int, bool in, int expert) {
     const u32 same = same_expert(expert, in, bits);
     if (in && lane == __ffs(same) - 1) mine[expert] += __popc(same);
     __syncwarp();
-  }
+  });
   __syncthreads();
   for (int e = threadIdx.x; e < experts; e += blockDim.x) {
     int before = 0;
     for (int w = 0; w < warps; w++) {
-      const int count = counts[w * experts + e];
-      counts[w * experts + e] = before;
+      const int count = counts[w * pitch + e];
+      counts[w * pitch + e] = before;
       before += count;
     }
     totals[e] = before;
+  }
+  if constexpr (CLUSTER) {
+#if __CUDA_ARCH__ >= 900
+    ptx::cluster_sync();
+    for (int e = 4 * threadIdx.x; e < experts; e += 4 * blockDim.x) {
+      int sums[4] = {}, before[4] = {};
+      for (int b = 0; b < block_count; b++) {
+        const float4 part = ptx::cluster_load(ptx::cluster_map(ptx::smem(totals + e), b));
+        const int count[4] = {__float_as_int(part.x), __float_as_int(part.y), __float_as_int(part.z), __float_as_int(part.w)};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          if (b < block) before[j] += count[j];
+          sums[j] += count[j];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 4; j++) all[e + j] = sums[j], first[e + j] = before[j];
+    }
+    ptx::cluster_arrive();  // what others have was read
+#endif
+  } else {
+    __syncthreads();
+    for (int e = threadIdx.x; e < experts; e += blockDim.x) all[e] = totals[e], first[e] = 0;
   }
   __syncthreads();
   if (warp == 0) {
     int place = 0, made = 0;
     for (int e = lane; e < experts + lane; e += 32) {  // the same number of rounds for every lane
-      const int count = e < experts ? totals[e] : 0, cut = (count + tile - 1) / tile;
-      const int places = running_sum(count), cuts = running_sum(cut);
+      const int count = e < experts ? all[e] : 0, cut = (count + tile - 1) / tile;
+      const int sums = running_sum(count), cuts = running_sum(cut);
       if (e < experts) {
-        first[e] = place + places - count;
+        first[e] += place + sums - count;
         first_tile[e] = made + cuts - cut;
+        all[e] = place + sums;  // where the next expert's begin
       }
-      place += __shfl_sync(~0u, places, 31);
+      place += __shfl_sync(~0u, sums, 31);
       made += __shfl_sync(~0u, cuts, 31);
     }
-    if (lane == 0) *num_tiles = made;
+    if (lane == 0 && block == 0) *num_tiles = made;
   }
   __syncthreads();
-  for (int i = begin; i < end; i += 32) {
-    const bool in = i + lane < end;
-    const int expert = in ? existing(ids[i + lane], experts) : 0;
+  for_entries([&](int i, bool in, int expert) {
     const u32 same = same_expert(expert, in, bits);
     if (in) {
       const int place = first[expert] + mine[expert] + __popc(same & ((1u << lane) - 1));
-      order[place] = i + lane;
-      if (places) places[i + lane] = place;
+      order[place] = i;
+      if (places) places[i] = place;
     }
     __syncwarp();
     if (in && lane == __ffs(same) - 1) mine[expert] += __popc(same);
     __syncwarp();
+  });
+  for (int e = block * blockDim.x + threadIdx.x; e < experts; e += block_count * blockDim.x) {
+    const int start = e ? all[e - 1] : 0;
+    for (int at = start, t = first_tile[e]; at < all[e]; at += tile, t++) tiles[t] = make_int4(e, at, min(tile, all[e] - at), 0);
   }
-  for (int e = threadIdx.x; e < experts; e += blockDim.x)
-    for (int done = 0, t = first_tile[e]; done < totals[e]; done += tile, t++)
-      tiles[t] = make_int4(e, first[e] + done, min(tile, totals[e] - done), 0);
+#if __CUDA_ARCH__ >= 900
+  if constexpr (CLUSTER) ptx::cluster_wait();
+#endif
 }
 
 }  // namespace rvllm::experts

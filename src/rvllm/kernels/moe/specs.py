@@ -1,7 +1,7 @@
 """Mixtures of experts: routing and grouped products: their kernels.
 
-The sizes here are those of `router.cu`, `sort.cu`, `few_tokens.cu` and `grouped_gemm.cu`, which say what they
-mean; `backends/cuda/ops/moe/plan.py` chooses among the kernels.
+The sizes here are those of the sources in this folder, which say what they mean;
+`backends/cuda/ops/moe/plan.py` chooses among the kernels.
 """
 
 from __future__ import annotations
@@ -14,35 +14,28 @@ DTYPES = ("bf16", "f16")
 MAX_EXPERTS = 512  # a router's
 MAX_CHOSEN = 32  # experts of a token
 MAX_GROUPS = 32
-MAX_SEGMENTS = 8  # of K, the warps of a block of `few`
-FEW_TOKENS = 8  # of a step, for `few`
+MAX_SEGMENTS = 8  # of K, the warps of a block of `one_up`, `one_down` and `route`
 
 
-@dataclass(frozen=True)
-class RouteShape:
-    """An instantiation of `route`: warps and tokens of a block, experts of a warp."""
-
-    warps: int
-    tokens: int
-    experts: int
-    norm: bool = False
-    cluster: bool = False  # the blocks of a token; for up to MAX_CLUSTER of them, on Hopper
-
-
+# Instantiations of `route`: whether it normalises and whether a cluster of blocks chooses.
 ROUTES = {
-    "": RouteShape(4, 1, 1),
-    "_norm": RouteShape(4, 1, 1, norm=True),
-    "_wide": RouteShape(4, 8, 4),
-    "_cluster1": RouteShape(8, 1, 1, norm=True, cluster=True),
-    "_cluster2": RouteShape(8, 1, 2, norm=True, cluster=True),
+    "": (False, False),
+    "_norm": (True, False),
+    "_cluster": (False, True),
+    "_cluster_norm": (True, True),
 }
 MAX_CLUSTER = 8
+ROUTE_SLICE = 16  # experts of a block of `route`
+ROUTE_TOKENS = (8, 4, 2, 1)  # of a block of `route`, at most
+ROUTE_MANY = 32  # tokens of a block of `route_many`
+ROUTE_MANY_SMEM = 4 * (128 + ROUTE_MANY) * 128
 ROUTE_NORM_WIDTH = 4096  # of a row that `route` can normalise too
 ROUTE_LANES = (4, 16)  # experts that a lane compares
-FEW_STAGES = {1: 4, FEW_TOKENS: 3}  # of a warp's pipeline, by the step's tokens; few enough for 99 KB
-ONE_STAGES = (8, 6, 4)
+ONE_UP_STAGES = 4  # of a warp's pipeline
+ONE_DOWN_STAGES = (8, 6, 4)
 SORT_WARPS = (4, 32)
-_SLICE, _TILE = 2048, 64  # bytes of 16 rows of a packed tile; its columns
+TILE = 64  # rows and columns of a packed tile
+_SLICE = 2048  # bytes of 16 of its rows
 _SMEM = 232448  # bytes of shared memory that a kernel may be launched with on any GPU
 
 
@@ -71,18 +64,18 @@ class Block:
         large = self.rows * self.tokens // self.threads >= 32
         return (3 if large else 4) * (
             self.rows + self.tokens
-        ) * _TILE * 2 + 4 * self.rows * self.tokens * large
+        ) * TILE * 2 + 4 * self.rows * self.tokens * large
 
 
 GROUPED_TOKENS = (8, 16, 32, 64, 128)  # entries of a work tile of `grouped`
 GROUPED_THREADS = 384
-MAX_LISTED = 512  # entries that a block of `grouped` lists for itself, in tiles of up to 64
-_LIST_BYTES, _STAGING_PITCH, _BARRIERS, _LIMIT = 5136, 144, 256, 232448
+MAX_LISTED = 1024  # entries that a block of `grouped` lists for itself, in tiles of up to 64
+_LIST_BYTES, _STAGING_PITCH, _BARRIERS, _LIMIT = 7440, 144, 256, 232448
 
 
 def grouped_smem(tokens: int) -> int:
     """Dynamic shared memory of `grouped` in bytes; mirrors Layout in moe/grouped_gemm_sm90.cu."""
-    stage = (2 * 64 + tokens) * _TILE * 2
+    stage = (2 * 64 + tokens) * TILE * 2
     rest = 2 * min(tokens, 64) * _STAGING_PITCH + _BARRIERS + _LIST_BYTES * (tokens <= 64)
     return min(12, (_LIMIT - rest) // stage) * stage + rest
 
@@ -90,52 +83,71 @@ def grouped_smem(tokens: int) -> int:
 BLOCKS = (Block(64, 16, 4, 1), Block(64, 64, 4, 1), Block(128, 128, 4, 2))
 
 
-def few_smem(segments: int, slots: int, tokens: int) -> int:
-    """Dynamic shared memory of `few` in bytes, for 1 or FEW_TOKENS tokens."""
-    return segments * slots * (_SLICE + tokens * _TILE * 2)
+def segments_of(k: int) -> int:
+    """Into how many segments an expert's sums over K are cut, whatever kernel sums them."""
+    return max(1, min(MAX_SEGMENTS, -(-k // TILE) // 2))
 
 
-def one_smem(segments: int, slots: int, top_k: int) -> int:
-    """Dynamic shared memory of `one` in bytes."""
-    return segments * slots * (_SLICE + _TILE * 2) + top_k * segments * 64
+def route_smem(segments: int, blocks: int, tokens: int) -> int:
+    """Dynamic shared memory of `route` in bytes, for `tokens` tokens of a block."""
+    return blocks * tokens * TILE * 2 + segments * 4 * _SLICE
+
+
+def one_up_smem(segments: int, slots: int) -> int:
+    """Dynamic shared memory of `one_up` in bytes."""
+    return segments * slots * (_SLICE + TILE * 2)
+
+
+def one_down_smem(segments: int, slots: int, top_k: int) -> int:
+    """Dynamic shared memory of `one_down` in bytes."""
+    return segments * slots * (_SLICE + TILE * 2) + top_k * segments * 64
 
 
 def sort_smem(warps: int, experts: int) -> int:
     """Dynamic shared memory of `sort` in bytes."""
-    return 4 * (warps + 3) * experts
+    return 4 * (warps + 4) * (-(-experts // 4) * 4)
 
 
 def _specs() -> list[KernelSpec]:
+    most = sort_smem(SORT_WARPS[-1], MAX_EXPERTS + MAX_CHOSEN)
     specs = [
-        KernelSpec("sm80_experts_sort", "moe/sort.cu", "rvllm::experts::sort",
-                   smem=sort_smem(SORT_WARPS[-1], MAX_EXPERTS + MAX_CHOSEN))
-    ]  # fmt: skip
+        KernelSpec("sm80_experts_sort", "moe/sort.cu", "rvllm::experts::sort<false>", smem=most, unit="80"),
+        KernelSpec(
+            "sm90_experts_sort", "moe/sort.cu", "rvllm::experts::sort<true>", 90, smem=most, unit="90"
+        ),
+    ]
     for dtype in DTYPES:
-        for suffix, shape in ROUTES.items():
-            for lanes in ROUTE_LANES[:1] if shape.cluster else ROUTE_LANES:
-                arch = 90 if shape.cluster else 80
+        for lanes in ROUTE_LANES:
+            static = 4 * 8 * 32 * lanes + 5120
+            for suffix, (norm, cluster) in ROUTES.items():
+                if cluster and 32 * lanes > ROUTE_SLICE * MAX_CLUSTER:
+                    continue
+                arch = 90 if cluster else 80
+                symbol = f"route<{dtype}, {lanes}, {norm:d}, {cluster:d}>"
                 name = f"sm{arch}_{dtype}_route{suffix}_e{32 * lanes}"
-                sizes = f"{shape.warps}, {shape.tokens}, {shape.experts}, {lanes}"
-                symbol = f"route<{dtype}, {sizes}, {shape.norm:d}, {shape.cluster:d}>"
-                specs.append(KernelSpec(name, "moe/router.cu", symbol, arch, unit=f"{dtype}_{arch}"))
-        kinds = {f"one_s{s}": f"one<rvllm::{dtype}, {s}>" for s in ONE_STAGES}
-        for tokens in (1, FEW_TOKENS):
-            kinds[f"few{tokens}"] = f"few<rvllm::{dtype}, {FEW_STAGES[tokens]}, {tokens}>"
+                unit = f"{dtype}_{arch}"
+                specs.append(KernelSpec(name, "moe/router.cu", symbol, arch, smem=_SMEM - static,
+                                        static_smem=static + 4096 * cluster, unit=unit))  # fmt: skip
+            name, symbol = f"sm80_{dtype}_route_many_e{32 * lanes}", f"route_many<{dtype}, {lanes}>"
+            specs.append(KernelSpec(name, "moe/router.cu", symbol, smem=ROUTE_MANY_SMEM,
+                                    static_smem=4 * 8 * 32 * lanes, unit=f"{dtype}_80"))  # fmt: skip
+        kinds = {f"one_down_s{s}": f"one_down<rvllm::{dtype}, {s}>" for s in ONE_DOWN_STAGES}
+        kinds["one_up"] = f"one_up<rvllm::{dtype}, {ONE_UP_STAGES}>"
         for name, symbol in kinds.items():
             specs.append(
                 KernelSpec(
                     name=f"sm80_{dtype}_experts_{name}",
-                    source="moe/few_tokens.cu",
+                    source="moe/one_token.cu",
                     symbol=f"rvllm::experts::{symbol}",
                     smem=_SMEM - 16384,
-                    static_smem=5120 if name == f"few{FEW_TOKENS}" else 2048,
+                    static_smem=2048,
                     unit=dtype,
                 )
             )
         specs.append(
             KernelSpec(
                 name=f"sm80_{dtype}_experts_combine",
-                source="moe/few_tokens.cu",
+                source="moe/one_token.cu",
                 symbol=f"rvllm::experts::combine<rvllm::{dtype}>",
                 unit=dtype,
             )

@@ -14,7 +14,7 @@ from rvllm.backends.cuda.layout.metadata import NUM_TOKENS
 from rvllm.backends.cuda.layout.weights import WeightLayout
 from rvllm.backends.cuda.ops.family import Emitter, Scratch
 from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, most_tiles
-from rvllm.backends.cuda.ops.moe.router import WIDE_ROUTE, RouteAt, plan_route
+from rvllm.backends.cuda.ops.moe.router import NORM_ROUTED, RouteAt, plan_route
 from rvllm.kernels.moe.specs import BLOCKS, GROUPED_TOKENS
 from rvllm.program.ops.dense import Add, Experts, Norm, Op, Program, Route
 
@@ -26,9 +26,9 @@ def _route(lowering: Lowering, stage: Stage) -> None:
     """A Route, or a Norm and the Route that reads it: one launch for few tokens, two for many."""
     op, norm = stage.ops[-1], stage.ops[0]
     assert isinstance(op, Route)
-    if isinstance(norm, Norm) and lowering.counts.tokens >= WIDE_ROUTE:
+    if isinstance(norm, Norm) and lowering.counts.tokens > NORM_ROUTED:
         lowering.norm(Stage((norm,)))
-    fused = norm if isinstance(norm, Norm) and lowering.counts.tokens < WIDE_ROUTE else None
+    fused = norm if isinstance(norm, Norm) and lowering.counts.tokens <= NORM_ROUTED else None
     buffers, scratch = lowering.at.buffers, lowering.at.scratch
     at = RouteAt(
         x=buffers[op.x.name],
@@ -42,9 +42,7 @@ def _route(lowering: Lowering, stage: Stage) -> None:
         raw=buffers[fused.x.name] if fused else 0,
         norm_weight=lowering.weight(fused.weight, "norm") if fused else 0,
     )
-    lowering.planned.append(
-        plan_route(op, lowering.counts.tokens, lowering.tag, at, fused, lowering.chip.capability)
-    )
+    lowering.planned.append(plan_route(op, lowering.counts.tokens, lowering.tag, at, lowering.chip, fused))
 
 
 def _experts(lowering: Lowering, stage: Stage) -> None:

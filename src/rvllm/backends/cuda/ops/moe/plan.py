@@ -2,9 +2,8 @@
 
 A step of one token takes two launches behind the router's: the up matrices of its experts, then the down
 matrices with the weighted sum. On Hopper more tokens take three, one more for the sum: products grouped by
-expert, which list few entries for themselves and have many sorted by a launch before. On other GPUs up to
-eight tokens take kernels that sort nothing. All of them give a token the same bits, and none asks the host
-anything. The kernels are in `kernels/moe/`.
+expert, which list few entries for themselves and have many sorted by a launch before. Other GPUs sort always.
+All of them give a token the same bits, and none asks the host anything. The kernels are in `kernels/moe/`.
 """
 
 from __future__ import annotations
@@ -20,30 +19,31 @@ from rvllm.backends.cuda.ops.gemm.plan import Kind, gated_rows
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.moe.specs import (
     BLOCKS,
-    FEW_STAGES,
-    FEW_TOKENS,
     GROUPED_THREADS,
     GROUPED_TOKENS,
     MAX_CHOSEN,
     MAX_EXPERTS,
     MAX_LISTED,
-    MAX_SEGMENTS,
-    ONE_STAGES,
+    ONE_DOWN_STAGES,
+    ONE_UP_STAGES,
     SORT_WARPS,
+    TILE,
     Block,
-    few_smem,
     grouped_smem,
-    one_smem,
+    one_down_smem,
+    one_up_smem,
+    segments_of,
     sort_smem,
 )
 from rvllm.kernels.rowwise.specs import ACTIVATIONS
 from rvllm.program.ops.dense import Experts
 
-SLICE, TILE = 16, 64  # rows a warp takes in `few`; rows and columns of a packed tile
-SORT_WIDE = 1024  # entries from which on the sort takes a full block
+SLICE = 16  # rows a warp takes in `one_up`
+SORT_WIDE = 1024  # entries of a block from which on the sort takes a full one
+SORT_CLUSTER = 8  # its blocks on Hopper
 COMBINE_THREADS = 128
 GROUP = 16  # row pairs that pass over all entries together
-Path = Literal["one", "few", "many", "grouped"]
+Path = Literal["one", "many", "grouped"]
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,6 @@ class ExpertsAt:
     num_tokens: int
 
 
-def segments_of(k: int) -> int:
-    """Into how many segments an expert's sums over K are cut, whatever kernel sums them."""
-    return max(1, min(MAX_SEGMENTS, -(-k // TILE) // 2))
-
-
 def most_tiles(entries: int, experts: int, tile: int) -> int:
     """The most tiles of up to `tile` entries that `entries` of them, each with an expert, can fall into."""
     hit = min(entries, experts)
@@ -84,8 +79,8 @@ def most_tiles(entries: int, experts: int, tile: int) -> int:
 class ExpertsPlan:
     """The launches of one Experts op for steps of up to `tokens` tokens.
 
-    scale: of the sum, where it is added to a residual. path, block, tile: which kernels, what more than
-    FEW_TOKENS tokens are cut into by `many`, and entries of a work tile of `grouped`; all give the same bits.
+    scale: of the sum, where it is added to a residual. path, block, tile: which kernels, what `many` cuts
+    entries into, and entries of a work tile of `grouped`; all give the same bits.
     """
 
     def __init__(
@@ -115,7 +110,6 @@ class ExpertsPlan:
         self.path: Path = (
             "one" if tokens == 1
             else "grouped" if chip.capability == 90
-            else "few" if tokens <= FEW_TOKENS
             else "many"
         )  # fmt: skip
         self.block, self.tile = self._block(), self._tile()
@@ -123,9 +117,7 @@ class ExpertsPlan:
     def launches(self) -> list[Planned]:
         """In order."""
         if self.path == "one":
-            return [self._few("up"), self._one()]
-        if self.path == "few":
-            return [self._few("up"), self._few("down"), self._combine(0)]
+            return [self._one_up(), self._one_down()]
         if self.path == "many":
             return [self._sort(self.block.tokens, 0), self._many("up"), self._many("down"), self._combine(0)]
         places = self.at.places
@@ -146,22 +138,20 @@ class ExpertsPlan:
             return at.inner, at.x, at.up, 1, op.x.width, self.up_rows, self.width, act
         return at.parts, at.inner, at.down, 0, self.width, self.n, self.n, -1
 
-    def _few(self, which: str) -> Planned:
-        out, x, weights, by_token, k, rows, pitch, act = self._sides(which)
+    def _one_up(self) -> Planned:
+        at, op, k = self.at, self.op, self.op.x.width
         blocks, segments = -(-k // TILE), segments_of(k)
-        grid = -(-rows // SLICE), self.entries
-        each, few = -(-blocks // segments), 1 if self.tokens == 1 else FEW_TOKENS
-        slots = min(FEW_STAGES[few], each)
-        gated = which == "up" and self.op.gated
-        always, first = self.op.always, self.experts - self.op.always
-        numbers = (self.top_k, always, first, by_token, k, blocks, rows, pitch, act, int(gated), slots)
+        slots = min(ONE_UP_STAGES, -(-blocks // segments))
+        act = ACTIVATIONS.index(op.activation)
+        first = self.experts - op.always
+        rows = self.up_rows
+        numbers = (self.top_k, op.always, first, k, blocks, rows, self.width, act, int(op.gated), slots)
         return self._planned(
-            f"few{few}", grid, 32 * segments, few_smem(segments, slots, few),
-            f"{which}, streams hit experts",
-            out, x, weights, self.at.ids, self.at.num_tokens, *map(ctypes.c_int, numbers),
+            "one_up", (-(-rows // SLICE), self.top_k), 32 * segments, one_up_smem(segments, slots), "up",
+            at.inner, at.x, at.up, at.ids, *map(ctypes.c_int, numbers),
         )  # fmt: skip
 
-    def _one(self) -> Planned:
+    def _one_down(self) -> Planned:
         blocks, segments = -(-self.width // TILE), segments_of(self.width)
         grid, each = -(-self.n // SLICE), self.top_k * -(-blocks // segments)
         # Blocks that are no more than the multiprocessors get one each, by asking for more than half of its
@@ -170,13 +160,16 @@ class ExpertsPlan:
         half = self.chip.smem_per_block // 2
         alone = half + 1024 if grid <= self.chip.sm_count else 0
         room = alone or half - 4096
-        stages = next((s for s in ONE_STAGES if one_smem(segments, s, self.top_k) <= room), ONE_STAGES[-1])
+        stages = next(
+            (s for s in ONE_DOWN_STAGES if one_down_smem(segments, s, self.top_k) <= room),
+            ONE_DOWN_STAGES[-1],
+        )
         slots = min(stages, each)
-        smem = max(alone, one_smem(segments, slots, self.top_k))
+        smem = max(alone, one_down_smem(segments, slots, self.top_k))
         numbers = (self.experts, self.top_k, self.width, blocks, self.n, slots)
         at = self.at
         return self._planned(
-            f"one_s{stages}", (grid,), 32 * segments, smem, "down and sum",
+            f"one_down_s{stages}", (grid,), 32 * segments, smem, "down and sum",
             at.out, at.inner, at.down, at.ids, at.shares, at.residual, *map(ctypes.c_int, numbers),
             self.scale,
         )  # fmt: skip
@@ -230,13 +223,14 @@ class ExpertsPlan:
         return self.entries <= MAX_LISTED and self.tile <= 64
 
     def _sort(self, tile: int, places: int) -> Planned:
-        warps = SORT_WARPS[self.entries >= SORT_WIDE]
+        cluster = SORT_CLUSTER if self.chip.capability == 90 else 1
+        warps = SORT_WARPS[self.entries >= SORT_WIDE * cluster]
         numbers = (self.top_k, self.experts, max(1, (self.experts - 1).bit_length()), tile)
         at = self.at
         return Planned(
-            self.name, "sm80_experts_sort", fixed(1), 32 * warps,
+            self.name, f"sm{90 if cluster > 1 else 80}_experts_sort", fixed(cluster), 32 * warps,
             (at.order, at.tiles, at.num_tiles, at.ids, at.num_tokens, *map(ctypes.c_int, numbers), places),
-            sort_smem(warps, self.experts), why="entries by expert",
+            sort_smem(warps, self.experts), cluster, "entries by expert",
         )  # fmt: skip
 
     def _grouped(self, which: str) -> Planned:
@@ -247,7 +241,8 @@ class ExpertsPlan:
             kind = Kind[f"GATED_{name}" if self.op.gated else f"ACT_{name}"]
         sorted_by = (0, 0, 0) if self._listed() else (at.order, at.tiles, at.num_tiles)
         numbers = (
-            self.top_k, self.experts, by_token, k, -(-k // TILE), segments_of(k), rows, pitch, kind, GROUP
+            self.top_k, self.experts, by_token, k, -(-k // TILE), segments_of(k), rows, pitch, kind, GROUP,
+            -(-self.entries // 32) | 1,
         )  # fmt: skip
         return Planned(
             self.name, f"sm90_{self.tag}_moe_grouped_n{self.tile}", fixed(self.chip.sm_count),

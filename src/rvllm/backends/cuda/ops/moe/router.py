@@ -8,13 +8,30 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
+from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Planned, fixed
 from rvllm.errors import MissingKernelError
-from rvllm.kernels.moe.specs import MAX_CHOSEN, MAX_CLUSTER, MAX_EXPERTS, MAX_GROUPS, ROUTE_LANES, ROUTES
+from rvllm.kernels.moe.specs import (
+    MAX_CHOSEN,
+    MAX_CLUSTER,
+    MAX_EXPERTS,
+    MAX_GROUPS,
+    ROUTE_LANES,
+    ROUTE_MANY,
+    ROUTE_MANY_SMEM,
+    ROUTE_SLICE,
+    ROUTE_TOKENS,
+    SPECS,
+    TILE,
+    route_smem,
+    segments_of,
+)
 from rvllm.program.ops.dense import Norm, Route
 
-WIDE_ROUTE = 16  # tokens from which on a block of the router's kernel takes several
+NORM_ROUTED = 32  # tokens up to which the router normalises too
+FEW_ROUTED = 512  # tokens up to which its blocks have a few tokens and 16 experts
 SIGMOID, GROUP_TOP2, RENORMALISE = 1, 2, 4  # flags of `route`
+_BY_NAME = {spec.name: spec for spec in SPECS}
 
 
 @dataclass(frozen=True)
@@ -37,7 +54,7 @@ class RouteAt:
 
 
 def plan_route(
-    op: Route, tokens: int, tag: str, at: RouteAt, norm: Norm | None = None, capability: int = 80
+    op: Route, tokens: int, tag: str, at: RouteAt, chip: DeviceInfo, norm: Norm | None = None
 ) -> Planned:
     """The launch that scores and chooses experts for up to `tokens` tokens, after a norm if there is one.
 
@@ -50,34 +67,41 @@ def plan_route(
             f"no routing kernel for {chosen} of {experts} experts in {op.groups} groups of rows of {k}; "
             f"there is one for up to {MAX_CHOSEN} of {MAX_EXPERTS} in {MAX_GROUPS}, and rows of 8, 16, ..."
         )
-    suffix = _route_kernel(experts, tokens, norm is not None, capability)
-    shape = ROUTES[suffix]
     flags = SIGMOID * (op.scores == "sigmoid") + RENORMALISE * op.renormalise
     flags += GROUP_TOP2 * (op.group_score == "top2")
-    blocks = -(-experts // (shape.warps * shape.experts))
     numbers = (k, experts, op.top_k, op.always, op.groups, op.kept_groups, flags)
     lanes = next(32 * n for n in ROUTE_LANES if experts <= 32 * n)
+    segments, scale = segments_of(k), ctypes.c_float(op.scale)
+    if norm is None and tokens > FEW_ROUTED:
+        return Planned(
+            op.name, f"sm80_{tag}_route_many_e{lanes}", fixed(-(-tokens // ROUTE_MANY)), 256,
+            (
+                at.ids, at.shares, at.x, at.weight, at.bias, at.logits, at.num_tokens,
+                *map(ctypes.c_int, (*numbers, segments)), scale,
+            ),
+            ROUTE_MANY_SMEM,
+        )  # fmt: skip
+    slices = -(-experts // ROUTE_SLICE)
+    cluster = chip.capability == 90 and slices <= MAX_CLUSTER
+    suffix = "_cluster" * cluster + "_norm" * (norm is not None)
+    spec = _BY_NAME[f"sm{90 if cluster else 80}_{tag}_route{suffix}_e{lanes}"]
+    room = chip.smem_per_block - spec.static_smem
+    fits = [n for n in ROUTE_TOKENS if n < 2 * tokens and route_smem(segments, -(-k // TILE), n) <= room]
+    if not fits:
+        raise MissingKernelError(
+            f"no routing kernel for rows of {k} with {chip.smem_per_block >> 10} KB of shared memory"
+        )
+    each = fits[0]
     return Planned(
         op.name if norm is None else f"{norm.name} + {op.name}",
-        f"sm{90 if shape.cluster else 80}_{tag}_route{suffix}_e{lanes}",
-        fixed(blocks, -(-tokens // shape.tokens)),
-        32 * shape.warps,
+        spec.name,
+        fixed(slices, -(-tokens // each)),
+        32 * segments,
         (
             at.ids, at.shares, at.x, at.weight, at.bias, at.logits, at.arrivals, at.num_tokens, at.raw,
-            at.norm_weight, *map(ctypes.c_int, numbers), ctypes.c_float(op.scale),
+            at.norm_weight, *map(ctypes.c_int, (*numbers, each)), scale,
             ctypes.c_float(norm.eps if norm is not None else 0.0),
         ),
-        cluster=blocks if shape.cluster else 1,
+        route_smem(segments, -(-k // TILE), each),
+        cluster=slices if cluster else 1,
     )  # fmt: skip
-
-
-def _route_kernel(experts: int, tokens: int, norm: bool, capability: int) -> str:
-    """Which of ROUTES: a token's blocks as a cluster where they are few enough."""
-    if not norm:
-        return "_wide" if tokens >= WIDE_ROUTE else ""
-    fits = (
-        name
-        for name, shape in ROUTES.items()
-        if shape.cluster and experts <= MAX_CLUSTER * shape.warps * shape.experts
-    )
-    return next(fits, "_norm") if capability >= 90 else "_norm"

@@ -1,29 +1,23 @@
-// Experts for few tokens: weights stream once through shared memory, every warp with a pipeline of its own.
+// Experts for one token: weights stream once through shared memory, every warp with a pipeline of its own.
 //
 // A block has 16 packed rows of one expert's matrix; its warps are the segments of K, whose sums meet in shared
-// memory at the end. Tokens are the eight columns of the matrix instruction. Columns without a token multiply
-// whatever lies there: no column depends on another.
+// memory at the end. The token stands for all eight columns of the matrix instruction.
 #include "moe/moe.cuh"
 
 namespace rvllm::experts {
 
 constexpr int MAX_SEGMENTS = 8;
+// The bytes a warp has in flight at a stage: its slice of a tile of W, and 64 elements of x.
+constexpr int STAGE = SLICE_BYTES + TILE * 2;
 
-// The bytes a warp has in flight at a stage: its slice of a tile of W, and 64 elements of ROWS rows of x.
-template <int ROWS>
-constexpr int stage_bytes() {
-  return SLICE_BYTES + ROWS * TILE * 2;
-}
-
-// Adds 16 rows x 64 columns of W times 64 columns of ROWS rows of x, 1 or 8, to acc. One row stands for all eight
-// columns of the instruction.
-template <class T, int ROWS>
+// Adds 16 rows x 64 columns of W times 64 elements of x to acc.
+template <class T>
 __device__ __forceinline__ void multiply(float (&acc)[4], u32 w, u32 x, int lane) {
-  const int row = lane % 16, token = lane % ROWS;
+  const int row = lane % 16;
 #pragma unroll
   for (int step = 0; step < TILE / 16; step += 2) {
     u32 a[4], b[4];
-    ptx::ldmatrix_x4(b, x + token * 128 + ((2 * step + lane / 8) ^ token) * 16);
+    ptx::ldmatrix_x4(b, x + (2 * step + lane / 8) * 16);
     ptx::ldmatrix_x4(a, w + row * 128 + ((2 * step + lane / 16) ^ row % 8) * 16);
     ptx::mma_16816(acc, a, {b[0], b[1]}, T());
     ptx::ldmatrix_x4(a, w + row * 128 + ((2 * step + 2 + lane / 16) ^ row % 8) * 16);
@@ -36,57 +30,32 @@ __device__ __forceinline__ void load_slice(u32 to, const u8* from, int lane) {
   for (int i = 0; i < SLICE_BYTES; i += 512) ptx::cp_async16_once(to + i + lane * 16, from + i + lane * 16);
 }
 
-// Rows of one matrix of every expert that some of at most FEW (1 or 8) tokens chose: inner = act(up x), or
-// parts = down inner. ids int32 [tokens, top_k], the last `always` of a token's being first_always, first_always + 1,
-// ... by_token: x has a row a token, else a row an entry. out: a row an entry, `pitch` elements each. k: elements of a
-// row of x, a multiple of 8; blocks: ceil(k / 64); rows: packed rows (2 * width when gated). act: PLAIN or a value of
-// Act. slots: stages a warp has memory for, STAGES or all its blocks if fewer.
-// Grid: (ceil(rows / 16), entries). Block: 32 * segments. Shared: segments * slots * stage_bytes<FEW>().
-// The block of an expert's first entry does all its tokens; the others leave. Bound by memory.
-template <class T, int STAGES, int FEW>
+// Rows of the up matrices of the experts that one token chose: inner = act(up x). ids int32 [top_k], the last `always` of
+// them being first_always, first_always + 1, ... x [k]; out: a row an expert of the token, `pitch` elements each. k: a
+// multiple of 8; blocks: ceil(k / 64); rows: packed rows (2 * width when gated). act: a value of Act. slots: stages a
+// warp has memory for, STAGES or all its blocks if fewer.
+// Grid: (ceil(rows / 16), top_k). Block: 32 * segments. Shared: segments * slots * STAGE. Bound by memory.
+template <class T, int STAGES>
 __global__ void __launch_bounds__(32 * MAX_SEGMENTS)
-    few(T* out, const T* x, const u8* __restrict__ weights, const int* ids, const int* num_tokens, int top_k,
-        int always, int first_always, int by_token, int k, int blocks, int rows, int pitch, int act, int gated,
-        int slots) {
+    one_up(T* out, const T* x, const u8* __restrict__ weights, const int* ids, int top_k, int always, int first_always,
+           int k, int blocks, int rows, int pitch, int act, int gated, int slots) {
   using namespace ptx;
-  constexpr int STAGE = stage_bytes<FEW>();
   extern __shared__ __align__(1024) u8 shared[];
-  __shared__ float partial[MAX_SEGMENTS][SLICE][FEW + 1];
+  __shared__ float partial[MAX_SEGMENTS][SLICE];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, segments = blockDim.x / 32;
   const u32 base = smem(shared) + warp * slots * STAGE;
-  // Of each token the experts that all tokens have come first: which they are is known before they are chosen.
-  const int place_of = (blockIdx.y % top_k + top_k - always) % top_k, entry = blockIdx.y / top_k * top_k + place_of;
-  const int common = place_of - (top_k - always);
-  const bool wait_first = by_token && common < 0;
-  if (wait_first) griddep_wait();
-  if (wait_first || !by_token) griddep_launch();
-  // Entries beyond the step's tokens are read too, so that no load waits for another.
-  const int tokens = min(*num_tokens, FEW), expert = common >= 0 ? first_always + common : existing(__ldcg(ids + entry), first_always + always);
-  int mine = -1;  // of lane t: token t's entry with this expert
-  if (FEW == 1) {
-    if (lane == 0) mine = entry;
-  } else if (common >= 0) {
-    if (lane * top_k < gridDim.y) mine = lane * top_k + place_of;
-  } else if (lane * top_k < gridDim.y) {
-#pragma unroll 8
-    for (int j = 0; j < top_k; j++)
-      if (existing(__ldcg(ids + lane * top_k + j), first_always + always) == expert) mine = lane * top_k + j;
+  // The experts that all tokens have come first: which they are is known before the others are chosen.
+  const int entry = (blockIdx.y + top_k - always) % top_k, common = entry - (top_k - always);
+  const bool wait_first = common < 0;
+  if (wait_first) {
+    griddep_wait();
+    griddep_launch();
   }
-  if (lane >= tokens) mine = -1;
-  if (entry >= tokens * top_k || __any_sync(~0u, mine >= 0 && mine < entry)) return;  // its first entry's block does it
-
+  const int expert = common >= 0 ? first_always + common : existing(__ldcg(ids + entry), first_always + always);
   const int first = segment_start(blocks, segments, warp), last = segment_start(blocks, segments, warp + 1);
   const u8* slice = weights + expert * matrix_bytes(rows, blocks) +
                     static_cast<u64>(blockIdx.x / (TILE / SLICE)) * blocks * TILE_BYTES +
                     blockIdx.x % (TILE / SLICE) * SLICE_BYTES;
-  // Each lane brings chunk lane % 8 of rows lane / 8 and lane / 8 + 4 of x.
-  constexpr int COPIES = FEW == 1 ? 1 : 2;
-  const T* source[COPIES];
-#pragma unroll
-  for (int h = 0; h < COPIES; h++) {
-    const int row = lane / 8 + 4 * h, place = __shfl_sync(~0u, mine, row);
-    source[h] = place < 0 ? nullptr : x + static_cast<size_t>(by_token ? row : place) * k + lane % 8 * 8;
-  }
   int slot = 0, load_slot = 0;
   const auto load_weights = [&](int block, int to) {
     load_slice(base + to * STAGE, slice + static_cast<u64>(block) * TILE_BYTES, lane);
@@ -95,21 +64,18 @@ __global__ void __launch_bounds__(32 * MAX_SEGMENTS)
     if (block < last) {
       const u32 at = base + load_slot * STAGE;
       if (++load_slot == slots) load_slot = 0;
-#pragma unroll
-      for (int h = 0; h < COPIES; h++) {
-        const int row = lane / 8 + 4 * h;
-        if (source[h]) {
-          const bool inside = block * TILE + lane % 8 * 8 < k;
-          cp_async16(at + SLICE_BYTES + row * 128 + (lane % 8 ^ row) * 16, inside ? source[h] + block * TILE : x,
-                     inside ? 16 : 0);
-        }
+      if (lane < 8) {
+        const bool inside = block * TILE + lane * 8 < k;
+        cp_async16(at + SLICE_BYTES + lane * 16, inside ? x + block * TILE + lane * 8 : x, inside ? 16 : 0);
       }
     }
     cp_async_commit();  // also when empty, so that the count of groups stays in step
   };
   for (int s = 0; s < min(STAGES - 1, last - first); s++) load_weights(first + s, s);
-  if (!wait_first) griddep_wait();
-  if (!wait_first && by_token) griddep_launch();
+  if (!wait_first) {
+    griddep_wait();
+    griddep_launch();
+  }
   for (int s = 0; s < STAGES - 1; s++) load_x(first + s);
   float acc[4] = {};
   for (int block = first; block < last; block++) {
@@ -117,45 +83,37 @@ __global__ void __launch_bounds__(32 * MAX_SEGMENTS)
     __syncwarp();
     if (block + STAGES - 1 < last) load_weights(block + STAGES - 1, load_slot);
     load_x(block + STAGES - 1);
-    multiply<T, FEW>(acc, base + slot * STAGE, base + slot * STAGE + SLICE_BYTES, lane);
+    multiply<T>(acc, base + slot * STAGE, base + slot * STAGE + SLICE_BYTES, lane);
     if (++slot == slots) slot = 0;
   }
   cp_async_wait<0>();
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int column = lane % 4 * 2 + i % 2;
-    if (column < FEW) partial[warp][lane / 4 + i / 2 * 8][column] = acc[i];
+  if (lane % 4 == 0) {
+    partial[warp][lane / 4] = acc[0];
+    partial[warp][lane / 4 + 8] = acc[2];
   }
   __syncthreads();
 
-  const auto sum = [&](int row, int column) {
-    float total = partial[0][row][column];
-    for (int s = 1; s < segments; s++) total += partial[s][row][column];
+  const auto sum = [&](int row) {
+    float total = partial[0][row];
+    for (int s = 1; s < segments; s++) total += partial[s][row];
     return total;
   };
-  const int height = gated ? SLICE / 2 : SLICE;  // outputs of a token; of eight tokens, they fill whole warps
-  for (int i = threadIdx.x; i < height * FEW; i += blockDim.x) {
-    const int row = i % height, column = i / height, at = blockIdx.x * height + row;
-    const int place = FEW == 1 ? entry : __shfl_sync(~0u, mine, column);
-    if (place < 0 || at >= (gated ? rows / 2 : rows)) continue;
-    const T value = gated ? gated_value<T>(sum(row, column), sum(row + 8, column), act)
-                          : plain_value<T>(sum(row, column), act);
-    out[static_cast<size_t>(place) * pitch + at] = value;
-  }
+  const int height = gated ? SLICE / 2 : SLICE, row = threadIdx.x, at = blockIdx.x * height + row;
+  if (row >= height || at >= (gated ? rows / 2 : rows)) return;
+  out[static_cast<size_t>(entry) * pitch + at] =
+      gated ? gated_value<T>(sum(row), sum(row + 8), act) : plain_value<T>(sum(row), act);
 }
 
 // One token's result: out = sum over j of shares[j] * (down[ids[j]] inner[j]), rounded; with a residual,
 // rounded(residual + scale * that). A block has 16 rows of the sum and takes the token's experts one behind the
-// other through one pipeline. inner [top_k, k]; residual may be out, or null; experts: how many there are. The rest as in `few`;
-// top_k <= 32.
-// Grid: (ceil(rows / 16)). Block: 32 * segments. Shared: segments * slots * stage_bytes<1>() +
-// top_k * segments * 64. Bound by memory.
+// other through one pipeline. inner [top_k, k]; residual may be out, or null; experts: how many there are. The rest as in
+// `one_up`; top_k <= 32.
+// Grid: (ceil(rows / 16)). Block: 32 * segments. Shared: segments * slots * STAGE + top_k * segments * 64. Bound by memory.
 template <class T, int STAGES>
 __global__ void __launch_bounds__(32 * MAX_SEGMENTS)
-    one(T* out, const T* inner, const u8* __restrict__ weights, const int* ids, const float* shares, const T* residual,
+    one_down(T* out, const T* inner, const u8* __restrict__ weights, const int* ids, const float* shares, const T* residual,
         int experts, int top_k, int k, int blocks, int rows, int slots, float scale) {
   using namespace ptx;
-  constexpr int STAGE = stage_bytes<1>();
   extern __shared__ __align__(1024) u8 shared[];
   __shared__ float parts[32][SLICE];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, segments = blockDim.x / 32;
@@ -209,7 +167,7 @@ __global__ void __launch_bounds__(32 * MAX_SEGMENTS)
       load_weights();
       load_x();
       const u32 at = base + slot * STAGE, x = at + SLICE_BYTES;
-      multiply<T, 1>(acc, at, x, lane);
+      multiply<T>(acc, at, x, lane);
       if (++slot == slots) slot = 0;
     }
     if (lane % 4 == 0) {
@@ -235,7 +193,7 @@ __global__ void __launch_bounds__(32 * MAX_SEGMENTS)
   out[at] = residual ? gemm::added<T>(residual[at], value, scale) : value;
 }
 
-// out[t] = sum over j, in order, of shares[t, j] * parts[p(t * top_k + j)]; with a residual as in `one`. p: places, or
+// out[t] = sum over j, in order, of shares[t, j] * parts[p(t * top_k + j)]; with a residual as in `one_down`. p: places, or
 // each entry's own number where that is null. parts [tokens * top_k, width], out and residual [tokens, width]; width % 8
 // == 0. Rows from *num_tokens on are left alone. Grid: (ceil(width / 8 / threads), rows). Bound by memory.
 template <class T>
