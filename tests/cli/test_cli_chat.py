@@ -167,3 +167,10 @@ def test_a_conversation_that_has_grown_too_long_says_how_to_go_on() -> None:
         terminal.until("tok/s")
         terminal.type("/quit\n")
         assert terminal.process.wait(10) == 0
+
+
+def test_one_quick_message(capsys: pytest.CaptureFixture[str]) -> None:
+    with LiveServer(drain_timeout=0.2) as server:
+        assert main(["chat", "--url", server.url + "/v1", "--quick", "hi", "--max-tokens", "3"]) == 0
+        assert len(server.engine.requests) == 1
+    assert capsys.readouterr().out.strip()

@@ -140,3 +140,22 @@ def test_two_models_are_one_too_many(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_slip_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--max-modellen", "3"]) == 2
     assert "--max-model-len?" in capsys.readouterr().err
+
+
+def test_help_for_one_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--help=max-num-seqs"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("  --max-num-seqs") and "--port" not in out
+    assert main(["serve", "--help=nothing-of-the-kind"]) == 2
+    assert main(["serve", "--help=all"]) == 0
+    assert "--port" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "instead"), [("collect-env", "rvllm info"), ("complete", "/v1/completions")]
+)
+def test_vllms_other_commands_name_ours(
+    command: str, instead: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command]) == 2
+    assert instead in capsys.readouterr().err

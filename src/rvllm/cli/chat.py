@@ -79,7 +79,8 @@ def add_parser(subparsers: Any) -> None:
     group = parser.add_argument_group("conversation")
     group.add_argument("--url", metavar="URL", help="talk to a running server instead of loading a model")
     group.add_argument("--api-key", metavar="STR", help="the server's key")
-    group.add_argument("--system", metavar="TEXT", help="system prompt")
+    group.add_argument("--system", "--system-prompt", metavar="TEXT", help="system prompt")
+    group.add_argument("--quick", metavar="TEXT", help="send one message, print the answer and end")
     group.add_argument("--temperature", metavar="FLOAT", help="0 is greedy; default: the model's")
     group.add_argument("--top-p", metavar="FLOAT", help="nucleus sampling; default: the model's")
     group.add_argument("--max-tokens", metavar="INT", help="longest answer; default: what the context holds")
@@ -99,7 +100,11 @@ def main(args: argparse.Namespace) -> int:
 
         talker = LocalTalker(build(EngineConfig, vars(args)))
     try:
-        _Session(talker, sampling, args.system).run()
+        session = _Session(talker, sampling, args.system)
+        if args.quick is not None:
+            session.say(args.quick)
+        else:
+            session.run()
     finally:
         talker.close()
     return 0
@@ -150,7 +155,7 @@ class _Session:
                 if not self._command(line):
                     return
             elif line.strip():
-                self._say(line)
+                self.say(line)
 
     def _read(self) -> str | None:
         """The next message, None at the end of the input."""
@@ -187,7 +192,7 @@ class _Session:
             print(f"There is no {name}; /help shows the commands.", file=sys.stderr)
         return True
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         """Sends a message and shows the answer; one that failed is taken back."""
         self._conversation.append({"role": "user", "content": text})
         answer = Answer(lambda piece: print(piece, end="", flush=True))

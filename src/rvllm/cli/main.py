@@ -26,6 +26,13 @@ COMMANDS = {
     "kernels": "list, compile and check the CUDA kernels",
     "info": "print version, devices, settings and the memory plan",
 }
+# vLLM's commands that are none of ours, with what to use instead.
+INSTEAD = {
+    "complete": "rvllm chat --url URL, or POST /v1/completions",
+    "collect-env": "rvllm info",
+    "launch": "rvllm serve, whose /tokenize renders chats too",
+    "api_server": "rvllm serve MODEL",
+}
 TAKE_VLLM_FLAGS = ("serve", "chat", "benchmark", "bench", "run-batch", "info", "plan")
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -69,6 +76,24 @@ def _with_command(words: list[str]) -> list[str]:
     return words
 
 
+def _print_help(parser: argparse.ArgumentParser, asked: str) -> int:
+    """`--help=WORD`, as vLLM has it: the flags whose name or text has the word; `all`: every flag."""
+    text = parser.format_help()
+    word = asked.lower().replace("_", "-").removesuffix("config")
+    if word == "all":
+        print(text, end="")
+        return 0
+    entries: list[list[str]] = []
+    for line in text.splitlines():
+        if line.startswith("  -"):
+            entries.append([line])
+        elif entries and line.startswith("   "):
+            entries[-1].append(line)
+    found = ["\n".join(entry) for entry in entries if word in " ".join(entry).lower()]
+    print("\n".join(found) or f"no flag has {asked!r} in its name or text; --help=all shows every flag")
+    return 0 if found else 2
+
+
 def _tell_of_unknown_variables() -> None:
     """One line on stderr: a misspelt variable would otherwise leave its setting as it was, silently."""
     if not any(name.startswith("RVLLM_") for name in os.environ):
@@ -95,6 +120,8 @@ def _run(words: list[str]) -> int:
         elif name == chosen:
             module.add_parser(subparsers)
     if module is None and not (words and words[0].startswith("-")):
+        if chosen in INSTEAD:
+            parser.error(f"{chosen} is vLLM's; here it is {INSTEAD[chosen]}")
         if words:
             parser.error(f"unknown command {words[0]!r}; there are {', '.join(COMMANDS)}")
         parser.print_help()
@@ -103,6 +130,8 @@ def _run(words: list[str]) -> int:
         from rvllm.vllm.words import own_words
 
         words = [chosen, *own_words(words[1:])]
+        if asked := next((word[7:] for word in words if word.startswith("--help=")), ""):
+            return _print_help(subparsers.choices[chosen], asked)
     args, unknown = parser.parse_known_args(words)
     if unknown:
         from rvllm.vllm.words import hint
