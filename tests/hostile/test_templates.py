@@ -35,6 +35,14 @@ def test_a_template_that_never_ends_stops_nobody() -> None:
         assert server.end() == 0 and time.monotonic() - before < 5
 
 
+def test_a_template_that_never_ends_does_not_start() -> None:
+    """Not while the server looks at it at its start either; the message says what to do."""
+    server = Server("--worker-timeout", "1", template=BOMBS["a loop"] + "{{ tools }}", wait=False)
+    assert server.process.wait(30) == 2
+    assert "chat template: takes longer than 1 s (--worker-timeout)" in server.text()
+    assert "Traceback" not in server.text()
+
+
 INSIDES = [
     "messages.__class__",
     "''.__class__.__mro__",

@@ -144,16 +144,20 @@ async def _load(
         if work is not None:
             work.close()
         raise
-    if work is None or template is None:
+    if work is None:
         return engine, tokenizer, work
-    from rvllm.text.worker.tasks import check_template
+    from rvllm.text.worker.tasks import check_template, try_template
 
+    # A template is somebody's code: it runs where it may be killed before it runs here.
+    flag = "the model's chat template" if template is None else "--chat-template"
     try:
-        await work.run(check_template, "--chat-template", len(template), template)
+        if template is not None:
+            await work.run(check_template, flag, len(template), template)
+        await work.run(try_template, flag, 0, template, server.tool_call_parser)
     except RvllmError as error:
         work.close()
         await engine.close()
-        raise UsageError(f"--chat-template: {str(error).removeprefix('--chat-template: ')}") from None
+        raise UsageError(f"{flag}: {str(error).removeprefix(f'{flag}: ')}") from None
     return engine, tokenizer, work
 
 

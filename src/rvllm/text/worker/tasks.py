@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,13 @@ from rvllm.engine.ipc.messages import ModelFacts
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.errors import UsageError
 from rvllm.text.chat.template import check_template as compile_template
-from rvllm.text.chat.template import render_chat
+from rvllm.text.chat.template import render_chat, template_traits
 from rvllm.text.embedding import text_tokens
 from rvllm.text.grammar.grammar import check, grammar_of, try_out, with_lead
 from rvllm.text.grammar.limits import check_schema
 from rvllm.text.tokenizers.tokenizer import Tokenizer
 from rvllm.text.tools.calls_grammar import Function, calls_or_form, forced_calls, offered_calls
-from rvllm.text.tools.choose import ToolFormat
+from rvllm.text.tools.choose import ToolFormat, tool_format
 
 
 def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool, limit: int | None) -> list[int] | None:
@@ -46,6 +47,18 @@ def render(
 def check_template(tokenizer: Tokenizer, template: str) -> None:
     """Raises UsageError when a template does not compile."""
     compile_template(template)
+
+
+def try_template(tokenizer: Tokenizer, template: str | None, parser: str) -> None:
+    """Does with a chat template what the server does with it at its start; what is wrong, requests will say.
+
+    parser: `--tool-call-parser`.
+    """
+    with contextlib.suppress(UsageError):
+        if template is None or template in tokenizer.chat_templates:
+            template = tokenizer.get_chat_template(template, tools=True)
+        tool_format(parser, template)
+        _ = template_traits(template).places_tools
 
 
 def fill_in(
