@@ -52,7 +52,7 @@ class Integers:
         started = time.perf_counter()
         by_name = {spec.name: spec for spec in SPECS}
         units = {
-            build.Unit(by_name[name].source, DEFINES[tag], (by_name[name].symbol,), "sm_90a"): (name, tag)
+            build.Unit(by_name[name].source, (), (by_name[name].symbol,), "sm_90a"): (name, tag)
             for name, tag in wanted
         }
         for cubin in build.load(list(units), CACHE):
@@ -77,10 +77,10 @@ class Integers:
         return launch, plan.grid
 
 
-def check(bed: Bed) -> None:
+def check(bed: Bed, layouts: list[IntegerLayout]) -> None:
     wanted = []
     for dtype in ("bf16", "f16"):
-        for layout in LAYOUTS.values():
+        for layout in layouts:
             if dtype == "f16" and layout.name not in ("int4", "int8g32", "q4", "q6"):
                 continue
             names = [f"sm90_{dtype}_integer_{layout.name}_split_n{t}" for t in SPLIT_TOKENS]
@@ -90,7 +90,7 @@ def check(bed: Bed) -> None:
     ints = Integers(bed, wanted)
     rng = np.random.default_rng(1)
     for dtype, kind in (("bf16", ml_dtypes.bfloat16), ("f16", np.float16)):
-        for layout in LAYOUTS.values():
+        for layout in layouts:
             if (f"sm80_{dtype}_integer_{layout.name}_n16", "") not in ints.functions:
                 continue
             wrong, worst = [], 0.0
@@ -113,21 +113,20 @@ def check_shape(ints, rng, dtype: str, kind: np.dtype, layout: IntegerLayout, n:
     x = torch.randn(300, k, device="cuda").to({"bf16": torch.bfloat16, "f16": torch.float16}[dtype])
     exact = x.double() @ torch.from_numpy(weight).cuda().T
     first, wrong, worst = None, [], 0.0
-    modes = (
-        [("walk", t) for t in WALK_TOKENS]
-        + [("split", t) for t in SPLIT_TOKENS]
-        + [("sm80", t) for t in SM80_TOKENS]
-    )
-    for mode, size in modes:
-        if mode == "split" and integer.segments_of(n, k) == 1:
-            continue
+    segments = integer.segments_of(n, k)
+    modes = [("walk", t, 1) for t in WALK_TOKENS] + [("sm80", t, 1) for t in SM80_TOKENS]
+    for cluster in {segments, segments // 2} - {0, 1}:
+        modes += [("split", t, cluster) for t in SPLIT_TOKENS]
+    for mode, size, cluster in modes:
         for tokens in (300, size, max(1, size - 3)):
             short = dtype
             if mode == "sm80":
                 plan = integer.variant_sm80(n, k, tokens, short, layout, size)
             else:
-                plan = integer.variant(n, k, tokens, short, layout, mode, size, 132)
+                plan = integer.variant(n, k, tokens, short, layout, mode, size, 132, cluster)
             out = torch.full((303, n), float("nan"), device="cuda")
+            if plan.smem > 232448:
+                continue
             launch, grid = ints.launch(plan, packed.data_ptr(), x, out, kind=1, pdl=False)
             torch.cuda.synchronize()
             launch.run(ints.bed.stream, grid)
@@ -137,7 +136,7 @@ def check_shape(ints, rng, dtype: str, kind: np.dtype, layout: IntegerLayout, n:
             error = float((out[:tokens].double() - exact[:tokens]).abs().max() / exact.abs().mean())
             worst = max(worst, error)
             if not same or not error < 1e-4 or not out[tokens:].isnan().all():
-                wrong.append((mode, size, tokens, round(error, 6), same))
+                wrong.append((mode, size, cluster, tokens, round(error, 6), same))
     return wrong, worst
 
 
@@ -157,40 +156,22 @@ class Model:
 
 
 def variants(layout: IntegerLayout, name: str, tokens: int, full: bool):
+    """The plan, and with `full` others."""
     n, k = SHAPES[name]
-    segments, short = integer.segments_of(n, k), "bf16"
-    found = []
-
-    def add(mode, size, tag="", stages=16, sms=132):
-        found.append(
-            (integer.variant(n, k, tokens, short, layout, mode, size, sms, stages), tag, (stages, sms))
-        )
-
-    fit = lambda sizes: next((s for s in sizes if s >= tokens), sizes[-1])  # noqa: E731
-    split, walk = fit(SPLIT_TOKENS), fit(WALK_TOKENS)
-    if segments > 1 and tokens <= 256:
-        add("split", split)
-        if split <= 32:
-            add("split", split, stages=4)
-            if split <= 16 and full:
-                add("split", split, "b3", stages=2)
-                add("split", split, "w0", stages=4)
-                add("split", split, stages=5)
-            if split == 32 and full:
-                add("split", split, "w32")
-                add("split", split, "w32", stages=4)
-    if segments == 1 or tokens >= 128:
-        for size in {walk, 128, 192, 96} if tokens > 96 else {walk}:
-            add("walk", size)
-        if walk <= 32:
-            add("walk", walk, stages=5, sms=264)
-            if walk <= 16 and full:
-                add("walk", walk, "b3", stages=3, sms=396)
-                add("walk", walk, "w0", stages=5, sms=264)
-            if walk == 32 and full:
-                add("walk", walk, "w32")
-                add("walk", walk, "w32", stages=4, sms=264)
-    return found
+    segments = integer.segments_of(n, k)
+    plans = [integer.plan_integer(n, k, tokens, "bf16", layout, 132)]
+    if full and tokens > integer.WARP_TOKENS:
+        plans += [integer.variant(n, k, tokens, "bf16", layout, "walk", t, 132) for t in (64, 96, 128, 192)]
+        for t in (64, 128) if segments > 1 and tokens <= 256 else ():
+            plans += [
+                integer.variant(n, k, tokens, "bf16", layout, "split", t, 132, c)
+                for c in {segments, segments // 2}
+            ]
+    elif full and segments > 1:
+        size = plans[0].token_tile
+        plans.append(integer.variant(n, k, tokens, "bf16", layout, "split", size, 132, max(1, segments // 2)))
+    found = {plan: 0 for plan in plans if plan.smem <= 232448}
+    return [(plan, "", f"x{plan.cluster}") for plan in found]
 
 
 def shapes(bed: Bed, layout: IntegerLayout, sizes: list[int], full: bool) -> None:
@@ -214,9 +195,7 @@ def shapes(bed: Bed, layout: IntegerLayout, sizes: list[int], full: bool) -> Non
                     for i in range(LAYERS)
                 ]
                 seconds = bed.graph_seconds(work, 3 if tokens > 1000 else 5) / LAYERS
-                line.append(
-                    (seconds, f"{plan.mode}{plan.token_tile}{tag} {what if what != (16, 132) else ''}")
-                )
+                line.append((seconds, f"{plan.mode}{plan.token_tile}{tag} {what}"))
             line.sort()
             s = line[0][0]
             total += s
@@ -246,7 +225,12 @@ def main() -> None:
             shapes(bed, LAYOUTS[name], few, name == "int4")
             torch.cuda.empty_cache()
     if "check" in args.only:
-        check(bed)
+        check(
+            bed,
+            list(LAYOUTS.values())
+            if args.layouts == "all"
+            else [LAYOUTS[n] for n in args.layouts.split(",")],
+        )
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ struct Half2<f16> {
 };
 
 __device__ __forceinline__ u32 masked_or(u32 v, u32 mask, u32 bits) { return (v & mask) | bits; }
+// A constant that stays in a register: an instruction has room for one, and would get another by a move each time.
+__device__ __forceinline__ u32 kept_constant(u32 value) { return value + (blockDim.y >> 8); }  // plus 0
 __device__ __forceinline__ float low_half(u32 word) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(word)));
 }
@@ -104,6 +106,7 @@ struct Integers {
   template <class T>
   static __device__ __forceinline__ void decode(u32 (&a)[4][4], u32 at, int u, int thread, int row) {
     const u32 planes = at + SCALES + u * UNIT + thread * 16;
+    const u32 mask = kept_constant(0x000f000f);
     u32 first[4], second[4], zero[2];
     shared_words(planes, first);
     if constexpr (BITS == 8) shared_words(planes + 2048, second);
@@ -117,7 +120,7 @@ struct Integers {
       if constexpr (BITS == 4) {
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          a[j][i] = Half2<T>::minus(masked_or(first[j] >> 4 * i, 0x000f000f, Half2<T>::MAGIC), zero[i & 1]);
+          a[j][i] = Half2<T>::minus(masked_or(first[j] >> 4 * i, mask, Half2<T>::MAGIC), zero[i & 1]);
       } else {  // the zero is a plain number
         const float less[2] = {-8388608.f - low_half(zero[0]), -8388608.f - low_half(zero[1])};
         fragment<T>(a[j], first[j], second[j], [&](u32 word, int b, int r) {

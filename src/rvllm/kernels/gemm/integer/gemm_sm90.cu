@@ -1,8 +1,8 @@
 // Products with integer weights on Hopper: y = x W^T as in gemm/gemm_sm90.cu, but what streams through shared memory
 // are levels; each warpgroup turns its 64 rows of them into the register operand of wgmma.
 //
-//   SPLIT  a block sums one segment of K; the segments of a tile form a cluster and are added through
-//          distributed shared memory. grid (segments, token tiles, row pairs), cluster (segments, 1, 1).
+//   SPLIT  the blocks of a cluster sum the segments of K of one tile, each one or several, which are added through
+//          distributed shared memory. grid (blocks of a cluster, token tiles, row pairs).
 //   WALK   resident blocks visit tiles and sum all segments; the running total lies in shared memory.
 //
 // One arithmetic for all of them: the groups' (or steps') sums are added in ascending order within a segment, the
@@ -14,13 +14,7 @@
 
 namespace rvllm::gemm {
 
-#ifndef RVLLM_WARP_TOKENS
-#define RVLLM_WARP_TOKENS 32
-#endif
 enum Mode { SPLIT, WALK };
-#ifndef RVLLM_BLOCKS
-#define RVLLM_BLOCKS 2
-#endif
 constexpr int TURN = 4;  // named barriers: from here on
 constexpr int CONSUMERS = 256;
 
@@ -30,7 +24,7 @@ struct alignas(64) TensorMap {
 
 template <int TOKENS, class F, Mode MODE>
 struct Layout {
-  static constexpr bool WARPS = TOKENS <= RVLLM_WARP_TOKENS;  // mma.sync, warp by warp: wgmma is too slow to answer
+  static constexpr bool WARPS = TOKENS <= 32;  // mma.sync, warp by warp: wgmma is too slow to answer
   static constexpr bool TURNS = TOKENS >= 96;   // the warpgroups multiply in turns
   static constexpr bool MANY_REGISTERS = TOKENS >= 96;
   static constexpr int THREADS = CONSUMERS + (MANY_REGISTERS ? 128 : 32);
@@ -45,13 +39,14 @@ struct Layout {
   static constexpr int STAGING = MODE == SPLIT ? 0 : 2 * PER_GROUP;
   // Of a product with several segments, in the place of what is staged later.
   static constexpr int TOTALS = MODE == SPLIT ? 0 : TOKENS * 2 * TILE * 4 > STAGING ? TOKENS * 2 * TILE * 4 : STAGING;
+  static constexpr int PARTIAL = TOKENS * SPLIT_PITCH * 4;
   static constexpr int BARRIERS = 256;
 };
 
 // x: tensor map of [>= tokens, K] in boxes of 64 x TOKENS, 128-byte swizzle. weights: see formats.cuh. chunks:
 // ceil(K / 128). The rest: see Epilogue. As many stages as the launch's shared memory holds.
 template <class T, int TOKENS, class F, Mode MODE>
-__global__ void __launch_bounds__((Layout<TOKENS, F, MODE>::THREADS), TOKENS <= 16 ? RVLLM_BLOCKS : TOKENS <= 32 ? 2 : 1)
+__global__ void __launch_bounds__((Layout<TOKENS, F, MODE>::THREADS), TOKENS <= 32 ? 2 : 1)
     gemm(const __grid_constant__ TensorMap x, const u8* __restrict__ weights, void* out, const void* bias,
          const void* residual, int kind, int tokens, int rows, int pitch, float scale, float soft_cap, int chunks,
          int segments) {
@@ -59,7 +54,9 @@ __global__ void __launch_bounds__((Layout<TOKENS, F, MODE>::THREADS), TOKENS <= 
   using namespace ptx;
   constexpr int REGS = TOKENS / 2, D = L::DEPTH;
   const bool totals = MODE == WALK && segments > 1;
-  const int behind = (totals ? L::TOTALS : L::STAGING) + L::BARRIERS;
+  // SPLIT: segments of a block; the sums of all but its last lie behind the stages, the last one's in their place.
+  const int parts = MODE == SPLIT ? segments / static_cast<int>(gridDim.x) : segments;
+  const int behind = (MODE == SPLIT ? (parts - 1) * L::PARTIAL : totals ? L::TOTALS : L::STAGING) + L::BARRIERS;
   const int stages = min((dynamic_smem_bytes() - behind) / L::STAGE, L::BARRIERS / 16);
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = smem(shared), bars = base + stages * L::STAGE + behind - L::BARRIERS;
@@ -81,11 +78,6 @@ __global__ void __launch_bounds__((Layout<TOKENS, F, MODE>::THREADS), TOKENS <= 
   }
   __syncthreads();
 
-  int k0 = 0, k1 = chunks;
-  if constexpr (MODE == SPLIT) {
-    k0 = segment_start(chunks, segments, blockIdx.x);
-    k1 = segment_start(chunks, segments, blockIdx.x + 1);
-  }
   Tiles<TOKENS> order(tiles, tokens);
   bool once = true;
   const auto next = [&](WorkTile& v) {
@@ -100,8 +92,8 @@ __global__ void __launch_bounds__((Layout<TOKENS, F, MODE>::THREADS), TOKENS <= 
   };
   // Stages of a tile: each up to D chunks, and none reaches over a segment's end.
   const auto stage_end = [&](int k, int segment_end) { return min(k + D, segment_end); };
-  const auto bound = [&](int s) { return MODE == SPLIT ? (s ? k1 : k0) : segment_start(chunks, segments, s); };
-  const int parts = MODE == SPLIT ? 1 : segments;
+  const int segment0 = MODE == SPLIT ? blockIdx.x * parts : 0;
+  const auto bound = [&](int s) { return segment_start(chunks, segments, segment0 + s); };
 
   if (warp >= CONSUMERS / 32) {
     if constexpr (L::MANY_REGISTERS) registers_lower<40>();
@@ -184,12 +176,14 @@ __global__ void __launch_bounds__((Layout<TOKENS, F, MODE>::THREADS), TOKENS <= 
     };
     // The same by wgmma, begun and not awaited; kept says that they are added to what acc has.
     const auto multiply = [&](float(&acc)[REGS], const u32(&a)[4][4], u32 b, int from, int to, bool kept) {
-      wgmma_pin(acc);
-      wgmma_fence();
+      if constexpr (!L::WARPS) {
+        wgmma_pin(acc);
+        wgmma_fence();
 #pragma unroll
-      for (int j = from; j < to; j++) wgmma_rs<TOKENS, T>(acc, a[j], wgmma_operand(b + 32 * j), j > from || kept);
-      wgmma_commit();
-      wgmma_pin(acc);
+        for (int j = from; j < to; j++) wgmma_rs<TOKENS, T, 0>(acc, a[j], wgmma_operand(b + 32 * j), j > from || kept);
+        wgmma_commit();
+        wgmma_pin(acc);
+      }
     };
     // sum += scale * acc, a row at a time; the scales are at `run`.
     const auto promote = [&](const float(&acc)[REGS], u32 run) {
@@ -361,16 +355,20 @@ __global__ void __launch_bounds__((Layout<TOKENS, F, MODE>::THREADS), TOKENS <= 
     WorkTile v;
     if constexpr (MODE == SPLIT) {
       next(v);
-      segment(k0, k1);
-      if (L::TURNS && group == 0) bar_sync(TURN, CONSUMERS);  // as often as the other arrives
-      bar_sync(1, CONSUMERS);  // both warpgroups have read their last stage before partial sums overwrite it
-      float* partial = reinterpret_cast<float*>(shared);
-      const int column = lane % 4 * 2;
+      for (int s = 0; s < parts; s++) {
+        segment(bound(s), bound(s + 1));
+        if (s + 1 == parts) {
+          if (L::TURNS && group == 0) bar_sync(TURN, CONSUMERS);  // as often as the other arrives
+          bar_sync(1, CONSUMERS);  // both warpgroups have read their last stage before partial sums overwrite it
+        }
+        float* partial = reinterpret_cast<float*>(s + 1 == parts ? shared : staged + s * L::PARTIAL);
+        const int column = lane % 4 * 2;
 #pragma unroll
-      for (int j = 0; j < TOKENS / 8; j++)
+        for (int j = 0; j < TOKENS / 8; j++)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-          partial[(8 * j + column + i % 2) * L::SPLIT_PITCH + group * TILE + row + i / 2 * 8] = sum[4 * j + i];
+          for (int i = 0; i < 4; i++)
+            partial[(8 * j + column + i % 2) * L::SPLIT_PITCH + group * TILE + row + i / 2 * 8] = sum[4 * j + i];
+      }
     } else {
       u8* const mine = staged + group * (totals ? L::TOTALS / 2 : L::PER_GROUP);
       float* const total = reinterpret_cast<float*>(mine) + thread;
@@ -414,18 +412,21 @@ __global__ void __launch_bounds__((Layout<TOKENS, F, MODE>::THREADS), TOKENS <= 
       const int token0 = blockIdx.y * TOKENS, row0 = blockIdx.z * 2 * TILE, mine = blockIdx.x;
       const int items = min(TOKENS, tokens - token0) * items_per_token<2 * TILE>(kind);
       const auto load = [&](int token, int r, float(&q)[4]) {
-        const u32 from = base + (token * L::SPLIT_PITCH + r) * 4;
+        const u32 from = (token * L::SPLIT_PITCH + r) * 4;
         float4 part[8];
 #pragma unroll
         for (int s = 0; s < 8; s++)
-          if (s < segments) part[s] = cluster_load(cluster_map(from, s));
+          if (s < segments) {
+            const int p = s % parts, at = p + 1 == parts ? base : smem(staged) + p * L::PARTIAL;
+            part[s] = cluster_load(cluster_map(at + from, s / parts));
+          }
         q[0] = part[0].x, q[1] = part[0].y, q[2] = part[0].z, q[3] = part[0].w;
 #pragma unroll
         for (int s = 1; s < 8; s++)
           if (s < segments) q[0] += part[s].x, q[1] += part[s].y, q[2] += part[s].z, q[3] += part[s].w;
       };
-      finish_tile<T, 2 * TILE, 1>(e, token0, row0, items * mine / segments, items * (mine + 1) / segments, threadIdx.x,
-                                  CONSUMERS, load);
+      finish_tile<T, 2 * TILE, 1>(e, token0, row0, items * mine / gridDim.x, items * (mine + 1) / gridDim.x,
+                                  threadIdx.x, CONSUMERS, load);
     }
     cluster_sync();  // nobody leaves while its shared memory is being read
   }

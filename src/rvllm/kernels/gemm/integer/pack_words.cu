@@ -30,13 +30,13 @@ __device__ __forceinline__ u32 zero_bits(u32 zero) {
 }
 
 // levels [rows, k], zeros and scales [rows, groups], group_size stored columns a group. order: the stored column that
-// packed column k is of, or null. zeros.words null: all are 2^(BITS - 1); plus_one: they are stored one less. Scales:
+// packed column k is of, or null. zeros.words null: all are 2^(BITS - 1); plus_one: they are stored one less. flip: bits of levels that are turned over. Scales:
 // element (n, g) at n * scale_n + g * scale_g.
 template <class T, int BITS, int GROUP>
 __global__ void pack_words(u8* __restrict__ packed, long long first, long long rows, long long padded, int interleave,
                            int k, const u32* levels, long long level_n, long long level_k, int level_n_per, int level_k_per,
                            int level_skip, const u32* zeros, long long zero_n, long long zero_g, int zero_n_per,
-                           int zero_g_per, int zero_skip, int awq, int plus_one, const void* scales, int scale_kind,
+                           int zero_g_per, int zero_skip, int awq, int plus_one, int flip, const void* scales, int scale_kind,
                            long long scale_n, long long scale_g, int group_size, const int* order) {
   ptx::griddep_launch();
   ptx::griddep_wait();
@@ -44,12 +44,12 @@ __global__ void pack_words(u8* __restrict__ packed, long long first, long long r
   struct Source {
     PackedWords levels, zeros;
     const void* scales;
-    int scale_kind, k, plus_one, group_size;
+    int scale_kind, k, plus_one, flip, group_size;
     long long scale_n, scale_g;
     const int* order;
     __device__ u32 level(long long n, int column) const {
       if (column >= k) return 0;
-      return levels.template at<BITS>(n, order ? order[column] : column);
+      return levels.template at<BITS>(n, order ? order[column] : column) ^ flip;
     }
     __device__ u32 word(long long n, int column) const {
       if (column >= k) return 0;
@@ -64,7 +64,7 @@ __global__ void pack_words(u8* __restrict__ packed, long long first, long long r
   };
   const Source source{{levels, level_n, level_k, level_n_per, level_k_per, level_skip, awq},
                       {zeros, zero_n, zero_g, zero_n_per, zero_g_per, zero_skip, awq},
-                      scales, scale_kind, k, plus_one, group_size, scale_n, scale_g, order};
+                      scales, scale_kind, k, plus_one, flip, group_size, scale_n, scale_g, order};
   pack_rows<F, BITS>(packed, Rows{first, rows, padded, interleave}, (k + CHUNK_K - 1) / CHUNK_K, source);
 }
 

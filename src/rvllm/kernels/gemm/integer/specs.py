@@ -103,15 +103,19 @@ def stage_bytes(layout: IntegerLayout, tokens: int) -> int:
     return weights + depth(tokens) * tokens * CHUNK * 2
 
 
-def smem(layout: IntegerLayout, mode: str, tokens: int, segments: int, most: int = _MAX_STAGES) -> int:
-    """Dynamic shared memory in bytes, of at most `most` stages where fewer do."""
+def smem(layout: IntegerLayout, mode: str, tokens: int, parts: int, limit: int = SMEM_LIMIT) -> int:
+    """Dynamic shared memory in bytes: as many stages as fit below `limit`, at least two.
+
+    parts: segments that a block sums.
+    """
     chunk = 64 if tokens % 64 == 0 else min(tokens, 32)
     staging = 2 * max(chunk * (TILE + 8) * 2, min(chunk, 32) * (TILE + 4) * 4)
-    totals = tokens * 2 * TILE * 4 if segments > 1 else 0
-    behind = (0 if mode == "split" else max(totals, staging)) + _BARRIERS
+    totals = tokens * 2 * TILE * 4 if parts > 1 else 0
+    partial = tokens * (2 * TILE + 4) * 4
+    behind = ((parts - 1) * partial if mode == "split" else max(totals, staging)) + _BARRIERS
     stage = stage_bytes(layout, tokens)
-    least = max(2, -(-tokens * (2 * TILE + 4) * 4 // stage)) if mode == "split" else 2
-    stages = min(_MAX_STAGES, (SMEM_LIMIT - behind) // stage, max(least, most))
+    least = max(2, -(-partial // stage)) if mode == "split" else 2
+    stages = max(least, min(_MAX_STAGES, (limit - behind) // stage))
     return stages * stage + behind
 
 

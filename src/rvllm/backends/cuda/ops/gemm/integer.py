@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rvllm.kernels.gemm.integer.specs import (
     CHUNK,
     SM80_TOKENS,
+    SMEM_LIMIT,
     SPLIT_TOKENS,
     TILE,
     WALK_TOKENS,
@@ -35,9 +36,11 @@ Grid = tuple[int, int, int]
 
 MAX_SEGMENTS = 8  # the largest portable cluster
 SEGMENT_CHUNKS = 2  # a segment has at least so many chunks of K
-REFERENCE_SMS = 132  # segments are cut for this many SMs on every GPU, so that bits do not depend on it
+# Segments are cut for so many blocks, two an SM, on every GPU, so that bits do not depend on it.
+REFERENCE_BLOCKS = 264
+WARP_TOKENS = 32  # up to so many tokens warps multiply for themselves, two blocks an SM; mirrors gemm_sm90.cu
+HALF_SM = 115_000  # bytes of shared memory with which two blocks fit an SM
 TABLES = {"nl4": NORMAL_TABLE.astype(np.float64), "mx4": FP4_TABLE.astype(np.float64)}
-SPLIT_LIMIT = 128  # up to so many tokens a product of several segments is split over a cluster
 
 
 def _ceil(a: int, b: int) -> int:
@@ -47,7 +50,8 @@ def _ceil(a: int, b: int) -> int:
 def segments_of(n: int, k: int) -> int:
     """Into how many segments the sums over K are cut: a function of the weight's shape alone."""
     pairs, chunks = _ceil(n, 2 * TILE), _ceil(k, CHUNK)
-    return max(1, min(MAX_SEGMENTS, REFERENCE_SMS // pairs, chunks // SEGMENT_CHUNKS))
+    most = max(1, min(MAX_SEGMENTS, REFERENCE_BLOCKS // pairs, chunks // SEGMENT_CHUNKS))
+    return 1 << most.bit_length() - 1
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,33 @@ def plan_integer(
     if capability != 90:
         return variant_sm80(n, k, tokens, dtype, layout, SM80_TOKENS[tokens > SM80_TOKENS[0]])
     segments = segments_of(n, k)
-    if segments > 1 and tokens <= SPLIT_LIMIT:
-        return variant(n, k, tokens, dtype, layout, "split", _fit(SPLIT_TOKENS, tokens), sm_count)
-    return variant(n, k, tokens, dtype, layout, "walk", _fit(WALK_TOKENS, tokens), sm_count)
+    if tokens <= WARP_TOKENS:
+        mode: Mode = "split" if segments > 1 else "walk"
+        size = next(size for size in WALK_TOKENS if size >= tokens)
+        return variant(n, k, tokens, dtype, layout, mode, size, sm_count, segments)
+    plans = [
+        variant(n, k, tokens, dtype, layout, "walk", size, sm_count)
+        for size in WALK_TOKENS
+        if size > WARP_TOKENS
+    ]
+    for size in SPLIT_TOKENS if segments > 1 else ():
+        if size > WARP_TOKENS:
+            blocks = sorted({segments, max(2, segments // 2)})
+            plans += [variant(n, k, tokens, dtype, layout, "split", size, sm_count, c) for c in blocks]
+    fitting = [plan for plan in plans if plan.smem <= SMEM_LIMIT]
+    return min(fitting, key=lambda plan: _microseconds(plan, sm_count))
 
 
-def _fit(sizes: tuple[int, ...], tokens: int) -> int:
-    return next((size for size in sizes if size >= tokens), sizes[-1])
+def _microseconds(plan: IntegerPlan, sm_count: int) -> float:
+    """About how long a product of more than WARP_TOKENS tokens takes; fitted to an H200 within a tenth."""
+    pairs, token_tiles = _ceil(plan.rows, 2 * TILE), _ceil(plan.tokens, plan.token_tile)
+    chunk = 0.0045 * (plan.token_tile + 60)
+    if plan.token_tile == WALK_TOKENS[-1] and plan.segments > 1:
+        chunk *= 1.1  # totals leave room for two stages
+    if plan.mode == "split":
+        waves = _ceil(pairs * token_tiles * plan.cluster, sm_count)
+        return waves * (_ceil(plan.chunks, plan.cluster) * chunk + 8)
+    return 4 + _ceil(pairs * token_tiles, sm_count) * plan.chunks * chunk
 
 
 def variant(
@@ -94,16 +118,21 @@ def variant(
     mode: Mode,
     token_tile: int,
     sm_count: int,
-    stages: int = 16,
+    cluster: int = 1,
 ) -> IntegerPlan:
-    """The plan of one given kernel."""
+    """The plan of one given kernel; cluster: blocks that share the segments of a split product."""
     chunks, segments = _ceil(k, CHUNK), segments_of(n, k)
     pairs, token_tiles = _ceil(n, 2 * TILE), _ceil(tokens, token_tile)
+    limit = SMEM_LIMIT
     if mode == "split":
-        cluster, grid, why = segments, (segments, token_tiles, pairs), "K split over a cluster"
+        grid, why = (cluster, token_tiles, pairs), "K split over a cluster"
+        limit = HALF_SM if token_tile <= WARP_TOKENS else limit
     else:
-        needed = _ceil(n, TILE) if token_tiles == 1 else pairs * token_tiles
-        cluster, grid, why = 1, (min(sm_count, needed), 1, 1), "resident blocks walk over tiles"
+        cluster, why = 1, "resident blocks walk over tiles"
+        blocks = sm_count
+        if token_tile < WARP_TOKENS:
+            blocks, limit = 2 * sm_count, HALF_SM
+        grid = (min(blocks, _ceil(n, TILE) if token_tiles == 1 else pairs * token_tiles), 1, 1)
     return IntegerPlan(
         kernel=f"sm90_{dtype}_integer_{layout.name}_{mode}_n{token_tile}",
         layout=layout,
@@ -116,7 +145,7 @@ def variant(
         grid=grid,
         block=threads(token_tile),
         cluster=cluster,
-        smem=smem(layout, mode, token_tile, segments, stages),
+        smem=smem(layout, mode, token_tile, segments // cluster, limit),
         why=why,
     )
 
@@ -188,8 +217,9 @@ class WordSource:
 
     Element (n, k) of levels is in the word at n // level_n_per * level_n + k // level_k_per * level_k, its
     place there (n + k) % per; zeros likewise by groups. skips: elements of the first word before row 0.
-    zeros 0: all are 2^(bits - 1); plus_one: they are stored one less. scale_kind: 0 float16, 1 bfloat16, 2
-    float32. order: the address of the stored column of each packed one (int32), or 0.
+    zeros 0: all are 2^(bits - 1); plus_one: they are stored one less. flip: bits of levels that are turned
+    over. scale_kind: 0 float16, 1 bfloat16, 2 float32. order: the address of the stored column of each
+    packed one (int32), or 0.
     """
 
     levels: Any
@@ -210,6 +240,7 @@ class WordSource:
     zero_skip: int = 0
     awq: bool = False
     plus_one: bool = False
+    flip: int = 0
     scale_kind: int = 0
     order: Any = 0
 
@@ -230,8 +261,8 @@ def pack_words_arguments(
         packed, *_rows(rows, first, padded_rows, interleave), i(k),
         s.levels, i64(s.level_n), i64(s.level_k), i(s.level_n_per), i(s.level_k_per), i(s.level_skip),
         s.zeros, i64(s.zero_n), i64(s.zero_g), i(s.zero_n_per), i(s.zero_g_per), i(s.zero_skip),
-        i(s.awq), i(s.plus_one), s.scales, i(s.scale_kind), i64(s.scale_n), i64(s.scale_g), i(s.group_size),
-        s.order,
+        i(s.awq), i(s.plus_one), i(s.flip), s.scales, i(s.scale_kind), i64(s.scale_n), i64(s.scale_g),
+        i(s.group_size), s.order,
     ]  # fmt: skip
 
 
