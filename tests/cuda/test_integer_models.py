@@ -30,7 +30,7 @@ from rvllm.weights.open import open_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "weights"))
 from model_files import LLAMA, gguf_bytes
-from quantisers import AWQ, GPTQ, Quantiser, Tensors, awq, compressed, file_of, gptq, packed
+from quantisers import AWQ, GPTQ, Quantiser, Tensors, awq, compressed, file_of, gptq, int8_groups, packed
 
 pytestmark = pytest.mark.skipif(not available() and device_count() == 0, reason="needs g++ or a GPU")
 
@@ -52,6 +52,7 @@ METHODS: dict[str, tuple[dict[str, Any], Quantiser]] = {
         compressed("pack-quantized", num_bits=4, group_size=32, strategy="group", type="int"),
         packed(4, 32),
     ),
+    "int8, groups": (compressed("int-quantized", num_bits=8, type="int"), int8_groups(64)),
 }
 KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS",
          "MXFP4"]  # fmt: skip

@@ -8,7 +8,7 @@ matrix that no reader knows is expanded to the model's type as it is loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from rvllm.program.ops.dense import Linear, Logits, Op, Part, Program, Weight
 from rvllm.program.ops.encoder import embedding_size
 from rvllm.weights.checkpoint import Checkpoint, TensorInfo, TensorType
 from rvllm.weights.packing import find_tensor, has_stored_form, row_order
-from rvllm.weights.safetensors.grouped import Grouped
+from rvllm.weights.safetensors.grouped import Grouped, PackedMatrix
 from rvllm.weights.safetensors.scaled import Scaled
 
 Stored = Sequence[tuple[Part, TensorInfo]]
@@ -200,35 +200,61 @@ def _runs(parts: Iterable[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
     return tuple(found)
 
 
+@dataclass(frozen=True)
+class PackedPart:
+    """A part of a matrix that is stored as packed integers.
+
+    group_size: columns of a group, at most all; order: the stored column of each, None where they are in
+    order.
+    """
+
+    packed: PackedMatrix
+    label: str
+    nbytes: int
+    group_size: int
+    order: NDArray[np.int32] | None
+
+
 def packed_reader(weight: Weight, stored: Stored) -> WeightFormat | None:
-    """GPTQ, AWQ and compressed-tensors integers, in groups of a multiple of 32 or of whole rows."""
+    """GPTQ, AWQ, compressed-tensors and INT8, in groups of a multiple of 32 columns or of whole rows."""
     found = [packed_part(part, info) for part, info in stored]
-    known = [g for g in found if g is not None]
+    known = [p for p in found if p is not None]
     k = weight.shape[-1]
-    if len(known) < len(found) or k % 8 or len({(g.packed.bits, min(g.group_size, k)) for g in known}) != 1:
+    if len(known) < len(found) or k % 8 or len({(p.packed.bits, p.group_size) for p in known}) != 1:
         return None
-    bits, size = known[0].packed.bits, known[0].group_size
-    group = INTEGER_GROUPS[0] if size >= k else next((g for g in INTEGER_GROUPS if size % g == 0), 0)
-    try:
-        orders = [g.column_order(k) for g in known]
-    except ValueError:
+    first = known[0]
+    sizes = INTEGER_GROUPS if first.group_size < k else INTEGER_GROUPS[:1]
+    group = next((g for g in sizes if first.group_size % g == 0 or first.group_size == k), 0)
+    if not group or any(not _same(first.order, p.order) for p in known):
         return None
-    if not group or any(not _same(orders[0], order) for order in orders):
-        return None
-    layout = f"int{bits}" + ("" if group == INTEGER_GROUPS[0] else f"g{group}")
-    return IntegerFormat(((weight.shape[0], layout),), known[0].format, reordered=orders[0] is not None)
+    layout = f"int{first.packed.bits}" + ("" if group == INTEGER_GROUPS[0] else f"g{group}")
+    return IntegerFormat(((weight.shape[0], layout),), first.label, reordered=first.order is not None)
 
 
 def _same(one: NDArray[np.int32] | None, other: NDArray[np.int32] | None) -> bool:
     return one is other or (one is not None and other is not None and np.array_equal(one, other))
 
 
-def packed_part(part: Part, info: TensorInfo) -> Grouped | None:
+def packed_part(part: Part, info: TensorInfo) -> PackedPart | None:
     """The part as packed integers; None where it is stored otherwise or its rows are in another order."""
-    grouped = info.quantised
-    if not isinstance(grouped, Grouped) or part.layout == "columns" or not has_stored_form(part, info):
+    found = info.quantised
+    if part.layout == "columns" or not has_stored_form(part, info) or row_order(part, info) is not None:
         return None
-    return grouped if row_order(part, info) is None else None
+    width = info.shape[-1]
+    if isinstance(found, Grouped):
+        try:
+            order = found.column_order(width)
+        except ValueError:
+            return None
+        size = min(found.group_size, width)
+        return PackedPart(found.packed, found.format, found.stored_nbytes, size, order)
+    if not isinstance(found, Scaled) or found.levels.kind != "I8" or width % 4:
+        return None
+    if found.grid[0] not in (1, info.shape[0]):
+        return None
+    scales = replace(found.scales, shape=found.grid)
+    packed = PackedMatrix("packed", 8, found.levels, scales, None, signed=True)
+    return PackedPart(packed, found.format, found.stored_nbytes, min(found.block[1], width), None)
 
 
 READERS: tuple[Reader, ...] = (fp8_reader, gguf_reader, packed_reader)

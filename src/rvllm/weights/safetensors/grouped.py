@@ -35,7 +35,8 @@ BITS = (4, 8)
 class PackedMatrix:
     """The stored tensors of a matrix, for backends that compute on them.
 
-    kind: see the module; zeros None: all are 2^(bits - 1); plus_one: they are stored one less.
+    kind: see the module; zeros None: all are 2^(bits - 1); plus_one: they are stored one less. signed: levels
+    are signed bytes, 128 less. scales: of one row where all rows share them.
     """
 
     kind: Literal["gptq", "awq", "packed"]
@@ -44,6 +45,7 @@ class PackedMatrix:
     scales: StoredTensor
     zeros: StoredTensor | None
     plus_one: bool = False
+    signed: bool = False
 
 
 @dataclass(frozen=True)

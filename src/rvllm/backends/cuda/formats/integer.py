@@ -22,9 +22,9 @@ from rvllm.kernels.gemm.integer.specs import LAYOUTS, TILE, IntegerLayout, sm80_
 from rvllm.program.formats import IntegerFormat
 from rvllm.program.ops.dense import Linear, Logits, Weight
 from rvllm.weights.checkpoint import TensorType
-from rvllm.weights.formats import QUANTISED_INT4, packed_part
+from rvllm.weights.formats import QUANTISED_INT4, PackedPart, packed_part
 from rvllm.weights.packing import find_tensor, raw_parts, readable_parts, readable_type
-from rvllm.weights.safetensors.grouped import Grouped, PackedMatrix
+from rvllm.weights.safetensors.grouped import PackedMatrix
 from rvllm.weights.safetensors.stored import StoredTensor
 
 if TYPE_CHECKING:
@@ -228,23 +228,20 @@ def _load_words(loader: Loader, packed: PackedWeight, address: int, checkpoint: 
     """Packed words, as they lie in the file: slices of rows with their zeros and scales."""
     kept, k = _format(packed.weight), packed.width
     (run,), behind = runs_of(kept, packed.rows, k)
-    parts = list(_grouped(packed.weight, checkpoint))
-    order = parts[0].column_order(k)
+    parts = list(_packed_parts(packed.weight, checkpoint))
     order_at = 0
-    if order is not None:
+    if parts[0].order is not None:
         order_at = address + behind
-        loader.copy(order, order_at)
+        loader.copy(parts[0].order, order_at)
     kernel = f"sm80_{loader.tag}_integer_pack_{run.layout.name}"
-    for grouped, span in loader.spans(packed, address, ((g, _numbered(g.packed)) for g in parts)):
+    for part, span in loader.spans(packed, address, ((p, _numbered(p.packed)) for p in parts)):
         begin = int(span.data[0].view(np.uint32)[0])
-        for start, stop in loader.slices(
-            len(span.data), -(-grouped.stored_nbytes // _row_count(grouped.packed))
-        ):
-            arrays, source = word_source(grouped, begin + start, begin + stop)
+        for start, stop in loader.slices(len(span.data), -(-part.nbytes // _row_count(part.packed))):
+            arrays, source = word_source(part.packed, begin + start, begin + stop)
             levels, scales, *zeros = loader.send(arrays)
             source = replace(
                 source, levels=levels, scales=scales, zeros=zeros[0] if zeros else 0, order=order_at,
-                group_size=min(grouped.group_size, k),
+                group_size=part.group_size,
             )  # fmt: skip
             last = stop == len(span.data)
             arguments = integer.pack_words_arguments(
@@ -254,10 +251,10 @@ def _load_words(loader: Loader, packed: PackedWeight, address: int, checkpoint: 
             )  # fmt: skip
             loader.run(kernel, arguments, _GRID)
             loader.sent()
-    return sum(g.stored_nbytes for g in parts)
+    return sum(p.nbytes for p in parts)
 
 
-def _grouped(weight: Weight, checkpoint: Checkpoint) -> Iterator[Grouped]:
+def _packed_parts(weight: Weight, checkpoint: Checkpoint) -> Iterator[PackedPart]:
     for part in weight.parts:
         info = find_tensor(part, checkpoint)
         found = None if info is None else packed_part(part, info)
@@ -277,25 +274,28 @@ def _numbered(packed: PackedMatrix) -> NDArray[np.uint8]:
 
 
 def _matrix(tensor: StoredTensor) -> NDArray[Any]:
+    if tensor.kind == "I8":  # four a word
+        return tensor.data.view(np.uint32).reshape(tensor.shape[0], -1)
     item = {"I32": np.uint32, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}[tensor.kind]
     return tensor.data.view(item).reshape(tensor.shape)
 
 
-def word_source(grouped: Grouped, start: int, stop: int) -> tuple[list[NDArray[Any]], integer.WordSource]:
+def word_source(packed: PackedMatrix, start: int, stop: int) -> tuple[list[NDArray[Any]], integer.WordSource]:
     """Levels, scales and perhaps zeros of rows start to stop, by eights, and how they lie.
 
     Addresses and the group's size are left to be filled in.
     """
-    packed = grouped.packed
     each, rows = 32 // packed.bits, stop - start
     levels, scales = _matrix(packed.levels), _matrix(packed.scales)
     zeros = None if packed.zeros is None else _matrix(packed.zeros)
     first, skip = start // each, start % each
     if packed.kind == "packed":
-        taken = [levels[start:stop], scales[start:stop]]
+        shared = len(scales) == 1 < len(levels)
+        taken = [levels[start:stop], scales if shared else scales[start:stop]]
         taken += [] if zeros is None else [zeros[first : -(-stop // each)]]
-        where = {"level_n": levels.shape[1], "level_k": 1, "level_k_per": each, "scale_n": scales.shape[1],
-                 "scale_g": 1, "zero_n": scales.shape[1], "zero_g": 1}  # fmt: skip
+        where = {"level_n": levels.shape[1], "level_k": 1, "level_k_per": each,
+                 "scale_n": 0 if shared else scales.shape[1], "scale_g": 1,
+                 "zero_n": scales.shape[1], "zero_g": 1}  # fmt: skip
     else:
         awq = packed.kind == "awq"
         columns = slice(first, -(-stop // each))
@@ -307,7 +307,8 @@ def word_source(grouped: Grouped, start: int, stop: int) -> tuple[list[NDArray[A
                  "scale_g": rows, "zero_n": 1, "zero_g": words}  # fmt: skip
     source = integer.WordSource(
         levels=0, scales=0, group_size=0, zero_n_per=each, zero_skip=skip, awq=packed.kind == "awq",
-        plus_one=packed.plus_one, scale_kind=_SCALES[packed.scales.kind], **where,
+        plus_one=packed.plus_one, flip=128 if packed.signed else 0,
+        scale_kind=_SCALES[packed.scales.kind], **where,
     )  # fmt: skip
     return taken, source
 
