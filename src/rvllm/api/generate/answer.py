@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from rvllm.api.generate.conversation import rendered
+from rvllm.api.generate.conversation import prompt_of
 from rvllm.api.generate.generation import Service
 from rvllm.api.generate.job import Job
 from rvllm.api.generate.output_parser import Call, OutputParser, ToolPlan, marks_are_special, tool_plan
@@ -60,12 +60,11 @@ class Answer:
         refuse_unsupported(request)
         plan = tool_plan(service, request.tools, request.tool_choice, request.parallel_tool_calls)
         params = chat_params(request, service.defaults)
-        text = await rendered(service, request, size)
+        text, tokens = await prompt_of(service, request, size, bool(request.add_special_tokens))
         thinks = begins_within(text, service.reasoning)
         params.grammar = await answer_grammar(service, request, plan, thinks)
         if marks_are_special(service, plan):
             params.skip_special_tokens = False
-        tokens = await service.encode_prompt(text, bool(request.add_special_tokens), "messages")
         job = service.job(name, [tokens], params, priority=request.priority, param="messages")
         return Answer(service, request, job, plan, thinks)
 

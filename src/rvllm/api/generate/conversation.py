@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from rvllm.api.generate.generation import Service
+from rvllm.api.generate.generation import Service, too_long
 from rvllm.api.http.body import MAX_MESSAGES, check_count
 from rvllm.api.http.errors import invalid
 from rvllm.api.schemas.requests import ChatRequest, Message, TokenizeRequest
@@ -18,6 +18,24 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 async def rendered(service: Service, request: ChatRequest | TokenizeRequest, size: int) -> str:
     """The conversation as the model's prompt, by its chat template. size: of the body, in bytes."""
+    return await service.work.run(tasks.render, "messages", size, *_template_values(service, request))
+
+
+async def prompt_of(
+    service: Service, request: ChatRequest, size: int, add_special_tokens: bool
+) -> tuple[str, list[int]]:
+    """The prompt as text and as token ids. Raises a 400 for one that cannot fit into the context."""
+    limit, values = service.ready.facts.max_model_len, _template_values(service, request)
+    text, tokens = await service.work.run(tasks.prompt, "messages", size, *values, add_special_tokens, limit)
+    if tokens is None:
+        raise too_long("messages", f"{len(text)} characters", limit)
+    return text, tokens
+
+
+def _template_values(
+    service: Service, request: ChatRequest | TokenizeRequest
+) -> tuple[str | None, list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+    """(template, messages, options, variables) for the tasks that render. Raises a 400."""
     if not request.messages:
         raise invalid("messages must not be empty", "messages")
     check_count(request.messages, MAX_MESSAGES, "messages")
@@ -44,9 +62,7 @@ async def rendered(service: Service, request: ChatRequest | TokenizeRequest, siz
         "continue_final_message": continued,
     }
     messages = [_plain(message, i) for i, message in enumerate(request.messages)]
-    return await service.work.run(
-        tasks.render, "messages", size, service.chat_template, messages, options, variables
-    )
+    return service.chat_template, messages, options, variables
 
 
 def _plain(message: Message, index: int) -> dict[str, Any]:

@@ -44,6 +44,20 @@ def render(
     return render_chat(template, messages, variables=values, **options)
 
 
+def prompt(
+    tokenizer: Tokenizer,
+    template: str | None,
+    messages: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+    variables: Mapping[str, Any],
+    add_special_tokens: bool,
+    limit: int,
+) -> tuple[str, list[int] | None]:
+    """What `render` and then `encode` give: one way to the worker and back instead of two."""
+    text = render(tokenizer, template, messages, options, variables)
+    return text, encode(tokenizer, text, add_special_tokens, limit)
+
+
 def check_template(tokenizer: Tokenizer, template: str) -> None:
     """Raises UsageError when a template does not compile."""
     compile_template(template)
