@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_tokenizers as tiny
 from tiny_tokenizers import byte_level_metadata, trained
 
 from rvllm.engine.ipc.messages import ModelFacts, Output
@@ -86,3 +87,36 @@ def test_an_end_that_a_gguf_file_types_as_text_is_a_control_token() -> None:
     tokenizer = Tokenizer(from_metadata(metadata, "tiny"))
     assert end in tokenizer.special_ids
     assert tokenizer.encode("a<|im_end|>", add_special_tokens=False)[-1] == end
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "GPT2Tokenizer"])
+def test_files_without_a_tokenizer_json_are_cut_as_their_class_cuts(tmp_path: Path, kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = json.loads(trained().to_str())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(trained().get_vocab(with_added_tokens=True)))
+    merges = "\n".join(" ".join(pair) for pair in model["merges"])
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    ends = {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, **ends}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind[:5].lower().rstrip("t")}))
+    ours = Tokenizer.load(tmp_path)
+    theirs = getattr(transformers, kind).from_pretrained(tmp_path)
+    for text in ("We'LL see 1234 the\n\n  and", "e\u0301te\u0301 na\u00efve", "hello  world\n of in"):
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.oracle
+def test_the_option_legacy_of_a_sentencepiece_model(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "tokenizer.model").write_bytes(tiny.sentencepiece_file(True))
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = Tokenizer.load(tmp_path)
+    model = json.loads(ours.backend.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    theirs = transformers.LlamaTokenizer(
+        vocab=model["vocab"], merges=merges, legacy=False, add_prefix_space=True
+    )
+    for text in ("hello world", "hello<s>world", "  lead", "<s>hello</s>world ", "\n x"):
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rvllm.errors import ModelError
+from rvllm.text.tokenizers.pretokenizers import PRE_TOKENIZERS
 from rvllm.text.tokenizers.tokenizer import DEFAULT_TEMPLATE, TokenizerParts, built
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def read_directory(path: Path) -> TokenizerParts:
     if file.is_file():
         backend = built(lambda: Tokenizer.from_file(str(file)), str(file))
     elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        backend = _from_merges(path)
+        backend = _from_merges(path, config)
     elif (path / "tokenizer.model").is_file():
         parts = _from_sentencepiece(path, config)
         backend, named = parts.backend, parts.special_tokens
@@ -170,15 +171,33 @@ def _chat_templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
     return templates
 
 
-def _from_merges(path: Path) -> tokenizers.Tokenizer:
-    """Byte-level BPE from GPT-2's two files."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def _from_merges(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+    """Byte-level BPE from GPT-2's two files; how text is cut and normalised is the tokenizer's class'."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     files = str(path / "vocab.json"), str(path / "merges.txt")
     backend = Tokenizer(built(lambda: models.BPE.from_file(*files), f"{path}: vocab.json or merges.txt"))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    kind = str(config.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
+    prefix = bool(config.get("add_prefix_space", False))
+    if kind == "Qwen2Tokenizer":
+        (split,) = PRE_TOKENIZERS["qwen2"].splits
+        backend.normalizer = normalizers.NFC()
+        parts = [
+            pre_tokenizers.Split(Regex(split), "isolated"),
+            pre_tokenizers.ByteLevel(prefix, use_regex=False),
+        ]
+        backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    else:
+        if kind == "GPTNeoXTokenizer":
+            backend.normalizer = normalizers.NFC()
+        elif kind not in _LIKE_GPT2:
+            _log.warning("%s: text is cut as GPT-2's is, which %s may do otherwise", path, kind)
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+_LIKE_GPT2 = ("GPT2Tokenizer", "CodeGenTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
 
 
 def _from_sentencepiece(path: Path, config: dict[str, Any]) -> TokenizerParts:
@@ -189,7 +208,26 @@ def _from_sentencepiece(path: Path, config: dict[str, Any]) -> TokenizerParts:
     metadata = read_model(path / "tokenizer.model")
     for name, default in (("add_bos_token", True), ("add_eos_token", False)):
         metadata[KEY + name] = bool(config.get(name, default))
-    return from_metadata(metadata, str(path / "tokenizer.model"))
+    if isinstance(config.get("add_prefix_space"), bool):
+        metadata[KEY + "add_space_prefix"] = config["add_prefix_space"]
+    parts = from_metadata(metadata, str(path / "tokenizer.model"))
+    if metadata[KEY + "model"] == "llama" and config.get("legacy") is False:
+        _space_before_the_first_word(parts.backend, bool(metadata.get(KEY + "add_space_prefix", True)))
+    return parts
+
+
+def _space_before_the_first_word(backend: tokenizers.Tokenizer, prefix: bool) -> None:
+    """What `legacy: false` means: no space behind special tokens, nor before a text that begins with one."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    spelled = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if prefix and _state(backend.normalizer) == _state(spelled):
+        backend.normalizer = normalizers.Sequence([])
+        backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+
+
+def _state(step: Any) -> Any:
+    return json.loads(step.__getstate__()) if step is not None else None
 
 
 def _from_wordpieces(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
