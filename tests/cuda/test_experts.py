@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import experts_checks
@@ -20,12 +20,13 @@ from tiny import ArrayCheckpoint, weights_of
 
 from rvllm.backends.cuda.device.catalog import select
 from rvllm.backends.cuda.device.driver import DeviceFacts
+from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Counts
 from rvllm.backends.cuda.layout.fusion import fuse
 from rvllm.backends.cuda.layout.memory import Budget
 from rvllm.backends.cuda.layout.weights import PackedWeight, packed_weights
 from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up, pack_matrix
-from rvllm.backends.cuda.ops.moe.plan import most_tiles
+from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, most_tiles
 from rvllm.backends.cuda.weight_loader import Loader
 from rvllm.config import EngineConfig
 from rvllm.engine.ipc.messages import Sampling
@@ -181,6 +182,24 @@ def test_tiles_are_enough_for_the_worst_spread() -> None:
             np.argsort(rng.random((tokens, experts)) * rng.random(experts))[:, :top_k].reshape(-1)
         )
         assert sum(-(-counts // tile)) <= most_tiles(tokens * top_k, experts, tile)
+
+
+def tiles_of(mixed: experts_checks.Mixed, tokens: int, facts: DeviceFacts) -> ExpertsPlan:
+    chip = DeviceInfo(facts.capability, facts.sm_count, facts.smem_per_block)
+    nowhere = ExpertsAt(**dict.fromkeys((f.name for f in fields(ExpertsAt)), 0))
+    return ExpertsPlan(mixed.op(BF16), "experts", tokens, "bf16", chip, nowhere)
+
+
+def test_tiles_grow_with_the_step() -> None:
+    mixed = experts_checks.Mixed(128, 8, 2048, 768, 2048)
+    tiles = [tiles_of(mixed, tokens, H200).tile for tokens in range(2, 2000, 7)]
+    assert tiles == sorted(tiles) and tiles[0] == 8 and tiles[-1] == 128
+
+
+def test_experts_that_every_token_has_count_when_tiles_are_chosen() -> None:
+    lite = experts_checks.Mixed(66, 8, 2048, 1408, 2048, always=2)
+    for facts in (A100, L40):
+        assert tiles_of(lite, 256, facts).block.tokens == 64
 
 
 def test_segments_leave_no_warp_idle() -> None:
