@@ -139,7 +139,8 @@ def check_rope(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype) -> float:
         args = [device, *caches, gpu.array(cos), gpu.array(sin), gpu.array(tables), gpu.array(positions),
                 gpu.array(token_slots), gpu.array([count], np.int32), pitch, stride, heads, kv, dim,
                 rotated]  # fmt: skip
-        gpu.launch(f"sm80_{SHORT[dtype.name]}_rope_kv{suffix}", (-(-(heads + 2 * kv) // 4), rows), 128, args)
+        name = f"sm80_{SHORT[dtype.name]}_rope_kv{suffix}"
+        gpu.launch(name, (-(-(heads + 2 * kv) // 4), rows), 128, args)
         parts = qkv.reshape(rows, heads + 2 * kv, dim)
         turned = parts.copy()
         if rotated:
@@ -159,6 +160,14 @@ def check_rope(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype) -> float:
                 worst = max(worst, error(values[block, :, at], turned[t, first : first + kv]))
                 written[block, at] = True
             assert untouched(values.transpose(0, 2, 1, 3)[~written])
+        if not interleaved:  # a block a row gives the same bits
+            again = [
+                gpu.array(qkv.astype(dtype)),
+                *(gpu.empty((blocks, kv, 16, dim), dtype) for _ in range(2)),
+            ]
+            gpu.launch(f"{name}_rows", rows, 128, [*again, *args[3:]])
+            for one, other in zip([device, *caches], again, strict=True):
+                assert (one.get().view(np.uint16) == other.get().view(np.uint16)).all()
     expect("rope", worst, LIMIT[dtype.name])
     return worst
 

@@ -35,6 +35,18 @@ struct Normed {
   }
 };
 
+// The pair (a, b) turned by an angle of cosine c and sine s; explicit, so that all kernels round alike.
+__device__ __forceinline__ float turned_first(float a, float b, float c, float s) { return __fmaf_rn(a, c, -__fmul_rn(b, s)); }
+__device__ __forceinline__ float turned_second(float a, float b, float c, float s) { return __fmaf_rn(b, c, __fmul_rn(a, s)); }
+
+// Two elements of the first half of a head and two of the second, turned.
+template <typename T>
+__device__ __forceinline__ void turn_halves(u32& first, u32& second, float2 c, float2 s) {
+  const float2 a = unpack2<T>(first), b = unpack2<T>(second);
+  first = pack2<T>(turned_first(a.x, b.x, c.x, s.x), turned_first(a.y, b.y, c.y, s.y));
+  second = pack2<T>(turned_second(a.x, b.x, c.x, s.x), turned_second(a.y, b.y, c.y, s.y));
+}
+
 template <typename T, bool INTERLEAVED, typename Before>
 __device__ __forceinline__ void rotate_and_cache(T* qkv, T* k_cache, T* v_cache, const float* __restrict__ cos,
                                                  const float* __restrict__ sin, const int* tables, const int* positions,
@@ -67,14 +79,14 @@ __device__ __forceinline__ void rotate_and_cache(T* qkv, T* k_cache, T* v_cache,
     if (INTERLEAVED) {
       for (int i = lane; i < half; i += 32) {
         const float2 v = unpack2<T>(in[i]);
-        out[i] = pack2<T>(v.x * c[i] - v.y * s[i], v.y * c[i] + v.x * s[i]);
+        out[i] = pack2<T>(turned_first(v.x, v.y, c[i], s[i]), turned_second(v.x, v.y, c[i], s[i]));
       }
     } else {
       for (int i = lane; i < half / 2; i += 32) {
-        const float2 a = unpack2<T>(in[i]), b = unpack2<T>(in[i + half / 2]);
-        const float2 cc = *reinterpret_cast<const float2*>(c + 2 * i), ss = *reinterpret_cast<const float2*>(s + 2 * i);
-        out[i] = pack2<T>(a.x * cc.x - b.x * ss.x, a.y * cc.y - b.y * ss.y);
-        out[i + half / 2] = pack2<T>(b.x * cc.x + a.x * ss.x, b.y * cc.y + a.y * ss.y);
+        u32 a = in[i], b = in[i + half / 2];
+        turn_halves<T>(a, b, *reinterpret_cast<const float2*>(c + 2 * i), *reinterpret_cast<const float2*>(s + 2 * i));
+        out[i] = a;
+        out[i + half / 2] = b;
       }
     }
   }
@@ -96,7 +108,59 @@ __global__ void rope_kv(T* qkv, T* k_cache, T* v_cache, const float* cos, const 
                                    table_stride, heads, kv_heads, D, rotated, AsItIs());
 }
 
-// The same with the norm of each query and key head first; keys in qkv stay as they were. q_weight, k_weight
+// The same for many rows and pairs (i, i + rotated / 2): a block a row, whose warps have several heads' loads in flight.
+// Grid: (T), any number of warps. Bound by memory.
+template <typename T>
+__global__ void __launch_bounds__(128, 8)
+rope_kv_rows(T* qkv, T* k_cache, T* v_cache, const float* __restrict__ cos, const float* __restrict__ sin,
+             const int* tables, const int* positions, const int* token_slots, const int* count, int pitch,
+             int table_stride, int heads, int kv_heads, int D, int rotated) {
+  griddep_launch();
+  constexpr int EACH = 5;  // heads of a warp at a time
+  const int row = blockIdx.x, warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32;
+  const bool active = row < *count;
+  const int position = active ? positions[row] : 0, half = rotated / 2, total = heads + 2 * kv_heads;
+  const int block = active ? tables[(size_t)token_slots[row] * table_stride + position / KV_BLOCK] : 0;
+  const float* const c = cos + (size_t)position * half;
+  const float* const s = sin + (size_t)position * half;
+  griddep_wait();
+  if (!active) return;
+  u32* const source = reinterpret_cast<u32*>(qkv + (size_t)row * pitch);
+  const auto target = [&](int head) {  // of a head's words: its place in the cache, or where it is
+    if (head < heads) return source + (size_t)head * (D / 2);
+    const int kv = (head - heads) % kv_heads;
+    T* const cache = head < heads + kv_heads ? k_cache : v_cache;
+    return reinterpret_cast<u32*>(cache + (((size_t)block * kv_heads + kv) * KV_BLOCK + position % KV_BLOCK) * D);
+  };
+  for (int first = warp; first < heads + kv_heads; first += warps * EACH)
+    for (int i = lane; i < half / 2; i += 32) {
+      const float2 cc = *reinterpret_cast<const float2*>(c + 2 * i), ss = *reinterpret_cast<const float2*>(s + 2 * i);
+      u32 a[EACH], b[EACH];
+#pragma unroll
+      for (int e = 0; e < EACH; e++) {
+        const u32* const in = source + (size_t)min(first + e * warps, heads + kv_heads - 1) * (D / 2);
+        a[e] = in[i];
+        b[e] = in[i + half / 2];
+      }
+#pragma unroll
+      for (int e = 0; e < EACH; e++) {
+        const int head = first + e * warps;
+        if (head >= heads + kv_heads) continue;
+        turn_halves<T>(a[e], b[e], cc, ss);
+        u32* const out = target(head);
+        out[i] = a[e];
+        out[i + half / 2] = b[e];
+      }
+    }
+  // What does not turn: values, and the ends of keys.
+  for (int head = heads + warp; head < total; head += warps) {
+    const u32* const in = source + (size_t)head * (D / 2);
+    u32* const out = target(head);
+    for (int i = (head < heads + kv_heads ? half : 0) + lane; i < D / 2; i += 32) out[i] = in[i];
+  }
+}
+
+// The same as rope_kv with the norm of each query and key head first; keys in qkv stay as they were. q_weight, k_weight
 // float32 [D] with step 0, or one row a head with step D; D even and <= 256. Four warps.
 template <typename T, bool INTERLEAVED, bool LAYER>
 __global__ void rope_kv_normed(T* qkv, T* k_cache, T* v_cache, const float* cos, const float* sin, const int* tables,

@@ -45,6 +45,7 @@ def _elementwise(dtype: str) -> list[KernelSpec]:
         spec("gather_rows", "rowwise/gather.cu", f"gather_rows<{t}>"),
         spec("add", "rowwise/gather.cu", f"add<{t}>"),
         spec("rope_kv", "rowwise/rope.cu", f"rope_kv<{t}, false>"),
+        spec("rope_kv_rows", "rowwise/rope.cu", f"rope_kv_rows<{t}>"),
         spec("rope_kv_interleaved", "rowwise/rope.cu", f"rope_kv<{t}, true>"),
         spec("norm_groups_rms", "rowwise/norm.cu", f"norm_groups<{t}, false>"),
         spec("norm_groups_layer", "rowwise/norm.cu", f"norm_groups<{t}, true>"),

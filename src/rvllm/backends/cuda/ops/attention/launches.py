@@ -58,10 +58,14 @@ def _rope_kv(to: Lowering, stage: Stage) -> None:
     k_cache, v_cache = to.at.caches[op.cache.name]
     heads, warps = op.heads + 2 * op.kv_heads, 4
     kind, more = _head_norms(to, norms, op)
+    many = (
+        not norms and not interleaved and to.counts.tokens >= 4 * to.chip.sm_count
+    )  # a block a row fills it
+    suffix = "_rows" if many else "_interleaved" if interleaved else ""
     to.plan(
         stage.name,
-        f"sm80_{to.tag}_rope_kv{kind}{'_interleaved' if interleaved else ''}",
-        lambda c: (-(-heads // warps), c.tokens, 1),
+        f"sm80_{to.tag}_rope_kv{kind}{suffix}",
+        lambda c: (c.tokens, 1, 1) if many else (-(-heads // warps), c.tokens, 1),
         32 * warps,
         to.at.buffers[op.qkv.name],
         k_cache,
