@@ -281,22 +281,24 @@ __device__ __forceinline__ void consume(Ring<D> ring, Scheduler<Mask> scheduler,
     const auto my_turn = [&] { bar_sync(1 + warp / 4, CONSUMERS); };
     const auto your_turn = [&] { bar_arrive(2 - warp / 4, CONSUMERS); };
     const auto multiply_keys = [&](const Ring<D>& r) {
+      const u64 keys = wgmma_operand(r.keys());
       mbar_wait(r.full_keys(), r.phase);
       my_turn();
       wgmma_pin(scores);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < D / 16; k++)
-        wgmma_rs<TILE, T, 0>(scores, queries[k], wgmma_operand(r.keys() + k / 4 * L::HALF + k % 4 * 32), k > 0);
+        wgmma_rs<TILE, T, 0>(scores, queries[k], wgmma_further(keys, k / 4 * L::HALF + k % 4 * 32), k > 0);
       wgmma_commit();
     };
     const auto multiply_values = [&](const Ring<D>& r) {
+      const u64 operand = wgmma_operand_mn(r.values(), L::HALF);
       mbar_wait(r.full_values(), r.phase);
       wgmma_pin(values);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < TILE / 16; k++)
-        wgmma_rs<D, T, 1>(values, p[k], wgmma_operand_mn(r.values() + k * 2048, L::HALF), k > 0);
+        wgmma_rs<D, T, 1>(values, p[k], wgmma_further(operand, k * 2048), k > 0);
       wgmma_commit();
     };
     const auto weigh = [&](int t) {
@@ -337,14 +339,14 @@ __device__ __forceinline__ void consume(Ring<D> ring, Scheduler<Mask> scheduler,
       release(ring.free_keys());
       weigh(t);
       pack_weights<T>(s, p);
+      tile_sums(l);
+      auto f = state.weigh(m, l);
       for (int next; (next = scheduler.seen_from(t + 1, w)) <= end; t = next) {
         Ring<D> ahead = ring;
         ahead.advance();
         multiply_keys(ahead);
         multiply_values(ring);
         your_turn();
-        tile_sums(l);
-        const auto f = state.weigh(m, l);
         wgmma_wait<1>();
         wgmma_pin(scores);
         release(ahead.free_keys());
@@ -356,12 +358,12 @@ __device__ __forceinline__ void consume(Ring<D> ring, Scheduler<Mask> scheduler,
         release(ring.free_values());
         state.fold(f, values);
         if (next / TILES_PER_SPLIT != t / TILES_PER_SPLIT) state.end_split(total);
+        tile_sums(l);
+        f = state.weigh(m, l);
         pack_weights<T>(s, p);
         ring = ahead;
       }
       multiply_values(ring);
-      tile_sums(l);
-      const auto f = state.weigh(m, l);
       wgmma_wait<0>();
       wgmma_pin(values);
       release(ring.free_values());

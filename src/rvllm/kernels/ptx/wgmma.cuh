@@ -27,6 +27,13 @@ RVLLM_PTX u64 wgmma_operand_mn(u32 addr, u32 leading) {
   asm("mov.b64 %0, {%1, %2};" : "=l"(operand) : "r"(leading >> 4 << 16 | (addr & 0x3FFFF) >> 4), "n"(SWIZZLE_128B | GROUP_STRIDE));
   return operand;
 }
+// The same operand `bytes` further on.
+RVLLM_PTX u64 wgmma_further(u64 operand, u32 bytes) {
+  u64 further;
+  asm("{\n\t.reg .b32 low, high;\n\tmov.b64 {low, high}, %1;\n\tadd.u32 low, low, %2;\n\tmov.b64 %0, {low, high};\n\t}"
+      : "=l"(further) : "l"(operand), "r"(bytes >> 4));
+  return further;
+}
 RVLLM_PTX void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 RVLLM_PTX void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING>
