@@ -237,3 +237,28 @@ def check_words(gpu: Machine, rng: np.random.Generator, dtype: np.dtype, name: s
         )  # fmt: skip
         assert (pack(awq) == wanted(levels, zeros)).all()
     assert CHUNK % size == 0
+
+
+def check_quantise(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) -> None:
+    """Every number within half a step (and what float16 rounds off the step) of its group's nearest level."""
+    rows, k = 9, 328
+    x = rounded(rng.standard_normal((rows, k), np.float32), dtype)
+    x[3, :128] = np.abs(x[3, :128])
+    x[4] = 0
+    groups, words = -(-k // 128), -(-k // 8)
+    levels, zeros = gpu.empty((rows, words), np.uint32), gpu.empty((rows, groups), np.uint32)
+    scales = gpu.empty((rows, groups), np.dtype(np.float32))
+    source = gpu.array(x.astype(dtype))
+    args = [source, levels, zeros, scales, ctypes.c_int64(rows), k]
+    gpu.launch(f"sm80_integer_quantise_{SHORT[dtype.name]}", 3, 64, args)
+    nibbles = levels.get()[:, :, None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15
+    group = np.arange(k) // 128
+    scale = scales.get()
+    found = (nibbles.reshape(rows, -1).astype(np.float32) - zeros.get()[:, group]) * scale[:, group]
+    for g in range(groups):
+        part = x[:, group == g]
+        step = (np.maximum(part.max(1), 0) - np.minimum(part.min(1), 0)) / 15
+        assert np.allclose(scale[:, g], step, rtol=2**-10)
+        # A zero that is no whole level moves all of the group by up to half a step.
+        assert (np.abs(found[:, group == g] - part) <= 1.02 * step[:, None] + 1e-6).all()
+        assert np.abs(found[:, group == g] - part).mean() <= 0.3 * step.mean()

@@ -42,3 +42,8 @@ def test_words_are_packed_as_the_reference_packs_them(gpu: Emulator, layout: str
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_products(gpu: Emulator, layout: str, dtype: str) -> None:
     integer_checks.check_products(gpu, np.random.default_rng(len(layout)), DTYPES[dtype], layout, (1, 33))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), np.dtype(np.float32)], ids=str)
+def test_quantising(gpu: Emulator, dtype: np.dtype) -> None:
+    integer_checks.check_quantise(gpu, np.random.default_rng(1), dtype)

@@ -166,3 +166,26 @@ def test_kinds_mixed_within_a_product(tmp_path: Path) -> None:
     checkpoint = gguf_model(tmp_path / "m.gguf", kinds, "Q4_K")
     assert sorted(len(f.parts) for f in kept_formats(checkpoint)) == [1, 1, 1, 1, 2]
     check_runs(checkpoint, 96)
+
+
+def test_quantised_as_it_is_loaded(tmp_path: Path) -> None:
+    """INT4 made on the way in keeps most of the likeliest tokens, about as likely."""
+    from rvllm.backends.cuda.backend import CudaBackend
+
+    config = model(num_hidden_layers=1, hidden_size=128, intermediate_size=192, num_attention_heads=2)
+    plain = weights_of(build_program(ModelConfig(config, "tiny"), DType.F32))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(file_of({n: ("F32", v) for n, v in plain.items()}))
+    checkpoint = open_checkpoint(tmp_path)
+    asked = [(np.random.default_rng(0).integers(0, 515, 17).tolist(), Sampling(max_tokens=1, logprobs=20))]
+    found = []
+    for mode in ("none", "int4"):
+        program = build_program(ModelConfig(config, "tiny"), DType.BF16)
+        engine = replace(CONFIG, device="cuda", max_num_batched_tokens=64, quantization=mode)
+        core = core_of(CudaBackend.load(program, checkpoint, engine), config)
+        first = run(core, asked)[0][0].logprobs[0]
+        core.close()
+        found.append(dict(zip(first.top_ids, first.top_logprobs, strict=True)))
+    common = set(found[0]) & set(found[1])
+    assert len(common) >= 10
+    assert max(abs(found[0][token] - found[1][token]) for token in common) < 0.3
