@@ -61,6 +61,8 @@ class Checker:
     def variants(self, n: int, k: int, tokens: int, dtype: str) -> list[gemm.GemmPlan]:
         sms = self.bed.facts.sm_count
         modes: tuple[gemm.Mode, ...] = ("split", "sum")
+        if gemm.segments_of(n, k) == gemm.PAIR_SEGMENTS:
+            modes += ("pair",)
         if gemm.segments_of(n, k) == 1:
             modes += ("walk", "flow", "tall")
         ways = [(mode, tile) for mode in modes for tile in gemm.token_tiles(mode)]
@@ -178,6 +180,8 @@ class Checker:
                 ]
                 if not one:
                     others = [("sum", 160), ("sum", 192), ("split", 144), ("split", 256)]
+                if gemm.segments_of(n, k) == gemm.PAIR_SEGMENTS:
+                    others += [("pair", 144), ("pair", 192)]
                 x = torch.randn(1000, k, device="cuda").to(TORCH[dtype])
                 w = (torch.randn(n, k, device="cuda") * k**-0.5).to(TORCH[dtype])
                 packed = self.bed.pack(w, dtype)

@@ -74,12 +74,15 @@ def test_plans_name_kernels_that_exist_and_cover_the_product(
     plan = gemm.plan_gemm(*shape, tokens, dtype, 132, capability)
     spec = NAMES[plan.kernel]
     assert spec.runs_on(capability) and plan.smem <= spec.smem
-    assert plan.mode in ("split", "tall") or plan.smem == spec.smem
+    assert plan.mode in ("split", "pair", "tall") or plan.smem == spec.smem
     assert plan.segments == gemm.segments_of(*shape)  # whatever the batch: the bits depend on it
     assert plan.grid[0] % plan.cluster == 0 and plan.cluster <= 8
     tiles, token_tiles = -(-shape[0] // 64), -(-tokens // plan.token_tile)
     if plan.mode == "sm80":
         assert plan.grid == (tiles, token_tiles, 1)
+    elif plan.mode == "pair":
+        assert plan.grid == (2, token_tiles, -(-tiles // 2)) and plan.cluster == 2 and plan.segments == 4
+        assert plan.smem - 256 >= 2 * 4 * plan.token_tile * (2 * 64 + 4)
     elif plan.mode == "split":
         assert plan.grid == (plan.segments, token_tiles, -(-tiles // 2)) and plan.cluster == plan.segments
         partial_sums = 4 * plan.token_tile * (2 * 64 + 4)
@@ -90,7 +93,7 @@ def test_plans_name_kernels_that_exist_and_cover_the_product(
         if plan.mode != "tall":  # whose blocks of a cluster share weights, not tokens
             assert plan.token_tile % (plan.box_rows * plan.cluster) == 0
     if tokens <= 256 and capability == 90:
-        assert token_tiles == 1 or (plan.mode == "tall" and token_tiles == 2)  # weights are streamed once
+        assert token_tiles == 1 or (plan.mode in ("tall", "pair") and token_tiles == 2)  # weights are streamed once
 
 
 @pytest.mark.parametrize("name", SEVEN_B)

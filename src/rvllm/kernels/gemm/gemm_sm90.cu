@@ -4,6 +4,8 @@
 //
 //   SPLIT  a block sums one segment of K; the segments of a tile form a cluster and are added through
 //          distributed shared memory. grid (segments, token tiles, row pairs), cluster (segments, 1, 1).
+//   PAIR   for weights of four segments: a block sums two of them, one after the other, the two blocks of a cluster
+//          add up as in SPLIT. grid (2, token tiles, row pairs), cluster (2, 1, 1).
 //   WALK   for weights with one segment: resident blocks walk over tiles. grid (blocks, 1, 1).
 //   FLOW   as WALK for many tokens: tiles leave while the next are summed, see gemm/epilogue_overlap.cuh.
 //   SUM    as WALK for any number of segments, their running sum kept in registers beside the accumulator.
@@ -16,7 +18,7 @@
 
 namespace rvllm::gemm {
 
-enum Mode { SPLIT, WALK, SUM, FLOW };
+enum Mode { SPLIT, PAIR, WALK, SUM, FLOW };
 constexpr int CONSUMERS = 256;
 
 template <int TOKENS, Mode MODE>
@@ -29,17 +31,19 @@ struct Layout {
   static constexpr int SPLIT_PITCH = 2 * TILE + 4;      // floats, likewise
   static constexpr int SUMS = (CHUNK < 32 ? CHUNK : 32) * (TILE + 4) * 4;  // float32 on their way to logits
   static constexpr int PER_GROUP = CHUNK * STAGE_PITCH > SUMS ? CHUNK * STAGE_PITCH : SUMS;
-  static constexpr int STAGING = MODE == SPLIT ? 0 : MODE == FLOW ? 2 * FLOW_STAGING : 2 * PER_GROUP;
-  static constexpr bool WIDE = MODE == SPLIT && TOKENS > 128;  // token tiles of many widths, in one kernel
+  static constexpr bool SUMS_UP = MODE == SPLIT || MODE == PAIR;  // the blocks of a cluster add up
+  static constexpr int STAGING = SUMS_UP ? 0 : MODE == FLOW ? 2 * FLOW_STAGING : 2 * PER_GROUP;
+  static constexpr bool WIDE = MODE == PAIR || (MODE == SPLIT && TOKENS > 128);  // token tiles of many widths, in one kernel
   static constexpr int HELD = TOKENS <= 16 ? 1 : TOKENS == 32 || TOKENS > 192 ? 2 : 4;  // items of a split sum at once
   static constexpr int BARRIERS = 256, LIMIT = 232448;
   static constexpr int FIT = (LIMIT - STAGING - BARRIERS) / (WEIGHTS + X);
   static constexpr int STAGES = FIT < 12 ? FIT : 12;
   static constexpr int BYTES = STAGES * (WEIGHTS + X) + STAGING + BARRIERS;
-  static_assert(MODE != SPLIT || TOKENS * SPLIT_PITCH * 4 <= STAGES * (WEIGHTS + X), "partial sums must fit");
+  static constexpr int SLOTS = MODE == PAIR ? 2 : 1;  // partial sums that a block leaves for its cluster
+  static_assert(!SUMS_UP || SLOTS * TOKENS * SPLIT_PITCH * 4 <= STAGES * (WEIGHTS + X), "partial sums must fit");
 };
 
-// x: tensor map of [>= tokens, K] in boxes of 64 x (FLOW: BOX, SPLIT: tile, else TOKENS /
+// x: tensor map of [>= tokens, K] in boxes of 64 x (FLOW: BOX, SPLIT, PAIR: tile, else TOKENS /
 // CLUSTER), 128-byte swizzle. weights: packed. blocks: ceil(K / 64). tile: tokens of a tile, TOKENS unless WIDE.
 // The rest: see Epilogue.
 template <class T, int TOKENS, Mode MODE, int CLUSTER>
@@ -52,7 +56,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   constexpr int REGS = TOKENS / 2;
   const int width = L::WIDE ? tile : TOKENS, x_bytes = width * TILE * 2;
   // A split product is launched with fewer stages where that lets the next kernel's blocks in beside its own.
-  const int stages = MODE == SPLIT ? (dynamic_smem_bytes() - L::BARRIERS) / (L::WEIGHTS + x_bytes) : L::STAGES;
+  const int stages = L::SUMS_UP ? (dynamic_smem_bytes() - L::BARRIERS) / (L::WEIGHTS + x_bytes) : L::STAGES;
   constexpr u16 ALL = (1 << CLUSTER) - 1;
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = smem(shared), x_base = base + stages * L::WEIGHTS, bars = base + stages * (L::WEIGHTS + x_bytes) + L::STAGING;
@@ -63,7 +67,9 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
   // SPLIT: the items of the sum that fall to a block of the cluster, and what a thread's first ones are finished with.
   const auto split_items = [&](int rank) {
     const int count = min(width, tokens - static_cast<int>(blockIdx.y) * width);
-    return count * items_per_token<2 * TILE>(kind) * rank / segments;
+    const int items = count * items_per_token<2 * TILE>(kind);
+    // A pair's first block has two sums to fetch, its second one.
+    return MODE == PAIR ? (rank == 0 ? 0 : rank == 1 ? items / 3 : items) : items * rank / segments;
   };
   Held<T> held[L::HELD];
   const auto hold_from = [&](int item) {
@@ -88,14 +94,15 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
 
   // The blocks of K this thread block sums, and its visits.
   int k0 = 0, k1 = blocks;
-  if constexpr (MODE == SPLIT) {
-    k0 = segment_start(blocks, segments, blockIdx.x);
-    k1 = segment_start(blocks, segments, blockIdx.x + 1);
+  if constexpr (L::SUMS_UP) {
+    constexpr int EACH = MODE == PAIR ? 2 : 1;
+    k0 = segment_start(blocks, segments, blockIdx.x * EACH);
+    k1 = segment_start(blocks, segments, (blockIdx.x + 1) * EACH);
   }
   Walk<TOKENS, CLUSTER, MODE == FLOW> walk(rows, tokens);
   bool once = true;
   const auto next = [&](Visit& v) {
-    if constexpr (MODE == SPLIT) {
+    if constexpr (L::SUMS_UP) {
       const bool first = once;
       once = false;
       v = {static_cast<int>(blockIdx.z) * 2, 2, static_cast<int>(blockIdx.y) * width, width, false};
@@ -192,6 +199,10 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
       }
     }
     __syncwarp();
+    if constexpr (L::SUMS_UP) {
+      cluster_sync();
+      cluster_arrive();
+    }
   } else {
     if constexpr (MODE == FLOW)
       registers_raise<208>();
@@ -204,23 +215,91 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     const auto segment = [&](auto& acc, int first, int last) { sum_blocks<T, CLUSTER>(acc, ring, group, lane, first, last); };
     griddep_wait();
 
-    if constexpr (MODE == SPLIT) {
+    if constexpr (L::SUMS_UP) {
       next(v);
-      if (can_hold(e)) hold_from(split_items(blockIdx.x) + threadIdx.x);
-      if constexpr (L::WIDE)
+      [[maybe_unused]] float sum[MODE == PAIR ? REGS : 1];
+      if constexpr (MODE == PAIR) {
+        const int middle = segment_start(blocks, segments, 2 * blockIdx.x + 1);
+        of_width<128, 144, 160, 176, 192>(width, acc, [&](auto& some) {
+          segment(some, k0, middle);
+#pragma unroll
+          for (int i = 0; i < sizeof(some) / sizeof(float); i++) sum[i] = some[i];
+          segment(some, middle, k1);
+        });
+      } else {
+        if (can_hold(e)) hold_from(split_items(blockIdx.x) + threadIdx.x);
+      }
+      if constexpr (MODE == PAIR) {
+      } else if constexpr (L::WIDE)
         of_width<144, 160, 176, 192, 208, 224, 240, 256>(width, acc, [&](auto& part) { segment(part, k0, k1); });
       else
         segment(acc, k0, k1);
       // Both warpgroups have read their last stage before partial sums overwrite it.
       bar_sync(1, CONSUMERS);
-      float* partial = reinterpret_cast<float*>(shared);
       const int row = group * TILE + thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
+      float* partial = reinterpret_cast<float*>(shared) + column * L::SPLIT_PITCH + row;
+      const auto leave = [&](const float(&sums)[REGS]) {
 #pragma unroll
-      for (int j = 0; j < TOKENS / 8; j++) {
-        if (L::WIDE && 8 * j >= width) break;
+        for (int j = 0; j < TOKENS / 8; j++)
+          if (!L::WIDE || 8 * j < width)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-          partial[(8 * j + column + i % 2) * L::SPLIT_PITCH + row + i / 2 * 8] = acc[4 * j + i];
+            for (int i = 0; i < 4; i++) partial[(8 * j + i % 2) * L::SPLIT_PITCH + i / 2 * 8] = sums[4 * j + i];
+      };
+      if constexpr (MODE == PAIR) {  // the first block's segments are one sum, the second's are added to it one by one
+        if (blockIdx.x == 0) {
+#pragma unroll
+          for (int i = 0; i < REGS; i++) acc[i] = sum[i] + acc[i];
+          leave(acc);
+        } else {
+          leave(sum);
+          partial += width * L::SPLIT_PITCH;
+          leave(acc);
+        }
+      } else {
+        leave(acc);
+      }
+      // Every block of the cluster adds up, in ascending order of segments, its share of the tile. Here, where threads
+      // have all their registers.
+      cluster_sync();
+      const int token0 = blockIdx.y * width, row0 = blockIdx.z * 2 * TILE;
+      const int first = split_items(blockIdx.x), last = split_items(blockIdx.x + 1);
+      const auto load = [&](int token, int r, float(&q)[4]) {
+        const u32 at = base + (token * L::SPLIT_PITCH + r) * 4;
+        constexpr int MOST = MODE == PAIR ? 3 : 8;
+        const int parts = MODE == PAIR ? 3 : segments;
+        float4 part[MOST];
+#pragma unroll
+        for (int s = 0; s < MOST; s++)
+          if (s < parts)
+            part[s] = cluster_load(MODE == PAIR ? cluster_map(at + s / 2 * width * L::SPLIT_PITCH * 4, (s + 1) / 2)
+                                                : cluster_map(at, s));
+        q[0] = part[0].x, q[1] = part[0].y, q[2] = part[0].z, q[3] = part[0].w;
+#pragma unroll
+        for (int s = 1; s < MOST; s++)
+          if (s < parts) q[0] += part[s].x, q[1] += part[s].y, q[2] += part[s].z, q[3] += part[s].w;
+      };
+      if (can_hold(e)) {
+        for (int i = first + threadIdx.x; i - static_cast<int>(threadIdx.x) < last; i += L::HELD * CONSUMERS) {
+          float sum[L::HELD][4];
+#pragma unroll
+          for (int b = 0; b < L::HELD; b++) {
+            const int item = min(i + b * CONSUMERS, last - 1);  // no branch, so that all loads are in flight at once
+            load(item / (TILE / 2), item % (TILE / 2) * 4, sum[b]);
+          }
+          if (MODE == PAIR || i >= first + L::HELD * CONSUMERS) hold_from(i);
+          // What others have was read: said before results leave, which takes longer.
+          if (i - static_cast<int>(threadIdx.x) + L::HELD * CONSUMERS >= last) cluster_arrive();
+#pragma unroll
+          for (int b = 0; b < L::HELD; b++) {
+            const int item = i + b * CONSUMERS;
+            if (item < last)
+              finish_held<T>(e, token0 + item / (TILE / 2), row0 + item % (TILE / 2) * 4, sum[b], held[b]);
+          }
+        }
+        if (first >= last) cluster_arrive();
+      } else {
+        finish_tile<T, 2 * TILE, 4>(e, token0, row0, first, last, threadIdx.x, CONSUMERS, load);
+        cluster_arrive();
       }
     } else {
       [[maybe_unused]] u8* staging = shared + stages * (L::WEIGHTS + x_bytes) + group * L::PER_GROUP;
@@ -266,53 +345,10 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
     }
   }
 
-  if constexpr (MODE == SPLIT) {
-    // Every block of the cluster adds up, in ascending order of segments, its share of the tile.
-    cluster_sync();
-    if (warp < CONSUMERS / 32) {
-      const int token0 = blockIdx.y * width, row0 = blockIdx.z * 2 * TILE;
-      const int first = split_items(blockIdx.x), last = split_items(blockIdx.x + 1);
-      const auto load = [&](int token, int r, float(&q)[4]) {
-        const u32 at = base + (token * L::SPLIT_PITCH + r) * 4;
-        float4 part[8];
-#pragma unroll
-        for (int s = 0; s < 8; s++)
-          if (s < segments) part[s] = cluster_load(cluster_map(at, s));
-        q[0] = part[0].x, q[1] = part[0].y, q[2] = part[0].z, q[3] = part[0].w;
-#pragma unroll
-        for (int s = 1; s < 8; s++)
-          if (s < segments) q[0] += part[s].x, q[1] += part[s].y, q[2] += part[s].z, q[3] += part[s].w;
-      };
-      if (can_hold(e)) {
-        for (int i = first + threadIdx.x; i - static_cast<int>(threadIdx.x) < last; i += L::HELD * CONSUMERS) {
-          float sum[L::HELD][4];
-#pragma unroll
-          for (int b = 0; b < L::HELD; b++) {
-            const int item = min(i + b * CONSUMERS, last - 1);  // no branch, so that all loads are in flight at once
-            load(item / (TILE / 2), item % (TILE / 2) * 4, sum[b]);
-          }
-          if (i >= first + L::HELD * CONSUMERS) hold_from(i);
-          // What others have was read: said before results leave, which takes longer.
-          if (i - static_cast<int>(threadIdx.x) + L::HELD * CONSUMERS >= last) cluster_arrive();
-#pragma unroll
-          for (int b = 0; b < L::HELD; b++) {
-            const int item = i + b * CONSUMERS;
-            if (item < last)
-              finish_held<T>(e, token0 + item / (TILE / 2), row0 + item % (TILE / 2) * 4, sum[b], held[b]);
-          }
-        }
-        if (first >= last) cluster_arrive();
-      } else {
-        finish_tile<T, 2 * TILE, 4>(e, token0, row0, first, last, threadIdx.x, CONSUMERS, load);
-        cluster_arrive();
-      }
-    } else {
-      cluster_arrive();
-    }
+  if constexpr (L::SUMS_UP)
     cluster_wait();  // nobody leaves while its shared memory is being read
-  } else if constexpr (CLUSTER > 1) {
+  else if constexpr (CLUSTER > 1)
     cluster_sync();
-  }
 }
 
 }  // namespace rvllm::gemm

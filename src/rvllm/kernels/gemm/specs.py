@@ -16,14 +16,16 @@ WALK_TOKENS = (8, 16, 32, 64, 96, 128, 192)
 FLOW_TOKENS = (256,)
 SUM_TOKENS = (96, 128, 160, 192)
 TALL_TOKENS = (192,)
+PAIR_TOKENS = (192,)
 MODES = {
-    "split": SPLIT_TOKENS,
+    "split": SPLIT_TOKENS, "pair": PAIR_TOKENS,
     "walk": WALK_TOKENS,
     "flow": FLOW_TOKENS,
     "sum": SUM_TOKENS,
 }  # of gemm_sm90.cu
 SPLIT_WIDE = (144, 160, 176, 192, 208, 224, 240, 256)  # token tiles of the largest split kernel
-TALL_TILES = (80, 96, 112, 128, 144, 160, 176, 192)  # token tiles of the tall kernel
+PAIR_TILES = (128, 144, 160, 176, 192)  # token tiles of the pair kernel
+TALL_TILES = (80, 96, 104, 112, 120, 128, 136, 144, 160, 176, 192)  # token tiles of the tall kernel
 SM80_TOKENS = (16, 64)
 _SMEM_LIMIT, _BARRIERS = 232448, 256
 
@@ -52,8 +54,8 @@ def sm90_smem(mode: str, tokens: int, most: int = 12) -> int:
     stage = 2 * TILE_BYTES + tokens * TILE * 2
     chunk = 64 if tokens % 64 == 0 else min(tokens, 32)
     staging = 2 * max(chunk * (TILE + 8) * 2, min(chunk, 32) * (TILE + 4) * 4)
-    if mode in ("split", "flow"):
-        staging = 0 if mode == "split" else 2 * 128 * TILE * 2
+    if mode in ("split", "pair", "flow"):
+        staging = 0 if mode != "flow" else 2 * 128 * TILE * 2
     stages = min(12, (_SMEM_LIMIT - staging - _BARRIERS) // stage)
     if mode == "split":  # a block's partial sums take the place of its stages
         stages = min(stages, max(most, 2, -(-tokens * (2 * TILE + 4) * 4 // stage)))
@@ -62,8 +64,8 @@ def sm90_smem(mode: str, tokens: int, most: int = 12) -> int:
 
 def widths_of(mode: str, tokens: int) -> tuple[int, ...]:
     """The token tiles that the kernel `mode` compiled for `tokens` can be launched with."""
-    if mode == "tall":
-        return TALL_TILES
+    if mode in ("tall", "pair"):
+        return TALL_TILES if mode == "tall" else PAIR_TILES
     return SPLIT_WIDE if mode == "split" and tokens == SPLIT_WIDE[-1] else (tokens,)
 
 
@@ -83,7 +85,7 @@ def _sm90() -> list[KernelSpec]:
     for dtype in DTYPES:
         for mode, sizes in MODES.items():
             for tokens in sizes:
-                cluster = 1 if mode == "split" else walk_cluster(tokens)
+                cluster = 1 if mode in ("split", "pair") else walk_cluster(tokens)
                 # The longest unit decides how long a first start takes.
                 together = "few" if tokens <= 16 else "some" if tokens <= 64 else tokens
                 instance = f"rvllm::{dtype}, {tokens}, rvllm::gemm::{mode.upper()}, {cluster}"

@@ -46,7 +46,7 @@ def step_cycles(row_tiles: int, tokens: int) -> float:
 
 def cycles(mode: str, token_tile: int, work: Work) -> float:
     """Cycles of the whole product by a mode of the sm_90a kernels with this token tile."""
-    by_mode = {"split": _split, "walk": _walk, "sum": _sum, "flow": _flow, "tall": _tall}
+    by_mode = {"split": _split, "pair": _pair, "walk": _walk, "sum": _sum, "flow": _flow, "tall": _tall}
     memory = work.tiles * work.blocks * TILE_BYTES / MEMORY
     return max(memory, by_mode[mode](token_tile, work)) + WAY_IN_AND_OUT
 
@@ -55,6 +55,11 @@ def _split(tile: int, work: Work) -> float:
     clusters = max(1, work.sms * 9 // 10 // work.segments)  # that fit at once: GPCs are not filled
     waves = _ceil(_ceil(work.tiles, 2) * _ceil(work.tokens, tile), clusters)
     return waves * (_ceil(work.blocks, work.segments) * step_cycles(2, tile) + SPLIT_EXIT)
+
+
+def _pair(tile: int, work: Work) -> float:
+    waves = _ceil(_ceil(work.tiles, 2) * _ceil(work.tokens, tile), work.sms // 2)
+    return waves * (_ceil(work.blocks, 2) * step_cycles(2, tile) + SPLIT_EXIT)
 
 
 def _walk(tile: int, work: Work) -> float:

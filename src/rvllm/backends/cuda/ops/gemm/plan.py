@@ -26,6 +26,8 @@ from rvllm.errors import UsageError
 from rvllm.kernels.gemm.specs import (
     DTYPES,
     FLOW_TOKENS,
+    PAIR_TILES,
+    PAIR_TOKENS,
     SM80_TOKENS,
     SPLIT_TOKENS,
     SPLIT_WIDE,
@@ -42,13 +44,14 @@ from rvllm.kernels.gemm.specs import (
     walk_cluster,
 )
 
-Mode = Literal["split", "walk", "flow", "sum", "tall", "sm80"]
+Mode = Literal["split", "pair", "walk", "flow", "sum", "tall", "sm80"]
 Grid = tuple[int, int, int]
 Element = TypeVar("Element", bound=np.generic)
 
 MAX_SEGMENTS = 8  # the largest portable cluster
 SEGMENT_BLOCKS = 2  # a segment has at least so many tiles of K
 SPLIT_SIZES = (*SPLIT_TOKENS[:-1], *SPLIT_WIDE)  # token tiles of a split product
+PAIR_SEGMENTS = 4  # that two blocks share: each has registers for two
 MAX_ONE_ROW = 128  # tokens up to which a product is bound by its weights' bytes, whatever the tiles
 MAX_STAGES, SMALL_STAGES = 12, 6  # of a split product's ring
 SMALL_WEIGHT = 20 << 20  # bytes; 24 MB cost StableLM-2-1.6B 4 % of a step
@@ -176,7 +179,7 @@ def plan_gemm(n: int, k: int, tokens: int, dtype: str, sm_count: int, capability
     work = cost.Work(n, tokens, _ceil(k, TILE), segments_of(n, k), sm_count)
     ways = ways_of(work.segments, tokens)
     mode, tile = min(ways, key=lambda way: cost.cycles(way[0], way[1], work))
-    why = "K split over a cluster" if mode == "split" else "rows fill the GPU"
+    why = "K split over a cluster" if mode in ("split", "pair") else "rows fill the GPU"
     if mode == "sum":
         why = "enough tokens to fill the GPU"
     return variant(n, k, tokens, dtype, mode, tile, sm_count, why)
@@ -196,6 +199,9 @@ def ways_of(segments: int, tokens: int) -> list[tuple[Mode, int]]:
     fewest = _ceil(tokens, SPLIT_SIZES[-1])
     more = (fewest, fewest + 1) if fewest > 1 else (1,)
     ways += [("split", _fit(SPLIT_SIZES, _ceil(tokens, tiles))) for tiles in more]
+    if segments == PAIR_SEGMENTS and tokens > PAIR_TILES[0]:
+        pairs = _ceil(tokens, PAIR_TILES[-1])
+        ways.append(("pair", _fit(PAIR_TILES, _ceil(tokens, pairs))))
     if tokens > SPLIT_SIZES[-1]:
         ways += [("sum", size) for size in SUM_TOKENS]
     return ways
@@ -205,6 +211,7 @@ def token_tiles(mode: Mode) -> tuple[int, ...]:
     """The token tiles that a mode's kernels can be launched with."""
     tiles: dict[Mode, tuple[int, ...]] = {
         "split": SPLIT_SIZES,
+        "pair": PAIR_TILES,
         "walk": WALK_TOKENS,
         "flow": FLOW_TOKENS,
         "sum": SUM_TOKENS,
@@ -242,6 +249,8 @@ def variant(
         if mode == "split":
             cluster, grid = segments, (segments, token_tiles, pairs)
             smem = sm90_smem(mode, token_tile, _split_stages(n, k))
+        elif mode == "pair":
+            cluster, grid = 2, (2, token_tiles, pairs)
         elif mode == "tall":
             cluster = 2
             units = _ceil(n, 3 * TILE) * _ceil(tokens, 2 * token_tile)
@@ -270,8 +279,8 @@ def variant(
 
 def _kernel_tokens(mode: Mode, token_tile: int) -> int:
     """The token tile in the name of the kernel that runs tiles of this size."""
-    if mode == "tall":
-        return TALL_TOKENS[-1]
+    if mode in ("tall", "pair"):
+        return TALL_TOKENS[-1] if mode == "tall" else PAIR_TOKENS[-1]
     return SPLIT_TOKENS[-1] if mode == "split" and token_tile in SPLIT_WIDE else token_tile
 
 
