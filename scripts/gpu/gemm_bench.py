@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from gemm_bed import Bed, Work
 
-from rvllm.backends.cuda.ops.gemm import cublas
+from rvllm.backends.cuda.ops.gemm import cost, cublas
 from rvllm.backends.cuda.ops.gemm import plan as gemm
 
 LAYERS, HIDDEN, FFN, QKV, VOCAB = 28, 3584, 18944, 4608, 152064
@@ -156,9 +156,8 @@ def compare(bench: Bench, sizes: list[int]) -> None:
         segments = gemm.segments_of(n, k)
         for tokens in sizes:
             plans = {"chosen": gemm.plan_gemm(n, k, tokens, "bf16", sms)}
-            others = gemm.ways_of(segments, tokens)
-            if tokens > 128:
-                others += [("flow", 256)] if segments == 1 else [("split", 256), ("sum", 128), ("sum", 192)]
+            work = cost.Work(n, tokens, plans["chosen"].blocks, segments, sms)
+            others = sorted(gemm.ways_of(segments, tokens), key=lambda way: cost.cycles(*way, work))[:6]
             for mode, tile in others:
                 plan = gemm.variant(n, k, tokens, "bf16", mode, tile, sms)
                 if (mode, tile) != (plans["chosen"].mode, plans["chosen"].token_tile):

@@ -97,10 +97,10 @@ def test_memory_that_is_gone_meanwhile_is_one_line_with_the_flags(monkeypatch: p
 
 
 def test_padded_sizes_of_decode_graphs() -> None:
-    wanted = [1, 2, 4, 8, 16, 24, 32, *range(40, 257, 8), *range(288, 513, 32)]
+    wanted = [1, 2, 4, 8, 16, 24, 32, *range(40, 257, 8), *range(272, 513, 16)]
     assert decode_buckets(512) == wanted and decode_buckets(256) == [n for n in wanted if n <= 256]
     assert decode_buckets(1) == [1] and decode_buckets(300)[-2:] == [288, 300]
-    assert [bucket_of(wanted, n) for n in (1, 3, 9, 257, 512)] == [1, 4, 16, 288, 512]
+    assert [bucket_of(wanted, n) for n in (1, 3, 9, 257, 512)] == [1, 4, 16, 272, 512]
     tokens = token_buckets(8192)
     assert all(bucket_of(tokens, n) * 8 <= n * 9 for n in range(128, 8193)) and tokens[-1] == 8192
 

@@ -6,8 +6,11 @@ from bisect import bisect_left
 
 
 def decode_buckets(most: int) -> list[int]:
-    """Padded batch sizes of decode steps: 1, 2, 4, 8, 16, 24, 32 ... 256, then by 32; `most` is the last."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(288, max(most, 288) + 32, 32)]
+    """Padded batch sizes of decode steps: 1, 2, 4, 8, 16, 24, 32 ... 256, by 16 to 512, then by 32.
+
+    `most` is the last. The padding is at most a sixteenth from 128 on.
+    """
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), *range(544, max(most, 544) + 32, 32)]
     return [size for size in sizes if size < most] + [most]
 
 

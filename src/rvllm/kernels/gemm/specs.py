@@ -18,7 +18,8 @@ SUM_TOKENS = (96, 128, 160, 192)
 TALL_TOKENS = (192,)
 PAIR_TOKENS = (192,)
 MODES = {
-    "split": SPLIT_TOKENS, "pair": PAIR_TOKENS,
+    "split": SPLIT_TOKENS,
+    "pair": PAIR_TOKENS,
     "walk": WALK_TOKENS,
     "flow": FLOW_TOKENS,
     "sum": SUM_TOKENS,

@@ -16,6 +16,7 @@ TENSOR = 2 * 1.018  # cycles for 64 rows, 64 of K and one token
 MEMORY = 2576.0  # bytes a cycle from memory to all of them: 4.25 TB/s at 1.65 GHz
 WAY_IN_AND_OUT = 4000.0  # cycles of a launch beside its main loop
 SPLIT_EXIT = 8000.0  # more, where a cluster adds up
+GPC = 16  # multiprocessors that can form clusters, at least
 PIECE = 1.25  # what a narrow piece of a last round takes, against its bytes
 
 
@@ -52,7 +53,7 @@ def cycles(mode: str, token_tile: int, work: Work) -> float:
 
 
 def _split(tile: int, work: Work) -> float:
-    clusters = max(1, work.sms * 9 // 10 // work.segments)  # that fit at once: GPCs are not filled
+    clusters = max(1, work.sms // GPC * (GPC // work.segments))  # that fit at once: a cluster lies in one GPC
     waves = _ceil(_ceil(work.tiles, 2) * _ceil(work.tokens, tile), clusters)
     return waves * (_ceil(work.blocks, work.segments) * step_cycles(2, tile) + SPLIT_EXIT)
 

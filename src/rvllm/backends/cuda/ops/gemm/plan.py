@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -176,35 +177,28 @@ def plan_gemm(n: int, k: int, tokens: int, dtype: str, sm_count: int, capability
         return variant(
             n, k, tokens, dtype, "sm80", SM80_TOKENS[tokens > SM80_TOKENS[0]], sm_count, "mma.sync"
         )
-    work = cost.Work(n, tokens, _ceil(k, TILE), segments_of(n, k), sm_count)
-    ways = ways_of(work.segments, tokens)
-    mode, tile = min(ways, key=lambda way: cost.cycles(way[0], way[1], work))
-    why = "K split over a cluster" if mode in ("split", "pair") else "rows fill the GPU"
+    mode, tile = _way(n, k, tokens, sm_count)
+    why = "rows fill the GPU" if mode in ("walk", "flow", "tall") else "K split over a cluster"
     if mode == "sum":
         why = "enough tokens to fill the GPU"
     return variant(n, k, tokens, dtype, mode, tile, sm_count, why)
 
 
+@cache
+def _way(n: int, k: int, tokens: int, sm_count: int) -> tuple[Mode, int]:
+    """The mode and token tile that cost a product least."""
+    work = cost.Work(n, tokens, _ceil(k, TILE), segments_of(n, k), sm_count)
+    return min(ways_of(work.segments, tokens), key=lambda way: cost.cycles(way[0], way[1], work))
+
+
 def ways_of(segments: int, tokens: int) -> list[tuple[Mode, int]]:
-    """The modes and token tiles worth a thought for a batch of so many tokens."""
-    ways: list[tuple[Mode, int]] = []
-    if segments == 1:
-        if tokens <= WALK_TOKENS[-1]:
-            ways.append(("walk", _fit(WALK_TOKENS, tokens)))
-        if tokens > MAX_ONE_ROW:
-            fewest = _ceil(tokens, 2 * TALL_TILES[-1])
-            ways += [("tall", _fit(TALL_TILES, _ceil(tokens, 2 * pairs))) for pairs in (fewest, fewest + 1)]
-            ways.append(("flow", FLOW_TOKENS[-1]))
-        return ways
-    fewest = _ceil(tokens, SPLIT_SIZES[-1])
-    more = (fewest, fewest + 1) if fewest > 1 else (1,)
-    ways += [("split", _fit(SPLIT_SIZES, _ceil(tokens, tiles))) for tiles in more]
-    if segments == PAIR_SEGMENTS and tokens > PAIR_TILES[0]:
-        pairs = _ceil(tokens, PAIR_TILES[-1])
-        ways.append(("pair", _fit(PAIR_TILES, _ceil(tokens, pairs))))
-    if tokens > SPLIT_SIZES[-1]:
-        ways += [("sum", size) for size in SUM_TOKENS]
-    return ways
+    """The modes and token tiles worth a thought for a product of so many tokens."""
+    if tokens <= MAX_ONE_ROW:
+        return [("walk" if segments == 1 else "split", _fit(WALK_TOKENS, tokens))]
+    modes: list[Mode] = ["walk", "flow", "tall"] if segments == 1 else ["split", "sum"]
+    if segments == PAIR_SEGMENTS:
+        modes.append("pair")
+    return [(mode, tile) for mode in modes for tile in token_tiles(mode) if tile >= min(64, tokens)]
 
 
 def token_tiles(mode: Mode) -> tuple[int, ...]:
