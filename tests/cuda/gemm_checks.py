@@ -64,6 +64,12 @@ def check_gemm(
             for tile in SM80_TOKENS:
                 again = product.run(tokens, tile, gemm.Kind.LOGITS)
                 assert (again.view(np.uint32) == sums[:tokens].view(np.uint32)).all(), (n, k, tokens, tile)
+        if k == 8:  # token tiles that no longer fit beside each other
+            many = Product(gpu, rng, dtype, n, k, 1100)
+            first = many.run(1100, SM80_TOKENS[0], gemm.Kind.LOGITS)
+            last = many.run(1100, SM80_TOKENS[-1], gemm.Kind.LOGITS)
+            assert (first.view(np.uint32) == last.view(np.uint32)).all()
+            worst = max(worst, error(first, many.x.astype(np.float64) @ many.weight.astype(np.float64).T))
         tokens, tile = min(9, max(sizes)), SM80_TOKENS[0]
         row = sums[:tokens]
         assert (product.run(tokens, tile, gemm.Kind.STORE) == row.astype(dtype)).all()

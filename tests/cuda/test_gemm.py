@@ -77,9 +77,15 @@ def test_plans_name_kernels_that_exist_and_cover_the_product(
     assert plan.mode in ("split", "pair", "tall") or plan.smem == spec.smem
     assert plan.segments == gemm.segments_of(*shape)  # whatever the batch: the bits depend on it
     assert plan.grid[0] % plan.cluster == 0 and plan.cluster <= 8
+    if capability == 90:
+        compiled = int(plan.kernel.rpartition("_n")[2])
+        assert plan.block == gemm_manifest.sm90_threads(plan.mode, compiled)
+        assert plan.token_tile in gemm_manifest.widths_of(plan.mode, compiled)
     tiles, token_tiles = -(-shape[0] // 64), -(-tokens // plan.token_tile)
     if plan.mode == "sm80":
-        assert plan.grid == (tiles, token_tiles, 1)
+        row_tiles = -(-shape[0] // (128 if plan.token_tile == 128 else 64))
+        assert plan.grid[0] % row_tiles == 0  # blocks together take the same rows
+        assert token_tiles <= plan.grid[0] // row_tiles * plan.grid[1] < 2 * token_tiles + 16
     elif plan.mode == "pair":
         assert plan.grid == (2, token_tiles, -(-tiles // 2)) and plan.cluster == 2 and plan.segments == 4
         assert plan.smem - 256 >= 2 * 4 * plan.token_tile * (2 * 64 + 4)

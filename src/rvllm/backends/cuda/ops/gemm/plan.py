@@ -56,6 +56,7 @@ PAIR_SEGMENTS = 4  # that two blocks share: each has registers for two
 MAX_ONE_ROW = 128  # tokens up to which a product is bound by its weights' bytes, whatever the tiles
 MAX_STAGES, SMALL_STAGES = 12, 6  # of a split product's ring
 SMALL_WEIGHT = 20 << 20  # bytes; 24 MB cost StableLM-2-1.6B 4 % of a step
+SM80_TOGETHER = 1024  # tokens that neighbouring blocks of the sm_80 kernels take with the same rows
 REFERENCE_SMS = 132  # segments are cut for this many SMs on every GPU, so that bits do not depend on it
 
 
@@ -174,14 +175,20 @@ def plan_gemm(n: int, k: int, tokens: int, dtype: str, sm_count: int, capability
             f"no matrix kernel for [{tokens}, {k}] x [{n}, {k}]: the inner size must be 8, 16, ..."
         )
     if capability != 90:
-        return variant(
-            n, k, tokens, dtype, "sm80", SM80_TOKENS[tokens > SM80_TOKENS[0]], sm_count, "mma.sync"
-        )
+        return variant(n, k, tokens, dtype, "sm80", _sm80_tile(n, tokens, sm_count), sm_count, "mma.sync")
     mode, tile = _way(n, k, tokens, sm_count)
     why = "rows fill the GPU" if mode in ("walk", "flow", "tall") else "K split over a cluster"
     if mode == "sum":
         why = "enough tokens to fill the GPU"
     return variant(n, k, tokens, dtype, mode, tile, sm_count, why)
+
+
+def _sm80_tile(n: int, tokens: int, sm_count: int) -> int:
+    """The largest token tile that leaves no multiprocessor idle, or the smallest that holds the batch."""
+    large = SM80_TOKENS[-1]
+    if tokens > SM80_TOKENS[-2] and _ceil(n, 2 * TILE) * _ceil(tokens, large) >= sm_count:
+        return large
+    return _fit(SM80_TOKENS[:-1], tokens)
 
 
 @cache
@@ -234,11 +241,13 @@ def variant(
     pairs, token_tiles = _ceil(n, 2 * TILE), _ceil(tokens, token_tile)
     cluster, box_rows = 1, token_tile
     if mode == "sm80":
-        name, grid, block = f"sm80_{dtype}_gemm_n{token_tile}", (_ceil(n, TILE), token_tiles, 1), 128
-        smem, box_rows = sm80_smem(token_tile), 0
+        name, large = f"sm80_{dtype}_gemm_n{token_tile}", token_tile > 64
+        block, smem, box_rows = 256 if large else 128, sm80_smem(token_tile), 0
+        together = min(token_tiles, SM80_TOGETHER // token_tile)
+        grid = ((pairs if large else _ceil(n, TILE)) * together, _ceil(token_tiles, together), 1)
     else:
-        name = f"sm90_{dtype}_gemm_{mode}_n{_kernel_tokens(mode, token_tile)}"
-        block = sm90_threads(mode, token_tile)
+        compiled = _kernel_tokens(mode, token_tile)
+        name, block = f"sm90_{dtype}_gemm_{mode}_n{compiled}", sm90_threads(mode, compiled)
         smem = sm90_smem(mode, token_tile)
         if mode == "split":
             cluster, grid = segments, (segments, token_tiles, pairs)
