@@ -38,6 +38,15 @@ static int walk(int blocks, int block, int rows, int tokens, int* out, int most)
   extern "C" int NAME(int blocks, int block, int rows, int tokens, int* out, int most) {                  \\
     return walk<rvllm::gemm::Walk<__VA_ARGS__>>(blocks, block, rows, tokens, out, most);                  \\
   }
+extern "C" int tall(int blocks, int block, int rows, int tokens, int tile, int* out, int most) {
+  using namespace rvllm::gemm;
+  gridDim.x = blocks, blockIdx.x = block;
+  TallScheduler order(rows, tokens, tile);
+  WorkTile t;
+  int count = 0;
+  for (; count < most && order.next(t); count++) *out++ = t.row_tile, *out++ = t.token0;
+  return count;
+}
 ORDER(flow, 256, 2, true)
 ORDER(walk8, 8, 1, false)
 ORDER(walk128, 128, 2, false)
@@ -112,3 +121,22 @@ def test_narrow_visits_are_shared_out(library: ctypes.CDLL, tokens: int) -> None
     """No block has more to sum than a whole visit and a narrow one above the average."""
     work = [int(visits(library, "flow", 132, block, 37888, tokens)[:, 3].sum()) for block in range(132)]
     assert max(work) - sum(work) / len(work) <= 256 + 64
+
+
+@pytest.mark.parametrize("tile", [80, 136, 192])
+def test_tall_tiles_are_each_taken_once_and_share_their_rows(library: ctypes.CDLL, tile: int) -> None:
+    for n, t in cases():
+        triples, token_tiles = -(-n // 192), 2 * -(-t // (2 * tile))
+        blocks = 2 * min(66, triples * token_tiles // 2)
+        seen = np.zeros((triples, token_tiles), np.int32)
+        for first in range(0, blocks, 2):
+            members = []
+            for block in (first, first + 1):
+                out = np.zeros((MOST, 2), np.int32)
+                count = library.tall(blocks, block, n, t, tile, ctypes.c_void_p(out.ctypes.data), MOST)
+                assert count < MOST
+                members.append(out[:count])
+            assert np.array_equal(members[0][:, 0], members[1][:, 0])  # whose weights both load half of
+            for row, token0 in np.concatenate(members):
+                seen[row // 3, token0 // tile] += 1
+        assert (seen == 1).all(), (n, t, seen.min(), seen.max())

@@ -1,6 +1,6 @@
 // Epilogue overlap: sums leave while the next tile is summed. A consumer warpgroup leaves its outputs in STAGED bytes of
 // shared memory, a phase of STAGED / 128 tokens at a time (twice as many when gated, which halves the rows), and goes on;
-// STORERS other threads carry them out. Logits leave the registers directly.
+// STORERS other threads store them. Logits leave the registers directly.
 #pragma once
 
 #include "gemm/gemm.cuh"
@@ -54,7 +54,7 @@ __device__ __forceinline__ float silu_quick(float v) {
 }
 
 template <class T, int TOKENS, int STAGED>
-__device__ __forceinline__ void hand_over(const Epilogue& e, const float (&acc)[TOKENS / 2], u32 staging, int group,
+__device__ __forceinline__ void stage_outputs(const Epilogue& e, const float (&acc)[TOKENS / 2], u32 staging, int group,
                                           int thread, int row0, int token0, int limit) {
   if (limit <= 0) return;
   const int warp = thread / 32, lane = thread % 32, row = row0 + warp * 16 + lane / 4, column = lane % 4 * 2;
@@ -120,7 +120,7 @@ __device__ __forceinline__ void hand_over(const Epilogue& e, const float (&acc)[
 
 // What the storers do for one phase of one warpgroup: tokens token1 .. token1 + count - 1.
 template <class T>
-__device__ __forceinline__ void carry_out(const Epilogue& e, const u8* staging, int thread, int row0, int token1, int count) {
+__device__ __forceinline__ void store_outputs(const Epilogue& e, const u8* staging, int thread, int row0, int token1, int count) {
   const bool aligned = (e.pitch & 7) == 0;
   if (gated(e.kind)) {
     for (int item = thread; item < count * 4; item += STORERS) {

@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
             for (int p = 0; p < count; p++)
               for (int g = 0; g < 2; g++) {
                 bar_sync(READY + g, 128 + STORERS);
-                carry_out<T>(e, staging + g * FLOW_STAGING, thread, (v.tile + g) * TILE, v.token0 + p * step,
+                store_outputs<T>(e, staging + g * FLOW_STAGING, thread, (v.tile + g) * TILE, v.token0 + p * step,
                              min(step, limit - p * step));
                 __syncwarp();
                 bar_arrive(ROOM + g, 128 + STORERS);
@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
           }
         }
         if constexpr (MODE == FLOW) {
-          hand_over<T, TOKENS, FLOW_STAGING>(e, acc, smem(shared) + stages * (L::WEIGHTS + x_bytes) + group * FLOW_STAGING, group, thread,
+          stage_outputs<T, TOKENS, FLOW_STAGING>(e, acc, smem(shared) + stages * (L::WEIGHTS + x_bytes) + group * FLOW_STAGING, group, thread,
                                (v.tile + group) * TILE, v.token0, min(v.width, tokens - v.token0));
         } else {
           finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(e, acc, staging, 1 + group, thread,

@@ -7,6 +7,7 @@
 // weight is loaded once and multicast. grid (clusters * 2, 1, 1), resident.
 #include "gemm/epilogue_overlap.cuh"
 #include "gemm/mainloop.cuh"
+#include "gemm/tile_scheduler.cuh"
 
 namespace rvllm::gemm {
 
@@ -23,33 +24,8 @@ struct Tall {
   }
 };
 
-// 64-row tiles row_tile .. row_tile + 2 and `tile` tokens from token0.
-struct WorkTile {
-  int row_tile, token0;
-};
-
-// Which work tiles a block takes, in which order: clusters stride over units of three row tiles and two token
-// tiles; groups of GROUP units along the rows pass over all tokens, so that both operands stay in L2.
-struct TileScheduler {
-  static constexpr int GROUP = 8;
-  int triples, pairs, tile, unit;
-
-  __device__ TileScheduler(int rows, int tokens, int tile)
-      : triples((rows + 3 * TILE - 1) / (3 * TILE)), pairs((tokens + 2 * tile - 1) / (2 * tile)), tile(tile),
-        unit(blockIdx.x / 2) {}
-
-  __device__ bool next(WorkTile& t) {
-    if (unit >= triples * pairs) return false;
-    const int group = unit / (GROUP * pairs), within = unit % (GROUP * pairs), height = min(GROUP, triples - group * GROUP);
-    t.row_tile = (group * GROUP + within % height) * 3;
-    t.token0 = (within / height * 2 + static_cast<int>(blockIdx.x % 2)) * tile;
-    unit += gridDim.x / 2;
-    return true;
-  }
-};
-
 // One thread: fills the ring. Weights first, which depend on no kernel before this one.
-__device__ __forceinline__ void produce(const TensorMap& x, const u8* __restrict__ weights, TileScheduler scheduler, Ring ring,
+__device__ __forceinline__ void produce(const TensorMap& x, const u8* __restrict__ weights, TallScheduler scheduler, Ring ring,
                                         int rows, int blocks) {
   using namespace ptx;
   constexpr u16 BOTH = 3;
@@ -90,7 +66,7 @@ __device__ __forceinline__ void produce(const TensorMap& x, const u8* __restrict
 
 // 96 threads: carry finished outputs from shared memory to global memory while the next tile is summed.
 template <class T>
-__device__ __forceinline__ void store_tiles(const Epilogue& e, TileScheduler scheduler, const u8* staging, int thread) {
+__device__ __forceinline__ void store_tiles(const Epilogue& e, TallScheduler scheduler, const u8* staging, int thread) {
   using namespace ptx;
   for (int g = 0; g < Tall::GROUPS; g++) bar_arrive(ROOM + g, 128 + STORERS);
   const int step = step_tokens<Tall::STAGED>(e.kind);
@@ -100,7 +76,7 @@ __device__ __forceinline__ void store_tiles(const Epilogue& e, TileScheduler sch
     for (int p = 0; p < count; p++)
       for (int g = 0; g < Tall::GROUPS; g++) {
         bar_sync(READY + g, 128 + STORERS);
-        carry_out<T>(e, staging + g * Tall::STAGED, thread, (t.row_tile + g) * TILE, t.token0 + p * step,
+        store_outputs<T>(e, staging + g * Tall::STAGED, thread, (t.row_tile + g) * TILE, t.token0 + p * step,
                      min(step, limit - p * step));
         __syncwarp();
         bar_arrive(ROOM + g, 128 + STORERS);
@@ -110,14 +86,14 @@ __device__ __forceinline__ void store_tiles(const Epilogue& e, TileScheduler sch
 
 // A warpgroup: sums its 64 rows of every work tile and leaves them in shared memory.
 template <class T>
-__device__ __forceinline__ void consume(const Epilogue& e, TileScheduler scheduler, Ring ring, u32 staging, int group, int blocks) {
+__device__ __forceinline__ void consume(const Epilogue& e, TallScheduler scheduler, Ring ring, u32 staging, int group, int blocks) {
   const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
   float acc[Tall::TOKENS / 2];
   WorkTile t;
   while (scheduler.next(t)) {
     of_width<80, 96, 104, 112, 120, 128, 136, 144, 160, 176, 192>(
         scheduler.tile, acc, [&](auto& part) { sum_blocks<T, 2>(part, ring, group, lane, 0, blocks); });
-    hand_over<T, Tall::TOKENS, Tall::STAGED>(e, acc, staging + group * Tall::STAGED, group, thread,
+    stage_outputs<T, Tall::TOKENS, Tall::STAGED>(e, acc, staging + group * Tall::STAGED, group, thread,
                                              (t.row_tile + group) * TILE, t.token0,
                                              min(scheduler.tile, e.tokens - t.token0));
   }
@@ -148,7 +124,7 @@ __global__ void __launch_bounds__(Tall::THREADS, 1)
     mbar_init_fence();
   }
   cluster_sync();
-  const TileScheduler scheduler(rows, tokens, tile);
+  const TallScheduler scheduler(rows, tokens, tile);
   if (warp >= Tall::CONSUMERS / 32) {
     registers_lower<80>();
     const int thread = threadIdx.x - Tall::CONSUMERS - 32;

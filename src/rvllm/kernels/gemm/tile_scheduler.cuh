@@ -77,4 +77,29 @@ struct Walk {
   }
 };
 
+// 64-row tiles row_tile .. row_tile + 2 and `tile` tokens from token0.
+struct WorkTile {
+  int row_tile, token0;
+};
+
+// Which work tiles a block takes, in which order: clusters stride over units of three row tiles and two token
+// tiles; groups of GROUP units along the rows pass over all tokens, so that both operands stay in L2.
+struct TallScheduler {
+  static constexpr int GROUP = 8;
+  int triples, pairs, tile, unit;
+
+  __device__ TallScheduler(int rows, int tokens, int tile)
+      : triples((rows + 3 * TILE - 1) / (3 * TILE)), pairs((tokens + 2 * tile - 1) / (2 * tile)), tile(tile),
+        unit(blockIdx.x / 2) {}
+
+  __device__ bool next(WorkTile& t) {
+    if (unit >= triples * pairs) return false;
+    const int group = unit / (GROUP * pairs), within = unit % (GROUP * pairs), height = min(GROUP, triples - group * GROUP);
+    t.row_tile = (group * GROUP + within % height) * 3;
+    t.token0 = (within / height * 2 + static_cast<int>(blockIdx.x % 2)) * tile;
+    unit += gridDim.x / 2;
+    return true;
+  }
+};
+
 }  // namespace rvllm::gemm
