@@ -83,7 +83,7 @@ def test_plans_name_kernels_that_exist_and_cover_the_product(
         assert plan.token_tile in gemm_manifest.widths_of(plan.mode, compiled)
     tiles, token_tiles = -(-shape[0] // 64), -(-tokens // plan.token_tile)
     if plan.mode == "sm80":
-        row_tiles = -(-shape[0] // (128 if plan.token_tile == 128 else 64))
+        row_tiles = -(-shape[0] // 64)
         assert plan.grid[0] % row_tiles == 0  # blocks together take the same rows
         assert token_tiles <= plan.grid[0] // row_tiles * plan.grid[1] < 2 * token_tiles + 16
     elif plan.mode == "pair":

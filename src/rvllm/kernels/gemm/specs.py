@@ -27,7 +27,7 @@ MODES = {
 SPLIT_WIDE = (144, 160, 176, 192, 208, 224, 240, 256)  # token tiles of the largest split kernel
 PAIR_TILES = (128, 144, 160, 176, 192)  # token tiles of the pair kernel
 TALL_TILES = (80, 96, 104, 112, 120, 128, 136, 144, 160, 176, 192)  # token tiles of the tall kernel
-SM80_TOKENS = (16, 64, 128)
+SM80_TOKENS = (16, 64)
 _SMEM_LIMIT, _BARRIERS = 232448, 256
 
 
@@ -77,9 +77,8 @@ def _tall_smem(tokens: int) -> int:
 
 
 def sm80_smem(tokens: int) -> int:
-    """Dynamic shared memory in bytes; mirrors Sm80 in gemm/gemm_sm80.cu."""
-    stages, tiles = (3, 2) if tokens > 64 else (4, 1)
-    return stages * (tiles * TILE_BYTES + tokens * TILE * 2)
+    """Dynamic shared memory in bytes; mirrors STAGES in gemm/gemm_sm80.cu."""
+    return 4 * (TILE_BYTES + tokens * TILE * 2)
 
 
 def _sm90() -> list[KernelSpec]:

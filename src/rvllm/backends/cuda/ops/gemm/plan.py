@@ -175,20 +175,12 @@ def plan_gemm(n: int, k: int, tokens: int, dtype: str, sm_count: int, capability
             f"no matrix kernel for [{tokens}, {k}] x [{n}, {k}]: the inner size must be 8, 16, ..."
         )
     if capability != 90:
-        return variant(n, k, tokens, dtype, "sm80", _sm80_tile(n, tokens, sm_count), sm_count, "mma.sync")
+        return variant(n, k, tokens, dtype, "sm80", _fit(SM80_TOKENS, tokens), sm_count, "mma.sync")
     mode, tile = _way(n, k, tokens, sm_count)
     why = "rows fill the GPU" if mode in ("walk", "flow", "tall") else "K split over a cluster"
     if mode == "sum":
         why = "enough tokens to fill the GPU"
     return variant(n, k, tokens, dtype, mode, tile, sm_count, why)
-
-
-def _sm80_tile(n: int, tokens: int, sm_count: int) -> int:
-    """The largest token tile that leaves no multiprocessor idle, or the smallest that holds the batch."""
-    large = SM80_TOKENS[-1]
-    if tokens > SM80_TOKENS[-2] and _ceil(n, 2 * TILE) * _ceil(tokens, large) >= sm_count:
-        return large
-    return _fit(SM80_TOKENS[:-1], tokens)
 
 
 @cache
@@ -202,8 +194,10 @@ def ways_of(segments: int, tokens: int) -> list[tuple[Mode, int]]:
     """The modes and token tiles worth a thought for a product of so many tokens."""
     if tokens <= MAX_ONE_ROW:
         return [("walk" if segments == 1 else "split", _fit(WALK_TOKENS, tokens))]
-    modes: list[Mode] = ["walk", "flow", "tall"] if segments == 1 else ["split", "sum"]
-    if segments == PAIR_SEGMENTS:
+    modes: list[Mode] = ["flow", "tall"] if segments == 1 else ["split", "sum"]
+    if segments == 1 and tokens <= WALK_TOKENS[-1]:
+        modes.append("walk")
+    if segments == PAIR_SEGMENTS and tokens <= 2 * PAIR_TILES[-1]:
         modes.append("pair")
     return [(mode, tile) for mode in modes for tile in token_tiles(mode) if tile >= min(64, tokens)]
 
@@ -241,10 +235,10 @@ def variant(
     pairs, token_tiles = _ceil(n, 2 * TILE), _ceil(tokens, token_tile)
     cluster, box_rows = 1, token_tile
     if mode == "sm80":
-        name, large = f"sm80_{dtype}_gemm_n{token_tile}", token_tile > 64
-        block, smem, box_rows = 256 if large else 128, sm80_smem(token_tile), 0
+        name, block = f"sm80_{dtype}_gemm_n{token_tile}", 128
+        smem, box_rows = sm80_smem(token_tile), 0
         together = min(token_tiles, SM80_TOGETHER // token_tile)
-        grid = ((pairs if large else _ceil(n, TILE)) * together, _ceil(token_tiles, together), 1)
+        grid = (_ceil(n, TILE) * together, _ceil(token_tiles, together), 1)
     else:
         compiled = _kernel_tokens(mode, token_tile)
         name, block = f"sm90_{dtype}_gemm_{mode}_n{compiled}", sm90_threads(mode, compiled)
