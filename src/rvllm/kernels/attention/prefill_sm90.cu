@@ -2,9 +2,9 @@
 //
 // Persistent blocks of two consumer warpgroups, 64 rows each, and a producer warp that brings tiles of 64 keys and of
 // their values through tensor maps, a cache block of 16 positions and 64 columns (128 bytes, swizzled) a copy. Queries
-// stay in registers as wgmma's A operand, and so do the weights. While the tensor cores multiply the next tile's keys a
-// warpgroup folds the last tile's values into the split; while they multiply this tile's values it takes the
-// exponentials of the next: two warpgroups keep them busy in turns. The totals of finished splits are in shared memory.
+// stay in registers as wgmma's A operand, and so do the weights. A warpgroup hands over the products of the next tile's
+// keys and of this tile's values together, takes the next tile's exponentials while the latter run, and folds the
+// values into the split; the two warpgroups hand over in turns. The totals of finished splits are in shared memory.
 // Work tiles come longest first; block b takes the b-th, then from the other end of the next round, and so on.
 // Bound by the tensor cores; exponentials and the folding of tiles take about as long.
 #include "attention/masks.cuh"
