@@ -206,12 +206,12 @@ def test_plan_names_numbers_and_kernels() -> None:
     layout = Layout(program, "fp8")
     shown, kernels = kernels_on(program, layout, CONFIG, SM90, StepShape(1, 1, 100))
     qkv = next(op for op in shown.ops if isinstance(op, Linear))
-    assert kernels[qkv.name] == "sm90_bf16_fp8_gemm_walk_n8"
+    assert kernels[qkv.name] == "sm90_bf16_fp8_gemm_walk_resident_n8"
     assert numbers_of(qkv, shown, layout) == "FP8, blocks of 128 x 128 > FP8, scales of blocks"
     _, kernels = kernels_on(program, layout, CONFIG, SM90, StepShape(40, 1, 100))
     assert kernels[qkv.name] == "sm90_bf16_fp8_gemm_walk_n64"  # its norm writes E4M3
     down = [op for op in shown.ops if isinstance(op, Linear)][-1]
-    assert kernels[down.name].split(", ") == ["sm80_bf16_fp8_quantise", "sm90_bf16_fp8_gemm_split_n64"]
+    assert kernels[down.name].split(", ") == ["sm80_bf16_fp8_quantise", "sm90_bf16_fp8_gemm_walk_n64"]
     lines = dict(matrices(shown, layout))
     assert any("kept FP8, scales of blocks" in line and line.startswith("2 of ") for line in lines.values())
 
@@ -259,8 +259,9 @@ def test_scores_on_a_gpu_are_those_of_the_format(
         engine = replace(CONFIG, max_num_batched_tokens=tokens, device="cuda")
         core = core_of(CudaBackend.load(program_of(config, DType.F16), checkpoint, engine), config, engine)
         found.append([[(o.token_ids, o.logprobs) for o in r] for r in run(core, asked)])
-        for ours, theirs in zip(score(core, asked), wanted, strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=0.05)
+        off = np.abs(np.concatenate(score(core, asked)) - np.concatenate(wanted))
+        assert off.mean() < 0.03  # an activation may fall to the neighbouring code, a sixteenth away
+        assert off.max() < 0.15
         for i, one in enumerate(asked):
             assert [o.token_ids for o in run(core, [one])[0]] == [t for t, _ in found[-1][i]], i
         core.close()

@@ -125,24 +125,20 @@ class Fp8Device:
         x, capacity = to.at.buffers[op.x.name], to.capacity(op.x.rows)
         at, scales_at = (NORMED, NORMED_SCALES) if normed else (ACTIVATIONS, SCALES)
         scale_pitch = activation_capacity(to.shape.tokens)
-        if plan.resident:
-            x_map = MatrixMap(x, capacity, k, plan.box_rows, 64, to.tag == "bf16")
-        else:
-            pitch = fp8_plan.activation_pitch(k)
-            if not normed:
-                self._quantise(to, name, op, k, pitch, scale_pitch)
-            x_map = MatrixMap(to.at.scratch[at], capacity, pitch // 2, plan.box_rows, 64, bf16=True)
+        pitch = fp8_plan.activation_pitch(k)
+        if not normed and not plan.quantises:
+            self._quantise(to, name, op, k, pitch, scale_pitch)
         parameters = fp8_plan.fp8_arguments(
             plan,
-            x_map,
-            x,
-            to.at.scratch[scales_at],
+            MatrixMap(to.at.scratch[at], capacity, pitch // 2, plan.box_rows, 64, bf16=True),
+            x if plan.quantises else to.at.scratch[at],
+            0 if plan.quantises else to.at.scratch[scales_at],
             to.weight(op.weight, end.form),
             end.out,
             end.pitch,
             k=k,
             scales=_format(op.weight).scales,
-            x_pitch=op.x.width if plan.resident else scale_pitch,
+            x_pitch=op.x.width if plan.quantises else scale_pitch,
             kind=end.kind,
             bias=to.weight(op.bias, "gated_bias" if end.form == "gated" else "bias"),
             residual=end.residual,

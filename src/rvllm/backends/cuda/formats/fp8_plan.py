@@ -16,7 +16,7 @@ added up in ascending order, and so are then the segments, in every kernel.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -46,14 +46,17 @@ Grid = tuple[int, int, int]
 
 SMALL_STAGES = 6  # of a split product whose time is mostly the way in and out
 SMALL_WEIGHT = 20 << 20  # bytes
-RESIDENT_TOKENS = 4  # with more, quantising them once is quicker than in every block
+RESIDENT_UNITS = 160  # tokens x blocks of K a block quantises; with more, doing it once for all is quicker
 ONE_TILE = 128  # up to so many tokens a split product is the quickest
+INFLOW = 52  # bytes a cycle that a multiprocessor takes in
 ALIGNMENT = 256  # of the scales behind the tiles
 
 
 @dataclass(frozen=True)
 class Fp8Plan:
-    """How one product is launched. resident: x is given in 16 bits, otherwise quantised."""
+    """How one product is launched. resident: x comes by address; quantises: and in 16 bits, otherwise as
+    E4M3.
+    """
 
     kernel: str
     mode: Mode
@@ -64,6 +67,7 @@ class Fp8Plan:
     token_tile: int
     box_rows: int
     resident: bool
+    quantises: bool
     grid: Grid
     block: int
     cluster: int
@@ -132,16 +136,20 @@ def plan_fp8(n: int, k: int, tokens: int, dtype: str, sm_count: int, quantised: 
         )
     one = segments_of(n, k) == 1
     resident: Mode = "walk_resident" if one else "split_resident"
-    if not quantised and tokens <= RESIDENT_TOKENS and _fits(resident, n, k, MODES[resident][0]):
-        return variant(n, k, tokens, dtype, resident, MODES[resident][0], sm_count, "quantises on the way in")
+    size = _fit(MODES[resident], tokens)
+    if tokens <= size and _fits(resident, n, k, size):
+        plan = variant(n, k, tokens, dtype, resident, size, sm_count, "few tokens stay in shared memory")
+        if not quantised and tokens * _held_blocks(resident, n, k) <= RESIDENT_UNITS:
+            return replace(plan, quantises=True, why="few tokens are quantised on the way in")
+        return plan
     why = "rows fill the GPU" if one else "K split over a cluster"
     first: Mode = "walk" if one else "split"
     if tokens <= ONE_TILE:
         return variant(n, k, tokens, dtype, first, _fit(MODES[first], tokens), sm_count, why)
     plans = [variant(n, k, tokens, dtype, first, size, sm_count, why) for size in MODES[first][-2:]]
     if not one:
-        size = MODES["sum"][-1]
-        plans.append(variant(n, k, tokens, dtype, "sum", size, sm_count, "enough tokens to fill the GPU"))
+        why = "enough tokens to fill the GPU"
+        plans += [variant(n, k, tokens, dtype, "sum", size, sm_count, why) for size in MODES["sum"]]
     return min(plans, key=lambda plan: _cycles(plan, sm_count))
 
 
@@ -164,7 +172,7 @@ def _fits(mode: Mode, n: int, k: int, token_tile: int) -> bool:
 def _cycles(plan: Fp8Plan, sm_count: int) -> float:
     """A rough count of cycles, for choosing between two ways to do a large product."""
     token_tiles, pairs = _ceil(plan.tokens, plan.token_tile), _ceil(plan.rows, 2 * TILE)
-    step = 4.6 * plan.token_tile
+    step = max(5.0 * plan.token_tile, (2 * TILE_BYTES + plan.token_tile * (BLOCK_K + 4)) / INFLOW)
     if is_split(plan.mode):
         clusters = max(1, sm_count * 9 // 10 // plan.segments)
         return _ceil(pairs * token_tiles, clusters) * (_ceil(plan.blocks, plan.segments) * step + 8000)
@@ -205,6 +213,7 @@ def variant(
         token_tile=token_tile,
         box_rows=token_tile // (1 if is_split(mode) else cluster),
         resident=resident,
+        quantises=False,
         grid=grid,
         block=threads_of(mode, token_tile),
         cluster=cluster,
@@ -234,8 +243,9 @@ def fp8_arguments(
 ) -> list[Any]:
     """A kernel's parameters, in order, for `driver.Launch`.
 
-    x_map: the tensor map of quantised x, in boxes of plan.box_rows x 128 bytes. x: 16-bit x, its rows x_pitch
-    elements apart, where the plan's kernel is resident; otherwise x_scales: float32 [blocks, x_pitch].
+    x_map: the tensor map of quantised x, in boxes of plan.box_rows x 128 bytes. x: where the plan is
+    resident, the address of quantised x, or, where it quantises, of 16-bit x with x_pitch elements from
+    row to row. x_scales: float32 [blocks, x_pitch], or 0.
     weights: the packed matrix, scales behind it. The rest: see `gemm_arguments`.
     """
     beside = weights + scales_offset(plan.rows, k)
@@ -275,6 +285,7 @@ def plan_widened(n: int, k: int, tokens: int, dtype: str, token_tile: int = 0) -
         token_tile=token_tile,
         box_rows=0,
         resident=True,
+        quantises=False,
         grid=(_ceil(n, TILE), _ceil(tokens, token_tile), 1),
         block=128,
         cluster=1,

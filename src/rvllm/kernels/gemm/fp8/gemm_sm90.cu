@@ -7,11 +7,10 @@
 //   WALK   for weights with one segment: resident blocks walk over tiles. grid (blocks, 1, 1).
 //   SUM    as WALK for any number of segments, whose running sum is kept in registers too.
 //
-// RESIDENT kernels take 16-bit activations and quantise them on the way in, as fp8/quantise.cu does: it costs no launch,
-// and weights are on their way meanwhile.
+// RESIDENT kernels, for few tokens, hold all activations of a block in shared memory. Where these come in 16 bits they are
+// quantised on the way in, as fp8/quantise.cu does: it costs no launch, and weights are on their way meanwhile.
 //
-// While a warpgroup scales one sum of 128, the tensor cores are kept busy: few tokens leave registers for a second
-// accumulator, with many the two warpgroups take turns.
+// Up to 64 tokens leave registers for a second accumulator: while one sum of 128 is scaled, the next products are under way.
 #include "gemm/epilogue.cuh"
 #include "gemm/fp8/fp8.cuh"
 #include "gemm/tile_scheduler.cuh"
@@ -22,7 +21,6 @@ namespace rvllm::fp8 {
 using namespace gemm;
 enum Mode { SPLIT, WALK, SUM };
 constexpr int CONSUMERS = 256;
-constexpr int TURN = 3;  // named barriers of the warpgroups' turns: this one and the next
 
 struct alignas(64) TensorMap {
   u64 opaque[16];
@@ -30,7 +28,7 @@ struct alignas(64) TensorMap {
 
 template <int TOKENS, Mode MODE, bool RESIDENT>
 struct Layout {
-  static constexpr bool TURNS = TOKENS >= 64;  // warpgroups take turns at the tensor cores
+  static constexpr bool SINGLE = TOKENS >= 128;  // no registers for a second accumulator
   static constexpr bool MANY_REGISTERS = MODE == WALK ? TOKENS >= 160 : MODE == SUM && TOKENS >= 128;
   static constexpr int THREADS = CONSUMERS + (MANY_REGISTERS ? 128 : 32);
   static constexpr int WEIGHTS = 2 * TILE_BYTES, X = RESIDENT ? 0 : TOKENS * BLOCK_K;
@@ -44,7 +42,7 @@ struct Layout {
   static constexpr int SUMS = (CHUNK < 32 ? CHUNK : 32) * (TILE + 4) * 4;
   static constexpr int PER_GROUP = CHUNK * STAGE_PITCH > SUMS ? CHUNK * STAGE_PITCH : SUMS;
   static constexpr int STAGING = MODE == SPLIT ? 0 : 2 * PER_GROUP;
-  static constexpr int HELD = TOKENS <= 16 ? 1 : TOKENS == 32 ? 2 : 4;
+  static constexpr int HELD = TOKENS <= 16 ? 1 : TOKENS == 64 ? 4 : 2;
   static constexpr int BARRIERS = 256, MOST = 12;
 };
 
@@ -115,6 +113,33 @@ __device__ __forceinline__ void quantise_resident(const T* x, int width, int pit
     }
   }
 }
+// The same of x that is quantised already: q [tokens, pitch] and scales [pitch / 128, capacity] from token0 on.
+template <int TOKENS>
+__device__ __forceinline__ void copy_resident(const u8* q, const float* x_scales, int pitch, int capacity, int count, int k0,
+                                              int blocks, u32 tiles, u32 scales, int thread) {
+  constexpr int BATCH = 4;
+  const int chunks = blocks * TOKENS * 8;
+  for (int first = thread; first < chunks; first += BATCH * CONSUMERS) {
+    uint4 in[BATCH];
+#pragma unroll
+    for (int b = 0; b < BATCH; b++) {
+      const int i = first + b * CONSUMERS, row = i / 8, token = row % TOKENS;
+      if (i < chunks && token < count)
+        in[b] = ptx::load_l2(q + static_cast<size_t>(token) * pitch + (k0 + row / TOKENS) * BLOCK_K + i % 8 * 16);
+    }
+#pragma unroll
+    for (int b = 0; b < BATCH; b++) {
+      const int i = first + b * CONSUMERS, row = i / 8, token = row % TOKENS;
+      if (i < chunks && token < count)
+        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(tiles + row * BLOCK_K + (i % 8 ^ token % 8) * 16),
+                     "r"(in[b].x), "r"(in[b].y), "r"(in[b].z), "r"(in[b].w) : "memory");
+    }
+  }
+  for (int i = thread; i < blocks * TOKENS; i += CONSUMERS)
+    if (i % TOKENS < count)
+      asm volatile("st.shared.f32 [%0], %1;" ::"r"(scales + i * 4),
+                   "f"(__ldcg(x_scales + static_cast<size_t>(k0 + i / TOKENS) * capacity + i % TOKENS)) : "memory");
+}
 template <int TOKENS>
 __device__ __forceinline__ void zero_resident(int count, int blocks, u32 tiles, u32 scales, int thread) {
   const int spare = TOKENS - count;
@@ -126,7 +151,8 @@ __device__ __forceinline__ void zero_resident(int count, int blocks, u32 tiles, 
 }
 
 // x: tensor map of e4m3 [>= tokens, pitch] in boxes of 128 bytes x (TOKENS / CLUSTER), 128-byte swizzle; not read where x
-// is RESIDENT: then x_rows is 16-bit [>= tokens, x_width], x_pitch elements apart. x_scales: [blocks, x_pitch] otherwise.
+// is RESIDENT. Its scales: x_scales [blocks, x_pitch]. RESIDENT: x_rows is that e4m3, or, where x_scales is null, 16-bit
+// [>= tokens, x_width], x_pitch elements apart.
 // weights, block_scales (or null), row_scales (or null): see fp8.cuh. blocks: ceil(K / 128). The rest: see Epilogue.
 template <class T, int TOKENS, Mode MODE, int CLUSTER, bool RESIDENT>
 __global__ void __launch_bounds__(Layout<TOKENS, MODE, RESIDENT>::THREADS, 1)
@@ -261,22 +287,22 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE, RESIDENT>::THREADS, 1)
         if (lane == 0) mbar_arrive(empty(stage));
       }
     };
-    // Queues the products of the ring's next block of K, number k.
+    // Queues the products of the ring's next block of K, number k; returns its stage.
     const auto multiply = [&](float(&acc)[REGS], int k) {
-      mbar_wait(full(ring.stage), ring.phase);
+      const int stage = ring.stage;
+      mbar_wait(full(stage), ring.phase);
       const u32 a = ring.weights_at() + group * TILE_BYTES;
       const u32 b = RESIDENT ? resident + (k - k0) * (TOKENS * BLOCK_K) : ring.x_at();
       wgmma_pin(acc);
       wgmma_fence();
 #pragma unroll
-      for (int j = 0; j < BLOCK_K / 32; j++) {
-        if (L::TURNS && j == BLOCK_K / 32 - 1) wgmma_commit();
-        wgmma_e4m3<TOKENS>(acc, wgmma_operand(a + 32 * j), wgmma_operand(b + 32 * j), j > 0);
-      }
+      for (int j = 0; j < BLOCK_K / 32; j++) wgmma_e4m3<TOKENS>(acc, wgmma_operand(a + 32 * j), wgmma_operand(b + 32 * j), j > 0);
       wgmma_commit();
       wgmma_pin(acc);
+      ring.advance();
+      return stage;
     };
-    // Adds the products of block k, which are done and lie in `stage`, to the sum.
+    // Adds the products of block k, which are done and lie in `stage`, to the sums.
     const auto promote = [&](float(&acc)[REGS], int k, int stage) {
       const u32 scales = scales_base + stage * L::SCALES;
       const u32 xs = (RESIDENT ? resident_scales + (k - k0) * TOKENS * 4 : scales + L::WEIGHT_SCALES) + column * 4;
@@ -298,7 +324,6 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE, RESIDENT>::THREADS, 1)
           for (int i = 0; i < 4; i++) sum[4 * j + i] = fmaf(acc[4 * j + i], i % 2 ? s.y : s.x, sum[4 * j + i]);
         }
       }
-      release(stage);
     };
     // Sums blocks [first, last) into `sum`, of the tile that falls to this warpgroup.
     const auto segment = [&](int first, int last) {
@@ -309,50 +334,41 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE, RESIDENT>::THREADS, 1)
       }
 #pragma unroll
       for (int i = 0; i < REGS; i++) sum[i] = 0.f;
-      if constexpr (L::TURNS) {
+      int k = first;
+      if constexpr (L::SINGLE) {
         float acc[REGS];
-        const bool turns = v.count == 2;
-        if (turns && group == 1) bar_arrive(TURN, CONSUMERS);
 #pragma unroll 1
-        for (int k = first; k < last; k++) {
-          if (turns) bar_sync(TURN + group, CONSUMERS);
-          multiply(acc, k);
-          if (turns) {  // the other's products follow these at once
-            wgmma_wait<1>();
-            if (group == 0 || k + 1 < last) bar_arrive(TURN + 1 - group, CONSUMERS);
-          }
+        for (; k < last; k++) {
+          const int stage = multiply(acc, k);
           wgmma_wait<0>();
-          promote(acc, k, ring.stage);
-          ring.advance();
+          promote(acc, k, stage);
+          release(stage);
         }
       } else {
         float even[REGS], odd[REGS];
-        int k = first;
-        const auto queue = [&](float(&acc)[REGS], int k) {  // returns its stage
-          const int stage = ring.stage;
-          multiply(acc, k);
-          ring.advance();
-          return stage;
+        const auto finish = [&](float(&acc)[REGS], int k, int stage) {
+          promote(acc, k, stage);
+          release(stage);
         };
-        int at_even = queue(even, k), at_odd;
+        int at_even = multiply(even, k), at_odd;
 #pragma unroll 1
         for (; k + 2 < last; k += 2) {
-          at_odd = queue(odd, k + 1);
+          at_odd = multiply(odd, k + 1);
           wgmma_wait<1>();
-          promote(even, k, at_even);
-          at_even = queue(even, k + 2);
+          finish(even, k, at_even);
+          at_even = multiply(even, k + 2);
           wgmma_wait<1>();
-          promote(odd, k + 1, at_odd);
+          finish(odd, k + 1, at_odd);
         }
         if (k + 1 < last) {
-          at_odd = queue(odd, k + 1);
+          at_odd = multiply(odd, k + 1);
           wgmma_wait<1>();
-          promote(even, k, at_even);
+          finish(even, k, at_even);
           wgmma_wait<0>();
-          promote(odd, k + 1, at_odd);
+          finish(odd, k + 1, at_odd);
         } else {
           wgmma_wait<0>();
-          promote(even, k, at_even);
+          finish(even, k, at_even);
         }
       }
 #pragma unroll
@@ -362,8 +378,12 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE, RESIDENT>::THREADS, 1)
       const int token0 = MODE == SPLIT ? blockIdx.y * TOKENS : 0, count = min(TOKENS, tokens - token0);
       zero_resident<TOKENS>(count, k1 - k0, resident, resident_scales, threadIdx.x);
       griddep_wait();
-      quantise_resident<T, TOKENS>(static_cast<const T*>(x_rows) + static_cast<size_t>(token0) * x_pitch, x_width, x_pitch,
-                                   count, k0, k1 - k0, resident, resident_scales, warp, lane);
+      if (x_scales)
+        copy_resident<TOKENS>(static_cast<const u8*>(x_rows) + static_cast<size_t>(token0) * blocks * BLOCK_K, x_scales + token0,
+                              blocks * BLOCK_K, x_pitch, count, k0, k1 - k0, resident, resident_scales, threadIdx.x);
+      else
+        quantise_resident<T, TOKENS>(static_cast<const T*>(x_rows) + static_cast<size_t>(token0) * x_pitch, x_width, x_pitch,
+                                     count, k0, k1 - k0, resident, resident_scales, warp, lane);
       fence_async_shared();
       bar_sync(1, CONSUMERS);
     } else {

@@ -10,10 +10,10 @@ from rvllm.kernels.spec import KernelSpec
 DTYPES = ("bf16", "f16")
 BLOCK_K = 128  # columns of a packed tile and of a scale of the activations
 TILE, TILE_BYTES = 64, 8192
-# Token tiles. What is resident takes 16-bit activations and quantises them on their way in.
+# Token tiles. What is resident keeps activations in shared memory as a whole, and can quantise them.
 MODES = {
-    "split": (8, 16, 32, 64, 128),
-    "walk": (8, 16, 32, 64, 128, 192),
+    "split": (16, 32, 64, 128),
+    "walk": (16, 32, 64, 128, 192),
     "sum": (64, 128),
     "split_resident": (8,),
     "walk_resident": (8,),
@@ -34,7 +34,7 @@ def is_split(mode: str) -> bool:
 
 
 def is_resident(mode: str) -> bool:
-    """Whether a kernel takes 16-bit activations and keeps them in shared memory as a whole."""
+    """Whether a kernel keeps activations in shared memory as a whole."""
     return mode.endswith("_resident")
 
 
