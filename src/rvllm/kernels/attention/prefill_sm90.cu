@@ -451,14 +451,3 @@ attn_prefill_sm90(T* out, const T* q, const __grid_constant__ TensorMap k_map, c
   attend<T, D>(out, q, k_map, v_map, tables, slots, kv_lens, query_offsets, work, count, q_pitch, out_pitch,
                table_stride, kv_heads, group, scale, window, Everything());
 }
-
-// The same where queries see some blocks of keys only.
-template <typename T, int D>
-__global__ void __launch_bounds__(THREADS, 1)
-attn_prefill_sparse_sm90(T* out, const T* q, const __grid_constant__ TensorMap k_map,
-                         const __grid_constant__ TensorMap v_map, const int* tables, const int* slots,
-                         const int* kv_lens, const int* query_offsets, const int2* work, const int* count, int q_pitch,
-                         int out_pitch, int table_stride, int kv_heads, int group, float scale, int window, int size, int local, int stride, int head_step) {
-  attend<T, D>(out, q, k_map, v_map, tables, slots, kv_lens, query_offsets, work, count, q_pitch, out_pitch,
-               table_stride, kv_heads, group, scale, window, SomeBlocks{size, local, stride, head_step});
-}
