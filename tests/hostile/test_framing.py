@@ -124,6 +124,13 @@ def test_trailers_are_no_headers(server: Server) -> None:
     assert statuses(answer) == [200, 200] and b"forged" not in answer
 
 
+def test_the_head_of_a_stream_of_events_ends(server: Server) -> None:
+    ask = b"HEAD /rvllm/state HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n"
+    before = time.monotonic()
+    assert statuses(raw(server.port, ask + CLOSE)) == [200, 200]
+    assert time.monotonic() - before < 5
+
+
 def test_too_many_headers(server: Server) -> None:
     assert statuses(raw(server.port, POST + b"A: b\r\n" * 300 + b"\r\n")) == [431]
 

@@ -281,6 +281,9 @@ async def _state(exchange: Exchange, feed: StateFeed, gate: Gate) -> None:
         return
     view = await feed.view()
     await exchange.open_stream()
+    if exchange.scope["method"] == "HEAD":  # events have no end, and none would be sent
+        await exchange.end_stream()
+        return
     while True:
         await exchange.event(view)
         until = time.monotonic() + interval
