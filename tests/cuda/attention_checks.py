@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from rvllm.backends.cpu.reference import ops
 from rvllm.backends.cuda.device.driver import TensorMap
 from rvllm.backends.cuda.ops.attention.plan import (
     plan_decode,
+    plan_decode_ring,
     plan_prefill,
     plan_prefill_sm90,
     prefill_tiles,
@@ -94,13 +96,18 @@ def decode(
     gpu: Gpu, cache: Cache, q: np.ndarray, slots: np.ndarray, kv_lens: np.ndarray, *,
     pad: int = 0, blocks: int | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """attn_decode of queries [S, heads, dim] at positions kv_lens - 1; out float32 [S, heads, dim]."""
+    """Decode attention of queries [S, heads, dim] at positions kv_lens - 1; out float32 [S, heads, dim].
+
+    By attn_decode_ring where the machine takes it, else by attn_decode.
+    """
     shape, count = cache.shape, len(slots)
-    plan = plan_decode(
-        DType.parse(cache.dtype.name), shape.dim, shape.heads, shape.kv_heads, max_seqs=count + pad,
-        max_model_len=max(cache.lens), num_blocks=10**9, sm_count=gpu.facts.sm_count,
-        smem_per_block=gpu.facts.smem_per_block,
-    )  # fmt: skip
+    dtype, plan = DType.parse(cache.dtype.name), None
+    sizes = {"max_seqs": count + pad, "max_model_len": max(cache.lens), "num_blocks": 10**9,
+             "sm_count": gpu.facts.sm_count, "smem_per_block": gpu.facts.smem_per_block}  # fmt: skip
+    if gpu.facts.smem_per_block > 200000:
+        plan = plan_decode_ring(dtype, shape.dim, shape.heads, shape.kv_heads, **sizes)
+    if plan is None:
+        plan = plan_decode(dtype, shape.dim, shape.heads, shape.kv_heads, **sizes)
     width = shape.heads * shape.dim
     pitch = width + 2 * shape.kv_heads * shape.dim
     rows = np.full((count + pad, pitch), POISON, np.float32)
@@ -112,11 +119,19 @@ def decode(
     args = [out, gpu.array(rows.astype(cache.dtype)), cache.k_cache, cache.v_cache, cache.tables,
             *(gpu.array(p, np.int32) for p in padded), gpu.array([count], np.int32), partial, arrivals,
             *common(shape, cache, pitch, width), count + pad]  # fmt: skip
+    if plan.ring:
+        args += cache.maps() if gpu.facts.capability >= 90 else [no_map(), no_map()]
     gpu.launch(plan.kernel, blocks or plan.grid, plan.block, args, plan.smem)
     result = out.get()
     assert not arrivals.get().any(), "arrival counters are not back at zero"
     assert np.isnan(result[count:].astype(np.float32)).all(), "rows beyond the count were written"
     return result[:count].reshape(count, shape.heads, shape.dim).astype(np.float32)
+
+
+def no_map() -> ctypes.Array[ctypes.c_ubyte]:
+    """In the place of a tensor map where lanes copy: 128 bytes, aligned as one."""
+    room = (ctypes.c_ubyte * 192)()
+    return (ctypes.c_ubyte * 128).from_buffer(room, -ctypes.addressof(room) % 64)
 
 
 def prefill(
@@ -174,7 +189,7 @@ def check_decode(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape: Sha
     kv_lens = np.array([lens[s] for s in slots], np.int32)
     q = queries(rng, dtype, len(lens), shape)
     worst = 0.0
-    for blocks in (None, 1, 7):
+    for blocks in (None, 1, 7, 400):
         out = decode(gpu, cache, q, slots, kv_lens, pad=3, blocks=blocks)
         for i, slot in enumerate(slots):
             worst = max(worst, error(out[i], reference(cache, slot, q[i : i + 1], lens[slot] - 1)[0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import attention_checks
 import gemm_checks
@@ -70,6 +71,32 @@ def test_attention_has_the_same_bits_in_any_company(
     gpu: Emulator, rng: np.random.Generator, shape: int, dtype: str
 ) -> None:
     attention_checks.check_invariance(gpu, rng, DTYPES[dtype], attention_checks.SHAPES[shape], 330)
+
+
+@pytest.fixture
+def roomy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    """With as much shared memory as Hopper has: decode attention with rings, whose tiles the lanes copy."""
+    monkeypatch.setattr("emulator.launcher.SMEM", 232448)
+    gpu = Emulator()
+    gpu.facts = replace(gpu.facts, smem_per_block=232448)
+    yield gpu
+    gpu.clear()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("bfloat16", 0), ("float16", 1), ("bfloat16", 4), ("float16", 6)]
+)
+def test_decode_attention_with_rings(
+    roomy: Emulator, rng: np.random.Generator, shape: int, dtype: str
+) -> None:
+    attention_checks.check_decode(roomy, rng, DTYPES[dtype], attention_checks.SHAPES[shape])
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("bfloat16", 1), ("float16", 6)])
+def test_rings_give_the_same_bits_as_prompts(
+    roomy: Emulator, rng: np.random.Generator, shape: int, dtype: str
+) -> None:
+    attention_checks.check_invariance(roomy, rng, DTYPES[dtype], attention_checks.SHAPES[shape], 330)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from rvllm.backends.base import SamplingSpec, SlotStart
 from rvllm.backends.cuda.ops.attention.plan import (
+    RING_ROWS,
     plan_decode,
+    plan_decode_ring,
     plan_prefill,
     plan_prefill_sm90,
     prefill_tiles,
@@ -24,7 +26,7 @@ from rvllm.backends.cuda.ops.sampling.slots import (
     pack_starts,
 )
 from rvllm.errors import MissingKernelError, UsageError
-from rvllm.kernels.attention.specs import HEAD_DIMS, PREFILL_SM90_DIMS
+from rvllm.kernels.attention.specs import DECODE_RING_SLOTS, HEAD_DIMS, PREFILL_SM90_DIMS
 from rvllm.kernels.rowwise.specs import norm_kernel
 from rvllm.program.dtypes import DType
 
@@ -57,6 +59,27 @@ def test_the_hopper_kernel_fits_and_cuts_rows_as_the_other_does(dim: int) -> Non
     if plan is not None:
         assert plan.smem <= H100 and plan.persistent == 132
         assert plan.rows == plan_prefill(DType.BF16, dim, smem_per_block=H100).rows
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("smem", [H100, ADA])
+def test_rings_fit_where_they_are_taken(dim: int, smem: int) -> None:
+    sizes = {"max_seqs": 128, "max_model_len": 4096, "num_blocks": 60000, "sm_count": 132}
+    for kv_heads, rows in ((4, 4), (2, 2), (1, 2)):  # 28 heads of one key head are two parts of 16
+        plan = plan_decode_ring(DType.F16, dim, 28, kv_heads, smem_per_block=smem, **sizes)
+        assert (plan is None) == (dim not in DECODE_RING_SLOTS or smem == ADA)
+        if plan is not None:
+            assert plan.ring and plan.grid == 132 and plan.smem + 4096 <= smem
+            assert plan.arrivals_bytes == 4 * 128 * rows
+            heads = min(-(-28 // kv_heads), 16)
+            assert plan.partial_bytes >= 4 * 128 * 16 * rows * heads * (dim + 2)
+
+
+def test_few_rows_go_to_the_kernel_that_is_quicker_there() -> None:
+    sizes = {"max_model_len": 200, "num_blocks": 99, "sm_count": 132, "smem_per_block": H100}
+    assert plan_decode_ring(DType.BF16, 128, 28, 4, max_seqs=RING_ROWS // 4 - 1, **sizes) is None
+    plan = plan_decode_ring(DType.BF16, 128, 28, 4, max_seqs=RING_ROWS // 4, **sizes)
+    assert plan is not None and plan.grid == RING_ROWS  # no more blocks than splits
 
 
 def test_unknown_head_size_is_named() -> None:

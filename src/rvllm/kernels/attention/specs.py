@@ -8,6 +8,7 @@ from rvllm.kernels.types import SHORT, TYPES
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 256)
 DECODE_SEQS = 2048  # sequences a launch of attn_decode can list
+DECODE_RING_SLOTS = {64: 6, 128: 3}  # tiles of a warp of attn_decode_ring, by head size
 PREFILL_SM90_DIMS = (64, 96, 128)  # head sizes of attn_prefill_sm90
 PREFILL_SM90_ROWS, PREFILL_SM90_THREADS = 128, 384
 _PAD = 8  # elements after each row of a tile, as in attention/attention.cuh
@@ -21,6 +22,22 @@ def decode_smem(head_dim: int, separate: bool, max_seqs: int = DECODE_SEQS) -> i
     """
     tiles = 2 * 4 * _TILE * (head_dim + _PAD)
     return tiles * (2 if separate else 1) + 2 * 16 * (head_dim + _PAD) + 4 * (-(-max_seqs // 32) * 32)
+
+
+def decode_ring_smem(head_dim: int) -> int:
+    """Dynamic shared memory of attn_decode_ring in bytes: rings, a barrier a tile, and to align them."""
+    return 1024 + 4 * DECODE_RING_SLOTS[head_dim] * (2 * _TILE * head_dim + 8)
+
+
+def decode_ring_state(head_dim: int, group: int) -> int:
+    """Floats of an unfinished split of up to 16 heads in attn_decode_ring's workspace, as its Stored."""
+    return min(group, 8) * (1 if group <= 8 else 2) * (head_dim + 8)
+
+
+def decode_ring_kernel(dtype: str, head_dim: int, group: int, smem_per_block: int) -> str | None:
+    """The decode attention kernel with rings of tiles, where one has this head size and fits."""
+    name = f"sm90_{SHORT[dtype]}_attn_decode_d{head_dim}{'' if group <= 8 else '_wide'}"
+    return name if name in _BY_NAME and _BY_NAME[name].smem + 4096 <= smem_per_block else None
 
 
 def prefill_rows(head_dim: int, small: bool) -> int:
@@ -110,7 +127,22 @@ def _sm90(dtype: str, dim: int) -> KernelSpec:
     )
 
 
+def _ring(dtype: str, dim: int, rows: int) -> KernelSpec:
+    return KernelSpec(
+        name=f"sm90_{SHORT[dtype]}_attn_decode_d{dim}{'' if rows == 8 else '_wide'}",
+        source="attention/decode_ring.cu",
+        symbol=f"attn_decode_ring<{TYPES[dtype]}, {dim}, {rows}, {DECODE_RING_SLOTS[dim]}>",
+        arch=90,
+        smem=decode_ring_smem(dim),
+        static_smem=4096,
+        unit=f"{SHORT[dtype]}_d{dim}_{rows}",
+    )
+
+
+DTYPES = ("bfloat16", "float16")
 SPECS: list[KernelSpec] = [
-    spec for dtype in ("bfloat16", "float16") for dim in HEAD_DIMS for spec in _attention(dtype, dim)
-] + [_sm90(dtype, dim) for dtype in ("bfloat16", "float16") for dim in PREFILL_SM90_DIMS]
+    *(spec for dtype in DTYPES for dim in HEAD_DIMS for spec in _attention(dtype, dim)),
+    *(_sm90(dtype, dim) for dtype in DTYPES for dim in PREFILL_SM90_DIMS),
+    *(_ring(dtype, dim, rows) for dtype in DTYPES for dim in DECODE_RING_SLOTS for rows in (8, 16)),
+]
 _BY_NAME = {spec.name: spec for spec in SPECS}

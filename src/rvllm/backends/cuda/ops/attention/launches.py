@@ -155,7 +155,8 @@ def attend(
 
     op: whose plans these are. places: addresses of the result, the queries and the cache. numbers: what both
     kernels are told; behind that comes what only the first is, `one`, and what only the second is, `several`.
-    heads: blocks of each tile. maps: of the cache, for a persistent prefill kernel, which is told of no cap.
+    heads: blocks of each tile. maps: of the cache, for kernels that use the copy engine; of these the prefill
+    kernel is told of no cap.
     """
     seqs = (to.at.tables, to.meta(to.layout.seq_slots), to.meta(to.layout.kv_lens))
     shared: tuple[object, ...] = (*places, *seqs)
@@ -171,6 +172,7 @@ def attend(
         to.at.arrivals,
         *numbers,
         *one,
+        *(maps if decode.ring else ()),
         smem=decode.smem,
         why="sequences with one token",
     )

@@ -5,7 +5,9 @@ Pure functions of shapes and of the GPU's limits; the kernels' own comments say 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,9 @@ from rvllm.kernels.attention.specs import (
     PREFILL_SM90_ROWS,
     PREFILL_SM90_THREADS,
     decode_kernel,
+    decode_ring_kernel,
+    decode_ring_smem,
+    decode_ring_state,
     decode_smem,
     prefill_kernel,
     prefill_rows,
@@ -27,17 +32,20 @@ from rvllm.kernels.attention.specs import (
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Attention, BlockSparseAttention
 
+Plan = TypeVar("Plan")
 BLOCK = 16  # positions a cache block holds
+RING_ROWS = 32  # sequences times key heads from which on attn_decode_ring is quicker on an H200
 SPLIT = 256  # positions after which partial results are merged
 TABLE_ALIGNMENT = 4  # a slot's block table is a multiple of this many entries
 
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """A launch of `attn_decode`.
+    """A launch of `attn_decode` or `attn_decode_ring`.
 
     grid: blocks of `block` threads, for any contexts. smem: bytes a block. partial_bytes: workspace for
-    unfinished splits. arrivals_bytes: counters that are zero before the first launch.
+    unfinished splits. arrivals_bytes: counters that are zero before the first launch. ring: whether it is
+    attn_decode_ring, which is told the tensor maps of the cache.
     """
 
     kernel: str
@@ -46,6 +54,7 @@ class DecodePlan:
     smem: int
     partial_bytes: int
     arrivals_bytes: int
+    ring: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -93,9 +102,7 @@ def plan_decode(
     kernel = decode_kernel(dtype.value, head_dim, smem_per_block)
     group = heads // kv_heads
     parts = -(-group // 16)
-    # Sequences may share blocks (a common prefix), so the size of the pool does not bound their splits.
-    splits = max_seqs * min(-(-max_model_len // SPLIT), -(-num_blocks * BLOCK // SPLIT))
-    items = splits * kv_heads * parts
+    items = _splits(max_seqs, max_model_len, num_blocks) * kv_heads * parts
     stride = -(-(min(group, 16) * (head_dim + 2)) // 4) * 4
     # Few pieces of work that are usually there at once: more shared memory a block. Otherwise more blocks.
     separate = (
@@ -115,21 +122,71 @@ def plan_decode(
     )
 
 
+def plan_decode_ring(
+    dtype: DType,
+    head_dim: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    max_seqs: int,
+    max_model_len: int,
+    num_blocks: int,
+    sm_count: int,
+    smem_per_block: int,
+) -> DecodePlan | None:
+    """`plan_decode` for the kernel whose tiles the copy engine brings.
+
+    None where it has no such heads, or where there are so few of them that the other kernel is quicker.
+    """
+    group = heads // kv_heads
+    kernel = decode_ring_kernel(dtype.value, head_dim, group, smem_per_block)
+    rows = kv_heads * -(-group // (8 if group <= 8 else 16))
+    if kernel is None or max_seqs * rows < RING_ROWS:
+        return None
+    items = _splits(max_seqs, max_model_len, num_blocks) * rows
+    return DecodePlan(
+        kernel=kernel,
+        grid=min(items, sm_count),
+        block=128,
+        smem=decode_ring_smem(head_dim),
+        partial_bytes=4 * items * decode_ring_state(head_dim, group),
+        arrivals_bytes=4 * max_seqs * rows,
+        ring=True,
+    )
+
+
 def decode_of(
     op: Attention | BlockSparseAttention, dtype: DType, chip: DeviceInfo, seqs: int, longest: int, blocks: int
 ) -> DecodePlan:
-    """`plan_decode` for an op: up to `seqs` sequences of up to `longest` tokens, `blocks` in the KV pool."""
-    return plan_decode(
-        dtype,
-        op.head_dim,
-        op.heads,
-        op.kv_heads,
-        max_seqs=seqs,
-        max_model_len=longest,
-        num_blocks=blocks,
-        sm_count=chip.sm_count,
-        smem_per_block=chip.smem_per_block,
-    )
+    """The launch for an op: up to `seqs` sequences of up to `longest` tokens, `blocks` in the KV pool.
+
+    By the copy engine where the GPU has one and there is a kernel, else by `plan_decode`: both give the same
+    bits. Raises as `plan_decode` does.
+    """
+
+    def planned(plan: Callable[..., Plan]) -> Plan:
+        return plan(
+            dtype,
+            op.head_dim,
+            op.heads,
+            op.kv_heads,
+            max_seqs=seqs,
+            max_model_len=longest,
+            num_blocks=blocks,
+            sm_count=chip.sm_count,
+            smem_per_block=chip.smem_per_block,
+        )
+
+    ring = planned(plan_decode_ring) if chip.capability >= 90 and isinstance(op, Attention) else None
+    return ring or planned(plan_decode)
+
+
+def _splits(max_seqs: int, max_model_len: int, num_blocks: int) -> int:
+    """The most splits there can be, of one head each.
+
+    Sequences may share blocks (a common prefix), so the size of the pool does not bound their sum.
+    """
+    return max_seqs * min(-(-max_model_len // SPLIT), -(-num_blocks * BLOCK // SPLIT))
 
 
 def plan_prefill(dtype: DType, head_dim: int, *, smem_per_block: int) -> PrefillPlan:
