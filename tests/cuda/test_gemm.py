@@ -163,6 +163,7 @@ def test_compiles_within_its_registers(target: str) -> None:
             "sm90_f16_gemm_sum_n192",
             "sm90_f16_gemm_flow_n256",
             "sm90_bf16_gemm_tall_n192",
+            "sm90_f16_gemm_pair_n192",
         ],
     }[target]
     for unit in build.units([NAMES[name] for name in wanted], target):

@@ -4,7 +4,7 @@
 //
 // Weights are packed once, at load: 64 x 64 tiles, each the 8 KB image of shared memory that the tensor
 // cores read (128-byte swizzle), the tiles of 64 rows one behind the other along K. Rows and columns are
-// padded with zeros to multiples of 64. See packed_offset and rvllm/backends/cuda/gemm.py.
+// padded with zeros to multiples of 64. See packed_offset and rvllm/backends/cuda/ops/gemm/plan.py.
 //
 // Batch invariance: K is cut into segments that depend on the weight's shape alone. A segment is summed by
 // consecutive 16-wide matrix instructions into one accumulator; the segments' sums are added in ascending
@@ -25,7 +25,7 @@ __host__ __device__ constexpr u64 packed_offset(u64 row, u32 k, u32 blocks) {
   return (row / TILE * blocks + k / TILE) * TILE_BYTES + row % TILE * (TILE * 2) + chunk * 16 + k % 8 * 2;
 }
 
-// First block of segment s out of `segments`; the same formula as segment_bounds in gemm.py.
+// First block of segment s out of `segments`; the same formula as segment_bounds in ops/gemm/plan.py.
 __device__ __forceinline__ int segment_start(int blocks, int segments, int s) { return blocks * s / segments; }
 
 // What becomes of the sum. "Rounded" is to the 16-bit type, so that a fused epilogue gives the very bits
