@@ -91,7 +91,7 @@ __device__ __forceinline__ void consume(const Epilogue& e, TallScheduler schedul
   float acc[Tall::TOKENS / 2];
   WorkTile t;
   while (scheduler.next(t)) {
-    of_width<80, 96, 104, 112, 120, 128, 136, 144, 160, 176, 192>(
+    of_width<80, 96, 112, 128, 144, 160, 176, 192>(
         scheduler.tile, acc, [&](auto& part) { sum_blocks<T, 2>(part, ring, group, lane, 0, blocks); });
     stage_outputs<T, Tall::TOKENS, Tall::STAGED>(e, acc, staging + group * Tall::STAGED, group, thread,
                                              (t.row_tile + group) * TILE, t.token0,
