@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import experts_checks
@@ -24,7 +25,7 @@ from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Counts
 from rvllm.backends.cuda.layout.fusion import fuse
 from rvllm.backends.cuda.layout.memory import Budget
-from rvllm.backends.cuda.layout.weights import PackedWeight, packed_weights
+from rvllm.backends.cuda.layout.weights import packed_weights
 from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up, pack_matrix
 from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, most_tiles
 from rvllm.backends.cuda.weight_loader import Loader
@@ -221,27 +222,27 @@ def test_a_step_reads_the_experts_that_are_hit() -> None:
 # ---- loading
 
 
-class HostLoader(Loader):
-    """A loader whose device is the emulator: pieces are packed where they are."""
+class _Done:
+    """An event of a device that is never busy."""
 
-    def __init__(self, gpu: Emulator) -> None:
-        self._gpu, self._tag, self._dtype, self._held = gpu, "bf16", DType.BF16, []  # type: ignore[var-annotated]
+    def record(self, stream: object) -> None: ...
+
+
+class HostLoader(Loader):
+    """A loader whose device is the emulator; `nbytes` of rows are sent at a time."""
+
+    def __init__(self, gpu: Emulator, nbytes: int) -> None:
+        self._gpu, self.tag, self._held = gpu, "bf16", []  # type: ignore[var-annotated]
+        self._staging, self._free = [SimpleNamespace(nbytes=nbytes)] * 2, [_Done()] * 2  # type: ignore[list-item]
+        self._stream, self._rows_bytes, self.rows_at = None, 1 << 30, 0  # type: ignore[assignment]
 
     def _send(self, data: np.ndarray, buffer: int) -> int:
         self._held.append(self._gpu.array(data))
         return self._held[-1].address
 
-    def _run(self, name: str, arguments: Sequence[Any], grid: int) -> None:
+    def run(self, kernel: str, arguments: Sequence[Any], grid: int) -> None:
         cells = [ctypes.c_uint64(a) if isinstance(a, int) else a for a in arguments]
-        self._gpu.launch(name, 2, 64, cells)
-
-    def place(self, wanted: PackedWeight, address: int, checkpoint: ArrayCheckpoint, rows: int) -> None:
-        """Loads a weight, `rows` at a time."""
-        for piece in self._pieces(wanted, address, checkpoint):
-            for start in range(0, len(piece.data), rows):
-                stop = min(start + rows, len(piece.data))
-                padded = stop - start + (piece.padded - len(piece.data) if stop == len(piece.data) else 0)
-                self._place(piece, self._send(piece.data[start:stop], 0), start, stop - start, padded)
+        self._gpu.launch(kernel, 2, 64, cells)
 
 
 @pytest.mark.skipif(not available(), reason="the emulator needs g++")
@@ -253,13 +254,13 @@ def test_stacks_are_packed_expert_by_expert(rows: int) -> None:
     )  # fmt: skip
     program, gpu = built(config), Emulator()
     arrays = weights_of(program)
-    checkpoint, loader = ArrayCheckpoint(config, arrays), HostLoader(gpu)
+    checkpoint, loader = ArrayCheckpoint(config, arrays), HostLoader(gpu, rows * 80 * 4)
     wanted = {w.form: w for w in packed_weights(fuse(program)) if w.form in ("stack", "gated_stack")}
     assert wanted["gated_stack"].nbytes == 3 * 2 * 2 * 8192
     assert wanted["stack"].nbytes == 3 * 2 * 1 * 8192
     for form, w in wanted.items():
         target = gpu.zeros((w.nbytes,), np.uint8)
-        loader.place(w, target.address, checkpoint, rows)
+        loader._expand(w, target.address, checkpoint)
         found = target.get().reshape(3, -1)
         for e in range(3):
             gate, down, up = (
@@ -277,7 +278,7 @@ def test_shared_experts_are_packed_behind_the_others(rows: int) -> None:
               "n_routed_experts": 3, "num_experts_per_tok": 2, "num_hidden_layers": 2}  # fmt: skip
     program, gpu = built(config), Emulator()
     arrays = weights_of(program)
-    checkpoint, loader = ArrayCheckpoint(config, arrays), HostLoader(gpu)
+    checkpoint, loader = ArrayCheckpoint(config, arrays), HostLoader(gpu, rows * 80 * 4)
     shared = {
         which: arrays[f"model.layers.1.mlp.shared_experts.{which}_proj.weight"].astype(BF16)
         for which in ("gate", "up", "down")
@@ -287,7 +288,7 @@ def test_shared_experts_are_packed_behind_the_others(rows: int) -> None:
         if w.form not in ("stack", "gated_stack"):
             continue
         target = gpu.zeros((w.nbytes,), np.uint8)
-        loader.place(w, target.address, checkpoint, rows)
+        loader._expand(w, target.address, checkpoint)
         found = target.get().reshape(5, -1)
         for s in range(2):
             part = slice(40 * s, 40 * (s + 1))
