@@ -12,7 +12,7 @@ import numpy as np
 
 from rvllm.program.ops.dense import Program
 from rvllm.weights.checkpoint import TensorInfo, TensorType
-from rvllm.weights.safetensors.grouped import Grouped
+from rvllm.weights.safetensors.grouped import Grouped, PackedMatrix
 from rvllm.weights.safetensors.scaled import Scaled
 from rvllm.weights.safetensors.stored import StoredTensor
 
@@ -27,7 +27,9 @@ def _stored(kind: str, shape: tuple[int, ...]) -> StoredTensor:
 def _quantised(stored: str, rows: int, columns: int) -> Scaled | Grouped:
     if stored == "gptq":
         nothing: Any = lambda start, stop: np.zeros((0, 0))  # noqa: E731
-        return Grouped("GPTQ 4-bit", 0, nothing, nothing, nothing, 128)
+        words, scales = _stored("I32", (columns // 8, rows)), _stored("F16", (columns // 128, rows))
+        packed = PackedMatrix("gptq", 4, words, scales, _stored("I32", (columns // 128, rows // 8)))
+        return Grouped("GPTQ 4-bit", 0, nothing, nothing, nothing, 128, packed)
     levels = _stored("I8" if stored == "int8" else "F8_E4M3", (rows, columns))
     block = (128, 128) if stored == "fp8" else (1, columns)
     grid = (-(-rows // block[0]), -(-columns // block[1]))
