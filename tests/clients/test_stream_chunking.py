@@ -22,7 +22,10 @@ from api_double import LiveServer
 
 HELLO = [{"role": "user", "content": "hello"}]
 TEMPLATE = (
-    "{% if tools %}<tool_call>{% endif %}{% for m in messages %}<|im_start|>{{ m.content or '' }}{% endfor %}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>\n"
+    '{"name": {{ c.function.name | tojson }}, "arguments": {{ c.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}{% endfor %}"
 )
 CALL = 'Ja. <tool_call>\n{"name": "wetter", "arguments": {"city": "Zürich 😀 日本"}}\n</tool_call>'
 TOOL = {"type": "function", "function": {"name": "wetter", "parameters": {"type": "object"}}}

@@ -107,9 +107,8 @@ class Decoded:
 
 
 def limits(gpu: Machine) -> tuple[int, int]:
-    """Shared memory a block may have, so that each kernel is chosen; the emulator has enough for all."""
-    large = 232448 if gpu.facts.name == "emulator" else gpu.facts.smem_per_block
-    return large, 101376
+    """Shared memory a block may have here, and on the smallest cards: each chooses a kernel of its own."""
+    return gpu.facts.smem_per_block, 101376
 
 
 def decode(

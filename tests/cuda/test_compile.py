@@ -27,7 +27,8 @@ CHOSEN = {
     "sm_80": {"sm80_f16_attn_decode_d64", "sm80_f16_attn_prefill_d64_small", "sm80_sample_pick",
               "sm80_f16_latent_prefill", "sm80_f16_latent_values_n8", "sm80_f16_latent_prepare_n8",
               "sm80_bf16_norm_layer_add_wide", "sm80_f16_dequant_q5_k", "sm80_bf16_gemm_n16",
-              "sm80_f16_experts_r64_n64", "sm80_f16_state_scan_s256", "sm80_f16_gated_norm"},
+              "sm80_f16_experts_r64_n64", "sm80_f16_state_scan_s256", "sm80_f16_gated_norm",
+              "sm80_f16_fp8_gemm_n16", "sm80_f16_integer_int4_n16", "sm80_bf16_integer_pack_int4"},
     "sm_90a": {"sm80_bf16_attn_decode_d128", "sm80_bf16_attn_prefill_d128", "sm80_sample_scan",
                "sm80_sample_pick", "sm80_slot_start", "sm80_logprobs", "sm80_checksum",
                "sm80_bf16_fill_random", "sm80_bf16_embed", "sm80_bf16_gather_rows", "sm80_bf16_add",
@@ -41,7 +42,9 @@ CHOSEN = {
                "sm80_bf16_rope_kv_rms", "sm80_bf16_norm_add_norm", "sm80_bf16_gated_clamped",
                "sm80_bf16_state_scan_s128_conv", "sm80_bf16_scan_keep", "sm80_bf16_causal_conv_k4_silu",
                "sm80_bf16_text_attn_d64", "sm80_bf16_pool", "sm80_bf16_attn_decode_sparse_d128",
-               "sm90_bf16_attn_prefill_d128"},
+               "sm90_bf16_attn_prefill_d128", "sm90_bf16_attn_decode_d128", "sm90_bf16_gemm_tall_n192",
+               "sm90_bf16_fp8_gemm_split_n16", "sm80_bf16_fp8_quantise", "sm80_fp8_pack",
+               "sm90_bf16_integer_int4_split_n8", "sm80_integer_pack_q4_k", "sm80_integer_quantise_f32"},
 }  # fmt: skip
 
 

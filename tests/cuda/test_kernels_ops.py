@@ -9,6 +9,7 @@ import os
 import zlib
 from collections.abc import Iterator
 
+import attention_checks
 import numpy as np
 import pytest
 
@@ -19,7 +20,6 @@ pytestmark = [
     pytest.mark.skipif(device_count() == 0, reason="no NVIDIA GPU, or the cuda extra is not installed"),
 ]
 if device_count():
-    import attention_checks
     import gemm_checks
     import harness
     import op_checks

@@ -109,7 +109,7 @@ def test_padded_sizes_of_decode_graphs() -> None:
     ("flags", "message"),
     [
         ({"gemm_strategy": "cutlass"}, "--gemm-strategy cutlass: not built; use native or cublas"),
-        ({"gemm_strategy": "cublas"}, r"cuBLAS is not installed: pip install .rvllm\[cublas\]"),
+        ({"gemm_strategy": "cublas"}, "cuBLAS is not installed: pip install "),
         ({"decode_path": "persistent"}, "--decode-path persistent: not built; use batched"),
     ],
 )

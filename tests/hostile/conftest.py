@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from harness import Server
+from attacker import Server
 
 
 @pytest.fixture(scope="session")

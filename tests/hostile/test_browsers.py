@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from harness import Server
+from attacker import Server
 
 from rvllm.api.http.browsers import allowed_hosts
 from rvllm.api.http.keys import load_keys

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import pytest
-from harness import Server
+from attacker import Server
 
 
 def chain(count: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import tiny
 
 from rvllm.backends.cpu.backend import CpuBackend
 from rvllm.backends.cpu.compiled import library as compiled
-from rvllm.backends.cpu.compiled.formats import LANES, Segment, aligned, segment
+from rvllm.backends.cpu.compiled.formats import FORMATS, LANES, Segment, aligned, segment
 from rvllm.backends.cpu.compiled.model import chosen
 from rvllm.backends.cpu.compiled.slots import BLOCK_ROWS, IDS, TOKENS
 from rvllm.backends.cpu.reference import ops
@@ -89,7 +89,7 @@ def product(library: compiled.Library, weight: Segment, x: np.ndarray, bias: np.
     return out[:, : weight.rows]
 
 
-@pytest.mark.parametrize("kind", TensorType, ids=lambda k: k.value)
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda k: k.value)
 @pytest.mark.parametrize(("rows", "inner"), [(48, 256), (37, 512), (5, 1024)])
 def test_products_equal_the_dequantised(
     kind: TensorType, rows: int, inner: int, library: compiled.Library
@@ -107,7 +107,7 @@ def test_products_equal_the_dequantised(
         assert np.array_equal(part, whole[first : first + count])
 
 
-@pytest.mark.parametrize("kind", TensorType, ids=lambda k: k.value)
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda k: k.value)
 def test_every_processor_gives_the_same_bits(kind: TensorType) -> None:
     raw, x = stored(kind, 37, 512), np.random.default_rng(5).standard_normal((9, 512), dtype=np.float32)
     weight, none = segment(kind, 0, 512, raw), np.zeros(37, dtype=np.float32)
@@ -127,7 +127,7 @@ def test_plain_rows_of_any_length(kind: TensorType, inner: int, library: compile
     assert np.array_equal(product(library, weight, x[4:5].copy(), none), whole[4:5])
 
 
-@pytest.mark.parametrize("kind", TensorType, ids=lambda k: k.value)
+@pytest.mark.parametrize("kind", FORMATS, ids=lambda k: k.value)
 def test_embeddings_have_the_bits_of_the_dequantised(kind: TensorType, library: compiled.Library) -> None:
     raw = stored(kind, 40, 256)
     table = segment(kind, 0, 256, raw)
