@@ -26,7 +26,7 @@ from rvllm.backends.cuda.ops.sampling.slots import (
     pack_starts,
 )
 from rvllm.errors import MissingKernelError, UsageError
-from rvllm.kernels.attention.specs import DECODE_RING_SLOTS, HEAD_DIMS, PREFILL_SM90_DIMS
+from rvllm.kernels.attention.specs import HEAD_DIMS, PREFILL_SM90_DIMS
 from rvllm.kernels.rowwise.specs import norm_kernel
 from rvllm.program.dtypes import DType
 
@@ -67,7 +67,8 @@ def test_rings_fit_where_they_are_taken(dim: int, smem: int) -> None:
     sizes = {"max_seqs": 128, "max_model_len": 4096, "num_blocks": 60000, "sm_count": 132}
     for kv_heads, rows in ((4, 4), (2, 2), (1, 2)):  # 28 heads of one key head are two parts of 16
         plan = plan_decode_ring(DType.F16, dim, 28, kv_heads, smem_per_block=smem, **sizes)
-        assert (plan is None) == (dim not in DECODE_RING_SLOTS or smem == ADA)
+        checked = dim == 128 and kv_heads == 4  # on a GPU, so far
+        assert (plan is None) == (not checked or smem == ADA)
         if plan is not None:
             assert plan.ring and plan.grid == 132 and plan.smem + 4096 <= smem
             assert plan.arrivals_bytes == 4 * 128 * rows

@@ -6,6 +6,7 @@ and which kernels run it is the backend's concern (`backends/cuda/formats`).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,19 +17,19 @@ FP8_ROWS = 8  # rows that share one
 
 
 @dataclass(frozen=True)
-class WeightFormat:
+class WeightFormat(ABC):
     """Base of all formats."""
 
     name: ClassVar[str] = ""
 
     @property
+    @abstractmethod
     def label(self) -> str:
         """What `rvllm info` and `rvllm plan` call it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def nbytes(self, rows: int, columns: int) -> int:
         """Bytes of a [rows, columns] matrix, numbers and scales, that a product reads."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
