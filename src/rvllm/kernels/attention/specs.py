@@ -37,8 +37,8 @@ def decode_ring_state(head_dim: int, group: int) -> int:
 def decode_ring_kernel(dtype: str, head_dim: int, group: int, smem_per_block: int) -> str | None:
     """The decode attention kernel with rings of tiles, where one has this head size and fits.
 
-    Only what has been compared bit for bit on a GPU is chosen: heads of 128 in groups of up to eight. Heads of
-    64 and larger groups have been compared in the emulator alone, whose lanes copy what the copy engine does.
+    Only what has been compared bit for bit on a GPU is chosen: heads of 128 in groups of up to eight. Heads
+    of 64 and larger groups have been compared in the emulator alone, whose lanes copy for the copy engine.
     """
     if head_dim != 128 or group > 8:
         return None
