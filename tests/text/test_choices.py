@@ -220,9 +220,11 @@ def test_after_the_end_everything_is_ignored() -> None:
 
 
 def test_without_a_tokenizer_there_are_tokens_only() -> None:
-    for choice in (Choice(None, SamplingParams()), Choice(TOKENIZER, SamplingParams(detokenize=False))):
-        delta = choice.feed(Output("r", [1, 2], finish_reason="stop", stop_reason=2))
-        assert (delta.text, delta.token_ids, delta.stop_reason) == ("", [1, 2], 2)
+    for asked, told in (([2], 2), ([], None)):  # an end of the model's own is not told
+        params = SamplingParams(stop_token_ids=asked), SamplingParams(stop_token_ids=asked, detokenize=False)
+        for choice in (Choice(None, params[0]), Choice(TOKENIZER, params[1])):
+            delta = choice.feed(Output("r", [1, 2], finish_reason="stop", stop_reason=2))
+            assert (delta.text, delta.token_ids, delta.stop_reason) == ("", [1, 2], told)
 
 
 def test_logprobs_follow_the_tokens_that_are_kept() -> None:

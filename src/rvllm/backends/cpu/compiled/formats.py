@@ -141,7 +141,7 @@ def packed_nbytes(weight: Weight, checkpoint: Checkpoint | None) -> int:
     stored = [
         (info.type, part.elements // inner) for part, info in found if info and has_stored_form(part, info)
     ]
-    if len(stored) != len(weight.parts) or checkpoint is None:
+    if len(stored) != len(weight.parts) or any(kind not in FORMATS for kind, _ in stored):
         stored = [(TensorType.F32, weight.elements // inner)]
     return sum(
         -(-sum(rows for _, rows in run) // LANES) * FORMATS[kind].tile_bytes(inner)
