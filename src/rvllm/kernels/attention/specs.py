@@ -8,7 +8,7 @@ from rvllm.kernels.types import SHORT, TYPES
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 256)
 DECODE_SEQS = 2048  # sequences a launch of attn_decode can list
-DECODE_RING_SLOTS = {64: 6, 128: 3}  # tiles of a warp of attn_decode_ring, by head size
+DECODE_RING_SLOTS = {128: 3}  # tiles of a warp of attn_decode_ring, by head size
 PREFILL_SM90_DIMS = (64, 96, 128)  # head sizes of attn_prefill_sm90
 PREFILL_SM90_ROWS, PREFILL_SM90_THREADS = 128, 384
 _PAD = 8  # elements after each row of a tile, as in attention/attention.cuh
@@ -40,7 +40,7 @@ def decode_ring_kernel(dtype: str, head_dim: int, group: int, smem_per_block: in
     Only what has been compared bit for bit on a GPU is chosen: heads of 128 in groups of up to eight. Heads
     of 64 and larger groups have been compared in the emulator alone, whose lanes copy for the copy engine.
     """
-    if head_dim != 128 or group > 8:
+    if head_dim not in DECODE_RING_SLOTS or group > 8:
         return None
     name = f"sm90_{SHORT[dtype]}_attn_decode_d{head_dim}{'' if group <= 8 else '_wide'}"
     return name if name in _BY_NAME and _BY_NAME[name].smem + 4096 <= smem_per_block else None
@@ -149,6 +149,6 @@ DTYPES = ("bfloat16", "float16")
 SPECS: list[KernelSpec] = [
     *(spec for dtype in DTYPES for dim in HEAD_DIMS for spec in _attention(dtype, dim)),
     *(_sm90(dtype, dim) for dtype in DTYPES for dim in PREFILL_SM90_DIMS),
-    *(_ring(dtype, dim, rows) for dtype in DTYPES for dim in DECODE_RING_SLOTS for rows in (8, 16)),
+    *(_ring(dtype, dim, rows) for dtype in DTYPES for dim in DECODE_RING_SLOTS for rows in (8,)),
 ]
 _BY_NAME = {spec.name: spec for spec in SPECS}
