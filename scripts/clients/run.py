@@ -69,17 +69,20 @@ def served(model: Path, name: str, work: Path, *flags: str) -> Iterator[str]:
 
 
 def ran(command: Sequence[str | Path], folder: Path, seconds: float = 900) -> bool:
-    """Runs a client, its output going where ours goes. False when it fails or hangs."""
+    """Runs a client, its output going where ours goes. False when it fails or hangs.
+
+    What it caches goes to a folder that is gone after it, never beside the scripts.
+    """
     print("$", " ".join(str(part).replace(str(folder.parent), "...") for part in command), flush=True)
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
-    environment = {**os.environ, **offline}
-    try:
-        return (
-            subprocess.run(command, check=False, cwd=folder, env=environment, timeout=seconds).returncode == 0
-        )
-    except subprocess.TimeoutExpired:
-        print(f"did not end within {seconds:g} s")
-        return False
+    with tempfile.TemporaryDirectory() as cache:
+        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": cache}
+        environment = {**os.environ, **offline}
+        try:
+            code = subprocess.run(command, check=False, cwd=folder, env=environment, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            print(f"did not end within {seconds:g} s")
+            return False
+        return code.returncode == 0
 
 
 def installed(work: Path, name: str, *packages: str) -> Path:

@@ -29,7 +29,7 @@ from rvllm.backends.cuda.layout.memory import Budget
 from rvllm.backends.cuda.layout.preview import kernels_on
 from rvllm.backends.cuda.step_planner import StepPlanner
 from rvllm.cli.common.matrices import matrices
-from rvllm.cli.plan import numbers_of
+from rvllm.cli.common.ops import numbers_of
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Sampling
 from rvllm.errors import UsageError

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import tiny
 
+from rvllm.cli.common.ops import folded
 from rvllm.cli.main import main
-from rvllm.cli.plan import folded
 
 QUICK = ["--bandwidth", "100", "--tflops", "1"]
 

@@ -193,18 +193,6 @@ def floor_rates(args: argparse.Namespace, device: str, threads: int | None) -> R
     )
 
 
-def shapes(op: Op, shape: StepShape) -> str:
-    """`[1, 576] → [1, 960]`: the buffers an op reads and writes."""
-    reads = " ".join(f"[{shape.rows(b)}, {b.width}]" for b in op.reads)
-    writes = " ".join(f"[{shape.rows(b)}, {b.width}]" for b in op.writes)
-    return " → ".join(text for text in (reads, writes) if text)
-
-
-def weight_shapes(op: Op) -> str:
-    """The shapes of an op's weights."""
-    return " ".join("[" + ", ".join(map(str, w.shape)) + "]" for w in op.weights)
-
-
 def as_json(
     program: Program,
     checkpoint: Checkpoint | None,
@@ -215,6 +203,7 @@ def as_json(
 ) -> dict[str, Any]:
     """Everything the command knows, in bytes, operations and seconds. kernels: by op, on a GPU."""
     from rvllm.cli.common.matrices import kept_as, stored_as
+    from rvllm.cli.common.ops import dtype_of
     from rvllm.program.cost import kv_bytes_per_token, op_cost, program_cost
 
     def entry(op: Op) -> dict[str, Any]:
@@ -258,28 +247,11 @@ def as_json(
     }
 
 
-def numbers_of(op: Op, program: Program, checkpoint: Checkpoint | None) -> str:
-    """`BF16`, or how an op's matrices are stored and kept where these differ: `Q8_0 > bfloat16`."""
-    from rvllm.cli.common.matrices import kept_as, stored_as
-
-    said = []
-    for weight in op.weights:
-        if weight.role != "vector":
-            stored, kept = stored_as(weight, checkpoint), kept_as(weight, program)
-            said.append(kept if stored in ("random", kept) else f"{stored} > {kept}")
-    return ", ".join(dict.fromkeys(said))
-
-
 def floor_total(program: Program, shape: StepShape, rates: Rates) -> float:
     """The sum of the ops' floors: they run one after the other."""
     from rvllm.program.cost import op_cost
 
     return sum(op_cost(program, op, shape).floor_seconds(rates.bandwidth, rates.flops) for op in program.ops)
-
-
-def dtype_of(op: Op, program: Program) -> str:
-    """The element type of an op's result."""
-    return op.writes[0].dtype.value if op.writes else program.dtype.value
 
 
 def as_text(
@@ -298,51 +270,21 @@ def as_text(
 
     kernels: by op, on a GPU. everything: equal layers are not folded.
     """
-    from rvllm.cli.common.tables import facts, human_bytes, human_flops, human_seconds, table
-    from rvllm.program.cost import kv_bytes_per_token, program_cost
+    from rvllm.cli.common.ops import folded_table, op_rows, whole_table
+    from rvllm.cli.common.tables import facts, table
     from rvllm.program.ops.encoder import embedding_size
 
-    total = program_cost(program, shape)
-    totals = [
-        ("ops", str(len(program.ops))),
-        ("weights read", human_bytes(total.weight_bytes)),
-        ("activations moved", human_bytes(total.activation_bytes)),
-        ("KV cache moved", human_bytes(total.kv_bytes)),
-        ("FLOPs", human_flops(total.flops)),
-    ]
-    if rates:
-        floor = floor_total(program, shape, rates)
-        per_second = shape.tokens / floor
-        totals += [
-            ("floor", human_seconds(floor)),
-            ("limit", f"{per_second:,.0f} tokens/s"),
-            ("at", f"{rates.bandwidth / 1e9:.4g} GB/s and {rates.flops / 1e12:.4g} TFLOP/s"),
-        ]
-    else:
-        totals.append(("floor", "give --bandwidth and --tflops of the GPU"))
-    memory = [
-        ("all weights", human_bytes(sum(w.nbytes(program.dtype.size) for w in program.weights))),
-        ("stored", f"{human_bytes(stored[1])}: {stored[0]}" if stored[0] else "no weights there"),
-        ("KV cache per token", human_bytes(kv_bytes_per_token(program))),
-        ("workspace", f"{human_bytes(workspace.nbytes)} for {len(workspace.placements)} buffers"),
-    ]
     what = "decode" if shape.query_len == 1 else f"prefill of {shape.query_len} tokens"
     if embedding_size(program) is not None:
         what = f"texts of {shape.query_len} tokens"
-    if program.states:
-        carried = program.state_elements_per_slot * 4
-        memory.insert(2, ("state per sequence", f"{human_bytes(carried)} in {len(program.states)} parts"))
-    rows = _op_rows(program, checkpoint, shape, rates, kernels)
-    if everything:
-        ops = table(*_whole_table(rows, bool(rates), bool(kernels)))
-    else:
-        ops = table(*_folded_table(rows, bool(rates), bool(kernels)))
+    rows = op_rows(program, checkpoint, shape, rates, kernels)
+    shown = whole_table if everything else folded_table
     parts = [
         f"{program.architecture}, {program.dtype.value}: {what}, batch {shape.sequences}, "
         f"context {shape.context}",
-        facts("total", totals),
-        facts("memory", memory),
-        ops,
+        facts("total", _totals(program, shape, rates)),
+        facts("memory", _memory(program, workspace, stored)),
+        table(*shown(rows, bool(rates), bool(kernels))),
     ]
     if buffers:
         places = sorted(workspace.placements.values(), key=lambda p: (p.offset, p.buffer.name))
@@ -353,89 +295,42 @@ def as_text(
     return "\n\n".join(parts)
 
 
-Row = dict[str, str]
-_NUMBERS = ("bytes", "FLOPs", "floor")
-
-
-def _op_rows(
-    program: Program,
-    checkpoint: Checkpoint | None,
-    shape: StepShape,
-    rates: Rates | None,
-    kernels: dict[str, str],
-) -> list[Row]:
-    """What is known of each op, by the table's headings."""
+def _totals(program: Program, shape: StepShape, rates: Rates | None) -> list[tuple[str, str]]:
+    """What the whole step moves and computes, and its floor."""
     from rvllm.cli.common.tables import human_bytes, human_flops, human_seconds
-    from rvllm.program.cost import op_cost
+    from rvllm.program.cost import program_cost
 
-    rows = []
-    for op in program.ops:
-        cost = op_cost(program, op, shape)
-        rows.append({
-            "op": op.name, "kind": op.kind, "rows": shapes(op, shape), "weights": weight_shapes(op),
-            "numbers": numbers_of(op, program, checkpoint), "dtype": dtype_of(op, program),
-            "bytes": human_bytes(cost.nbytes), "FLOPs": human_flops(cost.flops),
-            "floor": human_seconds(cost.floor_seconds(rates.bandwidth, rates.flops)) if rates else "",
-            "kernel": kernels.get(op.name, ""),
-        })  # fmt: skip
-    return rows
-
-
-def _whole_table(
-    rows: list[Row], floors: bool, kernels: bool
-) -> tuple[list[str], list[list[str]], list[int]]:
-    """(headings, cells, columns to align to the right) of every op with all that is known of it."""
-    header = ["op", "kind", "rows", "weights", "numbers", "dtype", "bytes", "FLOPs"]
-    header += (["floor"] if floors else []) + (["kernel"] if kernels else [])
-    cells = [[row[name] for name in header] for row in rows]
-    return header, cells, [header.index(name) for name in _NUMBERS if name in header]
+    total = program_cost(program, shape)
+    totals = [
+        ("ops", str(len(program.ops))),
+        ("weights read", human_bytes(total.weight_bytes)),
+        ("activations moved", human_bytes(total.activation_bytes)),
+        ("KV cache moved", human_bytes(total.kv_bytes)),
+        ("FLOPs", human_flops(total.flops)),
+    ]
+    if rates is None:
+        return [*totals, ("floor", "give --bandwidth and --tflops of the GPU")]
+    floor = floor_total(program, shape, rates)
+    return [
+        *totals,
+        ("floor", human_seconds(floor)),
+        ("limit", f"{shape.tokens / floor:,.0f} tokens/s"),
+        ("at", f"{rates.bandwidth / 1e9:.4g} GB/s and {rates.flops / 1e12:.4g} TFLOP/s"),
+    ]
 
 
-def _folded_table(
-    rows: list[Row], floors: bool, kernels: bool
-) -> tuple[list[str], list[list[str]], list[int]]:
-    """The same with neighbouring layers that are alike in one, `layers.0-29.qkv`, in 80 columns.
+def _memory(program: Program, workspace: Workspace, stored: tuple[str, int]) -> list[tuple[str, str]]:
+    """What the model keeps; stored: formats and bytes of the checkpoint's tensors."""
+    from rvllm.cli.common.tables import human_bytes
+    from rvllm.program.cost import kv_bytes_per_token
 
-    Figures are those of one layer.
-    """
-    header = ["op", "weights", "numbers", "bytes"]
-    header += (["floor"] if floors else []) + (["kernel"] if kernels else [])
-    cells = []
-    for first, last, layer in folded(rows):
-        for row in layer:
-            name = row["op"]
-            if last > first:
-                name = name.replace(f"layers.{first}.", f"layers.{first}-{last}.", 1)
-            cells.append([name, *(row[column] for column in header[1:])])
-    return header, cells, [header.index(name) for name in _NUMBERS if name in header]
-
-
-def folded(rows: list[Row]) -> list[tuple[int, int, list[Row]]]:
-    """(first layer, last layer, rows of the first) of each run of layers alike; -1 for ops of no layer."""
-    groups: list[tuple[int, list[Row]]] = []
-    for row in rows:
-        layer = _layer_of(row["op"])
-        if groups and groups[-1][0] == layer:
-            groups[-1][1].append(row)
-        else:
-            groups.append((layer, [row]))
-    runs: list[tuple[int, int, list[Row]]] = []
-    for layer, group in groups:
-        if runs and layer >= 0 and runs[-1][1] == layer - 1 and _alike(runs[-1][2], group):
-            first, _, kept = runs.pop()
-            runs.append((first, layer, kept))
-        else:
-            runs.append((layer, layer, group))
-    return runs
-
-
-def _layer_of(name: str) -> int:
-    parts = name.split(".")
-    return int(parts[1]) if parts[0] == "layers" and len(parts) > 2 and parts[1].isdigit() else -1
-
-
-def _alike(one: list[Row], other: list[Row]) -> bool:
-    def bare(row: Row) -> Row:
-        return {**row, "op": row["op"].partition(".")[2].partition(".")[2]}
-
-    return [bare(row) for row in one] == [bare(row) for row in other]
+    memory = [
+        ("all weights", human_bytes(sum(w.nbytes(program.dtype.size) for w in program.weights))),
+        ("stored", f"{human_bytes(stored[1])}: {stored[0]}" if stored[0] else "no weights there"),
+        ("KV cache per token", human_bytes(kv_bytes_per_token(program))),
+        ("workspace", f"{human_bytes(workspace.nbytes)} for {len(workspace.placements)} buffers"),
+    ]
+    if program.states:
+        carried = program.state_elements_per_slot * 4
+        memory.insert(2, ("state per sequence", f"{human_bytes(carried)} in {len(program.states)} parts"))
+    return memory

@@ -48,7 +48,7 @@ export class Chart {
     this.floorLabel.hidden = !floor;
     if (floor) this.floorLabel.style.top = `${(100 * (1 - floor / most)).toFixed(1)}%`;
     this.top.textContent = `${rate(most)} tokens/s`;
-    this.node.setAttribute("aria-label", `${rate(value)} tokens per second now${floor ? `, the floor is ${rate(floor)}` : ""}`);
+    this.node.setAttribute("aria-label", `${rate(value)} tokens per second now${floor ? `, the limit is ${rate(floor)}` : ""}`);
   }
 }
 
