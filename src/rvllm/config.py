@@ -89,6 +89,11 @@ class EngineConfig:
         high=1 << 20,
     )
     enable_prefix_caching: bool = setting(True, "Reuse the KV blocks of equal prompt prefixes.")
+    kv_events_config: str | None = setting(
+        None,
+        "Tell routers what the prefix cache keeps, in vLLM's ZMQ format; vLLM's settings as JSON: enable_kv_cache_events, endpoint, replay_endpoint, topic, buffer_steps, hwm.",
+        metavar="JSON",
+    )
     num_blocks: int | None = setting(
         None, "KV blocks of 16 tokens; default: what memory allows.", low=1, env="RVLLM_NUM_BLOCKS"
     )
@@ -406,6 +411,8 @@ def build(cls: type[ConfigT], given: Mapping[str, Any], environ: Mapping[str, st
             continue
         if known.many:
             value = _lines(value)
+        if isinstance(value, dict):  # vLLM's settings that are objects
+            value = json.dumps(value)
         if isinstance(value, str):
             try:
                 value = parse_value(cls, f.name, value)

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import islice
+from typing import Protocol
 
 Digest = bytes
 ROOT: Digest = b""
@@ -18,6 +19,16 @@ def chain(parent: Digest, tokens: array[int]) -> Digest:
     128 bits of BLAKE2b, so that equal digests can be taken for equal contents.
     """
     return blake2b(parent + tokens.tobytes(), digest_size=16).digest()
+
+
+class Forgotten(Protocol):
+    """Who wants to know which prefixes are no longer kept."""
+
+    def removed(self, digest: Digest) -> None:
+        """The block with this digest was given to something else."""
+
+    def cleared(self) -> None:
+        """Nothing is kept any more."""
 
 
 class BlockManager:
@@ -32,6 +43,7 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.caching = caching
+        self.forgotten: Forgotten | None = None
         self._references = [0] * num_blocks
         self._digest: list[Digest | None] = [None] * num_blocks
         self._by_digest: dict[Digest, int] = {}
@@ -96,6 +108,8 @@ class BlockManager:
             assert digest is not None
             del self._by_digest[digest]
             self._digest[block] = None
+            if self.forgotten is not None:
+                self.forgotten.removed(digest)
         self._references[block] = 1
         return block
 
@@ -116,20 +130,28 @@ class BlockManager:
             elif references[block] < 0:
                 raise RuntimeError(f"block {block} released twice")
 
-    def publish(self, block: int, digest: Digest) -> None:
-        """Makes a full, computed block findable; the first block with given contents stays the one."""
-        if self.caching and self._digest[block] is None and digest not in self._by_digest:
-            self._by_digest[digest] = block
-            self._digest[block] = digest
+    def publish(self, block: int, digest: Digest) -> bool:
+        """Makes a full, computed block findable, and says whether its contents are new; the first block with
+        given contents stays the one."""
+        if not self.caching or self._digest[block] is not None or digest in self._by_digest:
+            return False
+        self._by_digest[digest] = block
+        self._digest[block] = digest
+        return True
 
     def forget(self) -> None:
         """Makes every free block that holds a prefix an empty one."""
+        told = self.forgotten if len(self._by_digest) > len(self._cached) else None
         for block in self._cached:
             digest, self._digest[block] = self._digest[block], None
             if digest is not None:
                 del self._by_digest[digest]
+                if told is not None:
+                    told.removed(digest)
             self._empty.append(block)
         self._cached.clear()
+        if told is None and self.forgotten is not None:
+            self.forgotten.cleared()
 
     def check(self) -> None:
         """Raises RuntimeError when the books do not balance; for tests and debugging."""

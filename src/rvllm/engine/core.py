@@ -29,6 +29,7 @@ from rvllm.errors import UsageError
 
 if TYPE_CHECKING:
     from rvllm.config import EngineConfig
+    from rvllm.engine.kv_events import KvEvents, Publisher
 
 
 BROKEN = "the model's logits are infinite or no numbers: its weights may be damaged (--check-weights)"
@@ -72,12 +73,34 @@ class EngineCore:
         self._in_flight: deque[Step] = deque()
         self._alive: dict[str, Sequence] = {}
         self._outbox: list[Output] = []
+        self._events: KvEvents | None = None
+        self._publisher: Publisher | None = None
+        if config.kv_events_config is not None:
+            self._tell_routers(config)
+
+    def _tell_routers(self, config: EngineConfig) -> None:
+        """Publishes what happens to the prefix cache. Raises UsageError when there is none."""
+        from rvllm.engine.kv_events import FLAG, KvEvents, Publisher, parse_config
+
+        settings = parse_config(config.kv_events_config)
+        if settings is None:
+            return
+        if not self.scheduler.blocks.caching:
+            why = "this model shares no prefixes" if config.enable_prefix_caching else "it is switched off"
+            raise UsageError(f"{FLAG} tells of the prefix cache (--enable-prefix-caching), and {why}")
+        self._publisher = Publisher(settings)
+        self._events = KvEvents(self._publisher.send, self.ready.block_size)
+        self.scheduler.events = self.scheduler.blocks.forgotten = self._events
 
     @classmethod
     def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> EngineCore:
         """Finds and loads the configured model. Raises the RvllmError that says what is wrong with it."""
         from rvllm.engine.loading import load
 
+        if config.kv_events_config is not None:  # a mistake there should not cost a whole load
+            from rvllm.engine.kv_events import parse_config
+
+            parse_config(config.kv_events_config)
         started = time.perf_counter()
         backend, facts = load(config, progress)
         return cls(backend, facts, config, time.perf_counter() - started)
@@ -185,6 +208,8 @@ class EngineCore:
             self.counters.host_seconds += time.perf_counter() - began
         elif step is None and self._alive and not self._outbox and not self.grammars.wait():
             raise RuntimeError(f"no step can be scheduled for {len(self._alive)} requests")
+        if self._events is not None:
+            self._events.flush()
         outputs, self._outbox = self._outbox, []
         return outputs
 
@@ -276,6 +301,12 @@ class EngineCore:
         del self._alive[seq.request_id]
         self.counters.finished[reason] += 1
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets every prefix that no sequence holds."""
+        self.scheduler.blocks.forget()
+        if self._events is not None:
+            self._events.flush()
+
     def stats(self) -> Stats:
         """Counters since the start and the state of this moment."""
         return self.counters.stats(self)
@@ -286,6 +317,8 @@ class EngineCore:
             self.backend.collect(self._in_flight.popleft().handle)
         self.grammars.close()
         self.backend.close()
+        if self._publisher is not None:
+            self._publisher.close()
 
 
 def _token_logprobs(token: int, top: TopLogprobs) -> TokenLogprobs:

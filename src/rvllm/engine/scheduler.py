@@ -12,12 +12,17 @@ from __future__ import annotations
 import time
 from bisect import bisect_left, insort
 from collections.abc import Sequence as Seq
+from itertools import groupby
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from rvllm.backends.base import Limits
-from rvllm.engine.blocks import BlockManager, Digest
+from rvllm.engine.blocks import ROOT, BlockManager, Digest
 from rvllm.engine.sequence import Sequence
 from rvllm.engine.step import Step, StepPlan
+
+if TYPE_CHECKING:
+    from rvllm.engine.kv_events import KvEvents
 
 PROMPT_LOGPROB_ROWS = 64  # a step: each needs a row of logits over the whole vocabulary
 
@@ -42,6 +47,7 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_queries = 0  # prompt tokens looked up in the prefix cache
         self.prefix_hits = 0
+        self.events: KvEvents | None = None
         # With more slots than budget, prompts could be kept from running by decodes forever.
         self._max_running = min(limits.max_num_seqs, limits.max_num_batched_tokens)
         self._free_slots = list(range(self._max_running - 1, -1, -1))
@@ -179,9 +185,19 @@ class Scheduler:
         full = seq.computed // self.limits.block_size
         if self.blocks.caching and full > seq.published:
             digests = seq.digest_chain(full)
-            for index in range(seq.published, full):
-                self.blocks.publish(seq.blocks[index], digests[index])
+            new = [i for i in range(seq.published, full) if self.blocks.publish(seq.blocks[i], digests[i])]
+            if self.events is not None and new:
+                self._tell_stored(seq, new, self.events)
         seq.published = full
+
+    def _tell_stored(self, seq: Sequence, new: list[int], events: KvEvents) -> None:
+        """Tells of a sequence's blocks that can be found from now on, those in a row together."""
+        size = self.limits.block_size
+        for _, row in groupby(enumerate(new), lambda pair: pair[1] - pair[0]):
+            blocks = [index for _, index in row]
+            first, end = blocks[0], blocks[-1] + 1
+            parent = seq.digests[first - 1] if first else ROOT
+            events.stored(parent, seq.digests[first:end], seq.tokens[first * size : end * size])
 
     def finish(self, seq: Sequence, reason: str) -> None:
         """Ends a sequence, wherever it is; what steps in flight still draw for it is discarded."""

@@ -124,7 +124,7 @@ class LLM:
         """Forgets cached prefixes; False while requests run."""
         if self.engine.has_work():
             return False
-        self.engine.scheduler.blocks.forget()
+        self.engine.reset_prefix_cache()
         return True
 
     def get_metrics(self) -> list[Metric]:

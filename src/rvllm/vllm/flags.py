@@ -150,7 +150,7 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     "mamba_cache_mode": _taken("none", instead="states are not shared between requests"),
     "kv_offloading_size": _taken(None, 0, instead="a larger share: --gpu-memory-utilization"),
     "kv_offloading_backend": _taken(),
-    "enable_kv_cache_events": _switch(False, instead="the metrics at /metrics"),
+    "enable_kv_cache_events": _switch(False, instead="--kv-events-config JSON"),
     # pictures and sound
     "limit_mm_per_prompt": _taken(),
     "language_model_only": _switch(),
@@ -221,7 +221,6 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     "speculative_model": _taken(None, instead=_NO_SPECULATION),
     "num_speculative_tokens": _taken(None, 0, instead=_NO_SPECULATION),
     "kv_transfer_config": _taken(None, instead=_NO_TRANSFER),
-    "kv_events_config": _taken(None, instead=_NO_TRANSFER),
     "ec_transfer_config": _taken(None, instead=_NO_TRANSFER),
     "compilation_config": VllmFlag((ANY,), short=("-O", "-cc")),  # nothing is compiled at run time
     "optimization_level": _taken(),
