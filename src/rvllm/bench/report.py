@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from rvllm.bench.gate import Figure
 from rvllm.bench.stats import median, percentile, rate
 from rvllm.config import flag_of
 from rvllm.errors import UsageError
@@ -51,29 +52,31 @@ class Result:
     itl_p99_ms: float
 
 
+def figures_of(n: int, run: Run) -> dict[str, float]:
+    """What one run of `n` requests amounts to, by the names of `Result`."""
+    prefill = max(run.firsts)
+    return {
+        "seconds": run.seconds,
+        "tokens_per_s": rate(run.output_tokens, run.seconds),
+        "prefill_tokens_per_s": rate(run.prompt_tokens, prefill),
+        "decode_tokens_per_s": rate(run.output_tokens - n, run.seconds - prefill),
+        "ttft_ms": 1e3 * median(run.firsts),
+        "ttft_p99_ms": 1e3 * percentile(run.firsts, 99),
+        "itl_ms": 1e3 * median(run.gaps),
+        "itl_p99_ms": 1e3 * percentile(run.gaps, 99),
+    }
+
+
+def samples_of(n: int, runs: Sequence[Run]) -> dict[str, list[float]]:
+    """Each figure of `figures_of` over the runs."""
+    each = [figures_of(n, run) for run in runs]
+    return {name: [figures[name] for figures in each] for name in each[0]}
+
+
 def summarise(n: int, runs: Sequence[Run]) -> Result:
     """The medians of several runs of `n` requests each."""
-    prefills = [max(run.firsts) for run in runs]
-    return Result(
-        n=n,
-        prompt_tokens=runs[0].prompt_tokens,
-        output_tokens=runs[0].output_tokens,
-        seconds=median([run.seconds for run in runs]),
-        tokens_per_s=median([rate(run.output_tokens, run.seconds) for run in runs]),
-        prefill_tokens_per_s=median(
-            [rate(run.prompt_tokens, prefill) for run, prefill in zip(runs, prefills, strict=True)]
-        ),
-        decode_tokens_per_s=median(
-            [
-                rate(run.output_tokens - n, run.seconds - prefill)
-                for run, prefill in zip(runs, prefills, strict=True)
-            ]
-        ),
-        ttft_ms=1e3 * median([median(run.firsts) for run in runs]),
-        ttft_p99_ms=1e3 * median([percentile(run.firsts, 99) for run in runs]),
-        itl_ms=1e3 * median([median(run.gaps) for run in runs]),
-        itl_p99_ms=1e3 * median([percentile(run.gaps, 99) for run in runs]),
-    )
+    medians = {name: median(values) for name, values in samples_of(n, runs).items()}
+    return Result(n=n, prompt_tokens=runs[0].prompt_tokens, output_tokens=runs[0].output_tokens, **medians)
 
 
 _COLUMNS = {
@@ -125,9 +128,20 @@ def _shown(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def write_json(path: Path, about: dict[str, Any], results: Sequence[Result]) -> None:
-    """Writes results with what was measured. Raises UsageError when the file cannot be written."""
-    text = json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1)
+def write_json(
+    path: Path,
+    about: dict[str, Any],
+    results: Sequence[Result],
+    samples: Sequence[dict[str, list[float]]] = (),
+) -> None:
+    """Writes results with what was measured, and each run's figures where given.
+
+    Raises UsageError when the file cannot be written.
+    """
+    rows: list[dict[str, Any]] = [asdict(result) for result in results]
+    for row, each in zip(rows, samples, strict=False):
+        row["samples"] = each
+    text = json.dumps({**about, "results": rows}, indent=1)
     try:
         path.write_text(text.replace("NaN", "null") + "\n", encoding="utf-8")
     except OSError as error:
@@ -144,6 +158,31 @@ def read_json(path: Path) -> list[Result]:
         raise UsageError(f"--compare: cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, msgspec.ValidationError):
         raise UsageError(f"--compare: {path} holds no results of rvllm benchmark --json") from None
+
+
+GATED = {"tokens_per_s": True, "ttft_ms": False, "itl_ms": False}  # whether more is better
+
+
+def gated(path: Path, results: Sequence[Result], samples: Sequence[dict[str, list[float]]]) -> list[Figure]:
+    """The figures of an earlier file beside those of now, run by run.
+
+    Raises UsageError when the file was written without its runs or has a batch size or length less.
+    """
+    before = {(old.n, old.prompt_tokens, old.output_tokens): i for i, old in enumerate(read_json(path))}
+    rows = json.loads(path.read_text(encoding="utf-8"))["results"]
+    found = []
+    for result, now in zip(results, samples, strict=True):
+        size = (result.n, result.prompt_tokens, result.output_tokens)
+        if size not in before:
+            raise UsageError(f"--gate: {path} has no run of N={size[0]}, {size[1]} tokens in, {size[2]} out")
+        then = rows[before[size]].get("samples")
+        if not isinstance(then, dict):
+            raise UsageError(f"--gate: {path} holds no single runs; measure it again with --json")
+        found += [
+            Figure(f"N={result.n} {name}", [_number(v) for v in then.get(name, ())], now[name], higher)
+            for name, higher in GATED.items()
+        ]
+    return found
 
 
 def changes(path: Path, about: dict[str, Any]) -> list[str]:

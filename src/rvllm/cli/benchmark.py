@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rvllm.cli.common.gate import add_gate, gate_limits
 from rvllm.config import EngineConfig, add_flags, build
 from rvllm.errors import CapacityError, RvllmError, UsageError
 
@@ -36,6 +37,7 @@ def add_parser(subparsers: Any) -> None:
     group.add_argument("--runs", default="3", metavar="INT", help="runs to take the median of [3]")
     group.add_argument("--json", metavar="FILE", help="write the results to FILE")
     group.add_argument("--compare", metavar="FILE", help="show an earlier --json FILE beside the results")
+    add_gate(group, "FILE", "an earlier --json FILE to be no worse than")
     group.add_argument(
         "--profile",
         action="store_true",
@@ -47,14 +49,18 @@ def add_parser(subparsers: Any) -> None:
 def main(args: argparse.Namespace) -> int:
     """Measures every batch size and prints the table."""
     from rvllm.backends.load import choose_device
+    from rvllm.bench.gate import judge_all, page
     from rvllm.bench.profile import read_profiles
-    from rvllm.bench.report import changes, read_json, summarise, table, write_json
+    from rvllm.bench.report import changes, gated, read_json, samples_of, summarise, table, write_json
     from rvllm.engine.core import EngineCore
 
     sizes = [_whole("--n", size) for size in args.n.split(",")]
     length = None if args.input_len is None else _whole("--input-len", args.input_len)
     output_len, runs = _whole("--output-len", args.output_len), _whole("--runs", args.runs)
-    earlier = Path(args.compare) if args.compare else None
+    if args.gate and (args.profile or args.compare):
+        raise UsageError("--gate is neither for --profile nor for --compare")
+    limits = gate_limits(args) if args.gate else None
+    earlier = Path(args.compare or args.gate) if args.compare or args.gate else None
     before = read_json(earlier) if earlier and not args.profile else []
     profiles = read_profiles(earlier) if earlier and args.profile else []
     config = build(EngineConfig, vars(args))
@@ -75,16 +81,21 @@ def main(args: argparse.Namespace) -> int:
         about = _about(core, config, length, output_len, runs, time.perf_counter() - began)
         print(_heading(core, config, about))
         if earlier and (changed := changes(earlier, about)):
+            if args.gate:
+                raise UsageError(f"--gate: {earlier} was measured otherwise: {'; '.join(changed)}")
             print(f"{earlier} was measured otherwise: {'; '.join(changed)}")
         if args.profile:
             _profile(core, sizes, (length or 32) + output_len // 2, about, profiles, args.json)
             return 0
         results: list[Result] = []
+        samples: list[dict[str, list[float]]] = []
         for n in sizes:
             prompts = _prompts(core, config, n, length)
             _check_room(core, prompts, output_len)
             _measure(core, prompts, min(output_len, 8))
-            results.append(summarise(n, [_measure(core, prompts, output_len) for _ in range(runs)]))
+            each = [_measure(core, prompts, output_len) for _ in range(runs)]
+            results.append(summarise(n, each))
+            samples.append(samples_of(n, each))
             if sys.stderr.isatty():
                 print(f"N={n}: {results[-1].tokens_per_s:.1f} tok/s", file=sys.stderr)
         device = core.stats().backend
@@ -95,7 +106,11 @@ def main(args: argparse.Namespace) -> int:
         print(f"GPU idle between decode steps: {device['rvllm:decode_idle_share']:.2%} of their time")
     about["backend_stats"] = device
     if args.json:
-        write_json(Path(args.json), about, results)
+        write_json(Path(args.json), about, results, samples)
+    if earlier and limits:
+        checks, code = judge_all(gated(earlier, results, samples), limits)
+        print(page(checks, code))
+        return code
     return 0
 
 
