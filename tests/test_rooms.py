@@ -7,13 +7,13 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "rvllm"
 ORDER = ["__main__", "entrypoints", "v1", "utils", "distributed", "outputs", "sampling_params",
-         "pooling_params", "cli", "llm", "offline", "api", "web", "text", "engine", "models", "backends",
-         "weights", "program", "kernels", "bench", "telemetry", "vllm", "config", "errors", "extras",
-         "version", "__init__"]  # fmt: skip
+         "pooling_params", "cli", "ray", "llm", "offline", "api", "web", "text", "engine", "models",
+         "backends", "weights", "program", "kernels", "bench", "telemetry", "vllm", "config", "errors",
+         "extras", "version", "__init__"]  # fmt: skip
 # Inside a room: its folders and modules, from the top down; those on one line do not order each other.
 INSIDE = {
     "api": [
-        "app",
+        "app assembly",
         "stateful page system docs",
         "batches responses anthropic openai",
         "generate",

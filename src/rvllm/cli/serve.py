@@ -9,16 +9,21 @@ import resource
 import socket
 import time
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rvllm.api.assembly import (
+    build_service,
+    check_chat_template,
+    load_tokenizer,
+    start_workers,
+    template_text,
+)
 from rvllm.config import EngineConfig, ServerConfig, SourceConfig, add_flags, build
 from rvllm.errors import RvllmError, UsageError
 
 if TYPE_CHECKING:
     from rvllm.api.http.listen import StopSignals
     from rvllm.engine.ipc.client import EngineClient
-    from rvllm.telemetry.tracing import Tracer
     from rvllm.text.tokenizers.tokenizer import Tokenizer
     from rvllm.text.worker.pool import WorkerPool
 
@@ -40,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
         args.model = args.model_tag
     engine_config = build(EngineConfig, vars(args))
     server_config = build(ServerConfig, vars(args))
-    template = _template(server_config.chat_template)
+    template = template_text(server_config.chat_template)
     if server_config.otlp_endpoint is not None:
         from rvllm.telemetry.tracing import check_available
 
@@ -74,17 +79,6 @@ def _allow_many_connections() -> None:
     """Each client is an open file; shells often allow 1,024 of them where the system would allow more."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _template(file: str | None) -> str | None:
-    """The text of `--chat-template`, which may be the template itself."""
-    if file is None or "{{" in file or "{%" in file:
-        return file
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UsageError(f"--chat-template: cannot read {file}: {reason}") from None
 
 
 @dataclasses.dataclass
@@ -135,7 +129,7 @@ async def _load(
     """Starts the engine process; while it loads, this one loads the tokenizer, workers and the HTTP side."""
     from rvllm.cli.common.starting import start_engine
 
-    work = _workers(config, server)
+    work = start_workers(config, server)
     try:
         engine, (tokenizer, _) = await start_engine(
             config, partial(_tokenizer, config, start), partial(_import_http, start)
@@ -144,37 +138,14 @@ async def _load(
         if work is not None:
             work.close()
         raise
-    if work is None:
-        return engine, tokenizer, work
-    from rvllm.text.worker.tasks import check_template, try_template
-
-    # A template is somebody's code: it runs where it may be killed before it runs here.
-    flag = "the model's chat template" if template is None else "--chat-template"
-    try:
-        if template is not None:
-            await work.run(check_template, flag, len(template), template)
-        await work.run(try_template, flag, 0, template, server.tool_call_parser)
-    except RvllmError as error:
-        work.close()
-        await engine.close()
-        raise UsageError(f"{flag}: {str(error).removeprefix(f'{flag}: ')}") from None
+    if work is not None:
+        try:
+            await check_chat_template(work, template, server.tool_call_parser)
+        except RvllmError:
+            work.close()
+            await engine.close()
+            raise
     return engine, tokenizer, work
-
-
-def _workers(config: EngineConfig, server: ServerConfig) -> WorkerPool | None:
-    """Processes for work on what clients send, which begin to load; None without a tokenizer."""
-    from rvllm.text.worker.pool import WorkerPool, worker_count
-
-    if config.skip_tokenizer_init:
-        return None
-    pool = WorkerPool(
-        config.model,
-        count=worker_count(server.workers),
-        seconds=server.worker_timeout,
-        memory=int(server.worker_memory_mb * 1e6),
-    )
-    pool.start()
-    return pool
 
 
 def _import_http(start: _Start) -> None:
@@ -187,12 +158,8 @@ def _import_http(start: _Start) -> None:
 
 def _tokenizer(config: EngineConfig, start: _Start) -> Tokenizer | None:
     """The model's tokenizer; None with --skip-tokenizer-init."""
-    if config.skip_tokenizer_init:
-        return None
-    from rvllm.text.tokenizers.tokenizer import Tokenizer
-
     moment = time.perf_counter()
-    tokenizer = Tokenizer.load(Path(config.tokenizer or config.model))
+    tokenizer = load_tokenizer(config)
     start.tokenizer = time.perf_counter() - moment
     return tokenizer
 
@@ -210,48 +177,16 @@ async def _answer(
 ) -> int:
     """Serves a loaded model."""
     from rvllm.api.app import build_app
-    from rvllm.api.generate.generation import Service
-    from rvllm.api.http.exchange import Gate
     from rvllm.api.http.listen import url_of
     from rvllm.api.http.server import serve
-    from rvllm.telemetry.metrics import Metrics
-    from rvllm.text.requests import RequestMaker
 
     engine.stall_seconds = config.engine_stall_seconds
     engine.max_unread = config.max_unread_tokens
-    ready = engine.ready
-    names = config.served_model_name or engine_config.model
-    name = names.partition("\n")[0]
-    metrics = Metrics(
-        name,
-        {
-            "block_size": str(ready.block_size),
-            "num_gpu_blocks": str(ready.num_blocks),
-            "enable_prefix_caching": str(engine_config.enable_prefix_caching),
-            "gpu_memory_utilization": str(engine_config.gpu_memory_utilization),
-        },
-        _engine_info(engine_config, ready.backend, ready.facts.dtype),
-    )
-    service = Service(
-        engine,
-        ready,
-        tokenizer,
-        config,
-        metrics,
-        served_name=names,
-        requests=RequestMaker(ready.facts, engine_config.seed, tokenizer),
-        chat_template=template,
-        work=work,
-        shown_settings=_shown_settings(engine_config, ready.backend),
-    )
-    gate = Gate(config, metrics, tracer=_tracer(config.otlp_endpoint, name))
-    gate.restarted.append(service.forget_vocabulary)
-    if gate.tracer is not None:
-        gate.closing.append(gate.tracer.close)
+    service, gate = build_service(engine, engine.ready, engine_config, config, tokenizer, work, template)
 
     def announce() -> None:
         kernels = _kernels(engine.ready.backend, engine_config)
-        print("\n".join(_summary(engine, name, kernels, start, url_of(sock))), flush=True)
+        print("\n".join(_summary(engine, service.served_name, kernels, start, url_of(sock))), flush=True)
 
     warming = asyncio.ensure_future(service.warm_grammars())
     try:
@@ -259,38 +194,6 @@ async def _answer(
     finally:
         warming.cancel()
         await asyncio.gather(warming, return_exceptions=True)
-
-
-def _tracer(endpoint: str | None, model: str) -> Tracer | None:
-    from rvllm.telemetry.tracing import Tracer
-
-    return None if endpoint is None else Tracer(endpoint, model)
-
-
-def _shown_settings(config: EngineConfig, backend: str) -> dict[str, str]:
-    """What the page shows of the settings: how matrices and decode steps are computed."""
-    shown = {"prefix caching": "on" if config.enable_prefix_caching else "off"}
-    if backend == "cpu":
-        return {"CPU kernels": config.cpu_kernels, **shown}
-    return {
-        "decode path": config.decode_path,
-        "GEMM strategy": config.gemm_strategy,
-        "capture graphs": config.capture_graphs,
-        **shown,
-    }
-
-
-def _engine_info(config: EngineConfig, backend: str, dtype: str) -> dict[str, str]:
-    """What computes a step, as labels of a metric."""
-    shared = {"device": backend, "dtype": dtype}
-    if backend == "cpu":
-        return {**shared, "decode_path": "cpu", "gemm_strategy": config.cpu_kernels}
-    return {
-        **shared,
-        "decode_path": config.decode_path,
-        "gemm_strategy": config.gemm_strategy,
-        "capture_graphs": config.capture_graphs,
-    }
 
 
 def _kernels(backend: str, config: EngineConfig) -> str:
