@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -140,7 +142,9 @@ def test_thoughts_are_shown_apart_and_not_sent_back(page: Browser) -> None:
     page.run("""
         window.sent = [];
         const say = (delta) => 'data: ' + JSON.stringify({choices: [{index: 0, delta}]}) + '\\n\\n';
+        const server = window.fetch;
         window.fetch = async (path, options) => {
+            if (path !== '/v1/chat/completions') return server(path, options);
             window.sent.push(JSON.parse(options.body));
             const told = say({reasoning_content: 'Hm <b>so</b>. '}) + say({content: 'Yes.'});
             return new Response(told + 'data: [DONE]\\n\\n');
@@ -155,68 +159,125 @@ def test_thoughts_are_shown_apart_and_not_sent_back(page: Browser) -> None:
     assert said == ["one", "Yes.", "two"]
 
 
-REL = 'target="_blank" rel="noopener noreferrer nofollow"'
-MARKDOWN = [
-    (
-        "**bold** and *it* and `x < y`",
-        "<p><strong>bold</strong> and <em>it</em> and <code>x &lt; y</code></p>",
-    ),
-    ("a snake_case_name 2*3*4", "<p>a snake_case_name 2<em>3</em>4</p>"),
-    ("# One\n\ntext\nmore", "<h2>One</h2><p>text<br>more</p>"),
-    ("- a\n- b\n  - c", "<ul><li>a</li><li><p>b</p><ul><li>c</li></ul></li></ul>"),
-    ("1. x\n2. y", '<ol start="1"><li>x</li><li>y</li></ol>'),
-    ("> q\n\n---", "<blockquote><p>q</p></blockquote><hr>"),
-    (
-        "|a|b|\n|-|-|\n|1|2|",
-        '<div class="scroll"><table><thead><tr><th>a</th><th>b</th></tr></thead>'
-        "<tbody><tr><td>1</td><td>2</td></tr></tbody></table></div>",
-    ),
-    ("<img src=x onerror=alert(1)>", "<p>&lt;img src=x onerror=alert(1)&gt;</p>"),
-    (
-        "[a](javascript:alert(1)) ![i](data:text/html,x)",
-        "<p>[a](javascript:alert(1)) ![i](data:text/html,x)</p>",
-    ),
-    ("[a](https://e.org/?q=<script>)", f'<p><a href="https://e.org/?q=&lt;script&gt;" {REL}>a</a></p>'),
-    ("see https://e.org/a_b.", f'<p>see <a href="https://e.org/a_b" {REL}>https://e.org/a_b</a>.</p>'),
-    ("**open *and `never closed https:// [", "<p>**open *and `never closed https:// [</p>"),
-    ("\\*plain\\*", "<p>*plain*</p>"),
-]
-RENDER = """return (async (text, wanted) => {
-    const { markdown } = await import('/web/markdown.js');
-    const made = document.createElement('div'), other = document.createElement('div');
-    made.append(markdown(text));
-    other.innerHTML = wanted;
-    made.normalize();
-    return made.isEqualNode(other) ? '' : made.innerHTML;
-})(arguments[0], arguments[1])"""
+ASKED_MARKDOWN = """## A table
+
+| a | b |
+|---|---|
+| 1 | `2` |
+
+```python
+def f(x):
+    return x < 2
+```
+
+- one
+
+- two
+
+The mass is $m^2$ <b>x</b>."""
 
 
-def test_markdown_is_rendered_and_nothing_of_it_is_markup(page: Browser) -> None:
-    for text, wanted in MARKDOWN:
-        assert page.run(RENDER, text, wanted) == "", text
+def stream(page: Browser, pieces: list[str]) -> None:
+    """From now on the model says these pieces; everything else still goes to the server."""
+    page.run("""
+        window.serverFetch ??= window.fetch;
+        window.sent = [];
+        const event = (content) => ({choices: [{index: 0, delta: {content}}]});
+        const told = arguments[0].map((content) => 'data: ' + JSON.stringify(event(content)) + '\\n\\n');
+        window.fetch = async (path, options) => {
+            if (path !== '/v1/chat/completions') return window.serverFetch(path, options);
+            window.sent.push(JSON.parse(options.body));
+            return new Response(told.join('') + 'data: [DONE]\\n\\n');
+        };
+    """, pieces)  # fmt: skip
 
 
-def test_code_blocks_grow_while_they_stream(page: Browser) -> None:
+def test_markdown_becomes_elements_and_stays_text(page: Browser) -> None:
+    stream(page, [ASKED_MARKDOWN[i : i + 7] for i in range(0, len(ASKED_MARKDOWN), 7)])
+    ask(page, "show me")
+    page.until(lambda: page.count(".assistant .text math"))
+    assert page.text(".assistant .text h2") == "A table"
+    assert page.count(".assistant .text .scroll td code") == 1
+    assert page.text(".assistant .code pre") == "def f(x):\n    return x < 2\n"
+    assert page.text(".assistant .code-bar span") == "python"
+    assert page.count(".assistant .text ul") == 1, "a list with empty lines is one list"
+    assert page.count(".assistant .text b") == 0 and "<b>x</b>" in page.text(".assistant .text")
+    colour = "return getComputedStyle(document.querySelector('.code .k')).color"
+    assert page.run(colour) != page.run("return getComputedStyle(document.querySelector('.code pre')).color")
+
+
+def test_what_still_grows_is_plain_and_code_has_its_frame(page: Browser) -> None:
     made = page.run("""return (async (text) => {
-        const { markdown } = await import('/web/markdown.js');
+        const { plain, finishedUpTo } = await import('/web/markdown.js');
         const node = document.createElement('div');
-        node.append(markdown(text));
-        return [node.querySelector('pre').textContent, node.querySelector('.code-bar span').textContent];
-    })(arguments[0])""", "```python\nif a < b:\n    **not bold**")  # fmt: skip
-    assert made == ["if a < b:\n    **not bold**", "python"]
+        node.append(plain(text));
+        return [node.querySelector('p').textContent, node.querySelector('pre').textContent,
+                node.querySelector('.code-bar span').textContent, finishedUpTo(text, 0)];
+    })(arguments[0])""", "so **it** is\n\n```python\nif a < b:\n\n    pass")  # fmt: skip
+    assert made == ["so **it** is", "if a < b:\n\n    pass", "python", len("so **it** is\n\n")]
 
 
-def test_hostile_markdown_takes_no_time(page: Browser) -> None:
-    spent = page.run("""return (async () => {
-        const { markdown } = await import('/web/markdown.js');
-        const began = performance.now();
-        for (const part of ['*', '[', '`', '**a', '- ', '> ', '|', '_a_', '\\n- a\\n  ', '![](', '~~', '# ',
-                'https://']) {
-            markdown(part.repeat(4000));
-        }
-        return performance.now() - began;
-    })()""")
-    assert spent < 3000
+def test_conversations_are_kept_and_opened_again(page: Browser, live: LiveServer) -> None:
+    set_parameter(page, "max_tokens", "4")
+    ask(page, "first <i>words</i>")
+    page.click("#clear")
+    ask(page, "second words")
+    visit(page, live)
+    titles = "return [...document.querySelectorAll('#saved-list .open')].map((b) => b.textContent)"
+    assert page.run(titles) == ["second words", "first <i>words</i>"]
+    page.click("#saved-list li:nth-child(2) .open")
+    assert page.text(".user .text") == "first <i>words</i>" and page.count(".assistant.done") == 1
+    ask(page, "more", answers=2)
+    assert page.run(titles) == ["first <i>words</i>", "second words"]
+    page.click("#saved-list li:nth-child(1) .quiet")
+    assert page.run(titles) == ["second words"]
+
+
+def test_an_answer_is_copied_as_a_command(page: Browser, live: LiveServer) -> None:
+    page.run("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    set_parameter(page, "max_tokens", "4")
+    ask(page, 'it\'s "quoted" & $HOME')
+    page.run("[...document.querySelectorAll('.assistant footer button')].at(-1).click()")
+    command = page.until(lambda: page.run("return window.copied"))
+    said = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=20)
+    answer = json.loads(said.stdout)
+    assert answer["usage"]["completion_tokens"] == 4
+    assert 'it\'s "quoted" & $HOME' in live.tokenizer.decode(live.engine.requests[-1].prompt_token_ids)
+
+
+def test_schemas_and_tools_go_with_a_request_and_results_go_back(page: Browser) -> None:
+    call = {"index": 0, "id": "call_1", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    page.run("""
+        window.sent = [];
+        const call = arguments[0];
+        const server = window.fetch;
+        window.fetch = async (path, options) => {
+            if (path !== '/v1/chat/completions') return server(path, options);
+            window.sent.push(JSON.parse(options.body));
+            const delta = window.sent.length === 1 ? {tool_calls: [call]} : {content: 'Done.'};
+            const event = JSON.stringify({choices: [{index: 0, delta}]});
+            return new Response('data: ' + event + '\\n\\ndata: [DONE]\\n\\n');
+        };
+    """, call)  # fmt: skip
+    page.click("#extras summary")
+    set_parameter(page, "schema", "{nonsense")
+    page.type("#prompt", "hello" + ENTER)
+    assert page.run(
+        "return [window.sent.length, document.querySelector('[name=schema]').validity.valid]"
+    ) == [0, False]
+    set_parameter(page, "schema", '{"type": "object"}')
+    set_parameter(page, "tools", '[{"name": "f", "parameters": {}}]')
+    page.click("#send")
+    page.until(lambda: page.count(".results textarea"))
+    assert page.text(".calls") == 'f({"x": 1})'
+    page.type(".results textarea", "42")
+    page.click(".results button")
+    page.until(lambda: page.count(".assistant.done") == 2)
+    first, second = page.run("return window.sent")
+    assert first["tools"] == [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    assert first["response_format"]["json_schema"]["schema"] == {"type": "object"}
+    assert [message["role"] for message in second["messages"]] == ["user", "assistant", "tool"]
+    assert second["messages"][2] == {"role": "tool", "tool_call_id": "call_1", "content": "42"}
 
 
 def test_events_survive_every_chunking(page: Browser) -> None:

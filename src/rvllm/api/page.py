@@ -13,12 +13,14 @@ import msgspec
 from starlette.routing import Route
 
 from rvllm.api.generate.generation import Service
+from rvllm.api.http.body import parse
 from rvllm.api.http.errors import ApiError, invalid
 from rvllm.api.http.exchange import Endpoint, Exchange, Gate
 from rvllm.engine.ipc.messages import State
 from rvllm.telemetry.timing import KEPT, RequestTiming
 from rvllm.version import __version__
-from rvllm.web.files import INDEX, WebFile, read_files
+from rvllm.web.files import CODE_CSS, INDEX, WebFile, code_css, read_files
+from rvllm.web.markdown import MAX_CHARS, render
 
 FRESH_SECONDS = 0.2  # a state this young is shown to everyone who asks
 DRAIN_SECONDS = 0.25  # how soon a stream notices that the server shuts down
@@ -226,8 +228,20 @@ def timing_view(timing: RequestTiming) -> TimingView:
     return TimingView(timing.id, timing.path, timing.status, timing.arrived / 1e9, timing.seconds, choices)
 
 
+class MarkdownRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """A text in Markdown."""
+
+    text: str
+
+
+class MarkdownAnswer(msgspec.Struct):
+    """The text as HTML that is safe to show."""
+
+    html: str
+
+
 def page_routes(service: Service, gate: Gate) -> list[Route]:
-    """`/`, its files under `/web/`, and `/rvllm/state`. The files need no key; the state does."""
+    """`/`, its files under `/web/`, and what the page asks for. The files need no key; all else does."""
     files, feed = read_files(), StateFeed(service)
 
     async def index(exchange: Exchange, body: bytes) -> None:
@@ -245,21 +259,36 @@ def page_routes(service: Service, gate: Gate) -> list[Route]:
             raise ApiError(404, f"no finished request of that id is among the last {KEPT}")
         await exchange.json(timing_view(timing), headers=((b"cache-control", b"no-store"),))
 
+    async def markdown(exchange: Exchange, body: bytes) -> None:
+        text = parse(body, MarkdownRequest).text
+        if len(text) > MAX_CHARS:
+            raise ApiError(413, f"text: at most {MAX_CHARS} characters are rendered at once", param="text")
+        html = await service.work.run(render, "text", len(text), text)
+        await exchange.json(MarkdownAnswer(html))
+
     def route(
-        path: str, name: str, handler: Callable[[Exchange, bytes], Coroutine[Any, Any, None]], open: bool
+        path: str,
+        name: str,
+        handler: Callable[[Exchange, bytes], Coroutine[Any, Any, None]],
+        open: bool,
+        method: str = "GET",
     ) -> Route:
-        return Route(path, Endpoint(gate, name, handler, open=open), methods=["GET"])
+        return Route(path, Endpoint(gate, name, handler, open=open), methods=[method])
 
     return [
         route("/", "/", index, True),
         route("/web/{name}", "/web/NAME", file, True),
         route("/rvllm/state", "/rvllm/state", state, False),
+        route("/rvllm/markdown", "/rvllm/markdown", markdown, False, "POST"),
         route("/rvllm/requests/{id}", "/rvllm/requests/ID", request, False),
     ]
 
 
 async def _file(exchange: Exchange, files: Mapping[str, WebFile]) -> None:
     name = exchange.scope["path_params"]["name"]
+    if name == CODE_CSS:  # made by a library that the start does without
+        await _send(exchange, await asyncio.to_thread(code_css))
+        return
     if name not in files:
         raise ApiError(404, f"the page has no file {name[:100]!r}")
     await _send(exchange, files[name])

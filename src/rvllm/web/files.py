@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
 STATIC = Path(__file__).parent / "static"
 INDEX = "index.html"
+CODE_CSS = "code.css"
 _TYPES = {
     ".html": b"text/html; charset=utf-8",
     ".css": b"text/css; charset=utf-8",
@@ -27,9 +29,20 @@ class WebFile:
 
 def read_files() -> dict[str, WebFile]:
     """All files of the page by name."""
-    return {path.name: _read(path) for path in sorted(STATIC.iterdir()) if path.suffix in _TYPES}
+    return {
+        path.name: _file(path.read_bytes(), path.suffix)
+        for path in sorted(STATIC.iterdir())
+        if path.suffix in _TYPES
+    }
 
 
-def _read(path: Path) -> WebFile:
-    body = path.read_bytes()
-    return WebFile(body, _TYPES[path.suffix], b'"%s"' % blake2b(body, digest_size=12).hexdigest().encode())
+@cache
+def code_css() -> WebFile:
+    """The colours of code, which Pygments makes."""
+    from rvllm.web import markdown
+
+    return _file(markdown.code_css(), ".css")
+
+
+def _file(body: bytes, suffix: str) -> WebFile:
+    return WebFile(body, _TYPES[suffix], b'"%s"' % blake2b(body, digest_size=12).hexdigest().encode())

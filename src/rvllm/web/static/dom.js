@@ -1,4 +1,4 @@
-// Building elements and showing numbers. Text always goes in as text, never as markup.
+// Building elements and showing numbers. Text goes in as text, never as markup.
 
 export function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);

@@ -179,8 +179,8 @@ function card(title, kind, ...children) {
 
 const headings = (...names) => el("tr", {}, ...names.map((name) => el("th", { scope: "col" }, name)));
 
-// Request ids differ at their ends: "chatcmpl-" and the choice's number stay, the middle is cut.
-const shortId = (id) => (id.length > 22 ? `${id.slice(0, 14)}…${id.slice(-6)}` : id);
+// Eight characters tell requests apart; the number of a choice stays. The whole id is in the title.
+const shortId = (id) => id.replace(/^[a-z]+[-_](?=[0-9a-f]{16})/, "").replace(/^([0-9a-f]{8})[0-9a-f]{8,}/, "$1");
 
 function outputCell(sequence) {
   const meter = el("span", { class: "meter" });
