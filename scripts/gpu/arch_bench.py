@@ -105,8 +105,7 @@ def dry_run(name: str, dtype: DType) -> Line:
     budget = Budget(141 << 30, 1 << 30, 136 << 30)
     if embedding_size(program) is not None:
         plan = EncoderPlan.make(program, ENCODER, H200, budget)
-        nowhere = plan.addresses({}, 0, 0, 0, dict.fromkeys(plan.scratch, 0))
-        launches = len(plan.launches(ENCODER.max_num_seqs * TEXT, nowhere))
+        launches = len(plan.launches(ENCODER.max_num_seqs * TEXT))
         floor = encoder_floor(program, 4.2e12)
         return Line(label, plan.lines["weights"] / 1e9, launches, 0.0, float("nan"), 1e3 * floor, 4.2, 1.0)
     planner, _ = StepPlanner.plan(program, ENGINE, H200, budget)

@@ -82,7 +82,7 @@ def check_planned(gpu: Machine, rng: np.random.Generator, config: dict[str, Any]
         rows = gathered(parts, inputs, 96 - sum(counts))
         buffers[conv.x.name].put(rows.astype(np_dtype))
         planned = planner.decode(padded) if decode else planner.body(padded)
-        size = Counts(padded, padded if decode else planner.memory.seqs, padded)
+        size = Counts(padded, padded if decode else planner.memory.shape.seqs, padded)
         for p in planned[1:]:
             args = [_pointer(a) if isinstance(a, int) else a for a in p.parameters]
             gpu.launch(p.kernel, p.grid(size), p.block, args, smem=p.smem)

@@ -64,8 +64,7 @@ def test_an_encoder_is_planned_within_its_budget() -> None:
     plan = EncoderPlan.make(given, EngineConfig(), H200, ROOM)
     assert 0.65e9 < plan.lines["weights"] < 0.7e9
     assert plan.longest == 512
-    nowhere = plan.addresses({}, 0, 0, 0, {})
-    assert len(plan.launches(16, nowhere)) == 24 * 7 + 4  # embed, positions, norm, layers, pool
+    assert len(plan.launches(16)) == 24 * 7 + 4  # embed, positions, norm, layers, pool
     with pytest.raises(CapacityError, match="--max-num-batched-tokens"):
         EncoderPlan.make(given, EngineConfig(), H200, Budget(80 << 30, 79 << 30, 1 << 28))
     with pytest.raises(UsageError, match="the longest text whole, 512 tokens"):

@@ -53,7 +53,7 @@ def launches(name: str, dtype: DType, facts: DeviceFacts) -> Iterator[Planned]:
     if embedding_size(program) is not None:
         plan = EncoderPlan.make(program, EngineConfig(), facts, ROOM)
         for tokens in plan.sizes():
-            yield from plan.launches(tokens, plan.addresses({}, 0, 0, 0, {}))
+            yield from plan.launches(tokens)
         return
     planner, _ = StepPlanner.plan(program, SHORT, facts, ROOM)
     for seqs in planner.decode_sizes():

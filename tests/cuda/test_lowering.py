@@ -148,7 +148,7 @@ def test_the_ledger_fills_the_budget_and_no_more() -> None:
     assert lines(plan) <= GB80.ours
     assert GB80.ours - lines(plan) < plan.block_bytes
     fixed = planner(program(), H100, EngineConfig(num_gpu_blocks=1000)).memory
-    assert fixed.num_blocks == 1000
+    assert fixed.shape.kv_blocks == 1000
     assert lines(fixed) < lines(plan)
     assert fixed.max_model_len == 16000
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from gpu_engine import needs_gpu
@@ -11,6 +12,7 @@ from rvllm.backends.base import MAX_BIASES, MAX_STOPS
 from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
 from rvllm.backends.cuda.device import arena
 from rvllm.backends.cuda.device.driver import CudaError
+from rvllm.backends.cuda.layout.allocations import Placed
 from rvllm.backends.cuda.layout.memory import GB, HEADROOM, budget_of
 from rvllm.backends.cuda.layout.preview import preview
 from rvllm.backends.cuda.ops.gemm import cublas
@@ -45,7 +47,7 @@ def test_the_longest_request_with_every_list_full_fits_the_buffer_of_starting_sl
 ) -> None:
     config = EngineConfig(max_num_seqs=seqs, num_gpu_blocks=longest // 16)
     plan = planner(program(num_hidden_layers=1, max_position_embeddings=longest), H100, config).memory
-    assert plan.longest == longest and plan.seqs == seqs
+    assert plan.longest == longest and plan.shape.seqs == seqs
     assert plan.start_words - seqs * START_WORDS >= longest + 2 * MAX_BIASES + MAX_STOPS
 
 
@@ -74,8 +76,24 @@ def test_info_shows_every_byte_of_the_device(blocks: int | None) -> None:
     seen, plan = preview(given, config, H100, budget), planner(given, H100, config, budget).memory
     assert sum(seen.lines.values()) == seen.total == TOTAL and min(seen.lines.values()) >= 0
     assert {name: seen.lines[name] for name in plan.lines} == plan.lines
-    assert seen.limits["kv blocks"] == plan.num_blocks == (blocks or plan.num_blocks)
+    assert seen.limits["kv blocks"] == plan.shape.kv_blocks == (blocks or plan.shape.kv_blocks)
     assert seen.limits["max_model_len"] == plan.max_model_len
+
+
+@pytest.mark.parametrize("strategy", ["native", "cublas"])
+def test_the_arena_is_filled_by_the_plan_to_the_byte(
+    strategy: Literal["native", "cublas"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arena, "call", lambda name, *_: 1 << 40)
+    plan = planner(program(num_hidden_layers=3), H100, EngineConfig(gemm_strategy=strategy)).memory
+    taken = arena.Arena(plan.nbytes)
+    placed = Placed.take(taken, plan.allocations)
+    assert {line.name: line.nbytes for line in taken.ledger()} == plan.lines  # nothing is left over
+    at = placed.addresses(plan.workspace)
+    starts = [*at.weights.values(), *(a for pair in at.caches.values() for a in pair), at.metadata, at.scores]
+    assert len(set(starts)) == len(starts) and min(starts) >= 1 << 40
+    assert placed.line("kv cache").nbytes == plan.lines["kv cache"]
+    assert len(at.caches) == 3 and all(values > keys for keys, values in at.caches.values())
 
 
 def test_info_shows_an_encoder_too() -> None:

@@ -103,8 +103,8 @@ def test_a_recurrent_layer_is_five_launches_when_decoding() -> None:
 def test_the_states_are_a_line_of_the_budget() -> None:
     given = program()
     plan = planner(given).memory
-    states = 4 * given.state_elements_per_slot * plan.seqs
-    assert plan.lines[state_line(plan.seqs)] == pytest.approx(states, rel=1e-3)
+    states = 4 * given.state_elements_per_slot * plan.shape.seqs
+    assert plan.lines[state_line(plan.shape.seqs)] == pytest.approx(states, rel=1e-3)
     assert sum(plan.lines.values()) <= GB120.ours
     assert GB120.ours - sum(plan.lines.values()) < plan.block_bytes
 
@@ -116,10 +116,10 @@ def test_as_many_sequences_run_as_states_fit() -> None:
     few = Budget(141 << 30, 1 << 30, weights + 40 * each)
     small = EngineConfig(max_model_len=512, max_num_batched_tokens=512)
     plan = planner(given, budget=few, config=small).memory
-    assert 16 <= plan.seqs <= 20
-    assert plan.layout.seqs == plan.seqs
+    assert 16 <= plan.shape.seqs <= 20
+    assert plan.layout.seqs == plan.shape.seqs
     asked = replace(small, kv_cache_memory_gb=10.5 * each / 1e9)
-    assert planner(given, budget=few, config=asked).memory.seqs == 10
+    assert planner(given, budget=few, config=asked).memory.shape.seqs == 10
     with pytest.raises(CapacityError, match="state of one sequence takes"):
         planner(given, budget=Budget(141 << 30, 1 << 30, weights + each))
 

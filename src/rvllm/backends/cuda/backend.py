@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel, StepResult
-from rvllm.backends.cuda.device.driver import Pinned
+from rvllm.backends.cuda.device.driver import Pinned, Stream
 from rvllm.backends.cuda.device.launches import Counts
 from rvllm.backends.cuda.formats.choose import kept
 from rvllm.backends.cuda.in_flight import NOTHING, InFlightStep
-from rvllm.backends.cuda.layout.device_state import DeviceState, carve, clear_state, send_ropes
-from rvllm.backends.cuda.layout.memory import BLOCK
+from rvllm.backends.cuda.layout.addresses import Addresses
+from rvllm.backends.cuda.layout.allocations import Placed, placed_weights
+from rvllm.backends.cuda.layout.memory import BLOCK, KV_CACHE, MemoryPlan
 from rvllm.backends.cuda.layout.metadata import SampledRows, leading_decodes
 from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
 from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
@@ -51,27 +52,26 @@ class CudaBackend:
         self,
         gpu: Gpu,
         planner: StepPlanner,
-        state: DeviceState,
         program: Program,
         check_memory: bool = False,
     ) -> None:
-        plan = planner.memory
+        plan, shape, at = planner.memory, planner.memory.shape, planner.addresses
         self._gpu, self._ledger = gpu, gpu.ledger()
         self._facts, self._catalog, self._stream = gpu.facts, gpu.catalog, gpu.stream
-        self._planner, self._state, self._program = planner, state, program
+        self._planner, self._at, self._shape, self._program = planner, at, shape, program
         self._graphs = GraphBook(planner, gpu.catalog, gpu.stream)
         self._limits = Limits(
-            max_num_seqs=plan.seqs,
-            max_num_batched_tokens=plan.tokens,
+            max_num_seqs=shape.seqs,
+            max_num_batched_tokens=shape.tokens,
             max_model_len=plan.max_model_len,
             block_size=BLOCK,
-            num_blocks=plan.num_blocks,
+            num_blocks=shape.kv_blocks,
             pipeline_depth=DEPTH,
             prefix_reuse=not program.states,
         )
         self._ring = [InFlightStep.create(plan) for _ in range(DEPTH + 2)]
-        self._starter = Starter(gpu.catalog, gpu.stream, state, plan)
-        self._scorer = Scorer(gpu.catalog, gpu.stream, state)
+        self._starter = Starter(gpu.catalog, gpu.stream, at, shape, plan.start_words)
+        self._scorer = Scorer(gpu.catalog, gpu.stream, at, shape)
         self._check_memory, self._free_before, self._graphs_before = check_memory, -1, 0
         self._last: InFlightStep | None = None
         self._steps = self._gaps = 0
@@ -96,12 +96,13 @@ class CudaBackend:
         loading = loading_kernels(wanted, program.dtype, checkpoint)
         kernels = [*planner.kernels(), START_KERNEL, LOGPROBS_KERNEL, *loading]
         gpu = Gpu.take(found, kernels, memory.nbytes, report)
-        state = carve(gpu.arena, program, planner.stages, memory, wanted)
-        clear_state(gpu.stream, state, memory)
-        send_ropes(gpu.stream, state, memory)
-        gpu.load_weights(program.dtype, state.places, checkpoint, config.seed, state.kv, report)
-        planner = replace(planner, addresses=state.addresses)
-        backend = CudaBackend(gpu, planner, state, program, config.check_device_memory)
+        placed = Placed.take(gpu.arena, memory.allocations)
+        placed.clear(gpu.stream)
+        at = placed.addresses(memory.workspace)
+        send_ropes(gpu.stream, at, memory)
+        staging = placed.line(KV_CACHE)
+        gpu.load_weights(program.dtype, placed_weights(wanted, at), checkpoint, config.seed, staging, report)
+        backend = CudaBackend(gpu, replace(planner, addresses=at), program, config.check_device_memory)
         if config.capture_graphs == "eager":
             report(0.0, "capturing graphs")
             backend.capture_all()
@@ -155,14 +156,14 @@ class CudaBackend:
         words = flight.metadata.array.view(np.int32)
         updates = self._starter.early_updates(batch.new_blocks, layout.updates)
         used = layout.pack(batch, updates, rows, tiles, words)
-        self._stream.copy_to_device(self._state.addresses.metadata, flight.metadata.address, used)
+        self._stream.copy_to_device(self._at.metadata, flight.metadata.address, used)
         flight.began.record(self._stream)
         for graph in graphs:
             graph.launch(self._stream)
         flight.ended.record(self._stream)
         self._scorer.launch(flight)
         if len(rows.rows):
-            self._stream.copy_to_host(flight.tokens.address, self._state.addresses.tokens, 4 * len(rows.rows))
+            self._stream.copy_to_host(flight.tokens.address, self._at.tokens, 4 * len(rows.rows))
         flight.done.record(self._stream)
         self._last = flight
         return flight
@@ -211,13 +212,13 @@ class CudaBackend:
         masks = flight.batch.masks
         if not masks:
             return
-        words = self._state.shape.mask_words
+        words = self._shape.mask_words
         if flight.masks is None:
-            flight.masks = Pinned(4 * words * self._state.shape.samples)
+            flight.masks = Pinned(4 * words * self._shape.samples)
         image = flight.masks.array.view(np.uint32).reshape(-1, words)
         for row, s in enumerate(sorted(masks)):
             image[row] = masks[s]
-        self._stream.copy_to_device(self._state.addresses.masks, flight.masks.address, 4 * words * len(masks))
+        self._stream.copy_to_device(self._at.masks, flight.masks.address, 4 * words * len(masks))
 
     def profile(self, seqs: int, context: int) -> Profile:
         """Times every kernel of a decode step of `seqs` sequences with `context` tokens each.
@@ -231,7 +232,7 @@ class CudaBackend:
             )
         self._catalog.require([READ_KERNEL])
         for _ in range(2):  # leaves the step's metadata and slots on the device
-            self.collect(self.launch(decode_batch(seqs, context, self._state.shape.vocab)))
+            self.collect(self.launch(decode_batch(seqs, context, self._shape.vocab)))
         size = self._graphs.decode_size(seqs)
         shape = StepShape(seqs, 1, context)
         costs = {stage.name: stage_cost(self._program, stage, shape) for stage in self._planner.stages}
@@ -243,7 +244,7 @@ class CudaBackend:
             Counts(size, size, size),
             pdl=self._facts.capability >= 90,
         )
-        arena, sink = self._gpu.arena, self._state.addresses.bests
+        arena, sink = self._gpu.arena, self._at.bests
         nbytes = min(arena.nbytes, 16 << 30)
         rate = stream_rate(self._catalog, self._stream, arena.base, nbytes, sink, 4 * self._facts.sm_count)
         return Profile(seqs, context, rows, step, rate)
@@ -284,3 +285,15 @@ class CudaBackend:
             flight.close()
         self._starter.close()
         self._gpu.close()
+
+
+def send_ropes(stream: Stream, at: Addresses, plan: MemoryPlan) -> None:
+    """Computes the rotary tables on the host and copies them to the device."""
+    for rope, (cos_at, sin_at) in at.ropes.items():
+        for table, address in zip(rope.table(plan.shape.table_stride * BLOCK), (cos_at, sin_at), strict=True):
+            flat = np.ascontiguousarray(table).reshape(-1).view(np.uint8)
+            staging = Pinned(flat.nbytes)
+            staging.array[:] = flat
+            stream.copy_to_device(address, staging.address, flat.nbytes)
+            stream.sync()
+            staging.close()

@@ -6,6 +6,8 @@ are those of the other backend.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,7 +15,7 @@ from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKer
 from rvllm.backends.cuda.buckets import bucket_of
 from rvllm.backends.cuda.device.driver import Event, Graph, Pinned
 from rvllm.backends.cuda.device.graphs import GraphCache, Key
-from rvllm.backends.cuda.layout.addresses import Addresses
+from rvllm.backends.cuda.layout.allocations import Placed, placed_weights
 from rvllm.backends.cuda.layout.metadata import SampledRows
 from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
 from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
@@ -31,11 +33,11 @@ _NO_UPDATES = np.zeros((0, 3), dtype=np.int32)
 class CudaEncoder:
     """An encoder loaded onto a GPU (see `rvllm.backends.base.Backend`)."""
 
-    def __init__(self, gpu: Gpu, plan: EncoderPlan, addresses: Addresses) -> None:
+    def __init__(self, gpu: Gpu, plan: EncoderPlan) -> None:
         self._gpu, self._stream, self._ledger = gpu, gpu.stream, gpu.ledger()
-        self._plan, self._at = plan, addresses
+        self._plan, self._at = plan, plan.addresses
         pool = next(op for op in reversed(plan.program.ops) if isinstance(op, Pool))
-        self._width, self._vectors = pool.out.width, addresses.buffers[pool.out.name]
+        self._width, self._vectors = pool.out.width, plan.addresses.buffers[pool.out.name]
         self._metadata = Pinned(plan.layout.nbytes)
         self._out = Pinned(4 * plan.seqs * self._width)
         self._began, self._ended = Event(), Event()
@@ -67,20 +69,12 @@ class CudaEncoder:
         plan = EncoderPlan.make(program, config, found.facts, found.budget)
         kernels = [*plan.kernels(), *loading_kernels(plan.wanted, program.dtype, checkpoint)]
         gpu = Gpu.take(found, kernels, plan.nbytes, report)
-        arena = gpu.arena
-        places = [(w, arena.take("weights", w.nbytes, w.weight.name).address) for w in plan.wanted]
-        workspace = arena.take("workspace", plan.lines["workspace"])
-        metadata = arena.take("metadata", plan.layout.nbytes).address
-        gemm = plan.lines.get("cuBLAS workspace", 0)
-        gemm_at = arena.take("cuBLAS workspace", gemm).address if gemm else 0
-        scratch = {name: arena.take("scratch of ops", n, name).address for name, n in plan.scratch.items()}
-        gpu.stream.fill_bytes(metadata, 0, plan.layout.nbytes)
-        for name, address in scratch.items():
-            gpu.stream.fill_bytes(address, 0, plan.scratch[name])
-        gpu.load_weights(program.dtype, places, checkpoint, config.seed, workspace, report)
-        weights = {i: address for i, (_, address) in enumerate(places)}
-        addresses = plan.addresses(weights, workspace.address, metadata, gemm_at, scratch)
-        encoder = CudaEncoder(gpu, plan, addresses)
+        placed = Placed.take(gpu.arena, plan.allocations)
+        placed.clear(gpu.stream)
+        at = placed.addresses(plan.workspace)
+        places, staging = placed_weights(plan.wanted, at), placed.line("workspace")
+        gpu.load_weights(program.dtype, places, checkpoint, config.seed, staging, report)
+        encoder = CudaEncoder(gpu, replace(plan, addresses=at))
         if config.capture_graphs == "eager":
             report(0.0, "capturing graphs")
             for size in plan.sizes():
@@ -126,7 +120,7 @@ class CudaEncoder:
         """The graph of steps of up to `size` (a padded size) tokens, captured on first use."""
         self._last = ("texts", size)
         counts = self._plan.counts(size)
-        return self._graphs.get("texts", size, lambda n: self._plan.launches(n, self._at), counts)
+        return self._graphs.get("texts", size, self._plan.launches, counts)
 
     def launch(self, batch: StepBatch) -> object:
         """Refused: an encoder draws no tokens. Raises UsageError."""

@@ -10,7 +10,7 @@ from rvllm.backends.base import StepBatch
 from rvllm.backends.cuda.device.driver import Event, Pinned
 from rvllm.backends.cuda.layout.memory import MemoryPlan
 from rvllm.backends.cuda.layout.metadata import SampledRows
-from rvllm.backends.cuda.ops.sampling.slots import MAX_TOP
+from rvllm.backends.cuda.ops.sampling.arrays import LogprobArrays
 
 
 def _nothing() -> StepBatch:
@@ -52,11 +52,12 @@ class InFlightStep:
     @staticmethod
     def create(plan: MemoryPlan) -> InFlightStep:
         """Pinned memory for the largest step of the plan."""
+        logprobs = LogprobArrays(plan.shape.samples)
         return InFlightStep(
             metadata=Pinned(plan.layout.nbytes),
-            tokens=Pinned(4 * plan.samples),
-            entries=Pinned(16 * plan.samples),
-            scores=Pinned(plan.samples * (8 + 8 * MAX_TOP)),
+            tokens=Pinned(4 * plan.shape.samples),
+            entries=Pinned(logprobs.entry_bytes),
+            scores=Pinned(logprobs.result_bytes),
             began=Event(),
             ended=Event(),
             done=Event(),

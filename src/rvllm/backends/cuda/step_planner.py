@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from rvllm.backends.base import StepKernel
 from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
@@ -18,11 +18,11 @@ from rvllm.backends.cuda.device.graphs import GraphCache, Key
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Counts, Planned, kernel_names
 from rvllm.backends.cuda.formats.fp8 import quantised_buffers
-from rvllm.backends.cuda.layout.addresses import Addresses, Shape
-from rvllm.backends.cuda.layout.device_state import shape_of
+from rvllm.backends.cuda.layout.addresses import Addresses
+from rvllm.backends.cuda.layout.allocations import nowhere
 from rvllm.backends.cuda.layout.fusion import Stage, fuse
 from rvllm.backends.cuda.layout.joining import joined
-from rvllm.backends.cuda.layout.memory import Budget, MemoryPlan, plan_memory, ropes_of
+from rvllm.backends.cuda.layout.memory import Budget, MemoryPlan, plan_memory
 from rvllm.backends.cuda.layout.metadata import Layout
 from rvllm.backends.cuda.layout.weights import PackedWeight, packed_weights
 from rvllm.backends.cuda.lowering import Lowering
@@ -40,7 +40,6 @@ class StepPlanner:
 
     dtype: DType
     chip: DeviceInfo
-    shape: Shape
     addresses: Addresses
     memory: MemoryPlan
     stages: Sequence[Stage]
@@ -67,8 +66,7 @@ class StepPlanner:
         planner = StepPlanner(
             dtype=program.dtype,
             chip=chip,
-            shape=shape_of(program, memory),
-            addresses=nowhere(program, wanted, memory),
+            addresses=nowhere(memory.allocations, memory.workspace),
             memory=memory,
             stages=stages,
             prefill=prefill,
@@ -87,7 +85,7 @@ class StepPlanner:
 
     def body(self, tokens: int) -> list[Planned]:
         """A step of up to `tokens` tokens, up to the rows whose logits are wanted."""
-        lowering = self._lowering(self.memory.layout, Counts(tokens, self.memory.seqs, 0), prefill=True)
+        lowering = self._lowering(self.memory.layout, Counts(tokens, self.memory.shape.seqs, 0), prefill=True)
         return [*lowering.begin(), *lowering.lower(self.stages[: self._cut()])]
 
     def head(self, samples: int) -> list[Planned]:
@@ -101,15 +99,15 @@ class StepPlanner:
 
     def decode_sizes(self) -> list[int]:
         """Padded batch sizes of decode graphs."""
-        return decode_buckets(self.memory.seqs)
+        return decode_buckets(self.memory.shape.seqs)
 
     def token_sizes(self) -> list[int]:
         """Padded token counts of bodies."""
-        return token_buckets(self.memory.tokens)
+        return token_buckets(self.memory.shape.tokens)
 
     def sample_sizes(self) -> list[int]:
         """Padded row counts of heads."""
-        return decode_buckets(self.memory.samples)
+        return decode_buckets(self.memory.shape.samples)
 
     def kernels(self) -> list[str]:
         """Every kernel any step can need; raises MissingKernelError where an op has none."""
@@ -132,7 +130,7 @@ class StepPlanner:
         """How each layer's decode attention is launched for at most `seqs` sequences."""
         ops = (op for stage in self.stages for op in stage.ops)
         memory = self.memory
-        return decode_plans(ops, self.dtype, self.chip, seqs, memory.longest, memory.num_blocks)
+        return decode_plans(ops, self.dtype, self.chip, seqs, memory.longest, memory.shape.kv_blocks)
 
     def _lowering(
         self,
@@ -145,7 +143,7 @@ class StepPlanner:
         lowering = Lowering(
             self.dtype,
             self.chip,
-            self.shape,
+            self.memory.shape,
             self.addresses,
             layout,
             counts,
@@ -163,19 +161,6 @@ def distinct(stages: Sequence[Stage]) -> list[Stage]:
     for stage in stages:
         found.setdefault(re.sub(r"layers\.\d+", "", repr(stage)), stage)
     return list(found.values())
-
-
-def nowhere(program: Program, wanted: Sequence[PackedWeight], memory: MemoryPlan) -> Addresses:
-    """Addresses of nothing, for planning launches before any memory is taken."""
-    return Addresses(
-        weights={(w.weight.name, w.form): 0 for w in wanted},
-        buffers={b.name: 0 for b in program.buffers},
-        caches={c.name: (0, 0) for c in program.caches},
-        ropes=dict.fromkeys(ropes_of(program), (0, 0)),
-        scratch=dict.fromkeys(memory.scratch, 0),
-        states={s.name: 0 for s in program.states},
-        **{f.name: 0 for f in fields(Addresses) if f.type == "int"},
-    )
 
 
 class GraphBook:
@@ -218,7 +203,9 @@ class GraphBook:
         """The graph that computes the hidden rows of up to `tokens` tokens."""
         size = bucket_of(self._token_sizes, tokens)
         self._last = [("body", size)]
-        return self._graphs.get("body", size, self._planner.body, Counts(size, self._planner.memory.seqs, 0))
+        return self._graphs.get(
+            "body", size, self._planner.body, Counts(size, self._planner.memory.shape.seqs, 0)
+        )
 
     def head(self, samples: int) -> Graph:
         """The graph from hidden rows to tokens for up to `samples` rows."""

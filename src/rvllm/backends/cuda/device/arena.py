@@ -11,6 +11,11 @@ from rvllm.errors import CapacityError
 ALIGNMENT = 1024  # bytes: what swizzled shared-memory images and vector loads want
 
 
+def aligned(nbytes: int) -> int:
+    """What a range of `nbytes` takes."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 @dataclass(frozen=True)
 class Range:
     """A named piece of device memory."""
@@ -44,22 +49,22 @@ class Arena:
         """Bytes not carved yet."""
         return self.nbytes - self._used
 
-    def take(self, line: str, nbytes: int, what: str | None = None) -> Range:
+    def take(self, line: str, nbytes: int) -> Range:
         """A range of at least `nbytes`, entered in the ledger under `line`.
 
         Raises CapacityError with the shortfall when the arena is exhausted.
         """
-        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        size = aligned(nbytes)
         if size > self.free:
             raise CapacityError(
-                f"GPU memory: {what or line} needs {size / 1e9:.2f} GB and {self.free / 1e9:.2f} GB "
+                f"GPU memory: {line} needs {size / 1e9:.2f} GB and {self.free / 1e9:.2f} GB "
                 f"are left of {self.nbytes / 1e9:.2f} GB; raise --gpu-memory-utilization, or lower "
                 "--max-num-seqs, --max-num-batched-tokens or --max-model-len"
             )
         address = self.base + self._used
         self._used += size
         self._lines[line] = self._lines.get(line, 0) + size
-        return Range(what or line, address, size)
+        return Range(line, address, size)
 
     def ledger(self) -> list[LedgerLine]:
         """What was taken, line by line, and what is left over."""

@@ -36,6 +36,8 @@ class Addresses:
     biases: int
     stops: int
     masks: int
+    scores: int  # what the logprobs kernel is asked and answers: `sampling.LogprobArrays`
+    starts: int  # slot starts are sent here: entries, then the words they point into
     gemm_workspace: int
     scratch: Mapping[str, int]  # of families of ops, by name
     states: Mapping[str, int]  # of recurrent layers: float32 [slots, elements] each

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from rvllm.backends.base import MAX_BIASES, MAX_STOPS
 from rvllm.backends.cuda.device.arena import ALIGNMENT
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.device.info import DeviceInfo
+from rvllm.backends.cuda.layout.addresses import Shape
+from rvllm.backends.cuda.layout.allocations import WORKSPACE, Allocation, lines_of, weight_allocations
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import Layout
 from rvllm.backends.cuda.layout.weights import ELEMENT, PackedWeight
 from rvllm.backends.cuda.lowering import scratch_of
+from rvllm.backends.cuda.ops.attention.paged import allocations as attention_allocations
 from rvllm.backends.cuda.ops.attention.paged import decode_plans
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, table_stride
 from rvllm.backends.cuda.ops.family import TileShape
-from rvllm.backends.cuda.ops.gemm.cublas import WORKSPACE
-from rvllm.backends.cuda.ops.sampling.slots import MAX_TOP, START_WORDS, StateSizes
+from rvllm.backends.cuda.ops.gemm.cublas import WORKSPACE as WORKSPACE_BYTES
+from rvllm.backends.cuda.ops.sampling.arrays import allocations as sampler_allocations
+from rvllm.backends.cuda.ops.sampling.arrays import logits_allocations
+from rvllm.backends.cuda.ops.sampling.slots import START_WORDS, StateSizes
 from rvllm.backends.lengths import asked_length
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
-from rvllm.program.memory import plan_workspace
+from rvllm.program.memory import Workspace, plan_workspace
 from rvllm.program.ops.dense import LatentRopeKV, Program, RopeKV
 from rvllm.program.rope import Rope
 
@@ -30,6 +35,7 @@ BLOCK = 16  # positions of a KV block
 SCORED_ROWS = 64  # rows of a step that may be scored for prompt logprobs besides the sampled ones
 DEFAULT_TOKENS = 8192
 MIN_START_WORDS = 1 << 18
+KV_CACHE, TABLES = "kv cache", "block tables and metadata"  # lines of the ledger
 HEADROOM = 256 << 20  # for what the driver takes by itself: kernels, graphs, their launch buffers
 
 
@@ -56,22 +62,27 @@ def budget_of(config: EngineConfig, free: int, total: int) -> Budget:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Sizes in bytes of everything on the device, and the capacities they were computed for."""
+    """Everything that is taken of the device's memory, and the capacities it was computed for.
 
-    lines: dict[str, int]
+    workspace: where the program's buffers lie in theirs. longest: tokens of a sequence that buffers are laid
+    out for; max_model_len: those that the KV cache has room for too. start_words: int32 words of slot starts.
+    """
+
+    allocations: list[Allocation]
+    workspace: Workspace
     budget: Budget
-    tokens: int  # rows of the largest step
-    samples: int  # rows of logits
-    seqs: int
+    shape: Shape
     max_model_len: int
-    longest: int  # tokens of a sequence that buffers are laid out for
-    table_stride: int
-    num_blocks: int
+    longest: int
     block_bytes: int
     layout: Layout
     start_words: int
     decode: dict[str, DecodePlan]
-    scratch: dict[str, int]
+
+    @property
+    def lines(self) -> dict[str, int]:
+        """Bytes by line of the ledger."""
+        return lines_of(self.allocations)
 
     @property
     def nbytes(self) -> int:
@@ -94,85 +105,120 @@ def plan_memory(
     CapacityError with the shortfall and the flags that would fit, UsageError for a --max-model-len beyond
     the model's positions.
     """
+    weights = weight_allocations(wanted)
     wanted_len = asked_length(program, config)
     longest = wanted_len or program.max_position
-    weights = sum(_aligned(w.nbytes) for w in wanted)
-    seqs = _sequences(program, config, budget.ours - weights)
-    tokens = max(config.max_num_batched_tokens or DEFAULT_TOKENS, seqs)
-    samples = seqs + SCORED_ROWS
-    stride = table_stride(longest)
-    block_bytes = max(1, program.kv_elements_per_token * ELEMENT * BLOCK)
-    layout = Layout(
-        tokens=tokens,
-        seqs=seqs,
-        samples=samples,
-        tiles=-(-tokens * tiles.group // tiles.rows) + seqs if tiles else 0,
-        updates=min(seqs * stride, 1 << 16),
-    )
+    seqs = _sequences(program, config, budget.ours - _taken(weights))
+    shape = _shape(program, config, seqs, longest)
+    layout = _layout(shape, tiles)
     start_words = max(MIN_START_WORDS, seqs * START_WORDS + longest + 2 * MAX_BIASES + MAX_STOPS)
-    mask_words = -(-program.vocab_size // 32)
-    sizes, vocab = StateSizes(seqs, program.vocab_size), -(-program.vocab_size // 4) * 4
-
-    workspace = plan_workspace([s for s in stages if s.reads or s.writes], tokens, samples).nbytes
-    logits = 4 * samples * vocab
-    lines = {
-        "weights": weights,
-        "workspace": _aligned(workspace),
-        "logits": 2 * _aligned(logits),
-        "rope tables": sum(2 * _aligned(4 * stride * BLOCK * (rope.dim // 2)) for rope in ropes_of(program)),
-        "sampler": sum(
-            _aligned(n)
-            for n in (
-                sizes.parameters, sizes.histories, sizes.biases, sizes.biases, sizes.stops,
-                8 * sizes.chunks() * samples, 4 * samples, 4 * seqs, 4 * samples * mask_words,
-                samples * (16 + 4 + 4 + 8 * MAX_TOP),
-            )
-        ),
-        "block tables and metadata": sum(
-            _aligned(n) for n in (4 * seqs * stride, layout.nbytes, 4 * start_words)
-        ),
-    }  # fmt: skip
-
-    scratch = scratch_of(program, tokens, seqs, facts.capability)
-    if scratch:
-        lines["scratch of ops"] = sum(_aligned(n) for n in scratch.values())
-    if program.states:
-        lines[state_line(seqs)] = sum(_aligned(4 * s.elements * seqs) for s in program.states)
-    if config.gemm_strategy == "cublas":
-        lines["cuBLAS workspace"] = WORKSPACE
-
-    most_blocks = max(1, (budget.ours - sum(lines.values())) // block_bytes)
-    asked = config.num_gpu_blocks or config.num_blocks
-    if asked is None and config.kv_cache_memory_gb is not None:
-        asked = max(1, int(config.kv_cache_memory_gb * GB) // block_bytes)
-    blocks = asked or most_blocks
+    workspace = plan_workspace(stages, shape.tokens, shape.samples)
+    fixed = [
+        *weights,
+        Allocation(WORKSPACE, "workspace", workspace.nbytes),
+        *logits_allocations(shape),
+        *_ropes(program, shape),
+        *sampler_allocations(shape),
+        Allocation("tables", TABLES, 4 * seqs * shape.table_stride, zeroed=True),
+        Allocation("metadata", TABLES, layout.nbytes, zeroed=True),
+        Allocation("starts", TABLES, 4 * start_words),
+    ]
+    after = [*beside_buffers(program, config, shape.tokens, seqs, facts.capability), *_states(program, seqs)]
+    block_bytes = max(1, program.kv_elements_per_token * ELEMENT * BLOCK)
+    room = budget.ours - _taken(fixed) - _taken(after)
+    asked = _asked_blocks(config, block_bytes)
     chip = DeviceInfo(facts.capability, facts.sm_count, facts.smem_per_block)
-    decode = decode_plans(program.ops, program.dtype, chip, seqs, longest, blocks)
-    partial = max((p.partial_bytes for p in decode.values()), default=0)
-    arrivals = max((p.arrivals_bytes for p in decode.values()), default=0)
-    lines["attention workspace"] = _aligned(partial) + _aligned(arrivals)
-    # Each layer's two caches are aligned on their own.
-    slack = 2 * ALIGNMENT * len(program.caches)
-    if asked is None:
-        blocks = (budget.ours - sum(lines.values()) - slack) // block_bytes
-    lines["kv cache"] = max(blocks, 0) * block_bytes + slack
-    _check_fit(lines, budget, blocks, block_bytes, wanted_len)
+    most = asked or max(1, room // block_bytes)
+    decode = decode_plans(program.ops, program.dtype, chip, seqs, longest, most)
+    attention = attention_allocations(decode.values())
+    slack = 2 * ALIGNMENT * len(program.caches)  # each is aligned on its own
+    blocks = asked or (room - _taken(attention) - slack) // block_bytes
+    allocations = [*fixed, *attention, *after]
+    _check_fit(lines_of(allocations), budget, blocks, block_bytes, wanted_len)
     return MemoryPlan(
-        lines=lines,
+        allocations=[*allocations, *_caches(program, blocks)],
+        workspace=workspace,
         budget=budget,
-        tokens=tokens,
-        samples=samples,
-        seqs=seqs,
+        shape=replace(shape, kv_blocks=blocks),
         max_model_len=min(longest, blocks * BLOCK),
         longest=longest,
-        table_stride=stride,
-        num_blocks=blocks,
         block_bytes=block_bytes,
         layout=layout,
         start_words=start_words,
         decode=decode,
-        scratch=scratch,
     )
+
+
+def _taken(allocations: Iterable[Allocation]) -> int:
+    return sum(lines_of(allocations).values())
+
+
+def _shape(program: Program, config: EngineConfig, seqs: int, longest: int) -> Shape:
+    """Capacities and strides; KV blocks are counted later."""
+    return Shape(
+        tokens=max(config.max_num_batched_tokens or DEFAULT_TOKENS, seqs),
+        samples=seqs + SCORED_ROWS,
+        seqs=seqs,
+        vocab=program.vocab_size,
+        logits_stride=-(-program.vocab_size // 4) * 4,
+        table_stride=table_stride(longest),
+        history_stride=StateSizes(seqs, program.vocab_size).history_stride,
+        mask_words=-(-program.vocab_size // 32),
+        kv_blocks=0,
+    )
+
+
+def _layout(shape: Shape, tiles: TileShape | None) -> Layout:
+    return Layout(
+        tokens=shape.tokens,
+        seqs=shape.seqs,
+        samples=shape.samples,
+        tiles=-(-shape.tokens * tiles.group // tiles.rows) + shape.seqs if tiles else 0,
+        updates=min(shape.seqs * shape.table_stride, 1 << 16),
+    )
+
+
+def beside_buffers(
+    program: Program, config: EngineConfig, tokens: int, seqs: int, capability: int
+) -> list[Allocation]:
+    """What kernels need beside the program's buffers, for steps of so many tokens and sequences."""
+    cublas = config.gemm_strategy == "cublas"
+    library = [Allocation("gemm_workspace", "cuBLAS workspace", WORKSPACE_BYTES)] if cublas else []
+    scratch = scratch_of(program, tokens, seqs, capability)
+    return library + [Allocation("scratch", "scratch of ops", n, name, True) for name, n in scratch.items()]
+
+
+def _ropes(program: Program, shape: Shape) -> list[Allocation]:
+    """Cosines, then sines, of every rotation: float32 [positions, dim / 2]."""
+    positions = shape.table_stride * BLOCK
+    return [
+        Allocation("ropes", "rope tables", 4 * positions * (rope.dim // 2), rope)
+        for rope in ropes_of(program)
+        for _ in ("cos", "sin")
+    ]
+
+
+def _states(program: Program, seqs: int) -> list[Allocation]:
+    """float32 [seqs, elements] of every recurrent layer."""
+    line = state_line(seqs)
+    return [Allocation("states", line, 4 * s.elements * seqs, s.name) for s in program.states]
+
+
+def _caches(program: Program, blocks: int) -> list[Allocation]:
+    """Keys, then values, of every layer that attends."""
+    return [
+        Allocation("caches", KV_CACHE, ELEMENT * blocks * BLOCK * cache.heads * dim, cache.name)
+        for cache in program.caches
+        for dim in (cache.key_dim, cache.value_dim)
+    ]
+
+
+def _asked_blocks(config: EngineConfig, block_bytes: int) -> int | None:
+    """KV blocks that a flag asks for."""
+    asked = config.num_gpu_blocks or config.num_blocks
+    if asked is None and config.kv_cache_memory_gb is not None:
+        return max(1, int(config.kv_cache_memory_gb * GB) // block_bytes)
+    return asked
 
 
 def ropes_of(program: Program) -> list[Rope]:
@@ -209,10 +255,14 @@ def _sequences(program: Program, config: EngineConfig, free: int) -> int:
 def _check_fit(
     lines: dict[str, int], budget: Budget, blocks: int, block_bytes: int, wanted: int | None
 ) -> None:
-    fixed = sum(lines.values()) - lines["kv cache"]
+    """Raises CapacityError where `lines` and the KV cache exceed the budget, or the cache is too small.
+
+    wanted: tokens of --max-model-len.
+    """
+    fixed = sum(lines.values())
     needed = fixed + max(blocks, -(-(wanted or BLOCK) // BLOCK)) * block_bytes
     if needed > budget.ours or blocks < 1:
-        parts = ", ".join(f"{name} {nbytes / GB:.2f}" for name, nbytes in lines.items() if name != "kv cache")
+        parts = ", ".join(f"{name} {nbytes / GB:.2f}" for name, nbytes in lines.items())
         raise CapacityError(
             f"GPU memory: {needed / GB:.2f} GB are needed ({parts}, KV cache at least "
             f"{(needed - fixed) / GB:.2f}), of {budget.total / GB:.2f} GB {budget.ours / GB:.2f} GB are ours "
@@ -226,7 +276,3 @@ def _check_fit(
             f"{blocks}; lower --max-model-len to {blocks * BLOCK}, or raise --num-gpu-blocks or "
             "--gpu-memory-utilization"
         )
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT

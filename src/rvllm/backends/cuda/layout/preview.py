@@ -45,11 +45,11 @@ def preview(program: Program, config: EngineConfig, facts: DeviceFacts, budget: 
         memory = StepPlanner.plan(program, config, facts, budget)[0].memory
         taken = memory.lines
         limits = {
-            "kv blocks": memory.num_blocks,
-            "tokens they hold": memory.num_blocks * BLOCK,
+            "kv blocks": memory.shape.kv_blocks,
+            "tokens they hold": memory.shape.kv_blocks * BLOCK,
             "max_model_len": memory.max_model_len,
-            "max_num_seqs": memory.seqs,
-            "max_num_batched_tokens": memory.tokens,
+            "max_num_seqs": memory.shape.seqs,
+            "max_num_batched_tokens": memory.shape.tokens,
         }
     else:
         plan = EncoderPlan.make(program, config, facts, budget)
@@ -95,7 +95,7 @@ def kernels_on(
     tokens = max(shape.tokens, shape.sequences)
     if embedding_size(program) is not None:
         plan = EncoderPlan.make(program, replace(config, max_num_batched_tokens=tokens), facts, BOUNDLESS)
-        launches = plan.launches(tokens, plan.addresses({}, 0, 0, 0, {}))
+        launches = plan.launches(tokens)
     else:
         config = replace(
             config, max_num_seqs=shape.sequences, max_num_batched_tokens=tokens, num_gpu_blocks=1 << 16

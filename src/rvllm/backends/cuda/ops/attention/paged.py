@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from rvllm.backends.cuda.device.info import DeviceInfo
+from rvllm.backends.cuda.layout.allocations import Allocation
 from rvllm.backends.cuda.ops.attention.launches import PAGED as ATTENTION
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.ops.family import PagedPlans, TileShape
@@ -49,6 +50,14 @@ def _plans(ops: Iterable[Op], plan: Callable[[PagedPlans, Op], Plan]) -> dict[st
     if missing:
         raise MissingKernelError("; ".join(dict.fromkeys(missing)))
     return found
+
+
+def allocations(plans: Iterable[DecodePlan]) -> list[Allocation]:
+    """What all decode kernels share: memory for unfinished splits, and counters."""
+    largest = [(p.partial_bytes, p.arrivals_bytes) for p in plans] or [(0, 0)]
+    partial, arrivals = (max(sizes) for sizes in zip(*largest, strict=True))
+    line = "attention workspace"
+    return [Allocation("partial", line, partial), Allocation("arrivals", line, arrivals, zeroed=True)]
 
 
 def tile_shape(ops: Iterable[Op], plans: Mapping[str, PrefillPlan]) -> TileShape | None:

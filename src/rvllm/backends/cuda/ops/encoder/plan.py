@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from rvllm.backends.cuda.buckets import token_buckets
-from rvllm.backends.cuda.device.arena import ALIGNMENT
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Counts, Planned, kernel_names
 from rvllm.backends.cuda.layout.addresses import Addresses, Shape
+from rvllm.backends.cuda.layout.allocations import (
+    WORKSPACE,
+    Allocation,
+    lines_of,
+    nowhere,
+    weight_allocations,
+)
 from rvllm.backends.cuda.layout.fusion import Stage, fuse
-from rvllm.backends.cuda.layout.memory import GB, Budget
+from rvllm.backends.cuda.layout.memory import GB, Budget, beside_buffers
 from rvllm.backends.cuda.layout.metadata import Layout
 from rvllm.backends.cuda.layout.weights import PackedWeight, packed_weights
-from rvllm.backends.cuda.lowering import Lowering, scratch_of
-from rvllm.backends.cuda.ops.gemm.cublas import WORKSPACE
+from rvllm.backends.cuda.lowering import Lowering
 from rvllm.backends.cuda.step_planner import distinct
 from rvllm.backends.lengths import encoder_lengths
 from rvllm.config import EngineConfig
@@ -33,7 +37,7 @@ MIN_WORKSPACE = 48 << 20  # weights pass through the workspace when they are loa
 class EncoderPlan:
     """Capacities, stages and sizes of an encoder on one GPU; planning touches no device.
 
-    lines: bytes of the arena by name. seqs: texts of the largest step; longest: tokens of the longest text.
+    seqs: texts of the largest step; longest: tokens of the longest text.
     """
 
     program: Program
@@ -42,8 +46,8 @@ class EncoderPlan:
     wanted: list[PackedWeight]
     workspace: Workspace
     layout: Layout
-    lines: dict[str, int]
-    scratch: dict[str, int]
+    allocations: list[Allocation]
+    addresses: Addresses  # of nothing, until memory is taken
     tokens: int
     seqs: int
     longest: int
@@ -58,17 +62,14 @@ class EncoderPlan:
         stages = fuse(program, gated_epilogue=native)
         wanted = packed_weights(stages, "packed" if native else "table")
         workspace = plan_workspace(stages, tokens, seqs)
-        scratch = scratch_of(program, tokens, seqs, facts.capability)
         layout = Layout(tokens, seqs, samples=0, tiles=_tiles(tokens, seqs), updates=0)
-        lines = {
-            "weights": sum(_aligned(w.nbytes) for w in wanted),
-            "workspace": _aligned(max(workspace.nbytes, MIN_WORKSPACE)),
-            "metadata": _aligned(layout.nbytes),
-        }
-        if scratch:
-            lines["scratch of ops"] = sum(_aligned(n) for n in scratch.values())
-        if not native:
-            lines["cuBLAS workspace"] = _aligned(WORKSPACE)
+        allocations = [
+            *weight_allocations(wanted),
+            Allocation(WORKSPACE, "workspace", max(workspace.nbytes, MIN_WORKSPACE)),
+            Allocation("metadata", "metadata", layout.nbytes, zeroed=True),
+            *beside_buffers(program, config, tokens, seqs, facts.capability),
+        ]
+        lines = lines_of(allocations)
         needed = sum(lines.values())
         if needed > budget.ours:
             parts = ", ".join(f"{name} {nbytes / GB:.2f}" for name, nbytes in lines.items())
@@ -84,13 +85,18 @@ class EncoderPlan:
             wanted=wanted,
             workspace=workspace,
             layout=layout,
-            lines=lines,
-            scratch=scratch,
+            allocations=allocations,
+            addresses=nowhere(allocations, workspace),
             tokens=tokens,
             seqs=seqs,
             longest=longest,
             strategy=config.gemm_strategy,
         )
+
+    @property
+    def lines(self) -> dict[str, int]:
+        """Bytes by line of the ledger."""
+        return lines_of(self.allocations)
 
     @property
     def nbytes(self) -> int:
@@ -110,40 +116,23 @@ class EncoderPlan:
         """The metadata of such a step."""
         return replace(self.layout, tiles=_tiles(tokens, self.counts(tokens).seqs))
 
-    def launches(self, tokens: int, addresses: Addresses) -> list[Planned]:
+    def launches(self, tokens: int) -> list[Planned]:
         """A step of up to `tokens` tokens. Raises MissingKernelError for ops without a kernel."""
         counts = self.counts(tokens)
         shape = Shape(self.tokens, self.seqs, self.seqs, self.program.vocab_size, 0, 0, 0, 0, 0)
         layout = self.layout_of(tokens)
         lowering = Lowering(
-            self.program.dtype, self.chip, shape, addresses, layout, counts, {}, None, self.strategy
+            self.program.dtype, self.chip, shape, self.addresses, layout, counts, {}, None, self.strategy
         )
         return lowering.lower(self.stages)
 
     def kernels(self) -> list[str]:
         """Every kernel any step can need."""
-        nowhere = self.addresses({}, 0, 0, 0, dict.fromkeys(self.scratch, 0))
         few = replace(self, stages=distinct(self.stages))
-        names = [name for size in self.sizes() for name in kernel_names(few.launches(size, nowhere))]
+        names = [name for size in self.sizes() for name in kernel_names(few.launches(size))]
         return list(dict.fromkeys(names))
-
-    def addresses(
-        self, weights: dict[int, int], workspace: int, metadata: int, gemm: int, scratch: dict[str, int]
-    ) -> Addresses:
-        """Where things lie; weights by their place in `wanted`, absent ones nowhere."""
-        nothing = {f.name: 0 for f in fields(Addresses) if f.type == "int"}
-        given = {"metadata": metadata, "gemm_workspace": gemm}
-        maps: dict[str, Any] = {f.name: {} for f in fields(Addresses) if f.type != "int"}
-        maps["weights"] = {(w.weight.name, w.form): weights.get(i, 0) for i, w in enumerate(self.wanted)}
-        maps["buffers"] = {n: workspace + p.offset for n, p in self.workspace.placements.items()}
-        maps["scratch"] = scratch
-        return Addresses(**{**nothing, **given, **maps})
 
 
 def _tiles(tokens: int, texts: int) -> int:
     """Blocks of query rows that `texts` texts of together `tokens` tokens can have."""
     return tokens // TEXT_ROWS + texts
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -11,7 +11,8 @@ from rvllm.backends.base import SlotStart, StepResult, TopLogprobs
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Launch, Stream
 from rvllm.backends.cuda.in_flight import InFlightStep
-from rvllm.backends.cuda.layout.device_state import DeviceState
+from rvllm.backends.cuda.layout.addresses import Addresses, Shape
+from rvllm.backends.cuda.ops.sampling.arrays import LogprobArrays
 from rvllm.backends.cuda.ops.sampling.slots import MAX_TOP, PICK_THREADS
 
 KERNEL = "sm80_logprobs"
@@ -20,13 +21,12 @@ KERNEL = "sm80_logprobs"
 class Scorer:
     """Knows which slots want logprobs and what their prompts go on with."""
 
-    def __init__(self, catalog: Catalog, stream: Stream, state: DeviceState) -> None:
+    def __init__(self, catalog: Catalog, stream: Stream, at: Addresses, shape: Shape) -> None:
         self._stream = stream
-        self._state = state
         self._tops: dict[int, int] = {}
         self._given: dict[int, NDArray[np.int32]] = {}
-        arrays, at = state.logprobs, state.addresses
-        rows = arrays.rows
+        rows = shape.samples
+        self._arrays = arrays = LogprobArrays(rows, at.scores)
         self._launch = Launch(
             catalog[KERNEL],
             PICK_THREADS,
@@ -42,8 +42,8 @@ class Scorer:
                 arrays.entries + 8 * rows,
                 at.tokens,
                 arrays.entries + 12 * rows,
-                ctypes.c_int(state.shape.vocab),
-                ctypes.c_int(state.shape.logits_stride),
+                ctypes.c_int(shape.vocab),
+                ctypes.c_int(shape.logits_stride),
             ],
             pdl=False,
         )
@@ -64,7 +64,7 @@ class Scorer:
         count = len(entries)
         if not count:
             return
-        arrays = self._state.logprobs
+        arrays = self._arrays
         words = flight.entries.array.view(np.int32).reshape(4, arrays.rows)
         words[:3, :count] = np.array(entries, dtype=np.int32).T
         words[3, 0] = count
@@ -99,7 +99,7 @@ class Scorer:
             result.prompt_logprobs[s] = []
         if not flight.asked:
             return
-        rows, raw = self._state.logprobs.rows, flight.scores.array
+        rows, raw = self._arrays.rows, flight.scores.array
         token = raw[: 4 * rows].view(np.float32)
         ranks = raw[4 * rows : 8 * rows].view(np.int32)
         ids = raw[8 * rows : (8 + 4 * MAX_TOP) * rows].view(np.int32).reshape(rows, MAX_TOP)

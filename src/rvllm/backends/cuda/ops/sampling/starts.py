@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from rvllm.backends.base import SlotStart
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Event, Launch, Pinned, Stream
-from rvllm.backends.cuda.layout.device_state import DeviceState
-from rvllm.backends.cuda.layout.memory import MemoryPlan
+from rvllm.backends.cuda.layout.addresses import Addresses, Shape
 from rvllm.backends.cuda.layout.metadata import HEADER_WORDS, NUM_BLOCK_UPDATES
 from rvllm.backends.cuda.ops.sampling.slots import START_WORDS, pack_starts
 
@@ -21,18 +20,16 @@ BEGIN_KERNEL = "sm80_begin_step"
 
 
 class Starter:
-    """Sends what starting sequences need through one pinned buffer."""
+    """Sends what starting sequences need through one pinned buffer of `words` int32 words."""
 
-    def __init__(self, catalog: Catalog, stream: Stream, state: DeviceState, plan: MemoryPlan) -> None:
+    def __init__(self, catalog: Catalog, stream: Stream, at: Addresses, shape: Shape, words: int) -> None:
         self._stream = stream
-        self._vocab = state.shape.vocab
-        self._most = plan.seqs
-        self._words = plan.start_words - plan.seqs * START_WORDS
-        self._staging = Pinned(4 * plan.start_words)
+        self._vocab = shape.vocab
+        self._words = words - shape.seqs * START_WORDS
+        self._staging = Pinned(4 * words)
         self._sent = Event()
-        self._target = state.start_entries
-        self._words_at = 4 * plan.seqs * START_WORDS
-        at = state.addresses
+        self._target = at.starts
+        self._words_at = 4 * shape.seqs * START_WORDS
         self._launch = Launch(
             catalog[KERNEL],
             1024,
@@ -45,8 +42,8 @@ class Starter:
                 at.stops,
                 self._target,
                 self._target + self._words_at,
-                ctypes.c_int(state.shape.vocab),
-                ctypes.c_int(state.shape.history_stride),
+                ctypes.c_int(shape.vocab),
+                ctypes.c_int(shape.history_stride),
             ],
             pdl=False,
         )
@@ -58,7 +55,7 @@ class Starter:
                 self._target,
                 self._target + 4 * HEADER_WORDS,
                 at.tables,
-                ctypes.c_int(state.shape.table_stride),
+                ctypes.c_int(shape.table_stride),
             ],
             pdl=False,
         )
