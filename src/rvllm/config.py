@@ -88,6 +88,32 @@ class EngineConfig:
         low=1,
         high=1 << 20,
     )
+    max_prefill_chunk: int | None = setting(
+        None, "Most tokens of one prompt that a step computes; default: as many as the step holds.", low=16
+    )
+    max_prefill_delay_ms: float = setting(
+        0.0,
+        "Milliseconds that prompts may add to a step in which others decode, by what prompts have cost so far; 0: no bound.",
+        low=0.0,
+    )
+    scheduling_policy: str = setting(
+        "priority",
+        "Who is served first: fcfs by arrival, priority by the requests' priority (lower first) and then by arrival, sjf who has the fewest tokens left. Only priority takes requests with a priority and runs batches behind all others.",
+        choices=("fcfs", "priority", "sjf"),
+    )
+    aging_seconds: float = setting(
+        60.0,
+        "Seconds of waiting that outweigh one level of priority, or 1024 tokens under sjf; 0: no waiting does.",
+        low=0.0,
+    )
+    fairness: str = setting(
+        "none",
+        "Serve clients in turn, who was given the fewest tokens first: by api-key or by the requests' user. The policy then orders the requests of one client.",
+        choices=("none", "api-key", "user"),
+    )
+    max_queue_seconds: float = setting(
+        0.0, "Seconds after which a request that has not begun is answered 429; 0: it waits on.", low=0.0
+    )
     enable_prefix_caching: bool = setting(True, "Reuse the KV blocks of equal prompt prefixes.")
     kv_events_config: str | None = setting(
         None,
@@ -233,7 +259,7 @@ class ServerConfig:
     max_unread_tokens: int = setting(
         4096, "Tokens of a choice that may wait for a slow client; then its request is aborted.", low=16
     )
-    max_queue: int = setting(1024, "Requests that may wait; more are answered 503.", low=1)
+    max_queue: int = setting(1024, "Requests that may wait; more are answered 429.", low=1)
     max_choices: int = setting(16, "Largest n (or prompts times n) of one request.", low=1)
     drain_timeout: float = setting(30.0, "Seconds that SIGTERM leaves running requests to finish.", low=0.0)
     request_timeout: float = setting(0.0, "Seconds until a request is cancelled; 0: never.", low=0.0)

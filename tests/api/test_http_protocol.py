@@ -203,7 +203,7 @@ def test_limits_of_body_queue_and_key() -> None:
             waiting = [pool.submit(server.raw, "POST", CHAT, BODY, key) for _ in range(5)]
             assert wait_for(lambda: len(server.engine.open) == 5)
             status, headers, body = server.raw("POST", CHAT, BODY, key)
-            assert (status, headers["retry-after"]) == (503, "1")
+            assert (status, headers["retry-after"]) == (429, "1")
             assert "--max-queue" in json.loads(body)["error"]["message"]
             server.engine.held = False
             assert [future.result()[0] for future in waiting] == [200] * 5

@@ -16,8 +16,8 @@ import openai
 import pytest
 from api_double import LiveServer
 
-from rvllm.api.batches.lines import PRIORITY
 from rvllm.api.batches.store import Batch, BatchStore
+from rvllm.api.generate.job import BATCH_PRIORITY as PRIORITY
 from rvllm.api.http.errors import ApiError
 from rvllm.api.http.multipart import parse_form
 from rvllm.errors import UsageError

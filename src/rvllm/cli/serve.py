@@ -45,6 +45,8 @@ def main(args: argparse.Namespace) -> int:
         args.model = args.model_tag
     engine_config = build(EngineConfig, vars(args))
     server_config = build(ServerConfig, vars(args))
+    if engine_config.fairness == "api-key" and not (server_config.api_key or server_config.api_key_file):
+        raise UsageError("--fairness api-key tells clients apart by their keys: set --api-key-file, too")
     template = template_text(server_config.chat_template)
     if server_config.otlp_endpoint is not None:
         from rvllm.telemetry.tracing import check_available

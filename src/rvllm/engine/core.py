@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 BROKEN = "the model's logits are infinite or no numbers: its weights may be damaged (--check-weights)"
 
+QUEUE_LOOK = 0.1  # seconds between looks for requests that have waited too long
+
 
 class EngineCore:
     """Schedules requests on a backend. Not thread-safe; one thread owns it.
@@ -53,7 +55,7 @@ class EngineCore:
         self.backend = backend
         self.facts: ModelFacts = msgspec.structs.replace(facts, max_model_len=max_model_len)
         self.grammars = Grammars(facts.vocab_size, facts.eos_token_ids)
-        self.scheduler = Scheduler(limits, config.enable_prefix_caching)
+        self.scheduler = Scheduler(limits, config)
         self.ready = Ready(
             backend=backend.name,
             max_model_len=max_model_len,
@@ -65,11 +67,15 @@ class EngineCore:
             ledger=[(line.name, line.nbytes) for line in backend.ledger()],
             facts=self.facts,
             pipeline_depth=limits.pipeline_depth,
+            scheduling_policy=config.scheduling_policy,
+            fairness=config.fairness,
         )
         self.texts = EmbeddingQueue(backend)
         self.counters = EngineStats()
         self._eos = frozenset(facts.eos_token_ids)
         self._depth = limits.pipeline_depth
+        self._max_queue_seconds = config.max_queue_seconds
+        self._looked_at_queue = 0.0
         self._in_flight: deque[Step] = deque()
         self._alive: dict[str, Sequence] = {}
         self._outbox: list[Output] = []
@@ -192,6 +198,9 @@ class EngineCore:
             self.counters.finished["stop"] += len(computed)
             self._outbox += computed
         began = time.perf_counter()
+        if self._max_queue_seconds and began - self._looked_at_queue > QUEUE_LOOK:
+            self._looked_at_queue = began
+            self._end_waits()
         self._follow_grammars()
         step = self.scheduler.schedule()
         self.counters.host_seconds += time.perf_counter() - began
@@ -212,6 +221,13 @@ class EngineCore:
             self._events.flush()
         outputs, self._outbox = self._outbox, []
         return outputs
+
+    def _end_waits(self) -> None:
+        """Ends requests of which nothing was computed within --max-queue-seconds."""
+        limit = self._max_queue_seconds
+        for seq in self.scheduler.waiting_since(time.time() - limit):
+            self._close(seq, "error", f"the request waited for {limit:g} s (--max-queue-seconds)")
+            self._outbox[-1].waited_too_long = True
 
     def _follow_grammars(self) -> None:
         """Masks for the next step. Sequences whose grammars are compiled join the queue; those whose grammar
@@ -234,6 +250,10 @@ class EngineCore:
     def _update(self, step: Step, result: StepResult) -> None:
         """Books what a step computed and drew; parts of sequences that ended meanwhile are dropped."""
         batch, block_size = step.batch, self.ready.block_size
+        if self.scheduler.delay is not None:
+            self.scheduler.delay.measured(
+                result.device_seconds, step.decodes, batch.num_tokens - step.decodes
+            )
         parts = zip(
             step.sequences,
             batch.query_lens.tolist(),

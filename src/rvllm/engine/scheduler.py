@@ -2,22 +2,25 @@
 
 One token budget a step (Sarathi-Serve, Agrawal et al. 2024): sequences that decode come first, what is
 left goes to chunks of prompts, first those already running, then those waiting. Both queues are ordered
-by (priority, arrival). A sequence holds blocks for all its known tokens from its admission on and takes
-one more whenever it grows into it; when none is left, the last in order gives up its place and is
-computed again later.
+by the policy's rank (`scheduling/policy.py`). A sequence holds blocks for all its known tokens from its
+admission on and takes one more whenever it grows into it; when none is left, the last in order gives up its
+place and is computed again later.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from rvllm.backends.base import Limits
+from rvllm.config import EngineConfig
 from rvllm.engine.blocks import ROOT, BlockManager, Digest
+from rvllm.engine.scheduling.policy import DelayLimit, FairShares, Policy
 from rvllm.engine.sequence import Sequence
 from rvllm.engine.step import Step, StepPlan
 
@@ -36,10 +39,15 @@ def _remove(queue: list[Sequence], seq: Sequence) -> None:
 class Scheduler:
     """Queues, slots and blocks. `schedule` plans a step, `finish` ends a sequence at any time."""
 
-    def __init__(self, limits: Limits, prefix_caching: bool = True) -> None:
+    def __init__(self, limits: Limits, config: EngineConfig) -> None:
         self.limits = limits
+        self.policy = Policy.of(config)
+        self.shares = FairShares() if config.fairness != "none" else None
+        delay = config.max_prefill_delay_ms / 1000
+        self.delay = DelayLimit(delay) if delay else None
+        self.max_chunk = config.max_prefill_chunk or limits.max_num_batched_tokens
         self.blocks = BlockManager(
-            limits.num_blocks, limits.block_size, prefix_caching and limits.prefix_reuse
+            limits.num_blocks, limits.block_size, config.enable_prefix_caching and limits.prefix_reuse
         )
         self.waiting: list[Sequence] = []  # both sorted by rank
         self.running: list[Sequence] = []
@@ -55,13 +63,21 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Puts a sequence that fits (see `EngineCore.add_request`) into the waiting queue."""
+        if self.shares is not None:
+            self.shares.joined(seq.client)
+        self._queue(seq)
+
+    def _queue(self, seq: Sequence) -> None:
+        seq.rank = self.policy.rank(seq)
         insort(self.waiting, seq, key=_rank)
 
     def schedule(self) -> Step | None:
         """Plans the next step, or None when no sequence can go on before a step in flight is collected."""
-        plan = StepPlan(self.steps, self.limits.max_num_batched_tokens, PROMPT_LOGPROB_ROWS)
+        plan = StepPlan(self.steps, self.limits.max_num_batched_tokens, PROMPT_LOGPROB_ROWS, self.max_chunk)
         self._make_way()
         prefilling = self._plan_decodes(plan)
+        if self.delay is not None and len(self.running) > len(prefilling):
+            plan.budget = min(plan.budget, self.delay.tokens())
         for seq in prefilling:
             if seq.slot >= 0 and plan.budget:
                 plan.add_prefill(seq)
@@ -82,6 +98,8 @@ class Scheduler:
                 prefilling.append(seq)
             elif seq.launched < seq.capacity or self._grow(seq, plan):
                 plan.add_decode(seq)
+                if self.shares is not None:
+                    self.shares.charge(seq.client, 1)
         return prefilling
 
     def _grow(self, seq: Sequence, plan: StepPlan) -> bool:
@@ -97,12 +115,30 @@ class Scheduler:
         return True
 
     def _make_way(self) -> None:
-        """Running sequences of lower priority leave for a waiting one that finds no slot or no blocks."""
-        while self.waiting and self.running and self.waiting[0].rank[0] < self.running[-1].rank[0]:
-            first = self.waiting[0]
-            if first.in_flight or (self._free_slots and self._blocks_if_fits(first) is not None):
+        """Running sequences of lower priority leave for a waiting one that finds no slot or no blocks.
+
+        Where clients have shares it is their turn that counts, and nobody leaves.
+        """
+        if not self.policy.preempts or self.shares is not None:
+            return
+        while self.waiting and self.running:
+            first, last = self.waiting[0], self.running[-1]
+            if first.priority >= last.priority or first.rank >= last.rank or first.in_flight:
                 return
-            self._preempt(self.running[-1])
+            if self._free_slots and self._blocks_if_fits(first) is not None:
+                return
+            self._preempt(last)
+
+    def _candidates(self) -> Iterator[Sequence]:
+        """Waiting sequences in the order in which they are let in; each may be taken out before the next."""
+        if self.shares is not None:
+            yield from self.shares.order(self.waiting)
+            return
+        index = 0
+        while index < len(self.waiting):
+            seq = self.waiting[index]
+            yield seq
+            index += seq.slot < 0
 
     def _admit(self, plan: StepPlan) -> None:
         """Lets waiting sequences in, in order, while slots, blocks and budget last.
@@ -110,21 +146,22 @@ class Scheduler:
         Passed over is one whose prefix is just being computed for another, until it can share that, and one
         whose token mask is being made.
         """
-        index = 0
-        while index < len(self.waiting) and self._free_slots and plan.budget:
-            seq = self.waiting[index]
+        if not (self.waiting and self._free_slots and plan.budget):
+            return
+        for seq in self._candidates():
             if seq.in_flight or (seq.prompt_logprobs_left and not plan.prompt_logprob_rows):
                 return
             shared = self._blocks_if_fits(seq)
             if shared is None:
                 return
             if seq.must_wait or self._soon_shared(seq, len(shared)):
-                index += 1
                 continue
-            del self.waiting[index]
+            _remove(self.waiting, seq)
             self._place(seq, shared)
             plan.start(seq)
             plan.add_prefill(seq)
+            if not (self._free_slots and plan.budget):
+                return
 
     def _place(self, seq: Sequence, shared: Seq[int]) -> None:
         """A waiting sequence takes a slot, the cached blocks of its prefix and new ones for the rest."""
@@ -135,14 +172,20 @@ class Scheduler:
         seq.published = len(shared)
         seq.launched = seq.computed = len(shared) * self.limits.block_size
         if seq.first_scheduled is None:
-            seq.first_scheduled = time.time()
-            seq.cached_tokens = seq.launched
-            if self._may_share(seq):
-                self.prefix_queries += seq.prompt_len
-                self.prefix_hits += seq.cached_tokens
+            self._first_placed(seq)
         insort(self.running, seq, key=_rank)
         for digest in seq.digests[len(shared) :]:
             self._computing.setdefault(digest, seq)
+
+    def _first_placed(self, seq: Sequence) -> None:
+        """Books what the prefix cache held for a prompt, and charges its client for the rest."""
+        seq.first_scheduled = time.time()
+        seq.cached_tokens = seq.launched
+        if self._may_share(seq):
+            self.prefix_queries += seq.prompt_len
+            self.prefix_hits += seq.cached_tokens
+        if self.shares is not None:
+            self.shares.charge(seq.client, seq.prompt_len - seq.cached_tokens)
 
     def _soon_shared(self, seq: Sequence, index: int) -> bool:
         """Whether a running sequence has yet to publish what this one needs as its block `index`."""
@@ -170,7 +213,7 @@ class Scheduler:
         self.preemptions += 1
         self._take_place(seq)
         _remove(self.running, seq)
-        insort(self.waiting, seq, key=_rank)
+        self._queue(seq)
 
     def _take_place(self, seq: Sequence) -> None:
         """Slot and blocks are free at once: whoever takes them is launched after the steps in flight."""
@@ -199,9 +242,15 @@ class Scheduler:
             parent = seq.digests[first - 1] if first else ROOT
             events.stored(parent, seq.digests[first:end], seq.tokens[first * size : end * size])
 
+    def waiting_since(self, moment: float) -> list[Sequence]:
+        """Sequences that arrived before a moment, time.time(), and of which nothing was ever computed."""
+        return [s for s in self.waiting if s.first_scheduled is None and s.arrival and s.arrival < moment]
+
     def finish(self, seq: Sequence, reason: str) -> None:
         """Ends a sequence, wherever it is; what steps in flight still draw for it is discarded."""
         seq.finish_reason = reason
+        if self.shares is not None:
+            self.shares.left(seq.client)
         if seq.slot < 0:
             _remove(self.waiting, seq)
         else:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rvllm.backends.base import SamplingSpec
 from rvllm.engine.blocks import ROOT, Digest, chain
 from rvllm.engine.ipc.messages import Generate, Output, PrefillChunk, Sampling, TokenLogprobs
+from rvllm.engine.scheduling.policy import Rank
 
 if TYPE_CHECKING:
     from rvllm.engine.grammar import Matcher
@@ -50,10 +51,10 @@ class Sequence:
     """
 
     __slots__ = (
-        "arrival", "block_size", "blocks", "cached_tokens", "capacity", "chunks", "computed", "digests",
-        "finish_reason", "first_scheduled", "in_flight", "launched", "length", "matcher", "max_length",
-        "min_length", "prompt_len", "prompt_logprobs", "published", "rank", "request_id", "sampling", "slot",
-        "spec", "stop_ids", "tokens", "wanted_prompt_logprobs",
+        "arrival", "block_size", "blocks", "cached_tokens", "capacity", "chunks", "client", "computed",
+        "digests", "finish_reason", "first_scheduled", "group", "in_flight", "launched", "length", "matcher",
+        "max_length", "min_length", "number", "priority", "prompt_len", "prompt_logprobs", "published",
+        "rank", "request_id", "sampling", "slot", "spec", "stop_ids", "tokens", "wanted_prompt_logprobs",
     )  # fmt: skip
 
     def __init__(self, request: Generate, max_model_len: int, block_size: int) -> None:
@@ -66,7 +67,11 @@ class Sequence:
         self.max_length = min(self.prompt_len + sampling.max_tokens, max_model_len)
         self.min_length = self.prompt_len + sampling.min_tokens
         self.stop_ids = frozenset(sampling.stop_token_ids)
-        self.rank = (request.priority, next(_arrivals))  # the lower, the earlier it is served
+        self.number = next(_arrivals)
+        self.priority = request.priority
+        self.client = request.client
+        self.group = request.group
+        self.rank: Rank = (0.0, self.number)  # the lower, the earlier it is served; the policy sets it
         self.arrival = request.arrival
         self.first_scheduled: float | None = None  # time.time() of the first step with a part of it
         self.finish_reason: str | None = None
@@ -93,6 +98,11 @@ class Sequence:
     def known(self) -> int:
         """Number of tokens the host knows."""
         return len(self.tokens)
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens of its prompt and of the output still to come, at most."""
+        return self.max_length - (len(self.tokens) - self.prompt_len)
 
     @property
     def prompt_logprobs_left(self) -> int:

@@ -39,9 +39,10 @@ class StepPlan:
     its length.
     """
 
-    def __init__(self, number: int, budget: int, prompt_logprob_rows: int) -> None:
+    def __init__(self, number: int, budget: int, prompt_logprob_rows: int, max_chunk: int) -> None:
         self.number = number
         self.budget = budget  # tokens that may still be added
+        self.max_chunk = max_chunk  # tokens of one prompt
         self.prompt_logprob_rows = prompt_logprob_rows  # rows with prompt logprobs that may still be added
         self.decodes: list[Sequence] = []
         self.prefills: list[Sequence] = []
@@ -67,7 +68,7 @@ class StepPlan:
 
     def add_prefill(self, seq: Sequence) -> None:
         """As much of what is known of a sequence as the budget allows; the last chunk draws a token."""
-        count = min(seq.length - seq.launched, self.budget)
+        count = min(seq.length - seq.launched, self.budget, self.max_chunk)
         if seq.prompt_logprobs_left:
             count = min(count, self.prompt_logprob_rows)
             if count == 0:

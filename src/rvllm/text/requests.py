@@ -52,10 +52,11 @@ class RequestMaker:
         *,
         priority: int = 0,
         arrival: float | None = None,
+        client: str = "",
     ) -> list[Generate]:
         """One Generate for each of `params.n` choices, named `request_id-index`, with seeds seed + index.
 
-        arrival: seconds, `time.time()`; None: now.
+        arrival: seconds, `time.time()`; None: now. client: whose they are, for fair shares.
         Raises UsageError naming the parameter: an empty or too long prompt, ids out of the vocabulary.
         """
         check_prompt(prompt_token_ids, self.facts)
@@ -68,6 +69,8 @@ class RequestMaker:
                 sampling=msgspec.structs.replace(sampling, seed=(seed + index) % (1 << _SEED_BITS)),
                 priority=priority,
                 arrival=time.time() if arrival is None else arrival,
+                client=client,
+                group=request_id if params.n > 1 else "",
             )
             for index in range(params.n)
         ]

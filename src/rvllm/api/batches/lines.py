@@ -10,11 +10,11 @@ from uuid import uuid4
 
 import msgspec
 
+from rvllm.api.generate.job import BATCH_PRIORITY
 from rvllm.api.http.errors import ApiError, from_rvllm
 from rvllm.api.http.exchange import Exchange
 from rvllm.errors import EngineDeadError, RvllmError
 
-PRIORITY = 1 << 20  # behind all that people wait for
 MAX_LINES = 50_000  # OpenAI's limit for one batch
 BUSY_SECONDS = 0.25  # before a line is tried again for which the queue had no room
 
@@ -99,7 +99,7 @@ async def answer_line(request: BatchLine, answering: Answering) -> tuple[bool, b
     Raises EngineDeadError when there is nobody left to answer.
     """
     given = request.body.get("priority")
-    priority = max(PRIORITY, given) if isinstance(given, int) else PRIORITY
+    priority = max(BATCH_PRIORITY, given) if isinstance(given, int) else BATCH_PRIORITY
     body = _encode({**request.body, "priority": priority})
     while True:
         exchange = LineExchange(uuid4().hex)
@@ -113,7 +113,7 @@ async def answer_line(request: BatchLine, answering: Answering) -> tuple[bool, b
             wrong = from_rvllm(error, tuple(request.body))
             status, answer = wrong.status, wrong.body()
         except ApiError as error:
-            if error.status == 503:
+            if error.status in (429, 503):
                 await asyncio.sleep(BUSY_SECONDS)
                 continue
             status, answer = error.status, error.body()

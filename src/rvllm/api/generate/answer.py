@@ -65,7 +65,9 @@ class Answer:
         params.grammar = await answer_grammar(service, request, plan, thinks)
         if marks_are_special(service, plan):
             params.skip_special_tokens = False
-        job = service.job(name, [tokens], params, priority=request.priority, param="messages")
+        job = service.job(
+            name, [tokens], params, priority=request.priority, param="messages", user=request.user
+        )
         return Answer(service, request, job, plan, thinks)
 
     @property

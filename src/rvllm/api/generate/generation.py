@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.api.generate.job import Clock, Job, Piece, checked_priority, merged
-from rvllm.api.http.errors import ApiError, busy, invalid
+from rvllm.api.generate.job import Clock, Job, Piece, Retry, checked_priority, client_of, merged
+from rvllm.api.http.errors import ApiError, invalid, overloaded
 from rvllm.config import ServerConfig
 from rvllm.engine.ipc.messages import (
     Embed,
@@ -100,6 +100,7 @@ class Service:
         self._work = InProcess(tokenizer) if work is None and tokenizer is not None else work
         self._requests = requests
         self._in_flight = 0
+        self._retry = Retry()
         self._vocabulary: asyncio.Task[None] | None = None  # hands the vocabulary to the engine
         self.template = template = _template_of(tokenizer, chat_template)  # of conversations with tools
         self.tools = tool_format(config.tool_call_parser, template)
@@ -201,11 +202,12 @@ class Service:
         *,
         priority: int | None,
         param: str,
+        user: str | None = None,
     ) -> Job:
         """Checks a request against the limits and makes the engine's messages.
 
-        param: the request's field that holds the prompt, for errors.
-        Raises ApiError: 400 for too many choices or an unfit prompt, 503 when the queue is full.
+        param: the request's field that holds the prompt, for errors. user: as the request names its own.
+        Raises ApiError: 400 for too many choices or an unfit prompt, 429 when the queue is full.
         """
         if params.stop and self._tokenizer is None:
             raise invalid(
@@ -216,23 +218,30 @@ class Service:
             raise invalid(f"n times the number of prompts is {count}; this server answers at most "
                           f"{self.config.max_choices} (--max-choices)", "n")  # fmt: skip
         self._check_room(count)
-        urgency = checked_priority(priority)
+        urgency = checked_priority(priority, self.ready.scheduling_policy)
+        client = client_of(self.ready.fairness, user)
         generates: list[Generate] = []
         choices: list[Choice] = []
         for number, prompt in enumerate(prompts):
             self.check_length(len(prompt), param)
-            made = self._requests.make(f"{request_id}-{number}", prompt, params, priority=urgency)
+            made = self._requests.make(
+                f"{request_id}-{number}", prompt, params, priority=urgency, client=client
+            )
             generates += made
             choices += [Choice(self._tokenizer, params, prompt, i) for i in range(len(made))]
         return Job(request_id, list(prompts), params, generates, choices, time.perf_counter())
 
     def _check_room(self, count: int) -> None:
-        if self._in_flight + count > self.ready.max_num_seqs + self.config.max_queue:
-            raise busy(f"{self._in_flight} requests are running or waiting, no more are taken (--max-queue)")
+        excess = self._in_flight + count - self.ready.max_num_seqs - self.config.max_queue
+        if excess > 0:
+            raise overloaded(
+                f"{self._in_flight} requests are running or waiting, no more are taken (--max-queue)",
+                self._retry.seconds(excess),
+            )
 
     @contextmanager
     def admitted(self, count: int) -> Generator[None, None, None]:
-        """Counts so many requests as running. Raises ApiError 503 when the queue is full."""
+        """Counts so many requests as running. Raises ApiError 429 when the queue is full."""
         self._check_room(count)
         self._in_flight += count
         try:
@@ -280,6 +289,9 @@ class Service:
                     clock.timing.detokenize += time.perf_counter() - began
                     clock.read(output)
                     reason = delta.finish_reason or reason
+                    if output.waited_too_long:
+                        queued = self._in_flight - self.ready.max_num_seqs
+                        raise overloaded(delta.error or "", self._retry.seconds(max(1, queued)))
                     if reason == "error":
                         # What of a checked request cannot be followed is its grammar, which the model's
                         # vocabulary may have no tokens for.
@@ -295,6 +307,7 @@ class Service:
                     if delta.finish_reason is not None:
                         return
         finally:
+            self._retry.ended()
             clock.finished(reason)
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 from rvllm.api.http.errors import invalid
+from rvllm.api.http.keys import current_key
 from rvllm.api.schemas.answers import PromptDetails, Usage
 from rvllm.engine.ipc.messages import Generate, Output, PrefillChunk
 from rvllm.engine.sampling_params import SamplingParams
@@ -58,11 +62,46 @@ class Job:
         )
 
 
-def checked_priority(priority: int | None) -> int:
-    """The engine's priority; 0 unless it was asked for. Raises a 400 for one beyond 32 bits."""
+BATCH_PRIORITY = 1 << 20  # behind all that people wait for
+
+
+def checked_priority(priority: int | None, policy: str) -> int:
+    """The engine's priority; 0 unless it was asked for. policy: the engine's --scheduling-policy.
+
+    Raises a 400 for one beyond 32 bits, and for any but a batch's where the policy knows none.
+    """
+    if priority and priority < BATCH_PRIORITY and policy != "priority":
+        raise invalid(f"priority: this server runs with --scheduling-policy {policy}", "priority")
     if priority is not None and not -(1 << 31) <= priority < 1 << 31:
         raise invalid("priority must fit in 32 bits", "priority")
     return priority or 0
+
+
+class Retry:
+    """When a client that is turned away should come back: by how fast requests ended lately."""
+
+    MAX_SECONDS = 60
+
+    def __init__(self) -> None:
+        self._ended: deque[float] = deque(maxlen=64)
+
+    def ended(self) -> None:
+        """A choice has ended."""
+        self._ended.append(time.monotonic())
+
+    def seconds(self, excess: int) -> int:
+        """Whole seconds, 1 to 60, in which `excess` choices end at the pace of the last 64."""
+        if len(self._ended) < 2:
+            return 1
+        pace = (time.monotonic() - self._ended[0]) / len(self._ended)
+        return max(1, min(self.MAX_SECONDS, math.ceil(excess * pace)))
+
+
+def client_of(fairness: str, user: str | None) -> str:
+    """Whose request it is, where clients get fair shares by key or by the requests' user; else nobody's."""
+    if fairness == "api-key":
+        return current_key.get()
+    return "" if fairness == "none" or user is None else blake2b(user.encode(), digest_size=8).hexdigest()
 
 
 class Clock:

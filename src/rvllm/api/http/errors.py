@@ -82,6 +82,12 @@ def busy(message: str) -> ApiError:
     return ApiError(503, message, code="overloaded", headers=((b"retry-after", b"1"),))
 
 
+def overloaded(message: str, seconds: int) -> ApiError:
+    """A 429: the queue is full, or was too slow; the client may come back in so many seconds."""
+    headers = ((b"retry-after", str(seconds).encode()),)
+    return ApiError(429, message, code="overloaded", headers=headers)
+
+
 def from_rvllm(error: RvllmError, fields: Collection[str] = ()) -> ApiError:
     """A mistake found below the HTTP layer, as an answer.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -17,7 +18,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from rvllm.api.disk import is_full
-from rvllm.api.http.errors import ApiError, busy, from_rvllm
+from rvllm.api.http.errors import ApiError, busy, from_rvllm, invalid
 from rvllm.api.http.keys import load_keys
 from rvllm.api.http.limits import BODY_RATE, BodyBudget
 from rvllm.config import ServerConfig
@@ -29,6 +30,7 @@ from rvllm.telemetry.tracing import Tracer
 
 FILE_CHUNK = 1 << 20  # bytes of a file that are sent at a time
 TIMING = b"x-rvllm-timing"  # a request with this header is told where its time went
+TIMEOUT_HEADER = b"x-request-timeout"  # a request with it is cancelled after so many seconds
 ERROR_SECONDS = 5.0  # and so long to take an error from us
 _ENCODER = msgspec.json.Encoder()
 _CLIENT_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -307,12 +309,12 @@ class Endpoint:
         body = b""
         if exchange.scope["method"] == "POST":
             body = await self._body(exchange)
+        limit = self._deadline(exchange)
         work = asyncio.ensure_future(self._handle(exchange, body))
         del body
         gone = asyncio.ensure_future(exchange.gone())
         self._gate.working.add(work)
         try:
-            limit = self._gate.config.request_timeout or None
             await asyncio.wait((work, gone), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
             timed_out = not (work.done() or gone.done())
         finally:
@@ -321,12 +323,32 @@ class Endpoint:
             cancelled = work.cancelled() or work.cancel()
             await _ended(work)
         if timed_out:
-            raise ApiError(408, f"the request took longer than {limit:g} s (--request-timeout)")
+            raise ApiError(408, f"the request took longer than {limit:g} s ({self._bound(exchange)})")
         if gone.done() and not gone.cancelled() and cancelled:
             raise ClientGoneError
         if work.cancelled():
             raise busy("the server is shutting down")
         return work.result()
+
+    def _deadline(self, exchange: Exchange) -> float | None:
+        """Seconds that the answer may take: by --request-timeout, or less where the request says so."""
+        limit = self._gate.config.request_timeout or math.inf
+        given = exchange.header(TIMEOUT_HEADER)
+        if given is not None:
+            try:
+                asked = float(given)
+            except ValueError:
+                asked = math.nan
+            if not 0 < asked < math.inf:
+                raise invalid("x-request-timeout must be a number of seconds above 0", "x-request-timeout")
+            limit = min(limit, asked)
+        return None if limit == math.inf else limit
+
+    def _bound(self, exchange: Exchange) -> str:
+        """What set the deadline, for the message."""
+        flag = self._gate.config.request_timeout
+        by_flag = exchange.header(TIMEOUT_HEADER) is None or (flag and self._deadline(exchange) == flag)
+        return "--request-timeout" if by_flag else "x-request-timeout"
 
     async def _body(self, exchange: Exchange) -> bytes:
         config = self._gate.config

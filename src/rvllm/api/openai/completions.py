@@ -38,7 +38,12 @@ async def completions(service: Service, exchange: Exchange, body: bytes) -> None
         if not params.ignore_eos:
             params.stop_token_ids = [*params.stop_token_ids, *sorted(fill_in.ends)]
     job = service.job(
-        f"cmpl-{exchange.request_id}", prompts, params, priority=request.priority, param="prompt"
+        f"cmpl-{exchange.request_id}",
+        prompts,
+        params,
+        priority=request.priority,
+        param="prompt",
+        user=request.user,
     )
     answer = _Completion(service, request, job)
     if request.stream:

@@ -128,7 +128,8 @@ class _Encoder:
         request: EmbeddingRequest | ScoreRequest | RerankRequest,
     ) -> None:
         self._service, self.name, self._param = service, name, param
-        self._truncate, self._priority = request.truncate_prompt_tokens, checked_priority(request.priority)
+        self._truncate = request.truncate_prompt_tokens
+        self._priority = checked_priority(request.priority, service.ready.scheduling_policy)
         self._tokens = 0
 
     def usage(self) -> EmbeddingUsage:

@@ -38,6 +38,8 @@ class Generate(msgspec.Struct, tag="generate", array_like=True):
     sampling: Sampling
     priority: int = 0  # lower runs first; batches use a high number
     arrival: float = 0.0  # seconds, time.time() of the API process
+    client: str = ""  # whose request it is, where clients get fair shares
+    group: str = ""  # choices of one prompt have it in common; "": it stands alone
 
 
 class Embed(msgspec.Struct, tag="embed", array_like=True):
@@ -119,6 +121,7 @@ class Output(msgspec.Struct, array_like=True, gc=False):
     queue_seconds: float = 0.0  # set on the first Output: time from arrival to first scheduling
     prefill: list[PrefillChunk] | None = None  # set on the first Output: how its prompt was computed
     embedding: bytes | None = None  # an Embed's vector, little-endian float32
+    waited_too_long: bool = False  # an "error" because it waited for --max-queue-seconds
 
 
 class Outputs(msgspec.Struct, tag="outputs", array_like=True):
@@ -234,6 +237,8 @@ class Ready(msgspec.Struct, tag="ready", kw_only=True, array_like=True):
     ledger: list[tuple[str, int]]
     facts: ModelFacts
     pipeline_depth: int = 1
+    scheduling_policy: str = "priority"
+    fairness: str = "none"  # or whose requests get fair shares: api-key, user
 
 
 class Failed(msgspec.Struct, tag="failed", array_like=True):
