@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from typing import Any
@@ -14,6 +15,7 @@ from api_double import LiveServer
 from starlette.routing import Route
 
 from rvllm.api.app import build_app
+from rvllm.api.docs.examples import BODIES, curl
 from rvllm.api.docs.openapi import document
 
 PAGE = ("/rvllm/", "/web/", "/openapi.json", "/docs")  # the page's own, and the document itself
@@ -170,3 +172,34 @@ def test_a_query_is_checked_also_where_it_changes_nothing(server: LiveServer) ->
     for query in ("order=", "limit=", "limit=0"):
         status, _, answer = server.raw("GET", f"/v1/files?{query}")
         assert (status, json.loads(answer)["error"]["param"]) == (400, query.partition("=")[0])
+
+
+def test_every_endpoint_has_a_command_that_is_answered() -> None:
+    """The commands of `/docs`, but for names of things that have to be made first."""
+    of_encoders = re.compile(r"/(v1/)?embeddings|/(v[12]/)?(score|rerank)")
+    with LiveServer(drain_timeout=0.2) as text, LiveServer(drain_timeout=0.2, embedding_size=16) as encoder:
+        for path, methods in document()["paths"].items():
+            for method, operation in methods.items():
+                server = encoder if of_encoders.fullmatch(path) else text
+                command = curl(method.upper(), path, operation, server.url, "tiny")
+                if "ID" in command or "-F" in command:
+                    continue
+                said = subprocess.run(
+                    ["bash", "-c", f"{command} -sS -o /dev/null -w '%{{http_code}}'"],
+                    capture_output=True, text=True, check=True, timeout=20,
+                )  # fmt: skip
+                assert said.stdout == "200", command
+
+
+def test_every_body_that_is_taken_has_an_example() -> None:
+    taken = {path for path, methods in document()["paths"].items() for operation in methods.values()
+             if "application/json" in operation.get("requestBody", {}).get("content", {})}  # fmt: skip
+    assert taken == set(BODIES)
+
+
+def test_commands_are_those_of_the_reader() -> None:
+    with LiveServer(api_key="secret", drain_timeout=0.2) as live:
+        _, headers, body = live.raw("GET", "/docs")
+        html = body.decode()
+    assert f"curl {live.url}/v1/models" in html and "Bearer $RVLLM_API_KEY" in html
+    assert "secret" not in html and "style-src 'self'" in headers["content-security-policy"]

@@ -97,7 +97,11 @@ def build_app(service: Service, gate: Gate) -> Starlette:
                 Endpoint(gate, "/openapi.json", partial(openapi, bool(gate.keys)), open=True),
                 methods=["GET"],
             ),
-            Route("/docs", Endpoint(gate, "/docs", docs, open=True), methods=["GET"]),
+            Route(
+                "/docs",
+                Endpoint(gate, "/docs", partial(docs, service.served_name, bool(gate.keys)), open=True),
+                methods=["GET"],
+            ),
             *page_routes(service, gate),
         ],
         exception_handlers={HTTPException: _http_error},
