@@ -47,7 +47,9 @@ def product_chunks(rows: int, inner: int) -> int:
 
 def _specs(tag: str) -> list[KernelSpec]:
     def spec(name: str, source: str, symbol: str, smem: int, unit: str = "") -> KernelSpec:
-        return KernelSpec(f"sm80_{tag}_{name}", source, symbol, smem=smem, unit=unit or tag)
+        return KernelSpec(
+            f"sm80_{tag}_{name}", source, symbol, smem=smem, static_smem=STATIC, unit=unit or tag
+        )
 
     specs = []
     for suffix, (buffers, seqs) in DECODE.items():

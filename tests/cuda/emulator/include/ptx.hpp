@@ -29,9 +29,10 @@ template <class P> inline P* aligned(P* p, u32 alignment, const char* what) {
 EMU_PTX u32 sreg_laneid() { return current->id % 32; }
 EMU_PTX u32 sreg_dynamic_smem_size() { return emu::state.smem; }
 EMU_PTX void mov_u32(u32& d, u32 a) { d = a; }
-EMU_PTX void sub_rn_bf16x2(u32& d, u32 a, u32 b) {
+EMU_PTX void fma_rn_bf16x2(u32& d, u32 a, u32 b, u32 c) {
   const auto half = [](u32 x, int h) { return emu::from_bf16(static_cast<unsigned short>(x >> 16 * h)); };
-  d = emu::to_bf16(half(a, 0) - half(b, 0)) | static_cast<u32>(emu::to_bf16(half(a, 1) - half(b, 1))) << 16;
+  const auto fma = [&](int h) { return emu::to_bf16(fmaf(half(a, h), half(b, h), half(c, h))); };
+  d = fma(0) | static_cast<u32>(fma(1)) << 16;
 }
 EMU_PTX void sub_rn_f16x2(u32& d, u32 a, u32 b) {
   const auto half = [](u32 x, int h) { return emu::from_f16(static_cast<unsigned short>(x >> 16 * h)); };

@@ -35,7 +35,11 @@ struct Half2<bf16> {
   static constexpr u32 MAGIC = 0x43004300;  // 128 twice; a nibble in the low bits of each adds its value
   static __device__ __forceinline__ u32 minus(u32 a, u32 b) {
     u32 d;
+#if __CUDA_ARCH__ >= 900
     asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#else  // no subtraction there; the product with -1 is exact, so that this one rounds as it does
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(b), "r"(0xBF80BF80), "r"(a));
+#endif
     return d;
   }
   static __device__ __forceinline__ u32 rounded(float low, float high) {
