@@ -28,9 +28,9 @@ from rvllm.text.grammar.grammar import grammar_of, vocabulary_of
 from rvllm.text.tokenizers.tokenizer import Tokenizer
 from rvllm.weights.fetch.source import resolve
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "text"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from json_schemas import SCHEMAS
+from support.text.json_schemas import SCHEMAS
 
 MIXTURES = ((1, 0), (1, 15), (8, 8), (32, 32), (128, 128))
 

@@ -1,6 +1,6 @@
-"""Writes tests/golden/archs: what Transformers computes for the tiny checkpoints of tests/models.
+"""Writes tests/golden/archs: what Transformers computes for the tiny checkpoints of the tests.
 
-Phi-3-small, which Transformers lacks, comes from a model of its own (tests/models/oracle_phi3small.py).
+Phi-3-small, which Transformers lacks, comes from a model of its own (support/models/oracle_phi3small.py).
 Needs torch and transformers (the oracle extra). Weights and prompts come from seeds, so a file holds only
 results: logits of a few positions, and the greedy tokens. Run from the repository's root:
 
@@ -19,11 +19,11 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "models"))
+sys.path.insert(0, str(ROOT / "tests"))
 
-import archs_moe_tiny  # noqa: E402
-import archs_tiny as tiny  # noqa: E402
-from oracle_phi3small import Phi3Small  # noqa: E402
+from support.models import archs_moe_tiny  # noqa: E402
+from support.models import archs_tiny as tiny  # noqa: E402
+from support.models.oracle_phi3small import Phi3Small  # noqa: E402
 
 CASES = tiny.CASES | archs_moe_tiny.CASES
 

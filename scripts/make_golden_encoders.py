@@ -17,34 +17,36 @@ import numpy as np
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests" / "models"), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
 
-import archs_tiny as tiny  # noqa: E402
-import encoders_tiny as encoders  # noqa: E402
-import test_encoders as tests  # noqa: E402
-from models import model_path  # noqa: E402
+from support.models import archs_tiny as tiny  # noqa: E402
+from support.models import encoders_tiny as encoders  # noqa: E402
+from support.models.fetched import model_path  # noqa: E402
+from support.models.oracle_encoders import oracle  # noqa: E402
+
+GOLDEN = ROOT / "tests" / "golden" / "encoders"
 
 
 def main() -> None:
     transformers.logging.set_verbosity_error()
-    tests.GOLDEN.mkdir(parents=True, exist_ok=True)
+    GOLDEN.mkdir(parents=True, exist_ok=True)
     for name, case in encoders.CASES.items():
         with tempfile.TemporaryDirectory() as directory:
             path = encoders.save(Path(directory), name)
-            vectors = tests.oracle(path, encoders.token_texts(name), case["how"], case["normalise"])
+            vectors = oracle(path, encoders.token_texts(name), case["how"], case["normalise"])
         found = {
             "transformers": transformers.__version__,
             "weights_sha256": tiny.digest(tiny.random_tensors(name, case["config"])),
             "vectors": [[float(f"{x:.7g}") for x in row] for row in vectors.astype(np.float64).tolist()],
         }
-        (tests.GOLDEN / f"{name}.json").write_text(json.dumps(found) + "\n")
+        (GOLDEN / f"{name}.json").write_text(json.dumps(found) + "\n")
     path = model_path("minilm-l6-v2")
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     texts = [tokenizer(text, truncation=True, max_length=256)["input_ids"] for text in encoders.sentences()]
     np.savez_compressed(
-        tests.GOLDEN / "minilm.npz",
+        GOLDEN / "minilm.npz",
         lengths=np.array([len(text) for text in texts], np.int32),
-        vectors=tests.oracle(path, texts, "mean", True),
+        vectors=oracle(path, texts, "mean", True),
     )
 
 

@@ -18,10 +18,10 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "models"))
+sys.path.insert(0, str(ROOT / "tests"))
 
-import archs_tiny as tiny  # noqa: E402
-import nemotron_tiny as nemotron  # noqa: E402
+from support.models import archs_tiny as tiny  # noqa: E402
+from support.models import nemotron_tiny as nemotron  # noqa: E402
 
 
 def golden(name: str, directory: Path) -> dict[str, Any]:

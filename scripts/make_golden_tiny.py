@@ -1,4 +1,4 @@
-"""Writes tests/golden/tiny.npz: Transformers' logits and greedy tokens for every case of tests/tiny.py.
+"""Writes tests/golden/tiny.npz: Transformers' logits and greedy tokens for the cases of support.models.tiny.
 
 Needs the extra `oracle`. Run it again when a case is added: python scripts/make_golden_tiny.py
 """
@@ -15,7 +15,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import tiny  # noqa: E402
+from support.models import tiny  # noqa: E402
 
 GREEDY = 32  # tokens that follow the first 8 of the prompt
 ROWS = slice(3, None, 4)  # rows of the prompt whose logits are kept

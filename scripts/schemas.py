@@ -2,7 +2,7 @@
 
 python scripts/schemas.py [--model qwen2.5-coder-0.5b] [--rounds 1] [--max-tokens 200] [--every 1]
 
-The schemas are those of tests/text/json_schemas.py. Prints how many outputs finished, which of them were no
+The schemas are those of support/text/json_schemas.py. Prints how many outputs finished, which of them were no
 instances, and what the token masks cost; ends with 1 when an output was invalid or ended in an error.
 """
 
@@ -21,9 +21,9 @@ from rvllm import LLM, SamplingParams
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.errors import RvllmError
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "text"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from json_schemas import SCHEMAS
+from support.text.json_schemas import SCHEMAS
 
 TEMPERATURES = (0.0, 0.3, 0.7, 1.0, 1.5, 2.0)
 

@@ -15,9 +15,9 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "web"))
+sys.path.insert(0, str(ROOT / "tests"))
 
-from browser import ENTER, Browser, missing  # noqa: E402
+from support.clients.browser import ENTER, Browser, missing  # noqa: E402
 
 SYSTEM = "You are a patient teacher. Answer in short sentences, with one example where it helps. " * 6
 QUESTIONS = [

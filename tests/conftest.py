@@ -1,4 +1,4 @@
-"""Fixtures for all tests. This folder is importable: `from models import model_path` works everywhere."""
+"""Settings for all tests. What they share is in `support`, which every test can import."""
 
 from hypothesis import settings
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import model_path
 
 from rvllm import LLM, RequestOutput, SamplingParams
+from support.models.fetched import model_path
 
 pytestmark = pytest.mark.models
 GOLDEN = Path(__file__).parent / "golden"

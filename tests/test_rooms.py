@@ -107,3 +107,13 @@ def test_no_folder_is_wide() -> None:
             p for p in folder.iterdir() if p.suffix in {".py", ".cu", ".cuh"} and p.name != "__init__.py"
         ]
         assert len(files) <= 16, f"{folder.relative_to(SOURCE)} has {len(files)} files"
+
+
+def test_no_test_module_imports_another_one() -> None:
+    """What tests share is in tests/support; there nothing is a test."""
+    folder = Path(__file__).parent
+    modules = {path.stem for path in folder.rglob("test_*.py")}
+    assert not list((folder / "support").rglob("test_*.py"))
+    for path in folder.rglob("*.py"):
+        names = {part for name in imports(path) for part in name.split(".")}
+        assert not names & modules, f"{path.relative_to(folder)} imports {names & modules}"

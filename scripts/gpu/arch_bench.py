@@ -28,8 +28,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
-from real_configs import CONFIGS, on_one_card
-
 from rvllm.backends.base import StepBatch
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.layout.memory import Budget
@@ -45,6 +43,7 @@ from rvllm.program.cost import StepShape, program_cost
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import embedding_size
+from support.models.real_configs import CONFIGS, on_one_card
 
 PROMPT, TOKENS, RUNS = 12, 64, 3
 CONTEXT = PROMPT + TOKENS // 2

@@ -17,13 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "cuda"))
-import harness
-from harness import BF16, Gpu
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from rvllm.backends.cuda.device.driver import TensorMap
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, plan_decode, plan_decode_ring, table_stride
 from rvllm.program.dtypes import DType
+from support.kernels import harness
+from support.kernels.harness import BF16, Gpu
 
 POOL = 9 << 30  # bytes of keys, and of values
 DIM = 128

@@ -21,16 +21,15 @@ from typing import cast
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "cuda"))
-from experts_checks import Mixed, Routing, chip
-from harness import BF16, Array, Gpu
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from rvllm.backends.cuda.device.driver import Launch
 from rvllm.backends.cuda.device.launches import Counts, Planned
 from rvllm.backends.cuda.ops.gemm.plan import gated_rows, packed_nbytes
 from rvllm.backends.cuda.ops.moe import plan as moe
 from rvllm.backends.cuda.ops.moe.router import RouteAt, plan_route
 from rvllm.backends.cuda.profile import READ_KERNEL
+from support.kernels.experts_checks import Mixed, Routing, chip
+from support.kernels.harness import BF16, Array, Gpu
 
 MODELS = {
     "mixtral-8x7b": (Mixed(8, 2, 4096, 14336, 4096), Routing(8, 4096, 2, renormalise=True)),

@@ -1,6 +1,6 @@
 """Checks and times the kernels for integer weights on this GPU, on the products of a 7B model.
 
-    PYTHONPATH=src:scripts/gpu:tests/cuda python scripts/gpu/integer_bench.py [--tokens 1,8] [--only check]
+    PYTHONPATH=src:scripts/gpu:tests python scripts/gpu/integer_bench.py [--tokens 1,8] [--only check]
 
 check: every layout, mode and token tile against float64 products of the same numbers; bits equal across
 modes, batch sizes and instruction sets. shapes: each product of a layer alone, 28 different weights in one
@@ -18,7 +18,6 @@ import ml_dtypes
 import numpy as np
 import torch
 from gemm_bed import Bed, Work
-from integer_checks import random_matrix
 
 from rvllm.backends.cuda.device.driver import Launch, Module, TensorMap
 from rvllm.backends.cuda.ops.gemm import integer
@@ -31,6 +30,7 @@ from rvllm.kernels.gemm.integer.specs import (
     WALK_TOKENS,
     IntegerLayout,
 )
+from support.kernels.integer_checks import random_matrix
 
 CACHE = Path(os.environ.get("RVLLM_CUBINS", "build/cubins"))
 LAYERS, HIDDEN, FFN, QKV = 28, 3584, 18944, 4608

@@ -4,7 +4,7 @@
 
 Prints, for weights as they are stored and expanded to bfloat16, the perplexity of the text, the mean KL
 divergence from float32 on the CPU over its 20 likeliest tokens (and one bin for all others), and how often
-the likeliest token is the same. --emulate: kernels in the emulator of the tests (PYTHONPATH=tests/cuda too),
+the likeliest token is the same. --emulate: kernels in the emulator of the tests (PYTHONPATH=tests too),
 where there is no GPU.
 """
 
@@ -70,7 +70,7 @@ def main() -> None:
     report("float32", exact, exact)
     around: AbstractContextManager[object] = nullcontext()
     if args.emulate:
-        from emulator.driver import emulated_driver
+        from support.emulator.driver import emulated_driver
 
         load.gpu_present = lambda: True
         around = emulated_driver()

@@ -19,13 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "cuda"))
-import attention_checks
-import harness
-import op_checks
-import sampling_checks
-from harness import BF16, F16, Gpu
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from rvllm.backends.base import SamplingSpec, SlotStart
 from rvllm.backends.cuda.ops.attention.plan import plan_decode, plan_prefill, prefill_tiles, table_stride
 from rvllm.kernels.attention import specs as attention
@@ -34,6 +28,8 @@ from rvllm.kernels.rowwise import specs as rowwise
 from rvllm.kernels.rowwise.specs import norm_kernel
 from rvllm.kernels.sampling import specs as sampling
 from rvllm.program.dtypes import DType
+from support.kernels import attention_checks, harness, op_checks, sampling_checks
+from support.kernels.harness import BF16, F16, Gpu
 
 HEADS, KV_HEADS, DIM, WIDTH, VOCAB = 28, 4, 128, 3584, 152064  # Qwen2.5-7B
 

@@ -16,14 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "cuda"))
-from harness import BF16, Array, Gpu
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from rvllm.backends.cuda.device.driver import call
 from rvllm.backends.cuda.ops.attention.plan import prefill_tiles, table_stride
 from rvllm.backends.cuda.ops.mla.plan import LatentShape, plan_decode, plan_prefill
 from rvllm.kernels.mla.specs import product_chunks, product_smem
 from rvllm.program.dtypes import DType
+from support.kernels.harness import BF16, Array, Gpu
 
 LAYERS = 8
 RANK, ROTATED, PLAIN, VALUE = 512, 64, 128, 128

@@ -17,10 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "cuda"))
-from attention_checks import Cache, Shape, common, queries, scale_of
-from harness import BF16, F16, Array, Gpu
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from rvllm.backends.cuda.ops.attention.plan import plan_prefill, prefill_tiles
 from rvllm.kernels.attention.specs import (
     PREFILL_SM90_ROWS,
@@ -28,6 +25,8 @@ from rvllm.kernels.attention.specs import (
     prefill_sm90_smem,
 )
 from rvllm.program.dtypes import DType
+from support.kernels.attention_checks import Cache, Shape, common, queries, scale_of
+from support.kernels.harness import BF16, F16, Array, Gpu
 
 QWEN = Shape(128, 4, 7)
 CASES = ("8x1024", "1024", "2x4096", "7000", "16000", "8192@16000", "30000", "8192@30000")

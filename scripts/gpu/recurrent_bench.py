@@ -17,13 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "cuda"))
-from harness import BF16, Array, Gpu
-from recurrent_checks import Meta
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from rvllm.backends.cuda.ops.mamba2 import CONV_THREADS, KEEP_THREADS, SCAN_ROWS, ConvAt, conv_tile
 from rvllm.kernels.mamba2.specs import conv_kernel, gated_norm_kernel, scan_kernel, scan_smem
 from rvllm.program.ops.mamba2 import CHUNK, CausalConv, StateScan
+from support.kernels.harness import BF16, Array, Gpu
+from support.kernels.recurrent_checks import Meta
 
 TAPS, LAYERS = 4, 24
 

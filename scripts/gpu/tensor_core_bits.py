@@ -18,11 +18,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "cuda"))
-from harness import Gpu
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from rvllm.backends.cuda.device.driver import Launch, Module
 from rvllm.kernels import build
+from support.kernels.harness import Gpu
 
 SOURCE = Path(__file__).with_suffix(".cu")
 TYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}

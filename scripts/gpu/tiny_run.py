@@ -14,13 +14,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "cuda"))
-
-from gpu_engine import CONFIG, backend, core_of, run, tokens_of
-from test_archs_gpu import MODELS, VOCAB
 
 from rvllm.engine.ipc.messages import Sampling
 from rvllm.program.dtypes import DType
+from support.kernels.gpu_engine import CONFIG, backend, core_of, run, tokens_of
+from support.models.arch_cases import MODELS, VOCAB
 
 FAMILIES = ("qwen2", "gemma2", "mixtral", "deepseek_v2_lite", "nemotron_h_moe", "phi3small")
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from api_double import LiveServer
+
+from support.doubles.server import LiveServer
 
 
 @pytest.fixture(scope="module")

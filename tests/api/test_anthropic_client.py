@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import anthropic
 import pytest
 from anthropic.types import MessageParam
-from api_double import ANSWER, CONTEXT, LiveServer
+
+from support.doubles.server import ANSWER, CONTEXT, LiveServer
 
 HELLO: list[MessageParam] = [{"role": "user", "content": "hello"}]
 

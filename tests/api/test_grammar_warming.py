@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 
 import pytest
-from api_double import LiveServer
+
+from support.doubles.server import LiveServer
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from api_double import ANSWER, LiveServer
+
+from support.doubles.server import ANSWER, LiveServer
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]

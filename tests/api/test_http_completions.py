@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from api_double import LiveServer
+
+from support.doubles.server import LiveServer
 
 PATH = "/v1/completions"
 

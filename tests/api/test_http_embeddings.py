@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import openai
 import pytest
-from api_double import CONTEXT, LiveServer
+
+from support.doubles.server import CONTEXT, LiveServer
 
 SIZE = 16
 

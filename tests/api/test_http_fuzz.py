@@ -4,11 +4,11 @@ import json
 import math
 
 import pytest
-from api_double import LiveServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rvllm.api.schemas.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from support.doubles.server import LiveServer
 
 BODIES = {
     "/v1/chat/completions": ChatRequest,

@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from api_double import LiveServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rvllm.api.docs.openapi import OPERATIONS
+from support.doubles.server import LiveServer
 
 LEAVES = st.one_of(
     st.none(),

@@ -9,7 +9,8 @@ import time
 from typing import Any
 
 import pytest
-from api_double import LiveServer
+
+from support.doubles.server import LiveServer
 
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 HELLO = [{"role": "user", "content": "hi"}]

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 
 import pytest
-from api_double import LiveServer
+
+from support.doubles.server import LiveServer
 
 CHAT = "/v1/chat/completions"
 BODY = json.dumps({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}).encode()

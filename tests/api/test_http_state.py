@@ -8,9 +8,9 @@ import threading
 import time
 
 import pytest
-from api_double import CONTEXT, LiveServer
 
 from rvllm.api.page import strategy_of
+from support.doubles.server import CONTEXT, LiveServer
 
 
 def test_the_page_and_its_files(server: LiveServer) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from api_double import LiveServer
 
 from rvllm.api.schemas.requests import NEUTRAL, Refused
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.text.grammar.grammar import grammar_of
+from support.doubles.server import LiveServer
 
 TEMPLATE = (
     "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}"

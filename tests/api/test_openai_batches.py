@@ -14,13 +14,13 @@ from typing import Any
 
 import openai
 import pytest
-from api_double import LiveServer
 
 from rvllm.api.batches.store import Batch, BatchStore
 from rvllm.api.generate.job import BATCH_PRIORITY as PRIORITY
 from rvllm.api.http.errors import ApiError
 from rvllm.api.http.multipart import parse_form
 from rvllm.errors import UsageError
+from support.doubles.server import LiveServer
 
 
 @pytest.fixture(scope="module")
@@ -235,10 +235,11 @@ def test_the_end_of_a_batch_can_be_repeated(tmp_path: Path) -> None:
     assert [b.status for b in BatchStore(str(tmp_path), 10**9).batches()] == ["completed"]
 
 
+TESTS = Path(__file__).parent.parent
 SERVER = """
 import sys, time
-sys.path[:0] = sys.argv[2:]
-from api_double import LiveServer
+sys.path.insert(0, sys.argv[2])
+from support.doubles.server import LiveServer
 with LiveServer(files_dir=sys.argv[1], drain_timeout=0.1) as server:
     server.engine.pace = 0.004
     print(server.port, flush=True)
@@ -247,10 +248,8 @@ with LiveServer(files_dir=sys.argv[1], drain_timeout=0.1) as server:
 
 
 def test_killed_and_started_again_each_line_is_there_once(tmp_path: Path) -> None:
-    here = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
     def start() -> tuple[subprocess.Popen[str], openai.OpenAI]:
-        process = subprocess.Popen([sys.executable, "-c", SERVER, str(tmp_path), *here], text=True,
+        process = subprocess.Popen([sys.executable, "-c", SERVER, str(tmp_path), str(TESTS)], text=True,
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
         assert process.stdout is not None
         url = f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from api_double import ANSWER, LiveServer
 from openai.types.chat import ChatCompletionMessageParam
+
+from support.doubles.server import ANSWER, LiveServer
 
 HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import openai
 import pytest
-from api_double import ANSWER, CONTEXT, LiveServer
 
 from rvllm.api.responses.store import Conversation, ResponseStore
 from rvllm.api.schemas.responses import ResponsesRequest, new_response
 from rvllm.errors import UsageError
+from support.doubles.server import ANSWER, CONTEXT, LiveServer
 
 
 @pytest.fixture(scope="module")

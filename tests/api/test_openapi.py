@@ -11,12 +11,12 @@ from typing import Any
 
 import jsonschema
 import pytest
-from api_double import LiveServer
 from starlette.routing import Route
 
 from rvllm.api.app import build_app
 from rvllm.api.docs.examples import BODIES, curl
 from rvllm.api.docs.openapi import document
+from support.doubles.server import LiveServer
 
 PAGE = ("/rvllm/", "/web/", "/openapi.json", "/docs")  # the page's own, and the document itself
 

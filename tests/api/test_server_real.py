@@ -19,7 +19,8 @@ from typing import IO
 
 import openai
 import pytest
-from models import model_path
+
+from support.models.fetched import model_path
 
 pytestmark = pytest.mark.models
 HELLO = [{"role": "user", "content": "What is the capital of France?"}]

@@ -16,7 +16,8 @@ import anthropic
 import numpy as np
 import openai
 import pytest
-from models import model_path
+
+from support.models.fetched import model_path
 
 pytestmark = [pytest.mark.models, pytest.mark.timeout(300)]
 

@@ -9,18 +9,13 @@ from typing import Any
 
 import openai
 import pytest
-from api_double import LiveServer
 
 from rvllm.config import ServerConfig, settings_of
 from rvllm.text.chat.reasoning import CHOICES as REASONING_CHOICES
 from rvllm.text.tools.choose import CHOICES as TOOL_CHOICES
+from support.doubles.server import LiveServer
+from support.doubles.tool_calls import CALLS, TEMPLATE, script
 
-TEMPLATE = (
-    "{% if tools %}{% for t in tools %}{{ t.function.name }} {% endfor %}<tool_call>{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
-    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.arguments.city }}</tool_call>{% endfor %}"
-    "<|im_end|>\n{% endfor %}<|im_start|>assistant\n{{ lead or '' }}{# </think> #}"
-)
 WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -30,10 +25,6 @@ WEATHER: dict[str, Any] = {
     },
 }
 CLOCK: dict[str, Any] = {"type": "function", "function": {"name": "clock"}}
-CALLS = (
-    '<think>\nWhere? Oslo.\n</think>\n\nI look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo 😀"}}\n'
-    '</tool_call>\n<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
-)
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
 
@@ -47,13 +38,6 @@ def server() -> Iterator[LiveServer]:
 def client(server: LiveServer) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as made:
         yield made
-
-
-def script(server: LiveServer, text: str) -> None:
-    """What the model says next; it ends its turn after that."""
-    eos = server.tokenizer.eos_token_id
-    assert eos is not None
-    server.engine.answer = [*server.tokenizer.encode(text, add_special_tokens=False), eos]
 
 
 def test_the_whole_answer_has_calls_and_thoughts(client: openai.OpenAI, server: LiveServer) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import anthropic
 import openai
 import pytest
-from api_double import LiveServer
-from test_tools_client import CALLS, TEMPLATE, script
+
+from support.doubles.server import LiveServer
+from support.doubles.tool_calls import CALLS, TEMPLATE, script
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

@@ -14,7 +14,8 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
-from models import model_path
+
+from support.models.fetched import model_path
 
 pytestmark = [pytest.mark.models, pytest.mark.timeout(400)]
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import openai
 import pytest
-from api_double import LiveServer
 from prometheus_client.parser import text_string_to_metric_families
+
+from support.doubles.server import LiveServer
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}{# </think> #}"
 # vLLM's metrics of a text model on one GPU (its documentation's table, with the older names).

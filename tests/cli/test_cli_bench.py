@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,7 @@ import pytest
 from rvllm.bench.load import Sent
 from rvllm.bench.serving import page, summary
 from rvllm.cli.main import main
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "api"))
-from api_double import LiveServer
+from support.doubles.server import LiveServer
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,

@@ -7,15 +7,12 @@ import select
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-from models import model_path
-
-sys.path.append(str(Path(__file__).parent.parent / "api"))
-from api_double import ANSWER, LiveServer
 
 from rvllm.cli.main import main
+from support.doubles.server import ANSWER, LiveServer
+from support.models.fetched import model_path
 
 
 def talk(monkeypatch: pytest.MonkeyPatch, lines: str, *words: str) -> int:

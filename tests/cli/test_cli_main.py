@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from models import model_path
 
 from rvllm.cli import main as cli
 from rvllm.cli.common.starting import LoadingBar
 from rvllm.errors import ModelError
 from rvllm.version import __version__
+from support.models.fetched import model_path
 
 
 def run(*words: str, **options: object) -> subprocess.CompletedProcess[str]:

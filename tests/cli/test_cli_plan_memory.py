@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_configs import CONFIGS
 
 from rvllm.cli.main import main
+from support.models.real_configs import CONFIGS
 
 KV_PER_TOKEN = 28 * 2 * 4 * 128 * 2  # Qwen2.5-7B: layers, keys and values, heads, elements, bytes
 

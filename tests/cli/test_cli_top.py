@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "api"))
-
-from api_double import LiveServer
 
 from rvllm.cli.common.blockmap import block_map
 from rvllm.cli.main import main
 from rvllm.cli.top import History, Rates
+from support.doubles.server import LiveServer
 
 
 @pytest.fixture(scope="module")

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "api"))
-
-from api_double import LiveServer
-
 from rvllm.cli.main import main
+from support.doubles.server import LiveServer
 
 PHASES = ["queue", "prefill", "decode", "detokenize", "stream", "total"]
 

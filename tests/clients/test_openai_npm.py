@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from models import model_path
+
+from support.models.fetched import model_path
 
 pytestmark = [pytest.mark.models, pytest.mark.timeout(300)]
 

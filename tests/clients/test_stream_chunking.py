@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from itertools import pairwise
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,8 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "api"))
-from api_double import LiveServer
+from support.doubles.server import LiveServer
 
 HELLO = [{"role": "user", "content": "hello"}]
 TEMPLATE = (

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 if os.environ.get("RVLLM_TEST_EMULATE") == "1":
-    from emulator.driver import emulated_driver
+    from support.emulator.driver import emulated_driver
 
     _for_the_session = emulated_driver()
     _for_the_session.__enter__()
@@ -27,10 +27,9 @@ def machines() -> dict[str, Any]:
 
 @pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
 def gpu(request: pytest.FixtureRequest, machines: dict[str, Any]) -> Iterator[Any]:
-    from emulator import Emulator, available
-    from harness import Gpu
-
     from rvllm.backends.cuda.device.driver import device_count
+    from support.emulator import Emulator, available
+    from support.kernels.harness import Gpu
 
     if request.param == "emulator" and not available():
         pytest.skip("the emulator needs g++")

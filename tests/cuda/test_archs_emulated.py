@@ -10,9 +10,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from emulator.driver import emulated_driver
-from gpu_engine import CONFIG, core_of, run
-from test_archs_gpu import ENCODERS, MODELS, TOLERANCE, VOCAB, program_of, scores, tensors_of, text_batch
 
 from rvllm.backends.cpu.backend import CpuBackend
 from rvllm.backends.cuda.backend import CudaBackend
@@ -21,6 +18,18 @@ from rvllm.config import EngineConfig
 from rvllm.engine.ipc.messages import Sampling
 from rvllm.engine.state import complete
 from rvllm.program.dtypes import DType
+from support.emulator.driver import emulated_driver
+from support.kernels.gpu_engine import CONFIG, core_of, run
+from support.models.arch_cases import (
+    ENCODERS,
+    MODELS,
+    TOLERANCE,
+    VOCAB,
+    program_of,
+    scores,
+    tensors_of,
+    text_batch,
+)
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="the emulator needs g++, which is not here"

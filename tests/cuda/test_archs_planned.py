@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from real_configs import CONFIGS, on_one_card
 
 from rvllm.backends.cuda.device.catalog import select
 from rvllm.backends.cuda.device.driver import DeviceFacts
@@ -17,6 +16,7 @@ from rvllm.models.registry import build_program, supported
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import embedding_size
+from support.models.real_configs import CONFIGS, on_one_card
 
 H200 = DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448)
 A100 = DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912)

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
 
 from rvllm.backends.cuda.device.arena import Arena
 from rvllm.backends.cuda.device.driver import Device
 from rvllm.engine.ipc.messages import Sampling
 from rvllm.errors import RvllmError
 from rvllm.program.dtypes import DType
+from support.kernels.gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 

@@ -7,20 +7,16 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 
-import attention_checks
-import gemm_checks
-import harness
 import numpy as np
-import op_checks
 import pytest
-import sampling_checks
-from emulator import Emulator, available
-from emulator.driver import emulated_driver
-from gpu_engine import backend, core_of, model, run, tokens_of
 
 from rvllm.backends.base import SamplingSpec
 from rvllm.engine.ipc.messages import Sampling
 from rvllm.program.dtypes import DType
+from support.emulator import Emulator, available
+from support.emulator.driver import emulated_driver
+from support.kernels import attention_checks, gemm_checks, harness, op_checks, sampling_checks
+from support.kernels.gpu_engine import backend, core_of, model, run, tokens_of
 
 pytestmark = pytest.mark.skipif(not available(), reason="the emulator needs g++")
 DTYPES = {"bfloat16": harness.BF16, "float16": harness.F16}

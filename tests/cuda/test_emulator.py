@@ -5,16 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import attention_checks
-import harness
 import numpy as np
-import op_checks
 import pytest
-from emulator import Emulator, EmulatorError, available
 
 from rvllm.kernels import build
 from rvllm.kernels.manifest import MANIFEST
 from rvllm.kernels.spec import KernelSpec
+from support.emulator import Emulator, EmulatorError, available
+from support.kernels import attention_checks, harness, op_checks
 
 pytestmark = pytest.mark.skipif(not available(), reason="the emulator needs g++")
 SMALL = r"""

@@ -8,13 +8,11 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-import attention_checks
-import encoder_checks
-import harness
 import numpy as np
 import pytest
 
 from rvllm.backends.cuda.device.driver import device_count
+from support.kernels import attention_checks, encoder_checks, harness
 
 DTYPES = {"bfloat16": harness.BF16, "float16": harness.F16}
 ROW_CHECKS = {check.__name__.removeprefix("check_"): check for check in encoder_checks.ROW_CHECKS}
@@ -43,7 +41,7 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[Any]:
     if request.param == "gpu":
         shared: Any = harness.Gpu()
     else:
-        from emulator import Emulator
+        from support.emulator import Emulator
 
         shared = Emulator()
     yield shared

@@ -8,16 +8,8 @@ from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
-import experts_checks
 import numpy as np
 import pytest
-from emulator import Emulator, available
-from emulator.driver import emulated_driver
-from gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
-from harness import BF16, F16, Machine
-from real_configs import CONFIGS
-from test_lowering import A100, L40, QWEN_7B, planner
-from tiny import ArrayCheckpoint, weights_of
 
 from rvllm.backends.cuda.device.catalog import select
 from rvllm.backends.cuda.device.driver import DeviceFacts
@@ -39,6 +31,14 @@ from rvllm.models.registry import build_program
 from rvllm.program.cost import StepShape, op_cost
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Experts, Program, Route
+from support.emulator import Emulator, available
+from support.emulator.driver import emulated_driver
+from support.kernels import experts_checks
+from support.kernels.gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
+from support.kernels.harness import BF16, F16, Machine
+from support.kernels.planned import A100, L40, QWEN_7B, planner
+from support.models.real_configs import CONFIGS
+from support.models.tiny import ArrayCheckpoint, weights_of
 
 DTYPES = {"bfloat16": BF16, "float16": F16}
 MIXTRAL = {

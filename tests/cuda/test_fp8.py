@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import fp8_checks
-import harness
 import ml_dtypes
 import numpy as np
 import pytest
-from emulator import Emulator, available
-from emulator.driver import emulated_driver
-from gpu_engine import CONFIG, core_of, model, needs_gpu, run
-from stored_as import Layout
-from tiny import ArrayCheckpoint, weights_of
 
 from rvllm.backends.cpu.backend import CpuBackend
 from rvllm.backends.cpu.reference import interpreter
@@ -39,9 +31,13 @@ from rvllm.program.cost import StepShape, program_cost
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Linear, Program
 from rvllm.weights.open import open_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "weights"))
-from quantisers import Quantiser, compressed, file_of, fp8_blocks, fp8_rows, fp8_whole
+from support.emulator import Emulator, available
+from support.emulator.driver import emulated_driver
+from support.kernels import fp8_checks, harness
+from support.kernels.gpu_engine import CONFIG, core_of, model, needs_gpu, run
+from support.models.tiny import ArrayCheckpoint, weights_of
+from support.weights.quantisers import Quantiser, compressed, file_of, fp8_blocks, fp8_rows, fp8_whole
+from support.weights.stored_as import Layout
 
 SM90 = DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448)
 SM80 = DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912)

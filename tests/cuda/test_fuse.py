@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from real_configs import CONFIGS
-
 from rvllm.backends.cuda.layout.fusion import Stage, fuse
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.memory import lifetimes
 from rvllm.program.ops.dense import Activate, Add, GatedActivation, Linear, Norm, Program, RopeKV
+from support.models.real_configs import CONFIGS
 
 
 def program(name: str) -> Program:

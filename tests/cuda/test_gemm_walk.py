@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulator import compiler
 
 from rvllm.backends.cuda.ops.gemm import plan as gemm
 from rvllm.kernels import build
+from support.emulator import compiler
 
 PROGRAM = """
 #include <algorithm>

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import harness
-import integer_checks
 import numpy as np
 import pytest
-from emulator import Emulator, available
 
 from rvllm.kernels.gemm.integer.specs import GGUF_LAYOUTS, LAYOUTS
+from support.emulator import Emulator, available
+from support.kernels import harness, integer_checks
 
 pytestmark = pytest.mark.skipif(not available(), reason="the emulator needs g++")
 DTYPES = {"bfloat16": harness.BF16, "float16": harness.F16}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from emulator import available
-from emulator.driver import emulated_driver
-from gpu_engine import CONFIG, core_of, model, run
-from integer_checks import stored_blocks
-from tiny import weights_of
 
 from rvllm.backends.cpu.backend import CpuBackend
 from rvllm.backends.cuda.device.driver import device_count
@@ -27,10 +21,24 @@ from rvllm.program.formats import IntegerFormat
 from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.formats import with_formats
 from rvllm.weights.open import open_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "weights"))
-from model_files import LLAMA, gguf_bytes
-from quantisers import AWQ, GPTQ, Quantiser, Tensors, awq, compressed, file_of, gptq, int8_groups, packed
+from support.emulator import available
+from support.emulator.driver import emulated_driver
+from support.kernels.gpu_engine import CONFIG, core_of, model, run
+from support.kernels.integer_checks import stored_blocks
+from support.models.tiny import weights_of
+from support.weights.model_files import LLAMA, gguf_bytes
+from support.weights.quantisers import (
+    AWQ,
+    GPTQ,
+    Quantiser,
+    Tensors,
+    awq,
+    compressed,
+    file_of,
+    gptq,
+    int8_groups,
+    packed,
+)
 
 pytestmark = pytest.mark.skipif(not available() and device_count() == 0, reason="needs g++ or a GPU")
 

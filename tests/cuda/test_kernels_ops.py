@@ -9,21 +9,18 @@ import os
 import zlib
 from collections.abc import Iterator
 
-import attention_checks
 import numpy as np
 import pytest
 
 from rvllm.backends.cuda.device.driver import device_count
+from support.kernels import attention_checks
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(device_count() == 0, reason="no NVIDIA GPU, or the cuda extra is not installed"),
 ]
 if device_count():
-    import gemm_checks
-    import harness
-    import op_checks
-    import sampling_checks
+    from support.kernels import gemm_checks, harness, op_checks, sampling_checks
 
 DTYPES = ("bfloat16", "float16")
 

@@ -7,16 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import latent_checks as checks
 import numpy as np
 import pytest
-from emulator import Emulator, available
-from emulator.driver import emulated_driver
-from gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
-from harness import BF16, F16, Machine
-from latent_checks import LITE, MANY, TINY, Sizes
-from test_lowering import A100, H100, L40, planner
-from tiny import ArrayCheckpoint, weights_of
 
 from rvllm.backends.cuda.backend import CudaBackend
 from rvllm.backends.cuda.device.catalog import select
@@ -33,6 +25,15 @@ from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import LatentRopeKV, Program
 from rvllm.weights.open import open_checkpoint
+from support.emulator import Emulator, available
+from support.emulator.driver import emulated_driver
+from support.kernels import latent_checks as checks
+from support.kernels.gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
+from support.kernels.harness import BF16, F16, Machine
+from support.kernels.latent_checks import LITE, MANY, TINY, Sizes
+from support.kernels.planned import A100, H100, L40, planner
+from support.models import archs_moe_gguf
+from support.models.tiny import ArrayCheckpoint, weights_of
 
 DTYPES = {"bfloat16": BF16, "float16": F16}
 SIZES = {"lite": LITE, "tiny": TINY, "many": MANY}
@@ -261,10 +262,7 @@ SMALL = {
 
 @pytest.mark.skipif(not available(), reason="the emulator needs g++")
 @pytest.mark.skipif(os.environ.get("RVLLM_TEST_EMULATE") == "1", reason="the driver is emulated already")
-def test_files_of_both_kinds_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "models")
-    import archs_moe_gguf
-
+def test_files_of_both_kinds_give_the_same_bits(tmp_path: Path) -> None:
     program = built(SMALL)
     arrays = {k: v.astype(BF16).astype(np.float32) for k, v in weights_of(program).items()}
     checkpoints: list[Any] = [ArrayCheckpoint(SMALL, arrays)]

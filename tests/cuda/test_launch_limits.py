@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from real_configs import CONFIGS
 
 from rvllm.backends.cuda.device.catalog import select
 from rvllm.backends.cuda.device.driver import DeviceFacts
@@ -24,6 +23,7 @@ from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.encoder import embedding_size
+from support.models.real_configs import CONFIGS
 
 CARDS = [
     DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912),

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from real_configs import CONFIGS, on_one_card
-from stored_as import QUANTISED, Layout
 
 from rvllm.backends.cuda.device.catalog import select
 from rvllm.backends.cuda.device.driver import DeviceFacts
@@ -23,6 +21,8 @@ from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from rvllm.weights.checkpoint import TensorType
+from support.models.real_configs import CONFIGS, on_one_card
+from support.weights.stored_as import QUANTISED, Layout
 
 GPUS = {
     80: DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912),

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from gpu_engine import needs_gpu
-from test_lowering import H100, QWEN_7B, planner, program
 
 from rvllm.backends.base import MAX_BIASES, MAX_STOPS
 from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
@@ -25,6 +23,8 @@ from rvllm.errors import CapacityError, RvllmError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
+from support.kernels.gpu_engine import needs_gpu
+from support.kernels.planned import H100, QWEN_7B, planner, program
 
 TOTAL, FREE = 80 * GB, 78 * GB
 BERT = {

@@ -1,14 +1,11 @@
 """Checkpoints that are expanded on the GPU: the same draws as a plain model of the same numbers."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from gpu_engine import CONFIG, core_of, model, needs_gpu, run
 from safetensors.numpy import save_file
-from tiny import weights_of
 
 from rvllm.config import EngineConfig
 from rvllm.engine.ipc.messages import Sampling
@@ -16,9 +13,9 @@ from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.weights.open import open_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "weights"))
-from quantisers import AWQ, GPTQ, Tensors, awq, file_of, gptq
+from support.kernels.gpu_engine import CONFIG, core_of, model, needs_gpu, run
+from support.models.tiny import weights_of
+from support.weights.quantisers import AWQ, GPTQ, Tensors, awq, file_of, gptq
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 

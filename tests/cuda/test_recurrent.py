@@ -8,14 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import emulator
-import gpu_engine
-import harness
 import numpy as np
 import pytest
-import recurrent_checks as checks
-from recurrent_planned import check_planned
-from tiny import ArrayCheckpoint, weights_of
 
 from rvllm.backends.cpu.backend import CpuBackend
 from rvllm.backends.cuda.backend import CudaBackend
@@ -31,6 +25,11 @@ from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
+from support import emulator
+from support.kernels import gpu_engine, harness
+from support.kernels import recurrent_checks as checks
+from support.kernels.recurrent_planned import check_planned
+from support.models.tiny import ArrayCheckpoint, weights_of
 
 H200 = DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448)
 A100 = DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912)

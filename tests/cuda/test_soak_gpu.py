@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
 
 from rvllm.backends.cuda.device.driver import Device
 from rvllm.engine.ipc.messages import Generate, Sampling
 from rvllm.program.dtypes import DType
+from support.kernels.gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 REQUESTS = 1000

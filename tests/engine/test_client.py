@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from double import next_token
 
 from rvllm.config import EngineConfig
 from rvllm.engine.ipc.client import EngineClient
 from rvllm.engine.ipc.messages import Generate, Sampling
 from rvllm.errors import EngineDeadError, RvllmError, UsageError
+from support.doubles import engine_process
+from support.doubles.engine import next_token
 
-HERE = Path(__file__).parent
-COMMAND = (sys.executable, str(HERE / "double_process.py"))
+COMMAND = (sys.executable, engine_process.__file__)
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:

@@ -6,7 +6,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
 
-from double import EOS, VOCAB, PagedDouble, facts, next_token, row_logprobs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from rvllm.backends.base import Limits
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Generate, Output, Sampling
+from support.doubles.engine import EOS, VOCAB, PagedDouble, facts, next_token, row_logprobs
 
 MAX_LEN = 100
 

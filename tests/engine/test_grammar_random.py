@@ -8,11 +8,10 @@ import time
 from functools import cache
 
 import pytest
-import test_grammar as whole
-from test_grammar import SCHEMA, core_of, grammar, request
 
 import rvllm.engine.grammar as engine_grammar
 from rvllm.engine.ipc.messages import Generate, Output
+from support.doubles.grammar_engine import SCHEMA, core_of, grammar, request, run
 
 FORMS = (
     grammar(json=SCHEMA),
@@ -33,7 +32,7 @@ def asked(form: int, number: int) -> Generate:
 @cache
 def alone(form: int, number: int) -> list[int]:
     made = asked(form, number)
-    return whole.run(core_of(1), [made])[made.request_id][0]
+    return run(core_of(1), [made])[made.request_id][0]
 
 
 @pytest.mark.parametrize("seed", range(24))

@@ -6,13 +6,13 @@ import time
 from typing import Any
 
 import pytest
-from double import PagedDouble, facts, next_token
 
 from rvllm.backends.base import LAST_SAMPLED, Limits, StepBatch
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Generate, Output, Sampling
 from rvllm.errors import UsageError
+from support.doubles.engine import PagedDouble, facts, next_token
 
 
 class Watched(PagedDouble):

@@ -6,7 +6,6 @@ import time
 
 import msgspec
 import pytest
-from double import PagedDouble, facts
 
 from rvllm.backends.base import Limits, StepKernel, grouped
 from rvllm.config import EngineConfig
@@ -14,6 +13,7 @@ from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import FromEngine, Generate, GetState, Sampling, State
 from rvllm.engine.state import complete, snapshot
 from rvllm.telemetry.bounds import STEP_TOKENS
+from support.doubles.engine import PagedDouble, facts
 
 
 def core_of(seqs: int = 2) -> EngineCore:

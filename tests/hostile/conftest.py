@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from attacker import Server
+
+from support.clients.attacker import Server
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from attacker import Server
 
 from rvllm.api.http.browsers import allowed_hosts
 from rvllm.api.http.keys import load_keys
 from rvllm.config import ServerConfig, build
 from rvllm.errors import UsageError
+from support.clients.attacker import Server
 
 ASK = {"prompt": "a", "max_tokens": 1}
 FOREIGN_HOSTS = [

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api.api_double import LiveServer
 
 from rvllm.api.batches.endpoints import MAX_TRIES
 from rvllm.api.batches.store import Batch, BatchStore
 from rvllm.api.disk import TemporaryFolder, is_full, sweep, write_whole
 from rvllm.api.http.errors import ApiError
 from rvllm.api.responses.store import Conversation, ResponseStore
+from support.doubles.server import LiveServer
 
 
 def form(data: bytes, purpose: str = "batch") -> bytes:

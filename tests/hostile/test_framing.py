@@ -6,7 +6,8 @@ import socket
 import time
 
 import pytest
-from attacker import Server, raw, statuses
+
+from support.clients.attacker import Server, raw, statuses
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 INNER = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"

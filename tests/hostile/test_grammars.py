@@ -9,7 +9,8 @@ import time
 from typing import Any
 
 import pytest
-from attacker import Server
+
+from support.clients.attacker import Server
 
 
 def chain(count: int) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from attacker import Server
+
+from support.clients.attacker import Server
 
 ASK = {"messages": [{"role": "user", "content": "go"}], "max_tokens": 2}
 GUARD = "{% if messages[0].content != 'go' %}fine{% else %}BOMB{% endif %}"

@@ -10,7 +10,8 @@ import socket
 import time
 
 import pytest
-from attacker import Server, raw, statuses
+
+from support.clients.attacker import Server, raw, statuses
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import archs_tiny as tiny
 import numpy as np
 import pytest
 
@@ -15,6 +14,7 @@ from rvllm.models.registry import build_program, supported
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Attention, Embed, Norm, Program, RopeKV
 from rvllm.program.rope import Rope
+from support.models import archs_tiny as tiny
 
 
 def build(config: dict[str, Any], dtype: DType = DType.F32) -> Program:

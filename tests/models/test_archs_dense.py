@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import archs_gguf
-import archs_tiny as tiny
 import numpy as np
 import pytest
 
@@ -15,6 +13,8 @@ from rvllm import LLM, SamplingParams
 from rvllm.errors import ModelError
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.packing import row_order
+from support.models import archs_gguf
+from support.models import archs_tiny as tiny
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "archs"
 CHUNKS = (5, 1, 64, 3, 40, 24)

@@ -6,9 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import archs_moe_gguf
-import archs_moe_tiny as moe
-import archs_tiny as tiny
 import gguf
 import numpy as np
 import pytest
@@ -21,6 +18,9 @@ from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.packing import check_weights, pack
+from support.models import archs_moe_gguf
+from support.models import archs_moe_tiny as moe
+from support.models import archs_tiny as tiny
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "archs"
 CHUNKS = (5, 1, 64, 3, 40, 24)
@@ -80,7 +80,7 @@ def test_equals_transformers(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("served", [256, 64])
 def test_equals_the_published_definition(name: str, served: int, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from oracle_phi3small import Phi3Small
+    from support.models.oracle_phi3small import Phi3Small
 
     case = moe.CASES[name]
     prompt = tiny.prompt_of(name, min(tiny.PROMPT, served - tiny.GREEDY))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import archs_moe_tiny as moe
-import archs_tiny as tiny
 import numpy as np
 import pytest
 
@@ -28,6 +26,8 @@ from rvllm.program.ops.dense import (
     Program,
     Route,
 )
+from support.models import archs_moe_tiny as moe
+from support.models import archs_tiny as tiny
 
 YARN = {
     "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import archs_tiny as tiny
-import encoders_tiny as encoders
 import gguf
 import numpy as np
 import pytest
@@ -16,32 +13,12 @@ import pytest
 from rvllm import LLM, PoolingParams
 from rvllm.cli.main import main
 from rvllm.errors import ModelError, UsageError
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models import model_path
+from support.models import archs_tiny as tiny
+from support.models import encoders_tiny as encoders
+from support.models.fetched import model_path
+from support.models.oracle_encoders import oracle
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "encoders"
-
-
-def pooled(hidden: Any, how: str, normalise: bool) -> Any:
-    """sentence-transformers' Pooling and Normalize of one text's last hidden states [L, width]."""
-    torch = pytest.importorskip("torch")
-    vector = {"mean": hidden.mean(0), "cls": hidden[0], "last": hidden[-1]}[how]
-    return (torch.nn.functional.normalize(vector, dim=0) if normalise else vector).numpy()
-
-
-def oracle(path: Path, texts: list[list[int]], how: str, normalise: bool) -> np.ndarray:
-    """Transformers' encoder, one text at a time."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    transformers.logging.set_verbosity_error()
-    model, report = transformers.AutoModel.from_pretrained(
-        path, dtype=torch.float32, output_loading_info=True
-    )
-    assert not report["unexpected_keys"], report
-    assert all("pooler" in name for name in report["missing_keys"]), report
-    with torch.no_grad():
-        return np.stack([pooled(model.eval()(torch.tensor([t]))[0][0], how, normalise) for t in texts])
 
 
 @pytest.mark.oracle

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import tiny
 
 from rvllm.errors import ModelError
 from rvllm.models.config import ModelConfig, token_ids
@@ -11,6 +10,7 @@ from rvllm.models.registry import ARCHITECTURES, build_program, supported
 from rvllm.models.rope import max_positions, read_rope
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Attention, Linear, Logits, RopeKV
+from support.models import tiny
 
 LLAMA = tiny.CASES["llama"]
 

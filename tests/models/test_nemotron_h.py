@@ -7,9 +7,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import archs_tiny as tiny
-import nemotron_gguf
-import nemotron_tiny as nemotron
 import numpy as np
 import pytest
 
@@ -27,6 +24,9 @@ from rvllm.program.ops.dense import Part
 from rvllm.program.ops.mamba2 import CHUNK
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.packing import pack
+from support.models import archs_tiny as tiny
+from support.models import nemotron_gguf
+from support.models import nemotron_tiny as nemotron
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "archs"
 PIECES = [(5, 1, 64, 3, 40, 24), (16,) * 8 + (9,), (1,) * 137, (130, 7)]

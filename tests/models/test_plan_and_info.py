@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 
 from rvllm.cli.common.ops import folded
 from rvllm.cli.main import main
+from support.models import tiny
 
 QUICK = ["--bandwidth", "100", "--tflops", "1"]
 

@@ -4,15 +4,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-import archs_moe_tiny
-import archs_tiny
 import numpy as np
 import pytest
-from quantisers import AWQ, FP8, GPTQ, Quantiser, Tensors, awq, compressed, file_of, fp8_blocks, gptq, packed
 
 from rvllm.backends.cpu.compiled.library import missing
 from rvllm.cli.main import main
 from rvllm.errors import ModelError
+from support.models import archs_moe_tiny, archs_tiny
+from support.weights.quantisers import (
+    AWQ,
+    FP8,
+    GPTQ,
+    Quantiser,
+    Tensors,
+    awq,
+    compressed,
+    file_of,
+    fp8_blocks,
+    gptq,
+    packed,
+)
 
 PLAIN = ("embed", "lm_head", "norm", "mlp.gate.weight", "block_sparse_moe.gate.weight", "bias")
 GROUP = 8
@@ -72,14 +83,13 @@ def test_logits_are_those_of_the_same_numbers(model: str, method: str, tmp_path:
 def test_compiled_kernels_compute_with_the_same_numbers(tmp_path: Path) -> None:
     if absent := missing():
         pytest.skip(f"no compiled kernels: {absent}")
-    import tiny
-
     from rvllm.backends.cpu.backend import CpuBackend
     from rvllm.config import EngineConfig
     from rvllm.models.config import ModelConfig
     from rvllm.models.registry import build_program
     from rvllm.program.dtypes import DType
     from rvllm.weights.open import open_checkpoint
+    from support.models import tiny
 
     tokens, found = archs_tiny.prompt_of("granite"), []
     folder, plain, _ = quantised(tmp_path, "granite", *METHODS["awq"][:2])

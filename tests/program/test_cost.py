@@ -1,11 +1,11 @@
 """The cost model against sums made by hand, and that every op type has a rule."""
 
 import pytest
-import tiny
 
 from rvllm.program.cost import Cost, StepShape, kv_bytes_per_token, op_cost, particulars, program_cost
 from rvllm.program.ops import dense as ops
 from rvllm.program.ops.dense import Attention, Linear, Logits, Op
+from support.models import tiny
 
 CONFIG = tiny.CASES["llama"] | {"num_attention_heads": 4, "num_key_value_heads": 2}
 PROGRAM = tiny.program_of(CONFIG)

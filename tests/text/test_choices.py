@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_tokenizers as tiny
 
 from rvllm.backends.base import SamplingSpec, SlotStart
 from rvllm.backends.cuda.ops.sampling.slots import pack_starts
@@ -15,6 +14,7 @@ from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import UsageError
 from rvllm.text.processor import Choice, Delta
 from rvllm.text.requests import RequestMaker, prompt_tokens, to_sampling
+from support.text import tiny_tokenizers as tiny
 
 TOKENIZER = tiny.byte_level()
 EOS = TOKENIZER.eos_token_id

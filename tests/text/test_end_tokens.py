@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_tokenizers as tiny
-from tiny_tokenizers import byte_level_metadata, trained
 
 from rvllm.engine.ipc.messages import ModelFacts, Output
 from rvllm.engine.sampling_params import SamplingParams
@@ -17,6 +15,8 @@ from rvllm.text.processor import Choice
 from rvllm.text.requests import RequestMaker
 from rvllm.text.tokenizers.gguf import from_metadata
 from rvllm.text.tokenizers.tokenizer import Tokenizer
+from support.text import tiny_tokenizers as tiny
+from support.text.tiny_tokenizers import byte_level_metadata, trained
 
 
 def facts(eos: list[int]) -> ModelFacts:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny_tokenizers import byte_level_metadata, sentencepiece_metadata
 
 from rvllm.text.chat.fim import FillIn
 from rvllm.text.tokenizers.gguf import from_metadata
 from rvllm.text.tokenizers.tokenizer import Tokenizer
+from support.text.tiny_tokenizers import byte_level_metadata, sentencepiece_metadata
 
 KEY = "tokenizer.ggml."
 

@@ -6,11 +6,11 @@ import json
 import re
 
 import pytest
-from models import model_path
 
 from rvllm import LLM, SamplingParams, StructuredOutputsParams
 from rvllm.errors import UsageError
 from rvllm.text.grammar.grammar import grammar_of
+from support.models.fetched import model_path
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,11 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text.tiny_tokenizers import byte_level, sentencepiece, wordpiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from rvllm.text.tokenizers.length_bound import length_bound
 from rvllm.text.tokenizers.tokenizer import spelling_of
+from support.text.tiny_tokenizers import byte_level, sentencepiece, wordpiece
 
 MODELS = {"bytes": byte_level(), "pieces": sentencepiece(add_prefix=True)}
 TEXTS = st.text(max_size=200) | st.text("hello wrd\n\té日😀한▁", max_size=400)

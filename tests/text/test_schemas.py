@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import sys
-from pathlib import Path
 
 import jsonschema
 import numpy as np
 import pytest
-from json_schemas import SCHEMAS
-from models import model_path
-from tiny_tokenizers import byte_level
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "engine"))
-from grammar_double import RandomDouble
 
 from rvllm.backends.base import Limits
 from rvllm.config import EngineConfig
@@ -24,6 +16,10 @@ from rvllm.engine.ipc.messages import Generate, ModelFacts, Sampling
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.text.grammar.grammar import grammar_of, vocabulary_of
 from rvllm.text.tokenizers.tokenizer import Tokenizer
+from support.doubles.grammar import RandomDouble
+from support.models.fetched import model_path
+from support.text.json_schemas import SCHEMAS
+from support.text.tiny_tokenizers import byte_level
 
 MAX_TOKENS = 400
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import tiny_tokenizers as tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rvllm.text.stop import StopFinder
 from rvllm.text.tokenizers.detokenizer import WindowDetokenizer, make_detokenizer
 from rvllm.text.tokenizers.tokenizer import Tokenizer
+from support.text import tiny_tokenizers as tiny
 
 BYTES = tiny.byte_level()
 PIECES = tiny.sentencepiece()

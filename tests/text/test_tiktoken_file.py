@@ -10,13 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from models import model_path
-from tiny_tokenizers import CORPUS, trained
 
 from rvllm.errors import ModelError
 from rvllm.text.tokenizers.tiktoken import CLASSES, merges_of
 from rvllm.text.tokenizers.tokenizer import CHARACTER_BYTES, Tokenizer
 from rvllm.weights.gguf.container import read_gguf
+from support.models.fetched import model_path
+from support.text.tiny_tokenizers import CORPUS, trained
 
 CL100K = (  # as tiktoken publishes it
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"

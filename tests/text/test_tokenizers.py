@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_tokenizers as tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
@@ -18,6 +17,7 @@ from rvllm.errors import ModelError, UsageError
 from rvllm.text.tokenizers.gguf import from_metadata
 from rvllm.text.tokenizers.pretokenizers import PRE_TOKENIZERS
 from rvllm.text.tokenizers.tokenizer import Tokenizer
+from support.text import tiny_tokenizers as tiny
 
 AWKWARD = [
     "", " ", "\n\n", "  two  spaces ", "don't DON'T", "a\r\nb\tc", "12345 6", "日本語 中文", "😀👍🏽",

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import byte_level, byte_level_metadata
 
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.errors import UsageError
@@ -21,6 +20,7 @@ from rvllm.text.tokenizers.tokenizer import Tokenizer
 from rvllm.text.tools.calls_grammar import Function, calls_or_form, forced_calls, offered_calls
 from rvllm.text.tools.choose import FORMATS, tool_format
 from rvllm.text.tools.events import CallArguments, CallStart, Event, Text
+from support.text.tiny_tokenizers import byte_level, byte_level_metadata
 
 ARGUMENTS = {"city": 'Zür"ich}', "days": [1, {"a": "]"}], "深": None}
 WRITTEN = json.dumps(ARGUMENTS, ensure_ascii=False)

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_tokenizers as tiny
-from test_llm import CONFIG, SETTINGS
 
 import rvllm
 from rvllm import LLM, AsyncEngineArgs, AsyncLLM, EngineArgs, LLMEngine, SamplingParams
@@ -23,6 +21,8 @@ from rvllm.errors import UsageError
 from rvllm.sampling_params import BeamSearchParams, RequestOutputKind
 from rvllm.utils import FlexibleArgumentParser
 from rvllm.v1.metrics.reader import Counter, Gauge
+from support.models.tiny_llm import CONFIG, SETTINGS
+from support.text import tiny_tokenizers as tiny
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from api_double import ANSWER, LiveServer
-from browser import ENTER, ESCAPE, LEFT, RIGHT, Browser, missing
+
+from support.clients.browser import ENTER, ESCAPE, LEFT, RIGHT, Browser, missing
+from support.doubles.server import ANSWER, LiveServer
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_files import LLAMA, gguf_bytes, llama_tensors, safetensors_of, write_directory
-from quantisers import CASES, file_of
 
 from rvllm.errors import ModelError
 from rvllm.weights.open import open_checkpoint
+from support.weights.model_files import LLAMA, gguf_bytes, llama_tensors, safetensors_of, write_directory
+from support.weights.quantisers import CASES, file_of
 
 GGUF = gguf_bytes(LLAMA | {"numbers": [1, 2, 3], "flag": True}, llama_tensors())
 GGUF_HEADER = GGUF.index(b"blk.0.ffn_down.weight") + 60

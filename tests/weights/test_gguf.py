@@ -10,17 +10,6 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from model_files import (
-    LLAMA,
-    blocks,
-    gguf_bytes,
-    gguf_entry,
-    gguf_string,
-    gguf_value,
-    llama_tensors,
-    write_gguf,
-)
-from models import model_path
 
 from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
@@ -31,6 +20,17 @@ from rvllm.weights.gguf.config import KNOWN
 from rvllm.weights.gguf.container import Strings, read_gguf
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.packing import check_weights, pack
+from support.models.fetched import model_path
+from support.weights.model_files import (
+    LLAMA,
+    blocks,
+    gguf_bytes,
+    gguf_entry,
+    gguf_string,
+    gguf_value,
+    llama_tensors,
+    write_gguf,
+)
 
 
 def test_reads_what_the_gguf_package_writes(tmp_path: Path) -> None:

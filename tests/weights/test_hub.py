@@ -7,8 +7,6 @@ from shutil import _ntuple_diskusage
 
 import numpy as np
 import pytest
-from model_files import LLAMA, gguf_bytes, llama_tensors, safetensors_of
-from servers import Hub
 
 from rvllm.config import SourceConfig
 from rvllm.errors import CapacityError, ModelError
@@ -17,6 +15,8 @@ from rvllm.weights.fetch.hub import choose
 from rvllm.weights.fetch.source import resolve
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.safetensors.directory import INDEX
+from support.doubles.hub import Hub
+from support.weights.model_files import LLAMA, gguf_bytes, llama_tensors, safetensors_of
 
 WEIGHTS = safetensors_of({"a": np.ones(3, np.float32)})
 MODEL = {

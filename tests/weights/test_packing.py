@@ -8,8 +8,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from model_files import LLAMA, blocks, llama_tensors, safetensors_of, write_directory, write_gguf
-from models import model_path
 
 from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
@@ -20,6 +18,15 @@ from rvllm.weights.gguf.blocks import dequantise
 from rvllm.weights.mapped import FileCheckpoint
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.packing import check_weights, dummy, pack, raw_parts, readable_parts
+from support.models.fetched import model_path
+from support.weights.model_files import (
+    LLAMA,
+    blocks,
+    llama_tensors,
+    safetensors_of,
+    write_directory,
+    write_gguf,
+)
 
 
 def arrays_in(folder: Path, **tensors: np.ndarray) -> FileCheckpoint:

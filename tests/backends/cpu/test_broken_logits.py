@@ -6,13 +6,13 @@ import copy
 
 import numpy as np
 import pytest
-import tiny
 
 from rvllm.backends.base import BROKEN_ROW, SamplingSpec
 from rvllm.backends.cpu.reference.sampler import History, draw
 from rvllm.errors import ModelError
 from rvllm.weights.checkpoint import TensorInfo, TensorType
 from rvllm.weights.finite import check_finite
+from support.models import tiny
 
 TOKENS = np.array([1, 2], dtype=np.int32)
 

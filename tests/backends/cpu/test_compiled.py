@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 
 from rvllm.backends.cpu.backend import CpuBackend
 from rvllm.backends.cpu.compiled import library as compiled
@@ -24,10 +22,9 @@ from rvllm.program.dtypes import DType
 from rvllm.weights.checkpoint import TensorType
 from rvllm.weights.gguf.blocks import dequantise
 from rvllm.weights.open import open_checkpoint
+from support.models import tiny
 
 ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT / "tests" / "weights"))
-sys.path.insert(0, str(ROOT / "tests" / "models"))
 
 if absent := compiled.missing():
     pytest.skip(f"no compiled kernels: {absent}", allow_module_level=True)
@@ -59,7 +56,7 @@ def address(array: np.ndarray) -> int:
 
 def stored(kind: TensorType, rows: int, inner: int) -> np.ndarray:
     """Random bytes of a tensor."""
-    from test_quants import random_blocks
+    from support.weights.random_blocks import random_blocks
 
     numbers = np.random.default_rng(rows).standard_normal((rows, inner)).astype(np.float32)
     if kind.block[0] > 1:
@@ -170,7 +167,7 @@ def test_tiny_models_equal_the_numpy_kernels(name: str) -> None:
     "name", ["gemma2", "gemma3", "cohere", "cohere_qk_norm", "gpt_neox", "stablelm_parallel"]
 )
 def test_other_architectures_equal_the_numpy_kernels(name: str, tmp_path: Path) -> None:
-    import archs_tiny
+    from support.models import archs_tiny
 
     config = archs_tiny.CASES[name].config
     path = archs_tiny.save(tmp_path, config, archs_tiny.random_tensors(name, config))
@@ -186,9 +183,7 @@ def test_other_architectures_equal_the_numpy_kernels(name: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v2", "nemotron_h"])
 def test_ops_left_to_numpy_share_the_workspace(name: str, tmp_path: Path) -> None:
     """Experts, latent attention and recurrent layers run between lists of compiled kernels."""
-    import archs_moe_tiny
-    import archs_tiny
-    import nemotron_tiny
+    from support.models import archs_moe_tiny, archs_tiny, nemotron_tiny
 
     config = (archs_moe_tiny.CASES | nemotron_tiny.CASES)[name].config
     tensors = (
@@ -283,9 +278,7 @@ def test_vectors_are_registers() -> None:
 @pytest.mark.parametrize("name", ["gemma2", "mixtral", "nemotron_h"])
 def test_the_plan_tells_what_the_weights_take(name: str, tmp_path: Path) -> None:
     """Gemma adds a constant to its norms, experts stay with NumPy, tied embeddings are held once."""
-    import archs_moe_tiny
-    import archs_tiny
-    import nemotron_tiny
+    from support.models import archs_moe_tiny, archs_tiny, nemotron_tiny
 
     config = (archs_tiny.CASES | archs_moe_tiny.CASES | nemotron_tiny.CASES)[name].config
     path = archs_tiny.save(tmp_path, config, archs_tiny.random_tensors(name, config))
@@ -298,9 +291,8 @@ def test_the_plan_tells_what_the_weights_take(name: str, tmp_path: Path) -> None
 
 @pytest.mark.models
 def test_the_plan_counts_gguf_blocks_as_packed() -> None:
-    from models import model_path
-
     from rvllm.backends.cpu.compiled.model import weight_bytes
+    from support.models.fetched import model_path
 
     checkpoint = open_checkpoint(model_path("smollm2-135m"))
     program = build_program(ModelConfig(checkpoint.config, checkpoint.config_origin), DType.F32)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from rvllm.backends.cpu.reference.attention import Scoring, paged_attention
 from rvllm.backends.cpu.reference.gemm import chunk_rows, product, same_at_every_position, tile_rows
 from rvllm.backends.cpu.step import flat_step
 from rvllm.backends.cpu.threads import Workers
+from support.models import tiny
 
 CONFIG = tiny.CASES["qwen2_layer_types"] | {
     "num_attention_heads": 4,

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-import tiny
 
 from rvllm.backends.base import StepBatch
 from rvllm.backends.cpu.backend import CpuBackend
@@ -17,6 +16,7 @@ from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Op, Program
+from support.models import tiny
 
 PROGRAM = tiny.program_of(tiny.CASES["llama"])
 PER_TOKEN = 3 * 2 * 16 * 4

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import tiny
 
 from rvllm.backends.cpu.reference import mla as latent
 from rvllm.backends.cpu.reference import moe, ops
@@ -15,6 +14,7 @@ from rvllm.backends.cpu.step import Step, flat_step
 from rvllm.backends.cpu.threads import Workers
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import BlockSparsity, Buffer, Route, Weight
+from support.models import tiny
 
 F32 = np.ndarray
 WORKERS = Workers(1)

@@ -1,0 +1,111 @@
+"""Packing and the sm_80 matrix kernels: right, complete, nothing outside, the same bits in any batch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rvllm.backends.cuda.ops.gemm import plan as gemm
+from rvllm.kernels.gemm.specs import SM80_TOKENS, sm80_smem
+from support.kernels.harness import SHORT, Machine, error, expect, rounded
+
+SHAPES = [(203, 72), (64, 8), (576, 576), (130, 1160)]  # (rows, columns) of the weight
+GUARD = 5  # poisoned rows behind the output
+POISON = {2: np.uint16, 4: np.uint32}
+
+
+class Product:
+    """A packed weight [n, k] and inputs, on the machine."""
+
+    def __init__(
+        self, gpu: Machine, rng: np.random.Generator, dtype: np.dtype, n: int, k: int, most: int
+    ) -> None:
+        self.gpu, self.dtype, self.n, self.k = gpu, dtype, n, k
+        self.x = rounded(rng.standard_normal((most, k), np.float32), dtype)
+        self.weight = rounded(rng.standard_normal((n, k), np.float32) / np.float32(k**0.5), dtype)
+        self.packed = gpu.array(gemm.pack_matrix(self.weight.astype(dtype)))
+
+    def run(self, tokens: int, tile: int, kind: gemm.Kind, **options: object) -> np.ndarray:
+        """Outputs [tokens, n] as float32 (LOGITS) or rounded; what lies behind them is left alone."""
+        gpu, pitch = self.gpu, self.n + 4 * (self.n % 8 == 0)
+        plan = gemm.variant(self.n, self.k, tokens, SHORT[self.dtype.name], "sm80", tile, 132)
+        out_type = np.dtype(np.float32) if kind == gemm.Kind.LOGITS else self.dtype
+        out = gpu.empty((tokens + GUARD, pitch), out_type)
+        residual = options.pop("residual", None)
+        if residual is not None:
+            given = out.get()
+            given[:tokens, : self.n] = residual
+            out.put(given)
+            options["residual"] = out
+        x = gpu.array(self.x[:tokens].astype(self.dtype))
+        args = gemm.gemm_arguments(
+            plan, x, self.packed, out, pitch, kind=kind, x_width=self.k, x_pitch=self.k, **options
+        )  # fmt: skip
+        args = [None if isinstance(a, int) and a == 0 else a for a in args]
+        gpu.launch(plan.kernel, plan.grid, plan.block, args, sm80_smem(tile))
+        result = out.get()
+        raw = result.view(POISON[out_type.itemsize])
+        poison = np.iinfo(raw.dtype).max
+        assert (raw[tokens:] == poison).all() and (raw[:, self.n :] == poison).all(), "wrote outside its rows"
+        assert not (raw[:tokens, : self.n] == poison).any(), "left elements unwritten"
+        return result[:tokens, : self.n]
+
+
+def check_gemm(
+    gpu: Machine, rng: np.random.Generator, dtype: np.dtype, sizes: tuple[int, ...] = (1, 7, 16, 33, 70)
+) -> float:
+    """Sums against float64, with the same bits at every size; bias, residual and cap follow from the sums."""
+    worst = 0.0
+    for n, k in SHAPES:
+        product = Product(gpu, rng, dtype, n, k, max(sizes))
+        exact = product.x.astype(np.float64) @ product.weight.astype(np.float64).T
+        sums = product.run(max(sizes), SM80_TOKENS[-1], gemm.Kind.LOGITS)
+        worst = max(worst, error(sums, exact))
+        for tokens in sizes:
+            for tile in SM80_TOKENS:
+                again = product.run(tokens, tile, gemm.Kind.LOGITS)
+                assert (again.view(np.uint32) == sums[:tokens].view(np.uint32)).all(), (n, k, tokens, tile)
+        if k == 8:  # token tiles that no longer fit beside each other
+            many = Product(gpu, rng, dtype, n, k, 1100)
+            first = many.run(1100, SM80_TOKENS[0], gemm.Kind.LOGITS)
+            last = many.run(1100, SM80_TOKENS[-1], gemm.Kind.LOGITS)
+            assert (first.view(np.uint32) == last.view(np.uint32)).all()
+            worst = max(worst, error(first, many.x.astype(np.float64) @ many.weight.astype(np.float64).T))
+        tokens, tile = min(9, max(sizes)), SM80_TOKENS[0]
+        row = sums[:tokens]
+        assert (product.run(tokens, tile, gemm.Kind.STORE) == row.astype(dtype)).all()
+        bias = rounded(rng.standard_normal(n, np.float32), dtype)
+        residual = rounded(rng.standard_normal((tokens, n), np.float32), dtype)
+        biased = gpu.array(bias.astype(dtype))
+        found = product.run(tokens, tile, gemm.Kind.STORE, bias=biased, residual=residual)
+        assert (found == (residual + rounded(row + bias, dtype)).astype(dtype)).all()
+        capped = product.run(tokens, tile, gemm.Kind.LOGITS, scale=0.5, soft_cap=3.0)
+        worst = max(worst, error(capped, 3 * np.tanh(row.astype(np.float64) * 0.5 / 3)))
+    expect("gemm", worst, 2e-5)
+    return worst
+
+
+def check_pack(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) -> int:
+    """The pack kernels against pack_matrix, bit for bit: every source type, transposed, gates and ups."""
+    compared = 0
+    short = SHORT[dtype.name]
+    for source in (np.dtype(np.float32), dtype):
+        name = f"sm80_{short}_gemm_pack_{SHORT[source.name]}"
+        for n, k in ((203, 72), (64, 200)):
+            weight = rng.standard_normal((n, k), np.float32).astype(source)
+            wanted = gemm.pack_matrix(weight.astype(dtype))
+            for transposed in (False, True):
+                stored = gpu.array(np.ascontiguousarray(weight.T) if transposed else weight)
+                strides = {"row_stride": 1, "column_stride": n} if transposed else {}
+                out = gpu.empty(wanted.shape, np.uint8)
+                args = gemm.pack_arguments(stored, out, n, k, padded_rows=-(-n // 64) * 64, **strides)
+                gpu.launch(name, 3, 64, args)
+                assert (out.get() == wanted).all(), (name, n, k, transposed)
+                compared += wanted.size
+        gate, up = (rng.standard_normal((64, 72), np.float32).astype(source) for _ in range(2))
+        wanted = gemm.pack_matrix(gemm.interleave_gate_up(gate.astype(dtype), up.astype(dtype)))
+        out = gpu.empty(wanted.shape, np.uint8)
+        for values, kind in ((gate, gemm.Interleave.GATE), (up, gemm.Interleave.UP)):
+            gpu.launch(name, 5, 96, gemm.pack_arguments(gpu.array(values), out, 64, 72, interleave=kind))
+        assert (out.get() == wanted).all()
+        compared += wanted.size
+    return compared

@@ -1,0 +1,38 @@
+"""Programs of a real size, planned for cards that are not here."""
+
+from __future__ import annotations
+
+from rvllm.backends.cuda.device.driver import DeviceFacts
+from rvllm.backends.cuda.layout.memory import Budget
+from rvllm.backends.cuda.step_planner import StepPlanner
+from rvllm.config import EngineConfig
+from rvllm.models.config import ModelConfig
+from rvllm.models.registry import build_program
+from rvllm.program.dtypes import DType
+from rvllm.program.ops.dense import Program
+
+QWEN_7B = {
+    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944,
+    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+    "max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}  # fmt: skip
+GEMMA_27B = {
+    "architectures": ["Gemma2ForCausalLM"], "hidden_size": 4608, "intermediate_size": 36864,
+    "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128,
+    "vocab_size": 256000, "max_position_embeddings": 8192, "rope_theta": 1e4, "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 144, "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+H100 = DeviceFacts("H100", 90, 132, 80 << 30, 50 << 20, 232448)
+A100 = DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912)
+L40 = DeviceFacts("L40", 89, 142, 48 << 30, 96 << 20, 101376)
+GB80 = Budget(80 << 30, 1 << 30, 71 << 30)
+
+
+def program(dtype: DType = DType.BF16, **changes: object) -> Program:
+    return build_program(ModelConfig({**QWEN_7B, **changes}, "test config"), dtype)
+
+
+def planner(given: Program, facts: DeviceFacts, config: EngineConfig, budget: Budget = GB80) -> StepPlanner:
+    return StepPlanner.plan(given, config, facts, budget)[0]

@@ -1,0 +1,1 @@
+"""Tiny models of every architecture, real configs, fetched models, oracles."""

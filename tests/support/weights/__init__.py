@@ -1,0 +1,1 @@
+"""Model files written byte by byte; checkpoints quantised as the tools of the field do."""

@@ -1,5 +1,0 @@
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))  # for `browser`
-sys.path.insert(0, str(Path(__file__).parent.parent / "api"))  # for `api_double`
