@@ -6,10 +6,10 @@ import json
 
 import msgspec
 import pytest
-from api_double import LiveServer
 
 from rvllm.api.generate import job
 from rvllm.engine.ipc.messages import Output
+from support.doubles.server import LiveServer
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}

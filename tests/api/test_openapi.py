@@ -39,7 +39,7 @@ def test_every_route_is_described_and_nothing_else(monkeypatch: pytest.MonkeyPat
         built.append(build_app(*given))
         return built[-1]
 
-    monkeypatch.setattr("api_double.build_app", keep)
+    monkeypatch.setattr("support.doubles.server.build_app", keep)
     with LiveServer(drain_timeout=0.2):
         routes = {
             (method, route.path.replace(":path", ""))

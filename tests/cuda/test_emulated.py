@@ -72,7 +72,7 @@ def test_attention_has_the_same_bits_in_any_company(
 @pytest.fixture
 def roomy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
     """With as much shared memory as Hopper has: decode attention with rings, whose tiles the lanes copy."""
-    monkeypatch.setattr("emulator.launcher.SMEM", 232448)
+    monkeypatch.setattr("support.emulator.launcher.SMEM", 232448)
     gpu = Emulator()
     gpu.facts = replace(gpu.facts, smem_per_block=232448)
     yield gpu

@@ -17,7 +17,6 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
-from double import PagedDouble, facts
 
 from rvllm.backends.base import Limits
 from rvllm.config import EngineConfig, build
@@ -26,6 +25,7 @@ from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Generate, Sampling
 from rvllm.engine.kv_events import parse_config
 from rvllm.errors import UsageError
+from support.doubles.engine import PagedDouble, facts
 
 BLOCK = 16
 TOPIC = "kv@pod-1@tiny"

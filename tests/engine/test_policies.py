@@ -6,13 +6,13 @@ import time
 from random import Random
 
 import pytest
-from double import PagedDouble, facts
 
 from rvllm.backends.base import Limits, StepBatch, StepResult
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Generate, Sampling
 from rvllm.engine.scheduling.policy import DelayLimit, FairShares
+from support.doubles.engine import PagedDouble, facts
 
 
 class Timed(PagedDouble):

@@ -7,9 +7,9 @@ import time
 from html.parser import HTMLParser
 
 import pytest
-from api_double import LiveServer
 
 from rvllm.web.markdown import MAX_CHARS, code_css, render
+from support.doubles.server import LiveServer
 
 REL = 'target="_blank" rel="noopener noreferrer nofollow"'
 RENDERED = [
