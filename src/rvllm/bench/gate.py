@@ -51,9 +51,9 @@ class Check:
 
 
 def spread(samples: Sequence[float]) -> float:
-    """How far equal measurements lie apart: (largest - smallest) / median."""
-    middle = median(samples)
-    return (max(samples) - min(samples)) / middle if middle else math.inf
+    """How far equal measurements lie apart: (largest - smallest) / median; inf around a median of 0."""
+    apart, middle = max(samples) - min(samples), median(samples)
+    return (apart / middle if middle else math.inf) if apart else 0.0
 
 
 def judge(figure: Figure, limits: Limits) -> Check:

@@ -18,6 +18,7 @@ COMMANDS = {
     "chat": "talk to a model in the terminal",
     "benchmark": "time the engine: tokens per second, time to first token, latency between tokens",
     "bench": "measure with vLLM's arguments: serve, throughput, latency",
+    "race": "measure engines beside each other: vLLM, SGLang, llama.cpp, any OpenAI server",
     "run-batch": "answer the requests of a JSONL file without a server",
     "top": "watch a running server's engine in the terminal",
     "trace": "where the time of a request went",
