@@ -98,7 +98,7 @@ def program_of(name: str, dtype: DType) -> tuple[str, Program]:
 
 def dry_run(name: str, dtype: DType) -> Line:
     """The plan alone: launches and floor at an H200's plain read rate."""
-    from rvllm.backends.cuda.ops.encoder.plan import EncoderPlan
+    from rvllm.backends.cuda.encoder_plan import EncoderPlan
 
     label, program = program_of(name, dtype)
     budget = Budget(141 << 30, 1 << 30, 136 << 30)

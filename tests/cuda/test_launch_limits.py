@@ -12,8 +12,8 @@ import pytest
 from rvllm.backends.cuda.device.catalog import select
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.device.launches import Counts, Planned
+from rvllm.backends.cuda.encoder_plan import EncoderPlan
 from rvllm.backends.cuda.layout.memory import Budget
-from rvllm.backends.cuda.ops.encoder.plan import EncoderPlan
 from rvllm.backends.cuda.ops.gemm.cublas import KERNEL as CUBLAS
 from rvllm.backends.cuda.step_planner import StepPlanner
 from rvllm.config import EngineConfig

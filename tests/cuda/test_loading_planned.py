@@ -12,7 +12,8 @@ from rvllm.backends.cuda.device.launches import kernel_names
 from rvllm.backends.cuda.formats.choose import kept
 from rvllm.backends.cuda.layout.fusion import fuse
 from rvllm.backends.cuda.layout.memory import Budget
-from rvllm.backends.cuda.layout.weights import PackedWeight, packed_weights
+from rvllm.backends.cuda.layout.packed import PackedWeight
+from rvllm.backends.cuda.layout.weights import packed_weights
 from rvllm.backends.cuda.loaded_model import loading_kernels
 from rvllm.backends.cuda.step_planner import StepPlanner, distinct
 from rvllm.config import EngineConfig

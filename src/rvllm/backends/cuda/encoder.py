@@ -15,11 +15,11 @@ from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKer
 from rvllm.backends.cuda.buckets import bucket_of
 from rvllm.backends.cuda.device.driver import Event, Graph, Pinned
 from rvllm.backends.cuda.device.graphs import GraphCache, Key
+from rvllm.backends.cuda.encoder_plan import EncoderPlan
 from rvllm.backends.cuda.layout.allocations import Placed, placed_weights
 from rvllm.backends.cuda.layout.metadata import SampledRows
 from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
 from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
-from rvllm.backends.cuda.ops.encoder.plan import EncoderPlan
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.kernels.encoder.specs import TEXT_ROWS

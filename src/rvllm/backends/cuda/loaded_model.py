@@ -11,7 +11,7 @@ from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Device, DeviceFacts, Stream
 from rvllm.backends.cuda.formats import device_format
 from rvllm.backends.cuda.layout.memory import Budget, budget_of
-from rvllm.backends.cuda.layout.weights import PackedWeight
+from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.supported import check_device, check_supported
 from rvllm.backends.cuda.weight_loader import Loader, fill_dummy
 from rvllm.config import EngineConfig, kernel_cache_dir

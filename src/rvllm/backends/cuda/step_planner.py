@@ -24,11 +24,12 @@ from rvllm.backends.cuda.layout.fusion import Stage, fuse
 from rvllm.backends.cuda.layout.joining import joined
 from rvllm.backends.cuda.layout.memory import Budget, MemoryPlan, plan_memory
 from rvllm.backends.cuda.layout.metadata import Layout
-from rvllm.backends.cuda.layout.weights import PackedWeight, packed_weights
-from rvllm.backends.cuda.lowering import Lowering
-from rvllm.backends.cuda.ops.attention.paged import decode_plans, prefill_plans, tile_shape
+from rvllm.backends.cuda.layout.packed import PackedWeight
+from rvllm.backends.cuda.layout.weights import packed_weights
+from rvllm.backends.cuda.lowering import lower
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
-from rvllm.backends.cuda.ops.family import TileShape
+from rvllm.backends.cuda.ops.family import Lowering, TileShape
+from rvllm.backends.cuda.paged import decode_plans, prefill_plans, tile_shape
 from rvllm.config import EngineConfig
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import GatherRows, Program
@@ -81,17 +82,17 @@ class StepPlanner:
         lowering = self._lowering(
             self.decode_layout(seqs), counts, prefill=False, decode=self._decode_plans(seqs)
         )
-        return [*lowering.begin(), *lowering.lower(self.stages)]
+        return [*lowering.begin(), *lower(lowering, self.stages)]
 
     def body(self, tokens: int) -> list[Planned]:
         """A step of up to `tokens` tokens, up to the rows whose logits are wanted."""
         lowering = self._lowering(self.memory.layout, Counts(tokens, self.memory.shape.seqs, 0), prefill=True)
-        return [*lowering.begin(), *lowering.lower(self.stages[: self._cut()])]
+        return [*lowering.begin(), *lower(lowering, self.stages[: self._cut()])]
 
     def head(self, samples: int) -> list[Planned]:
         """From the hidden rows to the drawn tokens, for up to `samples` rows."""
         lowering = self._lowering(self.memory.layout, Counts(0, 0, samples), prefill=False)
-        return lowering.lower(self.stages[self._cut() :])
+        return lower(lowering, self.stages[self._cut() :])
 
     def decode_layout(self, seqs: int) -> Layout:
         """The metadata of a decode graph."""
@@ -140,7 +141,7 @@ class StepPlanner:
         prefill: bool,
         decode: dict[str, DecodePlan] | None = None,
     ) -> Lowering:
-        lowering = Lowering(
+        return Lowering(
             self.dtype,
             self.chip,
             self.memory.shape,
@@ -150,9 +151,8 @@ class StepPlanner:
             self.memory.decode if decode is None else decode,
             self.prefill if prefill else None,
             self.strategy,
+            quantised_buffers(self.stages, self.chip.capability),
         )
-        lowering.quantised = quantised_buffers(self.stages, self.chip.capability)
-        return lowering
 
 
 def distinct(stages: Sequence[Stage]) -> list[Stage]:

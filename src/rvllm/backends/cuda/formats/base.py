@@ -4,21 +4,19 @@ it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from rvllm.backends.cuda.device.catalog import Catalog
+from rvllm.backends.cuda.device.driver import Stream
+from rvllm.backends.cuda.device.info import DeviceInfo
+from rvllm.backends.cuda.layout.packed import PackedWeight
+from rvllm.backends.cuda.ops.family import Lowering
+from rvllm.backends.cuda.ops.gemm.epilogue import Epilogue
+from rvllm.backends.cuda.staging import Staging
+from rvllm.program.dtypes import DType
 from rvllm.program.formats import WeightFormat
 from rvllm.program.ops.dense import Linear, Logits, Weight
-
-if TYPE_CHECKING:
-    from rvllm.backends.cuda.device.catalog import Catalog
-    from rvllm.backends.cuda.device.driver import Stream
-    from rvllm.backends.cuda.device.info import DeviceInfo
-    from rvllm.backends.cuda.layout.weights import PackedWeight
-    from rvllm.backends.cuda.lowering import Lowering
-    from rvllm.backends.cuda.ops.gemm.launches import Epilogue
-    from rvllm.backends.cuda.weight_loader import Loader
-    from rvllm.program.dtypes import DType
-    from rvllm.weights.checkpoint import Checkpoint
+from rvllm.weights.checkpoint import Checkpoint
 
 
 class DeviceFormat(Protocol):
@@ -33,7 +31,7 @@ class DeviceFormat(Protocol):
     def loading_kernels(self, packed: PackedWeight, dtype: DType, checkpoint: Checkpoint | None) -> list[str]:
         """The kernels that `load` runs, or `fill` where there is no checkpoint."""
 
-    def load(self, loader: Loader, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
+    def load(self, loader: Staging, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
         """Puts a weight in its place; returns the bytes read from the checkpoint."""
 
     def fill(self, catalog: Catalog, stream: Stream, packed: PackedWeight, address: int, seed: int) -> None:

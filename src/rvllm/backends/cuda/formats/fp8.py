@@ -9,34 +9,31 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rvllm.backends.cuda.device.catalog import Catalog
+from rvllm.backends.cuda.device.driver import Launch, Stream
+from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Count, MatrixMap, fixed
 from rvllm.backends.cuda.formats import fp8_plan
 from rvllm.backends.cuda.formats.base import format_of
+from rvllm.backends.cuda.layout.fusion import Stage
+from rvllm.backends.cuda.layout.packed import PackedWeight
+from rvllm.backends.cuda.ops.family import Lowering
+from rvllm.backends.cuda.ops.gemm.epilogue import Epilogue
 from rvllm.backends.cuda.ops.gemm.plan import gated_rows
+from rvllm.backends.cuda.staging import Staging
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.gemm.fp8.specs import BLOCK_K, SOURCES, TILE
+from rvllm.program.dtypes import DType
 from rvllm.program.formats import FP8_ROWS, Fp8Format
 from rvllm.program.ops.dense import Add, Linear, Logits, Norm, Op, Weight
-from rvllm.weights.checkpoint import TensorType
+from rvllm.weights.checkpoint import Checkpoint, TensorType
 from rvllm.weights.formats import Fp8Part, fp8_part
 from rvllm.weights.packing import find_tensor, readable_parts, readable_type
-
-if TYPE_CHECKING:
-    from rvllm.backends.cuda.device.catalog import Catalog
-    from rvllm.backends.cuda.device.driver import Stream
-    from rvllm.backends.cuda.device.info import DeviceInfo
-    from rvllm.backends.cuda.layout.fusion import Stage
-    from rvllm.backends.cuda.layout.weights import PackedWeight
-    from rvllm.backends.cuda.lowering import Lowering
-    from rvllm.backends.cuda.ops.gemm.launches import Epilogue
-    from rvllm.backends.cuda.weight_loader import Loader
-    from rvllm.program.dtypes import DType
-    from rvllm.weights.checkpoint import Checkpoint
 
 ACTIVATIONS, SCALES = "fp8.activations", "fp8.scales"  # scratch
 NORMED, NORMED_SCALES = "fp8.normed", "fp8.normed_scales"  # of what norms write quantised
@@ -76,7 +73,7 @@ class Fp8Device:
         types = (readable_type(part, info) for part, info in infos if info is not None)
         return [f"sm80_fp8_quantise_{_TAGS[kind]}" for kind in types]
 
-    def load(self, loader: Loader, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
+    def load(self, loader: Staging, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
         """See DeviceFormat."""
         rows, k = packed.rows, packed.width
         scales_at = address + fp8_plan.scales_offset(rows, k)
@@ -99,8 +96,6 @@ class Fp8Device:
 
     def fill(self, catalog: Catalog, stream: Stream, packed: PackedWeight, address: int, seed: int) -> None:
         """See DeviceFormat."""
-        from rvllm.backends.cuda.device.driver import Launch
-
         rows, k = packed.rows, packed.width
         count = int(np.prod(fp8_plan.scales_shape(rows, k, _kept(packed).scales)))
         work: list[tuple[str, list[Any]]] = [

@@ -9,34 +9,31 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rvllm.backends.cuda.device.catalog import Catalog
+from rvllm.backends.cuda.device.driver import Launch, Stream
+from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Count, MatrixMap, fixed
 from rvllm.backends.cuda.formats.base import format_of
+from rvllm.backends.cuda.layout.packed import PackedWeight
+from rvllm.backends.cuda.ops.family import Lowering
 from rvllm.backends.cuda.ops.gemm import integer
+from rvllm.backends.cuda.ops.gemm.epilogue import Epilogue
 from rvllm.backends.cuda.ops.gemm.plan import Kind, gated_rows
+from rvllm.backends.cuda.staging import Span, Staging
 from rvllm.kernels.gemm.integer.specs import LAYOUTS, TILE, IntegerLayout, sm80_smem
+from rvllm.program.dtypes import DType
 from rvllm.program.formats import IntegerFormat
 from rvllm.program.ops.dense import Linear, Logits, Weight
-from rvllm.weights.checkpoint import TensorType
+from rvllm.weights.checkpoint import Checkpoint, TensorType
 from rvllm.weights.formats import QUANTISED_INT4, PackedPart, packed_part
 from rvllm.weights.packing import find_tensor, raw_parts, readable_parts, readable_type
 from rvllm.weights.safetensors.grouped import PackedMatrix
 from rvllm.weights.safetensors.stored import StoredTensor
-
-if TYPE_CHECKING:
-    from rvllm.backends.cuda.device.catalog import Catalog
-    from rvllm.backends.cuda.device.driver import Stream
-    from rvllm.backends.cuda.device.info import DeviceInfo
-    from rvllm.backends.cuda.layout.weights import PackedWeight
-    from rvllm.backends.cuda.lowering import Lowering
-    from rvllm.backends.cuda.ops.gemm.launches import Epilogue
-    from rvllm.backends.cuda.weight_loader import Loader, Span
-    from rvllm.program.dtypes import DType
-    from rvllm.weights.checkpoint import Checkpoint
 
 REORDERED = "integer.reordered"  # scratch: activations in the order of a weight's columns
 _ALIGN = 256
@@ -99,7 +96,7 @@ class IntegerDevice:
             return words + [f"sm80_integer_quantise_{_PLAIN[kind]}" for kind in kinds]
         return words or [f"sm80_integer_pack_{kind.value.lower()}" for kind in kinds]
 
-    def load(self, loader: Loader, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
+    def load(self, loader: Staging, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
         """See DeviceFormat."""
         kept = _format(packed.weight)
         if kept.stored == QUANTISED_INT4:
@@ -110,8 +107,6 @@ class IntegerDevice:
 
     def fill(self, catalog: Catalog, stream: Stream, packed: PackedWeight, address: int, seed: int) -> None:
         """See DeviceFormat."""
-        from rvllm.backends.cuda.device.driver import Launch
-
         name = next(n for n in ("sm80_bf16_integer_fill", "sm80_f16_integer_fill") if n in catalog)
         for run in runs_of(_format(packed.weight), packed.rows, packed.width)[0]:
             layout = run.layout
@@ -184,8 +179,6 @@ def _bias_form(end: Epilogue) -> Any:
 
 
 def _tag(dtype: DType) -> str:
-    from rvllm.program.dtypes import DType
-
     return "bf16" if dtype is DType.BF16 else "f16"
 
 
@@ -206,7 +199,7 @@ def _placed(packed: PackedWeight, span: Span) -> tuple[Span, Run]:
     return replace(span, first=first, padded=padded), run
 
 
-def _load_blocks(loader: Loader, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
+def _load_blocks(loader: Staging, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
     """GGUF blocks, as they lie in the file."""
     nbytes = 0
     parts = (
@@ -224,7 +217,7 @@ def _load_blocks(loader: Loader, packed: PackedWeight, address: int, checkpoint:
     return nbytes
 
 
-def _load_words(loader: Loader, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
+def _load_words(loader: Staging, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
     """Packed words, as they lie in the file: slices of rows with their zeros and scales."""
     kept, k = _format(packed.weight), packed.width
     (run,), behind = runs_of(kept, packed.rows, k)
@@ -313,7 +306,7 @@ def word_source(packed: PackedMatrix, start: int, stop: int) -> tuple[list[NDArr
     return taken, source
 
 
-def _quantise(loader: Loader, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
+def _quantise(loader: Staging, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
     """A matrix of plain numbers, quantised on its way in."""
     nbytes, k = 0, packed.width
     groups, words = -(-k // 128), -(-k // 8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rvllm.backends.cuda.layout.weights import WeightLayout
+from rvllm.backends.cuda.layout.packed import WeightLayout
 from rvllm.program.rope import Rope
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rvllm.backends.cuda.device.arena import Arena, Range, aligned
 from rvllm.backends.cuda.device.driver import Stream
 from rvllm.backends.cuda.layout.addresses import Addresses
-from rvllm.backends.cuda.layout.weights import PackedWeight
+from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.program.memory import Workspace
 
 KEYED = tuple(f.name for f in fields(Addresses) if f.type != "int")

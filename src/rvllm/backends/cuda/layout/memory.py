@@ -13,16 +13,16 @@ from rvllm.backends.cuda.layout.addresses import Shape
 from rvllm.backends.cuda.layout.allocations import WORKSPACE, Allocation, lines_of, weight_allocations
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import Layout
-from rvllm.backends.cuda.layout.weights import ELEMENT, PackedWeight
+from rvllm.backends.cuda.layout.packed import ELEMENT, PackedWeight
 from rvllm.backends.cuda.lowering import scratch_of
-from rvllm.backends.cuda.ops.attention.paged import allocations as attention_allocations
-from rvllm.backends.cuda.ops.attention.paged import decode_plans
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, table_stride
 from rvllm.backends.cuda.ops.family import TileShape
 from rvllm.backends.cuda.ops.gemm.cublas import WORKSPACE as WORKSPACE_BYTES
 from rvllm.backends.cuda.ops.sampling.arrays import allocations as sampler_allocations
 from rvllm.backends.cuda.ops.sampling.arrays import logits_allocations
 from rvllm.backends.cuda.ops.sampling.slots import START_WORDS, StateSizes
+from rvllm.backends.cuda.paged import allocations as attention_allocations
+from rvllm.backends.cuda.paged import decode_plans
 from rvllm.backends.lengths import asked_length
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError

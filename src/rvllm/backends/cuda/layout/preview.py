@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from rvllm.backends.cuda.device.driver import Device, DeviceFacts
+from rvllm.backends.cuda.encoder_plan import EncoderPlan
 from rvllm.backends.cuda.formats.choose import kept
 from rvllm.backends.cuda.layout.memory import BLOCK, HEADROOM, Budget
 from rvllm.backends.cuda.loaded_model import OpenDevice
-from rvllm.backends.cuda.ops.encoder.plan import EncoderPlan
 from rvllm.backends.cuda.step_planner import StepPlanner
 from rvllm.backends.cuda.supported import check_device, check_supported
 from rvllm.config import EngineConfig

@@ -1,22 +1,92 @@
-"""What a family of ops hands to the lowering: how its stages become launches, and the memory those need."""
+"""What a family of ops is to the backend: how its stages become launches, and the memory those need.
+
+A family knows this module and the layout of things; the registry (`lowering.py`) knows the families.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import ctypes
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from rvllm.program.ops.dense import Op
+from rvllm.backends.cuda.device.info import DeviceInfo
+from rvllm.backends.cuda.device.launches import Counts, GridOf, Planned, fixed
+from rvllm.backends.cuda.layout.addresses import Addresses, Shape
+from rvllm.backends.cuda.layout.fusion import Stage
+from rvllm.backends.cuda.layout.metadata import Layout
+from rvllm.backends.cuda.layout.packed import WeightLayout
+from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
+from rvllm.program.dtypes import DType
+from rvllm.program.ops.dense import Op, Program, Weight
 
-if TYPE_CHECKING:
-    from rvllm.backends.cuda.device.info import DeviceInfo
-    from rvllm.backends.cuda.layout.fusion import Stage
-    from rvllm.backends.cuda.lowering import Lowering
-    from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
-    from rvllm.program.dtypes import DType
+BEGIN_THREADS = 256
 
-Emitter = Callable[["Lowering", "Stage"], None]
-Scratch = dict[str, int]  # bytes by name; addresses in `Addresses.scratch` under the same names
+
+@dataclass
+class Lowering:
+    """What families plan the launches of one padded step size with, and the list they add them to.
+
+    counts: rows the launches must cover. decode, prefill: by op, how attention is launched; prefill is None
+    where no sequence of the step has several tokens. strategy: of products, `--gemm-strategy`.
+    quantised: the buffers that norms write as E4M3 (see `formats.fp8`). planned: the launches so far.
+    """
+
+    dtype: DType
+    chip: DeviceInfo
+    shape: Shape
+    at: Addresses
+    layout: Layout
+    counts: Counts
+    decode: Mapping[str, DecodePlan]
+    prefill: Mapping[str, PrefillPlan] | None
+    strategy: str
+    quantised: frozenset[str] = frozenset()
+    planned: list[Planned] = field(default_factory=list)
+
+    @property
+    def tag(self) -> str:
+        """The type in kernels' names."""
+        return "bf16" if self.dtype is DType.BF16 else "f16"
+
+    def begin(self) -> list[Planned]:
+        """The head of a step: block tables brought up to date."""
+        parameters = [
+            self.at.metadata,
+            self.meta(self.layout.block_updates),
+            self.at.tables,
+            ctypes.c_int(self.shape.table_stride),
+        ]
+        return [Planned("begin", "sm80_begin_step", fixed(8), BEGIN_THREADS, parameters)]
+
+    def plan(
+        self,
+        op: str,
+        kernel: str,
+        grid: GridOf,
+        block: int,
+        *parameters: object,
+        smem: int = 0,
+        cluster: int = 1,
+        why: str = "",
+    ) -> None:
+        """Adds one launch; see `Planned`."""
+        self.planned.append(Planned(op, kernel, grid, block, parameters, smem, cluster, why))
+
+    def meta(self, word: int) -> int:
+        """Address of a word of the step's metadata."""
+        return self.at.metadata + 4 * word
+
+    def rows(self, rows: str) -> Callable[[Counts], int]:
+        """How many rows of that kind a step has."""
+        return (lambda c: c.tokens) if rows == "tokens" else (lambda c: c.samples)
+
+    def capacity(self, rows: str) -> int:
+        """How many rows of that kind the largest step has."""
+        return self.shape.tokens if rows == "tokens" else self.shape.samples
+
+    def weight(self, weight: Weight | None, form: WeightLayout) -> int:
+        """Address of a weight in that form, null for none."""
+        return 0 if weight is None else self.at.weights[weight.name, form]
 
 
 @dataclass(frozen=True)
@@ -43,3 +113,36 @@ class PagedPlans:
     decode: Callable[[Op, DType, DeviceInfo, int, int, int], DecodePlan]
     prefill: Callable[[Op, DType, DeviceInfo], PrefillPlan]
     group: Callable[[Op], int]
+
+
+Emitter = Callable[[Lowering, Stage], None]
+Scratch = dict[str, int]  # bytes by name; addresses in `Addresses.scratch` under the same names
+Wanted = tuple[Weight | None, WeightLayout]
+
+
+def _no_scratch(program: Program, tokens: int, seqs: int, capability: int) -> Scratch:
+    return {}
+
+
+def _no_weights(op: Op, stage: Stage, matrices: WeightLayout) -> Sequence[Wanted]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of ops: all that the backend has to know of them.
+
+    emitters: what plans the launches of a stage that an op of this type leads.
+    leading: those of them whose kernels do what stands before them in a stage too.
+    weights(op, stage, matrices): the weights that an op wants, and in which forms; matrices: the form of
+    plain matrices.
+    scratch(program, tokens, seqs, capability): memory beside the program's buffers, for steps of so many
+    tokens and sequences; zeroed at start.
+    paged: how the ops that attend to the paged cache are planned.
+    """
+
+    emitters: Mapping[type[Op], Emitter]
+    leading: tuple[type[Op], ...] = ()
+    weights: Callable[[Op, Stage, WeightLayout], Iterable[Wanted]] = _no_weights
+    scratch: Callable[[Program, int, int, int], Scratch] = _no_scratch
+    paged: Mapping[type[Op], PagedPlans] = field(default_factory=dict)

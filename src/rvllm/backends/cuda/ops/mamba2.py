@@ -1,15 +1,17 @@
 """Mamba-2: the short convolution, the scan and the gated norm: their launches.
 
-EMITTERS: what plans the launches of a stage that an op of this type leads.
+FAMILY: what the registry knows of them.
 """
 
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
+from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_SEQS
-from rvllm.backends.cuda.ops.family import Emitter
+from rvllm.backends.cuda.layout.packed import WeightLayout
+from rvllm.backends.cuda.ops.family import Family, Lowering, Wanted
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.mamba2.specs import (
     conv_kernel,
@@ -20,10 +22,6 @@ from rvllm.kernels.mamba2.specs import (
 )
 from rvllm.program.ops.dense import Op
 from rvllm.program.ops.mamba2 import CausalConv, GatedNorm, StateScan
-
-if TYPE_CHECKING:
-    from rvllm.backends.cuda.layout.fusion import Stage
-    from rvllm.backends.cuda.lowering import Lowering
 
 CONV_THREADS = 64  # of 8 channels each: a decode step's blocks spread over many SMs
 MANY_TOKENS = 512  # from here on a thread of the convolution takes MANY_ROWS, which read fewer rows twice
@@ -191,8 +189,10 @@ def _gated_norm(lowering: Lowering, stage: Stage) -> None:
     )
 
 
-EMITTERS: dict[type[Op], Emitter] = {
-    CausalConv: _conv_and_scan,
-    StateScan: _state_scan,
-    GatedNorm: _gated_norm,
-}
+def _weights(op: Op, stage: Stage, matrices: WeightLayout) -> Iterable[Wanted]:
+    return ((weight, "norm") for weight in op.weights)
+
+
+FAMILY = Family(
+    emitters={CausalConv: _conv_and_scan, StateScan: _state_scan, GatedNorm: _gated_norm}, weights=_weights
+)

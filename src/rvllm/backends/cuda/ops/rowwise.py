@@ -1,24 +1,22 @@
 """Ops on single rows: embedding, norms, activations, residuals, the rows to sample: their launches.
 
-EMITTERS: what plans the launches of a stage that an op of this type leads.
+FAMILY: what the registry knows of them.
 """
 
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from rvllm.backends.cuda.formats.fp8 import NORMED, NORMED_SCALES, activation_capacity
 from rvllm.backends.cuda.formats.fp8_plan import activation_pitch
+from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_SAMPLES, NUM_TOKENS
-from rvllm.backends.cuda.ops.family import Emitter
+from rvllm.backends.cuda.layout.packed import WeightLayout
+from rvllm.backends.cuda.ops.family import Family, Lowering, Wanted
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.rowwise.specs import norm_add_norm_kernel, norm_kernel, quantised_norm_kernel
 from rvllm.program.ops.dense import Activate, Add, ClampedGate, Embed, GatedActivation, GatherRows, Norm, Op
-
-if TYPE_CHECKING:
-    from rvllm.backends.cuda.layout.fusion import Stage
-    from rvllm.backends.cuda.lowering import Lowering
 
 BLOCK = 256  # threads of elementwise kernels
 
@@ -192,12 +190,24 @@ def _gather(to: Lowering, stage: Stage) -> None:
     )
 
 
-EMITTERS: dict[type[Op], Emitter] = {
-    Embed: _embed,
-    Norm: norm,
-    GatedActivation: _activation,
-    ClampedGate: _activation,
-    Activate: _activation,
-    Add: _add,
-    GatherRows: _gather,
-}
+def _weights(op: Op, stage: Stage, matrices: WeightLayout) -> Iterable[Wanted]:
+    match op:
+        case Embed():
+            return ((op.table, "table"),)
+        case Norm():
+            return ((op.weight, "norm"), (op.bias, "norm"))
+    return ()
+
+
+FAMILY = Family(
+    emitters={
+        Embed: _embed,
+        Norm: norm,
+        GatedActivation: _activation,
+        ClampedGate: _activation,
+        Activate: _activation,
+        Add: _add,
+        GatherRows: _gather,
+    },
+    weights=_weights,
+)

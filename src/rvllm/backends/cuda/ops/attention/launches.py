@@ -1,7 +1,6 @@
 """Attention over the paged cache, dense or block-sparse, and the rotation that fills it: their launches.
 
-EMITTERS: what plans the launches of a stage that an op of this type leads. PAGED: how those of them that
-attend to the paged cache are planned.
+FAMILY: what the registry knows of them.
 """
 
 from __future__ import annotations
@@ -9,21 +8,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import MatrixMap, fixed
+from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_DECODES, NUM_TILES, NUM_TOKENS
 from rvllm.backends.cuda.ops.attention.plan import BLOCK, DecodePlan, PrefillPlan, decode_of, prefill_of
-from rvllm.backends.cuda.ops.family import Emitter, PagedPlans
+from rvllm.backends.cuda.ops.family import Family, Lowering, PagedPlans
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.encoder.specs import sparse_kernel
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Attention, BlockSparseAttention, Norm, Op, RopeKV
-
-if TYPE_CHECKING:
-    from rvllm.backends.cuda.layout.fusion import Stage
-    from rvllm.backends.cuda.lowering import Lowering
 
 
 def _decode(op: Op, dtype: DType, chip: DeviceInfo, seqs: int, longest: int, blocks: int) -> DecodePlan:
@@ -201,11 +196,8 @@ def attend(
     )
 
 
-EMITTERS: dict[type[Op], Emitter] = {
-    RopeKV: _rope_kv,
-    Attention: _attention,
-    BlockSparseAttention: _attention,
-}
-PAGED: dict[type[Op], PagedPlans] = dict.fromkeys(
-    (Attention, BlockSparseAttention), PagedPlans(_decode, _prefill, _group)
+FAMILY = Family(
+    emitters={RopeKV: _rope_kv, Attention: _attention, BlockSparseAttention: _attention},
+    leading=(RopeKV,),
+    paged=dict.fromkeys((Attention, BlockSparseAttention), PagedPlans(_decode, _prefill, _group)),
 )

@@ -1,24 +1,22 @@
 """Sentence encoders: positions, attention within a text, pooling: their launches.
 
-EMITTERS: what plans the launches of a stage that an op of this type leads.
+FAMILY: what the registry knows of them.
 """
 
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from rvllm.backends.cuda.device.launches import fixed
+from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_SEQS, NUM_TOKENS
-from rvllm.backends.cuda.ops.family import Emitter
+from rvllm.backends.cuda.layout.packed import WeightLayout
+from rvllm.backends.cuda.ops.family import Family, Lowering, Wanted
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.encoder.specs import POOL_THREADS, POOLINGS, text_attention_kernel
 from rvllm.program.ops.dense import Op
 from rvllm.program.ops.encoder import AddPositions, Pool, TextAttention
-
-if TYPE_CHECKING:
-    from rvllm.backends.cuda.layout.fusion import Stage
-    from rvllm.backends.cuda.lowering import Lowering
 
 
 def _add_positions(to: Lowering, stage: Stage) -> None:
@@ -83,8 +81,10 @@ def _need_eights(width: int) -> None:
         raise MissingKernelError(f"no kernel for rows of {width} elements, not a multiple of 8")
 
 
-EMITTERS: dict[type[Op], Emitter] = {
-    AddPositions: _add_positions,
-    TextAttention: _text_attention,
-    Pool: _pool,
-}
+def _weights(op: Op, stage: Stage, matrices: WeightLayout) -> Iterable[Wanted]:
+    return ((op.positions, "table"), (op.kinds, "table")) if isinstance(op, AddPositions) else ()
+
+
+FAMILY = Family(
+    emitters={AddPositions: _add_positions, TextAttention: _text_attention, Pool: _pool}, weights=_weights
+)

@@ -1,49 +1,30 @@
 """Matrix products with the epilogues that `fuse` gives them, by our kernels or by cuBLASLt: their launches.
 
-EMITTERS: what plans the launches of a stage that an op of this type leads.
+FAMILY: what the registry knows of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from rvllm.backends.cuda.device.launches import Count, MatrixMap, fixed
 from rvllm.backends.cuda.formats import device_format
-from rvllm.backends.cuda.layout.weights import WeightLayout
-from rvllm.backends.cuda.ops.family import Emitter
+from rvllm.backends.cuda.layout.fusion import Stage, is_gate
+from rvllm.backends.cuda.layout.packed import WeightLayout
+from rvllm.backends.cuda.ops.family import Family, Lowering, Scratch, Wanted
 from rvllm.backends.cuda.ops.gemm.cublas import KERNEL as CUBLAS
 from rvllm.backends.cuda.ops.gemm.cublas import Matmul
+from rvllm.backends.cuda.ops.gemm.epilogue import Epilogue
 from rvllm.backends.cuda.ops.gemm.plan import Kind, gated_rows, gemm_arguments, plan_gemm
 from rvllm.errors import MissingKernelError
 from rvllm.program.dtypes import DType
-from rvllm.program.ops.dense import Activate, Add, ClampedGate, GatedActivation, Linear, Logits, Op
-
-if TYPE_CHECKING:
-    from rvllm.backends.cuda.layout.fusion import Stage
-    from rvllm.backends.cuda.lowering import Lowering
+from rvllm.program.ops.dense import Activate, Add, ClampedGate, GatedActivation, Linear, Logits, Op, Program
 
 GATED_KIND = {"silu": Kind.GATED_SILU, "gelu": Kind.GATED_GELU, "gelu_tanh": Kind.GATED_GELU_TANH}
 ACT_KIND = {
     "silu": Kind.ACT_SILU, "gelu": Kind.ACT_GELU, "gelu_tanh": Kind.ACT_GELU_TANH, "relu": Kind.ACT_RELU,
     "relu2": Kind.ACT_RELU2,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """Where a product's rows go, `pitch` elements apart, and what happens to them on the way.
-
-    form: of the weight. kind, residual (an address), scale, soft_cap: see `gemm_arguments`.
-    """
-
-    out: int
-    pitch: int
-    form: WeightLayout = "packed"
-    kind: Kind = Kind.STORE
-    residual: int = 0
-    scale: float = 1.0
-    soft_cap: float = 0.0
 
 
 def _linear(to: Lowering, stage: Stage) -> None:
@@ -142,4 +123,22 @@ def _matmul(to: Lowering, op: Linear | Logits, end: Epilogue) -> Matmul:
     )
 
 
-EMITTERS: dict[type[Op], Emitter] = {Linear: _linear, Logits: _logits}
+def _weights(op: Op, stage: Stage, matrices: WeightLayout) -> Iterable[Wanted]:
+    assert isinstance(op, Linear | Logits)
+    if any(is_gate(after) for after in stage.ops[1:]):
+        return ((op.weight, "gated"), (op.bias, "gated_bias"))
+    return ((op.weight, matrices), (op.bias, "bias"))
+
+
+def _scratch(program: Program, tokens: int, seqs: int, capability: int) -> Scratch:
+    """What products of quantised weights need; they share it."""
+    found: Scratch = {}
+    for weight in (op.weight for op in program.ops if isinstance(op, Linear | Logits)):
+        if weight.format is not None:
+            needed = device_format(weight.format).scratch(weight, max(tokens, seqs), capability)
+            for name, nbytes in needed.items():
+                found[name] = max(nbytes, found.get(name, 0))
+    return found
+
+
+FAMILY = Family(emitters={Linear: _linear, Logits: _logits}, weights=_weights, scratch=_scratch)

@@ -4,22 +4,22 @@ A layer is two stages (see `fuse`): the norm of the latent, the rotation and the
 launch; attention and the product with W_uv are one for decodes, one for prompts and one for the product,
 which also puts together what several blocks decoded.
 
-EMITTERS: what plans the launches of a stage that an op of this type leads. PAGED: how attention is planned.
+FAMILY: what the registry knows of them.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
 
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Count
+from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_DECODES, NUM_TOKENS
-from rvllm.backends.cuda.layout.weights import ELEMENT
+from rvllm.backends.cuda.layout.packed import ELEMENT, WeightLayout
 from rvllm.backends.cuda.ops.attention.launches import attend
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
-from rvllm.backends.cuda.ops.family import Emitter, PagedPlans
+from rvllm.backends.cuda.ops.family import Emitter, Family, Lowering, PagedPlans, Wanted
 from rvllm.backends.cuda.ops.mla.plan import (
     LatentDecodePlan,
     LatentShape,
@@ -31,10 +31,6 @@ from rvllm.backends.cuda.ops.mla.plan import (
 from rvllm.errors import MissingKernelError
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import HeadLinear, LatentAttention, LatentRopeKV, Norm, Op
-
-if TYPE_CHECKING:
-    from rvllm.backends.cuda.layout.fusion import Stage
-    from rvllm.backends.cuda.lowering import Lowering
 
 THREADS = 128  # of the products' blocks
 
@@ -159,9 +155,18 @@ def _decode_plan(plans: Mapping[str, DecodePlan], op: LatentAttention) -> Latent
     return plan
 
 
+def _weights(op: Op, stage: Stage, matrices: WeightLayout) -> Iterable[Wanted]:
+    return ((op.weight, "table"),) if isinstance(op, HeadLinear) else ()
+
+
 EMITTERS: dict[type[Op], Emitter] = {
     LatentRopeKV: _prepare,
     LatentAttention: _attention,
     HeadLinear: _head_linear,
 }
-PAGED: dict[type[Op], PagedPlans] = {LatentAttention: PagedPlans(_decode, _prefill, _group)}
+FAMILY = Family(
+    emitters=EMITTERS,
+    leading=tuple(EMITTERS),
+    weights=_weights,
+    paged={LatentAttention: PagedPlans(_decode, _prefill, _group)},
+)

@@ -1,25 +1,21 @@
 """Mixtures of experts: routing and grouped products: their launches.
 
-EMITTERS: what plans the launches of a stage that begins with an op of this type. `scratch` sizes the device
-memory that these launches need beside the program's buffers. How they are launched is in `router.py` and
-`plan.py`.
+FAMILY: what the registry knows of them. How they are launched is in `router.py` and `plan.py`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_TOKENS
-from rvllm.backends.cuda.layout.weights import WeightLayout
-from rvllm.backends.cuda.ops.family import Emitter, Scratch
+from rvllm.backends.cuda.layout.packed import WeightLayout
+from rvllm.backends.cuda.ops.family import Family, Lowering, Scratch, Wanted
 from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, most_tiles
 from rvllm.backends.cuda.ops.moe.router import NORM_ROUTED, RouteAt, plan_route
+from rvllm.backends.cuda.ops.rowwise import norm as norm_rows
 from rvllm.kernels.moe.specs import BLOCKS, GROUPED_TOKENS
 from rvllm.program.ops.dense import Add, Experts, Norm, Op, Program, Route
-
-if TYPE_CHECKING:
-    from rvllm.backends.cuda.lowering import Lowering
 
 
 def _route(lowering: Lowering, stage: Stage) -> None:
@@ -27,7 +23,7 @@ def _route(lowering: Lowering, stage: Stage) -> None:
     op, norm = stage.ops[-1], stage.ops[0]
     assert isinstance(op, Route)
     if isinstance(norm, Norm) and lowering.counts.tokens > NORM_ROUTED:
-        lowering.norm(Stage((norm,)))
+        norm_rows(lowering, Stage((norm,)))
     fused = norm if isinstance(norm, Norm) and lowering.counts.tokens <= NORM_ROUTED else None
     buffers, scratch = lowering.at.buffers, lowering.at.scratch
     at = RouteAt(
@@ -73,11 +69,17 @@ def _experts(lowering: Lowering, stage: Stage) -> None:
     lowering.planned += plan.launches()
 
 
-EMITTERS: dict[type[Op], Emitter] = {Route: _route, Experts: _experts}
+def _weights(op: Op, stage: Stage, matrices: WeightLayout) -> Iterable[Wanted]:
+    match op:
+        case Route():
+            return ((op.weight, "table"), (op.bias, "norm"))
+        case Experts():
+            return ((op.up, "gated_stack" if op.gated else "stack"), (op.down, "stack"))
+    return ()
 
 
-def scratch(program: Program, tokens: int, seqs: int) -> Scratch:
-    """Bytes by name for steps of up to `tokens` tokens of `seqs` sequences; empty where it has no such op."""
+def _scratch(program: Program, tokens: int, seqs: int, capability: int) -> Scratch:
+    """Bytes by name; empty where the program has no such op."""
     routes = [op for op in program.ops if isinstance(op, Route)]
     mixtures = [op for op in program.ops if isinstance(op, Experts)]
     if not mixtures:
@@ -94,3 +96,8 @@ def scratch(program: Program, tokens: int, seqs: int) -> Scratch:
         "experts.tiles": 16 * most_tiles(entries, experts, min(*GROUPED_TOKENS, *(b.tokens for b in BLOCKS))),
         "experts.num_tiles": 4,
     }
+
+
+FAMILY = Family(
+    emitters={Route: _route, Experts: _experts}, leading=(Route,), weights=_weights, scratch=_scratch
+)

@@ -1,22 +1,18 @@
 """From logits to drawn tokens: their launches.
 
-EMITTERS: what plans the launches of a stage that an op of this type leads.
+FAMILY: what the registry knows of them.
 """
 
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
 
+from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_SAMPLES
-from rvllm.backends.cuda.ops.family import Emitter
+from rvllm.backends.cuda.ops.family import Family, Lowering
 from rvllm.backends.cuda.ops.sampling.slots import CHUNK, PICK_THREADS, SCAN_WARPS
 from rvllm.kernels.encoder.specs import HIDDEN_TOKENS
-from rvllm.program.ops.dense import HideTokens, Op, Sample
-
-if TYPE_CHECKING:
-    from rvllm.backends.cuda.layout.fusion import Stage
-    from rvllm.backends.cuda.lowering import Lowering
+from rvllm.program.ops.dense import HideTokens, Sample
 
 
 def _hide_tokens(to: Lowering, stage: Stage) -> None:
@@ -82,4 +78,4 @@ def _sample(to: Lowering, stage: Stage) -> None:
     )
 
 
-EMITTERS: dict[type[Op], Emitter] = {HideTokens: _hide_tokens, Sample: _sample}
+FAMILY = Family(emitters={HideTokens: _hide_tokens, Sample: _sample})

@@ -19,8 +19,10 @@ from rvllm.backends.cuda.layout.allocations import (
 from rvllm.backends.cuda.layout.fusion import Stage, fuse
 from rvllm.backends.cuda.layout.memory import GB, Budget, beside_buffers
 from rvllm.backends.cuda.layout.metadata import Layout
-from rvllm.backends.cuda.layout.weights import PackedWeight, packed_weights
-from rvllm.backends.cuda.lowering import Lowering
+from rvllm.backends.cuda.layout.packed import PackedWeight
+from rvllm.backends.cuda.layout.weights import packed_weights
+from rvllm.backends.cuda.lowering import lower
+from rvllm.backends.cuda.ops.family import Lowering
 from rvllm.backends.cuda.step_planner import distinct
 from rvllm.backends.lengths import encoder_lengths
 from rvllm.config import EngineConfig
@@ -124,7 +126,7 @@ class EncoderPlan:
         lowering = Lowering(
             self.program.dtype, self.chip, shape, self.addresses, layout, counts, {}, None, self.strategy
         )
-        return lowering.lower(self.stages)
+        return lower(lowering, self.stages)
 
     def kernels(self) -> list[str]:
         """Every kernel any step can need."""

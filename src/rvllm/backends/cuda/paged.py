@@ -11,16 +11,14 @@ from typing import TypeVar
 
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.layout.allocations import Allocation
-from rvllm.backends.cuda.ops.attention.launches import PAGED as ATTENTION
+from rvllm.backends.cuda.lowering import PAGED
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.ops.family import PagedPlans, TileShape
-from rvllm.backends.cuda.ops.mla.launches import PAGED as LATENT
 from rvllm.errors import MissingKernelError
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Op
 
 Plan = TypeVar("Plan")
-PAGED: dict[type[Op], PagedPlans] = {**ATTENTION, **LATENT}
 
 
 def decode_plans(

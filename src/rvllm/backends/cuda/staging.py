@@ -1,0 +1,187 @@
+"""The way from the host's memory to the device's: rows by pinned buffers, and the kernels that take them.
+
+Reading and copying overlap: while the device works on one staging buffer, threads fill the other. The
+staging memory on the device lies where the KV cache will be, so loading costs no memory of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.backends.cuda.device.arena import Range
+from rvllm.backends.cuda.device.catalog import Catalog
+from rvllm.backends.cuda.device.driver import Event, Launch, Pinned, Stream
+from rvllm.backends.cuda.layout.packed import PackedWeight
+from rvllm.backends.cuda.ops.gemm.plan import Interleave
+from rvllm.errors import ModelError
+from rvllm.program.dtypes import DType
+
+STAGING = 32 << 20  # bytes of one pinned buffer
+BLOCK = 256
+Tag = TypeVar("Tag")  # what goes with a part's rows
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive rows of a weight as they come from the host, and where they go.
+
+    address: of the matrix; in a stack, of the one that the rows belong to.
+    data: uint8 [rows, bytes of a row].
+    first: the row of the packed matrix or of the table where the first of them goes.
+    padded: rows to write, with zeros behind the real ones.
+    """
+
+    packed: PackedWeight
+    address: int
+    data: NDArray[np.uint8]
+    first: int
+    padded: int
+    interleave: Interleave
+
+
+class Staging:
+    """Sends rows of weights to the device in pieces that fit, and queues the kernels that place them."""
+
+    def __init__(self, catalog: Catalog, stream: Stream, dtype: DType, scratch: Range) -> None:
+        self._catalog = catalog
+        self._stream = stream
+        self._dtype = dtype
+        self.tag = "bf16" if dtype is DType.BF16 else "f16"
+        raw = min(STAGING, scratch.nbytes // 12 // 4096 * 4096)
+        # Two raw buffers and, as Q4 blocks grow fourfold in 16 bits, room for one dequantised piece.
+        self._raw = [scratch.address, scratch.address + raw]
+        self.rows_at = scratch.address + 2 * raw
+        self._rows_bytes = scratch.nbytes - 2 * raw
+        self._staging = [Pinned(raw), Pinned(raw)]
+        self._free = [Event(), Event()]
+        self._turn = 0  # of `send`
+        self._readers = ThreadPoolExecutor(4, thread_name_prefix="load")
+
+    def close(self) -> None:
+        """Frees the pinned buffers."""
+        self._readers.shutdown()
+        for staging, event in zip(self._staging, self._free, strict=True):
+            staging.close()
+            event.close()
+
+    def spans(
+        self, packed: PackedWeight, address: int, arrays: Iterable[tuple[Tag, NDArray[np.uint8]]]
+    ) -> Iterator[tuple[Tag, Span]]:
+        """The weight's rows, cut where the interleaving changes and where a matrix of a stack ends.
+
+        arrays: the rows of each part as uint8 [rows, bytes of a row], with whatever goes with them.
+        """
+        stacked, gated = packed.form in ("stack", "gated_stack"), packed.form in ("gated", "gated_stack")
+        last = packed.weight.elements // packed.width // (packed.weight.shape[0] if stacked else 1)
+        position, half = 0, last // 2
+        for tag, data in arrays:
+            start = 0
+            while start < len(data):
+                matrix, row = divmod(position + start, last)
+                if gated:
+                    up = row >= half
+                    stop = min(len(data), start + (last if up else half) - row)
+                    first = (row - half if up else row) // 8 * 16
+                    kind = Interleave.UP if up else Interleave.GATE
+                    padded = -(-(stop - start) // 8) * 8
+                    if (row - half if up else row) % 8:
+                        raise ModelError(
+                            f"{packed.weight.name}: a part of a gate or up matrix starts within eight rows"
+                        )
+                else:
+                    stop, first, kind = min(len(data), start + last - row), row, Interleave.PLAIN
+                    whole = packed.form in ("packed", "stack") and row + stop - start == last
+                    padded = stop - start + (-last % 64 if whole else 0)
+                place = address + matrix * packed.matrix_bytes if stacked else address
+                yield tag, Span(packed, place, data[start:stop], first, padded, kind)
+                start = stop
+            position += len(data)
+
+    def stream(self, span: Span, row_bytes: int = 0) -> Iterator[tuple[int, int, int, int]]:
+        """Sends a span's rows in slices that fit: (device address, first packed row, rows, rows to write).
+
+        row_bytes: of scratch memory (`rows_at`) that each row needs beside. Kernels that take a slice are
+        to be queued before the next one is asked for.
+        """
+        fit = self._staging[0].nbytes // span.data.shape[1]
+        if row_bytes:
+            fit = min(fit, self._rows_bytes // row_bytes)
+        fit = fit // 8 * 8
+        if fit < 8:
+            raise ModelError(
+                f"{span.packed.weight.name}: 8 rows of {span.packed.width} elements exceed the staging "
+                "memory; raise --num-gpu-blocks"
+            )
+        rows = len(span.data)
+        for turn, start in enumerate(range(0, rows, fit)):
+            stop = min(start + fit, rows)
+            padded = stop - start + (span.padded - rows if stop == rows else 0)
+            first = span.first + (start if span.interleave == Interleave.PLAIN else start // 8 * 16)
+            yield self._send(span.data[start:stop], turn % 2), first, stop - start, padded
+            self._free[turn % 2].record(self._stream)
+
+    def slices(self, rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+        """Rows start to stop, by eights, that `send` has room for."""
+        fit = (self._staging[0].nbytes - 4096) // (row_bytes + 8) // 8 * 8
+        if fit < 8:
+            raise ModelError(f"8 rows of {row_bytes} bytes exceed the staging memory; raise --num-gpu-blocks")
+        for start in range(0, rows, fit):
+            yield start, min(start + fit, rows)
+
+    def send(self, arrays: Sequence[NDArray[Any]]) -> list[int]:
+        """Copies arrays to the device, contiguous; their addresses there, until `sent` was called twice."""
+        self._turn ^= 1
+        self._free[self._turn].wait()
+        staging, offset, addresses = self._staging[self._turn].array, 0, []
+        for values in arrays:
+            pinned = staging[offset : offset + values.nbytes].view(values.dtype).reshape(values.shape)
+            share = -(-len(values) // 4)
+            list(
+                self._readers.map(
+                    lambda s, to=pinned, values=values, share=share: np.copyto(
+                        to[s : s + share], values[s : s + share]
+                    ),
+                    range(0, len(values), share),
+                )
+            )
+            addresses.append(self._raw[self._turn] + offset)
+            offset += -(-values.nbytes // 256) * 256
+        self._stream.copy_to_device(self._raw[self._turn], self._staging[self._turn].address, offset)
+        return addresses
+
+    def sent(self) -> None:
+        """Says that the kernels which read what was sent last are queued."""
+        self._free[self._turn].record(self._stream)
+
+    def copy(self, values: NDArray[Any], address: int) -> None:
+        """Copies an array to the device as it is."""
+        flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        for start in range(0, flat.nbytes, self._staging[0].nbytes):
+            piece = flat[start : start + self._staging[0].nbytes]
+            self._free[0].wait()
+            self._staging[0].array[: piece.nbytes] = piece
+            self._stream.copy_to_device(address + start, self._staging[0].address, piece.nbytes)
+            self._free[0].record(self._stream)
+
+    def run(self, kernel: str, arguments: Sequence[Any], grid: int) -> None:
+        """Queues a kernel of BLOCK threads a block."""
+        Launch(self._catalog[kernel], BLOCK, 0, arguments, pdl=False).run(self._stream, (grid, 1, 1))
+
+    def _send(self, data: NDArray[np.uint8], buffer: int) -> int:
+        """Copies rows to the device by way of a pinned buffer; returns their address there."""
+        self._free[buffer].wait()
+        pinned = self._staging[buffer].array[: data.nbytes].reshape(data.shape)
+        share = -(-len(data) // 4)
+        list(
+            self._readers.map(
+                lambda s: np.copyto(pinned[s : s + share], data[s : s + share]), range(0, len(data), share)
+            )
+        )
+        self._stream.copy_to_device(self._raw[buffer], self._staging[buffer].address, data.nbytes)
+        return self._raw[buffer]
