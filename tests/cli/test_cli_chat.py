@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -109,6 +110,14 @@ class Terminal:
             self.shown += os.read(self.leader, 65536).decode(errors="replace")
         self.shown = self.shown.partition(text)[2]
 
+    def until_words(self, count: int, seconds: float = 30.0) -> None:
+        """Reads until so many words are on the screen, whatever they are; a busy machine takes its time."""
+        deadline = time.monotonic() + seconds
+        while len(re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", " ", self.shown).split()) < count:
+            ready, _, _ = select.select([self.leader], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, self.shown
+            self.shown += os.read(self.leader, 65536).decode(errors="replace")
+
     def type(self, text: str) -> None:
         os.write(self.leader, text.encode())
 
@@ -131,7 +140,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_session(engine: str) -> None:
         terminal.until("> ")
         terminal.type("Tell me a story about the sea and count to one hundred in it.\n")
         terminal.until("in it.")
-        time.sleep(1.0)
+        terminal.until_words(8)
         terminal.type("\x03")
         terminal.until("(stopped)")
         terminal.until("tok/s")

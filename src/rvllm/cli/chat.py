@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rvllm.config import EngineConfig, add_flags, build, parse_value
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Conversation = list[dict[str, str]]
+HISTORY = "chat-history"
 HELP = """/reset         forget the conversation
 /system TEXT   set the system prompt and start anew; without TEXT: remove it
 /help          show this
@@ -132,12 +136,37 @@ def _sampling(args: argparse.Namespace) -> Sampling:
     return Sampling(**values)
 
 
+def _edit_lines() -> None:
+    """Arrow keys, search and history for `input()`, kept from one conversation to the next."""
+    try:
+        import readline
+    except ImportError:  # a Python built without it
+        return
+    import atexit
+
+    from rvllm.config import SourceConfig
+
+    kept = Path(build(SourceConfig, {}).cache_dir).expanduser() / HISTORY
+    with contextlib.suppress(OSError):
+        readline.read_history_file(kept)
+    readline.set_history_length(1000)
+
+    def keep() -> None:
+        with contextlib.suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.touch(mode=0o600)  # what was said is nobody else's business
+            readline.write_history_file(kept)
+
+    atexit.register(keep)
+
+
 class _Session:
     """The loop of reading, answering and commands."""
 
     def __init__(self, talker: Talker, sampling: Sampling, system: str | None) -> None:
         self._talker, self._sampling = talker, sampling
         self._terminal = sys.stdin.isatty()
+        self._rendered = self._terminal and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self._conversation: Conversation = []
         self._start(system)
 
@@ -147,8 +176,7 @@ class _Session:
     def run(self) -> None:
         """Until the input ends or /quit."""
         if self._terminal:
-            import readline  # noqa: F401  (history and editing for input())
-
+            _edit_lines()
             print("Type a message; /help shows the commands.", file=sys.stderr)
         while (line := self._read()) is not None:
             if line.startswith("/"):
@@ -197,11 +225,19 @@ class _Session:
         self._conversation.append({"role": "user", "content": text})
         answer = Answer(lambda piece: print(piece, end="", flush=True))
         try:
-            self._talker.answer(self._conversation, self._sampling, answer)
+            if self._rendered:
+                from rvllm.cli.common.markdown import MarkdownView
+
+                with MarkdownView() as view:
+                    answer.show = view.add
+                    self._talker.answer(self._conversation, self._sampling, answer)
+            else:
+                self._talker.answer(self._conversation, self._sampling, answer)
+                print(flush=True)
         except KeyboardInterrupt:
             if not self._terminal:
                 raise
-            print(" (stopped)", end="", file=sys.stderr)
+            print("" if self._rendered else "\n", "(stopped)", sep="", file=sys.stderr)
         except RvllmError as error:
             if not self._terminal:
                 raise
@@ -209,6 +245,5 @@ class _Session:
             way_out = "; /reset starts a new conversation" if len(self._conversation) > 1 else ""
             print(f"rvllm: {error}{way_out}", file=sys.stderr)
             return
-        print(flush=True)
         print(f"  {answer.summary()}", file=sys.stderr)
         self._conversation.append({"role": "assistant", "content": answer.text})
