@@ -26,19 +26,29 @@ if TYPE_CHECKING:
         ScoringRequestOutput,
     )
     from rvllm.text.outputs import CompletionOutput, Logprob, RequestOutput
+    from rvllm.text.pooling import (
+        ClassificationOutput,
+        ClassificationRequestOutput,
+        PoolingOutput,
+        PoolingRequestOutput,
+    )
     from rvllm.vllm.engine_args import AsyncEngineArgs, EngineArgs
 
 __all__ = [
     "LLM",
     "AsyncEngineArgs",
     "AsyncLLM",
+    "ClassificationOutput",
+    "ClassificationRequestOutput",
     "CompletionOutput",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
     "EngineArgs",
     "LLMEngine",
     "Logprob",
+    "PoolingOutput",
     "PoolingParams",
+    "PoolingRequestOutput",
     "RequestOutput",
     "RequestOutputKind",
     "RvllmError",
@@ -64,6 +74,10 @@ _HOMES = {
     "PoolingParams": "rvllm.text.embedding",
     "ScoringOutput": "rvllm.text.embedding",
     "ScoringRequestOutput": "rvllm.text.embedding",
+    "ClassificationOutput": "rvllm.text.pooling",
+    "ClassificationRequestOutput": "rvllm.text.pooling",
+    "PoolingOutput": "rvllm.text.pooling",
+    "PoolingRequestOutput": "rvllm.text.pooling",
     "CompletionOutput": "rvllm.text.outputs",
     "Logprob": "rvllm.text.outputs",
     "RequestOutput": "rvllm.text.outputs",

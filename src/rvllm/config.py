@@ -55,6 +55,19 @@ class EngineConfig:
     )
     tokenizer: str | None = setting(None, "Another model to take the tokenizer from.")
     revision: str | None = setting(None, "The model's branch, tag or commit, as in org/name@revision.")
+    runner: str = setting(
+        "auto",
+        "What the model is for; auto: as its files say; pooling makes vectors of a model that generates.",
+        choices=("auto", "generate", "pooling"),
+    )
+    hf_overrides: str | None = setting(
+        None, "JSON object whose entries take the place of config.json's.", metavar="JSON"
+    )
+    pooler_config: str | None = setting(
+        None,
+        "JSON object: pooling_type (LAST, MEAN, CLS) and normalize, instead of what the model's files say.",
+        metavar="JSON",
+    )
     device: str = setting(
         "auto",
         "Where to run; auto takes the GPU if there is one and says so.",

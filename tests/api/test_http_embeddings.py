@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 import time
+import urllib.request
 from collections.abc import Iterator
 
 import numpy as np
@@ -155,3 +157,61 @@ def test_megabytes_are_refused_or_cut_before_they_are_tokenised(encoder: LiveSer
     _, short = encoder.post("/v1/embeddings", input="hello " * 20, truncate_prompt_tokens=5)
     assert status == 200 and answer["data"] == short["data"]
     assert time.monotonic() - before < 10
+
+
+def test_classes_of_texts() -> None:
+    with LiveServer(embedding_size=3, labels=["good", "bad", "so so"], drain_timeout=0.2) as server:
+        status, answer = server.post("/classify", input=["hello", "hello world"])
+        assert status == 200, answer
+        raw = [_raw(server, text, 3) for text in ("hello", "hello world")]
+        for entry, numbers in zip(answer["data"], raw, strict=True):
+            wanted = np.exp(numbers) / np.exp(numbers).sum()
+            np.testing.assert_allclose(entry["probs"], wanted, atol=1e-6)
+            assert entry["label"] == ["good", "bad", "so so"][int(wanted.argmax())]
+            assert entry["num_classes"] == 3
+        status, pooled = server.post("/pooling", input="hello", use_activation=False)
+        np.testing.assert_allclose(pooled["data"][0]["data"], raw[0], atol=1e-6)
+        assert (status, pooled["data"][0]["object"]) == (200, "pooling")
+        for path, body, said in (
+            ("/v1/embeddings", {"input": "a"}, "gives classes: use /classify"),
+            ("/v1/score", {"text_1": "a", "text_2": "b"}, "scores are of models with one class"),
+            ("/v1/completions", {"prompt": "a"}, "gives classes and generates no text"),
+            ("/pooling", {"input": "a", "task": "embed"}, "gives classes and no vectors"),
+            ("/pooling", {"input": "a", "task": "token_embed"}, "task must be embed or classify"),
+        ):
+            status, answer = server.post(path, **body)
+            assert status == 400 and said in answer["error"]["message"], answer
+        with urllib.request.urlopen(f"{server.url}/v1/models") as answered:
+            assert json.load(answered)["data"][0]["capabilities"]["classify"]
+
+
+def _raw(server: LiveServer, text: str, size: int) -> np.ndarray:
+    vector = np.zeros(size)
+    for token in server.tokenizer.encode(text):
+        vector[token % size] += 1 + token / 1000
+    return vector / np.linalg.norm(vector)
+
+
+def test_a_cross_encoder_reads_pairs() -> None:
+    with LiveServer(embedding_size=1, labels=["LABEL_0"], drain_timeout=0.2) as server:
+        status, answer = server.post("/v1/score", text_1="hello", text_2=["world", "hello there"])
+        assert status == 200, answer
+        ids = [embed.prompt_token_ids for embed in server.engine.embeds]
+        pairs = [server.tokenizer.backend.encode("hello", other).ids for other in ("world", "hello there")]
+        assert ids == pairs
+        assert all(entry["score"] == pytest.approx(1 / (1 + np.exp(-1))) for entry in answer["data"])
+        status, answer = server.post("/v1/rerank", query="hello", documents=["a", {"text": "b"}], top_n=1)
+        assert status == 200 and answer["results"][0]["index"] == 0
+        assert answer["usage"]["prompt_tokens"] == sum(
+            len(server.tokenizer.backend.encode("hello", other).ids) for other in "ab"
+        )
+
+
+def test_vectors_by_the_general_name(encoder: LiveServer) -> None:
+    status, answer = encoder.post("/pooling", input="hello", dimensions=4)
+    cut = expected(encoder, "hello")[:4]
+    assert status == 200 and np.allclose(answer["data"][0]["data"], cut / np.linalg.norm(cut), atol=1e-6)
+    status, answer = encoder.post("/classify", input="hello")
+    assert status == 400 and "gives vectors and no classes" in answer["error"]["message"]
+    status, answer = encoder.post("/v1/embeddings", input="hello", prompt_name="query")
+    assert (status, answer["error"]["param"]) == (400, "prompt_name")

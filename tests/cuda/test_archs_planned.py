@@ -8,10 +8,13 @@ from rvllm.backends.cuda.device.catalog import select
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.encoder_plan import EncoderPlan
 from rvllm.backends.cuda.layout.memory import Budget
+from rvllm.backends.cuda.pooler import body_kernels, plan_pooler
 from rvllm.backends.cuda.step_planner import StepPlanner
+from rvllm.backends.cuda.supported import refuse_pairs
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, MissingKernelError, UsageError
 from rvllm.models.config import ModelConfig
+from rvllm.models.pooling import CLASSIFIER
 from rvllm.models.registry import build_program, supported
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
@@ -80,3 +83,32 @@ def test_sizes_without_kernels_are_named() -> None:
     odd = {**CONFIGS["Phi-3-small"], "num_attention_heads": 16}
     with pytest.raises(MissingKernelError, match="block-sparse attention kernel for head size 256"):
         kernels(build_program(ModelConfig(odd, "odd"), DType.BF16), H200)
+
+
+@pytest.mark.parametrize("facts", [H200, A100], ids=["sm_90", "sm_80"])
+@pytest.mark.parametrize("name", ["Qwen3-8B", "Mistral-7B-v0.3", "Gemma-2-9B"])
+def test_decoders_that_pool_resolve_to_kernels(name: str, facts: DeviceFacts) -> None:
+    config = on_one_card(name)[1]
+    given = build_program(ModelConfig({**config, "runner": "pooling"}, name), DType.BF16)
+    engine = EngineConfig(max_model_len=2048, max_num_batched_tokens=4096)
+    planner, _ = plan_pooler(given, engine, facts, ROOM)
+    names = body_kernels(planner)
+    specs, missing = select(names, facts.capability)
+    assert not missing and {spec.name for spec in specs} == set(names)
+    assert "sm80_bf16_pool" in names and not any("sample" in kernel for kernel in names)
+    assert planner.memory.lines["logits"] == 0, "nothing is drawn"
+    assert planner.memory.shape.kv_blocks * 16 >= 4096 + 16 * 256
+
+
+@pytest.mark.parametrize("name", ["BERT-large", "RoBERTa-large", "multilingual-E5-large"])
+def test_classifiers_resolve_to_kernels_but_for_pairs_with_token_types(name: str) -> None:
+    config = on_one_card(name)[1]
+    architecture = config["architectures"][0].replace("Model", CLASSIFIER)
+    config = {**config, "architectures": [architecture], "num_labels": 1}
+    given = build_program(ModelConfig(config, name), DType.F16)
+    assert given.ops[-1].kind == "classify" and not select(kernels(given, A100), 80)[1]
+    if config.get("type_vocab_size", 2) > 1:
+        with pytest.raises(MissingKernelError, match="reads pairs of texts, and no CUDA kernel"):
+            refuse_pairs(given)
+    else:
+        refuse_pairs(given)

@@ -23,10 +23,16 @@ from rvllm.api.http.errors import ApiError
 from rvllm.api.http.exchange import Endpoint, Exchange, Failure, Gate, openai_failure
 from rvllm.api.openai.chat import chat_batch, chat_completions
 from rvllm.api.openai.completions import completions
-from rvllm.api.openai.embeddings import embeddings, refuse_encoder, rerank, score
+from rvllm.api.openai.embeddings import classify, embeddings, pooling, refuse_encoder, rerank, score
 from rvllm.api.page import page_routes
 from rvllm.api.schemas import anthropic
-from rvllm.api.schemas.embeddings import EmbeddingRequest, RerankRequest, ScoreRequest
+from rvllm.api.schemas.embeddings import (
+    ClassifyRequest,
+    EmbeddingRequest,
+    PoolingRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from rvllm.api.schemas.requests import ChatBatchRequest, ChatRequest, CompletionRequest
 from rvllm.api.stateful import stateful_routes
 
@@ -74,6 +80,8 @@ def build_app(service: Service, gate: Gate) -> Starlette:
             *(
                 route("POST", path, handler, fields)
                 for paths, handler, fields in (
+                    (("/classify",), classify, ClassifyRequest.__struct_fields__),
+                    (("/pooling",), pooling, PoolingRequest.__struct_fields__),
                     (("/v1/score", "/score"), score, ScoreRequest.__struct_fields__),
                     (("/v1/rerank", "/v2/rerank", "/rerank"), rerank, RerankRequest.__struct_fields__),
                 )

@@ -29,7 +29,8 @@ def _card(service: Service, name: str) -> ModelCard:
 
 def _capabilities(service: Service) -> dict[str, bool]:
     """What requests may ask of the model."""
-    generates = service.ready.facts.embedding_size is None
+    facts = service.ready.facts
+    generates = facts.embedding_size is None
     texts = service.has_tokenizer
     chat = generates and texts and service.template is not None
     return {
@@ -37,8 +38,9 @@ def _capabilities(service: Service) -> dict[str, bool]:
         "completions": generates,
         "responses": chat,
         "messages": chat,
-        "embeddings": not generates,
-        "rerank": not generates,
+        "embeddings": not generates and facts.labels is None,
+        "rerank": not generates and (facts.labels is None or len(facts.labels) == 1),
+        "classify": facts.labels is not None,
         "tools": chat and service.tools is not None and service.places_tools,
         "reasoning": chat and service.reasoning is not None,
         "structured_outputs": generates and texts and service.tokenizer.spelling.kind != "other",

@@ -80,6 +80,7 @@ class StepBatch:
     prompt_logprobs: per sequence index s, how many top logprobs to report for each token of the chunk
     given its predecessors (0: only the token's own); rows 0 .. query_len - 1 predict the next token.
     masks: per sequence index s, a packed bitmask uint32 [ceil(vocab / 32)] of tokens that may be drawn.
+    seconds: for pairs of texts, per sequence index s, the row of it at which the second text begins.
     """
 
     step: int
@@ -92,6 +93,7 @@ class StepBatch:
     new_blocks: Int32 = field(default_factory=lambda: np.empty((0, 3), dtype=np.int32))
     prompt_logprobs: dict[int, int] = field(default_factory=dict)
     masks: dict[int, NDArray[np.uint32]] = field(default_factory=dict)
+    seconds: dict[int, int] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -184,7 +186,7 @@ class Backend(Protocol):
         """Waits for a launched step; steps are collected in the order they were launched."""
 
     def embed(self, batch: StepBatch) -> NDArray[np.float32]:
-        """For encoder programs: one pooled vector a sequence, float32 [S, width]."""
+        """For programs that pool: a vector or the numbers of its classes a sequence, float32 [S, width]."""
 
     def last_kernels(self) -> list[StepKernel]:
         """The kernels of the last step, for people who watch."""

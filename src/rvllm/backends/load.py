@@ -82,7 +82,9 @@ def load_backend(
         from rvllm.backends.cpu.backend import CpuBackend
 
         return CpuBackend.load(program, checkpoint, config, progress)
-    kind = ("backend", "CudaBackend") if embedding_size(program) is None else ("encoder", "CudaEncoder")
+    kind = ("backend", "CudaBackend")
+    if embedding_size(program) is not None:
+        kind = ("pooler", "CudaPooler") if program.caches else ("encoder", "CudaEncoder")
     module = importlib.import_module(f"rvllm.backends.cuda.{kind[0]}")
     backend: Backend = getattr(module, kind[1]).load(program, checkpoint, config, progress)
     return backend

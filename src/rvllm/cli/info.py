@@ -172,7 +172,7 @@ class Described:
 def describe(config: EngineConfig) -> Described:
     """Reads the model's files but for its weights. Raises RvllmError: what is wrong with them, or no GPU."""
     from rvllm.backends.load import choose_device, choose_dtype
-    from rvllm.models.config import ModelConfig
+    from rvllm.models.overrides import read_config
     from rvllm.models.registry import build_program
     from rvllm.weights.checkpoint import stored_formats
     from rvllm.weights.fetch.source import resolve
@@ -180,7 +180,7 @@ def describe(config: EngineConfig) -> Described:
     from rvllm.weights.open import open_checkpoint
 
     checkpoint = open_checkpoint(resolve(config.model, build(SourceConfig, {})))
-    model = ModelConfig(checkpoint.config, checkpoint.config_origin)
+    model = read_config(checkpoint, config)
     device = choose_device(config)
     program = build_program(model, choose_dtype(config, checkpoint))
     if device != "cpu":

@@ -74,7 +74,7 @@ def add_parser(subparsers: Any) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs `rvllm plan`; raises RvllmError."""
     from rvllm.backends.load import choose_device, choose_dtype
-    from rvllm.models.config import ModelConfig
+    from rvllm.models.overrides import read_config
     from rvllm.models.registry import build_program
     from rvllm.program.memory import plan_workspace
     from rvllm.weights.checkpoint import stored_formats
@@ -87,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("--gpu and --vram-gb need --memory")
     config = build(EngineConfig, {name: getattr(args, name) for name in FLAGS})
     checkpoint = open_checkpoint(resolve(config.model, build(SourceConfig, {})))
-    model = ModelConfig(checkpoint.config, checkpoint.config_origin)
+    model = read_config(checkpoint, config)
     program, device = build_program(model, choose_dtype(config, checkpoint)), choose_device(config)
     kernels: dict[str, str] = {}
     holds = checkpoint if checkpoint.tensors else None
@@ -124,7 +124,7 @@ def plan_memory(args: argparse.Namespace) -> int:
     from rvllm.backends.cuda.known_gpus import known_gpu
     from rvllm.backends.load import gpu_dtype
     from rvllm.cli.common.capacity import capacity, capacity_text
-    from rvllm.models.config import ModelConfig
+    from rvllm.models.overrides import read_config
     from rvllm.models.registry import build_program
     from rvllm.program.cost import kv_bytes_per_token
     from rvllm.weights.fetch.source import resolve
@@ -134,7 +134,7 @@ def plan_memory(args: argparse.Namespace) -> int:
         raise UsageError(f"--vram-gb: must be in [1, 10000], got {args.vram_gb:g}")
     config = build(EngineConfig, {name: getattr(args, name) for name in (*FLAGS, *MEMORY_FLAGS)})
     checkpoint = open_checkpoint(resolve(config.model, build(SourceConfig, {})))
-    model = ModelConfig(checkpoint.config, checkpoint.config_origin)
+    model = read_config(checkpoint, config)
     program = build_program(model, gpu_dtype(config, checkpoint))
     holds = checkpoint if checkpoint.tensors and config.load_format != "dummy" else None
     found = capacity(program, holds, config, known_gpu(args.gpu or "h100-80gb", args.vram_gb))

@@ -58,6 +58,7 @@ class EmbeddingQueue:
             starts=nothing,
             tokens=np.concatenate([np.array(r.prompt_token_ids, dtype=np.int32) for r in requests]),
             sample=nothing.astype(np.bool_),
+            seconds={s: r.second for s, r in enumerate(requests) if r.second is not None},
         )
         vectors = np.ascontiguousarray(self._backend.embed(batch), dtype="<f4")
         self.steps += 1

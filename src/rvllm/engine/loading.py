@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rvllm.engine.ipc.messages import ModelFacts
 from rvllm.models.config import ModelConfig, token_ids
-from rvllm.program.ops.encoder import embedding_size
+from rvllm.models.pooling import activation_of, labels_of
+from rvllm.program.ops.encoder import classifier, embedding_size
 
 if TYPE_CHECKING:
     from rvllm.backends.base import Backend, Progress
@@ -20,6 +21,7 @@ def load(config: EngineConfig, progress: Progress | None = None) -> tuple[Backen
     """The configured model on its backend. Raises the RvllmError of whatever is missing or wrong."""
     from rvllm.backends.load import choose_dtype, load_backend
     from rvllm.config import SourceConfig, build
+    from rvllm.models.overrides import read_config
     from rvllm.models.registry import build_program
     from rvllm.weights.fetch.source import resolve
     from rvllm.weights.open import open_checkpoint
@@ -32,7 +34,7 @@ def load(config: EngineConfig, progress: Progress | None = None) -> tuple[Backen
         lambda text, done, total: report(done / total if total else 0.0, text),
     )
     checkpoint = open_checkpoint(path)
-    model = ModelConfig(checkpoint.config, checkpoint.config_origin)
+    model = read_config(checkpoint, config)
     program = build_program(model, choose_dtype(config, checkpoint))
     if config.load_format != "dummy":
         check_weights(program, checkpoint)
@@ -55,9 +57,17 @@ def model_facts(
     generation = ModelConfig(checkpoint.generation_config, f"{checkpoint.config_origin}: generation_config")
     eos = (*token_ids(generation, "eos_token_id"), *model.eos_token_ids)
     bos = token_ids(model, "bos_token_id")
+    classes = classifier(program) is not None
+    sentence = model.section("sentence_transformers")
+    prompts = None if sentence is None else sentence.section("prompts")
     return ModelFacts(
         architecture=program.architecture,
         embedding_size=embedding_size(program),
+        labels=list(labels_of(model)) if classes else None,
+        activation=activation_of(model) if classes else "identity",
+        joins_pairs=bool(program.caches),
+        text_prompts={} if prompts is None else {str(k): str(v) for k, v in prompts.values.items()},
+        default_prompt=None if sentence is None else sentence.opt_str("default_prompt_name"),
         model_path=str(checkpoint.path),
         vocab_size=program.vocab_size,
         max_model_len=max_model_len,

@@ -7,6 +7,7 @@ from typing import cast
 
 from rvllm.errors import ModelError
 from rvllm.models.config import ModelConfig
+from rvllm.models.pooling import CLASSIFIER, classification, embedding
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 
@@ -45,11 +46,33 @@ def supported() -> list[str]:
 
 
 def build_program(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a model. Raises ModelError for an unknown architecture or a wrong config field."""
+    """The program of a model: it generates, or gives a vector or classes for each text.
+
+    `XModel` and `XForSequenceClassification` are XForCausalLM's layers, pooled; so is XForCausalLM itself
+    where modules.json says how, or `--runner pooling` asks. Raises ModelError for an unknown architecture or
+    a wrong config field.
+    """
     name = config.architecture
-    if name not in ARCHITECTURES:
+    stem = name.removesuffix(CLASSIFIER).removesuffix("Model").removesuffix("ForCausalLM")
+    whole = f"{stem}Model" if name.endswith(CLASSIFIER) else name
+    if whole in ARCHITECTURES and not whole.endswith("ForCausalLM"):
+        return _built(config, dtype, whole)
+    decoder = f"{stem}ForCausalLM"
+    if decoder not in ARCHITECTURES:
         raise ModelError(
-            f"{config.origin}: architecture {name!r} is not supported; supported: {', '.join(supported())}"
+            f"{config.origin}: architecture {name!r} is not supported; supported: {', '.join(supported())}, "
+            "and these with ForSequenceClassification or Model at their end"
         )
+    program = _built(config, dtype, decoder)
+    if name.endswith(CLASSIFIER):
+        return classification(program, config)
+    runner, sentence = config.str("runner", "auto"), config.section("sentence_transformers")
+    said = name.endswith("Model") or (sentence is not None and sentence.has("pooling"))
+    if runner == "pooling" or (runner == "auto" and said):
+        return embedding(program, config)
+    return program
+
+
+def _built(config: ModelConfig, dtype: DType, name: str) -> Program:
     module = importlib.import_module(f"rvllm.models.archs.{ARCHITECTURES[name]}")
     return cast(Program, module.build(config, dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from rvllm.errors import UsageError
 from rvllm.text.embedding import PoolingParams
 from rvllm.text.requests import Prompt
 from rvllm.vllm.flags import VLLM_FLAGS, VLLM_VALUES, settle
+
+JSON_SETTINGS = ("hf_overrides", "pooler_config")  # which take objects, as text on a command line
 
 
 def engine_config(model: str, revision: str | None, settings: Mapping[str, Any]) -> EngineConfig:
@@ -23,13 +26,17 @@ def engine_config(model: str, revision: str | None, settings: Mapping[str, Any])
     for name, value in settings.items():
         if value is None:  # vLLM's own word for a default
             continue
-        if name in known:
+        if isinstance(value, Mapping) and name in JSON_SETTINGS:
+            given[name] = json.dumps(value)
+        elif callable(value):
+            raise UsageError(f"LLM: {name}: a function is not supported; give a dict of what it changes")
+        elif name in known:
             translated = VLLM_VALUES.get(name, {})
             given[name] = translated.get(value, value) if isinstance(value, str | int) else value
         elif name not in VLLM_FLAGS:
             raise UsageError(f"LLM: unknown argument {name!r}; known are {', '.join(sorted(known))}")
         elif (found := settle(name, value, f"LLM: {name}=")) is not None and found[0] in known:
-            given[found[0]] = found[1]
+            given[found[0]] = json.dumps(found[1]) if isinstance(found[1], Mapping) else found[1]
     return build(EngineConfig, {**given, "model": model, "revision": revision})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,20 +15,20 @@ from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Embed
 from rvllm.engine.sampling_params import BeamSearchParams, SamplingParams
 from rvllm.errors import RvllmError, UsageError
-from rvllm.offline.arguments import engine_config, params_list, pooling_list, prompt_list, refuse
+from rvllm.offline.arguments import engine_config, params_list, prompt_list, refuse
+from rvllm.offline.pooling import Pooled, check_vectors, classified, encoded, pooled, scores
 from rvllm.offline.progress import loading_bar, progress_bar
 from rvllm.text.embedding import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
     PoolingParams,
     ScoringRequestOutput,
-    scored,
     shorten,
-    text_tokens,
 )
 from rvllm.text.grammar.grammar import check_tokenizer, vocabulary_of
 from rvllm.text.outputs import RequestMetrics, RequestOutput
 from rvllm.text.pending import PendingRequest
+from rvllm.text.pooling import ClassificationRequestOutput, PoolingRequestOutput
 from rvllm.text.processor import Choice
 from rvllm.text.requests import Prompt, RequestMaker, prompt_tokens
 from rvllm.text.tokenizers.tokenizer import Tokenizer
@@ -227,46 +227,66 @@ class LLM:
         pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
         lora_request: Any = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
+        prompt_name: str | None = None,
     ) -> list[EmbeddingRequestOutput]:
-        """Turns texts into vectors with a sentence encoder, in order.
+        """Turns texts into vectors, in order.
 
         prompts: as in `generate`. truncate_prompt_tokens: the most tokens of a text to keep, -1 for as many
         as the model takes; None refuses longer texts. pooling_params: one for all, or one for each.
+        prompt_name: which of the model's own prompts goes before each text.
         Raises UsageError naming the text or parameter that is wrong; nothing has run then.
         """
-        refuse(lora_request=lora_request, tokenization_kwargs=tokenization_kwargs)
-        items = prompt_list(prompts)
-        wanted = pooling_list(pooling_params, len(items))
-        facts = self.engine.facts
-        found: dict[str, tuple[str | None, list[int], PoolingParams]] = {}
-        for i, (item, params) in enumerate(zip(items, wanted, strict=True)):
-            try:
-                text, ids = text_tokens(item, self._tokenizer, facts, truncate_prompt_tokens)
-                shorten(np.zeros(facts.embedding_size or 0, np.float32), params.dimensions)
-            except UsageError as error:
-                raise UsageError(f"prompts[{i}]: {error}" if len(items) > 1 else str(error)) from None
-            found[str(self._counter)] = text, ids, params
-            self._counter += 1
-        vectors = self._embed({name: ids for name, (_, ids, _) in found.items()}, bool(use_tqdm))
+        refuse(lora_request=lora_request)
+        asked = Pooled(truncate_prompt_tokens, bool(use_tqdm), prompt_name, tokenization_kwargs)
+        check_vectors(self.engine.facts)
         return [
             EmbeddingRequestOutput(
-                name, EmbeddingOutput(shorten(vectors[name], params.dimensions).tolist()), ids, prompt=text
+                text.name, EmbeddingOutput(shorten(numbers, text.params.dimensions).tolist()), text.ids,
+                prompt=text.prompt,
             )
-            for name, (text, ids, params) in found.items()
-        ]
+            for text, numbers in pooled(self, prompts, pooling_params, asked)
+        ]  # fmt: skip
 
     def encode(
         self,
         prompts: Prompt | Sequence[Prompt],
         pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
         *,
-        pooling_task: str = "embed",
-        **options: Any,
-    ) -> list[EmbeddingRequestOutput]:
-        """`embed` under vLLM's general name. Raises UsageError for another pooling_task."""
-        if pooling_task not in ("embed", "auto"):
-            raise UsageError(f"pooling_task {pooling_task!r} is not supported; models give one vector a text")
-        return self.embed(prompts, pooling_params=pooling_params, **options)
+        pooling_task: str | None = None,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: Any = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[PoolingRequestOutput]:
+        """What the model gives for texts, as arrays: vectors (`embed`) or its classes (`classify`).
+
+        Raises UsageError for a pooling_task that the model does not do, and as `embed` does.
+        """
+        refuse(lora_request=lora_request)
+        asked = Pooled(truncate_prompt_tokens, bool(use_tqdm), None, tokenization_kwargs)
+        return encoded(self, prompts, pooling_params, pooling_task, asked)
+
+    def classify(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: Any = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[ClassificationRequestOutput]:
+        """How likely each of the model's classes is for each text. Raises UsageError as `embed` does."""
+        refuse(lora_request=lora_request)
+        asked = Pooled(truncate_prompt_tokens, bool(use_tqdm), None, tokenization_kwargs)
+        return classified(self, prompts, pooling_params, asked)
+
+    def reward(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[PoolingRequestOutput]:
+        """A reward model's own numbers for each text: its classes without softmax or sigmoid."""
+        raw = PoolingParams(use_activation=False)
+        return self.encode(
+            prompts, options.pop("pooling_params", None) or raw, pooling_task="classify", **options
+        )
 
     def score(
         self,
@@ -276,27 +296,17 @@ class LLM:
         *,
         truncate_prompt_tokens: int | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
+        pooling_params: PoolingParams | None = None,
         lora_request: Any = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[ScoringRequestOutput]:
-        """The cosine similarity of pairs of texts: one against many, or pair by pair.
+        """The score of pairs of texts: a cross-encoder's, else the cosine of the vectors.
 
-        Raises UsageError when the numbers of texts do not fit.
+        One text against many, or pair by pair. Raises UsageError when the numbers of texts do not fit.
         """
-        left, right = prompt_list(data_1), prompt_list(data_2)
-        if not right or len(left) not in (1, len(right)):
-            raise UsageError(
-                f"score takes one text against many or as many, got {len(left)} and {len(right)}"
-            )
-        found = self.embed([*left, *right], truncate_prompt_tokens=truncate_prompt_tokens, use_tqdm=use_tqdm,
-                           lora_request=lora_request)  # fmt: skip
-        ours, theirs = found[: len(left)], found[len(left) :]
-        pairs = zip(ours * (len(theirs) if len(ours) == 1 else 1), theirs, strict=True)
-        return [scored(one, other) for one, other in pairs]
-
-    def classify(self, prompts: Any, **_: Any) -> NoReturn:
-        """Raises UsageError: no architecture here gives classes."""
-        architecture = self.engine.facts.architecture
-        raise UsageError(f"{architecture} gives no classes: models that generate or embed are served")
+        refuse(lora_request=lora_request)
+        asked = Pooled(truncate_prompt_tokens, bool(use_tqdm), None, tokenization_kwargs)
+        return scores(self, prompt_list(data_1), prompt_list(data_2), pooling_params, asked)
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, **neutral: Any
@@ -307,21 +317,27 @@ class LLM:
         refuse(lora_request=neutral.get("lora_request"))
         return [beam_search(self, *prompt_tokens(p, self._tokenizer), params) for p in prompt_list(prompts)]
 
-    def _embed(self, texts: Mapping[str, list[int]], show: bool) -> dict[str, NDArray[np.float32]]:
-        """The vector of each text, by the name it is given under."""
+    def next_name(self) -> str:
+        """A request id that no other request of this object has."""
+        self._counter += 1
+        return str(self._counter - 1)
+
+    def run_texts(self, texts: Sequence[Embed], show: bool) -> dict[str, NDArray[np.float32]]:
+        """What the model gives for texts, by their request ids. Leaves none behind in the engine."""
         vectors: dict[str, NDArray[np.float32]] = {}
+        lengths = {text.request_id: len(text.prompt_token_ids) for text in texts}
         try:
-            for name, ids in texts.items():
-                self.engine.add_embed(Embed(name, ids))
+            for text in texts:
+                self.engine.add_embed(text)
             with progress_bar(len(texts), show) as advance:
                 while len(vectors) < len(texts):
                     for output in self.engine.step():
                         if output.embedding is None:
                             raise RvllmError(f"request {output.request_id}: {output.error}")
                         vectors[output.request_id] = np.frombuffer(output.embedding, dtype="<f4")
-                        advance(len(texts[output.request_id]), True)
+                        advance(lengths[output.request_id], True)
         finally:
-            self.engine.abort([name for name in texts if name not in vectors])
+            self.engine.abort([name for name in lengths if name not in vectors])
             while self.engine.has_work():
                 self.engine.step()
         return vectors
@@ -368,8 +384,7 @@ class LLM:
             raise UsageError(f"priority has {len(priority)} entries for {len(prompts)} prompts")
         requests = []
         for i, ((text, ids), param) in enumerate(zip(prompts, params, strict=True)):
-            name = str(self._counter)
-            self._counter += 1
+            name = self.next_name()
             try:
                 made = self._requests.make(name, ids, param, priority=priority[i] if priority else 0)
             except UsageError as error:

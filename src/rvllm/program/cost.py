@@ -35,7 +35,7 @@ from rvllm.program.ops.dense import (
     Sample,
     Weight,
 )
-from rvllm.program.ops.encoder import AddPositions, Pool, TextAttention
+from rvllm.program.ops.encoder import AddPositions, Classify, Pool, TextAttention
 from rvllm.program.ops.mamba2 import CHUNK, CausalConv, GatedNorm, StateScan
 
 
@@ -289,6 +289,11 @@ def _(op: TextAttention, shape: StepShape, plain: Cost, size: int) -> Cost:
 @particulars.register
 def _(op: Pool, shape: StepShape, plain: Cost, size: int) -> Cost:
     return _flops(plain, (shape.tokens + 3 * shape.samples) * op.x.width)
+
+
+@particulars.register
+def _(op: Classify, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return _flops(plain, 2 * shape.samples * sum(w.elements for w in op.weights))
 
 
 @particulars.register

@@ -1,9 +1,9 @@
-"""Texts for an encoder, and their vectors as Python callers see them, in vLLM's names and shapes."""
+"""Texts for a model that pools, and their vectors as Python callers see them, in vLLM's names and shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +18,23 @@ from rvllm.text.tokenizers.tokenizer import Tokenizer
 class PoolingParams:
     """dimensions: keep so many of a vector's first elements (Kusupati et al. 2022); None keeps all.
 
-    normalize: vectors have length 1 where the model's files say so, which cannot be asked away.
+    use_activation: False gives a classifier's own numbers instead of probabilities. normalize: vectors have
+    length 1 where the model's files say so, which cannot be asked away. task: what `LLM.encode` is to give.
     """
 
     dimensions: int | None = None
     normalize: bool | None = None
+    use_activation: bool | None = None
+    task: str | None = None
+    truncate_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.normalize is False:
             raise UsageError("normalize=False is not supported: vectors are as the model's files say")
+
+    def clone(self) -> PoolingParams:
+        """A copy."""
+        return replace(self)
 
 
 @dataclass(slots=True)
@@ -62,7 +70,7 @@ class ScoringOutput:
 
 @dataclass(slots=True)
 class ScoringRequestOutput:
-    """A pair of texts with its score: the cosine of the angle between their vectors."""
+    """A pair of texts with its score: a cross-encoder's, else the cosine of their vectors' angle."""
 
     request_id: str
     outputs: ScoringOutput
@@ -71,23 +79,20 @@ class ScoringRequestOutput:
     num_cached_tokens: int = 0
 
 
-def scored(one: EmbeddingRequestOutput, other: EmbeddingRequestOutput) -> ScoringRequestOutput:
-    """The score of a pair."""
-    left, right = np.asarray(one.outputs.embedding), np.asarray(other.outputs.embedding)
-    scale = max(float(np.linalg.norm(left) * np.linalg.norm(right)), 1e-12)
-    score = ScoringOutput(float(np.dot(left, right)) / scale)
-    return ScoringRequestOutput(other.request_id, score, one.prompt_token_ids + other.prompt_token_ids)
-
-
 MAX_CHARS = 1_000_000  # of a text; where it is to be truncated, what lies behind them is not looked at
 
 
 def text_tokens(
-    prompt: Prompt, tokenizer: Tokenizer | None, facts: ModelFacts, truncate: int | None = None
+    prompt: Prompt,
+    tokenizer: Tokenizer | None,
+    facts: ModelFacts,
+    truncate: int | None = None,
+    prompt_name: str | None = None,
 ) -> tuple[str | None, list[int]]:
     """(text or None, token ids) of a text to encode.
 
     truncate: the most tokens to keep, those that the model puts around a text included; -1: all it takes.
+    prompt_name: which of the model's prompts goes before the text; None: its default one, if it has one.
     Raises UsageError when the model gives no embeddings, or the text is empty, too long or of another
     vocabulary.
     """
@@ -98,20 +103,32 @@ def text_tokens(
         if truncate != -1 and not 1 <= truncate <= limit:
             raise UsageError(f"truncate_prompt_tokens must be -1 or in [1, {limit}], got {truncate}")
         limit = limit if truncate == -1 else truncate
+    prompt = _prompted(prompt, facts, prompt_name)
     text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
     given_ids = isinstance(prompt, Mapping) and prompt.get("prompt_token_ids") is not None
     if truncate is not None and isinstance(text, str) and tokenizer is not None and not given_ids:
         ids = tokenizer.encode_truncated(text[:MAX_CHARS], limit)
     else:
         if isinstance(text, str) and not given_ids and _hopeless(text, tokenizer, limit):
-            raise _too_long(f"{len(text)} characters", limit)
+            raise too_long(f"{len(text)} characters", limit)
         text, ids = prompt_tokens(prompt, tokenizer)
         if truncate is not None:
             ids = ids[:limit]
     if len(ids) > limit:
-        raise _too_long(f"{len(ids)} tokens", limit)
+        raise too_long(f"{len(ids)} tokens", limit)
     check_tokens(ids, facts)
     return (text if isinstance(text, str) else None), ids
+
+
+def _prompted(prompt: Prompt, facts: ModelFacts, name: str | None) -> Prompt:
+    """A text behind the model's prompt of that name, as sentence-transformers puts it there."""
+    if name is not None and name not in facts.text_prompts:
+        known = ", ".join(sorted(facts.text_prompts)) or "none"
+        raise UsageError(f"prompt_name {name[:40]!r} is none of the model's prompts: {known}")
+    name = facts.default_prompt if name is None else name
+    if name is None or not isinstance(prompt, str):
+        return prompt
+    return facts.text_prompts[name] + prompt
 
 
 def _hopeless(text: str, tokenizer: Tokenizer | None, limit: int) -> bool:
@@ -119,7 +136,8 @@ def _hopeless(text: str, tokenizer: Tokenizer | None, limit: int) -> bool:
     return len(text) > MAX_CHARS or (tokenizer is not None and tokenizer.surely_reaches(text, limit + 1))
 
 
-def _too_long(what: str, limit: int) -> UsageError:
+def too_long(what: str, limit: int) -> UsageError:
+    """The refusal of a text that the model cannot take."""
     return UsageError(
         f"the text has {what}, but the model takes {limit} tokens; "
         "truncate_prompt_tokens=-1 leaves out the rest"

@@ -47,6 +47,11 @@ def _renamed(ours: str, values: Mapping[Any, Any] | None = None, short: tuple[st
     return VllmFlag(ours=ours, values=values, short=short)
 
 
+def _becomes(ours: str, values: Mapping[Any, Any] | None, *neutral: Any) -> VllmFlag:
+    """One of ours takes its place, but where its value asks for nothing."""
+    return VllmFlag(neutral, ours=ours, values=values)
+
+
 _ONE_GPU = "rvLLM runs on one GPU; start one server for each and put a balancer in front"
 _NO_LORA = "adapters are not supported; merge them into the model first"
 _TEXT = "models take and give text alone"
@@ -55,14 +60,13 @@ _REQUEST = "send it with each request"
 _NO_SPECULATION = "there is no speculative decoding"
 _NO_TRANSFER = "there is no transfer of KV blocks between servers"
 _NO_PLUGINS = "there are no plug-ins"
-_MODEL = "the model's own files say what it is for"
+_POOLING = dict.fromkeys(("embed", "embedding", "score", "classify", "reward"), "pooling")
 _QUANTISED = ("gptq", "awq", "gptq_marlin", "awq_marlin", "compressed-tensors", "gguf")
 
 VLLM_FLAGS: dict[str, VllmFlag] = {
     # the model
-    "task": _taken("auto", "generate", "embed", "embedding", "score", "classify", instead=_MODEL),
-    "runner": _taken("auto", "generate", "pooling", instead=_MODEL),
-    "convert": _taken("auto", "none", "embed", "classify", instead=_MODEL),
+    "task": _becomes("runner", {**_POOLING, "generate": "generate"}, "auto", None),
+    "convert": _becomes("runner", _POOLING, "auto", "none", None),
     "tokenizer_mode": _taken("auto", "hf", instead="tokenizers are read from their files"),
     "tokenizer_revision": _taken(None, instead="--tokenizer ORG/NAME@REVISION"),
     "code_revision": _taken(),
@@ -70,7 +74,6 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     "trust_request_chat_template": _switch(False, instead="--chat-template FILE"),
     "hf_config_path": _taken(None, instead="a model directory with its own config.json"),
     "hf_token": _taken(None, True, instead="the variable HF_TOKEN"),
-    "hf_overrides": _taken(None, {}, instead="edit config.json"),
     "config_format": _taken("auto", "hf", instead="config.json is read"),
     "model_impl": _taken("auto", "vllm", instead="the architectures in `rvllm info`"),
     "allowed_local_media_path": _taken(None, "", instead=_TEXT),
@@ -84,8 +87,7 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     "disable_sliding_window": _switch(False, instead="--max-model-len up to the window"),
     "disable_cascade_attn": _switch(),
     "enable_prompt_embeds": _switch(False, instead="prompts are text or token ids"),
-    "pooler_config": _taken(None, {}, instead="pooling is read from the model's files"),
-    "override_pooler_config": _taken(None, {}, instead="pooling is read from the model's files"),
+    "override_pooler_config": _becomes("pooler_config", None, None, {}),
     "override_generation_config": _taken(None, {}, instead=_REQUEST),
     "override_neuron_config": _taken(None, {}, instead="--device cuda or cpu"),
     "logits_processor_pattern": _taken(None, instead="logit_bias in requests"),
@@ -296,6 +298,8 @@ def settle(name: str, value: Any, spelled: str) -> tuple[str, Any] | None:
     Raises UsageError for a value that asks for what we do not do, naming what to use instead.
     """
     known = VLLM_FLAGS[name]
+    if known.ours is not None and any(_same(neutral, value) for neutral in known.neutral):
+        return None
     if known.ours is not None:
         if name == "kv_cache_memory_bytes" and value is not None:
             value = human_size(str(value)) / 1e9

@@ -176,12 +176,14 @@ class LiveServer:
         texts: bool = True,
         template: str | None = None,
         embedding_size: int | None = None,
+        labels: list[str] | None = None,
         **settings: Any,
     ) -> None:
         """texts: whether the server has a tokenizer; template: a chat template instead of its own.
 
-        embedding_size: the model is an encoder with vectors of this size.
+        embedding_size: the model is an encoder with vectors of this size. labels: of so many classes.
         """
+        self.labels = labels
         self.embedding_size = embedding_size
         self.config = ServerConfig(port=0, **{"tool_call_parser": "hermes", "allowed_hosts": "*", **settings})
         self.texts, self.template = texts, template
@@ -204,6 +206,8 @@ class LiveServer:
         self.engine.embedding_size = self.embedding_size or 0
         facts = ModelFacts(
             embedding_size=self.embedding_size,
+            labels=self.labels,
+            activation="sigmoid" if self.labels and len(self.labels) == 1 else "softmax",
             architecture="Double",
             model_path="/nowhere",
             vocab_size=self.tokenizer.vocab_size,

@@ -20,8 +20,12 @@ from rvllm.api.responses.conversations import ConversationRequest, ItemsRequest
 from rvllm.api.responses.store import Conversation
 from rvllm.api.schemas import answers, anthropic
 from rvllm.api.schemas.embeddings import (
+    ClassifyAnswer,
+    ClassifyRequest,
     EmbeddingAnswer,
     EmbeddingRequest,
+    PoolingAnswer,
+    PoolingRequest,
     RerankAnswer,
     RerankRequest,
     ScoreAnswer,
@@ -117,6 +121,8 @@ OPERATIONS = (
     Operation("DELETE", "/v1/batches/{id}", "Forgets a batch that has ended; its files stay."),
     Operation("POST", "/v1/batches/{id}/cancel", "Ends a batch; what was answered is kept.", None, Batch),
     Operation("POST", "/v1/embeddings", "Vectors of texts.", EmbeddingRequest, EmbeddingAnswer),
+    Operation("POST", "/classify", "Classes of texts.", ClassifyRequest, ClassifyAnswer),
+    Operation("POST", "/pooling", "What the model gives for texts.", PoolingRequest, PoolingAnswer),
     *(
         Operation("POST", path, "How alike texts are.", ScoreRequest, ScoreAnswer)
         for path in ("/v1/score", "/score")

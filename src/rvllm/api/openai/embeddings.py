@@ -1,27 +1,28 @@
-"""`/v1/embeddings`, `/v1/score` and `/v1/rerank`: vectors of texts, and how alike texts are by them."""
+"""`/v1/embeddings`, `/classify`, `/pooling`, `/v1/score`, `/v1/rerank`: what models give that pool texts."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rvllm.api.generate.generation import Service
-from rvllm.api.generate.job import checked_priority
 from rvllm.api.http.body import parse
 from rvllm.api.http.errors import invalid
 from rvllm.api.http.exchange import Exchange, check_model
+from rvllm.api.openai.pooler import Pooler, Vector
 from rvllm.api.schemas.answers import now
 from rvllm.api.schemas.embeddings import (
+    Classes,
+    ClassifyAnswer,
+    ClassifyRequest,
     Embedding,
     EmbeddingAnswer,
     EmbeddingRequest,
-    EmbeddingUsage,
+    Pooled,
+    PoolingAnswer,
+    PoolingRequest,
     RankedDocument,
     RerankAnswer,
     RerankRequest,
@@ -29,28 +30,22 @@ from rvllm.api.schemas.embeddings import (
     ScoreAnswer,
     ScoreRequest,
 )
-from rvllm.engine.ipc.messages import Embed
+from rvllm.engine.ipc.messages import ModelFacts
 from rvllm.errors import UsageError
-from rvllm.text.embedding import shorten, text_tokens
-from rvllm.text.worker import tasks
-
-MAX_INPUTS = 2048  # OpenAI's limit for one request
-AT_ONCE = 64  # texts of one request that are in the engine together
-
-Vector = NDArray[np.float32]
+from rvllm.text.embedding import shorten
+from rvllm.text.pooling import check_classes, probabilities
 
 
 async def embeddings(service: Service, exchange: Exchange, body: bytes) -> None:
     """Answers with a vector for each text."""
     request = parse(body, EmbeddingRequest)
     check_model(request.model, service.served_names)
-    form = request.encoding_format or "float"
-    if form not in ("float", "base64"):
-        raise invalid(f"encoding_format must be float or base64, got {form[:40]!r}", "encoding_format")
-    size = service.ready.facts.embedding_size
-    if size is not None:
-        shorten(np.zeros(size, np.float32), request.dimensions)  # refuses wrong dimensions before any work
-    encoder = _Encoder(service, f"embd-{exchange.request_id}", "input", request)
+    form = _form(request.encoding_format)
+    facts = service.ready.facts
+    if facts.labels is not None:
+        raise invalid(f"{facts.architecture} gives classes: use /classify, or /v1/score for pairs of texts")
+    _check_dimensions(facts, request.dimensions)
+    encoder = Pooler(service, f"embd-{exchange.request_id}", "input", request)
     vectors = await encoder.vectors(_inputs(request.input))
     data = [
         Embedding(index=i, embedding=_shown(shorten(vector, request.dimensions), form))
@@ -60,20 +55,56 @@ async def embeddings(service: Service, exchange: Exchange, body: bytes) -> None:
                                         data=data, usage=encoder.usage()))  # fmt: skip
 
 
+async def classify(service: Service, exchange: Exchange, body: bytes) -> None:
+    """Answers with each text's classes: how likely they are, and the likeliest one's name."""
+    request = parse(body, ClassifyRequest)
+    check_model(request.model, service.served_names)
+    labels = _labels(service.ready.facts)
+    pooler = Pooler(service, f"classify-{exchange.request_id}", "input", request)
+    data = []
+    for i, numbers in enumerate(await pooler.vectors(_inputs(request.input))):
+        found = probabilities(numbers, service.ready.facts, request.use_activation)
+        label = labels[int(np.argmax(numbers))]
+        data.append(Classes(index=i, label=label, probs=found.tolist(), num_classes=len(labels)))
+    await exchange.json(ClassifyAnswer(id=pooler.name, created=now(), model=service.served_name,
+                                       data=data, usage=pooler.usage()))  # fmt: skip
+
+
+async def pooling(service: Service, exchange: Exchange, body: bytes) -> None:
+    """Answers with what the model gives for each text, a vector or the numbers of its classes."""
+    request = parse(body, PoolingRequest)
+    check_model(request.model, service.served_names)
+    facts, form = service.ready.facts, _form(request.encoding_format)
+    task = request.task or ("classify" if facts.labels is not None else "embed")
+    if task not in ("embed", "classify"):
+        raise invalid(f"task must be embed or classify, got {task[:40]!r}", "task")
+    if task == "classify":
+        _labels(facts)
+    elif facts.labels is not None:
+        raise invalid(f"{facts.architecture} gives classes and no vectors", "task")
+    _check_dimensions(facts, request.dimensions)
+    pooler = Pooler(service, f"pool-{exchange.request_id}", "input", request)
+    data = []
+    for i, numbers in enumerate(await pooler.vectors(_inputs(request.input))):
+        if task == "classify":
+            found = probabilities(numbers, facts, request.use_activation)
+        else:
+            found = shorten(numbers, request.dimensions)
+        data.append(Pooled(index=i, data=_shown(found, form)))
+    await exchange.json(PoolingAnswer(id=pooler.name, created=now(), model=service.served_name,
+                                      data=data, usage=pooler.usage()))  # fmt: skip
+
+
 async def score(service: Service, exchange: Exchange, body: bytes) -> None:
-    """Answers with the cosine similarity of each pair of texts."""
+    """Answers with the score of each pair of texts: a cross-encoder's, or the cosine of their vectors."""
     request = parse(body, ScoreRequest)
     check_model(request.model, service.served_names)
     name, first, second = _sides(request)
-    encoder = _Encoder(service, f"score-{exchange.request_id}", name, request)
-    vectors = await encoder.vectors([*first, *second])
-    left, right = vectors[: len(first)], vectors[len(first) :]
-    data = [
-        Score(index=i, score=_cosine(left[i if len(left) > 1 else 0], vector))
-        for i, vector in enumerate(right)
-    ]
-    await exchange.json(ScoreAnswer(id=encoder.name, created=now(), model=service.served_name,
-                                    data=data, usage=encoder.usage()))  # fmt: skip
+    pooler = Pooler(service, f"score-{exchange.request_id}", name, request)
+    scores = await pooler.scores(first, second)
+    data = [Score(index=i, score=value) for i, value in enumerate(scores)]
+    await exchange.json(ScoreAnswer(id=pooler.name, created=now(), model=service.served_name,
+                                    data=data, usage=pooler.usage()))  # fmt: skip
 
 
 def _sides(request: ScoreRequest) -> tuple[str, list[str], list[str]]:
@@ -92,7 +123,7 @@ def _sides(request: ScoreRequest) -> tuple[str, list[str], list[str]]:
 
 
 async def rerank(service: Service, exchange: Exchange, body: bytes) -> None:
-    """Answers with the documents, those most like the query first."""
+    """Answers with the documents, those that score highest with the query first."""
     request = parse(body, RerankRequest)
     check_model(request.model, service.served_names)
     documents = [_document(document, i) for i, document in enumerate(request.documents)]
@@ -100,85 +131,21 @@ async def rerank(service: Service, exchange: Exchange, body: bytes) -> None:
         raise invalid("documents must not be empty", "documents")
     if request.top_n < 0:
         raise invalid(f"top_n must not be negative, got {request.top_n}", "top_n")
-    encoder = _Encoder(service, f"rerank-{exchange.request_id}", "documents", request)
-    query, *vectors = await encoder.vectors([request.query, *documents])
+    pooler = Pooler(service, f"rerank-{exchange.request_id}", "documents", request)
+    scores = await pooler.scores([request.query], documents)
     ranked = [
         RankedDocument(
             index=i,
             document={"text": documents[i]} if request.return_documents else None,
-            relevance_score=_cosine(query, vector),
+            relevance_score=value,
         )
-        for i, vector in enumerate(vectors)
+        for i, value in enumerate(scores)
     ]
     ranked.sort(key=lambda found: (-found.relevance_score, found.index))
     ranked = ranked[: request.top_n or len(ranked)]
     await exchange.json(
-        RerankAnswer(id=encoder.name, model=service.served_name, usage=encoder.usage(), results=ranked)
+        RerankAnswer(id=pooler.name, model=service.served_name, usage=pooler.usage(), results=ranked)
     )
-
-
-class _Encoder:
-    """Takes one request's texts through the engine, a bounded number of them at a time."""
-
-    def __init__(
-        self,
-        service: Service,
-        name: str,
-        param: str,
-        request: EmbeddingRequest | ScoreRequest | RerankRequest,
-    ) -> None:
-        self._service, self.name, self._param = service, name, param
-        self._truncate = request.truncate_prompt_tokens
-        self._priority = checked_priority(request.priority, service.ready.scheduling_policy)
-        self._tokens = 0
-
-    def usage(self) -> EmbeddingUsage:
-        """Tokens of the texts taken so far."""
-        return EmbeddingUsage(self._tokens, self._tokens)
-
-    async def vectors(self, texts: Sequence[str | list[int]]) -> list[Vector]:
-        """Vectors in the order of the texts. Raises UsageError for a text that cannot be encoded."""
-        if len(texts) > MAX_INPUTS:
-            raise invalid(f"{self._param}: at most {MAX_INPUTS} texts in one request", self._param)
-        service = self._service
-        prompts = []
-        for text in texts:
-            ids = await self._ids(text)
-            self._tokens += len(ids)
-            prompts.append(ids)
-        with service.admitted(1):
-            return await self._through_the_engine(prompts)
-
-    async def _ids(self, text: str | list[int]) -> list[int]:
-        service, facts = self._service, self._service.ready.facts
-        try:
-            if isinstance(text, str) and service.has_tokenizer:
-                return await service.work.run(
-                    tasks.embedding_tokens, self._param, len(text), text, facts, self._truncate
-                )
-            prompt = text if isinstance(text, str) else {"prompt_token_ids": text}
-            return text_tokens(prompt, None, facts, self._truncate)[1]
-        except UsageError as error:
-            named = str(error).startswith("truncate_prompt_tokens")
-            raise invalid(str(error), "truncate_prompt_tokens" if named else self._param) from None
-
-    async def _through_the_engine(self, prompts: Sequence[list[int]]) -> list[Vector]:
-        found: dict[int, Vector] = {}
-        waiting = iter(enumerate(prompts))
-
-        async def work() -> None:
-            for index, ids in waiting:
-                request = Embed(f"{self.name}-{index}", ids, self._priority, time.time())
-                found[index] = await self._service.engine.embed(request)
-
-        tasks = [asyncio.ensure_future(work()) for _ in range(min(AT_ONCE, len(prompts)))]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        return [found[i] for i in range(len(prompts))]
 
 
 def _inputs(given: str | list[str | int | list[int]]) -> list[str | list[int]]:
@@ -209,13 +176,30 @@ def _shown(vector: Vector, form: str) -> list[float] | str:
     return numbers
 
 
-def _cosine(left: Vector, right: Vector) -> float:
-    scale = float(np.linalg.norm(left) * np.linalg.norm(right))
-    return float(np.dot(left, right)) / max(scale, 1e-12)
+def _form(asked: str | None) -> str:
+    form = asked or "float"
+    if form not in ("float", "base64"):
+        raise invalid(f"encoding_format must be float or base64, got {form[:40]!r}", "encoding_format")
+    return form
+
+
+def _check_dimensions(facts: ModelFacts, dimensions: int | None) -> None:
+    """Refuses wrong dimensions before any work."""
+    if facts.embedding_size is not None:
+        shorten(np.zeros(facts.embedding_size, np.float32), dimensions)
+
+
+def _labels(facts: ModelFacts) -> list[str]:
+    try:
+        return check_classes(facts)
+    except UsageError as error:
+        raise invalid(str(error), "model") from None
 
 
 def refuse_encoder(service: Service) -> None:
-    """Raises a 400 when the model is an encoder, which generates nothing."""
+    """Raises a 400 when the model pools texts and generates nothing."""
     facts = service.ready.facts
+    if facts.labels is not None:
+        raise invalid(f"{facts.architecture} gives classes and generates no text: use /classify")
     if facts.embedding_size is not None:
         raise invalid(f"{facts.architecture} gives embeddings and generates no text: use /v1/embeddings")

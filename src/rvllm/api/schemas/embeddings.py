@@ -1,4 +1,4 @@
-"""The bodies of `/v1/embeddings`, `/v1/score` and `/v1/rerank`, and of their answers."""
+"""Bodies of `/v1/embeddings`, `/classify`, `/pooling`, `/v1/score` and `/v1/rerank`, and their answers."""
 
 from __future__ import annotations
 
@@ -9,23 +9,46 @@ import msgspec
 from rvllm.api.schemas.answers import Envelope
 
 
-class EmbeddingRequest(msgspec.Struct, kw_only=True):
-    """The body of `/v1/embeddings`. `input` is a text, token ids, or a list of either.
+class PooledRequest(msgspec.Struct, kw_only=True):
+    """What every request to a model that pools has.
 
     truncate_prompt_tokens: keep so many tokens of a text, -1: as many as the model takes; without it a text
-    that is too long is refused. dimensions: keep so many elements, brought back to length 1.
+    that is too long is refused. prompt_name: which of the model's prompts goes before each text.
     """
 
-    input: str | list[str | int | list[int]]
     model: str | None = None
-    dimensions: int | None = None
-    encoding_format: str | None = None
     truncate_prompt_tokens: int | None = None
     priority: int | None = None
+    prompt_name: str | None = None
     user: str | None = None
 
 
-class ScoreRequest(msgspec.Struct, kw_only=True):
+class EmbeddingRequest(PooledRequest, kw_only=True):
+    """The body of `/v1/embeddings`. `input` is a text, token ids, or a list of either.
+
+    dimensions: keep so many elements, brought back to length 1.
+    """
+
+    input: str | list[str | int | list[int]]
+    dimensions: int | None = None
+    encoding_format: str | None = None
+
+
+class ClassifyRequest(PooledRequest, kw_only=True):
+    """The body of `/classify`. use_activation: false gives the classifier's own numbers as `probs`."""
+
+    input: str | list[str | int | list[int]]
+    use_activation: bool | None = None
+
+
+class PoolingRequest(EmbeddingRequest, kw_only=True):
+    """The body of `/pooling`. task: embed or classify; what the model is for, if it is left out."""
+
+    task: str | None = None
+    use_activation: bool | None = None
+
+
+class ScoreRequest(PooledRequest, kw_only=True):
     """The body of `/v1/score`: texts against texts, one against many, or pair by pair.
 
     vLLM has three pairs of names for the two sides; one of them is given.
@@ -37,20 +60,14 @@ class ScoreRequest(msgspec.Struct, kw_only=True):
     documents: str | list[str] | None = None
     data_1: str | list[str] | None = None
     data_2: str | list[str] | None = None
-    model: str | None = None
-    truncate_prompt_tokens: int | None = None
-    priority: int | None = None
 
 
-class RerankRequest(msgspec.Struct, kw_only=True):
+class RerankRequest(PooledRequest, kw_only=True):
     """The body of `/v1/rerank`. A document is a text or an object with a `text`; top_n 0: all of them."""
 
     query: str
     documents: list[str | dict[str, Any]]
     top_n: int = 0
-    model: str | None = None
-    truncate_prompt_tokens: int | None = None
-    priority: int | None = None
     return_documents: bool = True
 
 
@@ -77,8 +94,41 @@ class EmbeddingAnswer(Envelope, kw_only=True):
     usage: EmbeddingUsage
 
 
+class Classes(msgspec.Struct, kw_only=True):
+    """A text's classes: the likeliest one's name, and how likely each is."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class ClassifyAnswer(Envelope, kw_only=True):
+    """The answer of `/classify`."""
+
+    object: str = "list"
+    data: list[Classes]
+    usage: EmbeddingUsage
+
+
+class Pooled(msgspec.Struct, kw_only=True):
+    """What the model gives for a text: numbers, or little-endian float32 in base64."""
+
+    index: int
+    data: list[float] | str
+    object: str = "pooling"
+
+
+class PoolingAnswer(Envelope, kw_only=True):
+    """The answer of `/pooling`."""
+
+    object: str = "list"
+    data: list[Pooled]
+    usage: EmbeddingUsage
+
+
 class Score(msgspec.Struct, kw_only=True):
-    """The cosine of the angle between a pair's vectors, -1 to 1."""
+    """A pair's score: a cross-encoder's, else the cosine of the angle between the vectors, -1 to 1."""
 
     index: int
     object: str = "score"

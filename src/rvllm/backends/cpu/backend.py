@@ -32,7 +32,7 @@ from rvllm.backends.cpu.reference.interpreter import (
     resolve,
 )
 from rvllm.backends.cpu.reference.sampler import draw, top_logprobs
-from rvllm.backends.cpu.slots import Slots
+from rvllm.backends.cpu.slots import Slots, text_tables
 from rvllm.backends.cpu.step import BLOCK, flat_step
 from rvllm.backends.cpu.threads import Workers, available_cores, single_threaded_blas
 from rvllm.config import EngineConfig
@@ -161,15 +161,18 @@ class CpuBackend:
         return handle
 
     def embed(self, batch: StepBatch) -> NDArray[np.float32]:
-        """One vector a text, [S, width]; the batch holds whole texts. Raises UsageError for other models."""
+        """See `Backend.embed`; the batch holds whole texts. Raises UsageError for models that generate."""
         program = self._model.program
         if embedding_size(program) is None:
             raise UsageError(f"{program.architecture} generates text; it gives no embeddings")
         began = time.perf_counter()
-        longest = int(batch.query_lens.max(initial=0))
-        tables = np.zeros((len(batch.slots), -(-longest // BLOCK)), dtype=np.int32)  # nothing is cached
+        for cache in self._model.caches.values():  # what other texts left must not meet a weight of zero
+            for array in cache:
+                array[: -(-batch.num_tokens // BLOCK) + len(batch.slots)] = 0
+        tables = text_tables(batch.query_lens, self.limits.num_blocks)
         rows = np.arange(len(batch.slots))
-        run = Run(self._model, flat_step(batch.tokens, batch.query_lens, batch.starts, tables, rows))
+        step = flat_step(batch.tokens, batch.query_lens, batch.starts, tables, rows, seconds=batch.seconds)
+        run = Run(self._model, step)
         self._execute(run)
         self._steps += 1
         self._busy += time.perf_counter() - began

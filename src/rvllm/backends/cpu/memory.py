@@ -121,9 +121,16 @@ def plan_memory(
             "(--device cuda) or a lower --max-num-batched-tokens"
         )
     wanted = asked_length(program, config)
-    if embedding_size(program) is not None:
-        return MemoryPlan(weights, 0, _encoder_limits(program, config), workspace_bytes=workspace)
     per_token = program.kv_elements_per_token * ELEMENT
+    if embedding_size(program) is not None:
+        limits = _encoder_limits(program, config)
+        if limits.num_blocks * BLOCK * per_token > left:
+            raise CapacityError(
+                f"keys and values of a step of {limits.max_num_batched_tokens} tokens need "
+                f"{limits.num_blocks * BLOCK * per_token / GB:.2f} GB, and {left / GB:.2f} GB are left; "
+                "lower --max-model-len or --max-num-batched-tokens"
+            )
+        return MemoryPlan(weights, per_token, limits, workspace_bytes=workspace)
     a_slot = program.state_elements_per_slot * ELEMENT
     sequences = _sequences(config, a_slot, left)
     blocks = _blocks(config, per_token, left - sequences * a_slot)
@@ -176,14 +183,17 @@ def _sequences(config: EngineConfig, a_slot: int, free: int) -> int:
 
 
 def _encoder_limits(program: Program, config: EngineConfig) -> Limits:
-    """Texts are computed whole and nothing is cached. Raises UsageError when the longest finds no step."""
+    """Texts are computed whole, and their keys and values, if any, lie in blocks of the step alone.
+
+    Raises UsageError when the longest text finds no step.
+    """
     longest, tokens = encoder_lengths(program, config, ENCODER_TOKENS)
     return Limits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=tokens,
         max_model_len=longest,
         block_size=BLOCK,
-        num_blocks=0,
+        num_blocks=_blocks_for(tokens) + config.max_num_seqs if program.caches else 0,
         pipeline_depth=1,
     )
 

@@ -60,3 +60,12 @@ class Slots:
     def next_tokens(self, slot: int, start: int, count: int) -> NDArray[np.int32]:
         """The tokens that follow positions start .. start + count - 1, as far as the SlotStart gave them."""
         return self.given[slot][start + 1 : start + 1 + count]
+
+
+def text_tables(lengths: NDArray[np.int32], zeros: int) -> NDArray[np.int32]:
+    """Block tables of texts that share a step, each with its own blocks, padded with the block of zeros."""
+    counts = -(-lengths // BLOCK)
+    width = -(-int(counts.max(initial=0)) // SPLIT_BLOCKS) * SPLIT_BLOCKS
+    index = np.arange(width, dtype=np.int32)
+    firsts = (np.cumsum(counts) - counts).astype(np.int32)
+    return np.where(index < counts[:, None], firsts[:, None] + index, zeros).astype(np.int32)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ class Step:
     tables: [S, blocks], each sequence's block table, padded to whole attention splits
     with a block of zeros.
     rows: [R] rows whose logits are wanted. slots: [S] each sequence's slot.
+    kinds: [T] 1 for tokens of a pair's second text, else 0.
     """
 
     tokens: NDArray[np.int32]
@@ -36,6 +38,7 @@ class Step:
     tables: NDArray[np.int32]
     rows: Ints
     slots: Ints
+    kinds: Ints
     _shared: dict[Hashable, Any] = field(default_factory=dict)
 
     def shared(self, key: Hashable, make: Callable[[], Thing]) -> Thing:
@@ -53,13 +56,20 @@ def flat_step(
     tables: NDArray[np.int32],
     rows: Ints,
     slots: NDArray[np.int32] | None = None,
+    seconds: Mapping[int, int] = MappingProxyType({}),
 ) -> Step:
-    """The flat arrays of a step; see Step for the shapes. Without `slots`, sequence s is in slot s."""
+    """The flat arrays of a step; see Step for the shapes. Without `slots`, sequence s is in slot s.
+
+    seconds: by sequence, its first row of the pair's second text.
+    """
     lens, first_positions = query_lens.astype(np.int64), starts.astype(np.int64)
     first_rows = np.concatenate([[0], np.cumsum(lens)[:-1]]) if len(lens) else lens
     sequence = np.repeat(np.arange(len(lens)), lens)
     positions = np.arange(len(tokens)) - first_rows[sequence] + first_positions[sequence]
     blocks = tables[sequence, positions // BLOCK].astype(np.int64)
+    kinds = np.zeros(len(tokens), dtype=np.int64)
+    for s, second in seconds.items():
+        kinds[first_rows[s] + second : first_rows[s] + lens[s]] = 1
     return Step(
         tokens=tokens,
         positions=positions,
@@ -70,4 +80,5 @@ def flat_step(
         tables=tables,
         rows=rows,
         slots=np.arange(len(lens)) if slots is None else slots.astype(np.int64),
+        kinds=kinds,
     )

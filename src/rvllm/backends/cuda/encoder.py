@@ -20,6 +20,8 @@ from rvllm.backends.cuda.layout.allocations import Placed, placed_weights
 from rvllm.backends.cuda.layout.metadata import SampledRows
 from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
 from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
+from rvllm.backends.cuda.supported import refuse_pairs
+from rvllm.backends.heads import Head
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.kernels.encoder.specs import TEXT_ROWS
@@ -33,9 +35,9 @@ _NO_UPDATES = np.zeros((0, 3), dtype=np.int32)
 class CudaEncoder:
     """An encoder loaded onto a GPU (see `rvllm.backends.base.Backend`)."""
 
-    def __init__(self, gpu: Gpu, plan: EncoderPlan) -> None:
+    def __init__(self, gpu: Gpu, plan: EncoderPlan, head: Head | None = None) -> None:
         self._gpu, self._stream, self._ledger = gpu, gpu.stream, gpu.ledger()
-        self._plan, self._at = plan, plan.addresses
+        self._plan, self._at, self._head = plan, plan.addresses, head
         pool = next(op for op in reversed(plan.program.ops) if isinstance(op, Pool))
         self._width, self._vectors = pool.out.width, plan.addresses.buffers[pool.out.name]
         self._metadata = Pinned(plan.layout.nbytes)
@@ -65,7 +67,9 @@ class CudaEncoder:
         Raises MissingKernelError, CapacityError or UsageError before any weight is read.
         """
         report = progress or (lambda fraction, text: None)
+        refuse_pairs(program)
         found = OpenDevice.for_program(program, config)
+        head = Head.load(program, checkpoint, config.seed)
         plan = EncoderPlan.make(program, config, found.facts, found.budget)
         kernels = [*plan.kernels(), *loading_kernels(plan.wanted, program.dtype, checkpoint)]
         gpu = Gpu.take(found, kernels, plan.nbytes, report)
@@ -74,7 +78,7 @@ class CudaEncoder:
         at = placed.addresses(plan.workspace)
         places, staging = placed_weights(plan.wanted, at), placed.line("workspace")
         gpu.load_weights(program.dtype, places, checkpoint, config.seed, staging, report)
-        encoder = CudaEncoder(gpu, replace(plan, addresses=at))
+        encoder = CudaEncoder(gpu, replace(plan, addresses=at), head)
         if config.capture_graphs == "eager":
             report(0.0, "capturing graphs")
             for size in plan.sizes():
@@ -96,7 +100,7 @@ class CudaEncoder:
         return [*self._ledger, LedgerLine("free", self._gpu.device.free_memory()[0])]
 
     def embed(self, batch: StepBatch) -> NDArray[np.float32]:
-        """One pooled vector a text, float32 [S, width]; see `Backend.embed`."""
+        """See `Backend.embed`. A classification head is computed on the host, from the pooled vectors."""
         plan, count = self._plan, len(batch.slots)
         size = bucket_of(plan.sizes(), batch.num_tokens)
         graph = self.graph(size)
@@ -114,7 +118,8 @@ class CudaEncoder:
         self._steps += 1
         self._texts += count
         self._busy += self._ended.seconds_since(self._began)
-        return self._out.array[:nbytes].view(np.float32).reshape(count, self._width).copy()
+        vectors = self._out.array[:nbytes].view(np.float32).reshape(count, self._width).copy()
+        return vectors if self._head is None else self._head(vectors)
 
     def graph(self, size: int) -> Graph:
         """The graph of steps of up to `size` (a padded size) tokens, captured on first use."""

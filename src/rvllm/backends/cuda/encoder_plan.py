@@ -24,6 +24,7 @@ from rvllm.backends.cuda.layout.weights import packed_weights
 from rvllm.backends.cuda.lowering import lower
 from rvllm.backends.cuda.ops.family import Lowering
 from rvllm.backends.cuda.step_planner import distinct
+from rvllm.backends.heads import without_head
 from rvllm.backends.lengths import encoder_lengths
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
@@ -58,6 +59,7 @@ class EncoderPlan:
     @staticmethod
     def make(program: Program, config: EngineConfig, facts: DeviceFacts, budget: Budget) -> EncoderPlan:
         """Raises UsageError when the longest text finds no step, CapacityError when memory is short."""
+        program = without_head(program)
         longest, tokens = encoder_lengths(program, config, TOKENS)
         native = config.gemm_strategy == "native"
         seqs = config.max_num_seqs

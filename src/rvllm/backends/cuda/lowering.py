@@ -19,6 +19,7 @@ from rvllm.backends.cuda.ops.rowwise import FAMILY as ROWWISE
 from rvllm.backends.cuda.ops.sampling.launches import FAMILY as SAMPLING
 from rvllm.errors import MissingKernelError
 from rvllm.program.ops.dense import Op, Program
+from rvllm.program.ops.encoder import Classify
 
 FAMILIES: tuple[Family, ...] = (ROWWISE, GEMM, ATTENTION, MOE, MLA, MAMBA2, ENCODER, SAMPLING)
 OF: dict[type[Op], Family] = {kind: family for family in FAMILIES for kind in family.emitters}
@@ -48,8 +49,11 @@ def scratch_of(program: Program, tokens: int, seqs: int, capability: int) -> Scr
 
 
 def refuse_unknown(program: Program) -> None:
-    """Raises MissingKernelError listing, by kind, every op of the program that no CUDA kernel computes."""
-    unknown = Counter(op.kind for op in program.ops if not isinstance(op, LOWERED))
+    """Raises MissingKernelError listing, by kind, every op of the program that no CUDA kernel computes.
+
+    A classification head is computed on the host (`backends/heads.py`).
+    """
+    unknown = Counter(op.kind for op in program.ops if not isinstance(op, (*LOWERED, Classify)))
     if unknown:
         listed = ", ".join(f"{kind} ({count}x)" for kind, count in unknown.items())
         raise MissingKernelError(

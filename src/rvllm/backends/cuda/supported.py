@@ -9,7 +9,7 @@ from rvllm.config import EngineConfig
 from rvllm.errors import MissingKernelError, UsageError
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
-from rvllm.program.ops.encoder import embedding_size
+from rvllm.program.ops.encoder import AddPositions, classifier, embedding_size
 
 MIN_CAPABILITY = 80
 
@@ -30,6 +30,17 @@ def check_supported(program: Program, config: EngineConfig) -> None:
         raise UsageError(f"--gemm-strategy {config.gemm_strategy}: not built; use native or cublas")
     if config.decode_path != "batched":
         raise UsageError(f"--decode-path {config.decode_path}: not built; use batched")
+
+
+def refuse_pairs(program: Program) -> None:
+    """Raises MissingKernelError for a cross-encoder whose pairs need token types, which no kernel adds."""
+    head = classifier(program)
+    typed = any(isinstance(op, AddPositions) and op.kinds and op.kinds.shape[0] > 1 for op in program.ops)
+    if head is not None and head.out.width == 1 and typed:
+        raise MissingKernelError(
+            f"{program.architecture} reads pairs of texts, and no CUDA kernel adds the "
+            "second kind; run it with --device cpu"
+        )
 
 
 def check_device(facts: DeviceFacts) -> None:

@@ -43,15 +43,17 @@ class Generate(msgspec.Struct, tag="generate", array_like=True):
 
 
 class Embed(msgspec.Struct, tag="embed", array_like=True):
-    """A text for an encoder to turn into a vector; `request_id` is unique among those alive.
+    """A text to turn into a vector or classes; `request_id` is unique among those alive.
 
-    It is answered by one Output with `embedding`, or with finish_reason "error" or "abort".
+    second: for a pair of texts, the index of the second one's first token. It is answered by one Output
+    with `embedding`, or with finish_reason "error" or "abort".
     """
 
     request_id: str
     prompt_token_ids: list[int]
     priority: int = 0
     arrival: float = 0.0  # seconds, time.time() of the API process
+    second: int | None = None
 
 
 class Abort(msgspec.Struct, tag="abort", array_like=True):
@@ -214,7 +216,12 @@ class ModelFacts(msgspec.Struct, kw_only=True):
     bos_token_id: int | None = None
     dtype: str = ""
     generation_config: dict[str, Any] = {}
-    embedding_size: int | None = None  # width of an encoder's vectors; None: the model generates text
+    embedding_size: int | None = None  # numbers that come back for a text; None: the model generates text
+    labels: list[str] | None = None  # a classifier's classes; None: what comes back is a vector
+    activation: str = "identity"  # softmax, sigmoid or identity makes a classifier's numbers probabilities
+    joins_pairs: bool = False  # a pair of texts is one text (decoders), not two with marks between them
+    text_prompts: dict[str, str] = {}  # what is put before texts, by name (sentence-transformers' prompts)
+    default_prompt: str | None = None  # the one that is put before a text when none is asked for
 
 
 class Loading(msgspec.Struct, tag="loading", array_like=True):

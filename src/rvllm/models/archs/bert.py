@@ -1,21 +1,20 @@
 """BertModel (Devlin et al. 2019) as a sentence encoder (Reimers & Gurevych 2019): MiniLM, E5, BGE, GTE.
 
 RobertaModel and XLMRobertaModel are the same network; their positions begin behind the padding token's id.
+With ...ForSequenceClassification they are cross-encoders, such as BGE's rerankers, and classifiers.
 """
 
 from __future__ import annotations
 
-from typing import cast
-
 from rvllm.models import blocks
 from rvllm.models.config import ModelConfig
+from rvllm.models.pooling import CLASSIFIER, PoolingChoice, labels_of, pooling_of
 from rvllm.program.builder import ProgramBuilder
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Activate, Add, Buffer, Embed, Linear, Norm, Part, Program
-from rvllm.program.ops.encoder import AddPositions, Pool, Pooling, TextAttention
+from rvllm.program.ops.encoder import AddPositions, Classify, Pool, TextAttention
 
 PREFIXES = ("", "bert.", "roberta.")  # checkpoints of models with a head put the encoder under its name
-POOLINGS = ("mean", "cls", "last")
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
@@ -36,6 +35,8 @@ def build(config: ModelConfig, dtype: DType) -> Program:
     longest = places - offset
     if sentence is not None:
         longest = min(longest, sentence.int("max_seq_length", longest))
+    if config.str("runner", "auto") == "generate":
+        raise config.fail("architectures", f"{config.architecture} gives vectors and generates no text")
 
     b = Encoder(config, dtype, hidden, vocab, longest)
     table = b.table("embed", part("embeddings.word_embeddings.weight", vocab, hidden))
@@ -72,18 +73,42 @@ def build(config: ModelConfig, dtype: DType) -> Program:
         b.emit(Add(name=f"{name}.mlp.add", x=x, y=y))
         b.norm(f"{name}.mlp_norm", x, f"{source}.output.LayerNorm")
 
-    how: Pooling = "mean"
-    if sentence is not None:
-        how = cast(Pooling, sentence.str("pooling", choices=POOLINGS))
-    else:
-        b.note("no modules.json: the mean of all tokens, not normalised, as sentence-transformers does")
+    if config.architecture.endswith(CLASSIFIER):
+        _classifier(b, config, x)
+        return b.finish()
+    choice = pooling_of(
+        config,
+        PoolingChoice(
+            "mean",
+            False,
+            "no modules.json: the mean of all tokens, not normalised, as sentence-transformers does",
+        ),
+    )
+    if choice.note is not None:
+        b.note(choice.note)
+    out = b.buffer("embeddings", hidden, "samples", DType.F32)
+    b.emit(Pool(name="pool", x=x, out=out, how=choice.how, normalise=choice.normalise))
+    return b.finish()
+
+
+def _classifier(b: Encoder, config: ModelConfig, x: Buffer) -> None:
+    """A dense layer with tanh on the first token's row, and the classes from there.
+
+    BERT calls the two pooler and classifier, RoBERTa classifier.dense and classifier.out_proj.
+    """
+    roberta, labels = "Roberta" in config.architecture, len(labels_of(config))
+    dense, final = ("classifier.dense", "classifier.out_proj") if roberta else ("pooler.dense", "classifier")
+    row = b.buffer("pooled", x.width, "samples", DType.F32)
+    pooled = b.emit(Pool(name="pool", x=x, out=row, how="cls", normalise=False)).out
     b.emit(
-        Pool(
-            name="pool", x=x, out=b.buffer("embeddings", hidden, "samples", DType.F32),
-            how=how, normalise=sentence is not None and sentence.bool("normalise", False),
+        Classify(
+            name="classify", x=pooled, out=b.buffer("embeddings", labels, "samples", DType.F32),
+            dense=b.matrix("dense", part(f"{dense}.weight", x.width, x.width)),
+            dense_bias=b.vector("dense.bias", part(f"{dense}.bias", x.width)),
+            weight=b.matrix("classes", part(f"{final}.weight", labels, x.width)),
+            bias=b.vector("classes.bias", part(f"{final}.bias", labels)),
         )
     )  # fmt: skip
-    return b.finish()
 
 
 class Encoder(ProgramBuilder):

@@ -1,6 +1,6 @@
-"""The ops that only encoders have: texts in, one vector each out.
+"""The ops of models that turn texts into vectors or classes: encoders, and decoders whose rows are pooled.
 
-A step holds whole texts; every token sees all tokens of its text, so there is nothing to cache.
+A step holds whole texts, so nothing is kept from one to the next.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ Pooling = Literal["mean", "cls", "last"]
 
 @dataclass(frozen=True, kw_only=True)
 class AddPositions(Op):
-    """x[t] += positions[position(t) + offset] + kinds[0], in place (Devlin et al. 2019).
+    """x[t] += positions[position(t) + offset] + kinds[kind(t)], in place (Devlin et al. 2019).
 
-    positions [places, width]; kinds [kinds, width]: what a token's text is, here always the first.
+    positions [places, width]; kinds [kinds, width]: 0 for a text alone and the first of a pair, 1 for the
+    pair's second text.
     """
 
     READS = ("x",)
@@ -61,7 +62,37 @@ class Pool(Op):
     normalise: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Classify(Op):
+    """A classification head on pooled vectors: out = weight @ tanh(dense @ x + dense_bias) + bias, float32.
+
+    x [S, K] and out [S, N] float32; dense [K, K], without it x itself; weight [N, K]. contrast: out is the
+    second row's number less the first's, [S, 1]: log-odds of one token against another (as Qwen3-Reranker).
+    One row a text is little work, so every backend computes it on the host.
+    """
+
+    READS = ("x",)
+    WRITES = ("out",)
+    WEIGHTS = ("dense", "dense_bias", "weight", "bias")
+    x: Buffer
+    out: Buffer
+    weight: Weight
+    bias: Weight | None = None
+    dense: Weight | None = None
+    dense_bias: Weight | None = None
+    contrast: bool = False
+
+
+def classifier(program: Program) -> Classify | None:
+    """The program's classification head, which is its last op; None for programs without."""
+    last = program.ops[-1] if program.ops else None
+    return last if isinstance(last, Classify) else None
+
+
 def embedding_size(program: Program) -> int | None:
-    """Width of the vectors an encoder gives; None for a program that generates."""
+    """Width of what comes back for a text, a vector or classes; None for a program that generates."""
+    head = classifier(program)
+    if head is not None:
+        return head.out.width
     pools = [op for op in program.ops if isinstance(op, Pool)]
     return pools[-1].out.width if pools else None

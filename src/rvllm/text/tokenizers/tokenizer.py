@@ -155,6 +155,26 @@ class Tokenizer:
         encoding.truncate(room)
         return list(self.backend.post_process(encoding, None, True).ids)
 
+    def encode_pair(self, first: str, second: str, limit: int | None) -> tuple[list[int], int | None]:
+        """Token ids of two texts with what the model puts around and between them.
+
+        limit: the most ids in all, None for any; the longer text is cut first. Also the index from which on
+        ids are of the second kind (BERT's token types), None where there are no kinds.
+        """
+        inputs = [_well_formed(first), _well_formed(second)]
+        one, two = self.backend.encode_batch(inputs, add_special_tokens=False)
+        if limit is not None:
+            room = max(0, limit - self.backend.num_special_tokens_to_add(True))
+            left, right = len(one.ids), len(two.ids)
+            if left + right > room:
+                shorter = min(left, right, room // 2)
+                left = shorter if left <= right else min(left, room - shorter)
+                one.truncate(left)
+                two.truncate(min(right, room - left))
+        both = self.backend.post_process(one, two, True)
+        ids = list(both.ids)[:limit]
+        return ids, next((i for i, kind in enumerate(both.type_ids[: len(ids)]) if kind == 1), None)
+
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of several texts, on all cores."""
         inputs = [_well_formed(text) for text in texts]

@@ -15,6 +15,7 @@ from rvllm.text.chat.template import render_chat, template_traits
 from rvllm.text.embedding import text_tokens
 from rvllm.text.grammar.grammar import check, grammar_of, try_out, with_lead
 from rvllm.text.grammar.limits import check_schema
+from rvllm.text.pooling import pair_tokens
 from rvllm.text.tokenizers.tokenizer import Tokenizer
 from rvllm.text.tools.calls_grammar import Function, calls_or_form, forced_calls, offered_calls
 from rvllm.text.tools.choose import ToolFormat, tool_format
@@ -86,9 +87,18 @@ def fill_in(
     return marks.prompt(tokenizer, before, after, add_special_tokens)
 
 
-def embedding_tokens(tokenizer: Tokenizer, text: str, facts: ModelFacts, truncate: int | None) -> list[int]:
-    """Token ids of a text for an encoder."""
-    return text_tokens(text, tokenizer, facts, truncate)[1]
+def embedding_tokens(
+    tokenizer: Tokenizer, text: str, facts: ModelFacts, truncate: int | None, prompt_name: str | None
+) -> list[int]:
+    """Token ids of a text for a model that pools."""
+    return text_tokens(text, tokenizer, facts, truncate, prompt_name)[1]
+
+
+def pair_of_texts(
+    tokenizer: Tokenizer, pair: Sequence[str], facts: ModelFacts, truncate: int | None
+) -> tuple[list[int], int | None]:
+    """See `pair_tokens`."""
+    return pair_tokens(pair, tokenizer, facts, truncate)
 
 
 def token_texts(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:

@@ -220,20 +220,23 @@ _BERT_GLOBALS = {
 _POOLINGS = {1: "mean", 2: "cls", 3: "last"}
 
 
-def _bert(metadata: Metadata) -> dict[str, Any]:
-    """The file keeps how tokens are pooled; that vectors are normalised is llama.cpp's rule for all of them.
+def sentence(metadata: Metadata) -> dict[str, Any] | None:
+    """How a file says tokens are pooled, encoders' and decoders' (Qwen3-Embedding); None where it does not.
 
-    RoBERTa's files are BERT's too: their positions are stored from the first that is used.
+    That vectors are normalised is llama.cpp's rule for all of them.
     """
     pooling = metadata.opt_count("pooling_type") or 0
     if pooling not in (0, *_POOLINGS):
         metadata.fail(metadata.key("pooling_type"), f"is {pooling}, not 1 (mean), 2 (cls) or 3 (last)")
-    sentence = {"pooling": _POOLINGS[pooling], "normalise": True} if pooling else None
+    return {"pooling": _POOLINGS[pooling], "normalise": True} if pooling else None
+
+
+def _bert(metadata: Metadata) -> dict[str, Any]:
+    """RoBERTa's files are BERT's too: their positions are stored from the first that is used."""
     return {
         **_layer_norm(metadata),
         "hidden_act": "gelu",
         "type_vocab_size": metadata.opt_count("tokenizer.ggml.token_type_count", low=1),
-        "sentence_transformers": sentence,
     }
 
 

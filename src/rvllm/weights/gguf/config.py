@@ -13,7 +13,7 @@ import numpy as np
 
 from rvllm.errors import ModelError
 from rvllm.weights.checkpoint import TensorInfo
-from rvllm.weights.gguf.archs import ARCHITECTURES, Architecture, Metadata
+from rvllm.weights.gguf.archs import ARCHITECTURES, Architecture, Metadata, sentence
 from rvllm.weights.gguf.blocks import dequantise
 from rvllm.weights.gguf.container import GGUFFile, GGUFTensor, as_list, read_gguf
 from rvllm.weights.gguf.end_tokens import end_tokens
@@ -230,6 +230,7 @@ def _config(
         "bos_token_id": metadata.opt_count("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.opt_count("tokenizer.ggml.eos_token_id"),
         "pad_token_id": metadata.opt_count("tokenizer.ggml.padding_token_id"),
+        "sentence_transformers": sentence(metadata),
         **{name: tensor in tensors for name, tensor in architecture.present.items()},
         **architecture.extra(metadata),
         **architecture.observed(tensors),

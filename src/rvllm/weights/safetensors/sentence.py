@@ -1,7 +1,8 @@
-"""What a sentence-transformers directory says around its model: pooling, normalisation, longest text.
+"""What a sentence-transformers directory says around its model: pooling, longest text, prompts.
 
 `modules.json` lists the modules that a text passes through; `1_Pooling/config.json` says how tokens become
-one vector, `sentence_bert_config.json` how many tokens of a text count.
+one vector, `sentence_bert_config.json` how many tokens of a text count, `config_sentence_transformers.json`
+what is put before a text.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _MODES = {
 
 
 def read_sentence(path: Path) -> dict[str, Any] | None:
-    """{"pooling": name, "normalise": bool, "max_seq_length": tokens or None} of a model directory.
+    """{"pooling": name, "normalise": bool, "max_seq_length": tokens or None, "prompts": texts by name,
+    "default_prompt_name": name or None} of a model directory.
 
     None where it has no modules.json. Raises ModelError naming file and field for modules or combinations of
     pooling that are not supported.
@@ -45,7 +47,19 @@ def read_sentence(path: Path) -> dict[str, Any] | None:
             found["normalise"] = True
         else:
             found["max_seq_length"] = _max_seq_length(folder)
-    return found
+    return found | _prompts(path / "config_sentence_transformers.json")
+
+
+def _prompts(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    config = read_json(file)
+    prompts, default = config.get("prompts") or {}, config.get("default_prompt_name")
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise ModelError(f"{file}: prompts must be an object of texts")
+    if default is not None and default not in prompts:
+        raise ModelError(f"{file}: default_prompt_name {shown(str(default))} is none of its prompts")
+    return {"prompts": prompts, "default_prompt_name": default}
 
 
 def _modules(file: Path) -> list[dict[str, Any]]:

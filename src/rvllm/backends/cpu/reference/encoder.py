@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.cpu.step import Step
+from rvllm.backends.heads import classify
 from rvllm.program.ops import encoder
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def add_positions_op(op: encoder.AddPositions, run: Run) -> None:
     x += run.model.weights[op.positions.name][run.step.positions + op.offset]
     kinds = run.weight(op.kinds)
     if kinds is not None:
-        x += kinds[0]
+        x += kinds[run.step.kinds] if len(kinds) > 1 else kinds[0]
 
 
 def text_attention_op(op: encoder.TextAttention, run: Run) -> None:
@@ -87,4 +88,8 @@ def pool_op(op: encoder.Pool, run: Run) -> None:
     ends = step.first_rows + step.query_lens
     spans = zip(step.first_rows.tolist(), ends.tolist(), strict=True)
     run[op.out] = np.stack([pool(x[a:b], op.how, op.normalise) for a, b in spans])
-    run.buffers["embeddings"] = run[op.out]
+
+
+def classify_op(op: encoder.Classify, run: Run) -> None:
+    """The classes of each text's vector."""
+    run[op.out] = classify(op, run[op.x], run.model.weights)

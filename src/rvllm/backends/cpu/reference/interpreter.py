@@ -228,6 +228,7 @@ KERNELS: dict[type[Op], Kernel] = {
     encoder.AddPositions: encode.add_positions_op,
     encoder.TextAttention: encode.text_attention_op,
     encoder.Pool: encode.pool_op,
+    encoder.Classify: encode.classify_op,
     recurrent_ops.CausalConv: recurrent.causal_conv_op,
     recurrent_ops.StateScan: recurrent.state_scan_op,
     recurrent_ops.GatedNorm: recurrent.gated_norm_op,

@@ -27,7 +27,7 @@ from rvllm.backends.lengths import asked_length
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
 from rvllm.program.memory import Workspace, plan_workspace
-from rvllm.program.ops.dense import LatentRopeKV, Program, RopeKV
+from rvllm.program.ops.dense import LatentRopeKV, Program, RopeKV, Sample
 from rvllm.program.rope import Rope
 
 GB = 1_000_000_000
@@ -154,16 +154,20 @@ def _taken(allocations: Iterable[Allocation]) -> int:
 
 
 def _shape(program: Program, config: EngineConfig, seqs: int, longest: int) -> Shape:
-    """Capacities and strides; KV blocks are counted later."""
+    """Capacities and strides; KV blocks are counted later.
+
+    The vocabulary is what tokens are drawn from: programs that pool texts have no logits and no sampler.
+    """
+    vocab = program.vocab_size if any(isinstance(op, Sample) for op in program.ops) else 0
     return Shape(
         tokens=max(config.max_num_batched_tokens or DEFAULT_TOKENS, seqs),
         samples=seqs + SCORED_ROWS,
         seqs=seqs,
-        vocab=program.vocab_size,
-        logits_stride=-(-program.vocab_size // 4) * 4,
+        vocab=vocab,
+        logits_stride=-(-vocab // 4) * 4,
         table_stride=table_stride(longest),
-        history_stride=StateSizes(seqs, program.vocab_size).history_stride,
-        mask_words=-(-program.vocab_size // 32),
+        history_stride=StateSizes(seqs, vocab).history_stride,
+        mask_words=-(-vocab // 32),
         kv_blocks=0,
     )
 

@@ -9,6 +9,7 @@ from rvllm.backends.cuda.encoder_plan import EncoderPlan
 from rvllm.backends.cuda.formats.choose import kept
 from rvllm.backends.cuda.layout.memory import BLOCK, HEADROOM, Budget
 from rvllm.backends.cuda.loaded_model import OpenDevice
+from rvllm.backends.cuda.pooler import plan_pooler
 from rvllm.backends.cuda.step_planner import StepPlanner
 from rvllm.backends.cuda.supported import check_device, check_supported
 from rvllm.config import EngineConfig
@@ -41,8 +42,9 @@ def preview_here(program: Program, checkpoint: Checkpoint | None, config: Engine
 
 def preview(program: Program, config: EngineConfig, facts: DeviceFacts, budget: Budget) -> MemoryPreview:
     """The lines and limits of the plan that a start with this budget follows."""
-    if embedding_size(program) is None:
-        memory = StepPlanner.plan(program, config, facts, budget)[0].memory
+    if embedding_size(program) is None or program.caches:
+        plan_of = StepPlanner.plan if embedding_size(program) is None else plan_pooler
+        memory = plan_of(program, config, facts, budget)[0].memory
         taken = memory.lines
         limits = {
             "kv blocks": memory.shape.kv_blocks,
@@ -93,7 +95,11 @@ def kernels_on(
     check_supported(program, config)
     program = kept(program, checkpoint, config, facts)
     tokens = max(shape.tokens, shape.sequences)
-    if embedding_size(program) is not None:
+    if embedding_size(program) is not None and program.caches:
+        asked = replace(config, max_num_seqs=shape.sequences, max_num_batched_tokens=tokens)
+        asked = replace(asked, max_model_len=shape.query_len)
+        launches = plan_pooler(program, asked, facts, BOUNDLESS)[0].body(tokens)
+    elif embedding_size(program) is not None:
         plan = EncoderPlan.make(program, replace(config, max_num_batched_tokens=tokens), facts, BOUNDLESS)
         launches = plan.launches(tokens)
     else:

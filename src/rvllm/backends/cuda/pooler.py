@@ -1,0 +1,204 @@
+"""Decoders that pool texts on the GPU: each step is the prefill of whole texts, whose rows become vectors.
+
+Kernels, weights and memory are those of the backend that generates. All layers use one cache, whose blocks
+belong to the step alone. Checked in the emulator; it has not been run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel, StepResult
+from rvllm.backends.cuda.backend import send_ropes
+from rvllm.backends.cuda.device.driver import DeviceFacts, Event, Pinned
+from rvllm.backends.cuda.device.launches import kernel_names
+from rvllm.backends.cuda.formats.choose import kept
+from rvllm.backends.cuda.layout.allocations import Placed, placed_weights
+from rvllm.backends.cuda.layout.memory import BLOCK, DEFAULT_TOKENS, KV_CACHE, Budget
+from rvllm.backends.cuda.layout.metadata import SampledRows, leading_decodes
+from rvllm.backends.cuda.layout.packed import ELEMENT, PackedWeight
+from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
+from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
+from rvllm.backends.cuda.step_planner import GraphBook, StepPlanner, distinct
+from rvllm.backends.heads import Head, without_head
+from rvllm.backends.lengths import encoder_lengths
+from rvllm.config import EngineConfig
+from rvllm.errors import UsageError
+from rvllm.program.ops.dense import Program
+from rvllm.program.ops.encoder import Pool
+from rvllm.weights.checkpoint import Checkpoint
+
+MAX_UPDATES = 1 << 16  # block-table entries that a step's metadata holds
+STAGING = 48 << 20  # bytes of the cache at least: weights pass through it when they are loaded
+
+
+def plan_pooler(
+    program: Program, config: EngineConfig, facts: DeviceFacts, budget: Budget
+) -> tuple[StepPlanner, list[PackedWeight]]:
+    """`StepPlanner.plan` for steps of whole texts: the cache holds one step's tokens.
+
+    Raises as it does, and UsageError where the longest text finds no step.
+    """
+    longest, tokens = encoder_lengths(program, config, DEFAULT_TOKENS)
+    seqs = min(config.max_num_seqs, tokens)
+    if -(-tokens // BLOCK) + seqs > MAX_UPDATES:
+        most = BLOCK * (MAX_UPDATES - seqs)
+        raise UsageError(f"--max-num-batched-tokens {tokens}: a step of texts has room for {most}")
+    block_bytes = program.kv_elements_per_token * ELEMENT * BLOCK
+    blocks = max(-(-tokens // BLOCK) + seqs, -(-STAGING // block_bytes))
+    config = replace(
+        config, max_model_len=longest, max_num_batched_tokens=tokens, max_num_seqs=seqs, num_gpu_blocks=blocks
+    )
+    return StepPlanner.plan(without_head(program), config, facts, budget)
+
+
+def body_kernels(planner: StepPlanner) -> list[str]:
+    """Every kernel that a step of texts can need. Raises MissingKernelError where an op has none."""
+    few = replace(planner, stages=distinct(planner.stages))
+    names = [name for size in planner.token_sizes() for name in kernel_names(few.body(size))]
+    return list(dict.fromkeys(names))
+
+
+class CudaPooler:
+    """A decoder that gives vectors or classes, loaded onto a GPU (see `rvllm.backends.base.Backend`)."""
+
+    def __init__(self, gpu: Gpu, planner: StepPlanner, program: Program, head: Head | None) -> None:
+        plan, shape = planner.memory, planner.memory.shape
+        self._gpu, self._stream, self._ledger = gpu, gpu.stream, gpu.ledger()
+        self._planner, self._at, self._program, self._head = planner, planner.addresses, program, head
+        self._graphs = GraphBook(planner, gpu.catalog, gpu.stream)
+        pool = next(op for op in program.ops if isinstance(op, Pool))
+        self._width, self._vectors = pool.out.width, self._at.buffers[pool.out.name]
+        self._metadata = Pinned(plan.layout.nbytes)
+        self._out = Pinned(4 * shape.seqs * self._width)
+        self._began, self._ended = Event(), Event()
+        self._steps, self._texts, self._busy = 0, 0, 0.0
+        self._limits = Limits(
+            max_num_seqs=shape.seqs,
+            max_num_batched_tokens=shape.tokens,
+            max_model_len=plan.max_model_len,
+            block_size=BLOCK,
+            num_blocks=shape.kv_blocks,
+            pipeline_depth=1,
+        )
+
+    @staticmethod
+    def load(
+        program: Program,
+        checkpoint: Checkpoint | None,
+        config: EngineConfig,
+        progress: Progress | None = None,
+    ) -> CudaPooler:
+        """Resolves kernels, takes the memory, loads weights; None as checkpoint fills random ones.
+
+        Raises MissingKernelError, CapacityError or UsageError before any weight is read.
+        """
+        report = progress or (lambda fraction, text: None)
+        found = OpenDevice.for_program(program, config)
+        head = Head.load(program, checkpoint, config.seed)
+        program = kept(without_head(program), checkpoint, config, found.facts)
+        planner, wanted = plan_pooler(program, config, found.facts, found.budget)
+        memory = planner.memory
+        kernels = [*body_kernels(planner), *loading_kernels(wanted, program.dtype, checkpoint)]
+        gpu = Gpu.take(found, kernels, memory.nbytes, report)
+        placed = Placed.take(gpu.arena, memory.allocations)
+        placed.clear(gpu.stream)
+        at = placed.addresses(memory.workspace)
+        send_ropes(gpu.stream, at, memory)
+        staging = placed.line(KV_CACHE)
+        gpu.load_weights(program.dtype, placed_weights(wanted, at), checkpoint, config.seed, staging, report)
+        pooler = CudaPooler(gpu, replace(planner, addresses=at), program, head)
+        if config.capture_graphs == "eager":
+            report(0.0, "capturing graphs")
+            for size in planner.token_sizes():
+                pooler._graphs.body(size)
+        return pooler
+
+    @property
+    def name(self) -> str:
+        """The GPU's name."""
+        return self._gpu.facts.name
+
+    @property
+    def limits(self) -> Limits:
+        """Capacities, fixed for the backend's life."""
+        return self._limits
+
+    def ledger(self) -> list[LedgerLine]:
+        """Device memory line by line, and what the driver says is left."""
+        return [*self._ledger, LedgerLine("free", self._gpu.device.free_memory()[0])]
+
+    def embed(self, batch: StepBatch) -> NDArray[np.float32]:
+        """See `Backend.embed`. A classification head is computed on the host, from the pooled vectors."""
+        layout, count = self._planner.memory.layout, len(batch.slots)
+        blocks = text_blocks(batch.query_lens)
+        graph = self._graphs.body(batch.num_tokens)
+        words = self._metadata.array.view(np.int32)
+        used = layout.pack(batch, blocks, SampledRows.of(batch), self._tiles(batch), words)
+        self._stream.copy_to_device(self._at.metadata, self._metadata.address, used)
+        self._began.record(self._stream)
+        graph.launch(self._stream)
+        self._ended.record(self._stream)
+        nbytes = 4 * count * self._width
+        self._stream.copy_to_host(self._out.address, self._vectors, nbytes)
+        self._stream.sync()
+        self._steps += 1
+        self._texts += count
+        self._busy += self._ended.seconds_since(self._began)
+        vectors = self._out.array[:nbytes].view(np.float32).reshape(count, self._width).copy()
+        return vectors if self._head is None else self._head(vectors)
+
+    def _tiles(self, batch: StepBatch) -> NDArray[np.int32]:
+        shape = self._planner.tiles
+        if shape is None:
+            return np.zeros((0, 2), dtype=np.int32)
+        lengths = batch.query_lens
+        return prefill_tiles(lengths, lengths, leading_decodes(lengths), shape.group, shape.rows)
+
+    def launch(self, batch: StepBatch) -> object:
+        """Refused: nothing is drawn. Raises UsageError."""
+        raise UsageError(f"{self._program.architecture} pools texts and generates none")
+
+    def collect(self, handle: object) -> StepResult:
+        """Refused, as `launch` is."""
+        raise UsageError(f"{self._program.architecture} pools texts and generates none")
+
+    def last_kernels(self) -> list[StepKernel]:
+        """Kernels of the last step; see `Backend.last_kernels`."""
+        return self._graphs.last_kernels()
+
+    def decode_floor(self, seqs: int, context: int) -> float | None:
+        """Nothing is decoded."""
+        return None
+
+    def stats(self) -> dict[str, float]:
+        """Steps, texts, device seconds and graphs."""
+        return {
+            "rvllm:backend_steps_total": self._steps,
+            "rvllm:backend_texts_total": self._texts,
+            "rvllm:backend_busy_seconds_total": self._busy,
+            "rvllm:cuda_graphs": len(self._graphs),
+            **self._graphs.captured(),
+            "rvllm:cuda_graph_capture_seconds_total": self._graphs.capture_seconds,
+        }
+
+    def close(self) -> None:
+        """Gives everything back."""
+        self._stream.sync()
+        self._graphs.close()
+        for pinned in (self._metadata, self._out):
+            pinned.close()
+        self._began.close()
+        self._ended.close()
+        self._gpu.close()
+
+
+def text_blocks(lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+    """int32 [B, 3] rows (slot, index, block) that give each text of a step blocks of its own."""
+    counts = -(-lengths // BLOCK)
+    slots = np.repeat(np.arange(len(lengths)), counts)
+    index = np.arange(len(slots)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.stack([slots, index, np.arange(len(slots))], axis=1).astype(np.int32)

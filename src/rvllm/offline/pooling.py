@@ -1,0 +1,166 @@
+"""What `LLM` gives for whole texts: vectors, classes, scores of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.engine.ipc.messages import Embed, ModelFacts
+from rvllm.errors import UsageError
+from rvllm.offline.arguments import pooling_list, prompt_list, refuse
+from rvllm.text.embedding import PoolingParams, ScoringOutput, ScoringRequestOutput, shorten, text_tokens
+from rvllm.text.pooling import (
+    ClassificationOutput,
+    ClassificationRequestOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    check_classes,
+    gives_scores,
+    pair_tokens,
+    probabilities,
+)
+from rvllm.text.requests import Prompt
+
+if TYPE_CHECKING:
+    from rvllm.offline.llm import LLM
+
+Params = PoolingParams | Sequence[PoolingParams] | None
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """How texts are to be taken. truncate: see `text_tokens`; more: vLLM's tokenization_kwargs."""
+
+    truncate: int | None
+    show: bool
+    prompt_name: str | None
+    more: Mapping[str, Any] | None
+
+    def length(self, params: PoolingParams) -> int | None:
+        """The most tokens of a text to keep, by whichever argument says so. Raises UsageError."""
+        more = dict(self.more or {})
+        if more.pop("truncation", None) and "max_length" not in more:
+            more["truncate_prompt_tokens"] = more.get("truncate_prompt_tokens", -1)
+        length = more.pop("max_length", None) or more.pop("truncate_prompt_tokens", None)
+        refuse(tokenization_kwargs=more)
+        given = self.truncate if params.truncate_prompt_tokens is None else params.truncate_prompt_tokens
+        return length if given is None else given
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text on its way. prompt: None where token ids were given."""
+
+    name: str
+    prompt: str | None
+    ids: list[int]
+    params: PoolingParams
+
+
+def check_vectors(facts: ModelFacts) -> None:
+    """Raises UsageError for a model that gives classes."""
+    if facts.labels is not None:
+        raise UsageError(f"{facts.architecture} gives classes and no vectors: use classify, score or encode")
+
+
+def pooled(
+    llm: LLM, prompts: Prompt | Sequence[Prompt], params: Params, asked: Pooled
+) -> list[tuple[Text, NDArray[np.float32]]]:
+    """What the model gives for each text. Raises UsageError naming the text that is wrong."""
+    facts, tokenizer, found = llm.engine.facts, llm.tokenizer, list[Text]()
+    items = prompt_list(prompts)
+    for i, (item, wanted) in enumerate(zip(items, pooling_list(params, len(items)), strict=True)):
+        try:
+            text, ids = text_tokens(item, tokenizer, facts, asked.length(wanted), asked.prompt_name)
+            shorten(np.zeros(facts.embedding_size or 0, np.float32), wanted.dimensions)
+        except UsageError as error:
+            raise UsageError(f"prompts[{i}]: {error}" if len(items) > 1 else str(error)) from None
+        found.append(Text(llm.next_name(), text, ids, wanted))
+    numbers = llm.run_texts([Embed(text.name, text.ids) for text in found], asked.show)
+    return [(text, numbers[text.name]) for text in found]
+
+
+def encoded(
+    llm: LLM, prompts: Prompt | Sequence[Prompt], params: Params, task: str | None, asked: Pooled
+) -> list[PoolingRequestOutput]:
+    """See `LLM.encode`."""
+    facts = llm.engine.facts
+    one = params if isinstance(params, PoolingParams) else params[0] if params else PoolingParams()
+    task = task or one.task or ("embed" if facts.labels is None else "classify")
+    if task == "classify":
+        check_classes(facts)
+    elif task == "embed":
+        check_vectors(facts)
+    else:
+        raise UsageError(f"pooling_task {task!r} is not supported: a text has one vector, or its classes")
+    return [
+        PoolingRequestOutput(
+            text.name,
+            PoolingOutput(
+                probabilities(numbers, facts, text.params.use_activation)
+                if task == "classify"
+                else shorten(numbers, text.params.dimensions)
+            ),
+            text.ids,
+            prompt=text.prompt,
+        )
+        for text, numbers in pooled(llm, prompts, params, asked)
+    ]
+
+
+def classified(
+    llm: LLM, prompts: Prompt | Sequence[Prompt], params: Params, asked: Pooled
+) -> list[ClassificationRequestOutput]:
+    """See `LLM.classify`."""
+    facts = llm.engine.facts
+    check_classes(facts)
+    return [
+        ClassificationRequestOutput(
+            text.name,
+            ClassificationOutput(probabilities(numbers, facts, text.params.use_activation).tolist()),
+            text.ids,
+            prompt=text.prompt,
+        )
+        for text, numbers in pooled(llm, prompts, params, asked)
+    ]
+
+
+def scores(
+    llm: LLM, left: list[Prompt], right: list[Prompt], params: PoolingParams | None, asked: Pooled
+) -> list[ScoringRequestOutput]:
+    """See `LLM.score`."""
+    if not right or len(left) not in (1, len(right)):
+        raise UsageError(f"score takes one text against many or as many, got {len(left)} and {len(right)}")
+    facts, one = llm.engine.facts, params or PoolingParams()
+    if not gives_scores(facts):
+        found = pooled(llm, [*left, *right], None, asked)
+        ours, theirs = found[: len(left)], found[len(left) :]
+        pairs = zip(ours * (len(theirs) if len(ours) == 1 else 1), theirs, strict=True)
+        return [_cosine(*first, *second) for first, second in pairs]
+    texts = []
+    for first, second in zip(left * (len(right) if len(left) == 1 else 1), right, strict=True):
+        if not isinstance(first, str) or not isinstance(second, str):
+            raise UsageError("a cross-encoder scores pairs of texts, not of token ids")
+        ids, begin = pair_tokens((first, second), llm.tokenizer, facts, asked.length(one))
+        texts.append(Embed(llm.next_name(), ids, second=begin))
+    numbers = llm.run_texts(texts, asked.show)
+    return [
+        ScoringRequestOutput(
+            text.request_id,
+            ScoringOutput(float(probabilities(numbers[text.request_id], facts, one.use_activation)[0])),
+            text.prompt_token_ids,
+        )
+        for text in texts
+    ]
+
+
+def _cosine(
+    one: Text, left: NDArray[np.float32], other: Text, right: NDArray[np.float32]
+) -> ScoringRequestOutput:
+    scale = max(float(np.linalg.norm(left) * np.linalg.norm(right)), 1e-12)
+    score = ScoringOutput(float(np.dot(left, right)) / scale)
+    return ScoringRequestOutput(other.name, score, one.ids + other.ids)
