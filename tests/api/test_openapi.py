@@ -176,11 +176,14 @@ def test_a_query_is_checked_also_where_it_changes_nothing(server: LiveServer) ->
 
 def test_every_endpoint_has_a_command_that_is_answered() -> None:
     """The commands of `/docs`, but for names of things that have to be made first."""
-    of_encoders = re.compile(r"/(v1/)?embeddings|/(v[12]/)?(score|rerank)")
-    with LiveServer(drain_timeout=0.2) as text, LiveServer(drain_timeout=0.2, embedding_size=16) as encoder:
+    of_encoders = re.compile(r"/(v1/)?embeddings|/(v[12]/)?(score|rerank)|/pooling")
+    classes = LiveServer(drain_timeout=0.2, embedding_size=2, labels=["no", "yes"])
+    encoders = LiveServer(drain_timeout=0.2, embedding_size=16)
+    with LiveServer(drain_timeout=0.2) as text, encoders as encoder, classes as classifier:
         for path, methods in document()["paths"].items():
             for method, operation in methods.items():
                 server = encoder if of_encoders.fullmatch(path) else text
+                server = classifier if path == "/classify" else server
                 command = curl(method.upper(), path, operation, server.url, "tiny")
                 if "ID" in command or "-F" in command:
                     continue

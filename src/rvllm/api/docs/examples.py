@@ -30,6 +30,8 @@ BODIES: Mapping[str, dict[str, Any]] = {
         "completion_window": "24h",
     },
     "/v1/embeddings": {"input": _DOCUMENTS},
+    "/pooling": {"input": _DOCUMENTS},
+    "/classify": {"input": _DOCUMENTS},
     "/v1/score": _SCORE,
     "/score": _SCORE,
     "/v1/rerank": _RERANK,
