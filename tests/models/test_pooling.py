@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import encoders_tiny as encoders
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from rvllm.models.pooling import activation_of, labels_of
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.weights.open import open_checkpoint
+from support.models import encoders_tiny as encoders
 
 F32 = NDArray[np.float32]
 VOCAB, LENGTHS = 120, (1, 140, 17, 33, 17)  # of more than one split, odd, and twice the same

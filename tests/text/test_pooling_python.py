@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_tokenizers as tiny
-from test_llm import CONFIG, SETTINGS
 
 from rvllm import LLM, PoolingParams
 from rvllm.errors import UsageError
 from rvllm.text.tokenizers.tokenizer import Tokenizer, TokenizerParts
+from support.models.tiny_llm import CONFIG, SETTINGS
+from support.text import tiny_tokenizers as tiny
 
 TEXTS = ["hello world", "def main():", "the lazy dog"]
 
