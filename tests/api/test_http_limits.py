@@ -119,5 +119,5 @@ def test_a_forms_part_has_a_bounded_head(server: LiveServer) -> None:
     status, _, answer = server.raw(
         "POST", "/v1/files", body, {"Content-Type": "multipart/form-data; boundary=x"}
     )
-    assert status == 400 and b"8192" in answer
+    assert status == 400 and b"header" in answer.lower()
     assert time.monotonic() - before < 3

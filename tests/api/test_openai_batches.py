@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import httpx
 import openai
 import pytest
 
 from rvllm.api.batches.store import Batch, BatchStore
 from rvllm.api.generate.job import BATCH_PRIORITY as PRIORITY
 from rvllm.api.http.errors import ApiError
-from rvllm.api.http.multipart import parse_form
+from rvllm.api.http.multipart import Form
 from rvllm.errors import UsageError
 from support.doubles.server import LiveServer
 
@@ -52,6 +54,16 @@ def ended(client: openai.OpenAI, name: str) -> Any:
             return found
         time.sleep(0.01)
     raise AssertionError(found)
+
+
+ResultT = TypeVar("ResultT")
+
+
+def until(look: Callable[[], ResultT], seconds: float = 30) -> ResultT:
+    end = time.monotonic() + seconds
+    while not (found := look()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return found
 
 
 def read(client: openai.OpenAI, name: str) -> list[Any]:
@@ -197,20 +209,76 @@ def test_uploads_are_bounded_and_pages_of_other_sites_cannot_send_them() -> None
         assert server.post("/v1/files", purpose="batch")[0] == 415
 
 
-def test_forms() -> None:
-    head = b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\n'
-    assert parse_form(head + b"one\r\ntwo\r\n--b--\r\n", b"multipart/form-data; boundary=b")["a"].data == (
-        b"one\r\ntwo"
-    )
-    for body, kind in (
-        (head + b"one\r\n--b--", b"multipart/form-data"),
-        (head + b"one", b"multipart/form-data; boundary=b"),
-        (b"", b"multipart/form-data; boundary=b"),
-        (b"--b\r\nX: y\r\n\r\none\r\n--b--", b"multipart/form-data; boundary=b"),
-        (b"--b\r\n" * 100 + b"--b--", b"multipart/form-data; boundary=b"),
-    ):
-        with pytest.raises(ApiError):
-            parse_form(body, kind)
+class Kept:
+    """Keeps a form's file in memory."""
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    def write(self, data: bytes) -> None:
+        self.data += data
+
+    def discard(self) -> None:
+        self.data = b""
+
+
+def read_form(body: bytes, kind: bytes, step: int) -> Form:
+    form = Form(kind, Kept)
+    for at in range(0, len(body), step):
+        form.feed(body[at : at + step])
+    form.finish()
+    return form
+
+
+FORM, BOUNDARY = b'Content-Disposition: form-data; name="', b"multipart/form-data; boundary=b"
+
+
+@pytest.mark.parametrize("step", [1, 7, 1 << 16])
+def test_forms(step: int) -> None:
+    """As browsers and Python's httpx write them, in chunks of any size."""
+    fields = {"purpose": "batch", "": "nameless", "two": "one\r\ntwo\r\n--c"}
+    content = bytes(range(256)) * 40 + b"\r\n--bb"
+    sent = httpx.Request("POST", "http://a/", data=fields, files={"file": ('a"\\/b.jsonl', content)})
+    form = read_form(sent.read(), sent.headers["content-type"].encode(), step)
+    assert {k: v.decode() for k, v in form.fields.items()} == fields
+    assert isinstance(form.file, Kept) and form.file.data == content
+    assert (form.file_field, form.filename) == ("file", "b.jsonl")
+
+
+@pytest.mark.parametrize("step", [1, 1 << 16])
+@pytest.mark.parametrize(
+    ("body", "kind", "what"),
+    [
+        (b"--b\r\n" + FORM + b'a"\r\n\r\none\r\n--b--', b"multipart/form-data", "boundary"),
+        (b"--b\r\n" + FORM + b'a"\r\n\r\none', BOUNDARY, "cut off"),
+        (b"", BOUNDARY, "cut off"),
+        (b"--b\r\nX: y\r\n\r\none\r\n--b--", BOUNDARY, "no name"),
+        (b"--b\r\n" * 100 + b"--b--", BOUNDARY, "cannot be read"),
+        ((b"--b\r\n" + FORM + b'a"\r\n\r\none\r\n') * 33 + b"--b--\r\n", BOUNDARY, "more than 32"),
+        (b"--b\r\n" + FORM + b"a" * 9000 + b'"\r\n\r\none\r\n--b--\r\n', BOUNDARY, "header"),
+        (b"--b\r\n" + FORM + b'a"\r\n\r\n' + b"x" * 70_000, BOUNDARY, "field"),
+        ((b"--b\r\n" + FORM + b'a"; filename="f"\r\n\r\none\r\n') * 2, BOUNDARY, "more than one file"),
+    ],
+)
+def test_what_is_no_form(body: bytes, kind: bytes, what: str, step: int) -> None:
+    with pytest.raises(ApiError, match=what):
+        read_form(body, kind, step)
+
+
+def test_an_upload_is_never_held_whole(tmp_path: Path) -> None:
+    """It lies on the disk as it comes, counted there, and is gone when the client is."""
+    head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    with LiveServer(files_dir=str(tmp_path), max_inflight_mb=1, drain_timeout=0.2) as server:
+        with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as client:
+            client.sendall(b"POST /v1/files HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9000000\r\n"
+                           b"Content-Type: multipart/form-data; boundary=x\r\n\r\n" + head)  # fmt: skip
+            for _ in range(40):
+                client.sendall(b"a" * 100_000)
+            (part,) = until(
+                lambda: [p for p in (tmp_path / "files").iterdir() if p.stat().st_size > 3_000_000]
+            )
+            assert part.name.endswith(".part")
+        assert until(lambda: not list((tmp_path / "files").iterdir()))
 
 
 def test_a_folder_belongs_to_one_server(tmp_path: Path) -> None:

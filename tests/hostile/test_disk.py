@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from rvllm.api.batches.endpoints import MAX_TRIES
-from rvllm.api.batches.store import Batch, BatchStore
+from rvllm.api.batches.store import Batch, BatchStore, FileEntry
+from rvllm.api.batches.upload import Upload
 from rvllm.api.disk import TemporaryFolder, is_full, sweep, write_whole
 from rvllm.api.http.errors import ApiError
 from rvllm.api.responses.store import Conversation, ResponseStore
@@ -47,6 +48,15 @@ def batch_of(server: LiveServer, data: bytes) -> str:
     status, made = server.post("/v1/batches", **asked)
     assert status == 200
     return str(made["id"])
+
+
+def kept(store: BatchStore, name: str, purpose: str, data: bytes) -> FileEntry:
+    upload = Upload(store)
+    try:
+        upload.write(data)
+        return upload.keep(name, purpose, None)
+    finally:
+        upload.discard()
 
 
 def ended(server: LiveServer, name: str, seconds: float = 30) -> Any:
@@ -145,7 +155,7 @@ def test_everything_kept_is_counted(tmp_path: Path) -> None:
     store = BatchStore(str(tmp_path), 50_000)
     with pytest.raises(ApiError, match="no room"):  # empty files with long names
         for _ in range(200):
-            store.add_file("n" * 255, "user_data", b"", None)
+            kept(store, "n" * 255, "user_data", b"")
     store.close()
     responses = ResponseStore(":memory:", 0, 50_000)
     for i in range(400):  # conversations without items
@@ -157,8 +167,8 @@ def test_everything_kept_is_counted(tmp_path: Path) -> None:
 
 def test_what_a_kill_leaves_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = BatchStore(str(tmp_path), 10**6)
-    entry = store.add_file("a", "user_data", b"kept", None)
-    lost = store.add_file("b", "user_data", b"lost", None)
+    entry = kept(store, "a", "user_data", b"kept")
+    lost = kept(store, "b", "user_data", b"lost")
     store.path(lost.id).unlink()
     (tmp_path / "files" / "file-half.part").write_bytes(b"half")
     (tmp_path / "files" / "file-orphan").write_bytes(b"orphan")
@@ -195,7 +205,7 @@ def test_a_line_that_ends_servers_is_given_up(tmp_path: Path) -> None:
     """What ran when a server ended runs alone then; after three ends it is failed, the rest is answered."""
     data = b"\n".join(line(i) for i in range(6))
     store = BatchStore(str(tmp_path), 10**9)
-    file = store.add_file("a", "batch", data, None)
+    file = kept(store, "a", "batch", data)
     now = int(time.time())
     batch = Batch(
         id="batch_1", endpoint="/v1/chat/completions", input_file_id=file.id, completion_window="24h",

@@ -36,7 +36,7 @@ def stateful_routes(service: Service, gate: Gate, answering: Mapping[str, Answer
     return [
         *_response_routes(service, gate, responses),
         *_conversation_routes(gate, Conversations(store)),
-        *_file_routes(gate, Files(files)),
+        *_file_routes(gate, Files(files, int(gate.config.max_file_mb * 1e6))),
         *_batch_routes(gate, Batches(files, gate, {**answering, "/v1/responses": responses.create}, at_once)),
     ]
 
@@ -78,7 +78,9 @@ def _conversation_routes(gate: Gate, conversations: Conversations) -> list[Route
 def _file_routes(gate: Gate, files: Files) -> list[Route]:
     one = "/v1/files/{id}"
     return [
-        Route("/v1/files", Endpoint(gate, "/v1/files", files.create, upload=True), methods=["POST"]),
+        Route(
+            "/v1/files", Endpoint(gate, "/v1/files", files.create, receive=files.receive), methods=["POST"]
+        ),
         _route(gate, "GET", "/v1/files", files.list_all),
         _route(gate, "GET", one, files.retrieve),
         _route(gate, "DELETE", one, files.delete),

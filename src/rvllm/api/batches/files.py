@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from rvllm.api.batches.store import BatchStore, FileEntry
+from rvllm.api.batches.upload import Upload
 from rvllm.api.http.errors import invalid, unknown
 from rvllm.api.http.exchange import Exchange
-from rvllm.api.http.multipart import parse_form
+from rvllm.api.http.multipart import Form
 from rvllm.api.http.pagination import Query, page
 
 _PURPOSES = ("batch", "user_data")
@@ -17,22 +18,25 @@ MIN_SECONDS, MAX_SECONDS = 3600, 30 * 24 * 3600  # OpenAI's limits of expires_af
 class Files:
     """The endpoints."""
 
-    def __init__(self, store: BatchStore) -> None:
-        self._store = store
+    def __init__(self, store: BatchStore, max_file_bytes: int) -> None:
+        self._store, self._max_file_bytes = store, max_file_bytes
+
+    async def receive(self, exchange: Exchange) -> None:
+        """Reads the form of an upload; its file goes to the disk as it comes."""
+        form = Form(exchange.header(b"content-type") or b"", lambda: Upload(self._store))
+        await exchange.receive_form(form, self._max_file_bytes, "--max-file-mb")
 
     async def create(self, exchange: Exchange, body: bytes) -> None:
         """`POST /v1/files`: a form with `file`, `purpose` and perhaps `expires_after[seconds]`."""
-        parts = await asyncio.to_thread(parse_form, body, exchange.header(b"content-type") or b"")
-        file, purpose = parts.get("file"), parts.get("purpose")
-        if file is None or file.filename is None:
+        form = exchange.form
+        if form is None or form.file_field != "file" or not isinstance(form.file, Upload):
             raise invalid("file is required, as a part with a filename", "file")
-        word = "" if purpose is None else purpose.data.decode("utf-8", "replace")
-        if word not in _PURPOSES:
-            raise invalid(f"purpose must be one of {', '.join(_PURPOSES)}, got {word[:40]!r}", "purpose")
-        expiry = parts.get("expires_after[seconds]")
-        seconds = None if expiry is None else _seconds(expiry.data)
-        entry = await asyncio.to_thread(self._store.add_file, file.filename, word, file.data, seconds)
-        await exchange.json(entry)
+        purpose = form.fields.get("purpose", b"").decode("utf-8", "replace")
+        if purpose not in _PURPOSES:
+            raise invalid(f"purpose must be one of {', '.join(_PURPOSES)}, got {purpose[:40]!r}", "purpose")
+        expiry = form.fields.get("expires_after[seconds]")
+        seconds = None if expiry is None else _seconds(expiry)
+        await exchange.json(await asyncio.to_thread(form.file.keep, form.filename, purpose, seconds))
 
     async def list_all(self, exchange: Exchange, body: bytes) -> None:
         """`GET /v1/files`, newest first, perhaps of one `purpose`."""

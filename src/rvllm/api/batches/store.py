@@ -12,7 +12,7 @@ from uuid import uuid4
 import msgspec
 
 from rvllm.api.database import open_database
-from rvllm.api.disk import TemporaryFolder, private_file, private_folder, write_whole
+from rvllm.api.disk import TemporaryFolder, private_folder, sync_folder, write_whole
 from rvllm.api.http.errors import invalid
 from rvllm.errors import UsageError
 
@@ -146,32 +146,43 @@ class BatchStore:
         """Where a known file's content is."""
         return self._root / "files" / name
 
-    def add_file(self, filename: str, purpose: str, data: bytes, expires_after: int | None) -> FileEntry:
-        """Keeps an uploaded file; it is whole before its entry is there. Raises a 400 when all is full."""
-        self.expire()
-        now = int(time.time())
-        entry = FileEntry(
-            id=f"file-{uuid4().hex}", bytes=len(data), created_at=now, filename=filename, purpose=purpose,
-            expires_at=None if expires_after is None else now + expires_after,
-        )  # fmt: skip
+    def reserve(self, count: int) -> None:
+        """Counts bytes of a file that is being received. Raises a 400 when all is full."""
         with self._lock:
-            if self._size + _size_of(entry) > self._limit:
+            if self._size + count > self._limit:
                 raise invalid(
                     "there is no room for the file: delete others (--files-max-mb)", "file", "storage_full"
                 )
+            self._size += count
+
+    def release(self, count: int) -> None:
+        """Counts them no longer."""
+        with self._lock:
+            self._size -= count
+
+    def add_file(self, part: Path, filename: str, purpose: str, expires_after: int | None) -> FileEntry:
+        """Keeps a file that was received as `part`, whose bytes are reserved: it is whole before its entry
+        is there. Raises a 400 when all is full."""
+        self.expire()
+        now = int(time.time())
+        entry = FileEntry(
+            id=f"file-{uuid4().hex}", bytes=part.stat().st_size, created_at=now, filename=filename,
+            purpose=purpose, expires_at=None if expires_after is None else now + expires_after,
+        )  # fmt: skip
+        with self._lock:
             if self._count >= MAX_FILES:
                 raise invalid(f"there are {MAX_FILES} files already: delete others", "file", "storage_full")
-            self._size += _size_of(entry)  # while it is being written, so that others see it
+        self.reserve(_size_of(entry) - entry.bytes)
+        path = self.path(entry.id)
         try:
-            if not write_whole(self.path(entry.id), lambda file: file.write(data)):
-                private_file(self.path(entry.id))
+            part.rename(path)
+            sync_folder(path.parent)
             with self._lock:
                 self._insert(entry)
                 self._count += 1
         except BaseException:
-            with self._lock:
-                self._size -= _size_of(entry)
-            self.path(entry.id).unlink(missing_ok=True)
+            self.release(_size_of(entry) - entry.bytes)
+            path.unlink(missing_ok=True)
             raise
         return entry
 

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rvllm.api.disk import is_full
 from rvllm.api.http.errors import ApiError, busy, from_rvllm, invalid
 from rvllm.api.http.keys import load_keys
 from rvllm.api.http.limits import BODY_RATE, BodyBudget
+from rvllm.api.http.multipart import Form
 from rvllm.config import ServerConfig
 from rvllm.errors import RvllmError
 from rvllm.telemetry.logs import event
@@ -33,6 +34,7 @@ TIMING = b"x-rvllm-timing"  # a request with this header is told where its time 
 TIMEOUT_HEADER = b"x-request-timeout"  # a request with it is cancelled after so many seconds
 ERROR_SECONDS = 5.0  # and so long to take an error from us
 _ENCODER = msgspec.json.Encoder()
+_CLOSE = ((b"connection", b"close"),)
 _CLIENT_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -48,6 +50,8 @@ class Exchange:
         self.budget = BodyBudget(1 << 62)
         self.body_seconds = 60.0
         self.body_bytes = 0  # that have come
+        self.held_bytes = 0  # of them that are still counted as held
+        self.form: Form | None = None  # the body, where it is one
         self._receive, self._send = receive, send
         given = self.header(b"x-request-id")
         self._shown_id = given if given and _CLIENT_ID.fullmatch(given) else self.request_id.encode()
@@ -62,45 +66,59 @@ class Exchange:
         found: bytes | None = next((value for key, value in self.scope["headers"] if key == name), None)
         return found
 
-    async def body(self, limit: int, kind: bytes = b"application/json", flag: str = "--max-body-mb") -> bytes:
-        """The whole body; `flag` is the setting behind the limit, for errors.
+    async def body(self, limit: int) -> bytes:
+        """The whole body, JSON of at most `limit` bytes (--max-body-mb). Raises ApiError as `chunks` does."""
+        length = self._given_length()
+        if length is not None and length <= limit:
+            self.budget.check(length)
+        return b"".join([c async for c in self.chunks(limit, b"application/json", "--max-body-mb")])
+
+    async def receive_form(self, form: Form, limit: int, flag: str) -> None:
+        """Reads the body into a form; no more than a chunk of it is held at a time.
+
+        Raises ApiError as `chunks` does, and 400 for what is no form.
+        """
+        self.form = form
+        async for chunk in self.chunks(limit, b"multipart/form-data", flag):
+            await asyncio.to_thread(form.feed, chunk)
+            self.budget.give(len(chunk))
+            self.held_bytes -= len(chunk)
+        form.finish()
+
+    async def chunks(self, limit: int, kind: bytes, flag: str) -> AsyncIterator[bytes]:
+        """The body as it comes, counted as held; `flag` is the setting behind the limit, for errors.
 
         Raises ApiError: 413 beyond `limit` bytes, 415 when it is of another kind, 408 when it stalls.
         """
         given = (self.header(b"content-type") or b"application/json").partition(b";")[0].strip().lower()
         if given != kind:
             raise ApiError(415, f"the body must be sent with Content-Type: {kind.decode()}")
-        too_large = ApiError(
-            413,
-            f"the body is larger than {limit} bytes ({flag})",
-            headers=((b"connection", b"close"),),
-        )
-        length = self.header(b"content-length")
-        if length is not None and length.isdigit():
-            if len(length) > 18 or int(length) > limit:
-                raise too_large
-            self.budget.check(int(length))
-        chunks: list[bytes] = []
+        too_large = f"the body is larger than {limit} bytes ({flag})"
+        if (self._given_length() or 0) > limit:
+            raise ApiError(413, too_large, headers=_CLOSE)
         began = asyncio.get_running_loop().time()
-        try:
-            async with asyncio.timeout_at(began + self.body_seconds) as due:
-                while True:
+        more = True
+        while more:
+            try:
+                async with asyncio.timeout_at(began + self.body_seconds + self.body_bytes / BODY_RATE):
                     message = await self._receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientGoneError
-                    chunk = message.get("body", b"")
-                    if self.body_bytes + len(chunk) > limit:
-                        raise too_large
-                    self.budget.take(len(chunk))
-                    self.body_bytes += len(chunk)
-                    chunks.append(chunk)
-                    if not message.get("more_body", False):
-                        return b"".join(chunks)
-                    due.reschedule(began + self.body_seconds + self.body_bytes / BODY_RATE)
-        except TimeoutError:
-            raise ApiError(
-                408, "the body did not arrive in time (--body-timeout)", headers=((b"connection", b"close"),)
-            ) from None
+            except TimeoutError:
+                late = "the body did not arrive in time (--body-timeout)"
+                raise ApiError(408, late, headers=_CLOSE) from None
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            chunk = message.get("body", b"")
+            if self.body_bytes + len(chunk) > limit:
+                raise ApiError(413, too_large, headers=_CLOSE)
+            self.budget.take(len(chunk))
+            self.held_bytes += len(chunk)
+            self.body_bytes += len(chunk)
+            more = message.get("more_body", False)
+            yield chunk
+
+    def _given_length(self) -> int | None:
+        length = self.header(b"content-length")
+        return int(length[:18]) if length is not None and length.isdigit() else None
 
     async def gone(self) -> None:
         """Returns when the client has closed the connection (after the body has been read)."""
@@ -243,6 +261,7 @@ class Gate:
 
 
 Handler = Callable[[Exchange, bytes], Coroutine[Any, Any, None]]
+Receiver = Callable[[Exchange], Awaitable[None]]
 
 
 class Endpoint:
@@ -257,13 +276,13 @@ class Endpoint:
         *,
         open: bool = False,
         failure: Failure = openai_failure,
-        upload: bool = False,
+        receive: Receiver | None = None,
     ) -> None:
         """fields: the request's parameters, for errors; open: needs no key, answers in a drain;
-        upload: takes a form with a file instead of JSON.
+        receive: reads a body that is not JSON; the handler is then given none.
         """
         self._gate, self._path, self._handler, self._fields, self._open = gate, path, handler, fields, open
-        self._failure, self._upload = failure, upload
+        self._failure, self._receive = failure, receive
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request; never raises but for cancellation by the HTTP server."""
@@ -280,7 +299,9 @@ class Endpoint:
         except ApiError as refused:
             error = _bare(refused)
         finally:
-            self._gate.budget.give(exchange.body_bytes)
+            self._gate.budget.give(exchange.held_bytes)
+            if exchange.form is not None:
+                exchange.form.discard()
         if error is not None:
             with contextlib.suppress(TimeoutError):  # a client that does not read is hung up on
                 async with asyncio.timeout(ERROR_SECONDS):
@@ -351,10 +372,10 @@ class Endpoint:
         return "--request-timeout" if by_flag else "x-request-timeout"
 
     async def _body(self, exchange: Exchange) -> bytes:
-        config = self._gate.config
-        if self._upload:
-            return await exchange.body(int(config.max_file_mb * 1e6), b"multipart/form-data", "--max-file-mb")
-        return await exchange.body(int(config.max_body_mb * 1e6))
+        if self._receive is not None:
+            await self._receive(exchange)
+            return b""
+        return await exchange.body(int(self._gate.config.max_body_mb * 1e6))
 
     async def _handle(self, exchange: Exchange, body: bytes) -> ApiError | None:
         """Runs the handler; returns its error bare of frames.
