@@ -22,7 +22,7 @@ from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from rvllm.weights.checkpoint import TensorType
-from support.models.real_configs import CONFIGS, on_one_card
+from support.models.real_configs import CONFIGS, Config, on_one_card
 from support.weights.stored_as import QUANTISED, Layout
 
 GPUS = {
@@ -38,10 +38,27 @@ TRIED = {(DType.BF16, 90), (DType.F16, 80)}  # what is planned whole: the kernel
 STORED = (*(kind.value for kind in TensorType), *QUANTISED)
 
 
+def small(name: str) -> Config:
+    """The model with every kind of layer and every size of matrix, but few layers and experts of each."""
+    config = dict(on_one_card(name)[1])
+    if "hybrid_override_pattern" in config:
+        config["hybrid_override_pattern"] = "".join(dict.fromkeys(config["hybrid_override_pattern"]))
+        config.pop("num_hidden_layers", None)
+    inner = config
+    if "text_config" in config:
+        inner = config["text_config"] = dict(config["text_config"])
+    if "num_hidden_layers" in inner:
+        inner["num_hidden_layers"] = min(inner["num_hidden_layers"], inner.get("sliding_window_pattern", 2))
+    for field in ("num_experts", "n_routed_experts", "num_local_experts"):
+        if field in config:
+            config[field] = min(config[field], 16)
+    return config
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loading_and_running_resolve_to_kernels(name: str) -> None:
     for dtype in (DType.BF16, DType.F16):
-        plain = build_program(ModelConfig(on_one_card(name)[1], name), dtype)
+        plain = build_program(ModelConfig(small(name), name), dtype)
         for stored in STORED:
             layout = Layout(plain, stored)
             for capability, facts in GPUS.items():

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from rvllm.errors import UsageError
 from rvllm.kernels.gemm.integer.specs import GGUF_LAYOUTS
+from rvllm.kernels.moe.specs import QUANTISED
 from rvllm.program.formats import FP8_BLOCK, FP8_ROWS, Fp8Format, IntegerFormat, WeightFormat
-from rvllm.program.ops.dense import Linear, Logits, Op, Part, Program, Weight
+from rvllm.program.ops.dense import Experts, Linear, Logits, Op, Part, Program, Weight
 from rvllm.program.ops.encoder import embedding_size
 from rvllm.weights.checkpoint import Checkpoint, TensorInfo, TensorType
 from rvllm.weights.packing import find_tensor, has_stored_form, row_order
@@ -44,13 +45,27 @@ def with_formats(program: Program, checkpoint: Checkpoint | None, quantization: 
         return program
     chosen: dict[str, WeightFormat] = {}
     for op in program.ops:
-        if isinstance(op, Linear | Logits):
-            found = _format_of(op, checkpoint, quantization)
-            if found is not None:
-                chosen[op.weight.name] = found
+        for weight in matrices_of(op):
+            found = _format_of(weight, isinstance(op, Logits), checkpoint, quantization)
+            if found is not None and _has_kernel(weight, found):
+                chosen[weight.name] = found
     if not chosen:
         return program if all(w.format is None for w in program.weights) else _rewritten(program, {})
     return _rewritten(program, chosen)
+
+
+def matrices_of(op: Op) -> tuple[Weight, ...]:
+    """The weights of an op that kernels can multiply in a format."""
+    if isinstance(op, Linear | Logits):
+        return (op.weight,)
+    return (op.up, op.down) if isinstance(op, Experts) else ()
+
+
+def _has_kernel(weight: Weight, kept: WeightFormat) -> bool:
+    """Whether there is a kernel. Of stacks: for one layout of all, columns in the order of activations."""
+    if weight.role != "stack" or not isinstance(kept, IntegerFormat):
+        return True
+    return len(kept.parts) == 1 and not kept.reordered and kept.parts[0][1] in QUANTISED
 
 
 def _rewritten(program: Program, chosen: dict[str, WeightFormat]) -> Program:
@@ -67,16 +82,18 @@ def _rewritten(program: Program, chosen: dict[str, WeightFormat]) -> Program:
     return replace(program, ops=tuple(of(op) for op in program.ops), weights=tuple(weights.values()))
 
 
-def _format_of(op: Linear | Logits, checkpoint: Checkpoint | None, quantization: str) -> WeightFormat | None:
+def _format_of(
+    weight: Weight, head: bool, checkpoint: Checkpoint | None, quantization: str
+) -> WeightFormat | None:
     if quantization == "none":
         return None
-    asked = _asked_for(op, quantization)
+    asked = None if head else _asked_for(weight, quantization)
     if checkpoint is None or asked is None:
-        return asked if checkpoint is None else _stored_format(op, checkpoint)
-    chosen = _stored_format(op, checkpoint)
+        return asked if checkpoint is None else _stored_format(weight, checkpoint)
+    chosen = _stored_format(weight, checkpoint)
     if isinstance(chosen, type(asked)):
         return chosen
-    for info in (find_tensor(part, checkpoint) for part in op.weight.parts):
+    for info in (find_tensor(part, checkpoint) for part in weight.parts):
         if info is not None and (info.quantised is not None or info.type not in QUANTISABLE):
             raise UsageError(
                 f"--quantization {quantization}: tensor {info.name} is stored as {info.stored_as} already; "
@@ -85,22 +102,22 @@ def _format_of(op: Linear | Logits, checkpoint: Checkpoint | None, quantization:
     return asked
 
 
-def _asked_for(op: Linear | Logits, quantization: str) -> WeightFormat | None:
+def _asked_for(weight: Weight, quantization: str) -> WeightFormat | None:
     """The format into which a matrix is to be quantised as it is loaded."""
-    if not isinstance(op, Linear) or op.weight.shape[-1] % 8:
+    if weight.shape[-1] % 8:
         return None
     if quantization == "int4":
-        return IntegerFormat(((op.weight.shape[0], "int4"),), QUANTISED_INT4)
+        return IntegerFormat(((weight.shape[-2], "int4"),), QUANTISED_INT4)
     return Fp8Format("row") if quantization == "fp8" else None
 
 
-def _stored_format(op: Linear | Logits, checkpoint: Checkpoint) -> WeightFormat | None:
+def _stored_format(weight: Weight, checkpoint: Checkpoint) -> WeightFormat | None:
     """The format in which the checkpoint has all of a matrix's parts."""
-    found = [(part, find_tensor(part, checkpoint)) for part in op.weight.parts]
+    found = [(part, find_tensor(part, checkpoint)) for part in weight.parts]
     stored = [(part, info) for part, info in found if info is not None]
     if len(stored) < len(found):
         return None  # which loading says in full
-    known = (reader(op.weight, stored) for reader in READERS)
+    known = (reader(weight, stored) for reader in READERS)
     return next((form for form in known if form is not None), None)
 
 
@@ -134,10 +151,13 @@ def _even(groups: NDArray[np.intp]) -> bool:
 
 
 class Fp8Part:
-    """A part of a matrix that is stored as E4M3: its codes and scales in the wanted order of rows."""
+    """A part of a matrix that is stored as E4M3: its codes and scales in the wanted order of rows.
 
-    def __init__(self, scaled: Scaled, rows: NDArray[np.intp]) -> None:
-        self.scaled, self.rows, self.block = scaled, rows, scaled.block
+    columns: the stored ones that are wanted, from a multiple of FP8_BLOCK on.
+    """
+
+    def __init__(self, scaled: Scaled, rows: NDArray[np.intp], columns: slice) -> None:
+        self.scaled, self.rows, self.columns, self.block = scaled, rows, columns, scaled.block
 
     @property
     def single(self) -> bool:
@@ -147,7 +167,7 @@ class Fp8Part:
     def codes(self) -> NDArray[np.uint8]:
         """E4M3 bytes [rows, K]; a view of the file where its rows are in order."""
         levels = self.scaled.levels
-        data = levels.data.reshape(levels.shape)
+        data = levels.data.reshape(levels.shape)[:, self.columns]
         in_order = len(self.rows) == len(data) and bool((np.diff(self.rows) == 1).all())
         return data if in_order else data[self.rows]
 
@@ -157,21 +177,22 @@ class Fp8Part:
         by_row = grid[self.rows // self.block[0]]
         if by_row.shape[1] == 1:
             return by_row
-        columns = np.arange(-(-self.scaled.levels.shape[1] // FP8_BLOCK)) * FP8_BLOCK
+        columns = np.arange(self.columns.start, self.columns.stop, FP8_BLOCK)
         return np.ascontiguousarray(by_row[:, columns // self.block[1]])
 
 
 def fp8_part(part: Part, info: TensorInfo) -> Fp8Part | None:
-    """The part as E4M3; None where it is stored otherwise, or some of its columns are wanted, or it is
-    turned.
-    """
+    """The part as E4M3; None where it is stored otherwise, turned, or cut within a block of columns."""
     scaled = info.quantised
     if not isinstance(scaled, Scaled) or scaled.levels.kind != "F8_E4M3":
         return None
-    if part.layout == "columns" or not has_stored_form(part, info):
+    if not has_stored_form(part, info):
+        return None
+    first, count = part.columns if part.layout == "columns" else (0, info.shape[-1])
+    if first % FP8_BLOCK:
         return None
     order = row_order(part, info)
-    return Fp8Part(scaled, np.arange(info.shape[0]) if order is None else order)
+    return Fp8Part(scaled, np.arange(info.shape[0]) if order is None else order, slice(first, first + count))
 
 
 def gguf_reader(weight: Weight, stored: Stored) -> WeightFormat | None:
@@ -183,6 +204,10 @@ def gguf_reader(weight: Weight, stored: Stored) -> WeightFormat | None:
         return None
     rows = [part.elements // weight.shape[-1] for part, _ in stored]
     parts = _runs(zip(rows, (GGUF_LAYOUTS[kind] for kind in kinds), strict=True))
+    if weight.role == "stack":
+        if len(parts) > 1:
+            return None
+        parts = ((weight.shape[-2], parts[0][1]),)
     # A matrix of two equal halves may be gates and ups, whose rows are interleaved.
     if len(parts) > 1 and ((len(rows) == 2 and rows[0] == rows[1]) or any(n % 8 for n, _ in parts)):
         return None
@@ -228,7 +253,7 @@ def packed_reader(weight: Weight, stored: Stored) -> WeightFormat | None:
     if not group or any(not _same(first.order, p.order) for p in known):
         return None
     layout = f"int{first.packed.bits}" + ("" if group == INTEGER_GROUPS[0] else f"g{group}")
-    return IntegerFormat(((weight.shape[0], layout),), first.label, reordered=first.order is not None)
+    return IntegerFormat(((weight.shape[-2], layout),), first.label, reordered=first.order is not None)
 
 
 def _same(one: NDArray[np.int32] | None, other: NDArray[np.int32] | None) -> bool:
@@ -238,9 +263,10 @@ def _same(one: NDArray[np.int32] | None, other: NDArray[np.int32] | None) -> boo
 def packed_part(part: Part, info: TensorInfo) -> PackedPart | None:
     """The part as packed integers; None where it is stored otherwise or its rows are in another order."""
     found = info.quantised
-    if part.layout == "columns" or not has_stored_form(part, info) or row_order(part, info) is not None:
-        return None
     width = info.shape[-1]
+    cut = part.layout == "columns" and part.columns != (0, width)
+    if cut or not has_stored_form(part, info) or row_order(part, info) is not None:
+        return None
     if isinstance(found, Grouped):
         try:
             order = found.column_order(width)

@@ -246,7 +246,8 @@ def column_bytes(part: Part, info: TensorInfo) -> slice | None:
 
 def row_order(part: Part, info: TensorInfo) -> NDArray[np.intp] | None:
     """Which stored row becomes row i of the part; None when they stay as they are."""
-    if info.name == part.prepared:
+    rearranged = part.layout in ("head_qkv", "grouped_qkv", "pairs", "head_rows")
+    if info.name == part.prepared or not (rearranged or info.unpermute_heads or info.regroup_heads):
         return None
     rows = info.shape[0] if info.shape else 1
     order = np.arange(rows)

@@ -17,7 +17,9 @@ from rvllm.weights.safetensors.scaled import Scaled
 from rvllm.weights.safetensors.stored import StoredTensor
 
 FILE = Path("layout.safetensors")
-QUANTISED = ("fp8", "fp8_rows", "int8", "gptq")
+QUANTISED = ("fp8", "fp8_rows", "int8", "gptq", "awq", "packed")
+
+_PACKED = {"gptq": "GPTQ 4-bit", "awq": "AWQ 4-bit", "packed": "packed 4-bit"}
 
 
 def _stored(kind: str, shape: tuple[int, ...]) -> StoredTensor:
@@ -25,11 +27,16 @@ def _stored(kind: str, shape: tuple[int, ...]) -> StoredTensor:
 
 
 def _quantised(stored: str, rows: int, columns: int) -> Scaled | Grouped:
-    if stored == "gptq":
+    if stored in _PACKED:
         nothing: Any = lambda start, stop: np.zeros((0, 0))  # noqa: E731
-        words, scales = _stored("I32", (columns // 8, rows)), _stored("F16", (columns // 128, rows))
-        packed = PackedMatrix("gptq", 4, words, scales, _stored("I32", (columns // 128, rows // 8)))
-        return Grouped("GPTQ 4-bit", 0, nothing, nothing, nothing, 128, packed)
+        words, groups = {
+            "gptq": (columns // 8, rows), "awq": (columns, rows // 8), "packed": (rows, columns // 8),
+        }[stored], (columns // 128, rows)  # fmt: skip
+        scales, zeros = groups[::-1] if stored == "packed" else groups, _stored("I32", (groups[0], rows // 8))
+        packed = PackedMatrix(
+            stored, 4, _stored("I32", words), _stored("F16", scales), None if stored == "packed" else zeros
+        )
+        return Grouped(_PACKED[stored], 0, nothing, nothing, nothing, 128, packed)
     levels = _stored("I8" if stored == "int8" else "F8_E4M3", (rows, columns))
     block = (128, 128) if stored == "fp8" else (1, columns)
     grid = (-(-rows // block[0]), -(-columns // block[1]))

@@ -162,23 +162,7 @@ __global__ void __launch_bounds__(Shape<ROWS, TOKENS, ROW_WARPS, TOKEN_WARPS>::T
       }
     }
   __syncthreads();
-  // Eight outputs at a time: 8 rows, or 8 gates and the 8 ups behind them.
-  const int pieces = gated ? ROWS / 16 : ROWS / 8, width = gated ? rows / 2 : rows;
-  for (int i = thread; i < count * pieces; i += THREADS) {
-    const int token = i / pieces, piece = i % pieces, column = (row_tile * pieces + piece) * 8;
-    if (column >= width) continue;
-    float* const from = staging + token * S::PITCH + piece * (gated ? 16 : 8);
-    if (act != PLAIN) {
-#pragma unroll 1
-      for (int c = 0; c < 8; c++)  // not unrolled: five activations eight times are many registers
-        from[c] = gemm::to_float(gated ? gated_value<T>(from[c], from[c + 8], act) : plain_value<T>(from[c], act));
-    }
-    gemm::Pack<T, 8> value;
-#pragma unroll
-    for (int c = 0; c < 8; c++) value.v[c] = gemm::rounded<T>(from[c]);
-    const int place = by_token ? first + token : order[first + token];
-    *reinterpret_cast<gemm::Pack<T, 8>*>(out + static_cast<size_t>(place) * pitch + column) = value;
-  }
+  write_tile<T, ROWS, S::PITCH, S::THREADS>(out, staging, order, thread, first, count, row_tile, rows, pitch, act, gated, by_token);
 }
 
 }  // namespace rvllm::experts

@@ -55,4 +55,29 @@ __device__ __forceinline__ float weighted(float sum, float part, float share, bo
   return first ? __fmul_rn(part, share) : __fmaf_rn(part, share, sum);
 }
 
+// The sums of ROWS rows of W and `count` entries, in shared memory as [entry][PITCH], to where they belong: through the
+// activation; of the up matrix (by_token) a row a place in `order`, from `first` on, of the down matrix a row an entry.
+// rows, pitch, act, gated: as in `one_up`. Every thread of the block has arrived at a barrier since they were written.
+template <class T, int ROWS, int PITCH, int THREADS>
+__device__ __forceinline__ void write_tile(T* out, float* staging, const int* order, int thread, int first,
+                                           int count, int row_tile, int rows, int pitch, int act, int gated, int by_token) {
+  // Eight outputs at a time: 8 rows, or 8 gates and the 8 ups behind them.
+  const int pieces = gated ? ROWS / 16 : ROWS / 8, width = gated ? rows / 2 : rows;
+  for (int i = thread; i < count * pieces; i += THREADS) {
+    const int token = i / pieces, piece = i % pieces, column = (row_tile * pieces + piece) * 8;
+    if (column >= width) continue;
+    float* const from = staging + token * PITCH + piece * (gated ? 16 : 8);
+    if (act != PLAIN) {
+#pragma unroll 1
+      for (int c = 0; c < 8; c++)  // not unrolled: five activations eight times are many registers
+        from[c] = gemm::to_float(gated ? gated_value<T>(from[c], from[c + 8], act) : plain_value<T>(from[c], act));
+    }
+    gemm::Pack<T, 8> value;
+#pragma unroll
+    for (int c = 0; c < 8; c++) value.v[c] = gemm::rounded<T>(from[c]);
+    const int place = by_token ? first + token : order[first + token];
+    *reinterpret_cast<gemm::Pack<T, 8>*>(out + static_cast<size_t>(place) * pitch + column) = value;
+  }
+}
+
 }  // namespace rvllm::experts

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rvllm.kernels.gemm.fp8.specs import TILE_BYTES as E4M3_CHUNK
+from rvllm.kernels.gemm.integer.specs import CHUNK, LAYOUTS
 from rvllm.kernels.spec import KernelSpec
 
 DTYPES = ("bf16", "f16")
@@ -81,6 +83,24 @@ def grouped_smem(tokens: int) -> int:
 
 
 BLOCKS = (Block(64, 16, 4, 1), Block(64, 64, 4, 1), Block(128, 128, 4, 2))
+
+
+QUANTISED_TOKENS = (16, 64)  # entries of a work tile of `quantised`
+QUANTISED_THREADS = 128
+# What a weight's chunks of 64 rows x 128 columns are read as: the C++ type and the bytes of one.
+QUANTISED = {
+    "e4m3": ("rvllm::experts::E4m3", E4M3_CHUNK),
+    **{
+        name: (f"rvllm::gemm::{layout.symbol}", layout.chunk_bytes)
+        for name, layout in LAYOUTS.items()
+        if name not in ("int8g64", "int8g32")  # in which nobody publishes mixtures
+    },
+}
+
+
+def quantised_smem(name: str, tokens: int) -> int:
+    """Dynamic shared memory of `quantised` in bytes; mirrors STAGE in moe/quantised_gemm.cu."""
+    return 3 * (QUANTISED[name][1] + tokens * CHUNK * 2)
 
 
 def segments_of(k: int) -> int:
@@ -163,6 +183,17 @@ def _specs() -> list[KernelSpec]:
                     unit=dtype,
                 )
             )
+        for name, (symbol, _) in QUANTISED.items():
+            for tokens in QUANTISED_TOKENS:
+                specs.append(
+                    KernelSpec(
+                        name=f"sm80_{dtype}_experts_{name}_n{tokens}",
+                        source="moe/quantised_gemm.cu",
+                        symbol=f"rvllm::experts::quantised<rvllm::{dtype}, {tokens}, {symbol}>",
+                        smem=quantised_smem(name, tokens),
+                        unit=f"{dtype}_{name}",
+                    )
+                )
         for tokens in GROUPED_TOKENS:
             specs.append(
                 KernelSpec(

@@ -76,35 +76,39 @@ class Fp8Device:
     def load(self, loader: Staging, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
         """See DeviceFormat."""
         rows, k = packed.rows, packed.width
-        scales_at = address + fp8_plan.scales_offset(rows, k)
+        behind = fp8_plan.scales_offset(rows, k)
         blocks = ctypes.c_int(-(-k // BLOCK_K))
         parts = _parts(packed.weight, checkpoint)
         nbytes = 0
         for name, span in loader.spans(packed, address, _sources(packed, parts, checkpoint)):
             nbytes += span.data.nbytes
             for source, first, count, padded in loader.stream(span):
-                scales = [] if parts is not None else [scales_at]
+                scales = [] if parts is not None else [span.address + behind]
                 sizes = [ctypes.c_int64(count), ctypes.c_int64(padded), ctypes.c_int(k), blocks]
                 where = [ctypes.c_int64(first), ctypes.c_int(int(span.interleave))]
-                loader.run(name, [source, address, *scales, *sizes, *where], 132 * 8)
+                loader.run(name, [source, span.address, *scales, *sizes, *where], 132 * 8)
         if parts is not None:
             numbers = np.concatenate([_spread(p.scales(), _kept(packed), k) for p in parts])
-            arranged = arrange_scales(numbers, rows, _kept(packed).scales, packed.form == "gated")
-            nbytes += arranged.nbytes
-            loader.copy(arranged, scales_at)
+            gated, matrices = packed.form in ("gated", "gated_stack"), _matrices(packed)
+            for i, of_one in enumerate(np.split(numbers, matrices)):
+                arranged = arrange_scales(of_one, rows, _kept(packed).scales, gated)
+                nbytes += arranged.nbytes
+                loader.copy(arranged, address + i * packed.matrix_bytes + behind)
         return nbytes
 
     def fill(self, catalog: Catalog, stream: Stream, packed: PackedWeight, address: int, seed: int) -> None:
         """See DeviceFormat."""
         rows, k = packed.rows, packed.width
         count = int(np.prod(fp8_plan.scales_shape(rows, k, _kept(packed).scales)))
-        work: list[tuple[str, list[Any]]] = [
-            ("fill", [address, ctypes.c_uint64(fp8_plan.payload_nbytes(rows, k)), ctypes.c_uint(seed)]),
-            ("fill_scales", [address + fp8_plan.scales_offset(rows, k), ctypes.c_uint64(count),
-                             ctypes.c_float(DEVIATION)]),
-        ]  # fmt: skip
-        for name, arguments in work:
-            Launch(catalog[f"sm80_fp8_{name}"], 256, 0, arguments, pdl=False).run(stream, (132 * 8, 1, 1))
+        payload, behind = fp8_plan.payload_nbytes(rows, k), fp8_plan.scales_offset(rows, k)
+        for i in range(_matrices(packed)):
+            place = address + i * packed.matrix_bytes
+            work: list[tuple[str, list[Any]]] = [
+                ("fill", [place, ctypes.c_uint64(payload), ctypes.c_uint((seed + i) & 0xFFFFFFFF)]),
+                ("fill_scales", [place + behind, ctypes.c_uint64(count), ctypes.c_float(DEVIATION)]),
+            ]
+            for name, arguments in work:
+                Launch(catalog[f"sm80_fp8_{name}"], 256, 0, arguments, pdl=False).run(stream, (132 * 8, 1, 1))
 
     def product(self, to: Lowering, name: str, op: Linear | Logits, end: Epilogue) -> None:
         """See DeviceFormat."""
@@ -231,6 +235,10 @@ def _writes_rows(stage: Stage, norm: Norm) -> bool:
 def activation_capacity(tokens: int) -> int:
     """Tokens that a row of activations' scales has room for."""
     return -(-tokens // SPARE_TOKENS) * SPARE_TOKENS + SPARE_TOKENS
+
+
+def _matrices(packed: PackedWeight) -> int:
+    return packed.weight.shape[0] if packed.weight.role == "stack" else 1
 
 
 def _format(weight: Weight) -> Fp8Format:

@@ -108,11 +108,12 @@ class IntegerDevice:
     def fill(self, catalog: Catalog, stream: Stream, packed: PackedWeight, address: int, seed: int) -> None:
         """See DeviceFormat."""
         name = next(n for n in ("sm80_bf16_integer_fill", "sm80_f16_integer_fill") if n in catalog)
+        matrices = packed.weight.shape[0] if packed.weight.role == "stack" else 1  # without gaps
         for run in runs_of(_format(packed.weight), packed.rows, packed.width)[0]:
             layout = run.layout
             arguments = [
                 address + run.offset,
-                ctypes.c_uint64(layout.nbytes(run.rows, packed.width) // 4),
+                ctypes.c_uint64(matrices * layout.nbytes(run.rows, packed.width) // 4),
                 ctypes.c_int(layout.chunk_bytes),
                 ctypes.c_int(layout.runs * TILE * 4),
                 ctypes.c_uint(integer.dummy_word(layout)),
@@ -210,7 +211,7 @@ def _load_blocks(loader: Staging, packed: PackedWeight, address: int, checkpoint
         nbytes += span.data.nbytes
         for source, first, rows, padded in loader.stream(span):
             arguments = integer.pack_blocks_arguments(
-                source, span.data.shape[1], address + run.offset, rows, packed.width,
+                source, span.data.shape[1], span.address + run.offset, rows, packed.width,
                 first=first, padded_rows=padded, interleave=span.interleave,
             )  # fmt: skip
             loader.run(kernel, arguments, _GRID)
@@ -238,7 +239,7 @@ def _load_words(loader: Staging, packed: PackedWeight, address: int, checkpoint:
             )  # fmt: skip
             last = stop == len(span.data)
             arguments = integer.pack_words_arguments(
-                source, address, stop - start, k,
+                source, span.address, stop - start, k,
                 first=span.first + start * (2 if span.interleave else 1),
                 padded_rows=span.padded - start if last else stop - start, interleave=span.interleave,
             )  # fmt: skip
@@ -328,7 +329,7 @@ def _quantise(loader: Staging, packed: PackedWeight, address: int, checkpoint: C
                 group_size=128,
             )  # fmt: skip
             arguments = integer.pack_words_arguments(
-                from_words, address + run.offset, rows, k,
+                from_words, span.address + run.offset, rows, k,
                 first=first, padded_rows=padded, interleave=span.interleave,
             )  # fmt: skip
             loader.run(f"sm80_{loader.tag}_integer_pack_int4", arguments, _GRID)

@@ -2,23 +2,12 @@
 // 16-bit type, which holds it exactly, on its way to mma.sync; activations stay as they are. Sums of 128 along K are
 // scaled and added up in ascending order. A block of 4 warps sums 64 rows of W by TOKENS tokens over all of K.
 // grid (row tiles, token tiles).
-#include "gemm/fp8/fp8.cuh"
+#include "gemm/fp8/widened.cuh"
 
 namespace rvllm::fp8 {
 
 using namespace gemm;
 constexpr int THREADS = 128, STAGES = 4;
-
-// Two neighbouring bytes as elements of T, the first in the low half.
-template <class T>
-__device__ __forceinline__ u32 widened_pair(u32 bytes) {
-  const auto number = [](u32 byte) {  // the exponent's bias is off by 120 in a float32 of these bits; subnormals too
-    const float v = __fmul_rn(__uint_as_float((byte & 0x7f) << 20), 1.329227995784916e36f);
-    return (byte & 0x7f) == 0x7f ? __uint_as_float(0x7fffffff) : byte & 0x80 ? -v : v;
-  };
-  const Pack<T, 2> pair{{rounded<T>(number(bytes & 0xff)), rounded<T>(number(bytes >> 8 & 0xff))}};
-  return *reinterpret_cast<const u32*>(&pair);
-}
 
 // x: [tokens, k] row-major with `x_pitch` elements from row to row, k and x_pitch multiples of 8, 16-byte aligned.
 // weights, block_scales (or null), row_scales (or null): see fp8.cuh. blocks: ceil(K / 128). The rest: see Epilogue.

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from rvllm.kernels.gemm.integer.specs import (
     CHUNK,
+    LAYOUTS,
     SM80_TOKENS,
     SMEM_LIMIT,
     SPLIT_TOKENS,
@@ -52,6 +53,11 @@ def segments_of(n: int, k: int) -> int:
     pairs, chunks = _ceil(n, 2 * TILE), _ceil(k, CHUNK)
     most = max(1, min(MAX_SEGMENTS, REFERENCE_BLOCKS // pairs, chunks // SEGMENT_CHUNKS))
     return 1 << most.bit_length() - 1
+
+
+def stack_stride(layout: str, rows: int, k: int) -> int:
+    """Bytes from one packed [rows, k] matrix of a stack to the next; a multiple of 256, as chunks are."""
+    return LAYOUTS[layout].nbytes(rows, k)
 
 
 @dataclass(frozen=True)

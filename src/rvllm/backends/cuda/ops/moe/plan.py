@@ -3,7 +3,9 @@
 A step of one token takes two launches behind the router's: the up matrices of its experts, then the down
 matrices with the weighted sum. On Hopper more tokens take three, one more for the sum: products grouped by
 expert, which list few entries for themselves and have many sorted by a launch before. Other GPUs sort always.
-All of them give a token the same bits, and none asks the host anything. The kernels are in `kernels/moe/`.
+All of them give a token the same bits, and none asks the host anything. Weights that keep a quantised format
+have kernels of their own, which take sorted entries for any number of tokens (`quantised.py`). The kernels
+are in `kernels/moe/`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Literal
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Planned, fixed
 from rvllm.backends.cuda.ops.gemm.plan import Kind, gated_rows
+from rvllm.backends.cuda.ops.moe.quantised import stack_product, tile_of
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.moe.specs import (
     BLOCKS,
@@ -26,6 +29,7 @@ from rvllm.kernels.moe.specs import (
     MAX_LISTED,
     ONE_DOWN_STAGES,
     ONE_UP_STAGES,
+    QUANTISED_THREADS,
     SORT_WARPS,
     TILE,
     Block,
@@ -43,7 +47,8 @@ SORT_WIDE = 1024  # entries of a block from which on the sort takes a full one
 SORT_CLUSTER = 8  # its blocks on Hopper
 COMBINE_THREADS = 128
 GROUP = 16  # row pairs that pass over all entries together
-Path = Literal["one", "many", "grouped"]
+STRIP_GROUP = 1024  # rows of W that pass over all entries together
+Path = Literal["one", "many", "grouped", "quantised"]
 
 
 @dataclass(frozen=True)
@@ -108,14 +113,27 @@ class ExpertsPlan:
         self.entries = tokens * self.top_k
         self.up_rows = gated_rows(self.width) if op.gated else self.width
         self.path: Path = (
-            "one" if tokens == 1
+            "quantised" if op.up.format or op.down.format
+            else "one" if tokens == 1
             else "grouped" if chip.capability == 90
             else "many"
         )  # fmt: skip
         self.block, self.tile = self._block(), self._tile()
+        if self.path == "quantised":
+            self.set_tile(tile_of(self._spread()))
+
+    def set_tile(self, tile: int) -> None:
+        """Entries of a work tile of `quantised`; a stack in 16 bits beside a quantised one has the same."""
+        self.tile, self.block = tile, next(b for b in BLOCKS if b.tokens == tile)
 
     def launches(self) -> list[Planned]:
         """In order."""
+        if self.path == "quantised":
+            products = [
+                self._quantised(which) if weight.format else self._many(which)
+                for which, weight in (("up", self.op.up), ("down", self.op.down))
+            ]
+            return [self._sort(self.tile, 0), *products, self._combine(0)]
         if self.path == "one":
             return [self._one_up(), self._one_down()]
         if self.path == "many":
@@ -254,7 +272,7 @@ class ExpertsPlan:
     def _many(self, which: str) -> Planned:
         block = self.block
         out, x, weights, by_token, k, rows, pitch, act = self._sides(which)
-        group, gated = 1024 // block.rows, which == "up" and self.op.gated
+        group, gated = STRIP_GROUP // block.rows, which == "up" and self.op.gated
         most = most_tiles(self.entries, self.experts, block.tokens)
         row_tiles = -(-rows // block.rows)
         grid = -(-row_tiles // group) * group * most
@@ -274,4 +292,23 @@ class ExpertsPlan:
         return self._planned(
             block.name, (grid,), block.threads, block.smem, f"{which}, grouped by expert",
             out, x, weights, at.order, at.tiles, at.num_tiles, *map(ctypes.c_int, numbers),
+        )  # fmt: skip
+
+    def _quantised(self, which: str) -> Planned:
+        out, x, weights, by_token, k, rows, pitch, act = self._sides(which)
+        kept = (self.op.up if which == "up" else self.op.down).format
+        assert kept is not None
+        product, group = stack_product(kept, rows, k), STRIP_GROUP // TILE
+        most, row_tiles = most_tiles(self.entries, self.experts, self.tile), -(-rows // TILE)
+        grid = -(-row_tiles // group) * group * most
+        numbers = (
+            product.scales, self.top_k, by_token, k, product.chunks, product.segments, rows, pitch, act,
+            int(which == "up" and self.op.gated), group,
+        )  # fmt: skip
+        at = self.at
+        return Planned(
+            self.name, product.kernel(self.tag, self.tile), fixed(grid), QUANTISED_THREADS,
+            (out, x, weights, at.order, at.tiles, at.num_tiles, ctypes.c_uint64(product.stride),
+             *map(ctypes.c_int, numbers)),
+            product.smem(self.tile), why=f"{which}, {kept.label}, grouped by expert",
         )  # fmt: skip

@@ -1,0 +1,57 @@
+"""Experts whose weights keep their format: which kernel multiplies a stack, and what it has to be told.
+
+The kernels, mma.sync on every GPU, are in `kernels/moe/quantised_gemm.cu`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rvllm.backends.cuda.formats import fp8_plan
+from rvllm.backends.cuda.ops.gemm import integer
+from rvllm.kernels.gemm.integer.specs import CHUNK
+from rvllm.kernels.moe.specs import QUANTISED_TOKENS, quantised_smem
+from rvllm.program.formats import Fp8Format, IntegerFormat, WeightFormat
+
+SCALES = {"row": 1, "block": 2}  # Scales in quantised_gemm.cu
+FEW = QUANTISED_TOKENS[0]  # entries of an expert up to which the small tile is taken
+
+
+@dataclass(frozen=True)
+class StackProduct:
+    """The product with one matrix of a stack: [rows, k] as packed, the same sums for every tile size.
+
+    layout: the kernels' name for the weights' format. stride: bytes from matrix to matrix. scales: as the
+    kernel knows them.
+    """
+
+    layout: str
+    stride: int
+    scales: int
+    chunks: int
+    segments: int
+
+    def kernel(self, tag: str, tile: int) -> str:
+        """The kernel for tiles of so many entries."""
+        return f"sm80_{tag}_experts_{self.layout}_n{tile}"
+
+    def smem(self, tile: int) -> int:
+        """Its dynamic shared memory in bytes."""
+        return quantised_smem(self.layout, tile)
+
+
+def stack_product(kept: WeightFormat, rows: int, k: int) -> StackProduct:
+    """How a stack of [rows, k] matrices in a format is multiplied; rows: packed rows of one."""
+    chunks = -(-k // CHUNK)
+    if isinstance(kept, Fp8Format):
+        stride = fp8_plan.packed_nbytes(rows, k, kept.scales)
+        return StackProduct("e4m3", stride, SCALES[kept.scales], chunks, fp8_plan.segments_of(rows, k))
+    assert isinstance(kept, IntegerFormat)
+    ((_, name),) = kept.parts
+    stride = integer.stack_stride(name, rows, k)
+    return StackProduct(name, stride, 0, chunks, integer.segments_of(rows, k))
+
+
+def tile_of(spread: tuple[tuple[float, int], ...]) -> int:
+    """Entries of a work tile, for experts and entries of each of them: the small tile while one holds all."""
+    return FEW if max(each for _, each in spread) <= FEW else QUANTISED_TOKENS[1]

@@ -1,0 +1,21 @@
+// E4M3 numbers as the 16-bit types, which hold them exactly.
+#pragma once
+
+#include "gemm/fp8/fp8.cuh"
+
+namespace rvllm::fp8 {
+
+using namespace gemm;
+
+// Two neighbouring bytes as elements of T, the first in the low half.
+template <class T>
+__device__ __forceinline__ u32 widened_pair(u32 bytes) {
+  const auto number = [](u32 byte) {  // the exponent's bias is off by 120 in a float32 of these bits; subnormals too
+    const float v = __fmul_rn(__uint_as_float((byte & 0x7f) << 20), 1.329227995784916e36f);
+    return (byte & 0x7f) == 0x7f ? __uint_as_float(0x7fffffff) : byte & 0x80 ? -v : v;
+  };
+  const Pack<T, 2> pair{{rounded<T>(number(bytes & 0xff)), rounded<T>(number(bytes >> 8 & 0xff))}};
+  return *reinterpret_cast<const u32*>(&pair);
+}
+
+}  // namespace rvllm::fp8

@@ -1,0 +1,190 @@
+// Experts whose weights keep their format (integers with scales of groups, GGUF's blocks, E4M3): the entries of one
+// expert, a tile at a time, times its matrix. mma.sync fed by cp.async; weights become 16 bits in registers.
+#include "gemm/fp8/widened.cuh"
+#include "gemm/integer/formats.cuh"
+#include "moe/moe.cuh"
+
+namespace rvllm::experts {
+
+using namespace gemm;
+constexpr int THREADS = 128, STAGES = 3;
+
+// E4M3 in tiles of 64 x 128 (see gemm/fp8/fp8.cuh) with what the formats of gemm/integer/formats.cuh have.
+struct E4m3 {
+  static constexpr bool INTEGERS = true;  // sums of 128 along K are scaled, by numbers that lie behind all tiles
+  static constexpr int RUNS = 1, STEPS = 4, CHUNK = TILE_BYTES;
+
+  static __device__ __forceinline__ u32 run_at(u32 at, int, int) { return at; }
+
+  template <class T>
+  static __device__ __forceinline__ void decode(u32 (&a)[4][4], u32 at, int u, int thread, int row) {
+    const auto pair = [&](int step, int r, int c) {
+      const u32 word = shared_word(at + r * 128 + ((4 * u + step) ^ r % 8) * 16 + (c & ~3));
+      return fp8::widened_pair<T>(c & 2 ? word >> 16 : word & 0xffff);
+    };
+    const int column = thread % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) a[j][i] = pair(j, row + i % 2 * 8, column + i / 2 * 8);
+  }
+};
+
+template <class F>
+constexpr bool IS_E4M3 = false;
+template <>
+constexpr bool IS_E4M3<E4m3> = true;
+
+// Scales of E4M3 matrices.
+enum Scales : int { NO_SCALES = 0, ROW_SCALES = 1, BLOCK_SCALES = 2 };
+
+// out = act(W[expert] x) for the tile (expert, first, count) of tiles[0 .. *num_tiles - 1]; parameters and grid as of `many`
+// in grouped_gemm.cu, for tiles of 64 rows. weights: a stack of packed matrices, `stride` bytes each; chunks:
+// ceil(K / 128). kind: Scales, of E4M3. k % 8 == 0. Groups are summed as in gemm/integer/gemm_sm80.cu and
+// gemm/fp8/gemm_sm80.cu, so a product has the bits of the dense one. Bound by memory for few entries.
+template <class T, int TOKENS, class F>
+__global__ void __launch_bounds__(THREADS)
+    quantised(T* out, const T* x, const u8* __restrict__ weights, const int* order, const int4* tiles, const int* num_tiles,
+              u64 stride, int kind, int top_k, int by_token, int k, int chunks, int segments, int rows, int pitch, int act,
+              int gated, int group) {
+  using namespace ptx;
+  constexpr bool E4M3 = IS_E4M3<F>;
+  constexpr int BOX = TOKENS * TILE * 2, STAGE = F::CHUNK + 2 * BOX, PITCH = TILE + 4, COPIES = TOKENS / 8;
+  static_assert(TOKENS * PITCH * 4 <= STAGES * STAGE, "the staged sums reuse the pipeline");
+  extern __shared__ __align__(1024) u8 shared[];
+  const u32 base = smem(shared);
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, row = warp * 16 + lane / 4;
+  if (by_token) griddep_wait();
+  griddep_launch();
+  const int count_tiles = __ldcg(num_tiles), heap = group * count_tiles, row_tiles = (rows + TILE - 1) / TILE;
+  if (count_tiles == 0) return;
+  const int within = blockIdx.x % heap, row_tile = blockIdx.x / heap * group + within % group;
+  if (row_tile >= row_tiles) return;
+  const int4 tile = __ldcg(tiles + within / group);
+  const int first = tile.y, count = tile.z;
+  const u8* const matrix = weights + tile.x * stride;
+  const u8* const strip = matrix + static_cast<u64>(row_tile) * chunks * F::CHUNK;
+
+  const T* source[COPIES];  // of the entries that this thread copies, at its sixteenth of a chunk
+#pragma unroll
+  for (int c = 0; c < COPIES; c++) {
+    const int entry = thread / 16 + 8 * c;
+    source[c] = nullptr;
+    if (entry < count) {
+      const int place = first + entry;
+      source[c] = x + static_cast<size_t>(by_token ? __ldcg(order + place) / top_k : place) * k + thread % 16 * 8;
+    }
+  }
+  const auto load_weights = [&](int chunk) {
+    if (chunk >= chunks) return;
+    const u32 at = base + chunk % STAGES * STAGE + 2 * BOX;
+    for (int i = thread * 16; i < F::CHUNK; i += THREADS * 16) cp_async16(at + i, strip + static_cast<u64>(chunk) * F::CHUNK + i);
+  };
+  const auto load_x = [&](int chunk) {
+    if (chunk < chunks) {
+      const u32 at = base + chunk % STAGES * STAGE + thread % 16 / 8 * BOX;
+      const bool inside = chunk * CHUNK_K + thread % 16 * 8 < k;
+#pragma unroll
+      for (int c = 0; c < COPIES; c++) {
+        const int entry = thread / 16 + 8 * c;
+        if (source[c])
+          cp_async16(at + entry * 128 + (thread % 8 ^ entry % 8) * 16, inside ? source[c] + chunk * CHUNK_K : x, inside ? 16 : 0);
+      }
+    }
+    cp_async_commit();  // also when empty, so that the count of groups stays in step
+  };
+  for (int s = 0; s < STAGES - 1; s++) load_weights(s);
+  if (!by_token) griddep_wait();
+  for (int s = 0; s < STAGES - 1; s++) load_x(s);
+
+  const float* scales = nullptr;
+  float by_row[2] = {1.f, 1.f};
+  if constexpr (E4M3) {
+    scales = reinterpret_cast<const float*>(matrix + static_cast<u64>(row_tiles) * chunks * F::CHUNK);
+    if (kind == ROW_SCALES) by_row[0] = scales[row_tile * TILE + row], by_row[1] = scales[row_tile * TILE + row + 8];
+  }
+  float total[TOKENS / 8][4], sum[TOKENS / 8][4], acc[TOKENS / 8][4];
+  const auto clear = [](float(&v)[TOKENS / 8][4]) {
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) v[j][i] = 0.f;
+  };
+  clear(sum);
+  clear(acc);
+  const auto promote = [&](const float(&by)[2]) {
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) sum[j][i] = fmaf(by[i / 2], acc[j][i], sum[j][i]);
+    clear(acc);
+  };
+  const auto promote_at = [&](u32 run) {
+    const float by[2] = {low_half(shared_word(run)), low_half(shared_word(run + 32))};
+    promote(by);
+  };
+  int segment = 0, end = segment_start(chunks, segments, 1);
+  for (int chunk = 0; chunk < chunks; chunk++) {
+    cp_async_wait<STAGES - 2>();
+    __syncthreads();
+    load_weights(chunk + STAGES - 1);
+    load_x(chunk + STAGES - 1);
+    const u32 b_base = base + chunk % STAGES * STAGE, here = b_base + 2 * BOX;
+#pragma unroll
+    for (int u = 0; u < 2; u++) {
+      u32 a[4][4];
+      F::template decode<T>(a, here, u, thread, row);
+#pragma unroll
+      for (int step = 0; step < 4; step++) {
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; j += 2) {
+          u32 b[4];
+          const int token = 8 * j + lane / 16 * 8 + lane % 8, half = 2 * step + lane / 8 % 2;
+          ldmatrix_x4(b, b_base + u * BOX + token * 128 + (half ^ token % 8) * 16);
+          mma_16816(acc[j], a[step], {b[0], b[1]}, T());
+          mma_16816(acc[j + 1], a[step], {b[2], b[3]}, T());
+        }
+        if constexpr (F::INTEGERS && F::RUNS > 1) {
+          if (step % F::STEPS == F::STEPS - 1) promote_at(F::run_at(here, u, step) + 4 * row);
+        }
+      }
+    }
+    if constexpr (E4M3) {
+      float by_block[2] = {1.f, 1.f};
+      if (kind == BLOCK_SCALES) {
+        const float* at = scales + (static_cast<size_t>(chunk) * row_tiles + row_tile) * 8 + warp * 2;
+        by_block[0] = at[0], by_block[1] = at[1];
+      }
+      promote(by_block);
+    } else if constexpr (F::INTEGERS && F::RUNS == 1) {
+      promote_at(here + 4 * row);
+    }
+    if (chunk + 1 == end) {
+#pragma unroll
+      for (int j = 0; j < TOKENS / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          float v = F::INTEGERS ? sum[j][i] : acc[j][i];
+          if constexpr (E4M3) v = __fmul_rn(v, by_row[i / 2]);
+          total[j][i] = segment == 0 ? v : total[j][i] + v;
+        }
+      clear(sum);
+      clear(acc);
+      segment++;
+      end = segment_start(chunks, segments, segment + 1);
+    }
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+
+  float* const staging = reinterpret_cast<float*>(shared);  // [TOKENS][PITCH]
+  const int column = lane % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < TOKENS / 8; j++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) staging[(8 * j + column + i % 2) * PITCH + row + i / 2 * 8] = total[j][i];
+  __syncthreads();
+  write_tile<T, TILE, PITCH, THREADS>(out, staging, order, thread, first, count, row_tile, rows, pitch, act, gated, by_token);
+}
+
+}  // namespace rvllm::experts

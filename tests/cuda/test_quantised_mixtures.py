@@ -1,0 +1,71 @@
+"""Mixtures from quantised checkpoints, run as they are stored, against float32 on the CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rvllm.backends.cuda.device.driver import device_count
+from rvllm.models.config import ModelConfig
+from rvllm.models.registry import build_program
+from rvllm.program.dtypes import DType
+from rvllm.program.ops.dense import Experts
+from rvllm.weights.formats import with_formats
+from rvllm.weights.open import open_checkpoint
+from support.emulator import available
+from support.emulator.driver import emulated_driver
+from support.kernels.gpu_engine import model
+from support.kernels.stored_models import check_runs
+from support.models import archs_tiny
+from support.models.arch_cases import DEEPSEEK
+from support.weights.quantisers import FP8, GPTQ, Quantiser, Tensors, file_of, fp8_blocks, gptq
+
+pytestmark = pytest.mark.skipif(not available() and device_count() == 0, reason="needs g++ or a GPU")
+MIXTRAL = model(
+    "MixtralForCausalLM", num_hidden_layers=1, hidden_size=128, intermediate_size=96, num_attention_heads=2,
+    num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
+)  # fmt: skip
+# Two shared experts, which are cut out of one wider MLP: rows of its first matrices, columns of its last.
+DEEPSEEK_V2 = model(
+    "DeepseekV2ForCausalLM", num_hidden_layers=2, hidden_size=128, num_attention_heads=4, vocab_size=515,
+    rms_norm_eps=1e-5, **DEEPSEEK | {"n_shared_experts": 2, "moe_intermediate_size": 128},
+    q_lora_rank=None, topk_method="greedy", routed_scaling_factor=1.0, norm_topk_prob=False,
+)  # fmt: skip
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Quantiser]] = {
+    "mixtral, gptq": (MIXTRAL, GPTQ | {"bits": 4, "group_size": 32}, gptq(4, 32)),
+    "deepseek_v2, fp8": (DEEPSEEK_V2, FP8 | {"weight_block_size": [128, 128]}, fp8_blocks(128, 128)),
+}
+PLAIN = ("embed", "lm_head", "norm", "gate.weight")
+
+
+@pytest.fixture(autouse=True)
+def machine() -> Iterator[None]:
+    if device_count() > 0:
+        yield
+    else:
+        with emulated_driver():
+            yield
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mixtures_keep_their_format(case: str, tmp_path: Path) -> None:
+    config, quantisation, quantise = CASES[case]
+    rng = np.random.default_rng(2)
+    stored: Tensors = {}
+    for name, numbers in archs_tiny.random_tensors("mixture", config).items():
+        if numbers.ndim == 2 and not any(plain in name for plain in PLAIN):
+            stored |= quantise(name.removesuffix(".weight"), numbers, rng)[0]
+        else:
+            stored[name] = ("F32", numbers)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
+    (tmp_path / "model.safetensors").write_bytes(file_of(stored))
+    checkpoint = open_checkpoint(tmp_path)
+    program = with_formats(build_program(ModelConfig(config, "tiny"), DType.BF16), checkpoint, "auto")
+    experts = [op for op in program.ops if isinstance(op, Experts)]
+    assert experts and all(op.up.format and op.down.format for op in experts)
+    check_runs(checkpoint, config["vocab_size"])
