@@ -36,9 +36,14 @@ def server() -> Any:
 def test_small_endpoints(server: LiveServer) -> None:
     import json
 
-    for method, path in (("GET", "/ping"), ("POST", "/ping"), ("GET", "/health")):
+    for method, path in (("GET", "/ping"), ("POST", "/ping"), ("GET", "/health"), ("GET", "/ready")):
         assert server.raw(method, path)[0] == 200
-    for path, answer in (("/load", {"server_load": 0}), ("/is_sleeping", {"is_sleeping": False})):
+    for path, answer in (
+        ("/load", {"server_load": 0}),
+        ("/is_sleeping", {"is_sleeping": False}),
+        ("/v2/health/live", {"live": True}),
+        ("/v2/health/ready", {"ready": True}),
+    ):
         status, _, body = server.raw("GET", path)
         assert (status, json.loads(body)) == (200, answer)
     status, _, body = server.raw("GET", "/server_info")

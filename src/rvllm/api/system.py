@@ -106,8 +106,8 @@ async def detokenize(service: Service, exchange: Exchange, body: bytes) -> None:
     await exchange.json(Text(text))
 
 
-async def health(gate: Gate, service: Service, exchange: Exchange, body: bytes) -> None:
-    """`/health`: 200 while requests are answered, else 503; `status` says which it is."""
+def check_health(gate: Gate, service: Service) -> None:
+    """Raises a 503 that says why, unless requests are answered."""
     status = service.engine.status
     if status == "ready" and gate.draining:
         status = "draining"
@@ -116,7 +116,23 @@ async def health(gate: Gate, service: Service, exchange: Exchange, body: bytes) 
                 "starting": "the engine starts again", "draining": "the server is shutting down"}  # fmt: skip
         code = "engine_dead" if status == "failed" else status
         raise ApiError(503, said[status], code=code)
-    await exchange.json({"status": status})
+
+
+async def health(gate: Gate, service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/health`: 200 while requests are answered, else 503; `status` says which it is."""
+    check_health(gate, service)
+    await exchange.json({"status": "ready"})
+
+
+async def ready(gate: Gate, service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/v2/health/ready` of the open inference protocol: as `/health`."""
+    check_health(gate, service)
+    await exchange.json({"ready": True})
+
+
+async def live(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/v2/health/live` of the open inference protocol: that this process answers."""
+    await exchange.json({"live": True})
 
 
 async def metrics(service: Service, exchange: Exchange, body: bytes) -> None:

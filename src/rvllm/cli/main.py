@@ -22,6 +22,7 @@ COMMANDS = {
     "run-batch": "answer the requests of a JSONL file without a server",
     "top": "watch a running server's engine in the terminal",
     "trace": "where the time of a request went",
+    "ray": "many GPUs: replicas of engines behind one address, with Ray Serve",
     "pull": "fetch a model into the cache",
     "plan": "print the program a model runs: ops, shapes, bytes, FLOPs",
     "kernels": "list, compile and check the CUDA kernels",

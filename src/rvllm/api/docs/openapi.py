@@ -140,6 +140,9 @@ OPERATIONS = (
     *(
         Operation(method, "/ping", "The same as /health.", open=True) for method in ("GET", "POST")
     ),
+    Operation("GET", "/ready", "The same as /health.", open=True),
+    Operation("GET", "/v2/health/ready", "Whether requests are answered.", None, dict[str, bool], open=True),
+    Operation("GET", "/v2/health/live", "200 while the process answers.", None, dict[str, bool], open=True),
     Operation("GET", "/load", "Choices that run or wait.", None, dict[str, int]),
     Operation("GET", "/is_sleeping", "Whether the model is asleep.", None, dict[str, bool]),
     Operation("GET", "/server_info", "What is served, and how.", None, dict[str, Any]),

@@ -1,0 +1,63 @@
+"""`rvllm ray serve CONFIG`: replicas of engines behind one address, with Ray Serve."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from rvllm.ray.config import RayConfig, load
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declares `ray`."""
+    parser = subparsers.add_parser("ray", help="many GPUs with Ray Serve", allow_abbrev=False)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    serve = actions.add_parser("serve", help="serve, or update what is served", allow_abbrev=False)
+    serve.add_argument(
+        "config", metavar="CONFIG", type=Path, help="YAML: models, replicas, routing (docs/ray.md)"
+    )
+    serve.add_argument(
+        "--address",
+        help="a running Ray cluster (auto: the one of this machine); the application stays there when this "
+        "command ends. Default: Ray is started here and ends with this command.",
+    )
+    serve.add_argument("--name", default="rvllm", help="the application's name in Ray Serve [rvllm]")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Deploys and, where Ray was started here, waits for a signal; returns the exit code."""
+    config = load(args.config)
+    from rvllm.ray.app import application, require_ray
+
+    require_ray()
+    import ray
+    from ray import serve
+
+    stop = threading.Event()
+    ray.init(address=args.address or "local", log_to_driver=args.address is None, include_dashboard=False)
+    for number in (signal.SIGTERM, signal.SIGINT):  # Ray has put its own in place
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        serve.start(http_options={"host": config.http.host, "port": config.http.port})
+        serve.run(application(config), name=args.name, route_prefix="/")
+        print("\n".join(_summary(config)), flush=True)
+        if args.address is None:
+            stop.wait()
+            serve.shutdown()
+    finally:
+        ray.shutdown()
+    return 0
+
+
+def _summary(config: RayConfig) -> list[str]:
+    """What an operator wants to know."""
+    lines = [f"rvLLM on Ray Serve · {config.frontends} front end{'s' * (config.frontends > 1)}"]
+    for model in config.models:
+        scaling = model.scaling
+        count = f"{scaling.min}" if scaling.min == scaling.max else f"{scaling.min} to {scaling.max}"
+        place = "the CPU" if model.gpus == 0 else f"{model.gpus:g} GPU"
+        lines.append(f"  {model.name}: {count} replica{'s' * (count != '1')}, each on {place}")
+    return [*lines, f"  listening on http://{config.http.host}:{config.http.port}"]

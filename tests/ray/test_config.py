@@ -1,0 +1,102 @@
+"""What CONFIG may say, and what is said about what it may not."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rvllm.cli.main import main
+from rvllm.errors import UsageError
+from rvllm.ray.config import Replicas, load, parse, plain
+
+EXAMPLES = Path(__file__).parents[2] / "deploy" / "ray"
+
+
+def model(**values: Any) -> dict[str, Any]:
+    return {"models": [{"name": "m", **values}]}
+
+
+def test_defaults_and_both_spellings_of_replicas() -> None:
+    config = parse(model(replicas=3, engine={"model": "x", "max_num_seqs": 8}))
+    assert config.models[0].scaling == Replicas(3, 3)
+    assert config.models[0].engine_config().max_num_seqs == 8
+    assert config.server_config(config.models[0]).served_model_name == "m"
+    assert config.stateful
+    scaled = parse(model(replicas={"min": 1, "max": 4}))
+    assert scaled.models[0].scaling.max == 4
+
+
+def test_it_survives_the_way_to_another_process() -> None:
+    config = parse({**model(gpus=0.5, replicas={"min": 1, "max": 4}), "server": {"max_queue": 9}})
+    assert parse(plain(config)) == config
+
+
+def test_a_share_of_a_gpu_is_a_share_of_its_memory() -> None:
+    assert parse(model(gpus=0.5)).models[0].engine_config().gpu_memory_utilization == 0.45
+    given = parse(model(gpus=0.5, engine={"gpu_memory_utilization": 0.3}))
+    assert given.models[0].engine_config().gpu_memory_utilization == 0.3
+    assert parse(model(gpus=0)).models[0].engine_config().device == "cpu"
+
+
+def test_state_needs_one_place() -> None:
+    assert not parse({**model(), "frontends": 2}).stateful
+    assert not parse({"models": [{"name": "a"}, {"name": "b"}]}).stateful
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ([], "Expected `object`"),
+        ({"models": []}, "one or more"),
+        ({"models": [{"name": "a"}, {"name": "a"}]}, "name of its own"),
+        (model(engine={"max_seqs": 8}), "m: engine: there is no setting 'max_seqs'"),
+        (model(engine={"max_num_seqs": 0}), "max-num-seqs: must be at least 1"),
+        (model(replicas={"min": 3, "max": 2}), "max at least min"),
+        (model(replicas={"minimum": 3}), "minimum"),
+        (model(gpus=2), "runs on one GPU"),
+        ({**model(), "server": {"port": 8000}}, "port is not set here"),
+        ({**model(), "server": {"max_queue": "many"}}, "max-queue"),
+        ({**model(), "frontends": 0}, "frontends must be at least 1"),
+    ],
+)
+def test_mistakes_are_named(values: Any, says: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse(values)
+    assert says in str(error.value)
+
+
+def test_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot read"):
+        load(tmp_path / "none.yaml")
+    file = tmp_path / "bad.yaml"
+    file.write_text("models: [")
+    with pytest.raises(UsageError, match="no YAML"):
+        load(file)
+    file.write_text("models: []")
+    with pytest.raises(UsageError, match=r"bad\.yaml: models: give"):
+        load(file)
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda file: file.name)
+def test_examples_are_valid(file: Path) -> None:
+    import yaml
+
+    for document in yaml.safe_load_all(file.read_text()):
+        if "kind" in document:  # for KubeRay: the same values inside
+            [application] = yaml.safe_load(document["spec"]["serveConfigV2"])["applications"]
+            assert application["import_path"] == "rvllm.ray:app"
+            document = application["args"]
+        assert parse(document).models
+
+
+def test_without_the_extra_the_command_says_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    file = tmp_path / "c.yaml"
+    file.write_text("models: [{name: a}]")
+    assert main(["ray", "serve", str(file)]) == 2
+    assert "pip install" in capsys.readouterr().err
