@@ -410,6 +410,9 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, title: str, skip: Sequ
     add_settings(parser.add_argument_group(title), cls, skip)
 
 
+MAX_METAVAR = 50  # characters
+
+
 def add_settings(group: Any, cls: type, skip: Sequence[str] = ()) -> None:
     """Adds a config class's settings to a parser or a group of one."""
     for f, known in settings_of(cls):
@@ -423,11 +426,11 @@ def add_settings(group: Any, cls: type, skip: Sequence[str] = ()) -> None:
                 *names, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=text
             )
         else:
-            metavar = (
-                "{" + ",".join(known.choices) + "}"
-                if known.choices
-                else known.metavar or base.__name__.upper()
-            )
+            metavar = known.metavar or base.__name__.upper()
+            if known.choices:
+                metavar = "{" + ",".join(known.choices) + "}"
+                if len(metavar) > MAX_METAVAR:  # argparse breaks lines at spaces alone
+                    metavar, text = "NAME", f"{text} One of: {', '.join(known.choices)}."
             several: dict[str, Any] = {"nargs": "+"} if known.many else {}
             group.add_argument(*names, dest=f.name, default=None, metavar=metavar, help=text, **several)
 

@@ -28,7 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_list_holds_every_kernel_with_what_makes_it(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["kernels", "list", "--arch", "sm_80"]) == 0
+    assert main(["kernels", "list", "--all", "--arch", "sm_80"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:-1]] == sorted(MANIFEST)
     assert lines[-1].startswith(f"{len(MANIFEST)} kernels; cubins in ")
@@ -37,7 +37,10 @@ def test_the_list_holds_every_kernel_with_what_makes_it(capsys: pytest.CaptureFi
     for part in (spec.symbol, spec.source, str(spec.smem), "sm_80+", "not built"):
         assert part in row
     (only_hopper,) = (line for line in lines if line.startswith("sm90_bf16_gemm_split_n8 "))
-    assert "sm_90 only" in only_hopper and only_hopper.endswith("-")
+    assert "sm_90 only" in only_hopper and " -  " in only_hopper
+    assert main(["kernels", "list", "--arch", "sm_80"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[:-1])) <= 80, "without --all it fits a terminal"
 
 
 @pytest.mark.parametrize(

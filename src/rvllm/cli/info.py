@@ -187,7 +187,7 @@ def describe(config: EngineConfig) -> Described:
         program = with_formats(program, checkpoint if checkpoint.tensors else None, config.quantization)
     formats, stored = stored_formats(checkpoint)
     facts = [
-        ("path", str(checkpoint.path)),
+        *_place(checkpoint.path),
         ("architecture", program.architecture),
         ("parameters", f"{sum(w.elements for w in program.weights):,}"),
         ("vocabulary", str(program.vocab_size)),
@@ -199,6 +199,15 @@ def describe(config: EngineConfig) -> Described:
         ("end of sequence", ", ".join(map(str, model.eos_token_ids)) or "none"),
     ]
     return Described(program, checkpoint, device, facts)
+
+
+def _place(path: Path) -> Section:
+    """Where the model lies: its folder, and its file if it is a single one."""
+    folder = str(path.parent if path.is_file() else path)
+    home = str(Path.home())
+    if folder.startswith(f"{home}/"):
+        folder = "~" + folder.removeprefix(home)
+    return [("folder", folder), *([("file", path.name)] if path.is_file() else [])]
 
 
 def memory_rows(program: Program, checkpoint: Checkpoint, config: EngineConfig, device: str) -> Section:

@@ -42,6 +42,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="DIR",
         help="where to put cubins [the cache]; --output wheel puts them in the package",
     )
+    parser.add_argument("--all", action="store_true", help="list: also sources, shared memory and hashes")
     parser.set_defaults(main=main)
 
 
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
     if args.output == "wheel":
         folder = build.PREBUILT
     if args.action == "list":
-        return _list(specs, targets[0], folder)
+        return _list(specs, targets[0], folder, everything=args.all)
     work = {target: build.units(_for_target(specs, target), target) for target in targets}
     return _build(work, folder) if args.action == "build" else _check(work, folder)
 
@@ -96,9 +97,11 @@ def _for_target(specs: list[KernelSpec], target: str) -> list[KernelSpec]:
     return [spec for spec in specs if spec.runs_on(_capability(target))]
 
 
-def _list(specs: list[KernelSpec], target: str, folder: Path) -> int:
-    """Every kernel with its source and instantiation (dtype and tile sizes), its content hash for one target
-    and whether it is built."""
+def _list(specs: list[KernelSpec], target: str, folder: Path, *, everything: bool) -> int:
+    """Every kernel and whether it is built for one target.
+
+    everything: also its source and instantiation (dtype and tile sizes), shared memory and content hash.
+    """
     from rvllm.cli.common.tables import table
     from rvllm.kernels import build
 
@@ -114,9 +117,10 @@ def _list(specs: list[KernelSpec], target: str, folder: Path) -> int:
         state = "-" if unit is None else "built" if build.find(unit, folder) else "not built"
         key = "" if unit is None else unit.key[:12]
         made = " ".join((spec.symbol, *spec.defines))
-        rows.append((spec.name, lowest, spec.source, made, f"{spec.smem or ''}", key, state))
-    heading = ("kernel", "runs on", "source", "instantiation", "smem", f"hash for {target}", "state")
-    print(table(heading, rows, right=(4,)))
+        row = (spec.name, lowest, state, spec.source, made, f"{spec.smem or ''}", key)
+        rows.append(row if everything else row[:3])
+    heading = ("kernel", "runs on", f"for {target}", "source", "instantiation", "smem", "hash")
+    print(table(heading if everything else heading[:3], rows, right=(5,)))
     print(f"{len(rows)} kernels; cubins in {folder}")
     return 0
 

@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import resource
 import socket
+import sys
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -187,8 +188,13 @@ async def _answer(
     service, gate = build_service(engine, engine.ready, engine_config, config, tokenizer, work, template)
 
     def announce() -> None:
+        from rvllm.cli.common.tables import wrapped
+
         kernels = _kernels(engine.ready.backend, engine_config)
-        print("\n".join(_summary(engine, service.served_name, kernels, start, url_of(sock))), flush=True)
+        lines = _summary(engine, service.served_name, kernels, start, url_of(sock))
+        if sys.stdout.isatty():  # a terminal would break them within words; a log keeps them whole
+            lines = [wrapped(line, 10) for line in lines]
+        print("\n".join(lines), flush=True)
 
     warming = asyncio.ensure_future(service.warm_grammars())
     try:

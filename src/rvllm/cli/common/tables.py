@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from collections.abc import Sequence
 
 
@@ -48,3 +50,14 @@ def facts(title: str, rows: Sequence[tuple[str, str]]) -> str:
     """A titled list of names and values."""
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in rows)])
+
+
+def wrapped(line: str, indent: int) -> str:
+    """A line broken between words to the terminal's width; what follows is indented."""
+    return textwrap.fill(
+        line,
+        shutil.get_terminal_size().columns,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
