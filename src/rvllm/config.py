@@ -136,6 +136,16 @@ class EngineConfig:
     num_blocks: int | None = setting(
         None, "KV blocks of 16 tokens; default: what memory allows.", low=1, env="RVLLM_NUM_BLOCKS"
     )
+    num_cpu_blocks: int = setting(
+        0,
+        "KV blocks in host memory, beside those of the device: prefixes and preempted sequences move there when their place is needed, and come back; 0: they are computed again.",
+        low=0,
+    )
+    preemption_mode: str = setting(
+        "auto",
+        "What happens to the blocks of a sequence that must wait, where there is host memory for them: swap moves them there, recompute forgets them, auto compares what both cost.",
+        choices=("auto", "swap", "recompute"),
+    )
     kv_cache_memory_gb: float | None = setting(
         None,
         "Memory for the KV cache in GB; default: on the CPU a quarter of what is free, at most 4.",

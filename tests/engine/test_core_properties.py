@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
 from random import Random
 
 from hypothesis import HealthCheck, given, settings
@@ -12,36 +11,9 @@ from hypothesis import strategies as st
 from rvllm.backends.base import Limits
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
-from rvllm.engine.ipc.messages import Generate, Output, Sampling
-from support.doubles.engine import EOS, VOCAB, PagedDouble, facts, next_token, row_logprobs
-
-MAX_LEN = 100
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One request of a scenario: when it comes, what it asks, when it is cancelled (None: never)."""
-
-    at: int
-    prompt: tuple[int, ...]
-    max_tokens: int
-    seed: int
-    stops: tuple[int, ...]
-    min_tokens: int
-    priority: int
-    prompt_logprobs: int | None
-    logprobs: int | None
-    cancel_at: int | None
-
-
-@dataclass
-class Received:
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list = field(default_factory=list)
-    prompt_logprobs: list | None = None
-    finish: list[tuple[str, int | None]] = field(default_factory=list)
-    step: int = -1
-
+from rvllm.engine.ipc.messages import Generate, Sampling
+from support.doubles.engine import VOCAB, PagedDouble, facts, row_logprobs
+from support.doubles.lives import MAX_LEN, Plan, Received, alone, check_books, take
 
 FEW = st.sampled_from(range(4))
 PREFIX = tuple((i * 7 + 3) % VOCAB for i in range(80))
@@ -90,19 +62,6 @@ def request(index: int, plan: Plan) -> Generate:
     return Generate(f"r{index}", list(plan.prompt), sampling, plan.priority, arrival=1.0)
 
 
-def alone(plan: Plan, max_model_len: int) -> tuple[list[int], str, int | None]:
-    """What a request must give, from the definition of the double's tokens."""
-    history = list(plan.prompt)
-    while True:
-        token = next_token(history, len(plan.prompt), plan.seed, plan.min_tokens, plan.stops)
-        history.append(token)
-        drawn = len(history) - len(plan.prompt)
-        if token in plan.stops and drawn >= plan.min_tokens:
-            return history[len(plan.prompt) :], "stop", None if token == EOS else token
-        if drawn == plan.max_tokens or len(history) == max_model_len:
-            return history[len(plan.prompt) :], "length", None
-
-
 def drive(core: EngineCore, scenario: list[Plan]) -> dict[int, Received]:
     """Runs a scenario to its end, checking the books after every step."""
     received = {i: Received() for i in range(len(scenario))}
@@ -123,33 +82,6 @@ def drive(core: EngineCore, scenario: list[Plan]) -> dict[int, Received]:
         assert step < 20_000, "starved or stuck"
     assert core.step() == []
     return received
-
-
-def take(outputs: list[Output], received: dict[int, Received], step: int) -> None:
-    for output in outputs:
-        into = received[int(output.request_id[1:])]
-        assert not into.finish, "an output after the end"
-        assert output.token_ids or output.finish_reason
-        into.tokens += output.token_ids
-        into.logprobs += output.logprobs or []
-        if output.prompt_logprobs is not None:
-            assert into.prompt_logprobs is None
-            into.prompt_logprobs = output.prompt_logprobs
-        if output.finish_reason:
-            into.finish.append((output.finish_reason, output.stop_reason))
-            into.step = step
-
-
-def check_books(core: EngineCore) -> None:
-    scheduler = core.scheduler
-    slots = [seq.slot for seq in scheduler.running]
-    assert len(set(slots)) == len(slots) and all(0 <= s < scheduler.limits.max_num_seqs for s in slots)
-    assert all(seq.slot == -1 and not seq.blocks for seq in scheduler.waiting)
-    held = {block for seq in scheduler.running for block in seq.blocks}
-    assert len(held) == scheduler.blocks.used
-    for seq in scheduler.running:
-        assert seq.computed <= seq.launched <= seq.length <= seq.max_length
-        assert seq.launched <= seq.capacity
 
 
 def check_all(core: EngineCore, scenario: list[Plan], received: dict[int, Received]) -> None:

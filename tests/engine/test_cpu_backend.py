@@ -8,8 +8,10 @@ import json
 from pathlib import Path
 from random import Random
 
+import msgspec
 import pytest
 
+from rvllm.backends.cpu.compiled.library import missing
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.client import EngineClient
@@ -111,6 +113,46 @@ def test_alone_and_in_a_crowd(model: EngineConfig) -> None:
         assert stats.blocks_used == 0 and stats.cached_prompt_tokens > 0
         assert (stats.preemptions > 0) == ("num_blocks" in settings)
         core.close()
+
+
+@pytest.mark.parametrize("kernels", ["numpy", "compiled"])
+def test_a_second_pool_changes_no_bit(model: EngineConfig, kernels: str) -> None:
+    """Swapped, recomputed, shared by several choices: every request has the tokens that it has alone."""
+    if kernels == "compiled" and missing():
+        pytest.skip(f"no compiled CPU kernels: {missing()}")
+    model = dataclasses.replace(model, cpu_kernels=kernels)
+    wanted = requests(Random(5))
+    wanted += [
+        msgspec.structs.replace(r, request_id=f"{r.request_id}-b", group=r.request_id) for r in wanted[::2]
+    ]
+    for first in wanted:
+        first.group = first.group or first.request_id
+    core = EngineCore.from_config(model)
+    expected = {r.request_id: essence(run(core, [r])[r.request_id]) for r in wanted}
+    core.close()
+    small = {"num_blocks": 14, "max_model_len": 140, "max_num_batched_tokens": 33}
+    for mode, host in (("swap", 100), ("recompute", 12)) if kernels == "numpy" else (("auto", 20),):
+        settings = {**small, "num_cpu_blocks": host, "preemption_mode": mode}
+        core = EngineCore.from_config(dataclasses.replace(model, **settings))
+        got = run(core, wanted, 1)
+        assert {name: essence(outputs) for name, outputs in got.items()} == expected
+        stats = core.stats()
+        assert stats.preemptions and stats.blocks_moved_out and stats.blocks_moved_in
+        assert stats.swaps == (0 if mode == "recompute" else stats.preemptions)
+        assert ("kv cache, second tier", host * 16 * 2 * 2 * 2 * 8 * 4) in core.ready.ledger
+        core.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"enable_prefix_caching": False, "num_cpu_blocks": 10}, "--no-enable-prefix-caching"),
+        ({"num_cpu_blocks": 1 << 40}, "--num-cpu-blocks .* GB .* lower it to"),
+    ],
+)
+def test_a_second_pool_that_cannot_be_is_refused(model: EngineConfig, settings: dict, said: str) -> None:
+    with pytest.raises(RvllmError, match=said):
+        EngineCore.from_config(dataclasses.replace(model, **settings))
 
 
 def test_facts(model: EngineConfig) -> None:

@@ -11,7 +11,7 @@ from rvllm.backends.base import Limits, StepBatch, StepResult
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Generate, Sampling
-from rvllm.engine.scheduling.policy import DelayLimit, FairShares
+from rvllm.engine.scheduling.policy import FairShares, PrefillCost
 from support.doubles.engine import PagedDouble, facts
 
 
@@ -133,7 +133,7 @@ def test_prompts_add_no_more_than_the_bound_to_a_step_with_decodes() -> None:
     beside = [
         b.num_tokens - 1 for b in core.backend.batches[5:] if len(b.slots) == 2 and b.query_lens.max() > 1
     ]
-    assert beside[0] == DelayLimit.FIRST and sum(beside) == 700
+    assert beside[0] == PrefillCost.LEAST and sum(beside) == 700
     assert all(0.8 * 50 <= tokens <= 50 for tokens in beside[1:-1]), "5 ms at 0.1 ms a token"
     core = make(seqs=4, tokens=500, blocks=200, max_prefill_delay_ms=5.0)
     ask(core, "long", 700, 2)
@@ -142,16 +142,16 @@ def test_prompts_add_no_more_than_the_bound_to_a_step_with_decodes() -> None:
 
 
 def test_the_dearest_prompt_token_counts() -> None:
-    limit = DelayLimit(0.010)
+    limit = PrefillCost()
     limit.measured(0.002, 4, 0)
     for tokens, seconds in ((100, 0.004), (100, 0.012), (100, 0.006)):
         limit.measured(seconds, 4, tokens)
-    assert limit.tokens() == 100
+    assert limit.tokens(0.010) == 100
     limit.measured(5.0, 4, 1)  # a token alone says nothing
-    assert limit.tokens() == 100
+    assert limit.tokens(0.010) == 100
     for _ in range(4):
         limit.measured(0.502, 4, 16)
-    assert limit.tokens() == DelayLimit.FIRST, "prompts go on at any cost"
+    assert limit.tokens(0.010) == PrefillCost.LEAST, "prompts go on at any cost"
 
 
 def test_a_wait_that_is_too_long_ends() -> None:

@@ -94,6 +94,7 @@ def build_service(
         {
             "block_size": str(ready.block_size),
             "num_gpu_blocks": str(ready.num_blocks),
+            "num_cpu_blocks": str(engine_config.num_cpu_blocks),
             "enable_prefix_caching": str(engine_config.enable_prefix_caching),
             "gpu_memory_utilization": str(engine_config.gpu_memory_utilization),
         },

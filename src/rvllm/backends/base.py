@@ -24,6 +24,7 @@ _LAYER = re.compile(r"layers\.\d+\.")
 BROKEN_ROW = -2  # in place of a token; kernels/sampling/sample.cu has it too
 MAX_BIASES = 1024  # entries of a request's logit_bias: a slot has room for so many on a device
 MAX_STOPS = 128  # token ids that min_tokens can hold back
+MOVE_OUT, MOVE_IN, COPY = range(3)  # kinds of StepBatch.moves
 LAST_SAMPLED = -1  # in StepBatch.tokens: the token this slot sampled last, which only the device may know
 
 
@@ -74,7 +75,10 @@ class StepBatch:
     that its slot sampled in the step before.
     sample: bool [S]; whether a token is drawn from the sequence's last row (false for all but the last
     chunk of a prompt).
-    started: slots taken since the last step; they come before anything else is done.
+    moves: int32 [M, 3] rows (kind, block, other) of KV blocks to copy, in their order, after all earlier
+    steps and before anything of this one: MOVE_OUT from device block `block` to host block `other`, MOVE_IN
+    from host block `other` to device block `block`, COPY from device block `block` to device block `other`.
+    started: slots taken since the last step; they come before anything else is done but the moves.
     new_blocks: int32 [B, 3] rows (slot, index, block): block-table entries to set before the step. A
     SlotStart empties the slot's table first.
     prompt_logprobs: per sequence index s, how many top logprobs to report for each token of the chunk
@@ -91,6 +95,7 @@ class StepBatch:
     sample: NDArray[np.bool_]
     started: list[SlotStart] = field(default_factory=list)
     new_blocks: Int32 = field(default_factory=lambda: np.empty((0, 3), dtype=np.int32))
+    moves: Int32 = field(default_factory=lambda: np.empty((0, 3), dtype=np.int32))
     prompt_logprobs: dict[int, int] = field(default_factory=dict)
     masks: dict[int, NDArray[np.uint32]] = field(default_factory=dict)
     seconds: dict[int, int] = field(default_factory=dict)
@@ -138,6 +143,9 @@ class Limits:
     block_size: int
     num_blocks: int  # KV blocks to hand out, ids 0 .. num_blocks - 1
     pipeline_depth: int  # steps that may be launched before the oldest must be collected: 1 is synchronous
+    num_cpu_blocks: int = 0  # KV blocks in host memory, ids 0 .. num_cpu_blocks - 1
+    block_move_seconds: float = 0.0  # that a block takes from one memory to the other
+    block_copies: bool = False  # whether a step may bring COPY moves
     prefix_reuse: bool = True  # whether its blocks are all that a sequence needs to go on from a prefix
 
 

@@ -20,6 +20,21 @@ def asked_length(program: Program, config: EngineConfig) -> int | None:
     return wanted
 
 
+def asked_host_blocks(program: Program, config: EngineConfig) -> int:
+    """--num-cpu-blocks. Raises UsageError where nothing could ever be found again in host memory."""
+    if config.num_cpu_blocks and not config.enable_prefix_caching:
+        raise UsageError(
+            f"--num-cpu-blocks {config.num_cpu_blocks}: what moves to host memory is found by the prefix "
+            "cache; leave --no-enable-prefix-caching away"
+        )
+    if config.num_cpu_blocks and (program.states or not program.caches):
+        raise UsageError(
+            f"--num-cpu-blocks {config.num_cpu_blocks}: {program.architecture} keeps more than KV blocks "
+            "from token to token, and shares no prefixes; leave the flag away"
+        )
+    return config.num_cpu_blocks
+
+
 def encoder_lengths(program: Program, config: EngineConfig, usual: int) -> tuple[int, int]:
     """(tokens of the longest text, tokens of the largest step) of an encoder, which takes texts whole.
 

@@ -150,11 +150,27 @@ def _figures(state: State, rates: Rates) -> RenderableType:
          f"{stats['waiting']} waiting, {stats['preemptions']} preempted"),
         ("KV blocks", f"{_bar(blocks / total)} {blocks / total:.0%}",
          f"{blocks:,} of {total:,}, {stats['blocks_cached']:,} free with a prefix"),
+        *_second_tier(stats),
         ("idle", "–" if rates.idle is None else f"{rates.idle:.0%}", f"{rates.steps:,.1f} steps/s"),
     ]  # fmt: skip
     for name, value, detail in rows:
         grid.add_row(f"[dim]{name}[/dim]", f"[bold]{value}[/bold]", f"[dim]{detail}[/dim]")
     return grid
+
+
+def _second_tier(stats: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The line of the KV blocks in host memory, if there are any."""
+    used, total = stats["cpu_blocks_used"], stats["cpu_blocks_total"]
+    if not total:
+        return []
+    moved = f"{stats['blocks_moved_out']:,} moved there, {stats['blocks_moved_in']:,} came back"
+    return [
+        (
+            "in host",
+            f"{_bar(used / total)} {used / total:.0%}",
+            f"{used:,} of {total:,} hold a prefix, {moved}",
+        )
+    ]
 
 
 def _requests(state: State) -> RenderableType:

@@ -9,8 +9,12 @@ from hashlib import blake2b
 from itertools import islice
 from typing import Protocol
 
+from rvllm.backends.base import COPY, MOVE_IN, MOVE_OUT
+from rvllm.engine.scheduling.host import HostBlocks
+
 Digest = bytes
 ROOT: Digest = b""
+ON_HOST = -1  # in place of a block's number: host memory has it
 
 
 def chain(parent: Digest, tokens: array[int]) -> Digest:
@@ -36,13 +40,20 @@ class BlockManager:
 
     A block is in use (one reference or more), empty (free, nothing worth keeping) or cached (free to
     take, but found by the digest of what it holds). Empty blocks are taken first, then the cached block
-    that was released longest ago.
+    that was released longest ago. With a tier in host memory, what that one held moves there, and comes back
+    when it is shared; the copies gather in `take_moves`, in the order in which they must happen.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, caching: bool = True, num_cpu_blocks: int = 0
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.caching = caching
+        self.host = HostBlocks(num_cpu_blocks) if caching and num_cpu_blocks else None
+        self.moved_out = self.moved_in = 0
+        self._moves: list[tuple[int, int, int]] = []
+        self._not_worth_moving: set[int] = set()
         self.forgotten: Forgotten | None = None
         self._references = [0] * num_blocks
         self._digest: list[Digest | None] = [None] * num_blocks
@@ -74,10 +85,15 @@ class BlockManager:
         return -(-tokens // self.block_size)
 
     def find(self, digests: Sequence[Digest]) -> list[int]:
-        """Blocks holding the longest known prefix of a digest chain; nothing is taken yet."""
+        """Blocks holding the longest known prefix of a digest chain, ON_HOST for those in host memory.
+
+        Nothing is taken yet.
+        """
         found: list[int] = []
         for digest in digests:
             block = self._by_digest.get(digest)
+            if block is None and self.host is not None and digest in self.host:
+                block = ON_HOST
             if block is None:
                 break
             found.append(block)
@@ -86,14 +102,41 @@ class BlockManager:
     def idle_among(self, blocks: Sequence[int]) -> int:
         """How many of these blocks count as available now and would not once shared."""
         references = self._references
-        return sum(not references[block] for block in blocks)
+        return sum(block == ON_HOST or not references[block] for block in blocks)
 
-    def share(self, blocks: Sequence[int]) -> None:
-        """Takes one more reference to each of these blocks, in use or cached."""
+    def share(self, blocks: Sequence[int], digests: Sequence[Digest]) -> list[int]:
+        """Takes one more reference to each of these blocks, in use or cached, and returns them.
+
+        Those in host memory, whose digests are at the same places, get blocks of the device in their place.
+        """
         for block in blocks:
-            if self._references[block] == 0:
-                del self._cached[block]
-            self._references[block] += 1
+            if block != ON_HOST:
+                if self._references[block] == 0:
+                    del self._cached[block]
+                    self._not_worth_moving.discard(block)
+                self._references[block] += 1
+        found = list(blocks)
+        if self.host is None or ON_HOST not in found:
+            return found
+        places = [i for i, block in enumerate(found) if block == ON_HOST]
+        claimed = [self.host.claim(digests[i]) for i in places]  # before taking blocks makes others move
+        for i, other in zip(places, claimed, strict=True):
+            found[i] = block = self._take_one()
+            self._by_digest[digests[i]] = block
+            self._digest[block] = digests[i]
+            self._moves.append((MOVE_IN, block, other))
+            self.host.free(other)
+        self.moved_in += len(places)
+        return found
+
+    def copy(self, block: int, to: int) -> None:
+        """Has a block of the device copied to one that was just taken."""
+        self._moves.append((COPY, block, to))
+
+    def take_moves(self) -> list[tuple[int, int, int]]:
+        """The copies to be made before the next step, rows of StepBatch.moves; they are the caller's now."""
+        moves, self._moves = self._moves, []
+        return moves
 
     def take(self, count: int) -> list[int]:
         """`count` blocks with one reference each; there must be so many available."""
@@ -108,16 +151,25 @@ class BlockManager:
             assert digest is not None
             del self._by_digest[digest]
             self._digest[block] = None
+            if self.host is not None and block not in self._not_worth_moving:
+                self._move_out(block, digest, self.host)
+            self._not_worth_moving.discard(block)
             if self.forgotten is not None:
                 self.forgotten.removed(digest)
         self._references[block] = 1
         return block
 
-    def release(self, blocks: Sequence[int]) -> None:
+    def _move_out(self, block: int, digest: Digest, host: HostBlocks) -> None:
+        place = host.put(digest)
+        if place is not None:
+            self._moves.append((MOVE_OUT, block, place))
+            self.moved_out += 1
+
+    def release(self, blocks: Sequence[int], keep: bool = True) -> None:
         """Drops a sequence's references, given in the order of its tokens.
 
         The end of the sequence is dropped first, so that its beginning, which more requests have in
-        common, is kept longest.
+        common, is kept longest. keep: whether they may move to host memory when their place is needed.
         """
         references = self._references
         for block in reversed(blocks):
@@ -127,6 +179,8 @@ class BlockManager:
                     self._empty.append(block)
                 else:
                     self._cached[block] = None
+                    if not keep:
+                        self._not_worth_moving.add(block)
             elif references[block] < 0:
                 raise RuntimeError(f"block {block} released twice")
 
@@ -137,10 +191,15 @@ class BlockManager:
             return False
         self._by_digest[digest] = block
         self._digest[block] = digest
+        if self.host is not None:
+            self.host.drop(digest)
         return True
 
     def forget(self) -> None:
-        """Makes every free block that holds a prefix an empty one."""
+        """Makes every free block that holds a prefix an empty one, in both memories."""
+        if self.host is not None:
+            self.host.forget()
+        self._not_worth_moving.clear()
         told = self.forgotten if len(self._by_digest) > len(self._cached) else None
         for block in self._cached:
             digest, self._digest[block] = self._digest[block], None
@@ -166,3 +225,9 @@ class BlockManager:
                 raise RuntimeError(f"block {block} is found under a digest it does not hold")
         if any((self._digest[block] is None) for block in self._cached):
             raise RuntimeError("a cached block cannot be found")
+        if not self._not_worth_moving <= self._cached.keys():
+            raise RuntimeError("a block in use is marked as not worth moving")
+        if self.host is not None:
+            self.host.check()
+            if any(digest in self.host for digest in self._by_digest):
+                raise RuntimeError("a block is in both tiers")

@@ -250,10 +250,7 @@ class EngineCore:
     def _update(self, step: Step, result: StepResult) -> None:
         """Books what a step computed and drew; parts of sequences that ended meanwhile are dropped."""
         batch, block_size = step.batch, self.ready.block_size
-        if self.scheduler.delay is not None:
-            self.scheduler.delay.measured(
-                result.device_seconds, step.decodes, batch.num_tokens - step.decodes
-            )
+        self.scheduler.cost.measured(result.device_seconds, step.decodes, batch.num_tokens - step.decodes)
         parts = zip(
             step.sequences,
             batch.query_lens.tolist(),

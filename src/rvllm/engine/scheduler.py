@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 from rvllm.backends.base import Limits
 from rvllm.config import EngineConfig
-from rvllm.engine.blocks import ROOT, BlockManager, Digest
-from rvllm.engine.scheduling.policy import DelayLimit, FairShares, Policy
+from rvllm.engine.blocks import ON_HOST, ROOT, BlockManager, Digest
+from rvllm.engine.scheduling.host import worth_moving
+from rvllm.engine.scheduling.policy import FairShares, Policy, PrefillCost
 from rvllm.engine.sequence import Sequence
 from rvllm.engine.step import Step, StepPlan
 
@@ -43,22 +44,25 @@ class Scheduler:
         self.limits = limits
         self.policy = Policy.of(config)
         self.shares = FairShares() if config.fairness != "none" else None
-        delay = config.max_prefill_delay_ms / 1000
-        self.delay = DelayLimit(delay) if delay else None
+        self.max_delay = config.max_prefill_delay_ms / 1000  # seconds
+        self.cost = PrefillCost()
         self.max_chunk = config.max_prefill_chunk or limits.max_num_batched_tokens
-        self.blocks = BlockManager(
-            limits.num_blocks, limits.block_size, config.enable_prefix_caching and limits.prefix_reuse
-        )
+        caching = config.enable_prefix_caching and limits.prefix_reuse
+        self.blocks = BlockManager(limits.num_blocks, limits.block_size, caching, limits.num_cpu_blocks)
+        self.preemption_mode = config.preemption_mode
         self.waiting: list[Sequence] = []  # both sorted by rank
         self.running: list[Sequence] = []
         self.steps = 0
         self.preemptions = 0
         self.prefix_queries = 0  # prompt tokens looked up in the prefix cache
         self.prefix_hits = 0
+        self.host_hits = 0  # of these, tokens whose blocks came from host memory
+        self.swaps = 0  # preemptions whose blocks may move to host memory
         self.events: KvEvents | None = None
         # With more slots than budget, prompts could be kept from running by decodes forever.
         self._max_running = min(limits.max_num_seqs, limits.max_num_batched_tokens)
         self._free_slots = list(range(self._max_running - 1, -1, -1))
+        self._leaders: dict[str, Sequence] = {}  # by group: who computes the prompt that it has in common
         self._computing: dict[Digest, Sequence] = {}  # who will publish a block with this digest
 
     def add(self, seq: Sequence) -> None:
@@ -76,8 +80,8 @@ class Scheduler:
         plan = StepPlan(self.steps, self.limits.max_num_batched_tokens, PROMPT_LOGPROB_ROWS, self.max_chunk)
         self._make_way()
         prefilling = self._plan_decodes(plan)
-        if self.delay is not None and len(self.running) > len(prefilling):
-            plan.budget = min(plan.budget, self.delay.tokens())
+        if self.max_delay and len(self.running) > len(prefilling):
+            plan.budget = min(plan.budget, self.cost.tokens(self.max_delay))
         for seq in prefilling:
             if seq.slot >= 0 and plan.budget:
                 plan.add_prefill(seq)
@@ -85,6 +89,7 @@ class Scheduler:
         if not plan:
             return None
         self.steps += 1
+        plan.moves = self.blocks.take_moves()
         return plan.finish()
 
     def _plan_decodes(self, plan: StepPlan) -> list[Sequence]:
@@ -165,20 +170,36 @@ class Scheduler:
 
     def _place(self, seq: Sequence, shared: Seq[int]) -> None:
         """A waiting sequence takes a slot, the cached blocks of its prefix and new ones for the rest."""
-        self.blocks.share(shared)
+        restored = [index for index, block in enumerate(shared) if block == ON_HOST]
+        shared = self.blocks.share(shared, seq.digests)
+        if restored and self.events is not None:
+            self._tell_stored(seq, restored, self.events)
         new = self.blocks.take(self.blocks.blocks_for(seq.length) - len(shared))
         seq.give_blocks([*shared, *new])
         seq.slot = self._free_slots.pop()
         seq.published = len(shared)
         seq.launched = seq.computed = len(shared) * self.limits.block_size
+        leader = self._leader(seq)
+        if leader is not None:
+            seq.launched = seq.computed = seq.prompt_len - 1
+            if (
+                seq.launched > len(shared) * self.limits.block_size
+            ):  # the rest of a block, which both go on in
+                self.blocks.copy(leader.blocks[len(shared)], new[0])
+        elif seq.group:
+            self._leaders.setdefault(seq.group, seq)
         if seq.first_scheduled is None:
-            self._first_placed(seq)
+            self._first_placed(seq, len(restored) * self.limits.block_size)
         insort(self.running, seq, key=_rank)
         for digest in seq.digests[len(shared) :]:
             self._computing.setdefault(digest, seq)
 
-    def _first_placed(self, seq: Sequence) -> None:
-        """Books what the prefix cache held for a prompt, and charges its client for the rest."""
+    def _first_placed(self, seq: Sequence, restored: int) -> None:
+        """Books what the prefix cache held for a prompt, and charges its client for the rest.
+
+        restored: tokens of it that came from host memory.
+        """
+        self.host_hits += restored
         seq.first_scheduled = time.time()
         seq.cached_tokens = seq.launched
         if self._may_share(seq):
@@ -187,8 +208,18 @@ class Scheduler:
         if self.shares is not None:
             self.shares.charge(seq.client, seq.prompt_len - seq.cached_tokens)
 
+    def _leader(self, seq: Sequence) -> Sequence | None:
+        """The running sequence of its group with whose prompt a sequence can begin, itself at the prompt."""
+        if not self.limits.block_copies or seq.length > seq.prompt_len or seq.prompt_logprobs_left:
+            return None
+        return self._leaders.get(seq.group)
+
     def _soon_shared(self, seq: Sequence, index: int) -> bool:
-        """Whether a running sequence has yet to publish what this one needs as its block `index`."""
+        """Whether a running sequence has yet to compute what this one will have in common with it, or to
+        publish what this one needs as its block `index`."""
+        leader = self._leader(seq)
+        if leader is not None:
+            return leader.computed < seq.prompt_len - 1
         if not self._may_share(seq) or index >= len(seq.digests):
             return False
         owner = self._computing.get(seq.digests[index])
@@ -204,24 +235,36 @@ class Scheduler:
         other out at once. The last token is always computed: the next one is drawn from it.
         """
         shared: list[int] = []
-        if self._may_share(seq):
+        leader = self._leader(seq)
+        if leader is not None:
+            shared = leader.blocks[: (seq.prompt_len - 1) // self.limits.block_size]
+        elif self._may_share(seq):
             shared = self.blocks.find(seq.digest_chain((seq.length - 1) // self.limits.block_size))
         needed = self.blocks.blocks_for(seq.length) - len(shared) + self.blocks.idle_among(shared)
         return shared if needed + len(self.running) <= self.blocks.available else None
 
     def _preempt(self, seq: Sequence) -> None:
         self.preemptions += 1
-        self._take_place(seq)
+        keep = self.blocks.host is None or worth_moving(
+            self.preemption_mode, self.limits.block_size, self.limits.block_move_seconds, self.cost
+        )
+        self.swaps += keep and self.blocks.host is not None
+        self._take_place(seq, keep)
         _remove(self.running, seq)
         self._queue(seq)
 
-    def _take_place(self, seq: Sequence) -> None:
-        """Slot and blocks are free at once: whoever takes them is launched after the steps in flight."""
+    def _take_place(self, seq: Sequence, keep: bool = True) -> None:
+        """Slot and blocks are free at once: whoever takes them is launched after the steps in flight.
+
+        keep: whether what the blocks hold may move to host memory.
+        """
         for digest in seq.digests:
             if self._computing.get(digest) is seq:
                 del self._computing[digest]
+        if self._leaders.get(seq.group) is seq:
+            del self._leaders[seq.group]
         self._free_slots.append(seq.slot)
-        self.blocks.release(seq.lose_place())
+        self.blocks.release(seq.lose_place(), keep)
 
     def publish(self, seq: Sequence) -> None:
         """Offers the full blocks that a sequence has computed to the prefix cache."""

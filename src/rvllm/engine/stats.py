@@ -90,4 +90,10 @@ class EngineStats:
             step_counts=self._step_counts.copy(),
             backend=core.backend.stats(),
             broken_logits=self.broken_logits,
+            cpu_blocks_total=scheduler.blocks.host.num_blocks if scheduler.blocks.host else 0,
+            cpu_blocks_used=scheduler.blocks.host.used if scheduler.blocks.host else 0,
+            host_hits=scheduler.host_hits,
+            swaps=scheduler.swaps,
+            blocks_moved_out=scheduler.blocks.moved_out,
+            blocks_moved_in=scheduler.blocks.moved_in,
         )

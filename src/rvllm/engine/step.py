@@ -46,6 +46,7 @@ class StepPlan:
         self.prompt_logprob_rows = prompt_logprob_rows  # rows with prompt logprobs that may still be added
         self.decodes: list[Sequence] = []
         self.prefills: list[Sequence] = []
+        self.moves: list[tuple[int, int, int]] = []  # as StepBatch has them
         self._decode_tokens: list[int] = []
         self._chunks: list[tuple[int, int]] = []  # (start, length) of each prefill
         self._samples: list[bool] = []
@@ -122,6 +123,7 @@ class StepPlan:
             sample=sample,
             started=self._started,
             new_blocks=np.array(self._new_blocks, dtype=np.int32).reshape(-1, 3),
+            moves=np.array(self.moves, dtype=np.int32).reshape(-1, 3),
             prompt_logprobs={decodes + s: top for s, top in self._prompt_logprobs.items()},
             masks=masks,
         )

@@ -55,6 +55,12 @@ class EngineSnapshot(Protocol):
     prefix_queries: int
     preemptions: int
     broken_logits: int
+    cpu_blocks_total: int
+    cpu_blocks_used: int
+    host_hits: int
+    swaps: int
+    blocks_moved_out: int
+    blocks_moved_in: int
     loop_seconds: float
     idle_seconds: float
     host_seconds: float
@@ -239,7 +245,18 @@ class _Snapshot(Collector):
         )
         tiers = {"in use": engine.blocks_used, "cached": engine.blocks_cached}
         tiers["empty"] = engine.blocks_total - sum(tiers.values())
+        tiers["host memory, with a prefix"] = engine.cpu_blocks_used
+        tiers["host memory, empty"] = engine.cpu_blocks_total - engine.cpu_blocks_used
         yield self._by_label("rvllm:kv_blocks", "KV blocks by tier.", "tier", tiers)
+        hits = {"device": engine.cached_prompt_tokens - engine.host_hits, "host": engine.host_hits}
+        yield self._by_label(
+            "rvllm:prefix_cache_hits_by_tier", "Prompt tokens found cached, by tier.", "tier", hits, True
+        )
+        moved = {"to host memory": engine.blocks_moved_out, "to the device": engine.blocks_moved_in}
+        yield self._by_label("rvllm:kv_blocks_moved", "KV blocks copied.", "direction", moved, True)
+        how = {"swap": engine.swaps, "recompute": engine.preemptions - engine.swaps}
+        yield self._by_label("rvllm:preemptions_by_mode", "Preemptions by what becomes of the blocks.",
+                             "mode", how, True)  # fmt: skip
         if engine.floor_ratio is not None:
             yield self._gauge(
                 "rvllm:decode_floor_ratio",
@@ -282,6 +299,8 @@ class _Snapshot(Collector):
         yield self._by_label("vllm:engine_sleep_state", "Always awake.", "sleep_state", states)
         yield self._counter("vllm:corrupted_requests", "Requests with broken logits.", engine.broken_logits)
         share = engine.blocks_used / max(1, engine.blocks_total)
+        host = engine.cpu_blocks_used / max(1, engine.cpu_blocks_total)
+        yield self._gauge("vllm:cpu_cache_usage_perc", "KV blocks of host memory in use, 1 is all.", host)
         yield self._gauge("vllm:gpu_cache_usage_perc", "kv_cache_usage_perc under its older name.", share)
         older = "Of the prefix cache, under an older name."
         yield self._counter("vllm:gpu_prefix_cache_queries", older, engine.prefix_queries)

@@ -141,7 +141,7 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     "kv_cache_memory_bytes": _renamed("kv_cache_memory_gb"),
     "kv_cache_dtype": _taken("auto", instead="the cache has the model's dtype"),
     "num_gpu_blocks_override": _renamed("num_gpu_blocks"),
-    "swap_space": _taken(),  # a sequence that has to wait is computed again
+    "swap_space": _taken(),  # see --num-cpu-blocks
     "cpu_offload_gb": _taken(0, instead="a quantised checkpoint; weights stay on the GPU"),
     "prefix_caching_hash_algo": _taken(),
     "calculate_kv_scales": _switch(False, instead="the cache has the model's dtype"),
@@ -150,7 +150,7 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     "mamba_ssm_cache_dtype": _taken("auto", "float32", instead="states are float32"),
     "mamba_block_size": _taken(),
     "mamba_cache_mode": _taken("none", instead="states are not shared between requests"),
-    "kv_offloading_size": _taken(None, 0, instead="a larger share: --gpu-memory-utilization"),
+    "kv_offloading_size": _taken(None, 0, instead="--num-cpu-blocks"),
     "kv_offloading_backend": _taken(),
     "enable_kv_cache_events": _switch(False, instead="--kv-events-config JSON"),
     # pictures and sound
@@ -213,7 +213,6 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     "stream_interval": _taken(1, instead="every token is sent when it comes"),
     "num_scheduler_steps": _taken(),
     "multi_step_stream_outputs": _switch(),
-    "preemption_mode": _taken(None, "recompute", instead="evicted sequences are computed again"),
     "scheduler_delay_factor": _taken(0, instead="requests start at once"),
     "num_lookahead_slots": _taken(0, instead=_NO_SPECULATION),
     "use_v2_block_manager": _switch(),

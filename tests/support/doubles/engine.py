@@ -15,7 +15,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from rvllm.backends.base import (
+    COPY,
     LAST_SAMPLED,
+    MOVE_IN,
+    MOVE_OUT,
     LedgerLine,
     Limits,
     StepBatch,
@@ -65,6 +68,7 @@ class PagedDouble:
         blocks, slots = limits.num_blocks, limits.max_num_seqs
         width = -(-limits.max_model_len // limits.block_size) + 1
         self.cache = np.full((blocks, limits.block_size), -7, dtype=np.int32)
+        self.host = np.full((limits.num_cpu_blocks, limits.block_size), -8, dtype=np.int32)
         self.tables = np.full((slots, width), -1, dtype=np.int32)
         self.starts: dict[int, object] = {}
         self.last = np.full(slots, -5, dtype=np.int32)
@@ -88,6 +92,7 @@ class PagedDouble:
         assert batch.step == self.launches
         self.launches += 1
         self._check(batch)
+        self._move(batch)
         for start in batch.started:
             self.tables[start.slot] = -1
             self.starts[start.slot] = start
@@ -114,6 +119,18 @@ class PagedDouble:
         single = batch.query_lens == 1
         chunks = np.flatnonzero(~single)
         assert not len(chunks) or single[: chunks[0]].all(), "decodes come first"
+
+    def _move(self, batch: StepBatch) -> None:
+        for kind, block, other in batch.moves.tolist():
+            if kind == MOVE_OUT:
+                self.host[other] = self.cache[block]
+                self.cache[block] = -9  # nobody may read it here any more
+            elif kind == MOVE_IN:
+                self.cache[block] = self.host[other]
+                self.host[other] = -10
+            else:
+                assert kind == COPY and self.limits.block_copies
+                self.cache[other] = self.cache[block]
 
     def _write(self, batch: StepBatch):
         size, offset = self.limits.block_size, 0

@@ -20,6 +20,7 @@ from rvllm.backends.base import (
 from rvllm.backends.cpu.compiled.model import NativeModel, chosen
 from rvllm.backends.cpu.measure import Rates, measure
 from rvllm.backends.cpu.memory import MemoryPlan, plan_memory, weight_bytes
+from rvllm.backends.cpu.pools import Pools
 from rvllm.backends.cpu.reference.gemm import same_at_every_position
 from rvllm.backends.cpu.reference.interpreter import (
     F32,
@@ -55,6 +56,7 @@ class CpuBackend:
         self._native = native
         self._plan = plan
         self._slots = Slots(plan.limits, model.program.vocab_size)
+        self._pools = Pools(model.caches, plan.limits.num_cpu_blocks)
         model.states.update(empty_states(model.program, plan.limits.max_num_seqs))
         self._steps = 0
         self._rates: Rates | None = None
@@ -122,6 +124,7 @@ class CpuBackend:
             LedgerLine("kv cache", self._plan.kv_bytes),
             LedgerLine("rope tables", ropes),
             *self._plan.state_lines,
+            *self._plan.host_lines,
         ]
 
     def launch(self, batch: StepBatch) -> StepResult:
@@ -141,6 +144,7 @@ class CpuBackend:
 
     def forward(self, batch: StepBatch, rows: NDArray[np.int64]) -> F32:
         """Runs the program and draws nothing: the logits [R, vocab] of these rows of the flat batch."""
+        self._pools.move(batch.moves)
         fresh = self._slots.update(batch)
         if len(fresh):  # what another sequence left there must not meet a weight of zero as nan
             for cache in self._model.caches.values():
@@ -202,13 +206,18 @@ class CpuBackend:
 
     def stats(self) -> dict[str, float]:
         """Steps run and the seconds they took."""
-        return {"rvllm:backend_steps_total": self._steps, "rvllm:backend_busy_seconds_total": self._busy}
+        return {
+            "rvllm:backend_steps_total": self._steps,
+            "rvllm:backend_busy_seconds_total": self._busy,
+            "rvllm:kv_block_move_seconds_total": self._pools.seconds,
+        }
 
     def close(self) -> None:
         """Ends the threads and lets go of weights and cache."""
         self._model.workers.close()
         self._model.weights.clear()
         self._model.caches.clear()
+        self._pools.clear()
 
     def _draw(self, batch: StepBatch, sampled: NDArray[np.int64], logits: F32, result: StepResult) -> None:
         def one(row: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rvllm.backends.base import LedgerLine, Limits
 from rvllm.backends.cpu.step import BLOCK
-from rvllm.backends.lengths import asked_length, encoder_lengths
+from rvllm.backends.lengths import asked_host_blocks, asked_length, encoder_lengths
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
 from rvllm.program.memory import plan_workspace
@@ -20,6 +20,7 @@ ELEMENT = 4  # float32
 DEFAULT_TOKENS = 512  # of one step
 ENCODER_TOKENS = 2048  # of one step of an encoder, which lets nobody wait for its next token
 MAX_KV = 4 * GB  # unless a flag asks for more
+COPY_RATE = 4 * GB  # bytes a second from one pool to the other, both in the machine's memory
 RESERVE = 192 << 20  # for the interpreter, beside the activations of a step
 SCORED = 64  # rows of logits that a step has for prompts beside those it draws from
 HUGE = 1 << 62
@@ -46,6 +47,13 @@ class MemoryPlan:
     def kv_bytes(self) -> int:
         """Bytes of all KV blocks."""
         return self.limits.num_blocks * BLOCK * self.kv_bytes_per_token
+
+    @property
+    def host_lines(self) -> list[LedgerLine]:
+        """The ledger's line for the second tier, if there is one."""
+        count = self.limits.num_cpu_blocks
+        nbytes = count * BLOCK * self.kv_bytes_per_token
+        return [LedgerLine("kv cache, second tier", nbytes)] if count else []
 
 
 def free_bytes() -> int:
@@ -113,7 +121,16 @@ def plan_memory(
     free = free_bytes() if free is None else free
     weights, form = weight_form or (sum(w.elements for w in program.weights) * ELEMENT, FLOAT32)
     workspace = workspace_bytes(program, config)
-    left = free - weights - workspace - RESERVE
+    per_token = program.kv_elements_per_token * ELEMENT
+    host_blocks = asked_host_blocks(program, config)
+    host = host_blocks * BLOCK * per_token
+    left = free - weights - workspace - RESERVE - host
+    if left < 0 <= left + host:
+        raise CapacityError(
+            f"--num-cpu-blocks {host_blocks} take {host / GB:.2f} GB, the weights {weights / GB:.2f} GB "
+            f"{form}, a step {(workspace + RESERVE) / GB:.2f} GB, and only {free / GB:.2f} GB of memory are "
+            f"free; lower it to {(left + host) // max(1, BLOCK * per_token)} or less"
+        )
     if left < 0:
         raise CapacityError(
             f"the weights take {weights / GB:.2f} GB {form}, a step {(workspace + RESERVE) / GB:.2f} GB, "
@@ -121,7 +138,6 @@ def plan_memory(
             "(--device cuda) or a lower --max-num-batched-tokens"
         )
     wanted = asked_length(program, config)
-    per_token = program.kv_elements_per_token * ELEMENT
     if embedding_size(program) is not None:
         limits = _encoder_limits(program, config)
         if limits.num_blocks * BLOCK * per_token > left:
@@ -160,6 +176,9 @@ def plan_memory(
             block_size=BLOCK,
             num_blocks=keep,
             pipeline_depth=1,
+            num_cpu_blocks=host_blocks,
+            block_move_seconds=BLOCK * per_token / COPY_RATE,
+            block_copies=not program.states,
             prefix_reuse=not program.states,
         ),
     )

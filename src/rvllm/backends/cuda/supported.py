@@ -24,6 +24,10 @@ def check_supported(program: Program, config: EngineConfig) -> None:
             f"{program.architecture} without any layer that attends has no KV cache, and the GPU's memory is "
             "planned around one; use --device cpu"
         )
+    if config.num_cpu_blocks:
+        raise UsageError(
+            f"--num-cpu-blocks {config.num_cpu_blocks}: GPUs have no second tier yet; leave the flag away"
+        )
     if config.gemm_strategy == "cublas":
         library()
     elif config.gemm_strategy != "native":

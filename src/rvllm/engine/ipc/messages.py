@@ -170,6 +170,12 @@ class Stats(msgspec.Struct, tag="stats", kw_only=True, array_like=True):
     mask_p99_seconds: float = 0.0
     backend: dict[str, float] = {}
     broken_logits: int = 0  # draws from logits that are infinite or no numbers; each ended its request
+    cpu_blocks_total: int = 0  # KV blocks in host memory
+    cpu_blocks_used: int = 0  # of these, holding a prefix
+    host_hits: int = 0  # of cached_prompt_tokens, those whose blocks came from host memory
+    swaps: int = 0  # of preemptions, those whose blocks may move to host memory
+    blocks_moved_out: int = 0
+    blocks_moved_in: int = 0
 
 
 class SequenceState(msgspec.Struct, array_like=True, gc=False):

@@ -102,36 +102,33 @@ class FairShares:
                 del queues[client]
 
 
-class DelayLimit:
-    """How many prompt tokens a step may hold beside decodes, so that it takes at most `seconds` longer.
+class PrefillCost:
+    """What a prompt token costs, as it was measured lately.
 
-    What a prompt token costs is measured: the time of a step with prompts beyond that of the last steps
-    without, by its prompt tokens. The dearest of the last few counts, for attention makes a prompt's end
-    dearer than its beginning.
+    The time of a step with prompts beyond that of the last steps without, by its prompt tokens. The dearest
+    of the last few counts, for attention makes a prompt's end dearer than its beginning.
     """
 
-    FIRST = 16  # prompt tokens a step before anything was measured, and the least later: all go on
+    LEAST = 16  # prompt tokens of a step that is counted: fewer tell more of the step's fixed costs
     RECENT = 4
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self) -> None:
         self._costs: deque[float] = deque(maxlen=self.RECENT)  # seconds of a prompt token
         self._decode = 0.0  # seconds of a step of decodes alone
 
+    @property
+    def dearest(self) -> float:
+        """Seconds of a prompt token; 0 before any was measured."""
+        return max(self._costs, default=0.0)
+
     def measured(self, seconds: float, decodes: int, prompt_tokens: int) -> None:
         """A step with so many decodes and so many prompt tokens took so long on the device."""
-        if not seconds:
-            return
-        if not prompt_tokens:
+        if seconds and not prompt_tokens:
             self._decode = seconds if not self._decode else 0.8 * self._decode + 0.2 * seconds
-            return
-        alone = self._decode if decodes else 0.0
-        if prompt_tokens >= self.FIRST:  # a few tokens tell more of the step's fixed costs than of theirs
+        elif seconds and prompt_tokens >= self.LEAST:
+            alone = self._decode if decodes else 0.0
             self._costs.append(max(seconds - alone, 0.0) / prompt_tokens)
 
-    def tokens(self) -> int:
-        """Prompt tokens that the next step with decodes may hold."""
-        if not self._costs:
-            return self.FIRST
-        dearest = max(self._costs)
-        return max(self.FIRST, int(self.seconds / dearest)) if dearest else self.FIRST
+    def tokens(self, seconds: float) -> int:
+        """Prompt tokens that take at most so long; LEAST before anything is known, and never fewer."""
+        return max(self.LEAST, int(seconds / self.dearest)) if self.dearest else self.LEAST

@@ -101,7 +101,7 @@ export class EngineView {
     this.tile("KV blocks", percent(stats.blocks_total ? stats.blocks_used / stats.blocks_total : 0),
       `${whole(stats.blocks_used)} of ${whole(stats.blocks_total)}`);
     this.tile("Prefix hits", stats.prefix_queries ? percent(stats.cached_prompt_tokens / stats.prefix_queries) : "–",
-      `${whole(stats.cached_prompt_tokens)} tokens`);
+      `${whole(stats.cached_prompt_tokens)} tokens${stats.cpu_blocks_total ? `, ${whole(stats.host_hits)} of them from host memory` : ""}`);
     const device = stats.backend["rvllm:decode_idle_share"];
     this.tile("Idle", now.idle === null ? "–" : percent(now.idle),
       device === undefined ? `${rate(now.steps)} steps/s` : `${percent(device)} between steps`);
@@ -127,7 +127,7 @@ export class EngineView {
     const free = stats.blocks_total - stats.blocks_used - stats.blocks_cached;
     const shared = this.map.shared;
     return `${whole(stats.blocks_used)} in use, ${whole(shared)} of them shared by several sequences; ${whole(stats.blocks_cached)} free with a `
-      + `reusable prefix, ${whole(free)} empty; ${state.block_size} tokens each.${state.cut ? " Not all sequences and blocks are drawn." : ""}`;
+      + `reusable prefix, ${whole(free)} empty; ${state.block_size} tokens each.${stats.cpu_blocks_total ? ` In host memory ${whole(stats.cpu_blocks_used)} of ${whole(stats.cpu_blocks_total)} hold a prefix.` : ""}${state.cut ? " Not all sequences and blocks are drawn." : ""}`;
   }
 
   showMemory(state) {

@@ -1,0 +1,46 @@
+"""KV blocks in two pools: those that steps work on, and those that wait in the second tier."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.backends.base import COPY, MOVE_IN, MOVE_OUT
+
+F32 = NDArray[np.float32]
+
+
+class Pools:
+    """Copies blocks between a model's caches and a second pool of the same layout.
+
+    caches: name → (keys, values), arrays with a block along their first axis. seconds: spent copying.
+    """
+
+    def __init__(self, caches: Mapping[str, tuple[F32, F32]], num_cpu_blocks: int) -> None:
+        self._device = [array for pair in caches.values() for array in pair]
+        # Memory is taken as it is first written.
+        self._host = [np.zeros((num_cpu_blocks, *a.shape[1:]), dtype=a.dtype) for a in self._device]
+        self.seconds = 0.0
+
+    def move(self, moves: NDArray[np.int32]) -> None:
+        """Makes the copies of StepBatch.moves, in their order."""
+        if not len(moves):
+            return
+        began = time.perf_counter()
+        for kind, block, other in moves.tolist():
+            for device, host in zip(self._device, self._host, strict=True):
+                if kind == MOVE_OUT:
+                    host[other] = device[block]
+                elif kind == MOVE_IN:
+                    device[block] = host[other]
+                else:
+                    assert kind == COPY
+                    device[other] = device[block]
+        self.seconds += time.perf_counter() - began
+
+    def clear(self) -> None:
+        """Lets go of both pools."""
+        self._device, self._host = [], []

@@ -1,0 +1,199 @@
+"""Random lives of the whole scheduler: policies, clients, groups, both pools, cancellations, pressure.
+
+A scenario is all that `Random(seed)` says. `run(seed)` drives it on the double whose tokens show any mistake
+in the books, and checks after every plan and every step what must always hold. `scripts/soak_scheduler.py`
+runs millions of steps of it, `test_soak.py` as many as a test may take.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from random import Random
+
+from rvllm.backends.base import COPY, MOVE_IN, MOVE_OUT, Limits, StepBatch, StepResult
+from rvllm.config import EngineConfig
+from rvllm.engine.core import EngineCore
+from rvllm.engine.ipc.messages import Generate, Sampling
+from rvllm.engine.sequence import Sequence
+from rvllm.engine.step import Step
+from support.doubles.engine import VOCAB, PagedDouble, facts
+from support.doubles.lives import MAX_LEN, Plan, Received, alone, check_books, take
+
+SYSTEM = [tuple((i * k + 3) % VOCAB for i in range(80)) for k in (5, 7)]
+
+
+class SoakDouble(PagedDouble):
+    """Counts moves, and takes a made-up time for each step."""
+
+    def __init__(self, limits: Limits, token_seconds: float) -> None:
+        super().__init__(limits)
+        self.token_seconds = token_seconds
+        self.moves: Counter[int] = Counter()
+
+    def launch(self, batch: StepBatch) -> StepResult:
+        result = super().launch(batch)
+        self.moves.update(batch.moves[:, 0].tolist())
+        result.device_seconds = 1e-3 + self.token_seconds * (batch.num_tokens - len(batch.slots))
+        return result
+
+
+def settings_of(random: Random) -> tuple[Limits, EngineConfig]:
+    """What the engine is built for, and its flags."""
+    limits = Limits(
+        max_num_seqs=random.randint(1, 6),
+        max_num_batched_tokens=random.choice([1, 3, 7, 16, 40, 200]),
+        max_model_len=MAX_LEN,
+        block_size=random.choice([4, 16]),
+        num_blocks=random.randint(7, 30),
+        pipeline_depth=random.choice([1, 2, 2, 3]),
+        num_cpu_blocks=random.choice([0, 1, 3, 12, 60]),
+        block_move_seconds=random.choice([1e-6, 1e-3, 1.0]),
+        block_copies=random.random() < 0.7,
+    )
+    config = EngineConfig(
+        enable_prefix_caching=random.random() < 0.8,
+        scheduling_policy=random.choice(["fcfs", "priority", "sjf"]),
+        aging_seconds=random.choice([0.0, 5.0, 60.0]),
+        fairness=random.choice(["none", "none", "user"]),
+        max_prefill_chunk=random.choice([None, None, 16]),
+        max_prefill_delay_ms=random.choice([0.0, 0.0, 2.0]),
+        preemption_mode=random.choice(["auto", "swap", "recompute"]),
+    )
+    return limits, config
+
+
+def requests_of(random: Random, steps: int) -> list[tuple[Plan, Generate]]:
+    """Requests that come within so many steps, most in bursts with a prompt's beginning in common."""
+    made: list[tuple[Plan, Generate]] = []
+    for number in range(random.randint(1, 24)):
+        at = random.choice([0, 0, 5, random.randrange(steps)])
+        prompt = random.choice(SYSTEM)[: random.choice([0, 16, 33, 64, 70])]
+        prompt += tuple(random.randrange(VOCAB) for _ in range(random.choice([1, 3, 12, 25])))
+        plan = Plan(
+            at=at,
+            prompt=prompt,
+            max_tokens=random.randint(1, 40),
+            seed=random.randrange(4),
+            stops=tuple(random.sample(range(VOCAB), random.choice([0, 0, 10]))),
+            min_tokens=random.choice([0, 0, 3]),
+            priority=random.choice([0, 0, 0, 1, 5, -2]),
+            prompt_logprobs=random.choice([None] * 9 + [1]),
+            logprobs=None,
+            cancel_at=random.choice([None, None, None, random.randint(at, at + 60)]),
+        )
+        choices = random.choice([1, 1, 1, 2, 4])
+        for index in range(choices):
+            one = replace(plan, seed=plan.seed + index)
+            sampling = Sampling(
+                seed=one.seed,
+                stop_token_ids=one.stops,
+                min_tokens=one.min_tokens,
+                max_tokens=one.max_tokens,
+                prompt_logprobs=one.prompt_logprobs,
+            )
+            made.append((one, Generate(
+                f"r{len(made)}", list(prompt), sampling, one.priority, arrival=1.0 + at,
+                client=random.choice("abc"), group=f"g{number}" if choices > 1 else "",
+            )))  # fmt: skip
+    return made
+
+
+class Watch:
+    """Checks each plan of a scheduler the moment it is made."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self.scheduler = core.scheduler
+        self._schedule = core.scheduler.schedule
+        core.scheduler.schedule = self.schedule  # type: ignore[method-assign]
+
+    def schedule(self) -> Step | None:
+        scheduler = self.scheduler
+        before = set(scheduler.waiting)
+        served = Counter(scheduler.shares._served) if scheduler.shares is not None else None
+        step = self._schedule()
+        if step is not None:
+            self._order(before, served)
+            self._bounds(step)
+        ranks = [seq.rank for seq in scheduler.waiting]
+        assert ranks == sorted(ranks) and len(set(ranks)) == len(ranks)
+        scheduler.blocks.check()
+        return step
+
+    def _order(self, before: set[Sequence], served: Counter[str] | None) -> None:
+        """Nobody who could have run was overtaken: by rank or, where clients have shares, by their count."""
+        scheduler = self.scheduler
+        placed = [seq for seq in scheduler.running if seq in before]
+        for late in placed:
+            for early in scheduler.waiting:
+                if early.in_flight or early not in before or self._passed_over(early):
+                    continue
+                if served is None:
+                    assert early.rank > late.rank, "overtaken"
+                elif early.client == late.client:
+                    assert early.rank > late.rank, "overtaken by the same client"
+
+    def _passed_over(self, seq: Sequence) -> bool:
+        shared = self.scheduler._blocks_if_fits(seq)
+        if shared is None:  # without what was taken in this step it may have found less in the cache
+            found = self.scheduler.blocks.find(seq.digests) if self.scheduler._may_share(seq) else []
+            return self.scheduler._soon_shared(seq, len(found))
+        return self.scheduler._soon_shared(seq, len(shared))
+
+    def _bounds(self, step: Step) -> None:
+        scheduler, lens = self.scheduler, step.batch.query_lens
+        assert lens.max() <= scheduler.max_chunk
+        if scheduler.max_delay and step.decodes:
+            prompts = int(lens[step.decodes :].sum())
+            assert prompts <= max(16, scheduler.cost.tokens(scheduler.max_delay))
+
+
+def run(seed: int) -> tuple[int, Counter[int]]:
+    """Lives one scenario to its end; returns its steps and the moves it made. Raises AssertionError."""
+    random = Random(seed)
+    limits, config = settings_of(random)
+    if not config.enable_prefix_caching:
+        limits = replace(limits, num_cpu_blocks=0)
+    requests = requests_of(random, 60)
+    core = EngineCore(SoakDouble(limits, random.choice([1e-6, 1e-4])), facts(MAX_LEN), config)
+    Watch(core)
+    received = {i: Received() for i in range(len(requests))}
+    last = max(max(plan.at, plan.cancel_at or 0) for plan, _ in requests)
+    step = 0
+    while step <= last or core.has_work():
+        for i, (plan, request) in enumerate(requests):
+            if plan.at == step:
+                core.add_request(request)
+            if plan.cancel_at == step:
+                core.abort([f"r{i}"])
+        take(core.step(), received, step)
+        check_books(core)
+        step += 1
+        assert step < 20_000, "starved or stuck"
+    for i, (plan, _) in enumerate(requests):
+        _check_answer(core, plan, received[i])
+    _check_end(core)
+    return step, core.backend.moves
+
+
+def _check_answer(core: EngineCore, plan: Plan, got: Received) -> None:
+    assert len(got.finish) == 1
+    reason, stop = got.finish[0]
+    if len(plan.prompt) >= core.ready.max_model_len:
+        assert reason == "error"
+        return
+    tokens, expected, stop_token = alone(plan, core.ready.max_model_len)
+    if reason == "abort":
+        assert plan.cancel_at is not None and got.tokens == tokens[: len(got.tokens)]
+    else:
+        assert (got.tokens, reason, stop) == (tokens, expected, stop_token)
+
+
+def _check_end(core: EngineCore) -> None:
+    scheduler, backend = core.scheduler, core.backend
+    assert not scheduler.running and not scheduler.waiting and not scheduler.blocks.used
+    assert not scheduler._leaders and not scheduler._computing
+    assert scheduler.shares is None or not scheduler.shares._served
+    blocks = scheduler.blocks
+    assert backend.moves[MOVE_IN] <= blocks.moved_in and backend.moves[MOVE_OUT] <= blocks.moved_out
+    assert backend.limits.block_copies or not backend.moves[COPY]
