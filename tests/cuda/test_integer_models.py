@@ -12,11 +12,16 @@ import numpy as np
 import pytest
 
 from rvllm.backends.cuda.device.driver import device_count
+from rvllm.backends.cuda.layout.fusion import fuse
+from rvllm.backends.cuda.layout.weights import packed as packed_weight
+from rvllm.backends.cuda.layout.weights import packed_weights
+from rvllm.backends.cuda.loaded_model import loading_kernels
 from rvllm.engine.ipc.messages import Sampling
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
-from rvllm.program.formats import IntegerFormat
+from rvllm.program.formats import BlocksFormat, IntegerFormat
+from rvllm.program.ops.dense import Embed
 from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.formats import with_formats
 from rvllm.weights.open import open_checkpoint
@@ -100,8 +105,11 @@ def test_packed_integers(method: str, tmp_path: Path) -> None:
     check_runs(checkpoint, config["vocab_size"])
 
 
-def gguf_model(path: Path, kind_of: dict[str, str], default: str) -> Checkpoint:
-    """A Llama of one layer whose matrices are random blocks of the kinds given by llama.cpp's names."""
+def gguf_model(path: Path, kind_of: dict[str, str], default: str, tied: bool = False) -> Checkpoint:
+    """A Llama of one layer whose matrices are random blocks of the kinds given by llama.cpp's names.
+
+    tied: its embeddings are the head too.
+    """
     rng = np.random.default_rng(1)
     hidden, inner, heads, kv, words = 256, 512, 4, 2, 96
     metadata = LLAMA | {
@@ -115,6 +123,8 @@ def gguf_model(path: Path, kind_of: dict[str, str], default: str) -> Checkpoint:
         "blk.0.attn_output": (hidden, hidden), "blk.0.ffn_gate": (inner, hidden),
         "blk.0.ffn_up": (inner, hidden), "blk.0.ffn_down": (hidden, inner),
     }  # fmt: skip
+    if tied:
+        del shapes["output"]
     tensors = {
         f"{name}.weight": (kind, shape, stored_blocks(rng, kind, *shape).tobytes())
         for name, shape in shapes.items()
@@ -139,6 +149,20 @@ def test_kinds_mixed_within_a_product(tmp_path: Path) -> None:
     checkpoint = gguf_model(tmp_path / "m.gguf", kinds, "Q4_K")
     assert sorted(len(f.parts) for f in kept_formats(checkpoint)) == [1, 1, 1, 1, 2]
     check_runs(checkpoint, 96)
+
+
+def test_embeddings_stay_in_blocks(tmp_path: Path) -> None:
+    """Looked up in the file's blocks, bits as if expanded; where they are the head too, packed beside it."""
+    for tied in (False, True):
+        checkpoint = gguf_model(tmp_path / f"{tied}.gguf", {"token_embd": "Q6_K"}, "Q4_K", tied)
+        plain = build_program(ModelConfig(checkpoint.config, "tiny"), DType.BF16)
+        program = with_formats(plain, checkpoint, "auto")
+        (table,) = {op.table for op in program.ops if isinstance(op, Embed)}
+        assert packed_weight(table, "table").nbytes == 96 * 210
+        assert isinstance(table.format, IntegerFormat if tied else BlocksFormat)
+        names = loading_kernels(packed_weights(fuse(program)), DType.BF16, checkpoint)
+        assert "sm80_bf16_dequant_q6_k" not in names
+        check_runs(checkpoint, 96)
 
 
 def test_quantised_as_it_is_loaded(tmp_path: Path) -> None:

@@ -51,18 +51,42 @@ class Fp8Format(WeightFormat):
 
 
 @dataclass(frozen=True)
+class BlocksFormat(WeightFormat):
+    """GGUF's blocks as they lie in the file, of a table whose rows are looked up.
+
+    stored: their kind, `Q4_K`; elements, block_bytes: of a block.
+    """
+
+    name: ClassVar[str] = "blocks"
+    stored: str
+    elements: int
+    block_bytes: int
+
+    @property
+    def label(self) -> str:
+        """`Q4_K`."""
+        return self.stored
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """See WeightFormat."""
+        return rows * (columns // self.elements) * self.block_bytes
+
+
+@dataclass(frozen=True)
 class IntegerFormat(WeightFormat):
     """Levels of a few bits with scales of groups of columns: GPTQ, AWQ, compressed-tensors, GGUF blocks.
 
     parts: (rows, name of a layout of `kernels.gemm.integer`) of successive rows; one, unless a fused matrix
     is of several kinds. stored: what it is called. reordered: its columns were quantised in another order
-    than theirs; activations are put into that order first.
+    than theirs; activations are put into that order first. table: in what its rows are looked up, where
+    the matrix is a table of embeddings too; None: in the model's type.
     """
 
     name: ClassVar[str] = "integer"
     parts: tuple[tuple[int, str], ...]
     stored: str
     reordered: bool = False
+    table: BlocksFormat | None = None
 
     @property
     def label(self) -> str:

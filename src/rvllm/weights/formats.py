@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from rvllm.errors import UsageError
 from rvllm.kernels.gemm.integer.specs import GGUF_LAYOUTS
 from rvllm.kernels.moe.specs import QUANTISED
-from rvllm.program.formats import FP8_BLOCK, FP8_ROWS, Fp8Format, IntegerFormat, WeightFormat
-from rvllm.program.ops.dense import Experts, Linear, Logits, Op, Part, Program, Weight
+from rvllm.program.formats import FP8_BLOCK, FP8_ROWS, BlocksFormat, Fp8Format, IntegerFormat, WeightFormat
+from rvllm.program.ops.dense import Embed, Experts, Linear, Logits, Op, Part, Program, Weight
 from rvllm.program.ops.encoder import embedding_size
 from rvllm.weights.checkpoint import Checkpoint, TensorInfo, TensorType
 from rvllm.weights.packing import find_tensor, has_stored_form, row_order
@@ -49,9 +49,39 @@ def with_formats(program: Program, checkpoint: Checkpoint | None, quantization: 
             found = _format_of(weight, isinstance(op, Logits), checkpoint, quantization)
             if found is not None and _has_kernel(weight, found):
                 chosen[weight.name] = found
+    chosen |= _tables(program, checkpoint, chosen) if quantization != "none" else {}
     if not chosen:
         return program if all(w.format is None for w in program.weights) else _rewritten(program, {})
     return _rewritten(program, chosen)
+
+
+def _tables(
+    program: Program, checkpoint: Checkpoint | None, chosen: dict[str, WeightFormat]
+) -> dict[str, WeightFormat]:
+    """The formats of tables of embeddings; of those that are the head too, the head's with theirs in it."""
+    heads = {op.weight.name for op in program.ops if isinstance(op, Logits)}
+    found: dict[str, WeightFormat] = {}
+    for op in program.ops:
+        blocks = _blocks(op.table, checkpoint) if isinstance(op, Embed) and checkpoint is not None else None
+        if blocks is None or not isinstance(op, Embed):
+            continue
+        head = chosen.get(op.table.name)
+        if isinstance(head, IntegerFormat):
+            found[op.table.name] = replace(head, table=blocks)
+        elif op.table.name not in heads:
+            found[op.table.name] = blocks
+    return found
+
+
+def _blocks(table: Weight, checkpoint: Checkpoint) -> BlocksFormat | None:
+    """The blocks of a table that is one tensor of them."""
+    found = [(part, find_tensor(part, checkpoint)) for part in table.parts]
+    if len(found) != 1 or found[0][1] is None:
+        return None
+    part, info = found[0][0], found[0][1]
+    if info.type.value not in GGUF_LAYOUTS or info.quantised is not None or not has_stored_form(part, info):
+        return None
+    return BlocksFormat(info.type.value, *info.type.block)
 
 
 def matrices_of(op: Op) -> tuple[Weight, ...]:

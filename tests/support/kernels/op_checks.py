@@ -7,6 +7,7 @@ import ctypes
 import numpy as np
 
 from rvllm.backends.cpu.reference import ops
+from rvllm.kernels.gemm.integer.specs import GGUF_LAYOUTS
 from rvllm.kernels.loading.specs import FORMATS
 from rvllm.kernels.rowwise.specs import ACTIVATIONS, norm_kernel
 from rvllm.program.rope import Rope
@@ -44,6 +45,25 @@ def check_embed(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype) -> float:
         assert untouched(result[7:])
     expect("embed", worst, LIMIT[dtype.name])
     return worst
+
+
+def check_embed_blocks(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype) -> None:
+    """Rows of tables in GGUF's blocks: the bits of the table expanded to the 16-bit type."""
+    width, tokens = 512, np.array([4, -1, 0, 16, 3], np.int32)
+    for i, kind in enumerate(GGUF_LAYOUTS):
+        raw = random_blocks(rng, TensorType[kind], 17 * width // TensorType[kind].block[0])
+        scale = 29.93 if i % 2 else 1.0
+        table = dequantise(TensorType[kind], raw, (17, width))
+        with np.errstate(over="ignore"):
+            wanted = table[[4, 9, 0, 16]].astype(dtype)
+            if scale != 1:
+                wanted = (wanted.astype(np.float32) * np.float32(scale)).astype(dtype)
+        out = gpu.empty((5, width), dtype)
+        args = [out, gpu.array(raw), gpu.array(tokens), gpu.array([0, 2, 0, 0, 0], np.int32),
+                gpu.array([7, 7, 9], np.int32), gpu.array([4], np.int32), width, scale]  # fmt: skip
+        gpu.launch(f"sm80_{SHORT[dtype.name]}_embed_{kind.lower()}", 5, 32, args)
+        result = out.get()
+        assert (result[:4].view(np.uint16) == wanted.view(np.uint16)).all() and untouched(result[4:]), kind
 
 
 def check_norm(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype) -> float:
@@ -280,4 +300,7 @@ def check_fill(gpu: Gpu, rng: np.random.Generator) -> float:
     return worst
 
 
-ROW_CHECKS = [check_embed, check_norm, check_norm_groups, check_rope, check_activation, check_gather_add]
+ROW_CHECKS = [
+    check_embed, check_embed_blocks, check_norm, check_norm_groups, check_rope, check_activation,
+    check_gather_add,
+]  # fmt: skip

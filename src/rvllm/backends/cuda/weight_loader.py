@@ -19,7 +19,7 @@ from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up, pack_arguments
 from rvllm.backends.cuda.staging import BLOCK, Staging
 from rvllm.program.dtypes import DType
 from rvllm.weights.checkpoint import Checkpoint, TensorType
-from rvllm.weights.packing import find_tensor, pack, readable_parts, readable_type
+from rvllm.weights.packing import find_tensor, pack, raw_parts, readable_parts, readable_type
 
 VECTORS = ("norm", "bias", "gated_bias")
 _PLAIN = {TensorType.F32: "f32", TensorType.F16: "f16", TensorType.BF16: "bf16"}
@@ -33,7 +33,7 @@ class Loader(Staging):
         """The kernels that loading these weights needs. What is missing is left to `check_weights`."""
         tag, names = "bf16" if dtype is DType.BF16 else "f16", list[str]()
         for wanted in packed:
-            if wanted.form in VECTORS:
+            if wanted.form in VECTORS or wanted.blocks is not None:
                 continue
             if wanted.format is not None:
                 names += device_format(wanted.format).loading_kernels(wanted, dtype, checkpoint)
@@ -52,6 +52,8 @@ class Loader(Staging):
         for wanted, address in places:
             if wanted.form in VECTORS:
                 self._vector(wanted, address, checkpoint)
+            elif wanted.blocks is not None:
+                stored += self._as_stored(wanted, address, checkpoint)
             elif wanted.format is not None:
                 stored += device_format(wanted.format).load(self, wanted, address, checkpoint)
             else:
@@ -81,6 +83,12 @@ class Loader(Staging):
                                        interleave=span.interleave)  # fmt: skip
                 self.run(place, where, 132 * 8)
         return nbytes
+
+    def _as_stored(self, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
+        """A table in the blocks of the file."""
+        (part,) = raw_parts(packed.weight, checkpoint)
+        self.copy(part.data, address)
+        return part.data.nbytes
 
     def _dequantise(self, kernel: str, target: int, source: int, count: int) -> None:
         self.run(kernel, [target, source, ctypes.c_uint64(count)], -(-count // 8 // BLOCK))

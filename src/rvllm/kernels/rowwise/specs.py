@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rvllm.errors import MissingKernelError
+from rvllm.kernels.gemm.integer.specs import GGUF_LAYOUTS
 from rvllm.kernels.spec import KernelSpec
 from rvllm.kernels.types import SHORT, TYPES
 
@@ -49,6 +50,10 @@ def _elementwise(dtype: str) -> list[KernelSpec]:
         spec("rope_kv_interleaved", "rowwise/rope.cu", f"rope_kv<{t}, true>"),
         spec("norm_groups_rms", "rowwise/norm.cu", f"norm_groups<{t}, false>"),
         spec("norm_groups_layer", "rowwise/norm.cu", f"norm_groups<{t}, true>"),
+    ]
+    specs += [
+        spec(f"embed_{kind.lower()}", "rowwise/embed_blocks.cu", f"embed_blocks<{t}, rvllm::gguf::{kind}>")
+        for kind in GGUF_LAYOUTS
     ]
     for suffix, vectors in NORM_VECTORS.items():
         specs.append(spec(f"norm_add_norm{suffix}", "rowwise/norm.cu", f"norm_add_norm<{t}, {vectors}>"))

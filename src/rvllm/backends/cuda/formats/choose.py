@@ -8,6 +8,7 @@ from rvllm.backends.cuda.formats import device_format
 from rvllm.backends.cuda.layout.joining import joined
 from rvllm.config import EngineConfig
 from rvllm.errors import MissingKernelError, UsageError
+from rvllm.program.formats import BlocksFormat
 from rvllm.program.ops.dense import Program
 from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.formats import with_formats
@@ -21,7 +22,8 @@ def kept(
     Raises UsageError or MissingKernelError for formats that are asked for and cannot be run.
     """
     found = with_formats(joined(program), checkpoint, config.quantization)
-    quantised = {w.name: w for w in found.weights if w.format is not None}
+    plain = (type(None), BlocksFormat)  # what no product is of
+    quantised = {w.name: w for w in found.weights if not isinstance(w.format, plain)}
     if quantised and config.gemm_strategy != "native":
         raise UsageError(
             f"--gemm-strategy {config.gemm_strategy} computes in 16 bits; use native, or "

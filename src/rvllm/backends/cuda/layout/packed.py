@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rvllm.backends.cuda.ops.gemm.plan import gated_rows
-from rvllm.program.formats import WeightFormat
+from rvllm.program.formats import BlocksFormat, IntegerFormat, WeightFormat
 from rvllm.program.ops.dense import Weight
 
 # packed, gated: tiles for our matrix kernels, gated with gate and up rows interleaved; stack, gated_stack:
@@ -47,8 +47,16 @@ class PackedWeight:
 
     @property
     def format(self) -> WeightFormat | None:
-        """Of the numbers in it; None: the model's type. Tables are expanded, for lookups and for cuBLAS."""
+        """Of the numbers in it; None: the model's type. Tables have `blocks`."""
         return self.weight.format if self.form in ("packed", "gated", "stack", "gated_stack") else None
+
+    @property
+    def blocks(self) -> BlocksFormat | None:
+        """GGUF's blocks that a table stays in; None: the model's type."""
+        kept = self.weight.format if self.form == "table" else None
+        if isinstance(kept, IntegerFormat):
+            return kept.table
+        return kept if isinstance(kept, BlocksFormat) else None
 
     @property
     def nbytes(self) -> int:
@@ -58,6 +66,8 @@ class PackedWeight:
                 return self.matrix_bytes
             case "stack" | "gated_stack":
                 return self.weight.shape[0] * self.matrix_bytes
+            case "table" if self.blocks is not None:
+                return self.blocks.nbytes(self.rows, self.width)
             case "table":
                 return self.weight.elements * ELEMENT
             case "norm":

@@ -12,7 +12,7 @@ from rvllm.backends.cuda.formats.fp8 import NORMED, NORMED_SCALES, activation_ca
 from rvllm.backends.cuda.formats.fp8_plan import activation_pitch
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_SAMPLES, NUM_TOKENS
-from rvllm.backends.cuda.layout.packed import WeightLayout
+from rvllm.backends.cuda.layout.packed import PackedWeight, WeightLayout
 from rvllm.backends.cuda.ops.family import Family, Lowering, Wanted
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.rowwise.specs import norm_add_norm_kernel, norm_kernel, quantised_norm_kernel
@@ -24,9 +24,10 @@ BLOCK = 256  # threads of elementwise kernels
 def _embed(to: Lowering, stage: Stage) -> None:
     (op,) = stage.ops
     assert isinstance(op, Embed)
+    blocks = PackedWeight(op.table, "table", 0).blocks
     to.plan(
         stage.name,
-        f"sm80_{to.tag}_embed",
+        f"sm80_{to.tag}_embed" if blocks is None else f"sm80_{to.tag}_embed_{blocks.stored.lower()}",
         lambda c: (c.tokens, 1, 1),
         128,
         to.at.buffers[op.out.name],
