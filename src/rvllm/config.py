@@ -174,6 +174,9 @@ class EngineConfig:
     check_device_memory: bool = setting(
         False, "Debugging: end with an error if a step takes GPU memory after the start."
     )
+    max_logprobs: int = setting(
+        20, "Most log-probabilities that a request may ask for, for each token; -1: all.", low=-1
+    )
     generation_config: str = setting(
         "auto",
         "auto takes sampling defaults from the model's generation_config.json; none ignores it.",

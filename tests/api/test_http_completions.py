@@ -157,3 +157,20 @@ def test_an_empty_suffix_asks_for_nothing(server: LiveServer) -> None:
     _, plain = server.post(PATH, prompt="hello", max_tokens=3)
     _, same = server.post(PATH, prompt="hello", max_tokens=3, suffix="")
     assert same["choices"] == plain["choices"]
+
+
+def test_bad_words_and_allowed_tokens_reach_the_engine(server: LiveServer) -> None:
+    status, answer = server.post("/v1/completions", prompt="a", bad_words=["hello"], allowed_token_ids=[5, 6])
+    assert status == 200, answer
+    sampling = server.engine.requests[-1].sampling
+    assert sampling.allowed_token_ids == (5, 6)
+    assert sampling.bad_words[0] == tuple(server.tokenizer.encode("hello"))
+    for body, param in (
+        ({"bad_words": [""]}, "bad_words"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [10**6]}, "allowed_token_ids"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+    ):
+        status, answer = server.post("/v1/completions", prompt="a", **body)
+        assert status == 400 and param in answer["error"]["message"], answer

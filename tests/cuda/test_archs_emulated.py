@@ -5,6 +5,7 @@ All of them run with RVLLM_TEST_EMULATE=1 (test_archs_gpu.py), which takes minut
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from dataclasses import replace
 
@@ -80,6 +81,31 @@ def test_vectors_agree_with_the_cpu() -> None:
         assert (loaded.embed(text_batch(texts[2:]))[0] == found[2]).all(), "a text differs in company"
         loaded.close()
     assert (1 - (found * wanted).sum(1)).max() < 1e-4
+
+
+def test_masks_and_more_logprobs_than_the_kernel_reports() -> None:
+    config = {**MODELS["qwen3"].config, "num_hidden_layers": 1}
+    checkpoint = tensors_of("qwen3", config, DType.F16)
+    sampling = Sampling(
+        temperature=1.0, seed=4, max_tokens=4, logprobs=50, prompt_logprobs=50, bad_words=((9, 9),),
+        allowed_token_ids=(8, 9),
+    )  # fmt: skip
+    engine = replace(CONFIG, max_model_len=64, max_num_seqs=2, max_num_batched_tokens=32)
+    with emulated_driver():
+        loaded = CudaBackend.load(program_of(config, DType.F16), checkpoint, engine)
+        core = core_of(loaded, config, engine)
+        (found,) = run(core, [([5, 6, 7], sampling)])
+        core.close()
+    tokens = [output.token_ids[0] for output in found]
+    assert len(tokens) == 4 and set(tokens) <= {8, 9} and (9, 9) not in itertools.pairwise(tokens)
+    rows = [row for output in found for row in output.logprobs or []] + (found[0].prompt_logprobs or [])
+    assert len(rows) == 6
+    for row in rows:
+        assert len(row.top_ids) == 50 == len(set(row.top_ids))
+        assert row.top_logprobs == sorted(row.top_logprobs, reverse=True)
+        place = row.top_ids.index(row.token_id) if row.token_id in row.top_ids else None
+        if place is not None:
+            assert abs(row.top_logprobs[place] - row.logprob) < 1e-4
 
 
 @pytest.mark.parametrize("head", [False, True], ids=["vectors", "classes"])

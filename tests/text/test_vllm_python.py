@@ -200,9 +200,10 @@ def test_what_is_not_served_is_said(llm: LLM) -> None:
         lambda: llm.classify("a"),
         lambda: llm.encode("a", pooling_task="classify"),
         lambda: llm.score("a", ["b"]),
-        lambda: SamplingParams(bad_words=["x"]),
-        lambda: SamplingParams(allowed_token_ids=[1]),
-        lambda: SamplingParams(logprobs=-1),
+        lambda: SamplingParams(bad_words=["x", " "]),
+        lambda: SamplingParams(allowed_token_ids=[]),
+        lambda: llm.generate("a", SamplingParams(allowed_token_ids=[512])),
+        lambda: llm.generate("a", SamplingParams(logprobs=-1)),
         lambda: rvllm.PoolingParams(normalize=False),
         lambda: BeamSearchParams(beam_width=11, max_tokens=1),
     ):

@@ -25,6 +25,7 @@ from rvllm.engine.scheduler import Scheduler
 from rvllm.engine.sequence import Sequence
 from rvllm.engine.stats import EngineStats
 from rvllm.engine.step import Step
+from rvllm.engine.token_filter import TokenFilter
 from rvllm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -122,6 +123,9 @@ class EngineCore:
             return
         seq = Sequence(request, self.facts.max_model_len, self.ready.block_size)
         self._alive[seq.request_id] = seq
+        sampling = request.sampling
+        if sampling.allowed_token_ids or sampling.bad_words:
+            seq.filter = TokenFilter(self.facts.vocab_size, sampling.allowed_token_ids, sampling.bad_words)
         if request.sampling.grammar is None:
             self.scheduler.add(seq)
         else:

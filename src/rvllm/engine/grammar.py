@@ -104,7 +104,8 @@ class Matcher:
         reason = self.error or ""
         if "satisfy the grammar" not in reason:
             return self.too_complex
-        return f"no token fits both the grammar and min_tokens, stop_token_ids or logit_bias: {reason}"
+        others = "bad_words, allowed_token_ids, min_tokens, stop_token_ids or logit_bias"
+        return f"no token fits both the grammar and {others}: {reason}"
 
     def fill(self, row: Mask) -> float:
         """Makes the next mask in `row`, in whatever thread; returns the seconds it took."""

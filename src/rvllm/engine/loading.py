@@ -74,6 +74,7 @@ def model_facts(
         eos_token_ids=list(dict.fromkeys(eos)),
         bos_token_id=bos[0] if bos else None,
         dtype=program.dtype.value,
+        max_logprobs=config.max_logprobs,
         generation_config={} if config.generation_config == "none" else _plain(checkpoint.generation_config),
     )
 

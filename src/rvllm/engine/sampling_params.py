@@ -37,7 +37,7 @@ RANGES = {
     "frequency_penalty": Range(-2, 2),
     "max_tokens": Range(1, 1 << 31),
     "min_tokens": Range(0, 1 << 31),
-    "logprobs": Range(0, 20),
+    "logprobs": Range(0, 20),  # unless --max-logprobs says otherwise
     "prompt_logprobs": Range(0, 20),
 }
 
@@ -104,8 +104,6 @@ class BeamSearchParams:
 
 # Parameters of vLLM's that are not served, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bad_words": (None, []),
-    "allowed_token_ids": (None, []),
     "truncate_prompt_tokens": (None,),
     "logits_processors": (None, []),
     "best_of": (None, 1),
@@ -116,6 +114,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 @dataclass(slots=True)
 class SamplingParams:
     """How a request draws its tokens and when it stops.
+
+    logprobs, prompt_logprobs: how many log-probabilities for each token, up to --max-logprobs; -1: all.
+    bad_words: texts that the output must not contain, as the tokenizer writes them with and without a space
+    before them. allowed_token_ids: the only tokens that may be drawn, an end token among them or none.
 
     Raises UsageError from `validate` with the parameter's name; the HTTP layer turns it into a 400.
     """
@@ -174,13 +176,13 @@ class SamplingParams:
 
     def validate(self) -> None:
         """Raises UsageError naming the first parameter out of range."""
-        if self.logprobs == -1 or self.prompt_logprobs == -1:
-            raise UsageError("logprobs: -1, all of the vocabulary, is not supported; up to 20 are")
         for name, neutral in _NEUTRAL.items():
             if getattr(self, name) not in neutral:
                 raise UsageError(f"{name} is not supported")
         for name, allowed in RANGES.items():
             value = getattr(self, name)
+            if name in ("logprobs", "prompt_logprobs"):  # how many depends on --max-logprobs
+                allowed = Range(-1, 1 << 31)
             if value is not None and value not in allowed:
                 raise UsageError(f"{name} must be in {allowed}, got {value}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -189,3 +191,7 @@ class SamplingParams:
             )
         if not all(self.stop):
             raise UsageError("stop must not hold an empty string")
+        if not all(isinstance(word, str) and word.strip() for word in self.bad_words or ()):
+            raise UsageError("bad_words must hold texts that are not empty")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise UsageError("allowed_token_ids must not be empty")

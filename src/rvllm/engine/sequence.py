@@ -13,7 +13,8 @@ from rvllm.engine.ipc.messages import Generate, Output, PrefillChunk, Sampling, 
 from rvllm.engine.scheduling.policy import Rank
 
 if TYPE_CHECKING:
-    from rvllm.engine.grammar import Matcher
+    from rvllm.engine.grammar import Mask, Matcher
+    from rvllm.engine.token_filter import TokenFilter
 
 MAX_CHUNKS = 256  # of a prompt that are told; the rest of a longer one is not
 _arrivals = itertools.count()
@@ -52,9 +53,10 @@ class Sequence:
 
     __slots__ = (
         "arrival", "block_size", "blocks", "cached_tokens", "capacity", "chunks", "client", "computed",
-        "digests", "finish_reason", "first_scheduled", "group", "in_flight", "launched", "length", "matcher",
-        "max_length", "min_length", "number", "priority", "prompt_len", "prompt_logprobs", "published",
-        "rank", "request_id", "sampling", "slot", "spec", "stop_ids", "tokens", "wanted_prompt_logprobs",
+        "digests", "filter", "finish_reason", "first_scheduled", "group", "in_flight", "launched", "length",
+        "matcher", "max_length", "min_length", "number", "priority", "prompt_len", "prompt_logprobs",
+        "published", "rank", "request_id", "sampling", "slot", "spec", "stop_ids", "tokens",
+        "wanted_prompt_logprobs",
     )  # fmt: skip
 
     def __init__(self, request: Generate, max_model_len: int, block_size: int) -> None:
@@ -77,6 +79,7 @@ class Sequence:
         self.finish_reason: str | None = None
         self.chunks: list[PrefillChunk] = []  # of its prompt, as they were computed
         self.matcher: Matcher | None = None  # where it is in its grammar, if it has one
+        self.filter: TokenFilter | None = None  # of the tokens it may draw, if it has one
 
         self.slot = -1  # -1: waiting
         self.length = self.prompt_len
@@ -114,7 +117,18 @@ class Sequence:
     @property
     def must_wait(self) -> bool:
         """Whether the mask of its next step is yet to be made, or the token before it yet to be drawn."""
+        if self.filter is not None and self.filter.follows and self.length > len(self.tokens):
+            return True
         return self.matcher is not None and (self.matcher.mask is None or self.length > len(self.tokens))
+
+    @property
+    def token_mask(self) -> Mask | None:
+        """The tokens that may be drawn next, by its grammar and by its filter; None: any."""
+        found = None if self.matcher is None else self.matcher.mask
+        if self.filter is None:
+            return found
+        own = self.filter.mask(self.tokens[self.prompt_len :])
+        return own if found is None else own & found
 
     def digest_chain(self, blocks: int) -> list[Digest]:
         """Content digests of its first `blocks` blocks, all of whose tokens are known."""

@@ -110,9 +110,7 @@ class StepPlan:
             for seq, (start, count) in zip(self.prefills, self._chunks, strict=True):
                 pieces.append(np.array(seq.tokens[start : start + count], dtype=np.int32))
         masks = {
-            s: seq.matcher.mask
-            for s, seq in enumerate(sequences)
-            if seq.matcher is not None and seq.matcher.mask is not None and sample[s]
+            s: mask for s, seq in enumerate(sequences) if sample[s] and (mask := seq.token_mask) is not None
         }
         batch = StepBatch(
             step=self.number,

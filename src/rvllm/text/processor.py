@@ -137,13 +137,16 @@ class Choice:
 
 
 def position_logprobs(entry: TokenLogprobs, count: int, tokenizer: Tokenizer | None) -> PositionLogprobs:
-    """One position's logprobs by token id: the token's own first, then the `count` most likely ones."""
+    """One position's logprobs by token id: the token's own first, then the `count` most likely ones.
+
+    count -1: all that there are.
+    """
 
     def text(token: int) -> str | None:
         return None if tokenizer is None else tokenizer.token_text(token)
 
     found = {entry.token_id: Logprob(entry.logprob, entry.rank, text(entry.token_id))}
     for rank, (token, value) in enumerate(zip(entry.top_ids, entry.top_logprobs, strict=True), start=1):
-        if rank <= count:
+        if rank <= count or count == -1:
             found.setdefault(token, Logprob(value, rank, text(token)))
     return found

@@ -29,6 +29,10 @@ _DEFAULTS = {  # generation_config.json's name: SamplingParams'
 }
 
 
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD = 1024  # characters
+
+
 class RequestMaker:
     """Makes the engine's messages for one loaded model. Requests without a seed get one drawn from `seed`.
 
@@ -41,6 +45,7 @@ class RequestMaker:
         eos = None if tokenizer is None else tokenizer.eos_token_id
         if eos is not None and eos not in facts.eos_token_ids and eos < facts.vocab_size:
             self.facts = msgspec.structs.replace(facts, eos_token_ids=[*facts.eos_token_ids, eos])
+        self._tokenizer = tokenizer
         self.defaults = sampling_defaults(facts)
         self._seeds = random.Random(seed)
 
@@ -60,7 +65,7 @@ class RequestMaker:
         Raises UsageError naming the parameter: an empty or too long prompt, ids out of the vocabulary.
         """
         check_prompt(prompt_token_ids, self.facts)
-        sampling = to_sampling(params, len(prompt_token_ids), self.facts)
+        sampling = to_sampling(params, len(prompt_token_ids), self.facts, self._tokenizer)
         seed = self._seeds.getrandbits(_SEED_BITS) if params.seed is None else params.seed
         return [
             Generate(
@@ -150,8 +155,46 @@ def check_tokens(prompt_token_ids: list[int], facts: ModelFacts) -> None:
         raise UsageError(f"prompt: token id {wrong} is not in the vocabulary of {facts.vocab_size}")
 
 
-def to_sampling(params: SamplingParams, prompt_len: int, facts: ModelFacts) -> Sampling:
-    """The engine's share of the parameters, with lengths cut to what the context holds."""
+def bad_word_tokens(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
+    """The token sequences of words, as vLLM has them: alone, and behind a space where that is one more word.
+
+    Raises UsageError without a tokenizer, or for more or longer words than a request may have.
+    """
+    if not words:
+        return ()
+    if tokenizer is None:
+        raise UsageError("bad_words needs a tokenizer: the model was loaded with skip_tokenizer_init")
+    if len(words) > MAX_BAD_WORDS or max(map(len, words)) > MAX_BAD_WORD:
+        raise UsageError(f"bad_words takes at most {MAX_BAD_WORDS} texts of {MAX_BAD_WORD} characters")
+    found: list[tuple[int, ...]] = []
+    for word in words:
+        plain, spaced = (
+            tuple(tokenizer.encode(before + word.lstrip(), add_special_tokens=False)) for before in ("", " ")
+        )
+        found.append(plain)
+        if spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
+            found.append(spaced)
+    return tuple(dict.fromkeys(found))
+
+
+def _logprobs(name: str, count: int | None, facts: ModelFacts) -> int | None:
+    """How many log-probabilities are wanted, all of them as a number. Raises UsageError."""
+    if count is None:
+        return None
+    if facts.max_logprobs != -1 and not 0 <= count <= facts.max_logprobs:
+        raise UsageError(
+            f"{name} must be in [0, {facts.max_logprobs}], got {count}; --max-logprobs allows more"
+        )
+    return facts.vocab_size if count == -1 else min(count, facts.vocab_size)
+
+
+def to_sampling(
+    params: SamplingParams, prompt_len: int, facts: ModelFacts, tokenizer: Tokenizer | None = None
+) -> Sampling:
+    """The engine's share of the parameters, with lengths cut to what the context holds.
+
+    tokenizer: for bad_words. Raises UsageError naming the parameter.
+    """
     params.validate()
     room = facts.max_model_len - prompt_len
     max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -167,6 +210,10 @@ def to_sampling(params: SamplingParams, prompt_len: int, facts: ModelFacts) -> S
     for value in bias.values():
         if not -100 <= value <= 100:
             raise UsageError(f"logit_bias must be in [-100, 100], got {value}")
+    allowed = _in_vocabulary("allowed_token_ids", list(params.allowed_token_ids or ()), facts)
+    bad = bad_word_tokens(params.bad_words or (), tokenizer)
+    if allowed and set(allowed) <= {word[0] for word in bad if len(word) == 1}:
+        raise UsageError("allowed_token_ids must not all be bad_words")
     return Sampling(
         temperature=float(params.temperature),
         top_k=params.top_k,
@@ -179,9 +226,11 @@ def to_sampling(params: SamplingParams, prompt_len: int, facts: ModelFacts) -> S
         stop_token_ids=tuple(stops),
         min_tokens=min(params.min_tokens, max_tokens),
         max_tokens=max_tokens,
-        logprobs=params.logprobs,
-        prompt_logprobs=params.prompt_logprobs,
+        logprobs=_logprobs("logprobs", params.logprobs, facts),
+        prompt_logprobs=_logprobs("prompt_logprobs", params.prompt_logprobs, facts),
         grammar=params.grammar or grammar_of(params.structured_outputs),
+        allowed_token_ids=tuple(allowed),
+        bad_words=bad,
     )
 
 

@@ -82,7 +82,6 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     "max_seq_len_to_capture": _taken(),
     "max_cudagraph_capture_size": _taken(),
     "cudagraph_capture_sizes": _taken(),
-    "max_logprobs": _taken(*range(21), instead="up to 20 log-probabilities for each token"),
     "logprobs_mode": _taken("raw_logprobs", instead="log-probabilities are those before penalties"),
     "disable_sliding_window": _switch(False, instead="--max-model-len up to the window"),
     "disable_cascade_attn": _switch(),

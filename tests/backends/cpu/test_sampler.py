@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from rvllm.backends.base import SamplingSpec
 from rvllm.backends.cpu.reference.philox import philox4x32, uniform
-from rvllm.backends.cpu.reference.sampler import History, adjust, distribution, draw, nucleus, top_logprobs
+from rvllm.backends.cpu.reference.sampler import History, adjust, distribution, draw, nucleus
+from rvllm.backends.logprobs import top_logprobs
 
 VOCAB = 50
 

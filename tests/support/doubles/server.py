@@ -233,7 +233,7 @@ class LiveServer:
             self.config,
             metrics,
             served_name="tiny",
-            requests=RequestMaker(facts),
+            requests=RequestMaker(facts, 0, self.tokenizer if self.texts else None),
             chat_template=self.template,
         )
         self.gate = gate = Gate(self.config, metrics)

@@ -8,7 +8,7 @@ import numpy as np
 
 from rvllm.backends.base import BROKEN_ROW, SamplingSpec, SlotStart
 from rvllm.backends.cpu.reference.philox import uniform
-from rvllm.backends.cpu.reference.sampler import History, adjust, distribution, draw, top_logprobs
+from rvllm.backends.cpu.reference.sampler import History, adjust, distribution, draw
 from rvllm.backends.cuda.ops.sampling.slots import (
     MAX_TOP,
     PICK_THREADS,
@@ -17,6 +17,7 @@ from rvllm.backends.cuda.ops.sampling.slots import (
     StateSizes,
     pack_starts,
 )
+from rvllm.backends.logprobs import top_logprobs
 from support.kernels.harness import Gpu
 
 

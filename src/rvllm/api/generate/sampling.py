@@ -22,10 +22,12 @@ from rvllm.errors import UsageError
 _SAME_NAME = (
     "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos",
-    "min_tokens", "prompt_logprobs", "skip_special_tokens", "spaces_between_special_tokens",
+    "min_tokens", "prompt_logprobs", "bad_words", "allowed_token_ids", "skip_special_tokens",
+    "spaces_between_special_tokens",
 )  # fmt: skip
 _MAX_STOPS = 64
 _MAX_STOP_IDS = 4096
+_MAX_ALLOWED = 1 << 18
 
 
 def refuse_unsupported(request: Refused) -> None:
@@ -86,6 +88,7 @@ def _params(request: GenerationRequest, defaults: Mapping[str, Any], **values: A
     if len(values.get("stop") or ()) > _MAX_STOPS and not isinstance(values["stop"], str):
         raise invalid(f"stop takes at most {_MAX_STOPS} strings", "stop")
     check_count(values.get("stop_token_ids") or (), _MAX_STOP_IDS, "stop_token_ids")
+    check_count(values.get("allowed_token_ids") or (), _MAX_ALLOWED, "allowed_token_ids")
     if request.seed is not None and not -(1 << 63) <= request.seed < 1 << 64:
         raise invalid("seed must fit in 64 bits", "seed")
     if request.stream_options is not None and not request.stream:

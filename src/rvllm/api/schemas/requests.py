@@ -22,9 +22,7 @@ class StreamOptions(msgspec.Struct, kw_only=True):
 class Refused(msgspec.Struct, kw_only=True):
     """Fields we know and do not serve: any value but a neutral one is answered with a 400, never ignored."""
 
-    allowed_token_ids: Any = None
     audio: Any = None
-    bad_words: Any = None
     adaptive_target: Any = None
     best_of: Any = None
     cache_salt: Any = None
@@ -66,7 +64,6 @@ class Refused(msgspec.Struct, kw_only=True):
 # Values of refused fields that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "adaptive_target": (-1,),
-    "bad_words": ([],),
     "best_of": (1,),
     "dry_multiplier": (0,),
     "dynatemp_range": (0,),
@@ -143,6 +140,8 @@ class GenerationRequest(Refused, kw_only=True):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
     priority: int | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None

@@ -32,10 +32,11 @@ from rvllm.backends.cpu.reference.interpreter import (
     execute,
     resolve,
 )
-from rvllm.backends.cpu.reference.sampler import draw, top_logprobs
+from rvllm.backends.cpu.reference.sampler import draw
 from rvllm.backends.cpu.slots import Slots, text_tables
 from rvllm.backends.cpu.step import BLOCK, flat_step
 from rvllm.backends.cpu.threads import Workers, available_cores, single_threaded_blas
+from rvllm.backends.logprobs import top_logprobs
 from rvllm.config import EngineConfig
 from rvllm.errors import RvllmError, UsageError
 from rvllm.program.cost import StepShape, program_cost

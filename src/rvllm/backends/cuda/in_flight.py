@@ -38,6 +38,7 @@ class InFlightStep:
     ended: Event
     done: Event
     masks: Pinned | None = None
+    wide: Pinned | None = None  # rows of logits, where more of them is wanted than the kernel reports
     batch: StepBatch = field(default_factory=lambda: NOTHING)
     rows: SampledRows = field(default_factory=lambda: SampledRows.of(NOTHING))
     asked: list[tuple[int, bool, int]] = field(default_factory=list)
@@ -65,7 +66,7 @@ class InFlightStep:
 
     def close(self) -> None:
         """Frees memory and events."""
-        for pinned in (self.metadata, self.tokens, self.entries, self.scores, self.masks):
+        for pinned in (self.metadata, self.tokens, self.entries, self.scores, self.masks, self.wide):
             if pinned is not None:
                 pinned.close()
         for event in (self.began, self.ended, self.done):

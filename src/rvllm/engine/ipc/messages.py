@@ -28,6 +28,8 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: str | None = None  # in llguidance's form; the output follows it (a Vocabulary must have come)
+    allowed_token_ids: tuple[int, ...] = ()  # the only tokens that may be drawn; empty: any
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be written
 
 
 class Generate(msgspec.Struct, tag="generate", array_like=True):
@@ -222,6 +224,7 @@ class ModelFacts(msgspec.Struct, kw_only=True):
     bos_token_id: int | None = None
     dtype: str = ""
     generation_config: dict[str, Any] = {}
+    max_logprobs: int = 20  # most that a request may ask for, for each token; -1: any number
     embedding_size: int | None = None  # numbers that come back for a text; None: the model generates text
     labels: list[str] | None = None  # a classifier's classes; None: what comes back is a vector
     activation: str = "identity"  # softmax, sigmoid or identity makes a classifier's numbers probabilities

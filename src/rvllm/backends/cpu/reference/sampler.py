@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import BROKEN_ROW, SamplingSpec, TopLogprobs
+from rvllm.backends.base import BROKEN_ROW, SamplingSpec
 from rvllm.backends.cpu.reference.philox import uniform
 
 F32 = NDArray[np.float32]
@@ -157,20 +157,3 @@ def nucleus(weights: F32, top_p: float) -> NDArray[np.int64]:
         if len(order) == len(weights) or held[-1] >= target:
             return alive[order[: int(np.searchsorted(held, target, side="left")) + 1]]
         count *= 8
-
-
-def top_logprobs(logits: F32, token: int, count: int) -> TopLogprobs:
-    """Log-probabilities of a row [vocab]: the token's, its rank, and the `count` most likely."""
-    top = logits.max()
-    norm = np.float64(top) + np.log(np.exp(logits - top, dtype=np.float64).sum())
-    ids = np.empty(0, dtype=np.int32)
-    if count > 0:
-        count = min(count, len(logits))
-        largest = np.flatnonzero(logits >= np.partition(logits, -count)[-count])
-        ids = largest[np.argsort(-logits[largest], kind="stable")][:count].astype(np.int32)
-    return TopLogprobs(
-        token=float(np.float32(logits[token] - norm)),  # rounded as `top` is, so that equals stay equal
-        rank=1 + int(np.count_nonzero(logits > logits[token])),
-        top_ids=ids,
-        top=(logits[ids] - norm).astype(np.float32),
-    )

@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 from rvllm.backends.base import SlotStart, StepResult, TopLogprobs
 from rvllm.backends.cuda.device.catalog import Catalog
-from rvllm.backends.cuda.device.driver import Launch, Stream
+from rvllm.backends.cuda.device.driver import Launch, Pinned, Stream
 from rvllm.backends.cuda.in_flight import InFlightStep
 from rvllm.backends.cuda.layout.addresses import Addresses, Shape
 from rvllm.backends.cuda.ops.sampling.arrays import LogprobArrays
 from rvllm.backends.cuda.ops.sampling.slots import MAX_TOP, PICK_THREADS
+from rvllm.backends.logprobs import top_logprobs
 
 KERNEL = "sm80_logprobs"
 
@@ -26,6 +27,7 @@ class Scorer:
         self._tops: dict[int, int] = {}
         self._given: dict[int, NDArray[np.int32]] = {}
         rows = shape.samples
+        self._vocab, self._logits, self._pitch = shape.vocab, at.logits, shape.logits_stride
         self._arrays = arrays = LogprobArrays(rows, at.scores)
         self._launch = Launch(
             catalog[KERNEL],
@@ -71,6 +73,20 @@ class Scorer:
         self._stream.copy_to_device(arrays.entries, flight.entries.address, flight.entries.nbytes)
         self._launch.run(self._stream, (count, 1, 1))
         self._stream.copy_to_host(flight.scores.address, arrays.token, arrays.result_bytes)
+        self._fetch_rows(flight, entries)
+
+    def _fetch_rows(self, flight: InFlightStep, entries: list[tuple[int, int, int]]) -> None:
+        """Queues copies of the rows of which more is wanted than the kernel reports; the host ranks those."""
+        wide = [row for row, _, top in entries if top > MAX_TOP]
+        nbytes = 4 * self._vocab
+        if wide and (flight.wide is None or flight.wide.nbytes < len(wide) * nbytes):
+            if flight.wide is not None:
+                flight.wide.close()
+            flight.wide = Pinned(len(wide) * nbytes)
+        for place, row in enumerate(wide):
+            assert flight.wide is not None
+            source = self._logits + 4 * self._pitch * row
+            self._stream.copy_to_host(flight.wide.address + place * nbytes, source, nbytes)
 
     def _ask(self, flight: InFlightStep) -> list[tuple[int, int, int]]:
         """(row, target token or -1 for the drawn one, top tokens wanted) of each entry."""
@@ -104,8 +120,14 @@ class Scorer:
         ranks = raw[4 * rows : 8 * rows].view(np.int32)
         ids = raw[8 * rows : (8 + 4 * MAX_TOP) * rows].view(np.int32).reshape(rows, MAX_TOP)
         top = raw[(8 + 4 * MAX_TOP) * rows :].view(np.float32).reshape(rows, MAX_TOP)
+        place = 0
         for i, (s, prompt, count) in enumerate(flight.asked):
             scored = TopLogprobs(float(token[i]), int(ranks[i]), ids[i, :count].copy(), top[i, :count].copy())
+            if count > MAX_TOP and flight.wide is not None:
+                row = flight.wide.array.view(np.float32)[place * self._vocab : (place + 1) * self._vocab]
+                ranked = top_logprobs(row, 0, count)
+                scored = TopLogprobs(scored.token, scored.rank, ranked.top_ids, ranked.top)
+                place += 1
             if prompt:
                 result.prompt_logprobs[s].append(scored)
             else:
