@@ -45,16 +45,27 @@ def model(template: str = TEMPLATE) -> Path:
 class Server:
     """`rvllm serve` with these flags."""
 
-    def __init__(self, *flags: str, template: str = TEMPLATE, wait: bool = True, **environment: str) -> None:
+    def __init__(
+        self,
+        *flags: str,
+        template: str = TEMPLATE,
+        wait: bool = True,
+        largest_file: int = 0,
+        **environment: str,
+    ) -> None:
+        """largest_file: bytes to which a file may grow, as if the disk were full then; 0: any."""
         self.log = Path(tempfile.mkstemp(prefix="hostile-log-")[1])
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
+        limit = ["prlimit", f"--fsize={largest_file}"] if largest_file else []
         command = [
+            *limit,
             sys.executable, "-m", "rvllm", "serve", "--model", str(model(template)), "--load-format", "dummy",
             "--device", "cpu", "--cpu-kernels", "numpy", "--threads", "1", "--port", str(self.port),
             "--served-model-name", "tiny", "--num-blocks", "1024", "--max-num-seqs", "8", *flags,
         ]  # fmt: skip
-        path = f"{SOURCE}:{os.environ.get('PYTHONPATH', '')}"
+        first = environment.pop("PYTHONPATH", "")
+        path = f"{first}:{SOURCE}:{os.environ.get('PYTHONPATH', '')}".strip(":")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,

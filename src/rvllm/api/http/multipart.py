@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from typing import Protocol
@@ -11,6 +12,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from rvllm.api.http.errors import ApiError, invalid
 
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of each form that is none
 MAX_PARTS = 32
 MAX_HEAD = 8192  # bytes of a part's headers
 MAX_FIELD = 1 << 16  # bytes of a field that is no file

@@ -98,6 +98,10 @@ def _compile(template: str) -> tuple[Template, TemplateTraits]:
         raise UsageError(f"chat template: line {error.lineno}: {error.message}") from None
     except RecursionError:
         raise UsageError("chat template: nested too deeply") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # what Jinja writes need not be Python: two arguments of one name ...
+        raise UsageError(f"chat template: {type(error).__name__}: {error}") from None
 
 
 def _tried(compiled: Template, values: Mapping[str, Any]) -> str | None:

@@ -90,8 +90,17 @@ class WorkerPool:
         await self._admitted(size, large)
         worker: _Worker | None = None
         try:
-            worker = await self._take()
-            kind, value, leaves = await self._ask(worker, data)
+            worker, used = await self._take()
+            try:
+                kind, value, leaves = await self._ask(worker, data)
+            except (OSError, EOFError):
+                if not used:
+                    raise
+                # It may have died before, of something else: only a fresh one's end is this task's fault.
+                self._kill(worker)
+                worker = None
+                worker = await self._fork()
+                kind, value, leaves = await self._ask(worker, data)
         except TimeoutError:
             raise LimitError(f"{what}: takes longer than {self._seconds:g} s (--worker-timeout)") from None
         except (OSError, EOFError):
@@ -167,13 +176,16 @@ class WorkerPool:
             else:
                 return
 
-    async def _take(self) -> _Worker:
-        """A worker that waits for a task."""
+    async def _take(self) -> tuple[_Worker, bool]:
+        """A worker that waits for a task, and whether it has done one before."""
         while self._idle:
             worker = self._idle.pop()
             if not worker.reader.at_eof():
-                return worker
+                return worker, True
             self._kill(worker)
+        return await self._fork(), False
+
+    async def _fork(self) -> _Worker:
         await self._loaded()
         number = next(self._numbers)
         ours, theirs = socket.socketpair()

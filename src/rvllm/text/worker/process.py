@@ -88,7 +88,10 @@ def _follow(control: socket.socket, launch: Launch, tokenizer: Any) -> int:
         native_vocabulary(tokenizer)  # takes a while; workers forked before make their own
         gc.freeze()
     while True:
-        data, ancillary, _, _ = control.recvmsg(ORDER.size, socket.CMSG_SPACE(4))
+        try:
+            data, ancillary, _, _ = control.recvmsg(ORDER.size, socket.CMSG_SPACE(4))
+        except ConnectionResetError:
+            return 0
         if not data:
             return 0
         order, number = ORDER.unpack(data)
