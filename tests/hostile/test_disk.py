@@ -69,14 +69,17 @@ def ended(server: LiveServer, name: str, seconds: float = 30) -> Any:
     raise AssertionError(found)
 
 
-def test_an_upload_to_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["rvllm.api.disk.os.fsync", "rvllm.api.batches.upload.Upload.write"])
+def test_an_upload_to_a_full_disk_leaves_nothing(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with LiveServer(files_dir=str(tmp_path), drain_timeout=0.2) as server:
 
-        def full(_: int) -> None:
+        def full(*_: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr("rvllm.api.disk.os.fsync", full)
+            patch.setattr(where, full)
             status, answer = upload(server, b"x" * 100_000)
             assert status == 507 and answer["error"]["code"] == "storage_full"
             assert list((tmp_path / "files").iterdir()) == []

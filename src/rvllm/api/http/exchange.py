@@ -373,7 +373,12 @@ class Endpoint:
 
     async def _body(self, exchange: Exchange) -> bytes:
         if self._receive is not None:
-            await self._receive(exchange)
+            try:
+                await self._receive(exchange)
+            except OSError as error:
+                if not is_full(error):
+                    raise
+                raise self._no_room(exchange) from None
             return b""
         return await exchange.body(int(self._gate.config.max_body_mb * 1e6))
 
@@ -391,11 +396,14 @@ class Endpoint:
             return _bare(error)
         except Exception as error:
             if is_full(error):
-                event(logging.WARNING, "the disk is full", id=exchange.shown_id, path=self._path)
-                return ApiError(507, "the server has no room on its disk for this", code="storage_full")
+                return self._no_room(exchange)
             logging.getLogger("rvllm").exception("request %s failed", exchange.shown_id)
             return ApiError(500, f"internal error, see the server's log for {exchange.shown_id}")
         return None
+
+    def _no_room(self, exchange: Exchange) -> ApiError:
+        event(logging.WARNING, "the disk is full", id=exchange.shown_id, path=self._path)
+        return ApiError(507, "the server has no room on its disk for this", code="storage_full")
 
     def _check_key(self, exchange: Exchange) -> None:
         if not self._gate.keys:
