@@ -25,7 +25,7 @@ import torch
 
 from rvllm.backends.cuda.device.driver import Device, Event, Launch, Module, Stream, TensorMap
 from rvllm.backends.cuda.formats import fp8_plan as fp8
-from rvllm.backends.cuda.ops.gemm.plan import Kind
+from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.kernels import build
 from rvllm.kernels.gemm.fp8.specs import MODES, SPECS
 from rvllm.kernels.manifest import MANIFEST

@@ -18,6 +18,7 @@ from gemm_bed import Bed, Work
 
 from rvllm.backends.cuda.ops.gemm import cost, cublas
 from rvllm.backends.cuda.ops.gemm import plan as gemm
+from rvllm.backends.cuda.ops.gemm.common import Kind
 
 LAYERS, HIDDEN, FFN, QKV, VOCAB = 28, 3584, 18944, 4608, 152064
 SHAPES = {"qkv": (QKV, HIDDEN), "o": (HIDDEN, HIDDEN), "gate_up": (2 * FFN, HIDDEN), "down": (HIDDEN, FFN),
@@ -66,9 +67,9 @@ class Bench:
         for layer in range(LAYERS):
             add("qkv", layer, x, qkv)
             add("o", layer, qkv[:, :HIDDEN], x, residual=x.data_ptr())
-            add("gate_up", layer, x, h, kind=gemm.Kind.GATED_SILU)
+            add("gate_up", layer, x, h, kind=Kind.GATED_SILU)
             add("down", layer, h, x, residual=x.data_ptr())
-        add("lm_head", 0, x, logits, kind=gemm.Kind.LOGITS)
+        add("lm_head", 0, x, logits, kind=Kind.LOGITS)
         return self.bed.graph_seconds(launches)
 
     def shape(self, name: str, tokens: int, plan: gemm.GemmPlan | None = None) -> float:
@@ -82,7 +83,7 @@ class Bench:
         n, k = SHAPES[name]
         x = torch.randn(tokens, k, device="cuda").bfloat16()
         gated, head = name == "gate_up", name == "lm_head"
-        kind = gemm.Kind.GATED_SILU if gated else gemm.Kind.LOGITS if head else gemm.Kind.STORE
+        kind = Kind.GATED_SILU if gated else Kind.LOGITS if head else Kind.STORE
         out_type = torch.float32 if head else torch.bfloat16
         out = torch.zeros(tokens, n // 2 if gated else n, dtype=out_type, device="cuda")
         return [

@@ -16,6 +16,7 @@ import torch
 from gemm_bed import TORCH, Bed
 
 from rvllm.backends.cuda.ops.gemm import plan as gemm
+from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.kernels.gemm.specs import SM80_TOKENS
 
 SHAPES = [(203, 72), (64, 8), (1000, 264), (576, 576), (1536, 576), (896, 4864), (3584, 3584), (4608, 3584),
@@ -42,7 +43,7 @@ class Checker:
     def run(self, plan: gemm.GemmPlan, x: torch.Tensor, packed: torch.Tensor, dtype: str, width: int,
             poison: bool = True, **options: object) -> torch.Tensor:  # fmt: skip
         """Launches into poison; returns the rows written after checking that the rest is untouched."""
-        logits = options.get("kind") == gemm.Kind.LOGITS
+        logits = options.get("kind") == Kind.LOGITS
         out_type = torch.float32 if logits else TORCH[dtype]
         raw = torch.int32 if logits else torch.int16
         rows = plan.tokens + GUARD
@@ -75,7 +76,7 @@ class Checker:
         w = (torch.randn(n, k, device="cuda") * k**-0.5).to(TORCH[dtype])
         packed = self.bed.pack(w, dtype)
         exact = x.double() @ w.double().T
-        logits = {"kind": gemm.Kind.LOGITS}
+        logits = {"kind": Kind.LOGITS}
         for family in ("sm90", "sm80"):
             base: torch.Tensor | None = None
             for tokens in sorted(token_list, reverse=True):
@@ -116,7 +117,7 @@ class Checker:
             bias = torch.randn(n, device="cuda").to(kind)
             residual = torch.randn(tokens, n, device="cuda").to(kind)
             row = sums[:tokens]
-            gates: dict[gemm.Kind, torch.Tensor] = {}
+            gates: dict[Kind, torch.Tensor] = {}
             for plan in plans:
                 name = f"{plan.kernel} t={tokens} n={n} k={k}"
                 got = self.run(plan, x, packed, dtype, n)
@@ -124,7 +125,7 @@ class Checker:
                 got = self.run(plan, x, packed, dtype, n, bias=bias.data_ptr(), residual=residual.data_ptr())
                 want = (residual.float() + (row + bias.float()).to(kind).float()).to(kind)
                 self.expect(torch.equal(got, want), f"{name}: bias and residual")
-                got = self.run(plan, x, packed, dtype, n, kind=gemm.Kind.LOGITS, scale=0.5, soft_cap=3.0)
+                got = self.run(plan, x, packed, dtype, n, kind=Kind.LOGITS, scale=0.5, soft_cap=3.0)
                 want = 3.0 * torch.tanh(row * 0.5 / 3.0)
                 self.expect(torch.allclose(got, want, rtol=1e-5, atol=1e-6), f"{name}: soft cap")
                 if n % 16 == 0:
@@ -132,9 +133,9 @@ class Checker:
                     gate, up = (halves[:, :, i].reshape(tokens, n // 2) for i in (0, 1))
                     functions = torch.nn.functional
                     for which, act in (
-                        (gemm.Kind.GATED_SILU, functions.silu(gate)),
-                        (gemm.Kind.GATED_GELU, functions.gelu(gate)),
-                        (gemm.Kind.GATED_GELU_TANH, functions.gelu(gate, approximate="tanh")),
+                        (Kind.GATED_SILU, functions.silu(gate)),
+                        (Kind.GATED_GELU, functions.gelu(gate)),
+                        (Kind.GATED_GELU_TANH, functions.gelu(gate, approximate="tanh")),
                     ):
                         got = self.run(plan, x, packed, dtype, n // 2, kind=which)
                         same = torch.equal(got, gates.setdefault(which, got))
@@ -156,7 +157,7 @@ class Checker:
             packed = self.bed.pack(w, dtype)
             x = torch.zeros(300, 8, device="cuda", dtype=kind)
             x[:, 0] = 1.0
-            silu = {"kind": gemm.Kind.GATED_SILU}
+            silu = {"kind": Kind.GATED_SILU}
             for tokens in (9, 300):
                 usual = gemm.variant(n, 8, tokens, dtype, "walk", 128, self.bed.facts.sm_count)
                 want = self.run(usual, x, packed, dtype, n // 2, poison=False, **silu)
@@ -167,7 +168,7 @@ class Checker:
 
     def every_kind(self, shapes: list[tuple[int, int]]) -> None:
         """Kernels for many tokens have the bits of those for 128, whatever becomes of the sums."""
-        kinds = gemm.Kind
+        kinds = Kind
         for dtype in TORCH:
             for n, k in shapes:
                 if dtype == "f16" and n > 20000:
@@ -200,7 +201,7 @@ class Checker:
                                  {"kind": kinds.GATED_GELU, "bias": bias.data_ptr()},
                                  {"kind": kinds.GATED_CLAMPED, "scale": 1.7, "soft_cap": 1.0}]  # fmt: skip
                     for way in ways:
-                        width = n // 2 if gemm.Kind.GATED_SILU <= way.get("kind", 0) <= 5 else n
+                        width = n // 2 if Kind.GATED_SILU <= way.get("kind", 0) <= 5 else n
                         want = self.run(usual, x, packed, dtype, width, **way)
                         raw = torch.int32 if want.dtype == torch.float32 else torch.int16
                         for mode, tile in others:

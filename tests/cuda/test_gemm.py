@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from rvllm.backends.cuda.device import driver
 from rvllm.backends.cuda.ops.gemm import plan as gemm
+from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.errors import UsageError
 from rvllm.kernels import build
 from rvllm.kernels.gemm import specs as gemm_manifest
@@ -144,7 +145,7 @@ def test_python_and_cuda_agree_on_the_layout() -> None:
     for tile in gemm_manifest.TALL_TILES:
         lines.append(f"static_assert(Tall::bytes({tile}) == {gemm_manifest.sm90_smem('tall', tile)});")
     lines.append(f"static_assert(Tall::THREADS == {gemm_manifest.sm90_threads('tall', 192)});")
-    kinds = {kind.name: int(kind) for kind in gemm.Kind}
+    kinds = {kind.name: int(kind) for kind in Kind}
     lines += [f"static_assert({name} == {value});" for name, value in kinds.items()]
     lines.append("static_assert(packed_offset(70, 130, 3) == (3 + 2) * 8192 + 6 * 128 + 6 * 16 + 4);")
     compile_text("\n".join(lines), "sm_90a")

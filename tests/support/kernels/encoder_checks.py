@@ -16,6 +16,7 @@ from rvllm.backends.cpu.reference import moe, ops
 from rvllm.backends.cpu.reference.attention import Scoring
 from rvllm.backends.cuda.ops.attention.plan import plan_decode, plan_prefill, prefill_tiles
 from rvllm.backends.cuda.ops.gemm import plan as gemm
+from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.kernels.encoder.specs import (
     HIDDEN_TOKENS,
     POOL_THREADS,
@@ -182,7 +183,7 @@ class Product:
     packed: np.ndarray
     rows: int
 
-    def run(self, kind: gemm.Kind, width: int, scale: float = 1.0, soft_cap: float = 0.0) -> np.ndarray:
+    def run(self, kind: Kind, width: int, scale: float = 1.0, soft_cap: float = 0.0) -> np.ndarray:
         """Its result [tokens, width] as floats."""
         tokens, k = self.x.shape
         short, tile = SHORT[self.dtype.name], 16
@@ -202,9 +203,9 @@ def check_epilogues(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype) -> int:
     weight, x = normal(rng, dtype, n, k) / 8, normal(rng, dtype, tokens, k)
     plain = gemm.pack_matrix(weight.astype(dtype))
     product = Product(gpu, dtype, x, plain, n)
-    sums = product.run(gemm.Kind.STORE, n)
+    sums = product.run(Kind.STORE, n)
     for act in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
-        fused = product.run(gemm.Kind[f"ACT_{act.upper()}"], n)
+        fused = product.run(Kind[f"ACT_{act.upper()}"], n)
         out = gpu.empty((tokens, n), dtype)
         gpu.launch(f"sm80_{short}_act_{act}", (1, tokens), 256, [out, gpu.array(sums.astype(dtype)), n])
         assert (fused == out.get().astype(np.float32)).all(), act
@@ -212,11 +213,11 @@ def check_epilogues(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype) -> int:
     half = n // 2
     both = gemm.pack_matrix(gemm.interleave_gate_up(weight[:half].astype(dtype), weight[half:].astype(dtype)))
     paired = Product(gpu, dtype, x, both, n)
-    gates: list[tuple[gemm.Kind, str, list[object]]] = [
-        (gemm.Kind.GATED_CLAMPED, "clamped", [0.5, 1.702]),
-        (gemm.Kind.GATED_SILU, "silu", []),
-        (gemm.Kind.GATED_GELU, "gelu", []),
-        (gemm.Kind.GATED_GELU_TANH, "gelu_tanh", []),
+    gates: list[tuple[Kind, str, list[object]]] = [
+        (Kind.GATED_CLAMPED, "clamped", [0.5, 1.702]),
+        (Kind.GATED_SILU, "silu", []),
+        (Kind.GATED_GELU, "gelu", []),
+        (Kind.GATED_GELU_TANH, "gelu_tanh", []),
     ]
     for kind, name, more in gates:
         fused = paired.run(kind, half, scale=1.702, soft_cap=0.5)

@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 
 from rvllm.backends.cuda.formats import fp8_plan as fp8
-from rvllm.backends.cuda.ops.gemm.plan import Kind, interleave_gate_up
+from rvllm.backends.cuda.ops.gemm.common import Kind
+from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up
 from rvllm.kernels.gemm.fp8.specs import SM80_TOKENS
 from rvllm.kernels.rowwise.specs import norm_kernel, quantised_norm_kernel
 from support.kernels.harness import SHORT, Machine, expect, rounded

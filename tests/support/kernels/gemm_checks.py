@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rvllm.backends.cuda.ops.gemm import plan as gemm
+from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.kernels.gemm.specs import SM80_TOKENS, sm80_smem
 from support.kernels.harness import SHORT, Machine, error, expect, rounded
 
@@ -24,11 +25,11 @@ class Product:
         self.weight = rounded(rng.standard_normal((n, k), np.float32) / np.float32(k**0.5), dtype)
         self.packed = gpu.array(gemm.pack_matrix(self.weight.astype(dtype)))
 
-    def run(self, tokens: int, tile: int, kind: gemm.Kind, **options: object) -> np.ndarray:
+    def run(self, tokens: int, tile: int, kind: Kind, **options: object) -> np.ndarray:
         """Outputs [tokens, n] as float32 (LOGITS) or rounded; what lies behind them is left alone."""
         gpu, pitch = self.gpu, self.n + 4 * (self.n % 8 == 0)
         plan = gemm.variant(self.n, self.k, tokens, SHORT[self.dtype.name], "sm80", tile, 132)
-        out_type = np.dtype(np.float32) if kind == gemm.Kind.LOGITS else self.dtype
+        out_type = np.dtype(np.float32) if kind == Kind.LOGITS else self.dtype
         out = gpu.empty((tokens + GUARD, pitch), out_type)
         residual = options.pop("residual", None)
         if residual is not None:
@@ -58,27 +59,27 @@ def check_gemm(
     for n, k in SHAPES:
         product = Product(gpu, rng, dtype, n, k, max(sizes))
         exact = product.x.astype(np.float64) @ product.weight.astype(np.float64).T
-        sums = product.run(max(sizes), SM80_TOKENS[-1], gemm.Kind.LOGITS)
+        sums = product.run(max(sizes), SM80_TOKENS[-1], Kind.LOGITS)
         worst = max(worst, error(sums, exact))
         for tokens in sizes:
             for tile in SM80_TOKENS:
-                again = product.run(tokens, tile, gemm.Kind.LOGITS)
+                again = product.run(tokens, tile, Kind.LOGITS)
                 assert (again.view(np.uint32) == sums[:tokens].view(np.uint32)).all(), (n, k, tokens, tile)
         if k == 8:  # token tiles that no longer fit beside each other
             many = Product(gpu, rng, dtype, n, k, 1100)
-            first = many.run(1100, SM80_TOKENS[0], gemm.Kind.LOGITS)
-            last = many.run(1100, SM80_TOKENS[-1], gemm.Kind.LOGITS)
+            first = many.run(1100, SM80_TOKENS[0], Kind.LOGITS)
+            last = many.run(1100, SM80_TOKENS[-1], Kind.LOGITS)
             assert (first.view(np.uint32) == last.view(np.uint32)).all()
             worst = max(worst, error(first, many.x.astype(np.float64) @ many.weight.astype(np.float64).T))
         tokens, tile = min(9, max(sizes)), SM80_TOKENS[0]
         row = sums[:tokens]
-        assert (product.run(tokens, tile, gemm.Kind.STORE) == row.astype(dtype)).all()
+        assert (product.run(tokens, tile, Kind.STORE) == row.astype(dtype)).all()
         bias = rounded(rng.standard_normal(n, np.float32), dtype)
         residual = rounded(rng.standard_normal((tokens, n), np.float32), dtype)
         biased = gpu.array(bias.astype(dtype))
-        found = product.run(tokens, tile, gemm.Kind.STORE, bias=biased, residual=residual)
+        found = product.run(tokens, tile, Kind.STORE, bias=biased, residual=residual)
         assert (found == (residual + rounded(row + bias, dtype)).astype(dtype)).all()
-        capped = product.run(tokens, tile, gemm.Kind.LOGITS, scale=0.5, soft_cap=3.0)
+        capped = product.run(tokens, tile, Kind.LOGITS, scale=0.5, soft_cap=3.0)
         worst = max(worst, error(capped, 3 * np.tanh(row.astype(np.float64) * 0.5 / 3)))
     expect("gemm", worst, 2e-5)
     return worst

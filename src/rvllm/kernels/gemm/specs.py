@@ -6,11 +6,19 @@ described in gemm/gemm_sm90.cu and gemm/gemm_sm80.cu; `backends/cuda/ops/gemm/pl
 
 from __future__ import annotations
 
+from rvllm.kernels.gemm.tiles import (
+    BARRIERS,
+    DTYPES,
+    PARTIAL_PITCH,
+    SM80_TOKENS,
+    SMEM_LIMIT,
+    SOURCES,
+    TILE,
+    TILE_BYTES,
+    staging_bytes,
+)
 from rvllm.kernels.spec import KernelSpec
 
-DTYPES = ("bf16", "f16")
-TILE = 64  # rows and columns of a packed tile
-TILE_BYTES = 2 * TILE * TILE
 SPLIT_TOKENS = (8, 16, 32, 64, 96, 128, 256)  # token tiles that the sm_90a kernels are compiled for
 WALK_TOKENS = (8, 16, 32, 64, 96, 128, 192)
 FLOW_TOKENS = (256,)
@@ -27,8 +35,6 @@ MODES = {
 SPLIT_WIDE = (144, 160, 176, 192, 208, 224, 240, 256)  # token tiles of the largest split kernel
 PAIR_TILES = (128, 144, 160, 176, 192)  # token tiles of the pair kernel
 TALL_TILES = (80, 96, 112, 128, 144, 160, 176, 192)  # token tiles of the tall kernel
-SM80_TOKENS = (16, 64)
-_SMEM_LIMIT, _BARRIERS = 232448, 256
 
 
 def walk_cluster(tokens: int) -> int:
@@ -53,14 +59,13 @@ def sm90_smem(mode: str, tokens: int, most: int = 12) -> int:
     if mode == "tall":
         return _tall_smem(tokens)
     stage = 2 * TILE_BYTES + tokens * TILE * 2
-    chunk = 64 if tokens % 64 == 0 else min(tokens, 32)
-    staging = 2 * max(chunk * (TILE + 8) * 2, min(chunk, 32) * (TILE + 4) * 4)
-    if mode in ("split", "pair", "flow"):
-        staging = 0 if mode != "flow" else 2 * 128 * TILE * 2
-    stages = min(12, (_SMEM_LIMIT - staging - _BARRIERS) // stage)
+    staging = 0 if mode in ("split", "pair") else staging_bytes(tokens)
+    if mode == "flow":
+        staging = 2 * 128 * TILE * 2
+    stages = min(12, (SMEM_LIMIT - staging - BARRIERS) // stage)
     if mode == "split":  # a block's partial sums take the place of its stages
-        stages = min(stages, max(most, 2, -(-tokens * (2 * TILE + 4) * 4 // stage)))
-    return stages * stage + staging + _BARRIERS
+        stages = min(stages, max(most, 2, -(-tokens * PARTIAL_PITCH // stage)))
+    return stages * stage + staging + BARRIERS
 
 
 def widths_of(mode: str, tokens: int) -> tuple[int, ...]:
@@ -73,7 +78,7 @@ def widths_of(mode: str, tokens: int) -> tuple[int, ...]:
 def _tall_smem(tokens: int) -> int:
     """As sm90_smem, of a tall kernel with token tiles of this size; mirrors Tall in gemm_sm90_tall.cu."""
     stage, staging = 3 * TILE_BYTES + tokens * TILE * 2, 3 * TILE_BYTES
-    return min(8, (_SMEM_LIMIT - staging - _BARRIERS) // stage) * stage + staging + _BARRIERS
+    return min(8, (SMEM_LIMIT - staging - BARRIERS) // stage) * stage + staging + BARRIERS
 
 
 def sm80_smem(tokens: int) -> int:
@@ -131,15 +136,14 @@ def _sm80() -> list[KernelSpec]:
 
 
 def _pack() -> list[KernelSpec]:
-    types = {"f32": "float", "bf16": "rvllm::bf16", "f16": "rvllm::f16"}
     return [
         KernelSpec(
             name=f"sm80_{dtype}_gemm_pack_{source}",
             source="gemm/pack.cu",
-            symbol=f"rvllm::gemm::pack<{types[source]}, rvllm::{dtype}>",
+            symbol=f"rvllm::gemm::pack<{SOURCES[source]}, rvllm::{dtype}>",
         )
         for dtype in DTYPES
-        for source in types
+        for source in SOURCES
     ]
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rvllm.kernels.gemm.fp8.specs import TILE_BYTES as E4M3_CHUNK
 from rvllm.kernels.gemm.integer.specs import CHUNK, LAYOUTS
+from rvllm.kernels.gemm.tiles import TILE_BYTES as E4M3_CHUNK
 from rvllm.kernels.spec import KernelSpec
 
 DTYPES = ("bf16", "f16")

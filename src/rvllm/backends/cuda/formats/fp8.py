@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Launch, Stream
 from rvllm.backends.cuda.device.info import DeviceInfo
-from rvllm.backends.cuda.device.launches import Count, MatrixMap, fixed
+from rvllm.backends.cuda.device.launches import MatrixMap
 from rvllm.backends.cuda.formats import fp8_plan
 from rvllm.backends.cuda.formats.base import format_of
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.ops.family import Lowering
-from rvllm.backends.cuda.ops.gemm.epilogue import Epilogue
-from rvllm.backends.cuda.ops.gemm.plan import gated_rows
+from rvllm.backends.cuda.ops.gemm.epilogue import Epilogue, plan_product
 from rvllm.backends.cuda.staging import Staging
 from rvllm.errors import MissingKernelError
-from rvllm.kernels.gemm.fp8.specs import BLOCK_K, SOURCES, TILE
+from rvllm.kernels.gemm.fp8.specs import BLOCK_K
+from rvllm.kernels.gemm.tiles import SOURCES, TILE
 from rvllm.program.dtypes import DType
 from rvllm.program.formats import FP8_ROWS, Fp8Format
 from rvllm.program.ops.dense import Add, Linear, Logits, Norm, Op, Weight
@@ -112,9 +112,7 @@ class Fp8Device:
 
     def product(self, to: Lowering, name: str, op: Linear | Logits, end: Epilogue) -> None:
         """See DeviceFormat."""
-        rows, k = op.weight.shape
-        if end.form == "gated":
-            rows = gated_rows(rows // 2)
+        rows, k = end.rows(op), op.weight.shape[-1]
         count = to.rows(op.x.rows)(to.counts)
         if to.chip.capability != 90:
             self._widened(to, name, op, end, rows, count)
@@ -138,15 +136,9 @@ class Fp8Device:
             k=k,
             scales=_format(op.weight).scales,
             x_pitch=op.x.width if plan.quantises else scale_pitch,
-            kind=end.kind,
-            bias=to.weight(op.bias, "gated_bias" if end.form == "gated" else "bias"),
-            residual=end.residual,
-            scale=end.scale,
-            soft_cap=end.soft_cap,
-            tokens=Count(op.x.rows),
+            **end.options(to, op),
         )
-        to.plan(name, plan.kernel, fixed(*plan.grid), plan.block, *parameters,
-                smem=plan.smem, cluster=plan.cluster, why=plan.why)  # fmt: skip
+        plan_product(to, name, plan, parameters)
 
     def _quantise(
         self, to: Lowering, name: str, op: Linear | Logits, k: int, pitch: int, capacity: int
@@ -184,14 +176,9 @@ class Fp8Device:
             k=k,
             x_pitch=op.x.width,
             scales=_format(op.weight).scales,
-            kind=end.kind,
-            bias=to.weight(op.bias, "gated_bias" if end.form == "gated" else "bias"),
-            residual=end.residual,
-            scale=end.scale,
-            soft_cap=end.soft_cap,
-            tokens=Count(op.x.rows),
+            **end.options(to, op),
         )
-        to.plan(name, plan.kernel, fixed(*plan.grid), plan.block, *arguments, smem=plan.smem, why=plan.why)
+        plan_product(to, name, plan, arguments)
 
 
 def quantised_buffers(stages: Sequence[Stage], capability: int) -> frozenset[str]:

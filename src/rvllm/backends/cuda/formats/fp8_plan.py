@@ -22,16 +22,22 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.cuda.ops.gemm.plan import MAX_SEGMENTS, REFERENCE_SMS, SEGMENT_BLOCKS, Kind
+from rvllm.backends.cuda.ops.gemm import common
+from rvllm.backends.cuda.ops.gemm.common import (
+    MAX_SEGMENTS,
+    SMALL_STAGES,
+    SMALL_WEIGHT,
+    ProductPlan,
+    ceil_div,
+    epilogue_arguments,
+    fit,
+    resident_grid,
+)
 from rvllm.errors import UsageError
 from rvllm.kernels.gemm.fp8.specs import (
     BLOCK_K,
-    DTYPES,
     MAX_STAGES,
     MODES,
-    SM80_TOKENS,
-    TILE,
-    TILE_BYTES,
     cluster_of,
     is_resident,
     is_split,
@@ -39,73 +45,56 @@ from rvllm.kernels.gemm.fp8.specs import (
     smem_of,
     threads_of,
 )
+from rvllm.kernels.gemm.tiles import DTYPES, SM80_TOKENS, TILE, TILE_BYTES
 
 Mode = Literal["split", "walk", "sum", "split_resident", "walk_resident", "sm80"]
 Scales = Literal["row", "block"]
-Grid = tuple[int, int, int]
 
-SMALL_STAGES = 6  # of a split product whose time is mostly the way in and out
-SMALL_WEIGHT = 20 << 20  # bytes
 RESIDENT_UNITS = 160  # tokens x blocks of K a block quantises; with more, doing it once for all is quicker
 ONE_TILE = 128  # up to so many tokens a split product is the quickest
 INFLOW = 52  # bytes a cycle that a multiprocessor takes in
 ALIGNMENT = 256  # of the scales behind the tiles
 
 
-@dataclass(frozen=True)
-class Fp8Plan:
-    """How one product is launched. resident: x comes by address; quantises: and in 16 bits, otherwise as
-    E4M3.
+@dataclass(frozen=True, kw_only=True)
+class Fp8Plan(ProductPlan):
+    """A launch of a kernel for E4M3 weights, whose blocks of K are 128 wide.
+
+    resident: x comes by address; quantises: and in 16 bits, otherwise as E4M3.
     """
 
-    kernel: str
     mode: Mode
-    tokens: int
-    rows: int
-    blocks: int  # ceil(K / 128)
-    segments: int
-    token_tile: int
-    box_rows: int
     resident: bool
     quantises: bool
-    grid: Grid
-    block: int
-    cluster: int
-    smem: int
-    why: str
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def payload_nbytes(n: int, k: int) -> int:
     """Bytes of the tiles of a packed [n, k] matrix."""
-    return _ceil(n, TILE) * _ceil(k, BLOCK_K) * TILE_BYTES
+    return ceil_div(n, TILE) * ceil_div(k, BLOCK_K) * TILE_BYTES
 
 
 def scales_shape(n: int, k: int, scales: Scales) -> tuple[int, ...]:
     """The float32 scales behind the tiles: one a row, or [K blocks, tiles, 8], each for eight rows of a
     tile.
     """
-    tiles = _ceil(n, TILE)
-    return (tiles * TILE,) if scales == "row" else (_ceil(k, BLOCK_K), tiles, 8)
+    tiles = ceil_div(n, TILE)
+    return (tiles * TILE,) if scales == "row" else (ceil_div(k, BLOCK_K), tiles, 8)
 
 
 def packed_nbytes(n: int, k: int, scales: Scales) -> int:
     """Bytes a packed matrix takes, its scales included."""
-    return _ceil(payload_nbytes(n, k), ALIGNMENT) * ALIGNMENT + 4 * int(np.prod(scales_shape(n, k, scales)))
+    return scales_offset(n, k) + 4 * int(np.prod(scales_shape(n, k, scales)))
 
 
 def scales_offset(n: int, k: int) -> int:
     """Where the scales begin."""
-    return _ceil(payload_nbytes(n, k), ALIGNMENT) * ALIGNMENT
+    return ceil_div(payload_nbytes(n, k), ALIGNMENT) * ALIGNMENT
 
 
 def pack_codes(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Packs E4M3 bytes [N, K] into tiles; the reference of the pack kernel."""
     n, k = codes.shape
-    rows, blocks = _ceil(n, TILE), _ceil(k, BLOCK_K)
+    rows, blocks = ceil_div(n, TILE), ceil_div(k, BLOCK_K)
     padded = np.zeros((rows * TILE, blocks * BLOCK_K), np.uint8)
     padded[:n, :k] = codes
     tiles = padded.reshape(rows, TILE, blocks, 8, 16).transpose(0, 2, 1, 3, 4)
@@ -115,13 +104,12 @@ def pack_codes(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def segments_of(n: int, k: int) -> int:
     """Into how many segments the sums over K are cut: a function of the weight's shape alone."""
-    pairs, blocks = _ceil(n, 2 * TILE), _ceil(k, BLOCK_K)
-    return max(1, min(MAX_SEGMENTS, REFERENCE_SMS // pairs, blocks // SEGMENT_BLOCKS))
+    return common.segments_of(n, ceil_div(k, BLOCK_K))
 
 
 def activation_pitch(k: int) -> int:
     """Bytes from row to row of quantised activations."""
-    return _ceil(k, BLOCK_K) * BLOCK_K
+    return ceil_div(k, BLOCK_K) * BLOCK_K
 
 
 def plan_fp8(n: int, k: int, tokens: int, dtype: str, sm_count: int, quantised: bool) -> Fp8Plan:
@@ -136,7 +124,7 @@ def plan_fp8(n: int, k: int, tokens: int, dtype: str, sm_count: int, quantised: 
         )
     one = segments_of(n, k) == 1
     resident: Mode = "walk_resident" if one else "split_resident"
-    size = _fit(MODES[resident], tokens)
+    size = fit(MODES[resident], tokens)
     if tokens <= size and _fits(resident, n, k, size):
         plan = variant(n, k, tokens, dtype, resident, size, sm_count, "few tokens stay in shared memory")
         if not quantised and tokens * _held_blocks(resident, n, k) <= RESIDENT_UNITS:
@@ -145,7 +133,7 @@ def plan_fp8(n: int, k: int, tokens: int, dtype: str, sm_count: int, quantised: 
     why = "rows fill the GPU" if one else "K split over a cluster"
     first: Mode = "walk" if one else "split"
     if tokens <= ONE_TILE:
-        return variant(n, k, tokens, dtype, first, _fit(MODES[first], tokens), sm_count, why)
+        return variant(n, k, tokens, dtype, first, fit(MODES[first], tokens), sm_count, why)
     plans = [variant(n, k, tokens, dtype, first, size, sm_count, why) for size in MODES[first][-2:]]
     if not one:
         why = "enough tokens to fill the GPU"
@@ -153,13 +141,9 @@ def plan_fp8(n: int, k: int, tokens: int, dtype: str, sm_count: int, quantised: 
     return min(plans, key=lambda plan: _cycles(plan, sm_count))
 
 
-def _fit(sizes: tuple[int, ...], tokens: int) -> int:
-    return next((size for size in sizes if size >= tokens), sizes[-1])
-
-
 def _held_blocks(mode: Mode, n: int, k: int) -> int:
-    blocks = _ceil(k, BLOCK_K)
-    return _ceil(blocks, segments_of(n, k)) if is_split(mode) else blocks
+    blocks = ceil_div(k, BLOCK_K)
+    return ceil_div(blocks, segments_of(n, k)) if is_split(mode) else blocks
 
 
 def _fits(mode: Mode, n: int, k: int, token_tile: int) -> bool:
@@ -171,13 +155,13 @@ def _fits(mode: Mode, n: int, k: int, token_tile: int) -> bool:
 
 def _cycles(plan: Fp8Plan, sm_count: int) -> float:
     """A rough count of cycles, for choosing between two ways to do a large product."""
-    token_tiles, pairs = _ceil(plan.tokens, plan.token_tile), _ceil(plan.rows, 2 * TILE)
+    token_tiles, pairs = ceil_div(plan.tokens, plan.token_tile), ceil_div(plan.rows, 2 * TILE)
     step = max(5.0 * plan.token_tile, (2 * TILE_BYTES + plan.token_tile * (BLOCK_K + 4)) / INFLOW)
     if is_split(plan.mode):
         clusters = max(1, sm_count * 9 // 10 // plan.segments)
-        return _ceil(pairs * token_tiles, clusters) * (_ceil(plan.blocks, plan.segments) * step + 8000)
-    units = _ceil(pairs, plan.cluster) * token_tiles
-    return _ceil(units, sm_count // plan.cluster) * (plan.blocks * step + 4000)
+        return ceil_div(pairs * token_tiles, clusters) * (ceil_div(plan.blocks, plan.segments) * step + 8000)
+    units = ceil_div(pairs, plan.cluster) * token_tiles
+    return ceil_div(units, sm_count // plan.cluster) * (plan.blocks * step + 4000)
 
 
 def variant(
@@ -191,18 +175,17 @@ def variant(
     why: str = "asked for",
 ) -> Fp8Plan:
     """The plan of one given kernel; `walk` needs a weight with one segment."""
-    blocks, segments = _ceil(k, BLOCK_K), segments_of(n, k)
-    pairs, token_tiles = _ceil(n, 2 * TILE), _ceil(tokens, token_tile)
+    blocks, segments = ceil_div(k, BLOCK_K), segments_of(n, k)
+    pairs, token_tiles = ceil_div(n, 2 * TILE), ceil_div(tokens, token_tile)
     resident = is_resident(mode)
     held = _held_blocks(mode, n, k) if resident else 0
     if is_split(mode):
         cluster, grid = segments, (segments, token_tiles, pairs)
         small = n * k <= SMALL_WEIGHT or segments == MAX_SEGMENTS
-        most = min(SMALL_STAGES, _ceil(blocks, segments)) if small else MAX_STAGES
+        most = min(SMALL_STAGES, ceil_div(blocks, segments)) if small else MAX_STAGES
     else:
         cluster, most = cluster_of(mode, token_tile), MAX_STAGES
-        needed = _ceil(n, TILE) if token_tiles == 1 else pairs * token_tiles
-        grid = (cluster * min(max(1, sm_count // cluster), _ceil(needed, cluster)), 1, 1)
+        grid = resident_grid(n, tokens, token_tile, cluster, sm_count)
     return Fp8Plan(
         kernel=f"sm90_{dtype}_fp8_gemm_{mode}_n{token_tile}",
         mode=mode,
@@ -234,12 +217,9 @@ def fp8_arguments(
     k: int,
     scales: Scales,
     x_pitch: int,
-    kind: Kind = Kind.STORE,
     bias: int = 0,
     residual: int = 0,
-    scale: float = 1.0,
-    soft_cap: float = 0.0,
-    tokens: Any = None,
+    **epilogue: Any,
 ) -> list[Any]:
     """A kernel's parameters, in order, for `driver.Launch`.
 
@@ -261,14 +241,7 @@ def fp8_arguments(
         out,
         bias,
         residual,
-        ctypes.c_int(int(kind)),
-        ctypes.c_int(plan.tokens) if tokens is None else tokens,
-        ctypes.c_int(plan.rows),
-        ctypes.c_int(pitch),
-        ctypes.c_float(scale),
-        ctypes.c_float(soft_cap),
-        ctypes.c_int(plan.blocks),
-        ctypes.c_int(plan.segments),
+        *epilogue_arguments(plan, pitch, **epilogue),
     ]
 
 
@@ -280,13 +253,13 @@ def plan_widened(n: int, k: int, tokens: int, dtype: str, token_tile: int = 0) -
         mode="sm80",
         tokens=tokens,
         rows=n,
-        blocks=_ceil(k, BLOCK_K),
+        blocks=ceil_div(k, BLOCK_K),
         segments=segments_of(n, k),
         token_tile=token_tile,
         box_rows=0,
         resident=True,
         quantises=False,
-        grid=(_ceil(n, TILE), _ceil(tokens, token_tile), 1),
+        grid=(ceil_div(n, TILE), ceil_div(tokens, token_tile), 1),
         block=128,
         cluster=1,
         smem=sm80_smem(token_tile),

@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Launch, Stream
 from rvllm.backends.cuda.device.info import DeviceInfo
-from rvllm.backends.cuda.device.launches import Count, MatrixMap, fixed
+from rvllm.backends.cuda.device.launches import MatrixMap
 from rvllm.backends.cuda.formats.base import format_of
 from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.ops.family import Lowering
 from rvllm.backends.cuda.ops.gemm import integer
-from rvllm.backends.cuda.ops.gemm.epilogue import Epilogue
-from rvllm.backends.cuda.ops.gemm.plan import Kind, gated_rows
+from rvllm.backends.cuda.ops.gemm.common import Kind
+from rvllm.backends.cuda.ops.gemm.epilogue import Epilogue, plan_product
 from rvllm.backends.cuda.staging import Span, Staging
-from rvllm.kernels.gemm.integer.specs import LAYOUTS, TILE, IntegerLayout, sm80_smem
+from rvllm.kernels.gemm.integer.specs import LAYOUTS, IntegerLayout, sm80_smem
+from rvllm.kernels.gemm.tiles import TILE
 from rvllm.program.dtypes import DType
 from rvllm.program.formats import IntegerFormat
 from rvllm.program.ops.dense import Linear, Logits, Weight
@@ -124,12 +125,10 @@ class IntegerDevice:
 
     def product(self, to: Lowering, name: str, op: Linear | Logits, end: Epilogue) -> None:
         """See DeviceFormat."""
-        rows, k = op.weight.shape
-        if end.form == "gated":
-            rows = gated_rows(rows // 2)
+        rows, k = end.rows(op), op.weight.shape[-1]
         kept, count = _format(op.weight), to.rows(op.x.rows)(to.counts)
         x, pitch = to.at.buffers[op.x.name], op.x.width
-        weights, bias = to.weight(op.weight, end.form), to.weight(op.bias, _bias_form(end))
+        weights, options = to.weight(op.weight, end.form), end.options(to, op)
         runs, behind = runs_of(kept, rows, k)
         if kept.reordered:
             self._reorder(to, name, op, x, weights + behind)
@@ -139,25 +138,19 @@ class IntegerDevice:
                 run.rows, k, count, to.tag, run.layout, to.chip.sm_count, to.chip.capability
             )
             source: Any = x
-            if plan.mode != "sm80":
-                source = MatrixMap(x, to.capacity(op.x.rows), k, plan.token_tile, 64, to.tag == "bf16")
+            if plan.box_rows:
+                source = MatrixMap(x, to.capacity(op.x.rows), k, plan.box_rows, 64, to.tag == "bf16")
             parameters = integer.integer_arguments(
                 plan,
                 source,
                 weights + run.offset,
                 end.out + run.first * (4 if end.kind == Kind.LOGITS else 2),
                 end.pitch,
-                kind=end.kind,
-                bias=bias + 2 * run.first if bias else 0,
-                residual=end.residual + 2 * run.first if end.residual else 0,
-                scale=end.scale,
-                soft_cap=end.soft_cap,
-                tokens=Count(op.x.rows),
                 x_width=k,
                 x_pitch=pitch,
+                **options | {n: options[n] + 2 * run.first for n in ("bias", "residual") if options[n]},
             )
-            to.plan(name, plan.kernel, fixed(*plan.grid), plan.block, *parameters,
-                    smem=plan.smem, cluster=plan.cluster, why=plan.why)  # fmt: skip
+            plan_product(to, name, plan, parameters)
 
     def _reorder(self, to: Lowering, name: str, op: Linear | Logits, x: int, order: int) -> None:
         """Activations in the order of the weight's columns, in a launch of its own."""
@@ -173,10 +166,6 @@ class IntegerDevice:
             ctypes.c_int(k),
             ctypes.c_int(op.x.width),
         )
-
-
-def _bias_form(end: Epilogue) -> Any:
-    return "gated_bias" if end.form == "gated" else "bias"
 
 
 def _tag(dtype: DType) -> str:

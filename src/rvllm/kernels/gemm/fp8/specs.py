@@ -5,11 +5,19 @@ The modes are described in gemm/fp8/gemm_sm90.cu; `backends/cuda/formats/fp8.py`
 
 from __future__ import annotations
 
+from rvllm.kernels.gemm.tiles import (
+    BARRIERS,
+    DTYPES,
+    PARTIAL_PITCH,
+    SM80_TOKENS,
+    SMEM_LIMIT,
+    SOURCES,
+    TILE_BYTES,
+    staging_bytes,
+)
 from rvllm.kernels.spec import KernelSpec
 
-DTYPES = ("bf16", "f16")
 BLOCK_K = 128  # columns of a packed tile and of a scale of the activations
-TILE, TILE_BYTES = 64, 8192
 # Token tiles. What is resident keeps activations in shared memory as a whole, and can quantise them.
 MODES = {
     "split": (16, 32, 64, 128),
@@ -19,8 +27,6 @@ MODES = {
     "walk_resident": (8,),
 }
 MAX_STAGES = 12
-_SMEM_LIMIT, _BARRIERS = 232448, 256
-_SPLIT_PITCH = 4 * (2 * TILE + 4)
 
 
 def cluster_of(mode: str, tokens: int) -> int:
@@ -51,14 +57,13 @@ def smem_of(mode: str, tokens: int, held_blocks: int, most: int = MAX_STAGES) ->
     resident = is_resident(mode)
     scales = 128 if resident else -(-(64 + 4 * tokens) // 128) * 128
     stage = 2 * TILE_BYTES + (0 if resident else tokens * BLOCK_K) + scales
-    chunk = 64 if tokens % 64 == 0 else min(tokens, 32)
-    staging = 2 * max(chunk * (TILE + 8) * 2, min(chunk, 32) * (TILE + 4) * 4) if not is_split(mode) else 0
-    fixed = staging + _BARRIERS + (held_blocks * tokens * (BLOCK_K + 4) if resident else 0)
-    stages = min(most, (_SMEM_LIMIT - fixed) // stage)
+    staging = 0 if is_split(mode) else staging_bytes(tokens)
+    fixed = staging + BARRIERS + (held_blocks * tokens * (BLOCK_K + 4) if resident else 0)
+    stages = min(most, (SMEM_LIMIT - fixed) // stage)
     if stages < 2:
         return 0
     if is_split(mode):  # a block's partial sums take the place of its stages
-        stages = max(stages, -(-tokens * _SPLIT_PITCH // stage))
+        stages = max(stages, -(-tokens * PARTIAL_PITCH // stage))
     return stages * stage + fixed
 
 
@@ -78,7 +83,7 @@ def _gemms() -> list[KernelSpec]:
                         symbol=f"rvllm::fp8::gemm<{instance}>",
                         arch=90,
                         exact=True,
-                        smem=_SMEM_LIMIT,
+                        smem=SMEM_LIMIT,
                         unit=f"{dtype}_{mode.removesuffix('_resident')}_{together}",
                     )
                 )
@@ -95,14 +100,6 @@ def _quantise() -> list[KernelSpec]:
         )
         for dtype in DTYPES
     ]
-
-
-SM80_TOKENS = (16, 64)
-SOURCES = {
-    "f32": "float",
-    "bf16": "rvllm::bf16",
-    "f16": "rvllm::f16",
-}  # what can be quantised as it is loaded
 
 
 def sm80_smem(tokens: int) -> int:

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rvllm.kernels.gemm.tiles import (
+    BARRIERS,
+    DTYPES,
+    PARTIAL_PITCH,
+    SM80_TOKENS,
+    SMEM_LIMIT,
+    SOURCES,
+    TILE,
+    staging_bytes,
+)
 from rvllm.kernels.spec import KernelSpec
 
-DTYPES = ("bf16", "f16")
-TILE, CHUNK = 64, 128  # rows and columns of a chunk
+CHUNK = 128  # columns of a chunk
 SPLIT_TOKENS = (8, 16, 32, 64, 128)  # token tiles of the sm_90a modes
 WALK_TOKENS = (8, 16, 32, 64, 96, 128, 192)
-SM80_TOKENS = (16, 64)
-SMEM_LIMIT = 232448
-_BARRIERS, _MAX_STAGES = 256, 16
+_MAX_STAGES = 16
 
 
 @dataclass(frozen=True)
@@ -108,11 +115,9 @@ def smem(layout: IntegerLayout, mode: str, tokens: int, parts: int, limit: int =
 
     parts: segments that a block sums.
     """
-    chunk = 64 if tokens % 64 == 0 else min(tokens, 32)
-    staging = 2 * max(chunk * (TILE + 8) * 2, min(chunk, 32) * (TILE + 4) * 4)
     totals = tokens * 2 * TILE * 4 if parts > 1 else 0
-    partial = tokens * (2 * TILE + 4) * 4
-    behind = ((parts - 1) * partial if mode == "split" else max(totals, staging)) + _BARRIERS
+    partial = tokens * PARTIAL_PITCH
+    behind = ((parts - 1) * partial if mode == "split" else max(totals, staging_bytes(tokens))) + BARRIERS
     stage = stage_bytes(layout, tokens)
     least = max(2, -(-partial // stage)) if mode == "split" else 2
     stages = max(least, min(_MAX_STAGES, (limit - behind) // stage))
@@ -191,7 +196,7 @@ def _loading() -> list[KernelSpec]:
         KernelSpec(
             f"sm80_integer_quantise_{name}", "gemm/integer/quantise.cu", f"rvllm::gemm::quantise<{kind}>"
         )
-        for name, kind in (("f32", "float"), ("bf16", "rvllm::bf16"), ("f16", "rvllm::f16"))
+        for name, kind in SOURCES.items()
     ]
     reorder = KernelSpec("sm80_integer_reorder", "gemm/integer/quantise.cu", "rvllm::gemm::reorder")
     return [*blocks, *words, *fill, *quantise, reorder]

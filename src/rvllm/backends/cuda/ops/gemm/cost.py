@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rvllm.kernels.gemm.specs import TILE, TILE_BYTES, walk_cluster
+from rvllm.backends.cuda.ops.gemm.common import ceil_div
+from rvllm.kernels.gemm.specs import walk_cluster
+from rvllm.kernels.gemm.tiles import TILE, TILE_BYTES
 
 INFLOW = 57.0  # bytes a cycle into one multiprocessor
 TENSOR = 2 * 1.1  # cycles for 64 rows, 64 of K and one token: traced 2.04; power lowers the clock
@@ -35,11 +37,7 @@ class Work:
     @property
     def tiles(self) -> int:
         """64-row tiles of the weight."""
-        return _ceil(self.rows, TILE)
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
+        return ceil_div(self.rows, TILE)
 
 
 def step_cycles(row_tiles: int, tokens: int) -> float:
@@ -56,13 +54,13 @@ def cycles(mode: str, token_tile: int, work: Work) -> float:
 
 def _split(tile: int, work: Work) -> float:
     clusters = max(1, work.sms // GPC * (GPC // work.segments))  # that fit at once: a cluster lies in one GPC
-    waves = _ceil(_ceil(work.tiles, 2) * _ceil(work.tokens, tile), clusters)
-    return waves * (_ceil(work.blocks, work.segments) * step_cycles(2, tile) + SPLIT_EXIT)
+    waves = ceil_div(ceil_div(work.tiles, 2) * ceil_div(work.tokens, tile), clusters)
+    return waves * (ceil_div(work.blocks, work.segments) * step_cycles(2, tile) + SPLIT_EXIT)
 
 
 def _pair(tile: int, work: Work) -> float:
-    waves = _ceil(_ceil(work.tiles, 2) * _ceil(work.tokens, tile), work.sms // 2)
-    return waves * (_ceil(work.blocks, 2) * step_cycles(2, tile) + SPLIT_EXIT)
+    waves = ceil_div(ceil_div(work.tiles, 2) * ceil_div(work.tokens, tile), work.sms // 2)
+    return waves * (ceil_div(work.blocks, 2) * step_cycles(2, tile) + SPLIT_EXIT)
 
 
 def _walk(tile: int, work: Work) -> float:
@@ -76,7 +74,7 @@ def _walk(tile: int, work: Work) -> float:
 def _sum(tile: int, work: Work) -> float:
     """Resident blocks: as many rounds as tiles take."""
     blocks = work.sms // walk_cluster(tile) * walk_cluster(tile)
-    rounds = _ceil(_ceil(work.tiles, 2) * _ceil(work.tokens, tile), blocks)
+    rounds = ceil_div(ceil_div(work.tiles, 2) * ceil_div(work.tokens, tile), blocks)
     return rounds * work.blocks * step_cycles(2, tile)
 
 
@@ -85,12 +83,13 @@ def _flow(tile: int, work: Work) -> float:
     whole, rest = divmod(work.tokens, tile)
     steps = [step_cycles(2, tile)] * whole
     if rest:  # loaded by boxes of 64 tokens, summed by sixteens
-        loaded = (2 * TILE_BYTES + _ceil(rest, TILE) * TILE * TILE * 2) / INFLOW
-        steps.append(max(loaded, TENSOR * 2 * max(min(_ceil(rest, TILE) * TILE, 128), _ceil(rest, 16) * 16)))
+        boxes, sixteens = ceil_div(rest, TILE) * TILE, ceil_div(rest, 16) * 16
+        loaded = (2 * TILE_BYTES + boxes * TILE * 2) / INFLOW
+        steps.append(max(loaded, TENSOR * 2 * max(min(boxes, 128), sixteens)))
     mean = sum(steps) / len(steps)
     mean += UNEVEN * (max(steps) - mean)
     clusters = work.sms // 2
-    rounds, left = divmod(_ceil(work.tiles, 4) * len(steps), clusters)
+    rounds, left = divmod(ceil_div(work.tiles, 4) * len(steps), clusters)
     last = 0.0
     if left:
         pieces = 4 if left * 4 <= clusters else 2 if left * 2 <= clusters else 1
@@ -99,5 +98,5 @@ def _flow(tile: int, work: Work) -> float:
 
 
 def _tall(tile: int, work: Work) -> float:
-    rounds = _ceil(_ceil(work.tiles, 3) * _ceil(work.tokens, 2 * tile), work.sms // 2)
+    rounds = ceil_div(ceil_div(work.tiles, 3) * ceil_div(work.tokens, 2 * tile), work.sms // 2)
     return TALL * rounds * work.blocks * step_cycles(3, tile)

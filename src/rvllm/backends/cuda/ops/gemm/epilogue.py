@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from rvllm.backends.cuda.device.launches import Count, fixed
 from rvllm.backends.cuda.layout.packed import WeightLayout
-from rvllm.backends.cuda.ops.gemm.plan import Kind
+from rvllm.backends.cuda.ops.family import Lowering
+from rvllm.backends.cuda.ops.gemm.common import Kind, ProductPlan
+from rvllm.backends.cuda.ops.gemm.plan import gated_rows
+from rvllm.program.ops.dense import Linear, Logits
 
 
 @dataclass(frozen=True)
@@ -22,3 +28,33 @@ class Epilogue:
     residual: int = 0
     scale: float = 1.0
     soft_cap: float = 0.0
+
+    def options(self, to: Lowering, op: Linear | Logits) -> dict[str, Any]:
+        """What the arguments of all products take by name."""
+        return {
+            "kind": self.kind,
+            "bias": to.weight(op.bias, "gated_bias" if self.form == "gated" else "bias"),
+            "residual": self.residual,
+            "scale": self.scale,
+            "soft_cap": self.soft_cap,
+            "tokens": Count(op.x.rows),
+        }
+
+    def rows(self, op: Linear | Logits) -> int:
+        """Packed rows of the weight that exist."""
+        rows = op.weight.shape[0]
+        return gated_rows(rows // 2) if self.form == "gated" else rows
+
+
+def plan_product(to: Lowering, name: str, plan: ProductPlan, parameters: Sequence[object]) -> None:
+    """Adds the launch of a product."""
+    to.plan(
+        name,
+        plan.kernel,
+        fixed(*plan.grid),
+        plan.block,
+        *parameters,
+        smem=plan.smem,
+        cluster=plan.cluster,
+        why=plan.why,
+    )

@@ -17,25 +17,29 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rvllm.backends.cuda.ops.gemm.common import (
+    MAX_SEGMENTS,
+    Grid,
+    ProductPlan,
+    ceil_div,
+    epilogue_arguments,
+    resident_grid,
+)
 from rvllm.kernels.gemm.integer.specs import (
     CHUNK,
     LAYOUTS,
-    SM80_TOKENS,
-    SMEM_LIMIT,
     SPLIT_TOKENS,
-    TILE,
     WALK_TOKENS,
     IntegerLayout,
     sm80_smem,
     smem,
     threads,
 )
+from rvllm.kernels.gemm.tiles import SM80_TOKENS, SMEM_LIMIT, TILE
 from rvllm.weights.gguf.blocks import FP4_TABLE, NORMAL_TABLE
 
 Mode = Literal["split", "walk", "sm80"]
-Grid = tuple[int, int, int]
 
-MAX_SEGMENTS = 8  # the largest portable cluster
 SEGMENT_CHUNKS = 2  # a segment has at least so many chunks of K
 # Segments are cut for so many blocks, two an SM, on every GPU, so that bits do not depend on it.
 REFERENCE_BLOCKS = 264
@@ -44,13 +48,9 @@ HALF_SM = 115_000  # bytes of shared memory with which two blocks fit an SM
 TABLES = {"nl4": NORMAL_TABLE.astype(np.float64), "mx4": FP4_TABLE.astype(np.float64)}
 
 
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def segments_of(n: int, k: int) -> int:
     """Into how many segments the sums over K are cut: a function of the weight's shape alone."""
-    pairs, chunks = _ceil(n, 2 * TILE), _ceil(k, CHUNK)
+    pairs, chunks = ceil_div(n, 2 * TILE), ceil_div(k, CHUNK)
     most = max(1, min(MAX_SEGMENTS, REFERENCE_BLOCKS // pairs, chunks // SEGMENT_CHUNKS))
     return 1 << most.bit_length() - 1
 
@@ -60,23 +60,12 @@ def stack_stride(layout: str, rows: int, k: int) -> int:
     return LAYOUTS[layout].nbytes(rows, k)
 
 
-@dataclass(frozen=True)
-class IntegerPlan:
-    """How one product is launched. The launch takes `grid`, `block`, `cluster` (along x) and `smem`."""
+@dataclass(frozen=True, kw_only=True)
+class IntegerPlan(ProductPlan):
+    """A launch of a kernel for integer weights, whose blocks of K are chunks of 128."""
 
-    kernel: str
-    layout: IntegerLayout
     mode: Mode
-    tokens: int  # rows of x
-    rows: int  # N
-    chunks: int  # ceil(K / 128)
-    segments: int
-    token_tile: int  # and rows of the tensor map's box of x (its width is 64 elements)
-    grid: Grid
-    block: int
-    cluster: int
-    smem: int
-    why: str
+    layout: IntegerLayout
 
 
 def plan_integer(
@@ -105,14 +94,14 @@ def plan_integer(
 
 def _microseconds(plan: IntegerPlan, sm_count: int) -> float:
     """About how long a product of more than WARP_TOKENS tokens takes; fitted to an H200 within a tenth."""
-    pairs, token_tiles = _ceil(plan.rows, 2 * TILE), _ceil(plan.tokens, plan.token_tile)
+    pairs, token_tiles = ceil_div(plan.rows, 2 * TILE), ceil_div(plan.tokens, plan.token_tile)
     chunk = 0.0045 * (plan.token_tile + 60)
     if plan.token_tile == WALK_TOKENS[-1] and plan.segments > 1:
         chunk *= 1.1  # totals leave room for two stages
     if plan.mode == "split":
-        waves = _ceil(pairs * token_tiles * plan.cluster, sm_count)
-        return waves * (_ceil(plan.chunks, plan.cluster) * chunk + 8)
-    return 4 + _ceil(pairs * token_tiles, sm_count) * plan.chunks * chunk
+        waves = ceil_div(pairs * token_tiles * plan.cluster, sm_count)
+        return waves * (ceil_div(plan.blocks, plan.cluster) * chunk + 8)
+    return 4 + ceil_div(pairs * token_tiles, sm_count) * plan.blocks * chunk
 
 
 def variant(
@@ -127,27 +116,29 @@ def variant(
     cluster: int = 1,
 ) -> IntegerPlan:
     """The plan of one given kernel; cluster: blocks that share the segments of a split product."""
-    chunks, segments = _ceil(k, CHUNK), segments_of(n, k)
-    pairs, token_tiles = _ceil(n, 2 * TILE), _ceil(tokens, token_tile)
+    chunks, segments = ceil_div(k, CHUNK), segments_of(n, k)
+    pairs, token_tiles = ceil_div(n, 2 * TILE), ceil_div(tokens, token_tile)
     limit = SMEM_LIMIT
     if mode == "split":
-        grid, why = (cluster, token_tiles, pairs), "K split over a cluster"
+        grid: Grid = (cluster, token_tiles, pairs)
+        why = "K split over a cluster"
         limit = HALF_SM if token_tile <= WARP_TOKENS else limit
     else:
         cluster, why = 1, "resident blocks walk over tiles"
         blocks = sm_count
         if token_tile < WARP_TOKENS:
             blocks, limit = 2 * sm_count, HALF_SM
-        grid = (min(blocks, _ceil(n, TILE) if token_tiles == 1 else pairs * token_tiles), 1, 1)
+        grid = resident_grid(n, tokens, token_tile, 1, blocks)
     return IntegerPlan(
         kernel=f"sm90_{dtype}_integer_{layout.name}_{mode}_n{token_tile}",
         layout=layout,
         mode=mode,
         tokens=tokens,
         rows=n,
-        chunks=chunks,
+        blocks=chunks,
         segments=segments,
         token_tile=token_tile,
+        box_rows=token_tile,
         grid=grid,
         block=threads(token_tile),
         cluster=cluster,
@@ -166,10 +157,11 @@ def variant_sm80(
         mode="sm80",
         tokens=tokens,
         rows=n,
-        chunks=_ceil(k, CHUNK),
+        blocks=ceil_div(k, CHUNK),
         segments=segments_of(n, k),
         token_tile=token_tile,
-        grid=(_ceil(n, TILE), _ceil(tokens, token_tile), 1),
+        box_rows=0,
+        grid=(ceil_div(n, TILE), ceil_div(tokens, token_tile), 1),
         block=128,
         cluster=1,
         smem=sm80_smem(layout, token_tile),
@@ -184,37 +176,19 @@ def integer_arguments(
     out: int,
     pitch: int,
     *,
-    kind: int = 0,
     bias: int = 0,
     residual: int = 0,
-    scale: float = 1.0,
-    soft_cap: float = 0.0,
-    tokens: Any = None,
     x_width: int = 0,
     x_pitch: int = 0,
+    **epilogue: Any,
 ) -> list[Any]:
     """A kernel's parameters, in order; see `gemm_arguments`.
 
-    x: for sm_90a the tensor map of x in boxes of plan.token_tile x 64 elements; else its address, with its
+    x: for sm_90a the tensor map of x in boxes of plan.box_rows x 64 elements; else its address, with its
     width and pitch in elements.
     """
     behind = [ctypes.c_int(x_width), ctypes.c_int(x_pitch)] if plan.mode == "sm80" else []
-    return [
-        x,
-        weights,
-        out,
-        bias,
-        residual,
-        ctypes.c_int(int(kind)),
-        ctypes.c_int(plan.tokens) if tokens is None else tokens,
-        ctypes.c_int(plan.rows),
-        ctypes.c_int(pitch),
-        ctypes.c_float(scale),
-        ctypes.c_float(soft_cap),
-        ctypes.c_int(plan.chunks),
-        ctypes.c_int(plan.segments),
-        *behind,
-    ]
+    return [x, weights, out, bias, residual, *epilogue_arguments(plan, pitch, **epilogue), *behind]
 
 
 @dataclass(frozen=True)
@@ -295,7 +269,7 @@ def pack_blocks_arguments(
 
 def _rows(rows: int, first: int, padded: int | None, interleave: int) -> list[Any]:
     if padded is None:
-        padded = rows if not interleave else 8 * _ceil(rows, 8)
+        padded = rows if not interleave else 8 * ceil_div(rows, 8)
     return [ctypes.c_int64(first), ctypes.c_int64(rows), ctypes.c_int64(padded), ctypes.c_int(interleave)]
 
 
@@ -307,7 +281,7 @@ def pack_levels(
     Returns layout.nbytes(N, K) bytes.
     """
     n, k = levels.shape
-    tiles, chunks = _ceil(n, TILE), _ceil(k, CHUNK)
+    tiles, chunks = ceil_div(n, TILE), ceil_div(k, CHUNK)
     whole = np.zeros((tiles * TILE, chunks * CHUNK), np.uint8)
     whole[:n, :k] = levels
     # row = 16 w + 8 rb + g, column of a chunk = 64 u + 16 j + 8 cb + 2 c + h; thread t = 32 w + 4 g + c

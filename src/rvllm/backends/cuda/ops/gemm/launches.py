@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rvllm.backends.cuda.device.launches import Count, MatrixMap, fixed
+from rvllm.backends.cuda.device.launches import MatrixMap, fixed
 from rvllm.backends.cuda.formats import device_format
 from rvllm.backends.cuda.layout.fusion import Stage, is_gate
 from rvllm.backends.cuda.layout.packed import WeightLayout
 from rvllm.backends.cuda.ops.family import Family, Lowering, Scratch, Wanted
+from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.backends.cuda.ops.gemm.cublas import KERNEL as CUBLAS
 from rvllm.backends.cuda.ops.gemm.cublas import Matmul
-from rvllm.backends.cuda.ops.gemm.epilogue import Epilogue
-from rvllm.backends.cuda.ops.gemm.plan import Kind, gated_rows, gemm_arguments, plan_gemm
+from rvllm.backends.cuda.ops.gemm.epilogue import Epilogue, plan_product
+from rvllm.backends.cuda.ops.gemm.plan import gemm_arguments, plan_gemm
 from rvllm.errors import MissingKernelError
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Activate, Add, ClampedGate, GatedActivation, Linear, Logits, Op, Program
@@ -64,11 +65,8 @@ def _product(to: Lowering, name: str, op: Linear | Logits, end: Epilogue) -> Non
     if op.weight.format is not None:
         device_format(op.weight.format).product(to, name, op, end)
         return
-    rows, k = op.weight.shape
-    if end.form == "gated":
-        rows = gated_rows(rows // 2)
-    count = to.rows(op.x.rows)(to.counts)
-    plan = plan_gemm(rows, k, count, to.tag, to.chip.sm_count, to.chip.capability)
+    k, count = op.weight.shape[-1], to.rows(op.x.rows)(to.counts)
+    plan = plan_gemm(end.rows(op), k, count, to.tag, to.chip.sm_count, to.chip.capability)
     x = to.at.buffers[op.x.name]
     source: object = x
     if plan.box_rows:
@@ -79,25 +77,11 @@ def _product(to: Lowering, name: str, op: Linear | Logits, end: Epilogue) -> Non
         to.weight(op.weight, end.form),
         end.out,
         end.pitch,
-        kind=end.kind,
-        bias=to.weight(op.bias, "gated_bias" if end.form == "gated" else "bias"),
-        residual=end.residual,
-        scale=end.scale,
-        soft_cap=end.soft_cap,
-        tokens=Count(op.x.rows),
         x_width=k,
         x_pitch=k,
+        **end.options(to, op),
     )
-    to.plan(
-        name,
-        plan.kernel,
-        fixed(*plan.grid),
-        plan.block,
-        *parameters,
-        smem=plan.smem,
-        cluster=plan.cluster,
-        why=plan.why,
-    )
+    plan_product(to, name, plan, parameters)
 
 
 def _matmul(to: Lowering, op: Linear | Logits, end: Epilogue) -> Matmul:

@@ -22,21 +22,27 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.cuda.ops.gemm import cost
+from rvllm.backends.cuda.ops.gemm import common, cost
+from rvllm.backends.cuda.ops.gemm.common import (
+    MAX_SEGMENTS,
+    SMALL_STAGES,
+    SMALL_WEIGHT,
+    ProductPlan,
+    ceil_div,
+    epilogue_arguments,
+    fit,
+    resident_grid,
+)
 from rvllm.errors import UsageError
 from rvllm.kernels.gemm.specs import (
-    DTYPES,
     FLOW_TOKENS,
     PAIR_TILES,
     PAIR_TOKENS,
-    SM80_TOKENS,
     SPLIT_TOKENS,
     SPLIT_WIDE,
     SUM_TOKENS,
     TALL_TILES,
     TALL_TOKENS,
-    TILE,
-    TILE_BYTES,
     WALK_TOKENS,
     sm80_smem,
     sm90_smem,
@@ -44,83 +50,43 @@ from rvllm.kernels.gemm.specs import (
     walk_box,
     walk_cluster,
 )
+from rvllm.kernels.gemm.tiles import DTYPES, SM80_TOKENS, TILE, TILE_BYTES
 
 Mode = Literal["split", "pair", "walk", "flow", "sum", "tall", "sm80"]
-Grid = tuple[int, int, int]
 Element = TypeVar("Element", bound=np.generic)
 
-MAX_SEGMENTS = 8  # the largest portable cluster
-SEGMENT_BLOCKS = 2  # a segment has at least so many tiles of K
 SPLIT_SIZES = (*SPLIT_TOKENS[:-1], *SPLIT_WIDE)  # token tiles of a split product
 PAIR_SEGMENTS = 4  # that two blocks share: each has registers for two
 MAX_ONE_ROW = 128  # tokens up to which a product is bound by its weights' bytes, whatever the tiles
-MAX_STAGES, SMALL_STAGES = 12, 6  # of a split product's ring
-SMALL_WEIGHT = 20 << 20  # bytes; 24 MB cost StableLM-2-1.6B 4 % of a step
+MAX_STAGES = 12  # of a split product's ring
 SM80_TOGETHER = 1024  # tokens that neighbouring blocks of the sm_80 kernels take with the same rows
-REFERENCE_SMS = 132  # segments are cut for this many SMs on every GPU, so that bits do not depend on it
 
 
-class Kind(IntEnum):
-    """What becomes of the sums; the values are those of `Kind` in gemm/gemm.cuh, which defines them."""
+@dataclass(frozen=True, kw_only=True)
+class GemmPlan(ProductPlan):
+    """A launch of a kernel for 16-bit weights, whose blocks of K are 64 wide."""
 
-    STORE = 0
-    LOGITS = 1
-    GATED_SILU = 2
-    GATED_GELU = 3
-    GATED_GELU_TANH = 4
-    GATED_CLAMPED = 5  # scale is its alpha, soft_cap its limit
-    ACT_SILU = 6
-    ACT_GELU = 7
-    ACT_GELU_TANH = 8
-    ACT_RELU = 9
-    ACT_RELU2 = 10
-
-
-@dataclass(frozen=True)
-class GemmPlan:
-    """How one product is launched. The launch takes `grid`, `block`, `cluster` (along x) and `smem`."""
-
-    kernel: str
     mode: Mode
-    tokens: int  # rows of x
-    rows: int  # N
-    blocks: int  # ceil(K / 64)
-    segments: int
-    token_tile: int
-    box_rows: int  # rows of the tensor map's box of x (its width is 64 elements); 0 for sm_80
-    grid: Grid
-    block: int
-    cluster: int
-    smem: int
-    why: str
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of packed weights the kernel streams at least once."""
-        return _ceil(self.rows, TILE) * self.blocks * TILE_BYTES
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
+        return ceil_div(self.rows, TILE) * self.blocks * TILE_BYTES
 
 
 def packed_nbytes(n: int, k: int) -> int:
     """Bytes a packed [n, k] matrix of 16-bit elements takes."""
-    return _ceil(n, TILE) * _ceil(k, TILE) * TILE_BYTES
+    return ceil_div(n, TILE) * ceil_div(k, TILE) * TILE_BYTES
 
 
 def gated_rows(width: int) -> int:
     """Packed rows of a gate/up matrix of `width` gates and `width` ups: both padded to eights."""
-    return 2 * 8 * _ceil(width, 8)
+    return 2 * 8 * ceil_div(width, 8)
 
 
 def segments_of(n: int, k: int) -> int:
-    """Into how many segments the sums over K are cut: a function of the weight's shape alone.
-
-    Enough for about one block of 128 rows and one segment for every SM, at most MAX_SEGMENTS.
-    """
-    pairs, blocks = _ceil(n, 2 * TILE), _ceil(k, TILE)
-    return max(1, min(MAX_SEGMENTS, REFERENCE_SMS // pairs, blocks // SEGMENT_BLOCKS))
+    """See `common.segments_of`."""
+    return common.segments_of(n, ceil_div(k, TILE))
 
 
 def segment_bounds(blocks: int, segments: int) -> list[int]:
@@ -131,7 +97,7 @@ def segment_bounds(blocks: int, segments: int) -> list[int]:
 def pack_matrix(weight: NDArray[Element]) -> NDArray[np.uint8]:
     """Packs W [N, K] of a 16-bit dtype; the reference of the pack kernel. Returns packed_nbytes bytes."""
     n, k = weight.shape
-    rows, blocks = _ceil(n, TILE), _ceil(k, TILE)
+    rows, blocks = ceil_div(n, TILE), ceil_div(k, TILE)
     padded = np.zeros((rows * TILE, blocks * TILE), np.uint16)
     padded[:n, :k] = np.ascontiguousarray(weight).view(np.uint16)
     tiles = padded.reshape(rows, TILE, blocks, 8, 8).transpose(0, 2, 1, 3, 4)  # row tile, block, row, chunk
@@ -140,7 +106,7 @@ def pack_matrix(weight: NDArray[Element]) -> NDArray[np.uint8]:
 
 def unpack_matrix(packed: NDArray[np.uint8], n: int, k: int) -> NDArray[np.uint16]:
     """The bits of W [N, K] out of a packed matrix."""
-    rows, blocks = _ceil(n, TILE), _ceil(k, TILE)
+    rows, blocks = ceil_div(n, TILE), ceil_div(k, TILE)
     tiles = _swizzle(packed.view(np.uint16).reshape(rows, blocks, TILE, 8, 8))
     return np.ascontiguousarray(tiles.transpose(0, 2, 1, 3, 4).reshape(rows * TILE, blocks * TILE)[:n, :k])
 
@@ -154,9 +120,9 @@ def _swizzle(tiles: NDArray[np.uint16]) -> NDArray[np.uint16]:
 def interleave_gate_up(gate: NDArray[Element], up: NDArray[Element]) -> NDArray[Element]:
     """Rows of gate and up [width, K] in turns of eight, each padded to eights: [gated_rows(width), K]."""
     width, k = gate.shape
-    both = np.zeros((_ceil(width, 8), 2, 8, k), gate.dtype)
+    both = np.zeros((ceil_div(width, 8), 2, 8, k), gate.dtype)
     for half, part in enumerate((gate, up)):
-        padded = np.zeros((_ceil(width, 8) * 8, k), gate.dtype)
+        padded = np.zeros((ceil_div(width, 8) * 8, k), gate.dtype)
         padded[:width] = part
         both[:, half] = padded.reshape(-1, 8, k)
     return both.reshape(-1, k)
@@ -175,7 +141,7 @@ def plan_gemm(n: int, k: int, tokens: int, dtype: str, sm_count: int, capability
             f"no matrix kernel for [{tokens}, {k}] x [{n}, {k}]: the inner size must be 8, 16, ..."
         )
     if capability != 90:
-        return variant(n, k, tokens, dtype, "sm80", _fit(SM80_TOKENS, tokens), sm_count, "mma.sync")
+        return variant(n, k, tokens, dtype, "sm80", fit(SM80_TOKENS, tokens), sm_count, "mma.sync")
     mode, tile = _way(n, k, tokens, sm_count)
     why = "rows fill the GPU" if mode in ("walk", "flow", "tall") else "K split over a cluster"
     if mode == "sum":
@@ -186,14 +152,14 @@ def plan_gemm(n: int, k: int, tokens: int, dtype: str, sm_count: int, capability
 @cache
 def _way(n: int, k: int, tokens: int, sm_count: int) -> tuple[Mode, int]:
     """The mode and token tile that cost a product least."""
-    work = cost.Work(n, tokens, _ceil(k, TILE), segments_of(n, k), sm_count)
+    work = cost.Work(n, tokens, ceil_div(k, TILE), segments_of(n, k), sm_count)
     return min(ways_of(work.segments, tokens), key=lambda way: cost.cycles(way[0], way[1], work))
 
 
 def ways_of(segments: int, tokens: int) -> list[tuple[Mode, int]]:
     """The modes and token tiles worth a thought for a product of so many tokens."""
     if tokens <= MAX_ONE_ROW:
-        return [("walk" if segments == 1 else "split", _fit(WALK_TOKENS, tokens))]
+        return [("walk" if segments == 1 else "split", fit(WALK_TOKENS, tokens))]
     modes: list[Mode] = ["flow", "tall"] if segments == 1 else ["split", "sum"]
     if segments == 1 and tokens <= WALK_TOKENS[-1]:
         modes.append("walk")
@@ -216,10 +182,6 @@ def token_tiles(mode: Mode) -> tuple[int, ...]:
     return tiles[mode]
 
 
-def _fit(sizes: tuple[int, ...], tokens: int) -> int:
-    return next((size for size in sizes if size >= tokens), sizes[-1])
-
-
 def variant(
     n: int,
     k: int,
@@ -231,14 +193,14 @@ def variant(
     why: str = "asked for",
 ) -> GemmPlan:
     """The plan of one given kernel; `walk`, `flow` and `tall` need a weight with one segment."""
-    blocks, segments = _ceil(k, TILE), segments_of(n, k)
-    pairs, token_tiles = _ceil(n, 2 * TILE), _ceil(tokens, token_tile)
+    blocks, segments = ceil_div(k, TILE), segments_of(n, k)
+    pairs, token_tiles = ceil_div(n, 2 * TILE), ceil_div(tokens, token_tile)
     cluster, box_rows = 1, token_tile
     if mode == "sm80":
         name, block = f"sm80_{dtype}_gemm_n{token_tile}", 128
         smem, box_rows = sm80_smem(token_tile), 0
         together = min(token_tiles, SM80_TOGETHER // token_tile)
-        grid = (_ceil(n, TILE) * together, _ceil(token_tiles, together), 1)
+        grid = (ceil_div(n, TILE) * together, ceil_div(token_tiles, together), 1)
     else:
         compiled = _kernel_tokens(mode, token_tile)
         name, block = f"sm90_{dtype}_gemm_{mode}_n{compiled}", sm90_threads(mode, compiled)
@@ -250,13 +212,12 @@ def variant(
             cluster, grid = 2, (2, token_tiles, pairs)
         elif mode == "tall":
             cluster = 2
-            units = _ceil(n, 3 * TILE) * _ceil(tokens, 2 * token_tile)
+            units = ceil_div(n, 3 * TILE) * ceil_div(tokens, 2 * token_tile)
             grid = (2 * min(max(1, sm_count // 2), units), 1, 1)
         else:
             cluster = walk_cluster(token_tile)
             box_rows = walk_box(mode, token_tile)
-            needed = _ceil(n, TILE) if token_tiles == 1 else pairs * token_tiles
-            grid = (cluster * min(max(1, sm_count // cluster), _ceil(needed, cluster)), 1, 1)
+            grid = resident_grid(n, tokens, token_tile, cluster, sm_count)
     return GemmPlan(
         kernel=name,
         mode=mode,
@@ -288,7 +249,7 @@ def _split_stages(n: int, k: int) -> int:
     one wants all of the shared memory, to keep enough loads in flight.
     """
     small = 2 * n * k <= SMALL_WEIGHT or segments_of(n, k) == MAX_SEGMENTS
-    return min(SMALL_STAGES, _ceil(_ceil(k, TILE), segments_of(n, k))) if small else MAX_STAGES
+    return min(SMALL_STAGES, ceil_div(ceil_div(k, TILE), segments_of(n, k))) if small else MAX_STAGES
 
 
 def gemm_arguments(
@@ -298,37 +259,21 @@ def gemm_arguments(
     out: int,
     pitch: int,
     *,
-    kind: Kind = Kind.STORE,
     bias: int = 0,
     residual: int = 0,
-    scale: float = 1.0,
-    soft_cap: float = 0.0,
-    tokens: Any = None,
     x_width: int = 0,
     x_pitch: int = 0,
+    **epilogue: Any,
 ) -> list[Any]:
     """A kernel's parameters, in order, for `driver.Launch`.
 
     x: for sm_90a the tensor map of x in boxes of plan.box_rows x 64 elements; for sm_80 its address, with
-    its width and pitch in elements. weights, out, bias, residual: device addresses, 0 for none. pitch:
-    elements from row to row of out and residual. tokens: a cell that holds the number of rows to write,
-    when that changes between launches of one plan.
+    its width and pitch in elements. weights, out, bias, residual: device addresses, 0 for none. pitch,
+    epilogue: see `epilogue_arguments`.
     """
-    scalars = [
-        ctypes.c_int(int(kind)),
-        ctypes.c_int(plan.tokens) if tokens is None else tokens,
-        ctypes.c_int(plan.rows),
-        ctypes.c_int(pitch),
-        ctypes.c_float(scale),
-        ctypes.c_float(soft_cap),
-        ctypes.c_int(plan.blocks),
-        ctypes.c_int(plan.segments),
-    ]
-    if plan.mode == "sm80":
-        scalars += [ctypes.c_int(x_width), ctypes.c_int(x_pitch)]
-    else:
-        scalars.append(ctypes.c_int(plan.token_tile))
-    return [x, weights, out, bias, residual, *scalars]
+    sm80 = [ctypes.c_int(x_width), ctypes.c_int(x_pitch)]
+    behind = sm80 if plan.mode == "sm80" else [ctypes.c_int(plan.token_tile)]
+    return [x, weights, out, bias, residual, *epilogue_arguments(plan, pitch, **epilogue), *behind]
 
 
 class Interleave(IntEnum):
@@ -358,7 +303,7 @@ def pack_arguments(
     be padded so that first + padded_rows is a multiple of 64. Grid and block are free: threads stride.
     """
     if padded_rows is None:
-        padded_rows = rows if interleave == Interleave.PLAIN else 8 * _ceil(rows, 8)
+        padded_rows = rows if interleave == Interleave.PLAIN else 8 * ceil_div(rows, 8)
     return [
         source,
         packed,
@@ -367,7 +312,7 @@ def pack_arguments(
         ctypes.c_int(k),
         ctypes.c_int64(k if row_stride is None else row_stride),
         ctypes.c_int64(column_stride),
-        ctypes.c_int(_ceil(k, TILE)),
+        ctypes.c_int(ceil_div(k, TILE)),
         ctypes.c_int64(first),
         ctypes.c_int(int(interleave)),
     ]

@@ -17,7 +17,8 @@ from typing import Literal
 
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Planned, fixed
-from rvllm.backends.cuda.ops.gemm.plan import Kind, gated_rows
+from rvllm.backends.cuda.ops.gemm.common import Kind
+from rvllm.backends.cuda.ops.gemm.plan import gated_rows
 from rvllm.backends.cuda.ops.moe.quantised import stack_product, tile_of
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.moe.specs import (
