@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from rvllm.errors import RvllmError
 from rvllm.ray.config import RayConfig, load
 
 
@@ -42,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: stop.set())
     try:
         serve.start(http_options={"host": config.http.host, "port": config.http.port})
-        serve.run(application(config), name=args.name, route_prefix="/")
+        _deploy(application(config), args.name)
         print("\n".join(_summary(config)), flush=True)
         if args.address is None:
             stop.wait()
@@ -50,6 +51,19 @@ def main(args: argparse.Namespace) -> int:
     finally:
         ray.shutdown()
     return 0
+
+
+def _deploy(application: Any, name: str) -> None:
+    """Starts or updates, and waits until it runs. Raises RvllmError with what Ray says of a failure."""
+    from ray import serve
+
+    try:
+        serve.run(application, name=name, route_prefix="/")
+    except RuntimeError as error:
+        found = serve.status().applications.get(name)
+        deployments = {} if found is None else found.deployments
+        told = [f"{part}: {one.message}" for part, one in deployments.items() if one.message]
+        raise RvllmError("\n".join([str(error), *told])) from None
 
 
 def _summary(config: RayConfig) -> list[str]:
