@@ -164,7 +164,7 @@ def test_what_the_router_believes_is_what_the_engine_holds(capacity: int) -> Non
         believed += policy.index.matches(blocks, ["a"]).get("a", 0)
         shared = cache.find(blocks)
         held += len(shared)
-        cache.share(shared)
+        cache.share(shared, blocks)
         taken = cache.take(len(blocks) + 1 - len(shared))
         for block, digest in zip(taken, blocks[len(shared) :], strict=False):
             cache.publish(block, digest)
