@@ -1,6 +1,7 @@
 """The settings are declared once and mean the same everywhere."""
 
 import argparse
+import re
 
 import pytest
 
@@ -12,6 +13,7 @@ from rvllm.config import (
     build,
     env_of,
     flag_of,
+    given_settings,
     markdown_table,
     settings_of,
     unknown_variables,
@@ -76,3 +78,25 @@ def test_every_setting_is_a_flag_a_variable_and_a_table_row(cls: type) -> None:
         assert flag_of(f.name) in text
         assert flag_of(f.name) in table
         assert env_of(f.name, known) in table
+
+
+def test_choices_that_do_not_exist_are_known_and_not_offered() -> None:
+    """The command of rvLLM in Rust is understood; what a device cannot do, it refuses by name."""
+    given = {
+        "model": "Qwen/Qwen2.5-7B-Instruct", "gpu_memory_reserve_gb": "8", "num_gpu_blocks": "4096",
+        "num_cpu_blocks": "32768", "max_model_len": "auto",
+    }  # fmt: skip
+    config = build(EngineConfig, given, {"RVLLM_BATCHED_GEMM_STRATEGY": "hybrid"})
+    assert config.max_model_len is None
+    assert given_settings(config) == {
+        "--model": "Qwen/Qwen2.5-7B-Instruct", "--gpu-memory-reserve-gb": "8.0", "--num-gpu-blocks": "4096",
+        "--num-cpu-blocks": "32768", "--gemm-strategy": "hybrid",
+    }  # fmt: skip
+    for text in (markdown_table(EngineConfig), _help(EngineConfig)):
+        assert not {"cutlass", "hybrid", "persistent", "gemv"} & set(re.findall(r"\w+", text))
+
+
+def _help(cls: type) -> str:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, cls, "all")
+    return parser.format_help()

@@ -29,6 +29,7 @@ class Setting:
 
     help: str
     choices: tuple[str, ...] = ()
+    unbuilt: tuple[str, ...] = ()  # choices known by name that do not exist yet: a device refuses them
     low: float | None = None
     high: float | None = None
     env: str | None = None  # None: derived from the name
@@ -159,11 +160,15 @@ class EngineConfig:
     gemm_strategy: str = setting(
         "native",
         "Matrix kernels on a GPU.",
-        choices=("native", "cublas", "cutlass", "hybrid", "auto"),
+        choices=("native", "cublas"),
+        unbuilt=("cutlass", "hybrid", "auto"),
         env="RVLLM_BATCHED_GEMM_STRATEGY",
     )
     decode_path: str = setting(
-        "batched", "Decode kernels on a GPU.", choices=("batched", "gemv", "fused", "persistent", "fp8")
+        "batched",
+        "Decode kernels on a GPU.",
+        choices=("batched",),
+        unbuilt=("gemv", "fused", "persistent", "fp8"),
     )
     capture_graphs: str = setting(
         "lazy", "Build decode graphs on first use or all at start.", choices=("lazy", "eager")
@@ -352,6 +357,16 @@ def settings_of(cls: type) -> list[tuple[dataclasses.Field[Any], Setting]]:
     return [(f, f.metadata["setting"]) for f in dataclasses.fields(cls)]
 
 
+def given_settings(config: Any) -> dict[str, str]:
+    """Flag and value of every setting of a config that is not its default; a secret's value is left out."""
+    changed = {}
+    for f, known in settings_of(type(config)):
+        value = getattr(config, f.name)
+        if value != f.default:
+            changed[flag_of(f.name)] = "..." if known.secret else _shown(value)
+    return changed
+
+
 def flag_of(name: str) -> str:
     """`max_num_seqs` → `--max-num-seqs`."""
     return "--" + name.replace("_", "-")
@@ -408,7 +423,7 @@ def check_value(name: str, known: Setting, value: Any, origin: str) -> None:
     """Raises UsageError when a value is out of range or not one of the choices."""
     if value is None:
         return
-    if known.choices and value not in known.choices:
+    if known.choices and value not in (*known.choices, *known.unbuilt):
         raise UsageError(f"{origin}: {value!r} is not one of {', '.join(known.choices)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{origin}: must be a finite number, got {value:g}")

@@ -3,18 +3,50 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from rvllm.backends.base import Backend, Progress
-from rvllm.config import EngineConfig
+from rvllm.config import EngineConfig, flag_of, given_settings
 from rvllm.errors import UsageError
 from rvllm.extras import install_command
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import embedding_size
 from rvllm.weights.checkpoint import Checkpoint
+
+BLOCK_TOKENS = 16  # of a KV block, on every device
+
+# Settings that mean something on one kind of device only.
+GPU_ONLY = (
+    "gpu_memory_utilization", "gpu_memory_reserve_gb", "num_gpu_blocks", "gemm_strategy", "decode_path",
+    "capture_graphs", "check_device_memory",
+)  # fmt: skip
+CPU_ONLY = ("threads", "cpu_kernels")
+
+
+def without_effect(config: EngineConfig, device: str) -> list[str]:
+    """The settings that were given and mean nothing on this device (`cpu` or `cuda`), as they are written."""
+    names = {flag_of(name) for name in (GPU_ONLY if device == "cpu" else CPU_ONLY)}
+    return [f"{flag} {value}" for flag, value in given_settings(config).items() if flag in names]
+
+
+def check_memory_flags(program: Program, config: EngineConfig, device: str) -> None:
+    """Raises UsageError when two flags ask for KV caches of different sizes, with what each comes to."""
+    element = 4 if device == "cpu" else 2
+    block = BLOCK_TOKENS * element * program.kv_elements_per_token
+    sizes = {}
+    for name in ("num_blocks", "num_gpu_blocks") if device == "cuda" else ("num_blocks",):
+        if (blocks := getattr(config, name)) is not None:
+            sizes[f"{flag_of(name)} {blocks}"] = blocks
+    room = config.kv_cache_memory_gb
+    if room is not None and not program.states and block:  # beside states the flag bounds these, too
+        sizes[f"--kv-cache-memory-gb {room:g}"] = int(room * 1e9) // block
+    if len(set(sizes.values())) > 1:
+        parts = " and ".join(f"{said} ({n:,} blocks, {n * block / 1e9:.3f} GB)" for said, n in sizes.items())
+        raise UsageError(f"{parts} ask for different KV caches: give one of them")
 
 
 def gpu_present() -> bool:
@@ -76,7 +108,13 @@ def load_backend(
     """
     if config.load_format == "dummy":
         checkpoint = None
-    if choose_device(config) == "cpu":
+    device = choose_device(config)
+    if embedding_size(program) is None:
+        check_memory_flags(program, config, device)
+    if idle := without_effect(config, device):
+        where = "the CPU" if device == "cpu" else "a GPU"
+        logging.getLogger("rvllm").warning("without effect on %s: %s", where, ", ".join(idle))
+    if device == "cpu":
         if config.quantization == "fp8":
             raise UsageError("--quantization fp8 is for GPUs; leave the flag away on the CPU")
         from rvllm.backends.cpu.backend import CpuBackend

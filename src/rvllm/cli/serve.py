@@ -19,7 +19,7 @@ from rvllm.api.assembly import (
     start_workers,
     template_text,
 )
-from rvllm.config import EngineConfig, ServerConfig, SourceConfig, add_flags, build
+from rvllm.config import EngineConfig, ServerConfig, SourceConfig, add_flags, build, given_settings
 from rvllm.errors import RvllmError, UsageError
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ async def _answer(
         from rvllm.cli.common.tables import wrapped
 
         kernels = _kernels(engine.ready.backend, engine_config)
-        lines = _summary(engine, service.served_name, kernels, start, url_of(sock))
+        lines = _summary(engine, engine_config, service.served_name, kernels, start, url_of(sock))
         if sys.stdout.isatty():  # a terminal would break them within words; a log keeps them whole
             lines = [wrapped(line, 10) for line in lines]
         print("\n".join(lines), flush=True)
@@ -213,7 +213,9 @@ def _kernels(backend: str, config: EngineConfig) -> str:
     return in_use(config.cpu_kernels)
 
 
-def _summary(engine: EngineClient, name: str, kernels: str, start: _Start, url: str) -> list[str]:
+def _summary(
+    engine: EngineClient, config: EngineConfig, name: str, kernels: str, start: _Start, url: str
+) -> list[str]:
     """What an operator wants to know of a server that has just started."""
     from rvllm.cli.common.tables import human_bytes
     from rvllm.version import __version__
@@ -221,9 +223,13 @@ def _summary(engine: EngineClient, name: str, kernels: str, start: _Start, url: 
     ready, facts = engine.ready, engine.ready.facts
     memory = " · ".join(f"{line} {human_bytes(nbytes)}" for line, nbytes in ready.ledger)
     tokens = ready.num_blocks * ready.block_size
+    given = " · ".join(
+        f"{flag} {value}" for flag, value in given_settings(config).items() if flag != "--model"
+    )
     return [
         f"rvLLM {__version__} · {name} · {facts.architecture} · {ready.backend}, {facts.dtype}",
         f"  kernels {kernels}",
+        *([f"  given   {given}"] if given else []),
         f"  memory  {memory}",
         f"  blocks  {ready.num_blocks:,} of {ready.block_size} tokens: {tokens:,} tokens for up to "
         f"{ready.max_num_seqs} sequences of at most {ready.max_model_len:,}",
