@@ -22,6 +22,7 @@ from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from rvllm.weights.checkpoint import TensorType
+from rvllm.weights.formats import expanded
 from support.models.real_configs import CONFIGS, Config, on_one_card
 from support.weights.stored_as import QUANTISED, Layout
 
@@ -89,3 +90,16 @@ def test_rearranged_parts_come_as_float32() -> None:
     packed = StepPlanner.plan(program, FEW, GPUS[90], ROOM)[1]
     names = loading_kernels(packed, DType.BF16, layout)
     assert {"sm80_bf16_dequant_f32", "sm80_bf16_dequant_bf16", "sm80_bf16_gemm_pack_bf16"} <= set(names)
+
+
+def test_what_is_expanded_is_said_in_one_line() -> None:
+    """Shared experts that are cut out of words of eight columns have no kernel; FP8 ones have."""
+    program = build_program(ModelConfig(small("DeepSeek-V2-Lite"), "v2"), DType.BF16)
+    lines = {}
+    for stored in ("gptq", "fp8", "BF16"):
+        layout = Layout(program, stored)
+        lines[stored] = expanded(kept(program, layout, FEW, GPUS[90]), layout)
+    assert not lines["BF16"]
+    assert "quantised matrices are expanded to bfloat16 (" in lines["gptq"]
+    assert "GPTQ 4-bit: " in lines["gptq"] and "layers.1.moe.experts.up" in lines["gptq"]
+    assert "experts" not in lines["fp8"]

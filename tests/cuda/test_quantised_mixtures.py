@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
@@ -15,13 +16,14 @@ from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Experts
+from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.formats import with_formats
 from rvllm.weights.open import open_checkpoint
 from support.emulator import available
 from support.emulator.driver import emulated_driver
 from support.kernels.gpu_engine import model
 from support.kernels.stored_models import check_runs
-from support.models import archs_tiny
+from support.models import archs_moe_gguf, archs_tiny
 from support.models.arch_cases import DEEPSEEK
 from support.weights.quantisers import FP8, GPTQ, Quantiser, Tensors, file_of, fp8_blocks, gptq
 
@@ -52,6 +54,28 @@ def machine() -> Iterator[None]:
             yield
 
 
+def check(checkpoint: Checkpoint) -> None:
+    """All experts keep their format, and the model's scores are as near to float32's as they can be."""
+    config = checkpoint.config
+    program = with_formats(build_program(ModelConfig(config, "tiny"), DType.BF16), checkpoint, "auto")
+    experts = [op for op in program.ops if isinstance(op, Experts)]
+    assert experts and all(op.up.format and op.down.format for op in experts)
+    check_runs(checkpoint, config["vocab_size"])
+
+
+def test_stacks_of_a_gguf_file(tmp_path: Path) -> None:
+    """As llama.cpp writes them: one tensor for all experts of a layer."""
+    config = model(
+        "Qwen3MoeForCausalLM", num_hidden_layers=1, hidden_size=128, moe_intermediate_size=96, num_experts=4,
+        num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=1, norm_topk_prob=True,
+        decoder_sparse_step=1, mlp_only_layers=[],
+    )  # fmt: skip
+    tensors = archs_tiny.random_tensors("mixture", config)
+    path = tmp_path / "m.gguf"
+    archs_moe_gguf.write(path, config, tensors, quantised=gguf.GGMLQuantizationType.Q5_0)
+    check(open_checkpoint(path))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_mixtures_keep_their_format(case: str, tmp_path: Path) -> None:
     config, quantisation, quantise = CASES[case]
@@ -64,8 +88,4 @@ def test_mixtures_keep_their_format(case: str, tmp_path: Path) -> None:
             stored[name] = ("F32", numbers)
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
     (tmp_path / "model.safetensors").write_bytes(file_of(stored))
-    checkpoint = open_checkpoint(tmp_path)
-    program = with_formats(build_program(ModelConfig(config, "tiny"), DType.BF16), checkpoint, "auto")
-    experts = [op for op in program.ops if isinstance(op, Experts)]
-    assert experts and all(op.up.format and op.down.format for op in experts)
-    check_runs(checkpoint, config["vocab_size"])
+    check(open_checkpoint(tmp_path))

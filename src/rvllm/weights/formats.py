@@ -55,6 +55,26 @@ def with_formats(program: Program, checkpoint: Checkpoint | None, quantization: 
     return _rewritten(program, chosen)
 
 
+def expanded(program: Program, checkpoint: Checkpoint) -> str:
+    """One line that names the quantised matrices which are kept in the model's type; empty without any."""
+    found: dict[str, list[str]] = {}
+    total = 0
+    for weight in (weight for op in program.ops for weight in matrices_of(op)):
+        infos = [info for part in weight.parts if (info := find_tensor(part, checkpoint)) is not None]
+        stored = [info.stored_as for info in infos if info.quantised or info.type not in QUANTISABLE]
+        total += bool(stored)
+        if stored and weight.format is None:
+            found.setdefault(" + ".join(dict.fromkeys(stored)), []).append(weight.name)
+    if not found:
+        return ""
+    shown = "; ".join(
+        f"{kind}: {', '.join(names[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''}"
+        for kind, names in found.items()
+    )
+    count = sum(len(names) for names in found.values())
+    return f"{count} of {total} quantised matrices are expanded to {program.dtype.value} ({shown})"
+
+
 def _tables(
     program: Program, checkpoint: Checkpoint | None, chosen: dict[str, WeightFormat]
 ) -> dict[str, WeightFormat]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel, StepResult
 from rvllm.backends.cuda.device.driver import Pinned, Stream
 from rvllm.backends.cuda.device.launches import Counts
-from rvllm.backends.cuda.formats.choose import kept
+from rvllm.backends.cuda.formats.choose import kept, say_expanded
 from rvllm.backends.cuda.in_flight import NOTHING, InFlightStep
 from rvllm.backends.cuda.layout.addresses import Addresses
 from rvllm.backends.cuda.layout.allocations import Placed, placed_weights
@@ -91,6 +91,7 @@ class CudaBackend:
         report = progress or (lambda fraction, text: None)
         found = OpenDevice.for_program(program, config)
         program = kept(program, checkpoint, config, found.facts)
+        say_expanded(program, checkpoint, config)
         planner, wanted = StepPlanner.plan(program, config, found.facts, found.budget)
         memory = planner.memory
         loading = loading_kernels(wanted, program.dtype, checkpoint)

@@ -15,7 +15,7 @@ from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKer
 from rvllm.backends.cuda.backend import send_ropes
 from rvllm.backends.cuda.device.driver import DeviceFacts, Event, Pinned
 from rvllm.backends.cuda.device.launches import kernel_names
-from rvllm.backends.cuda.formats.choose import kept
+from rvllm.backends.cuda.formats.choose import kept, say_expanded
 from rvllm.backends.cuda.layout.allocations import Placed, placed_weights
 from rvllm.backends.cuda.layout.memory import BLOCK, DEFAULT_TOKENS, KV_CACHE, Budget
 from rvllm.backends.cuda.layout.metadata import SampledRows, leading_decodes
@@ -100,6 +100,7 @@ class CudaPooler:
         found = OpenDevice.for_program(program, config)
         head = Head.load(program, checkpoint, config.seed)
         program = kept(without_head(program), checkpoint, config, found.facts)
+        say_expanded(program, checkpoint, config)
         planner, wanted = plan_pooler(program, config, found.facts, found.budget)
         memory = planner.memory
         kernels = [*body_kernels(planner), *loading_kernels(wanted, program.dtype, checkpoint)]

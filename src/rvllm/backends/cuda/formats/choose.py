@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.formats import device_format
@@ -11,7 +13,7 @@ from rvllm.errors import MissingKernelError, UsageError
 from rvllm.program.formats import BlocksFormat
 from rvllm.program.ops.dense import Program
 from rvllm.weights.checkpoint import Checkpoint
-from rvllm.weights.formats import with_formats
+from rvllm.weights.formats import expanded, with_formats
 
 
 def kept(
@@ -42,3 +44,10 @@ def kept(
         )
         raise MissingKernelError(f"{shown}; --quantization none expands the weights to 16 bits")
     return found
+
+
+def say_expanded(program: Program, checkpoint: Checkpoint | None, config: EngineConfig) -> None:
+    """Logs, once at a start, which quantised matrices take 16 bits because no kernel computes on them."""
+    line = "" if checkpoint is None or config.quantization == "none" else expanded(program, checkpoint)
+    if line:
+        logging.getLogger("rvllm").warning("%s; `rvllm plan` lists what is kept how", line)
