@@ -206,12 +206,12 @@ class Fronts:
         policy = self.rng.choice(self.policies)
         blocks, count = request.blocks, -(-request.prompt // BLOCK)
         session = str(request.session) if self.sessions else None
-        began = time.perf_counter()
+        began = time.process_time()
         ongoing = {replica.name: replica.load for replica in replicas}
         name = policy.rank(blocks, count, [r.name for r in replicas], session, ongoing)[0][1]
         policy.place(request.number, name, blocks, now)
         policy.confirm(request.number, request.number)
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.process_time() - began
         self.asked += 1
         return name
 
@@ -322,7 +322,7 @@ def main() -> None:
         for name, choose in variants(size):
             print(row(name, simulate(choose, size, args.rate * size, total)), flush=True)
             if isinstance(choose, Fronts) and choose.sessions:
-                print(f"\nA choice takes {choose.seconds / choose.asked * 1e6:,.0f} us in Python.")
+                print(f"\nA choice takes {choose.seconds / choose.asked * 1e6:,.0f} us of Python.")
 
 
 if __name__ == "__main__":

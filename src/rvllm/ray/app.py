@@ -77,7 +77,9 @@ def _engine(config: RayConfig, model: ModelSpec) -> Any:
         ),
         **_replicas(model),
     }
-    return serve.deployment(EngineReplica).options(**options).bind(as_dict(engine))
+    return (
+        serve.deployment(EngineReplica).options(**options).bind(as_dict(engine), server.engine_stall_seconds)
+    )
 
 
 def _replicas(model: ModelSpec) -> dict[str, Any]:

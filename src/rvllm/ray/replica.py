@@ -23,12 +23,13 @@ DIED = 70  # the exit code of a replica whose engine has died
 class EngineReplica:
     """Serve makes as many of these as there are replicas, each where there is room for an engine."""
 
-    async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
-        """settings: an EngineConfig's. Returns once the model is loaded."""
+    async def __init__(self, settings: dict[str, Any], stall_seconds: float) -> None:  # type: ignore[misc]
+        """settings: an EngineConfig's. stall_seconds: see --engine-stall-seconds. Returns once loaded."""
         config = EngineConfig(**settings)
         path = await asyncio.to_thread(resolve, config.model, build(SourceConfig, {}))
         self._config = EngineConfig(**{**settings, "model": str(path)})
         self._engine = await EngineClient.start(self._config)
+        self._engine.stall_seconds = stall_seconds
         self._vocabulary: asyncio.Task[None] | None = None
         self._watch = asyncio.ensure_future(self._end_with_the_engine())
         self._closing = False
