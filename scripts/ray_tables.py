@@ -320,7 +320,7 @@ def scale() -> None:
         "target_requests": 4,
         "upscale_delay": 2,
         "downscale_delay": 5,
-        "look_back": 4,
+        "look_back": 11,
     }
     deploy(config(scaling))
     reference = asyncio.run(references(64))

@@ -80,8 +80,8 @@ class Replicas:
     def lost(self, error: BaseException) -> bool:
         return isinstance(error, LostError)
 
-    def busy(self, error: BaseException) -> bool:
-        return isinstance(error, BusyError)
+    def refusal(self, error: BaseException) -> str | None:
+        return "too many wait" if isinstance(error, BusyError) else None
 
 
 READY = Ready(
@@ -138,7 +138,7 @@ def test_no_replays_when_none_are_wanted() -> None:
 
 
 def test_a_full_queue_is_a_503_and_other_errors_tell_no_traceback() -> None:
-    with pytest.raises(UnavailableError, match="max-queue"):
+    with pytest.raises(UnavailableError, match="too many wait"):
         ask(Replicas((TOKENS, 0), error=BusyError))
     with pytest.raises(EngineDeadError, match="ZeroDivisionError"):
         ask(Replicas((TOKENS, 3), error=ZeroDivisionError))

@@ -56,6 +56,7 @@ def test_state_needs_one_place() -> None:
         (model(engine={"max_num_seqs": 0}), "max-num-seqs: must be at least 1"),
         (model(replicas={"min": 3, "max": 2}), "max at least min"),
         (model(replicas={"minimum": 3}), "minimum"),
+        (model(replicas={"max": 3, "look_back": 5}), "look_back must be above 10 s"),
         (model(gpus=2), "runs on one GPU"),
         ({**model(), "server": {"port": 8000}}, "port is not set here"),
         ({**model(), "server": {"max_queue": "many"}}, "max-queue"),

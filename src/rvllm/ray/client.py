@@ -37,8 +37,8 @@ class Fleet(Protocol):
     def lost(self, error: BaseException) -> bool:
         """Whether this error says that a replica is gone."""
 
-    def busy(self, error: BaseException) -> bool:
-        """Whether this error says that too many requests wait."""
+    def refusal(self, error: BaseException) -> str | None:
+        """Why no replica takes the request at the moment, if that is what this error says."""
 
 
 class ReplicatedEngine:
@@ -113,8 +113,8 @@ class ReplicatedEngine:
         """Raises the error in our words, without Ray's tracebacks, unless the request may begin anew."""
         if self._fleet.lost(error):
             return
-        if self._fleet.busy(error):
-            raise UnavailableError("too many requests wait for a replica (--max-queue)") from None
+        if (refusal := self._fleet.refusal(error)) is not None:
+            raise UnavailableError(refusal) from None
         if isinstance(error, RvllmError):
             raise error
         raise EngineDeadError(f"the replica could not answer: {type(error).__name__}") from error

@@ -13,6 +13,7 @@ from rvllm.config import EngineConfig, ServerConfig, build, settings_of
 from rvllm.errors import UsageError
 
 T = TypeVar("T")
+METRICS_SECONDS = 10.0  # how often Ray's replicas tell how they are
 PROXY = ("host", "port", "served_model_name")  # settings of `server:` that have a place of their own here
 
 
@@ -48,7 +49,7 @@ class Replicas(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     target_kv_use: float = 0.7
     upscale_delay: float = 10.0
     downscale_delay: float = 300.0
-    look_back: float = 10.0
+    look_back: float = 30.0
 
 
 class ModelSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -164,6 +165,8 @@ def _check(model: ModelSpec) -> None:
         raise UsageError(f"{where}: replicas: min must be at least 1 and max at least min")
     if not 0 <= model.gpus <= 1:
         raise UsageError(f"{where}: gpus must be 0, a fraction or 1: an engine runs on one GPU")
+    if scaling.look_back <= METRICS_SECONDS:
+        raise UsageError(f"{where}: replicas: look_back must be above {METRICS_SECONDS:g} s")
     if scaling.target_requests <= 0 or not 0 < scaling.target_kv_use <= 1:
         raise UsageError(f"{where}: replicas: target_requests must be above 0, target_kv_use in (0, 1]")
     if min(model.routing.request_blocks, model.routing.session_blocks) < 0:

@@ -29,13 +29,27 @@ class HandleFleet:
         return [answer for answer in answers if not isinstance(answer, BaseException)]
 
     def lost(self, error: BaseException) -> bool:
-        """Whether a replica, or its node, is gone or cannot be reached."""
-        from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
+        """Whether a replica, or its node, is gone, cannot be reached, or has given up what it did."""
+        from ray import exceptions
+        from ray.serve.exceptions import ReplicaUnavailableError
 
-        return isinstance(error, RayActorError | NodeDiedError | ObjectLostError | WorkerCrashedError)
+        kinds = (
+            exceptions.RayActorError,
+            exceptions.NodeDiedError,
+            exceptions.ObjectLostError,
+            exceptions.WorkerCrashedError,
+            exceptions.RpcError,
+            exceptions.TaskCancelledError,  # by the replica's end: who cancels here does not look any more
+            ReplicaUnavailableError,
+        )
+        return isinstance(error, kinds)
 
-    def busy(self, error: BaseException) -> bool:
-        """Whether more requests wait than may."""
-        from ray.serve.exceptions import BackPressureError
+    def refusal(self, error: BaseException) -> str | None:
+        """Why no replica takes the request at the moment, if that is what the error says."""
+        from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-        return isinstance(error, BackPressureError)
+        if isinstance(error, BackPressureError):
+            return "too many requests wait for a replica (--max-queue)"
+        if isinstance(error, DeploymentUnavailableError):
+            return "the model's replicas cannot be started at the moment"
+        return None
