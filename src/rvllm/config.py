@@ -342,7 +342,10 @@ class SourceConfig:
     """Where models are fetched from and kept. These have no flags, only environment variables."""
 
     cache_dir: str = setting(
-        "~/.cache/rvllm", "Folder for fetched models, compiled kernels and measurements."
+        "~/.cache/rvllm", "Folder for fetched models, packed weights, compiled kernels and measurements."
+    )
+    packed_cache_gb: float = setting(
+        8.0, "GB of weights kept as the CPU's kernels want them, for faster starts; 0: none.", low=0
     )
     offline: bool = setting(False, "Never use the network (HF_HUB_OFFLINE does the same for the hub).")
 

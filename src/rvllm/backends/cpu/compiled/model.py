@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -116,22 +116,12 @@ class NativeModel:
         Raises UsageError when their library cannot be loaded.
         """
         from rvllm.backends.cpu.compiled import lower
-        from rvllm.backends.cpu.compiled.formats import pack_matrix
         from rvllm.backends.cpu.compiled.step import NativeStep
 
         names = lower.supported(program)
         wanted, plain = _placed(program)
-        weights: dict[str, F32] = {}
-        matrices: dict[str, Matrix] = {}
-        done, total = 0, sum(w.elements for w in program.weights) or 1
-        for weight in program.weights:
-            if weight.name in wanted:
-                matrices[weight.name] = pack_matrix(weight, checkpoint, seed)
-            if weight.name in plain:
-                weights[weight.name] = _plain(weight, checkpoint, seed)
-            done += weight.elements
-            if progress is not None:
-                progress(done / total, "loading weights")
+        weights = {w.name: _plain(w, checkpoint, seed) for w in program.weights if w.name in plain}
+        matrices = _packed([w for w in program.weights if w.name in wanted], checkpoint, seed, progress)
         caches = caches_for(program, names, limits.num_blocks)
         library = _library()
         model = Model(program=program, weights=weights, caches=caches, ropes=ropes, workers=workers)
@@ -166,6 +156,31 @@ class NativeModel:
         for name in RESULTS:
             if name in run.buffers:
                 run.buffers[name] = run.buffers[name].copy()
+
+
+def _packed(
+    weights: Sequence[Weight], checkpoint: Checkpoint | None, seed: int, progress: Progress | None
+) -> dict[str, Matrix]:
+    """The weights packed: as an earlier start kept them, else now, and then kept for the next."""
+    from rvllm.backends.cpu.compiled import packed_cache
+    from rvllm.backends.cpu.compiled.formats import pack_matrix, packed_nbytes
+
+    folder, most = packed_cache.settings()
+    nbytes = sum(packed_nbytes(weight, checkpoint) for weight in weights)
+    worth = checkpoint is not None and packed_cache.MIN_BYTES <= nbytes <= most
+    key = packed_cache.key_of(weights, checkpoint) if checkpoint is not None and worth else None
+    if key is not None and (kept := packed_cache.load(key, [w.name for w in weights], folder)) is not None:
+        return kept
+    matrices: dict[str, Matrix] = {}
+    done, total = 0, sum(w.elements for w in weights) or 1
+    for weight in weights:
+        matrices[weight.name] = pack_matrix(weight, checkpoint, seed)
+        done += weight.elements
+        if progress is not None:
+            progress(done / total, "loading weights")
+    if key is not None:
+        packed_cache.store(key, matrices, folder, most)
+    return matrices
 
 
 def _plain(weight: Weight, checkpoint: Checkpoint | None, seed: int) -> F32:
