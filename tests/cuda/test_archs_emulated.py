@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rvllm.backends.cpu.backend import CpuBackend
+from rvllm.backends.cpu.backend import CpuBackend, CpuEncoder
 from rvllm.backends.cuda.backend import CudaBackend
 from rvllm.backends.cuda.encoder import CudaEncoder
 from rvllm.backends.cuda.pooler import CudaPooler
@@ -71,7 +71,7 @@ def test_vectors_agree_with_the_cpu() -> None:
     config = {**ENCODERS["roberta_last"], "num_hidden_layers": 2}
     checkpoint, rng = tensors_of("roberta_last", config, DType.F16), np.random.default_rng(8)
     texts = [rng.integers(4, VOCAB, n).tolist() for n in (1, 33, 70)]
-    reference = CpuBackend.load(program_of(config, DType.F32), checkpoint, EngineConfig(device="cpu"))
+    reference = CpuEncoder.load(program_of(config, DType.F32), checkpoint, EngineConfig(device="cpu"))
     wanted = reference.embed(text_batch(texts))
     reference.close()
     with emulated_driver():
@@ -115,7 +115,7 @@ def test_pooled_decoders_agree_with_the_cpu(head: bool) -> None:
         config |= {"architectures": ["Qwen3ForSequenceClassification"], "num_labels": 3}
     checkpoint, rng = tensors_of("qwen3", config, DType.F16), np.random.default_rng(9)
     texts = [rng.integers(4, VOCAB, n).tolist() for n in (1, 33, 1, 70)]
-    reference = CpuBackend.load(
+    reference = CpuEncoder.load(
         program_of(config, DType.F32), checkpoint, EngineConfig(device="cpu", max_num_seqs=8)
     )
     wanted = reference.embed(text_batch(texts))

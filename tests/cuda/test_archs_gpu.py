@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rvllm.backends.cpu.backend import CpuBackend
+from rvllm.backends.cpu.backend import CpuBackend, CpuEncoder
 from rvllm.backends.cuda.backend import CudaBackend
 from rvllm.backends.cuda.encoder import CudaEncoder
 from rvllm.backends.load import load_backend
@@ -100,7 +100,7 @@ def test_vectors_agree_with_the_cpu_and_do_not_know_their_company(name: str, dty
     checkpoint = tensors_of(name, config, dtype)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     texts = [rng.integers(4, VOCAB, n).tolist() for n in (1, 33, 150, 2, 64, 65, 17)]
-    reference = CpuBackend.load(program_of(config, DType.F32), checkpoint, EngineConfig(device="cpu"))
+    reference = CpuEncoder.load(program_of(config, DType.F32), checkpoint, EngineConfig(device="cpu"))
     wanted = reference.embed(text_batch(texts))
     reference.close()
     engine = EngineConfig(device="cuda", max_num_seqs=16, max_num_batched_tokens=512)

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from rvllm.backends.base import StepBatch
-from rvllm.backends.cpu.backend import CpuBackend
+from rvllm.backends.cpu.backend import CpuEncoder
 from rvllm.config import EngineConfig
 from rvllm.errors import ModelError, UsageError
 from rvllm.models.config import ModelConfig
@@ -35,14 +35,14 @@ ENCODER: dict[str, Any] = {
 }  # fmt: skip
 
 
-def load(path: Path, **settings: Any) -> CpuBackend:
+def load(path: Path, **settings: Any) -> CpuEncoder:
     checkpoint = open_checkpoint(path)
     config = EngineConfig(device="cpu", threads=2, max_num_seqs=8, max_num_batched_tokens=512, **settings)
     program = build_program(read_config(checkpoint, config), DType.F32)
-    return CpuBackend.load(program, checkpoint, config)
+    return CpuEncoder.load(program, checkpoint, config)
 
 
-def computed(backend: CpuBackend, texts: list[list[int]], seconds: dict[int, int] | None = None) -> F32:
+def computed(backend: CpuEncoder, texts: list[list[int]], seconds: dict[int, int] | None = None) -> F32:
     nothing = np.zeros(len(texts), np.int32)
     lengths = np.array([len(t) for t in texts], np.int32)
     tokens = np.concatenate([np.array(t, np.int32) for t in texts])

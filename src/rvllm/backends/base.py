@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -174,7 +174,7 @@ def grouped(launches: Iterable[tuple[str, str, str]]) -> list[StepKernel]:
 
 
 class Backend(Protocol):
-    """A loaded model on a device."""
+    """A loaded model on a device: what every one has. It is a `Generator` or an `Encoder` too."""
 
     @property
     def name(self) -> str:
@@ -187,20 +187,8 @@ class Backend(Protocol):
     def ledger(self) -> list[LedgerLine]:
         """Where the memory went, line by line."""
 
-    def launch(self, batch: StepBatch) -> Any:
-        """Starts a step and returns a handle for `collect`; never waits for the device."""
-
-    def collect(self, handle: Any) -> StepResult:
-        """Waits for a launched step; steps are collected in the order they were launched."""
-
-    def embed(self, batch: StepBatch) -> NDArray[np.float32]:
-        """For programs that pool: a vector or the numbers of its classes a sequence, float32 [S, width]."""
-
     def last_kernels(self) -> list[StepKernel]:
         """The kernels of the last step, for people who watch."""
-
-    def decode_floor(self, seqs: int, context: int) -> float | None:
-        """Least seconds that a decode step of `seqs` sequences of `context` tokens can take, where known."""
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges for the metrics page (idle share, graph buckets, ...), by metric name.
@@ -210,3 +198,25 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Gives everything back; the backend is unusable afterwards."""
+
+
+@runtime_checkable
+class Generator(Backend, Protocol):
+    """A model that draws tokens."""
+
+    def launch(self, batch: StepBatch) -> Any:
+        """Starts a step and returns a handle for `collect`; never waits for the device."""
+
+    def collect(self, handle: Any) -> StepResult:
+        """Waits for a launched step; steps are collected in the order they were launched."""
+
+    def decode_floor(self, seqs: int, context: int) -> float | None:
+        """Least seconds that a decode step of `seqs` sequences of `context` tokens can take, where known."""
+
+
+@runtime_checkable
+class Encoder(Backend, Protocol):
+    """A model that computes whole texts."""
+
+    def embed(self, batch: StepBatch) -> NDArray[np.float32]:
+        """A vector or the numbers of its classes a sequence, float32 [S, width]."""

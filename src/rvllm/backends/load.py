@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rvllm.backends.base import Backend, Progress
+from rvllm.backends.base import Encoder, Generator, Progress
 from rvllm.config import EngineConfig, flag_of, given_settings
 from rvllm.errors import UsageError
 from rvllm.extras import install_command
@@ -101,7 +101,7 @@ def gpu_dtype(config: EngineConfig, checkpoint: Checkpoint | None) -> DType:
 
 def load_backend(
     program: Program, checkpoint: Checkpoint | None, config: EngineConfig, progress: Progress | None = None
-) -> Backend:
+) -> Generator | Encoder:
     """The program loaded on the device that `config.device` asks for; see `choose_device` for refusals.
 
     checkpoint None fills random weights, as does --load-format dummy.
@@ -117,12 +117,13 @@ def load_backend(
     if device == "cpu":
         if config.quantization == "fp8":
             raise UsageError("--quantization fp8 is for GPUs; leave the flag away on the CPU")
-        from rvllm.backends.cpu.backend import CpuBackend
+        from rvllm.backends.cpu.backend import CpuBackend, CpuEncoder
 
-        return CpuBackend.load(program, checkpoint, config, progress)
+        loaded: type[CpuBackend | CpuEncoder] = CpuBackend if embedding_size(program) is None else CpuEncoder
+        return loaded.load(program, checkpoint, config, progress)
     kind = ("backend", "CudaBackend")
     if embedding_size(program) is not None:
         kind = ("pooler", "CudaPooler") if program.caches else ("encoder", "CudaEncoder")
     module = importlib.import_module(f"rvllm.backends.cuda.{kind[0]}")
-    backend: Backend = getattr(module, kind[1]).load(program, checkpoint, config, progress)
+    backend: Generator | Encoder = getattr(module, kind[1]).load(program, checkpoint, config, progress)
     return backend

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from rvllm.backends.base import BROKEN_ROW, Backend, Progress, StepResult, TopLogprobs
+from rvllm.backends.base import BROKEN_ROW, Backend, Encoder, Generator, Progress, StepResult, TopLogprobs
 from rvllm.engine.embedding import EmbeddingQueue
 from rvllm.engine.grammar import Grammars
 from rvllm.engine.ipc.messages import (
@@ -47,13 +47,18 @@ class EngineCore:
     """
 
     def __init__(
-        self, backend: Backend, facts: ModelFacts, config: EngineConfig, load_seconds: float = 0.0
+        self,
+        backend: Generator | Encoder,
+        facts: ModelFacts,
+        config: EngineConfig,
+        load_seconds: float = 0.0,
     ) -> None:
         limits = backend.limits
         max_model_len = limits.max_model_len
         if facts.embedding_size is None:  # a sequence that the whole pool cannot hold could never finish
             max_model_len = min(max_model_len, limits.num_blocks * limits.block_size)
-        self.backend = backend
+        self.backend: Backend = backend
+        self.generator = backend if isinstance(backend, Generator) else None
         self.facts: ModelFacts = msgspec.structs.replace(facts, max_model_len=max_model_len)
         self.grammars = Grammars(facts.vocab_size, facts.eos_token_ids)
         self.scheduler = Scheduler(limits, config)
@@ -71,7 +76,7 @@ class EngineCore:
             scheduling_policy=config.scheduling_policy,
             fairness=config.fairness,
         )
-        self.texts = EmbeddingQueue(backend)
+        self.texts = EmbeddingQueue(backend if isinstance(backend, Encoder) else None)
         self.counters = EngineStats()
         self._eos = frozenset(facts.eos_token_ids)
         self._depth = limits.pipeline_depth
@@ -208,13 +213,15 @@ class EngineCore:
         self._follow_grammars()
         step = self.scheduler.schedule()
         self.counters.host_seconds += time.perf_counter() - began
+        generator = self.generator
         if step is not None:
+            assert generator is not None, "an encoder was given tokens to draw"
             self.counters.launched(step)
-            step.handle = self.backend.launch(step.batch)
+            step.handle = generator.launch(step.batch)
             self._in_flight.append(step)
-        if self._in_flight and (step is None or len(self._in_flight) >= self._depth):
+        if generator and self._in_flight and (step is None or len(self._in_flight) >= self._depth):
             oldest = self._in_flight.popleft()
-            result = self.backend.collect(oldest.handle)
+            result = generator.collect(oldest.handle)
             self.counters.collected(oldest)
             began = time.perf_counter()
             self._update(oldest, result)
@@ -334,8 +341,8 @@ class EngineCore:
 
     def close(self) -> None:
         """Waits for the steps in flight and gives the backend back."""
-        while self._in_flight:
-            self.backend.collect(self._in_flight.popleft().handle)
+        while self.generator and self._in_flight:
+            self.generator.collect(self._in_flight.popleft().handle)
         self.grammars.close()
         self.backend.close()
         if self._publisher is not None:

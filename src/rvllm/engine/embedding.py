@@ -9,19 +9,22 @@ from operator import itemgetter
 
 import numpy as np
 
-from rvllm.backends.base import Backend, StepBatch
+from rvllm.backends.base import Encoder, Limits, StepBatch
 from rvllm.engine.ipc.messages import Embed, Output
 
 _rank = itemgetter(0)
 
 
 class EmbeddingQueue:
-    """Texts that wait, in order of (priority, arrival), and the steps that compute them."""
+    """Texts that wait, in order of (priority, arrival), and the steps that compute them.
 
-    def __init__(self, backend: Backend) -> None:
+    encoder: None where the model generates, and no text may be added.
+    """
+
+    def __init__(self, encoder: Encoder | None) -> None:
         self.steps = 0
         self.tokens = 0  # computed so far
-        self._backend = backend
+        self._encoder = encoder
         self._waiting: list[tuple[tuple[int, int], Embed]] = []
         self._ids: set[str] = set()
         self._arrivals = itertools.count()
@@ -47,8 +50,10 @@ class EmbeddingQueue:
 
     def step(self) -> list[Output]:
         """Computes the first texts that fit into one step, one Output each."""
+        encoder = self._encoder
+        assert encoder is not None, "a model that generates was given a text"
         now = time.time()
-        requests = self._take()
+        requests = self._take(encoder.limits)
         lengths = np.array([len(r.prompt_token_ids) for r in requests], dtype=np.int32)
         nothing = np.zeros(len(requests), dtype=np.int32)
         batch = StepBatch(
@@ -60,7 +65,7 @@ class EmbeddingQueue:
             sample=nothing.astype(np.bool_),
             seconds={s: r.second for s, r in enumerate(requests) if r.second is not None},
         )
-        vectors = np.ascontiguousarray(self._backend.embed(batch), dtype="<f4")
+        vectors = np.ascontiguousarray(encoder.embed(batch), dtype="<f4")
         self.steps += 1
         self.tokens += int(lengths.sum())
         return [
@@ -71,9 +76,8 @@ class EmbeddingQueue:
             for request, vector in zip(requests, vectors, strict=True)
         ]  # fmt: skip
 
-    def _take(self) -> list[Embed]:
+    def _take(self, limits: Limits) -> list[Embed]:
         """The first texts, as many as a step has room for, and at least one."""
-        limits = self._backend.limits
         count, tokens = 0, 0
         for _, request in self._waiting[: limits.max_num_seqs]:
             tokens += len(request.prompt_token_ids)

@@ -11,13 +11,13 @@ from rvllm.models.pooling import activation_of, labels_of
 from rvllm.program.ops.encoder import classifier, embedding_size
 
 if TYPE_CHECKING:
-    from rvllm.backends.base import Backend, Progress
+    from rvllm.backends.base import Encoder, Generator, Progress
     from rvllm.config import EngineConfig
     from rvllm.program.ops.dense import Program
     from rvllm.weights.checkpoint import Checkpoint
 
 
-def load(config: EngineConfig, progress: Progress | None = None) -> tuple[Backend, ModelFacts]:
+def load(config: EngineConfig, progress: Progress | None = None) -> tuple[Generator | Encoder, ModelFacts]:
     """The configured model on its backend. Raises the RvllmError of whatever is missing or wrong."""
     from rvllm.backends.load import choose_dtype, load_backend
     from rvllm.config import SourceConfig, build

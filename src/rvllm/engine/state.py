@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def complete(core: EngineCore, stats: Stats) -> Stats:
     """Adds what is only worked out for those who ask: the last step's kernels, the floor of decode steps."""
     stats.kernels = _kernels(core)
-    stats.floor_ratio = core.counters.floor_ratio(core.backend)
+    stats.floor_ratio = core.counters.floor_ratio(core.generator)
     return stats
 
 
@@ -35,7 +35,7 @@ def snapshot(core: EngineCore, stats: Stats, asked: GetState) -> State:
     held = sum(len(seq.blocks) for seq in scheduler.running)
     cached = scheduler.blocks.oldest_cached(budget)
     alive = len(scheduler.running) + len(scheduler.waiting)
-    stats.floor_ratio = core.counters.floor_ratio(core.backend)
+    stats.floor_ratio = core.counters.floor_ratio(core.generator)
     return State(
         stats=stats,
         sequences=described,
@@ -64,6 +64,6 @@ def _describe(seq: Sequence, now: float, blocks: int) -> SequenceState:
 def _floor(core: EngineCore) -> float | None:
     """The floor of a decode step of what runs now, each as long as they are on average."""
     running = core.scheduler.running
-    if not running or core.facts.embedding_size is not None:
+    if not running or core.generator is None:
         return None
-    return core.backend.decode_floor(len(running), sum(len(seq.tokens) for seq in running) // len(running))
+    return core.generator.decode_floor(len(running), sum(len(seq.tokens) for seq in running) // len(running))

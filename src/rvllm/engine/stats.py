@@ -11,7 +11,7 @@ from rvllm.engine.ipc.messages import Stats
 from rvllm.telemetry.bounds import STEP_TOKENS
 
 if TYPE_CHECKING:
-    from rvllm.backends.base import Backend
+    from rvllm.backends.base import Generator
     from rvllm.engine.core import EngineCore
     from rvllm.engine.step import Step
 
@@ -49,18 +49,18 @@ class EngineStats:
             self._decodes.append((len(step.sequences), int(step.batch.starts.sum()), took))
         self._collected = now
 
-    def floor_ratio(self, backend: Backend) -> float | None:
+    def floor_ratio(self, generator: Generator | None) -> float | None:
         """The least time of the last decode steps over the time they took; None before any, or unknown.
 
         Their floor is that of a step with the mean number of sequences of their mean length.
         """
         seconds = sum(took for _, _, took in self._decodes)
         seqs = sum(count for count, _, _ in self._decodes)
-        if not seconds or not seqs:
+        if generator is None or not seconds or not seqs:
             return None
         steps = len(self._decodes)
         context = sum(tokens for _, tokens, _ in self._decodes) // seqs
-        floor = backend.decode_floor(max(1, round(seqs / steps)), max(1, context))
+        floor = generator.decode_floor(max(1, round(seqs / steps)), max(1, context))
         return None if floor is None else floor * steps / seconds
 
     def stats(self, core: EngineCore) -> Stats:

@@ -1,11 +1,12 @@
 """Memory plans, their refusals, and the refusals of loading."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 
-from rvllm.backends.base import StepBatch
+from rvllm.backends.base import Encoder, Generator, StepBatch
 from rvllm.backends.cpu.backend import CpuBackend
 from rvllm.backends.cpu.memory import GB, plan_memory
 from rvllm.backends.cpu.reference.interpreter import resolve
@@ -17,6 +18,12 @@ from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Op, Program
 from support.models import tiny
+
+BERT = {
+    "architectures": ["BertModel"], "vocab_size": 515, "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64, "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12, "type_vocab_size": 2,
+}  # fmt: skip
 
 PROGRAM = tiny.program_of(tiny.CASES["llama"])
 PER_TOKEN = 3 * 2 * 16 * 4
@@ -97,11 +104,14 @@ def test_device_and_dtype() -> None:
             choose_device(EngineConfig(device="cuda"))
 
 
-def test_generating_models_give_no_embeddings() -> None:
-    backend = tiny.load(tiny.CASES["llama"])
-    batch = StepBatch(0, tiny.i32([0]), tiny.i32([1]), tiny.i32([0]), tiny.i32([1]), np.array([False]))
-    with pytest.raises(UsageError, match="gives no embeddings"):
-        backend.embed(batch)
+@pytest.mark.parametrize(("config", "kind"), [(tiny.CASES["llama"], Generator), (BERT, Encoder)])
+def test_a_backend_generates_or_encodes(config: dict[str, Any], kind: type) -> None:
+    """What a model cannot do it has no method for."""
+    program = build_program(ModelConfig(config, "tiny"), DType.F32)
+    backend = load_backend(program, None, EngineConfig(device="cpu", threads=1, cpu_kernels="numpy"))
+    assert isinstance(backend, kind)
+    assert isinstance(backend, Generator) != isinstance(backend, Encoder)
+    backend.close()
 
 
 def test_prompt_logprobs_in_chunks() -> None:
@@ -114,7 +124,8 @@ def test_prompt_logprobs_in_chunks() -> None:
         batch = StepBatch(
             0, tiny.i32([2]), tiny.i32([n]), tiny.i32([at]), prompt[at : at + n], np.array([at > 0]),
             [tiny.started(2, prompt)] if at == 0 else [],
-            tiny.table_rows(2, [5, 6]) if at == 0 else tiny.table_rows(2, []), {0: 3},
+            tiny.table_rows(2, [5, 6]) if at == 0 else tiny.table_rows(2, []),
+            prompt_logprobs={0: 3},
         )  # fmt: skip
         result = backend.collect(backend.launch(batch))
         found += result.prompt_logprobs[0]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.base import StepBatch
-from rvllm.backends.cpu.backend import CpuBackend
+from rvllm.backends.cpu.backend import CpuEncoder
 from rvllm.config import EngineConfig
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
@@ -79,14 +79,14 @@ def save(path: Path, name: str) -> Path:
     return path
 
 
-def load(path: Path, **settings: Any) -> CpuBackend:
+def load(path: Path, **settings: Any) -> CpuEncoder:
     """The encoder at `path` on the CPU backend."""
     checkpoint = open_checkpoint(path)
     program = build_program(ModelConfig(checkpoint.config, checkpoint.config_origin), DType.F32)
-    return CpuBackend.load(program, checkpoint, EngineConfig(device="cpu", **{"threads": 2, **settings}))
+    return CpuEncoder.load(program, checkpoint, EngineConfig(device="cpu", **{"threads": 2, **settings}))
 
 
-def embed(backend: CpuBackend, texts: list[list[int]]) -> F32:
+def embed(backend: CpuEncoder, texts: list[list[int]]) -> F32:
     """The vectors of texts that share one step, [S, width]."""
     nothing = np.zeros(len(texts), np.int32)
     lengths = np.array([len(t) for t in texts], np.int32)

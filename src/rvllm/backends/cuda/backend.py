@@ -46,7 +46,7 @@ DEPTH = 2  # steps under way: the next is launched before this one's tokens are 
 
 
 class CudaBackend:
-    """A program loaded onto a GPU (see `rvllm.backends.base.Backend`)."""
+    """A program loaded onto a GPU (see `rvllm.backends.base.Generator`)."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class CudaBackend:
         self._ledger.append(LedgerLine("graphs", before - after))
 
     def launch(self, batch: StepBatch) -> InFlightStep:
-        """Queues a step; see `Backend.launch`."""
+        """Queues a step; see `Generator.launch`."""
         flight = self._ring[self._steps % len(self._ring)]
         self._steps += 1
         rows = SampledRows.of(batch)
@@ -249,10 +249,6 @@ class CudaBackend:
         nbytes = min(arena.nbytes, 16 << 30)
         rate = stream_rate(self._catalog, self._stream, arena.base, nbytes, sink, 4 * self._facts.sm_count)
         return Profile(seqs, context, rows, step, rate)
-
-    def embed(self, batch: StepBatch) -> NDArray[np.float32]:
-        """Refused: programs with a language-model head have no pooled vector. Raises UsageError."""
-        raise UsageError("this model generates text; it gives no embeddings")
 
     def last_kernels(self) -> list[StepKernel]:
         """Kernels of the step launched last; see `Backend.last_kernels`."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel, StepResult
+from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel
 from rvllm.backends.cuda.buckets import bucket_of
 from rvllm.backends.cuda.device.driver import Event, Graph, Pinned
 from rvllm.backends.cuda.device.graphs import GraphCache, Key
@@ -23,7 +23,6 @@ from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
 from rvllm.backends.cuda.supported import refuse_pairs
 from rvllm.backends.heads import Head
 from rvllm.config import EngineConfig
-from rvllm.errors import UsageError
 from rvllm.kernels.encoder.specs import TEXT_ROWS
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import Pool
@@ -33,7 +32,7 @@ _NO_UPDATES = np.zeros((0, 3), dtype=np.int32)
 
 
 class CudaEncoder:
-    """An encoder loaded onto a GPU (see `rvllm.backends.base.Backend`)."""
+    """An encoder loaded onto a GPU (see `rvllm.backends.base.Encoder`)."""
 
     def __init__(self, gpu: Gpu, plan: EncoderPlan, head: Head | None = None) -> None:
         self._gpu, self._stream, self._ledger = gpu, gpu.stream, gpu.ledger()
@@ -100,7 +99,7 @@ class CudaEncoder:
         return [*self._ledger, LedgerLine("free", self._gpu.device.free_memory()[0])]
 
     def embed(self, batch: StepBatch) -> NDArray[np.float32]:
-        """See `Backend.embed`. A classification head is computed on the host, from the pooled vectors."""
+        """See `Encoder.embed`. A classification head is computed on the host, from the pooled vectors."""
         plan, count = self._plan, len(batch.slots)
         size = bucket_of(plan.sizes(), batch.num_tokens)
         graph = self.graph(size)
@@ -127,21 +126,9 @@ class CudaEncoder:
         counts = self._plan.counts(size)
         return self._graphs.get("texts", size, self._plan.launches, counts)
 
-    def launch(self, batch: StepBatch) -> object:
-        """Refused: an encoder draws no tokens. Raises UsageError."""
-        raise UsageError(f"{self._plan.program.architecture} gives embeddings and generates no text")
-
-    def collect(self, handle: object) -> StepResult:
-        """Refused, as `launch` is."""
-        raise UsageError(f"{self._plan.program.architecture} gives embeddings and generates no text")
-
     def last_kernels(self) -> list[StepKernel]:
         """Kernels of the last step; see `Backend.last_kernels`."""
         return self._graphs.kernels(self._last)
-
-    def decode_floor(self, seqs: int, context: int) -> float | None:
-        """Nothing is decoded."""
-        return None
 
     def stats(self) -> dict[str, float]:
         """Steps, texts, device seconds and graphs."""

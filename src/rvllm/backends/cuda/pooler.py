@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel, StepResult
+from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel
 from rvllm.backends.cuda.backend import send_ropes
 from rvllm.backends.cuda.device.driver import DeviceFacts, Event, Pinned
 from rvllm.backends.cuda.device.launches import kernel_names
@@ -63,7 +63,7 @@ def body_kernels(planner: StepPlanner) -> list[str]:
 
 
 class CudaPooler:
-    """A decoder that gives vectors or classes, loaded onto a GPU (see `rvllm.backends.base.Backend`)."""
+    """A decoder that gives vectors or classes, loaded onto a GPU (see `rvllm.backends.base.Encoder`)."""
 
     def __init__(self, gpu: Gpu, planner: StepPlanner, program: Program, head: Head | None) -> None:
         plan, shape = planner.memory, planner.memory.shape
@@ -133,7 +133,7 @@ class CudaPooler:
         return [*self._ledger, LedgerLine("free", self._gpu.device.free_memory()[0])]
 
     def embed(self, batch: StepBatch) -> NDArray[np.float32]:
-        """See `Backend.embed`. A classification head is computed on the host, from the pooled vectors."""
+        """See `Encoder.embed`. A classification head is computed on the host, from the pooled vectors."""
         layout, count = self._planner.memory.layout, len(batch.slots)
         blocks = text_blocks(batch.query_lens)
         graph = self._graphs.body(batch.num_tokens)
@@ -159,21 +159,9 @@ class CudaPooler:
         lengths = batch.query_lens
         return prefill_tiles(lengths, lengths, leading_decodes(lengths), shape.group, shape.rows)
 
-    def launch(self, batch: StepBatch) -> object:
-        """Refused: nothing is drawn. Raises UsageError."""
-        raise UsageError(f"{self._program.architecture} pools texts and generates none")
-
-    def collect(self, handle: object) -> StepResult:
-        """Refused, as `launch` is."""
-        raise UsageError(f"{self._program.architecture} pools texts and generates none")
-
     def last_kernels(self) -> list[StepKernel]:
         """Kernels of the last step; see `Backend.last_kernels`."""
         return self._graphs.last_kernels()
-
-    def decode_floor(self, seqs: int, context: int) -> float | None:
-        """Nothing is decoded."""
-        return None
 
     def stats(self) -> dict[str, float]:
         """Steps, texts, device seconds and graphs."""
