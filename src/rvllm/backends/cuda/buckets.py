@@ -15,7 +15,7 @@ def decode_buckets(most: int) -> list[int]:
 
 
 def token_buckets(most: int) -> list[int]:
-    """Padded token counts of steps with prompts; the padding is at most an eighth from 64 tokens on."""
+    """Padded token counts of steps with prompts; the padding is at most an eighth from 113 tokens on."""
     sizes = [16, 32, 48, 64]
     while sizes[-1] < most:
         sizes.append(sizes[-1] + max(16, 1 << (sizes[-1].bit_length() - 4)))
