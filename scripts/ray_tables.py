@@ -215,7 +215,7 @@ def throughput() -> None:
         asyncio.run(load(PROMPTS, 4, 8, count(8)))
         alone = asyncio.run(load(PROMPTS, 1, 48, count(2)))
         began = time.perf_counter()
-        found = asyncio.run(load(PROMPTS, 16, 48, count(48)))
+        found = asyncio.run(load(PROMPTS, 16, 48, count(32)))
         rate = sum(seen.tokens for seen in found) / (time.perf_counter() - began)
         one = sum(seen.tokens for seen in alone) / sum(seen.seconds for seen in alone)
         first = statistics.median(seen.first for seen in found)
