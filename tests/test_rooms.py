@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "rvllm"
-ORDER = ["__main__", "entrypoints", "v1", "utils", "distributed", "outputs", "sampling_params",
+ORDER = ["__main__", "entrypoints", "v1", "utils", "distributed", "platforms", "inputs", "attention",
+         "outputs", "sampling_params",
          "pooling_params", "cli", "ray", "llm", "offline", "api", "web", "text", "engine", "models",
          "backends", "weights", "program", "kernels", "bench", "telemetry", "vllm", "config", "errors",
          "extras", "version", "__init__"]  # fmt: skip

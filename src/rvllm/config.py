@@ -352,6 +352,15 @@ class SourceConfig:
 
 # A service's name becomes variables of every pod beside it: RVLLM_PORT=tcp://10.0.0.1:8000.
 KUBERNETES = "; Kubernetes sets it for a service named rvllm: set enableServiceLinks: false, or give the flag"
+
+
+@dataclass
+class AttentionConfig:
+    """vLLM's setting of its attention kernels: taken, and without effect here."""
+
+    backend: Any = None
+
+
 ConfigT = typing.TypeVar("ConfigT")
 
 

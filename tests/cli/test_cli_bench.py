@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from rvllm.bench.datasets import Asked, from_file, prefix_repetition
 from rvllm.bench.load import Sent
 from rvllm.bench.serving import page, summary
 from rvllm.cli.main import main
+from rvllm.errors import UsageError
 from support.doubles.server import LiveServer
 
 CONFIG = {
@@ -28,10 +31,13 @@ def test_serve_counts_what_came(tmp_path: Path, capsys: pytest.CaptureFixture[st
             "--random-output-len", "4", "--num-prompts", "5", "--vocab-size", "400", "--max-concurrency", "2",
             "--percentile-metrics", "ttft,itl,e2el", "--metric-percentiles", "50,99", "--save-result",
             "--result-dir", str(tmp_path), "--result-filename", "r.json", "--trust-remote-code",
+            "--save-detailed", "--top-p", "0.9",
         ]  # fmt: skip
         assert main(words) == 0
     found = json.loads((tmp_path / "r.json").read_text())
     assert (found["completed"], found["failed"], found["total_output_tokens"]) == (5, 0, 20)
+    assert found["output_lens"] == [4] * 5 and found["errors"] == [""] * 5
+    assert min(found["ttfts"]) > 0 and all(min(gaps) > 0 for gaps in found["itls"])
     if backend == "openai":
         assert found["total_input_tokens"] == 50
     assert found["max_concurrent_requests"] <= 2 and found["model_id"] == "tiny"
@@ -99,3 +105,63 @@ def test_offline_kinds_write_vllms_fields(tmp_path: Path, capsys: pytest.Capture
 def test_mistakes_are_told(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "serve", *words]) != 0
     assert said in capsys.readouterr().err
+
+
+def asked(name: str, path: Path, count: int = 6, output_len: int | None = None) -> list[Asked]:
+    options = argparse.Namespace(sonnet_input_len=40, sonnet_prefix_len=20)
+    return from_file(name, str(path), count, 0, output_len, lambda text: len(text.split()), options)
+
+
+def test_files_are_read_as_vllm_reads_them(tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "one two three four five"}, {"from": "gpt", "value": "a b c d e f"}]
+    short = [{"from": "human", "value": "one two three"}, {"from": "gpt", "value": "a b c d e f"}]
+    long = [{"from": "human", "value": "word " * 1025}, {"from": "gpt", "value": "a b c d"}]
+    file = tmp_path / "sharegpt.json"
+    file.write_text(json.dumps([{"conversations": c} for c in (talk, short, long, talk[:1])]))
+    assert asked("sharegpt", file, 2) == [Asked("one two three four five", 6)] * 2
+    assert asked("sharegpt", file, 1, 9) == [Asked("one two three four five", 9)]
+    file = tmp_path / "custom.jsonl"
+    file.write_text('{"prompt": "a"}\n\n{"prompt": "b", "output_tokens": 5}\n')
+    assert asked("custom", file, 3) == [Asked("a", 256), Asked("b", 5), Asked("a", 256)]
+    assert asked("custom", file, 2, 7) == [Asked("a", 7), Asked("b", 7)]
+    file = tmp_path / "sonnet.txt"
+    file.write_text("".join(f"line number {i} of four\n" for i in range(50)))
+    poems = [str(one.prompt) for one in asked("sonnet", file, 4)]
+    lines = [poem.splitlines() for poem in poems]  # 11 tokens of the question, 5 a line
+    assert all(len(poem) == 1 + round(29 / 5) for poem in lines) and len(set(poems)) == 4
+    assert all(poem[1:3] == ["line number 0 of four", "line number 1 of four"] for poem in lines)
+    for name, text, said in (
+        ("sharegpt", "{}", "must hold a list"),
+        ("custom", "{", "line 1 is no JSON"),
+        ("custom", "{}", "line 1 has no prompt"),
+        ("sonnet", "", "holds no lines"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=said):
+            asked(name, file)
+
+
+def test_prefixes_repeat() -> None:
+    found = prefix_repetition(8, 1, 2, 5, 3, 7, 400)
+    assert len({tuple(one.prompt[:5]) for one in found}) == 2
+    assert len({tuple(one.prompt) for one in found}) == 8
+    assert {(len(one.prompt), one.output_len) for one in found} == {(8, 7)}
+
+
+def test_serve_takes_a_file(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "hello world", "output_tokens": 3}\n{"prompt": "hi"}\n')
+    with LiveServer(drain_timeout=0.2) as server:
+        words = ["bench", "serve", "--base-url", server.url, "--dataset-name", "custom", "--dataset-path",
+                 str(tmp_path / "p.jsonl"), "--num-prompts", "2", "--custom-output-len", "2"]  # fmt: skip
+        assert main(words) == 0
+        wanted = server.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "hello world"}], add_generation_prompt=True
+        )
+        assert server.engine.requests[0].prompt_token_ids == wanted
+        assert main([*words, "--skip-chat-template"]) == 0
+        assert server.tokenizer.encode("hello world") in [
+            request.prompt_token_ids for request in server.engine.requests[2:]
+        ]
+        assert main([*words[:-2], "--backend", "openai-embeddings"]) == 2
+        words[words.index("custom")] = "hf"
+        assert main(words) == 2

@@ -220,3 +220,24 @@ def test_parameters_are_copied() -> None:
     other.stop.append("b")
     assert params.stop == ["a"] and other.output_kind is RequestOutputKind.DELTA
     assert SamplingParams.from_optional(n=None, temperature=0.5).temperature == 0.5
+
+
+def test_prefixes_are_forgotten_under_running_requests(llm: LLM) -> None:
+    """What they write stays the same: they are computed again."""
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    wanted = [
+        list(o.outputs[0].token_ids) for o in llm.generate(["hello world", "def"], params, use_tqdm=False)
+    ]
+    engine = llm.llm_engine
+    for name, prompt in (("a", "hello world"), ("b", "def")):
+        engine.add_request(name, prompt, params)
+    found: dict[str, list[int]] = {}
+    steps = 0
+    while engine.has_unfinished_requests():
+        found |= {o.request_id: list(o.outputs[0].token_ids) for o in engine.step()}
+        steps += 1
+        if steps == 5:
+            assert not engine.reset_prefix_cache()
+            assert engine.reset_prefix_cache(reset_running_requests=True)
+            assert llm.engine.stats().blocks_used == 0
+    assert [found["a"], found["b"]] == wanted

@@ -51,6 +51,18 @@ def summary(
     return found
 
 
+def details(sent: Sequence[Sent]) -> dict[str, Any]:
+    """Each request's lengths in tokens, times in seconds and error, in the order they were sent."""
+    return {
+        "input_lens": [one.prompt_tokens for one in sent],
+        "output_lens": [one.output_tokens for one in sent],
+        "ttfts": [max(0.0, one.first - one.start) for one in sent],
+        "itls": [one.gaps for one in sent],
+        "start_times": [one.start for one in sent],
+        "errors": [one.error for one in sent],
+    }
+
+
 def _together(sent: Sequence[Sent]) -> int:
     """The most requests that were under way at one time."""
     events = sorted([(one.start, 1) for one in sent] + [(one.last, -1) for one in sent])

@@ -7,14 +7,25 @@ import asyncio
 import dataclasses
 import datetime
 import json
-import random
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rvllm.cli.common.workload import add_datasets, asked_of, of_server, of_tokenizer
 from rvllm.config import EngineConfig, add_flags, build
 from rvllm.errors import RvllmError, UsageError
 
+if TYPE_CHECKING:
+    from rvllm.bench.datasets import Asked
+
+_ELSEWHERE = {
+    "sweep": "a loop over `rvllm bench serve --save-result`",
+    "startup": "`rvllm serve`, which prints how long its start took",
+    "mm-processor": "nothing: models take and give text alone",
+}  # vLLM's other kinds, and what to use instead
+_SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
+)  # fmt: skip
 _RANKS = (10, 25, 50, 75, 90, 99)
 
 
@@ -28,6 +39,9 @@ def add_parser(subparsers: Any) -> None:
     _add_workload(throughput, input_len=None, output_len=None)
     throughput.add_argument("--num-prompts", type=int, default=1000, help="requests [1000]")
     add_flags(throughput, EngineConfig, "engine")
+    for name in _ELSEWHERE:
+        other = kinds.add_parser(name, add_help=False)
+        other.add_argument("words", nargs=argparse.REMAINDER)
     latency = kinds.add_parser("latency", help="one batch, over and over", allow_abbrev=False)
     _add_workload(latency, input_len=32, output_len=128)
     latency.add_argument("--batch-size", type=int, default=8, help="requests at once [8]")
@@ -41,26 +55,29 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add(
         "--backend",
         default="openai",
-        choices=("openai", "vllm", "openai-chat"),
-        help="which endpoint [openai]",
+        help="openai (or vllm), openai-chat: which endpoint [openai]",
     )
     add("--base-url", help="the server's address, instead of --host and --port")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000)
     add("--endpoint", help="default: /v1/completions, of openai-chat /v1/chat/completions")
     add("--model", help="default: the first that the server lists")
-    add("--tokenizer", help="not needed: prompts are token ids")
-    add("--dataset-name", default="random", choices=("random",), help="random prompts alone")
+    add("--tokenizer", help="counts the tokens of texts; default: the server does")
+    add_datasets(parser)
     add("--random-input-len", "--input-len", type=int, default=1024, help="tokens of a prompt [1024]")
     add("--random-output-len", "--output-len", type=int, default=128, help="tokens of an answer [128]")
     add("--random-range-ratio", type=float, default=0.0, help="lengths vary by this share [0]")
-    add("--vocab-size", type=int, default=30000, help="random ids are below [30000]")
     add("--num-prompts", type=int, default=1000, help="requests [1000]")
     add("--num-warmups", type=int, default=0, help="requests before those that count [0]")
     add("--request-rate", type=float, default=float("inf"), help="requests a second [inf: all at once]")
     add("--burstiness", type=float, default=1.0, help="1: a Poisson process; more: steadier [1]")
     add("--max-concurrency", type=int, help="requests under way at once")
-    add("--temperature", type=float, help="default: the server's")
+    for name in _SAMPLING:
+        add(
+            "--" + name.replace("_", "-"),
+            type=int if name == "top_k" else float,
+            help="default: the server's",
+        )
     add("--ignore-eos", action="store_true", help="answers have their whole length")
     add("--seed", type=int, default=0)
     add("--api-key", help="default: the variables OPENAI_API_KEY, RVLLM_API_KEY")
@@ -68,6 +85,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--metric-percentiles", default="99", help="[99]")
     add("--label", help="a word for the result")
     add("--save-result", action="store_true", help="write a JSON file")
+    add("--save-detailed", action="store_true", help="with each request's lengths and times in it")
     add("--result-dir", default=".", help="its folder")
     add("--result-filename", help="its name; default: made of backend, rate, model and time")
     add("--disable-tqdm", action="store_true", help="there is no bar anyway")
@@ -77,13 +95,15 @@ def _add_workload(parser: argparse.ArgumentParser, input_len: int | None, output
     parser.add_argument("--input-len", "--random-input-len", type=int, default=input_len or 1024)
     parser.add_argument("--output-len", "--random-output-len", type=int, default=output_len or 128)
     parser.add_argument("--n", type=int, default=1, help="answers to each prompt [1]")
-    parser.add_argument("--dataset-name", default="random", choices=("random",))
+    add_datasets(parser)
     parser.add_argument("--output-json", help="write the result to this file")
     parser.add_argument("--disable-detokenize", action="store_true", help="token ids alone")
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs one kind of measurement; 1 when a request failed."""
+    if args.kind in _ELSEWHERE:
+        raise UsageError(f"bench {args.kind} is vLLM's; here it is {_ELSEWHERE[args.kind]}")
     return {"serve": _serve, "throughput": _throughput, "latency": _latency}[args.kind](args)
 
 
@@ -91,7 +111,7 @@ def _serve(args: argparse.Namespace) -> int:
     import os
 
     from rvllm.bench.load import Target, run
-    from rvllm.bench.serving import TITLES, page, summary
+    from rvllm.bench.serving import TITLES, details, page, summary
     from rvllm.cli.common.remote import get_json
 
     metrics = [name for name in args.percentile_metrics.split(",") if name]
@@ -100,13 +120,20 @@ def _serve(args: argparse.Namespace) -> int:
     ranks = [float(rank) for rank in args.metric_percentiles.split(",")]
     if args.num_prompts < 1 or args.request_rate <= 0 or args.burstiness <= 0:
         raise UsageError("--num-prompts, --request-rate and --burstiness must be above 0")
+    if args.backend not in ("openai", "vllm", "openai-chat"):
+        raise UsageError(
+            f"--backend {args.backend}: completions are measured here (openai, vllm, openai-chat); "
+            "scripts/bench_embeddings.py measures vectors"
+        )
     base = (args.base_url or f"http://{args.host}:{args.port}").rstrip("/")
     chat = args.backend == "openai-chat"
     endpoint = args.endpoint or ("/v1/chat/completions" if chat else "/v1/completions")
     key = args.api_key or os.environ.get("OPENAI_API_KEY") or os.environ.get("RVLLM_API_KEY")
     model = args.model or get_json(base, "/v1/models", key)["data"][0]["id"]
     target = Target(base + endpoint, (("Authorization", f"Bearer {key}"),) if key else ())
-    bodies, lengths = _bodies(args, model, chat, args.num_prompts + args.num_warmups)
+    asked = asked_of(args, args.num_prompts + args.num_warmups, of_server(args, base, key))
+    bodies = [_body(args, model, chat, one) for one in asked]
+    lengths = [len(one.prompt) if isinstance(one.prompt, list) else 0 for one in asked]
     options: dict[str, Any] = {"burstiness": args.burstiness, "most": args.max_concurrency, "seed": args.seed}
     warm = args.num_warmups
     if warm:
@@ -118,37 +145,23 @@ def _serve(args: argparse.Namespace) -> int:
     if failed := next((one.error for one in sent if one.error), ""):
         print(f"the first failure: {failed}")
     if args.save_result:
-        _save_serve(args, model, found)
+        _save_serve(args, model, found | (details(sent) if args.save_detailed else {}))
     return int(found["failed"] > 0)
 
 
-def _bodies(
-    args: argparse.Namespace, model: str, chat: bool, count: int
-) -> tuple[list[dict[str, Any]], list[int]]:
-    """(requests, their prompts' lengths); the same for the same seed."""
-    source, bodies, lengths = random.Random(args.seed), [], []
-    for _ in range(count):
-        length, output = (_varied(source, n, args.random_range_ratio)
-                          for n in (args.random_input_len, args.random_output_len))  # fmt: skip
-        ids = [source.randrange(min(1000, args.vocab_size // 2), args.vocab_size) for _ in range(length)]
-        body: dict[str, Any] = {"model": model, "max_tokens": output, "stream": True,
-                                "stream_options": {"include_usage": True}}  # fmt: skip
-        if chat:
-            body["messages"] = [{"role": "user", "content": " ".join(str(i % 1000) for i in ids)}]
-        else:
-            body["prompt"] = ids
-        if args.temperature is not None:
-            body["temperature"] = args.temperature
-        if args.ignore_eos:
-            body["ignore_eos"] = True
-        bodies.append(body)
-        lengths.append(length)
-    return bodies, lengths
-
-
-def _varied(source: random.Random, length: int, ratio: float) -> int:
-    low, high = round(length * (1 - ratio)), round(length * (1 + ratio))
-    return max(1, source.randint(low, high))
+def _body(args: argparse.Namespace, model: str, chat: bool, one: Asked) -> dict[str, Any]:
+    body: dict[str, Any] = {"model": model, "max_tokens": one.output_len, "stream": True,
+                            "stream_options": {"include_usage": True}}  # fmt: skip
+    if chat:
+        text = one.prompt if isinstance(one.prompt, str) else " ".join(str(i % 1000) for i in one.prompt)
+        body["messages"] = [{"role": "user", "content": text}]
+    else:
+        body["prompt"] = one.prompt
+    given = {name: getattr(args, name) for name in _SAMPLING}
+    body |= {name: value for name, value in given.items() if value is not None}
+    if args.ignore_eos:
+        body["ignore_eos"] = True
+    return body
 
 
 def _save_serve(args: argparse.Namespace, model: str, found: dict[str, Any]) -> None:
@@ -170,10 +183,8 @@ def _write(path: Path, values: dict[str, Any]) -> None:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _batch(args: argparse.Namespace, count: int) -> tuple[Any, list[dict[str, list[int]]], Any]:
-    """(a loaded LLM, random prompts, their parameters)."""
-    from rvllm.bench.prompts import random_tokens
-    from rvllm.engine.sampling_params import SamplingParams
+def _loaded(args: argparse.Namespace) -> tuple[Any, EngineConfig]:
+    """(a loaded LLM, its settings). Raises RvllmError for a model that generates nothing."""
     from rvllm.offline.llm import LLM
 
     config = build(EngineConfig, vars(args))
@@ -184,15 +195,31 @@ def _batch(args: argparse.Namespace, count: int) -> tuple[Any, list[dict[str, li
     if llm.engine.facts.embedding_size is not None:
         llm.close()
         raise RvllmError(f"{llm.engine.facts.architecture} gives embeddings; text is measured here")
-    params = SamplingParams(n=args.n, max_tokens=args.output_len, ignore_eos=True,
-                            detokenize=not args.disable_detokenize)  # fmt: skip
-    ids = random_tokens(count, args.input_len, llm.engine.facts.vocab_size, config.seed)
-    return llm, [{"prompt_token_ids": each} for each in ids], params
+    return llm, config
+
+
+def _params(args: argparse.Namespace, output_len: int) -> Any:
+    from rvllm.engine.sampling_params import SamplingParams
+
+    return SamplingParams(n=args.n, max_tokens=output_len, ignore_eos=True,
+                          detokenize=not args.disable_detokenize)  # fmt: skip
+
+
+def _prompt(one: Asked) -> dict[str, Any]:
+    return {"prompt_token_ids": one.prompt} if isinstance(one.prompt, list) else {"prompt": one.prompt}
 
 
 def _throughput(args: argparse.Namespace) -> int:
-    llm, prompts, params = _batch(args, args.num_prompts)
+    from rvllm.bench.datasets import check_name
+
+    check_name(args.dataset_name)
+    llm, config = _loaded(args)
     with llm:
+        args.vocab_size = min(args.vocab_size, llm.engine.facts.vocab_size)
+        args.random_input_len, args.random_output_len = args.input_len, args.output_len
+        args.seed = config.seed
+        asked = asked_of(args, args.num_prompts, of_tokenizer(llm.tokenizer))
+        prompts, params = [_prompt(one) for one in asked], [_params(args, one.output_len) for one in asked]
         began = time.perf_counter()
         outputs = llm.generate(prompts, params)
         seconds = time.perf_counter() - began
@@ -210,9 +237,12 @@ def _throughput(args: argparse.Namespace) -> int:
 
 
 def _latency(args: argparse.Namespace) -> int:
+    from rvllm.bench.prompts import random_tokens
     from rvllm.bench.stats import percentile
 
-    llm, prompts, params = _batch(args, args.batch_size)
+    llm, config = _loaded(args)
+    ids = random_tokens(args.batch_size, args.input_len, llm.engine.facts.vocab_size, config.seed)
+    prompts, params = [{"prompt_token_ids": each} for each in ids], _params(args, args.output_len)
     times = []
     with llm:
         for i in range(args.num_iters_warmup + args.num_iters):

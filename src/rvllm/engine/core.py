@@ -329,8 +329,10 @@ class EngineCore:
         del self._alive[seq.request_id]
         self.counters.finished[reason] += 1
 
-    def reset_prefix_cache(self) -> None:
-        """Forgets every prefix that no sequence holds."""
+    def reset_prefix_cache(self, running: bool = False) -> None:
+        """Forgets every prefix that no sequence holds; running: those that run are computed again, too."""
+        if running:
+            self.scheduler.preempt_all()
         self.scheduler.blocks.forget()
         if self._events is not None:
             self._events.flush()

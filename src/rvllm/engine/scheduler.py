@@ -243,6 +243,11 @@ class Scheduler:
         needed = self.blocks.blocks_for(seq.length) - len(shared) + self.blocks.idle_among(shared)
         return shared if needed + len(self.running) <= self.blocks.available else None
 
+    def preempt_all(self) -> None:
+        """Every running sequence gives its place up and will be computed again."""
+        for seq in list(self.running):
+            self._preempt(seq)
+
     def _preempt(self, seq: Sequence) -> None:
         self.preemptions += 1
         keep = self.blocks.host is None or worth_moving(

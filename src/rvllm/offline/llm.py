@@ -120,11 +120,14 @@ class LLM:
 
         return LLMEngine(self)
 
-    def reset_prefix_cache(self) -> bool:
-        """Forgets cached prefixes; False while requests run."""
-        if self.engine.has_work():
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Forgets cached prefixes; False while requests run, unless these are to be computed again.
+
+        reset_connector changes nothing: there is none.
+        """
+        if self.engine.has_work() and not reset_running_requests:
             return False
-        self.engine.reset_prefix_cache()
+        self.engine.reset_prefix_cache(reset_running_requests)
         return True
 
     def get_metrics(self) -> list[Metric]:

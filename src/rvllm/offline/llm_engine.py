@@ -91,6 +91,6 @@ class LLMEngine:
         """The model's tokenizer."""
         return self._llm.get_tokenizer()
 
-    def reset_prefix_cache(self) -> bool:
-        """Forgets cached prefixes; False while requests run."""
-        return self._llm.reset_prefix_cache()
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """See `LLM.reset_prefix_cache`."""
+        return self._llm.reset_prefix_cache(reset_running_requests, reset_connector)

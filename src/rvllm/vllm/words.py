@@ -61,7 +61,7 @@ def _named(word: str) -> tuple[str | None, str | None, str]:
     if word in _SHORT:
         return _SHORT[word], None, word
     for short, name in _SHORT.items():
-        if word.startswith(short + "=") or (short == "-O" and word.startswith(short)):
+        if word.startswith((short + "=", short + ".")) or (short == "-O" and word.startswith(short)):
             return name, word[len(short) :].lstrip("="), short
     if not word.startswith("--") or word == "--":
         return None, None, word

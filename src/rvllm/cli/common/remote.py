@@ -28,12 +28,22 @@ def connector(url: str, timeout: float) -> tuple[Callable[[], http.client.HTTPCo
 
 def get_json(url: str, path: str, api_key: str | None, timeout: float = 30.0) -> Any:
     """What a server answers to a GET. Raises RvllmError when it cannot be reached or refuses."""
+    return _json(url, "GET", path, api_key, None, timeout)
+
+
+def post_json(url: str, path: str, api_key: str | None, body: Any, timeout: float = 30.0) -> Any:
+    """What a server answers to a POST. Raises RvllmError when it cannot be reached or refuses."""
+    return _json(url, "POST", path, api_key, json.dumps(body).encode(), timeout)
+
+
+def _json(url: str, method: str, path: str, api_key: str | None, data: bytes | None, timeout: float) -> Any:
     connect, prefix = connector(url, timeout)
     connection = connect()
+    headers = {"Content-Type": "application/json"}
+    if api_key:
+        headers["Authorization"] = f"Bearer {api_key}"
     try:
-        connection.request(
-            "GET", prefix + path, headers={"Authorization": f"Bearer {api_key}"} if api_key else {}
-        )
+        connection.request(method, prefix + path, data, headers)
         response = connection.getresponse()
         body = response.read()
     except (OSError, http.client.HTTPException) as error:

@@ -1,0 +1,1 @@
+"""vLLM's name for its attention kernels; which one is used here, `rvllm plan` tells."""

@@ -1,0 +1,104 @@
+"""The prompts of `rvllm bench`: random ones, or a file's, with vLLM's arguments."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+from collections.abc import Callable
+from typing import Any
+
+from rvllm.bench.datasets import NAMES, Asked, check_name, from_file, prefix_repetition
+from rvllm.cli.common.remote import post_json
+from rvllm.config import build
+
+
+def add_datasets(parser: argparse.ArgumentParser) -> None:
+    """vLLM's arguments that choose prompts."""
+    add = parser.add_argument
+    add("--dataset-name", default="random", help=f"one of {', '.join(NAMES)} [random]")
+    add(
+        "--dataset-path",
+        help="the file of sharegpt (JSON), custom (JSON lines with a prompt) or sonnet (text)",
+    )
+    add("--vocab-size", type=int, default=30000, help="random ids are below [30000]")
+    add("--sharegpt-output-len", type=int, help="tokens of an answer; default: as long as the file's")
+    add("--custom-output-len", type=int, help="the same; default: output_tokens of its line, or 256")
+    add("--custom-skip-chat-template", action="store_true", help="prompts go to the model as they are")
+    add("--skip-chat-template", dest="custom_skip_chat_template", action="store_true")
+    add("--sonnet-input-len", type=int, default=550, help="tokens of a prompt [550]")
+    add("--sonnet-output-len", type=int, default=150, help="tokens of an answer [150]")
+    add("--sonnet-prefix-len", type=int, default=200, help="of them alike in all prompts [200]")
+    add("--prefix-repetition-prefix-len", type=int, default=256, help="tokens alike in a group [256]")
+    add("--prefix-repetition-suffix-len", type=int, default=256, help="tokens of its own [256]")
+    add("--prefix-repetition-num-prefixes", type=int, default=10, help="groups [10]")
+    add("--prefix-repetition-output-len", type=int, default=128, help="tokens of an answer [128]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """How texts become tokens. chat: a text as the prompt of a conversation."""
+
+    count: Callable[[str], int]
+    chat: Callable[[str], str | list[int]]
+
+
+def of_server(args: argparse.Namespace, base: str, key: str | None) -> Words:
+    """Tokens as --tokenizer has them, else as the server does."""
+
+    def tokens(**body: Any) -> list[int]:
+        found: list[int] = post_json(base, "/tokenize", key, body)["tokens"]
+        return found
+
+    if args.tokenizer is None:
+        return Words(
+            lambda text: len(tokens(prompt=text)),
+            lambda text: tokens(messages=[{"role": "user", "content": text}], add_generation_prompt=True),
+        )
+    from rvllm.config import SourceConfig
+    from rvllm.text.tokenizers.tokenizer import Tokenizer
+    from rvllm.weights.fetch.source import resolve
+
+    return of_tokenizer(Tokenizer.load(resolve(args.tokenizer, build(SourceConfig, {}))))
+
+
+def of_tokenizer(tokenizer: Any) -> Words:
+    """Tokens by a tokenizer of ours."""
+
+    def chat(text: str) -> str | list[int]:
+        found: list[int] = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True
+        )
+        return found
+
+    return Words(lambda text: len(tokenizer.encode(text)), chat)
+
+
+def asked_of(args: argparse.Namespace, count: int, words: Words) -> list[Asked]:
+    """The requests of a data set; the same for the same seed. Raises UsageError for what is not read."""
+    check_name(args.dataset_name)
+    seed = int(args.seed or 0)
+    if args.dataset_name == "random":
+        source, found = random.Random(seed), []
+        for _ in range(count):
+            length, output = (_varied(source, n, getattr(args, "random_range_ratio", 0.0))
+                              for n in (args.random_input_len, args.random_output_len))  # fmt: skip
+            low = min(1000, args.vocab_size // 2)
+            found.append(Asked([source.randrange(low, args.vocab_size) for _ in range(length)], output))
+        return found
+    if args.dataset_name == "prefix_repetition":
+        return prefix_repetition(
+            count, seed, args.prefix_repetition_num_prefixes, args.prefix_repetition_prefix_len,
+            args.prefix_repetition_suffix_len, args.prefix_repetition_output_len, args.vocab_size,
+        )  # fmt: skip
+    output_len = getattr(args, f"{args.dataset_name}_output_len")
+    found = from_file(args.dataset_name, args.dataset_path, count, seed, output_len, words.count, args)
+    plain = args.dataset_name == "sharegpt" or args.custom_skip_chat_template
+    if plain or getattr(args, "backend", "") == "openai-chat":
+        return found
+    return [Asked(words.chat(str(one.prompt)), one.output_len) for one in found]
+
+
+def _varied(source: random.Random, length: int, ratio: float) -> int:
+    low, high = round(length * (1 - ratio)), round(length * (1 + ratio))
+    return max(1, source.randint(low, high))

@@ -1,0 +1,69 @@
+"""`del llm` gives everything back that the driver handed out; on the emulator, whose calls are counted."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rvllm import LLM, SamplingParams
+from rvllm.backends import load
+from support.emulator.driver import EmulatedDriver, emulated_driver
+from support.models.arch_cases import MODELS
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="the emulator needs g++, which is not here"
+)
+PAIRS = {
+    "cuMemAlloc": "cuMemFree", "cuMemHostAlloc": "cuMemFreeHost", "cuModuleLoadData": "cuModuleUnload",
+    "cuStreamCreate": "cuStreamDestroy", "cuEventCreate": "cuEventDestroy",
+    "cuGraphInstantiate": "cuGraphExecDestroy", "cuDevicePrimaryCtxRetain": "cuDevicePrimaryCtxRelease",
+}  # fmt: skip
+
+
+def counted(driver: EmulatedDriver) -> Counter[str]:
+    """Counts what the driver hands out and takes back, from now on."""
+    calls: Counter[str] = Counter()
+
+    def count(name: str, own: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            calls[name] += 1
+            return own(*arguments)
+
+        return call
+
+    for name in (*PAIRS, *PAIRS.values()):
+        setattr(driver, name, count(name, getattr(driver, name)))
+    return calls
+
+
+@pytest.mark.parametrize("runner", ["generate", "pooling"])
+def test_one_model_after_another(runner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "gpu_present", lambda: True)
+    monkeypatch.setattr(load, "cuda_packages_present", lambda: True)
+    config = {**MODELS["qwen3"].config, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with emulated_driver() as driver:
+        calls = counted(driver)
+        for _ in range(2):
+            before = calls.copy()
+            llm = LLM(
+                str(tmp_path), device="cuda", runner=runner, load_format="dummy", skip_tokenizer_init=True,
+                max_model_len=64, max_num_seqs=2, max_num_batched_tokens=64, num_gpu_blocks=8,
+            )  # fmt: skip
+            prompt = {"prompt_token_ids": [5, 6, 7]}
+            if runner == "generate":
+                llm.generate(prompt, SamplingParams(max_tokens=3, temperature=0), use_tqdm=False)
+            else:
+                llm.embed(prompt, use_tqdm=False)
+            taken = {name: calls[name] - before[name] for name in PAIRS}
+            assert min(taken.values()) > 0, taken
+            del llm
+            gc.collect()
+            given = {name: calls[back] - before[back] for name, back in PAIRS.items()}
+            assert given == taken
