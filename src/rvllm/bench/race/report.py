@@ -131,7 +131,8 @@ def markdown(about: Mapping[str, Any], entries: Sequence[Entry], plots: Sequence
     for kind in KINDS:
         if any(_samples(e, kind, n) for e in entries for n in sizes(entries, kind.way)):
             out += ["", f"## {kind.title}", "", *_kind(kind, entries)]
-    out += ["", "## Start, memory, size", "", *_whole(entries)]
+    if any(e.started or e.size_bytes for e in entries):
+        out += ["", "## Start, memory, size", "", *_whole(entries)]
     if any(e.goodput for e in entries):
         out += ["", "## Goodput", "", *_goodput(about, entries)]
     out += ["", f"## Where {ours.name} is behind", "", *_losses(entries)]
