@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from rvllm.bench.gate import Limits, judge_all
 from rvllm.bench.load import Sent
 from rvllm.bench.race.engines import engines_of, weighed
 from rvllm.bench.race.goodput import best, bounds_of, search
 from rvllm.bench.race.measure import Entry
 from rvllm.bench.race.plot import bars, lines
-from rvllm.bench.race.report import losses
+from rvllm.bench.race.report import figures, losses
 from rvllm.bench.race.server import first_model
 from rvllm.bench.race.workload import Workload
 from rvllm.cli.main import main
@@ -30,10 +31,10 @@ WORK = ["--n", "1,2", "--input-len", "5", "--output-len", "3"]
 
 @pytest.fixture(scope="module")
 def urls() -> Iterator[dict[str, str]]:
-    """Servers that run: 4 and 25 ms a token, and one whose answers are too short."""
+    """Servers that run: 4 and 60 ms a token, and one whose answers are too short."""
     found, processes = {}, []
     try:
-        for name, *words in (("fast", "4"), ("slow", "25"), ("short", "4", "1")):
+        for name, *words in (("fast", "4"), ("slow", "60"), ("short", "4", "1")):
             port = 20000 + random.SystemRandom().randrange(10000)
             processes.append(subprocess.Popen([sys.executable, PEER, str(port), *words]))
             found[name] = f"http://127.0.0.1:{port}"
@@ -55,12 +56,13 @@ def test_a_slow_server_is_told_and_stopped(
     urls: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     race = ["race", "--subject", f"new={urls['slow']}", "--against", f"old={urls['fast']}", "--ways", "http"]
-    assert main([*race, *WORK, "--gate", "--gate-noise", "9", "--out", str(tmp_path / "r")]) == 3
-    assert "roll back" in capsys.readouterr().out
+    code = main([*race, *WORK, "--gate", "--out", str(tmp_path / "r")])
+    assert code in (3, 4)  # a busy machine may be too noisy to tell, but never lets it pass
+    assert {3: "roll back", 4: "unclear"}[code] in capsys.readouterr().out
     found = json.loads((tmp_path / "r" / "report.json").read_text())
     new, old = found["engines"]
     assert (new["name"], old["name"], found["turns"]) == ("new", "old", 3)
-    assert min(old["http"]["1"]["ttft_ms"]) >= 4 and min(new["http"]["1"]["ttft_ms"]) >= 25
+    assert min(old["http"]["1"]["ttft_ms"]) >= 4 and min(new["http"]["1"]["ttft_ms"]) >= 60
     assert len(new["http"]["2"]["tokens_per_s"]) == 3 and new["failed"] == new["wrong_length"] == 0
     text = (tmp_path / "r" / "report.md").read_text()
     behind = text.split("## Where new is behind")[1]
@@ -68,17 +70,6 @@ def test_a_slow_server_is_told_and_stopped(
     for name in re.findall(r"\]\((\S+\.svg)\)", text):
         assert ET.parse(tmp_path / "r" / name).getroot().tag.endswith("svg")
     assert "http-tokens_per_s.svg" in text
-    turned = [
-        "race",
-        "--subject",
-        f"new={urls['fast']}",
-        "--against",
-        f"old={urls['slow']}",
-        "--ways",
-        "http",
-    ]
-    assert main([*turned, *WORK, "--gate", "--gate-noise", "9"]) == 0
-    assert "In no cell above." in capsys.readouterr().out
 
 
 def test_short_answers_and_failures_are_no_victory(
@@ -98,6 +89,21 @@ def test_short_answers_and_failures_are_no_victory(
     ]
     assert main([*race, *WORK]) == 1
     assert "not measured: http://127.0.0.1:9 lists no model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("slower", "failed", "code"), [(1.0, 0, 0), (1.3, 0, 3), (1.0, 1, 3), (0.7, 0, 0)])
+def test_the_gate_compares_with_each_other_engine(slower: float, failed: int, code: int) -> None:
+    def entry(name: str, scale: float, failures: int = 0) -> Entry:
+        times = [scale * value for value in (10.0, 10.2, 9.9)]
+        samples = {"tokens_per_s": [1 / t for t in times], "ttft_ms": times, "tpot_ms": times}
+        return Entry(name, http={4: samples}, failed=failures)
+
+    entries = [entry("new", slower, failed), entry("old", 1.0), entry("other", 1.0)]
+    found = [figure for other in entries[1:] for figure in figures(entries, other)]
+    assert len(found) == 8 and judge_all(found, Limits())[1] == code
+    entries[0].absent["http"] = "new did not start"
+    with pytest.raises(UsageError, match="did not start"):
+        figures(entries, entries[1])
 
 
 FAKE = """
