@@ -1,6 +1,6 @@
 """What each switch of the scheduler does, on the CPU with a small made-up model.
 
-    python scripts/bench_scheduling.py [delay | tiers | preemption | policies ...]
+    python scripts/bench_scheduling.py [delay | tiers | preemption | policies | sleep ...]
 
 Prints one line for each setting. Steps are timed in this process, without HTTP.
 """
@@ -183,7 +183,28 @@ def policies(folder: Path) -> None:
         core.close()
 
 
-PARTS = {"delay": delay, "tiers": tiers, "preemption": preemption, "policies": policies}
+def sleep(folder: Path) -> None:
+    """A server's memory and the time it takes to sleep and to wake up, by level."""
+    core = engine(folder, num_blocks=1500)
+    for level in (1, 2):
+        ask(core, f"{level}", level, 4000, 2)
+        Clock().run(core)
+        full, began = resident(), time.perf_counter()
+        core.sleep(level)
+        slept, less = time.perf_counter() - began, full - resident()
+        core.wake_up()
+        woken = time.perf_counter() - began - slept
+        print(f"level {level}: {full:.0f} MB in memory, {less:.0f} MB given back in {1e3 * slept:.1f} ms, "
+              f"awake after {1e3 * woken:.1f} ms", flush=True)  # fmt: skip
+    core.close()
+
+
+def resident() -> float:
+    """MB of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+
+PARTS = {"delay": delay, "tiers": tiers, "preemption": preemption, "policies": policies, "sleep": sleep}
 
 
 def main() -> int:

@@ -182,6 +182,10 @@ class EngineConfig:
     max_logprobs: int = setting(
         20, "Most log-probabilities that a request may ask for, for each token; -1: all.", low=-1
     )
+    enable_sleep_mode: bool = setting(
+        False,
+        "Take POST /sleep and /wake_up, which give the engine's memory back and take it again; requests wait meanwhile.",
+    )
     generation_config: str = setting(
         "auto",
         "auto takes sampling defaults from the model's generation_config.json; none ignores it.",

@@ -93,3 +93,18 @@ def test_choices_of_a_prompt_are_a_group() -> None:
         assert len(groups) == 3 and len(set(groups)) == 1 and groups[0]
         ask(server)
         assert server.engine.requests[-1].group == ""
+
+
+def test_sleep_and_wake_up_over_http() -> None:
+    with LiveServer(drain_timeout=0.2) as server:
+        assert server.raw("POST", "/sleep")[0] == 400, "not without --enable-sleep-mode"
+        scheduled(server, sleep_mode=True)
+        for path, sleeping in (("/sleep?level=2", True), ("/wake_up", False), ("/sleep", True)):
+            status, _, body = server.raw("POST", path)
+            assert status == 200 and json.loads(body) == {"is_sleeping": sleeping, "seconds": 0.5}
+            assert json.loads(server.raw("GET", "/is_sleeping")[2]) == {"is_sleeping": sleeping}
+        assert server.engine.sleep_level == 1
+        assert server.raw("POST", "/sleep?level=3")[0] == 400
+        assert ask(server, {"x-request-timeout": "0.2"})[0] == 408, "requests wait"
+        server.raw("POST", "/wake_up")
+        assert ask(server)[0] == 200

@@ -101,6 +101,8 @@ def build_app(service: Service, gate: Gate) -> Starlette:
             route("GET", "/metrics", system.metrics, open=True),
             route("GET", "/load", system.load),
             route("GET", "/is_sleeping", system.is_sleeping),
+            route("POST", "/sleep", system.sleep),
+            route("POST", "/wake_up", system.wake_up),
             route("GET", "/server_info", system.server_info),
             route("GET", "/version", system.version, open=True),
             Route(

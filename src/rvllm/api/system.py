@@ -7,6 +7,7 @@ from rvllm.api.generate.generation import MAX_CHARS, Service
 from rvllm.api.http.body import parse
 from rvllm.api.http.errors import ApiError, invalid
 from rvllm.api.http.exchange import Exchange, Gate, check_model
+from rvllm.api.http.pagination import Query
 from rvllm.api.schemas.answers import ModelCard, ModelList, Text, TokenizerInfo, Tokens
 from rvllm.api.schemas.requests import DetokenizeRequest, TokenizeRequest
 from rvllm.errors import RvllmError
@@ -155,8 +156,28 @@ async def load(service: Service, exchange: Exchange, body: bytes) -> None:
 
 
 async def is_sleeping(service: Service, exchange: Exchange, body: bytes) -> None:
-    """`/is_sleeping`: never; a server that is not needed is ended, and starts in seconds."""
-    await exchange.json({"is_sleeping": False})
+    """`/is_sleeping`."""
+    await exchange.json({"is_sleeping": service.engine.sleep_level > 0})
+
+
+async def sleep(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/sleep?level=1`: gives memory back; requests wait until the server is woken up."""
+    _check_sleep_mode(service)
+    level = Query(exchange).number("level", 1, 1, 2)
+    seconds = await service.engine.sleep(level)
+    await exchange.json({"is_sleeping": True, "seconds": round(seconds, 4)})
+
+
+async def wake_up(service: Service, exchange: Exchange, body: bytes) -> None:
+    """`/wake_up`: takes the memory again, all of it; requests that waited go on."""
+    _check_sleep_mode(service)
+    seconds = await service.engine.sleep(0)
+    await exchange.json({"is_sleeping": False, "seconds": round(seconds, 4)})
+
+
+def _check_sleep_mode(service: Service) -> None:
+    if not service.ready.sleep_mode:
+        raise invalid("this server runs without --enable-sleep-mode")
 
 
 async def server_info(service: Service, exchange: Exchange, body: bytes) -> None:

@@ -220,3 +220,12 @@ class Encoder(Backend, Protocol):
 
     def embed(self, batch: StepBatch) -> NDArray[np.float32]:
         """A vector or the numbers of its classes a sequence, float32 [S, width]."""
+
+
+@runtime_checkable
+class Droppable(Protocol):
+    """A backend that can give up less than everything."""
+
+    def drop_caches(self) -> bool:
+        """Gives back the memory of what no sequence needs any more, KV blocks and states, until it is written
+        again; False where that cannot be done without closing."""

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from rvllm.backends.base import BROKEN_ROW, Backend, Encoder, Generator, Progress, StepResult, TopLogprobs
+from rvllm.backends.base import (
+    BROKEN_ROW,
+    Backend,
+    Droppable,
+    Encoder,
+    Generator,
+    Limits,
+    Progress,
+    StepResult,
+    TopLogprobs,
+)
 from rvllm.engine.embedding import EmbeddingQueue
 from rvllm.engine.grammar import Grammars
 from rvllm.engine.ipc.messages import (
@@ -26,7 +38,7 @@ from rvllm.engine.sequence import Sequence
 from rvllm.engine.stats import EngineStats
 from rvllm.engine.step import Step
 from rvllm.engine.token_filter import TokenFilter
-from rvllm.errors import UsageError
+from rvllm.errors import CapacityError, UsageError
 
 if TYPE_CHECKING:
     from rvllm.config import EngineConfig
@@ -36,6 +48,23 @@ if TYPE_CHECKING:
 BROKEN = "the model's logits are infinite or no numbers: its weights may be damaged (--check-weights)"
 
 QUEUE_LOOK = 0.1  # seconds between looks for requests that have waited too long
+
+
+@dataclass(frozen=True)
+class Asleep:
+    """level: 0 awake, 1 without KV blocks, 2 without weights; loaded: whether the backend is still there."""
+
+    level: int = 0
+    loaded: bool = True
+
+
+def same_limits(config: EngineConfig, limits: Limits) -> EngineConfig:
+    """The settings with which a model is loaded again as it was, whatever memory is free by then."""
+    same = replace(config, max_model_len=limits.max_model_len)
+    if not limits.num_blocks:
+        return same
+    room = config.kv_cache_memory_gb if not limits.prefix_reuse else None  # it bounds states, too
+    return replace(same, num_blocks=limits.num_blocks, num_gpu_blocks=None, kv_cache_memory_gb=room)
 
 
 class EngineCore:
@@ -75,6 +104,7 @@ class EngineCore:
             pipeline_depth=limits.pipeline_depth,
             scheduling_policy=config.scheduling_policy,
             fairness=config.fairness,
+            sleep_mode=config.enable_sleep_mode,
         )
         self.texts = EmbeddingQueue(backend if isinstance(backend, Encoder) else None)
         self.counters = EngineStats()
@@ -83,6 +113,8 @@ class EngineCore:
         self._max_queue_seconds = config.max_queue_seconds
         self._looked_at_queue = 0.0
         self._in_flight: deque[Step] = deque()
+        self._asleep = Asleep()
+        self._load_again: Callable[[], Backend] | None = None
         self._alive: dict[str, Sequence] = {}
         self._outbox: list[Output] = []
         self._events: KvEvents | None = None
@@ -115,7 +147,9 @@ class EngineCore:
             parse_config(config.kv_events_config)
         started = time.perf_counter()
         backend, facts = load(config, progress)
-        return cls(backend, facts, config, time.perf_counter() - started)
+        core = cls(backend, facts, config, time.perf_counter() - started)
+        core._load_again = lambda: load(same_limits(config, backend.limits))[0]
+        return core
 
     def add_request(self, request: Generate) -> None:
         """Queues a request; one that cannot be served ends with an "error" output in the next step.
@@ -194,7 +228,9 @@ class EngineCore:
                 self._outbox.append(Output(request_id, [], finish_reason="abort"))
 
     def has_work(self) -> bool:
-        """Whether `step` has anything to do or to hand out."""
+        """Whether `step` has anything to do or to hand out; nothing is computed in sleep."""
+        if self._asleep.level:
+            return bool(self._outbox)
         return bool(self._alive or self._in_flight or self._outbox or self.texts)
 
     def step(self) -> list[Output]:
@@ -202,6 +238,9 @@ class EngineCore:
 
         An encoder's step takes texts that wait and hands out their vectors.
         """
+        if self._asleep.level:
+            outputs, self._outbox = self._outbox, []
+            return outputs
         if self.texts:
             computed = self.texts.step()
             self.counters.finished["stop"] += len(computed)
@@ -219,19 +258,57 @@ class EngineCore:
             self.counters.launched(step)
             step.handle = generator.launch(step.batch)
             self._in_flight.append(step)
-        if generator and self._in_flight and (step is None or len(self._in_flight) >= self._depth):
-            oldest = self._in_flight.popleft()
-            result = generator.collect(oldest.handle)
-            self.counters.collected(oldest)
-            began = time.perf_counter()
-            self._update(oldest, result)
-            self.counters.host_seconds += time.perf_counter() - began
+        if self._in_flight and (step is None or len(self._in_flight) >= self._depth):
+            self._collect()
         elif step is None and self._alive and not self._outbox and not self.grammars.wait():
             raise RuntimeError(f"no step can be scheduled for {len(self._alive)} requests")
         if self._events is not None:
             self._events.flush()
         outputs, self._outbox = self._outbox, []
         return outputs
+
+    def _collect(self) -> None:
+        """Waits for the oldest step in flight and books what it gave."""
+        assert self.generator is not None
+        oldest = self._in_flight.popleft()
+        result = self.generator.collect(oldest.handle)
+        self.counters.collected(oldest)
+        began = time.perf_counter()
+        self._update(oldest, result)
+        self.counters.host_seconds += time.perf_counter() - began
+
+    @property
+    def sleep_level(self) -> int:
+        """0: awake."""
+        return self._asleep.level
+
+    def sleep(self, level: int = 1) -> None:
+        """Gives memory back until `wake_up`: KV blocks and, at level 2, the weights.
+
+        At level 1 a backend that cannot give the one without the other gives both. Requests that run begin to
+        wait, with the tokens that they have; new ones wait with them.
+        """
+        if self._asleep.level >= level:
+            return
+        while self._in_flight:
+            self._collect()
+        self.scheduler.suspend()
+        droppable = self.backend if level == 1 and isinstance(self.backend, Droppable) else None
+        keeps = self._asleep.loaded and droppable is not None and droppable.drop_caches()
+        if self._asleep.loaded and not keeps:
+            self.backend.close()
+        self._asleep = Asleep(level, keeps)
+
+    def wake_up(self) -> None:
+        """Takes the memory again, loads what was given up, and goes on. Raises the RvllmError of a load."""
+        if not self._asleep.loaded:
+            assert self._load_again is not None
+            limits, self.backend = self.backend.limits, self._load_again()
+            if self.backend.limits != limits:
+                raise CapacityError("the memory that the model had before it slept is not free any more")
+            self.generator = self.backend if isinstance(self.backend, Generator) else None
+            self.texts.encoder = self.backend if isinstance(self.backend, Encoder) else None
+        self._asleep = Asleep()
 
     def _end_waits(self) -> None:
         """Ends requests of which nothing was computed within --max-queue-seconds."""
@@ -346,7 +423,8 @@ class EngineCore:
         while self.generator and self._in_flight:
             self.generator.collect(self._in_flight.popleft().handle)
         self.grammars.close()
-        self.backend.close()
+        if self._asleep.loaded:
+            self.backend.close()
         if self._publisher is not None:
             self._publisher.close()
 

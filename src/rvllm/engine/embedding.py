@@ -24,7 +24,7 @@ class EmbeddingQueue:
     def __init__(self, encoder: Encoder | None) -> None:
         self.steps = 0
         self.tokens = 0  # computed so far
-        self._encoder = encoder
+        self.encoder = encoder
         self._waiting: list[tuple[tuple[int, int], Embed]] = []
         self._ids: set[str] = set()
         self._arrivals = itertools.count()
@@ -50,7 +50,7 @@ class EmbeddingQueue:
 
     def step(self) -> list[Output]:
         """Computes the first texts that fit into one step, one Output each."""
-        encoder = self._encoder
+        encoder = self.encoder
         assert encoder is not None, "a model that generates was given a text"
         now = time.time()
         requests = self._take(encoder.limits)

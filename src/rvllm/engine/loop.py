@@ -15,6 +15,8 @@ from rvllm.engine.ipc.messages import (
     GetStats,
     Outputs,
     Shutdown,
+    Sleep,
+    Slept,
     Stats,
     ToEngine,
     Vocabulary,
@@ -69,10 +71,20 @@ class EngineLoop:
             self._core.abort(message.request_ids)
         elif isinstance(message, Vocabulary):
             self._core.set_vocabulary(message)
+        elif isinstance(message, Sleep):
+            self._sleep(message.level)
         elif isinstance(message, GetStats):
             self._link.send(complete(self._core, self._stats()))
         elif isinstance(message, GetState):
             self._link.send(snapshot(self._core, self._stats(), message))
+
+    def _sleep(self, level: int) -> None:
+        began = time.perf_counter()
+        if level:
+            self._core.sleep(level)
+        else:
+            self._core.wake_up()
+        self._link.send(Slept(self._core.sleep_level, time.perf_counter() - began))
 
     def _stats(self) -> Stats:
         stats = self._core.stats()

@@ -258,6 +258,13 @@ class Scheduler:
         _remove(self.running, seq)
         self._queue(seq)
 
+    def suspend(self) -> None:
+        """All that run begin to wait, and no block holds anything any more; nothing may be in flight."""
+        for seq in reversed(self.running.copy()):
+            self._preempt(seq)
+        self.blocks.forget()
+        self.blocks.take_moves()
+
     def _take_place(self, seq: Sequence, keep: bool = True) -> None:
         """Slot and blocks are free at once: whoever takes them is launched after the steps in flight.
 

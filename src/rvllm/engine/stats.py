@@ -92,6 +92,7 @@ class EngineStats:
             broken_logits=self.broken_logits,
             cpu_blocks_total=scheduler.blocks.host.num_blocks if scheduler.blocks.host else 0,
             cpu_blocks_used=scheduler.blocks.host.used if scheduler.blocks.host else 0,
+            sleep_level=core.sleep_level,
             host_hits=scheduler.host_hits,
             swaps=scheduler.swaps,
             blocks_moved_out=scheduler.blocks.moved_out,

@@ -73,6 +73,15 @@ class ReplicatedEngine:
         """Stops looking after the replicas."""
         self._looking.cancel()
 
+    @property
+    def sleep_level(self) -> int:
+        """0: replicas do not sleep."""
+        return 0
+
+    async def sleep(self, level: int) -> float:
+        """Refused: replicas that are not needed are scaled away. Raises UsageError."""
+        raise UsageError("replicas do not sleep; those that are not needed are scaled away")
+
     async def wait_dead(self) -> str:
         """Never returns."""
         never: asyncio.Future[str] = asyncio.get_running_loop().create_future()

@@ -59,6 +59,7 @@ class EngineSnapshot(Protocol):
     cpu_blocks_used: int
     host_hits: int
     swaps: int
+    sleep_level: int
     blocks_moved_out: int
     blocks_moved_in: int
     loop_seconds: float
@@ -295,8 +296,9 @@ class _Snapshot(Collector):
         yield self._by_label(
             "vllm:prompt_tokens_by_source", "Prompt tokens by source.", "source", sources, True
         )
-        states = {"awake": 1, "weights_offloaded": 0, "discard_all": 0}
-        yield self._by_label("vllm:engine_sleep_state", "Always awake.", "sleep_state", states)
+        names = ("awake", "weights_offloaded", "discard_all")
+        states = {name: int(engine.sleep_level == level) for level, name in enumerate(names)}
+        yield self._by_label("vllm:engine_sleep_state", "1 for the state it is in.", "sleep_state", states)
         yield self._counter("vllm:corrupted_requests", "Requests with broken logits.", engine.broken_logits)
         share = engine.blocks_used / max(1, engine.blocks_total)
         host = engine.cpu_blocks_used / max(1, engine.cpu_blocks_total)

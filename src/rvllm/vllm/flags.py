@@ -91,7 +91,6 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     "override_neuron_config": _taken(None, {}, instead="--device cuda or cpu"),
     "logits_processor_pattern": _taken(None, instead="logit_bias in requests"),
     "logits_processors": _taken(None, [], instead="logit_bias in requests"),
-    "enable_sleep_mode": _switch(False, instead="end the server; it starts again in seconds"),
     "io_processor_plugin": _taken(None, instead=_NO_PLUGINS),
     "override_attention_dtype": _taken(None, instead="--dtype"),
     "renderer_num_workers": _taken(),

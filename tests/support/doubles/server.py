@@ -58,6 +58,7 @@ class FakeEngine:
         self.chunks = 0  # steps that a prompt takes
         self.embedding_size = 0
         self.embeds: list[Embed] = []
+        self.sleep_level = 0
         self.dead = asyncio.Event()
         self.cause = ""
 
@@ -68,6 +69,10 @@ class FakeEngine:
     @property
     def status(self) -> str:
         return "ready" if self.alive else "failed"
+
+    async def sleep(self, level: int) -> float:
+        self.sleep_level, self.held = level, level > 0
+        return 0.5
 
     async def restart(self) -> None:
         self.dead = asyncio.Event()

@@ -44,7 +44,7 @@ from rvllm.version import __version__
 
 REF = "#/components/schemas/{name}"
 _LIST = ("after", "limit", "order")
-_INTEGERS = {"limit", "starting_after"}
+_INTEGERS = {"limit", "starting_after", "level"}
 _FORM = {
     "type": "object",
     "required": ["file", "purpose"],
@@ -144,6 +144,9 @@ OPERATIONS = (
     Operation("GET", "/v2/health/ready", "Whether requests are answered.", None, dict[str, bool], open=True),
     Operation("GET", "/v2/health/live", "200 while the process answers.", None, dict[str, bool], open=True),
     Operation("GET", "/load", "Choices that run or wait.", None, dict[str, int]),
+    Operation("POST", "/sleep", "Gives the engine's memory back (--enable-sleep-mode).", None, dict[str, Any],
+              query=("level",), bare=True),
+    Operation("POST", "/wake_up", "Takes it again.", None, dict[str, Any], bare=True),
     Operation("GET", "/is_sleeping", "Whether the model is asleep.", None, dict[str, bool]),
     Operation("GET", "/server_info", "What is served, and how.", None, dict[str, Any]),
     Operation("GET", "/metrics", "Figures for Prometheus.", content="text/plain", open=True),

@@ -68,6 +68,13 @@ class Engine(Protocol):
     def status(self) -> str:
         """starting, ready, stalled or failed."""
 
+    @property
+    def sleep_level(self) -> int:
+        """0: awake."""
+
+    async def sleep(self, level: int) -> float:
+        """Gives the engine's memory back; 0 takes it again."""
+
     async def wait_dead(self) -> str:
         """Returns, with the reason, when the engine process has ended."""
 

@@ -12,7 +12,7 @@ from rvllm.backends.cpu.compiled.model import NativeModel
 from rvllm.backends.cpu.loaded_model import LoadedModel
 from rvllm.backends.cpu.measure import Rates, measure
 from rvllm.backends.cpu.memory import MemoryPlan
-from rvllm.backends.cpu.pools import Pools
+from rvllm.backends.cpu.pools import Pools, drop_pages, trim_heap
 from rvllm.backends.cpu.reference.interpreter import F32, Model, Run
 from rvllm.backends.cpu.reference.sampler import draw
 from rvllm.backends.cpu.slots import Slots, text_tables
@@ -76,10 +76,19 @@ class CpuBackend(LoadedModel):
         """Steps run and the seconds that they and the moves of blocks took."""
         return {**super().stats(), "rvllm:kv_block_move_seconds_total": self._pools.seconds}
 
+    def drop_caches(self) -> bool:
+        """Gives the memory of both pools and of the states back to the system; see `Droppable`."""
+        self._pools.drop()
+        for state in self._model.states.values():
+            drop_pages(state)
+        return True
+
     def close(self) -> None:
         """Ends the threads and lets go of weights and caches."""
         super().close()
         self._pools.clear()
+        self._native = None  # it holds packed weights and a step's workspace
+        trim_heap()
 
     def _draw(self, batch: StepBatch, sampled: NDArray[np.int64], logits: F32, result: StepResult) -> None:
         def one(row: int) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import mmap
 import time
 from collections.abc import Mapping
 
@@ -11,6 +14,29 @@ from numpy.typing import NDArray
 from rvllm.backends.base import COPY, MOVE_IN, MOVE_OUT
 
 F32 = NDArray[np.float32]
+
+
+DONTNEED = 4  # madvise(2): the pages go
+_libc = ctypes.CDLL(None)
+_madvise = _libc.madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def drop_pages(array: F32) -> None:
+    """Gives an array's memory back to the system, in whole pages, which read as zero from then on."""
+    page = mmap.PAGESIZE
+    first = -(-array.ctypes.data // page) * page
+    end = (array.ctypes.data + array.nbytes) // page * page
+    if end > first:
+        _madvise(first, end - first, DONTNEED)
+
+
+def trim_heap() -> None:
+    """Gives memory that was freed back to the system: C libraries keep it for later, some without end."""
+    gc.collect()
+    trim = getattr(_libc, "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 class Pools:
@@ -40,6 +66,11 @@ class Pools:
                     assert kind == COPY
                     device[other] = device[block]
         self.seconds += time.perf_counter() - began
+
+    def drop(self) -> None:
+        """Gives the memory of both pools back until it is written again."""
+        for array in (*self._device, *self._host):
+            drop_pages(array)
 
     def clear(self) -> None:
         """Lets go of both pools."""

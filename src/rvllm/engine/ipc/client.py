@@ -41,6 +41,8 @@ from rvllm.engine.ipc.messages import (
     Outputs,
     Ready,
     Shutdown,
+    Sleep,
+    Slept,
     State,
     Stats,
     ToEngine,
@@ -78,6 +80,8 @@ class EngineClient:
         self._streams: dict[str, Stream] = {}
         self._stats: deque[asyncio.Future[Stats]] = deque()
         self._states: deque[asyncio.Future[State]] = deque()
+        self._sleeps: deque[asyncio.Future[Slept]] = deque()
+        self.sleep_level = 0  # 0: awake
         self._started: asyncio.Future[Ready] = self._loop.create_future()
         self._dead: asyncio.Future[str] = self._loop.create_future()
         self._failed: Failed | None = None
@@ -120,6 +124,7 @@ class EngineClient:
         self._undo = ExitStack()
         self._failed = self._burial = None
         self._streams, self._stats, self._states = {}, deque(), deque()
+        self._sleeps, self.sleep_level = deque(), 0
         self._started, self._dead = self._loop.create_future(), self._loop.create_future()
         self._waiting_since, self._heard = None, self._loop.time()
         self._spawn(self._command)
@@ -261,6 +266,17 @@ class EngineClient:
         self._send(asked or GetState())
         return await self._in_time(answer)
 
+    async def sleep(self, level: int) -> float:
+        """Gives the engine's memory back (1: KV blocks, 2: weights as well) or, with 0, takes it again.
+
+        Returns the seconds it took. Raises EngineDeadError.
+        """
+        self._check_alive()
+        answer: asyncio.Future[Slept] = self._loop.create_future()
+        self._sleeps.append(answer)
+        self._send(Sleep(level))
+        return (await asyncio.shield(answer)).seconds
+
     async def _in_time(self, answer: asyncio.Future[T]) -> T:
         """The answer. Raises UnavailableError when the engine is too busy, or stalled."""
         try:
@@ -333,6 +349,11 @@ class EngineClient:
             state = self._states.popleft()
             if not state.done():
                 state.set_result(message)
+        elif isinstance(message, Slept):
+            self.sleep_level = message.level
+            slept = self._sleeps.popleft()
+            if not slept.done():
+                slept.set_result(message)
         elif isinstance(message, Loading):
             if self._progress is not None:
                 self._progress(message.fraction, message.text)
@@ -383,7 +404,7 @@ class EngineClient:
             self._started.set_exception(_start_error(cause, self._failed))
         for stream in self._streams.values():
             stream.put_nowait(EngineDeadError(cause))
-        for waiting in (self._stats, self._states):
+        for waiting in (self._stats, self._states, self._sleeps):
             while waiting:
                 answer: asyncio.Future[Any] = waiting.popleft()
                 if not answer.done():

@@ -85,6 +85,19 @@ class GetState(msgspec.Struct, tag="state", array_like=True):
     blocks: int = 8192
 
 
+class Sleep(msgspec.Struct, tag="sleep", array_like=True):
+    """Gives memory back; answered by Slept. level: 0 wakes up, 1 gives up KV blocks, 2 weights as well."""
+
+    level: int
+
+
+class Slept(msgspec.Struct, tag="slept", array_like=True):
+    """The level of sleep reached, and the seconds it took."""
+
+    level: int
+    seconds: float
+
+
 class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
     """The engine process ends after the step in progress."""
 
@@ -175,6 +188,7 @@ class Stats(msgspec.Struct, tag="stats", kw_only=True, array_like=True):
     cpu_blocks_total: int = 0  # KV blocks in host memory
     cpu_blocks_used: int = 0  # of these, holding a prefix
     host_hits: int = 0  # of cached_prompt_tokens, those whose blocks came from host memory
+    sleep_level: int = 0  # 0: awake
     swaps: int = 0  # of preemptions, those whose blocks may move to host memory
     blocks_moved_out: int = 0
     blocks_moved_in: int = 0
@@ -254,6 +268,7 @@ class Ready(msgspec.Struct, tag="ready", kw_only=True, array_like=True):
     facts: ModelFacts
     pipeline_depth: int = 1
     scheduling_policy: str = "priority"
+    sleep_mode: bool = False
     fairness: str = "none"  # or whose requests get fair shares: api-key, user
 
 
@@ -264,5 +279,5 @@ class Failed(msgspec.Struct, tag="failed", array_like=True):
     exit_code: int = 1
 
 
-ToEngine = Generate | Embed | Abort | Vocabulary | GetStats | GetState | Shutdown
-FromEngine = Outputs | Stats | State | Loading | Ready | Failed
+ToEngine = Generate | Embed | Abort | Vocabulary | GetStats | GetState | Sleep | Shutdown
+FromEngine = Outputs | Stats | State | Slept | Loading | Ready | Failed
