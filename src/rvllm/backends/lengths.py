@@ -5,6 +5,7 @@ from __future__ import annotations
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.program.ops.dense import Program
+from rvllm.program.ops.encoder import embedding_size
 
 
 def asked_length(program: Program, config: EngineConfig) -> int | None:
@@ -27,10 +28,12 @@ def asked_host_blocks(program: Program, config: EngineConfig) -> int:
             f"--num-cpu-blocks {config.num_cpu_blocks}: what moves to host memory is found by the prefix "
             "cache; leave --no-enable-prefix-caching away"
         )
-    if config.num_cpu_blocks and (program.states or not program.caches):
+    if config.num_cpu_blocks and (
+        program.states or not program.caches or embedding_size(program) is not None
+    ):
         raise UsageError(
-            f"--num-cpu-blocks {config.num_cpu_blocks}: {program.architecture} keeps more than KV blocks "
-            "from token to token, and shares no prefixes; leave the flag away"
+            f"--num-cpu-blocks {config.num_cpu_blocks}: {program.architecture} shares no "
+            "prefixes that could be found there; leave the flag away"
         )
     return config.num_cpu_blocks
 

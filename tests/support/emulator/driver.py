@@ -73,7 +73,7 @@ class EmulatedDriver:
 
     CU_MEMHOSTALLOC_DEVICEMAP = 2
     CUdevice_attribute = CUstream_flags = CUstreamCaptureMode = CUevent_flags = _Names()
-    CUfunction_attribute = CUlaunchAttributeID = _Names()
+    CUfunction_attribute = CUlaunchAttributeID = CUmemorytype = _Names()
     CUlaunchConfig = SimpleNamespace
 
     def __init__(self, order: int | None = None) -> None:
@@ -229,6 +229,22 @@ class EmulatedDriver:
 
     def cuMemsetD8Async(self, target: int, value: int, nbytes: int, stream: _Stream) -> tuple[Any, ...]:
         stream.queue(lambda: self._write(target, nbytes, lambda: ctypes.memset(target, value, nbytes)))
+        return (OK,)
+
+    @staticmethod
+    def CUDA_MEMCPY2D() -> SimpleNamespace:
+        return SimpleNamespace()
+
+    def cuMemcpy2DAsync(self, copy: SimpleNamespace, stream: _Stream) -> tuple[Any, ...]:
+        def rows() -> None:
+            for row in range(copy.Height):
+                target, source = copy.dstDevice + row * copy.dstPitch, copy.srcDevice + row * copy.srcPitch
+                ctypes.memmove(target, source, copy.WidthInBytes)
+
+        assert copy.srcMemoryType == copy.dstMemoryType == "CU_MEMORYTYPE_UNIFIED"
+        assert max(copy.srcPitch, copy.dstPitch) < 1 << 31
+        nbytes = (copy.Height - 1) * copy.dstPitch + copy.WidthInBytes
+        stream.queue(lambda: self._write(copy.dstDevice, nbytes, rows))
         return (OK,)
 
     # ---- streams and graphs

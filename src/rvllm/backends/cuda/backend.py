@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel, StepResult
 from rvllm.backends.cuda.device.driver import Pinned, Stream
+from rvllm.backends.cuda.device.host_blocks import COPY_RATE, HostBlocks
 from rvllm.backends.cuda.device.launches import Counts
 from rvllm.backends.cuda.formats.choose import kept, say_expanded
 from rvllm.backends.cuda.in_flight import NOTHING, InFlightStep
@@ -20,6 +21,7 @@ from rvllm.backends.cuda.layout.addresses import Addresses
 from rvllm.backends.cuda.layout.allocations import Placed, placed_weights
 from rvllm.backends.cuda.layout.memory import BLOCK, KV_CACHE, MemoryPlan
 from rvllm.backends.cuda.layout.metadata import SampledRows, leading_decodes
+from rvllm.backends.cuda.layout.packed import ELEMENT
 from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
 from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
 from rvllm.backends.cuda.ops.sampling.logprobs import KERNEL as LOGPROBS_KERNEL
@@ -54,12 +56,20 @@ class CudaBackend:
         planner: StepPlanner,
         program: Program,
         check_memory: bool = False,
+        num_cpu_blocks: int = 0,
     ) -> None:
         plan, shape, at = planner.memory, planner.memory.shape, planner.addresses
         self._gpu, self._ledger = gpu, gpu.ledger()
         self._facts, self._catalog, self._stream = gpu.facts, gpu.catalog, gpu.stream
         self._planner, self._at, self._shape, self._program = planner, at, shape, program
         self._graphs = GraphBook(planner, gpu.catalog, gpu.stream)
+        caches = [
+            (address, ELEMENT * BLOCK * cache.heads * dim)
+            for cache in program.caches
+            for address, dim in zip(at.caches[cache.name], (cache.key_dim, cache.value_dim), strict=True)
+            if dim
+        ]
+        self._host = HostBlocks(caches, num_cpu_blocks) if num_cpu_blocks else None
         self._limits = Limits(
             max_num_seqs=shape.seqs,
             max_num_batched_tokens=shape.tokens,
@@ -67,6 +77,8 @@ class CudaBackend:
             block_size=BLOCK,
             num_blocks=shape.kv_blocks,
             pipeline_depth=DEPTH,
+            num_cpu_blocks=num_cpu_blocks,
+            block_move_seconds=sum(width for _, width in caches) / COPY_RATE,
             prefix_reuse=not program.states,
         )
         self._ring = [InFlightStep.create(plan) for _ in range(DEPTH + 2)]
@@ -103,7 +115,9 @@ class CudaBackend:
         send_ropes(gpu.stream, at, memory)
         staging = placed.line(KV_CACHE)
         gpu.load_weights(program.dtype, placed_weights(wanted, at), checkpoint, config.seed, staging, report)
-        backend = CudaBackend(gpu, replace(planner, addresses=at), program, config.check_device_memory)
+        backend = CudaBackend(
+            gpu, replace(planner, addresses=at), program, config.check_device_memory, config.num_cpu_blocks
+        )
         if config.capture_graphs == "eager":
             report(0.0, "capturing graphs")
             backend.capture_all()
@@ -122,7 +136,8 @@ class CudaBackend:
     def ledger(self) -> list[LedgerLine]:
         """Device memory line by line, and what the driver says is left."""
         free, _ = self._gpu.device.free_memory()
-        return [*self._ledger, LedgerLine("free", free)]
+        tier = [] if self._host is None else [LedgerLine("kv cache, pinned host memory", self._host.nbytes)]
+        return [*self._ledger, LedgerLine("free", free), *tier]
 
     def capture_all(self) -> None:
         """Captures every graph now instead of on first use."""
@@ -143,6 +158,8 @@ class CudaBackend:
         flight.follows = last if decode and last is not None and last.decode and last.under_way else None
         for entry in batch.started:
             self._scorer.start(entry)
+        if self._host is not None:
+            self._host.move(batch.moves, self._stream)
         self._starter.start(batch.started)
         self._send_masks(flight)
         if decode:
@@ -280,6 +297,8 @@ class CudaBackend:
         self._graphs.close()
         for flight in self._ring:
             flight.close()
+        if self._host is not None:
+            self._host.close()
         self._starter.close()
         self._gpu.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.lowering import refuse_unknown
 from rvllm.backends.cuda.ops.gemm.cublas import library
+from rvllm.backends.lengths import asked_host_blocks
 from rvllm.config import EngineConfig
 from rvllm.errors import MissingKernelError, UsageError
 from rvllm.program.dtypes import DType
@@ -24,10 +25,7 @@ def check_supported(program: Program, config: EngineConfig) -> None:
             f"{program.architecture} without any layer that attends has no KV cache, and the GPU's memory is "
             "planned around one; use --device cpu"
         )
-    if config.num_cpu_blocks:
-        raise UsageError(
-            f"--num-cpu-blocks {config.num_cpu_blocks}: GPUs have no second tier yet; leave the flag away"
-        )
+    asked_host_blocks(program, config)
     if config.gemm_strategy == "cublas":
         library()
     elif config.gemm_strategy != "native":

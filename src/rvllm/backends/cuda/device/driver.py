@@ -117,14 +117,16 @@ class Device:
 class Pinned:
     """Page-locked host memory that the GPU can read and write too; `array` views it as bytes."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, clear: bool = True) -> None:
+        """clear: with zeros, which takes a while for gigabytes."""
         mapped = api().CU_MEMHOSTALLOC_DEVICEMAP
         self.nbytes = nbytes
         self.address = int(call("cuMemHostAlloc", nbytes, mapped))
         self.device_address = int(call("cuMemHostGetDevicePointer", self.address, 0))
         buffer = (ctypes.c_uint8 * nbytes).from_address(self.address)
         self.array: NDArray[np.uint8] = np.ctypeslib.as_array(buffer)
-        self.array[:] = 0
+        if clear:
+            self.array[:] = 0
 
     def close(self) -> None:
         """Frees the memory; `array` must not be used afterwards."""
@@ -148,6 +150,18 @@ class Stream:
     def copy_to_host(self, target: int, source: int, nbytes: int) -> None:
         """Copies `nbytes` to a host address; asynchronous when the host memory is pinned."""
         call("cuMemcpyDtoHAsync", target, source, nbytes, self.handle)
+
+    def copy_rows(self, source: tuple[int, int], target: tuple[int, int], width: int, rows: int) -> None:
+        """Copies rows of `width` bytes between device memory and pinned memory, whichever the addresses say.
+
+        source, target: (address, bytes from row to row, at most 2^31 - 1).
+        """
+        copy = api().CUDA_MEMCPY2D()
+        copy.srcMemoryType = copy.dstMemoryType = api().CUmemorytype.CU_MEMORYTYPE_UNIFIED
+        copy.srcDevice, copy.srcPitch = source
+        copy.dstDevice, copy.dstPitch = target
+        copy.WidthInBytes, copy.Height = width, rows
+        call("cuMemcpy2DAsync", copy, self.handle)
 
     def fill_bytes(self, target: int, value: int, nbytes: int) -> None:
         """Sets every byte of a range."""
