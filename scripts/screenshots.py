@@ -6,7 +6,10 @@ python scripts/screenshots.py [--model smollm2-135m] [--out docs/images] [--phon
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
+import re
 import subprocess
 import sys
 import threading
@@ -16,6 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
+
+from rich.console import Console  # noqa: E402
+from rich.text import Text  # noqa: E402
 
 from support.clients.browser import ENTER, Browser, missing  # noqa: E402
 
@@ -63,7 +69,8 @@ def chat(browser: Browser, url: str) -> None:
     browser.until(lambda: browser.text("#status .word") == "ready")
     browser.type("#prompt", ASKED)
     browser.type("#prompt", ENTER)
-    browser.until(lambda: browser.count(".assistant.done"), 120)
+    growing = "return document.querySelector('.assistant.done .tail')?.childNodes.length ?? 1"
+    browser.until(lambda: browser.run(growing) == 0, 120)
     browser.run("document.getElementById('log').scrollTop = 0")
 
 
@@ -71,6 +78,17 @@ def engine(browser: Browser, url: str, seconds: float) -> None:
     browser.open(f"{url}/#engine")
     browser.until(lambda: browser.count(".tile"))
     time.sleep(seconds)
+
+
+def terminal(target: Path, *words: str) -> None:
+    """What a command prints on 80 columns, as a picture."""
+    variables = {**os.environ, "COLUMNS": "80", "FORCE_COLOR": "1"}
+    command = [sys.executable, "-m", "rvllm", *words]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, env=variables).stdout
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(Text.from_ansi(text.replace(str(Path.home()), "~")))
+    drawn = console.export_svg(title=f"rvllm {' '.join(words)}")
+    target.write_text(re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL))  # a font from elsewhere
 
 
 def main() -> int:
@@ -108,8 +126,11 @@ def main() -> int:
         with Browser(1280, 1360) as light, Browser(1280, 1360, dark=True) as dark:
             engine(light, url, 0)
             engine(dark, url, args.seconds)
+            terminal(args.out / "top.svg", "top", "--once", "--url", url)
             light.screenshot(args.out / "engine-light.png")
             dark.screenshot(args.out / "engine-dark.png")
+        terminal(args.out / "plan.svg", "plan", "--model", args.model, "--batch", "8")
+        terminal(args.out / "info.svg", "info", "--model", args.model)
         if args.phone:
             with Browser(390, 844, scale=2) as browser:
                 engine(browser, url, 8)
