@@ -61,7 +61,7 @@ def responses(client: openai.OpenAI, model: str) -> None:
 
 def messages(client: anthropic.Anthropic, model: str) -> None:
     """Anthropic's messages: an answer, its stream, a tool, how many tokens."""
-    given: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": 40}
+    given: dict[str, Any] = {"model": model, "max_tokens": 40, "extra_body": {"temperature": 0}}
     said = client.messages.create(messages=QUESTION, **given)
     assert "Paris" in said.content[0].text
     with client.messages.stream(messages=QUESTION, **given) as stream:
