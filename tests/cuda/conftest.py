@@ -25,7 +25,12 @@ def machines() -> dict[str, Any]:
     return {}
 
 
-@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=[
+        pytest.param("emulator", marks=pytest.mark.emulated),
+        pytest.param("gpu", marks=pytest.mark.gpu),
+    ]
+)
 def gpu(request: pytest.FixtureRequest, machines: dict[str, Any]) -> Iterator[Any]:
     from rvllm.backends.cuda.device.driver import device_count
     from support.emulator import Emulator, available

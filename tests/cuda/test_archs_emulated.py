@@ -33,9 +33,10 @@ from support.models.arch_cases import (
     text_batch,
 )
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="the emulator needs g++, which is not here"
-)
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++, which is not here"),
+]
 
 
 @pytest.mark.parametrize("name", ["gemma2", "phi3small", "stablelm_qk_norm"])

@@ -1,7 +1,7 @@
 """Every kernel of the catalog compiles, without a GPU, into code that keeps its registers.
 
 The default is a selection that touches every source file; RVLLM_TEST_COMPILE=all, as CI has it, takes every
-kernel there is, for sm_80 and sm_90a.
+kernel that plans may choose, for sm_80 and sm_90a.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from rvllm.backends.cuda.formats.fp8_plan import plan_fp8
+from rvllm.backends.cuda.ops.gemm.integer import plan_integer
+from rvllm.backends.cuda.ops.gemm.plan import plan_gemm
 from rvllm.errors import MissingKernelError, UsageError
 from rvllm.kernels import build
 from rvllm.kernels.attention import specs as attention
+from rvllm.kernels.gemm.integer.specs import LAYOUTS
 from rvllm.kernels.manifest import MANIFEST
 from rvllm.kernels.rowwise import specs as rowwise
 from rvllm.kernels.spec import KernelSpec
@@ -24,6 +28,12 @@ from rvllm.kernels.spec import KernelSpec
 TARGETS = {"sm_80": 80, "sm_90a": 90}
 INTEGER_SPILLS = 4096  # tiles of 128 tokens and more of integer weights spill; theirs are to be mended
 SPILL_LIMIT = 384  # bytes: seldom taken paths may spill a little
+TIGHT_LIMIT = 128  # of these: a little, and in the epilogue only
+TIGHT = {"sm80_bf16_gemm_n16", "sm80_f16_gemm_n64", "sm80_bf16_gemm_pack_f32", "sm90_bf16_gemm_split_n256",
+         "sm90_bf16_gemm_walk_n8", "sm90_f16_gemm_sum_n192", "sm90_f16_gemm_flow_n256",
+         "sm90_bf16_gemm_tall_n192", "sm90_f16_gemm_pair_n192"}  # fmt: skip
+# sm_90a has wgmma kernels in their place.
+NOT_ON_HOPPER = {"gemm/gemm_sm80.cu", "gemm/fp8/gemm_sm80.cu", "gemm/integer/gemm_sm80.cu"}
 CHOSEN = {
     "sm_80": {"sm80_f16_attn_decode_d64", "sm80_f16_attn_prefill_d64_small", "sm80_sample_pick",
               "sm80_f16_latent_prefill", "sm80_f16_latent_values_n8", "sm80_f16_latent_prepare_n8",
@@ -63,6 +73,8 @@ def nvrtc_missing() -> str:
 def wanted(target: str) -> list[build.Unit]:
     everything = os.environ.get("RVLLM_TEST_COMPILE") == "all"
     specs = [s for s in MANIFEST.values() if s.runs_on(TARGETS[target])]
+    if target == "sm_90a":
+        specs = [s for s in specs if s.source not in NOT_ON_HOPPER]
     return build.units([s for s in specs if everything or s.name in CHOSEN[target]], target)
 
 
@@ -93,16 +105,33 @@ def test_compiles_within_its_registers(
     assert "warning" not in cubin.log, cubin.log
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", cubin.log)]
     assert len(spills) >= len(unit.symbols)
-    assert max(spills) <= (INTEGER_SPILLS if "gemm/integer" in unit.source else SPILL_LIMIT), cubin.log
     specs = {s.symbol: s for s in MANIFEST.values() if (s.source, s.defines) == (unit.source, unit.defines)}
+    assert max(spills) <= (INTEGER_SPILLS if "gemm/integer" in unit.source else SPILL_LIMIT), cubin.log
     for symbol, mangled in cubin.names.items():
         said = cubin.log.split(f"Compiling entry function '{mangled}'")[1].split("Compiling entry function")[
             0
         ]
         found = re.search(r"(\d+) bytes smem", said)
         spec = specs[symbol]
+        if spec.name in TIGHT:
+            spilled = re.search(r"(\d+) bytes spill stores", said)
+            assert spilled and int(spilled[1]) <= TIGHT_LIMIT, (spec.name, spilled)
+            slow = [line for line in cubin.log.splitlines() if "C75" in line and mangled in line]
+            assert not slow, slow  # wgmma serialised or setmaxnreg ignored
         declared = spec.static_smem if spec.smem else 48 << 10
         assert not found or int(found[1]) <= declared, (spec.name, found[0])
+
+
+def test_hopper_is_given_no_gemm_of_other_gpus() -> None:
+    """What is left out of its compile cannot be chosen there."""
+    for n, k in ((64, 128), (4096, 4096), (28672, 4096), (1024, 28672)):
+        for tokens in (1, 8, 33, 64, 300, 4096):
+            plans = [
+                plan_gemm(n, k, tokens, "bf16", 132).kernel,
+                plan_fp8(n, k, tokens, "bf16", 132, tokens > 16).kernel,
+                *(plan_integer(n, k, tokens, "bf16", layout, 132).kernel for layout in LAYOUTS.values()),
+            ]
+            assert not {MANIFEST[name].source for name in plans} & NOT_ON_HOPPER
 
 
 def test_names_say_what_they_are() -> None:

@@ -14,7 +14,10 @@ from rvllm.kernels.spec import KernelSpec
 from support.emulator import Emulator, EmulatorError, available
 from support.kernels import attention_checks, harness, op_checks
 
-pytestmark = pytest.mark.skipif(not available(), reason="the emulator needs g++")
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not available(), reason="the emulator needs g++"),
+]
 SMALL = r"""
 #include "common/common.cuh"
 extern "C" __global__ void reversed(int* out, const int* in, int sync) {

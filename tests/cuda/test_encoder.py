@@ -20,9 +20,12 @@ NEW_HEADS = [attention_checks.Shape(32, 2, 4), attention_checks.Shape(160, 2, 4)
 DEVICES = [
     pytest.param(
         "emulated",
-        marks=pytest.mark.skipif(
-            shutil.which("g++") is None, reason="the emulator needs g++, which is not here"
-        ),
+        marks=[
+            pytest.mark.emulated,
+            pytest.mark.skipif(
+                shutil.which("g++") is None, reason="the emulator needs g++, which is not here"
+            ),
+        ],
     ),
     pytest.param(
         "gpu",

@@ -245,6 +245,7 @@ class HostLoader(Loader):
         self._gpu.launch(kernel, 2, 64, cells)
 
 
+@pytest.mark.emulated
 @pytest.mark.skipif(not available(), reason="the emulator needs g++")
 @pytest.mark.parametrize("rows", [8, 1000])
 def test_stacks_are_packed_expert_by_expert(rows: int) -> None:
@@ -271,6 +272,7 @@ def test_stacks_are_packed_expert_by_expert(rows: int) -> None:
             assert (found[e] == pack_matrix(matrix)).all(), (form, e)
 
 
+@pytest.mark.emulated
 @pytest.mark.skipif(not available(), reason="the emulator needs g++")
 @pytest.mark.parametrize("rows", [8, 1000])
 def test_shared_experts_are_packed_behind_the_others(rows: int) -> None:
@@ -300,6 +302,7 @@ def test_shared_experts_are_packed_behind_the_others(rows: int) -> None:
 # ---- engines
 
 
+@pytest.mark.emulated
 @pytest.mark.skipif(not available(), reason="the emulator needs g++")
 @pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
 def test_a_mixture_on_the_emulated_backend(rng: np.random.Generator, architecture: str) -> None:

@@ -11,7 +11,10 @@ from rvllm.kernels.gemm.integer.specs import GGUF_LAYOUTS, LAYOUTS
 from support.emulator import Emulator, available
 from support.kernels import harness, integer_checks
 
-pytestmark = pytest.mark.skipif(not available(), reason="the emulator needs g++")
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not available(), reason="the emulator needs g++"),
+]
 DTYPES = {"bfloat16": harness.BF16, "float16": harness.F16}
 
 

@@ -45,7 +45,10 @@ from support.weights.quantisers import (
     packed,
 )
 
-pytestmark = pytest.mark.skipif(not available() and device_count() == 0, reason="needs g++ or a GPU")
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not available() and device_count() == 0, reason="needs g++ or a GPU"),
+]
 
 
 def ordered(seed: int, quantiser: Quantiser) -> Quantiser:

@@ -260,6 +260,7 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.emulated
 @pytest.mark.skipif(not available(), reason="the emulator needs g++")
 @pytest.mark.skipif(os.environ.get("RVLLM_TEST_EMULATE") == "1", reason="the driver is emulated already")
 def test_files_of_both_kinds_give_the_same_bits(tmp_path: Path) -> None:

@@ -154,7 +154,11 @@ def real() -> harness.Machine:
     scope="module",
     params=[
         pytest.param(
-            emulated, marks=pytest.mark.skipif(not emulator.available(), reason="the emulator needs g++")
+            emulated,
+            marks=[
+                pytest.mark.emulated,
+                pytest.mark.skipif(not emulator.available(), reason="the emulator needs g++"),
+            ],
         ),
         pytest.param(real, marks=[pytest.mark.gpu, gpu_engine.needs_gpu]),
     ],

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -161,6 +163,14 @@ def _files(source: str, sources: Path) -> dict[str, str]:
     return found
 
 
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Held by one process at a time; given back by the system when its holder dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _built(unit: build.Unit, sources: Path) -> Path:
     files = _files(unit.source, sources)
     kernels = ",\n".join(
@@ -176,7 +186,9 @@ def _built(unit: build.Unit, sources: Path) -> Path:
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
+    with _lock(target.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=folder) as place:
+        if target.exists():  # another process was at it
+            return target
         for name, text in {**files, "main.cpp": main}.items():
             (Path(place) / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(place) / name).write_text(text)

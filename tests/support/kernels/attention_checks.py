@@ -197,9 +197,11 @@ def check_decode(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape: Sha
     return worst
 
 
-def check_prefill(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape: Shape) -> float:
+def check_prefill(
+    gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape: Shape, longest: int = 300
+) -> float:
     """Ragged chunks behind two decodes, some starting deep in their sequence; the worst relative error."""
-    lens, chunks = [40, 300, 1, 33, 200, 300, 531], [1, 1, 1, 33, 130, 37, 300]
+    lens, chunks = [40, 300, 1, 33, 200, 300, longest + 231], [1, 1, 1, 33, 130, 37, longest]
     cache = Cache(gpu, rng, dtype, shape, lens)
     slots = np.arange(len(lens), dtype=np.int32)[::-1].copy()
     slots[:2], slots[2:] = [0, 1], [2, 3, 4, 5, 6]
@@ -238,16 +240,16 @@ def check_invariance(
                 gpu, cache, [other, q[begin:end]], np.array([1, 0]), np.array([250, end]), small=small
             )
             same(out[1], slice(begin, end), f"prefill chunk {begin}:{end}")
-        edges = [0, 15, 16, 63, 64, 255, 256, 511, 512, 1023, 1024, length - 1]
-        positions = np.unique(np.concatenate([rng.choice(length, 90), edges]))
-        positions = positions[positions < length]
-        ends = (positions + 1).astype(np.int32)
-        zeros = np.zeros(len(positions), np.int32)
-        out = decode(gpu, cache, q[positions], zeros, ends, pad=2, blocks=int(rng.integers(1, 64)))
-        same(out, positions, "decode in a batch")
-        for p in (0, 70, 257, length - 1):
-            out = decode(gpu, cache, q[p : p + 1], np.zeros(1, np.int32), np.array([p + 1], np.int32))
-            same(out, slice(p, p + 1), "decode alone")
+    edges = [0, 15, 16, 63, 64, 255, 256, 511, 512, 1023, 1024, length - 1]
+    positions = np.unique(np.concatenate([rng.choice(length, 90), edges]))
+    positions = positions[positions < length]
+    ends = (positions + 1).astype(np.int32)
+    zeros = np.zeros(len(positions), np.int32)
+    out = decode(gpu, cache, q[positions], zeros, ends, pad=2, blocks=int(rng.integers(1, 64)))
+    same(out, positions, "decode in a batch")
+    for p in (0, 70, 257, length - 1):
+        out = decode(gpu, cache, q[p : p + 1], np.zeros(1, np.int32), np.array([p + 1], np.int32))
+        same(out, slice(p, p + 1), "decode alone")
     return compared
 
 
