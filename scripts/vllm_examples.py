@@ -207,6 +207,7 @@ def run_online(examples: Path, names: list[str], small: Models, folder: Path) ->
                 results[name] = _run(
                     [str(script), *ONLINE[name][1].replace("PORT", str(port)).split()], folder
                 )
+                print(f"| `{name}` | {results[name][:160]} |", flush=True)
         finally:
             server.terminate()
             server.wait(30)
