@@ -7,6 +7,7 @@ import pytest
 
 from rvllm.backends.cpu.reference import interpreter as interpret
 from rvllm.backends.cpu.reference import ops
+from rvllm.backends.cpu.reference.run import Model, Run
 from rvllm.backends.cpu.step import flat_step
 from rvllm.backends.cpu.threads import Workers
 from rvllm.program.dtypes import DType
@@ -77,10 +78,10 @@ def test_norm_of_groups_inside_a_row(each: bool, kind: str) -> None:
         name="n", x=buffer, out=buffer, weight=declared, kind_=kind, eps=1e-5, group=4, start=8, width=12
     )
     program = Program("t", DType.F32, 1, 1, (op,), (buffer,), (declared,), ())
-    model = interpret.Model(program, {"w": weight}, {}, {}, Workers(1))
+    model = Model(program, {"w": weight}, {}, {}, Workers(1))
     one = np.ones(1, np.int32)
     step = flat_step(one, one, one * 0, np.zeros((1, 8), np.int32), np.zeros(0, np.int64))
-    run = interpret.Run(model, step, {"x": X.copy()})
+    run = Run(model, step, {"x": X.copy()})
     interpret.norm(op, run)
     expected = X.copy()
     for g in range(3):

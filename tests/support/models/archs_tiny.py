@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 
 from rvllm.backends.base import LAST_SAMPLED, SamplingSpec, SlotStart, StepBatch
 from rvllm.backends.cpu.backend import CpuBackend
-from rvllm.backends.cpu.reference.interpreter import Run, execute
+from rvllm.backends.cpu.reference.interpreter import execute
+from rvllm.backends.cpu.reference.run import Run
 from rvllm.backends.cpu.step import BLOCK, flat_step
 from rvllm.config import EngineConfig
 from rvllm.models.config import ModelConfig

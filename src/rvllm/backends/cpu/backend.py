@@ -13,7 +13,7 @@ from rvllm.backends.cpu.loaded_model import LoadedModel
 from rvllm.backends.cpu.measure import Rates, measure
 from rvllm.backends.cpu.memory import MemoryPlan
 from rvllm.backends.cpu.pools import Pools, drop_pages, trim_heap
-from rvllm.backends.cpu.reference.interpreter import F32, Model, Run
+from rvllm.backends.cpu.reference.run import F32, Model, Run
 from rvllm.backends.cpu.reference.sampler import draw
 from rvllm.backends.cpu.slots import Slots, text_tables
 from rvllm.backends.cpu.step import BLOCK, flat_step

@@ -14,16 +14,8 @@ from rvllm.backends.base import (
 from rvllm.backends.cpu.compiled.model import NativeModel, chosen
 from rvllm.backends.cpu.memory import MemoryPlan, plan_memory, weight_bytes
 from rvllm.backends.cpu.reference.gemm import same_at_every_position
-from rvllm.backends.cpu.reference.interpreter import (
-    F32,
-    Launch,
-    Model,
-    Run,
-    empty_caches,
-    empty_states,
-    execute,
-    resolve,
-)
+from rvllm.backends.cpu.reference.interpreter import Launch, empty_caches, empty_states, execute, resolve
+from rvllm.backends.cpu.reference.run import F32, Model, Run
 from rvllm.backends.cpu.threads import Workers, available_cores, single_threaded_blas
 from rvllm.config import EngineConfig
 from rvllm.errors import RvllmError, UsageError

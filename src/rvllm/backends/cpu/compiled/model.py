@@ -10,7 +10,8 @@ import numpy as np
 from rvllm.backends.base import LedgerLine, Limits, Progress
 from rvllm.backends.cpu.compiled.library import Library, load, missing
 from rvllm.backends.cpu.memory import rows_of_a_step
-from rvllm.backends.cpu.reference.interpreter import F32, RESULTS, Launch, Model, Run, empty_caches
+from rvllm.backends.cpu.reference.interpreter import RESULTS, Launch, empty_caches
+from rvllm.backends.cpu.reference.run import F32, Model, Run
 from rvllm.backends.cpu.step import BLOCK
 from rvllm.errors import UsageError
 from rvllm.program.dtypes import DType

@@ -6,17 +6,14 @@ shapes are its own, and its rows are pooled one after the other.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
+from rvllm.backends.cpu.reference.run import Kernel, Run
 from rvllm.backends.cpu.step import Step
 from rvllm.backends.heads import classify
 from rvllm.program.ops import encoder
-
-if TYPE_CHECKING:
-    from rvllm.backends.cpu.reference.interpreter import Run
+from rvllm.program.ops.dense import Op
 
 F32 = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -93,3 +90,11 @@ def pool_op(op: encoder.Pool, run: Run) -> None:
 def classify_op(op: encoder.Classify, run: Run) -> None:
     """The classes of each text's vector."""
     run[op.out] = classify(op, run[op.x], run.model.weights)
+
+
+KERNELS: dict[type[Op], Kernel] = {
+    encoder.AddPositions: add_positions_op,
+    encoder.TextAttention: text_attention_op,
+    encoder.Pool: pool_op,
+    encoder.Classify: classify_op,
+}

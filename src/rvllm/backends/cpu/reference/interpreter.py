@@ -1,4 +1,4 @@
-"""Runs a program's ops one after the other: the table of kernels and the state they share.
+"""Runs a program's ops one after the other: the table of kernels, a family's from its own module.
 
 A kernel is a function (op, run) that reads and writes the run's buffers; which one an op takes is
 settled once, when the program is loaded.
@@ -6,79 +6,21 @@ settled once, when the program is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from rvllm.backends.cpu.reference import encoder as encode
-from rvllm.backends.cpu.reference import mamba2 as recurrent
-from rvllm.backends.cpu.reference import mla as latent
-from rvllm.backends.cpu.reference import moe, ops
+from rvllm.backends.cpu.reference import encoder, mamba2, mla, moe, ops
 from rvllm.backends.cpu.reference.attention import Scoring, paged_attention
 from rvllm.backends.cpu.reference.gemm import product
-from rvllm.backends.cpu.step import BLOCK, Step
-from rvllm.backends.cpu.threads import Workers
+from rvllm.backends.cpu.reference.run import F32, Kernel, Run, by_rows
+from rvllm.backends.cpu.step import BLOCK
 from rvllm.errors import MissingKernelError
 from rvllm.program.memory import lifetimes
 from rvllm.program.ops import dense as program_ops
-from rvllm.program.ops import encoder
-from rvllm.program.ops import mamba2 as recurrent_ops
-from rvllm.program.ops.dense import Buffer, Op, Program, Weight
-from rvllm.program.rope import Rope
+from rvllm.program.ops.dense import Op, Program
 
-F32 = NDArray[np.float32]
 RESULTS = ("logits", "embeddings")  # buffers that outlive the run
-ROWS = 16  # rows that elementwise work takes at a time
-
-
-@dataclass
-class Model:
-    """A program with its weights, caches and rope tables in memory.
-
-    caches: name → (keys, values), each [blocks, BLOCK, kv heads, dim].
-    ropes: cos and sin [max_model_len, dim / 2] by rope. states: name → [slots, elements].
-    """
-
-    program: Program
-    weights: dict[str, F32]
-    caches: dict[str, tuple[F32, F32]]
-    ropes: dict[Rope, tuple[F32, F32]]
-    workers: Workers
-    states: dict[str, F32] = field(default_factory=dict)
-
-
-@dataclass
-class Run:
-    """One pass over the ops."""
-
-    model: Model
-    step: Step
-    buffers: dict[str, NDArray[Any]] = field(default_factory=dict)
-
-    def __getitem__(self, buffer: Buffer) -> F32:
-        return self.buffers[buffer.name]
-
-    def __setitem__(self, buffer: Buffer, value: F32) -> None:
-        self.buffers[buffer.name] = value
-
-    def weight(self, weight: Weight | None) -> F32 | None:
-        """A weight's array, None for an absent one."""
-        return None if weight is None else self.model.weights[weight.name]
-
-    def by_rows(self, count: int, work: Callable[[slice], None]) -> None:
-        """Runs elementwise work on a few of `count` rows at a time (see the function of this name)."""
-        self.model.workers.each(-(-count // ROWS), lambda i: work(slice(i * ROWS, (i + 1) * ROWS)))
-
-
-Kernel = Callable[[Any, Run], None]
-
-
-def by_rows(workers: Workers, x: F32, work: Callable[[slice], None]) -> None:
-    """Runs elementwise work on a few rows at a time, so that temporaries stay in cache, on all threads."""
-    workers.each(-(-len(x) // ROWS), lambda i: work(slice(i * ROWS, (i + 1) * ROWS)))
 
 
 def embed(op: program_ops.Embed, run: Run) -> None:
@@ -218,20 +160,10 @@ KERNELS: dict[type[Op], Kernel] = {
     program_ops.Logits: logits,
     program_ops.Sample: sample,
     program_ops.BlockSparseAttention: block_sparse_attention,
-    program_ops.LatentRopeKV: latent.rope_kv_op,
-    program_ops.HeadLinear: latent.head_linear_op,
-    program_ops.LatentAttention: latent.attention_op,
-    program_ops.Route: moe.route_op,
-    program_ops.Experts: moe.experts_op,
-    program_ops.ClampedGate: moe.clamped_gate_op,
-    program_ops.HideTokens: moe.hide_tokens_op,
-    encoder.AddPositions: encode.add_positions_op,
-    encoder.TextAttention: encode.text_attention_op,
-    encoder.Pool: encode.pool_op,
-    encoder.Classify: encode.classify_op,
-    recurrent_ops.CausalConv: recurrent.causal_conv_op,
-    recurrent_ops.StateScan: recurrent.state_scan_op,
-    recurrent_ops.GatedNorm: recurrent.gated_norm_op,
+    **moe.KERNELS,
+    **mla.KERNELS,
+    **mamba2.KERNELS,
+    **encoder.KERNELS,
 }
 
 

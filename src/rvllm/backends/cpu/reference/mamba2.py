@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.cpu.reference import ops
+from rvllm.backends.cpu.reference.run import Kernel, Run
 from rvllm.backends.cpu.step import Step
 from rvllm.program.ops import mamba2 as recurrent
+from rvllm.program.ops.dense import Op
 from rvllm.program.ops.mamba2 import CHUNK
-
-if TYPE_CHECKING:
-    from rvllm.backends.cpu.reference.interpreter import Run
 
 F32 = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -271,3 +269,10 @@ def gated_norm_op(op: recurrent.GatedNorm, run: Run) -> None:
 
     run.by_rows(len(out), work)
     run[op.out] = out
+
+
+KERNELS: dict[type[Op], Kernel] = {
+    recurrent.CausalConv: causal_conv_op,
+    recurrent.StateScan: state_scan_op,
+    recurrent.GatedNorm: gated_norm_op,
+}

@@ -5,19 +5,16 @@ Prefill and decode both work on absorbed queries, so a token has the same bits w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.cpu.reference import ops
 from rvllm.backends.cpu.reference.attention import Scoring, latent_attention
 from rvllm.backends.cpu.reference.gemm import product
+from rvllm.backends.cpu.reference.run import Kernel, Run
 from rvllm.backends.cpu.threads import Workers
 from rvllm.program.ops import dense as program_ops
-
-if TYPE_CHECKING:
-    from rvllm.backends.cpu.reference.interpreter import Run
+from rvllm.program.ops.dense import Op
 
 F32 = NDArray[np.float32]
 
@@ -61,3 +58,10 @@ def attention_op(op: program_ops.LatentAttention, run: Run) -> None:
     cache, _ = run.model.caches[op.cache.name]
     out = latent_attention(q, cache, op.rank, run.step, Scoring(op.scale), run.model.workers)
     run[op.out] = out.reshape(len(q), -1)
+
+
+KERNELS: dict[type[Op], Kernel] = {
+    program_ops.LatentRopeKV: rope_kv_op,
+    program_ops.HeadLinear: head_linear_op,
+    program_ops.LatentAttention: attention_op,
+}

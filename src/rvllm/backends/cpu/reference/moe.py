@@ -6,19 +6,17 @@ A token's result does not depend on which tokens share its experts: products hav
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.cpu.reference import ops
 from rvllm.backends.cpu.reference.gemm import product
+from rvllm.backends.cpu.reference.run import Kernel, Run
 from rvllm.backends.cpu.threads import Workers
 from rvllm.program.ops import dense as program_ops
-from rvllm.program.ops.dense import Activation
-
-if TYPE_CHECKING:
-    from rvllm.backends.cpu.reference.interpreter import Run
+from rvllm.program.ops.dense import Activation, Op
 
 F32 = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -135,3 +133,11 @@ def clamped_gate_op(op: program_ops.ClampedGate, run: Run) -> None:
 def hide_tokens_op(op: program_ops.HideTokens, run: Run) -> None:
     """logits of tokens that are none become -inf."""
     run[op.logits][:, list(op.tokens)] = np.float32(-np.inf)
+
+
+KERNELS: dict[type[Op], Kernel] = {
+    program_ops.Route: route_op,
+    program_ops.Experts: experts_op,
+    program_ops.ClampedGate: clamped_gate_op,
+    program_ops.HideTokens: hide_tokens_op,
+}
