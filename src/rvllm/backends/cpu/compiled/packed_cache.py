@@ -1,4 +1,4 @@
-"""Packed weights kept between starts: a file a model, mapped as it lies (docs/decisions/0032).
+"""Packed weights kept between starts: a file a model, mapped as it lies (docs/decisions/0034).
 
 A file is found by a key over everything that goes into it: the checkpoint's files (device, inode, size,
 times), the tensors and weights, and the code that packs. It begins with a line of the SHA-256 of the next
