@@ -76,7 +76,7 @@ def test_what_cannot_run_at_once_is_refused(model: Path, capsys: pytest.CaptureF
         (["--input-len", "250", "--output-len", "10"], "--max-model-len"),
         (["--profile"], "--profile times GPU kernels"),
         (["--json", "/no/such/folder/x.json"], "--json: cannot write /no/such/folder/x.json"),
-        (["--n", "9", "--num-blocks", "16", "--input-len", "40"], "KV blocks"),
+        (["--n", "9", "--kv-cache-memory-gb", "0.00007", "--input-len", "40"], "KV blocks"),
     ):
         assert main([*flags, *more]) == 2
         assert says in capsys.readouterr().err

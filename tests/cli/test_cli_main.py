@@ -150,7 +150,8 @@ def test_a_reader_that_stops_reading_is_no_error() -> None:
 
 
 def test_importing_the_package_is_quick() -> None:
-    script = "import time; t = time.perf_counter(); import rvllm; print(time.perf_counter() - t)"
+    # Processor time: what other processes take counts as ours on the wall's clock.
+    script = "import time; t = time.process_time(); import rvllm; print(time.process_time() - t)"
     times = [
         float(
             subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
