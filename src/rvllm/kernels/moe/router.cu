@@ -161,7 +161,7 @@ route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* 
   extern __shared__ __align__(1024) u8 shared[];
   __shared__ u32 keys[MAX_SEGMENTS][32 * LANE_EXPERTS];
   __shared__ float partial[MAX_SEGMENTS][FEW][SLICE];
-  __shared__ float gathered[CLUSTER ? FEW : 1][CLUSTER ? 32 * LANE_EXPERTS : 1];  // logits of tokens this block chooses for
+  [[maybe_unused]] __shared__ float gathered[CLUSTER ? FEW : 1][CLUSTER ? 32 * LANE_EXPERTS : 1];  // logits of tokens this block chooses for
   __shared__ float squares[NORM ? FEW : 1][PARTS];
   __shared__ int last_here;
   griddep_launch();
@@ -260,7 +260,7 @@ route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* 
   __syncthreads();
 
   const Router router{bias, experts, top_k, always, groups, kept, flags, scale};
-  const int clustered = gridDim.x;
+  [[maybe_unused]] const int clustered = gridDim.x;
   for (int i = threadIdx.x; i < count * SLICE; i += blockDim.x) {
     const int t = i / SLICE, expert = e0 + i % SLICE;
     float sum = partial[0][t][i % SLICE];
