@@ -1,7 +1,8 @@
 """Every kernel of the catalog compiles, without a GPU, into code that keeps its registers.
 
-The default is a selection that touches every source file; RVLLM_TEST_COMPILE=all, as CI has it, takes every
-kernel that plans may choose, for sm_80 and sm_90a.
+The default is a selection that touches every source file; RVLLM_TEST_COMPILE=all takes every
+kernel that plans may choose, for sm_80 and sm_90a; =layouts, as CI has it, all but half of the products with
+quantised weights (see `in_turn`).
 """
 
 from __future__ import annotations
@@ -70,12 +71,31 @@ def nvrtc_missing() -> str:
     return ""
 
 
+def in_turn(units: list[build.Unit]) -> list[build.Unit]:
+    """Of the products with quantised weights, each unit in one of the 16-bit types, by turns: their code
+    differs in a few conversions only, and each of those is compiled with half of the units."""
+    layouts: dict[tuple[str, str], list[build.Unit]] = {}
+    for unit in units:
+        if unit.source.startswith(("gemm/integer/gemm_", "moe/quantised_gemm")):
+            layout = unit.symbols[0].replace("bf16", "f16")
+            layouts.setdefault((unit.source, layout), []).append(unit)
+    left = {
+        unit
+        for number, group in enumerate(layouts.values())
+        for at, unit in enumerate(group)
+        if at % 2 != number % 2 and len(group) > 1
+    }
+    return [unit for unit in units if unit not in left]
+
+
 def wanted(target: str) -> list[build.Unit]:
-    everything = os.environ.get("RVLLM_TEST_COMPILE") == "all"
+    asked = os.environ.get("RVLLM_TEST_COMPILE", "")
+    everything = asked in ("all", "layouts")
     specs = [s for s in MANIFEST.values() if s.runs_on(TARGETS[target])]
     if target == "sm_90a":
         specs = [s for s in specs if s.source not in NOT_ON_HOPPER]
-    return build.units([s for s in specs if everything or s.name in CHOSEN[target]], target)
+    units = build.units([s for s in specs if everything or s.name in CHOSEN[target]], target)
+    return in_turn(units) if asked == "layouts" else units
 
 
 CASES = [(target, unit) for target in TARGETS for unit in wanted(target)]
