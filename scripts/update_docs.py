@@ -11,8 +11,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from rvllm.config import EngineConfig, ServerConfig, SourceConfig, markdown_table
+from rvllm.config import EngineConfig, ServerConfig, SourceConfig
 from rvllm.engine.ipc.messages import Stats
+from rvllm.settings import markdown_table
 from rvllm.telemetry.metrics import Metrics
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -31,7 +32,7 @@ PARTS = {
     "flags.md": {
         "engine flags": partial(markdown_table, EngineConfig),
         "server flags": partial(markdown_table, ServerConfig),
-        "source variables": partial(markdown_table, SourceConfig),
+        "source variables": partial(markdown_table, SourceConfig, flags=False),
     },
     "metrics.md": {"metrics": metric_table},
 }

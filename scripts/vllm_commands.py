@@ -22,8 +22,9 @@ from pathlib import Path
 from rvllm.bench.datasets import check_name
 from rvllm.cli.bench import _ELSEWHERE
 from rvllm.cli.main import COMMANDS, INSTEAD, TAKE_VLLM_FLAGS, OneLineParser
-from rvllm.config import EngineConfig, ServerConfig, build, settings_of
+from rvllm.config import EngineConfig, ServerConfig
 from rvllm.errors import RvllmError
+from rvllm.settings import build, settings_of
 from rvllm.vllm.words import own_words
 
 _FENCE = re.compile(r"```[^\n]*\n(.*?)```", re.S)

@@ -32,10 +32,11 @@ from fetch_test_models import fetch
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from rvllm.config import SourceConfig, build
+from rvllm.config import SourceConfig
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
+from rvllm.settings import build
 from rvllm.weights.fetch.source import resolve
 
 SECONDS = 150  # that an example may take

@@ -5,20 +5,9 @@ import re
 
 import pytest
 
-from rvllm.config import (
-    EngineConfig,
-    ServerConfig,
-    SourceConfig,
-    add_flags,
-    build,
-    env_of,
-    flag_of,
-    given_settings,
-    markdown_table,
-    settings_of,
-    unknown_variables,
-)
+from rvllm.config import EngineConfig, ServerConfig, SourceConfig, unknown_variables
 from rvllm.errors import UsageError
+from rvllm.settings import add_flags, build, env_of, flag_of, given_settings, markdown_table, settings_of
 
 
 def test_flags_win_over_environment_over_defaults() -> None:

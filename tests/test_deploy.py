@@ -9,7 +9,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from rvllm.config import EngineConfig, ServerConfig, SourceConfig, markdown_table
+from rvllm.config import EngineConfig, ServerConfig, SourceConfig
+from rvllm.settings import markdown_table
 
 yaml = pytest.importorskip("yaml", reason="needs PyYAML")
 DEPLOY = Path(__file__).parent.parent / "deploy"

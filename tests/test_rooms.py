@@ -9,8 +9,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "rvllm"
 ORDER = ["__main__", "entrypoints", "v1", "utils", "distributed", "platforms", "inputs", "attention",
          "outputs", "sampling_params",
          "pooling_params", "cli", "ray", "llm", "offline", "api", "web", "text", "engine", "models",
-         "backends", "weights", "program", "kernels", "bench", "telemetry", "vllm", "config", "errors",
-         "extras", "version", "__init__"]  # fmt: skip
+         "backends", "weights", "program", "kernels", "bench", "telemetry", "vllm", "config",
+         "settings", "errors", "extras", "version", "__init__"]  # fmt: skip
 # Inside a room: its folders and modules, from the top down; those on one line do not order each other.
 INSIDE = {
     "api": [

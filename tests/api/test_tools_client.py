@@ -10,7 +10,8 @@ from typing import Any
 import openai
 import pytest
 
-from rvllm.config import ServerConfig, settings_of
+from rvllm.config import ServerConfig
+from rvllm.settings import settings_of
 from rvllm.text.chat.reasoning import CHOICES as REASONING_CHOICES
 from rvllm.text.tools.choose import CHOICES as TOOL_CHOICES
 from support.doubles.server import LiveServer

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from rvllm.cli.main import main
-from rvllm.config import EngineConfig, ServerConfig, build, human_size
+from rvllm.config import EngineConfig, ServerConfig
 from rvllm.errors import UsageError
 from rvllm.offline.arguments import engine_config
+from rvllm.settings import build, human_size
 from rvllm.vllm.flags import VLLM_FLAGS
 from rvllm.vllm.words import own_words
 
@@ -47,7 +48,7 @@ REFUSED = {
 def parsed(line: str) -> tuple[EngineConfig, ServerConfig]:
     import argparse
 
-    from rvllm.config import add_flags
+    from rvllm.settings import add_flags
 
     parser = argparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("model_tag", nargs="?")

@@ -19,12 +19,13 @@ import pytest
 import zmq
 
 from rvllm.backends.base import Limits
-from rvllm.config import EngineConfig, build
+from rvllm.config import EngineConfig
 from rvllm.engine.blocks import chain
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Generate, Sampling
 from rvllm.engine.kv_events import parse_config
 from rvllm.errors import UsageError
+from rvllm.settings import build
 from support.doubles.engine import PagedDouble, facts
 
 BLOCK = 16

@@ -9,8 +9,9 @@ import pytest
 
 from rvllm.api.http.browsers import allowed_hosts
 from rvllm.api.http.keys import load_keys
-from rvllm.config import ServerConfig, build
+from rvllm.config import ServerConfig
 from rvllm.errors import UsageError
+from rvllm.settings import build
 from support.clients.attacker import Server
 
 ASK = {"prompt": "a", "max_tokens": 1}

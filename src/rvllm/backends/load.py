@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rvllm.backends.base import Encoder, Generator, Progress
-from rvllm.config import EngineConfig, flag_of, given_settings
+from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.extras import install_command
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import embedding_size
+from rvllm.settings import flag_of, given_settings
 from rvllm.weights.checkpoint import Checkpoint
 
 BLOCK_TOKENS = 16  # of a KV block, on every device

@@ -13,8 +13,8 @@ import msgspec
 
 from rvllm.bench.gate import Figure
 from rvllm.bench.stats import median, percentile, rate
-from rvllm.config import flag_of
 from rvllm.errors import UsageError
+from rvllm.settings import flag_of
 
 
 @dataclass

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rvllm.cli.common.workload import add_datasets, asked_of, of_server, of_tokenizer
-from rvllm.config import EngineConfig, add_flags, build
+from rvllm.config import EngineConfig
 from rvllm.errors import RvllmError, UsageError
+from rvllm.settings import add_flags, build
 
 if TYPE_CHECKING:
     from rvllm.bench.datasets import Asked

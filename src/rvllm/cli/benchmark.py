@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rvllm.cli.common.gate import add_gate, gate_limits
-from rvllm.config import EngineConfig, add_flags, build
+from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, RvllmError, UsageError
+from rvllm.settings import add_flags, build
 
 if TYPE_CHECKING:
     from rvllm.bench.profile import Earlier

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rvllm.config import EngineConfig, add_flags, build, parse_value
+from rvllm.config import EngineConfig
 from rvllm.errors import RvllmError, UsageError
+from rvllm.settings import add_flags, build, parse_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,17 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rvllm.config import (
-    EngineConfig,
-    ServerConfig,
-    SourceConfig,
-    add_flags,
-    build,
-    env_of,
-    flag_of,
-    settings_of,
-)
+from rvllm.config import EngineConfig, ServerConfig, SourceConfig
 from rvllm.errors import RvllmError
+from rvllm.settings import add_flags, build, env_of, flag_of, settings_of
 from rvllm.version import __version__
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from rvllm.config import EngineConfig, SourceConfig, add_flags, build, settings_of
+from rvllm.config import EngineConfig, SourceConfig
 from rvllm.errors import UsageError
+from rvllm.settings import add_flags, build, settings_of
 
 if TYPE_CHECKING:
     from rvllm.backends.cpu.measure import Rates

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rvllm.config import SourceConfig, build
+from rvllm.config import SourceConfig
+from rvllm.settings import build
 
 
 def add_parser(subparsers: Any) -> None:

@@ -135,7 +135,8 @@ def _plan(args: argparse.Namespace, engines: Sequence[Engine]) -> Plan:
 
 def _model(name: str) -> str:
     """The model as files, the same for all."""
-    from rvllm.config import SourceConfig, build
+    from rvllm.config import SourceConfig
+    from rvllm.settings import build
     from rvllm.weights.fetch.progress import ProgressBar
     from rvllm.weights.fetch.source import resolve
 

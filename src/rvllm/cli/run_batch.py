@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rvllm.config import EngineConfig, ServerConfig, SourceConfig, add_flags, build, settings_of
+from rvllm.config import EngineConfig, ServerConfig, SourceConfig
 from rvllm.errors import UsageError
+from rvllm.settings import add_flags, build, settings_of
 
 if TYPE_CHECKING:
     from rvllm.api.batches.lines import Answering, BatchLine

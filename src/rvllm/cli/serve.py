@@ -19,8 +19,9 @@ from rvllm.api.assembly import (
     start_workers,
     template_text,
 )
-from rvllm.config import EngineConfig, ServerConfig, SourceConfig, add_flags, build, given_settings
+from rvllm.config import EngineConfig, ServerConfig, SourceConfig
 from rvllm.errors import RvllmError, UsageError
+from rvllm.settings import add_flags, build, given_settings
 
 if TYPE_CHECKING:
     from rvllm.api.http.listen import StopSignals

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 def load(config: EngineConfig, progress: Progress | None = None) -> tuple[Generator | Encoder, ModelFacts]:
     """The configured model on its backend. Raises the RvllmError of whatever is missing or wrong."""
     from rvllm.backends.load import choose_dtype, load_backend
-    from rvllm.config import SourceConfig, build
+    from rvllm.config import SourceConfig
     from rvllm.models.overrides import read_config
     from rvllm.models.registry import build_program
+    from rvllm.settings import build
     from rvllm.weights.fetch.source import resolve
     from rvllm.weights.open import open_checkpoint
     from rvllm.weights.packing import check_weights

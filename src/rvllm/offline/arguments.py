@@ -6,9 +6,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rvllm.config import EngineConfig, build
+from rvllm.config import EngineConfig
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import UsageError
+from rvllm.settings import build
 from rvllm.text.embedding import PoolingParams
 from rvllm.text.requests import Prompt
 from rvllm.vllm.flags import VLLM_FLAGS, VLLM_VALUES, settle

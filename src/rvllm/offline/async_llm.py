@@ -9,11 +9,12 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from rvllm.config import SourceConfig, build
+from rvllm.config import SourceConfig
 from rvllm.engine.ipc.client import EngineClient
 from rvllm.engine.sampling_params import RequestOutputKind, SamplingParams
 from rvllm.errors import UsageError
 from rvllm.offline.arguments import engine_config
+from rvllm.settings import build
 from rvllm.text.grammar.grammar import check_tokenizer, vocabulary_of
 from rvllm.text.outputs import RequestMetrics, RequestOutput
 from rvllm.text.pending import PendingRequest

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.config import EngineConfig, SourceConfig, build
+from rvllm.config import EngineConfig, SourceConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Embed
 from rvllm.engine.sampling_params import BeamSearchParams, SamplingParams
@@ -18,6 +18,7 @@ from rvllm.errors import RvllmError, UsageError
 from rvllm.offline.arguments import engine_config, params_list, prompt_list, refuse
 from rvllm.offline.pooling import Pooled, check_vectors, classified, encoded, pooled, scores
 from rvllm.offline.progress import loading_bar, progress_bar
+from rvllm.settings import build
 from rvllm.text.embedding import (
     EmbeddingOutput,
     EmbeddingRequestOutput,

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from rvllm.config import EngineConfig, ServerConfig, build, settings_of
+from rvllm.config import EngineConfig, ServerConfig
 from rvllm.errors import UsageError
+from rvllm.settings import build, settings_of
 
 T = TypeVar("T")
 METRICS_SECONDS = 10.0  # how often Ray's replicas tell how they are

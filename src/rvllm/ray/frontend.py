@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from rvllm.config import EngineConfig, SourceConfig, build
+from rvllm.config import EngineConfig, SourceConfig
 from rvllm.errors import RvllmError
 from rvllm.ray.client import ReplicatedEngine
 from rvllm.ray.config import ModelSpec, RayConfig, parse
 from rvllm.ray.dispatch import Dispatcher
 from rvllm.ray.fleet import HandleFleet
+from rvllm.settings import build
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp

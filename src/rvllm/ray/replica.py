@@ -10,11 +10,12 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from rvllm.config import EngineConfig, SourceConfig, build
+from rvllm.config import EngineConfig, SourceConfig
 from rvllm.engine.ipc.client import EngineClient
 from rvllm.engine.ipc.messages import Embed, Generate, Output, Ready, State, Stats
 from rvllm.errors import RvllmError
 from rvllm.ray.scaling import KV_USE
+from rvllm.settings import build
 from rvllm.weights.fetch.source import resolve
 
 DIED = 70  # the exit code of a replica whose engine has died

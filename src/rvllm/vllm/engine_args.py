@@ -7,7 +7,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from rvllm.config import EngineConfig, add_settings, settings_of
+from rvllm.config import EngineConfig
+from rvllm.settings import add_settings, settings_of
 from rvllm.vllm.flags import VLLM_FLAGS
 from rvllm.vllm.words import own_words
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rvllm.config import human_size
 from rvllm.errors import UsageError
+from rvllm.settings import human_size
 
 ANY = object()
 """Among neutral values: whatever it is, it changes no result here."""

@@ -8,8 +8,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from rvllm.config import EngineConfig, ServerConfig, flag_of, settings_of
+from rvllm.config import EngineConfig, ServerConfig
 from rvllm.errors import UsageError
+from rvllm.settings import flag_of, settings_of
 from rvllm.vllm.flags import VLLM_FLAGS, VLLM_VALUES, settle
 
 _SHORT = {short: name for name, flag in VLLM_FLAGS.items() for short in flag.short}

@@ -11,9 +11,10 @@ from itertools import count
 
 from rvllm.cli.chat import Answer, Conversation, Sampling
 from rvllm.cli.common.starting import start_engine
-from rvllm.config import EngineConfig, SourceConfig, build
+from rvllm.config import EngineConfig, SourceConfig
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import RvllmError, UsageError
+from rvllm.settings import build
 from rvllm.text.processor import Choice
 from rvllm.text.requests import RequestMaker
 from rvllm.text.tokenizers.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ from typing import Any
 
 from rvllm.bench.datasets import NAMES, Asked, check_name, from_file, prefix_repetition
 from rvllm.cli.common.remote import post_json
-from rvllm.config import build
+from rvllm.settings import build
 
 
 def add_datasets(parser: argparse.ArgumentParser) -> None:

@@ -24,8 +24,9 @@ import numpy as np
 
 from rvllm.backends.cpu.compiled import formats
 from rvllm.backends.cpu.compiled.formats import FORMATS, Bytes, Matrix, Segment
-from rvllm.config import SourceConfig, build
+from rvllm.config import SourceConfig
 from rvllm.program.ops.dense import Weight
+from rvllm.settings import build
 from rvllm.weights import packing
 from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.gguf import blocks
