@@ -34,14 +34,14 @@ REFUSED = {
     "-tp=4": "one GPU",
     "--kv-cache-dtype fp8": "the model's dtype",
     "--enable-lora": "merge them",
-    "--quantization bitsandbytes": "",
+    "--quantization bitsandbytes": "auto, none, fp8, int4",
     '--speculative-config {"model":"x"}': "speculative",
     "--no-enable-chunked-prefill": "in chunks",
     "--ssl-keyfile x": "proxy",
     "--uds /tmp/x": "--host",
     "--block-size 32": "16 tokens",
     "--cpu_offload_gb 4": "quantised",
-    "--load-format bitsandbytes": "",
+    "--load-format bitsandbytes": "auto, dummy",
 }
 
 

@@ -11,15 +11,16 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel
+from rvllm.backends.base import Limits, Progress, StepBatch, StepKernel
 from rvllm.backends.cuda.buckets import bucket_of
-from rvllm.backends.cuda.device.driver import Event, Graph, Pinned
+from rvllm.backends.cuda.device.driver import Graph
 from rvllm.backends.cuda.device.graphs import GraphCache, Key
 from rvllm.backends.cuda.encoder_plan import EncoderPlan
 from rvllm.backends.cuda.layout.allocations import Placed, placed_weights
 from rvllm.backends.cuda.layout.metadata import SampledRows
 from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
 from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
+from rvllm.backends.cuda.pooling_runner import PoolingRunner
 from rvllm.backends.cuda.supported import refuse_pairs
 from rvllm.backends.heads import Head
 from rvllm.config import EngineConfig
@@ -31,21 +32,11 @@ from rvllm.weights.checkpoint import Checkpoint
 _NO_UPDATES = np.zeros((0, 3), dtype=np.int32)
 
 
-class CudaEncoder:
+class CudaEncoder(PoolingRunner):
     """An encoder loaded onto a GPU (see `rvllm.backends.base.Encoder`)."""
 
     def __init__(self, gpu: Gpu, plan: EncoderPlan, head: Head | None = None) -> None:
-        self._gpu, self._stream, self._ledger = gpu, gpu.stream, gpu.ledger()
-        self._plan, self._at, self._head = plan, plan.addresses, head
-        pool = next(op for op in reversed(plan.program.ops) if isinstance(op, Pool))
-        self._width, self._vectors = pool.out.width, plan.addresses.buffers[pool.out.name]
-        self._metadata = Pinned(plan.layout.nbytes)
-        self._out = Pinned(4 * plan.seqs * self._width)
-        self._began, self._ended = Event(), Event()
-        self._graphs = GraphCache(gpu.catalog, gpu.stream)
-        self._last: Key = ("texts", 0)
-        self._steps, self._texts, self._busy = 0, 0, 0.0
-        self._limits = Limits(
+        limits = Limits(
             max_num_seqs=plan.seqs,
             max_num_batched_tokens=plan.tokens,
             max_model_len=plan.longest,
@@ -53,6 +44,12 @@ class CudaEncoder:
             num_blocks=0,
             pipeline_depth=1,
         )
+        at, pool = plan.addresses, next(op for op in reversed(plan.program.ops) if isinstance(op, Pool)).out
+        vectors = at.buffers[pool.name], pool.width
+        super().__init__(gpu, limits, (at.metadata, plan.layout.nbytes), vectors, head)
+        self._plan = plan
+        self._graphs = GraphCache(gpu.catalog, gpu.stream)
+        self._last: Key = ("texts", 0)
 
     @staticmethod
     def load(
@@ -84,41 +81,16 @@ class CudaEncoder:
                 encoder.graph(size)
         return encoder
 
-    @property
-    def name(self) -> str:
-        """The GPU's name."""
-        return self._gpu.facts.name
-
-    @property
-    def limits(self) -> Limits:
-        """Capacities, fixed for the backend's life."""
-        return self._limits
-
-    def ledger(self) -> list[LedgerLine]:
-        """Device memory line by line, and what the driver says is left."""
-        return [*self._ledger, LedgerLine("free", self._gpu.device.free_memory()[0])]
-
     def embed(self, batch: StepBatch) -> NDArray[np.float32]:
         """See `Encoder.embed`. A classification head is computed on the host, from the pooled vectors."""
-        plan, count = self._plan, len(batch.slots)
+        plan = self._plan
         size = bucket_of(plan.sizes(), batch.num_tokens)
         graph = self.graph(size)
         layout = plan.layout_of(size)
         tiles = prefill_tiles(batch.query_lens, batch.query_lens, 0, 1, TEXT_ROWS)
         words = self._metadata.array.view(np.int32)
         used = layout.pack(batch, _NO_UPDATES, SampledRows.of(batch), tiles, words)
-        self._stream.copy_to_device(self._at.metadata, self._metadata.address, used)
-        self._began.record(self._stream)
-        graph.launch(self._stream)
-        self._ended.record(self._stream)
-        nbytes = 4 * count * self._width
-        self._stream.copy_to_host(self._out.address, self._vectors, nbytes)
-        self._stream.sync()
-        self._steps += 1
-        self._texts += count
-        self._busy += self._ended.seconds_since(self._began)
-        vectors = self._out.array[:nbytes].view(np.float32).reshape(count, self._width).copy()
-        return vectors if self._head is None else self._head(vectors)
+        return self._run(graph, used, len(batch.slots))
 
     def graph(self, size: int) -> Graph:
         """The graph of steps of up to `size` (a padded size) tokens, captured on first use."""
@@ -133,9 +105,7 @@ class CudaEncoder:
     def stats(self) -> dict[str, float]:
         """Steps, texts, device seconds and graphs."""
         return {
-            "rvllm:backend_steps_total": self._steps,
-            "rvllm:backend_texts_total": self._texts,
-            "rvllm:backend_busy_seconds_total": self._busy,
+            **self._counters(),
             "rvllm:cuda_graphs": len(self._graphs),
             "rvllm:cuda_graph_capture_seconds_total": self._graphs.seconds,
         }
@@ -144,8 +114,4 @@ class CudaEncoder:
         """Gives everything back."""
         self._stream.sync()
         self._graphs.close()
-        for pinned in (self._metadata, self._out):
-            pinned.close()
-        self._began.close()
-        self._ended.close()
-        self._gpu.close()
+        self._give_back()

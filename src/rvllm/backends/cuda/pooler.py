@@ -11,9 +11,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel
+from rvllm.backends.base import Limits, Progress, StepBatch, StepKernel
 from rvllm.backends.cuda.backend import send_ropes
-from rvllm.backends.cuda.device.driver import DeviceFacts, Event, Pinned
+from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.device.launches import kernel_names
 from rvllm.backends.cuda.formats.choose import kept, say_expanded
 from rvllm.backends.cuda.layout.allocations import Placed, placed_weights
@@ -22,6 +22,7 @@ from rvllm.backends.cuda.layout.metadata import SampledRows, leading_decodes
 from rvllm.backends.cuda.layout.packed import ELEMENT, PackedWeight
 from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
 from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
+from rvllm.backends.cuda.pooling_runner import PoolingRunner
 from rvllm.backends.cuda.step_planner import GraphBook, StepPlanner, distinct
 from rvllm.backends.heads import Head, without_head
 from rvllm.backends.lengths import encoder_lengths
@@ -62,21 +63,12 @@ def body_kernels(planner: StepPlanner) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-class CudaPooler:
+class CudaPooler(PoolingRunner):
     """A decoder that gives vectors or classes, loaded onto a GPU (see `rvllm.backends.base.Encoder`)."""
 
     def __init__(self, gpu: Gpu, planner: StepPlanner, program: Program, head: Head | None) -> None:
-        plan, shape = planner.memory, planner.memory.shape
-        self._gpu, self._stream, self._ledger = gpu, gpu.stream, gpu.ledger()
-        self._planner, self._at, self._program, self._head = planner, planner.addresses, program, head
-        self._graphs = GraphBook(planner, gpu.catalog, gpu.stream)
-        pool = next(op for op in program.ops if isinstance(op, Pool))
-        self._width, self._vectors = pool.out.width, self._at.buffers[pool.out.name]
-        self._metadata = Pinned(plan.layout.nbytes)
-        self._out = Pinned(4 * shape.seqs * self._width)
-        self._began, self._ended = Event(), Event()
-        self._steps, self._texts, self._busy = 0, 0, 0.0
-        self._limits = Limits(
+        plan, shape, at = planner.memory, planner.memory.shape, planner.addresses
+        limits = Limits(
             max_num_seqs=shape.seqs,
             max_num_batched_tokens=shape.tokens,
             max_model_len=plan.max_model_len,
@@ -84,6 +76,11 @@ class CudaPooler:
             num_blocks=shape.kv_blocks,
             pipeline_depth=1,
         )
+        pool = next(op for op in program.ops if isinstance(op, Pool)).out
+        vectors = at.buffers[pool.name], pool.width
+        super().__init__(gpu, limits, (at.metadata, plan.layout.nbytes), vectors, head)
+        self._planner = planner
+        self._graphs = GraphBook(planner, gpu.catalog, gpu.stream)
 
     @staticmethod
     def load(
@@ -118,39 +115,14 @@ class CudaPooler:
                 pooler._graphs.body(size)
         return pooler
 
-    @property
-    def name(self) -> str:
-        """The GPU's name."""
-        return self._gpu.facts.name
-
-    @property
-    def limits(self) -> Limits:
-        """Capacities, fixed for the backend's life."""
-        return self._limits
-
-    def ledger(self) -> list[LedgerLine]:
-        """Device memory line by line, and what the driver says is left."""
-        return [*self._ledger, LedgerLine("free", self._gpu.device.free_memory()[0])]
-
     def embed(self, batch: StepBatch) -> NDArray[np.float32]:
         """See `Encoder.embed`. A classification head is computed on the host, from the pooled vectors."""
-        layout, count = self._planner.memory.layout, len(batch.slots)
+        layout = self._planner.memory.layout
         blocks = text_blocks(batch.query_lens)
         graph = self._graphs.body(batch.num_tokens)
         words = self._metadata.array.view(np.int32)
         used = layout.pack(batch, blocks, SampledRows.of(batch), self._tiles(batch), words)
-        self._stream.copy_to_device(self._at.metadata, self._metadata.address, used)
-        self._began.record(self._stream)
-        graph.launch(self._stream)
-        self._ended.record(self._stream)
-        nbytes = 4 * count * self._width
-        self._stream.copy_to_host(self._out.address, self._vectors, nbytes)
-        self._stream.sync()
-        self._steps += 1
-        self._texts += count
-        self._busy += self._ended.seconds_since(self._began)
-        vectors = self._out.array[:nbytes].view(np.float32).reshape(count, self._width).copy()
-        return vectors if self._head is None else self._head(vectors)
+        return self._run(graph, used, len(batch.slots))
 
     def _tiles(self, batch: StepBatch) -> NDArray[np.int32]:
         shape = self._planner.tiles
@@ -166,9 +138,7 @@ class CudaPooler:
     def stats(self) -> dict[str, float]:
         """Steps, texts, device seconds and graphs."""
         return {
-            "rvllm:backend_steps_total": self._steps,
-            "rvllm:backend_texts_total": self._texts,
-            "rvllm:backend_busy_seconds_total": self._busy,
+            **self._counters(),
             "rvllm:cuda_graphs": len(self._graphs),
             **self._graphs.captured(),
             "rvllm:cuda_graph_capture_seconds_total": self._graphs.capture_seconds,
@@ -178,11 +148,7 @@ class CudaPooler:
         """Gives everything back."""
         self._stream.sync()
         self._graphs.close()
-        for pinned in (self._metadata, self._out):
-            pinned.close()
-        self._began.close()
-        self._ended.close()
-        self._gpu.close()
+        self._give_back()
 
 
 def text_blocks(lengths: NDArray[np.int32]) -> NDArray[np.int32]:
