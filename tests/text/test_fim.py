@@ -43,7 +43,7 @@ def marks(tokenizer: Tokenizer) -> FillIn:
 )
 def test_the_gap_comes_last(before: str, after: str, gap: str) -> None:
     tokenizer = with_tokens(byte_level_metadata(), gap, before, after, "<|fim_pad|>")
-    ids = marks(tokenizer).prompt(tokenizer, tokenizer.encode("def f(", False), "):\n")
+    ids = tokenizer.encode_around(tokenizer.encode("def f(", False), "):\n")
     assert tokenizer.decode(ids) == f"{before}def f({after}):\n{gap}"
     ends = {tokenizer.convert_tokens_to_ids(t) for t in (before, after, gap, "<|fim_pad|>", "<|endoftext|>")}
     assert marks(tokenizer).ends == ends
@@ -51,21 +51,21 @@ def test_the_gap_comes_last(before: str, after: str, gap: str) -> None:
 
 def test_without_a_mark_of_the_gap_what_stands_behind_comes_first() -> None:
     tokenizer = with_tokens(byte_level_metadata(), "[PREFIX]", "[SUFFIX]")
-    ids = marks(tokenizer).prompt(tokenizer, tokenizer.encode("hello", False), "world")
+    ids = tokenizer.encode_around(tokenizer.encode("hello", False), "world")
     assert tokenizer.decode(ids) == "[SUFFIX]world[PREFIX]hello"
 
 
 def test_codellama_has_no_space_before_what_stands_behind() -> None:
     names = ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>")
     tokenizer = with_tokens(sentencepiece_metadata(), *names)
-    ids = marks(tokenizer).prompt(tokenizer, tokenizer.encode("hello", False), "world")
+    ids = tokenizer.encode_around(tokenizer.encode("hello", False), "world")
     spelled = tokenizer.convert_ids_to_tokens(ids)
     assert spelled[0] == "<s>" and spelled[1] == "▁<PRE>" and spelled[-1] == "▁<MID>"
     behind = spelled[spelled.index("▁<SUF>") + 1 : -1]
     assert "".join(filter(None, behind)) == "world"
     assert spelled[2] == "▁hello"
     assert tokenizer.convert_tokens_to_ids("▁<EOT>") in marks(tokenizer).ends
-    bare = marks(tokenizer).prompt(tokenizer, tokenizer.encode("hello", False), "world", False)
+    bare = tokenizer.encode_around(tokenizer.encode("hello", False), "world", False)
     assert bare == ids[1:]
 
 
@@ -74,7 +74,7 @@ def test_a_gguf_file_may_tell_which_tokens_mark_the_gap(names: tuple[str, str, s
     tokens = ("<A>", "<B>", "<C>", "<D>")
     roles = dict(zip((*names, "fim_pad"), tokens, strict=True))
     tokenizer = with_tokens(byte_level_metadata(), *tokens, **roles)
-    ids = marks(tokenizer).prompt(tokenizer, tokenizer.encode("x", False), "y")
+    ids = tokenizer.encode_around(tokenizer.encode("x", False), "y")
     assert tokenizer.decode(ids) == "<A>x<B>y<C>"
     assert tokenizer.convert_tokens_to_ids("<D>") in marks(tokenizer).ends
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from rvllm.text.tokenizers.length_bound import length_bound
-from rvllm.text.tokenizers.tokenizer import spelling_of
+from rvllm.text.tokenizers.spelling import spelling_of
 from support.text.tiny_tokenizers import byte_level, sentencepiece, wordpiece
 
 MODELS = {"bytes": byte_level(), "pieces": sentencepiece(add_prefix=True)}

@@ -11,7 +11,8 @@ import pytest
 
 from rvllm import LLM, PoolingParams
 from rvllm.errors import UsageError
-from rvllm.text.tokenizers.tokenizer import Tokenizer, TokenizerParts
+from rvllm.text.tokenizers.parts import TokenizerParts
+from rvllm.text.tokenizers.tokenizer import Tokenizer
 from support.models.tiny_llm import CONFIG, SETTINGS
 from support.text import tiny_tokenizers as tiny
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from rvllm.errors import ModelError
+from rvllm.text.tokenizers.spelling import CHARACTER_BYTES
 from rvllm.text.tokenizers.tiktoken import CLASSES, merges_of
-from rvllm.text.tokenizers.tokenizer import CHARACTER_BYTES, Tokenizer
+from rvllm.text.tokenizers.tokenizer import Tokenizer
 from rvllm.weights.gguf.container import read_gguf
 from support.models.fetched import model_path
 from support.text.tiny_tokenizers import CORPUS, trained

@@ -11,7 +11,8 @@ import codecs
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from rvllm.text.tokenizers.tokenizer import Tokenizer, byte_piece
+from rvllm.text.tokenizers.spelling import byte_piece
+from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 
 class Detokenizer(Protocol):

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from rvllm.errors import ModelError
 from rvllm.text.chat.fim import GGUF_ENDS, GGUF_MARKS
+from rvllm.text.tokenizers.parts import DEFAULT_TEMPLATE, TokenizerParts, built, frame
 from rvllm.text.tokenizers.pretokenizers import DEFAULT, PRE_TOKENIZERS, PreTokenizer
-from rvllm.text.tokenizers.tokenizer import DEFAULT_TEMPLATE, TokenizerParts, built, byte_piece, frame
+from rvllm.text.tokenizers.spelling import byte_piece
 from rvllm.weights.gguf.end_tokens import spelled_ends
 
 if TYPE_CHECKING:

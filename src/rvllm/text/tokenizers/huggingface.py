@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rvllm.errors import ModelError
+from rvllm.text.tokenizers.parts import DEFAULT_TEMPLATE, TokenizerParts, built
 from rvllm.text.tokenizers.pretokenizers import PRE_TOKENIZERS
-from rvllm.text.tokenizers.tokenizer import DEFAULT_TEMPLATE, TokenizerParts, built
 
 if TYPE_CHECKING:
     import tokenizers

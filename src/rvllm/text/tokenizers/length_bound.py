@@ -11,10 +11,10 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rvllm.text.tokenizers.spelling import CHARACTER_BYTES, Spelling
+
 if TYPE_CHECKING:
     import tokenizers
-
-    from rvllm.text.tokenizers.tokenizer import Spelling
 
 # The most UTF-8 bytes that composition makes one of: three Hangul letters of 3 bytes become a syllable of 3.
 _COMPOSED = 3
@@ -47,8 +47,6 @@ def length_bound(backend: tokenizers.Tokenizer, spelling: Spelling) -> LengthBou
         return None
     words = backend.get_vocab(with_added_tokens=False)
     if spelling.kind == "bytes":
-        from rvllm.text.tokenizers.tokenizer import CHARACTER_BYTES
-
         longest = max(map(len, words), default=0)
         dropped = bytes(byte for character, byte in CHARACTER_BYTES.items() if character not in words)
     elif spelling.kind == "pieces" and model.byte_fallback:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rvllm.errors import ModelError
+from rvllm.text.tokenizers.parts import built
 from rvllm.text.tokenizers.pretokenizers import PRE_TOKENIZERS
-from rvllm.text.tokenizers.tokenizer import built, byte_characters
+from rvllm.text.tokenizers.spelling import byte_characters
 
 if TYPE_CHECKING:
     import tokenizers

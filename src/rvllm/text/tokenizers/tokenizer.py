@@ -6,54 +6,16 @@ built from a GGUF file's metadata (`gguf.py`).
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-from rvllm.errors import ModelError, UsageError
-
-if TYPE_CHECKING:
-    import tokenizers
-
-    from rvllm.text.chat.fim import FillIn
-    from rvllm.text.tokenizers.length_bound import LengthBound
-
-DEFAULT_TEMPLATE = "default"
-Built = TypeVar("Built")
-
-
-def built(make: Callable[[], Built], what: str) -> Built:
-    """What `make` builds with the tokenizers library; where it cannot, a ModelError that begins with `what`.
-
-    On some broken vocabularies the library panics, which comes as a BaseException of its own.
-    """
-    try:
-        return make()
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{what}: {reason[0]}") from None
-
-
-@dataclass
-class TokenizerParts:
-    """What a source of tokenizers yields.
-
-    special_tokens: what chat templates may name: bos_token, eos_token, unk_token, pad_token, ...
-    chat_templates: by name; a model's only one is called "default".
-    origin: what to call it in messages.
-    roles: tokens whose meaning the model's file tells, under GGUF's names (`text/chat/fim.py`).
-    """
-
-    backend: tokenizers.Tokenizer
-    origin: str
-    special_tokens: dict[str, str] = field(default_factory=dict)
-    chat_templates: dict[str, str] = field(default_factory=dict)
-    roles: dict[str, int] = field(default_factory=dict)
+from rvllm.errors import UsageError
+from rvllm.text.chat.fim import FillIn, fill_in_of
+from rvllm.text.tokenizers.length_bound import LengthBound, length_bound
+from rvllm.text.tokenizers.parts import DEFAULT_TEMPLATE, TokenizerParts
+from rvllm.text.tokenizers.spelling import spelling_of
 
 
 class Tokenizer:
@@ -129,14 +91,36 @@ class Tokenizer:
     @cached_property
     def fill_in(self) -> FillIn | None:
         """How to ask the model for the text between two others; None when its vocabulary has no marks."""
-        from rvllm.text.chat.fim import fill_in_of
+        return fill_in_of(self.convert_tokens_to_ids, self._roles)
 
-        return fill_in_of(self, self._roles)
+    def encode_around(self, before: list[int], after: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt whose continuation belongs between `before` and `after`.
+
+        before: token ids without what the model puts in front of a text; that is added here.
+        Raises UsageError when the vocabulary has no marks for it.
+        """
+        if self.fill_in is None:
+            raise UsageError(f"{self.origin} cannot fill in: its vocabulary has no tokens that mark a gap")
+        marked = self.fill_in.around(before, self._continued(after))
+        bos = self.bos_token_id
+        framed = add_special_tokens and bos is not None and self.encode("")[:1] == [bos]
+        return [bos, *marked] if framed and bos is not None else marked
+
+    def _continued(self, text: str) -> list[int]:
+        """Token ids of a text that goes on where another has stopped.
+
+        SentencePiece puts a space before every text. Behind a line break, whose tokens are then dropped, the
+        text itself gets none.
+        """
+        if self.spelling.kind == "pieces":
+            lead = self.encode("\n", add_special_tokens=False)
+            ids = self.encode("\n" + text, add_special_tokens=False)
+            if ids[: len(lead)] == lead:
+                return ids[len(lead) :]
+        return self.encode(text, add_special_tokens=False)
 
     @cached_property
     def _length_bound(self) -> LengthBound | None:
-        from rvllm.text.tokenizers.length_bound import length_bound
-
         return length_bound(self.backend, self.spelling)
 
     def surely_reaches(self, text: str, count: int) -> bool:
@@ -270,83 +254,3 @@ def _well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """How a vocabulary's strings stand for bytes, after the tokenizer's decoder.
-
-    kind: "bytes" for byte-level BPE (each character is a byte), "pieces" for SentencePiece (▁ is a space,
-    <0xNN> a byte), "other" for all else.
-    strip_left: a leading space of the whole text is dropped.
-    """
-
-    kind: str
-    strip_left: bool = False
-
-    def bytes_of(self, token: str) -> bytes:
-        """The bytes of one token in the vocabulary's spelling."""
-        if self.kind == "bytes":
-            try:
-                return bytes([CHARACTER_BYTES[c] for c in token])
-            except KeyError:  # an added token holding a character outside of the alphabet stands for itself
-                return token.encode()
-        if self.kind == "pieces":
-            byte = byte_piece(token)
-            return token.replace("▁", " ").encode() if byte is None else bytes([byte])
-        return token.encode()
-
-
-def byte_piece(token: str) -> int | None:
-    """The byte that a SentencePiece token such as `<0x0A>` stands for; None for any other token."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            return int(token[3:5], 16)
-        except ValueError:
-            return None
-    return None
-
-
-def spelling_of(backend: tokenizers.Tokenizer) -> Spelling:
-    """Reads from the tokenizer's decoder how its vocabulary is spelled."""
-    if backend.decoder is None:
-        return Spelling("other")
-    state = json.loads(backend.decoder.__getstate__())
-    steps = state["decoders"] if state["type"] == "Sequence" else [state]
-    kinds = [step["type"] for step in steps]
-    if kinds == ["ByteLevel"]:
-        return Spelling("bytes")
-    replaces = [s for s in steps if s["type"] == "Replace"]
-    pieces = all(s["pattern"] == {"String": "▁"} and s["content"] == " " for s in replaces)
-    if replaces and pieces and set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"}:
-        strips = [s for s in steps if s["type"] == "Strip"]
-        simple = all(s["content"] == " " and s["start"] <= 1 and s["stop"] == 0 for s in strips)
-        if simple and "ByteFallback" in kinds and "Fuse" in kinds:
-            return Spelling("pieces", strip_left=any(s["start"] == 1 for s in strips))
-    return Spelling("other")
-
-
-def frame(backend: tokenizers.Tokenizer, before: str | None, after: str | None) -> None:
-    """Makes `encode` put the token `before` in front of a text and `after` behind it; None puts nothing."""
-    from tokenizers import processors
-
-    single = " ".join(part for part in (before, "$A", after) if part)
-    ids = [(token, backend.token_to_id(token)) for token in {before, after} if token]
-    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
-
-
-def byte_characters() -> dict[int, str]:
-    """Byte-level BPE's alphabet: a printable character for each byte (GPT-2, Radford et al. 2019)."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    characters = {byte: chr(byte) for byte in printable}
-    for byte in range(256):
-        if byte not in characters:
-            characters[byte] = chr(256 + len(characters) - len(printable))
-    return characters
-
-
-CHARACTER_BYTES = {character: byte for byte, character in byte_characters().items()}

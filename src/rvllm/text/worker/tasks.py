@@ -80,11 +80,9 @@ def fill_in(
     tokenizer: Tokenizer, before: list[int], after: str, add_special_tokens: bool, limit: int
 ) -> list[int] | None:
     """Token ids of a prompt around a gap; None where the text behind it surely has `limit` or more."""
-    marks = tokenizer.fill_in
-    assert marks is not None  # the server has looked
     if tokenizer.surely_reaches(after, limit):
         return None
-    return marks.prompt(tokenizer, before, after, add_special_tokens)
+    return tokenizer.encode_around(before, after, add_special_tokens)
 
 
 def embedding_tokens(
