@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from rvllm.engine.grammar import Matcher
+from rvllm.engine.matcher import Matcher
 from support.doubles.grammar_engine import (
     SCHEMA,
     TOKENIZER,
@@ -26,6 +26,7 @@ from support.doubles.grammar_engine import (
 def test_outputs_follow_their_grammars_beside_free_ones(
     depth: int, costly: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("rvllm.engine.matcher.COSTLY", costly)
     monkeypatch.setattr("rvllm.engine.grammar.COSTLY", costly)
     core = core_of(depth)
     made = [request(f"json{i}", grammar(json=SCHEMA), temperature=0.3 * i) for i in range(6)]
@@ -53,6 +54,7 @@ def test_outputs_follow_their_grammars_beside_free_ones(
 def test_a_request_gives_the_same_in_company_preempted_and_at_any_depth(
     costly: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("rvllm.engine.matcher.COSTLY", costly)
     monkeypatch.setattr("rvllm.engine.grammar.COSTLY", costly)
     one = request("long", grammar(regex="[a-z ]{300,320}"))
     one.priority = 1
@@ -128,8 +130,8 @@ def test_an_equal_grammar_is_compiled_once() -> None:
 
 
 def test_a_grammar_that_costs_too_much_ends_its_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rvllm.engine.grammar.ALLOWANCE", 0.001)
-    monkeypatch.setattr("rvllm.engine.grammar.ALLOWANCE_PER_TOKEN", 0.0)
+    monkeypatch.setattr("rvllm.engine.matcher.ALLOWANCE", 0.001)
+    monkeypatch.setattr("rvllm.engine.matcher.ALLOWANCE_PER_TOKEN", 0.0)
     ambiguous = 'start: a\na: a a | "b" | ""'
     done = run(core_of(), [request("slow", ambiguous, min_tokens=400), request("free", None, max_tokens=9)])
     assert done["free"][1].finish_reason in ("length", "stop")

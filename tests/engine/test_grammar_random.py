@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 
 import rvllm.engine.grammar as engine_grammar
+import rvllm.engine.matcher as engine_matcher
 from rvllm.engine.ipc.messages import Generate, Output
 from support.doubles.grammar_engine import SCHEMA, core_of, grammar, request, run
 
@@ -39,17 +40,19 @@ def alone(form: int, number: int) -> list[int]:
 def test_in_any_company(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     dice = random.Random(seed)
     slow = dice.choice([0.0, 0.05, 0.5])
-    fill = engine_grammar.Matcher.fill
+    fill = engine_matcher.Matcher.fill
 
-    def slow_fill(matcher: engine_grammar.Matcher, row: engine_grammar.Mask) -> float:
+    def slow_fill(matcher: engine_matcher.Matcher, row: engine_matcher.Mask) -> float:
         if dice.random() < slow:
             time.sleep(dice.choice([0.0005, 0.003, 0.01]))
         return fill(matcher, row)
 
     chosen = {(dice.randrange(len(FORMS)), dice.randrange(20)) for _ in range(dice.randint(2, 14))}
     wanted = {pair: alone(*pair) for pair in sorted(chosen)}
-    monkeypatch.setattr(engine_grammar.Matcher, "fill", slow_fill)
-    monkeypatch.setattr(engine_grammar, "COSTLY", dice.choice([0.0, 0.0005, 1e9]))
+    monkeypatch.setattr(engine_matcher.Matcher, "fill", slow_fill)
+    costly = dice.choice([0.0, 0.0005, 1e9])
+    monkeypatch.setattr(engine_matcher, "COSTLY", costly)
+    monkeypatch.setattr(engine_grammar, "COSTLY", costly)
     monkeypatch.setattr(engine_grammar, "ALONE", dice.choice([0, 1, 4]))
     core = core_of(dice.choice([1, 2, 3]), seqs=dice.choice([2, 5, 16]), blocks=dice.choice([45, 60, 400]))
     waiting = sorted(chosen)

@@ -11,7 +11,8 @@ from rvllm.backends.base import Limits, StepBatch, StepResult
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Generate, Sampling
-from rvllm.engine.scheduling.policy import FairShares, PrefillCost
+from rvllm.engine.scheduling.cost import PrefillCost
+from rvllm.engine.scheduling.policy import FairShares
 from support.doubles.engine import PagedDouble, facts
 
 

@@ -10,8 +10,8 @@ from rvllm.backends.base import COPY, MOVE_IN, MOVE_OUT, Limits
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Generate, Sampling
+from rvllm.engine.scheduling.cost import PrefillCost
 from rvllm.engine.scheduling.host import worth_moving
-from rvllm.engine.scheduling.policy import PrefillCost
 from support.doubles.engine import PagedDouble, facts
 from support.doubles.soak import run
 

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 from rvllm.backends.base import Limits
 from rvllm.config import EngineConfig
 from rvllm.engine.blocks import ON_HOST, ROOT, BlockManager, Digest
+from rvllm.engine.scheduling.cost import PrefillCost
 from rvllm.engine.scheduling.host import worth_moving
-from rvllm.engine.scheduling.policy import FairShares, Policy, PrefillCost
+from rvllm.engine.scheduling.policy import FairShares, Policy
 from rvllm.engine.sequence import Sequence
 from rvllm.engine.step import Step, StepPlan
 

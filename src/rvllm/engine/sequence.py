@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from rvllm.backends.base import SamplingSpec
 from rvllm.engine.blocks import ROOT, Digest, chain
 from rvllm.engine.ipc.messages import Generate, Output, PrefillChunk, Sampling, TokenLogprobs
-from rvllm.engine.scheduling.policy import Rank
 
 if TYPE_CHECKING:
-    from rvllm.engine.grammar import Mask, Matcher
+    from rvllm.engine.matcher import Mask, Matcher
     from rvllm.engine.token_filter import TokenFilter
 
 MAX_CHUNKS = 256  # of a prompt that are told; the rest of a longer one is not
+Rank = tuple[float, int]
 _arrivals = itertools.count()
 
 

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from rvllm.engine.sampling_params import BeamSearchParams, SamplingParams
+from rvllm.text.tokenizers.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from rvllm.offline.llm import LLM
+
+class Generates(Protocol):
+    """What the search asks of an `LLM`."""
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Tokens that end an answer."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, if it has one."""
+
+    def generate(self, prompts: Any, sampling_params: SamplingParams, *, use_tqdm: bool) -> list[Any]:
+        """One `RequestOutput` for each prompt."""
 
 
 @dataclass(slots=True)
@@ -28,7 +41,9 @@ class BeamSearchOutput:
     sequences: list[BeamSearchSequence]
 
 
-def beam_search(llm: LLM, prompt: str | None, ids: list[int], params: BeamSearchParams) -> BeamSearchOutput:
+def beam_search(
+    llm: Generates, prompt: str | None, ids: list[int], params: BeamSearchParams
+) -> BeamSearchOutput:
     """The best continuations of a prompt, by log-probability over length ** length_penalty.
 
     A beam that draws the model's end token is done, unless `ignore_eos`. Every step keeps the best

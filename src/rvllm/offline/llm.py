@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rvllm.config import EngineConfig, SourceConfig
 from rvllm.engine.core import EngineCore
-from rvllm.engine.ipc.messages import Embed
+from rvllm.engine.ipc.messages import Embed, ModelFacts
 from rvllm.engine.sampling_params import BeamSearchParams, SamplingParams
 from rvllm.errors import RvllmError, UsageError
 from rvllm.offline.arguments import engine_config, params_list, prompt_list, refuse
@@ -320,6 +320,11 @@ class LLM:
 
         refuse(lora_request=neutral.get("lora_request"))
         return [beam_search(self, *prompt_tokens(p, self._tokenizer), params) for p in prompt_list(prompts)]
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the loaded model is and can."""
+        return self.engine.facts
 
     def next_name(self) -> str:
         """A request id that no other request of this object has."""

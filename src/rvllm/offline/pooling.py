@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +24,27 @@ from rvllm.text.pooling import (
     probabilities,
 )
 from rvllm.text.requests import Prompt
-
-if TYPE_CHECKING:
-    from rvllm.offline.llm import LLM
+from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 Params = PoolingParams | Sequence[PoolingParams] | None
+
+
+class Pools(Protocol):
+    """What is asked of an `LLM`."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the loaded model is and can."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, if it has one."""
+
+    def next_name(self) -> str:
+        """A request id that no other request has."""
+
+    def run_texts(self, texts: Sequence[Embed], show: bool) -> dict[str, NDArray[np.float32]]:
+        """What the model gives for texts, by their request ids."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +84,10 @@ def check_vectors(facts: ModelFacts) -> None:
 
 
 def pooled(
-    llm: LLM, prompts: Prompt | Sequence[Prompt], params: Params, asked: Pooled
+    llm: Pools, prompts: Prompt | Sequence[Prompt], params: Params, asked: Pooled
 ) -> list[tuple[Text, NDArray[np.float32]]]:
     """What the model gives for each text. Raises UsageError naming the text that is wrong."""
-    facts, tokenizer, found = llm.engine.facts, llm.tokenizer, list[Text]()
+    facts, tokenizer, found = llm.facts, llm.tokenizer, list[Text]()
     items = prompt_list(prompts)
     for i, (item, wanted) in enumerate(zip(items, pooling_list(params, len(items)), strict=True)):
         try:
@@ -85,10 +101,10 @@ def pooled(
 
 
 def encoded(
-    llm: LLM, prompts: Prompt | Sequence[Prompt], params: Params, task: str | None, asked: Pooled
+    llm: Pools, prompts: Prompt | Sequence[Prompt], params: Params, task: str | None, asked: Pooled
 ) -> list[PoolingRequestOutput]:
     """See `LLM.encode`."""
-    facts = llm.engine.facts
+    facts = llm.facts
     one = params if isinstance(params, PoolingParams) else params[0] if params else PoolingParams()
     task = task or one.task or ("embed" if facts.labels is None else "classify")
     if task == "classify":
@@ -113,10 +129,10 @@ def encoded(
 
 
 def classified(
-    llm: LLM, prompts: Prompt | Sequence[Prompt], params: Params, asked: Pooled
+    llm: Pools, prompts: Prompt | Sequence[Prompt], params: Params, asked: Pooled
 ) -> list[ClassificationRequestOutput]:
     """See `LLM.classify`."""
-    facts = llm.engine.facts
+    facts = llm.facts
     check_classes(facts)
     return [
         ClassificationRequestOutput(
@@ -130,12 +146,12 @@ def classified(
 
 
 def scores(
-    llm: LLM, left: list[Prompt], right: list[Prompt], params: PoolingParams | None, asked: Pooled
+    llm: Pools, left: list[Prompt], right: list[Prompt], params: PoolingParams | None, asked: Pooled
 ) -> list[ScoringRequestOutput]:
     """See `LLM.score`."""
     if not right or len(left) not in (1, len(right)):
         raise UsageError(f"score takes one text against many or as many, got {len(left)} and {len(right)}")
-    facts, one = llm.engine.facts, params or PoolingParams()
+    facts, one = llm.facts, params or PoolingParams()
     if not gives_scores(facts):
         found = pooled(llm, [*left, *right], None, asked)
         ours, theirs = found[: len(left)], found[len(left) :]

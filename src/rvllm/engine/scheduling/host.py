@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from rvllm.engine.scheduling.policy import PrefillCost
+from rvllm.engine.scheduling.cost import PrefillCost
 
 Digest = bytes
 
