@@ -2,7 +2,8 @@
 """Fault drills in one command: breaks a server in every way that can be arranged and prints what clients see.
 
     python scripts/drills.py            # with a tiny random model on the CPU; some minutes
-    python scripts/drills.py --only kill
+    python scripts/drills.py --only kill stop
+    python scripts/drills.py --device cuda --only gpu kill_engine stop_engine broken_weights
 
 The table in docs/operations.md is its output.
 """
@@ -22,20 +23,31 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE / "tests"), str(HERE / "src")]
 
-from support.clients.attacker import Server, model, raw, statuses
+from support.clients import attacker
+from support.clients.attacker import model, raw, statuses
+from support.faults.weights import BROKEN_TOKEN, broken_model
 
 STREAM = {"prompt": "hello", "max_tokens": 2000, "stream": True, "ignore_eos": True}
 CASES: dict[str, Callable[[], str]] = {}
+DEVICE = ["cpu"]  # --device
 
 
 def case(function: Callable[[], str]) -> Callable[[], str]:
     """A drill; its docstring is what is done, what it returns is what clients see."""
     CASES[function.__name__] = function
     return function
+
+
+class Server(attacker.Server):
+    """A server on the device of the drills."""
+
+    def __init__(self, *flags: str, **options: Any) -> None:
+        super().__init__(*flags, device=DEVICE[0], **options)
 
 
 class Reader(threading.Thread):
@@ -51,7 +63,7 @@ class Reader(threading.Thread):
 
     def run(self) -> None:
         """Reads until the stream ends, however it ends."""
-        body = json.dumps(STREAM).encode()
+        body = json.dumps({**STREAM, "max_tokens": 2000 if DEVICE[0] == "cpu" else 7000}).encode()
         head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.server.port)) as sock:
             sock.settimeout(30)
@@ -301,19 +313,117 @@ def stalled_reader() -> str:
             return f"others are answered {first}, with 200 after {took:.1f} s; {server.rss():.0f} MB"
 
 
+@case
+def broken_weights() -> str:
+    """a token whose embedding is NaN, in prompts beside others; few KV blocks, so that its blocks are used again"""
+    return broken(experts=False)
+
+
+@case
+def broken_weights_experts() -> str:
+    """the same with experts"""
+    return broken(experts=True)
+
+
+def broken(experts: bool) -> str:
+    """A model with one broken token: what its users see, and everybody else."""
+    folder = str(broken_model(experts))
+    with Server("--model", folder, "--load-format", "auto", "--num-blocks", "40") as server:
+        honest = [[10 + (i * j) % 200 for j in range(30 + 9 * i)] for i in range(6)]
+        ask = {"max_tokens": 20, "return_token_ids": True, "logprobs": 2}
+
+        def answers() -> list[Any]:
+            return [server.complete(prompt=ids, **ask)[1]["choices"][0] for ids in honest]
+
+        before, seen = answers(), []
+
+        def harm(i: int) -> None:
+            for at in range(6):
+                ids = [*honest[i][:at], BROKEN_TOKEN, *honest[i][at:]]
+                seen.append(server.complete(prompt=ids, **ask))
+
+        threads = [threading.Thread(target=harm, args=(i,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        beside = answers()
+        for thread in threads:
+            thread.join()
+        same = beside == before and answers() == before
+        kinds = sorted(
+            {f"{status} {body.get('error', {}).get('message', 'answered')}" for status, body in seen}
+        )
+        count = [line.split()[-1] for line in server.get("/metrics")[1].decode().splitlines()
+                 if line.startswith("rvllm:broken_logits_total")]  # fmt: skip
+    refused = Server("--model", folder, "--load-format", "auto", "--check-weights", wait=False)
+    refused.process.wait(60)
+    said = refused.text().strip().splitlines()[-1]
+    return (f"{len(seen)} requests with it: {'; '.join(kinds)}; rvllm:broken_logits_total {count[0]}; all others are "
+            f"answered {'as before' if same else 'DIFFERENTLY'}; --check-weights: {said}")  # fmt: skip
+
+
+def gpu_fault(kind: str) -> str:
+    """A stream, a fault of the GPU in the midst of it, a new engine."""
+    from support.faults.gpu import GpuFaults
+
+    faults = GpuFaults()
+    with Server("--restart-engine", "--engine-stall-seconds", "3", **faults.environment) as server:
+        first = server.complete(max_tokens=20)
+        reader, engine = Reader(server), server.engine
+        faults.strike(kind)
+        struck = time.monotonic()
+        told = reader.end()
+        heard = time.monotonic() - struck
+        after = health(server)
+        until(lambda: health(server) == "200 ready")
+        took = time.monotonic() - struck
+        again = server.complete(max_tokens=20)
+        same = again[0] == 200 and again[1]["choices"] == first[1]["choices"]
+        new = server.engine != engine
+        assert "fault:" in server.text()
+        return (f"{told}, {heard:.1f} s after the fault; /health {after}, 200 after {took:.1f} s with "
+                f"{'a new' if new else 'THE SAME'} engine; the same request is answered "
+                f"{'as before' if same else f'DIFFERENTLY: {again}'}")  # fmt: skip
+
+
+def gpu_trap() -> str:
+    """a kernel that traps in the engine's context in the middle of a stream, --restart-engine"""
+    return gpu_fault("trapped")
+
+
+def gpu_astray() -> str:
+    """a kernel that writes where there is no memory (an XID in the driver's log), --restart-engine"""
+    return gpu_fault("astray")
+
+
+def gpu_hung() -> str:
+    """a kernel that holds every multiprocessor, --restart-engine --engine-stall-seconds 3"""
+    return gpu_fault("hung")
+
+
 def main() -> None:
     """Runs the drills and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", default="", help="only drills whose name holds this")
-    only = parser.parse_args().only
+    parser.add_argument("--only", nargs="+", default=[""], help="only drills whose names hold one of these")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    given = parser.parse_args()
+    DEVICE[0] = given.device
+    if given.device == "cuda":
+        for drill in (gpu_trap, gpu_astray, gpu_hung):
+            case(drill)
     print("| what is done | what clients see |\n| --- | --- |")
-    for name, drill in CASES.items():
-        if only in name:
-            try:
-                seen = drill()
-            except Exception as error:
-                seen = f"THE DRILL FAILED: {type(error).__name__}: {error}"
-            print(f"| {(drill.__doc__ or name).strip()} | {' '.join(seen.split())} |", flush=True)
+    for wanted in given.only:
+        for name, drill in CASES.items():
+            if wanted in name:
+                show(drill)
+
+
+def show(drill: Callable[[], str]) -> None:
+    """Runs one drill and prints its row."""
+    try:
+        seen = drill()
+    except Exception as error:
+        seen = f"THE DRILL FAILED: {type(error).__name__}: {error}"
+    print(f"| {(drill.__doc__ or '').strip()} | {' '.join(seen.split())} |", flush=True)
 
 
 if __name__ == "__main__":

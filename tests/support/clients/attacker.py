@@ -27,13 +27,19 @@ CONFIG = {
 }  # fmt: skip
 
 
+# On a GPU the tiny model would answer faster than clients in Python can ask: about a billion parameters.
+LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 20, "num_attention_heads": 16,
+         "num_key_value_heads": 8}  # fmt: skip
+
+
 @cache
-def model(template: str = TEMPLATE) -> Path:
+def model(template: str = TEMPLATE, device: str = "cpu") -> Path:
     """A directory with a config, a tokenizer and a chat template; weights are left to --load-format dummy."""
     folder = Path(tempfile.mkdtemp(prefix="hostile-model-"))
     backend = trained()
     vocab = backend.get_vocab(with_added_tokens=True)
-    config = {**CONFIG, "vocab_size": len(vocab), "eos_token_id": vocab["<|im_end|>"]}
+    sizes = CONFIG if device == "cpu" else CONFIG | LARGE
+    config = {**sizes, "vocab_size": len(vocab), "eos_token_id": vocab["<|im_end|>"]}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text(backend.to_str())
     (folder / "tokenizer_config.json").write_text(
@@ -51,6 +57,7 @@ class Server:
         template: str = TEMPLATE,
         wait: bool = True,
         largest_file: int = 0,
+        device: str = "cpu",
         **environment: str,
     ) -> None:
         """largest_file: bytes to which a file may grow, as if the disk were full then; 0: any."""
@@ -58,10 +65,11 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         limit = ["prlimit", f"--fsize={largest_file}"] if largest_file else []
+        cpu = ("--cpu-kernels", "numpy", "--threads", "1") if device == "cpu" else ()
         command = [
             *limit,
-            sys.executable, "-m", "rvllm", "serve", "--model", str(model(template)), "--load-format", "dummy",
-            "--device", "cpu", "--cpu-kernels", "numpy", "--threads", "1", "--port", str(self.port),
+            sys.executable, "-m", "rvllm", "serve", "--model", str(model(template, device)),
+            "--load-format", "dummy", "--device", device, *cpu, "--port", str(self.port),
             "--served-model-name", "tiny", "--num-blocks", "1024", "--max-num-seqs", "8", *flags,
         ]  # fmt: skip
         first = environment.pop("PYTHONPATH", "")
@@ -74,7 +82,7 @@ class Server:
         if wait:
             self.wait()
 
-    def wait(self, seconds: float = 60.0) -> None:
+    def wait(self, seconds: float = 120.0) -> None:
         """Returns when it answers."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:

@@ -1,0 +1,1 @@
+"""Faults that drills and tests bring about: of a GPU, of weights."""
