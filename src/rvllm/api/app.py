@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import msgspec
@@ -41,8 +42,29 @@ ServiceHandler = Callable[[Service, Exchange, bytes], Awaitable[None]]
 
 def build_app(service: Service, gate: Gate) -> Starlette:
     """The ASGI application for a loaded model."""
+    routes = Routes(service, gate)
+    return Starlette(
+        routes=[
+            *routes.of_texts(),
+            *stateful_routes(service, gate, answering(service)),
+            *routes.of_the_server(),
+            *routes.of_documents(),
+            *page_routes(service, gate),
+        ],
+        exception_handlers={HTTPException: _http_error},
+        middleware=[Middleware(Guard, gate.config)],
+    )
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Every handler behind the gate, at its path."""
+
+    service: Service
+    gate: Gate
 
     def route(
+        self,
         method: str,
         path: str,
         handler: ServiceHandler,
@@ -52,74 +74,67 @@ def build_app(service: Service, gate: Gate) -> Starlette:
         open: bool = False,
         failure: Failure = openai_failure,
     ) -> Route:
-        bound = partial(handler, service)
-        endpoint = Endpoint(gate, name or path, bound, fields, open=open, failure=failure)  # type: ignore[arg-type]
+        """fields: the body's, which errors may name; open: answered without a key."""
+        bound = partial(handler, self.service)
+        endpoint = Endpoint(self.gate, name or path, bound, fields, open=open, failure=failure)  # type: ignore[arg-type]
         return Route(path, endpoint, methods=[method])
 
-    stateless = _stateless()
-    return Starlette(
-        routes=[
-            *(route("POST", path, handler, fields) for path, (handler, fields) in stateless.items()),
-            route(
-                "POST",
-                "/v1/chat/completions/batch",
-                generating(chat_batch),
-                ChatBatchRequest.__struct_fields__,
-            ),
-            *(
-                route("POST", path, generating(handler), fields, failure=anthropic.failure)
-                for path, handler, fields in (
-                    ("/v1/messages", messages, anthropic.MessagesRequest.__struct_fields__),
-                    (
-                        "/v1/messages/count_tokens",
-                        count_tokens,
-                        anthropic.CountTokensRequest.__struct_fields__,
-                    ),
-                )
-            ),
-            *(
-                route("POST", path, handler, fields)
-                for paths, handler, fields in (
-                    (("/classify",), classify, ClassifyRequest.__struct_fields__),
-                    (("/pooling",), pooling, PoolingRequest.__struct_fields__),
-                    (("/v1/score", "/score"), score, ScoreRequest.__struct_fields__),
-                    (("/v1/rerank", "/v2/rerank", "/rerank"), rerank, RerankRequest.__struct_fields__),
-                )
-                for path in paths
-            ),
-            route("GET", "/v1/models", system.list_models),
-            route("GET", "/v1/models/{name:path}", system.get_model, name="/v1/models/NAME"),
-            route("POST", "/tokenize", system.tokenize, ("prompt", "messages", "tools")),
-            route("POST", "/detokenize", system.detokenize, ("tokens",)),
-            route("GET", "/tokenizer_info", system.tokenizer_info),
-            *stateful_routes(service, gate, answering(service)),
-            route("GET", "/health", partial(system.health, gate), open=True),
-            *(route(method, "/ping", partial(system.health, gate), open=True) for method in ("GET", "POST")),
-            route("GET", "/ready", partial(system.health, gate), open=True),
-            route("GET", "/v2/health/ready", partial(system.ready, gate), open=True),
-            route("GET", "/v2/health/live", system.live, open=True),
-            route("GET", "/metrics", system.metrics, open=True),
-            route("GET", "/load", system.load),
-            route("GET", "/is_sleeping", system.is_sleeping),
-            route("POST", "/sleep", system.sleep),
-            route("POST", "/wake_up", system.wake_up),
-            route("GET", "/server_info", system.server_info),
-            route("GET", "/version", system.version, open=True),
-            Route(
-                "/openapi.json",
-                Endpoint(gate, "/openapi.json", partial(openapi, bool(gate.keys)), open=True),
-                methods=["GET"],
-            ),
-            Route(
-                "/docs",
-                Endpoint(gate, "/docs", partial(docs, service.served_name, bool(gate.keys)), open=True),
-                methods=["GET"],
-            ),
-            *page_routes(service, gate),
-        ],
-        exception_handlers={HTTPException: _http_error},
-        middleware=[Middleware(Guard, gate.config)],
-    )
+    def of_texts(self) -> Iterator[Route]:
+        """What takes a text or a conversation."""
+        for path, (handler, fields) in _stateless().items():
+            yield self.route("POST", path, handler, fields)
+        batch, message, count = ChatBatchRequest, anthropic.MessagesRequest, anthropic.CountTokensRequest
+        for path, answer, fields, failure in (
+            ("/v1/chat/completions/batch", chat_batch, batch.__struct_fields__, openai_failure),
+            ("/v1/messages", messages, message.__struct_fields__, anthropic.failure),
+            ("/v1/messages/count_tokens", count_tokens, count.__struct_fields__, anthropic.failure),
+        ):
+            yield self.route("POST", path, generating(answer), fields, failure=failure)
+        for paths, take, fields in (
+            (("/classify",), classify, ClassifyRequest.__struct_fields__),
+            (("/pooling",), pooling, PoolingRequest.__struct_fields__),
+            (("/v1/score", "/score"), score, ScoreRequest.__struct_fields__),
+            (("/v1/rerank", "/v2/rerank", "/rerank"), rerank, RerankRequest.__struct_fields__),
+        ):
+            for path in paths:
+                yield self.route("POST", path, take, fields)
+        yield self.route("POST", "/tokenize", system.tokenize, ("prompt", "messages", "tools"))
+        yield self.route("POST", "/detokenize", system.detokenize, ("tokens",))
+
+    def of_the_server(self) -> Iterator[Route]:
+        """What tells or changes the server's state."""
+        health, ready = partial(system.health, self.gate), partial(system.ready, self.gate)
+        yield self.route("GET", "/v1/models", system.list_models)
+        yield self.route("GET", "/v1/models/{name:path}", system.get_model, name="/v1/models/NAME")
+        for method, path, handler in (
+            ("GET", "/health", health),
+            ("GET", "/ping", health),
+            ("POST", "/ping", health),
+            ("GET", "/ready", health),
+            ("GET", "/v2/health/ready", ready),
+            ("GET", "/v2/health/live", system.live),
+            ("GET", "/metrics", system.metrics),
+            ("GET", "/version", system.version),
+        ):
+            yield self.route(method, path, handler, open=True)
+        for method, path, handler in (
+            ("GET", "/tokenizer_info", system.tokenizer_info),
+            ("GET", "/load", system.load),
+            ("GET", "/is_sleeping", system.is_sleeping),
+            ("POST", "/sleep", system.sleep),
+            ("POST", "/wake_up", system.wake_up),
+            ("GET", "/server_info", system.server_info),
+        ):
+            yield self.route(method, path, handler)
+
+    def of_documents(self) -> Iterator[Route]:
+        """The description of all the others."""
+        keys = bool(self.gate.keys)
+        for path, show in (
+            ("/openapi.json", partial(openapi, keys)),
+            ("/docs", partial(docs, self.service.served_name, keys)),
+        ):
+            yield Route(path, Endpoint(self.gate, path, show, open=True), methods=["GET"])
 
 
 def _stateless() -> dict[str, tuple[ServiceHandler, tuple[str, ...]]]:

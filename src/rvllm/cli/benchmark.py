@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
     from rvllm.backends.load import choose_device
     from rvllm.bench.gate import judge_all, page
     from rvllm.bench.profile import read_profiles
-    from rvllm.bench.report import changes, gated, read_json, samples_of, summarise, table, write_json
+    from rvllm.bench.report import changes, gated, read_json, table, write_json
     from rvllm.engine.core import EngineCore
 
     sizes = [_whole("--n", size) for size in args.n.split(",")]
@@ -88,17 +88,7 @@ def main(args: argparse.Namespace) -> int:
         if args.profile:
             _profile(core, sizes, (length or 32) + output_len // 2, about, profiles, args.json)
             return 0
-        results: list[Result] = []
-        samples: list[dict[str, list[float]]] = []
-        for n in sizes:
-            prompts = _prompts(core, config, n, length)
-            _check_room(core, prompts, output_len)
-            _measure(core, prompts, min(output_len, 8))
-            each = [_measure(core, prompts, output_len) for _ in range(runs)]
-            results.append(summarise(n, each))
-            samples.append(samples_of(n, each))
-            if sys.stderr.isatty():
-                print(f"N={n}: {results[-1].tokens_per_s:.1f} tok/s", file=sys.stderr)
+        results, samples = _measure_all(core, config, sizes, length, output_len, runs)
         device = core.stats().backend
     finally:
         core.close()
@@ -113,6 +103,30 @@ def main(args: argparse.Namespace) -> int:
         print(page(checks, code))
         return code
     return 0
+
+
+def _measure_all(
+    core: EngineCore,
+    config: EngineConfig,
+    sizes: Sequence[int],
+    length: int | None,
+    output_len: int,
+    runs: int,
+) -> tuple[list[Result], list[dict[str, list[float]]]]:
+    """Every batch size, warmed up: its result and the samples behind it."""
+    from rvllm.bench.report import samples_of, summarise
+
+    results, samples = [], []
+    for n in sizes:
+        prompts = _prompts(core, config, n, length)
+        _check_room(core, prompts, output_len)
+        _measure(core, prompts, min(output_len, 8))
+        each = [_measure(core, prompts, output_len) for _ in range(runs)]
+        results.append(summarise(n, each))
+        samples.append(samples_of(n, each))
+        if sys.stderr.isatty():
+            print(f"N={n}: {results[-1].tokens_per_s:.1f} tok/s", file=sys.stderr)
+    return results, samples
 
 
 def _profile(

@@ -215,6 +215,25 @@ class _Snapshot(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yields one family a figure."""
+        yield from self._requests_and_tokens()
+        yield from self._as_vllm_has_them()
+        yield self._step_histogram()
+        for name, (help, values) in self._infos.items():
+            info = GaugeMetricFamily(name, help, labels=list(values))
+            info.add_metric(list(values.values()), 1)
+            yield info
+        yield from self._kv_blocks()
+        if (ratio := self._engine.floor_ratio) is not None:
+            yield self._gauge(
+                "rvllm:decode_floor_ratio",
+                "Share of the limit: the least time of the last decode steps over the time they took.",
+                ratio,
+            )
+        yield self._kernels()
+        yield from self._engine_seconds()
+        yield from self._of_backend()
+
+    def _requests_and_tokens(self) -> Iterator[Metric]:
         engine = self._engine
         total = max(1, engine.blocks_total)
         yield self._gauge("vllm:num_requests_running", "Requests in the running batch.", engine.running)
@@ -233,12 +252,9 @@ class _Snapshot(Collector):
         yield self._counter(
             "vllm:prefix_cache_hits", "Prompt tokens found cached.", engine.cached_prompt_tokens
         )
-        yield from self._as_vllm_has_them()
-        yield self._step_histogram()
-        for name, (help, values) in self._infos.items():
-            info = GaugeMetricFamily(name, help, labels=list(values))
-            info.add_metric(list(values.values()), 1)
-            yield info
+
+    def _kv_blocks(self) -> Iterator[Metric]:
+        engine = self._engine
         yield self._gauge("rvllm:kv_blocks_total", "KV blocks there are.", engine.blocks_total)
         yield self._gauge("rvllm:kv_blocks_used", "KV blocks held by sequences.", engine.blocks_used)
         yield self._gauge(
@@ -258,13 +274,9 @@ class _Snapshot(Collector):
         how = {"swap": engine.swaps, "recompute": engine.preemptions - engine.swaps}
         yield self._by_label("rvllm:preemptions_by_mode", "Preemptions by what becomes of the blocks.",
                              "mode", how, True)  # fmt: skip
-        if engine.floor_ratio is not None:
-            yield self._gauge(
-                "rvllm:decode_floor_ratio",
-                "Share of the limit: the least time of the last decode steps over the time they took.",
-                engine.floor_ratio,
-            )
-        yield self._kernels()
+
+    def _engine_seconds(self) -> Iterator[Metric]:
+        engine = self._engine
         yield self._counter("rvllm:engine_steps", "Steps computed.", engine.steps)
         yield self._counter("rvllm:engine_loop_seconds", "Seconds since ready.", engine.loop_seconds)
         yield self._counter("rvllm:engine_idle_seconds", "Seconds without work.", engine.idle_seconds)
@@ -281,7 +293,6 @@ class _Snapshot(Collector):
         )
         yield self._gauge("rvllm:grammar_mask_p50_seconds", waited + "median.", engine.mask_p50_seconds)
         yield self._gauge("rvllm:grammar_mask_p99_seconds", waited + "p99.", engine.mask_p99_seconds)
-        yield from self._of_backend()
 
     def _as_vllm_has_them(self) -> Iterator[Metric]:
         """What dashboards made for vLLM ask for besides; what we have none of is 0."""

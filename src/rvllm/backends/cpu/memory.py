@@ -102,7 +102,7 @@ def workspace_bytes(program: Program, config: EngineConfig) -> int:
     if embedding_size(program) is None:
         tokens = config.max_num_batched_tokens or DEFAULT_TOKENS
     else:
-        tokens = _encoder_limits(program, config).max_num_batched_tokens
+        _, tokens = encoder_lengths(program, config, ENCODER_TOKENS)
     return plan_workspace(program.ops, *rows_of_a_step(tokens, config.max_num_seqs)).nbytes
 
 
@@ -125,27 +125,12 @@ def plan_memory(
     host_blocks = asked_host_blocks(program, config)
     host = host_blocks * BLOCK * per_token
     left = free - weights - workspace - RESERVE - host
-    if left < 0 <= left + host:
-        raise CapacityError(
-            f"--num-cpu-blocks {host_blocks} take {host / GB:.2f} GB, the weights {weights / GB:.2f} GB "
-            f"{form}, a step {(workspace + RESERVE) / GB:.2f} GB, and only {free / GB:.2f} GB of memory are "
-            f"free; lower it to {(left + host) // max(1, BLOCK * per_token)} or less"
-        )
     if left < 0:
-        raise CapacityError(
-            f"the weights take {weights / GB:.2f} GB {form}, a step {(workspace + RESERVE) / GB:.2f} GB, "
-            f"and only {free / GB:.2f} GB of memory are free; choose a smaller model (--model), a GPU "
-            "(--device cuda) or a lower --max-num-batched-tokens"
-        )
+        held = f"the weights take {weights / GB:.2f} GB {form}"
+        raise _too_little(free, held, workspace, left, host_blocks, BLOCK * per_token)
     wanted = asked_length(program, config)
     if embedding_size(program) is not None:
-        limits = _encoder_limits(program, config)
-        if limits.num_blocks * BLOCK * per_token > left:
-            raise CapacityError(
-                f"keys and values of a step of {limits.max_num_batched_tokens} tokens need "
-                f"{limits.num_blocks * BLOCK * per_token / GB:.2f} GB, and {left / GB:.2f} GB are left; "
-                "lower --max-model-len or --max-num-batched-tokens"
-            )
+        limits = _encoder_limits(program, config, left, per_token)
         return MemoryPlan(weights, per_token, limits, workspace_bytes=workspace)
     a_slot = program.state_elements_per_slot * ELEMENT
     sequences = _sequences(config, a_slot, left)
@@ -158,12 +143,8 @@ def plan_memory(
             "or raise --kv-cache-memory-gb or --num-blocks"
         )
     limit = min(program.max_position, longest) if wanted is None else wanted
-    most = _blocks_for(limit) * sequences  # more could never be used at once
-    keep = (
-        blocks
-        if config.num_blocks is not None or config.kv_cache_memory_gb is not None
-        else min(blocks, most)
-    )
+    if config.num_blocks is None and config.kv_cache_memory_gb is None:
+        blocks = min(blocks, _blocks_for(limit) * sequences)  # more could never be used at once
     return MemoryPlan(
         weight_bytes=weights,
         kv_bytes_per_token=per_token,
@@ -174,13 +155,30 @@ def plan_memory(
             max_num_batched_tokens=config.max_num_batched_tokens or DEFAULT_TOKENS,
             max_model_len=limit,
             block_size=BLOCK,
-            num_blocks=keep,
+            num_blocks=blocks,
             pipeline_depth=1,
             num_cpu_blocks=host_blocks,
             block_move_seconds=BLOCK * per_token / COPY_RATE,
             block_copies=not program.states,
             prefix_reuse=not program.states,
         ),
+    )
+
+
+def _too_little(
+    free: int, weights: str, workspace: int, left: int, host_blocks: int, block_bytes: int
+) -> CapacityError:
+    """Nothing is left for a KV cache; left: bytes, below 0; host_blocks: of the second tier."""
+    step = f"a step {(workspace + RESERVE) / GB:.2f} GB, and only {free / GB:.2f} GB of memory are free"
+    host = host_blocks * block_bytes
+    if left + host >= 0:
+        return CapacityError(
+            f"--num-cpu-blocks {host_blocks} take {host / GB:.2f} GB, {weights}, {step}; lower it to "
+            f"{(left + host) // max(1, block_bytes)} or less"
+        )
+    return CapacityError(
+        f"{weights}, {step}; choose a smaller model (--model), a GPU (--device cuda) or a lower "
+        "--max-num-batched-tokens"
     )
 
 
@@ -201,18 +199,25 @@ def _sequences(config: EngineConfig, a_slot: int, free: int) -> int:
     return min(config.max_num_seqs, budget // a_slot)
 
 
-def _encoder_limits(program: Program, config: EngineConfig) -> Limits:
+def _encoder_limits(program: Program, config: EngineConfig, left: int, per_token: int) -> Limits:
     """Texts are computed whole, and their keys and values, if any, lie in blocks of the step alone.
 
-    Raises UsageError when the longest text finds no step.
+    left: bytes for them. Raises UsageError when the longest text finds no step, CapacityError when a step's
+    keys and values do not fit.
     """
     longest, tokens = encoder_lengths(program, config, ENCODER_TOKENS)
+    blocks = _blocks_for(tokens) + config.max_num_seqs if program.caches else 0
+    if blocks * BLOCK * per_token > left:
+        raise CapacityError(
+            f"keys and values of a step of {tokens} tokens need {blocks * BLOCK * per_token / GB:.2f} GB, "
+            f"and {left / GB:.2f} GB are left; lower --max-model-len or --max-num-batched-tokens"
+        )
     return Limits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=tokens,
         max_model_len=longest,
         block_size=BLOCK,
-        num_blocks=_blocks_for(tokens) + config.max_num_seqs if program.caches else 0,
+        num_blocks=blocks,
         pipeline_depth=1,
     )
 

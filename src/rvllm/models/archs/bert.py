@@ -11,6 +11,7 @@ from rvllm.models.config import ModelConfig
 from rvllm.models.pooling import CLASSIFIER, PoolingChoice, labels_of, pooling_of
 from rvllm.program.builder import ProgramBuilder
 from rvllm.program.dtypes import DType
+from rvllm.program.ops.base import Activation
 from rvllm.program.ops.dense import Activate, Add, Buffer, Embed, Linear, Norm, Part, Program
 from rvllm.program.ops.encoder import AddPositions, Classify, Pool, TextAttention
 
@@ -50,29 +51,7 @@ def build(config: ModelConfig, dtype: DType) -> Program:
     )  # fmt: skip
     b.norm("embed_norm", x, "embeddings.LayerNorm")
     for layer in range(config.int("num_hidden_layers", high=4096)):
-        name, source = f"layers.{layer}", f"encoder.layer.{layer}"
-
-        attn = f"{source}.attention"
-        qkv = b.linear(
-            f"{name}.qkv", x, [f"{attn}.self.{which}" for which in ("query", "key", "value")], hidden
-        )
-        mixed = b.emit(
-            TextAttention(
-                name=f"{name}.attn", qkv=qkv, out=b.buffer(f"{name}.attn.out", hidden),
-                heads=heads, head_dim=hidden // heads, scale=(hidden // heads) ** -0.5,
-            )
-        ).out  # fmt: skip
-        y = b.linear(f"{name}.o", mixed, [f"{attn}.output.dense"], hidden)
-        b.emit(Add(name=f"{name}.attn.add", x=x, y=y))
-        b.norm(f"{name}.attn_norm", x, f"{attn}.output.LayerNorm")
-
-        up = b.linear(f"{name}.mlp.up", x, [f"{source}.intermediate.dense"], width)
-        act = b.buffer(f"{name}.mlp.act.out", width)
-        b.emit(Activate(name=f"{name}.mlp.act", x=up, out=act, activation=activation))
-        y = b.linear(f"{name}.mlp.down", act, [f"{source}.output.dense"], hidden)
-        b.emit(Add(name=f"{name}.mlp.add", x=x, y=y))
-        b.norm(f"{name}.mlp_norm", x, f"{source}.output.LayerNorm")
-
+        _layer(b, x, layer, heads, width, activation)
     if config.architecture.endswith(CLASSIFIER):
         _classifier(b, config, x)
         return b.finish()
@@ -89,6 +68,32 @@ def build(config: ModelConfig, dtype: DType) -> Program:
     out = b.buffer("embeddings", hidden, "samples", DType.F32)
     b.emit(Pool(name="pool", x=x, out=out, how=choice.how, normalise=choice.normalise))
     return b.finish()
+
+
+def _layer(b: Encoder, x: Buffer, layer: int, heads: int, width: int, activation: Activation) -> None:
+    """Attention and a two-layer perceptron, each added to x and normalised behind it."""
+    name, source = f"layers.{layer}", f"encoder.layer.{layer}"
+
+    attn = f"{source}.attention"
+    qkv = b.linear(
+        f"{name}.qkv", x, [f"{attn}.self.{which}" for which in ("query", "key", "value")], b.hidden
+    )
+    mixed = b.emit(
+        TextAttention(
+            name=f"{name}.attn", qkv=qkv, out=b.buffer(f"{name}.attn.out", b.hidden),
+            heads=heads, head_dim=b.hidden // heads, scale=(b.hidden // heads) ** -0.5,
+        )
+    ).out  # fmt: skip
+    y = b.linear(f"{name}.o", mixed, [f"{attn}.output.dense"], b.hidden)
+    b.emit(Add(name=f"{name}.attn.add", x=x, y=y))
+    b.norm(f"{name}.attn_norm", x, f"{attn}.output.LayerNorm")
+
+    up = b.linear(f"{name}.mlp.up", x, [f"{source}.intermediate.dense"], width)
+    act = b.buffer(f"{name}.mlp.act.out", width)
+    b.emit(Activate(name=f"{name}.mlp.act", x=up, out=act, activation=activation))
+    y = b.linear(f"{name}.mlp.down", act, [f"{source}.output.dense"], b.hidden)
+    b.emit(Add(name=f"{name}.mlp.add", x=x, y=y))
+    b.norm(f"{name}.mlp_norm", x, f"{source}.output.LayerNorm")
 
 
 def _classifier(b: Encoder, config: ModelConfig, x: Buffer) -> None:
