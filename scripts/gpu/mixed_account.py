@@ -4,23 +4,32 @@
 
 All requests are submitted at once to the in-process engine with random weights. A table of kinds of
 steps follows: their tokens and padded tokens, the device's time in them and idle before them; then the
-host's time, and steps by padded size.
+host's time, and steps by padded size. --trace writes every step as JSON, one a line. --costs first times
+steps of so many decodes and so many prompt tokens each, and every kernel of one of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
+import numpy as np
+
 from rvllm import LLM, SamplingParams
-from rvllm.backends.base import StepBatch, StepResult
+from rvllm.backends.base import SamplingSpec, SlotStart, StepBatch, StepResult
 from rvllm.backends.cuda.backend import CudaBackend
 from rvllm.backends.cuda.buckets import bucket_of
+from rvllm.backends.cuda.device.launches import Counts
 from rvllm.backends.cuda.layout.metadata import leading_decodes
+from rvllm.backends.cuda.profile import profile_launches
+
+CONTEXT, PROMPT = 352, 192  # tokens of a decode's context and of a prompt, in steps timed by themselves
 
 
 @dataclass
@@ -32,6 +41,8 @@ class Record:
     prompts: int
     tokens: int
     padded: int
+    samples: int
+    keys: int  # tokens that decodes attend to
     device: float = 0.0
     idle: float = 0.0
     launch: float = 0.0
@@ -57,7 +68,9 @@ class Account:
         kind = "decodes" if alone else "mixed" if decodes else "prompts"
         began = time.perf_counter()
         handle = self._launch(batch)
-        record = Record(kind, seqs, seqs - decodes, batch.num_tokens, bucket_of(sizes, batch.num_tokens))
+        padded = bucket_of(sizes, batch.num_tokens)
+        keys = int(batch.starts[:decodes].sum()) + decodes
+        record = Record(kind, seqs, seqs - decodes, batch.num_tokens, padded, int(batch.sample.sum()), keys)
         record.launch = time.perf_counter() - began
         self.records[id(handle)] = record
         return handle
@@ -109,6 +122,69 @@ def table(records: list[Record], wall: float, key: Any) -> None:
         )
 
 
+def step_of(decodes: int, prompt_tokens: int, vocab: int) -> StepBatch:
+    """A step of so many decodes of CONTEXT tokens, and of prompts of PROMPT tokens, the last one shorter."""
+    prompts = [PROMPT] * (prompt_tokens // PROMPT)
+    prompts += [prompt_tokens % PROMPT] if prompt_tokens % PROMPT else []
+    seqs, blocks = decodes + len(prompts), CONTEXT // 16
+    slots = np.arange(seqs, dtype=np.int32)
+    table: list[Any] = [np.repeat(slots, blocks), np.tile(np.arange(blocks), seqs), np.arange(seqs * blocks)]
+    rng = np.random.default_rng(0)
+    return StepBatch(
+        step=0,
+        slots=slots,
+        query_lens=np.array([1] * decodes + prompts, dtype=np.int32),
+        starts=np.array([CONTEXT - 1] * decodes + [0] * len(prompts), dtype=np.int32),
+        tokens=rng.integers(0, vocab, decodes + prompt_tokens).astype(np.int32),
+        sample=np.ones(seqs, dtype=np.bool_),
+        started=[SlotStart(s, SamplingSpec(), np.zeros(1, dtype=np.int32), 1) for s in range(seqs)],
+        new_blocks=np.stack(table, axis=1).astype(np.int32),
+    )
+
+
+def step_costs(backend: CudaBackend, vocab: int, most: int) -> None:
+    """Prints device milliseconds of steps by decodes and prompt tokens."""
+    prompts = [0, 32, 64, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1536, 1792, 2048, 3072, 4096]
+    print("ms a step by decodes (lines) and prompt tokens")
+    print(f"{'':>5}", *(f"{p:6}" for p in prompts))
+    for decodes in [0, 1, 16, 32, 64, 96, 128, 160, 192, 224, 240, 248, 256]:
+        cells = []
+        for count in prompts:
+            seqs = decodes + -(-count // PROMPT)
+            if not seqs or seqs > most or (count > 1024 and decodes not in (0, 64, 192, 224, 240)):
+                cells.append(f"{'':>6}")
+                continue
+            batch = step_of(decodes, count, vocab)
+            again = StepBatch(1, batch.slots, batch.query_lens, batch.starts, batch.tokens, batch.sample)
+            handles = [backend.launch(batch), backend.launch(again)]
+            times = []
+            for turn in range(4):
+                times.append(backend.collect(handles.pop(0)).device_seconds)
+                if turn < 2:
+                    handles.append(backend.launch(again))
+            cells.append(f"{1e3 * median(times[1:]):6.2f}")
+        print(f"{decodes:5}", *cells, flush=True)
+
+
+def kernel_costs(backend: CudaBackend, decodes: int, prompt_tokens: int, vocab: int) -> None:
+    """Prints every kernel of one step with prompts; the head is a graph of its own."""
+    batch = step_of(decodes, prompt_tokens, vocab)
+    for _ in range(2):  # leaves the step's metadata and slots on the device
+        backend.collect(backend.launch(batch))
+    size = bucket_of(backend._planner.token_sizes(), batch.num_tokens)
+    counts = Counts(size, backend._shape.seqs, 0)
+    rows, step = profile_launches(
+        backend._planner.body(size), {}, backend._catalog, backend._stream, counts, pdl=True
+    )
+    total = sum(r.count * r.seconds for r in rows)
+    print(
+        f"{decodes} decodes and {prompt_tokens} prompt tokens: {1e3 * step:.2f} ms, kernels {1e3 * total:.2f}"
+    )
+    for r in rows:
+        all_of_them = 1e3 * r.count * r.seconds
+        print(f"{r.op:>24} {r.kernel:<36} {r.count:4} x {1e6 * r.seconds:7.1f} us, {all_of_them:6.2f} ms")
+
+
 def main() -> None:
     """Runs the workload and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -117,6 +193,8 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--max-num-batched-tokens", type=int, default=None)
+    parser.add_argument("--trace", help="file for every step, one JSON object a line")
+    parser.add_argument("--costs", action="store_true")
     args = parser.parse_args()
     extra = (
         {} if args.max_num_batched_tokens is None else {"max_num_batched_tokens": args.max_num_batched_tokens}
@@ -128,6 +206,11 @@ def main() -> None:
     backend = llm.engine.backend
     assert isinstance(backend, CudaBackend)
     backend.capture_all()
+    if args.costs:
+        vocab = llm.engine.facts.vocab_size
+        step_costs(backend, vocab, args.max_num_seqs)
+        kernel_costs(backend, 240, 256, vocab)
+        kernel_costs(backend, 240, 1808, vocab)
     llm.generate(*requests(1, 60), use_tqdm=False)
     account = Account(backend)
     before = llm.engine.counters.host_seconds
@@ -146,6 +229,9 @@ def main() -> None:
         f"scheduling and updating {host:.2f}, launching {sum(r.launch for r in rows):.2f}, waiting "
         f"{sum(r.wait for r in rows):.2f} s"
     )
+    if args.trace:
+        with open(args.trace, "w") as file:
+            file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
     table(rows, wall, lambda r: r.kind)
     table(rows, wall, lambda r: (r.kind, r.padded))
 

@@ -10,8 +10,9 @@ import pytest
 
 from rvllm.backends.base import MOVE_IN, MOVE_OUT
 from rvllm.backends.cuda.backend import CudaBackend
-from rvllm.backends.cuda.device.driver import Pinned, Stream
+from rvllm.backends.cuda.device.driver import Event, Pinned, Stream
 from rvllm.backends.cuda.device.host_blocks import MAX_PITCH, HostBlocks, Run, runs_of
+from rvllm.engine.blocks import BlockManager
 from rvllm.engine.ipc.messages import Sampling
 from rvllm.program.dtypes import DType
 from support.emulator.driver import emulated_driver
@@ -41,18 +42,55 @@ def test_blocks_go_and_come_back_bit_for_bit() -> None:
         for memory, _ in caches:
             memory.array[:] = rng.integers(0, 256, memory.nbytes)
         before = [memory.array.reshape(10, width).copy() for memory, width in caches]
-        host.move(np.array([(MOVE_OUT, 7, 2), (MOVE_OUT, 3, 0)], np.int32), stream)
+        host.move(np.array([(MOVE_OUT, 7, 2), (MOVE_OUT, 3, 0)], np.int32), None, stream)
         for memory, _ in caches:
             memory.array[:] = 255
-        host.move(
-            np.array([(MOVE_IN, 1, 2), (MOVE_OUT, 1, 3), (MOVE_IN, 9, 3), (MOVE_IN, 4, 0)], np.int32), stream
-        )
+        moves = [(MOVE_IN, 1, 2), (MOVE_OUT, 1, 3), (MOVE_IN, 9, 3), (MOVE_IN, 4, 0)]
+        host.move(np.array(moves, np.int32), None, stream)
         stream.sync()
         for (memory, width), was in zip(caches, before, strict=True):
             now = memory.array.reshape(10, width)
             assert (now[[1, 9, 4]] == was[[7, 7, 3]]).all() and (now[[0, 2, 3, 5, 6, 7, 8]] == 255).all()
         host.close()
         stream.close()
+
+
+def test_copies_run_beside_steps_but_never_under_one_that_uses_the_block() -> None:
+    with emulated_driver(streams="first late"):  # steps happen when they must, copies as soon as they can
+        steps, ended, again = Stream(), Event(), Event()
+        cache, read = Pinned(4 * 32), Pinned(32)
+        host = HostBlocks([(cache.address, 32)], 2)
+        cache.array[:] = np.arange(4 * 32) % 251
+        was = cache.array.reshape(4, 32).copy()
+        host.move(np.array([(MOVE_OUT, 0, 0)], np.int32), None, steps)
+        steps.copy_to_host(read.address, cache.address + 32, 32)  # a step that reads block 1
+        ended.record(steps)
+        host.move(np.array([(MOVE_OUT, 2, 1), (MOVE_IN, 3, 0)], np.int32), None, steps)
+        assert (cache.array.reshape(4, 32)[3] == was[0]).all() and not ended.done()
+        host.move(np.array([(MOVE_IN, 1, 1)], np.int32), ended, steps)
+        assert ended.done() and (read.array == was[1]).all()
+        again.record(steps)
+        again.wait()
+        assert (cache.array.reshape(4, 32) == was[[0, 2, 2, 0]]).all()
+        host.close()
+        steps.close()
+
+
+def test_a_block_that_comes_back_waits_for_the_steps_that_used_its_place() -> None:
+    blocks = BlockManager(3, 4, num_cpu_blocks=4)
+    held = blocks.take(3)
+    for block, digest in zip(held, (b"a", b"b", b"c"), strict=True):
+        blocks.publish(block, digest)
+    blocks.steps = 5  # 0 to 4 are launched, the last of them uses block held[1]
+    blocks.release(held[:1])
+    blocks.steps = 6
+    blocks.release(held[1:2])
+    blocks.take(1)
+    assert blocks.take_moves() == ([(MOVE_OUT, held[0], 0)], -1)
+    assert blocks.share(blocks.find([b"a"]), [b"a"]) == [held[1]]
+    moves, after = blocks.take_moves()
+    assert [kind for kind, _, _ in moves] == [MOVE_OUT, MOVE_IN] and after == 5
+    assert blocks.take_moves() == ([], -1)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++, which is not here")
@@ -69,7 +107,7 @@ def test_an_evicted_prefix_comes_back_on_the_device() -> None:
         num_gpu_blocks=6,
         num_cpu_blocks=9,
     )
-    with emulated_driver():
+    with emulated_driver(streams="late"):  # a step that did not wait for its copies would read too early
         core = core_of(CudaBackend.load(program_of(config, DType.F16), checkpoint, engine), config, engine)
         first, _, again = (run(core, [one])[0] for one in asked)
         stats = core.stats()

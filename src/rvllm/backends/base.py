@@ -75,9 +75,11 @@ class StepBatch:
     that its slot sampled in the step before.
     sample: bool [S]; whether a token is drawn from the sequence's last row (false for all but the last
     chunk of a prompt).
-    moves: int32 [M, 3] rows (kind, block, other) of KV blocks to copy, in their order, after all earlier
-    steps and before anything of this one: MOVE_OUT from device block `block` to host block `other`, MOVE_IN
-    from host block `other` to device block `block`, COPY from device block `block` to device block `other`.
+    moves: int32 [M, 3] rows (kind, block, other) of KV blocks to copy, in their order and after the moves of
+    earlier steps, before anything of this one: MOVE_OUT from device block `block` to host block `other`,
+    MOVE_IN from host block `other` to device block `block`, COPY from device block `block` to device block
+    `other`. What moves out was written by steps that are collected, and no step under way writes it.
+    moves_after: the last step that may use a block that these moves write; later ones may still run.
     started: slots taken since the last step; they come before anything else is done but the moves.
     new_blocks: int32 [B, 3] rows (slot, index, block): block-table entries to set before the step. A
     SlotStart empties the slot's table first.
@@ -96,6 +98,7 @@ class StepBatch:
     started: list[SlotStart] = field(default_factory=list)
     new_blocks: Int32 = field(default_factory=lambda: np.empty((0, 3), dtype=np.int32))
     moves: Int32 = field(default_factory=lambda: np.empty((0, 3), dtype=np.int32))
+    moves_after: int = -1
     prompt_logprobs: dict[int, int] = field(default_factory=dict)
     masks: dict[int, NDArray[np.uint32]] = field(default_factory=dict)
     seconds: dict[int, int] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import islice
@@ -42,6 +42,8 @@ class BlockManager:
     take, but found by the digest of what it holds). Empty blocks are taken first, then the cached block
     that was released longest ago. With a tier in host memory, what that one held moves there, and comes back
     when it is shared; the copies gather in `take_moves`, in the order in which they must happen.
+
+    steps: how many steps were planned so far, which the scheduler keeps up to date.
     """
 
     def __init__(
@@ -52,13 +54,16 @@ class BlockManager:
         self.caching = caching
         self.host = HostBlocks(num_cpu_blocks) if caching and num_cpu_blocks else None
         self.moved_out = self.moved_in = 0
+        self.steps = 0
         self._moves: list[tuple[int, int, int]] = []
+        self._moves_after = -1
+        self._last_use = [-1] * num_blocks  # the last step that may use a block that was released
         self._not_worth_moving: set[int] = set()
         self.forgotten: Forgotten | None = None
         self._references = [0] * num_blocks
         self._digest: list[Digest | None] = [None] * num_blocks
         self._by_digest: dict[Digest, int] = {}
-        self._empty = list(range(num_blocks - 1, -1, -1))
+        self._empty = deque(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # longest released first
 
     @property
@@ -125,6 +130,7 @@ class BlockManager:
             self._by_digest[digests[i]] = block
             self._digest[block] = digests[i]
             self._moves.append((MOVE_IN, block, other))
+            self._moves_after = max(self._moves_after, self._last_use[block])
             self.host.free(other)
         self.moved_in += len(places)
         return found
@@ -132,11 +138,16 @@ class BlockManager:
     def copy(self, block: int, to: int) -> None:
         """Has a block of the device copied to one that was just taken."""
         self._moves.append((COPY, block, to))
+        self._moves_after = self.steps - 1  # the step before may write what is copied
 
-    def take_moves(self) -> list[tuple[int, int, int]]:
-        """The copies to be made before the next step, rows of StepBatch.moves; they are the caller's now."""
-        moves, self._moves = self._moves, []
-        return moves
+    def take_moves(self) -> tuple[list[tuple[int, int, int]], int]:
+        """The copies to be made before the next step, rows of StepBatch.moves, and its moves_after.
+
+        They are the caller's now.
+        """
+        moves, after = self._moves, self._moves_after
+        self._moves, self._moves_after = [], -1
+        return moves, after
 
     def take(self, count: int) -> list[int]:
         """`count` blocks with one reference each; there must be so many available."""
@@ -144,7 +155,8 @@ class BlockManager:
 
     def _take_one(self) -> int:
         if self._empty:
-            block = self._empty.pop()
+            # Steps under way may still use what was released last; what is moved in waits for them.
+            block = self._empty.pop() if self.host is None else self._empty.popleft()
         else:
             block, _ = self._cached.popitem(last=False)
             digest = self._digest[block]
@@ -175,6 +187,7 @@ class BlockManager:
         for block in reversed(blocks):
             references[block] -= 1
             if references[block] == 0:
+                self._last_use[block] = self.steps - 1
                 if self._digest[block] is None:
                     self._empty.append(block)
                 else:

@@ -90,7 +90,8 @@ class Scheduler:
         if not plan:
             return None
         self.steps += 1
-        plan.moves = self.blocks.take_moves()
+        self.blocks.steps = self.steps
+        plan.moves, plan.moves_after = self.blocks.take_moves()
         return plan.finish()
 
     def _plan_decodes(self, plan: StepPlan) -> list[Sequence]:

@@ -1,19 +1,21 @@
 """The CUDA driver as the backend calls it, over the emulator: whole models run where there is no GPU.
 
 `emulated_driver()` puts it in place of the bindings. Everything happens when it is queued, or, while a stream
-captures, when its graph is launched.
+captures, when its graph is launched. With `streams` it happens as late as the driver's rules allow, so that
+work which does not wait for what it needs is found out.
 """
 
 from __future__ import annotations
 
 import ctypes
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import numpy as np
@@ -30,6 +32,7 @@ OK = SimpleNamespace(value=0, name="CUDA_SUCCESS")
 INVALID_VALUE = SimpleNamespace(value=1, name="CUDA_ERROR_INVALID_VALUE")
 NOT_READY = SimpleNamespace(value=600, name="CUDA_ERROR_NOT_READY")
 Work = Callable[[], None]
+Streams = Literal["at once", "late", "first late"]
 
 
 class _Names:
@@ -46,14 +49,48 @@ class _Function:
 
 
 class _Stream:
-    def __init__(self) -> None:
+    """late: what is queued waits until somebody waits for it."""
+
+    def __init__(self, late: bool) -> None:
         self.captured: list[Work] | None = None
+        self.late = late
+        self.pending: deque[Work] = deque()
 
     def queue(self, work: Work) -> None:
-        if self.captured is None:
-            work()
-        else:
+        if self.captured is not None:
             self.captured.append(work)
+        elif self.late:
+            self.pending.append(work)
+        else:
+            work()
+
+    def drain(self) -> None:
+        while self.pending:
+            self.pending.popleft()()
+
+
+class _Event:
+    """How often it was recorded, and how often that has happened."""
+
+    def __init__(self) -> None:
+        self.recorded = self.happened = 0
+        self.at = 0.0
+        self.stream: _Stream | None = None
+
+    def record(self, stream: _Stream) -> None:
+        self.recorded += 1
+        self.stream = stream
+        stream.queue(self.happen)
+
+    def happen(self) -> None:
+        self.happened += 1
+        self.at = time.perf_counter()
+
+    def reach(self, count: int) -> None:
+        """Has it happen so often."""
+        while self.happened < count:
+            assert self.stream is not None
+            self.stream.pending.popleft()()
 
 
 _FACTS = {
@@ -76,8 +113,10 @@ class EmulatedDriver:
     CUfunction_attribute = CUlaunchAttributeID = CUmemorytype = _Names()
     CUlaunchConfig = SimpleNamespace
 
-    def __init__(self, order: int | None = None) -> None:
+    def __init__(self, order: int | None = None, streams: Streams = "at once") -> None:
         self.launcher = Launcher(order)
+        self._how = streams
+        self._streams: list[_Stream] = []
         self._pinned: dict[int, Any] = {}
         self._modules: list[dict[str, Kernel]] = []
 
@@ -189,6 +228,7 @@ class EmulatedDriver:
         return OK, self.launcher.memory.take(-(-nbytes // 256) * 256)
 
     def cuMemFree(self, address: int) -> tuple[Any, ...]:
+        self._drain()
         self.launcher.memory.give_back(address)
         self.launcher.chain.forget()
         return (OK,)
@@ -203,6 +243,7 @@ class EmulatedDriver:
         return OK, address
 
     def cuMemFreeHost(self, address: int) -> tuple[Any, ...]:
+        self._drain()
         del self._pinned[address]
         return (OK,)
 
@@ -210,6 +251,10 @@ class EmulatedDriver:
         how()
         self.launcher.chain.cut()  # copies wait for kernels, and kernels for copies
         self.launcher.chain.host_wrote(target, nbytes)
+
+    def _drain(self) -> None:
+        for stream in self._streams:
+            stream.drain()
 
     def cuMemcpyHtoD(self, target: int, source: int, nbytes: int) -> tuple[Any, ...]:
         self._write(target, nbytes, lambda: ctypes.memmove(target, source, nbytes))
@@ -249,9 +294,17 @@ class EmulatedDriver:
 
     # ---- streams and graphs
     def cuStreamCreate(self, flags: str) -> tuple[Any, ...]:
-        return OK, _Stream()
+        late = self._how == "late" or (self._how == "first late" and not self._streams)
+        self._streams.append(_Stream(late))
+        return OK, self._streams[-1]
 
     def cuStreamSynchronize(self, stream: _Stream) -> tuple[Any, ...]:
+        stream.drain()
+        return (OK,)
+
+    def cuStreamWaitEvent(self, stream: _Stream, event: _Event, flags: int) -> tuple[Any, ...]:
+        count = event.recorded
+        stream.queue(lambda: event.reach(count))
         return (OK,)
 
     def cuStreamDestroy(self, stream: _Stream) -> tuple[Any, ...]:
@@ -285,26 +338,36 @@ class EmulatedDriver:
             stream.queue(work)
         return (OK,)
 
-    # ---- events: the time at which they were recorded
+    # ---- events
     def cuEventCreate(self, flags: str) -> tuple[Any, ...]:
-        return OK, [0.0]
+        return OK, _Event()
 
-    def cuEventRecord(self, event: list[float], stream: _Stream) -> tuple[Any, ...]:
-        event[0] = time.perf_counter()
+    def cuEventRecord(self, event: _Event, stream: _Stream) -> tuple[Any, ...]:
+        event.record(stream)
         return (OK,)
 
-    def cuEventSynchronize(self, event: list[float]) -> tuple[Any, ...]:
+    def cuEventSynchronize(self, event: _Event) -> tuple[Any, ...]:
+        event.reach(event.recorded)
         return (OK,)
 
-    cuEventQuery = cuEventDestroy = cuEventSynchronize
+    def cuEventQuery(self, event: _Event) -> tuple[Any, ...]:
+        return (OK if event.happened == event.recorded else NOT_READY,)
 
-    def cuEventElapsedTime(self, earlier: list[float], later: list[float]) -> tuple[Any, ...]:
-        return OK, 1e3 * (later[0] - earlier[0])
+    def cuEventDestroy(self, event: _Event) -> tuple[Any, ...]:
+        return (OK,)
+
+    def cuEventElapsedTime(self, earlier: _Event, later: _Event) -> tuple[Any, ...]:
+        assert later.happened == later.recorded and earlier.happened == earlier.recorded
+        return OK, 1e3 * (later.at - earlier.at)
 
 
 @contextmanager
-def emulated_driver(order: int | None = None) -> Iterator[EmulatedDriver]:
-    """Within it the CUDA backend runs on the emulator."""
-    emulated = EmulatedDriver(order)
+def emulated_driver(order: int | None = None, streams: Streams = "at once") -> Iterator[EmulatedDriver]:
+    """Within it the CUDA backend runs on the emulator.
+
+    streams: when queued work happens: at once; late, when somebody waits for it; or late on the first stream
+    there is, and on others as soon as what they wait for has happened.
+    """
+    emulated = EmulatedDriver(order, streams)
     with patch.object(driver, "api", lambda: emulated), patch.object(build, "load", emulated.load):
         yield emulated

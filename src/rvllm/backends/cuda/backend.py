@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel, StepResult
-from rvllm.backends.cuda.device.driver import Pinned, Stream
+from rvllm.backends.cuda.device.driver import Event, Pinned, Stream
 from rvllm.backends.cuda.device.host_blocks import COPY_RATE, HostBlocks
 from rvllm.backends.cuda.device.launches import Counts
 from rvllm.backends.cuda.formats.choose import kept, say_expanded
@@ -159,7 +159,7 @@ class CudaBackend:
         for entry in batch.started:
             self._scorer.start(entry)
         if self._host is not None:
-            self._host.move(batch.moves, self._stream)
+            self._host.move(batch.moves, self._end_of(batch.moves_after), self._stream)
         self._starter.start(batch.started)
         self._send_masks(flight)
         if decode:
@@ -185,6 +185,11 @@ class CudaBackend:
         flight.done.record(self._stream)
         self._last = flight
         return flight
+
+    def _end_of(self, step: int) -> Event | None:
+        """The end of the last step under way that is not behind `step`; None where none is."""
+        under_way = [f for f in self._ring if f.under_way and f.batch.step <= step]
+        return max(under_way, key=lambda f: f.batch.step).ended if under_way else None
 
     def _tiles(self, batch: StepBatch) -> NDArray[np.int32]:
         """The blocks of query rows of sequences with several tokens; see `prefill_tiles`."""

@@ -163,6 +163,10 @@ class Stream:
         copy.WidthInBytes, copy.Height = width, rows
         call("cuMemcpy2DAsync", copy, self.handle)
 
+    def wait_for(self, event: Event) -> None:
+        """What is queued from here on waits for an event as it was recorded last; this thread does not."""
+        call("cuStreamWaitEvent", self.handle, event.handle, 0)
+
     def fill_bytes(self, target: int, value: int, nbytes: int) -> None:
         """Sets every byte of a range."""
         call("cuMemsetD8Async", target, value, nbytes, self.handle)

@@ -1,0 +1,190 @@
+"""The mixed run of `mixed_account.py` without a GPU: the real scheduler, and steps of measured lengths.
+
+    PYTHONPATH=src python scripts/gpu/mixed_simulate.py ACCOUNT [--set max_num_batched_tokens=2048 ...]
+
+ACCOUNT is what `mixed_account.py --costs` printed: milliseconds of steps by decodes and prompt tokens; what
+lies between is interpolated. The host's time is left out. Requests come all at once, or from `--clients`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepKernel, StepResult
+from rvllm.backends.cuda.layout.metadata import leading_decodes
+from rvllm.config import EngineConfig
+from rvllm.engine.core import EngineCore
+from rvllm.engine.ipc.messages import Generate, ModelFacts, Sampling
+from rvllm.settings import build
+
+CONTEXT = 352  # tokens of a decode's context in the measured steps
+KEY_SECONDS = 41e-9  # of a key that a decode attends to, over all layers of an 8B: 131 kB at 3.2 TB/s
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of steps: table[i, j] with decodes[i] decodes and prompts[j] prompt tokens."""
+
+    decodes: list[int]
+    prompts: list[int]
+    table: NDArray[np.float64]
+
+    @staticmethod
+    def read(path: Path) -> Costs:
+        """What was printed; cells that were not measured follow those to their left at the rate of line 0."""
+        lines = path.read_text().splitlines()
+        start = next(i for i, line in enumerate(lines) if line.startswith("ms a step by decodes"))
+        prompts = [int(word) for word in lines[start + 1].split()]
+        decodes, rows = list[int](), []
+        for line in lines[start + 2 :]:
+            cells = line[6:]
+            if not line[:5].strip().isdigit():
+                break
+            decodes.append(int(line[:5]))
+            words = [cells[7 * j : 7 * j + 6].strip() for j in range(len(prompts))]
+            rows.append([float(word) / 1e3 if word else np.nan for word in words])
+        table = np.array(rows)
+        table[0, 0] = 0.0
+        for j in range(1, len(prompts)):
+            gone = np.isnan(table[:, j])
+            table[gone, j] = table[gone, j - 1] + table[0, j] - table[0, j - 1]
+        return Costs(decodes, prompts, table)
+
+    def seconds(self, decodes: int, prompt_tokens: int, keys: int) -> float:
+        """Of a step; keys: what its decodes attend to, all together."""
+        i, x = _place(self.decodes, decodes)
+        j, y = _place(self.prompts, prompt_tokens)
+        t = self.table
+        low = (1 - y) * t[i, j] + y * t[i, j + 1]
+        high = (1 - y) * t[i + 1, j] + y * t[i + 1, j + 1]
+        return float((1 - x) * low + x * high + KEY_SECONDS * (keys - CONTEXT * decodes))
+
+
+def _place(points: list[int], value: int) -> tuple[int, float]:
+    i = min(bisect_right(points, value) - 1, len(points) - 2)
+    return i, (value - points[i]) / (points[i + 1] - points[i])
+
+
+@dataclass
+class Simulated:
+    """A backend whose steps do nothing and take what they cost; `now` is its clock."""
+
+    costs: Costs
+    limits: Limits
+    now: float = 0.0
+    kinds: dict[str, list[float]] = field(default_factory=dict)
+    name: str = "simulated"
+
+    def launch(self, batch: StepBatch) -> StepBatch:
+        """The batch is its own handle."""
+        return batch
+
+    def collect(self, batch: StepBatch) -> StepResult:
+        """Moves the clock on."""
+        decodes, seqs = leading_decodes(batch.query_lens), len(batch.slots)
+        keys = int(batch.starts[:decodes].sum()) + decodes
+        seconds = self.costs.seconds(decodes, batch.num_tokens - decodes, keys)
+        self.now += seconds
+        kind = "decodes" if seqs == decodes else "mixed" if decodes else "prompts"
+        self.kinds.setdefault(kind, []).append(seconds)
+        tokens = np.where(batch.sample, 1, -1).astype(np.int32)
+        return StepResult(batch.step, tokens, device_seconds=seconds)
+
+    def ledger(self) -> list[LedgerLine]:
+        """No memory."""
+        return []
+
+    def last_kernels(self) -> list[StepKernel]:
+        """No kernels."""
+        return []
+
+    def stats(self) -> dict[str, float]:
+        """No figures."""
+        return {}
+
+    def decode_floor(self, seqs: int, context: int) -> None:
+        """Unknown."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def sharegpt(seed: int, count: int) -> list[tuple[int, int]]:
+    """Lengths (prompt, output) as `mixed_account.py` draws them."""
+    rng = random.Random(seed)
+    lengths = []
+    for _ in range(count):
+        n = max(4, min(1024, int(rng.lognormvariate(4.7, 1.2))))
+        m = max(4, min(1024, int(rng.lognormvariate(5.1, 0.9))))
+        for _ in range(n):
+            rng.randrange(1000, 100000)
+        lengths.append((n, m))
+    return lengths
+
+
+def main() -> None:
+    """Runs the workload and prints what it took."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("account", type=Path)
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--lengths", help="PROMPT:OUTPUT instead of ShareGPT's")
+    parser.add_argument(
+        "--clients", type=int, help="so many at once, each with its next request when it is answered"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE")
+    args = parser.parse_args()
+    settings: dict[str, Any] = dict(pair.split("=") for pair in args.set)
+    config = build(EngineConfig, {"model": "none", "max_num_seqs": args.max_num_seqs, **settings})
+    limits = Limits(
+        max_num_seqs=args.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens or 8192,
+        max_model_len=4096, block_size=16, num_blocks=52000, pipeline_depth=2,
+    )  # fmt: skip
+    backend = Simulated(Costs.read(args.account), limits)
+    facts = ModelFacts(architecture="none", model_path="", vocab_size=128256, max_model_len=4096)
+    core = EngineCore(backend, facts, config)
+    lengths = sharegpt(args.seed, args.requests)
+    if args.lengths:
+        lengths = [(int(args.lengths.split(":")[0]), int(args.lengths.split(":")[1]))] * args.requests
+    rng = random.Random(0)
+    todo = [
+        Generate(str(i), [rng.randrange(1000, 100000) for _ in range(n)], Sampling(max_tokens=m))
+        for i, (n, m) in reversed(list(enumerate(lengths)))
+    ]
+    came: dict[str, float] = {}
+    firsts, gaps, last = list[float](), list[float](), dict[str, float]()
+    alive = 0
+    while todo or alive:
+        while todo and (args.clients is None or alive < args.clients):
+            request = todo.pop()
+            came[request.request_id] = backend.now
+            core.add_request(request)
+            alive += 1
+        for output in core.step():
+            name = output.request_id
+            if name not in last:
+                firsts.append(backend.now - came[name])
+            else:
+                gaps.append(backend.now - last[name])
+            last[name] = backend.now
+            alive -= output.finish_reason is not None
+    out = sum(m for _, m in lengths)
+    print(
+        f"{out / backend.now:7.0f} tok/s, {backend.now:6.2f} s; "
+        + "; ".join(f"{k} {len(v)} steps {sum(v):.2f} s" for k, v in sorted(backend.kinds.items()))
+        + f"; TTFT p50 {1e3 * np.median(firsts):.0f} p99 {1e3 * np.percentile(firsts, 99):.0f} ms; ITL p50 "
+        f"{1e3 * np.median(gaps):.1f} p99 {1e3 * np.percentile(gaps, 99):.0f} max {1e3 * max(gaps):.0f} ms"
+    )
+
+
+if __name__ == "__main__":
+    main()
