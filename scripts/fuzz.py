@@ -17,7 +17,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE / "tests"), str(HERE / "src")]
 
-from support.clients.fuzz import KINDS  # noqa: E402
+from support.clients import fuzz as clients  # noqa: E402
+from support.weights import fuzz as files  # noqa: E402
+
+KINDS = clients.KINDS | files.KINDS
 
 
 def peak() -> int:

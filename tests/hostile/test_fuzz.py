@@ -6,9 +6,14 @@ import random
 
 import pytest
 
-from support.clients.fuzz import KINDS
+from support.clients import fuzz as clients
+from support.weights import fuzz as files
 
-CASES = {"http": 400, "schemas": 400, "templates": 200, "multipart": 3000, "tokenizers": 150}
+CASES = {
+    "http": 400, "schemas": 400, "templates": 200, "multipart": 3000, "tokenizers": 150,
+    "gguf": 400, "safetensors": 300, "configs": 200,
+}  # fmt: skip
+KINDS = clients.KINDS | files.KINDS
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -304,6 +304,34 @@ def test_broken_tokenizer_json(content: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_text_that_needs_an_unknown_token_which_is_not_there(tmp_path: Path) -> None:
+    tiny.write_directory(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    data = json.loads(file.read_text())
+    data["model"] |= {"unk_token": "none", "vocab": {"h": 0, "i": 1}, "merges": []}
+    data |= {"added_tokens": [], "post_processor": None, "pre_tokenizer": None}
+    file.write_text(json.dumps(data))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("hi") == [0, 1]
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["hi", text])):
+        with pytest.raises(UsageError, match=r"cannot encode this text: .*not found in the vocabulary"):
+            encode("hello")
+
+
+@pytest.mark.parametrize("prefix", ["x", "xyz", "##", "ü"])
+def test_a_prefix_that_cuts_a_merge_within_a_character(prefix: str, tmp_path: Path) -> None:
+    """The library would abort the process; see `_check_merges`."""
+    tiny.write_directory(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    data = json.loads(file.read_text())
+    data["model"]["continuing_subword_prefix"] = prefix
+    file.write_text(json.dumps(data))
+    with pytest.raises(ModelError, match=r"tokenizer.json: .") as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("vocab", [{"a": 0, "b": 1}, {"a": 0}])
 def test_merges_of_tokens_that_are_not_there(vocab: dict[str, int], tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))

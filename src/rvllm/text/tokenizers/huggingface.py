@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 _log = logging.getLogger(__name__)
+_HAS_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -30,6 +32,7 @@ def read_directory(path: Path) -> TokenizerParts:
     config = _read_json(path / "tokenizer_config.json")
     named: dict[str, str] = {}  # special tokens that the vocabulary's own file names
     if file.is_file():
+        _check_merges(file)
         backend = built(lambda: Tokenizer.from_file(str(file)), str(file))
     elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         backend = _from_merges(path, config)
@@ -55,6 +58,28 @@ def read_directory(path: Path) -> TokenizerParts:
     _add_more(backend, config, extra)
     _check_ids(backend, special, path)
     return TokenizerParts(backend, str(path), special, _chat_templates(path, config))
+
+
+def _check_merges(file: Path) -> None:
+    """Raises ModelError for merges at which the tokenizers library (0.21 to 0.23) ends the process.
+
+    It cuts the length of a BPE model's `continuing_subword_prefix` from the second part of each merge without
+    looking; half a character is then no text, and its error about that aborts. Hardly any model has a prefix.
+    """
+    data = file.read_bytes()
+    if not _HAS_PREFIX.search(data):
+        return
+    try:
+        model = json.loads(data)["model"]
+        prefix, merges = model["continuing_subword_prefix"], model.get("merges", [])
+        seconds = [(m.split(" ") if isinstance(m, str) else m)[1] for m in merges]
+        cut = [second.encode()[len(prefix.encode()) :] for second in seconds]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return  # the library says what is wrong with it
+    for second, rest in zip(seconds, cut, strict=True):
+        if rest[:1] and 0x80 <= rest[0] < 0xC0:  # not the first byte of a character
+            fits = f"{prefix[:20]!r} does not fit the merge with {second[:20]!r}"
+            raise ModelError(f"{file}: continuing_subword_prefix {fits}")
 
 
 def _first_line(error: Exception) -> str:

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rvllm.errors import UsageError
 from rvllm.text.chat.fim import FillIn, fill_in_of
 from rvllm.text.tokenizers.length_bound import LengthBound, length_bound
 from rvllm.text.tokenizers.parts import DEFAULT_TEMPLATE, TokenizerParts
 from rvllm.text.tokenizers.spelling import spelling_of
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 
 class Tokenizer:
@@ -84,9 +87,18 @@ class Tokenizer:
 
         Other threads run meanwhile: unlike `encode`, a batch lets go of Python's lock.
         """
-        inputs = [_well_formed(text)]
-        (encoding,) = self.backend.encode_batch_fast(inputs, add_special_tokens=add_special_tokens)
+        (encoding,) = self._encodings([text], add_special_tokens)
         return list(encoding.ids)
+
+    def _encodings(self, texts: Sequence[str], add_special_tokens: bool) -> list[Encoding]:
+        """Of each text. Raises UsageError for one that the tokenizer cannot encode: an unknown token that its
+        own vocabulary lacks, say, shows only with a text that needs it."""
+        inputs = [_well_formed(text) for text in texts]
+        try:
+            return list(self.backend.encode_batch_fast(inputs, add_special_tokens=add_special_tokens))
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise UsageError(f"{self.origin} cannot encode this text: {reason[0][:200]}") from None
 
     @cached_property
     def fill_in(self) -> FillIn | None:
@@ -133,7 +145,7 @@ class Tokenizer:
     def encode_truncated(self, text: str, limit: int) -> list[int]:
         """Token ids of a text's beginning: `limit` in all, with what the model puts around it."""
         room = limit - self.backend.num_special_tokens_to_add(False)
-        (encoding,) = self.backend.encode_batch_fast([_well_formed(text)], add_special_tokens=False)
+        (encoding,) = self._encodings([text], False)
         if room < 0:
             return list(self.backend.post_process(encoding, None, True).ids)[:limit]
         encoding.truncate(room)
@@ -145,8 +157,7 @@ class Tokenizer:
         limit: the most ids in all, None for any; the longer text is cut first. Also the index from which on
         ids are of the second kind (BERT's token types), None where there are no kinds.
         """
-        inputs = [_well_formed(first), _well_formed(second)]
-        one, two = self.backend.encode_batch(inputs, add_special_tokens=False)
+        one, two = self._encodings([first, second], False)
         if limit is not None:
             room = max(0, limit - self.backend.num_special_tokens_to_add(True))
             left, right = len(one.ids), len(two.ids)
@@ -161,9 +172,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of several texts, on all cores."""
-        inputs = [_well_formed(text) for text in texts]
-        found = self.backend.encode_batch_fast(inputs, add_special_tokens=add_special_tokens)
-        return [list(encoding.ids) for encoding in found]
+        return [list(encoding.ids) for encoding in self._encodings(texts, add_special_tokens)]
 
     def decode(self, ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of token ids; ids beyond the vocabulary decode to nothing.
