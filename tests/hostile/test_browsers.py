@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from rvllm.api.http.keys import load_keys
 from rvllm.config import ServerConfig
 from rvllm.errors import UsageError
 from rvllm.settings import build
-from support.clients.attacker import Server
+from support.clients.attacker import Server, raw, statuses
+from support.doubles.server import LiveServer
 
 ASK = {"prompt": "a", "max_tokens": 1}
 FOREIGN_HOSTS = [
@@ -40,6 +42,38 @@ def test_a_rebound_name_reaches_nothing(server: Server, host: str) -> None:
 @pytest.mark.parametrize("host", OWN_HOSTS)
 def test_this_machines_names_are_taken(server: Server, host: str) -> None:
     assert server.get("/health", Host=host)[0] == 200
+
+
+BENT_HOSTS = [
+    "localhost/health?",
+    "x/v1/models#",
+    "x?y",
+    "a@b",
+    "[",
+    "a]b",
+    "a b",
+    "x\\\\y",
+    "[::1",
+    "\xe9",
+    "a:b",
+]
+
+
+@pytest.mark.parametrize("host", BENT_HOSTS)
+def test_no_host_bends_the_path(keyed: LiveServer, host: str) -> None:
+    """CVE-2026-48746: with a path in it, a check by the URL looks at another path than the router."""
+    for path in (b"/v1/models", b"/health", b"/nothing"):
+        ask = b"GET %b HTTP/1.1\r\nHost: %b\r\nConnection: close\r\n\r\n" % (path, host.encode("latin-1"))
+        assert statuses(raw(keyed.port, ask)) == [400]
+    for fine in (b"example.org", b"a_b.c:8000", b"[::1]:80", b""):
+        ask = b"GET /v1/models HTTP/1.1\r\nHost: %b\r\nConnection: close\r\n\r\n" % fine
+        assert statuses(raw(keyed.port, ask)) == [401]
+
+
+@pytest.fixture(scope="module")
+def keyed() -> Iterator[LiveServer]:
+    with LiveServer(api_key="secret") as live:
+        yield live
 
 
 FOREIGN_PAGES = [

@@ -164,7 +164,7 @@ def generating(handler: ServiceHandler) -> ServiceHandler:
 async def _http_error(request: Request, error: Exception) -> Response:
     """The router's own refusals (404, 405) as error objects."""
     assert isinstance(error, HTTPException)
-    path = request.url.path[:200]
+    path = str(request.scope["path"])[:200]  # request.url is built from the Host header too
     texts = {404: f"there is nothing at {path}", 405: f"{path} does not take {request.method}"}
     wrong = ApiError(error.status_code, texts.get(error.status_code, error.detail))
     headers = dict(error.headers or {})

@@ -65,11 +65,14 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         limit = ["prlimit", f"--fsize={largest_file}"] if largest_file else []
-        cpu = ("--cpu-kernels", "numpy", "--threads", "1") if device == "cpu" else ()
+        more = {
+            "cpu": ("--cpu-kernels", "numpy", "--threads", "1"),
+            "cuda": ("--gpu-memory-utilization", "0.98"),
+        }
         command = [
             *limit,
             sys.executable, "-m", "rvllm", "serve", "--model", str(model(template, device)),
-            "--load-format", "dummy", "--device", device, *cpu, "--port", str(self.port),
+            "--load-format", "dummy", "--device", device, *more[device], "--port", str(self.port),
             "--served-model-name", "tiny", "--num-blocks", "1024", "--max-num-seqs", "8", *flags,
         ]  # fmt: skip
         first = environment.pop("PYTHONPATH", "")

@@ -17,6 +17,8 @@ from rvllm.api.http.errors import ApiError
 from rvllm.config import ServerConfig
 
 SAFE = ("GET", "HEAD", "OPTIONS")
+# RFC 9110's: a URL built from another, as frameworks do, has another path than the request.
+_ANY_HOST = re.compile(rb"(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::\d{0,5})?")
 _HOST = re.compile(rb"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
 
 
@@ -49,6 +51,8 @@ class Guard:
 
     def _check_host(self, host: bytes) -> None:
         if self._hosts is None:
+            if not _ANY_HOST.fullmatch(host):
+                raise ApiError(400, "the Host header is not a host name with or without a port")
             return
         found = _HOST.fullmatch(host)
         name = found[1].decode().lower().rstrip(".") if found else ""
