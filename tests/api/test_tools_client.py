@@ -162,6 +162,15 @@ def test_thoughts_that_the_prompt_opened_and_thoughts_not_wanted(
     answer = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=99, extra_body=extra)
     assert answer.choices[0].message.content == "Yes."
     assert answer.choices[0].message.reasoning_content == "Hm."  # type: ignore[attr-defined]
+    assert answer.usage is not None and answer.usage.completion_tokens_details is not None
+    thoughts = server.tokenizer.encode("Hm.</think>", add_special_tokens=False)
+    assert answer.usage.completion_tokens_details.reasoning_tokens == len(thoughts)
+    script(server, "<think>Hm.</think>Yes.")
+    response = client.responses.create(model="tiny", input="hello", max_output_tokens=99)
+    thoughts = server.tokenizer.encode("<think>Hm.</think>", add_special_tokens=False)
+    assert response.usage is not None
+    assert response.usage.output_tokens_details.reasoning_tokens == len(thoughts)
+    script(server, "Hm.</think>Yes.")
     answer = client.chat.completions.create(
         model="tiny", messages=HELLO, max_tokens=99, extra_body={**extra, "include_reasoning": False}
     )

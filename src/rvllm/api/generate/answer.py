@@ -15,7 +15,7 @@ from rvllm.api.generate.job import Job
 from rvllm.api.generate.output_parser import Call, OutputParser, ToolPlan, marks_are_special, tool_plan
 from rvllm.api.generate.sampling import chat_params, refuse_unsupported
 from rvllm.api.generate.structured_outputs import answer_grammar
-from rvllm.api.schemas.answers import Usage
+from rvllm.api.schemas.answers import CompletionDetails, Usage
 from rvllm.api.schemas.requests import ChatRequest
 from rvllm.engine.ipc.messages import TokenLogprobs
 from rvllm.text.chat.reasoning import ReasoningSplitter, begins_within
@@ -73,7 +73,12 @@ class Answer:
     @property
     def usage(self) -> Usage:
         """Tokens so far."""
-        return self.job.usage()
+        usage = self.job.usage()
+        if any(parser.thoughts is not None for parser in self._parsers):
+            usage.completion_tokens_details = CompletionDetails(
+                sum(parser.reasoning_tokens for parser in self._parsers)
+            )
+        return usage
 
     def calls(self, index: int) -> list[Call]:
         """The tool calls of a choice so far."""
@@ -87,7 +92,9 @@ class Answer:
         async with aclosing(self._service.run(self.job)) as pieces:
             async for piece in pieces:
                 delta, parser = piece.delta, self._parsers[piece.index]
-                reasoning, events = parser.feed(delta.text, delta.finish_reason is not None)
+                reasoning, events = parser.feed(
+                    delta.text, delta.finish_reason is not None, len(delta.token_ids)
+                )
                 yield AnswerDelta(
                     piece.index,
                     "" if self.request.include_reasoning is False else reasoning,

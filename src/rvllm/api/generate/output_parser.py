@@ -111,11 +111,16 @@ class Call:
 
 @dataclass
 class OutputParser:
-    """Takes one choice's text apart. Without thoughts and tools, the text is the words as it is."""
+    """Takes one choice's text apart. Without thoughts and tools, the text is the words as it is.
+
+    reasoning_tokens: those of the thoughts so far, with their marks.
+    """
 
     thoughts: ReasoningSplitter | None
     plan: ToolPlan | None
     calls: list[Call] = field(default_factory=list)
+    reasoning_tokens: int = 0
+    _undecided: int = 0  # tokens that may belong to the mark that begins thoughts
 
     def __post_init__(self) -> None:
         self._parser = None
@@ -125,11 +130,16 @@ class OutputParser:
                 {function.name: function.parameters for function in self.plan.functions},
             )
 
-    def feed(self, text: str, final: bool) -> tuple[str, list[Event]]:
-        """(thoughts, what else was found in its order: words, beginnings of calls with ids, arguments)."""
+    def feed(self, text: str, final: bool, tokens: int = 0) -> tuple[str, list[Event]]:
+        """(thoughts, what else was found in its order: words, beginnings of calls with ids, arguments).
+
+        tokens: how many the text came from.
+        """
         thoughts, words = "", text
         if self.thoughts is not None:
+            inside = self.thoughts.inside
             thoughts, words = self.thoughts.feed(text, final)
+            self._count(tokens, inside or self.thoughts.inside or bool(thoughts), self.thoughts.thinking)
         if self._parser is None:
             return thoughts, [Text(words)] if words else []
         events = self._parser.feed(words, final)
@@ -142,6 +152,13 @@ class OutputParser:
             elif not isinstance(event, Text):
                 self.calls[event.index].arguments += event.text
         return thoughts, events
+
+    def _count(self, tokens: int, thought: bool, undecided: bool) -> None:
+        self._undecided += tokens
+        if thought:
+            self.reasoning_tokens += self._undecided
+        if thought or not undecided:
+            self._undecided = 0
 
     def _new_id(self) -> str:
         """An id for a call; Mistral's templates insist on nine letters and digits."""

@@ -18,13 +18,20 @@ class PromptDetails(msgspec.Struct):
     cached_tokens: int = 0
 
 
+class CompletionDetails(msgspec.Struct):
+    """Of the tokens written, how many were thoughts with their marks."""
+
+    reasoning_tokens: int = 0
+
+
 class Usage(msgspec.Struct):
-    """Tokens read and written, over all choices."""
+    """Tokens read and written, over all choices; details of the written ones where there can be thoughts."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     total_tokens: int = 0
     prompt_tokens_details: PromptDetails = msgspec.field(default_factory=PromptDetails)
+    completion_tokens_details: CompletionDetails | UnsetType = UNSET
 
 
 class TopLogprob(msgspec.Struct):

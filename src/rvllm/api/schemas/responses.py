@@ -93,7 +93,7 @@ class InputDetails(msgspec.Struct):
 
 
 class OutputDetails(msgspec.Struct):
-    """Of the tokens written, how many were thoughts; they are not counted apart."""
+    """Of the tokens written, how many were thoughts with their marks."""
 
     reasoning_tokens: int = 0
 

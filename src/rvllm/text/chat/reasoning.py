@@ -80,6 +80,11 @@ class ReasoningSplitter:
         self._lead = True  # whitespace at the beginning of thoughts or words is dropped
 
     @property
+    def inside(self) -> bool:
+        """Whether what comes next is a thought, as far as is known."""
+        return self._state == "thoughts"
+
+    @property
     def thinking(self) -> bool:
         """Whether no word of the answer can have come yet."""
         return self._state != "words"
