@@ -37,7 +37,7 @@ INSIDE = {
         "encoder mamba2 mla moe",
         "gemm attention rowwise sampling loading common ptx",
         "build",
-        "spec types",
+        "spec types external",
     ],
 }
 FORBIDDEN = {"torch", "triton", "transformers", "pydantic", "fastapi"}

@@ -24,15 +24,16 @@ CACHE = Path(os.environ.get("RVLLM_CUBINS", "build/cubins"))
 
 
 class Bed:
-    """Every matrix kernel this GPU runs, loaded, and one stream."""
+    """Every matrix kernel of these types that this GPU runs, loaded, and one stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtypes: tuple[str, ...] = ("bf16", "f16")) -> None:
         torch.cuda.init()
         torch.zeros(1, device="cuda")
         self.device = Device()
         self.facts = self.device.facts()
         started = time.perf_counter()
-        specs = [spec for spec in SPECS if spec.runs_on(self.facts.capability)]
+        named = [spec for spec in SPECS if not {"bf16", "f16"} & set(spec.name.split("_")[1:2]) - set(dtypes)]
+        specs = [spec for spec in named if spec.runs_on(self.facts.capability)]
         cubins = build.load(build.units(specs, build.target_of(self.facts.capability)), CACHE)
         self.functions: dict[str, Function] = {}
         for cubin in cubins:

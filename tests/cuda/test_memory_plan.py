@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
@@ -80,10 +79,8 @@ def test_info_shows_every_byte_of_the_device(blocks: int | None) -> None:
     assert seen.limits["max_model_len"] == plan.max_model_len
 
 
-@pytest.mark.parametrize("strategy", ["native", "cublas"])
-def test_the_arena_is_filled_by_the_plan_to_the_byte(
-    strategy: Literal["native", "cublas"], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("strategy", ["native", "cublas", "cutlass", "hybrid"])
+def test_the_arena_is_filled_by_the_plan_to_the_byte(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arena, "call", lambda name, *_: 1 << 40)
     plan = planner(program(num_hidden_layers=3), H100, EngineConfig(gemm_strategy=strategy)).memory
     taken = arena.Arena(plan.nbytes)
@@ -126,8 +123,8 @@ def test_padded_sizes_of_decode_graphs() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"gemm_strategy": "cutlass"}, "--gemm-strategy cutlass: not built; use native or cublas"),
         ({"gemm_strategy": "cublas"}, "cuBLAS is not installed: pip install "),
+        ({"gemm_strategy": "hybrid"}, "cuBLAS is not installed: pip install "),
         ({"decode_path": "persistent"}, "--decode-path persistent: not built; use batched"),
     ],
 )

@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
         folder = build.PREBUILT
     if args.action == "list":
         return _list(specs, targets[0], folder, everything=args.all)
-    work = {target: build.units(_for_target(specs, target), target) for target in targets}
+    work = {target: _possible(build.units(_for_target(specs, target), target), folder) for target in targets}
     return _build(work, folder) if args.action == "build" else _check(work, folder)
 
 
@@ -95,6 +95,17 @@ def _matching(pattern: str) -> list[KernelSpec]:
 
 def _for_target(specs: list[KernelSpec], target: str) -> list[KernelSpec]:
     return [spec for spec in specs if spec.runs_on(_capability(target))]
+
+
+def _possible(units: list[Unit], folder: Path) -> list[Unit]:
+    """The units that are built or can be; of those that want headers of an extra that is absent, a line."""
+    from rvllm.kernels import build
+    from rvllm.kernels.external import missing_headers
+
+    absent = [u for u in units if u.extra and missing_headers(u.extra) and not build.find(u, folder)]
+    if absent:
+        print(f"{absent[0].target}: {len(absent)} units are left out: {missing_headers(absent[0].extra)}")
+    return [unit for unit in units if unit not in absent]
 
 
 def _list(specs: list[KernelSpec], target: str, folder: Path, *, everything: bool) -> int:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from rvllm.errors import MissingKernelError, RvllmError, UsageError
 from rvllm.extras import install_command
+from rvllm.kernels.external import HEADERS, include_of
 from rvllm.kernels.spec import KernelSpec
 
 SOURCES = Path(__file__).parent
@@ -37,18 +38,20 @@ class CompileError(RvllmError):
 
 @dataclass(frozen=True)
 class Unit:
-    """One translation unit for one target: `sm_90a`, `sm_80`, ..."""
+    """One translation unit for one target: `sm_90a`, `sm_80`, ...; extra: see `KernelSpec`."""
 
     source: str
     defines: tuple[str, ...]
     symbols: tuple[str, ...]
     target: str
+    extra: str = ""
 
     @property
     def key(self) -> str:
         """Content hash: file name of the cached cubin."""
         digest = hashlib.sha256()
-        for part in (*OPTIONS, self.target, *self.defines, *self.symbols, source_hash(self.source)):
+        others = (HEADERS[self.extra],) if self.extra else ()
+        for part in (*OPTIONS, self.target, *self.defines, *self.symbols, *others, source_hash(self.source)):
             digest.update(part.encode() + b"\0")
         return digest.hexdigest()[:32]
 
@@ -86,12 +89,12 @@ def target_of(capability: int) -> str:
 
 def units(specs: Iterable[KernelSpec], target: str) -> list[Unit]:
     """The translation units that hold the given specs, in a stable order."""
-    groups: dict[tuple[str, tuple[str, ...], str], set[str]] = {}
+    groups: dict[tuple[str, tuple[str, ...], str, str], set[str]] = {}
     for spec in specs:
-        groups.setdefault((spec.source, spec.defines, spec.unit), set()).add(spec.symbol)
+        groups.setdefault((spec.source, spec.defines, spec.unit, spec.extra), set()).add(spec.symbol)
     return [
-        Unit(source, defines, tuple(sorted(symbols)), target)
-        for (source, defines, _), symbols in sorted(groups.items())
+        Unit(source, defines, tuple(sorted(symbols)), target, extra)
+        for (source, defines, _, extra), symbols in sorted(groups.items())
     ]
 
 
@@ -115,6 +118,8 @@ def load(
         )
     if missing:
         _nvrtc()  # says what is missing before threads start
+        for extra in {unit.extra for unit in missing if unit.extra}:
+            include_of(extra)
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             for done, cubin in enumerate(pool.map(compile_unit, missing), start=1):
                 _write(cubin, cache_dir)
@@ -133,6 +138,7 @@ def compile_unit(unit: Unit) -> Cubin:
         *OPTIONS,
         f"-arch={unit.target}",
         f"-I{SOURCES}",
+        *((f"-I{include_of(unit.extra)}", "-w") if unit.extra else ()),  # their warnings are not ours to mend
         *(f"-I{path}" for path in _cuda_includes()),
         *(f"-D{define}" for define in unit.defines),
         "--ptxas-options=-v",

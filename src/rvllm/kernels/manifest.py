@@ -5,6 +5,7 @@ from __future__ import annotations
 from rvllm.kernels.attention import specs as attention
 from rvllm.kernels.encoder import specs as encoder
 from rvllm.kernels.gemm import specs as gemm
+from rvllm.kernels.gemm.cutlass import specs as cutlass
 from rvllm.kernels.gemm.fp8 import specs as fp8
 from rvllm.kernels.gemm.integer import specs as integer
 from rvllm.kernels.loading import specs as loading
@@ -16,7 +17,7 @@ from rvllm.kernels.sampling import specs as sampling
 from rvllm.kernels.spec import KernelSpec
 
 _STEP = KernelSpec("sm80_begin_step", "common/begin_step.cu", "begin_step")
-_FAMILIES = (gemm, fp8, integer, attention, rowwise, sampling, moe, mla, mamba2, encoder, loading)
+_FAMILIES = (gemm, cutlass, fp8, integer, attention, rowwise, sampling, moe, mla, mamba2, encoder, loading)
 
 
 def _collect() -> dict[str, KernelSpec]:

@@ -17,6 +17,7 @@ class KernelSpec:
     defines: preprocessor definitions, `("HEAD_DIM=128",)`.
     smem: dynamic shared memory in bytes the kernel may be launched with at most; less where a GPU has less.
     static_smem: what it declares besides, at most, if it is launched with any.
+    extra: whose headers it is compiled with, see `external.HEADERS`; none for sources of ours alone.
     Specs with equal (source, defines, unit) compile as one translation unit.
     """
 
@@ -29,6 +30,7 @@ class KernelSpec:
     smem: int = 0
     static_smem: int = 1024
     unit: str = ""
+    extra: str = ""
 
     def runs_on(self, capability: int) -> bool:
         """Whether a GPU of compute capability `capability` (90 for 9.0) can run it."""

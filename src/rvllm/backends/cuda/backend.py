@@ -37,6 +37,7 @@ from rvllm.backends.cuda.profile import (
     stream_rate,
 )
 from rvllm.backends.cuda.step_planner import GraphBook, StepPlanner
+from rvllm.backends.cuda.tuning.start import strategy_for
 from rvllm.config import EngineConfig
 from rvllm.errors import RvllmError, UsageError
 from rvllm.program.cost import StepShape, program_cost
@@ -104,7 +105,8 @@ class CudaBackend:
         found = OpenDevice.for_program(program, config)
         program = kept(program, checkpoint, config, found.facts)
         say_expanded(program, checkpoint, config)
-        planner, wanted = StepPlanner.plan(program, config, found.facts, found.budget)
+        strategy = strategy_for(program, config, found.facts, report)
+        planner, wanted = StepPlanner.plan(program, config, found.facts, found.budget, strategy)
         memory = planner.memory
         loading = loading_kernels(wanted, program.dtype, checkpoint)
         kernels = [*planner.kernels(), START_KERNEL, LOGPROBS_KERNEL, *loading]

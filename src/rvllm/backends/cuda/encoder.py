@@ -22,6 +22,7 @@ from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
 from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
 from rvllm.backends.cuda.pooling_runner import PoolingRunner
 from rvllm.backends.cuda.supported import refuse_pairs
+from rvllm.backends.cuda.tuning.start import strategy_for
 from rvllm.backends.heads import Head
 from rvllm.config import EngineConfig
 from rvllm.kernels.encoder.specs import TEXT_ROWS
@@ -66,7 +67,8 @@ class CudaEncoder(PoolingRunner):
         refuse_pairs(program)
         found = OpenDevice.for_program(program, config)
         head = Head.load(program, checkpoint, config.seed)
-        plan = EncoderPlan.make(program, config, found.facts, found.budget)
+        strategy = strategy_for(program, config, found.facts, report)
+        plan = EncoderPlan.make(program, config, found.facts, found.budget, strategy)
         kernels = [*plan.kernels(), *loading_kernels(plan.wanted, program.dtype, checkpoint)]
         gpu = Gpu.take(found, kernels, plan.nbytes, report)
         placed = Placed.take(gpu.arena, plan.allocations)

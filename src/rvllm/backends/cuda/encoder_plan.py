@@ -23,6 +23,7 @@ from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.layout.weights import packed_weights
 from rvllm.backends.cuda.lowering import lower
 from rvllm.backends.cuda.ops.family import Lowering
+from rvllm.backends.cuda.ops.gemm.strategy import GemmStrategy
 from rvllm.backends.cuda.step_planner import distinct
 from rvllm.backends.heads import without_head
 from rvllm.backends.lengths import encoder_lengths
@@ -54,24 +55,33 @@ class EncoderPlan:
     tokens: int
     seqs: int
     longest: int
-    strategy: str
+    strategy: GemmStrategy
 
     @staticmethod
-    def make(program: Program, config: EngineConfig, facts: DeviceFacts, budget: Budget) -> EncoderPlan:
-        """Raises UsageError when the longest text finds no step, CapacityError when memory is short."""
+    def make(
+        program: Program,
+        config: EngineConfig,
+        facts: DeviceFacts,
+        budget: Budget,
+        strategy: GemmStrategy | None = None,
+    ) -> EncoderPlan:
+        """Raises UsageError when the longest text finds no step, CapacityError when memory is short.
+
+        strategy: see `StepPlanner.plan`.
+        """
         program = without_head(program)
         longest, tokens = encoder_lengths(program, config, TOKENS)
-        native = config.gemm_strategy == "native"
         seqs = config.max_num_seqs
-        stages = fuse(program, gated_epilogue=native)
-        wanted = packed_weights(stages, "packed" if native else "table")
+        strategy = strategy or GemmStrategy(config.gemm_strategy)
+        stages = fuse(program, gated_epilogue=strategy.fuses_gates)
+        wanted = packed_weights(stages, strategy.layout)
         workspace = plan_workspace(stages, tokens, seqs)
         layout = Layout(tokens, seqs, samples=0, tiles=_tiles(tokens, seqs), updates=0)
         allocations = [
             *weight_allocations(wanted),
             Allocation(WORKSPACE, "workspace", max(workspace.nbytes, MIN_WORKSPACE)),
             Allocation("metadata", "metadata", layout.nbytes, zeroed=True),
-            *beside_buffers(program, config, tokens, seqs, facts.capability),
+            *beside_buffers(program, strategy, tokens, seqs, facts.capability),
         ]
         lines = lines_of(allocations)
         needed = sum(lines.values())
@@ -94,7 +104,7 @@ class EncoderPlan:
             tokens=tokens,
             seqs=seqs,
             longest=longest,
-            strategy=config.gemm_strategy,
+            strategy=strategy,
         )
 
     @property

@@ -22,8 +22,10 @@ from rvllm.backends.cuda.layout.metadata import SampledRows, leading_decodes
 from rvllm.backends.cuda.layout.packed import ELEMENT, PackedWeight
 from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
 from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
+from rvllm.backends.cuda.ops.gemm.strategy import GemmStrategy
 from rvllm.backends.cuda.pooling_runner import PoolingRunner
 from rvllm.backends.cuda.step_planner import GraphBook, StepPlanner, distinct
+from rvllm.backends.cuda.tuning.start import strategy_for
 from rvllm.backends.heads import Head, without_head
 from rvllm.backends.lengths import encoder_lengths
 from rvllm.config import EngineConfig
@@ -37,7 +39,11 @@ STAGING = 48 << 20  # bytes of the cache at least: weights pass through it when 
 
 
 def plan_pooler(
-    program: Program, config: EngineConfig, facts: DeviceFacts, budget: Budget
+    program: Program,
+    config: EngineConfig,
+    facts: DeviceFacts,
+    budget: Budget,
+    strategy: GemmStrategy | None = None,
 ) -> tuple[StepPlanner, list[PackedWeight]]:
     """`StepPlanner.plan` for steps of whole texts: the cache holds one step's tokens.
 
@@ -53,7 +59,7 @@ def plan_pooler(
     config = replace(
         config, max_model_len=longest, max_num_batched_tokens=tokens, max_num_seqs=seqs, num_gpu_blocks=blocks
     )
-    return StepPlanner.plan(without_head(program), config, facts, budget)
+    return StepPlanner.plan(without_head(program), config, facts, budget, strategy)
 
 
 def body_kernels(planner: StepPlanner) -> list[str]:
@@ -98,7 +104,8 @@ class CudaPooler(PoolingRunner):
         head = Head.load(program, checkpoint, config.seed)
         program = kept(without_head(program), checkpoint, config, found.facts)
         say_expanded(program, checkpoint, config)
-        planner, wanted = plan_pooler(program, config, found.facts, found.budget)
+        strategy = strategy_for(program, config, found.facts, report)
+        planner, wanted = plan_pooler(program, config, found.facts, found.budget, strategy)
         memory = planner.memory
         kernels = [*body_kernels(planner), *loading_kernels(wanted, program.dtype, checkpoint)]
         gpu = Gpu.take(found, kernels, memory.nbytes, report)

@@ -29,6 +29,7 @@ from rvllm.backends.cuda.layout.weights import packed_weights
 from rvllm.backends.cuda.lowering import lower
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.ops.family import Lowering, TileShape
+from rvllm.backends.cuda.ops.gemm.strategy import GemmStrategy
 from rvllm.backends.cuda.paged import decode_plans, prefill_plans, tile_shape
 from rvllm.config import EngineConfig
 from rvllm.program.dtypes import DType
@@ -46,24 +47,29 @@ class StepPlanner:
     stages: Sequence[Stage]
     prefill: dict[str, PrefillPlan]
     tiles: TileShape | None
-    strategy: str
+    strategy: GemmStrategy
 
     @staticmethod
     def plan(
-        program: Program, config: EngineConfig, facts: DeviceFacts, budget: Budget
+        program: Program,
+        config: EngineConfig,
+        facts: DeviceFacts,
+        budget: Budget,
+        strategy: GemmStrategy | None = None,
     ) -> tuple[StepPlanner, list[PackedWeight]]:
         """The planner of a program on such a GPU, at addresses of nothing, and the weights it wants.
 
-        Raises MissingKernelError, CapacityError or UsageError.
+        strategy: of products, as it was tuned; None: as `config` names it. Raises MissingKernelError,
+        CapacityError or UsageError.
         """
         program = joined(program)
-        native = config.gemm_strategy == "native"
-        stages = fuse(program, gated_epilogue=native)
-        wanted = packed_weights(stages, "packed" if native else "table")
+        strategy = strategy or GemmStrategy(config.gemm_strategy)
+        stages = fuse(program, gated_epilogue=strategy.fuses_gates)
+        wanted = packed_weights(stages, strategy.layout)
         chip = DeviceInfo(facts.capability, facts.sm_count, facts.smem_per_block)
         prefill = prefill_plans(program.ops, program.dtype, chip)
         tiles = tile_shape(program.ops, prefill)
-        memory = plan_memory(program, stages, config, facts, budget, tiles, wanted)
+        memory = plan_memory(program, stages, config, facts, budget, tiles, wanted, strategy)
         planner = StepPlanner(
             dtype=program.dtype,
             chip=chip,
@@ -72,7 +78,7 @@ class StepPlanner:
             stages=stages,
             prefill=prefill,
             tiles=tiles,
-            strategy=config.gemm_strategy,
+            strategy=strategy,
         )
         return planner, wanted
 

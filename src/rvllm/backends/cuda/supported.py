@@ -5,6 +5,7 @@ from __future__ import annotations
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.lowering import refuse_unknown
 from rvllm.backends.cuda.ops.gemm.cublas import library
+from rvllm.backends.cuda.ops.gemm.strategy import USES_CUBLAS
 from rvllm.backends.lengths import asked_host_blocks
 from rvllm.config import EngineConfig
 from rvllm.errors import MissingKernelError, UsageError
@@ -26,10 +27,10 @@ def check_supported(program: Program, config: EngineConfig) -> None:
             "planned around one; use --device cpu"
         )
     asked_host_blocks(program, config)
-    if config.gemm_strategy == "cublas":
+    if config.gemm_strategy in USES_CUBLAS:
         library()
-    elif config.gemm_strategy != "native":
-        raise UsageError(f"--gemm-strategy {config.gemm_strategy}: not built; use native or cublas")
+    elif config.gemm_strategy == "auto":
+        raise UsageError("--gemm-strategy auto: not built; use native, cublas, cutlass or hybrid")
     if config.decode_path != "batched":
         raise UsageError(f"--decode-path {config.decode_path}: not built; use batched")
 

@@ -26,7 +26,7 @@ def kept(
     found = with_formats(joined(program), checkpoint, config.quantization)
     plain = (type(None), BlocksFormat)  # what no product is of
     quantised = {w.name: w for w in found.weights if not isinstance(w.format, plain)}
-    if quantised and config.gemm_strategy != "native":
+    if quantised and config.gemm_strategy not in ("native", "auto"):  # auto: ours are the only ones there are
         raise UsageError(
             f"--gemm-strategy {config.gemm_strategy} computes in 16 bits; use native, or "
             "--quantization none, which expands the weights"

@@ -18,6 +18,7 @@ from rvllm.backends.cuda.lowering import scratch_of
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, table_stride
 from rvllm.backends.cuda.ops.family import TileShape
 from rvllm.backends.cuda.ops.gemm.cublas import WORKSPACE as WORKSPACE_BYTES
+from rvllm.backends.cuda.ops.gemm.strategy import GemmStrategy
 from rvllm.backends.cuda.ops.sampling.arrays import allocations as sampler_allocations
 from rvllm.backends.cuda.ops.sampling.arrays import logits_allocations
 from rvllm.backends.cuda.ops.sampling.slots import START_WORDS, StateSizes
@@ -98,6 +99,7 @@ def plan_memory(
     budget: Budget,
     tiles: TileShape | None,
     wanted: Sequence[PackedWeight],
+    strategy: GemmStrategy,
 ) -> MemoryPlan:
     """Lays out the budget; the KV cache gets what the rest leaves.
 
@@ -123,7 +125,10 @@ def plan_memory(
         Allocation("metadata", TABLES, layout.nbytes, zeroed=True),
         Allocation("starts", TABLES, 4 * start_words),
     ]
-    after = [*beside_buffers(program, config, shape.tokens, seqs, facts.capability), *_states(program, seqs)]
+    after = [
+        *beside_buffers(program, strategy, shape.tokens, seqs, facts.capability),
+        *_states(program, seqs),
+    ]
     block_bytes = max(1, program.kv_elements_per_token * ELEMENT * BLOCK)
     room = budget.ours - _taken(fixed) - _taken(after)
     asked = _asked_blocks(config, block_bytes)
@@ -183,11 +188,12 @@ def _layout(shape: Shape, tiles: TileShape | None) -> Layout:
 
 
 def beside_buffers(
-    program: Program, config: EngineConfig, tokens: int, seqs: int, capability: int
+    program: Program, strategy: GemmStrategy, tokens: int, seqs: int, capability: int
 ) -> list[Allocation]:
     """What kernels need beside the program's buffers, for steps of so many tokens and sequences."""
-    cublas = config.gemm_strategy == "cublas"
-    library = [Allocation("gemm_workspace", "cuBLAS workspace", WORKSPACE_BYTES)] if cublas else []
+    library = []
+    if strategy.uses_cublas:
+        library = [Allocation("gemm_workspace", "cuBLAS workspace", WORKSPACE_BYTES)]
     scratch = scratch_of(program, tokens, seqs, capability)
     return library + [Allocation("scratch", "scratch of ops", n, name, True) for name, n in scratch.items()]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from rvllm.backends.cuda.formats import device_format
 from rvllm.backends.cuda.layout.fusion import Stage
@@ -12,14 +12,16 @@ from rvllm.backends.cuda.ops.gemm.plan import packed_nbytes
 from rvllm.program.ops.dense import Weight
 
 
-def packed_weights(stages: Iterable[Stage], matrices: WeightLayout = "packed") -> list[PackedWeight]:
+def packed_weights(
+    stages: Iterable[Stage], layout_of: Callable[[Stage], WeightLayout] = lambda stage: "packed"
+) -> list[PackedWeight]:
     """Every (weight, form) the stages use, each once, in order of first use.
 
-    matrices: the form of matrices that are not gated.
+    layout_of: the form of a stage's matrix that is not gated.
     """
     found: dict[tuple[str, WeightLayout], PackedWeight] = {}
     for stage in stages:
-        for weight, form in wanted_weights(stage, matrices):
+        for weight, form in wanted_weights(stage, layout_of(stage)):
             if weight is not None and (weight.name, form) not in found:
                 found[weight.name, form] = packed(weight, form)
     return list(found.values())

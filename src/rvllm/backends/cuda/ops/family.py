@@ -16,6 +16,7 @@ from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import Layout
 from rvllm.backends.cuda.layout.packed import WeightLayout
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
+from rvllm.backends.cuda.ops.gemm.strategy import GemmStrategy
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Op, Program, Weight
 
@@ -39,7 +40,7 @@ class Lowering:
     counts: Counts
     decode: Mapping[str, DecodePlan]
     prefill: Mapping[str, PrefillPlan] | None
-    strategy: str
+    strategy: GemmStrategy
     quantised: frozenset[str] = frozenset()
     planned: list[Planned] = field(default_factory=list)
 

@@ -70,6 +70,13 @@ def library() -> ctypes.CDLL:
     )
 
 
+def version() -> int:
+    """Of the library, as cublasLtGetVersion numbers it."""
+    function = library().cublasLtGetVersion
+    function.restype = c_size_t
+    return int(function())
+
+
 def _candidates() -> Iterator[Path | str]:
     try:
         import nvidia

@@ -1,4 +1,4 @@
-"""Matrix products with the epilogues that `fuse` gives them, by our kernels or by cuBLASLt: their launches.
+"""Matrix products with the epilogues that `fuse` gives them: their launches, by whom the strategy says.
 
 FAMILY: what the registry knows of them.
 """
@@ -12,11 +12,12 @@ from rvllm.backends.cuda.formats import device_format
 from rvllm.backends.cuda.layout.fusion import Stage, is_gate
 from rvllm.backends.cuda.layout.packed import WeightLayout
 from rvllm.backends.cuda.ops.family import Family, Lowering, Scratch, Wanted
+from rvllm.backends.cuda.ops.gemm import cutlass
+from rvllm.backends.cuda.ops.gemm import plan as native
 from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.backends.cuda.ops.gemm.cublas import KERNEL as CUBLAS
 from rvllm.backends.cuda.ops.gemm.cublas import Matmul
 from rvllm.backends.cuda.ops.gemm.epilogue import Epilogue, plan_product
-from rvllm.backends.cuda.ops.gemm.plan import gemm_arguments, plan_gemm
 from rvllm.errors import MissingKernelError
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Activate, Add, ClampedGate, GatedActivation, Linear, Logits, Op, Program
@@ -45,7 +46,7 @@ def _linear(to: Lowering, stage: Stage) -> None:
             end = Epilogue(out, pitch, residual=out, scale=after.scale)
         case _:
             end = Epilogue(out, pitch)
-    _product(to, stage.name, op, end)
+    _product(to, stage, op, end)
 
 
 def _logits(to: Lowering, stage: Stage) -> None:
@@ -54,24 +55,51 @@ def _logits(to: Lowering, stage: Stage) -> None:
     end = Epilogue(
         to.at.logits, to.shape.logits_stride, kind=Kind.LOGITS, scale=op.scale, soft_cap=op.soft_cap or 0.0
     )
-    _product(to, stage.name, op, end)
+    _product(to, stage, op, end)
 
 
-def _product(to: Lowering, name: str, op: Linear | Logits, end: Epilogue) -> None:
+def _product(to: Lowering, stage: Stage, op: Linear | Logits, end: Epilogue) -> None:
     """One matrix product over all rows of the step, with its epilogue."""
-    if to.strategy == "cublas":
-        to.plan(name, CUBLAS, fixed(1), 0, _matmul(to, op, end), why="--gemm-strategy cublas")
-        return
     if op.weight.format is not None:
-        device_format(op.weight.format).product(to, name, op, end)
+        device_format(op.weight.format).product(to, stage.name, op, end)
         return
-    k, count = op.weight.shape[-1], to.rows(op.x.rows)(to.counts)
-    plan = plan_gemm(end.rows(op), k, count, to.tag, to.chip.sm_count, to.chip.capability)
+    match to.strategy.provider(stage):
+        case "cublas":
+            reason = to.strategy.why(stage)
+            to.plan(stage.name, CUBLAS, fixed(1), 0, _matmul(to, op, end), why=reason)
+        case "cutlass":
+            _cutlass(to, stage, op, end)
+        case "native":
+            _native(to, stage, op, end)
+
+
+def _cutlass(to: Lowering, stage: Stage, op: Linear | Logits, end: Epilogue) -> None:
+    """The product by a kernel built from CUTLASS."""
+    n, k, count, chip = end.rows(op), op.weight.shape[-1], to.rows(op.x.rows)(to.counts), to.chip
+    named, why = to.strategy.variant(stage, count), to.strategy.why(stage)
+    if named:
+        plan = cutlass.variant(n, k, count, to.tag, cutlass.tile_named(named), chip.sm_count, why)
+    else:
+        plan = cutlass.plan_cutlass(n, k, count, to.tag, chip.sm_count, chip.capability, why)
+    x, weight = to.at.buffers[op.x.name], to.weight(op.weight, end.form)
+    source = MatrixMap(x, to.capacity(op.x.rows), k, plan.box_rows, 64, to.dtype is DType.BF16)
+    parameters = cutlass.cutlass_arguments(plan, source, weight, end.out, end.pitch, **end.options(to, op))
+    plan_product(to, stage.name, plan, parameters)
+
+
+def _native(to: Lowering, stage: Stage, op: Linear | Logits, end: Epilogue) -> None:
+    """The product by a kernel of ours."""
+    n, k, count, chip = end.rows(op), op.weight.shape[-1], to.rows(op.x.rows)(to.counts), to.chip
+    plan = native.plan_gemm(n, k, count, to.tag, chip.sm_count, chip.capability)
+    if named := to.strategy.variant(stage, count):
+        plan = native.variant(
+            n, k, count, to.tag, *native.way_named(named), chip.sm_count, to.strategy.why(stage)
+        )
     x = to.at.buffers[op.x.name]
     source: object = x
     if plan.box_rows:
         source = MatrixMap(x, to.capacity(op.x.rows), k, plan.box_rows, 64, to.dtype is DType.BF16)
-    parameters = gemm_arguments(
+    parameters = native.gemm_arguments(
         plan,
         source,
         to.weight(op.weight, end.form),
@@ -81,7 +109,7 @@ def _product(to: Lowering, name: str, op: Linear | Logits, end: Epilogue) -> Non
         x_pitch=k,
         **end.options(to, op),
     )
-    plan_product(to, name, plan, parameters)
+    plan_product(to, stage.name, plan, parameters)
 
 
 def _matmul(to: Lowering, op: Linear | Logits, end: Epilogue) -> Matmul:

@@ -235,6 +235,13 @@ def variant(
     )
 
 
+def way_named(name: str) -> tuple[Mode, int]:
+    """The mode and token tile of a name such as `split:128`; KeyError or ValueError for others."""
+    mode, _, tile = name.partition(":")
+    found: dict[str, Mode] = {m: m for m in ("split", "pair", "walk", "flow", "sum", "tall", "sm80")}
+    return found[mode], int(tile)
+
+
 def _kernel_tokens(mode: Mode, token_tile: int) -> int:
     """The token tile in the name of the kernel that runs tiles of this size."""
     if mode in ("tall", "pair"):

@@ -1,0 +1,148 @@
+"""The strategy of products that a start runs with: as asked, or for auto from what was measured here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cache as once
+from pathlib import Path
+
+from rvllm.backends.base import Progress
+from rvllm.backends.cuda.device.catalog import Catalog
+from rvllm.backends.cuda.device.driver import DeviceFacts, Stream, call
+from rvllm.backends.cuda.device.info import DeviceInfo
+from rvllm.backends.cuda.layout.fusion import fuse
+from rvllm.backends.cuda.layout.joining import joined
+from rvllm.backends.cuda.ops.gemm import cublas, cutlass
+from rvllm.backends.cuda.ops.gemm.strategy import Choice, GemmStrategy, ProductShape, Provider
+from rvllm.backends.cuda.tuning.cache import Conditions, TuningCache
+from rvllm.backends.cuda.tuning.candidates import Candidate, candidates, plan_of, shapes_of, tokens_of
+from rvllm.backends.cuda.tuning.choose import Lookup, known_times, told, tune
+from rvllm.backends.cuda.tuning.measure import GemmTimer, fill_kernel
+from rvllm.config import EngineConfig, kernel_cache_dir
+from rvllm.errors import MissingKernelError
+from rvllm.kernels import build
+from rvllm.kernels.external import missing_headers
+from rvllm.kernels.gemm.cutlass.specs import SPECS as CUTLASS_SPECS
+from rvllm.kernels.manifest import MANIFEST
+from rvllm.program.dtypes import DType
+from rvllm.program.ops.dense import Program
+
+LIBRARY = "cublaslt"
+
+
+def tuning_dir() -> Path:
+    """Where what was measured is kept."""
+    return kernel_cache_dir().parent / "autotune"
+
+
+def strategy_for(
+    program: Program, config: EngineConfig, facts: DeviceFacts, report: Progress
+) -> GemmStrategy:
+    """What products are planned with. For auto what is not known of this GPU is measured now.
+
+    program: as the GPU keeps it. Raises MissingKernelError, CapacityError or UsageError.
+    """
+    if config.gemm_strategy != "auto":
+        return GemmStrategy(config.gemm_strategy)
+    strategy, lines = tuned(program, facts, report)
+    log = logging.getLogger("rvllm")
+    for line in lines:
+        log.warning("--gemm-strategy auto: %s", line)
+    return strategy
+
+
+def tuned(
+    program: Program, facts: DeviceFacts, report: Progress, afresh: bool = False
+) -> tuple[GemmStrategy, list[str]]:
+    """Auto's choices for a program's products, and what to tell of them. afresh: nothing kept is believed."""
+    shapes = shapes_of(fuse(joined(program)))
+    tag = "bf16" if program.dtype is DType.BF16 else "f16"
+    chip = DeviceInfo(facts.capability, facts.sm_count, facts.smem_per_block)
+    providers, lines = providers_here(facts.capability, tag)
+    lookup = Lookup(
+        Conditions(facts.name, int(call("cuDriverGetVersion")), tag),
+        chip,
+        providers,
+        lambda shape, tokens, candidate: code_of(shape, tokens, candidate, tag, chip),
+        facts.memory_rate,
+    )
+    kept = TuningCache.open(tuning_dir())
+    if kept.damaged:
+        lines.append(f"{kept.damaged} lines of {kept.path} are damaged: measured again where wanted")
+    believed = TuningCache(kept.path) if afresh else kept
+    if any(known_times(shape, lookup, believed)[1] for shape in shapes):
+        choices, count = _measured(shapes, lookup, believed, tag, report)
+        kept.entries.update(believed.entries)
+        kept.save()
+        lines.append(f"{count} kernels timed, kept in {kept.path}")
+    else:
+        choices, _ = tune(shapes, lookup, believed, _no_timer, report)
+    strategy = GemmStrategy("auto", choices)
+    return strategy, [*lines, *told(strategy)]
+
+
+def providers_here(capability: int, tag: str) -> tuple[list[Provider], list[str]]:
+    """Whose kernels can be compared on this machine, and a line for each that cannot."""
+    found: list[Provider] = ["native"]
+    lines = []
+    specs = [spec for spec in CUTLASS_SPECS if f"_{tag}_" in spec.name]
+    units = build.units(specs, build.target_of(capability))
+    built = all(build.find(unit, kernel_cache_dir()) for unit in units)
+    absent = "" if built else missing_headers("cutlass")
+    if capability != cutlass.CAPABILITY:
+        lines.append(f"without cutlass: {cutlass.refusal(capability)}")
+    elif absent:
+        lines.append(f"without cutlass: {absent}")
+    else:
+        found.append("cutlass")
+    try:
+        cublas.library()
+        found.append("cublas")
+    except MissingKernelError as error:
+        lines.append(f"without cublas: {error}")
+    return found, lines
+
+
+def code_of(shape: ProductShape, tokens: int, candidate: Candidate, tag: str, chip: DeviceInfo) -> str:
+    """The hash of a candidate's source and how it is compiled; of cuBLASLt its version."""
+    plan = plan_of(shape, tokens, candidate, tag, chip)
+    return f"{LIBRARY} {cublas.version()}" if plan is None else _hash_of(plan.kernel, chip.capability)
+
+
+@once
+def _hash_of(kernel: str, capability: int) -> str:
+    spec = MANIFEST[kernel]
+    unit = build.Unit(spec.source, spec.defines, (spec.symbol,), build.target_of(capability), spec.extra)
+    return unit.key[:16]
+
+
+def _no_timer(shape: ProductShape, tokens: int, wanted: Sequence[Candidate]) -> dict[Candidate, float]:
+    raise AssertionError(f"{shape} at {tokens} tokens is known")
+
+
+def _measured(
+    shapes: Sequence[ProductShape],
+    lookup: Lookup,
+    believed: TuningCache,
+    tag: str,
+    report: Progress,
+) -> tuple[dict[ProductShape, Choice], int]:
+    """See `tune`, with a GPU's times; all that is taken of it is given back."""
+    chip = lookup.chip
+    plans = (
+        plan_of(shape, tokens, candidate, tag, chip)
+        for shape in shapes
+        for tokens in tokens_of(shape)
+        for candidate in candidates(shape, tokens, chip, lookup.providers)
+    )
+    names = dict.fromkeys(plan.kernel for plan in plans if plan is not None)
+    catalog, stream = Catalog(chip.capability, kernel_cache_dir()), Stream()
+    catalog.require([*names, fill_kernel(tag)], lambda done, count: report(done / count, "compiling kernels"))
+    timer = GemmTimer(catalog, stream, chip, tag, shapes)
+    try:
+        return tune(shapes, lookup, believed, timer, report)
+    finally:
+        timer.close()
+        catalog.close()
+        stream.close()

@@ -1,0 +1,210 @@
+"""--gemm-strategy auto: what is chosen from times, and that no kept time is believed which is not right.
+
+The times are made up by a formula; a GPU's own are in scripts/gpu/strategies_bench.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rvllm.backends.cuda.device.info import DeviceInfo
+from rvllm.backends.cuda.layout.fusion import fuse
+from rvllm.backends.cuda.layout.joining import joined
+from rvllm.backends.cuda.ops.gemm.strategy import Choice, GemmStrategy, ProductShape
+from rvllm.backends.cuda.step_planner import StepPlanner
+from rvllm.backends.cuda.tuning import start
+from rvllm.backends.cuda.tuning.cache import FILE, Conditions, TuningCache
+from rvllm.backends.cuda.tuning.candidates import (
+    Candidate,
+    Places,
+    candidates,
+    launch_of,
+    shapes_of,
+    tokens_of,
+)
+from rvllm.backends.cuda.tuning.choose import Lookup, choose, told, tune
+from rvllm.config import EngineConfig
+from rvllm.errors import UsageError
+from rvllm.kernels.manifest import MANIFEST
+from support.kernels.planned import GB80, H100, planner, program
+
+CHIP = DeviceInfo(90, 132, 232448)
+QKV, OUT, GATE_UP, DOWN, HEAD = shapes_of(fuse(joined(program(num_hidden_layers=2))))
+LOOKUP = Lookup(
+    Conditions("A GPU", 13000, "bf16"),
+    CHIP,
+    ("native", "cutlass", "cublas"),
+    lambda shape, tokens, candidate: "c0de",
+    4.8e12,
+)
+
+
+class Timer:
+    """Made-up times: above the floor, another for every kernel; counts what it is asked for."""
+
+    def __init__(self, fastest: str = "cutlass") -> None:
+        self.fastest, self.asked = fastest, 0
+
+    def __call__(
+        self, shape: ProductShape, tokens: int, wanted: Sequence[Candidate]
+    ) -> Mapping[Candidate, float]:
+        self.asked += len(wanted)
+        return {c: self.time(shape, tokens, c) for c in wanted}
+
+    def time(self, shape: ProductShape, tokens: int, candidate: Candidate) -> float:
+        slower = 1.0 if candidate.provider == self.fastest else 1.2
+        return LOOKUP.floor(shape) * slower * (2 + tokens / 100 + len(candidate.variant) / 100)
+
+
+def tuned(folder: Path, timer: Timer, lookup: Lookup = LOOKUP) -> Mapping[ProductShape, Choice]:
+    cache = TuningCache.open(folder)
+    choices, _ = tune([QKV, GATE_UP], lookup, cache, timer, lambda done, text: None)
+    cache.save()
+    return choices
+
+
+def test_shapes_are_those_of_a_7b() -> None:
+    assert [str(s) for s in (QKV, OUT, GATE_UP, DOWN, HEAD)] == [
+        "4608x3584 plain", "3584x3584 plain", "37888x3584 gated", "3584x18944 plain", "152064x3584 logits"
+    ]  # fmt: skip
+    assert tokens_of(HEAD)[-1] == 512 < tokens_of(QKV)[-1]
+
+
+def test_every_strategy_has_candidates_and_each_can_be_launched() -> None:
+    for shape in (QKV, GATE_UP, HEAD):
+        for tokens in tokens_of(shape):
+            found = candidates(shape, tokens, CHIP, LOOKUP.providers)
+            whose = {c.provider for c in found}
+            assert whose == ({"native", "cutlass"} if shape is GATE_UP else {"native", "cutlass", "cublas"})
+            for candidate in found:
+                planned = launch_of(shape, tokens, candidate, "bf16", CHIP, Places(1 << 40, 1, 2, 3))
+                assert candidate.provider == "cublas" or MANIFEST[planned.kernel].smem >= planned.smem
+    (only,) = candidates(QKV, 8, replace(CHIP, capability=80), ("native", "cutlass"))
+    assert only.provider == "native"
+
+
+def test_the_fastest_is_chosen_and_a_second_start_times_nothing(tmp_path: Path) -> None:
+    first = Timer()
+    choices = tuned(tmp_path, first)
+    assert first.asked > 200
+    assert {choice.provider for choice in choices.values()} == {"cutlass"}
+    assert re.search(r"cutlass; native \+2\d %, cublas \+2\d %", choices[QKV].why), choices[QKV].why
+    second = Timer("native")
+    assert tuned(tmp_path, second) == choices and second.asked == 0
+
+
+def test_one_provider_has_a_shape_for_all_numbers_of_tokens() -> None:
+    """Else an output's bits would depend on the batch, even among kernels that keep them."""
+    a, b = Candidate("native", "walk:8"), Candidate("cutlass", "r64:n8")
+    chosen = choose({1: {a: 10.0, b: 12.0}, 512: {a: 100.0, b: 60.0}})
+    assert chosen.provider == "cutlass" and set(chosen.variants) == {1, 512}
+    assert choose({1: {a: 10.0, b: 9.95}}).provider == "native"  # noise is no reason
+    c = Candidate("cublas", "heuristic")
+    library = choose({1: {a: 10.0, c: 5.0}, 8: {a: 10.0, c: 5.0}})
+    assert library.provider == "cublas" and not library.variants
+    assert "bits depend on the batch" in told(GemmStrategy("auto", {QKV: library}))[-1]
+    assert told(GemmStrategy("auto", {QKV: chosen}))[-1] == "the same bits in any batch"
+
+
+def lines_of(folder: Path) -> list[str]:
+    return (folder / FILE).read_text().splitlines()
+
+
+@pytest.mark.parametrize("way", ["deleted", "cut", "garbage", "edited", "impossible", "not utf-8"])
+def test_a_cache_that_is_not_right_is_measured_again_entry_by_entry(tmp_path: Path, way: str) -> None:
+    choices = tuned(tmp_path, Timer())
+    path, lines = tmp_path / FILE, lines_of(tmp_path)
+    whole = len(lines)
+    match way:
+        case "deleted":
+            path.unlink()
+            again = whole
+        case "cut":
+            path.write_text("\n".join(lines[:100]) + "\n" + lines[100][:40])
+            again = whole - 100
+        case "garbage":
+            path.write_text("\n".join(["[" * 2000, "{}", "null", '{"key": 3}', *lines[4:]]))
+            again = 4
+        case "edited":  # wrong times, that would change every choice
+            wrong = [re.sub(r'"us": [0-9.e+]+', '"us": 900.0', line) for line in lines[:50]]
+            path.write_text("\n".join([*wrong, *lines[50:]]))
+            again = 50
+        case "impossible":  # well-formed, but faster than the memory
+            cache = TuningCache.open(tmp_path)
+            for key in list(cache.entries)[:20]:
+                cache.entries[key] = 0.001
+            cache.save()
+            again = 20
+        case _:
+            path.write_bytes(b"\xff\xfe\n" + "\n".join(lines[1:]).encode())
+            again = 1
+    timer = Timer()
+    assert tuned(tmp_path, timer) == choices
+    assert timer.asked == again
+    last = Timer()
+    assert tuned(tmp_path, last) == choices and last.asked == 0
+
+
+@pytest.mark.parametrize(
+    "lookup",
+    [
+        replace(LOOKUP, conditions=Conditions("Another GPU", 13000, "bf16")),
+        replace(LOOKUP, conditions=Conditions("A GPU", 13010, "bf16")),
+        replace(LOOKUP, conditions=Conditions("A GPU", 13000, "f16")),
+        replace(LOOKUP, code=lambda shape, tokens, candidate: "0ther"),
+    ],
+    ids=["gpu", "driver", "dtype", "kernels"],
+)
+def test_entries_of_other_conditions_are_not_used_and_stay(tmp_path: Path, lookup: Lookup) -> None:
+    first = Timer()
+    tuned(tmp_path, first)
+    other = Timer("native")
+    assert {c.provider for c in tuned(tmp_path, other, lookup).values()} == {"native"}
+    assert other.asked == first.asked
+    assert len(lines_of(tmp_path)) == 2 * first.asked
+    back = Timer("native")
+    assert {c.provider for c in tuned(tmp_path, back).values()} == {"cutlass"} and back.asked == 0
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"times cannot be kept in .*RVLLM_CACHE_DIR"):
+        TuningCache(tmp_path / "file" / FILE).save()
+
+
+def test_planning_follows_the_choices_and_the_bits_do_not_follow_the_batch(tmp_path: Path) -> None:
+    choices = tuned(tmp_path, Timer())
+    strategy = GemmStrategy("auto", choices)
+    config = EngineConfig(gemm_strategy="auto")
+    given = StepPlanner.plan(program(num_hidden_layers=1), config, H100, GB80, strategy)[0]
+    for seqs in (1, 16, 100, 128, 512):
+        kernels = [p.kernel for p in given.decode(seqs) if re.search("cutlass|gemm|cublas", p.kernel)]
+        assert ["cutlass" in name for name in kernels] == [True, False, True, False, False]
+    assert "cuBLAS workspace" not in given.memory.lines
+    why = next(p.why for p in given.decode(16) if "cutlass" in p.kernel)
+    assert why.startswith("auto: cutlass; native +2")
+    library = GemmStrategy("auto", {DOWN: Choice("cublas")})
+    given = StepPlanner.plan(program(num_hidden_layers=1), config, H100, GB80, library)[0]
+    assert given.memory.lines["cuBLAS workspace"] == 32 << 20
+    assert sum(p.kernel == "cublaslt" for p in given.decode(16)) == 1
+
+
+def test_before_anything_is_measured_auto_plans_ours_and_says_so() -> None:
+    given = planner(program(num_hidden_layers=1), H100, EngineConfig(gemm_strategy="auto"))
+    whys = {p.why for p in given.decode(16) if "gemm" in p.kernel}
+    assert not any("cutlass" in name or "cublas" in name for name in given.kernels()) and whys
+
+
+def test_strategies_that_are_not_auto_measure_nothing() -> None:
+    for name in ("native", "cublas", "cutlass", "hybrid"):
+        config = EngineConfig(gemm_strategy=name)
+        assert start.strategy_for(program(num_hidden_layers=1), config, H100, print) == GemmStrategy(name)
+    assert [n for n in ("native", "cublas", "cutlass", "hybrid") if GemmStrategy(n).keeps_bits] == [
+        "native",
+        "cutlass",
+    ]
