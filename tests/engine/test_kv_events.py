@@ -185,7 +185,7 @@ def test_an_index_fed_by_events_holds_what_the_cache_holds(core: EngineCore, rou
     for name, tokens in router.known.items():  # the hashes are of the tokens that were told
         digest = b""
         for start in range(0, len(tokens), BLOCK):
-            digest = chain(digest, array("i", tokens[start : start + BLOCK]))
+            [digest] = chain(digest, array("i", tokens[start : start + BLOCK]), BLOCK)
         assert name == int.from_bytes(digest[-8:], "big")
     tags = {event[0] for payload in router.payloads for event in msgspec.msgpack.decode(payload)[1]}
     assert tags == {"BlockStored", "BlockRemoved"}

@@ -17,12 +17,16 @@ ROOT: Digest = b""
 ON_HOST = -1  # in place of a block's number: host memory has it
 
 
-def chain(parent: Digest, tokens: array[int]) -> Digest:
-    """Content hash of one full block: of its tokens and, through `parent`, of all tokens before it.
+def chain(parent: Digest, tokens: array[int], size: int) -> list[Digest]:
+    """Content hashes of full blocks of `size` tokens: of each and, through `parent`, of all tokens before it.
 
-    128 bits of BLAKE2b, so that equal digests can be taken for equal contents.
+    128 bits of BLAKE2b, so that equal digests can be taken for equal contents. tokens: of whole blocks.
     """
-    return blake2b(parent + tokens.tobytes(), digest_size=16).digest()
+    data, width, found = tokens.tobytes(), size * tokens.itemsize, []
+    for start in range(0, len(data), width):
+        parent = blake2b(parent + data[start : start + width], digest_size=16).digest()
+        found.append(parent)
+    return found
 
 
 class Forgotten(Protocol):

@@ -132,11 +132,10 @@ class Sequence:
 
     def digest_chain(self, blocks: int) -> list[Digest]:
         """Content digests of its first `blocks` blocks, all of whose tokens are known."""
-        size = self.block_size
-        while len(self.digests) < blocks:
-            start = len(self.digests) * size
-            parent = self.digests[-1] if self.digests else ROOT
-            self.digests.append(chain(parent, self.tokens[start : start + size]))
+        size, known = self.block_size, len(self.digests)
+        if known < blocks:
+            parent = self.digests[-1] if known else ROOT
+            self.digests += chain(parent, self.tokens[known * size : blocks * size], size)
         return self.digests[:blocks]
 
     def give_blocks(self, blocks: list[int]) -> None:

@@ -27,11 +27,8 @@ CAPACITY = 100_000  # blocks that a replica is believed to hold before it has sa
 
 def digests(tokens: Sequence[int], block_size: int) -> list[Digest]:
     """The content hashes of a prompt's full blocks, as its engine makes them, without its last token's."""
-    ids, found, parent = array("i", tokens), [], ROOT
-    for start in range(0, (len(ids) - 1) // block_size * block_size, block_size):
-        parent = chain(parent, ids[start : start + block_size])
-        found.append(parent)
-    return found
+    whole = (len(tokens) - 1) // block_size * block_size
+    return chain(ROOT, array("i", tokens[: max(0, whole)]), block_size)
 
 
 def home_of(session: str, replicas: Iterable[Replica]) -> Replica:

@@ -119,6 +119,8 @@ def prompt_tokens(
 def _token_list(value: Any) -> list[int]:
     if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
         raise UsageError(f"prompt must be text or a list of token ids, got {type(value).__name__}")
+    if type(value) is list and set(map(type, value)) <= {int}:  # without a step of Python's for each token
+        return value.copy()
     ids = [_whole(token) for token in value]
     if None in ids:
         raise UsageError("prompt: token ids must be whole numbers")
