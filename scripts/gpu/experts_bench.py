@@ -28,7 +28,7 @@ from rvllm.backends.cuda.ops.gemm.plan import gated_rows, packed_nbytes
 from rvllm.backends.cuda.ops.moe import plan as moe
 from rvllm.backends.cuda.ops.moe.router import RouteAt, plan_route
 from rvllm.backends.cuda.profile import READ_KERNEL
-from support.kernels.experts_checks import Mixed, Routing, chip
+from support.kernels.experts_checks import Mixed, Routing, chip, mapped
 from support.kernels.harness import BF16, Array, Gpu
 
 MODELS = {
@@ -122,9 +122,8 @@ def bound(gpu: Gpu, planned: Planned) -> tuple[Launch, tuple[int, int, int]]:
     """A launch record, made once so that capturing is quick."""
     gpu.build([planned.kernel])
     function = gpu._functions[planned.kernel]
-    launch = Launch(
-        function, planned.block, planned.smem, planned.parameters, pdl=True, cluster=planned.cluster
-    )
+    given = [mapped(p) for p in planned.parameters]
+    launch = Launch(function, planned.block, planned.smem, given, pdl=True, cluster=planned.cluster)
     return launch, planned.grid(Counts(0, 0, 0))
 
 

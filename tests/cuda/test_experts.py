@@ -15,11 +15,12 @@ from rvllm.backends.cuda.device.catalog import select
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Counts
+from rvllm.backends.cuda.formats.choose import kept
 from rvllm.backends.cuda.layout.fusion import fuse
 from rvllm.backends.cuda.layout.memory import Budget
 from rvllm.backends.cuda.layout.weights import packed_weights
 from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up, pack_matrix
-from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, most_tiles
+from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, even_tile, most_tiles
 from rvllm.backends.cuda.weight_loader import Loader
 from rvllm.config import EngineConfig
 from rvllm.engine.ipc.messages import Sampling
@@ -168,6 +169,14 @@ def test_a_token_is_routed_by_a_cluster_where_that_is_possible() -> None:
     assert route(128, H200, 1024) == ("_many_e128", (32, 1), 1)
 
 
+def test_every_kernel_of_a_mixture_in_fp8_is_named_at_the_start() -> None:
+    config = EngineConfig(quantization="fp8")
+    given = planner(kept(built(QWEN3_30B, num_hidden_layers=3), None, config, H200), H200, config, GB139)
+    named = set(given.kernels())
+    steps = [*given.decode(1), *given.decode(8), *given.decode(128), *given.body(4096)]
+    assert not {p.kernel for p in steps} - named
+
+
 def test_too_many_experts_are_refused_by_name() -> None:
     wide = built(QWEN3_30B, num_hidden_layers=1, num_experts=1024)
     with pytest.raises(MissingKernelError, match="8 of 1024 experts"):
@@ -194,7 +203,14 @@ def tiles_of(mixed: experts_checks.Mixed, tokens: int, facts: DeviceFacts) -> Ex
 def test_tiles_grow_with_the_step() -> None:
     mixed = experts_checks.Mixed(128, 8, 2048, 768, 2048)
     tiles = [tiles_of(mixed, tokens, H200).tile for tokens in range(2, 2000, 7)]
-    assert tiles == sorted(tiles) and tiles[0] == 8 and tiles[-1] == 128
+    assert tiles == sorted(tiles) and tiles[0] == 8 and tiles[-1] == experts_manifest.WIDE
+
+
+def test_experts_have_no_more_tiles_than_full_ones_would_be() -> None:
+    for entries in range(1, 2000):
+        for tile in (8, 16, 64, 128, experts_manifest.WIDE):
+            each = even_tile(entries, tile)
+            assert each <= tile and -(-entries // each) == -(-entries // tile)
 
 
 def test_experts_that_every_token_has_count_when_tiles_are_chosen() -> None:

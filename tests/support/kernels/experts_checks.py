@@ -10,13 +10,14 @@ import numpy as np
 
 from rvllm.backends.cpu.reference import moe
 from rvllm.backends.cpu.threads import Workers
+from rvllm.backends.cuda.device.driver import TensorMap
 from rvllm.backends.cuda.device.info import DeviceInfo
-from rvllm.backends.cuda.device.launches import Counts, Planned
+from rvllm.backends.cuda.device.launches import Counts, MatrixMap, Planned
 from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up, pack_matrix
 from rvllm.backends.cuda.ops.moe import router as router_plan
 from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, Path, most_tiles
 from rvllm.backends.cuda.ops.moe.router import RouteAt, plan_route
-from rvllm.kernels.moe.specs import BLOCKS, GROUPED_TOKENS
+from rvllm.kernels.moe.specs import BLOCKS, GROUPED_TOKENS, WIDE
 from rvllm.kernels.rowwise.specs import norm_kernel
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Activation, Buffer, Experts, Norm, Route, Weight
@@ -29,9 +30,17 @@ DTYPES = {"bfloat16": DType.BF16, "float16": DType.F16}
 
 def run(gpu: Machine, planned: Planned) -> None:
     """One planned launch."""
-    args = [ctypes.c_uint64(p) if isinstance(p, int) else p for p in planned.parameters]
+    args = [ctypes.c_uint64(p) if isinstance(p, int) else mapped(p) for p in planned.parameters]
     grid = planned.grid(Counts(0, 0, 0))
     gpu.launch(planned.kernel, grid, planned.block, args, planned.smem, cluster=planned.cluster)
+
+
+def mapped(parameter: object) -> object:
+    """A launch's parameter as the driver wants it."""
+    if not isinstance(parameter, MatrixMap):
+        return parameter
+    m = parameter
+    return TensorMap.matrix(m.address, m.rows, m.width, 2 * m.width, m.box_rows, m.box_width, m.bf16)
 
 
 def chip(gpu: Machine) -> DeviceInfo:
@@ -273,7 +282,7 @@ class Bench:
         self._down = gpu.array(np.concatenate([self._packed(w, False) for w in self.down]))
         entries = most * m.top_k
         self.inner = gpu.empty((entries, m.width), dtype)
-        self.parts = gpu.empty((entries, m.n), dtype)
+        self.parts = gpu.empty((entries, max(m.n, m.k)), dtype)
         self.order = gpu.empty((entries,), np.int32)
         self.places = gpu.empty((entries,), np.int32)
         self.tiles = gpu.empty((most_tiles(entries, m.experts, 8), 4), np.int32)
@@ -384,7 +393,7 @@ def ways(tokens: int, capability: int) -> list[tuple[Path, int]]:
     if tokens == 1:
         found.append(("one", 0))
     if capability == 90:
-        found += [("grouped", tile) for tile in GROUPED_TOKENS]
+        found += [("grouped", tile) for tile in (*GROUPED_TOKENS, WIDE)]
     return found
 
 

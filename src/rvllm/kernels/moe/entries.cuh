@@ -84,4 +84,18 @@ __device__ __forceinline__ void list_entries(EntryList& list, u32* scratch, cons
   __syncthreads();
 }
 
+// The order of work tiles: groups of `group` row pairs pass over all entries before the next ones begin, so that both
+// operands stay in L2 when an expert has more entries than one tile.
+struct TileScheduler {
+  int tiles, pairs, group, unit;
+  __device__ bool next(int& tile, int& pair) {
+    if (unit >= tiles * pairs) return false;
+    const int first = unit / (group * tiles) * group, within = unit - first * tiles, height = min(group, pairs - first);
+    tile = within / height;
+    pair = first + within % height;
+    unit += gridDim.x;
+    return true;
+  }
+};
+
 }  // namespace rvllm::experts

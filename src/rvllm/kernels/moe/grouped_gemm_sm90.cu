@@ -15,10 +15,9 @@ constexpr int CONSUMERS = 256, PRODUCERS = 128;
 template <int TOKENS>
 struct Layout {
   static constexpr int WEIGHTS = 2 * TILE_BYTES, X = TOKENS * TILE * 2, STAGE = WEIGHTS + X;
-  static constexpr int CHUNK = TOKENS < 64 ? TOKENS : 64;   // tokens staged at a time
   static constexpr int STAGE_PITCH = (TILE + 8) * 2;        // bytes; spreads stores over all banks
-  static constexpr int PER_GROUP = CHUNK * STAGE_PITCH, STAGING = 2 * PER_GROUP;
-  static constexpr int BARRIERS = 256, LIST = TOKENS <= 64 ? (sizeof(EntryList) + 15) / 16 * 16 : 0, LIMIT = 232448;
+  static constexpr int PER_GROUP = TOKENS * STAGE_PITCH, STAGING = 2 * PER_GROUP;
+  static constexpr int BARRIERS = 256, LIST = (sizeof(EntryList) + 15) / 16 * 16, LIMIT = 232448;
   static constexpr int FIT = (LIMIT - STAGING - BARRIERS - LIST) / STAGE;
   static constexpr int STAGES = FIT < 12 ? FIT : 12;
   static constexpr int BYTES = STAGES * STAGE + STAGING + BARRIERS + LIST;
@@ -26,20 +25,6 @@ struct Layout {
   static constexpr int COPIES = TOKENS * 8 / GATHERERS;                              // of 16 bytes, a thread and stage
   static_assert(MAX_TILES % 2 == 0 && STAGES * STAGE >= 544 * (MAX_LISTED / 32 + 2) * 4, "the list's scratch fits");
   static_assert(STAGES * 16 <= BARRIERS && PER_GROUP % 16 == 0, "regions are aligned");
-};
-
-// The order of work tiles: groups of `group` row pairs pass over all entries before the next ones begin, so that both
-// operands stay in L2 when an expert has more entries than one tile.
-struct TileScheduler {
-  int tiles, pairs, group, unit;
-  __device__ bool next(int& tile, int& pair) {
-    if (unit >= tiles * pairs) return false;
-    const int first = unit / (group * tiles) * group, within = unit - first * tiles, height = min(group, pairs - first);
-    tile = within / height;
-    pair = first + within % height;
-    unit += gridDim.x;
-    return true;
-  }
 };
 
 // For every expert and its entries: out = act(W[expert] x), or without activation, by `kind` (see gemm.cuh; never LOGITS).
@@ -71,7 +56,7 @@ __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1)
     }
     mbar_init_fence();
   }
-  const bool listed = TOKENS <= 64 && !order;
+  const bool listed = !order;
   EntryList& list = *reinterpret_cast<EntryList*>(shared + L::STAGES * L::STAGE + L::STAGING + L::BARRIERS);
   if (listed)
     list_begin(reinterpret_cast<u32*>(shared), experts, mask_words);
@@ -121,7 +106,7 @@ __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1)
       for (int i = 0; i < 2; i++) {
         const u64 strip = min(pair * 2 + i, strips - 1);
         bulk_load(base + to * L::STAGE + i * TILE_BYTES, matrix + (strip * blocks + block) * TILE_BYTES, TILE_BYTES,
-                  full(to), TOKENS >= 64 ? EVICT_NORMAL : EVICT_FIRST);
+                  full(to), TOKENS == 64 ? EVICT_NORMAL : EVICT_FIRST);
       }
     };
     bool more = next();
@@ -210,20 +195,9 @@ __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1)
   u8* const staging = shared + L::STAGES * L::STAGE + warpgroup * L::PER_GROUP;
   while (next()) {
     float acc[REGS];
-    if constexpr (TOKENS == 128) {
-      if (tile.count <= 32)
-        all_segments(reinterpret_cast<float(&)[16]>(acc));
-      else if (tile.count <= 64)
-        all_segments(reinterpret_cast<float(&)[32]>(acc));
-      else if (tile.count <= 96)
-        all_segments(reinterpret_cast<float(&)[48]>(acc));
-      else
-        all_segments(acc);
-    } else {
-      all_segments(acc);
-    }
+    all_segments(acc);
     const gemm::Epilogue e{out + static_cast<size_t>(tile.first) * pitch, nullptr, nullptr, kind, tile.count, rows, pitch, 1.f, 0.f};
-    gemm::finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(e, sum, staging, 1 + warpgroup, thread,
+    gemm::finish_accumulators<T, TOKENS, TOKENS, L::STAGE_PITCH>(e, sum, staging, 1 + warpgroup, thread,
                                                                    (pair * 2 + warpgroup) * TILE, 0);
   }
 }

@@ -3,6 +3,8 @@
 
 namespace rvllm::experts {
 
+constexpr int EVEN = 16;  // tiles of less than all of an expert's entries are a multiple of it
+
 // Lanes of the warp with the same expert as this one; those with `in` false match nobody.
 __device__ __forceinline__ u32 same_expert(int expert, bool in, int bits) {
   u32 mask = __ballot_sync(~0u, in);
@@ -24,7 +26,7 @@ __device__ __forceinline__ int running_sum(int value) {
 }
 
 // order int32 [tokens * top_k]: the entries by expert, those of one expert ascending. tiles int4: (expert, place of
-// its first entry in `order`, entries, 0), each of up to `tile` entries; *num_tiles: how many. ids int32
+// its first entry in `order`, entries, 0), those of an expert of about as many, up to `tile`; *num_tiles: how many. ids int32
 // [tokens, top_k], of up to `experts` experts. bits: of an expert's number. places int32 [tokens * top_k], or null: where
 // each entry is in `order`.
 // Grid: 1; CLUSTER (Hopper): a cluster, whose blocks have a part of the entries each. Shared: (warps + 4) * ceil4(experts)
@@ -125,11 +127,28 @@ __global__ void __launch_bounds__(1024)
   });
   for (int e = block * blockDim.x + threadIdx.x; e < experts; e += block_count * blockDim.x) {
     const int start = e ? all[e - 1] : 0;
-    for (int at = start, t = first_tile[e]; at < all[e]; at += tile, t++) tiles[t] = make_int4(e, at, min(tile, all[e] - at), 0);
+    // No more tiles than full ones would be, for an even share is rounded up to no more than `tile`.
+    const int cut = max(1, (all[e] - start + tile - 1) / tile), even = (all[e] - start + cut - 1) / cut;
+    const int each = min(tile, (even + EVEN - 1) / EVEN * EVEN);
+    for (int at = start, t = first_tile[e]; at < all[e]; at += each, t++) tiles[t] = make_int4(e, at, min(each, all[e] - at), 0);
   }
 #if __CUDA_ARCH__ >= 900
   if constexpr (CLUSTER) ptx::cluster_wait();
 #endif
+}
+
+// out[places[t * top_k + j]] = x[t] for every token and choice: rows of `vectors` 16-byte vectors.
+// Grid: (tokens). Bound by memory.
+__global__ void __launch_bounds__(256)
+    gather_rows(uint4* out, const uint4* x, const int* places, const int* num_tokens, int top_k, int vectors) {
+  ptx::griddep_launch();
+  ptx::griddep_wait();
+  const int token = blockIdx.x;
+  if (token >= *num_tokens) return;
+  for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
+    const uint4 value = x[static_cast<size_t>(token) * vectors + i];
+    for (int j = 0; j < top_k; j++) out[static_cast<size_t>(places[token * top_k + j]) * vectors + i] = value;
+  }
 }
 
 }  // namespace rvllm::experts

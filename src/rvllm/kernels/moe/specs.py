@@ -69,7 +69,7 @@ class Block:
         ) * TILE * 2 + 4 * self.rows * self.tokens * large
 
 
-GROUPED_TOKENS = (8, 16, 32, 64, 128)  # entries of a work tile of `grouped`
+GROUPED_TOKENS = (8, 16, 32, 64)  # entries of a work tile of `grouped`
 GROUPED_THREADS = 384
 MAX_LISTED = 1024  # entries that a block of `grouped` lists for itself, in tiles of up to 64
 _LIST_BYTES, _STAGING_PITCH, _BARRIERS, _LIMIT = 7440, 144, 256, 232448
@@ -78,8 +78,19 @@ _LIST_BYTES, _STAGING_PITCH, _BARRIERS, _LIMIT = 7440, 144, 256, 232448
 def grouped_smem(tokens: int) -> int:
     """Dynamic shared memory of `grouped` in bytes; mirrors Layout in moe/grouped_gemm_sm90.cu."""
     stage = (2 * 64 + tokens) * TILE * 2
-    rest = 2 * min(tokens, 64) * _STAGING_PITCH + _BARRIERS + _LIST_BYTES * (tokens <= 64)
+    rest = 2 * tokens * _STAGING_PITCH + _BARRIERS + _LIST_BYTES
     return min(12, (_LIMIT - rest) // stage) * stage + rest
+
+
+WIDE = 192  # entries of a work tile of `grouped_wide`
+WIDE_BOX = 32  # of a load of x
+_WIDE_STAGED = 12288  # bytes in which a warpgroup leaves its outputs
+
+
+def wide_smem() -> int:
+    """Dynamic shared memory of `grouped_wide` in bytes; mirrors Wide in moe/grouped_wide_sm90.cu."""
+    stage, rest = (2 * 64 + WIDE) * TILE * 2, 2 * _WIDE_STAGED + _BARRIERS
+    return (_LIMIT - rest) // stage * stage + rest
 
 
 BLOCKS = (Block(64, 16, 4, 1), Block(64, 64, 4, 1), Block(128, 128, 4, 2))
@@ -136,6 +147,9 @@ def _specs() -> list[KernelSpec]:
             "sm90_experts_sort", "moe/sort.cu", "rvllm::experts::sort<true>", 90, smem=most, unit="90"
         ),
     ]
+    specs.append(
+        KernelSpec("sm90_moe_gather_rows", "moe/sort.cu", "rvllm::experts::gather_rows", 90, unit="90")
+    )
     for dtype in DTYPES:
         for lanes in ROUTE_LANES:
             static = 4 * 8 * 32 * lanes + 5120
@@ -194,6 +208,17 @@ def _specs() -> list[KernelSpec]:
                         unit=f"{dtype}_{name}",
                     )
                 )
+        specs.append(
+            KernelSpec(
+                name=f"sm90_{dtype}_moe_grouped_n{WIDE}",
+                source="moe/grouped_wide_sm90.cu",
+                symbol=f"rvllm::experts::grouped_wide<rvllm::{dtype}>",
+                arch=90,
+                exact=True,
+                smem=wide_smem(),
+                unit=dtype,
+            )
+        )
         for tokens in GROUPED_TOKENS:
             specs.append(
                 KernelSpec(

@@ -90,7 +90,8 @@ def _scratch(program: Program, tokens: int, seqs: int, capability: int) -> Scrat
         "experts.logits": 4 * tokens * max((op.weight.shape[0] for op in routes), default=0),
         "experts.arrivals": 4 * tokens,
         "experts.inner": 2 * max(tokens * op.ids.width * op.down.shape[2] for op in mixtures),
-        "experts.parts": 2 * max(tokens * op.ids.width * op.down.shape[1] for op in mixtures),
+        "experts.parts": 2
+        * max(tokens * op.ids.width * max(op.down.shape[1], op.x.width) for op in mixtures),
         "experts.order": 4 * entries,
         "experts.places": 4 * entries,
         "experts.tiles": 16 * most_tiles(entries, experts, min(*GROUPED_TOKENS, *(b.tokens for b in BLOCKS))),

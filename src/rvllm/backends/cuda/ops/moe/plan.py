@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from rvllm.backends.cuda.device.info import DeviceInfo
-from rvllm.backends.cuda.device.launches import Planned, fixed
+from rvllm.backends.cuda.device.launches import MatrixMap, Planned, fixed
 from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.backends.cuda.ops.gemm.plan import gated_rows
 from rvllm.backends.cuda.ops.moe.quantised import stack_product, tile_of
@@ -33,12 +34,15 @@ from rvllm.kernels.moe.specs import (
     QUANTISED_THREADS,
     SORT_WARPS,
     TILE,
+    WIDE,
+    WIDE_BOX,
     Block,
     grouped_smem,
     one_down_smem,
     one_up_smem,
     segments_of,
     sort_smem,
+    wide_smem,
 )
 from rvllm.kernels.rowwise.specs import ACTIVATIONS
 from rvllm.program.ops.dense import Experts
@@ -47,6 +51,7 @@ SLICE = 16  # rows a warp takes in `one_up`
 SORT_WIDE = 1024  # entries of a block from which on the sort takes a full one
 SORT_CLUSTER = 8  # its blocks on Hopper
 COMBINE_THREADS = 128
+EVEN = 16  # as in `sort`
 GROUP = 16  # row pairs that pass over all entries together
 STRIP_GROUP = 1024  # rows of W that pass over all entries together
 Path = Literal["one", "many", "grouped", "quantised"]
@@ -56,8 +61,8 @@ Path = Literal["one", "many", "grouped", "quantised"]
 class ExpertsAt:
     """Device addresses of an Experts. Scratch, for E entries (see `moe/moe.cuh`):
 
-    inner [E, width] and parts [E, N] of the 16-bit type, order and places int32 [E], tiles int32 [most, 4]
-    (see `most_tiles`), num_tiles int32. residual: what the sum is added to, 0 for nothing.
+    inner [E, width] and parts [E, max(N, K)] of the 16-bit type, order and places int32 [E], tiles int32
+    [most, 4] (see `most_tiles`), num_tiles int32. residual: what the sum is added to, 0 for nothing.
     """
 
     x: int
@@ -80,6 +85,12 @@ def most_tiles(entries: int, experts: int, tile: int) -> int:
     """The most tiles of up to `tile` entries that `entries` of them, each with an expert, can fall into."""
     hit = min(entries, experts)
     return hit + (entries - hit) // tile
+
+
+def even_tile(entries: int, tile: int) -> int:
+    """Entries of the tiles, of up to `tile`, that `sort` cuts so many entries of one expert into."""
+    share = -(-entries // -(-entries // tile)) if entries else 0
+    return min(tile, -(-share // EVEN) * EVEN)
 
 
 class ExpertsPlan:
@@ -141,7 +152,11 @@ class ExpertsPlan:
             return [self._sort(self.block.tokens, 0), self._many("up"), self._many("down"), self._combine(0)]
         places = self.at.places
         products = [self._grouped("up"), self._grouped("down"), self._combine(places)]
-        return products if self._listed() else [self._sort(self.tile, places), *products]
+        if self._listed():
+            return products
+        if self.tile == WIDE:
+            products = [self._gather(), self._wide("up"), self._wide("down"), self._combine(places)]
+        return [self._sort(self.tile, places), *products]
 
     def _planned(
         self, kernel: str, grid: tuple[int, ...], block: int, smem: int, why: str, *given: object
@@ -209,14 +224,19 @@ class ExpertsPlan:
         hit = routed * (1 - (1 - (self.top_k - always) / routed) ** self.tokens)
         return (hit, min(self.tokens, math.ceil(mean + 3 * mean**0.5))), (always, self.tokens)
 
-    def _cost(self, tile: int, cycles: float, read: float) -> tuple[float, float]:
+    def _cost(self, tile: int, cycles: Callable[[int], float], read: float) -> tuple[float, float]:
         """To compare tiles of so many entries by: cycles for 64 of K and a tile's rows, of all experts.
 
-        cycles: of one tile whose operands lie in L2; read: of one expert's weights from memory.
+        cycles: of one tile of so many entries whose operands lie in L2; read: of one expert's weights from
+        memory.
         """
-        spread = self._spread()
-        tiles = sum(experts * -(-each // tile) for experts, each in spread)
-        return max(tiles * cycles, sum(experts for experts, _ in spread) * read), tiles * cycles
+        summed = fetched = 0.0
+        for experts, each in self._spread():
+            tiles = -(-each // tile)
+            width = even_tile(each, tile) if tile == WIDE else tile
+            summed += experts * tiles * cycles(width)
+            fetched += experts * read
+        return max(summed, fetched), summed
 
     def _block(self) -> Block:
         """What costs `many` least, by an A100's 52 bytes a cycle from L2, 13 from memory, and 2,048 FLOPs."""
@@ -225,17 +245,27 @@ class ExpertsPlan:
         def cost(block: Block) -> tuple[float, float]:
             moved, multiplied = (block.rows + block.tokens) * 128 / 52, block.rows * block.tokens / 16
             strips = block.rows / TILE
-            return self._cost(block.tokens, max(moved, multiplied) / strips, TILE * 128 / 13)
+            return self._cost(block.tokens, lambda _: max(moved, multiplied) / strips, TILE * 128 / 13)
 
         return min(fit, key=cost)
 
     def _tile(self) -> int:
-        """What costs `grouped` least, by an H200's 56 bytes a cycle from L2, 19 from memory, 4,096 FLOPs."""
+        """What costs `grouped` least, by an H200's 56 bytes a cycle from L2, 19 from memory, 4,096 FLOPs.
+
+        Tiles whose rows are gathered on the way take 9 cycles an entry at least; rows of wide ones are
+        gathered before.
+        """
+        pairs = -(-self.up_rows // (2 * TILE))
 
         def cost(tile: int) -> tuple[float, float]:
-            return self._cost(tile, max((2 * TILE + tile) * 128 / 56, 4 * tile), 2 * TILE * 128 / 19)
+            entry = 4 if tile == WIDE else 9
+            longest, summed = self._cost(
+                tile, lambda width: max((2 * TILE + width) * 128 / 56, entry * width), 2 * TILE * 128 / 19
+            )
+            gathered = self.entries * TILE * 2 / 19 / pairs if tile == WIDE else 0.0
+            return longest + gathered, summed
 
-        return min(GROUPED_TOKENS, key=cost)
+        return min((*GROUPED_TOKENS, WIDE), key=cost)
 
     def _listed(self) -> bool:
         """Whether blocks of `grouped` list the entries themselves."""
@@ -252,12 +282,36 @@ class ExpertsPlan:
             sort_smem(warps, self.experts), cluster, "entries by expert",
         )  # fmt: skip
 
+    def _gather(self) -> Planned:
+        at, vectors = self.at, self.op.x.width // 8
+        numbers = map(ctypes.c_int, (self.top_k, vectors))
+        return Planned(
+            self.name, "sm90_moe_gather_rows", fixed(self.tokens), 256,
+            (at.parts, at.x, at.places, at.num_tokens, *numbers), why="rows of x by expert",
+        )  # fmt: skip
+
+    def _wide(self, which: str) -> Planned:
+        out, _, weights, after_sort, k, rows, pitch, _ = self._sides(which)
+        at = self.at
+        # The rows of x wait where the down product's results will be.
+        source = at.parts if which == "up" else at.inner
+        x = MatrixMap(source, self.entries, k, WIDE_BOX, TILE, self.tag == "bf16")
+        numbers = (after_sort, -(-k // TILE), segments_of(k), rows, pitch, self._kind(which), GROUP)
+        return Planned(
+            self.name, f"sm90_{self.tag}_moe_grouped_n{WIDE}", fixed(self.chip.sm_count), GROUPED_THREADS,
+            (x, out, weights, at.tiles, at.num_tiles, *map(ctypes.c_int, numbers)),
+            wide_smem(), why=f"{which}, grouped by expert, up to {WIDE} entries a tile",
+        )  # fmt: skip
+
+    def _kind(self, which: str) -> Kind:
+        if which == "down":
+            return Kind.STORE
+        name = self.op.activation.upper()
+        return Kind[f"GATED_{name}" if self.op.gated else f"ACT_{name}"]
+
     def _grouped(self, which: str) -> Planned:
         out, x, weights, by_token, k, rows, pitch, _ = self._sides(which)
-        kind, at = Kind.STORE, self.at
-        if which == "up":
-            name = self.op.activation.upper()
-            kind = Kind[f"GATED_{name}" if self.op.gated else f"ACT_{name}"]
+        kind, at = self._kind(which), self.at
         sorted_by = (0, 0, 0) if self._listed() else (at.order, at.tiles, at.num_tiles)
         numbers = (
             self.top_k, self.experts, by_token, k, -(-k // TILE), segments_of(k), rows, pitch, kind, GROUP,
