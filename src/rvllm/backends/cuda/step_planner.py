@@ -48,6 +48,7 @@ class StepPlanner:
     prefill: dict[str, PrefillPlan]
     tiles: TileShape | None
     strategy: GemmStrategy
+    quantised: frozenset[str]
 
     @staticmethod
     def plan(
@@ -79,6 +80,7 @@ class StepPlanner:
             prefill=prefill,
             tiles=tiles,
             strategy=strategy,
+            quantised=quantised_buffers(stages, chip.capability),
         )
         return planner, wanted
 
@@ -157,7 +159,7 @@ class StepPlanner:
             self.memory.decode if decode is None else decode,
             self.prefill if prefill else None,
             self.strategy,
-            quantised_buffers(self.stages, self.chip.capability),
+            self.quantised,
         )
 
 
