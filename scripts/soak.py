@@ -32,6 +32,8 @@ from support.clients.attacker import Server
 from support.clients.fuzz import PIECES, REQUESTS, mutated
 from support.clients.grammar_attacks import ATTACKS
 
+EVERY = 5.0  # seconds between samples of memory and rate
+HONEST = 0.85  # share of the requests
 KINDS = 40  # different honest requests, of which each is asked alone first
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -47,21 +49,26 @@ def honest(i: int) -> dict[str, Any]:
 class Soak:
     """What the clients do and see."""
 
-    def __init__(self, server: Server, seconds: float, rate: float, alone: list[Any], seed: int) -> None:
-        self.server, self.end, self.rate, self.alone = server, time.monotonic() + seconds, rate, alone
+    def __init__(
+        self, server: Server, seconds: float, rate: float, load: float, alone: list[Any], seed: int
+    ) -> None:
+        """rate: honest requests a second to begin with."""
+        self.server, self.end, self.alone = server, time.monotonic() + seconds, alone
+        self.rates, self.load = [rate], load
         self.seen: Counter[str] = Counter()
         self.times: list[float] = []
         self.wrong: list[str] = []
         self.memory: list[float] = []
         self._rng = random.Random(seed)
         self._lock = threading.Lock()
+        self._before = 0
 
     def run(self) -> None:
         """Sends requests at the rate, each from a thread of its own; returns when all have ended."""
         threads: list[threading.Thread] = []
         following = sampled = time.monotonic()
         while time.monotonic() < self.end:
-            following += self._rng.expovariate(self.rate)
+            following += self._rng.expovariate(self.rates[-1] / HONEST)
             time.sleep(max(0.0, following - time.monotonic()))
             kind, number = self._rng.random(), self._rng.getrandbits(30)
             act = (
@@ -76,13 +83,22 @@ class Soak:
             thread = threading.Thread(target=act, args=(number,), daemon=True)
             thread.start()
             threads = [t for t in threads if t.is_alive()] + [thread]
-            if time.monotonic() - sampled > 5:
+            if time.monotonic() - sampled > EVERY:
+                self._follow(time.monotonic() - sampled)
                 sampled = time.monotonic()
                 self.memory.append(self.server.rss())
         for thread in threads:
             thread.join(60)
             if thread.is_alive():
                 self.wrong.append("a request was never answered")
+
+    def _follow(self, seconds: float) -> None:
+        """The next rate: the load times what was answered lately; other work of the machine changes that."""
+        right = self.seen["right"]
+        answered = (right - self._before) / seconds
+        self._before = right
+        low, high = self.rates[0] / 8, self.rates[0] * 2
+        self.rates.append(min(high, max(low, self.load * (answered + self.rates[-1] / self.load) / 2)))
 
     def note(self, what: str, wrong: str = "") -> None:
         """Counts an outcome."""
@@ -173,22 +189,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     given = parser.parse_args()
-    flags: tuple[str, ...] = (
-        "--num-blocks",
-        "48",
-        "--max-queue",
-        "64",
-        "--worker-timeout",
-        "2",
-        "--max-body-mb",
-        "4",
-    )
+    flags = ["--num-blocks", "48", "--max-queue", "64", "--worker-timeout", "2", "--max-body-mb", "4"]
     if given.device == "cuda":
-        flags += ("--check-device-memory",)
+        flags.append("--check-device-memory")
     with Server(*flags, device=given.device) as server:
         alone = [server.complete(**honest(i))[1]["choices"][0]["token_ids"] for i in range(KINDS)]
         rate = given.load * capacity(server)
-        soak = Soak(server, given.seconds, rate, alone, given.seed)
+        soak = Soak(server, given.seconds, rate, given.load, alone, given.seed)
         soak.run()
         time.sleep(3)
         left = metric(server, "vllm:num_requests_running") + metric(server, "vllm:num_requests_waiting")
@@ -197,7 +204,9 @@ def main() -> int:
         times = sorted(soak.times)
         quarter = max(1, len(soak.memory) // 4)
         early, late = (sum(part) / len(part) for part in (soak.memory[:quarter], soak.memory[-quarter:]))
-        print(f"{given.seconds:.0f} s at {rate:.1f} requests/s ({given.load:.0%}): {dict(soak.seen)}")
+        mean = sum(soak.rates) / len(soak.rates)
+        print(f"{given.seconds:.0f} s at {mean:.1f} honest requests/s ({min(soak.rates):.1f} to "
+              f"{max(soak.rates):.1f}: {given.load:.0%} of what is answered): {dict(soak.seen)}")  # fmt: skip
         print(
             f"preemptions {preempted:.0f}; left running or waiting {left:.0f}; KV cache in use {blocks:.3f}"
         )

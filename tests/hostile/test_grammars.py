@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import select
 import socket
 import threading
 import time
@@ -34,15 +36,19 @@ def test_a_grammar_hurts_nobody_else(server: Server, name: str) -> None:
         assert len(json.loads(answer)["error"]["message"]) < 2000
 
 
+def ask_slowly(server: Server, number: int, address: str = "127.0.0.1") -> socket.socket:
+    """A request with a slow grammar of its own, from this address; nothing of the answer is read."""
+    body = {"prompt": "x", "max_tokens": 1, "guided_grammar": gbnf(1900, f'"{number}"')}
+    data = json.dumps(body).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    sock = socket.create_connection(("127.0.0.1", server.port), source_address=(address, 0))
+    sock.sendall(head + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+    return sock
+
+
 def test_clients_that_leave_take_their_work_along(server: Server) -> None:
     """Six slow grammars whose clients hang up leave the workers to everybody else."""
-    socks = []
-    for i in range(6):
-        body = json.dumps({"prompt": "x", "max_tokens": 1, "guided_grammar": gbnf(1500, f'"{i}"')}).encode()
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        sock = socket.create_connection(("127.0.0.1", server.port))
-        sock.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        socks.append(sock)
+    socks = [ask_slowly(server, i) for i in range(6)]
     time.sleep(0.3)
     for sock in socks:
         sock.close()
@@ -50,6 +56,19 @@ def test_clients_that_leave_take_their_work_along(server: Server) -> None:
     assert server.complete(prompt="word " * 1500)[0] == 200
     assert server.complete(guided_choice=["yes", "no"])[0] == 200
     assert time.monotonic() - before < 5
+
+
+def test_clients_that_stay_leave_workers_to_others(server: Server) -> None:
+    """Slow grammars of one client: another's long prompt does not wait, its own grammar for one of them."""
+    with contextlib.ExitStack() as stack:
+        socks = [ask_slowly(server, i, "127.0.0.2") for i in range(8)]
+        for sock in socks:
+            stack.enter_context(sock)
+        time.sleep(0.5)
+        assert server.complete(60, prompt="word " * 1500)[0] == 200
+        assert len(select.select(socks, [], [], 0)[0]) < 4
+        assert server.complete(60, guided_choice=["yes", "no"])[0] == 200
+        assert len(select.select(socks, [], [], 0)[0]) < 7
 
 
 @pytest.mark.parametrize("name", ["self", "messages", "range", "loop", "namespace", "class", "\0", "a b", ""])

@@ -209,7 +209,7 @@ def changed(rng: random.Random, config: dict[str, Any], count: int) -> dict[str,
         if rng.random() < 0.2:
             at.pop(key, None)
         else:
-            at[key] = rng.choice(VALUES)
+            at[key] = json.loads(json.dumps(rng.choice(VALUES)))
     return made
 
 

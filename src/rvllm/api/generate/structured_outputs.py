@@ -14,7 +14,7 @@ from rvllm.errors import LimitError, UsageError
 from rvllm.text.grammar.grammar import check_tokenizer
 from rvllm.text.worker.tasks import Calls
 from rvllm.text.worker.tasks import answer_grammar as answer
-from rvllm.text.worker.work import IN_THREAD
+from rvllm.text.worker.work import LARGE
 
 _GUIDED = {
     "guided_json": "json",
@@ -56,7 +56,7 @@ async def answer_grammar(
     if thinks is not None and marks is not None:
         thoughts = (marks.begin, marks.end, thinks)
     try:
-        found = await service.work.run(answer, param, IN_THREAD, form, calls, thoughts)
+        found = await service.work.run(answer, param, LARGE, form, calls, thoughts)
     except UsageError as error:
         message = str(error)
         known = next((name for name in ("tools", param) if message.startswith(f"{name}: ")), None)

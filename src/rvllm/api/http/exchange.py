@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from rvllm.api.disk import is_full
 from rvllm.api.http.errors import ApiError, busy, from_rvllm, invalid
-from rvllm.api.http.keys import load_keys
+from rvllm.api.http.keys import current_key, load_keys
 from rvllm.api.http.limits import BODY_RATE, BodyBudget
 from rvllm.api.http.multipart import Form
 from rvllm.config import ServerConfig
@@ -28,6 +28,7 @@ from rvllm.telemetry.logs import event
 from rvllm.telemetry.metrics import Metrics
 from rvllm.telemetry.timing import RecentTimings, RequestTiming, current
 from rvllm.telemetry.tracing import Tracer
+from rvllm.text.worker.work import asking
 
 FILE_CHUNK = 1 << 20  # bytes of a file that are sent at a time
 TIMING = b"x-rvllm-timing"  # a request with this header is told where its time went
@@ -327,6 +328,7 @@ class Endpoint:
             self._check_key(exchange)
             if self._gate.draining:
                 raise busy("the server is shutting down")
+        asking.set(current_key.get() + str((exchange.scope.get("client") or ("",))[0]))
         body = b""
         if exchange.scope["method"] == "POST":
             body = await self._body(exchange)

@@ -13,6 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -32,15 +34,18 @@ from rvllm.text.worker.process import (
     REPORT,
     Launch,
 )
-from rvllm.text.worker.work import Task
+from rvllm.text.worker.work import LARGE, Task, asking
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 COMMAND = (sys.executable, "-m", "rvllm.text.worker.process")
-LARGE = 100_000  # characters or bytes; such work never takes the last worker
+WAIT_SECONDS = 30.0  # for a worker to be free
 STACK = 4 << 20  # bytes; the engine's own threads have more, so what passed here passes there
 START_SECONDS = 60.0  # for the tokenizer to load
+
+
+_Turn = tuple[int, int, asyncio.Future[None]]  # rank, number, what its owner waits for
 
 
 @dataclass
@@ -54,7 +59,8 @@ class WorkerPool:
     """Does tasks (see `work.TextWork`) in up to `count` processes; belongs to one event loop.
 
     Whoever is cancelled while a worker is busy with it has that worker killed: the next is there in
-    milliseconds. Small work goes before large, and large work leaves one worker free.
+    milliseconds. Large work never takes the last worker, and clients are given turns at it: however much
+    one asks for, another waits for one piece of it. Of the rest the smallest goes first.
     """
 
     def __init__(self, model: str, *, count: int, seconds: float, memory: int) -> None:
@@ -64,7 +70,9 @@ class WorkerPool:
         self._numbers = itertools.count()
         self._idle: list[_Worker] = []
         self._busy = self._large = 0
-        self._waiting: list[tuple[int, int, bool, asyncio.Future[None]]] = []
+        self._small_waiting: list[_Turn] = []
+        self._large_waiting: list[_Turn] = []
+        self._asked: Counter[str] = Counter()  # large work that waits or runs, by client
         self._forker: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -87,7 +95,34 @@ class WorkerPool:
         """See `TextWork`."""
         data = pickle.dumps((task, args, options), pickle.HIGHEST_PROTOCOL)
         large = size >= LARGE
-        await self._admitted(size, large)
+        async with self._turn(size, large):
+            return cast(T, await self._done(data, what))
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, size: int, large: bool) -> AsyncIterator[None]:
+        """Waits for a turn and holds it. Raises UnavailableError where it does not come in time."""
+        client, rank = asking.get(), size
+        if large:
+            rank = self._asked[client]
+            self._asked[client] += 1
+        try:
+            try:
+                async with asyncio.timeout(WAIT_SECONDS):
+                    await self._admitted(rank, large)
+            except TimeoutError:
+                raise UnavailableError(f"all workers for texts are busy since {WAIT_SECONDS:g} s") from None
+            try:
+                yield
+            finally:
+                self._end(large)
+        finally:
+            if large:
+                self._asked[client] -= 1
+                if not self._asked[client]:
+                    del self._asked[client]
+
+    async def _done(self, data: bytes, what: str) -> Any:
+        """What a worker makes of a pickled task."""
         worker: _Worker | None = None
         try:
             worker, used = await self._take()
@@ -115,11 +150,8 @@ class WorkerPool:
         finally:
             if worker is not None:
                 self._kill(worker)
-            self._busy -= 1
-            self._large -= large
-            self._next()
         if kind == DONE:
-            return cast(T, value)
+            return value
         raise self._error(kind, value, what)
 
     async def _ask(self, worker: _Worker, data: bytes) -> tuple[int, Any, bool]:
@@ -141,20 +173,18 @@ class WorkerPool:
         assert kind == BROKEN
         return RuntimeError(f"{what}: {value}")
 
-    async def _admitted(self, size: int, large: bool) -> None:
-        """Waits for a turn."""
-        if self._may_begin(large) and not self._waiting:
+    async def _admitted(self, rank: int, large: bool) -> None:
+        queue = self._large_waiting if large else self._small_waiting
+        if self._may_begin(large) and not queue:
             self._begin(large)
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (size, next(self._numbers), large, turn))
+        heapq.heappush(queue, (rank, next(self._numbers), turn))
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():  # it had just begun
-                self._busy -= 1
-                self._large -= large
-                self._next()
+                self._end(large)
             raise
 
     def _may_begin(self, large: bool) -> bool:
@@ -164,17 +194,15 @@ class WorkerPool:
         self._busy += 1
         self._large += large
 
-    def _next(self) -> None:
-        while self._waiting:
-            _, _, large, turn = self._waiting[0]
-            if turn.done():
-                heapq.heappop(self._waiting)
-            elif self._may_begin(large):
-                heapq.heappop(self._waiting)
-                self._begin(large)
-                turn.set_result(None)
-            else:
-                return
+    def _end(self, large: bool) -> None:
+        self._busy -= 1
+        self._large -= large
+        for queue, of_large in ((self._small_waiting, False), (self._large_waiting, True)):
+            while queue and (queue[0][2].done() or self._may_begin(of_large)):
+                _, _, turn = heapq.heappop(queue)
+                if not turn.done():
+                    self._begin(of_large)
+                    turn.set_result(None)
 
     async def _take(self) -> tuple[_Worker, bool]:
         """A worker that waits for a task, and whether it has done one before."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from rvllm.text.tokenizers.tokenizer import Tokenizer
@@ -17,6 +18,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 IN_THREAD = 5_000  # characters or bytes: larger work is done beside the event loop
+LARGE = 100_000  # work of this size, and all whose size says nothing of its time, leaves workers to the rest
+asking: ContextVar[str] = ContextVar("rvllm_asking", default="")  # the client whose work it is
 
 Task = Callable[Concatenate[Tokenizer, P], T]
 """A function of a module, called with the tokenizer and whatever else it takes; it returns a text, numbers,
@@ -29,7 +32,8 @@ class TextWork(Protocol):
     async def run(self, task: Task[P, T], what: str, size: int, /, *args: P.args, **options: P.kwargs) -> T:
         """What the task returns.
 
-        what: the request's field that it is about, for errors. size: characters or bytes of the input.
+        what: the request's field that it is about, for errors. size: characters or bytes of the input;
+        LARGE for a grammar, whose size does not tell how long it takes.
         Raises what the task raises (RvllmError); LimitError when it takes more than it may,
         UnavailableError when nobody can do it.
         """
