@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import select
 import socket
 import threading
@@ -69,6 +70,16 @@ def test_clients_that_stay_leave_workers_to_others(server: Server) -> None:
         assert len(select.select(socks, [], [], 0)[0]) < 4
         assert server.complete(60, guided_choice=["yes", "no"])[0] == 200
         assert len(select.select(socks, [], [], 0)[0]) < 7
+
+
+def test_bad_words_are_tokenised_beside_the_event_loop(server: Server) -> None:
+    """A prompt each for the same 256 long words: the loop would stand still for seconds."""
+    words = ["".join(random.Random(i).choices("abcdefghijkl", k=1000)) for i in range(256)]
+    status, answer = server.complete(prompt=["x"] * 8, bad_words=words)
+    assert status == 400 and "bad_words have more than 8192 tokens" in answer["error"]["message"]
+    for wrong in ([""], [" "], ["x", 5], "x", ["x"] * 300):
+        assert server.complete(bad_words=wrong)[0] == 400
+    assert server.complete(bad_words=["hello", "the world", "\ufffd"])[0] == 200
 
 
 @pytest.mark.parametrize("name", ["self", "messages", "range", "loop", "namespace", "class", "\0", "a b", ""])

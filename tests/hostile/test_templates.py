@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 
-from support.clients.attacker import Server
+from support.clients.attacker import Server, model
 
 ASK = {"messages": [{"role": "user", "content": "go"}], "max_tokens": 2}
 GUARD = "{% if messages[0].content != 'go' %}fine{% else %}BOMB{% endif %}"
@@ -42,6 +45,28 @@ def test_a_template_that_never_ends_does_not_start() -> None:
     assert server.process.wait(30) == 2
     assert "chat template: takes longer than 1 s (--worker-timeout)" in server.text()
     assert "Traceback" not in server.text()
+
+
+def test_a_tokenizer_that_gives_up_stops_nobody(tmp_path: Path) -> None:
+    """A pattern that tries for ever: what makes the tokenizer meet it is refused, nobody else notices."""
+    folder = tmp_path / "model"
+    shutil.copytree(model(), folder)
+    data = json.loads((folder / "tokenizer.json").read_text())
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    (folder / "tokenizer.json").write_text(json.dumps(data | {"pre_tokenizer": pattern}))
+    bomb = "a" * 40 + "b"
+    with Server("--model", str(folder), "--worker-timeout", "2") as server:
+        for body in (
+            {"prompt": bomb},
+            {"bad_words": [bomb]},
+            {"echo": True, "prompt": bomb, "max_tokens": 0},
+        ):
+            assert server.complete(**body)[0] == 400
+            assert server.complete()[0] == 200
+        chat = {"messages": [{"role": "user", "content": bomb}], "max_tokens": 1}
+        assert server.ask("POST", "/v1/chat/completions", chat)[0] == 400
+        assert server.ask("POST", "/tokenize", {"prompt": bomb})[0] == 400
+        assert "Traceback" not in server.text() and server.end() == 0
 
 
 INSIDES = [

@@ -148,6 +148,7 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     extra_args: dict[str, Any] | None = None  # for plug-ins; there are none
     bad_words: list[str] | None = None
+    bad_word_ids: list[list[int]] | None = None  # bad_words already tokenised; see `bad_word_tokens`
     allowed_token_ids: list[int] | None = None
     truncate_prompt_tokens: int | None = None
     logits_processors: Any = None

@@ -27,7 +27,10 @@ class TokenFilter:
             bits[:vocab_size] = True
         bits[[word[0] for word in bad if len(word) == 1]] = False
         self._mask: Mask = np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
-        self._bad = [tuple(word) for word in bad if len(word) > 1]
+        self._bad: dict[int, list[tuple[list[int], int]]] = {}  # by the last token but one: (before, last)
+        for *before, last in bad:
+            if before:
+                self._bad.setdefault(before[-1], []).append((before, last))
 
     @property
     def follows(self) -> bool:
@@ -37,7 +40,7 @@ class TokenFilter:
     def mask(self, output: Sequence[int]) -> Mask:
         """The tokens that may follow the output so far; not to be changed."""
         found = self._mask
-        for *before, last in self._bad:
+        for before, last in self._bad.get(output[-1], ()) if output else ():
             if len(output) >= len(before) and list(output[-len(before) :]) == before:
                 found = found.copy() if found is self._mask else found
                 found[last >> 5] &= np.uint32(~(1 << (last & 31)) & 0xFFFFFFFF)

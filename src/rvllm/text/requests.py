@@ -31,6 +31,7 @@ _DEFAULTS = {  # generation_config.json's name: SamplingParams'
 
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD = 1024  # characters
+MAX_BAD_TOKENS = 8192  # of all of a request's words together, with and without a space before them
 
 
 class RequestMaker:
@@ -157,26 +158,33 @@ def check_tokens(prompt_token_ids: list[int], facts: ModelFacts) -> None:
         raise UsageError(f"prompt: token id {wrong} is not in the vocabulary of {facts.vocab_size}")
 
 
-def bad_word_tokens(words: Sequence[str], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
+def bad_word_tokens(words: Sequence[str], tokenizer: Tokenizer | None) -> list[list[int]]:
     """The token sequences of words, as vLLM has them: alone, and behind a space where that is one more word.
 
     Raises UsageError without a tokenizer, or for more or longer words than a request may have.
     """
     if not words:
-        return ()
+        return []
     if tokenizer is None:
         raise UsageError("bad_words needs a tokenizer: the model was loaded with skip_tokenizer_init")
     if len(words) > MAX_BAD_WORDS or max(map(len, words)) > MAX_BAD_WORD:
         raise UsageError(f"bad_words takes at most {MAX_BAD_WORDS} texts of {MAX_BAD_WORD} characters")
-    found: list[tuple[int, ...]] = []
+    found: list[list[int]] = []
+    count = 0
     for word in words:
         plain, spaced = (
-            tuple(tokenizer.encode(before + word.lstrip(), add_special_tokens=False)) for before in ("", " ")
+            tokenizer.encode(before + word.lstrip(), add_special_tokens=False) for before in ("", " ")
         )
-        found.append(plain)
+        if not plain:
+            raise UsageError(f"bad_words: {word[:40]!r} has no tokens")
+        new = [plain]
         if spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
-            found.append(spaced)
-    return tuple(dict.fromkeys(found))
+            new.append(spaced)
+        count += sum(map(len, new))
+        if count > MAX_BAD_TOKENS:
+            raise UsageError(f"bad_words have more than {MAX_BAD_TOKENS} tokens together")
+        found += new
+    return found
 
 
 def _logprobs(name: str, count: int | None, facts: ModelFacts) -> int | None:
@@ -213,7 +221,10 @@ def to_sampling(
         if not -100 <= value <= 100:
             raise UsageError(f"logit_bias must be in [-100, 100], got {value}")
     allowed = _in_vocabulary("allowed_token_ids", list(params.allowed_token_ids or ()), facts)
-    bad = bad_word_tokens(params.bad_words or (), tokenizer)
+    words = params.bad_word_ids
+    if words is None:
+        words = bad_word_tokens(params.bad_words or (), tokenizer)
+    bad = tuple(dict.fromkeys(map(tuple, words)))
     if allowed and set(allowed) <= {word[0] for word in bad if len(word) == 1}:
         raise UsageError("allowed_token_ids must not all be bad_words")
     return Sampling(

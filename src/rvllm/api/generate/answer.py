@@ -63,6 +63,7 @@ class Answer:
         text, tokens = await prompt_of(service, request, size, bool(request.add_special_tokens))
         thinks = begins_within(text, service.reasoning)
         params.grammar = await answer_grammar(service, request, plan, thinks)
+        await service.tokenise_bad_words(params)
         if marks_are_special(service, plan):
             params.skip_special_tokens = False
         job = service.job(

@@ -190,6 +190,14 @@ class Service:
         found = await self.work.run(tasks.encode, param, len(text), text, add_special_tokens, None)
         return found or []
 
+    async def tokenise_bad_words(self, params: SamplingParams) -> None:
+        """Does so in a worker: hundreds of long words take most of a second. Raises UsageError."""
+        if params.bad_words and self._tokenizer is not None:
+            params.validate()
+            size = sum(map(len, params.bad_words))
+            found = await self.work.run(tasks.bad_words, "bad_words", size, params.bad_words)
+            params.bad_word_ids = found
+
     async def encode_prompt(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
         """Token ids of a prompt. Raises a 400 for a text that is too large for the context at sight.
 

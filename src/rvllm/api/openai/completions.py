@@ -31,6 +31,7 @@ async def completions(service: Service, exchange: Exchange, body: bytes) -> None
     params = completion_params(request, service.defaults)
     params.detokenize = service.has_tokenizer
     params.grammar = await answer_grammar(service, request)
+    await service.tokenise_bad_words(params)
     fill_in = _fill_in(service, request)
     prompts = await _prompts(service, request, framed=fill_in is None)
     if fill_in is not None:

@@ -16,6 +16,7 @@ from rvllm.text.embedding import text_tokens
 from rvllm.text.grammar.grammar import check, grammar_of, try_out, with_lead
 from rvllm.text.grammar.limits import check_schema
 from rvllm.text.pooling import pair_tokens
+from rvllm.text.requests import bad_word_tokens
 from rvllm.text.tokenizers.tokenizer import Tokenizer
 from rvllm.text.tools.calls_grammar import Function, calls_or_form, forced_calls, offered_calls
 from rvllm.text.tools.choose import ToolFormat, tool_format
@@ -102,6 +103,11 @@ def pair_of_texts(
 def token_texts(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
     """Each token's text by itself."""
     return [tokenizer.token_text(token) for token in tokens]
+
+
+def bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[int]]:
+    """See `bad_word_tokens`."""
+    return bad_word_tokens(words, tokenizer)
 
 
 def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
