@@ -213,10 +213,19 @@ def main() -> None:
         kernel_costs(backend, 240, 1808, vocab)
     llm.generate(*requests(1, 60), use_tqdm=False)
     account = Account(backend)
+    for ordered in (True, False):
+        print(f"--- begun {'in the order of the list' if ordered else 'longest first'}")
+        run(llm, account, args, ordered)
+
+
+def run(llm: LLM, account: Account, args: argparse.Namespace, ordered: bool) -> None:
+    """Runs the workload once and prints its tables."""
     before = llm.engine.counters.host_seconds
     prompts, params = requests(args.seed, args.requests)
+    priority = [0] * len(prompts) if ordered else None
+    account.done, account._before = [], None
     began = time.perf_counter()
-    llm.generate(prompts, params, use_tqdm=False)
+    llm.generate(prompts, params, use_tqdm=False, priority=priority)
     wall = time.perf_counter() - began
     out = sum(p.max_tokens or 0 for p in params)
     rows = account.done
@@ -230,7 +239,7 @@ def main() -> None:
         f"{sum(r.wait for r in rows):.2f} s"
     )
     if args.trace:
-        with open(args.trace, "w") as file:
+        with open(f"{args.trace}.{'ordered' if ordered else 'longest'}", "w") as file:
             file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
     table(rows, wall, lambda r: r.kind)
     table(rows, wall, lambda r: (r.kind, r.padded))

@@ -1,76 +1,58 @@
 """The mixed run of `mixed_account.py` without a GPU: the real scheduler, and steps of measured lengths.
 
-    PYTHONPATH=src python scripts/gpu/mixed_simulate.py ACCOUNT [--set max_num_batched_tokens=2048 ...]
+    PYTHONPATH=src python scripts/gpu/mixed_simulate.py TRACE [--set max_num_batched_tokens=2048 ...]
 
-ACCOUNT is what `mixed_account.py --costs` printed: milliseconds of steps by decodes and prompt tokens; what
-lies between is interpolated. The host's time is left out. Requests come all at once, or from `--clients`.
+TRACE is what `mixed_account.py --trace` wrote. The host's time is left out. Requests come all at once, or
+from `--clients`, each with the next one when it is answered.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
-from bisect import bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepKernel, StepResult
+from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
 from rvllm.backends.cuda.layout.metadata import leading_decodes
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Generate, ModelFacts, Sampling
 from rvllm.settings import build
 
-CONTEXT = 352  # tokens of a decode's context in the measured steps
-KEY_SECONDS = 41e-9  # of a key that a decode attends to, over all layers of an 8B: 131 kB at 3.2 TB/s
+KEY_SECONDS = 36e-9  # of a key that a decode attends to, over all layers of an 8B: 131 kB at 3.6 TB/s
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of steps: table[i, j] with decodes[i] decodes and prompts[j] prompt tokens."""
+    """Seconds of steps by padded size, of decodes alone and of others, but for what decodes attend to."""
 
-    decodes: list[int]
-    prompts: list[int]
-    table: NDArray[np.float64]
+    decodes: tuple[list[int], list[float]]
+    others: tuple[list[int], list[float]]
 
     @staticmethod
     def read(path: Path) -> Costs:
-        """What was printed; cells that were not measured follow those to their left at the rate of line 0."""
-        lines = path.read_text().splitlines()
-        start = next(i for i, line in enumerate(lines) if line.startswith("ms a step by decodes"))
-        prompts = [int(word) for word in lines[start + 1].split()]
-        decodes, rows = list[int](), []
-        for line in lines[start + 2 :]:
-            cells = line[6:]
-            if not line[:5].strip().isdigit():
-                break
-            decodes.append(int(line[:5]))
-            words = [cells[7 * j : 7 * j + 6].strip() for j in range(len(prompts))]
-            rows.append([float(word) / 1e3 if word else np.nan for word in words])
-        table = np.array(rows)
-        table[0, 0] = 0.0
-        for j in range(1, len(prompts)):
-            gone = np.isnan(table[:, j])
-            table[gone, j] = table[gone, j - 1] + table[0, j] - table[0, j - 1]
-        return Costs(decodes, prompts, table)
+        """From a trace; sizes that never came up are interpolated."""
+        found: dict[bool, dict[int, list[float]]] = {True: {}, False: {}}
+        for line in path.read_text().splitlines():
+            step = json.loads(line)
+            rest = step["device"] - KEY_SECONDS * step["keys"]
+            found[step["kind"] == "decodes"].setdefault(step["padded"], []).append(rest)
+        tables = [
+            (sorted(sizes), [median(sizes[size]) for size in sorted(sizes)])
+            for sizes in (found[True], found[False])
+        ]
+        return Costs(*tables)
 
-    def seconds(self, decodes: int, prompt_tokens: int, keys: int) -> float:
+    def seconds(self, alone: bool, padded: int, keys: int) -> float:
         """Of a step; keys: what its decodes attend to, all together."""
-        i, x = _place(self.decodes, decodes)
-        j, y = _place(self.prompts, prompt_tokens)
-        t = self.table
-        low = (1 - y) * t[i, j] + y * t[i, j + 1]
-        high = (1 - y) * t[i + 1, j] + y * t[i + 1, j + 1]
-        return float((1 - x) * low + x * high + KEY_SECONDS * (keys - CONTEXT * decodes))
-
-
-def _place(points: list[int], value: int) -> tuple[int, float]:
-    i = min(bisect_right(points, value) - 1, len(points) - 2)
-    return i, (value - points[i]) / (points[i + 1] - points[i])
+        return float(np.interp(padded, *(self.decodes if alone else self.others)) + KEY_SECONDS * keys)
 
 
 @dataclass
@@ -91,7 +73,13 @@ class Simulated:
         """Moves the clock on."""
         decodes, seqs = leading_decodes(batch.query_lens), len(batch.slots)
         keys = int(batch.starts[:decodes].sum()) + decodes
-        seconds = self.costs.seconds(decodes, batch.num_tokens - decodes, keys)
+        alone = seqs == decodes == int(batch.sample.sum())
+        sizes = (
+            decode_buckets(self.limits.max_num_seqs)
+            if alone
+            else token_buckets(self.limits.max_num_batched_tokens)
+        )
+        seconds = self.costs.seconds(alone, bucket_of(sizes, batch.num_tokens), keys)
         self.now += seconds
         kind = "decodes" if seqs == decodes else "mixed" if decodes else "prompts"
         self.kinds.setdefault(kind, []).append(seconds)
@@ -133,14 +121,14 @@ def sharegpt(seed: int, count: int) -> list[tuple[int, int]]:
 def main() -> None:
     """Runs the workload and prints what it took."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("account", type=Path)
+    parser.add_argument("trace", type=Path)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--lengths", help="PROMPT:OUTPUT instead of ShareGPT's")
-    parser.add_argument(
-        "--clients", type=int, help="so many at once, each with its next request when it is answered"
-    )
+    parser.add_argument("--clients", type=int)
+    parser.add_argument("--max-mixed-tokens", type=int, default=2048)
+    parser.add_argument("--longest-first", action="store_true")
     parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE")
     args = parser.parse_args()
     settings: dict[str, Any] = dict(pair.split("=") for pair in args.set)
@@ -148,13 +136,16 @@ def main() -> None:
     limits = Limits(
         max_num_seqs=args.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens or 8192,
         max_model_len=4096, block_size=16, num_blocks=52000, pipeline_depth=2,
+        max_mixed_tokens=args.max_mixed_tokens,
     )  # fmt: skip
-    backend = Simulated(Costs.read(args.account), limits)
+    backend = Simulated(Costs.read(args.trace), limits)
     facts = ModelFacts(architecture="none", model_path="", vocab_size=128256, max_model_len=4096)
     core = EngineCore(backend, facts, config)
     lengths = sharegpt(args.seed, args.requests)
     if args.lengths:
         lengths = [(int(args.lengths.split(":")[0]), int(args.lengths.split(":")[1]))] * args.requests
+    if args.longest_first:
+        lengths.sort(key=lambda pair: -pair[1])
     rng = random.Random(0)
     todo = [
         Generate(str(i), [rng.randrange(1000, 100000) for _ in range(n)], Sampling(max_tokens=m))

@@ -72,6 +72,11 @@ class EngineConfig:
         low=1,
         high=1 << 20,
     )
+    max_mixed_tokens: int | None = setting(
+        None,
+        "Most tokens of a step in which sequences decode, prompts included, which delay their next token; default: 2048 on a GPU, --max-num-batched-tokens on the CPU.",
+        low=1,
+    )
     max_prefill_chunk: int | None = setting(
         None, "Most tokens of one prompt that a step computes; default: as many as the step holds.", low=16
     )

@@ -146,6 +146,7 @@ class Limits:
     block_size: int
     num_blocks: int  # KV blocks to hand out, ids 0 .. num_blocks - 1
     pipeline_depth: int  # steps that may be launched before the oldest must be collected: 1 is synchronous
+    max_mixed_tokens: int = 0  # of a step in which sequences decode; 0: max_num_batched_tokens
     num_cpu_blocks: int = 0  # KV blocks in host memory, ids 0 .. num_cpu_blocks - 1
     block_move_seconds: float = 0.0  # that a block takes from one memory to the other
     block_copies: bool = False  # whether a step may bring COPY moves

@@ -80,6 +80,11 @@ class BlockManager:
         """Blocks free to take that hold a reusable prefix."""
         return len(self._cached)
 
+    @property
+    def moving(self) -> int:
+        """Copies to be made before the next step."""
+        return len(self._moves)
+
     def oldest_cached(self, count: int) -> list[int]:
         """Up to `count` of the cached blocks, released longest ago first."""
         return list(islice(self._cached, count))

@@ -22,6 +22,7 @@ from rvllm.config import EngineConfig
 from rvllm.engine.blocks import ON_HOST, ROOT, BlockManager, Digest
 from rvllm.engine.scheduling.cost import PrefillCost
 from rvllm.engine.scheduling.host import worth_moving
+from rvllm.engine.scheduling.mixed import prompt_share
 from rvllm.engine.scheduling.policy import FairShares, Policy
 from rvllm.engine.sequence import Sequence
 from rvllm.engine.step import Step, StepPlan
@@ -29,6 +30,7 @@ from rvllm.engine.step import Step, StepPlan
 if TYPE_CHECKING:
     from rvllm.engine.kv_events import KvEvents
 
+MOVE_SECONDS = 0.004  # of copies between the tiers, after which a step lets nobody in who needs more
 PROMPT_LOGPROB_ROWS = 64  # a step: each needs a row of logits over the whole vocabulary
 
 _rank = attrgetter("rank")
@@ -81,6 +83,11 @@ class Scheduler:
         plan = StepPlan(self.steps, self.limits.max_num_batched_tokens, PROMPT_LOGPROB_ROWS, self.max_chunk)
         self._make_way()
         prefilling = self._plan_decodes(plan)
+        if plan.decodes and self.limits.max_mixed_tokens:
+            share = prompt_share(
+                len(plan.decodes), self._prompts_at_hand(prefilling), self.limits.max_mixed_tokens
+            )
+            plan.budget = min(plan.budget, share)
         if self.max_delay and len(self.running) > len(prefilling):
             plan.budget = min(plan.budget, self.cost.tokens(self.max_delay))
         for seq in prefilling:
@@ -93,6 +100,11 @@ class Scheduler:
         self.blocks.steps = self.steps
         plan.moves, plan.moves_after = self.blocks.take_moves()
         return plan.finish()
+
+    def _prompts_at_hand(self, prefilling: list[Sequence]) -> int:
+        """Prompt tokens that are yet to be computed, of sequences that run or find a slot."""
+        begun = sum(seq.length - seq.launched for seq in prefilling)
+        return begun + sum(seq.length for seq in self.waiting[: len(self._free_slots)])
 
     def _plan_decodes(self, plan: StepPlan) -> list[Sequence]:
         """Adds every sequence that waits for one token only; returns those with more to compute."""
@@ -161,6 +173,8 @@ class Scheduler:
             shared = self._blocks_if_fits(seq)
             if shared is None:
                 return
+            if plan and ON_HOST in shared and self._moving() > MOVE_SECONDS:
+                return
             if seq.must_wait or self._soon_shared(seq, len(shared)):
                 continue
             _remove(self.waiting, seq)
@@ -169,6 +183,10 @@ class Scheduler:
             plan.add_prefill(seq)
             if not (self._free_slots and plan.budget):
                 return
+
+    def _moving(self) -> float:
+        """Seconds of the copies that this step waits for so far."""
+        return self.blocks.moving * self.limits.block_move_seconds
 
     def _place(self, seq: Sequence, shared: Seq[int]) -> None:
         """A waiting sequence takes a slot, the cached blocks of its prefix and new ones for the rest."""

@@ -362,7 +362,7 @@ class LLM:
         requests = self._requests_of(prompts, params, priority)
         running = {name: request for request in requests for name in request.choices}
         try:
-            for request in requests:
+            for request in requests if priority else self._order(requests):
                 for message in request.messages:
                     self.engine.add_request(message)
             with progress_bar(len(requests), show) as advance:
@@ -405,6 +405,16 @@ class LLM:
                 PendingRequest(name, text, ids, param, made, choices, RequestMetrics(time.time()))
             )
         return requests
+
+    def _order(self, requests: list[PendingRequest]) -> list[PendingRequest]:
+        """The order in which requests that came together are begun.
+
+        Those that may get the longest answers come first, so that none of them runs on alone at the end (the
+        LPT rule, Graham 1969). `fcfs` keeps the order of the list.
+        """
+        if self.config.scheduling_policy == "fcfs":
+            return requests
+        return sorted(requests, key=lambda request: -request.messages[0].sampling.max_tokens)
 
     def _prepare_grammars(self) -> None:
         """Hands the vocabulary to the engine, with the first request that has a grammar."""

@@ -51,6 +51,7 @@ def settings_of(random: Random) -> tuple[Limits, EngineConfig]:
         block_move_seconds=random.choice([1e-6, 1e-3, 1.0]),
         block_copies=random.random() < 0.7,
     )
+    limits = replace(limits, max_mixed_tokens=[0, 0, 9, 150][limits.num_blocks % 4])
     config = EngineConfig(
         enable_prefix_caching=random.random() < 0.8,
         scheduling_policy=random.choice(["fcfs", "priority", "sjf"]),

@@ -157,6 +157,7 @@ def plan_memory(
             block_size=BLOCK,
             num_blocks=blocks,
             pipeline_depth=1,
+            max_mixed_tokens=config.max_mixed_tokens or 0,
             num_cpu_blocks=host_blocks,
             block_move_seconds=BLOCK * per_token / COPY_RATE,
             block_copies=not program.states,

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel, StepResult
+from rvllm.backends.cuda.buckets import MIXED_TOKENS
 from rvllm.backends.cuda.device.driver import Event, Pinned, Stream
 from rvllm.backends.cuda.device.host_blocks import COPY_RATE, HostBlocks
 from rvllm.backends.cuda.device.launches import Counts
@@ -58,6 +59,7 @@ class CudaBackend:
         program: Program,
         check_memory: bool = False,
         num_cpu_blocks: int = 0,
+        max_mixed_tokens: int | None = None,
     ) -> None:
         plan, shape, at = planner.memory, planner.memory.shape, planner.addresses
         self._gpu, self._ledger = gpu, gpu.ledger()
@@ -74,6 +76,7 @@ class CudaBackend:
         self._limits = Limits(
             max_num_seqs=shape.seqs,
             max_num_batched_tokens=shape.tokens,
+            max_mixed_tokens=min(max_mixed_tokens or MIXED_TOKENS, shape.tokens),
             max_model_len=plan.max_model_len,
             block_size=BLOCK,
             num_blocks=shape.kv_blocks,
@@ -118,7 +121,12 @@ class CudaBackend:
         staging = placed.line(KV_CACHE)
         gpu.load_weights(program.dtype, placed_weights(wanted, at), checkpoint, config.seed, staging, report)
         backend = CudaBackend(
-            gpu, replace(planner, addresses=at), program, config.check_device_memory, config.num_cpu_blocks
+            gpu,
+            replace(planner, addresses=at),
+            program,
+            config.check_device_memory,
+            config.num_cpu_blocks,
+            config.max_mixed_tokens,
         )
         if config.capture_graphs == "eager":
             report(0.0, "capturing graphs")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
+MIXED_TOKENS = 2048  # of a step with decodes: more of them are hardly cheaper, and decodes wait for all
+
 
 def decode_buckets(most: int) -> list[int]:
     """Padded batch sizes of decode steps: 1, 2, 4, 8, 16, 24, 32 ... 256, by 16 to 512, then by 32.
