@@ -69,6 +69,21 @@ def ended(server: LiveServer, name: str, seconds: float = 30) -> Any:
     raise AssertionError(found)
 
 
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (line(1, stop=[[0]] * 400_000), "invalid_request"),
+        (b"\n" * 200_000 + line(1), "too_many_lines"),
+    ],
+    ids=["lists", "empty lines"],
+)
+def test_a_file_that_is_made_to_keep_the_loop_busy(data: bytes, code: str, tmp_path: Path) -> None:
+    with LiveServer(files_dir=str(tmp_path), drain_timeout=0.2) as server:
+        found = ended(server, batch_of(server, data))
+        assert found["status"] == "failed"
+        assert found["errors"]["data"][0]["code"] == code
+
+
 @pytest.mark.parametrize("where", ["rvllm.api.disk.os.fsync", "rvllm.api.batches.upload.Upload.write"])
 def test_an_upload_to_a_full_disk_leaves_nothing(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

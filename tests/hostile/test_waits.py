@@ -11,6 +11,9 @@ import time
 
 import pytest
 
+from rvllm.api.http.body import parse
+from rvllm.api.http.errors import ApiError
+from rvllm.api.schemas.requests import CompletionRequest
 from support.clients.attacker import Server, raw, statuses
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -40,6 +43,25 @@ def test_who_does_not_read_gives_the_slots_back(flags: tuple[str, ...]) -> None:
         metrics = server.get("/metrics")[1].decode()
         assert "vllm:num_requests_running" in metrics and server.rss() < 300
         stalled.close()
+
+
+MANY = {
+    "lists": (b'{"prompt":[' + b"[5]," * 1_000_000 + b"[5]]}", "100000 lists and objects"),
+    "objects": (b'{"messages":[' + b'{"a":"b"},' * 300_000 + b"{}]}", "100000 lists and objects"),
+    "keys": (b'{"logit_bias":{' + b'"1":1,' * 600_000 + b'"1":1}}', "200000 keys"),
+    "values": (b'{"prompt":["",' + b"5," * 2_100_000 + b"5]}", "2000000 values"),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_a_body_of_many_parts_is_refused_before_it_is_parsed(name: str) -> None:
+    """4 MB of lists took more than a second of the event loop; text may hold any of these marks."""
+    body, message = MANY[name]
+    with pytest.raises(ApiError, match=message) as caught:
+        parse(body, CompletionRequest)
+    assert caught.value.status == 400
+    text = json.dumps({"prompt": body.decode() + '\\" \\\\'}).encode()
+    assert parse(text, CompletionRequest).prompt == json.loads(text)["prompt"]
 
 
 def test_connections_and_bodies_are_counted() -> None:

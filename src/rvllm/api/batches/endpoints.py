@@ -15,6 +15,7 @@ import msgspec
 
 from rvllm.api.batches.lines import (
     MAX_LINES,
+    MAX_READ,
     Answering,
     BatchLine,
     LineError,
@@ -182,7 +183,7 @@ class Batches:
 
         try:
             with self._store.path(batch.input_file_id).open("rb") as file:
-                for number, line in read_lines(file):
+                for number, line in read_lines(file, MAX_READ):
                     total += 1
                     try:
                         name = parse_line(line, (batch.endpoint,)).custom_id
@@ -195,6 +196,8 @@ class Batches:
                         wrong(error.code, str(error), number, error.param)
                     if len(errors) >= MAX_ERRORS or total > MAX_LINES:
                         break
+        except LineError as error:
+            wrong(error.code, f"a batch holds at most {MAX_LINES} requests: {error}", None)
         except FileNotFoundError:
             wrong("missing_input", "the input file has been deleted", None, "input_file_id")
         if total > MAX_LINES:
@@ -210,11 +213,17 @@ class Batches:
         batch.request_counts.completed, batch.request_counts.failed = len(done) - failed, failed
         tries = self._store.tries(batch.id)
         with self._store.path(batch.input_file_id).open("rb") as file:
-            suspects = [entry for entry in read_lines(file) if entry[0] in tries and entry[0] not in done]
+            suspects = [
+                entry for entry in read_lines(file, MAX_READ) if entry[0] in tries and entry[0] not in done
+            ]
         # Servers have ended while these ran. Each runs alone, so that the next end tells which it was.
         await self._through(batch, iter(suspects), tries, 1)
         with self._store.path(batch.input_file_id).open("rb") as file:
-            rest = (entry for entry in read_lines(file) if entry[0] not in done and entry[0] not in tries)
+            rest = (
+                entry
+                for entry in read_lines(file, MAX_READ)
+                if entry[0] not in done and entry[0] not in tries
+            )
             await self._through(batch, rest, {}, self._concurrency)
         if batch.status == "in_progress":
             batch.enter("finalizing")

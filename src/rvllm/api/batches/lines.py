@@ -11,11 +11,13 @@ from uuid import uuid4
 import msgspec
 
 from rvllm.api.generate.job import BATCH_PRIORITY
+from rvllm.api.http.body import check_structure
 from rvllm.api.http.errors import ApiError, from_rvllm
 from rvllm.api.http.exchange import Exchange
 from rvllm.errors import EngineDeadError, RvllmError
 
 MAX_LINES = 50_000  # OpenAI's limit for one batch
+MAX_READ = 2 * MAX_LINES  # with empty ones
 BUSY_SECONDS = 0.25  # before a line is tried again for which the queue had no room
 
 # What a batch may ask for; the routes answer it. Without a server nothing is kept, so no responses.
@@ -69,9 +71,14 @@ async def _nowhere(message: Any) -> None:
 BOM = b"\xef\xbb\xbf"  # what some editors put in front of a file
 
 
-def read_lines(data: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of all lines that are not empty."""
+def read_lines(data: Iterable[bytes], most: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, line) of all lines that are not empty.
+
+    Raises LineError when there are more than `most` lines, empty ones among them.
+    """
     for number, line in enumerate(data, 1):
+        if most is not None and number > most:
+            raise LineError("too_many_lines", f"more than {most} lines, empty ones among them")
         text = line.removeprefix(BOM).strip() if number == 1 else line.strip()
         if text:
             yield number, text
@@ -80,7 +87,10 @@ def read_lines(data: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
 def parse_line(line: bytes, urls: Iterable[str]) -> BatchLine:
     """The request in a line. Raises LineError when it is none, or not for one of `urls`."""
     try:
+        check_structure(line)
         request = msgspec.json.decode(line, type=BatchLine)
+    except ApiError as error:
+        raise LineError("invalid_request", str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         code = "invalid_request" if isinstance(error, msgspec.ValidationError) else "invalid_json_line"
         raise LineError(code, f"the line is no request: {error}") from None
