@@ -93,13 +93,13 @@ def test_slow_headers_time_out() -> None:
     [
         ("/v1/completions", {"prompt": [1] * 2_000_000}, "prompt"),
         ("/v1/completions", {"prompt": [""] * 1_000_000}, "prompt"),
-        ("/v1/chat/completions", {"messages": HELLO * 100_000}, "messages"),
-        ("/v1/chat/completions", {"messages": HELLO, "stop_token_ids": [1] * 2_000_000}, "stop_token_ids"),
+        ("/v1/chat/completions", {"messages": HELLO * 90_000}, "messages"),
+        ("/v1/chat/completions", {"messages": HELLO, "stop_token_ids": [1] * 1_900_000}, "stop_token_ids"),
         ("/v1/chat/completions", {"messages": HELLO, "tools": [{"type": "x"}] * 50_000}, "tools"),
-        ("/v1/responses", {"input": HELLO * 100_000}, "input"),
+        ("/v1/responses", {"input": HELLO * 90_000}, "input"),
         ("/v1/responses", {"input": "x", "tools": [{"type": "function", "name": "f"}] * 50_000}, "tools"),
-        ("/v1/conversations", {"items": HELLO * 100_000}, "items"),
-        ("/v1/messages", {"max_tokens": 2, "messages": HELLO * 100_000}, None),
+        ("/v1/conversations", {"items": HELLO * 90_000}, "items"),
+        ("/v1/messages", {"max_tokens": 2, "messages": HELLO * 90_000}, None),
         ("/v1/messages/count_tokens", {"messages": HELLO, "tools": [{"name": "f"}] * 50_000}, None),
     ],
 )
