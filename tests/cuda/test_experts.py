@@ -116,6 +116,11 @@ def test_experts_have_the_same_bits_in_company(
     experts_checks.check_experts_invariance(gpu, rng, DTYPES[dtype], name, given)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sum_and_its_norm_in_one_launch(gpu: Any, rng: np.random.Generator, dtype: str) -> None:
+    experts_checks.check_sum_and_norm(gpu, rng, DTYPES[dtype])
+
+
 def test_ids_of_no_expert_do_no_harm(gpu: Any, rng: np.random.Generator) -> None:
     experts_checks.check_experts_that_do_not_exist(gpu, rng, BF16)
 
@@ -148,9 +153,12 @@ def test_mixtral_fits_an_h200_and_a_step_of_one_token_takes_eight_launches_a_lay
     assert sum("route" in k or "experts" in k for k in kernels) == 32 * 3
 
 
-def test_an_add_goes_with_the_experts_unless_a_norm_takes_it() -> None:
+def test_an_add_goes_with_the_experts_and_so_does_the_norm_behind_it() -> None:
     stages = [[op.kind for op in stage.ops] for stage in fuse(built(MIXTRAL, num_hidden_layers=2))]
-    assert stages.count(["experts"]) == 1 and stages.count(["experts", "add"]) == 1
+    assert stages.count(["experts", "add", "norm"]) == 1 and stages.count(["experts", "add"]) == 1
+    given = planner(built(MIXTRAL, num_hidden_layers=2), H200, EngineConfig(), GB139)
+    kernels = [p.kernel for p in given.decode(8)]
+    assert sum("combine_norm" in k for k in kernels) == 1 and not any("norm_rms_add" in k for k in kernels)
 
 
 def test_a_token_is_routed_by_a_cluster_where_that_is_possible() -> None:

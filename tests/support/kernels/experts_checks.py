@@ -418,3 +418,27 @@ def check_experts_invariance(
         for how in ways(1, gpu.facts.capability):
             alone = bench.run(x[t : t + 1], ids[t : t + 1], shares[t : t + 1], 1, how=how)
             assert (alone == together[t]).all(), (t, how)
+
+
+def check_sum_and_norm(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) -> None:
+    """The weighted sum with the norm behind it: the bits of two launches; rows that are no tokens stay."""
+    short, eps, scale = SHORT[dtype.name], 1e-6, 0.75
+    for width, top_k, tokens, sorted_ in ((72, 8, 3, True), (2048, 3, 2, True), (264, 1, 5, False)):
+        parts = gpu.array(normal(rng, dtype, tokens * top_k, width).astype(dtype))
+        shares = gpu.array(rng.random((tokens, top_k)), np.float32)
+        places = gpu.array(rng.permutation(tokens * top_k), np.int32) if sorted_ else None
+        weight, count = gpu.array(rng.standard_normal(width), np.float32), gpu.array([tokens], np.int32)
+        rows = normal(rng, dtype, tokens + 2, width).astype(dtype)
+        given = [parts, shares]
+        numbers = [count, places, top_k, width, scale]
+        added, sums, out = gpu.array(rows), gpu.empty(rows.shape, dtype), gpu.empty(rows.shape, dtype)
+        grid = (-(-width // 1024), tokens)
+        gpu.launch(f"sm80_{short}_experts_combine", grid, 128, [sums, *given, None, *numbers])
+        kernel, threads = norm_kernel(dtype.name, "rms", width, True)
+        gpu.launch(kernel, tokens, threads, [out, added, sums, weight, None, width, eps, scale])
+        x, normed = gpu.array(rows), gpu.empty(rows.shape, dtype)
+        kernel, threads = f"sm80_{short}_experts_combine_norm", -(-width // 256) * 32
+        gpu.launch(kernel, tokens + 2, threads, [normed, x, *given, weight, *numbers, eps])
+        assert (x.get().view(np.uint16) == added.get().view(np.uint16)).all()
+        assert (normed.get().view(np.uint16) == out.get().view(np.uint16)).all()
+        assert np.isfinite(normed.get()[:tokens].astype(np.float32)).all()

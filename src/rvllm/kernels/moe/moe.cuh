@@ -55,6 +55,27 @@ __device__ __forceinline__ float weighted(float sum, float part, float share, bo
   return first ? __fmul_rn(part, share) : __fmaf_rn(part, share, sum);
 }
 
+// Eight neighbouring elements, from element i on, of the sum over j, in order, of shares[t, j] * parts[p(t * top_k + j)]. p:
+// places, or each entry's own number where that is null. parts [tokens * top_k, width].
+template <class T>
+__device__ __forceinline__ gemm::Pack<T, 8> weighted_parts(const T* parts, const float* shares, const int* places, int token,
+                                                           int top_k, int width, int i) {
+  float total[8] = {};
+#pragma unroll 8
+  for (int j = 0; j < top_k; j++) {
+    const size_t entry = static_cast<size_t>(token) * top_k + j;
+    const size_t place = places ? places[entry] : entry;
+    const auto part = *reinterpret_cast<const gemm::Pack<T, 8>*>(parts + place * width + i);
+    const float share = shares[entry];
+#pragma unroll
+    for (int c = 0; c < 8; c++) total[c] = weighted(total[c], gemm::to_float(part.v[c]), share, j == 0);
+  }
+  gemm::Pack<T, 8> value;
+#pragma unroll
+  for (int c = 0; c < 8; c++) value.v[c] = gemm::rounded<T>(total[c]);
+  return value;
+}
+
 // The sums of ROWS rows of W and `count` entries, in shared memory as [entry][PITCH], to where they belong: through the
 // activation; of the up matrix (by_token) a row a place in `order`, from `first` on, of the down matrix a row an entry.
 // rows, pitch, act, gated: as in `one_up`. Every thread of the block has arrived at a barrier since they were written.

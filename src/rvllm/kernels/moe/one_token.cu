@@ -193,9 +193,8 @@ __global__ void __launch_bounds__(32 * MAX_SEGMENTS)
   out[at] = residual ? gemm::added<T>(residual[at], value, scale) : value;
 }
 
-// out[t] = sum over j, in order, of shares[t, j] * parts[p(t * top_k + j)]; with a residual as in `one_down`. p: places, or
-// each entry's own number where that is null. parts [tokens * top_k, width], out and residual [tokens, width]; width % 8
-// == 0. Rows from *num_tokens on are left alone. Grid: (ceil(width / 8 / threads), rows). Bound by memory.
+// out[t] = weighted_parts of token t; with a residual as in `one_down`. out and residual [tokens, width]; width % 8 == 0.
+// Rows from *num_tokens on are left alone. Grid: (ceil(width / 8 / threads), rows). Bound by memory.
 template <class T>
 __global__ void combine(T* out, const T* parts, const float* shares, const T* residual, const int* num_tokens,
                         const int* places, int top_k, int width, float scale) {
@@ -203,18 +202,7 @@ __global__ void combine(T* out, const T* parts, const float* shares, const T* re
   ptx::griddep_wait();
   const int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8, token = blockIdx.y;
   if (i >= width || token >= *num_tokens) return;
-  float total[8] = {};
-  for (int j = 0; j < top_k; j++) {
-    const size_t entry = static_cast<size_t>(token) * top_k + j;
-    const size_t place = places ? places[entry] : entry;
-    const auto part = *reinterpret_cast<const gemm::Pack<T, 8>*>(parts + place * width + i);
-    const float share = shares[entry];
-#pragma unroll
-    for (int c = 0; c < 8; c++) total[c] = weighted(total[c], gemm::to_float(part.v[c]), share, j == 0);
-  }
-  gemm::Pack<T, 8> value;
-#pragma unroll
-  for (int c = 0; c < 8; c++) value.v[c] = gemm::rounded<T>(total[c]);
+  auto value = weighted_parts(parts, shares, places, token, top_k, width, i);
   const size_t at = static_cast<size_t>(token) * width + i;
   if (residual) gemm::add_residual(residual + at, value, scale, 8, true);
   *reinterpret_cast<gemm::Pack<T, 8>*>(out + at) = value;

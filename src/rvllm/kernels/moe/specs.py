@@ -32,6 +32,7 @@ ROUTE_TOKENS = (8, 4, 2, 1)  # of a block of `route`, at most
 ROUTE_MANY = 32  # tokens of a block of `route_many`
 ROUTE_MANY_SMEM = 4 * (128 + ROUTE_MANY) * 128
 ROUTE_NORM_WIDTH = 4096  # of a row that `route` can normalise too
+COMBINE_NORM_WIDTH = 8192  # of a row that `combine_norm` can normalise
 ROUTE_LANES = (4, 16)  # experts that a lane compares
 ONE_UP_STAGES = 4  # of a warp's pipeline
 ONE_DOWN_STAGES = (8, 6, 4)
@@ -178,14 +179,15 @@ def _specs() -> list[KernelSpec]:
                     unit=dtype,
                 )
             )
-        specs.append(
-            KernelSpec(
-                name=f"sm80_{dtype}_experts_combine",
-                source="moe/one_token.cu",
-                symbol=f"rvllm::experts::combine<rvllm::{dtype}>",
-                unit=dtype,
+        for name, source in (("combine", "one_token"), ("combine_norm", "combine_norm")):
+            specs.append(
+                KernelSpec(
+                    name=f"sm80_{dtype}_experts_{name}",
+                    source=f"moe/{source}.cu",
+                    symbol=f"rvllm::experts::{name}<rvllm::{dtype}>",
+                    unit=dtype,
+                )
             )
-        )
         for block in BLOCKS:
             sizes = f"{block.rows}, {block.tokens}, {block.row_warps}, {block.token_warps}"
             specs.append(

@@ -30,7 +30,7 @@ from rvllm.kernels.gemm.fp8.specs import BLOCK_K
 from rvllm.kernels.gemm.tiles import SOURCES, TILE
 from rvllm.program.dtypes import DType
 from rvllm.program.formats import FP8_ROWS, Fp8Format
-from rvllm.program.ops.dense import Add, Linear, Logits, Norm, Op, Weight
+from rvllm.program.ops.dense import Add, Experts, Linear, Logits, Norm, Op, Weight
 from rvllm.weights.checkpoint import Checkpoint, TensorType
 from rvllm.weights.formats import Fp8Part, fp8_part
 from rvllm.weights.packing import find_tensor, readable_parts, readable_type
@@ -214,8 +214,9 @@ def quantised_buffers(stages: Sequence[Stage], capability: int) -> frozenset[str
 
 
 def _writes_rows(stage: Stage, norm: Norm) -> bool:
-    """Whether it is a norm of whole rows, alone or behind a residual add."""
-    alone = len(stage.ops) == 1 or (len(stage.ops) == 2 and isinstance(stage.ops[0], Add))
+    """Whether it is a norm of whole rows, alone or behind a residual add, of experts it may be."""
+    *before, _ = stage.ops
+    alone = [type(op) for op in before] in ([], [Add], [Experts, Add])
     return alone and norm.group is None and norm.width is None and norm.out != norm.x
 
 

@@ -57,7 +57,7 @@ def fuse(program: Program, gated_epilogue: bool = True) -> list[Stage]:
 
     Linear, activation of its result, gated or not: the product's epilogue (`gated_epilogue`).
     Linear, Add of its result: the residual add is the product's epilogue.
-    Experts, Add of its result: likewise, unless a Norm takes the Add.
+    Experts, Add of its result: likewise; with the Norm of the sum, one pass over the row.
     Norm, Add of its result, Norm of the sum or not: one pass over the row.
     Add, Norm of its result: likewise.
     CausalConv, StateScan of its result: the scan convolves when every sequence has one token.
@@ -108,8 +108,9 @@ def _stage(ops: Sequence[Op], readers: Counter[str], epilogue: bool) -> Stage:
             if after.y == op.out and after.x != op.out and readers[op.out.name] == 1:
                 return Stage((op, after), (op.out.name,))
         case Experts(), Add():
-            taken = isinstance(third, Norm) and _norms_rows(third) and third.x == after.x
-            if after.y == op.out and after.x != op.out and readers[op.out.name] == 1 and not taken:
+            if after.y == op.out and after.x != op.out and readers[op.out.name] == 1:
+                if isinstance(third, Norm) and _norms_rows(third) and third.x == after.x:
+                    return Stage((op, after, third))
                 return Stage((op, after), (op.out.name,))
         case Norm(), Add():
             alone = _norms_rows(op) and op.kind_ == "rms" and op.weight is not None

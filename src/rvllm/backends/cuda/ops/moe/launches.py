@@ -11,11 +11,13 @@ from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_TOKENS
 from rvllm.backends.cuda.layout.packed import WeightLayout
 from rvllm.backends.cuda.ops.family import Family, Lowering, Scratch, Wanted
-from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, most_tiles
+from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, NormAfter, most_tiles
 from rvllm.backends.cuda.ops.moe.router import NORM_ROUTED, RouteAt, plan_route
 from rvllm.backends.cuda.ops.rowwise import norm as norm_rows
-from rvllm.kernels.moe.specs import BLOCKS, GROUPED_TOKENS
+from rvllm.kernels.moe.specs import BLOCKS, COMBINE_NORM_WIDTH, GROUPED_TOKENS
 from rvllm.program.ops.dense import Add, Experts, Norm, Op, Program, Route
+
+COMBINED_NORM = 1024  # tokens up to which a norm goes with the weighted sum before it
 
 
 def _route(lowering: Lowering, stage: Stage) -> None:
@@ -42,17 +44,20 @@ def _route(lowering: Lowering, stage: Stage) -> None:
 
 
 def _experts(lowering: Lowering, stage: Stage) -> None:
-    op, add = stage.ops[0], stage.ops[1] if len(stage.ops) == 2 else None
+    """Experts, the Add of their sum or not, and the Norm of that or not."""
+    op, add, norm = (*stage.ops, None, None)[:3]
     assert isinstance(op, Experts)
     assert add is None or isinstance(add, Add)
+    assert norm is None or isinstance(norm, Norm)
     buffers, scratch = lowering.at.buffers, lowering.at.scratch
     form: WeightLayout = "gated_stack" if op.gated else "stack"
+    target = add if norm is None else None  # what one launch adds the sum to; a norm does that itself
     at = ExpertsAt(
         x=buffers[op.x.name],
         ids=buffers[op.ids.name],
         shares=buffers[op.shares.name],
-        out=buffers[add.x.name if add else op.out.name],
-        residual=buffers[add.x.name] if add else 0,
+        out=buffers[target.x.name if target else op.out.name],
+        residual=buffers[target.x.name] if target else 0,
         up=lowering.weight(op.up, form),
         down=lowering.weight(op.down, "stack"),
         inner=scratch["experts.inner"],
@@ -66,7 +71,18 @@ def _experts(lowering: Lowering, stage: Stage) -> None:
     plan = ExpertsPlan(
         op, stage.name, lowering.counts.tokens, lowering.tag, lowering.chip, at, add.scale if add else 1.0
     )
+    if norm is not None and plan.path != "one" and _normed_by_combine(lowering, norm):
+        weight = lowering.weight(norm.weight, "norm")
+        plan.norm = NormAfter(buffers[norm.out.name], buffers[norm.x.name], weight, norm.eps)
     lowering.planned += plan.launches()
+    if norm is not None and plan.norm is None:
+        norm_rows(lowering, Stage(stage.ops[1:]))
+
+
+def _normed_by_combine(lowering: Lowering, norm: Norm) -> bool:
+    plain = norm.kind_ == "rms" and norm.weight is not None and norm.bias is None
+    fits = norm.x.width <= COMBINE_NORM_WIDTH and lowering.counts.tokens <= COMBINED_NORM
+    return plain and fits and norm.out.name not in lowering.quantised
 
 
 def _weights(op: Op, stage: Stage, matrices: WeightLayout) -> Iterable[Wanted]:

@@ -81,6 +81,19 @@ class ExpertsAt:
     num_tokens: int
 
 
+@dataclass(frozen=True)
+class NormAfter:
+    """An RMS norm of x once the experts' sum was added to it: device addresses, and its epsilon.
+
+    weight: float32 [N]; out and x [tokens, N].
+    """
+
+    out: int
+    x: int
+    weight: int
+    eps: float
+
+
 def most_tiles(entries: int, experts: int, tile: int) -> int:
     """The most tiles of up to `tile` entries that `entries` of them, each with an expert, can fall into."""
     hit = min(entries, experts)
@@ -97,8 +110,11 @@ class ExpertsPlan:
     """The launches of one Experts op for steps of up to `tokens` tokens.
 
     scale: of the sum, where it is added to a residual. path, block, tile: which kernels, what `many` cuts
-    entries into, and entries of a work tile of `grouped`; all give the same bits.
+    entries into, and entries of a work tile of `grouped`; all give the same bits. norm: what the weighted
+    sum ends in, unless `path` is one.
     """
+
+    norm: NormAfter | None = None
 
     def __init__(
         self,
@@ -209,12 +225,19 @@ class ExpertsPlan:
         )  # fmt: skip
 
     def _combine(self, places: int) -> Planned:
-        grid = -(-self.n // 8 // COMBINE_THREADS), self.tokens
-        at = self.at
+        at, norm = self.at, self.norm
+        parts, numbers = (
+            (at.parts, at.shares),
+            (places, ctypes.c_int(self.top_k), ctypes.c_int(self.n), self.scale),
+        )
+        if norm is not None:
+            return self._planned(
+                "combine_norm", (self.tokens,), -(-self.n // 256) * 32, 0, "weighted sum and norm",
+                norm.out, norm.x, *parts, norm.weight, at.num_tokens, *numbers, ctypes.c_float(norm.eps),
+            )  # fmt: skip
         return self._planned(
-            "combine", grid, COMBINE_THREADS, 0, "weighted sum",
-            at.out, at.parts, at.shares, at.residual, at.num_tokens, places, ctypes.c_int(self.top_k),
-            ctypes.c_int(self.n), self.scale,
+            "combine", (-(-self.n // 8 // COMBINE_THREADS), self.tokens), COMBINE_THREADS, 0, "weighted sum",
+            at.out, *parts, at.residual, at.num_tokens, *numbers,
         )  # fmt: skip
 
     def _spread(self) -> tuple[tuple[float, int], ...]:
