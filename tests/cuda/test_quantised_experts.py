@@ -15,7 +15,7 @@ from rvllm.backends.cuda.formats.fp8 import arrange_scales
 from rvllm.backends.cuda.ops.gemm import integer
 from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up
 from rvllm.kernels.gemm.integer.specs import LAYOUTS
-from rvllm.kernels.moe.specs import QUANTISED_TOKENS
+from rvllm.kernels.moe.specs import QUANTISED_TOKENS, QUANTISED_WIDE
 from rvllm.program.formats import Fp8Format, IntegerFormat, WeightFormat
 from rvllm.program.ops.dense import Weight
 from support.emulator import Emulator, available
@@ -110,7 +110,7 @@ def check(gpu: Emulator, dtype: np.dtype, mixed: Mixed, up: str | None, down: st
     alone = bench.run(x[:3], ids[:3], shares[:3], 3, residual, 0.75)
     wanted = residual + np.float32(0.75) * together[:3]
     expect("with a residual", error(alone, wanted), LIMIT[dtype.name])
-    for tile in QUANTISED_TOKENS:
+    for tile in (*QUANTISED_TOKENS, *[QUANTISED_WIDE] * (gpu.facts.capability == 90)):
         assert (bench.run(x[:1], ids[:1], shares[:1], 1, how=("quantised", tile)) == together[:1]).all()
         assert (bench.run(x, ids, shares, 19, how=("quantised", tile)) == together).all()
 

@@ -4,9 +4,7 @@
 // Rows of x lie in the order of entries by expert (`gather_rows` in moe/sort.cu), so boxes of a tensor map bring a tile's.
 //
 // Tiles of 128 would take in 56 bytes a cycle, as much as a multiprocessor can; wider ones are bound by the tensor cores.
-#include "gemm/epilogue_overlap.cuh"
-#include "gemm/mainloop.cuh"
-#include "moe/entries.cuh"
+#include "moe/wide.cuh"
 
 namespace rvllm::experts {
 
@@ -17,30 +15,6 @@ struct Wide {
   static constexpr int STAGED = 12288, STAGING = 2 * STAGED, BARRIERS = 256, LIMIT = 232448;
   static constexpr int STAGES = (LIMIT - STAGING - BARRIERS) / (WEIGHTS + X);
   static constexpr int BYTES = STAGES * (WEIGHTS + X) + STAGING + BARRIERS;
-};
-
-// The work tiles of a block, one after the other: (expert, place of the first entry, entries) and a pair of row tiles. The
-// next one is read ahead.
-struct WideTiles {
-  TileScheduler scheduler;
-  const int4* tiles;
-  int4 tile, coming;
-  int pair, coming_pair;
-  bool any;
-  __device__ WideTiles(const TileScheduler& s, const int4* t) : scheduler(s), tiles(t) { look_ahead(); }
-  __device__ void look_ahead() {
-    int t;
-    any = scheduler.next(t, coming_pair);
-    if (any) coming = __ldcg(tiles + t);
-  }
-  __device__ bool next() {
-    if (!any) return false;
-    tile = coming, pair = coming_pair;
-    look_ahead();
-    return true;
-  }
-  // Entries that are summed, one of `consume_wide`'s widths.
-  __device__ int width() const { return tile.z <= 32 ? 32 : tile.z <= 64 ? 64 : (tile.z + 15) / 16 * 16; }
 };
 
 // One thread: fills the ring. Weights first, which depend on no kernel before this one.
@@ -103,23 +77,6 @@ __device__ __forceinline__ void consume_wide(WideTiles at, Epilogue epilogue, ge
   ptx::bar_sync(gemm::ROOM + group, 128 + gemm::STORERS);  // as often as the storers arrive
 }
 
-// 96 threads: carry finished outputs from shared memory to global memory while the next tile is summed.
-template <class T, class Epilogue>
-__device__ __forceinline__ void store_wide(WideTiles at, Epilogue epilogue, const u8* staging, int thread, int kind) {
-  using namespace ptx;
-  for (int g = 0; g < 2; g++) bar_arrive(gemm::ROOM + g, 128 + gemm::STORERS);
-  const int step = gemm::step_tokens<Wide::STAGED>(kind);
-  while (at.next())
-    for (int first = 0; first < at.tile.z; first += step)
-      for (int g = 0; g < 2; g++) {
-        bar_sync(gemm::READY + g, 128 + gemm::STORERS);
-        gemm::store_outputs<T>(epilogue(at), staging + g * Wide::STAGED, thread, (at.pair * 2 + g) * TILE, first,
-                               min(step, at.tile.z - first));
-        __syncwarp();
-        bar_arrive(gemm::ROOM + g, 128 + gemm::STORERS);
-      }
-}
-
 // As `grouped`, with entries sorted by a launch before: out = act(W[expert] x), or without activation, by `kind`. x: tensor
 // map of [>= entries, k] in boxes of 64 x BOX, 128-byte swizzle, a row a place in the order; out: likewise, `pitch`
 // elements each. after_sort: what wrote the tiles may still run, or else only what wrote x.
@@ -155,7 +112,7 @@ __global__ void __launch_bounds__(Wide::THREADS, 1)
     const int thread = threadIdx.x - Wide::CONSUMERS - 32;
     if (thread >= 0) {
       griddep_wait();
-      store_wide<T>(at, epilogue, shared + (staging - base), thread, kind);
+      store_wide<T, Wide::STAGED>(at, epilogue, shared + (staging - base), thread, kind);
     } else if (thread == -32) {
       produce_wide(x, weights, at, ring, strips, blocks);
     }

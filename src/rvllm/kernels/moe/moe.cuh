@@ -77,7 +77,8 @@ __device__ __forceinline__ gemm::Pack<T, 8> weighted_parts(const T* parts, const
 }
 
 // The sums of ROWS rows of W and `count` entries, in shared memory as [entry][PITCH], to where they belong: through the
-// activation; of the up matrix (by_token) a row a place in `order`, from `first` on, of the down matrix a row an entry.
+// activation; of the up matrix (by_token) a row a place in `order`, from `first` on, of the down matrix a row an entry. order null: a place is
+// an entry's own number.
 // rows, pitch, act, gated: as in `one_up`. Every thread of the block has arrived at a barrier since they were written.
 template <class T, int ROWS, int PITCH, int THREADS>
 __device__ __forceinline__ void write_tile(T* out, float* staging, const int* order, int thread, int first,
@@ -96,7 +97,7 @@ __device__ __forceinline__ void write_tile(T* out, float* staging, const int* or
     gemm::Pack<T, 8> value;
 #pragma unroll
     for (int c = 0; c < 8; c++) value.v[c] = gemm::rounded<T>(from[c]);
-    const int place = by_token ? first + token : order[first + token];
+    const int place = by_token || !order ? first + token : order[first + token];
     *reinterpret_cast<gemm::Pack<T, 8>*>(out + static_cast<size_t>(place) * pitch + column) = value;
   }
 }

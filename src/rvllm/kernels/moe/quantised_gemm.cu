@@ -1,52 +1,21 @@
 // Experts whose weights keep their format (integers with scales of groups, GGUF's blocks, E4M3): the entries of one
 // expert, a tile at a time, times its matrix. mma.sync fed by cp.async; weights become 16 bits in registers.
-#include "gemm/fp8/widened.cuh"
-#include "gemm/integer/formats.cuh"
-#include "moe/moe.cuh"
+#include "moe/quantised.cuh"
 
 namespace rvllm::experts {
 
-using namespace gemm;
 constexpr int THREADS = 128, STAGES = 3;
 
-// E4M3 in tiles of 64 x 128 (see gemm/fp8/fp8.cuh) with what the formats of gemm/integer/formats.cuh have.
-struct E4m3 {
-  static constexpr bool INTEGERS = true;  // sums of 128 along K are scaled, by numbers that lie behind all tiles
-  static constexpr int RUNS = 1, STEPS = 4, CHUNK = TILE_BYTES;
-
-  static __device__ __forceinline__ u32 run_at(u32 at, int, int) { return at; }
-
-  template <class T>
-  static __device__ __forceinline__ void decode(u32 (&a)[4][4], u32 at, int u, int thread, int row) {
-    const auto pair = [&](int step, int r, int c) {
-      const u32 word = shared_word(at + r * 128 + ((4 * u + step) ^ r % 8) * 16 + (c & ~3));
-      return fp8::widened_pair<T>(c & 2 ? word >> 16 : word & 0xffff);
-    };
-    const int column = thread % 4 * 2;
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) a[j][i] = pair(j, row + i % 2 * 8, column + i / 2 * 8);
-  }
-};
-
-template <class F>
-constexpr bool IS_E4M3 = false;
-template <>
-constexpr bool IS_E4M3<E4m3> = true;
-
-// Scales of E4M3 matrices.
-enum Scales : int { NO_SCALES = 0, ROW_SCALES = 1, BLOCK_SCALES = 2 };
-
 // out = act(W[expert] x) for the tile (expert, first, count) of tiles[0 .. *num_tiles - 1]; parameters and grid as of `many`
-// in grouped_gemm.cu, for tiles of 64 rows. weights: a stack of packed matrices, `stride` bytes each; chunks:
-// ceil(K / 128). kind: Scales, of E4M3. k % 8 == 0. Groups are summed as in gemm/integer/gemm_sm80.cu and
-// gemm/fp8/gemm_sm80.cu, so a product has the bits of the dense one. Bound by memory for few entries.
+// in grouped_gemm.cu, for tiles of 64 rows. order null: entries are not sorted, each is a tile of its own, of the expert that
+// ids int32 [tokens, top_k] says. weights: a stack of `experts` packed matrices, `stride` bytes each; chunks: ceil(K / 128).
+// kind: Scales, of E4M3. k % 8 == 0. Groups are summed as in gemm/integer/gemm_sm80.cu and gemm/fp8/gemm_sm80.cu, so a
+// product has the bits of the dense one. Bound by memory for few entries.
 template <class T, int TOKENS, class F>
 __global__ void __launch_bounds__(THREADS)
     quantised(T* out, const T* x, const u8* __restrict__ weights, const int* order, const int4* tiles, const int* num_tiles,
-              u64 stride, int kind, int top_k, int by_token, int k, int chunks, int segments, int rows, int pitch, int act,
-              int gated, int group) {
+              const int* ids, const int* num_tokens, u64 stride, int kind, int top_k, int experts, int by_token, int k,
+              int chunks, int segments, int rows, int pitch, int act, int gated, int group) {
   using namespace ptx;
   constexpr bool E4M3 = IS_E4M3<F>;
   constexpr int BOX = TOKENS * TILE * 2, STAGE = F::CHUNK + 2 * BOX, PITCH = TILE + 4, COPIES = TOKENS / 8;
@@ -56,11 +25,13 @@ __global__ void __launch_bounds__(THREADS)
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, row = warp * 16 + lane / 4;
   if (by_token) griddep_wait();
   griddep_launch();
-  const int count_tiles = __ldcg(num_tiles), heap = group * count_tiles, row_tiles = (rows + TILE - 1) / TILE;
+  const int count_tiles = order ? __ldcg(num_tiles) : *num_tokens * top_k;
+  const int heap = group * count_tiles, row_tiles = (rows + TILE - 1) / TILE;
   if (count_tiles == 0) return;
   const int within = blockIdx.x % heap, row_tile = blockIdx.x / heap * group + within % group;
   if (row_tile >= row_tiles) return;
-  const int4 tile = __ldcg(tiles + within / group);
+  const int t = within / group;
+  const int4 tile = order ? __ldcg(tiles + t) : make_int4(existing(__ldcg(ids + t), experts), t, 1, 0);
   const int first = tile.y, count = tile.z;
   const u8* const matrix = weights + tile.x * stride;
   const u8* const strip = matrix + static_cast<u64>(row_tile) * chunks * F::CHUNK;
@@ -72,7 +43,7 @@ __global__ void __launch_bounds__(THREADS)
     source[c] = nullptr;
     if (entry < count) {
       const int place = first + entry;
-      source[c] = x + static_cast<size_t>(by_token ? __ldcg(order + place) / top_k : place) * k + thread % 16 * 8;
+      source[c] = x + static_cast<size_t>(!by_token ? place : (order ? __ldcg(order + place) : place) / top_k) * k + thread % 16 * 8;
     }
   }
   const auto load_weights = [&](int chunk) {

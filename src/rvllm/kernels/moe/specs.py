@@ -115,6 +115,16 @@ def quantised_smem(name: str, tokens: int) -> int:
     return 3 * (QUANTISED[name][1] + tokens * CHUNK * 2)
 
 
+QUANTISED_WIDE = 96  # entries of a work tile of `quantised_wide`
+
+
+def quantised_wide_smem(name: str) -> int:
+    """Dynamic shared memory of `quantised_wide` in bytes; mirrors QuantisedWide in its source."""
+    staging = 2 * QUANTISED_WIDE * TILE * 2
+    stage, rest = 2 * QUANTISED[name][1] + QUANTISED_WIDE * CHUNK * 2, staging + _BARRIERS
+    return min(8, (_LIMIT - rest) // stage) * stage + rest
+
+
 def segments_of(k: int) -> int:
     """Into how many segments an expert's sums over K are cut, whatever kernel sums them."""
     return max(1, min(MAX_SEGMENTS, -(-k // TILE) // 2))
@@ -200,6 +210,17 @@ def _specs() -> list[KernelSpec]:
                 )
             )
         for name, (symbol, _) in QUANTISED.items():
+            specs.append(
+                KernelSpec(
+                    name=f"sm90_{dtype}_moe_{name}_n{QUANTISED_WIDE}",
+                    source="moe/quantised_wide_sm90.cu",
+                    symbol=f"rvllm::experts::quantised_wide<rvllm::{dtype}, {symbol}>",
+                    arch=90,
+                    exact=True,
+                    smem=quantised_wide_smem(name),
+                    unit=f"{dtype}_{name}",
+                )
+            )
             for tokens in QUANTISED_TOKENS:
                 specs.append(
                     KernelSpec(

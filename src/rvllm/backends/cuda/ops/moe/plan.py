@@ -32,6 +32,7 @@ from rvllm.kernels.moe.specs import (
     ONE_DOWN_STAGES,
     ONE_UP_STAGES,
     QUANTISED_THREADS,
+    QUANTISED_WIDE,
     SORT_WARPS,
     TILE,
     WIDE,
@@ -51,6 +52,7 @@ SLICE = 16  # rows a warp takes in `one_up`
 SORT_WIDE = 1024  # entries of a block from which on the sort takes a full one
 SORT_CLUSTER = 8  # its blocks on Hopper
 COMBINE_THREADS = 128
+UNSORTED = 2  # tokens up to which `quantised` takes entries as they come
 EVEN = 16  # as in `sort`
 GROUP = 16  # row pairs that pass over all entries together
 STRIP_GROUP = 1024  # rows of W that pass over all entries together
@@ -148,20 +150,16 @@ class ExpertsPlan:
         )  # fmt: skip
         self.block, self.tile = self._block(), self._tile()
         if self.path == "quantised":
-            self.set_tile(tile_of(self._spread()))
+            self.set_tile(tile_of(self._spread(), chip.capability))
 
     def set_tile(self, tile: int) -> None:
         """Entries of a work tile of `quantised`; a stack in 16 bits beside a quantised one has the same."""
-        self.tile, self.block = tile, next(b for b in BLOCKS if b.tokens == tile)
+        self.tile, self.block = tile, next((b for b in BLOCKS if b.tokens == tile), self.block)
 
     def launches(self) -> list[Planned]:
         """In order."""
         if self.path == "quantised":
-            products = [
-                self._quantised(which) if weight.format else self._many(which)
-                for which, weight in (("up", self.op.up), ("down", self.op.down))
-            ]
-            return [self._sort(self.tile, 0), *products, self._combine(0)]
+            return self._quantised_launches()
         if self.path == "one":
             return [self._one_up(), self._one_down()]
         if self.path == "many":
@@ -173,6 +171,16 @@ class ExpertsPlan:
         if self.tile == WIDE:
             products = [self._gather(), self._wide("up"), self._wide("down"), self._combine(places)]
         return [self._sort(self.tile, places), *products]
+
+    def _quantised_launches(self) -> list[Planned]:
+        stacks = (("up", self.op.up), ("down", self.op.down))
+        if self.tile == QUANTISED_WIDE:
+            wide = [self._quantised_wide(which) if of.format else self._wide(which) for which, of in stacks]
+            places = self.at.places
+            return [self._sort(self.tile, places), self._gather(), *wide, self._combine(places)]
+        products = [self._quantised(which) if of.format else self._many(which) for which, of in stacks]
+        sort = [self._sort(self.tile, 0)] if self._sorted() else []
+        return [*sort, *products, self._combine(0)]
 
     def _planned(
         self, kernel: str, grid: tuple[int, ...], block: int, smem: int, why: str, *given: object
@@ -326,6 +334,24 @@ class ExpertsPlan:
             wide_smem(), why=f"{which}, grouped by expert, up to {WIDE} entries a tile",
         )  # fmt: skip
 
+    def _quantised_wide(self, which: str) -> Planned:
+        out, _, weights, after_sort, k, rows, pitch, _ = self._sides(which)
+        kept, at = (self.op.up if which == "up" else self.op.down).format, self.at
+        assert kept is not None
+        product = stack_product(kept, rows, k)
+        source = at.parts if which == "up" else at.inner  # as for `_wide`
+        x = MatrixMap(source, self.entries, k, QUANTISED_WIDE, TILE, self.tag == "bf16")
+        numbers = (
+            product.scales, after_sort, product.chunks, product.segments, rows, pitch, self._kind(which),
+            GROUP,
+        )  # fmt: skip
+        return Planned(
+            self.name, product.kernel(self.tag, self.tile), fixed(self.chip.sm_count), GROUPED_THREADS,
+            (x, out, weights, at.tiles, at.num_tiles, ctypes.c_uint64(product.stride),
+             *map(ctypes.c_int, numbers)),
+            product.smem(self.tile), why=f"{which}, {kept.label}, {self.tile} entries of an expert a tile",
+        )  # fmt: skip
+
     def _kind(self, which: str) -> Kind:
         if which == "down":
             return Kind.STORE
@@ -372,21 +398,28 @@ class ExpertsPlan:
             out, x, weights, at.order, at.tiles, at.num_tiles, *map(ctypes.c_int, numbers),
         )  # fmt: skip
 
+    def _sorted(self) -> bool:
+        """Whether `quantised` is told of entries by expert. A few are each on their own: they share few."""
+        return self.tokens > UNSORTED or not (self.op.up.format and self.op.down.format)
+
     def _quantised(self, which: str) -> Planned:
         out, x, weights, by_token, k, rows, pitch, act = self._sides(which)
         kept = (self.op.up if which == "up" else self.op.down).format
         assert kept is not None
         product, group = stack_product(kept, rows, k), STRIP_GROUP // TILE
         most, row_tiles = most_tiles(self.entries, self.experts, self.tile), -(-rows // TILE)
+        if not self._sorted():
+            most = self.entries
         grid = -(-row_tiles // group) * group * most
         numbers = (
-            product.scales, self.top_k, by_token, k, product.chunks, product.segments, rows, pitch, act,
-            int(which == "up" and self.op.gated), group,
+            product.scales, self.top_k, self.experts, by_token, k, product.chunks, product.segments, rows,
+            pitch, act, int(which == "up" and self.op.gated), group,
         )  # fmt: skip
         at = self.at
+        sorted_by = (at.order, at.tiles, at.num_tiles) if self._sorted() else (0, 0, 0)
         return Planned(
             self.name, product.kernel(self.tag, self.tile), fixed(grid), QUANTISED_THREADS,
-            (out, x, weights, at.order, at.tiles, at.num_tiles, ctypes.c_uint64(product.stride),
+            (out, x, weights, *sorted_by, at.ids, at.num_tokens, ctypes.c_uint64(product.stride),
              *map(ctypes.c_int, numbers)),
             product.smem(self.tile), why=f"{which}, {kept.label}, grouped by expert",
         )  # fmt: skip

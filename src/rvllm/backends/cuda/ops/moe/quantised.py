@@ -1,6 +1,7 @@
 """Experts whose weights keep their format: which kernel multiplies a stack, and what it has to be told.
 
-The kernels, mma.sync on every GPU, are in `kernels/moe/quantised_gemm.cu`.
+The kernels are in `kernels/moe/`: `quantised_gemm.cu`, mma.sync on every GPU, and for many entries on Hopper
+`quantised_wide_sm90.cu`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from dataclasses import dataclass
 from rvllm.backends.cuda.formats import fp8_plan
 from rvllm.backends.cuda.ops.gemm import integer
 from rvllm.kernels.gemm.integer.specs import CHUNK
-from rvllm.kernels.moe.specs import QUANTISED_TOKENS, quantised_smem
+from rvllm.kernels.moe.specs import QUANTISED_TOKENS, QUANTISED_WIDE, quantised_smem, quantised_wide_smem
 from rvllm.program.formats import Fp8Format, IntegerFormat, WeightFormat
 
 SCALES = {"row": 1, "block": 2}  # Scales in quantised_gemm.cu
-FEW = QUANTISED_TOKENS[0]  # entries of an expert up to which the small tile is taken
+FEW = QUANTISED_TOKENS[0]  # entries of the small tile
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,15 @@ class StackProduct:
 
     def kernel(self, tag: str, tile: int) -> str:
         """The kernel for tiles of so many entries."""
+        if tile == QUANTISED_WIDE:
+            return f"sm90_{tag}_moe_{self.layout}_n{tile}"
         return f"sm80_{tag}_experts_{self.layout}_n{tile}"
 
     def smem(self, tile: int) -> int:
         """Its dynamic shared memory in bytes."""
-        return quantised_smem(self.layout, tile)
+        return (
+            quantised_wide_smem(self.layout) if tile == QUANTISED_WIDE else quantised_smem(self.layout, tile)
+        )
 
 
 def stack_product(kept: WeightFormat, rows: int, k: int) -> StackProduct:
@@ -52,6 +57,11 @@ def stack_product(kept: WeightFormat, rows: int, k: int) -> StackProduct:
     return StackProduct(name, stride, 0, chunks, integer.segments_of(rows, k))
 
 
-def tile_of(spread: tuple[tuple[float, int], ...]) -> int:
-    """Entries of a work tile, for experts and entries of each of them: the small tile while one holds all."""
-    return FEW if max(each for _, each in spread) <= FEW else QUANTISED_TOKENS[1]
+def tile_of(spread: tuple[tuple[float, int], ...], capability: int) -> int:
+    """Entries of a work tile, for experts and entries of each of them.
+
+    The small tile while few experts have more than two of them: weights are decoded for each tile.
+    """
+    if max(each for _, each in spread) <= 2.5 * FEW:
+        return FEW
+    return QUANTISED_WIDE if capability == 90 else QUANTISED_TOKENS[1]
