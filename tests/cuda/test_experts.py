@@ -20,7 +20,8 @@ from rvllm.backends.cuda.layout.fusion import fuse
 from rvllm.backends.cuda.layout.memory import Budget
 from rvllm.backends.cuda.layout.weights import packed_weights
 from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up, pack_matrix
-from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, even_tile, most_tiles
+from rvllm.backends.cuda.ops.moe.choose import even_tile
+from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, most_tiles
 from rvllm.backends.cuda.weight_loader import Loader
 from rvllm.config import EngineConfig
 from rvllm.engine.ipc.messages import Sampling

@@ -11,8 +11,6 @@ are in `kernels/moe/`.
 from __future__ import annotations
 
 import ctypes
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,12 +18,12 @@ from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import MatrixMap, Planned, fixed
 from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.backends.cuda.ops.gemm.plan import gated_rows
-from rvllm.backends.cuda.ops.moe.quantised import stack_product, tile_of
+from rvllm.backends.cuda.ops.moe import choose
+from rvllm.backends.cuda.ops.moe.quantised import stack_product
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.moe.specs import (
     BLOCKS,
     GROUPED_THREADS,
-    GROUPED_TOKENS,
     MAX_CHOSEN,
     MAX_EXPERTS,
     MAX_LISTED,
@@ -37,7 +35,6 @@ from rvllm.kernels.moe.specs import (
     TILE,
     WIDE,
     WIDE_BOX,
-    Block,
     grouped_smem,
     one_down_smem,
     one_up_smem,
@@ -53,7 +50,6 @@ SORT_WIDE = 1024  # entries of a block from which on the sort takes a full one
 SORT_CLUSTER = 8  # its blocks on Hopper
 COMBINE_THREADS = 128
 UNSORTED = 2  # tokens up to which `quantised` takes entries as they come
-EVEN = 16  # as in `sort`
 GROUP = 16  # row pairs that pass over all entries together
 STRIP_GROUP = 1024  # rows of W that pass over all entries together
 Path = Literal["one", "many", "grouped", "quantised"]
@@ -102,12 +98,6 @@ def most_tiles(entries: int, experts: int, tile: int) -> int:
     return hit + (entries - hit) // tile
 
 
-def even_tile(entries: int, tile: int) -> int:
-    """Entries of the tiles, of up to `tile`, that `sort` cuts so many entries of one expert into."""
-    share = -(-entries // -(-entries // tile)) if entries else 0
-    return min(tile, -(-share // EVEN) * EVEN)
-
-
 class ExpertsPlan:
     """The launches of one Experts op for steps of up to `tokens` tokens.
 
@@ -148,9 +138,11 @@ class ExpertsPlan:
             else "grouped" if chip.capability == 90
             else "many"
         )  # fmt: skip
-        self.block, self.tile = self._block(), self._tile()
+        spread = choose.spread(tokens, self.experts, self.top_k, op.always)
+        self.block = choose.block_of(spread, chip)
+        self.tile = choose.tile_of(spread, self.entries, self.up_rows)
         if self.path == "quantised":
-            self.set_tile(tile_of(self._spread(), chip.capability))
+            self.set_tile(choose.quantised_tile_of(spread, chip.capability))
 
     def set_tile(self, tile: int) -> None:
         """Entries of a work tile of `quantised`; a stack in 16 bits beside a quantised one has the same."""
@@ -247,56 +239,6 @@ class ExpertsPlan:
             "combine", (-(-self.n // 8 // COMBINE_THREADS), self.tokens), COMBINE_THREADS, 0, "weighted sum",
             at.out, *parts, at.residual, at.num_tokens, *numbers,
         )  # fmt: skip
-
-    def _spread(self) -> tuple[tuple[float, int], ...]:
-        """Experts, and entries of each of them, as a step of even choices has them, with room for chance."""
-        always, routed = self.op.always, self.experts - self.op.always
-        mean = self.tokens * (self.top_k - always) / routed
-        hit = routed * (1 - (1 - (self.top_k - always) / routed) ** self.tokens)
-        return (hit, min(self.tokens, math.ceil(mean + 3 * mean**0.5))), (always, self.tokens)
-
-    def _cost(self, tile: int, cycles: Callable[[int], float], read: float) -> tuple[float, float]:
-        """To compare tiles of so many entries by: cycles for 64 of K and a tile's rows, of all experts.
-
-        cycles: of one tile of so many entries whose operands lie in L2; read: of one expert's weights from
-        memory.
-        """
-        summed = fetched = 0.0
-        for experts, each in self._spread():
-            tiles = -(-each // tile)
-            width = even_tile(each, tile) if tile == WIDE else tile
-            summed += experts * tiles * cycles(width)
-            fetched += experts * read
-        return max(summed, fetched), summed
-
-    def _block(self) -> Block:
-        """What costs `many` least, by an A100's 52 bytes a cycle from L2, 13 from memory, and 2,048 FLOPs."""
-        fit = [b for b in BLOCKS if b.smem <= self.chip.smem_per_block]
-
-        def cost(block: Block) -> tuple[float, float]:
-            moved, multiplied = (block.rows + block.tokens) * 128 / 52, block.rows * block.tokens / 16
-            strips = block.rows / TILE
-            return self._cost(block.tokens, lambda _: max(moved, multiplied) / strips, TILE * 128 / 13)
-
-        return min(fit, key=cost)
-
-    def _tile(self) -> int:
-        """What costs `grouped` least, by an H200's 56 bytes a cycle from L2, 19 from memory, 4,096 FLOPs.
-
-        Tiles whose rows are gathered on the way take 9 cycles an entry at least; rows of wide ones are
-        gathered before.
-        """
-        pairs = -(-self.up_rows // (2 * TILE))
-
-        def cost(tile: int) -> tuple[float, float]:
-            entry = 4 if tile == WIDE else 9
-            longest, summed = self._cost(
-                tile, lambda width: max((2 * TILE + width) * 128 / 56, entry * width), 2 * TILE * 128 / 19
-            )
-            gathered = self.entries * TILE * 2 / 19 / pairs if tile == WIDE else 0.0
-            return longest + gathered, summed
-
-        return min((*GROUPED_TOKENS, WIDE), key=cost)
 
     def _listed(self) -> bool:
         """Whether blocks of `grouped` list the entries themselves."""

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from rvllm.backends.cuda.formats import fp8_plan
 from rvllm.backends.cuda.ops.gemm import integer
 from rvllm.kernels.gemm.integer.specs import CHUNK
-from rvllm.kernels.moe.specs import QUANTISED_TOKENS, QUANTISED_WIDE, quantised_smem, quantised_wide_smem
+from rvllm.kernels.moe.specs import QUANTISED_WIDE, quantised_smem, quantised_wide_smem
 from rvllm.program.formats import Fp8Format, IntegerFormat, WeightFormat
 
 SCALES = {"row": 1, "block": 2}  # Scales in quantised_gemm.cu
-FEW = QUANTISED_TOKENS[0]  # entries of the small tile
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,3 @@ def stack_product(kept: WeightFormat, rows: int, k: int) -> StackProduct:
     ((_, name),) = kept.parts
     stride = integer.stack_stride(name, rows, k)
     return StackProduct(name, stride, 0, chunks, integer.segments_of(rows, k))
-
-
-def tile_of(spread: tuple[tuple[float, int], ...], capability: int) -> int:
-    """Entries of a work tile, for experts and entries of each of them.
-
-    The small tile while few experts have more than two of them: weights are decoded for each tile.
-    """
-    if max(each for _, each in spread) <= 2.5 * FEW:
-        return FEW
-    return QUANTISED_WIDE if capability == 90 else QUANTISED_TOKENS[1]
