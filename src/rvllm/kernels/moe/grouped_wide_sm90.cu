@@ -9,10 +9,10 @@
 namespace rvllm::experts {
 
 struct Wide {
-  static constexpr int ENTRIES = 192, BOX = 32;  // of a work tile, and of a load of x
+  static constexpr int ENTRIES = 192, BOX = 64;  // of a work tile, and of a load of x
   static constexpr int CONSUMERS = 256, THREADS = CONSUMERS + 128;
   static constexpr int WEIGHTS = 2 * TILE_BYTES, X = ENTRIES * TILE * 2, BOX_BYTES = BOX * TILE * 2;
-  static constexpr int STAGED = 12288, STAGING = 2 * STAGED, BARRIERS = 256, LIMIT = 232448;
+  static constexpr int STAGED = ENTRIES * TILE * 2, STAGING = 2 * STAGED, BARRIERS = 256, LIMIT = 232448;
   static constexpr int STAGES = (LIMIT - STAGING - BARRIERS) / (WEIGHTS + X);
   static constexpr int BYTES = STAGES * (WEIGHTS + X) + STAGING + BARRIERS;
 };

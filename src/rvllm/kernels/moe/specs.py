@@ -84,8 +84,8 @@ def grouped_smem(tokens: int) -> int:
 
 
 WIDE = 192  # entries of a work tile of `grouped_wide`
-WIDE_BOX = 32  # of a load of x
-_WIDE_STAGED = 12288  # bytes in which a warpgroup leaves its outputs
+WIDE_BOX = 64  # of a load of x
+_WIDE_STAGED = WIDE * TILE * 2  # bytes in which a warpgroup leaves its outputs
 
 
 def wide_smem() -> int:
