@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--max-num-batched-tokens", type=int, default=None)
+    parser.add_argument("--orders", default="list,longest", help="in which requests begin, a run each")
     parser.add_argument("--trace", help="file for every step, one JSON object a line")
     parser.add_argument("--costs", action="store_true")
     args = parser.parse_args()
@@ -213,7 +214,7 @@ def main() -> None:
         kernel_costs(backend, 240, 1808, vocab)
     llm.generate(*requests(1, 60), use_tqdm=False)
     account = Account(backend)
-    for ordered in (True, False):
+    for ordered in [order == "list" for order in args.orders.split(",")]:
         print(f"--- begun {'in the order of the list' if ordered else 'longest first'}")
         run(llm, account, args, ordered)
 
