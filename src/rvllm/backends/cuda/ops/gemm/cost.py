@@ -20,7 +20,9 @@ WAY_IN_AND_OUT = 4000.0  # cycles of a launch beside its main loop
 SPLIT_EXIT = 8000.0  # more, where a cluster adds up
 TALL = 1.015  # three warpgroups read more shared memory than two, for the same arithmetic
 UNEVEN = 0.4  # how much of the difference between wide and narrow tiles is not evened out among blocks
-GPC = 16  # multiprocessors that can form clusters, at least
+GPC = 16  # multiprocessors that can form clusters
+SHORT = 2  # clusters of four for which small GPCs have no place
+EMPTY = 0.45  # what a product by pairs takes longer where its last token tile is empty, against a full one
 PIECE = 1.25  # what a narrow piece of a last round takes, against its bytes
 
 
@@ -52,15 +54,25 @@ def cycles(mode: str, token_tile: int, work: Work) -> float:
     return max(memory, by_mode[mode](token_tile, work)) + WAY_IN_AND_OUT
 
 
+def _clusters(size: int, sms: int) -> int:
+    """How many clusters fit at once: each lies in one GPC.
+
+    Timed on an H200: 28 clusters of four take one round and 32 take two, so some GPCs have fewer than 16.
+    """
+    return max(1, sms // GPC * (GPC // size) - (SHORT if size == 4 else 0))
+
+
 def _split(tile: int, work: Work) -> float:
-    clusters = max(1, work.sms // GPC * (GPC // work.segments))  # that fit at once: a cluster lies in one GPC
+    clusters = _clusters(work.segments, work.sms)
     waves = ceil_div(ceil_div(work.tiles, 2) * ceil_div(work.tokens, tile), clusters)
     return waves * (ceil_div(work.blocks, work.segments) * step_cycles(2, tile) + SPLIT_EXIT)
 
 
 def _pair(tile: int, work: Work) -> float:
     waves = ceil_div(ceil_div(work.tiles, 2) * ceil_div(work.tokens, tile), work.sms // 2)
-    return waves * (ceil_div(work.blocks, 2) * step_cycles(2, tile) + SPLIT_EXIT)
+    empty = ceil_div(work.tokens, tile) * tile - work.tokens  # rows of the last token tile
+    uneven = 1 + EMPTY * empty / tile
+    return uneven * waves * (ceil_div(work.blocks, 2) * step_cycles(2, tile) + SPLIT_EXIT)
 
 
 def _walk(tile: int, work: Work) -> float:
