@@ -5,6 +5,9 @@
 // A block has three consumer warpgroups of 64 rows, one producer thread and 96 threads that write finished tiles
 // (gemm/epilogue_overlap.cuh). The two blocks of a cluster take the same rows and neighbouring token tiles: each
 // weight is loaded once and multicast. grid (clusters * 2, 1, 1), resident.
+//
+// Compiled for tiles of up to 192 tokens, and of up to 64: these need so few registers that a neighbour's blocks find
+// room beside theirs, and with that their first weights arrive while the kernel before ends.
 #include "gemm/epilogue_overlap.cuh"
 #include "gemm/mainloop.cuh"
 #include "gemm/tile_scheduler.cuh"
@@ -12,7 +15,7 @@
 namespace rvllm::gemm {
 
 struct Tall {
-  static constexpr int GROUPS = 3, CONSUMERS = GROUPS * 128, THREADS = CONSUMERS + 128, TOKENS = 192;
+  static constexpr int GROUPS = 3, CONSUMERS = GROUPS * 128, THREADS = CONSUMERS + 128, NARROW = 64;
   static constexpr int WEIGHTS = GROUPS * TILE_BYTES, STAGED = 8192, STAGING = GROUPS * STAGED;
   static constexpr int BARRIERS = 256, LIMIT = 232448, MAX_STAGES = 8;
   __host__ __device__ static constexpr int stages(int tile) {
@@ -85,15 +88,18 @@ __device__ __forceinline__ void store_tiles(const Epilogue& e, TallScheduler sch
 }
 
 // A warpgroup: sums its 64 rows of every work tile and leaves them in shared memory.
-template <class T>
+template <class T, int TOKENS>
 __device__ __forceinline__ void consume(const Epilogue& e, TallScheduler scheduler, Ring ring, u32 staging, int group, int blocks) {
   const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
-  float acc[Tall::TOKENS / 2];
+  float acc[TOKENS / 2];
   WorkTile t;
   while (scheduler.next(t)) {
-    of_width<80, 96, 112, 128, 144, 160, 176, 192>(
-        scheduler.tile, acc, [&](auto& part) { sum_blocks<T, 2>(part, ring, group, lane, 0, blocks); });
-    stage_outputs<T, Tall::TOKENS, Tall::STAGED>(e, acc, staging + group * Tall::STAGED, group, thread,
+    const auto sum = [&](auto& part) { sum_blocks<T, 2>(part, ring, group, lane, 0, blocks); };
+    if constexpr (TOKENS <= Tall::NARROW)
+      of_width<32, 48, 64>(scheduler.tile, acc, sum);
+    else
+      of_width<80, 96, 112, 128, 144, 160, 176, 192>(scheduler.tile, acc, sum);
+    stage_outputs<T, TOKENS, Tall::STAGED>(e, acc, staging + group * Tall::STAGED, group, thread,
                                              (t.row_tile + group) * TILE, t.token0,
                                              min(scheduler.tile, e.tokens - t.token0));
   }
@@ -102,7 +108,7 @@ __device__ __forceinline__ void consume(const Epilogue& e, TallScheduler schedul
 
 // x: tensor map of [>= tokens, K] in boxes of 64 x tile, 128-byte swizzle. weights: packed. blocks: ceil(K / 64).
 // tile: tokens of a work tile, one of consume's. segments: 1. The rest: see Epilogue.
-template <class T>
+template <class T, int TOKENS>
 __global__ void __launch_bounds__(Tall::THREADS, 1)
     gemm_tall(const __grid_constant__ TensorMap x, const u8* __restrict__ weights, void* out, const void* bias,
               const void* residual, int kind, int tokens, int rows, int pitch, float scale, float soft_cap, int blocks,
@@ -126,7 +132,7 @@ __global__ void __launch_bounds__(Tall::THREADS, 1)
   cluster_sync();
   const TallScheduler scheduler(rows, tokens, tile);
   if (warp >= Tall::CONSUMERS / 32) {
-    registers_lower<80>();
+    if constexpr (TOKENS > Tall::NARROW) registers_lower<80>();
     const int thread = threadIdx.x - Tall::CONSUMERS - 32;
     if (thread >= 0) {
       griddep_wait();
@@ -136,9 +142,9 @@ __global__ void __launch_bounds__(Tall::THREADS, 1)
     }
     __syncwarp();
   } else {
-    registers_raise<144>();
+    if constexpr (TOKENS > Tall::NARROW) registers_raise<144>();
     griddep_wait();
-    consume<T>(e, scheduler, ring, base + staging, warp / 4, blocks);
+    consume<T, TOKENS>(e, scheduler, ring, base + staging, warp / 4, blocks);
   }
   cluster_sync();  // nobody leaves while the other block's loads or arrivals may still reach it
 }

@@ -23,7 +23,7 @@ SPLIT_TOKENS = (8, 16, 32, 64, 96, 128, 256)  # token tiles that the sm_90a kern
 WALK_TOKENS = (8, 16, 32, 64, 96, 128, 192)
 FLOW_TOKENS = (256,)
 SUM_TOKENS = (96, 128, 160, 192)
-TALL_TOKENS = (192,)
+TALL_TOKENS = (64, 192)
 PAIR_TOKENS = (192,)
 MODES = {
     "split": SPLIT_TOKENS,
@@ -34,7 +34,7 @@ MODES = {
 }  # of gemm_sm90.cu
 SPLIT_WIDE = (144, 160, 176, 192, 208, 224, 240, 256)  # token tiles of the largest split kernel
 PAIR_TILES = (128, 144, 160, 176, 192)  # token tiles of the pair kernel
-TALL_TILES = (80, 96, 112, 128, 144, 160, 176, 192)  # token tiles of the tall kernel
+TALL_TILES = (32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192)  # token tiles of the tall kernel
 
 
 def walk_cluster(tokens: int) -> int:
@@ -70,8 +70,10 @@ def sm90_smem(mode: str, tokens: int, most: int = 12) -> int:
 
 def widths_of(mode: str, tokens: int) -> tuple[int, ...]:
     """The token tiles that the kernel `mode` compiled for `tokens` can be launched with."""
-    if mode in ("tall", "pair"):
-        return TALL_TILES if mode == "tall" else PAIR_TILES
+    if mode == "tall":
+        return tuple(tile for tile in TALL_TILES if (tile <= TALL_TOKENS[0]) == (tokens == TALL_TOKENS[0]))
+    if mode == "pair":
+        return PAIR_TILES
     return SPLIT_WIDE if mode == "split" and tokens == SPLIT_WIDE[-1] else (tokens,)
 
 
@@ -110,11 +112,11 @@ def _sm90() -> list[KernelSpec]:
         KernelSpec(
             name=f"sm90_{dtype}_gemm_tall_n{tokens}",
             source="gemm/gemm_sm90_tall.cu",
-            symbol=f"rvllm::gemm::gemm_tall<rvllm::{dtype}>",
+            symbol=f"rvllm::gemm::gemm_tall<rvllm::{dtype}, {tokens}>",
             arch=90,
             exact=True,
-            smem=max(_tall_smem(tile) for tile in TALL_TILES),
-            unit=dtype,
+            smem=max(_tall_smem(tile) for tile in widths_of("tall", tokens)),
+            unit=f"{dtype}_{tokens}",
         )
         for dtype in DTYPES
         for tokens in TALL_TOKENS

@@ -78,9 +78,11 @@ def _pair(tile: int, work: Work) -> float:
 def _walk(tile: int, work: Work) -> float:
     if work.tokens > tile:
         return _sum(tile, work)
+    # A round of fewer tiles takes what its blocks need, though the memory would be done sooner.
     full, rest = divmod(work.tiles, 2 * work.sms)
-    last = 0.0 if not rest else step_cycles(1 if rest <= work.sms else 2, tile)
-    return work.blocks * (full * step_cycles(2, tile) + last)
+    bytes_each = TILE_BYTES / MEMORY
+    last = 0.0 if not rest else max(step_cycles(1 if rest <= work.sms else 2, tile), rest * bytes_each)
+    return work.blocks * (full * max(step_cycles(2, tile), 2 * work.sms * bytes_each) + last)
 
 
 def _sum(tile: int, work: Work) -> float:

@@ -57,7 +57,7 @@ Element = TypeVar("Element", bound=np.generic)
 
 SPLIT_SIZES = (*SPLIT_TOKENS[:-1], *SPLIT_WIDE)  # token tiles of a split product
 PAIR_SEGMENTS = 4  # that two blocks share: each has registers for two
-MAX_ONE_ROW = 128  # tokens up to which a product is bound by its weights' bytes, whatever the tiles
+MAX_ONE_ROW = 128  # tokens up to which a product is bound by its weights' bytes, in whole rounds
 MAX_STAGES = 12  # of a split product's ring
 SM80_TOGETHER = 1024  # tokens that neighbouring blocks of the sm_80 kernels take with the same rows
 
@@ -159,7 +159,10 @@ def _way(n: int, k: int, tokens: int, sm_count: int) -> tuple[Mode, int]:
 def ways_of(segments: int, tokens: int) -> list[tuple[Mode, int]]:
     """The modes and token tiles worth a thought for a product of so many tokens."""
     if tokens <= MAX_ONE_ROW:
-        return [("walk" if segments == 1 else "split", fit(WALK_TOKENS, tokens))]
+        one_round: list[tuple[Mode, int]] = [("walk" if segments == 1 else "split", fit(WALK_TOKENS, tokens))]
+        if segments == 1 and TALL_TILES[0] < tokens <= 2 * TALL_TILES[0]:  # wider ones gain nothing in a step
+            one_round.append(("tall", TALL_TILES[0]))
+        return one_round
     modes: list[Mode] = ["flow", "tall"] if segments == 1 else ["split", "sum"]
     if segments == 1 and tokens <= WALK_TOKENS[-1]:
         modes.append("walk")
@@ -245,7 +248,7 @@ def way_named(name: str) -> tuple[Mode, int]:
 def _kernel_tokens(mode: Mode, token_tile: int) -> int:
     """The token tile in the name of the kernel that runs tiles of this size."""
     if mode in ("tall", "pair"):
-        return TALL_TOKENS[-1] if mode == "tall" else PAIR_TOKENS[-1]
+        return fit(TALL_TOKENS if mode == "tall" else PAIR_TOKENS, token_tile)
     return SPLIT_TOKENS[-1] if mode == "split" and token_tile in SPLIT_WIDE else token_tile
 
 
