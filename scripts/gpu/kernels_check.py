@@ -65,6 +65,12 @@ def run_checks(gpu: Gpu, seed: int) -> list[tuple[str, str, float]]:
             for check in ("decode", "prefill", "invariance"):
                 what = f"{check} {dtype} d{shape.dim} {shape.heads}/{shape.kv_heads} w{shape.window}"
                 one(what, getattr(attention_checks, f"check_{check}"), dtype, shape)
+        if gpu.facts.capability >= 90:
+            for shape, copies in (
+                (attention_checks.Shape(128, 4, 7), 1),
+                (attention_checks.Shape(128, 8, 4), 20),
+            ):
+                one(f"turning {dtype} x {copies}", attention_checks.check_turning, dtype, shape, copies)
     return results
 
 

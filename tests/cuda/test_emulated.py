@@ -102,6 +102,12 @@ def test_rings_give_the_same_bits_as_prompts(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_attention_that_rotates(roomy: Emulator, rng: np.random.Generator, dtype: str) -> None:
+    shape = attention_checks.Shape(128, 2, 5, window=150 if dtype == "float16" else None)
+    attention_checks.check_turning(roomy, rng, DTYPES[dtype], shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_matrix_kernels(gpu: Emulator, rng: np.random.Generator, dtype: str) -> None:
     gemm_checks.check_pack(gpu, rng, DTYPES[dtype])
     gemm_checks.check_gemm(gpu, rng, DTYPES[dtype])

@@ -56,7 +56,7 @@ def test_head_norms_go_with_the_rope_only_where_they_are_those_of_its_heads() ->
         norm = ops[ropes[0] - 1]
         assert isinstance(norm, Norm)
         ops[ropes[0] - 1] = replace(norm, **change)
-        assert ["ropekv"] in kinds(fuse(replace(given, ops=tuple(ops))))
+        assert ["ropekv", "attention"] in kinds(fuse(replace(given, ops=tuple(ops))))
 
 
 def test_what_somebody_else_reads_is_not_merged_away() -> None:

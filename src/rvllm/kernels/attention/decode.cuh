@@ -340,7 +340,7 @@ __device__ __forceinline__ Stored<DV, ROWS> states_of(const Job<T, Mask>& job, c
   return states;
 }
 
-// The end of a block whose four warps share one split: tiles into the split, and that into the row. exchange: a
+// The end of a block whose first four warps share one split: tiles into the split, and that into the row. exchange: a
 // place of `pitch` vectors a warp.
 template <int DV, int ROWS, typename T, typename Mask>
 __device__ __forceinline__ void finish_shared(const Job<T, Mask>& job, const Cursor& at, const float (&x)[DV / 8][4],
@@ -353,7 +353,7 @@ __device__ __forceinline__ void finish_shared(const Job<T, Mask>& job, const Cur
   for (int g = 0; g < GROUPS; g++) exchange[warp * pitch + g * 32 + lane] = group_of<ROWS, DV>(x, g);
 #pragma unroll
   for (int h = 0; h < H; h++) tile_states[warp][h][lane] = make_float2(m[h], l[h]);
-  __syncthreads();
+  bar_sync(1, WARPS * 32);
   State<ROWS, MINE> split;
   split.clear();
 #pragma unroll 1
@@ -374,9 +374,9 @@ __device__ __forceinline__ void finish_shared(const Job<T, Mask>& job, const Cur
     const Stored<DV, ROWS> states = states_of<DV, ROWS>(job, at, at.row);
     states.store(at.split(), split, warp, WARPS, lane);
     __threadfence();
-    __syncthreads();
+    bar_sync(1, WARPS * 32);
     if (threadIdx.x == 0) merge_from = arrive(job.arrivals + at.seq * job.rows + at.row, 1, 0, at.of.splits);
-    __syncthreads();
+    bar_sync(1, WARPS * 32);
     if (merge_from < 0) return;
     __threadfence();
     states.template merge_all<ROWS == 8 ? 16 : 8>(split, merge_from, at.of.splits, warp, WARPS, lane);

@@ -5,65 +5,76 @@
 // of all sequences are one line of tiles. Groups of up to four warps of a block, one a head, take equal, contiguous
 // ranges of that line, cut where a split of 256 positions ends, and walk them side by side: a cache block's heads lie
 // one behind the other, so that memory is read 16 KB at a time. A warp merges its tiles in its registers, and nobody
-// waits for anybody. Where there are fewer splits than blocks, the four warps of a block take a tile of a split each.
+// waits for anybody. Where there are fewer splits than blocks, four warps of a block take a tile of a split each.
 // A run of splits from a row's first on is merged as it comes; other splits leave their states in `partial`, and
 // whoever brings a row's last split merges them in ascending order.
 //
-// Each warp has a ring of SLOTS tiles, keys and values in turn, and asks for the next whenever it has used one: twelve
-// tiles are 192 KB under way on each SM, where the memory's latency needs about 40.
+// Each warp has a ring of half tiles, those of a tile's keys and then of its values, and asks for the next whenever it
+// has used one. A block's SLOTS half tiles are 192 KB under way on each SM, where the memory's latency needs 40. A tile
+// is some 1,200 instructions, most of which depend on the one before: where there are many rows, eight warps hide each
+// other's latencies; where four have a row each, more of them would have nothing to do, and rings would be shorter.
 // The list of work follows from the metadata, so it is made before the predecessor is done, and the ring is filled
 // (but for the block of the newest position) before that too.
+//
+// attn_decode_rope does what rope_kv does besides: queries turn in registers, and the warp that attends to the newest
+// position puts its key and value into the tile and into the cache.
 #include "attention/decode.cuh"
+#include "rowwise/rotation.cuh"
 
-constexpr int WARPS = TILES_PER_SPLIT, THREADS = WARPS * 32;
+constexpr int MAX_THREADS = 256, SHARERS = TILES_PER_SPLIT;
+constexpr int ROWS_A_SLOT = TILE / 2, BLOCKS_A_SLOT = ROWS_A_SLOT / KV_BLOCK;
 
 struct alignas(64) TensorMap {
   u64 opaque[16];
 };
 
-// A warp's ring of tiles in shared memory: [SLOTS][D / 64][64 rows][64 columns] with the 128-byte swizzle, and a
+// A warp's ring of half tiles in shared memory: [slots][D / 64][32 rows][64 columns] with the 128-byte swizzle, and a
 // barrier a slot. Below capability 9.0 (the emulator) the lanes copy.
-template <typename T, int D, int SLOTS> struct Ring {
-  static constexpr int HALVES = D / 64, HALF = TILE * 128, SLOT = HALVES * HALF, BLOCKS = TILE / KV_BLOCK;
+template <typename T, int D> struct Ring {
+  static constexpr int PANELS = D / 64, PANEL = ROWS_A_SLOT * 128, SLOT = PANELS * PANEL, BLOCKS = TILE / KV_BLOCK;
   unsigned char* tiles;
   u32 bars;
+  int slots;
 
   __device__ __forceinline__ u32 slot(int s) const { return smem(tiles) + s * SLOT; }
 
-  __device__ __forceinline__ void init(unsigned char* tiles_, u32 bars_, int lane) {
+  __device__ __forceinline__ void init(unsigned char* tiles_, u32 bars_, int slots_, int lane) {
     tiles = tiles_;
     bars = bars_;
+    slots = slots_;
 #if __CUDA_ARCH__ >= 900
-    if (lane < SLOTS) mbar_init(bars + lane * 8, 1);
-    if (lane < SLOTS) mbar_init_fence();
+    if (lane < slots) mbar_init(bars + lane * 8, 1);
+    if (lane < slots) mbar_init_fence();
     __syncwarp();
 #endif
   }
 
   // Which of a tile's cache blocks this lane copies.
-  static __device__ __forceinline__ int block_of(int lane) { return lane / HALVES % BLOCKS; }
+  static __device__ __forceinline__ int block_of(int lane) { return lane / PANELS % BLOCKS; }
 
-  // Asks for a tile's visible cache blocks. part 0: all of them; 1: all but the newest position's; 2: only that.
-  // id: of the cache block number block_of(lane).
-  __device__ __forceinline__ void copy(int s, const Tile& t, int part, const TensorMap* map, const T* cache, int id,
+  // Asks for the visible cache blocks of half a tile. part 0: all of them; 1: all but the newest position's; 2: only
+  // that. id: of the cache block number block_of(lane).
+  __device__ __forceinline__ void copy(int s, const Tile& t, int half, int part, const TensorMap* map, const T* cache, int id,
                                        int kv_heads, int head, int lane) {
     const int b = block_of(lane), first = t.lo / KV_BLOCK, last = (t.hi - 1) / KV_BLOCK;
     const bool newest = t.newest && b == last;
-    const bool mine = b >= first && b <= last && (part == 0 || newest == (part == 2));
+    const bool mine = b / BLOCKS_A_SLOT == half && b >= first && b <= last && (part == 0 || newest == (part == 2));
     const int row = (id * kv_heads + head) * KV_BLOCK;
 #if __CUDA_ARCH__ >= 900
-    if (part != 2 && lane == 0) mbar_arrive_expect(bars + s * 8, (last - first + 1) * KV_BLOCK * D * 2);
+    const int from = max(first, half * BLOCKS_A_SLOT), to = min(last + 1, (half + 1) * BLOCKS_A_SLOT);
+    if (part != 2 && lane == 0) mbar_arrive_expect(bars + s * 8, max(0, to - from) * KV_BLOCK * D * 2);
     __syncwarp();
-    if (mine && lane < BLOCKS * HALVES)
-      tensor_load_2d(slot(s) + lane % HALVES * HALF + b * KV_BLOCK * 128, map, lane % HALVES * 64, row, bars + s * 8);
+    if (mine && lane < BLOCKS * PANELS)
+      tensor_load_2d(slot(s) + lane % PANELS * PANEL + b % BLOCKS_A_SLOT * KV_BLOCK * 128, map, lane % PANELS * 64, row,
+                     bars + s * 8);
 #else
-    for (int from = 0; from < BLOCKS * HALVES; from++) {
+    for (int from = 0; from < BLOCKS * PANELS; from++) {
       const bool wanted = __shfl_sync(~0u, mine, from);
-      const int its_row = __shfl_sync(~0u, row, from), half = from % HALVES;
+      const int its_row = __shfl_sync(~0u, row, from), panel = from % PANELS;
       for (int i = lane; wanted && i < KV_BLOCK * 8; i += 32) {
-        const int r = from / HALVES * KV_BLOCK + i / 8;
-        cp_async16(slot(s) + half * HALF + r * 128 + ((i % 8 ^ r % 8) * 16),
-                   cache + (size_t)(its_row + i / 8) * D + half * 64 + i % 8 * 8);
+        const int r = from / PANELS % BLOCKS_A_SLOT * KV_BLOCK + i / 8;
+        cp_async16(slot(s) + panel * PANEL + r * 128 + ((i % 8 ^ r % 8) * 16),
+                   cache + (size_t)(its_row + i / 8) * D + panel * 64 + i % 8 * 8);
       }
     }
     cp_async_commit();
@@ -80,14 +91,24 @@ template <typename T, int D, int SLOTS> struct Ring {
 #endif
   }
 
-  // Makes zeros of the rows of a used half that are not visible.
-  __device__ __forceinline__ void clear_hidden(int s, const Tile& t, int lane) const {
-    const int rows = t.hi > TILE / 2 ? TILE : TILE / 2;
+  // Puts a row of 128 elements, words lane and lane + 32 of it, in its place.
+  __device__ __forceinline__ void put(int s, int row, const u32 (&words)[2], int lane) const {
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      *reinterpret_cast<u32*>(tiles + s * SLOT + i * PANEL + row * 128 + (lane / 4 ^ row % 8) * 16 + lane % 4 * 4) = words[i];
+#if __CUDA_ARCH__ >= 900
+    fence_async_shared();
+#endif
+    __syncwarp();
+  }
+
+  // Makes zeros of the rows of a half that are not visible.
+  __device__ __forceinline__ void clear_hidden(int s, const Tile& t, int half, int lane) const {
 #pragma unroll 1
-    for (int i = lane; i < rows * 8 * HALVES; i += 32) {
-      const int row = i / 8 % rows, half = i / (8 * rows);
-      if (row >= t.lo && row < t.hi) continue;
-      *reinterpret_cast<uint4*>(tiles + s * SLOT + half * HALF + row * 128 + i % 8 * 16) = make_uint4(0, 0, 0, 0);
+    for (int i = lane; i < ROWS_A_SLOT * 8 * PANELS; i += 32) {
+      const int row = i / 8 % ROWS_A_SLOT, panel = i / (8 * ROWS_A_SLOT), position = half * ROWS_A_SLOT + row;
+      if (position >= t.lo && position < t.hi) continue;
+      *reinterpret_cast<uint4*>(tiles + s * SLOT + panel * PANEL + row * 128 + i % 8 * 16) = make_uint4(0, 0, 0, 0);
     }
 #if __CUDA_ARCH__ >= 900
     fence_async_shared();
@@ -96,76 +117,114 @@ template <typename T, int D, int SLOTS> struct Ring {
   }
 };
 
-// Scores of a tile in a ring's slot, summed as scores_of does; of its first half only where the rest is not visible.
-template <typename T, int D, int ROWS>
-__device__ __forceinline__ void scores_in(float (&s)[8][4], const Queries<D, ROWS>& q, u32 keys, bool whole, int lane) {
+// What turns queries and the newest keys: nothing, or the angles of each position, float32 [positions, D / 2].
+struct Turned {
+  static constexpr bool HERE = false;
+};
+template <typename T> struct Turning {
+  static constexpr bool HERE = true;
+  const float *cos, *sin;
+  T *k_cache, *v_cache;
+
+  template <int D>
+  __device__ __forceinline__ void queries(Queries<D, 8>& q, int position, int lane) const {
+#pragma unroll
+    for (int kk = 0; kk < D / 32; kk++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const size_t at = (size_t)position * (D / 2) + kk * 16 + i * 8 + lane % 4 * 2;
+        turn_halves<T>(q.a[kk][i], q.a[kk + D / 32][i], *reinterpret_cast<const float2*>(cos + at),
+                       *reinterpret_cast<const float2*>(sin + at));
+      }
+  }
+};
+
+// The key and the value of a row's newest position, words lane and lane + 32 of each; heads of 128.
+template <typename T> struct Newest {
+  u32 k[2], v[2];
+  template <typename Mask>
+  __device__ __forceinline__ void load(const Job<T, Mask>& job, int seq, int head, int lane) {
+    const u32* const key = reinterpret_cast<const u32*>(job.q + (size_t)seq * job.q_pitch) + (job.kv_heads * job.group + head) * 64;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      k[i] = __ldcg(key + lane + 32 * i);
+      v[i] = __ldcg(key + job.kv_heads * 64 + lane + 32 * i);
+    }
+  }
+  __device__ __forceinline__ void turn(const Turning<T>& by, int position, int lane) {
+    const size_t at = (size_t)position * 64 + 2 * lane;
+    turn_halves<T>(k[0], k[1], *reinterpret_cast<const float2*>(by.cos + at), *reinterpret_cast<const float2*>(by.sin + at));
+  }
+  template <typename Mask>
+  __device__ __forceinline__ void store(const Job<T, Mask>& job, const Turning<T>& by, int seq, int position, int head, int lane) const {
+    const int block = job.tables[(size_t)job.slots[seq] * job.table_stride + position / KV_BLOCK];
+    const size_t at = (((size_t)block * job.kv_heads + head) * KV_BLOCK + position % KV_BLOCK) * 64 + lane;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      reinterpret_cast<u32*>(by.k_cache)[at + 32 * i] = k[i];
+      reinterpret_cast<u32*>(by.v_cache)[at + 32 * i] = v[i];
+    }
+  }
+};
+
+// Scores of half a tile in a ring's slot, summed as scores_of does.
+template <int HALF, typename T, int D, int ROWS>
+__device__ __forceinline__ void scores_in(float (&s)[8][4], const Queries<D, ROWS>& q, u32 keys, int lane) {
   const u32 start = keys + (lane % 8 + lane / 16 * 8) * 128 + ((lane / 8 % 2 ^ lane % 8) * 16);
 #pragma unroll
-  for (int n = 0; n < 8; n++)
+  for (int kk = 0; kk < D / 16; kk++) {
+    u32 a[4];
+    if constexpr (ROWS == 8) {
+      a[0] = q.a[kk][0];
+      a[2] = q.a[kk][1];
+      a[1] = a[3] = 0;
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; i++) s[n][i] = 0.f;
+      for (int i = 0; i < 4; i++) a[i] = q.a[kk][i];
+    }
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    if (half && !whole) break;
-#pragma unroll
-    for (int kk = 0; kk < D / 16; kk++) {
-      u32 a[4];
-      if constexpr (ROWS == 8) {
-        a[0] = q.a[kk][0];
-        a[2] = q.a[kk][1];
-        a[1] = a[3] = 0;
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; i++) a[i] = q.a[kk][i];
-      }
-#pragma unroll
-      for (int b = 2 * half; b < 2 * half + 2; b++) {
-        u32 r[4];
-        ldmatrix_x4(r, (start ^ kk % 4 * 32) + kk / 4 * (TILE * 128) + b * (16 * 128));
-        mma_16816(s[2 * b], a, {r[0], r[1]}, T());
-        mma_16816(s[2 * b + 1], a, {r[2], r[3]}, T());
-      }
+    for (int b = 0; b < 2; b++) {
+      u32 r[4];
+      ldmatrix_x4(r, (start ^ kk % 4 * 32) + kk / 4 * Ring<T, D>::PANEL + b * (16 * 128));
+      mma_16816(s[4 * HALF + 2 * b], a, {r[0], r[1]}, T());
+      mma_16816(s[4 * HALF + 2 * b + 1], a, {r[2], r[3]}, T());
     }
   }
 }
 
-// x = p v of a tile in a ring's slot, all columns at once, summed as values_of does.
-template <typename T, int D>
-__device__ __forceinline__ void values_in(float (&x)[D / 8][4], const u32 (&p)[4][4], u32 values, bool whole, int lane) {
+// x += p v of half a tile in a ring's slot, all columns at once, summed as values_of does.
+template <int HALF, typename T, int D>
+__device__ __forceinline__ void values_in(float (&x)[D / 8][4], const u32 (&p)[4][4], u32 values, int lane) {
   const u32 start = values + lane % 16 * 128 + ((lane / 16 ^ lane % 8) * 16);
 #pragma unroll
-  for (int n = 0; n < D / 8; n++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) x[n][i] = 0.f;
-#pragma unroll
-  for (int j = 0; j < 4; j++) {
-    if (j == 2 && !whole) break;
+  for (int j = 0; j < 2; j++) {
 #pragma unroll
     for (int g = 0; g < D / 16; g++) {
       u32 r[4];
-      ldmatrix_x4_trans(r, (start ^ g % 4 * 32) + g / 4 * (TILE * 128) + j * (16 * 128));
-      mma_16816(x[2 * g], p[j], {r[0], r[1]}, T());
-      mma_16816(x[2 * g + 1], p[j], {r[2], r[3]}, T());
+      ldmatrix_x4_trans(r, (start ^ g % 4 * 32) + g / 4 * Ring<T, D>::PANEL + j * (16 * 128));
+      mma_16816(x[2 * g], p[2 * HALF + j], {r[0], r[1]}, T());
+      mma_16816(x[2 * g + 1], p[2 * HALF + j], {r[2], r[3]}, T());
     }
   }
 }
 
-// The tiles that a warp has yet to ask for: keys, then values of each.
-template <int ROWS, int D, int SLOTS, typename T, typename Mask> struct Ahead {
+// The half tiles that a warp has yet to ask for: of a tile's keys, then of its values; the second half only where
+// something of it is visible.
+template <int ROWS, int D, typename T, typename Mask> struct Ahead {
   Cursor at;
   Tile tile;
-  int row, id, end, slot;
+  int row, id, end, slot, half;
   bool values, active;
 
   __device__ __forceinline__ void look(const Job<T, Mask>& job, int sub, int heads, int lane) {
     row = at.row * heads + sub;
     tile = tile_of<ROWS>(job, at, row);
     if (tile.empty()) return;
-    const int entry = (at.of.first_split * TILES_PER_SPLIT + at.tile) * (TILE / KV_BLOCK) + Ring<T, D, SLOTS>::block_of(lane);
+    const int entry = (at.of.first_split * TILES_PER_SPLIT + at.tile) * (TILE / KV_BLOCK) + Ring<T, D>::block_of(lane);
     id = job.tables[(size_t)job.slots[at.seq] * job.table_stride + entry];
   }
   // On to the next tile that is not empty.
-  __device__ __forceinline__ void next(const Job<T, Mask>& job, const Line& line, int sub, int heads, int lane) {
+  __device__ __forceinline__ void next_tile(const Job<T, Mask>& job, const Line& line, int sub, int heads, int lane) {
     do {
       line.advance(at);
       active = at.line < end;
@@ -173,22 +232,36 @@ template <int ROWS, int D, int SLOTS, typename T, typename Mask> struct Ahead {
       look(job, sub, heads, lane);
     } while (tile.empty());
   }
+  // On to the next half tile. single: there is no tile after this one.
+  __device__ __forceinline__ void next(const Job<T, Mask>& job, const Line& line, int slots, bool single, int sub, int heads,
+                                       int lane) {
+    slot = slot + 1 == slots ? 0 : slot + 1;
+    if (half == 0 && tile.hi > ROWS_A_SLOT) {
+      half = 1;
+      return;
+    }
+    half = 0;
+    values = !values;
+    if (values) return;
+    if (single)
+      active = false;
+    else
+      next_tile(job, line, sub, heads, lane);
+  }
 };
 
-template <typename T, int D, int ROWS, int SLOTS, typename Mask>
+template <typename T, int D, int ROWS, int SLOTS, typename Mask, typename Turn>
 __device__ __forceinline__ void attend(T* out, const T* q, const T* k_cache, const T* v_cache, const int* tables,
                                        const int* slots, const int* kv_lens, const int* count, float* partial, int* arrivals,
                                        int q_pitch, int out_pitch, int table_stride, int kv_heads, int group, float scale,
                                        float soft_cap, int window, int max_seqs, const TensorMap* k_map,
-                                       const TensorMap* v_map, const Mask& mask) {
+                                       const TensorMap* v_map, const Mask& mask, const Turn& turn) {
   griddep_launch();
-  using Tiles = Ring<T, D, SLOTS>;
+  using Tiles = Ring<T, D>;
   constexpr int GROUPS = Stored<D, ROWS>::GROUPS, H = ROWS / 8;
   extern __shared__ __align__(1024) unsigned char shared[];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, parts = (group + ROWS - 1) / ROWS;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, parts = (group + ROWS - 1) / ROWS;
   unsigned char* const base = shared + (1024 - smem(shared) % 1024) % 1024;
-  Tiles ring;
-  ring.init(base + warp * SLOTS * Tiles::SLOT, smem(base + WARPS * SLOTS * Tiles::SLOT) + warp * SLOTS * 8, lane);
   const Job<T, Mask> job = {out, q, k_cache, v_cache, tables, slots, partial, arrivals, q_pitch, out_pitch, table_stride,
                             kv_heads, group, parts, kv_heads * parts, scale, soft_cap, mask};
 
@@ -205,11 +278,12 @@ __device__ __forceinline__ void attend(T* out, const T* q, const T* k_cache, con
       if (blockIdx.x == 0) griddep_wait();
       return;
     }
+    if (warp >= SHARERS) return;
     at = line.split_of(blockIdx.x, lane);
     at.tile += warp;
     end = 1;
   } else {
-    const int sides = WARPS / heads, workers = gridDim.x * sides, worker = blockIdx.x * sides + warp / heads;
+    const int sides = warps / heads, workers = gridDim.x * sides, worker = warp / heads * gridDim.x + blockIdx.x;
     const int all = line.tiles * line.rows, rows = line.seqs * line.rows;
     if (rows <= workers && (long long)line.longest * workers * 8 <= (long long)all * 9) {  // nearly equal rows: one each
       if (worker < rows) at = line.row_of(worker);
@@ -226,12 +300,21 @@ __device__ __forceinline__ void attend(T* out, const T* q, const T* k_cache, con
     }
   }
 
-  Ahead<ROWS, D, SLOTS, T, Mask> ahead;
+  const int depth = SLOTS / (shares ? SHARERS : warps);  // those that share a split have the rings of the others too
+  Tiles ring;
+  ring.init(base + warp * depth * Tiles::SLOT, smem(base + SLOTS * Tiles::SLOT) + warp * depth * 8, depth, lane);
+
+  const auto ask_for = [&](auto& ahead, int part) {
+    ring.copy(ahead.slot, ahead.tile, ahead.half, part, ahead.values ? v_map : k_map, ahead.values ? v_cache : k_cache,
+              ahead.id, kv_heads, parts == 1 ? ahead.row : ahead.row / parts, lane);
+  };
+  Ahead<ROWS, D, T, Mask> ahead;
 #pragma unroll 1
-  for (int part = 1; part <= 2; part++) {  // what may be had before the predecessor is done, and the rest of it
+  // What may be had before the predecessor is done, and the rest of it.
+  for (int part = Turn::HERE ? 0 : 1; part <= (Turn::HERE ? 0 : 2); part++) {
     ahead.at = at;
     ahead.end = end;
-    ahead.slot = 0;
+    ahead.slot = ahead.half = 0;
     ahead.values = false;
     ahead.active = true;
     ahead.look(job, sub, heads, lane);
@@ -239,43 +322,44 @@ __device__ __forceinline__ void attend(T* out, const T* q, const T* k_cache, con
       if (shares)
         ahead.active = false;
       else
-        ahead.next(job, line, sub, heads, lane);
+        ahead.next_tile(job, line, sub, heads, lane);
     }
     if (part == 2) griddep_wait();
 #pragma unroll 1
-    for (int i = 0; i < SLOTS && ahead.active; i++) {
-      if (part == 1 || ahead.tile.newest)
-        ring.copy(ahead.slot, ahead.tile, part, ahead.values ? v_map : k_map, ahead.values ? v_cache : k_cache, ahead.id, kv_heads,
-                  ahead.row / parts, lane);
-      ahead.slot = ahead.slot + 1 == SLOTS ? 0 : ahead.slot + 1;
-      if (ahead.values) {
-        if (shares)
-          ahead.active = false;
-        else
-          ahead.next(job, line, sub, heads, lane);
-      }
-      ahead.values = !ahead.values;
+    for (int i = 0; i < depth && ahead.active; i++) {
+      if (part != 2 || ahead.tile.newest) ask_for(ahead, part);
+      ahead.next(job, line, depth, shares, sub, heads, lane);
     }
   }
-  const auto ask = [&] {  // for the next tile, into the slot that has just been used
-    if (!ahead.active) return;
-    ring.copy(ahead.slot, ahead.tile, 0, ahead.values ? v_map : k_map, ahead.values ? v_cache : k_cache, ahead.id, kv_heads,
-              ahead.row / parts, lane);
-    ahead.slot = ahead.slot + 1 == SLOTS ? 0 : ahead.slot + 1;
-    if (ahead.values) ahead.next(job, line, sub, heads, lane);
-    ahead.values = !ahead.values;
-  };
+  if (Turn::HERE) griddep_wait();
 
   Queries<D, ROWS> queries;
+  Newest<T> newest;
   int row = at.row * heads + sub;
-  queries.load(job, at.seq, row, lane);
+  bool turned = !Turn::HERE;
+  const auto take = [&](int seq, int its_row) {  // the queries of a row
+    queries.load(job, seq, its_row, lane);
+    if constexpr (Turn::HERE) {
+      newest.load(job, seq, its_row, lane);
+      turned = false;
+    }
+  };
+  take(at.seq, row);
   const float factor = soft_cap > 0.f ? LOG2E : __fmul_rn(scale, LOG2E);
   State<ROWS, GROUPS> split, run;
   split.clear();
   int run_start = at.split(), slot = 0;
   u32 parity = 0;
-  const auto pass = [&] {
-    if (++slot == SLOTS) {
+  const auto put_newest = [&](const Tile& tile, int half, const u32(&words)[2]) {
+    if (Turn::HERE && tile.newest && (tile.hi - 1) / ROWS_A_SLOT == half) ring.put(slot, (tile.hi - 1) % ROWS_A_SLOT, words, lane);
+  };
+  const auto pass = [&] {  // the slot has been used: asks for the next half tile, into it
+    __syncwarp();
+    if (ahead.active) {
+      ask_for(ahead, 0);
+      ahead.next(job, line, depth, shares, sub, heads, lane);
+    }
+    if (++slot == depth) {
       slot = 0;
       parity ^= 1;
     }
@@ -286,18 +370,34 @@ __device__ __forceinline__ void attend(T* out, const T* q, const T* k_cache, con
     line.advance(next);
     const bool more = next.line < end, row_ends = next.tile == 0;
     const Tile tile = tile_of<ROWS>(job, at, row);
-    const bool whole = tile.hi > TILE / 2;
+    const bool whole = tile.hi > ROWS_A_SLOT;
     float m[2] = {-INFINITY_F, -INFINITY_F}, l[2] = {0.f, 0.f};
     float x[D / 8][4];
+    if constexpr (Turn::HERE) {
+      if (!turned) {
+        turn.queries(queries, at.of.position, lane);
+        newest.turn(turn, at.of.position, lane);
+        turned = true;
+      }
+      if (tile.newest && !tile.empty()) newest.store(job, turn, at.seq, at.of.position, row, lane);
+    }
     if (!tile.empty()) {
       float s[8][4];
       u32 p[4][4];
+#pragma unroll
+      for (int n = 0; n < 8; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
       ring.wait(slot, parity);
-      scores_in<T, D, ROWS>(s, queries, ring.slot(slot), whole, lane);
-      __syncwarp();
-      ask();
+      put_newest(tile, 0, newest.k);
+      scores_in<0, T, D, ROWS>(s, queries, ring.slot(slot), lane);
       pass();
-      if (more && row_ends) queries.load(job, next.seq, next.row * heads + sub, lane);
+      if (whole) {
+        ring.wait(slot, parity);
+        put_newest(tile, 1, newest.k);
+        scores_in<1, T, D, ROWS>(s, queries, ring.slot(slot), lane);
+        pass();
+      }
+      const u32 value[2] = {newest.v[0], newest.v[1]};
+      if (more && row_ends) take(next.seq, next.row * heads + sub);
       if (soft_cap > 0.f) tile_soft_cap(s, scale, soft_cap);
       if (tile.partial()) {
         const int lo[2] = {tile.lo, tile.lo}, hi[2] = {tile.hi - 1, tile.hi - 1};
@@ -309,20 +409,28 @@ __device__ __forceinline__ void attend(T* out, const T* q, const T* k_cache, con
         mask.hide(s, at.of.first_split * SPLIT + at.tile * TILE, position, query_head, lane);
       }
       tile_softmax<T>(s, p, factor, m, l, ROWS == 16);
+#pragma unroll
+      for (int n = 0; n < D / 8; n++) x[n][0] = x[n][1] = x[n][2] = x[n][3] = 0.f;
       ring.wait(slot, parity);
-      if (tile.partial()) ring.clear_hidden(slot, tile, lane);
-      values_in<T, D>(x, p, ring.slot(slot), whole, lane);
-      __syncwarp();
-      if (!shares) {
-        ask();
+      if (tile.lo > 0 || tile.hi < ROWS_A_SLOT) ring.clear_hidden(slot, tile, 0, lane);
+      put_newest(tile, 0, value);
+      values_in<0, T, D>(x, p, ring.slot(slot), lane);
+      pass();
+      if (whole) {
+        ring.wait(slot, parity);
+        if (tile.partial()) ring.clear_hidden(slot, tile, 1, lane);
+        put_newest(tile, 1, value);
+        values_in<1, T, D>(x, p, ring.slot(slot), lane);
         pass();
+      }
+      if (!shares) {
         Factors f[H];
         split.factors(f, m, l);
 #pragma unroll
         for (int g = 0; g < GROUPS; g++) split.add(g, group_of<ROWS, D>(x, g), f);
       }
     } else if (more && row_ends) {
-      queries.load(job, next.seq, next.row * heads + sub, lane);
+      take(next.seq, next.row * heads + sub);
     }
     if (shares) {
       if (tile.empty()) {
@@ -331,7 +439,7 @@ __device__ __forceinline__ void attend(T* out, const T* q, const T* k_cache, con
       }
       at.tile -= warp;
       float4* const exchange = reinterpret_cast<float4*>(base);
-      finish_shared<D, ROWS>(job, at, x, m, l, exchange, SLOTS * Tiles::SLOT / 16, warp, lane);
+      finish_shared<D, ROWS>(job, at, x, m, l, exchange, depth * Tiles::SLOT / 16, warp, lane);
       return;
     }
     if (next.tile % TILES_PER_SPLIT == 0 || !more) {
@@ -346,14 +454,29 @@ __device__ __forceinline__ void attend(T* out, const T* q, const T* k_cache, con
 }
 
 // Parameters as those of attn_decode; k_map, v_map: the caches as matrices [blocks * kv_heads * 16, D], in boxes of 16
-// rows and 64 columns. Grid: as many blocks of 128 threads as there are SMs.
+// rows and 64 columns. Grid: as many blocks as there are SMs, of four or eight warps.
 template <typename T, int D, int ROWS, int SLOTS>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(MAX_THREADS, 1)
 attn_decode_ring(T* out, const T* q, const T* k_cache, const T* v_cache, const int* tables, const int* slots,
                  const int* kv_lens, const int* count, float* partial, int* arrivals, int q_pitch, int out_pitch,
                  int table_stride, int kv_heads, int group, float scale, float soft_cap, int window, int max_seqs,
                  const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map) {
   attend<T, D, ROWS, SLOTS>(out, q, k_cache, v_cache, tables, slots, kv_lens, count, partial, arrivals, q_pitch, out_pitch,
                             table_stride, kv_heads, group, scale, soft_cap, window, max_seqs, &k_map, &v_map,
-                            Everything());
+                            Everything(), Turned());
+}
+
+// The same for queries, keys and values as a product left them, in qkv [T, q_pitch], and a cache without the newest
+// position: see rope_kv. Heads of 128, groups of up to 8.
+template <typename T, int D, int SLOTS>
+__global__ void __launch_bounds__(MAX_THREADS, 1)
+attn_decode_rope(T* out, const T* qkv, T* k_cache, T* v_cache, const int* tables, const int* slots, const int* kv_lens,
+                 const int* count, float* partial, int* arrivals, int q_pitch, int out_pitch, int table_stride,
+                 int kv_heads, int group, float scale, float soft_cap, int window, int max_seqs,
+                 const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const float* cos,
+                 const float* sin) {
+  static_assert(D == 128);
+  attend<T, D, 8, SLOTS>(out, qkv, k_cache, v_cache, tables, slots, kv_lens, count, partial, arrivals, q_pitch, out_pitch,
+                         table_stride, kv_heads, group, scale, soft_cap, window, max_seqs, &k_map, &v_map, Everything(),
+                         Turning<T>{cos, sin, k_cache, v_cache});
 }

@@ -8,7 +8,8 @@ from rvllm.kernels.types import SHORT, TYPES
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 256)
 DECODE_SEQS = 2048  # sequences a launch of attn_decode can list
-DECODE_RING_SLOTS = {128: 3}  # tiles of a warp of attn_decode_ring, by head size
+DECODE_RING_SLOTS = {128: 24}  # half tiles of a block of attn_decode_ring, by head size
+DECODE_RING_WARPS = (4, 8)  # of a block
 PREFILL_SM90_DIMS = (64, 96, 128)  # head sizes of attn_prefill_sm90
 PREFILL_SM90_ROWS, PREFILL_SM90_THREADS = 128, 384
 _PAD = 8  # elements after each row of a tile, as in attention/attention.cuh
@@ -25,8 +26,8 @@ def decode_smem(head_dim: int, separate: bool, max_seqs: int = DECODE_SEQS) -> i
 
 
 def decode_ring_smem(head_dim: int) -> int:
-    """Dynamic shared memory of attn_decode_ring in bytes: rings, a barrier a tile, and to align them."""
-    return 1024 + 4 * DECODE_RING_SLOTS[head_dim] * (2 * _TILE * head_dim + 8)
+    """Dynamic shared memory of attn_decode_ring in bytes: rings, a barrier a slot, and to align them."""
+    return 1024 + DECODE_RING_SLOTS[head_dim] * (_TILE * head_dim + 8)
 
 
 def decode_ring_state(head_dim: int, group: int) -> int:
@@ -44,6 +45,12 @@ def decode_ring_kernel(dtype: str, head_dim: int, group: int, smem_per_block: in
         return None
     name = f"sm90_{SHORT[dtype]}_attn_decode_d{head_dim}{'' if group <= 8 else '_wide'}"
     return name if name in _BY_NAME and _BY_NAME[name].smem + 4096 <= smem_per_block else None
+
+
+def decode_rope_kernel(ring: str) -> str | None:
+    """The kernel that rotates besides what the kernel with rings `ring` does, where there is one."""
+    name = ring.replace("_attn_decode_", "_attn_decode_rope_")
+    return name if name in _BY_NAME else None
 
 
 def prefill_rows(head_dim: int, small: bool) -> int:
@@ -145,10 +152,23 @@ def _ring(dtype: str, dim: int, rows: int) -> KernelSpec:
     )
 
 
+def _ring_rope(dtype: str, dim: int) -> KernelSpec:
+    return KernelSpec(
+        name=f"sm90_{SHORT[dtype]}_attn_decode_rope_d{dim}",
+        source="attention/decode_ring.cu",
+        symbol=f"attn_decode_rope<{TYPES[dtype]}, {dim}, {DECODE_RING_SLOTS[dim]}>",
+        arch=90,
+        smem=decode_ring_smem(dim),
+        static_smem=4096,
+        unit=f"{SHORT[dtype]}_d{dim}_rope",
+    )
+
+
 DTYPES = ("bfloat16", "float16")
 SPECS: list[KernelSpec] = [
     *(spec for dtype in DTYPES for dim in HEAD_DIMS for spec in _attention(dtype, dim)),
     *(_sm90(dtype, dim) for dtype in DTYPES for dim in PREFILL_SM90_DIMS),
     *(_ring(dtype, dim, rows) for dtype in DTYPES for dim in DECODE_RING_SLOTS for rows in (8,)),
+    *(_ring_rope(dtype, dim) for dtype in DTYPES for dim in DECODE_RING_SLOTS if dim == 128),
 ]
 _BY_NAME = {spec.name: spec for spec in SPECS}

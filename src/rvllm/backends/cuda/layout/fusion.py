@@ -10,6 +10,7 @@ from rvllm.kernels.moe.specs import ROUTE_NORM_WIDTH
 from rvllm.program.ops.dense import (
     Activate,
     Add,
+    Attention,
     Buffer,
     ClampedGate,
     Experts,
@@ -63,6 +64,7 @@ def fuse(program: Program, gated_epilogue: bool = True) -> list[Stage]:
     CausalConv, StateScan of its result: the scan convolves when every sequence has one token.
     Norm, Route of its result: few tokens are normalised as they are routed.
     Norm of the query heads, Norm of the key heads, RopeKV: each head is normalised as it is rotated.
+    RopeKV, Attention: heads are rotated as they are attended to when every sequence has one token.
     Norm of the latent, LatentRopeKV, HeadLinear of its queries: each is written once, where it is wanted.
     LatentAttention, HeadLinear of its result: the product puts together what several blocks attended to.
 
@@ -122,6 +124,9 @@ def _stage(ops: Sequence[Op], readers: Counter[str], epilogue: bool) -> Stage:
         case Norm(), Norm():
             if isinstance(third, RopeKV) and _norms_heads(op, after, third):
                 return Stage((op, after, third))
+        case RopeKV(), Attention():
+            if after.qkv == op.qkv and after.cache == op.cache and op.rope is not None:
+                return Stage((op, after))
         case Norm(), Route():
             plain = _norms_rows(op) and op.kind_ == "rms" and op.weight is not None and op.bias is None
             if plain and after.x == op.out and op.x.width <= ROUTE_NORM_WIDTH:

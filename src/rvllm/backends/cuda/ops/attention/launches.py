@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import MatrixMap, fixed
@@ -16,9 +16,19 @@ from rvllm.backends.cuda.layout.metadata import NUM_DECODES, NUM_TILES, NUM_TOKE
 from rvllm.backends.cuda.ops.attention.plan import BLOCK, DecodePlan, PrefillPlan, decode_of, prefill_of
 from rvllm.backends.cuda.ops.family import Family, Lowering, PagedPlans
 from rvllm.errors import MissingKernelError
+from rvllm.kernels.attention.specs import decode_rope_kernel
 from rvllm.kernels.encoder.specs import sparse_kernel
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Attention, BlockSparseAttention, Norm, Op, RopeKV
+
+
+@dataclass(frozen=True)
+class Turning:
+    """A decode attention kernel that rotates too, and the addresses of its angles' cosines and sines."""
+
+    kernel: str
+    cos: int
+    sin: int
 
 
 def _decode(op: Op, dtype: DType, chip: DeviceInfo, seqs: int, longest: int, blocks: int) -> DecodePlan:
@@ -43,7 +53,32 @@ def _group(op: Op) -> int:
 
 
 def _rope_kv(to: Lowering, stage: Stage) -> None:
-    *norms, op = stage.ops
+    """Rotation, with norms of heads in front of it, or with attention behind it."""
+    last = stage.ops[-1]
+    if not isinstance(last, Attention):
+        _rotate(to, stage.name, stage.ops)
+        return
+    rope = stage.ops[0]
+    assert isinstance(rope, RopeKV)
+    turning = _turning(to, rope, last)
+    if turning is None:
+        _rotate(to, stage.name, (rope,))
+    _attend(to, stage.name, last, turning)
+
+
+def _turning(to: Lowering, rope: RopeKV, attention: Attention) -> Turning | None:
+    """How decode attention rotates too, where a step has nothing but decodes and there is a kernel."""
+    plan, angles = to.decode[attention.name], rope.rope
+    if to.prefill is not None or not plan.ring or angles is None:
+        return None
+    kernel = decode_rope_kernel(plan.kernel)
+    if kernel is None or angles.interleaved or angles.dim != attention.head_dim:
+        return None
+    return Turning(kernel, *to.at.ropes[angles])
+
+
+def _rotate(to: Lowering, name: str, ops: Sequence[Op]) -> None:
+    *norms, op = ops
     assert isinstance(op, RopeKV)
     cos, sin = to.at.ropes[op.rope] if op.rope is not None else (0, 0)
     rotated = op.rope.dim if op.rope is not None else 0
@@ -58,7 +93,7 @@ def _rope_kv(to: Lowering, stage: Stage) -> None:
     )  # a block a row fills it
     suffix = "_rows" if many else "_interleaved" if interleaved else ""
     to.plan(
-        stage.name,
+        name,
         f"sm80_{to.tag}_rope_kv{kind}{suffix}",
         lambda c: (c.tokens, 1, 1) if many else (-(-heads // warps), c.tokens, 1),
         32 * warps,
@@ -101,6 +136,12 @@ def _head_norms(to: Lowering, norms: Sequence[Op], op: RopeKV) -> tuple[str, lis
 def _attention(to: Lowering, stage: Stage) -> None:
     (op,) = stage.ops
     assert isinstance(op, Attention | BlockSparseAttention)
+    _attend(to, stage.name, op)
+
+
+def _attend(
+    to: Lowering, name: str, op: Attention | BlockSparseAttention, turning: Turning | None = None
+) -> None:
     soft_cap, window, sight = 0.0, 0, list[object]()
     if isinstance(op, Attention):
         soft_cap, window = op.soft_cap or 0.0, op.window or 0
@@ -123,7 +164,7 @@ def _attention(to: Lowering, stage: Stage) -> None:
     rows, bf16 = to.shape.kv_blocks * op.kv_heads * BLOCK, to.dtype is DType.BF16
     attend(
         to,
-        stage.name,
+        name,
         op,
         places,
         numbers,
@@ -131,6 +172,7 @@ def _attention(to: Lowering, stage: Stage) -> None:
         several=sight,
         heads=op.kv_heads,
         maps=[MatrixMap(at, rows, op.head_dim, BLOCK, 64, bf16) for at in to.at.caches[op.cache.name]],
+        turning=turning,
     )
 
 
@@ -145,20 +187,21 @@ def attend(
     several: Sequence[object] = (),
     heads: int = 1,
     maps: Sequence[MatrixMap] = (),
+    turning: Turning | None = None,
 ) -> None:
     """Attention over the paged cache: a launch for single tokens, and one for longer runs of them.
 
     op: whose plans these are. places: addresses of the result, the queries and the cache. numbers: what both
     kernels are told; behind that comes what only the first is, `one`, and what only the second is, `several`.
     heads: blocks of each tile. maps: of the cache, for kernels that use the copy engine; of these the prefill
-    kernel is told of no cap.
+    kernel is told of no cap. turning: what the decode kernel rotates with, where it does.
     """
     seqs = (to.at.tables, to.meta(to.layout.seq_slots), to.meta(to.layout.kv_lens))
     shared: tuple[object, ...] = (*places, *seqs)
     decode = to.decode[op.name]
     to.plan(
         name,
-        decode.kernel,
+        decode.kernel if turning is None else turning.kernel,
         fixed(decode.grid),
         decode.block,
         *shared,
@@ -168,6 +211,7 @@ def attend(
         *numbers,
         *one,
         *(maps if decode.ring else ()),
+        *(() if turning is None else (turning.cos, turning.sin)),
         smem=decode.smem,
         why="sequences with one token",
     )

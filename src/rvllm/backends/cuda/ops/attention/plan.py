@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.attention.specs import (
+    DECODE_RING_WARPS,
     DECODE_SEQS,
     PREFILL_SM90_ROWS,
     PREFILL_SM90_THREADS,
@@ -144,10 +145,11 @@ def plan_decode_ring(
     if kernel is None or max_seqs * rows < RING_ROWS:
         return None
     items = _splits(max_seqs, max_model_len, num_blocks) * rows
+    few, many = DECODE_RING_WARPS
     return DecodePlan(
         kernel=kernel,
         grid=min(items, sm_count),
-        block=128,
+        block=32 * (many if max_seqs * rows > few * sm_count else few),
         smem=decode_ring_smem(head_dim),
         partial_bytes=4 * items * decode_ring_state(head_dim, group),
         arrivals_bytes=4 * max_seqs * rows,
