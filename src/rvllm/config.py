@@ -253,7 +253,11 @@ class ServerConfig:
     max_inflight_mb: float = setting(
         256.0, "MB of all bodies being received or worked on; beyond that, 503.", low=0.001
     )
-    max_head_kb: float = setting(64.0, "Largest request line with its headers in KB.", low=1.0)
+    max_head_kb: float = setting(
+        64.0,
+        "Largest request line with its headers, and largest trailers or extensions of a chunk, in KB.",
+        low=1.0,
+    )
     max_connections: int = setting(4096, "Connections open at once; more are answered 503.", low=1)
     max_connections_per_client: int = setting(2048, "Connections open at once from one address.", low=1)
     header_timeout: float = setting(30.0, "Seconds that a client has to send its headers.", low=0.1)

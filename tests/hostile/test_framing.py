@@ -80,6 +80,12 @@ def test_what_could_be_read_in_two_ways_is_refused(server: Server, name: str) ->
     assert statuses(answer) == [400] and b'"version"' not in answer
 
 
+@pytest.mark.parametrize("packed", ["gzip", "deflate, gzip", "br", "x"])
+def test_packed_bodies_are_not_unpacked(server: Server, packed: str) -> None:
+    status, answer = server.ask("POST", "/v1/completions", b"\x1f\x8b" + b"a" * 100, Content_Encoding=packed)
+    assert status == 415 and packed in answer.decode()
+
+
 def test_connect_is_refused(server: Server) -> None:
     answer = raw(server.port, b"CONNECT example.org:443 HTTP/1.1\r\nHost: localhost\r\n\r\n" + INNER)
     assert statuses(answer) == [405]

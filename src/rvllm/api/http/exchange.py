@@ -94,6 +94,9 @@ class Exchange:
         given = (self.header(b"content-type") or b"application/json").partition(b";")[0].strip().lower()
         if given != kind:
             raise ApiError(415, f"the body must be sent with Content-Type: {kind.decode()}")
+        packed = (self.header(b"content-encoding") or b"identity").strip().lower()
+        if packed != b"identity":
+            raise ApiError(415, f"the body must be sent as it is, not {packed[:40].decode('latin-1')}")
         too_large = f"the body is larger than {limit} bytes ({flag})"
         if (self._given_length() or 0) > limit:
             raise ApiError(413, too_large, headers=_CLOSE)

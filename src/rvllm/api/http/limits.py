@@ -13,8 +13,7 @@ from rvllm.api.http.errors import busy
 from rvllm.config import ServerConfig
 
 MAX_HEADERS = 256  # of a request
-MAX_SILENT = 64 << 10  # bytes in a body's trailers, or in a chunk's extensions, without one byte of body
-MAX_FRAMING = 16  # bytes of chunk sizes and extensions for each byte of body, beyond MAX_SILENT
+MAX_FRAMING = 16  # bytes of chunk sizes and extensions for each byte of body, beyond what a head may have
 MAX_PIPELINED = 64  # requests that may wait on a connection for the one before them
 LINGER_SECONDS = 5.0  # an answered request may go on sending its body for so long
 BODY_RATE = 64 << 10  # a body has a second more for each so many bytes that have come
@@ -24,7 +23,11 @@ HEADROOM_FILES = 128  # descriptors left for everything that is no connection
 
 @dataclass(frozen=True)
 class Limits:
-    """The protocol's limits; bytes and seconds."""
+    """The protocol's limits; bytes and seconds.
+
+    head: of a request's line and headers, and again of a body's trailers or of a chunk's extensions without
+    one byte of body.
+    """
 
     head: int = 64 << 10
     head_seconds: float = 30.0

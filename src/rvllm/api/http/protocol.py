@@ -17,7 +17,6 @@ from rvllm.api.http.limits import (
     MAX_FRAMING,
     MAX_HEADERS,
     MAX_PIPELINED,
-    MAX_SILENT,
     Connections,
     Limits,
 )
@@ -87,8 +86,9 @@ class BoundedHttp(HttpToolsProtocol):
         """Bounds what stands around a body's bytes."""
         self._around += max(0, came - of_body)
         self._silent = 0 if of_body > 0 else self._silent + came
-        if self._silent > MAX_SILENT or self._around > MAX_SILENT + MAX_FRAMING * self._body:
-            self._refuse(ApiError(431, f"chunk extensions or trailers are larger than {MAX_SILENT} bytes"))
+        most = self._limits.head
+        if self._silent > most or self._around > most + MAX_FRAMING * self._body:
+            self._refuse(ApiError(431, f"chunk extensions or trailers are larger than {most} bytes"))
 
     def _read_on(self, rest: bytes) -> None:
         """Goes on with a request that asks for another protocol: we speak none, so it means nothing.
