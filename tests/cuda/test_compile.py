@@ -51,7 +51,7 @@ CHOSEN = {
                "sm80_bf16_act_gelu", "sm80_bf16_dequant_q4_1", "sm80_f32_dequant_q6_k",
                "sm80_bf16_route_e128", "sm80_experts_sort", "sm80_bf16_experts_one_up",
                "sm80_bf16_experts_combine_norm",
-               "sm90_bf16_moe_grouped_n8", "sm90_bf16_moe_grouped_n192",
+               "sm90_bf16_moe_grouped_n8", "sm90_bf16_moe_grouped_n192", "sm90_bf16_moe_int4_n96",
                "sm80_bf16_experts_r128_n128", "sm80_bf16_experts_int4_n64",
                "sm80_bf16_gemm_pack_f32", "sm80_stream_read", "sm80_begin_step", "sm90_bf16_gemm_split_n8",
                "sm80_bf16_rope_kv_rms", "sm80_bf16_norm_add_norm", "sm80_bf16_gated_clamped",
