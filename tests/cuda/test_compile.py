@@ -77,7 +77,7 @@ def in_turn(units: list[build.Unit]) -> list[build.Unit]:
     differs in a few conversions only, and each of those is compiled with half of the units."""
     layouts: dict[tuple[str, str], list[build.Unit]] = {}
     for unit in units:
-        if unit.source.startswith(("gemm/integer/gemm_", "moe/quantised_gemm")):
+        if unit.source.startswith(("gemm/integer/gemm_", "moe/quantised_")):
             layout = unit.symbols[0].replace("bf16", "f16")
             layouts.setdefault((unit.source, layout), []).append(unit)
     left = {
