@@ -34,7 +34,7 @@ INSIDE = {
     "program": ["builder cost memory", "ops", "formats rope dtypes"],
     "kernels": [
         "manifest",
-        "encoder mamba2 mla moe",
+        "encoder mamba2 mla moe decode",
         "gemm attention rowwise sampling loading common ptx",
         "build",
         "spec types external",

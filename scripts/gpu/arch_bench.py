@@ -124,13 +124,11 @@ def encoder_floor(program: Program, read: float) -> float:
 
 def read_rate(backend: Any) -> float:
     """Bytes a second of a plain read of the weights, at most 16 GB of them."""
-    state = backend._state
-    first = state.places[0][1]
-    last_wanted, last = state.places[-1]
-    nbytes = min(last + last_wanted.nbytes - first, 16 << 30) // 4096 * 4096
+    arena = backend._gpu.arena
+    nbytes = min(backend._planner.memory.lines["weights"], 16 << 30) // 4096 * 4096
     backend._catalog.require([READ_KERNEL])
-    sink, blocks = state.addresses.bests, 4 * backend._facts.sm_count
-    return stream_rate(backend._catalog, backend._stream, first, nbytes, sink, blocks)
+    sink, blocks = backend._at.bests, 4 * backend._facts.sm_count
+    return stream_rate(backend._catalog, backend._stream, arena.base, nbytes, sink, blocks)
 
 
 def decode_seconds(core: EngineCore, prompt: list[int], number: int) -> float:

@@ -141,9 +141,13 @@ class EngineConfig:
     )
     decode_path: str = setting(
         "batched",
-        "Decode kernels on a GPU.",
-        choices=("batched",),
-        unbuilt=("gemv", "fused", "persistent", "fp8"),
+        "Decode kernels on a GPU for one sequence alone: those of any batch, matrix-vector kernels, these with the norms in front taken in, or with neighbouring products in one launch too; all draw the same tokens. fp8: batched, with weights quantised as by --quantization fp8.",
+        choices=("batched", "gemv", "fused", "persistent", "fp8"),
+        switches=(
+            ("RVLLM_FP8_WEIGHTS", "1", "fp8"),
+            ("RVLLM_BATCHED_DECODE_1", "0", "gemv"),
+            ("RVLLM_CUBLAS_DECODE", "0", "gemv"),
+        ),
     )
     capture_graphs: str = setting(
         "lazy", "Build decode graphs on first use or all at start.", choices=("lazy", "eager")
@@ -175,6 +179,11 @@ class EngineConfig:
         "Kernels on the CPU: numpy, or compiled ones that work on GGUF blocks; auto takes these where the package has them for the processor, and says so.",
         choices=("auto", "numpy", "compiled"),
     )
+
+    @property
+    def gpu_quantization(self) -> str:
+        """What a GPU keeps weights in: `quantization`, or what the decode path asks for."""
+        return "fp8" if self.decode_path == "fp8" and self.quantization == "auto" else self.quantization
 
     def __post_init__(self) -> None:
         if self.revision is not None:
@@ -345,7 +354,8 @@ def unknown_variables(environ: Mapping[str, str]) -> dict[str, str | None]:
 
     Those of the tests, RVLLM_TEST_..., are left out, and what Kubernetes sets for a service named rvllm.
     """
-    known = {env_of(f.name, s) for c in (EngineConfig, ServerConfig, SourceConfig) for f, s in settings_of(c)}
+    settings = [pair for c in (EngineConfig, ServerConfig, SourceConfig) for pair in settings_of(c)]
+    known = {env_of(f.name, s) for f, s in settings} | {name for _, s in settings for name, *_ in s.switches}
     others = ("RVLLM_TEST_", "RVLLM_SERVICE_", "RVLLM_PORT_")
     ours = sorted(n for n in environ if n.startswith("RVLLM_") and not n.startswith(others))
     strange = [name for name in ours if name not in known]

@@ -35,6 +35,8 @@ class Setting:
     metavar: str | None = None
     many: bool = False  # several words, kept as one text with a line for each
     other_env: str | None = None  # a variable of vLLM's that means the same
+    # Variables of rvLLM in Rust: name, its text, and the value that this stands for.
+    switches: tuple[tuple[str, str, str], ...] = ()
     secret: bool = False  # never shown; an empty one is a mistake
 
 
@@ -176,6 +178,8 @@ def build(cls: type[ConfigT], given: Mapping[str, Any], environ: Mapping[str, st
         if value is None and known.other_env is not None and known.other_env in environ:
             origin, value = known.other_env, environ[known.other_env]
         if value is None:
+            origin, value = _switched(known, environ) or (origin, None)
+        if value is None:
             continue
         if known.many:
             value = _lines(value)
@@ -192,6 +196,23 @@ def build(cls: type[ConfigT], given: Mapping[str, Any], environ: Mapping[str, st
         check_value(f.name, known, value, origin)
         values[f.name] = value
     return cls(**values)
+
+
+def _switched(known: Setting, environ: Mapping[str, str]) -> tuple[str, str] | None:
+    """The switch that is on, as it is written, and the value it stands for.
+
+    Raises UsageError where two that are on stand for different values, or one is set to what it never is.
+    """
+    found: dict[str, str] = {}
+    for variable, text, value in known.switches:
+        given = environ.get(variable, "")
+        if given not in ("", "0", "1"):
+            raise UsageError(f"{variable}: expected 0 or 1, got {given!r}")
+        if given == text:
+            found[f"{variable}={text}"] = value
+    if len(set(found.values())) > 1:
+        raise UsageError(f"{' and '.join(found)} ask for different things: give one of them")
+    return next(iter(found.items()), None)
 
 
 def _set(environ: Mapping[str, str], name: str, known: Setting) -> bool:

@@ -50,7 +50,7 @@ CHOSEN = {
                "sm80_bf16_norm_rms_add", "sm80_bf16_norm_groups_rms", "sm80_bf16_gated_silu",
                "sm80_bf16_act_gelu", "sm80_bf16_dequant_q4_1", "sm80_f32_dequant_q6_k",
                "sm80_bf16_route_e128", "sm80_experts_sort", "sm80_bf16_experts_one_up",
-               "sm80_bf16_experts_combine_norm",
+               "sm80_bf16_experts_combine_norm", "sm80_bf16_chain_s3",
                "sm90_bf16_moe_grouped_n8", "sm90_bf16_moe_grouped_n192", "sm90_bf16_moe_int4_n96",
                "sm80_bf16_experts_r128_n128", "sm80_bf16_experts_int4_n64",
                "sm80_bf16_gemm_pack_f32", "sm80_stream_read", "sm80_begin_step", "sm90_bf16_gemm_split_n8",
@@ -73,11 +73,12 @@ def nvrtc_missing() -> str:
 
 
 def in_turn(units: list[build.Unit]) -> list[build.Unit]:
-    """Of the products with quantised weights, each unit in one of the 16-bit types, by turns: their code
-    differs in a few conversions only, and each of those is compiled with half of the units."""
+    """Of the products with quantised weights, and of chains of one token, each unit in one 16-bit type,
+    by turns: their code differs in a few conversions only, and each of those is compiled with half of the
+    units."""
     layouts: dict[tuple[str, str], list[build.Unit]] = {}
     for unit in units:
-        if unit.source.startswith(("gemm/integer/gemm_", "moe/quantised_")):
+        if unit.source.startswith(("gemm/integer/gemm_", "moe/quantised_", "decode/chain")):
             layout = unit.symbols[0].replace("bf16", "f16")
             layouts.setdefault((unit.source, layout), []).append(unit)
     left = {

@@ -125,7 +125,6 @@ def test_padded_sizes_of_decode_graphs() -> None:
     [
         ({"gemm_strategy": "cublas"}, "cuBLAS is not installed: pip install "),
         ({"gemm_strategy": "hybrid"}, "cuBLAS is not installed: pip install "),
-        ({"decode_path": "persistent"}, "--decode-path persistent: not built; use batched"),
     ],
 )
 def test_what_is_absent_is_refused_by_name(

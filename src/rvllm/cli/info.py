@@ -176,7 +176,7 @@ def describe(config: EngineConfig) -> Described:
     device = choose_device(config)
     program = build_program(model, choose_dtype(config, checkpoint))
     if device != "cpu":
-        program = with_formats(program, checkpoint if checkpoint.tensors else None, config.quantization)
+        program = with_formats(program, checkpoint if checkpoint.tensors else None, config.gpu_quantization)
     formats, stored = stored_formats(checkpoint)
     facts = [
         *_place(checkpoint.path),

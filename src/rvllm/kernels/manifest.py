@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rvllm.kernels.attention import specs as attention
+from rvllm.kernels.decode import specs as decode
 from rvllm.kernels.encoder import specs as encoder
 from rvllm.kernels.gemm import specs as gemm
 from rvllm.kernels.gemm.cutlass import specs as cutlass
@@ -17,7 +18,9 @@ from rvllm.kernels.sampling import specs as sampling
 from rvllm.kernels.spec import KernelSpec
 
 _STEP = KernelSpec("sm80_begin_step", "common/begin_step.cu", "begin_step")
-_FAMILIES = (gemm, cutlass, fp8, integer, attention, rowwise, sampling, moe, mla, mamba2, encoder, loading)
+_FAMILIES = (
+    gemm, cutlass, fp8, integer, attention, rowwise, sampling, moe, mla, mamba2, encoder, decode, loading,
+)  # fmt: skip
 
 
 def _collect() -> dict[str, KernelSpec]:

@@ -93,7 +93,7 @@ class _Event:
             self.stream.pending.popleft()()
 
 
-_FACTS = {
+ATTRIBUTES = {
     "MULTIPROCESSOR_COUNT": 4,
     "COMPUTE_CAPABILITY_MAJOR": 8,
     "COMPUTE_CAPABILITY_MINOR": 0,
@@ -199,7 +199,7 @@ class EmulatedDriver:
         return OK, b"emulator"
 
     def cuDeviceGetAttribute(self, name: str, device: int) -> tuple[Any, ...]:
-        return OK, _FACTS[name.removeprefix("CU_DEVICE_ATTRIBUTE_")]
+        return OK, ATTRIBUTES[name.removeprefix("CU_DEVICE_ATTRIBUTE_")]
 
     def cuCtxGetDevice(self) -> tuple[Any, ...]:
         return OK, 0

@@ -89,6 +89,17 @@ def time_graph(stream: Stream, graph: Graph) -> float:
     return median(times)
 
 
+def cost_of(op: str, costs: Mapping[str, Cost]) -> Cost:
+    """The cost of a launch of this name: of its stage, or of all those whose launches were joined."""
+    if op in costs:
+        return costs[op]
+    total = Cost()
+    for name, cost in costs.items():
+        if f" + {name} + " in f" + {op} + ":
+            total = total + cost
+    return total
+
+
 def profile_launches(
     planned: Sequence[Planned],
     costs: Mapping[str, Cost],
@@ -113,7 +124,7 @@ def profile_launches(
         seconds = time_graph(stream, graph) / (len(launches) * repeats)
         graph.close()
         first = launches[0]
-        cost = costs.get(first.op, Cost()) if last[first.op] is first else Cost()
+        cost = cost_of(first.op, costs) if last[first.op] is first else Cost()
         op = re.sub(r"layers\.\d+\.", "", first.op)
         rows.append(Row(op, first.kernel, first.grid(counts), len(launches), seconds, cost))
     whole = capture(planned, catalog, stream, counts, pdl)

@@ -28,10 +28,12 @@ from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.layout.weights import packed_weights
 from rvllm.backends.cuda.lowering import lower
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
+from rvllm.backends.cuda.ops.decode import chains
 from rvllm.backends.cuda.ops.family import Lowering, TileShape
 from rvllm.backends.cuda.ops.gemm.strategy import GemmStrategy
 from rvllm.backends.cuda.paged import decode_plans, prefill_plans, tile_shape
 from rvllm.config import EngineConfig
+from rvllm.errors import UsageError
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import GatherRows, Program
 
@@ -49,6 +51,7 @@ class StepPlanner:
     tiles: TileShape | None
     strategy: GemmStrategy
     quantised: frozenset[str]
+    path: str = "batched"
 
     @staticmethod
     def plan(
@@ -81,8 +84,21 @@ class StepPlanner:
             tiles=tiles,
             strategy=strategy,
             quantised=quantised_buffers(stages, chip.capability),
+            path=config.decode_path,
         )
+        planner._check_path(program.architecture)
         return planner, wanted
+
+    def _check_path(self, architecture: str) -> None:
+        """Raises UsageError where the decode path joins nothing in this program; says which do."""
+        if self.path not in chains.PATHS:
+            return
+        there = ["batched", *(p for p in chains.PATHS if chains.used(replace(self, path=p).decode(1), p))]
+        if self.path not in there:
+            raise UsageError(
+                f"--decode-path {self.path} does not exist for {architecture} with these weights; "
+                f"there are {', '.join(there)}"
+            )
 
     def decode(self, seqs: int) -> list[Planned]:
         """A step of up to `seqs` sequences with one token each."""
@@ -90,7 +106,10 @@ class StepPlanner:
         lowering = self._lowering(
             self.decode_layout(seqs), counts, prefill=False, decode=self._decode_plans(seqs)
         )
-        return [*lowering.begin(), *lower(lowering, self.stages)]
+        planned = [*lowering.begin(), *lower(lowering, self.stages)]
+        if seqs > 1 or self.path not in chains.PATHS:
+            return planned
+        return lowering.joiner().joined(planned)
 
     def body(self, tokens: int) -> list[Planned]:
         """A step of up to `tokens` tokens, up to the rows whose logits are wanted."""
@@ -129,6 +148,8 @@ class StepPlanner:
         ):
             for size in sizes:
                 names += kernel_names(plan(size))
+        if self.path in chains.PATHS:  # what is joined with what depends on all of a step
+            names += kernel_names(self.decode(1))
         return list(dict.fromkeys(names))
 
     def _cut(self) -> int:
@@ -160,6 +181,7 @@ class StepPlanner:
             self.prefill if prefill else None,
             self.strategy,
             self.quantised,
+            self.path,
         )
 
 

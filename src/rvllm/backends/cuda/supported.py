@@ -31,8 +31,29 @@ def check_supported(program: Program, config: EngineConfig) -> None:
         library()
     elif config.gemm_strategy == "auto":
         raise UsageError("--gemm-strategy auto: not built; use native, cublas, cutlass or hybrid")
-    if config.decode_path != "batched":
-        raise UsageError(f"--decode-path {config.decode_path}: not built; use batched")
+    _check_decode_path(program, config)
+
+
+def _check_decode_path(program: Program, config: EngineConfig) -> None:
+    """Raises UsageError for a decode path that contradicts other flags; see `StepPlanner.plan`."""
+    path = config.decode_path
+    if path == "batched":
+        return
+    if embedding_size(program) is not None:
+        raise UsageError(
+            f"--decode-path {path}: {program.architecture} makes vectors of texts and decodes nothing; "
+            "leave the flag away"
+        )
+    if path == "fp8" and config.quantization not in ("auto", "fp8"):
+        raise UsageError(
+            f"--decode-path fp8 and --quantization {config.quantization} ask for different weights: "
+            "give one of them"
+        )
+    if path != "fp8" and config.gemm_strategy != "native":
+        raise UsageError(
+            f"--decode-path {path} computes on the native strategy's weights; with --gemm-strategy "
+            f"{config.gemm_strategy} use --decode-path batched"
+        )
 
 
 def refuse_pairs(program: Program) -> None:

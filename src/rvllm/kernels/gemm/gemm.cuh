@@ -67,7 +67,7 @@ __device__ __forceinline__ f16 rounded<f16>(float v) { return __float2half_rn(v)
 
 template <class T>
 __device__ __forceinline__ T added(T residual, T value, float scale) {
-  return rounded<T>(fmaf(to_float(value), scale, to_float(residual)));
+  return rounded<T>(fmaf(gemm::to_float(value), scale, gemm::to_float(residual)));
 }
 __device__ __forceinline__ float capped(float v, float cap) { return __fmul_rn(cap, tanhf(__fdiv_rn(v, cap))); }
 __device__ __forceinline__ float logit(float sum, float bias, float scale, float cap) {
@@ -76,7 +76,7 @@ __device__ __forceinline__ float logit(float sum, float bias, float scale, float
 }
 template <class T>
 __device__ __forceinline__ float bias_of(const Epilogue& e, int row) {
-  return e.bias && row < e.rows ? to_float(static_cast<const T*>(e.bias)[row]) : 0.f;
+  return e.bias && row < e.rows ? gemm::to_float(static_cast<const T*>(e.bias)[row]) : 0.f;
 }
 
 template <class T, int COUNT>
@@ -90,7 +90,7 @@ __device__ __forceinline__ void gate_all(Pack<T, COUNT>& value, const Pack<T, CO
                                          const Epilogue& e) {
   const auto all = [&](auto act) {
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) value.v[i] = rounded<T>(act(to_float(gate.v[i]), to_float(up.v[i])));
+    for (int i = 0; i < COUNT; i++) value.v[i] = rounded<T>(act(gemm::to_float(gate.v[i]), gemm::to_float(up.v[i])));
   };
   if (e.kind == GATED_SILU)
     all([](float g, float u) { return __fmul_rn(silu(g), u); });
@@ -106,7 +106,7 @@ __device__ __forceinline__ void activate_all(Pack<T, COUNT>& value, int kind) {
   if (kind < ACT_SILU) return;
 #pragma unroll
   for (int i = 0; i < COUNT; i++)
-    value.v[i] = rounded<T>(activated(to_float(value.v[i]), static_cast<Act>(kind - ACT_SILU)));
+    value.v[i] = rounded<T>(activated(gemm::to_float(value.v[i]), static_cast<Act>(kind - ACT_SILU)));
 }
 
 // COUNT neighbouring elements of a matrix, `left` of which exist; aligned says that one access may do.
@@ -181,7 +181,7 @@ __device__ __forceinline__ void finish_held(const Epilogue& e, int token, int ro
   if (token >= e.tokens || row >= e.rows) return;
   Pack<T, 4> q;
 #pragma unroll
-  for (int i = 0; i < 4; i++) q.v[i] = rounded<T>(sum[i] + to_float(held.bias.v[i]));
+  for (int i = 0; i < 4; i++) q.v[i] = rounded<T>(sum[i] + gemm::to_float(held.bias.v[i]));
   activate_all(q, e.kind);
   if (e.residual) {
 #pragma unroll

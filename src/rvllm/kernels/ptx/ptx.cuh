@@ -34,6 +34,9 @@ RVLLM_PTX int dynamic_smem_bytes() {
 // The 32-bit shared-state-space address of a generic pointer into shared memory.
 RVLLM_PTX u32 smem(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
+// Keeps a value in its register: the compiler will not compute it again from what it was made of.
+RVLLM_PTX void keep(u32& v) { asm volatile("" : "+r"(v)); }
+
 // ---------------------------------------------------------------- the special function unit
 // 2^v and 1 / v as it gives them; denormal numbers are zero.
 RVLLM_PTX float exp2_fast(float v) {
@@ -87,6 +90,14 @@ RVLLM_PTX u32 load_acquire(const u32* p) {
 }
 RVLLM_PTX void store_release(u32* p, u32 v) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" :: "l"(p), "r"(v) : "memory");
+}
+RVLLM_PTX u64 load_acquire(const u64* p) {
+  u64 v;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+RVLLM_PTX void add_release(u64* p, u64 v) {
+  asm volatile("red.release.gpu.global.add.u64 [%0], %1;" :: "l"(p), "l"(v) : "memory");
 }
 RVLLM_PTX u32 add_acq_rel(u32* p, u32 v) {
   u32 old;

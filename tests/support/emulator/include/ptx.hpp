@@ -69,6 +69,11 @@ EMU_PTX void ld_acquire_gpu_global_u32(u32& d, const u32* p) {
   d = *p;
 }
 EMU_PTX void st_release_gpu_global_u32(u32* p, u32 v) { *p = v; }
+EMU_PTX void ld_acquire_gpu_global_u64(unsigned long long& d, const unsigned long long* p) {
+  if (++emu::state.spins > 1000000) EMU_FAIL("waits for another block, which may never run beside this one");
+  d = *p;
+}
+EMU_PTX void red_release_gpu_global_add_u64(unsigned long long* p, unsigned long long v) { *p += v; }
 EMU_PTX void atom_add_acq_rel_gpu_global_u32(u32& old, u32* p, u32 v) { old = *p, *p += v; }
 
 // ---- shared memory by its address

@@ -53,7 +53,8 @@ class Planned:
     """One launch: which kernel, for which ops, over what.
 
     grid: a function of the step's size. parameters: device addresses as int, scalars as ctypes objects,
-    Count and MatrixMap. why: how the kernel was chosen, for `rvllm plan`.
+    Count and MatrixMap. why: how the kernel was chosen, for `rvllm plan`. does: what it computes,
+    where it may be joined with its neighbours (see `ops/decode/chains.py`).
     """
 
     op: str
@@ -64,6 +65,7 @@ class Planned:
     smem: int = 0
     cluster: int = 1
     why: str = ""
+    does: object = None
 
 
 @dataclass

@@ -23,7 +23,7 @@ def kept(
 
     Raises UsageError or MissingKernelError for formats that are asked for and cannot be run.
     """
-    found = with_formats(joined(program), checkpoint, config.quantization)
+    found = with_formats(joined(program), checkpoint, config.gpu_quantization)
     plain = (type(None), BlocksFormat)  # what no product is of
     quantised = {w.name: w for w in found.weights if not isinstance(w.format, plain)}
     if quantised and config.gemm_strategy not in ("native", "auto"):  # auto: ours are the only ones there are

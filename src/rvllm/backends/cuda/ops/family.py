@@ -16,6 +16,7 @@ from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import Layout
 from rvllm.backends.cuda.layout.packed import WeightLayout
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
+from rvllm.backends.cuda.ops.decode.chains import ARRIVALS, Joiner
 from rvllm.backends.cuda.ops.gemm.strategy import GemmStrategy
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Op, Program, Weight
@@ -29,7 +30,8 @@ class Lowering:
 
     counts: rows the launches must cover. decode, prefill: by op, how attention is launched; prefill is None
     where no sequence of the step has several tokens. strategy: of products, `--gemm-strategy`.
-    quantised: the buffers that norms write as E4M3 (see `formats.fp8`). planned: the launches so far.
+    quantised: the buffers that norms write as E4M3 (see `formats.fp8`). path: `--decode-path`.
+    planned: the launches so far.
     """
 
     dtype: DType
@@ -42,12 +44,17 @@ class Lowering:
     prefill: Mapping[str, PrefillPlan] | None
     strategy: GemmStrategy
     quantised: frozenset[str] = frozenset()
+    path: str = "batched"
     planned: list[Planned] = field(default_factory=list)
 
     @property
     def tag(self) -> str:
         """The type in kernels' names."""
         return "bf16" if self.dtype is DType.BF16 else "f16"
+
+    def joiner(self) -> Joiner:
+        """What joins one token's launches."""
+        return Joiner(self.path, self.tag, self.chip, self.at.scratch[ARRIVALS])
 
     def begin(self) -> list[Planned]:
         """The head of a step: block tables brought up to date."""
@@ -69,9 +76,10 @@ class Lowering:
         smem: int = 0,
         cluster: int = 1,
         why: str = "",
+        does: object = None,
     ) -> None:
         """Adds one launch; see `Planned`."""
-        self.planned.append(Planned(op, kernel, grid, block, parameters, smem, cluster, why))
+        self.planned.append(Planned(op, kernel, grid, block, parameters, smem, cluster, why, does))
 
     def meta(self, word: int) -> int:
         """Address of a word of the step's metadata."""

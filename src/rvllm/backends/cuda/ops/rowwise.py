@@ -13,6 +13,8 @@ from rvllm.backends.cuda.formats.fp8_plan import activation_pitch
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_SAMPLES, NUM_TOKENS
 from rvllm.backends.cuda.layout.packed import PackedWeight, WeightLayout
+from rvllm.backends.cuda.ops.decode.chains import AddFront
+from rvllm.backends.cuda.ops.decode.step import NormFront
 from rvllm.backends.cuda.ops.family import Family, Lowering, Wanted
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.rowwise.specs import norm_add_norm_kernel, norm_kernel, quantised_norm_kernel
@@ -77,7 +79,22 @@ def norm(to: Lowering, stage: Stage) -> None:
         ctypes.c_float(op.eps),
         ctypes.c_float(first.scale if first else 1.0),
         *behind,
+        does=None if behind else _front(to, first, op),
     )
+
+
+def _front(to: Lowering, add: Add | None, op: Norm) -> NormFront | AddFront:
+    """The norm as what stands before a product, which may take it over."""
+    front = NormFront(
+        x=to.at.buffers[op.x.name],
+        weight=to.weight(op.weight, "norm"),
+        bias=to.weight(op.bias, "norm"),
+        normed=to.at.buffers[op.out.name],
+        width=op.x.width,
+        eps=op.eps,
+        layer=op.kind_ == "layer",
+    )
+    return front if add is None else AddFront(to.at.buffers[add.y.name], add.scale, front)
 
 
 def _norm_add_norm(to: Lowering, stage: Stage) -> None:

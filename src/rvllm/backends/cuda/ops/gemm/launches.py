@@ -11,6 +11,8 @@ from rvllm.backends.cuda.device.launches import MatrixMap, fixed
 from rvllm.backends.cuda.formats import device_format
 from rvllm.backends.cuda.layout.fusion import Stage, is_gate
 from rvllm.backends.cuda.layout.packed import WeightLayout
+from rvllm.backends.cuda.ops.decode.chains import ARRIVALS, PATHS
+from rvllm.backends.cuda.ops.decode.step import Step
 from rvllm.backends.cuda.ops.family import Family, Lowering, Scratch, Wanted
 from rvllm.backends.cuda.ops.gemm import cutlass
 from rvllm.backends.cuda.ops.gemm import plan as native
@@ -90,6 +92,9 @@ def _cutlass(to: Lowering, stage: Stage, op: Linear | Logits, end: Epilogue) -> 
 def _native(to: Lowering, stage: Stage, op: Linear | Logits, end: Epilogue) -> None:
     """The product by a kernel of ours."""
     n, k, count, chip = end.rows(op), op.weight.shape[-1], to.rows(op.x.rows)(to.counts), to.chip
+    if to.path in PATHS and count == 1 and to.prefill is None:
+        _alone(to, stage.name, op, end)
+        return
     plan = native.plan_gemm(n, k, count, to.tag, chip.sm_count, chip.capability)
     if named := to.strategy.variant(stage, count):
         plan = native.variant(
@@ -110,6 +115,26 @@ def _native(to: Lowering, stage: Stage, op: Linear | Logits, end: Epilogue) -> N
         **end.options(to, op),
     )
     plan_product(to, stage.name, plan, parameters)
+
+
+def _alone(to: Lowering, name: str, op: Linear | Logits, end: Epilogue) -> None:
+    """One token's product as a launch of its own, which a `Joiner` may join with its neighbours."""
+    k = op.weight.shape[-1]
+    step = Step(
+        weights=to.weight(op.weight, end.form),
+        x=to.at.buffers[op.x.name],
+        out=end.out,
+        rows=end.rows(op),
+        k=k,
+        segments=native.segments_of(end.rows(op), k),
+        pitch=end.pitch,
+        bias=to.weight(op.bias, "gated_bias" if end.form == "gated" else "bias"),
+        residual=end.residual,
+        kind=end.kind,
+        scale=end.scale,
+        soft_cap=end.soft_cap,
+    )
+    to.planned.append(to.joiner().launch(name, (step,)))
 
 
 def _matmul(to: Lowering, op: Linear | Logits, end: Epilogue) -> Matmul:
@@ -150,7 +175,7 @@ def _scratch(program: Program, tokens: int, seqs: int, capability: int) -> Scrat
             needed = device_format(weight.format).scratch(weight, max(tokens, seqs), capability)
             for name, nbytes in needed.items():
                 found[name] = max(nbytes, found.get(name, 0))
-    return found
+    return {**found, ARRIVALS: 8}
 
 
 FAMILY = Family(emitters={Linear: _linear, Logits: _logits}, weights=_weights, scratch=_scratch)

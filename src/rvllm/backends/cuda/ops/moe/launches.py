@@ -6,13 +6,14 @@ FAMILY: what the registry knows of them. How they are launched is in `router.py`
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_TOKENS
 from rvllm.backends.cuda.layout.packed import WeightLayout
 from rvllm.backends.cuda.ops.family import Family, Lowering, Scratch, Wanted
 from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, NormAfter, most_tiles
-from rvllm.backends.cuda.ops.moe.router import NORM_ROUTED, RouteAt, plan_route
+from rvllm.backends.cuda.ops.moe.router import NORM_ROUTED, RouteAt, plan_route, route_part
 from rvllm.backends.cuda.ops.rowwise import norm as norm_rows
 from rvllm.kernels.moe.specs import BLOCKS, COMBINE_NORM_WIDTH, GROUPED_TOKENS
 from rvllm.program.ops.dense import Add, Experts, Norm, Op, Program, Route
@@ -40,7 +41,10 @@ def _route(lowering: Lowering, stage: Stage) -> None:
         raw=buffers[fused.x.name] if fused else 0,
         norm_weight=lowering.weight(fused.weight, "norm") if fused else 0,
     )
-    lowering.planned.append(plan_route(op, lowering.counts.tokens, lowering.tag, at, lowering.chip, fused))
+    launch = plan_route(op, lowering.counts.tokens, lowering.tag, at, lowering.chip, fused)
+    if lowering.counts.tokens == 1 and lowering.prefill is None:
+        launch = replace(launch, does=route_part(op, at, fused))
+    lowering.planned.append(launch)
 
 
 def _experts(lowering: Lowering, stage: Stage) -> None:

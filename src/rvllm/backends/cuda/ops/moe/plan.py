@@ -11,11 +11,13 @@ are in `kernels/moe/`.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import MatrixMap, Planned, fixed
+from rvllm.backends.cuda.ops.decode.chains import Part
+from rvllm.backends.cuda.ops.decode.step import Mixture, Step, Type
 from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.backends.cuda.ops.gemm.plan import gated_rows
 from rvllm.backends.cuda.ops.moe import choose
@@ -153,7 +155,8 @@ class ExpertsPlan:
         if self.path == "quantised":
             return self._quantised_launches()
         if self.path == "one":
-            return [self._one_up(), self._one_down()]
+            up, down = self._parts()
+            return [replace(self._one_up(), does=up), replace(self._one_down(), does=down)]
         if self.path == "many":
             return [self._sort(self.block.tokens, 0), self._many("up"), self._many("down"), self._combine(0)]
         places = self.at.places
@@ -187,6 +190,21 @@ class ExpertsPlan:
             act = ACTIVATIONS.index(op.activation)
             return at.inner, at.x, at.up, 1, op.x.width, self.up_rows, self.width, act
         return at.parts, at.inner, at.down, 0, self.width, self.n, self.n, -1
+
+    def _parts(self) -> tuple[Part, Part]:
+        """Both products of one token as steps of a mixture in one launch."""
+        at, op, n = self.at, self.op, self.n
+        act = ACTIVATIONS.index(op.activation)
+        mixture = Mixture(self.experts, self.top_k, op.always, act=act, gated=op.gated)
+        k, width, residual = op.x.width, self.width, self.at.residual
+        up = Step(
+            at.up, at.x, at.inner, self.up_rows, k, segments_of(k), width, type=Type.UP, mixture=mixture
+        )
+        down = Step(
+            at.down, at.inner, at.out, n, width, segments_of(width), n, residual=residual,
+            scale=self.scale.value, type=Type.DOWN, mixture=mixture,
+        )  # fmt: skip
+        return Part(up), Part(down)
 
     def _one_up(self) -> Planned:
         at, op, k = self.at, self.op, self.op.x.width

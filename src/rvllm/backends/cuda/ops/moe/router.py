@@ -10,7 +10,11 @@ from dataclasses import dataclass
 
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Planned, fixed
+from rvllm.backends.cuda.ops.decode.chains import Part
+from rvllm.backends.cuda.ops.decode.step import Mixture, NormFront, Step, Type
+from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.errors import MissingKernelError
+from rvllm.kernels.decode.specs import MAX_NORM_WIDTH, ROWS
 from rvllm.kernels.moe.specs import (
     MAX_CHOSEN,
     MAX_CLUSTER,
@@ -53,6 +57,38 @@ class RouteAt:
     norm_weight: int = 0
 
 
+def _flags(op: Route) -> int:
+    flags = SIGMOID * (op.scores == "sigmoid") + RENORMALISE * op.renormalise
+    return flags + GROUP_TOP2 * (op.group_score == "top2")
+
+
+def route_part(op: Route, at: RouteAt, norm: Norm | None) -> Part | None:
+    """The router of one token as a step of a mixture; None for what such a step does not take."""
+    experts, k = op.weight.shape
+    if k % TILE or experts % ROWS or k > MAX_NORM_WIDTH:
+        return None
+    front = NormFront(at.raw, at.norm_weight, 0, at.x, k, norm.eps, False) if norm is not None else None
+    mixture = Mixture(
+        experts, op.top_k + op.always, op.always, op.groups, op.kept_groups, _flags(op), share_scale=op.scale
+    )
+    return Part(
+        Step(
+            at.weight,
+            at.x,
+            at.logits,
+            experts,
+            k,
+            segments_of(k),
+            experts,
+            at.bias,
+            kind=Kind.LOGITS,
+            type=Type.ROUTE,
+            norm=front,
+            mixture=mixture,
+        )
+    )
+
+
 def plan_route(
     op: Route, tokens: int, tag: str, at: RouteAt, chip: DeviceInfo, norm: Norm | None = None
 ) -> Planned:
@@ -67,9 +103,7 @@ def plan_route(
             f"no routing kernel for {chosen} of {experts} experts in {op.groups} groups of rows of {k}; "
             f"there is one for up to {MAX_CHOSEN} of {MAX_EXPERTS} in {MAX_GROUPS}, and rows of 8, 16, ..."
         )
-    flags = SIGMOID * (op.scores == "sigmoid") + RENORMALISE * op.renormalise
-    flags += GROUP_TOP2 * (op.group_score == "top2")
-    numbers = (k, experts, op.top_k, op.always, op.groups, op.kept_groups, flags)
+    numbers = (k, experts, op.top_k, op.always, op.groups, op.kept_groups, _flags(op))
     lanes = next(32 * n for n in ROUTE_LANES if experts <= 32 * n)
     segments, scale = segments_of(k), ctypes.c_float(op.scale)
     if norm is None and tokens > FEW_ROUTED:

@@ -1,0 +1,59 @@
+// What a launch for one token computes: products one behind the other, each perhaps with a norm in front, and the router,
+// up and down matrices of a mixture. Mirrored by backends/cuda/ops/decode/step.py.
+#pragma once
+
+#include "common/common.cuh"
+#include "gemm/gemm.cuh"
+
+namespace rvllm::decode {
+
+using gemm::segment_start;
+using gemm::TILE;
+using gemm::TILE_BYTES;
+
+constexpr int WARPS = 12, THREADS = 32 * WARPS;
+constexpr int MAX_STEPS = 8;                       // of a launch
+constexpr int ROWS = 32, HALVES = 2;               // of a weight that a warp takes at a time: two matrix instructions'
+constexpr int SLICE_BYTES = 16 * TILE * 2;            // of one of them
+constexpr int PIECE_BYTES = ROWS * TILE * 2;       // of these rows and 64 columns
+constexpr int MAX_SEGMENTS = 8;
+constexpr int MAX_ENTRIES = 32;                            // experts of a token
+
+enum Type : int {
+  PRODUCT = 0,  // out = epilogue(W x)
+  ROUTE = 1,    // out = logits of experts, float32; weights are row-major [rows, k], k % 64 == 0, rows % 16 == 0
+  UP = 2,       // of the experts chosen by the step before: out [entries, pitch] = act(W_e x), see one_up
+  DOWN = 3,     // out = residual + scale * sum of shares * W_e x_e, x [entries, k], see one_down
+};
+
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+
+struct Step {
+  const u8* weights;    // packed; of UP and DOWN a stack of them
+  int type, rows, groups;  // groups: of ROWS rows
+  int segments, entries, blocks;
+  unsigned short bounds[MAX_SEGMENTS + 2];  // first block of each segment of K, and the end
+  int k;
+  const void* x;        // [k], before the norm; UP reads what the step before it had
+  void* out;
+  const void* bias;     // as in Epilogue; ROUTE: float32 [rows] or null, for the choice
+  const void* residual;
+  const float* norm_weight;  // [k], or null for ones
+  const float* norm_bias;    // or null
+  void* normed;         // [k]: where the norm's result goes too; null without a norm
+  int kind, pitch;
+  int layer;            // whether the norm is a layer norm
+  float scale, soft_cap, eps;
+  // Of a mixture. entries: experts of a token, `always` of which every token has; act, gated: as in one_up.
+  int experts, always, expert_groups, kept, flags, act, gated;
+  float share_scale;    // ROUTE: of shares
+};
+struct Chain {
+  Step steps[MAX_STEPS];
+  int count, x_bytes;  // of shared memory for the longest x
+};
+
+}  // namespace rvllm::decode

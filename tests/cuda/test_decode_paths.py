@@ -1,0 +1,205 @@
+"""Decode paths of one token: their kernel has the bits of the others, models draw the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rvllm.backends.cuda.device.driver import DeviceFacts
+from rvllm.backends.cuda.layout.memory import Budget
+from rvllm.backends.cuda.ops.decode.chains import Steps
+from rvllm.backends.cuda.ops.decode.races import faults
+from rvllm.backends.cuda.ops.decode.step import Mixture, NormFront, Step, Type
+from rvllm.backends.cuda.ops.gemm.common import Kind
+from rvllm.backends.cuda.step_planner import StepPlanner
+from rvllm.backends.cuda.supported import check_supported
+from rvllm.config import EngineConfig
+from rvllm.engine.ipc.messages import Sampling
+from rvllm.errors import UsageError
+from rvllm.models.config import ModelConfig
+from rvllm.models.registry import build_program
+from rvllm.program.dtypes import DType
+from support.emulator import Emulator, available
+from support.emulator.driver import ATTRIBUTES, emulated_driver
+from support.kernels import gemv_checks
+from support.kernels.gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run
+from support.kernels.harness import BF16, F16
+from support.models.real_configs import CONFIGS, on_one_card
+
+emulated = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(not available(), reason="the emulator needs g++"),
+]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Emulator:
+    return Emulator()
+
+
+@pytest.fixture
+def gpu(shared: Emulator) -> Iterator[Emulator]:
+    yield shared
+    shared.clear()
+
+
+class TestKernel:
+    pytestmark = emulated
+
+    @pytest.mark.parametrize(
+        ("n", "k", "kind"),
+        [
+            (203, 72, Kind.STORE),
+            (64, 8, Kind.STORE),
+            (144, 1160, Kind.STORE),
+            (160, 328, Kind.GATED_SILU),
+            (515, 192, Kind.LOGITS),
+        ],
+    )
+    def test_a_product_has_the_bits_of_many_tokens(self, gpu: Emulator, n: int, k: int, kind: Kind) -> None:
+        gemv_checks.check_alone(gpu, np.random.default_rng(n), BF16 if n % 2 else F16, n, k, kind)
+
+    @pytest.mark.parametrize(("k", "kind"), [(192, "rms"), (2056, "rms"), (648, "layer")])
+    def test_a_norm_in_front(self, gpu: Emulator, k: int, kind: str) -> None:
+        gemv_checks.check_norm(gpu, np.random.default_rng(k), BF16, k, kind)
+
+    def test_products_behind_one_another(self, gpu: Emulator) -> None:
+        gemv_checks.check_chain(gpu, np.random.default_rng(3), BF16, 1, 192, 328)
+
+
+H200 = DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448)
+BUDGET = Budget(141 << 30, 1 << 30, 120 << 30)
+
+
+def planned(config: dict[str, Any], **flags: Any) -> StepPlanner:
+    """The plan of a model on an H200."""
+    program = build_program(ModelConfig(config, "tiny"), DType.BF16)
+    engine = EngineConfig(device="cuda", num_gpu_blocks=64, max_model_len=512, **flags)
+    check_supported(program, engine)
+    return StepPlanner.plan(program, engine, H200, BUDGET)[0]
+
+
+QWEN2 = model(
+    "Qwen2ForCausalLM", num_hidden_layers=2, hidden_size=128, intermediate_size=200, num_attention_heads=2
+)
+PARALLEL = model(
+    "StableLmForCausalLM", num_hidden_layers=2, hidden_size=128, intermediate_size=200, num_attention_heads=2,
+    use_parallel_residual=True, partial_rotary_factor=0.25, layer_norm_eps=1e-5,
+)  # fmt: skip
+MIXTURE = model(
+    "Qwen3MoeForCausalLM", num_hidden_layers=2, hidden_size=128, moe_intermediate_size=72, num_experts=32,
+    num_experts_per_tok=3, norm_topk_prob=True, num_attention_heads=2, decoder_sparse_step=1,
+    mlp_only_layers=[],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config", [QWEN2, PARALLEL, MIXTURE], ids=lambda config: str(config["architectures"][0])
+)
+class TestModels:
+    """The same tokens with the same log-probabilities, bit for bit, by every path."""
+
+    @pytest.mark.emulated
+    @pytest.mark.skipif(not available(), reason="the emulator needs g++")
+    def test_emulated(self, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(ATTRIBUTES, "MULTIPROCESSOR_COUNT", 1)  # blocks run one after another
+        with emulated_driver():
+            self.check(config, 3)
+
+    @needs_gpu
+    def test_on_a_gpu(self, config: dict[str, Any]) -> None:
+        self.check(config, 40)
+
+    def check(self, config: dict[str, Any], count: int) -> None:
+        asked = [([5, 4, 300, 2, 11], Sampling(max_tokens=count, logprobs=2))]
+        found, chains = {}, {}
+        for path in ("batched", "gemv", "fused", "persistent"):
+            engine = replace(CONFIG, decode_path=path, max_num_seqs=2, max_num_batched_tokens=16)
+            loaded = backend(config, "cuda", DType.BF16, engine)
+            core = core_of(loaded, config, engine)
+            (outputs,) = run(core, asked)
+            chains[path] = sum(k.count for k in loaded.last_kernels() if "_chain" in k.kernel)
+            core.close()
+            found[path] = [output.logprobs for output in outputs]
+        assert len(found["batched"]) == count
+        assert found["gemv"] == found["fused"] == found["persistent"] == found["batched"]
+        assert chains["batched"] == 0 < chains["persistent"] < chains["gemv"]
+
+
+class TestPlans:
+    @pytest.mark.parametrize(
+        ("name", "launches"),
+        [
+            ("Qwen2.5-7B", {"batched": 231, "gemv": 231, "fused": 174, "persistent": 91}),
+            ("Qwen3-30B-A3B", {"batched": 391, "gemv": 391, "fused": 389, "persistent": 151}),
+        ],
+    )
+    def test_launches_of_a_step(self, name: str, launches: dict[str, int]) -> None:
+        planner = planned(CONFIGS[name])
+        assert {path: len(replace(planner, path=path).decode(1)) for path in launches} == launches
+        many = replace(planner, path="persistent").decode(2)
+        assert [p.kernel for p in many] == [p.kernel for p in planner.decode(2)]
+
+    @pytest.mark.parametrize(
+        "name", [n for n in CONFIGS if "BERT" not in n and "E5" not in n and "MiniLM" not in n]
+    )
+    def test_every_model_has_chains_without_faults(self, name: str) -> None:
+        planner = planned(on_one_card(name)[1])
+        for path in ("gemv", "fused", "persistent"):
+            steps = [p.does.steps for p in replace(planner, path=path).decode(1) if isinstance(p.does, Steps)]
+            assert steps and not [fault for chain in steps for fault in faults(chain, 132, 132)]
+
+    def test_a_path_that_joins_nothing_is_refused_with_those_that_do(self) -> None:
+        """Eight experts are fewer than a router's step takes, so nothing of Mixtral has a neighbour."""
+        said = "--decode-path persistent does not exist for Mixtral.* there are batched, gemv, fused$"
+        with pytest.raises(UsageError, match=said):
+            planned(CONFIGS["Mixtral-8x7B"], decode_path="persistent")
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            ({"decode_path": "gemv", "gemm_strategy": "cublas"}, "--decode-path gemv computes on the native"),
+            ({"decode_path": "fp8", "quantization": "none"}, "--decode-path fp8 and --quantization none"),
+        ],
+    )
+    def test_contradictions_are_refused(self, flags: dict[str, str], message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            planned(QWEN2, **flags)
+
+
+class TestFaults:
+    """The static check finds what would hang or race."""
+
+    NORM = NormFront(x=1000, weight=1, bias=0, normed=5000, width=64, eps=1e-5, layer=False)
+
+    def step(self, **fields: Any) -> Step:
+        return Step(
+            **{"weights": 1 << 20, "x": 5000, "out": 9000, "rows": 64, "k": 64, "segments": 1, "pitch": 64}
+            | fields
+        )
+
+    def test_nothing_is_wrong_with_a_product(self) -> None:
+        assert not faults(
+            [self.step(), self.step(x=9000, out=1000, residual=1000).normed(self.NORM)][:1], 132, 132
+        )
+
+    @pytest.mark.parametrize(
+        ("fields", "norm", "grid", "said"),
+        [
+            ({}, False, 133, "133 blocks wait for each other on 132"),
+            ({"out": 5100}, False, 132, "its result over its input"),
+            ({"out": 1100, "residual": 1100}, True, 132, "its result over what is normalised"),
+            ({"residual": 9064}, False, 132, "its result over its residual"),
+            ({"out": 1 << 20}, False, 132, "its result over weights"),
+            ({"type": Type.DOWN, "mixture": Mixture(4, 2, 0)}, False, 132, "DOWN without UP before it"),
+        ],
+    )
+    def test_each_fault_is_named(self, fields: dict[str, Any], norm: bool, grid: int, said: str) -> None:
+        step = self.step(**fields)
+        before = self.step(out=20000)
+        found = faults([before, step.normed(self.NORM) if norm else step], grid, 132)
+        assert any(said in fault for fault in found), found
