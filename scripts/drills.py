@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -116,7 +117,7 @@ def kill_engine() -> str:
 
 @case
 def kill_engine_restart() -> str:
-    """the same with --restart-engine"""
+    """kill -9 of the engine in the middle of a stream, --restart-engine"""
     with Server("--restart-engine") as server:
         reader = Reader(server)
         os.kill(server.engine, signal.SIGKILL)
@@ -174,7 +175,7 @@ def stop_engine() -> str:
 
 @case
 def stop_engine_restart() -> str:
-    """the same with --restart-engine"""
+    """SIGSTOP of the engine, --engine-stall-seconds 3 --restart-engine"""
     with Server("--engine-stall-seconds", "3", "--restart-engine") as server:
         reader, first = Reader(server), server.engine
         os.kill(first, signal.SIGSTOP)
@@ -204,6 +205,33 @@ def full_disk() -> str:
         return (f"upload of 1 KB {small}, of 1 MB {large[0]}, {kept} file there; responses "
                 f"{'all answered' if all('output' in a for a in stored) else stored[-1]}, {not_kept} of 60 with "
                 f"store: false; then {server.complete()[0]}")  # fmt: skip
+
+
+@case
+def full_disk_batch() -> str:
+    """no file may grow beyond 150 KB while a batch of 200 lines is answered; then there is room again"""
+    with Server("--files-dir", tempfile.mkdtemp(), largest_file=150_000) as server:
+        body = {"prompt": "hello " * 20, "max_tokens": 8, "logprobs": 5, "ignore_eos": True}
+        lines = [json.dumps({"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": body})
+                 for i in range(200)]  # fmt: skip
+        file = json.loads(upload(server, "\n".join(lines).encode())[1])
+        asked = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+        made = json.loads(server.ask("POST", "/v1/batches", asked)[1])
+
+        def now() -> Any:
+            return json.loads(server.get(f"/v1/batches/{made['id']}")[1])
+
+        until(lambda: bool(now()["request_counts"]["completed"]), 30)
+        until(lambda: "waits for room" in server.text(), 30)
+        time.sleep(2)
+        before, beside = now(), server.complete()[0]
+        subprocess.run(["prlimit", f"--pid={server.process.pid}", "--fsize=unlimited:unlimited"], check=True)
+        took = until(lambda: now()["status"] == "completed", 60)
+        result = server.get(f"/v1/files/{now()['output_file_id']}/content")[1]
+        names = {json.loads(line)["custom_id"] for line in result.splitlines()}
+        return (f"{before['status']} with {before['request_counts']['completed']} of 200 answered, completions "
+                f"{beside}; with room {now()['status']} after {took:.1f} s: {len(result.splitlines())} results of "
+                f"{len(names)} lines")  # fmt: skip
 
 
 @case
@@ -321,7 +349,7 @@ def broken_weights() -> str:
 
 @case
 def broken_weights_experts() -> str:
-    """the same with experts"""
+    """a token whose embedding is NaN in a model with experts"""
     return broken(experts=True)
 
 

