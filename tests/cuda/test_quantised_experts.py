@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from rvllm.backends.cuda.device.driver import device_count
 from rvllm.backends.cuda.formats import fp8_plan
 from rvllm.backends.cuda.formats.fp8 import arrange_scales
 from rvllm.backends.cuda.ops.gemm import integer
@@ -20,16 +21,17 @@ from rvllm.program.formats import Fp8Format, IntegerFormat, WeightFormat
 from rvllm.program.ops.dense import Weight
 from support.emulator import Emulator, available
 from support.kernels.experts_checks import LIMIT, Bench, Mixed, assign, normal
-from support.kernels.harness import BF16, F16, Array, error, expect
+from support.kernels.harness import BF16, F16, Array, Gpu, Machine, error, expect
 from support.kernels.integer_checks import random_matrix
 
-pytestmark = pytest.mark.skipif(not available(), reason="the emulator needs g++")
 MIXED = Mixed(5, 2, 264, 136, 72)
 PLAIN = Mixed(4, 3, 136, 264, 72, "relu2", False, always=1)
 
 
 @pytest.fixture(scope="module")
 def shared() -> Emulator:
+    if not available():
+        pytest.skip("the emulator needs g++")
     return Emulator()
 
 
@@ -76,7 +78,7 @@ class Quantised(Bench):
     """Experts on the machine with up and down matrices in the formats given; None: the 16-bit type."""
 
     def __init__(
-        self, gpu: Emulator, rng: np.random.Generator, dtype: np.dtype, mixed: Mixed, most: int,
+        self, gpu: Machine, rng: np.random.Generator, dtype: np.dtype, mixed: Mixed, most: int,
         up: str | None, down: str | None,
     ) -> None:  # fmt: skip
         super().__init__(gpu, rng, dtype, mixed, most)
@@ -97,7 +99,7 @@ class Quantised(Bench):
         return np.stack([numbers for numbers, _ in found]), packed, kept
 
 
-def check(gpu: Emulator, dtype: np.dtype, mixed: Mixed, up: str | None, down: str | None) -> None:
+def check(gpu: Machine, dtype: np.dtype, mixed: Mixed, up: str | None, down: str | None) -> None:
     """Sums against the reference; a token's bits alone, in company and with either tile."""
     rng = np.random.default_rng(zlib.crc32(f"{up} {down}".encode()))
     bench = Quantised(gpu, rng, dtype, mixed, 40, up, down)
@@ -113,6 +115,16 @@ def check(gpu: Emulator, dtype: np.dtype, mixed: Mixed, up: str | None, down: st
     for tile in (*QUANTISED_TOKENS, *[QUANTISED_WIDE] * (gpu.facts.capability == 90)):
         assert (bench.run(x[:1], ids[:1], shares[:1], 1, how=("quantised", tile)) == together[:1]).all()
         assert (bench.run(x, ids, shares, 19, how=("quantised", tile)) == together).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "dtype"), [("e4m3, a scale a row", F16), ("int4", BF16)])
+def test_experts_in_a_format_on_a_gpu(name: str, dtype: np.dtype) -> None:
+    if not device_count():
+        pytest.skip("no NVIDIA GPU, or the cuda extra is not installed")
+    gpu = Gpu()
+    check(gpu, dtype, MIXED, name, name)
+    gpu.clear()
 
 
 # What is summed in different ways; the rest differs in decoders alone, which dense products test.

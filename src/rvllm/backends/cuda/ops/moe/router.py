@@ -32,7 +32,7 @@ from rvllm.kernels.moe.specs import (
 )
 from rvllm.program.ops.dense import Norm, Route
 
-NORM_ROUTED = 32  # tokens up to which the router normalises too
+NORM_ROUTED = 4  # tokens up to which the router normalises too: a block of it does so one by one
 FEW_ROUTED = 512  # tokens up to which its blocks have a few tokens and 16 experts
 SIGMOID, GROUP_TOP2, RENORMALISE = 1, 2, 4  # flags of `route`
 _BY_NAME = {spec.name: spec for spec in SPECS}
