@@ -38,21 +38,22 @@ def copies(backend: CudaBackend) -> None:
         f"a block: {nbytes / 1e6:.2f} MB in {sum(run.rows for run in caches)} rows of {caches[0].width} bytes"
     )
     for kind, name in ((MOVE_OUT, "to the host"), (MOVE_IN, "to the device")):
-        for count in (1, 64, 1024):
-            moves = np.array([(kind, (7 * i) % DEVICE, i) for i in range(count)], dtype=np.int32)
+        for count, apart in ((1, 1), (64, 7), (64, 1), (1024, 7), (1024, 1)):
+            moves = np.array([(kind, (apart * i) % DEVICE, i) for i in range(count)], dtype=np.int32)
             seconds, queued = [], []
             for _ in range(5):
                 began.record(host._stream)
                 at = time.perf_counter()
-                host.move(moves, None, stream)
+                host.move(moves, 0, None, stream)
                 queued.append(time.perf_counter() - at)
                 ended.record(host._stream)
                 ended.wait()
                 seconds.append(ended.seconds_since(began))
             took = median(seconds)
+            how = "scattered" if apart > 1 else "neighbouring"
             print(
-                f"{count:5} blocks {name:>13}: {1e3 * took:7.3f} ms, {count * nbytes / took / 1e9:5.1f} GB/s"
-                f", queued in {1e3 * median(queued):.3f} ms"
+                f"{count:5} {how} blocks {name}: {1e3 * took:.3f} ms, "
+                f"{count * nbytes / took / 1e9:.1f} GB/s, queued in {1e3 * median(queued):.3f} ms"
             )
     device = caches[0].base
     for name in ("to the host", "to the device"):
@@ -94,6 +95,14 @@ class Engine:
         while self.core.has_work():
             outputs += self.core.step()
         return time.perf_counter() - began, outputs[0].cached_tokens
+
+    def answer(self, prompt: int) -> list[int]:
+        """The first 8 tokens, alone."""
+        self.ask(prompt, 8)
+        outputs = []
+        while self.core.has_work():
+            outputs += self.core.step()
+        return [token for output in outputs for token in output.token_ids]
 
     def beside(self, prompts: list[int]) -> tuple[float, float, float, int]:
         """Seconds a step of STREAMS running streams while these prompts come, every 8th step one of them.
@@ -137,13 +146,18 @@ def main() -> None:
     engine.first_token(1)
     cold = [engine.first_token(p)[0] for p in range(100, 112)]  # 65 blocks each
     here = [engine.first_token(p) for p in range(104, 112)]
+    answers = [engine.answer(p) for p in range(104, 112)]
     for p in range(200, 232):  # the device forgets what came before them
         engine.first_token(p)
     there = [engine.first_token(p) for p in range(104, 112)]
+    for p in range(200, 232):
+        engine.first_token(p)
+    same = [engine.answer(p) for p in range(104, 112)] == answers
     print(
         f"first token of {PROMPT} tokens: cold {1e3 * median(cold):.2f} ms; found on the device "
         f"{1e3 * median(t for t, _ in here):.2f} ms ({here[0][1]} tokens); in host memory "
-        f"{1e3 * median(t for t, _ in there):.2f} ms ({there[0][1]} tokens)",
+        f"{1e3 * median(t for t, _ in there):.2f} ms ({there[0][1]} tokens); "
+        f"answers {'equal' if same else 'DIFFER'}",
         flush=True,
     )
     for name, before in (("device", False), ("host", True), ("device", False), ("host", True)):

@@ -11,7 +11,7 @@ import pytest
 from rvllm.backends.base import MOVE_IN, MOVE_OUT
 from rvllm.backends.cuda.backend import CudaBackend
 from rvllm.backends.cuda.device.driver import Event, Pinned, Stream
-from rvllm.backends.cuda.device.host_blocks import MAX_PITCH, HostBlocks, Run, runs_of
+from rvllm.backends.cuda.device.host_blocks import MAX_PITCH, HostBlocks, Run, neighbours, runs_of
 from rvllm.engine.blocks import BlockManager
 from rvllm.engine.ipc.messages import Sampling
 from rvllm.program.dtypes import DType
@@ -42,17 +42,81 @@ def test_blocks_go_and_come_back_bit_for_bit() -> None:
         for memory, _ in caches:
             memory.array[:] = rng.integers(0, 256, memory.nbytes)
         before = [memory.array.reshape(10, width).copy() for memory, width in caches]
-        host.move(np.array([(MOVE_OUT, 7, 2), (MOVE_OUT, 3, 0)], np.int32), None, stream)
+        host.move(np.array([(MOVE_OUT, 7, 2), (MOVE_OUT, 3, 0)], np.int32), 0, None, stream)
         for memory, _ in caches:
             memory.array[:] = 255
         moves = [(MOVE_IN, 1, 2), (MOVE_OUT, 1, 3), (MOVE_IN, 9, 3), (MOVE_IN, 4, 0)]
-        host.move(np.array(moves, np.int32), None, stream)
+        host.move(np.array(moves, np.int32), 0, None, stream)
         stream.sync()
         for (memory, width), was in zip(caches, before, strict=True):
             now = memory.array.reshape(10, width)
             assert (now[[1, 9, 4]] == was[[7, 7, 3]]).all() and (now[[0, 2, 3, 5, 6, 7, 8]] == 255).all()
         host.close()
         stream.close()
+
+
+def test_neighbours_are_one_copy() -> None:
+    moves = [(MOVE_OUT, 4, 8), (MOVE_OUT, 5, 9), (MOVE_OUT, 6, 10), (MOVE_IN, 7, 11), (MOVE_IN, 9, 12)]
+    assert list(neighbours(moves, 100)) == [(MOVE_OUT, 4, 8, 3), (MOVE_IN, 7, 11, 1), (MOVE_IN, 9, 12, 1)]
+    assert list(neighbours(moves[:3], 10)) == [(MOVE_OUT, 4, 8, 2), (MOVE_OUT, 6, 10, 1)]
+    assert list(neighbours([], 10)) == []
+
+
+@pytest.mark.parametrize("pitch", [MAX_PITCH, 3 * 48 + 5])
+def test_neighbours_go_and_come_back_bit_for_bit(pitch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where host memory is several regions, for want of a longer pitch."""
+    with emulated_driver():
+        stream, arena = Stream(), Pinned(4 * 20 * 48)
+        host_blocks = "rvllm.backends.cuda.device.host_blocks"
+        caches = [(arena.address + i * 20 * 48, 48) for i in range(3)] + [(arena.address + 3 * 20 * 48, 32)]
+        if pitch != MAX_PITCH:
+            monkeypatch.setattr(f"{host_blocks}.MAX_PITCH", pitch)
+        host = HostBlocks(caches, 8)
+        arena.array[:] = np.random.default_rng(2).integers(0, 256, arena.nbytes)
+        images = [arena.array[a - arena.address :][: 20 * w].reshape(20, w) for a, w in caches]
+        was = [image.copy() for image in images]
+        host.move(np.array([(MOVE_OUT, 4 + i, i) for i in range(8)], np.int32), 3, None, stream)
+        stream.sync()
+        for image in images:
+            image[:12] = 7
+        host.move(np.array([(MOVE_IN, 12 + i, i) for i in range(8)], np.int32), 0, None, stream)
+        for image, before in zip(images, was, strict=True):
+            assert (image[12:] == before[4:12]).all() and (image[:12] == 7).all()
+        host.close()
+
+
+def test_what_moves_ahead_is_waited_for_a_step_later() -> None:
+    with emulated_driver(streams="late"):
+        steps, cache, read = Stream(), Pinned(4 * 32), Pinned(32)
+        host = HostBlocks([(cache.address, 32)], 2)
+        cache.array[:] = np.arange(4 * 32) % 251
+        was = cache.array.reshape(4, 32).copy()
+        host.move(np.array([(MOVE_OUT, 0, 0)], np.int32), 1, None, steps)
+        steps.copy_to_host(read.address, cache.address + 32, 32)  # a step that does not use block 0
+        steps.sync()
+        assert (read.array == was[1]).all()
+        none = np.zeros((0, 3), np.int32)
+        host.move(none, 0, None, steps)
+        steps.fill_bytes(cache.address, 9, 32)  # one that does
+        host.move(np.array([(MOVE_IN, 3, 0)], np.int32), 0, None, steps)
+        steps.sync()
+        assert (cache.array.reshape(4, 32)[3] == was[0]).all()
+        host.close()
+
+
+def test_blocks_are_kept_empty_ahead() -> None:
+    blocks = BlockManager(64, 4, num_cpu_blocks=100)
+    held = blocks.take(64)
+    for i, block in enumerate(held):
+        blocks.publish(block, bytes([i]))
+    assert blocks.evict_ahead() == []
+    blocks.release(held)
+    moves = blocks.evict_ahead()
+    assert len(moves) == 4 and {kind for kind, _, _ in moves} == {MOVE_OUT}
+    assert blocks.evict_ahead() == [] and blocks.moving == 0
+    blocks.take(4)
+    assert blocks.take_moves() == ([], -1)
+    blocks.check()
 
 
 def test_copies_run_beside_steps_but_never_under_one_that_uses_the_block() -> None:
@@ -62,12 +126,12 @@ def test_copies_run_beside_steps_but_never_under_one_that_uses_the_block() -> No
         host = HostBlocks([(cache.address, 32)], 2)
         cache.array[:] = np.arange(4 * 32) % 251
         was = cache.array.reshape(4, 32).copy()
-        host.move(np.array([(MOVE_OUT, 0, 0)], np.int32), None, steps)
+        host.move(np.array([(MOVE_OUT, 0, 0)], np.int32), 0, None, steps)
         steps.copy_to_host(read.address, cache.address + 32, 32)  # a step that reads block 1
         ended.record(steps)
-        host.move(np.array([(MOVE_OUT, 2, 1), (MOVE_IN, 3, 0)], np.int32), None, steps)
+        host.move(np.array([(MOVE_OUT, 2, 1), (MOVE_IN, 3, 0)], np.int32), 0, None, steps)
         assert (cache.array.reshape(4, 32)[3] == was[0]).all() and not ended.done()
-        host.move(np.array([(MOVE_IN, 1, 1)], np.int32), ended, steps)
+        host.move(np.array([(MOVE_IN, 1, 1)], np.int32), 0, ended, steps)
         assert ended.done() and (read.array == was[1]).all()
         again.record(steps)
         again.wait()

@@ -80,6 +80,7 @@ class StepBatch:
     MOVE_IN from host block `other` to device block `block`, COPY from device block `block` to device block
     `other`. What moves out was written by steps that are collected, and no step under way writes it.
     moves_after: the last step that may use a block that these moves write; later ones may still run.
+    moves_ahead: how many of the moves, the last ones, all MOVE_OUT, need only be made before the next step.
     started: slots taken since the last step; they come before anything else is done but the moves.
     new_blocks: int32 [B, 3] rows (slot, index, block): block-table entries to set before the step. A
     SlotStart empties the slot's table first.
@@ -99,6 +100,7 @@ class StepBatch:
     new_blocks: Int32 = field(default_factory=lambda: np.empty((0, 3), dtype=np.int32))
     moves: Int32 = field(default_factory=lambda: np.empty((0, 3), dtype=np.int32))
     moves_after: int = -1
+    moves_ahead: int = 0
     prompt_logprobs: dict[int, int] = field(default_factory=dict)
     masks: dict[int, NDArray[np.uint32]] = field(default_factory=dict)
     seconds: dict[int, int] = field(default_factory=dict)

@@ -14,6 +14,11 @@ from rvllm.engine.scheduling.host import HostBlocks
 
 Digest = bytes
 ROOT: Digest = b""
+AHEAD_SHARE, MAX_AHEAD, STEP_AHEAD = (
+    16,
+    256,
+    32,
+)  # of blocks kept empty: a share, at most; a step evicts so many
 ON_HOST = -1  # in place of a block's number: host memory has it
 
 
@@ -133,9 +138,11 @@ class BlockManager:
         if self.host is None or ON_HOST not in found:
             return found
         places = [i for i, block in enumerate(found) if block == ON_HOST]
-        claimed = [self.host.claim(digests[i]) for i in places]  # before taking blocks makes others move
-        for i, other in zip(places, claimed, strict=True):
-            found[i] = block = self._take_one()
+        # Claimed before taking blocks makes others move; both in order, so that neighbours move together.
+        claimed = sorted((self.host.claim(digests[i]), i) for i in places)
+        blocks = sorted(self._take_one() for _ in claimed)
+        for (other, i), block in zip(claimed, blocks, strict=True):
+            found[i] = block
             self._by_digest[digests[i]] = block
             self._digest[block] = digests[i]
             self._moves.append((MOVE_IN, block, other))
@@ -168,23 +175,42 @@ class BlockManager:
             block = self._empty.pop() if self.host is None else self._empty.popleft()
         else:
             block, _ = self._cached.popitem(last=False)
-            digest = self._digest[block]
-            assert digest is not None
-            del self._by_digest[digest]
-            self._digest[block] = None
-            if self.host is not None and block not in self._not_worth_moving:
-                self._move_out(block, digest, self.host)
-            self._not_worth_moving.discard(block)
-            if self.forgotten is not None:
-                self.forgotten.removed(digest)
+            self._evict(block, self._moves)
         self._references[block] = 1
         return block
 
-    def _move_out(self, block: int, digest: Digest, host: HostBlocks) -> None:
-        place = host.put(digest)
+    def evict_ahead(self) -> list[tuple[int, int, int]]:
+        """With a tier in host memory: copies that leave a few blocks empty, made beside the next step.
+
+        Whoever needs blocks then waits for no copy out of them.
+        """
+        missing = min(self.num_blocks // AHEAD_SHARE, MAX_AHEAD) - len(self._empty)
+        if self.host is None or missing <= 0:
+            return []
+        moves: list[tuple[int, int, int]] = []
+        oldest = [
+            self._cached.popitem(last=False)[0] for _ in range(min(missing, STEP_AHEAD, len(self._cached)))
+        ]
+        for block in sorted(oldest):
+            self._evict(block, moves)
+            self._empty.append(block)
+        return moves
+
+    def _evict(self, block: int, moves: list[tuple[int, int, int]]) -> None:
+        """Forgets what a block holds, or has it moved to host memory."""
+        digest = self._digest[block]
+        assert digest is not None
+        del self._by_digest[digest]
+        self._digest[block] = None
+        place = None
+        if self.host is not None and block not in self._not_worth_moving:
+            place = self.host.put(digest)
         if place is not None:
-            self._moves.append((MOVE_OUT, block, place))
+            moves.append((MOVE_OUT, block, place))
             self.moved_out += 1
+        self._not_worth_moving.discard(block)
+        if self.forgotten is not None:
+            self.forgotten.removed(digest)
 
     def release(self, blocks: Sequence[int], keep: bool = True) -> None:
         """Drops a sequence's references, given in the order of its tokens.

@@ -99,6 +99,8 @@ class Scheduler:
         self.steps += 1
         self.blocks.steps = self.steps
         plan.moves, plan.moves_after = self.blocks.take_moves()
+        ahead = self.blocks.evict_ahead()
+        plan.moves, plan.moves_ahead = plan.moves + ahead, len(ahead)
         return plan.finish()
 
     def _prompts_at_hand(self, prefilling: list[Sequence]) -> int:

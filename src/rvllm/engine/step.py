@@ -48,6 +48,7 @@ class StepPlan:
         self.prefills: list[Sequence] = []
         self.moves: list[tuple[int, int, int]] = []  # as StepBatch has them
         self.moves_after = -1
+        self.moves_ahead = 0
         self._decode_tokens: list[int] = []
         self._chunks: list[tuple[int, int]] = []  # (start, length) of each prefill
         self._samples: list[bool] = []
@@ -124,6 +125,7 @@ class StepPlan:
             new_blocks=np.array(self._new_blocks, dtype=np.int32).reshape(-1, 3),
             moves=np.array(self.moves, dtype=np.int32).reshape(-1, 3),
             moves_after=self.moves_after,
+            moves_ahead=self.moves_ahead,
             prompt_logprobs={decodes + s: top for s, top in self._prompt_logprobs.items()},
             masks=masks,
         )

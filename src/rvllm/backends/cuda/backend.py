@@ -169,7 +169,8 @@ class CudaBackend:
         for entry in batch.started:
             self._scorer.start(entry)
         if self._host is not None:
-            self._host.move(batch.moves, self._end_of(batch.moves_after), self._stream)
+            after = self._end_of(batch.moves_after)
+            self._host.move(batch.moves, batch.moves_ahead, after, self._stream)
         self._starter.start(batch.started)
         self._send_masks(flight)
         if decode:

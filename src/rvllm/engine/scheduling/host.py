@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
 from rvllm.engine.scheduling.cost import PrefillCost
 
@@ -19,7 +19,7 @@ class HostBlocks:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._by_digest: OrderedDict[Digest, int] = OrderedDict()  # longest here first
-        self._empty = list(range(num_blocks - 1, -1, -1))
+        self._empty = deque(range(num_blocks))  # given out in their order, so that neighbours move together
 
     def __contains__(self, digest: Digest) -> bool:
         return digest in self._by_digest
@@ -33,7 +33,7 @@ class HostBlocks:
         """The block that what has this digest is to be copied to; None when all are claimed."""
         if not self._empty and not self._by_digest:
             return None
-        block = self._empty.pop() if self._empty else self._by_digest.popitem(last=False)[1]
+        block = self._empty.popleft() if self._empty else self._by_digest.popitem(last=False)[1]
         self._by_digest[digest] = block
         return block
 
