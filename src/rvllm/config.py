@@ -134,9 +134,8 @@ class EngineConfig:
     )
     gemm_strategy: str = setting(
         "native",
-        "Matrix kernels on a GPU: ours, cuBLASLt's, those built from CUTLASS, or hybrid: cuBLASLt for QKV, O and down, CUTLASS for gate and up with their activation, and the head. native and cutlass give a request the same bits in any batch, cublas and hybrid do not.",
-        choices=("native", "cublas", "cutlass", "hybrid"),
-        unbuilt=("auto",),
+        "Matrix kernels on a GPU: ours, cuBLASLt's, those built from CUTLASS, hybrid: cuBLASLt for QKV, O and down, CUTLASS for gate and up with their activation, or auto: per shape the fastest, measured at a model's first start. native and cutlass give a request the same bits in any batch, cublas and hybrid do not, auto does unless it chooses cuBLASLt.",
+        choices=("native", "cublas", "cutlass", "hybrid", "auto"),
         env="RVLLM_BATCHED_GEMM_STRATEGY",
     )
     decode_path: str = setting(

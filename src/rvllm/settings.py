@@ -27,7 +27,6 @@ class Setting:
 
     help: str
     choices: tuple[str, ...] = ()
-    unbuilt: tuple[str, ...] = ()  # choices known by name that do not exist yet: a device refuses them
     low: float | None = None
     high: float | None = None
     env: str | None = None  # None: derived from the name
@@ -123,7 +122,7 @@ def check_value(name: str, known: Setting, value: Any, origin: str) -> None:
     """Raises UsageError when a value is out of range or not one of the choices."""
     if value is None:
         return
-    if known.choices and value not in (*known.choices, *known.unbuilt):
+    if known.choices and value not in known.choices:
         raise UsageError(f"{origin}: {value!r} is not one of {', '.join(known.choices)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{origin}: must be a finite number, got {value:g}")

@@ -90,3 +90,12 @@ def test_a_release_is_checked_by_its_manifest(tmp_path: Path) -> None:
     (tmp_path / "a.cubin").write_bytes(b"coda")
     (tmp_path / "b.cubin").unlink()
     assert build.damaged(tmp_path) == ["a.cubin", "b.cubin"]
+
+
+def test_kernels_of_an_absent_extra_are_left_out_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rvllm.kernels.external.find_spec", lambda name: None)
+    assert main(["kernels", "check", "--arch", "sm_90a", "--match", "*cutlass*"]) == 0
+    out = capsys.readouterr().out
+    assert "sm_90a: 18 units are left out: kernels built from CUTLASS need its headers: pip install" in out

@@ -5,6 +5,8 @@ The times are made up by a formula; a GPU's own are in scripts/gpu/strategies_be
 
 from __future__ import annotations
 
+import ctypes
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from rvllm.backends.cuda.device.info import DeviceInfo
+from rvllm.backends.cuda.device.launches import Counts, MatrixMap
 from rvllm.backends.cuda.layout.fusion import fuse
 from rvllm.backends.cuda.layout.joining import joined
 from rvllm.backends.cuda.ops.gemm.strategy import Choice, GemmStrategy, ProductShape
@@ -28,6 +31,8 @@ from rvllm.backends.cuda.tuning.candidates import (
     tokens_of,
 )
 from rvllm.backends.cuda.tuning.choose import Lookup, choose, told, tune
+from rvllm.cli.main import main
+from rvllm.cli.tuning import summary
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.kernels.manifest import MANIFEST
@@ -42,6 +47,9 @@ LOOKUP = Lookup(
     lambda shape, tokens, candidate: "c0de",
     4.8e12,
 )
+
+
+NOWHERE = Places(1 << 40, 1, 2, 3)
 
 
 class Timer:
@@ -82,10 +90,33 @@ def test_every_strategy_has_candidates_and_each_can_be_launched() -> None:
             whose = {c.provider for c in found}
             assert whose == ({"native", "cutlass"} if shape is GATE_UP else {"native", "cutlass", "cublas"})
             for candidate in found:
-                planned = launch_of(shape, tokens, candidate, "bf16", CHIP, Places(1 << 40, 1, 2, 3))
+                planned = launch_of(shape, tokens, candidate, "bf16", CHIP, NOWHERE)
                 assert candidate.provider == "cublas" or MANIFEST[planned.kernel].smem >= planned.smem
     (only,) = candidates(QKV, 8, replace(CHIP, capability=80), ("native", "cutlass"))
     assert only.provider == "native"
+
+
+@pytest.mark.parametrize("strategy", ["native", "cutlass", "cublas"])
+def test_what_is_timed_is_launched_as_steps_launch_it(strategy: str) -> None:
+    planned = planner(program(num_hidden_layers=1), H100, EngineConfig(gemm_strategy=strategy)).decode(16)
+    (launched,) = (p for p in planned if p.op.endswith("qkv"))
+    known = [c for c in candidates(QKV, 16, CHIP, LOOKUP.providers) if c.provider == strategy]
+    found = [launch_of(QKV, 16, candidate, "bf16", CHIP, NOWHERE) for candidate in known]
+    (timed,) = (p for p in found if p.kernel == launched.kernel)
+    assert timed.grid(Counts(16, 16, 16)) == launched.grid(Counts(16, 16, 16))
+    assert (timed.block, timed.smem, timed.cluster) == (launched.block, launched.smem, launched.cluster)
+    if strategy == "cublas":
+        (ours,), (theirs,) = timed.parameters, launched.parameters
+        assert (ours.tokens, ours.rows, ours.width, ours.pitch, ours.bf16) == (
+            theirs.tokens, theirs.rows, theirs.width, theirs.pitch, theirs.bf16
+        )  # fmt: skip
+        return
+    assert len(timed.parameters) == len(launched.parameters)
+    for ours, theirs in zip(timed.parameters, launched.parameters, strict=True):
+        if isinstance(theirs, ctypes.c_int | ctypes.c_float):
+            assert type(ours) is type(theirs) and ours.value == theirs.value
+        elif isinstance(theirs, MatrixMap):
+            assert (ours.width, ours.box_rows, ours.box_width) == (theirs.width, theirs.box_rows, 64)
 
 
 def test_the_fastest_is_chosen_and_a_second_start_times_nothing(tmp_path: Path) -> None:
@@ -200,6 +231,17 @@ def test_before_anything_is_measured_auto_plans_ours_and_says_so() -> None:
     assert not any("cutlass" in name or "cublas" in name for name in given.kernels()) and whys
 
 
+def test_every_candidate_is_among_the_kernels_that_are_loaded() -> None:
+    for capability in (80, 90):
+        chip = replace(CHIP, capability=capability)
+        loaded = set(start.kernels_of("bf16", capability, LOOKUP.providers))
+        for shape in (QKV, OUT, GATE_UP, DOWN, HEAD):
+            for tokens in tokens_of(shape):
+                found = candidates(shape, tokens, chip, ("native", "cutlass"))
+                assert {launch_of(shape, tokens, c, "bf16", chip, NOWHERE).kernel for c in found} <= loaded
+        assert all(MANIFEST[name].runs_on(capability) for name in loaded)
+
+
 def test_strategies_that_are_not_auto_measure_nothing() -> None:
     for name in ("native", "cublas", "cutlass", "hybrid"):
         config = EngineConfig(gemm_strategy=name)
@@ -208,3 +250,24 @@ def test_strategies_that_are_not_auto_measure_nothing() -> None:
         "native",
         "cutlass",
     ]
+
+
+def test_show_tuning_prints_the_winner_and_whose_is_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RVLLM_CACHE_DIR", str(tmp_path))
+    assert main(["kernels", "show-tuning"]) == 0
+    assert capsys.readouterr().out.startswith("0 times in ")
+    tuned(tmp_path / "autotune", Timer())
+    with (tmp_path / "autotune" / FILE).open("a") as file:
+        file.write(json.dumps({"key": "x", "us": 1.0, "sum": "wrong"}) + "\n")
+    assert main(["kernels", "show-tuning"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"A GPU +bf16 +4608x3584 plain +128 +cutlass r\d+:n\d+ .*native \w+:\d+ \+\d+ %", out), (
+        out
+    )
+    assert out.rstrip().endswith("1 damaged lines")
+    rows = summary(TuningCache.open(tmp_path / "autotune"))
+    assert len(rows) == len(tokens_of(QKV)) + len(tokens_of(GATE_UP))
+    assert main(["kernels", "tune"]) == 2
+    assert "--model names the model" in capsys.readouterr().err

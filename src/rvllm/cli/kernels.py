@@ -1,4 +1,4 @@
-"""`rvllm kernels`: list the catalog, compile it ahead of time, check what is built; no GPU is needed."""
+"""`rvllm kernels`: list the catalog, compile it ahead of time, check what is built; tune for this GPU."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ def add_parser(subparsers: Any) -> None:
     """Adds the `kernels` subcommand."""
     parser = subparsers.add_parser(
         "kernels",
-        help="list, compile and check the CUDA kernels",
+        help="list, compile, check and tune the CUDA kernels",
         description="Lists the kernels of the catalog, compiles them ahead of time (NVRTC, no GPU) and "
-        "checks what is built.",
+        "checks what is built; times those of --gemm-strategy auto for a model on this GPU (tune) and shows "
+        "what was timed (show-tuning).",
     )
-    parser.add_argument("action", choices=("list", "build", "check"))
+    parser.add_argument("action", choices=("list", "build", "check", "tune", "show-tuning"))
+    parser.add_argument("--model", metavar="MODEL", help="tune: the model whose products are timed")
+    parser.add_argument("--dtype", metavar="TYPE", help="tune: bfloat16 or float16 [the checkpoint's]")
     parser.add_argument(
         "--arch",
         default=None,
@@ -48,8 +51,13 @@ def add_parser(subparsers: Any) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs `rvllm kernels`; raises RvllmError."""
+    from rvllm.cli import tuning
     from rvllm.kernels import build
 
+    if args.action == "tune":
+        return tuning.tune(args)
+    if args.action == "show-tuning":
+        return tuning.show(args)
     targets = _targets(args.arch)
     specs = _matching(args.match)
     folder = kernel_cache_dir() if args.output is None else Path(args.output)

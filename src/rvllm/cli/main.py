@@ -25,7 +25,7 @@ COMMANDS = {
     "ray": "many GPUs: replicas of engines behind one address, with Ray Serve",
     "pull": "fetch a model into the cache",
     "plan": "print the program a model runs: ops, shapes, bytes, FLOPs",
-    "kernels": "list, compile and check the CUDA kernels",
+    "kernels": "list, compile, check and tune the CUDA kernels",
     "info": "print version, devices, settings and the memory plan",
 }
 # vLLM's commands that are none of ours, with what to use instead.

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from rvllm.program.ops.dense import Op, Program
     from rvllm.weights.checkpoint import Checkpoint
 
-FLAGS = ("model", "device", "dtype", "quantization", "threads")
+FLAGS = ("model", "device", "dtype", "quantization", "threads", "gemm_strategy")
 MEMORY_FLAGS = (
     "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks",
-    "gpu_memory_utilization", "gpu_memory_reserve_gb", "num_gpu_blocks", "gemm_strategy",
+    "gpu_memory_utilization", "gpu_memory_reserve_gb", "num_gpu_blocks",
 )  # fmt: skip
 DEFAULT_CONTEXT = 1024
 DEFAULT_TEXT = 128  # tokens of an encoder's texts

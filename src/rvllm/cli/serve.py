@@ -205,10 +205,18 @@ async def _answer(
         await asyncio.gather(warming, return_exceptions=True)
 
 
+def _bits(config: EngineConfig) -> str:
+    """What a strategy of products does to bits, where it does something."""
+    from rvllm.backends.cuda.ops.gemm.strategy import USES_CUBLAS
+
+    return " (bits depend on the batch)" if config.gemm_strategy in USES_CUBLAS else ""
+
+
 def _kernels(backend: str, config: EngineConfig) -> str:
     """What computes: on the CPU which kernels there are for the processor, on a GPU what was chosen."""
     if backend != "cpu":
-        return f"{config.gemm_strategy} products, {config.decode_path} decode"
+        bits = "" if config.gemm_strategy == "native" else _bits(config)
+        return f"{config.gemm_strategy} products{bits}, {config.decode_path} decode"
     from rvllm.backends.cpu.compiled.library import in_use
 
     return in_use(config.cpu_kernels)

@@ -189,6 +189,9 @@ class EmulatedDriver:
         return (OK,)
 
     # ---- the device
+    def cuDriverGetVersion(self) -> tuple[Any, ...]:
+        return OK, 13000
+
     def cuDeviceGetCount(self) -> tuple[Any, ...]:
         return OK, 1
 

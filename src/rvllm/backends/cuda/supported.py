@@ -29,8 +29,6 @@ def check_supported(program: Program, config: EngineConfig) -> None:
     asked_host_blocks(program, config)
     if config.gemm_strategy in USES_CUBLAS:
         library()
-    elif config.gemm_strategy == "auto":
-        raise UsageError("--gemm-strategy auto: not built; use native, cublas, cutlass or hybrid")
     _check_decode_path(program, config)
 
 

@@ -9,9 +9,11 @@ from rvllm.backends.cuda.encoder_plan import EncoderPlan
 from rvllm.backends.cuda.formats.choose import kept
 from rvllm.backends.cuda.layout.memory import BLOCK, HEADROOM, Budget
 from rvllm.backends.cuda.loaded_model import OpenDevice
+from rvllm.backends.cuda.ops.gemm.strategy import GemmStrategy
 from rvllm.backends.cuda.pooler import plan_pooler
 from rvllm.backends.cuda.step_planner import StepPlanner
 from rvllm.backends.cuda.supported import check_device, check_supported
+from rvllm.backends.cuda.tuning.start import known_strategy
 from rvllm.config import EngineConfig
 from rvllm.program.cost import StepShape
 from rvllm.program.ops.dense import Program
@@ -35,16 +37,23 @@ def preview_here(program: Program, checkpoint: Checkpoint | None, config: Engine
     found = OpenDevice.for_program(program, config)
     try:
         program = kept(program, checkpoint, config, found.facts)
-        return preview(program, config, found.facts, found.budget)
+        strategy = known_strategy(program, config, found.facts)
+        return preview(program, config, found.facts, found.budget, strategy)
     finally:
         found.device.close()
 
 
-def preview(program: Program, config: EngineConfig, facts: DeviceFacts, budget: Budget) -> MemoryPreview:
+def preview(
+    program: Program,
+    config: EngineConfig,
+    facts: DeviceFacts,
+    budget: Budget,
+    strategy: GemmStrategy | None = None,
+) -> MemoryPreview:
     """The lines and limits of the plan that a start with this budget follows."""
     if embedding_size(program) is None or program.caches:
         plan_of = StepPlanner.plan if embedding_size(program) is None else plan_pooler
-        memory = plan_of(program, config, facts, budget)[0].memory
+        memory = plan_of(program, config, facts, budget, strategy)[0].memory
         taken = memory.lines
         limits = {
             "kv blocks": memory.shape.kv_blocks,
@@ -54,7 +63,7 @@ def preview(program: Program, config: EngineConfig, facts: DeviceFacts, budget: 
             "max_num_batched_tokens": memory.shape.tokens,
         }
     else:
-        plan = EncoderPlan.make(program, config, facts, budget)
+        plan = EncoderPlan.make(program, config, facts, budget, strategy)
         taken = plan.lines
         limits = {
             "max_model_len": plan.longest,
@@ -78,10 +87,11 @@ def kernels_here(
     device = Device()
     try:
         facts = device.facts()
+        check_device(facts)
+        strategy = known_strategy(kept(program, checkpoint, config, facts), config, facts)
     finally:
         device.close()
-    check_device(facts)
-    return kernels_on(program, checkpoint, config, facts, shape)
+    return kernels_on(program, checkpoint, config, facts, shape, strategy)
 
 
 def kernels_on(
@@ -90,6 +100,7 @@ def kernels_on(
     config: EngineConfig,
     facts: DeviceFacts,
     shape: StepShape,
+    strategy: GemmStrategy | None = None,
 ) -> tuple[Program, dict[str, str]]:
     """See `kernels_here`. Memory is no bound: the plan is for one step, not for a start."""
     check_supported(program, config)
@@ -98,15 +109,16 @@ def kernels_on(
     if embedding_size(program) is not None and program.caches:
         asked = replace(config, max_num_seqs=shape.sequences, max_num_batched_tokens=tokens)
         asked = replace(asked, max_model_len=shape.query_len)
-        launches = plan_pooler(program, asked, facts, BOUNDLESS)[0].body(tokens)
+        launches = plan_pooler(program, asked, facts, BOUNDLESS, strategy)[0].body(tokens)
     elif embedding_size(program) is not None:
-        plan = EncoderPlan.make(program, replace(config, max_num_batched_tokens=tokens), facts, BOUNDLESS)
+        stepped = replace(config, max_num_batched_tokens=tokens)
+        plan = EncoderPlan.make(program, stepped, facts, BOUNDLESS, strategy)
         launches = plan.launches(tokens)
     else:
         config = replace(
             config, max_num_seqs=shape.sequences, max_num_batched_tokens=tokens, num_gpu_blocks=1 << 16
         )
-        planner, _ = StepPlanner.plan(program, config, facts, BOUNDLESS)
+        planner, _ = StepPlanner.plan(program, config, facts, BOUNDLESS, strategy)
         decode = shape.query_len == 1
         launches = planner.decode(tokens) if decode else [*planner.body(tokens), *planner.head(shape.samples)]
     found: dict[str, str] = {}

@@ -16,7 +16,7 @@ from rvllm.backends.cuda.layout.joining import joined
 from rvllm.backends.cuda.ops.gemm import cublas, cutlass
 from rvllm.backends.cuda.ops.gemm.strategy import Choice, GemmStrategy, ProductShape, Provider
 from rvllm.backends.cuda.tuning.cache import Conditions, TuningCache
-from rvllm.backends.cuda.tuning.candidates import Candidate, candidates, plan_of, shapes_of, tokens_of
+from rvllm.backends.cuda.tuning.candidates import Candidate, plan_of, shapes_of
 from rvllm.backends.cuda.tuning.choose import Lookup, known_times, told, tune
 from rvllm.backends.cuda.tuning.measure import GemmTimer, fill_kernel
 from rvllm.config import EngineConfig, kernel_cache_dir
@@ -24,6 +24,7 @@ from rvllm.errors import MissingKernelError
 from rvllm.kernels import build
 from rvllm.kernels.external import missing_headers
 from rvllm.kernels.gemm.cutlass.specs import SPECS as CUTLASS_SPECS
+from rvllm.kernels.gemm.specs import SPECS as NATIVE_SPECS
 from rvllm.kernels.manifest import MANIFEST
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
@@ -52,22 +53,45 @@ def strategy_for(
     return strategy
 
 
-def tuned(
-    program: Program, facts: DeviceFacts, report: Progress, afresh: bool = False
-) -> tuple[GemmStrategy, list[str]]:
-    """Auto's choices for a program's products, and what to tell of them. afresh: nothing kept is believed."""
+def known_strategy(program: Program, config: EngineConfig, facts: DeviceFacts) -> GemmStrategy:
+    """As `strategy_for`, but nothing is measured: where a time is lacking, auto has made no choice yet."""
+    if config.gemm_strategy != "auto":
+        return GemmStrategy(config.gemm_strategy)
     shapes = shapes_of(fuse(joined(program)))
-    tag = "bf16" if program.dtype is DType.BF16 else "f16"
-    chip = DeviceInfo(facts.capability, facts.sm_count, facts.smem_per_block)
-    providers, lines = providers_here(facts.capability, tag)
-    lookup = Lookup(
+    lookup, kept = _lookup(program, facts, providers_here(facts.capability, _tag(program))[0]), _kept()
+    if any(known_times(shape, lookup, kept)[1] for shape in shapes):
+        return GemmStrategy("auto")
+    return GemmStrategy("auto", tune(shapes, lookup, kept, _no_timer, lambda done, text: None)[0])
+
+
+def _tag(program: Program) -> str:
+    return "bf16" if program.dtype is DType.BF16 else "f16"
+
+
+def _kept() -> TuningCache:
+    return TuningCache.open(tuning_dir())
+
+
+def _lookup(program: Program, facts: DeviceFacts, providers: Sequence[Provider]) -> Lookup:
+    """How this program's times on this GPU are found."""
+    chip, tag = DeviceInfo(facts.capability, facts.sm_count, facts.smem_per_block), _tag(program)
+    return Lookup(
         Conditions(facts.name, int(call("cuDriverGetVersion")), tag),
         chip,
         providers,
         lambda shape, tokens, candidate: code_of(shape, tokens, candidate, tag, chip),
         facts.memory_rate,
     )
-    kept = TuningCache.open(tuning_dir())
+
+
+def tuned(
+    program: Program, facts: DeviceFacts, report: Progress, afresh: bool = False
+) -> tuple[GemmStrategy, list[str]]:
+    """Auto's choices for a program's products, and what to tell of them. afresh: nothing kept is believed."""
+    shapes = shapes_of(fuse(joined(program)))
+    tag = _tag(program)
+    providers, lines = providers_here(facts.capability, tag)
+    lookup, kept = _lookup(program, facts, providers), _kept()
     if kept.damaged:
         lines.append(f"{kept.damaged} lines of {kept.path} are damaged: measured again where wanted")
     believed = TuningCache(kept.path) if afresh else kept
@@ -117,6 +141,18 @@ def _hash_of(kernel: str, capability: int) -> str:
     return unit.key[:16]
 
 
+def kernels_of(tag: str, capability: int, providers: Sequence[Provider]) -> list[str]:
+    """The kernels that may be timed. Whole families: a release has them in units of all their kernels."""
+    specs = [*NATIVE_SPECS, *(CUTLASS_SPECS if "cutlass" in providers else ())]
+    kinds = ("_gemm_", "_cutlass_")
+    return [
+        spec.name
+        for spec in specs
+        if spec.runs_on(capability) and f"_{tag}_" in spec.name and "_pack_" not in spec.name
+        if any(kind in spec.name for kind in kinds)
+    ]
+
+
 def _no_timer(shape: ProductShape, tokens: int, wanted: Sequence[Candidate]) -> dict[Candidate, float]:
     raise AssertionError(f"{shape} at {tokens} tokens is known")
 
@@ -130,15 +166,11 @@ def _measured(
 ) -> tuple[dict[ProductShape, Choice], int]:
     """See `tune`, with a GPU's times; all that is taken of it is given back."""
     chip = lookup.chip
-    plans = (
-        plan_of(shape, tokens, candidate, tag, chip)
-        for shape in shapes
-        for tokens in tokens_of(shape)
-        for candidate in candidates(shape, tokens, chip, lookup.providers)
-    )
-    names = dict.fromkeys(plan.kernel for plan in plans if plan is not None)
     catalog, stream = Catalog(chip.capability, kernel_cache_dir()), Stream()
-    catalog.require([*names, fill_kernel(tag)], lambda done, count: report(done / count, "compiling kernels"))
+    catalog.require(
+        [*kernels_of(tag, chip.capability, lookup.providers), fill_kernel(tag)],
+        lambda done, count: report(done / count, "compiling kernels"),
+    )
     timer = GemmTimer(catalog, stream, chip, tag, shapes)
     try:
         return tune(shapes, lookup, believed, timer, report)
