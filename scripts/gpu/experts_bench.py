@@ -8,6 +8,7 @@ A row has the time of each launch, of all of them together (the router's among t
 weights of the experts that were hit, once each, at the rate of a plain read, or the products at 750 TFLOP/s,
 whichever is longer.
 --paths: by these kernels too, besides those planned; `grouped:32` with tiles of 32 entries.
+--format: weights in that format, e4m3 (a scale a row), int4, ...; paths `quantised:16`, `quantised:96`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import ctypes
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -26,8 +28,11 @@ from rvllm.backends.cuda.device.driver import Launch
 from rvllm.backends.cuda.device.launches import Counts, Planned
 from rvllm.backends.cuda.ops.gemm.plan import gated_rows, packed_nbytes
 from rvllm.backends.cuda.ops.moe import plan as moe
+from rvllm.backends.cuda.ops.moe.quantised import stack_product
 from rvllm.backends.cuda.ops.moe.router import RouteAt, plan_route
 from rvllm.backends.cuda.profile import READ_KERNEL
+from rvllm.kernels.moe.specs import QUANTISED
+from rvllm.program.formats import Fp8Format, IntegerFormat
 from support.kernels.experts_checks import Mixed, Routing, chip, mapped
 from support.kernels.harness import BF16, Array, Gpu
 
@@ -45,11 +50,20 @@ MAX_RATE = 750e12  # FLOP/s of bf16 on an H200 under load
 
 
 class Weights:
-    """One mixture's weights, random."""
+    """One mixture's weights, random bytes; op: its experts, whose weights may have a format."""
 
-    def __init__(self, gpu: Gpu, mixed: Mixed) -> None:
-        rows = gated_rows(mixed.width) if mixed.gated else mixed.width
+    def __init__(self, gpu: Gpu, mixed: Mixed, kept: str = "") -> None:
+        rows, op = gated_rows(mixed.width) if mixed.gated else mixed.width, mixed.op(BF16)
         self.up_bytes, self.down_bytes = packed_nbytes(rows, mixed.k), packed_nbytes(mixed.n, mixed.width)
+        if kept:
+            up, down = (
+                Fp8Format("row") if kept == "e4m3" else IntegerFormat(((n, kept),), kept)
+                for n in (rows, mixed.n)
+            )
+            op = replace(op, up=replace(op.up, format=up), down=replace(op.down, format=down))
+            self.up_bytes = stack_product(up, rows, mixed.k).stride
+            self.down_bytes = stack_product(down, mixed.n, mixed.width).stride
+        self.op = op
         self.up = random(gpu, mixed.experts * self.up_bytes)
         self.down = random(gpu, mixed.experts * self.down_bytes)
         self.gate = random(gpu, 2 * mixed.experts * mixed.k)
@@ -69,7 +83,7 @@ class Layer:
 
     def __init__(self, gpu: Gpu, mixed: Mixed, routing: Routing, weights: Weights, tokens: int) -> None:
         self.gpu, self.mixed, self.weights, self.tokens = gpu, mixed, weights, tokens
-        self.op, self.route_op = mixed.op(BF16), routing.op(BF16)
+        self.op, self.route_op = weights.op, routing.op(BF16)
         entries = tokens * mixed.top_k
         self.x = random(gpu, 2 * tokens * mixed.k)
         self.out = gpu.empty((tokens, mixed.n), BF16)
@@ -109,7 +123,9 @@ class Layer:
         kind, _, tile = path.partition(":")
         if kind:
             plan.path = cast(moe.Path, kind)
-        if tile:
+        if tile and kind == "quantised":
+            plan.set_tile(int(tile))
+        elif tile:
             plan.tile = int(tile)
         return [route, *plan.launches()]
 
@@ -162,6 +178,7 @@ def main() -> int:
     parser.add_argument("--only", choices=MODELS)
     parser.add_argument("--tokens", default="1,2,3,4,5,6,7,8,9,12,16,24,32,64,128,256,512,8192")
     parser.add_argument("--paths", default="")
+    parser.add_argument("--format", default="", choices=("", *QUANTISED))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     gpu = Gpu()
@@ -177,7 +194,7 @@ def main() -> int:
     gpu.clear()
     for name in [args.only] if args.only else MODELS:
         mixed, routing = MODELS[name]
-        weights = Weights(gpu, mixed)
+        weights = Weights(gpu, mixed, args.format)
         for tokens in map(int, args.tokens.split(",")):
             layer = Layer(gpu, mixed, routing, weights, tokens)
             for path in ["", *filter(None, args.paths.split(","))]:

@@ -20,6 +20,7 @@ from rvllm.backends.cuda.layout.fusion import fuse
 from rvllm.backends.cuda.layout.memory import Budget
 from rvllm.backends.cuda.layout.weights import packed_weights
 from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up, pack_matrix
+from rvllm.backends.cuda.ops.moe import choose
 from rvllm.backends.cuda.ops.moe.choose import even_tile
 from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, most_tiles
 from rvllm.backends.cuda.weight_loader import Loader
@@ -215,6 +216,19 @@ def test_tiles_grow_with_the_step() -> None:
     mixed = experts_checks.Mixed(128, 8, 2048, 768, 2048)
     tiles = [tiles_of(mixed, tokens, H200).tile for tokens in range(2, 2000, 7)]
     assert tiles == sorted(tiles) and tiles[0] == 8 and tiles[-1] == experts_manifest.WIDE
+
+
+@pytest.mark.parametrize(
+    ("experts", "chosen", "always", "few"), [(128, 8, 0, 224), (66, 8, 2, 128)], ids=["qwen3", "lite"]
+)
+def test_quantised_experts_of_few_entries_have_small_tiles(
+    experts: int, chosen: int, always: int, few: int
+) -> None:
+    for tokens in (1, 8, 16, 32, 64, few, 2 * few, 8 * few):
+        found = choose.spread(tokens, experts, chosen, always)
+        small = tokens <= few
+        assert choose.quantised_tile_of(found, 90) == (16 if small else experts_manifest.QUANTISED_WIDE)
+        assert choose.quantised_tile_of(found, 80) == (16 if small else 64)
 
 
 def test_experts_have_no_more_tiles_than_full_ones_would_be() -> None:
