@@ -233,5 +233,8 @@ class Droppable(Protocol):
     """A backend that can give up less than everything."""
 
     def drop_caches(self) -> bool:
-        """Gives back the memory of what no sequence needs any more, KV blocks and states, until it is written
-        again; False where that cannot be done without closing."""
+        """Gives back the memory of what no sequence needs any more, KV blocks and states, and loses what it
+        held; False where that cannot be done without closing."""
+
+    def take_caches(self) -> None:
+        """Takes the memory again. Raises CapacityError when it is not there any more."""

@@ -301,7 +301,10 @@ class EngineCore:
 
     def wake_up(self) -> None:
         """Takes the memory again, loads what was given up, and goes on. Raises the RvllmError of a load."""
-        if not self._asleep.loaded:
+        if self._asleep.level and self._asleep.loaded:
+            assert isinstance(self.backend, Droppable)
+            self.backend.take_caches()
+        elif not self._asleep.loaded:
             assert self._load_again is not None
             limits, self.backend = self.backend.limits, self._load_again()
             if self.backend.limits != limits:

@@ -111,6 +111,7 @@ class EmulatedDriver:
     CU_MEMHOSTALLOC_DEVICEMAP = 2
     CUdevice_attribute = CUstream_flags = CUstreamCaptureMode = CUevent_flags = _Names()
     CUfunction_attribute = CUlaunchAttributeID = CUmemorytype = _Names()
+    CUmemAllocationType = CUmemLocationType = CUmemAllocationGranularity_flags = CUmemAccess_flags = _Names()
     CUlaunchConfig = SimpleNamespace
 
     def __init__(self, order: int | None = None, streams: Streams = "at once") -> None:
@@ -234,6 +235,38 @@ class EmulatedDriver:
         self._drain()
         self.launcher.memory.give_back(address)
         self.launcher.chain.forget()
+        return (OK,)
+
+    @staticmethod
+    def CUmemAllocationProp() -> SimpleNamespace:
+        return SimpleNamespace(location=SimpleNamespace())
+
+    CUmemAccessDesc = SimpleNamespace
+
+    def cuMemGetAllocationGranularity(self, kind: Any, which: str) -> tuple[Any, ...]:
+        return OK, 1 << 16
+
+    def cuMemAddressReserve(self, nbytes: int, alignment: int, at: int, flags: int) -> tuple[Any, ...]:
+        return OK, self.launcher.memory.take(nbytes)
+
+    def cuMemAddressFree(self, address: int, nbytes: int) -> tuple[Any, ...]:
+        return self.cuMemFree(address)
+
+    def cuMemCreate(self, nbytes: int, kind: Any, flags: int) -> tuple[Any, ...]:
+        return OK, nbytes
+
+    def cuMemMap(self, address: int, nbytes: int, offset: int, pages: int, flags: int) -> tuple[Any, ...]:
+        assert pages == nbytes and offset == 0
+        return (OK,)
+
+    def cuMemSetAccess(self, address: int, nbytes: int, access: Any, count: int) -> tuple[Any, ...]:
+        return (OK,)
+
+    def cuMemUnmap(self, address: int, nbytes: int) -> tuple[Any, ...]:
+        self._drain()
+        return self.cuMemsetD8(address, 0xFF, nbytes)  # other pages come in their place
+
+    def cuMemRelease(self, pages: int) -> tuple[Any, ...]:
         return (OK,)
 
     def cuMemHostAlloc(self, nbytes: int, flags: int) -> tuple[Any, ...]:

@@ -83,6 +83,9 @@ class CpuBackend(LoadedModel):
             drop_pages(state)
         return True
 
+    def take_caches(self) -> None:
+        """Nothing to do: pages come back when they are written."""
+
     def close(self) -> None:
         """Ends the threads and lets go of weights and caches."""
         super().close()

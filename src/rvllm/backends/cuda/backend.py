@@ -72,6 +72,8 @@ class CudaBackend:
             for address, dim in zip(at.caches[cache.name], (cache.key_dim, cache.value_dim), strict=True)
             if dim
         ]
+        end = gpu.arena.base + gpu.arena.nbytes
+        self._before_caches = min((address for address, _ in caches), default=end) - gpu.arena.base
         self._host = HostBlocks(caches, num_cpu_blocks) if num_cpu_blocks else None
         self._limits = Limits(
             max_num_seqs=shape.seqs,
@@ -113,7 +115,7 @@ class CudaBackend:
         memory = planner.memory
         loading = loading_kernels(wanted, program.dtype, checkpoint)
         kernels = [*planner.kernels(), START_KERNEL, LOGPROBS_KERNEL, *loading]
-        gpu = Gpu.take(found, kernels, memory.nbytes, report)
+        gpu = Gpu.take(found, kernels, memory.nbytes, report, config.enable_sleep_mode)
         placed = Placed.take(gpu.arena, memory.allocations)
         placed.clear(gpu.stream)
         at = placed.addresses(memory.workspace)
@@ -306,6 +308,22 @@ class CudaBackend:
             **self._graphs.captured(),
             "rvllm:cuda_graph_capture_seconds_total": self._graphs.capture_seconds,
         }
+
+    def drop_caches(self) -> bool:
+        """Gives all device memory back but kernels and graphs, which stay valid for the same addresses.
+
+        What lies before the caches, the weights above all, is kept in pinned host memory. False without
+        --enable-sleep-mode, or where the host has no room.
+        """
+        self._stream.sync()
+        if self._host is not None:
+            self._host.sync()
+        return self._gpu.arena.sleeps and self._gpu.arena.sleep(self._before_caches, self._stream)
+
+    def take_caches(self) -> None:
+        """Takes the memory again; what the KV blocks held is lost. Raises CapacityError."""
+        self._gpu.arena.wake(self._stream)
+        self._free_before = -1
 
     def close(self) -> None:
         """Gives everything back."""

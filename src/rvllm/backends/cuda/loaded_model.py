@@ -64,16 +64,20 @@ class Gpu:
     kernel_bytes: int
 
     @staticmethod
-    def take(found: OpenDevice, kernels: Sequence[str], nbytes: int, report: Progress) -> Gpu:
+    def take(
+        found: OpenDevice, kernels: Sequence[str], nbytes: int, report: Progress, sleeps: bool = False
+    ) -> Gpu:
         """Loads these kernels, compiling what is new, and takes `nbytes` of memory.
 
+        sleeps: whether the memory can be given back for a while.
         Raises MissingKernelError listing kernels that there are not.
         """
         catalog = Catalog(found.facts.capability, kernel_cache_dir())
         catalog.require(kernels, lambda done, count: report(done / count, "compiling kernels"))
         free, total = found.device.free_memory()
         taken = total - free - found.budget.used
-        return Gpu(found.device, found.facts, catalog, Arena(nbytes), Stream(), found.budget, taken)
+        arena = Arena(nbytes, sleeps)
+        return Gpu(found.device, found.facts, catalog, arena, Stream(), found.budget, taken)
 
     def load_weights(
         self,

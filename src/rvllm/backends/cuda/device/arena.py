@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rvllm.backends.base import LedgerLine
-from rvllm.backends.cuda.device.driver import CudaError, call
+from rvllm.backends.cuda.device.driver import CudaError, Pinned, Stream, call
+from rvllm.backends.cuda.device.mapped import MappedMemory
 from rvllm.errors import CapacityError
 
 ALIGNMENT = 1024  # bytes: what swizzled shared-memory images and vector loads want
@@ -28,13 +29,20 @@ class Range:
 class Arena:
     """One device allocation, carved front to back. There is no way to give a range back.
 
-    Raises CapacityError when the driver has not as much, which another process may have taken meanwhile.
+    sleeps: whether all of it can be given back for a while, see `sleep`. Raises CapacityError when the driver
+    has not as much, which another process may have taken meanwhile.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, sleeps: bool = False) -> None:
         self.nbytes = nbytes
+        self._mapped: MappedMemory | None = None
+        self._kept: Pinned | None = None
         try:
-            self.base = int(call("cuMemAlloc", nbytes))
+            if sleeps:
+                self._mapped = MappedMemory(nbytes)
+                self.base = self._mapped.base
+            else:
+                self.base = int(call("cuMemAlloc", nbytes))
         except CudaError as error:
             raise CapacityError(
                 f"GPU memory: the driver refuses {nbytes / 1e9:.2f} GB in one piece ({error}); another "
@@ -73,6 +81,49 @@ class Arena:
             lines.append(LedgerLine("unused", self.free))
         return lines
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether it can be given back for a while."""
+        return self._mapped is not None
+
+    def sleep(self, keep: int, stream: Stream) -> bool:
+        """Gives all memory back, and keeps what its first `keep` bytes hold in pinned host memory.
+
+        Nothing may use it until `wake`. False when the host has not as much; nothing has happened then.
+        """
+        assert self._mapped is not None and self._mapped.taken
+        try:
+            self._kept = Pinned(keep, clear=False)
+        except CudaError:
+            return False
+        stream.copy_to_host(self._kept.address, self.base, keep)
+        stream.sync()
+        self._mapped.give_back()
+        return True
+
+    def wake(self, stream: Stream) -> None:
+        """Takes the memory again, at the same addresses, and fills in what was kept.
+
+        Raises CapacityError when the driver has not as much any more.
+        """
+        assert self._mapped is not None and self._kept is not None
+        try:
+            self._mapped.take()
+        except CudaError as error:
+            raise CapacityError(
+                f"waking up: the driver refuses {self.nbytes / 1e9:.2f} GB ({error}); another process has "
+                "taken some meanwhile"
+            ) from None
+        stream.copy_to_device(self.base, self._kept.address, self._kept.nbytes)
+        stream.sync()
+        self._kept.close()
+        self._kept = None
+
     def close(self) -> None:
-        """Frees the allocation."""
-        call("cuMemFree", self.base)
+        """Frees the allocation, and what is kept of it on the host."""
+        if self._kept is not None:
+            self._kept.close()
+        if self._mapped is not None:
+            self._mapped.close()
+        else:
+            call("cuMemFree", self.base)

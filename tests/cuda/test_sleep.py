@@ -1,0 +1,61 @@
+"""A GPU's sleep, on the emulator's driver: memory goes, addresses, graphs and weights stay."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rvllm.backends.cuda.backend import CudaBackend
+from rvllm.backends.cuda.device.arena import Arena
+from rvllm.backends.cuda.device.driver import Stream
+from rvllm.engine.ipc.messages import Sampling
+from rvllm.program.dtypes import DType
+from support.emulator.driver import INVALID_VALUE, EmulatedDriver, emulated_driver
+from support.kernels.gpu_engine import CONFIG, core_of, run, tokens_of
+from support.models.arch_cases import MODELS, VOCAB, program_of, tensors_of
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="the emulator needs g++, which is not here"
+)
+
+
+def test_requests_go_on_after_a_sleep() -> None:
+    config = {**MODELS["qwen3"].config, "num_hidden_layers": 2}
+    checkpoint, rng = tensors_of("qwen3", config, DType.F16), np.random.default_rng(4)
+    asked = [(rng.integers(0, VOCAB, 20).tolist(), Sampling(max_tokens=3, temperature=1.0, seed=5))]
+    engine = replace(
+        CONFIG,
+        max_model_len=96,
+        max_num_seqs=1,
+        max_num_batched_tokens=80,
+        num_gpu_blocks=6,
+        enable_sleep_mode=True,
+    )
+    with emulated_driver():
+        core = core_of(CudaBackend.load(program_of(config, DType.F16), checkpoint, engine), config, engine)
+        backend = core.backend
+        assert isinstance(backend, CudaBackend)
+        before = tokens_of(run(core, asked)[0])
+        graphs = backend.stats()["rvllm:cuda_graphs"]
+        core.sleep(1)
+        assert core.sleep_level == 1 and core.backend is backend
+        core.wake_up()
+        assert tokens_of(run(core, asked)[0]) == before
+        assert core.backend is backend and backend.stats()["rvllm:cuda_graphs"] == graphs
+        core.sleep(1)
+        core.sleep(2)  # closes what sleeps already
+        core.close()
+
+
+def test_without_host_memory_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with emulated_driver():
+        arena, stream = Arena(1 << 16, sleeps=True), Stream()
+        stream.fill_bytes(arena.base, 7, 64)
+        monkeypatch.setattr(EmulatedDriver, "cuMemHostAlloc", lambda *_: (INVALID_VALUE, 0))
+        assert not arena.sleep(64, stream)
+        assert ctypes.string_at(arena.base, 64) == b"\7" * 64
+        arena.close()
