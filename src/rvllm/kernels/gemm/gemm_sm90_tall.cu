@@ -98,7 +98,7 @@ __device__ __forceinline__ void consume(const Epilogue& e, TallScheduler schedul
     if constexpr (TOKENS <= Tall::NARROW)
       of_width<32, 48, 64>(scheduler.tile, acc, sum);
     else
-      of_width<80, 96, 112, 128, 144, 160, 176, 192>(scheduler.tile, acc, sum);
+      of_width<72, 80, 96, 104, 112, 120, 128, 136, 144, 160, 176, 192>(scheduler.tile, acc, sum);
     stage_outputs<T, TOKENS, Tall::STAGED>(e, acc, staging + group * Tall::STAGED, group, thread,
                                              (t.row_tile + group) * TILE, t.token0,
                                              min(scheduler.tile, e.tokens - t.token0));

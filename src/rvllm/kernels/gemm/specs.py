@@ -34,7 +34,23 @@ MODES = {
 }  # of gemm_sm90.cu
 SPLIT_WIDE = (144, 160, 176, 192, 208, 224, 240, 256)  # token tiles of the largest split kernel
 PAIR_TILES = (128, 144, 160, 176, 192)  # token tiles of the pair kernel
-TALL_TILES = (32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192)  # token tiles of the tall kernel
+TALL_TILES = (
+    32,
+    48,
+    64,
+    72,
+    80,
+    96,
+    104,
+    112,
+    120,
+    128,
+    136,
+    144,
+    160,
+    176,
+    192,
+)  # token tiles of the tall kernel
 
 
 def walk_cluster(tokens: int) -> int:
