@@ -176,7 +176,9 @@ class Checker:
                 one = gemm.segments_of(n, k) == 1
                 others: list[tuple[gemm.Mode, int]] = [
                     ("flow", 256),
-                    ("tall", 80),
+                    ("tall", 32),
+                    ("tall", 72),
+                    ("tall", 136),
                     ("tall", 192),
                 ]
                 if not one:
