@@ -110,6 +110,7 @@ class TestModels:
         with emulated_driver():
             self.check(config, 3)
 
+    @pytest.mark.gpu
     @needs_gpu
     def test_on_a_gpu(self, config: dict[str, Any]) -> None:
         self.check(config, 40)

@@ -75,7 +75,7 @@ def check_alone(gpu: Machine, rng: np.random.Generator, dtype: np.dtype, n: int,
     if plain:
         wanted.put(start)
     layer.reference(x, wanted, residual=plain)
-    for blocks, room in ((1, 80 << 10), (3, None), (7, 150 << 10)):
+    for blocks, room in ((1, 60 << 10), (3, None), (7, 99 << 10)):
         found = layer.out()
         if plain:
             found.put(start)

@@ -1,9 +1,10 @@
-// One token through several products in one launch. Weights stream through shared memory, every warp with a ring of its
-// own (ring.cuh), which runs on into the next step's weights while the block waits for that step's input.
+// One token through several products in one launch. Weights stream through shared memory, in rings of a few warps
+// each (ring.cuh), which run on into the next step's weights while the block waits for that step's input.
 //
-// A block has groups of 32 packed rows of every weight; a warp takes one segment of K of a group at a time (a unit). The
-// token stands for all eight columns of the matrix instruction. So sums are those of every other matrix kernel: a segment
-// is consecutive 16-wide instructions into one accumulator, segments are added in ascending order.
+// A block has groups of packed rows of every weight; as many warps as a group has slices of 16 rows take one segment of K
+// of it at a time (a unit). The token stands for all eight columns of the matrix instruction. So sums are those of every
+// other matrix kernel: a segment is consecutive 16-wide instructions into one accumulator, segments are added in ascending
+// order.
 //
 // A norm may stand before a product: every block does it for itself. So it is with the choice of experts.
 //
@@ -63,7 +64,7 @@ __device__ __forceinline__ void finish_product(const Step& s, const Share& share
 template <class T>
 __device__ __forceinline__ void finish_up(const Step& s, const Share& share, const float* partial) {
   const int height = s.gated ? ROWS / 2 : ROWS, width = s.gated ? s.rows / 2 : s.rows;
-  const int groups = s.groups;
+  const int groups = (s.rows + ROWS - 1) / ROWS;
   for (int i = threadIdx.x; i < share.count * height; i += THREADS) {
     const int unit = i / height * s.segments, place = i % height, group = share.first + i / height;
     const int at = group % groups * height + place, row = s.gated ? place / 8 * 16 + place % 8 : place;
@@ -92,22 +93,22 @@ __device__ __forceinline__ void finish_down(const Step& s, const Share& share, c
 
 // chain: the steps, in order. arrivals: of blocks at the places where they wait for each other, ever; only used by
 // chains of several steps, which all have one grid. MIXTURE: whether steps may be a mixture's.
-// Grid: at most as many blocks as multiprocessors. Block: THREADS. Shared: WARPS * SLOTS * PIECE_BYTES + chain.x_bytes +
+// Grid: at most as many blocks as multiprocessors. Block: THREADS. Shared: WARPS * SLOTS * SLICE_BYTES + chain.x_bytes +
 // 4 * ROWS * the most units a block has of a step. Bound by memory.
 template <class T, int SLOTS, bool MIXTURE>
 __global__ void __launch_bounds__(THREADS, 1) chain(const __grid_constant__ Chain chain, u64* arrivals) {
   extern __shared__ __align__(1024) u8 shared[];
   __shared__ float scratch[2][32];
-  __shared__ u64 barriers[WARPS * SLOTS];
+  __shared__ u64 barriers[GROUPS * SLOTS * 2];
   __shared__ u32 keys[MIXTURE ? 32 * 16 : 1];
   __shared__ int ids[MIXTURE ? MAX_ENTRIES : 1];
   __shared__ float shares[MIXTURE ? MAX_ENTRIES : 1];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  u8* const x = shared + WARPS * SLOTS * PIECE_BYTES;
+  u8* const x = shared + WARPS * SLOTS * SLICE_BYTES;
   float* const partial = reinterpret_cast<float*>(x + chain.x_bytes);
   griddep_launch();
   Ring<SLOTS> ring(shared, barriers, warp, lane);
-  Walk<MIXTURE> walk{chain, ids, warp};
+  Walk<MIXTURE> walk{chain, ids, warp / GROUP};
   const auto next = [&] { return walk.next(); };
   ring.prime(next);
 
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(THREADS, 1) chain(const __grid_constant__ Chai
           const auto logit = [&](int e) { return __ldcg(static_cast<const float*>(route.out) + e); };
           const auto best = [&](auto lanes) {
             choose<decltype(lanes)::value>(logit, static_cast<const float*>(route.bias), keys, ids, shares, route.experts,
-                                           s.entries - s.always, s.always, route.expert_groups, route.kept, route.flags,
+                                           s.entries - s.always, s.always, route.groups, route.kept, route.flags,
                                            route.share_scale);
           };
           if (route.experts <= 128)
@@ -158,23 +159,20 @@ __global__ void __launch_bounds__(THREADS, 1) chain(const __grid_constant__ Chai
       }
     }
     if (!MIXTURE || s.type != UP) load_x<T>(s, x, norm, scratch, warp, lane);
-    const Lanes at(lane, !MIXTURE || s.type != ROUTE);
-    u32 x_at = smem(x);
-    keep(x_at);
-    Unit unit;
-    float* to = partial + warp * ROWS + lane / 4;
-    for (unit.begin(s, warp); unit.left > 0; unit.advance(s, WARPS), to += WARPS * ROWS) {
-      const int first = s.bounds[unit.segment], last = s.bounds[unit.segment + 1];
-      u32 row = x_at + first * (TILE * 2);
-      if (MIXTURE && s.type == DOWN) row += unit.entry * s.blocks * (TILE * 2);
-      float acc[HALVES][4] = {};
-      for (int block = first; block < last; block++, row += TILE * 2) {
-        multiply<T>(acc, ring.wait(), row, at);
-        ring.refill(walk.next());
+    const int each = Share::each(s);
+    for (int unit = warp / GROUP; unit < share.count * each; unit += GROUPS) {
+      const int segment = unit % s.segments, last = segment_start(s.blocks, s.segments, segment + 1);
+      u32 row = smem(x);
+      if (MIXTURE && s.type == DOWN) row += unit / s.segments % s.entries * s.blocks * (TILE * 2);
+      float acc[4] = {};
+      for (int block = segment_start(s.blocks, s.segments, segment); block < last; block++) {
+        multiply<T>(acc, ring.wait(), row + block * (TILE * 2), lane, !MIXTURE || s.type != ROUTE);
+        ring.refill(next);
       }
       if (lane % 4 == 0) {
-#pragma unroll
-        for (int h = 0; h < HALVES; h++) to[16 * h] = acc[h][0], to[16 * h + 8] = acc[h][2];
+        float* const to = partial + unit * ROWS + warp % GROUP * SLICE + lane / 4;
+        to[0] = acc[0];
+        to[8] = acc[2];
       }
     }
     __syncthreads();

@@ -5,11 +5,10 @@ from __future__ import annotations
 from rvllm.kernels.gemm.tiles import DTYPES, SMEM_LIMIT
 from rvllm.kernels.spec import KernelSpec
 
-WARPS = 12  # of a block
-SLOTS = (3, 1)  # pieces of a weight that a warp has in flight
-ROWS = 32  # of a weight that a warp takes at a time
-PIECE_BYTES = 4096  # of these rows and 64 columns
-MAX_SEGMENTS = 8  # of K
+WARPS = 8  # of a block
+SLOTS = (10, 3)  # pieces of a weight that a group of warps has in flight
+ROWS = 32  # of a weight that a group of two takes at a time
+SLICE_BYTES = 2048  # of the rows of one warp and 64 columns
 MAX_STEPS = 8  # of a launch
 MAX_ENTRIES = 32  # experts of a token
 MAX_NORM_WIDTH = 8192  # of a row that is normalised in front of a product
@@ -23,7 +22,7 @@ def static_smem(suffix: str) -> int:
 
 def ring_bytes(slots: int) -> int:
     """Shared memory of a block's pieces in flight."""
-    return WARPS * slots * PIECE_BYTES
+    return WARPS * slots * SLICE_BYTES
 
 
 SPECS: list[KernelSpec] = [

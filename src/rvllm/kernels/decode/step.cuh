@@ -11,12 +11,11 @@ using gemm::segment_start;
 using gemm::TILE;
 using gemm::TILE_BYTES;
 
-constexpr int WARPS = 12, THREADS = 32 * WARPS;
-constexpr int MAX_STEPS = 8;                       // of a launch
-constexpr int ROWS = 32, HALVES = 2;               // of a weight that a warp takes at a time: two matrix instructions'
-constexpr int SLICE_BYTES = 16 * TILE * 2;            // of one of them
-constexpr int PIECE_BYTES = ROWS * TILE * 2;       // of these rows and 64 columns
-constexpr int MAX_SEGMENTS = 8;
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
+constexpr int MAX_STEPS = 8;                               // of a launch
+constexpr int SLICE = 16, SLICE_BYTES = SLICE * TILE * 2;  // rows of a matrix instruction, which a warp takes
+constexpr int GROUP = 2, GROUPS = WARPS / GROUP;  // warps that take neighbouring rows together
+constexpr int ROWS = SLICE * GROUP;                        // of a group
 constexpr int MAX_ENTRIES = 32;                            // experts of a token
 
 enum Type : int {
@@ -33,10 +32,6 @@ struct Number {
 
 struct Step {
   const u8* weights;    // packed; of UP and DOWN a stack of them
-  int type, rows, groups;  // groups: of ROWS rows
-  int segments, entries, blocks;
-  unsigned short bounds[MAX_SEGMENTS + 2];  // first block of each segment of K, and the end
-  int k;
   const void* x;        // [k], before the norm; UP reads what the step before it had
   void* out;
   const void* bias;     // as in Epilogue; ROUTE: float32 [rows] or null, for the choice
@@ -44,11 +39,11 @@ struct Step {
   const float* norm_weight;  // [k], or null for ones
   const float* norm_bias;    // or null
   void* normed;         // [k]: where the norm's result goes too; null without a norm
-  int kind, pitch;
+  int type, kind, rows, pitch, k, blocks, segments;
   int layer;            // whether the norm is a layer norm
   float scale, soft_cap, eps;
   // Of a mixture. entries: experts of a token, `always` of which every token has; act, gated: as in one_up.
-  int experts, always, expert_groups, kept, flags, act, gated;
+  int experts, entries, always, groups, kept, flags, act, gated;
   float share_scale;    // ROUTE: of shares
 };
 struct Chain {

@@ -34,9 +34,6 @@ RVLLM_PTX int dynamic_smem_bytes() {
 // The 32-bit shared-state-space address of a generic pointer into shared memory.
 RVLLM_PTX u32 smem(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
-// Keeps a value in its register: the compiler will not compute it again from what it was made of.
-RVLLM_PTX void keep(u32& v) { asm volatile("" : "+r"(v)); }
-
 // ---------------------------------------------------------------- the special function unit
 // 2^v and 1 / v as it gives them; denormal numbers are zero.
 RVLLM_PTX float exp2_fast(float v) {

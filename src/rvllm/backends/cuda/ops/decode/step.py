@@ -9,9 +9,8 @@ from enum import IntEnum
 from typing import Any
 
 from rvllm.backends.cuda.ops.gemm.common import Kind, ceil_div
-from rvllm.backends.cuda.ops.gemm.plan import segment_bounds
 from rvllm.errors import MissingKernelError
-from rvllm.kernels.decode.specs import MAX_SEGMENTS, MAX_STEPS, ROWS, SLOTS, WARPS, ring_bytes, static_smem
+from rvllm.kernels.decode.specs import MAX_STEPS, ROWS, SLOTS, WARPS, ring_bytes, static_smem
 from rvllm.kernels.gemm.tiles import TILE
 
 
@@ -106,31 +105,26 @@ class Step:
     def words(self) -> _StepWords:
         """As the kernel reads it."""
         norm, m = self.norm, self.mixture or Mixture(0, 0, 0)
-        bounds = segment_bounds(self.blocks, self.segments)
         return _StepWords(
-            self.weights, int(self.type), self.rows, ceil_div(self.rows, ROWS), self.segments, m.entries,
-            self.blocks, (ctypes.c_uint16 * (MAX_SEGMENTS + 2))(*bounds), self.k,
-            norm.x if norm else self.x, self.out, self.bias, self.residual,
+            self.weights, norm.x if norm else self.x, self.out, self.bias, self.residual,
             norm.weight if norm else 0, norm.bias if norm else 0, norm.normed if norm else 0,
-            int(self.kind), self.pitch, int(norm.layer) if norm else 0, self.scale, self.soft_cap,
-            norm.eps if norm else 0.0,
-            m.experts, m.always, m.groups, m.kept, m.flags, m.act, int(m.gated), m.share_scale,
+            int(self.type), int(self.kind), self.rows, self.pitch, self.k, self.blocks, self.segments,
+            int(norm.layer) if norm else 0, self.scale, self.soft_cap, norm.eps if norm else 0.0,
+            m.experts, m.entries, m.always, m.groups, m.kept, m.flags, m.act, int(m.gated), m.share_scale,
         )  # fmt: skip
 
 
 class _StepWords(ctypes.Structure):
     _fields_ = [
-        ("weights", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("type", "rows", "groups", "segments", "entries", "blocks")),
-        ("bounds", ctypes.c_uint16 * (MAX_SEGMENTS + 2)),
-        ("k", ctypes.c_int),
         *((name, ctypes.c_void_p) for name in (
-            "x", "out", "bias", "residual", "norm_weight", "norm_bias", "normed",
+            "weights", "x", "out", "bias", "residual", "norm_weight", "norm_bias", "normed",
         )),
-        *((name, ctypes.c_int) for name in ("kind", "pitch", "layer")),
+        *((name, ctypes.c_int) for name in (
+            "type", "kind", "rows", "pitch", "k", "blocks", "segments", "layer",
+        )),
         *((name, ctypes.c_float) for name in ("scale", "soft_cap", "eps")),
         *((name, ctypes.c_int) for name in (
-            "experts", "always", "expert_groups", "kept", "flags", "act", "gated",
+            "experts", "entries", "always", "groups", "kept", "flags", "act", "gated",
         )),
         ("share_scale", ctypes.c_float),
     ]  # fmt: skip
