@@ -18,13 +18,15 @@ import pytest
 from rvllm.backends.cuda.formats.fp8_plan import plan_fp8
 from rvllm.backends.cuda.ops.gemm.integer import plan_integer
 from rvllm.backends.cuda.ops.gemm.plan import plan_gemm
+from rvllm.config import EngineConfig
 from rvllm.errors import MissingKernelError, UsageError
 from rvllm.kernels import build
 from rvllm.kernels.attention import specs as attention
 from rvllm.kernels.gemm.integer.specs import LAYOUTS
-from rvllm.kernels.manifest import MANIFEST
+from rvllm.kernels.manifest import MANIFEST, released
 from rvllm.kernels.rowwise import specs as rowwise
 from rvllm.kernels.spec import KernelSpec
+from support.kernels.planned import H100, planner, program
 
 TARGETS = {"sm_80": 80, "sm_90a": 90}
 INTEGER_SPILLS = 4096  # tiles of 128 tokens and more of integer weights spill; theirs are to be mended
@@ -193,6 +195,24 @@ def test_a_key_follows_sources_headers_and_options(monkeypatch: pytest.MonkeyPat
 def test_a_missing_cubin_is_named_not_compiled_behind_ones_back(tmp_path: Path) -> None:
     with pytest.raises(MissingKernelError, match="rvllm kernels build"):
         build.load(wanted("sm_80")[:2], tmp_path, compile_missing=False)
+
+
+@pytest.mark.parametrize("seqs", [1, 8, 256])
+def test_a_release_serves_without_a_compiler(
+    seqs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has whole units; a model wants some of their kernels."""
+    monkeypatch.setattr(build, "PREBUILT", tmp_path)
+    for unit in build.units([s for s in MANIFEST.values() if s.runs_on(90)], "sm_90a"):
+        build._write(build.Cubin(unit, b"\x7fELF", {s: s for s in unit.symbols}, 1.0), tmp_path)
+    build.write_manifest(tmp_path)
+    names = planner(program(num_hidden_layers=1), H100, EngineConfig(max_num_seqs=seqs)).kernels()
+    wanted = build.units([MANIFEST[name] for name in names], "sm_90a")
+    found = build.load(released(wanted, 90), tmp_path / "none", compile_missing=False)
+    held = {(c.unit.source, c.unit.defines, symbol) for c in found for symbol in c.names}
+    assert {(u.source, u.defines, symbol) for u in wanted for symbol in u.symbols} <= held
+    (tmp_path / build.MANIFEST_FILE).unlink()
+    assert released(wanted, 90) == wanted
 
 
 def kept(folder: Path) -> tuple[build.Unit, Path]:

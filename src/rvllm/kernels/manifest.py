@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rvllm.kernels import build
 from rvllm.kernels.attention import specs as attention
 from rvllm.kernels.decode import specs as decode
 from rvllm.kernels.encoder import specs as encoder
@@ -33,3 +34,26 @@ def _collect() -> dict[str, KernelSpec]:
 
 
 MANIFEST: dict[str, KernelSpec] = _collect()
+
+
+def released(wanted: list[build.Unit], capability: int) -> list[build.Unit]:
+    """These units; where a release came with cubins, in place of each the one of all the kernels that compile
+    with it, as the release has it."""
+    if not (build.PREBUILT / build.MANIFEST_FILE).exists():
+        return wanted
+    specs = [spec for spec in MANIFEST.values() if spec.runs_on(capability)]
+    everything = build.units(specs, build.target_of(capability))
+    found = []
+    for unit in wanted:
+        whole = next(
+            (
+                other
+                for other in everything
+                if (other.source, other.defines, other.extra) == (unit.source, unit.defines, unit.extra)
+                and set(unit.symbols) <= set(other.symbols)
+                and (build.PREBUILT / f"{other.key}.cubin").exists()
+            ),
+            unit,
+        )
+        found.append(whole)
+    return list(dict.fromkeys(found))

@@ -8,7 +8,7 @@ from pathlib import Path
 from rvllm.backends.cuda.device.driver import Function, Module
 from rvllm.errors import MissingKernelError
 from rvllm.kernels import build
-from rvllm.kernels.manifest import MANIFEST
+from rvllm.kernels.manifest import MANIFEST, released
 from rvllm.kernels.spec import KernelSpec
 
 
@@ -37,12 +37,15 @@ class Catalog:
         smem = {}
         for spec in new:
             smem[spec.source, spec.defines, spec.symbol] = spec
-        for cubin in build.load(build.units(new, target), self._cache_dir, progress=progress):
+        units = released(build.units(new, target), self.capability)
+        for cubin in build.load(units, self._cache_dir, progress=progress):
             module = Module(cubin.code)
             self._modules.append(module)
             self.compiled_seconds += cubin.seconds
             for symbol, mangled in cubin.names.items():
-                found = smem[cubin.unit.source, cubin.unit.defines, symbol]
+                found = smem.get((cubin.unit.source, cubin.unit.defines, symbol))
+                if found is None:  # of a release's unit, and not wanted
+                    continue
                 self._functions[found.name] = module.function(mangled, found.name, found.smem)
 
     def __contains__(self, name: object) -> bool:
