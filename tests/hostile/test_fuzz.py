@@ -11,7 +11,7 @@ from support.weights import fuzz as files
 
 CASES = {
     "http": 400, "schemas": 400, "templates": 200, "multipart": 3000, "tokenizers": 150,
-    "gguf": 400, "safetensors": 300, "configs": 200,
+    "gguf": 400, "safetensors": 150, "configs": 200,
 }  # fmt: skip
 KINDS = clients.KINDS | files.KINDS
 

@@ -86,6 +86,8 @@ def test_bad_words_are_tokenised_beside_the_event_loop(server: Server) -> None:
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
 def test_no_variable_of_a_template_breaks_it(server: Server, name: str, path: str) -> None:
     body: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}]}
+    if "chat" in path:
+        body["max_tokens"] = 2
     body["chat_template_kwargs"] = {name: {"x": [1]}}
     assert server.ask("POST", path, body)[0] in (200, 400)
 
