@@ -22,6 +22,7 @@ from rvllm.backends.cuda.layout.addresses import Addresses
 from rvllm.backends.cuda.layout.allocations import nowhere
 from rvllm.backends.cuda.layout.fusion import Stage, fuse
 from rvllm.backends.cuda.layout.joining import joined
+from rvllm.backends.cuda.layout.last_rows import gathered_early
 from rvllm.backends.cuda.layout.memory import Budget, MemoryPlan, plan_memory
 from rvllm.backends.cuda.layout.metadata import Layout
 from rvllm.backends.cuda.layout.packed import PackedWeight
@@ -66,7 +67,7 @@ class StepPlanner:
         strategy: of products, as it was tuned; None: as `config` names it. Raises MissingKernelError,
         CapacityError or UsageError.
         """
-        program = joined(program)
+        program = gathered_early(joined(program))
         strategy = strategy or GemmStrategy(config.gemm_strategy)
         stages = fuse(program, gated_epilogue=strategy.fuses_gates)
         wanted = packed_weights(stages, strategy.layout)

@@ -1,10 +1,11 @@
 // Row gather and the residual add.
 #include "common/common.cuh"
 
-// out[s] = x[rows[s]]. out [samples, width], x [T, width], width % 8 == 0; count: samples in use.
-// Grid: (samples), any number of threads. Bound by latency.
+// out[s] = x[rows[s]], and the same of another pair where other_width is not 0. out [samples, width], x [T, width],
+// width % 8 == 0; count: samples in use. Grid: (samples), any number of threads. Bound by latency.
 template <typename T>
-__global__ void gather_rows(T* __restrict__ out, const T* __restrict__ x, const int* rows, const int* count, int width) {
+__global__ void gather_rows(T* __restrict__ out, const T* __restrict__ x, const int* rows, const int* count, int width,
+                            T* __restrict__ other_out, const T* __restrict__ other, int other_width) {
   griddep_launch();
   const int row = rows[blockIdx.x];
   const bool wanted = (int)blockIdx.x < *count;
@@ -12,7 +13,12 @@ __global__ void gather_rows(T* __restrict__ out, const T* __restrict__ x, const 
   if (!wanted) return;
   const uint4* const source = reinterpret_cast<const uint4*>(x + (size_t)row * width);
   uint4* const target = reinterpret_cast<uint4*>(out + (size_t)blockIdx.x * width);
-  for (int i = threadIdx.x; i < width / 8; i += blockDim.x) target[i] = source[i];
+  const uint4* const other_source = reinterpret_cast<const uint4*>(other + (size_t)row * other_width);
+  uint4* const other_target = reinterpret_cast<uint4*>(other_out + (size_t)blockIdx.x * other_width);
+  for (int i = threadIdx.x; i < max(width, other_width) / 8; i += blockDim.x) {
+    if (i < width / 8) target[i] = source[i];
+    if (i < other_width / 8) other_target[i] = other_source[i];
+  }
 }
 
 // x += y * scale over n elements, n % 8 == 0, rounded once. Grid: any. Bound by memory.

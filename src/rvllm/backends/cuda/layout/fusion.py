@@ -15,6 +15,7 @@ from rvllm.program.ops.dense import (
     ClampedGate,
     Experts,
     GatedActivation,
+    GatherRows,
     HeadLinear,
     LatentAttention,
     LatentRopeKV,
@@ -66,6 +67,7 @@ def fuse(program: Program, gated_epilogue: bool = True) -> list[Stage]:
     Norm of the query heads, Norm of the key heads, RopeKV: each head is normalised as it is rotated.
     RopeKV, Attention: heads are rotated as they are attended to when every sequence has one token.
     Norm of the latent, LatentRopeKV, HeadLinear of its queries: each is written once, where it is wanted.
+    GatherRows, GatherRows: one pass over the rows.
     LatentAttention, HeadLinear of its result: the product puts together what several blocks attended to.
 
     A result is merged away only where nothing else reads it. A product that follows Experts without reading
@@ -140,6 +142,8 @@ def _stage(ops: Sequence[Op], readers: Counter[str], epilogue: bool) -> Stage:
         case CausalConv(), StateScan():
             if after.xbc == op.out and after.steps == op.x and readers[op.out.name] == 1:
                 return Stage((op, after))
+        case GatherRows(), GatherRows():
+            return Stage((op, after))
         case Add(), Norm():
             if _norms_rows(after) and after.x == op.x:
                 return Stage((op, after))

@@ -193,8 +193,14 @@ def _add(to: Lowering, stage: Stage) -> None:
 
 
 def _gather(to: Lowering, stage: Stage) -> None:
-    (op,) = stage.ops
+    op, *more = stage.ops
     assert isinstance(op, GatherRows)
+    second: list[object] = [0, 0, ctypes.c_int(0)]
+    for other in more:
+        assert isinstance(other, GatherRows)
+        second = [
+            to.at.buffers[other.out.name], to.at.buffers[other.x.name], ctypes.c_int(other.x.width)
+        ]  # fmt: skip
     to.plan(
         stage.name,
         f"sm80_{to.tag}_gather_rows",
@@ -205,6 +211,7 @@ def _gather(to: Lowering, stage: Stage) -> None:
         to.meta(to.layout.sample_rows),
         to.meta(NUM_SAMPLES),
         ctypes.c_int(op.x.width),
+        *second,
     )
 
 
