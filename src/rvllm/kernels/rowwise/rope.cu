@@ -97,55 +97,63 @@ __global__ void rope_kv(T* qkv, T* k_cache, T* v_cache, const float* cos, const 
                                    table_stride, heads, kv_heads, D, rotated, AsItIs());
 }
 
-// The same for many rows and pairs (i, i + rotated / 2): a block a row, whose warps have several heads' loads in flight.
-// Grid: (T), any number of warps. Bound by memory.
+// The same for many rows and pairs (i, i + rotated / 2), rotated and D multiples of 16 and 8: a block a row, 16 bytes an
+// access, a row's queries, keys and values all under way before its position is known.
+// Grid: (T), ROPE_THREADS. Bound by memory.
+constexpr int ROPE_THREADS = 128, ROPE_PAIRS = 2;  // of 16 bytes each that a thread turns at a time
 template <typename T>
-__global__ void __launch_bounds__(128, 8)
+__global__ void __launch_bounds__(ROPE_THREADS, 8)
 rope_kv_rows(T* qkv, T* k_cache, T* v_cache, const float* __restrict__ cos, const float* __restrict__ sin,
              const int* tables, const int* positions, const int* token_slots, const int* count, int pitch,
              int table_stride, int heads, int kv_heads, int D, int rotated) {
   griddep_launch();
-  constexpr int EACH = 5;  // heads of a warp at a time
-  const int row = blockIdx.x, warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32;
+  const int row = blockIdx.x;
   const bool active = row < *count;
-  const int position = active ? positions[row] : 0, half = rotated / 2, total = heads + 2 * kv_heads;
-  const int block = active ? tables[(size_t)token_slots[row] * table_stride + position / KV_BLOCK] : 0;
-  const float* const c = cos + (size_t)position * half;
-  const float* const s = sin + (size_t)position * half;
+  const int position = active ? positions[row] : 0, half = rotated / 2, turning = heads + kv_heads;
+  const int* const table = tables + (size_t)(active ? token_slots[row] : 0) * table_stride;
   griddep_wait();
   if (!active) return;
-  u32* const source = reinterpret_cast<u32*>(qkv + (size_t)row * pitch);
-  const auto target = [&](int head) {  // of a head's words: its place in the cache, or where it is
-    if (head < heads) return source + (size_t)head * (D / 2);
-    const int kv = (head - heads) % kv_heads;
-    T* const cache = head < heads + kv_heads ? k_cache : v_cache;
-    return reinterpret_cast<u32*>(cache + (((size_t)block * kv_heads + kv) * KV_BLOCK + position % KV_BLOCK) * D);
+  T* const source = qkv + (size_t)row * pitch;
+  const auto cached = [&](T* cache, int kv, int block) {
+    return cache + (((size_t)block * kv_heads + kv) * KV_BLOCK + position % KV_BLOCK) * D;
   };
-  for (int first = warp; first < heads + kv_heads; first += warps * EACH)
-    for (int i = lane; i < half / 2; i += 32) {
-      const float2 cc = *reinterpret_cast<const float2*>(c + 2 * i), ss = *reinterpret_cast<const float2*>(s + 2 * i);
-      u32 a[EACH], b[EACH];
+  const int vectors = half / 8, pairs = turning * vectors, plain = D / 8;
+  for (int first = threadIdx.x; first < pairs; first += ROPE_PAIRS * ROPE_THREADS) {
+    uint4 a[ROPE_PAIRS], b[ROPE_PAIRS];
 #pragma unroll
-      for (int e = 0; e < EACH; e++) {
-        const u32* const in = source + (size_t)min(first + e * warps, heads + kv_heads - 1) * (D / 2);
-        a[e] = in[i];
-        b[e] = in[i + half / 2];
-      }
-#pragma unroll
-      for (int e = 0; e < EACH; e++) {
-        const int head = first + e * warps;
-        if (head >= heads + kv_heads) continue;
-        turn_halves<T>(a[e], b[e], cc, ss);
-        u32* const out = target(head);
-        out[i] = a[e];
-        out[i + half / 2] = b[e];
-      }
+    for (int e = 0; e < ROPE_PAIRS; e++) {
+      const int item = min(first + e * ROPE_THREADS, pairs - 1);
+      const T* const in = source + item / vectors * D + item % vectors * 8;
+      a[e] = *reinterpret_cast<const uint4*>(in);
+      b[e] = *reinterpret_cast<const uint4*>(in + half);
     }
+    const int block = table[position / KV_BLOCK];
+#pragma unroll
+    for (int e = 0; e < ROPE_PAIRS; e++) {
+      const int item = first + e * ROPE_THREADS, head = item / vectors, at = item % vectors * 8;
+      if (item >= pairs) continue;
+      const float* const c = cos + (size_t)position * half + at;
+      const float* const s = sin + (size_t)position * half + at;
+      u32(&x)[4] = reinterpret_cast<u32(&)[4]>(a[e]), (&y)[4] = reinterpret_cast<u32(&)[4]>(b[e]);
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        const float4 cc = *reinterpret_cast<const float4*>(c + 2 * j), ss = *reinterpret_cast<const float4*>(s + 2 * j);
+        turn_halves<T>(x[j], y[j], make_float2(cc.x, cc.y), make_float2(ss.x, ss.y));
+        turn_halves<T>(x[j + 1], y[j + 1], make_float2(cc.z, cc.w), make_float2(ss.z, ss.w));
+      }
+      T* const out = head < heads ? source + head * D : cached(k_cache, head - heads, block);
+      *reinterpret_cast<uint4*>(out + at) = a[e];
+      *reinterpret_cast<uint4*>(out + half + at) = b[e];
+    }
+  }
   // What does not turn: values, and the ends of keys.
-  for (int head = heads + warp; head < total; head += warps) {
-    const u32* const in = source + (size_t)head * (D / 2);
-    u32* const out = target(head);
-    for (int i = (head < heads + kv_heads ? half : 0) + lane; i < D / 2; i += 32) out[i] = in[i];
+  const int block = table[position / KV_BLOCK], end = rotated / 8, ends = kv_heads * (plain - end);
+  for (int i = threadIdx.x; i < ends + kv_heads * plain; i += ROPE_THREADS) {
+    const bool key = i < ends;
+    const int item = key ? i : i - ends, each = key ? plain - end : plain, kv = item / each;
+    const int at = (item % each + (key ? end : 0)) * 8;
+    const uint4 v = *reinterpret_cast<const uint4*>(source + (heads + (key ? 0 : kv_heads) + kv) * D + at);
+    *reinterpret_cast<uint4*>(cached(key ? k_cache : v_cache, kv, block) + at) = v;
   }
 }
 

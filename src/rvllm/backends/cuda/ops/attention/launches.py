@@ -89,7 +89,10 @@ def _rotate(to: Lowering, name: str, ops: Sequence[Op]) -> None:
     heads, warps = op.heads + 2 * op.kv_heads, 4
     kind, more = _head_norms(to, norms, op)
     many = (
-        not norms and not interleaved and to.counts.tokens >= 4 * to.chip.sm_count
+        not norms
+        and not interleaved
+        and rotated % 16 == op.head_dim % 8 == 0
+        and to.counts.tokens >= 4 * to.chip.sm_count
     )  # a block a row fills it
     suffix = "_rows" if many else "_interleaved" if interleaved else ""
     to.plan(
