@@ -118,6 +118,7 @@ def test_padded_sizes_of_decode_graphs() -> None:
     assert [bucket_of(wanted, n) for n in (1, 3, 9, 257, 512)] == [1, 4, 16, 272, 512]
     tokens = token_buckets(8192)
     assert all(bucket_of(tokens, n) * 8 <= n * 9 for n in range(128, 8193)) and tokens[-1] == 8192
+    assert all(bucket_of(tokens, n) - n < 128 for n in range(2048, 8193))
 
 
 @pytest.mark.parametrize(
