@@ -66,6 +66,8 @@ class Checker:
             modes += ("pair",)
         if gemm.segments_of(n, k) == 1:
             modes += ("walk", "flow", "tall")
+        else:
+            modes += ("wide",)
         ways = [(mode, tile) for mode in modes for tile in gemm.token_tiles(mode)]
         return [gemm.variant(n, k, tokens, dtype, mode, tile, sms) for mode, tile in ways]
 
@@ -109,7 +111,7 @@ class Checker:
                 plans = [gemm.variant(n, k, tokens, dtype, "sm80", SM80_TOKENS[tokens > 16], 0)]
             else:
                 size = 8 if tokens < 9 else 128 if tokens < 129 else 256
-                ways: list[tuple[gemm.Mode, int]] = [("split", size), ("sum", 192)]
+                ways: list[tuple[gemm.Mode, int]] = [("split", size), ("sum", 192), ("wide", 256)]
                 if gemm.segments_of(n, k) == 1:
                     ways = [("walk", min(size, 128)), ("flow", 256), ("tall", 160), ("sum", 192)]
                 sms = self.bed.facts.sm_count
@@ -182,7 +184,7 @@ class Checker:
                     ("tall", 192),
                 ]
                 if not one:
-                    others = [("sum", 160), ("sum", 192), ("split", 144), ("split", 256)]
+                    others = [("sum", 160), ("sum", 192), ("split", 144), ("split", 256), ("wide", 256)]
                 if gemm.segments_of(n, k) == gemm.PAIR_SEGMENTS:
                     others += [("pair", 144), ("pair", 192)]
                 x = torch.randn(1000, k, device="cuda").to(TORCH[dtype])

@@ -95,7 +95,7 @@ def test_plans_name_kernels_that_exist_and_cover_the_product(
         assert plan.smem - 256 >= max(partial_sums, 2 * (2 * 8192 + 128 * plan.token_tile))
     else:
         assert 1 <= plan.grid[0] <= 132 and plan.token_tile % plan.box_rows == 0
-        assert plan.mode == "sum" or plan.segments == 1
+        assert plan.mode in ("sum", "wide") or plan.segments == 1
         if plan.mode != "tall":  # whose blocks of a cluster share weights, not tokens
             assert plan.token_tile % (plan.box_rows * plan.cluster) == 0
     if tokens <= 128 and capability == 90:
@@ -144,6 +144,9 @@ def test_python_and_cuda_agree_on_the_layout() -> None:
     for tile in gemm_manifest.TALL_TILES:
         lines.append(f"static_assert(Tall::bytes({tile}) == {gemm_manifest.sm90_smem('tall', tile)});")
     lines.append(f"static_assert(Tall::THREADS == {gemm_manifest.sm90_threads('tall', 192)});")
+    lines.insert(2, '#include "gemm/gemm_sm90_wide.cu"')
+    lines.append(f"static_assert(Wide::BYTES == {gemm_manifest.sm90_smem('wide', 256)});")
+    lines.append(f"static_assert(Wide::THREADS == {gemm_manifest.sm90_threads('wide', 256)});")
     kinds = {kind.name: int(kind) for kind in Kind}
     lines += [f"static_assert({name} == {value});" for name, value in kinds.items()]
     lines.append("static_assert(packed_offset(70, 130, 3) == (3 + 2) * 8192 + 6 * 128 + 6 * 16 + 4);")

@@ -47,6 +47,16 @@ extern "C" int tall(int blocks, int block, int rows, int tokens, int tile, int* 
   for (; count < most && order.next(t); count++) *out++ = t.row_tile, *out++ = t.token0;
   return count;
 }
+extern "C" int wide(int blocks, int block, int rows, int tokens, int* out, int most) {
+  using namespace rvllm::gemm;
+  gridDim.x = blocks, blockIdx.x = block;
+  WideScheduler order(rows, tokens);
+  WideTile t;
+  int count = 0;
+  for (; count < most && order.next(t); count++)
+    *out++ = t.row_tile, *out++ = t.token0, *out++ = t.width;
+  return count;
+}
 ORDER(flow, 256, 2, true)
 ORDER(walk8, 8, 1, false)
 ORDER(walk128, 128, 2, false)
@@ -139,4 +149,23 @@ def test_tall_tiles_are_each_taken_once_and_share_their_rows(library: ctypes.CDL
             assert np.array_equal(members[0][:, 0], members[1][:, 0])  # whose weights both load half of
             for row, token0 in np.concatenate(members):
                 seen[row // 3, token0 // tile] += 1
+        assert (seen == 1).all(), (n, t, seen.min(), seen.max())
+
+
+def test_wide_tiles_are_each_taken_once_and_share_their_tokens(library: ctypes.CDLL) -> None:
+    for n, t in [*cases(), (3584, 8192), (4608, 7168)]:
+        quads, token_tiles = -(-n // 256), -(-t // 256)
+        blocks = 2 * min(66, quads * token_tiles)
+        seen = np.zeros((2 * quads, -(-t // 64)), np.int32)
+        for first in range(0, blocks, 2):
+            members = []
+            for block in (first, first + 1):
+                out = np.zeros((MOST, 3), np.int32)
+                count = library.wide(blocks, block, n, t, ctypes.c_void_p(out.ctypes.data), MOST)
+                assert count < MOST
+                members.append(out[:count])
+            assert np.array_equal(members[0][:, 1:], members[1][:, 1:])  # of which each loads a part for both
+            for row, token0, width in np.concatenate(members):
+                assert 0 < width <= 256 and width % 64 == 0
+                seen[row // 2, token0 // 64 : (token0 + width) // 64] += 1
         assert (seen == 1).all(), (n, t, seen.min(), seen.max())

@@ -23,7 +23,7 @@ __device__ __forceinline__ int phases(const Epilogue& e, const int limit) {
   const int step = step_tokens<STAGED>(e.kind);
   return limit <= 0 || e.kind == LOGITS ? 0 : (limit + step - 1) / step;
 }
-enum Named : int { ROOM = 1, READY = 4 };  // barriers of warpgroup 0; those of the others follow
+enum Named : int { ROOM = 1, READY = 4, ALL_READ = 7 };  // barriers of warpgroup 0; those of the others follow
 
 // Two sums rounded to T, as they lie in memory, and what they are then.
 template <class T>
@@ -53,7 +53,8 @@ __device__ __forceinline__ float silu_quick(float v) {
   return __fmul_rn(v, ptx::reciprocal_fast(__fadd_rn(1.f, ptx::exp2_fast(__fmul_rn(v, -1.44269504f)))));
 }
 
-template <class T, int TOKENS, int STAGED>
+// OWNED: the warpgroup has waited for ROOM itself, and all outputs are one phase.
+template <class T, int TOKENS, int STAGED, bool OWNED = false>
 __device__ __forceinline__ void stage_outputs(const Epilogue& e, const float (&acc)[TOKENS / 2], u32 staging, int group,
                                           int thread, int row0, int token0, int limit) {
   if (limit <= 0) return;
@@ -84,7 +85,7 @@ __device__ __forceinline__ void stage_outputs(const Epilogue& e, const float (&a
 #pragma unroll
       for (int q = 0; q < TOKENS / 32; q++) {
         if (32 * q >= limit) break;
-        if (32 * q % STEP == 0) ptx::bar_sync(ROOM + group, 128 + STORERS);
+        if (!OWNED && 32 * q % STEP == 0) ptx::bar_sync(ROOM + group, 128 + STORERS);
         u32 r[4];
 #pragma unroll
         for (int m = 0; m < 4; m++) {
@@ -107,7 +108,7 @@ __device__ __forceinline__ void stage_outputs(const Epilogue& e, const float (&a
 #pragma unroll
   for (int first = 0; first < TOKENS; first += STEP) {
     if (first >= limit) break;
-    ptx::bar_sync(ROOM + group, 128 + STORERS);
+    if (!OWNED) ptx::bar_sync(ROOM + group, 128 + STORERS);
 #pragma unroll
     for (int q = 0; q < STEP / 16; q++) {  // 16 tokens, 16 rows
       const int i = first / 2 + q * 8;

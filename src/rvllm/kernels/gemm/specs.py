@@ -24,6 +24,7 @@ WALK_TOKENS = (8, 16, 32, 64, 96, 128, 192)
 FLOW_TOKENS = (256,)
 SUM_TOKENS = (96, 128, 160, 192)
 TALL_TOKENS = (64, 192)
+WIDE_TOKENS = (256,)
 PAIR_TOKENS = (192,)
 MODES = {
     "split": SPLIT_TOKENS,
@@ -51,6 +52,7 @@ TALL_TILES = (
     176,
     192,
 )  # token tiles of the tall kernel
+WIDE_SMEM = 3 * (2 * TILE_BYTES + 256 * TILE * 2) + 2 * 80 * 128 * 4 + BARRIERS  # bytes; mirrors Wide
 
 
 def walk_cluster(tokens: int) -> int:
@@ -60,7 +62,7 @@ def walk_cluster(tokens: int) -> int:
 
 def walk_box(mode: str, tokens: int) -> int:
     """Tokens of one load of x in the walk, flow and sum modes; mirrors gemm/gemm_sm90.cu."""
-    return 64 if mode == "flow" else tokens // walk_cluster(tokens)
+    return 64 if mode in ("flow", "wide") else tokens // walk_cluster(tokens)
 
 
 def sm90_threads(mode: str, tokens: int) -> int:
@@ -74,6 +76,8 @@ def sm90_smem(mode: str, tokens: int, most: int = 12) -> int:
     """Dynamic shared memory in bytes, at most `most` stages of a split; mirrors Layout in gemm_sm90.cu."""
     if mode == "tall":
         return _tall_smem(tokens)
+    if mode == "wide":
+        return WIDE_SMEM
     stage = 2 * TILE_BYTES + tokens * TILE * 2
     staging = 0 if mode in ("split", "pair") else staging_bytes(tokens)
     if mode == "flow":
@@ -124,7 +128,20 @@ def _sm90() -> list[KernelSpec]:
                         unit=f"{dtype}_{mode}_{together}",
                     )
                 )
-    return specs + [
+    wide = [
+        KernelSpec(
+            name=f"sm90_{dtype}_gemm_wide_n{tokens}",
+            source="gemm/gemm_sm90_wide.cu",
+            symbol=f"rvllm::gemm::gemm_wide<rvllm::{dtype}>",
+            arch=90,
+            exact=True,
+            smem=WIDE_SMEM,
+            unit=dtype,
+        )
+        for dtype in DTYPES
+        for tokens in WIDE_TOKENS
+    ]
+    return [*specs, *wide] + [
         KernelSpec(
             name=f"sm90_{dtype}_gemm_tall_n{tokens}",
             source="gemm/gemm_sm90_tall.cu",

@@ -102,4 +102,34 @@ struct TallScheduler {
   }
 };
 
+// 64-row tiles row_tile and row_tile + 1, `width` tokens from token0.
+struct WideTile {
+  int row_tile, token0, width;
+};
+
+// As TallScheduler: clusters stride over units of four row tiles and one token tile, the last as narrow as its tokens
+// allow in steps of 64. The groups that pass over all tokens are equally high, at most MAX_HEIGHT units.
+struct WideScheduler {
+  static constexpr int MAX_HEIGHT = 8, TOKENS = 256;
+  int quads, token_tiles, tokens, height, unit;
+
+  __device__ WideScheduler(int rows, int tokens)
+      : quads((rows + 4 * TILE - 1) / (4 * TILE)), token_tiles((tokens + TOKENS - 1) / TOKENS), tokens(tokens),
+        unit(blockIdx.x / 2) {
+    const int groups = (quads + MAX_HEIGHT - 1) / MAX_HEIGHT;
+    height = (quads + groups - 1) / groups;
+  }
+
+  __device__ bool next(WideTile& t) {
+    if (unit >= quads * token_tiles) return false;
+    const int group = unit / (height * token_tiles), within = unit % (height * token_tiles);
+    const int high = min(height, quads - group * height);
+    t.row_tile = ((group * height + within % high) * 2 + static_cast<int>(blockIdx.x % 2)) * 2;
+    t.token0 = within / high * TOKENS;
+    t.width = min(TOKENS, (tokens - t.token0 + BOX - 1) / BOX * BOX);
+    unit += gridDim.x / 2;
+    return true;
+  }
+};
+
 }  // namespace rvllm::gemm

@@ -14,6 +14,7 @@ Grid = tuple[int, int, int]
 MAX_SEGMENTS = 8  # the largest portable cluster
 SEGMENT_BLOCKS = 2  # a segment has at least so many blocks of K
 REFERENCE_SMS = 132  # segments are cut for this many SMs on every GPU, so that bits do not depend on it
+MANY_TOKENS = 512  # above which wide tiles of weights with several segments are thought of
 SMALL_STAGES = 6  # of a split product whose time is mostly the way in and out
 SMALL_WEIGHT = 20 << 20  # bytes; 24 MB cost StableLM-2-1.6B 4 % of a step
 

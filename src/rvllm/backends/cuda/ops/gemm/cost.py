@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rvllm.backends.cuda.ops.gemm.common import ceil_div
+from rvllm.backends.cuda.ops.gemm.common import MANY_TOKENS, ceil_div
 from rvllm.kernels.gemm.specs import walk_cluster
 from rvllm.kernels.gemm.tiles import TILE, TILE_BYTES
 
@@ -23,6 +23,8 @@ UNEVEN = 0.4  # how much of the difference between wide and narrow tiles is not 
 GPC = 16  # multiprocessors that can form clusters
 SHORT = 2  # clusters of four for which small GPCs have no place
 EMPTY = 0.45  # what a product by pairs takes longer where its last token tile is empty, against a full one
+SEGMENT_END = 1000.0  # what a wide tile takes where running sums are in shared memory
+SUM_EXIT = 35.0  # cycles for each token of a tile on its way out of a sum
 PIECE = 1.25  # what a narrow piece of a last round takes, against its bytes
 
 
@@ -49,7 +51,8 @@ def step_cycles(row_tiles: int, tokens: int) -> float:
 
 def cycles(mode: str, token_tile: int, work: Work) -> float:
     """Cycles of the whole product by a mode of the sm_90a kernels with this token tile."""
-    by_mode = {"split": _split, "pair": _pair, "walk": _walk, "sum": _sum, "flow": _flow, "tall": _tall}
+    by_mode = {"split": _split, "pair": _pair, "walk": _walk, "sum": _sum, "flow": _flow, "tall": _tall,
+               "wide": _wide}  # fmt: skip
     memory = work.tiles * work.blocks * TILE_BYTES / MEMORY
     return max(memory, by_mode[mode](token_tile, work)) + WAY_IN_AND_OUT
 
@@ -89,7 +92,8 @@ def _sum(tile: int, work: Work) -> float:
     """Resident blocks: as many rounds as tiles take."""
     blocks = work.sms // walk_cluster(tile) * walk_cluster(tile)
     rounds = ceil_div(ceil_div(work.tiles, 2) * ceil_div(work.tokens, tile), blocks)
-    return rounds * work.blocks * step_cycles(2, tile)
+    leaving = SUM_EXIT * tile if work.tokens > MANY_TOKENS else 0.0  # fewer were tuned without it
+    return rounds * (work.blocks * step_cycles(2, tile) + leaving)
 
 
 def _flow(tile: int, work: Work) -> float:
@@ -109,6 +113,18 @@ def _flow(tile: int, work: Work) -> float:
         pieces = 4 if left * 4 <= clusters else 2 if left * 2 <= clusters else 1
         last = mean if pieces == 1 else PIECE * step_cycles(2, tile // pieces)
     return work.blocks * (rounds * mean + last)
+
+
+def _wide(tile: int, work: Work) -> float:
+    """As _sum with a narrow last token tile; tiles leave while the next are summed."""
+    whole, rest = divmod(work.tokens, tile)
+    steps = [step_cycles(2, tile)] * whole
+    if rest:
+        steps.append(step_cycles(2, ceil_div(rest, TILE) * TILE))
+    mean = sum(steps) / len(steps)
+    mean += UNEVEN * (max(steps) - mean)
+    rounds = ceil_div(ceil_div(work.tiles, 4) * len(steps), work.sms // 2)
+    return rounds * (work.blocks * mean + work.segments * SEGMENT_END)
 
 
 def _tall(tile: int, work: Work) -> float:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from rvllm.backends.cuda.ops.gemm import common, cost
 from rvllm.backends.cuda.ops.gemm.common import (
+    MANY_TOKENS,
     MAX_SEGMENTS,
     SMALL_STAGES,
     SMALL_WEIGHT,
@@ -44,6 +45,7 @@ from rvllm.kernels.gemm.specs import (
     TALL_TILES,
     TALL_TOKENS,
     WALK_TOKENS,
+    WIDE_TOKENS,
     sm80_smem,
     sm90_smem,
     sm90_threads,
@@ -52,7 +54,7 @@ from rvllm.kernels.gemm.specs import (
 )
 from rvllm.kernels.gemm.tiles import DTYPES, SM80_TOKENS, TILE, TILE_BYTES
 
-Mode = Literal["split", "pair", "walk", "flow", "sum", "tall", "sm80"]
+Mode = Literal["split", "pair", "walk", "flow", "sum", "tall", "wide", "sm80"]
 Element = TypeVar("Element", bound=np.generic)
 
 SPLIT_SIZES = (*SPLIT_TOKENS[:-1], *SPLIT_WIDE)  # token tiles of a split product
@@ -166,6 +168,8 @@ def ways_of(segments: int, tokens: int) -> list[tuple[Mode, int]]:
     modes: list[Mode] = ["flow", "tall"] if segments == 1 else ["split", "sum"]
     if segments == 1 and tokens <= WALK_TOKENS[-1]:
         modes.append("walk")
+    if segments > 1 and tokens > MANY_TOKENS:
+        modes.append("wide")
     if segments == PAIR_SEGMENTS and tokens <= 2 * PAIR_TILES[-1]:
         modes.append("pair")
     return [(mode, tile) for mode in modes for tile in token_tiles(mode) if tile >= min(64, tokens)]
@@ -180,6 +184,7 @@ def token_tiles(mode: Mode) -> tuple[int, ...]:
         "flow": FLOW_TOKENS,
         "sum": SUM_TOKENS,
         "tall": TALL_TILES,
+        "wide": WIDE_TOKENS,
         "sm80": SM80_TOKENS,
     }
     return tiles[mode]
@@ -217,6 +222,10 @@ def variant(
             cluster = 2
             units = ceil_div(n, 3 * TILE) * ceil_div(tokens, 2 * token_tile)
             grid = (2 * min(max(1, sm_count // 2), units), 1, 1)
+        elif mode == "wide":
+            cluster, box_rows = 2, walk_box(mode, token_tile)
+            units = ceil_div(n, 4 * TILE) * ceil_div(tokens, token_tile)
+            grid = (2 * min(max(1, sm_count // 2), units), 1, 1)
         else:
             cluster = walk_cluster(token_tile)
             box_rows = walk_box(mode, token_tile)
@@ -241,7 +250,7 @@ def variant(
 def way_named(name: str) -> tuple[Mode, int]:
     """The mode and token tile of a name such as `split:128`; KeyError or ValueError for others."""
     mode, _, tile = name.partition(":")
-    found: dict[str, Mode] = {m: m for m in ("split", "pair", "walk", "flow", "sum", "tall", "sm80")}
+    found: dict[str, Mode] = {m: m for m in ("split", "pair", "walk", "flow", "sum", "tall", "wide", "sm80")}
     return found[mode], int(tile)
 
 
