@@ -160,6 +160,26 @@ def test_sleeping_and_waking_change_no_answer(model: Path) -> None:
         assert llm.generate("hello world", GREEDY, use_tqdm=False)[0].outputs[0].token_ids == before
 
 
+def test_long_answers_begin_first_and_outputs_keep_their_order(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[int] = []
+    add = llm.engine.add_request
+
+    def watched(message: Any) -> None:
+        began.append(message.sampling.max_tokens)
+        add(message)
+
+    monkeypatch.setattr(llm.engine, "add_request", watched)
+    lengths = [2, 5, 3, 5]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
+    for priority, order in ((None, [5, 5, 3, 2]), ([0] * 4, lengths)):
+        began.clear()
+        outputs = llm.generate(["one", "two", "three", "four"], params, use_tqdm=False, priority=priority)
+        assert began == order
+        assert [len(output.outputs[0].token_ids) for output in outputs] == lengths
+
+
 def test_metrics_and_the_prefix_cache(model: Path) -> None:
     with LLM(str(model), **SETTINGS) as llm:
         ids = {"prompt_token_ids": list(range(1, 41))}
