@@ -256,7 +256,7 @@ def test_what_it_lacks_is_named(sources: Path) -> None:
 
 DAMAGE = [
     ("norm", "common/common.cuh", "__syncthreads();\n  V total", "V total"),
-    ("norm", "rowwise/norm.cu", "if (i < vectors)", "if (i <= vectors)"),
+    ("norm", "rowwise/row_norm.cuh", "if (i < vectors)", "if (i <= vectors)"),
     ("norm_groups", "rowwise/norm.cu", "griddep_wait();", ""),
     ("rope", "rowwise/rope.cu", "position % KV_BLOCK) * D", "position % KV_BLOCK) * D + 8"),
     ("prefill", "attention/prefill.cu", "cp_async_wait<0>();\n    __syncthreads();  // the values",
