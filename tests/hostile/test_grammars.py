@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import random
@@ -13,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from rvllm.errors import LimitError
+from rvllm.text.worker import tasks
+from rvllm.text.worker.pool import WorkerPool
 from support.clients.attacker import Server
 from support.clients.grammar_attacks import ATTACKS, gbnf
 
@@ -57,6 +61,29 @@ def test_clients_that_leave_take_their_work_along(server: Server) -> None:
     assert server.complete(prompt="word " * 1500)[0] == 200
     assert server.complete(guided_choice=["yes", "no"])[0] == 200
     assert time.monotonic() - before < 5
+
+
+@pytest.mark.parametrize(("error", "asked"), [(TimeoutError(), 1), (EOFError(), 2)])
+def test_a_task_gets_its_time_once(error: Exception, asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not again in a fresh worker, as a task whose idle worker had died before."""
+    pool = WorkerPool("nothing", count=2, seconds=1.0, memory=1 << 20)
+    calls: list[object] = []
+
+    async def ask(worker: object, data: bytes) -> object:
+        calls.append(worker)
+        raise error
+
+    async def take(*_: object) -> tuple[str, bool]:
+        return "worker", True
+
+    async def fork() -> str:
+        return "fresh"
+
+    for name, double in (("_ask", ask), ("_take", take), ("_fork", fork), ("_kill", lambda worker: None)):
+        monkeypatch.setattr(pool, name, double)
+    with pytest.raises(LimitError):
+        asyncio.run(pool.run(tasks.encode, "prompt", 1, "a", True, None))
+    assert len(calls) == asked
 
 
 def test_clients_that_stay_leave_workers_to_others(server: Server) -> None:

@@ -128,6 +128,8 @@ class WorkerPool:
             worker, used = await self._take()
             try:
                 kind, value, leaves = await self._ask(worker, data)
+            except TimeoutError:  # an OSError too
+                raise
             except (OSError, EOFError):
                 if not used:
                     raise
