@@ -15,6 +15,7 @@ from rvllm.backends.cuda.ops.decode.chains import Steps
 from rvllm.backends.cuda.ops.decode.races import faults
 from rvllm.backends.cuda.ops.decode.step import Mixture, NormFront, Step, Type
 from rvllm.backends.cuda.ops.gemm.common import Kind
+from rvllm.backends.cuda.profile import cost_of
 from rvllm.backends.cuda.step_planner import StepPlanner
 from rvllm.backends.cuda.supported import check_supported
 from rvllm.config import EngineConfig
@@ -22,6 +23,7 @@ from rvllm.engine.ipc.messages import Sampling
 from rvllm.errors import UsageError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
+from rvllm.program.cost import Cost
 from rvllm.program.dtypes import DType
 from support.emulator import Emulator, available
 from support.emulator.driver import ATTRIBUTES, emulated_driver
@@ -170,6 +172,14 @@ class TestPlans:
     def test_contradictions_are_refused(self, flags: dict[str, str], message: str) -> None:
         with pytest.raises(UsageError, match=message):
             planned(QWEN2, **flags)
+
+
+def test_a_joined_launch_costs_what_its_stages_do() -> None:
+    costs = {"a": Cost(flops=1), "b + c": Cost(flops=10), "aa": Cost(flops=1000)}
+    assert cost_of("b + c", costs).flops == 10
+    assert cost_of("norm + a + b + c", costs).flops == 11
+    assert cost_of("aa + d", costs).flops == 1000
+    assert cost_of("d", costs) == Cost()
 
 
 class TestFaults:
