@@ -18,6 +18,7 @@ from rvllm.vllm.words import own_words
 TAKEN = [
     "--trust-remote-code --enforce-eager --tensor-parallel-size 1 --enable-auto-tool-choice",
     "--block-size 16 --kv-cache-dtype auto --load-format safetensors --generation-config vllm",
+    "--kv-cache-dtype fp8_e4m3 --calculate-kv-scales",
     "--dtype half --max-model-len 4k --gpu-memory-utilization 0.8 --max-num-seqs 64 --swap-space 4",
     "--disable-log-requests --disable-log-stats --uvicorn-log-level warning",
     "--tokenizer org/name --tokenizer-mode auto --revision main --served-model-name a b --api-key k1 k2",
@@ -32,7 +33,7 @@ TAKEN = [
 REFUSED = {
     "--tensor-parallel-size 2": "one GPU",
     "-tp=4": "one GPU",
-    "--kv-cache-dtype fp8": "the model's dtype",
+    "--kv-cache-dtype fp8_e5m2": "auto, bf16, fp16, fp8",
     "--enable-lora": "merge them",
     "--quantization bitsandbytes": "auto, none, fp8, int4",
     '--speculative-config {"model":"x"}': "speculative",

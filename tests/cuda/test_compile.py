@@ -42,7 +42,7 @@ CHOSEN = {
               "sm80_f16_latent_prefill", "sm80_f16_latent_values_n8", "sm80_f16_latent_prepare_n8",
               "sm80_bf16_norm_layer_add_wide", "sm80_f16_dequant_q5_k", "sm80_bf16_gemm_n16",
               "sm80_f16_experts_r64_n64", "sm80_f16_state_scan_s256", "sm80_f16_gated_norm",
-              "sm80_f16_fp8_gemm_n16", "sm80_f16_experts_q4_n16",
+              "sm80_f16_fp8_gemm_n16", "sm80_f16_experts_q4_n16", "sm80_f16_attn_decode_fp8_d64",
               "sm80_f16_integer_int4_n16", "sm80_bf16_integer_pack_int4"},
     "sm_90a": {"sm80_bf16_attn_decode_d128", "sm80_bf16_attn_prefill_d128", "sm80_sample_scan",
                "sm80_sample_pick", "sm80_slot_start", "sm80_logprobs", "sm80_checksum",
@@ -62,6 +62,8 @@ CHOSEN = {
                "sm90_bf16_attn_prefill_d128", "sm90_bf16_attn_decode_d128", "sm90_bf16_gemm_tall_n192",
                "sm90_f16_gemm_wide_n256",
                "sm90_bf16_fp8_gemm_split_n16", "sm80_bf16_fp8_quantise", "sm80_fp8_pack",
+               "sm90_bf16_attn_prefill_fp8_d128", "sm90_bf16_attn_decode_fp8_d128",
+               "sm80_bf16_rope_kv_fp8_rows",
                "sm90_bf16_integer_int4_split_n8", "sm80_integer_pack_q4_k", "sm80_integer_quantise_f32"},
 }  # fmt: skip
 
@@ -90,7 +92,16 @@ def in_turn(units: list[build.Unit]) -> list[build.Unit]:
         for at, unit in enumerate(group)
         if at % 2 != number % 2 and len(group) > 1
     }
-    return [unit for unit in units if unit not in left]
+    return [unit for unit in units if unit not in left and not _elsewhere(unit)]
+
+
+def _elsewhere(unit: build.Unit) -> bool:
+    """Whether a unit is attention over an FP8 cache that has its turn with another GPU or 16-bit type."""
+    found = re.search(r"attn_(decode|prefill)_fp8<(\w+), (\d+)", unit.symbols[0])
+    if found is None:
+        return False
+    turn = attention.HEAD_DIMS.index(int(found[3])) + (found[1] == "prefill")
+    return (turn % 2 == 0, turn // 2 % 2 == 0) != (unit.target == "sm_80", found[2] == "bf16")
 
 
 def wanted(target: str) -> list[build.Unit]:

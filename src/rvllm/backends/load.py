@@ -12,6 +12,7 @@ from rvllm.backends.base import Encoder, Generator, Progress
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.extras import install_command
+from rvllm.program.cost import kv_bytes_per_token
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import embedding_size
@@ -36,8 +37,7 @@ def without_effect(config: EngineConfig, device: str) -> list[str]:
 
 def check_memory_flags(program: Program, config: EngineConfig, device: str) -> None:
     """Raises UsageError when two flags ask for KV caches of different sizes, with what each comes to."""
-    element = 4 if device == "cpu" else 2
-    block = BLOCK_TOKENS * element * program.kv_elements_per_token
+    block = BLOCK_TOKENS * kv_bytes_per_token(program)
     sizes = {}
     for name in ("num_blocks", "num_gpu_blocks") if device == "cuda" else ("num_blocks",):
         if (blocks := getattr(config, name)) is not None:

@@ -164,6 +164,7 @@ class Described:
 def describe(config: EngineConfig) -> Described:
     """Reads the model's files but for its weights. Raises RvllmError: what is wrong with them, or no GPU."""
     from rvllm.backends.load import choose_device, choose_dtype
+    from rvllm.models.kv_cache import with_kv_cache
     from rvllm.models.overrides import read_config
     from rvllm.models.registry import build_program
     from rvllm.weights.checkpoint import stored_formats
@@ -174,7 +175,7 @@ def describe(config: EngineConfig) -> Described:
     checkpoint = open_checkpoint(resolve(config.model, build(SourceConfig, {})))
     model = read_config(checkpoint, config)
     device = choose_device(config)
-    program = build_program(model, choose_dtype(config, checkpoint))
+    program = with_kv_cache(build_program(model, choose_dtype(config, checkpoint)), config.kv_cache_dtype)
     if device != "cpu":
         program = with_formats(program, checkpoint if checkpoint.tensors else None, config.gpu_quantization)
     formats, stored = stored_formats(checkpoint)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from rvllm.program.ops.dense import Op, Program
     from rvllm.weights.checkpoint import Checkpoint
 
-FLAGS = ("model", "device", "dtype", "quantization", "threads", "gemm_strategy")
+FLAGS = (
+    "model", "device", "dtype", "quantization", "kv_cache_dtype", "threads", "gemm_strategy",
+)  # fmt: skip
 MEMORY_FLAGS = (
     "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks",
     "gpu_memory_utilization", "gpu_memory_reserve_gb", "num_gpu_blocks",
@@ -75,6 +77,7 @@ def add_parser(subparsers: Any) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs `rvllm plan`; raises RvllmError."""
     from rvllm.backends.load import choose_device, choose_dtype
+    from rvllm.models.kv_cache import with_kv_cache
     from rvllm.models.overrides import read_config
     from rvllm.models.registry import build_program
     from rvllm.program.memory import plan_workspace
@@ -89,7 +92,8 @@ def main(args: argparse.Namespace) -> int:
     config = build(EngineConfig, {name: getattr(args, name) for name in FLAGS})
     checkpoint = open_checkpoint(resolve(config.model, build(SourceConfig, {})))
     model = read_config(checkpoint, config)
-    program, device = build_program(model, choose_dtype(config, checkpoint)), choose_device(config)
+    program = with_kv_cache(build_program(model, choose_dtype(config, checkpoint)), config.kv_cache_dtype)
+    device = choose_device(config)
     kernels: dict[str, str] = {}
     holds = checkpoint if checkpoint.tensors else None
     shape = step_shape(args, program)
@@ -125,6 +129,7 @@ def plan_memory(args: argparse.Namespace) -> int:
     from rvllm.backends.cuda.known_gpus import known_gpu
     from rvllm.backends.load import gpu_dtype
     from rvllm.cli.common.capacity import capacity, capacity_text
+    from rvllm.models.kv_cache import with_kv_cache
     from rvllm.models.overrides import read_config
     from rvllm.models.registry import build_program
     from rvllm.program.cost import kv_bytes_per_token
@@ -136,7 +141,7 @@ def plan_memory(args: argparse.Namespace) -> int:
     config = build(EngineConfig, {name: getattr(args, name) for name in (*FLAGS, *MEMORY_FLAGS)})
     checkpoint = open_checkpoint(resolve(config.model, build(SourceConfig, {})))
     model = read_config(checkpoint, config)
-    program = build_program(model, gpu_dtype(config, checkpoint))
+    program = with_kv_cache(build_program(model, gpu_dtype(config, checkpoint)), config.kv_cache_dtype)
     holds = checkpoint if checkpoint.tensors and config.load_format != "dummy" else None
     found = capacity(program, holds, config, known_gpu(args.gpu or "h100-80gb", args.vram_gb))
     print(json.dumps(found, indent=1) if args.json else capacity_text(found, kv_bytes_per_token(program)))

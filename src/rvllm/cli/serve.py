@@ -219,7 +219,7 @@ def _kernels(backend: str, config: EngineConfig) -> str:
         return f"{config.gemm_strategy} products{bits}, {config.decode_path} decode"
     from rvllm.backends.cpu.compiled.library import in_use
 
-    return in_use(config.cpu_kernels)
+    return in_use(config.cpu_kernels, config.kv_cache_dtype == "fp8")
 
 
 def _summary(

@@ -21,6 +21,7 @@ def load(config: EngineConfig, progress: Progress | None = None) -> tuple[Genera
     """The configured model on its backend. Raises the RvllmError of whatever is missing or wrong."""
     from rvllm.backends.load import choose_dtype, load_backend
     from rvllm.config import SourceConfig
+    from rvllm.models.kv_cache import with_kv_cache
     from rvllm.models.overrides import read_config
     from rvllm.models.registry import build_program
     from rvllm.settings import build
@@ -36,7 +37,7 @@ def load(config: EngineConfig, progress: Progress | None = None) -> tuple[Genera
     )
     checkpoint = open_checkpoint(path)
     model = read_config(checkpoint, config)
-    program = build_program(model, choose_dtype(config, checkpoint))
+    program = with_kv_cache(build_program(model, choose_dtype(config, checkpoint)), config.kv_cache_dtype)
     if config.load_format != "dummy":
         check_weights(program, checkpoint)
         if config.check_weights:

@@ -99,8 +99,8 @@ def weight_bytes(program: Program, stored: Mapping[str, int] | None = None) -> W
 
 
 def kv_bytes_per_token(program: Program) -> int:
-    """Bytes one token takes in all caches, in the program's dtype."""
-    return program.kv_elements_per_token * program.dtype.size
+    """Bytes one token takes in all caches."""
+    return sum(cache.token_bytes(program.dtype.size) for cache in program.caches)
 
 
 def op_cost(program: Program, op: Op, shape: StepShape, stored: Mapping[str, int] | None = None) -> Cost:
@@ -120,8 +120,8 @@ def program_cost(program: Program, shape: StepShape, stored: Mapping[str, int] |
 def particulars(op: Op, shape: StepShape, plain: Cost, size: int) -> Cost:
     """The op's cost, given `plain` (all its weights and buffers moved once, no operations).
 
-    size: bytes of a cache element. An op type without a rule of its own is refused: a cost that is
-    silently zero would make floors wrong.
+    size: bytes of an element of the model's type. An op type without a rule of its own is refused: a cost
+    that is silently zero would make floors wrong.
     """
     raise TypeError(f"no cost rule for op {op.kind}")
 
@@ -154,7 +154,7 @@ def _(op: Logits, shape: StepShape, plain: Cost, size: int) -> Cost:
 @particulars.register
 def _(op: RopeKV, shape: StepShape, plain: Cost, size: int) -> Cost:
     rotated = 0 if op.rope is None else op.rope.dim * (op.heads + op.kv_heads)
-    return _flops(plain, 3 * shape.tokens * rotated, shape.tokens * op.cache.elements_per_token * size)
+    return _flops(plain, 3 * shape.tokens * rotated, shape.tokens * op.cache.token_bytes(size))
 
 
 @particulars.register
@@ -166,7 +166,7 @@ def _(op: Attention, shape: StepShape, plain: Cost, size: int) -> Cost:
     return _flops(
         plain,
         shape.sequences * looked_at * op.heads * (2 * op.cache.key_dim + 2 * op.cache.value_dim + 5),
-        shape.sequences * read * op.cache.elements_per_token * size,
+        shape.sequences * read * op.cache.token_bytes(size),
     )
 
 
@@ -185,14 +185,14 @@ def _(op: BlockSparseAttention, shape: StepShape, plain: Cost, size: int) -> Cos
     return _flops(
         plain,
         shape.sequences * looked_at * op.heads * (2 * op.cache.key_dim + 2 * op.cache.value_dim + 5),
-        int(shape.sequences * read * op.cache.elements_per_token * size),
+        int(shape.sequences * read * op.cache.token_bytes(size)),
     )
 
 
 @particulars.register
 def _(op: LatentRopeKV, shape: StepShape, plain: Cost, size: int) -> Cost:
     rotated = 3 * shape.tokens * op.rope.dim * (op.heads + 1)
-    return _flops(plain, rotated, shape.tokens * op.cache.elements_per_token * size)
+    return _flops(plain, rotated, shape.tokens * op.cache.token_bytes(size))
 
 
 @particulars.register
@@ -207,7 +207,7 @@ def _(op: LatentAttention, shape: StepShape, plain: Cost, size: int) -> Cost:
     return _flops(
         plain,
         shape.sequences * looked_at * op.heads * (2 * op.cache.key_dim + 2 * op.rank + 5),
-        shape.sequences * shape.context * op.cache.elements_per_token * size,
+        shape.sequences * shape.context * op.cache.token_bytes(size),
     )
 
 

@@ -137,12 +137,11 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     # the cache
     "block_size": _taken(16, None, instead="blocks are of 16 tokens"),
     "kv_cache_memory_bytes": _renamed("kv_cache_memory_gb"),
-    "kv_cache_dtype": _taken("auto", instead="the cache has the model's dtype"),
     "num_gpu_blocks_override": _renamed("num_gpu_blocks"),
     "swap_space": _taken(),  # see --num-cpu-blocks
     "cpu_offload_gb": _taken(0, instead="a quantised checkpoint; weights stay on the GPU"),
     "prefix_caching_hash_algo": _taken(),
-    "calculate_kv_scales": _switch(False, instead="the cache has the model's dtype"),
+    "calculate_kv_scales": _switch(),  # an FP8 cache has a scale for each token and head
     "kv_sharing_fast_prefill": _switch(False, instead="prompts are computed in full"),
     "mamba_cache_dtype": _taken("auto", instead="states are float32"),
     "mamba_ssm_cache_dtype": _taken("auto", "float32", instead="states are float32"),
@@ -284,6 +283,7 @@ VLLM_VALUES: dict[str, dict[Any, Any]] = {
     # What a checkpoint is quantised as is read from it.
     "quantization": {**dict.fromkeys(_QUANTISED, "auto"), None: "auto"},
     "device": {"cuda:0": "cuda"},
+    "kv_cache_dtype": {"bfloat16": "bf16", "float16": "fp16", "fp8_e4m3": "fp8"},
     "log_level": {"warn": "warning", "critical": "error", "trace": "debug"},
 }
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
 
-from rvllm.backends.cpu.reference import ops
+from rvllm.backends.cpu.reference import fp8_cache, ops
 from rvllm.backends.cuda.device.driver import TensorMap
 from rvllm.backends.cuda.ops.attention.plan import (
     plan_decode,
@@ -20,6 +21,7 @@ from rvllm.backends.cuda.ops.attention.plan import (
 from rvllm.kernels.attention.specs import decode_rope_kernel
 from rvllm.program.dtypes import DType
 from rvllm.program.rope import Rope
+from support.kernels.fp8_cache_checks import key_places, lowest, pieces, value_places
 from support.kernels.harness import BF16, SHORT, Array, Gpu, error, expect, rounded
 
 BLOCK = 16
@@ -50,9 +52,15 @@ class Cache:
     """A paged cache on the GPU with sequences of given lengths in shuffled blocks; unused blocks are NaN."""
 
     def __init__(
-        self, gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape: Shape, lens: list[int]
+        self,
+        gpu: Gpu,
+        rng: np.random.Generator,
+        dtype: np.dtype,
+        shape: Shape,
+        lens: list[int],
+        fp8: bool = False,
     ) -> None:
-        self.gpu, self.shape, self.dtype, self.lens = gpu, shape, dtype, lens
+        self.gpu, self.shape, self.dtype, self.lens, self.fp8 = gpu, shape, dtype, lens, fp8
         counts = [-(-n // BLOCK) for n in lens]
         self.num_blocks = sum(counts) + 3
         order = rng.permutation(self.num_blocks)
@@ -70,11 +78,23 @@ class Cache:
                 if which == 0:
                     values *= 1 + np.float32(shape.growth) * np.arange(n, dtype=np.float32)[:, None, None]
                 values = rounded(values, dtype)
+                if fp8:
+                    values = fp8_cache.rounded(values, lowest(dtype))
                 keep.append(values)
                 at = np.arange(n)
                 store[which, own[at // BLOCK], :, at % BLOCK] = values
         self.tables = gpu.array(tables)
-        self.k_cache, self.v_cache = gpu.array(store[0].astype(dtype)), gpu.array(store[1].astype(dtype))
+        self.plain = [gpu.array(part.astype(dtype)) for part in store]  # in 16 bits
+        self.k_cache, self.v_cache = self.plain
+        if fp8:
+            self.k_cache = gpu.array(pieces(store[0], dtype, key_places(shape.dim)))
+            self.v_cache = gpu.array(pieces(store[1], dtype, value_places(shape.dim)))
+
+    def in_sixteen_bits(self) -> Cache:
+        """The same numbers in a cache that is not in E4M3."""
+        other = copy(self)
+        other.fp8, (other.k_cache, other.v_cache) = False, self.plain
+        return other
 
     def maps(self) -> list[TensorMap]:
         """Tensor maps of keys and values, in boxes of a block and 64 columns."""
@@ -105,7 +125,8 @@ def decode(
     shape, count = cache.shape, len(slots)
     dtype, plan = DType.parse(cache.dtype.name), None
     sizes = {"max_seqs": count + pad, "max_model_len": max(cache.lens), "num_blocks": 10**9,
-             "sm_count": gpu.facts.sm_count, "smem_per_block": gpu.facts.smem_per_block}  # fmt: skip
+             "sm_count": gpu.facts.sm_count, "smem_per_block": gpu.facts.smem_per_block,
+             "fp8": cache.fp8}  # fmt: skip
     if gpu.facts.smem_per_block > 200000:
         plan = plan_decode_ring(dtype, shape.dim, shape.heads, shape.kv_heads, **sizes)
     if plan is None:
@@ -144,9 +165,10 @@ def prefill(
     shape = cache.shape
     dtype, plan = DType.parse(cache.dtype.name), None
     if gpu.facts.capability == 90 and not (small or shape.soft_cap):
-        plan = plan_prefill_sm90(dtype, shape.dim, sm_count=gpu.facts.sm_count)
+        plan = plan_prefill_sm90(dtype, shape.dim, sm_count=gpu.facts.sm_count, fp8=cache.fp8)
     if plan is None:
-        plan = plan_prefill(dtype, shape.dim, smem_per_block=101376 if small else gpu.facts.smem_per_block)
+        limit = 101376 if small else gpu.facts.smem_per_block
+        plan = plan_prefill(dtype, shape.dim, smem_per_block=limit, fp8=cache.fp8)
     lens = np.array([len(x) for x in q], np.int32)
     offsets = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
     width = shape.heads * shape.dim
@@ -159,7 +181,8 @@ def prefill(
     queries, numbers = gpu.array(rows.astype(cache.dtype)), common(shape, cache, pitch, width)
     if plan.persistent:
         *pitches, _, window = numbers
-        args = [out, queries, *cache.maps(), *seqs, gpu.array(tiles), gpu.array([len(tiles)], np.int32),
+        keys_values = [cache.k_cache, cache.v_cache] if cache.fp8 else cache.maps()
+        args = [out, queries, *keys_values, *seqs, gpu.array(tiles), gpu.array([len(tiles)], np.int32),
                 *pitches, window]  # fmt: skip
         gpu.launch(plan.kernel, plan.persistent, plan.block, args, plan.smem)
     else:
@@ -169,6 +192,12 @@ def prefill(
     assert np.isnan(result[: offsets[first]]).all(), "rows of decodes were written by prefill"
     parts = np.split(result, offsets[1:-1])
     return [p.reshape(-1, shape.heads, shape.dim) for p in parts]
+
+
+def same_bits(out: np.ndarray, wanted: np.ndarray, what: str) -> None:
+    """Raises AssertionError where two arrays of float32 differ in a bit."""
+    wrong = np.argwhere(out.view(np.uint32) != wanted.view(np.uint32))
+    assert not len(wrong), f"{what}: {len(wrong)} elements differ, first at {wrong[0]}"
 
 
 def reference(cache: Cache, slot: int, q: np.ndarray, start: int) -> np.ndarray:
@@ -183,16 +212,23 @@ def queries(rng: np.random.Generator, dtype: np.dtype, n: int, shape: Shape) -> 
     return rounded(rng.standard_normal((n, shape.heads, shape.dim), np.float32), dtype)
 
 
-def check_decode(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape: Shape) -> float:
-    """Decodes of many context lengths at once, with padding rows; the worst relative error."""
+def check_decode(
+    gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape: Shape, fp8: bool = False
+) -> float:
+    """Decodes of many context lengths at once, with padding rows; the worst relative error.
+
+    fp8: over a cache in E4M3, with the bits that the same numbers in 16 bits give.
+    """
     lens = [1, 2, 15, 16, 17, 63, 64, 65, 130, 255, 256, 257, 511, 513, 777, 1100]
-    cache = Cache(gpu, rng, dtype, shape, lens)
+    cache = Cache(gpu, rng, dtype, shape, lens, fp8)
     slots = rng.permutation(len(lens)).astype(np.int32)
     kv_lens = np.array([lens[s] for s in slots], np.int32)
     q = queries(rng, dtype, len(lens), shape)
     worst = 0.0
     for blocks in (None, 1, 7, 400):
         out = decode(gpu, cache, q, slots, kv_lens, pad=3, blocks=blocks)
+        if fp8:
+            same_bits(out, decode(gpu, cache.in_sixteen_bits(), q, slots, kv_lens), f"decode {shape}")
         for i, slot in enumerate(slots):
             worst = max(worst, error(out[i], reference(cache, slot, q[i : i + 1], lens[slot] - 1)[0]))
     expect(f"decode {dtype} {shape}", worst, 8e-3 if dtype.name == "bfloat16" else 1.5e-3)
@@ -200,17 +236,24 @@ def check_decode(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape: Sha
 
 
 def check_prefill(
-    gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape: Shape, longest: int = 300
+    gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape: Shape, longest: int = 300, fp8: bool = False
 ) -> float:
-    """Ragged chunks behind two decodes, some starting deep in their sequence; the worst relative error."""
+    """Ragged chunks behind two decodes, some starting deep in their sequence; the worst relative error.
+
+    fp8: as in `check_decode`.
+    """
     lens, chunks = [40, 300, 1, 33, 200, 300, longest + 231], [1, 1, 1, 33, 130, 37, longest]
-    cache = Cache(gpu, rng, dtype, shape, lens)
+    cache = Cache(gpu, rng, dtype, shape, lens, fp8)
     slots = np.arange(len(lens), dtype=np.int32)[::-1].copy()
     slots[:2], slots[2:] = [0, 1], [2, 3, 4, 5, 6]
     q = [queries(rng, dtype, n, shape) for n in chunks]
     worst = 0.0
     for small in (False, True):
         out = prefill(gpu, cache, q, slots, np.array(lens, np.int32), 2, small=small and shape.dim <= 160)
+        if fp8:
+            plain = prefill(gpu, cache.in_sixteen_bits(), q, slots, np.array(lens, np.int32), 2)
+            for s in range(2, len(lens)):
+                same_bits(out[s], plain[s], f"prefill {shape}")
         for s in range(2, len(lens)):
             worst = max(worst, error(out[s], reference(cache, s, q[s], lens[s] - chunks[s])))
     expect(f"prefill {dtype} {shape}", worst, 8e-3 if dtype.name == "bfloat16" else 1.5e-3)
@@ -218,10 +261,10 @@ def check_prefill(
 
 
 def check_invariance(
-    gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape: Shape, length: int = 1300
+    gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape: Shape, length: int = 1300, fp8: bool = False
 ) -> int:
     """A sequence's outputs have the same bits in one piece, in chunks, as decodes, alone and in a batch."""
-    cache = Cache(gpu, rng, dtype, shape, [length, 300])
+    cache = Cache(gpu, rng, dtype, shape, [length, 300], fp8)
     q = queries(rng, dtype, length, shape)
     (whole,) = prefill(gpu, cache, [q], np.array([0]), np.array([length]))
     assert np.isfinite(whole).all(), "outputs that are no numbers"

@@ -17,6 +17,7 @@ from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Generate, ModelFacts, Output, Sampling
 from rvllm.models.config import ModelConfig
+from rvllm.models.kv_cache import with_kv_cache
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from support.models.tiny import ArrayCheckpoint, weights_of
@@ -39,7 +40,8 @@ def model(architecture: str = "LlamaForCausalLM", **fields: Any) -> dict[str, An
 
 def backend(config: Mapping[str, Any], device: str, dtype: DType, engine: EngineConfig = CONFIG) -> Backend:
     """The model with weights that are exact in `dtype`, on the CPU (float32) or the GPU."""
-    program = build_program(ModelConfig(config, "tiny"), DType.F32 if device == "cpu" else dtype)
+    plain = build_program(ModelConfig(config, "tiny"), DType.F32 if device == "cpu" else dtype)
+    program = with_kv_cache(plain, engine.kv_cache_dtype)
     arrays = {k: v.astype(ROUND[dtype]).astype(np.float32) for k, v in weights_of(program).items()}
     checkpoint = ArrayCheckpoint(config, arrays)
     engine = replace(engine, device=device)

@@ -53,7 +53,7 @@ class LoadedModel:
         resolve(program)
         if program.dtype is not DType.F32:
             raise UsageError(f"--dtype {program.dtype.value}: the CPU backend computes in float32")
-        compiled = chosen(config.cpu_kernels)
+        compiled = chosen(config.cpu_kernels, program)
         plan = plan_memory(program, config, weight_form=weight_bytes(program, checkpoint, config))
         single_threaded_blas()
         ropes = rope_tables(program, plan.limits.max_model_len)

@@ -10,6 +10,7 @@ from rvllm.backends.cpu.step import BLOCK
 from rvllm.backends.lengths import asked_host_blocks, asked_length, encoder_lengths
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
+from rvllm.program.cost import kv_bytes_per_token
 from rvllm.program.memory import plan_workspace
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import embedding_size
@@ -87,7 +88,7 @@ def weight_bytes(program: Program, checkpoint: Checkpoint | None, config: Engine
     """
     from rvllm.backends.cpu.compiled import model
 
-    if model.chosen(config.cpu_kernels):
+    if model.chosen(config.cpu_kernels, program):
         return model.weight_bytes(program, checkpoint), "packed for compiled kernels"
     return sum(w.elements for w in program.weights) * ELEMENT, FLOAT32
 
@@ -121,7 +122,7 @@ def plan_memory(
     free = free_bytes() if free is None else free
     weights, form = weight_form or (sum(w.elements for w in program.weights) * ELEMENT, FLOAT32)
     workspace = workspace_bytes(program, config)
-    per_token = program.kv_elements_per_token * ELEMENT
+    per_token = kv_bytes_per_token(program)
     host_blocks = asked_host_blocks(program, config)
     host = host_blocks * BLOCK * per_token
     left = free - weights - workspace - RESERVE - host

@@ -67,7 +67,7 @@ class CudaBackend:
         self._planner, self._at, self._shape, self._program = planner, at, shape, program
         self._graphs = GraphBook(planner, gpu.catalog, gpu.stream)
         caches = [
-            (address, ELEMENT * BLOCK * cache.heads * dim)
+            (address, BLOCK * cache.heads * cache.row_bytes(dim, ELEMENT))
             for cache in program.caches
             for address, dim in zip(at.caches[cache.name], (cache.key_dim, cache.value_dim), strict=True)
             if dim

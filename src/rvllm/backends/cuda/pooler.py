@@ -19,7 +19,7 @@ from rvllm.backends.cuda.formats.choose import kept, say_expanded
 from rvllm.backends.cuda.layout.allocations import Placed, placed_weights
 from rvllm.backends.cuda.layout.memory import BLOCK, DEFAULT_TOKENS, KV_CACHE, Budget
 from rvllm.backends.cuda.layout.metadata import SampledRows, leading_decodes
-from rvllm.backends.cuda.layout.packed import ELEMENT, PackedWeight
+from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
 from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
 from rvllm.backends.cuda.ops.gemm.strategy import GemmStrategy
@@ -30,6 +30,7 @@ from rvllm.backends.heads import Head, without_head
 from rvllm.backends.lengths import encoder_lengths
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
+from rvllm.program.cost import kv_bytes_per_token
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import Pool
 from rvllm.weights.checkpoint import Checkpoint
@@ -54,7 +55,7 @@ def plan_pooler(
     if -(-tokens // BLOCK) + seqs > MAX_UPDATES:
         most = BLOCK * (MAX_UPDATES - seqs)
         raise UsageError(f"--max-num-batched-tokens {tokens}: a step of texts has room for {most}")
-    block_bytes = program.kv_elements_per_token * ELEMENT * BLOCK
+    block_bytes = kv_bytes_per_token(program) * BLOCK
     blocks = max(-(-tokens // BLOCK) + seqs, -(-STAGING // block_bytes))
     config = replace(
         config, max_model_len=longest, max_num_batched_tokens=tokens, max_num_seqs=seqs, num_gpu_blocks=blocks

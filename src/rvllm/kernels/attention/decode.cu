@@ -11,6 +11,7 @@
 // several blocks on an SM overlap one's arithmetic with another's loads; launched with more shared memory it has
 // one for each, which is quicker where there are fewer items than SMs.
 // Bound by memory at long contexts (the KV cache is read once), by latency at short ones.
+#include "attention/fp8_cache.cuh"
 #include "attention/masks.cuh"
 
 constexpr int WARPS = 4, THREADS = WARPS * 32;
@@ -81,12 +82,25 @@ __device__ __forceinline__ u32 dynamic_shared_bytes() {
   return bytes;
 }
 
+// The same of a cache in e4m3, whose pieces are fetched whole; the newest position's is left for fetch_newest.
+template <typename T, int D>
+__device__ __forceinline__ void fetch(T* buffer, const u8* cache, const Tile& t, int head, int kv_heads, int skip, int lane) {
+  if (t.empty()) return;
+  const u32 wanted = kv8::pieces_of(t.lo, t.hi) & (skip < 0 ? ~0u : ~(1u << skip / KV_BLOCK));
+  kv8::load_pieces<D, 32>(reinterpret_cast<u8*>(buffer), cache, t.blocks, head, kv_heads, wanted, lane);
+}
+
 // Fetches the newest position's row, which the predecessor has just written to the cache.
 template <typename T, int D>
 __device__ __forceinline__ void fetch_newest(T* buffer, const T* cache, const Tile& t, int head, int kv_heads, int lane) {
   if (t.newest < 0 || lane >= D / 8) return;
   const size_t row = ((size_t)t.block(t.newest / KV_BLOCK) * kv_heads + head) * KV_BLOCK + t.newest % KV_BLOCK;
   cp_async16(smem(buffer + t.newest * (D + PAD) + lane * 8), cache + row * D + lane * 8);
+}
+template <typename T, int D>
+__device__ __forceinline__ void fetch_newest(T* buffer, const u8* cache, const Tile& t, int head, int kv_heads, int lane) {
+  if (t.newest >= 0 && !t.empty())
+    kv8::load_pieces<D, 32>(reinterpret_cast<u8*>(buffer), cache, t.blocks, head, kv_heads, 1u << t.newest / KV_BLOCK, lane);
 }
 
 // Four columns of one output row, merged so far.
@@ -106,15 +120,17 @@ struct Sum {
   }
 };
 
-template <typename T, int DK, int DV, typename Sight>
-__device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, const T* v_cache,
+// C: elements of the cache, T or u8 (see fp8_cache.cuh).
+template <typename T, int DK, int DV, typename C, typename Sight>
+__device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict__ q, const C* k_cache, const C* v_cache,
                                        const int* tables, const int* slots, const int* kv_lens, const int* count,
                                        float* partial, int* arrivals, int q_pitch, int out_pitch, int table_stride,
                                        int kv_heads, int group, float scale, float soft_cap, int window, int max_seqs,
                                        const Sight& sight) {
   griddep_launch();
   constexpr int KS = DK + PAD, VS = DV + PAD, XS = DV + 8;  // row pitches; XS in floats
-  constexpr int BUFFER = TILE * (KS > VS ? KS : VS), SUMS = (16 * DV / 4 + THREADS - 1) / THREADS;
+  constexpr bool FP8 = sizeof(C) == 1;
+  constexpr int BUFFER = TILE * (KS > VS ? KS : VS) / (FP8 ? 2 : 1), SUMS = (16 * DV / 4 + THREADS - 1) / THREADS;
   static_assert(16 * XS * 4 <= BUFFER * 2, "the exchange of results fits where the values were");
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ float2 states[WARPS][16];
@@ -198,7 +214,13 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
     float m[2] = {-INFINITY_F, -INFINITY_F}, l[2] = {0.f, 0.f};
     if (!tile.empty()) {
       float s[8][4];
-      tile_scores<T, DK>(s, queries, buffer, blocks, lane);
+      if constexpr (FP8) {
+        const u32 at = smem(queries + lane % 16 * KS + lane / 16 * 8);
+        const auto query = [&](u32(&a)[4], int k) { ldmatrix_x4(a, at + k * 32); };
+        kv8::scores<T, DK, DK <= 128 ? 4 : 2>(s, query, reinterpret_cast<const u8*>(buffer), blocks, lane);
+      } else {
+        tile_scores<T, DK>(s, queries, buffer, blocks, lane);
+      }
       __syncwarp();
       if (!separate) fetch<T, DV>(buffer, v_cache, tile, item.head, kv_heads, -1, lane);
       cp_async_commit();
@@ -214,13 +236,17 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
       cp_async_wait<0>();  // the values are here
       __syncwarp();
       float x[DV / 8][4];
-      tile_values<T, DV>(p, values, blocks, lane, [&](int g, const float (&r)[2][4]) {
+      if constexpr (FP8) {
+        kv8::values<T, DV>(x, p, reinterpret_cast<const u8*>(values), blocks, tile.lo, tile.hi, lane);
+      } else {
+        tile_values<T, DV>(p, values, blocks, lane, [&](int g, const float (&r)[2][4]) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          x[2 * g][i] = r[0][i];
-          x[2 * g + 1][i] = r[1][i];
-        }
-      });
+          for (int i = 0; i < 4; i++) {
+            x[2 * g][i] = r[0][i];
+            x[2 * g + 1][i] = r[1][i];
+          }
+        });
+      }
       __syncwarp();
 #pragma unroll
       for (int n = 0; n < DV / 8; n++) {  // results go where the values were
@@ -338,7 +364,17 @@ attn_decode(T* out, const T* q, const T* k_cache, const T* v_cache, const int* t
                     table_stride, kv_heads, group, scale, soft_cap, window, max_seqs, Everything());
 }
 
-// The same where queries see some blocks of keys only.
+// The same over a cache in e4m3: pieces [blocks, kv_heads], see fp8_cache.cuh.
+template <typename T, int D>
+__global__ void __launch_bounds__(THREADS, D <= 64 ? 4 : D <= 128 ? 3 : 1)
+attn_decode_fp8(T* out, const T* q, const u8* k_cache, const u8* v_cache, const int* tables, const int* slots,
+                const int* kv_lens, const int* count, float* partial, int* arrivals, int q_pitch, int out_pitch,
+                int table_stride, int kv_heads, int group, float scale, float soft_cap, int window, int max_seqs) {
+  attend<T, D, D>(out, q, k_cache, v_cache, tables, slots, kv_lens, count, partial, arrivals, q_pitch, out_pitch,
+                  table_stride, kv_heads, group, scale, soft_cap, window, max_seqs, Everything());
+}
+
+// attn_decode where queries see some blocks of keys only.
 template <typename T, int DK, int DV>
 __global__ void __launch_bounds__(THREADS, DV <= 64 ? 4 : DV <= 128 ? 3 : 1)
 attn_decode_sparse(T* out, const T* q, const T* k_cache, const T* v_cache, const int* tables, const int* slots,

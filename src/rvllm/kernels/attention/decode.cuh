@@ -142,7 +142,7 @@ struct Line {
 // What every part of the kernel is told. rows: kv heads times parts of a group; row r is part r % parts of r / parts.
 template <typename T, typename Mask> struct Job {
   T* out;
-  const T *q, *k_cache, *v_cache;
+  const T* q;
   const int *tables, *slots;
   float* partial;
   int* arrivals;
@@ -179,6 +179,17 @@ __device__ __forceinline__ Tile tile_of(const Job<T, Mask>& job, const Cursor& c
 // The queries of a row as mma's A fragments.
 template <int D, int ROWS> struct Queries {
   u32 a[D / 16][ROWS / 4];
+  // Of columns 16 k on; rows that there are none of are zeros.
+  __device__ __forceinline__ void fragment(u32 (&to)[4], int k) const {
+    if constexpr (ROWS == 8) {
+      to[0] = a[k][0];
+      to[2] = a[k][1];
+      to[1] = to[3] = 0;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; i++) to[i] = a[k][i];
+    }
+  }
   template <typename T, typename Mask>
   __device__ __forceinline__ void load(const Job<T, Mask>& job, int seq, int row, int lane) {
     const int heads = job.heads(row, ROWS);

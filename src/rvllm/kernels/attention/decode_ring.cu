@@ -262,7 +262,7 @@ __device__ __forceinline__ void attend(T* out, const T* q, const T* k_cache, con
   extern __shared__ __align__(1024) unsigned char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, parts = (group + ROWS - 1) / ROWS;
   unsigned char* const base = shared + (1024 - smem(shared) % 1024) % 1024;
-  const Job<T, Mask> job = {out, q, k_cache, v_cache, tables, slots, partial, arrivals, q_pitch, out_pitch, table_stride,
+  const Job<T, Mask> job = {out, q, tables, slots, partial, arrivals, q_pitch, out_pitch, table_stride,
                             kv_heads, group, parts, kv_heads * parts, scale, soft_cap, mask};
 
   // This warp's tiles.

@@ -6,10 +6,13 @@
 // walks the key tiles they can see; keys are fetched while values are used and the other way round. Splits are
 // merged every 256 positions into totals kept in shared memory, exactly as the decode kernel merges them.
 // Bound by the tensor cores (mma.sync) and, at short prompts, by latency.
+#include "attention/fp8_cache.cuh"
 #include "attention/masks.cuh"
 
-template <typename T, int DK, int DV, int WARPS, typename Sight>
-__device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict__ q, const T* k_cache, const T* v_cache,
+// C: elements of the cache, T or u8 (see fp8_cache.cuh). What is in e4m3 is fetched into room of its own, keys and values in
+// turn, and made numbers of T from there.
+template <typename T, int DK, int DV, int WARPS, typename C, typename Sight>
+__device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict__ q, const C* k_cache, const C* v_cache,
                                        const int* tables, const int* slots, const int* kv_lens,
                                        const int* query_offsets, const int2* work, int q_pitch, int out_pitch,
                                        int table_stride, int kv_heads, int group, float scale, float soft_cap,
@@ -21,6 +24,8 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
   T* const k_tile = q_tile + ROWS * KS;
   T* const v_tile = k_tile + TILE * KS;
   float* const totals = reinterpret_cast<float*>(v_tile + TILE * VS);
+  constexpr bool FP8 = sizeof(C) == 1;
+  [[maybe_unused]] u8* const pieces = reinterpret_cast<u8*>(totals + ROWS * DV);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y;
   float* const total = totals + warp * (16 * DV) + lane * 2;
 
@@ -44,13 +49,30 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
   const int first_tile = seen_from(visible_lo / TILE);
   const auto load_k = [&](int t) {
     const int4 blocks = *reinterpret_cast<const int4*>(table + t * (TILE / KV_BLOCK));
-    load_tile<T, DK, THREADS>(k_tile, k_cache, blocks, head, kv_heads, max(0, visible_lo - t * TILE),
-                              min(TILE, block_hi + 1 - t * TILE), -1, threadIdx.x);
+    const int lo = max(0, visible_lo - t * TILE), hi = min(TILE, block_hi + 1 - t * TILE);
+    if constexpr (FP8)
+      kv8::load_pieces<DK, THREADS>(pieces, k_cache, blocks, head, kv_heads, kv8::pieces_of(lo, hi), threadIdx.x);
+    else
+      load_tile<T, DK, THREADS>(k_tile, k_cache, blocks, head, kv_heads, lo, hi, -1, threadIdx.x);
   };
   const auto load_v = [&](int t) {
     const int4 blocks = *reinterpret_cast<const int4*>(table + t * (TILE / KV_BLOCK));
-    load_tile<T, DV, THREADS>(v_tile, v_cache, blocks, head, kv_heads, max(0, visible_lo - t * TILE),
-                              min(TILE, block_hi + 1 - t * TILE), -1, threadIdx.x);
+    const int lo = max(0, visible_lo - t * TILE), hi = min(TILE, block_hi + 1 - t * TILE);
+    if constexpr (FP8)
+      kv8::load_pieces<DV, THREADS>(pieces, v_cache, blocks, head, kv_heads, kv8::pieces_of(lo, hi), threadIdx.x);
+    else
+      load_tile<T, DV, THREADS>(v_tile, v_cache, blocks, head, kv_heads, lo, hi, -1, threadIdx.x);
+  };
+  // What has been fetched, as numbers; every thread calls, after a barrier.
+  [[maybe_unused]] const auto expand_k = [&](int t) {
+    const int hi = min(TILE, block_hi + 1 - t * TILE);
+    kv8::expand_keys<T, DK, THREADS>(k_tile, KS, pieces, 0, (hi + KV_BLOCK - 1) / KV_BLOCK, threadIdx.x);
+    __syncthreads();
+  };
+  [[maybe_unused]] const auto expand_v = [&](int t) {
+    const int lo = max(0, visible_lo - t * TILE), hi = min(TILE, block_hi + 1 - t * TILE);
+    kv8::expand_values<T, DV, THREADS>(v_tile, VS, pieces, 0, (hi + KV_BLOCK - 1) / KV_BLOCK, lo, hi, threadIdx.x);
+    __syncthreads();
   };
 
   griddep_wait();
@@ -81,6 +103,7 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
   float x[DV / 8][4] = {};
   cp_async_wait<0>();
   __syncthreads();
+  if constexpr (FP8) expand_k(first_tile);
   load_v(first_tile);
   cp_async_commit();
   for (int t = first_tile, next; t <= last_tile; t = next) {
@@ -108,6 +131,7 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
     }
     cp_async_wait<0>();
     __syncthreads();  // the values are here, the keys have been read
+    if constexpr (FP8) expand_v(t);
     if (next <= last_tile) load_k(next);
     cp_async_commit();
     if (seen) {
@@ -147,6 +171,8 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
     }
     cp_async_wait<0>();
     __syncthreads();  // the next keys are here, the values have been read
+    if constexpr (FP8)
+      if (next <= last_tile) expand_k(next);
     if (next <= last_tile) load_v(next);
     cp_async_commit();
   }
@@ -186,7 +212,17 @@ attn_prefill(T* out, const T* q, const T* k_cache, const T* v_cache, const int* 
                            table_stride, kv_heads, group, scale, soft_cap, window, Everything());
 }
 
-// The same where queries see some blocks of keys only.
+// The same over a cache in e4m3: pieces [blocks, kv_heads], see fp8_cache.cuh.
+template <typename T, int D, int WARPS>
+__global__ void __launch_bounds__(WARPS * 32)
+attn_prefill_fp8(T* out, const T* q, const u8* k_cache, const u8* v_cache, const int* tables, const int* slots,
+                 const int* kv_lens, const int* query_offsets, const int2* work, int q_pitch, int out_pitch,
+                 int table_stride, int kv_heads, int group, float scale, float soft_cap, int window) {
+  attend<T, D, D, WARPS>(out, q, k_cache, v_cache, tables, slots, kv_lens, query_offsets, work, q_pitch, out_pitch,
+                         table_stride, kv_heads, group, scale, soft_cap, window, Everything());
+}
+
+// attn_prefill where queries see some blocks of keys only.
 template <typename T, int DK, int DV, int WARPS>
 __global__ void __launch_bounds__(WARPS * 32)
 attn_prefill_sparse(T* out, const T* q, const T* k_cache, const T* v_cache, const int* tables, const int* slots,

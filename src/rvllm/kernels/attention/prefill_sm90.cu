@@ -7,139 +7,8 @@
 // values into the split; the two warpgroups hand over in turns. The totals of finished splits are in shared memory.
 // Work tiles come longest first; block b takes the b-th, then from the other end of the next round, and so on.
 // Bound by the tensor cores; exponentials and the folding of tiles take about as long.
-#include "attention/masks.cuh"
+#include "attention/prefill_sm90.cuh"
 #include "ptx/wgmma.cuh"
-
-namespace rvllm {
-struct alignas(64) TensorMap {
-  u64 opaque[16];
-};
-}  // namespace rvllm
-
-constexpr int GROUP_ROWS = 64, ROWS = 2 * GROUP_ROWS, CONSUMERS = 256, THREADS = CONSUMERS + 128;
-
-template <int D>
-struct Layout {
-  static constexpr int HALVES = (D + 63) / 64, HALF = TILE * 128;  // of 64 columns; bytes
-  static constexpr int STAGE = HALVES * HALF, QUERIES = 16 * HALVES * 128, TOTALS = 16 * D * 4;  // of a warp, the last two
-  static constexpr int BARRIERS = 256, LIMIT = 232448, FIT = (LIMIT - BARRIERS - 8 * (QUERIES + TOTALS)) / (2 * STAGE);
-  static constexpr int STAGES = FIT < 6 ? FIT : 6;
-  static constexpr int BYTES = 2 * STAGES * STAGE + 8 * (QUERIES + TOTALS) + BARRIERS;
-  static_assert(STAGES >= 2 && 32 * STAGES + 8 <= BARRIERS, "a tile is fetched while another is multiplied");
-};
-
-// One work tile: rows first_row .. last_row of a sequence under one kv head, and the key tiles it sees.
-struct Work {
-  int seq, head, first_row, last_row;
-  int offset, start, kv_len;  // row of the sequence's first token, its position, and the end of the context
-  int visible_lo, position, first_tile, last_tile;
-};
-
-// The work tiles of this block, in order, of which there are `tiles` for each kv head.
-template <typename Mask>
-struct Scheduler {
-  const int *kv_lens, *query_offsets;
-  const int2* work;
-  int tiles, kv_heads, group, window;
-  const Mask& mask;
-
-  // The first tile from t on that a block sees something of.
-  __device__ __forceinline__ int seen_from(int t, const Work& w) const {
-    if constexpr (!Mask::ALL)
-      while (t < w.last_tile && !mask.sees(t, w.position, w.head * group, group)) t++;
-    return t;
-  }
-  __device__ __forceinline__ bool get(int round, Work& w) const {
-    const int turn = round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x, index = round * gridDim.x + turn;
-    if (index >= tiles * kv_heads) return false;
-    const int2 mine = work[index / kv_heads];
-    w.seq = mine.x;
-    w.head = index % kv_heads;
-    w.first_row = mine.y;
-    w.offset = query_offsets[w.seq];
-    const int tokens = query_offsets[w.seq + 1] - w.offset;
-    w.kv_len = kv_lens[w.seq];
-    w.start = w.kv_len - tokens;
-    w.last_row = min(w.first_row + ROWS, tokens * group) - 1;
-    w.position = w.start + w.first_row / group;
-    w.visible_lo = window > 0 ? max(0, w.position - window + 1) : 0;
-    w.last_tile = (w.start + w.last_row / group) / TILE;
-    w.first_tile = seen_from(w.visible_lo / TILE, w);
-    return true;
-  }
-};
-
-// Stages of keys and of values, which fill and empty separately.
-template <int D>
-struct Ring {
-  using L = Layout<D>;
-  u32 base, bars;
-  int stage = 0;
-  u32 phase = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == L::STAGES) stage = 0, phase ^= 1;
-  }
-  __device__ __forceinline__ u32 keys() const { return base + stage * L::STAGE; }
-  __device__ __forceinline__ u32 values() const { return base + (L::STAGES + stage) * L::STAGE; }
-  __device__ __forceinline__ u32 full_keys() const { return bars + 32 * stage; }
-  __device__ __forceinline__ u32 full_values() const { return bars + 32 * stage + 8; }
-  __device__ __forceinline__ u32 free_keys() const { return bars + 32 * stage + 16; }
-  __device__ __forceinline__ u32 free_values() const { return bars + 32 * stage + 24; }
-};
-
-// The producer warp: every tile of every work tile, the blocks that hold something. Values of positions that do not
-// exist are zeros (their weights are zero, and zero times what lies there might not be).
-template <int D, typename Mask>
-__device__ __forceinline__ void produce(Ring<D> ring, Scheduler<Mask> scheduler, const TensorMap& k_map,
-                                        const TensorMap& v_map, const int* tables, const int* slots, int table_stride,
-                                        u32 edge_bar, int lane) {
-  using L = Layout<D>;
-  constexpr int BLOCKS = TILE / KV_BLOCK, LOOKAHEAD = 32;
-  const int block = lane / L::HALVES, half = lane % L::HALVES;
-  const u32 place = half * L::HALF + block * (KV_BLOCK * 128);
-  u32 edge_phase = 0;
-  Work w;
-  for (int round = 0; scheduler.get(round, w); round++) {
-    const int* const table = tables + (size_t)slots[w.seq] * table_stride;
-    int from = -1;
-    int4 ids;
-    for (int t = w.first_tile; t <= w.last_tile; t = scheduler.seen_from(t + 1, w)) {
-      if (t / LOOKAHEAD != from) {  // the tables of the next tiles, one a lane
-        from = t / LOOKAHEAD;
-        ids = *reinterpret_cast<const int4*>(table + min(from * LOOKAHEAD + lane, w.last_tile) * BLOCKS);
-      }
-      const int x = __shfl_sync(~0u, ids.x, t % LOOKAHEAD), y = __shfl_sync(~0u, ids.y, t % LOOKAHEAD);
-      const int z = __shfl_sync(~0u, ids.z, t % LOOKAHEAD), u = __shfl_sync(~0u, ids.w, t % LOOKAHEAD);
-      const int row = ((block == 0 ? x : block == 1 ? y : block == 2 ? z : u) * scheduler.kv_heads + w.head) * KV_BLOCK;
-      const int first = max(0, w.visible_lo - t * TILE) / KV_BLOCK, rows = min(TILE, w.kv_len - t * TILE);
-      const int end = (rows + KV_BLOCK - 1) / KV_BLOCK;
-      const bool mine = block >= first && block < end, edge = first > 0 || rows < TILE;
-      const u32 bytes = (end - first) * (L::HALVES * KV_BLOCK * 128);
-      mbar_wait(ring.free_keys(), ring.phase ^ 1);
-      if (lane == 0) mbar_arrive_expect(ring.full_keys(), bytes);
-      __syncwarp();
-      if (mine) tensor_load_2d(ring.keys() + place, &k_map, half * 64, row, ring.full_keys());
-      mbar_wait(ring.free_values(), ring.phase ^ 1);
-      const u32 bar = edge ? edge_bar : ring.full_values();
-      if (lane == 0) mbar_arrive_expect(bar, bytes);
-      __syncwarp();
-      if (mine) tensor_load_2d(ring.values() + place, &v_map, half * 64, row, bar);
-      if (edge) {
-        mbar_wait(edge_bar, edge_phase);
-        edge_phase ^= 1;
-        for (int i = lane; i < L::STAGE / 16; i += 32) {
-          const int r = i / 8 % TILE;
-          if (r < first * KV_BLOCK || r >= rows)
-            asm volatile("st.shared.v4.u32 [%0], {%1,%1,%1,%1};" ::"r"(ring.values() + i * 16), "r"(0) : "memory");
-        }
-        fence_async_shared();
-        __syncwarp();
-        if (lane == 0) mbar_arrive(ring.full_values());
-      }
-      ring.advance();
-    }
-  }
-}
 
 // A consumer warp's 16 rows of queries into its part of shared memory: 16-byte chunk c of row r at c ^ (r % 8).
 template <typename T, int D>
@@ -231,11 +100,11 @@ struct State {
   }
 };
 
-template <typename T, int D, typename Mask>
-__device__ __forceinline__ void consume(Ring<D> ring, Scheduler<Mask> scheduler, u32 q_place, float* totals,
+template <typename T, int D, bool FP8, typename Mask>
+__device__ __forceinline__ void consume(Ring<D, FP8> ring, Scheduler<Mask> scheduler, u32 q_place, float* totals,
                                         T* __restrict__ out, const T* q, int q_pitch, int out_pitch, float scale,
                                         int warp, int lane) {
-  using L = Layout<D>;
+  using L = Layout<D, FP8>;
   const int group = scheduler.group, window = scheduler.window;
   const float factor = __fmul_rn(scale, LOG2E);
   float* const total = totals + lane * 4;
@@ -280,7 +149,7 @@ __device__ __forceinline__ void consume(Ring<D> ring, Scheduler<Mask> scheduler,
     // The warpgroups hand products to the tensor cores in turns, so that one multiplies while the other weighs.
     const auto my_turn = [&] { bar_sync(1 + warp / 4, CONSUMERS); };
     const auto your_turn = [&] { bar_arrive(2 - warp / 4, CONSUMERS); };
-    const auto multiply_keys = [&](const Ring<D>& r) {
+    const auto multiply_keys = [&](const Ring<D, FP8>& r) {
       const u64 keys = wgmma_operand(r.keys());
       mbar_wait(r.full_keys(), r.phase);
       my_turn();
@@ -291,7 +160,7 @@ __device__ __forceinline__ void consume(Ring<D> ring, Scheduler<Mask> scheduler,
         wgmma_rs<TILE, T, 0>(scores, queries[k], wgmma_further(keys, k / 4 * L::HALF + k % 4 * 32), k > 0);
       wgmma_commit();
     };
-    const auto multiply_values = [&](const Ring<D>& r) {
+    const auto multiply_values = [&](const Ring<D, FP8>& r) {
       const u64 operand = wgmma_operand_mn(r.values(), L::HALF);
       mbar_wait(r.full_values(), r.phase);
       wgmma_pin(values);
@@ -342,7 +211,7 @@ __device__ __forceinline__ void consume(Ring<D> ring, Scheduler<Mask> scheduler,
       tile_sums(l);
       auto f = state.weigh(m, l);
       for (int next; (next = scheduler.seen_from(t + 1, w)) <= end; t = next) {
-        Ring<D> ahead = ring;
+        Ring<D, FP8> ahead = ring;
         ahead.advance();
         multiply_keys(ahead);
         multiply_values(ring);
@@ -401,42 +270,55 @@ __device__ __forceinline__ void consume(Ring<D> ring, Scheduler<Mask> scheduler,
   }
 }
 
-template <typename T, int D, typename Mask>
-__device__ __forceinline__ void attend(T* __restrict__ out, const T* q, const TensorMap& k_map, const TensorMap& v_map,
+// Cache: k_map and v_map, or the addresses of pieces.
+template <typename T, int D, bool FP8, typename Cache, typename Mask>
+__device__ __forceinline__ void attend(T* __restrict__ out, const T* q, const Cache& keys, const Cache& values,
                                        const int* tables, const int* slots, const int* kv_lens, const int* query_offsets,
                                        const int2* work, const int* count, int q_pitch, int out_pitch, int table_stride,
                                        int kv_heads, int group, float scale, int window, const Mask& mask) {
-  using L = Layout<D>;
+  using L = Layout<D, FP8>;
+  constexpr int PRODUCERS = FP8 ? 4 : 1;  // warps
   griddep_launch();
   extern __shared__ __align__(1024) unsigned char shared[];
-  const u32 base = smem(shared), queries = base + 2 * L::STAGES * L::STAGE, bars = queries + 8 * (L::QUERIES + L::TOTALS);
+  const u32 base = smem(shared), queries = base + 2 * L::STAGES * L::STAGE;
+  const u32 pieces = queries + 8 * (L::QUERIES + L::TOTALS), bars = pieces + L::PIECES;
   const u32 edge_bar = bars + 32 * L::STAGES;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const Ring<D> ring{base, bars};
+  const Ring<D, FP8> ring{base, bars};
   if (threadIdx.x == 0) {
-    tensor_map_prefetch(&k_map);
-    tensor_map_prefetch(&v_map);
-    for (Ring<D> r = ring; r.phase == 0; r.advance()) {
-      mbar_init(r.full_keys(), 1);
-      mbar_init(r.full_values(), 1);
+    if constexpr (!FP8) {
+      tensor_map_prefetch(&keys);
+      tensor_map_prefetch(&values);
+    }
+    for (Ring<D, FP8> r = ring; r.phase == 0; r.advance()) {
+      mbar_init(r.full_keys(), PRODUCERS);
+      mbar_init(r.full_values(), PRODUCERS);
       mbar_init(r.free_keys(), CONSUMERS / 32);
       mbar_init(r.free_values(), CONSUMERS / 32);
     }
     mbar_init(edge_bar, 1);
+    if constexpr (FP8)
+      for (int i = 0; i < PRODUCERS * L::AHEAD; i++) mbar_init(bars + 256 + 8 * i, 1);
     mbar_init_fence();
   }
   __syncthreads();
   griddep_wait();
   const Scheduler<Mask> scheduler{kv_lens, query_offsets, work, *count, kv_heads, group, window, mask};
   if (warp >= CONSUMERS / 32) {
-    registers_lower<40>();
-    if (warp == CONSUMERS / 32)
-      produce<D>(ring, scheduler, k_map, v_map, tables, slots, table_stride, edge_bar, lane);
+    registers_lower<40>();  // what is left when each of 256 consumers has 232
+    const int producer = warp - CONSUMERS / 32;
+    if constexpr (FP8) {
+      u8* const own = shared + (pieces - base) + producer * (L::PIECES / PRODUCERS);
+      const PieceRing<T, D> fetched{own, bars + 256 + producer * (8 * L::AHEAD)};
+      produce_fp8<T, D>(ring, scheduler, keys, values, tables, slots, table_stride, fetched, producer, lane);
+    } else if (producer == 0) {
+      produce<D>(ring, scheduler, keys, values, tables, slots, table_stride, edge_bar, lane);
+    }
   } else {
     registers_raise<232>();
     float* const totals = reinterpret_cast<float*>(shared + 2 * L::STAGES * L::STAGE + 8 * L::QUERIES + warp * L::TOTALS);
-    consume<T, D>(ring, scheduler, queries + warp * L::QUERIES, totals, out, q, q_pitch, out_pitch, scale, warp,
-                  lane);
+    consume<T, D, FP8>(ring, scheduler, queries + warp * L::QUERIES, totals, out, q, q_pitch, out_pitch, scale, warp,
+                       lane);
   }
 }
 
@@ -448,6 +330,16 @@ attn_prefill_sm90(T* out, const T* q, const __grid_constant__ TensorMap k_map, c
                   const int* tables, const int* slots, const int* kv_lens, const int* query_offsets, const int2* work,
                   const int* count, int q_pitch, int out_pitch, int table_stride, int kv_heads, int group, float scale,
                   int window) {
-  attend<T, D>(out, q, k_map, v_map, tables, slots, kv_lens, query_offsets, work, count, q_pitch, out_pitch,
-               table_stride, kv_heads, group, scale, window, Everything());
+  attend<T, D, false>(out, q, k_map, v_map, tables, slots, kv_lens, query_offsets, work, count, q_pitch, out_pitch,
+                      table_stride, kv_heads, group, scale, window, Everything());
+}
+
+// The same over a cache in e4m3: pieces [blocks, kv_heads], see fp8_cache.cuh.
+template <typename T, int D>
+__global__ void __launch_bounds__(THREADS, 1)
+attn_prefill_sm90_fp8(T* out, const T* q, const u8* k_cache, const u8* v_cache, const int* tables, const int* slots,
+                      const int* kv_lens, const int* query_offsets, const int2* work, const int* count, int q_pitch,
+                      int out_pitch, int table_stride, int kv_heads, int group, float scale, int window) {
+  attend<T, D, true>(out, q, k_cache, v_cache, tables, slots, kv_lens, query_offsets, work, count, q_pitch, out_pitch,
+                     table_stride, kv_heads, group, scale, window, Everything());
 }

@@ -102,6 +102,11 @@ RVLLM_PTX u32 add_acq_rel(u32* p, u32 v) {
   return old;
 }
 
+// ---------------------------------------------------------------- shared loads and stores
+RVLLM_PTX void store_shared(u32 addr, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" :: "r"(addr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // ---------------------------------------------------------------- cp.async (sm_80)
 // 16 bytes global -> shared; `bytes` < 16 fills the rest with zeros (0 reads nothing).
 RVLLM_PTX void cp_async16(u32 dst, const void* src, u32 bytes = 16) {
@@ -169,6 +174,12 @@ RVLLM_PTX void mma_1688(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
 // matrix j in r[j]; column i % 8 of matrix i / 8 goes to the 16 bytes at lane i's address.
 RVLLM_PTX void stmatrix_x2_trans(u32 addr, u32 r0, u32 r1) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" :: "r"(addr), "r"(r0), "r"(r1) : "memory");
+}
+// Four of them as they are: matrix i has its row lane / 4, columns 2 (lane % 4) and the next, in register i; row lane % 8 of
+// matrix lane / 8 goes to the 16 bytes at the lane's address.
+RVLLM_PTX void stmatrix_x4(u32 addr, u32 r0, u32 r1, u32 r2, u32 r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
+               :: "r"(addr), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
 }
 RVLLM_PTX void stmatrix_x1_trans(u32 addr, u32 r0) {
   asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" :: "r"(addr), "r"(r0) : "memory");

@@ -1,5 +1,6 @@
 // Rotary embedding of queries and keys, fused with the write of keys and values into the paged cache, and with
 // the norms of query and key heads in front of it where a model has them.
+#include "attention/fp8_cache.cuh"
 #include "rowwise/head_norm.cuh"
 #include "rowwise/rotation.cuh"
 
@@ -36,23 +37,35 @@ struct Normed {
   }
 };
 
-template <typename T, bool INTERLEAVED, typename Before>
-__device__ __forceinline__ void rotate_and_cache(T* qkv, T* k_cache, T* v_cache, const float* __restrict__ cos,
+// C: elements of the cache, T or u8 (see attention/fp8_cache.cuh): rows for that are put together in `room`, D / 2 words of
+// the warp's own, which may be where `before` leaves its result.
+template <typename T, bool INTERLEAVED, typename C, typename Before>
+__device__ __forceinline__ void rotate_and_cache(T* qkv, C* k_cache, C* v_cache, const float* __restrict__ cos,
                                                  const float* __restrict__ sin, const int* tables, const int* positions,
                                                  const int* token_slots, const int* count, int pitch, int table_stride,
-                                                 int heads, int kv_heads, int D, int rotated, const Before& before) {
+                                                 int heads, int kv_heads, int D, int rotated, const Before& before,
+                                                 u32* room = nullptr) {
+  constexpr bool FP8 = sizeof(C) == 1;
   griddep_launch();
   const int head = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.y;
   const int position = positions[row], slot = token_slots[row];
   const bool active = row < *count && head < heads + 2 * kv_heads;
   const bool query = head < heads, turns = head < heads + kv_heads;
   T* target = nullptr;
+  [[maybe_unused]] u8* piece = nullptr;
   const int half = rotated / 2;
   const float* const c = cos + (size_t)position * half;
   const float* const s = sin + (size_t)position * half;
   if (active && !query) {
     const int block = tables[(size_t)slot * table_stride + position / KV_BLOCK], kv = (head - heads) % kv_heads;
-    target = (turns ? k_cache : v_cache) + (((size_t)block * kv_heads + kv) * KV_BLOCK + position % KV_BLOCK) * D;
+    C* const cache = turns ? k_cache : v_cache;
+    const size_t at = (size_t)block * kv_heads + kv;
+    if constexpr (FP8) {
+      piece = cache + at * kv8::piece_bytes(D);
+      target = reinterpret_cast<T*>(room);
+    } else {
+      target = cache + (at * KV_BLOCK + position % KV_BLOCK) * D;
+    }
   }
   const auto prepared = before.fetch(head, lane);
   griddep_wait();
@@ -81,6 +94,11 @@ __device__ __forceinline__ void rotate_and_cache(T* qkv, T* k_cache, T* v_cache,
   }
   if (out != in)
     for (int i = plain + lane; i < D / 2; i += 32) out[i] = in[i];
+  if constexpr (FP8) {
+    if (query) return;
+    __syncwarp();
+    kv8::store_row<T>(piece, out, D, position % KV_BLOCK, turns, lane);
+  }
 }
 
 // qkv [T, pitch]: heads query heads, kv_heads key heads, kv_heads value heads of D elements each. Queries are
@@ -97,7 +115,17 @@ __global__ void rope_kv(T* qkv, T* k_cache, T* v_cache, const float* cos, const 
                                    table_stride, heads, kv_heads, D, rotated, AsItIs());
 }
 
-// The same for many rows and pairs (i, i + rotated / 2), rotated and D multiples of 16 and 8: a block a row, 16 bytes an
+// The same into a cache in e4m3. D even and <= 256. Four warps.
+template <typename T, bool INTERLEAVED>
+__global__ void rope_kv_fp8(T* qkv, u8* k_cache, u8* v_cache, const float* cos, const float* sin, const int* tables,
+                            const int* positions, const int* token_slots, const int* count, int pitch, int table_stride,
+                            int heads, int kv_heads, int D, int rotated) {
+  __shared__ u32 room[4][128];
+  rotate_and_cache<T, INTERLEAVED>(qkv, k_cache, v_cache, cos, sin, tables, positions, token_slots, count, pitch,
+                                   table_stride, heads, kv_heads, D, rotated, AsItIs(), room[threadIdx.x / 32]);
+}
+
+// rope_kv for many rows and pairs (i, i + rotated / 2), rotated and D multiples of 16 and 8: a block a row, 16 bytes an
 // access, a row's queries, keys and values all under way before its position is known.
 // Grid: (T), ROPE_THREADS. Bound by memory.
 constexpr int ROPE_THREADS = 128, ROPE_PAIRS = 2;  // of 16 bytes each that a thread turns at a time
@@ -157,15 +185,72 @@ rope_kv_rows(T* qkv, T* k_cache, T* v_cache, const float* __restrict__ cos, cons
   }
 }
 
+// The same into a cache in e4m3, any D that rope_kv_fp8 takes: a block a row, whose warps have several queries' loads in flight.
+template <typename T>
+__global__ void __launch_bounds__(ROPE_THREADS, 8)
+rope_kv_fp8_rows(T* qkv, u8* k_cache, u8* v_cache, const float* __restrict__ cos, const float* __restrict__ sin,
+                 const int* tables, const int* positions, const int* token_slots, const int* count, int pitch,
+                 int table_stride, int heads, int kv_heads, int D, int rotated) {
+  griddep_launch();
+  constexpr int EACH = 5, WARPS = ROPE_THREADS / 32;  // heads of a warp at a time
+  __shared__ u32 room[WARPS][128];
+  const int row = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool active = row < *count;
+  const int position = active ? positions[row] : 0, half = rotated / 2;
+  const int block = active ? tables[(size_t)token_slots[row] * table_stride + position / KV_BLOCK] : 0;
+  const float* const c = cos + (size_t)position * half;
+  const float* const s = sin + (size_t)position * half;
+  griddep_wait();
+  if (!active) return;
+  u32* const source = reinterpret_cast<u32*>(qkv + (size_t)row * pitch);
+  for (int first = warp; first < heads; first += WARPS * EACH)
+    for (int i = lane; i < half / 2; i += 32) {
+      const float2 cc = *reinterpret_cast<const float2*>(c + 2 * i), ss = *reinterpret_cast<const float2*>(s + 2 * i);
+      u32 a[EACH], b[EACH];
+#pragma unroll
+      for (int e = 0; e < EACH; e++) {
+        const u32* const in = source + (size_t)min(first + e * WARPS, heads - 1) * (D / 2);
+        a[e] = in[i];
+        b[e] = in[i + half / 2];
+      }
+#pragma unroll
+      for (int e = 0; e < EACH; e++) {
+        const int head = first + e * WARPS;
+        if (head >= heads) continue;
+        turn_halves<T>(a[e], b[e], cc, ss);
+        u32* const out = source + (size_t)head * (D / 2);
+        out[i] = a[e];
+        out[i + half / 2] = b[e];
+      }
+    }
+  for (int head = heads + warp; head < heads + 2 * kv_heads; head += WARPS) {
+    const u32* const in = source + (size_t)head * (D / 2);
+    const bool key = head < heads + kv_heads;
+    const int plain = key ? half : 0;
+    for (int i = lane; i < plain / 2; i += 32) {
+      u32 x = in[i], y = in[i + half / 2];
+      turn_halves<T>(x, y, *reinterpret_cast<const float2*>(c + 2 * i), *reinterpret_cast<const float2*>(s + 2 * i));
+      room[warp][i] = x;
+      room[warp][i + half / 2] = y;
+    }
+    for (int i = plain + lane; i < D / 2; i += 32) room[warp][i] = in[i];
+    __syncwarp();
+    u8* const piece = (key ? k_cache : v_cache) + ((size_t)block * kv_heads + (head - heads) % kv_heads) * kv8::piece_bytes(D);
+    kv8::store_row<T>(piece, room[warp], D, position % KV_BLOCK, key, lane);
+    __syncwarp();
+  }
+}
+
 // The same as rope_kv with the norm of each query and key head first; keys in qkv stay as they were. q_weight, k_weight
-// float32 [D] with step 0, or one row a head with step D; D even and <= 256. Four warps.
-template <typename T, bool INTERLEAVED, bool LAYER>
-__global__ void rope_kv_normed(T* qkv, T* k_cache, T* v_cache, const float* cos, const float* sin, const int* tables,
+// float32 [D] with step 0, or one row a head with step D; D even and <= 256. C: elements of the cache, T or u8. Four warps.
+template <typename T, bool INTERLEAVED, bool LAYER, typename C>
+__global__ void rope_kv_normed(T* qkv, C* k_cache, C* v_cache, const float* cos, const float* sin, const int* tables,
                                const int* positions, const int* token_slots, const int* count, int pitch,
                                int table_stride, int heads, int kv_heads, int D, int rotated, const float* q_weight,
                                const float* k_weight, int q_step, int k_step, float eps) {
   __shared__ u32 room[4][128];
-  const Normed<T, LAYER> before = {q_weight, k_weight, q_step, k_step, heads, kv_heads, D, eps, room[threadIdx.x / 32]};
+  u32* const mine = room[threadIdx.x / 32];
+  const Normed<T, LAYER> before = {q_weight, k_weight, q_step, k_step, heads, kv_heads, D, eps, mine};
   rotate_and_cache<T, INTERLEAVED>(qkv, k_cache, v_cache, cos, sin, tables, positions, token_slots, count, pitch,
-                                   table_stride, heads, kv_heads, D, rotated, before);
+                                   table_stride, heads, kv_heads, D, rotated, before, mine);
 }

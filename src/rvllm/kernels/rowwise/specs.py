@@ -47,7 +47,10 @@ def _elementwise(dtype: str) -> list[KernelSpec]:
         spec("add", "rowwise/gather.cu", f"add<{t}>"),
         spec("rope_kv", "rowwise/rope.cu", f"rope_kv<{t}, false>"),
         spec("rope_kv_rows", "rowwise/rope.cu", f"rope_kv_rows<{t}>"),
+        spec("rope_kv_fp8_rows", "rowwise/rope.cu", f"rope_kv_fp8_rows<{t}>"),
         spec("rope_kv_interleaved", "rowwise/rope.cu", f"rope_kv<{t}, true>"),
+        spec("rope_kv_fp8", "rowwise/rope.cu", f"rope_kv_fp8<{t}, false>"),
+        spec("rope_kv_fp8_interleaved", "rowwise/rope.cu", f"rope_kv_fp8<{t}, true>"),
         spec("norm_groups_rms", "rowwise/norm.cu", f"norm_groups<{t}, false>"),
         spec("norm_groups_layer", "rowwise/norm.cu", f"norm_groups<{t}, true>"),
     ]
@@ -61,7 +64,9 @@ def _elementwise(dtype: str) -> list[KernelSpec]:
         for kind in ("rms", "layer"):
             suffix = "_interleaved" if interleaved else ""
             flags = f"{str(interleaved).lower()}, {str(kind == 'layer').lower()}"
-            specs.append(spec(f"rope_kv_{kind}{suffix}", "rowwise/rope.cu", f"rope_kv_normed<{t}, {flags}>"))
+            for of, element in (("", t), ("_fp8", "u8")):
+                symbol = f"rope_kv_normed<{t}, {flags}, {element}>"
+                specs.append(spec(f"rope_kv{of}_{kind}{suffix}", "rowwise/rope.cu", symbol))
     for kind in ("rms", "layer"):
         for add in (False, True):
             for suffix, vectors in NORM_VECTORS.items():

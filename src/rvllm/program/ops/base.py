@@ -109,6 +109,8 @@ class KVCache:
     """A paged cache of one attention layer: per token `heads * (key_dim + value_dim)` elements.
 
     value_dim 0: keys and values are one vector, the latent (see LatentAttention).
+    fp8: keys and values are rounded to E4M3 times a power of two, of each token and head its own (see
+    decision 0039).
     """
 
     name: str
@@ -116,11 +118,20 @@ class KVCache:
     key_dim: int
     value_dim: int
     window: int | None = None  # tokens a query may look back, itself included; None is all
+    fp8: bool = False
 
     @property
     def elements_per_token(self) -> int:
         """Elements one token takes."""
         return self.heads * (self.key_dim + self.value_dim)
+
+    def row_bytes(self, dim: int, size: int) -> int:
+        """Bytes of a token's key or value of `dim` elements, of one head; size: of the model's type."""
+        return dim + 1 if self.fp8 else dim * size
+
+    def token_bytes(self, size: int) -> int:
+        """Bytes one token takes; size: of an element of the model's type."""
+        return self.heads * (self.row_bytes(self.key_dim, size) + self.row_bytes(self.value_dim, size))
 
 
 @dataclass(frozen=True)

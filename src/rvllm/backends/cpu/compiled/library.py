@@ -71,11 +71,13 @@ def missing(folder: Path = PREBUILT) -> str | None:
     return None
 
 
-def in_use(setting: str) -> str:
+def in_use(setting: str, fp8_cache: bool = False) -> str:
     """Which kernels `--cpu-kernels` comes to on this machine, and why: `compiled for x86-64-v4`."""
     absent, kind = missing(), processor()
     if setting == "numpy":
         return "NumPy, as --cpu-kernels asks"
+    if fp8_cache:
+        return "NumPy, since compiled ones read keys and values in float32"
     return (
         f"NumPy, since of compiled ones {absent}" if absent or kind is None else f"compiled for {kind.value}"
     )

@@ -29,9 +29,14 @@ LANES = 16
 ELEMENT = 4  # bytes of a float32
 
 
-def chosen(setting: str) -> bool:
-    """Whether --cpu-kernels asks for compiled ones. Raises UsageError when they are asked for and absent."""
+def chosen(setting: str, program: Program | None = None) -> bool:
+    """Whether --cpu-kernels asks for compiled ones. Raises UsageError when they are asked for and absent.
+
+    They read keys and values in float32: auto takes NumPy's for a program with caches in FP8.
+    """
     absent = missing()
+    if program is not None and any(cache.fp8 for cache in program.caches):
+        absent = "they read keys and values in float32; use numpy, or --kv-cache-dtype auto"
     if setting == "compiled" and absent:
         raise UsageError(f"--cpu-kernels compiled: {absent}")
     return setting != "numpy" and absent is None

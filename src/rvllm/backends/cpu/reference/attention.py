@@ -9,11 +9,13 @@ added in order of position. A key that a query may not see contributes an exact 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.cpu.reference import ops
+from rvllm.backends.cpu.reference.fp8_cache import loaded
 from rvllm.backends.cpu.step import BLOCK, Step
 from rvllm.backends.cpu.threads import Workers
 from rvllm.program.ops.dense import BlockSparsity
@@ -76,26 +78,32 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Pages:
-    """A layer's cache: keys and values [blocks, BLOCK, kv heads, dim].
+    """A layer's cache: keys and values [blocks, BLOCK, kv heads, dim], or their bytes (see `fp8_cache`).
 
     values None: a token's value is the first `rank` elements of its key.
     """
 
-    keys: F32
-    values: F32 | None
+    keys: NDArray[Any]
+    values: NDArray[Any] | None
     rank: int = 0
 
     @property
     def value_dim(self) -> int:
         """Elements of a value."""
-        return self.rank if self.values is None else self.values.shape[3]
+        if self.values is None:
+            return self.rank
+        dim: int = self.values.shape[3]
+        return dim - 1 if self.values.dtype == np.uint8 else dim
 
     def take(self, table: NDArray[np.int32]) -> tuple[F32, F32]:
         """Keys and values [splits, SPLIT, kv heads, dim] of whole splits of blocks."""
-        k = np.take(self.keys, table, axis=0).reshape(-1, SPLIT, *self.keys.shape[2:])
-        if self.values is None:
-            return k, k[..., : self.rank]
-        return k, np.take(self.values, table, axis=0).reshape(-1, SPLIT, *self.values.shape[2:])
+        k = _taken(self.keys, table)
+        return k, k[..., : self.rank] if self.values is None else _taken(self.values, table)
+
+
+def _taken(cache: NDArray[Any], table: NDArray[np.int32]) -> F32:
+    found = np.take(cache, table, axis=0).reshape(-1, SPLIT, *cache.shape[2:])
+    return loaded(found) if cache.dtype == np.uint8 else found
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,9 @@ class Decodes:
         )
 
 
-def paged_attention(q: F32, keys: F32, values: F32, step: Step, scoring: Scoring, workers: Workers) -> F32:
+def paged_attention(
+    q: F32, keys: NDArray[Any], values: NDArray[Any], step: Step, scoring: Scoring, workers: Workers
+) -> F32:
     """q [T, heads, dim]; keys, values [blocks, BLOCK, kv heads, dim] → [T, heads, dim of values].
 
     Every place of the cache that a table names must hold finite numbers or the sequence's own.

@@ -7,18 +7,21 @@ settled once, when the program is loaded.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rvllm.backends.cpu.reference import encoder, mamba2, mla, moe, ops
 from rvllm.backends.cpu.reference.attention import Scoring, paged_attention
+from rvllm.backends.cpu.reference.fp8_cache import stored
 from rvllm.backends.cpu.reference.gemm import product
 from rvllm.backends.cpu.reference.run import F32, Kernel, Run, by_rows
 from rvllm.backends.cpu.step import BLOCK
 from rvllm.errors import MissingKernelError
 from rvllm.program.memory import lifetimes
 from rvllm.program.ops import dense as program_ops
-from rvllm.program.ops.dense import Op, Program
+from rvllm.program.ops.dense import KVCache, Op, Program
 
 RESULTS = ("logits", "embeddings")  # buffers that outlive the run
 
@@ -77,8 +80,8 @@ def rope_kv(op: program_ops.RopeKV, run: Run) -> None:
 
         by_rows(run.model.workers, qkv, work)
     keys, values = run.model.caches[op.cache.name]
-    keys.reshape(-1, *keys.shape[2:])[step.places] = heads[:, op.heads : rotated]
-    values.reshape(-1, *values.shape[2:])[step.places] = heads[:, rotated:]
+    for cache, rows in ((keys, heads[:, op.heads : rotated]), (values, heads[:, rotated:])):
+        cache.reshape(-1, *cache.shape[2:])[step.places] = stored(rows) if op.cache.fp8 else rows
 
 
 def attention(op: program_ops.Attention, run: Run) -> None:
@@ -202,18 +205,18 @@ def execute(launches: list[Launch], run: Run) -> None:
                 run.buffers.pop(name, None)
 
 
-def empty_caches(program: Program, blocks: int) -> dict[str, tuple[F32, F32]]:
+def empty_caches(program: Program, blocks: int) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
     """Key and value arrays of every cache, with one block more that stays zero to pad block tables.
 
-    Memory is taken as it is first written.
+    float32 [blocks, BLOCK, heads, dim], or bytes [blocks, BLOCK, heads, dim + 1] (see `fp8_cache`). Memory
+    is taken as it is first written.
     """
-    return {
-        c.name: (
-            np.zeros((blocks + 1, BLOCK, c.heads, c.key_dim), dtype=np.float32),
-            np.zeros((blocks + 1, BLOCK, c.heads, c.value_dim), dtype=np.float32),
-        )
-        for c in program.caches
-    }
+
+    def empty(cache: KVCache, dim: int) -> NDArray[Any]:
+        shape = (blocks + 1, BLOCK, cache.heads, dim + cache.fp8)
+        return np.zeros(shape, dtype=np.uint8 if cache.fp8 else np.float32)
+
+    return {c.name: (empty(c, c.key_dim), empty(c, c.value_dim)) for c in program.caches}
 
 
 def empty_states(program: Program, slots: int) -> dict[str, F32]:

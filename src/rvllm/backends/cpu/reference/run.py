@@ -22,13 +22,13 @@ ROWS = 16  # rows that elementwise work takes at a time
 class Model:
     """A program with its weights, caches and rope tables in memory.
 
-    caches: name → (keys, values), each [blocks, BLOCK, kv heads, dim].
+    caches: name → (keys, values), each [blocks, BLOCK, kv heads, dim]; see `interpreter.empty_caches`.
     ropes: cos and sin [max_model_len, dim / 2] by rope. states: name → [slots, elements].
     """
 
     program: Program
     weights: dict[str, F32]
-    caches: dict[str, tuple[F32, F32]]
+    caches: dict[str, tuple[NDArray[Any], NDArray[Any]]]
     ropes: dict[Rope, tuple[F32, F32]]
     workers: Workers
     states: dict[str, F32] = field(default_factory=dict)

@@ -27,6 +27,7 @@ from rvllm.backends.cuda.paged import decode_plans
 from rvllm.backends.lengths import asked_length
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
+from rvllm.program.cost import kv_bytes_per_token
 from rvllm.program.memory import Workspace, plan_workspace
 from rvllm.program.ops.dense import LatentRopeKV, Program, RopeKV, Sample
 from rvllm.program.rope import Rope
@@ -129,7 +130,7 @@ def plan_memory(
         *beside_buffers(program, strategy, shape.tokens, seqs, facts.capability),
         *_states(program, seqs),
     ]
-    block_bytes = max(1, program.kv_elements_per_token * ELEMENT * BLOCK)
+    block_bytes = max(1, kv_bytes_per_token(program) * BLOCK)
     room = budget.ours - _taken(fixed) - _taken(after)
     asked = _asked_blocks(config, block_bytes)
     chip = DeviceInfo(facts.capability, facts.sm_count, facts.smem_per_block)
@@ -217,7 +218,9 @@ def _states(program: Program, seqs: int) -> list[Allocation]:
 def _caches(program: Program, blocks: int) -> list[Allocation]:
     """Keys, then values, of every layer that attends."""
     return [
-        Allocation("caches", KV_CACHE, ELEMENT * blocks * BLOCK * cache.heads * dim, cache.name)
+        Allocation(
+            "caches", KV_CACHE, blocks * BLOCK * cache.heads * cache.row_bytes(dim, ELEMENT), cache.name
+        )
         for cache in program.caches
         for dim in (cache.key_dim, cache.value_dim)
     ]

@@ -82,12 +82,15 @@ def _rotate(to: Lowering, name: str, ops: Sequence[Op]) -> None:
     assert isinstance(op, RopeKV)
     cos, sin = to.at.ropes[op.rope] if op.rope is not None else (0, 0)
     rotated = op.rope.dim if op.rope is not None else 0
+    if op.cache.fp8 and op.head_dim > 256:
+        raise MissingKernelError(f"no rope kernel for heads of {op.head_dim} elements over an FP8 cache")
     if rotated % 4:
         raise MissingKernelError(f"no rope kernel for {rotated} rotated elements, not a multiple of 4")
     interleaved = op.rope is not None and op.rope.interleaved
     k_cache, v_cache = to.at.caches[op.cache.name]
     heads, warps = op.heads + 2 * op.kv_heads, 4
     kind, more = _head_norms(to, norms, op)
+    fp8 = op.cache.fp8
     many = (
         not norms
         and not interleaved
@@ -97,7 +100,7 @@ def _rotate(to: Lowering, name: str, ops: Sequence[Op]) -> None:
     suffix = "_rows" if many else "_interleaved" if interleaved else ""
     to.plan(
         name,
-        f"sm80_{to.tag}_rope_kv{kind}{suffix}",
+        f"sm80_{to.tag}_rope_kv{'_fp8' if fp8 else ''}{kind}{suffix}",
         lambda c: (c.tokens, 1, 1) if many else (-(-heads // warps), c.tokens, 1),
         32 * warps,
         to.at.buffers[op.qkv.name],
@@ -164,7 +167,12 @@ def _attend(
     )
     places = (to.at.buffers[op.out.name], to.at.buffers[op.qkv.name], *to.at.caches[op.cache.name])
     seqs = ctypes.c_int(to.layout.seqs)
-    rows, bf16 = to.shape.kv_blocks * op.kv_heads * BLOCK, to.dtype is DType.BF16
+    caches, rows, bf16 = (
+        to.at.caches[op.cache.name],
+        to.shape.kv_blocks * op.kv_heads * BLOCK,
+        to.dtype is DType.BF16,
+    )
+    maps = [MatrixMap(at, rows, op.head_dim, BLOCK, 64, bf16) for at in caches]
     attend(
         to,
         name,
@@ -174,7 +182,7 @@ def _attend(
         one=(seqs, *sight),
         several=sight,
         heads=op.kv_heads,
-        maps=[MatrixMap(at, rows, op.head_dim, BLOCK, 64, bf16) for at in to.at.caches[op.cache.name]],
+        maps=caches if op.cache.fp8 else maps,
         turning=turning,
     )
 
@@ -189,15 +197,16 @@ def attend(
     one: Sequence[object],
     several: Sequence[object] = (),
     heads: int = 1,
-    maps: Sequence[MatrixMap] = (),
+    maps: Sequence[MatrixMap | int] = (),
     turning: Turning | None = None,
 ) -> None:
     """Attention over the paged cache: a launch for single tokens, and one for longer runs of them.
 
     op: whose plans these are. places: addresses of the result, the queries and the cache. numbers: what both
     kernels are told; behind that comes what only the first is, `one`, and what only the second is, `several`.
-    heads: blocks of each tile. maps: of the cache, for kernels that use the copy engine; of these the prefill
-    kernel is told of no cap. turning: what the decode kernel rotates with, where it does.
+    heads: blocks of each tile. maps: of the cache, for kernels that use the copy engine, or its addresses
+    where it is in E4M3; of these the prefill kernel is told of no cap. turning: what the decode kernel
+    rotates with, where it does.
     """
     seqs = (to.at.tables, to.meta(to.layout.seq_slots), to.meta(to.layout.kv_lens))
     shared: tuple[object, ...] = (*places, *seqs)

@@ -46,7 +46,7 @@ class DecodePlan:
 
     grid: blocks of `block` threads, for any contexts. smem: bytes a block. partial_bytes: workspace for
     unfinished splits. arrivals_bytes: counters that are zero before the first launch. ring: whether it is
-    attn_decode_ring, which is told the tensor maps of the cache.
+    attn_decode_ring over 16-bit elements, which is told the tensor maps of the cache.
     """
 
     kernel: str
@@ -89,10 +89,11 @@ def plan_decode(
     num_blocks: int,
     sm_count: int,
     smem_per_block: int,
+    fp8: bool = False,
 ) -> DecodePlan:
     """The launch that decodes up to `max_seqs` sequences of up to `max_model_len` tokens.
 
-    num_blocks: size of the KV pool, which bounds how long one sequence can be.
+    num_blocks: size of the KV pool, which bounds how long one sequence can be. fp8: it is in E4M3.
     Raises MissingKernelError when no kernel has this head size or fits the GPU's shared memory.
     """
     if max_seqs > DECODE_SEQS:
@@ -100,7 +101,7 @@ def plan_decode(
             f"decode attention takes at most {DECODE_SEQS} sequences a step, not {max_seqs}; "
             f"lower --max-num-seqs"
         )
-    kernel = decode_kernel(dtype.value, head_dim, smem_per_block)
+    kernel = decode_kernel(dtype.value, head_dim, smem_per_block, fp8)
     group = heads // kv_heads
     parts = -(-group // 16)
     items = _splits(max_seqs, max_model_len, num_blocks) * kv_heads * parts
@@ -109,7 +110,7 @@ def plan_decode(
     separate = (
         max_seqs * kv_heads * parts <= sm_count // 2 and head_dim <= 128 and not kernel.endswith("_small")
     )
-    smem = decode_smem(head_dim, separate, max_seqs)
+    smem = decode_smem(head_dim, separate, max_seqs, fp8)
     resident = max(1, min(4 if head_dim <= 64 else 3, (smem_per_block + 1024) // (smem + 1664)))
     # A block for each sequence and head, where that fills the GPU: most blocks then hold whole sequences.
     blocks = max(sm_count * resident, min(max_seqs * kv_heads * parts, 4 * sm_count * resident))
@@ -134,13 +135,14 @@ def plan_decode_ring(
     num_blocks: int,
     sm_count: int,
     smem_per_block: int,
+    fp8: bool = False,
 ) -> DecodePlan | None:
     """`plan_decode` for the kernel whose tiles the copy engine brings.
 
     None where it has no such heads, or where there are so few of them that the other kernel is quicker.
     """
     group = heads // kv_heads
-    kernel = decode_ring_kernel(dtype.value, head_dim, group, smem_per_block)
+    kernel = decode_ring_kernel(dtype.value, head_dim, group, smem_per_block, fp8)
     rows = kv_heads * -(-group // (8 if group <= 8 else 16))
     if kernel is None or max_seqs * rows < RING_ROWS:
         return None
@@ -148,12 +150,12 @@ def plan_decode_ring(
     few, many = DECODE_RING_WARPS
     return DecodePlan(
         kernel=kernel,
-        grid=min(items, sm_count),
-        block=32 * (many if max_seqs * rows > few * sm_count else few),
-        smem=decode_ring_smem(head_dim),
+        grid=min(items, sm_count * (2 if fp8 else 1)),
+        block=32 * (many if max_seqs * rows > few * sm_count and not fp8 else few),
+        smem=decode_ring_smem(head_dim, fp8),
         partial_bytes=4 * items * decode_ring_state(head_dim, group),
         arrivals_bytes=4 * max_seqs * rows,
-        ring=True,
+        ring=not fp8,
     )
 
 
@@ -177,6 +179,7 @@ def decode_of(
             num_blocks=blocks,
             sm_count=chip.sm_count,
             smem_per_block=chip.smem_per_block,
+            fp8=op.cache.fp8,
         )
 
     ring = planned(plan_decode_ring) if chip.capability >= 90 and isinstance(op, Attention) else None
@@ -191,30 +194,32 @@ def _splits(max_seqs: int, max_model_len: int, num_blocks: int) -> int:
     return max_seqs * min(-(-max_model_len // SPLIT), -(-num_blocks * BLOCK // SPLIT))
 
 
-def plan_prefill(dtype: DType, head_dim: int, *, smem_per_block: int) -> PrefillPlan:
-    """The launch that computes prompts; raises MissingKernelError as `plan_decode` does."""
-    kernel = prefill_kernel(dtype.value, head_dim, smem_per_block)
+def plan_prefill(dtype: DType, head_dim: int, *, smem_per_block: int, fp8: bool = False) -> PrefillPlan:
+    """The launch that computes prompts. fp8: of a cache in E4M3. Raises as `plan_decode` does."""
+    kernel = prefill_kernel(dtype.value, head_dim, smem_per_block, fp8)
     rows = prefill_rows(head_dim, kernel.endswith("_small"))
-    return PrefillPlan(kernel, rows, rows * 2, prefill_smem(head_dim, rows))
+    return PrefillPlan(kernel, rows, rows * 2, prefill_smem(head_dim, rows, fp8))
 
 
-def plan_prefill_sm90(dtype: DType, head_dim: int, *, sm_count: int) -> PrefillPlan | None:
+def plan_prefill_sm90(dtype: DType, head_dim: int, *, sm_count: int, fp8: bool = False) -> PrefillPlan | None:
     """The launch that computes prompts by wgmma; None where no kernel has this head size."""
-    kernel = prefill_sm90_kernel(dtype.value, head_dim)
+    kernel = prefill_sm90_kernel(dtype.value, head_dim, fp8)
     if kernel is None:
         return None
-    return PrefillPlan(kernel, PREFILL_SM90_ROWS, PREFILL_SM90_THREADS, prefill_sm90_smem(head_dim), sm_count)
+    smem = prefill_sm90_smem(head_dim, fp8)
+    return PrefillPlan(kernel, PREFILL_SM90_ROWS, PREFILL_SM90_THREADS, smem, sm_count)
 
 
 def prefill_of(op: Attention | BlockSparseAttention, dtype: DType, chip: DeviceInfo) -> PrefillPlan:
     """How an op computes prompts: by wgmma on Hopper where a kernel for it is there, else by `plan_prefill`.
 
-    Both give the same bits. The wgmma kernel knows neither capped logits nor block-sparse masks.
+    Both give the same bits. The wgmma kernel knows neither capped logits nor block-sparse masks; over a
+    cache in E4M3 it has been compiled alone, and is not chosen before it has been compared on a GPU.
     """
     plan = None
-    if chip.capability == 90 and isinstance(op, Attention) and not op.soft_cap:
-        plan = plan_prefill_sm90(dtype, op.head_dim, sm_count=chip.sm_count)
-    return plan or plan_prefill(dtype, op.head_dim, smem_per_block=chip.smem_per_block)
+    if chip.capability == 90 and isinstance(op, Attention) and not (op.soft_cap or op.cache.fp8):
+        plan = plan_prefill_sm90(dtype, op.head_dim, sm_count=chip.sm_count, fp8=op.cache.fp8)
+    return plan or plan_prefill(dtype, op.head_dim, smem_per_block=chip.smem_per_block, fp8=op.cache.fp8)
 
 
 def prefill_tiles(
