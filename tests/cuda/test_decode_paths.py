@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rvllm.backends.cuda.device.driver import DeviceFacts
+from rvllm.backends.cuda.formats.choose import kept
 from rvllm.backends.cuda.layout.memory import Budget
 from rvllm.backends.cuda.ops.decode.chains import Steps
 from rvllm.backends.cuda.ops.decode.races import faults
@@ -161,6 +162,14 @@ class TestPlans:
         said = "--decode-path persistent does not exist for Mixtral.* there are batched, gemv, fused$"
         with pytest.raises(UsageError, match=said):
             planned(CONFIGS["Mixtral-8x7B"], decode_path="persistent")
+
+    def test_fp8_keeps_weights_as_the_quantization_flag_does(self) -> None:
+        program = build_program(ModelConfig(QWEN2, "tiny"), DType.BF16)
+        by_path, by_flag = (
+            kept(program, None, EngineConfig(device="cuda", **flags), H200)
+            for flags in ({"decode_path": "fp8"}, {"quantization": "fp8"})
+        )
+        assert by_path == by_flag != kept(program, None, EngineConfig(device="cuda"), H200)
 
     @pytest.mark.parametrize(
         ("flags", "message"),
