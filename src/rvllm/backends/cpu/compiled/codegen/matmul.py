@@ -2,7 +2,7 @@
 
 Every lane sums its own row from first to last element, in groups: within a group the stored levels times x,
 each rounded once (fma), then `total = group * scale + total` and, for formats with a minimum,
-`total = minimum * (sum of x over the group) + total`. One row of x reads the levels straight from the
+`total = minimum * (sum of x over the group) + total`. Few rows of x read the levels straight from the
 record; more rows first unpack a tile into a panel of floats. Both do the same arithmetic in the same
 order, so a row's bits do not depend on how many rows there are.
 """
@@ -34,8 +34,9 @@ PRODUCT = (
     "scratch_size", "counter",
 )  # fmt: skip
 
-STRIPS = 4  # pieces for each thread with one row of x: few, since taking one costs a trip between cores
+STRIPS = 4  # pieces for each thread with few rows of x: few, since taking one costs a trip between cores
 ACROSS = 8  # rows of x summed side by side
+DIRECT = 4  # the most rows of x that are multiplied by levels as they are read; of more it pays to unpack
 UNROLL = 8
 
 
@@ -57,16 +58,27 @@ class Product:
         self.sums = k.at(self.panel, self.inner * LANES, F32)
         self.summed = k.var(k.i(-1))  # the block of rows whose sums this thread has
         rows, counter = k.load(k.ptr_arg(0), 0, I64), k.ptr_arg(12)
-        k.either(rows.equals(1), lambda: self._one(counter), lambda: self._many(counter, rows))
+        self._choose(counter, rows, 1)
         k.finish()
 
     # The two ways
 
-    def _one(self, counter: Value) -> None:
+    def _choose(self, counter: Value, rows: Value, count: int) -> None:
+        """From so many rows on: each number of rows up to DIRECT has code of its own."""
+        if count > DIRECT:
+            self._many(counter, rows)
+        else:
+            self.k.either(
+                rows.equals(count),
+                lambda: self._few(counter, count),
+                lambda: self._choose(counter, rows, count + 1),
+            )
+
+    def _few(self, counter: Value, count: int) -> None:
         k = self.k
         size = (self.tiles + (k.threads * STRIPS - 1)) // (k.threads * STRIPS)
         with k.items(counter, (self.tiles + (size - 1)) // size) as strip:
-            self._sum_groups(k.i(0), k.i(1))
+            self._sum_groups(k.i(0), k.i(count))
             first = strip * size
             with k.loop(first, k.least(first + size, self.tiles)) as tile:
                 data = k.at(self.data, tile * self.tile_bytes)
@@ -74,7 +86,7 @@ class Product:
                 def level(index: Value, take: Callable[[int, Value], None], data: Value = data) -> None:
                     self._levels(data, index, take)
 
-                self._sum(k.i(0), 1, k.i(0), tile, data, level)
+                self._sum(k.i(0), count, k.i(0), tile, data, level)
 
     def _many(self, counter: Value, rows: Value) -> None:
         k = self.k
