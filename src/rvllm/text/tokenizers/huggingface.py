@@ -61,7 +61,7 @@ def read_directory(path: Path) -> TokenizerParts:
 
 
 def _check_merges(file: Path) -> None:
-    """Raises ModelError for merges at which the tokenizers library (0.21 to 0.23) ends the process.
+    """Raises ModelError for merges at which the tokenizers library (seen in 0.23.3) ends the process.
 
     It cuts the length of a BPE model's `continuing_subword_prefix` from the second part of each merge without
     looking; half a character is then no text, and its error about that aborts. Hardly any model has a prefix.
