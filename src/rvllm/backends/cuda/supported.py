@@ -27,9 +27,9 @@ def check_supported(program: Program, config: EngineConfig) -> None:
             "planned around one; use --device cpu"
         )
     asked_host_blocks(program, config)
+    _check_decode_path(program, config)
     if config.gemm_strategy in USES_CUBLAS:
         library()
-    _check_decode_path(program, config)
 
 
 def _check_decode_path(program: Program, config: EngineConfig) -> None:
