@@ -27,7 +27,7 @@ from rvllm.backends.cuda.device.driver import Device, Event, Launch, Module, Str
 from rvllm.backends.cuda.formats import fp8_plan as fp8
 from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.kernels import build
-from rvllm.kernels.gemm.fp8.specs import MODES, SPECS
+from rvllm.kernels.gemm.fp8.specs import MODES, QUANTISE_BLOCKS, SPECS
 from rvllm.kernels.manifest import MANIFEST
 
 LAYERS, HIDDEN, FFN, QKV = 28, 3584, 18944, 4608
@@ -102,7 +102,7 @@ class Bed:
             work.append(
                 (
                     Launch(self.functions["sm80_bf16_fp8_quantise"], 128, 0, args),
-                    (-(-pitch // 512), plan.tokens, 1),
+                    (-(-pitch // (128 * QUANTISE_BLOCKS)), plan.tokens, 1),
                 )
             )
         x_map = TensorMap.matrix(self.q.data_ptr(), plan.tokens, pitch // 2, pitch, plan.box_rows, 64, True)

@@ -10,7 +10,7 @@ import numpy as np
 from rvllm.backends.cuda.formats import fp8_plan as fp8
 from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up
-from rvllm.kernels.gemm.fp8.specs import SM80_TOKENS
+from rvllm.kernels.gemm.fp8.specs import QUANTISE_BLOCKS, QUANTISE_THREADS, SM80_TOKENS
 from rvllm.kernels.rowwise.specs import norm_kernel, quantised_norm_kernel
 from support.kernels.harness import SHORT, Machine, expect, rounded
 
@@ -89,7 +89,12 @@ def check_fp8_quantise(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) 
         inverse, scale = inverse_and_scale(np.abs(blocks).max(axis=2))
         q, scales = gpu.empty((rows + 1, pitch), np.uint8), gpu.empty((pitch // 128, capacity), np.float32)
         args = [gpu.array(x.astype(dtype)), q, scales, k, x_pitch, pitch, capacity]
-        gpu.launch(f"sm80_{SHORT[dtype.name]}_fp8_quantise", (-(-pitch // 512), rows), 128, args)
+        gpu.launch(
+            f"sm80_{SHORT[dtype.name]}_fp8_quantise",
+            (-(-pitch // (128 * QUANTISE_BLOCKS)), rows),
+            QUANTISE_THREADS,
+            args,
+        )
         assert (q.get()[:rows] == codes_of(blocks * inverse[:, :, None]).reshape(rows, pitch)).all()
         assert (q.get()[rows:] == 255).all()
         assert (scales.get()[:, :rows] == scale.T).all()
@@ -117,7 +122,12 @@ def check_fp8_norm(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) -> N
                         out = gpu.empty((rows, width), dtype)
                         gpu.launch(kernel, rows, threads, [out, *tail])
                         args = [out, q, scales, width, width, pitch, capacity]
-                        gpu.launch(f"sm80_{short}_fp8_quantise", (-(-pitch // 512), rows), 128, args)
+                        gpu.launch(
+                            f"sm80_{short}_fp8_quantise",
+                            (-(-pitch // (128 * QUANTISE_BLOCKS)), rows),
+                            QUANTISE_THREADS,
+                            args,
+                        )
                     else:
                         gpu.launch(kernel, rows, threads, [q, scales, *tail, pitch, capacity])
                     found.append((residual.get().tobytes(), q.get().tobytes(), scales.get().tobytes()))

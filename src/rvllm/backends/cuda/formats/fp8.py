@@ -26,7 +26,7 @@ from rvllm.backends.cuda.ops.family import Lowering
 from rvllm.backends.cuda.ops.gemm.epilogue import Epilogue, plan_product
 from rvllm.backends.cuda.staging import Staging
 from rvllm.errors import MissingKernelError
-from rvllm.kernels.gemm.fp8.specs import BLOCK_K
+from rvllm.kernels.gemm.fp8.specs import BLOCK_K, QUANTISE_BLOCKS, QUANTISE_THREADS
 from rvllm.kernels.gemm.tiles import SOURCES, TILE
 from rvllm.program.dtypes import DType
 from rvllm.program.formats import FP8_ROWS, Fp8Format
@@ -39,7 +39,6 @@ ACTIVATIONS, SCALES = "fp8.activations", "fp8.scales"  # scratch
 NORMED, NORMED_SCALES = "fp8.normed", "fp8.normed_scales"  # of what norms write quantised
 SPARE_TOKENS = 256  # scales of a whole tile of tokens are loaded, whether they exist or not
 DEVIATION = 0.02 / 60  # scale of dummy weights, whose bytes have deviation 60
-_THREADS = 128
 _TAGS = {TensorType.F32: "f32", TensorType.BF16: "bf16", TensorType.F16: "f16"}
 
 
@@ -144,12 +143,12 @@ class Fp8Device:
         self, to: Lowering, name: str, op: Linear | Logits, k: int, pitch: int, capacity: int
     ) -> None:
         """Activations to E4M3, in a launch of its own."""
-        rows, groups = to.rows(op.x.rows), -(-pitch // BLOCK_K // (_THREADS // 32))
+        rows, groups = to.rows(op.x.rows), -(-pitch // (BLOCK_K * QUANTISE_BLOCKS))
         to.plan(
             name,
             f"sm80_{to.tag}_fp8_quantise",
             lambda c: (groups, rows(c), 1),
-            _THREADS,
+            QUANTISE_THREADS,
             to.at.buffers[op.x.name],
             to.at.scratch[ACTIVATIONS],
             to.at.scratch[SCALES],

@@ -4,33 +4,44 @@
 namespace rvllm::fp8 {
 
 // x [rows, x_pitch] -> q [rows, pitch], scales [pitch / 128, capacity]; columns from `width` to `pitch` become zeros.
-// width % 4 == 0. A warp a block of 128 columns, four columns a lane.
-// Grid: (ceil(pitch / 128 / warps), rows). Bound by latency at decode sizes, by memory at prefill.
+// width % 8 == 0, x_pitch % 8 == 0. Half a warp takes a block of 128 columns, eight a lane, and EACH of them at a time.
+// Grid: (ceil(pitch / 128 / EACH / half-warps), rows). Bound by latency at decode sizes, by memory at prefill.
 template <class T>
 __global__ void quantise(const T* __restrict__ x, u8* __restrict__ q, float* __restrict__ scales, int width, int x_pitch,
                          int pitch, int capacity) {
+  constexpr int EACH = 4;  // specs.py has it too
   ptx::griddep_launch();
   ptx::griddep_wait();
-  const int block = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.y;
-  if (block * BLOCK_K >= pitch) return;
-  const int column = block * BLOCK_K + lane * 4;
-  gemm::Pack<T, 4> in;
+  const int halves = blockDim.x / 16, half = threadIdx.x / 16, lane = threadIdx.x % 16, row = blockIdx.y;
+  const T* const from = x + static_cast<size_t>(row) * x_pitch;
+  const auto block = [&](int b) { return (static_cast<int>(blockIdx.x) * EACH + b) * halves + half; };
+  uint4 in[EACH];
 #pragma unroll
-  for (int i = 0; i < 4; i++) in.v[i] = gemm::rounded<T>(0.f);
-  if (column < width) in = *reinterpret_cast<const gemm::Pack<T, 4>*>(x + static_cast<size_t>(row) * x_pitch + column);
-  float v[4], amax = 0.f;
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    v[i] = gemm::to_float(in.v[i]);
-    amax = fmaxf(amax, fabsf(v[i]));
+  for (int b = 0; b < EACH; b++) {
+    const int column = block(b) * BLOCK_K + lane * 8;
+    in[b] = column < width ? *reinterpret_cast<const uint4*>(from + column) : make_uint4(0, 0, 0, 0);
   }
 #pragma unroll
-  for (int d = 16; d; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-  const float inverse = inverse_of(amax);
-  const u32 word = to_e4m3x2(__fmul_rn(v[0], inverse), __fmul_rn(v[1], inverse)) |
-                   to_e4m3x2(__fmul_rn(v[2], inverse), __fmul_rn(v[3], inverse)) << 16;
-  *reinterpret_cast<u32*>(q + static_cast<size_t>(row) * pitch + column) = word;
-  if (lane == 0) scales[static_cast<size_t>(block) * capacity + row] = scale_of(amax);
+  for (int b = 0; b < EACH; b++) {
+    const auto* const pack = reinterpret_cast<const gemm::Pack<T, 8>*>(&in[b]);
+    float v[8], amax = 0.f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      v[i] = gemm::to_float(pack->v[i]);
+      amax = fmaxf(amax, fabsf(v[i]));
+    }
+#pragma unroll
+    for (int d = 8; d; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
+    if (block(b) * BLOCK_K >= pitch) continue;
+    const float inverse = inverse_of(amax);
+    u32 words[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      words[i] = to_e4m3x2(__fmul_rn(v[4 * i], inverse), __fmul_rn(v[4 * i + 1], inverse)) |
+                 to_e4m3x2(__fmul_rn(v[4 * i + 2], inverse), __fmul_rn(v[4 * i + 3], inverse)) << 16;
+    *reinterpret_cast<uint2*>(q + static_cast<size_t>(row) * pitch + block(b) * BLOCK_K + lane * 8) = make_uint2(words[0], words[1]);
+    if (lane == 0) scales[static_cast<size_t>(block(b)) * capacity + row] = scale_of(amax);
+  }
 }
 
 }  // namespace rvllm::fp8

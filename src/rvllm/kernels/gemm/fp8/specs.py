@@ -27,6 +27,8 @@ MODES = {
     "walk_resident": (8,),
 }
 MAX_STAGES = 12
+QUANTISE_THREADS = 128
+QUANTISE_BLOCKS = QUANTISE_THREADS // 16 * 4  # of 128 columns that a block of them takes
 
 
 def cluster_of(mode: str, tokens: int) -> int:
