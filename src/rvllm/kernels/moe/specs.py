@@ -150,7 +150,8 @@ def sort_smem(warps: int, experts: int) -> int:
     return 4 * (warps + 4) * (-(-experts // 4) * 4)
 
 
-def _specs() -> list[KernelSpec]:
+def _sorting() -> list[KernelSpec]:
+    """Entries by expert, and rows of x in their order."""
     most = sort_smem(SORT_WARPS[-1], MAX_EXPERTS + MAX_CHOSEN)
     specs = [
         KernelSpec("sm80_experts_sort", "moe/sort.cu", "rvllm::experts::sort<false>", smem=most, unit="80"),
@@ -161,99 +162,136 @@ def _specs() -> list[KernelSpec]:
     specs.append(
         KernelSpec("sm90_moe_gather_rows", "moe/sort.cu", "rvllm::experts::gather_rows", 90, unit="90")
     )
-    for dtype in DTYPES:
-        for lanes in ROUTE_LANES:
-            static = 4 * 8 * 32 * lanes + 5120
-            for suffix, (norm, cluster) in ROUTES.items():
-                if cluster and 32 * lanes > ROUTE_SLICE * MAX_CLUSTER:
-                    continue
-                arch = 90 if cluster else 80
-                symbol = f"route<{dtype}, {lanes}, {norm:d}, {cluster:d}>"
-                name = f"sm{arch}_{dtype}_route{suffix}_e{32 * lanes}"
-                unit = f"{dtype}_{arch}"
-                specs.append(KernelSpec(name, "moe/router.cu", symbol, arch, smem=_SMEM - static,
-                                        static_smem=static + 4096 * cluster, unit=unit))  # fmt: skip
-            name, symbol = f"sm80_{dtype}_route_many_e{32 * lanes}", f"route_many<{dtype}, {lanes}>"
-            specs.append(KernelSpec(name, "moe/router.cu", symbol, smem=ROUTE_MANY_SMEM,
-                                    static_smem=4 * 8 * 32 * lanes, unit=f"{dtype}_80"))  # fmt: skip
-        kinds = {f"one_down_s{s}": f"one_down<rvllm::{dtype}, {s}>" for s in ONE_DOWN_STAGES}
-        kinds["one_up"] = f"one_up<rvllm::{dtype}, {ONE_UP_STAGES}>"
-        for name, symbol in kinds.items():
-            specs.append(
-                KernelSpec(
-                    name=f"sm80_{dtype}_experts_{name}",
-                    source="moe/one_token.cu",
-                    symbol=f"rvllm::experts::{symbol}",
-                    smem=_SMEM - 16384,
-                    static_smem=2048,
-                    unit=dtype,
-                )
-            )
-        for name, source in (("combine", "one_token"), ("combine_norm", "combine_norm")):
-            specs.append(
-                KernelSpec(
-                    name=f"sm80_{dtype}_experts_{name}",
-                    source=f"moe/{source}.cu",
-                    symbol=f"rvllm::experts::{name}<rvllm::{dtype}>",
-                    unit=dtype,
-                )
-            )
-        for block in BLOCKS:
-            sizes = f"{block.rows}, {block.tokens}, {block.row_warps}, {block.token_warps}"
-            specs.append(
-                KernelSpec(
-                    name=f"sm80_{dtype}_experts_{block.name}",
-                    source="moe/grouped_gemm.cu",
-                    symbol=f"rvllm::experts::many<rvllm::{dtype}, {sizes}>",
-                    smem=block.smem,
-                    unit=dtype,
-                )
-            )
-        for name, (symbol, _) in QUANTISED.items():
-            specs.append(
-                KernelSpec(
-                    name=f"sm90_{dtype}_moe_{name}_n{QUANTISED_WIDE}",
-                    source="moe/quantised_wide_sm90.cu",
-                    symbol=f"rvllm::experts::quantised_wide<rvllm::{dtype}, {symbol}>",
-                    arch=90,
-                    exact=True,
-                    smem=quantised_wide_smem(name),
-                    unit=f"{dtype}_{name}",
-                )
-            )
-            for tokens in QUANTISED_TOKENS:
-                specs.append(
-                    KernelSpec(
-                        name=f"sm80_{dtype}_experts_{name}_n{tokens}",
-                        source="moe/quantised_gemm.cu",
-                        symbol=f"rvllm::experts::quantised<rvllm::{dtype}, {tokens}, {symbol}>",
-                        smem=quantised_smem(name, tokens),
-                        unit=f"{dtype}_{name}",
-                    )
-                )
+    return specs
+
+
+def _routers(dtype: str) -> list[KernelSpec]:
+    """Which experts a token takes."""
+    specs = []
+    for lanes in ROUTE_LANES:
+        static = 4 * 8 * 32 * lanes + 5120
+        for suffix, (norm, cluster) in ROUTES.items():
+            if cluster and 32 * lanes > ROUTE_SLICE * MAX_CLUSTER:
+                continue
+            arch = 90 if cluster else 80
+            symbol = f"route<{dtype}, {lanes}, {norm:d}, {cluster:d}>"
+            name = f"sm{arch}_{dtype}_route{suffix}_e{32 * lanes}"
+            unit = f"{dtype}_{arch}"
+            specs.append(KernelSpec(name, "moe/router.cu", symbol, arch, smem=_SMEM - static,
+                                    static_smem=static + 4096 * cluster, unit=unit))  # fmt: skip
+        name, symbol = f"sm80_{dtype}_route_many_e{32 * lanes}", f"route_many<{dtype}, {lanes}>"
+        specs.append(KernelSpec(name, "moe/router.cu", symbol, smem=ROUTE_MANY_SMEM,
+                                static_smem=4 * 8 * 32 * lanes, unit=f"{dtype}_80"))  # fmt: skip
+    return specs
+
+
+def _one_token(dtype: str) -> list[KernelSpec]:
+    """A few tokens without sorting, and the weighted sum of experts."""
+    specs = []
+    kinds = {f"one_down_s{s}": f"one_down<rvllm::{dtype}, {s}>" for s in ONE_DOWN_STAGES}
+    kinds["one_up"] = f"one_up<rvllm::{dtype}, {ONE_UP_STAGES}>"
+    for name, symbol in kinds.items():
         specs.append(
             KernelSpec(
-                name=f"sm90_{dtype}_moe_grouped_n{WIDE}",
-                source="moe/grouped_wide_sm90.cu",
-                symbol=f"rvllm::experts::grouped_wide<rvllm::{dtype}>",
-                arch=90,
-                exact=True,
-                smem=wide_smem(),
+                name=f"sm80_{dtype}_experts_{name}",
+                source="moe/one_token.cu",
+                symbol=f"rvllm::experts::{symbol}",
+                smem=_SMEM - 16384,
+                static_smem=2048,
                 unit=dtype,
             )
         )
-        for tokens in GROUPED_TOKENS:
+    for name, source in (("combine", "one_token"), ("combine_norm", "combine_norm")):
+        specs.append(
+            KernelSpec(
+                name=f"sm80_{dtype}_experts_{name}",
+                source=f"moe/{source}.cu",
+                symbol=f"rvllm::experts::{name}<rvllm::{dtype}>",
+                unit=dtype,
+            )
+        )
+    return specs
+
+
+def _many(dtype: str) -> list[KernelSpec]:
+    """Products by mma.sync, on every GPU."""
+    specs = []
+    for block in BLOCKS:
+        sizes = f"{block.rows}, {block.tokens}, {block.row_warps}, {block.token_warps}"
+        specs.append(
+            KernelSpec(
+                name=f"sm80_{dtype}_experts_{block.name}",
+                source="moe/grouped_gemm.cu",
+                symbol=f"rvllm::experts::many<rvllm::{dtype}, {sizes}>",
+                smem=block.smem,
+                unit=dtype,
+            )
+        )
+    return specs
+
+
+def _quantised(dtype: str) -> list[KernelSpec]:
+    """Products with experts that stay in their format."""
+    specs = []
+    for name, (symbol, _) in QUANTISED.items():
+        specs.append(
+            KernelSpec(
+                name=f"sm90_{dtype}_moe_{name}_n{QUANTISED_WIDE}",
+                source="moe/quantised_wide_sm90.cu",
+                symbol=f"rvllm::experts::quantised_wide<rvllm::{dtype}, {symbol}>",
+                arch=90,
+                exact=True,
+                smem=quantised_wide_smem(name),
+                unit=f"{dtype}_{name}",
+            )
+        )
+        for tokens in QUANTISED_TOKENS:
             specs.append(
                 KernelSpec(
-                    name=f"sm90_{dtype}_moe_grouped_n{tokens}",
-                    source="moe/grouped_gemm_sm90.cu",
-                    symbol=f"rvllm::experts::grouped<rvllm::{dtype}, {tokens}>",
-                    arch=90,
-                    exact=True,
-                    smem=grouped_smem(tokens),
-                    unit=f"{dtype}_{'few' if tokens <= 32 else tokens}",
+                    name=f"sm80_{dtype}_experts_{name}_n{tokens}",
+                    source="moe/quantised_gemm.cu",
+                    symbol=f"rvllm::experts::quantised<rvllm::{dtype}, {tokens}, {symbol}>",
+                    smem=quantised_smem(name, tokens),
+                    unit=f"{dtype}_{name}",
                 )
             )
+    return specs
+
+
+def _grouped(dtype: str) -> list[KernelSpec]:
+    """Products by wgmma."""
+    specs = []
+    specs.append(
+        KernelSpec(
+            name=f"sm90_{dtype}_moe_grouped_n{WIDE}",
+            source="moe/grouped_wide_sm90.cu",
+            symbol=f"rvllm::experts::grouped_wide<rvllm::{dtype}>",
+            arch=90,
+            exact=True,
+            smem=wide_smem(),
+            unit=dtype,
+        )
+    )
+    for tokens in GROUPED_TOKENS:
+        specs.append(
+            KernelSpec(
+                name=f"sm90_{dtype}_moe_grouped_n{tokens}",
+                source="moe/grouped_gemm_sm90.cu",
+                symbol=f"rvllm::experts::grouped<rvllm::{dtype}, {tokens}>",
+                arch=90,
+                exact=True,
+                smem=grouped_smem(tokens),
+                unit=f"{dtype}_{'few' if tokens <= 32 else tokens}",
+            )
+        )
+    return specs
+
+
+def _specs() -> list[KernelSpec]:
+    specs = _sorting()
+    for dtype in DTYPES:
+        for family in (_routers, _one_token, _many, _quantised, _grouped):
+            specs += family(dtype)
     return specs
 
 
