@@ -128,7 +128,7 @@ __global__ void rope_kv_fp8(T* qkv, u8* k_cache, u8* v_cache, const float* cos, 
 // rope_kv for many rows and pairs (i, i + rotated / 2), rotated and D multiples of 16 and 8: a block a row, 16 bytes an
 // access, a row's queries, keys and values all under way before its position is known.
 // Grid: (T), ROPE_THREADS. Bound by memory.
-constexpr int ROPE_THREADS = 128, ROPE_PAIRS = 2;  // of 16 bytes each that a thread turns at a time
+[[maybe_unused]] constexpr int ROPE_THREADS = 128, ROPE_PAIRS = 2;  // of 16 bytes that a thread turns at once
 template <typename T>
 __global__ void __launch_bounds__(ROPE_THREADS, 8)
 rope_kv_rows(T* qkv, T* k_cache, T* v_cache, const float* __restrict__ cos, const float* __restrict__ sin,
