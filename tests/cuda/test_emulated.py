@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -34,12 +32,6 @@ def shared() -> Emulator:
 def gpu(shared: Emulator) -> Iterator[Emulator]:
     yield shared
     shared.clear()
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    seed = int(os.environ.get("RVLLM_TEST_SEED", "0"))
-    return np.random.default_rng([seed, zlib.crc32(request.node.name.encode())])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,12 +53,6 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[Any]:
 def release(gpu: Any) -> Iterator[None]:
     yield
     gpu.clear()
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    seed = int(os.environ.get("RVLLM_TEST_SEED", "0"))
-    return np.random.default_rng([seed, zlib.crc32(request.node.name.encode())])
 
 
 def small(gpu: Any) -> bool:

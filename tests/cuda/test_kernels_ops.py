@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import os
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -30,12 +28,6 @@ def gpu() -> Iterator[harness.Gpu]:
     shared = harness.Gpu()
     yield shared
     shared.clear()
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    seed = int(os.environ.get("RVLLM_TEST_SEED", "0"))
-    return np.random.default_rng([seed, zlib.crc32(request.node.name.encode())])
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -172,12 +170,6 @@ def machine(request: pytest.FixtureRequest) -> harness.Machine:
 def gpu(machine: harness.Machine) -> Iterator[harness.Machine]:
     yield machine
     machine.clear()
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    seed = int(os.environ.get("RVLLM_TEST_SEED", "0"))
-    return np.random.default_rng([seed, zlib.crc32(request.node.name.encode())])
 
 
 @pytest.mark.parametrize(
