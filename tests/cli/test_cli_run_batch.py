@@ -28,7 +28,7 @@ def flags(tmp_path: Path) -> list[str]:
 
 def line(i: int, **body: Any) -> str:
     full = {"model": "tiny", "prompt": [i % 120 + 1, 5, 9], "max_tokens": 4, "temperature": 0,
-            "return_token_ids": True, **body}  # fmt: skip
+            **body}  # fmt: skip
     return json.dumps({"custom_id": f"{i}", "method": "POST", "url": "/v1/completions", "body": full})
 
 

@@ -115,8 +115,8 @@ class _Completion:
     def __init__(self, service: Service, request: CompletionRequest, job: Job) -> None:
         self._service, self._request, self._job = service, request, job
         self._created = now()
-        self._with_ids = bool(request.return_token_ids)
         self._tokenizer = service.tokenizer if service.has_tokenizer else None
+        self._with_ids = bool(request.return_token_ids) or self._tokenizer is None  # else nothing is said
         names = Names(self._tokenizer, bool(request.return_tokens_as_token_ids))
         self._writers = [CompletionLogprobsWriter(request.logprobs or 0, names) for _ in job.choices]
         self._started = [False] * len(job.choices)
