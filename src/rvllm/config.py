@@ -289,6 +289,11 @@ class ServerConfig:
     max_queue: int = setting(1024, "Requests that may wait; more are answered 429.", low=1)
     max_choices: int = setting(16, "Largest n (or prompts times n) of one request.", low=1)
     drain_timeout: float = setting(30.0, "Seconds that SIGTERM leaves running requests to finish.", low=0.0)
+    model_turn_seconds: float = setting(
+        5.0,
+        "With several models: seconds after which the one that has the device takes no more requests while others wait for another; those that it has are finished first.",
+        low=0.0,
+    )
     request_timeout: float = setting(0.0, "Seconds until a request is cancelled; 0: never.", low=0.0)
     dead_engine_timeout: float = setting(
         10.0,

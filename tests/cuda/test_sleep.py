@@ -56,6 +56,6 @@ def test_without_host_memory_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch
         arena, stream = Arena(1 << 16, sleeps=True), Stream()
         stream.fill_bytes(arena.base, 7, 64)
         monkeypatch.setattr(EmulatedDriver, "cuMemHostAlloc", lambda *_: (INVALID_VALUE, 0))
-        assert not arena.sleep(64, stream)
+        assert not arena.sleep(64, 0, stream)
         assert ctypes.string_at(arena.base, 64) == b"\7" * 64
         arena.close()

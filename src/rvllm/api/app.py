@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +19,7 @@ from rvllm.api.anthropic.messages import count_tokens, messages
 from rvllm.api.batches.lines import Answering
 from rvllm.api.docs.page import docs, openapi
 from rvllm.api.generate.generation import Service
+from rvllm.api.generate.models import ServiceHandler, for_model
 from rvllm.api.http.browsers import Guard
 from rvllm.api.http.errors import ApiError
 from rvllm.api.http.exchange import Endpoint, Exchange, Failure, Gate, openai_failure
@@ -37,11 +38,9 @@ from rvllm.api.schemas.embeddings import (
 from rvllm.api.schemas.requests import ChatBatchRequest, ChatRequest, CompletionRequest
 from rvllm.api.stateful import stateful_routes
 
-ServiceHandler = Callable[[Service, Exchange, bytes], Awaitable[None]]
-
 
 def build_app(service: Service, gate: Gate) -> Starlette:
-    """The ASGI application for a loaded model."""
+    """The ASGI application for a loaded model, and for its siblings."""
     routes = Routes(service, gate)
     return Starlette(
         routes=[
@@ -75,8 +74,8 @@ class Routes:
         failure: Failure = openai_failure,
     ) -> Route:
         """fields: the body's, which errors may name; open: answered without a key."""
-        bound = partial(handler, self.service)
-        endpoint = Endpoint(self.gate, name or path, bound, fields, open=open, failure=failure)  # type: ignore[arg-type]
+        bound = for_model(self.service, handler)
+        endpoint = Endpoint(self.gate, name or path, bound, fields, open=open, failure=failure)
         return Route(path, endpoint, methods=[method])
 
     def of_texts(self) -> Iterator[Route]:
@@ -148,7 +147,7 @@ def _stateless() -> dict[str, tuple[ServiceHandler, tuple[str, ...]]]:
 
 def answering(service: Service) -> dict[str, Answering]:
     """The same handlers for the lines of batches, by path."""
-    return {path: partial(handler, service) for path, (handler, _) in _stateless().items()}
+    return {path: for_model(service, handler) for path, (handler, _) in _stateless().items()}
 
 
 def generating(handler: ServiceHandler) -> ServiceHandler:

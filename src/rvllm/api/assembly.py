@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,10 +82,23 @@ def build_service(
 
     template: the text of --chat-template.
     """
+    service = service_of(engine, ready, engine_config, config, tokenizer, work, template)
+    return service, build_gate(config, [service])
+
+
+def service_of(
+    engine: Engine,
+    ready: Ready,
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    tokenizer: Tokenizer | None,
+    work: WorkerPool | None,
+    template: str | None,
+    number: int = 0,
+) -> Service:
+    """The loaded model as handlers see it. number: which of those behind one address it is."""
     from rvllm.api.generate.generation import Service
-    from rvllm.api.http.exchange import Gate
     from rvllm.telemetry.metrics import Metrics
-    from rvllm.telemetry.tracing import Tracer
     from rvllm.text.requests import RequestMaker
 
     names = config.served_model_name or engine_config.model
@@ -99,8 +113,9 @@ def build_service(
             "gpu_memory_utilization": str(engine_config.gpu_memory_utilization),
         },
         _engine_info(engine_config, ready.backend, ready.facts.dtype),
+        number,
     )
-    service = Service(
+    return Service(
         engine,
         ready,
         tokenizer,
@@ -112,12 +127,22 @@ def build_service(
         work=work,
         shown_settings=_shown_settings(engine_config, ready.backend),
     )
-    endpoint = config.otlp_endpoint
-    gate = Gate(config, metrics, tracer=None if endpoint is None else Tracer(endpoint, name))
-    gate.restarted.append(service.forget_vocabulary)
+
+
+def build_gate(config: ServerConfig, services: Sequence[Service]) -> Gate:
+    """What all endpoints share, of all models behind one address; they know of each other from here on."""
+    from rvllm.api.http.exchange import Gate
+    from rvllm.telemetry.tracing import Tracer
+
+    first, endpoint = services[0], config.otlp_endpoint
+    tracer = None if endpoint is None else Tracer(endpoint, first.served_name)
+    gate = Gate(config, first.metrics, tracer=tracer)
+    for service in services:
+        service.siblings = tuple(services)
+        gate.restarted.append(service.forget_vocabulary)
     if gate.tracer is not None:
         gate.closing.append(gate.tracer.close)
-    return service, gate
+    return gate
 
 
 def _shown_settings(config: EngineConfig, backend: str) -> dict[str, str]:

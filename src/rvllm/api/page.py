@@ -13,6 +13,7 @@ import msgspec
 from starlette.routing import Route
 
 from rvllm.api.generate.generation import Service
+from rvllm.api.generate.models import awake
 from rvllm.api.http.body import parse
 from rvllm.api.http.errors import ApiError, invalid
 from rvllm.api.http.exchange import Endpoint, Exchange, Gate
@@ -131,7 +132,8 @@ class StateFeed:
         return await asyncio.shield(self._asking)
 
     async def _ask(self) -> EngineView:
-        return view_of(self._service, await self._service.engine.state())
+        service = awake(self._service)
+        return view_of(service, await service.engine.state())
 
 
 def view_of(service: Service, state: State) -> EngineView:

@@ -11,6 +11,7 @@ from rvllm.api.batches.files import Files
 from rvllm.api.batches.lines import Answering
 from rvllm.api.batches.store import BatchStore
 from rvllm.api.generate.generation import Service
+from rvllm.api.generate.models import by_body
 from rvllm.api.http.exchange import Endpoint, Exchange, Gate, Handler
 from rvllm.api.openai.embeddings import refuse_encoder
 from rvllm.api.responses.conversations import Conversations
@@ -48,7 +49,7 @@ def _route(gate: Gate, method: str, path: str, handler: Handler, fields: tuple[s
 
 def _response_routes(service: Service, gate: Gate, responses: Responses) -> list[Route]:
     async def create(exchange: Exchange, body: bytes) -> None:
-        refuse_encoder(service)
+        refuse_encoder(by_body(service, body))
         await responses.create(exchange, body)
 
     one = "/v1/responses/{id}"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from rvllm.api.generate.conversation import rendered
 from rvllm.api.generate.generation import MAX_CHARS, Service
+from rvllm.api.generate.models import by_name
 from rvllm.api.http.body import parse
 from rvllm.api.http.errors import ApiError, invalid
 from rvllm.api.http.exchange import Exchange, Gate, check_model
 from rvllm.api.http.pagination import Query
 from rvllm.api.schemas.answers import ModelCard, ModelList, Text, TokenizerInfo, Tokens
 from rvllm.api.schemas.requests import DetokenizeRequest, TokenizeRequest
+from rvllm.engine.ipc.messages import Stats
 from rvllm.errors import RvllmError
-from rvllm.telemetry.metrics import CONTENT_TYPE
+from rvllm.telemetry.metrics import CONTENT_TYPE, metrics_page
 from rvllm.text.worker import tasks
 from rvllm.version import __version__
 
@@ -53,14 +55,15 @@ def _capabilities(service: Service) -> dict[str, bool]:
 
 
 async def list_models(service: Service, exchange: Exchange, body: bytes) -> None:
-    """`/v1/models`: the one model served, under each of its names."""
-    await exchange.json(ModelList([_card(service, name) for name in service.served_names]))
+    """`/v1/models`: what is served, under each of its names."""
+    cards = [_card(one, name) for one in service.siblings for name in one.served_names]
+    await exchange.json(ModelList(cards))
 
 
 async def get_model(service: Service, exchange: Exchange, body: bytes) -> None:
     """`/v1/models/{name}`."""
-    check_model(exchange.scope["path_params"]["name"], service.served_names)
-    await exchange.json(_card(service, exchange.scope["path_params"]["name"]))
+    name = exchange.scope["path_params"]["name"]
+    await exchange.json(_card(by_name(service, name), name))
 
 
 async def tokenize(service: Service, exchange: Exchange, body: bytes) -> None:
@@ -138,11 +141,16 @@ async def live(service: Service, exchange: Exchange, body: bytes) -> None:
 
 async def metrics(service: Service, exchange: Exchange, body: bytes) -> None:
     """`/metrics`: Prometheus' text format; without the engine's figures when it is gone."""
+    found = [(one.metrics, await _stats(one)) for one in service.siblings]
+    await exchange.respond(metrics_page(found), CONTENT_TYPE.encode())
+
+
+async def _stats(service: Service) -> Stats | None:
+    """The engine's figures; None when it is gone."""
     try:
-        stats = await service.engine.stats() if service.engine.alive else None
+        return await service.engine.stats() if service.engine.alive else None
     except RvllmError:
-        stats = None
-    await exchange.respond(service.metrics.page(stats), CONTENT_TYPE.encode())
+        return None
 
 
 async def version(service: Service, exchange: Exchange, body: bytes) -> None:
@@ -152,12 +160,12 @@ async def version(service: Service, exchange: Exchange, body: bytes) -> None:
 
 async def load(service: Service, exchange: Exchange, body: bytes) -> None:
     """`/load`: how many choices run or wait, as vLLM tells balancers."""
-    await exchange.json({"server_load": service.in_flight})
+    await exchange.json({"server_load": sum(one.in_flight for one in service.siblings)})
 
 
 async def is_sleeping(service: Service, exchange: Exchange, body: bytes) -> None:
     """`/is_sleeping`."""
-    await exchange.json({"is_sleeping": service.engine.sleep_level > 0})
+    await exchange.json({"is_sleeping": all(one.engine.sleep_level > 0 for one in service.siblings)})
 
 
 async def sleep(service: Service, exchange: Exchange, body: bytes) -> None:

@@ -9,23 +9,28 @@ import resource
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rvllm.api.assembly import (
-    build_service,
+    build_gate,
     check_chat_template,
     load_tokenizer,
+    service_of,
     start_workers,
     template_text,
 )
+from rvllm.cli.common.several import add_model_flags, engine_configs, rename, room_for_others
 from rvllm.config import EngineConfig, ServerConfig, SourceConfig
 from rvllm.errors import RvllmError, UsageError
 from rvllm.settings import add_flags, build, given_settings
 
 if TYPE_CHECKING:
+    from rvllm.api.generate.generation import Service
     from rvllm.api.http.listen import StopSignals
     from rvllm.engine.ipc.client import EngineClient
+    from rvllm.engine.ipc.switch import ModelSwitch
     from rvllm.text.tokenizers.tokenizer import Tokenizer
     from rvllm.text.worker.pool import WorkerPool
 
@@ -34,7 +39,8 @@ def add_parser(subparsers: Any) -> None:
     """Declares `serve`."""
     parser = subparsers.add_parser("serve", help="serve a model over HTTP", allow_abbrev=False)
     parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="the same as --model MODEL")
-    add_flags(parser, EngineConfig, "engine")
+    add_model_flags(parser)
+    add_flags(parser, EngineConfig, "engine", skip=("model",))
     add_flags(parser, ServerConfig, "server")
 
 
@@ -42,41 +48,50 @@ def main(args: argparse.Namespace) -> int:
     """Serves until a signal, the engine's death or a failed start; returns the exit code."""
     began = time.perf_counter()
     if args.model_tag is not None:
-        if args.model not in (None, args.model_tag):
-            raise UsageError(f"both MODEL ({args.model_tag}) and --model ({args.model}) are given: give one")
-        args.model = args.model_tag
-    engine_config = build(EngineConfig, vars(args))
+        if args.model not in (None, [args.model_tag]):
+            given = " and ".join(args.model)
+            raise UsageError(f"both MODEL ({args.model_tag}) and --model ({given}) are given: give one")
+        args.model = [args.model_tag]
+    configs = engine_configs(args)
     server_config = build(ServerConfig, vars(args))
-    if engine_config.fairness == "api-key" and not (server_config.api_key or server_config.api_key_file):
+    if configs[0].fairness == "api-key" and not (server_config.api_key or server_config.api_key_file):
         raise UsageError("--fairness api-key tells clients apart by their keys: set --api-key-file, too")
     template = template_text(server_config.chat_template)
     if server_config.otlp_endpoint is not None:
         from rvllm.telemetry.tracing import check_available
 
         check_available(server_config.otlp_endpoint)
+    names = rename(configs, server_config)
 
     from rvllm.api.http.listen import bind
     from rvllm.telemetry.logs import set_up
-    from rvllm.weights.fetch.progress import ProgressBar
-    from rvllm.weights.fetch.source import resolve
 
     set_up(server_config.log_level)
     _allow_many_connections()
     sock = bind(server_config)
     with sock:
-        with ProgressBar() as progress:
-            path = resolve(engine_config.model, build(SourceConfig, {}), progress)
+        configs = room_for_others([_found(config) for config in configs])
         start = _Start(began, time.perf_counter() - began)
-        if engine_config.tokenizer is not None:
-            tokenizer = resolve(engine_config.tokenizer, build(SourceConfig, {}))
-            engine_config = dataclasses.replace(engine_config, tokenizer=str(tokenizer))
-        engine_config, name = dataclasses.replace(engine_config, model=str(path)), engine_config.model
-        config = dataclasses.replace(server_config, served_model_name=server_config.served_model_name or name)
+        servers = [dataclasses.replace(server_config, served_model_name=name) for name in names]
 
         import uvloop
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_serve(engine_config, config, template, sock, start))
+            wanted = [_Wanted(*pair) for pair in zip(configs, servers, strict=True)]
+            return runner.run(_serve(wanted, template, sock, start))
+
+
+def _found(config: EngineConfig) -> EngineConfig:
+    """With the model and the tokenizer where they are on the disk; what is not there is fetched."""
+    from rvllm.weights.fetch.progress import ProgressBar
+    from rvllm.weights.fetch.source import resolve
+
+    with ProgressBar() as progress:
+        path = resolve(config.model, build(SourceConfig, {}), progress)
+    if config.tokenizer is not None:
+        tokenizer = resolve(config.tokenizer, build(SourceConfig, {}))
+        config = dataclasses.replace(config, tokenizer=str(tokenizer))
+    return dataclasses.replace(config, model=str(path))
 
 
 def _allow_many_connections() -> None:
@@ -98,41 +113,72 @@ class _Start:
         return time.perf_counter() - self.began
 
 
-async def _serve(
-    engine_config: EngineConfig,
-    config: ServerConfig,
-    template: str | None,
-    sock: socket.socket,
-    start: _Start,
-) -> int:
+@dataclasses.dataclass
+class _Wanted:
+    """A model to serve, and the server's settings under its names."""
+
+    config: EngineConfig
+    server: ServerConfig
+
+
+@dataclasses.dataclass
+class _Loaded:
+    """A model that is loaded."""
+
+    wanted: _Wanted
+    engine: EngineClient
+    tokenizer: Tokenizer | None
+    work: WorkerPool | None
+
+    async def close(self) -> None:
+        if self.work is not None:
+            self.work.close()
+        await self.engine.close()
+
+
+async def _serve(wanted: Sequence[_Wanted], template: str | None, sock: socket.socket, start: _Start) -> int:
     """Loads and serves; a signal while loading ends the start."""
     from rvllm.api.http.listen import StopSignals
 
     stop = StopSignals()
     stop.install()
     stopped = asyncio.ensure_future(stop.first.wait())
-    loading = asyncio.ensure_future(_load(engine_config, config, template, start))
+    loading = asyncio.ensure_future(_load_all(wanted, template, start))
     await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     if not loading.done():
         loading.cancel()
         await asyncio.gather(loading, return_exceptions=True)
         return stop.exit_code
-    engine, tokenizer, work = loading.result()
+    loaded = loading.result()
     try:
-        return await _answer(engine, tokenizer, work, config, engine_config, template, sock, stop, start)
+        return await _answer(loaded, template, sock, stop, start)
     finally:
-        if work is not None:
-            work.close()
-        await engine.close()
+        await asyncio.gather(*(model.close() for model in loaded))
 
 
-async def _load(
-    config: EngineConfig, server: ServerConfig, template: str | None, start: _Start
-) -> tuple[EngineClient, Tokenizer | None, WorkerPool | None]:
+async def _load_all(wanted: Sequence[_Wanted], template: str | None, start: _Start) -> list[_Loaded]:
+    """Loads models one after the other; of several the first is awake at the end, and the others sleep."""
+    loaded: list[_Loaded] = []
+    try:
+        for model in wanted:
+            loaded.append(await _load(model, template, start))
+            if len(wanted) > 1:
+                await loaded[-1].engine.sleep(1)
+        if len(wanted) > 1:
+            await loaded[0].engine.sleep(0)
+    except BaseException:
+        for done in loaded:
+            await done.close()
+        raise
+    return loaded
+
+
+async def _load(wanted: _Wanted, template: str | None, start: _Start) -> _Loaded:
     """Starts the engine process; while it loads, this one loads the tokenizer, workers and the HTTP side."""
     from rvllm.cli.common.starting import start_engine
 
+    config, server = wanted.config, wanted.server
     work = start_workers(config, server)
     try:
         engine, (tokenizer, _) = await start_engine(
@@ -142,14 +188,14 @@ async def _load(
         if work is not None:
             work.close()
         raise
+    loaded = _Loaded(wanted, engine, tokenizer, work)
     if work is not None:
         try:
             await check_chat_template(work, template, server.tool_call_parser)
         except RvllmError:
-            work.close()
-            await engine.close()
+            await loaded.close()
             raise
-    return engine, tokenizer, work
+    return loaded
 
 
 def _import_http(start: _Start) -> None:
@@ -157,52 +203,79 @@ def _import_http(start: _Start) -> None:
     import rvllm.api.app
     import rvllm.api.http.server  # noqa: F401
 
-    start.http = time.perf_counter() - moment
+    start.http += time.perf_counter() - moment
 
 
 def _tokenizer(config: EngineConfig, start: _Start) -> Tokenizer | None:
     """The model's tokenizer; None with --skip-tokenizer-init."""
     moment = time.perf_counter()
     tokenizer = load_tokenizer(config)
-    start.tokenizer = time.perf_counter() - moment
+    start.tokenizer += time.perf_counter() - moment
     return tokenizer
 
 
 async def _answer(
-    engine: EngineClient,
-    tokenizer: Tokenizer | None,
-    work: WorkerPool | None,
-    config: ServerConfig,
-    engine_config: EngineConfig,
+    loaded: Sequence[_Loaded],
     template: str | None,
     sock: socket.socket,
     stop: StopSignals,
     start: _Start,
 ) -> int:
-    """Serves a loaded model."""
+    """Serves loaded models."""
     from rvllm.api.app import build_app
     from rvllm.api.http.listen import url_of
     from rvllm.api.http.server import serve
 
-    engine.stall_seconds = config.engine_stall_seconds
-    engine.max_unread = config.max_unread_tokens
-    service, gate = build_service(engine, engine.ready, engine_config, config, tokenizer, work, template)
+    config = loaded[0].wanted.server
+    engine, services = _services(loaded, template)
+    gate = build_gate(config, services)
 
     def announce() -> None:
         from rvllm.cli.common.tables import wrapped
+        from rvllm.version import __version__
 
-        kernels = _kernels(engine.ready.backend, engine_config)
-        lines = _summary(engine, engine_config, service.served_name, kernels, start, url_of(sock))
+        lines = [f"rvLLM {__version__}"]
+        for model, service in zip(loaded, services, strict=True):
+            kernels = _kernels(model.engine.ready.backend, model.wanted.config)
+            lines += _summary(model.engine, model.wanted.config, service.served_name, kernels)
+        lines[:2] = [f"{lines[0]} · {lines[1]}"]
+        lines += [_start_line([model.engine for model in loaded], start), f"  listening on {url_of(sock)}"]
         if sys.stdout.isatty():  # a terminal would break them within words; a log keeps them whole
             lines = [wrapped(line, 10) for line in lines]
         print("\n".join(lines), flush=True)
 
-    warming = asyncio.ensure_future(service.warm_grammars())
+    warming = [asyncio.ensure_future(service.warm_grammars()) for service in services]
     try:
-        return await serve(build_app(service, gate), gate, sock, engine, stop, announce)
+        return await serve(build_app(services[0], gate), gate, sock, engine, stop, announce)
     finally:
-        warming.cancel()
-        await asyncio.gather(warming, return_exceptions=True)
+        for task in warming:
+            task.cancel()
+        await asyncio.gather(*warming, return_exceptions=True)
+        if len(loaded) > 1:
+            await engine.close()
+
+
+def _services(
+    loaded: Sequence[_Loaded], template: str | None
+) -> tuple[EngineClient | ModelSwitch, list[Service]]:
+    """The models as handlers see them, and what lives as long as they do."""
+    from rvllm.engine.ipc.switch import ModelSwitch, SwitchedEngine
+
+    server = loaded[0].wanted.server
+    for model in loaded:
+        model.engine.stall_seconds = server.engine_stall_seconds
+        model.engine.max_unread = server.max_unread_tokens
+    switch = ModelSwitch([m.engine for m in loaded], server.model_turn_seconds) if len(loaded) > 1 else None
+    services = []
+    for number, model in enumerate(loaded):
+        engine = model.engine if switch is None else SwitchedEngine(switch, number)
+        ready, wanted = model.engine.ready, model.wanted
+        services.append(
+            service_of(
+                engine, ready, wanted.config, wanted.server, model.tokenizer, model.work, template, number
+            )
+        )
+    return switch or loaded[0].engine, services
 
 
 def _bits(config: EngineConfig) -> str:
@@ -222,12 +295,9 @@ def _kernels(backend: str, config: EngineConfig) -> str:
     return in_use(config.cpu_kernels, config.kv_cache_dtype == "fp8")
 
 
-def _summary(
-    engine: EngineClient, config: EngineConfig, name: str, kernels: str, start: _Start, url: str
-) -> list[str]:
-    """What an operator wants to know of a server that has just started."""
+def _summary(engine: EngineClient, config: EngineConfig, name: str, kernels: str) -> list[str]:
+    """What an operator wants to know of a model that has just been loaded."""
     from rvllm.cli.common.tables import human_bytes
-    from rvllm.version import __version__
 
     ready, facts = engine.ready, engine.ready.facts
     memory = " · ".join(f"{line} {human_bytes(nbytes)}" for line, nbytes in ready.ledger)
@@ -236,13 +306,18 @@ def _summary(
         f"{flag} {value}" for flag, value in given_settings(config).items() if flag != "--model"
     )
     return [
-        f"rvLLM {__version__} · {name} · {facts.architecture} · {ready.backend}, {facts.dtype}",
+        f"{name} · {facts.architecture} · {ready.backend}, {facts.dtype}",
         f"  kernels {kernels}",
         *([f"  given   {given}"] if given else []),
         f"  memory  {memory}",
         f"  blocks  {ready.num_blocks:,} of {ready.block_size} tokens: {tokens:,} tokens for up to "
         f"{ready.max_num_seqs} sequences of at most {ready.max_model_len:,}",
-        f"  start   {start.total():.2f} s: model found {start.resolve:.2f}, loaded {ready.load_seconds:.2f}; "
-        f"beside it tokenizer {start.tokenizer:.2f}, HTTP {start.http:.2f}",
-        f"  listening on {url}",
     ]
+
+
+def _start_line(engines: Sequence[EngineClient], start: _Start) -> str:
+    loaded = " + ".join(f"{engine.ready.load_seconds:.2f}" for engine in engines)
+    return (
+        f"  start   {start.total():.2f} s: model found {start.resolve:.2f}, loaded {loaded}; "
+        f"beside it tokenizer {start.tokenizer:.2f}, HTTP {start.http:.2f}"
+    )

@@ -238,6 +238,9 @@ class EngineCore:
 
         An encoder's step takes texts that wait and hands out their vectors.
         """
+        if self._max_queue_seconds and time.perf_counter() - self._looked_at_queue > QUEUE_LOOK:
+            self._looked_at_queue = time.perf_counter()
+            self._end_waits()
         if self._asleep.level:
             outputs, self._outbox = self._outbox, []
             return outputs
@@ -246,9 +249,6 @@ class EngineCore:
             self.counters.finished["stop"] += len(computed)
             self._outbox += computed
         began = time.perf_counter()
-        if self._max_queue_seconds and began - self._looked_at_queue > QUEUE_LOOK:
-            self._looked_at_queue = began
-            self._end_waits()
         self._follow_grammars()
         step = self.scheduler.schedule()
         self.counters.host_seconds += time.perf_counter() - began

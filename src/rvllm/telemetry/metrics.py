@@ -103,14 +103,18 @@ class Metrics:
     """All metrics of a server, in a registry of its own."""
 
     def __init__(
-        self, model_name: str, cache_config: Mapping[str, str], engine_info: Mapping[str, str] | None = None
+        self,
+        model_name: str,
+        cache_config: Mapping[str, str],
+        engine_info: Mapping[str, str] | None = None,
+        engine: int = 0,
     ) -> None:
-        """engine_info: the settings that decide what computes a step, by label."""
+        """engine_info: the settings that decide what computes a step, by label; engine: its number."""
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self._labels = {"model_name": model_name, "engine": "0"}
+        self._labels = {"model_name": model_name, "engine": str(engine)}
         self._infos = {
-            "vllm:cache_config_info": ("KV cache settings.", {**cache_config, "engine": "0"}),
+            "vllm:cache_config_info": ("KV cache settings.", {**cache_config, "engine": str(engine)}),
             "rvllm:engine_info": ("What computes a step.", {**self._labels, **(engine_info or {})}),
         }
         names = tuple(self._labels)
@@ -194,12 +198,37 @@ class Metrics:
 
     def page(self, engine: EngineSnapshot | None) -> bytes:
         """The exposition text; `engine` is None when the engine process is gone."""
-        page = generate_latest(self.registry)
-        if engine is None:
-            return page
-        once = CollectorRegistry()
-        once.register(_Snapshot(engine, self._labels, self._infos))
-        return page + generate_latest(once)
+        return metrics_page([(self, engine)])
+
+    def families(self, engine: EngineSnapshot | None) -> Iterator[Metric]:
+        """All metrics with the engine's at this moment."""
+        yield from self.registry.collect()
+        if engine is not None:
+            yield from _Snapshot(engine, self._labels, self._infos).collect()
+
+
+def metrics_page(models: Sequence[tuple[Metrics, EngineSnapshot | None]]) -> bytes:
+    """The exposition text of several models: one family a name, whose samples their labels tell apart."""
+    page = CollectorRegistry()
+    page.register(_Families(models))
+    return generate_latest(page)
+
+
+class _Families(Collector):
+    """The families of several models, those of one name joined."""
+
+    def __init__(self, models: Sequence[tuple[Metrics, EngineSnapshot | None]]) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields one family a name."""
+        joined: dict[str, Metric] = {}
+        for metrics, engine in self._models:
+            for family in metrics.families(engine):
+                known = joined.setdefault(family.name, family)
+                if known is not family:
+                    known.samples += family.samples
+        yield from joined.values()
 
 
 class _Snapshot(Collector):

@@ -186,6 +186,17 @@ class PagedDouble:
         self.closed = True
 
 
+class SleepingDouble(PagedDouble):
+    """One whose blocks can be dropped."""
+
+    def drop_caches(self) -> bool:
+        self.cache[:] = self.host[:] = -9
+        return True
+
+    def take_caches(self) -> None:
+        assert (self.cache == -9).all()
+
+
 def facts(max_model_len: int = 128) -> ModelFacts:
     return ModelFacts(
         architecture="Double",

@@ -14,7 +14,7 @@ from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.process import main
 from rvllm.errors import ModelError
-from support.doubles.engine import PagedDouble, facts
+from support.doubles.engine import PagedDouble, SleepingDouble, facts
 
 
 def make_core(config: EngineConfig, progress: Progress) -> EngineCore:
@@ -25,7 +25,8 @@ def make_core(config: EngineConfig, progress: Progress) -> EngineCore:
         os._exit(3)
     limits = Limits(config.max_num_seqs, 256, 4096, 16, config.num_blocks or 4096, 2)
     fail_at = 5 if config.model == "double:fail-step" else None
-    return EngineCore(PagedDouble(limits, config.seed / 1000, fail_at), facts(4096), config)
+    kind = SleepingDouble if config.enable_sleep_mode else PagedDouble
+    return EngineCore(kind(limits, config.seed / 1000, fail_at), facts(4096), config)
 
 
 if __name__ == "__main__":

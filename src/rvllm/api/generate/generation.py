@@ -103,6 +103,7 @@ class Service:
         self.chat_template = chat_template
         self.shown_settings = shown_settings or {}  # what the page tells of the engine's settings
         self.started = int(time.time())
+        self.siblings: tuple[Service, ...] = (self,)  # the models behind one address, this one among them
         self._tokenizer = tokenizer
         self._work = InProcess(tokenizer) if work is None and tokenizer is not None else work
         self._requests = requests

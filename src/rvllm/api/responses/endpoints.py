@@ -17,6 +17,7 @@ from rvllm.api.disk import is_full
 from rvllm.api.generate.answer import Answer
 from rvllm.api.generate.generation import Service
 from rvllm.api.generate.logprobs import Names, chat_logprobs
+from rvllm.api.generate.models import by_body
 from rvllm.api.http.body import parse
 from rvllm.api.http.errors import ApiError, busy, field_names, invalid, unknown
 from rvllm.api.http.exchange import Exchange, Gate, check_model
@@ -72,14 +73,15 @@ class Responses:
     async def create(self, exchange: Exchange, body: bytes) -> None:
         """`POST /v1/responses`: answers whole, as a stream, or at once with more to come."""
         request = parse(body, ResponsesRequest)
-        check_model(request.model, self._service.served_names)
+        service = by_body(self._service, body)
+        check_model(request.model, service.served_names)
         check_request(request)
         before, new = self._context(request)
         context = [*before, *new]
-        response = new_response(request, f"resp_{exchange.request_id}", self._service.served_name, now())
+        response = new_response(request, f"resp_{exchange.request_id}", service.served_name, now())
         conversation(request, context)  # refuses what does not fit together before anything begins
         if request.background:
-            live = self._start(request, response, context, new)
+            live = self._start(service, request, response, context, new)
             if request.stream:
                 await self._follow(exchange, live, -1)
             else:
@@ -94,7 +96,7 @@ class Responses:
 
         writer = ResponseWriter(response, tell)
         try:
-            await self._generate(request, exchange.request_id, context, writer)
+            await self._generate(service, request, exchange.request_id, context, writer)
         except ApiError as error:
             if not exchange.streaming:
                 raise
@@ -181,13 +183,18 @@ class Responses:
         return before, new
 
     async def _generate(
-        self, request: ResponsesRequest, name: str, context: Sequence[Item], writer: ResponseWriter
+        self,
+        service: Service,
+        request: ResponsesRequest,
+        name: str,
+        context: Sequence[Item],
+        writer: ResponseWriter,
     ) -> None:
         """Runs the request; with truncation "auto" the oldest items go until the rest fits."""
         items = list(context)
         while True:
             try:
-                await self._answer(conversation(request, items), name, writer)
+                await _answer(service, conversation(request, items), name, writer)
                 break
             except ApiError as error:
                 full = error.code == "context_length_exceeded" and not writer.begun
@@ -196,37 +203,32 @@ class Responses:
                 items = _shorter(items)
         await writer.finish()
 
-    async def _answer(self, chat: ChatRequest, name: str, writer: ResponseWriter) -> None:
-        with field_names(CHAT_NAMES, ChatRequest.__struct_fields__):
-            size = len(msgspec.json.encode(chat.messages))
-            answer = await Answer.start(self._service, f"resp_{name}", chat, size)
-            names, top = Names(self._service.tokenizer, False), chat.top_logprobs or 0
-            async with aclosing(answer.deltas()) as deltas:
-                async for delta in deltas:
-                    logprobs: list[dict[str, Any]] = []
-                    if chat.logprobs and delta.logprobs:
-                        logprobs = msgspec.to_builtins(chat_logprobs(delta.logprobs, top, names).content)
-                    await writer.take(delta, answer.usage, logprobs)
-
     def _start(
-        self, request: ResponsesRequest, response: ResponseAnswer, context: list[Item], new: list[Item]
+        self,
+        service: Service,
+        request: ResponsesRequest,
+        response: ResponseAnswer,
+        context: list[Item],
+        new: list[Item],
     ) -> _Live:
         response.status = "queued"
         live = _Live(response, context, new)
         self._store.put(response, context)
         self._live[response.id] = live
         # In a context of its own: the request that asks for it ends long before.
-        live.task = asyncio.get_running_loop().create_task(self._background(request, live), context=Context())
+        working = self._background(service, request, live)
+        live.task = asyncio.get_running_loop().create_task(working, context=Context())
         self._gate.working.add(live.task)
         live.task.add_done_callback(self._gate.working.discard)
         return live
 
-    async def _background(self, request: ResponsesRequest, live: _Live) -> None:
+    async def _background(self, service: Service, request: ResponsesRequest, live: _Live) -> None:
         response = live.response
         writer = ResponseWriter(response, live.add)
         try:
             await writer.begin()
-            await self._generate(request, response.id.removeprefix("resp_"), live.context, writer)
+            name = response.id.removeprefix("resp_")
+            await self._generate(service, request, name, live.context, writer)
         except ApiError as error:
             await writer.fail(error)
         except asyncio.CancelledError:
@@ -285,6 +287,19 @@ class Responses:
         if found is None:
             raise _missing(name)
         return found
+
+
+async def _answer(service: Service, chat: ChatRequest, name: str, writer: ResponseWriter) -> None:
+    with field_names(CHAT_NAMES, ChatRequest.__struct_fields__):
+        size = len(msgspec.json.encode(chat.messages))
+        answer = await Answer.start(service, f"resp_{name}", chat, size)
+        names, top = Names(service.tokenizer, False), chat.top_logprobs or 0
+        async with aclosing(answer.deltas()) as deltas:
+            async for delta in deltas:
+                logprobs: list[dict[str, Any]] = []
+                if chat.logprobs and delta.logprobs:
+                    logprobs = msgspec.to_builtins(chat_logprobs(delta.logprobs, top, names).content)
+                await writer.take(delta, answer.usage, logprobs)
 
 
 def _shorter(items: list[Item]) -> list[Item]:

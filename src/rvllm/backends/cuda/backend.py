@@ -19,7 +19,7 @@ from rvllm.backends.cuda.device.launches import Counts
 from rvllm.backends.cuda.formats.choose import kept, say_expanded
 from rvllm.backends.cuda.in_flight import NOTHING, InFlightStep
 from rvllm.backends.cuda.layout.addresses import Addresses
-from rvllm.backends.cuda.layout.allocations import Placed, placed_weights
+from rvllm.backends.cuda.layout.allocations import WEIGHTS, Placed, placed_weights
 from rvllm.backends.cuda.layout.memory import BLOCK, KV_CACHE, MemoryPlan
 from rvllm.backends.cuda.layout.metadata import SampledRows, leading_decodes
 from rvllm.backends.cuda.layout.packed import ELEMENT
@@ -74,6 +74,7 @@ class CudaBackend:
         ]
         end = gpu.arena.base + gpu.arena.nbytes
         self._before_caches = min((address for address, _ in caches), default=end) - gpu.arena.base
+        self._constant = plan.lines[WEIGHTS]  # they lie first, and never change
         self._host = HostBlocks(caches, num_cpu_blocks) if num_cpu_blocks else None
         self._limits = Limits(
             max_num_seqs=shape.seqs,
@@ -312,13 +313,15 @@ class CudaBackend:
     def drop_caches(self) -> bool:
         """Gives all device memory back but kernels and graphs, which stay valid for the same addresses.
 
-        What lies before the caches, the weights above all, is kept in pinned host memory. False without
-        --enable-sleep-mode, or where the host has no room.
+        What lies before the caches, the weights above all, is kept in pinned host memory, which stays taken.
+        False without --enable-sleep-mode, or where the host has no room.
         """
         self._stream.sync()
         if self._host is not None:
             self._host.sync()
-        return self._gpu.arena.sleeps and self._gpu.arena.sleep(self._before_caches, self._stream)
+        return self._gpu.arena.sleeps and self._gpu.arena.sleep(
+            self._before_caches, self._constant, self._stream
+        )
 
     def take_caches(self) -> None:
         """Takes the memory again; what the KV blocks held is lost. Raises CapacityError."""

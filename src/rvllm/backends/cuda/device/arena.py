@@ -86,17 +86,21 @@ class Arena:
         """Whether it can be given back for a while."""
         return self._mapped is not None
 
-    def sleep(self, keep: int, stream: Stream) -> bool:
+    def sleep(self, keep: int, constant: int, stream: Stream) -> bool:
         """Gives all memory back, and keeps what its first `keep` bytes hold in pinned host memory.
 
-        Nothing may use it until `wake`. False when the host has not as much; nothing has happened then.
+        constant: how many of these, the first ones, never change: they are copied once. The host memory is
+        taken at the first sleep and stays: taking it is slower than any copy. Nothing may use the device's
+        until `wake`. False when the host has not as much; nothing has happened then.
         """
         assert self._mapped is not None and self._mapped.taken
-        try:
-            self._kept = Pinned(keep, clear=False)
-        except CudaError:
-            return False
-        stream.copy_to_host(self._kept.address, self.base, keep)
+        known = constant if self._kept is not None else 0
+        if self._kept is None:
+            try:
+                self._kept = Pinned(keep, clear=False)
+            except CudaError:
+                return False
+        stream.copy_to_host(self._kept.address + known, self.base + known, keep - known)
         stream.sync()
         self._mapped.give_back()
         return True
@@ -116,8 +120,6 @@ class Arena:
             ) from None
         stream.copy_to_device(self.base, self._kept.address, self._kept.nbytes)
         stream.sync()
-        self._kept.close()
-        self._kept = None
 
     def close(self) -> None:
         """Frees the allocation, and what is kept of it on the host."""

@@ -13,6 +13,7 @@ from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.program.memory import Workspace
 
 KEYED = tuple(f.name for f in fields(Addresses) if f.type != "int")
+WEIGHTS = "weights"  # their line of the ledger; they come first
 WORKSPACE = "workspace"  # the field of the one allocation that holds all buffers of the program
 
 
@@ -41,7 +42,7 @@ def lines_of(allocations: Iterable[Allocation]) -> dict[str, int]:
 
 def weight_allocations(wanted: Iterable[PackedWeight]) -> list[Allocation]:
     """A place for each weight in each form that is wanted of it."""
-    return [Allocation("weights", "weights", w.nbytes, (w.weight.name, w.form)) for w in wanted]
+    return [Allocation("weights", WEIGHTS, w.nbytes, (w.weight.name, w.form)) for w in wanted]
 
 
 def addresses_of(allocations: Iterable[Allocation], places: Iterable[int], workspace: Workspace) -> Addresses:
