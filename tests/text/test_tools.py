@@ -18,13 +18,14 @@ from rvllm.text.grammar.grammar import check, grammar_of, with_lead
 from rvllm.text.tokenizers.gguf import from_metadata
 from rvllm.text.tokenizers.tokenizer import Tokenizer
 from rvllm.text.tools.calls_grammar import Function, calls_or_form, forced_calls, offered_calls
-from rvllm.text.tools.choose import FORMATS, tool_format
+from rvllm.text.tools.choose import FORMATS, tool_format, unread_format
 from rvllm.text.tools.events import CallArguments, CallStart, Event, Text
 from support.text.tiny_tokenizers import byte_level, byte_level_metadata
 
 ARGUMENTS = {"city": 'Zür"ich}', "days": [1, {"a": "]"}], "深": None}
 WRITTEN = json.dumps(ARGUMENTS, ensure_ascii=False)
 BAR = "｜"
+DSML = f"{BAR}DSML{BAR}"
 
 # (format, text, words, calls as (name, arguments' text))
 CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
@@ -153,6 +154,58 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("llama4_pythonic", "[f(1)] and [f(", "[f(1)] and [f(", []),
     ("llama4_pythonic", "<|python_start|>[f(a='x')]<|python_end|>", "", [("f", '{"a": "x"}')]),
     ("lfm2", '<|tool_call_start|>[f(a="x")]<|tool_call_end|>Done.', "Done.", [("f", '{"a": "x"}')]),
+    ("olmo3", 'Well.\n<function_calls>\nf(a="x")\ng()\n</function_calls>', "Well.", [("f", '{"a": "x"}'), ("g", "{}")]),
+    ("olmo3", "<function_calls>\nnone\n</function_calls>", "<function_calls>\nnone\n</function_calls>", []),
+    (
+        "deepseek_v32",
+        f'I look.\n\n<{DSML}function_calls>\n<{DSML}invoke name="f">\n'
+        f'<{DSML}parameter name="city" string="true">7</{DSML}parameter>\n'
+        f'<{DSML}parameter name="days" string="false">[1, {{"a": null}}]</{DSML}parameter>\n</{DSML}invoke>\n'
+        f'<{DSML}invoke name="g">\n</{DSML}invoke>\n</{DSML}function_calls>',
+        "I look.",
+        [("f", '{"city": "7", "days": [1, {"a": null}]}'), ("g", "{}")],
+    ),
+    ("deepseek_v4", f'<{DSML}tool_calls>\n<{DSML}invoke name="g">\n</{DSML}invoke>\n</{DSML}tool_calls>', "", [("g", "{}")]),
+    ("deepseek_v32", f'<{DSML}invoke name="f">\n<{DSML}parameter name="x" string="tr', "", [("f", "{")]),
+    (
+        "minicpm5",
+        '<function name="f"><param name="a">x</param><param name="b"><![CDATA[<b>&\n</param>]]></param></function>\n'
+        '<function name="g"></function>',
+        "",
+        [("f", '{"a": "x", "b": "<b>&\\n</param>"}'), ("g", "{}")],
+    ),
+    (
+        "hy_v3",
+        "<tool_calls:opensource>\n<tool_call:opensource>f<tool_sep:opensource>\n<arg_key:opensource>a</arg_key:opensource>\n"
+        "<arg_value:opensource>x y</arg_value:opensource>\n</tool_call:opensource>\n</tool_calls:opensource>",
+        "",
+        [("f", '{"a": "x y"}')],
+    ),
+    (
+        "gemma4",
+        'Yes.<|tool_call>call:f{city:<|"|>Zür"ich, {x}<|"|>,days:[1,{a:<|"|>]<|"|>,<|"|>b c<|"|>:true}],n:null}<tool_call|>'
+        "<|tool_call>call:g{}<tool_call|>",
+        "Yes.",
+        [("f", '{"city": "Zür\\"ich, {x}", "days": [1, {"a": "]", "b c": true}], "n": null}'), ("g", "{}")],
+    ),
+    ("gemma4", "<|tool_call>none{", "<|tool_call>none{", []),
+    ("gemma4", '<|tool_call>call:f{a:<|"|>x', "", [("f", '{"a": "x"')]),
+    ("functiongemma", "<start_function_call>call:f{a:<escape>x<escape>,b:2.5}<end_function_call>", "", [("f", '{"a": "x", "b": 2.5}')]),
+    (
+        "gigachat3",
+        f'Well.<|message_sep|>\n\nfunction call<|role_sep|>\n{{"name": "f", "arguments": {WRITTEN}}}<|message_sep|>',
+        "Well.",
+        [("f", WRITTEN)],
+    ),
+    ("gigachat31", '<|function_call|>{"name": "g", "arguments": {}}', "", [("g", "{}")]),
+    ("longcat", '<longcat_tool_call>{"name": "g"}</longcat_tool_call>\n', "", [("g", "{}")]),
+    ("internlm", 'So.<|action_start|><|plugin|>\n{"name": "f", "parameters": {"a": 1}}<|action_end|>', "So.", [("f", '{"a": 1}')]),
+    ("apertus", f'<|tools_prefix|>[{{"f": {WRITTEN}}}, {{"g": {{}}}}]<|tools_suffix|>', "", [("f", WRITTEN), ("g", "{}")]),
+    ("apertus", "<|tools_prefix|>[1]", "<|tools_prefix|>[1]", []),
+    ("xlam", f'[{{"name": "f", "arguments": {WRITTEN}}}, {{"name": "g", "arguments": {{}}}}]', "", [("f", WRITTEN), ("g", "{}")]),
+    ("xlam", '```json\n[{"name": "g", "arguments": {}}]\n```', "", [("g", "{}")]),
+    ("xlam", '[{"name": "stranger"}]', '[{"name": "stranger"}]', []),
+    ("xlam", "No.", "No.", []),
 ]  # fmt: skip
 
 
@@ -244,7 +297,10 @@ _SCRAPS = st.lists(
         ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|START_ACTION|>", f"<{BAR}tool▁sep{BAR}>",
          f"<{BAR}tool▁call▁begin{BAR}>", "function", "```json", "\n", " ", "{", "}", "[", "]", '"', ":", ",", '"name"', '"f"',
          '"arguments"', "{}", "\\", "x", "1", "<function=", "<parameter=", ">", "</parameter>", "</function>", "<arg_key>",
-         "</arg_key>", "<arg_value>", "</arg_value>", "Action:", "functools", "f(", ")", "=", "'", "<|tool_call|>", '{"name": "f", "arguments": {', "<|python_tag|>", ";"]
+         "</arg_key>", "<arg_value>", "</arg_value>", "Action:", "functools", "f(", ")", "=", "'", "<|tool_call|>", '{"name": "f", "arguments": {', "<|python_tag|>", ";", "<|tool_call>", "call:f{",
+         '<|"|>', "<escape>", "<start_function_call>", f'<{DSML}invoke name="', f'<{DSML}parameter name="', '">', '<function name="',
+         '<param name="', "<![CDATA[", "]]>", "<tool_call:opensource>", "<tool_sep:opensource>", "<|tools_prefix|>", '[{"f"',
+         "<function_calls>", "f()", "</function_calls>", "<|action_start|>", "<|plugin|>"]
     ),
     max_size=14,
 )  # fmt: skip
@@ -306,6 +362,9 @@ WRITTEN_CALLS = {
     "llama4_pythonic": "[{{ c.function.name }}({% for k, v in c.function.arguments | items %}{{ k }}=\"{{ v }}\"{% endfor %})]",
     "deepseek_v3": f"{BAR}".join(["{{ '<", "tool▁call▁begin", ">function<", "tool▁sep", ">' + c.function.name + '\\n```json\\n' + "
     "c.function.arguments + '\\n```<", "tool▁call▁end", ">' }}"]),
+    "gigachat3": "function call<|role_sep|>{{ '\\n' }}{{ c.function | tojson }}",
+    "gemma4": "<|tool_call>call:{{ c.function.name }}{{ '{' }}{% for k, v in c.function.arguments | items %}{{ k }}:<|\"|>{{ v }}"
+    "<|\"|>{% endfor %}{{ '}' }}<tool_call|>",
     None: "<<{{ c.function.name }}|{{ c.function.arguments | tojson }}>>",
 }  # fmt: skip
 
@@ -315,6 +374,18 @@ def test_the_format_is_the_one_in_which_the_template_writes_a_call(name: str | N
     template = WRITES + WRITTEN_CALLS[name] + "{% endfor %}{% endfor %}"
     found = tool_format("auto", template)
     assert (found.name if found else None) == name
+
+
+def test_a_call_behind_an_unknown_mark_is_no_bare_call() -> None:
+    template = WRITES + "<strange>{{ c.function | tojson }}{% endfor %}{% endfor %}"
+    assert tool_format("auto", template) is None
+
+
+def test_formats_that_are_not_read_are_named() -> None:
+    with pytest.raises(UsageError, match=r"'openai' \(harmony.*is not read"):
+        tool_format("openai", None)
+    assert "harmony" in (unread_format("{{ tools }}<|start|>assistant<|channel|>commentary") or "")
+    assert unread_format("{{ tools }}") is None
 
 
 def test_unknown_parsers_are_refused_by_name() -> None:
@@ -419,8 +490,8 @@ def test_a_form_leaves_room_for_calls(name: str, thoughts: bool) -> None:
     begin = frame.call_before.replace("NAME", "f").replace("INDEX", "0")
     written = '{"city": "Oslo"}'
     if found.members:
-        value = "Oslo" if found.members.bare_strings else '"Oslo"'
-        written = found.members.before.replace("KEY", "city") + value + found.members.after
+        before, after = found.members.around("city", True)
+        written = before + ("Oslo" if found.members.bare_strings else '"Oslo"') + after
     oslo = f"{frame.before}{begin}{written}{frame.call_after}{frame.after}"
     key = "parameters" if name == "llama3_json" else "arguments"
     bare = f'{{"name": "f", "{key}": {{"city": "Oslo"}}}}'

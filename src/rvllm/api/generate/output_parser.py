@@ -13,7 +13,7 @@ from rvllm.api.http.body import MAX_TOOLS, check_count
 from rvllm.api.http.errors import invalid
 from rvllm.text.chat.reasoning import ReasoningSplitter
 from rvllm.text.tools.calls_grammar import Function
-from rvllm.text.tools.choose import ToolFormat
+from rvllm.text.tools.choose import ToolFormat, unread_format
 from rvllm.text.tools.events import CallStart, Event, Text
 
 _NAME_LENGTH = 256
@@ -53,9 +53,12 @@ def tool_plan(
     if choice == "none":
         return None
     if service.tools is None:
+        unread = unread_format(service.template)
+        shown = f"this model writes calls as {unread}, which this server does not read"
+        if unread is None:
+            shown = "this model's chat template does not show how it writes tool calls"
         raise invalid(
-            "tools: this model's chat template does not show how it writes tool calls; "
-            "start the server with --tool-call-parser, or send tool_choice none",
+            f"tools: {shown}; start the server with --tool-call-parser, or send tool_choice none",
             "tools",
         )
     if not service.places_tools:

@@ -122,6 +122,13 @@ class TemplateTraits:
             (turn for turn in shown if _names_call(turn) and "None" not in turn), shown[0] if shown else None
         )
 
+    @cached_property
+    def answer_header(self) -> str:
+        """What stands between the user's words and an answer in words; "" where the trial says nothing."""
+        answer = {"role": "assistant", "content": self._user(RESULT)}
+        text = self._conversation([{"role": "user", "content": self._user()}, answer])
+        return "" if text is None else text.rpartition(USER)[2].partition(RESULT)[0]
+
     def call(self, arguments: Any, content: Any, answered: bool) -> str | None:
         """The text between the user's words and the tool's answer; None where the template fails."""
         function = {"name": CALL, "arguments": arguments}

@@ -172,14 +172,16 @@ def _may_be_empty(names: Sequence[str], required: Any) -> bool:
 
 def _member(members: Members, number: str, name: str, schema: Any, root: Any, spelled: Spelled) -> list[str]:
     """Rules for `member_NUMBER`: one argument between its marks."""
-    before, after = spelled.of(members.before.replace("KEY", name)), spelled.of(members.after)
     kinds = kinds_of(schema)
+    is_string = members.bare_strings and kinds <= {"string", "null"}
+    text_before, text_after = members.around(name, is_string)
+    before, after = spelled.of(text_before), spelled.of(text_after)
     choices = schema.get("enum") if isinstance(schema, Mapping) else None
-    if members.bare_strings and kinds <= {"string", "null"}:
+    if is_string:
         if isinstance(choices, list) and choices and all(isinstance(choice, str) for choice in choices):
             ways = " | ".join(literal(choice) for choice in choices)
             return [f"member_{number}: {before} ({ways}) {after}"]
-        if after == literal(members.after):
+        if after == literal(text_after):
             text = f"text_{number}[suffix={after}]: /(.|\\n)*/"
             return [f"member_{number}: {before} text_{number}", text]
         return [f"member_{number}: {before} TEXT_{number} {after}", f"TEXT_{number}: /(.|\\n)*/"]

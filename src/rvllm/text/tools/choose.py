@@ -14,18 +14,26 @@ from rvllm.text.tools.formats import (
     CommandR,
     DeepSeek,
     Functionary,
-    Granite,
     Hermes,
     Kimi,
     Llama3,
     Mistral,
+    ToolParser,
+)
+from rvllm.text.tools.gemma import FunctionGemma, Gemma4
+from rvllm.text.tools.marked import (
+    Apertus,
+    GigaChat3,
+    Granite,
+    InternLm,
+    LongCat,
     Nemotron,
     Phi4,
     ToolCalls,
-    ToolParser,
+    Xlam,
 )
-from rvllm.text.tools.pythonic import Pythonic
-from rvllm.text.tools.tagged import Glm, MiniMaxM2, Qwen3Coder, SeedOss
+from rvllm.text.tools.pythonic import Olmo3, Pythonic
+from rvllm.text.tools.tagged import Dsml, Glm, Hunyuan3, MiniCpm5, MiniMaxM2, Qwen3Coder, SeedOss
 
 
 @dataclass(frozen=True)
@@ -46,13 +54,21 @@ class Frame:
 class Members:
     """How arguments stand one by one: `before` with KEY for the name, the value, `after`.
 
-    between: parts them. bare_strings: strings stand as they are, without quotes.
+    IS_STRING in `before` stands for whether the value is a string, true or false. between: parts arguments.
+    bare_strings: strings stand as they are, without JSON's quotes. quote: what stands around them instead.
     """
 
     before: str
     after: str
     between: str = ""
     bare_strings: bool = True
+    quote: str = ""
+
+    def around(self, key: str, is_string: bool) -> tuple[str, str]:
+        """What stands before and after an argument's value."""
+        quote = self.quote if is_string else ""
+        before = self.before.replace("KEY", key).replace("IS_STRING", str(is_string).lower())
+        return before + quote, quote + self.after
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,17 @@ _KIMI = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
 _QWEN_MEMBERS = Members("<parameter=KEY>\n", "\n</parameter>\n")
 _CALL, _JSON_CALL = "<tool_call>\n", '{"name": "NAME", "arguments": '
 
+_DSML = "｜DSML｜"
+_DSML_MEMBERS = Members(f'<{_DSML}parameter name="KEY" string="IS_STRING">', f"</{_DSML}parameter>\n")
+
+
+def _dsml(name: str, word: str) -> ToolFormat:
+    frame = Frame(
+        f"<{_DSML}{word}>\n", f'<{_DSML}invoke name="NAME">\n', f"</{_DSML}invoke>\n", "", f"</{_DSML}{word}>"
+    )
+    return ToolFormat(name, Dsml, frame, (f"<{_DSML}{word}>",), (), _DSML_MEMBERS)
+
+
 # In the order in which a template is looked through: the first whose signs are all there decides.
 FORMATS = (
     ToolFormat("deepseek_v3", DeepSeek, Frame(
@@ -97,11 +124,46 @@ FORMATS = (
         "<|START_ACTION|>[\n",
         '    {"tool_call_id": "INDEX", "tool_name": "NAME", "parameters": ', "}", ",\n",
         "\n]<|END_ACTION|>",
-    ), ("<|START_ACTION|>",), ("cohere",)),
+    ), ("<|START_ACTION|>",), ("cohere", "cohere_command3", "cohere_command4")),
     ToolFormat("command_r_action", ActionJson, Frame(
         "Action:\n```json\n[\n",
         '    {\n        "tool_name": "NAME",\n        "parameters": ', "\n    }", ",\n", "\n]```",
     ), ("Action:", '"tool_name"')),
+    _dsml("deepseek_v32", "function_calls"),
+    _dsml("deepseek_v4", "tool_calls"),
+    ToolFormat("minicpm5", MiniCpm5, Frame(
+        "", '<function name="NAME">', "</function>", "\n", "",
+    ), ("<function name=", "<param name="), (), Members('<param name="KEY">', "</param>")),
+    ToolFormat("hy_v3", Hunyuan3, Frame(
+        "<tool_calls:opensource>\n", "<tool_call:opensource>NAME<tool_sep:opensource>\n",
+        "</tool_call:opensource>\n", "", "</tool_calls:opensource>",
+    ), ("<tool_sep:opensource>",), (), Members(
+        "<arg_key:opensource>KEY</arg_key:opensource>\n<arg_value:opensource>", "</arg_value:opensource>\n",
+    )),
+    ToolFormat("gemma4", Gemma4, Frame(
+        "", "<|tool_call>call:NAME{", "}<tool_call|>", "", "",
+    ), ("<|tool_call>",), (), Members("KEY:", "", ",", quote='<|"|>')),
+    ToolFormat("functiongemma", FunctionGemma, Frame(
+        "", "<start_function_call>call:NAME{", "}<end_function_call>", "", "",
+    ), ("<start_function_call>",), (), Members("KEY:", "", ",", quote="<escape>")),
+    ToolFormat("gigachat3", GigaChat3, Frame(
+        "", f"function call<|role_sep|>\n{_JSON_CALL}", "}", "\n", "",
+    ), ("function call<|role_sep|>",)),
+    ToolFormat("gigachat31", GigaChat3, Frame(
+        "", f"<|function_call|>{_JSON_CALL}", "}", "", "",
+    ), ("<|function_call|>",)),
+    ToolFormat("longcat", LongCat, Frame(
+        "", f"<longcat_tool_call>{_JSON_CALL}", "}</longcat_tool_call>", "\n", "",
+    ), ("<longcat_tool_call>",)),
+    ToolFormat("internlm", InternLm, Frame(
+        "", '<|action_start|><|plugin|>\n{"name": "NAME", "parameters": ', "}<|action_end|>", "\n", "",
+    ), ("<|action_start|>",)),
+    ToolFormat("apertus", Apertus, Frame(
+        "<|tools_prefix|>[", '{"NAME": ', "}", ", ", "]<|tools_suffix|>",
+    ), ("<|tools_prefix|>",)),
+    ToolFormat("olmo3", Olmo3, Frame(
+        "<function_calls>\n", "NAME(", ")", "\n", "\n</function_calls>",
+    ), ("<function_calls>",), (), Members("KEY=", "", ", ", bare_strings=False)),
     ToolFormat("minimax_m2", MiniMaxM2, Frame(
         "<minimax:tool_call>", '\n<invoke name="NAME">\n', "</invoke>", "", "\n</minimax:tool_call>",
     ), ("<minimax:tool_call>",), ("minimax",), Members('<parameter name="KEY">', "</parameter>\n")),
@@ -110,10 +172,14 @@ FORMATS = (
     ), ("<seed:tool_call>",), (), Members("<parameter=KEY>", "</parameter>\n")),
     ToolFormat("qwen3_coder", Qwen3Coder, Frame(
         "", f"{_CALL}<function=NAME>\n", "</function>\n</tool_call>", "\n", "",
-    ), ("<function=", "<parameter="), ("qwen3_xml", "qwen3_coder_xml", "nemotron3"), _QWEN_MEMBERS),
+    ), ("<function=", "<parameter="), (
+        "qwen3_xml", "qwen3_coder_xml", "nemotron3", "mimo", "step3p5",
+    ), _QWEN_MEMBERS),
     ToolFormat("glm45", Glm, Frame(
         "", "<tool_call>NAME\n", "</tool_call>", "\n", "",
-    ), ("<arg_key>",), ("glm47", "glm"), Members("<arg_key>KEY</arg_key>\n<arg_value>", "</arg_value>\n")),
+    ), ("<arg_key>",), ("glm47", "glm", "poolside_v1"), Members(
+        "<arg_key>KEY</arg_key>\n<arg_value>", "</arg_value>\n",
+    )),
     ToolFormat("nemotron_json", Nemotron, Frame(
         "<TOOLCALL>[", _JSON_CALL, "}", ", ", "]</TOOLCALL>",
     ), ("<TOOLCALL>",), ("llama_nemotron_json",)),
@@ -144,12 +210,27 @@ FORMATS = (
     ToolFormat("llama4_pythonic", Pythonic, Frame(
         "[", "NAME(", ")", ", ", "]",
     ), ("func_name1(",), ("pythonic",), Members("KEY=", "", ", ", bare_strings=False)),
+    ToolFormat("xlam", Xlam, Frame(
+        "[", _JSON_CALL, "}", ", ", "]",
+    ), ("[{", '"name": "func_name1"')),
     ToolFormat("llama3_json", Llama3, Frame(
         "", '{"name": "NAME", "parameters": ', "}", "; ", "",
     ), ('"parameters":',), ("llama3", "llama4_json")),
 )  # fmt: skip
+# Formats that are not read: vLLM's name or the model's, what it is, a text that only its templates have.
+UNREAD = {
+    "openai": ("harmony, the channels of gpt-oss", "<|channel|>commentary"),
+    "kimi_k3": ("the open and close marks of Kimi K3", "<|open|>"),
+    "minimax_m3": ("the nested marks of MiniMax M3", "]<]minimax[>["),
+    "solar_open2": ("the messages of Solar Open", "<|tool_call:begin|>"),
+    "step3": ("the steptml marks of Step 3", "<steptml:invoke"),
+    "inkling": ("the marks of Inkling", "<|content_invoke_tool"),
+    "functionary_v32": ("the recipients of Functionary 3.2", ">>>all"),
+    "muse": ("the recipients of Muse", "<atem:function_calls>"),
+    "ernie45": ("the marks of ERNIE 4.5, whose answers stand in <response>", "<response>"),
+}
 CHOICES = ("auto", "none", *(name for f in FORMATS for name in (f.name, *f.aliases)))
-_BARE = (Hermes, Pythonic, Llama3)  # whose calls may stand without a mark at the beginning of an answer
+_BARE = (Hermes, Pythonic, Llama3, Xlam)  # whose calls may stand without a mark at the beginning of an answer
 
 
 def tool_format(chosen: str, template: str | None) -> ToolFormat | None:
@@ -164,9 +245,16 @@ def tool_format(chosen: str, template: str | None) -> ToolFormat | None:
     if chosen == "auto":
         return None if template is None else _written_by(template)
     found = next((f for f in FORMATS if chosen in (f.name, *f.aliases)), None)
+    if found is None and chosen in UNREAD:
+        raise UsageError(f"--tool-call-parser: {chosen!r} ({UNREAD[chosen][0]}) is not read by this server")
     if found is None:
         raise UsageError(f"--tool-call-parser: {chosen!r} is not one of {', '.join(CHOICES)}")
     return found
+
+
+def unread_format(template: str | None) -> str | None:
+    """What a template's format of calls is, where it is known and not read; None else."""
+    return next((what for what, sign in UNREAD.values() if template and sign in template), None)
 
 
 def _written_by(template: str) -> ToolFormat | None:
@@ -187,7 +275,12 @@ def _written_by(template: str) -> ToolFormat | None:
     if not bare:
         return None
     signed = _signed(template)  # a template may leave the marks out that it asks for
-    return signed or next((f for f in bare if _framed(f, turn)), bare[0])
+    if signed is not None:
+        return signed
+    header = "".join(traits.answer_header.split())
+    if not any("".join(turn[:at].split()) == header for at in begins):
+        return None  # a mark stands in front that no format knows
+    return next((f for f in bare if _framed(f, turn)), bare[0])
 
 
 def _reads(known: ToolFormat, turn: str) -> bool:

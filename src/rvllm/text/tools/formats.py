@@ -297,54 +297,6 @@ class ActionJson(ToolParser):
                 self.reader.unread(space)
 
 
-class MarkedJson(ToolParser):
-    """A mark, then a list of calls or one call, as JSON."""
-
-    def call_after(self, mark: str) -> Reading[None]:
-        space = yield from self.reader.skip_space()
-        first = yield from self.reader.next()
-        if first == "[":
-            yield from self.array_of_calls(mark + space + first)
-            return
-        self.reader.unread(first)
-        before = mark + space
-        while (yield from self.object_or_text(before)):
-            before = yield from self.reader.skip_space()
-            follows = yield from self.reader.next()
-            self.reader.unread(follows)
-            if follows != "{":
-                self.reader.unread(before)
-                return
-
-
-class Granite(MarkedJson):
-    """`<|tool_call|>[{"name": ..., "arguments": {...}}]`, Granite 3; Granite 20B writes `<function_call>`."""
-
-    marks = ("<|tool_call|>", "<function_call>")
-    hidden = ("</function_call>",)
-
-
-class Phi4(MarkedJson):
-    """Phi-4: `functools[{"name": ..., "arguments": {...}}]`, or the call between `<|tool_call|>` marks."""
-
-    marks = ("functools", "<|tool_call|>")
-    hidden = ("<|/tool_call|>",)
-
-
-class ToolCalls(MarkedJson):
-    """`<tool_calls>[{"name": ..., "arguments": {...}}]</tool_calls>`: Jamba, Hunyuan, MiniMax M1."""
-
-    marks = ("<tool_calls>",)
-    hidden = ("</tool_calls>",)
-
-
-class Nemotron(MarkedJson):
-    """`<TOOLCALL>[{"name": ..., "arguments": {...}}]</TOOLCALL>`: Nemotron Nano v2 and Llama Nemotron."""
-
-    marks = ("<TOOLCALL>",)
-    hidden = ("</TOOLCALL>",)
-
-
 class Kimi(ToolParser):
     """`<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>{...}<|tool_call_end|>`: Kimi K2."""
 

@@ -18,8 +18,8 @@ _CLOSING = {"(": ")", "[": "]", "{": "}"}
 class Pythonic(ToolParser):
     """An answer that begins `[NAME(`; also between Llama 4's or LFM2's marks."""
 
-    marks = ("<|python_start|>", "<|tool_call_start|>")
-    hidden = ("<|python_end|>", "<|tool_call_end|>")
+    marks: tuple[str, ...] = ("<|python_start|>", "<|tool_call_start|>")
+    hidden: tuple[str, ...] = ("<|python_end|>", "<|tool_call_end|>")
 
     def read(self) -> Reading[None]:
         space = yield from self.reader.skip_space()
@@ -91,6 +91,30 @@ class Pythonic(ToolParser):
             elif not brackets and not (character.isalnum() or character in "_.- \n\t"):
                 return taken
         return taken
+
+
+class Olmo3(Pythonic):
+    """`<function_calls>`, calls as Python, one a line, `</function_calls>`: OLMo 3."""
+
+    marks = ("<function_calls>",)
+    hidden = ("</function_calls>",)
+
+    def call_after(self, mark: str) -> Reading[None]:
+        before = mark
+        while True:
+            before += yield from self.reader.skip_space()
+            text = yield from self._call()
+            call = _parsed(text)
+            if call is None:
+                closes = self.calls and "</function_calls>".startswith(text)
+                if closes:
+                    self.reader.unread(text)
+                else:
+                    self.say(before + text)
+                return
+            self.begin(call[0])
+            self.arguments(json.dumps(call[1], ensure_ascii=False))
+            before = ""
 
 
 def _parsed(text: str) -> tuple[str, dict[str, Any]] | None:

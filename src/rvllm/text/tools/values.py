@@ -28,12 +28,17 @@ def typed(text: str, schema: Any) -> Any:
     others = kinds - {"string"}
     if not others:
         return text
+    value = json_or_text(text)
+    return value if any(_is(value, kind) for kind in others) else text
+
+
+def json_or_text(text: str) -> Any:
+    """The value of JSON or of Python's word for one; the text itself if it is neither."""
     bare = text.strip()
     try:
-        value = _PYTHON[bare] if bare in _PYTHON else json.loads(bare, strict=False)
+        return _PYTHON[bare] if bare in _PYTHON else json.loads(bare, strict=False)
     except (ValueError, RecursionError):
         return text
-    return value if any(_is(value, kind) for kind in others) else text
 
 
 def kinds_of(schema: Any, depth: int = 0) -> frozenset[str]:
