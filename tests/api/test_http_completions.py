@@ -174,3 +174,51 @@ def test_bad_words_and_allowed_tokens_reach_the_engine(server: LiveServer) -> No
     ):
         status, answer = server.post("/v1/completions", prompt="a", **body)
         assert status == 400 and param in answer["error"]["message"], answer
+
+
+def test_what_the_cache_held_of_a_prompt_is_counted_once(server: LiveServer) -> None:
+    """The second of two choices finds what the first has just computed; it counts as the first saw it."""
+    server.engine.cached = [1, 9]
+    try:
+        _, answer = server.post(PATH, prompt=["hello", "the fox"], n=2, max_tokens=2)
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 1 + 1
+    finally:
+        server.engine.cached = [4]
+
+
+def test_ranks_of_prompt_logprobs_begin_with_one(server: LiveServer) -> None:
+    _, answer = server.post(PATH, prompt="hello world", prompt_logprobs=3, max_tokens=1)
+    first, *others = answer["choices"][0]["prompt_logprobs"]
+    tokens = server.tokenizer.encode("hello world")
+    assert first is None and len(others) == len(tokens) - 1
+    for token, found in zip(
+        tokens[1:], others, strict=True
+    ):  # the double calls the token itself the likeliest
+        assert {int(i): entry["rank"] for i, entry in found.items()} == {
+            (token + i) % 500: i + 1 for i in range(3)
+        }
+
+
+def test_usage_that_runs_along(server: LiveServer) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = server.events(PATH, prompt="hello", max_tokens=3, stream_options=options)
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert sorted(counts) == counts and counts[0] >= 1 and counts[-1] == 3 and events[-1]["choices"] == []
+    events = server.events(PATH, prompt="hello", max_tokens=3, stream_options={"include_usage": True})
+    assert [event["usage"] for event in events[:-1]] == [None] * (len(events) - 1)
+
+
+def test_time_in_the_queue_is_in_the_metrics_and_in_the_header(server: LiveServer) -> None:
+    def total() -> float:
+        lines = server.raw("GET", "/metrics")[2].decode().splitlines()
+        return next(float(x.split()[1]) for x in lines if x.startswith("vllm:request_queue_time_seconds_sum"))
+
+    before, server.engine.queue_seconds = total(), 2.5
+    try:
+        body = json.dumps({"prompt": "hello", "max_tokens": 2}).encode()
+        _, headers, _ = server.raw("POST", PATH, body, {"x-rvllm-timing": "1"})
+    finally:
+        server.engine.queue_seconds = 0.0
+    assert total() - before == pytest.approx(2.5)
+    queue = next(part for part in headers["x-rvllm-timing"].split(", ") if part.startswith("queue;dur="))
+    assert 2500 <= float(queue.partition("=")[2]) < 4500

@@ -98,7 +98,11 @@ def test_score(encoder: LiveServer) -> None:
         assert encoder.post("/v1/score", **{one: "hello", two: texts})[1]["data"] == answer["data"]
     assert status == 200
     assert np.allclose([entry["score"] for entry in answer["data"]], [query @ v for v in vectors], atol=1e-6)
+    encoder.engine.length = 3.0  # the angle counts alone
+    longer = encoder.post("/v1/score", text_1="hello", text_2=texts)[1]["data"]
+    assert [e["score"] for e in longer] == pytest.approx([e["score"] for e in answer["data"]], abs=1e-6)
     _, pairs = encoder.post("/score", text_1=texts, text_2=texts)
+    encoder.engine.length = 1.0
     assert np.allclose([entry["score"] for entry in pairs["data"]], 1, atol=1e-6)
     for wrong in ({"text_1": ["a", "b"], "text_2": ["c"]}, {"text_1": [], "text_2": ["c"]}):
         status, answer = encoder.post("/v1/score", **wrong)

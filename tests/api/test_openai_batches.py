@@ -347,3 +347,16 @@ def test_killed_and_started_again_each_line_is_there_once(tmp_path: Path) -> Non
         f"{i}" for i in range(150)
     ]
     process.communicate("", timeout=20)
+
+
+def test_a_batch_whose_window_has_ended(
+    client: openai.OpenAI, server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As OpenAI's guide has it: each line that is not done by then is an error `batch_expired`."""
+    monkeypatch.setattr("rvllm.api.batches.endpoints.WINDOW_SECONDS", -10)
+    asked = len(server.engine.requests)
+    done = run(client, jsonl(chat_line("a"), chat_line("b")))
+    assert done.status == "expired" and done.expired_at and not done.completed_at
+    assert (done.request_counts.completed, done.request_counts.failed) == (0, 2)
+    assert [line["error"]["code"] for line in read(client, done.error_file_id)] == ["batch_expired"] * 2
+    assert len(server.engine.requests) == asked

@@ -9,6 +9,8 @@ from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.memory import lifetimes
+from rvllm.program.ops.attention import LatentRopeKV
+from rvllm.program.ops.base import Part, Weight
 from rvllm.program.ops.dense import Activate, Add, GatedActivation, Linear, Norm, Program, RopeKV
 from support.models.real_configs import CONFIGS
 
@@ -51,7 +53,8 @@ def test_head_norms_go_with_the_rope_only_where_they_are_those_of_its_heads() ->
     given = program("Qwen3-8B")
     assert ["norm", "norm", "ropekv"] in kinds(fuse(given))
     ropes = [i for i, op in enumerate(given.ops) if isinstance(op, RopeKV)]
-    for change in ({"eps": 0.5}, {"start": 128}, {"group": 64}):
+    bias = Weight("bias", (128,), (Part("bias", (128,)),), "vector")  # which the joined kernel would lose
+    for change in ({"eps": 0.5}, {"start": 128}, {"group": 64}, {"bias": bias}):
         ops = list(given.ops)
         norm = ops[ropes[0] - 1]
         assert isinstance(norm, Norm)
@@ -68,3 +71,15 @@ def test_what_somebody_else_reads_is_not_merged_away() -> None:
         stages = fuse(replace(given, ops=(*given.ops[: at + 1], again, *given.ops[at + 1 :])))
         assert Stage((op,)) in stages
         assert Stage((again,)) in stages
+
+
+def test_a_latents_norm_goes_with_its_rope_only_when_it_is_plain() -> None:
+    given = program("DeepSeek-V2-Lite")
+    joined = ["norm", "latentropekv", "headlinear"]
+    assert joined in kinds(fuse(given))
+    at = next(i for i, op in enumerate(given.ops) if isinstance(op, LatentRopeKV)) - 1
+    norm = given.ops[at]
+    assert isinstance(norm, Norm) and norm.weight is not None
+    for change in ({"bias": replace(norm.weight, name="bias")}, {"weight": None}, {"kind_": "layer"}):
+        ops = (*given.ops[:at], replace(norm, **change), *given.ops[at + 1 :])
+        assert joined not in kinds(fuse(replace(given, ops=ops)))

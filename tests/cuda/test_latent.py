@@ -177,6 +177,9 @@ def test_sizes_without_a_kernel_are_named() -> None:
         planner(odd, H100, EngineConfig(), GB139).kernels()
     with pytest.raises(MissingKernelError, match="--max-num-seqs"):
         decode_plan(max_seqs=5000)
+    decode_plan(max_seqs=2048, max_model_len=1 << 21)
+    with pytest.raises(MissingKernelError, match="cannot list 2048 sequences"):  # its products have 32 bits
+        decode_plan(max_seqs=2048, max_model_len=1 << 22)
 
 
 def decode_plan(max_seqs: int = 64, max_model_len: int = 8192, smem: int = 232448) -> Any:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rvllm.backends.base import LAST_SAMPLED, Limits, StepBatch
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Generate, Output, Sampling
+from rvllm.engine.stats import EngineStats
 from rvllm.errors import UsageError
 from support.doubles.engine import PagedDouble, facts, next_token
 
@@ -213,3 +216,36 @@ def test_host_cost_of_a_large_step() -> None:
         core.step()
         costs.append(core.stats().host_seconds - before)
     assert sorted(costs)[10] < 0.004  # about 0.7 ms on an idle core; a busy machine has quiet steps too
+
+
+def test_newcomers_leave_the_running_room_to_grow() -> None:
+    """Each of four needs a second block at once: two of them run to their end before the others begin."""
+    core = make(blocks=4, seqs=4, caching=False)
+    for i in range(4):
+        ask(core, f"{i}", [i] * 15, 15)
+    drain(core)
+    assert core.stats().preemptions == 0
+
+
+def test_without_rows_for_its_logprobs_a_prompt_waits_and_holds_nothing() -> None:
+    core = make(tokens=1000)
+    for name in ("first", "second"):
+        ask(core, name, [i % 90 for i in range(200)], 2, prompt_logprobs=1)
+    core.step()
+    stats = core.stats()
+    assert (stats.running, stats.waiting, stats.blocks_used) == (1, 1, 13)
+
+
+def test_a_decode_step_is_timed_from_the_end_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of 10 s, the second launched while the first runs: each took 10 s, not 19."""
+    clock = iter([0.0, 0.0, 1.0, 10.0, 20.0])  # the start, two launches, two ends
+    monkeypatch.setattr("rvllm.engine.stats.time.perf_counter", lambda: next(clock))
+    stats = EngineStats()
+    batch = SimpleNamespace(num_tokens=2, starts=np.array([5, 7]))
+    steps = [SimpleNamespace(decodes_only=True, batch=batch, sequences=[0, 1]) for _ in range(2)]
+    for step in steps:
+        stats.launched(step)
+    for step in steps:
+        stats.collected(step)
+    floors = SimpleNamespace(decode_floor=lambda seqs, context: 4.0 if (seqs, context) == (2, 6) else None)
+    assert stats.floor_ratio(floors) == pytest.approx(0.4)

@@ -2,10 +2,15 @@
 
 import pytest
 
+from rvllm.models.config import ModelConfig
+from rvllm.models.registry import build_program
 from rvllm.program.cost import Cost, StepShape, kv_bytes_per_token, op_cost, particulars, program_cost
+from rvllm.program.dtypes import DType
 from rvllm.program.ops import dense as ops
 from rvllm.program.ops.dense import Attention, Linear, Logits, Op
+from rvllm.program.ops.mamba2 import CHUNK, StateScan
 from support.models import tiny
+from support.models.real_configs import CONFIGS
 
 CONFIG = tiny.CASES["llama"] | {"num_attention_heads": 4, "num_key_value_heads": 2}
 PROGRAM = tiny.program_of(CONFIG)
@@ -57,3 +62,14 @@ def test_every_op_type_has_a_rule() -> None:
     kinds = {v for v in vars(ops).values() if isinstance(v, type) and issubclass(v, Op) and v is not Op}
     missing = {k.__name__ for k in kinds if particulars.dispatch(k) is particulars.dispatch(object)}
     assert not missing
+
+
+def test_a_scans_state_is_written_when_a_chunk_ends() -> None:
+    """Its state, float32 [heads, dim, size], is read once a step; a chunk's rows lie beside it until then."""
+    program = build_program(ModelConfig(CONFIGS["Nemotron-H-8B"], "m"), DType.BF16)
+    op = next(op for op in program.ops if isinstance(op, StateScan))
+    state, row = 4 * op.heads * op.dim * op.size, 4 * (op.heads * op.dim + 2 * op.groups * op.size + op.heads)
+    for context, written in ((CHUNK - 1, False), (CHUNK, True), (CHUNK + 1, False), (3 * CHUNK, True)):
+        kept = ((context - 1) % CHUNK + 1) * row
+        found = op_cost(program, op, StepShape(5, 1, context)).kv_bytes
+        assert found == 5 * (state * (1 + written) + kept), context

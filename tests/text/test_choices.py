@@ -198,6 +198,9 @@ def test_min_tokens_lets_stop_strings_pass() -> None:
     count = len(TOKENIZER.encode("a.b"))
     assert run("a.b.c", stop=["."], min_tokens=count)[0].text == "a.b"
     assert run("a.b.c", stop=["."])[0].text == "a"
+    count = len(TOKENIZER.encode("a."))  # the stop string ends with the last token that must come
+    assert run("a.b.c", stop=["."], min_tokens=count)[0].text == "a.b"
+    assert run("a.b.c", stop=["."], min_tokens=count - 1)[0].text == "a"
 
 
 def test_the_stop_token_is_no_text() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -133,3 +136,15 @@ def test_long_streams_cost_the_same_per_token(length: int) -> None:
     shown = sum(len(finder.feed("a")) for _ in range(length))
     assert shown == length - 50
     assert len(finder.feed("", final=True)) == 50
+
+
+def test_bytes_that_never_become_a_character_come_out_in_the_end() -> None:
+    """Nine tokens without a whole character at their end will not become one: a character has four bytes."""
+
+    class Broken:
+        def decode(self, token_ids: Sequence[int]) -> str:
+            return "\ufffd" * len(token_ids)
+
+    detokenizer = WindowDetokenizer(cast(Tokenizer, Broken()), frozenset(), [])
+    shown = [detokenizer.feed([1]) for _ in range(9)]
+    assert shown == [""] * 8 + ["\ufffd" * 9]

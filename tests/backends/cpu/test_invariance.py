@@ -137,3 +137,12 @@ def test_paged_attention_equals_the_reference(scoring: Scoring, heads: int, kv_h
         expected = ops.attention(q[at : at + n], k, v, start, scoring.scale, scoring.window, scoring.soft_cap)
         np.testing.assert_allclose(ours[at : at + n], expected, atol=5e-6, rtol=0)
         at += n
+
+
+@pytest.mark.parametrize("window", [1, 2, 9, 128, 150])
+def test_the_first_split_has_the_oldest_key_of_a_window(window: int) -> None:
+    """By counting: a query sees itself and the window - 1 keys before it, in splits of 128 keys."""
+    scoring, positions = Scoring(1.0, window=window), np.arange(600)
+    oldest = [min(k for k in range(p + 1) if p - k < window) // 128 for p in positions.tolist()]
+    assert [scoring.first_split(p) for p in positions.tolist()] == oldest
+    assert scoring.first_splits(positions).tolist() == oldest

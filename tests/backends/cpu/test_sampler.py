@@ -162,3 +162,8 @@ def test_a_token_has_the_logprob_it_has_among_the_top() -> None:
         best = int(np.argmax(logits))
         out = top_logprobs(logits, best, 3)
         assert out.token == float(out.top[0])
+
+
+def test_a_rank_is_one_more_than_the_number_of_larger_logits() -> None:
+    logits = np.array([1, 3, 3, 0, 3, 2], np.float32)
+    assert [top_logprobs(logits, token, 0).rank for token in range(6)] == [5, 1, 1, 6, 1, 4]

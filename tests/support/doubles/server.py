@@ -56,6 +56,9 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.vocabularies: list[Vocabulary] = []
         self.chunks = 0  # steps that a prompt takes
+        self.cached = [4]  # prompt tokens that the cache holds, for each choice in turn
+        self.queue_seconds = 0.0  # that a request waits before its first token
+        self.length = 1.0  # of vectors
         self.embedding_size = 0
         self.embeds: list[Embed] = []
         self.sleep_level = 0
@@ -136,21 +139,23 @@ class FakeEngine:
                 self.aborted.append(request.request_id)
 
     async def embed(self, request: Embed) -> NDArray[np.float32]:
-        """A vector of length 1 that the tokens alone decide."""
+        """A vector of length `self.length` whose direction the tokens alone decide."""
         self.embeds.append(request)
         await asyncio.sleep(self.pace)
         vector = np.zeros(self.embedding_size, np.float32)
         for token in request.prompt_token_ids:
             vector[token % len(vector)] += 1 + token / 1000
-        return vector / np.linalg.norm(vector)
+        return vector * np.float32(self.length) / np.linalg.norm(vector)
 
     def _outputs(self, request: Generate) -> list[Output]:
         if self.error:
             return [Output(request.request_id, [], finish_reason="error", error=self.error)]
         sampling, outputs = request.sampling, []
+        cached = self.cached[int(request.request_id.rpartition("-")[2]) % len(self.cached)]
         for i in range(sampling.max_tokens):
             token = self.answer[i % len(self.answer)]
-            output = Output(request.request_id, [token], cached_tokens=4)
+            output = Output(request.request_id, [token], cached_tokens=cached)
+            output.queue_seconds = 0.0 if i else self.queue_seconds
             if sampling.logprobs is not None:
                 output.logprobs = [_logprobs(token, sampling.logprobs)]
             if i == 0 and sampling.prompt_logprobs is not None:
