@@ -374,9 +374,10 @@ class LLM:
                         delta = request.feed(output)
                         if delta.abort_needed:
                             self.engine.abort([output.request_id])
-                        if delta.finish_reason is not None:
+                        ended = delta.finish_reason is not None
+                        if ended:
                             del running[output.request_id]
-                        advance(len(delta.token_ids), request.finished)
+                        advance(len(delta.token_ids), ended and request.finished)
         finally:
             self.engine.abort(list(running))
             while self.engine.has_work():

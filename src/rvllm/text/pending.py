@@ -39,12 +39,11 @@ class PendingRequest:
         delta = choice.feed(output)
         if delta.finish_reason == "error":
             raise RvllmError(f"request {self.request_id}: {delta.error or 'the engine gave up on it'}")
-        now = time.time()
         if self.metrics.first_token_time is None and delta.token_ids:
-            self.metrics.first_token_time = now
+            self.metrics.first_token_time = time.time()
             self.metrics.time_in_queue = choice.queue_seconds
-        if self.finished:
-            self.metrics.finished_time = now
+        if delta.finish_reason is not None and self.finished:
+            self.metrics.finished_time = time.time()
         return delta
 
     def to_output(self, tokenizer: Tokenizer | None) -> RequestOutput:

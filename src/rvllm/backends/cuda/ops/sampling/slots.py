@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,19 @@ SLOT = np.dtype(
 def counts_tokens(spec: SamplingSpec) -> bool:
     """Whether the slot needs its tokens counted: any penalty is on."""
     return spec.repetition_penalty != 1.0 or spec.presence_penalty != 0.0 or spec.frequency_penalty != 0.0
+
+
+_FIELDS: dict[str, Callable[[SamplingSpec], float]] = {
+    "temperature": lambda spec: spec.temperature,
+    "top_k": lambda spec: spec.top_k,
+    "top_p": lambda spec: spec.top_p,
+    "min_p": lambda spec: spec.min_p,
+    "repetition": lambda spec: spec.repetition_penalty,
+    "presence": lambda spec: spec.presence_penalty,
+    "frequency": lambda spec: spec.frequency_penalty,
+    "min_tokens": lambda spec: spec.min_tokens,
+    "seed": lambda spec: spec.seed & (2**64 - 1),
+}  # of SLOT, where it is what a request says
 
 
 @dataclass(frozen=True)
@@ -87,8 +100,15 @@ def pack_starts(started: Sequence[SlotStart], vocab: int) -> tuple[NDArray[np.in
         used += len(values)
         return used - len(values)
 
-    for entry, start in zip(entries, started, strict=True):
+    slots = np.zeros(len(started), dtype=SLOT)
+    for name, of in _FIELDS.items():
+        slots[name] = [of(start.sampling) for start in started]
+    slots["generated"] = [len(start.tokens) - start.prompt_len for start in started]
+    for number, (entry, start) in enumerate(zip(entries, started, strict=True)):
         spec = start.sampling
+        entry[0] = start.slot
+        if not (counts_tokens(spec) or spec.logit_bias or spec.min_tokens):
+            continue
         bias = [(i, b) for i, b in spec.logit_bias if 0 <= i < vocab]
         stops = [i for i in spec.stop_token_ids if 0 <= i < vocab] if spec.min_tokens > 0 else []
         if len(bias) > MAX_BIASES:
@@ -96,19 +116,13 @@ def pack_starts(started: Sequence[SlotStart], vocab: int) -> tuple[NDArray[np.in
         if len(stops) > MAX_STOPS:
             raise UsageError(f"min_tokens with {len(stops)} stop tokens; at most {MAX_STOPS} fit a request")
         counted = counts_tokens(spec)
-        entry[0] = start.slot
         entry[1:4] = (
             (put(start.tokens.astype(np.int32)), len(start.tokens), start.prompt_len) if counted else 0
         )
         entry[4] = put(np.array([i for i, _ in bias], dtype=np.int32))
         put(np.array([b for _, b in bias], dtype=np.float32).view(np.int32))
         entry[5] = put(np.array(stops, dtype=np.int32))
-        slot = entry[8:].view(SLOT)
-        slot["temperature"], slot["top_k"] = spec.temperature, spec.top_k
-        slot["top_p"], slot["min_p"] = spec.top_p, spec.min_p
-        slot["repetition"], slot["presence"] = spec.repetition_penalty, spec.presence_penalty
-        slot["frequency"], slot["min_tokens"] = spec.frequency_penalty, spec.min_tokens
-        slot["seed"], slot["generated"] = spec.seed & (2**64 - 1), len(start.tokens) - start.prompt_len
-        slot["flags"] = HISTORY if counted else 0
-        slot["biases"], slot["stops"] = len(bias), len(stops)
+        slots["flags"][number] = HISTORY if counted else 0
+        slots["biases"][number], slots["stops"][number] = len(bias), len(stops)
+    entries[:, 8:] = slots.view(np.int32).reshape(len(started), SLOT.itemsize // 4)
     return entries, np.concatenate(words) if words else np.zeros(0, dtype=np.int32)
