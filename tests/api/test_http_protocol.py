@@ -15,7 +15,7 @@ CHAT = "/v1/chat/completions"
 BODY = json.dumps({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}).encode()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -233,7 +233,7 @@ def test_the_engines_death_reaches_every_client_and_health() -> None:
             assert wait_for(lambda: len(server.engine.open) == 2)
             time.sleep(0.1)
             server.call(server.engine.die, "the engine process was killed by signal 9")
-            status, answer = whole.result(5)
+            status, answer = whole.result(60)
         assert (status, answer["error"]["type"]) == (500, "server_error")
         assert "signal 9" in answer["error"]["message"]
         data = b""
@@ -243,7 +243,7 @@ def test_the_engines_death_reaches_every_client_and_health() -> None:
         assert server.raw("GET", "/health")[0] == 503
         assert server.raw("GET", "/metrics")[0] == 200
         assert server.chat()[0] == 500
-        assert server.ended(5) == 1
+        assert server.ended(60) == 1
 
 
 def test_a_drain_finishes_what_runs_and_takes_nothing_new() -> None:
@@ -252,9 +252,9 @@ def test_a_drain_finishes_what_runs_and_takes_nothing_new() -> None:
         sock = send(server, BODY.replace(b"3", b"20"))
         assert wait_for(lambda: len(server.engine.open) == 1)
         server.call(server.stop.first.set)
-        assert wait_for(lambda: refused(server), 2)
+        assert wait_for(lambda: refused(server))
         assert b'"finish_reason":"length"' in read_to_end(sock)
-        assert server.ended(5) == 0
+        assert server.ended(60) == 0
 
 
 @pytest.mark.parametrize("how", ["timeout", "second signal"])
@@ -269,7 +269,7 @@ def test_a_drain_can_be_cut_short(how: str) -> None:
         answer = read_to_end(sock)
         assert b" 503 " in answer
         assert b"shutting down" in answer
-        assert server.ended(5) == (0 if how == "timeout" else 143)
+        assert server.ended(60) == (0 if how == "timeout" else 143)
         assert not server.engine.open
 
 
@@ -318,10 +318,10 @@ def test_the_engines_death_cuts_a_drain_short_and_is_a_failure() -> None:
         sock = send(server, BODY)
         assert wait_for(lambda: len(server.engine.open) == 1)
         server.call(server.stop.first.set)
-        assert wait_for(lambda: refused(server), 2)
+        assert wait_for(lambda: refused(server))
         server.call(server.engine.die, "out of memory")
         assert b"out of memory" in read_to_end(sock)
-        assert server.ended(5) == 1
+        assert server.ended(60) == 1
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", CHAT])

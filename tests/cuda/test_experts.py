@@ -239,6 +239,8 @@ def test_experts_have_no_more_tiles_than_full_ones_would_be() -> None:
 
 
 def test_experts_that_every_token_has_count_when_tiles_are_chosen() -> None:
+    (hit, each), shared = choose.spread(256, 66, 8, 2)
+    assert shared == (2, 256) and hit == pytest.approx(64) and 24 <= each < 48, "six of 64, about 24 each"
     lite = experts_checks.Mixed(66, 8, 2048, 1408, 2048, always=2)
     for facts in (A100, L40):
         assert tiles_of(lite, 256, facts).block.tokens == 64

@@ -124,7 +124,7 @@ def check_all(core: EngineCore, scenario: list[Plan], received: dict[int, Receiv
     assert sorted(core.scheduler._free_slots) == list(range(slots))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(LIMITS, st.lists(plans(), min_size=1, max_size=14), st.booleans())
 def test_requests_live_right(limits: Limits, scenario: list[Plan], caching: bool) -> None:
     core = EngineCore(PagedDouble(limits), facts(MAX_LEN), EngineConfig(enable_prefix_caching=caching))
@@ -156,7 +156,7 @@ def crowd(random: Random) -> list[Plan]:
 
 def test_crowds_live_right() -> None:
     pressure: Counter[str] = Counter()
-    for seed in range(150):
+    for seed in range(60):
         random = Random(seed)
         limits = Limits(
             max_num_seqs=random.randint(1, 8),
@@ -173,5 +173,5 @@ def test_crowds_live_right() -> None:
         stats = core.stats()
         pressure.update(preemptions=stats.preemptions, hits=stats.cached_prompt_tokens, **stats.finished)
     # The scenarios must really bring the engine into trouble, or the test says nothing.
-    assert pressure["preemptions"] > 100 and pressure["hits"] > 5000
-    assert min(pressure[reason] for reason in ("stop", "length", "abort", "error")) > 100
+    assert pressure["preemptions"] > 40 and pressure["hits"] > 2000
+    assert min(pressure[reason] for reason in ("stop", "length", "abort", "error")) > 40

@@ -193,8 +193,11 @@ def test_queue_seconds_and_counters() -> None:
     assert stats.finished == {"length": 2} and stats.host_seconds < stats.loop_seconds
 
 
-def test_host_cost_of_a_large_step() -> None:
-    """512 sequences decode; planning and bookkeeping must leave a step of 12 ms on a GPU alone."""
+def test_host_cost_of_a_large_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """512 sequences decode; planning and bookkeeping must leave a step of 12 ms on a GPU alone: 0.7 ms or so.
+
+    In this thread's time, against as many small steps of Python: 0.1 ms or so, more where it is traced.
+    """
 
     class Instant(Watched):
         def launch(self, batch: StepBatch) -> Any:
@@ -205,17 +208,26 @@ def test_host_cost_of_a_large_step() -> None:
 
             return StepResult(handle.step, handle.slots)
 
+    def small_steps() -> None:
+        made: dict[int, list[int]] = {}
+        for i in range(512):
+            made.setdefault(i, []).append(i)
+
+    monkeypatch.setattr("rvllm.engine.core.time.perf_counter", time.thread_time)
     core = EngineCore(Instant(Limits(512, 8192, 1000, 16, 20000, 2)), facts(1000), EngineConfig())
     for i in range(512):
         ask(core, f"{i}", [i % 90] * 50, 200)
     while core.scheduler.waiting:
         core.step()
-    costs = []
+    costs, compared = [], []
     for _ in range(60):
         before = core.stats().host_seconds
         core.step()
         costs.append(core.stats().host_seconds - before)
-    assert sorted(costs)[10] < 0.004  # about 0.7 ms on an idle core; a busy machine has quiet steps too
+        before = time.thread_time()
+        small_steps()
+        compared.append(time.thread_time() - before)
+    assert min(costs) < 40 * min(compared), (min(costs), min(compared))
 
 
 def test_newcomers_leave_the_running_room_to_grow() -> None:

@@ -32,17 +32,17 @@ def test_a_template_that_never_ends_stops_nobody() -> None:
             body = {**ASK, "messages": [{"role": "user", "content": f"go {name}"}]}
             status, answer = server.ask("POST", "/v1/chat/completions", body)
             assert status == 400, (name, answer)
-            assert time.monotonic() - before < 8
+            assert time.monotonic() - before < 25
             assert (again := server.ask("POST", "/v1/chat/completions", ASK))[0] == 200, (name, again)
         assert "Traceback" not in server.text()
         before = time.monotonic()
-        assert server.end() == 0 and time.monotonic() - before < 5
+        assert server.end() == 0 and time.monotonic() - before < 25
 
 
 def test_a_template_that_never_ends_does_not_start() -> None:
     """Not while the server looks at it at its start either; the message says what to do."""
     server = Server("--worker-timeout", "1", template=BOMBS["a loop"] + "{{ tools }}", wait=False)
-    assert server.process.wait(30) == 2
+    assert server.process.wait(100) == 2
     assert "chat template: takes longer than 1 s (--worker-timeout)" in server.text()
     assert "Traceback" not in server.text()
 

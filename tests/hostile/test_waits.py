@@ -36,7 +36,7 @@ def test_who_does_not_read_gives_the_slots_back(flags: tuple[str, ...]) -> None:
     with Server("--max-queue", "2", *flags) as server:
         stalled = begin(server, max_tokens=2000, n=10, logprobs=20, return_token_ids=True)
         time.sleep(1)
-        end = time.monotonic() + 25
+        end = time.monotonic() + 60
         while server.complete()[0] != 200:
             assert time.monotonic() < end, "the slots of a client that does not read stay taken"
             time.sleep(0.5)
@@ -109,13 +109,13 @@ def test_a_stopped_engine_is_told_of() -> None:
         reader = begin(server, max_tokens=5)
         before = time.monotonic()
         assert health(server) == "ready"
-        until(server, "stalled", 6)
-        assert server.get("/metrics", 8)[0] == 200
-        assert server.get("/rvllm/state", 8)[0] == 503
-        assert time.monotonic() - before < 20
+        until(server, "stalled", 60)
+        assert server.get("/metrics", 30)[0] == 200
+        assert server.get("/rvllm/state", 30)[0] == 503
+        assert time.monotonic() - before < 90
         os.kill(server.engine, signal.SIGCONT)
-        until(server, "ready", 6)
-        reader.settimeout(5)
+        until(server, "ready", 60)
+        reader.settimeout(60)
         got = b""
         while b"[DONE]" not in got:
             got += reader.recv(65536)
@@ -128,19 +128,19 @@ def test_a_stalled_or_dead_engine_is_replaced() -> None:
         first = server.engine
         os.kill(first, signal.SIGSTOP)
         reader = begin(server, max_tokens=500)
-        until(server, "starting", 20)
-        until(server, "ready", 40)
+        until(server, "starting", 60)
+        until(server, "ready", 90)
         assert server.engine != first and server.complete()[0] == 200
         assert server.complete(guided_choice=["yes", "no"])[0] == 200, "a new engine has the vocabulary"
-        reader.settimeout(5)
+        reader.settimeout(60)
         got = b""
         with contextlib.suppress(OSError):
             while chunk := reader.recv(65536):
                 got += chunk
         assert b"killed" in got, "what was running is told"
         os.kill(server.engine, signal.SIGKILL)
-        until(server, "starting", 20)
-        until(server, "ready", 40)
+        until(server, "starting", 60)
+        until(server, "ready", 90)
         assert server.complete()[0] == 200
         before = time.monotonic()
-        assert server.end() == 0 and time.monotonic() - before < 10
+        assert server.end() == 0 and time.monotonic() - before < 25

