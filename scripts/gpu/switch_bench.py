@@ -28,7 +28,7 @@ class Server:
     def __init__(self, models: list[str], device: str, log: Path, more: list[str]) -> None:
         flags = [word for model in models for word in ("--model", model)]
         flags += ["--served-model-name", *(f"m{i}" for i in range(len(models))), "--device", device]
-        flags += "--load-format dummy --skip-tokenizer-init --port 0 --max-model-len 4096".split()
+        flags += ["--load-format", "dummy", "--skip-tokenizer-init", "--port", "0", "--max-model-len", "4096"]
         began = time.perf_counter()
         with log.open("w") as file:
             self.process = subprocess.Popen(
@@ -60,13 +60,15 @@ class Server:
 
     def swap_seconds(self) -> float:
         """Seconds spent on swaps so far."""
-        found = re.findall(r"^rvllm:backend_model_swap_seconds_total\{.*\} (\S+)$", self.get("/metrics"), re.M)
+        found = re.findall(
+            r"^rvllm:backend_model_swap_seconds_total\{.*\} (\S+)$", self.get("/metrics"), re.M
+        )
         return float(found[0])
 
     def free(self) -> int:
         """Bytes of device memory that are free; 0 without a GPU."""
         try:
-            import cuda.bindings.driver as driver
+            from cuda.bindings import driver
 
             if driver.cuInit(0)[0] != 0:
                 return 0

@@ -122,6 +122,11 @@ class EngineConfig:
         "KV blocks in host memory, beside those of the device: prefixes and preempted sequences move there when their place is needed, and come back; 0: they are computed again.",
         low=0,
     )
+    num_state_snapshots: int | None = setting(
+        None,
+        "For models with recurrent layers: states kept at block borders, from which prompts with the same beginning go on; default: up to 64, from a fifth of the memory for states on; 0: every prompt is computed whole.",
+        low=0,
+    )
     preemption_mode: str = setting(
         "auto",
         "What happens to the blocks of a sequence that must wait, where there is host memory for them: swap moves them there, recompute forgets them, auto compares what both cost.",

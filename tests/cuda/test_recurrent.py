@@ -100,8 +100,9 @@ def test_a_recurrent_layer_is_five_launches_when_decoding() -> None:
 def test_the_states_are_a_line_of_the_budget() -> None:
     given = program()
     plan = planner(given).memory
-    states = 4 * given.state_elements_per_slot * plan.shape.seqs
-    assert plan.lines[state_line(plan.shape.seqs)] == pytest.approx(states, rel=1e-3)
+    assert plan.snapshots == 64
+    states = 4 * given.state_elements_per_slot * (plan.shape.seqs + plan.snapshots)
+    assert plan.lines[state_line(plan.shape.seqs, plan.snapshots)] == pytest.approx(states, rel=1e-3)
     assert sum(plan.lines.values()) <= GB120.ours
     assert GB120.ours - sum(plan.lines.values()) < plan.block_bytes
 
@@ -116,7 +117,11 @@ def test_as_many_sequences_run_as_states_fit() -> None:
     assert 16 <= plan.shape.seqs <= 20
     assert plan.layout.seqs == plan.shape.seqs
     asked = replace(small, kv_cache_memory_gb=10.5 * each / 1e9)
-    assert planner(given, budget=few, config=asked).memory.shape.seqs == 10
+    assert planner(given, budget=few, config=asked).memory.shape.seqs == 8, "and two snapshots"
+    none = replace(asked, enable_prefix_caching=False)
+    assert planner(given, budget=few, config=none).memory.shape.seqs == 10
+    with pytest.raises(CapacityError, match="--num-state-snapshots 10: there is memory for 10 states"):
+        planner(given, budget=few, config=replace(asked, num_state_snapshots=10))
     with pytest.raises(CapacityError, match="state of one sequence takes"):
         planner(given, budget=Budget(141 << 30, 1 << 30, weights + each))
 
@@ -303,3 +308,14 @@ class TestPromises:
         alone = [gpu_engine.tokens_of(gpu_engine.run(engine, [request])[0]) for request in asked]
         assert together == alone
         engine.close()
+
+    def test_prompts_that_begin_alike_go_on_from_kept_states(self, model: str) -> None:
+        asked = [(prompt, Sampling(max_tokens=20)) for prompt in prompts(150, 90)]
+        asked += [(prompt[:70] + other, sampling) for prompt, sampling in asked for other in prompts(9, 30)]
+        told = []
+        for snapshots in (0, 3):
+            engine = core(model, "cuda", num_state_snapshots=snapshots)
+            told.append([gpu_engine.tokens_of(gpu_engine.run(engine, [one])[0]) for one in asked * 2])
+            assert (engine.stats().cached_prompt_tokens > 200) == bool(snapshots)
+            engine.close()
+        assert told[0] == told[1]

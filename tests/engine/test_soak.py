@@ -6,20 +6,20 @@ from collections import Counter
 
 import pytest
 
-from rvllm.backends.base import COPY, MOVE_IN, MOVE_OUT, Limits
+from rvllm.backends.base import COPY, MOVE_IN, MOVE_OUT, RESTORE, SAVE, Limits
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Generate, Sampling
 from rvllm.engine.scheduling.cost import PrefillCost
 from rvllm.engine.scheduling.host import worth_moving
-from support.doubles.engine import PagedDouble, facts
+from support.doubles.engine import PagedDouble, RecurrentDouble, facts
 from support.doubles.soak import run
 
 
 def test_many_lives() -> None:
     moves: Counter[int] = Counter()
     steps = 0
-    for seed in range(15):
+    for seed in range(16):
         try:
             more, moved = run(seed)
         except AssertionError as error:
@@ -27,7 +27,8 @@ def test_many_lives() -> None:
         steps += more
         moves += moved
     assert steps > 2_000
-    assert min(moves[kind] for kind in (MOVE_OUT, MOVE_IN, COPY)) > 10, "the scenarios do what they are for"
+    kinds = (MOVE_OUT, MOVE_IN, COPY, SAVE, RESTORE)
+    assert min(moves[kind] for kind in kinds) > 10, "the scenarios do what they are for"
 
 
 def make(blocks: int = 12, host: int = 40, **settings: object) -> EngineCore:
@@ -87,6 +88,41 @@ def test_choices_of_one_prompt_compute_it_once(caching: bool) -> None:
         while core.has_work():
             core.step()
         assert core.backend.tokens_computed == computed + 4 * 4
+
+
+def test_a_recurrent_model_goes_on_from_snapshots() -> None:
+    limits = Limits(4, 200, 1000, 16, 64, 2, prefix_reuse=False, num_snapshots=4)
+    core = EngineCore(RecurrentDouble(limits), facts(1000), EngineConfig())
+    system = [k % 90 for k in range(70)]
+
+    def computed(*prompts: list[int]) -> int:
+        before = core.backend.tokens_computed
+        answers(core, [(prompt, 1) for prompt in prompts])
+        return core.backend.tokens_computed - before
+
+    assert computed([*system, 1, 2, 3]) == 73
+    assert computed([*system, 1, 2, 3]) == 73 - 64, "the state at the last border of the same prompt"
+    assert computed([7, *system]) == 71
+    other = [*system, *[5] * 30]
+    assert computed(other) == 100 - 64
+    assert computed(other, other, other) == 3 * (100 - 96), "three at once, each from its last border"
+    fresh = [9] * 50 + system
+    assert computed(fresh, fresh) == 120 + 120 - 112, "the second waits for the first one's state"
+    assert core.scheduler.snapshots is not None and core.scheduler.snapshots.used == 4
+    core.reset_prefix_cache()
+    assert computed(fresh) == 120
+
+
+def test_a_common_beginning_is_kept_once_it_was_seen_twice() -> None:
+    limits = Limits(4, 200, 1000, 16, 64, 2, prefix_reuse=False, num_snapshots=8)
+    core = EngineCore(RecurrentDouble(limits), facts(1000), EngineConfig())
+    system = [k % 90 for k in range(40)]
+    computed = []
+    for tail in range(1, 5):
+        before = core.backend.tokens_computed
+        answers(core, [([*system, *[tail] * 60], 1)])
+        computed.append(core.backend.tokens_computed - before)
+    assert computed == [100, 100, 100 - 32, 100 - 32]
 
 
 def test_moving_is_weighed_against_computing() -> None:

@@ -219,10 +219,11 @@ def run(core: EngineCore, wanted: list[Generate], aborted: dict[int, str] | None
 
 
 def test_engine_under_pressure(tmp_path: Path) -> None:
-    """In chunks, together, preempted, in reused slots: the tokens of each alone, and no prefix reused."""
+    """In chunks, together, preempted, in reused slots, from snapshots: the tokens of each alone."""
     config = EngineConfig(
-        model=str(save(tmp_path, "nemotron_h")), device="cpu", threads=1, max_model_len=160, num_blocks=100
-    )
+        model=str(save(tmp_path, "nemotron_h")), device="cpu", threads=1, max_model_len=160, num_blocks=100,
+        num_state_snapshots=0,
+    )  # fmt: skip
     wanted = requests()
     core = EngineCore.from_config(config)
     alone = {name: tokens for r in wanted for name, tokens in run(core, [r]).items()}
@@ -230,7 +231,8 @@ def test_engine_under_pressure(tmp_path: Path) -> None:
     assert len({str(tokens) for tokens in alone.values()}) == len(wanted)
     for settings, preempted in (
         ({"max_num_batched_tokens": 13, "max_num_seqs": 3}, False),
-        ({"num_blocks": 14, "max_num_batched_tokens": 50}, True),
+        ({"max_num_batched_tokens": 50, "num_state_snapshots": None}, False),
+        ({"num_blocks": 14, "max_num_batched_tokens": 50, "num_state_snapshots": 3}, True),
     ):
         core = EngineCore.from_config(EngineConfig(**{**_fields(config), **settings}))
         assert run(core, wanted) == alone
@@ -239,9 +241,13 @@ def test_engine_under_pressure(tmp_path: Path) -> None:
             assert tokens == alone[name][: len(tokens)]
             assert name in "03" or tokens == alone[name]
         stats = core.stats()
-        assert (stats.cached_prompt_tokens, stats.prefix_queries, stats.blocks_used) == (0, 0, 0)
-        assert (stats.preemptions > 0) == preempted and stats.finished["abort"] == 2
+        if not preempted:
+            assert bool(stats.cached_prompt_tokens) == ("num_state_snapshots" in settings)
+        assert (
+            stats.blocks_used == 0 and (stats.preemptions > 0) == preempted and stats.finished["abort"] == 2
+        )
         assert any("states of" in name for name, _ in core.ready.ledger)
+        assert any("prefixes" in name for name, _ in core.ready.ledger) == ("num_state_snapshots" in settings)
         core.close()
 
 

@@ -24,7 +24,7 @@ _LAYER = re.compile(r"layers\.\d+\.")
 BROKEN_ROW = -2  # in place of a token; kernels/sampling/sample.cu has it too
 MAX_BIASES = 1024  # entries of a request's logit_bias: a slot has room for so many on a device
 MAX_STOPS = 128  # token ids that min_tokens can hold back
-MOVE_OUT, MOVE_IN, COPY = range(3)  # kinds of StepBatch.moves
+MOVE_OUT, MOVE_IN, COPY, SAVE, RESTORE = range(5)  # kinds of StepBatch.moves
 LAST_SAMPLED = -1  # in StepBatch.tokens: the token this slot sampled last, which only the device may know
 
 
@@ -78,7 +78,8 @@ class StepBatch:
     moves: int32 [M, 3] rows (kind, block, other) of KV blocks to copy, in their order and after the moves of
     earlier steps, before anything of this one: MOVE_OUT from device block `block` to host block `other`,
     MOVE_IN from host block `other` to device block `block`, COPY from device block `block` to device block
-    `other`. What moves out was written by steps that are collected, and no step under way writes it.
+    `other`; and of the states of recurrent layers: SAVE slot `block`'s to snapshot `other`, RESTORE them from
+    there. What moves out was written by steps that are collected, and no step under way writes it.
     moves_after: the last step that may use a block that these moves write; later ones may still run.
     moves_ahead: how many of the moves, the last ones, all MOVE_OUT, need only be made before the next step.
     started: slots taken since the last step; they come before anything else is done but the moves.
@@ -153,6 +154,7 @@ class Limits:
     block_move_seconds: float = 0.0  # that a block takes from one memory to the other
     block_copies: bool = False  # whether a step may bring COPY moves
     prefix_reuse: bool = True  # whether its blocks are all that a sequence needs to go on from a prefix
+    num_snapshots: int = 0  # of recurrent states, with which blocks are all that it needs, too
 
 
 @dataclass(frozen=True, slots=True)

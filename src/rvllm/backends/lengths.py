@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from rvllm.config import EngineConfig
-from rvllm.errors import UsageError
+from rvllm.errors import CapacityError, UsageError
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import embedding_size
+
+MAX_SNAPSHOTS = 64  # of recurrent states, unless a flag asks for more
 
 
 def asked_length(program: Program, config: EngineConfig) -> int | None:
@@ -32,10 +34,28 @@ def asked_host_blocks(program: Program, config: EngineConfig) -> int:
         program.states or not program.caches or embedding_size(program) is not None
     ):
         raise UsageError(
-            f"--num-cpu-blocks {config.num_cpu_blocks}: {program.architecture} shares no "
+            f"--num-cpu-blocks {config.num_cpu_blocks}: {program.architecture} keeps no "
             "prefixes that could be found there; leave the flag away"
         )
     return config.num_cpu_blocks
+
+
+def state_rows(config: EngineConfig, rows: int) -> tuple[int, int]:
+    """What memory for so many states of recurrent layers is for: (sequences at once, snapshots of prefixes).
+
+    Without --num-state-snapshots a fifth of them, at most MAX_SNAPSHOTS, and what sequences leave. Raises
+    CapacityError where the flag leaves none for sequences.
+    """
+    asked = config.num_state_snapshots if config.enable_prefix_caching else 0
+    if asked is None:
+        sequences = min(config.max_num_seqs, rows - rows // 5)
+        return sequences, min(MAX_SNAPSHOTS, rows - sequences)
+    if rows <= asked:
+        raise CapacityError(
+            f"--num-state-snapshots {asked}: there is memory for {rows} states of recurrent layers; lower it "
+            f"to {max(0, rows - 1)} or less, or raise --kv-cache-memory-gb"
+        )
+    return min(config.max_num_seqs, rows - asked), asked
 
 
 def encoder_lengths(program: Program, config: EngineConfig, usual: int) -> tuple[int, int]:

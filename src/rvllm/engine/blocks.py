@@ -156,6 +156,10 @@ class BlockManager:
         self._moves.append((COPY, block, to))
         self._moves_after = self.steps - 1  # the step before may write what is copied
 
+    def list_move(self, move: tuple[int, int, int]) -> None:
+        """Adds a copy of something else, in its order among those of blocks."""
+        self._moves.append(move)
+
     def take_moves(self) -> tuple[list[tuple[int, int, int]], int]:
         """The copies to be made before the next step, rows of StepBatch.moves, and its moves_after.
 

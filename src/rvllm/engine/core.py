@@ -413,7 +413,7 @@ class EngineCore:
         """Forgets every prefix that no sequence holds; running: those that run are computed again, too."""
         if running:
             self.scheduler.preempt_all()
-        self.scheduler.blocks.forget()
+        self.scheduler.forget()
         if self._events is not None:
             self._events.flush()
 

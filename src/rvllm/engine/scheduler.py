@@ -24,6 +24,7 @@ from rvllm.engine.scheduling.cost import PrefillCost
 from rvllm.engine.scheduling.host import worth_moving
 from rvllm.engine.scheduling.mixed import prompt_share
 from rvllm.engine.scheduling.policy import FairShares, Policy
+from rvllm.engine.scheduling.snapshots import Snapshots
 from rvllm.engine.sequence import Sequence
 from rvllm.engine.step import Step, StepPlan
 
@@ -50,7 +51,9 @@ class Scheduler:
         self.max_delay = config.max_prefill_delay_ms / 1000  # seconds
         self.cost = PrefillCost()
         self.max_chunk = config.max_prefill_chunk or limits.max_num_batched_tokens
-        caching = config.enable_prefix_caching and limits.prefix_reuse
+        caching = config.enable_prefix_caching and (limits.prefix_reuse or limits.num_snapshots > 0)
+        kept = limits.num_snapshots if caching else 0
+        self.snapshots = Snapshots(kept, limits.block_size) if kept else None
         self.blocks = BlockManager(limits.num_blocks, limits.block_size, caching, limits.num_cpu_blocks)
         self.preemption_mode = config.preemption_mode
         self.waiting: list[Sequence] = []  # both sorted by rank
@@ -81,6 +84,7 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """Plans the next step, or None when no sequence can go on before a step in flight is collected."""
         plan = StepPlan(self.steps, self.limits.max_num_batched_tokens, PROMPT_LOGPROB_ROWS, self.max_chunk)
+        self._keep_states()
         self._make_way()
         prefilling = self._plan_decodes(plan)
         if plan.decodes and self.limits.max_mixed_tokens:
@@ -102,6 +106,13 @@ class Scheduler:
         ahead = self.blocks.evict_ahead()
         plan.moves, plan.moves_ahead = plan.moves + ahead, len(ahead)
         return plan.finish()
+
+    def _keep_states(self) -> None:
+        """Lists copies of states that stand at a border now, before this step moves them on."""
+        if self.snapshots is not None:
+            for seq in self.running:
+                for move in self.snapshots.reached(seq):
+                    self.blocks.list_move(move)
 
     def _prompts_at_hand(self, prefilling: list[Sequence]) -> int:
         """Prompt tokens that are yet to be computed, of sequences that run or find a slot."""
@@ -201,6 +212,10 @@ class Scheduler:
         seq.slot = self._free_slots.pop()
         seq.published = len(shared)
         seq.launched = seq.computed = len(shared) * self.limits.block_size
+        if self.snapshots is not None and self._may_share(seq):
+            if shared:
+                self.blocks.list_move(self.snapshots.restore(seq.digests[len(shared) - 1], seq.slot))
+            self.snapshots.plan(seq, len(self.blocks.find(seq.digests)))
         leader = self._leader(seq)
         if leader is not None:
             seq.launched = seq.computed = seq.prompt_len - 1
@@ -244,6 +259,12 @@ class Scheduler:
             return leader.computed < seq.prompt_len - 1
         if not self._may_share(seq) or index >= len(seq.digests):
             return False
+        if self.snapshots is not None:
+            kept = self.snapshots.longest(seq.digests)
+            owner = self._computing.get(seq.digests[kept - 1]) if kept > index else None
+            if owner is not None and owner.published < kept:
+                return True
+            return self.snapshots.awaited(seq.digests[index:])
         owner = self._computing.get(seq.digests[index])
         return owner is not None and owner.published <= index
 
@@ -262,6 +283,8 @@ class Scheduler:
             shared = leader.blocks[: (seq.prompt_len - 1) // self.limits.block_size]
         elif self._may_share(seq):
             shared = self.blocks.find(seq.digest_chain((seq.length - 1) // self.limits.block_size))
+            if self.snapshots is not None:
+                shared = shared[: self.snapshots.longest(seq.digests[: len(shared)])]
         needed = self.blocks.blocks_for(seq.length) - len(shared) + self.blocks.idle_among(shared)
         return shared if needed + len(self.running) <= self.blocks.available else None
 
@@ -284,8 +307,14 @@ class Scheduler:
         """All that run begin to wait, and no block holds anything any more; nothing may be in flight."""
         for seq in reversed(self.running.copy()):
             self._preempt(seq)
-        self.blocks.forget()
+        self.forget()
         self.blocks.take_moves()
+
+    def forget(self) -> None:
+        """Forgets every prefix that no sequence holds."""
+        self.blocks.forget()
+        if self.snapshots is not None:
+            self.snapshots.forget()
 
     def _take_place(self, seq: Sequence, keep: bool = True) -> None:
         """Slot and blocks are free at once: whoever takes them is launched after the steps in flight.
@@ -297,6 +326,8 @@ class Scheduler:
                 del self._computing[digest]
         if self._leaders.get(seq.group) is seq:
             del self._leaders[seq.group]
+        if self.snapshots is not None:
+            self.snapshots.leave(seq)
         self._free_slots.append(seq.slot)
         self.blocks.release(seq.lose_place(), keep)
 

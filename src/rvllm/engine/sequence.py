@@ -52,11 +52,11 @@ class Sequence:
     """
 
     __slots__ = (
-        "arrival", "block_size", "blocks", "cached_tokens", "capacity", "chunks", "client", "computed",
-        "digests", "filter", "finish_reason", "first_scheduled", "group", "in_flight", "launched", "length",
-        "matcher", "max_length", "min_length", "number", "priority", "prompt_len", "prompt_logprobs",
-        "published", "rank", "request_id", "sampling", "slot", "spec", "stop_ids", "tokens",
-        "wanted_prompt_logprobs",
+        "arrival", "block_size", "blocks", "borders", "cached_tokens", "capacity", "chunks", "client",
+        "computed", "digests", "filter", "finish_reason", "first_scheduled", "group", "in_flight",
+        "launched", "length", "matcher", "max_length", "min_length", "number", "priority", "prompt_len",
+        "prompt_logprobs", "published", "rank", "request_id", "sampling", "slot", "spec", "stop_ids",
+        "tokens", "wanted_prompt_logprobs",
     )  # fmt: skip
 
     def __init__(self, request: Generate, max_model_len: int, block_size: int) -> None:
@@ -93,6 +93,7 @@ class Sequence:
         self.capacity = 0  # tokens its blocks hold
         self.published = 0  # blocks offered to the prefix cache
         self.digests: list[Digest] = []
+        self.borders: list[int] = []  # positions to come at which its recurrent state is to be kept
 
         self.wanted_prompt_logprobs = self.prompt_len - 1 if sampling.prompt_logprobs is not None else 0
         self.prompt_logprobs: list[TokenLogprobs] = []

@@ -72,6 +72,8 @@ class StepPlan:
     def add_prefill(self, seq: Sequence) -> None:
         """As much of what is known of a sequence as the budget allows; the last chunk draws a token."""
         count = min(seq.length - seq.launched, self.budget, self.max_chunk)
+        if seq.borders:
+            count = min(count, seq.borders[0] - seq.launched)
         if seq.prompt_logprobs_left:
             count = min(count, self.prompt_logprob_rows)
             if count == 0:

@@ -146,7 +146,7 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     "mamba_cache_dtype": _taken("auto", instead="states are float32"),
     "mamba_ssm_cache_dtype": _taken("auto", "float32", instead="states are float32"),
     "mamba_block_size": _taken(),
-    "mamba_cache_mode": _taken("none", instead="states are not shared between requests"),
+    "mamba_cache_mode": _taken("none", "align", "all", instead="--num-state-snapshots"),
     "kv_offloading_size": _taken(None, 0, instead="--num-cpu-blocks"),
     "kv_offloading_backend": _taken(),
     "enable_kv_cache_events": _switch(False, instead="--kv-events-config JSON"),

@@ -19,6 +19,8 @@ from rvllm.backends.base import (
     LAST_SAMPLED,
     MOVE_IN,
     MOVE_OUT,
+    RESTORE,
+    SAVE,
     LedgerLine,
     Limits,
     StepBatch,
@@ -184,6 +186,40 @@ class PagedDouble:
 
     def close(self) -> None:
         self.closed = True
+
+
+class RecurrentDouble(PagedDouble):
+    """One whose slots carry a state: all tokens so far, and nothing else may go on from a prefix."""
+
+    def __init__(self, limits: Limits, step_seconds: float = 0.0, fail_at: int | None = None) -> None:
+        super().__init__(limits, step_seconds, fail_at)
+        self.states: list[list[int] | None] = [None] * (limits.max_num_seqs + limits.num_snapshots)
+
+    def _move(self, batch: StepBatch) -> None:
+        assert not batch.moves_ahead
+        for kind, slot, snapshot in batch.moves.tolist():
+            kept = self.limits.max_num_seqs + snapshot
+            target, source = (kept, slot) if kind == SAVE else (slot, kept)
+            assert kind in (SAVE, RESTORE) and snapshot < self.limits.num_snapshots
+            state = self.states[source]
+            assert state and len(state) % self.limits.block_size == 0
+            self.states[target] = state.copy()
+
+    def _write(self, batch: StepBatch):
+        rows = list(super()._write(batch))
+        for (slot, end), start in zip(rows, batch.starts.tolist(), strict=True):
+            state = [] if start == 0 else self.states[slot]
+            assert state is not None and len(state) == start, "not the state that the step goes on from"
+            blocks = self.tables[slot, np.arange(start, end) // self.limits.block_size]
+            self.states[slot] = (
+                state + self.cache[blocks, np.arange(start, end) % self.limits.block_size].tolist()
+            )
+        return rows
+
+    def history(self, slot: int, end: int) -> list[int]:
+        state = self.states[slot]
+        assert state == super().history(slot, end)
+        return state
 
 
 class SleepingDouble(PagedDouble):

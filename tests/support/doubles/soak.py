@@ -17,7 +17,7 @@ from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Generate, Sampling
 from rvllm.engine.sequence import Sequence
 from rvllm.engine.step import Step
-from support.doubles.engine import VOCAB, PagedDouble, facts
+from support.doubles.engine import VOCAB, PagedDouble, RecurrentDouble, facts
 from support.doubles.lives import MAX_LEN, Plan, Received, alone, check_books, take
 
 SYSTEM = [tuple((i * k + 3) % VOCAB for i in range(80)) for k in (5, 7)]
@@ -36,6 +36,21 @@ class SoakDouble(PagedDouble):
         self.moves.update(batch.moves[:, 0].tolist())
         result.device_seconds = 1e-3 + self.token_seconds * (batch.num_tokens - len(batch.slots))
         return result
+
+
+class RecurrentSoakDouble(SoakDouble, RecurrentDouble):
+    """The same with states that a slot carries."""
+
+
+def with_states(limits: Limits, random: Random) -> Limits:
+    """The limits of a model with recurrent layers, which keeps so many snapshots."""
+    return replace(
+        limits,
+        num_cpu_blocks=0,
+        block_copies=False,
+        prefix_reuse=False,
+        num_snapshots=random.choice([0, 1, 3, 9]),
+    )
 
 
 def settings_of(random: Random) -> tuple[Limits, EngineConfig]:
@@ -119,6 +134,8 @@ class Watch:
         ranks = [seq.rank for seq in scheduler.waiting]
         assert ranks == sorted(ranks) and len(set(ranks)) == len(ranks)
         scheduler.blocks.check()
+        if scheduler.snapshots is not None:
+            scheduler.snapshots.check(scheduler.running)
         return step
 
     def _order(self, before: set[Sequence], served: Counter[str] | None) -> None:
@@ -156,7 +173,10 @@ def run(seed: int) -> tuple[int, Counter[int]]:
     if not config.enable_prefix_caching:
         limits = replace(limits, num_cpu_blocks=0)
     requests = requests_of(random, 60)
-    core = EngineCore(SoakDouble(limits, random.choice([1e-6, 1e-4])), facts(MAX_LEN), config)
+    kind = SoakDouble
+    if seed % 4 == 3:
+        limits, kind = with_states(limits, random), RecurrentSoakDouble
+    core = EngineCore(kind(limits, random.choice([1e-6, 1e-4])), facts(MAX_LEN), config)
     Watch(core)
     received = {i: Received() for i in range(len(requests))}
     last = max(max(plan.at, plan.cancel_at or 0) for plan, _ in requests)
@@ -194,6 +214,7 @@ def _check_end(core: EngineCore) -> None:
     scheduler, backend = core.scheduler, core.backend
     assert not scheduler.running and not scheduler.waiting and not scheduler.blocks.used
     assert not scheduler._leaders and not scheduler._computing
+    assert scheduler.snapshots is None or not scheduler.snapshots._coming
     assert scheduler.shares is None or not scheduler.shares._served
     blocks = scheduler.blocks
     assert backend.moves[MOVE_IN] <= blocks.moved_in and backend.moves[MOVE_OUT] <= blocks.moved_out

@@ -306,7 +306,7 @@ class EmulatedDriver:
         stream.queue(lambda: self._write(target, nbytes, lambda: ctypes.memmove(target, source, nbytes)))
         return (OK,)
 
-    cuMemcpyDtoHAsync = cuMemcpyHtoDAsync
+    cuMemcpyDtoHAsync = cuMemcpyDtoDAsync = cuMemcpyHtoDAsync
 
     def cuMemsetD8Async(self, target: int, value: int, nbytes: int, stream: _Stream) -> tuple[Any, ...]:
         stream.queue(lambda: self._write(target, nbytes, lambda: ctypes.memset(target, value, nbytes)))

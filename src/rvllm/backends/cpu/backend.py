@@ -27,7 +27,8 @@ class CpuBackend(LoadedModel):
     def __init__(self, model: Model, plan: MemoryPlan, native: NativeModel | None = None) -> None:
         super().__init__(model, plan, native)
         self._slots = Slots(plan.limits, model.program.vocab_size)
-        self._pools = Pools(model.caches, plan.limits.num_cpu_blocks)
+        limits = plan.limits
+        self._pools = Pools(model.caches, limits.num_cpu_blocks, model.states, limits.max_num_seqs)
         self._rates: Rates | None = None
 
     def launch(self, batch: StepBatch) -> StepResult:

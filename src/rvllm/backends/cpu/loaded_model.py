@@ -34,7 +34,8 @@ class LoadedModel:
         self._model = model
         self._native = native
         self._plan = plan
-        model.states.update(empty_states(model.program, plan.limits.max_num_seqs))
+        rows = plan.limits.max_num_seqs + plan.limits.num_snapshots
+        model.states.update(empty_states(model.program, rows))
         self._steps = 0
         self._busy = 0.0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rvllm.backends.base import LedgerLine, Limits
 from rvllm.backends.cpu.step import BLOCK
-from rvllm.backends.lengths import asked_host_blocks, asked_length, encoder_lengths
+from rvllm.backends.lengths import asked_host_blocks, asked_length, encoder_lengths, state_rows
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
 from rvllm.program.cost import kv_bytes_per_token
@@ -41,8 +41,10 @@ class MemoryPlan:
     @property
     def state_lines(self) -> list[LedgerLine]:
         """The ledger's line for the states of recurrent layers, if there are any."""
-        slots, each = self.limits.max_num_seqs, self.state_bytes_per_slot
-        return [LedgerLine(f"states of {slots} sequences", slots * each)] if each else []
+        each, rows = self.state_bytes_per_slot, {"sequences": self.limits.max_num_seqs}
+        if self.limits.num_snapshots:
+            rows["prefixes"] = self.limits.num_snapshots
+        return [LedgerLine(f"states of {n} {what}", n * each) for what, n in rows.items()] if each else []
 
     @property
     def kv_bytes(self) -> int:
@@ -134,8 +136,8 @@ def plan_memory(
         limits = _encoder_limits(program, config, left, per_token)
         return MemoryPlan(weights, per_token, limits, workspace_bytes=workspace)
     a_slot = program.state_elements_per_slot * ELEMENT
-    sequences = _sequences(config, a_slot, left)
-    blocks = _blocks(config, per_token, left - sequences * a_slot)
+    sequences, snapshots = _sequences(config, a_slot, left)
+    blocks = _blocks(config, per_token, left - (sequences + snapshots) * a_slot)
     longest = blocks * BLOCK
     if wanted is not None and wanted > longest:
         raise CapacityError(
@@ -163,6 +165,7 @@ def plan_memory(
             block_move_seconds=BLOCK * per_token / COPY_RATE,
             block_copies=not program.states,
             prefix_reuse=not program.states,
+            num_snapshots=snapshots,
         ),
     )
 
@@ -184,13 +187,14 @@ def _too_little(
     )
 
 
-def _sequences(config: EngineConfig, a_slot: int, free: int) -> int:
-    """Sequences at once: --max-num-seqs, or fewer where recurrent layers carry `a_slot` bytes for each.
+def _sequences(config: EngineConfig, a_slot: int, free: int) -> tuple[int, int]:
+    """Sequences at once: --max-num-seqs, or fewer where recurrent layers carry `a_slot` bytes for each; and
+    snapshots of these.
 
     Their states may take as much again as the KV cache may. Raises CapacityError when not one fits.
     """
     if not a_slot:
-        return config.max_num_seqs
+        return config.max_num_seqs, 0
     flag = config.kv_cache_memory_gb
     budget = int(min(free / 4, MAX_KV)) if flag is None else int(flag * GB)
     if budget < a_slot:
@@ -198,7 +202,7 @@ def _sequences(config: EngineConfig, a_slot: int, free: int) -> int:
             f"the recurrent layers' state of one sequence takes {a_slot / GB:.3f} GB, and "
             f"{max(budget, 0) / GB:.3f} GB are for states; raise --kv-cache-memory-gb or free memory"
         )
-    return min(config.max_num_seqs, budget // a_slot)
+    return state_rows(config, budget // a_slot)
 
 
 def _encoder_limits(program: Program, config: EngineConfig, left: int, per_token: int) -> Limits:

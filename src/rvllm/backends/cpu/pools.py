@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import COPY, MOVE_IN, MOVE_OUT
+from rvllm.backends.base import COPY, MOVE_IN, MOVE_OUT, RESTORE, SAVE
 
 F32 = NDArray[np.float32]
 
@@ -42,10 +42,18 @@ def trim_heap() -> None:
 class Pools:
     """Copies blocks between a model's caches and a second pool of the same layout.
 
-    caches: name → (keys, values), arrays with a block along their first axis. seconds: spent copying.
+    caches: name → (keys, values), arrays with a block along their first axis. states: name → array with a
+    slot along its first axis and, from `slots` on, snapshots. seconds: spent copying.
     """
 
-    def __init__(self, caches: Mapping[str, tuple[F32, F32]], num_cpu_blocks: int) -> None:
+    def __init__(
+        self,
+        caches: Mapping[str, tuple[F32, F32]],
+        num_cpu_blocks: int,
+        states: Mapping[str, F32] | None = None,
+        slots: int = 0,
+    ) -> None:
+        self._states, self._slots = list((states or {}).values()), slots
         self._device = [array for pair in caches.values() for array in pair]
         # Memory is taken as it is first written.
         self._host = [np.zeros((num_cpu_blocks, *a.shape[1:]), dtype=a.dtype) for a in self._device]
@@ -57,6 +65,11 @@ class Pools:
             return
         began = time.perf_counter()
         for kind, block, other in moves.tolist():
+            if kind in (SAVE, RESTORE):
+                pair = (self._slots + other, block) if kind == SAVE else (block, self._slots + other)
+                for state in self._states:
+                    state[pair[0]] = state[pair[1]]
+                continue
             for device, host in zip(self._device, self._host, strict=True):
                 if kind == MOVE_OUT:
                     host[other] = device[block]
@@ -74,4 +87,4 @@ class Pools:
 
     def clear(self) -> None:
         """Lets go of both pools."""
-        self._device, self._host = [], []
+        self._device, self._host, self._states = [], [], []

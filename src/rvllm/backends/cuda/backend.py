@@ -11,7 +11,16 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import LedgerLine, Limits, Progress, StepBatch, StepKernel, StepResult
+from rvllm.backends.base import (
+    RESTORE,
+    SAVE,
+    LedgerLine,
+    Limits,
+    Progress,
+    StepBatch,
+    StepKernel,
+    StepResult,
+)
 from rvllm.backends.cuda.buckets import MIXED_TOKENS
 from rvllm.backends.cuda.device.driver import Event, Pinned, Stream
 from rvllm.backends.cuda.device.host_blocks import COPY_RATE, HostBlocks
@@ -87,6 +96,7 @@ class CudaBackend:
             num_cpu_blocks=num_cpu_blocks,
             block_move_seconds=sum(width for _, width in caches) / COPY_RATE,
             prefix_reuse=not program.states,
+            num_snapshots=plan.snapshots,
         )
         self._ring = [InFlightStep.create(plan) for _ in range(DEPTH + 2)]
         self._starter = Starter(gpu.catalog, gpu.stream, at, shape, plan.start_words)
@@ -174,6 +184,8 @@ class CudaBackend:
         if self._host is not None:
             after = self._end_of(batch.moves_after)
             self._host.move(batch.moves, batch.moves_ahead, after, self._stream)
+        elif len(batch.moves):
+            self._copy_states(batch.moves.tolist())
         self._starter.start(batch.started)
         self._send_masks(flight)
         if decode:
@@ -199,6 +211,16 @@ class CudaBackend:
         flight.done.record(self._stream)
         self._last = flight
         return flight
+
+    def _copy_states(self, moves: list[tuple[int, int, int]]) -> None:
+        """Copies rows of recurrent states between slots and snapshots, which lie behind them."""
+        for kind, slot, snapshot in moves:
+            assert kind in (SAVE, RESTORE)
+            kept = self._shape.seqs + snapshot
+            target, source = (kept, slot) if kind == SAVE else (slot, kept)
+            for state in self._program.states:
+                base, width = self._at.states[state.name], 4 * state.elements
+                self._stream.copy_on_device(base + target * width, base + source * width, width)
 
     def _end_of(self, step: int) -> Event | None:
         """The end of the last step under way that is not behind `step`; None where none is."""

@@ -51,7 +51,7 @@ def build(config: ModelConfig, dtype: DType) -> Program:
     last = blocks.rms_norm(b, "final_norm", blocks.select(b, x), "backbone.norm_f", dims.eps)
     blocks.head(b, last, dims, tied=False)
     if "mamba" in kinds:
-        b.note("recurrent layers: a prompt's prefix is computed anew for every request, not shared")
+        b.note("recurrent layers: a prefix is shared where their state is kept (--num-state-snapshots)")
     return b.finish()
 
 

@@ -151,6 +151,10 @@ class Stream:
         """Copies `nbytes` to a host address; asynchronous when the host memory is pinned."""
         call("cuMemcpyDtoHAsync", target, source, nbytes, self.handle)
 
+    def copy_on_device(self, target: int, source: int, nbytes: int) -> None:
+        """Copies `nbytes` from one device address to another."""
+        call("cuMemcpyDtoDAsync", target, source, nbytes, self.handle)
+
     def copy_rows(self, source: tuple[int, int], target: tuple[int, int], width: int, rows: int) -> None:
         """Copies rows of `width` bytes between device memory and pinned memory, whichever the addresses say.
 

@@ -24,7 +24,7 @@ from rvllm.backends.cuda.ops.sampling.arrays import logits_allocations
 from rvllm.backends.cuda.ops.sampling.slots import START_WORDS, StateSizes
 from rvllm.backends.cuda.paged import allocations as attention_allocations
 from rvllm.backends.cuda.paged import decode_plans
-from rvllm.backends.lengths import asked_length
+from rvllm.backends.lengths import asked_length, state_rows
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
 from rvllm.program.cost import kv_bytes_per_token
@@ -68,6 +68,7 @@ class MemoryPlan:
 
     workspace: where the program's buffers lie in theirs. longest: tokens of a sequence that buffers are laid
     out for; max_model_len: those that the KV cache has room for too. start_words: int32 words of slot starts.
+    snapshots: of recurrent states, behind those of sequences.
     """
 
     allocations: list[Allocation]
@@ -80,6 +81,7 @@ class MemoryPlan:
     layout: Layout
     start_words: int
     decode: dict[str, DecodePlan]
+    snapshots: int = 0
 
     @property
     def lines(self) -> dict[str, int]:
@@ -111,7 +113,7 @@ def plan_memory(
     weights = weight_allocations(wanted)
     wanted_len = asked_length(program, config)
     longest = wanted_len or program.max_position
-    seqs = _sequences(program, config, budget.ours - _taken(weights))
+    seqs, snapshots = _sequences(program, config, budget.ours - _taken(weights))
     shape = _shape(program, config, seqs, longest)
     layout = _layout(shape, tiles)
     start_words = max(MIN_START_WORDS, seqs * START_WORDS + longest + 2 * MAX_BIASES + MAX_STOPS)
@@ -128,7 +130,7 @@ def plan_memory(
     ]
     after = [
         *beside_buffers(program, strategy, shape.tokens, seqs, facts.capability),
-        *_states(program, seqs),
+        *_states(program, seqs, snapshots),
     ]
     block_bytes = max(1, kv_bytes_per_token(program) * BLOCK)
     room = budget.ours - _taken(fixed) - _taken(after)
@@ -146,6 +148,7 @@ def plan_memory(
         workspace=workspace,
         budget=budget,
         shape=replace(shape, kv_blocks=blocks),
+        snapshots=snapshots,
         max_model_len=min(longest, blocks * BLOCK),
         longest=longest,
         block_bytes=block_bytes,
@@ -209,10 +212,10 @@ def _ropes(program: Program, shape: Shape) -> list[Allocation]:
     ]
 
 
-def _states(program: Program, seqs: int) -> list[Allocation]:
-    """float32 [seqs, elements] of every recurrent layer."""
-    line = state_line(seqs)
-    return [Allocation("states", line, 4 * s.elements * seqs, s.name) for s in program.states]
+def _states(program: Program, seqs: int, snapshots: int) -> list[Allocation]:
+    """float32 [seqs + snapshots, elements] of every recurrent layer."""
+    line = state_line(seqs, snapshots)
+    return [Allocation("states", line, 4 * s.elements * (seqs + snapshots), s.name) for s in program.states]
 
 
 def _caches(program: Program, blocks: int) -> list[Allocation]:
@@ -240,20 +243,21 @@ def ropes_of(program: Program) -> list[Rope]:
     return list(dict.fromkeys(rope for rope in found if rope is not None))
 
 
-def state_line(seqs: int) -> str:
+def state_line(seqs: int, snapshots: int) -> str:
     """The ledger's line for the states of recurrent layers."""
-    return f"recurrent state of {seqs} sequences"
+    return f"recurrent state of {seqs} sequences" + (f" and {snapshots} prefixes" if snapshots else "")
 
 
-def _sequences(program: Program, config: EngineConfig, free: int) -> int:
-    """How many sequences run at once: --max-num-seqs, or as many as half of the free memory has states for.
+def _sequences(program: Program, config: EngineConfig, free: int) -> tuple[int, int]:
+    """How many sequences run at once: --max-num-seqs, or as many as half of the free memory has states for;
+    and how many snapshots of states are kept.
 
     free: bytes beside the weights. The KV cache has the other half, or both have --kv-cache-memory-gb. Raises
     CapacityError where not one state fits.
     """
     each = 4 * program.state_elements_per_slot
     if not each:
-        return config.max_num_seqs
+        return config.max_num_seqs, 0
     flag = config.kv_cache_memory_gb
     room = free // 2 if flag is None else int(flag * GB)
     if room < each:
@@ -262,7 +266,7 @@ def _sequences(program: Program, config: EngineConfig, free: int) -> int:
             f"{max(room, 0) / GB:.3f} GB are for states beside the weights; raise --gpu-memory-utilization "
             "or --kv-cache-memory-gb"
         )
-    return min(config.max_num_seqs, room // each)
+    return state_rows(config, room // each)
 
 
 def _check_fit(
