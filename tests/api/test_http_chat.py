@@ -156,6 +156,8 @@ def test_the_last_message_can_be_continued_and_echoed(server: LiveServer) -> Non
     prompt = server.tokenizer.decode(server.engine.requests[-1].prompt_token_ids)
     assert prompt.endswith("<|im_start|>assistant\nthe quick")
     assert answer["choices"][0]["message"]["content"] == "the quick" + text_of(server, 1)
+    _, answer = server.chat(messages=HELLO, echo=True, max_tokens=1)  # not the user's own words
+    assert answer["choices"][0]["message"]["content"] == text_of(server, 1)
 
 
 @pytest.mark.parametrize(

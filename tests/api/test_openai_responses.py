@@ -37,6 +37,7 @@ def test_create_retrieve_delete(client: openai.OpenAI, server: LiveServer) -> No
     assert (made.status, made.incomplete_details and made.incomplete_details.reason) == (
         "incomplete", "max_output_tokens"
     )  # fmt: skip
+    assert made.parallel_tool_calls is True
     assert made.usage is not None
     assert made.usage.output_tokens == 6 and made.usage.input_tokens_details.cached_tokens == 4
     assert made.usage.input_tokens == len(server.engine.requests[-1].prompt_token_ids)

@@ -73,6 +73,7 @@ def test_the_tool_loop_streams(client: openai.OpenAI, server: LiveServer) -> Non
         assert thoughts == "Where? Oslo."
         assert "".join(c.delta.content or "" for c in mine) == "I look."
         assert [c.finish_reason for c in mine if c.finish_reason] == ["tool_calls"]
+        assert not mine[-1].delta.tool_calls and mine[-1].finish_reason, "the end is a chunk of its own"
         calls: dict[int, dict[str, str]] = {}
         pieces = 0
         for part in (call for c in mine for call in c.delta.tool_calls or []):

@@ -64,6 +64,10 @@ def test_thoughts_stand_under_both_names(server: LiveServer) -> None:
         deltas = [chunk.choices[0].delta for chunk in stream if chunk.choices]
     for name in ("reasoning", "reasoning_content"):
         assert "".join(getattr(delta, name, None) or "" for delta in deltas) == "Hm."
+    # The marks are plain text here, so special tokens are left out as they always are.
+    special = server.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    server.engine.answer = [*server.engine.answer[:-1], special, eos]
+    assert server.chat(max_tokens=50)[1]["choices"][0]["message"]["content"] == "Yes"
 
 
 def test_a_batch_of_conversations_has_a_choice_for_each(server: LiveServer) -> None:

@@ -37,9 +37,9 @@ def test_what_means_nothing_on_a_device_is_told() -> None:
 @pytest.mark.parametrize(
     ("settings", "device", "says"),
     [
-        ({"num_blocks": 100, "kv_cache_memory_gb": 1.0}, "cpu",
-         f"--num-blocks 100 (100 blocks, {100 * BLOCK / 1e9:.3f} GB) and --kv-cache-memory-gb 1 "
-         f"({10**9 // BLOCK:,} blocks"),
+        ({"num_blocks": 100, "kv_cache_memory_gb": 1.5}, "cpu",
+         f"--num-blocks 100 (100 blocks, {100 * BLOCK / 1e9:.3f} GB) and --kv-cache-memory-gb 1.5 "
+         f"({15 * 10**8 // BLOCK:,} blocks"),
         ({"num_blocks": 100, "num_gpu_blocks": 99}, "cuda", "--num-gpu-blocks 99 (99 blocks"),
         ({"num_gpu_blocks": 99, "kv_cache_memory_gb": 2.0}, "cuda", "--kv-cache-memory-gb 2"),
     ],

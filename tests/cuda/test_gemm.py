@@ -96,6 +96,9 @@ def test_plans_name_kernels_that_exist_and_cover_the_product(
     else:
         assert 1 <= plan.grid[0] <= 132 and plan.token_tile % plan.box_rows == 0
         assert plan.mode in ("sum", "wide") or plan.segments == 1
+        if plan.mode in ("tall", "wide"):  # as many clusters of two as there are tiles, or as are resident
+            rows, of = (192, 2 * plan.token_tile) if plan.mode == "tall" else (256, plan.token_tile)
+            assert plan.grid[0] == 2 * min(66, -(-shape[0] // rows) * -(-tokens // of))
         if plan.mode != "tall":  # whose blocks of a cluster share weights, not tokens
             assert plan.token_tile % (plan.box_rows * plan.cluster) == 0
     if tokens <= 128 and capability == 90:
