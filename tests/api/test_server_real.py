@@ -184,15 +184,15 @@ def soak_request(port: int, seed: int) -> None:
 
 
 def test_soak(served: Served) -> None:
-    """500 requests with random disconnects and malformed bodies leave nothing behind."""
+    """200 requests with random disconnects and malformed bodies leave nothing behind."""
     with served.client() as client:
         before = client.chat.completions.create(model="smol", messages=HELLO, temperature=0, max_tokens=8)
     used = []
     for part in range(5):
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
-            list(pool.map(soak_request, [served.port] * 100, range(part * 100, part * 100 + 100)))
+            list(pool.map(soak_request, [served.port] * 40, range(part * 40, part * 40 + 40)))
         used.append(served.resident_mb())
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while served.metric("rvllm:kv_blocks_used") and time.monotonic() < deadline:
         time.sleep(0.05)
     assert served.metric("rvllm:kv_blocks_used") == 0
@@ -212,7 +212,7 @@ def test_sigterm_drains(served: Served) -> None:
             client.chat.completions.create, model="smol", messages=HELLO, max_tokens=30,
             extra_body={"ignore_eos": True},
         )  # fmt: skip
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while not served.metric("vllm:num_requests_running") and time.monotonic() < deadline:
             time.sleep(0.01)
         engine = served.engine_pid()

@@ -61,7 +61,7 @@ def test_text_and_a_batch_over_a_kill(tmp_path: Path) -> None:
             {"custom_id": f"{i}", "method": "POST", "url": "/v1/chat/completions",
              "body": {"messages": [{"role": "user", "content": f"Count from {i}."}], "max_tokens": 8,
                       "temperature": 0}}
-            for i in range(24)
+            for i in range(12)
         ]  # fmt: skip
         data = "\n".join(json.dumps(line) for line in lines).encode()
         file = served.openai.files.create(file=("in.jsonl", data), purpose="batch")
@@ -69,11 +69,11 @@ def test_text_and_a_batch_over_a_kill(tmp_path: Path) -> None:
             input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
         )
         done = 0
-        while done < 4:
+        while done < 2:
             counts = served.openai.batches.retrieve(batch.id).request_counts
             done = counts.completed if counts is not None else 0
             time.sleep(0.01)
-        assert done < 24
+        assert done < 12
         served.end(signal.SIGKILL)
         served = Served("smollm2-135m", tmp_path / "log2", *flags)
         assert served.openai.responses.retrieve(first.id).output_text == words
@@ -84,9 +84,9 @@ def test_text_and_a_batch_over_a_kill(tmp_path: Path) -> None:
         results = [
             json.loads(line) for line in served.openai.files.content(found.output_file_id).text.splitlines()
         ]
-        assert [entry["custom_id"] for entry in results] == [f"{i}" for i in range(24)]
+        assert [entry["custom_id"] for entry in results] == [f"{i}" for i in range(12)]
         # Whatever else was running, each line has the answer that it has alone.
-        for entry in results[:3]:
+        for entry in results[:2]:
             body = lines[int(entry["custom_id"])]["body"]
             alone = served.openai.chat.completions.create(model="real", **body)  # type: ignore[call-overload]
             said = entry["response"]["body"]["choices"][0]["message"]["content"]

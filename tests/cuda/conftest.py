@@ -32,18 +32,29 @@ def machines() -> dict[str, Any]:
     ]
 )
 def gpu(request: pytest.FixtureRequest, machines: dict[str, Any]) -> Iterator[Any]:
+    yield from _machine(request.param, machines)
+
+
+@pytest.fixture
+def emulator(machines: dict[str, Any]) -> Iterator[Any]:
+    """For what is checked there alone; such tests are marked `emulated`."""
+    yield from _machine("emulator", machines)
+
+
+def _machine(kind: str, machines: dict[str, Any]) -> Iterator[Any]:
+    """One for all tests of a module, cleared behind each; skips where there is none."""
     from rvllm.backends.cuda.device.driver import device_count
     from support.emulator import Emulator, available
     from support.kernels.harness import Gpu
 
-    if request.param == "emulator" and not available():
+    if kind == "emulator" and not available():
         pytest.skip("the emulator needs g++")
-    if request.param == "gpu" and not device_count():
+    if kind == "gpu" and not device_count():
         pytest.skip("no NVIDIA GPU, or the cuda extra is not installed")
-    if request.param not in machines:
-        machines[request.param] = Emulator() if request.param == "emulator" else Gpu()
-    yield machines[request.param]
-    machines[request.param].clear()
+    if kind not in machines:
+        machines[kind] = Emulator() if kind == "emulator" else Gpu()
+    yield machines[kind]
+    machines[kind].clear()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -39,17 +38,6 @@ emulated = [
 ]
 
 
-@pytest.fixture(scope="module")
-def shared() -> Emulator:
-    return Emulator()
-
-
-@pytest.fixture
-def gpu(shared: Emulator) -> Iterator[Emulator]:
-    yield shared
-    shared.clear()
-
-
 class TestKernel:
     pytestmark = emulated
 
@@ -63,15 +51,17 @@ class TestKernel:
             (515, 192, Kind.LOGITS),
         ],
     )
-    def test_a_product_has_the_bits_of_many_tokens(self, gpu: Emulator, n: int, k: int, kind: Kind) -> None:
-        gemv_checks.check_alone(gpu, np.random.default_rng(n), BF16 if n % 2 else F16, n, k, kind)
+    def test_a_product_has_the_bits_of_many_tokens(
+        self, emulator: Emulator, n: int, k: int, kind: Kind
+    ) -> None:
+        gemv_checks.check_alone(emulator, np.random.default_rng(n), BF16 if n % 2 else F16, n, k, kind)
 
     @pytest.mark.parametrize(("k", "kind"), [(192, "rms"), (2056, "rms"), (648, "layer")])
-    def test_a_norm_in_front(self, gpu: Emulator, k: int, kind: str) -> None:
-        gemv_checks.check_norm(gpu, np.random.default_rng(k), BF16, k, kind)
+    def test_a_norm_in_front(self, emulator: Emulator, k: int, kind: str) -> None:
+        gemv_checks.check_norm(emulator, np.random.default_rng(k), BF16, k, kind)
 
-    def test_products_behind_one_another(self, gpu: Emulator) -> None:
-        gemv_checks.check_chain(gpu, np.random.default_rng(3), BF16, 1, 192, 328)
+    def test_products_behind_one_another(self, emulator: Emulator) -> None:
+        gemv_checks.check_chain(emulator, np.random.default_rng(3), BF16, 1, 192, 328)
 
 
 H200 = DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448)

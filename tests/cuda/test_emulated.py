@@ -23,37 +23,26 @@ pytestmark = [
 DTYPES = {"bfloat16": harness.BF16, "float16": harness.F16}
 
 
-@pytest.fixture(scope="module")
-def shared() -> Emulator:
-    return Emulator()
-
-
-@pytest.fixture
-def gpu(shared: Emulator) -> Iterator[Emulator]:
-    yield shared
-    shared.clear()
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("check", op_checks.ROW_CHECKS, ids=lambda check: check.__name__[6:])
-def test_row_kernels(gpu: Emulator, rng: np.random.Generator, check: object, dtype: str) -> None:
-    check(gpu, rng, DTYPES[dtype])  # type: ignore[operator]
+def test_row_kernels(emulator: Emulator, rng: np.random.Generator, check: object, dtype: str) -> None:
+    check(emulator, rng, DTYPES[dtype])  # type: ignore[operator]
 
 
-def test_dequantisation_is_bit_exact(gpu: Emulator, rng: np.random.Generator) -> None:
-    op_checks.check_dequant(gpu, rng)
+def test_dequantisation_is_bit_exact(emulator: Emulator, rng: np.random.Generator) -> None:
+    op_checks.check_dequant(emulator, rng)
 
 
-def test_fill_and_checksum(gpu: Emulator, rng: np.random.Generator) -> None:
-    op_checks.check_fill(gpu, rng)
+def test_fill_and_checksum(emulator: Emulator, rng: np.random.Generator) -> None:
+    op_checks.check_fill(emulator, rng)
 
 
 @pytest.mark.parametrize(
     ("dtype", "shape"), [("bfloat16", 1), ("float16", 4), ("bfloat16", 3), ("float16", 7)]
 )
 @pytest.mark.parametrize("check", ["decode", "prefill"])
-def test_attention(gpu: Emulator, rng: np.random.Generator, check: str, shape: int, dtype: str) -> None:
-    given = (gpu, rng, DTYPES[dtype], attention_checks.SHAPES[shape])
+def test_attention(emulator: Emulator, rng: np.random.Generator, check: str, shape: int, dtype: str) -> None:
+    given = (emulator, rng, DTYPES[dtype], attention_checks.SHAPES[shape])
     if check == "decode":
         attention_checks.check_decode(*given)
     else:
@@ -62,19 +51,19 @@ def test_attention(gpu: Emulator, rng: np.random.Generator, check: str, shape: i
 
 @pytest.mark.parametrize(("dtype", "shape"), [("bfloat16", 1), ("float16", 6), ("bfloat16", 7)])
 def test_attention_has_the_same_bits_in_any_company(
-    gpu: Emulator, rng: np.random.Generator, shape: int, dtype: str
+    emulator: Emulator, rng: np.random.Generator, shape: int, dtype: str
 ) -> None:
-    attention_checks.check_invariance(gpu, rng, DTYPES[dtype], attention_checks.SHAPES[shape], 270)
+    attention_checks.check_invariance(emulator, rng, DTYPES[dtype], attention_checks.SHAPES[shape], 270)
 
 
 @pytest.fixture
 def roomy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
     """With as much shared memory as Hopper has: decode attention with rings, whose tiles the lanes copy."""
     monkeypatch.setattr("support.emulator.launcher.SMEM", 232448)
-    gpu = Emulator()
-    gpu.facts = replace(gpu.facts, smem_per_block=232448)
-    yield gpu
-    gpu.clear()
+    emulator = Emulator()
+    emulator.facts = replace(emulator.facts, smem_per_block=232448)
+    yield emulator
+    emulator.clear()
 
 
 @pytest.mark.parametrize(
@@ -100,17 +89,17 @@ def test_decode_attention_that_rotates(roomy: Emulator, rng: np.random.Generator
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_matrix_kernels(gpu: Emulator, rng: np.random.Generator, dtype: str) -> None:
-    gemm_checks.check_pack(gpu, rng, DTYPES[dtype])
-    gemm_checks.check_gemm(gpu, rng, DTYPES[dtype])
+def test_matrix_kernels(emulator: Emulator, rng: np.random.Generator, dtype: str) -> None:
+    gemm_checks.check_pack(emulator, rng, DTYPES[dtype])
+    gemm_checks.check_gemm(emulator, rng, DTYPES[dtype])
 
 
-def test_sampling(gpu: Emulator, rng: np.random.Generator) -> None:
-    sampling_checks.check_sampling(gpu, rng, 1000)
+def test_sampling(emulator: Emulator, rng: np.random.Generator) -> None:
+    sampling_checks.check_sampling(emulator, rng, 1000)
 
 
-def test_sampling_from_broken_logits(gpu: Emulator, rng: np.random.Generator) -> None:
-    sampling_checks.check_broken_logits(gpu, rng, 1500)
+def test_sampling_from_broken_logits(emulator: Emulator, rng: np.random.Generator) -> None:
+    sampling_checks.check_broken_logits(emulator, rng, 1500)
 
 
 def test_an_edge_of_the_draw_is_the_neighbours_too() -> None:
@@ -129,8 +118,8 @@ def test_an_edge_of_the_draw_is_the_neighbours_too() -> None:
     ]
 
 
-def test_logprobs(gpu: Emulator, rng: np.random.Generator) -> None:
-    sampling_checks.check_logprobs(gpu, rng, 503)
+def test_logprobs(emulator: Emulator, rng: np.random.Generator) -> None:
+    sampling_checks.check_logprobs(emulator, rng, 503)
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(64, DType.BF16), (128, DType.F16)])

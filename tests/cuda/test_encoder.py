@@ -2,57 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rvllm.backends.cuda.device.driver import device_count
 from support.kernels import attention_checks, encoder_checks, harness
 
 DTYPES = {"bfloat16": harness.BF16, "float16": harness.F16}
 ROW_CHECKS = {check.__name__.removeprefix("check_"): check for check in encoder_checks.ROW_CHECKS}
 NEW_HEADS = [attention_checks.Shape(32, 2, 4), attention_checks.Shape(160, 2, 4)]
-DEVICES = [
-    pytest.param(
-        "emulated",
-        marks=[
-            pytest.mark.emulated,
-            pytest.mark.skipif(
-                shutil.which("g++") is None, reason="the emulator needs g++, which is not here"
-            ),
-        ],
-    ),
-    pytest.param(
-        "gpu",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(
-                device_count() == 0, reason="no NVIDIA GPU, or the cuda extra is not installed"
-            ),
-        ],
-    ),
-]
-
-
-@pytest.fixture(scope="module", params=DEVICES)
-def gpu(request: pytest.FixtureRequest) -> Iterator[Any]:
-    if request.param == "gpu":
-        shared: Any = harness.Gpu()
-    else:
-        from support.emulator import Emulator
-
-        shared = Emulator()
-    yield shared
-    shared.clear()
-
-
-@pytest.fixture(autouse=True)
-def release(gpu: Any) -> Iterator[None]:
-    yield
-    gpu.clear()
 
 
 def small(gpu: Any) -> bool:

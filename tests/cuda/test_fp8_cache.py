@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -39,17 +38,6 @@ emulated = [
 DTYPES = {"bfloat16": BF16, "float16": F16}
 
 
-@pytest.fixture(scope="module")
-def shared() -> Emulator:
-    return Emulator()
-
-
-@pytest.fixture
-def gpu(shared: Emulator) -> Iterator[Emulator]:
-    yield shared
-    shared.clear()
-
-
 class TestKernels:
     """In the emulator: bits of the 16-bit kernels over the same numbers."""
 
@@ -57,23 +45,23 @@ class TestKernels:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_rows_are_rounded_into_their_places(
-        self, gpu: Emulator, rng: np.random.Generator, dtype: str
+        self, emulator: Emulator, rng: np.random.Generator, dtype: str
     ) -> None:
-        fp8_cache_checks.check_fill(gpu, rng, DTYPES[dtype])
+        fp8_cache_checks.check_fill(emulator, rng, DTYPES[dtype])
 
     @pytest.mark.parametrize(("dtype", "shape"), [("bfloat16", SHAPES[1]), ("float16", Shape(80, 2, 1))])
-    def test_decode(self, gpu: Emulator, rng: np.random.Generator, shape: Shape, dtype: str) -> None:
-        attention_checks.check_decode(gpu, rng, DTYPES[dtype], shape, fp8=True)
+    def test_decode(self, emulator: Emulator, rng: np.random.Generator, shape: Shape, dtype: str) -> None:
+        attention_checks.check_decode(emulator, rng, DTYPES[dtype], shape, fp8=True)
 
     @pytest.mark.parametrize(
         ("dtype", "shape"),
         [("bfloat16", Shape(64, 2, 3)), ("float16", Shape(96, 1, 4, soft_cap=20.0, window=70))],
     )
-    def test_prefill(self, gpu: Emulator, rng: np.random.Generator, shape: Shape, dtype: str) -> None:
-        attention_checks.check_prefill(gpu, rng, DTYPES[dtype], shape, longest=30, fp8=True)
+    def test_prefill(self, emulator: Emulator, rng: np.random.Generator, shape: Shape, dtype: str) -> None:
+        attention_checks.check_prefill(emulator, rng, DTYPES[dtype], shape, longest=30, fp8=True)
 
-    def test_the_same_bits_in_any_company(self, gpu: Emulator, rng: np.random.Generator) -> None:
-        attention_checks.check_invariance(gpu, rng, BF16, Shape(64, 1, 3), 270, fp8=True)
+    def test_the_same_bits_in_any_company(self, emulator: Emulator, rng: np.random.Generator) -> None:
+        attention_checks.check_invariance(emulator, rng, BF16, Shape(64, 1, 3), 270, fp8=True)
 
     def test_decode_with_rings(self, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
         """With as much shared memory as Hopper has; the lanes copy for the copy engine."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
@@ -18,34 +16,25 @@ pytestmark = [
 DTYPES = {"bfloat16": harness.BF16, "float16": harness.F16}
 
 
-@pytest.fixture(scope="module")
-def shared() -> Emulator:
-    return Emulator()
-
-
-@pytest.fixture
-def gpu(shared: Emulator) -> Iterator[Emulator]:
-    yield shared
-    shared.clear()
-
-
 @pytest.mark.parametrize("kind", GGUF_LAYOUTS)
-def test_blocks_are_packed_as_the_reference_packs_them(gpu: Emulator, kind: str) -> None:
-    integer_checks.check_blocks(gpu, np.random.default_rng(len(kind)), kind)
+def test_blocks_are_packed_as_the_reference_packs_them(emulator: Emulator, kind: str) -> None:
+    integer_checks.check_blocks(emulator, np.random.default_rng(len(kind)), kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", [name for name, layout in LAYOUTS.items() if layout.integers])
-def test_words_are_packed_as_the_reference_packs_them(gpu: Emulator, layout: str, dtype: str) -> None:
-    integer_checks.check_words(gpu, np.random.default_rng(len(layout)), DTYPES[dtype], layout)
+def test_words_are_packed_as_the_reference_packs_them(emulator: Emulator, layout: str, dtype: str) -> None:
+    integer_checks.check_words(emulator, np.random.default_rng(len(layout)), DTYPES[dtype], layout)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_products(gpu: Emulator, layout: str, dtype: str) -> None:
-    integer_checks.check_products(gpu, np.random.default_rng(len(layout)), DTYPES[dtype], layout, (1, 33))
+def test_products(emulator: Emulator, layout: str, dtype: str) -> None:
+    integer_checks.check_products(
+        emulator, np.random.default_rng(len(layout)), DTYPES[dtype], layout, (1, 33)
+    )
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES.values(), np.dtype(np.float32)], ids=str)
-def test_quantising(gpu: Emulator, dtype: np.dtype) -> None:
-    integer_checks.check_quantise(gpu, np.random.default_rng(1), dtype)
+def test_quantising(emulator: Emulator, dtype: np.dtype) -> None:
+    integer_checks.check_quantise(emulator, np.random.default_rng(1), dtype)
