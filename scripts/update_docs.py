@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from rvllm.config import EngineConfig, ServerConfig, SourceConfig
-from rvllm.engine.ipc.messages import Stats
 from rvllm.settings import markdown_table
 from rvllm.telemetry.metrics import Metrics
+from rvllm.telemetry.stats import Stats
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepKernel, StepResult
+from rvllm.backends.base import LedgerLine, Limits, StepBatch, StepResult
 from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
 from rvllm.backends.cuda.layout.metadata import leading_decodes
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Generate, ModelFacts, Sampling
 from rvllm.settings import build
+from rvllm.telemetry.stats import StepKernel
 
 KEY_SECONDS = 36e-9  # of a key that a decode attends to, over all layers of an 8B: 131 kB at 3.6 TB/s
 

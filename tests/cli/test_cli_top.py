@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from rvllm.backends.base import LedgerLine
 from rvllm.cli.common.blockmap import block_map
 from rvllm.cli.main import main
 from rvllm.cli.top import History, Rates
@@ -62,7 +63,7 @@ def test_blocks_shared_and_many_to_a_mark() -> None:
 
 def test_the_ledger_is_a_bar(live: LiveServer, capsys: pytest.CaptureFixture[str]) -> None:
     ledger = live.service.ready.ledger
-    ledger += [("weights", 3 << 30), ("KV cache", 1 << 30), ("nothing", 0)]
+    ledger += [LedgerLine("weights", 3 << 30), LedgerLine("KV cache", 1 << 30), LedgerLine("nothing", 0)]
     time.sleep(0.25)
     shown = top(live, capsys)
     del ledger[:]

@@ -103,13 +103,13 @@ def check_all(core: EngineCore, scenario: list[Plan], received: dict[int, Receiv
         if plan.logprobs is not None:
             for n, entry in enumerate(got.logprobs):
                 row = row_logprobs(history[: len(plan.prompt) + n], tokens[n], plan.logprobs)
-                assert (entry.token_id, entry.logprob, entry.rank) == (tokens[n], row.token, row.rank)
+                assert (entry.token_id, entry.logprob, entry.rank) == (tokens[n], row.logprob, row.rank)
             assert len(got.logprobs) == len(tokens)
         if plan.prompt_logprobs is not None:
             assert got.prompt_logprobs is not None
             assert [e.token_id for e in got.prompt_logprobs] == list(plan.prompt[1:])
             assert [e.logprob for e in got.prompt_logprobs] == [
-                row_logprobs(plan.prompt[:p], plan.prompt[p], 0).token for p in range(1, len(plan.prompt))
+                row_logprobs(plan.prompt[:p], plan.prompt[p], 0).logprob for p in range(1, len(plan.prompt))
             ]
             assert all(len(e.top_ids) == plan.prompt_logprobs for e in got.prompt_logprobs)
     stats = core.stats()

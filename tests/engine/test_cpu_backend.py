@@ -11,6 +11,7 @@ from random import Random
 import msgspec
 import pytest
 
+from rvllm.backends.base import LedgerLine
 from rvllm.backends.cpu.compiled.library import missing
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
@@ -139,7 +140,7 @@ def test_a_second_pool_changes_no_bit(model: EngineConfig, kernels: str) -> None
         stats = core.stats()
         assert stats.preemptions and stats.blocks_moved_out and stats.blocks_moved_in
         assert stats.swaps == (0 if mode == "recompute" else stats.preemptions)
-        assert ("kv cache, second tier", host * 16 * 2 * 2 * 2 * 8 * 4) in core.ready.ledger
+        assert LedgerLine("kv cache, second tier", host * 16 * 2 * 2 * 2 * 8 * 4) in core.ready.ledger
         core.close()
 
 

@@ -6,12 +6,12 @@ import time
 
 import msgspec
 
-from rvllm.backends.base import Limits, StepKernel, grouped
+from rvllm.backends.base import Limits
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import FromEngine, Generate, GetState, Sampling, State
 from rvllm.engine.state import complete, snapshot
-from rvllm.telemetry.bounds import STEP_TOKENS
+from rvllm.telemetry.stats import STEP_TOKENS, StepKernel, grouped
 from support.doubles.engine import PagedDouble, facts
 
 

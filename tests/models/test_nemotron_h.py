@@ -246,8 +246,8 @@ def test_engine_under_pressure(tmp_path: Path) -> None:
         assert (
             stats.blocks_used == 0 and (stats.preemptions > 0) == preempted and stats.finished["abort"] == 2
         )
-        assert any("states of" in name for name, _ in core.ready.ledger)
-        assert any("prefixes" in name for name, _ in core.ready.ledger) == ("num_state_snapshots" in settings)
+        assert any("states of" in line.name for line in core.ready.ledger)
+        assert any("prefixes" in line.name for line in core.ready.ledger) == ("num_state_snapshots" in settings)
         core.close()
 
 

@@ -8,18 +8,10 @@ from typing import Any
 
 import pytest
 
-from rvllm.engine.ipc.messages import (
-    Generate,
-    ModelFacts,
-    Output,
-    Ready,
-    Sampling,
-    SequenceState,
-    State,
-    Stats,
-)
+from rvllm.engine.ipc.messages import Generate, ModelFacts, Output, Ready, Sampling, SequenceState, State
 from rvllm.errors import EngineDeadError, UnavailableError
 from rvllm.ray.client import ReplicatedEngine, current_session, merged_state, merged_stats
+from rvllm.telemetry.stats import Stats
 
 TOKENS = list(range(100, 110))
 

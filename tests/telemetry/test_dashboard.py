@@ -6,8 +6,8 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from rvllm.engine.ipc.messages import KernelUse, Stats
 from rvllm.telemetry.metrics import Metrics, RequestTimes
+from rvllm.telemetry.stats import Stats, StepKernel
 
 DASHBOARD = Path(__file__).parent.parent.parent / "deploy" / "grafana-dashboard.json"
 NAME = re.compile(r"\br?vllm:\w+")
@@ -33,7 +33,7 @@ def names_on_the_page() -> set[str]:
     metrics.response("/v1/chat/completions", 200)
     metrics.finished(RequestTimes("stop", 100, 11, 50, 2, queue=0.1, first=0.5, last=1.5))
     gpu = {"rvllm:decode_idle_share": 0.01, 'rvllm:cuda_graph_captured{kind="decode",size="8"}': 1.0}
-    kernels = [KernelUse("qkv", "gemm_sm90_bf16", 28)]
+    kernels = [StepKernel("qkv", "gemm_sm90_bf16", 28)]
     page = metrics.page(Stats(running=1, backend=gpu, floor_ratio=0.9, kernels=kernels)).decode()
     return {sample.name for family in text_string_to_metric_families(page) for sample in family.samples}
 

@@ -3,9 +3,8 @@
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from rvllm.engine.ipc.messages import KernelUse, Stats
-from rvllm.telemetry.bounds import STEP_TOKENS
 from rvllm.telemetry.metrics import Metrics, RequestTimes
+from rvllm.telemetry.stats import STEP_TOKENS, Stats, StepKernel
 
 
 def values(page: bytes) -> dict[str, float]:
@@ -92,7 +91,11 @@ def test_steps_blocks_kernels_and_settings() -> None:
         blocks_cached=5,
         floor_ratio=0.875,
         mask_exposed_seconds=0.25,
-        kernels=[KernelUse("qkv", "a", 28, "x"), KernelUse("qkv", "a", 2, "y"), KernelUse("down", "b", 28)],
+        kernels=[
+            StepKernel("qkv", "a", 28, "x"),
+            StepKernel("qkv", "a", 2, "y"),
+            StepKernel("down", "b", 28),
+        ],
     )
     info = {"decode_path": "batched", "gemm_strategy": "native", "dtype": "bfloat16", "device": "H200"}
     found = values(Metrics("m", {}, info).page(stats))

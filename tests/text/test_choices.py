@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rvllm.backends.base import SamplingSpec, SlotStart
+from rvllm.backends.base import SamplingSpec, SlotStart, TokenLogprobs
 from rvllm.backends.cuda.ops.sampling.slots import pack_starts
-from rvllm.engine.ipc.messages import ModelFacts, Output, TokenLogprobs
+from rvllm.engine.ipc.messages import ModelFacts, Output
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import UsageError
 from rvllm.text.processor import Choice, Delta

@@ -17,7 +17,9 @@ from rvllm.api.generate.models import awake
 from rvllm.api.http.body import parse
 from rvllm.api.http.errors import ApiError, invalid
 from rvllm.api.http.exchange import Endpoint, Exchange, Gate
-from rvllm.engine.ipc.messages import State
+from rvllm.backends.base import LedgerLine
+from rvllm.engine.ipc.messages import SequenceState, State
+from rvllm.telemetry.stats import StepKernel
 from rvllm.telemetry.timing import KEPT, RequestTiming
 from rvllm.version import __version__
 from rvllm.web.files import CODE_CSS, INDEX, WebFile, code_css, read_files
@@ -40,40 +42,14 @@ _HEADERS = (
 )
 
 
-class LedgerItem(msgspec.Struct):
-    """One line of the memory ledger, in bytes."""
-
-    name: str
-    bytes: int
-
-
-class SequenceItem(msgspec.Struct):
-    """One request; see `engine.messages.SequenceState`."""
-
-    id: str
-    running: bool
-    prompt_tokens: int
-    output_tokens: int
-    computed: int
-    max_tokens: int
-    cached_tokens: int
-    age: float
-    queued: float
-    blocks: list[int]
-
-
-class KernelItem(msgspec.Struct):
-    """One kernel of the last step; see `engine.messages.KernelUse`.
+class KernelItem(StepKernel):
+    """One kernel of the last step, and whose it is.
 
     strategy: for products with a matrix of weights, whose kernel it is: native, cublas, cutlass; on the CPU
     compiled or numpy. Empty for all else.
     """
 
-    op: str
-    kernel: str
-    count: int
-    why: str
-    strategy: str
+    strategy: str = ""
 
 
 class EngineView(msgspec.Struct, kw_only=True):
@@ -94,9 +70,9 @@ class EngineView(msgspec.Struct, kw_only=True):
     pipeline_depth: int
     load_seconds: float
     settings: dict[str, str]
-    ledger: list[LedgerItem]
+    ledger: list[LedgerLine]
     stats: dict[str, Any]  # engine.messages.Stats
-    sequences: list[SequenceItem]
+    sequences: list[SequenceState]
     cached_blocks: list[int]
     cut: bool
     kernels: list[KernelItem]
@@ -156,23 +132,9 @@ def view_of(service: Service, state: State) -> EngineView:
         pipeline_depth=ready.pipeline_depth,
         load_seconds=ready.load_seconds,
         settings=dict(service.shown_settings),
-        ledger=[LedgerItem(name, nbytes) for name, nbytes in ready.ledger],
+        ledger=ready.ledger,
         stats=msgspec.structs.asdict(state.stats),
-        sequences=[
-            SequenceItem(
-                id=s.request_id,
-                running=s.running,
-                prompt_tokens=s.prompt_tokens,
-                output_tokens=s.output_tokens,
-                computed=s.computed,
-                max_tokens=s.max_tokens,
-                cached_tokens=s.cached_tokens,
-                age=s.age,
-                queued=s.queued,
-                blocks=s.blocks,
-            )
-            for s in state.sequences
-        ],
+        sequences=state.sequences,
         cached_blocks=state.cached_blocks,
         cut=state.cut,
         kernels=[KernelItem(k.op, k.kernel, k.count, k.why, strategy_of(k.kernel)) for k in state.kernels],

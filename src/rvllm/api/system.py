@@ -102,10 +102,7 @@ async def detokenize(service: Service, exchange: Exchange, body: bytes) -> None:
     check_model(request.model, service.served_names)
     if len(request.tokens) > MAX_CHARS:
         raise ApiError(413, f"tokens: at most {MAX_CHARS} are taken at once", param="tokens")
-    size = service.ready.facts.vocab_size
-    for token in request.tokens:
-        if not 0 <= token < size:
-            raise invalid(f"tokens: {token} is outside the vocabulary of {size}", "tokens")
+    service.ready.facts.check_tokens("tokens", request.tokens)
     text = await service.work.run(tasks.decode, "tokens", len(request.tokens), request.tokens)
     await exchange.json(Text(text))
 

@@ -8,19 +8,19 @@ the host has read the tokens of the step before it.
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
+
+from rvllm.telemetry.stats import StepKernel
 
 Int32 = NDArray[np.int32]
 Progress = Callable[[float, str], None]  # part done, 0 to 1; what is being done
 
-_LAYER = re.compile(r"layers\.\d+\.")
 BROKEN_ROW = -2  # in place of a token; kernels/sampling/sample.cu has it too
 MAX_BIASES = 1024  # entries of a request's logit_bias: a slot has room for so many on a device
 MAX_STOPS = 128  # token ids that min_tokens can hold back
@@ -28,8 +28,7 @@ MOVE_OUT, MOVE_IN, COPY, SAVE, RESTORE = range(5)  # kinds of StepBatch.moves
 LAST_SAMPLED = -1  # in StepBatch.tokens: the token this slot sampled last, which only the device may know
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingSpec:
+class SamplingSpec(msgspec.Struct, frozen=True, array_like=True):
     """How one slot draws its tokens. Neutral values switch a step off.
 
     The token at output index i (0-based, counted from the end of the prompt) is drawn with the uniform
@@ -112,18 +111,17 @@ class StepBatch:
         return len(self.tokens)
 
 
-@dataclass(slots=True)
-class TopLogprobs:
-    """Log-probabilities of one row, before temperature and filters, as OpenAI and vLLM report them.
+class TokenLogprobs(msgspec.Struct, array_like=True, gc=False):
+    """Log-probabilities of one position: the token's own, its rank (1 is best), the top ones in order.
 
-    token: the log-probability of the token in question; rank: 1 for the most likely.
-    top_ids, top: the most likely tokens, in order.
+    They are those before temperature and filters, as OpenAI and vLLM report them.
     """
 
-    token: float
+    token_id: int
+    logprob: float
     rank: int
-    top_ids: Int32
-    top: NDArray[np.float32]
+    top_ids: list[int]
+    top_logprobs: list[float]
 
 
 @dataclass(slots=True)
@@ -133,8 +131,8 @@ class StepResult:
 
     step: int
     tokens: Int32
-    logprobs: dict[int, TopLogprobs] = field(default_factory=dict)  # by sequence index s
-    prompt_logprobs: dict[int, list[TopLogprobs]] = field(default_factory=dict)  # by s: one a row that has
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # by sequence index s
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # by s: one a row that has
     # a next token within what the SlotStart gave
     device_seconds: float = 0.0  # time the device spent on the step, 0 where it is not measured
 
@@ -157,28 +155,11 @@ class Limits:
     num_snapshots: int = 0  # of recurrent states, with which blocks are all that it needs, too
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerLine:
+class LedgerLine(msgspec.Struct, frozen=True, rename={"nbytes": "bytes"}):
     """One line of the memory ledger, in bytes."""
 
     name: str
     nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class StepKernel:
-    """Launches of one kernel in a step, for ops alike but for their layer; why: how it was chosen."""
-
-    op: str
-    kernel: str
-    count: int
-    why: str = ""
-
-
-def grouped(launches: Iterable[tuple[str, str, str]]) -> list[StepKernel]:
-    """Launches (op, kernel, why) counted by what all layers have in common, in the order of first use."""
-    counts = Counter((_LAYER.sub("", op), kernel, why) for op, kernel, why in launches)
-    return [StepKernel(op, kernel, count, why) for (op, kernel, why), count in counts.items()]
 
 
 class Backend(Protocol):

@@ -300,7 +300,7 @@ def _summary(engine: EngineClient, config: EngineConfig, name: str, kernels: str
     from rvllm.cli.common.tables import human_bytes
 
     ready, facts = engine.ready, engine.ready.facts
-    memory = " · ".join(f"{line} {human_bytes(nbytes)}" for line, nbytes in ready.ledger)
+    memory = " · ".join(f"{line.name} {human_bytes(line.nbytes)}" for line in ready.ledger)
     tokens = ready.num_blocks * ready.block_size
     given = " · ".join(
         f"{flag} {value}" for flag, value in given_settings(config).items() if flag != "--model"

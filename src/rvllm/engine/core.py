@@ -19,26 +19,18 @@ from rvllm.backends.base import (
     Limits,
     Progress,
     StepResult,
-    TopLogprobs,
+    TokenLogprobs,
 )
 from rvllm.engine.embedding import EmbeddingQueue
 from rvllm.engine.grammar import Grammars
-from rvllm.engine.ipc.messages import (
-    Embed,
-    Generate,
-    ModelFacts,
-    Output,
-    Ready,
-    Stats,
-    TokenLogprobs,
-    Vocabulary,
-)
+from rvllm.engine.ipc.messages import Embed, Generate, ModelFacts, Output, Ready, Vocabulary
 from rvllm.engine.scheduler import Scheduler
 from rvllm.engine.sequence import Sequence
 from rvllm.engine.stats import EngineStats
 from rvllm.engine.step import Step
 from rvllm.engine.token_filter import TokenFilter
 from rvllm.errors import CapacityError, UsageError
+from rvllm.telemetry.stats import Stats
 
 if TYPE_CHECKING:
     from rvllm.config import EngineConfig
@@ -99,7 +91,7 @@ class EngineCore:
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             load_seconds=load_seconds,
-            ledger=[(line.name, line.nbytes) for line in backend.ledger()],
+            ledger=backend.ledger(),
             facts=self.facts,
             pipeline_depth=limits.pipeline_depth,
             scheduling_policy=config.scheduling_policy,
@@ -158,7 +150,7 @@ class EngineCore:
         """
         if request.request_id in self._alive:
             raise UsageError(f"request_id {request.request_id!r} is in use by a request that has not ended")
-        if self._refused(request.request_id, self._refusal(request)):
+        if self._refused(request.request_id, lambda: self._check(request)):
             return
         seq = Sequence(request, self.facts.max_model_len, self.ready.block_size)
         self._alive[seq.request_id] = seq
@@ -177,7 +169,7 @@ class EngineCore:
         """
         if request.request_id in self.texts:
             raise UsageError(f"request_id {request.request_id!r} is in use by a request that has not ended")
-        if self._refused(request.request_id, self._embed_refusal(request)):
+        if self._refused(request.request_id, lambda: self.facts.check_text(request.prompt_token_ids)):
             return
         self.texts.add(request)
 
@@ -185,37 +177,20 @@ class EngineCore:
         """Must come before the first request with a grammar."""
         self.grammars.set_vocabulary(vocabulary)
 
-    def _refused(self, name: str, refusal: str | None) -> bool:
-        """Whether there is a reason not to serve a request; its only output then tells it."""
-        if refusal is not None:
+    def _refused(self, name: str, check: Callable[[], None]) -> bool:
+        """Whether a request cannot be served; its only output then says why."""
+        try:
+            check()
+        except UsageError as error:
             self.counters.finished["error"] += 1
-            self._outbox.append(Output(name, [], finish_reason="error", error=refusal))
-        return refusal is not None
+            self._outbox.append(Output(name, [], finish_reason="error", error=str(error)))
+            return True
+        return False
 
-    def _refusal(self, request: Generate) -> str | None:
-        prompt, limit = request.prompt_token_ids, self.facts.max_model_len
-        if self.facts.embedding_size is not None:
-            return f"{self.facts.architecture} gives embeddings and generates no text"
-        if len(prompt) >= limit:
-            return f"the prompt has {len(prompt)} tokens; at most {limit - 1} fit into max_model_len {limit}"
+    def _check(self, request: Generate) -> None:
+        self.facts.check_prompt(request.prompt_token_ids)
         if request.sampling.max_tokens < 1:
-            return f"max_tokens must be at least 1, got {request.sampling.max_tokens}"
-        return self._token_refusal(prompt)
-
-    def _embed_refusal(self, request: Embed) -> str | None:
-        prompt, limit = request.prompt_token_ids, self.facts.max_model_len
-        if self.facts.embedding_size is None:
-            return f"{self.facts.architecture} generates text and gives no embeddings"
-        if len(prompt) > limit:
-            return f"the text has {len(prompt)} tokens; at most {limit} fit into max_model_len {limit}"
-        return self._token_refusal(prompt)
-
-    def _token_refusal(self, prompt: list[int]) -> str | None:
-        if not prompt:
-            return "the prompt is empty"
-        if min(prompt) < 0 or max(prompt) >= self.facts.vocab_size:
-            return f"a prompt token id is outside the vocabulary of {self.facts.vocab_size}"
-        return None
+            raise UsageError(f"max_tokens must be at least 1, got {request.sampling.max_tokens}")
 
     def abort(self, request_ids: list[str]) -> None:
         """Ends requests at once with an "abort" output; unknown ids are ignored."""
@@ -367,12 +342,12 @@ class EngineCore:
             elif sampled:
                 self._emit(seq, token, result.logprobs.get(s))
 
-    def _emit(self, seq: Sequence, token: int, logprobs: TopLogprobs | None) -> None:
+    def _emit(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
         """Appends a drawn token to its sequence and puts it into the outbox."""
         reason = seq.accept(token)
         output = Output(seq.request_id, [token], cached_tokens=seq.cached_tokens)
         if logprobs is not None:
-            output.logprobs = [_token_logprobs(token, logprobs)]
+            output.logprobs = [logprobs]
         if len(seq.tokens) == seq.prompt_len + 1:
             self.counters.prompt_tokens += seq.prompt_len
             output.queue_seconds = seq.queue_seconds()
@@ -432,12 +407,8 @@ class EngineCore:
             self._publisher.close()
 
 
-def _token_logprobs(token: int, top: TopLogprobs) -> TokenLogprobs:
-    return TokenLogprobs(token, float(top.token), int(top.rank), top.top_ids.tolist(), top.top.tolist())
-
-
-def _keep_prompt_logprobs(seq: Sequence, start: int, rows: list[TopLogprobs]) -> None:
+def _keep_prompt_logprobs(seq: Sequence, start: int, rows: list[TokenLogprobs]) -> None:
     """Row i of a chunk judges the prompt token at `start + i + 1`; what a preemption repeats is skipped."""
     for position, row in enumerate(rows, start + 1):
         if len(seq.prompt_logprobs) + 1 == position < seq.prompt_len:
-            seq.prompt_logprobs.append(_token_logprobs(seq.tokens[position], row))
+            seq.prompt_logprobs.append(row)

@@ -17,11 +17,11 @@ from rvllm.engine.ipc.messages import (
     Shutdown,
     Sleep,
     Slept,
-    Stats,
     ToEngine,
     Vocabulary,
 )
 from rvllm.engine.state import complete, snapshot
+from rvllm.telemetry.stats import Stats
 
 
 class Link(Protocol):

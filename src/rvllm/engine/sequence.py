@@ -7,9 +7,9 @@ import time
 from array import array
 from typing import TYPE_CHECKING
 
-from rvllm.backends.base import SamplingSpec
+from rvllm.backends.base import TokenLogprobs
 from rvllm.engine.blocks import ROOT, Digest, chain
-from rvllm.engine.ipc.messages import Generate, Output, PrefillChunk, Sampling, TokenLogprobs
+from rvllm.engine.ipc.messages import Generate, Output, PrefillChunk
 
 if TYPE_CHECKING:
     from rvllm.engine.matcher import Mask, Matcher
@@ -18,24 +18,6 @@ if TYPE_CHECKING:
 MAX_CHUNKS = 256  # of a prompt that are told; the rest of a longer one is not
 Rank = tuple[float, int]
 _arrivals = itertools.count()
-
-
-def sampling_spec(sampling: Sampling) -> SamplingSpec:
-    """The backend's share of a request's sampling parameters."""
-    return SamplingSpec(
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        seed=sampling.seed,
-        logit_bias=sampling.logit_bias,
-        min_tokens=sampling.min_tokens,
-        stop_token_ids=sampling.stop_token_ids,
-        logprobs=sampling.logprobs,
-    )
 
 
 class Sequence:
@@ -55,7 +37,7 @@ class Sequence:
         "arrival", "block_size", "blocks", "borders", "cached_tokens", "capacity", "chunks", "client",
         "computed", "digests", "filter", "finish_reason", "first_scheduled", "group", "in_flight",
         "launched", "length", "matcher", "max_length", "min_length", "number", "priority", "prompt_len",
-        "prompt_logprobs", "published", "rank", "request_id", "sampling", "slot", "spec", "stop_ids",
+        "prompt_logprobs", "published", "rank", "request_id", "sampling", "slot", "stop_ids",
         "tokens", "wanted_prompt_logprobs",
     )  # fmt: skip
 
@@ -63,7 +45,6 @@ class Sequence:
         sampling = request.sampling
         self.request_id = request.request_id
         self.sampling = sampling
-        self.spec = sampling_spec(sampling)
         self.tokens = array("i", request.prompt_token_ids)
         self.prompt_len = len(self.tokens)
         self.max_length = min(self.prompt_len + sampling.max_tokens, max_model_len)

@@ -6,7 +6,8 @@ import time
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from rvllm.engine.ipc.messages import GetState, KernelUse, SequenceState, State, Stats
+from rvllm.engine.ipc.messages import GetState, SequenceState, State
+from rvllm.telemetry.stats import Stats
 
 if TYPE_CHECKING:
     from rvllm.engine.core import EngineCore
@@ -15,13 +16,9 @@ if TYPE_CHECKING:
 
 def complete(core: EngineCore, stats: Stats) -> Stats:
     """Adds what is only worked out for those who ask: the last step's kernels, the floor of decode steps."""
-    stats.kernels = _kernels(core)
+    stats.kernels = core.backend.last_kernels()
     stats.floor_ratio = core.counters.floor_ratio(core.generator)
     return stats
-
-
-def _kernels(core: EngineCore) -> list[KernelUse]:
-    return [KernelUse(k.op, k.kernel, k.count, k.why) for k in core.backend.last_kernels()]
 
 
 def snapshot(core: EngineCore, stats: Stats, asked: GetState) -> State:
@@ -41,7 +38,7 @@ def snapshot(core: EngineCore, stats: Stats, asked: GetState) -> State:
         sequences=described,
         cached_blocks=cached,
         cut=alive > asked.sequences or held + scheduler.blocks.cached > asked.blocks,
-        kernels=_kernels(core),
+        kernels=core.backend.last_kernels(),
         floor_seconds=_floor(core),
     )
 

@@ -7,8 +7,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from typing import TYPE_CHECKING
 
-from rvllm.engine.ipc.messages import Stats
-from rvllm.telemetry.bounds import STEP_TOKENS
+from rvllm.telemetry.stats import STEP_TOKENS, Stats
 
 if TYPE_CHECKING:
     from rvllm.backends.base import Generator

@@ -92,7 +92,7 @@ class StepPlan:
     def start(self, seq: Sequence) -> None:
         """A sequence takes the slot and the blocks it holds."""
         tokens = np.array(seq.tokens, dtype=np.int32)
-        self._started.append(SlotStart(seq.slot, seq.spec, tokens, seq.prompt_len))
+        self._started.append(SlotStart(seq.slot, seq.sampling, tokens, seq.prompt_len))
         self._new_blocks += [(seq.slot, index, block) for index, block in enumerate(seq.blocks)]
 
     def add_block(self, seq: Sequence, block: int) -> None:

@@ -16,8 +16,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.engine.ipc.messages import Embed, Generate, Output, Ready, State, Stats, Vocabulary
+from rvllm.engine.ipc.messages import Embed, Generate, Output, Ready, State, Vocabulary
 from rvllm.errors import EngineDeadError, RvllmError, UnavailableError, UsageError
+from rvllm.telemetry.stats import Stats
 
 QUESTION_SECONDS = 5.0
 LOOK_SECONDS = 2.0  # how often all replicas are asked how they are

@@ -12,10 +12,11 @@ from typing import Any
 
 from rvllm.config import EngineConfig, SourceConfig
 from rvllm.engine.ipc.client import EngineClient
-from rvllm.engine.ipc.messages import Embed, Generate, Output, Ready, State, Stats
+from rvllm.engine.ipc.messages import Embed, Generate, Output, Ready, State
 from rvllm.errors import RvllmError
 from rvllm.ray.scaling import KV_USE
 from rvllm.settings import build
+from rvllm.telemetry.stats import Stats
 from rvllm.weights.fetch.source import resolve
 
 DIED = 70  # the exit code of a replica whose engine has died

@@ -11,13 +11,12 @@ from collections import Counter as Counts
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from rvllm.telemetry.bounds import STEP_TOKENS
+from rvllm.telemetry.stats import STEP_TOKENS, Stats, StepKernel
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Upper bounds of vLLM's histograms, in seconds and in tokens, so that its dashboards show ours.
@@ -30,54 +29,6 @@ _REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 2
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 _ODD = re.compile(r"\W", re.ASCII)
 _TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
-
-
-class KernelLaunches(Protocol):
-    """Launches of one kernel for one op of the last step; `engine.messages.KernelUse`."""
-
-    op: str
-    kernel: str
-    count: int
-
-
-class EngineSnapshot(Protocol):
-    """The engine's figures that the page shows; `engine.messages.Stats` has them."""
-
-    running: int
-    waiting: int
-    blocks_total: int
-    blocks_used: int
-    blocks_cached: int
-    steps: int
-    prompt_tokens: int
-    generation_tokens: int
-    cached_prompt_tokens: int
-    prefix_queries: int
-    preemptions: int
-    broken_logits: int
-    cpu_blocks_total: int
-    cpu_blocks_used: int
-    host_hits: int
-    swaps: int
-    sleep_level: int
-    blocks_moved_out: int
-    blocks_moved_in: int
-    loop_seconds: float
-    idle_seconds: float
-    host_seconds: float
-    masks: int
-    mask_seconds: float
-    mask_exposed_seconds: float
-    mask_p50_seconds: float
-    mask_p99_seconds: float
-    step_tokens: int
-    step_counts: list[int]
-    floor_ratio: float | None
-    backend: dict[str, float]
-
-    @property
-    def kernels(self) -> Sequence[KernelLaunches]:
-        """Those of the last step."""
 
 
 @dataclass(slots=True)
@@ -196,7 +147,7 @@ class Metrics:
         """All choices for a prompt have ended; the longest has so many tokens."""
         self._longest.observe(tokens)
 
-    def page(self, engine: EngineSnapshot | None) -> bytes:
+    def page(self, engine: Stats | None) -> bytes:
         """The exposition text; `engine` is None when the engine process is gone."""
         return metrics_page([(self, engine)])
 
@@ -236,7 +187,7 @@ class _Snapshot(Collector):
 
     def __init__(
         self,
-        engine: EngineSnapshot,
+        engine: Stats,
         labels: Mapping[str, str],
         infos: Mapping[str, tuple[str, Mapping[str, str]]],
     ) -> None:
@@ -410,7 +361,7 @@ class _Snapshot(Collector):
         return family
 
 
-def _summed(kernels: Sequence[KernelLaunches]) -> dict[tuple[str, str], int]:
+def _summed(kernels: Sequence[StepKernel]) -> dict[tuple[str, str], int]:
     counts: Counts[tuple[str, str]] = Counts()
     for kernel in kernels:
         counts[kernel.op, kernel.kernel] += kernel.count

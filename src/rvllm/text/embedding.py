@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from rvllm.engine.ipc.messages import ModelFacts
 from rvllm.errors import UsageError
-from rvllm.text.requests import Prompt, check_tokens, prompt_tokens
+from rvllm.text.requests import Prompt, prompt_tokens
 from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 
@@ -96,8 +96,7 @@ def text_tokens(
     Raises UsageError when the model gives no embeddings, or the text is empty, too long or of another
     vocabulary.
     """
-    if facts.embedding_size is None:
-        raise UsageError(f"{facts.architecture} generates text and gives no embeddings")
+    facts.check_pools()
     limit = facts.max_model_len
     if truncate is not None:
         if truncate != -1 and not 1 <= truncate <= limit:
@@ -110,13 +109,11 @@ def text_tokens(
         ids = tokenizer.encode_truncated(text[:MAX_CHARS], limit)
     else:
         if isinstance(text, str) and not given_ids and _hopeless(text, tokenizer, limit):
-            raise too_long(f"{len(text)} characters", limit)
+            raise facts.text_too_long(f"{len(text)} characters")
         text, ids = prompt_tokens(prompt, tokenizer)
         if truncate is not None:
             ids = ids[:limit]
-    if len(ids) > limit:
-        raise too_long(f"{len(ids)} tokens", limit)
-    check_tokens(ids, facts)
+    facts.check_text(ids)
     return (text if isinstance(text, str) else None), ids
 
 
@@ -134,14 +131,6 @@ def _prompted(prompt: Prompt, facts: ModelFacts, name: str | None) -> Prompt:
 def _hopeless(text: str, tokenizer: Tokenizer | None, limit: int) -> bool:
     """Whether a text is too long at sight; tokenising megabytes would take seconds and gigabytes."""
     return len(text) > MAX_CHARS or (tokenizer is not None and tokenizer.surely_reaches(text, limit + 1))
-
-
-def too_long(what: str, limit: int) -> UsageError:
-    """The refusal of a text that the model cannot take."""
-    return UsageError(
-        f"the text has {what}, but the model takes {limit} tokens; "
-        "truncate_prompt_tokens=-1 leaves out the rest"
-    )
 
 
 def shorten(

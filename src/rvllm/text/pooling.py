@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from rvllm.engine.ipc.messages import ModelFacts
 from rvllm.errors import UsageError
-from rvllm.text.embedding import MAX_CHARS, text_tokens, too_long
-from rvllm.text.requests import check_tokens
+from rvllm.text.embedding import MAX_CHARS, text_tokens
 from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 F32 = NDArray[np.float32]
@@ -109,10 +108,8 @@ def pair_tokens(
         limit = truncate
     if max(len(first), len(second)) > MAX_CHARS:
         if truncate is None:
-            raise too_long(f"{len(first) + len(second)} characters", limit)
+            raise facts.text_too_long(f"{len(first) + len(second)} characters")
         first, second = first[:MAX_CHARS], second[:MAX_CHARS]
     ids, begin = tokenizer.encode_pair(first, second, None if truncate is None else limit)
-    if len(ids) > limit:
-        raise too_long(f"{len(ids)} tokens", limit)
-    check_tokens(ids, facts)
+    facts.check_text(ids)
     return ids, begin

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rvllm.engine.ipc.messages import Output, TokenLogprobs
+from rvllm.backends.base import TokenLogprobs
+from rvllm.engine.ipc.messages import Output
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.text.outputs import CompletionOutput, Logprob, PositionLogprobs
 from rvllm.text.stop import StopFinder

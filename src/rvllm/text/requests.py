@@ -65,7 +65,7 @@ class RequestMaker:
         arrival: seconds, `time.time()`; None: now. client: whose they are, for fair shares.
         Raises UsageError naming the parameter: an empty or too long prompt, ids out of the vocabulary.
         """
-        check_prompt(prompt_token_ids, self.facts)
+        self.facts.check_prompt(prompt_token_ids)
         sampling = to_sampling(params, len(prompt_token_ids), self.facts, self._tokenizer)
         seed = self._seeds.getrandbits(_SEED_BITS) if params.seed is None else params.seed
         return [
@@ -133,29 +133,6 @@ def _whole(value: Any) -> int | None:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         return None
     return int(value.__index__())
-
-
-def check_prompt(prompt_token_ids: list[int], facts: ModelFacts) -> None:
-    """Raises UsageError when the prompt is empty, too long for an output token, or not of this vocabulary."""
-    if facts.embedding_size is not None:
-        raise UsageError(f"{facts.architecture} gives embeddings and generates no text")
-    count = len(prompt_token_ids)
-    if count >= facts.max_model_len:
-        raise UsageError(
-            f"prompt has {count} tokens, but the context holds {facts.max_model_len} "
-            "and at least one is for the output (max_model_len)"
-        )
-    check_tokens(prompt_token_ids, facts)
-
-
-def check_tokens(prompt_token_ids: list[int], facts: ModelFacts) -> None:
-    """Raises UsageError when there are no tokens, or one of them is not of this vocabulary."""
-    if not prompt_token_ids:
-        raise UsageError("prompt must not be empty")
-    low, high = min(prompt_token_ids), max(prompt_token_ids)
-    if low < 0 or high >= facts.vocab_size:
-        wrong = low if low < 0 else high
-        raise UsageError(f"prompt: token id {wrong} is not in the vocabulary of {facts.vocab_size}")
 
 
 def bad_word_tokens(words: Sequence[str], tokenizer: Tokenizer | None) -> list[list[int]]:
@@ -249,8 +226,8 @@ def to_sampling(
 
 def _in_vocabulary(name: str, tokens: list[int], facts: ModelFacts) -> list[int]:
     """The token ids as ints. Raises UsageError when one is not of the vocabulary."""
-    for token in tokens:
-        whole = _whole(token)
-        if whole is None or not 0 <= whole < facts.vocab_size:
-            raise UsageError(f"{name}: token id {token!r} is not in the vocabulary of {facts.vocab_size}")
-    return [int(token) for token in tokens]
+    found = [int(token) for token in map(_whole, tokens) if token is not None]
+    if len(found) < len(tokens):
+        raise UsageError(f"{name}: token ids must be whole numbers")
+    facts.check_tokens(name, found)
+    return found

@@ -148,9 +148,9 @@ def test_top_logprobs() -> None:
     out = top_logprobs(logits, 17, 5)
     logp = logits - np.log(np.exp(logits.astype(np.float64)).sum())
     order = np.argsort(-logits, kind="stable")
-    assert out.top_ids.tolist() == order[:5].tolist()
-    np.testing.assert_allclose(out.top, logp[order[:5]], atol=1e-5)
-    assert out.token == pytest.approx(logp[17], abs=1e-5)
+    assert out.top_ids == order[:5].tolist()
+    np.testing.assert_allclose(out.top_logprobs, logp[order[:5]], atol=1e-5)
+    assert out.logprob == pytest.approx(logp[17], abs=1e-5)
     assert order[out.rank - 1] == 17
     assert len(top_logprobs(logits, 17, 0).top_ids) == 0
 
@@ -161,7 +161,7 @@ def test_a_token_has_the_logprob_it_has_among_the_top() -> None:
         logits = np.random.default_rng(seed).normal(0, 3, 1000).astype(np.float32)
         best = int(np.argmax(logits))
         out = top_logprobs(logits, best, 3)
-        assert out.token == float(out.top[0])
+        assert out.logprob == out.top_logprobs[0]
 
 
 def test_a_rank_is_one_more_than_the_number_of_larger_logits() -> None:

@@ -24,12 +24,11 @@ from rvllm.backends.base import (
     LedgerLine,
     Limits,
     StepBatch,
-    StepKernel,
     StepResult,
-    TopLogprobs,
-    grouped,
+    TokenLogprobs,
 )
 from rvllm.engine.ipc.messages import ModelFacts
+from rvllm.telemetry.stats import StepKernel, grouped
 
 VOCAB = 97
 EOS = 96
@@ -47,12 +46,10 @@ def next_token(
     return token
 
 
-def row_logprobs(history: Sequence[int], token: int, top: int) -> TopLogprobs:
+def row_logprobs(history: Sequence[int], token: int, top: int) -> TokenLogprobs:
     """Made-up numbers that depend on the history and the token."""
     base = float(sum((i + 1) * t for i, t in enumerate(history)) % 1000 + token)
-    return TopLogprobs(
-        -base, token + 1, np.arange(top, dtype=np.int32), np.full(top, -base, dtype=np.float32)
-    )
+    return TokenLogprobs(token, -base, token + 1, list(range(top)), [-base] * top)
 
 
 class PagedDouble:

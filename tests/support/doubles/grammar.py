@@ -6,7 +6,8 @@ from collections import deque
 
 import numpy as np
 
-from rvllm.backends.base import LedgerLine, Limits, SlotStart, StepBatch, StepKernel, StepResult
+from rvllm.backends.base import LedgerLine, Limits, SlotStart, StepBatch, StepResult
+from rvllm.telemetry.stats import StepKernel
 
 
 class RandomDouble:

@@ -18,23 +18,22 @@ from rvllm.api.generate.generation import Service
 from rvllm.api.http.exchange import Gate
 from rvllm.api.http.listen import StopSignals, bind
 from rvllm.api.http.server import serve
+from rvllm.backends.base import TokenLogprobs
 from rvllm.config import ServerConfig
 from rvllm.engine.ipc.messages import (
     Embed,
     Generate,
-    KernelUse,
     ModelFacts,
     Output,
     PrefillChunk,
     Ready,
     SequenceState,
     State,
-    Stats,
-    TokenLogprobs,
     Vocabulary,
 )
 from rvllm.errors import EngineDeadError
 from rvllm.telemetry.metrics import Metrics
+from rvllm.telemetry.stats import Stats, StepKernel
 from rvllm.text.requests import RequestMaker
 from support.text.tiny_tokenizers import byte_level
 
@@ -103,7 +102,7 @@ class FakeEngine:
             SequenceState(name, True, 20, 5, 24, 64, 16, 1.5, 0.25, [0, i + 1])
             for i, name in enumerate(sorted(self.open))
         ]
-        kernels = [KernelUse("qkv", "gemm_bf16", 30, "the only one"), KernelUse("lm_head", "gemm_bf16", 1)]
+        kernels = [StepKernel("qkv", "gemm_bf16", 30, "the only one"), StepKernel("lm_head", "gemm_bf16", 1)]
         return State(
             stats=await self.stats(),
             sequences=sequences,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
+from msgspec.structs import replace
 
 from rvllm.backends.base import BROKEN_ROW, SamplingSpec, SlotStart
 from rvllm.backends.cpu.reference.philox import uniform
@@ -220,9 +219,9 @@ def check_logprobs(gpu: Gpu, rng: np.random.Generator, vocab: int) -> float:
         k = int(wanted[i])
         assert ranks[i] == reference.rank
         assert (ids[i, :k] == reference.top_ids).all(), (i, ids[i, :k], reference.top_ids)
-        worst = max(worst, abs(float(token[i]) - reference.token))
+        worst = max(worst, abs(float(token[i]) - reference.logprob))
         if k:
-            worst = max(worst, float(np.abs(top[i, :k] - reference.top).max()))
+            worst = max(worst, float(np.abs(top[i, :k] - reference.top_logprobs).max()))
     assert np.isnan(token[n])
     assert np.isfinite(token[:n]).all()
     assert worst < 2e-5, worst

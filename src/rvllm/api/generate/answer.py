@@ -17,7 +17,7 @@ from rvllm.api.generate.sampling import chat_params, refuse_unsupported
 from rvllm.api.generate.structured_outputs import answer_grammar
 from rvllm.api.schemas.answers import CompletionDetails, Usage
 from rvllm.api.schemas.requests import ChatRequest
-from rvllm.engine.ipc.messages import TokenLogprobs
+from rvllm.backends.base import TokenLogprobs
 from rvllm.text.chat.reasoning import ReasoningSplitter, begins_within
 from rvllm.text.tools.events import Event
 

@@ -25,10 +25,12 @@ async def prompt_of(
     service: Service, request: ChatRequest, size: int, add_special_tokens: bool
 ) -> tuple[str, list[int]]:
     """The prompt as text and as token ids. Raises a 400 for one that cannot fit into the context."""
-    limit, values = service.ready.facts.max_model_len, _template_values(service, request)
-    text, tokens = await service.work.run(tasks.prompt, "messages", size, *values, add_special_tokens, limit)
+    facts, values = service.ready.facts, _template_values(service, request)
+    text, tokens = await service.work.run(
+        tasks.prompt, "messages", size, *values, add_special_tokens, facts.max_model_len
+    )
     if tokens is None:
-        raise too_long("messages", f"{len(text)} characters", limit)
+        raise too_long("messages", f"{len(text)} characters", facts)
     return text, tokens
 
 

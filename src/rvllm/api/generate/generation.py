@@ -15,18 +15,11 @@ from numpy.typing import NDArray
 from rvllm.api.generate.job import Clock, Job, Piece, Retry, checked_priority, client_of, merged
 from rvllm.api.http.errors import ApiError, invalid, overloaded
 from rvllm.config import ServerConfig
-from rvllm.engine.ipc.messages import (
-    Embed,
-    Generate,
-    Output,
-    Ready,
-    State,
-    Stats,
-    Vocabulary,
-)
+from rvllm.engine.ipc.messages import Embed, Generate, ModelFacts, Output, Ready, State, Vocabulary
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import UsageError
 from rvllm.telemetry.metrics import Metrics
+from rvllm.telemetry.stats import Stats
 from rvllm.text.chat.reasoning import reasoning_format
 from rvllm.text.chat.template import template_traits
 from rvllm.text.grammar.grammar import vocabulary_of
@@ -207,7 +200,7 @@ class Service:
         limit = self.ready.facts.max_model_len
         found = await self.work.run(tasks.encode, param, len(text), text, add_special_tokens, limit)
         if found is None:
-            raise too_long(param, f"{len(text)} characters", limit)
+            raise too_long(param, f"{len(text)} characters", self.ready.facts)
         return found
 
     def job(
@@ -267,9 +260,8 @@ class Service:
 
     def check_length(self, tokens: int, param: str) -> None:
         """Raises a 400 for a prompt of so many tokens when the context has no room for an answer."""
-        limit = self.ready.facts.max_model_len
-        if tokens >= limit:
-            raise too_long(param, f"{tokens} tokens", limit)
+        if tokens >= self.ready.facts.max_model_len:
+            raise too_long(param, f"{tokens} tokens", self.ready.facts)
 
     async def run(self, job: Job) -> AsyncGenerator[Piece, None]:
         """The pieces of all choices as they come. Closing it aborts what still runs.
@@ -327,14 +319,9 @@ class Service:
             clock.finished(reason)
 
 
-def too_long(param: str, what: str, limit: int) -> ApiError:
+def too_long(param: str, what: str, facts: ModelFacts) -> ApiError:
     """A 400 for a prompt that does not fit into the context."""
-    return invalid(
-        f"{param}: the prompt has {what}, but the context holds {limit} tokens "
-        "and at least one is for the answer",
-        param,
-        "context_length_exceeded",
-    )
+    return invalid(f"{param}: {facts.prompt_too_long(what)}", param, "context_length_exceeded")
 
 
 def _template_of(tokenizer: Tokenizer | None, given: str | None) -> str | None:

@@ -12,7 +12,7 @@ from rvllm.api.schemas.answers import (
     TokenLogprob,
     TopLogprob,
 )
-from rvllm.engine.ipc.messages import TokenLogprobs
+from rvllm.backends.base import TokenLogprobs
 from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 

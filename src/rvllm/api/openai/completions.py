@@ -72,10 +72,12 @@ def _fill_in(service: Service, request: CompletionRequest) -> FillIn | None:
 async def _around_gap(service: Service, request: CompletionRequest, before: list[int]) -> list[int]:
     after = request.suffix or ""
     special = request.add_special_tokens is not False
-    limit = service.ready.facts.max_model_len
-    found = await service.work.run(tasks.fill_in, "suffix", len(after), before, after, special, limit)
+    facts = service.ready.facts
+    found = await service.work.run(
+        tasks.fill_in, "suffix", len(after), before, after, special, facts.max_model_len
+    )
     if found is None:
-        raise too_long("suffix", f"{len(after)} characters", limit)
+        raise too_long("suffix", f"{len(after)} characters", facts)
     return found
 
 

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from rvllm.backends.base import (
-    LedgerLine,
-    Limits,
-    Progress,
-    StepKernel,
-    grouped,
-)
+from rvllm.backends.base import LedgerLine, Limits, Progress
 from rvllm.backends.cpu.compiled.model import NativeModel, chosen
 from rvllm.backends.cpu.memory import MemoryPlan, plan_memory, weight_bytes
 from rvllm.backends.cpu.reference.gemm import same_at_every_position
@@ -22,6 +16,7 @@ from rvllm.errors import RvllmError, UsageError
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import LatentRopeKV, Program, RopeKV
 from rvllm.program.rope import Rope
+from rvllm.telemetry.stats import StepKernel, grouped
 from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.packing import dummy, pack
 

@@ -18,7 +18,6 @@ from rvllm.backends.base import (
     Limits,
     Progress,
     StepBatch,
-    StepKernel,
     StepResult,
 )
 from rvllm.backends.cuda.buckets import MIXED_TOKENS
@@ -52,6 +51,7 @@ from rvllm.config import EngineConfig
 from rvllm.errors import RvllmError, UsageError
 from rvllm.program.cost import StepShape, program_cost
 from rvllm.program.ops.dense import Program
+from rvllm.telemetry.stats import StepKernel
 from rvllm.weights.checkpoint import Checkpoint
 
 _NO_TILES = np.zeros((0, 2), dtype=np.int32)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import Limits, Progress, StepBatch, StepKernel
+from rvllm.backends.base import Limits, Progress, StepBatch
 from rvllm.backends.cuda.buckets import bucket_of
 from rvllm.backends.cuda.device.driver import Graph
 from rvllm.backends.cuda.device.graphs import GraphCache, Key
@@ -28,6 +28,7 @@ from rvllm.config import EngineConfig
 from rvllm.kernels.encoder.specs import TEXT_ROWS
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import Pool
+from rvllm.telemetry.stats import StepKernel
 from rvllm.weights.checkpoint import Checkpoint
 
 _NO_UPDATES = np.zeros((0, 3), dtype=np.int32)

@@ -26,8 +26,9 @@ class InFlightStep:
     """One step's pinned images and events; reused round robin once the step has been collected.
 
     began and ended enclose the step's graphs, done comes after the copies to the host. asked: for each
-    entry of the logprobs kernel the sequence it belongs to, whether it scores the prompt, and how many
-    top tokens it wants. follows: the step before this one, when that was a decode step still under way.
+    entry of the logprobs kernel the sequence it belongs to, the token of the prompt that it scores, or -1,
+    and how many top tokens it wants. follows: the step before this one, when that was a decode step still
+    under way.
     """
 
     metadata: Pinned
@@ -41,7 +42,7 @@ class InFlightStep:
     wide: Pinned | None = None  # rows of logits, where more of them is wanted than the kernel reports
     batch: StepBatch = field(default_factory=lambda: NOTHING)
     rows: SampledRows = field(default_factory=lambda: SampledRows.of(NOTHING))
-    asked: list[tuple[int, bool, int]] = field(default_factory=list)
+    asked: list[tuple[int, int, int]] = field(default_factory=list)
     decode: bool = False
     follows: InFlightStep | None = None
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import Limits, Progress, StepBatch, StepKernel
+from rvllm.backends.base import Limits, Progress, StepBatch
 from rvllm.backends.cuda.backend import send_ropes
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.device.launches import kernel_names
@@ -33,6 +33,7 @@ from rvllm.errors import UsageError
 from rvllm.program.cost import kv_bytes_per_token
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import Pool
+from rvllm.telemetry.stats import StepKernel
 from rvllm.weights.checkpoint import Checkpoint
 
 MAX_UPDATES = 1 << 16  # block-table entries that a step's metadata holds

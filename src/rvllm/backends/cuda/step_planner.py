@@ -10,7 +10,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rvllm.backends.base import StepKernel
 from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import DeviceFacts, Graph, Stream
@@ -37,6 +36,7 @@ from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import GatherRows, Program
+from rvllm.telemetry.stats import StepKernel
 
 
 @dataclass(frozen=True)

@@ -44,12 +44,12 @@ from rvllm.engine.ipc.messages import (
     Sleep,
     Slept,
     State,
-    Stats,
     ToEngine,
     Vocabulary,
 )
 from rvllm.engine.ipc.process import Launch
 from rvllm.errors import EngineDeadError, RvllmError, SlowClientError, UnavailableError, UsageError
+from rvllm.telemetry.stats import Stats
 
 COMMAND = (sys.executable, "-m", "rvllm.engine.ipc.process")
 QUESTION_SECONDS = 5.0  # for the engine to say how it is doing

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
+from rvllm.backends.base import LedgerLine, SamplingSpec, TokenLogprobs
+from rvllm.errors import UsageError
+from rvllm.telemetry.stats import Stats, StepKernel
 
-class Sampling(msgspec.Struct, frozen=True, array_like=True):
-    """The engine's share of SamplingParams: everything that needs token ids only.
 
-    Text (stop strings, detokenising) and fan-out (`n`) stay in the API process.
+class Sampling(SamplingSpec, frozen=True, array_like=True):
+    """The engine's share of SamplingParams: everything that needs token ids only, the backend's among it.
+
+    Text (stop strings, detokenising) and fan-out (`n`) stay in the API process. Among `stop_token_ids` are
+    those that end a text, unless ignore_eos.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int = 0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    stop_token_ids: tuple[int, ...] = ()  # EOS ids included unless ignore_eos
-    min_tokens: int = 0
     max_tokens: int = 16
-    logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: str | None = None  # in llguidance's form; the output follows it (a Vocabulary must have come)
     allowed_token_ids: tuple[int, ...] = ()  # the only tokens that may be drawn; empty: any
@@ -102,16 +96,6 @@ class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
     """The engine process ends after the step in progress."""
 
 
-class TokenLogprobs(msgspec.Struct, array_like=True, gc=False):
-    """Log-probabilities of one position: the token's own, its rank (1 is best), the top ones in order."""
-
-    token_id: int
-    logprob: float
-    rank: int
-    top_ids: list[int]
-    top_logprobs: list[float]
-
-
 class PrefillChunk(msgspec.Struct, array_like=True, gc=False):
     """A part of a prompt that one step computed; from its launch to its end, time.time()."""
 
@@ -147,54 +131,7 @@ class Outputs(msgspec.Struct, tag="outputs", array_like=True):
     outputs: list[Output]
 
 
-class KernelUse(msgspec.Struct, array_like=True, gc=False):
-    """Launches of one kernel in a step, for ops alike but for their layer; why: how it was chosen."""
-
-    op: str
-    kernel: str
-    count: int
-    why: str = ""
-
-
-class Stats(msgspec.Struct, tag="stats", kw_only=True, array_like=True):
-    """A snapshot for metrics and the live page."""
-
-    running: int = 0
-    waiting: int = 0
-    blocks_total: int = 0
-    blocks_used: int = 0
-    blocks_cached: int = 0  # free to take, but holding a reusable prefix
-    steps: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
-    preemptions: int = 0
-    finished: dict[str, int] = {}  # requests ended, by finish reason
-    loop_seconds: float = 0.0  # since the engine became ready
-    idle_seconds: float = 0.0  # of these, waiting for a request
-    host_seconds: float = 0.0  # of these, scheduling and bookkeeping
-    masks: int = 0  # token masks computed for grammars
-    mask_seconds: float = 0.0  # in all
-    mask_exposed_seconds: float = 0.0  # that the device waited for masks
-    step_tokens: int = 0  # computed by all steps
-    step_counts: list[int] = []  # steps by their number of tokens, see telemetry.bounds
-    kernels: list[KernelUse] = []  # of the last step, in the order of first use; only when asked for
-    floor_ratio: float | None = None  # floor of the last decode steps over what they took; None: unknown
-    mask_p50_seconds: float = 0.0  # how long a token waited for its mask, among the last few thousand
-    mask_p99_seconds: float = 0.0
-    backend: dict[str, float] = {}
-    broken_logits: int = 0  # draws from logits that are infinite or no numbers; each ended its request
-    cpu_blocks_total: int = 0  # KV blocks in host memory
-    cpu_blocks_used: int = 0  # of these, holding a prefix
-    host_hits: int = 0  # of cached_prompt_tokens, those whose blocks came from host memory
-    sleep_level: int = 0  # 0: awake
-    swaps: int = 0  # of preemptions, those whose blocks may move to host memory
-    blocks_moved_out: int = 0
-    blocks_moved_in: int = 0
-
-
-class SequenceState(msgspec.Struct, array_like=True, gc=False):
+class SequenceState(msgspec.Struct, rename={"request_id": "id"}, gc=False):
     """One request at a moment; counts in tokens, times in seconds."""
 
     request_id: str
@@ -219,7 +156,7 @@ class State(msgspec.Struct, tag="state", kw_only=True, array_like=True):
     sequences: list[SequenceState] = []
     cached_blocks: list[int] = []  # free, with a reusable prefix; released longest ago first
     cut: bool = False  # whether there are more sequences or blocks than listed
-    kernels: list[KernelUse] = []  # of the last step, in the order of first use
+    kernels: list[StepKernel] = []  # of the last step, in the order of first use
     floor_seconds: float | None = None
 
 
@@ -246,6 +183,55 @@ class ModelFacts(msgspec.Struct, kw_only=True):
     text_prompts: dict[str, str] = {}  # what is put before texts, by name (sentence-transformers' prompts)
     default_prompt: str | None = None  # the one that is put before a text when none is asked for
 
+    def check_generates(self) -> None:
+        """Raises UsageError for a model that pools."""
+        if self.embedding_size is not None:
+            raise UsageError(f"{self.architecture} gives embeddings and generates no text")
+
+    def check_pools(self) -> None:
+        """Raises UsageError for a model that generates text."""
+        if self.embedding_size is None:
+            raise UsageError(f"{self.architecture} generates text and gives no embeddings")
+
+    def check_prompt(self, token_ids: Sequence[int]) -> None:
+        """Raises UsageError for a prompt that is empty, too long for an answer or of another vocabulary."""
+        self.check_generates()
+        if len(token_ids) >= self.max_model_len:
+            raise UsageError(self.prompt_too_long(f"{len(token_ids)} tokens"))
+        self._check_some(token_ids)
+
+    def check_text(self, token_ids: Sequence[int]) -> None:
+        """Raises UsageError for a text to pool that is empty, too long or of another vocabulary."""
+        self.check_pools()
+        if len(token_ids) > self.max_model_len:
+            raise self.text_too_long(f"{len(token_ids)} tokens")
+        self._check_some(token_ids)
+
+    def prompt_too_long(self, what: str) -> str:
+        """What is said of a prompt of so many tokens or characters that does not fit into the context."""
+        return (
+            f"the prompt has {what}, but the context holds {self.max_model_len} tokens "
+            "and at least one is for the answer"
+        )
+
+    def text_too_long(self, what: str) -> UsageError:
+        """The refusal of a text to pool of so many tokens or characters."""
+        return UsageError(
+            f"the text has {what}, but the model takes {self.max_model_len} tokens; "
+            "truncate_prompt_tokens=-1 leaves out the rest"
+        )
+
+    def _check_some(self, token_ids: Sequence[int]) -> None:
+        if not token_ids:
+            raise UsageError("prompt must not be empty")
+        self.check_tokens("prompt", token_ids)
+
+    def check_tokens(self, name: str, token_ids: Sequence[int]) -> None:
+        """Raises UsageError, which names the parameter, where an id is not of the vocabulary."""
+        for token in (min(token_ids, default=0), max(token_ids, default=0)):
+            if not 0 <= token < self.vocab_size:
+                raise UsageError(f"{name}: token id {token} is not in the vocabulary of {self.vocab_size}")
+
 
 class Loading(msgspec.Struct, tag="loading", array_like=True):
     """Progress of the start: what is being done, and which part of it (0 to 1) is."""
@@ -264,7 +250,7 @@ class Ready(msgspec.Struct, tag="ready", kw_only=True, array_like=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     load_seconds: float
-    ledger: list[tuple[str, int]]
+    ledger: list[LedgerLine]
     facts: ModelFacts
     pipeline_depth: int = 1
     scheduling_policy: str = "priority"

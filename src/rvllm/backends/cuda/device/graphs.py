@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from rvllm.backends.base import StepKernel, grouped
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Graph, Stream
 from rvllm.backends.cuda.device.launches import Counts, Planned, bind
+from rvllm.telemetry.stats import StepKernel, grouped
 
 Key = tuple[str, int]  # kind of step, padded size
 

@@ -7,7 +7,7 @@ import ctypes
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import SlotStart, StepResult, TopLogprobs
+from rvllm.backends.base import SlotStart, StepResult, TokenLogprobs
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Launch, Pinned, Stream
 from rvllm.backends.cuda.in_flight import InFlightStep
@@ -98,15 +98,16 @@ class Scorer:
                 top = self._tops.get(slot)
                 if top is not None:
                     entries.append((row, -1, top))
-                    flight.asked.append((s, False, top))
+                    flight.asked.append((s, -1, top))
                 continue
             within = int(rows.rows[row]) - int(ends[s] - batch.query_lens[s])
             following = int(batch.starts[s]) + within + 1
             given = self._given[int(batch.slots[s])]
             if following < len(given):
                 top = batch.prompt_logprobs[s]
-                entries.append((row, int(given[following]), top))
-                flight.asked.append((s, True, top))
+                token = int(given[following])
+                entries.append((row, token, top))
+                flight.asked.append((s, token, top))
         return entries
 
     def read(self, flight: InFlightStep, result: StepResult) -> None:
@@ -121,14 +122,20 @@ class Scorer:
         ids = raw[8 * rows : (8 + 4 * MAX_TOP) * rows].view(np.int32).reshape(rows, MAX_TOP)
         top = raw[(8 + 4 * MAX_TOP) * rows :].view(np.float32).reshape(rows, MAX_TOP)
         place = 0
-        for i, (s, prompt, count) in enumerate(flight.asked):
-            scored = TopLogprobs(float(token[i]), int(ranks[i]), ids[i, :count].copy(), top[i, :count].copy())
+        for i, (s, given, count) in enumerate(flight.asked):
+            scored = TokenLogprobs(
+                token_id=int(result.tokens[s]) if given < 0 else given,
+                logprob=float(token[i]),
+                rank=int(ranks[i]),
+                top_ids=ids[i, :count].tolist(),
+                top_logprobs=top[i, :count].tolist(),
+            )
             if count > MAX_TOP and flight.wide is not None:
                 row = flight.wide.array.view(np.float32)[place * self._vocab : (place + 1) * self._vocab]
                 ranked = top_logprobs(row, 0, count)
-                scored = TopLogprobs(scored.token, scored.rank, ranked.top_ids, ranked.top)
+                scored.top_ids, scored.top_logprobs = ranked.top_ids, ranked.top_logprobs
                 place += 1
-            if prompt:
+            if given >= 0:
                 result.prompt_logprobs[s].append(scored)
             else:
                 result.logprobs[s] = scored
