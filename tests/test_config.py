@@ -94,6 +94,12 @@ def test_every_setting_is_a_flag_a_variable_and_a_table_row(cls: type) -> None:
         assert env_of(f.name, known) in table
 
 
+def test_two_names_of_a_setting_do_not_contradict_each_other() -> None:
+    assert build(EngineConfig, {"num_blocks": "9", "num_gpu_blocks": "9"}, {}).num_blocks == 9
+    with pytest.raises(UsageError, match="--num-blocks 8 and RVLLM_NUM_GPU_BLOCKS 9 are one setting"):
+        build(EngineConfig, {"num_blocks": "8"}, {"RVLLM_NUM_GPU_BLOCKS": "9"})
+
+
 def test_the_command_of_rvllm_in_rust_is_understood() -> None:
     given = {
         "model": "Qwen/Qwen2.5-7B-Instruct", "gpu_memory_reserve_gb": "8", "num_gpu_blocks": "4096",
@@ -102,6 +108,6 @@ def test_the_command_of_rvllm_in_rust_is_understood() -> None:
     config = build(EngineConfig, given, {"RVLLM_BATCHED_GEMM_STRATEGY": "hybrid"})
     assert config.max_model_len is None
     assert given_settings(config) == {
-        "--model": "Qwen/Qwen2.5-7B-Instruct", "--gpu-memory-reserve-gb": "8.0", "--num-gpu-blocks": "4096",
+        "--model": "Qwen/Qwen2.5-7B-Instruct", "--gpu-memory-reserve-gb": "8.0", "--num-blocks": "4096",
         "--num-cpu-blocks": "32768", "--gemm-strategy": "hybrid",
     }  # fmt: skip

@@ -37,7 +37,7 @@ INSIDE = {
         "encoder mamba2 mla moe decode",
         "gemm attention rowwise sampling loading common ptx",
         "build",
-        "spec types external",
+        "spec types external constants",
     ],
 }
 FORBIDDEN = {"torch", "triton", "transformers", "pydantic", "fastapi"}

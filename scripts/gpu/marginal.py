@@ -28,8 +28,8 @@ from rvllm.program.dtypes import DType
 def measure(name: str, context: int, sizes: list[int]) -> None:
     """Prints the tables of one model."""
     label, program = program_of(name, DType.BF16)
-    blocks = max(ENGINE.num_gpu_blocks or 0, max(sizes) * (context // 16 + 2))
-    engine = replace(ENGINE, max_num_seqs=max(ENGINE.max_num_seqs, *sizes), num_gpu_blocks=blocks)
+    blocks = max(ENGINE.num_blocks or 0, max(sizes) * (context // 16 + 2))
+    engine = replace(ENGINE, max_num_seqs=max(ENGINE.max_num_seqs, *sizes), num_blocks=blocks)
     backend = CudaBackend.load(program, None, engine)
     for seqs in sizes:
         table(backend, f"{label}, {seqs} sequences", seqs, context, program.vocab_size)

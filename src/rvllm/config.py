@@ -115,7 +115,9 @@ class EngineConfig:
         choices=("auto", "bf16", "fp16", "fp8"),
     )
     num_blocks: int | None = setting(
-        None, "KV blocks of 16 tokens; default: what memory allows.", low=1, env="RVLLM_NUM_BLOCKS"
+        None,
+        "KV blocks of 16 tokens on the device that runs the model; default: as many as the memory flags leave room for, on the CPU no more than could be used at once.",
+        low=1,
     )
     num_cpu_blocks: int = setting(
         0,
@@ -139,9 +141,7 @@ class EngineConfig:
     )
     gpu_memory_utilization: float = setting(0.90, "Share of the GPU's memory to take.", low=0.01, high=1.0)
     gpu_memory_reserve_gb: float = setting(0.0, "GB of GPU memory to leave free beyond that share.", low=0.0)
-    num_gpu_blocks: int | None = setting(
-        None, "KV blocks on the GPU, instead of as many as the memory flags leave room for.", low=1
-    )
+    num_gpu_blocks: int | None = setting(None, "Another name of --num-blocks.", low=1, same_as="num_blocks")
     gemm_strategy: str = setting(
         "native",
         "Matrix kernels on a GPU: ours, cuBLASLt's, those built from CUTLASS, hybrid: cuBLASLt for QKV, O and down, CUTLASS for gate and up with their activation, or auto: per shape the fastest, measured at a model's first start. native and cutlass give a request the same bits in any batch, cublas and hybrid do not, auto does unless it chooses cuBLASLt.",
@@ -199,6 +199,9 @@ class EngineConfig:
             name, colon, file = self.model.partition(":")
             object.__setattr__(self, "model", f"{name.partition('@')[0]}@{self.revision}{colon}{file}")
             object.__setattr__(self, "revision", None)
+        if self.num_gpu_blocks is not None:
+            object.__setattr__(self, "num_blocks", self.num_gpu_blocks)
+            object.__setattr__(self, "num_gpu_blocks", None)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class Setting:
     # Variables of rvLLM in Rust: name, its text, and the value that this stands for.
     switches: tuple[tuple[str, str, str], ...] = ()
     secret: bool = False  # never shown; an empty one is a mistake
+    same_as: str = ""  # the setting that this is another name of
 
 
 def setting(default: Any, help: str, **extra: Any) -> Any:
@@ -193,6 +194,9 @@ def build(cls: type[ConfigT], given: Mapping[str, Any], environ: Mapping[str, st
         if known.secret and not value:
             raise UsageError(f"{origin}: must not be empty")
         check_value(f.name, known, value, origin)
+        if values.get(known.same_as, value) != value:
+            first = f"{flag_of(known.same_as)} {values[known.same_as]}"
+            raise UsageError(f"{first} and {origin} {value} are one setting: give one of them")
         values[f.name] = value
     return cls(**values)
 

@@ -120,7 +120,7 @@ def test_vllms_key_protects_the_server() -> None:
 def test_the_same_table_serves_python() -> None:
     given = {"tensor_parallel_size": 1, "dtype": "half", "num_gpu_blocks_override": 9, "swap_space": 2}
     found = engine_config("M", None, {**given, "enforce_eager": True, "hf_overrides": None})
-    assert (found.dtype, found.num_gpu_blocks) == ("float16", 9)
+    assert (found.dtype, found.num_blocks) == ("float16", 9)
     with pytest.raises(UsageError, match=r"tensor_parallel_size=2 .*one GPU"):
         engine_config("M", None, {"tensor_parallel_size": 2})
     with pytest.raises(UsageError, match="unknown argument 'nonsense'"):

@@ -16,14 +16,17 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from rvllm.kernels.constants import constants
 from rvllm.telemetry.stats import StepKernel
 
 Int32 = NDArray[np.int32]
 Progress = Callable[[float, str], None]  # part done, 0 to 1; what is being done
 
-BROKEN_ROW = -2  # in place of a token; kernels/sampling/sample.cu has it too
-MAX_BIASES = 1024  # entries of a request's logit_bias: a slot has room for so many on a device
-MAX_STOPS = 128  # token ids that min_tokens can hold back
+_SAMPLING = constants("sampling/sampling.cuh")
+KV_BLOCK = constants("attention/attention.cuh")["KV_BLOCK"]  # tokens of a block, on every device
+BROKEN_ROW = constants("sampling/sample.cu")["BROKEN_ROW"]  # in place of a token
+MAX_BIASES = _SAMPLING["MAX_BIASES"]  # entries of a request's logit_bias that a slot has room for
+MAX_STOPS = _SAMPLING["MAX_STOPS"]  # token ids that min_tokens can hold back
 MOVE_OUT, MOVE_IN, COPY, SAVE, RESTORE = range(5)  # kinds of StepBatch.moves
 LAST_SAMPLED = -1  # in StepBatch.tokens: the token this slot sampled last, which only the device may know
 

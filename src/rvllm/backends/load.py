@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rvllm.backends.base import Encoder, Generator, Progress
+from rvllm.backends.base import KV_BLOCK, Encoder, Generator, Progress
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.extras import install_command
@@ -19,11 +19,9 @@ from rvllm.program.ops.encoder import embedding_size
 from rvllm.settings import flag_of, given_settings
 from rvllm.weights.checkpoint import Checkpoint
 
-BLOCK_TOKENS = 16  # of a KV block, on every device
-
 # Settings that mean something on one kind of device only.
 GPU_ONLY = (
-    "gpu_memory_utilization", "gpu_memory_reserve_gb", "num_gpu_blocks", "gemm_strategy", "decode_path",
+    "gpu_memory_utilization", "gpu_memory_reserve_gb", "gemm_strategy", "decode_path",
     "capture_graphs", "check_device_memory",
 )  # fmt: skip
 CPU_ONLY = ("threads", "cpu_kernels")
@@ -35,19 +33,19 @@ def without_effect(config: EngineConfig, device: str) -> list[str]:
     return [f"{flag} {value}" for flag, value in given_settings(config).items() if flag in names]
 
 
-def check_memory_flags(program: Program, config: EngineConfig, device: str) -> None:
+def check_memory_flags(program: Program, config: EngineConfig) -> None:
     """Raises UsageError when two flags ask for KV caches of different sizes, with what each comes to."""
-    block = BLOCK_TOKENS * kv_bytes_per_token(program)
-    sizes = {}
-    for name in ("num_blocks", "num_gpu_blocks") if device == "cuda" else ("num_blocks",):
-        if (blocks := getattr(config, name)) is not None:
-            sizes[f"{flag_of(name)} {blocks}"] = blocks
-    room = config.kv_cache_memory_gb
-    if room is not None and not program.states and block:  # beside states the flag bounds these, too
-        sizes[f"--kv-cache-memory-gb {room:g}"] = int(room * 1e9) // block
-    if len(set(sizes.values())) > 1:
-        parts = " and ".join(f"{said} ({n:,} blocks, {n * block / 1e9:.3f} GB)" for said, n in sizes.items())
-        raise UsageError(f"{parts} ask for different KV caches: give one of them")
+    block = KV_BLOCK * kv_bytes_per_token(program)
+    asked, room = config.num_blocks, config.kv_cache_memory_gb
+    if (
+        asked is None or room is None or program.states or not block
+    ):  # beside states the flag bounds these, too
+        return
+    if asked != int(room * 1e9) // block:
+        raise UsageError(
+            f"--num-blocks {asked} ({asked * block / 1e9:.3f} GB) and --kv-cache-memory-gb {room:g} "
+            f"({int(room * 1e9) // block:,} blocks) ask for different KV caches: give one of them"
+        )
 
 
 def gpu_present() -> bool:
@@ -111,7 +109,7 @@ def load_backend(
         checkpoint = None
     device = choose_device(config)
     if embedding_size(program) is None:
-        check_memory_flags(program, config, device)
+        check_memory_flags(program, config)
     if idle := without_effect(config, device):
         where = "the CPU" if device == "cpu" else "a GPU"
         logging.getLogger("rvllm").warning("without effect on %s: %s", where, ", ".join(idle))

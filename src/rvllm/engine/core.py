@@ -56,7 +56,7 @@ def same_limits(config: EngineConfig, limits: Limits) -> EngineConfig:
     if not limits.num_blocks:
         return same
     room = config.kv_cache_memory_gb if not limits.prefix_reuse else None  # it bounds states, too
-    return replace(same, num_blocks=limits.num_blocks, num_gpu_blocks=None, kv_cache_memory_gb=room)
+    return replace(same, num_blocks=limits.num_blocks, kv_cache_memory_gb=room)
 
 
 class EngineCore:

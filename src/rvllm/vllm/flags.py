@@ -137,7 +137,7 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     # the cache
     "block_size": _taken(16, None, instead="blocks are of 16 tokens"),
     "kv_cache_memory_bytes": _renamed("kv_cache_memory_gb"),
-    "num_gpu_blocks_override": _renamed("num_gpu_blocks"),
+    "num_gpu_blocks_override": _renamed("num_blocks"),
     "swap_space": _taken(),  # see --num-cpu-blocks
     "cpu_offload_gb": _taken(0, instead="a quantised checkpoint; weights stay on the GPU"),
     "prefix_caching_hash_algo": _taken(),

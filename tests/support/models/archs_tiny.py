@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from rvllm.backends.base import LAST_SAMPLED, SamplingSpec, SlotStart, StepBatch
+from rvllm.backends.base import KV_BLOCK, LAST_SAMPLED, SamplingSpec, SlotStart, StepBatch
 from rvllm.backends.cpu.backend import CpuBackend
 from rvllm.backends.cpu.reference.interpreter import execute
 from rvllm.backends.cpu.reference.run import Run
-from rvllm.backends.cpu.step import BLOCK, flat_step
+from rvllm.backends.cpu.step import flat_step
 from rvllm.config import EngineConfig
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
@@ -268,7 +268,7 @@ def load(path: Path, max_model_len: int = 256) -> CpuBackend:
     program = build_program(ModelConfig(checkpoint.config, checkpoint.config_origin), DType.F32)
     config = EngineConfig(
         device="cpu", cpu_kernels="numpy", max_model_len=max_model_len, max_num_seqs=4, threads=1,
-        num_blocks=4 * max_model_len // BLOCK,
+        num_blocks=4 * max_model_len // KV_BLOCK,
     )  # fmt: skip
     return CpuBackend.load(program, checkpoint, config)
 
@@ -291,7 +291,7 @@ def all_logits(backend: CpuBackend, tokens: NDArray[np.int32], chunks: Sequence[
 
 def step_logits(backend: CpuBackend, tokens: Sequence[NDArray[np.int32]], starts: Sequence[int]) -> list[F32]:
     """Logits of every row of one step, for each of its sequences; sequence s keeps its own KV blocks."""
-    own = -(-backend.limits.max_model_len // BLOCK)
+    own = -(-backend.limits.max_model_len // KV_BLOCK)
     tables = np.zeros((len(tokens), -(-own // 8) * 8), np.int32)  # padded to whole attention splits
     tables[:, :own] = np.arange(len(tokens) * own).reshape(-1, own)
     lens = np.array([len(t) for t in tokens], np.int32)
@@ -304,7 +304,7 @@ def step_logits(backend: CpuBackend, tokens: Sequence[NDArray[np.int32]], starts
 
 def greedy(backend: CpuBackend, prompt: NDArray[np.int32], count: int) -> list[int]:
     """The tokens that the backend draws after the prompt, through its public steps."""
-    blocks = -(-(len(prompt) + count) // BLOCK)
+    blocks = -(-(len(prompt) + count) // KV_BLOCK)
     rows = [(0, i, i) for i in range(blocks)]
     batch = StepBatch(
         step=0,

@@ -7,7 +7,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import BROKEN_ROW, StepBatch, StepResult
+from rvllm.backends.base import BROKEN_ROW, KV_BLOCK, StepBatch, StepResult
 from rvllm.backends.cpu.compiled.model import NativeModel
 from rvllm.backends.cpu.loaded_model import LoadedModel
 from rvllm.backends.cpu.measure import Rates, measure
@@ -16,7 +16,7 @@ from rvllm.backends.cpu.pools import Pools, drop_pages, trim_heap
 from rvllm.backends.cpu.reference.run import F32, Model, Run
 from rvllm.backends.cpu.reference.sampler import draw
 from rvllm.backends.cpu.slots import Slots, text_tables
-from rvllm.backends.cpu.step import BLOCK, flat_step
+from rvllm.backends.cpu.step import flat_step
 from rvllm.backends.logprobs import top_logprobs
 from rvllm.program.cost import StepShape, program_cost
 
@@ -136,7 +136,7 @@ class CpuEncoder(LoadedModel):
         began = time.perf_counter()
         for cache in self._model.caches.values():  # what other texts left must not meet a weight of zero
             for array in cache:
-                array[: -(-batch.num_tokens // BLOCK) + len(batch.slots)] = 0
+                array[: -(-batch.num_tokens // KV_BLOCK) + len(batch.slots)] = 0
         tables = text_tables(batch.query_lens, self.limits.num_blocks)
         rows = np.arange(len(batch.slots))
         step = flat_step(batch.tokens, batch.query_lens, batch.starts, tables, rows, seconds=batch.seconds)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rvllm.backends.base import LedgerLine, Limits
-from rvllm.backends.cpu.step import BLOCK
+from rvllm.backends.base import KV_BLOCK, LedgerLine, Limits
 from rvllm.backends.lengths import asked_host_blocks, asked_length, encoder_lengths, state_rows
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
@@ -49,13 +48,13 @@ class MemoryPlan:
     @property
     def kv_bytes(self) -> int:
         """Bytes of all KV blocks."""
-        return self.limits.num_blocks * BLOCK * self.kv_bytes_per_token
+        return self.limits.num_blocks * KV_BLOCK * self.kv_bytes_per_token
 
     @property
     def host_lines(self) -> list[LedgerLine]:
         """The ledger's line for the second tier, if there is one."""
         count = self.limits.num_cpu_blocks
-        nbytes = count * BLOCK * self.kv_bytes_per_token
+        nbytes = count * KV_BLOCK * self.kv_bytes_per_token
         return [LedgerLine("kv cache, second tier", nbytes)] if count else []
 
 
@@ -126,11 +125,11 @@ def plan_memory(
     workspace = workspace_bytes(program, config)
     per_token = kv_bytes_per_token(program)
     host_blocks = asked_host_blocks(program, config)
-    host = host_blocks * BLOCK * per_token
+    host = host_blocks * KV_BLOCK * per_token
     left = free - weights - workspace - RESERVE - host
     if left < 0:
         held = f"the weights take {weights / GB:.2f} GB {form}"
-        raise _too_little(free, held, workspace, left, host_blocks, BLOCK * per_token)
+        raise _too_little(free, held, workspace, left, host_blocks, KV_BLOCK * per_token)
     wanted = asked_length(program, config)
     if embedding_size(program) is not None:
         limits = _encoder_limits(program, config, left, per_token)
@@ -138,7 +137,7 @@ def plan_memory(
     a_slot = program.state_elements_per_slot * ELEMENT
     sequences, snapshots = _sequences(config, a_slot, left)
     blocks = _blocks(config, per_token, left - (sequences + snapshots) * a_slot)
-    longest = blocks * BLOCK
+    longest = blocks * KV_BLOCK
     if wanted is not None and wanted > longest:
         raise CapacityError(
             f"one sequence of --max-model-len {wanted} needs {_blocks_for(wanted)} KV blocks "
@@ -157,12 +156,12 @@ def plan_memory(
             max_num_seqs=sequences,
             max_num_batched_tokens=config.max_num_batched_tokens or DEFAULT_TOKENS,
             max_model_len=limit,
-            block_size=BLOCK,
+            block_size=KV_BLOCK,
             num_blocks=blocks,
             pipeline_depth=1,
             max_mixed_tokens=config.max_mixed_tokens or 0,
             num_cpu_blocks=host_blocks,
-            block_move_seconds=BLOCK * per_token / COPY_RATE,
+            block_move_seconds=KV_BLOCK * per_token / COPY_RATE,
             block_copies=not program.states,
             prefix_reuse=not program.states,
             num_snapshots=snapshots,
@@ -213,28 +212,28 @@ def _encoder_limits(program: Program, config: EngineConfig, left: int, per_token
     """
     longest, tokens = encoder_lengths(program, config, ENCODER_TOKENS)
     blocks = _blocks_for(tokens) + config.max_num_seqs if program.caches else 0
-    if blocks * BLOCK * per_token > left:
+    if blocks * KV_BLOCK * per_token > left:
         raise CapacityError(
-            f"keys and values of a step of {tokens} tokens need {blocks * BLOCK * per_token / GB:.2f} GB, "
+            f"keys and values of a step of {tokens} tokens need {blocks * KV_BLOCK * per_token / GB:.2f} GB, "
             f"and {left / GB:.2f} GB are left; lower --max-model-len or --max-num-batched-tokens"
         )
     return Limits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=tokens,
         max_model_len=longest,
-        block_size=BLOCK,
+        block_size=KV_BLOCK,
         num_blocks=blocks,
         pipeline_depth=1,
     )
 
 
 def _blocks_for(tokens: int) -> int:
-    return -(-tokens // BLOCK)
+    return -(-tokens // KV_BLOCK)
 
 
 def _blocks(config: EngineConfig, per_token: int, free: int) -> int:
     """KV blocks by --num-blocks, else --kv-cache-memory-gb, else a quarter of what is free."""
-    block_bytes = max(1, per_token * BLOCK)
+    block_bytes = max(1, per_token * KV_BLOCK)
     if config.num_blocks is not None:
         flag, blocks = f"--num-blocks {config.num_blocks}", config.num_blocks
     elif config.kv_cache_memory_gb is not None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import LAST_SAMPLED, Limits, SlotStart, StepBatch
+from rvllm.backends.base import KV_BLOCK, LAST_SAMPLED, Limits, SlotStart, StepBatch
 from rvllm.backends.cpu.reference.attention import SPLIT_BLOCKS
 from rvllm.backends.cpu.reference.sampler import History
-from rvllm.backends.cpu.step import BLOCK, Step, flat_step
+from rvllm.backends.cpu.step import Step, flat_step
 
 
 class Slots:
     """State of all slots 0 .. max_num_seqs - 1."""
 
     def __init__(self, limits: Limits, vocab: int) -> None:
-        splits = -(-limits.max_model_len // (BLOCK * SPLIT_BLOCKS))
+        splits = -(-limits.max_model_len // (KV_BLOCK * SPLIT_BLOCKS))
         self.vocab = vocab
         self.zeros = limits.num_blocks  # a block behind those handed out, which nothing is written to
         self.tables = np.full((limits.max_num_seqs, splits * SPLIT_BLOCKS), self.zeros, dtype=np.int32)
@@ -46,7 +46,7 @@ class Slots:
         self.tables[slot, index] = block
         first = np.full(len(self.tables), np.iinfo(np.int32).max)
         first[batch.slots] = batch.starts
-        fresh: NDArray[np.int32] = block[index * BLOCK >= first[slot]]
+        fresh: NDArray[np.int32] = block[index * KV_BLOCK >= first[slot]]
         return fresh
 
     def step(self, batch: StepBatch, rows: NDArray[np.int64]) -> Step:
@@ -64,7 +64,7 @@ class Slots:
 
 def text_tables(lengths: NDArray[np.int32], zeros: int) -> NDArray[np.int32]:
     """Block tables of texts that share a step, each with its own blocks, padded with the block of zeros."""
-    counts = -(-lengths // BLOCK)
+    counts = -(-lengths // KV_BLOCK)
     width = -(-int(counts.max(initial=0)) // SPLIT_BLOCKS) * SPLIT_BLOCKS
     index = np.arange(width, dtype=np.int32)
     firsts = (np.cumsum(counts) - counts).astype(np.int32)

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from rvllm.backends.base import KV_BLOCK
+
 Ints = NDArray[np.int64]
 
 Thing = TypeVar("Thing")
-
-BLOCK = 16  # tokens of a KV block
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ def flat_step(
     first_rows = np.concatenate([[0], np.cumsum(lens)[:-1]]) if len(lens) else lens
     sequence = np.repeat(np.arange(len(lens)), lens)
     positions = np.arange(len(tokens)) - first_rows[sequence] + first_positions[sequence]
-    blocks = tables[sequence, positions // BLOCK].astype(np.int64)
+    blocks = tables[sequence, positions // KV_BLOCK].astype(np.int64)
     kinds = np.zeros(len(tokens), dtype=np.int64)
     for s, second in seconds.items():
         kinds[first_rows[s] + second : first_rows[s] + lens[s]] = 1
     return Step(
         tokens=tokens,
         positions=positions,
-        places=blocks * BLOCK + positions % BLOCK,
+        places=blocks * KV_BLOCK + positions % KV_BLOCK,
         first_rows=first_rows,
         query_lens=lens,
         starts=first_positions,

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.base import (
+    KV_BLOCK,
     RESTORE,
     SAVE,
     LedgerLine,
@@ -28,7 +29,7 @@ from rvllm.backends.cuda.formats.choose import kept, say_expanded
 from rvllm.backends.cuda.in_flight import NOTHING, InFlightStep
 from rvllm.backends.cuda.layout.addresses import Addresses
 from rvllm.backends.cuda.layout.allocations import WEIGHTS, Placed, placed_weights
-from rvllm.backends.cuda.layout.memory import BLOCK, KV_CACHE, MemoryPlan
+from rvllm.backends.cuda.layout.memory import KV_CACHE, MemoryPlan
 from rvllm.backends.cuda.layout.metadata import SampledRows, leading_decodes
 from rvllm.backends.cuda.layout.packed import ELEMENT
 from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
@@ -76,7 +77,7 @@ class CudaBackend:
         self._planner, self._at, self._shape, self._program = planner, at, shape, program
         self._graphs = GraphBook(planner, gpu.catalog, gpu.stream)
         caches = [
-            (address, BLOCK * cache.heads * cache.row_bytes(dim, ELEMENT))
+            (address, KV_BLOCK * cache.heads * cache.row_bytes(dim, ELEMENT))
             for cache in program.caches
             for address, dim in zip(at.caches[cache.name], (cache.key_dim, cache.value_dim), strict=True)
             if dim
@@ -90,7 +91,7 @@ class CudaBackend:
             max_num_batched_tokens=shape.tokens,
             max_mixed_tokens=min(max_mixed_tokens or MIXED_TOKENS, shape.tokens),
             max_model_len=plan.max_model_len,
-            block_size=BLOCK,
+            block_size=KV_BLOCK,
             num_blocks=shape.kv_blocks,
             pipeline_depth=DEPTH,
             num_cpu_blocks=num_cpu_blocks,
@@ -284,7 +285,7 @@ class CudaBackend:
 
         Nothing may be running. Raises UsageError when the KV cache is too small for the step.
         """
-        blocks = -(-context // BLOCK)
+        blocks = -(-context // KV_BLOCK)
         if seqs > self._limits.max_num_seqs or seqs * blocks > self._limits.num_blocks:
             raise UsageError(
                 f"--profile: {seqs} sequences of {context} tokens do not fit; see --max-num-seqs"
@@ -365,7 +366,9 @@ class CudaBackend:
 def send_ropes(stream: Stream, at: Addresses, plan: MemoryPlan) -> None:
     """Computes the rotary tables on the host and copies them to the device."""
     for rope, (cos_at, sin_at) in at.ropes.items():
-        for table, address in zip(rope.table(plan.shape.table_stride * BLOCK), (cos_at, sin_at), strict=True):
+        for table, address in zip(
+            rope.table(plan.shape.table_stride * KV_BLOCK), (cos_at, sin_at), strict=True
+        ):
             flat = np.ascontiguousarray(table).reshape(-1).view(np.uint8)
             staging = Pinned(flat.nbytes)
             staging.array[:] = flat

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import Limits, Progress, StepBatch
+from rvllm.backends.base import KV_BLOCK, Limits, Progress, StepBatch
 from rvllm.backends.cuda.buckets import bucket_of
 from rvllm.backends.cuda.device.driver import Graph
 from rvllm.backends.cuda.device.graphs import GraphCache, Key
@@ -42,7 +42,7 @@ class CudaEncoder(PoolingRunner):
             max_num_seqs=plan.seqs,
             max_num_batched_tokens=plan.tokens,
             max_model_len=plan.longest,
-            block_size=16,
+            block_size=KV_BLOCK,
             num_blocks=0,
             pipeline_depth=1,
         )

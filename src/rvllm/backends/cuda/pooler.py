@@ -11,13 +11,13 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import Limits, Progress, StepBatch
+from rvllm.backends.base import KV_BLOCK, Limits, Progress, StepBatch
 from rvllm.backends.cuda.backend import send_ropes
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.device.launches import kernel_names
 from rvllm.backends.cuda.formats.choose import kept, say_expanded
 from rvllm.backends.cuda.layout.allocations import Placed, placed_weights
-from rvllm.backends.cuda.layout.memory import BLOCK, DEFAULT_TOKENS, KV_CACHE, Budget
+from rvllm.backends.cuda.layout.memory import DEFAULT_TOKENS, KV_CACHE, Budget
 from rvllm.backends.cuda.layout.metadata import SampledRows, leading_decodes
 from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
@@ -53,13 +53,13 @@ def plan_pooler(
     """
     longest, tokens = encoder_lengths(program, config, DEFAULT_TOKENS)
     seqs = min(config.max_num_seqs, tokens)
-    if -(-tokens // BLOCK) + seqs > MAX_UPDATES:
-        most = BLOCK * (MAX_UPDATES - seqs)
+    if -(-tokens // KV_BLOCK) + seqs > MAX_UPDATES:
+        most = KV_BLOCK * (MAX_UPDATES - seqs)
         raise UsageError(f"--max-num-batched-tokens {tokens}: a step of texts has room for {most}")
-    block_bytes = kv_bytes_per_token(program) * BLOCK
-    blocks = max(-(-tokens // BLOCK) + seqs, -(-STAGING // block_bytes))
+    block_bytes = kv_bytes_per_token(program) * KV_BLOCK
+    blocks = max(-(-tokens // KV_BLOCK) + seqs, -(-STAGING // block_bytes))
     config = replace(
-        config, max_model_len=longest, max_num_batched_tokens=tokens, max_num_seqs=seqs, num_gpu_blocks=blocks
+        config, max_model_len=longest, max_num_batched_tokens=tokens, max_num_seqs=seqs, num_blocks=blocks
     )
     return StepPlanner.plan(without_head(program), config, facts, budget, strategy)
 
@@ -80,7 +80,7 @@ class CudaPooler(PoolingRunner):
             max_num_seqs=shape.seqs,
             max_num_batched_tokens=shape.tokens,
             max_model_len=plan.max_model_len,
-            block_size=BLOCK,
+            block_size=KV_BLOCK,
             num_blocks=shape.kv_blocks,
             pipeline_depth=1,
         )
@@ -162,7 +162,7 @@ class CudaPooler(PoolingRunner):
 
 def text_blocks(lengths: NDArray[np.int32]) -> NDArray[np.int32]:
     """int32 [B, 3] rows (slot, index, block) that give each text of a step blocks of its own."""
-    counts = -(-lengths // BLOCK)
+    counts = -(-lengths // KV_BLOCK)
     slots = np.repeat(np.arange(len(lengths)), counts)
     index = np.arange(len(slots)) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.stack([slots, index, np.arange(len(slots))], axis=1).astype(np.int32)

@@ -15,7 +15,7 @@ from statistics import median
 
 import numpy as np
 
-from rvllm.backends.base import SamplingSpec, SlotStart, StepBatch
+from rvllm.backends.base import KV_BLOCK, SamplingSpec, SlotStart, StepBatch
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Event, Graph, Launch, Stream
 from rvllm.backends.cuda.device.graphs import capture
@@ -162,7 +162,7 @@ def stage_cost(program: Program, stage: Stage, shape: StepShape) -> Cost:
 def decode_batch(seqs: int, context: int, vocab: int) -> StepBatch:
     """A decode step of `seqs` sequences with `context` tokens each, random tokens and their own blocks."""
     rng = np.random.default_rng(0)
-    blocks = -(-context // 16)
+    blocks = -(-context // KV_BLOCK)
     slots = np.arange(seqs, dtype=np.int32)
     table = np.stack(
         [np.repeat(slots, blocks), np.tile(np.arange(blocks), seqs), np.arange(seqs * blocks)], axis=1

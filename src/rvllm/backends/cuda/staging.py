@@ -116,7 +116,7 @@ class Staging:
         if fit < 8:
             raise ModelError(
                 f"{span.packed.weight.name}: 8 rows of {span.packed.width} elements exceed the staging "
-                "memory; raise --num-gpu-blocks"
+                "memory; raise --num-blocks"
             )
         rows = len(span.data)
         for turn, start in enumerate(range(0, rows, fit)):
@@ -130,7 +130,7 @@ class Staging:
         """Rows start to stop, by eights, that `send` has room for."""
         fit = (self._staging[0].nbytes - 4096) // (row_bytes + 8) // 8 * 8
         if fit < 8:
-            raise ModelError(f"8 rows of {row_bytes} bytes exceed the staging memory; raise --num-gpu-blocks")
+            raise ModelError(f"8 rows of {row_bytes} bytes exceed the staging memory; raise --num-blocks")
         for start in range(0, rows, fit):
             yield start, min(start + fit, rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rvllm.errors import MissingKernelError
+from rvllm.kernels.constants import constants
 from rvllm.kernels.spec import KernelSpec
 from rvllm.kernels.types import SHORT, TYPES
 
@@ -13,8 +14,8 @@ DECODE_RING_WARPS = (4, 8)  # of a block
 DECODE_RING_FP8_SLOTS = 3  # tiles of a warp of attn_decode_ring_fp8
 PREFILL_SM90_DIMS = (64, 96, 128)  # head sizes of attn_prefill_sm90
 PREFILL_SM90_ROWS, PREFILL_SM90_THREADS = 128, 384
-_PAD = 8  # elements after each row of a tile, as in attention/attention.cuh
-_TILE, _BLOCK = 64, 16
+SIZES = constants("attention/attention.cuh")
+_PAD, _TILE, _BLOCK = (SIZES[name] for name in ("PAD", "TILE", "KV_BLOCK"))
 _OF = {False: "", True: "_fp8"}  # what names of kernels say of their cache
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from rvllm.kernels.gemm.tiles import DTYPES, SMEM_LIMIT
+from rvllm.kernels.constants import constants
+from rvllm.kernels.gemm.tiles import DTYPES, SMEM_LIMIT, TILE
 from rvllm.kernels.spec import KernelSpec
 
-WARPS = 8  # of a block
+_SIZES = constants("decode/step.cuh")
+WARPS = _SIZES["WARPS"]  # of a block
 SLOTS = (10, 3)  # pieces of a weight that a group of warps has in flight
-ROWS = 32  # of a weight that a group of two takes at a time
-SLICE_BYTES = 2048  # of the rows of one warp and 64 columns
-MAX_STEPS = 8  # of a launch
-MAX_ENTRIES = 32  # experts of a token
-MAX_NORM_WIDTH = 8192  # of a row that is normalised in front of a product
+ROWS = _SIZES["ROWS"]  # of a weight that a group of warps takes at a time
+SLICE_BYTES = _SIZES["SLICE"] * TILE * 2  # of the rows of one warp and the columns of a tile
+MAX_STEPS = _SIZES["MAX_STEPS"]  # of a launch
+MAX_ENTRIES = _SIZES["MAX_ENTRIES"]  # experts of a token
+MAX_NORM_WIDTH = (
+    constants("decode/row.cuh")["NORM_PARTS"] * 8 * _SIZES["THREADS"]
+)  # of a row to be normalised
 _STATIC_SMEM = {"": 1024, "_moe": 4096}
 
 

@@ -5,10 +5,12 @@ Mirrors gemm/gemm.cuh and gemm/epilogue.cuh.
 
 from __future__ import annotations
 
+from rvllm.kernels.constants import constants
+
 DTYPES = ("bf16", "f16")
 SOURCES = {"f32": "float", "bf16": "rvllm::bf16", "f16": "rvllm::f16"}  # types that matrices are loaded from
-TILE = 64  # rows of a packed tile
-TILE_BYTES = 8192
+SIZES = constants("gemm/gemm.cuh")
+TILE, TILE_BYTES = SIZES["TILE"], SIZES["TILE_BYTES"]  # rows of a packed tile; its bytes
 SMEM_LIMIT = 232448  # bytes a block of sm_90 may ask for
 BARRIERS = 256  # bytes of a kernel's mbarriers
 SM80_TOKENS = (16, 64)  # token tiles of the mma.sync kernels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rvllm.errors import MissingKernelError
+from rvllm.kernels.constants import constants
 from rvllm.kernels.rowwise.specs import ACTIVATIONS
 from rvllm.kernels.spec import KernelSpec
 from rvllm.kernels.types import SHORT, TYPES
@@ -12,7 +13,7 @@ SCAN_TAPS = 4  # of a convolution within the scan, which is followed by silu
 STATE_SIZES = (64, 128, 256)
 LARGEST_DIM = 128  # of a head
 _NARROW = 64  # heads up to this have a kernel of their own, with more blocks at a time
-_CHUNK, _PAD = 16, 8  # as in mamba2/scan.cu
+_CHUNK, _PAD = constants("mamba2/scan.cuh")["CHUNK"], 8  # as in mamba2/scan.cu
 
 
 def scan_smem(dim: int, size: int) -> int:

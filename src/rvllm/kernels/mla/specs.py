@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from rvllm.kernels.attention.specs import SIZES
+from rvllm.kernels.constants import constants
 from rvllm.kernels.spec import KernelSpec
 
 TAGS = ("bf16", "f16")
-TILE, PAD = 64, 8  # positions of a tile of keys; elements after each row of it, as in attention/attention.cuh
-SHORT_SPLITS, SHORT, LONG = 32, 64, 256  # splits of SHORT positions, then those of LONG
+TILE, PAD = SIZES["TILE"], SIZES["PAD"]  # positions of a tile of keys; elements after each row of it
+_SPLITS = constants("mla/mla.cuh")
+SHORT_SPLITS = _SPLITS["SHORT_SPLITS"]  # of SHORT positions, then those of LONG
+SHORT, LONG = _SPLITS["SHORT"] * TILE, _SPLITS["LONG"] * TILE
 MAX_RANK = 512
 MAX_WIDTH = 576  # rank and rotated elements
 MAX_INNER = 512  # K of a head's matrix
 EIGHTS = (1, 8)  # groups of eight tokens a block of a head's product takes
-SEGMENT = 128  # of K, one a warp
+SEGMENT = constants("mla/head_gemm.cuh")["SEGMENT"]  # of K, one a warp
 DECODE = {"": (2, 2048), "_small": (1, 512)}  # buffers, and sequences a launch can list
 PREFILL = {"": (4, 2, 2), "_small": (8, 1, 1)}  # warps a group of 16 rows, groups, buffers
 EXCHANGE = 2 * 16 * (TILE + PAD) + 2 * 4 * 16 * 8  # bytes a group of 16 rows exchanges about a tile

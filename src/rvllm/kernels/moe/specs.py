@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rvllm.kernels.constants import constants
 from rvllm.kernels.gemm.integer.specs import CHUNK, LAYOUTS
+from rvllm.kernels.gemm.tiles import BARRIERS, SMEM_LIMIT, TILE
 from rvllm.kernels.gemm.tiles import TILE_BYTES as E4M3_CHUNK
 from rvllm.kernels.spec import KernelSpec
 
@@ -37,9 +39,7 @@ ROUTE_LANES = (4, 16)  # experts that a lane compares
 ONE_UP_STAGES = 4  # of a warp's pipeline
 ONE_DOWN_STAGES = (8, 6, 4)
 SORT_WARPS = (4, 32)
-TILE = 64  # rows and columns of a packed tile
-_SLICE = 2048  # bytes of 16 of its rows
-_SMEM = 232448  # bytes of shared memory that a kernel may be launched with on any GPU
+_SLICE = constants("moe/moe.cuh")["SLICE"] * TILE * 2  # bytes of the rows of a packed tile that a warp takes
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,15 @@ class Block:
 
 GROUPED_TOKENS = (8, 16, 32, 64)  # entries of a work tile of `grouped`
 GROUPED_THREADS = 384
-MAX_LISTED = 1024  # entries that a block of `grouped` lists for itself, in tiles of up to 64
-_LIST_BYTES, _STAGING_PITCH, _BARRIERS, _LIMIT = 7440, 144, 256, 232448
+MAX_LISTED = constants("moe/entries.cuh")["MAX_LISTED"]  # entries that a block of `grouped` lists for itself
+_LIST_BYTES, _STAGING_PITCH = 7440, 144
 
 
 def grouped_smem(tokens: int) -> int:
     """Dynamic shared memory of `grouped` in bytes; mirrors Layout in moe/grouped_gemm_sm90.cu."""
     stage = (2 * 64 + tokens) * TILE * 2
-    rest = 2 * tokens * _STAGING_PITCH + _BARRIERS + _LIST_BYTES
-    return min(12, (_LIMIT - rest) // stage) * stage + rest
+    rest = 2 * tokens * _STAGING_PITCH + BARRIERS + _LIST_BYTES
+    return min(12, (SMEM_LIMIT - rest) // stage) * stage + rest
 
 
 WIDE = 192  # entries of a work tile of `grouped_wide`
@@ -90,8 +90,8 @@ _WIDE_STAGED = WIDE * TILE * 2  # bytes in which a warpgroup leaves its outputs
 
 def wide_smem() -> int:
     """Dynamic shared memory of `grouped_wide` in bytes; mirrors Wide in moe/grouped_wide_sm90.cu."""
-    stage, rest = (2 * 64 + WIDE) * TILE * 2, 2 * _WIDE_STAGED + _BARRIERS
-    return (_LIMIT - rest) // stage * stage + rest
+    stage, rest = (2 * 64 + WIDE) * TILE * 2, 2 * _WIDE_STAGED + BARRIERS
+    return (SMEM_LIMIT - rest) // stage * stage + rest
 
 
 BLOCKS = (Block(64, 16, 4, 1), Block(64, 64, 4, 1), Block(128, 128, 4, 2))
@@ -121,8 +121,8 @@ QUANTISED_WIDE = 96  # entries of a work tile of `quantised_wide`
 def quantised_wide_smem(name: str) -> int:
     """Dynamic shared memory of `quantised_wide` in bytes; mirrors QuantisedWide in its source."""
     staging = 2 * QUANTISED_WIDE * TILE * 2
-    stage, rest = 2 * QUANTISED[name][1] + QUANTISED_WIDE * CHUNK * 2, staging + _BARRIERS
-    return min(8, (_LIMIT - rest) // stage) * stage + rest
+    stage, rest = 2 * QUANTISED[name][1] + QUANTISED_WIDE * CHUNK * 2, staging + BARRIERS
+    return min(8, (SMEM_LIMIT - rest) // stage) * stage + rest
 
 
 def segments_of(k: int) -> int:
@@ -177,7 +177,7 @@ def _routers(dtype: str) -> list[KernelSpec]:
             symbol = f"route<{dtype}, {lanes}, {norm:d}, {cluster:d}>"
             name = f"sm{arch}_{dtype}_route{suffix}_e{32 * lanes}"
             unit = f"{dtype}_{arch}"
-            specs.append(KernelSpec(name, "moe/router.cu", symbol, arch, smem=_SMEM - static,
+            specs.append(KernelSpec(name, "moe/router.cu", symbol, arch, smem=SMEM_LIMIT - static,
                                     static_smem=static + 4096 * cluster, unit=unit))  # fmt: skip
         name, symbol = f"sm80_{dtype}_route_many_e{32 * lanes}", f"route_many<{dtype}, {lanes}>"
         specs.append(KernelSpec(name, "moe/router.cu", symbol, smem=ROUTE_MANY_SMEM,
@@ -196,7 +196,7 @@ def _one_token(dtype: str) -> list[KernelSpec]:
                 name=f"sm80_{dtype}_experts_{name}",
                 source="moe/one_token.cu",
                 symbol=f"rvllm::experts::{symbol}",
-                smem=_SMEM - 16384,
+                smem=SMEM_LIMIT - 16384,
                 static_smem=2048,
                 unit=dtype,
             )

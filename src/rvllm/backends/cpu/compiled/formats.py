@@ -18,6 +18,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
+from rvllm.backends.cpu.compiled.slots import LANES
 from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Weight
@@ -25,7 +26,6 @@ from rvllm.weights.checkpoint import Checkpoint, TensorType
 from rvllm.weights.gguf.blocks import levels_into, scales_of
 from rvllm.weights.packing import dummy, find_tensor, has_stored_form, pack, raw_parts
 
-LANES = 16
 PLAIN_GROUP = 32  # elements of a plain format that are summed before they are added to the total
 PIECE = 1 << 20  # elements a thread packs at a time
 

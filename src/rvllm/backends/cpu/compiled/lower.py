@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.cpu.compiled.formats import LANES, Matrix, aligned
-from rvllm.backends.cpu.compiled.slots import BLOCK_ROWS, HEADS_ACROSS, SAMPLES, SUM_GROUP, TOKENS
+from rvllm.backends.cpu.compiled.formats import Matrix, aligned
+from rvllm.backends.cpu.compiled.slots import BLOCK_ROWS, HEADS_ACROSS, LANES, SAMPLES, SUM_GROUP, TOKENS
 from rvllm.program.ops import dense as ops
 from rvllm.program.ops.dense import Buffer, Op, Program, Weight
 from rvllm.program.rope import Rope

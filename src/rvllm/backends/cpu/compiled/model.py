@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rvllm.backends.base import LedgerLine, Limits, Progress
+from rvllm.backends.base import KV_BLOCK, LedgerLine, Limits, Progress
 from rvllm.backends.cpu.compiled.library import Library, load, missing
+from rvllm.backends.cpu.compiled.slots import LANES
 from rvllm.backends.cpu.memory import rows_of_a_step
 from rvllm.backends.cpu.reference.interpreter import RESULTS, Launch, empty_caches
 from rvllm.backends.cpu.reference.run import F32, Model, Run
-from rvllm.backends.cpu.step import BLOCK
 from rvllm.errors import UsageError
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import KVCache, Program, RopeKV, Weight
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from rvllm.backends.cpu.threads import Workers
     from rvllm.program.rope import Rope
 
-LANES = 16
 ELEMENT = 4  # bytes of a float32
 
 
@@ -73,8 +72,8 @@ def caches_for(program: Program, supported: Iterable[str], blocks: int) -> dict[
 
 def _cache(cache: KVCache, blocks: int) -> tuple[F32, F32]:
     padded = -(-cache.value_dim // LANES) * LANES
-    keys = np.zeros((blocks + 1, cache.heads, cache.key_dim, BLOCK), dtype=np.float32)
-    return keys, np.zeros((blocks + 1, cache.heads, BLOCK, padded), dtype=np.float32)
+    keys = np.zeros((blocks + 1, cache.heads, cache.key_dim, KV_BLOCK), dtype=np.float32)
+    return keys, np.zeros((blocks + 1, cache.heads, KV_BLOCK, padded), dtype=np.float32)
 
 
 class NativeModel:

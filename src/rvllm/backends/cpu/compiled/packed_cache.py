@@ -24,6 +24,7 @@ import numpy as np
 
 from rvllm.backends.cpu.compiled import formats
 from rvllm.backends.cpu.compiled.formats import FORMATS, Bytes, Matrix, Segment
+from rvllm.backends.cpu.compiled.slots import LANES
 from rvllm.config import SourceConfig
 from rvllm.program.ops.dense import Weight
 from rvllm.settings import build
@@ -100,7 +101,7 @@ def load(key: str, names: Sequence[str], folder: Path) -> dict[str, Matrix] | No
 def _segment(told: Mapping[str, Any], room: Bytes) -> Segment:
     form = _BY_NAME[told["format"]]
     first, rows, inner, at = (int(told[name]) for name in ("first", "rows", "inner", "at"))
-    tiles = -(-rows // formats.LANES)
+    tiles = -(-rows // LANES)
     data = room[at : at + tiles * form.tile_bytes(inner)].reshape(tiles, -1)  # ValueError when cut short
     return Segment(form, first, rows, inner, data)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from rvllm.backends.base import KV_BLOCK
+
 LANES = 16  # rows of a tile, elements of a vector
-BLOCK = 16  # tokens of a KV block
+BLOCK = KV_BLOCK
 # Slots of a step (see `step.NativeStep`): what the kernels know of the batch.
 TOKENS, SAMPLES, IDS, POSITIONS, PLACES, TABLES, TABLE_WIDTH, SEQUENCE, WANTED = range(9)
 HEADS_ACROSS = 4  # heads of a group that attention computes side by side

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rvllm.backends.base import KV_BLOCK
 from rvllm.backends.cpu.reference import ops
 from rvllm.backends.cpu.reference.fp8_cache import loaded
-from rvllm.backends.cpu.step import BLOCK, Step
+from rvllm.backends.cpu.step import Step
 from rvllm.backends.cpu.threads import Workers
 from rvllm.program.ops.dense import BlockSparsity
 
@@ -24,7 +25,7 @@ F32 = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 SPLIT = 128  # tokens
-SPLIT_BLOCKS = SPLIT // BLOCK
+SPLIT_BLOCKS = SPLIT // KV_BLOCK
 QUERIES = 32  # queries of a prefill chunk that share their scores' memory
 HIDDEN = np.float32(-np.inf)
 ONES = np.ones(SPLIT, dtype=np.float32)
@@ -78,7 +79,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Pages:
-    """A layer's cache: keys and values [blocks, BLOCK, kv heads, dim], or their bytes (see `fp8_cache`).
+    """A layer's cache: keys and values [blocks, KV_BLOCK, kv heads, dim], or their bytes (see `fp8_cache`).
 
     values None: a token's value is the first `rank` elements of its key.
     """
@@ -146,7 +147,7 @@ class Decodes:
 def paged_attention(
     q: F32, keys: NDArray[Any], values: NDArray[Any], step: Step, scoring: Scoring, workers: Workers
 ) -> F32:
-    """q [T, heads, dim]; keys, values [blocks, BLOCK, kv heads, dim] → [T, heads, dim of values].
+    """q [T, heads, dim]; keys, values [blocks, KV_BLOCK, kv heads, dim] → [T, heads, dim of values].
 
     Every place of the cache that a table names must hold finite numbers or the sequence's own.
     """
@@ -154,7 +155,7 @@ def paged_attention(
 
 
 def latent_attention(q: F32, cache: F32, rank: int, step: Step, scoring: Scoring, workers: Workers) -> F32:
-    """q [T, heads, dim], cache [blocks, BLOCK, 1, dim] → [T, heads, rank]; see the op LatentAttention."""
+    """q [T, heads, dim], cache [blocks, KV_BLOCK, 1, dim] → [T, heads, rank]; see the op LatentAttention."""
     return _attend(q, Pages(cache, None, rank), step, scoring, workers)
 
 

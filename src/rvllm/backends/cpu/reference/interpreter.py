@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rvllm.backends.base import KV_BLOCK
 from rvllm.backends.cpu.reference import encoder, mamba2, mla, moe, ops
 from rvllm.backends.cpu.reference.attention import Scoring, paged_attention
 from rvllm.backends.cpu.reference.fp8_cache import stored
 from rvllm.backends.cpu.reference.gemm import product
 from rvllm.backends.cpu.reference.run import F32, Kernel, Run, by_rows
-from rvllm.backends.cpu.step import BLOCK
 from rvllm.errors import MissingKernelError
 from rvllm.program.memory import lifetimes
 from rvllm.program.ops import dense as program_ops
@@ -208,12 +208,12 @@ def execute(launches: list[Launch], run: Run) -> None:
 def empty_caches(program: Program, blocks: int) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
     """Key and value arrays of every cache, with one block more that stays zero to pad block tables.
 
-    float32 [blocks, BLOCK, heads, dim], or bytes [blocks, BLOCK, heads, dim + 1] (see `fp8_cache`). Memory
-    is taken as it is first written.
+    float32 [blocks, KV_BLOCK, heads, dim], or bytes [blocks, KV_BLOCK, heads, dim + 1] (see `fp8_cache`).
+    Memory is taken as it is first written.
     """
 
     def empty(cache: KVCache, dim: int) -> NDArray[Any]:
-        shape = (blocks + 1, BLOCK, cache.heads, dim + cache.fp8)
+        shape = (blocks + 1, KV_BLOCK, cache.heads, dim + cache.fp8)
         return np.zeros(shape, dtype=np.uint8 if cache.fp8 else np.float32)
 
     return {c.name: (empty(c, c.key_dim), empty(c, c.value_dim)) for c in program.caches}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from rvllm.backends.base import MAX_BIASES, MAX_STOPS
+from rvllm.backends.base import KV_BLOCK, MAX_BIASES, MAX_STOPS
 from rvllm.backends.cuda.device.arena import ALIGNMENT
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.device.info import DeviceInfo
@@ -33,7 +33,6 @@ from rvllm.program.ops.dense import LatentRopeKV, Program, RopeKV, Sample
 from rvllm.program.rope import Rope
 
 GB = 1_000_000_000
-BLOCK = 16  # positions of a KV block
 SCORED_ROWS = 64  # rows of a step that may be scored for prompt logprobs besides the sampled ones
 DEFAULT_TOKENS = 8192
 MIN_START_WORDS = 1 << 18
@@ -132,7 +131,7 @@ def plan_memory(
         *beside_buffers(program, strategy, shape.tokens, seqs, facts.capability),
         *_states(program, seqs, snapshots),
     ]
-    block_bytes = max(1, kv_bytes_per_token(program) * BLOCK)
+    block_bytes = max(1, kv_bytes_per_token(program) * KV_BLOCK)
     room = budget.ours - _taken(fixed) - _taken(after)
     asked = _asked_blocks(config, block_bytes)
     chip = DeviceInfo(facts.capability, facts.sm_count, facts.smem_per_block)
@@ -149,7 +148,7 @@ def plan_memory(
         budget=budget,
         shape=replace(shape, kv_blocks=blocks),
         snapshots=snapshots,
-        max_model_len=min(longest, blocks * BLOCK),
+        max_model_len=min(longest, blocks * KV_BLOCK),
         longest=longest,
         block_bytes=block_bytes,
         layout=layout,
@@ -204,7 +203,7 @@ def beside_buffers(
 
 def _ropes(program: Program, shape: Shape) -> list[Allocation]:
     """Cosines, then sines, of every rotation: float32 [positions, dim / 2]."""
-    positions = shape.table_stride * BLOCK
+    positions = shape.table_stride * KV_BLOCK
     return [
         Allocation("ropes", "rope tables", 4 * positions * (rope.dim // 2), rope)
         for rope in ropes_of(program)
@@ -222,7 +221,7 @@ def _caches(program: Program, blocks: int) -> list[Allocation]:
     """Keys, then values, of every layer that attends."""
     return [
         Allocation(
-            "caches", KV_CACHE, blocks * BLOCK * cache.heads * cache.row_bytes(dim, ELEMENT), cache.name
+            "caches", KV_CACHE, blocks * KV_BLOCK * cache.heads * cache.row_bytes(dim, ELEMENT), cache.name
         )
         for cache in program.caches
         for dim in (cache.key_dim, cache.value_dim)
@@ -231,10 +230,9 @@ def _caches(program: Program, blocks: int) -> list[Allocation]:
 
 def _asked_blocks(config: EngineConfig, block_bytes: int) -> int | None:
     """KV blocks that a flag asks for."""
-    asked = config.num_gpu_blocks or config.num_blocks
-    if asked is None and config.kv_cache_memory_gb is not None:
+    if config.num_blocks is None and config.kv_cache_memory_gb is not None:
         return max(1, int(config.kv_cache_memory_gb * GB) // block_bytes)
-    return asked
+    return config.num_blocks
 
 
 def ropes_of(program: Program) -> list[Rope]:
@@ -277,7 +275,7 @@ def _check_fit(
     wanted: tokens of --max-model-len.
     """
     fixed = sum(lines.values())
-    needed = fixed + max(blocks, -(-(wanted or BLOCK) // BLOCK)) * block_bytes
+    needed = fixed + max(blocks, -(-(wanted or KV_BLOCK) // KV_BLOCK)) * block_bytes
     if needed > budget.ours or blocks < 1:
         parts = ", ".join(f"{name} {nbytes / GB:.2f}" for name, nbytes in lines.items())
         raise CapacityError(
@@ -285,11 +283,11 @@ def _check_fit(
             f"{(needed - fixed) / GB:.2f}), of {budget.total / GB:.2f} GB {budget.ours / GB:.2f} GB are ours "
             f"({budget.used / GB:.2f} GB were in use before), short by {(needed - budget.ours) / GB:.2f} GB; "
             "raise --gpu-memory-utilization, or lower --max-model-len, --max-num-seqs, "
-            "--max-num-batched-tokens or --num-gpu-blocks"
+            "--max-num-batched-tokens or --num-blocks"
         )
-    if wanted is not None and blocks * BLOCK < wanted:
+    if wanted is not None and blocks * KV_BLOCK < wanted:
         raise CapacityError(
-            f"one sequence of --max-model-len {wanted} needs {-(-wanted // BLOCK)} KV blocks and there are "
-            f"{blocks}; lower --max-model-len to {blocks * BLOCK}, or raise --num-gpu-blocks or "
+            f"one sequence of --max-model-len {wanted} needs {-(-wanted // KV_BLOCK)} KV blocks and there "
+            f"are {blocks}; lower --max-model-len to {blocks * KV_BLOCK}, or raise --num-blocks or "
             "--gpu-memory-utilization"
         )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from rvllm.backends.base import KV_BLOCK
 from rvllm.backends.cuda.device.driver import Device, DeviceFacts
 from rvllm.backends.cuda.encoder_plan import EncoderPlan
 from rvllm.backends.cuda.formats.choose import kept
-from rvllm.backends.cuda.layout.memory import BLOCK, HEADROOM, Budget
+from rvllm.backends.cuda.layout.memory import HEADROOM, Budget
 from rvllm.backends.cuda.loaded_model import OpenDevice
 from rvllm.backends.cuda.ops.gemm.strategy import GemmStrategy
 from rvllm.backends.cuda.pooler import plan_pooler
@@ -57,7 +58,7 @@ def preview(
         taken = memory.lines
         limits = {
             "kv blocks": memory.shape.kv_blocks,
-            "tokens they hold": memory.shape.kv_blocks * BLOCK,
+            "tokens they hold": memory.shape.kv_blocks * KV_BLOCK,
             "max_model_len": memory.max_model_len,
             "max_num_seqs": memory.shape.seqs,
             "max_num_batched_tokens": memory.shape.tokens,
@@ -116,7 +117,7 @@ def kernels_on(
         launches = plan.launches(tokens)
     else:
         config = replace(
-            config, max_num_seqs=shape.sequences, max_num_batched_tokens=tokens, num_gpu_blocks=1 << 16
+            config, max_num_seqs=shape.sequences, max_num_batched_tokens=tokens, num_blocks=1 << 16
         )
         planner, _ = StepPlanner.plan(program, config, facts, BOUNDLESS, strategy)
         decode = shape.query_len == 1

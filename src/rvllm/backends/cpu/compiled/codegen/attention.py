@@ -10,11 +10,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from rvllm.backends.cpu.compiled.codegen.emit import F32, I32, I64, LANES, VF, Kernel, Value, Var
+from rvllm.backends.cpu.compiled.codegen.emit import F32, I32, I64, VF, Kernel, Value, Var
 from rvllm.backends.cpu.compiled.codegen.mathematics import exp, tanh
 from rvllm.backends.cpu.compiled.slots import (
     BLOCK,
     HEADS_ACROSS,
+    LANES,
     POSITIONS,
     SEQUENCE,
     TABLE_WIDTH,

@@ -14,8 +14,9 @@ from typing import Any
 
 from llvmlite import ir
 
-LANES = 16
-I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
+from rvllm.backends.cpu.compiled.slots import LANES
+
+I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 PTR = ir.PointerType()
 

@@ -18,7 +18,6 @@ from rvllm.backends.cpu.compiled.codegen.emit import (
     I8,
     I16,
     I64,
-    LANES,
     VF,
     VI,
     Kernel,
@@ -27,7 +26,7 @@ from rvllm.backends.cpu.compiled.codegen.emit import (
     lanes,
 )
 from rvllm.backends.cpu.compiled.formats import PLAIN_GROUP, Format
-from rvllm.backends.cpu.compiled.slots import BLOCK_ROWS, SUM_GROUP
+from rvllm.backends.cpu.compiled.slots import BLOCK_ROWS, LANES, SUM_GROUP
 
 PRODUCT = (
     "rows", "x", "x_width", "out", "out_width", "data", "tiles", "inner", "outer", "bias", "scratch",

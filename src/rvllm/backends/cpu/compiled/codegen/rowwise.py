@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rvllm.backends.cpu.compiled.codegen.emit import F16, F32, I8, I16, I32, I64, LANES, VF, Kernel, Value
+from rvllm.backends.cpu.compiled.codegen.emit import F16, F32, I8, I16, I32, I64, VF, Kernel, Value
 from rvllm.backends.cpu.compiled.codegen.mathematics import ACTIVATIONS, tanh
 from rvllm.backends.cpu.compiled.formats import Format
 from rvllm.backends.cpu.compiled.slots import (
     BLOCK,
     IDS,
+    LANES,
     PLACES,
     POSITIONS,
     SAMPLES,

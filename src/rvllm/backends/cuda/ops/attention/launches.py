@@ -9,11 +9,12 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from rvllm.backends.base import KV_BLOCK
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import MatrixMap, fixed
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_DECODES, NUM_TILES, NUM_TOKENS
-from rvllm.backends.cuda.ops.attention.plan import BLOCK, DecodePlan, PrefillPlan, decode_of, prefill_of
+from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan, decode_of, prefill_of
 from rvllm.backends.cuda.ops.family import Family, Lowering, PagedPlans
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.attention.specs import decode_rope_kernel
@@ -169,10 +170,10 @@ def _attend(
     seqs = ctypes.c_int(to.layout.seqs)
     caches, rows, bf16 = (
         to.at.caches[op.cache.name],
-        to.shape.kv_blocks * op.kv_heads * BLOCK,
+        to.shape.kv_blocks * op.kv_heads * KV_BLOCK,
         to.dtype is DType.BF16,
     )
-    maps = [MatrixMap(at, rows, op.head_dim, BLOCK, 64, bf16) for at in caches]
+    maps = [MatrixMap(at, rows, op.head_dim, KV_BLOCK, 64, bf16) for at in caches]
     attend(
         to,
         name,

@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from rvllm.backends.base import KV_BLOCK
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.attention.specs import (
@@ -19,6 +20,7 @@ from rvllm.kernels.attention.specs import (
     DECODE_SEQS,
     PREFILL_SM90_ROWS,
     PREFILL_SM90_THREADS,
+    SIZES,
     decode_kernel,
     decode_ring_kernel,
     decode_ring_smem,
@@ -34,10 +36,9 @@ from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Attention, BlockSparseAttention
 
 Plan = TypeVar("Plan")
-BLOCK = 16  # positions a cache block holds
 RING_ROWS = 32  # sequences times key heads from which on attn_decode_ring is quicker on an H200
-SPLIT = 256  # positions after which partial results are merged
-TABLE_ALIGNMENT = 4  # a slot's block table is a multiple of this many entries
+SPLIT = SIZES["SPLIT"]  # positions after which partial results are merged
+TABLE_ALIGNMENT = SIZES["TILE"] // KV_BLOCK  # a slot's block table is a multiple of this many entries
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class PrefillPlan:
 
 def table_stride(max_model_len: int) -> int:
     """Entries of a slot's block table: enough for `max_model_len` tokens, aligned for vector loads."""
-    return -(-max_model_len // (BLOCK * TABLE_ALIGNMENT)) * TABLE_ALIGNMENT
+    return -(-max_model_len // (KV_BLOCK * TABLE_ALIGNMENT)) * TABLE_ALIGNMENT
 
 
 def plan_decode(
@@ -191,7 +192,7 @@ def _splits(max_seqs: int, max_model_len: int, num_blocks: int) -> int:
 
     Sequences may share blocks (a common prefix), so the size of the pool does not bound their sum.
     """
-    return max_seqs * min(-(-max_model_len // SPLIT), -(-num_blocks * BLOCK // SPLIT))
+    return max_seqs * min(-(-max_model_len // SPLIT), -(-num_blocks * KV_BLOCK // SPLIT))
 
 
 def plan_prefill(dtype: DType, head_dim: int, *, smem_per_block: int, fp8: bool = False) -> PrefillPlan:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rvllm.backends.cuda.ops.attention.plan import BLOCK, DecodePlan, PrefillPlan
+from rvllm.backends.base import KV_BLOCK
+from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.mla.specs import (
     DECODE,
@@ -83,7 +84,7 @@ def plan_decode(
             f"no latent attention kernel for {max_seqs} sequences and {smem_per_block // 1024} KB of shared "
             "memory; lower --max-num-seqs"
         )
-    splits = splits_of(min(max_model_len, num_blocks * BLOCK))
+    splits = splits_of(min(max_model_len, num_blocks * KV_BLOCK))
     items = max_seqs * splits * shape.parts
     grid = min(items, sm_count)
     spare = min(splits, -(-items // grid))

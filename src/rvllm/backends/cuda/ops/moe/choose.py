@@ -9,12 +9,12 @@ import math
 from collections.abc import Callable
 
 from rvllm.backends.cuda.device.info import DeviceInfo
+from rvllm.kernels.gemm.tiles import TILE
 from rvllm.kernels.moe.specs import (
     BLOCKS,
     GROUPED_TOKENS,
     QUANTISED_TOKENS,
     QUANTISED_WIDE,
-    TILE,
     WIDE,
     Block,
 )

@@ -23,6 +23,7 @@ from rvllm.backends.cuda.ops.gemm.plan import gated_rows
 from rvllm.backends.cuda.ops.moe import choose
 from rvllm.backends.cuda.ops.moe.quantised import stack_product
 from rvllm.errors import MissingKernelError
+from rvllm.kernels.gemm.tiles import TILE
 from rvllm.kernels.moe.specs import (
     BLOCKS,
     GROUPED_THREADS,
@@ -34,7 +35,6 @@ from rvllm.kernels.moe.specs import (
     QUANTISED_THREADS,
     QUANTISED_WIDE,
     SORT_WARPS,
-    TILE,
     WIDE,
     WIDE_BOX,
     grouped_smem,

@@ -15,6 +15,7 @@ from rvllm.backends.cuda.ops.decode.step import Mixture, NormFront, Step, Type
 from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.decode.specs import MAX_NORM_WIDTH, ROWS
+from rvllm.kernels.gemm.tiles import TILE
 from rvllm.kernels.moe.specs import (
     MAX_CHOSEN,
     MAX_CLUSTER,
@@ -26,7 +27,6 @@ from rvllm.kernels.moe.specs import (
     ROUTE_SLICE,
     ROUTE_TOKENS,
     SPECS,
-    TILE,
     route_smem,
     segments_of,
 )

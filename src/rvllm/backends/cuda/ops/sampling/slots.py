@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 
 from rvllm.backends.base import MAX_BIASES, MAX_STOPS, SamplingSpec, SlotStart
 from rvllm.errors import UsageError
+from rvllm.kernels.constants import constants
 
-MAX_TOP = 20  # most likely tokens reported with logprobs
-CHUNK = 1024  # logits a warp of sample_scan looks at
-SCAN_WARPS = 8  # warps of its blocks
-START_WORDS = 24  # int32 words that describe one starting slot
-PICK_THREADS = 1024
+_SIZES = constants("sampling/sampling.cuh")
+MAX_TOP = _SIZES["MAX_TOP"]  # most likely tokens reported with logprobs
+CHUNK = _SIZES["CHUNK"]  # logits a warp of sample_scan looks at
+SCAN_WARPS = _SIZES["SCAN_WARPS"]  # warps of its blocks
+START_WORDS = constants("sampling/sample.cu")["START_WORDS"]  # int32 words that describe one starting slot
+PICK_THREADS = _SIZES["PICK_THREADS"]
 HISTORY = 1  # flag: the slot's tokens are counted
 
 # `struct Slot` of kernels/sampling/sampling.cuh, 64 bytes.

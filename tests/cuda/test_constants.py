@@ -1,0 +1,28 @@
+"""Sizes that the CUDA sources define are read from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rvllm.kernels import constants as module
+from rvllm.kernels.constants import constants
+
+
+def test_constants_are_those_of_the_file_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SOURCES", tmp_path)
+    (tmp_path / "a.cuh").write_text(
+        "constexpr int TILE = 64;  // rows\n"
+        "constexpr int HALF = TILE / 2, BYTES = (HALF + 8) * 2 - 1, LOST = -2;\n"
+        "constexpr int OTHERS = ELSEWHERE + 1;\n"
+        "__device__ constexpr int twice(int x) { return 2 * x; }\n"
+        "constexpr int CALLED = twice(2);\n"
+        "struct Inner {\n  constexpr int HIDDEN = 5;\n};\n"
+    )
+    assert constants("a.cuh") == {"TILE": 64, "HALF": 32, "BYTES": 79, "LOST": -2}
+
+
+def test_every_device_has_the_blocks_that_the_kernels_read() -> None:
+    sizes = constants("attention/attention.cuh")
+    assert (sizes["KV_BLOCK"], sizes["TILE"], sizes["SPLIT"]) == (16, 64, 256)
