@@ -220,22 +220,15 @@ def memory_rows(program: Program, checkpoint: Checkpoint, config: EngineConfig, 
             ("kv cache per token", f"{per_token} bytes"),
             *[(name, str(value)) for name, value in seen.limits.items()],
         ]
-    from rvllm.backends.cpu.memory import plan_memory, weight_bytes
+    from rvllm.backends.cpu.memory import plan_memory, weight_lines
 
     holds = config.load_format != "dummy" and checkpoint.tensors
-    form = weight_bytes(program, checkpoint if holds else None, config)
-    plan = plan_memory(program, config, weight_form=form)
+    plan = plan_memory(program, config, weight_lines(program, checkpoint if holds else None, config))
     limits = plan.limits
     return [
-        ("weights", f"{plan.weight_bytes} bytes ({human_bytes(plan.weight_bytes)}) {form[1]}"),
-        (
-            "workspace of a step",
-            f"{plan.workspace_bytes} bytes ({human_bytes(plan.workspace_bytes)}) at most",
-        ),
-        *[(line.name, f"{line.nbytes} bytes ({human_bytes(line.nbytes)})") for line in plan.state_lines],
+        *[(line.name, f"{line.nbytes} bytes ({human_bytes(line.nbytes)})") for line in plan.lines],
         ("kv cache per token", f"{per_token} bytes"),
         ("kv blocks", f"{limits.num_blocks} of {limits.block_size} tokens"),
-        ("kv cache", f"{plan.kv_bytes} bytes ({human_bytes(plan.kv_bytes)})"),
         ("tokens it holds", str(limits.num_blocks * limits.block_size)),
         ("max_model_len", str(limits.max_model_len)),
         ("max_num_seqs", str(limits.max_num_seqs)),

@@ -8,7 +8,7 @@ import pytest
 
 from rvllm.backends.base import Encoder, Generator, StepBatch
 from rvllm.backends.cpu.backend import CpuBackend
-from rvllm.backends.cpu.memory import GB, plan_memory
+from rvllm.backends.cpu.memory import GB, MemoryPlan, plan_memory, weight_lines
 from rvllm.backends.cpu.reference.interpreter import resolve
 from rvllm.backends.load import choose_device, choose_dtype, gpu_present, load_backend
 from rvllm.config import EngineConfig
@@ -29,19 +29,24 @@ PROGRAM = tiny.program_of(tiny.CASES["llama"])
 PER_TOKEN = 3 * 2 * 16 * 4
 
 
+def planned(config: EngineConfig, free: int = 2 * GB) -> MemoryPlan:
+    return plan_memory(PROGRAM, config, weight_lines(PROGRAM, None, config), free)
+
+
 def test_the_kv_cache_takes_a_quarter_of_what_is_free() -> None:
-    plan = plan_memory(PROGRAM, EngineConfig(max_num_seqs=100_000), free=2 * GB)
-    assert 0.20 * GB < plan.kv_bytes <= 0.25 * 2 * GB
-    assert plan.kv_bytes_per_token == PER_TOKEN
+    plan = planned(EngineConfig(max_num_seqs=100_000))
+    (cache,) = [line.nbytes for line in plan.lines if line.name == "kv cache"]
+    assert 0.20 * GB < cache <= 0.25 * 2 * GB
+    assert cache == plan.limits.num_blocks * 16 * PER_TOKEN
     assert plan.limits.max_model_len == 128
-    few = plan_memory(PROGRAM, EngineConfig(max_num_seqs=2), free=2 * GB)
+    few = planned(EngineConfig(max_num_seqs=2))
     assert few.limits.num_blocks == 2 * 128 // 16  # more could never be used
 
 
 def test_flags_decide_the_number_of_blocks() -> None:
-    plan = plan_memory(PROGRAM, EngineConfig(kv_cache_memory_gb=0.001), free=2 * GB)
+    plan = planned(EngineConfig(kv_cache_memory_gb=0.001))
     assert plan.limits.num_blocks == int(1e6) // (16 * PER_TOKEN)
-    plan = plan_memory(PROGRAM, EngineConfig(num_blocks=3), free=2 * GB)
+    plan = planned(EngineConfig(num_blocks=3))
     assert (plan.limits.num_blocks, plan.limits.max_model_len) == (3, 48)
 
 
@@ -57,7 +62,7 @@ def test_flags_decide_the_number_of_blocks() -> None:
 )
 def test_refusals_name_the_flags(settings: dict[str, object], free: int, message: str) -> None:
     with pytest.raises((CapacityError, UsageError)) as caught:
-        plan_memory(PROGRAM, EngineConfig(**settings), free=free)
+        planned(EngineConfig(**settings), free)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -131,6 +136,6 @@ def test_prompt_logprobs_in_chunks() -> None:
         found += result.prompt_logprobs[0]
     assert len(found) == 19  # the last row predicts what is drawn, not the prompt
     for i, entry in enumerate(found):
-        assert entry.token == pytest.approx(logp[i, prompt[i + 1]], abs=1e-5)
+        assert entry.logprob == pytest.approx(logp[i, prompt[i + 1]], abs=1e-5)
         assert len(entry.top_ids) == 3
     assert result.tokens[0] == logits[-1].argmax()

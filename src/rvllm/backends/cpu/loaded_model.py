@@ -6,7 +6,7 @@ from typing import Self
 
 from rvllm.backends.base import LedgerLine, Limits, Progress
 from rvllm.backends.cpu.compiled.model import NativeModel, chosen
-from rvllm.backends.cpu.memory import MemoryPlan, plan_memory, weight_bytes
+from rvllm.backends.cpu.memory import MemoryPlan, plan_memory, weight_lines
 from rvllm.backends.cpu.reference.gemm import same_at_every_position
 from rvllm.backends.cpu.reference.interpreter import Launch, empty_caches, empty_states, execute, resolve
 from rvllm.backends.cpu.reference.run import F32, Model, Run
@@ -14,8 +14,7 @@ from rvllm.backends.cpu.threads import Workers, available_cores, single_threaded
 from rvllm.config import EngineConfig
 from rvllm.errors import RvllmError, UsageError
 from rvllm.program.dtypes import DType
-from rvllm.program.ops.dense import LatentRopeKV, Program, RopeKV
-from rvllm.program.rope import Rope
+from rvllm.program.ops.dense import Program
 from rvllm.telemetry.stats import StepKernel, grouped
 from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.packing import dummy, pack
@@ -50,9 +49,9 @@ class LoadedModel:
         if program.dtype is not DType.F32:
             raise UsageError(f"--dtype {program.dtype.value}: the CPU backend computes in float32")
         compiled = chosen(config.cpu_kernels, program)
-        plan = plan_memory(program, config, weight_form=weight_bytes(program, checkpoint, config))
+        plan = plan_memory(program, config, weight_lines(program, checkpoint, config))
         single_threaded_blas()
-        ropes = rope_tables(program, plan.limits.max_model_len)
+        ropes = {rope: rope.table(plan.limits.max_model_len) for rope in program.ropes}
         workers = Workers(config.threads or available_cores())
         if compiled:
             native = NativeModel.load(program, checkpoint, config.seed, plan.limits, ropes, workers, progress)
@@ -87,18 +86,8 @@ class LoadedModel:
         return self._plan.limits
 
     def ledger(self) -> list[LedgerLine]:
-        """Weights, KV blocks, rope tables, recurrent states, and the workspace of compiled kernels."""
-        ropes = sum(cos.nbytes + sin.nbytes for cos, sin in self._model.ropes.values())
-        native = self._native
-        compiled = [] if native is None else native.ledger()
-        return [
-            *compiled,
-            LedgerLine("weights", sum(w.nbytes for w in self._model.weights.values())),
-            LedgerLine("kv cache", self._plan.kv_bytes),
-            LedgerLine("rope tables", ropes),
-            *self._plan.state_lines,
-            *self._plan.host_lines,
-        ]
+        """What the plan takes: weights, workspace, KV blocks, rope tables, recurrent states."""
+        return self._plan.lines
 
     def _execute(self, run: Run) -> None:
         if self._native is None:
@@ -129,12 +118,6 @@ class LoadedModel:
         self._model.workers.close()
         self._model.weights.clear()
         self._model.caches.clear()
-
-
-def rope_tables(program: Program, length: int) -> dict[Rope, tuple[F32, F32]]:
-    """cos and sin for every rope of the program, [length, dim / 2] each."""
-    ropes = {op.rope for op in program.ops if isinstance(op, RopeKV | LatentRopeKV) and op.rope is not None}
-    return {rope: rope.table(length) for rope in ropes}
 
 
 def _check_products(program: Program) -> None:

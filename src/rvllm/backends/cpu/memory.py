@@ -24,38 +24,18 @@ COPY_RATE = 4 * GB  # bytes a second from one pool to the other, both in the mac
 RESERVE = 192 << 20  # for the interpreter, beside the activations of a step
 SCORED = 64  # rows of logits that a step has for prompts beside those it draws from
 HUGE = 1 << 62
-FLOAT32 = "in float32"
+WEIGHTS = "weights"  # the ledger's line of those in float32
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of the weights and of the KV cache, and the limits that follow."""
+    """All that is taken of the machine's memory, line by line, and the limits that follow.
 
-    weight_bytes: int
-    kv_bytes_per_token: int
+    The system gives memory as it is first written: a workspace or a block that nobody has used takes none.
+    """
+
+    lines: list[LedgerLine]
     limits: Limits
-    state_bytes_per_slot: int = 0
-    workspace_bytes: int = 0  # activations of the largest step
-
-    @property
-    def state_lines(self) -> list[LedgerLine]:
-        """The ledger's line for the states of recurrent layers, if there are any."""
-        each, rows = self.state_bytes_per_slot, {"sequences": self.limits.max_num_seqs}
-        if self.limits.num_snapshots:
-            rows["prefixes"] = self.limits.num_snapshots
-        return [LedgerLine(f"states of {n} {what}", n * each) for what, n in rows.items()] if each else []
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of all KV blocks."""
-        return self.limits.num_blocks * KV_BLOCK * self.kv_bytes_per_token
-
-    @property
-    def host_lines(self) -> list[LedgerLine]:
-        """The ledger's line for the second tier, if there is one."""
-        count = self.limits.num_cpu_blocks
-        nbytes = count * KV_BLOCK * self.kv_bytes_per_token
-        return [LedgerLine("kv cache, second tier", nbytes)] if count else []
 
 
 def free_bytes() -> int:
@@ -82,16 +62,16 @@ def _control_group_free() -> int:
     return HUGE
 
 
-def weight_bytes(program: Program, checkpoint: Checkpoint | None, config: EngineConfig) -> tuple[int, str]:
-    """Bytes the weights will take on the CPU, and in which form: by the kernels that --cpu-kernels chooses.
+def weight_lines(program: Program, checkpoint: Checkpoint | None, config: EngineConfig) -> list[LedgerLine]:
+    """What the weights will take on the CPU, with the kernels that --cpu-kernels chooses.
 
     checkpoint None: random ones. Raises UsageError when compiled kernels are asked for and absent.
     """
     from rvllm.backends.cpu.compiled import model
 
     if model.chosen(config.cpu_kernels, program):
-        return model.weight_bytes(program, checkpoint), "packed for compiled kernels"
-    return sum(w.elements for w in program.weights) * ELEMENT, FLOAT32
+        return model.weight_lines(program, checkpoint)
+    return [LedgerLine(WEIGHTS, sum(w.elements for w in program.weights) * ELEMENT)]
 
 
 def rows_of_a_step(tokens: int, sequences: int) -> tuple[int, int]:
@@ -111,77 +91,85 @@ def workspace_bytes(program: Program, config: EngineConfig) -> int:
 def plan_memory(
     program: Program,
     config: EngineConfig,
+    weights: list[LedgerLine],
     free: int | None = None,
-    weight_form: tuple[int, str] | None = None,
 ) -> MemoryPlan:
-    """The memory plan of a program on this machine.
+    """The memory plan of a program on this machine, whose weights take these lines (see `weight_lines`).
 
-    weight_form: bytes of the weights and how they are held (see `weight_bytes`); None: float32.
     Raises CapacityError when the weights, or one sequence of --max-model-len tokens, do not fit, and
     UsageError when --max-model-len exceeds what the model's positions are defined for.
     """
     free = free_bytes() if free is None else free
-    weights, form = weight_form or (sum(w.elements for w in program.weights) * ELEMENT, FLOAT32)
     workspace = workspace_bytes(program, config)
-    per_token = kv_bytes_per_token(program)
-    host_blocks = asked_host_blocks(program, config)
-    host = host_blocks * KV_BLOCK * per_token
-    left = free - weights - workspace - RESERVE - host
+    block_bytes = KV_BLOCK * kv_bytes_per_token(program)
+    host = asked_host_blocks(program, config) * block_bytes
+    left = free - sum(line.nbytes for line in weights) - workspace - RESERVE - host
     if left < 0:
-        held = f"the weights take {weights / GB:.2f} GB {form}"
-        raise _too_little(free, held, workspace, left, host_blocks, KV_BLOCK * per_token)
-    wanted = asked_length(program, config)
-    if embedding_size(program) is not None:
-        limits = _encoder_limits(program, config, left, per_token)
-        return MemoryPlan(weights, per_token, limits, workspace_bytes=workspace)
+        raise _too_little(free, weights, workspace, left, host, block_bytes)
     a_slot = program.state_elements_per_slot * ELEMENT
+    if embedding_size(program) is not None:
+        limits = _encoder_limits(program, config, left, block_bytes)
+    else:
+        limits = _limits(program, config, left, block_bytes, a_slot)
+    positions = limits.max_model_len
+    lines = [
+        *weights,
+        LedgerLine("workspace of a step, at most", workspace),
+        LedgerLine("kv cache", limits.num_blocks * block_bytes),
+        LedgerLine("rope tables", sum(positions * rope.dim * ELEMENT for rope in program.ropes)),
+        LedgerLine(f"states of {limits.max_num_seqs} sequences", limits.max_num_seqs * a_slot),
+        LedgerLine(f"states of {limits.num_snapshots} prefixes", limits.num_snapshots * a_slot),
+        LedgerLine("kv cache, second tier", host),
+    ]
+    return MemoryPlan([line for line in lines if line.nbytes], limits)
+
+
+def _limits(program: Program, config: EngineConfig, left: int, block_bytes: int, a_slot: int) -> Limits:
+    """What a program that draws tokens can hold in `left` bytes; a_slot: bytes of a sequence's states."""
+    wanted = asked_length(program, config)
     sequences, snapshots = _sequences(config, a_slot, left)
-    blocks = _blocks(config, per_token, left - (sequences + snapshots) * a_slot)
+    blocks = _blocks(config, block_bytes, left - (sequences + snapshots) * a_slot)
     longest = blocks * KV_BLOCK
     if wanted is not None and wanted > longest:
+        needed = _blocks_for(wanted)
         raise CapacityError(
-            f"one sequence of --max-model-len {wanted} needs {_blocks_for(wanted)} KV blocks "
-            f"({wanted * per_token / GB:.2f} GB), there are {blocks}; lower --max-model-len to {longest} "
+            f"one sequence of --max-model-len {wanted} needs {needed} KV blocks "
+            f"({needed * block_bytes / GB:.2f} GB), there are {blocks}; lower --max-model-len to {longest} "
             "or raise --kv-cache-memory-gb or --num-blocks"
         )
     limit = min(program.max_position, longest) if wanted is None else wanted
     if config.num_blocks is None and config.kv_cache_memory_gb is None:
         blocks = min(blocks, _blocks_for(limit) * sequences)  # more could never be used at once
-    return MemoryPlan(
-        weight_bytes=weights,
-        kv_bytes_per_token=per_token,
-        state_bytes_per_slot=a_slot,
-        workspace_bytes=workspace,
-        limits=Limits(
-            max_num_seqs=sequences,
-            max_num_batched_tokens=config.max_num_batched_tokens or DEFAULT_TOKENS,
-            max_model_len=limit,
-            block_size=KV_BLOCK,
-            num_blocks=blocks,
-            pipeline_depth=1,
-            max_mixed_tokens=config.max_mixed_tokens or 0,
-            num_cpu_blocks=host_blocks,
-            block_move_seconds=KV_BLOCK * per_token / COPY_RATE,
-            block_copies=not program.states,
-            prefix_reuse=not program.states,
-            num_snapshots=snapshots,
-        ),
+    return Limits(
+        max_num_seqs=sequences,
+        max_num_batched_tokens=config.max_num_batched_tokens or DEFAULT_TOKENS,
+        max_model_len=limit,
+        block_size=KV_BLOCK,
+        num_blocks=blocks,
+        pipeline_depth=1,
+        max_mixed_tokens=config.max_mixed_tokens or 0,
+        num_cpu_blocks=config.num_cpu_blocks,
+        block_move_seconds=block_bytes / COPY_RATE,
+        block_copies=not program.states,
+        prefix_reuse=not program.states,
+        num_snapshots=snapshots,
     )
 
 
 def _too_little(
-    free: int, weights: str, workspace: int, left: int, host_blocks: int, block_bytes: int
+    free: int, weights: list[LedgerLine], workspace: int, left: int, host: int, block_bytes: int
 ) -> CapacityError:
-    """Nothing is left for a KV cache; left: bytes, below 0; host_blocks: of the second tier."""
+    """Nothing is left for a KV cache; left: bytes, below 0; host: bytes of the second tier."""
+    form = "in float32" if weights[0].name == WEIGHTS else "packed for compiled kernels"
+    held = f"the weights take {sum(line.nbytes for line in weights) / GB:.2f} GB {form}"
     step = f"a step {(workspace + RESERVE) / GB:.2f} GB, and only {free / GB:.2f} GB of memory are free"
-    host = host_blocks * block_bytes
     if left + host >= 0:
         return CapacityError(
-            f"--num-cpu-blocks {host_blocks} take {host / GB:.2f} GB, {weights}, {step}; lower it to "
-            f"{(left + host) // max(1, block_bytes)} or less"
+            f"--num-cpu-blocks {host // block_bytes} take {host / GB:.2f} GB, {held}, {step}; lower it to "
+            f"{(left + host) // block_bytes} or less"
         )
     return CapacityError(
-        f"{weights}, {step}; choose a smaller model (--model), a GPU (--device cuda) or a lower "
+        f"{held}, {step}; choose a smaller model (--model), a GPU (--device cuda) or a lower "
         "--max-num-batched-tokens"
     )
 
@@ -204,7 +192,7 @@ def _sequences(config: EngineConfig, a_slot: int, free: int) -> tuple[int, int]:
     return state_rows(config, budget // a_slot)
 
 
-def _encoder_limits(program: Program, config: EngineConfig, left: int, per_token: int) -> Limits:
+def _encoder_limits(program: Program, config: EngineConfig, left: int, block_bytes: int) -> Limits:
     """Texts are computed whole, and their keys and values, if any, lie in blocks of the step alone.
 
     left: bytes for them. Raises UsageError when the longest text finds no step, CapacityError when a step's
@@ -212,9 +200,9 @@ def _encoder_limits(program: Program, config: EngineConfig, left: int, per_token
     """
     longest, tokens = encoder_lengths(program, config, ENCODER_TOKENS)
     blocks = _blocks_for(tokens) + config.max_num_seqs if program.caches else 0
-    if blocks * KV_BLOCK * per_token > left:
+    if blocks * block_bytes > left:
         raise CapacityError(
-            f"keys and values of a step of {tokens} tokens need {blocks * KV_BLOCK * per_token / GB:.2f} GB, "
+            f"keys and values of a step of {tokens} tokens need {blocks * block_bytes / GB:.2f} GB, "
             f"and {left / GB:.2f} GB are left; lower --max-model-len or --max-num-batched-tokens"
         )
     return Limits(
@@ -231,9 +219,9 @@ def _blocks_for(tokens: int) -> int:
     return -(-tokens // KV_BLOCK)
 
 
-def _blocks(config: EngineConfig, per_token: int, free: int) -> int:
+def _blocks(config: EngineConfig, block_bytes: int, free: int) -> int:
     """KV blocks by --num-blocks, else --kv-cache-memory-gb, else a quarter of what is free."""
-    block_bytes = max(1, per_token * KV_BLOCK)
+    block_bytes = max(1, block_bytes)
     if config.num_blocks is not None:
         flag, blocks = f"--num-blocks {config.num_blocks}", config.num_blocks
     elif config.kv_cache_memory_gb is not None:

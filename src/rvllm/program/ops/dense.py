@@ -29,6 +29,7 @@ from rvllm.program.ops.attention import (
 )
 from rvllm.program.ops.base import Activation, Buffer, KVCache, Op, Part, Rows, StateCache, Weight
 from rvllm.program.ops.moe import Experts, Route
+from rvllm.program.rope import Rope
 
 __all__ = [
     "Activate",
@@ -227,6 +228,12 @@ class Program:
     def kv_elements_per_token(self) -> int:
         """Cache elements one token takes over all layers."""
         return sum(c.elements_per_token for c in self.caches)
+
+    @property
+    def ropes(self) -> list[Rope]:
+        """The rotary tables its ops read, each once."""
+        found = (op.rope for op in self.ops if isinstance(op, RopeKV | LatentRopeKV))
+        return list(dict.fromkeys(rope for rope in found if rope is not None))
 
     @property
     def state_elements_per_slot(self) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from rvllm.backends.base import KV_BLOCK, LedgerLine, Limits, Progress
 from rvllm.backends.cpu.compiled.library import Library, load, missing
 from rvllm.backends.cpu.compiled.slots import LANES
-from rvllm.backends.cpu.memory import rows_of_a_step
+from rvllm.backends.cpu.memory import ELEMENT, WEIGHTS, rows_of_a_step
 from rvllm.backends.cpu.reference.interpreter import RESULTS, Launch, empty_caches
 from rvllm.backends.cpu.reference.run import F32, Model, Run
 from rvllm.errors import UsageError
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from rvllm.backends.cpu.compiled.step import NativeStep
     from rvllm.backends.cpu.threads import Workers
     from rvllm.program.rope import Rope
-
-ELEMENT = 4  # bytes of a float32
 
 
 def chosen(setting: str, program: Program | None = None) -> bool:
@@ -41,13 +39,16 @@ def chosen(setting: str, program: Program | None = None) -> bool:
     return setting != "numpy" and absent is None
 
 
-def weight_bytes(program: Program, checkpoint: Checkpoint | None) -> int:
-    """Memory that the weights will take: packed for compiled ops, float32 for the others."""
+def weight_lines(program: Program, checkpoint: Checkpoint | None) -> list[LedgerLine]:
+    """What the weights will take: packed for compiled ops, float32 for the others."""
     from rvllm.backends.cpu.compiled.formats import packed_nbytes
 
     wanted, plain = _placed(program)
-    packed = sum(packed_nbytes(w, checkpoint) for w in program.weights if w.name in wanted)
-    return packed + sum(ELEMENT * w.elements for w in program.weights if w.name in plain)
+    return [
+        LedgerLine("packed weights, compiled kernels",
+                   sum(packed_nbytes(w, checkpoint) for w in program.weights if w.name in wanted)),
+        LedgerLine(WEIGHTS, sum(ELEMENT * w.elements for w in program.weights if w.name in plain)),
+    ]  # fmt: skip
 
 
 def _placed(program: Program) -> tuple[set[str], set[str]]:
@@ -83,16 +84,6 @@ class NativeModel:
         self.model = model
         self._step = step
         self._matrices = matrices
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the packed weights."""
-        return sum(m.nbytes for m in self._matrices.values())
-
-    def ledger(self) -> list[LedgerLine]:
-        """Packed weights, and the workspace of the largest step: the system gives it memory when written."""
-        workspace = LedgerLine("workspace of a step, at most", self._step.memory.nbytes)
-        return [LedgerLine("packed weights, compiled kernels", self.nbytes), workspace]
 
     @property
     def stored(self) -> dict[str, int]:

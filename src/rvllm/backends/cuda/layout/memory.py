@@ -29,8 +29,7 @@ from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
 from rvllm.program.cost import kv_bytes_per_token
 from rvllm.program.memory import Workspace, plan_workspace
-from rvllm.program.ops.dense import LatentRopeKV, Program, RopeKV, Sample
-from rvllm.program.rope import Rope
+from rvllm.program.ops.dense import Program, Sample
 
 GB = 1_000_000_000
 SCORED_ROWS = 64  # rows of a step that may be scored for prompt logprobs besides the sampled ones
@@ -206,7 +205,7 @@ def _ropes(program: Program, shape: Shape) -> list[Allocation]:
     positions = shape.table_stride * KV_BLOCK
     return [
         Allocation("ropes", "rope tables", 4 * positions * (rope.dim // 2), rope)
-        for rope in ropes_of(program)
+        for rope in program.ropes
         for _ in ("cos", "sin")
     ]
 
@@ -233,12 +232,6 @@ def _asked_blocks(config: EngineConfig, block_bytes: int) -> int | None:
     if config.num_blocks is None and config.kv_cache_memory_gb is not None:
         return max(1, int(config.kv_cache_memory_gb * GB) // block_bytes)
     return config.num_blocks
-
-
-def ropes_of(program: Program) -> list[Rope]:
-    """The rotary tables the program's ops read, each once."""
-    found = (op.rope for op in program.ops if isinstance(op, RopeKV | LatentRopeKV))
-    return list(dict.fromkeys(rope for rope in found if rope is not None))
 
 
 def state_line(seqs: int, snapshots: int) -> str:
