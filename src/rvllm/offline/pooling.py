@@ -19,6 +19,7 @@ from rvllm.text.pooling import (
     PoolingOutput,
     PoolingRequestOutput,
     check_classes,
+    cosine,
     gives_scores,
     pair_tokens,
     probabilities,
@@ -146,19 +147,24 @@ def classified(
 
 
 def scores(
-    llm: Pools, left: list[Prompt], right: list[Prompt], params: PoolingParams | None, asked: Pooled
+    llm: Pools, firsts: list[Prompt], seconds: list[Prompt], params: PoolingParams | None, asked: Pooled
 ) -> list[ScoringRequestOutput]:
     """See `LLM.score`."""
-    if not right or len(left) not in (1, len(right)):
-        raise UsageError(f"score takes one text against many or as many, got {len(left)} and {len(right)}")
+    if not seconds or len(firsts) not in (1, len(seconds)):
+        raise UsageError(
+            f"score takes one text against many or as many, got {len(firsts)} and {len(seconds)}"
+        )
     facts, one = llm.facts, params or PoolingParams()
     if not gives_scores(facts):
-        found = pooled(llm, [*left, *right], None, asked)
-        ours, theirs = found[: len(left)], found[len(left) :]
+        found = pooled(llm, [*firsts, *seconds], None, asked)
+        ours, theirs = found[: len(firsts)], found[len(firsts) :]
         pairs = zip(ours * (len(theirs) if len(ours) == 1 else 1), theirs, strict=True)
-        return [_cosine(*first, *second) for first, second in pairs]
+        return [
+            ScoringRequestOutput(other.name, ScoringOutput(cosine(left, right)), one.ids + other.ids)
+            for (one, left), (other, right) in pairs
+        ]
     texts = []
-    for first, second in zip(left * (len(right) if len(left) == 1 else 1), right, strict=True):
+    for first, second in zip(firsts * (len(seconds) if len(firsts) == 1 else 1), seconds, strict=True):
         if not isinstance(first, str) or not isinstance(second, str):
             raise UsageError("a cross-encoder scores pairs of texts, not of token ids")
         ids, begin = pair_tokens((first, second), llm.tokenizer, facts, asked.length(one))
@@ -172,11 +178,3 @@ def scores(
         )
         for text in texts
     ]
-
-
-def _cosine(
-    one: Text, left: NDArray[np.float32], other: Text, right: NDArray[np.float32]
-) -> ScoringRequestOutput:
-    scale = max(float(np.linalg.norm(left) * np.linalg.norm(right)), 1e-12)
-    score = ScoringOutput(float(np.dot(left, right)) / scale)
-    return ScoringRequestOutput(other.name, score, one.ids + other.ids)

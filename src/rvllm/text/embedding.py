@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,8 @@ from rvllm.engine.ipc.messages import ModelFacts
 from rvllm.errors import UsageError
 from rvllm.text.requests import Prompt, prompt_tokens
 from rvllm.text.tokenizers.tokenizer import Tokenizer
+
+Pooled = TypeVar("Pooled")
 
 
 @dataclass(slots=True)
@@ -50,15 +53,19 @@ class EmbeddingOutput:
 
 
 @dataclass(slots=True)
-class EmbeddingRequestOutput:
-    """A text with its vector. prompt: None when token ids were given."""
+class PooledRequestOutput(Generic[Pooled]):
+    """A text, or a pair of texts, with what the model gives for it. prompt: None for token ids."""
 
     request_id: str
-    outputs: EmbeddingOutput
+    outputs: Pooled
     prompt_token_ids: list[int]
     finished: bool = True
     prompt: str | None = None
     num_cached_tokens: int = 0
+
+
+class EmbeddingRequestOutput(PooledRequestOutput[EmbeddingOutput]):
+    """A text with its vector."""
 
 
 @dataclass(slots=True)
@@ -68,15 +75,8 @@ class ScoringOutput:
     score: float
 
 
-@dataclass(slots=True)
-class ScoringRequestOutput:
+class ScoringRequestOutput(PooledRequestOutput[ScoringOutput]):
     """A pair of texts with its score: a cross-encoder's, else the cosine of their vectors' angle."""
-
-    request_id: str
-    outputs: ScoringOutput
-    prompt_token_ids: list[int]
-    finished: bool = True
-    num_cached_tokens: int = 0
 
 
 MAX_CHARS = 1_000_000  # of a text; where it is to be truncated, what lies behind them is not looked at

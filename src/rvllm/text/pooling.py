@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from rvllm.engine.ipc.messages import ModelFacts
 from rvllm.errors import UsageError
-from rvllm.text.embedding import MAX_CHARS, text_tokens
+from rvllm.text.embedding import MAX_CHARS, PooledRequestOutput, text_tokens
 from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 F32 = NDArray[np.float32]
@@ -24,16 +24,8 @@ class PoolingOutput:
     data: F32
 
 
-@dataclass(slots=True)
-class PoolingRequestOutput:
+class PoolingRequestOutput(PooledRequestOutput[PoolingOutput]):
     """A text with what the model gives for it."""
-
-    request_id: str
-    outputs: PoolingOutput
-    prompt_token_ids: list[int]
-    finished: bool = True
-    prompt: str | None = None
-    num_cached_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -48,16 +40,8 @@ class ClassificationOutput:
         return len(self.probs)
 
 
-@dataclass(slots=True)
-class ClassificationRequestOutput:
+class ClassificationRequestOutput(PooledRequestOutput[ClassificationOutput]):
     """A text with its classes."""
-
-    request_id: str
-    outputs: ClassificationOutput
-    prompt_token_ids: list[int]
-    finished: bool = True
-    prompt: str | None = None
-    num_cached_tokens: int = 0
 
 
 def probabilities(numbers: F32, facts: ModelFacts, use_activation: bool | None = None) -> F32:
@@ -113,3 +97,9 @@ def pair_tokens(
     ids, begin = tokenizer.encode_pair(first, second, None if truncate is None else limit)
     facts.check_text(ids)
     return ids, begin
+
+
+def cosine(left: F32, right: F32) -> float:
+    """Of the angle between two vectors, -1 to 1."""
+    scale = float(np.linalg.norm(left) * np.linalg.norm(right))
+    return float(np.dot(left, right)) / max(scale, 1e-12)

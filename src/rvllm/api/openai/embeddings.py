@@ -12,7 +12,6 @@ from rvllm.api.http.body import parse
 from rvllm.api.http.errors import invalid
 from rvllm.api.http.exchange import Exchange, check_model
 from rvllm.api.openai.pooler import Pooler, Vector
-from rvllm.api.schemas.answers import now
 from rvllm.api.schemas.embeddings import (
     Classes,
     ClassifyAnswer,
@@ -51,8 +50,7 @@ async def embeddings(service: Service, exchange: Exchange, body: bytes) -> None:
         Embedding(index=i, embedding=_shown(shorten(vector, request.dimensions), form))
         for i, vector in enumerate(vectors)
     ]
-    await exchange.json(EmbeddingAnswer(id=encoder.name, created=now(), model=service.served_name,
-                                        data=data, usage=encoder.usage()))  # fmt: skip
+    await exchange.json(EmbeddingAnswer(data=data, **encoder.about()))
 
 
 async def classify(service: Service, exchange: Exchange, body: bytes) -> None:
@@ -66,8 +64,7 @@ async def classify(service: Service, exchange: Exchange, body: bytes) -> None:
         found = probabilities(numbers, service.ready.facts, request.use_activation)
         label = labels[int(np.argmax(numbers))]
         data.append(Classes(index=i, label=label, probs=found.tolist(), num_classes=len(labels)))
-    await exchange.json(ClassifyAnswer(id=pooler.name, created=now(), model=service.served_name,
-                                       data=data, usage=pooler.usage()))  # fmt: skip
+    await exchange.json(ClassifyAnswer(data=data, **pooler.about()))
 
 
 async def pooling(service: Service, exchange: Exchange, body: bytes) -> None:
@@ -91,8 +88,7 @@ async def pooling(service: Service, exchange: Exchange, body: bytes) -> None:
         else:
             found = shorten(numbers, request.dimensions)
         data.append(Pooled(index=i, data=_shown(found, form)))
-    await exchange.json(PoolingAnswer(id=pooler.name, created=now(), model=service.served_name,
-                                      data=data, usage=pooler.usage()))  # fmt: skip
+    await exchange.json(PoolingAnswer(data=data, **pooler.about()))
 
 
 async def score(service: Service, exchange: Exchange, body: bytes) -> None:
@@ -103,8 +99,7 @@ async def score(service: Service, exchange: Exchange, body: bytes) -> None:
     pooler = Pooler(service, f"score-{exchange.request_id}", name, request)
     scores = await pooler.scores(first, second)
     data = [Score(index=i, score=value) for i, value in enumerate(scores)]
-    await exchange.json(ScoreAnswer(id=pooler.name, created=now(), model=service.served_name,
-                                    data=data, usage=pooler.usage()))  # fmt: skip
+    await exchange.json(ScoreAnswer(data=data, **pooler.about()))
 
 
 def _sides(request: ScoreRequest) -> tuple[str, list[str], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +13,12 @@ from numpy.typing import NDArray
 from rvllm.api.generate.generation import Service
 from rvllm.api.generate.job import checked_priority
 from rvllm.api.http.errors import invalid
+from rvllm.api.schemas.answers import now
 from rvllm.api.schemas.embeddings import EmbeddingUsage, PooledRequest
 from rvllm.engine.ipc.messages import Embed
 from rvllm.errors import UsageError
 from rvllm.text.embedding import text_tokens
-from rvllm.text.pooling import Pair, gives_scores, pair_tokens, probabilities
+from rvllm.text.pooling import Pair, cosine, gives_scores, pair_tokens, probabilities
 from rvllm.text.worker import tasks
 
 MAX_INPUTS = 2048  # OpenAI's limit for one request
@@ -44,6 +46,15 @@ class Pooler:
     def usage(self) -> EmbeddingUsage:
         """Tokens of the texts taken so far."""
         return EmbeddingUsage(self._tokens, self._tokens)
+
+    def about(self) -> dict[str, Any]:
+        """What an answer begins and ends with, by its fields."""
+        return {
+            "id": self.name,
+            "created": now(),
+            "model": self._service.served_name,
+            "usage": self.usage(),
+        }
 
     async def vectors(self, texts: Sequence[str | list[int] | Pair]) -> list[Vector]:
         """What the model gives, in the order of the texts. Raises a 400 for one that cannot be encoded."""
@@ -110,11 +121,6 @@ class Pooler:
         if not crossed:
             vectors = await self.vectors([*first, *second])
             left, right = vectors[: len(first)], vectors[len(first) :]
-            return [_cosine(left[i if len(left) > 1 else 0], vector) for i, vector in enumerate(right)]
+            return [cosine(left[i if len(left) > 1 else 0], vector) for i, vector in enumerate(right)]
         pairs = [(first[i if len(first) > 1 else 0], text) for i, text in enumerate(second)]
         return [float(probabilities(numbers, facts)[0]) for numbers in await self.vectors(pairs)]
-
-
-def _cosine(left: Vector, right: Vector) -> float:
-    scale = float(np.linalg.norm(left) * np.linalg.norm(right))
-    return float(np.dot(left, right)) / max(scale, 1e-12)

@@ -86,12 +86,17 @@ class Embedding(msgspec.Struct, kw_only=True):
     object: str = "embedding"
 
 
-class EmbeddingAnswer(Envelope, kw_only=True):
-    """The answer of `/v1/embeddings`."""
+class PooledAnswer(Envelope, kw_only=True):
+    """What every answer with an entry for each text has."""
 
     object: str = "list"
-    data: list[Embedding]
     usage: EmbeddingUsage
+
+
+class EmbeddingAnswer(PooledAnswer, kw_only=True):
+    """The answer of `/v1/embeddings`."""
+
+    data: list[Embedding]
 
 
 class Classes(msgspec.Struct, kw_only=True):
@@ -103,12 +108,10 @@ class Classes(msgspec.Struct, kw_only=True):
     num_classes: int
 
 
-class ClassifyAnswer(Envelope, kw_only=True):
+class ClassifyAnswer(PooledAnswer, kw_only=True):
     """The answer of `/classify`."""
 
-    object: str = "list"
     data: list[Classes]
-    usage: EmbeddingUsage
 
 
 class Pooled(msgspec.Struct, kw_only=True):
@@ -119,12 +122,10 @@ class Pooled(msgspec.Struct, kw_only=True):
     object: str = "pooling"
 
 
-class PoolingAnswer(Envelope, kw_only=True):
+class PoolingAnswer(PooledAnswer, kw_only=True):
     """The answer of `/pooling`."""
 
-    object: str = "list"
     data: list[Pooled]
-    usage: EmbeddingUsage
 
 
 class Score(msgspec.Struct, kw_only=True):
@@ -135,12 +136,10 @@ class Score(msgspec.Struct, kw_only=True):
     score: float
 
 
-class ScoreAnswer(Envelope, kw_only=True):
+class ScoreAnswer(PooledAnswer, kw_only=True):
     """The answer of `/v1/score`."""
 
-    object: str = "list"
     data: list[Score]
-    usage: EmbeddingUsage
 
 
 class RankedDocument(msgspec.Struct, kw_only=True, omit_defaults=True):
