@@ -11,9 +11,9 @@ from rvllm.api.http.exchange import Exchange, Gate, check_model
 from rvllm.api.http.pagination import Query
 from rvllm.api.schemas.answers import ModelCard, ModelList, Text, TokenizerInfo, Tokens
 from rvllm.api.schemas.requests import DetokenizeRequest, TokenizeRequest
-from rvllm.engine.ipc.messages import Stats
 from rvllm.errors import RvllmError
 from rvllm.telemetry.metrics import CONTENT_TYPE, metrics_page
+from rvllm.telemetry.stats import Stats
 from rvllm.text.worker import tasks
 from rvllm.version import __version__
 

@@ -151,14 +151,14 @@ class Metrics:
         """The exposition text; `engine` is None when the engine process is gone."""
         return metrics_page([(self, engine)])
 
-    def families(self, engine: EngineSnapshot | None) -> Iterator[Metric]:
+    def families(self, engine: Stats | None) -> Iterator[Metric]:
         """All metrics with the engine's at this moment."""
         yield from self.registry.collect()
         if engine is not None:
             yield from _Snapshot(engine, self._labels, self._infos).collect()
 
 
-def metrics_page(models: Sequence[tuple[Metrics, EngineSnapshot | None]]) -> bytes:
+def metrics_page(models: Sequence[tuple[Metrics, Stats | None]]) -> bytes:
     """The exposition text of several models: one family a name, whose samples their labels tell apart."""
     page = CollectorRegistry()
     page.register(_Families(models))
@@ -168,7 +168,7 @@ def metrics_page(models: Sequence[tuple[Metrics, EngineSnapshot | None]]) -> byt
 class _Families(Collector):
     """The families of several models, those of one name joined."""
 
-    def __init__(self, models: Sequence[tuple[Metrics, EngineSnapshot | None]]) -> None:
+    def __init__(self, models: Sequence[tuple[Metrics, Stats | None]]) -> None:
         self._models = models
 
     def collect(self) -> Iterator[Metric]:

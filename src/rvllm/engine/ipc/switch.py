@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.engine.ipc.client import EngineClient
-from rvllm.engine.ipc.messages import Embed, Generate, Output, State, Stats, Vocabulary
+from rvllm.engine.ipc.messages import Embed, Generate, Output, State, Vocabulary
 from rvllm.errors import EngineDeadError, UnavailableError, UsageError
 from rvllm.telemetry.logs import event
+from rvllm.telemetry.stats import Stats
 
 _STATUSES = ("failed", "starting", "stalled")  # the worst first; else all are ready
 
