@@ -6,10 +6,12 @@ import importlib.util
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +56,43 @@ def served(model: Path, name: str, work: Path, *flags: str) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(60)
+
+
+@contextmanager
+def listening(
+    command: Sequence[str | Path], folder: str | Path, variables: Mapping[str, str], path: str = "/health"
+) -> Iterator[str]:
+    """The URL of somebody else's server, run with `--port`, once it answers `path`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = Path(folder) / "server.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*map(str, command), "--port", str(port)],
+            cwd=folder, env={**os.environ, **variables}, stdout=out, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    url, until = f"http://127.0.0.1:{port}", time.monotonic() + 600
+    try:
+        while not _answers(url + path):
+            if process.poll() is not None or time.monotonic() > until:
+                raise SystemExit(f"{command[0]} did not start:\n{log.read_text()[-4000:]}")
+            time.sleep(1)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 def ran(

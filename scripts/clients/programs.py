@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from harness import fetched, installed, npm_installed, ran, served
+from harness import HERE, both, fetched, installed, listening, npm_installed, ran, served
 
 QUESTION = "What is the capital of France? Answer in one word; use no tools."
 CODEX_CONFIG = """model = "qwen"
@@ -111,6 +111,22 @@ def aider(work: Path) -> bool:
         variables["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # nothing is fetched from elsewhere
         text = said([program, *flags.split(), *asked], folder, variables)
         return text is not None and answered(url) > 0
+
+
+def open_webui(work: Path) -> bool:
+    """Open WebUI's server between its page's requests and ours, with vectors from MiniLM; gigabytes."""
+    folder = installed(work, "open-webui", "open-webui", "torch==2.13.0")
+    with both(work) as (url, model, encoder_url, encoder), tempfile.TemporaryDirectory(dir=work) as home:
+        variables = {
+            "DATA_DIR": home, "HOME": home, "WEBUI_SECRET_KEY": "none",
+            "OFFLINE_MODE": "True", "HF_HUB_OFFLINE": "1",
+            "ENABLE_OLLAMA_API": "False", "OPENAI_API_BASE_URLS": f"{url}/v1;{encoder_url}/v1",
+            "OPENAI_API_KEYS": "none;none", "RAG_EMBEDDING_ENGINE": "openai", "RAG_EMBEDDING_MODEL": encoder,
+            "RAG_OPENAI_API_BASE_URL": f"{encoder_url}/v1", "RAG_OPENAI_API_KEY": "none",
+            "ANONYMIZED_TELEMETRY": "False", "DO_NOT_TRACK": "1",
+        }  # fmt: skip
+        with listening([folder / "open-webui", "serve", "--host", "127.0.0.1"], home, variables) as page:
+            return ran([folder / "python", HERE / "open_webui_loop.py", page, model, encoder], work)
 
 
 def guidellm(work: Path) -> bool:

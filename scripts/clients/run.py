@@ -108,6 +108,7 @@ CLIENTS: dict[str, Callable[[Path], bool]] = {
     "continue": programs.continue_cli,
     "aider": programs.aider,
     "guidellm": programs.guidellm,
+    "open-webui": programs.open_webui,
     "schemathesis": schemathesis,
     "lm-eval": lm_eval,
 }

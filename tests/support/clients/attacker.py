@@ -69,9 +69,10 @@ class Server:
             "cpu": ("--cpu-kernels", "numpy", "--threads", "1"),
             "cuda": ("--gpu-memory-utilization", "0.98"),
         }
+        own = () if "--model" in flags else ("--model", str(model(template, device)))
         command = [
             *limit,
-            sys.executable, "-m", "rvllm", "serve", "--model", str(model(template, device)),
+            sys.executable, "-m", "rvllm", "serve", *own,
             "--load-format", "dummy", "--device", device, *more[device], "--port", str(self.port),
             "--served-model-name", "tiny", "--num-blocks", "1024", "--max-num-seqs", "8", *flags,
         ]  # fmt: skip

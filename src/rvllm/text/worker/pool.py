@@ -43,6 +43,7 @@ COMMAND = (sys.executable, "-m", "rvllm.text.worker.process")
 WAIT_SECONDS = 30.0  # for a worker to be free
 STACK = 4 << 20  # bytes; the engine's own threads have more, so what passed here passes there
 START_SECONDS = 60.0  # for the tokenizer to load
+START_PATIENCE = 4  # times the limit, for what must not fail because the machine is busy
 
 
 _Turn = tuple[int, int, asyncio.Future[None]]  # rank, number, what its owner waits for
@@ -96,7 +97,13 @@ class WorkerPool:
         data = pickle.dumps((task, args, options), pickle.HIGHEST_PROTOCOL)
         large = size >= LARGE
         async with self._turn(size, large):
-            return cast(T, await self._done(data, what))
+            return cast(T, await self._done(data, what, self._seconds))
+
+    async def run_at_start(self, task: Task[P, T], what: str, /, *args: P.args, **options: P.kwargs) -> T:
+        """As `run`, with more patience: at a start much else runs, and to fail ends the server."""
+        data = pickle.dumps((task, args, options), pickle.HIGHEST_PROTOCOL)
+        async with self._turn(0, False):
+            return cast(T, await self._done(data, what, self._seconds * START_PATIENCE))
 
     @contextlib.asynccontextmanager
     async def _turn(self, size: int, large: bool) -> AsyncIterator[None]:
@@ -121,13 +128,13 @@ class WorkerPool:
                 if not self._asked[client]:
                     del self._asked[client]
 
-    async def _done(self, data: bytes, what: str) -> Any:
-        """What a worker makes of a pickled task."""
+    async def _done(self, data: bytes, what: str, seconds: float) -> Any:
+        """What a worker makes of a pickled task within `seconds`."""
         worker: _Worker | None = None
         try:
             worker, used = await self._take()
             try:
-                kind, value, leaves = await self._ask(worker, data)
+                kind, value, leaves = await self._ask(worker, data, seconds)
             except TimeoutError:  # an OSError too
                 raise
             except (OSError, EOFError):
@@ -137,9 +144,9 @@ class WorkerPool:
                 self._kill(worker)
                 worker = None
                 worker = await self._fork()
-                kind, value, leaves = await self._ask(worker, data)
+                kind, value, leaves = await self._ask(worker, data, seconds)
         except TimeoutError:
-            raise LimitError(f"{what}: takes longer than {self._seconds:g} s (--worker-timeout)") from None
+            raise LimitError(f"{what}: takes longer than {seconds:g} s (--worker-timeout)") from None
         except (OSError, EOFError):
             raise LimitError(
                 f"{what}: too large or too deeply nested, a worker's memory or stack does not hold it "
@@ -156,9 +163,9 @@ class WorkerPool:
             return value
         raise self._error(kind, value, what)
 
-    async def _ask(self, worker: _Worker, data: bytes) -> tuple[int, Any, bool]:
+    async def _ask(self, worker: _Worker, data: bytes, seconds: float) -> tuple[int, Any, bool]:
         """(kind, result or what is wrong, whether the worker ends now)."""
-        async with asyncio.timeout(self._seconds):
+        async with asyncio.timeout(seconds):
             worker.writer.write(HEAD.pack(len(data)))
             worker.writer.write(data)
             await worker.writer.drain()
