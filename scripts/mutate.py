@@ -135,6 +135,16 @@ class Places(ast.NodeVisitor):
 
     visit_AsyncFunctionDef = visit_FunctionDef
 
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        """Nor what a class is made with: slots, frozen, keywords alone."""
+        for statement in node.body:
+            self.visit(statement)
+
+    def visit_keyword(self, node: ast.keyword) -> None:
+        """Lengths that are known to be the same stay so: strict=True of zip."""
+        if node.arg != "strict":
+            self.visit(node.value)
+
     def visit_If(self, node: ast.If) -> None:
         if not ast.unparse(node.test).endswith("TYPE_CHECKING"):
             self.generic_visit(node)

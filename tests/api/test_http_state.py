@@ -119,7 +119,8 @@ def test_a_dead_engine_ends_the_stream_with_the_reason() -> None:
 def test_the_state_needs_the_key_and_the_page_does_not() -> None:
     with LiveServer(api_key="secret") as live:
         assert live.raw("GET", "/")[0] == 200
-        assert live.raw("GET", "/rvllm/state")[0] == 401
+        status, _, body = live.raw("GET", "/rvllm/state")
+        assert (status, json.loads(body)["error"]["type"]) == (401, "authentication_error")
         assert live.raw("GET", "/rvllm/state", headers={"Authorization": "Bearer secret"})[0] == 200
 
 

@@ -252,6 +252,8 @@ def test_forms(step: int) -> None:
         (b"--b\r\n" + FORM + b'a"\r\n\r\none\r\n--b--', b"multipart/form-data", "boundary"),
         (b"--b\r\n" + FORM + b'a"\r\n\r\none', BOUNDARY, "cut off"),
         (b"", BOUNDARY, "cut off"),
+        (b"", BOUNDARY + b"b" * 69, "cut off"),  # RFC 2046: no more than 70 characters
+        (b"", BOUNDARY + b"b" * 70, "names no boundary"),
         (b"--b\r\nX: y\r\n\r\none\r\n--b--", BOUNDARY, "no name"),
         (b"--b\r\n" * 100 + b"--b--", BOUNDARY, "cannot be read"),
         ((b"--b\r\n" + FORM + b'a"\r\n\r\none\r\n') * 33 + b"--b--\r\n", BOUNDARY, "more than 32"),

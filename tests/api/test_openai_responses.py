@@ -96,6 +96,9 @@ def test_logprobs(client: openai.OpenAI, server: LiveServer) -> None:
     logprobs = message.content[0].logprobs
     assert logprobs is not None and [len(entry.top_logprobs) for entry in logprobs] == [2] * 5
     assert made.top_logprobs == 2
+    made = client.responses.create(model="tiny", input="hello", max_output_tokens=2,
+                                   include=["message.output_text.logprobs"])  # fmt: skip
+    assert [entry.top_logprobs for entry in made.output[0].content[0].logprobs] == [[]] * 2
 
 
 def test_previous_responses_are_read_but_not_their_instructions(

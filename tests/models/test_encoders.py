@@ -175,6 +175,13 @@ def _edit(path: Path, name: str, **fields: Any) -> None:
         (lambda p: (p / "modules.json").write_text('[{"type": "a.models.Dense"}]'), "'Dense'.*not supported"),
         (lambda p: (p / "modules.json").write_text("{}"), "modules.json.*list"),
         (lambda p: (p / "modules.json").write_text("[[["), "modules.json.*JSON"),
+        (lambda p: (p / "modules.json").write_text("[1]"), "modules.json.*list of modules"),
+        (
+            lambda p: (p / "config_sentence_transformers.json").write_text(
+                '{"prompts": {"query": "q"}, "default_prompt_name": "other"}'
+            ),
+            "'other' is none of its prompts",
+        ),
         (lambda p: _edit(p / "1_Pooling", "config.json", pooling_mode_cls_token=True), "mean, cls"),
         (lambda p: _edit(p / "1_Pooling", "config.json", pooling_mode="max"), "pooling is 'max'"),
         (lambda p: (p / "1_Pooling" / "config.json").unlink(), "1_Pooling/config.json"),

@@ -174,6 +174,7 @@ def test_figures_of_all_replicas_are_added_up() -> None:
     b = Stats(
         running=3, blocks_total=10, finished={"stop": 1, "abort": 1}, step_counts=[], mask_p99_seconds=0.1
     )
+    assert merged_stats([a]).finished == {"stop": 2}
     total = merged_stats([a, b])
     assert (total.running, total.blocks_total, total.finished) == (4, 20, {"stop": 3, "abort": 1})
     assert (total.step_counts, total.mask_p99_seconds, total.floor_ratio) == ([1, 2], 0.5, 0.5)

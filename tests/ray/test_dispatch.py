@@ -70,6 +70,8 @@ def test_the_model_meant(method: str, path: str, body: Any, name: str, there: st
 
 def test_models_are_listed_together() -> None:
     assert [card["id"] for card in ask(several(), "GET", "/v1/models").json()["data"]] == ["a", "b/c"]
+    found = ask(several(), "POST", "/v1/models", json={}).json()["data"]
+    assert [card["id"] for card in found] == ["a"], "which no list is asked for: one of them answers it"
 
 
 def test_state_is_refused_where_it_is_not_kept_and_served_where_it_is() -> None:

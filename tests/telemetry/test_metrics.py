@@ -1,5 +1,7 @@
 """The metrics page parses, and its histograms and counters say what happened."""
 
+import re
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -38,6 +40,28 @@ def test_a_request_feeds_every_histogram() -> None:
     assert found["vllm:request_params_max_tokens_sum"] == 50
     assert found["vllm:request_params_n_sum"] == 2
     assert found["vllm:request_success_total{'finished_reason': 'stop'}"] == 1
+
+
+BUCKETS = {  # of vLLM's vllm/v1/metrics/loggers.py, which its dashboards expect
+    "time_to_first_token_seconds": [
+        0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+        80.0, 160.0, 640.0, 2560.0,
+    ],
+    "inter_token_latency_seconds": [
+        0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    ],
+    "e2e_request_latency_seconds": [
+        0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
+        960.0, 1920.0, 7680.0,
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUCKETS)
+def test_histograms_have_vllms_buckets(name: str) -> None:
+    page = Metrics("m", {}).page(None).decode()
+    found = re.findall(rf'^vllm:{name}_bucket{{.*le="([^"]*)"', page, re.MULTILINE)
+    assert [float(bound) for bound in found] == [*BUCKETS[name], float("inf")]
 
 
 def test_a_request_that_got_no_token_has_no_times() -> None:

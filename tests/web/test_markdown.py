@@ -45,6 +45,10 @@ def test_maths_becomes_mathml(text: str) -> None:
     assert ('display="block"' in html) == ("$$" in text or "\\[" in text)
 
 
+def test_a_formula_may_have_4000_characters() -> None:
+    assert "<math" in render(None, f"${'x' * 4000}$") and "<math" not in render(None, f"${'x' * 4001}$")
+
+
 def test_code_has_the_colours_of_both_schemes() -> None:
     html = render(None, "```python\ndef f():\n    return 1\n```")
     assert re.sub("<[^>]*>", "", html).strip() == "def f():\n    return 1"

@@ -210,6 +210,9 @@ BROKEN = {
     ),
     "key not utf-8": (key_value(gguf_value(1), key=b"\xff\xfe"), "metadata key is not UTF-8"),  # type: ignore[arg-type]
     "value type": (key_value(struct.pack("<I", 77)), "'k' has the unknown value type 77"),
+    "arrays of arrays of arrays of arrays": (
+        key_value(struct.pack("<IIQIQIQ", 9, 9, 1, 9, 1, 9, 1)), "too deeply nested type 9",
+    ),
     "array of nothing": (key_value(struct.pack("<IIQ", 9, 66, 1)), "unknown or too deeply nested type 66"),
     "array length": (key_value(struct.pack("<IIQ", 9, 4, 1 << 62)), "length of 'k' is"),
     "strings length": (key_value(struct.pack("<IIQ", 9, 8, 1 << 59)), "length of 'k' is"),
