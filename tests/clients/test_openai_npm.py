@@ -11,7 +11,7 @@ import pytest
 
 from support.models.fetched import model_path
 
-pytestmark = [pytest.mark.models, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.models, pytest.mark.timeout(600)]
 
 RUN = Path(__file__).parent.parent.parent / "scripts" / "clients" / "run.py"
 SURFACES = {
@@ -29,7 +29,7 @@ def test_every_surface(tmp_path: Path) -> None:
     for name in ("qwen2.5-coder-0.5b", "minilm-l6-v2"):
         model_path(name)  # skips where they are not to be had
     command = [sys.executable, str(RUN), "npm", "--work", str(tmp_path)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=580)
     if done.returncode == 69:
         pytest.skip(done.stdout.strip().splitlines()[0])
     checks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

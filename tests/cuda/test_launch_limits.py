@@ -38,7 +38,7 @@ MAX_GRID = (2**31 - 1, 65535, 65535)
 ROOM = Budget(800 << 30, 1 << 30, 600 << 30)  # launches are asked about here, not memory
 SHORT = EngineConfig(max_num_seqs=256, max_num_batched_tokens=8192, max_model_len=500, num_gpu_blocks=8192)
 LAYERS = {  # few, with each of their kinds among them
-    "Nemotron-H-8B": None, "Nemotron-3-Nano-30B-A3B": None, "Gemma-3-12B": None, "DeepSeek-V3": 5,
+    "Nemotron-H-8B": None, "Nemotron-3-Nano-30B-A3B": None, "Gemma-3-12B": 6, "DeepSeek-V3": 5,
 }  # fmt: skip
 # Heads of 256 need 120 KB in prefill: https://docs.nvidia.com/cuda/cuda-c-programming-guide, table of limits.
 WITHOUT = {(name, 101376) for name in ("Gemma-7B", "Gemma-2-9B", "Gemma-3-4B", "Gemma-3-12B")}
