@@ -243,11 +243,14 @@ class ServerConfig:
         "How the model writes tool calls; auto: as its chat template shows.",
         choices=(
             "auto", "none", "deepseek_v3", "deepseek_v31", "kimi_k2", "mistral_args", "mistral", "command_r",
-            "cohere", "command_r_action", "minimax_m2", "minimax", "seed_oss", "qwen3_coder", "qwen3_xml",
-            "qwen3_coder_xml", "nemotron3", "glm45", "glm47", "glm", "nemotron_json", "llama_nemotron_json",
-            "hunyuan_a13b", "jamba", "minimax_m1", "phi4_mini_json", "phi4", "phi4_marked", "granite",
-            "granite_20b_fc", "granite-20b-fc", "hermes", "qwen", "granite4", "functionary_v31",
-            "llama3_function", "lfm2", "llama4_pythonic", "pythonic", "llama3_json", "llama3", "llama4_json",
+            "cohere", "cohere_command3", "cohere_command4", "command_r_action", "deepseek_v32", "deepseek_v4",
+            "minicpm5", "hy_v3", "gemma4", "functiongemma", "gigachat3", "gigachat31", "longcat", "internlm",
+            "apertus", "olmo3", "minimax_m2", "minimax", "seed_oss", "qwen3_coder", "qwen3_xml",
+            "qwen3_coder_xml", "nemotron3", "mimo", "step3p5", "glm45", "glm47", "glm", "poolside_v1",
+            "nemotron_json", "llama_nemotron_json", "hunyuan_a13b", "jamba", "minimax_m1", "phi4_mini_json",
+            "phi4", "phi4_marked", "granite", "granite_20b_fc", "granite-20b-fc", "hermes", "qwen",
+            "granite4", "functionary_v31", "llama3_function", "lfm2", "llama4_pythonic", "pythonic", "xlam",
+            "llama3_json", "llama3", "llama4_json",
         ),
     )  # fmt: skip
     reasoning_parser: str = setting(
