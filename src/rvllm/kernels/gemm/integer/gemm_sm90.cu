@@ -95,6 +95,28 @@ __global__ void __launch_bounds__((Layout<TOKENS, F, MODE>::THREADS), TOKENS <= 
   const int segment0 = MODE == SPLIT ? blockIdx.x * parts : 0;
   const auto bound = [&](int s) { return segment_start(chunks, segments, segment0 + s); };
 
+  // Of a split product: every block of the cluster adds up, in ascending order of segments, its share of the tile. Where
+  // registers are dealt out, consumers do it among themselves: behind both branches there are as few as the producer has.
+  [[maybe_unused]] const auto add_up = [&] {
+    const int token0 = blockIdx.y * TOKENS, row0 = blockIdx.z * 2 * TILE, mine = blockIdx.x;
+    const int items = min(TOKENS, tokens - token0) * items_per_token<2 * TILE>(kind);
+    const auto load = [&](int token, int r, float(&q)[4]) {
+      const u32 from = (token * L::SPLIT_PITCH + r) * 4;
+      float4 part[8];
+#pragma unroll
+      for (int s = 0; s < 8; s++)
+        if (s < segments) {
+          const int p = s % parts, at = p + 1 == parts ? base : smem(staged) + p * L::PARTIAL;
+          part[s] = cluster_load(cluster_map(at + from, s / parts));
+        }
+      q[0] = part[0].x, q[1] = part[0].y, q[2] = part[0].z, q[3] = part[0].w;
+#pragma unroll
+      for (int s = 1; s < 8; s++)
+        if (s < segments) q[0] += part[s].x, q[1] += part[s].y, q[2] += part[s].z, q[3] += part[s].w;
+    };
+    finish_tile<T, 2 * TILE, 1>(e, token0, row0, items * mine / gridDim.x, items * (mine + 1) / gridDim.x,
+                                threadIdx.x, CONSUMERS, load);
+  };
   if (warp >= CONSUMERS / 32) {
     if constexpr (L::MANY_REGISTERS) registers_lower<40>();
     if (threadIdx.x == CONSUMERS) {
@@ -144,6 +166,7 @@ __global__ void __launch_bounds__((Layout<TOKENS, F, MODE>::THREADS), TOKENS <= 
       griddep_wait();
     }
     __syncwarp();
+    if constexpr (MODE == SPLIT && L::MANY_REGISTERS) cluster_sync(), cluster_sync();  // the consumers' two
   } else {
     if constexpr (L::MANY_REGISTERS) registers_raise<232>();
     const int group = warp / 4, thread = threadIdx.x % 128;
@@ -369,6 +392,11 @@ __global__ void __launch_bounds__((Layout<TOKENS, F, MODE>::THREADS), TOKENS <= 
           for (int i = 0; i < 4; i++)
             partial[(8 * j + column + i % 2) * L::SPLIT_PITCH + group * TILE + row + i / 2 * 8] = sum[4 * j + i];
       }
+      if constexpr (L::MANY_REGISTERS) {
+        cluster_sync();
+        add_up();
+        cluster_sync();
+      }
     } else {
       u8* const mine = staged + group * (totals ? L::TOTALS / 2 : L::PER_GROUP);
       float* const total = reinterpret_cast<float*>(mine) + thread;
@@ -405,29 +433,9 @@ __global__ void __launch_bounds__((Layout<TOKENS, F, MODE>::THREADS), TOKENS <= 
     }
   }
 
-  if constexpr (MODE == SPLIT) {
-    // Every block of the cluster adds up, in ascending order of segments, its share of the tile.
+  if constexpr (MODE == SPLIT && !L::MANY_REGISTERS) {
     cluster_sync();
-    if (warp < CONSUMERS / 32) {
-      const int token0 = blockIdx.y * TOKENS, row0 = blockIdx.z * 2 * TILE, mine = blockIdx.x;
-      const int items = min(TOKENS, tokens - token0) * items_per_token<2 * TILE>(kind);
-      const auto load = [&](int token, int r, float(&q)[4]) {
-        const u32 from = (token * L::SPLIT_PITCH + r) * 4;
-        float4 part[8];
-#pragma unroll
-        for (int s = 0; s < 8; s++)
-          if (s < segments) {
-            const int p = s % parts, at = p + 1 == parts ? base : smem(staged) + p * L::PARTIAL;
-            part[s] = cluster_load(cluster_map(at + from, s / parts));
-          }
-        q[0] = part[0].x, q[1] = part[0].y, q[2] = part[0].z, q[3] = part[0].w;
-#pragma unroll
-        for (int s = 1; s < 8; s++)
-          if (s < segments) q[0] += part[s].x, q[1] += part[s].y, q[2] += part[s].z, q[3] += part[s].w;
-      };
-      finish_tile<T, 2 * TILE, 1>(e, token0, row0, items * mine / gridDim.x, items * (mine + 1) / gridDim.x,
-                                  threadIdx.x, CONSUMERS, load);
-    }
+    if (warp < CONSUMERS / 32) add_up();
     cluster_sync();  // nobody leaves while its shared memory is being read
   }
 }
