@@ -171,6 +171,13 @@ def check_quantiser(bed: Bed) -> None:
         )
 
 
+def runs(mode: str, n: int, k: int) -> bool:
+    """Whether a mode's kernels multiply with a weight of so many rows and columns."""
+    if mode == "sum" or mode.endswith("_sum"):
+        return True
+    return mode.startswith("split") != (fp8.segments_of(n, k) == 1)
+
+
 class Checker:
     def __init__(self, bed: Bed) -> None:
         self.bed, self.failures, self.launches, self.worst = bed, [], 0, 0.0
@@ -203,7 +210,7 @@ class Checker:
         bits = None
         for tokens in sorted(sizes, reverse=True):
             for mode, tiles in MODES.items():
-                if mode.startswith("walk") != (fp8.segments_of(n, k) == 1) and mode != "sum":
+                if not runs(mode, n, k):
                     continue
                 for tile in tiles:
                     if tokens > 4 * tile or tile > 8 * tokens or not fp8._fits(mode, n, k, tile):
@@ -361,10 +368,8 @@ class Bench:
                 out = torch.zeros(tokens, n // 2 if gated else n, dtype=torch.bfloat16, device="cuda")
                 count = min(LAYERS, max(4, 20000 // tokens))
                 plans = {"chosen": fp8.plan_fp8(n, k, tokens, "bf16", self.bed.facts.sm_count, False)}
-                one = fp8.segments_of(n, k) == 1
-                modes = ("walk", "walk_resident") if one else ("split", "sum", "split_resident")
-                for mode in modes:
-                    for tile in MODES[mode]:
+                for mode in MODES:
+                    for tile in MODES[mode] if runs(mode, n, k) else ():
                         near = tokens <= tile <= 8 * tokens or (tokens > tile >= 128)
                         if near and fp8._fits(mode, n, k, tile) and tokens // tile < 100:
                             plan = fp8.variant(n, k, tokens, "bf16", mode, tile, self.bed.facts.sm_count)

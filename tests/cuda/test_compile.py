@@ -34,7 +34,8 @@ SPILL_LIMIT = 384  # bytes: seldom taken paths may spill a little
 TIGHT_LIMIT = 128  # of these: a little, and in the epilogue only
 TIGHT = {"sm80_bf16_gemm_n16", "sm80_f16_gemm_n64", "sm80_bf16_gemm_pack_f32", "sm90_bf16_gemm_split_n256",
          "sm90_bf16_gemm_walk_n8", "sm90_f16_gemm_sum_n192", "sm90_f16_gemm_flow_n256",
-         "sm90_bf16_gemm_tall_n192", "sm90_f16_gemm_pair_n192", "sm90_f16_gemm_wide_n256"}  # fmt: skip
+         "sm90_bf16_gemm_tall_n192", "sm90_f16_gemm_pair_n192", "sm90_f16_gemm_wide_n256",
+         "sm90_bf16_fp8_gemm_tall_n128"}  # fmt: skip
 # sm_90a has wgmma kernels in their place.
 NOT_ON_HOPPER = {"gemm/gemm_sm80.cu", "gemm/fp8/gemm_sm80.cu", "gemm/integer/gemm_sm80.cu"}
 CHOSEN = {
@@ -61,7 +62,8 @@ CHOSEN = {
                "sm80_bf16_text_attn_d64", "sm80_bf16_pool", "sm80_bf16_attn_decode_sparse_d128",
                "sm90_bf16_attn_prefill_d128", "sm90_bf16_attn_decode_d128", "sm90_bf16_gemm_tall_n192",
                "sm90_f16_gemm_wide_n256",
-               "sm90_bf16_fp8_gemm_split_n16", "sm80_bf16_fp8_quantise", "sm80_fp8_pack",
+               "sm90_bf16_fp8_gemm_split_n16", "sm90_bf16_fp8_gemm_tall_n128", "sm80_bf16_fp8_quantise",
+               "sm80_fp8_pack",
                "sm90_bf16_attn_prefill_fp8_d128", "sm90_bf16_attn_decode_fp8_d128",
                "sm80_bf16_rope_kv_fp8_rows",
                "sm90_bf16_integer_int4_split_n8", "sm80_integer_pack_q4_k", "sm80_integer_quantise_f32"},

@@ -77,30 +77,32 @@ struct Walk {
   }
 };
 
-// 64-row tiles row_tile .. row_tile + 2 and `tile` tokens from token0.
+// 64-row tiles from row_tile on, as many as the scheduler's, and `tile` tokens from token0.
 struct WorkTile {
   int row_tile, token0;
 };
 
-// Which work tiles a block takes, in which order: clusters stride over units of three row tiles and two token
+// Which work tiles a block takes, in which order: clusters stride over units of ROW_TILES row tiles and two token
 // tiles; groups of GROUP units along the rows pass over all tokens, so that both operands stay in L2.
-struct TallScheduler {
+template <int ROW_TILES>
+struct PairScheduler {
   static constexpr int GROUP = 8;
-  int triples, pairs, tile, unit;
+  int strips, pairs, tile, unit;
 
-  __device__ TallScheduler(int rows, int tokens, int tile)
-      : triples((rows + 3 * TILE - 1) / (3 * TILE)), pairs((tokens + 2 * tile - 1) / (2 * tile)), tile(tile),
+  __device__ PairScheduler(int rows, int tokens, int tile)
+      : strips((rows + ROW_TILES * TILE - 1) / (ROW_TILES * TILE)), pairs((tokens + 2 * tile - 1) / (2 * tile)), tile(tile),
         unit(blockIdx.x / 2) {}
 
   __device__ bool next(WorkTile& t) {
-    if (unit >= triples * pairs) return false;
-    const int group = unit / (GROUP * pairs), within = unit % (GROUP * pairs), height = min(GROUP, triples - group * GROUP);
-    t.row_tile = (group * GROUP + within % height) * 3;
+    if (unit >= strips * pairs) return false;
+    const int group = unit / (GROUP * pairs), within = unit % (GROUP * pairs), height = min(GROUP, strips - group * GROUP);
+    t.row_tile = (group * GROUP + within % height) * ROW_TILES;
     t.token0 = (within / height * 2 + static_cast<int>(blockIdx.x % 2)) * tile;
     unit += gridDim.x / 2;
     return true;
   }
 };
+using TallScheduler = PairScheduler<3>;
 
 // 64-row tiles row_tile and row_tile + 1, `width` tokens from token0.
 struct WideTile {

@@ -38,6 +38,7 @@ from rvllm.kernels.gemm.fp8.specs import (
     BLOCK_K,
     MAX_STAGES,
     MODES,
+    TALL_ROWS,
     cluster_of,
     is_resident,
     is_split,
@@ -47,9 +48,26 @@ from rvllm.kernels.gemm.fp8.specs import (
 )
 from rvllm.kernels.gemm.tiles import DTYPES, SM80_TOKENS, TILE, TILE_BYTES
 
-Mode = Literal["split", "walk", "sum", "split_resident", "walk_resident", "sm80"]
+Mode = Literal[
+    "split",
+    "walk",
+    "sum",
+    "split_resident",
+    "walk_resident",
+    "tall",
+    "tall_sum",
+    "square",
+    "square_sum",
+    "sm80",
+]
 Scales = Literal["row", "block"]
 
+TALL_MODES: dict[bool, tuple[Mode, ...]] = {  # by whether a weight has one segment
+    True: ("tall", "square"),
+    False: ("tall_sum", "square_sum"),
+}
+# Cycles that a tile of them takes for 128 of K, fitted to an H200.
+TALL_STEP = {"tall": 775, "square": 530, "tall_sum": 800, "square_sum": 560}
 RESIDENT_UNITS = 160  # tokens x blocks of K a block quantises; with more, doing it once for all is quicker
 ONE_TILE = 128  # up to so many tokens a split product is the quickest
 INFLOW = 52  # bytes a cycle that a multiprocessor takes in
@@ -138,6 +156,8 @@ def plan_fp8(n: int, k: int, tokens: int, dtype: str, sm_count: int, quantised: 
     if not one:
         why = "enough tokens to fill the GPU"
         plans += [variant(n, k, tokens, dtype, "sum", size, sm_count, why) for size in MODES["sum"]]
+    for mode in TALL_MODES[one]:
+        plans.append(variant(n, k, tokens, dtype, mode, 128, sm_count, "tokens fill the tensor cores' rows"))
     return min(plans, key=lambda plan: _cycles(plan, sm_count))
 
 
@@ -160,8 +180,12 @@ def _cycles(plan: Fp8Plan, sm_count: int) -> float:
     if is_split(plan.mode):
         clusters = max(1, sm_count * 9 // 10 // plan.segments)
         return ceil_div(pairs * token_tiles, clusters) * (ceil_div(plan.blocks, plan.segments) * step + 8000)
+    if plan.mode in TALL_ROWS:
+        units = ceil_div(plan.rows, TALL_ROWS[plan.mode]) * ceil_div(token_tiles, 2)
+        return ceil_div(units, sm_count // 2) * (plan.blocks * TALL_STEP[plan.mode] + 3000)
     units = ceil_div(pairs, plan.cluster) * token_tiles
-    return ceil_div(units, sm_count // plan.cluster) * (plan.blocks * step + 4000)
+    cycles = ceil_div(units, sm_count // plan.cluster) * (plan.blocks * step + 4000)
+    return 0.9 * cycles if plan.mode == "walk" else cycles
 
 
 def variant(
@@ -183,6 +207,9 @@ def variant(
         cluster, grid = segments, (segments, token_tiles, pairs)
         small = n * k <= SMALL_WEIGHT or segments == MAX_SEGMENTS
         most = min(SMALL_STAGES, ceil_div(blocks, segments)) if small else MAX_STAGES
+    elif mode in TALL_ROWS:
+        cluster, most = 2, MAX_STAGES
+        grid = (2 * min(sm_count // 2, ceil_div(n, TALL_ROWS[mode]) * ceil_div(token_tiles, 2)), 1, 1)
     else:
         cluster, most = cluster_of(mode, token_tile), MAX_STAGES
         grid = resident_grid(n, tokens, token_tile, cluster, sm_count)
@@ -194,7 +221,7 @@ def variant(
         blocks=blocks,
         segments=segments,
         token_tile=token_tile,
-        box_rows=token_tile // (1 if is_split(mode) else cluster),
+        box_rows=token_tile // (1 if is_split(mode) or mode in TALL_ROWS else cluster),
         resident=resident,
         quantises=False,
         grid=grid,

@@ -25,14 +25,19 @@ MODES = {
     "sum": (64, 128),
     "split_resident": (8,),
     "walk_resident": (8,),
+    "tall": (128,),
+    "tall_sum": (128,),
+    "square": (128,),
+    "square_sum": (128,),
 }
+TALL_ROWS = {"tall": 192, "tall_sum": 192, "square": 128, "square_sum": 128}  # gemm_sm90_tall.cu
 MAX_STAGES = 12
 QUANTISE_THREADS = 128
 QUANTISE_BLOCKS = QUANTISE_THREADS // 16 * 4  # of 128 columns that a block of them takes
 
 
 def cluster_of(mode: str, tokens: int) -> int:
-    """Blocks that share each load of x in the walk and sum modes."""
+    """Blocks that share each load of x, or of the weights where a kernel is one of gemm_sm90_tall.cu."""
     return 1 if is_split(mode) or tokens < 64 else 2
 
 
@@ -48,7 +53,11 @@ def is_resident(mode: str) -> bool:
 
 def threads_of(mode: str, tokens: int) -> int:
     """Threads of a block: two warpgroups and a producer warp, or warpgroup where registers are short."""
-    return 384 if (mode == "walk" and tokens >= 160) or (mode == "sum" and tokens >= 128) else 288
+    return (
+        384
+        if mode in TALL_ROWS or (mode == "walk" and tokens >= 160) or (mode == "sum" and tokens >= 128)
+        else 288
+    )
 
 
 def smem_of(mode: str, tokens: int, held_blocks: int, most: int = MAX_STAGES) -> int:
@@ -56,6 +65,8 @@ def smem_of(mode: str, tokens: int, held_blocks: int, most: int = MAX_STAGES) ->
 
     held_blocks: blocks of K whose activations are resident. most: stages at most.
     """
+    if mode in TALL_ROWS:
+        return tall_smem(mode)
     resident = is_resident(mode)
     scales = 128 if resident else -(-(64 + 4 * tokens) // 128) * 128
     stage = 2 * TILE_BYTES + (0 if resident else tokens * BLOCK_K) + scales
@@ -69,11 +80,35 @@ def smem_of(mode: str, tokens: int, held_blocks: int, most: int = MAX_STAGES) ->
     return stages * stage + fixed
 
 
+def tall_smem(mode: str) -> int:
+    """Dynamic shared memory in bytes; mirrors TallLayout in gemm/fp8/gemm_sm90_tall.cu."""
+    rows, tokens, warps, barriers = TALL_ROWS[mode], 128, 8, 128
+    stage = rows * BLOCK_K + tokens * BLOCK_K + rows // 2 + tokens * 4
+    room = warps * rows * (64 if mode.endswith("_sum") else 32)
+    return (SMEM_LIMIT - barriers - room) // stage * stage + room + barriers
+
+
+def _tall() -> list[KernelSpec]:
+    return [
+        KernelSpec(
+            name=f"sm90_{dtype}_fp8_gemm_{mode}_n128",
+            source="gemm/fp8/gemm_sm90_tall.cu",
+            symbol=f"rvllm::fp8::gemm_tall<rvllm::{dtype}, {rows}, {str(mode.endswith('_sum')).lower()}>",
+            arch=90,
+            exact=True,
+            smem=SMEM_LIMIT,
+            unit=f"{dtype}_{mode}",
+        )
+        for dtype in DTYPES
+        for mode, rows in TALL_ROWS.items()
+    ]
+
+
 def _gemms() -> list[KernelSpec]:
     specs = []
     for dtype in DTYPES:
         for mode, sizes in MODES.items():
-            for tokens in sizes:
+            for tokens in () if mode in TALL_ROWS else sizes:
                 together = "few" if tokens <= 16 else "some" if tokens <= 64 else tokens
                 kind, resident = mode.removesuffix("_resident").upper(), str(is_resident(mode)).lower()
                 cluster = cluster_of(mode, tokens)
@@ -135,4 +170,4 @@ def _loading() -> list[KernelSpec]:
     ]
 
 
-SPECS: list[KernelSpec] = [*_gemms(), *_quantise(), *_sm80(), *_loading()]
+SPECS: list[KernelSpec] = [*_gemms(), *_tall(), *_quantise(), *_sm80(), *_loading()]
