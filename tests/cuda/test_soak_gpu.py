@@ -33,11 +33,13 @@ def requests(rng: np.random.Generator) -> list[tuple[list[int], Sampling]]:
     return made
 
 
-def test_a_thousand_requests_leave_nothing_behind() -> None:
+@pytest.mark.parametrize("host_blocks", [0, 300], ids=["recompute", "swap"])
+def test_a_thousand_requests_leave_nothing_behind(host_blocks: int) -> None:
     config = model("Qwen2ForCausalLM", num_attention_heads=6, num_key_value_heads=2)
     engine = replace(
-        CONFIG, max_num_seqs=48, num_gpu_blocks=72, capture_graphs="eager", check_device_memory=True
-    )
+        CONFIG, max_num_seqs=48, num_gpu_blocks=72, capture_graphs="eager", check_device_memory=True,
+        num_cpu_blocks=host_blocks, preemption_mode="swap" if host_blocks else "recompute",
+    )  # fmt: skip
     core = core_of(backend(config, "cuda", DType.BF16, engine), config, engine)
     rng = np.random.default_rng(2)
     asked = requests(rng)
@@ -61,7 +63,8 @@ def test_a_thousand_requests_leave_nothing_behind() -> None:
         assert Device.free_memory()[0] == before
 
     stats = core.stats()
-    assert stats.preemptions > 0
+    assert stats.preemptions > 20 and stats.swaps == (stats.preemptions if host_blocks else 0)
+    assert (stats.blocks_moved_out > 200 and stats.blocks_moved_in > 50) == bool(host_blocks)
     assert stats.blocks_used == 0
     assert all(len(reasons) == 1 for reasons in ended.values())
     assert sum(reasons == ["abort"] for reasons in ended.values()) > 5

@@ -277,16 +277,19 @@ class Scheduler:
         One block is left for each running sequence to grow into, so that newcomers do not push each
         other out at once. The last token is always computed: the next one is drawn from it.
         """
-        shared: list[int] = []
-        leader = self._leader(seq)
-        if leader is not None:
-            shared = leader.blocks[: (seq.prompt_len - 1) // self.limits.block_size]
-        elif self._may_share(seq):
-            shared = self.blocks.find(seq.digest_chain((seq.length - 1) // self.limits.block_size))
-            if self.snapshots is not None:
-                shared = shared[: self.snapshots.longest(seq.digests[: len(shared)])]
+        shared = self._shared(seq)
         needed = self.blocks.blocks_for(seq.length) - len(shared) + self.blocks.idle_among(shared)
         return shared if needed + len(self.running) <= self.blocks.available else None
+
+    def _shared(self, seq: Sequence) -> list[int]:
+        """The cached blocks that a waiting sequence can go on from."""
+        leader = self._leader(seq)
+        if leader is not None:
+            return leader.blocks[: (seq.prompt_len - 1) // self.limits.block_size]
+        if not self._may_share(seq):
+            return []
+        found = self.blocks.find(seq.digest_chain((seq.length - 1) // self.limits.block_size))
+        return found if self.snapshots is None else found[: self.snapshots.longest(seq.digests[: len(found)])]
 
     def preempt_all(self) -> None:
         """Every running sequence gives its place up and will be computed again."""

@@ -152,11 +152,7 @@ class Watch:
                     assert early.rank > late.rank, "overtaken by the same client"
 
     def _passed_over(self, seq: Sequence) -> bool:
-        shared = self.scheduler._blocks_if_fits(seq)
-        if shared is None:  # without what was taken in this step it may have found less in the cache
-            found = self.scheduler.blocks.find(seq.digests) if self.scheduler._may_share(seq) else []
-            return self.scheduler._soon_shared(seq, len(found))
-        return self.scheduler._soon_shared(seq, len(shared))
+        return self.scheduler._soon_shared(seq, len(self.scheduler._shared(seq)))
 
     def _bounds(self, step: Step) -> None:
         scheduler, lens = self.scheduler, step.batch.query_lens
