@@ -130,13 +130,15 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--length", type=int, default=16_000)
+    parser.add_argument("--only", default="", help="settings by their numbers from 0 on: 0,1,3")
     args = parser.parse_args()
     if (args.config is None) != args.simulate:
         parser.error("give CONFIG_DIR, or --simulate")
     clock = Clock(args.simulate)
     print(f"{args.streams} streams, {args.prompts} prompts of {args.length} tokens; ms between tokens")
     print("setting | alone p50 / p99 / most | beside prompts | first, last prompt's first token", flush=True)
-    for name, settings in SETTINGS.items():
+    chosen = [int(n) for n in args.only.split(",") if n] or range(len(SETTINGS))
+    for name, settings in (list(SETTINGS.items())[n] for n in chosen):
         llm = None if args.simulate else loaded(args.config, args.device, args.length, settings)
         core = simulated_core(clock, settings) if llm is None else llm.engine
         print(f"{name} | {measure(core, clock, args.streams, args.prompts, args.length)}", flush=True)
