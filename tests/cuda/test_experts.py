@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up, pack_matrix
 from rvllm.backends.cuda.ops.moe import choose
 from rvllm.backends.cuda.ops.moe.choose import even_tile
 from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, most_tiles
+from rvllm.backends.cuda.staging import Span
 from rvllm.backends.cuda.weight_loader import Loader
 from rvllm.config import EngineConfig
 from rvllm.engine.ipc.messages import Sampling
@@ -265,23 +266,18 @@ def test_a_step_reads_the_experts_that_are_hit() -> None:
 # ---- loading
 
 
-class _Done:
-    """An event of a device that is never busy."""
-
-    def record(self, stream: object) -> None: ...
-
-
 class HostLoader(Loader):
     """A loader whose device is the emulator; `nbytes` of rows are sent at a time."""
 
     def __init__(self, gpu: Emulator, nbytes: int) -> None:
         self._gpu, self.tag, self._held = gpu, "bf16", []  # type: ignore[var-annotated]
-        self._staging, self._free = [SimpleNamespace(nbytes=nbytes)] * 2, [_Done()] * 2  # type: ignore[list-item]
+        self._staging = [SimpleNamespace(nbytes=nbytes)]  # type: ignore[list-item]
         self._stream, self._rows_bytes, self.rows_at = None, 1 << 30, 0  # type: ignore[assignment]
 
-    def _send(self, data: np.ndarray, buffer: int) -> int:
-        self._held.append(self._gpu.array(data))
-        return self._held[-1].address
+    def queue(self, span: Span, place: Callable[[int, int, int, int], None], row_bytes: int = 0) -> None:
+        for start, stop, first, padded in self._cut(span, row_bytes):
+            self._held.append(self._gpu.array(span.data[start:stop]))
+            place(self._held[-1].address, first, stop - start, padded)
 
     def run(self, kernel: str, arguments: Sequence[Any], grid: int) -> None:
         cells = [ctypes.c_uint64(a) if isinstance(a, int) else a for a in arguments]

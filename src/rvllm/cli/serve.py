@@ -316,8 +316,14 @@ def _summary(engine: EngineClient, config: EngineConfig, name: str, kernels: str
 
 
 def _start_line(engines: Sequence[EngineClient], start: _Start) -> str:
-    loaded = " + ".join(f"{engine.ready.load_seconds:.2f}" for engine in engines)
     return (
-        f"  start   {start.total():.2f} s: model found {start.resolve:.2f}, loaded {loaded}; "
+        f"  start   {start.total():.2f} s: model found {start.resolve:.2f}, "
+        f"{', '.join(_loaded_line(engine) for engine in engines)}; "
         f"beside it tokenizer {start.tokenizer:.2f}, HTTP {start.http:.2f}"
     )
+
+
+def _loaded_line(engine: EngineClient) -> str:
+    """How long a model took to load, and which parts of it took how long; the rest is Python's own start."""
+    parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in engine.ready.phases if seconds >= 0.005)
+    return f"loaded {engine.ready.load_seconds:.2f}" + (f" ({parts})" if parts else "")

@@ -131,15 +131,16 @@ class EngineCore:
     @classmethod
     def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> EngineCore:
         """Finds and loads the configured model. Raises the RvllmError that says what is wrong with it."""
-        from rvllm.engine.loading import load
+        from rvllm.engine.loading import Phases, load
 
         if config.kv_events_config is not None:  # a mistake there should not cost a whole load
             from rvllm.engine.kv_events import parse_config
 
             parse_config(config.kv_events_config)
-        started = time.perf_counter()
-        backend, facts = load(config, progress)
+        started, phases = time.perf_counter(), Phases(progress)
+        backend, facts = load(config, phases.report)
         core = cls(backend, facts, config, time.perf_counter() - started)
+        core.ready.phases = phases.ended()
         core._load_again = lambda: load(same_limits(config, backend.limits))[0]
         return core
 

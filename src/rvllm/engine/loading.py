@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,35 @@ if TYPE_CHECKING:
     from rvllm.weights.checkpoint import Checkpoint
 
 
+class Phases:
+    """The parts of a start and how long each took, by what is reported of them.
+
+    A part begins with the first report of its name, which ends at a comma, and ends with the next one's.
+    """
+
+    def __init__(self, tell: Progress | None = None, first: str = "imports") -> None:
+        self._tell = tell
+        self._began, self._name = time.perf_counter(), first
+        self._seconds: dict[str, float] = {}
+
+    def report(self, fraction: float, text: str) -> None:
+        """A `Progress`, which hands on to the one it was made with."""
+        self._begin(text.partition(",")[0])
+        if self._tell is not None:
+            self._tell(fraction, text)
+
+    def ended(self) -> list[tuple[str, float]]:
+        """Names and seconds, in order; nothing is to be reported any more."""
+        self._begin("")
+        return list(self._seconds.items())
+
+    def _begin(self, name: str) -> None:
+        if name != self._name:
+            now = time.perf_counter()
+            self._seconds[self._name] = self._seconds.get(self._name, 0.0) + now - self._began
+            self._began, self._name = now, name
+
+
 def load(config: EngineConfig, progress: Progress | None = None) -> tuple[Generator | Encoder, ModelFacts]:
     """The configured model on its backend. Raises the RvllmError of whatever is missing or wrong."""
     from rvllm.backends.load import choose_dtype, load_backend
@@ -30,6 +60,7 @@ def load(config: EngineConfig, progress: Progress | None = None) -> tuple[Genera
     from rvllm.weights.packing import check_weights
 
     report = progress or (lambda fraction, text: None)
+    report(0.0, "reading the checkpoint")
     path = resolve(
         config.model,
         build(SourceConfig, {}),
@@ -44,6 +75,7 @@ def load(config: EngineConfig, progress: Progress | None = None) -> tuple[Genera
             from rvllm.weights.finite import check_finite
 
             check_finite(checkpoint)
+    report(0.0, "planning")
     backend = load_backend(program, checkpoint, config, report)
     return backend, model_facts(program, checkpoint, model, config, backend.limits.max_model_len)
 

@@ -283,6 +283,15 @@ class EmulatedDriver:
         del self._pinned[address]
         return (OK,)
 
+    CU_MEMHOSTREGISTER_DEVICEMAP = 2
+
+    def cuMemHostRegister(self, address: int, nbytes: int, flags: int) -> tuple[Any, ...]:
+        return (OK,)
+
+    def cuMemHostUnregister(self, address: int) -> tuple[Any, ...]:
+        self._drain()
+        return (OK,)
+
     def _write(self, target: int, nbytes: int, how: Callable[[], object]) -> None:
         how()
         self.launcher.chain.cut()  # copies wait for kernels, and kernels for copies

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from rvllm.backends.base import KV_BLOCK, LedgerLine, Limits
+from rvllm.backends.free_memory import free_bytes
 from rvllm.backends.lengths import asked_host_blocks, asked_length, encoder_lengths, state_rows
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
@@ -23,7 +23,6 @@ MAX_KV = 4 * GB  # unless a flag asks for more
 COPY_RATE = 4 * GB  # bytes a second from one pool to the other, both in the machine's memory
 RESERVE = 192 << 20  # for the interpreter, beside the activations of a step
 SCORED = 64  # rows of logits that a step has for prompts beside those it draws from
-HUGE = 1 << 62
 WEIGHTS = "weights"  # the ledger's line of those in float32
 
 
@@ -36,30 +35,6 @@ class MemoryPlan:
 
     lines: list[LedgerLine]
     limits: Limits
-
-
-def free_bytes() -> int:
-    """Memory this process can still take: what the system has available, within its control group."""
-    system = HUGE
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                system = int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return min(system, _control_group_free())
-
-
-def _control_group_free() -> int:
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            return max(0, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # absent, or "max"
-            continue
-    return HUGE
 
 
 def weight_lines(program: Program, checkpoint: Checkpoint | None, config: EngineConfig) -> list[LedgerLine]:

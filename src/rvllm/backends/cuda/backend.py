@@ -119,7 +119,9 @@ class CudaBackend:
         Raises MissingKernelError, CapacityError or UsageError before any weight is read.
         """
         report = progress or (lambda fraction, text: None)
+        report(0.0, "opening the GPU")
         found = OpenDevice.for_program(program, config)
+        report(0.0, "planning")
         program = kept(program, checkpoint, config, found.facts)
         say_expanded(program, checkpoint, config)
         strategy = strategy_for(program, config, found.facts, report)
@@ -128,12 +130,15 @@ class CudaBackend:
         loading = loading_kernels(wanted, program.dtype, checkpoint)
         kernels = [*planner.kernels(), START_KERNEL, LOGPROBS_KERNEL, *loading]
         gpu = Gpu.take(found, kernels, memory.nbytes, report, config.enable_sleep_mode)
+        report(0.0, "clearing memory")
         placed = Placed.take(gpu.arena, memory.allocations)
         placed.clear(gpu.stream)
         at = placed.addresses(memory.workspace)
         send_ropes(gpu.stream, at, memory)
         staging = placed.line(KV_CACHE)
+        report(0.0, "loading weights")
         gpu.load_weights(program.dtype, placed_weights(wanted, at), checkpoint, config.seed, staging, report)
+        report(0.0, "buffers")
         backend = CudaBackend(
             gpu,
             replace(planner, addresses=at),

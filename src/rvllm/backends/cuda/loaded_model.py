@@ -72,8 +72,10 @@ class Gpu:
         sleeps: whether the memory can be given back for a while.
         Raises MissingKernelError listing kernels that there are not.
         """
+        report(0.0, "loading kernels")
         catalog = Catalog(found.facts.capability, kernel_cache_dir())
         catalog.require(kernels, lambda done, count: report(done / count, "compiling kernels"))
+        report(0.0, "taking memory")
         free, total = found.device.free_memory()
         taken = total - free - found.budget.used
         arena = Arena(nbytes, sleeps)

@@ -1,14 +1,17 @@
 """The way from the host's memory to the device's: rows by pinned buffers, and the kernels that take them.
 
-Reading and copying overlap: while the device works on one staging buffer, threads fill the other. The
+Reading and copying overlap: while the device works on one staging buffer, threads fill the others. The
 staging memory on the device lies where the KV cache will be, so loading costs no memory of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +26,9 @@ from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
 
 STAGING = 32 << 20  # bytes of one pinned buffer
+BUFFERS = 4
+READERS = 12  # threads at most, of which each copies out of the page cache at 3 to 6 GB/s
+PIECE = 2 << 20  # bytes that a reader takes at a time
 BLOCK = 256
 Tag = TypeVar("Tag")  # what goes with a part's rows
 
@@ -45,6 +51,16 @@ class Span:
     interleave: Interleave
 
 
+@dataclass
+class _Slice:
+    """Rows on their way into a pinned buffer. then: queues the kernels that take them on the device."""
+
+    buffer: int
+    nbytes: int
+    pieces: list[Future[None]]
+    then: Callable[[], None] | None = None
+
+
 class Staging:
     """Sends rows of weights to the device in pieces that fit, and queues the kernels that place them."""
 
@@ -54,14 +70,15 @@ class Staging:
         self._dtype = dtype
         self.tag = "bf16" if dtype is DType.BF16 else "f16"
         raw = min(STAGING, scratch.nbytes // 12 // 4096 * 4096)
-        # Two raw buffers and, as Q4 blocks grow fourfold in 16 bits, room for one dequantised piece.
-        self._raw = [scratch.address, scratch.address + raw]
-        self.rows_at = scratch.address + 2 * raw
-        self._rows_bytes = scratch.nbytes - 2 * raw
-        self._staging = [Pinned(raw), Pinned(raw)]
-        self._free = [Event(), Event()]
-        self._turn = 0  # of `send`
-        self._readers = ThreadPoolExecutor(4, thread_name_prefix="load")
+        # Raw buffers and, as Q4 blocks grow fourfold in 16 bits, room for one dequantised piece.
+        self._raw = [scratch.address + i * raw for i in range(BUFFERS)]
+        self.rows_at = scratch.address + BUFFERS * raw
+        self._rows_bytes = scratch.nbytes - BUFFERS * raw
+        self._staging = [Pinned(raw, clear=False) for _ in range(BUFFERS)]
+        self._free = [Event() for _ in range(BUFFERS)]
+        self._turn = self._sent = 0  # the buffer that is filled next, and the one of `send`
+        self._readers = ThreadPoolExecutor(min(READERS, os.cpu_count() or 1), thread_name_prefix="load")
+        self._coming: deque[_Slice] = deque()  # being read, in their order
 
     def close(self) -> None:
         """Frees the pinned buffers."""
@@ -109,6 +126,37 @@ class Staging:
         row_bytes: of scratch memory (`rows_at`) that each row needs beside. Kernels that take a slice are
         to be queued before the next one is asked for.
         """
+        for start, stop, first, padded in self._cut(span, row_bytes):
+            coming = self._read(span.data[start:stop])
+            self._send(coming)
+            yield self._raw[coming.buffer], first, stop - start, padded
+            self._free[coming.buffer].record(self._stream)
+
+    def queue(self, span: Span, place: Callable[[int, int, int, int], None], row_bytes: int = 0) -> None:
+        """As `stream`, and returns while rows are still being read: so that the next span's are, too.
+
+        place: called with what `stream` gives, in order, once a slice is on its way; it queues the kernels
+        that take it. `flush` waits for all of them.
+        """
+        for start, stop, first, padded in self._cut(span, row_bytes):
+            coming = self._read(span.data[start:stop])
+            coming.then = partial(place, self._raw[coming.buffer], first, stop - start, padded)
+            self._coming.append(coming)
+
+    def flush(self) -> None:
+        """Sends what is still being read, and has its kernels queued."""
+        while self._coming:
+            self._place_oldest()
+
+    def _place_oldest(self) -> None:
+        oldest = self._coming.popleft()
+        self._send(oldest)
+        assert oldest.then is not None
+        oldest.then()
+        self._free[oldest.buffer].record(self._stream)
+
+    def _cut(self, span: Span, row_bytes: int) -> Iterator[tuple[int, int, int, int]]:
+        """A span's rows in slices that fit: (start, stop, first packed row, rows to write)."""
         fit = self._staging[0].nbytes // span.data.shape[1]
         if row_bytes:
             fit = min(fit, self._rows_bytes // row_bytes)
@@ -119,12 +167,11 @@ class Staging:
                 "memory; raise --num-blocks"
             )
         rows = len(span.data)
-        for turn, start in enumerate(range(0, rows, fit)):
+        for start in range(0, rows, fit):
             stop = min(start + fit, rows)
             padded = stop - start + (span.padded - rows if stop == rows else 0)
             first = span.first + (start if span.interleave == Interleave.PLAIN else start // 8 * 16)
-            yield self._send(span.data[start:stop], turn % 2), first, stop - start, padded
-            self._free[turn % 2].record(self._stream)
+            yield start, stop, first, padded
 
     def slices(self, rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
         """Rows start to stop, by eights, that `send` has room for."""
@@ -136,52 +183,59 @@ class Staging:
 
     def send(self, arrays: Sequence[NDArray[Any]]) -> list[int]:
         """Copies arrays to the device, contiguous; their addresses there, until `sent` was called twice."""
-        self._turn ^= 1
-        self._free[self._turn].wait()
-        staging, offset, addresses = self._staging[self._turn].array, 0, []
+        buffer = self._sent = self._next_buffer()
+        staging, offset, addresses = self._staging[buffer].array, 0, []
         for values in arrays:
             pinned = staging[offset : offset + values.nbytes].view(values.dtype).reshape(values.shape)
-            share = -(-len(values) // 4)
-            list(
-                self._readers.map(
-                    lambda s, to=pinned, values=values, share=share: np.copyto(
-                        to[s : s + share], values[s : s + share]
-                    ),
-                    range(0, len(values), share),
-                )
-            )
-            addresses.append(self._raw[self._turn] + offset)
+            for piece in self._copied(values, pinned):
+                piece.result()
+            addresses.append(self._raw[buffer] + offset)
             offset += -(-values.nbytes // 256) * 256
-        self._stream.copy_to_device(self._raw[self._turn], self._staging[self._turn].address, offset)
+        self._stream.copy_to_device(self._raw[buffer], self._staging[buffer].address, offset)
         return addresses
 
     def sent(self) -> None:
         """Says that the kernels which read what was sent last are queued."""
-        self._free[self._turn].record(self._stream)
+        self._free[self._sent].record(self._stream)
 
     def copy(self, values: NDArray[Any], address: int) -> None:
         """Copies an array to the device as it is."""
         flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         for start in range(0, flat.nbytes, self._staging[0].nbytes):
             piece = flat[start : start + self._staging[0].nbytes]
-            self._free[0].wait()
-            self._staging[0].array[: piece.nbytes] = piece
-            self._stream.copy_to_device(address + start, self._staging[0].address, piece.nbytes)
-            self._free[0].record(self._stream)
+            buffer = self._next_buffer()
+            self._staging[buffer].array[: piece.nbytes] = piece
+            self._stream.copy_to_device(address + start, self._staging[buffer].address, piece.nbytes)
+            self._free[buffer].record(self._stream)
 
     def run(self, kernel: str, arguments: Sequence[Any], grid: int) -> None:
         """Queues a kernel of BLOCK threads a block."""
         Launch(self._catalog[kernel], BLOCK, 0, arguments, pdl=False).run(self._stream, (grid, 1, 1))
 
-    def _send(self, data: NDArray[np.uint8], buffer: int) -> int:
-        """Copies rows to the device by way of a pinned buffer; returns their address there."""
+    def _next_buffer(self) -> int:
+        """The buffer whose turn it is, once what was in it has left and the device is done with it."""
+        buffer, self._turn = self._turn, (self._turn + 1) % BUFFERS
+        while self._coming and self._coming[0].buffer == buffer:
+            self._place_oldest()
         self._free[buffer].wait()
+        return buffer
+
+    def _read(self, data: NDArray[np.uint8]) -> _Slice:
+        """Begins to copy rows into the next pinned buffer."""
+        buffer = self._next_buffer()
         pinned = self._staging[buffer].array[: data.nbytes].reshape(data.shape)
-        share = -(-len(data) // 4)
-        list(
-            self._readers.map(
-                lambda s: np.copyto(pinned[s : s + share], data[s : s + share]), range(0, len(data), share)
-            )
-        )
-        self._stream.copy_to_device(self._raw[buffer], self._staging[buffer].address, data.nbytes)
-        return self._raw[buffer]
+        return _Slice(buffer, data.nbytes, self._copied(data, pinned))
+
+    def _copied(self, values: NDArray[Any], to: NDArray[Any]) -> list[Future[None]]:
+        """Copies rows in several threads."""
+        share = max(1, PIECE * len(values) // max(1, values.nbytes))
+        return [
+            self._readers.submit(np.copyto, to[start : start + share], values[start : start + share])
+            for start in range(0, len(values), share)
+        ]
+
+    def _send(self, read: _Slice) -> None:
+        """Copies what was read to the device."""
+        for piece in read.pieces:
+            piece.result()
+        self._stream.copy_to_device(self._raw[read.buffer], self._staging[read.buffer].address, read.nbytes)

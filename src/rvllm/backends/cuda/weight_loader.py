@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from rvllm.backends.base import Progress
@@ -16,7 +17,7 @@ from rvllm.backends.cuda.device.driver import Launch, Stream
 from rvllm.backends.cuda.formats import device_format
 from rvllm.backends.cuda.layout.packed import PackedWeight, WeightLayout
 from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up, pack_arguments
-from rvllm.backends.cuda.staging import BLOCK, Staging
+from rvllm.backends.cuda.staging import BLOCK, Span, Staging
 from rvllm.program.dtypes import DType
 from rvllm.weights.checkpoint import Checkpoint, TensorType
 from rvllm.weights.packing import find_tensor, pack, raw_parts, readable_parts, readable_type
@@ -62,6 +63,7 @@ class Loader(Staging):
             if progress is not None:
                 rate = stored / 1e9 / max(time.perf_counter() - started, 1e-9)
                 progress(done / total, f"loading weights, {rate:.1f} GB/s")
+        self.flush()
         self._stream.sync()
         return stored / 1e9 / (time.perf_counter() - started)
 
@@ -71,18 +73,22 @@ class Loader(Staging):
         parts = ((part.type, part.data) for part in readable_parts(packed.weight, checkpoint))
         for kind, span in self.spans(packed, address, parts):
             nbytes += span.data.nbytes
-            *dequant, place = _placing(packed.form, kind, self.tag)
-            for source, first, rows, padded in self.stream(span, 2 * width):
-                if packed.form == "table":
-                    self._dequantise(place, span.address + first * width * 2, source, rows * width)
-                    continue
-                if dequant:
-                    self._dequantise(dequant[0], self.rows_at, source, rows * width)
-                    source = self.rows_at
-                where = pack_arguments(source, span.address, rows, width, first=first, padded_rows=padded,
-                                       interleave=span.interleave)  # fmt: skip
-                self.run(place, where, 132 * 8)
+            self.queue(span, partial(self._place, span, kind), 2 * width)
         return nbytes
+
+    def _place(self, span: Span, kind: TensorType, source: int, first: int, rows: int, padded: int) -> None:
+        """Queues the kernels that take a slice of a span's rows, stored as `kind`, to its place."""
+        form, width = span.packed.form, span.packed.width
+        *dequant, place = _placing(form, kind, self.tag)
+        if form == "table":
+            self._dequantise(place, span.address + first * width * 2, source, rows * width)
+            return
+        if dequant:
+            self._dequantise(dequant[0], self.rows_at, source, rows * width)
+            source = self.rows_at
+        where = pack_arguments(source, span.address, rows, width, first=first, padded_rows=padded,
+                               interleave=span.interleave)  # fmt: skip
+        self.run(place, where, 132 * 8)
 
     def _as_stored(self, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
         """A table in the blocks of the file."""

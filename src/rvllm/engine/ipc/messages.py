@@ -255,6 +255,7 @@ class Ready(msgspec.Struct, tag="ready", kw_only=True, array_like=True):
     pipeline_depth: int = 1
     scheduling_policy: str = "priority"
     sleep_mode: bool = False
+    phases: list[tuple[str, float]] = []  # of the load, in order, and the seconds that each took
     fairness: str = "none"  # or whose requests get fair shares: api-key, user
 
 
