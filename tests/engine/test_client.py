@@ -80,6 +80,22 @@ def test_streams() -> None:
     run(test())
 
 
+def test_whoever_takes_lists_slowly_takes_longer_ones() -> None:
+    async def test() -> None:
+        async with engine(step_ms=10) as client:
+            lists = client.generate_lists(ask("slow", [5, 9], 20))
+            first = await anext(lists)
+            arrived = client._streams["slow"]._queue  # type: ignore[attr-defined]
+            while first[-1].finish_reason is None and (not arrived or arrived[-1].finish_reason is None):
+                await asyncio.sleep(0.01)
+            rest = [outputs async for outputs in lists]
+            assert len(rest) == (first[-1].finish_reason is None)  # all that came since, in one
+            tokens = [token for output in sum(rest, first) for token in output.token_ids]
+            assert tokens == expected([5, 9], 20)
+
+    run(test())
+
+
 def test_idle_engine_sleeps() -> None:
     async def test() -> None:
         async with engine() as client:

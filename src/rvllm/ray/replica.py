@@ -51,16 +51,18 @@ class EngineReplica:
     async def generate(
         self, request: Generate | Embed, session: str | None = None
     ) -> AsyncGenerator[list[Output], None]:
-        """A request's outputs, those that came together in one list; `session` is for the router.
+        """A request's outputs; `session` is for the router.
 
-        Errors of ours come as an Output, so that no traceback leaves this process.
+        A list has all that came while Ray handed on the one before: what Ray takes for a list bounds how many
+        lists there are in a second, not how many tokens. Errors of ours come as an Output, so that no
+        traceback leaves this process.
         """
         try:
             if isinstance(request, Generate) and request.sampling.grammar is not None:
                 await self._prepare_grammars()
-            async with aclosing(self._engine.generate(request)) as outputs:
-                async for output in outputs:
-                    yield [output]
+            async with aclosing(self._engine.generate_lists(request)) as lists:
+                async for outputs in lists:
+                    yield outputs
         except RvllmError as error:
             if not self._engine.alive:  # the process is about to end: another replica takes over
                 await asyncio.sleep(60)

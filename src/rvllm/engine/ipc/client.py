@@ -222,6 +222,13 @@ class EngineClient:
         Closing the iterator early aborts the request. Raises EngineDeadError when the engine ends first,
         UsageError when a living request has the same id.
         """
+        async with aclosing(self.generate_lists(request)) as lists:
+            async for outputs in lists:
+                for output in outputs:
+                    yield output
+
+    async def generate_lists(self, request: Generate | Embed) -> AsyncGenerator[list[Output], None]:
+        """As `generate`: each list has what has arrived since the last one was taken, one output or more."""
         self._check_alive()
         if request.request_id in self._streams:
             raise UsageError(f"request_id {request.request_id!r} is in use by a request that has not ended")
@@ -231,11 +238,15 @@ class EngineClient:
         try:
             self._send(request)
             while not finished:
-                output = await stream.get()
-                if not isinstance(output, Output):
-                    raise output
-                finished = output.finish_reason is not None
-                yield output
+                items = [await stream.get()]
+                while not stream.empty():
+                    items.append(stream.get_nowait())
+                if outputs := [item for item in items if isinstance(item, Output)]:
+                    finished = outputs[-1].finish_reason is not None
+                    yield outputs
+                for item in items:  # an error is the last that comes
+                    if not isinstance(item, Output):
+                        raise item
         finally:
             if self._streams.get(request.request_id) is stream:
                 del self._streams[request.request_id]
