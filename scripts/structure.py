@@ -1,4 +1,4 @@
-"""How the source hangs together: circles of imports, long functions, wide folders, lines.
+"""How the source hangs together: circles of imports, long functions and kernels, wide folders, lines.
 
     python scripts/structure.py [SOURCE]
 
@@ -9,10 +9,12 @@ connected set of modules (Tarjan, "Depth-first search and linear graph algorithm
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections import Counter
 from pathlib import Path
 
+_KERNEL = re.compile(r"__global__\s+void\s+(?:__\w+__\s*\((?:[^()]|\([^()]*\))*\)\s*)*(\w+)\s*\(")
 SOURCE = Path(__file__).parent.parent / "src" / "rvllm"
 
 
@@ -69,6 +71,19 @@ def functions(tree: ast.Module) -> list[tuple[int, str]]:
     ]
 
 
+def kernels(text: str) -> list[tuple[int, str]]:
+    """(lines of the body, name) of every kernel of a CUDA source."""
+    found = []
+    for head in _KERNEL.finditer(text):
+        at = text.index("{", head.end()) + 1
+        start, depth = at, 1
+        while depth:
+            depth += {"{": 1, "}": -1}.get(text[at], 0)
+            at += 1
+        found.append((text.count("\n", start, at), head[1]))
+    return found
+
+
 def main() -> int:
     """Prints the account."""
     source = Path(sys.argv[1]) if len(sys.argv) > 1 else SOURCE
@@ -86,6 +101,10 @@ def main() -> int:
     print("longest functions:")
     long = [(n, path, name) for path, tree in trees.items() for n, name in functions(tree)]
     for lines, path, name in sorted(long, key=lambda entry: -entry[0])[:15]:
+        print(f"  {lines} {path.relative_to(source)} {name}")
+    print("longest kernel bodies:")
+    bodies = [(n, path, name) for path in source.rglob("*.cu*") for n, name in kernels(path.read_text())]
+    for lines, path, name in sorted(bodies, key=lambda entry: -entry[0])[:8]:
         print(f"  {lines} {path.relative_to(source)} {name}")
     suffixes = {".py", ".cu", ".cuh"}
     code = [p for p in source.rglob("*") if p.suffix in suffixes and p.name != "__init__.py"]
