@@ -9,7 +9,7 @@
 // Compiled for tiles of up to 192 tokens, and of up to 64: these need so few registers that a neighbour's blocks find
 // room beside theirs, and with that their first weights arrive while the kernel before ends.
 #include "gemm/epilogue_overlap.cuh"
-#include "gemm/mainloop.cuh"
+#include "gemm/persistent.cuh"
 #include "gemm/tile_scheduler.cuh"
 
 namespace rvllm::gemm {
@@ -46,25 +46,7 @@ __device__ __forceinline__ void produce(const TensorMap& x, const u8* __restrict
   const auto load_x = [&](const WorkTile& t, int k, const Ring& at) {
     tensor_load_2d(at.x_at(), &x, k * TILE, t.token0, at.full(at.stage));
   };
-  WorkTile t;
-  bool more = scheduler.next(t);
-  int ahead = more ? min(ring.stages, blocks) : 0;
-  for (Ring r = ring; r.stage < ahead; r.stage++) load_weights(t, r.stage, r);
-  griddep_wait();
-  for (int k = 0; k < ahead; k++) {
-    load_x(t, k, ring);
-    ring.advance();
-  }
-  while (more) {
-    for (int k = ahead; k < blocks; k++) {
-      mbar_wait(ring.empty(ring.stage), ring.phase ^ 1);
-      load_weights(t, k, ring);
-      load_x(t, k, ring);
-      ring.advance();
-    }
-    ahead = 0;
-    more = scheduler.next(t);
-  }
+  fill_ring<WorkTile>(scheduler, ring, blocks, load_weights, load_x);
 }
 
 // 96 threads: carry finished outputs from shared memory to global memory while the next tile is summed.
@@ -121,14 +103,7 @@ __global__ void __launch_bounds__(Tall::THREADS, 1)
   const Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   griddep_launch();
-  if (threadIdx.x == Tall::CONSUMERS) {
-    tensor_map_prefetch(&x);
-    for (int s = 0; s < stages; s++) {
-      mbar_init(ring.full(s), 1);
-      mbar_init(ring.empty(s), Tall::CONSUMERS / 32 * 2);
-    }
-    mbar_init_fence();
-  }
+  if (threadIdx.x == Tall::CONSUMERS) begin_ring(x, ring, Tall::CONSUMERS);
   cluster_sync();
   const TallScheduler scheduler(rows, tokens, tile);
   if (warp >= Tall::CONSUMERS / 32) {

@@ -7,7 +7,7 @@
 // two blocks of a cluster take neighbouring rows and the same tokens: each activation is loaded once and multicast.
 // grid (clusters * 2, 1, 1), resident.
 #include "gemm/epilogue_overlap.cuh"
-#include "gemm/mainloop.cuh"
+#include "gemm/persistent.cuh"
 #include "gemm/tile_scheduler.cuh"
 
 namespace rvllm::gemm {
@@ -44,25 +44,7 @@ __device__ __forceinline__ void produce(const TensorMap& x, const u8* __restrict
     for (int first = rank * BOX; first < t.width; first += 2 * BOX)
       tensor_load_2d_multicast(at.x_at() + first * TILE * 2, &x, k * TILE, t.token0 + first, at.full(at.stage), BOTH);
   };
-  WideTile t;
-  bool more = scheduler.next(t);
-  int ahead = more ? min(ring.stages, blocks) : 0;
-  for (Ring r = ring; r.stage < ahead; r.stage++) load_weights(t, r.stage, r);
-  griddep_wait();
-  for (int k = 0; k < ahead; k++) {
-    load_x(t, k, ring);
-    ring.advance();
-  }
-  while (more) {
-    for (int k = ahead; k < blocks; k++) {
-      mbar_wait(ring.empty(ring.stage), ring.phase ^ 1);
-      load_weights(t, k, ring);
-      load_x(t, k, ring);
-      ring.advance();
-    }
-    ahead = 0;
-    more = scheduler.next(t);
-  }
+  fill_ring<WideTile>(scheduler, ring, blocks, load_weights, load_x);
 }
 
 // 96 threads: carry finished outputs from shared memory to global memory while the next tile is summed.
@@ -158,14 +140,7 @@ __global__ void __launch_bounds__(Wide::THREADS, 1)
   const Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   griddep_launch();
-  if (threadIdx.x == Wide::CONSUMERS) {
-    tensor_map_prefetch(&x);
-    for (int s = 0; s < STAGES; s++) {
-      mbar_init(ring.full(s), 1);
-      mbar_init(ring.empty(s), Wide::CONSUMERS / 32 * 2);
-    }
-    mbar_init_fence();
-  }
+  if (threadIdx.x == Wide::CONSUMERS) begin_ring(x, ring, Wide::CONSUMERS);
   cluster_sync();
   const WideScheduler scheduler(rows, tokens);
   if (warp >= Wide::CONSUMERS / 32) {
