@@ -39,6 +39,7 @@ def served(model: Path, name: str, work: Path, *flags: str) -> Iterator[str]:
     """The URL of a server of this model, on a free port; it ends with the block."""
     log = work / f"serve-{name}.log"
     command = [sys.executable, "-m", "rvllm", "serve", "--model", str(model), "--served-model-name", name]
+    command += ["--worker-timeout", "60"]  # a busy machine takes its time with the first grammar
     with log.open("w") as out:
         process = subprocess.Popen(
             [*command, "--device", "cpu", "--port", "0", *flags], stdout=out, stderr=subprocess.STDOUT

@@ -73,6 +73,7 @@ def test_events_come_in_order_with_their_names(server: LiveServer) -> None:
     assert names[:3] == ["message_start", "ping", "content_block_start"]
     assert names[-3:] == ["content_block_stop", "message_delta", "message_stop"]
     assert set(names[3:-3]) == {"content_block_delta"}
+    assert {entry["index"] for entry in data if entry["type"].startswith("content_block")} == {0}
     assert data[0]["message"]["content"] == [] and data[0]["message"]["usage"]["output_tokens"] == 0
     assert data[2]["content_block"] == {"type": "text", "text": ""}
 

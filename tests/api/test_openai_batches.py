@@ -105,6 +105,8 @@ def test_a_batch(client: openai.OpenAI, server: LiveServer) -> None:
     assert wrong["response"]["body"]["error"]["param"] == "temperature"
     assert {request.priority for request in server.engine.requests[-30:]} == {PRIORITY}
     assert found.id in [batch.id for batch in client.batches.list(limit=1)]
+    for limit in ("0", "101", "%2B5", "5_0", "1e1", "%D9%A3"):
+        assert server.raw("GET", f"/v1/batches?limit={limit}")[0] == 400, limit
     assert client.files.retrieve(found.output_file_id).purpose == "batch_output"
 
 

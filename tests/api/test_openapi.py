@@ -68,6 +68,9 @@ def test_the_document_holds_together(server: LiveServer) -> None:
     assert len({o["operationId"] for o in operations}) == len(operations)
     chat = found["components"]["schemas"]["ChatRequest"]
     assert chat["required"] == ["messages"] and "best_of" not in chat["properties"]
+    assert chat["properties"]["messages"]["minItems"] == 1  # a conversation of one message is answered
+    prompt = found["components"]["schemas"]["CompletionRequest"]["properties"]["prompt"]
+    assert (prompt["minLength"], prompt["minItems"]) == (1, 1)
 
 
 @pytest.mark.parametrize(

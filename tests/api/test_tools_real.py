@@ -41,6 +41,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     command = [sys.executable, "-m", "rvllm", "serve", "--model", str(model_path("qwen2.5-coder-0.5b"))]
     command += ["--served-model-name", "qwen", "--port", "0", "--max-model-len", "1024"]
     command += ["--device", "cpu", "--kv-cache-memory-gb", "0.05"]
+    command += ["--worker-timeout", "60"]  # a busy machine takes its time with the first grammar
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         try:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 
-from rvllm.backends.load import CPU_ONLY, GPU_ONLY, check_memory_flags, without_effect
+from rvllm.backends.load import CPU_ONLY, GPU_ONLY, check_memory_flags, gpu_dtype, without_effect
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
+from rvllm.weights.checkpoint import Checkpoint
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
@@ -52,3 +56,20 @@ def test_flags_that_contradict_each_other_are_refused() -> None:
 )
 def test_flags_that_agree_are_taken(settings: dict) -> None:
     check_memory_flags(PROGRAM, EngineConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("named", "dtype"),
+    [
+        ({"dtype": "float16"}, DType.F16),
+        ({"torch_dtype": "torch.float16"}, DType.F16),
+        ({"torch_dtype": "half"}, DType.F16),
+        ({"torch_dtype": "bfloat16"}, DType.BF16),
+        ({"torch_dtype": "float32"}, DType.BF16),
+        ({}, DType.BF16),
+    ],
+)
+def test_a_gpu_takes_the_16_bit_type_that_a_config_names(named: dict, dtype: DType) -> None:
+    checkpoint = cast(Checkpoint, SimpleNamespace(config=named))
+    assert gpu_dtype(EngineConfig(), checkpoint) is dtype
+    assert gpu_dtype(EngineConfig(dtype="float16"), checkpoint) is DType.F16

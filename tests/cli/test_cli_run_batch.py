@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rvllm.cli.main import main
+from rvllm.cli.run_batch import Journal
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -88,3 +89,15 @@ def test_mistakes_are_one_line(
     assert main(flags) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+def test_a_journal_outlives_two_kills(tmp_path: Path) -> None:
+    """The line that the first kill cut off does not run into the first line after it."""
+    target = tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.part").write_bytes(b'rvllm run-batch d\n3 0 {"a":1}\n7 0 {"cus')
+    journal = Journal(target, "d")
+    journal.add(9, True, b"{}")
+    journal.close()
+    again = Journal(target, "d")
+    assert dict(again.done) == {3: (False, b'{"a":1}'), 9: (True, b"{}")}
+    again.close()

@@ -22,6 +22,7 @@ from rvllm.backends.cuda.layout.weights import packed_weights
 from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up, pack_matrix
 from rvllm.backends.cuda.ops.moe import choose
 from rvllm.backends.cuda.ops.moe.choose import even_tile
+from rvllm.backends.cuda.ops.moe.launches import FAMILY
 from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, most_tiles
 from rvllm.backends.cuda.staging import Span
 from rvllm.backends.cuda.weight_loader import Loader
@@ -154,6 +155,13 @@ def test_mixtral_fits_an_h200_and_a_step_of_one_token_takes_eight_launches_a_lay
     kernels = [p.kernel for p in given.decode(1)]
     assert len(kernels) == 2 + 32 * 8 + 1 + 1 + 1 + 2  # begin, embed, layers, gather, norm, head, sampling
     assert sum("route" in k or "experts" in k for k in kernels) == 32 * 3
+
+
+def test_memory_of_a_step_of_experts() -> None:
+    """Mixtral: two of eight experts a token, 14,336 elements inside and 4,096 outside, of 2 bytes each."""
+    found = FAMILY.scratch(built(MIXTRAL, num_hidden_layers=2), 100, 8, 90)
+    assert found["experts.inner"] == 2 * 100 * 2 * 14336 and found["experts.parts"] == 2 * 100 * 2 * 4096
+    assert found["experts.logits"] == 4 * 100 * 8 and found["experts.order"] == 4 * 100 * 2
 
 
 def test_an_add_goes_with_the_experts_and_so_does_the_norm_behind_it() -> None:

@@ -175,6 +175,9 @@ def test_sizes_without_a_kernel_are_named() -> None:
     odd = built(V2_LITE, num_hidden_layers=1, qk_nope_head_dim=100, first_k_dense_replace=1)
     with pytest.raises(MissingKernelError, match=r"layers\.0\.absorb.*multiples of 8"):
         planner(odd, H100, EngineConfig(), GB139).kernels()
+    odd = built(V2_LITE, num_hidden_layers=1, qk_nope_head_dim=520, first_k_dense_replace=1)
+    with pytest.raises(MissingKernelError, match="the inner one at most 512"):
+        planner(odd, H100, EngineConfig(), GB139).kernels()
     with pytest.raises(MissingKernelError, match="--max-num-seqs"):
         decode_plan(max_seqs=5000)
     decode_plan(max_seqs=2048, max_model_len=1 << 21)

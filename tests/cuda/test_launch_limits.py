@@ -48,7 +48,8 @@ def launches(name: str, dtype: DType, facts: DeviceFacts) -> Iterator[Planned]:
     config = dict(CONFIGS[name])
     layers = LAYERS.get(name, 2)
     if layers is not None:
-        config["num_hidden_layers"] = layers
+        few = {"num_hidden_layers": layers}
+        config |= {"text_config": config["text_config"] | few} if "text_config" in config else few
     program = build_program(ModelConfig(config, name), dtype)
     if embedding_size(program) is not None:
         plan = EncoderPlan.make(program, EngineConfig(), facts, ROOM)

@@ -18,6 +18,7 @@ from rvllm.backends.cuda.supported import check_supported
 from rvllm.backends.load import choose_device, gpu_present
 from rvllm.cli.main import main
 from rvllm.config import EngineConfig
+from rvllm.engine.scheduler import PROMPT_LOGPROB_ROWS
 from rvllm.errors import CapacityError, RvllmError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
@@ -47,6 +48,7 @@ def test_the_longest_request_with_every_list_full_fits_the_buffer_of_starting_sl
     config = EngineConfig(max_num_seqs=seqs, num_gpu_blocks=longest // 16)
     plan = planner(program(num_hidden_layers=1, max_position_embeddings=longest), H100, config).memory
     assert plan.longest == longest and plan.shape.seqs == seqs
+    assert plan.shape.samples == seqs + PROMPT_LOGPROB_ROWS, "a step's sampled rows, and those of prompts"
     assert plan.start_words - seqs * START_WORDS >= longest + 2 * MAX_BIASES + MAX_STOPS
 
 

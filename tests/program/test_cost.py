@@ -73,3 +73,7 @@ def test_a_scans_state_is_written_when_a_chunk_ends() -> None:
         kept = ((context - 1) % CHUNK + 1) * row
         found = op_cost(program, op, StepShape(5, 1, context)).kv_bytes
         assert found == 5 * (state * (1 + written) + kept), context
+    moved = op_cost(program, op, StepShape(5, 1, 7)).activation_bytes
+    assert moved == 5 * (2 * (op.xbc.width + op.heads) + op.out.dtype.size * op.out.width), (
+        "steps of heads alone"
+    )

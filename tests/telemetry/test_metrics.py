@@ -42,6 +42,13 @@ def test_a_request_feeds_every_histogram() -> None:
     assert found["vllm:request_success_total{'finished_reason': 'stop'}"] == 1
 
 
+@pytest.mark.parametrize(("prompt", "cached"), [(0, 0), (50, 20)])
+def test_prompt_tokens_by_where_they_come_from(prompt: int, cached: int) -> None:
+    found = values(Metrics("m", {}).page(Stats(prompt_tokens=prompt, cached_prompt_tokens=cached)))
+    name = "vllm:prompt_tokens_by_source_total{'source': '%s'}"
+    assert found[name % "local_compute"] == prompt - cached and found[name % "local_cache_hit"] == cached
+
+
 BUCKETS = {  # of vLLM's vllm/v1/metrics/loggers.py, which its dashboards expect
     "time_to_first_token_seconds": [
         0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,

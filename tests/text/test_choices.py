@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from rvllm.backends.cuda.ops.sampling.slots import pack_starts
 from rvllm.engine.ipc.messages import ModelFacts, Output
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import UsageError
+from rvllm.text.outputs import RequestMetrics
+from rvllm.text.pending import PendingRequest
 from rvllm.text.processor import Choice, Delta
 from rvllm.text.requests import RequestMaker, prompt_tokens, to_sampling
 from support.text import tiny_tokenizers as tiny
@@ -252,3 +255,15 @@ def test_an_error_is_passed_on() -> None:
     choice = Choice(TOKENIZER, SamplingParams())
     delta = choice.feed(Output("r", [], finish_reason="error", error="no room"))
     assert (delta.finish_reason, delta.error) == ("error", "no room")
+
+
+def test_times_are_those_of_the_first_token_and_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count(10)
+    monkeypatch.setattr("rvllm.text.pending.time.time", lambda: float(next(clock)))
+    choices = {"r": Choice(None, SamplingParams())}
+    request = PendingRequest("r", None, [1], SamplingParams(), [], choices, RequestMetrics(arrival_time=4.0))
+    for token, end in ((1, None), (2, None), (3, "length")):
+        request.feed(Output("r", [token], finish_reason=end))
+    metrics = request.to_output(None).metrics
+    assert metrics is not None and metrics.time_to_first_token == 6.0
+    assert 11.0 <= (metrics.finished_time or 0) <= 13.0
