@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rvllm.kernels.attention.specs import PREFILL_SM90_DIMS
 from support.kernels import attention_checks, encoder_checks, harness
 
 DTYPES = {"bfloat16": harness.BF16, "float16": harness.F16}
@@ -34,6 +35,15 @@ def test_hidden_tokens(gpu: Any, rng: np.random.Generator) -> None:
 def test_text_attention(gpu: Any, rng: np.random.Generator, dim: int, dtype: str) -> None:
     lengths = (1, 2, 64, 65, 130) if small(gpu) else encoder_checks.LENGTHS
     encoder_checks.check_text_attention(gpu, rng, DTYPES[dtype], dim, lengths)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", PREFILL_SM90_DIMS)
+def test_text_attention_of_hopper(gpu: Any, rng: np.random.Generator, dim: int, dtype: str) -> None:
+    if small(gpu) or gpu.facts.capability != 90:
+        pytest.skip("wgmma is Hopper's")
+    encoder_checks.check_text_attention_sm90(gpu, rng, DTYPES[dtype], dim)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,7 +14,10 @@ import numpy as np
 from rvllm.backends.cpu.reference import encoder as encode
 from rvllm.backends.cpu.reference import moe, ops
 from rvllm.backends.cpu.reference.attention import Scoring
+from rvllm.backends.cuda.device.driver import TensorMap
+from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.ops.attention.plan import plan_decode, plan_prefill, prefill_tiles
+from rvllm.backends.cuda.ops.encoder.plan import plan_text, text_tiles
 from rvllm.backends.cuda.ops.gemm import plan as gemm
 from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.kernels.encoder.specs import (
@@ -22,9 +25,7 @@ from rvllm.kernels.encoder.specs import (
     POOL_THREADS,
     POOLINGS,
     TEXT_HEAD_DIMS,
-    TEXT_ROWS,
     sparse_kernel,
-    text_attention_kernel,
 )
 from rvllm.kernels.gemm.specs import sm80_smem
 from rvllm.kernels.rowwise.specs import norm_add_norm_kernel, norm_kernel
@@ -33,7 +34,7 @@ from rvllm.program.ops.dense import BlockSparsity
 from rvllm.program.rope import Rope
 from support.kernels import attention_checks
 from support.kernels.attention_checks import BLOCK, Cache, Shape, scale_of
-from support.kernels.harness import SHORT, Gpu, error, expect, rounded
+from support.kernels.harness import BF16, SHORT, Gpu, error, expect, rounded
 
 LIMIT = {"bfloat16": 3e-3, "float16": 4e-4}
 ATTENTION_LIMIT = {"bfloat16": 8e-3, "float16": 1.5e-3}
@@ -49,27 +50,34 @@ def offsets_of(lengths: tuple[int, ...]) -> np.ndarray:
 
 
 def attend_texts(
-    gpu: Gpu, dtype: np.dtype, dim: int, heads: int, scale: float, texts: list[np.ndarray], spare: int = 3
+    gpu: Gpu,
+    dtype: np.dtype,
+    dim: int,
+    heads: int,
+    scale: float,
+    texts: list[np.ndarray],
+    spare: int = 3,
+    capability: int = 80,
 ) -> list[np.ndarray]:
-    """text_attention of texts [L, 3 * heads * dim], with blocks to spare and rows behind them."""
+    """text_attention of texts [L, 3 * heads * dim], with blocks to spare and rows behind them.
+
+    capability: of the GPU whose kernel it is to be.
+    """
     lengths = tuple(len(t) for t in texts)
-    lens = np.array(lengths, np.int32)
-    tiles = np.full((sum(-(-n // TEXT_ROWS) for n in lengths) + spare, 2), (-1, 0), np.int32)
-    real = prefill_tiles(lens, lens, 0, 1, TEXT_ROWS)
+    plan = plan_text(dim, DType.parse(dtype.name), DeviceInfo(capability, gpu.facts.sm_count, 0))
+    real = text_tiles(np.array(lengths, np.int32), plan.rows)
+    tiles = np.full((len(real) + spare, 2), (-1, 0), np.int32)
     tiles[: len(real)] = real
     rows = np.full((sum(lengths) + 5, 3 * heads * dim), np.nan, np.float32)
     rows[: sum(lengths)] = np.concatenate(texts)
     out = gpu.empty((len(rows), heads * dim), dtype)
-    kernel, smem = text_attention_kernel(dtype.name, dim)
-    args = [
-        out,
-        gpu.array(rows.astype(dtype)),
-        gpu.array(offsets_of(lengths)),
-        gpu.array(tiles),
-        heads,
-        scale,
-    ]
-    gpu.launch(kernel, (len(tiles), heads), 128, args, smem)
+    qkv, listed = gpu.array(rows.astype(dtype)), [gpu.array(offsets_of(lengths)), gpu.array(tiles)]
+    if plan.persistent:
+        boxes = TensorMap.matrix(qkv.address, *rows.shape, 2 * rows.shape[1], 64, 64, dtype == BF16)
+        args = [out, qkv, boxes, *listed, gpu.array([len(real)], np.int32), heads, scale]
+        gpu.launch(plan.kernel, min(plan.persistent, len(real) * heads), plan.block, args, plan.smem)
+    else:
+        gpu.launch(plan.kernel, (len(tiles), heads), plan.block, [out, qkv, *listed, heads, scale], plan.smem)
     result = out.get().astype(np.float32)
     assert np.isnan(result[sum(lengths) :]).all(), "rows behind the texts were written"
     return np.split(result[: sum(lengths)], offsets_of(lengths)[1:-1])
@@ -90,6 +98,18 @@ def check_text_attention(
         assert (alone.view(np.uint32) == out[which].view(np.uint32)).all(), "a text differs in company"
     expect(f"text attention d{dim} {dtype}", worst, ATTENTION_LIMIT[dtype.name])
     return worst
+
+
+def check_text_attention_sm90(
+    gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, dim: int, lengths: tuple[int, ...] = LENGTHS
+) -> None:
+    """The bits of the kernel for every GPU, with one head and several, short texts and long ones."""
+    for heads, of in ((3, lengths), (1, lengths[::-1]), (2, (1, 900, 17, 128, 129, 2000))):
+        texts = [normal(rng, dtype, n, 3 * heads * dim) for n in of]
+        wanted, got = (attend_texts(gpu, dtype, dim, heads, dim**-0.5, texts, capability=c) for c in (80, 90))
+        for n, a, b in zip(of, wanted, got, strict=True):
+            wrong = a.view(np.uint32) != b.view(np.uint32)
+            assert not wrong.any(), f"{wrong.sum()} of {wrong.size} differ in a text of {n} tokens"
 
 
 def check_positions(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype) -> float:

@@ -19,13 +19,12 @@ from rvllm.backends.cuda.encoder_plan import EncoderPlan
 from rvllm.backends.cuda.layout.allocations import Placed, placed_weights
 from rvllm.backends.cuda.layout.metadata import SampledRows
 from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
-from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
+from rvllm.backends.cuda.ops.encoder.plan import text_tiles
 from rvllm.backends.cuda.pooling_runner import PoolingRunner
 from rvllm.backends.cuda.supported import refuse_pairs
 from rvllm.backends.cuda.tuning.start import strategy_for
 from rvllm.backends.heads import Head
 from rvllm.config import EngineConfig
-from rvllm.kernels.encoder.specs import TEXT_ROWS
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import Pool
 from rvllm.telemetry.stats import StepKernel
@@ -90,7 +89,7 @@ class CudaEncoder(PoolingRunner):
         size = bucket_of(plan.sizes(), batch.num_tokens)
         graph = self.graph(size)
         layout = plan.layout_of(size)
-        tiles = prefill_tiles(batch.query_lens, batch.query_lens, 0, 1, TEXT_ROWS)
+        tiles = text_tiles(batch.query_lens, plan.rows)
         words = self._metadata.array.view(np.int32)
         used = layout.pack(batch, _NO_UPDATES, SampledRows.of(batch), tiles, words)
         return self._run(graph, used, len(batch.slots))

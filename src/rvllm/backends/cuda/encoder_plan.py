@@ -22,6 +22,7 @@ from rvllm.backends.cuda.layout.metadata import Layout
 from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.layout.weights import packed_weights
 from rvllm.backends.cuda.lowering import lower
+from rvllm.backends.cuda.ops.encoder.plan import text_rows
 from rvllm.backends.cuda.ops.family import Lowering
 from rvllm.backends.cuda.ops.gemm.strategy import GemmStrategy
 from rvllm.backends.cuda.step_planner import distinct
@@ -29,7 +30,6 @@ from rvllm.backends.heads import without_head
 from rvllm.backends.lengths import encoder_lengths
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
-from rvllm.kernels.encoder.specs import TEXT_ROWS
 from rvllm.program.memory import Workspace, plan_workspace
 from rvllm.program.ops.dense import Program
 
@@ -41,7 +41,7 @@ MIN_WORKSPACE = 48 << 20  # weights pass through the workspace when they are loa
 class EncoderPlan:
     """Capacities, stages and sizes of an encoder on one GPU; planning touches no device.
 
-    seqs: texts of the largest step; longest: tokens of the longest text.
+    seqs: texts of the largest step; longest: tokens of the longest text; rows: queries of attention's blocks.
     """
 
     program: Program
@@ -55,6 +55,7 @@ class EncoderPlan:
     tokens: int
     seqs: int
     longest: int
+    rows: int
     strategy: GemmStrategy
 
     @staticmethod
@@ -76,7 +77,9 @@ class EncoderPlan:
         stages = fuse(program, gated_epilogue=strategy.fuses_gates)
         wanted = packed_weights(stages, strategy.layout)
         workspace = plan_workspace(stages, tokens, seqs)
-        layout = Layout(tokens, seqs, samples=0, tiles=_tiles(tokens, seqs), updates=0)
+        chip = DeviceInfo(facts.capability, facts.sm_count, facts.smem_per_block)
+        rows = text_rows(program, chip)
+        layout = Layout(tokens, seqs, samples=0, tiles=tokens // rows + seqs, updates=0)
         allocations = [
             *weight_allocations(wanted),
             Allocation(WORKSPACE, "workspace", max(workspace.nbytes, MIN_WORKSPACE)),
@@ -94,7 +97,7 @@ class EncoderPlan:
             )
         return EncoderPlan(
             program=program,
-            chip=DeviceInfo(facts.capability, facts.sm_count, facts.smem_per_block),
+            chip=chip,
             stages=stages,
             wanted=wanted,
             workspace=workspace,
@@ -104,6 +107,7 @@ class EncoderPlan:
             tokens=tokens,
             seqs=seqs,
             longest=longest,
+            rows=rows,
             strategy=strategy,
         )
 
@@ -128,7 +132,7 @@ class EncoderPlan:
 
     def layout_of(self, tokens: int) -> Layout:
         """The metadata of such a step."""
-        return replace(self.layout, tiles=_tiles(tokens, self.counts(tokens).seqs))
+        return replace(self.layout, tiles=tokens // self.rows + self.counts(tokens).seqs)
 
     def launches(self, tokens: int) -> list[Planned]:
         """A step of up to `tokens` tokens. Raises MissingKernelError for ops without a kernel."""
@@ -145,8 +149,3 @@ class EncoderPlan:
         few = replace(self, stages=distinct(self.stages))
         names = [name for size in self.sizes() for name in kernel_names(few.launches(size))]
         return list(dict.fromkeys(names))
-
-
-def _tiles(tokens: int, texts: int) -> int:
-    """Blocks of query rows that `texts` texts of together `tokens` tokens can have."""
-    return tokens // TEXT_ROWS + texts

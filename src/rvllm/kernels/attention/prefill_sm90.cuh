@@ -36,6 +36,7 @@ struct Work {
 // The work tiles of this block, in order, of which there are `tiles` for each kv head.
 template <typename Mask>
 struct Scheduler {
+  static constexpr bool CAUSAL = true, SPLITS = true, ALL = Mask::ALL;
   const int *kv_lens, *query_offsets;
   const int2* work;
   int tiles, kv_heads, group, window;
@@ -85,6 +86,30 @@ struct Ring {
   __device__ __forceinline__ u32 free_values() const { return bars + 32 * stage + 24; }
 };
 
+// By one thread, before any other touches them. edge_bar: of values that a producer completes itself.
+template <int D, bool FP8>
+__device__ __forceinline__ void init_barriers(const Ring<D, FP8>& ring, u32 edge_bar, int producers) {
+  for (Ring<D, FP8> r = ring; r.phase == 0; r.advance()) {
+    mbar_init(r.full_keys(), producers);
+    mbar_init(r.full_values(), producers);
+    mbar_init(r.free_keys(), CONSUMERS / 32);
+    mbar_init(r.free_values(), CONSUMERS / 32);
+  }
+  mbar_init(edge_bar, 1);
+}
+
+// Rows of a stage of values outside [first, end) become zeros, and the stage full. By one warp.
+template <int D, bool FP8>
+__device__ __forceinline__ void complete_values(const Ring<D, FP8>& ring, int first, int end, int lane) {
+  for (int i = lane; i < Layout<D, FP8>::STAGE / 16; i += 32) {
+    const int r = i / 8 % TILE;
+    if (r < first || r >= end) store_shared(ring.values() + i * 16, make_uint4(0, 0, 0, 0));
+  }
+  fence_async_shared();
+  __syncwarp();
+  if (lane == 0) mbar_arrive(ring.full_values());
+}
+
 // The producer warp: every tile of every work tile, the blocks that hold something. Values of positions that do not
 // exist are zeros (their weights are zero, and zero times what lies there might not be).
 template <int D, typename Mask>
@@ -125,14 +150,7 @@ __device__ __forceinline__ void produce(Ring<D, false> ring, Scheduler<Mask> sch
       if (edge) {
         mbar_wait(edge_bar, edge_phase);
         edge_phase ^= 1;
-        for (int i = lane; i < L::STAGE / 16; i += 32) {
-          const int r = i / 8 % TILE;
-          if (r < first * KV_BLOCK || r >= rows)
-            asm volatile("st.shared.v4.u32 [%0], {%1,%1,%1,%1};" ::"r"(ring.values() + i * 16), "r"(0) : "memory");
-        }
-        fence_async_shared();
-        __syncwarp();
-        if (lane == 0) mbar_arrive(ring.full_values());
+        complete_values<D>(ring, first * KV_BLOCK, rows, lane);
       }
       ring.advance();
     }

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from rvllm.errors import MissingKernelError
-from rvllm.kernels.attention.specs import decode_smem, prefill_rows, prefill_smem
+from rvllm.kernels.attention.specs import (
+    PREFILL_SM90_DIMS,
+    decode_smem,
+    prefill_rows,
+    prefill_sm90_smem,
+    prefill_smem,
+)
 from rvllm.kernels.spec import KernelSpec
 from rvllm.kernels.types import SHORT, TYPES
 
@@ -24,6 +30,13 @@ def text_attention_kernel(dtype: str, head_dim: int) -> tuple[str, int]:
     return f"sm80_{SHORT[dtype]}_text_attn_d{head_dim}", _text_smem(head_dim)
 
 
+def text_attention_sm90_kernel(dtype: str, head_dim: int) -> tuple[str, int] | None:
+    """The kernel for Hopper, where one has this head size; its blocks are those of attn_prefill_sm90."""
+    if head_dim not in PREFILL_SM90_DIMS:
+        return None
+    return f"sm90_{SHORT[dtype]}_text_attn_d{head_dim}", prefill_sm90_smem(head_dim)
+
+
 def _text_smem(head_dim: int) -> int:
     return 2 * 3 * TEXT_ROWS * (head_dim + 8)
 
@@ -42,6 +55,19 @@ def _encoder(dtype: str) -> list[KernelSpec]:
                 symbol=f"text_attention<{t}, {dim}>",
                 smem=_text_smem(dim),
                 unit=short,
+            )
+        )
+    for dim in PREFILL_SM90_DIMS:
+        specs.append(
+            KernelSpec(
+                name=f"sm90_{short}_text_attn_d{dim}",
+                source="encoder/text_attention_sm90.cu",
+                symbol=f"text_attention_sm90<{t}, {dim}>",
+                arch=90,
+                exact=True,
+                smem=prefill_sm90_smem(dim),
+                static_smem=0,
+                unit=f"{short}_d{dim}",
             )
         )
     return specs

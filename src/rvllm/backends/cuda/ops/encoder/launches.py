@@ -8,15 +8,19 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 
-from rvllm.backends.cuda.device.launches import fixed
+from rvllm.backends.cuda.device.launches import MatrixMap, fixed
 from rvllm.backends.cuda.layout.fusion import Stage
-from rvllm.backends.cuda.layout.metadata import NUM_SEQS, NUM_TOKENS
+from rvllm.backends.cuda.layout.metadata import NUM_SEQS, NUM_TILES, NUM_TOKENS
 from rvllm.backends.cuda.layout.packed import WeightLayout
+from rvllm.backends.cuda.ops.encoder.plan import plan_text
 from rvllm.backends.cuda.ops.family import Family, Lowering, Wanted
 from rvllm.errors import MissingKernelError
-from rvllm.kernels.encoder.specs import POOL_THREADS, POOLINGS, text_attention_kernel
+from rvllm.kernels.encoder.specs import POOL_THREADS, POOLINGS
+from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Op
 from rvllm.program.ops.encoder import AddPositions, Pool, TextAttention
+
+TILE = 64  # rows of a tile of keys
 
 
 def _add_positions(to: Lowering, stage: Stage) -> None:
@@ -41,19 +45,27 @@ def _add_positions(to: Lowering, stage: Stage) -> None:
 def _text_attention(to: Lowering, stage: Stage) -> None:
     (op,) = stage.ops
     assert isinstance(op, TextAttention)
-    kernel, smem = text_attention_kernel(to.dtype.value, op.head_dim)
+    plan = plan_text(op.head_dim, to.dtype, to.chip)
+    grid, qkv = fixed(to.layout.tiles, op.heads), to.at.buffers[op.qkv.name]
+    boxes, count = list[object](), list[object]()
+    if plan.persistent:
+        grid = fixed(min(plan.persistent, to.layout.tiles * op.heads))
+        boxes.append(MatrixMap(qkv, to.shape.tokens, op.qkv.width, TILE, 64, to.dtype is DType.BF16))
+        count.append(to.meta(NUM_TILES))
     to.plan(
         stage.name,
-        kernel,
-        fixed(to.layout.tiles, op.heads),
-        128,
+        plan.kernel,
+        grid,
+        plan.block,
         to.at.buffers[op.out.name],
-        to.at.buffers[op.qkv.name],
+        qkv,
+        *boxes,
         to.meta(to.layout.query_offsets),
         to.meta(to.layout.tile_list),
+        *count,
         ctypes.c_int(op.heads),
         ctypes.c_float(op.scale),
-        smem=smem,
+        smem=plan.smem,
     )
 
 
