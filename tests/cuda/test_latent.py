@@ -109,6 +109,19 @@ def test_prefill(gpu: Machine, rng: np.random.Generator, name: str, dtype: str) 
     checks.check_prefill(gpu, rng, DTYPES[dtype], SIZES[name], lens, chunks)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [16, 20, 128])
+def test_prompts_by_wgmma_have_the_same_bits(
+    gpu: Machine, rng: np.random.Generator, heads: int, dtype: str
+) -> None:
+    if isinstance(gpu, Emulator) or gpu.facts.capability != 90:
+        pytest.skip("wgmma is Hopper's")
+    lens = [40, 64, 129, 700, 2100, 2433, 3001]
+    chunks = [40, 3, 129, 100, 70, 33 if heads > 20 else 2433, 33]
+    assert checks.check_prefill_sm90(gpu, rng, DTYPES[dtype], heads, lens, chunks)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SIZES)
 def test_a_token_has_the_same_bits_however_it_is_computed(

@@ -14,11 +14,13 @@ import numpy as np
 from rvllm.backends.cpu.reference import ops
 from rvllm.backends.cpu.reference.mla import head_linear, rotate_last
 from rvllm.backends.cpu.threads import Workers
+from rvllm.backends.cuda.device.driver import TensorMap
+from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.ops.attention.plan import prefill_tiles, table_stride
-from rvllm.backends.cuda.ops.mla.plan import LatentShape, plan_decode, plan_prefill
-from rvllm.kernels.mla.specs import EIGHTS, product_chunks, product_smem
+from rvllm.backends.cuda.ops.mla.plan import LatentShape, plan_decode, plan_prefill, plan_prefill_sm90
+from rvllm.kernels.mla.specs import EIGHTS, prefill_sm90_totals, product_chunks, product_smem
 from rvllm.program.dtypes import DType
-from support.kernels.harness import Array, Machine, error, expect, rounded
+from support.kernels.harness import BF16, Array, Machine, error, expect, rounded
 
 BLOCK = 16
 POISON = np.float32(np.nan)
@@ -162,20 +164,50 @@ def values(
 
 def prefill(
     latents: Latents, q: list[np.ndarray], slots: np.ndarray, kv_lens: np.ndarray, first: int = 0, *,
-    smem_per_block: int = 0,
+    smem_per_block: int = 0, hopper: bool = False,
 ) -> list[np.ndarray]:  # fmt: skip
-    """latent_prefill of per-sequence queries [n, heads, width] that end at kv_lens; not the first `first`."""
-    gpu, sizes = latents.gpu, latents.sizes
-    plan = plan_prefill(DType.parse(latents.dtype.name), latents.shape, smem_per_block or limits(gpu)[0])
+    """latent_prefill of per-sequence queries [n, heads, width] that end at kv_lens; not the first `first`.
+
+    hopper: by the kernel with wgmma.
+    """
+    gpu, sizes, dtype = latents.gpu, latents.sizes, DType.parse(latents.dtype.name)
+    plan = plan_prefill(dtype, latents.shape, smem_per_block or limits(gpu)[0])
+    if hopper:
+        planned = plan_prefill_sm90(dtype, latents.shape, DeviceInfo(90, gpu.facts.sm_count, 0))
+        assert planned is not None
+        plan = planned
     lens = np.array([len(x) for x in q], np.int32)
     offsets = np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
     out = gpu.empty((int(offsets[-1]), sizes.heads * sizes.rank), latents.dtype)
     tiles = prefill_tiles(lens, kv_lens.astype(np.int32), first, sizes.heads, plan.rows)
     tiles = np.concatenate([tiles, [[-1, 0]]]).astype(np.int32)
-    args = [out, gpu.array(np.concatenate(q).astype(latents.dtype)), latents.cache, latents.tables,
-            gpu.array(slots, np.int32), gpu.array(kv_lens, np.int32), gpu.array(offsets), gpu.array(tiles),
-            sizes.width, sizes.rank, sizes.heads, latents.stride, sizes.scale]  # fmt: skip
-    gpu.launch(plan.kernel, len(tiles), plan.block, args, plan.smem)
+    queries = gpu.array(np.concatenate(q).astype(latents.dtype))
+    seqs = [latents.tables, gpu.array(slots, np.int32), gpu.array(kv_lens, np.int32), gpu.array(offsets),
+            gpu.array(tiles)]  # fmt: skip
+    if hopper:
+        boxes = ((queries, int(offsets[-1]) * sizes.heads, 64), (latents.cache, latents.num_blocks * BLOCK, BLOCK))
+        maps = [
+            TensorMap.matrix(a.address, rows, sizes.width, 2 * sizes.width, box, 64, latents.dtype == BF16)
+            for a, rows, box in boxes
+        ]
+        grid = min(plan.persistent, len(tiles) - 1)
+        totals = gpu.empty((prefill_sm90_totals() // 4,), np.float32)
+        args = [out, *maps, *seqs, gpu.array([len(tiles) - 1], np.int32), totals, sizes.heads, latents.stride,
+                sizes.scale]  # fmt: skip
+    else:
+        grid = len(tiles)
+        args = [
+            out,
+            queries,
+            latents.cache,
+            *seqs,
+            sizes.width,
+            sizes.rank,
+            sizes.heads,
+            latents.stride,
+            sizes.scale,
+        ]
+    gpu.launch(plan.kernel, grid, plan.block, args, plan.smem)
     result = out.get().astype(np.float32)
     assert np.isnan(result[: offsets[first]]).all(), "rows of decodes were written by prefill"
     return [p.reshape(-1, sizes.heads, sizes.rank) for p in np.split(result, offsets[1:-1])]
@@ -226,6 +258,21 @@ def check_prefill(
             worst = max(worst, error(out[s], reference(latents, s, q[s], lens[s] - chunks[s])))
     expect(f"latent prefill {dtype} {sizes}", worst, LIMIT[dtype.name])
     return worst
+
+
+def check_prefill_sm90(
+    gpu: Machine, rng: np.random.Generator, dtype: np.dtype, heads: int, lens: list[int], chunks: list[int]
+) -> int:
+    """The kernel for Hopper gives the bits of the one for every GPU; how many elements were compared."""
+    latents, compared = Latents(gpu, rng, dtype, Sizes(heads, 512, 64), lens), 0
+    slots = rng.permutation(len(lens)).astype(np.int32)
+    kv_lens = np.array(lens, np.int32)[slots]
+    q = [3 * normal(rng, dtype, chunks[s], heads, 576) for s in slots]
+    wanted, got = (prefill(latents, q, slots, kv_lens, hopper=hopper) for hopper in (False, True))
+    for s, a, b in zip(slots, wanted, got, strict=True):
+        same_bits(f"{chunks[s]} of {lens[s]} tokens under {heads} heads, {dtype}", b, a)
+        compared += a.size
+    return compared
 
 
 def check_invariance(

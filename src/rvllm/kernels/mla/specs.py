@@ -18,6 +18,9 @@ EIGHTS = (1, 8)  # groups of eight tokens a block of a head's product takes
 SEGMENT = constants("mla/head_gemm.cuh")["SEGMENT"]  # of K, one a warp
 DECODE = {"": (2, 2048), "_small": (1, 512)}  # buffers, and sequences a launch can list
 PREFILL = {"": (4, 2, 2), "_small": (8, 1, 1)}  # warps a group of 16 rows, groups, buffers
+PREFILL_SM90_SHAPE = (512, 64)  # rank and rotated elements of latent_prefill_sm90
+PREFILL_SM90_ROWS, PREFILL_SM90_THREADS, PREFILL_SM90_BLOCKS = 64, 384, 132  # of a block; blocks at most
+PREFILL_SM90_SMEM = 3 * 64 * 2 * MAX_WIDTH + 2048 + 32 * 9 + 24  # queries, two tiles, weights' sums, barriers
 EXCHANGE = 2 * 16 * (TILE + PAD) + 2 * 4 * 16 * 8  # bytes a group of 16 rows exchanges about a tile
 STATIC = 1280  # bytes of shared memory a block may declare besides
 
@@ -31,6 +34,11 @@ def splits_of(tokens: int) -> int:
 def tiles_smem(width: int, rows: int, buffers: int) -> int:
     """Dynamic shared memory of latent_prefill in bytes: exchange, `rows` queries and tiles of keys."""
     return rows // 16 * EXCHANGE + 2 * (rows + buffers * TILE) * (width + PAD)
+
+
+def prefill_sm90_totals() -> int:
+    """Bytes of latent_prefill_sm90's totals of all blocks."""
+    return 4 * PREFILL_SM90_BLOCKS * PREFILL_SM90_ROWS * PREFILL_SM90_SHAPE[0]
 
 
 def decode_smem(width: int, buffers: int, max_seqs: int) -> int:
@@ -63,6 +71,18 @@ def _specs(tag: str) -> list[KernelSpec]:
         symbol = f"latent_prefill<{tag}, {warps}, {groups}, {buffers}>"
         smem = tiles_smem(MAX_WIDTH, 16 * groups, buffers)
         specs.append(spec(f"latent_prefill{suffix}", "mla/attention.cu", symbol, smem))
+    specs.append(
+        KernelSpec(
+            f"sm90_{tag}_latent_prefill",
+            "mla/prefill_sm90.cu",
+            f"latent_prefill_sm90<{tag}>",
+            arch=90,
+            exact=True,
+            smem=PREFILL_SM90_SMEM,
+            static_smem=0,
+            unit=tag,
+        )
+    )
     for n in EIGHTS:
         smem = product_smem(MAX_INNER, n)
         specs.append(spec(f"head_linear_n{8 * n}", "mla/head_gemm.cu", f"head_linear<{tag}, {n}>", smem))

@@ -183,8 +183,9 @@ def _attend(
         one=(seqs, *sight),
         several=sight,
         heads=op.kv_heads,
-        maps=caches if op.cache.fp8 else maps,
+        maps=maps,
         turning=turning,
+        persistent=((*places[:2], *(caches if op.cache.fp8 else maps)), (*numbers[:-2], numbers[-1])),
     )
 
 
@@ -200,14 +201,15 @@ def attend(
     heads: int = 1,
     maps: Sequence[MatrixMap | int] = (),
     turning: Turning | None = None,
+    persistent: tuple[Sequence[object], Sequence[object]] = ((), ()),
 ) -> None:
     """Attention over the paged cache: a launch for single tokens, and one for longer runs of them.
 
     op: whose plans these are. places: addresses of the result, the queries and the cache. numbers: what both
     kernels are told; behind that comes what only the first is, `one`, and what only the second is, `several`.
     heads: blocks of each tile. maps: of the cache, for kernels that use the copy engine, or its addresses
-    where it is in E4M3; of these the prefill kernel is told of no cap. turning: what the decode kernel
-    rotates with, where it does.
+    where it is in E4M3. turning: what the decode kernel rotates with, where it does. persistent: what the
+    prefill kernel of persistent blocks is told instead of `places` and of `numbers`.
     """
     seqs = (to.at.tables, to.meta(to.layout.seq_slots), to.meta(to.layout.kv_lens))
     shared: tuple[object, ...] = (*places, *seqs)
@@ -234,9 +236,8 @@ def attend(
     tiles = [to.meta(to.layout.query_offsets), to.meta(to.layout.tile_list)]
     grid = fixed(to.layout.tiles, heads)
     if prefill.persistent:
-        out, queries, *_ = places
-        *pitches, _, window = numbers
-        shared, numbers = (out, queries, *maps, *seqs), (*pitches, window)
+        front, numbers = persistent
+        shared = (*front, *seqs)
         tiles.append(to.meta(NUM_TILES))
         grid = fixed(min(prefill.persistent, to.layout.tiles * heads))
     to.plan(

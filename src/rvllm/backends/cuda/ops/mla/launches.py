@@ -10,29 +10,33 @@ FAMILY: what the registry knows of them.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+from rvllm.backends.base import KV_BLOCK
 from rvllm.backends.cuda.device.info import DeviceInfo
-from rvllm.backends.cuda.device.launches import Count
+from rvllm.backends.cuda.device.launches import Count, MatrixMap
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_DECODES, NUM_TOKENS
 from rvllm.backends.cuda.layout.packed import ELEMENT, WeightLayout
 from rvllm.backends.cuda.ops.attention.launches import attend
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
-from rvllm.backends.cuda.ops.family import Emitter, Family, Lowering, PagedPlans, Wanted
+from rvllm.backends.cuda.ops.family import Emitter, Family, Lowering, PagedPlans, Scratch, Wanted
 from rvllm.backends.cuda.ops.mla.plan import (
     LatentDecodePlan,
     LatentShape,
     check,
     plan_decode,
     plan_prefill,
+    plan_prefill_sm90,
     plan_product,
 )
 from rvllm.errors import MissingKernelError
+from rvllm.kernels.mla.specs import PREFILL_SM90_ROWS, PREFILL_SM90_SHAPE, prefill_sm90_totals
 from rvllm.program.dtypes import DType
-from rvllm.program.ops.dense import HeadLinear, LatentAttention, LatentRopeKV, Norm, Op
+from rvllm.program.ops.dense import HeadLinear, LatentAttention, LatentRopeKV, Norm, Op, Program
 
 THREADS = 128  # of the products' blocks
+TOTALS = "mla.totals"  # scratch: what latent_prefill_sm90 keeps of splits that are done
 
 
 def _shape(op: Op) -> LatentShape:
@@ -53,7 +57,8 @@ def _decode(op: Op, dtype: DType, chip: DeviceInfo, seqs: int, longest: int, blo
 
 
 def _prefill(op: Op, dtype: DType, chip: DeviceInfo) -> PrefillPlan:
-    return plan_prefill(dtype, _shape(op), chip.smem_per_block)
+    shape = _shape(op)
+    return plan_prefill_sm90(dtype, shape, chip) or plan_prefill(dtype, shape, chip.smem_per_block)
 
 
 def _group(op: Op) -> int:
@@ -130,7 +135,7 @@ def _attention(lowering: Lowering, stage: Stage) -> None:
     )
     places = (lowering.at.buffers[op.out.name], lowering.at.buffers[op.q.name], cache)
     counts = [ctypes.c_int(n) for n in (lowering.layout.seqs, decode.spare)]
-    attend(lowering, stage.name, op, places, numbers, one=counts)
+    attend(lowering, stage.name, op, places, numbers, one=counts, persistent=_boxed(lowering, op))
     product = plan_product(after, lowering.counts.tokens)
     lowering.plan(
         stage.name,
@@ -147,6 +152,34 @@ def _attention(lowering: Lowering, stage: Stage) -> None:
         *map(ctypes.c_int, (product.heads, product.rows, product.inner, decode.grid, decode.spare)),
         smem=product.smem,
     )
+
+
+def _boxed(to: Lowering, op: LatentAttention) -> tuple[Sequence[object], Sequence[object]]:
+    """What latent_prefill_sm90 is told, before and behind the step's sequences and tiles."""
+    shape, bf16 = _shape(op), to.dtype is DType.BF16
+    cache, _ = to.at.caches[op.cache.name]
+    front = (
+        to.at.buffers[op.out.name],
+        MatrixMap(
+            to.at.buffers[op.q.name],
+            to.capacity(op.q.rows) * shape.heads,
+            shape.width,
+            PREFILL_SM90_ROWS,
+            64,
+            bf16,
+        ),
+        MatrixMap(cache, to.shape.kv_blocks * KV_BLOCK, shape.width, KV_BLOCK, 64, bf16),
+    )
+    numbers = map(ctypes.c_int, (shape.heads, to.shape.table_stride))
+    return front, (to.at.scratch.get(TOTALS, 0), *numbers, ctypes.c_float(op.scale))
+
+
+def _scratch(program: Program, tokens: int, seqs: int, capability: int) -> Scratch:
+    ops = [op for op in program.ops if isinstance(op, LatentAttention)]
+    hopper = capability == 90 and any(
+        (op.rank, op.cache.key_dim - op.rank) == PREFILL_SM90_SHAPE for op in ops
+    )
+    return {TOTALS: prefill_sm90_totals()} if hopper else {}
 
 
 def _decode_plan(plans: Mapping[str, DecodePlan], op: LatentAttention) -> LatentDecodePlan:
@@ -168,5 +201,6 @@ FAMILY = Family(
     emitters=EMITTERS,
     leading=tuple(EMITTERS),
     weights=_weights,
+    scratch=_scratch,
     paged={LatentAttention: PagedPlans(_decode, _prefill, _group)},
 )

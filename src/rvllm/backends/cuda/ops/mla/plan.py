@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rvllm.backends.base import KV_BLOCK
+from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.mla.specs import (
@@ -17,6 +18,11 @@ from rvllm.kernels.mla.specs import (
     MAX_RANK,
     MAX_WIDTH,
     PREFILL,
+    PREFILL_SM90_BLOCKS,
+    PREFILL_SM90_ROWS,
+    PREFILL_SM90_SHAPE,
+    PREFILL_SM90_SMEM,
+    PREFILL_SM90_THREADS,
     STATIC,
     decode_smem,
     product_chunks,
@@ -113,6 +119,19 @@ def plan_prefill(dtype: DType, shape: LatentShape, smem_per_block: int) -> Prefi
             name = f"sm80_{tag_of(dtype)}_latent_prefill{suffix}"
             return PrefillPlan(name, 16 * groups, 32 * warps * groups, smem)
     raise MissingKernelError(f"no latent attention kernel for {smem_per_block // 1024} KB of shared memory")
+
+
+def plan_prefill_sm90(dtype: DType, shape: LatentShape, chip: DeviceInfo) -> PrefillPlan | None:
+    """The launch that computes prompts by wgmma, with the same bits; None where there is no such kernel."""
+    if chip.capability != 90 or (shape.rank, shape.rotated) != PREFILL_SM90_SHAPE:
+        return None
+    return PrefillPlan(
+        f"sm90_{tag_of(dtype)}_latent_prefill",
+        PREFILL_SM90_ROWS,
+        PREFILL_SM90_THREADS,
+        PREFILL_SM90_SMEM,
+        min(chip.sm_count, PREFILL_SM90_BLOCKS),
+    )
 
 
 def check(shape: LatentShape) -> None:
