@@ -19,6 +19,7 @@ from rvllm.models.registry import build_program, supported
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import embedding_size
+from support.kernels.planned import declared, kinds
 from support.models.real_configs import CONFIGS, on_one_card
 
 H200 = DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448)
@@ -68,6 +69,9 @@ def test_an_encoder_is_planned_within_its_budget() -> None:
     assert 0.65e9 < plan.lines["weights"] < 0.7e9
     assert plan.longest == 512
     assert len(plan.launches(16)) == 24 * 7 + 4  # embed, positions, norm, layers, pool
+    attention = next(launch for launch in plan.launches(16) if "text_attn" in launch.kernel)
+    assert (attention.kernel, plan.rows) == ("sm90_f16_text_attn_d64", 128)
+    assert kinds(attention) == declared("encoder/text_attention_sm90.cu", "text_attention_sm90")
     with pytest.raises(CapacityError, match="--max-num-batched-tokens"):
         EncoderPlan.make(given, EngineConfig(), H200, Budget(80 << 30, 79 << 30, 1 << 28))
     with pytest.raises(UsageError, match="the longest text whole, 512 tokens"):

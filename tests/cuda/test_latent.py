@@ -12,10 +12,11 @@ import pytest
 
 from rvllm.backends.cuda.backend import CudaBackend
 from rvllm.backends.cuda.device.catalog import select
+from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Counts
 from rvllm.backends.cuda.layout.joining import joined
 from rvllm.backends.cuda.layout.memory import Budget
-from rvllm.backends.cuda.ops.mla.plan import LatentShape, plan_decode, plan_prefill
+from rvllm.backends.cuda.ops.mla.plan import LatentShape, plan_decode, plan_prefill, plan_prefill_sm90
 from rvllm.config import EngineConfig
 from rvllm.engine.ipc.messages import Sampling
 from rvllm.errors import MissingKernelError
@@ -31,7 +32,7 @@ from support.kernels import latent_checks as checks
 from support.kernels.gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
 from support.kernels.harness import BF16, F16, Machine
 from support.kernels.latent_checks import LITE, MANY, TINY, Sizes
-from support.kernels.planned import A100, H100, L40, planner
+from support.kernels.planned import A100, H100, L40, declared, kinds, planner
 from support.models import archs_moe_gguf
 from support.models.tiny import ArrayCheckpoint, weights_of
 
@@ -167,6 +168,15 @@ def test_v2_lite_fits_an_h200_and_its_attention_takes_five_launches_a_layer() ->
     ends = next(i for i, kernel in enumerate(layer) if "route" in kernel)
     attention = [k for k in layer[:ends] if "norm" not in k]
     assert len(attention) == 5, attention  # queries and latents, preparing, decode, values, output
+
+
+def test_hopper_computes_prompts_by_wgmma_with_what_the_kernel_declares() -> None:
+    for dtype, tag in ((DType.BF16, "bf16"), (DType.F16, "f16")):
+        given = planner(built(V2_LITE, dtype, num_hidden_layers=1), H100, EngineConfig(max_model_len=4096))
+        (launch,) = [p for p in given.body(4096) if "latent_prefill" in p.kernel]
+        assert launch.kernel == f"sm90_{tag}_latent_prefill"
+        assert kinds(launch) == declared("mla/prefill_sm90.cu", "latent_prefill_sm90")
+    assert plan_prefill_sm90(DType.BF16, LatentShape(16, 256, 64), DeviceInfo(90, 132, 232448)) is None
 
 
 def test_queries_and_latents_are_one_product_where_that_is_possible() -> None:

@@ -1,26 +1,23 @@
 """Every op of a program resolves to kernels of the manifest, for every step size; no GPU needed."""
 
-import ctypes
-import re
 from dataclasses import dataclass, replace
 
 import pytest
 
 from rvllm.backends.cuda.device.catalog import select
 from rvllm.backends.cuda.device.driver import DeviceFacts
-from rvllm.backends.cuda.device.launches import Counts, MatrixMap, Planned
+from rvllm.backends.cuda.device.launches import Counts, Planned
 from rvllm.backends.cuda.layout.fusion import Stage, fuse
 from rvllm.backends.cuda.layout.memory import MemoryPlan
 from rvllm.backends.cuda.lowering import EMITTERS, FAMILIES, LOWERED, refuse_unknown
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, MissingKernelError
-from rvllm.kernels import build
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.memory import lifetimes
 from rvllm.program.ops.dense import Embed, Linear, Logits, Op, Program
-from support.kernels.planned import A100, GB80, GEMMA_27B, H100, L40, planner, program
+from support.kernels.planned import A100, GB80, GEMMA_27B, H100, L40, declared, kinds, planner, program
 
 
 @pytest.mark.parametrize("facts", [H100, A100, L40], ids=lambda f: f.name)
@@ -30,25 +27,6 @@ def test_a_7b_resolves_to_one_kernel_each(facts: DeviceFacts, dtype: DType) -> N
     specs, missing = select(names, facts.capability)
     assert not missing
     assert {s.name for s in specs} == set(names)
-
-
-def kinds(planned: Planned) -> list[str]:
-    """Of each parameter of a launch what C++ would call it."""
-    names = {int: "pointer", MatrixMap: "map", ctypes.c_int: "int", ctypes.c_float: "float"}
-    return [names[type(parameter)] for parameter in planned.parameters]
-
-
-def declared(source: str, kernel: str) -> list[str]:
-    """The same of the parameters that a kernel's source declares."""
-    text = (build.SOURCES / source).read_text()
-    found = re.search(rf"\n{kernel}\((.*?)\) {{", text, re.DOTALL)
-    assert found, kernel
-    kinds = []
-    for parameter in found[1].split(","):
-        words = parameter.split()
-        pointer = any("*" in word for word in words)
-        kinds.append("pointer" if pointer else "map" if "TensorMap" in words else words[0])
-    return kinds
 
 
 def prompts(given: Program, facts: DeviceFacts) -> list[Planned]:

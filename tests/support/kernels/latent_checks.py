@@ -185,7 +185,10 @@ def prefill(
     seqs = [latents.tables, gpu.array(slots, np.int32), gpu.array(kv_lens, np.int32), gpu.array(offsets),
             gpu.array(tiles)]  # fmt: skip
     if hopper:
-        boxes = ((queries, int(offsets[-1]) * sizes.heads, 64), (latents.cache, latents.num_blocks * BLOCK, BLOCK))
+        boxes = (
+            (queries, int(offsets[-1]) * sizes.heads, 64),
+            (latents.cache, latents.num_blocks * BLOCK, BLOCK),
+        )
         maps = [
             TensorMap.matrix(a.address, rows, sizes.width, 2 * sizes.width, box, 64, latents.dtype == BF16)
             for a, rows, box in boxes

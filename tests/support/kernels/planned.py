@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
+
 from rvllm.backends.cuda.device.driver import DeviceFacts
+from rvllm.backends.cuda.device.launches import MatrixMap, Planned
 from rvllm.backends.cuda.layout.memory import Budget
 from rvllm.backends.cuda.step_planner import StepPlanner
 from rvllm.config import EngineConfig
+from rvllm.kernels import build
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
@@ -36,3 +41,22 @@ def program(dtype: DType = DType.BF16, **changes: object) -> Program:
 
 def planner(given: Program, facts: DeviceFacts, config: EngineConfig, budget: Budget = GB80) -> StepPlanner:
     return StepPlanner.plan(given, config, facts, budget)[0]
+
+
+def kinds(planned: Planned) -> list[str]:
+    """Of each parameter of a launch what C++ would call it."""
+    names = {int: "pointer", MatrixMap: "map", ctypes.c_int: "int", ctypes.c_float: "float"}
+    return [names[type(parameter)] for parameter in planned.parameters]
+
+
+def declared(source: str, kernel: str) -> list[str]:
+    """The same of the parameters that a kernel's source declares."""
+    text = (build.SOURCES / source).read_text()
+    found = re.search(rf"\n{kernel}\((.*?)\) {{", text, re.DOTALL)
+    assert found, kernel
+    kinds = []
+    for parameter in found[1].split(","):
+        words = parameter.split()
+        pointer = any("*" in word for word in words)
+        kinds.append("pointer" if pointer else "map" if "TensorMap" in words else words[0])
+    return kinds
