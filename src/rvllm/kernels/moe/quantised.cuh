@@ -9,6 +9,13 @@ namespace rvllm::experts {
 
 using namespace gemm;
 
+// Two bytes of shared memory.
+__device__ __forceinline__ u32 shared_half(u32 at) {
+  u16 v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at));
+  return v;
+}
+
 // E4M3 in tiles of 64 x 128 (see gemm/fp8/fp8.cuh) with what the formats of gemm/integer/formats.cuh have.
 struct E4m3 {
   static constexpr bool INTEGERS = true;  // sums of 128 along K are scaled, by numbers that lie behind all tiles
@@ -18,15 +25,13 @@ struct E4m3 {
 
   template <class T>
   static __device__ __forceinline__ void decode(u32 (&a)[4][4], u32 at, int u, int thread, int row) {
-    const auto pair = [&](int step, int r, int c) {
-      const u32 word = shared_word(at + r * 128 + ((4 * u + step) ^ r % 8) * 16 + (c & ~3));
-      return fp8::widened_pair<T>(c & 2 ? word >> 16 : word & 0xffff);
-    };
-    const int column = thread % 4 * 2;
+    const u32 from = at + row * 128 + thread % 4 * 2;
 #pragma unroll
-    for (int j = 0; j < 4; j++)
+    for (int j = 0; j < 4; j++) {
+      const u32 here = from + ((4 * u + j) ^ row % 8) * 16;
 #pragma unroll
-      for (int i = 0; i < 4; i++) a[j][i] = pair(j, row + i % 2 * 8, column + i / 2 * 8);
+      for (int i = 0; i < 4; i++) a[j][i] = fp8::widened_pair<T>(shared_half(here + i % 2 * 1024 + i / 2 * 8));
+    }
   }
 };
 

@@ -49,7 +49,10 @@ __global__ void __launch_bounds__(THREADS)
   const auto load_weights = [&](int chunk) {
     if (chunk >= chunks) return;
     const u32 at = base + chunk % STAGES * STAGE + 2 * BOX;
-    for (int i = thread * 16; i < F::CHUNK; i += THREADS * 16) cp_async16(at + i, strip + static_cast<u64>(chunk) * F::CHUNK + i);
+    const u8* const from = strip + static_cast<u64>(chunk) * F::CHUNK;
+#pragma unroll
+    for (int i = 0; i < F::CHUNK; i += THREADS * 16)
+      if (i + THREADS * 16 <= F::CHUNK || i + thread * 16 < F::CHUNK) cp_async16(at + i + thread * 16, from + i + thread * 16);
   };
   const auto load_x = [&](int chunk) {
     if (chunk < chunks) {

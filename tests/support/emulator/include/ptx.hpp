@@ -77,6 +77,7 @@ EMU_PTX void red_release_gpu_global_add_u64(unsigned long long* p, unsigned long
 EMU_PTX void atom_add_acq_rel_gpu_global_u32(u32& old, u32* p, u32 v) { old = *p, *p += v; }
 
 // ---- shared memory by its address
+EMU_PTX void ld_shared_u16(unsigned short& d, u32 at) { memcpy(&d, shared_pointer(at, 2, 2, "a load"), 2); }
 EMU_PTX void ld_shared_u32(u32& d, u32 at) { memcpy(&d, shared_pointer(at, 4, 4, "a load"), 4); }
 EMU_PTX void ld_shared_v2_u32(u32& x, u32& y, u32 at) {
   const char* const p = shared_pointer(at, 8, 8, "an 8-byte load");
