@@ -181,12 +181,12 @@ def test_a_token_is_routed_by_a_cluster_where_that_is_possible() -> None:
         return found.kernel.split("route")[1], found.grid(Counts(1, 1, 1))[:2], found.cluster
 
     assert route(20, H200, 1) == ("_cluster_norm_e128", (2, 1), 2)
-    assert route(128, H200, 4) == ("_cluster_norm_e128", (8, 1), 8)
-    assert route(128, H200, 8) == ("_cluster_e128", (8, 1), 8)
+    assert route(128, H200, 4) == ("_cluster_norm_e128", (8, 4), 8)
+    assert route(128, H200, 8) == ("_cluster_e128", (8, 8), 8)
     assert route(129, H200, 1) == ("_norm_e512", (9, 1), 1)
-    assert route(128, A100, 3) == ("_norm_e128", (8, 1), 1)
-    assert route(128, A100, 9) == ("_e128", (8, 2), 1)
-    assert route(128, H200, 64) == ("_cluster_e128", (8, 8), 8)
+    assert route(128, A100, 3) == ("_norm_e128", (8, 3), 1)
+    assert route(128, A100, 9) == ("_e128", (8, 9), 1)
+    assert route(128, H200, 64) == ("_cluster_e128", (8, 16), 8)
     assert route(128, H200, 1024) == ("_many_e128", (32, 1), 1)
 
 

@@ -120,12 +120,13 @@ def plan_route(
     suffix = "_cluster" * cluster + "_norm" * (norm is not None)
     spec = _BY_NAME[f"sm{90 if cluster else 80}_{tag}_route{suffix}_e{lanes}"]
     room = chip.smem_per_block - spec.static_smem
-    fits = [n for n in ROUTE_TOKENS if n < 2 * tokens and route_smem(segments, -(-k // TILE), n) <= room]
+    fits = [n for n in ROUTE_TOKENS if route_smem(segments, -(-k // TILE), n) <= room]
     if not fits:
         raise MissingKernelError(
             f"no routing kernel for rows of {k} with {chip.smem_per_block >> 10} KB of shared memory"
         )
-    each = fits[0]
+    # A block takes its tokens one after the other: as few as give every multiprocessor a block.
+    each = min((n for n in fits if slices * -(-tokens // n) <= chip.sm_count), default=fits[0])
     return Planned(
         op.name if norm is None else f"{norm.name} + {op.name}",
         spec.name,
