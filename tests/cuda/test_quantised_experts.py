@@ -116,6 +116,11 @@ def check(gpu: Machine, dtype: np.dtype, mixed: Mixed, up: str | None, down: str
     for tile in (*QUANTISED_TOKENS, *[QUANTISED_WIDE] * (gpu.facts.capability == 90)):
         assert (bench.run(x[:1], ids[:1], shares[:1], 1, how=("quantised", tile)) == together[:1]).all()
         assert (bench.run(x, ids, shares, 19, how=("quantised", tile)) == together).all()
+    for tokens, padded in ((1, 1), (2, 3)) if up and down else ((1, 1),):
+        own = bench.run(x[:tokens], ids[:tokens], shares[:tokens], padded, how=("one", 0))
+        assert (own == together[:tokens]).all()
+        added = bench.run(x[:tokens], ids[:tokens], shares[:tokens], padded, residual[:tokens], 0.75, ("one", 0))
+        assert (added == alone[:tokens]).all()
 
 
 @pytest.mark.gpu

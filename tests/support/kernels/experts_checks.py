@@ -320,10 +320,11 @@ class Bench:
             num_tokens=count.address,
         )  # fmt: skip
         plan = ExpertsPlan(self.op, "experts", padded, SHORT[self.dtype.name], chip(gpu), at, scale)
+        if how:
+            plan.path = how[0]
         if how and how[0] == "quantised":
             plan.set_tile(how[1])
         elif how:
-            plan.path = how[0]
             plan.tile = how[1] if how[0] == "grouped" else plan.tile
             plan.block = next((b for b in BLOCKS if b.tokens == how[1]), plan.block)
         for planned in plan.launches():

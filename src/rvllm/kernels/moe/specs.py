@@ -115,6 +115,28 @@ def quantised_smem(name: str, tokens: int) -> int:
     return 3 * (QUANTISED[name][1] + tokens * CHUNK * 2)
 
 
+QUANTISED_ONE_WARPS = (4, 8)  # of a block of `quantised_one_up` and `quantised_one_down`
+QUANTISED_UP_STAGES = 3  # of a warp's ring
+QUANTISED_DOWN_STAGES = (8, 4)
+_BESIDE = 2 * CHUNK + 16  # bytes of x and of scales beside a slice of weights
+
+
+def quantised_runs(name: str) -> int:
+    """Sums of a chunk that are scaled each for itself; 0 where a whole segment is one sum."""
+    if name == "e4m3":
+        return 1
+    layout = LAYOUTS[name]
+    return CHUNK // layout.group if layout.integers else 0
+
+
+def quantised_one_smem(name: str, warps: int, slots: int, sums: int) -> int:
+    """Dynamic shared memory of `quantised_one_up` and `quantised_one_down` in bytes.
+
+    sums: of a row that a block keeps, each with its scale, see `quantised_runs`.
+    """
+    return warps * slots * (QUANTISED[name][1] // 4 + _BESIDE) + 8 * 16 * sums
+
+
 QUANTISED_WIDE = 96  # entries of a work tile of `quantised_wide`
 
 
@@ -252,6 +274,19 @@ def _quantised(dtype: str) -> list[KernelSpec]:
                     source="moe/quantised_gemm.cu",
                     symbol=f"rvllm::experts::quantised<rvllm::{dtype}, {tokens}, {symbol}>",
                     smem=quantised_smem(name, tokens),
+                    unit=f"{dtype}_{name}",
+                )
+            )
+        kinds = {f"one_down_s{s}": ("one_down", s) for s in QUANTISED_DOWN_STAGES}
+        kinds["one_up"] = ("one_up", QUANTISED_UP_STAGES)
+        for kind, (kernel, stages) in kinds.items():
+            specs.append(
+                KernelSpec(
+                    name=f"sm80_{dtype}_experts_{name}_{kind}",
+                    source="moe/quantised_one.cu",
+                    symbol=f"rvllm::experts::quantised_{kernel}<rvllm::{dtype}, {symbol}, {stages}>",
+                    smem=_SMEM - 16384,
+                    static_smem=2048,
                     unit=f"{dtype}_{name}",
                 )
             )

@@ -1,11 +1,10 @@
 """How a mixture's experts are launched: arithmetic on shapes, and addresses passed on.
 
 A step of one token takes two launches behind the router's: the up matrices of its experts, then the down
-matrices with the weighted sum. On Hopper more tokens take three, one more for the sum: products grouped by
+matrices with the weighted sum, and so does one of a few tokens whose experts keep a quantised format. On Hopper more tokens take three, one more for the sum: products grouped by
 expert, which list few entries for themselves and have many sorted by a launch before. Other GPUs sort always.
 All of them give a token the same bits, and none asks the host anything. Weights that keep a quantised format
-have kernels of their own, which take sorted entries for any number of tokens (`quantised.py`). The kernels
-are in `kernels/moe/`.
+have kernels of their own (`quantised.py`). The kernels are in `kernels/moe/`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from rvllm.backends.cuda.ops.decode.step import Mixture, Step, Type
 from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.backends.cuda.ops.gemm.plan import gated_rows
 from rvllm.backends.cuda.ops.moe import choose
-from rvllm.backends.cuda.ops.moe.quantised import stack_product
+from rvllm.backends.cuda.ops.moe.quantised import OneToken, stack_product
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.gemm.tiles import TILE
 from rvllm.kernels.moe.specs import (
@@ -51,6 +50,9 @@ SLICE = 16  # rows a warp takes in `one_up`
 SORT_WIDE = 1024  # entries of a block from which on the sort takes a full one
 SORT_CLUSTER = 8  # its blocks on Hopper
 COMBINE_THREADS = 128
+FEW = 2  # tokens up to which quantised experts are each token's own: they share few
+STATIC = 2048  # shared memory that `one_up` and `one_down` declare, at most
+NO_FORMAT = OneToken(0, 0, 0, 0)
 UNSORTED = 2  # tokens up to which `quantised` takes entries as they come
 GROUP = 16  # row pairs that pass over all entries together
 STRIP_GROUP = 1024  # rows of W that pass over all entries together
@@ -135,16 +137,32 @@ class ExpertsPlan:
         self.entries = tokens * self.top_k
         self.up_rows = gated_rows(self.width) if op.gated else self.width
         self.path: Path = (
-            "quantised" if op.up.format or op.down.format
-            else "one" if tokens == 1
+            "one" if self._few()
+            else "quantised" if op.up.format or op.down.format
             else "grouped" if chip.capability == 90
             else "many"
         )  # fmt: skip
         spread = choose.spread(tokens, self.experts, self.top_k, op.always)
         self.block = choose.block_of(spread, chip)
         self.tile = choose.tile_of(spread, self.entries, self.up_rows)
-        if self.path == "quantised":
+        if op.up.format or op.down.format:
             self.set_tile(choose.quantised_tile_of(spread, chip.capability))
+
+    def _few(self) -> bool:
+        """Whether each token has its experts to itself: the kernels for that are there and have room."""
+        formats = [self.op.up.format, self.op.down.format]
+        fit = all(self._one_token(which) for which in ("up", "down"))
+        return fit and self.tokens <= (FEW if all(formats) else 1)
+
+    def _one_token(self, which: str) -> OneToken | None:
+        """How `one_up` or `one_down` is launched for a stack with a format; any is, for one without."""
+        kept = (self.op.up if which == "up" else self.op.down).format
+        if kept is None:
+            return NO_FORMAT
+        k, rows, experts = (
+            (self.op.x.width, self.up_rows, 1) if which == "up" else (self.width, self.n, self.top_k)
+        )
+        return stack_product(kept, rows, k).one_token(experts, self.chip.smem_per_block - STATIC)
 
     def set_tile(self, tile: int) -> None:
         """Entries of a work tile of `quantised`; a stack in 16 bits beside a quantised one has the same."""
@@ -156,7 +174,10 @@ class ExpertsPlan:
             return self._quantised_launches()
         if self.path == "one":
             up, down = self._parts()
-            return [replace(self._one_up(), does=up), replace(self._one_down(), does=down)]
+            return [
+                self._quantised_up() if self.op.up.format else replace(self._one_up(), does=up),
+                self._quantised_down() if self.op.down.format else replace(self._one_down(), does=down),
+            ]
         if self.path == "many":
             return [self._sort(self.block.tokens, 0), self._many("up"), self._many("down"), self._combine(0)]
         places = self.at.places
@@ -240,6 +261,42 @@ class ExpertsPlan:
             f"one_down_s{stages}", (grid,), 32 * segments, smem, "down and sum",
             at.out, at.inner, at.down, at.ids, at.shares, at.residual, *map(ctypes.c_int, numbers),
             self.scale,
+        )  # fmt: skip
+
+    def _quantised_up(self) -> Planned:
+        op, at, kept = self.op, self.at, self.op.up.format
+        how = self._one_token("up")
+        assert kept is not None
+        assert how is not None
+        product = stack_product(kept, self.up_rows, op.x.width)
+        numbers = (
+            product.scales, self.top_k, op.always, self.experts - op.always, op.x.width, product.chunks,
+            product.segments, self.up_rows, self.width, ACTIVATIONS.index(op.activation), int(op.gated),
+            how.slots,
+        )  # fmt: skip
+        return self._planned(
+            f"{product.layout}_one_up", (-(-self.up_rows // SLICE), self.entries), 32 * how.warps, how.smem,
+            f"up, {kept.label}", at.inner, at.x, at.up, at.ids, at.num_tokens,
+            ctypes.c_uint64(product.stride), *map(ctypes.c_int, numbers),
+        )  # fmt: skip
+
+    def _quantised_down(self) -> Planned:
+        at, kept, grid = self.at, self.op.down.format, -(-self.n // SLICE)
+        how = self._one_token("down")
+        assert kept is not None
+        assert how is not None
+        product = stack_product(kept, self.n, self.width)
+        numbers = (
+            product.scales, self.experts, self.top_k, self.width, product.chunks, product.segments, self.n,
+            how.slots,
+        )  # fmt: skip
+        # As `_one_down`: a multiprocessor each.
+        alone = self.chip.smem_per_block // 2 + 1024 if grid * self.tokens <= self.chip.sm_count else 0
+        return self._planned(
+            f"{product.layout}_one_down_s{how.stages}", (grid, self.tokens), 32 * how.warps,
+            max(alone, how.smem), f"down and sum, {kept.label}",
+            at.out, at.inner, at.down, at.ids, at.shares, at.residual, at.num_tokens,
+            ctypes.c_uint64(product.stride), *map(ctypes.c_int, numbers), self.scale,
         )  # fmt: skip
 
     def _combine(self, places: int) -> Planned:
