@@ -17,6 +17,7 @@ constexpr int MAX_SEGMENTS = 8;
 [[maybe_unused]] constexpr int FEW = 8, MANY = 32;  // tokens of a block of `route`, at most, and of `route_many`
 constexpr int SLOTS = 4;              // of a warp's ring in `route`
 constexpr int MAX_NORM_WIDTH = 4096;  // elements of a row that can be normalised
+[[maybe_unused]] constexpr int HELD = 2;  // vectors of such a row that a thread has: a block has 16 threads or more for each 64 elements, up to 256
 
 // What a router is besides its matrix: see `choose`.
 struct Router {
@@ -79,6 +80,16 @@ route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* 
   };
   for (int s = 0; s < SLOTS; s++) load_weights(first + s);  // the router's rows depend on nothing before
   const int tokens = *num_tokens;
+  [[maybe_unused]] float by[NORM ? HELD : 1][8];  // the norm's weights of this thread's vectors
+  if constexpr (NORM) {
+#pragma unroll
+    for (int h = 0; h < HELD; h++) {
+      const int vector = min(threadIdx.x + h * blockDim.x, vectors - 1);
+#pragma unroll
+      for (int j = 0; j < 8; j += 4)
+        *reinterpret_cast<float4*>(by[h] + j) = *reinterpret_cast<const float4*>(norm_weight + vector * 8 + j);
+    }
+  }
   griddep_wait();
   const int count = min(each, tokens - t0);
   if (count <= 0) {
@@ -93,33 +104,41 @@ route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* 
       return reinterpret_cast<const uint4*>(raw + (size_t)(t0 + token) * k)[vector];
     };
     const int parts = (vectors + 31) / 32;
-    for (int p = warp; p < count * parts; p += warps) {
-      const int token = p / parts, i = p % parts * 32 + lane;
-      float v[8], square = 0.f;
-      unpack8<T>(i < vectors ? raw_at(token, i) : make_uint4(0, 0, 0, 0), v);
+    uint4 held[HELD];  // of the first token, which is the only one but on small GPUs
+    for (int token = 0; token < count; token++) {
 #pragma unroll
-      for (int j = 0; j < 8; j++) square = __fmaf_rn(v[j], v[j], square);
-      square = warp_sum(square);
-      if (lane == 0) squares[token][p % parts] = square;
+      for (int h = 0; h < HELD; h++) {
+        const int vector = threadIdx.x + h * blockDim.x;
+        const uint4 at = vector < vectors ? raw_at(token, vector) : make_uint4(0, 0, 0, 0);
+        if (token == 0) held[h] = at;
+        float v[8], square = 0.f;
+        unpack8<T>(at, v);
+#pragma unroll
+        for (int j = 0; j < 8; j++) square = __fmaf_rn(v[j], v[j], square);
+        square = warp_sum(square);
+        if (lane == 0 && warp + h * warps < parts) squares[token][warp + h * warps] = square;
+      }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < count * blocks * 8; i += blockDim.x) {
-      const int token = i / (blocks * 8), vector = i % (blocks * 8);
-      uint4 normed = make_uint4(0, 0, 0, 0);
-      if (vector < vectors) {
-        float total = squares[token][0], v[8];
-        for (int w = 1; w < parts; w++) total += squares[token][w];
-        const float factor = 1.f / sqrtf(total / k + eps);
-        unpack8<T>(raw_at(token, vector), v);
-        const float4* const scales = reinterpret_cast<const float4*>(norm_weight) + vector * 2;
-        const float4 low = scales[0], high = scales[1];
-        const float by[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    for (int token = 0; token < count; token++) {
+      float total = squares[token][0];
+      for (int w = 1; w < parts; w++) total += squares[token][w];
+      const float factor = 1.f / sqrtf(total / k + eps);
 #pragma unroll
-        for (int j = 0; j < 8; j++) v[j] = __fmaf_rn(__fmul_rn(v[j], factor), by[j], 0.f);
-        normed = pack8<T>(v);
-        if (blockIdx.x == 0) reinterpret_cast<uint4*>(x + (size_t)(t0 + token) * k)[vector] = normed;
+      for (int h = 0; h < HELD; h++) {
+        const int vector = threadIdx.x + h * blockDim.x;
+        if (vector >= blocks * 8) continue;
+        uint4 normed = make_uint4(0, 0, 0, 0);
+        if (vector < vectors) {
+          float v[8];
+          unpack8<T>(token == 0 ? held[h] : raw_at(token, vector), v);
+#pragma unroll
+          for (int j = 0; j < 8; j++) v[j] = __fmaf_rn(__fmul_rn(v[j], factor), by[h][j], 0.f);
+          normed = pack8<T>(v);
+          if (blockIdx.x == 0) reinterpret_cast<uint4*>(x + (size_t)(t0 + token) * k)[vector] = normed;
+        }
+        *reinterpret_cast<uint4*>(shared + vector / 8 * (each * 128) + token * 128 + (vector % 8 ^ token) * 16) = normed;
       }
-      *reinterpret_cast<uint4*>(shared + vector / 8 * (each * 128) + token * 128 + (vector % 8 ^ token) * 16) = normed;
     }
   } else {
     for (int i = threadIdx.x; i < count * blocks * 8; i += blockDim.x) {
