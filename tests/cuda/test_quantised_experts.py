@@ -119,7 +119,9 @@ def check(gpu: Machine, dtype: np.dtype, mixed: Mixed, up: str | None, down: str
     for tokens, padded in ((1, 1), (2, 3)) if up and down else ((1, 1),):
         own = bench.run(x[:tokens], ids[:tokens], shares[:tokens], padded, how=("one", 0))
         assert (own == together[:tokens]).all()
-        added = bench.run(x[:tokens], ids[:tokens], shares[:tokens], padded, residual[:tokens], 0.75, ("one", 0))
+        added = bench.run(
+            x[:tokens], ids[:tokens], shares[:tokens], padded, residual[:tokens], 0.75, ("one", 0)
+        )
         assert (added == alone[:tokens]).all()
 
 

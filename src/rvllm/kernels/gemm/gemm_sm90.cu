@@ -4,6 +4,8 @@
 //
 //   SPLIT  a block sums one segment of K; the segments of a tile form a cluster and are added through
 //          distributed shared memory. grid (segments, token tiles, row pairs), cluster (segments, 1, 1).
+//   EIGHT  as SPLIT, for clusters of eight: in registers and shared memory for two blocks a multiprocessor. One for each
+//          leaves places for 14 clusters on an H200, and 2,048 rows need 16.
 //   PAIR   for weights of four segments: a block sums two of them, one after the other, the two blocks of a cluster
 //          add up as in SPLIT. grid (2, token tiles, row pairs), cluster (2, 1, 1).
 //   WALK   for weights with one segment: resident blocks walk over tiles. grid (blocks, 1, 1).
@@ -18,7 +20,7 @@
 
 namespace rvllm::gemm {
 
-enum Mode { SPLIT, PAIR, WALK, SUM, FLOW };
+enum Mode { SPLIT, PAIR, WALK, SUM, FLOW, EIGHT };
 constexpr int CONSUMERS = 256;
 
 template <int TOKENS, Mode MODE>
@@ -31,10 +33,10 @@ struct Layout {
   static constexpr int SPLIT_PITCH = 2 * TILE + 4;      // floats, likewise
   static constexpr int SUMS = (CHUNK < 32 ? CHUNK : 32) * (TILE + 4) * 4;  // float32 on their way to logits
   static constexpr int PER_GROUP = CHUNK * STAGE_PITCH > SUMS ? CHUNK * STAGE_PITCH : SUMS;
-  static constexpr bool SUMS_UP = MODE == SPLIT || MODE == PAIR;  // the blocks of a cluster add up
+  static constexpr bool SUMS_UP = MODE == SPLIT || MODE == EIGHT || MODE == PAIR;  // the blocks of a cluster add up
   static constexpr int STAGING = SUMS_UP ? 0 : MODE == FLOW ? 2 * FLOW_STAGING : 2 * PER_GROUP;
   static constexpr bool WIDE = MODE == PAIR || (MODE == SPLIT && TOKENS > 128);  // token tiles of many widths, in one kernel
-  static constexpr int HELD = TOKENS <= 16 ? 1 : TOKENS == 32 || TOKENS > 192 ? 2 : 4;  // items of a split sum at once
+  static constexpr int HELD = TOKENS <= 16 ? 1 : MODE == EIGHT || TOKENS == 32 || TOKENS > 192 ? 2 : 4;  // items of a split sum at once
   static constexpr int BARRIERS = 256, LIMIT = 232448;
   static constexpr int FIT = (LIMIT - STAGING - BARRIERS) / (WEIGHTS + X);
   static constexpr int STAGES = FIT < 12 ? FIT : 12;
@@ -47,7 +49,7 @@ struct Layout {
 // CLUSTER), 128-byte swizzle. weights: packed. blocks: ceil(K / 64). tile: tokens of a tile, TOKENS unless WIDE.
 // The rest: see Epilogue.
 template <class T, int TOKENS, Mode MODE, int CLUSTER>
-__global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, 1)
+__global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, MODE == EIGHT ? 2 : 1)
     gemm(const __grid_constant__ TensorMap x, const u8* __restrict__ weights, void* out, const void* bias,
          const void* residual, int kind, int tokens, int rows, int pitch, float scale, float soft_cap, int blocks,
          int segments, int tile) {

@@ -26,8 +26,11 @@ SUM_TOKENS = (96, 128, 160, 192)
 TALL_TOKENS = (64, 192)
 WIDE_TOKENS = (256,)
 PAIR_TOKENS = (192,)
+EIGHT_TOKENS = (64, 96, 128)
+HALF, SMEM_HALF = 0, SMEM_LIMIT // 2 - 512  # bytes, where two blocks share a multiprocessor
 MODES = {
     "split": SPLIT_TOKENS,
+    "eight": EIGHT_TOKENS,
     "pair": PAIR_TOKENS,
     "walk": WALK_TOKENS,
     "flow": FLOW_TOKENS,
@@ -73,16 +76,21 @@ def sm90_threads(mode: str, tokens: int) -> int:
 
 
 def sm90_smem(mode: str, tokens: int, most: int = 12) -> int:
-    """Dynamic shared memory in bytes, at most `most` stages of a split; mirrors Layout in gemm_sm90.cu."""
+    """Dynamic shared memory in bytes, at most `most` stages of a split; mirrors Layout in gemm_sm90.cu.
+
+    most HALF: as many as leave room for another block.
+    """
     if mode == "tall":
         return _tall_smem(tokens)
     if mode == "wide":
         return WIDE_SMEM
     stage = 2 * TILE_BYTES + tokens * TILE * 2
-    staging = 0 if mode in ("split", "pair") else staging_bytes(tokens)
+    staging = 0 if mode in ("split", "eight", "pair") else staging_bytes(tokens)
     if mode == "flow":
         staging = 2 * 128 * TILE * 2
     stages = min(12, (SMEM_LIMIT - staging - BARRIERS) // stage)
+    if mode == "eight" or (mode == "split" and most == HALF):
+        return (SMEM_HALF - BARRIERS) // stage * stage + BARRIERS
     if mode == "split":  # a block's partial sums take the place of its stages
         stages = min(stages, max(most, 2, -(-tokens * PARTIAL_PITCH // stage)))
     return stages * stage + staging + BARRIERS
@@ -113,7 +121,7 @@ def _sm90() -> list[KernelSpec]:
     for dtype in DTYPES:
         for mode, sizes in MODES.items():
             for tokens in sizes:
-                cluster = 1 if mode in ("split", "pair") else walk_cluster(tokens)
+                cluster = 1 if mode in ("split", "eight", "pair") else walk_cluster(tokens)
                 # The longest unit decides how long a first start takes.
                 together = "few" if tokens <= 16 else "some" if tokens <= 64 else tokens
                 instance = f"rvllm::{dtype}, {tokens}, rvllm::gemm::{mode.upper()}, {cluster}"

@@ -36,7 +36,7 @@ __device__ __forceinline__ void load_slice(u32 to, const u8* from, int lane) {
 // warp has memory for, STAGES or all its blocks if fewer.
 // Grid: (ceil(rows / 16), top_k). Block: 32 * segments. Shared: segments * slots * STAGE. Bound by memory.
 template <class T, int STAGES>
-__global__ void __launch_bounds__(32 * MAX_SEGMENTS)
+__global__ void __launch_bounds__(32 * MAX_SEGMENTS, STAGES == 2 ? 6 : 1)
     one_up(T* out, const T* x, const u8* __restrict__ weights, const int* ids, int top_k, int always, int first_always,
            int k, int blocks, int rows, int pitch, int act, int gated, int slots) {
   using namespace ptx;

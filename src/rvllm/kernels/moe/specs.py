@@ -36,7 +36,7 @@ ROUTE_MANY_SMEM = 4 * (128 + ROUTE_MANY) * 128
 ROUTE_NORM_WIDTH = 4096  # of a row that `route` can normalise too
 COMBINE_NORM_WIDTH = 8192  # of a row that `combine_norm` can normalise
 ROUTE_LANES = (4, 16)  # experts that a lane compares
-ONE_UP_STAGES = 4  # of a warp's pipeline
+ONE_UP_STAGES = (4, 2)  # of a warp's pipeline
 ONE_DOWN_STAGES = (8, 6, 4)
 SORT_WARPS = (4, 32)
 _SLICE = constants("moe/moe.cuh")["SLICE"] * TILE * 2  # bytes of the rows of a packed tile that a warp takes
@@ -211,7 +211,7 @@ def _one_token(dtype: str) -> list[KernelSpec]:
     """A few tokens without sorting, and the weighted sum of experts."""
     specs = []
     kinds = {f"one_down_s{s}": f"one_down<rvllm::{dtype}, {s}>" for s in ONE_DOWN_STAGES}
-    kinds["one_up"] = f"one_up<rvllm::{dtype}, {ONE_UP_STAGES}>"
+    kinds |= {f"one_up_s{s}": f"one_up<rvllm::{dtype}, {s}>" for s in ONE_UP_STAGES}
     for name, symbol in kinds.items():
         specs.append(
             KernelSpec(

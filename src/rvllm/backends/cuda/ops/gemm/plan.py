@@ -17,7 +17,7 @@ import ctypes
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ from rvllm.backends.cuda.ops.gemm.common import (
 )
 from rvllm.errors import UsageError
 from rvllm.kernels.gemm.specs import (
+    EIGHT_TOKENS,
     FLOW_TOKENS,
     PAIR_TILES,
     PAIR_TOKENS,
@@ -54,7 +55,7 @@ from rvllm.kernels.gemm.specs import (
 )
 from rvllm.kernels.gemm.tiles import DTYPES, SM80_TOKENS, TILE, TILE_BYTES
 
-Mode = Literal["split", "pair", "walk", "flow", "sum", "tall", "wide", "sm80"]
+Mode = Literal["split", "eight", "pair", "walk", "flow", "sum", "tall", "wide", "sm80"]
 Element = TypeVar("Element", bound=np.generic)
 
 SPLIT_SIZES = (*SPLIT_TOKENS[:-1], *SPLIT_WIDE)  # token tiles of a split product
@@ -179,6 +180,7 @@ def token_tiles(mode: Mode) -> tuple[int, ...]:
     """The token tiles that a mode's kernels can be launched with."""
     tiles: dict[Mode, tuple[int, ...]] = {
         "split": SPLIT_SIZES,
+        "eight": EIGHT_TOKENS,
         "pair": PAIR_TILES,
         "walk": WALK_TOKENS,
         "flow": FLOW_TOKENS,
@@ -216,6 +218,8 @@ def variant(
         if mode == "split":
             cluster, grid = segments, (segments, token_tiles, pairs)
             smem = sm90_smem(mode, token_tile, _split_stages(n, k))
+        elif mode == "eight":
+            cluster, grid = segments, (segments, token_tiles, pairs)
         elif mode == "pair":
             cluster, grid = 2, (2, token_tiles, pairs)
         elif mode == "tall":
@@ -250,7 +254,7 @@ def variant(
 def way_named(name: str) -> tuple[Mode, int]:
     """The mode and token tile of a name such as `split:128`; KeyError or ValueError for others."""
     mode, _, tile = name.partition(":")
-    found: dict[str, Mode] = {m: m for m in ("split", "pair", "walk", "flow", "sum", "tall", "wide", "sm80")}
+    found: dict[str, Mode] = {m: m for m in get_args(Mode)}
     return found[mode], int(tile)
 
 

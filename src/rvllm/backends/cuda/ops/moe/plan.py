@@ -1,7 +1,7 @@
 """How a mixture's experts are launched: arithmetic on shapes, and addresses passed on.
 
-A step of one token takes two launches behind the router's: the up matrices of its experts, then the down
-matrices with the weighted sum, and so does one of a few tokens whose experts keep a quantised format. On Hopper more tokens take three, one more for the sum: products grouped by
+A step of one token takes two launches behind the router (`few.py`): the up matrices of its experts, then the
+down matrices with the weighted sum. On Hopper more tokens take three, one for the sum: products grouped by
 expert, which list few entries for themselves and have many sorted by a launch before. Other GPUs sort always.
 All of them give a token the same bits, and none asks the host anything. Weights that keep a quantised format
 have kernels of their own (`quantised.py`). The kernels are in `kernels/moe/`.
@@ -10,17 +10,15 @@ have kernels of their own (`quantised.py`). The kernels are in `kernels/moe/`.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import MatrixMap, Planned, fixed
-from rvllm.backends.cuda.ops.decode.chains import Part
-from rvllm.backends.cuda.ops.decode.step import Mixture, Step, Type
 from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.backends.cuda.ops.gemm.plan import gated_rows
-from rvllm.backends.cuda.ops.moe import choose
-from rvllm.backends.cuda.ops.moe.quantised import OneToken, stack_product
+from rvllm.backends.cuda.ops.moe import choose, few
+from rvllm.backends.cuda.ops.moe.quantised import stack_product
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.gemm.tiles import TILE
 from rvllm.kernels.moe.specs import (
@@ -29,16 +27,12 @@ from rvllm.kernels.moe.specs import (
     MAX_CHOSEN,
     MAX_EXPERTS,
     MAX_LISTED,
-    ONE_DOWN_STAGES,
-    ONE_UP_STAGES,
     QUANTISED_THREADS,
     QUANTISED_WIDE,
     SORT_WARPS,
     WIDE,
     WIDE_BOX,
     grouped_smem,
-    one_down_smem,
-    one_up_smem,
     segments_of,
     sort_smem,
     wide_smem,
@@ -46,13 +40,9 @@ from rvllm.kernels.moe.specs import (
 from rvllm.kernels.rowwise.specs import ACTIVATIONS
 from rvllm.program.ops.dense import Experts
 
-SLICE = 16  # rows a warp takes in `one_up`
 SORT_WIDE = 1024  # entries of a block from which on the sort takes a full one
 SORT_CLUSTER = 8  # its blocks on Hopper
 COMBINE_THREADS = 128
-FEW = 2  # tokens up to which quantised experts are each token's own: they share few
-STATIC = 2048  # shared memory that `one_up` and `one_down` declare, at most
-NO_FORMAT = OneToken(0, 0, 0, 0)
 UNSORTED = 2  # tokens up to which `quantised` takes entries as they come
 GROUP = 16  # row pairs that pass over all entries together
 STRIP_GROUP = 1024  # rows of W that pass over all entries together
@@ -137,7 +127,7 @@ class ExpertsPlan:
         self.entries = tokens * self.top_k
         self.up_rows = gated_rows(self.width) if op.gated else self.width
         self.path: Path = (
-            "one" if self._few()
+            "one" if few.fit(self)
             else "quantised" if op.up.format or op.down.format
             else "grouped" if chip.capability == 90
             else "many"
@@ -148,22 +138,6 @@ class ExpertsPlan:
         if op.up.format or op.down.format:
             self.set_tile(choose.quantised_tile_of(spread, chip.capability))
 
-    def _few(self) -> bool:
-        """Whether each token has its experts to itself: the kernels for that are there and have room."""
-        formats = [self.op.up.format, self.op.down.format]
-        fit = all(self._one_token(which) for which in ("up", "down"))
-        return fit and self.tokens <= (FEW if all(formats) else 1)
-
-    def _one_token(self, which: str) -> OneToken | None:
-        """How `one_up` or `one_down` is launched for a stack with a format; any is, for one without."""
-        kept = (self.op.up if which == "up" else self.op.down).format
-        if kept is None:
-            return NO_FORMAT
-        k, rows, experts = (
-            (self.op.x.width, self.up_rows, 1) if which == "up" else (self.width, self.n, self.top_k)
-        )
-        return stack_product(kept, rows, k).one_token(experts, self.chip.smem_per_block - STATIC)
-
     def set_tile(self, tile: int) -> None:
         """Entries of a work tile of `quantised`; a stack in 16 bits beside a quantised one has the same."""
         self.tile, self.block = tile, next((b for b in BLOCKS if b.tokens == tile), self.block)
@@ -173,11 +147,7 @@ class ExpertsPlan:
         if self.path == "quantised":
             return self._quantised_launches()
         if self.path == "one":
-            up, down = self._parts()
-            return [
-                self._quantised_up() if self.op.up.format else replace(self._one_up(), does=up),
-                self._quantised_down() if self.op.down.format else replace(self._one_down(), does=down),
-            ]
+            return few.launches(self)
         if self.path == "many":
             return [self._sort(self.block.tokens, 0), self._many("up"), self._many("down"), self._combine(0)]
         places = self.at.places
@@ -198,9 +168,10 @@ class ExpertsPlan:
         sort = [self._sort(self.tile, 0)] if self._sorted() else []
         return [*sort, *products, self._combine(0)]
 
-    def _planned(
+    def planned(
         self, kernel: str, grid: tuple[int, ...], block: int, smem: int, why: str, *given: object
     ) -> Planned:
+        """A launch of a kernel of the experts that every GPU has."""
         name = f"sm80_{self.tag}_experts_{kernel}"
         return Planned(self.name, name, fixed(*grid), block, given, smem, why=why)
 
@@ -212,93 +183,6 @@ class ExpertsPlan:
             return at.inner, at.x, at.up, 1, op.x.width, self.up_rows, self.width, act
         return at.parts, at.inner, at.down, 0, self.width, self.n, self.n, -1
 
-    def _parts(self) -> tuple[Part, Part]:
-        """Both products of one token as steps of a mixture in one launch."""
-        at, op, n = self.at, self.op, self.n
-        act = ACTIVATIONS.index(op.activation)
-        mixture = Mixture(self.experts, self.top_k, op.always, act=act, gated=op.gated)
-        k, width, residual = op.x.width, self.width, self.at.residual
-        up = Step(
-            at.up, at.x, at.inner, self.up_rows, k, segments_of(k), width, type=Type.UP, mixture=mixture
-        )
-        down = Step(
-            at.down, at.inner, at.out, n, width, segments_of(width), n, residual=residual,
-            scale=self.scale.value, type=Type.DOWN, mixture=mixture,
-        )  # fmt: skip
-        return Part(up), Part(down)
-
-    def _one_up(self) -> Planned:
-        at, op, k = self.at, self.op, self.op.x.width
-        blocks, segments = -(-k // TILE), segments_of(k)
-        slots = min(ONE_UP_STAGES, -(-blocks // segments))
-        act = ACTIVATIONS.index(op.activation)
-        first = self.experts - op.always
-        rows = self.up_rows
-        numbers = (self.top_k, op.always, first, k, blocks, rows, self.width, act, int(op.gated), slots)
-        return self._planned(
-            "one_up", (-(-rows // SLICE), self.top_k), 32 * segments, one_up_smem(segments, slots), "up",
-            at.inner, at.x, at.up, at.ids, *map(ctypes.c_int, numbers),
-        )  # fmt: skip
-
-    def _one_down(self) -> Planned:
-        blocks, segments = -(-self.width // TILE), segments_of(self.width)
-        grid, each = -(-self.n // SLICE), self.top_k * -(-blocks // segments)
-        # Blocks that are no more than the multiprocessors get one each, by asking for more than half of its
-        # shared memory: all have as much to do, and two in one place would be the last. What is left of it
-        # takes a block of the next product.
-        half = self.chip.smem_per_block // 2
-        alone = half + 1024 if grid <= self.chip.sm_count else 0
-        room = alone or half - 4096
-        stages = next(
-            (s for s in ONE_DOWN_STAGES if one_down_smem(segments, s, self.top_k) <= room),
-            ONE_DOWN_STAGES[-1],
-        )
-        slots = min(stages, each)
-        smem = max(alone, one_down_smem(segments, slots, self.top_k))
-        numbers = (self.experts, self.top_k, self.width, blocks, self.n, slots)
-        at = self.at
-        return self._planned(
-            f"one_down_s{stages}", (grid,), 32 * segments, smem, "down and sum",
-            at.out, at.inner, at.down, at.ids, at.shares, at.residual, *map(ctypes.c_int, numbers),
-            self.scale,
-        )  # fmt: skip
-
-    def _quantised_up(self) -> Planned:
-        op, at, kept = self.op, self.at, self.op.up.format
-        how = self._one_token("up")
-        assert kept is not None
-        assert how is not None
-        product = stack_product(kept, self.up_rows, op.x.width)
-        numbers = (
-            product.scales, self.top_k, op.always, self.experts - op.always, op.x.width, product.chunks,
-            product.segments, self.up_rows, self.width, ACTIVATIONS.index(op.activation), int(op.gated),
-            how.slots,
-        )  # fmt: skip
-        return self._planned(
-            f"{product.layout}_one_up", (-(-self.up_rows // SLICE), self.entries), 32 * how.warps, how.smem,
-            f"up, {kept.label}", at.inner, at.x, at.up, at.ids, at.num_tokens,
-            ctypes.c_uint64(product.stride), *map(ctypes.c_int, numbers),
-        )  # fmt: skip
-
-    def _quantised_down(self) -> Planned:
-        at, kept, grid = self.at, self.op.down.format, -(-self.n // SLICE)
-        how = self._one_token("down")
-        assert kept is not None
-        assert how is not None
-        product = stack_product(kept, self.n, self.width)
-        numbers = (
-            product.scales, self.experts, self.top_k, self.width, product.chunks, product.segments, self.n,
-            how.slots,
-        )  # fmt: skip
-        # As `_one_down`: a multiprocessor each.
-        alone = self.chip.smem_per_block // 2 + 1024 if grid * self.tokens <= self.chip.sm_count else 0
-        return self._planned(
-            f"{product.layout}_one_down_s{how.stages}", (grid, self.tokens), 32 * how.warps,
-            max(alone, how.smem), f"down and sum, {kept.label}",
-            at.out, at.inner, at.down, at.ids, at.shares, at.residual, at.num_tokens,
-            ctypes.c_uint64(product.stride), *map(ctypes.c_int, numbers), self.scale,
-        )  # fmt: skip
-
     def _combine(self, places: int) -> Planned:
         at, norm = self.at, self.norm
         parts, numbers = (
@@ -306,11 +190,11 @@ class ExpertsPlan:
             (places, ctypes.c_int(self.top_k), ctypes.c_int(self.n), self.scale),
         )
         if norm is not None:
-            return self._planned(
+            return self.planned(
                 "combine_norm", (self.tokens,), -(-self.n // 256) * 32, 0, "weighted sum and norm",
                 norm.out, norm.x, *parts, norm.weight, at.num_tokens, *numbers, ctypes.c_float(norm.eps),
             )  # fmt: skip
-        return self._planned(
+        return self.planned(
             "combine", (-(-self.n // 8 // COMBINE_THREADS), self.tokens), COMBINE_THREADS, 0, "weighted sum",
             at.out, *parts, at.residual, at.num_tokens, *numbers,
         )  # fmt: skip
@@ -410,7 +294,7 @@ class ExpertsPlan:
             group,
         )
         at = self.at
-        return self._planned(
+        return self.planned(
             block.name, (grid,), block.threads, block.smem, f"{which}, grouped by expert",
             out, x, weights, at.order, at.tiles, at.num_tiles, *map(ctypes.c_int, numbers),
         )  # fmt: skip

@@ -64,7 +64,7 @@ class StackProduct:
         )
 
     def one_token(self, experts: int, room: int) -> OneToken | None:
-        """How a block of the kernels for a few tokens sums so many experts' rows; None where there is no room.
+        """How a block of the kernels for a few tokens sums so many experts' rows; None without room.
 
         experts: 1 for up matrices, all of a token's for down matrices. room: shared memory of a block, bytes.
         """
