@@ -34,6 +34,7 @@ __device__ __forceinline__ void load_slice(u32 to, const u8* from, int lane) {
 // them being first_always, first_always + 1, ... x [k]; out: a row an expert of the token, `pitch` elements each. k: a
 // multiple of 8; blocks: ceil(k / 64); rows: packed rows (2 * width when gated). act: a value of Act. slots: stages a
 // warp has memory for, STAGES or all its blocks if fewer.
+// STAGES 2: six blocks share a multiprocessor, so that those of small experts are there all at once.
 // Grid: (ceil(rows / 16), top_k). Block: 32 * segments. Shared: segments * slots * STAGE. Bound by memory.
 template <class T, int STAGES>
 __global__ void __launch_bounds__(32 * MAX_SEGMENTS, STAGES == 2 ? 6 : 1)

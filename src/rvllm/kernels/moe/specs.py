@@ -37,6 +37,7 @@ ROUTE_NORM_WIDTH = 4096  # of a row that `route` can normalise too
 COMBINE_NORM_WIDTH = 8192  # of a row that `combine_norm` can normalise
 ROUTE_LANES = (4, 16)  # experts that a lane compares
 ONE_UP_STAGES = (4, 2)  # of a warp's pipeline
+ONE_UP_BLOCKS = 6  # of `one_up` with the shorter one, of a multiprocessor
 ONE_DOWN_STAGES = (8, 6, 4)
 SORT_WARPS = (4, 32)
 _SLICE = constants("moe/moe.cuh")["SLICE"] * TILE * 2  # bytes of the rows of a packed tile that a warp takes

@@ -7,7 +7,7 @@ with 128 rows take 520, 570, 650, 781 and 1,043 cycles for 96, 128, 160, 192 and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rvllm.backends.cuda.ops.gemm.common import MANY_TOKENS, ceil_div
 from rvllm.kernels.gemm.specs import walk_cluster
@@ -21,7 +21,7 @@ SPLIT_EXIT = 8000.0  # more, where a cluster adds up
 TALL = 1.015  # three warpgroups read more shared memory than two, for the same arithmetic
 UNEVEN = 0.4  # how much of the difference between wide and narrow tiles is not evened out among blocks
 GPC = 16  # multiprocessors that can form clusters
-SHORT = 2  # clusters of four for which small GPCs have no place
+SHORT = 2  # clusters of four, or of eight, for which small GPCs have no place
 EMPTY = 0.45  # what a product by pairs takes longer where its last token tile is empty, against a full one
 SEGMENT_END = 1000.0  # what a wide tile takes where running sums are in shared memory
 SUM_EXIT = 35.0  # cycles for each token of a tile on its way out of a sum
@@ -51,24 +51,29 @@ def step_cycles(row_tiles: int, tokens: int) -> float:
 
 def cycles(mode: str, token_tile: int, work: Work) -> float:
     """Cycles of the whole product by a mode of the sm_90a kernels with this token tile."""
-    by_mode = {"split": _split, "pair": _pair, "walk": _walk, "sum": _sum, "flow": _flow, "tall": _tall,
-               "wide": _wide}  # fmt: skip
+    by_mode = {"split": _split, "eight": _eight, "pair": _pair, "walk": _walk, "sum": _sum, "flow": _flow,
+               "tall": _tall, "wide": _wide}  # fmt: skip
     memory = work.tiles * work.blocks * TILE_BYTES / MEMORY
     return max(memory, by_mode[mode](token_tile, work)) + WAY_IN_AND_OUT
 
 
 def _clusters(size: int, sms: int) -> int:
-    """How many clusters fit at once: each lies in one GPC.
+    """How many clusters of blocks that need a multiprocessor each fit at once: each lies in one GPC.
 
     Timed on an H200: 28 clusters of four take one round and 32 take two, so some GPCs have fewer than 16.
     """
-    return max(1, sms // GPC * (GPC // size) - (SHORT if size == 4 else 0))
+    return max(1, sms // GPC * (GPC // size) - (SHORT if size in (4, 8) else 0))
 
 
 def _split(tile: int, work: Work) -> float:
     clusters = _clusters(work.segments, work.sms)
     waves = ceil_div(ceil_div(work.tiles, 2) * ceil_div(work.tokens, tile), clusters)
     return waves * (ceil_div(work.blocks, work.segments) * step_cycles(2, tile) + SPLIT_EXIT)
+
+
+def _eight(tile: int, work: Work) -> float:
+    """As _split, with two blocks a multiprocessor."""
+    return _split(tile, replace(work, sms=2 * work.sms))
 
 
 def _pair(tile: int, work: Work) -> float:

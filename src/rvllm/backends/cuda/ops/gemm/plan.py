@@ -38,6 +38,7 @@ from rvllm.errors import UsageError
 from rvllm.kernels.gemm.specs import (
     EIGHT_TOKENS,
     FLOW_TOKENS,
+    HALF,
     PAIR_TILES,
     PAIR_TOKENS,
     SPLIT_TOKENS,
@@ -62,6 +63,9 @@ SPLIT_SIZES = (*SPLIT_TOKENS[:-1], *SPLIT_WIDE)  # token tiles of a split produc
 PAIR_SEGMENTS = 4  # that two blocks share: each has registers for two
 MAX_ONE_ROW = 128  # tokens up to which a product is bound by its weights' bytes, in whole rounds
 MAX_STAGES = 12  # of a split product's ring
+TWO_AN_SM = (
+    32  # token tile of which two blocks of clusters of eight share an SM if the ring is a little shorter
+)
 SM80_TOGETHER = 1024  # tokens that neighbouring blocks of the sm_80 kernels take with the same rows
 
 
@@ -165,6 +169,8 @@ def ways_of(segments: int, tokens: int) -> list[tuple[Mode, int]]:
         one_round: list[tuple[Mode, int]] = [("walk" if segments == 1 else "split", fit(WALK_TOKENS, tokens))]
         if segments == 1 and TALL_TILES[0] < tokens <= 2 * TALL_TILES[0]:  # wider ones gain nothing in a step
             one_round.append(("tall", TALL_TILES[0]))
+        if segments == MAX_SEGMENTS and one_round[0][1] in EIGHT_TOKENS:
+            one_round.append(("eight", one_round[0][1]))
         return one_round
     modes: list[Mode] = ["flow", "tall"] if segments == 1 else ["split", "sum"]
     if segments == 1 and tokens <= WALK_TOKENS[-1]:
@@ -217,7 +223,7 @@ def variant(
         smem = sm90_smem(mode, token_tile)
         if mode == "split":
             cluster, grid = segments, (segments, token_tiles, pairs)
-            smem = sm90_smem(mode, token_tile, _split_stages(n, k))
+            smem = sm90_smem(mode, token_tile, _split_stages(n, k, token_tile))
         elif mode == "eight":
             cluster, grid = segments, (segments, token_tiles, pairs)
         elif mode == "pair":
@@ -265,12 +271,14 @@ def _kernel_tokens(mode: Mode, token_tile: int) -> int:
     return SPLIT_TOKENS[-1] if mode == "split" and token_tile in SPLIT_WIDE else token_tile
 
 
-def _split_stages(n: int, k: int) -> int:
+def _split_stages(n: int, k: int, token_tile: int) -> int:
     """Stages of a split product: few for a small weight, whose time is mostly the way in and out.
 
     Two kernels' blocks then share an SM, and the next weights arrive while these sums are added up. A large
     one wants all of the shared memory, to keep enough loads in flight.
     """
+    if segments_of(n, k) == MAX_SEGMENTS and token_tile == TWO_AN_SM:
+        return HALF
     small = 2 * n * k <= SMALL_WEIGHT or segments_of(n, k) == MAX_SEGMENTS
     return min(SMALL_STAGES, ceil_div(ceil_div(k, TILE), segments_of(n, k))) if small else MAX_STAGES
 

@@ -16,6 +16,7 @@ from rvllm.backends.cuda.ops.decode.step import Mixture, Step, Type
 from rvllm.backends.cuda.ops.moe.quantised import OneToken, StackProduct, stack_product
 from rvllm.kernels.moe.specs import (
     ONE_DOWN_STAGES,
+    ONE_UP_BLOCKS,
     ONE_UP_STAGES,
     TILE,
     one_down_smem,
@@ -28,9 +29,10 @@ from rvllm.program.formats import WeightFormat
 if TYPE_CHECKING:
     from rvllm.backends.cuda.ops.moe.plan import ExpertsPlan
 
-FEW = 2  # tokens up to which quantised experts are each token's own: they share few
+FEW = 3  # tokens up to which quantised experts are each token's own: they share few
 SLICE = 16  # rows of a block
 STATIC = 2048  # shared memory that the kernels declare, at most
+RESERVED = 1024  # of a block, by the driver
 
 
 def fit(plan: ExpertsPlan) -> bool:
@@ -70,17 +72,26 @@ def _parts(plan: ExpertsPlan) -> tuple[Part, Part]:
 def _up(plan: ExpertsPlan) -> Planned:
     at, op, k, rows = plan.at, plan.op, plan.op.x.width, plan.up_rows
     blocks, segments = -(-k // TILE), segments_of(k)
-    stages = ONE_UP_STAGES[0]
-    slots = min(stages, -(-blocks // segments))
+    grid = (-(-rows // SLICE), plan.top_k)
+    stages, slots = _up_ring(plan, grid[0] * grid[1], segments, -(-blocks // segments))
     act = ACTIVATIONS.index(op.activation)
     numbers = (
         plan.top_k, op.always, plan.experts - op.always, k, blocks, rows, plan.width, act, int(op.gated),
         slots,
     )  # fmt: skip
     return plan.planned(
-        f"one_up_s{stages}", (-(-rows // SLICE), plan.top_k), 32 * segments, one_up_smem(segments, slots),
-        "up", at.inner, at.x, at.up, at.ids, *map(ctypes.c_int, numbers),
+        f"one_up_s{stages}", grid, 32 * segments, one_up_smem(segments, slots), "up",
+        at.inner, at.x, at.up, at.ids, *map(ctypes.c_int, numbers),
     )  # fmt: skip
+
+
+def _up_ring(plan: ExpertsPlan, grid: int, segments: int, each: int) -> tuple[int, int]:
+    """Stages of the kernel, and of the ring, of an up product: few where all `grid` blocks then fit."""
+    many, few = ONE_UP_STAGES
+    memory = one_up_smem(segments, min(few, each)) + RESERVED
+    fit = min((plan.chip.smem_per_block + RESERVED) // memory, ONE_UP_BLOCKS)
+    stages = few if grid <= fit * plan.chip.sm_count else many
+    return stages, min(stages, each)
 
 
 def _alone(plan: ExpertsPlan) -> int:
