@@ -286,7 +286,7 @@ def _quantised(dtype: str) -> list[KernelSpec]:
                     name=f"sm80_{dtype}_experts_{name}_{kind}",
                     source="moe/quantised_one.cu",
                     symbol=f"rvllm::experts::quantised_{kernel}<rvllm::{dtype}, {symbol}, {stages}>",
-                    smem=_SMEM - 16384,
+                    smem=SMEM_LIMIT - 16384,
                     static_smem=2048,
                     unit=f"{dtype}_{name}",
                 )
