@@ -14,11 +14,11 @@ from rvllm.backends.cuda.device.launches import Planned
 from rvllm.backends.cuda.ops.decode.chains import Part
 from rvllm.backends.cuda.ops.decode.step import Mixture, Step, Type
 from rvllm.backends.cuda.ops.moe.quantised import OneToken, StackProduct, stack_product
+from rvllm.kernels.gemm.tiles import TILE
 from rvllm.kernels.moe.specs import (
     ONE_DOWN_STAGES,
     ONE_UP_BLOCKS,
     ONE_UP_STAGES,
-    TILE,
     one_down_smem,
     one_up_smem,
     segments_of,
