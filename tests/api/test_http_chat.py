@@ -1,9 +1,11 @@
 """`/v1/chat/completions` over real HTTP, with scripted tokens."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from rvllm.api.assembly import template_text
 from support.doubles.server import ANSWER, LiveServer
 
 CHAT = "/v1/chat/completions"
@@ -294,3 +296,10 @@ def test_a_template_that_raises_is_the_clients_error() -> None:
         status, answer = server.chat()
         assert status == 400
         assert "roles must alternate" in answer["error"]["message"]
+
+
+def test_a_chat_template_is_a_file_or_itself(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("{{ messages }}")
+    assert template_text(None) is None
+    assert template_text("{{ x }}") == "{{ x }}" and template_text("{% if x %}{% endif %}").startswith("{%")
+    assert template_text(str(tmp_path / "t.jinja")) == "{{ messages }}"

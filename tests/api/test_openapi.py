@@ -69,6 +69,8 @@ def test_the_document_holds_together(server: LiveServer) -> None:
     chat = found["components"]["schemas"]["ChatRequest"]
     assert chat["required"] == ["messages"] and "best_of" not in chat["properties"]
     assert chat["properties"]["messages"]["minItems"] == 1  # a conversation of one message is answered
+    placed = [p for o in operations for p in o.get("parameters", []) if p["in"] == "path"]
+    assert placed and all(p["required"] and p["schema"]["minLength"] == 1 for p in placed)
     prompt = found["components"]["schemas"]["CompletionRequest"]["properties"]["prompt"]
     assert (prompt["minLength"], prompt["minItems"]) == (1, 1)
 

@@ -76,6 +76,7 @@ def test_a_batch_of_conversations_has_a_choice_for_each(server: LiveServer) -> N
     assert status == 200, answer
     assert [choice["index"] for choice in answer["choices"]] == [0, 1]
     assert answer["usage"]["completion_tokens"] == 6
+    assert answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"] + 6
     prompts = [server.tokenizer.decode(r.prompt_token_ids) for r in server.engine.requests[-2:]]
     assert sorted(prompts) == ["user:one\n", "user:two\n"]
     for body, param in (({"stream": True}, "stream"), ({"n": 2}, "n"), ({"messages": []}, "messages")):

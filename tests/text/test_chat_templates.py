@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rvllm.errors import UsageError
+from rvllm.text.chat.arguments import mended
 from rvllm.text.chat.template import render_chat
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -250,3 +251,19 @@ def test_a_template_that_drops_the_final_message_cannot_continue_it(template: st
 def test_nothing_to_continue() -> None:
     with pytest.raises(UsageError, match="has no text to continue"):
         render_chat(ROLES, [{"role": "assistant"}], add_generation_prompt=False, continue_final_message=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('{"a": 1, "b": [1, 2', {"a": 1, "b": [1, 2]}),
+        ('{"a": 1, "b": "x', {"a": 1, "b": "x"}),
+        ('{"a": "} \\" {", "b": {"c": 3}', {"a": '} " {', "b": {"c": 3}}),
+        ('{"a": 1, "b": tru', {"a": 1}),
+        ('{"a": 1}', {"a": 1}),
+        ("[1, 2", {}),
+        ("nothing", {}),
+    ],
+)
+def test_arguments_that_break_off_are_closed(text: str, value: dict[str, Any]) -> None:
+    assert mended(text) == value
