@@ -242,23 +242,25 @@ class ServerConfig:
         "auto",
         "How the model writes tool calls; auto: as its chat template shows.",
         choices=(
-            "auto", "none", "deepseek_v3", "deepseek_v31", "kimi_k2", "mistral_args", "mistral", "command_r",
-            "cohere", "cohere_command3", "cohere_command4", "command_r_action", "deepseek_v32", "deepseek_v4",
-            "minicpm5", "hy_v3", "gemma4", "functiongemma", "gigachat3", "gigachat31", "longcat", "internlm",
-            "apertus", "olmo3", "minimax_m2", "minimax", "seed_oss", "qwen3_coder", "qwen3_xml",
-            "qwen3_coder_xml", "nemotron3", "mimo", "step3p5", "glm45", "glm47", "glm", "poolside_v1",
-            "nemotron_json", "llama_nemotron_json", "hunyuan_a13b", "jamba", "minimax_m1", "phi4_mini_json",
-            "phi4", "phi4_marked", "granite", "granite_20b_fc", "granite-20b-fc", "hermes", "qwen",
-            "granite4", "functionary_v31", "llama3_function", "lfm2", "llama4_pythonic", "pythonic", "xlam",
-            "llama3_json", "llama3", "llama4_json",
+            "auto", "none", "deepseek_v3", "deepseek_v31", "kimi_k2", "mistral_args", "mistral",
+            "command_r", "cohere", "cohere_command3", "cohere_command4", "command_r_action",
+            "deepseek_v32", "deepseek_v4", "minicpm5", "hy_v3", "gemma4", "functiongemma", "gigachat3",
+            "gigachat31", "longcat", "internlm", "apertus", "olmo3", "minimax_m2", "minimax", "seed_oss",
+            "qwen3_coder", "qwen3_xml", "qwen3_coder_xml", "nemotron3", "mimo", "step3p5", "glm45",
+            "glm47", "glm", "poolside_v1", "nemotron_json", "llama_nemotron_json", "hunyuan_a13b",
+            "jamba", "minimax_m1", "phi4_mini_json", "phi4", "phi4_marked", "granite", "granite_20b_fc",
+            "granite-20b-fc", "hermes", "qwen", "granite4", "functionary_v31", "llama3_function", "lfm2",
+            "llama4_pythonic", "pythonic", "xlam", "llama3_json", "llama3", "llama4_json",
         ),
     )  # fmt: skip
     reasoning_parser: str = setting(
         "auto",
         "How the model marks its thoughts, which answers carry as reasoning_content; auto: as its chat template shows.",
         choices=(
-            "auto", "none", "think", "mistral", "command-r", "seed_oss", "deepseek_r1", "qwen3", "deepseek_v3",
-            "glm45", "kimi_k2", "olmo3", "ernie45", "holo2", "cohere", "minimax_m2", "step3", "nemotron_v3",
+            "auto", "none", "think", "mistral", "command-r", "seed_oss", "gemma4", "hy_v3", "minimax_m3",
+            "deepseek_r1", "qwen3", "deepseek_v3", "glm45", "kimi_k2", "olmo3", "ernie45", "holo2",
+            "glm47", "mimo", "deepseek_v4", "poolside_v1", "cohere", "cohere_command3", "cohere_command4",
+            "minimax_m2", "step3", "step3p5", "nemotron_v3",
         ),
     )  # fmt: skip
     workers: int | None = setting(
@@ -268,7 +270,10 @@ class ServerConfig:
         high=64,
     )
     worker_timeout: float = setting(
-        5.0, "Seconds that one such piece of work may take; then its process is killed.", low=0.1
+        5.0,
+        "Seconds of a processor that one such piece of work may take; then its process is killed, as it is "
+        "after four times as many on the clock.",
+        low=0.1,
     )
     worker_memory_mb: float = setting(
         1024.0, "MB that one such piece of work may take; then its process ends.", low=64.0

@@ -63,8 +63,8 @@ async def check_chat_template(work: WorkerPool, template: str | None, tool_call_
     flag = "the model's chat template" if template is None else "--chat-template"
     try:
         if template is not None:
-            await work.run_at_start(check_template, flag, template)
-        await work.run_at_start(try_template, flag, template, tool_call_parser)
+            await work.run(check_template, flag, len(template), template)
+        await work.run(try_template, flag, 0, template, tool_call_parser)
     except RvllmError as error:
         raise UsageError(f"{flag}: {str(error).removeprefix(f'{flag}: ')}") from None
 

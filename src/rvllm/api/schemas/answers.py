@@ -94,12 +94,15 @@ class ToolCall(msgspec.Struct):
 
 
 class ChatMessage(msgspec.Struct):
-    """What the assistant said; content is None when it only calls tools or thinks."""
+    """What the assistant said; content is None when it only calls tools or thinks.
+
+    reasoning is always there, as in vLLM, whose clients read it without looking.
+    """
 
     role: str
     content: str | None
     refusal: None = None
-    reasoning: str | UnsetType = UNSET
+    reasoning: str | None = None
     reasoning_content: str | UnsetType = UNSET  # the same under the name of before
     tool_calls: list[ToolCall] | UnsetType = UNSET
 

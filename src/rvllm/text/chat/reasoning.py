@@ -27,14 +27,19 @@ FORMATS = {
         ReasoningFormat("mistral", "[THINK]", "[/THINK]"),
         ReasoningFormat("command-r", "<|START_THINKING|>", "<|END_THINKING|>"),
         ReasoningFormat("seed_oss", "<seed:think>", "</seed:think>"),
+        ReasoningFormat("gemma4", "<|channel>thought", "<channel|>"),
+        ReasoningFormat("hy_v3", "<think:opensource>", "</think:opensource>"),
+        ReasoningFormat("minimax_m3", "<mm:think>", "</mm:think>"),
         ReasoningFormat("deepseek_r1", "<think>", "</think>", implied=True),
     )
 }
 # vLLM's names for the same, with its meanings: some take an answer for thoughts until these end.
 SAME = {
     "qwen3": "think", "deepseek_v3": "think", "glm45": "think", "kimi_k2": "think", "olmo3": "think",
-    "ernie45": "think", "holo2": "think", "cohere": "command-r", "minimax_m2": "deepseek_r1",
-    "step3": "deepseek_r1", "nemotron_v3": "deepseek_r1",
+    "ernie45": "think", "holo2": "think", "glm47": "think", "mimo": "think", "deepseek_v4": "think",
+    "poolside_v1": "think", "cohere": "command-r", "cohere_command3": "command-r",
+    "cohere_command4": "command-r", "minimax_m2": "deepseek_r1", "step3": "deepseek_r1",
+    "step3p5": "deepseek_r1", "nemotron_v3": "deepseek_r1",
 }  # fmt: skip
 CHOICES = ("auto", "none", *FORMATS, *SAME)
 

@@ -217,17 +217,17 @@ FORMATS = (
         "", '{"name": "NAME", "parameters": ', "}", "; ", "",
     ), ('"parameters":',), ("llama3", "llama4_json")),
 )  # fmt: skip
-# Formats that are not read: vLLM's name or the model's, what it is, a text that only its templates have.
+# Formats that are not read: what each is, and a text that only its templates have.
 UNREAD = {
-    "openai": ("harmony, the channels of gpt-oss", "<|channel|>commentary"),
-    "kimi_k3": ("the open and close marks of Kimi K3", "<|open|>"),
-    "minimax_m3": ("the nested marks of MiniMax M3", "]<]minimax[>["),
-    "solar_open2": ("the messages of Solar Open", "<|tool_call:begin|>"),
-    "step3": ("the steptml marks of Step 3", "<steptml:invoke"),
-    "inkling": ("the marks of Inkling", "<|content_invoke_tool"),
-    "functionary_v32": ("the recipients of Functionary 3.2", ">>>all"),
-    "muse": ("the recipients of Muse", "<atem:function_calls>"),
-    "ernie45": ("the marks of ERNIE 4.5, whose answers stand in <response>", "<response>"),
+    "harmony, the channels of gpt-oss": "<|channel|>commentary",
+    "the open and close marks of Kimi K3": "<|open|>",
+    "the nested marks of MiniMax M3": "]<]minimax[>[",
+    "the messages of Solar Open": "<|tool_call:begin|>",
+    "the steptml marks of Step 3": "<steptml:invoke",
+    "the marks of Inkling": "<|content_invoke_tool",
+    "the recipients of Functionary 3.2": ">>>all",
+    "the recipients of Muse": "<atem:function_calls>",
+    "the marks of ERNIE 4.5, whose answers stand in <response>": "<response>",
 }
 CHOICES = ("auto", "none", *(name for f in FORMATS for name in (f.name, *f.aliases)))
 _BARE = (Hermes, Pythonic, Llama3, Xlam)  # whose calls may stand without a mark at the beginning of an answer
@@ -245,8 +245,6 @@ def tool_format(chosen: str, template: str | None) -> ToolFormat | None:
     if chosen == "auto":
         return None if template is None else _written_by(template)
     found = next((f for f in FORMATS if chosen in (f.name, *f.aliases)), None)
-    if found is None and chosen in UNREAD:
-        raise UsageError(f"--tool-call-parser: {chosen!r} ({UNREAD[chosen][0]}) is not read by this server")
     if found is None:
         raise UsageError(f"--tool-call-parser: {chosen!r} is not one of {', '.join(CHOICES)}")
     return found
@@ -254,7 +252,7 @@ def tool_format(chosen: str, template: str | None) -> ToolFormat | None:
 
 def unread_format(template: str | None) -> str | None:
     """What a template's format of calls is, where it is known and not read; None else."""
-    return next((what for what, sign in UNREAD.values() if template and sign in template), None)
+    return next((what for what, sign in UNREAD.items() if template and sign in template), None)
 
 
 def _written_by(template: str) -> ToolFormat | None:

@@ -43,7 +43,7 @@ COMMAND = (sys.executable, "-m", "rvllm.text.worker.process")
 WAIT_SECONDS = 30.0  # for a worker to be free
 STACK = 4 << 20  # bytes; the engine's own threads have more, so what passed here passes there
 START_SECONDS = 60.0  # for the tokenizer to load
-START_PATIENCE = 4  # times the limit, for what must not fail because the machine is busy
+PATIENCE = 4  # times the limit of a task's own time, for a machine that is busy with other things
 
 
 _Turn = tuple[int, int, asyncio.Future[None]]  # rank, number, what its owner waits for
@@ -65,8 +65,8 @@ class WorkerPool:
     """
 
     def __init__(self, model: str, *, count: int, seconds: float, memory: int) -> None:
-        """model: whose tokenizer to load; seconds, memory (bytes): what one task may take."""
-        self._launch = Launch(model, memory, STACK)
+        """model: whose tokenizer to load; seconds (of a processor), memory (bytes): what a task may take."""
+        self._launch = Launch(model, memory, STACK, seconds)
         self._count, self._seconds, self._memory = max(2, count), seconds, memory
         self._numbers = itertools.count()
         self._idle: list[_Worker] = []
@@ -97,13 +97,7 @@ class WorkerPool:
         data = pickle.dumps((task, args, options), pickle.HIGHEST_PROTOCOL)
         large = size >= LARGE
         async with self._turn(size, large):
-            return cast(T, await self._done(data, what, self._seconds))
-
-    async def run_at_start(self, task: Task[P, T], what: str, /, *args: P.args, **options: P.kwargs) -> T:
-        """As `run`, with more patience: at a start much else runs, and to fail ends the server."""
-        data = pickle.dumps((task, args, options), pickle.HIGHEST_PROTOCOL)
-        async with self._turn(0, False):
-            return cast(T, await self._done(data, what, self._seconds * START_PATIENCE))
+            return cast(T, await self._done(data, what))
 
     @contextlib.asynccontextmanager
     async def _turn(self, size: int, large: bool) -> AsyncIterator[None]:
@@ -128,13 +122,13 @@ class WorkerPool:
                 if not self._asked[client]:
                     del self._asked[client]
 
-    async def _done(self, data: bytes, what: str, seconds: float) -> Any:
-        """What a worker makes of a pickled task within `seconds`."""
+    async def _done(self, data: bytes, what: str) -> Any:
+        """What a worker makes of a pickled task."""
         worker: _Worker | None = None
         try:
             worker, used = await self._take()
             try:
-                kind, value, leaves = await self._ask(worker, data, seconds)
+                kind, value, leaves = await self._ask(worker, data)
             except TimeoutError:  # an OSError too
                 raise
             except (OSError, EOFError):
@@ -144,9 +138,9 @@ class WorkerPool:
                 self._kill(worker)
                 worker = None
                 worker = await self._fork()
-                kind, value, leaves = await self._ask(worker, data, seconds)
+                kind, value, leaves = await self._ask(worker, data)
         except TimeoutError:
-            raise LimitError(f"{what}: takes longer than {seconds:g} s (--worker-timeout)") from None
+            raise LimitError(f"{what}: takes longer than {self._seconds:g} s (--worker-timeout)") from None
         except (OSError, EOFError):
             raise LimitError(
                 f"{what}: too large or too deeply nested, a worker's memory or stack does not hold it "
@@ -163,14 +157,23 @@ class WorkerPool:
             return value
         raise self._error(kind, value, what)
 
-    async def _ask(self, worker: _Worker, data: bytes, seconds: float) -> tuple[int, Any, bool]:
-        """(kind, result or what is wrong, whether the worker ends now)."""
-        async with asyncio.timeout(seconds):
-            worker.writer.write(HEAD.pack(len(data)))
-            worker.writer.write(data)
-            await worker.writer.drain()
-            (length,) = HEAD.unpack(await worker.reader.readexactly(HEAD.size))
-            answer = await worker.reader.readexactly(length)
+    async def _ask(self, worker: _Worker, data: bytes) -> tuple[int, Any, bool]:
+        """(kind, result or what is wrong, whether the worker ends now).
+
+        Raises TimeoutError for a task that takes too long: the system ends a worker that has had its time.
+        """
+        began = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(self._seconds * PATIENCE):
+                worker.writer.write(HEAD.pack(len(data)))
+                worker.writer.write(data)
+                await worker.writer.drain()
+                (length,) = HEAD.unpack(await worker.reader.readexactly(HEAD.size))
+                answer = await worker.reader.readexactly(length)
+        except (EOFError, ConnectionError):
+            if asyncio.get_running_loop().time() - began >= 0.95 * self._seconds:
+                raise TimeoutError from None
+            raise
         kind, value, leaves = msgspec.msgpack.decode(answer)
         return kind, value, leaves
 

@@ -39,11 +39,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Launch(msgspec.Struct):
-    """What to load, and what one worker may take: bytes of memory beyond what it starts with, of stack."""
+    """What to load, and what one worker may take.
+
+    memory, stack: bytes, beyond what it starts with. seconds: of a processor's time, for one task.
+    """
 
     model: str
     memory: int
     stack: int
+    seconds: float
 
 
 def main() -> int:
@@ -118,20 +122,22 @@ def _worker(control: socket.socket, descriptor: int, launch: Launch, tokenizer: 
         control.close()
         _die_with_parent()
         _limit(launch)
-        code = _answer(socket.socket(fileno=descriptor), tokenizer, launch.memory)
+        code = _answer(socket.socket(fileno=descriptor), tokenizer, launch)
     finally:
         os._exit(code)
 
 
-def _answer(sock: socket.socket, tokenizer: Any, memory: int) -> int:
+def _answer(sock: socket.socket, tokenizer: Any, launch: Launch) -> int:
     encode = msgspec.msgpack.Encoder().encode
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     while (task := _read(sock)) is not None:
+        signal.setitimer(signal.ITIMER_PROF, launch.seconds)  # SIGPROF ends the process
         kind, value = _done(task, tokenizer)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         del task
         # What a heap has taken it seldom gives back; a fresh worker is cheap.
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
-        leaves = kind == EXCEEDED or grown > memory // 4
+        leaves = kind == EXCEEDED or grown > launch.memory // 4
         answer = encode((kind, value, leaves))
         sock.sendall(HEAD.pack(len(answer)) + answer)
         if leaves:
