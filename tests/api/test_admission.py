@@ -106,5 +106,7 @@ def test_sleep_and_wake_up_over_http() -> None:
         assert server.engine.sleep_level == 1
         assert server.raw("POST", "/sleep?level=3")[0] == 400
         assert ask(server, {"x-request-timeout": "0.2"})[0] == 408, "requests wait"
-        server.raw("POST", "/wake_up")
+        assert server.raw("POST", "/wake_up?tags=weights")[0] == 400, "all of it or nothing"
+        assert server.engine.sleep_level == 1
+        server.raw("POST", "/wake_up?tags=weights&tags=kv_cache")
         assert ask(server)[0] == 200

@@ -1,4 +1,4 @@
-"""tiktoken's vocabulary files: the same tokens as its algorithm gives, and what is refused."""
+"""tiktoken's vocabulary files and Mistral's tekken.json: the algorithm's own tokens, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,3 +128,41 @@ def test_damaged_files_are_refused_in_one_line(lines: list[str], message: str, t
 def test_other_classes_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="tokenizer_class 'QWenTokenizer' does not say how texts are cut"):
         Tokenizer.load(directory(tmp_path, lines_of(ranks()), "QWenTokenizer"))
+
+
+def tekken(path: Path, ranked: dict[bytes, int], **changes: Any) -> Path:
+    vocab = [
+        {"rank": r, "token_bytes": base64.b64encode(t).decode(), "token_str": None} for t, r in ranked.items()
+    ]
+    config = {"pattern": CL100K, "default_vocab_size": len(ranked) + 30, "default_num_special_tokens": 32}
+    (path / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocab} | changes))
+    return path
+
+
+def test_tekkens_tokens_stand_behind_its_special_ones(tmp_path: Path) -> None:
+    """The last two tokens are beyond the model's vocabulary, as in the files that Mistral publishes."""
+    ranked = ranks()
+    tokenizer = Tokenizer.load(tekken(tmp_path, ranked))
+    kept = {token: rank for token, rank in ranked.items() if rank < len(ranked) - 2}
+    assert tokenizer.vocab_size == len(ranked) + 30
+    for text in ["", *CORPUS, "I'll we'VE  don't\n\n x \t12345 !!??"]:
+        assert tokenizer.encode(text) == [1, *(rank + 32 for rank in by_tiktoken(text, kept))], repr(text)
+    ids = tokenizer.encode("[INST]a[/INST]<SPECIAL_31>", add_special_tokens=False)
+    assert (ids[0], *ids[2:]) == (3, 4, 31) and set(ids) - {ids[1]} <= tokenizer.special_ids
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    assert tokenizer.special_tokens == named
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": {}}, "missing required field"),
+        ({"vocab": []}, "holds no token for byte 0"),
+        ({"special_tokens": [{"rank": 32, "token_str": "<s>"}]}, "special token 32 is none of the first 32"),
+        ({"special_tokens": [{"rank": r, "token_str": "<s>"} for r in (1, 2)]}, "have the same name"),
+        ({"vocab": [{"rank": 3, "token_bytes": "?"}]}, "rank 3 is not in base64"),
+    ],
+)
+def test_damaged_tekken_files_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=message):
+        Tokenizer.load(tekken(tmp_path, ranks(), **changes))

@@ -156,6 +156,8 @@ def test_sleeping_and_waking_change_no_answer(model: Path) -> None:
     with LLM(str(model), **SETTINGS) as llm:
         before = llm.generate("hello world", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
         llm.sleep(level=1)
+        with pytest.raises(UsageError, match="leave tags out"):
+            llm.wake_up(tags=["weights"])
         llm.wake_up()
         assert llm.generate("hello world", GREEDY, use_tqdm=False)[0].outputs[0].token_ids == before
 

@@ -11,11 +11,12 @@ from rvllm.api.http.exchange import Exchange, Gate, check_model
 from rvllm.api.http.pagination import Query
 from rvllm.api.schemas.answers import ModelCard, ModelList, Text, TokenizerInfo, Tokens
 from rvllm.api.schemas.requests import DetokenizeRequest, TokenizeRequest
-from rvllm.errors import RvllmError
+from rvllm.errors import RvllmError, UsageError
 from rvllm.telemetry.metrics import CONTENT_TYPE, metrics_page
 from rvllm.telemetry.stats import Stats
 from rvllm.text.worker import tasks
 from rvllm.version import __version__
+from rvllm.vllm.flags import check_wake_up_tags
 
 
 def _card(service: Service, name: str) -> ModelCard:
@@ -176,6 +177,10 @@ async def sleep(service: Service, exchange: Exchange, body: bytes) -> None:
 async def wake_up(service: Service, exchange: Exchange, body: bytes) -> None:
     """`/wake_up`: takes the memory again, all of it; requests that waited go on."""
     _check_sleep_mode(service)
+    try:
+        check_wake_up_tags(Query(exchange).texts("tags"))
+    except UsageError as error:
+        raise invalid(str(error), "tags") from None
     seconds = await service.engine.sleep(0)
     await exchange.json({"is_sleeping": False, "seconds": round(seconds, 4)})
 

@@ -33,6 +33,7 @@ from rvllm.text.pooling import ClassificationRequestOutput, PoolingRequestOutput
 from rvllm.text.processor import Choice
 from rvllm.text.requests import Prompt, RequestMaker, prompt_tokens
 from rvllm.text.tokenizers.tokenizer import Tokenizer
+from rvllm.vllm.flags import check_wake_up_tags
 
 if TYPE_CHECKING:
     from rvllm.offline.beam_search import BeamSearchOutput
@@ -100,7 +101,8 @@ class LLM:
         self.close()
 
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
-        """Loads the model again after `sleep`."""
+        """Loads the model again after `sleep`, all of it. Raises UsageError for `tags` that name a part."""
+        check_wake_up_tags(tags or ())
         if self._closed:
             self._load()
 

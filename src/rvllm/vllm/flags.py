@@ -7,7 +7,7 @@ refused else, with what to use instead. Names are vLLM's, with underscores.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,11 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     # the model
     "task": _becomes("runner", {**_POOLING, "generate": "generate"}, "auto", None),
     "convert": _becomes("runner", _POOLING, "auto", "none", None),
-    "tokenizer_mode": _taken("auto", "hf", instead="tokenizers are read from their files"),
+    "tokenizer_mode": _taken(
+        "auto",
+        "hf",
+        instead="tekken.json is read where it stands alone; --chat-template FILE renders conversations",
+    ),
     "tokenizer_revision": _taken(None, instead="--tokenizer ORG/NAME@REVISION"),
     "code_revision": _taken(),
     "trust_remote_code": _switch(),  # models bring no code of their own
@@ -324,3 +328,13 @@ def _same(neutral: Any, value: Any) -> bool:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_wake_up_tags(tags: Iterable[str]) -> None:
+    """Raises UsageError where vLLM's tags of `wake_up` name a part of what `sleep` gave back."""
+    named = set(tags)
+    if named and named != {"weights", "kv_cache"}:
+        raise UsageError(
+            f"tags {', '.join(sorted(named))[:80]}: weights and kv_cache are taken again together; "
+            "leave tags out, or name both"
+        )

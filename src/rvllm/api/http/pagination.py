@@ -35,6 +35,10 @@ class Query:
         """The parameter's value; None when it is absent or empty."""
         return (self._values.get(name) or [""])[-1] or None
 
+    def texts(self, name: str) -> list[str]:
+        """The parameter's values; it may be given several times."""
+        return self._values.get(name, [])
+
     def number(self, name: str, default: int, low: int, high: int) -> int:
         """A whole number in a range. Raises a 400 otherwise."""
         text: str | None = self._values.get(name, [None])[-1]

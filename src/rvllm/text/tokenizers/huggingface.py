@@ -45,10 +45,14 @@ def read_directory(path: Path) -> TokenizerParts:
         from rvllm.text.tokenizers.tiktoken import from_tiktoken
 
         backend = from_tiktoken(tiktoken[0], config.get("tokenizer_class"))
+    elif (path / "tekken.json").is_file():
+        from rvllm.text.tokenizers.tekken import from_tekken
+
+        backend, named = from_tekken(path / "tekken.json")
     else:
         raise ModelError(
             f"{path}: no tokenizer (looked for tokenizer.json, vocab.json with merges.txt, tokenizer.model, "
-            "vocab.txt and a .tiktoken file); --skip-tokenizer-init runs on token ids alone"
+            "vocab.txt, a .tiktoken file and tekken.json); --skip-tokenizer-init runs on token ids alone"
         )
     backend.no_padding()
     backend.no_truncation()

@@ -54,30 +54,35 @@ def from_tiktoken(file: Path, tokenizer_class: object) -> tokenizers.Tokenizer:
 
     Raises ModelError naming the file and the line or class that is wrong or not supported.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-
     if not isinstance(tokenizer_class, str) or tokenizer_class not in CLASSES:
         raise ModelError(
             f"{file}: tokenizer_class {tokenizer_class!r} does not say how texts are cut; supported with "
             f"tiktoken's files: {', '.join(sorted(CLASSES))}"
         )
-    rules = CLASSES[tokenizer_class]()
-    ranks = read_ranks(file)
+    return from_ranks(read_ranks(file), CLASSES[tokenizer_class](), str(file))
+
+
+def from_ranks(
+    ranks: Mapping[bytes, int], rules: TiktokenClass, origin: str, first: int = 0
+) -> tokenizers.Tokenizer:
+    """The tokenizer of tokens and their ranks. first: the id of rank 0; origin: what errors call it."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
     characters = byte_characters()
 
     def spelled(token: bytes) -> str:
         return "".join([characters[byte] for byte in token])
 
-    vocab = {spelled(token): rank for token, rank in ranks.items()}
+    vocab = {spelled(token): first + rank for token, rank in ranks.items()}
     merges = [(spelled(left), spelled(right)) for left, right in merges_of(ranks)]
     taken = set(vocab.values()) & rules.special.keys()
     if taken:
-        raise ModelError(f"{file}: rank {min(taken)} is that of a special token of {tokenizer_class}")
+        raise ModelError(f"{origin}: rank {min(taken) - first} is that of a special token")
     vocab |= {token: index for index, token in rules.special.items()}
-    backend = Tokenizer(built(lambda: models.BPE(vocab=vocab, merges=merges, ignore_merges=True), str(file)))
+    backend = Tokenizer(built(lambda: models.BPE(vocab=vocab, merges=merges, ignore_merges=True), origin))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(rules.pattern), behavior="isolated"),
+            pre_tokenizers.Split(built(lambda: Regex(rules.pattern), origin), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -104,12 +109,17 @@ def read_ranks(file: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (binascii.Error, ValueError):
             raise ModelError(f"{file}: line {number} is not a token in base64 and its rank") from None
+    check_ranks(ranks, file)
+    return ranks
+
+
+def check_ranks(ranks: Mapping[bytes, int], file: Path) -> None:
+    """Raises ModelError where a byte has no token, or two tokens have one rank."""
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise ModelError(f"{file}: holds no token for byte {missing[0]}")
     if len(set(ranks.values())) != len(ranks):
         raise ModelError(f"{file}: two tokens have the same rank")
-    return ranks
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
