@@ -221,7 +221,7 @@ def main() -> None:
 
 def run(llm: LLM, account: Account, args: argparse.Namespace, ordered: bool) -> None:
     """Runs the workload once and prints its tables."""
-    before = llm.engine.counters.host_seconds
+    before = llm.engine.counted.host_seconds
     prompts, params = requests(args.seed, args.requests)
     priority = [0] * len(prompts) if ordered else None
     account.done, account._before = [], None
@@ -231,7 +231,7 @@ def run(llm: LLM, account: Account, args: argparse.Namespace, ordered: bool) -> 
     out = sum(p.max_tokens or 0 for p in params)
     rows = account.done
     device, idle = sum(r.device for r in rows), sum(r.idle for r in rows)
-    host = llm.engine.counters.host_seconds - before
+    host = llm.engine.counted.host_seconds - before
     print(
         f"{args.requests} requests, {sum(r.tokens for r in rows)} tokens computed, {out} out: {wall:.2f} s, "
         f"{out / wall:.0f} tok/s\n"

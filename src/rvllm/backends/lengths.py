@@ -7,6 +7,8 @@ from rvllm.errors import CapacityError, UsageError
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import embedding_size
 
+GB = 1_000_000_000
+STATE_ELEMENT = 4  # bytes of a number of a recurrent state
 MAX_SNAPSHOTS = 64  # of recurrent states, unless a flag asks for more
 
 
@@ -40,12 +42,25 @@ def asked_host_blocks(program: Program, config: EngineConfig) -> int:
     return config.num_cpu_blocks
 
 
-def state_rows(config: EngineConfig, rows: int) -> tuple[int, int]:
-    """What memory for so many states of recurrent layers is for: (sequences at once, snapshots of prefixes).
+def state_rows(program: Program, config: EngineConfig, usual: float) -> tuple[int, int]:
+    """What states of recurrent layers there is room for: (sequences at once, snapshots of prefixes).
 
-    Without --num-state-snapshots a fifth of them, at most MAX_SNAPSHOTS, and what sequences leave. Raises
-    CapacityError where the flag leaves none for sequences.
+    usual: bytes for them without --kv-cache-memory-gb, which bounds states and KV cache each. Without
+    --num-state-snapshots a fifth of them are snapshots, at most MAX_SNAPSHOTS, and what sequences leave.
+    Raises CapacityError where there is no room for a sequence.
     """
+    each = STATE_ELEMENT * program.state_elements_per_slot
+    if not each:
+        return config.max_num_seqs, 0
+    flag = config.kv_cache_memory_gb
+    room = int(usual if flag is None else flag * GB)
+    if room < each:
+        raise CapacityError(
+            f"the recurrent layers' state of one sequence takes {each / GB:.3f} GB, and "
+            f"{max(room, 0) / GB:.3f} GB are for states; raise --kv-cache-memory-gb or free memory "
+            "(on a GPU: --gpu-memory-utilization)"
+        )
+    rows = room // each
     asked = config.num_state_snapshots if config.enable_prefix_caching else 0
     if asked is None:
         sequences = min(config.max_num_seqs, rows - rows // 5)

@@ -100,6 +100,7 @@ class EngineCore:
         )
         self.texts = EmbeddingQueue(backend if isinstance(backend, Encoder) else None)
         self.counters = EngineStats()
+        self.counted = self.counters.counted
         self._eos = frozenset(facts.eos_token_ids)
         self._depth = limits.pipeline_depth
         self._max_queue_seconds = config.max_queue_seconds
@@ -183,7 +184,7 @@ class EngineCore:
         try:
             check()
         except UsageError as error:
-            self.counters.finished["error"] += 1
+            self.counters.ended("error")
             self._outbox.append(Output(name, [], finish_reason="error", error=str(error)))
             return True
         return False
@@ -200,7 +201,7 @@ class EngineCore:
             if seq is not None:
                 self._close(seq, "abort")
             elif self.texts.abort(request_id):
-                self.counters.finished["abort"] += 1
+                self.counters.ended("abort")
                 self._outbox.append(Output(request_id, [], finish_reason="abort"))
 
     def has_work(self) -> bool:
@@ -222,12 +223,12 @@ class EngineCore:
             return outputs
         if self.texts:
             computed = self.texts.step()
-            self.counters.finished["stop"] += len(computed)
+            self.counters.ended("stop", len(computed))
             self._outbox += computed
         began = time.perf_counter()
         self._follow_grammars()
         step = self.scheduler.schedule()
-        self.counters.host_seconds += time.perf_counter() - began
+        self.counted.host_seconds += time.perf_counter() - began
         generator = self.generator
         if step is not None:
             assert generator is not None, "an encoder was given tokens to draw"
@@ -251,7 +252,7 @@ class EngineCore:
         self.counters.collected(oldest)
         began = time.perf_counter()
         self._update(oldest, result)
-        self.counters.host_seconds += time.perf_counter() - began
+        self.counted.host_seconds += time.perf_counter() - began
 
     @property
     def sleep_level(self) -> int:
@@ -338,7 +339,7 @@ class EngineCore:
             if s in result.prompt_logprobs:
                 _keep_prompt_logprobs(seq, int(batch.starts[s]), result.prompt_logprobs[s])
             if sampled and token == BROKEN_ROW:
-                self.counters.broken_logits += 1
+                self.counted.broken_logits += 1
                 self._close(seq, "error", BROKEN)
             elif sampled:
                 self._emit(seq, token, result.logprobs.get(s))
@@ -350,12 +351,12 @@ class EngineCore:
         if logprobs is not None:
             output.logprobs = [logprobs]
         if len(seq.tokens) == seq.prompt_len + 1:
-            self.counters.prompt_tokens += seq.prompt_len
+            self.counted.prompt_tokens += seq.prompt_len
             output.queue_seconds = seq.queue_seconds()
             output.prefill = seq.chunks.copy()
             if seq.sampling.prompt_logprobs is not None:
                 output.prompt_logprobs = seq.prompt_logprobs
-        self.counters.generation_tokens += 1
+        self.counted.generation_tokens += 1
         self._outbox.append(output)
         if seq.matcher is not None and reason != "stop":
             if seq.matcher.costly and reason is None:
@@ -383,7 +384,7 @@ class EngineCore:
         else:
             self.scheduler.finish(seq, reason)
         del self._alive[seq.request_id]
-        self.counters.finished[reason] += 1
+        self.counters.ended(reason)
 
     def reset_prefix_cache(self, running: bool = False) -> None:
         """Forgets every prefix that no sequence holds; running: those that run are computed again, too."""

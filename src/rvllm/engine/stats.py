@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import deque
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from rvllm.telemetry.stats import STEP_TOKENS, Stats
 
@@ -18,26 +20,24 @@ RECENT_STEPS = 256  # decode steps that the floor is compared with
 
 
 class EngineStats:
-    """Counters since the start; belongs to the engine's thread."""
+    """Counters since the start; belongs to the engine's thread. counted: what nobody else counts."""
 
     def __init__(self) -> None:
-        self.finished: Counter[str] = Counter()  # requests, by finish reason
-        self.prompt_tokens = 0
-        self.generation_tokens = 0
-        self.broken_logits = 0  # draws from logits that are infinite or no numbers
-        self.host_seconds = 0.0  # scheduling and bookkeeping
+        self.counted = Stats(step_counts=[0] * (len(STEP_TOKENS) + 1))
         self._started = time.perf_counter()
         self._collected = 0.0  # when a step was collected last
-        self._step_tokens = 0
-        self._step_counts = [0] * (len(STEP_TOKENS) + 1)
         self._decodes: deque[tuple[int, int, float]] = deque(maxlen=RECENT_STEPS)
 
     def launched(self, step: Step) -> None:
         """A step begins."""
         step.launched, step.launched_at = time.perf_counter(), time.time()
         tokens = step.batch.num_tokens
-        self._step_tokens += tokens
-        self._step_counts[bisect_left(STEP_TOKENS, tokens)] += 1
+        self.counted.step_tokens += tokens
+        self.counted.step_counts[bisect_left(STEP_TOKENS, tokens)] += 1
+
+    def ended(self, reason: str, requests: int = 1) -> None:
+        """Requests end, for a finish reason."""
+        self.counted.finished[reason] = self.counted.finished.get(reason, 0) + requests
 
     def collected(self, step: Step) -> None:
         """A step's tokens are there. It took the time since its launch or, when that was still under way
@@ -65,30 +65,27 @@ class EngineStats:
     def stats(self, core: EngineCore) -> Stats:
         """Counters since the start and the state of this moment."""
         scheduler, grammars, texts = core.scheduler, core.grammars, core.texts
-        return Stats(
+        return msgspec.structs.replace(
+            self.counted,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(texts) + len(grammars),
             blocks_total=scheduler.blocks.num_blocks,
             blocks_used=scheduler.blocks.used,
             blocks_cached=scheduler.blocks.cached,
             steps=scheduler.steps + texts.steps,
-            prompt_tokens=self.prompt_tokens + texts.tokens,
-            generation_tokens=self.generation_tokens,
+            prompt_tokens=self.counted.prompt_tokens + texts.tokens,
             cached_prompt_tokens=scheduler.prefix_hits,
             prefix_queries=scheduler.prefix_queries,
             preemptions=scheduler.preemptions,
-            finished=dict(self.finished),
+            finished=self.counted.finished.copy(),
             loop_seconds=time.perf_counter() - self._started,
-            host_seconds=self.host_seconds,
             masks=grammars.masks_computed,
             mask_seconds=grammars.mask_seconds,
             mask_exposed_seconds=grammars.exposed_seconds,
             mask_p50_seconds=grammars.percentile(0.50),
             mask_p99_seconds=grammars.percentile(0.99),
-            step_tokens=self._step_tokens,
-            step_counts=self._step_counts.copy(),
+            step_counts=self.counted.step_counts.copy(),
             backend=core.backend.stats(),
-            broken_logits=self.broken_logits,
             cpu_blocks_total=scheduler.blocks.host.num_blocks if scheduler.blocks.host else 0,
             cpu_blocks_used=scheduler.blocks.host.used if scheduler.blocks.host else 0,
             sleep_level=core.sleep_level,

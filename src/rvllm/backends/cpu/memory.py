@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rvllm.backends.base import KV_BLOCK, LedgerLine, Limits
 from rvllm.backends.free_memory import free_bytes
-from rvllm.backends.lengths import asked_host_blocks, asked_length, encoder_lengths, state_rows
+from rvllm.backends.lengths import GB, asked_host_blocks, asked_length, encoder_lengths, state_rows
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
 from rvllm.program.cost import kv_bytes_per_token
@@ -15,7 +15,6 @@ from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import embedding_size
 from rvllm.weights.checkpoint import Checkpoint
 
-GB = 1_000_000_000
 ELEMENT = 4  # float32
 DEFAULT_TOKENS = 512  # of one step
 ENCODER_TOKENS = 2048  # of one step of an encoder, which lets nobody wait for its next token
@@ -102,7 +101,7 @@ def plan_memory(
 def _limits(program: Program, config: EngineConfig, left: int, block_bytes: int, a_slot: int) -> Limits:
     """What a program that draws tokens can hold in `left` bytes; a_slot: bytes of a sequence's states."""
     wanted = asked_length(program, config)
-    sequences, snapshots = _sequences(config, a_slot, left)
+    sequences, snapshots = state_rows(program, config, min(left / 4, MAX_KV))
     blocks = _blocks(config, block_bytes, left - (sequences + snapshots) * a_slot)
     longest = blocks * KV_BLOCK
     if wanted is not None and wanted > longest:
@@ -147,24 +146,6 @@ def _too_little(
         f"{held}, {step}; choose a smaller model (--model), a GPU (--device cuda) or a lower "
         "--max-num-batched-tokens"
     )
-
-
-def _sequences(config: EngineConfig, a_slot: int, free: int) -> tuple[int, int]:
-    """Sequences at once: --max-num-seqs, or fewer where recurrent layers carry `a_slot` bytes for each; and
-    snapshots of these.
-
-    Their states may take as much again as the KV cache may. Raises CapacityError when not one fits.
-    """
-    if not a_slot:
-        return config.max_num_seqs, 0
-    flag = config.kv_cache_memory_gb
-    budget = int(min(free / 4, MAX_KV)) if flag is None else int(flag * GB)
-    if budget < a_slot:
-        raise CapacityError(
-            f"the recurrent layers' state of one sequence takes {a_slot / GB:.3f} GB, and "
-            f"{max(budget, 0) / GB:.3f} GB are for states; raise --kv-cache-memory-gb or free memory"
-        )
-    return state_rows(config, budget // a_slot)
 
 
 def _encoder_limits(program: Program, config: EngineConfig, left: int, block_bytes: int) -> Limits:

@@ -17,7 +17,7 @@ from rvllm.backends.cuda.layout.allocations import (
     weight_allocations,
 )
 from rvllm.backends.cuda.layout.fusion import Stage, fuse
-from rvllm.backends.cuda.layout.memory import GB, Budget, beside_buffers
+from rvllm.backends.cuda.layout.memory import Budget, beside_buffers
 from rvllm.backends.cuda.layout.metadata import Layout
 from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.layout.weights import packed_weights
@@ -27,7 +27,7 @@ from rvllm.backends.cuda.ops.family import Lowering
 from rvllm.backends.cuda.ops.gemm.strategy import GemmStrategy
 from rvllm.backends.cuda.step_planner import distinct
 from rvllm.backends.heads import without_head
-from rvllm.backends.lengths import encoder_lengths
+from rvllm.backends.lengths import GB, encoder_lengths
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
 from rvllm.program.memory import Workspace, plan_workspace

@@ -24,14 +24,13 @@ from rvllm.backends.cuda.ops.sampling.arrays import logits_allocations
 from rvllm.backends.cuda.ops.sampling.slots import START_WORDS, StateSizes
 from rvllm.backends.cuda.paged import allocations as attention_allocations
 from rvllm.backends.cuda.paged import decode_plans
-from rvllm.backends.lengths import asked_length, state_rows
+from rvllm.backends.lengths import GB, asked_length, state_rows
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
 from rvllm.program.cost import kv_bytes_per_token
 from rvllm.program.memory import Workspace, plan_workspace
 from rvllm.program.ops.dense import Program, Sample
 
-GB = 1_000_000_000
 SCORED_ROWS = 64  # rows of a step that may be scored for prompt logprobs besides the sampled ones
 DEFAULT_TOKENS = 8192
 MIN_START_WORDS = 1 << 18
@@ -111,7 +110,7 @@ def plan_memory(
     weights = weight_allocations(wanted)
     wanted_len = asked_length(program, config)
     longest = wanted_len or program.max_position
-    seqs, snapshots = _sequences(program, config, budget.ours - _taken(weights))
+    seqs, snapshots = state_rows(program, config, (budget.ours - _taken(weights)) // 2)
     shape = _shape(program, config, seqs, longest)
     layout = _layout(shape, tiles)
     start_words = max(MIN_START_WORDS, seqs * START_WORDS + longest + 2 * MAX_BIASES + MAX_STOPS)
@@ -237,27 +236,6 @@ def _asked_blocks(config: EngineConfig, block_bytes: int) -> int | None:
 def state_line(seqs: int, snapshots: int) -> str:
     """The ledger's line for the states of recurrent layers."""
     return f"recurrent state of {seqs} sequences" + (f" and {snapshots} prefixes" if snapshots else "")
-
-
-def _sequences(program: Program, config: EngineConfig, free: int) -> tuple[int, int]:
-    """How many sequences run at once: --max-num-seqs, or as many as half of the free memory has states for;
-    and how many snapshots of states are kept.
-
-    free: bytes beside the weights. The KV cache has the other half, or both have --kv-cache-memory-gb. Raises
-    CapacityError where not one state fits.
-    """
-    each = 4 * program.state_elements_per_slot
-    if not each:
-        return config.max_num_seqs, 0
-    flag = config.kv_cache_memory_gb
-    room = free // 2 if flag is None else int(flag * GB)
-    if room < each:
-        raise CapacityError(
-            f"GPU memory: the recurrent layers' state of one sequence takes {each / GB:.3f} GB, and "
-            f"{max(room, 0) / GB:.3f} GB are for states beside the weights; raise --gpu-memory-utilization "
-            "or --kv-cache-memory-gb"
-        )
-    return state_rows(config, room // each)
 
 
 def _check_fit(
