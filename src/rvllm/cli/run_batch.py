@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rvllm.api.assembly import load_tokenizer, template_text
 from rvllm.config import EngineConfig, ServerConfig, SourceConfig
 from rvllm.errors import UsageError
 from rvllm.settings import add_flags, build, settings_of
@@ -46,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(args).items() if name not in ("input_file", "output_file")}
     engine_config = build(EngineConfig, given)
     config = build(ServerConfig, {name: given.get(name) for name in _SERVER_FLAGS})
-    template = _text(config.chat_template) if config.chat_template is not None else None
+    template = template_text(config.chat_template)
     source, target = Path(args.input_file), Path(args.output_file)
     try:
         data = source.read_bytes()
@@ -110,14 +111,6 @@ class Journal:
         self._file.close()
 
 
-def _text(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UsageError(f"--chat-template: cannot read {file}: {reason}") from None
-
-
 def _requests(data: bytes, source: Path) -> dict[int, BatchLine]:
     """The requests by line number. Raises UsageError naming the first wrong line."""
     from rvllm.api.batches.lines import STATELESS, LineError, parse_line, read_lines
@@ -159,7 +152,7 @@ async def _run(
 
     if all(number in journal.done for number in lines):
         return
-    engine, (tokenizer,) = await start_engine(engine_config, partial(_tokenizer, engine_config))
+    engine, (tokenizer,) = await start_engine(engine_config, partial(load_tokenizer, engine_config))
     try:
         service = _service(engine, tokenizer, engine_config, config, template)
         waiting = iter([(number, line) for number, line in lines.items() if number not in journal.done])
@@ -179,14 +172,6 @@ async def _worker(waiting: Any, answering: Mapping[str, Answering], journal: Jou
 
     for number, line in waiting:
         journal.add(number, *await answer_line(line, answering[line.url]))
-
-
-def _tokenizer(config: EngineConfig) -> Tokenizer | None:
-    if config.skip_tokenizer_init:
-        return None
-    from rvllm.text.tokenizers.tokenizer import Tokenizer
-
-    return Tokenizer.load(Path(config.tokenizer or config.model))
 
 
 def _service(
