@@ -72,7 +72,7 @@ def test_a_task_gets_its_time_once(error: Exception, asked: int, monkeypatch: py
     pool = WorkerPool("nothing", count=2, seconds=1.0, memory=1 << 20)
     calls: list[object] = []
 
-    async def ask(worker: object, data: bytes) -> object:
+    async def ask(worker: object, *_: object) -> object:
         calls.append(worker)
         raise error
 
