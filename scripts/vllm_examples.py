@@ -225,7 +225,7 @@ def _free_port() -> int:
 
 
 def _wait(port: int) -> None:
-    for _ in range(120):
+    for _ in range(480):
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
                 return

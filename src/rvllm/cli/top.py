@@ -202,28 +202,35 @@ def _memory(state: State) -> RenderableType:
 
     lines = [line for line in state["ledger"] if line["bytes"]]
     total = sum(line["bytes"] for line in lines)
-    text = Text.assemble(("memory   ", "dim"))
+    text = Text()
     if not total:
-        return text.append("nothing listed")
+        return _row("memory", text.append("nothing listed"))
     colours = ["dim" if line["name"] == "free" else COLOURS[i % len(COLOURS)] for i, line in enumerate(lines)]
     for line, colour in zip(lines, colours, strict=True):
         text.append("█" * max(1, round(WIDTH * line["bytes"] / total)), colour)
-    text.append("\n" + " " * 9)
+    text.append("\n")
     for i, (line, colour) in enumerate(zip(lines, colours, strict=True)):
-        text.append(" · " if i else "", "dim").append("█ ", colour)
+        text.append(" · " if i else "", "dim").append("█\N{NO-BREAK SPACE}", colour)
         text.append(f"{line['name']} {human_bytes(line['bytes'])}")
-    return text
+    return _row("memory", text)
 
 
-def _blocks(state: State) -> RenderableType:
+def _row(name: str, what: RenderableType) -> RenderableType:
+    """A name, and beside it what it names, wrapped within its own column."""
     from rich.table import Table
 
     grid = Table.grid()
-    grid.add_row("[dim]blocks[/dim]   ", block_map(state, WIDTH))
+    grid.add_column(width=9, no_wrap=True)
+    grid.add_row(f"[dim]{name}[/dim]", what)
     return grid
 
 
+def _blocks(state: State) -> RenderableType:
+    return _row("blocks", block_map(state, WIDTH))
+
+
 def _kernels(state: State) -> RenderableType:
+    from rich.console import Group
     from rich.text import Text
 
     settings = " · ".join(f"{name} {value}" for name, value in state["settings"].items())
@@ -233,18 +240,20 @@ def _kernels(state: State) -> RenderableType:
         if not kernel["strategy"]:
             others[kernel["kernel"]] = others.get(kernel["kernel"], 0) + kernel["count"]
     most = sorted(others.items(), key=lambda item: -item[1])[:8]
-    shown = Text.assemble(("settings ", "dim"), settings, "\n", ("matrices ", "dim"))
-    shown.append(
-        f"\n{'':9}".join(f"{k['op']:<14} {k['strategy']:<9} {k['kernel']} ×{k['count']}" for k in matrices)
-        or "no step yet"
-    )
+    lines = [f"{k['op']:<14} {k['strategy']:<9} {k['kernel']} ×{k['count']}" for k in matrices]
     rest = " · ".join(f"{name} ×{count}" for name, count in most)
-    return shown.append("\nothers   ", "dim").append(rest or "none")
+    return Group(
+        _row("settings", Text(settings)),
+        _row("matrices", Text("\n".join(lines) or "no step yet")),
+        _row("others", Text(rest or "none")),
+    )
 
 
 def _short(request_id: str) -> str:
-    """Ids differ at their ends; the middle is cut."""
-    return request_id if len(request_id) <= 20 else f"{request_id[:14]}…{request_id[-4:]}"
+    """The beginning of an id and the numbers of prompt and choice behind it, as the page names requests."""
+    head, *numbers = request_id.rsplit("-", 2)
+    word = head.rpartition("-")[2]
+    return "-".join([word[:8], *numbers]) if len(request_id) > 20 and len(numbers) == 2 else request_id[:20]
 
 
 def _bar(share: float, width: int = 12) -> str:
