@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from rvllm.cli import main as cli
-from rvllm.cli.common.starting import LoadingBar
 from rvllm.errors import ModelError
+from rvllm.offline.progress import LoadingBar
 from rvllm.version import __version__
 from support.models.fetched import model_path
 

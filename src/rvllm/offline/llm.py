@@ -17,7 +17,7 @@ from rvllm.engine.sampling_params import BeamSearchParams, SamplingParams
 from rvllm.errors import RvllmError, UsageError
 from rvllm.offline.arguments import engine_config, params_list, prompt_list, refuse
 from rvllm.offline.pooling import Pooled, check_vectors, classified, encoded, pooled, scores
-from rvllm.offline.progress import loading_bar, progress_bar
+from rvllm.offline.progress import LoadingBar, progress_bar
 from rvllm.settings import build
 from rvllm.text.embedding import (
     EmbeddingOutput,
@@ -81,8 +81,8 @@ class LLM:
         self._grammars_ready = False
 
     def _load(self) -> None:
-        with loading_bar() as loading:
-            self.engine = EngineCore.from_config(self.config, loading)
+        with LoadingBar() as bar:
+            self.engine = EngineCore.from_config(self.config, bar.show)
         self._closed, self._grammars_ready = False, False
 
     def close(self) -> None:

@@ -8,18 +8,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-@contextmanager
-def loading_bar() -> Iterator[Callable[[float, str], None]]:
-    """A bar for the model's loading on a terminal; yields `report(fraction, what is being done)`."""
-    if not sys.stderr.isatty():
-        yield lambda fraction, text: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
+class LoadingBar:
+    """A progress line on a terminal while the model loads; silent elsewhere."""
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=1.0)
-        yield lambda fraction, text: bar.update(task, completed=fraction, description=text)
+    WIDTH = 30
+
+    def __init__(self) -> None:
+        self._shown = False
+        self._terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> LoadingBar:
+        return self
+
+    def show(self, fraction: float, text: str) -> None:
+        """Draws the bar at `fraction` (0 to 1)."""
+        if self._terminal:
+            done = round(self.WIDTH * min(max(fraction, 0.0), 1.0))
+            bar = "━" * done + "·" * (self.WIDTH - done)
+            print(f"\r\x1b[K{bar} {fraction:4.0%} {text}", end="", file=sys.stderr, flush=True)
+            self._shown = True
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from rvllm.config import EngineConfig
 from rvllm.engine.ipc.client import EngineClient
+from rvllm.offline.progress import LoadingBar
 
 
 async def start_engine(config: EngineConfig, *beside: Callable[[], Any]) -> tuple[EngineClient, list[Any]]:
@@ -28,28 +28,3 @@ async def start_engine(config: EngineConfig, *beside: Callable[[], Any]) -> tupl
             if isinstance(engine, EngineClient):
                 await engine.close()
             raise
-
-
-class LoadingBar:
-    """A progress line on a terminal while the model loads; silent elsewhere."""
-
-    WIDTH = 30
-
-    def __init__(self) -> None:
-        self._shown = False
-        self._terminal = sys.stderr.isatty()
-
-    def __enter__(self) -> LoadingBar:
-        return self
-
-    def show(self, fraction: float, text: str) -> None:
-        """Draws the bar at `fraction` (0 to 1)."""
-        if self._terminal:
-            done = round(self.WIDTH * min(max(fraction, 0.0), 1.0))
-            bar = "━" * done + "·" * (self.WIDTH - done)
-            print(f"\r\x1b[K{bar} {fraction:4.0%} {text}", end="", file=sys.stderr, flush=True)
-            self._shown = True
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
