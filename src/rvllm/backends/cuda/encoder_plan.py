@@ -77,7 +77,7 @@ class EncoderPlan:
         stages = fuse(program, gated_epilogue=strategy.fuses_gates)
         wanted = packed_weights(stages, strategy.layout)
         workspace = plan_workspace(stages, tokens, seqs)
-        chip = DeviceInfo(facts.capability, facts.sm_count, facts.smem_per_block)
+        chip = facts.info
         rows = text_rows(program, chip)
         layout = Layout(tokens, seqs, samples=0, tiles=tokens // rows + seqs, updates=0)
         allocations = [

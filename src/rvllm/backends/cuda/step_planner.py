@@ -71,7 +71,7 @@ class StepPlanner:
         strategy = strategy or GemmStrategy(config.gemm_strategy)
         stages = fuse(program, gated_epilogue=strategy.fuses_gates)
         wanted = packed_weights(stages, strategy.layout)
-        chip = DeviceInfo(facts.capability, facts.sm_count, facts.smem_per_block)
+        chip = facts.info
         prefill = prefill_plans(program.ops, program.dtype, chip)
         tiles = tile_shape(program.ops, prefill)
         memory = plan_memory(program, stages, config, facts, budget, tiles, wanted, strategy)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.errors import RvllmError
 from rvllm.extras import install_command
 
@@ -68,6 +69,11 @@ class DeviceFacts:
     l2_bytes: int
     smem_per_block: int  # bytes a block may opt in to
     memory_rate: float = 0.0  # bytes a second at the peak; 0: the driver does not tell
+
+    @property
+    def info(self) -> DeviceInfo:
+        """What of it decides between kernels."""
+        return DeviceInfo(self.capability, self.sm_count, self.smem_per_block)
 
 
 class Device:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 from rvllm.backends.cuda.device.driver import DeviceFacts
-from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.formats import device_format
 from rvllm.backends.cuda.layout.joining import joined
 from rvllm.config import EngineConfig
@@ -31,7 +30,7 @@ def kept(
             f"--gemm-strategy {config.gemm_strategy} computes in 16 bits; use native, or "
             "--quantization none, which expands the weights"
         )
-    info = DeviceInfo(facts.capability, facts.sm_count, facts.smem_per_block)
+    info = facts.info
     refused: dict[str, list[str]] = {}
     for name, weight in quantised.items():
         assert weight.format is not None

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from rvllm.backends.base import KV_BLOCK, MAX_BIASES, MAX_STOPS
 from rvllm.backends.cuda.device.arena import ALIGNMENT
 from rvllm.backends.cuda.device.driver import DeviceFacts
-from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.layout.addresses import Shape
 from rvllm.backends.cuda.layout.allocations import WORKSPACE, Allocation, lines_of, weight_allocations
 from rvllm.backends.cuda.layout.fusion import Stage
@@ -132,9 +131,8 @@ def plan_memory(
     block_bytes = max(1, kv_bytes_per_token(program) * KV_BLOCK)
     room = budget.ours - _taken(fixed) - _taken(after)
     asked = _asked_blocks(config, block_bytes)
-    chip = DeviceInfo(facts.capability, facts.sm_count, facts.smem_per_block)
     most = asked or max(1, room // block_bytes)
-    decode = decode_plans(program.ops, program.dtype, chip, seqs, longest, most)
+    decode = decode_plans(program.ops, program.dtype, facts.info, seqs, longest, most)
     attention = attention_allocations(decode.values())
     slack = 2 * ALIGNMENT * len(program.caches)  # each is aligned on its own
     blocks = asked or (room - _taken(attention) - slack) // block_bytes

@@ -74,7 +74,7 @@ def _kept() -> TuningCache:
 
 def _lookup(program: Program, facts: DeviceFacts, providers: Sequence[Provider]) -> Lookup:
     """How this program's times on this GPU are found."""
-    chip, tag = DeviceInfo(facts.capability, facts.sm_count, facts.smem_per_block), _tag(program)
+    chip, tag = facts.info, _tag(program)
     return Lookup(
         Conditions(facts.name, int(call("cuDriverGetVersion")), tag),
         chip,
