@@ -190,8 +190,6 @@ def run_online(examples: Path, names: list[str], small: Models, folder: Path) ->
         words = [sys.executable, "-m", "rvllm", "serve", *flags, "--device", "cpu"]
         if kind in ("text", "tools"):
             words += ["--max-model-len", "4096"]
-        if kind == "tools":  # a small model that calls a tool, or not, by chance
-            words += ["--override-generation-config", '{"temperature": 0}']
         source = str(Path(__file__).resolve().parent.parent / "src")
         log = (folder / f"{kind}.log").open("w")
         server = subprocess.Popen(

@@ -237,6 +237,8 @@ def test_forms_reach_the_engine(server: LiveServer, body: dict[str, Any], expect
         ({"tools": [WEATHER], "tool_choice": "sometimes"}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": []}}}, "tool_choice"),
         ({"tools": [{"type": "function"}]}, "tools[0]"),
         ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0]"),
         ({"tools": [WEATHER, {"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools[1]"),
@@ -250,6 +252,29 @@ def test_wrong_tools_are_a_400_that_names_them(server: LiveServer, body: dict[st
     status, answer = server.chat(**body)
     assert status == 400 and answer["error"]["param"] == param, answer
     assert len(server.engine.requests) == before
+
+
+def test_allowed_tools_leave_out_the_others(server: LiveServer) -> None:
+    other = {"type": "function", "function": {"name": "other", "parameters": {"type": "object"}}}
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "weather"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    asked = {"tools": [WEATHER, other], "tool_choice": choice, "max_tokens": 1}
+    assert server.chat(**asked)[0] == 200
+    grammar = server.engine.requests[-1].sampling.grammar
+    assert grammar is not None and "weather" in grammar and "other" not in grammar
+
+
+def test_what_asks_for_nothing_is_served(server: LiveServer) -> None:
+    """No tools with a choice among them, and a function that gave nothing back."""
+    assert server.chat(tools=[], tool_choice="auto", max_tokens=1)[0] == 200
+    call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert (
+        server.chat(messages=[*talk, {"role": "tool", "tool_call_id": "c1", "content": None}], max_tokens=1)[
+            0
+        ]
+        == 200
+    )
 
 
 def test_tools_need_a_template_that_shows_them() -> None:

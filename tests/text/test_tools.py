@@ -188,6 +188,7 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         "Yes.",
         [("f", '{"city": "Zür\\"ich, {x}", "days": [1, {"a": "]", "b c": true}], "n": null}'), ("g", "{}")],
     ),
+    ("gemma4", "<|tool_call>call:f{left:108.,right:-.5}<tool_call|>", "", [("f", '{"left": 108.0, "right": -0.5}')]),
     ("gemma4", "<|tool_call>none{", "<|tool_call>none{", []),
     ("gemma4", '<|tool_call>call:f{a:<|"|>x', "", [("f", '{"a": "x"')]),
     ("functiongemma", "<start_function_call>call:f{a:<escape>x<escape>,b:2.5}<end_function_call>", "", [("f", '{"a": "x", "b": 2.5}')]),

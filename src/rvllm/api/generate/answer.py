@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from rvllm.api.generate.conversation import prompt_of
 from rvllm.api.generate.generation import Service
 from rvllm.api.generate.job import Job
-from rvllm.api.generate.output_parser import Call, OutputParser, ToolPlan, marks_are_special, tool_plan
+from rvllm.api.generate.output_parser import (
+    Call,
+    OutputParser,
+    ToolPlan,
+    allowed_tools,
+    marks_are_special,
+    tool_plan,
+)
 from rvllm.api.generate.sampling import chat_params, refuse_unsupported
 from rvllm.api.generate.structured_outputs import answer_grammar
 from rvllm.api.schemas.answers import CompletionDetails, Usage
@@ -58,6 +65,7 @@ class Answer:
         Raises ApiError.
         """
         refuse_unsupported(request)
+        request.tools, request.tool_choice = allowed_tools(request.tools, request.tool_choice)
         plan = tool_plan(service, request.tools, request.tool_choice, request.parallel_tool_calls)
         params = chat_params(request, service.defaults)
         text, tokens = await prompt_of(service, request, size, bool(request.add_special_tokens))

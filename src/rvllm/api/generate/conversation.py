@@ -74,9 +74,12 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
         raise invalid(
             f"{where}.role must be one of {', '.join(ROLES)}, got {message.role[:40]!r}", f"{where}.role"
         )
-    if (message.content is None or message.content is UNSET) and message.role != "assistant":
+    empty = message.content is None or message.content is UNSET
+    if empty and message.role not in ("assistant", "tool"):
         raise invalid(f"{where}.content is required", f"{where}.content")
     plain: dict[str, Any] = msgspec.to_builtins(message)
+    if empty and message.role == "tool":  # of a function that gives nothing back
+        plain["content"] = ""
     plain["role"] = "system" if message.role == "developer" else message.role
     if not message.tool_calls:  # an empty list of calls is none; templates look for the field
         plain.pop("tool_calls", None)

@@ -46,7 +46,7 @@ def tool_plan(
     check_count(tools or (), MAX_TOOLS, "tools")
     functions = [_function(tool, i) for i, tool in enumerate(tools or ())]
     if not functions:
-        if choice not in (None, "none"):
+        if choice not in (None, "none", "auto"):
             raise invalid("tool_choice needs tools", "tool_choice")
         return None
     forced = _forced(functions, choice)
@@ -69,6 +69,32 @@ def tool_plan(
         )
     named = isinstance(choice, Mapping)
     return ToolPlan(service.tools, tuple(functions), forced, parallel is not False and not named)
+
+
+def allowed_tools(
+    tools: list[dict[str, Any]] | None, choice: str | dict[str, Any] | None
+) -> tuple[list[dict[str, Any]] | None, str | dict[str, Any] | None]:
+    """(tools, choice) of a request; a choice of allowed tools leaves out the others. Raises a 400."""
+    if not isinstance(choice, Mapping) or choice.get("type") != "allowed_tools":
+        return tools, choice
+    given = choice.get("allowed_tools")
+    mode = given.get("mode", "auto") if isinstance(given, Mapping) else None
+    listed = given.get("tools") if isinstance(given, Mapping) else None
+    if mode not in ("auto", "required") or not isinstance(listed, list):
+        raise invalid(
+            "tool_choice.allowed_tools must have a mode, auto or required, and tools", "tool_choice"
+        )
+    functions = [tool.get("function") for tool in listed if isinstance(tool, Mapping)]
+    names = [function.get("name") for function in functions if isinstance(function, Mapping)]
+    kept = [tool for tool in tools or () if _name_of(tool) in names]
+    if not kept:
+        raise invalid("tool_choice.allowed_tools names none of the tools", "tool_choice")
+    return kept, mode
+
+
+def _name_of(tool: Mapping[str, Any]) -> Any:
+    function = tool.get("function")
+    return function.get("name") if isinstance(function, Mapping) else None
 
 
 def _function(tool: Mapping[str, Any], index: int) -> Function:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from typing import Any
 
 from rvllm.text.tools.formats import ToolParser
 from rvllm.text.tools.reader import END, Reading
@@ -12,6 +14,7 @@ from rvllm.text.tools.values import json_or_text
 _LONGEST_NAME = 256
 _DEEPEST = 32  # objects and lists within each other; deeper ones are taken as text
 _CALL = "call:"
+_BARE_FLOAT = re.compile(r"-?([0-9]{1,300}\.|\.[0-9]{1,300})")
 
 
 class Gemma4(ToolParser):
@@ -101,7 +104,12 @@ class Gemma4(ToolParser):
             self.reader.unread(first)
             word, end = yield from self.reader.until(",", "}", "]")
             self.reader.unread(end)
-            self.arguments(json.dumps(json_or_text(word.strip()), ensure_ascii=False))
+            self.arguments(json.dumps(_value_of(word.strip()), ensure_ascii=False))
+
+
+def _value_of(word: str) -> Any:
+    """A bare word's value: JSON's, or a number that only lacks digits before or behind its point."""
+    return float(word) if _BARE_FLOAT.fullmatch(word) else json_or_text(word)
 
 
 class FunctionGemma(Gemma4):
