@@ -46,7 +46,7 @@ def test_random_fields(server: LiveServer, path: str) -> None:
             "/v1/completions": {"prompt": "hi", "max_tokens": 2},
             "/tokenize": {"prompt": "hi"}, "/detokenize": {"tokens": [1]}}[path]  # fmt: skip
 
-    @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(
         st.dictionaries(st.sampled_from(names), VALUES, min_size=1, max_size=3),
         st.one_of(st.none(), MESSAGES),
@@ -68,7 +68,7 @@ def test_random_fields(server: LiveServer, path: str) -> None:
     assert server.chat(max_tokens=1)[0] == 200
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(place=st.integers(0, 200), junk=st.binary(max_size=4), cut=st.integers(0, 200))
 def test_mutated_bytes(place: int, junk: bytes, cut: int) -> None:
     from rvllm.api.http.body import parse

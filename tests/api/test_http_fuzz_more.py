@@ -55,7 +55,7 @@ def check_answer(status: int, answer: bytes, sent: object) -> None:
 def test_random_fields(server: LiveServer, path: str) -> None:
     kind = FIELDS[path]
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.dictionaries(st.sampled_from(kind.__struct_fields__), VALUES, min_size=1, max_size=3))
     def check(fields: dict[str, Any]) -> None:
         body = {**BASES[path], **fields}
@@ -66,7 +66,7 @@ def test_random_fields(server: LiveServer, path: str) -> None:
     assert server.chat(max_tokens=1)[0] == 200
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     operation=st.sampled_from([o for o in OPERATIONS if o.method != "POST" and not o.open]),
     name=st.from_regex(r"[!-~]{1,12}", fullmatch=True),

@@ -54,6 +54,7 @@ def test_failures_are_counted_and_the_first_is_told(capsys: pytest.CaptureFixtur
                  "--random-input-len", "3", "--vocab-size", "400"]  # fmt: skip
         assert main(words) == 1
     printed = capsys.readouterr().out
+    assert "Mean TTFT (ms):" in printed and "Median ITL (ms):" in printed
     assert "============ Serving Benchmark Result ============" in printed.splitlines()
     assert "---------------Time to First Token----------------" in printed.splitlines()
     assert "Failed requests:                         2" in printed and "not served here" in printed

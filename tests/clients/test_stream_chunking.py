@@ -125,7 +125,7 @@ def test_cut_once_anywhere(replay: Replay) -> None:
         assert replay.parsed([place]) == whole, place
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_cut_anywhere(replay: Replay, data: st.DataObject) -> None:
     cuts = data.draw(st.lists(st.integers(0, len(replay.recorded)), max_size=40))

@@ -66,7 +66,7 @@ def test_segments_cover_k_and_fit_a_cluster(shape: tuple[int, int]) -> None:
     assert sizes.min() >= 1 and sizes.max() - sizes.min() <= 1
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(SHAPES, st.integers(1, 9000), st.sampled_from(gemm_manifest.DTYPES), st.sampled_from([80, 89, 90]))
 def test_plans_name_kernels_that_exist_and_cover_the_product(
     shape: tuple[int, int], tokens: int, dtype: str, capability: int

@@ -15,7 +15,7 @@ TEXTS = st.text(max_size=200) | st.text("hello wrd\n\té日😀한▁", max_size
 
 @pytest.mark.parametrize("kind", MODELS)
 @given(text=TEXTS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_no_text_has_fewer_tokens(kind: str, text: str) -> None:
     tokenizer = MODELS[kind]
     bound = length_bound(tokenizer.backend, tokenizer.spelling)

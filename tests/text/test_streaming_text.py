@@ -31,7 +31,7 @@ def stream(
     return [*pieces, detokenizer.finish()]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from([(1,), (3,), (2, 1, 5)]))
 @example("😀👍🏽👨‍👩‍👧‍👦🇩🇪 日本語 é", (1,))
 @example("\ufffd \ufffd", (1,))
@@ -44,13 +44,13 @@ def test_no_broken_character_and_the_whole_text(text: str, sizes: tuple[int, ...
         assert sum(piece.count("\ufffd") for piece in pieces) == text.count("\ufffd")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, BYTES.vocab_size + 3), max_size=40), st.booleans())
 def test_any_tokens_of_a_byte_vocabulary_join_to_the_decoded_text(ids: list[int], skip: bool) -> None:
     assert "".join(stream(BYTES, ids, skip)) == BYTES.decode(ids, skip_special_tokens=skip)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.one_of(st.integers(0, PIECES.vocab_size + 3), st.sampled_from(EMOJI)), max_size=40),
     st.booleans(),
@@ -94,7 +94,7 @@ def first_stop(text: str, stops: list[str]) -> tuple[int, int, str] | None:
     return None
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(st.text("ab ", max_size=4), max_size=12),
     st.lists(st.text("ab ", min_size=1, max_size=5), max_size=3),

@@ -129,7 +129,7 @@ def sentencepiece_by_the_book(text: str, metadata: dict[str, Any]) -> list[str]:
         pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.lists(st.sampled_from(["hello", "world", "the", " ", "hell", "o", "wor", "lé", ".", "d"])).map("".join)
 )
@@ -165,7 +165,7 @@ def test_sentencepieces_own_file(prefix: bool, tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path).encode("hello") == [*metadata.encode("hello", False), 2]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_a_damaged_sentencepiece_file_is_refused_or_read(data: st.DataObject) -> None:
     content = bytearray(tiny.sentencepiece_file(True))

@@ -284,7 +284,7 @@ def test_calls_are_found(name: str, text: str, words: str, calls: list[tuple[str
     assert parse(name, [text])[:2] == (words, calls)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_chunking_changes_nothing(data: st.DataObject) -> None:
     name, text, words, calls = data.draw(st.sampled_from(CASES))
@@ -307,7 +307,7 @@ _SCRAPS = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from([f.name for f in FORMATS]), _SCRAPS, st.lists(st.integers(0, 200), max_size=8))
 def test_scraps_never_break_a_parser_and_chunks_never_matter(
     name: str, scraps: list[str], cuts: list[int]

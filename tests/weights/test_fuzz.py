@@ -31,7 +31,7 @@ SAFETENSORS_HEADER = 8 + int.from_bytes(SAFETENSORS[:8], "little")
 INTERESTING = [0, 1, 0x7F, 0x80, 0xFF]
 
 BUDGET = settings(
-    max_examples=400,
+    max_examples=120,
     deadline=2000,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,
@@ -104,7 +104,7 @@ def test_safetensors(data: bytes, tmp_path: Path) -> None:
     open_and_read(tmp_path / "d", len(data))
 
 
-@settings(BUDGET, max_examples=100)
+@settings(BUDGET, max_examples=40)
 @pytest.mark.parametrize("name", QUANTISED)
 @given(source=st.data())
 def test_quantised(name: str, source: st.DataObject, tmp_path: Path) -> None:
