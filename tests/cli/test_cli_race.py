@@ -221,6 +221,10 @@ def test_plots_are_svg_of_what_was_measured() -> None:
         (["--against", "http://x,http://x"], "each engine runs once"),
         (["--at", "vllm=/x"], "vllm does not take part"),
         (["--at", "vllm"], "expected NAME=VALUE"),
+        (
+            ["--against", "vllm", "--at", "vllm=/no/such"],
+            "--at vllm=/no/such: there is no such file or folder",
+        ),
         (["--subject", "rvllm"], "--subject: expected NAME=URL"),
         (["--subject", "a=http://x", "--n", "0"], "--n"),
         (["--subject", "a=http://x", "--ways", "grpc"], "--ways"),

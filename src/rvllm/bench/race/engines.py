@@ -119,6 +119,8 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 def _placed(engine: Engine) -> Engine:
     """Finds out where it is, when its commands need that. Raises UsageError."""
+    if engine.at and not Path(engine.at).exists():
+        raise UsageError(f"--at {engine.name}={engine.at}: there is no such file or folder")
     if engine.url or engine.at or not any("{at}" in word for word in (*engine.serve, *engine.direct)):
         return engine
     if engine.name == "llama.cpp":
