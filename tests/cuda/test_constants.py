@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rvllm.backends.base import KV_BLOCK
 from rvllm.kernels import constants as module
 from rvllm.kernels.constants import constants
 
@@ -24,5 +25,6 @@ def test_constants_are_those_of_the_file_itself(tmp_path: Path, monkeypatch: pyt
 
 
 def test_every_device_has_the_blocks_that_the_kernels_read() -> None:
+    assert constants("attention/kv_block.cuh") == {"KV_BLOCK": KV_BLOCK} == {"KV_BLOCK": 16}
     sizes = constants("attention/attention.cuh")
-    assert (sizes["KV_BLOCK"], sizes["TILE"], sizes["SPLIT"]) == (16, 64, 256)
+    assert (sizes["TILE"], sizes["SPLIT"], sizes["PAD"]) == (64, 256, 8)

@@ -23,7 +23,7 @@ Int32 = NDArray[np.int32]
 Progress = Callable[[float, str], None]  # part done, 0 to 1; what is being done
 
 _SAMPLING = constants("sampling/sampling.cuh")
-KV_BLOCK = constants("attention/attention.cuh")["KV_BLOCK"]  # tokens of a block, on every device
+KV_BLOCK = constants("attention/kv_block.cuh")["KV_BLOCK"]  # tokens of a block, on every device
 BROKEN_ROW = constants("sampling/sample.cu")["BROKEN_ROW"]  # in place of a token
 MAX_BIASES = _SAMPLING["MAX_BIASES"]  # entries of a request's logit_bias that a slot has room for
 MAX_STOPS = _SAMPLING["MAX_STOPS"]  # token ids that min_tokens can hold back

@@ -8,9 +8,9 @@
 // see contributes an exact zero, so a tile or split that is skipped and one that is wholly masked are the same.
 #pragma once
 
+#include "attention/kv_block.cuh"
 #include "common/common.cuh"
 
-constexpr int KV_BLOCK = 16;  // positions a cache block holds
 constexpr int TILE = 64;
 constexpr int SPLIT = 256;
 constexpr int TILES_PER_SPLIT = SPLIT / TILE;

@@ -15,12 +15,13 @@
 //            ldmatrix gives mma's B fragment of sixteen positions; the 16-byte chunk j of row r at j ^ r where D % 64 == 0.
 #pragma once
 
+#include "attention/kv_block.cuh"
 #include "common/common.cuh"
 #include "gemm/fp8/e4m3.cuh"
 
 namespace rvllm::kv8 {
 
-constexpr int POSITIONS = 16;
+constexpr int POSITIONS = KV_BLOCK;
 
 __device__ __forceinline__ constexpr int piece_bytes(int D) { return POSITIONS * (D + 1); }
 // Where the word of keys of `row` is that has columns 16 k + 2 c + {0, 1, 8, 9}.

@@ -15,7 +15,7 @@ DECODE_RING_FP8_SLOTS = 3  # tiles of a warp of attn_decode_ring_fp8
 PREFILL_SM90_DIMS = (64, 96, 128)  # head sizes of attn_prefill_sm90
 PREFILL_SM90_ROWS, PREFILL_SM90_THREADS = 128, 384
 SIZES = constants("attention/attention.cuh")
-_PAD, _TILE, _BLOCK = (SIZES[name] for name in ("PAD", "TILE", "KV_BLOCK"))
+_PAD, _TILE, _BLOCK = SIZES["PAD"], SIZES["TILE"], constants("attention/kv_block.cuh")["KV_BLOCK"]
 _OF = {False: "", True: "_fp8"}  # what names of kernels say of their cache
 
 

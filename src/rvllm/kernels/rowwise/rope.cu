@@ -4,8 +4,6 @@
 #include "rowwise/head_norm.cuh"
 #include "rowwise/rotation.cuh"
 
-constexpr int KV_BLOCK = 16;
-
 // What happens to a head before it turns: nothing.
 struct AsItIs {
   __device__ __forceinline__ AsItIs fetch(int, int) const { return *this; }
