@@ -55,7 +55,10 @@ def test_without_host_memory_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch
     with emulated_driver():
         arena, stream = Arena(1 << 16, sleeps=True), Stream()
         stream.fill_bytes(arena.base, 7, 64)
-        monkeypatch.setattr(EmulatedDriver, "cuMemHostAlloc", lambda *_: (INVALID_VALUE, 0))
+        monkeypatch.setattr(EmulatedDriver, "cuMemHostRegister", lambda *_: (INVALID_VALUE,))
+        assert not arena.sleep(64, 0, stream)
+        monkeypatch.undo()
+        monkeypatch.setattr("rvllm.backends.cuda.device.host_memory.free_bytes", lambda: 63)
         assert not arena.sleep(64, 0, stream)
         assert ctypes.string_at(arena.base, 64) == b"\7" * 64
         arena.close()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rvllm.backends.base import LedgerLine
-from rvllm.backends.cuda.device.driver import CudaError, Pinned, Stream, call
+from rvllm.backends.cuda.device.driver import CudaError, Stream, call
+from rvllm.backends.cuda.device.host_memory import HostMemory
 from rvllm.backends.cuda.device.mapped import MappedMemory
 from rvllm.errors import CapacityError
 
@@ -36,7 +37,7 @@ class Arena:
     def __init__(self, nbytes: int, sleeps: bool = False) -> None:
         self.nbytes = nbytes
         self._mapped: MappedMemory | None = None
-        self._kept: Pinned | None = None
+        self._kept: HostMemory | None = None
         try:
             if sleeps:
                 self._mapped = MappedMemory(nbytes)
@@ -90,14 +91,14 @@ class Arena:
         """Gives all memory back, and keeps what its first `keep` bytes hold in pinned host memory.
 
         constant: how many of these, the first ones, never change: they are copied once. The host memory is
-        taken at the first sleep and stays: taking it is slower than any copy. Nothing may use the device's
+        taken at the first sleep and stays: taking it is slower than a copy. Nothing may use the device's
         until `wake`. False when the host has not as much; nothing has happened then.
         """
         assert self._mapped is not None and self._mapped.taken
         known = constant if self._kept is not None else 0
         if self._kept is None:
             try:
-                self._kept = Pinned(keep, clear=False)
+                self._kept = HostMemory(keep)
             except CudaError:
                 return False
         stream.copy_to_host(self._kept.address + known, self.base + known, keep - known)
@@ -112,13 +113,14 @@ class Arena:
         """
         assert self._mapped is not None and self._kept is not None
         try:
-            self._mapped.take()
+            self._mapped.take(self._kept.nbytes)
+            stream.copy_to_device(self.base, self._kept.address, self._kept.nbytes)
+            self._mapped.take()  # the rest, while that is copied
         except CudaError as error:
             raise CapacityError(
                 f"waking up: the driver refuses {self.nbytes / 1e9:.2f} GB ({error}); another process has "
                 "taken some meanwhile"
             ) from None
-        stream.copy_to_device(self.base, self._kept.address, self._kept.nbytes)
         stream.sync()
 
     def close(self) -> None:

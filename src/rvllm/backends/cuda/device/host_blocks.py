@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.base import MOVE_IN, MOVE_OUT
-from rvllm.backends.cuda.device.driver import CudaError, Event, Pinned, Stream
+from rvllm.backends.cuda.device.driver import CudaError, Event, Stream
+from rvllm.backends.cuda.device.host_memory import HostMemory
 from rvllm.errors import CapacityError
 
 MAX_PITCH = (1 << 31) - 1  # bytes from row to row of a strided copy
@@ -76,7 +77,7 @@ class HostBlocks:
         self.nbytes, self._count = count * self.block_bytes, count
         self._region = min(count, MAX_PITCH // max(width for _, width in caches))
         try:
-            self._memory = Pinned(self.nbytes, clear=False)
+            self._memory = HostMemory(self.nbytes)
         except CudaError as error:
             raise CapacityError(
                 f"--num-cpu-blocks {count}: {self.nbytes / 1e9:.2f} GB of pinned host memory are not to be "

@@ -25,10 +25,10 @@ class MappedMemory:
         self._kind.location.type = words.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         self._kind.location.id = int(call("cuCtxGetDevice"))
         least = words.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-        page = int(call("cuMemGetAllocationGranularity", self._kind, least))
-        self.nbytes = -(-nbytes // page) * page
+        self._page = int(call("cuMemGetAllocationGranularity", self._kind, least))
+        self.nbytes = -(-nbytes // self._page) * self._page
         self.base = int(call("cuMemAddressReserve", self.nbytes, 0, 0, 0))
-        self._pages: Any = None
+        self._taken, self._pages = 0, list[Any]()
         try:
             self.take()
         except CudaError:
@@ -37,25 +37,33 @@ class MappedMemory:
 
     @property
     def taken(self) -> bool:
-        """Whether there are pages."""
-        return self._pages is not None
+        """Whether there are any pages."""
+        return bool(self._pages)
 
-    def take(self) -> None:
-        """Puts pages behind the addresses; what they hold is undefined."""
+    def take(self, first: int | None = None) -> None:
+        """Puts pages behind all addresses, or only so that the `first` bytes have some; what they hold is
+        undefined."""
         words = driver.api()
-        pages = call("cuMemCreate", self.nbytes, self._kind, 0)
-        call("cuMemMap", self.base, self.nbytes, 0, pages, 0)
+        end = self.nbytes if first is None else min(self.nbytes, -(-first // self._page) * self._page)
+        at, size = self.base + self._taken, end - self._taken
+        if size <= 0:
+            return
+        pages = call("cuMemCreate", size, self._kind, 0)
+        self._pages.append(pages)
+        call("cuMemMap", at, size, 0, pages, 0)
+        self._taken = end
         access = words.CUmemAccessDesc()
         access.location = self._kind.location
         access.flags = words.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        call("cuMemSetAccess", self.base, self.nbytes, [access], 1)
-        self._pages = pages
+        call("cuMemSetAccess", at, size, [access], 1)
 
     def give_back(self) -> None:
         """Gives the pages back; nothing may use the addresses until they are taken again."""
-        call("cuMemUnmap", self.base, self.nbytes)
-        call("cuMemRelease", self._pages)
-        self._pages = None
+        if self._taken:
+            call("cuMemUnmap", self.base, self._taken)
+        for pages in self._pages:
+            call("cuMemRelease", pages)
+        self._taken, self._pages = 0, []
 
     def close(self) -> None:
         """Gives back addresses too."""
