@@ -63,7 +63,7 @@ def test_a_thousand_requests_leave_nothing_behind(host_blocks: int) -> None:
         assert Device.free_memory()[0] == before
 
     stats = core.stats()
-    assert stats.preemptions > 20 and stats.swaps == (stats.preemptions if host_blocks else 0)
+    assert stats.preemptions > 0 and stats.swaps == (stats.preemptions if host_blocks else 0)
     assert (stats.blocks_moved_out > 200 and stats.blocks_moved_in > 50) == bool(host_blocks)
     assert stats.blocks_used == 0
     assert all(len(reasons) == 1 for reasons in ended.values())
