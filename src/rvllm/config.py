@@ -159,7 +159,9 @@ class EngineConfig:
         ),
     )
     capture_graphs: str = setting(
-        "lazy", "Build decode graphs on first use or all at start.", choices=("lazy", "eager")
+        "lazy",
+        "Capture graphs of steps on first use and while a server has nothing to do, or all at start.",
+        choices=("lazy", "eager"),
     )
     check_weights: bool = setting(
         False, "Refuse a checkpoint with infinite numbers or none (NaN) among its F32, F16 and BF16 weights."

@@ -1,15 +1,19 @@
 """Every op of a program resolves to kernels of the manifest, for every step size; no GPU needed."""
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from rvllm.backends.cuda.device import graphs
 from rvllm.backends.cuda.device.catalog import select
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.device.launches import Counts, Planned
 from rvllm.backends.cuda.layout.fusion import Stage, fuse
 from rvllm.backends.cuda.layout.memory import MemoryPlan
 from rvllm.backends.cuda.lowering import EMITTERS, FAMILIES, LOWERED, refuse_unknown
+from rvllm.backends.cuda.step_planner import GraphBook
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, MissingKernelError
 from rvllm.models.config import ModelConfig
@@ -139,3 +143,16 @@ def test_unknown_ops_are_refused_with_their_list() -> None:
 
 def test_no_op_is_lowered_by_two_families() -> None:
     assert sum(len(family.emitters) for family in FAMILIES) == len(LOWERED)
+
+
+def test_every_graph_can_be_captured_ahead_of_need_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "capture", lambda *args: object())
+    given = planner(program(DType.BF16), H100, EngineConfig(max_num_seqs=5, max_num_batched_tokens=100))
+    book = GraphBook(given, cast(Any, SimpleNamespace(capability=90)), cast(Any, None))
+    book.body(40)
+    shown, captured = book.last_kernels(), 0
+    while book.capture_next():
+        captured += 1
+        assert book.last_kernels() == shown
+    sizes = [given.decode_sizes(), given.token_sizes(), given.sample_sizes()]
+    assert len(book) == sum(map(len, sizes)) == captured + 1

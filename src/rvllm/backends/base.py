@@ -215,6 +215,14 @@ class Encoder(Backend, Protocol):
 
 
 @runtime_checkable
+class Preparable(Protocol):
+    """A backend that can do ahead what later steps would wait for."""
+
+    def prepare(self) -> bool:
+        """Does a little of it, in some 10 ms; False when nothing is left. Called between steps alone."""
+
+
+@runtime_checkable
 class Droppable(Protocol):
     """A backend that can give up less than everything."""
 

@@ -17,6 +17,7 @@ from rvllm.backends.base import (
     Encoder,
     Generator,
     Limits,
+    Preparable,
     Progress,
     StepResult,
     TokenLogprobs,
@@ -275,6 +276,11 @@ class EngineCore:
         if self._asleep.loaded and not keeps:
             self.backend.close()
         self._asleep = Asleep(level, keeps)
+
+    def prepare(self) -> bool:
+        """Uses some 10 ms for what later steps would wait for; False when nothing is left to prepare."""
+        backend = self.backend
+        return not self._asleep.level and isinstance(backend, Preparable) and backend.prepare()
 
     def wake_up(self) -> None:
         """Takes the memory again, loads what was given up, and goes on. Raises the RvllmError of a load."""

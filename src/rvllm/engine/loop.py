@@ -35,7 +35,8 @@ class Link(Protocol):
 
 
 class EngineLoop:
-    """Takes in what has come, computes a step, hands out what it gave; sleeps when there is nothing."""
+    """Takes in what has come, computes a step, hands out what it gave. With nothing to do it prepares steps
+    that may come, then sleeps."""
 
     def __init__(self, core: EngineCore, link: Link) -> None:
         self._core = core
@@ -58,7 +59,11 @@ class EngineLoop:
         if self._core.has_work():
             return self._link.receive(wait=False)
         began = time.perf_counter()
-        messages = self._link.receive(wait=True)
+        messages = self._link.receive(wait=False)
+        while not messages and self._core.prepare():
+            messages = self._link.receive(wait=False)
+        if not messages:
+            messages = self._link.receive(wait=True)
         self._idle_seconds += time.perf_counter() - began
         return messages
 

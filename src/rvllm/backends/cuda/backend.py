@@ -57,6 +57,7 @@ from rvllm.weights.checkpoint import Checkpoint
 
 _NO_TILES = np.zeros((0, 2), dtype=np.int32)
 DEPTH = 2  # steps under way: the next is launched before this one's tokens are read
+SPARE_BYTES = 128 << 20  # of device memory: graphs are not captured ahead of need with less
 
 
 class CudaBackend:
@@ -175,6 +176,11 @@ class CudaBackend:
         self._stream.sync()
         after, _ = self._gpu.device.free_memory()
         self._ledger.append(LedgerLine("graphs", before - after))
+
+    def prepare(self) -> bool:
+        """See `Preparable`: captures a graph, while there is memory to spare."""
+        free, _ = self._gpu.device.free_memory()
+        return free > SPARE_BYTES and self._graphs.capture_next()
 
     def launch(self, batch: StepBatch) -> InFlightStep:
         """Queues a step; see `Generator.launch`."""

@@ -7,7 +7,7 @@ per padded token count, and a head from there to the drawn tokens, per padded nu
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
@@ -204,6 +204,8 @@ class GraphBook:
         self._token_sizes = planner.token_sizes()
         self._sample_sizes = planner.sample_sizes()
         self._last: list[Key] = []  # the graphs of the step asked for last
+        kinds = {"head": self._sample_sizes, "decode": self._decode_sizes, "body": self._token_sizes}
+        self._ahead: Iterator[Key] = iter([(kind, size) for kind, sizes in kinds.items() for size in sizes])
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -244,14 +246,21 @@ class GraphBook:
         self._last = [*self._last[:1], ("head", size)]
         return self._graphs.get("head", size, self._planner.head, Counts(0, 0, size))
 
+    def capture_next(self) -> bool:
+        """Captures one of the graphs that are not there yet; False when all are."""
+        last = self._last
+        for key in self._ahead:
+            if key not in self._graphs:
+                kind, size = key
+                {"decode": self.decode, "body": self.body, "head": self.head}[kind](size)
+                self._last = last
+                return True
+        return False
+
     def capture_all(self) -> None:
         """Captures every graph there can be."""
-        for size in self._decode_sizes:
-            self.decode(size)
-        for size in self._token_sizes:
-            self.body(size)
-        for size in self._sample_sizes:
-            self.head(size)
+        while self.capture_next():
+            pass
 
     def close(self) -> None:
         """Destroys all graphs."""

@@ -33,6 +33,9 @@ class GraphCache:
     def __len__(self) -> int:
         return len(self._graphs)
 
+    def __contains__(self, key: Key) -> bool:
+        return key in self._graphs
+
     def __iter__(self) -> Iterator[Key]:
         return iter(self._graphs)
 
