@@ -82,9 +82,15 @@ def test_rings_give_the_same_bits_as_prompts(
     attention_checks.check_invariance(roomy, rng, DTYPES[dtype], attention_checks.SHAPES[shape], 270)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_decode_attention_that_rotates(roomy: Emulator, rng: np.random.Generator, dtype: str) -> None:
-    shape = attention_checks.Shape(128, 2, 5, window=150 if dtype == "float16" else None)
+@pytest.mark.parametrize(
+    ("dtype", "kv_heads", "sms"), [("bfloat16", 2, 132), ("float16", 8, 120), ("bfloat16", 8, 20)]
+)
+def test_decode_attention_that_rotates(
+    roomy: Emulator, rng: np.random.Generator, dtype: str, kv_heads: int, sms: int
+) -> None:
+    """With four warps a split, with twice four, and with eight that walk over rows."""
+    shape = attention_checks.Shape(128, kv_heads, 4, window=150 if dtype == "float16" else None)
+    roomy.facts = replace(roomy.facts, sm_count=sms)
     attention_checks.check_turning(roomy, rng, DTYPES[dtype], shape)
 
 

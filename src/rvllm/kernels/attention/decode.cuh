@@ -351,20 +351,22 @@ __device__ __forceinline__ Stored<DV, ROWS> states_of(const Job<T, Mask>& job, c
   return states;
 }
 
-// The end of a block whose first four warps share one split: tiles into the split, and that into the row. exchange: a
-// place of `pitch` vectors a warp.
-template <int DV, int ROWS, typename T, typename Mask>
+// The end of four warps that share a split: tiles into the split, and that into the row. exchange: a place of `pitch`
+// vectors a warp. sharers: which four of the block, of FOURS.
+template <int DV, int ROWS, int FOURS, typename T, typename Mask>
 __device__ __forceinline__ void finish_shared(const Job<T, Mask>& job, const Cursor& at, const float (&x)[DV / 8][4],
-                                              const float (&m)[2], const float (&l)[2], float4* exchange, int pitch, int warp,
-                                              int lane) {
+                                              const float (&m)[2], const float (&l)[2], float4* exchange, int pitch,
+                                              int sharers, int warp, int lane) {
   constexpr int WARPS = TILES_PER_SPLIT, GROUPS = Stored<DV, ROWS>::GROUPS, MINE = (GROUPS + WARPS - 1) / WARPS, H = ROWS / 8;
-  __shared__ float2 tile_states[WARPS][H][32];
-  __shared__ int merge_from;
+  __shared__ float2 all_tile_states[FOURS][WARPS][H][32];
+  __shared__ int all_merge_from[FOURS];
+  auto& tile_states = all_tile_states[sharers];
+  int& merge_from = all_merge_from[sharers];
 #pragma unroll
   for (int g = 0; g < GROUPS; g++) exchange[warp * pitch + g * 32 + lane] = group_of<ROWS, DV>(x, g);
 #pragma unroll
   for (int h = 0; h < H; h++) tile_states[warp][h][lane] = make_float2(m[h], l[h]);
-  bar_sync(1, WARPS * 32);
+  bar_sync(1 + sharers, WARPS * 32);
   State<ROWS, MINE> split;
   split.clear();
 #pragma unroll 1
@@ -385,9 +387,9 @@ __device__ __forceinline__ void finish_shared(const Job<T, Mask>& job, const Cur
     const Stored<DV, ROWS> states = states_of<DV, ROWS>(job, at, at.row);
     states.store(at.split(), split, warp, WARPS, lane);
     __threadfence();
-    bar_sync(1, WARPS * 32);
-    if (threadIdx.x == 0) merge_from = arrive(job.arrivals + at.seq * job.rows + at.row, 1, 0, at.of.splits);
-    bar_sync(1, WARPS * 32);
+    bar_sync(1 + sharers, WARPS * 32);
+    if (warp == 0 && lane == 0) merge_from = arrive(job.arrivals + at.seq * job.rows + at.row, 1, 0, at.of.splits);
+    bar_sync(1 + sharers, WARPS * 32);
     if (merge_from < 0) return;
     __threadfence();
     states.template merge_all<ROWS == 8 ? 16 : 8>(split, merge_from, at.of.splits, warp, WARPS, lane);

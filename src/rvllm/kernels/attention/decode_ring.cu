@@ -5,7 +5,7 @@
 // of all sequences are one line of tiles. Groups of up to four warps of a block, one a head, take equal, contiguous
 // ranges of that line, cut where a split of 256 positions ends, and walk them side by side: a cache block's heads lie
 // one behind the other, so that memory is read 16 KB at a time. A warp merges its tiles in its registers, and nobody
-// waits for anybody. Where there are fewer splits than blocks, four warps of a block take a tile of a split each.
+// waits for anybody. Where there are fewer splits than fours of warps, four take a tile of a split each.
 // A run of splits from a row's first on is merged as it comes; other splits leave their states in `partial`, and
 // whoever brings a row's last split merges them in ascending order.
 //
@@ -267,23 +267,27 @@ __device__ __forceinline__ void attend(T* out, const T* q, const T* k_cache, con
 
   // This warp's tiles.
   Line line(kv_lens, min(*count, max_seqs), window, lane);
-  const bool shares = line.splits * job.rows <= (int)gridDim.x;
+  const int blocks = gridDim.x, all_splits = line.splits * job.rows;
+  const bool shares = all_splits <= blocks * (warps / SHARERS);
+  // Warps of this block that work: four where that is enough for all splits, or for all rows.
+  const int used = (shares ? all_splits <= blocks : line.seqs * job.rows <= SHARERS * blocks) ? SHARERS : warps;
+  if (warp >= used) return;
   const int heads = shares ? 1 : job.rows % 4 == 0 ? 4 : job.rows % 2 == 0 ? 2 : 1;  // that go side by side
   const int sub = shares ? 0 : warp % heads;
   line.rows = job.rows / heads;
   Cursor at;
   int end;
   if (shares) {
-    if ((int)blockIdx.x >= line.splits * line.rows) {
+    const int split = warp / SHARERS * blocks + blockIdx.x;
+    if (split >= all_splits) {
       if (blockIdx.x == 0) griddep_wait();
       return;
     }
-    if (warp >= SHARERS) return;
-    at = line.split_of(blockIdx.x, lane);
-    at.tile += warp;
+    at = line.split_of(split, lane);
+    at.tile += warp % SHARERS;
     end = 1;
   } else {
-    const int sides = warps / heads, workers = gridDim.x * sides, worker = warp / heads * gridDim.x + blockIdx.x;
+    const int sides = used / heads, workers = blocks * sides, worker = warp / heads * blocks + blockIdx.x;
     const int all = line.tiles * line.rows, rows = line.seqs * line.rows;
     if (rows <= workers && (long long)line.longest * workers * 8 <= (long long)all * 9) {  // nearly equal rows: one each
       if (worker < rows) at = line.row_of(worker);
@@ -300,7 +304,7 @@ __device__ __forceinline__ void attend(T* out, const T* q, const T* k_cache, con
     }
   }
 
-  const int depth = SLOTS / (shares ? SHARERS : warps);  // those that share a split have the rings of the others too
+  const int depth = SLOTS / used;  // those that work have the rings of the others too
   Tiles ring;
   ring.init(base + warp * depth * Tiles::SLOT, smem(base + SLOTS * Tiles::SLOT) + warp * depth * 8, depth, lane);
 
@@ -437,9 +441,10 @@ __device__ __forceinline__ void attend(T* out, const T* q, const T* k_cache, con
 #pragma unroll
         for (int n = 0; n < D / 8; n++) x[n][0] = x[n][1] = x[n][2] = x[n][3] = 0.f;
       }
-      at.tile -= warp;
-      float4* const exchange = reinterpret_cast<float4*>(base);
-      finish_shared<D, ROWS>(job, at, x, m, l, exchange, depth * Tiles::SLOT / 16, warp, lane);
+      at.tile -= warp % SHARERS;
+      const int sharers = warp / SHARERS, pitch = depth * Tiles::SLOT / 16;
+      float4* const exchange = reinterpret_cast<float4*>(base) + sharers * SHARERS * pitch;
+      finish_shared<D, ROWS, 2>(job, at, x, m, l, exchange, pitch, sharers, warp % SHARERS, lane);
       return;
     }
     if (next.tile % TILES_PER_SPLIT == 0 || !more) {

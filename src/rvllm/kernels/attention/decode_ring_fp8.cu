@@ -245,7 +245,7 @@ __device__ __forceinline__ void attend(T* out, const T* q, const u8* k_cache, co
       }
       at.tile -= warp;
       float4* const exchange = reinterpret_cast<float4*>(base);
-      finish_shared<D, ROWS>(job, at, x, m, l, exchange, SLOTS * Tiles::SLOT / 16, warp, lane);
+      finish_shared<D, ROWS, 1>(job, at, x, m, l, exchange, SLOTS * Tiles::SLOT / 16, 0, warp, lane);
       return;
     }
     if (next.tile % TILES_PER_SPLIT == 0 || !more) {

@@ -152,7 +152,7 @@ def plan_decode_ring(
     return DecodePlan(
         kernel=kernel,
         grid=min(items, sm_count * (2 if fp8 else 1)),
-        block=32 * (many if max_seqs * rows > few * sm_count and not fp8 else few),
+        block=32 * (many if max_seqs * rows > sm_count and not fp8 else few),
         smem=decode_ring_smem(head_dim, fp8),
         partial_bytes=4 * items * decode_ring_state(head_dim, group),
         arrivals_bytes=4 * max_seqs * rows,
