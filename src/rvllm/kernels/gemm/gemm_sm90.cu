@@ -3,7 +3,8 @@
 // accumulators need more than 168 registers the producer is a warpgroup too, which gives its registers away.
 //
 //   SPLIT  a block sums one segment of K; the segments of a tile form a cluster and are added through
-//          distributed shared memory. grid (segments, token tiles, row pairs), cluster (segments, 1, 1).
+//          distributed shared memory: up to 64 tokens are sent to the block that adds them (gemm/cluster_reduce.cuh),
+//          more are fetched by it. grid (segments, token tiles, row pairs), cluster (segments, 1, 1).
 //   EIGHT  as SPLIT, for clusters of eight: in registers and shared memory for two blocks a multiprocessor. One for each
 //          leaves places for 14 clusters on an H200, and 2,048 rows need 16.
 //   PAIR   for weights of four segments: a block sums two of them, one after the other, the two blocks of a cluster
@@ -13,6 +14,7 @@
 //   SUM    as WALK for any number of segments, their running sum kept in registers beside the accumulator.
 //
 // In WALK, FLOW and SUM the blocks of a cluster (CLUSTER along rows) share each load of x by multicast.
+#include "gemm/cluster_reduce.cuh"
 #include "gemm/epilogue.cuh"
 #include "gemm/epilogue_overlap.cuh"
 #include "gemm/mainloop.cuh"
@@ -41,6 +43,9 @@ struct Layout {
   static constexpr int FIT = (LIMIT - STAGING - BARRIERS) / (WEIGHTS + X);
   static constexpr int STAGES = FIT < 12 ? FIT : 12;
   static constexpr int BYTES = STAGES * (WEIGHTS + X) + STAGING + BARRIERS;
+  static constexpr bool SENDS = MODE == SPLIT && TOKENS <= 64;  // a block's sums, rather than leave them to be fetched
+  static constexpr int PARTS = 8, SENT_HELD = TOKENS <= 32 ? 1 : 2;  // see ClusterReduce
+  static_assert(!SENDS || (TOKENS / 8 + PARTS - 1) * CONSUMERS * 16 <= STAGES * (WEIGHTS + X), "parts must fit");
   static constexpr int SLOTS = MODE == PAIR ? 2 : 1;  // partial sums that a block leaves for its cluster
   static_assert(!SUMS_UP || SLOTS * TOKENS * SPLIT_PITCH * 4 <= STAGES * (WEIGHTS + X), "partial sums must fit");
 };
@@ -80,6 +85,11 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, MODE == EIGHT ?
       held[b] = hold<T>(e, blockIdx.y * width + item / (TILE / 2), blockIdx.z * 2 * TILE + item % (TILE / 2) * 4);
   };
 
+  using Reduce = ClusterReduce<T, L::PARTS, L::SENT_HELD, CONSUMERS>;
+  const auto reduce = [&] {
+    return Reduce(e, base, bars + 16 * stages, blockIdx.x, segments, segments, blockIdx.z * 2 * TILE, blockIdx.y * width, width);
+  };
+
   griddep_launch();
   if (threadIdx.x == CONSUMERS) {
     tensor_map_prefetch(&x);
@@ -87,6 +97,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, MODE == EIGHT ?
       mbar_init(loads.full(s), 1);
       mbar_init(loads.empty(s), CONSUMERS / 32 * CLUSTER);
     }
+    if constexpr (L::SENDS) reduce().expect(segments - 1);
     mbar_init_fence();
   }
   if constexpr (CLUSTER > 1)
@@ -203,7 +214,7 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, MODE == EIGHT ?
     __syncwarp();
     if constexpr (L::SUMS_UP) {
       cluster_sync();
-      cluster_arrive();
+      if constexpr (!L::SENDS) cluster_arrive();
     }
   } else {
     if constexpr (MODE == FLOW)
@@ -217,7 +228,15 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, MODE == EIGHT ?
     const auto segment = [&](auto& acc, int first, int last) { sum_blocks<T, CLUSTER>(acc, ring, group, lane, first, last); };
     griddep_wait();
 
-    if constexpr (L::SUMS_UP) {
+    if constexpr (L::SENDS) {
+      next(v);
+      Reduce sums = reduce();
+      sums.prepare();
+      segment(acc, k0, k1);
+      cluster_sync();  // all have read their last stage before parts overwrite it
+      sums.send(acc, blockIdx.x);
+      sums.finish_all();
+    } else if constexpr (L::SUMS_UP) {
       next(v);
       [[maybe_unused]] float sum[MODE == PAIR ? REGS : 1];
       if constexpr (MODE == PAIR) {
@@ -347,7 +366,8 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, MODE == EIGHT ?
     }
   }
 
-  if constexpr (L::SUMS_UP)
+  if constexpr (L::SENDS) {  // who has all its parts has nothing more to come
+  } else if constexpr (L::SUMS_UP)
     cluster_wait();  // nobody leaves while its shared memory is being read
   else if constexpr (CLUSTER > 1)
     cluster_sync();

@@ -304,6 +304,25 @@ RVLLM_PTX float4 cluster_load(u32 addr) {
 RVLLM_PTX void cluster_store(u32 addr, float v) {
   asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(addr), "f"(v) : "memory");
 }
+// Stores into a block of the cluster, which its barrier `bar` counts as 16 bytes; both addresses by cluster_map.
+RVLLM_PTX void store_async(u32 addr, const float4& v, u32 bar) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];"
+               :: "r"(addr), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(bar) : "memory");
+}
+RVLLM_PTX void store_shared(u32 addr, const float4& v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" :: "r"(addr), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+RVLLM_PTX float4 load_shared(u32 addr) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(addr) : "memory");
+  return v;
+}
+// An 8x8 matrix of 16-bit elements, transposed: lane i holds row i / 4, columns 2 (i % 4) and the next, before and after.
+RVLLM_PTX u32 matrix_transpose(u32 pair) {
+  u32 v;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(v) : "r"(pair));
+  return v;
+}
 
 // ---------------------------------------------------------------- registers
 template <int REGS>
