@@ -59,6 +59,32 @@ class Checker:
             self.expect(not bool(left), f"{name}: left elements unwritten")
         return out[: plan.tokens]
 
+    def best(self, plan: gemm.GemmPlan, x: torch.Tensor, packed: torch.Tensor, dtype: str,
+             logits: torch.Tensor, **options: object) -> None:  # fmt: skip
+        """Where the best alone is wanted, each row begins with the (logit, id) of every 64 of its logits."""
+        tokens, n = plan.tokens, logits.shape[1]
+        tiles, flag = -(-n // 64), torch.ones(1, dtype=torch.int32, device="cuda")
+        out = torch.full((tokens + GUARD, -(-n // 8) * 8), -1, dtype=torch.int32, device="cuda").view(
+            torch.float32
+        )
+        torch.cuda.synchronize()
+        options = {"kind": Kind.LOGITS, "residual": flag.data_ptr(), **options}
+        self.bed.launch(plan, x, packed.data_ptr(), out, dtype, **options).run(self.bed.stream, plan.grid)
+        self.bed.stream.sync()
+        self.launches += 1
+        raw = out.view(torch.int32)
+        padded = torch.full((tokens, tiles * 64), -torch.inf, device="cuda")
+        padded[:, :n] = logits[:tokens]
+        values, ids = padded.view(tokens, tiles, 64).max(dim=2)
+        ids = torch.argmax(
+            (padded.view(tokens, tiles, 64) == values[..., None]).int(), dim=2
+        )  # the first of equals
+        found = raw[:tokens, : 2 * tiles].reshape(tokens, tiles, 2)
+        same = torch.equal(found[..., 0].contiguous().view(torch.float32), values)
+        same &= torch.equal(found[..., 1], (ids + 64 * torch.arange(tiles, device="cuda")).int())
+        clean = bool((raw[tokens:] == -1).all()) and bool((raw[:, 2 * tiles :] == -1).all())
+        self.expect(same and clean, f"{plan.kernel} t={tokens} n={n} k={x.shape[1]}: best {same} {clean}")
+
     def variants(self, n: int, k: int, tokens: int, dtype: str) -> list[gemm.GemmPlan]:
         sms = self.bed.facts.sm_count
         modes: tuple[gemm.Mode, ...] = ("split", "sum")
@@ -97,6 +123,8 @@ class Checker:
                     self.expect(
                         same, f"{plan.kernel} t={tokens} n={n} k={k}: other bits than the largest batch"
                     )
+                    if plan.segments == 1 and plan.mode not in ("split", "pair"):
+                        self.best(plan, x, packed, dtype, base)
             if base is not None:
                 self.epilogues(x, packed, dtype, base, family)
         del exact

@@ -98,6 +98,7 @@ def test_decode_attention_that_rotates(
 def test_matrix_kernels(emulator: Emulator, rng: np.random.Generator, dtype: str) -> None:
     gemm_checks.check_pack(emulator, rng, DTYPES[dtype])
     gemm_checks.check_gemm(emulator, rng, DTYPES[dtype])
+    gemm_checks.check_best(emulator, rng, DTYPES[dtype])
 
 
 def test_sampling(emulator: Emulator, rng: np.random.Generator) -> None:

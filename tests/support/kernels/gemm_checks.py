@@ -50,6 +50,23 @@ class Product:
         assert not (raw[:tokens, : self.n] == poison).any(), "left elements unwritten"
         return result[:tokens, : self.n]
 
+    def best(self, tokens: int, tile: int, flag: object, **options: object) -> tuple[np.ndarray, np.ndarray]:
+        """The (logit, id) of every 64 logits, where `flag` says that the best is wanted: [tokens, tiles]."""
+        pitch, tiles = -(-self.n // 8) * 8, -(-self.n // 64)
+        plan = gemm.variant(self.n, self.k, tokens, SHORT[self.dtype.name], "sm80", tile, 132)
+        out = self.gpu.empty((tokens + GUARD, pitch), np.float32)
+        x = self.gpu.array(self.x[:tokens].astype(self.dtype))
+        args = gemm.gemm_arguments(
+            plan, x, self.packed, out, pitch, kind=Kind.LOGITS, x_width=self.k, x_pitch=self.k,
+            residual=flag, **options,
+        )  # fmt: skip
+        args = [None if isinstance(a, int) and a == 0 else a for a in args]
+        self.gpu.launch(plan.kernel, plan.grid, plan.block, args, sm80_smem(tile))
+        raw = out.get().view(np.uint32)
+        assert (raw[tokens:] == 2**32 - 1).all() and (raw[:, 2 * tiles :] == 2**32 - 1).all(), "wrote outside"
+        pairs = raw[:tokens, : 2 * tiles].reshape(tokens, tiles, 2)
+        return pairs[..., 0].view(np.float32), pairs[..., 1].view(np.int32)
+
 
 def check_gemm(
     gpu: Machine, rng: np.random.Generator, dtype: np.dtype, sizes: tuple[int, ...] = (1, 7, 16, 33, 70)
@@ -83,6 +100,22 @@ def check_gemm(
         worst = max(worst, error(capped, 3 * np.tanh(row.astype(np.float64) * 0.5 / 3)))
     expect("gemm", worst, 2e-5)
     return worst
+
+
+def check_best(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) -> None:
+    """Where the best alone is asked for, each row begins with the (logit, id) of every 64 of its logits."""
+    tokens, flag = 37, gpu.array([1], np.int32)
+    for n, k in SHAPES[:3]:
+        product = Product(gpu, rng, dtype, n, k, tokens)
+        product.x[5] = 0  # all equal: the lowest id
+        for options in ({}, {"bias": gpu.array(rng.standard_normal(n).astype(dtype)), "soft_cap": 3.0}):
+            logits = product.run(tokens, SM80_TOKENS[0], Kind.LOGITS, **options)
+            for tile in SM80_TOKENS:
+                values, ids = product.best(tokens, tile, flag, **options)
+                for i, first in enumerate(range(0, n, 64)):
+                    part = logits[:, first : first + 64]
+                    assert (ids[:, i] == first + part.argmax(axis=1)).all(), (n, k, tile, i)
+                    assert (values[:, i] == part.max(axis=1)).all()
 
 
 def check_pack(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) -> int:

@@ -63,11 +63,11 @@ class Sampler:
         logits, scaled, bests, slots, count, masks, mask_rows, tokens, stride, words = a
         rows, chunks = logits.shape[0], self.sizes.chunks()
         args = [logits, scaled, bests, self.slots, slots, count, self.histories, self.bias_ids,
-                self.biases, self.stops, masks, mask_rows, self.vocab, stride,
+                self.biases, self.stops, masks, mask_rows, None, self.vocab, stride,
                 self.sizes.history_stride, words]  # fmt: skip
         self.gpu.launch("sm80_sample_scan", (-(-chunks // SCAN_WARPS), rows), 32 * SCAN_WARPS, args)
-        args = [tokens, self.last, scaled, bests, self.slots, slots, count, self.histories, self.vocab,
-                stride,
+        args = [tokens, self.last, scaled, bests, self.slots, slots, count, self.histories, None, None,
+                self.vocab, stride,
                 self.sizes.history_stride, chunks]  # fmt: skip
         self.gpu.launch("sm80_sample_pick", rows, PICK_THREADS, args)
 

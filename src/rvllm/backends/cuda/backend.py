@@ -36,6 +36,7 @@ from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
 from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
 from rvllm.backends.cuda.ops.sampling.logprobs import KERNEL as LOGPROBS_KERNEL
 from rvllm.backends.cuda.ops.sampling.logprobs import Scorer
+from rvllm.backends.cuda.ops.sampling.slots import takes_best
 from rvllm.backends.cuda.ops.sampling.starts import KERNEL as START_KERNEL
 from rvllm.backends.cuda.ops.sampling.starts import Starter
 from rvllm.backends.cuda.profile import (
@@ -103,6 +104,7 @@ class CudaBackend:
         self._ring = [InFlightStep.create(plan) for _ in range(DEPTH + 2)]
         self._starter = Starter(gpu.catalog, gpu.stream, at, shape, plan.start_words)
         self._scorer = Scorer(gpu.catalog, gpu.stream, at, shape)
+        self._takes_best = np.zeros(shape.seqs, dtype=np.bool_)  # by slot
         self._check_memory, self._free_before, self._graphs_before = check_memory, -1, 0
         self._last: InFlightStep | None = None
         self._steps = self._gaps = 0
@@ -193,6 +195,7 @@ class CudaBackend:
         flight.follows = last if decode and last is not None and last.decode and last.under_way else None
         for entry in batch.started:
             self._scorer.start(entry)
+            self._takes_best[entry.slot] = takes_best(entry.sampling)
         if self._host is not None:
             after = self._end_of(batch.moves_after)
             self._host.move(batch.moves, batch.moves_ahead, after, self._stream)
@@ -211,7 +214,8 @@ class CudaBackend:
             tiles = self._tiles(batch)
         words = flight.metadata.array.view(np.int32)
         updates = self._starter.early_updates(batch.new_blocks, layout.updates)
-        used = layout.pack(batch, updates, rows, tiles, words)
+        best_only = not batch.masks and not batch.prompt_logprobs and self._takes_best[rows.slots].all()
+        used = layout.pack(batch, updates, rows, tiles, words, bool(best_only))
         self._stream.copy_to_device(self._at.metadata, flight.metadata.address, used)
         flight.began.record(self._stream)
         for graph in graphs:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
 from rvllm.backends.cuda.device.catalog import Catalog
@@ -35,7 +36,7 @@ from rvllm.backends.cuda.paged import decode_plans, prefill_plans, tile_shape
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.program.dtypes import DType
-from rvllm.program.ops.dense import GatherRows, Program
+from rvllm.program.ops.dense import GatherRows, Logits, Program, Sample
 from rvllm.telemetry.stats import StepKernel
 
 
@@ -183,7 +184,14 @@ class StepPlanner:
             self.strategy,
             self.quantised,
             self.path,
+            leaves_best(self.stages),
         )
+
+
+def leaves_best(stages: Sequence[Stage]) -> bool:
+    """Whether nothing stands between the logits and the draw; see `Lowering`."""
+    kinds = [type(stage.ops[0]) for stage in stages]
+    return (Logits, Sample) in pairwise(kinds)
 
 
 def distinct(stages: Sequence[Stage]) -> list[Stage]:

@@ -1,7 +1,7 @@
 // How sums leave the registers of a warpgroup that has them in wgmma's layout.
 #pragma once
 
-#include "gemm/gemm.cuh"
+#include "gemm/best_logits.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace rvllm::gemm {
@@ -13,6 +13,10 @@ __device__ __forceinline__ void finish_accumulators(const Epilogue& e, const flo
                                                     int barrier, int thread, int row0, int token0) {
   const int warp = thread / 32, lane = thread % 32, row = row0 + warp * 16 + lane / 4, column = lane % 4 * 2;
   const float bias[2] = {bias_of<T>(e, row), bias_of<T>(e, row + 8)};
+  if (e.kind == LOGITS && e.best_only) {
+    leave_best_logits<T, TOKENS>(e, acc, reinterpret_cast<Best*>(staging), barrier, thread, row0, token0, e.tokens - token0);
+    return;
+  }
   if (e.kind == LOGITS) {
     constexpr int SUMS = CHUNK < 32 ? CHUNK : 32, SUM_PITCH = TILE + 4;  // tokens at a time, floats
     float* sums = reinterpret_cast<float*>(staging);

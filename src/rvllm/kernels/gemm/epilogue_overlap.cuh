@@ -3,7 +3,7 @@
 // STORERS other threads store them. Logits leave the registers directly.
 #pragma once
 
-#include "gemm/gemm.cuh"
+#include "gemm/best_logits.cuh"
 #include "ptx/wgmma.cuh"
 
 namespace rvllm::gemm {
@@ -60,6 +60,11 @@ __device__ __forceinline__ void stage_outputs(const Epilogue& e, const float (&a
   if (limit <= 0) return;
   const int warp = thread / 32, lane = thread % 32, row = row0 + warp * 16 + lane / 4, column = lane % 4 * 2;
   const float bias[2] = {bias_of<T>(e, row), bias_of<T>(e, row + 8)};
+  if (e.kind == LOGITS && e.best_only) {
+    u8* const scratch = static_cast<u8*>(__cvta_shared_to_generic(staging));
+    leave_best_logits<T, TOKENS>(e, acc, reinterpret_cast<Best*>(scratch), ALL_READ + group, thread, row0, token0, limit);
+    return;
+  }
   if (e.kind == LOGITS) {  // 8 lanes hold 8 neighbours of a token: a whole sector of 32 bytes
     const auto all = [&](auto finished) {
       float* out = static_cast<float*>(e.out) + static_cast<size_t>(token0 + column) * e.pitch + row;

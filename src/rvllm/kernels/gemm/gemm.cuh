@@ -12,6 +12,7 @@
 #pragma once
 
 #include "common/activations.cuh"
+#include "common/best.cuh"
 #include "ptx/ptx.cuh"
 
 namespace rvllm::gemm {
@@ -32,7 +33,8 @@ __device__ __forceinline__ int segment_start(int blocks, int segments, int s) { 
 // that the separate ops would.
 enum Kind : int {
   STORE = 0,           // rounded(sum + bias); with a residual: rounded(residual + scale * that)
-  LOGITS = 1,          // float32: cap * tanh((sum * scale + bias) / cap), or without the cap when it is 0
+  LOGITS = 1,          // float32: cap * tanh((sum * scale + bias) / cap), or without the cap when it is 0; where only
+                       //   the best is asked for, a row begins with the Best of each 64 logits instead
   GATED_SILU = 2,      // rounded(act(gate) * up), gate and up rounded first; rows interleaved by eights
   GATED_GELU = 3,      //   erf form
   GATED_GELU_TANH = 4, //   tanh form
@@ -48,12 +50,18 @@ __device__ __forceinline__ bool gated(int kind) { return kind >= GATED_SILU && k
 struct Epilogue {
   void* out;             // [tokens, pitch]
   const void* bias;      // [rows] in packed row order, or null
-  const void* residual;  // [tokens, pitch], may be `out`, or null
+  const void* residual;  // [tokens, pitch], may be `out`, or null; of LOGITS an int: whether only the best is asked for
   int kind;
   int tokens;  // rows of y to write
   int rows;    // packed rows that exist: N, or 2 * width when gated (then a multiple of 16)
   int pitch;   // elements from token to token of out and residual
   float scale, soft_cap;
+  bool best_only = false;  // see LOGITS
+
+  // Of the step, so that it may be asked before any wait.
+  __device__ __forceinline__ bool asks_for_best() const {
+    return kind == LOGITS && residual && *static_cast<const int*>(residual) != 0;
+  }
 };
 
 __device__ __forceinline__ float to_float(bf16 v) { return __bfloat162float(v); }
@@ -238,6 +246,30 @@ __device__ __forceinline__ void finish_tile(const Epilogue& e, int token0, int r
         if (item < last) finish<T>(e, token0 + item / ITEMS, row0 + item % ITEMS * 4, sum[b]);
       }
     }
+  }
+}
+
+// Of `count` tokens' sums of 64 packed rows from row0 on, the best logit: tokens `pitch` floats apart, 4 threads each.
+template <class T>
+__device__ __forceinline__ void store_bests(const Epilogue& e, const float* sums, int pitch, int token0, int row0, int count,
+                                            int thread, int threads) {
+  constexpr int EACH = TILE / 4;
+  for (int first = 0; first < count; first += threads / 4) {
+    const int token = first + thread / 4;
+    Best best = no_candidate();
+    if (token < count) {
+#pragma unroll 4
+      for (int i = 0; i < EACH; i++) {
+        const int r = thread % 4 + i * 4, row = row0 + r;
+        if (row < e.rows)
+          best = better(best, candidate(logit(sums[token * pitch + r], bias_of<T>(e, row), e.scale, e.soft_cap), row));
+      }
+    }
+#pragma unroll
+    for (int o = 2; o; o >>= 1)
+      best = better(best, {__shfl_xor_sync(~0u, best.value, o), __shfl_xor_sync(~0u, best.id, o)});
+    if (token < count && thread % 4 == 0)
+      reinterpret_cast<Best*>(static_cast<float*>(e.out) + static_cast<size_t>(token0 + token) * e.pitch)[row0 / TILE] = best;
   }
 }
 

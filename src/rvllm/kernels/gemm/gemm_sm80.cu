@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(THREADS)
   const int row_tiles = (rows + TILE - 1) / TILE, together = gridDim.x / row_tiles, row_tile = blockIdx.x / together;
   const int token0 = (blockIdx.y * together + blockIdx.x % together) * TOKENS;
   const u8* tile = weights + static_cast<u64>(row_tile) * blocks * TILE_BYTES;
-  const Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
+  Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
+  e.best_only = e.asks_for_best();
 
   griddep_launch();
   griddep_wait();
@@ -89,6 +90,10 @@ __global__ void __launch_bounds__(THREADS)
     for (int i = 0; i < 4; i++) staging[(8 * j + column + i % 2) * PITCH + row + i / 2 * 8] = sum[j][i];
   __syncthreads();
   const int count = min(TOKENS, tokens - token0);
+  if (e.best_only) {
+    store_bests<T>(e, staging, PITCH, token0, row_tile * TILE, count, thread, THREADS);
+    return;
+  }
   finish_tile<T, TILE, 2>(e, token0, row_tile * TILE, 0, count * items_per_token<TILE>(kind), thread, THREADS,
                        [&](int token, int r, float(&q)[4]) {
                          const float4 f = *reinterpret_cast<const float4*>(staging + token * PITCH + r);

@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, MODE == EIGHT ?
   const Ring loads{stages, base, x_base, L::WEIGHTS, x_bytes, bars};
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // a warp's one number, to the compiler
   const int tiles = (rows + TILE - 1) / TILE;
-  const Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
+  Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
+  e.best_only = e.asks_for_best();
   // SPLIT: the items of the sum that fall to a block of the cluster, and what a thread's first ones are finished with.
   const auto split_items = [&](int rank) {
     const int count = min(width, tokens - static_cast<int>(blockIdx.y) * width);

@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(Tall::THREADS, 1)
   const int stages = Tall::stages(tile), x_bytes = tile * TILE * 2, staging = stages * (Tall::WEIGHTS + x_bytes);
   const u32 base = smem(shared);
   const Ring ring{stages, base, base + stages * Tall::WEIGHTS, Tall::WEIGHTS, x_bytes, base + staging + Tall::STAGING};
-  const Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
+  Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
+  e.best_only = e.asks_for_best();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   griddep_launch();
   if (threadIdx.x == Tall::CONSUMERS) begin_ring(x, ring, Tall::CONSUMERS);

@@ -9,18 +9,19 @@
 // for a row that draws nothing; count: rows in use.
 // histories u16 [slots, history_stride] (even), or null; bias_ids, biases [slots, MAX_BIASES]; stops [slots, MAX_STOPS].
 // masks u32 [.., mask_words], mask_rows int32 [rows] (-1: none), or null.
+// best_only: null, or whether the head left the best of each 64 logits instead of them: nothing to do, then.
 // Grid: (ceil(vocab / CHUNK / SCAN_WARPS), rows), 32 * SCAN_WARPS threads: a chunk a warp. Bound by memory: logits are
 // read once.
 extern "C" __global__ void __launch_bounds__(32 * SCAN_WARPS)
 sample_scan(const float* logits, float* scaled, Best* bests, const Slot* slots, const int* row_slots, const int* count,
             const u16* histories, const int* bias_ids, const float* biases, const int* stops, const u32* masks,
-            const int* mask_rows, int vocab, int stride, int history_stride, int mask_words) {
+            const int* mask_rows, const int* best_only, int vocab, int stride, int history_stride, int mask_words) {
   griddep_launch();
   constexpr int VECTORS = CHUNK / 128;  // of four logits, a lane
   __shared__ __align__(16) float changed[SCAN_WARPS][CHUNK];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row = blockIdx.y, chunk = blockIdx.x * SCAN_WARPS + warp, start = chunk * CHUNK, number = row_slots[row];
-  if (row >= *count || number < 0 || start >= vocab) {
+  if (row >= *count || number < 0 || start >= vocab || (best_only && *best_only)) {
     if (row == 0 && blockIdx.x == 0) griddep_wait();
     return;
   }
@@ -69,7 +70,7 @@ sample_scan(const float* logits, float* scaled, Best* bests, const Slot* slots, 
 #pragma unroll
       for (int k = 0; k < 4; k++) x[j][k] = values[j * 128 + lane * 4 + k];
   }
-  Best best = {-INFINITY_F, 0x7fffffff};
+  Best best = no_candidate();
 #pragma unroll
   for (int j = 0; j < VECTORS; j++) {
     const int at = start + j * 128 + lane * 4;
@@ -85,7 +86,7 @@ sample_scan(const float* logits, float* scaled, Best* bests, const Slot* slots, 
         value = __fsub_rn(value, times > 0.f ? slot.presence : 0.f);
       }
       if (!greedy) value = __fdiv_rn(value, slot.temperature);
-      best = better(best, {value == value ? value : INFINITY_F, at + k});  // no number: the row is broken
+      best = better(best, candidate(value, at + k));
     }
     if (!greedy) *reinterpret_cast<float4*>(scaled + (size_t)row * stride + at) = make_float4(x[j][0], x[j][1], x[j][2], x[j][3]);
   }
@@ -175,11 +176,13 @@ constexpr int BROKEN_ROW = -2;  // backends/base.py has it too
 
 // Finishes each row from its chunks' bests: the arg max when greedy, else the draw. tokens int32 [rows] gets the
 // token (-1 where the row draws nothing, BROKEN_ROW where a logit is infinite or no number), last_tokens [slots] too; the slot's count and history advance.
+// logits, best_only: where the head left bests of 64 logits, those are at the start of its rows, and all rows are greedy.
 // Grid: (rows), PICK_THREADS threads. Greedy rows are bound by latency; a draw reads its row once, and the
 // parts that matter up to seven times.
 extern "C" __global__ void __launch_bounds__(PICK_THREADS)
 sample_pick(int* tokens, int* last_tokens, const float* scaled, const Best* bests, Slot* slots, const int* row_slots,
-            const int* count, u16* histories, int vocab, int stride, int history_stride, int chunks) {
+            const int* count, u16* histories, const float* logits, const int* best_only, int vocab, int stride,
+            int history_stride, int chunks) {
   griddep_launch();
   __shared__ Histogram histogram;
   __shared__ Best scratch[32];
@@ -192,9 +195,13 @@ sample_pick(int* tokens, int* last_tokens, const float* scaled, const Best* best
     return;
   }
   const Slot slot = slots[number];
+  const bool from_head = best_only && *best_only;
   griddep_wait();
-  Best best = {-INFINITY_F, 0x7fffffff};
-  if (threadIdx.x < chunks) {  // at most MAX_CHUNKS
+  Best best = no_candidate();
+  if (from_head) {
+    const Best* const tiles = reinterpret_cast<const Best*>(logits + (size_t)row * stride);
+    for (int i = threadIdx.x; i < (vocab + HEAD_TILE - 1) / HEAD_TILE; i += PICK_THREADS) best = better(best, tiles[i]);
+  } else if (threadIdx.x < chunks) {  // at most MAX_CHUNKS
     best = bests[(size_t)row * chunks + threadIdx.x];
     maxima[threadIdx.x] = best.value;
   }

@@ -1,6 +1,7 @@
 // What the sampling kernels share: slot parameters, ordered keys, exact selection, the counter-based generator.
 #pragma once
 
+#include "common/best.cuh"
 #include "common/common.cuh"
 
 // One slot's parameters; the host's image of it is `SLOT` in backends/cuda/ops/sampling/slots.py. 64 bytes.
@@ -20,6 +21,7 @@ constexpr u32 HISTORY = 1;      // token counts are kept for this slot
 constexpr u16 IN_PROMPT = 0x8000;  // in a token's count: it occurs in the prompt; the rest counts the output
 constexpr int CHUNK = 1024;     // logits one warp of sample_scan looks at
 constexpr int SCAN_WARPS = 8;   // warps of its blocks
+constexpr int HEAD_TILE = 64;   // logits of which the head leaves the best, where no more is asked for
 constexpr int MAX_BIASES = 1024, MAX_STOPS = 128, MAX_TOP = 20;
 
 // Floats as unsigned numbers of the same order.
@@ -45,16 +47,6 @@ __device__ __forceinline__ u64 fixed_point(float weight) {
 }
 
 __device__ __forceinline__ u64 weight_of(float x, float maximum) { return fixed_point(likelihood(x, maximum)); }
-
-struct Best {
-  float value;
-  int id;
-};
-
-// The larger value; of equal ones the lower id.
-__device__ __forceinline__ Best better(Best a, Best b) {
-  return b.value > a.value || (b.value == a.value && b.id < a.id) ? b : a;
-}
 
 // The block's best, in every thread. scratch: 32 elements.
 __device__ __forceinline__ Best block_best(Best x, Best* scratch) {

@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from rvllm.backends.base import StepBatch
 
 HEADER_WORDS = 16
-NUM_TOKENS, NUM_SEQS, NUM_SAMPLES, NUM_BLOCK_UPDATES, NUM_DECODES, NUM_TILES = range(6)
+NUM_TOKENS, NUM_SEQS, NUM_SAMPLES, NUM_BLOCK_UPDATES, NUM_DECODES, NUM_TILES, BEST_ONLY = range(7)
 
 
 @dataclass(frozen=True)
 class Layout:
     """Word offsets of each array for steps of up to `tokens` tokens, `seqs` sequences and `samples` rows.
 
-    header [16]: token, sequence, sample, block-update, decode and tile counts.
+    header [16]: token, sequence, sample, block-update, decode and tile counts; whether only the largest of a
+    row's logits is asked for.
     token_ids, positions, token_slots [tokens]: per row of the flat batch; id -1 is the slot's last sample.
     seq_slots, kv_lens [seqs], query_offsets [seqs + 1]: per sequence; kv_len counts this step's tokens too.
     sample_rows, sample_slots, mask_rows [samples]: the rows whose logits are wanted, the slot that draws from
@@ -104,6 +105,7 @@ class Layout:
         rows: SampledRows,
         tiles: NDArray[np.int32],
         out: NDArray[np.int32],
+        best_only: bool = False,
     ) -> int:
         """Writes a batch into `out` (int32 words) and returns how many bytes of it are used.
 
@@ -116,6 +118,7 @@ class Layout:
         header[NUM_TOKENS], header[NUM_SEQS], header[NUM_SAMPLES] = tokens, seqs, samples
         header[NUM_BLOCK_UPDATES] = len(updates)
         header[NUM_DECODES], header[NUM_TILES] = leading_decodes(batch.query_lens), len(tiles)
+        header[BEST_ONLY] = best_only
         _put(out, self.token_ids, batch.tokens)
         offsets = out[self.query_offsets : self.query_offsets + seqs + 1]
         offsets[0] = 0

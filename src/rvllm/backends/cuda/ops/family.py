@@ -31,6 +31,8 @@ class Lowering:
     counts: rows the launches must cover. decode, prefill: by op, how attention is launched; prefill is None
     where no sequence of the step has several tokens. strategy: of products, `--gemm-strategy`.
     quantised: the buffers that norms write as E4M3 (see `formats.fp8`). path: `--decode-path`.
+    leaves_best: whether the logits go straight to the sampler, so that where nothing but the largest is asked
+    for, the product that computes them leaves that alone; cleared where the product cannot.
     planned: the launches so far.
     """
 
@@ -45,6 +47,7 @@ class Lowering:
     strategy: GemmStrategy
     quantised: frozenset[str] = frozenset()
     path: str = "batched"
+    leaves_best: bool = False
     planned: list[Planned] = field(default_factory=list)
 
     @property

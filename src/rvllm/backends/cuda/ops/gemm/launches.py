@@ -6,10 +6,12 @@ FAMILY: what the registry knows of them.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from rvllm.backends.cuda.device.launches import MatrixMap, fixed
 from rvllm.backends.cuda.formats import device_format
 from rvllm.backends.cuda.layout.fusion import Stage, is_gate
+from rvllm.backends.cuda.layout.metadata import BEST_ONLY
 from rvllm.backends.cuda.layout.packed import WeightLayout
 from rvllm.backends.cuda.ops.decode.chains import ARRIVALS, PATHS
 from rvllm.backends.cuda.ops.decode.step import Step
@@ -57,7 +59,17 @@ def _logits(to: Lowering, stage: Stage) -> None:
     end = Epilogue(
         to.at.logits, to.shape.logits_stride, kind=Kind.LOGITS, scale=op.scale, soft_cap=op.soft_cap or 0.0
     )
+    to.leaves_best = to.leaves_best and _finds_best(to, stage, op)
+    if to.leaves_best:
+        end = replace(end, residual=to.meta(BEST_ONLY))
     _product(to, stage, op, end)
+
+
+def _finds_best(to: Lowering, stage: Stage, op: Logits) -> bool:
+    """Whether this product's kernels can leave the best logits alone: ours, of 16 bits and many rows."""
+    ours = op.weight.format is None and to.strategy.provider(stage) == "native" and to.path not in PATHS
+    rows, width = op.weight.shape
+    return ours and rows == to.shape.vocab and native.segments_of(rows, width) == 1
 
 
 def _product(to: Lowering, stage: Stage, op: Linear | Logits, end: Epilogue) -> None:

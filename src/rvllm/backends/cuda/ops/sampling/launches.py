@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 
 from rvllm.backends.cuda.layout.fusion import Stage
-from rvllm.backends.cuda.layout.metadata import NUM_SAMPLES
+from rvllm.backends.cuda.layout.metadata import BEST_ONLY, NUM_SAMPLES
 from rvllm.backends.cuda.ops.family import Family, Lowering
 from rvllm.backends.cuda.ops.sampling.slots import CHUNK, PICK_THREADS, SCAN_WARPS
 from rvllm.kernels.encoder.specs import HIDDEN_TOKENS
@@ -38,6 +38,7 @@ def _sample(to: Lowering, stage: Stage) -> None:
     rows = (to.meta(to.layout.sample_slots), to.meta(NUM_SAMPLES))
     vocab, stride = ctypes.c_int(to.shape.vocab), ctypes.c_int(to.shape.logits_stride)
     history = ctypes.c_int(to.shape.history_stride)
+    best_only = to.meta(BEST_ONLY) if to.leaves_best else 0
     to.plan(
         stage.name,
         "sm80_sample_scan",
@@ -54,6 +55,7 @@ def _sample(to: Lowering, stage: Stage) -> None:
         to.at.stops,
         to.at.masks,
         to.meta(to.layout.mask_rows),
+        best_only,
         vocab,
         stride,
         history,
@@ -71,6 +73,8 @@ def _sample(to: Lowering, stage: Stage) -> None:
         to.at.parameters,
         *rows,
         to.at.histories,
+        to.at.logits,
+        best_only,
         vocab,
         stride,
         history,

@@ -18,6 +18,7 @@ CHUNK = _SIZES["CHUNK"]  # logits a warp of sample_scan looks at
 SCAN_WARPS = _SIZES["SCAN_WARPS"]  # warps of its blocks
 START_WORDS = constants("sampling/sample.cu")["START_WORDS"]  # int32 words that describe one starting slot
 PICK_THREADS = _SIZES["PICK_THREADS"]
+GREEDY = 1e-5  # temperatures below it draw the largest logit; sampling.cuh says so too
 HISTORY = 1  # flag: the slot's tokens are counted
 
 # `struct Slot` of kernels/sampling/sampling.cuh, 64 bytes.
@@ -45,6 +46,12 @@ _FIELDS: dict[str, Callable[[SamplingSpec], float]] = {
     "min_tokens": lambda spec: spec.min_tokens,
     "seed": lambda spec: spec.seed & (2**64 - 1),
 }  # of SLOT, where it is what a request says
+
+
+def takes_best(spec: SamplingSpec) -> bool:
+    """Whether the slot draws the largest of the logits as they are, and nothing else is asked of them."""
+    changed = counts_tokens(spec) or spec.logit_bias or (spec.min_tokens > 0 and spec.stop_token_ids)
+    return spec.temperature < GREEDY and spec.logprobs is None and not changed
 
 
 @dataclass(frozen=True)
