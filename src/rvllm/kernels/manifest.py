@@ -18,7 +18,10 @@ from rvllm.kernels.rowwise import specs as rowwise
 from rvllm.kernels.sampling import specs as sampling
 from rvllm.kernels.spec import KernelSpec
 
-_STEP = KernelSpec("sm80_begin_step", "common/begin_step.cu", "begin_step")
+_STEP = (
+    KernelSpec("sm80_begin_step", "common/begin_step.cu", "begin_step"),
+    KernelSpec("sm80_copy_words", "common/copy_words.cu", "copy_words"),
+)
 _FAMILIES = (
     gemm, cutlass, fp8, integer, attention, rowwise, sampling, moe, mla, mamba2, encoder, decode, loading,
 )  # fmt: skip
@@ -26,7 +29,7 @@ _FAMILIES = (
 
 def _collect() -> dict[str, KernelSpec]:
     found: dict[str, KernelSpec] = {}
-    for spec in (_STEP, *(spec for family in _FAMILIES for spec in family.SPECS)):
+    for spec in (*_STEP, *(spec for family in _FAMILIES for spec in family.SPECS)):
         if spec.name in found:
             raise ValueError(f"kernel {spec.name!r} listed twice")
         found[spec.name] = spec

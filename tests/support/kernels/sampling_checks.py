@@ -66,7 +66,7 @@ class Sampler:
                 self.biases, self.stops, masks, mask_rows, None, self.vocab, stride,
                 self.sizes.history_stride, words]  # fmt: skip
         self.gpu.launch("sm80_sample_scan", (-(-chunks // SCAN_WARPS), rows), 32 * SCAN_WARPS, args)
-        args = [tokens, self.last, scaled, bests, self.slots, slots, count, self.histories, None, None,
+        args = [tokens, self.last, scaled, bests, self.slots, slots, count, self.histories, None, None, None,
                 self.vocab, stride,
                 self.sizes.history_stride, chunks]  # fmt: skip
         self.gpu.launch("sm80_sample_pick", rows, PICK_THREADS, args)

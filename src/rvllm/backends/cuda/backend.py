@@ -26,7 +26,8 @@ from rvllm.backends.cuda.device.driver import Event, Pinned, Stream
 from rvllm.backends.cuda.device.host_blocks import COPY_RATE, HostBlocks
 from rvllm.backends.cuda.device.launches import Counts
 from rvllm.backends.cuda.formats.choose import kept, say_expanded
-from rvllm.backends.cuda.in_flight import NOTHING, InFlightStep
+from rvllm.backends.cuda.in_flight import KERNEL as SEND_KERNEL
+from rvllm.backends.cuda.in_flight import NOTHING, InFlightStep, Sender
 from rvllm.backends.cuda.layout.addresses import Addresses
 from rvllm.backends.cuda.layout.allocations import WEIGHTS, Placed, placed_weights
 from rvllm.backends.cuda.layout.memory import KV_CACHE, MemoryPlan
@@ -104,6 +105,7 @@ class CudaBackend:
         self._ring = [InFlightStep.create(plan) for _ in range(DEPTH + 2)]
         self._starter = Starter(gpu.catalog, gpu.stream, at, shape, plan.start_words)
         self._scorer = Scorer(gpu.catalog, gpu.stream, at, shape)
+        self._sender = Sender(gpu.catalog, gpu.stream, at.metadata)
         self._takes_best = np.zeros(shape.seqs, dtype=np.bool_)  # by slot
         self._check_memory, self._free_before, self._graphs_before = check_memory, -1, 0
         self._last: InFlightStep | None = None
@@ -131,7 +133,7 @@ class CudaBackend:
         planner, wanted = StepPlanner.plan(program, config, found.facts, found.budget, strategy)
         memory = planner.memory
         loading = loading_kernels(wanted, program.dtype, checkpoint)
-        kernels = [*planner.kernels(), START_KERNEL, LOGPROBS_KERNEL, *loading]
+        kernels = [*planner.kernels(), START_KERNEL, LOGPROBS_KERNEL, SEND_KERNEL, *loading]
         gpu = Gpu.take(found, kernels, memory.nbytes, report, config.enable_sleep_mode)
         report(0.0, "clearing memory")
         placed = Placed.take(gpu.arena, memory.allocations)
@@ -215,15 +217,13 @@ class CudaBackend:
         words = flight.metadata.array.view(np.int32)
         updates = self._starter.early_updates(batch.new_blocks, layout.updates)
         best_only = not batch.masks and not batch.prompt_logprobs and self._takes_best[rows.slots].all()
-        used = layout.pack(batch, updates, rows, tiles, words, bool(best_only))
-        self._stream.copy_to_device(self._at.metadata, flight.metadata.address, used)
+        used = layout.pack(batch, updates, rows, tiles, words, bool(best_only), flight.tokens.device_address)
+        self._sender.send(flight.metadata, used)
         flight.began.record(self._stream)
         for graph in graphs:
             graph.launch(self._stream)
         flight.ended.record(self._stream)
         self._scorer.launch(flight)
-        if len(rows.rows):
-            self._stream.copy_to_host(flight.tokens.address, self._at.tokens, 4 * len(rows.rows))
         flight.done.record(self._stream)
         self._last = flight
         return flight

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from rvllm.backends.base import StepBatch
-from rvllm.backends.cuda.device.driver import Event, Pinned
+from rvllm.backends.cuda.device.catalog import Catalog
+from rvllm.backends.cuda.device.driver import Event, Launch, Pinned, Stream
 from rvllm.backends.cuda.layout.memory import MemoryPlan
 from rvllm.backends.cuda.layout.metadata import SampledRows
 from rvllm.backends.cuda.ops.sampling.arrays import LogprobArrays
@@ -19,6 +21,25 @@ def _nothing() -> StepBatch:
 
 
 NOTHING = _nothing()
+KERNEL = "sm80_copy_words"
+FETCHED = 32 << 10  # bytes of metadata up to which a kernel fetches them; the copy engine takes longer
+
+
+class Sender:
+    """Sends a step's metadata to the device."""
+
+    def __init__(self, catalog: Catalog, stream: Stream, target: int) -> None:
+        self._stream, self._target = stream, target
+        self._source, self._pieces = ctypes.c_void_p(0), ctypes.c_int(0)
+        self._launch = Launch(catalog[KERNEL], 256, 0, [target, self._source, self._pieces], pdl=False)
+
+    def send(self, metadata: Pinned, used: int) -> None:
+        """Queues the copy of the first `used` bytes."""
+        if used > FETCHED:
+            self._stream.copy_to_device(self._target, metadata.address, used)
+            return
+        self._source.value, self._pieces.value = metadata.device_address, -(-used // 16)
+        self._launch.run(self._stream, (-(-self._pieces.value // 256), 1, 1))
 
 
 @dataclass

@@ -176,13 +176,14 @@ constexpr int BROKEN_ROW = -2;  // backends/base.py has it too
 
 // Finishes each row from its chunks' bests: the arg max when greedy, else the draw. tokens int32 [rows] gets the
 // token (-1 where the row draws nothing, BROKEN_ROW where a logit is infinite or no number), last_tokens [slots] too; the slot's count and history advance.
+// host_tokens: null, or where the address is that the tokens go to as well.
 // logits, best_only: where the head left bests of 64 logits, those are at the start of its rows, and all rows are greedy.
 // Grid: (rows), PICK_THREADS threads. Greedy rows are bound by latency; a draw reads its row once, and the
 // parts that matter up to seven times.
 extern "C" __global__ void __launch_bounds__(PICK_THREADS)
 sample_pick(int* tokens, int* last_tokens, const float* scaled, const Best* bests, Slot* slots, const int* row_slots,
-            const int* count, u16* histories, const float* logits, const int* best_only, int vocab, int stride,
-            int history_stride, int chunks) {
+            const int* count, u16* histories, const float* logits, const int* best_only, int* const* host_tokens,
+            int vocab, int stride, int history_stride, int chunks) {
   griddep_launch();
   __shared__ Histogram histogram;
   __shared__ Best scratch[32];
@@ -237,6 +238,7 @@ sample_pick(int* tokens, int* last_tokens, const float* scaled, const Best* best
   }
   if (threadIdx.x) return;
   tokens[row] = broken ? BROKEN_ROW : token;
+  if (host_tokens) (*host_tokens)[row] = broken ? BROKEN_ROW : token;
   last_tokens[number] = token;
   slots[number].generated = slot.generated + 1;
   if (slot.flags & HISTORY) {

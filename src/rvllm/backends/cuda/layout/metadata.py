@@ -15,6 +15,7 @@ from rvllm.backends.base import StepBatch
 
 HEADER_WORDS = 16
 NUM_TOKENS, NUM_SEQS, NUM_SAMPLES, NUM_BLOCK_UPDATES, NUM_DECODES, NUM_TILES, BEST_ONLY = range(7)
+HOST_TOKENS = 8  # of two words
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Layout:
     """Word offsets of each array for steps of up to `tokens` tokens, `seqs` sequences and `samples` rows.
 
     header [16]: token, sequence, sample, block-update, decode and tile counts; whether only the largest of a
-    row's logits is asked for.
+    row's logits is asked for; the address in mapped host memory that the drawn tokens go to.
     token_ids, positions, token_slots [tokens]: per row of the flat batch; id -1 is the slot's last sample.
     seq_slots, kv_lens [seqs], query_offsets [seqs + 1]: per sequence; kv_len counts this step's tokens too.
     sample_rows, sample_slots, mask_rows [samples]: the rows whose logits are wanted, the slot that draws from
@@ -106,11 +107,12 @@ class Layout:
         tiles: NDArray[np.int32],
         out: NDArray[np.int32],
         best_only: bool = False,
+        host_tokens: int = 0,
     ) -> int:
         """Writes a batch into `out` (int32 words) and returns how many bytes of it are used.
 
         updates: the batch's new blocks, less those already sent. tiles: int32 [n, 2], see
-        `attention.prefill_tiles`.
+        `attention.prefill_tiles`. host_tokens: a device's address of host memory, int32 [samples].
         """
         tokens, seqs, samples = batch.num_tokens, len(batch.slots), len(rows.rows)
         header = out[:HEADER_WORDS]
@@ -119,6 +121,7 @@ class Layout:
         header[NUM_BLOCK_UPDATES] = len(updates)
         header[NUM_DECODES], header[NUM_TILES] = leading_decodes(batch.query_lens), len(tiles)
         header[BEST_ONLY] = best_only
+        header[HOST_TOKENS : HOST_TOKENS + 2].view(np.int64)[0] = host_tokens
         _put(out, self.token_ids, batch.tokens)
         offsets = out[self.query_offsets : self.query_offsets + seqs + 1]
         offsets[0] = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 
 from rvllm.backends.cuda.layout.fusion import Stage
-from rvllm.backends.cuda.layout.metadata import BEST_ONLY, NUM_SAMPLES
+from rvllm.backends.cuda.layout.metadata import BEST_ONLY, HOST_TOKENS, NUM_SAMPLES
 from rvllm.backends.cuda.ops.family import Family, Lowering
 from rvllm.backends.cuda.ops.sampling.slots import CHUNK, PICK_THREADS, SCAN_WARPS
 from rvllm.kernels.encoder.specs import HIDDEN_TOKENS
@@ -75,6 +75,7 @@ def _sample(to: Lowering, stage: Stage) -> None:
         to.at.histories,
         to.at.logits,
         best_only,
+        to.meta(HOST_TOKENS),
         vocab,
         stride,
         history,
