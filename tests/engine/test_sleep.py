@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from rvllm.backends.base import Limits
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
-from rvllm.engine.ipc.messages import Generate, Sampling
+from rvllm.engine.ipc.messages import FromEngine, Generate, Sampling, Shutdown, Sleep, Slept, ToEngine
+from rvllm.engine.loop import EngineLoop
+from support.doubles.engine import PagedDouble, facts
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2,
@@ -100,3 +103,21 @@ def test_level_one_gives_up_the_blocks_and_deepens_to_two(config: EngineConfig) 
     ask(core, "long", 4000)
     assert finish(core, {}) == expected
     core.close()
+
+
+def test_the_loop_says_how_deep_the_engine_sleeps() -> None:
+    class Scripted:
+        def __init__(self, *messages: ToEngine) -> None:
+            self.messages, self.sent = [*messages, Shutdown()], list[FromEngine]()
+
+        def receive(self, wait: bool) -> list[ToEngine]:
+            return [self.messages.pop(0)]
+
+        def send(self, message: FromEngine) -> None:
+            self.sent.append(message)
+
+    core = EngineCore(PagedDouble(Limits(2, 64, 1000, 16, 100, 1)), facts(1000), EngineConfig())
+    link = Scripted(Sleep(1), Sleep(2))
+    EngineLoop(core, link).run()
+    assert [message.level for message in link.sent if isinstance(message, Slept)] == [1, 2]
+    assert core.sleep_level == 2
