@@ -110,6 +110,11 @@ def test_mistakes_are_told(words: list[str], said: str, capsys: pytest.CaptureFi
     assert said in capsys.readouterr().err
 
 
+def test_without_a_kind_the_kinds_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench"]) == 2
+    assert "rvllm bench --help" in capsys.readouterr().err
+
+
 def asked(name: str, path: Path, count: int = 6, output_len: int | None = None) -> list[Asked]:
     options = argparse.Namespace(sonnet_input_len=40, sonnet_prefix_len=20)
     return from_file(name, str(path), count, 0, output_len, lambda text: len(text.split()), options)

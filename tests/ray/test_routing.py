@@ -172,3 +172,8 @@ def test_what_the_router_believes_is_what_the_engine_holds(capacity: int) -> Non
         send(policy, f"r{i}", tokens, ["a"])
         policy.end(f"r{i}", "a")
     assert abs(believed - held) <= 0.05 * held
+
+
+def test_what_replicas_say_they_have_counts_for_other_routers_requests() -> None:
+    ranked = Policy().rank([], 1, ["busy", "idle"], ongoing={"busy": 3, "idle": 0})
+    assert [name for _, name in ranked] == ["idle", "busy"] and ranked[0][0] < ranked[1][0]
