@@ -11,6 +11,7 @@ import pytest
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.formats.choose import kept
 from rvllm.backends.cuda.layout.memory import Budget
+from rvllm.backends.cuda.ops.decode import chains
 from rvllm.backends.cuda.ops.decode.chains import Steps
 from rvllm.backends.cuda.ops.decode.races import faults
 from rvllm.backends.cuda.ops.decode.step import Mixture, NormFront, Step, Type
@@ -21,6 +22,7 @@ from rvllm.backends.cuda.supported import check_supported
 from rvllm.config import EngineConfig
 from rvllm.engine.ipc.messages import Sampling
 from rvllm.errors import UsageError
+from rvllm.kernels.decode.specs import MAX_NORM_WIDTH
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.cost import Cost
@@ -191,6 +193,18 @@ class TestFaults:
             **{"weights": 1 << 20, "x": 5000, "out": 9000, "rows": 64, "k": 64, "segments": 1, "pitch": 64}
             | fields
         )
+
+    def test_a_product_does_the_norm_of_its_own_row_alone(self) -> None:
+        """Of the same row, of the same width, and no wider than a block can hold."""
+        assert chains._takes(self.step(), self.NORM)
+        wide = MAX_NORM_WIDTH + 64
+        for step, norm in (
+            (self.step(x=4000), self.NORM),
+            (self.step(k=128), self.NORM),
+            (self.step(k=wide), replace(self.NORM, width=wide)),
+            (self.step().normed(self.NORM), self.NORM),
+        ):
+            assert not chains._takes(step, norm)
 
     def test_nothing_is_wrong_with_a_product(self) -> None:
         assert not faults(
