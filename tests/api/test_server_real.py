@@ -198,8 +198,8 @@ def test_soak(served: Served) -> None:
     assert served.metric("rvllm:kv_blocks_used") == 0
     assert served.metric("vllm:num_requests_running") == 0
     assert served.metric("vllm:num_requests_waiting") == 0
-    # The first part touches the pages of the KV cache and of scratch arrays; after that memory must stay.
-    assert used[4] < used[1] + 25, used
+    # The first parts touch the pages of the KV cache and of scratch arrays; after that memory must stay.
+    assert used[4] < used[3] + 15, used
     with served.client() as client:
         after = client.chat.completions.create(model="smol", messages=HELLO, temperature=0, max_tokens=8)
     assert after.choices[0].message.content == before.choices[0].message.content
