@@ -24,11 +24,13 @@ from rvllm.backends.cuda.ops.moe import choose
 from rvllm.backends.cuda.ops.moe.choose import even_tile
 from rvllm.backends.cuda.ops.moe.launches import FAMILY
 from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, most_tiles
+from rvllm.backends.cuda.ops.moe.router import RouteAt, route_part
 from rvllm.backends.cuda.staging import Span
 from rvllm.backends.cuda.weight_loader import Loader
 from rvllm.config import EngineConfig
 from rvllm.engine.ipc.messages import Sampling
 from rvllm.errors import MissingKernelError
+from rvllm.kernels.decode.specs import MAX_NORM_WIDTH
 from rvllm.kernels.moe import specs as experts_manifest
 from rvllm.kernels.moe.specs import segments_of
 from rvllm.models.config import ModelConfig
@@ -155,6 +157,14 @@ def test_mixtral_fits_an_h200_and_a_step_of_one_token_takes_eight_launches_a_lay
     kernels = [p.kernel for p in given.decode(1)]
     assert len(kernels) == 2 + 32 * 8 + 1 + 1 + 1 + 2  # begin, embed, layers, gather, norm, head, sampling
     assert sum("route" in k or "experts" in k for k in kernels) == 32 * 3
+
+
+def test_a_router_of_one_token_takes_whole_tiles_of_rows_that_fit_a_block() -> None:
+    op = next(op for op in built(QWEN3_30B, num_hidden_layers=1).ops if isinstance(op, Route))
+    at = RouteAt(1, 2, 3, 4, 5, 6, 7, 1)
+    assert route_part(op, at, None) is not None and op.weight.shape == (128, 2048)
+    for shape in ((128, 2048 + 8), (128 + 1, 2048), (128, MAX_NORM_WIDTH + 64)):
+        assert route_part(replace(op, weight=replace(op.weight, shape=shape)), at, None) is None, shape
 
 
 def test_memory_of_a_step_of_experts() -> None:

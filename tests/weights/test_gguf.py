@@ -363,3 +363,10 @@ def test_a_large_vocabulary_opens_fast() -> None:
     assert checkpoint.config["vocab_size"] == len(checkpoint.metadata["tokenizer.ggml.tokens"]) == 151936
     kinds = {info.type for info in checkpoint.tensors.values()}
     assert kinds == {TensorType(t) for t in ("F32", "Q5_0", "Q8_0", "Q6_K", "Q4_K")}
+
+
+def test_arrays_of_arrays_are_read(tmp_path: Path) -> None:
+    """Three deep, as the format's specification allows; a fourth is refused, see `BROKEN`."""
+    file = tmp_path / "nested.gguf"
+    file.write_bytes(key_value(struct.pack("<IIQIQIQii", 9, 9, 1, 9, 1, 5, 2, 7, -8)))
+    assert [[list(inner) for inner in outer] for outer in read_gguf(file).metadata["k"]] == [[[7, -8]]]
