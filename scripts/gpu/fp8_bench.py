@@ -27,7 +27,7 @@ from rvllm.backends.cuda.device.driver import Device, Event, Launch, Module, Str
 from rvllm.backends.cuda.formats import fp8_plan as fp8
 from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.kernels import build
-from rvllm.kernels.gemm.fp8.specs import MODES, QUANTISE_BLOCKS, SPECS
+from rvllm.kernels.gemm.fp8.specs import MAX_PAIR_SEGMENTS, MODES, QUANTISE_BLOCKS, SPECS
 from rvllm.kernels.manifest import MANIFEST
 
 LAYERS, HIDDEN, FFN, QKV = 28, 3584, 18944, 4608
@@ -175,6 +175,8 @@ def runs(mode: str, n: int, k: int) -> bool:
     """Whether a mode's kernels multiply with a weight of so many rows and columns."""
     if mode == "sum" or mode.endswith("_sum"):
         return True
+    if mode == "square_pair":
+        return 1 < fp8.segments_of(n, k) <= MAX_PAIR_SEGMENTS
     return mode.startswith("split") != (fp8.segments_of(n, k) == 1)
 
 

@@ -35,7 +35,7 @@ TIGHT_LIMIT = 128  # of these: a little, and in the epilogue only
 TIGHT = {"sm80_bf16_gemm_n16", "sm80_f16_gemm_n64", "sm80_bf16_gemm_pack_f32", "sm90_bf16_gemm_split_n256",
          "sm90_bf16_gemm_walk_n8", "sm90_f16_gemm_sum_n192", "sm90_f16_gemm_flow_n256",
          "sm90_bf16_gemm_tall_n192", "sm90_f16_gemm_pair_n192", "sm90_f16_gemm_wide_n256",
-         "sm90_bf16_fp8_gemm_tall_n128"}  # fmt: skip
+         "sm90_bf16_fp8_gemm_tall_n128", "sm90_bf16_fp8_gemm_tall_sum_n128"}  # fmt: skip
 # sm_90a has wgmma kernels in their place.
 NOT_ON_HOPPER = {"gemm/gemm_sm80.cu", "gemm/fp8/gemm_sm80.cu", "gemm/integer/gemm_sm80.cu"}
 CHOSEN = {
@@ -44,7 +44,7 @@ CHOSEN = {
               "sm80_bf16_norm_layer_add_wide", "sm80_f16_dequant_q5_k", "sm80_bf16_gemm_n16",
               "sm80_f16_experts_r64_n64", "sm80_f16_state_scan_s256", "sm80_f16_gated_norm",
               "sm80_f16_fp8_gemm_n16", "sm80_f16_experts_q4_n16", "sm80_f16_attn_decode_fp8_d64",
-              "sm80_f16_integer_int4_n16", "sm80_bf16_integer_pack_int4"},
+              "sm80_f16_integer_int4_n16", "sm80_bf16_integer_pack_int4", "sm80_bf16_text_attn_d64"},
     "sm_90a": {"sm80_bf16_attn_decode_d128", "sm80_sample_scan",
                "sm80_sample_pick", "sm80_slot_start", "sm80_logprobs", "sm80_checksum",
                "sm80_bf16_fill_random", "sm80_bf16_embed", "sm80_bf16_embed_q4_k",
@@ -63,8 +63,8 @@ CHOSEN = {
                "sm90_bf16_text_attn_d64", "sm80_bf16_pool", "sm80_bf16_attn_decode_sparse_d128",
                "sm90_bf16_attn_prefill_d128", "sm90_bf16_attn_decode_d128", "sm90_bf16_gemm_tall_n192",
                "sm90_f16_gemm_wide_n256", "sm90_bf16_latent_prefill",
-               "sm90_bf16_fp8_gemm_split_n16", "sm90_bf16_fp8_gemm_tall_n128", "sm80_bf16_fp8_quantise",
-               "sm80_fp8_pack",
+               "sm90_bf16_fp8_gemm_split_n16", "sm90_bf16_fp8_gemm_tall_n128",
+               "sm90_bf16_fp8_gemm_tall_sum_n128", "sm80_bf16_fp8_quantise", "sm80_fp8_pack",
                "sm90_bf16_attn_prefill_fp8_d128", "sm90_bf16_attn_decode_fp8_d128",
                "sm80_bf16_rope_kv_fp8_rows",
                "sm90_bf16_integer_int4_split_n8", "sm80_integer_pack_q4_k", "sm80_integer_quantise_f32"},

@@ -230,7 +230,8 @@ def test_many_tokens_are_the_rows_of_tiles() -> None:
 
     assert not set(modes(128).values()) & TALL_ROWS.keys()
     assert modes(512) == {"qkv": "tall_sum", "o": "square_sum", "gate_up": "tall", "down": "square_sum"}
-    assert set(modes(8192).values()) <= TALL_ROWS.keys()
+    assert modes(8192) == modes(512)
+    assert modes(256)["down"] == "square_pair"
     assert all(smem_of(mode, 128, 0) <= 232448 for mode in TALL_ROWS)
 
 

@@ -36,6 +36,7 @@ from rvllm.backends.cuda.ops.gemm.common import (
 from rvllm.errors import UsageError
 from rvllm.kernels.gemm.fp8.specs import (
     BLOCK_K,
+    MAX_PAIR_SEGMENTS,
     MAX_STAGES,
     MODES,
     TALL_ROWS,
@@ -58,16 +59,17 @@ Mode = Literal[
     "tall_sum",
     "square",
     "square_sum",
+    "square_pair",
     "sm80",
 ]
 Scales = Literal["row", "block"]
 
 TALL_MODES: dict[bool, tuple[Mode, ...]] = {  # by whether a weight has one segment
     True: ("tall", "square"),
-    False: ("tall_sum", "square_sum"),
+    False: ("tall_sum", "square_sum", "square_pair"),
 }
 # Cycles that a tile of them takes for 128 of K, fitted to an H200.
-TALL_STEP = {"tall": 775, "square": 530, "tall_sum": 800, "square_sum": 560}
+TALL_STEP = {"tall": 700, "square": 530, "tall_sum": 835, "square_sum": 560}
 RESIDENT_UNITS = 160  # tokens x blocks of K a block quantises; with more, doing it once for all is quicker
 ONE_TILE = 128  # up to so many tokens a split product is the quickest
 INFLOW = 52  # bytes a cycle that a multiprocessor takes in
@@ -157,6 +159,9 @@ def plan_fp8(n: int, k: int, tokens: int, dtype: str, sm_count: int, quantised: 
         why = "enough tokens to fill the GPU"
         plans += [variant(n, k, tokens, dtype, "sum", size, sm_count, why) for size in MODES["sum"]]
     for mode in TALL_MODES[one]:
+        tiles = ceil_div(n, 2 * TILE) * ceil_div(tokens, 128)
+        if mode == "square_pair" and (segments_of(n, k) > MAX_PAIR_SEGMENTS or tiles > sm_count // 2):
+            continue
         plans.append(variant(n, k, tokens, dtype, mode, 128, sm_count, "tokens fill the tensor cores' rows"))
     return min(plans, key=lambda plan: _cycles(plan, sm_count))
 
@@ -180,6 +185,8 @@ def _cycles(plan: Fp8Plan, sm_count: int) -> float:
     if is_split(plan.mode):
         clusters = max(1, sm_count * 9 // 10 // plan.segments)
         return ceil_div(pairs * token_tiles, clusters) * (ceil_div(plan.blocks, plan.segments) * step + 8000)
+    if plan.mode == "square_pair":
+        return ceil_div(plan.blocks, 2) * TALL_STEP["square_sum"] + 6000
     if plan.mode in TALL_ROWS:
         units = ceil_div(plan.rows, TALL_ROWS[plan.mode]) * ceil_div(token_tiles, 2)
         return ceil_div(units, sm_count // 2) * (plan.blocks * TALL_STEP[plan.mode] + 3000)
@@ -207,6 +214,8 @@ def variant(
         cluster, grid = segments, (segments, token_tiles, pairs)
         small = n * k <= SMALL_WEIGHT or segments == MAX_SEGMENTS
         most = min(SMALL_STAGES, ceil_div(blocks, segments)) if small else MAX_STAGES
+    elif mode == "square_pair":
+        cluster, most, grid = 2, MAX_STAGES, (2, token_tiles, pairs)
     elif mode in TALL_ROWS:
         cluster, most = 2, MAX_STAGES
         grid = (2 * min(sm_count // 2, ceil_div(n, TALL_ROWS[mode]) * ceil_div(token_tiles, 2)), 1, 1)

@@ -29,8 +29,12 @@ MODES = {
     "tall_sum": (128,),
     "square": (128,),
     "square_sum": (128,),
+    "square_pair": (128,),
 }
-TALL_ROWS = {"tall": 192, "tall_sum": 192, "square": 128, "square_sum": 128}  # gemm_sm90_tall.cu
+# Rows of a tile where tokens are the tensor cores' rows; of these, what gemm_sm90_overlapped.cu has.
+TALL_ROWS = {"tall": 192, "tall_sum": 192, "square": 128, "square_sum": 128, "square_pair": 128}
+OVERLAPPED = {"tall": "ONE", "square_pair": "PAIR"}
+MAX_PAIR_SEGMENTS = 4
 MAX_STAGES = 12
 QUANTISE_THREADS = 128
 QUANTISE_BLOCKS = QUANTISE_THREADS // 16 * 4  # of 128 columns that a block of them takes
@@ -81,27 +85,32 @@ def smem_of(mode: str, tokens: int, held_blocks: int, most: int = MAX_STAGES) ->
 
 
 def tall_smem(mode: str) -> int:
-    """Dynamic shared memory in bytes; mirrors TallLayout in gemm/fp8/gemm_sm90_tall.cu."""
+    """Dynamic shared memory in bytes; mirrors the layouts of gemm_sm90_{tall,overlapped}.cu."""
     rows, tokens, warps, barriers = TALL_ROWS[mode], 128, 8, 128
     stage = rows * BLOCK_K + tokens * BLOCK_K + rows // 2 + tokens * 4
-    room = warps * rows * (64 if mode.endswith("_sum") else 32)
+    room = warps * rows * (64 if mode.endswith(("_sum", "_pair")) else 32)
     return (SMEM_LIMIT - barriers - room) // stage * stage + room + barriers
 
 
 def _tall() -> list[KernelSpec]:
-    return [
-        KernelSpec(
-            name=f"sm90_{dtype}_fp8_gemm_{mode}_n128",
-            source="gemm/fp8/gemm_sm90_tall.cu",
-            symbol=f"rvllm::fp8::gemm_tall<rvllm::{dtype}, {rows}, {str(mode.endswith('_sum')).lower()}>",
-            arch=90,
-            exact=True,
-            smem=SMEM_LIMIT,
-            unit=f"{dtype}_{mode}",
-        )
-        for dtype in DTYPES
-        for mode, rows in TALL_ROWS.items()
-    ]
+    specs = []
+    for dtype in DTYPES:
+        for mode, rows in TALL_ROWS.items():
+            name, last = "tall", str(mode.endswith("_sum")).lower()
+            if mode in OVERLAPPED:
+                name, last = "overlapped", f"rvllm::fp8::{OVERLAPPED[mode]}"
+            specs.append(
+                KernelSpec(
+                    name=f"sm90_{dtype}_fp8_gemm_{mode}_n128",
+                    source=f"gemm/fp8/gemm_sm90_{name}.cu",
+                    symbol=f"rvllm::fp8::gemm_{name}<rvllm::{dtype}, {rows}, {last}>",
+                    arch=90,
+                    exact=True,
+                    smem=SMEM_LIMIT,
+                    unit=f"{dtype}_{mode}",
+                )
+            )
+    return specs
 
 
 def _gemms() -> list[KernelSpec]:
