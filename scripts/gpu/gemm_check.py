@@ -93,7 +93,7 @@ class Checker:
         if gemm.segments_of(n, k) == 1:
             modes += ("walk", "flow", "tall")
         else:
-            modes += ("wide",)
+            modes += ("wide", "eight")
         ways = [(mode, tile) for mode in modes for tile in gemm.token_tiles(mode)]
         return [gemm.variant(n, k, tokens, dtype, mode, tile, sms) for mode, tile in ways]
 

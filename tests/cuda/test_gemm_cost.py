@@ -88,3 +88,12 @@ def test_measured_main_loops_are_what_the_model_says() -> None:
 def test_cliffs_are_found() -> None:
     assert cliffs({1: 10.0, 2: 20.0, 3: 17.0, 4: 19.0}) == [(3, pytest.approx(0.15))]
     assert cliffs({1: 10.0, 2: 9.5}) == []
+
+
+def test_clusters_that_crowd_share_multiprocessors() -> None:
+    """16 clusters of eight, of which 14 fit with a block a multiprocessor; two blocks fit into its memory."""
+    for tokens, mode in ((32, "split"), (33, "eight"), (100, "eight"), (128, "eight")):
+        plan = gemm.plan_gemm(2048, 4096, tokens, "bf16", 132)
+        assert (plan.mode, plan.cluster, plan.grid) == (mode, 8, (8, 1, 16))
+        assert 2 * (plan.smem + 1024) <= 232448 + 1024
+    assert gemm.plan_gemm(1792, 4096, 128, "bf16", 132).mode == "split"
