@@ -1,11 +1,14 @@
-"""What the kernels and those who call them agree on: slots of a step, sizes of shared pieces."""
+"""What the kernels and those who call them agree on: slots of a step, sizes of shared pieces.
+
+The package's build imports it before any dependency is there.
+"""
 
 from __future__ import annotations
 
-from rvllm.backends.base import KV_BLOCK
+from rvllm.kernels.constants import constants
 
 LANES = 16  # rows of a tile, elements of a vector
-BLOCK = KV_BLOCK
+BLOCK = constants("attention/kv_block.cuh")["KV_BLOCK"]  # tokens of a cache block
 # Slots of a step (see `step.NativeStep`): what the kernels know of the batch.
 TOKENS, SAMPLES, IDS, POSITIONS, PLACES, TABLES, TABLE_WIDTH, SEQUENCE, WANTED = range(9)
 HEADS_ACROSS = 4  # heads of a group that attention computes side by side
