@@ -71,7 +71,7 @@ class EngineView(msgspec.Struct, kw_only=True):
     load_seconds: float
     settings: dict[str, str]
     ledger: list[LedgerLine]
-    stats: dict[str, Any]  # engine.messages.Stats
+    stats: dict[str, Any]  # of telemetry.stats.Stats
     sequences: list[SequenceState]
     cached_blocks: list[int]
     cut: bool

@@ -18,7 +18,7 @@ JSON_SETTINGS = ("hf_overrides", "pooler_config")  # which take objects, as text
 
 
 def engine_config(model: str, revision: str | None, settings: Mapping[str, Any]) -> EngineConfig:
-    """EngineConfig of LLM's arguments, ours and vLLM's (`vllm_flags.py`).
+    """EngineConfig of LLM's arguments, ours and vLLM's (`vllm/flags.py`).
 
     Raises UsageError naming one that is unknown or asks for what is not done, with what to use instead.
     """

@@ -11,10 +11,10 @@ from rvllm.api.generate.answer import Answer, AnswerDelta
 from rvllm.api.generate.generation import Service
 from rvllm.api.generate.logprobs import Names, chat_logprobs, prompt_logprobs
 from rvllm.api.generate.output_parser import Call
-from rvllm.api.generate.streaming import stream
 from rvllm.api.http.body import check_count, parse
 from rvllm.api.http.errors import invalid
 from rvllm.api.http.exchange import Exchange, check_model
+from rvllm.api.openai.streaming import stream
 from rvllm.api.schemas.answers import (
     ChatAnswer,
     ChatChoice,

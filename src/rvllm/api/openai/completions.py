@@ -11,11 +11,11 @@ from rvllm.api.generate.generation import Service, too_long
 from rvllm.api.generate.job import Job, Piece
 from rvllm.api.generate.logprobs import CompletionLogprobsWriter, Names, joined, prompt_logprobs
 from rvllm.api.generate.sampling import completion_params, refuse_unsupported
-from rvllm.api.generate.streaming import stream
 from rvllm.api.generate.structured_outputs import answer_grammar
 from rvllm.api.http.body import parse
 from rvllm.api.http.errors import invalid
 from rvllm.api.http.exchange import Exchange, check_model
+from rvllm.api.openai.streaming import stream
 from rvllm.api.schemas.answers import CompletionAnswer, CompletionChoice, CompletionLogprobs, now
 from rvllm.api.schemas.requests import CompletionRequest
 from rvllm.text.chat.fim import FillIn

@@ -39,8 +39,12 @@ def pool(x: F32, how: encoder.Pooling, normalise: bool) -> F32:
     """One text's vector [width] from its rows x [L, width]."""
     if how == "mean":
         out = np.add.reduce(x, axis=0, dtype=np.float64).astype(np.float32) / np.float32(len(x))
+    elif how == "cls":
+        out = x[0]
+    elif how == "last":
+        out = x[-1]
     else:
-        out = x[0 if how == "cls" else -1]
+        raise NotImplementedError(how)
     if normalise:
         out = out / max(np.sqrt(np.vecdot(out, out)), np.float32(1e-12))
     return np.asarray(out, dtype=np.float32)
