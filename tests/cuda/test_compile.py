@@ -59,6 +59,7 @@ CHOSEN = {
                "sm90_bf16_moe_grouped_n8", "sm90_bf16_moe_grouped_n192", "sm90_bf16_moe_int4_n96",
                "sm80_bf16_experts_r128_n128", "sm80_bf16_experts_int4_n64",
                "sm80_bf16_gemm_pack_f32", "sm80_stream_read", "sm80_begin_step", "sm90_bf16_gemm_split_n8",
+               "sm80_copy_words",
                "sm80_bf16_rope_kv_rms", "sm80_bf16_norm_add_norm", "sm80_bf16_gated_clamped",
                "sm80_bf16_state_scan_s128_conv", "sm80_bf16_scan_keep", "sm80_bf16_causal_conv_k4_silu",
                "sm90_bf16_text_attn_d64", "sm80_bf16_pool", "sm80_bf16_attn_decode_sparse_d128",
