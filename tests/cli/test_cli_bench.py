@@ -12,6 +12,7 @@ import pytest
 from rvllm.bench.datasets import Asked, from_file, prefix_repetition
 from rvllm.bench.load import Sent
 from rvllm.bench.serving import page, summary
+from rvllm.cli.bench import _spread
 from rvllm.cli.main import main
 from rvllm.errors import UsageError
 from support.doubles.server import LiveServer
@@ -95,6 +96,32 @@ def test_offline_kinds_write_vllms_fields(tmp_path: Path, capsys: pytest.Capture
     assert len(found["latencies"]) == 3 and set(found["percentiles"]) == {"10", "25", "50", "75", "90", "99"}
     assert found["percentiles"]["50"] == pytest.approx(float(np.median(found["latencies"])))
     assert "Avg latency:" in capsys.readouterr().out
+
+
+def test_throughput_takes_vllms_own_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    engine = ["--model", str(tmp_path), "--load-format", "dummy", "--device", "cpu", "--skip-tokenizer-init",
+              "--threads", "1", "--num-blocks", "64", "--output-len", "4"]  # fmt: skip
+    run = ["bench", "throughput", *engine, "--input-len", "8", "--num-prompts", "3"]
+    neutral = ["--backend", "vllm", "--async-engine", "--disable-frontend-multiprocessing", "--n", "2"]
+    assert main([*run, *neutral, "--prefix-len", "5"]) == 0
+    assert "prompt tokens:  39\nTotal num output tokens:  24" in capsys.readouterr().out
+    for words, told in ((["--lora-path", "X"], "adapters"), (["--backend", "hf"], "rvllm race"),
+                        (["--profile"], "rvllm benchmark --profile"), (["--hf-split", "a"], "custom"),
+                        (["--dataset", str(tmp_path / "none.json")], "cannot read")):  # fmt: skip
+        assert main([*run, *words]) == 2
+        assert told in capsys.readouterr().err
+    words = ["--input-len", "8", "--batch-size", "1", "--num-iters", "1", "--num-iters-warmup", "0"]
+    assert main(["bench", "latency", *engine, *words, "--use-beam-search", "--n", "2"]) == 0
+    assert main(["bench", "throughput", "--help=prefix-len"]) == 0
+    assert "--prefix-len" in capsys.readouterr().out
+
+
+def test_one_length_of_throughput_is_every_data_sets() -> None:
+    args = argparse.Namespace(input_len=9, output_len=4, prefix_len=3)
+    _spread(args)
+    assert (args.sonnet_input_len, args.sonnet_prefix_len, args.random_prefix_len) == (9, 3, 3)
+    assert {args.sharegpt_output_len, args.custom_output_len, args.sonnet_output_len} == {4}
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,13 @@ _ELSEWHERE = {
 _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
 )  # fmt: skip
+_REFUSED = {
+    "lora_path": "adapters are not supported; merge them into the model first",
+    "hf_subset": "nothing is fetched; a JSON line for each prompt is --dataset-name custom",
+    "hf_split": "nothing is fetched; a JSON line for each prompt is --dataset-name custom",
+    "hf_max_batch_size": "rvLLM alone is measured; `rvllm race` measures other engines beside it",
+    "profile": "`rvllm benchmark --profile` times every kernel of a step",
+}  # vLLM's arguments that ask for what is not done here, and what to use instead
 _RANKS = (10, 25, 50, 75, 90, 99)
 
 
@@ -37,14 +44,16 @@ def add_parser(subparsers: Any) -> None:
     serve = kinds.add_parser("serve", help="load on a running server", allow_abbrev=False)
     _add_serve(serve)
     throughput = kinds.add_parser("throughput", help="many requests, no server", allow_abbrev=False)
-    _add_workload(throughput, input_len=None, output_len=None)
-    throughput.add_argument("--num-prompts", type=int, default=1000, help="requests [1000]")
+    _add_workload(throughput)
+    _add_throughput(throughput)
     add_flags(throughput, EngineConfig, "engine")
     for name in _ELSEWHERE:
         other = kinds.add_parser(name, add_help=False)
         other.add_argument("words", nargs=argparse.REMAINDER)
     latency = kinds.add_parser("latency", help="one batch, over and over", allow_abbrev=False)
-    _add_workload(latency, input_len=32, output_len=128)
+    _add_workload(latency)
+    latency.set_defaults(input_len=32, output_len=128)
+    latency.add_argument("--use-beam-search", action="store_true", help="--n is the number of beams")
     latency.add_argument("--batch-size", type=int, default=8, help="requests at once [8]")
     latency.add_argument("--num-iters-warmup", type=int, default=10, help="runs before those that count [10]")
     latency.add_argument("--num-iters", type=int, default=30, help="runs [30]")
@@ -67,7 +76,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add_datasets(parser)
     add("--random-input-len", "--input-len", type=int, default=1024, help="tokens of a prompt [1024]")
     add("--random-output-len", "--output-len", type=int, default=128, help="tokens of an answer [128]")
-    add("--random-range-ratio", type=float, default=0.0, help="lengths vary by this share [0]")
+    _add_random(parser)
     add("--num-prompts", type=int, default=1000, help="requests [1000]")
     add("--num-warmups", type=int, default=0, help="requests before those that count [0]")
     add("--request-rate", type=float, default=float("inf"), help="requests a second [inf: all at once]")
@@ -92,19 +101,52 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--disable-tqdm", action="store_true", help="there is no bar anyway")
 
 
-def _add_workload(parser: argparse.ArgumentParser, input_len: int | None, output_len: int | None) -> None:
-    parser.add_argument("--input-len", "--random-input-len", type=int, default=input_len or 1024)
-    parser.add_argument("--output-len", "--random-output-len", type=int, default=output_len or 128)
-    parser.add_argument("--n", type=int, default=1, help="answers to each prompt [1]")
+def _add_random(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--random-prefix-len", type=int, default=0, help="tokens alike before each prompt [0]")
+    add("--random-range-ratio", type=float, default=0.0, help="lengths vary by this share [0]")
+
+
+def _add_workload(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--input-len", "--random-input-len", type=int, help="tokens of a prompt")
+    add("--output-len", "--random-output-len", type=int, help="tokens of an answer")
+    add("--n", type=int, default=1, help="answers to each prompt [1]")
+    add("--output-json", help="write the result to this file")
+    add("--disable-detokenize", action="store_true", help="token ids alone")
+    add("--profile", action="store_true", help=argparse.SUPPRESS)
+
+
+def _add_throughput(parser: argparse.ArgumentParser) -> None:
+    """vLLM's further arguments of `throughput`; those of `_REFUSED` are known, to be refused by name."""
+    add = parser.add_argument
+    add("--num-prompts", type=int, default=1000, help="requests [1000]")
+    add("--prefix-len", type=int, help="tokens alike before each prompt of random, sonnet [0, 200]")
     add_datasets(parser)
-    parser.add_argument("--output-json", help="write the result to this file")
-    parser.add_argument("--disable-detokenize", action="store_true", help="token ids alone")
+    _add_random(parser)
+    add("--dataset", dest="dataset_path", help=argparse.SUPPRESS)
+    parser.set_defaults(dataset_name=None)
+    add("--backend", default="vllm", help=argparse.SUPPRESS)
+    add("--async-engine", action="store_true", help=argparse.SUPPRESS)  # there is one engine
+    for name in ("lora_path", "hf_subset", "hf_split", "hf_max_batch_size"):
+        add("--" + name.replace("_", "-"), help=argparse.SUPPRESS)
+
+
+def _refuse(args: argparse.Namespace) -> None:
+    """Raises UsageError for an argument of vLLM's that asks for what is not done here."""
+    for name, instead in _REFUSED.items():
+        if getattr(args, name, None):
+            raise UsageError(f"--{name.replace('_', '-')}: {instead}")
+    if getattr(args, "backend", "vllm") != "vllm":
+        raise UsageError(f"--backend {args.backend}: {_REFUSED['hf_max_batch_size']}")
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs one kind of measurement; 1 when a request failed."""
     if args.kind in _ELSEWHERE:
         raise UsageError(f"bench {args.kind} is vLLM's; here it is {_ELSEWHERE[args.kind]}")
+    if args.kind != "serve":
+        _refuse(args)
     return {"serve": _serve, "throughput": _throughput, "latency": _latency}[args.kind](args)
 
 
@@ -210,14 +252,27 @@ def _prompt(one: Asked) -> dict[str, Any]:
     return {"prompt_token_ids": one.prompt} if isinstance(one.prompt, list) else {"prompt": one.prompt}
 
 
+def _spread(args: argparse.Namespace) -> None:
+    """`throughput` has one argument for a length that each data set has its own of elsewhere."""
+    args.random_input_len, args.random_output_len = args.input_len or 1024, args.output_len or 128
+    if args.input_len is not None:
+        args.sonnet_input_len = args.input_len
+    if args.prefix_len is not None:
+        args.random_prefix_len = args.sonnet_prefix_len = args.prefix_len
+    if args.output_len is not None:
+        args.sharegpt_output_len = args.custom_output_len = args.sonnet_output_len = args.output_len
+
+
 def _throughput(args: argparse.Namespace) -> int:
     from rvllm.bench.datasets import check_name
 
+    if args.dataset_name is None:  # vLLM's is a file of sharegpt, and random where there is no file
+        args.dataset_name = "sharegpt" if args.dataset_path else "random"
     check_name(args.dataset_name)
+    _spread(args)
     llm, config = _loaded(args)
     with llm:
         args.vocab_size = min(args.vocab_size, llm.engine.facts.vocab_size)
-        args.random_input_len, args.random_output_len = args.input_len, args.output_len
         args.seed = config.seed
         asked = asked_of(args, args.num_prompts, of_tokenizer(llm.tokenizer))
         prompts, params = [_prompt(one) for one in asked], [_params(args, one.output_len) for one in asked]
@@ -240,15 +295,20 @@ def _throughput(args: argparse.Namespace) -> int:
 def _latency(args: argparse.Namespace) -> int:
     from rvllm.bench.prompts import random_tokens
     from rvllm.bench.stats import percentile
+    from rvllm.engine.sampling_params import BeamSearchParams
 
     llm, config = _loaded(args)
     ids = random_tokens(args.batch_size, args.input_len, llm.engine.facts.vocab_size, config.seed)
     prompts, params = [{"prompt_token_ids": each} for each in ids], _params(args, args.output_len)
+    beams = BeamSearchParams(args.n, args.output_len, ignore_eos=True) if args.use_beam_search else None
     times = []
     with llm:
         for i in range(args.num_iters_warmup + args.num_iters):
             began = time.perf_counter()
-            llm.generate(prompts, params, use_tqdm=False)
+            if beams:
+                llm.beam_search(prompts, beams)
+            else:
+                llm.generate(prompts, params, use_tqdm=False)
             if i >= args.num_iters_warmup:
                 times.append(time.perf_counter() - began)
     average = sum(times) / len(times)

@@ -78,6 +78,12 @@ def _with_command(words: list[str]) -> list[str]:
     return words
 
 
+def _innermost(parser: argparse.ArgumentParser, words: list[str]) -> argparse.ArgumentParser:
+    """The parser of a command's kind (`bench throughput`), where the words name one."""
+    kinds = next((a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)), {})
+    return next((kinds[word] for word in words[1:2] if word in kinds), parser)
+
+
 def _print_help(parser: argparse.ArgumentParser, asked: str) -> int:
     """`--help=WORD`, as vLLM has it: the flags whose name or text has the word; `all`: every flag."""
     text = parser.format_help()
@@ -133,7 +139,7 @@ def _run(words: list[str]) -> int:
 
         words = [chosen, *own_words(words[1:])]
         if asked := next((word[7:] for word in words if word.startswith("--help=")), ""):
-            return _print_help(subparsers.choices[chosen], asked)
+            return _print_help(_innermost(subparsers.choices[chosen], words), asked)
     args, unknown = parser.parse_known_args(words)
     if unknown:
         from rvllm.vllm.words import hint

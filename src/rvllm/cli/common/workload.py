@@ -80,11 +80,14 @@ def asked_of(args: argparse.Namespace, count: int, words: Words) -> list[Asked]:
     seed = int(args.seed or 0)
     if args.dataset_name == "random":
         source, found = random.Random(seed), []
+        low = min(1000, args.vocab_size // 2)
+        alike = [source.randrange(low, args.vocab_size) for _ in range(getattr(args, "random_prefix_len", 0))]
         for _ in range(count):
             length, output = (_varied(source, n, getattr(args, "random_range_ratio", 0.0))
                               for n in (args.random_input_len, args.random_output_len))  # fmt: skip
-            low = min(1000, args.vocab_size // 2)
-            found.append(Asked([source.randrange(low, args.vocab_size) for _ in range(length)], output))
+            found.append(
+                Asked([*alike, *(source.randrange(low, args.vocab_size) for _ in range(length))], output)
+            )
         return found
     if args.dataset_name == "prefix_repetition":
         return prefix_repetition(
