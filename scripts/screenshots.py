@@ -9,9 +9,12 @@ import argparse
 import io
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
+import tempfile
+import termios
 import threading
 import time
 import urllib.request
@@ -80,15 +83,56 @@ def engine(browser: Browser, url: str, seconds: float) -> None:
     time.sleep(seconds)
 
 
+def drawn(target: Path, text: str, title: str) -> None:
+    """Text with a terminal's colours, as a picture of 80 columns."""
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(Text.from_ansi(text.replace(str(Path.home()), "~")))
+    picture = console.export_svg(title=title)
+    target.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL))  # a font from elsewhere
+
+
 def terminal(target: Path, *words: str) -> None:
     """What a command prints on 80 columns, as a picture."""
     variables = {**os.environ, "COLUMNS": "80", "FORCE_COLOR": "1"}
     command = [sys.executable, "-m", "rvllm", *words]
     text = subprocess.run(command, check=True, capture_output=True, text=True, env=variables).stdout
-    console = Console(record=True, width=80, file=io.StringIO())
-    console.print(Text.from_ansi(text.replace(str(Path.home()), "~")))
-    drawn = console.export_svg(title=f"rvllm {' '.join(words)}")
-    target.write_text(re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL))  # a font from elsewhere
+    drawn(target, text, f"rvllm {' '.join(words)}")
+
+
+def conversation(target: Path, url: str) -> None:
+    """What `rvllm chat` shows on a terminal of 80 columns, as a picture."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 80))
+    words = ["chat", "--url", url, "--temperature", "0", "--max-tokens", "220"]
+    with tempfile.TemporaryDirectory() as cache:  # not into the user's history
+        variables = {**os.environ, "TERM": "xterm-256color", "RVLLM_CACHE_DIR": cache}
+        child = subprocess.Popen([sys.executable, "-m", "rvllm", *words], env=variables,
+                                 stdin=theirs, stdout=theirs, stderr=theirs)  # fmt: skip
+        os.close(theirs)
+        written = ""
+        for prompt, typed in (("> ", ASKED), ("first after", "/quit")):
+            while prompt not in written:
+                written += os.read(ours, 65536).decode()
+            os.write(ours, f"{typed}\n".encode())
+        child.wait(20)
+        os.close(ours)
+    drawn(target, "\n".join(screen(written)), "rvllm chat")
+
+
+def screen(written: str) -> list[str]:
+    """The lines that a terminal shows at last: those drawn again are there once."""
+    lines, row = [""], 0
+    for piece in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|\n|[^\x1b\r\n]+", written):
+        if piece == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif piece == "\x1b[2K":
+            lines[row] = ""
+        elif up := re.fullmatch(r"\x1b\[(\d+)A", piece):
+            row -= int(up[1])
+        elif piece.endswith("m") or piece[0] != "\x1b":
+            lines[row] += piece
+    return lines
 
 
 def main() -> int:
@@ -118,6 +162,7 @@ def main() -> int:
             with Browser(1280, 800, dark=dark) as browser:
                 chat(browser, url)
                 browser.screenshot(args.out / f"chat-{name}.png")
+        conversation(args.out / "chat.svg", url)
         if args.phone:
             with Browser(390, 844, scale=2) as browser:
                 chat(browser, url)
