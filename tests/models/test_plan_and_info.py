@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from rvllm.backends.cpu.compiled.library import missing
+from rvllm.cli.common.matrices import kept_as, matrices
 from rvllm.cli.common.ops import folded
 from rvllm.cli.main import main
 from support.models import tiny
@@ -89,10 +91,25 @@ def test_plan_refuses_in_one_line(
 def test_plan_measures_the_cpu_when_no_rates_are_given(
     model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", "--model", model, "--json"]) == 0
+    assert main(["plan", "--model", model, "--json", "--cpu-kernels", "numpy"]) == 0
     rates = json.loads(capsys.readouterr().out)["rates"]
     assert 1e8 < rates["bandwidth"] < 1e13
     assert 1e8 < rates["flops"] < 1e15
+
+
+def test_what_compiled_kernels_keep_is_told(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    program = tiny.program_of(tiny.CASES["llama"])
+    weight = next(w for w in program.weights if w.name == "layers.0.qkv")
+    assert kept_as(weight, program, None, {weight.name: weight.nbytes(4)}) == "float32"
+    assert kept_as(weight, program, None, {weight.name: 5}) == "random"  # as it is stored
+    assert any(said.endswith("kept random, 5 B") for _, said in matrices(program, None, {weight.name: 5}))
+    if missing():
+        return
+    assert main(["plan", "--model", model, "--json", "--cpu-kernels", "compiled"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["rates"]["flops"] is None
+    moved = sum(plan["total"][f"{what}_bytes"] for what in ("weight", "activation", "kv"))
+    assert plan["total"]["floor_seconds"] == pytest.approx(moved / plan["rates"]["bandwidth"])
 
 
 def test_info_shows_settings_with_their_origin(

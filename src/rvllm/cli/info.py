@@ -51,7 +51,12 @@ def main(args: argparse.Namespace) -> int:
 
         model = describe(config)
         sections["model"] = model.facts
-        sections["matrices"] = matrices(model.program, model.checkpoint)
+        packed = {}
+        if model.device == "cpu":
+            from rvllm.backends.cpu.memory import packed_weights
+
+            packed = packed_weights(model.program, model.checkpoint, config)
+        sections["matrices"] = matrices(model.program, model.checkpoint, packed)
         try:
             rows = memory_rows(model.program, model.checkpoint, config, model.device)
             sections[f"memory plan ({model.device})"] = rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 from rvllm.config import EngineConfig, SourceConfig
@@ -11,6 +12,8 @@ from rvllm.errors import UsageError
 from rvllm.settings import add_flags, build, settings_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rvllm.backends.cpu.measure import Rates
     from rvllm.program.cost import StepShape
     from rvllm.program.memory import Workspace
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
     from rvllm.weights.checkpoint import Checkpoint
 
 FLAGS = (
-    "model", "device", "dtype", "quantization", "kv_cache_dtype", "threads", "gemm_strategy",
+    "model", "device", "dtype", "quantization", "kv_cache_dtype", "threads", "cpu_kernels", "gemm_strategy",
 )  # fmt: skip
 MEMORY_FLAGS = (
     "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks",
@@ -50,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--tflops", type=float, default=None, metavar="T",
-        help="10^12 operations a second for the floor times [measured on the CPU]",
+        help="10^12 operations a second for the floor times [measured for NumPy's CPU kernels]",
     )  # fmt: skip
     parser.add_argument("--buffers", action="store_true", help="list every buffer's place in the workspace")
     parser.add_argument(
@@ -101,12 +104,19 @@ def main(args: argparse.Namespace) -> int:
         from rvllm.backends.cuda.layout.preview import kernels_here
 
         program, kernels = kernels_here(program, holds, config, shape)
-    rates = floor_rates(args, device, config.threads)
+    packed: Mapping[str, int] = {}
+    if device == "cpu":
+        from rvllm.backends.cpu.memory import packed_weights
+
+        packed = packed_weights(program, holds, config)
+    rates = floor_rates(args, device, config.threads, bool(packed))
     workspace = plan_workspace(program.ops, shape.tokens, shape.samples)
     formats, nbytes = stored_formats(checkpoint)
     if args.json:
         stored = {"stored_formats": formats, "stored_bytes": nbytes}
-        print(json.dumps(as_json(program, holds, shape, rates, workspace, kernels) | stored, indent=1))
+        print(
+            json.dumps(as_json(program, holds, shape, rates, workspace, kernels, packed) | stored, indent=1)
+        )
     else:
         print(
             as_text(
@@ -117,6 +127,7 @@ def main(args: argparse.Namespace) -> int:
                 workspace,
                 (formats, nbytes),
                 kernels,
+                packed,
                 buffers=args.buffers,
                 everything=args.all,
             )
@@ -180,8 +191,13 @@ def step_shape(args: argparse.Namespace, program: Program) -> StepShape:
     return StepShape(sequences=args.batch, query_len=args.prefill, context=context)
 
 
-def floor_rates(args: argparse.Namespace, device: str, threads: int | None) -> Rates | None:
-    """The rates given; on the CPU those missing are measured, elsewhere there is no floor without them."""
+def floor_rates(
+    args: argparse.Namespace, device: str, threads: int | None, compiled: bool = False
+) -> Rates | None:
+    """The rates given; on the CPU those missing are measured, elsewhere there is no floor without them.
+
+    compiled: the CPU's compiled kernels compute on the stored form, at another rate than is timed: no bound.
+    """
     from rvllm.backends.cpu.measure import Rates, measure
 
     for name in ("bandwidth", "tflops"):
@@ -195,7 +211,7 @@ def floor_rates(args: argparse.Namespace, device: str, threads: int | None) -> R
     found = measure(threads)
     return Rates(
         found.bandwidth if args.bandwidth is None else args.bandwidth * 1e9,
-        found.flops if args.tflops is None else args.tflops * 1e12,
+        args.tflops * 1e12 if args.tflops is not None else math.inf if compiled else found.flops,
     )
 
 
@@ -206,14 +222,18 @@ def as_json(
     rates: Rates | None,
     workspace: Workspace,
     kernels: dict[str, str],
+    packed: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Everything the command knows, in bytes, operations and seconds. kernels: by op, on a GPU."""
+    """Everything the command knows, in bytes, operations and seconds. kernels: by op, on a GPU.
+
+    packed: bytes of the weights that the CPU's compiled kernels keep, by name.
+    """
     from rvllm.cli.common.matrices import kept_as, stored_as
     from rvllm.cli.common.ops import dtype_of
     from rvllm.program.cost import kv_bytes_per_token, op_cost, program_cost
 
     def entry(op: Op) -> dict[str, Any]:
-        cost = op_cost(program, op, shape)
+        cost = op_cost(program, op, shape, packed)
         return {
             "name": op.name,
             "kind": op.kind,
@@ -222,7 +242,7 @@ def as_json(
             "weights": {w.name: list(w.shape) for w in op.weights},
             "dtype": dtype_of(op, program),
             "stored": {w.name: stored_as(w, checkpoint) for w in op.weights},
-            "kept": {w.name: kept_as(w, program) for w in op.weights},
+            "kept": {w.name: kept_as(w, program, checkpoint, packed) for w in op.weights},
             "kernel": kernels.get(op.name),
             "weight_bytes": cost.weight_bytes,
             "activation_bytes": cost.activation_bytes,
@@ -231,7 +251,7 @@ def as_json(
             "floor_seconds": cost.floor_seconds(rates.bandwidth, rates.flops) if rates else None,
         }
 
-    total = program_cost(program, shape)
+    total = program_cost(program, shape, packed)
     return {
         "architecture": program.architecture,
         "dtype": program.dtype.value,
@@ -242,9 +262,11 @@ def as_json(
             "activation_bytes": total.activation_bytes,
             "kv_bytes": total.kv_bytes,
             "flops": total.flops,
-            "floor_seconds": floor_total(program, shape, rates) if rates else None,
+            "floor_seconds": floor_total(program, shape, rates, packed) if rates else None,
         },
-        "rates": {"bandwidth": rates.bandwidth, "flops": rates.flops} if rates else None,
+        "rates": {"bandwidth": rates.bandwidth, "flops": rates.flops if rates.flops < math.inf else None}
+        if rates
+        else None,
         "kv_bytes_per_token": kv_bytes_per_token(program),
         "state_bytes_per_sequence": program.state_elements_per_slot * 4,
         "workspace_bytes": workspace.nbytes,
@@ -253,11 +275,12 @@ def as_json(
     }
 
 
-def floor_total(program: Program, shape: StepShape, rates: Rates) -> float:
+def floor_total(program: Program, shape: StepShape, rates: Rates, packed: Mapping[str, int]) -> float:
     """The sum of the ops' floors: they run one after the other."""
     from rvllm.program.cost import op_cost
 
-    return sum(op_cost(program, op, shape).floor_seconds(rates.bandwidth, rates.flops) for op in program.ops)
+    costs = (op_cost(program, op, shape, packed) for op in program.ops)
+    return sum(cost.floor_seconds(rates.bandwidth, rates.flops) for cost in costs)
 
 
 def as_text(
@@ -268,6 +291,7 @@ def as_text(
     workspace: Workspace,
     stored: tuple[str, int],
     kernels: dict[str, str],
+    packed: Mapping[str, int],
     *,
     buffers: bool,
     everything: bool,
@@ -283,13 +307,13 @@ def as_text(
     what = "decode" if shape.query_len == 1 else f"prefill of {shape.query_len} tokens"
     if embedding_size(program) is not None:
         what = f"texts of {shape.query_len} tokens"
-    rows = op_rows(program, checkpoint, shape, rates, kernels)
+    rows = op_rows(program, checkpoint, shape, rates, kernels, packed)
     shown = whole_table if everything else folded_table
     parts = [
         f"{program.architecture}, {program.dtype.value}: {what}, batch {shape.sequences}, "
         f"context {shape.context}",
-        facts("total", _totals(program, shape, rates)),
-        facts("memory", _memory(program, workspace, stored)),
+        facts("total", _totals(program, shape, rates, packed)),
+        facts("memory", _memory(program, workspace, stored, packed)),
         table(*shown(rows, bool(rates), bool(kernels))),
     ]
     if buffers:
@@ -301,12 +325,14 @@ def as_text(
     return "\n\n".join(parts)
 
 
-def _totals(program: Program, shape: StepShape, rates: Rates | None) -> list[tuple[str, str]]:
+def _totals(
+    program: Program, shape: StepShape, rates: Rates | None, packed: Mapping[str, int]
+) -> list[tuple[str, str]]:
     """What the whole step moves and computes, and its floor."""
     from rvllm.cli.common.tables import human_bytes, human_flops, human_seconds
     from rvllm.program.cost import program_cost
 
-    total = program_cost(program, shape)
+    total = program_cost(program, shape, packed)
     totals = [
         ("ops", str(len(program.ops))),
         ("weights read", human_bytes(total.weight_bytes)),
@@ -316,22 +342,25 @@ def _totals(program: Program, shape: StepShape, rates: Rates | None) -> list[tup
     ]
     if rates is None:
         return [*totals, ("floor", "give --bandwidth and --tflops of the GPU")]
-    floor = floor_total(program, shape, rates)
+    floor = floor_total(program, shape, rates, packed)
+    computed = f" and {rates.flops / 1e12:.4g} TFLOP/s" if rates.flops < math.inf else ""
     return [
         *totals,
         ("floor", human_seconds(floor)),
         ("limit", f"{shape.tokens / floor:,.0f} tokens/s"),
-        ("at", f"{rates.bandwidth / 1e9:.4g} GB/s and {rates.flops / 1e12:.4g} TFLOP/s"),
+        ("at", f"{rates.bandwidth / 1e9:.4g} GB/s{computed}"),
     ]
 
 
-def _memory(program: Program, workspace: Workspace, stored: tuple[str, int]) -> list[tuple[str, str]]:
+def _memory(
+    program: Program, workspace: Workspace, stored: tuple[str, int], packed: Mapping[str, int]
+) -> list[tuple[str, str]]:
     """What the model keeps; stored: formats and bytes of the checkpoint's tensors."""
     from rvllm.cli.common.tables import human_bytes
-    from rvllm.program.cost import kv_bytes_per_token
+    from rvllm.program.cost import kv_bytes_per_token, weight_bytes
 
     memory = [
-        ("all weights", human_bytes(sum(w.nbytes(program.dtype.size) for w in program.weights))),
+        ("all weights", human_bytes(sum(map(weight_bytes(program, packed), program.weights)))),
         ("stored", f"{human_bytes(stored[1])}: {stored[0]}" if stored[0] else "no weights there"),
         ("KV cache per token", human_bytes(kv_bytes_per_token(program))),
         ("workspace", f"{human_bytes(workspace.nbytes)} for {len(workspace.placements)} buffers"),

@@ -48,6 +48,13 @@ def weight_lines(program: Program, checkpoint: Checkpoint | None, config: Engine
     return [LedgerLine(WEIGHTS, sum(w.elements for w in program.weights) * ELEMENT)]
 
 
+def packed_weights(program: Program, checkpoint: Checkpoint | None, config: EngineConfig) -> dict[str, int]:
+    """Bytes of each weight that the CPU keeps in a form of its kernels', by name; the others are float32."""
+    from rvllm.backends.cpu.compiled import model
+
+    return model.packed_bytes(program, checkpoint) if model.chosen(config.cpu_kernels, program) else {}
+
+
 def rows_of_a_step(tokens: int, sequences: int) -> tuple[int, int]:
     """The most tokens and rows of logits that a step has."""
     return tokens, min(tokens, sequences + SCORED)

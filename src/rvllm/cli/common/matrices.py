@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rvllm.program.ops.dense import Program, Weight
     from rvllm.weights.checkpoint import Checkpoint
+
+
+NONE_PACKED: Mapping[str, int] = MappingProxyType({})
 
 
 def stored_as(weight: Weight, checkpoint: Checkpoint | None) -> str:
@@ -20,12 +25,21 @@ def stored_as(weight: Weight, checkpoint: Checkpoint | None) -> str:
     return " + ".join(dict.fromkeys(info.stored_as for info in found if info is not None)) or "missing"
 
 
-def kept_as(weight: Weight, program: Program) -> str:
-    """`bfloat16`, `FP8, a scale a row`."""
+def kept_as(
+    weight: Weight,
+    program: Program,
+    checkpoint: Checkpoint | None = None,
+    packed: Mapping[str, int] = NONE_PACKED,
+) -> str:
+    """`bfloat16`, `FP8, a scale a row`. packed: bytes of weights that compiled kernels keep, by name."""
+    if packed.get(weight.name, weight.nbytes(4)) < weight.nbytes(4):
+        return stored_as(weight, checkpoint)
     return program.dtype.value if weight.format is None else weight.format.label
 
 
-def matrices(program: Program, checkpoint: Checkpoint | None) -> list[tuple[str, str]]:
+def matrices(
+    program: Program, checkpoint: Checkpoint | None, packed: Mapping[str, int] = NONE_PACKED
+) -> list[tuple[str, str]]:
     """A line for the matrices of all layers that are alike: name, and shape, numbers and bytes."""
     from rvllm.cli.common.tables import human_bytes
 
@@ -34,8 +48,9 @@ def matrices(program: Program, checkpoint: Checkpoint | None) -> list[tuple[str,
         if weight.role == "vector":
             continue
         shape = " x ".join(map(str, weight.shape))
-        nbytes = human_bytes(weight.nbytes(program.dtype.size))
-        said = f"{shape}, stored {stored_as(weight, checkpoint)}, kept {kept_as(weight, program)}, {nbytes}"
+        nbytes = human_bytes(packed.get(weight.name, weight.nbytes(program.dtype.size)))
+        stored, kept = stored_as(weight, checkpoint), kept_as(weight, program, checkpoint, packed)
+        said = f"{shape}, stored {stored}, kept {kept}, {nbytes}"
         name = re.sub(r"layers\.\d+", "layers.*", weight.name)
         counts[name, said] = counts.get((name, said), 0) + 1
     return [(name, f"{count} of {said}") for (name, said), count in counts.items()]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rvllm.backends.cpu.measure import Rates
     from rvllm.program.cost import StepShape
     from rvllm.program.ops.dense import Op, Program
@@ -26,14 +28,17 @@ def weight_shapes(op: Op) -> str:
     return " ".join("[" + ", ".join(map(str, w.shape)) + "]" for w in op.weights)
 
 
-def numbers_of(op: Op, program: Program, checkpoint: Checkpoint | None) -> str:
+def numbers_of(
+    op: Op, program: Program, checkpoint: Checkpoint | None, packed: Mapping[str, int] | None = None
+) -> str:
     """`BF16`, or how an op's matrices are stored and kept where these differ: `Q8_0 > bfloat16`."""
     from rvllm.cli.common.matrices import kept_as, stored_as
 
     said = []
     for weight in op.weights:
         if weight.role != "vector":
-            stored, kept = stored_as(weight, checkpoint), kept_as(weight, program)
+            stored = stored_as(weight, checkpoint)
+            kept = kept_as(weight, program, checkpoint, packed or {})
             said.append(kept if stored in ("random", kept) else f"{stored} > {kept}")
     return ", ".join(dict.fromkeys(said))
 
@@ -49,6 +54,7 @@ def op_rows(
     shape: StepShape,
     rates: Rates | None,
     kernels: dict[str, str],
+    packed: Mapping[str, int],
 ) -> list[Row]:
     """What is known of each op, by the table's headings."""
     from rvllm.cli.common.tables import human_bytes, human_flops, human_seconds
@@ -56,10 +62,10 @@ def op_rows(
 
     rows = []
     for op in program.ops:
-        cost = op_cost(program, op, shape)
+        cost = op_cost(program, op, shape, packed)
         rows.append({
             "op": op.name, "kind": op.kind, "rows": shapes(op, shape), "weights": weight_shapes(op),
-            "numbers": numbers_of(op, program, checkpoint), "dtype": dtype_of(op, program),
+            "numbers": numbers_of(op, program, checkpoint, packed), "dtype": dtype_of(op, program),
             "bytes": human_bytes(cost.nbytes), "FLOPs": human_flops(cost.flops),
             "floor": human_seconds(cost.floor_seconds(rates.bandwidth, rates.flops)) if rates else "",
             "kernel": kernels.get(op.name, ""),

@@ -41,14 +41,19 @@ def chosen(setting: str, program: Program | None = None) -> bool:
 
 def weight_lines(program: Program, checkpoint: Checkpoint | None) -> list[LedgerLine]:
     """What the weights will take: packed for compiled ops, float32 for the others."""
-    from rvllm.backends.cpu.compiled.formats import packed_nbytes
-
-    wanted, plain = _placed(program)
+    _, plain = _placed(program)
     return [
-        LedgerLine("packed weights, compiled kernels",
-                   sum(packed_nbytes(w, checkpoint) for w in program.weights if w.name in wanted)),
+        LedgerLine("packed weights, compiled kernels", sum(packed_bytes(program, checkpoint).values())),
         LedgerLine(WEIGHTS, sum(ELEMENT * w.elements for w in program.weights if w.name in plain)),
     ]  # fmt: skip
+
+
+def packed_bytes(program: Program, checkpoint: Checkpoint | None) -> dict[str, int]:
+    """Bytes of each weight that compiled ops want packed, by name; nothing is read."""
+    from rvllm.backends.cpu.compiled.formats import packed_nbytes
+
+    wanted, _ = _placed(program)
+    return {w.name: packed_nbytes(w, checkpoint) for w in program.weights if w.name in wanted}
 
 
 def _placed(program: Program) -> tuple[set[str], set[str]]:
