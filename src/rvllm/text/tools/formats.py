@@ -142,6 +142,16 @@ class ToolParser:
                     self.reader.unread(follows)
                 return True
 
+    def list_or_call(self, before: str) -> Reading[None]:
+        """Reads `[call, call, ...]` or one call; what is neither is text, with `before` in front."""
+        space = yield from self.reader.skip_space()
+        first = yield from self.reader.next()
+        if first == "[":
+            yield from self.array_of_calls(before + space + first)
+        else:
+            self.reader.unread(first)
+            yield from self.object_or_text(before + space)
+
 
 def _begins(text: str, marks: Collection[str]) -> bool:
     return any(mark.startswith(text) for mark in marks)
@@ -267,13 +277,7 @@ class CommandR(ToolParser):
     keys = CallKeys(("tool_name", "name"), ("parameters", "arguments"), ("tool_call_id",))
 
     def call_after(self, mark: str) -> Reading[None]:
-        space = yield from self.reader.skip_space()
-        first = yield from self.reader.next()
-        if first == "[":
-            yield from self.array_of_calls(mark + space + first)
-        else:
-            self.reader.unread(first)
-            yield from self.object_or_text(mark + space)
+        yield from self.list_or_call(mark)
 
 
 class ActionJson(ToolParser):

@@ -106,13 +106,7 @@ class Xlam(BareParser):
         yield from super().read()
 
     def call_after(self, mark: str) -> Reading[None]:
-        space = yield from self.reader.skip_space()
-        first = yield from self.reader.next()
-        if first == "[":
-            yield from self.array_of_calls(mark + space + first)
-        else:
-            self.reader.unread(first)
-            yield from self.object_or_text(mark + space)
+        yield from self.list_or_call(mark)
 
 
 class Apertus(ToolParser):

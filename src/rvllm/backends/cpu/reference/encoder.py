@@ -6,6 +6,8 @@ shapes are its own, and its rows are pooled one after the other.
 
 from __future__ import annotations
 
+from typing import assert_never
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -44,7 +46,7 @@ def pool(x: F32, how: encoder.Pooling, normalise: bool) -> F32:
     elif how == "last":
         out = x[-1]
     else:
-        raise NotImplementedError(how)
+        assert_never(how)
     if normalise:
         out = out / max(np.sqrt(np.vecdot(out, out)), np.float32(1e-12))
     return np.asarray(out, dtype=np.float32)
