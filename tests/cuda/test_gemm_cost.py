@@ -7,7 +7,7 @@ import pytest
 from rvllm.backends.cuda.buckets import bucket_of, decode_buckets
 from rvllm.backends.cuda.ops.gemm import cost
 from rvllm.backends.cuda.ops.gemm import plan as gemm
-from rvllm.bench.cliffs import cliffs
+from rvllm.bench.cliffs import cliffs, dips
 
 SMS = 132
 # Layers, the weights [rows, K] of a layer, the head.
@@ -88,6 +88,7 @@ def test_measured_main_loops_are_what_the_model_says() -> None:
 def test_cliffs_are_found() -> None:
     assert cliffs({1: 10.0, 2: 20.0, 3: 17.0, 4: 19.0}) == [(3, pytest.approx(0.15))]
     assert cliffs({1: 10.0, 2: 9.5}) == []
+    assert dips({16: 0.9, 100: 0.6, 500: 0.8, 1000: 0.79, 4000: 0.5}) == [(100, pytest.approx(0.25))]
 
 
 def test_clusters_that_crowd_share_multiprocessors() -> None:

@@ -18,3 +18,16 @@ def cliffs(rates: Mapping[int, float], tolerance: float = 0.1) -> list[tuple[int
             found.append((size, 1 - rate / best))
         best = max(best, rate)
     return found
+
+
+def dips(shares: Mapping[int, float], tolerance: float = 0.1) -> list[tuple[int, float]]:
+    """Points whose share lies more than `tolerance` under those of both neighbours, with the shortfall.
+
+    shares: of the floor (or any quantity that goes smoothly) by context; its ends are not looked at.
+    """
+    points, found = sorted(shares), []
+    for before, point, after in zip(points, points[1:], points[2:], strict=False):
+        lower = min(shares[before], shares[after])
+        if shares[point] < lower * (1 - tolerance):
+            found.append((point, 1 - shares[point] / lower))
+    return found
