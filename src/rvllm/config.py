@@ -169,6 +169,11 @@ class EngineConfig:
     check_device_memory: bool = setting(
         False, "Debugging: end with an error if a step takes GPU memory after the start."
     )
+    trace_steps: str | None = setting(
+        None,
+        "File to append every step of the engine to: what it was and where its time went, JSON, one line a step; rvllm trace FILE adds it up.",
+        metavar="FILE",
+    )
     max_logprobs: int = setting(
         20, "Most log-probabilities that a request may ask for, for each token; -1: all.", low=-1
     )

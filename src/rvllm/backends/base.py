@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from rvllm.kernels.constants import constants
 from rvllm.telemetry.stats import StepKernel
+from rvllm.telemetry.step_trace import TracedStep
 
 Int32 = NDArray[np.int32]
 Progress = Callable[[float, str], None]  # part done, 0 to 1; what is being done
@@ -220,6 +221,14 @@ class Preparable(Protocol):
 
     def prepare(self) -> bool:
         """Does a little of it, in some 10 ms; False when nothing is left. Called between steps alone."""
+
+
+@runtime_checkable
+class Traceable(Protocol):
+    """A backend that knows more of a step than its result."""
+
+    def describe(self, handle: Any, step: TracedStep) -> None:
+        """Fills in what it knows of a step that has just been collected; see `TracedStep`."""
 
 
 @runtime_checkable

@@ -1,10 +1,11 @@
-"""`rvllm trace ID`: where the time of a finished request went."""
+"""`rvllm trace`: where the time of a finished request, or of an engine's steps, went."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import time
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -17,8 +18,12 @@ _SUMMED = {"detokenize": "turning tokens into text, in all", "stream": "handing 
 
 def add_parser(subparsers: Any) -> None:
     """Declares `trace`."""
-    parser = subparsers.add_parser("trace", help="where the time of a request went", allow_abbrev=False)
-    parser.add_argument("id", help="its X-Request-Id, or the id in its answer (chatcmpl-…)")
+    parser = subparsers.add_parser(
+        "trace", help="where the time of a request or of an engine went", allow_abbrev=False
+    )
+    parser.add_argument(
+        "id", help="a request's X-Request-Id or the id in its answer (chatcmpl-…), or a file of --trace-steps"
+    )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server [http://127.0.0.1:8000]")
     parser.add_argument(
         "--api-key", default=None, help="its key (better: RVLLM_API_KEY, which other users do not see)"
@@ -26,7 +31,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the phases. Raises RvllmError when the server does not know the request."""
+    """Prints the phases of a request, or what a file's steps add up to.
+
+    Raises RvllmError when the server does not know the request, or the file holds no steps.
+    """
+    if Path(args.id).is_file():
+        return _steps(Path(args.id))
     key = args.api_key or os.environ.get("RVLLM_API_KEY")
     found = get_json(args.url, f"/rvllm/requests/{quote(args.id, safe='')}", key)
     moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["arrived"]))
@@ -40,6 +50,17 @@ def main(args: argparse.Namespace) -> int:
             print(line)
         for line in chunk_lines(choice["chunks"]):
             print(line)
+    return 0
+
+
+def _steps(path: Path) -> int:
+    from rvllm.bench.steps import periods, tables
+    from rvllm.telemetry.step_trace import read_steps
+
+    found = periods(read_steps(path))
+    for number, steps in enumerate(found, 1):
+        print(f"--- {path}, period {number} of {len(found)}")
+        print("\n".join(tables(steps)))
     return 0
 
 

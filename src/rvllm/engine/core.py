@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -21,6 +22,7 @@ from rvllm.backends.base import (
     Progress,
     StepResult,
     TokenLogprobs,
+    Traceable,
 )
 from rvllm.engine.embedding import EmbeddingQueue
 from rvllm.engine.grammar import Grammars
@@ -32,6 +34,7 @@ from rvllm.engine.step import Step
 from rvllm.engine.token_filter import TokenFilter
 from rvllm.errors import CapacityError, UsageError
 from rvllm.telemetry.stats import Stats
+from rvllm.telemetry.step_trace import StepTrace
 
 if TYPE_CHECKING:
     from rvllm.config import EngineConfig
@@ -115,6 +118,7 @@ class EngineCore:
         self._publisher: Publisher | None = None
         if config.kv_events_config is not None:
             self._tell_routers(config)
+        self._trace: StepTrace | None = None
 
     def _tell_routers(self, config: EngineConfig) -> None:
         """Publishes what happens to the prefix cache. Raises UsageError when there is none."""
@@ -140,8 +144,10 @@ class EngineCore:
 
             parse_config(config.kv_events_config)
         started, phases = time.perf_counter(), Phases(progress)
+        trace = None if config.trace_steps is None else StepTrace(Path(config.trace_steps))
         backend, facts = load(config, phases.report)
         core = cls(backend, facts, config, time.perf_counter() - started)
+        core._trace = trace
         core.ready.phases = phases.ended()
         core._load_again = lambda: load(same_limits(config, backend.limits))[0]
         return core
@@ -229,12 +235,15 @@ class EngineCore:
         began = time.perf_counter()
         self._follow_grammars()
         step = self.scheduler.schedule()
-        self.counted.host_seconds += time.perf_counter() - began
+        scheduled = time.perf_counter()
+        self.counted.host_seconds += scheduled - began
         generator = self.generator
         if step is not None:
             assert generator is not None, "an encoder was given tokens to draw"
             self.counters.launched(step)
             step.handle = generator.launch(step.batch)
+            if self._trace is not None:
+                self._trace_launch(self._trace, step, began, scheduled)
             self._in_flight.append(step)
         if self._in_flight and (step is None or len(self._in_flight) >= self._depth):
             self._collect()
@@ -243,17 +252,40 @@ class EngineCore:
         if self._events is not None:
             self._events.flush()
         outputs, self._outbox = self._outbox, []
+        if self._trace is not None:
+            self._trace.ended()
         return outputs
+
+    def _trace_launch(self, trace: StepTrace, step: Step, began: float, scheduled: float) -> None:
+        now = time.perf_counter()
+        step.traced = traced = step.described()
+        traced.running, traced.waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        traced.alone = not self._in_flight
+        trace.launched(traced, began, scheduled, now)
+
+    def _trace_collect(
+        self, trace: StepTrace, step: Step, waited: float, update: float, device: float
+    ) -> None:
+        traced = step.traced
+        assert traced is not None
+        traced.collect, traced.update, traced.device = waited, update, device
+        if isinstance(self.backend, Traceable):
+            self.backend.describe(step.handle, traced)
+        trace.collected(traced)
 
     def _collect(self) -> None:
         """Waits for the oldest step in flight and books what it gave."""
         assert self.generator is not None
         oldest = self._in_flight.popleft()
+        waiting = time.perf_counter()
         result = self.generator.collect(oldest.handle)
         self.counters.collected(oldest)
         began = time.perf_counter()
         self._update(oldest, result)
-        self.counted.host_seconds += time.perf_counter() - began
+        update = time.perf_counter() - began
+        self.counted.host_seconds += update
+        if self._trace is not None:
+            self._trace_collect(self._trace, oldest, began - waiting, update, result.device_seconds)
 
     @property
     def sleep_level(self) -> int:
@@ -409,6 +441,8 @@ class EngineCore:
         while self.generator and self._in_flight:
             self.generator.collect(self._in_flight.popleft().handle)
         self.grammars.close()
+        if self._trace is not None:
+            self._trace.close()
         if self._asleep.loaded:
             self.backend.close()
         if self._publisher is not None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from rvllm.backends.base import LAST_SAMPLED, SlotStart, StepBatch
 from rvllm.engine.sequence import Sequence
+from rvllm.telemetry.step_trace import TracedStep
 
 
 @dataclass(slots=True)
@@ -25,11 +26,24 @@ class Step:
     handle: Any = None
     launched: float = 0.0
     launched_at: float = 0.0
+    traced: TracedStep | None = None  # with --trace-steps
 
     @property
     def decodes_only(self) -> bool:
         """Whether no part of a prompt is in it."""
         return self.decodes == len(self.sequences)
+
+    def described(self) -> TracedStep:
+        """What a trace tells of its batch."""
+        batch = self.batch
+        return TracedStep(
+            step=batch.step,
+            decodes=self.decodes,
+            prompts=len(self.sequences) - self.decodes,
+            prompt_tokens=batch.num_tokens - self.decodes,
+            keys=int(batch.starts[: self.decodes].sum()) + self.decodes,
+            draws=int(batch.sample.sum()),
+        )
 
 
 class StepPlan:

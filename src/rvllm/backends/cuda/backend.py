@@ -55,6 +55,7 @@ from rvllm.errors import RvllmError, UsageError
 from rvllm.program.cost import StepShape, program_cost
 from rvllm.program.ops.dense import Program
 from rvllm.telemetry.stats import StepKernel
+from rvllm.telemetry.step_trace import TracedStep
 from rvllm.weights.checkpoint import Checkpoint
 
 _NO_TILES = np.zeros((0, 2), dtype=np.int32)
@@ -193,7 +194,7 @@ class CudaBackend:
         rows = SampledRows.of(batch)
         decode = batch.num_tokens == len(batch.slots) == len(rows.rows) and not batch.prompt_logprobs
         flight.batch, flight.rows, flight.decode = batch, rows, decode
-        last = self._last
+        flight.before = last = self._last
         flight.follows = last if decode and last is not None and last.decode and last.under_way else None
         for entry in batch.started:
             self._scorer.start(entry)
@@ -205,15 +206,18 @@ class CudaBackend:
             self._copy_states(batch.moves.tolist())
         self._starter.start(batch.started)
         self._send_masks(flight)
+        captured = self._graphs.capture_seconds
         if decode:
             size = self._graphs.decode_size(len(batch.slots))
             graphs, layout, tiles = [self._graphs.decode(size)], self._planner.decode_layout(size), _NO_TILES
         else:
-            graphs = [self._graphs.body(batch.num_tokens)]
+            size = self._graphs.body_size(batch.num_tokens)
+            graphs = [self._graphs.body(size)]
             if len(rows.rows):
                 graphs.append(self._graphs.head(len(rows.rows)))
             layout = self._planner.memory.layout
             tiles = self._tiles(batch)
+        flight.padded, flight.capture_seconds = size, self._graphs.capture_seconds - captured
         words = flight.metadata.array.view(np.int32)
         updates = self._starter.early_updates(batch.new_blocks, layout.updates)
         best_only = not batch.masks and not batch.prompt_logprobs and self._takes_best[rows.slots].all()
@@ -266,6 +270,13 @@ class CudaBackend:
         if self._check_memory:
             self._prove_memory_flat()
         return result
+
+    def describe(self, handle: InFlightStep, step: TracedStep) -> None:
+        """See `Traceable`: what the step was padded to, and how long the device idled before it."""
+        step.padded, step.capture = handle.padded, handle.capture_seconds
+        step.graphs = "decode" if handle.decode else "body, head" if len(handle.rows.rows) else "body"
+        if handle.before is not None:
+            step.idle = handle.began.seconds_since(handle.before.ended)
 
     def _prove_memory_flat(self) -> None:
         """Raises RvllmError if device memory was taken since the last step by anything but a new graph."""

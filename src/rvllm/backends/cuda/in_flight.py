@@ -49,7 +49,8 @@ class InFlightStep:
     began and ended enclose the step's graphs, done comes after the copies to the host. asked: for each
     entry of the logprobs kernel the sequence it belongs to, the token of the prompt that it scores, or -1,
     and how many top tokens it wants. follows: the step before this one, when that was a decode step still
-    under way.
+    under way. before: the step before this one, of whatever kind. padded: tokens that its graph computes.
+    capture_seconds: what capturing its graphs took.
     """
 
     metadata: Pinned
@@ -66,6 +67,9 @@ class InFlightStep:
     asked: list[tuple[int, int, int]] = field(default_factory=list)
     decode: bool = False
     follows: InFlightStep | None = None
+    before: InFlightStep | None = None
+    padded: int = 0
+    capture_seconds: float = 0.0
 
     @property
     def under_way(self) -> bool:

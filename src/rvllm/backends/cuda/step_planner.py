@@ -240,9 +240,12 @@ class GraphBook:
         self._last = [("decode", size)]
         return self._graphs.get("decode", size, self._planner.decode, Counts(size, size, size))
 
-    def body(self, tokens: int) -> Graph:
-        """The graph that computes the hidden rows of up to `tokens` tokens."""
-        size = bucket_of(self._token_sizes, tokens)
+    def body_size(self, tokens: int) -> int:
+        """The padded token count for `tokens` tokens."""
+        return bucket_of(self._token_sizes, tokens)
+
+    def body(self, size: int) -> Graph:
+        """The graph that computes the hidden rows of `size` (a padded size) tokens."""
         self._last = [("body", size)]
         return self._graphs.get(
             "body", size, self._planner.body, Counts(size, self._planner.memory.shape.seqs, 0)

@@ -10,7 +10,8 @@ from rvllm.config import EngineConfig, ServerConfig
 from rvllm.errors import UsageError
 from rvllm.settings import build, flag_of, settings_of
 
-OF_ONE_MODEL = ("tokenizer", "revision", "hf_overrides", "pooler_config", "kv_events_config", "chat_template")
+OF_ONE_MODEL = ("tokenizer", "revision", "hf_overrides", "pooler_config", "kv_events_config", "chat_template",
+                "trace_steps")  # fmt: skip
 CONTEXT_GB = 1.0  # of GPU memory that a sleeping engine keeps: its context, kernels and graphs
 
 
