@@ -14,11 +14,11 @@ from rvllm.kernels.constants import constants
 def test_constants_are_those_of_the_file_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SOURCES", tmp_path)
     (tmp_path / "a.cuh").write_text(
-        "constexpr int TILE = 64;  // rows\n"
-        "constexpr int HALF = TILE / 2, BYTES = (HALF + 8) * 2 - 1, LOST = -2;\n"
-        "constexpr int OTHERS = ELSEWHERE + 1;\n"
+        "inline constexpr int TILE = 64;  // rows\n"
+        "inline constexpr int HALF = TILE / 2, BYTES = (HALF + 8) * 2 - 1, LOST = -2;\n"
+        "inline constexpr int OTHERS = ELSEWHERE + 1;\n"
         "__device__ constexpr int twice(int x) { return 2 * x; }\n"
-        "constexpr int CALLED = twice(2);\n"
+        "inline constexpr int CALLED = twice(2);\n"
         "struct Inner {\n  constexpr int HIDDEN = 5;\n};\n"
     )
     assert constants("a.cuh") == {"TILE": 64, "HALF": 32, "BYTES": 79, "LOST": -2}

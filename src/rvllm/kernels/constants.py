@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
-_DEFINITION = re.compile(r"^constexpr int (\w+ = [^;]+);", re.MULTILINE)
+_DEFINITION = re.compile(r"^(?:inline )?constexpr int (\w+ = [^;]+);", re.MULTILINE)
 _OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -21,7 +21,7 @@ _OPERATORS = {
 
 @cache
 def constants(source: str) -> Mapping[str, int]:
-    """The `constexpr int` of a file in `kernels/` that stand in no function or class, in their order.
+    """The `inline constexpr int` of a file in `kernels/` that stand in no function or class, in their order.
 
     They may be computed from earlier ones of that file with + - * /; what takes more is left out.
     """

@@ -11,10 +11,10 @@
 #include "attention/kv_block.cuh"
 #include "common/common.cuh"
 
-constexpr int TILE = 64;
-constexpr int SPLIT = 256;
-constexpr int TILES_PER_SPLIT = SPLIT / TILE;
-constexpr int PAD = 8;  // elements after each row in shared memory: an odd number of 16-byte chunks a row
+inline constexpr int TILE = 64;
+inline constexpr int SPLIT = 256;
+inline constexpr int TILES_PER_SPLIT = SPLIT / TILE;
+inline constexpr int PAD = 8;  // elements after each row in shared memory: an odd number of 16-byte chunks a row
 
 // Copies rows [lo, hi) of one head's tile into shared memory and zeros the other rows of the blocks touched.
 // ids: the tile's four cache blocks. Row `skip` is left alone (-1: none). Thread `rank` of THREADS.
@@ -205,7 +205,7 @@ __device__ __forceinline__ void tile_values(const u32 (&p)[4][4], const T* v, in
 // Merging a state (m, l, x) into (M, L, X): X = X * keep + x * add, likewise L. m is a maximum in base-2 units, or
 // another state's reference; M is a reference that sums are relative to. It is raised only where m exceeds it by more
 // than SLACK: elsewhere keep is exactly 1, and a kernel whose rows all have that may leave the multiplication out.
-constexpr float SLACK = 16.f;
+inline constexpr float SLACK = 16.f;
 
 struct Factors {
   float keep, add;

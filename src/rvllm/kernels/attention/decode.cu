@@ -14,7 +14,7 @@
 #include "attention/fp8_cache.cuh"
 #include "attention/masks.cuh"
 
-constexpr int WARPS = 4, THREADS = WARPS * 32;
+inline constexpr int WARPS = 4, THREADS = WARPS * 32;
 static_assert(WARPS == TILES_PER_SPLIT, "one round of a block's warps is one split");
 
 struct Item {

@@ -21,8 +21,8 @@
 #include "attention/decode.cuh"
 #include "rowwise/rotation.cuh"
 
-constexpr int MAX_THREADS = 256, SHARERS = TILES_PER_SPLIT;
-constexpr int ROWS_A_SLOT = TILE / 2, BLOCKS_A_SLOT = ROWS_A_SLOT / KV_BLOCK;
+inline constexpr int MAX_THREADS = 256, SHARERS = TILES_PER_SPLIT;
+inline constexpr int ROWS_A_SLOT = TILE / 2, BLOCKS_A_SLOT = ROWS_A_SLOT / KV_BLOCK;
 
 struct alignas(64) TensorMap {
   u64 opaque[16];

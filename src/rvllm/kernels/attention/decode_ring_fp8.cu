@@ -8,7 +8,7 @@
 #include "attention/decode.cuh"
 #include "attention/fp8_cache.cuh"
 
-constexpr int WARPS = TILES_PER_SPLIT, THREADS = WARPS * 32;
+inline constexpr int WARPS = TILES_PER_SPLIT, THREADS = WARPS * 32;
 
 // A warp's ring of tiles in shared memory, each its pieces one behind the other, and a barrier a slot. Below capability 9.0
 // (the emulator) the lanes copy.

@@ -21,7 +21,7 @@
 
 namespace rvllm::kv8 {
 
-constexpr int POSITIONS = KV_BLOCK;
+inline constexpr int POSITIONS = KV_BLOCK;
 
 __device__ __forceinline__ constexpr int piece_bytes(int D) { return POSITIONS * (D + 1); }
 // Where the word of keys of `row` is that has columns 16 k + 2 c + {0, 1, 8, 9}.
@@ -36,7 +36,7 @@ __device__ __forceinline__ constexpr int value_chunk(int D, int r, int j) {
 }
 
 // Powers of two are kept from 2^LOW to 2^HIGH: of larger numbers the codes saturate, smaller ones have fewer of them.
-constexpr int HIGH = 7;
+inline constexpr int HIGH = 7;
 template <typename T> struct Exponents;
 template <> struct Exponents<bf16> {
   static constexpr int ONE = 247, LOW = -40, INFINITE = 255, SHIFT = 7;

@@ -1,4 +1,4 @@
 // The size of a block of the paged cache: here alone, for kernels and, by kernels/constants.py, for all of Python.
 #pragma once
 
-constexpr int KV_BLOCK = 16;  // positions
+inline constexpr int KV_BLOCK = 16;  // positions

@@ -11,7 +11,7 @@ struct alignas(64) TensorMap {
 };
 }  // namespace rvllm
 
-constexpr int GROUP_ROWS = 64, ROWS = 2 * GROUP_ROWS, CONSUMERS = 256, THREADS = CONSUMERS + 128;
+inline constexpr int GROUP_ROWS = 64, ROWS = 2 * GROUP_ROWS, CONSUMERS = 256, THREADS = CONSUMERS + 128;
 
 // FP8: of a cache in e4m3 (see fp8_cache.cuh), whose pieces four producer warps fetch into room of their own first.
 template <int D, bool FP8 = false>

@@ -5,7 +5,7 @@
 
 namespace rvllm::decode {
 
-constexpr int NORM_PARTS = 4;  // vectors of 8 elements of a thread in a norm: rows of up to 8,192
+inline constexpr int NORM_PARTS = 4;  // vectors of 8 elements of a thread in a norm: rows of up to 8,192
 
 // The parameters of a norm for the vectors of 8 that fall to a thread. They depend on no kernel before.
 struct NormWeights {

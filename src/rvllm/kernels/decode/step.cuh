@@ -11,12 +11,12 @@ using gemm::segment_start;
 using gemm::TILE;
 using gemm::TILE_BYTES;
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int MAX_STEPS = 8;                               // of a launch
-constexpr int SLICE = 16, SLICE_BYTES = SLICE * TILE * 2;  // rows of a matrix instruction, which a warp takes
-constexpr int GROUP = 2, GROUPS = WARPS / GROUP;  // warps that take neighbouring rows together
-constexpr int ROWS = SLICE * GROUP;                        // of a group
-constexpr int MAX_ENTRIES = 32;                            // experts of a token
+inline constexpr int WARPS = 8, THREADS = 32 * WARPS;
+inline constexpr int MAX_STEPS = 8;                               // of a launch
+inline constexpr int SLICE = 16, SLICE_BYTES = SLICE * TILE * 2;  // rows of a matrix instruction, which a warp takes
+inline constexpr int GROUP = 2, GROUPS = WARPS / GROUP;  // warps that take neighbouring rows together
+inline constexpr int ROWS = SLICE * GROUP;                        // of a group
+inline constexpr int MAX_ENTRIES = 32;                            // experts of a token
 
 enum Type : int {
   PRODUCT = 0,  // out = epilogue(W x)

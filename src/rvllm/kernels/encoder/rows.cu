@@ -26,7 +26,7 @@ __global__ void add_positions(T* x, const T* __restrict__ positions, const T* __
 }
 
 enum Pooling { MEAN, CLS, LAST };
-constexpr int POOL_THREADS = 512;
+inline constexpr int POOL_THREADS = 512;
 
 // out float32 [texts, width]: the mean of a text's rows of x [T, width], its first or its last row, divided by its
 // length max(|v|, 1e-12) where normalise is not 0. offsets int32 [texts + 1]; count: texts in use. width % 8 == 0.
@@ -89,7 +89,7 @@ pool(float* out, const T* __restrict__ x, const int* offsets, const int* count, 
 
 // logits[s, id] = -infinity for n token ids, at most HIDDEN a launch. logits float32 [samples, stride]; count: rows
 // in use. Grid: (samples), any number of threads. Bound by latency.
-constexpr int HIDDEN = 256;
+inline constexpr int HIDDEN = 256;
 struct HiddenTokens {
   int ids[HIDDEN];
 };

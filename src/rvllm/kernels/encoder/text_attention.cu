@@ -6,7 +6,7 @@
 // Bound by latency at short texts, by the tensor cores (mma.sync) at long ones.
 #include "attention/attention.cuh"
 
-constexpr int WARPS = 4, THREADS = WARPS * 32, ROWS = WARPS * 16;
+inline constexpr int WARPS = 4, THREADS = WARPS * 32, ROWS = WARPS * 16;
 
 // Copies rows [0, rows) of a tile of TILE rows, `pitch` elements apart, and zeros the others.
 template <typename T, int D>

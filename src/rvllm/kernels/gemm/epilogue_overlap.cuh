@@ -8,8 +8,8 @@
 
 namespace rvllm::gemm {
 
-constexpr int STORERS = 96;  // threads that write finished tiles
-constexpr int FLOW_STAGING = 128 * TILE * 2;  // bytes a warpgroup's finished outputs wait in
+inline constexpr int STORERS = 96;  // threads that write finished tiles
+inline constexpr int FLOW_STAGING = 128 * TILE * 2;  // bytes a warpgroup's finished outputs wait in
 
 // Where piece `c` (16 bytes) of a token's row lies: pieces of 8 consecutive tokens fall into different banks.
 template <bool GATED>

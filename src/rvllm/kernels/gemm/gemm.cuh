@@ -17,8 +17,8 @@
 
 namespace rvllm::gemm {
 
-constexpr int TILE = 64;                     // rows and columns of a packed tile
-constexpr int TILE_BYTES = TILE * TILE * 2;  // 8192
+inline constexpr int TILE = 64;                     // rows and columns of a packed tile
+inline constexpr int TILE_BYTES = TILE * TILE * 2;  // 8192
 
 // Byte offset of element (row, k) in a packed matrix of `blocks` = ceil(K / 64) tiles a row.
 __host__ __device__ constexpr u64 packed_offset(u64 row, u32 k, u32 blocks) {

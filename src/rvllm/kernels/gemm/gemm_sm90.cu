@@ -23,7 +23,7 @@
 namespace rvllm::gemm {
 
 enum Mode { SPLIT, PAIR, WALK, SUM, FLOW, EIGHT };
-constexpr int CONSUMERS = 256;
+inline constexpr int CONSUMERS = 256;
 
 template <int TOKENS, Mode MODE>
 struct Layout {

@@ -5,7 +5,7 @@
 
 namespace rvllm::gemm {
 
-constexpr int BOX = 64;  // tokens of one load of x where visits differ in width
+inline constexpr int BOX = 64;  // tokens of one load of x where visits differ in width
 
 // One visit of a block to a tile: 64-row tiles `tile` .. `tile + count - 1`, `width` tokens from token0. A piece
 // shares its weights with the other block of the cluster, what is no piece shares its tokens.

@@ -3,7 +3,7 @@
 
 #include "mamba2/conv.cuh"
 
-constexpr int CHUNK = 16, TAPS = 4;  // TAPS: of a convolution that runs in here
+inline constexpr int CHUNK = 16, TAPS = 4;  // TAPS: of a convolution that runs in here
 
 // Elements of a row of the newest chunk in a slot: x of all heads, B of all groups, a step a head; whole vectors.
 __device__ __forceinline__ int kept_pitch(int heads, int dim, int groups, int size) {

@@ -8,8 +8,8 @@
 
 #include "mla/mla.cuh"
 
-constexpr int SEGMENT = 128, ROW_WARPS = 4, BLOCK_THREADS = ROW_WARPS * 32;
-constexpr int WEIGHT_PITCH = SEGMENT + PAD, SUMS_PITCH = 20;  // elements; floats of a token's 16 rows
+inline constexpr int SEGMENT = 128, ROW_WARPS = 4, BLOCK_THREADS = ROW_WARPS * 32;
+inline constexpr int WEIGHT_PITCH = SEGMENT + PAD, SUMS_PITCH = 20;  // elements; floats of a token's 16 rows
 
 // What a block of heads * chunks has to do: rows [row, row + 16 * groups) of the head, groups = 4 / segments.
 struct Share {

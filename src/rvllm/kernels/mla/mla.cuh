@@ -14,9 +14,9 @@
 
 #include "attention/attention.cuh"
 
-constexpr int EIGHTS = TILE / 8;      // groups of eight positions in a tile
-constexpr int WEIGHTS_PITCH = TILE + PAD;
-constexpr int SHORT_SPLITS = 32, SHORT = 1, LONG = 4;  // splits of SHORT tiles, then those of LONG
+inline constexpr int EIGHTS = TILE / 8;      // groups of eight positions in a tile
+inline constexpr int WEIGHTS_PITCH = TILE + PAD;
+inline constexpr int SHORT_SPLITS = 32, SHORT = 1, LONG = 4;  // splits of SHORT tiles, then those of LONG
 
 __device__ __forceinline__ int split_of(int tile) {
   constexpr int LIMIT = SHORT_SPLITS * SHORT;

@@ -11,10 +11,10 @@
 #include "mla/mla.cuh"
 #include "ptx/wgmma.cuh"
 
-constexpr int RANK = 512, WIDTH = 576, CHUNKS = WIDTH / 64, OWN = RANK / 64 / 2;  // chunks, and those of a warpgroup's values
-constexpr int CHUNK = TILE * 128, TILE_BYTES = CHUNKS * CHUNK;
-constexpr int STATES = 3 * TILE_BYTES, BARS = STATES + 2 * 2 * 2 * 64 * 4;  // bytes before them in shared memory
-constexpr int TOTAL_FLOATS = GROUP_ROWS * RANK;                             // of a block, in global memory
+inline constexpr int RANK = 512, WIDTH = 576, CHUNKS = WIDTH / 64, OWN = RANK / 64 / 2;  // chunks, and those of a warpgroup's values
+inline constexpr int CHUNK = TILE * 128, TILE_BYTES = CHUNKS * CHUNK;
+inline constexpr int STATES = 3 * TILE_BYTES, BARS = STATES + 2 * 2 * 2 * 64 * 4;  // bytes before them in shared memory
+inline constexpr int TOTAL_FLOATS = GROUP_ROWS * RANK;                             // of a block, in global memory
 
 // Shared memory: queries, a tile of keys for each warpgroup, maxima and sums of weights, barriers.
 struct Places {

@@ -6,8 +6,8 @@
 
 namespace rvllm::experts {
 
-constexpr int MAX_LISTED = 1024;  // entries
-constexpr int MAX_TILES = 672;    // of 8 entries and more, of up to 544 experts
+inline constexpr int MAX_LISTED = 1024;  // entries
+inline constexpr int MAX_TILES = 672;    // of 8 entries and more, of up to 544 experts
 
 // Up to some number of entries of one expert, which meet its weights together.
 struct EntryTile {

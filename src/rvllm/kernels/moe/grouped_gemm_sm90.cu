@@ -10,7 +10,7 @@
 
 namespace rvllm::experts {
 
-constexpr int CONSUMERS = 256, PRODUCERS = 128;
+inline constexpr int CONSUMERS = 256, PRODUCERS = 128;
 
 template <int TOKENS>
 struct Layout {

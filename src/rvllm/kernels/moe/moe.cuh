@@ -23,9 +23,9 @@ using gemm::segment_start;
 using gemm::TILE;
 using gemm::TILE_BYTES;
 
-constexpr int PLAIN = -1;  // no activation; else a value of Act
-constexpr int SLICE = 16;  // rows of W that one warp's matrix instruction takes
-constexpr int SLICE_BYTES = SLICE * TILE * 2;
+inline constexpr int PLAIN = -1;  // no activation; else a value of Act
+inline constexpr int SLICE = 16;  // rows of W that one warp's matrix instruction takes
+inline constexpr int SLICE_BYTES = SLICE * TILE * 2;
 
 // Bytes of one expert's packed matrix.
 __device__ __forceinline__ u64 matrix_bytes(int rows, int blocks) {

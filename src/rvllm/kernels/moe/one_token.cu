@@ -6,9 +6,9 @@
 
 namespace rvllm::experts {
 
-constexpr int MAX_SEGMENTS = 8;
+inline constexpr int MAX_SEGMENTS = 8;
 // The bytes a warp has in flight at a stage: its slice of a tile of W, and 64 elements of x.
-constexpr int STAGE = SLICE_BYTES + TILE * 2;
+inline constexpr int STAGE = SLICE_BYTES + TILE * 2;
 
 // Adds 16 rows x 64 columns of W times 64 elements of x to acc.
 template <class T>

@@ -36,7 +36,7 @@ struct E4m3 {
 };
 
 template <class F>
-constexpr bool IS_E4M3 = false;
+inline constexpr bool IS_E4M3 = false;
 template <>
 constexpr bool IS_E4M3<E4m3> = true;
 

@@ -4,7 +4,7 @@
 
 namespace rvllm::experts {
 
-constexpr int THREADS = 128, STAGES = 3;
+inline constexpr int THREADS = 128, STAGES = 3;
 
 // out = act(W[expert] x) for the tile (expert, first, count) of tiles[0 .. *num_tiles - 1]; parameters and grid as of `many`
 // in grouped_gemm.cu, for tiles of 64 rows. order null: entries are not sorted, each is a tile of its own, of the expert that

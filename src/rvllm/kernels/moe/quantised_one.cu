@@ -13,8 +13,8 @@ namespace rvllm::experts {
 
 using namespace ptx;
 
-constexpr int MAX_WARPS = 8, SLICES = 4;         // of a block; of a chunk
-constexpr int BESIDE = CHUNK_K * 2 + 16;         // bytes of a warp's stage besides weights: of x, and scales of blocks
+inline constexpr int MAX_WARPS = 8, SLICES = 4;         // of a block; of a chunk
+inline constexpr int BESIDE = CHUNK_K * 2 + 16;         // bytes of a warp's stage besides weights: of x, and scales of blocks
 
 // Where the slices of a chunk lie: vector v of 16 bytes of a slice, v < VECTORS.
 template <class F>

@@ -8,7 +8,7 @@
 
 namespace rvllm::experts {
 
-constexpr int TURN = 6;  // named barriers from here on: whose turn at the tensor cores it is
+inline constexpr int TURN = 6;  // named barriers from here on: whose turn at the tensor cores it is
 
 template <class F>
 struct QuantisedWide {

@@ -11,12 +11,12 @@
 using gemm::segment_start;
 using gemm::TILE;
 
-constexpr int SLICE = 16;  // experts of a matrix instruction
-constexpr int SLICE_BYTES = SLICE * TILE * 2;
-constexpr int MAX_SEGMENTS = 8;
+inline constexpr int SLICE = 16;  // experts of a matrix instruction
+inline constexpr int SLICE_BYTES = SLICE * TILE * 2;
+inline constexpr int MAX_SEGMENTS = 8;
 [[maybe_unused]] constexpr int FEW = 8, MANY = 32;  // tokens of a block of `route`, at most, and of `route_many`
-constexpr int SLOTS = 4;              // of a warp's ring in `route`
-constexpr int MAX_NORM_WIDTH = 4096;  // elements of a row that can be normalised
+inline constexpr int SLOTS = 4;              // of a warp's ring in `route`
+inline constexpr int MAX_NORM_WIDTH = 4096;  // elements of a row that can be normalised
 [[maybe_unused]] constexpr int HELD = 2;  // vectors of such a row that a thread has: a block has 16 threads or more for each 64 elements, up to 256
 
 // What a router is besides its matrix: see `choose`.

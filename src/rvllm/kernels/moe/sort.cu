@@ -3,7 +3,7 @@
 
 namespace rvllm::experts {
 
-constexpr int EVEN = 16;  // tiles of less than all of an expert's entries are a multiple of it
+inline constexpr int EVEN = 16;  // tiles of less than all of an expert's entries are a multiple of it
 
 // Lanes of the warp with the same expert as this one; those with `in` false match nobody.
 __device__ __forceinline__ u32 same_expert(int expert, bool in, int bits) {

@@ -172,7 +172,7 @@ __device__ int draw(const Row& row, float maximum, u32 edge, u64 ties, u32 rando
   return token;
 }
 
-constexpr int BROKEN_ROW = -2;  // backends/base.py has it too
+inline constexpr int BROKEN_ROW = -2;  // backends/base.py has it too
 
 // Finishes each row from its chunks' bests: the arg max when greedy, else the draw. tokens int32 [rows] gets the
 // token (-1 where the row draws nothing, BROKEN_ROW where a logit is infinite or no number), last_tokens [slots] too; the slot's count and history advance.
@@ -250,7 +250,7 @@ sample_pick(int* tokens, int* last_tokens, const float* scaled, const Best* best
 // Sequences take slots. starts int32 [n, START_WORDS]: slot number, then where in `words` its tokens begin, how
 // many there are and how many of them are prompt, where its biases (ids, then values) and stops begin, two spare
 // words, then the slot's image. Grid: (n), 1024 threads. Bound by clearing the slot's history, where it has one.
-constexpr int START_WORDS = 24;
+inline constexpr int START_WORDS = 24;
 extern "C" __global__ void __launch_bounds__(1024)
 slot_start(Slot* slots, u16* histories, int* bias_ids, float* biases, int* stops, const int* starts, const int* words,
            int vocab, int history_stride) {

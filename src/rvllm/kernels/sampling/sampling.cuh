@@ -17,12 +17,12 @@ struct Slot {
   int biases, stops;  // lengths of the slot's lists
   int reserved[2];
 };
-constexpr u32 HISTORY = 1;      // token counts are kept for this slot
-constexpr u16 IN_PROMPT = 0x8000;  // in a token's count: it occurs in the prompt; the rest counts the output
-constexpr int CHUNK = 1024;     // logits one warp of sample_scan looks at
-constexpr int SCAN_WARPS = 8;   // warps of its blocks
-constexpr int HEAD_TILE = 64;   // logits of which the head leaves the best, where no more is asked for
-constexpr int MAX_BIASES = 1024, MAX_STOPS = 128, MAX_TOP = 20;
+inline constexpr u32 HISTORY = 1;      // token counts are kept for this slot
+inline constexpr u16 IN_PROMPT = 0x8000;  // in a token's count: it occurs in the prompt; the rest counts the output
+inline constexpr int CHUNK = 1024;     // logits one warp of sample_scan looks at
+inline constexpr int SCAN_WARPS = 8;   // warps of its blocks
+inline constexpr int HEAD_TILE = 64;   // logits of which the head leaves the best, where no more is asked for
+inline constexpr int MAX_BIASES = 1024, MAX_STOPS = 128, MAX_TOP = 20;
 
 // Floats as unsigned numbers of the same order.
 __device__ __forceinline__ u32 key_of(float x) {
@@ -32,7 +32,7 @@ __device__ __forceinline__ u32 key_of(float x) {
 __device__ __forceinline__ float value_of(u32 key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
-constexpr u32 LOWEST_KEY = 0x007fffffu + 1;  // just above minus infinity
+inline constexpr u32 LOWEST_KEY = 0x007fffffu + 1;  // just above minus infinity
 
 // A token's weight, 1 for the most likely one.
 __device__ __forceinline__ float likelihood(float x, float maximum) { return exp2_fast((x - maximum) * LOG2E); }
@@ -77,7 +77,7 @@ __device__ __forceinline__ u32 philox(u64 key, u32 counter) {
   return c0;
 }
 
-constexpr int BINS = 2048, PICK_THREADS = 1024, MAX_CHUNKS = PICK_THREADS;
+inline constexpr int BINS = 2048, PICK_THREADS = 1024, MAX_CHUNKS = PICK_THREADS;
 
 // Shared memory of select_key: a histogram of 64-bit sums in two halves, since shared memory adds 32 bits natively.
 struct Histogram {

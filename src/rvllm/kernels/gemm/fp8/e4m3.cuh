@@ -5,7 +5,7 @@
 
 namespace rvllm::fp8 {
 
-constexpr float LARGEST = 448.f;
+inline constexpr float LARGEST = 448.f;
 
 // The nearest number of e4m3 (ties to even, beyond 448: 448), as its byte; NaN stays NaN.
 __device__ __forceinline__ u8 to_e4m3(float v) {

@@ -16,6 +16,6 @@
 
 namespace rvllm::fp8 {
 
-constexpr int BLOCK_K = 128;  // columns of a tile, and of a scale of the activations
+inline constexpr int BLOCK_K = 128;  // columns of a tile, and of a scale of the activations
 
 }  // namespace rvllm::fp8

@@ -7,7 +7,7 @@
 namespace rvllm::fp8 {
 
 using namespace gemm;
-constexpr int THREADS = 128, STAGES = 4;
+inline constexpr int THREADS = 128, STAGES = 4;
 
 // x: [tokens, k] row-major with `x_pitch` elements from row to row, k and x_pitch multiples of 8, 16-byte aligned.
 // weights, block_scales (or null), row_scales (or null): see fp8.cuh. blocks: ceil(K / 128). The rest: see Epilogue.

@@ -20,7 +20,7 @@ namespace rvllm::fp8 {
 
 using namespace gemm;
 enum Mode { SPLIT, WALK, SUM };
-constexpr int CONSUMERS = 256;
+inline constexpr int CONSUMERS = 256;
 
 struct alignas(64) TensorMap {
   u64 opaque[16];

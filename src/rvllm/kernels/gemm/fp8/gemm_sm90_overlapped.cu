@@ -18,7 +18,7 @@ namespace rvllm::fp8 {
 
 using namespace gemm;
 
-constexpr int GROUP_BARRIER = 8;  // of the first warpgroup; see Named in gemm/epilogue_overlap.cuh
+inline constexpr int GROUP_BARRIER = 8;  // of the first warpgroup; see Named in gemm/epilogue_overlap.cuh
 
 enum Mode { ONE, PAIR };
 

@@ -25,8 +25,8 @@
 
 namespace rvllm::gemm {
 
-constexpr int CHUNK_K = 128;  // columns of a chunk
-constexpr u32 FLOAT_128 = 0x43000000, FLOAT_2_23 = 0x4B000000;
+inline constexpr int CHUNK_K = 128;  // columns of a chunk
+inline constexpr u32 FLOAT_128 = 0x43000000, FLOAT_2_23 = 0x4B000000;
 
 template <class T>
 struct Half2;

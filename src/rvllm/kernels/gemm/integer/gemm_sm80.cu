@@ -5,7 +5,7 @@
 
 namespace rvllm::gemm {
 
-constexpr int THREADS = 128, STAGES = 3;
+inline constexpr int THREADS = 128, STAGES = 3;
 
 // x: [tokens, k] row-major with `x_pitch` elements from row to row, k and x_pitch multiples of 8, 16-byte
 // aligned. The rest as in gemm/integer/gemm_sm90.cu, and the same order of sums.

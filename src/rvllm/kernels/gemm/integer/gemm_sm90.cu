@@ -15,8 +15,8 @@
 namespace rvllm::gemm {
 
 enum Mode { SPLIT, WALK };
-constexpr int TURN = 4;  // named barriers: from here on
-constexpr int CONSUMERS = 256;
+inline constexpr int TURN = 4;  // named barriers: from here on
+inline constexpr int CONSUMERS = 256;
 
 struct alignas(64) TensorMap {
   u64 opaque[16];
