@@ -163,6 +163,24 @@ def test_megabytes_are_refused_or_cut_before_they_are_tokenised(encoder: LiveSer
     assert time.process_time() - before < 10
 
 
+def test_vectors_of_tokens(encoder: LiveServer) -> None:
+    texts = ["hello world", "hello"]
+    status, answer = encoder.post("/pooling", input=texts, task="token_embed")
+    assert status == 200, answer
+    for text, entry in zip(texts, answer["data"], strict=True):
+        rows = np.eye(SIZE)[np.array(encoder.tokenizer.encode(text)) % SIZE]
+        assert np.allclose(entry["data"], rows)
+    status, raw = encoder.post(
+        "/pooling", input="hello", task="token_embed", use_activation=False, encoding_format="base64"
+    )
+    numbers = np.frombuffer(base64.b64decode(raw["data"][0]["data"]), "<f4").reshape(-1, SIZE)
+    assert np.allclose(numbers.max(axis=1), 1 + np.array(encoder.tokenizer.encode("hello")) / 1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rvllm.api.openai.pooler.MAX_NUMBERS", 3 * SIZE)
+        status, answer = encoder.post("/pooling", input=[[5, 6], [7, 8]], task="token_embed")
+    assert status == 400 and "one answer holds 48" in answer["error"]["message"]
+
+
 def test_classes_of_texts() -> None:
     with LiveServer(embedding_size=3, labels=["good", "bad", "so so"], drain_timeout=0.2) as server:
         status, answer = server.post("/classify", input=["hello", "hello world"])
@@ -181,7 +199,11 @@ def test_classes_of_texts() -> None:
             ("/v1/score", {"text_1": "a", "text_2": "b"}, "scores are of models with one class"),
             ("/v1/completions", {"prompt": "a"}, "gives classes and generates no text"),
             ("/pooling", {"input": "a", "task": "embed"}, "gives classes and no vectors"),
-            ("/pooling", {"input": "a", "task": "token_embed"}, "task must be embed or classify"),
+            (
+                "/pooling",
+                {"input": "a", "task": "token_embed"},
+                "gives classes and no vectors: use token_classify",
+            ),
         ):
             status, answer = server.post(path, **body)
             assert status == 400 and said in answer["error"]["message"], answer

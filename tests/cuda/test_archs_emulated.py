@@ -15,7 +15,6 @@ import pytest
 from rvllm.backends.cpu.backend import CpuBackend, CpuEncoder
 from rvllm.backends.cuda.backend import CudaBackend
 from rvllm.backends.cuda.encoder import CudaEncoder
-from rvllm.backends.cuda.pooler import CudaPooler
 from rvllm.config import EngineConfig
 from rvllm.engine.ipc.messages import Sampling
 from rvllm.engine.state import complete
@@ -107,27 +106,3 @@ def test_masks_and_more_logprobs_than_the_kernel_reports() -> None:
         place = row.top_ids.index(row.token_id) if row.token_id in row.top_ids else None
         if place is not None:
             assert abs(row.top_logprobs[place] - row.logprob) < 1e-4
-
-
-@pytest.mark.parametrize("head", [False, True], ids=["vectors", "classes"])
-def test_pooled_decoders_agree_with_the_cpu(head: bool) -> None:
-    config = {**MODELS["qwen3"].config, "num_hidden_layers": 2, "runner": "pooling"}
-    if head:
-        config |= {"architectures": ["Qwen3ForSequenceClassification"], "num_labels": 3}
-    checkpoint, rng = tensors_of("qwen3", config, DType.F16), np.random.default_rng(9)
-    texts = [rng.integers(4, VOCAB, n).tolist() for n in (1, 33, 1, 70)]
-    reference = CpuEncoder.load(
-        program_of(config, DType.F32), checkpoint, EngineConfig(device="cpu", max_num_seqs=8)
-    )
-    wanted = reference.embed(text_batch(texts))
-    reference.close()
-    with emulated_driver():
-        engine = EngineConfig(device="cuda", max_num_seqs=4, max_num_batched_tokens=192, max_model_len=96)
-        loaded = CudaPooler.load(program_of(config, DType.F16), checkpoint, engine)
-        found = loaded.embed(text_batch(texts))
-        assert (loaded.embed(text_batch(texts[3:]))[0] == found[3]).all(), "a text differs in company"
-        loaded.close()
-    if head:
-        np.testing.assert_allclose(found, wanted, atol=0.02)
-    else:
-        assert (1 - (found * wanted).sum(1)).max() < 1e-4

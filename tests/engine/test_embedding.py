@@ -13,7 +13,7 @@ import pytest
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.client import EngineClient
-from rvllm.engine.ipc.messages import Embed, Generate, Output, Sampling
+from rvllm.engine.ipc.messages import Embed, Generate, Output, Sampling, embedded
 from rvllm.errors import UsageError
 
 ENCODER = {
@@ -33,6 +33,19 @@ def texts() -> list[Embed]:
     return [
         Embed(f"{i}", source.integers(0, 90, n).tolist()) for i, n in enumerate((5, 40, 1, 12, 12, 33, 7))
     ]
+
+
+def test_texts_and_tokens_take_turns(model: EngineConfig) -> None:
+    core = EngineCore.from_config(model)
+    ids = [text.prompt_token_ids for text in texts()]
+    for i, tokens in enumerate((False, True, True, False)):
+        core.add_embed(Embed(f"{i}", ids[i], tokens=tokens))
+    steps = drain(core)
+    assert [[output.request_id for output in step] for step in steps] == [["0"], ["1", "2"], ["3"]]
+    for output in steps[1]:
+        text = Embed(output.request_id, ids[int(output.request_id)], tokens=True)
+        assert embedded(text, output.embedding or b"").shape == (len(text.prompt_token_ids), 24)
+    core.close()
 
 
 def drain(core: EngineCore) -> list[list[Output]]:

@@ -196,3 +196,59 @@ def test_overrides_are_objects(tmp_path: Path) -> None:
     assert read.values["rope_theta"] == 7 and read.values["a"] == {"b": 1} and "runner" not in read.values
     with pytest.raises(UsageError, match="--hf-overrides: expected a JSON object, got '\\[1\\]'"):
         read_config(checkpoint, EngineConfig(hf_overrides="[1]"))
+
+
+def rows_of(backend: CpuEncoder, texts: list[list[int]]) -> list[F32]:
+    lengths = np.array([len(t) for t in texts], np.int32)
+    nothing = np.zeros(len(texts), np.int32)
+    tokens = np.concatenate([np.array(t, np.int32) for t in texts])
+    slots = np.arange(len(texts), dtype=np.int32)
+    return backend.embed_tokens(StepBatch(0, slots, lengths, nothing, tokens, nothing.astype(np.bool_)))
+
+
+def their_rows(model: Any, ids: list[list[int]], output: str) -> list[F32]:
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        return [getattr(model(torch.tensor([text])), output)[0].numpy() for text in ids]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", ["Qwen3", "Gemma2", "Bert", "XLMRoberta"])
+@pytest.mark.parametrize("kernels", ["numpy", "auto"])
+def test_vectors_of_tokens_equal_transformers(kind: str, kernels: str, tmp_path: Path) -> None:
+    shape = "bert" if kind in ("Bert", "XLMRoberta") else "decoder"
+    model = saved(tmp_path, shape, f"{kind}Config", f"{kind}Model")
+    backend = load(tmp_path, cpu_kernels=kernels)
+    ours = rows_of(backend, texts())
+    for mine, wanted in zip(ours, their_rows(model, texts(), "last_hidden_state"), strict=True):
+        np.testing.assert_allclose(mine, wanted, atol=2e-4)
+    for text, rows in zip(texts(), ours, strict=True):
+        assert np.array_equal(rows_of(backend, [text])[0], rows), len(text)
+    backend.close()
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind, labels", [("Qwen3", 3), ("Llama", 2), ("Bert", 5), ("Roberta", 1)])
+def test_classes_of_tokens_equal_transformers(kind: str, labels: int, tmp_path: Path) -> None:
+    shape = "bert" if kind in ("Bert", "Roberta") else "decoder"
+    model = saved(tmp_path, shape, f"{kind}Config", f"{kind}ForTokenClassification", num_labels=labels)
+    backend = load(tmp_path)
+    for mine, wanted in zip(rows_of(backend, texts()), their_rows(model, texts(), "logits"), strict=True):
+        np.testing.assert_allclose(mine, wanted, atol=2e-4)
+    backend.close()
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kind", ["Qwen3", "Bert", "Roberta"])
+def test_a_classifier_of_texts_on_single_tokens(kind: str, tmp_path: Path) -> None:
+    """As vLLM: BERT's dense layer belongs to the pooling of a text, RoBERTa's to the classes."""
+    torch = pytest.importorskip("torch")
+    shape = "decoder" if kind == "Qwen3" else "bert"
+    model = saved(tmp_path, shape, f"{kind}Config", f"{kind}ForSequenceClassification", num_labels=2)
+    backend = load(tmp_path)
+    with torch.no_grad():
+        hidden = getattr(model, model.base_model_prefix)(torch.tensor([texts()[2]])).last_hidden_state
+        head = model.score if kind == "Qwen3" else model.classifier
+        wanted = head(hidden.swapaxes(0, 1) if kind == "Roberta" else hidden[0]).numpy()
+    np.testing.assert_allclose(rows_of(backend, texts()[2:3])[0], wanted, atol=2e-4)
+    backend.close()

@@ -44,6 +44,15 @@ def test_a_generating_model_gives_vectors_when_asked(tmp_path: Path) -> None:
                 what()
         with pytest.raises(UsageError, match="gives embeddings and generates no text"):
             llm.generate("a")
+        (rows,) = llm.encode(TEXTS[0], pooling_task="token_embed", use_tqdm=False)
+        assert rows.outputs.data.shape == (len(rows.prompt_token_ids), 32)
+        np.testing.assert_allclose(rows.outputs.data[-1], vectors[0], atol=1e-6)
+        short = PoolingParams(dimensions=8, task="token_embed")
+        cut = llm.encode(TEXTS[:2], short, use_tqdm=False)[0].outputs.data
+        wanted = rows.outputs.data[:, :8] / np.linalg.norm(rows.outputs.data[:, :8], axis=1, keepdims=True)
+        np.testing.assert_allclose(cut, wanted, atol=1e-6)
+        raw = PoolingParams(use_activation=False, task="token_embed")
+        assert np.linalg.norm(llm.encode(TEXTS[0], raw, use_tqdm=False)[0].outputs.data[0]) > 1.01
     with loaded(path, runner="pooling", pooler_config={"pooling_type": "MEAN", "normalize": False}) as mean:
         (output,) = mean.embed(TEXTS[0], use_tqdm=False)
         assert abs(np.linalg.norm(output.outputs.embedding) - 1) > 1e-3
@@ -59,10 +68,24 @@ def test_classes(tmp_path: Path) -> None:
             assert output.outputs.num_classes == 3
             wanted = np.exp(numbers) / np.exp(numbers).sum()
             np.testing.assert_allclose(output.outputs.probs, wanted, rtol=1e-5)
+        (tokens,) = llm.encode(TEXTS[0], pooling_task="token_classify", use_tqdm=False)
+        np.testing.assert_allclose(tokens.outputs.data[-1], found[0].outputs.probs, atol=1e-6)
+        np.testing.assert_allclose(tokens.outputs.data.sum(axis=1), 1, atol=1e-5)
         with pytest.raises(UsageError, match="scores are of models with one class"):
             llm.score("a", "b")
         with pytest.raises(UsageError, match="gives classes and no vectors"):
             llm.embed("a")
+
+
+def test_a_model_that_gives_classes_of_tokens_gives_none_of_texts(tmp_path: Path) -> None:
+    with loaded(directory(tmp_path, architectures=["LlamaForTokenClassification"], num_labels=5)) as llm:
+        (found,) = llm.encode(TEXTS[0], use_tqdm=False)
+        assert found.outputs.data.shape == (len(found.prompt_token_ids), 5)
+        for what in (lambda: llm.classify("a"), lambda: llm.score("a", "b")):
+            with pytest.raises(UsageError, match="gives classes of tokens and none of texts"):
+                what()
+        with pytest.raises(UsageError, match="task must be one of embed, classify, token_embed, token_class"):
+            llm.encode("a", pooling_task="plugin")
 
 
 def test_a_cross_encoder_of_a_decoder_reads_both_texts_as_one(tmp_path: Path) -> None:

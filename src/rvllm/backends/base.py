@@ -214,6 +214,9 @@ class Encoder(Backend, Protocol):
     def embed(self, batch: StepBatch) -> NDArray[np.float32]:
         """A vector or the numbers of its classes a sequence, float32 [S, width]."""
 
+    def embed_tokens(self, batch: StepBatch) -> list[NDArray[np.float32]]:
+        """By sequence, each token's row as it is, or the numbers of its classes: float32 [L, width]."""
+
 
 @runtime_checkable
 class Preparable(Protocol):

@@ -35,6 +35,11 @@ def classify(op: Classify, pooled: F32, weights: Mapping[str, F32]) -> F32:
     return np.stack([row(x) for x in pooled]).astype(np.float32)
 
 
+def classify_tokens(op: Classify, rows: F32, weights: Mapping[str, F32]) -> F32:
+    """The classes of single tokens from their rows: [T, K] to [T, N]."""
+    return classify(replace(op, dense=None) if op.dense_pools else op, rows, weights)
+
+
 @dataclass(frozen=True)
 class Head:
     """A program's classification head with its weights, for backends that compute the rest elsewhere."""
@@ -64,6 +69,10 @@ class Head:
     def __call__(self, pooled: F32) -> F32:
         """[S, K] pooled vectors to [S, N] numbers."""
         return classify(self.op, pooled, self.weights)
+
+    def of_tokens(self, rows: F32) -> F32:
+        """[T, K] rows to [T, N] numbers."""
+        return classify_tokens(self.op, rows, self.weights)
 
 
 def without_head(program: Program) -> Program:

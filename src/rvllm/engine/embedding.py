@@ -65,23 +65,25 @@ class EmbeddingQueue:
             sample=nothing.astype(np.bool_),
             seconds={s: r.second for s, r in enumerate(requests) if r.second is not None},
         )
-        vectors = np.ascontiguousarray(encoder.embed(batch), dtype="<f4")
+        found = encoder.embed_tokens(batch) if requests[0].tokens else encoder.embed(batch)
         self.steps += 1
         self.tokens += int(lengths.sum())
         return [
             Output(
-                request.request_id, [], finish_reason="stop", embedding=vector.tobytes(),
+                request.request_id, [], finish_reason="stop", embedding=numbers.astype("<f4").tobytes(),
                 queue_seconds=max(0.0, now - request.arrival) if request.arrival else 0.0,
             )
-            for request, vector in zip(requests, vectors, strict=True)
+            for request, numbers in zip(requests, found, strict=True)
         ]  # fmt: skip
 
     def _take(self, limits: Limits) -> list[Embed]:
-        """The first texts, as many as a step has room for, and at least one."""
+        """The first texts, as many as a step has room for, and at least one; all of them want the same."""
         count, tokens = 0, 0
         for _, request in self._waiting[: limits.max_num_seqs]:
             tokens += len(request.prompt_token_ids)
-            if count and tokens > limits.max_num_batched_tokens:
+            if count and (
+                tokens > limits.max_num_batched_tokens or request.tokens != self._waiting[0][1].tokens
+            ):
                 break
             count += 1
         taken = [request for _, request in self._waiting[:count]]

@@ -91,13 +91,15 @@ def model_facts(
     generation = ModelConfig(checkpoint.generation_config, f"{checkpoint.config_origin}: generation_config")
     eos = (*token_ids(generation, "eos_token_id"), *model.eos_token_ids)
     bos = token_ids(model, "bos_token_id")
-    classes = classifier(program) is not None
+    head = classifier(program)
+    classes = head is not None
     sentence = model.section("sentence_transformers")
     prompts = None if sentence is None else sentence.section("prompts")
     return ModelFacts(
         architecture=program.architecture,
         embedding_size=embedding_size(program),
         labels=list(labels_of(model)) if classes else None,
+        classifies_tokens=head is not None and head.tokens,
         activation=activation_of(model) if classes else "identity",
         joins_pairs=bool(program.caches),
         text_prompts={} if prompts is None else {str(k): str(v) for k, v in prompts.values.items()},

@@ -1,7 +1,8 @@
 """Decoders that give vectors or classes: the same layers, their last hidden rows pooled or classified.
 
 `embedding` is what sentence-transformers does with Qwen3-Embedding and its kin; `classification` is
-Transformers' ...ForSequenceClassification, whose head reads the last token. Attention stays causal.
+Transformers' ...ForSequenceClassification, whose head reads the last token, or ...ForTokenClassification,
+whose head reads them all. Attention stays causal.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Buffer, GatherRows, KVCache, Logits, Norm, Op, Part, Program, Weight
 from rvllm.program.ops.encoder import Classify, Pool, Pooling
 
-CLASSIFIER = "ForSequenceClassification"
+CLASSIFIER, TOKEN_CLASSIFIER = "ForSequenceClassification", "ForTokenClassification"
 POOLINGS = ("mean", "cls", "last")
 MAX_LABELS = 1 << 16
 Activation = Literal["softmax", "sigmoid", "identity"]
@@ -99,7 +100,7 @@ def embedding(program: Program, config: ModelConfig) -> Program:
 
 
 def classification(program: Program, config: ModelConfig) -> Program:
-    """The decoder's program ending in its classification head on each text's last token."""
+    """The decoder's program ending in its classification head on each text's last token, or on all."""
     rows, ops = _hidden_rows(program, config)
     pooled = Buffer("pooled", "samples", rows.width, DType.F32)
     pool = Pool(name="pool", x=rows, out=pooled, how="last", normalise=False)
@@ -112,7 +113,11 @@ def classification(program: Program, config: ModelConfig) -> Program:
         parts = (Part("score.weight", (labels, rows.width), alternatives=("classifier.weight",)),)
     weight = Weight("score", (len(parts) if len(parts) > 1 else labels, rows.width), parts, "matrix")
     out = Buffer("embeddings", "samples", labels, DType.F32)
-    head = Classify(name="score", x=pooled, out=out, weight=weight, contrast=contrast)
+    of_tokens = config.architecture.endswith(TOKEN_CLASSIFIER)
+    bias = Weight("score.bias", (labels,), (Part("score.bias", (labels,)),), "vector") if of_tokens else None
+    head = Classify(
+        name="score", x=pooled, out=out, weight=weight, bias=bias, contrast=contrast, tokens=of_tokens
+    )
     return _rebuilt(program, [*ops, pool, head])
 
 

@@ -7,7 +7,7 @@ from typing import cast
 
 from rvllm.errors import ModelError
 from rvllm.models.config import ModelConfig
-from rvllm.models.pooling import CLASSIFIER, classification, embedding
+from rvllm.models.pooling import CLASSIFIER, TOKEN_CLASSIFIER, classification, embedding
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 
@@ -48,23 +48,26 @@ def supported() -> list[str]:
 def build_program(config: ModelConfig, dtype: DType) -> Program:
     """The program of a model: it generates, or gives a vector or classes for each text.
 
-    `XModel` and `XForSequenceClassification` are XForCausalLM's layers, pooled; so is XForCausalLM itself
-    where modules.json says how, or `--runner pooling` asks. Raises ModelError for an unknown architecture or
-    a wrong config field.
+    `XModel`, `XForSequenceClassification` and `XForTokenClassification` are XForCausalLM's layers, pooled; so
+    is XForCausalLM itself where modules.json says how, or `--runner pooling` asks. Raises ModelError for an
+    unknown architecture or a wrong config field.
     """
     name = config.architecture
-    stem = name.removesuffix(CLASSIFIER).removesuffix("Model").removesuffix("ForCausalLM")
-    whole = f"{stem}Model" if name.endswith(CLASSIFIER) else name
+    classifies = name.endswith((CLASSIFIER, TOKEN_CLASSIFIER))
+    stem = name
+    for suffix in (CLASSIFIER, TOKEN_CLASSIFIER, "Model", "ForCausalLM"):
+        stem = stem.removesuffix(suffix)
+    whole = f"{stem}Model" if classifies else name
     if whole in ARCHITECTURES and not whole.endswith("ForCausalLM"):
         return _built(config, dtype, whole)
     decoder = f"{stem}ForCausalLM"
     if decoder not in ARCHITECTURES:
         raise ModelError(
             f"{config.origin}: architecture {name!r} is not supported; supported: {', '.join(supported())}, "
-            "and these with ForSequenceClassification or Model at their end"
+            "and these with ForSequenceClassification, ForTokenClassification or Model at their end"
         )
     program = _built(config, dtype, decoder)
-    if name.endswith(CLASSIFIER):
+    if classifies:
         return classification(program, config)
     runner, sentence = config.str("runner", "auto"), config.section("sentence_transformers")
     said = name.endswith("Model") or (sentence is not None and sentence.has("pooling"))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rvllm.config import EngineConfig, SourceConfig
 from rvllm.engine.core import EngineCore
-from rvllm.engine.ipc.messages import Embed, ModelFacts
+from rvllm.engine.ipc.messages import Embed, ModelFacts, embedded
 from rvllm.engine.sampling_params import BeamSearchParams, SamplingParams
 from rvllm.errors import RvllmError, UsageError
 from rvllm.offline.arguments import engine_config, params_list, prompt_list, refuse
@@ -336,7 +336,7 @@ class LLM:
     def run_texts(self, texts: Sequence[Embed], show: bool) -> dict[str, NDArray[np.float32]]:
         """What the model gives for texts, by their request ids. Leaves none behind in the engine."""
         vectors: dict[str, NDArray[np.float32]] = {}
-        lengths = {text.request_id: len(text.prompt_token_ids) for text in texts}
+        asked = {text.request_id: text for text in texts}
         try:
             for text in texts:
                 self.engine.add_embed(text)
@@ -345,10 +345,10 @@ class LLM:
                     for output in self.engine.step():
                         if output.embedding is None:
                             raise RvllmError(f"request {output.request_id}: {output.error}")
-                        vectors[output.request_id] = np.frombuffer(output.embedding, dtype="<f4")
-                        advance(lengths[output.request_id], True)
+                        vectors[output.request_id] = embedded(asked[output.request_id], output.embedding)
+                        advance(len(asked[output.request_id].prompt_token_ids), True)
         finally:
-            self.engine.abort([name for name in lengths if name not in vectors])
+            self.engine.abort([name for name in asked if name not in vectors])
             while self.engine.has_work():
                 self.engine.step()
         return vectors

@@ -19,9 +19,13 @@ from rvllm.text.pooling import (
     PoolingOutput,
     PoolingRequestOutput,
     check_classes,
+    check_numbers,
     cosine,
+    given,
     gives_scores,
+    of_tokens,
     pair_tokens,
+    pooling_task,
     probabilities,
 )
 from rvllm.text.requests import Prompt
@@ -85,19 +89,24 @@ def check_vectors(facts: ModelFacts) -> None:
 
 
 def pooled(
-    llm: Pools, prompts: Prompt | Sequence[Prompt], params: Params, asked: Pooled
+    llm: Pools, prompts: Prompt | Sequence[Prompt], params: Params, asked: Pooled, tokens: bool = False
 ) -> list[tuple[Text, NDArray[np.float32]]]:
-    """What the model gives for each text. Raises UsageError naming the text that is wrong."""
+    """What the model gives for each text, or for each of its tokens.
+
+    Raises UsageError naming the text that is wrong.
+    """
     facts, tokenizer, found = llm.facts, llm.tokenizer, list[Text]()
     items = prompt_list(prompts)
     for i, (item, wanted) in enumerate(zip(items, pooling_list(params, len(items)), strict=True)):
         try:
             text, ids = text_tokens(item, tokenizer, facts, asked.length(wanted), asked.prompt_name)
             shorten(np.zeros(facts.embedding_size or 0, np.float32), wanted.dimensions)
+            if tokens:
+                check_numbers(len(ids), facts)
         except UsageError as error:
             raise UsageError(f"prompts[{i}]: {error}" if len(items) > 1 else str(error)) from None
         found.append(Text(llm.next_name(), text, ids, wanted))
-    numbers = llm.run_texts([Embed(text.name, text.ids) for text in found], asked.show)
+    numbers = llm.run_texts([Embed(text.name, text.ids, tokens=tokens) for text in found], asked.show)
     return [(text, numbers[text.name]) for text in found]
 
 
@@ -107,25 +116,12 @@ def encoded(
     """See `LLM.encode`."""
     facts = llm.facts
     one = params if isinstance(params, PoolingParams) else params[0] if params else PoolingParams()
-    task = task or one.task or ("embed" if facts.labels is None else "classify")
-    if task == "classify":
-        check_classes(facts)
-    elif task == "embed":
-        check_vectors(facts)
-    else:
-        raise UsageError(f"pooling_task {task!r} is not supported: a text has one vector, or its classes")
+    task = pooling_task(facts, task or one.task)
     return [
         PoolingRequestOutput(
-            text.name,
-            PoolingOutput(
-                probabilities(numbers, facts, text.params.use_activation)
-                if task == "classify"
-                else shorten(numbers, text.params.dimensions)
-            ),
-            text.ids,
-            prompt=text.prompt,
+            text.name, PoolingOutput(given(task, numbers, facts, text.params)), text.ids, prompt=text.prompt
         )
-        for text, numbers in pooled(llm, prompts, params, asked)
+        for text, numbers in pooled(llm, prompts, params, asked, of_tokens(task))
     ]
 
 

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.engine.ipc.messages import Embed, Generate, Output, Ready, State, Vocabulary
+from rvllm.engine.ipc.messages import Embed, Generate, Output, Ready, State, Vocabulary, embedded
 from rvllm.errors import EngineDeadError, RvllmError, UnavailableError, UsageError
 from rvllm.telemetry.stats import Stats
 
@@ -130,10 +130,10 @@ class ReplicatedEngine:
         raise EngineDeadError(f"the replica could not answer: {type(error).__name__}") from error
 
     async def embed(self, request: Embed) -> NDArray[np.float32]:
-        """The text's vector, float32 [embedding size]. Raises UsageError when the text cannot be encoded."""
+        """As `EngineClient.embed`. Raises UsageError when the text cannot be encoded."""
         async for output in self.generate(request):
             if output.embedding is not None:
-                return np.frombuffer(output.embedding, dtype="<f4")
+                return embedded(request, output.embedding)
             if output.finish_reason == "error":
                 raise UsageError(output.error or "the engine gave up on the text")
         raise RvllmError(f"request {request.request_id} was aborted")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from rvllm.engine.ipc.messages import ModelFacts
 from rvllm.errors import UsageError
-from rvllm.text.embedding import MAX_CHARS, PooledRequestOutput, text_tokens
+from rvllm.text.embedding import MAX_CHARS, PooledRequestOutput, PoolingParams, shorten, text_tokens
 from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 F32 = NDArray[np.float32]
@@ -19,7 +19,7 @@ Pair = tuple[str, str]
 
 @dataclass(slots=True)
 class PoolingOutput:
-    """What the model gives for a text: a vector, or the numbers of its classes, float32 [width]."""
+    """What the model gives for a text, a vector or classes, float32 [width], or for its tokens [L, width]."""
 
     data: F32
 
@@ -44,21 +44,80 @@ class ClassificationRequestOutput(PooledRequestOutput[ClassificationOutput]):
     """A text with its classes."""
 
 
+TASKS = ("embed", "classify", "token_embed", "token_classify")  # vLLM's names
+MAX_NUMBERS = 1 << 25  # of one text's tokens: 128 MiB
+
+
+def pooling_task(facts: ModelFacts, asked: str | None) -> str:
+    """What is to be given for a text: `asked`, else what the model is for. Raises UsageError."""
+    facts.check_pools()
+    if asked is None:
+        return (
+            "embed" if facts.labels is None else "token_classify" if facts.classifies_tokens else "classify"
+        )
+    if asked not in TASKS:
+        raise UsageError(f"task must be one of {', '.join(TASKS)}, got {asked[:40]!r}")
+    if asked == "classify":
+        check_classes(facts)
+    elif asked == "token_classify" and facts.labels is None:
+        raise UsageError(f"{facts.architecture} gives vectors and no classes: use token_embed")
+    elif asked.endswith("embed") and facts.labels is not None:
+        raise UsageError(f"{facts.architecture} gives classes and no vectors: use {asked[:-5]}classify")
+    return asked
+
+
+def of_tokens(task: str) -> bool:
+    """Whether a task gives numbers of each token."""
+    return task.startswith("token_")
+
+
+def check_numbers(tokens: int, facts: ModelFacts, most: int = MAX_NUMBERS) -> None:
+    """Raises UsageError where the numbers of so many tokens are more than `most`."""
+    width = facts.embedding_size or 0
+    if tokens * width > most:
+        raise UsageError(
+            f"{tokens} tokens of {width} numbers each are {tokens * width} numbers, and one answer holds "
+            f"{most}: give fewer or shorter texts, or set truncate_prompt_tokens"
+        )
+
+
+def given(task: str, numbers: F32, facts: ModelFacts, params: PoolingParams) -> F32:
+    """What a task gives, from what the model does: of a text [N], of its tokens [L, N].
+
+    Vectors of tokens have length 1 whatever the model's files say, unless `use_activation` is False, as in
+    vLLM. Raises UsageError for more dimensions than there are.
+    """
+    if task == "embed":
+        return shorten(numbers, params.dimensions)
+    if task != "token_embed":
+        return probabilities(numbers, facts, params.use_activation)
+    shorten(numbers[0], params.dimensions)
+    rows = numbers[:, : params.dimensions]
+    if params.use_activation is False:
+        return rows
+    lengths = np.sqrt(np.vecdot(rows, rows))
+    return np.asarray(rows / np.maximum(lengths, np.float32(1e-12))[:, None], dtype=np.float32)
+
+
 def probabilities(numbers: F32, facts: ModelFacts, use_activation: bool | None = None) -> F32:
-    """A classifier's numbers [N] as probabilities, by the model's own function, unless that is not wanted."""
+    """A classifier's numbers [..., N] as probabilities, by the model's own function, if it is wanted."""
     if use_activation is False or facts.activation == "identity":
         return numbers
     if facts.activation == "sigmoid":
         return np.asarray(0.5 * (1 + np.tanh(0.5 * numbers)), dtype=np.float32)
-    powers = np.exp(numbers - numbers.max())
-    return np.asarray(powers / powers.sum(), dtype=np.float32)
+    powers = np.exp(numbers - numbers.max(axis=-1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=-1, keepdims=True), dtype=np.float32)
 
 
 def check_classes(facts: ModelFacts) -> list[str]:
-    """The model's labels. Raises UsageError where it has none."""
+    """The classes of texts. Raises UsageError for a model that has none."""
     if facts.labels is None:
         what = "vectors" if facts.embedding_size is not None else "text"
         raise UsageError(f"{facts.architecture} gives {what} and no classes")
+    if facts.classifies_tokens:
+        raise UsageError(
+            f"{facts.architecture} gives classes of tokens and none of texts: use the task token_classify"
+        )
     return facts.labels
 
 
@@ -67,6 +126,8 @@ def gives_scores(facts: ModelFacts) -> bool:
 
     Raises UsageError for a classifier of more than one class.
     """
+    if facts.labels is not None:
+        check_classes(facts)
     if facts.labels is not None and len(facts.labels) != 1:
         raise UsageError(f"scores are of models with one class; {facts.architecture} has {len(facts.labels)}")
     return facts.labels is not None

@@ -138,9 +138,14 @@ class FakeEngine:
                 self.aborted.append(request.request_id)
 
     async def embed(self, request: Embed) -> NDArray[np.float32]:
-        """A vector of length `self.length` whose direction the tokens alone decide."""
+        """A vector of length `self.length` whose direction the tokens alone decide, or one of each token."""
         self.embeds.append(request)
         await asyncio.sleep(self.pace)
+        if request.tokens:
+            ids = np.array(request.prompt_token_ids)
+            rows = np.zeros((len(ids), self.embedding_size), np.float32)
+            rows[np.arange(len(ids)), ids % self.embedding_size] = 1 + ids / 1000
+            return rows
         vector = np.zeros(self.embedding_size, np.float32)
         for token in request.prompt_token_ids:
             vector[token % len(vector)] += 1 + token / 1000

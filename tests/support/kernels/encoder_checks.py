@@ -118,12 +118,12 @@ def check_positions(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype) -> floa
     for width, offset, kinds in ((64, 0, True), (384, 2, False), (1032, 5, True)):
         x, table = normal(rng, dtype, 7, width), normal(rng, dtype, 40, width)
         kind = normal(rng, dtype, 2, width)
-        at = rng.integers(0, 40 - offset, 7).astype(np.int32)
+        at, which = (rng.integers(0, most, 7).astype(np.int32) for most in (40 - offset, 2))
         dx = gpu.array(x.astype(dtype))
         args = [dx, gpu.array(table.astype(dtype)), gpu.array(kind.astype(dtype)) if kinds else None,
-                gpu.array(at), gpu.array([5], np.int32), width, offset]  # fmt: skip
+                gpu.array(at), gpu.array(which), gpu.array([5], np.int32), width, offset]  # fmt: skip
         gpu.launch(f"sm80_{SHORT[dtype.name]}_add_positions", 7, 128, args)
-        wanted = x + table[at + offset] + (kind[0] if kinds else 0)
+        wanted = x + table[at + offset] + (kind[which] if kinds else 0)
         got = dx.get().astype(np.float32)
         worst = max(worst, error(got[:5], wanted[:5]))
         assert (got[5:] == x[5:]).all()

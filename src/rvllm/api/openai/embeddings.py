@@ -31,8 +31,8 @@ from rvllm.api.schemas.embeddings import (
 )
 from rvllm.engine.ipc.messages import ModelFacts
 from rvllm.errors import UsageError
-from rvllm.text.embedding import shorten
-from rvllm.text.pooling import check_classes, probabilities
+from rvllm.text.embedding import PoolingParams, shorten
+from rvllm.text.pooling import check_classes, given, of_tokens, pooling_task, probabilities
 
 
 async def embeddings(service: Service, exchange: Exchange, body: bytes) -> None:
@@ -68,26 +68,21 @@ async def classify(service: Service, exchange: Exchange, body: bytes) -> None:
 
 
 async def pooling(service: Service, exchange: Exchange, body: bytes) -> None:
-    """Answers with what the model gives for each text, a vector or the numbers of its classes."""
+    """Answers with what the model gives for each text, or for each of its tokens: vectors or classes."""
     request = parse(body, PoolingRequest)
     check_model(request.model, service.served_names)
     facts, form = service.ready.facts, _form(request.encoding_format)
-    task = request.task or ("classify" if facts.labels is not None else "embed")
-    if task not in ("embed", "classify"):
-        raise invalid(f"task must be embed or classify, got {task[:40]!r}", "task")
-    if task == "classify":
-        _labels(facts)
-    elif facts.labels is not None:
-        raise invalid(f"{facts.architecture} gives classes and no vectors", "task")
+    try:
+        task = pooling_task(facts, request.task)
+    except UsageError as error:
+        raise invalid(str(error), "task") from None
     _check_dimensions(facts, request.dimensions)
-    pooler = Pooler(service, f"pool-{exchange.request_id}", "input", request)
-    data = []
-    for i, numbers in enumerate(await pooler.vectors(_inputs(request.input))):
-        if task == "classify":
-            found = probabilities(numbers, facts, request.use_activation)
-        else:
-            found = shorten(numbers, request.dimensions)
-        data.append(Pooled(index=i, data=_shown(found, form)))
+    pooler = Pooler(service, f"pool-{exchange.request_id}", "input", request, of_tokens(task))
+    params = PoolingParams(dimensions=request.dimensions, use_activation=request.use_activation)
+    data = [
+        Pooled(index=i, data=_shown(given(task, numbers, facts, params), form))
+        for i, numbers in enumerate(await pooler.vectors(_inputs(request.input)))
+    ]
     await exchange.json(PoolingAnswer(data=data, **pooler.about()))
 
 
@@ -164,11 +159,10 @@ def _document(given: str | dict[str, Any], index: int) -> str:
     return text
 
 
-def _shown(vector: Vector, form: str) -> list[float] | str:
+def _shown(vector: Vector, form: str) -> Any:
     if form == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-    numbers: list[float] = vector.tolist()
-    return numbers
+    return vector.tolist()
 
 
 def _form(asked: str | None) -> str:

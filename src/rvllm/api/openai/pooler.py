@@ -18,10 +18,11 @@ from rvllm.api.schemas.embeddings import EmbeddingUsage, PooledRequest
 from rvllm.engine.ipc.messages import Embed
 from rvllm.errors import UsageError
 from rvllm.text.embedding import text_tokens
-from rvllm.text.pooling import Pair, cosine, gives_scores, pair_tokens, probabilities
+from rvllm.text.pooling import Pair, check_numbers, cosine, gives_scores, pair_tokens, probabilities
 from rvllm.text.worker import tasks
 
 MAX_INPUTS = 2048  # OpenAI's limit for one request
+MAX_NUMBERS = 1 << 21  # of one answer: as many are 20 to 40 MB of JSON
 AT_ONCE = 64  # texts of one request that are in the engine together
 
 Vector = NDArray[np.float32]
@@ -36,12 +37,14 @@ class Pooler:
         name: str,
         param: str,
         request: PooledRequest,
+        tokens: bool = False,
     ) -> None:
+        """tokens: whether numbers of each token are wanted."""
         self._service, self.name, self._param = service, name, param
         self._truncate = request.truncate_prompt_tokens
         self._priority = checked_priority(request.priority, service.ready.scheduling_policy)
         self._prompt_name = request.prompt_name
-        self._tokens = 0
+        self._tokens, self._of_tokens = 0, tokens
 
     def usage(self) -> EmbeddingUsage:
         """Tokens of the texts taken so far."""
@@ -66,8 +69,16 @@ class Pooler:
             ids, second = await self._ids(text)
             self._tokens += len(ids)
             prompts.append((ids, second))
+            if self._of_tokens:
+                self._check_numbers()
         with service.admitted(1):
             return await self._through_the_engine(prompts)
+
+    def _check_numbers(self) -> None:
+        try:
+            check_numbers(self._tokens, self._service.ready.facts, MAX_NUMBERS)
+        except UsageError as error:
+            raise invalid(str(error), self._param) from None
 
     async def _ids(self, text: str | list[int] | Pair) -> tuple[list[int], int | None]:
         """(token ids, where a pair's second text begins)."""
@@ -96,7 +107,8 @@ class Pooler:
 
         async def work() -> None:
             for index, (ids, second) in waiting:
-                request = Embed(f"{self.name}-{index}", ids, self._priority, time.time(), second)
+                name = f"{self.name}-{index}"
+                request = Embed(name, ids, self._priority, time.time(), second, self._of_tokens)
                 found[index] = await self._service.engine.embed(request)
 
         running = [asyncio.ensure_future(work()) for _ in range(min(AT_ONCE, len(prompts)))]

@@ -42,7 +42,9 @@ class ClassifyRequest(PooledRequest, kw_only=True):
 
 
 class PoolingRequest(EmbeddingRequest, kw_only=True):
-    """The body of `/pooling`. task: embed or classify; what the model is for, if it is left out."""
+    """The body of `/pooling`. task: embed, classify, token_embed or token_classify; what the model is for, if
+    it is left out.
+    """
 
     task: str | None = None
     use_activation: bool | None = None
@@ -115,10 +117,13 @@ class ClassifyAnswer(PooledAnswer, kw_only=True):
 
 
 class Pooled(msgspec.Struct, kw_only=True):
-    """What the model gives for a text: numbers, or little-endian float32 in base64."""
+    """What the model gives for a text: numbers, or little-endian float32 in base64.
+
+    Tasks of tokens have a list of them for each token, in base64 one behind the other.
+    """
 
     index: int
-    data: list[float] | str
+    data: list[float | list[float]] | str
     object: str = "pooling"
 
 

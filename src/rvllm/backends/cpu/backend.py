@@ -13,12 +13,15 @@ from rvllm.backends.cpu.loaded_model import LoadedModel
 from rvllm.backends.cpu.measure import Rates, measure
 from rvllm.backends.cpu.memory import MemoryPlan
 from rvllm.backends.cpu.pools import Pools, drop_pages, trim_heap
+from rvllm.backends.cpu.reference.encoder import ROWS
 from rvllm.backends.cpu.reference.run import F32, Model, Run
 from rvllm.backends.cpu.reference.sampler import draw
 from rvllm.backends.cpu.slots import Slots, text_tables
 from rvllm.backends.cpu.step import flat_step
+from rvllm.backends.heads import classify_tokens
 from rvllm.backends.logprobs import top_logprobs
 from rvllm.program.cost import StepShape, program_cost
+from rvllm.program.ops.encoder import classifier
 
 
 class CpuBackend(LoadedModel):
@@ -133,6 +136,16 @@ class CpuEncoder(LoadedModel):
 
     def embed(self, batch: StepBatch) -> NDArray[np.float32]:
         """See `Encoder.embed`; the batch holds whole texts."""
+        return self._forward(batch).buffers["embeddings"]
+
+    def embed_tokens(self, batch: StepBatch) -> list[F32]:
+        """See `Encoder.embed_tokens`."""
+        head, rows = classifier(self._model.program), self._forward(batch).buffers[ROWS]
+        if head is not None:
+            rows = classify_tokens(head, rows, self._model.weights)
+        return [part.copy() for part in np.split(rows, np.cumsum(batch.query_lens)[:-1])]
+
+    def _forward(self, batch: StepBatch) -> Run:
         began = time.perf_counter()
         for cache in self._model.caches.values():  # what other texts left must not meet a weight of zero
             for array in cache:
@@ -144,4 +157,4 @@ class CpuEncoder(LoadedModel):
         self._execute(run)
         self._steps += 1
         self._busy += time.perf_counter() - began
-        return run.buffers["embeddings"]
+        return run

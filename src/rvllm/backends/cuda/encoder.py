@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rvllm.backends.base import KV_BLOCK, Limits, Progress, StepBatch
 from rvllm.backends.cuda.buckets import bucket_of
@@ -20,13 +19,12 @@ from rvllm.backends.cuda.layout.allocations import Placed, placed_weights
 from rvllm.backends.cuda.layout.metadata import SampledRows
 from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
 from rvllm.backends.cuda.ops.encoder.plan import text_tiles
-from rvllm.backends.cuda.pooling_runner import PoolingRunner
-from rvllm.backends.cuda.supported import refuse_pairs
+from rvllm.backends.cuda.pooling_runner import PoolingRunner, Sent, pooled_rows
 from rvllm.backends.cuda.tuning.start import strategy_for
 from rvllm.backends.heads import Head
 from rvllm.config import EngineConfig
 from rvllm.program.ops.dense import Program
-from rvllm.program.ops.encoder import Pool
+from rvllm.program.ops.encoder import AddPositions
 from rvllm.telemetry.stats import StepKernel
 from rvllm.weights.checkpoint import Checkpoint
 
@@ -45,12 +43,13 @@ class CudaEncoder(PoolingRunner):
             num_blocks=0,
             pipeline_depth=1,
         )
-        at, pool = plan.addresses, next(op for op in reversed(plan.program.ops) if isinstance(op, Pool)).out
-        vectors = at.buffers[pool.name], pool.width
-        super().__init__(gpu, limits, (at.metadata, plan.layout.nbytes), vectors, head)
+        at = plan.addresses
+        super().__init__(gpu, limits, (at.metadata, plan.layout.nbytes), pooled_rows(plan.program, at), head)
         self._plan = plan
         self._graphs = GraphCache(gpu.catalog, gpu.stream)
         self._last: Key = ("texts", 0)
+        typed = [op.kinds for op in plan.program.ops if isinstance(op, AddPositions) and op.kinds]
+        self._several_kinds = any(kinds.shape[0] > 1 for kinds in typed)
 
     @staticmethod
     def load(
@@ -64,7 +63,6 @@ class CudaEncoder(PoolingRunner):
         Raises MissingKernelError, CapacityError or UsageError before any weight is read.
         """
         report = progress or (lambda fraction, text: None)
-        refuse_pairs(program)
         found = OpenDevice.for_program(program, config)
         head = Head.load(program, checkpoint, config.seed)
         strategy = strategy_for(program, config, found.facts, report)
@@ -83,8 +81,7 @@ class CudaEncoder(PoolingRunner):
                 encoder.graph(size)
         return encoder
 
-    def embed(self, batch: StepBatch) -> NDArray[np.float32]:
-        """See `Encoder.embed`. A classification head is computed on the host, from the pooled vectors."""
+    def _send(self, batch: StepBatch) -> Sent:
         plan = self._plan
         size = bucket_of(plan.sizes(), batch.num_tokens)
         graph = self.graph(size)
@@ -92,7 +89,8 @@ class CudaEncoder(PoolingRunner):
         tiles = text_tiles(batch.query_lens, plan.rows)
         words = self._metadata.array.view(np.int32)
         used = layout.pack(batch, _NO_UPDATES, SampledRows.of(batch), tiles, words)
-        return self._run(graph, used, len(batch.slots))
+        layout.pack_kinds(batch, words, self._several_kinds)
+        return graph, used
 
     def graph(self, size: int) -> Graph:
         """The graph of steps of up to `size` (a padded size) tokens, captured on first use."""

@@ -23,7 +23,7 @@ from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
 from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
 from rvllm.backends.cuda.ops.gemm.strategy import GemmStrategy
-from rvllm.backends.cuda.pooling_runner import PoolingRunner
+from rvllm.backends.cuda.pooling_runner import PoolingRunner, Sent, pooled_rows
 from rvllm.backends.cuda.step_planner import GraphBook, StepPlanner, distinct
 from rvllm.backends.cuda.tuning.start import strategy_for
 from rvllm.backends.heads import Head, without_head
@@ -32,7 +32,6 @@ from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.program.cost import kv_bytes_per_token
 from rvllm.program.ops.dense import Program
-from rvllm.program.ops.encoder import Pool
 from rvllm.telemetry.stats import StepKernel
 from rvllm.weights.checkpoint import Checkpoint
 
@@ -84,9 +83,7 @@ class CudaPooler(PoolingRunner):
             num_blocks=shape.kv_blocks,
             pipeline_depth=1,
         )
-        pool = next(op for op in program.ops if isinstance(op, Pool)).out
-        vectors = at.buffers[pool.name], pool.width
-        super().__init__(gpu, limits, (at.metadata, plan.layout.nbytes), vectors, head)
+        super().__init__(gpu, limits, (at.metadata, plan.layout.nbytes), pooled_rows(program, at), head)
         self._planner = planner
         self._graphs = GraphBook(planner, gpu.catalog, gpu.stream)
 
@@ -124,14 +121,12 @@ class CudaPooler(PoolingRunner):
                 pooler._graphs.body(size)
         return pooler
 
-    def embed(self, batch: StepBatch) -> NDArray[np.float32]:
-        """See `Encoder.embed`. A classification head is computed on the host, from the pooled vectors."""
+    def _send(self, batch: StepBatch) -> Sent:
         layout = self._planner.memory.layout
         blocks = text_blocks(batch.query_lens)
         graph = self._graphs.body(batch.num_tokens)
         words = self._metadata.array.view(np.int32)
-        used = layout.pack(batch, blocks, SampledRows.of(batch), self._tiles(batch), words)
-        return self._run(graph, used, len(batch.slots))
+        return graph, layout.pack(batch, blocks, SampledRows.of(batch), self._tiles(batch), words)
 
     def _tiles(self, batch: StepBatch) -> NDArray[np.int32]:
         shape = self._planner.tiles

@@ -1,30 +1,55 @@
-"""What the GPU's backends of whole texts share: metadata in, a graph, vectors out, and their books."""
+"""What the GPU's backends of whole texts share: metadata in, a graph, numbers out, and their books."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import LedgerLine, Limits
+from rvllm.backends.base import LedgerLine, Limits, StepBatch
 from rvllm.backends.cuda.device.driver import Event, Graph, Pinned
+from rvllm.backends.cuda.layout.addresses import Addresses
 from rvllm.backends.cuda.loaded_model import Gpu
 from rvllm.backends.heads import Head
+from rvllm.program.dtypes import DType
+from rvllm.program.ops.dense import Program
+from rvllm.program.ops.encoder import Pool
+
+F32 = NDArray[np.float32]
+Sent = tuple[Graph, int]  # the graph of a step, and bytes of its metadata
 
 
-class PoolingRunner:
+@dataclass(frozen=True)
+class PooledRows:
+    """Where a step leaves its results: float32 vectors [S, width], and the rows [T, width] behind them."""
+
+    vectors: int
+    rows: int
+    width: int
+    dtype: DType  # of the rows
+
+
+def pooled_rows(program: Program, at: Addresses) -> PooledRows:
+    """The results of a program whose last op pools."""
+    pool = next(op for op in reversed(program.ops) if isinstance(op, Pool))
+    return PooledRows(at.buffers[pool.out.name], at.buffers[pool.x.name], pool.x.width, program.dtype)
+
+
+class PoolingRunner(ABC):
     """A model on a GPU whose steps take texts as they are and leave a vector of each in one buffer."""
 
     def __init__(
-        self, gpu: Gpu, limits: Limits, metadata: tuple[int, int], vectors: tuple[int, int], head: Head | None
+        self, gpu: Gpu, limits: Limits, metadata: tuple[int, int], pooled: PooledRows, head: Head | None
     ) -> None:
-        """metadata: address and bytes of a step's; vectors: address of the buffer, and float32 of a vector.
-        head: computed on the host, from the vectors.
-        """
+        """metadata: address and bytes of a step's. head: computed on the host, from vectors or rows."""
         self._gpu, self._stream, self._ledger = gpu, gpu.stream, gpu.ledger()
         self._limits, self._head = limits, head
         self._metadata_at, nbytes = metadata
-        self._vectors, self._width = vectors
-        self._metadata, self._out = Pinned(nbytes), Pinned(4 * limits.max_num_seqs * self._width)
+        self._pooled = pooled
+        self._metadata, self._out = Pinned(nbytes), Pinned(4 * limits.max_num_seqs * pooled.width)
         self._began, self._ended = Event(), Event()
         self._steps, self._texts, self._busy = 0, 0, 0.0
 
@@ -42,20 +67,43 @@ class PoolingRunner:
         """Device memory line by line, and what the driver says is left."""
         return [*self._ledger, LedgerLine("free", self._gpu.device.free_memory()[0])]
 
-    def _run(self, graph: Graph, used: int, count: int) -> NDArray[np.float32]:
-        """Sends `used` bytes of metadata, launches, and waits for the vectors of `count` texts."""
+    def embed(self, batch: StepBatch) -> F32:
+        """See `Encoder.embed`. A classification head is computed on the host, from the pooled vectors."""
+        vectors = self._read(batch, self._pooled.vectors, np.dtype(np.float32), len(batch.slots))
+        return vectors if self._head is None else self._head(vectors)
+
+    def embed_tokens(self, batch: StepBatch) -> list[F32]:
+        """See `Encoder.embed_tokens`."""
+        pooled = self._pooled
+        rows = self._read(batch, pooled.rows, pooled.dtype.numpy, batch.num_tokens)
+        if self._head is not None:
+            rows = self._head.of_tokens(rows)
+        return np.split(rows, np.cumsum(batch.query_lens)[:-1])
+
+    @abstractmethod
+    def _send(self, batch: StepBatch) -> Sent:
+        """Writes the step's metadata."""
+
+    def _read(self, batch: StepBatch, address: int, dtype: np.dtype[Any], count: int) -> F32:
+        """Runs the step and reads `count` rows at `address`, as many at a time as pinned memory holds."""
+        graph, used = self._send(batch)
         self._stream.copy_to_device(self._metadata_at, self._metadata.address, used)
         self._began.record(self._stream)
         graph.launch(self._stream)
         self._ended.record(self._stream)
-        nbytes = 4 * count * self._width
-        self._stream.copy_to_host(self._out.address, self._vectors, nbytes)
-        self._stream.sync()
+        width = self._pooled.width
+        found, pitch = np.empty((count, width), np.float32), width * dtype.itemsize
+        portion = len(self._out.array) // pitch
+        for first in range(0, count, portion):
+            part = found[first : first + portion]
+            nbytes = len(part) * pitch
+            self._stream.copy_to_host(self._out.address, address + first * pitch, nbytes)
+            self._stream.sync()
+            part[:] = self._out.array[:nbytes].view(dtype).reshape(len(part), width)
         self._steps += 1
-        self._texts += count
+        self._texts += len(batch.slots)
         self._busy += self._ended.seconds_since(self._began)
-        vectors = self._out.array[:nbytes].view(np.float32).reshape(count, self._width).copy()
-        return vectors if self._head is None else self._head(vectors)
+        return found
 
     def _counters(self) -> dict[str, float]:
         return {

@@ -11,7 +11,7 @@ from rvllm.config import EngineConfig
 from rvllm.errors import MissingKernelError, UsageError
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
-from rvllm.program.ops.encoder import AddPositions, classifier, embedding_size
+from rvllm.program.ops.encoder import embedding_size
 
 MIN_CAPABILITY = 80
 
@@ -51,17 +51,6 @@ def _check_decode_path(program: Program, config: EngineConfig) -> None:
         raise UsageError(
             f"--decode-path {path} computes on the native strategy's weights; with --gemm-strategy "
             f"{config.gemm_strategy} use --decode-path batched"
-        )
-
-
-def refuse_pairs(program: Program) -> None:
-    """Raises MissingKernelError for a cross-encoder whose pairs need token types, which no kernel adds."""
-    head = classifier(program)
-    typed = any(isinstance(op, AddPositions) and op.kinds and op.kinds.shape[0] > 1 for op in program.ops)
-    if head is not None and head.out.width == 1 and typed:
-        raise MissingKernelError(
-            f"{program.architecture} reads pairs of texts, and no CUDA kernel adds the "
-            "second kind; run it with --device cpu"
         )
 
 

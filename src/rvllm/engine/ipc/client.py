@@ -46,6 +46,7 @@ from rvllm.engine.ipc.messages import (
     State,
     ToEngine,
     Vocabulary,
+    embedded,
 )
 from rvllm.engine.ipc.process import Launch
 from rvllm.errors import EngineDeadError, RvllmError, SlowClientError, UnavailableError, UsageError
@@ -204,14 +205,16 @@ class EngineClient:
         return await asyncio.shield(self._dead)
 
     async def embed(self, request: Embed) -> NDArray[np.float32]:
-        """The text's vector, float32 [embedding size]; being cancelled aborts the request.
+        """The text's vector, float32 [embedding size], or of each token [tokens, embedding size].
+
+        Being cancelled aborts the request.
 
         Raises UsageError when the text cannot be encoded, EngineDeadError when the engine ends first.
         """
         async with aclosing(self.generate(request)) as outputs:
             async for output in outputs:
                 if output.embedding is not None:
-                    return np.frombuffer(output.embedding, dtype="<f4")
+                    return embedded(request, output.embedding)
                 if output.finish_reason == "error":
                     raise UsageError(output.error or "the engine gave up on the text")
         raise RvllmError(f"request {request.request_id} was aborted")

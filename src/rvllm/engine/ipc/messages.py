@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from rvllm.backends.base import LedgerLine, SamplingSpec, TokenLogprobs
 from rvllm.errors import UsageError
@@ -41,8 +43,9 @@ class Generate(msgspec.Struct, tag="generate", array_like=True):
 class Embed(msgspec.Struct, tag="embed", array_like=True):
     """A text to turn into a vector or classes; `request_id` is unique among those alive.
 
-    second: for a pair of texts, the index of the second one's first token. It is answered by one Output
-    with `embedding`, or with finish_reason "error" or "abort".
+    second: for a pair of texts, the index of the second one's first token. tokens: what comes back is of
+    each token, not of the text. It is answered by one Output with `embedding`, or with finish_reason "error"
+    or "abort".
     """
 
     request_id: str
@@ -50,6 +53,13 @@ class Embed(msgspec.Struct, tag="embed", array_like=True):
     priority: int = 0
     arrival: float = 0.0  # seconds, time.time() of the API process
     second: int | None = None
+    tokens: bool = False
+
+
+def embedded(request: Embed, numbers: bytes) -> NDArray[np.float32]:
+    """An Output's `embedding` as an array: [width], or [tokens, width] where each token's was asked for."""
+    found = np.frombuffer(numbers, dtype="<f4")
+    return found.reshape(len(request.prompt_token_ids), -1) if request.tokens else found
 
 
 class Abort(msgspec.Struct, tag="abort", array_like=True):
@@ -121,7 +131,7 @@ class Output(msgspec.Struct, array_like=True, gc=False):
     error: str | None = None
     queue_seconds: float = 0.0  # set on the first Output: time from arrival to first scheduling
     prefill: list[PrefillChunk] | None = None  # set on the first Output: how its prompt was computed
-    embedding: bytes | None = None  # an Embed's vector, little-endian float32
+    embedding: bytes | None = None  # an Embed's vector or vectors, little-endian float32
     waited_too_long: bool = False  # an "error" because it waited for --max-queue-seconds
 
 
@@ -178,6 +188,7 @@ class ModelFacts(msgspec.Struct, kw_only=True):
     max_logprobs: int = 20  # most that a request may ask for, for each token; -1: any number
     embedding_size: int | None = None  # numbers that come back for a text; None: the model generates text
     labels: list[str] | None = None  # a classifier's classes; None: what comes back is a vector
+    classifies_tokens: bool = False  # it was trained to give classes of tokens, and gives none of texts
     activation: str = "identity"  # softmax, sigmoid or identity makes a classifier's numbers probabilities
     joins_pairs: bool = False  # a pair of texts is one text (decoders), not two with marks between them
     text_prompts: dict[str, str] = {}  # what is put before texts, by name (sentence-transformers' prompts)

@@ -1,16 +1,17 @@
 // What encoders do to rows besides matrix products and norms: positions at the front, one vector a text at the end.
 #include "common/common.cuh"
 
-// x[t] += positions[at[t] + offset] + kinds[0], rounded once. x [T, width], positions [places, width] and kinds
-// [., width] of x's type, kinds null for none; at int32 [T]; count: rows in use. width % 8 == 0.
+// x[t] += positions[at[t] + offset] + kinds[kind[t]], rounded once. x [T, width], positions [places, width] and kinds
+// [., width] of x's type, kinds null for none; at, kind int32 [T]; count: rows in use. width % 8 == 0.
 // Grid: (T), any number of threads. Bound by latency.
 template <typename T>
 __global__ void add_positions(T* x, const T* __restrict__ positions, const T* __restrict__ kinds, const int* at,
-                              const int* count, int width, int offset) {
+                              const int* kind, const int* count, int width, int offset) {
   griddep_launch();
   const int row = blockIdx.x;
   const bool wanted = row < *count;
   const uint4* const place = reinterpret_cast<const uint4*>(positions + (size_t)((wanted ? at[row] : 0) + offset) * width);
+  const uint4* const type = kinds ? reinterpret_cast<const uint4*>(kinds + (size_t)(wanted ? kind[row] : 0) * width) : nullptr;
   griddep_wait();
   if (!wanted) return;
   uint4* const mine = reinterpret_cast<uint4*>(x + (size_t)row * width);
@@ -18,7 +19,7 @@ __global__ void add_positions(T* x, const T* __restrict__ positions, const T* __
     float a[8], b[8], c[8] = {};
     unpack8<T>(mine[i], a);
     unpack8<T>(place[i], b);
-    if (kinds) unpack8<T>(reinterpret_cast<const uint4*>(kinds)[i], c);
+    if (type) unpack8<T>(type[i], c);
 #pragma unroll
     for (int j = 0; j < 8; j++) a[j] = __fadd_rn(__fadd_rn(a[j], b[j]), c[j]);
     mine[i] = pack8<T>(a);

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from rvllm.models import blocks
 from rvllm.models.config import ModelConfig
-from rvllm.models.pooling import CLASSIFIER, PoolingChoice, labels_of, pooling_of
+from rvllm.models.pooling import CLASSIFIER, TOKEN_CLASSIFIER, PoolingChoice, labels_of, pooling_of
 from rvllm.program.builder import ProgramBuilder
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.base import Activation
@@ -52,7 +52,7 @@ def build(config: ModelConfig, dtype: DType) -> Program:
     b.norm("embed_norm", x, "embeddings.LayerNorm")
     for layer in range(config.int("num_hidden_layers", high=4096)):
         _layer(b, x, layer, heads, width, activation)
-    if config.architecture.endswith(CLASSIFIER):
+    if config.architecture.endswith((CLASSIFIER, TOKEN_CLASSIFIER)):
         _classifier(b, config, x)
         return b.finish()
     choice = pooling_of(
@@ -99,19 +99,23 @@ def _layer(b: Encoder, x: Buffer, layer: int, heads: int, width: int, activation
 def _classifier(b: Encoder, config: ModelConfig, x: Buffer) -> None:
     """A dense layer with tanh on the first token's row, and the classes from there.
 
-    BERT calls the two pooler and classifier, RoBERTa classifier.dense and classifier.out_proj.
+    BERT calls the two pooler and classifier, RoBERTa classifier.dense and classifier.out_proj. Classes of
+    tokens come from their rows at once, in both by a layer called classifier.
     """
     roberta, labels = "Roberta" in config.architecture, len(labels_of(config))
+    tokens = config.architecture.endswith(TOKEN_CLASSIFIER)
     dense, final = ("classifier.dense", "classifier.out_proj") if roberta else ("pooler.dense", "classifier")
+    final = "classifier" if tokens else final
     row = b.buffer("pooled", x.width, "samples", DType.F32)
     pooled = b.emit(Pool(name="pool", x=x, out=row, how="cls", normalise=False)).out
     b.emit(
         Classify(
             name="classify", x=pooled, out=b.buffer("embeddings", labels, "samples", DType.F32),
-            dense=b.matrix("dense", part(f"{dense}.weight", x.width, x.width)),
-            dense_bias=b.vector("dense.bias", part(f"{dense}.bias", x.width)),
+            dense=None if tokens else b.matrix("dense", part(f"{dense}.weight", x.width, x.width)),
+            dense_bias=None if tokens else b.vector("dense.bias", part(f"{dense}.bias", x.width)),
             weight=b.matrix("classes", part(f"{final}.weight", labels, x.width)),
-            bias=b.vector("classes.bias", part(f"{final}.bias", labels)),
+            bias=b.vector("classes.bias", part(f"{final}.bias", labels)), dense_pools=not roberta,
+            tokens=tokens,
         )
     )  # fmt: skip
 

@@ -68,6 +68,8 @@ class Classify(Op):
 
     x [S, K] and out [S, N] float32; dense [K, K], without it x itself; weight [N, K]. contrast: out is the
     second row's number less the first's, [S, 1]: log-odds of one token against another (as Qwen3-Reranker).
+    dense_pools: the dense layer is part of a text's pooling: classes of single tokens come without (BERT's).
+    tokens: the model was trained to give classes of tokens, and gives none of whole texts.
     One row a text is little work, so every backend computes it on the host.
     """
 
@@ -81,6 +83,8 @@ class Classify(Op):
     dense: Weight | None = None
     dense_bias: Weight | None = None
     contrast: bool = False
+    dense_pools: bool = False
+    tokens: bool = False
 
 
 def classifier(program: Program) -> Classify | None:

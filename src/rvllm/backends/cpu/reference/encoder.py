@@ -20,6 +20,7 @@ from rvllm.program.ops.dense import Op
 F32 = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
+ROWS = "rows that were pooled"
 SCORES = 1 << 17  # scores that a thread holds at a time, unless one text has more
 
 
@@ -86,8 +87,9 @@ def text_attention_op(op: encoder.TextAttention, run: Run) -> None:
 
 
 def pool_op(op: encoder.Pool, run: Run) -> None:
-    """Pools each text's rows; the result stays in the run as `embeddings`."""
+    """Pools each text's rows; the result stays in the run as `embeddings`, the rows as ROWS."""
     x, step = run[op.x], run.step
+    run.buffers[ROWS] = x
     ends = step.first_rows + step.query_lens
     spans = zip(step.first_rows.tolist(), ends.tolist(), strict=True)
     run[op.out] = np.stack([pool(x[a:b], op.how, op.normalise) for a, b in spans])

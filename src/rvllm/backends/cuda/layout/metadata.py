@@ -26,6 +26,7 @@ class Layout:
     row's logits is asked for; the address in mapped host memory that the drawn tokens go to.
     token_ids, positions, token_slots [tokens]: per row of the flat batch; id -1 is the slot's last sample.
     seq_slots, kv_lens [seqs], query_offsets [seqs + 1]: per sequence; kv_len counts this step's tokens too.
+    kinds [tokens]: where rows have no slot (encoders), 1 for those of a pair's second text, in their place.
     sample_rows, sample_slots, mask_rows [samples]: the rows whose logits are wanted, the slot that draws from
     each (-1: none does) and the row of its token mask (-1: none).
     tiles [tiles, 2]: the blocks of prefill attention, (-1, 0) where there is none.
@@ -53,6 +54,11 @@ class Layout:
     def token_slots(self) -> int:
         """Offset of token_slots."""
         return self.positions + _padded(self.tokens)
+
+    @property
+    def kinds(self) -> int:
+        """Offset of kinds."""
+        return self.token_slots
 
     @property
     def seq_slots(self) -> int:
@@ -143,6 +149,14 @@ class Layout:
         listed[len(tiles) :] = (-1, 0)
         _put(out, self.block_updates, updates.reshape(-1))
         return 4 * (self.block_updates + 3 * len(updates))
+
+    def pack_kinds(self, batch: StepBatch, out: NDArray[np.int32], several: bool) -> None:
+        """Writes kinds over a packed batch's token slots. several: whether the model has more than one."""
+        kinds = out[self.kinds : self.kinds + batch.num_tokens]
+        kinds[:] = 0
+        ends = np.cumsum(batch.query_lens)
+        for s, second in batch.seconds.items() if several else ():
+            kinds[ends[s] - batch.query_lens[s] + second : ends[s]] = 1
 
 
 @dataclass(frozen=True)

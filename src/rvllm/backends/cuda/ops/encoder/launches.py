@@ -36,6 +36,7 @@ def _add_positions(to: Lowering, stage: Stage) -> None:
         to.weight(op.positions, "table"),
         to.weight(op.kinds, "table"),
         to.meta(to.layout.positions),
+        to.meta(to.layout.kinds),
         to.meta(NUM_TOKENS),
         ctypes.c_int(op.x.width),
         ctypes.c_int(op.offset),
