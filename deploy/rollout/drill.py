@@ -46,7 +46,8 @@ class Clients(threading.Thread):
             number += 1
             bodies = [
                 {"model": "m", "prompt": f"({number}.{i}) Tell me about bridges.", "max_tokens": 12,
-                 "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+                 "ignore_eos": True, "skip_special_tokens": False, "stream": True,
+                 "stream_options": {"include_usage": True}}
                 for i in range(2)
             ]  # fmt: skip
             target = Target(URL(PROXY) + "/v1/completions")

@@ -99,3 +99,15 @@ def test_kernels_of_an_absent_extra_are_left_out_by_name(
     assert main(["kernels", "check", "--arch", "sm_90a", "--match", "*cutlass*"]) == 0
     out = capsys.readouterr().out
     assert "sm_90a: 18 units are left out: kernels built from CUTLASS need its headers: pip install" in out
+
+
+def test_a_release_is_made_without_kernels_of_an_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rvllm.kernels.external.missing_headers", lambda extra: "")
+    words = ["kernels", "check", "--arch", "sm_90a", "--match", "*cutlass*", "--output", str(tmp_path)]
+    assert main(words) == 2  # of a cache that is no release they can be asked for
+    build.write_manifest(tmp_path)
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "sm_90a: 18 units are left out: a release is made without those of cutlass" in out

@@ -88,14 +88,16 @@ def target_of(capability: int) -> str:
 
 
 def units(specs: Iterable[KernelSpec], target: str) -> list[Unit]:
-    """The translation units that hold the given specs, in a stable order."""
+    """The translation units that hold the given specs, each once, in a stable order."""
     groups: dict[tuple[str, tuple[str, ...], str, str], set[str]] = {}
     for spec in specs:
         groups.setdefault((spec.source, spec.defines, spec.unit, spec.extra), set()).add(spec.symbol)
-    return [
-        Unit(source, defines, tuple(sorted(symbols)), target, extra)
-        for (source, defines, _, extra), symbols in sorted(groups.items())
-    ]
+    return list(
+        dict.fromkeys(  # two kernels may be one function with other limits of shared memory
+            Unit(source, defines, tuple(sorted(symbols)), target, extra)
+            for (source, defines, _, extra), symbols in sorted(groups.items())
+        )
+    )
 
 
 def load(
