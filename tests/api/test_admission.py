@@ -103,8 +103,10 @@ def test_sleep_and_wake_up_over_http() -> None:
             status, _, body = server.raw("POST", path)
             assert status == 200 and json.loads(body) == {"is_sleeping": sleeping, "seconds": 0.5}
             assert json.loads(server.raw("GET", "/is_sleeping")[2]) == {"is_sleeping": sleeping}
-        assert server.engine.sleep_level == 1
-        assert server.raw("POST", "/sleep?level=3")[0] == 400
+        assert server.engine.sleep_level == 1 and not server.engine.keeps
+        for query in ("level=3", "kv_cache=both", "level=2&kv_cache=keep"):
+            assert server.raw("POST", f"/sleep?{query}")[0] == 400
+        assert server.raw("POST", "/sleep?kv_cache=keep")[0] == 200 and server.engine.keeps
         assert ask(server, {"x-request-timeout": "0.2"})[0] == 408, "requests wait"
         assert server.raw("POST", "/wake_up?tags=weights")[0] == 400, "all of it or nothing"
         assert server.engine.sleep_level == 1

@@ -12,7 +12,7 @@ import pytest
 from rvllm.backends.cuda.backend import CudaBackend
 from rvllm.backends.cuda.device.arena import Arena
 from rvllm.backends.cuda.device.driver import Stream
-from rvllm.engine.ipc.messages import Sampling
+from rvllm.engine.ipc.messages import Generate, Sampling
 from rvllm.program.dtypes import DType
 from support.emulator.driver import INVALID_VALUE, EmulatedDriver, emulated_driver
 from support.kernels.gpu_engine import CONFIG, core_of, run, tokens_of
@@ -44,9 +44,22 @@ def test_requests_go_on_after_a_sleep() -> None:
         core.sleep(1)
         assert core.sleep_level == 1 and core.backend is backend
         core.wake_up()
+        preempted = core.stats().preemptions
         assert tokens_of(run(core, asked)[0]) == before
         assert core.backend is backend and backend.stats()["rvllm:cuda_graphs"] == graphs
-        core.sleep(1)
+        prompt, sampling = asked[0]
+        core.add_request(Generate("kept", prompt[:17], sampling))
+        got = [output for _ in range(2) for output in core.step()]
+        core.sleep(1, keep_kv=True)
+        computed = core.stats().prompt_tokens
+        core.wake_up()
+        while core.has_work():
+            got += core.step()
+        assert core.stats().prompt_tokens == computed and core.stats().preemptions == preempted
+        assert tokens_of(got) == tokens_of(run(core, [(prompt[:17], sampling)])[0])
+        core.add_request(Generate("again", prompt, sampling))
+        core.step()
+        core.sleep(1, keep_kv=True)
         core.sleep(2)  # closes what sleeps already
         core.close()
 

@@ -9,7 +9,7 @@ import pytest
 
 from rvllm.backends.cuda.backend import CudaBackend
 from rvllm.backends.cuda.device.driver import Device
-from rvllm.engine.ipc.messages import Sampling
+from rvllm.engine.ipc.messages import Generate, Sampling
 from rvllm.program.dtypes import DType
 from support.kernels.gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
 
@@ -35,5 +35,16 @@ def test_sleep_gives_memory_back_and_changes_no_token() -> None:
         core.wake_up()
         assert core.backend is loaded and abs(Device.free_memory()[0] - free) < 8 << 20
         assert [tokens_of(outputs) for outputs in run(core, requests)] == expected
+    for i, (prompt, sampling) in enumerate(requests):
+        core.add_request(Generate(f"kept {i}", prompt, sampling))
+    got: dict[str, list[int]] = {f"kept {i}": [] for i in range(len(requests))}
+    preemptions = core.stats().preemptions
+    while core.has_work():
+        for output in core.step():
+            got[output.request_id] += output.token_ids
+        core.sleep(1, keep_kv=True)
+        core.wake_up()
+    assert list(got.values()) == expected and core.stats().preemptions == preemptions
+    assert abs(Device.free_memory()[0] - free) < 8 << 20
     core.sleep(1)
     core.close()

@@ -12,7 +12,8 @@ from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import FromEngine, Generate, Sampling, Shutdown, Sleep, Slept, ToEngine
 from rvllm.engine.loop import EngineLoop
-from support.doubles.engine import PagedDouble, facts
+from rvllm.errors import UsageError
+from support.doubles.engine import PagedDouble, SleepingDouble, facts
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2,
@@ -31,7 +32,7 @@ def config(tmp_path: Path) -> EngineConfig:
 
 
 def ask(core: EngineCore, name: str, length: int, output: int = 12) -> None:
-    prompt = [(7 * i + len(name)) % 150 + 3 for i in range(length)]
+    prompt = [(7 * i + len(name)) % 90 + 3 for i in range(length)]
     core.add_request(Generate(name, prompt, Sampling(max_tokens=output, temperature=1.0, seed=4)))
 
 
@@ -105,6 +106,79 @@ def test_level_one_gives_up_the_blocks_and_deepens_to_two(config: EngineConfig) 
     core.close()
 
 
+@pytest.mark.parametrize("host_blocks", [0, 7])
+def test_kept_blocks_are_gone_on_with(host_blocks: int) -> None:
+    limits = Limits(3, 64, 1000, 16, 24, 1, num_cpu_blocks=host_blocks)
+
+    def core_and_answers() -> tuple[EngineCore, dict[str, list[int]]]:
+        core, got = EngineCore(SleepingDouble(limits), facts(1000), EngineConfig()), dict[str, list[int]]()
+        for turn in range(3):  # more prefixes than there is room for: some have moved to host memory
+            for name in "abc":
+                ask(core, f"{turn}{name * (turn + 1)}", 50 + 31 * turn, 40)
+            finish(core, got)
+        assert len(got) == 9 and all(len(tokens) == 40 for tokens in got.values())
+        return core, got
+
+    core, expected = core_and_answers()
+    for name, length in (("x", 100), ("yy", 70)):
+        ask(core, name, length, 30)
+    finish(core, expected)
+    computed = core.stats().prompt_tokens
+    core, got = core_and_answers()
+    for name, length in (("x", 100), ("yy", 70)):
+        ask(core, name, length, 30)
+    for _ in range(12):
+        step(core, got)
+        before = core.stats()
+        core.sleep(1, keep_kv=True)
+        assert core.sleep_level == 1 and not core.has_work()
+        core.wake_up()
+        after = core.stats()
+        assert (after.running, after.blocks_used, after.blocks_cached, after.cpu_blocks_used) == (
+            before.running, before.blocks_used, before.blocks_cached, before.cpu_blocks_used)  # fmt: skip
+    assert finish(core, got) == expected
+    assert core.stats().prompt_tokens == computed and core.stats().preemptions == 0
+    core.scheduler.blocks.check()
+
+
+def test_a_kept_sleep_can_deepen() -> None:
+    core = EngineCore(SleepingDouble(Limits(3, 64, 1000, 16, 24, 1)), facts(1000), EngineConfig())
+    ask(core, "a", 40)
+    core.step()
+    core.sleep(1, keep_kv=True)
+    assert core.stats().running == 1
+    core.sleep(2)
+    assert core.sleep_level == 2 and core.stats().running == core.stats().blocks_used == 0
+
+
+def test_a_host_without_room_for_the_blocks_refuses_and_stays_awake() -> None:
+    backend = SleepingDouble(Limits(3, 64, 1000, 16, 24, 1))
+    core, got = EngineCore(backend, facts(1000), EngineConfig()), dict[str, list[int]]()
+    backend.room = False
+    core.sleep(1, keep_kv=True)  # nothing to keep yet
+    core.wake_up()
+    ask(core, "a", 40)
+    step(core, got)
+    with pytest.raises(UsageError, match=r"no room for weights and 3 KV blocks.*kv_cache=drop"):
+        core.sleep(1, keep_kv=True)
+    with pytest.raises(UsageError, match="at level 2 nothing of a model stays"):
+        core.sleep(2, keep_kv=True)
+    assert core.sleep_level == 0 and len(finish(core, got)["a"]) == 12
+
+
+def test_kept_blocks_of_a_cpu_stay_where_they_are(config: EngineConfig) -> None:
+    core = EngineCore.from_config(config)
+    ask(core, "a", 40)
+    expected = finish(core, {})
+    got: dict[str, list[int]] = {}
+    ask(core, "a", 40)
+    step(core, got)
+    core.sleep(1, keep_kv=True)
+    core.wake_up()
+    assert finish(core, got) == expected and core.stats().preemptions == 0
+    core.close()
+
+
 def test_the_loop_says_how_deep_the_engine_sleeps() -> None:
     class Scripted:
         def __init__(self, *messages: ToEngine) -> None:
@@ -117,7 +191,8 @@ def test_the_loop_says_how_deep_the_engine_sleeps() -> None:
             self.sent.append(message)
 
     core = EngineCore(PagedDouble(Limits(2, 64, 1000, 16, 100, 1)), facts(1000), EngineConfig())
-    link = Scripted(Sleep(1), Sleep(2))
+    link = Scripted(Sleep(2, keep_kv=True), Sleep(1), Sleep(2))
     EngineLoop(core, link).run()
-    assert [message.level for message in link.sent if isinstance(message, Slept)] == [1, 2]
-    assert core.sleep_level == 2
+    slept = [message for message in link.sent if isinstance(message, Slept)]
+    assert [message.level for message in slept] == [0, 1, 2] and core.sleep_level == 2
+    assert [message.refused is not None for message in slept] == [True, False, False]

@@ -167,10 +167,13 @@ async def is_sleeping(service: Service, exchange: Exchange, body: bytes) -> None
 
 
 async def sleep(service: Service, exchange: Exchange, body: bytes) -> None:
-    """`/sleep?level=1`: gives memory back; requests wait until the server is woken up."""
+    """`/sleep?level=1&kv_cache=drop`: gives memory back; requests wait until the server is woken up."""
     _check_sleep_mode(service)
     level = Query(exchange).number("level", 1, 1, 2)
-    seconds = await service.engine.sleep(level)
+    keep = Query(exchange).choice("kv_cache", "drop", ("drop", "keep")) == "keep"
+    if keep and level > 1:
+        raise invalid("kv_cache=keep is for level 1: at level 2 nothing of a model stays", "kv_cache")
+    seconds = await service.engine.sleep(level, keep)
     await exchange.json({"is_sleeping": True, "seconds": round(seconds, 4)})
 
 

@@ -8,7 +8,7 @@ the host has read the tokens of the step before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -238,9 +238,12 @@ class Traceable(Protocol):
 class Droppable(Protocol):
     """A backend that can give up less than everything."""
 
-    def drop_caches(self) -> bool:
-        """Gives back the memory of what no sequence needs any more, KV blocks and states, and loses what it
-        held; False where that cannot be done without closing."""
+    def drop_caches(self, kept: Sequence[int] = ()) -> bool:
+        """Gives back the memory of KV blocks and states, and loses what they held; False where that cannot be
+        done without closing, and nothing has happened.
+
+        kept: blocks whose contents are there again after `take_caches`; with any, states are, too.
+        """
 
     def take_caches(self) -> None:
         """Takes the memory again. Raises CapacityError when it is not there any more."""

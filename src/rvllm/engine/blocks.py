@@ -90,6 +90,15 @@ class BlockManager:
         """Copies to be made before the next step."""
         return len(self._moves)
 
+    def filled(self) -> list[int]:
+        """Blocks whose contents somebody may want: in use, cached, or about to be copied elsewhere."""
+        leaving = {source for kind, source, _ in self._moves if kind in (COPY, MOVE_OUT)}
+        return [
+            block
+            for block, references in enumerate(self._references)
+            if references or self._digest[block] is not None or block in leaving
+        ]
+
     def oldest_cached(self, count: int) -> list[int]:
         """Up to `count` of the cached blocks, released longest ago first."""
         return list(islice(self._cached, count))

@@ -292,22 +292,42 @@ class EngineCore:
         """0: awake."""
         return self._asleep.level
 
-    def sleep(self, level: int = 1) -> None:
+    def sleep(self, level: int = 1, keep_kv: bool = False) -> None:
         """Gives memory back until `wake_up`: KV blocks and, at level 2, the weights.
 
         At level 1 a backend that cannot give the one without the other gives both. Requests that run begin to
         wait, with the tokens that they have; new ones wait with them.
+
+        keep_kv: at level 1 what KV blocks hold is kept in host memory: requests that run stop where they are,
+        and the prefix cache stays. Raises UsageError where that cannot be had; nothing has happened then.
         """
         if self._asleep.level >= level:
             return
         while self._in_flight:
             self._collect()
+        if keep_kv and self._keep_blocks(level):
+            self._asleep = Asleep(level)
+            return
         self.scheduler.suspend()
         droppable = self.backend if level == 1 and isinstance(self.backend, Droppable) else None
         keeps = self._asleep.loaded and droppable is not None and droppable.drop_caches()
         if self._asleep.loaded and not keeps:
             self.backend.close()
         self._asleep = Asleep(level, keeps)
+
+    def _keep_blocks(self, level: int) -> bool:
+        """Gives memory back but for what KV blocks hold; False when they hold nothing."""
+        if level != 1:
+            raise UsageError("kv_cache=keep is for level 1: at level 2 nothing of a model stays")
+        blocks = self.scheduler.blocks.filled()
+        if not blocks:
+            return False
+        if not isinstance(self.backend, Droppable) or not self.backend.drop_caches(blocks):
+            raise UsageError(
+                f"kv_cache=keep: the host has no room for weights and {len(blocks)} KV blocks, or this model "
+                "cannot be moved there; sleep with kv_cache=drop"
+            )
+        return True
 
     def prepare(self) -> bool:
         """Uses some 10 ms for what later steps would wait for; False when nothing is left to prepare."""

@@ -21,6 +21,7 @@ from rvllm.engine.ipc.messages import (
     Vocabulary,
 )
 from rvllm.engine.state import complete, snapshot
+from rvllm.errors import UsageError
 from rvllm.telemetry.stats import Stats
 
 
@@ -77,19 +78,22 @@ class EngineLoop:
         elif isinstance(message, Vocabulary):
             self._core.set_vocabulary(message)
         elif isinstance(message, Sleep):
-            self._sleep(message.level)
+            self._sleep(message)
         elif isinstance(message, GetStats):
             self._link.send(complete(self._core, self._stats()))
         elif isinstance(message, GetState):
             self._link.send(snapshot(self._core, self._stats(), message))
 
-    def _sleep(self, level: int) -> None:
-        began = time.perf_counter()
-        if level:
-            self._core.sleep(level)
-        else:
+    def _sleep(self, message: Sleep) -> None:
+        began, refused = time.perf_counter(), None
+        if not message.level:
             self._core.wake_up()
-        self._link.send(Slept(self._core.sleep_level, time.perf_counter() - began))
+        else:
+            try:
+                self._core.sleep(message.level, message.keep_kv)
+            except UsageError as error:
+                refused = str(error)
+        self._link.send(Slept(self._core.sleep_level, time.perf_counter() - began, refused))
 
     def _stats(self) -> Stats:
         stats = self._core.stats()

@@ -79,7 +79,7 @@ class ReplicatedEngine:
         """0: replicas do not sleep."""
         return 0
 
-    async def sleep(self, level: int) -> float:
+    async def sleep(self, level: int, keep_kv: bool = False) -> float:
         """Refused: replicas that are not needed are scaled away. Raises UsageError."""
         raise UsageError("replicas do not sleep; those that are not needed are scaled away")
 

@@ -222,12 +222,21 @@ class RecurrentDouble(PagedDouble):
 class SleepingDouble(PagedDouble):
     """One whose blocks can be dropped."""
 
-    def drop_caches(self) -> bool:
-        self.cache[:] = self.host[:] = -9
+    room = True  # whether blocks can be kept
+
+    def drop_caches(self, kept: Sequence[int] = ()) -> bool:
+        if kept and not self.room:
+            return False
+        self.kept = {block: self.cache[block].copy() for block in kept}
+        self.cache[:] = -9
+        if not kept:
+            self.host[:] = -9
         return True
 
     def take_caches(self) -> None:
         assert (self.cache == -9).all()
+        for block, values in self.kept.items():
+            self.cache[block] = values
 
 
 def facts(max_model_len: int = 128) -> ModelFacts:

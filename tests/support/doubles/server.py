@@ -72,8 +72,8 @@ class FakeEngine:
     def status(self) -> str:
         return "ready" if self.alive else "failed"
 
-    async def sleep(self, level: int) -> float:
-        self.sleep_level, self.held = level, level > 0
+    async def sleep(self, level: int, keep_kv: bool = False) -> float:
+        self.sleep_level, self.held, self.keeps = level, level > 0, keep_kv
         return 0.5
 
     async def restart(self) -> None:

@@ -145,7 +145,7 @@ OPERATIONS = (
     Operation("GET", "/v2/health/live", "200 while the process answers.", None, dict[str, bool], open=True),
     Operation("GET", "/load", "Choices that run or wait.", None, dict[str, int]),
     Operation("POST", "/sleep", "Gives the engine's memory back (--enable-sleep-mode).", None, dict[str, Any],
-              query=("level",), bare=True),
+              query=("level", "kv_cache"), bare=True),
     Operation("POST", "/wake_up", "Takes it again.", None, dict[str, Any], bare=True),
     Operation("GET", "/is_sleeping", "Whether the model is asleep.", None, dict[str, bool]),
     Operation("GET", "/server_info", "What is served, and how.", None, dict[str, Any]),

@@ -65,7 +65,7 @@ class Engine(Protocol):
     def sleep_level(self) -> int:
         """0: awake."""
 
-    async def sleep(self, level: int) -> float:
+    async def sleep(self, level: int, keep_kv: bool = False) -> float:
         """Gives the engine's memory back; 0 takes it again."""
 
     async def wait_dead(self) -> str:

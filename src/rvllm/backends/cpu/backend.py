@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,8 +81,13 @@ class CpuBackend(LoadedModel):
         """Steps run and the seconds that they and the moves of blocks took."""
         return {**super().stats(), "rvllm:kv_block_move_seconds_total": self._pools.seconds}
 
-    def drop_caches(self) -> bool:
-        """Gives the memory of both pools and of the states back to the system; see `Droppable`."""
+    def drop_caches(self, kept: Sequence[int] = ()) -> bool:
+        """Gives the memory of both pools and of the states back to the system; see `Droppable`.
+
+        Where anything is kept, nothing is given back: it lies in host memory already.
+        """
+        if kept:
+            return True
         self._pools.drop()
         for state in self._model.states.values():
             drop_pages(state)

@@ -6,6 +6,7 @@ waits for the step's event and reads the drawn tokens. Up to `pipeline_depth` st
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +24,7 @@ from rvllm.backends.base import (
 )
 from rvllm.backends.cuda.buckets import MIXED_TOKENS
 from rvllm.backends.cuda.device.driver import Event, Pinned, Stream
-from rvllm.backends.cuda.device.host_blocks import COPY_RATE, HostBlocks
+from rvllm.backends.cuda.device.host_blocks import COPY_RATE, HostBlocks, KeptBlocks
 from rvllm.backends.cuda.device.launches import Counts
 from rvllm.backends.cuda.formats.choose import kept, say_expanded
 from rvllm.backends.cuda.in_flight import KERNEL as SEND_KERNEL
@@ -51,7 +52,7 @@ from rvllm.backends.cuda.profile import (
 from rvllm.backends.cuda.step_planner import GraphBook, StepPlanner
 from rvllm.backends.cuda.tuning.start import strategy_for
 from rvllm.config import EngineConfig
-from rvllm.errors import RvllmError, UsageError
+from rvllm.errors import CapacityError, RvllmError, UsageError
 from rvllm.program.cost import StepShape, program_cost
 from rvllm.program.ops.dense import Program
 from rvllm.telemetry.stats import StepKernel
@@ -89,7 +90,9 @@ class CudaBackend:
         end = gpu.arena.base + gpu.arena.nbytes
         self._before_caches = min((address for address, _ in caches), default=end) - gpu.arena.base
         self._constant = plan.lines[WEIGHTS]  # they lie first, and never change
+        self._caches = caches
         self._host = HostBlocks(caches, num_cpu_blocks) if num_cpu_blocks else None
+        self._kept: KeptBlocks | None = None  # in sleep
         self._limits = Limits(
             max_num_seqs=shape.seqs,
             max_num_batched_tokens=shape.tokens,
@@ -359,22 +362,36 @@ class CudaBackend:
             "rvllm:cuda_graph_capture_seconds_total": self._graphs.capture_seconds,
         }
 
-    def drop_caches(self) -> bool:
+    def drop_caches(self, kept: Sequence[int] = ()) -> bool:
         """Gives all device memory back but kernels and graphs, which stay valid for the same addresses.
 
-        What lies before the caches, the weights above all, is kept in pinned host memory, which stays taken.
-        False without --enable-sleep-mode, or where the host has no room.
+        What lies before the caches, the weights above all, is kept in pinned host memory, which stays taken,
+        as are the blocks of `kept` until `take_caches`. False without --enable-sleep-mode, or where the host
+        has no room.
         """
         self._stream.sync()
         if self._host is not None:
             self._host.sync()
-        return self._gpu.arena.sleeps and self._gpu.arena.sleep(
-            self._before_caches, self._constant, self._stream
-        )
+        if not self._gpu.arena.sleeps:
+            return False
+        if kept:
+            try:
+                self._kept = KeptBlocks(self._caches, kept, self._stream)
+            except CapacityError:
+                return False
+        if self._gpu.arena.sleep(self._before_caches, self._constant, self._stream):
+            return True
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+        return False
 
     def take_caches(self) -> None:
-        """Takes the memory again; what the KV blocks held is lost. Raises CapacityError."""
+        """Takes the memory again, with what was kept. Raises CapacityError."""
         self._gpu.arena.wake(self._stream)
+        if self._kept is not None:
+            self._kept.bring_back(self._stream)
+            self._kept = None
         self._free_before = -1
 
     def close(self) -> None:
@@ -383,8 +400,9 @@ class CudaBackend:
         self._graphs.close()
         for flight in self._ring:
             flight.close()
-        if self._host is not None:
-            self._host.close()
+        for blocks in (self._host, self._kept):
+            if blocks is not None:
+                blocks.close()
         self._starter.close()
         self._gpu.close()
 

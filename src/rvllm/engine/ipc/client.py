@@ -280,16 +280,19 @@ class EngineClient:
         self._send(asked or GetState())
         return await self._in_time(answer)
 
-    async def sleep(self, level: int) -> float:
+    async def sleep(self, level: int, keep_kv: bool = False) -> float:
         """Gives the engine's memory back (1: KV blocks, 2: weights as well) or, with 0, takes it again.
 
-        Returns the seconds it took. Raises EngineDeadError.
+        Returns the seconds it took. Raises EngineDeadError, and UsageError where KV blocks cannot be kept.
         """
         self._check_alive()
         answer: asyncio.Future[Slept] = self._loop.create_future()
         self._sleeps.append(answer)
-        self._send(Sleep(level))
-        return (await asyncio.shield(answer)).seconds
+        self._send(Sleep(level, keep_kv))
+        slept = await asyncio.shield(answer)
+        if slept.refused is not None:
+            raise UsageError(slept.refused)
+        return slept.seconds
 
     async def _in_time(self, answer: asyncio.Future[T]) -> T:
         """The answer. Raises UnavailableError when the engine is too busy, or stalled."""

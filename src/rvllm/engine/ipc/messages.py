@@ -90,16 +90,21 @@ class GetState(msgspec.Struct, tag="state", array_like=True):
 
 
 class Sleep(msgspec.Struct, tag="sleep", array_like=True):
-    """Gives memory back; answered by Slept. level: 0 wakes up, 1 gives up KV blocks, 2 weights as well."""
+    """Gives memory back; answered by Slept. level: 0 wakes up, 1 gives up KV blocks, 2 weights as well.
+
+    keep_kv: what KV blocks hold is kept in host memory.
+    """
 
     level: int
+    keep_kv: bool = False
 
 
 class Slept(msgspec.Struct, tag="slept", array_like=True):
-    """The level of sleep reached, and the seconds it took."""
+    """The level of sleep reached, and the seconds it took. refused: why nothing was done."""
 
     level: int
     seconds: float
+    refused: str | None = None
 
 
 class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):

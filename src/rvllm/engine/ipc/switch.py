@@ -189,7 +189,7 @@ class SwitchedEngine:
         """0: awake."""
         return self._client.sleep_level
 
-    async def sleep(self, level: int) -> float:
+    async def sleep(self, level: int, keep_kv: bool = False) -> float:
         """Raises UsageError: the engines' turns decide."""
         raise UsageError("this server has several models, and puts them to sleep and wakes them by itself")
 

@@ -129,3 +129,31 @@ class HostBlocks:
         self._stream.close()
         self._done.close()
         self._memory.close()
+
+
+class KeptBlocks:
+    """What some KV blocks hold, in pinned host memory while the device's is given back.
+
+    Raises CapacityError when the system does not give as much.
+    """
+
+    def __init__(self, caches: Sequence[tuple[int, int]], blocks: Sequence[int], stream: Stream) -> None:
+        """Copies them out; nothing may be under way. caches: as of HostBlocks."""
+        self._blocks = np.array(sorted(blocks), dtype=np.int32)
+        self._host = HostBlocks(caches, len(blocks))
+        self._copy(MOVE_OUT, stream)
+
+    def bring_back(self, stream: Stream) -> None:
+        """Copies them to where they were, and gives the host's memory back."""
+        self._copy(MOVE_IN, stream)
+        self.close()
+
+    def close(self) -> None:
+        """Gives the host's memory back."""
+        self._host.close()
+
+    def _copy(self, kind: int, stream: Stream) -> None:
+        count = len(self._blocks)
+        moves = np.stack((np.full(count, kind), self._blocks, np.arange(count)), axis=1).astype(np.int32)
+        self._host.move(moves, 0, None, stream)
+        self._host.sync()
