@@ -1,6 +1,6 @@
 """vLLM's question which kind of device is there, for scripts that ask it."""
 
-from rvllm.backends.load import gpu_present
+from rvllm.backends.opening import gpu_present
 
 
 class Platform:

@@ -15,7 +15,8 @@ from rvllm.backends.cuda.layout.preview import preview
 from rvllm.backends.cuda.ops.gemm import cublas
 from rvllm.backends.cuda.ops.sampling.slots import START_WORDS
 from rvllm.backends.cuda.supported import check_supported
-from rvllm.backends.load import choose_device, gpu_present
+from rvllm.backends.load import choose_device
+from rvllm.backends.opening import gpu_present
 from rvllm.cli.main import main
 from rvllm.config import EngineConfig
 from rvllm.engine.scheduler import PROMPT_LOGPROB_ROWS

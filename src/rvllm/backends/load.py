@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
-from pathlib import Path
 from typing import Any
 
 from rvllm.backends.base import KV_BLOCK, Encoder, Generator, Progress
+from rvllm.backends.opening import gpu_present
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.extras import install_command
@@ -46,13 +45,6 @@ def check_memory_flags(program: Program, config: EngineConfig) -> None:
             f"--num-blocks {asked} ({asked * block / 1e9:.3f} GB) and --kv-cache-memory-gb {room:g} "
             f"({int(room * 1e9) // block:,} blocks) ask for different KV caches: give one of them"
         )
-
-
-def gpu_present() -> bool:
-    """Whether the NVIDIA driver shows a GPU that CUDA_VISIBLE_DEVICES leaves us; imports nothing of CUDA."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # the usual ways to hide all of them
-        return False
-    return any(Path("/proc/driver/nvidia/gpus").glob("*")) or any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def cuda_packages_present() -> bool:

@@ -106,7 +106,8 @@ def devices() -> Section:
     """The CPU with its memory, and each GPU the driver shows; nothing of CUDA is imported."""
     from rvllm.backends.cpu.threads import available_cores
     from rvllm.backends.free_memory import free_bytes
-    from rvllm.backends.load import cuda_packages_present, gpu_present
+    from rvllm.backends.load import cuda_packages_present
+    from rvllm.backends.opening import gpu_present
     from rvllm.cli.common.tables import human_bytes
 
     rows = [("cpu", f"{available_cores()} cores, {human_bytes(free_bytes())} of memory free, {_cpu_name()}")]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from rvllm.backends import opening
 from rvllm.backends.base import (
     BROKEN_ROW,
     Backend,
@@ -137,6 +138,7 @@ class EngineCore:
     @classmethod
     def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> EngineCore:
         """Finds and loads the configured model. Raises the RvllmError that says what is wrong with it."""
+        opening.begin(config)
         from rvllm.engine.loading import Phases, load
 
         if config.kv_events_config is not None:  # a mistake there should not cost a whole load

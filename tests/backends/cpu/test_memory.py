@@ -10,7 +10,8 @@ from rvllm.backends.base import Encoder, Generator, StepBatch
 from rvllm.backends.cpu.backend import CpuBackend
 from rvllm.backends.cpu.memory import GB, MemoryPlan, plan_memory, weight_lines
 from rvllm.backends.cpu.reference.interpreter import resolve
-from rvllm.backends.load import choose_device, choose_dtype, gpu_present, load_backend
+from rvllm.backends.load import choose_device, choose_dtype, load_backend
+from rvllm.backends.opening import gpu_present
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, MissingKernelError, UsageError
 from rvllm.models.config import ModelConfig

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import zmq
 
+from rvllm.backends import opening
 from rvllm.config import EngineConfig
 from rvllm.engine.ipc.messages import Failed, FromEngine, Loading, ToEngine
 from rvllm.errors import RvllmError
@@ -79,6 +80,7 @@ class ZmqLink:
 
 
 def _load(config: EngineConfig, progress: Progress) -> EngineCore:
+    opening.begin(config)  # before what takes long to import
     from rvllm.engine.core import EngineCore
 
     return EngineCore.from_config(config, progress)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rvllm.backends import opening
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.errors import RvllmError
 from rvllm.extras import install_command
@@ -81,7 +82,10 @@ class Device:
 
     def __init__(self, ordinal: int = 0) -> None:
         self.handle = call("cuDeviceGet", ordinal)
+        begun = opening.finish()
         self.context = call("cuDevicePrimaryCtxRetain", self.handle)
+        if begun:  # its reference kept the context until ours did
+            call("cuDevicePrimaryCtxRelease", self.handle)
         call("cuCtxSetCurrent", self.context)
 
     def make_current(self) -> None:
