@@ -185,13 +185,16 @@ def quantised_buffers(stages: Sequence[Stage], capability: int) -> frozenset[str
 
     They share one place, so none may be written before the last one has been read.
     """
-    if capability != 90:
+    if capability != 90 or not any(_of_fp8(op) for stage in stages for op in stage.ops):
         return frozenset()
     readers: dict[str, list[tuple[int, Op]]] = {}
+    writers: dict[str, list[int]] = {}
     for i, stage in enumerate(stages):
         for op in stage.ops:
             for buffer in op.reads:
                 readers.setdefault(buffer.name, []).append((i, op))
+        for buffer in stage.writes:
+            writers.setdefault(buffer.name, []).append(i)
     found, other, free_from = set[str](), set[str](), 0
     for i, stage in enumerate(stages):
         written = {b.name for b in stage.writes}
@@ -200,9 +203,9 @@ def quantised_buffers(stages: Sequence[Stage], capability: int) -> frozenset[str
             other |= written
             continue
         name = norm.out.name
-        until = next((j for j in range(i + 1, len(stages)) if norm.out in stages[j].writes), len(stages))
+        until = next((j for j in writers.get(name, []) if j > i), len(stages))
         following = [(j, op) for j, op in readers.get(name, []) if i < j <= until]
-        fit = all(isinstance(op, Linear) and isinstance(op.weight.format, Fp8Format) for _, op in following)
+        fit = all(_of_fp8(op) for _, op in following)
         if following and fit and i >= free_from:
             found.add(name)
             other |= written - {name}
@@ -210,6 +213,11 @@ def quantised_buffers(stages: Sequence[Stage], capability: int) -> frozenset[str
         else:
             other |= written
     return frozenset(found - other)
+
+
+def _of_fp8(op: Op) -> bool:
+    """Whether it is a product of E4M3 weights."""
+    return isinstance(op, Linear) and isinstance(op.weight.format, Fp8Format)
 
 
 def _writes_rows(stage: Stage, norm: Norm) -> bool:
