@@ -275,20 +275,17 @@ class BlockManager:
 
     def check(self) -> None:
         """Raises RuntimeError when the books do not balance; for tests and debugging."""
-        free = set(self._empty) | set(self._cached)
+        free = {*self._empty, *self._cached}
         if len(free) != self.available:
             raise RuntimeError("a block is free twice")
-        for block, references in enumerate(self._references):
-            if (block in free) != (references == 0):
-                raise RuntimeError(f"block {block} has {references} references, free: {block in free}")
-        for digest, block in self._by_digest.items():
-            if self._digest[block] != digest:
-                raise RuntimeError(f"block {block} is found under a digest it does not hold")
-        if any((self._digest[block] is None) for block in self._cached):
+        if free != {block for block, references in enumerate(self._references) if references == 0}:
+            raise RuntimeError(f"references {self._references}, free {sorted(free)}")
+        digests = self._digest
+        if [digests[block] for block in self._by_digest.values()] != list(self._by_digest):
+            raise RuntimeError("a block is found under a digest it does not hold")
+        if any(digests[block] is None for block in self._cached):
             raise RuntimeError("a cached block cannot be found")
         if not self._not_worth_moving <= self._cached.keys():
             raise RuntimeError("a block in use is marked as not worth moving")
         if self.host is not None:
-            self.host.check()
-            if any(digest in self.host for digest in self._by_digest):
-                raise RuntimeError("a block is in both tiers")
+            self.host.check(self._by_digest.keys())

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rvllm.backends.base import LAST_SAMPLED, SlotStart, StepBatch
+from rvllm.backends.base import LAST_SAMPLED, Int32, SlotStart, StepBatch
 from rvllm.engine.sequence import Sequence
 from rvllm.telemetry.step_trace import TracedStep
 
@@ -117,32 +117,35 @@ class StepPlan:
         """The step, with int32 arrays and token masks as `StepBatch` describes them."""
         decodes = len(self.decodes)
         sequences = self.decodes + self.prefills
+        starts = [seq.launched - 1 for seq in self.decodes] + [start for start, _ in self._chunks]
         lengths = np.ones(len(sequences), dtype=np.int32)
-        starts = np.empty(len(sequences), dtype=np.int32)
         sample = np.ones(len(sequences), dtype=np.bool_)
-        starts[:decodes] = [seq.launched - 1 for seq in self.decodes]
-        pieces = [np.array(self._decode_tokens, dtype=np.int32)]
+        tokens = np.array(self._decode_tokens, dtype=np.int32)
         if self.prefills:
-            starts[decodes:], lengths[decodes:] = np.array(self._chunks, dtype=np.int32).T
+            lengths[decodes:] = [count for _, count in self._chunks]
             sample[decodes:] = self._samples
+            pieces = [tokens]
             for seq, (start, count) in zip(self.prefills, self._chunks, strict=True):
                 pieces.append(np.array(seq.tokens[start : start + count], dtype=np.int32))
-        masks = {
-            s: mask for s, seq in enumerate(sequences) if sample[s] and (mask := seq.token_mask) is not None
-        }
+            tokens = np.concatenate(pieces)
+        limited = [s for s, seq in enumerate(sequences) if seq.matcher is not None or seq.filter is not None]
         batch = StepBatch(
             step=self.number,
             slots=np.array([seq.slot for seq in sequences], dtype=np.int32),
             query_lens=lengths,
-            starts=starts,
-            tokens=np.concatenate(pieces) if self.prefills else pieces[0],
+            starts=np.array(starts, dtype=np.int32),
+            tokens=tokens,
             sample=sample,
             started=self._started,
-            new_blocks=np.array(self._new_blocks, dtype=np.int32).reshape(-1, 3),
-            moves=np.array(self.moves, dtype=np.int32).reshape(-1, 3),
+            new_blocks=_triples(self._new_blocks),
+            moves=_triples(self.moves),
             moves_after=self.moves_after,
             moves_ahead=self.moves_ahead,
             prompt_logprobs={decodes + s: top for s, top in self._prompt_logprobs.items()},
-            masks=masks,
+            masks={s: mask for s in limited if sample[s] and (mask := sequences[s].token_mask) is not None},
         )
         return Step(batch, sequences, decodes)
+
+
+def _triples(rows: list[tuple[int, int, int]]) -> Int32:
+    return np.array(rows, dtype=np.int32) if rows else np.empty((0, 3), dtype=np.int32)

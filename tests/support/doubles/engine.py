@@ -7,10 +7,9 @@ handed out twice, a stale table or a wrong slot changes the history and so the t
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from rvllm.backends.base import (
     SAVE,
     LedgerLine,
     Limits,
+    SlotStart,
     StepBatch,
     StepResult,
     TokenLogprobs,
@@ -39,8 +39,7 @@ def next_token(
 ) -> int:
     """What the double draws after `history`; stop ids are not drawn before `min_tokens`."""
     index = len(history) - prompt_len
-    key = np.asarray([*history, prompt_len, index, seed], dtype=np.int64).tobytes()
-    token = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") % VOCAB
+    token = hash((*history, prompt_len, index, seed)) % VOCAB  # of integers: the same in every process
     while index < min_tokens and token in stops:
         token = (token + 1) % VOCAB
     return token
@@ -48,7 +47,7 @@ def next_token(
 
 def row_logprobs(history: Sequence[int], token: int, top: int) -> TokenLogprobs:
     """Made-up numbers that depend on the history and the token."""
-    base = float(sum((i + 1) * t for i, t in enumerate(history)) % 1000 + token)
+    base = float(hash(tuple(history)) % 1000 + token)
     return TokenLogprobs(token, -base, token + 1, list(range(top)), [-base] * top)
 
 
@@ -64,17 +63,18 @@ class PagedDouble:
         self.launches = 0
         self.tokens_computed = 0
         self.closed = False
-        blocks, slots = limits.num_blocks, limits.max_num_seqs
-        width = -(-limits.max_model_len // limits.block_size) + 1
-        self.cache = np.full((blocks, limits.block_size), -7, dtype=np.int32)
-        self.host = np.full((limits.num_cpu_blocks, limits.block_size), -8, dtype=np.int32)
-        self.tables = np.full((slots, width), -1, dtype=np.int32)
-        self.starts: dict[int, object] = {}
-        self.last = np.full(slots, -5, dtype=np.int32)
+        size, slots = limits.block_size, limits.max_num_seqs
+        self._width = -(-limits.max_model_len // size) + 1
+        # Lists: one token of one sequence is what most steps write, and arrays are slow at that.
+        self.cache = [[-7] * size for _ in range(limits.num_blocks)]
+        self.host = [[-8] * size for _ in range(limits.num_cpu_blocks)]
+        self.tables = [[-1] * self._width for _ in range(slots)]
+        self.starts: dict[int, SlotStart] = {}
+        self.last = [-5] * slots
         self._pending: deque[StepResult] = deque()
 
     def ledger(self) -> list[LedgerLine]:
-        return [LedgerLine("cache", self.cache.nbytes)]
+        return [LedgerLine("cache", 4 * self.limits.num_blocks * self.limits.block_size)]
 
     def stats(self) -> dict[str, float]:
         return {"launches": float(self.launches)}
@@ -93,67 +93,72 @@ class PagedDouble:
         self._check(batch)
         self._move(batch)
         for start in batch.started:
-            self.tables[start.slot] = -1
+            self.tables[start.slot] = [-1] * self._width
             self.starts[start.slot] = start
             self.last[start.slot] = -5
         for slot, index, block in batch.new_blocks.tolist():
-            assert self.tables[slot, index] == -1, "a table entry set twice"
-            self.tables[slot, index] = block
+            assert self.tables[slot][index] == -1, "a table entry set twice"
+            self.tables[slot][index] = block
         result = StepResult(batch.step, np.full(len(batch.slots), -1, dtype=np.int32))
         rows = list(self._write(batch))  # all keys and values of a step before any of its attention
+        sample = batch.sample.tolist()
         for s, (slot, end) in enumerate(rows):
-            self._draw(batch, result, s, slot, end)
+            if sample[s] or s in batch.prompt_logprobs:
+                self._draw(batch, result, s, slot, end)
         self._pending.append(result)
         return result
 
     def _check(self, batch: StepBatch) -> None:
-        limits = self.limits
-        assert 0 < len(batch.slots) <= limits.max_num_seqs
-        assert len(set(batch.slots.tolist())) == len(batch.slots), "a slot twice in one step"
-        assert batch.num_tokens == batch.query_lens.sum() <= limits.max_num_batched_tokens
-        assert {a.dtype for a in (batch.slots, batch.query_lens, batch.starts, batch.tokens)} == {
-            np.dtype("int32")
-        }
-        assert batch.query_lens.min() >= 1 and batch.sample.dtype == np.bool_
-        single = batch.query_lens == 1
-        chunks = np.flatnonzero(~single)
-        assert not len(chunks) or single[: chunks[0]].all(), "decodes come first"
+        limits, slots, lens = self.limits, batch.slots.tolist(), batch.query_lens.tolist()
+        assert 0 < len(slots) <= limits.max_num_seqs
+        assert len(set(slots)) == len(slots), "a slot twice in one step"
+        assert batch.num_tokens == sum(lens) <= limits.max_num_batched_tokens
+        for array in (batch.slots, batch.query_lens, batch.starts, batch.tokens):
+            assert array.dtype == np.int32
+        assert min(lens) >= 1 and batch.sample.dtype == np.bool_
+        after = batch.tokens.tolist()[next((s for s, count in enumerate(lens) if count > 1), len(lens)) :]
+        assert LAST_SAMPLED not in after, "decodes come first"
 
     def _move(self, batch: StepBatch) -> None:
+        size = self.limits.block_size
         for kind, block, other in batch.moves.tolist():
             if kind == MOVE_OUT:
                 self.host[other] = self.cache[block]
-                self.cache[block] = -9  # nobody may read it here any more
+                self.cache[block] = [-9] * size  # nobody may read it here any more
             elif kind == MOVE_IN:
                 self.cache[block] = self.host[other]
-                self.host[other] = -10
+                self.host[other] = [-10] * size
             else:
                 assert kind == COPY and self.limits.block_copies
-                self.cache[other] = self.cache[block]
+                self.cache[other] = self.cache[block].copy()
 
-    def _write(self, batch: StepBatch):
-        size, offset = self.limits.block_size, 0
+    def _write(self, batch: StepBatch) -> Iterator[tuple[int, int]]:
+        size, offset, flat = self.limits.block_size, 0, batch.tokens.tolist()
         for slot, count, start in zip(
             batch.slots.tolist(), batch.query_lens.tolist(), batch.starts.tolist(), strict=True
         ):
-            tokens = batch.tokens[offset : offset + count].copy()
+            tokens, end = flat[offset : offset + count], start + count
             offset += count
-            if (tokens == LAST_SAMPLED).any():
+            if LAST_SAMPLED in tokens:
                 assert count == 1 and self.last[slot] >= 0, "no token was sampled in this slot"
-                tokens[:] = self.last[slot]
-            assert start + count <= self.limits.max_model_len
-            positions = np.arange(start, start + count)
-            blocks = self.tables[slot, positions // size]
-            assert (blocks >= 0).all(), "a position without a block"
-            self.cache[blocks, positions % size] = tokens
+                tokens = [self.last[slot]]
+            assert end <= self.limits.max_model_len
+            table, at = self.tables[slot], start
+            while at < end:
+                upto = min(end, at - at % size + size)
+                assert table[at // size] >= 0, "a position without a block"
+                row = self.cache[table[at // size]]
+                row[at % size : at % size + upto - at] = tokens[at - start : upto - start]
+                at = upto
             self.tokens_computed += count
-            yield slot, start + count
+            yield slot, end
 
     def history(self, slot: int, end: int) -> list[int]:
-        size = self.limits.block_size
-        table = self.tables[slot, : -(-end // size)]
-        assert (table >= 0).all()
-        return self.cache[table].reshape(-1)[:end].tolist()
+        found: list[int] = []
+        for block in self.tables[slot][: -(-end // self.limits.block_size)]:
+            assert block >= 0
+            found += self.cache[block]
+        return found[:end]
 
     def _draw(self, batch: StepBatch, result: StepResult, s: int, slot: int, end: int) -> None:
         start = self.starts[slot]
@@ -202,16 +207,13 @@ class RecurrentDouble(PagedDouble):
             assert state and len(state) % self.limits.block_size == 0
             self.states[target] = state.copy()
 
-    def _write(self, batch: StepBatch):
+    def _write(self, batch: StepBatch) -> Iterator[tuple[int, int]]:
         rows = list(super()._write(batch))
         for (slot, end), start in zip(rows, batch.starts.tolist(), strict=True):
             state = [] if start == 0 else self.states[slot]
             assert state is not None and len(state) == start, "not the state that the step goes on from"
-            blocks = self.tables[slot, np.arange(start, end) // self.limits.block_size]
-            self.states[slot] = (
-                state + self.cache[blocks, np.arange(start, end) % self.limits.block_size].tolist()
-            )
-        return rows
+            self.states[slot] = state + super().history(slot, end)[start:]
+        yield from rows
 
     def history(self, slot: int, end: int) -> list[int]:
         state = self.states[slot]
@@ -228,13 +230,12 @@ class SleepingDouble(PagedDouble):
         if kept and not self.room:
             return False
         self.kept = {block: self.cache[block].copy() for block in kept}
-        self.cache[:] = -9
-        if not kept:
-            self.host[:] = -9
+        for row in self.cache if kept else (*self.cache, *self.host):
+            row[:] = [-9] * len(row)
         return True
 
     def take_caches(self) -> None:
-        assert (self.cache == -9).all()
+        assert all(set(row) == {-9} for row in self.cache)
         for block, values in self.kept.items():
             self.cache[block] = values
 

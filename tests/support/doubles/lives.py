@@ -66,11 +66,14 @@ def take(outputs: list[Output], received: dict[int, Received], step: int) -> Non
 
 def check_books(core: EngineCore) -> None:
     scheduler = core.scheduler
-    slots = [seq.slot for seq in scheduler.running]
-    assert len(set(slots)) == len(slots) and all(0 <= s < scheduler.limits.max_num_seqs for s in slots)
-    assert all(seq.slot == -1 and not seq.blocks for seq in scheduler.waiting)
-    held = {block for seq in scheduler.running for block in seq.blocks}
-    assert len(held) == scheduler.blocks.used
+    held: set[int] = set()
+    slots: set[int] = set()
     for seq in scheduler.running:
+        assert 0 <= seq.slot < scheduler.limits.max_num_seqs and seq.slot not in slots
         assert seq.computed <= seq.launched <= seq.length <= seq.max_length
         assert seq.launched <= seq.capacity
+        slots.add(seq.slot)
+        held.update(seq.blocks)
+    for seq in scheduler.waiting:
+        assert seq.slot == -1 and not seq.blocks
+    assert len(held) == scheduler.blocks.used

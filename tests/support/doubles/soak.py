@@ -126,10 +126,9 @@ class Watch:
     def schedule(self) -> Step | None:
         scheduler = self.scheduler
         before = set(scheduler.waiting)
-        served = Counter(scheduler.shares._served) if scheduler.shares is not None else None
         step = self._schedule()
         if step is not None:
-            self._order(before, served)
+            self._order(before)
             self._bounds(step)
         ranks = [seq.rank for seq in scheduler.waiting]
         assert ranks == sorted(ranks) and len(set(ranks)) == len(ranks)
@@ -138,27 +137,27 @@ class Watch:
             scheduler.snapshots.check(scheduler.running)
         return step
 
-    def _order(self, before: set[Sequence], served: Counter[str] | None) -> None:
-        """Nobody who could have run was overtaken: by rank or, where clients have shares, by their count."""
+    def _order(self, before: set[Sequence]) -> None:
+        """Nobody who could have run was overtaken; where clients have shares, by nobody of the same one."""
         scheduler = self.scheduler
         placed = [seq for seq in scheduler.running if seq in before]
-        for late in placed:
-            for early in scheduler.waiting:
-                if early.in_flight or early not in before or self._passed_over(early):
-                    continue
-                if served is None:
+        if not placed:
+            return
+        for early in scheduler.waiting:
+            if early.in_flight or early not in before or self._passed_over(early):
+                continue
+            for late in placed:
+                if scheduler.shares is None or early.client == late.client:
                     assert early.rank > late.rank, "overtaken"
-                elif early.client == late.client:
-                    assert early.rank > late.rank, "overtaken by the same client"
 
     def _passed_over(self, seq: Sequence) -> bool:
         return self.scheduler._soon_shared(seq, len(self.scheduler._shared(seq)))
 
     def _bounds(self, step: Step) -> None:
-        scheduler, lens = self.scheduler, step.batch.query_lens
-        assert lens.max() <= scheduler.max_chunk
+        scheduler, lens = self.scheduler, step.batch.query_lens.tolist()
+        assert max(lens) <= scheduler.max_chunk
         if scheduler.max_delay and step.decodes:
-            prompts = int(lens[step.decodes :].sum())
+            prompts = sum(lens[step.decodes :])
             assert prompts <= max(16, scheduler.cost.tokens(scheduler.max_delay))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import KeysView
 
 from rvllm.engine.scheduling.cost import PrefillCost
 
@@ -56,8 +57,10 @@ class HostBlocks:
         self._empty += self._by_digest.values()
         self._by_digest.clear()
 
-    def check(self) -> None:
-        """Raises RuntimeError when the books do not balance."""
+    def check(self, elsewhere: KeysView[Digest]) -> None:
+        """Raises RuntimeError when the books do not balance; elsewhere: what the device holds."""
+        if not self._by_digest.keys().isdisjoint(elsewhere):
+            raise RuntimeError("a block is in both tiers")
         blocks = [*self._empty, *self._by_digest.values()]
         if sorted(blocks) != list(range(self.num_blocks)):
             raise RuntimeError("a host block is lost, or taken twice")
