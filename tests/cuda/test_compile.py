@@ -26,6 +26,7 @@ from rvllm.kernels.gemm.integer.specs import LAYOUTS
 from rvllm.kernels.manifest import MANIFEST, released
 from rvllm.kernels.rowwise import specs as rowwise
 from rvllm.kernels.spec import KernelSpec
+from support.kernels.machine_code import GRIDDEP_WAIT, opcodes
 from support.kernels.planned import H100, planner, program
 
 TARGETS = {"sm_80": 80, "sm_90a": 90}
@@ -38,6 +39,10 @@ TIGHT = {"sm80_bf16_gemm_n16", "sm80_f16_gemm_n64", "sm80_bf16_gemm_pack_f32", "
          "sm90_bf16_fp8_gemm_tall_n128", "sm90_bf16_fp8_gemm_tall_sum_n128"}  # fmt: skip
 # sm_90a has wgmma kernels in their place.
 NOT_ON_HOPPER = {"gemm/gemm_sm80.cu", "gemm/fp8/gemm_sm80.cu", "gemm/integer/gemm_sm80.cu"}
+# Kernels of loading, of measurements and of a step's metadata are launched without programmatic dependence.
+WITHOUT_WAIT = re.compile(
+    r"checksum|copy_words|(dequant|fill_random|rvllm::(stream_read|fp8::(fill_\w+|pack_bytes|quantise_rows))).*"
+)
 CHOSEN = {
     "sm_80": {"sm80_f16_text_attn_d64", "sm80_f16_attn_decode_d64", "sm80_f16_attn_prefill_d64_small",
               "sm80_sample_pick", "sm80_f16_latent_prefill", "sm80_f16_latent_values_n8",
@@ -150,6 +155,11 @@ def test_compiles_within_its_registers(
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", cubin.log)]
     assert len(spills) >= len(unit.symbols)
     specs = {s.symbol: s for s in MANIFEST.values() if (s.source, s.defines) == (unit.source, unit.defines)}
+    if target == "sm_90a":
+        made_of = opcodes(cubin.code)
+        for symbol, mangled in cubin.names.items():
+            waits = GRIDDEP_WAIT in made_of[mangled]
+            assert waits or WITHOUT_WAIT.fullmatch(symbol), f"{symbol} does not wait for the kernel before"
     assert max(spills) <= (INTEGER_SPILLS if "gemm/integer" in unit.source else SPILL_LIMIT), cubin.log
     for symbol, mangled in cubin.names.items():
         said = cubin.log.split(f"Compiling entry function '{mangled}'")[1].split("Compiling entry function")[

@@ -15,6 +15,7 @@ from rvllm.kernels import build, external
 from rvllm.kernels.gemm.cutlass.specs import SPECS, TILES
 from rvllm.kernels.manifest import MANIFEST
 from rvllm.program.dtypes import DType
+from support.kernels.machine_code import GRIDDEP_LAUNCH, GRIDDEP_WAIT, opcodes
 from support.kernels.planned import A100, GEMMA_27B, H100, planner, program
 
 LAYER = ("qkv", "o", "gate_up", "down")
@@ -124,6 +125,8 @@ def test_cutlass_kernels_compile_without_serialised_wgmma() -> None:
     (unit,) = build.units([spec for spec in SPECS if spec.name == "sm90_bf16_cutlass_r128_n64"], "sm_90a")
     cubin = build.compile_unit(unit)
     assert cubin.code.startswith(b"\x7fELF") and set(cubin.names) == set(unit.symbols)
+    (made_of,) = (opcodes(cubin.code)[mangled] for mangled in cubin.names.values())
+    assert {GRIDDEP_LAUNCH, GRIDDEP_WAIT} <= made_of, "it would run before what it reads is written"
     assert "C75" not in cubin.log, cubin.log  # wgmma serialised, setmaxnreg ignored
     assert [int(n) for n in re.findall(r"(\d+) bytes spill stores", cubin.log)] == [0]
 

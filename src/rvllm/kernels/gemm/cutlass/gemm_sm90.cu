@@ -12,7 +12,6 @@
 #include "cute/atom/mma_traits_sm90_gmma.hpp"
 #include "cute/tensor.hpp"
 #include "cutlass/arch/barrier.h"
-#include "cutlass/arch/grid_dependency_control.h"
 #include "cutlass/arch/reg_reconfig.h"
 #include "cutlass/numeric_types.h"
 #include "cutlass/pipeline/sm90_pipeline.hpp"
@@ -124,7 +123,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
   auto& shared = *reinterpret_cast<typename L::Shared*>(raw);
   const int group = cutlass::canonical_warp_group_idx(), thread = threadIdx.x % 128;
   const bool producer = group == GROUPS;
-  cutlass::arch::launch_dependent_grids();
+  ptx::griddep_launch();  // CUTLASS's own are nothing without a macro that nvcc builds set
 
   typename Pipe::Params params;
   params.transaction_bytes = (L::WEIGHTS + L::X) * 2;
@@ -152,7 +151,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
         pipe.producer_acquire(state);
         load.weights_of(work.row(work.first), k, state.index(), pipe.producer_get_barrier(state));
       }
-      cutlass::arch::wait_on_dependent_grids();
+      ptx::griddep_wait();
       auto again = cutlass::make_producer_start_state<Pipe>();
       for (int k = 0; k < early; k++, ++again)
         load.x_of(work.token(work.first), k, again.index(), pipe.producer_get_barrier(again));
@@ -168,7 +167,7 @@ __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
     }
   } else {
     if constexpr (GROUPS > 1) cutlass::arch::warpgroup_reg_alloc<232>();
-    cutlass::arch::wait_on_dependent_grids();  // the epilogue reads and writes what earlier kernels use
+    ptx::griddep_wait();  // the epilogue reads and writes what earlier kernels use
     const Epilogue end{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
     typename L::Mma mma;
     const auto mine = mma.get_slice(group * 128 + thread);
