@@ -4,7 +4,7 @@
 
 Published sizes, random bfloat16 weights, a context of 44 tokens. The step's graph is replayed: median of 15.
 Bits: the logits of one step after the same token, beside those of the first path. --profile times chains of
-equal launches too. Names as in arch_bench.py.
+equal launches too. Names as in arch_bench.py. fp8 quantises the random weights, so its logits are others.
 """
 
 from __future__ import annotations
@@ -24,18 +24,30 @@ from rvllm.backends.cuda.device.driver import Pinned
 from rvllm.backends.cuda.device.graphs import capture
 from rvllm.backends.cuda.device.launches import Counts, kernel_names
 from rvllm.backends.cuda.profile import decode_batch, profile_launches, time_graph
+from rvllm.errors import RvllmError
 from rvllm.program.cost import StepShape, program_cost
 from rvllm.program.dtypes import DType
 
 MODELS = "Qwen2.5-7B,StableLM-2-1.6B,Qwen3-30B-A3B"
-PATHS = "batched,gemv,fused,persistent"
+PATHS = "batched,gemv,fused,persistent,fp8"
 ONE = Counts(1, 1, 1)
 
 
 def measure(name: str, paths: list[str], profile: bool) -> None:
-    """Prints a model's lines."""
+    """Prints a model's lines. Weights lie otherwise for fp8, so that is loaded by itself."""
     label, program = program_of(name, DType.BF16)
-    backend = CudaBackend.load(program, None, ENGINE)
+    for among in ([path for path in paths if path != "fp8"], [path for path in paths if path == "fp8"]):
+        if among:
+            backend = CudaBackend.load(program, None, replace(ENGINE, decode_path=among[0]))
+            try:
+                measure_paths(backend, label, among, profile)
+            finally:
+                backend.close()
+
+
+def measure_paths(backend: CudaBackend, label: str, paths: list[str], profile: bool) -> None:
+    """Prints the lines of those paths that share their weights."""
+    program = backend._program
     floor = program_cost(program, StepShape(1, 1, CONTEXT)).nbytes / read_rate(backend)
     for _ in range(2):  # leaves the step's metadata, slots and buffers on the device
         backend.collect(backend.launch(decode_batch(1, CONTEXT, program.vocab_size)))
@@ -74,7 +86,6 @@ def measure(name: str, paths: list[str], profile: bool) -> None:
                     f"    {row.op[:70]:70} {row.kernel[5:]:30} {row.count:4} {row.seconds * 1e6:8.2f} us",
                     flush=True,
                 )
-    backend.close()
 
 
 def main() -> int:
@@ -85,7 +96,10 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     for name in args.only.split(","):
-        measure(name, args.paths.split(","), args.profile)
+        try:
+            measure(name, args.paths.split(","), args.profile)
+        except RvllmError as error:
+            print(f"{name}: {error}", flush=True)
     return 0
 
 

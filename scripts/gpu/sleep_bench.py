@@ -1,6 +1,6 @@
 """Sleep and waking on a GPU: seconds, memory given back, and the same tokens every time.
 
-    PYTHONPATH=src python scripts/gpu/sleep_bench.py CONFIG_DIR [--times 50]
+    PYTHONPATH=src python scripts/gpu/sleep_bench.py CONFIG_DIR [--times 50] [--gpu-memory-utilization 0.9]
 
 Random weights of the configuration. Exits with 1 when a token differs or memory is lost.
 """
@@ -21,10 +21,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config")
     parser.add_argument("--times", type=int, default=50)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     args = parser.parse_args()
     llm = LLM(
         model=args.config, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", device="cuda",
-        gpu_memory_utilization=0.9, max_model_len=4096, max_num_seqs=64, enable_sleep_mode=True,
+        gpu_memory_utilization=args.gpu_memory_utilization, max_model_len=4096, max_num_seqs=64,
+        enable_sleep_mode=True,
     )  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": [97 * i + 13 * j + 1000 for j in range(40)]} for i in range(8)]
@@ -48,9 +50,9 @@ def main() -> None:
         llm.engine.wake_up()
         awake.append(time.perf_counter() - began)
         wrong += tokens() != expected
+        lost = free - Device.free_memory()[0]
         print(f"asleep after {asleep[-1]:.3f} s, {given[-1] / 1e9:.2f} GB given back; awake after", end=" ")
-        print(f"{awake[-1]:.3f} s; runs with other tokens so far: {wrong}", flush=True)
-    lost = free - Device.free_memory()[0]
+        print(f"{awake[-1]:.3f} s; so far {wrong} runs with other tokens, {lost} bytes lost", flush=True)
     print(f"{args.times} times: asleep after {median(asleep):.2f} s, at most {max(asleep):.2f}")
     print(f"awake after {median(awake):.3f} s, at most {max(awake):.3f}; {wrong} runs with other tokens")
     print(f"{lost} bytes lost")

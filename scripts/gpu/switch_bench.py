@@ -29,6 +29,7 @@ class Server:
         flags = [word for model in models for word in ("--model", model)]
         flags += ["--served-model-name", *(f"m{i}" for i in range(len(models))), "--device", device]
         flags += ["--load-format", "dummy", "--skip-tokenizer-init", "--port", "0", "--max-model-len", "4096"]
+        flags += ["--capture-graphs", "eager"]  # those captured later take memory, too
         began = time.perf_counter()
         with log.open("w") as file:
             self.process = subprocess.Popen(

@@ -21,10 +21,10 @@ def requests(rng: np.random.Generator) -> list[tuple[list[int], Sampling]]:
     shared = rng.integers(0, 515, 90).tolist()
     made = []
     for i in range(REQUESTS):
-        prompt = rng.integers(0, 515, int(rng.choice([1, 3, 17, 40, 120, 333]))).tolist()
+        prompt = rng.integers(0, 515, int(rng.choice([1, 3, 17, 40, 120]))).tolist()
         if i % 5 == 0:
             prompt = shared + prompt
-        sampling = Sampling(max_tokens=int(rng.choice([1, 7, 30, 60, 160])))
+        sampling = Sampling(max_tokens=int(rng.choice([1, 30, 90, 160, 200])))
         if i % 2:
             sampling = Sampling(max_tokens=sampling.max_tokens, temperature=1.0, top_p=0.95, top_k=50, seed=i)
         if i % 7 == 0:
@@ -37,7 +37,7 @@ def requests(rng: np.random.Generator) -> list[tuple[list[int], Sampling]]:
 def test_a_thousand_requests_leave_nothing_behind(host_blocks: int) -> None:
     config = model("Qwen2ForCausalLM", num_attention_heads=6, num_key_value_heads=2)
     engine = replace(
-        CONFIG, max_num_seqs=48, num_gpu_blocks=72, capture_graphs="eager", check_device_memory=True,
+        CONFIG, max_num_seqs=48, num_gpu_blocks=60, capture_graphs="eager", check_device_memory=True,
         num_cpu_blocks=host_blocks, preemption_mode="swap" if host_blocks else "recompute",
     )  # fmt: skip
     core = core_of(backend(config, "cuda", DType.BF16, engine), config, engine)
@@ -53,7 +53,7 @@ def test_a_thousand_requests_leave_nothing_behind(host_blocks: int) -> None:
         for _ in range(min(len(waiting), int(rng.integers(0, 12)))):
             i = waiting.pop(0)
             core.add_request(Generate(str(i), *asked[i]))
-        if rng.random() < 0.05:
+        if rng.random() < 0.005:
             alive = [i for i in found if found[i] and not ended[i]]
             core.abort([str(i) for i in rng.permutation(alive)[:2]])
         for output in core.step():
@@ -63,7 +63,8 @@ def test_a_thousand_requests_leave_nothing_behind(host_blocks: int) -> None:
         assert Device.free_memory()[0] == before
 
     stats = core.stats()
-    assert stats.preemptions > 0 and stats.swaps == (stats.preemptions if host_blocks else 0)
+    assert stats.preemptions > 150, "the pool is always too small"
+    assert stats.swaps == (stats.preemptions if host_blocks else 0)
     assert (stats.blocks_moved_out > 200 and stats.blocks_moved_in > 50) == bool(host_blocks)
     assert stats.blocks_used == 0
     assert all(len(reasons) == 1 for reasons in ended.values())

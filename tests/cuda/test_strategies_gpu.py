@@ -5,6 +5,8 @@ scripts/gpu/strategies_bench.py checks CUTLASS's kernels one by one, at the size
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,10 @@ import pytest
 
 from rvllm.backends.cpu.backend import CpuBackend
 from rvllm.backends.cuda.backend import CudaBackend
+from rvllm.backends.cuda.device.driver import Device
+from rvllm.backends.cuda.ops.gemm.strategy import GemmStrategy
+from rvllm.backends.cuda.tuning import candidates, measure, start
+from rvllm.backends.cuda.tuning.cache import FILE, TuningCache
 from rvllm.config import EngineConfig
 from rvllm.engine.ipc.messages import Output, Sampling
 from rvllm.errors import MissingKernelError
@@ -74,13 +80,34 @@ def test_a_request_has_the_same_bits_alone_and_among_others(strategy: str) -> No
         assert [(o.token_ids, o.logprobs) for o in among] == [(o.token_ids, o.logprobs) for o in alone]
 
 
+def spoilt(path: Path, text: str, whole: int) -> dict[str, tuple[Callable[[], object], int]]:
+    """Ways to spoil a cache of times, each with how many of `whole` entries are wanted again."""
+    lines = text.splitlines(keepends=True)
+
+    def others(name: str) -> None:
+        """The times as those of another GPU, all with right digests."""
+        cache = TuningCache.open(path.parent)
+        cache.entries = {f"{name}|{key.partition('|')[2]}": us for key, us in cache.entries.items()}
+        cache.save()
+
+    def impossible(count: int) -> None:
+        """So many times below what the weights' bytes take, with right digests."""
+        cache = TuningCache.open(path.parent)
+        cache.entries.update(dict.fromkeys(list(cache.entries)[-count:], 1e-4))
+        cache.save()
+
+    return {
+        "deleted": (path.unlink, whole),
+        "cut": (lambda: path.write_text("".join(lines[:60]) + lines[60][:40]), whole - 60),
+        "edited": (lambda: path.write_text(re.sub(r'"us": [0-9.e+-]+', '"us": 9.0', text)), whole),
+        "impossible": (lambda: impossible(50), 50),
+        "another GPU's": (lambda: others("NVIDIA B300"), whole),
+    }
+
+
 @pytest.mark.gpu
 @needs_gpu
-def test_auto_measures_once_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rvllm.backends.cuda.device.driver import Device
-    from rvllm.backends.cuda.tuning import measure, start
-    from rvllm.backends.cuda.tuning.cache import FILE
-
+def test_auto_measures_again_what_is_not_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Counted(measure.Arena):
         """What tuning takes of the device: other processes may take and give back at the same time."""
 
@@ -97,14 +124,25 @@ def test_auto_measures_once_and_keeps_it(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(start, "tuning_dir", lambda: tmp_path)
     monkeypatch.setattr(measure, "Arena", Counted)
+    monkeypatch.setattr(candidates, "TOKENS", (1, 32, 256, 1024))
     program, device = program_of(MODELS["qwen2"].config, DType.BF16), Device()
-    first, told = start.tuned(program, device.facts(), lambda done, text: None)
-    assert first.tuned and any("kernels timed" in line for line in told)
+
+    def timed() -> tuple[GemmStrategy, int]:
+        strategy, told = start.tuned(program, device.facts(), lambda done, text: None)
+        return strategy, sum(int(line.split()[0]) for line in told if "kernels timed" in line)
+
+    first, whole = timed()
+    assert first.tuned and whole > 100
     assert Counted.opened == 1 and Counted.held == 0, "all is given back"
-    monkeypatch.setattr(start, "GemmTimer", None)  # a second start times nothing
-    assert start.tuned(program, device.facts(), lambda done, text: None)[0] == first
-    (tmp_path / FILE).write_text((tmp_path / FILE).read_text()[:500])
-    monkeypatch.undo()
-    monkeypatch.setattr(start, "tuning_dir", lambda: tmp_path)
-    assert start.tuned(program, device.facts(), lambda done, text: None)[0].tuned.keys() == first.tuned.keys()
+    assert timed() == (first, 0), "a second start times nothing"
+    path = tmp_path / FILE
+    text = path.read_text()
+    for way, (spoil, again) in spoilt(path, text, whole).items():
+        path.write_text(text)
+        spoil()
+        found, count = timed()
+        assert (count, found.tuned.keys()) == (again, first.tuned.keys()), way
+        assert timed() == (found, 0), way
+    kept = TuningCache.open(tmp_path)
+    assert len(kept.entries) == 2 * whole and not kept.damaged, "another GPU's times stay"
     device.close()
