@@ -6,7 +6,8 @@
 
 Parts: throughput, prefix, kill, node, rolling, scale (all when none is named). Ray listens on all addresses,
 so it runs in a network of its own; it keeps a token under HOME. Needs the extra `ray`, httpx, and the model
-in the cache. Three Ray nodes are started in this machine, one for the front end and two with replicas.
+in the cache (another by `--engine '{"model": "DIR", "load_format": "dummy"}'`). Three Ray nodes are started in
+this machine, one for the front end and two with replicas.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from rvllm.ray.config import parse
 URL = "http://127.0.0.1:8123"
 MODEL = "small"
 APP = "rvllm"
+ENGINE: dict[str, Any] = {"threads": 1, "max_num_seqs": 8, "num_blocks": 400, "max_model_len": 2048}
 
 
 def config(replicas: Any, prefix: bool = True, **engine: Any) -> Any:
@@ -54,13 +56,7 @@ def config(replicas: Any, prefix: bool = True, **engine: Any) -> Any:
                     "resources": {"slot": 1},
                     "replicas": replicas,
                     "routing": {"prefix": prefix},
-                    "engine": {
-                        "threads": 1,
-                        "max_num_seqs": 8,
-                        "num_blocks": 400,
-                        "max_model_len": 2048,
-                        **engine,
-                    },
+                    "engine": {**ENGINE, **engine},
                 }
             ],
         }
@@ -196,7 +192,6 @@ def outcomes(found: list[Seen], reference: dict[int, str]) -> str:
     ends = Counter(seen.outcome for seen in found)
     wrong = sum(seen.outcome == "complete" and seen.text != reference[seen.prompt] for seen in found)
     told = ", ".join(f"{number} {outcome}" for outcome, number in ends.most_common())
-    pause, first = max(seen.gap for seen in found), max(seen.first for seen in found)
     pause, first = max(seen.gap for seen in found), max(seen.first for seen in found)
     return f"{len(found)} | {told} | {wrong} | {pause:.1f} | {first:.1f}"
 
@@ -358,7 +353,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", metavar="PART")
-    names = parser.parse_args().parts or ["throughput", "prefix", "kill", "rolling", "scale", "node"]
+    parser.add_argument("--engine", type=json.loads, default={}, help="settings of the engines, as JSON")
+    args = parser.parse_args()
+    names = args.parts or ["throughput", "prefix", "kill", "rolling", "scale", "node"]
+    ENGINE.update(args.engine)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     path = os.environ.get("PYTHONPATH", "")
     small = {"object_store_memory": 100 << 20, "include_dashboard": False, "node_ip_address": "127.0.0.1"}

@@ -86,6 +86,25 @@ def test_a_batch_of_conversations_has_a_choice_for_each(server: LiveServer) -> N
     assert status == 400
 
 
+def test_render_gives_the_tokens_that_the_engine_would_get(server: LiveServer) -> None:
+    talk = [{"role": "user", "content": "one"}]
+    status, chat = server.post("/v1/chat/completions/render", messages=talk, stream=True, max_tokens=3)
+    assert status == 200, chat
+    assert server.tokenizer.decode(chat["token_ids"]) == "user:one\n" and chat["model"] == "tiny"
+    assert chat["request_id"].startswith("chatcmpl-")
+    before = len(server.engine.requests)
+    status, texts = server.post("/v1/completions/render", prompt=["one", "two"])
+    assert status == 200 and [len(one) for one in texts] == [3, 3]
+    assert len(server.engine.requests) == before
+    server.post("/v1/completions", prompt=["one", "two"], max_tokens=1)
+    ran = sorted(request.prompt_token_ids for request in server.engine.requests[before:])
+    assert sorted(one["token_ids"] for one in texts) == ran
+    status, answer = server.post("/v1/chat/completions/render", model="other", messages=talk)
+    assert status == 404 and "error" in answer
+    status, answer = server.post("/v1/chat/completions/render", messages=[])
+    assert status == 400 and answer["error"]["param"] == "messages"
+
+
 def test_metric_names(server: LiveServer) -> None:
     server.chat(max_tokens=2)
     _, _, page = server.raw("GET", "/metrics")

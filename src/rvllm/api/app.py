@@ -26,6 +26,7 @@ from rvllm.api.http.exchange import Endpoint, Exchange, Failure, Gate, openai_fa
 from rvllm.api.openai.chat import chat_batch, chat_completions
 from rvllm.api.openai.completions import completions
 from rvllm.api.openai.embeddings import classify, embeddings, pooling, refuse_encoder, rerank, score
+from rvllm.api.openai.render import render_chat, render_completion
 from rvllm.api.page import page_routes
 from rvllm.api.schemas import anthropic
 from rvllm.api.schemas.embeddings import (
@@ -85,6 +86,13 @@ class Routes:
         batch, message, count = ChatBatchRequest, anthropic.MessagesRequest, anthropic.CountTokensRequest
         for path, answer, fields, failure in (
             ("/v1/chat/completions/batch", chat_batch, batch.__struct_fields__, openai_failure),
+            ("/v1/chat/completions/render", render_chat, ChatRequest.__struct_fields__, openai_failure),
+            (
+                "/v1/completions/render",
+                render_completion,
+                CompletionRequest.__struct_fields__,
+                openai_failure,
+            ),
             ("/v1/messages", messages, message.__struct_fields__, anthropic.failure),
             ("/v1/messages/count_tokens", count_tokens, count.__struct_fields__, anthropic.failure),
         ):

@@ -17,7 +17,9 @@ _SCORE = {"queries": "What is the capital of France?", "documents": _DOCUMENTS}
 BODIES: Mapping[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": _SAID, "max_tokens": 32},
     "/v1/chat/completions/batch": {"messages": [_SAID, _SAID], "max_tokens": 32},
+    "/v1/chat/completions/render": {"messages": _SAID},
     "/v1/completions": {"prompt": "The capital of France is", "max_tokens": 8},
+    "/v1/completions/render": {"prompt": "The capital of France is"},
     "/v1/messages": {"messages": _SAID, "max_tokens": 32},
     "/v1/messages/count_tokens": {"messages": _SAID},
     "/v1/responses": {"input": "What is the capital of France?", "max_output_tokens": 32},

@@ -32,12 +32,10 @@ async def completions(service: Service, exchange: Exchange, body: bytes) -> None
     params.detokenize = service.has_tokenizer
     params.grammar = await answer_grammar(service, request)
     await service.tokenise_bad_words(params)
+    prompts = await prompts_of(service, request)
     fill_in = _fill_in(service, request)
-    prompts = await _prompts(service, request, framed=fill_in is None)
-    if fill_in is not None:
-        prompts = [await _around_gap(service, request, prompt) for prompt in prompts]
-        if not params.ignore_eos:
-            params.stop_token_ids = [*params.stop_token_ids, *sorted(fill_in.ends)]
+    if fill_in is not None and not params.ignore_eos:
+        params.stop_token_ids = [*params.stop_token_ids, *sorted(fill_in.ends)]
     job = service.job(
         f"cmpl-{exchange.request_id}",
         prompts,
@@ -51,6 +49,15 @@ async def completions(service: Service, exchange: Exchange, body: bytes) -> None
         await answer.stream(exchange)
     else:
         await exchange.json(await answer.whole())
+
+
+async def prompts_of(service: Service, request: CompletionRequest) -> list[list[int]]:
+    """The token ids of each prompt, as the engine gets them. Raises a 400."""
+    fill_in = _fill_in(service, request)
+    prompts = await _prompts(service, request, framed=fill_in is None)
+    if fill_in is None:
+        return prompts
+    return [await _around_gap(service, request, prompt) for prompt in prompts]
 
 
 def _fill_in(service: Service, request: CompletionRequest) -> FillIn | None:

@@ -225,6 +225,17 @@ class Tokens(msgspec.Struct):
     token_strs: list[str] | None = None
 
 
+class Rendered(msgspec.Struct):
+    """The answer of `/v1/chat/completions/render`, and each entry of that of `/v1/completions/render`.
+
+    Of what vLLM gives there these are the fields that routers read.
+    """
+
+    request_id: str
+    model: str
+    token_ids: list[int]
+
+
 class Text(msgspec.Struct):
     """The answer of `/detokenize`."""
 
