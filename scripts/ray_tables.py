@@ -6,8 +6,8 @@
 
 Parts: throughput, prefix, kill, node, rolling, scale (all when none is named). Ray listens on all addresses,
 so it runs in a network of its own; it keeps a token under HOME. Needs the extra `ray`, httpx, and the model
-in the cache (another by `--engine '{"model": "DIR", "load_format": "dummy"}'`). Three Ray nodes are started in
-this machine, one for the front end and two with replicas.
+in the cache (another by `--engine '{"model": "DIR", "load_format": "dummy"}'`). Three Ray nodes are started
+in this machine, one for the front end and two with replicas.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class EngineConfig:
     enable_prefix_caching: bool = setting(True, "Reuse the KV blocks of equal prompt prefixes.")
     kv_events_config: str | None = setting(
         None,
-        "Tell routers what the prefix cache keeps, in vLLM's ZMQ format; vLLM's settings as JSON: enable_kv_cache_events, endpoint, replay_endpoint, topic, buffer_steps, hwm.",
+        "Tell routers what the prefix cache keeps, in vLLM's ZMQ format; vLLM's settings as JSON: enable_kv_cache_events, endpoint, replay_endpoint, topic, buffer_steps, hwm; and event_format: map, or array for routers of before vLLM 0.24.",
         metavar="JSON",
     )
     kv_cache_dtype: str = setting(

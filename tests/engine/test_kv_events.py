@@ -1,4 +1,4 @@
-"""KV events as routers read them: with the types of vLLM's example subscriber, and by position as llm-d does.
+"""KV events as routers read them: with vLLM's own types, and by position as routers did before vLLM 0.24.
 
 The oracle of what is told is the prefix cache itself: an index that is fed by the events alone must hold what
 the cache holds after every step.
@@ -23,7 +23,10 @@ from rvllm.config import EngineConfig
 from rvllm.engine.blocks import chain
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Generate, Sampling
-from rvllm.engine.kv_events import parse_config
+from rvllm.engine.kv_events import AllBlocksCleared as Cleared
+from rvllm.engine.kv_events import BlockRemoved as Removed
+from rvllm.engine.kv_events import BlockStored as Stored
+from rvllm.engine.kv_events import EventBatch, parse_config, positional
 from rvllm.errors import UsageError
 from rvllm.settings import build
 from support.doubles.engine import PagedDouble, facts
@@ -32,8 +35,8 @@ BLOCK = 16
 TOPIC = "kv@pod-1@tiny"
 
 
-class Event(msgspec.Struct, array_like=True, omit_defaults=True, gc=False, tag=True):
-    """vLLM's KVCacheEvent, as its example subscriber declares it; so the types below."""
+class Event(msgspec.Struct, omit_defaults=True, gc=False, tag=True):
+    """vLLM's KVCacheEvent, as it declares it since 0.24 (vllm/distributed/kv_events.py); so those below."""
 
 
 class BlockStored(Event):
@@ -43,11 +46,17 @@ class BlockStored(Event):
     block_size: int
     lora_id: int | None
     medium: str | None
+    lora_name: str | None
+    extra_keys: list[tuple[Any, ...] | None] | None = None
+    group_idx: int | None = None
+    kv_cache_spec_kind: str | None = None
+    kv_cache_spec_sliding_window: int | None = None
 
 
 class BlockRemoved(Event):
     block_hashes: list[int]
     medium: str | None
+    group_idx: int | None = None
 
 
 class AllBlocksCleared(Event):
@@ -187,7 +196,7 @@ def test_an_index_fed_by_events_holds_what_the_cache_holds(core: EngineCore, rou
         for start in range(0, len(tokens), BLOCK):
             [digest] = chain(digest, array("i", tokens[start : start + BLOCK]), BLOCK)
         assert name == int.from_bytes(digest[-8:], "big")
-    tags = {event[0] for payload in router.payloads for event in msgspec.msgpack.decode(payload)[1]}
+    tags = {event["type"] for payload in router.payloads for event in msgspec.msgpack.decode(payload)[1]}
     assert tags == {"BlockStored", "BlockRemoved"}
 
 
@@ -201,13 +210,38 @@ def test_the_layout_is_vllms(core: EngineCore, router: Subscriber) -> None:
     assert isinstance(ts, float)
     assert rank == 0
     [stored] = events
-    assert stored[0] == "BlockStored"
-    assert len(stored[1]) == 2
-    assert stored[2:] == [None, prompt[:32], BLOCK, None, "GPU", None, None]
+    assert len(stored["block_hashes"]) == 2
+    hashes = stored.pop("block_hashes")
+    assert stored == {"type": "BlockStored", "parent_block_hash": None, "token_ids": prompt[:32],
+                      "block_size": BLOCK, "lora_id": None, "medium": "GPU", "lora_name": None,
+                      "extra_keys": None}  # fmt: skip
     core.reset_prefix_cache()
     assert router.read()
-    assert msgspec.msgpack.decode(router.payloads[-1])[1] == [["AllBlocksCleared"]]
+    assert msgspec.msgpack.decode(router.payloads[-1])[1] == [{"type": "AllBlocksCleared"}]
     assert router.known == {}
+    batch = EventBatch(ts, [Stored(hashes, None, prompt[:32], BLOCK), Removed(hashes), Cleared()])
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(positional(batch))) == [
+        ts,
+        [
+            ["BlockStored", hashes, None, prompt[:32], BLOCK, None, "GPU", None, None],
+            ["BlockRemoved", hashes, "GPU"],
+            ["AllBlocksCleared"],
+        ],
+        0,
+    ]
+
+
+def test_events_as_arrays_for_older_routers(tmp_path: Path) -> None:
+    core = engine(tmp_path, event_format="array")
+    router = Subscriber(f"ipc://{tmp_path}/events", f"ipc://{tmp_path}/replay")
+    ask(core, "a", list(range(40)), 1)
+    drain(core)
+    while not (found := router.ask_again(0)):
+        pass
+    [event] = msgspec.msgpack.decode(found[0][1])[1]
+    assert event[0] == "BlockStored" and len(event) == 9
+    router.close()
+    core.close()
 
 
 def test_what_was_missed_is_sent_again(core: EngineCore, router: Subscriber) -> None:
@@ -239,6 +273,7 @@ def test_requests_for_a_replay_that_are_none_are_passed_over(core: EngineCore, r
         ('{"enable_kv_cache_events": true, "publisher": "kafka"}', "kafka"),
         ('{"endpoint": "tcp://*:5557"}', "asks for nothing"),
         ('{"enable_kv_cache_events": true, "hwm": 0}', "at least 1"),
+        ('{"enable_kv_cache_events": true, "event_format": "xml"}', "map, array"),
     ],
 )
 def test_wrong_settings_are_named(text: str, says: str) -> None:

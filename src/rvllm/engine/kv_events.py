@@ -1,9 +1,10 @@
 """What the prefix cache keeps and lets go, told to routers in vLLM's format (`--kv-events-config`).
 
 A message on the PUB socket has three parts: topic, sequence number (8 bytes, big-endian) and a msgpack array
-`[time, events, data_parallel_rank]`. Each event is an array that begins with its name, as llm-d and vLLM's
-example subscriber read it. A ROUTER socket answers the number of the first message that a subscriber has
-missed with all that are still kept, and -1 with nothing at their end.
+`[time, events, data_parallel_rank]`. Each event is a map with its name under `type`, as vLLM 0.24 and newer
+write it, or an array that begins with its name, as those before did (vllm-project/vllm#42892). A ROUTER
+socket answers the number of the first message that a subscriber has missed with all that are still kept, and
+-1 with nothing at their end.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MEDIUM = "GPU"
 
 
 class KvEventsConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """vLLM's settings of the same names.
+    """vLLM's settings of the same names, and event_format: "map", or "array" for routers of before June 2026.
 
     buffer_steps: messages kept for replay. hwm: messages that may wait for one slow subscriber; then it
     misses some, which it sees by their numbers. max_queue_size: batches that may wait to be sent.
@@ -47,6 +48,7 @@ class KvEventsConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     hwm: int = 100_000
     max_queue_size: int = 100_000
     topic: str = ""
+    event_format: str = "map"
 
 
 def parse_config(text: str | None) -> KvEventsConfig | None:
@@ -61,6 +63,8 @@ def parse_config(text: str | None) -> KvEventsConfig | None:
         raise UsageError(f"{FLAG}: {error}; it takes JSON such as {example}") from None
     if config.publisher not in ("zmq", "null"):
         raise UsageError(f"{FLAG}: publisher {config.publisher!r} is not one of zmq, null")
+    if config.event_format not in ("map", "array"):
+        raise UsageError(f"{FLAG}: event_format {config.event_format!r} is not one of map, array")
     if min(config.buffer_steps, config.hwm, config.max_queue_size) < 1:
         raise UsageError(f"{FLAG}: buffer_steps, hwm and max_queue_size must be at least 1")
     if config.publisher == "null" or given.get("enable_kv_cache_events") is False:
@@ -70,7 +74,7 @@ def parse_config(text: str | None) -> KvEventsConfig | None:
     return config
 
 
-class BlockStored(msgspec.Struct, array_like=True, tag=True, gc=False):
+class BlockStored(msgspec.Struct, tag=True, gc=False):
     """Full blocks that follow each other can be found from now on; token_ids are those of all of them.
 
     lora_id, lora_name, extra_keys: vLLM's; there are none here.
@@ -86,14 +90,14 @@ class BlockStored(msgspec.Struct, array_like=True, tag=True, gc=False):
     extra_keys: None = None
 
 
-class BlockRemoved(msgspec.Struct, array_like=True, tag=True, gc=False):
+class BlockRemoved(msgspec.Struct, tag=True, gc=False):
     """Blocks whose room was given to something else."""
 
     block_hashes: list[int]
     medium: str = MEDIUM
 
 
-class AllBlocksCleared(msgspec.Struct, array_like=True, tag=True, gc=False):
+class AllBlocksCleared(msgspec.Struct, tag=True, gc=False):
     """The prefix cache was emptied."""
 
 
@@ -106,6 +110,12 @@ class EventBatch(msgspec.Struct, array_like=True, gc=False):
     ts: float
     events: list[Event]
     data_parallel_rank: int = 0
+
+
+def positional(batch: EventBatch) -> tuple[float, list[list[Any]], int]:
+    """The batch with its events as arrays: their name, then their fields in order."""
+    events = [[type(event).__name__, *msgspec.structs.astuple(event)] for event in batch.events]
+    return batch.ts, events, batch.data_parallel_rank
 
 
 def block_hash(digest: Digest) -> int:
@@ -152,7 +162,7 @@ class Publisher:
         """Raises UsageError when an endpoint cannot be had."""
         self._waiting: queue.Queue[tuple[bytes, EventBatch] | None] = queue.Queue(config.max_queue_size)
         self._kept: deque[tuple[bytes, bytes]] = deque(maxlen=config.buffer_steps)
-        self._topic = config.topic.encode()
+        self._topic, self._as_arrays = config.topic.encode(), config.event_format == "array"
         self._sequence = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._pub = self._context.socket(zmq.PUB)
@@ -203,7 +213,8 @@ class Publisher:
                 continue
             if waiting is None:
                 return
-            number, payload = waiting[0], encode(waiting[1])
+            number, batch = waiting
+            payload = encode(positional(batch) if self._as_arrays else batch)
             self._kept.append((number, payload))
             self._pub.send_multipart((self._topic, number, payload))
 
