@@ -63,18 +63,31 @@ def build_wheel(out: Path) -> Path:
     return max(out.glob(f"rvllm-{__version__}-*.whl"), key=lambda path: path.stat().st_mtime)
 
 
-def write_sbom(wheel: Path, path: Path) -> None:
-    """What the wheel needs at run time, with the versions installed here, as CycloneDX.
+def needed() -> dict[str, str]:
+    """Name and installed version of all that `pip install rvllm` brings, whatever brings it.
 
     Raises PackageNotFoundError when the package is not installed with what it needs.
     """
-    needs = [Requirement(line) for line in metadata.requires("rvllm") or []]
+    found: dict[str, str] = {}
+    todo, seen = [("rvllm", "")], set()
+    while todo:
+        name, extra = wanted = todo.pop()
+        if wanted in seen:
+            continue
+        seen.add(wanted)
+        for need in map(Requirement, metadata.requires(name) or []):
+            if need.marker is None or need.marker.evaluate({"extra": extra}):
+                found[need.name.lower().replace("_", "-")] = metadata.version(need.name)
+                todo += [(need.name, more) for more in ("", *need.extras)]
+    return found
+
+
+def write_sbom(wheel: Path, path: Path) -> None:
+    """What the wheel needs at run time, with the versions installed here, as CycloneDX."""
     components = [
-        {"type": "library", "name": need.name, "version": metadata.version(need.name),
-         "purl": f"pkg:pypi/{need.name.lower()}@{metadata.version(need.name)}"}
-        for need in sorted(needs, key=lambda need: need.name)
-        if need.marker is None or need.marker.evaluate({"extra": ""})
-    ]  # fmt: skip
+        {"type": "library", "name": name, "version": version, "purl": f"pkg:pypi/{name}@{version}"}
+        for name, version in sorted(needed().items())
+    ]
     digest = {"alg": "SHA-256", "content": hashlib.sha256(wheel.read_bytes()).hexdigest()}
     main = {"type": "application", "name": "rvllm", "version": __version__, "hashes": [digest]}
     bill = {"bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1,
