@@ -21,6 +21,7 @@ from pathlib import Path
 
 from rvllm.bench.datasets import check_name
 from rvllm.cli.bench import _ELSEWHERE
+from rvllm.cli.common import load
 from rvllm.cli.main import COMMANDS, INSTEAD, TAKE_VLLM_FLAGS, OneLineParser
 from rvllm.config import EngineConfig, ServerConfig
 from rvllm.errors import RvllmError
@@ -88,7 +89,11 @@ def outcome(line: str) -> tuple[str, str]:
             if name == "bench":
                 if args.kind in _ELSEWHERE:
                     return "refused", _ELSEWHERE[args.kind]
-                check_name(getattr(args, "dataset_name", "random"))
+                check_name(getattr(args, "dataset_name", None) or "random")
+                if args.kind == "serve":
+                    load.check_load(args)
+                    load.traffic_of(args)
+                    load.metrics_of(args)
             for cls in (EngineConfig, ServerConfig):
                 names = [f.name for f, _ in settings_of(cls)]
                 build(cls, {n: getattr(args, n, None) for n in names}, {})

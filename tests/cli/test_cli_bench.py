@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from rvllm.bench.arrivals import Traffic
 from rvllm.bench.datasets import Asked, from_file, prefix_repetition
-from rvllm.bench.load import Sent
+from rvllm.bench.load import Sent, Target, run
 from rvllm.bench.serving import page, summary
 from rvllm.cli.bench import _spread
 from rvllm.cli.main import main
@@ -47,6 +49,69 @@ def test_serve_counts_what_came(tmp_path: Path, capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     assert "Successful requests:                     5" in printed and "P99 E2EL (ms):" in printed
     assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_serve_takes_what_vllms_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with LiveServer(drain_timeout=0.2) as server:
+        words = [
+            "bench", "serve", "--base-url", server.url, "--random-input-len", "10", "--output-len", "4",
+            "--num-prompts", "6", "--vocab-size", "400", "--ramp-up-strategy", "linear",
+            "--ramp-up-start-rps", "50", "--ramp-up-end-rps", "53", "--goodput", "ttft:60000", "e2el:60000",
+            "--header", "X-Team=blue", "--extra-body", '{"min_tokens": 2, "temperature": 0.5}',
+            "--request-id-prefix", "mine-", "--metadata", "gpu=none", "--result-dir", str(tmp_path / "new"),
+            "--result-filename", "r.json", "--append-result", "--save-detailed", "--max-concurrency", "3",
+            "--percentile-metrics", "client_queue_time,e2el_including_client_queue",
+            "--ready-check-timeout-sec", "5",
+        ]  # fmt: skip
+        assert main(words) == 0 and main(words) == 0
+        asked = [request.sampling for request in server.engine.requests]
+    assert {(one.min_tokens, one.temperature, one.max_tokens) for one in asked} == {(2, 0.5, 4)}
+    lines = (tmp_path / "new" / "r.json").read_text().splitlines()
+    found = json.loads(lines[1])
+    assert len(lines) == 2 and found["gpu"] == "none" and found["ramp_up_strategy"] == "linear"
+    assert found["request_goodput"] == pytest.approx(found["request_throughput"])
+    assert [change["rps"] for change in found["rps_change_events"]] == [50, 51, 52, 53]
+    assert len(found["generated_texts"]) == 6 and all(found["generated_texts"])
+    assert 0 <= found["mean_client_queue_time_ms"] <= found["mean_e2el_including_client_queue_ms"]
+    assert found["max_output_tokens_per_s"] > 0 and len(found["queue_times"]) == 6
+    printed = capsys.readouterr().out
+    assert "Request goodput (req/s):" in printed and "Maximum request concurrency:             3" in printed
+
+
+def test_requests_carry_the_headers_that_were_asked_for() -> None:
+    heard: list[bytes] = []
+
+    async def load() -> None:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            heard.append(await reader.readuntil(b"\r\n\r\n"))
+            writer.write(b"HTTP/1.1 500 no\r\ncontent-length: 0\r\n\r\n")
+            writer.close()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        target = Target(url, (("Authorization", "Basic x"), ("Content-Type", "a/b")), "mine-")
+        async with server:
+            await run(target, [{}, {}], [1, 1])
+
+    asyncio.run(load())
+    assert all(b"authorization: Basic x\r\n" in head and b"content-type: a/b\r\n" in head for head in heard)
+    assert {head.partition(b"x-request-id: ")[2][:6] for head in heard} == {b"mine-0", b"mine-1"}
+
+
+@pytest.mark.parametrize("burstiness", [0.5, 1.0, 20.0, float("inf")])
+def test_arrivals_keep_the_rate(burstiness: float) -> None:
+    times = np.array(Traffic(20.0, burstiness).arrivals(4000, 3))
+    waits = np.diff(times, prepend=0)
+    assert times[-1] == pytest.approx(200) and (waits >= 0).all()
+    assert waits.std() == pytest.approx(0.05 / burstiness**0.5, rel=0.1, abs=1e-9)
+    assert Traffic(float("inf")).arrivals(3, 0) == [0, 0, 0]
+
+
+def test_a_growing_rate() -> None:
+    assert Traffic(1.0, 1.0, "linear", 5.0).rates(5) == [1, 2, 3, 4, 5]
+    assert Traffic(1.0, 1.0, "exponential", 16.0).rates(5) == pytest.approx([1, 2, 4, 8, 16])
+    steady = Traffic(10.0, float("inf"), "linear", 10.0)
+    assert steady.arrivals(4, 0) == pytest.approx([0.1, 0.2, 0.3, 0.4])
 
 
 def test_failures_are_counted_and_the_first_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +171,8 @@ def test_throughput_takes_vllms_own_arguments(tmp_path: Path, capsys: pytest.Cap
     neutral = ["--backend", "vllm", "--async-engine", "--disable-frontend-multiprocessing", "--n", "2"]
     assert main([*run, *neutral, "--prefix-len", "5"]) == 0
     assert "prompt tokens:  39\nTotal num output tokens:  24" in capsys.readouterr().out
-    for words, told in ((["--lora-path", "X"], "adapters"), (["--backend", "hf"], "rvllm race"),
+    for words, told in ((["--lora-path", "X"], "adapters"), (["--hf-name", "a"], "nothing is"),
+                        (["--backend", "hf"], "rvllm race"),
                         (["--profile"], "rvllm benchmark --profile"), (["--hf-split", "a"], "custom"),
                         (["--dataset", str(tmp_path / "none.json")], "cannot read")):  # fmt: skip
         assert main([*run, *words]) == 2
@@ -129,6 +195,20 @@ def test_one_length_of_throughput_is_every_data_sets() -> None:
     [
         (["--percentile-metrics", "xyz"], "xyz"),
         (["--request-rate", "0"], "above 0"),
+        (["--goodput", "itl:5"], "a name of ttft, tpot, e2el"),
+        (["--goodput", "ttft:x"], "expected NAME:MS"),
+        (
+            ["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "0", "--ramp-up-end-rps", "2"],
+            "0 < --ramp",
+        ),
+        (["--ramp-up-end-rps", "2"], "need --ramp-up-strategy"),
+        (["--header", "a"], "expected KEY=VALUE"),
+        (["--header", "a=b\r\nc: d"], "not the name and value"),
+        (["--extra-body", "[1]"], "expected a JSON object"),
+        (["--metric-percentiles", "99,x"], "from 0 to 100"),
+        (["--profile"], "--trace-steps"),
+        (["--lora-modules", "a", "b"], "adapters are not supported"),
+        (["--no-self-timed"], "--request-rate"),
         (["--port", "1"], "reach"),
     ],
 )
@@ -158,6 +238,8 @@ def test_files_are_read_as_vllm_reads_them(tmp_path: Path) -> None:
     file = tmp_path / "custom.jsonl"
     file.write_text('{"prompt": "a"}\n\n{"prompt": "b", "output_tokens": 5}\n')
     assert asked("custom", file, 3) == [Asked("a", 256), Asked("b", 5), Asked("a", 256)]
+    once = argparse.Namespace(no_oversample=True)
+    assert len(from_file("custom", str(file), 3, 0, None, len, once)) == 2
     assert asked("custom", file, 2, 7) == [Asked("a", 7), Asked("b", 7)]
     file = tmp_path / "sonnet.txt"
     file.write_text("".join(f"line number {i} of four\n" for i in range(50)))

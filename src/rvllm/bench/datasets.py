@@ -42,18 +42,22 @@ def from_file(
     """`count` prompts of a file; of a shorter one, over and over.
 
     output_len: of every answer; None: what the file or vLLM's defaults say. options: has `sonnet_input_len`
-    and `sonnet_prefix_len`. Raises UsageError naming what is wrong with the file.
+    and `sonnet_prefix_len`, and may have `no_oversample` (fewer prompts of a short file) and
+    `disable_shuffle`. Raises UsageError naming what is wrong with the file.
     """
     if path is None:
         raise UsageError(f"--dataset-name {name} needs --dataset-path FILE")
     source, file = random.Random(seed), Path(path)
     if name == "sonnet":
         return _sonnet(file, count, source, output_len or 150, tokens, options)
+    mixed = None if getattr(options, "disable_shuffle", False) else source
     found = (
-        list(_sharegpt(file, source, output_len, tokens)) if name == "sharegpt" else _custom(file, output_len)
+        list(_sharegpt(file, mixed, output_len, tokens)) if name == "sharegpt" else _custom(file, output_len)
     )
     if not found:
         raise UsageError(f"--dataset-path {file}: holds no prompt of a fitting length")
+    if getattr(options, "no_oversample", False):
+        return found[:count]
     return [found[i % len(found)] for i in range(count)]
 
 
@@ -87,14 +91,17 @@ def _json(file: Path, text: str, where: str = "") -> Any:
         raise UsageError(f"--dataset-path {file}: {where}no JSON") from None
 
 
-def _sharegpt(file: Path, source: random.Random, output_len: int | None, tokens: Count) -> Iterator[Asked]:
+def _sharegpt(
+    file: Path, source: random.Random | None, output_len: int | None, tokens: Count
+) -> Iterator[Asked]:
     """The first turn of each conversation of two or more, with its answer's length."""
     entries = _json(file, _text(file))
     if not isinstance(entries, list):
         raise UsageError(f"--dataset-path {file}: must hold a list of conversations")
     talks = [e.get("conversations") for e in entries if isinstance(e, dict)]
     turns = [talk for talk in talks if isinstance(talk, list) and len(talk) >= 2]
-    source.shuffle(turns)
+    if source is not None:
+        source.shuffle(turns)
     for first, second, *_ in turns:
         try:
             prompt, answer = str(first["value"]), str(second["value"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import random
 import ssl
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -22,7 +22,8 @@ _LINE = 1 << 24  # bytes of the longest line that is read
 class Sent:
     """One request as its client saw it; times in seconds since the run began, 0 where nothing came.
 
-    gaps: seconds between what came of its text. error: why it failed.
+    queued: seconds that it waited for its turn before `start`. gaps: seconds between what came of its text.
+    error: why it failed.
     """
 
     prompt_tokens: int
@@ -32,56 +33,59 @@ class Sent:
     last: float = 0.0
     gaps: list[float] = field(default_factory=list)
     error: str = ""
+    queued: float = 0.0
+    text: str = ""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where requests go: a URL, and the headers that each has."""
+    """Where requests go: a URL, and the headers that each has.
+
+    name: X-Request-Id of each begins so, and ends in its number; "": it has none. trusting: whatever
+    certificate the server has.
+    """
 
     url: str
     headers: tuple[tuple[str, str], ...] = ()
+    name: str = ""
+    trusting: bool = False
 
 
 async def run(
     target: Target,
     bodies: Sequence[dict[str, Any]],
     lengths: Sequence[int],
-    *,
-    rate: float,
-    burstiness: float,
-    most: int | None,
-    seed: int,
+    arrivals: Sequence[float] | None = None,
+    most: int | None = None,
 ) -> list[Sent]:
     """Sends the bodies in order and waits for all answers.
 
-    rate: requests a second, inf: all at once; burstiness: 1 is a Poisson process, more is steadier (the
-    shape of the gamma distribution that waits are drawn from). most: so many are under way at once.
-    lengths: each prompt's tokens, where the server does not say.
+    arrivals: seconds from now at which each is sent, see `Traffic.arrivals`; None: at once. most: so many are
+    under way together. lengths: each prompt's tokens, where the server does not say.
     """
-    source, began = random.Random(seed), time.perf_counter()
-    room = asyncio.Semaphore(most) if most else None
+    began = time.perf_counter()
+    room = asyncio.Semaphore(most) if most else contextlib.nullcontext()
     sent = [Sent(length) for length in lengths]
 
-    async def one(body: dict[str, Any], result: Sent) -> None:
-        if room is None:
-            await _send(target, body, result, began)
-        else:
-            async with room:
-                await _send(target, body, result, began)
+    async def one(number: int, body: dict[str, Any], result: Sent) -> None:
+        arrived = time.perf_counter()
+        async with room:
+            result.start = time.perf_counter() - began
+            result.queued = result.start + began - arrived
+            await _send(target, number, body, result, began)
 
     tasks = []
-    for body, result in zip(bodies, sent, strict=True):
-        tasks.append(asyncio.create_task(one(body, result)))
-        if rate != float("inf"):
-            await asyncio.sleep(source.gammavariate(burstiness, 1.0 / (rate * burstiness)))
+    for i, (body, result) in enumerate(zip(bodies, sent, strict=True)):
+        if arrivals is not None and (wait := arrivals[i] + began - time.perf_counter()) > 0:
+            await asyncio.sleep(wait)
+        tasks.append(asyncio.create_task(one(i, body, result)))
     await asyncio.gather(*tasks)
     return sent
 
 
-async def _send(target: Target, body: dict[str, Any], result: Sent, began: float) -> None:
-    result.start = time.perf_counter() - began
+async def _send(target: Target, number: int, body: dict[str, Any], result: Sent, began: float) -> None:
     try:
-        async with _events(target, body) as events:
+        async with _events(target, number, body) as events:
             async for event in events:
                 _take(event, result, time.perf_counter() - began)
     except (OSError, ValueError, RvllmError, asyncio.IncompleteReadError) as error:
@@ -98,10 +102,10 @@ def _take(event: dict[str, Any], result: Sent, now: float) -> None:
         result.prompt_tokens, result.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
     for choice in event.get("choices", ()):
         delta = choice.get("delta") or {}
-        if not any(
-            (choice.get("text"), delta.get("content"), delta.get("reasoning"), delta.get("tool_calls"))
-        ):
+        text = choice.get("text") or delta.get("content") or delta.get("reasoning") or ""
+        if not text and not delta.get("tool_calls"):
             continue
+        result.text += text
         if result.first:
             result.gaps.append(now - result.last)
         else:
@@ -110,33 +114,45 @@ def _take(event: dict[str, Any], result: Sent, now: float) -> None:
 
 
 @asynccontextmanager
-async def _events(target: Target, body: dict[str, Any]) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+async def _events(
+    target: Target, number: int, body: dict[str, Any]
+) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
     """The events of a streamed answer. Raises RvllmError when the server refuses."""
     parts = urlsplit(target.url)
     secure = parts.scheme == "https"
     reader, writer = await asyncio.open_connection(
         parts.hostname, parts.port or (443 if secure else 80), limit=_LINE,
-        ssl=ssl.create_default_context() if secure else None,
+        ssl=_context(target) if secure else None,
     )  # fmt: skip
     try:
         data = json.dumps(body).encode()
-        head = [f"POST {parts.path} HTTP/1.1", f"Host: {parts.netloc}", "Content-Type: application/json",
-                f"Content-Length: {len(data)}", "Connection: close",
-                *(f"{name}: {value}" for name, value in target.headers)]  # fmt: skip
+        named = {"x-request-id": f"{target.name}{number}"} if target.name else {}
+        headers = {"content-type": "application/json", **{k.lower(): v for k, v in target.headers}, **named,
+                   "content-length": str(len(data)), "connection": "close"}  # fmt: skip
+        head = [f"POST {parts.path} HTTP/1.1", f"host: {parts.netloc}",
+                *(f"{name}: {value}" for name, value in headers.items())]  # fmt: skip
         writer.write("\r\n".join([*head, "", ""]).encode() + data)
         await writer.drain()
         status = (await reader.readline()).split(b" ", 2)
-        headers = {}
+        answered = {}
         while (line := (await reader.readline()).strip()) != b"":
             name, _, value = line.partition(b":")
-            headers[name.lower()] = value.strip().lower()
-        lines = _chunked(reader) if headers.get(b"transfer-encoding") == b"chunked" else _plain(reader)
+            answered[name.lower()] = value.strip().lower()
+        lines = _chunked(reader) if answered.get(b"transfer-encoding") == b"chunked" else _plain(reader)
         if len(status) < 2 or status[1] != b"200":
             text = b"".join([line async for line in lines])[:300].decode(errors="replace")
             raise RvllmError(f"{status[1].decode() if len(status) > 1 else 'no answer'}: {text}")
         yield _parsed(lines)
     finally:
         writer.close()
+
+
+def _context(target: Target) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if target.trusting:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 async def _parsed(lines: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:

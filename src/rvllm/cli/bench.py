@@ -7,10 +7,13 @@ import asyncio
 import dataclasses
 import datetime
 import json
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rvllm.bench.arrivals import Traffic, rate_changes
+from rvllm.cli.common.load import add_load
 from rvllm.cli.common.workload import add_datasets, asked_of, of_server, of_tokenizer
 from rvllm.config import EngineConfig
 from rvllm.errors import RvllmError, UsageError
@@ -24,13 +27,8 @@ _ELSEWHERE = {
     "startup": "`rvllm serve`, which prints how long its start took",
     "mm-processor": "nothing: models take and give text alone",
 }  # vLLM's other kinds, and what to use instead
-_SAMPLING = (
-    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
-)  # fmt: skip
 _REFUSED = {
     "lora_path": "adapters are not supported; merge them into the model first",
-    "hf_subset": "nothing is fetched; a JSON line for each prompt is --dataset-name custom",
-    "hf_split": "nothing is fetched; a JSON line for each prompt is --dataset-name custom",
     "hf_max_batch_size": "rvLLM alone is measured; `rvllm race` measures other engines beside it",
     "profile": "`rvllm benchmark --profile` times every kernel of a step",
 }  # vLLM's arguments that ask for what is not done here, and what to use instead
@@ -42,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("bench", help="measure with vLLM's arguments", allow_abbrev=False)
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     serve = kinds.add_parser("serve", help="load on a running server", allow_abbrev=False)
-    _add_serve(serve)
+    add_load(serve)
     throughput = kinds.add_parser("throughput", help="many requests, no server", allow_abbrev=False)
     _add_workload(throughput)
     _add_throughput(throughput)
@@ -58,47 +56,6 @@ def add_parser(subparsers: Any) -> None:
     latency.add_argument("--num-iters-warmup", type=int, default=10, help="runs before those that count [10]")
     latency.add_argument("--num-iters", type=int, default=30, help="runs [30]")
     add_flags(latency, EngineConfig, "engine")
-
-
-def _add_serve(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--backend",
-        default="openai",
-        help="openai (or vllm), openai-chat: which endpoint [openai]",
-    )
-    add("--base-url", help="the server's address, instead of --host and --port")
-    add("--host", default="127.0.0.1")
-    add("--port", type=int, default=8000)
-    add("--endpoint", help="default: /v1/completions, of openai-chat /v1/chat/completions")
-    add("--model", help="default: the first that the server lists")
-    add("--tokenizer", help="counts the tokens of texts; default: the server does")
-    add_datasets(parser)
-    add("--random-input-len", "--input-len", type=int, default=1024, help="tokens of a prompt [1024]")
-    add("--random-output-len", "--output-len", type=int, default=128, help="tokens of an answer [128]")
-    _add_random(parser)
-    add("--num-prompts", type=int, default=1000, help="requests [1000]")
-    add("--num-warmups", type=int, default=0, help="requests before those that count [0]")
-    add("--request-rate", type=float, default=float("inf"), help="requests a second [inf: all at once]")
-    add("--burstiness", type=float, default=1.0, help="1: a Poisson process; more: steadier [1]")
-    add("--max-concurrency", type=int, help="requests under way at once")
-    for name in _SAMPLING:
-        add(
-            "--" + name.replace("_", "-"),
-            type=int if name == "top_k" else float,
-            help="default: the server's",
-        )
-    add("--ignore-eos", action="store_true", help="answers have their whole length")
-    add("--seed", type=int, default=0)
-    add("--api-key", help="default: the variables OPENAI_API_KEY, RVLLM_API_KEY")
-    add("--percentile-metrics", default="ttft,tpot,itl", help="of ttft, tpot, itl, e2el [ttft,tpot,itl]")
-    add("--metric-percentiles", default="99", help="[99]")
-    add("--label", help="a word for the result")
-    add("--save-result", action="store_true", help="write a JSON file")
-    add("--save-detailed", action="store_true", help="with each request's lengths and times in it")
-    add("--result-dir", default=".", help="its folder")
-    add("--result-filename", help="its name; default: made of backend, rate, model and time")
-    add("--disable-tqdm", action="store_true", help="there is no bar anyway")
 
 
 def _add_random(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +85,7 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(dataset_name=None)
     add("--backend", default="vllm", help=argparse.SUPPRESS)
     add("--async-engine", action="store_true", help=argparse.SUPPRESS)  # there is one engine
-    for name in ("lora_path", "hf_subset", "hf_split", "hf_max_batch_size"):
+    for name in ("lora_path", "hf_max_batch_size"):
         add("--" + name.replace("_", "-"), help=argparse.SUPPRESS)
 
 
@@ -151,77 +108,65 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    import os
+    from rvllm.bench.load import run
+    from rvllm.bench.serving import details, page, summary
+    from rvllm.cli.common import load
 
-    from rvllm.bench.load import Target, run
-    from rvllm.bench.serving import TITLES, details, page, summary
-    from rvllm.cli.common.remote import get_json
-
-    metrics = [name for name in args.percentile_metrics.split(",") if name]
-    if unknown := [name for name in metrics if name not in TITLES]:
-        raise UsageError(f"--percentile-metrics: {unknown[0]!r} is not one of {', '.join(TITLES)}")
-    ranks = [float(rank) for rank in args.metric_percentiles.split(",")]
-    if args.num_prompts < 1 or args.request_rate <= 0 or args.burstiness <= 0:
-        raise UsageError("--num-prompts, --request-rate and --burstiness must be above 0")
-    if args.backend not in ("openai", "vllm", "openai-chat"):
-        raise UsageError(
-            f"--backend {args.backend}: completions are measured here (openai, vllm, openai-chat); "
-            "scripts/bench_embeddings.py measures vectors"
-        )
-    base = (args.base_url or f"http://{args.host}:{args.port}").rstrip("/")
-    chat = args.backend == "openai-chat"
-    endpoint = args.endpoint or ("/v1/chat/completions" if chat else "/v1/completions")
-    key = args.api_key or os.environ.get("OPENAI_API_KEY") or os.environ.get("RVLLM_API_KEY")
-    model = args.model or get_json(base, "/v1/models", key)["data"][0]["id"]
-    target = Target(base + endpoint, (("Authorization", f"Bearer {key}"),) if key else ())
+    load.check_load(args)
+    metrics, ranks, goals = load.metrics_of(args)
+    traffic = load.traffic_of(args)
+    target, base, key = load.target_of(args)
+    about: dict[str, Any] = dict(load.pairs_of("--metadata", args.metadata))
+    model = load.served_model(args, base, key)
+    if args.output_len is not None:
+        _spread_output(args, args.output_len)
     asked = asked_of(args, args.num_prompts + args.num_warmups, of_server(args, base, key))
-    bodies = [_body(args, model, chat, one) for one in asked]
+    bodies = [load.body_of(args, model, one) for one in asked]
     lengths = [len(one.prompt) if isinstance(one.prompt, list) else 0 for one in asked]
-    options: dict[str, Any] = {"burstiness": args.burstiness, "most": args.max_concurrency, "seed": args.seed}
-    warm = args.num_warmups
+    warm, most = min(args.num_warmups, len(asked) - 1), args.max_concurrency
     if warm:
-        asyncio.run(run(target, bodies[:warm], lengths[:warm], rate=float("inf"), **options))
+        asyncio.run(run(target, bodies[:warm], lengths[:warm], most=most))
+    arrivals, at = traffic.arrivals(len(bodies) - warm, args.seed), time.time()
     began = time.perf_counter()
-    sent = asyncio.run(run(target, bodies[warm:], lengths[warm:], rate=args.request_rate, **options))
-    found = summary(sent, time.perf_counter() - began, metrics, ranks)
-    print(page(found, metrics, ranks))
+    sent = asyncio.run(run(target, bodies[warm:], lengths[warm:], arrivals=arrivals, most=most))
+    found = summary(sent, time.perf_counter() - began, metrics, ranks, goals)
+    wanted = [("Maximum request concurrency:", most)] if most else []
+    wanted += [] if math.isinf(args.request_rate) else [("Request rate configured (RPS):", args.request_rate)]
+    print(page(found, metrics, ranks, wanted))
     if failed := next((one.error for one in sent if one.error), ""):
         print(f"the first failure: {failed}")
-    if args.save_result:
-        _save_serve(args, model, found | (details(sent) if args.save_detailed else {}))
+    if traffic.ramp:
+        about |= {"ramp_up_strategy": traffic.ramp, "ramp_up_start_rps": traffic.rate,
+                  "ramp_up_end_rps": traffic.end}  # fmt: skip
+        found["rps_change_events"] = rate_changes(traffic, arrivals, at)
+    if args.save_result or args.append_result:
+        _save_serve(args, traffic, model, about, found | (details(sent) if args.save_detailed else {}))
     return int(found["failed"] > 0)
 
 
-def _body(args: argparse.Namespace, model: str, chat: bool, one: Asked) -> dict[str, Any]:
-    body: dict[str, Any] = {"model": model, "max_tokens": one.output_len, "stream": True,
-                            "stream_options": {"include_usage": True}}  # fmt: skip
-    if chat:
-        text = one.prompt if isinstance(one.prompt, str) else " ".join(str(i % 1000) for i in one.prompt)
-        body["messages"] = [{"role": "user", "content": text}]
-    else:
-        body["prompt"] = one.prompt
-    given = {name: getattr(args, name) for name in _SAMPLING}
-    body |= {name: value for name, value in given.items() if value is not None}
-    if args.ignore_eos:
-        body["ignore_eos"] = True
-    return body
+def _save_serve(
+    args: argparse.Namespace, traffic: Traffic, model: str, about: dict[str, Any], found: dict[str, Any]
+) -> None:
+    from rvllm.cli.common.load import result_file
 
-
-def _save_serve(args: argparse.Namespace, model: str, found: dict[str, Any]) -> None:
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    rate = "inf" if args.request_rate == float("inf") else args.request_rate
-    about = {
+    rate = "inf" if math.isinf(args.request_rate) else args.request_rate
+    head = {
         "date": now, "backend": args.backend, "endpoint_type": args.backend, "label": args.label,
         "model_id": model, "tokenizer_id": args.tokenizer or model, "num_prompts": args.num_prompts,
+    }  # fmt: skip
+    traffic_fields = {
         "request_rate": rate, "burstiness": args.burstiness, "max_concurrency": args.max_concurrency,
     }  # fmt: skip
-    name = args.result_filename or f"{args.backend}-{rate}qps-{model.rsplit('/', 1)[-1]}-{now}.json"
-    _write(Path(args.result_dir) / name, {**about, **found})
+    file = result_file(args, traffic, model, now)
+    _write(file, {**head, **about, **traffic_fields, **found}, append=args.append_result)
 
 
-def _write(path: Path, values: dict[str, Any]) -> None:
+def _write(path: Path, values: dict[str, Any], append: bool = False) -> None:
     try:
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a" if append else "w", encoding="utf-8") as file:
+            file.write(json.dumps(values, indent=None if append else 2) + "\n")
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
 
@@ -260,7 +205,12 @@ def _spread(args: argparse.Namespace) -> None:
     if args.prefix_len is not None:
         args.random_prefix_len = args.sonnet_prefix_len = args.prefix_len
     if args.output_len is not None:
-        args.sharegpt_output_len = args.custom_output_len = args.sonnet_output_len = args.output_len
+        _spread_output(args, args.output_len)
+
+
+def _spread_output(args: argparse.Namespace, length: int) -> None:
+    args.random_output_len = args.sharegpt_output_len = args.custom_output_len = length
+    args.sonnet_output_len = args.prefix_repetition_output_len = length
 
 
 def _throughput(args: argparse.Namespace) -> int:

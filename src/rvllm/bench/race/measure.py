@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rvllm.bench.arrivals import Traffic
 from rvllm.bench.load import Sent, Target, run
 from rvllm.bench.race.engines import Engine, filled, weighed
 from rvllm.bench.race.server import Server, running
@@ -164,8 +165,8 @@ def send(
     headers = (("Authorization", f"Bearer {plan.key}"),) if plan.key else ()
     target = Target(server.url + "/v1/completions", headers)
     lengths = [len(each.ids) for each in requests]
-    seed = plan.workload.seed
-    return asyncio.run(run(target, bodies, lengths, rate=rate, burstiness=1.0, most=None, seed=seed))
+    arrivals = Traffic(rate).arrivals(len(bodies), plan.workload.seed)
+    return asyncio.run(run(target, bodies, lengths, arrivals=arrivals))
 
 
 def _note(plan: Plan, entry: Entry, size: int, turn: int, sent: Sequence[Sent], used: float) -> None:

@@ -12,6 +12,24 @@ from rvllm.bench.datasets import NAMES, Asked, check_name, from_file, prefix_rep
 from rvllm.cli.common.remote import post_json
 from rvllm.settings import build
 
+_ELSEWHERE = (
+    "hf-name",
+    "hf-subset",
+    "hf-split",
+    "hf-output-len",
+    "spec-bench-output-len",
+    "spec-bench-category",
+    "blazedit-min-distance",
+    "blazedit-max-distance",
+    "random-batch-size",
+    "asr-max-audio-len-sec",
+    "asr-min-audio-len-sec",
+    "random-mm-base-items-per-request",
+    "random-mm-num-mm-items-range-ratio",
+    "random-mm-limit-mm-per-prompt",
+    "random-mm-bucket-config",
+)  # vLLM's arguments of data sets that are not read
+
 
 def add_datasets(parser: argparse.ArgumentParser) -> None:
     """vLLM's arguments that choose prompts."""
@@ -21,6 +39,11 @@ def add_datasets(parser: argparse.ArgumentParser) -> None:
         "--dataset-path",
         help="the file of sharegpt (JSON), custom (JSON lines with a prompt) or sonnet (text)",
     )
+    add("--no-oversample", action="store_true", help="a short file's prompts once, not over and over")
+    add("--disable-shuffle", action="store_true", help="in the file's order")
+    add("--no-stream", action="store_true", help=argparse.SUPPRESS)  # files are read whole anyway
+    for name in _ELSEWHERE:
+        add(f"--{name}", type=_refused, help=argparse.SUPPRESS)
     add("--vocab-size", type=int, default=30000, help="random ids are below [30000]")
     add("--sharegpt-output-len", type=int, help="tokens of an answer; default: as long as the file's")
     add("--custom-output-len", type=int, help="the same; default: output_tokens of its line, or 256")
@@ -33,6 +56,13 @@ def add_datasets(parser: argparse.ArgumentParser) -> None:
     add("--prefix-repetition-suffix-len", type=int, default=256, help="tokens of its own [256]")
     add("--prefix-repetition-num-prefixes", type=int, default=10, help="groups [10]")
     add("--prefix-repetition-output-len", type=int, default=128, help="tokens of an answer [128]")
+
+
+def _refused(value: str) -> str:
+    raise argparse.ArgumentTypeError(
+        "belongs to a data set that is not read here: nothing is fetched and no picture read; "
+        "a JSON line with a prompt for each request is --dataset-name custom"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
