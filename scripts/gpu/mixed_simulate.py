@@ -2,8 +2,9 @@
 
     PYTHONPATH=src python scripts/gpu/mixed_simulate.py TRACE [--set max_num_batched_tokens=2048 ...]
 
-TRACE is what `mixed_account.py --trace` wrote. The host's time is left out. Requests come all at once, or
-from `--clients`, each with the next one when it is answered.
+TRACE is what `mixed_account.py --trace` or `step_costs.py --json` wrote, of the very model: which sizes of
+steps are cheap differs from model to model. The host's time is left out. Requests come all at
+once, or from `--clients`, each with the next one when it is answered.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from rvllm.settings import build
 from rvllm.telemetry.stats import StepKernel
 
 KEY_SECONDS = 36e-9  # of a key that a decode attends to, over all layers of an 8B: 131 kB at 3.6 TB/s
+CONTEXT = 2100  # of a decode in step_costs.py
 
 
 @dataclass(frozen=True)
@@ -36,24 +38,31 @@ class Costs:
 
     decodes: tuple[list[int], list[float]]
     others: tuple[list[int], list[float]]
+    key_seconds: float
 
     @staticmethod
-    def read(path: Path) -> Costs:
-        """From a trace; sizes that never came up are interpolated."""
+    def read(path: Path, key_seconds: float) -> Costs:
+        """From a trace or a table of costs; sizes that never came up are interpolated."""
         found: dict[bool, dict[int, list[float]]] = {True: {}, False: {}}
-        for line in path.read_text().splitlines():
+        lines = path.read_text().splitlines()
+        if path.suffix == ".json":
+            for decodes, tokens, padded, ms in json.loads(lines[0]):
+                rest = ms / 1e3 - key_seconds * decodes * CONTEXT
+                found[decodes == tokens].setdefault(padded, []).append(rest)
+            lines = []
+        for line in lines:
             step = json.loads(line)
-            rest = step["device"] - KEY_SECONDS * step["keys"]
+            rest = step["device"] - key_seconds * step["keys"]
             found[step["kind"] == "decodes"].setdefault(step["padded"], []).append(rest)
         tables = [
             (sorted(sizes), [median(sizes[size]) for size in sorted(sizes)])
             for sizes in (found[True], found[False])
         ]
-        return Costs(*tables)
+        return Costs(*tables, key_seconds)
 
     def seconds(self, alone: bool, padded: int, keys: int) -> float:
         """Of a step; keys: what its decodes attend to, all together."""
-        return float(np.interp(padded, *(self.decodes if alone else self.others)) + KEY_SECONDS * keys)
+        return float(np.interp(padded, *(self.decodes if alone else self.others)) + self.key_seconds * keys)
 
 
 @dataclass
@@ -130,6 +139,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int)
     parser.add_argument("--max-mixed-tokens", type=int, default=2048)
     parser.add_argument("--longest-first", action="store_true")
+    parser.add_argument(
+        "--key-seconds", type=float, default=KEY_SECONDS, help="of a key that a decode attends to"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE")
     args = parser.parse_args()
     settings: dict[str, Any] = dict(pair.split("=") for pair in args.set)
@@ -139,7 +151,7 @@ def main() -> None:
         max_model_len=4096, block_size=16, num_blocks=52000, pipeline_depth=2,
         max_mixed_tokens=args.max_mixed_tokens,
     )  # fmt: skip
-    backend = Simulated(Costs.read(args.trace), limits)
+    backend = Simulated(Costs.read(args.trace, args.key_seconds), limits)
     facts = ModelFacts(architecture="none", model_path="", vocab_size=128256, max_model_len=4096)
     core = EngineCore(backend, facts, config)
     lengths = sharegpt(args.seed, args.requests)

@@ -74,7 +74,7 @@ class EngineConfig:
     )
     max_mixed_tokens: int | None = setting(
         None,
-        "Most tokens of a step in which sequences decode, prompts included, which delay their next token; default: 2048 on a GPU, --max-num-batched-tokens on the CPU.",
+        "Most tokens of a step in which sequences decode, prompts included, which delay their next token; default: on a GPU 2048, or up to 4096 where whole rounds of tiles make tokens cheaper (the start says it), on the CPU --max-num-batched-tokens.",
         low=1,
     )
     max_prefill_chunk: int | None = setting(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rvllm.backends.cuda.buckets import bucket_of, decode_buckets
+from rvllm.backends.cuda.buckets import MIXED_TOKENS, bucket_of, decode_buckets, mixed_tokens, token_buckets
 from rvllm.backends.cuda.ops.gemm import cost
 from rvllm.backends.cuda.ops.gemm import plan as gemm
 from rvllm.bench.cliffs import cliffs, dips
@@ -98,3 +98,17 @@ def test_clusters_that_crowd_share_multiprocessors() -> None:
         assert (plan.mode, plan.cluster, plan.grid) == (mode, 8, (8, 1, 16))
         assert 2 * (plan.smem + 1024) <= 232448 + 1024
     assert gemm.plan_gemm(1792, 4096, 128, "bf16", 132).mode == "split"
+
+
+def test_steps_with_decodes_are_as_long_as_is_worth_the_wait() -> None:
+    """A step of 3,584 tokens of the 7B fills three rounds of tiles, where 2,048 take two for 1.7."""
+    layers = {name: weights for name, (_, weights, _) in MODELS.items()}
+
+    def chosen(model: str) -> int:
+        cost_of = lambda tokens: sum(gemm.planned_cycles(n, k, tokens, SMS) for n, k in layers[model])  # noqa: E731
+        return mixed_tokens(token_buckets(8192), cost_of)
+
+    assert chosen("Qwen2.5-7B") == 3584
+    assert chosen("Llama-3.1-8B") == 2048
+    assert mixed_tokens(token_buckets(8192), lambda tokens: tokens) == MIXED_TOKENS
+    assert mixed_tokens(token_buckets(512), lambda tokens: tokens) == MIXED_TOKENS

@@ -312,6 +312,8 @@ def _summary(engine: EngineClient, config: EngineConfig, name: str, kernels: str
         f"  memory  {memory}",
         f"  blocks  {ready.num_blocks:,} of {ready.block_size} tokens: {tokens:,} tokens for up to "
         f"{ready.max_num_seqs} sequences of at most {ready.max_model_len:,}",
+        f"  steps   {ready.max_num_batched_tokens:,} tokens, where sequences decode "
+        f"{ready.max_mixed_tokens or ready.max_num_batched_tokens:,}",
     ]
 
 

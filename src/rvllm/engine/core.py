@@ -102,6 +102,7 @@ class EngineCore:
             scheduling_policy=config.scheduling_policy,
             fairness=config.fairness,
             sleep_mode=config.enable_sleep_mode,
+            max_mixed_tokens=limits.max_mixed_tokens,
         )
         self.texts = EmbeddingQueue(backend if isinstance(backend, Encoder) else None)
         self.counters = EngineStats()

@@ -22,7 +22,6 @@ from rvllm.backends.base import (
     StepBatch,
     StepResult,
 )
-from rvllm.backends.cuda.buckets import MIXED_TOKENS
 from rvllm.backends.cuda.device.driver import Event, Pinned, Stream
 from rvllm.backends.cuda.device.host_blocks import COPY_RATE, HostBlocks, KeptBlocks
 from rvllm.backends.cuda.device.launches import Counts
@@ -96,7 +95,7 @@ class CudaBackend:
         self._limits = Limits(
             max_num_seqs=shape.seqs,
             max_num_batched_tokens=shape.tokens,
-            max_mixed_tokens=min(max_mixed_tokens or MIXED_TOKENS, shape.tokens),
+            max_mixed_tokens=min(max_mixed_tokens or planner.mixed_tokens(), shape.tokens),
             max_model_len=plan.max_model_len,
             block_size=KV_BLOCK,
             num_blocks=shape.kv_blocks,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from math import log2
 
-MIXED_TOKENS = 2048  # of a step with decodes: more of them are hardly cheaper, and decodes wait for all
+MIXED_TOKENS = 2048  # of a step with decodes, for which they all wait; up to twice as many where that pays
+WAIT_PRICE = 0.03  # share of the tokens a second for which decodes may wait twice as long
 
 
 def decode_buckets(most: int) -> list[int]:
@@ -27,6 +30,19 @@ def token_buckets(most: int) -> list[int]:
         last = sizes[-1]
         sizes.append(last + (128 if 2048 <= last < 8192 else max(16, 1 << (last.bit_length() - 4))))
     return [size for size in sizes if size < most] + [most]
+
+
+def mixed_tokens(sizes: Iterable[int], seconds: Callable[[int], float]) -> int:
+    """The most tokens of a step with decodes: of the padded sizes from MIXED_TOKENS to twice that the best.
+
+    seconds: what a step of a size takes, in any unit. Products take whole rounds of tiles, so that one size
+    costs a token up to a tenth less than its neighbours; the longer step must be worth the wait.
+    """
+
+    def price(size: int) -> float:
+        return seconds(size) / size * (1 + WAIT_PRICE * log2(size / MIXED_TOKENS))
+
+    return min((s for s in sizes if MIXED_TOKENS <= s <= 2 * MIXED_TOKENS), key=price, default=MIXED_TOKENS)
 
 
 def bucket_of(buckets: list[int], size: int) -> int:

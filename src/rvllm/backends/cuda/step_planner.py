@@ -7,11 +7,12 @@ per padded token count, and a head from there to the drawn tokens, per padded nu
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from rvllm.backends.cuda.buckets import bucket_of, decode_buckets, token_buckets
+from rvllm.backends.cuda.buckets import MIXED_TOKENS, bucket_of, decode_buckets, mixed_tokens, token_buckets
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import DeviceFacts, Graph, Stream
 from rvllm.backends.cuda.device.graphs import GraphCache, Key
@@ -31,12 +32,14 @@ from rvllm.backends.cuda.lowering import lower
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.ops.decode import chains
 from rvllm.backends.cuda.ops.family import Lowering, TileShape
+from rvllm.backends.cuda.ops.gemm.plan import planned_cycles
 from rvllm.backends.cuda.ops.gemm.strategy import GemmStrategy
 from rvllm.backends.cuda.paged import decode_plans, prefill_plans, tile_shape
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.program.dtypes import DType
-from rvllm.program.ops.dense import GatherRows, Logits, Program, Sample
+from rvllm.program.ops.dense import GatherRows, Linear, Logits, Program, Sample
+from rvllm.program.ops.moe import Experts
 from rvllm.telemetry.stats import StepKernel
 
 
@@ -134,6 +137,23 @@ class StepPlanner:
     def token_sizes(self) -> list[int]:
         """Padded token counts of bodies."""
         return token_buckets(self.memory.shape.tokens)
+
+    def mixed_tokens(self) -> int:
+        """The most tokens of a step with decodes that are best for this program; see `buckets.mixed_tokens`.
+
+        Known for products of 16-bit weights by our own kernels for sm_90a.
+        """
+        ops = [stage.ops[0] for stage in self.stages]
+        products = [op for op in ops if isinstance(op, Linear) and op.x.rows == "tokens"]
+        ours = self.chip.capability == 90 and self.strategy.name == "native"
+        if not ours or any(op.weight.format for op in products) or any(isinstance(op, Experts) for op in ops):
+            return MIXED_TOKENS
+        weights = Counter((op.weight.shape[0], op.weight.shape[-1]) for op in products)
+        sms = self.chip.sm_count
+        return mixed_tokens(
+            self.token_sizes(),
+            lambda tokens: sum(n * planned_cycles(*shape, tokens, sms) for shape, n in weights.items()),
+        )
 
     def sample_sizes(self) -> list[int]:
         """Padded row counts of heads."""

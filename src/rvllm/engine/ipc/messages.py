@@ -273,6 +273,7 @@ class Ready(msgspec.Struct, tag="ready", kw_only=True, array_like=True):
     sleep_mode: bool = False
     phases: list[tuple[str, float]] = []  # of the load, in order, and the seconds that each took
     fairness: str = "none"  # or whose requests get fair shares: api-key, user
+    max_mixed_tokens: int = 0  # of a step in which sequences decode; 0: max_num_batched_tokens
 
 
 class Failed(msgspec.Struct, tag="failed", array_like=True):

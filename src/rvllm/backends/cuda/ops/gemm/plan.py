@@ -163,6 +163,12 @@ def _way(n: int, k: int, tokens: int, sm_count: int) -> tuple[Mode, int]:
     return min(ways_of(work.segments, tokens), key=lambda way: cost.cycles(way[0], way[1], work))
 
 
+def planned_cycles(n: int, k: int, tokens: int, sm_count: int) -> float:
+    """Cycles of a multiprocessor that y [tokens, n] = x [tokens, k] W^T is planned to take on sm_90a."""
+    mode, tile = _way(n, k, tokens, sm_count)
+    return cost.cycles(mode, tile, cost.Work(n, tokens, ceil_div(k, TILE), segments_of(n, k), sm_count))
+
+
 def ways_of(segments: int, tokens: int) -> list[tuple[Mode, int]]:
     """The modes and token tiles worth a thought for a product of so many tokens."""
     if tokens <= MAX_ONE_ROW:
