@@ -44,6 +44,14 @@ class Processor(Enum):
         """What to use beyond that: where there are registers of 512 bits, they are to be used."""
         return "-prefer-256-bit" if self is Processor.X86_64_V4 else ""
 
+    @property
+    def rows_across(self) -> int:
+        """Rows whose sums of 16 float32 each its vector registers hold beside a level and a factor.
+
+        32 registers of 64 bytes, 16 of 32, 32 of 16: of 8 rows the latter two would spill.
+        """
+        return 8 if self is Processor.X86_64_V4 else 4
+
 
 @cache
 def processor() -> Processor | None:

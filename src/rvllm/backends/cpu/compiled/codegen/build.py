@@ -46,7 +46,7 @@ def build_all(folder: Path = PREBUILT) -> list[Path]:
 
 
 def _all_kernels(processor: Processor) -> bytes:
-    return object_code(kernels(), processor)
+    return object_code(kernels(processor), processor)
 
 
 def object_code(written: Mapping[str, Write], processor: Processor) -> bytes:

@@ -9,14 +9,15 @@ from rvllm.backends.cpu.compiled.codegen.attention import attention
 from rvllm.backends.cpu.compiled.codegen.rowwise import Write
 from rvllm.backends.cpu.compiled.codegen.schedule import schedule
 from rvllm.backends.cpu.compiled.formats import FORMATS
+from rvllm.backends.cpu.compiled.library import Processor
 from rvllm.program.ops.dense import Activation
 
 
-def kernels() -> dict[str, Write]:
-    """What writes each kernel, by name, in a fixed order."""
+def kernels(processor: Processor) -> dict[str, Write]:
+    """What writes each kernel for a processor, by name, in a fixed order."""
     found: dict[str, Write] = {"schedule": schedule, "add": rowwise.add, "gather": rowwise.gather}
     for form in {form.name: form for form in FORMATS.values()}.values():
-        found[f"product_{form.name}"] = matmul.product(form)
+        found[f"product_{form.name}"] = matmul.product(form, processor.rows_across)
         found[f"embed_{form.name}"] = rowwise.embed(form)
     for activation in get_args(Activation):
         found[activation] = rowwise.activate(activation, False)

@@ -3,8 +3,8 @@
 Every lane sums its own row from first to last element, in groups: within a group the stored levels times x,
 each rounded once (fma), then `total = group * scale + total` and, for formats with a minimum,
 `total = minimum * (sum of x over the group) + total`. Few rows of x read the levels straight from the
-record; more rows first unpack a tile into a panel of floats. Both do the same arithmetic in the same
-order, so a row's bits do not depend on how many rows there are.
+record, in up to four passes; more rows first unpack a tile into a panel of floats. Both do the same
+arithmetic in the same order, so a row's bits do not depend on how many rows there are.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ PRODUCT = (
 )  # fmt: skip
 
 STRIPS = 4  # pieces for each thread with few rows of x: few, since taking one costs a trip between cores
-ACROSS = 8  # rows of x summed side by side
-DIRECT = 4  # the most rows of x that are multiplied by levels as they are read; of more it pays to unpack
+DIRECT = 6  # the most rows of x that are multiplied by levels as they are read, side by side
+PASSES = 4  # times that levels are read for more rows; beyond, it pays to unpack
 UNROLL = 8
+WIDE, UNROLL_WIDE = 4, 4  # of more rows than that fewer levels at a time: registers hold both
 
 
 class Product:
-    """Writes the product for one format."""
+    """Writes the product for one format. across: rows of x summed side by side where levels are unpacked."""
 
-    def __init__(self, format_: Format, module: Any, name: str) -> None:
-        self.format = format_
+    def __init__(self, format_: Format, across: int, module: Any, name: str) -> None:
+        self.format, self.across = format_, across
         k = self.k = Kernel(module, name)
         self.x_width, self.out_width, self.inner = (k.int_arg(i) for i in (2, 4, 7))
         self.x, self.out, self.data, self.bias = (k.ptr_arg(i) for i in (1, 3, 5, 9))
@@ -57,35 +58,41 @@ class Product:
         self.sums = k.at(self.panel, self.inner * LANES, F32)
         self.summed = k.var(k.i(-1))  # the block of rows whose sums this thread has
         rows, counter = k.load(k.ptr_arg(0), 0, I64), k.ptr_arg(12)
-        self._choose(counter, rows, 1)
+        k.either(rows <= DIRECT * PASSES, lambda: self._few(counter, rows), lambda: self._many(counter, rows))
         k.finish()
 
     # The two ways
 
-    def _choose(self, counter: Value, rows: Value, count: int) -> None:
-        """From so many rows on: each number of rows up to DIRECT has code of its own."""
-        if count > DIRECT:
-            self._many(counter, rows)
-        else:
-            self.k.either(
-                rows.equals(count),
-                lambda: self._few(counter, count),
-                lambda: self._choose(counter, rows, count + 1),
-            )
-
-    def _few(self, counter: Value, count: int) -> None:
+    def _few(self, counter: Value, rows: Value) -> None:
         k = self.k
+        passes = (rows + (DIRECT - 1)) // DIRECT
+        each = (rows + (passes - 1)) // passes
         size = (self.tiles + (k.threads * STRIPS - 1)) // (k.threads * STRIPS)
         with k.items(counter, (self.tiles + (size - 1)) // size) as strip:
-            self._sum_groups(k.i(0), k.i(count))
+            self._sum_groups(k.i(0), rows)
             first = strip * size
-            with k.loop(first, k.least(first + size, self.tiles)) as tile:
-                data = k.at(self.data, tile * self.tile_bytes)
+            with (
+                k.loop(first, k.least(first + size, self.tiles)) as tile,
+                k.loop(k.i(0), rows, each) as row,
+            ):
+                self._direct(row, k.least(each, rows - row), tile, 1)
 
-                def level(index: Value, take: Callable[[int, Value], None], data: Value = data) -> None:
-                    self._levels(data, index, take)
+    def _direct(self, row: Value, rows: Value, tile: Value, count: int) -> None:
+        """Rows from `row` on, `count` or more: each number of them up to DIRECT has code of its own."""
+        k = self.k
+        data = k.at(self.data, tile * self.tile_bytes)
+        unroll = UNROLL if count <= WIDE else UNROLL_WIDE
 
-                self._sum(k.i(0), count, k.i(0), tile, data, level)
+        def level(index: Value, take: Callable[[int, Value], None]) -> None:
+            self._levels(data, index, take, unroll)
+
+        def here() -> None:
+            self._sum(row, count, k.i(0), tile, data, level, unroll)
+
+        if count == DIRECT:
+            here()
+        else:
+            k.either(rows.equals(count), here, lambda: self._direct(row, rows, tile, count + 1))
 
     def _many(self, counter: Value, rows: Value) -> None:
         k = self.k
@@ -105,26 +112,28 @@ class Product:
                 for u in range(UNROLL):
                     take(u, k.load(panel, (index + u) * LANES, VF))
 
-            row, across = begin, ACROSS
+            row, across = begin, self.across
             while across:
                 whole = row + (end - row) // across * across
                 with k.loop(row, whole, across) as first:
-                    self._sum(first, across, begin, tile, data, level)
+                    self._sum(first, across, begin, tile, data, level, UNROLL)
                 row, across = whole, across // 2
 
     # Levels of a tile as floats
 
-    def _levels(self, data: Value, index: Value, take: Callable[[int, Value], None]) -> None:
-        """take(u, level) for elements index .. index + UNROLL - 1 of a row, all in one group."""
+    def _levels(
+        self, data: Value, index: Value, take: Callable[[int, Value], None], unroll: int = UNROLL
+    ) -> None:
+        """take(u, level) for elements index .. index + unroll - 1 of a row, all in one group."""
         k, kind = self.k, self.format
         if not kind.group:
-            for u in range(UNROLL):
+            for u in range(unroll):
                 take(u, self._plain(data, index + u))
             return
         place = index % self.group
         record = k.at(data, index // self.group * kind.record + kind.levels_at)
         if kind.bits == 4:
-            for u in range(0, UNROLL, 2):
+            for u in range(0, unroll, 2):
                 pair = k.extend(k.load(record, (place + u) // 2 * LANES, lanes(I8)), VI)
                 low, high = pair & 15, pair >> 4
                 if kind.offset:
@@ -132,7 +141,7 @@ class Product:
                 take(u, k.to_float(low))
                 take(u + 1, k.to_float(high))
             return
-        for u in range(UNROLL):
+        for u in range(unroll):
             level = k.load(record, (place + u) * LANES, lanes(I8))
             take(u, k.to_float(k.extend(level, VI, signed=True)))
 
@@ -175,6 +184,7 @@ class Product:
         tile: Value,
         data: Value,
         level: Callable[[Value, Callable[[int, Value], None]], None],
+        unroll: int,
     ) -> None:
         """Elements [first .. first + count - 1, the tile's 16] of the output; `begin`: of their block."""
         k, kind = self.k, self.format
@@ -188,7 +198,7 @@ class Product:
 
         with k.loop(0, self.groups) as g:
             sums = [k.var(k.vf(0.0)) for _ in rows]
-            with k.loop(0, self.group, UNROLL) as j:
+            with k.loop(0, self.group, unroll) as j:
                 index = g * self.group + j
                 level(index, lambda u, weight: multiply(sums, index + u, weight))
             record = k.at(data, g * kind.record)
@@ -217,10 +227,10 @@ class Product:
         return self.k.to_float(self.k.load(record, which * LANES, lanes(F16)))
 
 
-def product(format_: Format) -> Callable[[Any, str], None]:
-    """The kernel PRODUCT for a format."""
+def product(format_: Format, across: int) -> Callable[[Any, str], None]:
+    """The kernel PRODUCT for a format, for processors whose registers hold the sums of `across` rows."""
 
     def write(module: Any, name: str) -> None:
-        Product(format_, module, name)
+        Product(format_, across, module, name)
 
     return write
