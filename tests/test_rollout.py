@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -87,6 +90,38 @@ def test_a_version_that_does_not_start_gets_no_traffic(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "not ready" in done.stderr
     assert log.read_text().split() == ["0", "0"]
+
+
+def test_the_drills_clients_count_answers_and_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200 if len(asked) < 4 else 503)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            for text in ("a", "b"):
+                self.wfile.write(f'data: {{"choices": [{{"index": 0, "text": "{text}"}}]}}\n\n'.encode())
+            self.wfile.write(b"data: [DONE]\n\n")
+
+    monkeypatch.syspath_prepend(str(CANARY.parent))
+    drill = importlib.import_module("drill")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        monkeypatch.setattr(drill, "PROXY", listening.server_port)
+        clients = drill.Clients()
+        clients.start()
+        while clients.done < 6 and clients.is_alive():
+            time.sleep(0.01)
+        clients.ending = True
+        clients.join()
+        listening.shutdown()
+    assert clients.done >= 6 and len(clients.failures) == clients.done - 3
+    assert all(body["stream"] and body["ignore_eos"] for body in asked)
 
 
 def test_readings_are_means_of_stretches() -> None:

@@ -51,9 +51,7 @@ class Clients(threading.Thread):
                 for i in range(2)
             ]  # fmt: skip
             target = Target(URL(PROXY) + "/v1/completions")
-            sent = asyncio.run(
-                run(target, bodies, [8, 8], rate=float("inf"), burstiness=1, most=None, seed=number)
-            )
+            sent = asyncio.run(run(target, bodies, [8, 8]))
             self.done += len(sent)
             self.failures += [one.error for one in sent if one.error]
 
