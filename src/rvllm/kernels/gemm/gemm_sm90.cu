@@ -50,6 +50,343 @@ struct Layout {
   static_assert(!SUMS_UP || SLOTS * TOKENS * SPLIT_PITCH * 4 <= STAGES * (WEIGHTS + X), "partial sums must fit");
 };
 
+// A thread block's share of the product: what it was given, and its roles. The roles are functions; all are inlined.
+template <class T, int TOKENS, Mode MODE, int CLUSTER>
+struct Block {
+  using L = Layout<TOKENS, MODE>;
+  using Reduce = ClusterReduce<T, L::PARTS, L::SENT_HELD, CONSUMERS>;
+  static constexpr int REGS = TOKENS / 2;
+  static constexpr u16 ALL = (1 << CLUSTER) - 1;
+
+  Epilogue e;
+  const TensorMap* x;
+  const u8* weights;
+  u8* shared;
+  int blocks, segments;  // of K
+  int width;             // tokens of a tile
+  int stages, x_bytes, tiles, warp, lane;
+  Ring ring;
+  Walk<TOKENS, CLUSTER, MODE == FLOW> walk;
+  int k0, k1;  // the blocks of K that are summed here
+  bool once = true;
+
+  __device__ __forceinline__ Block(const Epilogue& e, const TensorMap* x, const u8* weights, u8* shared, int blocks, int segments, int tile)
+      : e(e), x(x), weights(weights), shared(shared), blocks(blocks), segments(segments), width(L::WIDE ? tile : TOKENS),
+        x_bytes(width * TILE * 2), tiles((e.rows + TILE - 1) / TILE), walk(e.rows, e.tokens), k0(0), k1(blocks) {
+    const u32 base = ptx::smem(shared);
+    // A split product is launched with fewer stages where that lets the next kernel's blocks in beside its own.
+    stages = L::SUMS_UP ? (ptx::dynamic_smem_bytes() - L::BARRIERS) / (L::WEIGHTS + x_bytes) : L::STAGES;
+    ring = {stages, base, base + stages * L::WEIGHTS, L::WEIGHTS, x_bytes, base + stages * (L::WEIGHTS + x_bytes) + L::STAGING};
+    warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // a warp's one number, to the compiler
+    lane = threadIdx.x % 32;
+    if constexpr (L::SUMS_UP) {
+      constexpr int EACH = MODE == PAIR ? 2 : 1;
+      k0 = segment_start(blocks, segments, blockIdx.x * EACH);
+      k1 = segment_start(blocks, segments, (blockIdx.x + 1) * EACH);
+    }
+  }
+
+  __device__ __forceinline__ u8* staging() const { return shared + stages * (L::WEIGHTS + x_bytes); }
+  __device__ __forceinline__ int token0() const { return blockIdx.y * width; }      // SUMS_UP: of the one tile that the
+  __device__ __forceinline__ int row0() const { return blockIdx.z * 2 * TILE; }     // cluster sums up
+
+  __device__ __forceinline__ Reduce reduce() const {
+    return Reduce(e, ring.weights, ring.bars + 16 * stages, blockIdx.x, segments, segments, row0(), token0(), width);
+  }
+
+  __device__ __forceinline__ bool next(Visit& v) {
+    if constexpr (!L::SUMS_UP) return walk.next(v);
+    const bool first = once;
+    once = false;
+    v = {static_cast<int>(blockIdx.z) * 2, 2, token0(), width, false};
+    return first;
+  }
+
+  // One thread, before the others go on.
+  __device__ __forceinline__ void begin() const {
+    using namespace ptx;
+    tensor_map_prefetch(x);
+    for (int s = 0; s < stages; s++) {
+      mbar_init(ring.full(s), 1);
+      mbar_init(ring.empty(s), CONSUMERS / 32 * CLUSTER);
+    }
+    if constexpr (L::SENDS) reduce().expect(segments - 1);
+    mbar_init_fence();
+  }
+
+  __device__ __forceinline__ void load_weights(const Visit& v, int k, const Ring& at, u64 hint) const {
+    using namespace ptx;
+    const u32 bar = at.full(at.stage), dst = at.weights_at();
+    mbar_arrive_expect(bar, v.count * TILE_BYTES + v.width * TILE * 2);
+    if (MODE == FLOW && v.piece) {  // of the same rows as the other block's, which loads the other tile
+      const u64 tile = min(v.tile + walk.rank, tiles - 1);
+      bulk_load_multicast(dst + walk.rank * TILE_BYTES, weights + (tile * blocks + k) * TILE_BYTES, TILE_BYTES, bar, ALL, hint);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      if (i < v.count) {
+        const u64 tile = min(v.tile + i, tiles - 1);
+        bulk_load(dst + i * TILE_BYTES, weights + (tile * blocks + k) * TILE_BYTES, TILE_BYTES, bar, hint);
+      }
+  }
+
+  __device__ __forceinline__ void load_x(const Visit& v, int k, const Ring& at) const {
+    using namespace ptx;
+    constexpr int SHARE = TOKENS / CLUSTER;
+    const u32 bar = at.full(at.stage), dst = at.x_at();
+    if constexpr (MODE == FLOW) {
+      for (int t = v.piece ? 0 : walk.rank * BOX; t < v.width; t += v.piece ? BOX : CLUSTER * BOX) {
+        if (v.piece)
+          tensor_load_2d(dst + t * TILE * 2, x, k * TILE, v.token0 + t, bar);
+        else
+          tensor_load_2d_multicast(dst + t * TILE * 2, x, k * TILE, v.token0 + t, bar, ALL);
+      }
+    } else if constexpr (CLUSTER > 1) {
+      const int first = walk.rank * SHARE;
+      tensor_load_2d_multicast(dst + first * TILE * 2, x, k * TILE, v.token0 + first, bar, ALL);
+    } else {
+      tensor_load_2d(dst, x, k * TILE, v.token0, bar);
+    }
+  }
+
+  // One thread fills the ring.
+  __device__ __forceinline__ void produce() {
+    using namespace ptx;
+    // Weights that are read again in a later round, for other tokens, may stay in L2.
+    const u64 hint = walk.again() ? EVICT_NORMAL : EVICT_FIRST;
+    Visit v;
+    bool more = next(v);
+    // Weights first: they depend on no kernel before this one.
+    int ahead = more ? min(ring.stages, k1 - k0) : 0;
+    for (Ring r = ring; r.stage < ahead; r.stage++) load_weights(v, k0 + r.stage, r, hint);
+    griddep_wait();
+    for (int s = 0; s < ahead; s++) {
+      load_x(v, k0 + s, ring);
+      ring.advance();
+    }
+    while (more) {
+      for (int k = k0 + ahead; k < k1; k++) {
+        mbar_wait(ring.empty(ring.stage), ring.phase ^ 1);
+        load_weights(v, k, ring, hint);
+        load_x(v, k, ring);
+        ring.advance();
+      }
+      ahead = 0;
+      more = next(v);
+    }
+  }
+
+  // FLOW: the warps beside the producer's take finished tiles from shared memory to where they belong.
+  __device__ __forceinline__ void store() {
+    using namespace ptx;
+    const int thread = threadIdx.x - CONSUMERS - 32;
+    if (thread < 0) return;
+    bar_arrive(ROOM, 128 + STORERS);
+    bar_arrive(ROOM + 1, 128 + STORERS);
+    Visit v;
+    while (next(v)) {
+      const int limit = min(v.width, e.tokens - v.token0), count = phases<FLOW_STAGING>(e, limit);
+      const int step = step_tokens<FLOW_STAGING>(e.kind);
+      for (int p = 0; p < count; p++)
+        for (int g = 0; g < 2; g++) {
+          bar_sync(READY + g, 128 + STORERS);
+          store_outputs<T>(e, staging() + g * FLOW_STAGING, thread, (v.tile + g) * TILE, v.token0 + p * step,
+                           min(step, limit - p * step));
+          __syncwarp();
+          bar_arrive(ROOM + g, 128 + STORERS);
+        }
+    }
+  }
+
+  template <int N>
+  __device__ __forceinline__ void sum(float (&acc)[N], int first, int last) {
+    sum_blocks<T, CLUSTER>(acc, ring, warp / 4, lane, first, last);
+  }
+
+  // SENDS: the block's sum goes to the blocks of the cluster that add it up.
+  __device__ __forceinline__ void sum_and_send() {
+    float acc[REGS];
+    Reduce sums = reduce();
+    sums.prepare();
+    sum(acc, k0, k1);
+    ptx::cluster_sync();  // all have read their last stage before parts overwrite it
+    sums.send(acc, blockIdx.x);
+    sums.finish_all();
+  }
+
+  // The items of the sum that fall to a block of the cluster.
+  __device__ __forceinline__ int split_items(int rank) const {
+    const int count = min(width, e.tokens - token0());
+    const int items = count * items_per_token<2 * TILE>(e.kind);
+    // A pair's first block has two sums to fetch, its second one.
+    return MODE == PAIR ? (rank == 0 ? 0 : rank == 1 ? items / 3 : items) : items * rank / segments;
+  }
+
+  // What a thread's items from `item` on are finished with.
+  __device__ __forceinline__ void hold_from(int item, Held<T> (&held)[L::HELD]) const {
+#pragma unroll
+    for (int b = 0; b < L::HELD; b++, item += CONSUMERS)
+      held[b] = hold<T>(e, token0() + item / (TILE / 2), row0() + item % (TILE / 2) * 4);
+  }
+
+  // A warpgroup's sums, left in shared memory at `partial` for the cluster.
+  __device__ __forceinline__ void leave(float* partial, const float (&sums)[REGS]) const {
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; j++)
+      if (!L::WIDE || 8 * j < width)
+#pragma unroll
+        for (int i = 0; i < 4; i++) partial[(8 * j + i % 2) * L::SPLIT_PITCH + i / 2 * 8] = sums[4 * j + i];
+  }
+
+  // A thread's place in its block's partial sums.
+  __device__ __forceinline__ float* partial_sums() const {
+    const int row = warp / 4 * TILE + warp % 4 * 16 + lane / 4, column = lane % 4 * 2;
+    return reinterpret_cast<float*>(shared) + column * L::SPLIT_PITCH + row;
+  }
+
+  // PAIR: both segments of the block. The first block's are one sum, the second's are added to it one by one.
+  __device__ __forceinline__ void leave_pair() {
+    float acc[REGS], sum[REGS];
+    const int middle = segment_start(blocks, segments, 2 * blockIdx.x + 1);
+    of_width<128, 144, 160, 176, 192>(width, acc, [&](auto& some) {
+      this->sum(some, k0, middle);
+#pragma unroll
+      for (int i = 0; i < sizeof(some) / sizeof(float); i++) sum[i] = some[i];
+      this->sum(some, middle, k1);
+    });
+    // Both warpgroups have read their last stage before partial sums overwrite it.
+    ptx::bar_sync(1, CONSUMERS);
+    float* partial = partial_sums();
+    if (blockIdx.x == 0) {
+#pragma unroll
+      for (int i = 0; i < REGS; i++) acc[i] = sum[i] + acc[i];
+      leave(partial, acc);
+    } else {
+      leave(partial, sum);
+      leave(partial + width * L::SPLIT_PITCH, acc);
+    }
+  }
+
+  __device__ __forceinline__ void leave_segment() {
+    float acc[REGS];
+    if constexpr (L::WIDE)
+      of_width<144, 160, 176, 192, 208, 224, 240, 256>(width, acc, [&](auto& part) { sum(part, k0, k1); });
+    else
+      sum(acc, k0, k1);
+    ptx::bar_sync(1, CONSUMERS);
+    leave(partial_sums(), acc);
+  }
+
+  // Four rows' sums of a token, over the blocks of the cluster in ascending order of segments.
+  __device__ __forceinline__ void fetch(int token, int row, float (&q)[4]) const {
+    using namespace ptx;
+    const u32 at = ring.weights + (token * L::SPLIT_PITCH + row) * 4;
+    constexpr int MOST = MODE == PAIR ? 3 : 8;
+    const int parts = MODE == PAIR ? 3 : segments;
+    float4 part[MOST];
+#pragma unroll
+    for (int s = 0; s < MOST; s++)
+      if (s < parts)
+        part[s] = cluster_load(MODE == PAIR ? cluster_map(at + s / 2 * width * L::SPLIT_PITCH * 4, (s + 1) / 2)
+                                            : cluster_map(at, s));
+    q[0] = part[0].x, q[1] = part[0].y, q[2] = part[0].z, q[3] = part[0].w;
+#pragma unroll
+    for (int s = 1; s < MOST; s++)
+      if (s < parts) q[0] += part[s].x, q[1] += part[s].y, q[2] += part[s].z, q[3] += part[s].w;
+  }
+
+  // Every block of the cluster adds up its share of the tile.
+  __device__ __forceinline__ void sum_up() {
+    using namespace ptx;
+    Held<T> held[L::HELD];
+    if constexpr (MODE == PAIR) {
+      leave_pair();
+    } else {
+      if (can_hold(e)) hold_from(split_items(blockIdx.x) + threadIdx.x, held);
+      leave_segment();
+    }
+    cluster_sync();
+    const int first = split_items(blockIdx.x), last = split_items(blockIdx.x + 1);
+    const auto load = [&](int token, int row, float(&q)[4]) { fetch(token, row, q); };
+    if (!can_hold(e)) {
+      finish_tile<T, 2 * TILE, 4>(e, token0(), row0(), first, last, threadIdx.x, CONSUMERS, load);
+      cluster_arrive();
+      return;
+    }
+    for (int i = first + threadIdx.x; i - static_cast<int>(threadIdx.x) < last; i += L::HELD * CONSUMERS) {
+      float sums[L::HELD][4];
+#pragma unroll
+      for (int b = 0; b < L::HELD; b++) {
+        const int item = min(i + b * CONSUMERS, last - 1);  // no branch, so that all loads are in flight at once
+        fetch(item / (TILE / 2), item % (TILE / 2) * 4, sums[b]);
+      }
+      if (MODE == PAIR || i >= first + L::HELD * CONSUMERS) hold_from(i, held);
+      // What others have was read: said before results leave, which takes longer.
+      if (i - static_cast<int>(threadIdx.x) + L::HELD * CONSUMERS >= last) cluster_arrive();
+#pragma unroll
+      for (int b = 0; b < L::HELD; b++) {
+        const int item = i + b * CONSUMERS;
+        if (item < last) finish_held<T>(e, token0() + item / (TILE / 2), row0() + item % (TILE / 2) * 4, sums[b], held[b]);
+      }
+    }
+    if (first >= last) cluster_arrive();
+  }
+
+  // A visit that has no tile for this warpgroup: it keeps in step with the pipeline.
+  __device__ __forceinline__ void pass() {
+    for (int k = 0; k < blocks; k++) {
+      ptx::mbar_wait(ring.full(ring.stage), ring.phase);
+      release<CLUSTER>(ring, ring.stage, lane);
+      ring.advance();
+    }
+  }
+
+  // SUM: segment by segment, in ascending order.
+  __device__ __forceinline__ void sum_segments(float (&acc)[REGS]) {
+    float total[REGS];
+    sum(acc, 0, segment_start(blocks, segments, 1));
+#pragma unroll
+    for (int i = 0; i < REGS; i++) total[i] = acc[i];
+    for (int s = 1; s < segments; s++) {
+      sum(acc, segment_start(blocks, segments, s), segment_start(blocks, segments, s + 1));
+#pragma unroll
+      for (int i = 0; i < REGS; i++) total[i] += acc[i];
+    }
+#pragma unroll
+    for (int i = 0; i < REGS; i++) acc[i] = total[i];
+  }
+
+  // WALK, FLOW and SUM: visit after visit.
+  __device__ __forceinline__ void sum_visits() {
+    const int group = warp / 4, thread = threadIdx.x % 128;
+    float acc[REGS];
+    Visit v;
+    while (next(v)) {
+      if (group >= v.count) {
+        pass();
+        continue;
+      }
+      if constexpr (MODE == SUM) {
+        sum_segments(acc);
+      } else if constexpr (MODE == FLOW) {  // narrow tiles are summed in the first of the accumulators
+        const int there = (e.tokens - v.token0 + 15) / 16 * 16, least = min(v.width, 128);
+        of_width<64, 128, 144, 160, 176, 192, 208, 224, 240, 256>(
+            v.piece ? v.width : max(least, min(v.width, there)), acc, [&](auto& part) { sum(part, 0, blocks); });
+      } else {
+        sum(acc, 0, blocks);
+      }
+      if constexpr (MODE == FLOW)
+        stage_outputs<T, TOKENS, FLOW_STAGING>(e, acc, ptx::smem(staging()) + group * FLOW_STAGING, group, thread,
+                                               (v.tile + group) * TILE, v.token0, min(v.width, e.tokens - v.token0));
+      else
+        finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(e, acc, staging() + group * L::PER_GROUP, 1 + group, thread,
+                                                                 (v.tile + group) * TILE, v.token0);
+    }
+    if constexpr (MODE == FLOW) ptx::bar_sync(ROOM + group, 128 + STORERS);  // as often as the storers arrive
+  }
+};
+
 // x: tensor map of [>= tokens, K] in boxes of 64 x (FLOW: BOX, SPLIT, PAIR: tile, else TOKENS /
 // CLUSTER), 128-byte swizzle. weights: packed. blocks: ceil(K / 64). tile: tokens of a tile, TOKENS unless WIDE.
 // The rest: see Epilogue.
@@ -60,157 +397,28 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, MODE == EIGHT ?
          int segments, int tile) {
   using L = Layout<TOKENS, MODE>;
   using namespace ptx;
-  constexpr int REGS = TOKENS / 2;
-  const int width = L::WIDE ? tile : TOKENS, x_bytes = width * TILE * 2;
-  // A split product is launched with fewer stages where that lets the next kernel's blocks in beside its own.
-  const int stages = L::SUMS_UP ? (dynamic_smem_bytes() - L::BARRIERS) / (L::WEIGHTS + x_bytes) : L::STAGES;
-  constexpr u16 ALL = (1 << CLUSTER) - 1;
   extern __shared__ __align__(1024) u8 shared[];
-  const u32 base = smem(shared), x_base = base + stages * L::WEIGHTS, bars = base + stages * (L::WEIGHTS + x_bytes) + L::STAGING;
-  const Ring loads{stages, base, x_base, L::WEIGHTS, x_bytes, bars};
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // a warp's one number, to the compiler
-  const int tiles = (rows + TILE - 1) / TILE;
   Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
   e.best_only = e.asks_for_best();
-  // SPLIT: the items of the sum that fall to a block of the cluster, and what a thread's first ones are finished with.
-  const auto split_items = [&](int rank) {
-    const int count = min(width, tokens - static_cast<int>(blockIdx.y) * width);
-    const int items = count * items_per_token<2 * TILE>(kind);
-    // A pair's first block has two sums to fetch, its second one.
-    return MODE == PAIR ? (rank == 0 ? 0 : rank == 1 ? items / 3 : items) : items * rank / segments;
-  };
-  Held<T> held[L::HELD];
-  const auto hold_from = [&](int item) {
-#pragma unroll
-    for (int b = 0; b < L::HELD; b++, item += CONSUMERS)
-      held[b] = hold<T>(e, blockIdx.y * width + item / (TILE / 2), blockIdx.z * 2 * TILE + item % (TILE / 2) * 4);
-  };
-
-  using Reduce = ClusterReduce<T, L::PARTS, L::SENT_HELD, CONSUMERS>;
-  const auto reduce = [&] {
-    return Reduce(e, base, bars + 16 * stages, blockIdx.x, segments, segments, blockIdx.z * 2 * TILE, blockIdx.y * width, width);
-  };
+  Block<T, TOKENS, MODE, CLUSTER> block(e, &x, weights, shared, blocks, segments, tile);
 
   griddep_launch();
-  if (threadIdx.x == CONSUMERS) {
-    tensor_map_prefetch(&x);
-    for (int s = 0; s < stages; s++) {
-      mbar_init(loads.full(s), 1);
-      mbar_init(loads.empty(s), CONSUMERS / 32 * CLUSTER);
-    }
-    if constexpr (L::SENDS) reduce().expect(segments - 1);
-    mbar_init_fence();
-  }
+  if (threadIdx.x == CONSUMERS) block.begin();
   if constexpr (CLUSTER > 1)
     cluster_sync();
   else
     __syncthreads();
 
-  // The blocks of K this thread block sums, and its visits.
-  int k0 = 0, k1 = blocks;
-  if constexpr (L::SUMS_UP) {
-    constexpr int EACH = MODE == PAIR ? 2 : 1;
-    k0 = segment_start(blocks, segments, blockIdx.x * EACH);
-    k1 = segment_start(blocks, segments, (blockIdx.x + 1) * EACH);
-  }
-  Walk<TOKENS, CLUSTER, MODE == FLOW> walk(rows, tokens);
-  bool once = true;
-  const auto next = [&](Visit& v) {
-    if constexpr (L::SUMS_UP) {
-      const bool first = once;
-      once = false;
-      v = {static_cast<int>(blockIdx.z) * 2, 2, static_cast<int>(blockIdx.y) * width, width, false};
-      return first;
-    } else {
-      return walk.next(v);
-    }
-  };
-
-  if (warp >= CONSUMERS / 32) {
+  if (block.warp >= CONSUMERS / 32) {
     if constexpr (MODE == FLOW)
       registers_lower<88>();
     else if constexpr (L::MANY_REGISTERS)
       registers_lower<40>();
     if (threadIdx.x == CONSUMERS) {
-      // Weights that are read again in a later round, for other tokens, may stay in L2.
-      const u64 hint = walk.again() ? EVICT_NORMAL : EVICT_FIRST;
-      const auto load_weights = [&](const Visit& v, int k, const Ring& ring) {
-        const u32 bar = ring.full(ring.stage), dst = ring.weights_at();
-        mbar_arrive_expect(bar, v.count * TILE_BYTES + v.width * TILE * 2);
-        if (MODE == FLOW && v.piece) {  // of the same rows as the other block's, which loads the other tile
-          const u64 tile = min(v.tile + walk.rank, tiles - 1);
-          bulk_load_multicast(dst + walk.rank * TILE_BYTES, weights + (tile * blocks + k) * TILE_BYTES, TILE_BYTES, bar,
-                              ALL, hint);
-          return;
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-          if (i < v.count) {
-            const u64 tile = min(v.tile + i, tiles - 1);
-            bulk_load(dst + i * TILE_BYTES, weights + (tile * blocks + k) * TILE_BYTES, TILE_BYTES, bar, hint);
-          }
-      };
-      const auto load_x = [&](const Visit& v, int k, const Ring& ring) {
-        constexpr int SHARE = TOKENS / CLUSTER;
-        const u32 bar = ring.full(ring.stage), dst = ring.x_at();
-        if constexpr (MODE == FLOW) {
-          for (int t = v.piece ? 0 : walk.rank * BOX; t < v.width; t += v.piece ? BOX : CLUSTER * BOX) {
-            if (v.piece)
-              tensor_load_2d(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, bar);
-            else
-              tensor_load_2d_multicast(dst + t * TILE * 2, &x, k * TILE, v.token0 + t, bar, ALL);
-          }
-        } else if constexpr (CLUSTER > 1) {
-          const int first = walk.rank * SHARE;
-          tensor_load_2d_multicast(dst + first * TILE * 2, &x, k * TILE, v.token0 + first, bar, ALL);
-        } else {
-          tensor_load_2d(dst, &x, k * TILE, v.token0, bar);
-        }
-      };
-      Visit v;
-      bool more = next(v);
-      Ring ring = loads;
-      // Weights first: they depend on no kernel before this one.
-      int ahead = more ? min(ring.stages, k1 - k0) : 0;
-      for (Ring r = ring; r.stage < ahead; r.stage++) load_weights(v, k0 + r.stage, r);
-      griddep_wait();
-      for (int s = 0; s < ahead; s++) {
-        load_x(v, k0 + s, ring);
-        ring.advance();
-      }
-      while (more) {
-        for (int k = k0 + ahead; k < k1; k++) {
-          mbar_wait(ring.empty(ring.stage), ring.phase ^ 1);
-          load_weights(v, k, ring);
-          load_x(v, k, ring);
-          ring.advance();
-        }
-        ahead = 0;
-        more = next(v);
-      }
+      block.produce();
     } else {
       griddep_wait();
-      if constexpr (MODE == FLOW) {
-        const int thread = threadIdx.x - CONSUMERS - 32;
-        const u8* staging = shared + stages * (L::WEIGHTS + x_bytes);
-        if (thread >= 0) {
-          bar_arrive(ROOM, 128 + STORERS);
-          bar_arrive(ROOM + 1, 128 + STORERS);
-          Visit v;
-          while (next(v)) {
-            const int limit = min(v.width, tokens - v.token0), count = phases<FLOW_STAGING>(e, limit);
-            const int step = step_tokens<FLOW_STAGING>(kind);
-            for (int p = 0; p < count; p++)
-              for (int g = 0; g < 2; g++) {
-                bar_sync(READY + g, 128 + STORERS);
-                store_outputs<T>(e, staging + g * FLOW_STAGING, thread, (v.tile + g) * TILE, v.token0 + p * step,
-                             min(step, limit - p * step));
-                __syncwarp();
-                bar_arrive(ROOM + g, 128 + STORERS);
-              }
-          }
-        }
-      }
+      if constexpr (MODE == FLOW) block.store();
     }
     __syncwarp();
     if constexpr (L::SUMS_UP) {
@@ -222,149 +430,13 @@ __global__ void __launch_bounds__(Layout<TOKENS, MODE>::THREADS, MODE == EIGHT ?
       registers_raise<208>();
     else if constexpr (L::MANY_REGISTERS)
       registers_raise<232>();
-    const int group = warp / 4, thread = threadIdx.x % 128;
-    Ring ring = loads;
-    Visit v;
-    float acc[REGS];
-    const auto segment = [&](auto& acc, int first, int last) { sum_blocks<T, CLUSTER>(acc, ring, group, lane, first, last); };
     griddep_wait();
-
-    if constexpr (L::SENDS) {
-      next(v);
-      Reduce sums = reduce();
-      sums.prepare();
-      segment(acc, k0, k1);
-      cluster_sync();  // all have read their last stage before parts overwrite it
-      sums.send(acc, blockIdx.x);
-      sums.finish_all();
-    } else if constexpr (L::SUMS_UP) {
-      next(v);
-      [[maybe_unused]] float sum[MODE == PAIR ? REGS : 1];
-      if constexpr (MODE == PAIR) {
-        const int middle = segment_start(blocks, segments, 2 * blockIdx.x + 1);
-        of_width<128, 144, 160, 176, 192>(width, acc, [&](auto& some) {
-          segment(some, k0, middle);
-#pragma unroll
-          for (int i = 0; i < sizeof(some) / sizeof(float); i++) sum[i] = some[i];
-          segment(some, middle, k1);
-        });
-      } else {
-        if (can_hold(e)) hold_from(split_items(blockIdx.x) + threadIdx.x);
-      }
-      if constexpr (MODE == PAIR) {
-      } else if constexpr (L::WIDE)
-        of_width<144, 160, 176, 192, 208, 224, 240, 256>(width, acc, [&](auto& part) { segment(part, k0, k1); });
-      else
-        segment(acc, k0, k1);
-      // Both warpgroups have read their last stage before partial sums overwrite it.
-      bar_sync(1, CONSUMERS);
-      const int row = group * TILE + thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
-      float* partial = reinterpret_cast<float*>(shared) + column * L::SPLIT_PITCH + row;
-      const auto leave = [&](const float(&sums)[REGS]) {
-#pragma unroll
-        for (int j = 0; j < TOKENS / 8; j++)
-          if (!L::WIDE || 8 * j < width)
-#pragma unroll
-            for (int i = 0; i < 4; i++) partial[(8 * j + i % 2) * L::SPLIT_PITCH + i / 2 * 8] = sums[4 * j + i];
-      };
-      if constexpr (MODE == PAIR) {  // the first block's segments are one sum, the second's are added to it one by one
-        if (blockIdx.x == 0) {
-#pragma unroll
-          for (int i = 0; i < REGS; i++) acc[i] = sum[i] + acc[i];
-          leave(acc);
-        } else {
-          leave(sum);
-          partial += width * L::SPLIT_PITCH;
-          leave(acc);
-        }
-      } else {
-        leave(acc);
-      }
-      // Every block of the cluster adds up, in ascending order of segments, its share of the tile. Here, where threads
-      // have all their registers.
-      cluster_sync();
-      const int token0 = blockIdx.y * width, row0 = blockIdx.z * 2 * TILE;
-      const int first = split_items(blockIdx.x), last = split_items(blockIdx.x + 1);
-      const auto load = [&](int token, int r, float(&q)[4]) {
-        const u32 at = base + (token * L::SPLIT_PITCH + r) * 4;
-        constexpr int MOST = MODE == PAIR ? 3 : 8;
-        const int parts = MODE == PAIR ? 3 : segments;
-        float4 part[MOST];
-#pragma unroll
-        for (int s = 0; s < MOST; s++)
-          if (s < parts)
-            part[s] = cluster_load(MODE == PAIR ? cluster_map(at + s / 2 * width * L::SPLIT_PITCH * 4, (s + 1) / 2)
-                                                : cluster_map(at, s));
-        q[0] = part[0].x, q[1] = part[0].y, q[2] = part[0].z, q[3] = part[0].w;
-#pragma unroll
-        for (int s = 1; s < MOST; s++)
-          if (s < parts) q[0] += part[s].x, q[1] += part[s].y, q[2] += part[s].z, q[3] += part[s].w;
-      };
-      if (can_hold(e)) {
-        for (int i = first + threadIdx.x; i - static_cast<int>(threadIdx.x) < last; i += L::HELD * CONSUMERS) {
-          float sum[L::HELD][4];
-#pragma unroll
-          for (int b = 0; b < L::HELD; b++) {
-            const int item = min(i + b * CONSUMERS, last - 1);  // no branch, so that all loads are in flight at once
-            load(item / (TILE / 2), item % (TILE / 2) * 4, sum[b]);
-          }
-          if (MODE == PAIR || i >= first + L::HELD * CONSUMERS) hold_from(i);
-          // What others have was read: said before results leave, which takes longer.
-          if (i - static_cast<int>(threadIdx.x) + L::HELD * CONSUMERS >= last) cluster_arrive();
-#pragma unroll
-          for (int b = 0; b < L::HELD; b++) {
-            const int item = i + b * CONSUMERS;
-            if (item < last)
-              finish_held<T>(e, token0 + item / (TILE / 2), row0 + item % (TILE / 2) * 4, sum[b], held[b]);
-          }
-        }
-        if (first >= last) cluster_arrive();
-      } else {
-        finish_tile<T, 2 * TILE, 4>(e, token0, row0, first, last, threadIdx.x, CONSUMERS, load);
-        cluster_arrive();
-      }
-    } else {
-      [[maybe_unused]] u8* staging = shared + stages * (L::WEIGHTS + x_bytes) + group * L::PER_GROUP;
-      while (next(v)) {
-        if (group >= v.count) {  // nothing for this warpgroup: keep in step with the pipeline
-          for (int k = 0; k < blocks; k++) {
-            mbar_wait(ring.full(ring.stage), ring.phase);
-            release<CLUSTER>(ring, ring.stage, lane);
-            ring.advance();
-          }
-          continue;
-        }
-        if constexpr (MODE == SUM) {
-          float sum[REGS];
-          segment(acc, 0, segment_start(blocks, segments, 1));
-#pragma unroll
-          for (int i = 0; i < REGS; i++) sum[i] = acc[i];
-          for (int s = 1; s < segments; s++) {
-            segment(acc, segment_start(blocks, segments, s), segment_start(blocks, segments, s + 1));
-#pragma unroll
-            for (int i = 0; i < REGS; i++) sum[i] += acc[i];
-          }
-#pragma unroll
-          for (int i = 0; i < REGS; i++) acc[i] = sum[i];
-        } else {
-          if constexpr (MODE == FLOW) {  // narrow tiles are summed in the first of the accumulators
-            const int there = (tokens - v.token0 + 15) / 16 * 16, least = min(v.width, 128);
-            of_width<64, 128, 144, 160, 176, 192, 208, 224, 240, 256>(
-                v.piece ? v.width : max(least, min(v.width, there)), acc, [&](auto& part) { segment(part, 0, blocks); });
-          } else {
-            segment(acc, 0, blocks);
-          }
-        }
-        if constexpr (MODE == FLOW) {
-          stage_outputs<T, TOKENS, FLOW_STAGING>(e, acc, smem(shared) + stages * (L::WEIGHTS + x_bytes) + group * FLOW_STAGING, group, thread,
-                               (v.tile + group) * TILE, v.token0, min(v.width, tokens - v.token0));
-        } else {
-          finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(e, acc, staging, 1 + group, thread,
-                                                                   (v.tile + group) * TILE, v.token0);
-        }
-      }
-      if constexpr (MODE == FLOW) bar_sync(ROOM + group, 128 + STORERS);  // as often as the storers arrive
-    }
+    if constexpr (L::SENDS)
+      block.sum_and_send();
+    else if constexpr (L::SUMS_UP)
+      block.sum_up();
+    else
+      block.sum_visits();
   }
 
   if constexpr (L::SENDS) {  // who has all its parts has nothing more to come
