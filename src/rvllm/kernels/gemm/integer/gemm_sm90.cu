@@ -10,6 +10,7 @@
 #include "gemm/epilogue.cuh"
 #include "gemm/integer/formats.cuh"
 #include "gemm/integer/tiles.cuh"
+#include "gemm/mainloop.cuh"
 #include "ptx/wgmma_rs.cuh"
 
 namespace rvllm::gemm {
@@ -17,10 +18,6 @@ namespace rvllm::gemm {
 enum Mode { SPLIT, WALK };
 inline constexpr int TURN = 4;  // named barriers: from here on
 inline constexpr int CONSUMERS = 256;
-
-struct alignas(64) TensorMap {
-  u64 opaque[16];
-};
 
 template <int TOKENS, class F, Mode MODE>
 struct Layout {
@@ -43,6 +40,403 @@ struct Layout {
   static constexpr int BARRIERS = 256;
 };
 
+// A thread block's share of the product: what it was given, and its roles. The roles are functions; all are inlined.
+template <class T, int TOKENS, class F, Mode MODE>
+struct Block {
+  using L = Layout<TOKENS, F, MODE>;
+  static constexpr int REGS = TOKENS / 2, D = L::DEPTH;
+  using Sums = float[REGS];
+
+  Epilogue e;
+  const TensorMap* x;
+  const u8* weights;
+  u8* shared;
+  int chunks, segments;  // of K
+  int parts;             // segments that are summed here
+  bool totals;           // running totals lie in shared memory
+  Ring ring;
+  u8* staged;  // behind the stages
+  int tiles, warp, lane, group, thread, row;
+  Tiles<TOKENS> order;
+  bool once = true;
+
+  __device__ __forceinline__ Block(const Epilogue& e, const TensorMap* x, const u8* weights, u8* shared, int chunks, int segments)
+      : e(e), x(x), weights(weights), shared(shared), chunks(chunks), segments(segments),
+        parts(MODE == SPLIT ? segments / static_cast<int>(gridDim.x) : segments), totals(MODE == WALK && segments > 1),
+        tiles((e.rows + TILE - 1) / TILE), order(tiles, e.tokens) {
+    // SPLIT: the sums of all segments but the last lie behind the stages, the last one's in their place.
+    const int behind = (MODE == SPLIT ? (parts - 1) * L::PARTIAL : totals ? L::TOTALS : L::STAGING) + L::BARRIERS;
+    const int stages = min((ptx::dynamic_smem_bytes() - behind) / L::STAGE, L::BARRIERS / 16);
+    const u32 base = ptx::smem(shared);
+    ring = {stages, base, base + L::WEIGHTS, L::STAGE, L::STAGE, base + stages * L::STAGE + behind - L::BARRIERS};
+    staged = shared + stages * L::STAGE;
+    warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    group = warp / 4, thread = threadIdx.x % 128;
+    row = thread / 32 * 16 + lane / 4;  // of a warpgroup's 64
+  }
+
+  // One thread, before the others go on.
+  __device__ __forceinline__ void begin() const {
+    using namespace ptx;
+    tensor_map_prefetch(x);
+    for (int s = 0; s < ring.stages; s++) {
+      mbar_init(ring.full(s), 1);
+      mbar_init(ring.empty(s), CONSUMERS / 32);
+    }
+    mbar_init_fence();
+  }
+
+  __device__ __forceinline__ bool next(WorkTile& v) {
+    if constexpr (MODE == WALK) return order.next(v);
+    const bool first = once;
+    once = false;
+    v = {static_cast<int>(blockIdx.z) * 2, 2, static_cast<int>(blockIdx.y) * TOKENS};
+    return first;
+  }
+
+  // The chunk at which this block's segment s begins.
+  __device__ __forceinline__ int bound(int s) const {
+    return segment_start(chunks, segments, (MODE == SPLIT ? blockIdx.x * parts : 0) + s);
+  }
+
+  __device__ __forceinline__ void load_weights(const WorkTile& v, int k, int end, int stage, u64 hint) const {
+    using namespace ptx;
+    const u32 bar = ring.full(stage), dst = ring.weights + stage * L::STAGE, bytes = (end - k) * F::CHUNK;
+    mbar_arrive_expect(bar, v.count * bytes + (end - k) * TOKENS * CHUNK_K * 2);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      if (i < v.count) {
+        const u64 tile = min(v.tile + i, tiles - 1);
+        bulk_load(dst + i * D * F::CHUNK, weights + (tile * chunks + k) * F::CHUNK, bytes, bar, hint);
+      }
+  }
+
+  // One thread fills the ring. A stage has up to D chunks, and none reaches over a segment's end.
+  __device__ __forceinline__ void produce() {
+    using namespace ptx;
+    const u64 hint = order.again() ? EVICT_NORMAL : EVICT_FIRST;
+    WorkTile v;
+    bool more = next(v);
+    // Weights first: they depend on no kernel before this one.
+    int ahead = 0;
+    if (more)
+      for (int s = 0; s < parts && ahead < ring.stages; s++)
+        for (int k = bound(s); k < bound(s + 1) && ahead < ring.stages; k += D, ahead++)
+          load_weights(v, k, min(k + D, bound(s + 1)), ahead, hint);
+    griddep_wait();
+    while (more) {
+      for (int s = 0; s < parts; s++)
+        for (int k = bound(s); k < bound(s + 1); k += D) {
+          const int end = min(k + D, bound(s + 1));
+          if (ahead > 0) {
+            ahead--;
+          } else {
+            mbar_wait(ring.empty(ring.stage), ring.phase ^ 1);
+            load_weights(v, k, end, ring.stage, hint);
+          }
+          for (int i = 0; i < 2 * (end - k); i++)
+            tensor_load_2d(ring.x_at() + i * TOKENS * TILE * 2, x, (2 * k + i) * TILE, v.token0, ring.full(ring.stage));
+          ring.advance();
+        }
+      more = next(v);
+    }
+  }
+
+  __device__ __forceinline__ void wait_stage() const { ptx::mbar_wait(ring.full(ring.stage), ring.phase); }
+  __device__ __forceinline__ void release(int stage) const { gemm::release<1>(ring, stage, lane); }
+  __device__ __forceinline__ u32 weights_at(int place) const { return ring.weights_at() + (group * D + place) * F::CHUNK; }
+  __device__ __forceinline__ u32 x_at(int place, int u) const { return ring.x_at() + (2 * place + u) * TOKENS * TILE * 2; }
+
+  static __device__ __forceinline__ void clear(Sums& v) {
+#pragma unroll
+    for (int i = 0; i < REGS; i++) v[i] = 0.f;
+  }
+  static __device__ __forceinline__ void copy(Sums& to, const Sums& from) {
+#pragma unroll
+    for (int i = 0; i < REGS; i++) to[i] = from[i];
+  }
+
+  // Products of a unit's steps [from, to) by mma.sync, added to acc.
+  __device__ __forceinline__ void multiply_now(Sums& acc, const u32 (&a)[4][4], u32 b, int from, int to) const {
+    using namespace ptx;
+#pragma unroll
+    for (int j = from; j < to; j += 2)
+#pragma unroll
+      for (int n = 0; n < TOKENS / 8; n++) {
+        u32 v[4];
+        ldmatrix_x4(v, b + (8 * n + lane % 8) * 128 + (2 * j + lane / 8 ^ lane % 8) * 16);
+        float(&d)[4] = reinterpret_cast<float(&)[4]>(acc[4 * n]);
+        mma_16816(d, a[j], {v[0], v[1]}, T());
+        mma_16816(d, a[j + 1], {v[2], v[3]}, T());
+      }
+  }
+
+  // The same by wgmma, begun and not awaited; kept says that they are added to what acc has.
+  static __device__ __forceinline__ void multiply(Sums& acc, const u32 (&a)[4][4], u32 b, int from, int to, bool kept) {
+    using namespace ptx;
+    wgmma_pin(acc);
+    wgmma_fence();
+#pragma unroll
+    for (int j = from; j < to; j++) wgmma_rs<TOKENS, T, 0>(acc, a[j], wgmma_operand(b + 32 * j), j > from || kept);
+    wgmma_commit();
+    wgmma_pin(acc);
+  }
+  static __device__ __forceinline__ void wait_products(Sums& acc) {
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_pin(acc);
+  }
+
+  // sum += scale * acc, a row at a time; the scales are at `run`.
+  static __device__ __forceinline__ void promote(Sums& sum, const Sums& acc, u32 run) {
+    using namespace ptx;
+    const float low = low_half(shared_word(run)), high = low_half(shared_word(run + 32));
+#pragma unroll
+    for (int i = 0; i < REGS; i++) sum[i] = fmaf(i % 4 < 2 ? low : high, acc[i], sum[i]);
+  }
+
+  // The three ways of summing chunks [first, last), with the same bits. By warps: what one waits for, others hide.
+  __device__ __forceinline__ void segment_by_warps(Sums& sum, int first, int last) {
+    Sums acc;
+    clear(sum);
+    clear(acc);
+    for (int k = first; k < last; k += D) {
+      wait_stage();
+#pragma unroll
+      for (int place = 0; place < D; place++)
+        if (k + place < last) chunk_by_warp(sum, acc, place);
+      __syncwarp();
+      release(ring.stage);
+      ring.advance();
+    }
+    if constexpr (!F::INTEGERS) copy(sum, acc);
+  }
+
+  __device__ __forceinline__ void chunk_by_warp(Sums& sum, Sums& acc, int place) const {
+    const u32 here = weights_at(place);
+#pragma unroll
+    for (int u = 0; u < 2; u++) {
+      u32 a[4][4];
+      F::template decode<T>(a, here, u, thread, row);
+      if constexpr (F::INTEGERS && F::RUNS > 1) {
+#pragma unroll
+        for (int j = 0; j < 4; j += F::STEPS) {
+          multiply_now(acc, a, x_at(place, u), j, j + F::STEPS);
+          promote(sum, acc, F::run_at(here, u, j) + 4 * row);
+          clear(acc);
+        }
+      } else {
+        multiply_now(acc, a, x_at(place, u), 0, 4);
+      }
+    }
+    if constexpr (F::INTEGERS && F::RUNS == 1) {
+      promote(sum, acc, here + 4 * row);
+      clear(acc);
+    }
+  }
+
+  // The warpgroup's turn begins, or becomes the other's.
+  __device__ __forceinline__ void turn() const { ptx::bar_sync(TURN + group, CONSUMERS); }
+  __device__ __forceinline__ void pass_turn() const { ptx::bar_arrive(TURN + (group ^ 1), CONSUMERS); }
+
+  // In turns: while one warpgroup's products run, the other promotes its sums and decodes its next chunk.
+  __device__ __forceinline__ void segment_in_turns(Sums& sum, int first, int last) {
+    Sums acc;
+    u32 even[4][4], odd[4][4];
+    if constexpr (F::INTEGERS) clear(sum);
+    for (int k = first; k < last; k++) {
+      wait_stage();
+      const u32 here = weights_at(0);
+      F::template decode<T>(even, here, 0, thread, row);
+      F::template decode<T>(odd, here, 1, thread, row);
+      turn();
+      if constexpr (F::INTEGERS && F::RUNS > 1) {
+#pragma unroll
+        for (int u = 0; u < 2; u++)
+#pragma unroll
+          for (int j = 0; j < 4; j += F::STEPS) {
+            multiply(acc, u ? odd : even, x_at(0, u), j, j + F::STEPS, false);
+            if (u == 1 && j + F::STEPS == 4) pass_turn();
+            wait_products(acc);
+            promote(sum, acc, F::run_at(here, u, j) + 4 * row);
+          }
+      } else {
+        multiply(acc, even, x_at(0, 0), 0, 4, !F::INTEGERS && k > first);
+        multiply(acc, odd, x_at(0, 1), 0, 4, true);
+        pass_turn();
+        wait_products(acc);
+        if constexpr (F::INTEGERS) promote(sum, acc, here + 4 * row);
+      }
+      release(ring.stage);
+      ring.advance();
+    }
+    if constexpr (!F::INTEGERS) copy(sum, acc);
+  }
+
+  // Overlapped: while the tensor cores multiply one unit the next is decoded.
+  __device__ __forceinline__ void segment_overlapped(Sums& sum, int first, int last) {
+    using namespace ptx;
+    Sums acc;
+    u32 even[4][4], odd[4][4];
+    int k = first, at = 0;  // the chunk, and its place within its stage
+    wait_stage();
+    F::template decode<T>(even, weights_at(0), 0, thread, row);
+    if constexpr (F::INTEGERS) clear(sum);
+    int reading = -1;  // the stage that products in flight read last
+    while (true) {
+      const u32 here = weights_at(at);
+      if constexpr (F::INTEGERS && F::RUNS > 1) {
+        multiply_groups(sum, acc, even, here, at, 0);
+        F::template decode<T>(odd, here, 1, thread, row);
+        multiply_groups(sum, acc, odd, here, at, 1);
+      } else {
+        multiply(acc, even, x_at(at, 0), 0, 4, !F::INTEGERS && k > first);
+        if constexpr (!F::INTEGERS) {
+          wgmma_wait<1>();
+          if (reading >= 0) release(reading);
+        }
+        F::template decode<T>(odd, here, 1, thread, row);
+        multiply(acc, odd, x_at(at, 1), 0, 4, true);
+      }
+      const bool leave = ++at == D || k + 1 == last, more = ++k < last;
+      reading = leave ? ring.stage : -1;
+      if (leave) {
+        at = 0;
+        ring.advance();
+      }
+      if (more) {
+        if (leave) wait_stage();
+        if constexpr (F::RUNS == 1 || !F::INTEGERS) wgmma_wait<1>();
+        F::template decode<T>(even, weights_at(at), 0, thread, row);
+      }
+      if constexpr (F::INTEGERS) {
+        if constexpr (F::RUNS == 1) {
+          wait_products(acc);
+          promote(sum, acc, here + 4 * row);
+        }
+        if (leave) release(reading);
+      }
+      if (!more) break;
+    }
+    if constexpr (!F::INTEGERS) {
+      wait_products(acc);
+      if (reading >= 0) release(reading);
+      copy(sum, acc);
+    }
+  }
+
+  // The products of a unit, group by group.
+  __device__ __forceinline__ void multiply_groups(Sums& sum, Sums& acc, const u32 (&a)[4][4], u32 here, int at, int u) const {
+#pragma unroll
+    for (int j = 0; j < 4; j += F::STEPS) {
+      multiply(acc, a, x_at(at, u), j, j + F::STEPS, false);
+      wait_products(acc);
+      promote(sum, acc, F::run_at(here, u, j) + 4 * row);
+    }
+  }
+
+  __device__ __forceinline__ void segment(Sums& sum, int first, int last) {
+    if constexpr (L::WARPS)
+      segment_by_warps(sum, first, last);
+    else if constexpr (L::TURNS)
+      segment_in_turns(sum, first, last);
+    else
+      segment_overlapped(sum, first, last);
+  }
+
+  // Turns are taken as often as they are passed on: the first is the first warpgroup's, as is the last.
+  __device__ __forceinline__ void begin_turns() const {
+    if (L::TURNS && group == 1) ptx::bar_arrive(TURN, CONSUMERS);
+  }
+  __device__ __forceinline__ void end_turns() const {
+    if (L::TURNS && group == 0) ptx::bar_sync(TURN, CONSUMERS);
+  }
+
+  // SPLIT: sums this block's segments and leaves them in shared memory for the cluster.
+  __device__ __forceinline__ void sum_parts() {
+    WorkTile v;
+    next(v);
+    for (int s = 0; s < parts; s++) {
+      Sums sum;
+      segment(sum, bound(s), bound(s + 1));
+      if (s + 1 == parts) {
+        end_turns();
+        ptx::bar_sync(1, CONSUMERS);  // both warpgroups have read their last stage before partial sums overwrite it
+      }
+      float* partial = reinterpret_cast<float*>(s + 1 == parts ? shared : staged + s * L::PARTIAL);
+      const int column = lane % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < TOKENS / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          partial[(8 * j + column + i % 2) * L::SPLIT_PITCH + group * TILE + row + i / 2 * 8] = sum[4 * j + i];
+    }
+  }
+
+  // SPLIT: every block of the cluster adds up, in ascending order of segments, its share of the tile. Where registers
+  // are dealt out, consumers do it among themselves: behind both branches there are as few as the producer has.
+  __device__ __forceinline__ void add_up() const {
+    using namespace ptx;
+    const int token0 = blockIdx.y * TOKENS, row0 = blockIdx.z * 2 * TILE, mine = blockIdx.x;
+    const int items = min(TOKENS, e.tokens - token0) * items_per_token<2 * TILE>(e.kind);
+    const auto load = [&](int token, int r, float(&q)[4]) {
+      const u32 from = (token * L::SPLIT_PITCH + r) * 4;
+      float4 part[8];
+#pragma unroll
+      for (int s = 0; s < 8; s++)
+        if (s < segments) {
+          const int p = s % parts, at = p + 1 == parts ? ring.weights : smem(staged) + p * L::PARTIAL;
+          part[s] = cluster_load(cluster_map(at + from, s / parts));
+        }
+      q[0] = part[0].x, q[1] = part[0].y, q[2] = part[0].z, q[3] = part[0].w;
+#pragma unroll
+      for (int s = 1; s < 8; s++)
+        if (s < segments) q[0] += part[s].x, q[1] += part[s].y, q[2] += part[s].z, q[3] += part[s].w;
+    };
+    finish_tile<T, 2 * TILE, 1>(e, token0, row0, items * mine / gridDim.x, items * (mine + 1) / gridDim.x, threadIdx.x,
+                                CONSUMERS, load);
+  }
+
+  // A visit that has no tile for this warpgroup: it keeps in step with the pipeline.
+  __device__ __forceinline__ void pass() {
+    for (int s = 0; s < parts; s++)
+      for (int k = bound(s); k < bound(s + 1); k += D) {
+        wait_stage();
+        if constexpr (L::TURNS) turn(), pass_turn();
+        release(ring.stage);
+        ring.advance();
+      }
+  }
+
+  // WALK: tile after tile, all its segments.
+  __device__ __forceinline__ void sum_visits() {
+    u8* const mine = staged + group * (totals ? L::TOTALS / 2 : L::PER_GROUP);
+    float* const total = reinterpret_cast<float*>(mine) + thread;
+    WorkTile v;
+    while (next(v)) {
+      if (group >= v.count) {
+        pass();
+        continue;
+      }
+      Sums sum;
+      for (int s = 0; s < parts; s++) {
+        segment(sum, bound(s), bound(s + 1));
+        if (s > 0) {
+#pragma unroll
+          for (int i = 0; i < REGS; i++) sum[i] = total[i * 128] + sum[i];
+        }
+        if (s + 1 < parts) {
+          if (s == 0) ptx::bar_sync(1 + group, 128);  // the tile before has left
+#pragma unroll
+          for (int i = 0; i < REGS; i++) total[i * 128] = sum[i];
+        }
+      }
+      finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(e, sum, mine, 1 + group, thread, (v.tile + group) * TILE,
+                                                               v.token0);
+    }
+    end_turns();
+  }
+};
+
 // x: tensor map of [>= tokens, K] in boxes of 64 x TOKENS, 128-byte swizzle. weights: see formats.cuh. chunks:
 // ceil(K / 128). The rest: see Epilogue. As many stages as the launch's shared memory holds.
 template <class T, int TOKENS, class F, Mode MODE>
@@ -52,390 +446,41 @@ __global__ void __launch_bounds__((Layout<TOKENS, F, MODE>::THREADS), TOKENS <= 
          int segments) {
   using L = Layout<TOKENS, F, MODE>;
   using namespace ptx;
-  constexpr int REGS = TOKENS / 2, D = L::DEPTH;
-  const bool totals = MODE == WALK && segments > 1;
-  // SPLIT: segments of a block; the sums of all but its last lie behind the stages, the last one's in their place.
-  const int parts = MODE == SPLIT ? segments / static_cast<int>(gridDim.x) : segments;
-  const int behind = (MODE == SPLIT ? (parts - 1) * L::PARTIAL : totals ? L::TOTALS : L::STAGING) + L::BARRIERS;
-  const int stages = min((dynamic_smem_bytes() - behind) / L::STAGE, L::BARRIERS / 16);
   extern __shared__ __align__(1024) u8 shared[];
-  const u32 base = smem(shared), bars = base + stages * L::STAGE + behind - L::BARRIERS;
-  u8* const staged = shared + stages * L::STAGE;
-  const auto full = [&](int s) { return bars + 16 * s; };
-  const auto empty = [&](int s) { return bars + 16 * s + 8; };
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const int tiles = (rows + TILE - 1) / TILE;
   const Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
+  Block<T, TOKENS, F, MODE> block(e, &x, weights, shared, chunks, segments);
 
   griddep_launch();
-  if (threadIdx.x == CONSUMERS) {
-    tensor_map_prefetch(&x);
-    for (int s = 0; s < stages; s++) {
-      mbar_init(full(s), 1);
-      mbar_init(empty(s), CONSUMERS / 32);
-    }
-    mbar_init_fence();
-  }
+  if (threadIdx.x == CONSUMERS) block.begin();
   __syncthreads();
 
-  Tiles<TOKENS> order(tiles, tokens);
-  bool once = true;
-  const auto next = [&](WorkTile& v) {
-    if constexpr (MODE == SPLIT) {
-      const bool first = once;
-      once = false;
-      v = {static_cast<int>(blockIdx.z) * 2, 2, static_cast<int>(blockIdx.y) * TOKENS};
-      return first;
-    } else {
-      return order.next(v);
-    }
-  };
-  // Stages of a tile: each up to D chunks, and none reaches over a segment's end.
-  const auto stage_end = [&](int k, int segment_end) { return min(k + D, segment_end); };
-  const int segment0 = MODE == SPLIT ? blockIdx.x * parts : 0;
-  const auto bound = [&](int s) { return segment_start(chunks, segments, segment0 + s); };
-
-  // Of a split product: every block of the cluster adds up, in ascending order of segments, its share of the tile. Where
-  // registers are dealt out, consumers do it among themselves: behind both branches there are as few as the producer has.
-  [[maybe_unused]] const auto add_up = [&] {
-    const int token0 = blockIdx.y * TOKENS, row0 = blockIdx.z * 2 * TILE, mine = blockIdx.x;
-    const int items = min(TOKENS, tokens - token0) * items_per_token<2 * TILE>(kind);
-    const auto load = [&](int token, int r, float(&q)[4]) {
-      const u32 from = (token * L::SPLIT_PITCH + r) * 4;
-      float4 part[8];
-#pragma unroll
-      for (int s = 0; s < 8; s++)
-        if (s < segments) {
-          const int p = s % parts, at = p + 1 == parts ? base : smem(staged) + p * L::PARTIAL;
-          part[s] = cluster_load(cluster_map(at + from, s / parts));
-        }
-      q[0] = part[0].x, q[1] = part[0].y, q[2] = part[0].z, q[3] = part[0].w;
-#pragma unroll
-      for (int s = 1; s < 8; s++)
-        if (s < segments) q[0] += part[s].x, q[1] += part[s].y, q[2] += part[s].z, q[3] += part[s].w;
-    };
-    finish_tile<T, 2 * TILE, 1>(e, token0, row0, items * mine / gridDim.x, items * (mine + 1) / gridDim.x,
-                                threadIdx.x, CONSUMERS, load);
-  };
-  if (warp >= CONSUMERS / 32) {
+  if (block.warp >= CONSUMERS / 32) {
     if constexpr (L::MANY_REGISTERS) registers_lower<40>();
-    if (threadIdx.x == CONSUMERS) {
-      const u64 hint = order.again() ? EVICT_NORMAL : EVICT_FIRST;
-      const auto load_weights = [&](const WorkTile& v, int k, int end, int stage) {
-        const u32 bar = full(stage), dst = base + stage * L::STAGE, bytes = (end - k) * F::CHUNK;
-        mbar_arrive_expect(bar, v.count * bytes + (end - k) * TOKENS * CHUNK_K * 2);
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-          if (i < v.count) {
-            const u64 tile = min(v.tile + i, tiles - 1);
-            bulk_load(dst + i * D * F::CHUNK, weights + (tile * chunks + k) * F::CHUNK, bytes, bar, hint);
-          }
-      };
-      const auto load_x = [&](const WorkTile& v, int k, int end, int stage) {
-        const u32 dst = base + stage * L::STAGE + L::WEIGHTS;
-        for (int i = 0; i < 2 * (end - k); i++)
-          tensor_load_2d(dst + i * TOKENS * TILE * 2, &x, (2 * k + i) * TILE, v.token0, full(stage));
-      };
-      WorkTile v;
-      int stage = 0;
-      u32 phase = 0;
-      bool more = next(v);
-      // Weights first: they depend on no kernel before this one.
-      int ahead = 0;
-      if (more)
-        for (int s = 0; s < parts && ahead < stages; s++)
-          for (int k = bound(s); k < bound(s + 1) && ahead < stages; k += D, ahead++)
-            load_weights(v, k, stage_end(k, bound(s + 1)), ahead);
+    if (threadIdx.x == CONSUMERS)
+      block.produce();
+    else
       griddep_wait();
-      while (more) {
-        for (int s = 0; s < parts; s++)
-          for (int k = bound(s); k < bound(s + 1); k += D) {
-            const int end = stage_end(k, bound(s + 1));
-            if (ahead > 0) {
-              ahead--;
-            } else {
-              mbar_wait(empty(stage), phase ^ 1);
-              load_weights(v, k, end, stage);
-            }
-            load_x(v, k, end, stage);
-            if (++stage == stages) stage = 0, phase ^= 1;
-          }
-        more = next(v);
-      }
-    } else {
-      griddep_wait();
-    }
     __syncwarp();
     if constexpr (MODE == SPLIT && L::MANY_REGISTERS) cluster_sync(), cluster_sync();  // the consumers' two
   } else {
     if constexpr (L::MANY_REGISTERS) registers_raise<232>();
-    const int group = warp / 4, thread = threadIdx.x % 128;
-    const int row = thread / 32 * 16 + lane / 4;  // of my 64
-    int stage = 0;
-    u32 phase = 0;
-    const auto advance = [&] {
-      if (++stage == stages) stage = 0, phase ^= 1;
-    };
-    const auto release = [&](int s) {
-      if (lane == 0) mbar_arrive(empty(s));
-    };
-    float sum[REGS];
-    const auto weights_at = [&](int place) { return base + stage * L::STAGE + (group * D + place) * F::CHUNK; };
-    const auto x_at = [&](int place, int u) {
-      return base + stage * L::STAGE + L::WEIGHTS + (2 * place + u) * TOKENS * TILE * 2;
-    };
-    // Products of a unit's steps [from, to) by mma.sync, added to acc.
-    const auto multiply_now = [&](float(&acc)[REGS], const u32(&a)[4][4], u32 b, int from, int to) {
-#pragma unroll
-      for (int j = from; j < to; j += 2)
-#pragma unroll
-        for (int n = 0; n < TOKENS / 8; n++) {
-          u32 v[4];
-          ldmatrix_x4(v, b + (8 * n + lane % 8) * 128 + (2 * j + lane / 8 ^ lane % 8) * 16);
-          float(&d)[4] = reinterpret_cast<float(&)[4]>(acc[4 * n]);
-          mma_16816(d, a[j], {v[0], v[1]}, T());
-          mma_16816(d, a[j + 1], {v[2], v[3]}, T());
-        }
-    };
-    // The same by wgmma, begun and not awaited; kept says that they are added to what acc has.
-    const auto multiply = [&](float(&acc)[REGS], const u32(&a)[4][4], u32 b, int from, int to, bool kept) {
-      if constexpr (!L::WARPS) {
-        wgmma_pin(acc);
-        wgmma_fence();
-#pragma unroll
-        for (int j = from; j < to; j++) wgmma_rs<TOKENS, T, 0>(acc, a[j], wgmma_operand(b + 32 * j), j > from || kept);
-        wgmma_commit();
-        wgmma_pin(acc);
-      }
-    };
-    // sum += scale * acc, a row at a time; the scales are at `run`.
-    const auto promote = [&](const float(&acc)[REGS], u32 run) {
-      const float low = low_half(shared_word(run)), high = low_half(shared_word(run + 32));
-#pragma unroll
-      for (int i = 0; i < REGS; i++) sum[i] = fmaf(i % 4 < 2 ? low : high, acc[i], sum[i]);
-    };
-    const auto clear = [](float(&v)[REGS]) {
-#pragma unroll
-      for (int i = 0; i < REGS; i++) v[i] = 0.f;
-    };
-
-    // Sums the chunks [first, last) into `sum`, in one of three ways with the same bits.
-    // By warps: what one warp waits for, others hide.
-    [[maybe_unused]] const auto segment_by_warps = [&](int first, int last) {
-      float acc[REGS];
-      clear(sum);
-      clear(acc);
-      for (int k = first; k < last; k += D) {
-        mbar_wait(full(stage), phase);
-#pragma unroll
-        for (int place = 0; place < D; place++) {
-          if (k + place < last) {
-            const u32 here = weights_at(place);
-#pragma unroll
-            for (int u = 0; u < 2; u++) {
-              u32 a[4][4];
-              F::template decode<T>(a, here, u, thread, row);
-              if constexpr (F::INTEGERS && F::RUNS > 1) {
-#pragma unroll
-                for (int j = 0; j < 4; j += F::STEPS) {
-                  multiply_now(acc, a, x_at(place, u), j, j + F::STEPS);
-                  promote(acc, F::run_at(here, u, j) + 4 * row);
-                  clear(acc);
-                }
-              } else {
-                multiply_now(acc, a, x_at(place, u), 0, 4);
-              }
-            }
-            if constexpr (F::INTEGERS && F::RUNS == 1) {
-              promote(acc, here + 4 * row);
-              clear(acc);
-            }
-          }
-        }
-        __syncwarp();
-        release(stage);
-        advance();
-      }
-      if constexpr (!F::INTEGERS) {
-#pragma unroll
-        for (int i = 0; i < REGS; i++) sum[i] = acc[i];
-      }
-    };
-    // In turns: while one warpgroup's products run, the other promotes its sums and decodes its next chunk.
-    [[maybe_unused]] const auto segment_in_turns = [&](int first, int last) {
-      float acc[REGS];
-      u32 even[4][4], odd[4][4];
-      if constexpr (F::INTEGERS) clear(sum);
-      for (int k = first; k < last; k++) {
-        mbar_wait(full(stage), phase);
-        const u32 here = weights_at(0);
-        F::template decode<T>(even, here, 0, thread, row);
-        F::template decode<T>(odd, here, 1, thread, row);
-        bar_sync(TURN + group, CONSUMERS);
-        if constexpr (F::INTEGERS && F::RUNS > 1) {
-#pragma unroll
-          for (int u = 0; u < 2; u++)
-#pragma unroll
-            for (int j = 0; j < 4; j += F::STEPS) {
-              multiply(acc, u ? odd : even, x_at(0, u), j, j + F::STEPS, false);
-              if (u == 1 && j + F::STEPS == 4) bar_arrive(TURN + (group ^ 1), CONSUMERS);
-              wgmma_wait<0>();
-              wgmma_pin(acc);
-              promote(acc, F::run_at(here, u, j) + 4 * row);
-            }
-        } else {
-          multiply(acc, even, x_at(0, 0), 0, 4, !F::INTEGERS && k > first);
-          multiply(acc, odd, x_at(0, 1), 0, 4, true);
-          bar_arrive(TURN + (group ^ 1), CONSUMERS);
-          wgmma_wait<0>();
-          wgmma_pin(acc);
-          if constexpr (F::INTEGERS) promote(acc, here + 4 * row);
-        }
-        release(stage);
-        advance();
-      }
-      if constexpr (!F::INTEGERS) {
-#pragma unroll
-        for (int i = 0; i < REGS; i++) sum[i] = acc[i];
-      }
-    };
-    // Overlapped: while the tensor cores multiply one unit the next is decoded.
-    [[maybe_unused]] const auto segment_overlapped = [&](int first, int last) {
-      float acc[REGS];
-      u32 even[4][4], odd[4][4];
-      int k = first, at = 0;  // the chunk, and its place within its stage
-      [[maybe_unused]] const auto multiply_groups = [&](u32(&a)[4][4], u32 here, int u) {
-        if constexpr (F::INTEGERS) {
-#pragma unroll
-          for (int j = 0; j < 4; j += F::STEPS) {
-            multiply(acc, a, x_at(at, u), j, j + F::STEPS, false);
-            wgmma_wait<0>();
-            wgmma_pin(acc);
-            promote(acc, F::run_at(here, u, j) + 4 * row);
-          }
-        }
-      };
-      mbar_wait(full(stage), phase);
-      F::template decode<T>(even, weights_at(0), 0, thread, row);
-      if constexpr (F::INTEGERS) clear(sum);
-      int reading = -1;  // the stage that products in flight read last
-      while (true) {
-        const u32 here = weights_at(at);
-        if constexpr (F::INTEGERS && F::RUNS > 1) {
-          multiply_groups(even, here, 0);
-          F::template decode<T>(odd, here, 1, thread, row);
-          multiply_groups(odd, here, 1);
-        } else {
-          multiply(acc, even, x_at(at, 0), 0, 4, !F::INTEGERS && k > first);
-          if constexpr (!F::INTEGERS) {
-            wgmma_wait<1>();
-            if (reading >= 0) release(reading);
-          }
-          F::template decode<T>(odd, here, 1, thread, row);
-          multiply(acc, odd, x_at(at, 1), 0, 4, true);
-        }
-        const bool leave = ++at == D || k + 1 == last, more = ++k < last;
-        reading = leave ? stage : -1;
-        if (leave) {
-          at = 0;
-          advance();
-        }
-        if (more) {
-          if (leave) mbar_wait(full(stage), phase);
-          if constexpr (F::RUNS == 1 || !F::INTEGERS) wgmma_wait<1>();
-          F::template decode<T>(even, weights_at(at), 0, thread, row);
-        }
-        if constexpr (F::INTEGERS) {
-          if constexpr (F::RUNS == 1) {
-            wgmma_wait<0>();
-            wgmma_pin(acc);
-            promote(acc, here + 4 * row);
-          }
-          if (leave) release(reading);
-        }
-        if (!more) break;
-      }
-      if constexpr (!F::INTEGERS) {
-        wgmma_wait<0>();
-        wgmma_pin(acc);
-        if (reading >= 0) release(reading);
-#pragma unroll
-        for (int i = 0; i < REGS; i++) sum[i] = acc[i];
-      }
-    };
-    const auto segment = [&](int first, int last) {
-      if constexpr (L::WARPS)
-        segment_by_warps(first, last);
-      else if constexpr (L::TURNS)
-        segment_in_turns(first, last);
-      else
-        segment_overlapped(first, last);
-    };
-    // The first turn is the first warpgroup's.
-    if (L::TURNS && group == 1) bar_arrive(TURN, CONSUMERS);
+    block.begin_turns();
     griddep_wait();
-
-    WorkTile v;
-    if constexpr (MODE == SPLIT) {
-      next(v);
-      for (int s = 0; s < parts; s++) {
-        segment(bound(s), bound(s + 1));
-        if (s + 1 == parts) {
-          if (L::TURNS && group == 0) bar_sync(TURN, CONSUMERS);  // as often as the other arrives
-          bar_sync(1, CONSUMERS);  // both warpgroups have read their last stage before partial sums overwrite it
-        }
-        float* partial = reinterpret_cast<float*>(s + 1 == parts ? shared : staged + s * L::PARTIAL);
-        const int column = lane % 4 * 2;
-#pragma unroll
-        for (int j = 0; j < TOKENS / 8; j++)
-#pragma unroll
-          for (int i = 0; i < 4; i++)
-            partial[(8 * j + column + i % 2) * L::SPLIT_PITCH + group * TILE + row + i / 2 * 8] = sum[4 * j + i];
-      }
+    if constexpr (MODE == WALK) {
+      block.sum_visits();
+    } else {
+      block.sum_parts();
       if constexpr (L::MANY_REGISTERS) {
         cluster_sync();
-        add_up();
+        block.add_up();
         cluster_sync();
       }
-    } else {
-      u8* const mine = staged + group * (totals ? L::TOTALS / 2 : L::PER_GROUP);
-      float* const total = reinterpret_cast<float*>(mine) + thread;
-      while (next(v)) {
-        if (group >= v.count) {  // nothing for this warpgroup: keep in step with the pipeline
-          for (int s = 0; s < parts; s++)
-            for (int k = bound(s); k < bound(s + 1); k += D) {
-              mbar_wait(full(stage), phase);
-              if constexpr (L::TURNS) {
-                bar_sync(TURN + group, CONSUMERS);
-                bar_arrive(TURN + (group ^ 1), CONSUMERS);
-              }
-              release(stage);
-              advance();
-            }
-          continue;
-        }
-        for (int s = 0; s < parts; s++) {
-          segment(bound(s), bound(s + 1));
-          if (s > 0) {
-#pragma unroll
-            for (int i = 0; i < REGS; i++) sum[i] = total[i * 128] + sum[i];
-          }
-          if (s + 1 < parts) {
-            if (s == 0) bar_sync(1 + group, 128);  // the tile before has left
-#pragma unroll
-            for (int i = 0; i < REGS; i++) total[i * 128] = sum[i];
-          }
-        }
-        finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(e, sum, mine, 1 + group, thread,
-                                                                 (v.tile + group) * TILE, v.token0);
-      }
-      if (L::TURNS && group == 0) bar_sync(TURN, CONSUMERS);  // as often as the other arrives
     }
   }
 
   if constexpr (MODE == SPLIT && !L::MANY_REGISTERS) {
     cluster_sync();
-    if (warp < CONSUMERS / 32) add_up();
+    if (block.warp < CONSUMERS / 32) block.add_up();
     cluster_sync();  // nobody leaves while its shared memory is being read
   }
 }
