@@ -14,8 +14,8 @@
 //   SUM    as WALK for any number of segments, their running sum kept in registers beside the accumulator.
 //
 // In WALK, FLOW and SUM the blocks of a cluster (CLUSTER along rows) share each load of x by multicast.
+#include "gemm/cluster_fetch.cuh"
 #include "gemm/cluster_reduce.cuh"
-#include "gemm/epilogue.cuh"
 #include "gemm/epilogue_overlap.cuh"
 #include "gemm/mainloop.cuh"
 #include "gemm/tile_scheduler.cuh"
@@ -223,13 +223,6 @@ struct Block {
     return MODE == PAIR ? (rank == 0 ? 0 : rank == 1 ? items / 3 : items) : items * rank / segments;
   }
 
-  // What a thread's items from `item` on are finished with.
-  __device__ __forceinline__ void hold_from(int item, Held<T> (&held)[L::HELD]) const {
-#pragma unroll
-    for (int b = 0; b < L::HELD; b++, item += CONSUMERS)
-      held[b] = hold<T>(e, token0() + item / (TILE / 2), row0() + item % (TILE / 2) * 4);
-  }
-
   // A warpgroup's sums, left in shared memory at `partial` for the cluster.
   __device__ __forceinline__ void leave(float* partial, const float (&sums)[REGS]) const {
 #pragma unroll
@@ -278,24 +271,6 @@ struct Block {
     leave(partial_sums(), acc);
   }
 
-  // Four rows' sums of a token, over the blocks of the cluster in ascending order of segments.
-  __device__ __forceinline__ void fetch(int token, int row, float (&q)[4]) const {
-    using namespace ptx;
-    const u32 at = ring.weights + (token * L::SPLIT_PITCH + row) * 4;
-    constexpr int MOST = MODE == PAIR ? 3 : 8;
-    const int parts = MODE == PAIR ? 3 : segments;
-    float4 part[MOST];
-#pragma unroll
-    for (int s = 0; s < MOST; s++)
-      if (s < parts)
-        part[s] = cluster_load(MODE == PAIR ? cluster_map(at + s / 2 * width * L::SPLIT_PITCH * 4, (s + 1) / 2)
-                                            : cluster_map(at, s));
-    q[0] = part[0].x, q[1] = part[0].y, q[2] = part[0].z, q[3] = part[0].w;
-#pragma unroll
-    for (int s = 1; s < MOST; s++)
-      if (s < parts) q[0] += part[s].x, q[1] += part[s].y, q[2] += part[s].z, q[3] += part[s].w;
-  }
-
   // Every block of the cluster adds up its share of the tile.
   __device__ __forceinline__ void sum_up() {
     using namespace ptx;
@@ -303,34 +278,18 @@ struct Block {
     if constexpr (MODE == PAIR) {
       leave_pair();
     } else {
-      if (can_hold(e)) hold_from(split_items(blockIdx.x) + threadIdx.x, held);
+      if (can_hold(e)) hold_items<CONSUMERS>(e, token0(), row0(), split_items(blockIdx.x) + threadIdx.x, held);
       leave_segment();
     }
     cluster_sync();
-    const int first = split_items(blockIdx.x), last = split_items(blockIdx.x + 1);
-    const auto load = [&](int token, int row, float(&q)[4]) { fetch(token, row, q); };
-    if (!can_hold(e)) {
-      finish_tile<T, 2 * TILE, 4>(e, token0(), row0(), first, last, threadIdx.x, CONSUMERS, load);
-      cluster_arrive();
-      return;
-    }
-    for (int i = first + threadIdx.x; i - static_cast<int>(threadIdx.x) < last; i += L::HELD * CONSUMERS) {
-      float sums[L::HELD][4];
-#pragma unroll
-      for (int b = 0; b < L::HELD; b++) {
-        const int item = min(i + b * CONSUMERS, last - 1);  // no branch, so that all loads are in flight at once
-        fetch(item / (TILE / 2), item % (TILE / 2) * 4, sums[b]);
-      }
-      if (MODE == PAIR || i >= first + L::HELD * CONSUMERS) hold_from(i, held);
-      // What others have was read: said before results leave, which takes longer.
-      if (i - static_cast<int>(threadIdx.x) + L::HELD * CONSUMERS >= last) cluster_arrive();
-#pragma unroll
-      for (int b = 0; b < L::HELD; b++) {
-        const int item = i + b * CONSUMERS;
-        if (item < last) finish_held<T>(e, token0() + item / (TILE / 2), row0() + item % (TILE / 2) * 4, sums[b], held[b]);
-      }
-    }
-    if (first >= last) cluster_arrive();
+    const auto fetch = [&](int token, int row, float(&q)[4]) {
+      const u32 at = ring.weights + (token * L::SPLIT_PITCH + row) * 4;
+      if constexpr (MODE == PAIR)
+        fetch_sum<3>(3, [&](int s) { return cluster_map(at + s / 2 * width * L::SPLIT_PITCH * 4, (s + 1) / 2); }, q);
+      else
+        fetch_sum<8>(segments, [&](int s) { return cluster_map(at, s); }, q);
+    };
+    finish_share<CONSUMERS>(e, token0(), row0(), split_items(blockIdx.x), split_items(blockIdx.x + 1), held, MODE != PAIR, fetch);
   }
 
   // A visit that has no tile for this warpgroup: it keeps in step with the pipeline.

@@ -7,7 +7,7 @@
 //
 // One arithmetic for all of them: the groups' (or steps') sums are added in ascending order within a segment, the
 // segments' sums in ascending order.
-#include "gemm/epilogue.cuh"
+#include "gemm/cluster_fetch.cuh"
 #include "gemm/integer/formats.cuh"
 #include "gemm/integer/tiles.cuh"
 #include "gemm/mainloop.cuh"
@@ -380,17 +380,11 @@ struct Block {
     const int items = min(TOKENS, e.tokens - token0) * items_per_token<2 * TILE>(e.kind);
     const auto load = [&](int token, int r, float(&q)[4]) {
       const u32 from = (token * L::SPLIT_PITCH + r) * 4;
-      float4 part[8];
-#pragma unroll
-      for (int s = 0; s < 8; s++)
-        if (s < segments) {
-          const int p = s % parts, at = p + 1 == parts ? ring.weights : smem(staged) + p * L::PARTIAL;
-          part[s] = cluster_load(cluster_map(at + from, s / parts));
-        }
-      q[0] = part[0].x, q[1] = part[0].y, q[2] = part[0].z, q[3] = part[0].w;
-#pragma unroll
-      for (int s = 1; s < 8; s++)
-        if (s < segments) q[0] += part[s].x, q[1] += part[s].y, q[2] += part[s].z, q[3] += part[s].w;
+      const auto at = [&](int s) {
+        const int p = s % parts;
+        return cluster_map((p + 1 == parts ? ring.weights : smem(staged) + p * L::PARTIAL) + from, s / parts);
+      };
+      fetch_sum<8>(segments, at, q);
     };
     finish_tile<T, 2 * TILE, 1>(e, token0, row0, items * mine / gridDim.x, items * (mine + 1) / gridDim.x, threadIdx.x,
                                 CONSUMERS, load);
