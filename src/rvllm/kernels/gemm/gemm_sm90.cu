@@ -18,6 +18,7 @@
 #include "gemm/cluster_reduce.cuh"
 #include "gemm/epilogue_overlap.cuh"
 #include "gemm/mainloop.cuh"
+#include "gemm/fill_ring.cuh"
 #include "gemm/tile_scheduler.cuh"
 
 namespace rvllm::gemm {
@@ -106,12 +107,8 @@ struct Block {
   __device__ __forceinline__ void begin() const {
     using namespace ptx;
     tensor_map_prefetch(x);
-    for (int s = 0; s < stages; s++) {
-      mbar_init(ring.full(s), 1);
-      mbar_init(ring.empty(s), CONSUMERS / 32 * CLUSTER);
-    }
     if constexpr (L::SENDS) reduce().expect(segments - 1);
-    mbar_init_fence();
+    begin_ring(ring, CONSUMERS / 32 * CLUSTER);
   }
 
   __device__ __forceinline__ void load_weights(const Visit& v, int k, const Ring& at, u64 hint) const {
@@ -152,29 +149,11 @@ struct Block {
 
   // One thread fills the ring.
   __device__ __forceinline__ void produce() {
-    using namespace ptx;
     // Weights that are read again in a later round, for other tokens, may stay in L2.
-    const u64 hint = walk.again() ? EVICT_NORMAL : EVICT_FIRST;
-    Visit v;
-    bool more = next(v);
-    // Weights first: they depend on no kernel before this one.
-    int ahead = more ? min(ring.stages, k1 - k0) : 0;
-    for (Ring r = ring; r.stage < ahead; r.stage++) load_weights(v, k0 + r.stage, r, hint);
-    griddep_wait();
-    for (int s = 0; s < ahead; s++) {
-      load_x(v, k0 + s, ring);
-      ring.advance();
-    }
-    while (more) {
-      for (int k = k0 + ahead; k < k1; k++) {
-        mbar_wait(ring.empty(ring.stage), ring.phase ^ 1);
-        load_weights(v, k, ring, hint);
-        load_x(v, k, ring);
-        ring.advance();
-      }
-      ahead = 0;
-      more = next(v);
-    }
+    const u64 hint = walk.again() ? ptx::EVICT_NORMAL : ptx::EVICT_FIRST;
+    fill_ring<Visit>(
+        *this, ring, k0, k1, [&](const Visit& v, int k, const Ring& at) { load_weights(v, k, at, hint); },
+        [&](const Visit& v, int k, const Ring& at) { load_x(v, k, at); });
   }
 
   // FLOW: the warps beside the producer's take finished tiles from shared memory to where they belong.

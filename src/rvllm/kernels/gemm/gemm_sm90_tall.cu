@@ -9,7 +9,7 @@
 // Compiled for tiles of up to 192 tokens, and of up to 64: these need so few registers that a neighbour's blocks find
 // room beside theirs, and with that their first weights arrive while the kernel before ends.
 #include "gemm/epilogue_overlap.cuh"
-#include "gemm/persistent.cuh"
+#include "gemm/fill_ring.cuh"
 #include "gemm/tile_scheduler.cuh"
 
 namespace rvllm::gemm {
@@ -46,7 +46,7 @@ __device__ __forceinline__ void produce(const TensorMap& x, const u8* __restrict
   const auto load_x = [&](const WorkTile& t, int k, const Ring& at) {
     tensor_load_2d(at.x_at(), &x, k * TILE, t.token0, at.full(at.stage));
   };
-  fill_ring<WorkTile>(scheduler, ring, blocks, load_weights, load_x);
+  fill_ring<WorkTile>(scheduler, ring, 0, blocks, load_weights, load_x);
 }
 
 // 96 threads: carry finished outputs from shared memory to global memory while the next tile is summed.
@@ -104,7 +104,10 @@ __global__ void __launch_bounds__(Tall::THREADS, 1)
   e.best_only = e.asks_for_best();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   griddep_launch();
-  if (threadIdx.x == Tall::CONSUMERS) begin_ring(x, ring, Tall::CONSUMERS);
+  if (threadIdx.x == Tall::CONSUMERS) {
+    ptx::tensor_map_prefetch(&x);
+    begin_ring(ring, Tall::CONSUMERS / 32 * 2);
+  }
   cluster_sync();
   const TallScheduler scheduler(rows, tokens, tile);
   if (warp >= Tall::CONSUMERS / 32) {

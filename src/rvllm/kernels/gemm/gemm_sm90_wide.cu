@@ -7,7 +7,7 @@
 // two blocks of a cluster take neighbouring rows and the same tokens: each activation is loaded once and multicast.
 // grid (clusters * 2, 1, 1), resident.
 #include "gemm/epilogue_overlap.cuh"
-#include "gemm/persistent.cuh"
+#include "gemm/fill_ring.cuh"
 #include "gemm/tile_scheduler.cuh"
 
 namespace rvllm::gemm {
@@ -44,7 +44,7 @@ __device__ __forceinline__ void produce(const TensorMap& x, const u8* __restrict
     for (int first = rank * BOX; first < t.width; first += 2 * BOX)
       tensor_load_2d_multicast(at.x_at() + first * TILE * 2, &x, k * TILE, t.token0 + first, at.full(at.stage), BOTH);
   };
-  fill_ring<WideTile>(scheduler, ring, blocks, load_weights, load_x);
+  fill_ring<WideTile>(scheduler, ring, 0, blocks, load_weights, load_x);
 }
 
 // 96 threads: carry finished outputs from shared memory to global memory while the next tile is summed.
@@ -140,7 +140,10 @@ __global__ void __launch_bounds__(Wide::THREADS, 1)
   const Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   griddep_launch();
-  if (threadIdx.x == Wide::CONSUMERS) begin_ring(x, ring, Wide::CONSUMERS);
+  if (threadIdx.x == Wide::CONSUMERS) {
+    ptx::tensor_map_prefetch(&x);
+    begin_ring(ring, Wide::CONSUMERS / 32 * 2);
+  }
   cluster_sync();
   const WideScheduler scheduler(rows, tokens);
   if (warp >= Wide::CONSUMERS / 32) {

@@ -11,6 +11,7 @@
 #include "gemm/integer/formats.cuh"
 #include "gemm/integer/tiles.cuh"
 #include "gemm/mainloop.cuh"
+#include "gemm/fill_ring.cuh"
 #include "ptx/wgmma_rs.cuh"
 
 namespace rvllm::gemm {
@@ -79,11 +80,7 @@ struct Block {
   __device__ __forceinline__ void begin() const {
     using namespace ptx;
     tensor_map_prefetch(x);
-    for (int s = 0; s < ring.stages; s++) {
-      mbar_init(ring.full(s), 1);
-      mbar_init(ring.empty(s), CONSUMERS / 32);
-    }
-    mbar_init_fence();
+    begin_ring(ring, CONSUMERS / 32);
   }
 
   __device__ __forceinline__ bool next(WorkTile& v) {
