@@ -9,7 +9,7 @@
 
 namespace rvllm::gemm {
 
-constexpr int ITEMS = 2 * TILE / 4;  // of a token
+inline constexpr int ITEMS = 2 * TILE / 4;  // of a token
 
 // q = the sum, in ascending order, of the `count` parts of four floats, at most MOST; part s is at at(s), an address of the
 // cluster's shared memory.
