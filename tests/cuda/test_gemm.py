@@ -89,7 +89,8 @@ def test_plans_name_kernels_that_exist_and_cover_the_product(
     elif plan.mode == "pair":
         assert plan.grid == (2, token_tiles, -(-tiles // 2)) and plan.cluster == 2 and plan.segments == 4
         assert plan.smem - 256 >= 2 * 4 * plan.token_tile * (2 * 64 + 4)
-    elif plan.mode == "split":
+    elif plan.mode in ("split", "eight"):
+        assert plan.mode == "split" or plan.segments == 8
         assert plan.grid == (plan.segments, token_tiles, -(-tiles // 2)) and plan.cluster == plan.segments
         partial_sums = 4 * plan.token_tile * (2 * 64 + 4)
         assert plan.smem - 256 >= max(partial_sums, 2 * (2 * 8192 + 128 * plan.token_tile))
