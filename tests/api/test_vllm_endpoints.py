@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from typing import Any
 
 import openai
@@ -34,8 +36,6 @@ def server() -> Any:
 
 
 def test_small_endpoints(server: LiveServer) -> None:
-    import json
-
     for method, path in (("GET", "/ping"), ("POST", "/ping"), ("GET", "/health"), ("GET", "/ready")):
         assert server.raw(method, path)[0] == 200
     for path, answer in (
@@ -110,3 +110,45 @@ def test_metric_names(server: LiveServer) -> None:
     _, _, page = server.raw("GET", "/metrics")
     found = {family.name for family in text_string_to_metric_families(page.decode())}
     assert {f"vllm:{name}" for name in NAMES.split()} <= found
+
+
+def test_generate_of_the_plain_server(server: LiveServer) -> None:
+    _, whole = server.post("/v1/completions", prompt="one two", max_tokens=4, temperature=0)
+    status, found = server.post("/generate", prompt="one two", max_tokens=4, temperature=0.0, n=2)
+    assert (status, found) == (200, {"text": ["one two" + whole["choices"][0]["text"]] * 2})
+    asked = {"prompt": "one two", "max_tokens": 4, "temperature": 0, "stream": True}
+    status, headers, streamed = server.raw("POST", "/generate", json.dumps(asked).encode())
+    assert (status, headers["content-type"]) == (200, "application/x-ndjson")
+    lines = [json.loads(line)["text"][0] for line in streamed.splitlines()]
+    assert lines[-1] == found["text"][0] and len(lines) > 1
+    assert all(later.startswith(line) for line, later in itertools.pairwise(lines))
+    status, found = server.post("/generate", prompt=["a", "b"])
+    assert status == 400 and found["error"]["param"] == "prompt"
+
+
+def test_token_ids_in_and_out(server: LiveServer) -> None:
+    ids = server.tokenizer.encode("one two")
+    _, whole = server.post(
+        "/v1/completions", prompt=ids, max_tokens=4, temperature=0, return_token_ids=True, logprobs=1
+    )
+    sampling = {"max_tokens": 4, "temperature": 0, "detokenize": False, "logprobs": 1, "n": 2}
+    asked = {"token_ids": ids, "sampling_params": sampling, "request_id": "mine"}
+    status, found = server.post("/inference/v1/generate", **asked)
+    assert status == 200 and found["request_id"] == "mine"
+    wanted = whole["choices"][0]
+    for choice in found["choices"]:
+        assert choice["token_ids"] == wanted["token_ids"]
+        assert choice["finish_reason"] == wanted["finish_reason"] == "length"
+        named = [f"token_id:{i}" for i in wanted["token_ids"]]
+        assert [entry["token"] for entry in choice["logprobs"]["content"]] == named
+    events = server.events("/inference/v1/generate", **asked)
+    first = [i for event in events for c in event["choices"] if not c["index"] for i in c["token_ids"]]
+    assert first == wanted["token_ids"]
+    for body, param in (
+        ({"token_ids": [1], "sampling_params": {"max_tokens": "x"}}, "sampling_params.max_tokens"),
+        ({"token_ids": []}, "prompt"),
+        ({"token_ids": [1], "kv_transfer_params": {"a": 1}}, "kv_transfer_params"),
+        ({"token_ids": [1], "features": {"a": 1}}, "features"),
+    ):
+        status, found = server.post("/inference/v1/generate", **body)
+        assert status == 400 and found["error"]["param"] == param, found

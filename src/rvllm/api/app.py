@@ -26,6 +26,7 @@ from rvllm.api.http.exchange import Endpoint, Exchange, Failure, Gate, openai_fa
 from rvllm.api.openai.chat import chat_batch, chat_completions
 from rvllm.api.openai.completions import completions
 from rvllm.api.openai.embeddings import classify, embeddings, pooling, refuse_encoder, rerank, score
+from rvllm.api.openai.generate import generate, generate_tokens
 from rvllm.api.openai.render import render_chat, render_completion
 from rvllm.api.page import page_routes
 from rvllm.api.schemas import anthropic
@@ -36,6 +37,7 @@ from rvllm.api.schemas.embeddings import (
     RerankRequest,
     ScoreRequest,
 )
+from rvllm.api.schemas.generate import TokenRequest
 from rvllm.api.schemas.requests import ChatBatchRequest, ChatRequest, CompletionRequest
 from rvllm.api.stateful import stateful_routes
 
@@ -93,6 +95,8 @@ class Routes:
                 CompletionRequest.__struct_fields__,
                 openai_failure,
             ),
+            ("/generate", generate, CompletionRequest.__struct_fields__, openai_failure),
+            ("/inference/v1/generate", generate_tokens, TokenRequest.__struct_fields__, openai_failure),
             ("/v1/messages", messages, message.__struct_fields__, anthropic.failure),
             ("/v1/messages/count_tokens", count_tokens, count.__struct_fields__, anthropic.failure),
         ):

@@ -20,6 +20,8 @@ BODIES: Mapping[str, dict[str, Any]] = {
     "/v1/chat/completions/render": {"messages": _SAID},
     "/v1/completions": {"prompt": "The capital of France is", "max_tokens": 8},
     "/v1/completions/render": {"prompt": "The capital of France is"},
+    "/generate": {"prompt": "The capital of France is", "max_tokens": 8},
+    "/inference/v1/generate": {"token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 8}},
     "/v1/messages": {"messages": _SAID, "max_tokens": 32},
     "/v1/messages/count_tokens": {"messages": _SAID},
     "/v1/responses": {"input": "What is the capital of France?", "max_output_tokens": 32},

@@ -31,6 +31,7 @@ from rvllm.api.schemas.embeddings import (
     ScoreAnswer,
     ScoreRequest,
 )
+from rvllm.api.schemas.generate import GeneratedTexts, GeneratedTokens, TokenRequest
 from rvllm.api.schemas.requests import (
     ChatBatchRequest,
     ChatRequest,
@@ -90,6 +91,10 @@ OPERATIONS = (
               answers.CompletionAnswer, events=answers.CompletionAnswer),
     Operation("POST", "/v1/completions/render", "The tokens of each prompt; nothing is generated.",
               CompletionRequest, list[answers.Rendered]),
+    Operation("POST", "/generate", "A text and what follows it, as vLLM's plain server has it.",
+              CompletionRequest, GeneratedTexts),
+    Operation("POST", "/inference/v1/generate", "Token ids that follow token ids.", TokenRequest,
+              GeneratedTokens, events=GeneratedTokens),
     Operation("POST", "/v1/messages", "The assistant's next message, in Anthropic's form.",
               anthropic.MessagesRequest, anthropic.MessageAnswer, events=dict[str, Any],
               error=anthropic.MessageError),

@@ -46,7 +46,7 @@ class Exchange:
         self.scope = scope
         self.request_id = uuid4().hex
         self.status = 0  # 0 until the answer has begun
-        self.streaming = False
+        self.streaming = self._lines = False
         self.failure: Failure = openai_failure
         self.budget = BodyBudget(1 << 62)
         self.body_seconds = 60.0
@@ -170,18 +170,20 @@ class Exchange:
                 await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
         await self._send({"type": "http.response.body", "body": b""})
 
-    async def open_stream(self) -> None:
-        """Begins a stream of server-sent events."""
-        self.status, self.streaming = 200, True
+    async def open_stream(self, lines: bool = False) -> None:
+        """Begins a stream of server-sent events; lines: of JSON, one a line, and nothing else."""
+        self.status, self.streaming, self._lines = 200, True, lines
+        kind = b"application/x-ndjson" if lines else b"text/event-stream; charset=utf-8"
         await self._start(
-            [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
-             (b"x-accel-buffering", b"no")]
-        )  # fmt: skip
+            [(b"content-type", kind), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+        )
 
     async def event(self, value: Any, name: str | None = None) -> None:
         """Sends one event with a struct as its JSON data; waits while the client reads slowly."""
         head = b"" if name is None else b"event: " + name.encode() + b"\n"
         data = head + b"data: " + _ENCODER.encode(value) + b"\n\n"
+        if self._lines:
+            data = _ENCODER.encode(value) + b"\n"
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end_stream(self) -> None:
@@ -190,6 +192,9 @@ class Exchange:
 
     async def close_stream(self) -> None:
         """Ends the stream as OpenAI does, with `[DONE]`; a comment before it tells the times if asked for."""
+        if self._lines:
+            await self.end_stream()
+            return
         if self._wants_timing() and (timing := current.get()) is not None:
             comment = f": {TIMING.decode()} {timing.line()}\n\n".encode()
             await self._send({"type": "http.response.body", "body": comment, "more_body": True})

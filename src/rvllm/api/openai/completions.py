@@ -26,29 +26,27 @@ from rvllm.text.worker import tasks
 async def completions(service: Service, exchange: Exchange, body: bytes) -> None:
     """Answers a completion request, whole or as a stream."""
     request = parse(body, CompletionRequest)
+    job = await completion_job(service, f"cmpl-{exchange.request_id}", request)
+    answer = _Completion(service, request, job)
+    if request.stream:
+        await answer.stream(exchange)
+    else:
+        await exchange.json(await answer.whole())
+
+
+async def completion_job(service: Service, name: str, request: CompletionRequest, text: bool = True) -> Job:
+    """A request's work. text: False asks for token ids alone. Raises a 400."""
     check_model(request.model, service.served_names)
     refuse_unsupported(request)
     params = completion_params(request, service.defaults)
-    params.detokenize = service.has_tokenizer
+    params.detokenize = text and service.has_tokenizer
     params.grammar = await answer_grammar(service, request)
     await service.tokenise_bad_words(params)
     prompts = await prompts_of(service, request)
     fill_in = _fill_in(service, request)
     if fill_in is not None and not params.ignore_eos:
         params.stop_token_ids = [*params.stop_token_ids, *sorted(fill_in.ends)]
-    job = service.job(
-        f"cmpl-{exchange.request_id}",
-        prompts,
-        params,
-        priority=request.priority,
-        param="prompt",
-        user=request.user,
-    )
-    answer = _Completion(service, request, job)
-    if request.stream:
-        await answer.stream(exchange)
-    else:
-        await exchange.json(await answer.whole())
+    return service.job(name, prompts, params, priority=request.priority, param="prompt", user=request.user)
 
 
 async def prompts_of(service: Service, request: CompletionRequest) -> list[list[int]]:
