@@ -21,6 +21,7 @@ from pathlib import Path
 
 from canary import get, wait_ready
 
+from rvllm.backends.cpu.compiled.library import missing
 from rvllm.bench.gate import ROLL_BACK, ROLL_OUT
 
 HERE = Path(__file__).parent
@@ -116,6 +117,8 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--canary", nargs=argparse.REMAINDER, default=[], help="other words for canary.py")
     args = parser.parse_args()
+    if absent := missing():
+        parser.error(f"the slow version is the one without compiled kernels, and {absent}")
     canary = args.canary or ["--steps", "25,50", "--hold", "24", "--windows", "4", "--noise", "3", "--race",
                              "--turns 3 --n 2 --input-len 32 --output-len 24"]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
