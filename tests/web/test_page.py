@@ -97,6 +97,24 @@ def test_parameters_and_the_conversation_are_sent_and_kept(page: Browser, live: 
     assert page.run("return document.getElementById('parameters').elements.temperature.value") == "0.5"
 
 
+def test_of_several_models_the_next_answers_is_chosen(page: Browser) -> None:
+    stream(page, ["hello"])
+    page.run("""
+        const further = window.fetch;
+        window.fetch = async (path, options) => path === '/v1/models'
+            ? new Response('{"data": [{"id": "org/first"}, {"id": "org/second"}]}') : further(path, options);
+    """)
+    page.click("#status")  # connects again behind the dialog
+    page.click("#key-dialog [value=ok]")
+    page.until(lambda: page.count("select#model option") == 2)
+    ask(page)
+    page.run("const s = document.getElementById('model'); s.value = 'org/second';"
+             "s.dispatchEvent(new Event('change'))")  # fmt: skip
+    ask(page, answers=2)
+    assert page.run("return window.sent.map((body) => body.model)") == ["org/first", "org/second"]
+    assert page.run("return document.title") == "org/second · rvLLM"
+
+
 @pytest.mark.parametrize("how", ["button", "escape"])
 def test_stop_aborts_the_request(page: Browser, live: LiveServer, how: str) -> None:
     live.engine.pace = 0.05

@@ -2,7 +2,7 @@
 
 import { events, key, request, setKey } from "./api.js";
 import { startChat } from "./chat.js";
-import { byId, setText } from "./dom.js";
+import { byId, el, setText } from "./dom.js";
 import { EngineView } from "./engine.js";
 
 const VIEWS = ["chat", "engine"];
@@ -69,11 +69,22 @@ function askKey() {
   dialog.showModal();
 }
 
+// One model is a name; of several, which take turns on the device, the next answer's is chosen.
+function showModels(names) {
+  const chosen = names.includes(byId("model").value) ? byId("model").value : names[0];
+  const title = () => { document.title = `${byId("model").value || names[0]} · rvLLM`; };
+  if (names.length > 1) {
+    const entries = names.map((name) => el("option", { selected: name === chosen }, name));
+    byId("model").replaceWith(el("select", { id: "model", class: "model", onchange: title,
+      "aria-label": "Model", title: "The model that answers next" }, ...entries));
+  } else setText(byId("model"), names[0]);
+  title();
+}
+
 async function connect() {
   try {
     const models = await (await request("/v1/models")).json();
-    setText(byId("model"), models.data[0].id);
-    document.title = `${models.data[0].id} · rvLLM`;
+    showModels(models.data.map((model) => model.id));
     status("good", "ready");
     byId("prompt").focus({ preventScroll: true });
   } catch (error) { failed(error); }

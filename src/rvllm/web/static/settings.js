@@ -47,7 +47,7 @@ function parsed(name) {
 // The body of a request about these messages. Lists of bare functions become tools.
 export function bodyOf(messages) {
   const system = field("system").value.trim();
-  const asked = { model: byId("model").textContent,
+  const asked = { model: byId("model").value || byId("model").textContent,
     messages: [...(system ? [{ role: "system", content: system }] : []), ...messages] };
   for (const name of NUMBERS) if (field(name).value !== "") asked[name] = Number(field(name).value);
   if (field("stop").value) asked.stop = [field("stop").value];
