@@ -140,7 +140,9 @@ class EngineConfig:
         low=0.0,
     )
     gpu_memory_utilization: float = setting(0.90, "Share of the GPU's memory to take.", low=0.01, high=1.0)
-    gpu_memory_reserve_gb: float = setting(0.0, "GB of GPU memory to leave free beyond that share.", low=0.0)
+    gpu_memory_reserve_gb: float = setting(
+        0.0, "GB of GPU memory that stay free, even where that share would take them.", low=0.0
+    )
     num_gpu_blocks: int | None = setting(None, "Another name of --num-blocks.", low=1, same_as="num_blocks")
     gemm_strategy: str = setting(
         "native",

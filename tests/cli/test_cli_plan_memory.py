@@ -1,6 +1,7 @@
 """`rvllm plan --memory`: what fits on a GPU that is not here."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,52 @@ def test_flags_of_memory_hold_together(model: str, capsys: pytest.CaptureFixture
     assert blocks == 4096
 
 
-def test_a_model_that_does_not_fit_says_what_to_turn(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--memory", "--model", model, "--gpu", "rtx-4090", "--vram-gb", "12"]) == 2
+@pytest.mark.parametrize(
+    ("flags", "turn"),
+    [
+        (["--vram-gb", "12"], "quantise the weights, which alone are more than is free"),
+        (
+            ["--gpu-memory-utilization", "0.1"],
+            "raise --gpu-memory-utilization to 0.12, or lower --max-model-len",
+        ),
+        (["--gpu-memory-reserve-gb", "140"], "lower --gpu-memory-reserve-gb to 133.7"),
+        (
+            ["--num-gpu-blocks", "140000"],
+            "raise --gpu-memory-utilization to 0.97, or lower --num-blocks to 1",
+        ),
+        (["--num-gpu-blocks", "400000"], "; lower --num-blocks to 1"),
+        (["--kv-cache-memory-gb", "300"], "; lower --kv-cache-memory-gb to 1"),
+    ],
+)
+def test_a_model_that_does_not_fit_says_what_to_turn(
+    flags: list[str], turn: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--memory", "--model", model, "--gpu", "h200", *flags]) == 2
     said = capsys.readouterr().err
-    assert "short by" in said and "--max-num-batched-tokens" in said
+    assert "short by" in said and turn in said
+    if found := re.search(
+        r"(--num-blocks|--gpu-memory-reserve-gb|--gpu-memory-utilization) to ([\d.]+)", said
+    ):
+        assert planned(capsys, model, "--gpu", "h200", *found.groups())["lines"]["free"] >= 0
+
+
+def test_flags_of_memory_that_contradict_each_other(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--memory", "--model", model, "--num-gpu-blocks", "4096",
+                 "--kv-cache-memory-gb", "50"]) == 2  # fmt: skip
+    said = capsys.readouterr().err
+    assert "4096 takes 3.76 GB" in said and f"{50 * 10**9 // (16 * KV_PER_TOKEN)} blocks" in said
     assert main(["plan", "--model", model, "--gpu", "rtx-4090"]) == 2
     assert "--memory" in capsys.readouterr().err
     assert main(["plan", "--memory", "--model", model, "--gpu", "voodoo"]) == 2
     assert "rtx-4090" in capsys.readouterr().err
+
+
+def test_host_memory_has_lines_of_its_own(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--gpu-memory-reserve-gb 8 --num-gpu-blocks 4096 --num-cpu-blocks 32768 --gemm-strategy hybrid"
+    found = planned(capsys, model, "--gpu", "h200", *flags.split())
+    assert found["host_lines"] == {"kv cache, pinned": 32768 * 16 * KV_PER_TOKEN}
+    assert found["lines"]["kv cache"] == 4096 * 16 * KV_PER_TOKEN
+    assert sum(found["lines"].values()) == found["bytes"]
 
 
 def test_a_small_card_holds_a_7b_in_four_bits(model: str, capsys: pytest.CaptureFixture[str]) -> None:

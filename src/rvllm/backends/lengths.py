@@ -42,6 +42,21 @@ def asked_host_blocks(program: Program, config: EngineConfig) -> int:
     return config.num_cpu_blocks
 
 
+def asked_blocks(program: Program, config: EngineConfig, block_bytes: int) -> int | None:
+    """KV blocks that --num-blocks or --kv-cache-memory-gb ask for, None where neither is given.
+
+    Raises UsageError where both are, unless the second bounds recurrent states, too.
+    """
+    blocks, room = config.num_blocks, config.kv_cache_memory_gb
+    held = None if room is None else int(room * GB) // max(1, block_bytes)
+    if blocks is not None and room is not None and not program.states:
+        raise UsageError(
+            f"--num-blocks {blocks} takes {blocks * block_bytes / GB:.2f} GB for the KV cache, and "
+            f"--kv-cache-memory-gb {room:g} holds {held} blocks: give one of them"
+        )
+    return held if blocks is None else blocks
+
+
 def state_rows(program: Program, config: EngineConfig, usual: float) -> tuple[int, int]:
     """What states of recurrent layers there is room for: (sequences at once, snapshots of prefixes).
 

@@ -53,6 +53,8 @@ def hint(unknown: Sequence[str]) -> str:
     """What a flag that nobody knows may be a slip of; "" where nothing is near."""
     names = [flag_of(f.name) for c in (EngineConfig, ServerConfig) for f, _ in settings_of(c)]
     flag = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+    if _dashed(flag) in names:
+        return f"; {_dashed(flag)} is one of rvllm serve"
     near = get_close_matches(_dashed(flag), names, n=1, cutoff=0.75)
     return f"; {near[0]}?" if near else ""
 

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from rvllm.backends.base import KV_BLOCK, LedgerLine, Limits
 from rvllm.backends.free_memory import free_bytes
-from rvllm.backends.lengths import GB, asked_host_blocks, asked_length, encoder_lengths, state_rows
+from rvllm.backends.lengths import (
+    GB,
+    asked_blocks,
+    asked_host_blocks,
+    asked_length,
+    encoder_lengths,
+    state_rows,
+)
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
 from rvllm.program.cost import kv_bytes_per_token
@@ -109,7 +116,7 @@ def _limits(program: Program, config: EngineConfig, left: int, block_bytes: int,
     """What a program that draws tokens can hold in `left` bytes; a_slot: bytes of a sequence's states."""
     wanted = asked_length(program, config)
     sequences, snapshots = state_rows(program, config, min(left / 4, MAX_KV))
-    blocks = _blocks(config, block_bytes, left - (sequences + snapshots) * a_slot)
+    blocks = _blocks(program, config, block_bytes, left - (sequences + snapshots) * a_slot)
     longest = blocks * KV_BLOCK
     if wanted is not None and wanted > longest:
         needed = _blocks_for(wanted)
@@ -182,14 +189,13 @@ def _blocks_for(tokens: int) -> int:
     return -(-tokens // KV_BLOCK)
 
 
-def _blocks(config: EngineConfig, block_bytes: int, free: int) -> int:
+def _blocks(program: Program, config: EngineConfig, block_bytes: int, free: int) -> int:
     """KV blocks by --num-blocks, else --kv-cache-memory-gb, else a quarter of what is free."""
     block_bytes = max(1, block_bytes)
-    if config.num_blocks is not None:
-        flag, blocks = f"--num-blocks {config.num_blocks}", config.num_blocks
-    elif config.kv_cache_memory_gb is not None:
-        flag = f"--kv-cache-memory-gb {config.kv_cache_memory_gb:g}"
-        blocks = int(config.kv_cache_memory_gb * GB) // block_bytes
+    asked = asked_blocks(program, config, block_bytes)
+    if asked is not None:
+        blocks, room = asked, config.kv_cache_memory_gb
+        flag = f"--num-blocks {blocks}" if config.num_blocks is not None else f"--kv-cache-memory-gb {room:g}"
     else:
         flag, blocks = "a quarter of the free memory", int(min(free / 4, MAX_KV)) // block_bytes
     if blocks < 1:

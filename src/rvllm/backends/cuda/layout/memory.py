@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,13 @@ from rvllm.backends.base import KV_BLOCK, MAX_BIASES, MAX_STOPS
 from rvllm.backends.cuda.device.arena import ALIGNMENT
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.layout.addresses import Shape
-from rvllm.backends.cuda.layout.allocations import WORKSPACE, Allocation, lines_of, weight_allocations
+from rvllm.backends.cuda.layout.allocations import (
+    WEIGHTS,
+    WORKSPACE,
+    Allocation,
+    lines_of,
+    weight_allocations,
+)
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import Layout
 from rvllm.backends.cuda.layout.packed import ELEMENT, PackedWeight
@@ -23,7 +30,7 @@ from rvllm.backends.cuda.ops.sampling.arrays import logits_allocations
 from rvllm.backends.cuda.ops.sampling.slots import START_WORDS, StateSizes
 from rvllm.backends.cuda.paged import allocations as attention_allocations
 from rvllm.backends.cuda.paged import decode_plans
-from rvllm.backends.lengths import GB, asked_length, state_rows
+from rvllm.backends.lengths import GB, asked_blocks, asked_length, state_rows
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
 from rvllm.program.cost import kv_bytes_per_token
@@ -130,14 +137,16 @@ def plan_memory(
     ]
     block_bytes = max(1, kv_bytes_per_token(program) * KV_BLOCK)
     room = budget.ours - _taken(fixed) - _taken(after)
-    asked = _asked_blocks(config, block_bytes)
+    asked = asked_blocks(program, config, block_bytes)
+    if asked is not None and config.num_blocks is None:
+        asked = max(1, asked)
     most = asked or max(1, room // block_bytes)
     decode = decode_plans(program.ops, program.dtype, facts.info, seqs, longest, most)
     attention = attention_allocations(decode.values())
     slack = 2 * ALIGNMENT * len(program.caches)  # each is aligned on its own
     blocks = asked or (room - _taken(attention) - slack) // block_bytes
     allocations = [*fixed, *attention, *after]
-    _check_fit(lines_of(allocations), budget, blocks, block_bytes, wanted_len)
+    _check_fit(lines_of(allocations), config, budget, blocks, block_bytes)
     return MemoryPlan(
         allocations=[*allocations, *_caches(program, blocks)],
         workspace=workspace,
@@ -224,35 +233,26 @@ def _caches(program: Program, blocks: int) -> list[Allocation]:
     ]
 
 
-def _asked_blocks(config: EngineConfig, block_bytes: int) -> int | None:
-    """KV blocks that a flag asks for."""
-    if config.num_blocks is None and config.kv_cache_memory_gb is not None:
-        return max(1, int(config.kv_cache_memory_gb * GB) // block_bytes)
-    return config.num_blocks
-
-
 def state_line(seqs: int, snapshots: int) -> str:
     """The ledger's line for the states of recurrent layers."""
     return f"recurrent state of {seqs} sequences" + (f" and {snapshots} prefixes" if snapshots else "")
 
 
 def _check_fit(
-    lines: dict[str, int], budget: Budget, blocks: int, block_bytes: int, wanted: int | None
+    lines: dict[str, int], config: EngineConfig, budget: Budget, blocks: int, block_bytes: int
 ) -> None:
-    """Raises CapacityError where `lines` and the KV cache exceed the budget, or the cache is too small.
-
-    wanted: tokens of --max-model-len.
-    """
+    """Raises CapacityError where `lines` and the KV cache exceed the budget, or the cache is too small."""
+    wanted = config.max_model_len
     fixed = sum(lines.values())
     needed = fixed + max(blocks, -(-(wanted or KV_BLOCK) // KV_BLOCK)) * block_bytes
     if needed > budget.ours or blocks < 1:
         parts = ", ".join(f"{name} {nbytes / GB:.2f}" for name, nbytes in lines.items())
+        turns = _turns(config, budget, needed, fixed, lines[WEIGHTS], block_bytes)
         raise CapacityError(
             f"GPU memory: {needed / GB:.2f} GB are needed ({parts}, KV cache at least "
             f"{(needed - fixed) / GB:.2f}), of {budget.total / GB:.2f} GB {budget.ours / GB:.2f} GB are ours "
             f"({budget.used / GB:.2f} GB were in use before), short by {(needed - budget.ours) / GB:.2f} GB; "
-            "raise --gpu-memory-utilization, or lower --max-model-len, --max-num-seqs, "
-            "--max-num-batched-tokens or --num-blocks"
+            f"{', or '.join(turns)}"
         )
     if wanted is not None and blocks * KV_BLOCK < wanted:
         raise CapacityError(
@@ -260,3 +260,29 @@ def _check_fit(
             f"are {blocks}; lower --max-model-len to {blocks * KV_BLOCK}, or raise --num-blocks or "
             "--gpu-memory-utilization"
         )
+
+
+def _turns(
+    config: EngineConfig, budget: Budget, needed: int, fixed: int, weights: int, block_bytes: int
+) -> list[str]:
+    """The flags, with values, that would make room for `needed` bytes; `fixed` of them are not KV cache."""
+    most = (budget.ours - fixed) // block_bytes
+    found: list[str] = []
+    free = budget.total - budget.used
+    share = math.ceil((budget.used + needed + HEADROOM) / budget.total * 100) / 100
+    reserve = math.floor((free - needed - HEADROOM) / GB * 10) / 10
+    if reserve >= 0 and share <= 1:
+        if share > config.gpu_memory_utilization:
+            found.append(f"raise --gpu-memory-utilization to {share:.2f}")
+        if reserve < config.gpu_memory_reserve_gb:
+            lowered = f"--gpu-memory-reserve-gb to {reserve:g}"
+            found = [f"{found[0]} and lower {lowered}" if found else f"lower {lowered}"]
+    if weights > free - HEADROOM:
+        found.append("quantise the weights, which alone are more than is free (--quantization fp8 or int4)")
+    elif config.num_blocks is not None and most > 0:
+        found.append(f"lower --num-blocks to {most}")
+    elif config.kv_cache_memory_gb is not None and most > 0:
+        found.append(f"lower --kv-cache-memory-gb to {math.floor(most * block_bytes / GB * 100) / 100:g}")
+    else:
+        found.append("lower --max-model-len, --max-num-seqs or --max-num-batched-tokens")
+    return found
