@@ -160,14 +160,50 @@ def time_case(gpu: Gpu, rng: np.random.Generator, case: str, bits: bool) -> int:
     return int(bool(text) and bits)
 
 
+def time_fp8(gpu: Gpu, rng: np.random.Generator, case: str) -> None:
+    """Prints what a case takes over 16-bit keys and values, and over those in E4M3 by either kernel."""
+    head, _, context = case.partition("@")
+    count, _, tokens = head.rpartition("x")
+    seqs, length = int(count or 1), int(tokens)
+    cache = Cache(gpu, rng, BF16, QWEN, [int(context or length)] * seqs, True)
+    lens, kv_lens = np.full(seqs, length, np.int32), np.full(seqs, int(context or length), np.int32)
+    some = queries(rng, BF16, min(2048, seqs * length), QWEN)
+    q = np.resize(some, (seqs * length, *some.shape[1:]))
+    step = Step(gpu, cache.in_sixteen_bits(), lens, kv_lens, q)
+    plan = plan_prefill(DType.BF16, QWEN.dim, smem_per_block=gpu.facts.smem_per_block, fp8=True)
+    tiles = gpu.array(prefill_tiles(lens, kv_lens, 0, QWEN.group, plan.rows))
+    out, (*pitches, _, window) = step.empty(), step.numbers
+    places = [out, step.q, cache.k_cache, cache.v_cache, cache.tables, step.slots, step.kv_lens, step.offsets]
+    persistent = [*places, step.lists[PREFILL_SM90_ROWS], step.count, *pitches, window]
+    grid = min(gpu.facts.sm_count, step.number * QWEN.kv_heads)
+    name, smem = f"sm90_bf16_attn_prefill_fp8_d{QWEN.dim}", prefill_sm90_smem(QWEN.dim, True)
+
+    def new(_: int) -> None:
+        gpu.launch(name, grid, PREFILL_SM90_THREADS, persistent, smem)
+
+    def old(_: int) -> None:
+        args = [*places, tiles, *step.numbers]
+        gpu.launch(plan.kernel, (tiles.shape[0], QWEN.kv_heads), plan.block, args, plan.smem)
+
+    times = [gpu.time(run, 4, 5) for run in (lambda _: step.new(out), new, old)]
+    shown = ", ".join(f"{1e6 * t:.1f}" for t in times)
+    print(f"{case:>12}  16 bits, E4M3 by wgmma, by mma.sync: {shown} us", flush=True)
+    gpu.clear()
+
+
 def main() -> int:
     """Prints checks and times."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--no-checks", action="store_true")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fp8", action="store_true", help="times over a cache in E4M3, and nothing else")
     options = parser.parse_args()
     gpu, rng = Gpu(), np.random.default_rng(options.seed)
+    if options.fp8:
+        for case in filter(None, options.cases.split(",")):
+            time_fp8(gpu, rng, case)
+        return 0
     failed = 0 if options.no_checks else check(gpu, rng)
     print(f"{'case':>12}  {'attn_prefill_sm90':>27}  {'attn_prefill':>27}")
     for case in filter(None, options.cases.split(",")):

@@ -214,11 +214,10 @@ def plan_prefill_sm90(dtype: DType, head_dim: int, *, sm_count: int, fp8: bool =
 def prefill_of(op: Attention | BlockSparseAttention, dtype: DType, chip: DeviceInfo) -> PrefillPlan:
     """How an op computes prompts: by wgmma on Hopper where a kernel for it is there, else by `plan_prefill`.
 
-    Both give the same bits. The wgmma kernel knows neither capped logits nor block-sparse masks; over a
-    cache in E4M3 it has been compiled alone, and is not chosen before it has been compared on a GPU.
+    Both give the same bits. The wgmma kernel knows neither capped logits nor block-sparse masks.
     """
     plan = None
-    if chip.capability == 90 and isinstance(op, Attention) and not (op.soft_cap or op.cache.fp8):
+    if chip.capability == 90 and isinstance(op, Attention) and not op.soft_cap:
         plan = plan_prefill_sm90(dtype, op.head_dim, sm_count=chip.sm_count, fp8=op.cache.fp8)
     return plan or plan_prefill(dtype, op.head_dim, smem_per_block=chip.smem_per_block, fp8=op.cache.fp8)
 
