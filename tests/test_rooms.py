@@ -24,7 +24,7 @@ INSIDE = {
     ],
     "weights": [
         "formats",
-        "open packing finite",
+        "open packing finite reading",
         "fetch",
         "safetensors",
         "gguf",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +23,11 @@ SLAB = 64  # rows of a quantised matrix that a thread takes at a time
 
 @dataclass(frozen=True)
 class MappedFile:
-    """A file mapped read-only; `bytes` is a flat uint8 view of all of it."""
+    """A file mapped read-only; `bytes` is a flat uint8 view of all of it. identity: its device and inode."""
 
     path: Path
     bytes: NDArray[np.uint8]
+    identity: tuple[int, int]
 
     @property
     def size(self) -> int:
@@ -41,12 +43,13 @@ def map_file(path: Path) -> MappedFile:
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            found = os.fstat(file.fileno())
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         reason = error.strerror if isinstance(error, OSError) else "the file is empty"
         raise ModelError(f"{path}: cannot read the file: {reason}") from None
     if mapped[: len(LFS_POINTER)] == LFS_POINTER:
         raise ModelError(f"{path}: a Git LFS pointer, not the weights themselves; run `git lfs pull` there")
-    return MappedFile(path, np.frombuffer(mapped, dtype=np.uint8))
+    return MappedFile(path, np.frombuffer(mapped, dtype=np.uint8), (found.st_dev, found.st_ino))
 
 
 @dataclass(frozen=True)

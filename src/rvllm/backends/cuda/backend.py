@@ -24,6 +24,7 @@ from rvllm.backends.base import (
 )
 from rvllm.backends.cuda.device.driver import Event, Pinned, Stream
 from rvllm.backends.cuda.device.host_blocks import COPY_RATE, HostBlocks, KeptBlocks
+from rvllm.backends.cuda.device.host_memory import ComingHostMemory
 from rvllm.backends.cuda.device.launches import Counts
 from rvllm.backends.cuda.formats.choose import kept, say_expanded
 from rvllm.backends.cuda.in_flight import KERNEL as SEND_KERNEL
@@ -129,6 +130,18 @@ class CudaBackend:
         report = progress or (lambda fraction, text: None)
         report(0.0, "opening the GPU")
         found = OpenDevice.for_program(program, config)
+        with found.staging(checkpoint) as staging:
+            return CudaBackend._load_on(found, program, checkpoint, config, report, staging)
+
+    @staticmethod
+    def _load_on(
+        found: OpenDevice,
+        program: Program,
+        checkpoint: Checkpoint | None,
+        config: EngineConfig,
+        report: Progress,
+        staging: ComingHostMemory | None,
+    ) -> CudaBackend:
         report(0.0, "planning")
         program = kept(program, checkpoint, config, found.facts)
         say_expanded(program, checkpoint, config)
@@ -143,9 +156,9 @@ class CudaBackend:
         placed.clear(gpu.stream)
         at = placed.addresses(memory.workspace)
         send_ropes(gpu.stream, at, memory)
-        staging = placed.line(KV_CACHE)
         report(0.0, "loading weights")
-        gpu.load_weights(program.dtype, placed_weights(wanted, at), checkpoint, config.seed, staging, report)
+        places, scratch = placed_weights(wanted, at), placed.line(KV_CACHE)
+        gpu.load_weights(program.dtype, places, checkpoint, config.seed, scratch, report, staging)
         report(0.0, "buffers")
         backend = CudaBackend(
             gpu,

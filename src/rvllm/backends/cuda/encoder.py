@@ -72,8 +72,9 @@ class CudaEncoder(PoolingRunner):
         placed = Placed.take(gpu.arena, plan.allocations)
         placed.clear(gpu.stream)
         at = placed.addresses(plan.workspace)
-        places, staging = placed_weights(plan.wanted, at), placed.line("workspace")
-        gpu.load_weights(program.dtype, places, checkpoint, config.seed, staging, report)
+        places, scratch = placed_weights(plan.wanted, at), placed.line("workspace")
+        with found.staging(checkpoint) as staging:
+            gpu.load_weights(program.dtype, places, checkpoint, config.seed, scratch, report, staging)
         encoder = CudaEncoder(gpu, replace(plan, addresses=at), head)
         if config.capture_graphs == "eager":
             report(0.0, "capturing graphs")

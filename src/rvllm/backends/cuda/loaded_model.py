@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from rvllm.backends.base import LedgerLine, Progress
 from rvllm.backends.cuda.device.arena import Arena, Range
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Device, DeviceFacts, Stream
+from rvllm.backends.cuda.device.host_memory import ComingHostMemory
 from rvllm.backends.cuda.formats import device_format
 from rvllm.backends.cuda.layout.memory import Budget, budget_of
 from rvllm.backends.cuda.layout.packed import PackedWeight
+from rvllm.backends.cuda.staging import staging_bytes
 from rvllm.backends.cuda.supported import check_device, check_supported
 from rvllm.backends.cuda.weight_loader import Loader, fill_dummy
 from rvllm.config import EngineConfig, kernel_cache_dir
@@ -50,6 +53,12 @@ class OpenDevice:
         free, total = device.free_memory()
         return OpenDevice(device, facts, budget_of(config, free, total))
 
+    def staging(self, checkpoint: Checkpoint | None) -> AbstractContextManager[ComingHostMemory | None]:
+        """Begins to take the pinned memory that weights pass through; None for those that are not read."""
+        if checkpoint is None:
+            return nullcontext()
+        return ComingHostMemory(staging_bytes(checkpoint), self.device)
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -87,14 +96,19 @@ class Gpu:
         places: Sequence[tuple[PackedWeight, int]],
         checkpoint: Checkpoint | None,
         seed: int,
-        staging: Range,
+        scratch: Range,
         report: Progress,
+        staging: ComingHostMemory | None,
     ) -> None:
-        """Fills the weights' places from a checkpoint, by way of `staging`; None: with random numbers."""
+        """Fills the weights' places from a checkpoint; None: with random numbers.
+
+        staging, scratch: what they pass through on the host and on the device.
+        """
         if checkpoint is None:
             fill_dummy(self.catalog, self.stream, dtype, places, seed)
             return
-        loader = Loader(self.catalog, self.stream, dtype, staging)
+        assert staging is not None
+        loader = Loader(self.catalog, self.stream, dtype, scratch, staging.get())
         try:
             loader.load(places, checkpoint, report)
         finally:

@@ -112,8 +112,9 @@ class CudaPooler(PoolingRunner):
         placed.clear(gpu.stream)
         at = placed.addresses(memory.workspace)
         send_ropes(gpu.stream, at, memory)
-        staging = placed.line(KV_CACHE)
-        gpu.load_weights(program.dtype, placed_weights(wanted, at), checkpoint, config.seed, staging, report)
+        places, scratch = placed_weights(wanted, at), placed.line(KV_CACHE)
+        with found.staging(checkpoint) as staging:
+            gpu.load_weights(program.dtype, places, checkpoint, config.seed, scratch, report, staging)
         pooler = CudaPooler(gpu, replace(planner, addresses=at), program, head)
         if config.capture_graphs == "eager":
             report(0.0, "capturing graphs")

@@ -6,6 +6,7 @@ staging memory on the device lies where the KV cache will be, so loading costs n
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,16 +20,20 @@ from numpy.typing import NDArray
 
 from rvllm.backends.cuda.device.arena import Range
 from rvllm.backends.cuda.device.catalog import Catalog
-from rvllm.backends.cuda.device.driver import Event, Launch, Pinned, Stream
+from rvllm.backends.cuda.device.driver import Event, Launch, Stream
+from rvllm.backends.cuda.device.host_memory import HostMemory
 from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.ops.gemm.plan import Interleave
 from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
+from rvllm.weights.checkpoint import Checkpoint
+from rvllm.weights.reading import FileReader
 
-STAGING = 32 << 20  # bytes of one pinned buffer
-BUFFERS = 4
+BUFFERS, STAGING = 16, 16 << 20  # pinned buffers, and the bytes of one
+FEW_BUFFERS, LARGE_STAGING = 4, 32 << 20  # where the device has little room for rows on their way
+LEAST_STAGING = 1 << 18
 READERS = 12  # threads at most, of which each copies out of the page cache at 3 to 6 GB/s
-PIECE = 2 << 20  # bytes that a reader takes at a time
+PIECE = 2 << 20  # bytes that a reader takes at a time of what is waited for
 BLOCK = 256
 Tag = TypeVar("Tag")  # what goes with a part's rows
 
@@ -51,6 +56,25 @@ class Span:
     interleave: Interleave
 
 
+@dataclass(frozen=True)
+class _Buffer:
+    """Pinned memory for the rows of one slice."""
+
+    address: int
+    array: NDArray[np.uint8]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return len(self.array)
+
+
+def staging_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of pinned memory for all buffers that loading this wants: less for small models."""
+    largest = max((4 * math.prod(info.shape) for info in checkpoint.tensors.values()), default=0)
+    return BUFFERS * min(STAGING, max(LEAST_STAGING, -(-largest // 4096) * 4096))
+
+
 @dataclass
 class _Slice:
     """Rows on their way into a pinned buffer. then: queues the kernels that take them on the device."""
@@ -64,27 +88,37 @@ class _Slice:
 class Staging:
     """Sends rows of weights to the device in pieces that fit, and queues the kernels that place them."""
 
-    def __init__(self, catalog: Catalog, stream: Stream, dtype: DType, scratch: Range) -> None:
+    def __init__(
+        self, catalog: Catalog, stream: Stream, dtype: DType, scratch: Range, memory: HostMemory
+    ) -> None:
+        """scratch: of the device. memory: for the buffers, see `staging_bytes`; it must outlive this."""
         self._catalog = catalog
         self._stream = stream
         self._dtype = dtype
         self.tag = "bf16" if dtype is DType.BF16 else "f16"
-        raw = min(STAGING, scratch.nbytes // 12 // 4096 * 4096)
         # Raw buffers and, as Q4 blocks grow fourfold in 16 bits, room for one dequantised piece.
-        self._raw = [scratch.address + i * raw for i in range(BUFFERS)]
-        self.rows_at = scratch.address + BUFFERS * raw
-        self._rows_bytes = scratch.nbytes - BUFFERS * raw
-        self._staging = [Pinned(raw, clear=False) for _ in range(BUFFERS)]
-        self._free = [Event() for _ in range(BUFFERS)]
+        count, most = BUFFERS, STAGING
+        if scratch.nbytes < (BUFFERS + 8) * STAGING:
+            count, most = FEW_BUFFERS, LARGE_STAGING
+        raw = min(most, memory.nbytes // count, scratch.nbytes // (count + 8)) // 4096 * 4096
+        self._raw = [scratch.address + i * raw for i in range(count)]
+        self.rows_at = scratch.address + count * raw
+        self._rows_bytes = scratch.nbytes - count * raw
+        self._staging = [
+            _Buffer(memory.address + start, memory.view(start, raw)) for start in range(0, count * raw, raw)
+        ]
+        self._free = [Event() for _ in range(count)]
         self._turn = self._sent = 0  # the buffer that is filled next, and the one of `send`
+        self._files = FileReader()  # of what is loaded
         self._readers = ThreadPoolExecutor(min(READERS, os.cpu_count() or 1), thread_name_prefix="load")
         self._coming: deque[_Slice] = deque()  # being read, in their order
 
     def close(self) -> None:
-        """Frees the pinned buffers."""
+        """Waits for what is on its way: nothing uses the pinned memory any more."""
         self._readers.shutdown()
-        for staging, event in zip(self._staging, self._free, strict=True):
-            staging.close()
+        self._files.close()
+        self._stream.sync()
+        for event in self._free:
             event.close()
 
     def spans(
@@ -127,7 +161,7 @@ class Staging:
         to be queued before the next one is asked for.
         """
         for start, stop, first, padded in self._cut(span, row_bytes):
-            coming = self._read(span.data[start:stop])
+            coming = self._read(span.data[start:stop], PIECE)
             self._send(coming)
             yield self._raw[coming.buffer], first, stop - start, padded
             self._free[coming.buffer].record(self._stream)
@@ -139,7 +173,10 @@ class Staging:
         that take it. `flush` waits for all of them.
         """
         for start, stop, first, padded in self._cut(span, row_bytes):
-            coming = self._read(span.data[start:stop])
+            # The next buffer is free by its turn when what is in it was sent a few turns before.
+            while len(self._coming) >= len(self._free) * 3 // 4:
+                self._place_oldest()
+            coming = self._read(span.data[start:stop], STAGING)
             coming.then = partial(place, self._raw[coming.buffer], first, stop - start, padded)
             self._coming.append(coming)
 
@@ -187,7 +224,7 @@ class Staging:
         staging, offset, addresses = self._staging[buffer].array, 0, []
         for values in arrays:
             pinned = staging[offset : offset + values.nbytes].view(values.dtype).reshape(values.shape)
-            for piece in self._copied(values, pinned):
+            for piece in self._copied(values, pinned, PIECE):
                 piece.result()
             addresses.append(self._raw[buffer] + offset)
             offset += -(-values.nbytes // 256) * 256
@@ -204,7 +241,7 @@ class Staging:
         for start in range(0, flat.nbytes, self._staging[0].nbytes):
             piece = flat[start : start + self._staging[0].nbytes]
             buffer = self._next_buffer()
-            self._staging[buffer].array[: piece.nbytes] = piece
+            self._files.copy(piece, self._staging[buffer].array[: piece.nbytes])
             self._stream.copy_to_device(address + start, self._staging[buffer].address, piece.nbytes)
             self._free[buffer].record(self._stream)
 
@@ -214,23 +251,24 @@ class Staging:
 
     def _next_buffer(self) -> int:
         """The buffer whose turn it is, once what was in it has left and the device is done with it."""
-        buffer, self._turn = self._turn, (self._turn + 1) % BUFFERS
+        buffer, self._turn = self._turn, (self._turn + 1) % len(self._free)
         while self._coming and self._coming[0].buffer == buffer:
             self._place_oldest()
         self._free[buffer].wait()
         return buffer
 
-    def _read(self, data: NDArray[np.uint8]) -> _Slice:
-        """Begins to copy rows into the next pinned buffer."""
+    def _read(self, data: NDArray[np.uint8], piece: int) -> _Slice:
+        """Begins to copy rows into the next pinned buffer, so many bytes a thread: other buffers are read at
+        the same time where it is all of them, and each piece costs a tenth of a millisecond."""
         buffer = self._next_buffer()
         pinned = self._staging[buffer].array[: data.nbytes].reshape(data.shape)
-        return _Slice(buffer, data.nbytes, self._copied(data, pinned))
+        return _Slice(buffer, data.nbytes, self._copied(data, pinned, piece))
 
-    def _copied(self, values: NDArray[Any], to: NDArray[Any]) -> list[Future[None]]:
-        """Copies rows in several threads."""
-        share = max(1, PIECE * len(values) // max(1, values.nbytes))
+    def _copied(self, values: NDArray[Any], to: NDArray[Any], piece: int) -> list[Future[None]]:
+        """Copies rows in threads, so many bytes each."""
+        share = max(1, piece * len(values) // max(1, values.nbytes))
         return [
-            self._readers.submit(np.copyto, to[start : start + share], values[start : start + share])
+            self._readers.submit(self._files.copy, values[start : start + share], to[start : start + share])
             for start in range(0, len(values), share)
         ]
 

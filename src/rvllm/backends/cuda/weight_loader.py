@@ -21,6 +21,7 @@ from rvllm.backends.cuda.staging import BLOCK, Span, Staging
 from rvllm.program.dtypes import DType
 from rvllm.weights.checkpoint import Checkpoint, TensorType
 from rvllm.weights.packing import find_tensor, pack, raw_parts, readable_parts, readable_type
+from rvllm.weights.reading import FileReader
 
 VECTORS = ("norm", "bias", "gated_bias")
 _PLAIN = {TensorType.F32: "f32", TensorType.F16: "f16", TensorType.BF16: "bf16"}
@@ -48,6 +49,7 @@ class Loader(Staging):
         self, places: Sequence[tuple[PackedWeight, int]], checkpoint: Checkpoint, progress: Progress | None
     ) -> float:
         """Loads every weight to its address and returns GB/s of stored bytes."""
+        self._files = FileReader.of(checkpoint)
         total = sum(wanted.nbytes for wanted, _ in places) or 1
         done, stored, started = 0, 0, time.perf_counter()
         for wanted, address in places:

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.cuda.device import driver
-from rvllm.backends.cuda.device.driver import CudaError, call
+from rvllm.backends.cuda.device.driver import CudaError, Device, call
 from rvllm.backends.free_memory import free_bytes
 
 PAGE, LARGE_PAGE = 4096, 2 << 20
-PIECE = 256 << 20  # bytes that a thread touches at a time
+PIECE = 256 << 20  # bytes that a thread touches at a time, at most
 THREADS = 8
 
 
@@ -39,10 +39,14 @@ class HostMemory:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         whole = np.frombuffer(self._map, np.uint8)
-        start = -whole.ctypes.data % LARGE_PAGE
+        self._first = start = -whole.ctypes.data % LARGE_PAGE
         self.address = whole.ctypes.data + start
         _touch(whole[start : start + nbytes])
         call("cuMemHostRegister", self.address, nbytes, driver.api().CU_MEMHOSTREGISTER_DEVICEMAP)
+
+    def view(self, start: int, nbytes: int) -> NDArray[np.uint8]:
+        """A piece of it as bytes."""
+        return np.frombuffer(self._map, np.uint8)[self._first + start :][:nbytes]
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -51,11 +55,39 @@ class HostMemory:
         del self._map
 
 
+class ComingHostMemory:
+    """Host memory that a thread takes while its caller does something else; closed at the end of a `with`."""
+
+    def __init__(self, nbytes: int, device: Device) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pin")
+        self._memory = self._thread.submit(self._take, nbytes, device)
+
+    @staticmethod
+    def _take(nbytes: int, device: Device) -> HostMemory:
+        device.make_current()
+        return HostMemory(nbytes)
+
+    def get(self) -> HostMemory:
+        """Waits for it. Raises CudaError as HostMemory does."""
+        return self._memory.result()
+
+    def __enter__(self) -> ComingHostMemory:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+        if self._memory.exception() is None:
+            self._memory.result().close()
+
+
 def _touch(memory: NDArray[np.uint8]) -> None:
     """Has the system put pages behind all of it."""
 
-    def piece(start: int) -> None:
-        memory[start : start + PIECE : PAGE] = 0
+    threads = min(THREADS, os.cpu_count() or 1)
+    step = min(PIECE, max(LARGE_PAGE, -(-len(memory) // threads // LARGE_PAGE) * LARGE_PAGE))
 
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        list(pool.map(piece, range(0, len(memory), PIECE)))
+    def piece(start: int) -> None:
+        memory[start : start + step : PAGE] = 0
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(piece, range(0, len(memory), step)))
