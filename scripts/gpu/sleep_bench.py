@@ -1,7 +1,9 @@
 """Sleep and waking on a GPU: seconds, memory given back, and the same tokens every time.
 
     PYTHONPATH=src python scripts/gpu/sleep_bench.py CONFIG_DIR [--times 50] [--gpu-memory-utilization 0.9]
+        [--pause 2]
 
+--pause: seconds asleep; the driver clears given-back pages meanwhile, and who wakes up at once waits for it.
 Random weights of the configuration. Exits with 1 when a token differs or memory is lost.
 """
 
@@ -22,6 +24,7 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--pause", type=float, default=0.0)
     args = parser.parse_args()
     llm = LLM(
         model=args.config, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", device="cuda",
@@ -46,6 +49,7 @@ def main() -> None:
         llm.engine.sleep(1)
         asleep.append(time.perf_counter() - began)
         given.append(Device.free_memory()[0] - free)
+        time.sleep(args.pause)
         began = time.perf_counter()
         llm.engine.wake_up()
         awake.append(time.perf_counter() - began)
