@@ -63,9 +63,8 @@ def main() -> None:
         for _ in range(args.times):
             ready, answered = once(args.model, args.device, words[at + 1 :], log)
             print(f"ready after {ready:.2f} s, first answer after {answered:.2f} s", flush=True)
-            print(
-                "".join(line for line in log.read_text().splitlines(True) if "  start " in line), flush=True
-            )
+            lines = log.read_text().splitlines()
+            print(*(line for line in lines if line.startswith("  start ")), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
