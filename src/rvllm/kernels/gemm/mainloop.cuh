@@ -37,13 +37,14 @@ __device__ __forceinline__ void release(const Ring& ring, int stage, int lane) {
   }
 }
 
-// Sums blocks [first, last) of K into acc, of as many tokens as it has columns.
-template <class T, int CLUSTER, int REGS>
+// Sums blocks [first, last) of K into acc, of as many tokens as it has columns. COPIED: x came by ordinary copies.
+template <class T, int CLUSTER, bool COPIED = false, int REGS>
 __device__ __forceinline__ void sum_blocks(float (&acc)[REGS], Ring& ring, int group, int lane, int first, int last) {
   using namespace ptx;
   int reading = -1;
   for (int k = first; k < last; k++) {
     mbar_wait(ring.full(ring.stage), ring.phase);
+    if constexpr (COPIED) fence_async_shared();  // the tensor cores read like the copy engine
     const u32 a = ring.weights_at() + group * TILE_BYTES, b = ring.x_at();
     wgmma_pin(acc);
     wgmma_fence();

@@ -6,6 +6,7 @@
 // expert lie anywhere. The ring goes on from work tile to work tile, so a block always has its shared memory full of
 // loads under way; that, and not the number of entries, is what a step of few tokens lives on.
 #include "gemm/epilogue.cuh"
+#include "gemm/mainloop.cuh"
 #include "moe/entries.cuh"
 
 namespace rvllm::experts {
@@ -44,15 +45,14 @@ __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1)
   constexpr int REGS = TOKENS / 2;
   __builtin_assume(kind != gemm::LOGITS);
   extern __shared__ __align__(1024) u8 shared[];
-  const u32 base = smem(shared), bars = base + L::STAGES * L::STAGE + L::STAGING;
-  const auto full = [&](int s) { return bars + 16 * s; };
-  const auto empty = [&](int s) { return bars + 16 * s + 8; };
+  const u32 base = smem(shared);
+  gemm::Ring ring{L::STAGES, base, base + L::WEIGHTS, L::STAGE, L::STAGE, base + L::STAGES * L::STAGE + L::STAGING};
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < L::STAGES; s++) {
-      mbar_init(full(s), 1 + L::GATHERERS);
-      mbar_init(empty(s), CONSUMERS / 32);
+      mbar_init(ring.full(s), 1 + L::GATHERERS);
+      mbar_init(ring.empty(s), CONSUMERS / 32);
     }
     mbar_init_fence();
   }
@@ -71,8 +71,7 @@ __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1)
   const int strips = (rows + TILE - 1) / TILE;
   TileScheduler scheduler{listed ? list.count : __ldcg(num_tiles), (strips + 1) / 2, group, static_cast<int>(blockIdx.x)};
   EntryTile tile, coming;  // this work tile's entries, and the next one's, which are looked up ahead
-  int pair, coming_pair, stage = 0;
-  u32 phase = 0;
+  int pair, coming_pair;
   bool any;
   const auto look_ahead = [&]() {
     int t;
@@ -92,21 +91,18 @@ __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1)
     return true;
   };
   look_ahead();
-  const auto advance = [&]() {
-    if (++stage == L::STAGES) stage = 0, phase ^= 1;
-  };
 
   if (warp >= CONSUMERS / 32) {
     const int thread = threadIdx.x - CONSUMERS, chunk = thread % 8, row0 = thread / 8;
     const u32 swizzled = row0 * 128 + (chunk ^ row0 % 8) * 16;
     const auto load_weights = [&](int block, int to) {
       const u8* const matrix = weights + tile.expert * matrix_bytes(rows, blocks);
-      mbar_arrive_expect(full(to), L::WEIGHTS);
+      mbar_arrive_expect(ring.full(to), L::WEIGHTS);
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const u64 strip = min(pair * 2 + i, strips - 1);
         bulk_load(base + to * L::STAGE + i * TILE_BYTES, matrix + (strip * blocks + block) * TILE_BYTES, TILE_BYTES,
-                  full(to), TOKENS == 64 ? EVICT_NORMAL : EVICT_FIRST);
+                  ring.full(to), TOKENS == 64 ? EVICT_NORMAL : EVICT_FIRST);
       }
     };
     bool more = next();
@@ -134,17 +130,17 @@ __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1)
         source[c] = entry[c] < 0 ? nullptr : x + static_cast<size_t>(by_token ? entry[c] / top_k : entry[c]) * k + chunk * 8;
       for (int block = 0; block < blocks; block++) {
         if (block >= ahead) {
-          mbar_wait(empty(stage), phase ^ 1);
-          if (thread == 0) load_weights(block, stage);
+          mbar_wait(ring.empty(ring.stage), ring.phase ^ 1);
+          if (thread == 0) load_weights(block, ring.stage);
         }
-        const u32 at = base + stage * L::STAGE + L::WEIGHTS + swizzled;
+        const u32 at = ring.x_at() + swizzled;
         const bool inside = block * TILE + chunk * 8 < k;
 #pragma unroll
         for (int c = 0; c < L::COPIES; c++)
           if (source[c]) cp_async16(at + c * (L::GATHERERS * 16), inside ? source[c] + block * TILE : x, inside ? 16 : 0);
-        cp_async_mbar_arrive(full(stage));
+        cp_async_mbar_arrive(ring.full(ring.stage));
         if (block == blocks / 2 && any) look_up(coming);
-        advance();
+        ring.advance();
       }
       ahead = 0;
       more = next();
@@ -153,49 +149,21 @@ __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, 1)
   }
 
   const int warpgroup = warp / 4, thread = threadIdx.x % 128;
-  // Sums blocks [first, last) into acc, of as many entries as it has columns.
-  const auto segment = [&](auto& acc, int first, int last) {
-    constexpr int WIDTH = sizeof(acc) / sizeof(float) * 2;
-    int reading = -1;
-    for (int b = first; b < last; b++) {
-      mbar_wait(full(stage), phase);
-      fence_async_shared();  // x came by ordinary copies, the tensor cores read like the copy engine
-      const u32 w = base + stage * L::STAGE + warpgroup * TILE_BYTES, t = base + stage * L::STAGE + L::WEIGHTS;
-      wgmma_pin(acc);
-      wgmma_fence();
-#pragma unroll
-      for (int j = 0; j < TILE / 16; j++)
-        wgmma<WIDTH, T>(acc, wgmma_operand(w + 32 * j), wgmma_operand(t + 32 * j), j > 0 || b > first);
-      wgmma_commit();
-      wgmma_pin(acc);
-      if (reading >= 0) {
-        wgmma_wait<1>();
-        if (lane == 0) mbar_arrive(empty(reading));
-      }
-      reading = stage;
-      advance();
-    }
-    wgmma_wait<0>();
-    wgmma_pin(acc);
-    if (reading >= 0 && lane == 0) mbar_arrive(empty(reading));
+  const auto segment = [&](float(&acc)[REGS], int s) {
+    gemm::sum_blocks<T, 1, true>(acc, ring, warpgroup, lane, gemm::segment_start(blocks, segments, s), gemm::segment_start(blocks, segments, s + 1));
   };
   if (!by_token) griddep_wait();
-  float sum[REGS];
-  const auto all_segments = [&](auto& acc) {
-    constexpr int COUNT = sizeof(acc) / sizeof(float);
-    segment(acc, 0, gemm::segment_start(blocks, segments, 1));
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) sum[i] = acc[i];
-    for (int s = 1; s < segments; s++) {
-      segment(acc, gemm::segment_start(blocks, segments, s), gemm::segment_start(blocks, segments, s + 1));
-#pragma unroll
-      for (int i = 0; i < COUNT; i++) sum[i] += acc[i];
-    }
-  };
   u8* const staging = shared + L::STAGES * L::STAGE + warpgroup * L::PER_GROUP;
   while (next()) {
-    float acc[REGS];
-    all_segments(acc);
+    float acc[REGS], sum[REGS];
+    segment(acc, 0);
+#pragma unroll
+    for (int i = 0; i < REGS; i++) sum[i] = acc[i];
+    for (int s = 1; s < segments; s++) {
+      segment(acc, s);
+#pragma unroll
+      for (int i = 0; i < REGS; i++) sum[i] += acc[i];
+    }
     const gemm::Epilogue e{out + static_cast<size_t>(tile.first) * pitch, nullptr, nullptr, kind, tile.count, rows, pitch, 1.f, 0.f};
     gemm::finish_accumulators<T, TOKENS, TOKENS, L::STAGE_PITCH>(e, sum, staging, 1 + warpgroup, thread,
                                                                    (pair * 2 + warpgroup) * TILE, 0);

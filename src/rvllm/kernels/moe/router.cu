@@ -17,6 +17,7 @@ inline constexpr int MAX_SEGMENTS = 8;
 [[maybe_unused]] constexpr int FEW = 8, MANY = 32;  // tokens of a block of `route`, at most, and of `route_many`
 inline constexpr int SLOTS = 4;              // of a warp's ring in `route`
 inline constexpr int MAX_NORM_WIDTH = 4096;  // elements of a row that can be normalised
+inline constexpr int NORM_PARTS = MAX_NORM_WIDTH / 256;  // of 32 vectors, what one warp of `norm` has
 [[maybe_unused]] constexpr int HELD = 2;  // vectors of such a row that a thread has: a block has 16 threads or more for each 64 elements, up to 256
 
 // What a router is besides its matrix: see `choose`.
@@ -41,6 +42,54 @@ __device__ __forceinline__ void load_chunk(u32 tile, int at, const T* matrix, in
              inside ? 16 : 0);
 }
 
+// Rows t0 and on of `raw`, `count` of them, normalised into tiles in shared memory, as load_chunk places them, and by the
+// first block into x too. by: the norm's weights of this thread's vectors. squares: scratch.
+template <typename T>
+__device__ __forceinline__ void norm_rows(u8* tiles, T* x, const T* raw, const float (&by)[HELD][8], float (*squares)[NORM_PARTS],
+                                          int t0, int count, int each, int k, float eps) {
+  const auto raw_at = [&](int token, int vector) {
+    return reinterpret_cast<const uint4*>(raw + (size_t)(t0 + token) * k)[vector];
+  };
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  const int blocks = (k + TILE - 1) / TILE, vectors = k / 8, parts = (vectors + 31) / 32;
+  uint4 held[HELD];  // of the first token, which is the only one but on small GPUs
+  for (int token = 0; token < count; token++) {
+#pragma unroll
+    for (int h = 0; h < HELD; h++) {
+      const int vector = threadIdx.x + h * blockDim.x;
+      const uint4 at = vector < vectors ? raw_at(token, vector) : make_uint4(0, 0, 0, 0);
+      if (token == 0) held[h] = at;
+      float v[8], square = 0.f;
+      unpack8<T>(at, v);
+#pragma unroll
+      for (int j = 0; j < 8; j++) square = __fmaf_rn(v[j], v[j], square);
+      square = warp_sum(square);
+      if (lane == 0 && warp + h * warps < parts) squares[token][warp + h * warps] = square;
+    }
+  }
+  __syncthreads();
+  for (int token = 0; token < count; token++) {
+    float total = squares[token][0];
+    for (int w = 1; w < parts; w++) total += squares[token][w];
+    const float factor = 1.f / sqrtf(total / k + eps);
+#pragma unroll
+    for (int h = 0; h < HELD; h++) {
+      const int vector = threadIdx.x + h * blockDim.x;
+      if (vector >= blocks * 8) continue;
+      uint4 normed = make_uint4(0, 0, 0, 0);
+      if (vector < vectors) {
+        float v[8];
+        unpack8<T>(token == 0 ? held[h] : raw_at(token, vector), v);
+#pragma unroll
+        for (int j = 0; j < 8; j++) v[j] = __fmaf_rn(__fmul_rn(v[j], factor), by[h][j], 0.f);
+        normed = pack8<T>(v);
+        if (blockIdx.x == 0) reinterpret_cast<uint4*>(x + (size_t)(t0 + token) * k)[vector] = normed;
+      }
+      *reinterpret_cast<uint4*>(tiles + vector / 8 * (each * 128) + token * 128 + (vector % 8 ^ token) * 16) = normed;
+    }
+  }
+}
+
 // ids int32, shares float32 [rows, top_k + always]: behind the chosen experts, `experts`, `experts` + 1, ... with
 // share 1; x [rows, k], weight [experts, k], bias float32 [experts] or null; logits float32 [rows, experts] and arrivals
 // uint32 [ceil(rows / each)] (zeros, left as zeros) are scratch. Rows from *num_tokens on are left alone. k % 8 == 0,
@@ -56,12 +105,11 @@ __global__ void __launch_bounds__(32 * MAX_SEGMENTS)
 route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* __restrict__ bias, float* logits,
       u32* arrivals, const int* num_tokens, const T* raw, const float* __restrict__ norm_weight, int k, int experts,
       int top_k, int always, int groups, int kept, int flags, int each, float scale, float eps) {
-  constexpr int PARTS = MAX_NORM_WIDTH / 256;  // of 32 vectors, what one warp of `norm` has
   extern __shared__ __align__(1024) u8 shared[];
   __shared__ u32 keys[MAX_SEGMENTS][32 * LANE_EXPERTS];
   __shared__ float partial[MAX_SEGMENTS][FEW][SLICE];
   [[maybe_unused]] __shared__ float gathered[CLUSTER ? FEW : 1][CLUSTER ? 32 * LANE_EXPERTS : 1];  // logits of tokens this block chooses for
-  __shared__ float squares[NORM ? FEW : 1][PARTS];
+  __shared__ float squares[NORM ? FEW : 1][NORM_PARTS];
   __shared__ int last_here;
   griddep_launch();
 #if __CUDA_ARCH__ >= 900
@@ -99,53 +147,13 @@ route(int* ids, float* shares, T* x, const T* __restrict__ weight, const float* 
 #endif
     return;
   }
-  if constexpr (NORM) {
-    const auto raw_at = [&](int token, int vector) {
-      return reinterpret_cast<const uint4*>(raw + (size_t)(t0 + token) * k)[vector];
-    };
-    const int parts = (vectors + 31) / 32;
-    uint4 held[HELD];  // of the first token, which is the only one but on small GPUs
-    for (int token = 0; token < count; token++) {
-#pragma unroll
-      for (int h = 0; h < HELD; h++) {
-        const int vector = threadIdx.x + h * blockDim.x;
-        const uint4 at = vector < vectors ? raw_at(token, vector) : make_uint4(0, 0, 0, 0);
-        if (token == 0) held[h] = at;
-        float v[8], square = 0.f;
-        unpack8<T>(at, v);
-#pragma unroll
-        for (int j = 0; j < 8; j++) square = __fmaf_rn(v[j], v[j], square);
-        square = warp_sum(square);
-        if (lane == 0 && warp + h * warps < parts) squares[token][warp + h * warps] = square;
-      }
-    }
-    __syncthreads();
-    for (int token = 0; token < count; token++) {
-      float total = squares[token][0];
-      for (int w = 1; w < parts; w++) total += squares[token][w];
-      const float factor = 1.f / sqrtf(total / k + eps);
-#pragma unroll
-      for (int h = 0; h < HELD; h++) {
-        const int vector = threadIdx.x + h * blockDim.x;
-        if (vector >= blocks * 8) continue;
-        uint4 normed = make_uint4(0, 0, 0, 0);
-        if (vector < vectors) {
-          float v[8];
-          unpack8<T>(token == 0 ? held[h] : raw_at(token, vector), v);
-#pragma unroll
-          for (int j = 0; j < 8; j++) v[j] = __fmaf_rn(__fmul_rn(v[j], factor), by[h][j], 0.f);
-          normed = pack8<T>(v);
-          if (blockIdx.x == 0) reinterpret_cast<uint4*>(x + (size_t)(t0 + token) * k)[vector] = normed;
-        }
-        *reinterpret_cast<uint4*>(shared + vector / 8 * (each * 128) + token * 128 + (vector % 8 ^ token) * 16) = normed;
-      }
-    }
-  } else {
+  if constexpr (NORM)
+    norm_rows<T>(shared, x, raw, by, squares, t0, count, each, k, eps);
+  else
     for (int i = threadIdx.x; i < count * blocks * 8; i += blockDim.x) {
       const int token = i / (blocks * 8), block = i / 8 % blocks;
       load_chunk(x_base + block * each * 128, token, x, t0 + token, tokens, k, block, i % 8);
     }
-  }
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
