@@ -29,7 +29,7 @@ def test_settings_are_known(path: Path) -> None:
 
 @pytest.mark.parametrize("path", YAML, ids=lambda p: str(p.relative_to(DEPLOY)))
 def test_yaml_parses(path: Path) -> None:
-    assert all(isinstance(document, dict) for document in yaml.safe_load_all(path.read_text()))
+    assert all(isinstance(document, (dict, list)) for document in yaml.safe_load_all(path.read_text()))
 
 
 def test_the_charts_values_are_those_of_its_schema() -> None:
