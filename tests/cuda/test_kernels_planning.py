@@ -81,6 +81,12 @@ def test_few_rows_go_to_the_kernel_that_is_quicker_there() -> None:
     assert plan_decode_ring(DType.BF16, 128, 28, 4, max_seqs=RING_ROWS // 4 - 1, **sizes) is None
     plan = plan_decode_ring(DType.BF16, 128, 28, 4, max_seqs=RING_ROWS // 4, **sizes)
     assert plan is not None and plan.grid == RING_ROWS  # no more blocks than splits
+    # Where it rotates too it saves a launch, which one sequence of a long context does not notice.
+    for seqs, longest, grid in ((1, 4096, 4 * 7), (2, 9999, 8 * 7), (1, 9999, None)):
+        alone = plan_decode_ring(
+            DType.BF16, 128, 28, 4, max_seqs=seqs, rotates=True, **{**sizes, "max_model_len": longest}
+        )
+        assert (alone.grid if alone else None) == grid
 
 
 def test_unknown_head_size_is_named() -> None:

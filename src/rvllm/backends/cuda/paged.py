@@ -6,7 +6,7 @@ partial results and its counters. So the ops of one program must cut their rows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import TypeVar
 
 from rvllm.backends.cuda.device.info import DeviceInfo
@@ -22,13 +22,22 @@ Plan = TypeVar("Plan")
 
 
 def decode_plans(
-    ops: Iterable[Op], dtype: DType, chip: DeviceInfo, seqs: int, longest: int, blocks: int
+    ops: Iterable[Op],
+    dtype: DType,
+    chip: DeviceInfo,
+    seqs: int,
+    longest: int,
+    blocks: int,
+    rotating: Container[str] = (),
 ) -> dict[str, DecodePlan]:
     """By op: how it is launched for at most `seqs` sequences of one token, each at most `longest` long.
 
-    blocks: of the KV pool. Raises MissingKernelError with what all ops lack.
+    blocks: of the KV pool. rotating: ops whose stage rotates first, see PagedPlans. Raises MissingKernelError
+    with what all ops lack.
     """
-    return _plans(ops, lambda plans, op: plans.decode(op, dtype, chip, seqs, longest, blocks))
+    return _plans(
+        ops, lambda plans, op: plans.decode(op, dtype, chip, seqs, longest, blocks, op.name in rotating)
+    )
 
 
 def prefill_plans(ops: Iterable[Op], dtype: DType, chip: DeviceInfo) -> dict[str, PrefillPlan]:

@@ -29,6 +29,7 @@ from rvllm.backends.cuda.layout.metadata import Layout
 from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.layout.weights import packed_weights
 from rvllm.backends.cuda.lowering import lower
+from rvllm.backends.cuda.ops.attention.launches import turns
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.ops.decode import chains
 from rvllm.backends.cuda.ops.family import Lowering, TileShape
@@ -182,7 +183,11 @@ class StepPlanner:
         """How each layer's decode attention is launched for at most `seqs` sequences."""
         ops = (op for stage in self.stages for op in stage.ops)
         memory = self.memory
-        return decode_plans(ops, self.dtype, self.chip, seqs, memory.longest, memory.shape.kv_blocks)
+        last = [(s.ops[0], s.ops[-1]) for s in self.stages]
+        rotating = {attention.name for rope, attention in last if turns(rope, attention)}
+        return decode_plans(
+            ops, self.dtype, self.chip, seqs, memory.longest, memory.shape.kv_blocks, rotating
+        )
 
     def _lowering(
         self,

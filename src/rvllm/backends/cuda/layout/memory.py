@@ -141,8 +141,10 @@ def plan_memory(
     if asked is not None and config.num_blocks is None:
         asked = max(1, asked)
     most = asked or max(1, room // block_bytes)
-    decode = decode_plans(program.ops, program.dtype, facts.info, seqs, longest, most)
-    attention = attention_allocations(decode.values())
+    given = (program.ops, program.dtype, facts.info, seqs, longest, most)
+    decode = decode_plans(*given)
+    rotating = decode_plans(*given, decode)  # of a few sequences, where a kernel rotates too
+    attention = attention_allocations([*decode.values(), *rotating.values()])
     slack = 2 * ALIGNMENT * len(program.caches)  # each is aligned on its own
     blocks = asked or (room - _taken(attention) - slack) // block_bytes
     allocations = [*fixed, *attention, *after]

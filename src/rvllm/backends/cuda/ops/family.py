@@ -116,13 +116,14 @@ class TileShape:
 class PagedPlans:
     """How the ops of one type that attend to the paged cache are planned; see `paged`.
 
-    decode(op, dtype, chip, seqs, longest, blocks): for up to `seqs` sequences of one token each and up to
-    `longest` tokens, out of a pool of `blocks` KV blocks; found again as `lowering.decode[op.name]`.
+    decode(op, dtype, chip, seqs, longest, blocks, rotates): for up to `seqs` sequences of one token each and
+    up to `longest` tokens, out of a pool of `blocks` KV blocks; rotates: whether its stage rotates queries
+    and keys first, which a kernel may do besides; found again as `lowering.decode[op.name]`.
     prefill(op, dtype, chip): for sequences of several tokens, cut into tiles; `lowering.prefill[op.name]`.
     group(op): see TileShape. The two plans raise MissingKernelError.
     """
 
-    decode: Callable[[Op, DType, DeviceInfo, int, int, int], DecodePlan]
+    decode: Callable[[Op, DType, DeviceInfo, int, int, int, bool], DecodePlan]
     prefill: Callable[[Op, DType, DeviceInfo], PrefillPlan]
     group: Callable[[Op], int]
 

@@ -23,6 +23,13 @@ from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Attention, BlockSparseAttention, Norm, Op, RopeKV
 
 
+def turns(rope: Op, attention: Op) -> bool:
+    """Whether a kernel of decode attention could rotate too: whole heads, by halves."""
+    if not isinstance(rope, RopeKV) or not isinstance(attention, Attention) or rope.rope is None:
+        return False
+    return not rope.rope.interleaved and rope.rope.dim == attention.head_dim
+
+
 @dataclass(frozen=True)
 class Turning:
     """A decode attention kernel that rotates too, and the addresses of its angles' cosines and sines."""
@@ -32,9 +39,11 @@ class Turning:
     sin: int
 
 
-def _decode(op: Op, dtype: DType, chip: DeviceInfo, seqs: int, longest: int, blocks: int) -> DecodePlan:
+def _decode(
+    op: Op, dtype: DType, chip: DeviceInfo, seqs: int, longest: int, blocks: int, rotates: bool
+) -> DecodePlan:
     assert isinstance(op, Attention | BlockSparseAttention)
-    plan = decode_of(op, dtype, chip, seqs, longest, blocks)
+    plan = decode_of(op, dtype, chip, seqs, longest, blocks, rotates)
     if isinstance(op, BlockSparseAttention):
         plan = replace(plan, kernel=sparse_kernel(plan.kernel, op.head_dim))
     return plan
@@ -70,12 +79,10 @@ def _rope_kv(to: Lowering, stage: Stage) -> None:
 def _turning(to: Lowering, rope: RopeKV, attention: Attention) -> Turning | None:
     """How decode attention rotates too, where a step has nothing but decodes and there is a kernel."""
     plan, angles = to.decode[attention.name], rope.rope
-    if to.prefill is not None or not plan.ring or angles is None:
+    if to.prefill is not None or not plan.ring or angles is None or not turns(rope, attention):
         return None
     kernel = decode_rope_kernel(plan.kernel)
-    if kernel is None or angles.interleaved or angles.dim != attention.head_dim:
-        return None
-    return Turning(kernel, *to.at.ropes[angles])
+    return None if kernel is None else Turning(kernel, *to.at.ropes[angles])
 
 
 def _rotate(to: Lowering, name: str, ops: Sequence[Op]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from rvllm.kernels.attention.specs import (
     decode_ring_kernel,
     decode_ring_smem,
     decode_ring_state,
+    decode_rope_kernel,
     decode_smem,
     prefill_kernel,
     prefill_rows,
@@ -37,6 +39,8 @@ from rvllm.program.ops.dense import Attention, BlockSparseAttention
 
 Plan = TypeVar("Plan")
 RING_ROWS = 32  # sequences times key heads from which on attn_decode_ring is quicker on an H200
+RING_TURNING_ROWS = 8  # the same where it rotates too, which saves a launch
+RING_TURNING_LENGTH = 4096  # tokens up to which it is quicker there for fewer rows as well
 SPLIT = SIZES["SPLIT"]  # positions after which partial results are merged
 TABLE_ALIGNMENT = SIZES["TILE"] // KV_BLOCK  # a slot's block table is a multiple of this many entries
 
@@ -137,15 +141,18 @@ def plan_decode_ring(
     sm_count: int,
     smem_per_block: int,
     fp8: bool = False,
+    rotates: bool = False,
 ) -> DecodePlan | None:
     """`plan_decode` for the kernel whose tiles the copy engine brings.
 
-    None where it has no such heads, or where there are so few of them that the other kernel is quicker.
+    rotates: whether it is launched as the kernel that rotates too, which saves a launch. None where it has no
+    such heads, or where there are so few of them that the other kernel is quicker.
     """
     group = heads // kv_heads
     kernel = decode_ring_kernel(dtype.value, head_dim, group, smem_per_block, fp8)
     rows = kv_heads * -(-group // (8 if group <= 8 else 16))
-    if kernel is None or max_seqs * rows < RING_ROWS:
+    sparse = max_seqs * rows < (RING_TURNING_ROWS if rotates else RING_ROWS)
+    if kernel is None or (sparse and not (rotates and max_model_len <= RING_TURNING_LENGTH)):
         return None
     items = _splits(max_seqs, max_model_len, num_blocks) * rows
     few, many = DECODE_RING_WARPS
@@ -161,12 +168,19 @@ def plan_decode_ring(
 
 
 def decode_of(
-    op: Attention | BlockSparseAttention, dtype: DType, chip: DeviceInfo, seqs: int, longest: int, blocks: int
+    op: Attention | BlockSparseAttention,
+    dtype: DType,
+    chip: DeviceInfo,
+    seqs: int,
+    longest: int,
+    blocks: int,
+    rotates: bool,
 ) -> DecodePlan:
     """The launch for an op: up to `seqs` sequences of up to `longest` tokens, `blocks` in the KV pool.
 
-    By the copy engine where the GPU has one and there is a kernel, else by `plan_decode`: both give the same
-    bits. Raises as `plan_decode` does.
+    rotates: whether the launch is to rotate too, where there is a kernel that does. By the copy engine where
+    the GPU has one and there is a kernel, else by `plan_decode`: both give the same bits. Raises as
+    `plan_decode` does.
     """
 
     def planned(plan: Callable[..., Plan]) -> Plan:
@@ -183,7 +197,11 @@ def decode_of(
             fp8=op.cache.fp8,
         )
 
-    ring = planned(plan_decode_ring) if chip.capability >= 90 and isinstance(op, Attention) else None
+    if chip.capability < 90 or not isinstance(op, Attention):
+        return planned(plan_decode)
+    ring = planned(partial(plan_decode_ring, rotates=rotates))
+    if ring is not None and rotates and decode_rope_kernel(ring.kernel) is None:
+        ring = planned(plan_decode_ring)
     return ring or planned(plan_decode)
 
 

@@ -44,7 +44,9 @@ def _shape(op: Op) -> LatentShape:
     return LatentShape(op.heads, op.rank, op.cache.key_dim - op.rank)
 
 
-def _decode(op: Op, dtype: DType, chip: DeviceInfo, seqs: int, longest: int, blocks: int) -> DecodePlan:
+def _decode(
+    op: Op, dtype: DType, chip: DeviceInfo, seqs: int, longest: int, blocks: int, rotates: bool
+) -> DecodePlan:
     return plan_decode(
         dtype,
         _shape(op),
