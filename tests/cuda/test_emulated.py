@@ -99,6 +99,7 @@ def test_matrix_kernels(emulator: Emulator, rng: np.random.Generator, dtype: str
     gemm_checks.check_pack(emulator, rng, DTYPES[dtype])
     gemm_checks.check_gemm(emulator, rng, DTYPES[dtype])
     gemm_checks.check_best(emulator, rng, DTYPES[dtype])
+    gemm_checks.check_drawn(emulator, rng, DTYPES[dtype])
 
 
 def test_sampling(emulator: Emulator, rng: np.random.Generator) -> None:
@@ -110,7 +111,7 @@ def test_sampling_from_broken_logits(emulator: Emulator, rng: np.random.Generato
 
 
 def test_an_edge_of_the_draw_is_the_neighbours_too() -> None:
-    spec, tokens = SamplingSpec(temperature=1.0, seed=3), np.zeros(2, np.int32)
+    spec, tokens = SamplingSpec(temperature=1.0, seed=3, min_p=1e-12), np.zeros(2, np.int32)
     history = sampling_checks.History.begin(spec, tokens, 2, 8)
     u = sampling_checks.uniform(spec.seed, 0)
     weights = np.full(8, 1e-9)

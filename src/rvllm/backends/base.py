@@ -35,9 +35,10 @@ LAST_SAMPLED = -1  # in StepBatch.tokens: the token this slot sampled last, whic
 class SamplingSpec(msgspec.Struct, frozen=True, array_like=True):
     """How one slot draws its tokens. Neutral values switch a step off.
 
-    The token at output index i (0-based, counted from the end of the prompt) is drawn with the uniform
-    number u = philox4x32-10(key = seed, counter = i) / 2^32 by inverting the cumulative distribution in
-    order of token id, so a seed gives the same tokens in any batch.
+    The token at output index i (0-based, counted from the end of the prompt) depends on the logits, the seed
+    and i alone, so a seed gives the same tokens in any batch. Where top_k, top_p and min_p filter nothing, it
+    is the largest of logit / temperature + Gumbel noise of the id; else the uniform number
+    philox4x32-10(key = seed, counter = i) / 2^32 inverts the cumulative distribution in order of token id.
     """
 
     temperature: float = 0.0  # 0 is greedy

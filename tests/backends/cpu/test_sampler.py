@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rvllm.backends.base import SamplingSpec
-from rvllm.backends.cpu.reference.philox import philox4x32, uniform
+from rvllm.backends.cpu.reference.philox import gumbel, noise_words, philox2x32, philox4x32, uniform
 from rvllm.backends.cpu.reference.sampler import History, adjust, distribution, draw, nucleus
 from rvllm.backends.logprobs import top_logprobs
 
@@ -28,6 +28,41 @@ def test_philox_known_answers() -> None:
     assert full == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
     pi = philox4x32(0x299F31D0A4093822, 0x0370734413198A2E85A308D3243F6A88)
     assert pi == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "key", "words"),
+    [
+        (0, 0, 0, (0x257A3673, 0xCD26BE2A)),
+        (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, (0xAB302C4D, 0x3DC9D239)),
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, (0xBEDBBE6B, 0xE4C770B3)),
+    ],
+)
+def test_philox2x32_known_answers(low: int, high: int, key: int, words: tuple[int, int]) -> None:
+    """Of 7 rounds, as published with the generator (Random123)."""
+    found = philox2x32(key, np.array([7, low], np.uint64), high)
+    assert tuple(int(w[1]) for w in found) == words
+
+
+def test_noise_is_gumbel_and_independent_of_id_step_and_seed() -> None:
+    """Moments of the standard Gumbel distribution; no correlation between neighbours of any kind."""
+    noise = np.array([gumbel(noise_words(seed, i, 1000)) for seed in (5, 6) for i in range(50)])
+    assert abs(noise.mean() - np.euler_gamma) < 0.02
+    assert abs(noise.var() - np.pi**2 / 6) < 0.04
+    assert np.corrcoef(noise.reshape(-1)[:-8], noise.reshape(-1)[8:])[0, 1] < 0.01
+    assert np.abs(np.corrcoef(noise)[~np.eye(100, dtype=bool)]).max() < 0.2
+    assert np.isfinite(gumbel(np.array([0, 2**32 - 1], np.uint64))).all()
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 8, 50, 1031])
+@pytest.mark.parametrize("spread", [0.0, 2.0, 30.0])
+def test_a_draw_by_temperature_is_the_largest_sum_with_noise(vocab: int, spread: float) -> None:
+    """Whatever ids are not looked at closely."""
+    logits = row(3, vocab) * np.float32(spread)
+    for index in range(20):
+        history = History.begin(SamplingSpec(temperature=0.7, seed=11), np.zeros(index, np.int32), 0, vocab)
+        sums = logits.astype(np.float64) / 0.7 + gumbel(noise_words(11, index, vocab))
+        assert draw(logits, history) == int(np.argmax(sums))
 
 
 def test_greedy_takes_the_first_of_the_largest() -> None:
@@ -128,17 +163,20 @@ def test_draws_follow_the_distribution_and_the_seed() -> None:
         history.append(token)
         counts[token] += 1
         first.append(token)
-    np.testing.assert_allclose(counts / 4000, np.exp(logits), atol=0.03)
+    expected = 4000 * np.exp(logits.astype(np.float64))
+    assert float(((counts - expected) ** 2 / expected).sum()) < 16.3  # chi-squared of 3 degrees: 1 in 1,000
     again = History.begin(spec, np.zeros(51, np.int32), 1, 4)  # resumed after 50 tokens
     assert draw(logits, again) == first[50]
 
 
-def test_a_draw_inverts_the_cumulative_distribution_in_order_of_id() -> None:
+def test_a_filtered_draw_inverts_the_cumulative_distribution_in_order_of_id() -> None:
     logits = row(3)
     p = np.exp(logits.astype(np.float64) - logits.max())
+    p[p < 1e-4 * p.max()] = 0
     for index in range(50):
         u = uniform(11, index)
-        history = History.begin(SamplingSpec(temperature=1.0, seed=11), np.zeros(index, np.int32), 0, VOCAB)
+        spec = SamplingSpec(temperature=1.0, seed=11, min_p=1e-4)
+        history = History.begin(spec, np.zeros(index, np.int32), 0, VOCAB)
         expected = int(np.searchsorted(np.cumsum(p) / p.sum(), u, side="right"))
         assert draw(logits, history) == expected
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 
+from rvllm.backends.base import SamplingSpec
+from rvllm.backends.cpu.reference.philox import gumbel, noise_words, philox4x32
+from rvllm.backends.cuda.layout.metadata import BEST_ONLY, HEADER_WORDS, NUM_SAMPLES, SAMPLE_SLOTS, SLOTS
 from rvllm.backends.cuda.ops.gemm import plan as gemm
 from rvllm.backends.cuda.ops.gemm.common import Kind
+from rvllm.backends.cuda.ops.sampling.slots import DRAW, SLOT
 from rvllm.kernels.gemm.specs import SM80_TOKENS, sm80_smem
 from support.kernels.harness import BF16, F16, SHORT, Machine, error, expect, rounded
 
 SHAPES = [(203, 72), (64, 8), (576, 576), (130, 1160)]  # (rows, columns) of the weight
 GUARD = 5  # poisoned rows behind the output
+STEP = 3  # of output, whose noise is looked at
 POISON = {2: np.uint16, 4: np.uint32}
 
 
@@ -116,6 +123,49 @@ def check_best(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) -> None:
                     part = logits[:, first : first + 64]
                     assert (ids[:, i] == first + part.argmax(axis=1)).all(), (n, k, tile, i)
                     assert (values[:, i] == part.max(axis=1)).all()
+
+
+def draw_header(
+    gpu: Machine, rng: np.random.Generator, tokens: int
+) -> tuple[object, object, list[SamplingSpec]]:
+    """(a step's header whose rows draw, the slots it names, the rows' parameters); some rows are greedy."""
+    seeds = [int(seed) for seed in rng.integers(2**63, size=tokens)]
+    specs = [SamplingSpec(temperature=(0.0, 0.6, 1.0, 1.7)[i % 4], seed=seed) for i, seed in enumerate(seeds)]
+    place = rng.permutation(tokens)
+    slots = np.zeros(tokens, SLOT)
+    slots["temperature"][place] = [spec.temperature for spec in specs]
+    slots["noise"][place] = [philox4x32(spec.seed, STEP)[1:3] for spec in specs]
+    kept = gpu.array(slots)
+    header = np.zeros(HEADER_WORDS + tokens, np.int32)
+    header[NUM_SAMPLES], header[BEST_ONLY], header[SAMPLE_SLOTS] = tokens - 1, DRAW, HEADER_WORDS
+    header[SLOTS : SLOTS + 2].view(np.int64)[0] = kept.address
+    header[HEADER_WORDS:] = place
+    header[-2] = -1  # draws nothing; the last row is none of the step's
+    specs[-2:] = [SamplingSpec()] * 2
+    return gpu.array(header), kept, specs
+
+
+def check_drawn(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) -> None:
+    """Where rows draw by temperature, the best is that of logit / temperature + the row's noise."""
+    tokens = 21
+    header, _slots, specs = draw_header(gpu, rng, tokens)
+    for n, k in SHAPES[:3]:
+        product = Product(gpu, rng, dtype, n, k, tokens)
+        logits = product.run(tokens, SM80_TOKENS[0], Kind.LOGITS)
+        sums = logits.astype(np.float64)
+        for row, spec in enumerate(specs):
+            if spec.temperature:
+                sums[row] = sums[row] / spec.temperature + gumbel(noise_words(spec.seed, STEP, n))
+        first = None
+        for tile in SM80_TOKENS:
+            values, ids = product.best(tokens, tile, ctypes.c_void_p(header.address + 4 * BEST_ONLY))
+            first = first or (values, ids)
+            assert (values.view(np.uint32) == first[0].view(np.uint32)).all() and (ids == first[1]).all()
+            for i, start in enumerate(range(0, n, 64)):
+                part = sums[:, start : start + 64]
+                taken = np.take_along_axis(sums, ids[:, i : i + 1], axis=1)[:, 0]
+                assert (np.abs(values[:, i] - taken) < 1e-4).all(), (n, k, tile, i)
+                assert (taken >= part.max(axis=1) - 1e-4).all(), (n, k, tile, i)
 
 
 def check_pack(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) -> int:

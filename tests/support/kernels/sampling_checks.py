@@ -6,8 +6,8 @@ import numpy as np
 from msgspec.structs import replace
 
 from rvllm.backends.base import BROKEN_ROW, SamplingSpec, SlotStart
-from rvllm.backends.cpu.reference.philox import uniform
-from rvllm.backends.cpu.reference.sampler import History, adjust, distribution, draw
+from rvllm.backends.cpu.reference.philox import gumbel, noise_words, uniform
+from rvllm.backends.cpu.reference.sampler import History, adjust, distribution, draw, unfiltered
 from rvllm.backends.cuda.ops.sampling.slots import (
     MAX_TOP,
     PICK_THREADS,
@@ -109,13 +109,17 @@ def specs(rng: np.random.Generator, vocab: int) -> list[SamplingSpec]:
 
 
 def agrees(token: int, logits: np.ndarray, history: History, mask: np.ndarray | None) -> bool:
-    """Whether a token is the reference's, or its neighbour where the draw falls within 1e-5 of the edge."""
+    """Whether a token is the reference's, or within 1e-5 of the distribution, 1e-4 of a sum with noise."""
     if token == draw(logits, history, mask):
         return True
     spec = history.spec
     changed = adjust(logits.copy(), history, mask)
     if spec.temperature < 1e-5:
         return False
+    if unfiltered(spec, len(logits)):
+        noise = gumbel(noise_words(spec.seed, history.generated, len(logits)))
+        sums = changed.astype(np.float64) / spec.temperature + noise
+        return bool(sums[token] >= sums.max() - 1e-4)
     weights = distribution(changed, spec).astype(np.float64)
     if weights[token] == 0:
         return False

@@ -32,13 +32,13 @@ from rvllm.backends.cuda.in_flight import NOTHING, InFlightStep, Sender
 from rvllm.backends.cuda.layout.addresses import Addresses
 from rvllm.backends.cuda.layout.allocations import WEIGHTS, Placed, placed_weights
 from rvllm.backends.cuda.layout.memory import KV_CACHE, MemoryPlan
-from rvllm.backends.cuda.layout.metadata import SampledRows, leading_decodes
+from rvllm.backends.cuda.layout.metadata import SampledRows, Sampling, leading_decodes
 from rvllm.backends.cuda.layout.packed import ELEMENT
 from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
 from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
 from rvllm.backends.cuda.ops.sampling.logprobs import KERNEL as LOGPROBS_KERNEL
 from rvllm.backends.cuda.ops.sampling.logprobs import Scorer
-from rvllm.backends.cuda.ops.sampling.slots import takes_best
+from rvllm.backends.cuda.ops.sampling.slots import DRAW, MAX_DRAWN, left_by_head
 from rvllm.backends.cuda.ops.sampling.starts import KERNEL as START_KERNEL
 from rvllm.backends.cuda.ops.sampling.starts import Starter
 from rvllm.backends.cuda.profile import (
@@ -110,7 +110,7 @@ class CudaBackend:
         self._starter = Starter(gpu.catalog, gpu.stream, at, shape, plan.start_words)
         self._scorer = Scorer(gpu.catalog, gpu.stream, at, shape)
         self._sender = Sender(gpu.catalog, gpu.stream, at.metadata)
-        self._takes_best = np.zeros(shape.seqs, dtype=np.bool_)  # by slot
+        self._left_by_head = np.zeros(shape.seqs, dtype=np.int8)  # by slot
         self._check_memory, self._free_before, self._graphs_before = check_memory, -1, 0
         self._last: InFlightStep | None = None
         self._steps = self._gaps = 0
@@ -213,7 +213,7 @@ class CudaBackend:
         flight.follows = last if decode and last is not None and last.decode and last.under_way else None
         for entry in batch.started:
             self._scorer.start(entry)
-            self._takes_best[entry.slot] = takes_best(entry.sampling)
+            self._left_by_head[entry.slot] = left_by_head(entry.sampling, self._shape.vocab)
         if self._host is not None:
             after = self._end_of(batch.moves_after)
             self._host.move(batch.moves, batch.moves_ahead, after, self._stream)
@@ -235,8 +235,8 @@ class CudaBackend:
         flight.padded, flight.capture_seconds = size, self._graphs.capture_seconds - captured
         words = flight.metadata.array.view(np.int32)
         updates = self._starter.early_updates(batch.new_blocks, layout.updates)
-        best_only = not batch.masks and not batch.prompt_logprobs and self._takes_best[rows.slots].all()
-        used = layout.pack(batch, updates, rows, tiles, words, bool(best_only), flight.tokens.device_address)
+        sampling = Sampling(self._best_only(batch, rows), self._at.parameters, flight.tokens.device_address)
+        used = layout.pack(batch, updates, rows, tiles, words, sampling)
         self._sender.send(flight.metadata, used)
         flight.began.record(self._stream)
         for graph in graphs:
@@ -246,6 +246,14 @@ class CudaBackend:
         flight.done.record(self._stream)
         self._last = flight
         return flight
+
+    def _best_only(self, batch: StepBatch, rows: SampledRows) -> int:
+        """What the head may leave instead of logits, for all rows of a step; see `Sampling`."""
+        left = self._left_by_head[rows.slots]
+        if batch.masks or batch.prompt_logprobs or not left.all():
+            return 0
+        most = int(left.max(initial=0))
+        return 0 if most == DRAW and len(left) > MAX_DRAWN else most
 
     def _copy_states(self, moves: list[tuple[int, int, int]]) -> None:
         """Copies rows of recurrent states between slots and snapshots, which lie behind them."""

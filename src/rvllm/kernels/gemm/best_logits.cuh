@@ -39,12 +39,31 @@ __device__ __forceinline__ void leave_best_logits(const Epilogue& e, const float
 #pragma unroll
   for (int c0 = 0; c0 < COLUMNS; c0 += EACH) {
     if (c0 * 4 >= limit) break;
+    // Noise is made in a loop that is not unrolled, by way of local memory: unrolled it is most of the kernel's code.
+    float scale[EACH], noise[2][EACH];
+    if (e.best_only == drawing::DRAW) {
+#pragma unroll 1
+      for (int k = 0; k < EACH; k++) {
+        const int c = c0 + k;
+        const drawing::Noise of = e.noise_of(token0 + c / 2 * 8 + lane % 4 * 2 + c % 2);
+        const bool greedy = of.per_degree == 0.f;
+        const uint2 words = of.words(row);  // row % 16 < 8
+        scale[k] = greedy ? 1.f : of.per_degree;
+        noise[0][k] = greedy ? -0.f : of.gumbel(words.x);
+        noise[1][k] = greedy ? -0.f : of.gumbel(words.y);
+      }
+    }
     Best best[EACH];
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
       const int c = c0 + k;
-      const Best low = candidate(logit(acc[c / 2 * 4 + c % 2], bias[0], e.scale, e.soft_cap), row);
-      const Best high = candidate(logit(acc[c / 2 * 4 + c % 2 + 2], bias[1], e.scale, e.soft_cap), row + 8);
+      float first = logit(acc[c / 2 * 4 + c % 2], bias[0], e.scale, e.soft_cap);
+      float second = logit(acc[c / 2 * 4 + c % 2 + 2], bias[1], e.scale, e.soft_cap);
+      if (e.best_only == drawing::DRAW) {  // as Noise::drawn
+        first = __fadd_rn(__fmul_rn(first, scale[k]), noise[0][k]);
+        second = __fadd_rn(__fmul_rn(second, scale[k]), noise[1][k]);
+      }
+      const Best low = candidate(first, row), high = candidate(second, row + 8);
       best[k] = row + 8 < e.rows ? better(low, high) : row < e.rows ? low : no_candidate();
     }
     // Eight columns of eight lanes: one of each is left to a lane.

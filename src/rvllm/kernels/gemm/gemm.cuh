@@ -13,6 +13,7 @@
 
 #include "common/activations.cuh"
 #include "common/best.cuh"
+#include "common/slot.cuh"
 #include "ptx/ptx.cuh"
 
 namespace rvllm::gemm {
@@ -34,7 +35,7 @@ __device__ __forceinline__ int segment_start(int blocks, int segments, int s) { 
 enum Kind : int {
   STORE = 0,           // rounded(sum + bias); with a residual: rounded(residual + scale * that)
   LOGITS = 1,          // float32: cap * tanh((sum * scale + bias) / cap), or without the cap when it is 0; where only
-                       //   the best is asked for, a row begins with the Best of each 64 logits instead
+                       //   the best is asked for, a row begins with the Best of each 64 logits instead, noise included
   GATED_SILU = 2,      // rounded(act(gate) * up), gate and up rounded first; rows interleaved by eights
   GATED_GELU = 3,      //   erf form
   GATED_GELU_TANH = 4, //   tanh form
@@ -50,17 +51,21 @@ __device__ __forceinline__ bool gated(int kind) { return kind >= GATED_SILU && k
 struct Epilogue {
   void* out;             // [tokens, pitch]
   const void* bias;      // [rows] in packed row order, or null
-  const void* residual;  // [tokens, pitch], may be `out`, or null; of LOGITS an int: whether only the best is asked for
+  const void* residual;  // [tokens, pitch], may be `out`, or null; of LOGITS the step's word BEST_ONLY
   int kind;
   int tokens;  // rows of y to write
   int rows;    // packed rows that exist: N, or 2 * width when gated (then a multiple of 16)
   int pitch;   // elements from token to token of out and residual
   float scale, soft_cap;
-  bool best_only = false;  // see LOGITS
+  int best_only = 0;  // see LOGITS
 
   // Of the step, so that it may be asked before any wait.
-  __device__ __forceinline__ bool asks_for_best() const {
-    return kind == LOGITS && residual && *static_cast<const int*>(residual) != 0;
+  __device__ __forceinline__ int asks_for_best() const {
+    return kind == LOGITS && residual ? *static_cast<const int*>(residual) : 0;
+  }
+  __device__ __forceinline__ drawing::Noise noise_of(int token) const {
+    using namespace drawing;
+    return best_only == DRAW ? RowDraws{static_cast<const int*>(residual) - BEST_ONLY}.of(token) : Noise{0.f, 0, 0};
   }
 };
 
@@ -258,11 +263,14 @@ __device__ __forceinline__ void store_bests(const Epilogue& e, const float* sums
     const int token = first + thread / 4;
     Best best = no_candidate();
     if (token < count) {
+      const drawing::Noise noise = e.noise_of(token0 + token);
 #pragma unroll 4
       for (int i = 0; i < EACH; i++) {
         const int r = thread % 4 + i * 4, row = row0 + r;
-        if (row < e.rows)
-          best = better(best, candidate(logit(sums[token * pitch + r], bias_of<T>(e, row), e.scale, e.soft_cap), row));
+        if (row < e.rows) {
+          const float value = logit(sums[token * pitch + r], bias_of<T>(e, row), e.scale, e.soft_cap);
+          best = better(best, candidate(noise.of_id(value, row), row));
+        }
       }
     }
 #pragma unroll

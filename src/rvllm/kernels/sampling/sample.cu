@@ -1,15 +1,29 @@
-// Drawing tokens on the device, in vLLM's order: mask, min_tokens, bias, penalties; arg max when greedy, else
-// temperature, min-p, top-k, top-p and a draw by inverting the cumulative distribution in order of token id.
-// Weights are fixed-point numbers, so every sum is exact: a row's token does not depend on grid or batch.
+// Drawing tokens on the device, in vLLM's order: mask, min_tokens, bias, penalties; arg max when greedy, else temperature
+// and, where nothing filters, the arg max with Gumbel noise (common/slot.cuh), or min-p, top-k, top-p and a draw by
+// inverting the cumulative distribution in order of token id. Weights are fixed-point numbers, so every sum is exact: a
+// row's token does not depend on grid or batch.
 #include "sampling/sampling.cuh"
 
-// Applies what changes logits whether or not the draw is greedy, writes the scaled values of rows that are not
-// greedy to `scaled`, and leaves each chunk's best in `bests` [rows, chunks].
+// The random words of ids `at` .. `at` + 3, `at` = 4 * lane of something aligned: a lane and the second next, whose ids are 8
+// further, make two calls each. A warp calls.
+__device__ __forceinline__ void words_of_four(const Noise& noise, int at, int lane, u32 (&words)[4]) {
+  const bool upper = lane & 2;
+#pragma unroll
+  for (int k = 0; k < 2; k++) {
+    const uint2 both = noise.words(at + k + (upper ? 2 : 0));
+    const u32 mine = upper ? both.y : both.x, other = __shfl_xor_sync(~0u, upper ? both.x : both.y, 2);
+    words[k] = upper ? other : mine;
+    words[k + 2] = upper ? mine : other;
+  }
+}
+
+// Applies what changes logits whether or not the draw is greedy, writes the scaled values of rows that filter to `scaled`,
+// and leaves each chunk's best in `bests` [rows, chunks], of rows that draw by temperature alone with their noise.
 // logits, scaled float32 [rows, stride], stride % 4 == 0 and >= vocab. row_slots int32 [rows], -1
 // for a row that draws nothing; count: rows in use.
 // histories u16 [slots, history_stride] (even), or null; bias_ids, biases [slots, MAX_BIASES]; stops [slots, MAX_STOPS].
 // masks u32 [.., mask_words], mask_rows int32 [rows] (-1: none), or null.
-// best_only: null, or whether the head left the best of each 64 logits instead of them: nothing to do, then.
+// best_only: null, or whether the head left bests instead of logits: nothing to do, then.
 // Grid: (ceil(vocab / CHUNK / SCAN_WARPS), rows), 32 * SCAN_WARPS threads: a chunk a warp. Bound by memory: logits are
 // read once.
 extern "C" __global__ void __launch_bounds__(32 * SCAN_WARPS)
@@ -26,7 +40,8 @@ sample_scan(const float* logits, float* scaled, Best* bests, const Slot* slots, 
     return;
   }
   const Slot slot = slots[number];
-  const bool greedy = slot.temperature < 1e-5f;
+  const bool greedy = slot.temperature < GREEDY, noisy = !greedy && unfiltered(slot, vocab);
+  const Noise noise = noise_of(slot);
   const bool forbid = slot.generated < slot.min_tokens && slot.stops > 0;
   const int mask_row = masks ? mask_rows[row] : -1;
   griddep_wait();
@@ -74,6 +89,8 @@ sample_scan(const float* logits, float* scaled, Best* bests, const Slot* slots, 
 #pragma unroll
   for (int j = 0; j < VECTORS; j++) {
     const int at = start + j * 128 + lane * 4;
+    u32 words[4];
+    if (noisy) words_of_four(noise, at, lane, words);
     if (at >= vocab) continue;
 #pragma unroll
     for (int k = 0; k < 4; k++) {
@@ -85,10 +102,13 @@ sample_scan(const float* logits, float* scaled, Best* bests, const Slot* slots, 
         value = __fsub_rn(value, __fmul_rn(slot.frequency, times));
         value = __fsub_rn(value, times > 0.f ? slot.presence : 0.f);
       }
-      if (!greedy) value = __fdiv_rn(value, slot.temperature);
+      if (noisy)
+        value = noise.drawn(value, words[k]);
+      else if (!greedy)
+        value = __fdiv_rn(value, slot.temperature);
       best = better(best, candidate(value, at + k));
     }
-    if (!greedy) *reinterpret_cast<float4*>(scaled + (size_t)row * stride + at) = make_float4(x[j][0], x[j][1], x[j][2], x[j][3]);
+    if (!greedy && !noisy) *reinterpret_cast<float4*>(scaled + (size_t)row * stride + at) = make_float4(x[j][0], x[j][1], x[j][2], x[j][3]);
   }
 #pragma unroll
   for (int o = 16; o; o >>= 1)
@@ -177,7 +197,7 @@ inline constexpr int BROKEN_ROW = -2;  // backends/base.py has it too
 // Finishes each row from its chunks' bests: the arg max when greedy, else the draw. tokens int32 [rows] gets the
 // token (-1 where the row draws nothing, BROKEN_ROW where a logit is infinite or no number), last_tokens [slots] too; the slot's count and history advance.
 // host_tokens: null, or where the address is that the tokens go to as well.
-// logits, best_only: where the head left bests of 64 logits, those are at the start of its rows, and all rows are greedy.
+// logits, best_only: where the head left bests of 64 logits, those are at the start of its rows, and no row filters.
 // Grid: (rows), PICK_THREADS threads. Greedy rows are bound by latency; a draw reads its row once, and the
 // parts that matter up to seven times.
 extern "C" __global__ void __launch_bounds__(PICK_THREADS)
@@ -209,7 +229,7 @@ sample_pick(int* tokens, int* last_tokens, const float* scaled, const Best* best
   best = block_best(best, scratch);
   const bool broken = best.value == INFINITY_F;
   int token = broken || best.id >= vocab ? 0 : best.id;
-  if (slot.temperature >= 1e-5f && best.value > -INFINITY_F && !broken) {
+  if (slot.temperature >= GREEDY && !unfiltered(slot, vocab) && best.value > -INFINITY_F && !broken) {
     const Row x = {scaled + (size_t)row * stride, vocab, maxima};
     const float maximum = best.value;
     u32 floor = LOWEST_KEY;
@@ -234,13 +254,17 @@ sample_pick(int* tokens, int* last_tokens, const float* scaled, const Best* best
       const u64 weight = max((u64)1, weight_of(value_of(edge), maximum));
       ties = (target - above + weight - 1) / weight;
     }
-    token = draw(x, maximum, edge, ties, philox(slot.seed, slot.generated), best.id);
+    token = draw(x, maximum, edge, ties, philox(slot.seed, slot.generated).x, best.id);
   }
   if (threadIdx.x) return;
   tokens[row] = broken ? BROKEN_ROW : token;
   if (host_tokens) (*host_tokens)[row] = broken ? BROKEN_ROW : token;
   last_tokens[number] = token;
   slots[number].generated = slot.generated + 1;
+  if (slot.temperature >= GREEDY) {
+    const uint4 next = philox(slot.seed, slot.generated + 1);
+    slots[number].noise_key = next.y, slots[number].noise_high = next.z;
+  }
   if (slot.flags & HISTORY) {
     u16* const seen = histories + (size_t)number * history_stride + token;
     if ((*seen & ~IN_PROMPT) != 0x7fff) ++*seen;
@@ -258,7 +282,15 @@ slot_start(Slot* slots, u16* histories, int* bias_ids, float* biases, int* stops
   const int* const entry = starts + blockIdx.x * START_WORDS;
   const int number = entry[0], count = entry[2], prompt = entry[3];
   const Slot& slot = *reinterpret_cast<const Slot*>(entry + 8);
-  if (threadIdx.x < sizeof(Slot) / 4) reinterpret_cast<int*>(slots + number)[threadIdx.x] = entry[8 + threadIdx.x];
+  constexpr int NOISE = 1;  // word of noise_key; noise_high follows
+  if (threadIdx.x < sizeof(Slot) / 4) {
+    int word = entry[8 + threadIdx.x];
+    if (threadIdx.x == NOISE || threadIdx.x == NOISE + 1) {
+      const uint4 first = philox(slot.seed, slot.generated);
+      word = threadIdx.x == NOISE ? first.y : first.z;
+    }
+    reinterpret_cast<int*>(slots + number)[threadIdx.x] = word;
+  }
   for (int i = threadIdx.x; i < slot.biases; i += blockDim.x) {
     bias_ids[(size_t)number * MAX_BIASES + i] = words[entry[4] + i];
     biases[(size_t)number * MAX_BIASES + i] = __int_as_float(words[entry[4] + slot.biases + i]);

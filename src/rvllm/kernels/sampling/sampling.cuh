@@ -1,23 +1,12 @@
-// What the sampling kernels share: slot parameters, ordered keys, exact selection, the counter-based generator.
+// What the sampling kernels share: ordered keys, exact selection.
 #pragma once
 
 #include "common/best.cuh"
 #include "common/common.cuh"
+#include "common/slot.cuh"
 
-// One slot's parameters; the host's image of it is `SLOT` in backends/cuda/ops/sampling/slots.py. 64 bytes.
-struct Slot {
-  float temperature;  // below 1e-5: greedy
-  int top_k;          // 0: all
-  float top_p, min_p;
-  float repetition, presence, frequency;
-  int min_tokens;
-  u64 seed;
-  int generated;  // tokens drawn since the end of the prompt
-  u32 flags;
-  int biases, stops;  // lengths of the slot's lists
-  int reserved[2];
-};
-inline constexpr u32 HISTORY = 1;      // token counts are kept for this slot
+using namespace rvllm::drawing;
+
 inline constexpr u16 IN_PROMPT = 0x8000;  // in a token's count: it occurs in the prompt; the rest counts the output
 inline constexpr int CHUNK = 1024;     // logits one warp of sample_scan looks at
 inline constexpr int SCAN_WARPS = 8;   // warps of its blocks
@@ -58,23 +47,6 @@ __device__ __forceinline__ Best block_best(Best x, Best* scratch) {
   Best best = scratch[0];
   for (int w = 1; w < blockDim.x / 32; w++) best = better(best, scratch[w]);
   return best;
-}
-
-// Philox4x32-10 (Salmon et al. 2011), first word; counter words above the first are zero.
-__device__ __forceinline__ u32 philox(u64 key, u32 counter) {
-  u32 c0 = counter, c1 = 0, c2 = 0, c3 = 0, k0 = (u32)key, k1 = (u32)(key >> 32);
-#pragma unroll
-  for (int round = 0; round < 10; round++) {
-    const u32 h0 = __umulhi(0xD2511F53u, c0), l0 = 0xD2511F53u * c0;
-    const u32 h1 = __umulhi(0xCD9E8D57u, c2), l1 = 0xCD9E8D57u * c2;
-    c0 = h1 ^ c1 ^ k0;
-    c1 = l1;
-    c2 = h0 ^ c3 ^ k1;
-    c3 = l0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return c0;
 }
 
 inline constexpr int BINS = 2048, PICK_THREADS = 1024, MAX_CHUNKS = PICK_THREADS;

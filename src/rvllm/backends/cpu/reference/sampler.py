@@ -1,7 +1,8 @@
 """Draws tokens from logits, row by row, in vLLM's order.
 
-Mask, min_tokens, logit bias, penalties; then the arg max when greedy, else temperature, min-p, top-k,
-top-p and a draw by inverting the cumulative distribution in order of token id.
+Mask, min_tokens, logit bias, penalties; then the arg max when greedy, else temperature and, where nothing
+filters, the arg max with Gumbel noise, or min-p, top-k, top-p and a draw by inverting the cumulative
+distribution in order of token id (docs/decisions/0045-gumbel-noise.md).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.base import BROKEN_ROW, SamplingSpec
-from rvllm.backends.cpu.reference.philox import uniform
+from rvllm.backends.cpu.reference.philox import gumbel, noise_words, uniform
 
 F32 = NDArray[np.float32]
 GREEDY = 1e-5  # temperatures below are greedy, as in vLLM
@@ -86,11 +87,37 @@ def draw(logits: F32, history: History, mask: NDArray[np.uint32] | None = None) 
         logits = adjust(logits.copy(), history, mask)
     if spec.temperature < GREEDY:
         return _largest(logits)
+    if unfiltered(spec, len(logits)):
+        return noisiest(logits, spec, history.generated)
     total = np.cumsum(distribution(logits, spec), dtype=np.float64)
     if not total[-1] > 0:  # every token is forbidden, or the logits are not numbers
         return _largest(logits)
     u = uniform(spec.seed, history.generated)
     return int(np.searchsorted(total, u * total[-1], side="right"))
+
+
+def unfiltered(spec: SamplingSpec, vocab: int) -> bool:
+    """Whether nothing but the temperature says what is drawn."""
+    return not 0 < spec.top_k < vocab and spec.top_p >= 1.0 and spec.min_p <= 0.0
+
+
+def noisiest(logits: F32, spec: SamplingSpec, index: int) -> int:
+    """The arg max of logits / temperature with the noise of output index `index`; BROKEN_ROW as `_largest`.
+
+    It has the softmax's distribution (Gumbel 1954; Yellott 1977). Only ids that can win are looked at
+    closely: what wins has -log(u) below exp(its logit - the best sum so far), and 1 - u is below -log(u).
+    """
+    largest = _largest(logits)
+    if largest == BROKEN_ROW or logits[largest] == NEVER:
+        return largest
+    scaled = logits / np.float32(spec.temperature)
+    words = noise_words(spec.seed, index, len(logits))
+    early = np.array([largest, int(np.argmin(words))])
+    least = np.float32((scaled[early] + gumbel(words[early])).max())
+    limits = np.exp(np.clip(scaled - least, -30, 30)) * np.float32(1.001 * 2.0**32)
+    near = np.flatnonzero(words <= limits)
+    sums = scaled[near] + gumbel(words[near])
+    return int(near[np.argmax(sums)])
 
 
 def _largest(logits: F32) -> int:

@@ -12,18 +12,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.base import StepBatch
+from rvllm.kernels.constants import constants
 
 HEADER_WORDS = 16
-NUM_TOKENS, NUM_SEQS, NUM_SAMPLES, NUM_BLOCK_UPDATES, NUM_DECODES, NUM_TILES, BEST_ONLY = range(7)
+NUM_TOKENS, NUM_SEQS, NUM_SAMPLES, NUM_BLOCK_UPDATES, NUM_DECODES, NUM_TILES = range(6)
 HOST_TOKENS = 8  # of two words
+_KNOWN = constants("common/slot.cuh")  # to the head's epilogue
+BEST_ONLY, SLOTS, SAMPLE_SLOTS = _KNOWN["BEST_ONLY"], _KNOWN["SLOTS"], _KNOWN["SAMPLE_SLOTS"]
+assert _KNOWN["NUM_SAMPLES"] == NUM_SAMPLES
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a step's tokens are drawn, and where they go.
+
+    best_only: what the head leaves: 0 logits, FIND_BEST or DRAW (kernels/common/slot.cuh). slots: the
+    device's address of the slots' parameters. host_tokens: its address of host memory, int32 [samples].
+    """
+
+    best_only: int = 0
+    slots: int = 0
+    host_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Layout:
     """Word offsets of each array for steps of up to `tokens` tokens, `seqs` sequences and `samples` rows.
 
-    header [16]: token, sequence, sample, block-update, decode and tile counts; whether only the largest of a
-    row's logits is asked for; the address in mapped host memory that the drawn tokens go to.
+    header [16]: token, sequence, sample, block-update, decode and tile counts; what the head leaves; the
+    address in mapped host memory that the drawn tokens go to, that of the slots' parameters, the offset of
+    sample_slots.
     token_ids, positions, token_slots [tokens]: per row of the flat batch; id -1 is the slot's last sample.
     seq_slots, kv_lens [seqs], query_offsets [seqs + 1]: per sequence; kv_len counts this step's tokens too.
     kinds [tokens]: where rows have no slot (encoders), 1 for those of a pair's second text, in their place.
@@ -112,13 +130,12 @@ class Layout:
         rows: SampledRows,
         tiles: NDArray[np.int32],
         out: NDArray[np.int32],
-        best_only: bool = False,
-        host_tokens: int = 0,
+        sampling: Sampling = Sampling(),
     ) -> int:
         """Writes a batch into `out` (int32 words) and returns how many bytes of it are used.
 
         updates: the batch's new blocks, less those already sent. tiles: int32 [n, 2], see
-        `attention.prefill_tiles`. host_tokens: a device's address of host memory, int32 [samples].
+        `attention.prefill_tiles`.
         """
         tokens, seqs, samples = batch.num_tokens, len(batch.slots), len(rows.rows)
         header = out[:HEADER_WORDS]
@@ -126,8 +143,9 @@ class Layout:
         header[NUM_TOKENS], header[NUM_SEQS], header[NUM_SAMPLES] = tokens, seqs, samples
         header[NUM_BLOCK_UPDATES] = len(updates)
         header[NUM_DECODES], header[NUM_TILES] = leading_decodes(batch.query_lens), len(tiles)
-        header[BEST_ONLY] = best_only
-        header[HOST_TOKENS : HOST_TOKENS + 2].view(np.int64)[0] = host_tokens
+        header[BEST_ONLY], header[SAMPLE_SLOTS] = sampling.best_only, self.sample_slots
+        header[HOST_TOKENS : HOST_TOKENS + 2].view(np.int64)[0] = sampling.host_tokens
+        header[SLOTS : SLOTS + 2].view(np.int64)[0] = sampling.slots
         _put(out, self.token_ids, batch.tokens)
         offsets = out[self.query_offsets : self.query_offsets + seqs + 1]
         offsets[0] = 0

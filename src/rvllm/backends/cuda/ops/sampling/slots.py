@@ -13,20 +13,21 @@ from rvllm.errors import UsageError
 from rvllm.kernels.constants import constants
 
 _SIZES = constants("sampling/sampling.cuh")
+_SLOT = constants("common/slot.cuh")
+FIND_BEST, DRAW = _SLOT["FIND_BEST"], _SLOT["DRAW"]  # what a head may leave instead of logits
 MAX_TOP = _SIZES["MAX_TOP"]  # most likely tokens reported with logprobs
 CHUNK = _SIZES["CHUNK"]  # logits a warp of sample_scan looks at
 SCAN_WARPS = _SIZES["SCAN_WARPS"]  # warps of its blocks
 START_WORDS = constants("sampling/sample.cu")["START_WORDS"]  # int32 words that describe one starting slot
 PICK_THREADS = _SIZES["PICK_THREADS"]
-GREEDY = 1e-5  # temperatures below it draw the largest logit; sampling.cuh says so too
+GREEDY = 1e-5  # temperatures below it draw the largest logit; common/slot.cuh says so too
 HISTORY = 1  # flag: the slot's tokens are counted
 
-# `struct Slot` of kernels/sampling/sampling.cuh, 64 bytes.
+# `struct Slot` of kernels/common/slot.cuh, 64 bytes.
 SLOT = np.dtype(
-    [("temperature", "<f4"), ("top_k", "<i4"), ("top_p", "<f4"), ("min_p", "<f4"),
+    [("temperature", "<f4"), ("noise", "<u4", (2,)), ("top_k", "<i4"), ("top_p", "<f4"), ("min_p", "<f4"),
      ("repetition", "<f4"), ("presence", "<f4"), ("frequency", "<f4"), ("min_tokens", "<i4"),
-     ("seed", "<u8"), ("generated", "<i4"), ("flags", "<u4"), ("biases", "<i4"), ("stops", "<i4"),
-     ("reserved", "<i4", (2,))]
+     ("seed", "<u8"), ("generated", "<i4"), ("flags", "<u4"), ("biases", "<i4"), ("stops", "<i4")]
 )  # fmt: skip
 
 
@@ -48,10 +49,24 @@ _FIELDS: dict[str, Callable[[SamplingSpec], float]] = {
 }  # of SLOT, where it is what a request says
 
 
-def takes_best(spec: SamplingSpec) -> bool:
-    """Whether the slot draws the largest of the logits as they are, and nothing else is asked of them."""
+MAX_DRAWN = (
+    16  # rows whose noise the head adds; of more rows its tiles wait for it, and the sampler is quicker
+)
+
+
+def unfiltered(spec: SamplingSpec, vocab: int) -> bool:
+    """Whether nothing but the temperature says what is drawn; the kernels' function of this name."""
+    return not 0 < spec.top_k < vocab and spec.top_p >= 1.0 and spec.min_p <= 0.0
+
+
+def left_by_head(spec: SamplingSpec, vocab: int) -> int:
+    """What the slot needs of the head: FIND_BEST, DRAW, or 0 for logits, as more is asked of them."""
     changed = counts_tokens(spec) or spec.logit_bias or (spec.min_tokens > 0 and spec.stop_token_ids)
-    return spec.temperature < GREEDY and spec.logprobs is None and not changed
+    if changed or spec.logprobs is not None:
+        return 0
+    if spec.temperature < GREEDY:
+        return FIND_BEST
+    return DRAW if unfiltered(spec, vocab) else 0
 
 
 @dataclass(frozen=True)
