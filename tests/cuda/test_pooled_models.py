@@ -21,6 +21,7 @@ from rvllm.backends.cpu.backend import CpuEncoder
 from rvllm.backends.cuda.encoder import CudaEncoder
 from rvllm.backends.cuda.pooler import CudaPooler
 from rvllm.config import EngineConfig
+from rvllm.errors import UsageError
 from rvllm.program.dtypes import DType
 from support.emulator.driver import emulated_driver
 from support.kernels.gpu_engine import needs_gpu
@@ -92,7 +93,7 @@ def test_agrees_with_the_cpu(name: str, place: str) -> None:
     wanted, rows = reference.embed(batch), reference.embed_tokens(batch)
     alike = reference.embed_tokens(text_batch(texts))
     reference.close()
-    engine = EngineConfig(device="cuda", max_num_seqs=8, max_num_batched_tokens=512, max_model_len=160)
+    engine = EngineConfig(device="cuda", max_num_seqs=8, max_num_batched_tokens=512, max_model_len=152)
     if place == "emulator":
         with emulated_driver():
             check_places(config, checkpoint, engine, batch, (wanted, rows))
@@ -135,7 +136,7 @@ def held() -> bool:
 @pytest.mark.gpu
 @needs_gpu
 def test_a_second_llm_after_the_first(tmp_path: Path) -> None:
-    """By `del llm` and by leaving `with`; a model that generates and one that pools."""
+    """By `del llm`, by leaving `with`, by a start that fails; models that generate and that pool."""
     (tmp_path / "generates").mkdir()
     (tmp_path / "generates" / "config.json").write_text(json.dumps(QWEN))
     shared: dict[str, Any] = {
@@ -153,6 +154,9 @@ def test_a_second_llm_after_the_first(tmp_path: Path) -> None:
         gc.collect()
         assert not held(), round_
     assert answers[0] == answers[1] == answers[2]
+    with pytest.raises(UsageError, match="max-model-len"):
+        LLM(str(tmp_path / "generates"), **(shared | {"max_model_len": 1 << 30}))
+    assert not held()
     vectors = []
     for _ in range(2):
         with LLM(str(tmp_path / "generates"), runner="pooling", **shared) as pooler:

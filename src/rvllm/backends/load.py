@@ -116,5 +116,8 @@ def load_backend(
     if embedding_size(program) is not None:
         kind = ("pooler", "CudaPooler") if program.caches else ("encoder", "CudaEncoder")
     module = importlib.import_module(f"rvllm.backends.cuda.{kind[0]}")
-    backend: Generator | Encoder = getattr(module, kind[1]).load(program, checkpoint, config, progress)
+    from rvllm.backends.cuda.loaded_model import given_back_on_failure
+
+    with given_back_on_failure():
+        backend: Generator | Encoder = getattr(module, kind[1]).load(program, checkpoint, config, progress)
     return backend

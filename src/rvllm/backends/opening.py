@@ -55,6 +55,15 @@ def begin(config: EngineConfig) -> None:
         _under_way.append(_Opening())
 
 
+def abandon() -> None:
+    """Gives back what was begun and is not wanted any more."""
+    if finish():
+        device = ctypes.c_int()
+        driver = ctypes.CDLL(LIBRARY)
+        if driver.cuDeviceGet(ctypes.byref(device), 0) == 0:
+            driver.cuDevicePrimaryCtxRelease(device)
+
+
 def finish() -> bool:
     """Waits for what was begun. Whether the caller has a reference to the primary context to give back."""
     if not _under_way:

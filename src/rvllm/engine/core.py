@@ -148,7 +148,11 @@ class EngineCore:
             parse_config(config.kv_events_config)
         started, phases = time.perf_counter(), Phases(progress)
         trace = None if config.trace_steps is None else StepTrace(Path(config.trace_steps))
-        backend, facts = load(config, phases.report)
+        try:
+            backend, facts = load(config, phases.report)
+        except BaseException:
+            opening.abandon()
+            raise
         core = cls(backend, facts, config, time.perf_counter() - started)
         core._trace = trace
         core.ready.phases = phases.ended()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 from rvllm.backends.base import LedgerLine, Progress
 from rvllm.backends.cuda.device.arena import Arena, Range
 from rvllm.backends.cuda.device.catalog import Catalog
-from rvllm.backends.cuda.device.driver import Device, DeviceFacts, Stream
+from rvllm.backends.cuda.device.driver import CudaError, Device, DeviceFacts, Stream
 from rvllm.backends.cuda.device.host_memory import ComingHostMemory
 from rvllm.backends.cuda.formats import device_format
 from rvllm.backends.cuda.layout.memory import Budget, budget_of
@@ -21,6 +21,23 @@ from rvllm.config import EngineConfig, kernel_cache_dir
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from rvllm.weights.checkpoint import Checkpoint
+
+
+@contextmanager
+def given_back_on_failure() -> Iterator[None]:
+    """What was opened and taken within goes back if an error ends it, so that another start finds it all.
+
+    With the last user of the device everything else goes that hangs on its context: kernels, streams, graphs.
+    """
+    opened, taken = list(Device.opened), list(Arena.taken)
+    try:
+        yield
+    except BaseException:
+        new: list[Arena | Device] = [arena for arena in Arena.taken if arena not in taken]
+        for held in [*new, *(device for device in Device.opened if device not in opened)]:
+            with suppress(CudaError):  # of a device that the error has made unusable
+                held.close()
+        raise
 
 
 def loading_kernels(packed: Sequence[PackedWeight], dtype: DType, checkpoint: Checkpoint | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from rvllm.backends.base import LedgerLine
 from rvllm.backends.cuda.device.driver import CudaError, Stream, call
@@ -34,6 +35,8 @@ class Arena:
     has not as much, which another process may have taken meanwhile.
     """
 
+    taken: ClassVar[list[Arena]] = []  # by this process, and not closed
+
     def __init__(self, nbytes: int, sleeps: bool = False) -> None:
         self.nbytes = nbytes
         self._mapped: MappedMemory | None = None
@@ -50,6 +53,7 @@ class Arena:
                 "process may have taken some meanwhile; lower --gpu-memory-utilization or raise "
                 "--gpu-memory-reserve-gb"
             ) from None
+        Arena.taken.append(self)
         self._used = 0
         self._lines: dict[str, int] = {}
 
@@ -126,6 +130,7 @@ class Arena:
 
     def close(self) -> None:
         """Frees the allocation, and what is kept of it on the host."""
+        Arena.taken.remove(self)
         if self._kept is not None:
             self._kept.close()
         if self._mapped is not None:

@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,12 +80,15 @@ class DeviceFacts:
 class Device:
     """A GPU with its primary context made current on the calling thread."""
 
+    opened: ClassVar[list[Device]] = []  # by this process, and not closed
+
     def __init__(self, ordinal: int = 0) -> None:
         self.handle = call("cuDeviceGet", ordinal)
         begun = opening.finish()
         self.context = call("cuDevicePrimaryCtxRetain", self.handle)
         if begun:  # its reference kept the context until ours did
             call("cuDevicePrimaryCtxRelease", self.handle)
+        Device.opened.append(self)
         call("cuCtxSetCurrent", self.context)
 
     def make_current(self) -> None:
@@ -121,6 +124,7 @@ class Device:
 
     def close(self) -> None:
         """Gives the primary context back."""
+        Device.opened.remove(self)
         call("cuDevicePrimaryCtxRelease", self.handle)
 
 
