@@ -203,11 +203,11 @@ async def references(tokens: int) -> dict[int, str]:
     return {seen.prompt: seen.text for seen in found}
 
 
-def throughput() -> None:
-    """1, 2 and 4 replicas: tokens a second of one stream and of 16 clients."""
+def throughput(counts: list[int]) -> None:
+    """So many replicas each: tokens a second of one stream and of 16 clients."""
     print("\n| replicas | one stream tok/s | 16 clients tok/s | TTFT p50 s | ITL p50 ms |")
     print("| ---: | ---: | ---: | ---: | ---: |")
-    for replicas in (1, 2, 4):
+    for replicas in counts:
         deploy(config(replicas))
         asyncio.run(load(PROMPTS, 4, 8, count(8)))
         alone = asyncio.run(load(PROMPTS, 1, 48, count(2)))
@@ -354,6 +354,7 @@ def main() -> None:
     )
     parser.add_argument("parts", nargs="*", metavar="PART")
     parser.add_argument("--engine", type=json.loads, default={}, help="settings of the engines, as JSON")
+    parser.add_argument("--replicas", default="1,2,4", help="of the table of throughput")
     args = parser.parse_args()
     names = args.parts or ["throughput", "prefix", "kill", "rolling", "scale", "node"]
     ENGINE.update(args.engine)
@@ -367,9 +368,10 @@ def main() -> None:
     try:
         ray.init(address=cluster.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
         serve.start(http_options={"host": "127.0.0.1", "port": 8123}, proxy_location="HeadOnly")
+        counts = [int(word) for word in args.replicas.split(",")]
         parts: dict[str, Callable[[], None]] = {
-            "throughput": throughput, "prefix": prefix, "kill": kill, "rolling": rolling, "scale": scale,
-            "node": lambda: node(cluster, nodes),
+            "throughput": lambda: throughput(counts), "prefix": prefix, "kill": kill, "rolling": rolling,
+            "scale": scale, "node": lambda: node(cluster, nodes),
         }  # fmt: skip
         for name in names:
             parts[name]()

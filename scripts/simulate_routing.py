@@ -3,8 +3,10 @@
 Each replica is a fluid model of one engine, step by step where prompts are computed, in jumps where it only
 decodes. The policy is the server's own (`rvllm.ray.routing`), the traffic made up. Assumptions:
 
-- Service times of Qwen2.5-7B on one H200 (docs/performance/gpu.md): 45,000 prompt tokens a second, at
-  most 8,192 a step; a decode step as the table there for 1 to 512 sequences, linear between.
+- Service times of Qwen2.5-7B on one H200 (docs/performance/gpu.md): 47,000 prompt tokens a second, at
+  most 8,192 a step and 2,048 beside decoding sequences, as the server's defaults are; a decode step as the
+  table there for 1 to 512 sequences of short context, linear between, and 18 ns more for each token of
+  context (32 sequences of 1,024 and of 4,160: 4.45 and 6.29 ms).
 - 60,000 KV blocks a replica (an 80 GB card), the least recently used forgotten first; blocks of an answer
   stay too.
 - Conversations of 1 to 8 turns: one of 200 system prompts of 256 to 2,048 tokens (Zipf, exponent 1), 50
@@ -36,19 +38,20 @@ from rvllm.ray.routing import Policy, PrefixIndex
 
 BLOCK = 16
 CAPACITY = 60_000  # blocks of a replica
-PREFILL = 45_000.0  # tokens a second
-CHUNK = 8_192  # prompt tokens a step
-STEPS = [(1, 3.66), (8, 3.74), (32, 3.92), (64, 4.26), (96, 4.59), (128, 5.21), (256, 8.21), (512, 14.8)]
+PREFILL = 47_000.0  # tokens a second
+CHUNK, MIXED = 8_192, 2_048  # prompt tokens a step, and of one that decodes too
+STEPS = [(1, 3.69), (8, 3.75), (32, 3.87), (64, 4.19), (96, 4.56), (128, 5.11), (256, 7.68), (512, 14.1)]
+CONTEXT = 18e-9  # seconds a step and token that attention reads
 REPLICAS_A_FRONT = 64
 
 
-def decode_seconds(sequences: int) -> float:
-    """Of a step with so many sequences."""
+def decode_seconds(sequences: int, context: int) -> float:
+    """Of a step with so many sequences, and so many tokens in front of them all together."""
     if sequences <= 1:
-        return STEPS[0][1] / 1000
+        return STEPS[0][1] / 1000 + CONTEXT * context
     at = min(bisect_left([n for n, _ in STEPS], sequences), len(STEPS) - 1)
     (low, a), (high, b) = STEPS[at - 1], STEPS[at]
-    return (a + (b - a) * (sequences - low) / (high - low)) / 1000
+    return (a + (b - a) * (sequences - low) / (high - low)) / 1000 + CONTEXT * context
 
 
 @dataclass
@@ -80,6 +83,7 @@ class Replica:
         default_factory=list
     )  # (step of the end, number, request)
     step: int = 0
+    context: int = 0  # tokens of those that decode, half of each answer included
     computed: int = 0  # prompt tokens
 
     @property
@@ -87,13 +91,23 @@ class Replica:
         """Requests that it has."""
         return len(self.prefills) + len(self.decoding)
 
+    @property
+    def budget(self) -> int:
+        """Prompt tokens of the next step."""
+        return MIXED if self.decoding else CHUNK
+
+    @property
+    def decode_seconds(self) -> float:
+        """What the sequences that decode add to a step."""
+        return decode_seconds(len(self.decoding), self.context)
+
     def next_end(self) -> float | None:
         """When something next happens here, if nothing comes."""
         if self.prefills:
-            tokens = min(CHUNK, sum(r.left for r in itertools.islice(self.prefills, 64)))
-            return self.now + tokens / PREFILL + decode_seconds(len(self.decoding))
+            tokens = min(self.budget, sum(r.left for r in itertools.islice(self.prefills, 64)))
+            return self.now + tokens / PREFILL + self.decode_seconds
         if self.decoding:
-            return self.now + (self.decoding[0][0] - self.step) * decode_seconds(len(self.decoding))
+            return self.now + (self.decoding[0][0] - self.step) * self.decode_seconds
         return None
 
     def advance(self, to: float) -> list[Request]:
@@ -101,7 +115,7 @@ class Replica:
         ended: list[Request] = []
         while (end := self.next_end()) is not None and end <= to:
             if self.prefills:
-                budget = CHUNK
+                budget = self.budget
                 while self.prefills and budget:
                     first = self.prefills[0]
                     took = min(budget, first.left)
@@ -112,6 +126,7 @@ class Replica:
                         break
                     self.prefills.popleft()
                     first.first = end
+                    self.context += first.prompt + first.output // 2
                     heapq.heappush(self.decoding, (self.step + first.output, first.number, first))
                 self.step += 1
             else:
@@ -120,9 +135,10 @@ class Replica:
             while self.decoding and self.decoding[0][0] <= self.step:
                 done = heapq.heappop(self.decoding)[2]
                 done.ended = end
+                self.context -= done.prompt + done.output // 2
                 ended.append(done)
         if self.decoding and not self.prefills:  # part of the way to the next end
-            seconds = decode_seconds(len(self.decoding))
+            seconds = self.decode_seconds
             steps = int((to - self.now) / seconds)
             self.step += steps
             self.now += steps * seconds
