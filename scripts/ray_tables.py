@@ -4,10 +4,10 @@
     export RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP=1  # this script asks replicas from outside an event loop
     unshare --net --map-root-user sh -c 'ip link set lo up && exec python scripts/ray_tables.py [PART ...]'
 
-Parts: throughput, prefix, kill, node, rolling, scale (all when none is named). Ray listens on all addresses,
-so it runs in a network of its own; it keeps a token under HOME. Needs the extra `ray`, httpx, and the model
-in the cache (another by `--engine '{"model": "DIR", "load_format": "dummy"}'`). Three Ray nodes are started
-in this machine, one for the front end and two with replicas.
+Parts: throughput, prefix, kill, node, rolling, scale, scale-kv (all when none is named). Ray listens on all
+addresses, so it runs in a network of its own; it keeps a token under HOME. Needs the extra `ray`, httpx, and
+the model in the cache (another by `--engine '{"model": "DIR", "load_format": "dummy"}'`). Three Ray nodes are
+started in this machine, one for the front end and two with replicas.
 """
 
 from __future__ import annotations
@@ -309,42 +309,36 @@ def rolling() -> None:
     print(f"| update, {new} of {all_of} new after {took:.1f} s | {outcomes(found, reference)} |", flush=True)
 
 
-def scale() -> None:
-    """From one replica to two and back, by ongoing requests."""
-    scaling = {
-        "min": 1,
-        "max": 2,
-        "target_requests": 4,
-        "upscale_delay": 2,
-        "downscale_delay": 5,
-        "look_back": 11,
-    }
-    deploy(config(scaling))
+SCALING = {"min": 1, "max": 2, "upscale_delay": 2, "downscale_delay": 5, "look_back": 11}
+
+
+def scale(name: str, targets: dict[str, float], **engine: Any) -> None:
+    """From one replica to two under load, and back while two clients go on."""
+    deploy(config({**SCALING, **targets}, **engine))
     reference = asyncio.run(references(64))
-    began, events, over = time.perf_counter(), list[tuple[float, int]](), False
+    began, events = time.perf_counter(), list[tuple[float, int]]()
+    over = False
 
     async def watch() -> None:
-        while not (over and events[-1][1] == 1 and len(events) > 2) and time.perf_counter() - began < 240:
+        nonlocal over
+        while not over and time.perf_counter() - began < 240:
             now = await asyncio.to_thread(running)
             if not events or events[-1][1] != now:
                 events.append((time.perf_counter() - began, now))
+            over = len(events) > 2 and events[-1][1] == 1
             await asyncio.sleep(0.5)
-
-    async def busy() -> list[Seen]:
-        nonlocal over
-        end = time.perf_counter() + 60
-        found = await load(PROMPTS, 8, 64, lambda number: time.perf_counter() > end)
         over = True
-        return found
 
     async def both() -> list[Seen]:
-        found, _ = await asyncio.gather(busy(), watch())
-        return found
+        many = load(PROMPTS, 6, 64, lambda number: time.perf_counter() - began > 60)
+        few = load(PROMPTS, 2, 64, lambda number: over)
+        found, more, _ = await asyncio.gather(many, few, watch())
+        return found + more
 
     found = asyncio.run(both())
     steps = ", ".join(f"{number} at {when:.0f} s" for when, number in events)
     print(f"\n{HEAD}\n{RULE}")
-    print(f"| 8 clients for 60 s, then none: replicas {steps} | {outcomes(found, reference)} |", flush=True)
+    print(f"| {name}; 8 clients for 60 s, then 2: {steps} | {outcomes(found, reference)} |", flush=True)
 
 
 def main() -> None:
@@ -356,7 +350,7 @@ def main() -> None:
     parser.add_argument("--engine", type=json.loads, default={}, help="settings of the engines, as JSON")
     parser.add_argument("--replicas", default="1,2,4", help="of the table of throughput")
     args = parser.parse_args()
-    names = args.parts or ["throughput", "prefix", "kill", "rolling", "scale", "node"]
+    names = args.parts or ["throughput", "prefix", "kill", "rolling", "scale", "scale-kv", "node"]
     ENGINE.update(args.engine)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     path = os.environ.get("PYTHONPATH", "")
@@ -371,7 +365,10 @@ def main() -> None:
         counts = [int(word) for word in args.replicas.split(",")]
         parts: dict[str, Callable[[], None]] = {
             "throughput": lambda: throughput(counts), "prefix": prefix, "kill": kill, "rolling": rolling,
-            "scale": scale, "node": lambda: node(cluster, nodes),
+            "scale": lambda: scale("by requests", {"target_requests": 4}),
+            "scale-kv": lambda: scale("by KV use", {"target_requests": 1000, "target_kv_use": 0.5},
+                                      num_blocks=60, max_model_len=512),
+            "node": lambda: node(cluster, nodes),
         }  # fmt: skip
         for name in names:
             parts[name]()
