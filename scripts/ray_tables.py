@@ -1,6 +1,7 @@
 """Ray Serve on one machine with CPU replicas of a small model: tables for docs/performance/scale.md.
 
     export RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1  # as `rvllm ray serve` starts Ray
+    export RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S=5
     export RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP=1  # this script asks replicas from outside an event loop
     unshare --net --map-root-user sh -c 'ip link set lo up && exec python scripts/ray_tables.py [PART ...]'
 

@@ -28,7 +28,8 @@ def named(name: str) -> Any:
         told["session"] = current_session.get()
         if scope["path"] == "/v1/models":
             told = {"object": "list", "data": [{"id": name}]}
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        headers = [(b"x-request-id", b"ours"), (b"x-other", b"1")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": json.dumps(told).encode()})
 
     return app
@@ -53,7 +54,7 @@ def several(**settings: Any) -> Dispatcher:
         ("POST", "/v1/chat/completions", {"model": "b/c"}, "b/c", "/v1/chat/completions"),
         ("POST", "/v1/chat/completions", {"model": "a"}, "a", "/v1/chat/completions"),
         ("POST", "/v1/chat/completions", {}, "a", "/v1/chat/completions"),
-        ("POST", "/v1/chat/completions", {"model": "x"}, "a", "/v1/chat/completions"),  # which says 404
+        ("POST", "/v1/messages", {"model": "x"}, "a", "/v1/messages"),  # which says 404 in its own form
         ("POST", "/v1/chat/completions", {"model": 3}, "a", "/v1/chat/completions"),
         ("POST", "/models/b/c/tokenize", {}, "b/c", "/tokenize"),
         ("GET", "/models/b/c/metrics", None, "b/c", "/metrics"),
@@ -66,6 +67,17 @@ def test_the_model_meant(method: str, path: str, body: Any, name: str, there: st
     assert (found["name"], found["path"]) == (name, there)
     if body:
         assert found["size"] > 2
+
+
+def test_a_model_that_is_not_served_is_told_those_that_are() -> None:
+    found = ask(several(), "POST", "/v1/chat/completions", json={"model": "x"})
+    assert found.status_code == 404
+    assert "'x'" in found.json()["error"]["message"] and "'a' or 'b/c'" in found.json()["error"]["message"]
+
+
+def test_ray_alone_answers_the_requests_id() -> None:
+    headers = ask(several(), "POST", "/v1/completions", json={"model": "a"}).headers
+    assert "x-request-id" not in headers and headers["x-other"] == "1"
 
 
 def test_models_are_listed_together() -> None:

@@ -13,10 +13,15 @@ from typing import Any
 from rvllm.errors import RvllmError
 from rvllm.ray.config import RayConfig, load
 
-SETTINGS = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+SETTINGS = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+}
 """How Ray is started here: HAProxy hands connections to the front ends, what replicas say goes by gRPC.
 
-With Ray's own proxy and its object store a token costs each of them 0.2 ms (docs/performance/scale.md)."""
+With Ray's own proxy and its object store a token costs each of them 0.2 ms (docs/performance/scale.md). A
+front end that goes stays 30 s by default, for balancers outside to notice; here there is HAProxy alone."""
 
 
 def add_parser(subparsers: Any) -> None:

@@ -10,6 +10,7 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rvllm.api.http.errors import ApiError
+from rvllm.api.http.exchange import check_model
 from rvllm.api.http.limits import BODY_RATE, BodyBudget
 from rvllm.config import ServerConfig
 from rvllm.ray.client import current_session
@@ -17,6 +18,7 @@ from rvllm.ray.client import current_session
 SESSION = b"x-session-id"  # Ray's name for it
 MAX_SESSION = 256  # bytes of it that count
 KEPT = ("/v1/responses", "/v1/conversations", "/v1/files", "/v1/batches")  # state of one process
+OTHER_ERRORS = ("/v1/messages",)  # answered with errors of another form: by the first application
 NOT_KEPT = (
     "what is kept between requests is served with one front end and one model only; "
     "this application has several (docs/ray.md)"
@@ -46,6 +48,7 @@ class Dispatcher:
         if scope["type"] == "lifespan":
             await _acknowledge(receive, send)
             return
+        send = _without_id(send)
         session = next((value for name, value in scope["headers"] if name == SESSION), b"")
         current_session.set(session[:MAX_SESSION].decode("latin-1") or None)
         if len(self._apps) == 1 and self._stateful:
@@ -100,7 +103,10 @@ class Dispatcher:
                     if not message.get("more_body", False):
                         break
                     due.reschedule(began + self._config.body_timeout + size / BODY_RATE)
-            app = self._apps.get(_model_of(taken) or "", self._first)
+            model = _model_of(taken)
+            if not scope["path"].startswith(OTHER_ERRORS):
+                check_model(model, list(self._apps))
+            app = self._apps.get(model or "", self._first)
             await app(scope, _again(taken, receive), send)
         except TimeoutError:
             await _refuse(ApiError(408, "the body did not arrive in time (--body-timeout)"), send)
@@ -108,6 +114,17 @@ class Dispatcher:
             await _refuse(error, send)
         finally:
             self._budget.give(size)
+
+
+def _without_id(send: Send) -> Send:
+    """Leaves x-request-id out of responses: Ray adds the same, put into the request before."""
+
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
+        await send(message)
+
+    return sent
 
 
 def _model_of(messages: Sequence[Message]) -> str | None:
