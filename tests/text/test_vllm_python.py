@@ -166,13 +166,14 @@ def test_long_answers_begin_first_and_outputs_keep_their_order(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began: list[int] = []
-    add = llm.engine.add_request
+    schedule = llm.engine.scheduler.schedule
 
-    def watched(message: Any) -> None:
-        began.append(message.sampling.max_tokens)
-        add(message)
+    def watched() -> Any:
+        if not began:
+            began.extend(seq.sampling.max_tokens for seq in llm.engine.scheduler.waiting)
+        return schedule()
 
-    monkeypatch.setattr(llm.engine, "add_request", watched)
+    monkeypatch.setattr(llm.engine.scheduler, "schedule", watched)
     lengths = [2, 5, 3, 5]
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
     for priority, order in ((None, [5, 5, 3, 2]), ([0] * 4, lengths)):

@@ -394,19 +394,19 @@ class LLM:
     ) -> list[PendingRequest]:
         if priority is not None and len(priority) != len(prompts):
             raise UsageError(f"priority has {len(priority)} entries for {len(prompts)} prompts")
-        requests = []
+        requests, now = [], time.time()  # they have come together: what is added first ranks first
         for i, ((text, ids), param) in enumerate(zip(prompts, params, strict=True)):
             name = self.next_name()
             try:
-                made = self._requests.make(name, ids, param, priority=priority[i] if priority else 0)
+                made = self._requests.make(
+                    name, ids, param, priority=priority[i] if priority else 0, arrival=now
+                )
             except UsageError as error:
                 raise UsageError(f"prompts[{i}]: {error}" if len(prompts) > 1 else str(error)) from None
             if made[0].sampling.grammar is not None:
                 self._prepare_grammars()
             choices = {m.request_id: Choice(self._tokenizer, param, ids, k) for k, m in enumerate(made)}
-            requests.append(
-                PendingRequest(name, text, ids, param, made, choices, RequestMetrics(time.time()))
-            )
+            requests.append(PendingRequest(name, text, ids, param, made, choices, RequestMetrics(now)))
         return requests
 
     def _order(self, requests: list[PendingRequest]) -> list[PendingRequest]:
