@@ -120,10 +120,11 @@ def main() -> None:
     parser.add_argument("--first", default="", help="lengths of single prompts, to their first token")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--json")
+    parser.add_argument("--trace", help="--trace-steps of the engine, for single prompts")
     args = parser.parse_args()
     llm = LLM(
         model=args.config, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", device="cuda",
-        gpu_memory_utilization=0.9, max_model_len=4096, max_num_seqs=512,
+        gpu_memory_utilization=0.9, max_model_len=4096, max_num_seqs=512, trace_steps=args.trace,
     )  # fmt: skip
     backend, vocab = llm.engine.backend, llm.engine.facts.vocab_size
     assert isinstance(backend, CudaBackend)

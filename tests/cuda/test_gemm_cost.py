@@ -109,6 +109,6 @@ def test_steps_with_decodes_are_as_long_as_is_worth_the_wait() -> None:
         return mixed_tokens(token_buckets(8192), cost_of)
 
     assert chosen("Qwen2.5-7B") == 3584
-    assert chosen("Llama-3.1-8B") == 2048
+    assert chosen("Llama-3.1-8B") == 2560
     assert mixed_tokens(token_buckets(8192), lambda tokens: tokens) == MIXED_TOKENS
     assert mixed_tokens(token_buckets(512), lambda tokens: tokens) == MIXED_TOKENS

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from math import log2
 
 MIXED_TOKENS = 2048  # of a step with decodes, for which they all wait; up to twice as many where that pays
-WAIT_PRICE = 0.03  # share of the tokens a second for which decodes may wait twice as long
+WAIT_PRICE = 0.02  # share of the tokens a second for which decodes may wait twice as long
 
 
 def decode_buckets(most: int) -> list[int]:

@@ -7,8 +7,9 @@
 namespace rvllm::gemm {
 
 // Finishes one warpgroup's accumulators: packed rows row0 .. row0 + 63 of TOKENS tokens from token0 on.
-// 16-bit results turn around in `staging`, CHUNK tokens at a time, to leave in 16-byte pieces.
-template <class T, int TOKENS, int CHUNK, int PITCH>
+// 16-bit results turn around in `staging`, CHUNK tokens at a time, to leave in 16-byte pieces. EARLY: the residuals of a
+// chunk are fetched while its sums turn around; one by one each would wait for memory.
+template <class T, int TOKENS, int CHUNK, int PITCH, bool EARLY = false>
 __device__ __forceinline__ void finish_accumulators(const Epilogue& e, const float (&acc)[TOKENS / 2], u8* staging,
                                                     int barrier, int thread, int row0, int token0) {
   const int warp = thread / 32, lane = thread % 32, row = row0 + warp * 16 + lane / 4, column = lane % 4 * 2;
@@ -43,9 +44,19 @@ __device__ __forceinline__ void finish_accumulators(const Epilogue& e, const flo
     const Pack<T, 2> p{{rounded<T>(low), rounded<T>(high)}};
     return *reinterpret_cast<const u32*>(&p);
   };
+  constexpr int ITEMS = EARLY ? CHUNK * 8 / 128 : 1;
+  static_assert(ITEMS > 0);
+  const bool early = EARLY && !pairs && e.residual && aligned && row0 + TILE <= e.rows;
+  Pack<T, 8> residual[ITEMS];
   for (int chunk = 0; chunk < TOKENS / CHUNK; chunk++) {
     const int token1 = token0 + chunk * CHUNK, count = min(CHUNK, e.tokens - token1);
     if (count <= 0) break;
+    const auto place = [&](int item) { return static_cast<size_t>(token1 + item / 8) * e.pitch + row0 + item % 8 * 8; };
+    if (early)
+#pragma unroll
+      for (int i = 0; i < ITEMS; i++)
+        if (const int item = thread + i * 128; item < count * 8)
+          residual[i] = *reinterpret_cast<const Pack<T, 8>*>(static_cast<const T*>(e.residual) + place(item));
     ptx::bar_sync(barrier, 128);
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; j++)  // registers are chosen at compile time, the chunk is not
@@ -62,6 +73,15 @@ __device__ __forceinline__ void finish_accumulators(const Epilogue& e, const flo
         gate_all(value, gates, ups, e);
         if (n < e.rows / 2) store(static_cast<T*>(e.out) + static_cast<size_t>(token1 + t) * e.pitch + n, value, 8, aligned);
       }
+    } else if (early) {
+#pragma unroll
+      for (int i = 0; i < ITEMS; i++)
+        if (const int item = thread + i * 128; item < count * 8) {
+          auto value = *reinterpret_cast<const Pack<T, 8>*>(staging + item / 8 * PITCH + item % 8 * 16);
+          activate_all(value, e.kind);
+          add_fetched(residual[i], value, e.scale);
+          store(static_cast<T*>(e.out) + place(item), value, 8, true);
+        }
     } else {
 #pragma unroll 1
       for (int item = thread; item < count * 8; item += 128) {

@@ -124,8 +124,10 @@ __device__ __forceinline__ void stage_outputs(const Epilogue& e, const float (&a
   }
 }
 
-// What the storers do for one phase of one warpgroup: tokens token1 .. token1 + count - 1.
-template <class T>
+// What the storers do for one phase of one warpgroup: tokens token1 .. token1 + count - 1. FETCHED: residuals of a
+// thread that are fetched before the first of them is added; one after the other each would wait for memory, which
+// nothing hides behind a block's last tile.
+template <class T, int FETCHED = 1>
 __device__ __forceinline__ void store_outputs(const Epilogue& e, const u8* staging, int thread, int row0, int token1, int count) {
   const bool aligned = (e.pitch & 7) == 0;
   if (gated(e.kind)) {
@@ -134,6 +136,25 @@ __device__ __forceinline__ void store_outputs(const Epilogue& e, const u8* stagi
       if (n >= e.rows / 2) continue;
       const auto value = *reinterpret_cast<const Pack<T, 8>*>(staging + staged<true>(t, piece));
       store(static_cast<T*>(e.out) + static_cast<size_t>(token1 + t) * e.pitch + n, value, 8, aligned);
+    }
+    return;
+  }
+  if (FETCHED > 1 && e.residual && aligned && row0 + TILE <= e.rows) {
+    const auto at = [&](int item) { return static_cast<size_t>(token1 + item / 8) * e.pitch + row0 + item % 8 * 8; };
+    for (int first = thread; first < count * 8; first += FETCHED * STORERS) {
+      Pack<T, 8> residual[FETCHED];
+#pragma unroll
+      for (int i = 0; i < FETCHED; i++)
+        if (const int item = first + i * STORERS; item < count * 8)
+          residual[i] = *reinterpret_cast<const Pack<T, 8>*>(static_cast<const T*>(e.residual) + at(item));
+#pragma unroll
+      for (int i = 0; i < FETCHED; i++)
+        if (const int item = first + i * STORERS; item < count * 8) {
+          auto value = *reinterpret_cast<const Pack<T, 8>*>(staging + staged<false>(item / 8, item % 8));
+          activate_all(value, e.kind);
+          add_fetched(residual[i], value, e.scale);
+          store(static_cast<T*>(e.out) + at(item), value, 8, true);
+        }
     }
     return;
   }

@@ -148,6 +148,13 @@ __device__ __forceinline__ void add_residual(const T* at, Pack<T, COUNT>& pack, 
   for (int i = 0; i < COUNT; i++) pack.v[i] = added<T>(r.v[i], pack.v[i], scale);
 }
 
+// Adds a residual that has been fetched.
+template <class T, int COUNT>
+__device__ __forceinline__ void add_fetched(const Pack<T, COUNT>& residual, Pack<T, COUNT>& pack, float scale) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) pack.v[i] = added<T>(residual.v[i], pack.v[i], scale);
+}
+
 // Finishes packed rows row .. row + 3 of one token. `row` is a multiple of 4.
 template <class T>
 __device__ __forceinline__ void finish(const Epilogue& e, int token, int row, const float (&sum)[4]) {

@@ -317,9 +317,9 @@ struct Block {
       if constexpr (MODE == FLOW)
         stage_outputs<T, TOKENS, FLOW_STAGING>(e, acc, ptx::smem(staging()) + group * FLOW_STAGING, group, thread,
                                                (v.tile + group) * TILE, v.token0, min(v.width, e.tokens - v.token0));
-      else
-        finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH>(e, acc, staging() + group * L::PER_GROUP, 1 + group, thread,
-                                                                 (v.tile + group) * TILE, v.token0);
+      else  // with more residuals of a chunk registers are spilled
+        finish_accumulators<T, TOKENS, L::CHUNK, L::STAGE_PITCH, MODE == SUM && L::CHUNK == 32>(
+            e, acc, staging() + group * L::PER_GROUP, 1 + group, thread, (v.tile + group) * TILE, v.token0);
     }
     if constexpr (MODE == FLOW) ptx::bar_sync(ROOM + group, 128 + STORERS);  // as often as the storers arrive
   }

@@ -21,6 +21,7 @@ struct Wide {
   static constexpr int BARRIERS = 256, BYTES = STAGES * (WEIGHTS + X) + GROUPS * ROOM_BYTES + BARRIERS;
   // The block has what it was launched with, 168 registers a thread: one more, and raising them waits for ever.
   static constexpr int MANY_REGISTERS = 208, FEW_REGISTERS = 88;
+  static constexpr int FETCHED = 6;  // residuals of a storer
   static_assert(CONSUMERS * MANY_REGISTERS + 128 * FEW_REGISTERS <= THREADS * 168);
   static_assert(STAGED <= ROOM_BYTES && LEFT % 4 == 0 && BYTES <= 232448);
 };
@@ -57,8 +58,8 @@ __device__ __forceinline__ void store_tiles(const Epilogue& e, WideScheduler sch
     for (int g = 0; g < Wide::GROUPS; g++) {
       bar_sync(READY + g, 128 + STORERS);
       if (e.kind != LOGITS)
-        store_outputs<T>(e, room + g * Wide::ROOM_BYTES, thread, (t.row_tile + g) * TILE, t.token0,
-                         min(t.width, e.tokens - t.token0));
+        store_outputs<T, Wide::FETCHED>(e, room + g * Wide::ROOM_BYTES, thread, (t.row_tile + g) * TILE, t.token0,
+                                        min(t.width, e.tokens - t.token0));
       __syncwarp();
       bar_arrive(ROOM + g, 128 + STORERS);
     }

@@ -24,6 +24,7 @@ GPC = 16  # multiprocessors that can form clusters
 SHORT = 2  # clusters of four, or of eight, for which small GPCs have no place
 EMPTY = 0.45  # what a product by pairs takes longer where its last token tile is empty, against a full one
 SEGMENT_END = 1000.0  # what a wide tile takes where running sums are in shared memory
+WIDE_EXIT = 9000.0  # of wide tiles' last round, which is stored when nothing is summed beside it
 SUM_EXIT = 35.0  # cycles for each token of a tile on its way out of a sum
 PIECE = 1.25  # what a narrow piece of a last round takes, against its bytes
 
@@ -129,7 +130,7 @@ def _wide(tile: int, work: Work) -> float:
     mean = sum(steps) / len(steps)
     mean += UNEVEN * (max(steps) - mean)
     rounds = ceil_div(ceil_div(work.tiles, 4) * len(steps), work.sms // 2)
-    return rounds * (work.blocks * mean + work.segments * SEGMENT_END)
+    return rounds * (work.blocks * mean + work.segments * SEGMENT_END) + WIDE_EXIT
 
 
 def _tall(tile: int, work: Work) -> float:
