@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from rvllm.api.schemas.requests import NEUTRAL, Refused
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.text.grammar.grammar import grammar_of
 from support.doubles.server import LiveServer
+from support.doubles.tool_calls import script
 
 TEMPLATE = (
     "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}"
@@ -83,17 +85,47 @@ def test_samplers_that_we_lack_are_refused_unless_they_are_off(server: LiveServe
 
 def test_hosted_tools_are_left_out_of_a_response_and_named(server: LiveServer) -> None:
     tools = [{"type": "function", "name": "shell", "parameters": SCHEMA}, {"type": "web_search"},
-             {"type": "custom", "name": "apply_patch"}]  # fmt: skip
+             {"type": "local_shell"}]  # fmt: skip
     status, answer = server.post(
         "/v1/responses", input="hi", tools=tools, max_output_tokens=1, metadata={"k": "v"}
     )
     assert status == 200, answer
-    assert answer["metadata"] == {"k": "v", "rvllm_tools_left_out": "web_search, custom"}
+    assert answer["metadata"] == {"k": "v", "rvllm_tools_left_out": "web_search, local_shell"}
     prompt = server.tokenizer.decode(server.engine.requests[-1].prompt_token_ids)
-    assert prompt.startswith("shell ") and "apply_patch" not in prompt
-    for choice in ("required", {"type": "function", "name": "apply_patch"}):
+    assert prompt.startswith("shell ") and "local_shell" not in prompt
+    for choice in ("required", {"type": "function", "name": "local_shell"}):
         status, answer = server.post("/v1/responses", input="hi", tools=tools[1:], tool_choice=choice)
         assert status == 400 and answer["error"]["param"] == "tool_choice"
+
+
+def test_custom_tools_are_given_a_text(server: LiveServer) -> None:
+    rules = {"type": "grammar", "syntax": "lark", "definition": 'start: "*** Begin"'}
+    tools = [{"type": "custom", "name": "apply_patch", "description": "Edits.", "format": rules}]
+    before = [
+        {"type": "custom_tool_call", "call_id": "c1", "name": "apply_patch", "input": 'say "x"'},
+        {
+            "type": "custom_tool_call_output",
+            "call_id": "c1",
+            "output": [{"type": "input_text", "text": "ok"}],
+        },
+        {"role": "user", "content": "again"},
+    ]
+    script(server, '<tool_call>\n{"name": "apply_patch", "arguments": {"input": "a\\nb"}}\n</tool_call>')
+    asked = {"input": before, "tools": tools, "tool_choice": {"type": "custom", "name": "apply_patch"}}
+    status, answer = server.post("/v1/responses", **asked)
+    assert status == 200, answer
+    (item,) = answer["output"]
+    assert (item["type"], item["name"], item["input"]) == ("custom_tool_call", "apply_patch", "a\nb")
+    assert item["id"].startswith("ctc_") and answer["tools"][0]["format"] == rules
+    prompt = server.tokenizer.decode(server.engine.requests[-1].prompt_token_ids)
+    assert "apply_patch" in prompt.partition("<tool_call>")[2] and "tool:ok" in prompt
+    status, _, streamed = server.raw("POST", "/v1/responses", json.dumps({**asked, "stream": True}).encode())
+    events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith(b"data: ")]
+    told = [event for event in events if "custom_tool_call_input" in event["type"]]
+    assert [event["type"].rpartition(".")[2] for event in told] == ["delta", "done"]
+    assert told[0]["delta"] == told[1]["input"] == "a\nb"
+    done = [event["item"]["id"] for event in events if event["type"] == "response.output_item.done"]
+    assert done == [item["id"] for item in events[-1]["response"]["output"]]
 
 
 @pytest.mark.parametrize("kind", ["bash_20250124", "text_editor_20250728", "memory_20250818"])

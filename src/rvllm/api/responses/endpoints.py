@@ -25,7 +25,7 @@ from rvllm.api.http.pagination import Query, page
 from rvllm.api.responses.events import ResponseWriter, snapshot
 from rvllm.api.responses.store import ResponseStore, StoredResponse
 from rvllm.api.schemas.answers import now
-from rvllm.api.schemas.items import Item, checked_items
+from rvllm.api.schemas.items import CALLS, OUTPUTS, Item, checked_items
 from rvllm.api.schemas.requests import ChatRequest
 from rvllm.api.schemas.responses import (
     CHAT_NAMES,
@@ -305,8 +305,8 @@ async def _answer(service: Service, chat: ChatRequest, name: str, writer: Respon
 def _shorter(items: list[Item]) -> list[Item]:
     """Without the oldest eighth, and without outputs whose calls are gone."""
     rest = items[max(1, len(items) // 8) :]
-    calls = {item["call_id"] for item in rest if item["type"] == "function_call"}
-    kept = [item for item in rest if item["type"] != "function_call_output" or item["call_id"] in calls]
+    calls = {item["call_id"] for item in rest if item["type"] in CALLS}
+    kept = [item for item in rest if item["type"] not in OUTPUTS or item["call_id"] in calls]
     return kept or rest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ import msgspec
 from rvllm.api.generate.answer import AnswerDelta
 from rvllm.api.http.errors import ApiError
 from rvllm.api.schemas.answers import Usage
-from rvllm.api.schemas.items import Item
+from rvllm.api.schemas.items import CALLS, Item
 from rvllm.api.schemas.responses import (
     IncompleteDetails,
     InputDetails,
@@ -22,6 +23,7 @@ from rvllm.api.schemas.responses import (
 )
 from rvllm.text.tools.events import CallArguments, CallStart, Text
 
+_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}
 OnEvent = Callable[[str, dict[str, Any]], Awaitable[None]]
 
 
@@ -33,6 +35,7 @@ class ResponseWriter:
         self.begun = False
         self._on_event = on_event
         self._number = 0
+        self._customs = {tool.name for tool in response.tools if tool.type == "custom"}
         self._open = ""  # the kind of the item being written, for calls with their number
         self._pieces: list[str] = []
         self._logprobs: list[dict[str, Any]] = []
@@ -102,6 +105,8 @@ class ResponseWriter:
         item["status"] = status
         if item["type"] == "function_call":
             item["arguments"] = text
+        elif item["type"] == "custom_tool_call":
+            item["input"] = _input(text)
         else:
             item["content"] = [_part(item["type"], text, self._logprobs)]
 
@@ -112,8 +117,13 @@ class ResponseWriter:
 
     async def _call(self, event: CallStart | CallArguments) -> None:
         if isinstance(event, CallStart):
-            item = {"call_id": event.id or "", "name": event.name, "arguments": ""}
-            await self._enter(f"function_call {event.index}", item)
+            item = {"call_id": event.id or "", "name": event.name}
+            if event.name in self._customs:
+                await self._enter(f"custom_tool_call {event.index}", item | {"input": ""})
+            else:
+                await self._enter(f"function_call {event.index}", item | {"arguments": ""})
+        elif self._open.startswith("custom_tool_call"):  # its text is within JSON: told when it is whole
+            self._pieces.append(event.text)
         elif event.text:
             await self._add(event.text, "response.function_call_arguments.delta")
 
@@ -124,13 +134,13 @@ class ResponseWriter:
         await self._leave("completed")
         self._open = kind
         kind = kind.partition(" ")[0]
-        prefix = {"message": "msg", "reasoning": "rs", "function_call": "fc"}[kind]
+        prefix = _PREFIXES[kind]
         place = len(self.response.output)
         name = f"{prefix}_{self.response.id.removeprefix('resp_')}_{place}"
         item = {"id": name, "type": kind, "status": "in_progress", **item}
         self.response.output.append(item)
         await self._send("response.output_item.added", output_index=place, item=item)
-        if kind != "function_call":
+        if kind not in CALLS:
             await self._send("response.content_part.added", **self._at(content_index=0), part=_part(kind))
 
     async def _add(self, text: str, event: str, **fields: Any) -> None:
@@ -147,6 +157,10 @@ class ResponseWriter:
         if kind == "function_call":
             done = {"name": item["name"], "arguments": text}
             await self._send("response.function_call_arguments.done", **self._at(), **done)
+        elif kind == "custom_tool_call":
+            name = "response.custom_tool_call_input"
+            await self._send(f"{name}.delta", **self._at(), delta=item["input"])
+            await self._send(f"{name}.done", **self._at(), input=item["input"])
         else:
             (part,) = item["content"]
             if kind == "message":
@@ -168,6 +182,15 @@ class ResponseWriter:
         event = {"type": kind, "sequence_number": self._number, **fields}
         self._number += 1
         await self._on_event(kind, event)
+
+
+def _input(arguments: str) -> str:
+    """The text that a custom tool is given, from the arguments that stand for it; cut off, as they are."""
+    try:
+        found = json.loads(arguments)["input"]
+    except (ValueError, KeyError, TypeError):
+        return arguments
+    return found if isinstance(found, str) else arguments
 
 
 def _part(kind: str, text: str = "", logprobs: list[dict[str, Any]] | None = None) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ an id, and a message's text becomes a list of parts.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from uuid import uuid4
@@ -16,6 +17,8 @@ from rvllm.api.http.body import MAX_MESSAGES, check_count, wrong_field
 from rvllm.api.http.errors import ApiError, invalid
 
 Item = dict[str, Any]
+CALLS = ("function_call", "custom_tool_call")
+OUTPUTS = ("function_call_output", "custom_tool_call_output")
 
 
 class TextPart(msgspec.Struct, kw_only=True):
@@ -44,6 +47,17 @@ class FunctionCallItem(msgspec.Struct, kw_only=True):
     arguments: str
     id: str | None = None
     type: str = "function_call"
+    status: str | None = None
+
+
+class CustomCallItem(msgspec.Struct, kw_only=True):
+    """The model gave a custom tool a text."""
+
+    call_id: str
+    name: str
+    input: str
+    id: str | None = None
+    type: str = "custom_tool_call"
     status: str | None = None
 
 
@@ -79,6 +93,8 @@ _KINDS: dict[str, tuple[type[msgspec.Struct], str]] = {
     "message": (MessageItem, "msg"),
     "function_call": (FunctionCallItem, "fc"),
     "function_call_output": (FunctionOutputItem, "fco"),
+    "custom_tool_call": (CustomCallItem, "ctc"),
+    "custom_tool_call_output": (FunctionOutputItem, "ctco"),
     "reasoning": (ReasoningItem, "rs"),
     "item_reference": (ReferenceItem, ""),
 }
@@ -166,11 +182,13 @@ def chat_messages(items: Sequence[Item], instructions: str | None) -> list[dict[
         kind = item["type"]
         if kind == "reasoning":
             thoughts += [part["text"] for part in item.get("content") or item.get("summary") or ()]
-        elif kind == "function_call_output":
+        elif kind in OUTPUTS:
             messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]})
-        elif kind == "function_call":
+        elif kind in CALLS:
+            custom = kind == "custom_tool_call"
+            arguments = json.dumps({"input": item["input"]}) if custom else item["arguments"]
             call = {"id": item["call_id"], "type": "function",
-                    "function": {"name": item["name"], "arguments": item["arguments"]}}  # fmt: skip
+                    "function": {"name": item["name"], "arguments": arguments}}  # fmt: skip
             if not messages or messages[-1]["role"] != "assistant" or thoughts:
                 messages.append(_assistant("", thoughts))
             messages[-1].setdefault("tool_calls", []).append(call)

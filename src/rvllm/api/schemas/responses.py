@@ -38,13 +38,14 @@ class TextConfig(msgspec.Struct, kw_only=True):
 
 
 class FunctionTool(msgspec.Struct, kw_only=True):
-    """A function that the client runs."""
+    """A function that the client runs, or a custom tool, which is given a text of the form of `format`."""
 
     type: str
     name: str | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    format: dict[str, Any] | None = None
 
 
 class ConversationRef(msgspec.Struct):
@@ -158,6 +159,11 @@ class ResponseAnswer(msgspec.Struct, kw_only=True):
     metadata: dict[str, str]
 
 
+TOOLS = ("function", "custom")  # what clients run
+INPUT = {
+    "type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
+    "additionalProperties": False,
+}  # fmt: skip  # a custom tool's parameters, as models see them
 LEFT_OUT = "rvllm_tools_left_out"  # in a response's metadata
 LOGPROBS = "message.output_text.logprobs"
 _INCLUDES = (
@@ -187,13 +193,13 @@ def check_request(request: ResponsesRequest) -> None:
     check_metadata(request.metadata)
     check_count(request.tools or (), MAX_TOOLS, "tools")
     for i, tool in enumerate(request.tools or ()):
-        if tool.type == "function" and not tool.name:
+        if tool.type in TOOLS and not tool.name:
             raise invalid(f"tools[{i}].name is required", f"tools[{i}].name")
 
 
 def left_out(request: ResponsesRequest) -> str:
-    """The kinds of the tools that are no functions: offers that nobody here can take up."""
-    kinds = (tool.type[:64] for tool in request.tools or () if tool.type != "function")
+    """The kinds of the tools that clients do not run: offers that nobody here can take up."""
+    kinds = (tool.type[:64] for tool in request.tools or () if tool.type not in TOOLS)
     return ", ".join(dict.fromkeys(kinds))[:512]
 
 
@@ -262,14 +268,14 @@ def _format(wanted: TextFormat) -> dict[str, Any]:
 
 def _tools(request: ResponsesRequest) -> tuple[list[dict[str, Any]], Any]:
     """(tools, tool_choice) in the chat's words; allowed_tools leaves out the others."""
-    tools = [tool for tool in request.tools or () if tool.type == "function"]
+    tools = [tool for tool in request.tools or () if tool.type in TOOLS]
     choice = request.tool_choice
     if isinstance(choice, dict):
         if choice.get("type") == "allowed_tools":
             allowed = {tool.get("name") for tool in choice.get("tools") or () if isinstance(tool, dict)}
             tools = [tool for tool in tools if tool.name in allowed]
             choice = choice.get("mode") or "auto"
-        elif choice.get("type") == "function" and isinstance(choice.get("name"), str):
+        elif choice.get("type") in TOOLS and isinstance(choice.get("name"), str):
             choice = {"type": "function", "function": {"name": choice["name"]}}
         else:
             raise invalid("tool_choice must be auto, none, required, a function or allowed_tools",
@@ -277,10 +283,19 @@ def _tools(request: ResponsesRequest) -> tuple[list[dict[str, Any]], Any]:
     found = []
     for tool in tools:
         function: dict[str, Any] = {"name": tool.name}  # in the order that models learnt
-        if tool.description is not None:
-            function["description"] = tool.description
-        function["parameters"] = tool.parameters or {"type": "object"}
+        if description := _description(tool):
+            function["description"] = description
+        function["parameters"] = INPUT if tool.type == "custom" else tool.parameters or {"type": "object"}
         if tool.strict is not None:
             function["strict"] = tool.strict
         found.append({"type": "function", "function": function})
     return found, choice
+
+
+def _description(tool: FunctionTool) -> str | None:
+    """A tool's own; the grammar of a custom one's input is told to the model, which is not held to it."""
+    form = tool.format or {}
+    if tool.type != "custom" or form.get("type") != "grammar":
+        return tool.description
+    rules = f"The input follows this {form.get('syntax')} grammar:\n{form.get('definition')}"
+    return f"{tool.description}\n{rules}" if tool.description else rules

@@ -10,6 +10,7 @@ from typing import Any
 
 from rvllm.bench.datasets import NAMES, Asked, check_name, from_file, prefix_repetition
 from rvllm.cli.common.remote import post_json
+from rvllm.errors import UsageError
 from rvllm.settings import build
 
 _ELSEWHERE = (
@@ -43,7 +44,7 @@ def add_datasets(parser: argparse.ArgumentParser) -> None:
     add("--disable-shuffle", action="store_true", help="in the file's order")
     add("--no-stream", action="store_true", help=argparse.SUPPRESS)  # files are read whole anyway
     for name in _ELSEWHERE:
-        add(f"--{name}", type=_refused, help=argparse.SUPPRESS)
+        add(f"--{name}", action=_Refused, nargs="*", help=argparse.SUPPRESS)
     add("--vocab-size", type=int, default=30000, help="random ids are below [30000]")
     add("--sharegpt-output-len", type=int, help="tokens of an answer; default: as long as the file's")
     add("--custom-output-len", type=int, help="the same; default: output_tokens of its line, or 256")
@@ -58,11 +59,14 @@ def add_datasets(parser: argparse.ArgumentParser) -> None:
     add("--prefix-repetition-output-len", type=int, default=128, help="tokens of an answer [128]")
 
 
-def _refused(value: str) -> str:
-    raise argparse.ArgumentTypeError(
-        "belongs to a data set that is not read here: nothing is fetched and no picture read; "
-        "a JSON line with a prompt for each request is --dataset-name custom"
-    )
+class _Refused(argparse.Action):
+    """Raises UsageError for an argument of a data set that is not read."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        raise UsageError(
+            f"{option_string}: nothing is fetched and no picture read; a JSON line with a prompt for each "
+            "request is --dataset-name custom"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
