@@ -112,7 +112,9 @@ def measure(server: Server, swaps: int) -> int:
         times.append(server.swap_seconds() - before)
         wrong += server.tokens(name, 16) != expected[name]
         if number % 10 == 9 or number < 2:
-            print(f"swap {number}: {times[-1]:.3f} s, first answers after {whole[-1]:.3f} s", flush=True)
+            print(f"swap {number}: {times[-1]:.3f} s, first answers after {whole[-1]:.3f} s", end="")
+            # after every second one m0 is awake, as it was before
+            print(f"; {free - server.free()} bytes gone" if number % 2 else "", flush=True)
     if swaps % 2:
         server.tokens("m0", 1)
     lost = free - server.free()
