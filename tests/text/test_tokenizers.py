@@ -401,3 +401,20 @@ def test_apply_chat_template_gives_ids_of_the_special_tokens() -> None:
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
     assert ids == tokenizer.encode("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
     assert ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
+
+
+def test_gemma_4_merges_within_lines_and_within_line_ends() -> None:
+    """llama.cpp's rules: `[^\\n]+|[\\n]+` is cut first, ▁ stands for a space, a text begins with BOS."""
+    pieces = ["▁", "a", "b", "\n", "ab", "▁ab", "\n\n", "ab\n"]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    metadata = {
+        "tokenizer.ggml.model": "gemma4", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3, 3, 2, *[6] * 256, *[1] * len(pieces)],
+        "tokenizer.ggml.merges": ["a b", "ab \n", "▁ ab", "\n \n"], "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False,
+    }  # fmt: skip
+    tokenizer = Tokenizer(from_metadata(metadata, "here"))
+    found = [tokens[i] for i in tokenizer.encode("ab\n\n\n abé")]
+    assert found == ["<bos>", "ab", "\n\n", "\n", "▁ab", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(tokenizer.encode("ab\n\n\n abé"), skip_special_tokens=True) == "ab\n\n\n abé"

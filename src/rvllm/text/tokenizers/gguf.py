@@ -53,10 +53,14 @@ def from_metadata(metadata: Mapping[str, Any], origin: str) -> TokenizerParts:
     Raises ModelError naming `origin` and the field that is missing, broken or not supported.
     """
     kind = metadata.get(KEY + "model")
-    builders = {"gpt2": _byte_level, "llama": _sentencepiece, "bert": _wordpiece, "t5": _unigram}
+    builders = {
+        "gpt2": _byte_level, "llama": _sentencepiece, "bert": _wordpiece, "t5": _unigram, "gemma4": _by_lines,
+    }  # fmt: skip
     if not isinstance(kind, str) or kind not in builders:
         known = ", ".join(builders)
         raise ModelError(f"{origin}: {KEY}model is {kind!r}; supported: {known}")
+    if kind == "gemma4":  # converters wrote false here at first; llama.cpp reads them so, too
+        metadata = {**metadata, KEY + "add_bos_token": True}
     try:
         with _no_collection():
             tokens = _strings(metadata, "tokens", origin)
@@ -168,6 +172,15 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], origin: str) 
     )
     backend = Tokenizer(model)
     _spell_spaces(backend, metadata)
+    return backend
+
+
+def _by_lines(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> tokenizers.Tokenizer:
+    """Gemma 4's: SentencePiece's spelling with merges of its own, within lines and runs of line ends."""
+    from tokenizers import Regex, pre_tokenizers
+
+    backend = _sentencepiece(metadata, tokens, origin)
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), behavior="isolated")
     return backend
 
 
