@@ -45,7 +45,7 @@ def compare_tekken(file: Path, texts: Sequence[str]) -> list[str]:
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
     theirs = Tekkenizer.from_file(file)
-    backend, _ = from_tekken(file)
+    backend = from_tekken(file).backend
     pairs = [(text, backend.encode(text).ids, theirs.encode(text, bos=True, eos=False)) for text in texts]
     return [f"{text[:60]!r}: {ours[:12]} instead of {ids[:12]}" for text, ours, ids in pairs if ours != ids]
 

@@ -166,3 +166,41 @@ def test_tekkens_tokens_stand_behind_its_special_ones(tmp_path: Path) -> None:
 def test_damaged_tekken_files_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=message):
         Tokenizer.load(tekken(tmp_path, ranks(), **changes))
+
+
+@pytest.mark.parametrize("version", ["v7", "v7m1", "v11", "v13", "v3"])
+def test_a_tekken_file_alone_has_mistrals_template(version: str, tmp_path: Path) -> None:
+    """What mistral-common 1.13 gives for the same conversation, with special tokens spelled out."""
+    file = tekken(tmp_path, ranks()) / "tekken.json"
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps(data | {"config": data["config"] | {"version": version}}))
+    tokenizer = Tokenizer.load(tmp_path)
+    if version == "v3":
+        assert not tokenizer.chat_templates
+        return
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": '{"a": "é"}'}}
+    messages = [
+        {"role": "system", "content": "S"}, {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "hm ", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "abcdefghi", "content": "r"},
+        {"role": "assistant", "content": "ok"},
+        {"role": "user", "content": "a"}, {"role": "user", "content": "b"},
+    ]  # fmt: skip
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    told = (
+        '[AVAILABLE_TOOLS][{"type": "function", "function": {"name": "f", "description": "", '
+        '"parameters": {"type": "object"}}}][/AVAILABLE_TOOLS]'
+    )
+    calls = {
+        "v7": '[TOOL_CALLS][{"name": "f", "arguments": {"a": "é"}, "id": "abcdefghi"}]',
+        "v11": '[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{"a": "é"}',
+        "v13": '[TOOL_CALLS]f[ARGS]{"a": "é"}',
+    }[version.partition("m")[0]]
+    result = "" if version == "v13" else "abcdefghi[TOOL_CONTENT]"
+    first, last = (told, "") if version == "v13" else ("", told)
+    wanted = (
+        f"<s>[SYSTEM_PROMPT]S[/SYSTEM_PROMPT]{first}[INST]q[/INST]hm{calls}</s>"
+        f"[TOOL_RESULTS]{result}r[/TOOL_RESULTS]ok</s>{last}[INST]a\n\nb[/INST]"
+    )
+    found = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    assert found == wanted

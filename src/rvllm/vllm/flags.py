@@ -70,7 +70,7 @@ VLLM_FLAGS: dict[str, VllmFlag] = {
     "tokenizer_mode": _taken(
         "auto",
         "hf",
-        instead="tekken.json is read where it stands alone; --chat-template FILE renders conversations",
+        instead="tekken.json is read, and conversations written as Mistral does, where it stands alone",
     ),
     "tokenizer_revision": _taken(None, instead="--tokenizer ORG/NAME@REVISION"),
     "code_revision": _taken(),

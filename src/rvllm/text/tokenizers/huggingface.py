@@ -31,6 +31,7 @@ def read_directory(path: Path) -> TokenizerParts:
     file = path / "tokenizer.json"
     config = _read_json(path / "tokenizer_config.json")
     named: dict[str, str] = {}  # special tokens that the vocabulary's own file names
+    templates: dict[str, str] = {}  # of a file that has none, as its family writes conversations
     if file.is_file():
         _check_merges(file)
         backend = built(lambda: Tokenizer.from_file(str(file)), str(file))
@@ -48,7 +49,8 @@ def read_directory(path: Path) -> TokenizerParts:
     elif (path / "tekken.json").is_file():
         from rvllm.text.tokenizers.tekken import from_tekken
 
-        backend, named = from_tekken(path / "tekken.json")
+        parts = from_tekken(path / "tekken.json")
+        backend, named, templates = parts.backend, parts.special_tokens, parts.chat_templates
     else:
         raise ModelError(
             f"{path}: no tokenizer (looked for tokenizer.json, vocab.json with merges.txt, tokenizer.model, "
@@ -61,7 +63,7 @@ def read_directory(path: Path) -> TokenizerParts:
     _complete(backend, _with_added(config, _read_json(path / "added_tokens.json")), special)
     _add_more(backend, config, extra)
     _check_ids(backend, special, path)
-    return TokenizerParts(backend, str(path), special, _chat_templates(path, config))
+    return TokenizerParts(backend, str(path), special, _chat_templates(path, config) or templates)
 
 
 def _check_merges(file: Path) -> None:

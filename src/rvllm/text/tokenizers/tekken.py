@@ -9,16 +9,13 @@ import base64
 import binascii
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from rvllm.errors import ModelError
-from rvllm.text.tokenizers.parts import frame
+from rvllm.text.chat.mistral import TEMPLATES
+from rvllm.text.tokenizers.parts import DEFAULT_TEMPLATE, TokenizerParts, frame
 from rvllm.text.tokenizers.tiktoken import MAX_BYTES, TiktokenClass, check_ranks, from_ranks
-
-if TYPE_CHECKING:
-    import tokenizers
 
 NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 # Of files that name no special tokens: those of the first models, in the order of their ids.
@@ -33,6 +30,7 @@ class _Config(msgspec.Struct):
     pattern: str
     default_vocab_size: int
     default_num_special_tokens: int
+    version: str = ""
 
 
 class _Token(msgspec.Struct):
@@ -51,8 +49,8 @@ class _File(msgspec.Struct):
     special_tokens: list[_Special] | None = None
 
 
-def from_tekken(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-    """(the tokenizer, its special tokens by their names in templates). Raises ModelError naming the file."""
+def from_tekken(file: Path) -> TokenizerParts:
+    """The tokenizer, with a chat template for the versions that one can write. Raises ModelError."""
     try:
         if file.stat().st_size > MAX_BYTES:
             raise ModelError(f"{file}: larger than {MAX_BYTES >> 20} MiB, which no vocabulary is")
@@ -67,7 +65,8 @@ def from_tekken(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     backend = from_ranks(ranks, TiktokenClass(data.config.pattern, special), str(file), count)
     named = {name: token for name, token in NAMES.items() if token in special.values()}
     frame(backend, named.get("bos_token"), None)
-    return backend, named
+    template = TEMPLATES.get(data.config.version.partition("m")[0])
+    return TokenizerParts(backend, str(file), named, {} if template is None else {DEFAULT_TEMPLATE: template})
 
 
 def _ranks(file: Path, vocab: Sequence[_Token], count: int) -> dict[bytes, int]:
