@@ -98,6 +98,32 @@ def test_hosted_tools_are_left_out_of_a_response_and_named(server: LiveServer) -
         assert status == 400 and answer["error"]["param"] == "tool_choice"
 
 
+def test_records_of_hosted_calls_are_left_out_of_a_history(server: LiveServer) -> None:
+    before = [
+        {"role": "user", "content": "hi"},
+        {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {"type": "search"}},
+        {"role": "user", "content": "go on"},
+    ]
+    status, answer = server.post("/v1/responses", input=before, max_output_tokens=1)
+    assert status == 200 and answer["metadata"] == {"rvllm_tools_left_out": "web_search_call"}
+    prompt = server.tokenizer.decode(server.engine.requests[-1].prompt_token_ids)
+    assert "user:hi\nuser:go on" in prompt
+
+
+def test_half_a_character_in_a_call_of_the_history(server: LiveServer) -> None:
+    function = {"name": "f", "arguments": '{"a": "x\\ud83d", "b": "\\ud83d\\ude00"}'}
+    call = {"id": "c", "type": "function", "function": function}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "r"},
+    ]
+    status, answer = server.chat(messages=messages)
+    assert status == 200, answer
+    prompt = server.tokenizer.decode(server.engine.requests[-1].prompt_token_ids)
+    assert "x\ufffd" in prompt and "😀" in prompt
+
+
 def test_custom_tools_are_given_a_text(server: LiveServer) -> None:
     rules = {"type": "grammar", "syntax": "lark", "definition": 'start: "*** Begin"'}
     tools = [{"type": "custom", "name": "apply_patch", "description": "Edits.", "format": rules}]

@@ -272,7 +272,7 @@ def test_truncation_auto_leaves_out_the_oldest(client: openai.OpenAI, server: Li
         ({"input": [{"role": "nobody", "content": "a"}]}, "input[0].role"),
         ({"input": [{"role": "user", "content": 5}]}, "input[0].content"),
         ({"input": [{"type": "function_call", "name": "f", "arguments": ""}]}, "input[0].call_id"),
-        ({"input": [{"type": "web_search_call"}]}, "input[0].type"),
+        ({"input": [{"type": "computer_call"}]}, "input[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
         ({"input": "a", "background": True, "store": False}, "background"),
         ({"input": "a", "truncation": "some"}, "truncation"),

@@ -98,6 +98,8 @@ _KINDS: dict[str, tuple[type[msgspec.Struct], str]] = {
     "reasoning": (ReasoningItem, "rs"),
     "item_reference": (ReferenceItem, ""),
 }
+HOSTED = ("web_search_call", "file_search_call", "mcp_list_tools")
+"""Records of what another server did: they hold no result, and are left out of a history."""
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text")
 _ROLES = ("user", "assistant", "system", "developer")
 
@@ -113,7 +115,11 @@ def checked_items(
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     check_count(given, MAX_MESSAGES, where)
-    return [_checked(item, find, f"{where}[{i}]") for i, item in enumerate(given)]
+    return [
+        _checked(item, find, f"{where}[{i}]")
+        for i, item in enumerate(given)
+        if item.get("type") not in HOSTED
+    ]
 
 
 def _checked(given: Mapping[str, Any], find: Callable[[str], Item | None], where: str) -> Item:

@@ -9,7 +9,7 @@ import msgspec
 
 from rvllm.api.http.body import MAX_TOOLS, check_count
 from rvllm.api.http.errors import invalid
-from rvllm.api.schemas.items import Item, chat_messages
+from rvllm.api.schemas.items import HOSTED, Item, chat_messages
 from rvllm.api.schemas.requests import ChatRequest
 
 
@@ -198,8 +198,10 @@ def check_request(request: ResponsesRequest) -> None:
 
 
 def left_out(request: ResponsesRequest) -> str:
-    """The kinds of the tools that clients do not run: offers that nobody here can take up."""
-    kinds = (tool.type[:64] for tool in request.tools or () if tool.type not in TOOLS)
+    """The kinds of the tools that clients do not run, which nobody here takes up, and of their calls."""
+    kinds = [tool.type[:64] for tool in request.tools or () if tool.type not in TOOLS]
+    if not isinstance(request.input, str):
+        kinds += [str(item["type"]) for item in request.input or () if item.get("type") in HOSTED]
     return ", ".join(dict.fromkeys(kinds))[:512]
 
 

@@ -17,14 +17,14 @@ def parsed(text: str) -> Any:
 
     Control characters within strings are taken: models write line breaks so.
     """
-    return json.loads(text, strict=False) if text.strip() else {}
+    return _loads(text) if text.strip() else {}
 
 
 def mended(text: str) -> dict[str, Any]:
     """The object that broken JSON begins: closed where it breaks off, without what is beyond saving."""
     for attempt in _closings(text):
         try:
-            value = json.loads(attempt, strict=False)
+            value = _loads(attempt)
         except (ValueError, RecursionError):
             continue
         if isinstance(value, dict):
@@ -35,6 +35,15 @@ def mended(text: str) -> dict[str, Any]:
 def as_text(arguments: Any) -> str:
     """Arguments as JSON text, spelled as Python's json does."""
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _loads(text: str) -> Any:
+    """The value of JSON, with U+FFFD for the halves of characters that its escapes may name: \\ud83d."""
+    value = json.loads(text, strict=False)
+    if "\\ud" not in text and "\\uD" not in text:
+        return value
+    plain = json.dumps(value, ensure_ascii=False)
+    return json.loads(plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 def _closings(text: str) -> list[str]:
