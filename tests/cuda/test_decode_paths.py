@@ -130,7 +130,7 @@ class TestPlans:
     @pytest.mark.parametrize(
         ("name", "launches"),
         [
-            ("Qwen2.5-7B", {"batched": 231, "gemv": 231, "fused": 174, "persistent": 90}),
+            ("Qwen2.5-7B", {"batched": 203, "gemv": 203, "fused": 146, "persistent": 62}),
             ("Qwen3-30B-A3B", {"batched": 391, "gemv": 391, "fused": 389, "persistent": 151}),
         ],
     )

@@ -174,7 +174,7 @@ def decode_of(
     seqs: int,
     longest: int,
     blocks: int,
-    rotates: bool,
+    rotates: bool = False,
 ) -> DecodePlan:
     """The launch for an op: up to `seqs` sequences of up to `longest` tokens, `blocks` in the KV pool.
 
