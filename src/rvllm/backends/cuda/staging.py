@@ -173,9 +173,6 @@ class Staging:
         that take it. `flush` waits for all of them.
         """
         for start, stop, first, padded in self._cut(span, row_bytes):
-            # The next buffer is free by its turn when what is in it was sent a few turns before.
-            while len(self._coming) >= len(self._free) * 3 // 4:
-                self._place_oldest()
             coming = self._read(span.data[start:stop], STAGING)
             coming.then = partial(place, self._raw[coming.buffer], first, stop - start, padded)
             self._coming.append(coming)
@@ -252,7 +249,9 @@ class Staging:
     def _next_buffer(self) -> int:
         """The buffer whose turn it is, once what was in it has left and the device is done with it."""
         buffer, self._turn = self._turn, (self._turn + 1) % len(self._free)
-        while self._coming and self._coming[0].buffer == buffer:
+        # Slices are sent a few turns before their buffer is wanted again, so that nobody waits for that.
+        most = len(self._free) * 3 // 4
+        while self._coming and (len(self._coming) >= most or self._coming[0].buffer == buffer):
             self._place_oldest()
         self._free[buffer].wait()
         return buffer
