@@ -115,9 +115,9 @@ def test_the_ledger_fills_the_budget_and_no_more() -> None:
 def test_too_little_memory_names_the_shortfall_and_the_flags() -> None:
     small = replace(GB80, ours=12 << 30)
     with pytest.raises(CapacityError) as caught:
-        planner(program(), H100, EngineConfig(), small)
+        planner(program(), H100, EngineConfig(gpu_memory_utilization=0.15), small)
     assert "short by" in str(caught.value)
-    assert "--gpu-memory-utilization" in str(caught.value)
+    assert "raise --gpu-memory-utilization to 0.22" in str(caught.value)
     with pytest.raises(CapacityError, match="--max-model-len 32768"):
         planner(program(), H100, EngineConfig(max_model_len=32768, num_gpu_blocks=100))
 
