@@ -103,11 +103,13 @@ class Bench:
             self.gpu.launch(plan.kernel, self.num_tiles, plan.block, args, plan.smem)
 
     def product(self, i: int) -> None:
-        """Queues latent_values of a layer."""
+        """Queues latent_merge and the product of a layer."""
+        args = [self.mixed, self.partial, self.gatherings, self.decodes, self.heads, RANK, self.decode.grid,
+                self.decode.spare]  # fmt: skip
+        self.gpu.launch("sm80_bf16_latent_merge", (self.heads, self.tokens), 128, args)
         grid = (self.heads * product_chunks(VALUE, RANK), -(-self.tokens // (8 * self.eights)))
-        args = [self.values, self.mixed, self.out_of[i % LAYERS], self.partial, self.gatherings, self.decodes,
-                self.tokens, self.heads, VALUE, RANK, self.decode.grid, self.decode.spare]  # fmt: skip
-        name = f"sm80_bf16_latent_values_n{8 * self.eights}"
+        args = [self.values, self.mixed, self.out_of[i % LAYERS], self.tokens, self.heads, VALUE, RANK, 0]
+        name = f"sm80_bf16_head_linear_n{8 * self.eights}"
         self.gpu.launch(name, grid, 128, args, product_smem(RANK, self.eights))
 
     def layer(self, i: int) -> None:

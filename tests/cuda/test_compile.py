@@ -45,7 +45,7 @@ WITHOUT_WAIT = re.compile(
 )
 CHOSEN = {
     "sm_80": {"sm80_f16_text_attn_d64", "sm80_f16_attn_decode_d64", "sm80_f16_attn_prefill_d64_small",
-              "sm80_sample_pick", "sm80_f16_latent_prefill", "sm80_f16_latent_values_n8",
+              "sm80_sample_pick", "sm80_f16_latent_prefill", "sm80_f16_latent_merge",
               "sm80_f16_latent_prepare_n8",
               "sm80_bf16_norm_layer_add_wide", "sm80_f16_dequant_q5_k", "sm80_bf16_gemm_n16",
               "sm80_f16_experts_r64_n64", "sm80_f16_state_scan_s256", "sm80_f16_gated_norm",

@@ -164,10 +164,14 @@ def test_v2_lite_fits_an_h200_and_its_attention_takes_five_launches_a_layer() ->
     assert 31e9 < given.memory.lines["weights"] < 32.5e9
     assert given.memory.block_bytes == 27 * 576 * 2 * 16
     assert given.memory.lines["attention workspace"] < 300e6
-    layer = [p.kernel for p in given.decode(1) if p.op.startswith("layers.5.")]
-    ends = next(i for i, kernel in enumerate(layer) if "route" in kernel)
-    attention = [k for k in layer[:ends] if "norm" not in k]
-    assert len(attention) == 5, attention  # queries and latents, preparing, decode, values, output
+    for seqs, launches in (
+        (1, 5),
+        (2, 6),
+    ):  # queries and latents, preparing, decode, (merging,) values, output
+        layer = [p.kernel for p in given.decode(seqs) if p.op.startswith("layers.5.")]
+        ends = next(i for i, kernel in enumerate(layer) if "route" in kernel)
+        attention = [k for k in layer[:ends] if "norm" not in k]
+        assert len(attention) == launches, attention
 
 
 def test_hopper_computes_prompts_by_wgmma_with_what_the_kernel_declares() -> None:

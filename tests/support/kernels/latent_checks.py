@@ -144,7 +144,7 @@ def decode(
 def values(
     latents: Latents, mixed: Decoded, tokens: int, weight: np.ndarray | None = None, *, eights: int = 1
 ) -> np.ndarray:
-    """latent_values over what latent_decode left, float32 [tokens, heads, value].
+    """The product over what latent_decode left, float32 [tokens, heads, value].
 
     Without a weight the first `value` elements of the mixed latents: a matrix with ones on its diagonal.
     """
@@ -154,12 +154,21 @@ def values(
         weight = np.broadcast_to(np.eye(sizes.rank, dtype=np.float32), (sizes.heads, rows, sizes.rank))
     out = gpu.empty((tokens, sizes.heads * rows), dtype)
     chunks = product_chunks(rows, sizes.rank)
-    args = [out, mixed.out, gpu.array(weight.astype(dtype)), mixed.partial, mixed.gatherings, mixed.count,
-            tokens, sizes.heads, rows, sizes.rank, mixed.blocks, mixed.spare]  # fmt: skip
+    tag = f"sm80_{TAG[dtype.name]}"
+    args = [mixed.out, mixed.partial, mixed.gatherings, mixed.count, sizes.heads, sizes.rank, mixed.blocks,
+            mixed.spare]  # fmt: skip
+    gpu.launch(f"{tag}_latent_merge", (sizes.heads, tokens), 128, args)
+    args = [out, mixed.out, gpu.array(weight.astype(dtype)), tokens, sizes.heads, rows, sizes.rank, 0]
     grid = (sizes.heads * chunks, -(-tokens // (8 * eights)))
-    name = f"sm80_{TAG[dtype.name]}_latent_values_n{8 * eights}"
-    gpu.launch(name, grid, 128, args, product_smem(sizes.rank, eights))
-    return out.get().astype(np.float32).reshape(tokens, sizes.heads, rows)
+    gpu.launch(f"{tag}_head_linear_n{8 * eights}", grid, 128, args, product_smem(sizes.rank, eights))
+    found = out.get()
+    if eights == 1:  # both in one launch
+        args = [out, mixed.out, args[2], mixed.partial, mixed.gatherings, mixed.count]
+        args += [tokens, sizes.heads, rows, sizes.rank, mixed.blocks, mixed.spare]
+        out.put(np.zeros_like(found))
+        gpu.launch(f"{tag}_latent_values_n8", grid, 128, args, product_smem(sizes.rank, 1))
+        assert (out.get().view(np.uint16) == found.view(np.uint16)).all()
+    return found.astype(np.float32).reshape(tokens, sizes.heads, rows)
 
 
 def prefill(
@@ -227,7 +236,7 @@ def check_decode(
 ) -> float:
     """Decodes of many contexts at once, with padding rows, for several grids; the worst relative error.
 
-    Whatever is left in parts is put together by latent_values.
+    Whatever is left in parts is put together by latent_merge.
     """
     latents = Latents(gpu, rng, dtype, sizes, lens)
     slots = rng.permutation(len(lens)).astype(np.int32)

@@ -1,5 +1,5 @@
-// A small matrix product for each head, alone and behind latent attention. Bound by memory at decode sizes (the weights
-// are read once), by L2 at prefill.
+// A small matrix product for each head, and what puts together the parts that latent attention leaves for it. The
+// product is bound by memory at decode sizes (the weights are read once), by L2 at prefill.
 #include "mla/head_gemm.cuh"
 
 // out [tokens, heads * (N + tail)], x [tokens, heads * (K + tail)], weight [heads, N, K]; K and tail multiples of 8,
@@ -57,28 +57,30 @@ __device__ __forceinline__ void gather(T* into, const float* partial, const Gath
     const auto state_of = [&](const float* at) { return *reinterpret_cast<const float2*>(at + 16 * rank + 2 * row); };
     const auto values_of = [&](const float* at) { return *reinterpret_cast<const float4*>(at + row * rank + column); };
 
-    int block = block_of(from.first, from.items, blocks);
-    int item = first_item(from.items, block + 1, blocks);  // the first that the leading block does not have
-    const float* const leading = slot(block, spare);
+    int owner = block_of(from.first, from.items, blocks);
+    const float* const leading = slot(owner, spare);
     add(state_of(leading), values_of(leading));
+    int begin = 0, bound = first_item(from.items, owner + 1, blocks);  // the first item that the leading block does not have
     const int end = from.first + from.splits;
-    constexpr int BATCH = 8;
-    while (item < end) {
+    constexpr int BATCH = 16;  // loads under way together
+    for (int item = bound; item < end; item += BATCH) {
       float2 state[BATCH];
       float4 v[BATCH];
-      const int count = min(BATCH, end - item);
 #pragma unroll
       for (int b = 0; b < BATCH; b++) {
-        if (b >= count) continue;
-        const int owner = block_of(item + b, from.items, blocks);
-        const float* const at = slot(owner, item + b - first_item(from.items, owner, blocks));
+        const int index = min(item + b, end - 1);
+        if (index >= bound) {
+          owner = block_of(index, from.items, blocks);
+          begin = first_item(from.items, owner, blocks);
+          bound = first_item(from.items, owner + 1, blocks);
+        }
+        const float* const at = slot(owner, index - begin);
         state[b] = state_of(at);
         v[b] = values_of(at);
       }
 #pragma unroll
       for (int b = 0; b < BATCH; b++)
-        if (b < count) add(state[b], v[b]);
-      item += count;
+        if (item + b < end) add(state[b], v[b]);
     }
     const float over = finish(L);
     *reinterpret_cast<uint2*>(into + column) =
@@ -86,6 +88,22 @@ __device__ __forceinline__ void gather(T* into, const float* partial, const Gath
   }
 }
 
+// That for each of the first *decodes tokens whose latents lie in parts: into mixed [tokens, heads * rank], which
+// latent_decode has left without them. Grid: (heads, tokens), BLOCK_THREADS threads. Bound by latency.
+template <typename T>
+__global__ void __launch_bounds__(BLOCK_THREADS)
+latent_merge(T* mixed, const float* partial, const Gathering* gatherings, const int* decodes, int heads, int rank, int blocks,
+             int spare) {
+  griddep_launch();
+  const int head = blockIdx.x, token = blockIdx.y;
+  const bool decoded = token < *decodes;
+  griddep_wait();
+  if (!decoded) return;
+  const Gathering from = gatherings[token * ((heads + 15) / 16) + head / 16];
+  if (from.splits) gather(mixed + ((size_t)token * heads + head) * rank, partial, from, head % 16, rank, blocks, spare);
+}
+
+// Both in one launch, for one token, of which every block of a head puts the parts together itself.
 // out [tokens, heads * N] = weight[h] @ mixed[t, h]; mixed [tokens, heads * rank], weight [heads, N, rank]. The first
 // *decodes tokens are sequences of latent_decode, launched on `blocks` blocks, and their latents may lie in parts:
 // see mla/mla.cuh. Grid: (heads * chunks, ceil(tokens / (8 * NB))).

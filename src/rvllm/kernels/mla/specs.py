@@ -83,10 +83,12 @@ def _specs(tag: str) -> list[KernelSpec]:
             unit=tag,
         )
     )
+    specs.append(spec("latent_merge", "mla/head_gemm.cu", f"latent_merge<{tag}>", 0))
+    one = product_smem(MAX_INNER, 1)
+    specs.append(spec("latent_values_n8", "mla/head_gemm.cu", f"latent_values<{tag}, 1>", one))
     for n in EIGHTS:
         smem = product_smem(MAX_INNER, n)
         specs.append(spec(f"head_linear_n{8 * n}", "mla/head_gemm.cu", f"head_linear<{tag}, {n}>", smem))
-        specs.append(spec(f"latent_values_n{8 * n}", "mla/head_gemm.cu", f"latent_values<{tag}, {n}>", smem))
         for suffix, interleaved in (("", "false"), ("_interleaved", "true")):
             symbol = f"latent_prepare<{tag}, {interleaved}, {n}>"
             specs.append(spec(f"latent_prepare{suffix}_n{8 * n}", "mla/prepare.cu", symbol, smem))

@@ -71,9 +71,13 @@ def _head_linear(lowering: Lowering, stage: Stage) -> None:
     """A product on its own."""
     (op,) = stage.ops
     assert isinstance(op, HeadLinear)
+    _multiply(lowering, stage.name, op)
+
+
+def _multiply(lowering: Lowering, name: str, op: HeadLinear) -> None:
     product = plan_product(op, lowering.counts.tokens)
     lowering.plan(
-        stage.name,
+        name,
         f"sm80_{lowering.tag}_head_linear_{product.suffix}",
         lambda c: product.grid(c.tokens),
         THREADS,
@@ -124,7 +128,7 @@ def _prepare(lowering: Lowering, stage: Stage) -> None:
 
 
 def _attention(lowering: Lowering, stage: Stage) -> None:
-    """Attention over latents, and the product that makes values of what it mixes."""
+    """Attention over latents, what puts its parts together, and the product that makes values of them."""
     if len(stage.ops) != 2:
         raise MissingKernelError("no kernel for latent attention without the product that follows it")
     op, after = stage.ops
@@ -138,22 +142,33 @@ def _attention(lowering: Lowering, stage: Stage) -> None:
     places = (lowering.at.buffers[op.out.name], lowering.at.buffers[op.q.name], cache)
     counts = [ctypes.c_int(n) for n in (lowering.layout.seqs, decode.spare)]
     attend(lowering, stage.name, op, places, numbers, one=counts, persistent=_boxed(lowering, op))
-    product = plan_product(after, lowering.counts.tokens)
+    parts = (lowering.at.partial, lowering.at.arrivals, lowering.meta(NUM_DECODES))
+    if lowering.counts.tokens == 1:  # a launch saved is more than what its blocks do twice
+        product = plan_product(after, 1)
+        lowering.plan(
+            stage.name,
+            f"sm80_{lowering.tag}_latent_values_{product.suffix}",
+            lambda c: product.grid(c.tokens),
+            THREADS,
+            lowering.at.buffers[after.out.name],
+            lowering.at.buffers[op.out.name],
+            lowering.weight(after.weight, "table"),
+            *parts,
+            Count("tokens"),
+            *map(ctypes.c_int, (product.heads, product.rows, product.inner, decode.grid, decode.spare)),
+            smem=product.smem,
+        )
+        return
     lowering.plan(
         stage.name,
-        f"sm80_{lowering.tag}_latent_values_{product.suffix}",
-        lambda c: product.grid(c.tokens),
+        f"sm80_{lowering.tag}_latent_merge",
+        lambda c: (shape.heads, min(c.tokens, c.seqs), 1),
         THREADS,
-        lowering.at.buffers[after.out.name],
         lowering.at.buffers[op.out.name],
-        lowering.weight(after.weight, "table"),
-        lowering.at.partial,
-        lowering.at.arrivals,
-        lowering.meta(NUM_DECODES),
-        Count("tokens"),
-        *map(ctypes.c_int, (product.heads, product.rows, product.inner, decode.grid, decode.spare)),
-        smem=product.smem,
+        *parts,
+        *map(ctypes.c_int, (shape.heads, shape.rank, decode.grid, decode.spare)),
     )
+    _multiply(lowering, stage.name, after)
 
 
 def _boxed(to: Lowering, op: LatentAttention) -> tuple[Sequence[object], Sequence[object]]:
