@@ -117,7 +117,7 @@ def test_too_little_memory_names_the_shortfall_and_the_flags() -> None:
     with pytest.raises(CapacityError) as caught:
         planner(program(), H100, EngineConfig(gpu_memory_utilization=0.15), small)
     assert "short by" in str(caught.value)
-    assert "raise --gpu-memory-utilization to 0.22" in str(caught.value)
+    assert "raise --gpu-memory-utilization to 0.21" in str(caught.value)
     with pytest.raises(CapacityError, match="--max-model-len 32768"):
         planner(program(), H100, EngineConfig(max_model_len=32768, num_gpu_blocks=100))
 

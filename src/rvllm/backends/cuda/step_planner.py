@@ -269,8 +269,9 @@ class GraphBook:
         """The padded token count for `tokens` tokens."""
         return bucket_of(self._token_sizes, tokens)
 
-    def body(self, size: int) -> Graph:
-        """The graph that computes the hidden rows of `size` (a padded size) tokens."""
+    def body(self, tokens: int) -> Graph:
+        """The graph that computes the hidden rows of up to `tokens` tokens."""
+        size = self.body_size(tokens)
         self._last = [("body", size)]
         return self._graphs.get(
             "body", size, self._planner.body, Counts(size, self._planner.memory.shape.seqs, 0)
