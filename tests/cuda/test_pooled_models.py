@@ -120,6 +120,10 @@ def check_places(
     alone = batch_of([batch.tokens[-batch.query_lens[last] :].tolist()], bool(batch.seconds))
     assert (loaded.embed(alone)[0] == found[last]).all(), "a text differs in company"
     assert (loaded.embed_tokens(alone)[0] == rows[last]).all(), "a text's tokens differ in company"
+    loaded.embed(text_batch([[5] * 6]))
+    graphs = loaded.stats()["rvllm:cuda_graphs"]
+    loaded.embed(text_batch([[5] * 7]))  # of the same padded size
+    assert loaded.stats()["rvllm:cuda_graphs"] == graphs
     loaded.close()
 
 

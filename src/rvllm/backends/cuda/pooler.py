@@ -125,7 +125,7 @@ class CudaPooler(PoolingRunner):
     def _send(self, batch: StepBatch) -> Sent:
         layout = self._planner.memory.layout
         blocks = text_blocks(batch.query_lens)
-        graph = self._graphs.body(batch.num_tokens)
+        graph = self._graphs.body(self._graphs.body_size(batch.num_tokens))
         words = self._metadata.array.view(np.int32)
         return graph, layout.pack(batch, blocks, SampledRows.of(batch), self._tiles(batch), words)
 
