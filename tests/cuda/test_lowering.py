@@ -55,16 +55,14 @@ def test_capped_logits_keep_the_older_kernel_for_prompts() -> None:
     assert {p.kernel for p in prompts(capped, H100)} == {"sm80_bf16_attn_prefill_d128"}
 
 
-@pytest.mark.parametrize("seqs", [2, 4, 512])
+@pytest.mark.parametrize("seqs", [1, 4, 512])
 def test_fusing_leaves_few_launches_a_layer(seqs: int) -> None:
-    """Attention rotates too, but for one sequence that may be long."""
+    """Attention rotates too."""
     given = program()
     assert len(given.ops) == 28 * 11 + 5
     planned = planner(given, H100, EngineConfig(max_num_seqs=512)).decode(seqs)
     # begin, embed, layers, gather, norm, head, sampling
     assert len(planned) == 1 + 1 + 28 * 7 + 1 + 1 + 1 + 2
-    short = EngineConfig(max_num_seqs=512, max_model_len=4096)
-    assert len(planner(given, H100, short).decode(1)) == len(planned)
 
 
 def test_merged_buffers_take_no_workspace() -> None:

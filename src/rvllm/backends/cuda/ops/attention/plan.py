@@ -39,8 +39,7 @@ from rvllm.program.ops.dense import Attention, BlockSparseAttention
 
 Plan = TypeVar("Plan")
 RING_ROWS = 32  # sequences times key heads from which on attn_decode_ring is quicker on an H200
-RING_TURNING_ROWS = 8  # the same where it rotates too, which saves a launch
-RING_TURNING_LENGTH = 4096  # tokens up to which it is quicker there for fewer rows as well
+RING_FEW = 8  # rows below which all warps of its blocks are taken, for one long sequence
 SPLIT = SIZES["SPLIT"]  # positions after which partial results are merged
 TABLE_ALIGNMENT = SIZES["TILE"] // KV_BLOCK  # a slot's block table is a multiple of this many entries
 
@@ -151,15 +150,14 @@ def plan_decode_ring(
     group = heads // kv_heads
     kernel = decode_ring_kernel(dtype.value, head_dim, group, smem_per_block, fp8)
     rows = kv_heads * -(-group // (8 if group <= 8 else 16))
-    sparse = max_seqs * rows < (RING_TURNING_ROWS if rotates else RING_ROWS)
-    if kernel is None or (sparse and not (rotates and max_model_len <= RING_TURNING_LENGTH)):
+    if kernel is None or (max_seqs * rows < RING_ROWS and not rotates):
         return None
     items = _splits(max_seqs, max_model_len, num_blocks) * rows
     few, many = DECODE_RING_WARPS
     return DecodePlan(
         kernel=kernel,
         grid=min(items, sm_count * (2 if fp8 else 1)),
-        block=32 * (many if max_seqs * rows > sm_count and not fp8 else few),
+        block=32 * (few if fp8 or RING_FEW <= max_seqs * rows <= sm_count else many),
         smem=decode_ring_smem(head_dim, fp8),
         partial_bytes=4 * items * decode_ring_state(head_dim, group),
         arrivals_bytes=4 * max_seqs * rows,
