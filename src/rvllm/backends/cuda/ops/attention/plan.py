@@ -38,7 +38,8 @@ from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Attention, BlockSparseAttention
 
 Plan = TypeVar("Plan")
-RING_ROWS = 32  # sequences times key heads from which on attn_decode_ring is quicker on an H200
+RING_ROWS = 8  # sequences times key heads from which on attn_decode_ring is quicker on an H200
+RING_FP8_ROWS = 32  # the same over a cache in E4M3
 RING_FEW = 8  # rows below which all warps of its blocks are taken, for one long sequence
 SPLIT = SIZES["SPLIT"]  # positions after which partial results are merged
 TABLE_ALIGNMENT = SIZES["TILE"] // KV_BLOCK  # a slot's block table is a multiple of this many entries
@@ -150,7 +151,7 @@ def plan_decode_ring(
     group = heads // kv_heads
     kernel = decode_ring_kernel(dtype.value, head_dim, group, smem_per_block, fp8)
     rows = kv_heads * -(-group // (8 if group <= 8 else 16))
-    if kernel is None or (max_seqs * rows < RING_ROWS and not rotates):
+    if kernel is None or (max_seqs * rows < (RING_FP8_ROWS if fp8 else RING_ROWS) and not rotates):
         return None
     items = _splits(max_seqs, max_model_len, num_blocks) * rows
     few, many = DECODE_RING_WARPS
