@@ -367,7 +367,7 @@ def main() -> None:
         parts: dict[str, Callable[[], None]] = {
             "throughput": lambda: throughput(counts), "prefix": prefix, "kill": kill, "rolling": rolling,
             "scale": lambda: scale("by requests", {"target_requests": 4}),
-            "scale-kv": lambda: scale("by KV use", {"target_requests": 1000, "target_kv_use": 0.5},
+            "scale-kv": lambda: scale("by KV use", {"target_requests": 1000, "target_kv_use": 0.3},
                                       num_blocks=60, max_model_len=512),
             "node": lambda: node(cluster, nodes),
         }  # fmt: skip
