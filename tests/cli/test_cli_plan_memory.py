@@ -83,7 +83,7 @@ def test_flags_of_memory_that_contradict_each_other(model: str, capsys: pytest.C
 
 
 def test_host_memory_has_lines_of_its_own(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = "--gpu-memory-reserve-gb 8 --num-gpu-blocks 4096 --num-cpu-blocks 32768 --gemm-strategy hybrid"
+    flags = "--gpu-memory-reserve-gb 8 --num-gpu-blocks 4096 --num-cpu-blocks 32768"
     found = planned(capsys, model, "--gpu", "h200", *flags.split())
     assert found["host_lines"] == {"kv cache, pinned": 32768 * 16 * KV_PER_TOKEN}
     assert found["lines"]["kv cache"] == 4096 * 16 * KV_PER_TOKEN

@@ -10,7 +10,6 @@ from rvllm.backends.cuda.encoder_plan import EncoderPlan
 from rvllm.backends.cuda.layout.memory import Budget
 from rvllm.backends.cuda.pooler import body_kernels, plan_pooler
 from rvllm.backends.cuda.step_planner import StepPlanner
-from rvllm.backends.cuda.supported import refuse_pairs
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError, MissingKernelError, UsageError
 from rvllm.models.config import ModelConfig
@@ -105,14 +104,9 @@ def test_decoders_that_pool_resolve_to_kernels(name: str, facts: DeviceFacts) ->
 
 
 @pytest.mark.parametrize("name", ["BERT-large", "RoBERTa-large", "multilingual-E5-large"])
-def test_classifiers_resolve_to_kernels_but_for_pairs_with_token_types(name: str) -> None:
+def test_classifiers_resolve_to_kernels(name: str) -> None:
     config = on_one_card(name)[1]
     architecture = config["architectures"][0].replace("Model", CLASSIFIER)
     config = {**config, "architectures": [architecture], "num_labels": 1}
     given = build_program(ModelConfig(config, name), DType.F16)
     assert given.ops[-1].kind == "classify" and not select(kernels(given, A100), 80)[1]
-    if config.get("type_vocab_size", 2) > 1:
-        with pytest.raises(MissingKernelError, match="reads pairs of texts, and no CUDA kernel"):
-            refuse_pairs(given)
-    else:
-        refuse_pairs(given)

@@ -58,10 +58,15 @@ class Product:
         self.sums = k.at(self.panel, self.inner * LANES, F32)
         self.summed = k.var(k.i(-1))  # the block of rows whose sums this thread has
         rows, counter = k.load(k.ptr_arg(0), 0, I64), k.ptr_arg(12)
-        k.either(rows <= DIRECT * PASSES, lambda: self._few(counter, rows), lambda: self._many(counter, rows))
+        # A step that ends no prompt asks for no logits.
+        k.either(rows.equals(0), lambda: None, lambda: self._some(counter, rows))
         k.finish()
 
     # The two ways
+
+    def _some(self, counter: Value, rows: Value) -> None:
+        few, many = (lambda: self._few(counter, rows)), (lambda: self._many(counter, rows))
+        self.k.either(rows <= DIRECT * PASSES, few, many)
 
     def _few(self, counter: Value, rows: Value) -> None:
         k = self.k
