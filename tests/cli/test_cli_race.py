@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,6 +155,28 @@ serve = ["{sys.executable}", "-c", "import sys; sys.exit('no such flag')"]
     assert "no such flag" in found["broken"]["absent"]["http"]
     text = capsys.readouterr().out
     assert "broken ended with 1" in text and "## Goodput" in text and "| fake | fake version 7 |" in text
+
+
+def test_a_race_that_is_ended_ends_its_server(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    never = (
+        f"import os, pathlib, time; pathlib.Path({str(told)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    )
+    (tmp_path / "e.toml").write_text(
+        f"[engines.never]\nserve = {json.dumps([sys.executable, '-c', never])}\n"
+    )
+    (tmp_path / "config.json").write_text("{}")
+    race = subprocess.Popen(
+        [sys.executable, "-m", "rvllm", "race", "--subject", "a=http://127.0.0.1:9", "--against", "never",
+         "--engines", str(tmp_path / "e.toml"), "--model", str(tmp_path), "--ways", "http", *WORK],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not (told.exists() and told.read_text()):
+        assert race.poll() is None
+        time.sleep(0.05)
+    race.terminate()
+    assert race.wait(60) == 128 + signal.SIGTERM
+    assert not Path("/proc", told.read_text()).exists()
 
 
 def test_rates_are_searched_up_to_the_bound() -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rvllm.cli.common.gate import add_gate, gate_limits
 from rvllm.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from rvllm.bench.load import Sent
     from rvllm.bench.race.engines import Engine
@@ -80,7 +82,8 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("--gate needs 3 measurements to know the noise: raise --turns or --runs")
     plan = _plan(args, engines)
     about = _about(args, plan)
-    entries = race(plan, engines, _say, _after(args, bounds) if bounds else None)
+    with _sigterm_unwinds():
+        entries = race(plan, engines, _say, _after(args, bounds) if bounds else None)
     about["load_after"] = round(os.getloadavg()[0], 2)
     print(markdown(about, entries, []), end="")
     if args.out:
@@ -90,6 +93,20 @@ def main(args: argparse.Namespace) -> int:
         print("\n" + page(checks, code))
         return code
     return int(any("http" in e.absent and "http" in plan.ways for e in entries))
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Lets a SIGTERM end the servers that were started, as Ctrl-C does: they are sessions of their own."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _engines(args: argparse.Namespace) -> list[Engine]:
