@@ -1,12 +1,16 @@
 """Settings for all tests. What they share is in `support`, which every test can import."""
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-settings.register_profile("busy", deadline=None)  # a busy machine is no reason to fail
-settings.load_profile("busy")
+# A busy machine is no reason to fail, and one tree gives one result: the examples of `steady` depend
+# on the test alone. HYPOTHESIS_PROFILE=search draws others each time; docs/testing.md says when.
+settings.register_profile("steady", deadline=None, derandomize=True, database=None)
+settings.register_profile("search", deadline=None, derandomize=False, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 
 LONG = ("emulated", "models")  # what takes minutes has stages of its own in CI
