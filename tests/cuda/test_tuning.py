@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +30,8 @@ from rvllm.backends.cuda.tuning.candidates import (
     shapes_of,
     tokens_of,
 )
-from rvllm.backends.cuda.tuning.choose import Lookup, choose, told, tune
+from rvllm.backends.cuda.tuning.check import APART, CLOCKS, agree, drawn, forget_wrong
+from rvllm.backends.cuda.tuning.choose import ROUNDS, Lookup, choose, known_times, told, tune
 from rvllm.cli.main import main
 from rvllm.cli.tuning import summary
 from rvllm.config import EngineConfig
@@ -53,24 +54,30 @@ NOWHERE = Places(1 << 40, 1, 2, 3)
 
 
 class Timer:
-    """Made-up times: above the floor, another for every kernel; counts what it is asked for."""
+    """Made-up times: above the floor, another for every kernel; counts what is measured, what is checked."""
 
-    def __init__(self, fastest: str = "cutlass") -> None:
-        self.fastest, self.asked = fastest, 0
+    def __init__(self, fastest: str = "cutlass", clock: float = 1.0) -> None:
+        self.fastest, self.clock, self.asked, self.checked = fastest, clock, 0, 0
 
     def __call__(
-        self, shape: ProductShape, tokens: int, wanted: Sequence[Candidate]
+        self, shape: ProductShape, tokens: int, wanted: Sequence[Candidate], rounds: int
     ) -> Mapping[Candidate, float]:
-        self.asked += len(wanted)
+        if rounds == ROUNDS:
+            self.asked += len(wanted)
+        else:
+            self.checked += len(wanted)
         return {c: self.time(shape, tokens, c) for c in wanted}
 
     def time(self, shape: ProductShape, tokens: int, candidate: Candidate) -> float:
         slower = 1.0 if candidate.provider == self.fastest else 1.2
-        return LOOKUP.floor(shape) * slower * (2 + tokens / 100 + len(candidate.variant) / 100)
+        return self.clock * LOOKUP.floor(shape) * slower * (2 + tokens / 100 + len(candidate.variant) / 100)
 
 
-def tuned(folder: Path, timer: Timer, lookup: Lookup = LOOKUP) -> Mapping[ProductShape, Choice]:
+def tuned(
+    folder: Path, timer: Timer, lookup: Lookup = LOOKUP, draw: int = 0
+) -> Mapping[ProductShape, Choice]:
     cache = TuningCache.open(folder)
+    forget_wrong([QKV, GATE_UP], lookup, cache, timer, draw)
     choices, _ = tune([QKV, GATE_UP], lookup, cache, timer, lambda done, text: None)
     cache.save()
     return choices
@@ -125,8 +132,85 @@ def test_the_fastest_is_chosen_and_a_second_start_times_nothing(tmp_path: Path) 
     assert first.asked > 200
     assert {choice.provider for choice in choices.values()} == {"cutlass"}
     assert re.search(r"cutlass; native \+2\d %, cublas \+2\d %", choices[QKV].why), choices[QKV].why
-    second = Timer("native")
+    second = Timer(clock=1.3)  # a hot GPU: all is slower, and nothing is chosen differently
     assert tuned(tmp_path, second) == choices and second.asked == 0
+    assert first.checked == 0 < second.checked < first.asked / 2
+    third = Timer("native")
+    assert {c.provider for c in tuned(tmp_path, third).values()} == {"native"}
+    assert third.asked == first.asked, "another GPU of the same name"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "wanted"),
+    [
+        (lambda c, t: t * 3, "all"),
+        (lambda c, t: t / 1.9, "all"),
+        (lambda c, t: 900.0, "all"),
+        (lambda c, t: t * (1.3 if c.provider == "cutlass" else 1.0), "all"),  # cuBLASLt would win
+        (lambda c, t: t / (1.5 if c.provider == "native" else 1.0), "all"),
+        (lambda c, t: t, "none"),
+    ],
+    ids=["slow", "fast", "equal", "winner slow", "loser fast", "right"],
+)
+def test_plausible_wrong_times_with_right_digests_are_measured_again(
+    tmp_path: Path, wrong: Callable[[Candidate, float], float], wanted: str
+) -> None:
+    choices, first = tuned(tmp_path, whole := Timer()), {}
+    cache = TuningCache.open(tmp_path)
+    for shape in (QKV, GATE_UP):
+        for tokens, times in known_times(shape, LOOKUP, cache)[0].items():
+            for candidate, microseconds in times.items():
+                cache.put(LOOKUP.key(shape, tokens, candidate), wrong(candidate, microseconds))
+                first[shape, tokens, candidate] = microseconds
+    cache.save()
+    timer = Timer()
+    assert tuned(tmp_path, timer) == choices
+    assert timer.asked == (whole.asked if wanted == "all" else 0)
+    cache = TuningCache.open(tmp_path)
+    for (shape, tokens, candidate), microseconds in first.items():
+        assert cache.entries[str(LOOKUP.key(shape, tokens, candidate))] == microseconds
+
+
+def test_a_kernel_with_too_long_a_time_is_found_within_as_many_starts_as_there_are_kernels(
+    tmp_path: Path,
+) -> None:
+    """It is never among the best, so nothing but its turn finds it."""
+    tuned(tmp_path, Timer())
+    (times,) = (
+        t for tokens, t in known_times(QKV, LOOKUP, TuningCache.open(tmp_path))[0].items() if tokens == 64
+    )
+    best = min(times, key=times.__getitem__)
+    cache = TuningCache.open(tmp_path)
+    cache.put(LOOKUP.key(QKV, 64, best), times[best] * 1.5)
+    cache.save()
+    repaired = 0
+    for draw in range(len(times)):
+        timer = Timer()
+        tuned(tmp_path, timer, draw=draw)
+        repaired += timer.asked
+    assert repaired == len(times)
+    assert TuningCache.open(tmp_path).entries[str(LOOKUP.key(QKV, 64, best))] == times[best]
+
+
+def test_what_is_checked_are_the_best_of_each_provider_and_another_in_turn() -> None:
+    natives = [Candidate("native", name) for name in "abcd"]
+    library = Candidate("cublas", "heuristic")
+    known = {natives[0]: 4.0, natives[1]: 3.0, library: 9.0, natives[2]: 5.0, natives[3]: 6.0}
+    seen = [drawn(known, draw) for draw in range(3)]
+    assert all(found[:2] == [natives[1], library] for found in seen)
+    assert {found[2] for found in seen} == {natives[0], natives[2], natives[3]}
+    assert drawn({library: 1.0}, 5) == [library]
+
+
+def test_new_times_stand_beside_old_ones_only_if_the_clocks_are_alike() -> None:
+    a, b = Candidate("native", "a"), Candidate("cublas", "heuristic")
+    kept = {a: 10.0, b: 20.0}
+    hot = {c: t * (1 + CLOCKS) / 2 for c, t in kept.items()}
+    assert agree(kept, hot, whole=True) and not agree(kept, hot, whole=False)
+    near = {c: t * (1 + APART) / 2 for c, t in kept.items()}
+    assert agree(kept, near, whole=False)
+    assert not agree(kept, {c: t * CLOCKS * 1.1 for c, t in kept.items()}, whole=True)
+    assert not agree(kept, {a: 10.0, b: 20.0 * 1.2}, whole=True)
 
 
 def test_one_provider_has_a_shape_for_all_numbers_of_tokens() -> None:
@@ -198,7 +282,7 @@ def test_entries_of_other_conditions_are_not_used_and_stay(tmp_path: Path, looku
     assert {c.provider for c in tuned(tmp_path, other, lookup).values()} == {"native"}
     assert other.asked == first.asked
     assert len(lines_of(tmp_path)) == 2 * first.asked
-    back = Timer("native")
+    back = Timer()
     assert {c.provider for c in tuned(tmp_path, back).values()} == {"cutlass"} and back.asked == 0
 
 

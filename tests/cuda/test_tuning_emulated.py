@@ -13,7 +13,9 @@ import pytest
 
 from rvllm import LLM, SamplingParams
 from rvllm.backends import load
-from rvllm.backends.cuda.tuning import candidates, measure
+from rvllm.backends.cuda.tuning import candidates, check, choose, measure
+from rvllm.backends.cuda.tuning.cache import TuningCache
+from rvllm.backends.cuda.tuning.candidates import Candidate
 from rvllm.cli.main import main
 from support.emulator.driver import emulated_driver
 from support.models.arch_cases import MODELS
@@ -35,7 +37,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(load, name, lambda: True)
     monkeypatch.setattr(candidates, "TOKENS", (1, 20))
     monkeypatch.setattr(measure, "PASSED_OVER", 1 << 16)
-    monkeypatch.setattr(measure, "ROUNDS", 1)
+    monkeypatch.setattr(choose, "ROUNDS", 1)
     monkeypatch.setattr("rvllm.backends.cuda.ops.gemm.cublas._candidates", lambda: iter(()))
     monkeypatch.setattr("rvllm.kernels.external.find_spec", lambda name: None)
     (tmp_path / "config.json").write_text(json.dumps({**MODELS["qwen3"].config, "num_hidden_layers": 1}))
@@ -91,3 +93,27 @@ def test_the_first_start_measures_and_the_second_knows(
     assert main(["kernels", "show-tuning"]) == 0
     out = capsys.readouterr().out
     assert len(re.findall(r"native sm80:16", out)) == len(re.findall(r"native sm80:64", out)) == 5
+
+
+def test_wrong_times_with_right_digests_are_found_at_the_start(
+    model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = [Candidate("native", "sm80:16"), Candidate("native", "sm80:64")]
+    monkeypatch.setattr(choose, "candidates", lambda shape, tokens, chip, providers: ways)
+    monkeypatch.setattr(candidates, "TOKENS", (20,))
+    monkeypatch.setattr(check, "APART", 8.0)  # this machine emulates, and does other things beside it
+    monkeypatch.setattr(check, "CLOCKS", 15.0)
+    monkeypatch.setattr("rvllm.backends.cuda.tuning.cache.SLOWEST", 1e12)
+    with emulated_driver():
+        first = answer(model, "auto")
+        cache = TuningCache.open(model / "cache" / "autotune")
+        assert len(cache.entries) == 10
+        wrong = {key: us * 1000.0 for key, us in list(cache.entries.items())[:4]}
+        cache.entries.update(wrong)
+        cache.save()
+        assert answer(model, "auto") == first
+    assert "4 times in" in caplog.text and "are not what this GPU shows now: measured again" in caplog.text
+    assert "4 kernels timed" in caplog.text
+    again = TuningCache.open(cache.path.parent).entries
+    assert all(again[key] < us / 10 for key, us in wrong.items())
+    assert {key: us for key, us in again.items() if key not in wrong}.items() <= cache.entries.items()

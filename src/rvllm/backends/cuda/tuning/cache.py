@@ -3,7 +3,7 @@
 A line holds its key, microseconds and a digest of both, so a line that was cut, edited or written by another
 version counts as absent and is measured again; the others stay. The key names all that a time depends on:
 GPU, driver, type, quantisation, shape, tokens, kernel and the hash of its code. A time that no GPU could
-reach, or a second and more, counts as absent too.
+reach, or a second and more, counts as absent too. Whether the others are right is seen on the GPU (check.py).
 """
 
 from __future__ import annotations
@@ -90,6 +90,10 @@ class TuningCache:
         """Keeps a time until `save`."""
         self.entries.pop(str(key), None)  # the newest are last
         self.entries[str(key)] = microseconds
+
+    def drop(self, key: Key) -> None:
+        """Forgets a time that is there."""
+        del self.entries[str(key)]
 
     def save(self) -> None:
         """Writes the file anew, in one step. Raises UsageError where it cannot be written."""

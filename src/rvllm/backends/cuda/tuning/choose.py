@@ -15,11 +15,12 @@ from rvllm.backends.cuda.ops.gemm.strategy import Choice, GemmStrategy, ProductS
 from rvllm.backends.cuda.tuning.cache import Conditions, Key, TuningCache
 from rvllm.backends.cuda.tuning.candidates import Candidate, candidates, tokens_of
 
+ROUNDS = 5  # of which the median counts
 MARGIN = 1.01  # what is less than this faster is noise: the provider named first keeps the product
 PROVIDERS: tuple[Provider, ...] = ("native", "cutlass", "cublas")
 
 Times = Mapping[int, Mapping[Candidate, float]]  # microseconds by number of tokens
-Timer = Callable[[ProductShape, int, Sequence[Candidate]], Mapping[Candidate, float]]
+Timer = Callable[[ProductShape, int, Sequence[Candidate], int], Mapping[Candidate, float]]  # with rounds
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def tune(
     for shape, known, absent in work:
         times = {tokens: dict(found) for tokens, found in known.items()}
         for tokens, lacking in absent.items():
-            for candidate, microseconds in timer(shape, tokens, list(lacking)).items():
+            for candidate, microseconds in timer(shape, tokens, list(lacking), ROUNDS).items():
                 cache.put(lookup.key(shape, tokens, candidate), microseconds)
                 times.setdefault(tokens, {})[candidate] = microseconds
                 timed += 1

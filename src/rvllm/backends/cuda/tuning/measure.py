@@ -19,7 +19,6 @@ from rvllm.backends.cuda.tuning.candidates import Candidate, Places, launch_of, 
 
 PASSED_OVER = 128 << 20  # bytes of weights that a replay reads: more than the L2 of any GPU
 MAX_LAUNCHES = 64  # of a replay
-ROUNDS = 5
 FILL_THREADS = 256
 
 
@@ -47,7 +46,7 @@ class GemmTimer:
         stream.sync()
 
     def __call__(
-        self, shape: ProductShape, tokens: int, candidates: Sequence[Candidate]
+        self, shape: ProductShape, tokens: int, candidates: Sequence[Candidate], rounds: int
     ) -> Mapping[Candidate, float]:
         """Microseconds of one product by each candidate: medians of turns, so that all meet like clocks."""
         nbytes = packed_nbytes(shape.rows, shape.width)
@@ -56,7 +55,7 @@ class GemmTimer:
         times: dict[Candidate, list[float]] = {c: [] for c in candidates}
         began, ended = Event(), Event()
         try:
-            for turn in range(ROUNDS + 1):
+            for turn in range(rounds + 1):
                 for candidate, graph in graphs.items():
                     began.record(self._stream)
                     graph.launch(self._stream)
