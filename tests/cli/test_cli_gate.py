@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
 import pytest
 
+from rvllm.bench.files import json_text, write_whole
 from rvllm.bench.gate import ROLL_BACK, ROLL_OUT, UNCLEAR, Figure, Limits, judge, judge_all, page
 from rvllm.cli.main import main
 from rvllm.errors import UsageError
@@ -42,7 +44,7 @@ def test_one_loss_rolls_back_and_one_doubt_measures_again() -> None:
     good = Figure("good", [1, 1, 1], [1, 1, 1], True)
     noisy = Figure("noisy", [1, 2, 1.5], [1, 2, 1.5], True)
     bad = Figure("bad", [2, 2, 2], [1, 1, 1], True)
-    absent = Figure("absent", [float("nan")] * 3, [1, 1, 1], True)
+    absent = Figure("absent", [float("nan")] * 3, [float("nan")] * 3, True)
     for figures, code in (
         ([good, absent], ROLL_OUT), ([good, noisy], UNCLEAR), ([noisy, bad, good], ROLL_BACK)
     ):  # fmt: skip
@@ -52,6 +54,12 @@ def test_one_loss_rolls_back_and_one_doubt_measures_again() -> None:
     for nothing in ([], [absent]):
         with pytest.raises(UsageError, match="no figure"):
             judge_all(nothing, Limits())
+    for before, after, whose in (
+        ([1, 1, 1], [1, 1, math.nan], "candidate"),
+        ([math.inf] * 3, [1] * 3, "baseline"),
+    ):
+        with pytest.raises(UsageError, match=f"x: the {whose} was not measured"):
+            judge_all([good, Figure("x", before, after, True)], Limits())
     with pytest.raises(UsageError, match="needs 3 runs"):
         judge(Figure("x", [1, 1], [1, 1, 1], True), Limits())
 
@@ -86,8 +94,13 @@ def test_a_benchmark_is_gated_by_an_earlier_one(tmp_path: Path, capsys: pytest.C
         (tmp_path / "b.json").write_text(json.dumps(rows))
         return [*flags, "--gate", str(tmp_path / "b.json"), "--gate-noise", "99"]
 
-    assert main(with_rates(1000)) == ROLL_BACK  # the baseline was a thousand times as fast
+    # The baseline was a thousand times as fast; its file is overwritten, and judged as it was.
+    assert main([*with_rates(1000), "--json", str(tmp_path / "b.json")]) == ROLL_BACK
     assert "N=1 tokens_per_s" in capsys.readouterr().out
+    assert (
+        json.loads((tmp_path / "b.json").read_text())["results"][0]["samples"]
+        != written["results"][0]["samples"]
+    )
     assert main(with_rates(0.001)) == ROLL_OUT
     capsys.readouterr()
     for more, said in (
@@ -99,7 +112,21 @@ def test_a_benchmark_is_gated_by_an_earlier_one(tmp_path: Path, capsys: pytest.C
     ):
         assert main([*flags, "--gate", str(base), *more]) == 2
         assert said in capsys.readouterr().err
-    del written["results"][0]["samples"]
+    written["results"][0]["samples"]["tokens_per_s"] = "fast"
     base.write_text(json.dumps(written))
     assert main([*flags, "--gate", str(base)]) == 2
     assert "measure it again" in capsys.readouterr().err
+    base.write_text("[" * 100_000)
+    assert main([*flags, "--gate", str(base)]) == 2
+    assert f"--gate: {base} holds no results" in capsys.readouterr().err
+
+
+def test_results_are_files_that_are_whole(tmp_path: Path) -> None:
+    path = tmp_path / "NaN.json"
+    path.write_text("before")
+    write_whole(path, json_text({"model": "NaN-7B", "x": [math.nan, 1.5, (math.inf,)]}), "--json")
+    assert json.loads(path.read_text()) == {"model": "NaN-7B", "x": [None, 1.5, [None]]}
+    with pytest.raises(UsageError, match=r"--json: cannot write .*: No such file"):
+        write_whole(tmp_path / "no" / "x", "text", "--json")
+    write_whole(Path("/dev/null"), "text", "--json")
+    assert [each.name for each in tmp_path.iterdir()] == ["NaN.json"] and Path("/dev/null").is_char_device()

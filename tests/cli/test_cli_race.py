@@ -6,8 +6,10 @@ import json
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -106,6 +108,61 @@ def test_the_gate_compares_with_each_other_engine(slower: float, failed: int, co
     entries[0].absent["http"] = "new did not start"
     with pytest.raises(UsageError, match="did not start"):
         figures(entries, entries[1])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gate", "--ways", "direct"], "--ways must have http"),
+        (["--gate", "--turns", "2"], "--gate needs 3 measurements"),
+        (["--out", "/dev/null/report"], "--out: cannot make /dev/null/report"),
+        (["--stall-timeout", "0"], "--stall-timeout must be above 0"),
+        (["--subject", "127.0.0.1:8000"], "--subject: expected NAME=URL"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_measured(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began = time.monotonic()
+    race = ["race", "--subject", "new=http://127.0.0.1:9", "--against", "old=http://127.0.0.1:9"]
+    assert main([*race, *words]) == 2 and time.monotonic() - began < 10
+    found = capsys.readouterr()
+    assert said in found.err and "turn 1" not in found.err
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "http://127.0.0.1:99999", "http://[::1", "https://127.0.0.1:9/v1"]
+)
+def test_a_wrong_url_is_a_line_and_not_a_victory(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    race = ["race", "--subject", f"new={url}", "--against", "old=http://127.0.0.1:9", "--ways", "http"]
+    assert main([*race, *WORK]) == 1
+    assert "lists no model" in capsys.readouterr().err
+    assert main([*race, *WORK, "--gate"]) == 2
+    assert "the gate has no figures" in capsys.readouterr().err
+
+
+def test_a_server_that_hangs_fails_its_requests(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+        def models() -> None:
+            """Lists one to whoever asks, and answers nothing else."""
+            held = []
+            while True:
+                try:
+                    link, _ = listener.accept()
+                except OSError:
+                    return
+                held.append(link)
+                if link.recv(65536).startswith(b"GET"):
+                    link.sendall(b'HTTP/1.0 200 OK\r\n\r\n{"data": [{"id": "m"}], "version": "1"}')
+                    link.close()
+
+        threading.Thread(target=models, daemon=True).start()
+        race = ["race", "--subject", f"new={url}", "--ways", "http", "--stall-timeout", "0.2", "--turns", "1"]
+        assert main([*race, *WORK]) == 1
+        listener.shutdown(socket.SHUT_RDWR)
+    assert "refuses the warm-up" in (said := capsys.readouterr().err) and "nothing came for 0.2 s" in said
 
 
 FAKE = """

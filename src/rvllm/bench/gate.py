@@ -80,7 +80,13 @@ def judge_all(figures: Sequence[Figure], limits: Limits) -> tuple[list[Check], i
 
     Raises UsageError when there is nothing to judge.
     """
-    known = [f for f in figures if all(map(math.isfinite, (*f.baseline, *f.candidate)))]
+    known = []
+    for figure in figures:
+        had, has = (all(map(math.isfinite, side)) for side in (figure.baseline, figure.candidate))
+        if had != has:
+            raise UsageError(f"{figure.name}: the {'candidate' if had else 'baseline'} was not measured")
+        if had:
+            known.append(figure)
     if not known:
         raise UsageError("the gate found no figure that both sides have")
     checks = [judge(figure, limits) for figure in known]

@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 from rvllm.errors import RvllmError
 
 _LINE = 1 << 24  # bytes of the longest line that is read
+_DONE: dict[str, Any] = {"done": True}  # in place of the stream's last line
+_BROKEN = "the answer broke off"
 
 
 @dataclass
@@ -42,13 +44,14 @@ class Target:
     """Where requests go: a URL, and the headers that each has.
 
     name: X-Request-Id of each begins so, and ends in its number; "": it has none. trusting: whatever
-    certificate the server has.
+    certificate the server has. stall: seconds without an event after which a request has failed; None: any.
     """
 
     url: str
     headers: tuple[tuple[str, str], ...] = ()
     name: str = ""
     trusting: bool = False
+    stall: float | None = None
 
 
 async def run(
@@ -85,32 +88,48 @@ async def run(
 
 async def _send(target: Target, number: int, body: dict[str, Any], result: Sent, began: float) -> None:
     try:
-        async with _events(target, number, body) as events:
+        async with asyncio.timeout(target.stall) as due, _events(target, number, body) as events:
+            ended = False
             async for event in events:
-                _take(event, result, time.perf_counter() - began)
-    except (OSError, ValueError, RvllmError, asyncio.IncompleteReadError) as error:
+                ended = _take(event, result, time.perf_counter() - began) or ended
+                if target.stall is not None:
+                    due.reschedule(asyncio.get_running_loop().time() + target.stall)
+            if not ended:
+                raise RvllmError(_BROKEN)
+    except TimeoutError as error:
+        result.error = str(error) or f"nothing came for {target.stall:g} s"
+    except asyncio.IncompleteReadError:
+        result.error = _BROKEN
+    except (OSError, ValueError, RvllmError) as error:
         result.error = str(error) or type(error).__name__
     if not result.error and not result.first:
         result.error = "no text came"
 
 
-def _take(event: dict[str, Any], result: Sent, now: float) -> None:
-    if "error" in event:
-        raise RvllmError(str(event["error"].get("message")))
-    usage = event.get("usage")
-    if usage:
-        result.prompt_tokens, result.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-    for choice in event.get("choices", ()):
-        delta = choice.get("delta") or {}
-        text = choice.get("text") or delta.get("content") or delta.get("reasoning") or ""
-        if not text and not delta.get("tool_calls"):
-            continue
-        result.text += text
-        if result.first:
-            result.gaps.append(now - result.last)
-        else:
-            result.first = now
-        result.last = now
+def _take(event: Any, result: Sent, now: float) -> bool:
+    """Whether the event says that the answer is complete. Raises RvllmError for errors and foreign events."""
+    try:
+        ended = bool(event.get("done"))
+        if told := event.get("error"):
+            raise RvllmError(str(told.get("message") if isinstance(told, dict) else told))
+        if usage := event.get("usage"):
+            result.prompt_tokens, result.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+            ended = True
+        for choice in event.get("choices") or ():
+            ended = ended or choice.get("finish_reason") is not None
+            delta = choice.get("delta") or {}
+            text = choice.get("text") or delta.get("content") or delta.get("reasoning") or ""
+            if not text and not delta.get("tool_calls"):
+                continue
+            result.text += text
+            if result.first:
+                result.gaps.append(now - result.last)
+            else:
+                result.first = now
+            result.last = now
+        return ended
+    except (AttributeError, KeyError, TypeError):
+        raise RvllmError(f"not an event of the API: {json.dumps(event)[:200]}") from None
 
 
 @asynccontextmanager
@@ -157,8 +176,8 @@ def _context(target: Target) -> ssl.SSLContext:
 
 async def _parsed(lines: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
     async for line in lines:
-        if line.startswith(b"data:") and line[5:].strip() not in (b"", b"[DONE]"):
-            yield json.loads(line[5:])
+        if line.startswith(b"data:") and (data := line[5:].strip()):
+            yield _DONE if data == b"[DONE]" else json.loads(data)
 
 
 async def _plain(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
@@ -169,7 +188,7 @@ async def _plain(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
 async def _chunked(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
     """The lines of a body in HTTP/1.1's chunks."""
     held = b""
-    while size := int((await reader.readline()).split(b";")[0] or b"0", 16):
+    while size := int((await reader.readuntil()).split(b";")[0], 16):
         held += await reader.readexactly(size)
         await reader.readexactly(2)
         *whole, held = held.split(b"\n")

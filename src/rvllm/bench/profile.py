@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rvllm.bench.files import json_text, write_whole
 from rvllm.bench.stats import rate
 from rvllm.errors import UsageError
 
@@ -80,10 +81,7 @@ def write_profiles(path: Path, about: dict[str, Any], profiles: Sequence[Any]) -
         {**asdict(p), "floor": p.floor(p.total), "floors": [p.floor(r.cost) for r in p.rows]}
         for p in profiles
     ]
-    try:
-        path.write_text(json.dumps({**about, "profiles": rows}, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--json: cannot write {path}: {error.strerror}") from None
+    write_whole(path, json_text({**about, "profiles": rows}), "--json")
 
 
 def read_profiles(path: Path) -> list[Earlier]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from rvllm.bench.files import json_text, write_whole
 from rvllm.bench.gate import Figure
 from rvllm.bench.stats import median, percentile, rate
 from rvllm.errors import UsageError
@@ -141,23 +142,19 @@ def write_json(
     rows: list[dict[str, Any]] = [asdict(result) for result in results]
     for row, each in zip(rows, samples, strict=False):
         row["samples"] = each
-    text = json.dumps({**about, "results": rows}, indent=1)
-    try:
-        path.write_text(text.replace("NaN", "null") + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--json: cannot write {path}: {error.strerror}") from None
+    write_whole(path, json_text({**about, "results": rows}), "--json")
 
 
-def read_json(path: Path) -> list[Result]:
-    """The results of a file that `write_json` wrote. Raises UsageError when it is none."""
+def read_json(path: Path, flag: str = "--compare") -> list[Result]:
+    """The results of a file that `write_json` wrote. Raises UsageError naming the flag when it is none."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["results"]
         known = {field.name for field in fields(Result)}
         return [msgspec.convert({name: _number(row[name]) for name in known}, Result) for row in rows]
     except OSError as error:
-        raise UsageError(f"--compare: cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, msgspec.ValidationError):
-        raise UsageError(f"--compare: {path} holds no results of rvllm benchmark --json") from None
+        raise UsageError(f"{flag}: cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError, msgspec.ValidationError):
+        raise UsageError(f"{flag}: {path} holds no results of rvllm benchmark --json") from None
 
 
 GATED = {"tokens_per_s": True, "ttft_ms": False, "itl_ms": False}  # whether more is better
@@ -168,16 +165,19 @@ def gated(path: Path, results: Sequence[Result], samples: Sequence[dict[str, lis
 
     Raises UsageError when the file was written without its runs or has a batch size or length less.
     """
-    before = {(old.n, old.prompt_tokens, old.output_tokens): i for i, old in enumerate(read_json(path))}
+    before = {
+        (old.n, old.prompt_tokens, old.output_tokens): i for i, old in enumerate(read_json(path, "--gate"))
+    }
     rows = json.loads(path.read_text(encoding="utf-8"))["results"]
     found = []
     for result, now in zip(results, samples, strict=True):
         size = (result.n, result.prompt_tokens, result.output_tokens)
         if size not in before:
             raise UsageError(f"--gate: {path} has no run of N={size[0]}, {size[1]} tokens in, {size[2]} out")
-        then = rows[before[size]].get("samples")
-        if not isinstance(then, dict):
-            raise UsageError(f"--gate: {path} holds no single runs; measure it again with --json")
+        try:
+            then = msgspec.convert(rows[before[size]]["samples"], dict[str, list[float | None]])
+        except (KeyError, msgspec.ValidationError):
+            raise UsageError(f"--gate: {path} holds no single runs; measure it again with --json") from None
         found += [
             Figure(f"N={result.n} {name}", [_number(v) for v in then.get(name, ())], now[name], higher)
             for name, higher in GATED.items()

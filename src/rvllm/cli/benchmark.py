@@ -62,7 +62,9 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("--gate is neither for --profile nor for --compare")
     limits = gate_limits(args) if args.gate else None
     earlier = Path(args.compare or args.gate) if args.compare or args.gate else None
-    before = read_json(earlier) if earlier and not args.profile else []
+    before = (
+        read_json(earlier, "--gate" if args.gate else "--compare") if earlier and not args.profile else []
+    )
     profiles = read_profiles(earlier) if earlier and args.profile else []
     config = build(EngineConfig, vars(args))
     if args.profile and choose_device(config) == "cpu":
@@ -96,10 +98,11 @@ def main(args: argparse.Namespace) -> int:
     if "rvllm:decode_idle_share" in device:
         print(f"GPU idle between decode steps: {device['rvllm:decode_idle_share']:.2%} of their time")
     about["backend_stats"] = device
+    figures = gated(earlier, results, samples) if earlier and limits else []  # --json may name the same file
     if args.json:
         write_json(Path(args.json), about, results, samples)
-    if earlier and limits:
-        checks, code = judge_all(gated(earlier, results, samples), limits)
+    if limits:
+        checks, code = judge_all(figures, limits)
         print(page(checks, code))
         return code
     return 0

@@ -41,6 +41,8 @@ def add_parser(subparsers: Any) -> None:
         help="TOML: [engines.NAME] with serve, direct, version, env, body, size ...",
     )
     who("--start-timeout", type=float, default=600, metavar="S", help="seconds a server has to start [600]")
+    who("--stall-timeout", type=float, default=600, metavar="S",
+        help="seconds without a token after which a request has failed [600]")  # fmt: skip
     work = parser.add_argument_group("work").add_argument
     work("--prompts", default="random", help="random, fixed, sharegpt or long [random]")
     work("--n", default="1,4,16", metavar="LIST", help="requests at once, one measurement each [1,4,16]")
@@ -71,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
     from rvllm.bench.gate import judge_all, page
     from rvllm.bench.race.goodput import bounds_of
     from rvllm.bench.race.measure import race
-    from rvllm.bench.race.report import figures, markdown, write
+    from rvllm.bench.race.report import figures, make_folder, markdown, write
 
     engines = _engines(args)
     bounds = bounds_of(args.goodput, args.goodput_share) if args.goodput else None
@@ -81,6 +83,10 @@ def main(args: argparse.Namespace) -> int:
     if limits and args.turns * args.runs < 3:
         raise UsageError("--gate needs 3 measurements to know the noise: raise --turns or --runs")
     plan = _plan(args, engines)
+    if limits and "http" not in plan.ways:
+        raise UsageError("--gate judges what goes over HTTP: --ways must have http")
+    if args.out:
+        make_folder(Path(args.out))
     about = _about(args, plan)
     with _sigterm_unwinds():
         entries = race(plan, engines, _say, _after(args, bounds) if bounds else None)
@@ -132,6 +138,7 @@ def _pairs(flag: str, words: Sequence[str]) -> dict[str, str]:
 
 def _plan(args: argparse.Namespace, engines: Sequence[Engine]) -> Plan:
     from rvllm.bench.race.measure import Plan
+    from rvllm.bench.race.server import api_key
     from rvllm.bench.race.workload import checked
 
     sizes = [size.strip() for size in args.n.split(",")]
@@ -140,14 +147,13 @@ def _plan(args: argparse.Namespace, engines: Sequence[Engine]) -> Plan:
     ways = tuple(way for way in args.ways.split(",") if way)
     if not ways or set(ways) - {"http", "direct"}:
         raise UsageError(f"--ways: expected http, direct or both, got {args.ways!r}")
-    for name in ("turns", "runs", "start_timeout", "goodput_requests", "goodput_rate"):
+    for name in ("turns", "runs", "start_timeout", "stall_timeout", "goodput_requests", "goodput_rate"):
         if not getattr(args, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} must be above 0")
     work = checked(args.prompts, args.input_len, args.output_len, args.vocab_size, args.seed)
-    key = os.environ.get("OPENAI_API_KEY") or os.environ.get("RVLLM_API_KEY")
     model = _model(args.model) if any(engine.serve for engine in engines) else args.model
     return Plan(model, work, tuple(map(int, dict.fromkeys(sizes))), args.turns, args.runs, ways,
-                args.start_timeout, key)  # fmt: skip
+                args.start_timeout, args.stall_timeout, api_key())  # fmt: skip
 
 
 def _model(name: str) -> str:

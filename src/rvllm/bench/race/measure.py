@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import subprocess
 import tempfile
 import time
@@ -16,12 +17,13 @@ from typing import Any
 from rvllm.bench.arrivals import Traffic
 from rvllm.bench.load import Sent, Target, run
 from rvllm.bench.race.engines import Engine, filled, weighed
-from rvllm.bench.race.server import Server, running
+from rvllm.bench.race.server import Server, end, running
 from rvllm.bench.race.workload import Workload
 from rvllm.bench.stats import median, percentile, rate
 from rvllm.errors import RvllmError
 
 WARM_UP = 4  # requests, of 8 tokens each
+MAX_DIRECT = 3600.0  # seconds that all sizes may take without HTTP, beside the start
 Say = Callable[[str], None]
 Samples = dict[str, list[float]]
 
@@ -37,6 +39,7 @@ class Plan:
     runs: int = 1
     ways: tuple[str, ...] = ("http", "direct")
     start_timeout: float = 600.0
+    stall_timeout: float = 600.0
     key: str | None = None
 
     def values(self) -> dict[str, object]:
@@ -163,7 +166,7 @@ def send(
     if output_len is not None:
         bodies = [{**body, "max_tokens": output_len} for body in bodies]
     headers = (("Authorization", f"Bearer {plan.key}"),) if plan.key else ()
-    target = Target(server.url + "/v1/completions", headers)
+    target = Target(server.url + "/v1/completions", headers, stall=plan.stall_timeout)
     lengths = [len(each.ids) for each in requests]
     arrivals = Traffic(rate).arrivals(len(bodies), plan.workload.seed)
     return asyncio.run(run(target, bodies, lengths, arrivals=arrivals))
@@ -260,20 +263,26 @@ def _by_batched_bench(plan: Plan, engine: Engine) -> list[Row]:
 
 
 def _output(engine: Engine, command: Sequence[str], given: str, plan: Plan) -> str:
-    import os
-
+    """What a command prints; it and all that it started are ended with this."""
     with tempfile.TemporaryDirectory() as folder:  # so that `-c` imports nothing that lies about
         try:
-            done = subprocess.run(
-                list(command), input=given, capture_output=True, text=True, check=False, cwd=folder,
-                env={**os.environ, **engine.env}, timeout=plan.start_timeout + 3600,
+            process = subprocess.Popen(
+                list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                text=True, cwd=folder, env={**os.environ, **engine.env}, start_new_session=True,
             )  # fmt: skip
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except OSError as error:
             raise RvllmError(f"{engine.name}: cannot be measured without HTTP: {error}") from None
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
-        raise RvllmError(f"{engine.name} ended with {done.returncode} without HTTP: {lines[-1][-300:]}")
-    return done.stdout
+        with process:
+            try:
+                out, told = process.communicate(given, plan.start_timeout + MAX_DIRECT)
+            except subprocess.TimeoutExpired as error:
+                raise RvllmError(f"{engine.name}: no end without HTTP after {error.timeout:g} s") from None
+            finally:
+                end(process)
+    if process.returncode:
+        lines = (told or out).strip().splitlines() or ["it said nothing"]
+        raise RvllmError(f"{engine.name} ended with {process.returncode} without HTTP: {lines[-1][-300:]}")
+    return out
 
 
 def middle(samples: Samples, name: str) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rvllm.bench.files import json_text, write_whole
 from rvllm.bench.gate import Figure, spread
 from rvllm.bench.race import plot
 from rvllm.bench.race.goodput import best
@@ -241,24 +242,22 @@ def write(folder: Path, about: Mapping[str, Any], entries: Sequence[Entry]) -> N
     drawn = {name: text for name, text in _plots(entries).items() if text}
     told = {**about, "engines": [entry.told() for entry in entries]}
     files = {
-        "report.json": json.dumps(_without_nan(told), indent=1) + "\n",
+        "report.json": json_text(told),
         "report.md": markdown(about, entries, list(drawn)),
         **drawn,
     }
+    for name, text in files.items():
+        write_whole(folder / name, text, "--out")
+
+
+def make_folder(folder: Path) -> None:
+    """Before anything is measured. Raises UsageError where no report can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"--out: cannot write {folder}: {error.strerror}") from None
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        raise UsageError(f"--out: cannot make {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--out: cannot write into {folder}")
 
 
 def _plots(entries: Sequence[Entry]) -> dict[str, str]:

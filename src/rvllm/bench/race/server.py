@@ -63,7 +63,7 @@ def running(engine: Engine, values: Mapping[str, object], timeout: float) -> Ite
             model = _wait(engine, process, url, began + timeout, log)
             yield Server(url, model, time.perf_counter() - began, process)
         finally:
-            _end(process)
+            end(process)
 
 
 def get(url: str, path: str, timeout: float = 10.0) -> Any:
@@ -72,7 +72,7 @@ def get(url: str, path: str, timeout: float = 10.0) -> Any:
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=timeout)
     try:
-        key = os.environ.get("OPENAI_API_KEY")
+        key = api_key()
         connection.request(
             "GET", parts.path.rstrip("/") + path, headers={"Authorization": f"Bearer {key}"} if key else {}
         )
@@ -83,6 +83,11 @@ def get(url: str, path: str, timeout: float = 10.0) -> Any:
         return json.loads(body)
     finally:
         connection.close()
+
+
+def api_key() -> str | None:
+    """What servers are asked with."""
+    return os.environ.get("OPENAI_API_KEY") or os.environ.get("RVLLM_API_KEY")
 
 
 def first_model(url: str) -> str:
@@ -115,9 +120,11 @@ def _tail(log: Any) -> str:
     return text.splitlines()[-1][-300:] if text else "it said nothing"
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Asks the server to end, and ends what is left of its session."""
-    family = _family(process.pid)
+def end(process: subprocess.Popen[Any]) -> None:
+    """Asks a process with a session of its own to end, and ends what is left of the session.
+
+    What it started stays in the session when it is gone itself: an engine whose server has died, say.
+    """
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
@@ -125,7 +132,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    for pid in family:
+    for pid in _pids():
         try:
             if os.getsid(pid) == process.pid:
                 os.kill(pid, signal.SIGKILL)
@@ -133,16 +140,19 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
+def _pids() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
 def _family(root: int) -> list[int]:
     """A process and all below it."""
     parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text()
-            except OSError:
-                continue
-            parents.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry.name))
+    for pid in _pids():
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            continue
+        parents.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(pid)
     found, todo = [], [root]
     while todo:
         pid = todo.pop()
