@@ -35,12 +35,6 @@ from support.kernels.integer_checks import random_matrix
 CACHE = Path(os.environ.get("RVLLM_CUBINS", "build/cubins"))
 LAYERS, HIDDEN, FFN, QKV = 28, 3584, 18944, 4608
 SHAPES = {"qkv": (QKV, HIDDEN), "o": (HIDDEN, HIDDEN), "gate_up": (2 * FFN, HIDDEN), "down": (HIDDEN, FFN)}
-DEFINES = {
-    "": (),
-    "b3": ("RVLLM_BLOCKS=3",),
-    "w32": ("RVLLM_WARP_TOKENS=32",),
-    "w0": ("RVLLM_WARP_TOKENS=0",),
-}
 
 
 class Integers:
@@ -52,7 +46,7 @@ class Integers:
         started = time.perf_counter()
         by_name = {spec.name: spec for spec in SPECS}
         units = {
-            build.Unit(by_name[name].source, (), (by_name[name].symbol,), "sm_90a"): (name, tag)
+            build.Unit(by_name[name].source, (by_name[name].symbol,), "sm_90a"): (name, tag)
             for name, tag in wanted
         }
         for cubin in build.load(list(units), CACHE):

@@ -74,7 +74,7 @@ def main() -> int:
     rng = np.random.default_rng(options.seed)
     gpu = Gpu()
     symbols = tuple(f"compare<{t}, {n}>" for t in TYPES for n in (64, 128))
-    cubin = build.compile_unit(build.Unit(str(SOURCE), (), symbols, build.target_of(gpu.facts.capability)))
+    cubin = build.compile_unit(build.Unit(str(SOURCE), symbols, build.target_of(gpu.facts.capability)))
     module = Module(cubin.code)
     different = 0
     print(f"{'case':>10} {'type':>5} {'n':>4} {'steps':>5}  " + "".join(f"{kind:>22}" for kind in KINDS))

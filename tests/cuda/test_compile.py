@@ -154,7 +154,7 @@ def test_compiles_within_its_registers(
     assert "warning" not in cubin.log, cubin.log
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", cubin.log)]
     assert len(spills) >= len(unit.symbols)
-    specs = {s.symbol: s for s in MANIFEST.values() if (s.source, s.defines) == (unit.source, unit.defines)}
+    specs = {s.symbol: s for s in MANIFEST.values() if s.source == unit.source}
     if target == "sm_90a":
         made_of = opcodes(cubin.code)
         for symbol, mangled in cubin.names.items():
@@ -206,15 +206,15 @@ def test_a_key_follows_sources_headers_and_options(monkeypatch: pytest.MonkeyPat
     (tmp_path / "b.cuh").write_text("// one\n")
     monkeypatch.setattr(build, "SOURCES", tmp_path)
 
-    def key(target: str = "sm_80", defines: tuple[str, ...] = ()) -> str:
+    def key(target: str = "sm_80", symbol: str = "f") -> str:
         build.source_hash.cache_clear()
-        (unit,) = build.units([KernelSpec("k", "a.cu", "f", defines=defines)], target)
+        (unit,) = build.units([KernelSpec("k", "a.cu", symbol)], target)
         return unit.key
 
     first = key()
     assert key() == first
     assert key(target="sm_90a") != first
-    assert key(defines=("X=1",)) != first
+    assert key(symbol="g") != first
     (tmp_path / "b.cuh").write_text("// two\n")
     assert key() != first
     build.source_hash.cache_clear()
@@ -237,8 +237,8 @@ def test_a_release_serves_without_a_compiler(
     names = planner(program(num_hidden_layers=1), H100, EngineConfig(max_num_seqs=seqs)).kernels()
     wanted = build.units([MANIFEST[name] for name in names], "sm_90a")
     found = build.load(released(wanted, 90), tmp_path / "none", compile_missing=False)
-    held = {(c.unit.source, c.unit.defines, symbol) for c in found for symbol in c.names}
-    assert {(u.source, u.defines, symbol) for u in wanted for symbol in u.symbols} <= held
+    held = {(c.unit.source, symbol) for c in found for symbol in c.names}
+    assert {(u.source, symbol) for u in wanted for symbol in u.symbols} <= held
     (tmp_path / build.MANIFEST_FILE).unlink()
     assert released(wanted, 90) == wanted
 

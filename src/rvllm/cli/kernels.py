@@ -133,18 +133,17 @@ def _list(specs: list[KernelSpec], target: str, folder: Path, *, everything: boo
     from rvllm.kernels import build
 
     units = {
-        (unit.source, unit.defines, symbol): unit
+        (unit.source, symbol): unit
         for unit in build.units(_for_target(specs, target), target)
         for symbol in unit.symbols
     }
     rows = []
     for spec in specs:
-        unit = units.get((spec.source, spec.defines, spec.symbol))
+        unit = units.get((spec.source, spec.symbol))
         lowest = f"sm_{spec.arch}" + (" only" if spec.exact else "+")
         state = "-" if unit is None else "built" if build.find(unit, folder) else "not built"
         key = "" if unit is None else unit.key[:12]
-        made = " ".join((spec.symbol, *spec.defines))
-        row = (spec.name, lowest, state, spec.source, made, f"{spec.smem or ''}", key)
+        row = (spec.name, lowest, state, spec.source, spec.symbol, f"{spec.smem or ''}", key)
         rows.append(row if everything else row[:3])
     heading = ("kernel", "runs on", f"for {target}", "source", "instantiation", "smem", "hash")
     print(table(heading if everything else heading[:3], rows, right=(5,)))

@@ -1,7 +1,7 @@
 """Compiles kernels with NVRTC into cubins, cached under a hash of everything that goes into them.
 
 Needs no GPU. A cubin's key is the SHA-256 of its source with all headers of ours it includes, its
-definitions, its instantiations, the target and the compiler's options, so one of other sources cannot be
+instantiations, the target and the compiler's options, so one of other sources cannot be
 loaded; the compiler's version is not in it, as cubins are found where there is no compiler. A file that is
 not what was written (cut short by a full disk, say) counts as absent.
 """
@@ -41,7 +41,6 @@ class Unit:
     """One translation unit for one target: `sm_90a`, `sm_80`, ...; extra: see `KernelSpec`."""
 
     source: str
-    defines: tuple[str, ...]
     symbols: tuple[str, ...]
     target: str
     extra: str = ""
@@ -51,7 +50,7 @@ class Unit:
         """Content hash: file name of the cached cubin."""
         digest = hashlib.sha256()
         others = (HEADERS[self.extra],) if self.extra else ()
-        for part in (*OPTIONS, self.target, *self.defines, *self.symbols, *others, source_hash(self.source)):
+        for part in (*OPTIONS, self.target, *self.symbols, *others, source_hash(self.source)):
             digest.update(part.encode() + b"\0")
         return digest.hexdigest()[:32]
 
@@ -89,13 +88,13 @@ def target_of(capability: int) -> str:
 
 def units(specs: Iterable[KernelSpec], target: str) -> list[Unit]:
     """The translation units that hold the given specs, each once, in a stable order."""
-    groups: dict[tuple[str, tuple[str, ...], str, str], set[str]] = {}
+    groups: dict[tuple[str, str, str], set[str]] = {}
     for spec in specs:
-        groups.setdefault((spec.source, spec.defines, spec.unit, spec.extra), set()).add(spec.symbol)
+        groups.setdefault((spec.source, spec.unit, spec.extra), set()).add(spec.symbol)
     return list(
         dict.fromkeys(  # two kernels may be one function with other limits of shared memory
-            Unit(source, defines, tuple(sorted(symbols)), target, extra)
-            for (source, defines, _, extra), symbols in sorted(groups.items())
+            Unit(source, tuple(sorted(symbols)), target, extra)
+            for (source, _, extra), symbols in sorted(groups.items())
         )
     )
 
@@ -142,7 +141,6 @@ def compile_unit(unit: Unit) -> Cubin:
         f"-I{SOURCES}",
         *((f"-I{include_of(unit.extra)}", "-w") if unit.extra else ()),  # their warnings are not ours to mend
         *(f"-I{path}" for path in _cuda_includes()),
-        *(f"-D{define}" for define in unit.defines),
         "--ptxas-options=-v",
     ]
     status, program = nvrtc.nvrtcCreateProgram(text.encode(), unit.source.encode(), 0, [], [])

@@ -52,7 +52,7 @@ def released(wanted: list[build.Unit], capability: int) -> list[build.Unit]:
             (
                 other
                 for other in everything
-                if (other.source, other.defines, other.extra) == (unit.source, unit.defines, unit.extra)
+                if (other.source, other.extra) == (unit.source, unit.extra)
                 and set(unit.symbols) <= set(other.symbols)
                 and (build.PREBUILT / f"{other.key}.cubin").exists()
             ),

@@ -120,8 +120,8 @@ def kernels_of(
     units: dict[build.Unit, list[KernelSpec]] = {}
     for name in names:
         one = catalog[name]
-        key = (one.source, one.defines, one.unit)
-        together = [s for s in catalog.values() if (s.source, s.defines, s.unit) == key]
+        key = (one.source, one.unit)
+        together = [s for s in catalog.values() if (s.source, s.unit) == key]
         units[build.units(together, "emulated")[0]] = together
     found = {}
     for library, specs in zip(load(list(units), sources), units.values(), strict=True):
@@ -179,7 +179,7 @@ def _built(unit: build.Unit, sources: Path) -> Path:
     main = f'#include "ptx.hpp"\nnamespace {{\n#include "{unit.source}"\n' + _TAIL.format(kernels=kernels)
     digest = hashlib.sha256(_compiler_version().encode())
     shim = [path.read_text() for path in sorted(SHIM.iterdir())]
-    for part in (*FLAGS, *unit.defines, main, *(t for item in sorted(files.items()) for t in item), *shim):
+    for part in (*FLAGS, main, *(t for item in sorted(files.items()) for t in item), *shim):
         digest.update(part.encode() + b"\0")
     folder = cache_dir()
     target = folder / f"{Path(unit.source).stem}-{digest.hexdigest()[:24]}.so"
@@ -192,7 +192,7 @@ def _built(unit: build.Unit, sources: Path) -> Path:
         for name, text in {**files, "main.cpp": main}.items():
             (Path(place) / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(place) / name).write_text(text)
-        command = [compiler() or "g++", *FLAGS, *(f"-D{d}" for d in unit.defines), f"-I{place}", f"-I{SHIM}",
+        command = [compiler() or "g++", *FLAGS, f"-I{place}", f"-I{SHIM}",
                    f"{place}/main.cpp", "-o", f"{place}/out.so", "-lm"]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -20,12 +20,12 @@ from rvllm.backends.cuda.ops.attention.plan import plan_decode, plan_prefill, pr
 from rvllm.backends.cuda.ops.encoder.plan import plan_text, text_tiles
 from rvllm.backends.cuda.ops.gemm import plan as gemm
 from rvllm.backends.cuda.ops.gemm.common import Kind
+from rvllm.kernels.attention.specs import sparse_kernel
 from rvllm.kernels.encoder.specs import (
     HIDDEN_TOKENS,
     POOL_THREADS,
     POOLINGS,
     TEXT_HEAD_DIMS,
-    sparse_kernel,
 )
 from rvllm.kernels.gemm.specs import sm80_smem
 from rvllm.kernels.rowwise.specs import norm_add_norm_kernel, norm_kernel

@@ -166,13 +166,13 @@ class Gpu(Machine):
         wanted = [BY_NAME[name] for name in names if name not in self._functions]
         if not wanted:
             return
-        by_symbol = {(s.source, s.defines, s.symbol): s for s in wanted}
+        by_symbol = {(s.source, s.symbol): s for s in wanted}
         target = build.target_of(self.facts.capability)
         for cubin in build.load(build.units(wanted, target), self._cache):
             module = Module(cubin.code)
             self._modules.append(module)
             for symbol, mangled in cubin.names.items():
-                spec = by_symbol[cubin.unit.source, cubin.unit.defines, symbol]
+                spec = by_symbol[cubin.unit.source, symbol]
                 function = module.function(mangled, spec.name, spec.smem)
                 attributes = driver.api().CUfunction_attribute
                 carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT

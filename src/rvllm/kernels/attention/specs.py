@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Literal
+
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.constants import constants
-from rvllm.kernels.spec import KernelSpec
+from rvllm.kernels.spec import Folder, KernelSpec
 from rvllm.kernels.types import SHORT, TYPES
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 256)
+SPARSE_HEAD_DIMS = (64, 128)  # of block-sparse attention
 DECODE_SEQS = 2048  # sequences a launch of attn_decode can list
 DECODE_RING_SLOTS = {128: 24}  # half tiles of a block of attn_decode_ring, by head size
 DECODE_RING_WARPS = (4, 8)  # of a block
@@ -58,7 +62,7 @@ def decode_ring_kernel(
     """
     if head_dim not in DECODE_RING_SLOTS or group > 8:
         return None
-    name = f"sm90_{SHORT[dtype]}_attn_decode{_OF[fp8]}_d{head_dim}{'' if group <= 8 else '_wide'}"
+    name = f"sm90_{SHORT[dtype]}_attn_decode{_OF[fp8]}_d{head_dim}"
     return name if name in _BY_NAME and _BY_NAME[name].smem + 4096 <= smem_per_block else None
 
 
@@ -94,17 +98,20 @@ def prefill_sm90_kernel(dtype: str, head_dim: int, fp8: bool = False) -> str | N
     return name if name in _BY_NAME else None
 
 
-def decode_kernel(dtype: str, head_dim: int, smem_per_block: int, fp8: bool = False) -> str:
-    """The decode attention kernel that fits; raises MissingKernelError when none does."""
-    return _fitting("decode", dtype, head_dim, smem_per_block, fp8)
+def sparse_kernel(dense: str, head_dim: int) -> str:
+    """The block-sparse kernel beside a dense one; raises MissingKernelError where there is none."""
+    if head_dim not in SPARSE_HEAD_DIMS:
+        sizes = ", ".join(map(str, SPARSE_HEAD_DIMS))
+        raise MissingKernelError(
+            f"no block-sparse attention kernel for head size {head_dim}; there are {sizes}"
+        )
+    return dense.replace(f"_d{head_dim}", f"_sparse_d{head_dim}")
 
 
-def prefill_kernel(dtype: str, head_dim: int, smem_per_block: int, fp8: bool = False) -> str:
-    """The prefill attention kernel that fits; raises MissingKernelError when none does."""
-    return _fitting("prefill", dtype, head_dim, smem_per_block, fp8)
-
-
-def _fitting(phase: str, dtype: str, head_dim: int, smem_per_block: int, fp8: bool) -> str:
+def mma_kernel(
+    phase: Literal["decode", "prefill"], dtype: str, head_dim: int, smem_per_block: int, fp8: bool
+) -> str:
+    """The attention kernel by mma.sync that fits; raises MissingKernelError when none does."""
     base = f"sm80_{SHORT[dtype]}_attn_{phase}{_OF[fp8]}_d{head_dim}"
     static = 1024 if phase == "decode" else 0  # what the kernel declares besides
     for name in (base, f"{base}_small"):
@@ -116,90 +123,53 @@ def _fitting(phase: str, dtype: str, head_dim: int, smem_per_block: int, fp8: bo
     )
 
 
-def _attention(dtype: str, dim: int, fp8: bool) -> list[KernelSpec]:
-    t, short, of = TYPES[dtype], SHORT[dtype], _OF[fp8]
-    sizes = str(dim) if fp8 else f"{dim}, {dim}"
-    specs = []
+_kernel = Folder("attention").kernel
+
+
+def _mma(dtype: str, dim: int, of: str) -> Iterator[KernelSpec]:
+    """Both phases by mma.sync, on every GPU."""
+    t, short = TYPES[dtype], SHORT[dtype]
+    sizes = str(dim) if of == "_fp8" else f"{dim}, {dim}"
     for small in (False, True) if dim <= 160 else (False,):
-        suffix, rows = "_small" if small else "", prefill_rows(dim, small)
+        end, rows, fp8 = f"{of}_d{dim}{'_small' if small else ''}", prefill_rows(dim, small), of == "_fp8"
+        unit, symbol = f"{short}{end}", f"{of}<{t}, {sizes}"
         if dim <= 128 or not small:
-            specs.append(
-                KernelSpec(
-                    name=f"sm80_{short}_attn_decode{of}_d{dim}{suffix}",
-                    source="attention/decode.cu",
-                    symbol=f"attn_decode{of}<{t}, {sizes}>",
-                    smem=decode_smem(dim, separate=not small and dim <= 128, fp8=fp8),
-                    unit=f"{short}{of}_d{dim}{suffix}",
-                )
+            smem = decode_smem(dim, separate=not small and dim <= 128, fp8=fp8)
+            yield _kernel(
+                f"sm80_{short}_attn_decode{end}", "decode", f"attn_decode{symbol}>", smem, unit=unit
             )
-        specs.append(
-            KernelSpec(
-                name=f"sm80_{short}_attn_prefill{of}_d{dim}{suffix}",
-                source="attention/prefill.cu",
-                symbol=f"attn_prefill{of}<{t}, {sizes}, {rows // 16}>",
-                smem=prefill_smem(dim, rows, fp8),
-                static_smem=0,
-                unit=f"{short}{of}_d{dim}{suffix}",
-            )
-        )
-    return specs
+        smem, static = prefill_smem(dim, rows, fp8), 1024 if of == "_sparse" else 0
+        symbol = f"attn_prefill{symbol}, {rows // 16}>"
+        yield _kernel(f"sm80_{short}_attn_prefill{end}", "prefill", symbol, smem, static, unit)
 
 
-def _sm90(dtype: str, dim: int, fp8: bool) -> KernelSpec:
-    return KernelSpec(
-        name=f"sm90_{SHORT[dtype]}_attn_prefill{_OF[fp8]}_d{dim}",
-        source="attention/prefill_sm90.cu",
-        symbol=f"attn_prefill_sm90{_OF[fp8]}<{TYPES[dtype]}, {dim}>",
-        arch=90,
-        exact=True,
-        smem=prefill_sm90_smem(dim, fp8),
-        static_smem=0,
-        unit=f"{SHORT[dtype]}{_OF[fp8]}_d{dim}",
+def _prefill_sm90(dtype: str, dim: int, fp8: bool) -> KernelSpec:
+    end, smem = f"{_OF[fp8]}_d{dim}", prefill_sm90_smem(dim, fp8)
+    symbol = f"attn_prefill_sm90{_OF[fp8]}<{TYPES[dtype]}, {dim}>"
+    name = f"sm90_{SHORT[dtype]}_attn_prefill{end}"
+    return _kernel(name, "prefill_sm90", symbol, smem, 0, f"{SHORT[dtype]}{end}")
+
+
+def _rings(dtype: str, dim: int) -> Iterator[KernelSpec]:
+    """Decode with rings of tiles: plain, rotating besides, and over a cache in E4M3."""
+    name, t, unit = f"sm90_{SHORT[dtype]}_attn_decode", TYPES[dtype], f"{SHORT[dtype]}_d{dim}"
+    smem, slots = decode_ring_smem(dim), DECODE_RING_SLOTS[dim]
+    symbol = f"attn_decode_ring<{t}, {dim}, 8, {slots}>"
+    yield _kernel(f"{name}_d{dim}", "decode_ring", symbol, smem, 4096, f"{unit}_8")
+    symbol = f"attn_decode_rope<{t}, {dim}, {slots}>"
+    yield _kernel(f"{name}_rope_d{dim}", "decode_ring", symbol, smem, 4096, f"{unit}_rope")
+    symbol, smem = (
+        f"attn_decode_ring_fp8<{t}, {dim}, {DECODE_RING_FP8_SLOTS}>",
+        decode_ring_smem(dim, fp8=True),
     )
-
-
-def _ring(dtype: str, dim: int, rows: int) -> KernelSpec:
-    return KernelSpec(
-        name=f"sm90_{SHORT[dtype]}_attn_decode_d{dim}{'' if rows == 8 else '_wide'}",
-        source="attention/decode_ring.cu",
-        symbol=f"attn_decode_ring<{TYPES[dtype]}, {dim}, {rows}, {DECODE_RING_SLOTS[dim]}>",
-        arch=90,
-        smem=decode_ring_smem(dim),
-        static_smem=4096,
-        unit=f"{SHORT[dtype]}_d{dim}_{rows}",
-    )
-
-
-def _ring_fp8(dtype: str, dim: int) -> KernelSpec:
-    return KernelSpec(
-        name=f"sm90_{SHORT[dtype]}_attn_decode_fp8_d{dim}",
-        source="attention/decode_ring_fp8.cu",
-        symbol=f"attn_decode_ring_fp8<{TYPES[dtype]}, {dim}, {DECODE_RING_FP8_SLOTS}>",
-        arch=90,
-        smem=decode_ring_smem(dim, fp8=True),
-        static_smem=4096,
-        unit=f"{SHORT[dtype]}_d{dim}",
-    )
-
-
-def _ring_rope(dtype: str, dim: int) -> KernelSpec:
-    return KernelSpec(
-        name=f"sm90_{SHORT[dtype]}_attn_decode_rope_d{dim}",
-        source="attention/decode_ring.cu",
-        symbol=f"attn_decode_rope<{TYPES[dtype]}, {dim}, {DECODE_RING_SLOTS[dim]}>",
-        arch=90,
-        smem=decode_ring_smem(dim),
-        static_smem=4096,
-        unit=f"{SHORT[dtype]}_d{dim}_rope",
-    )
+    yield _kernel(f"{name}_fp8_d{dim}", "decode_ring_fp8", symbol, smem, 4096, unit)
 
 
 DTYPES = ("bfloat16", "float16")
 SPECS: list[KernelSpec] = [
-    *(spec for dtype in DTYPES for dim in HEAD_DIMS for fp8 in _OF for spec in _attention(dtype, dim, fp8)),
-    *(_sm90(dtype, dim, fp8) for dtype in DTYPES for dim in PREFILL_SM90_DIMS for fp8 in _OF),
-    *(_ring(dtype, dim, rows) for dtype in DTYPES for dim in DECODE_RING_SLOTS for rows in (8,)),
-    *(_ring_rope(dtype, dim) for dtype in DTYPES for dim in DECODE_RING_SLOTS if dim == 128),
-    *(_ring_fp8(dtype, dim) for dtype in DTYPES for dim in DECODE_RING_SLOTS),
+    *(spec for dtype in DTYPES for dim in HEAD_DIMS for of in _OF.values() for spec in _mma(dtype, dim, of)),
+    *(spec for dtype in DTYPES for dim in SPARSE_HEAD_DIMS for spec in _mma(dtype, dim, "_sparse")),
+    *(_prefill_sm90(dtype, dim, fp8) for dtype in DTYPES for dim in PREFILL_SM90_DIMS for fp8 in _OF),
+    *(spec for dtype in DTYPES for dim in DECODE_RING_SLOTS for spec in _rings(dtype, dim)),
 ]
 _BY_NAME = {spec.name: spec for spec in SPECS}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rvllm.kernels.constants import constants
 from rvllm.kernels.gemm.tiles import DTYPES, SMEM_LIMIT, TILE
-from rvllm.kernels.spec import KernelSpec
+from rvllm.kernels.spec import Folder, KernelSpec
 
 _SIZES = constants("decode/step.cuh")
 WARPS = _SIZES["WARPS"]  # of a block
@@ -30,13 +30,13 @@ def ring_bytes(slots: int) -> int:
 
 
 SPECS: list[KernelSpec] = [
-    KernelSpec(
-        name=f"sm80_{dtype}_chain{suffix}_s{slots}",
-        source="decode/chain.cu",
-        symbol=f"rvllm::decode::chain<rvllm::{dtype}, {slots}, {str(bool(suffix)).lower()}>",
-        smem=SMEM_LIMIT - static,
-        static_smem=static,
-        unit=f"{dtype}{suffix}_{slots}",
+    Folder("decode", "rvllm::decode::").kernel(
+        f"sm80_{dtype}_chain{suffix}_s{slots}",
+        "chain",
+        f"chain<rvllm::{dtype}, {slots}, {str(bool(suffix)).lower()}>",
+        SMEM_LIMIT - static,
+        static,
+        f"{dtype}{suffix}_{slots}",
     )
     for dtype in DTYPES
     for suffix, static in _STATIC_SMEM.items()

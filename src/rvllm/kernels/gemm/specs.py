@@ -6,6 +6,8 @@ described in gemm/gemm_sm90.cu and gemm/gemm_sm80.cu; `backends/cuda/ops/gemm/pl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rvllm.kernels.gemm.tiles import (
     BARRIERS,
     DTYPES,
@@ -17,7 +19,7 @@ from rvllm.kernels.gemm.tiles import (
     TILE_BYTES,
     staging_bytes,
 )
-from rvllm.kernels.spec import KernelSpec
+from rvllm.kernels.spec import Folder, KernelSpec
 
 SPLIT_TOKENS = (8, 16, 32, 64, 96, 128, 256)  # token tiles that the sm_90a kernels are compiled for
 WALK_TOKENS = (8, 16, 32, 64, 96, 128, 192)
@@ -38,23 +40,8 @@ MODES = {
 }  # of gemm_sm90.cu
 SPLIT_WIDE = (144, 160, 176, 192, 208, 224, 240, 256)  # token tiles of the largest split kernel
 PAIR_TILES = (128, 144, 160, 176, 192)  # token tiles of the pair kernel
-TALL_TILES = (
-    32,
-    48,
-    64,
-    72,
-    80,
-    96,
-    104,
-    112,
-    120,
-    128,
-    136,
-    144,
-    160,
-    176,
-    192,
-)  # token tiles of the tall kernel
+# Token tiles of the tall kernel.
+TALL_TILES = (32, 48, 64, 72, 80, 96, 104, 112, 120, 128, 136, 144, 160, 176, 192)
 WIDE_SMEM = 3 * (2 * TILE_BYTES + 256 * TILE * 2) + 2 * 80 * 128 * 4 + BARRIERS  # bytes; mirrors Wide
 
 
@@ -116,80 +103,32 @@ def sm80_smem(tokens: int) -> int:
     return 4 * (TILE_BYTES + tokens * TILE * 2)
 
 
-def _sm90() -> list[KernelSpec]:
-    specs = []
-    for dtype in DTYPES:
-        for mode, sizes in MODES.items():
-            for tokens in sizes:
-                cluster = 1 if mode in ("split", "eight", "pair") else walk_cluster(tokens)
-                # The longest unit decides how long a first start takes.
-                together = "few" if tokens <= 16 else "some" if tokens <= 64 else tokens
-                instance = f"rvllm::{dtype}, {tokens}, rvllm::gemm::{mode.upper()}, {cluster}"
-                specs.append(
-                    KernelSpec(
-                        name=f"sm90_{dtype}_gemm_{mode}_n{tokens}",
-                        source="gemm/gemm_sm90.cu",
-                        symbol=f"rvllm::gemm::gemm<{instance}>",
-                        arch=90,
-                        exact=True,
-                        smem=max(sm90_smem(mode, tile) for tile in widths_of(mode, tokens)),
-                        unit=f"{dtype}_{mode}_{together}",
-                    )
-                )
-    wide = [
-        KernelSpec(
-            name=f"sm90_{dtype}_gemm_wide_n{tokens}",
-            source="gemm/gemm_sm90_wide.cu",
-            symbol=f"rvllm::gemm::gemm_wide<rvllm::{dtype}>",
-            arch=90,
-            exact=True,
-            smem=WIDE_SMEM,
-            unit=dtype,
-        )
-        for dtype in DTYPES
-        for tokens in WIDE_TOKENS
-    ]
-    return [*specs, *wide] + [
-        KernelSpec(
-            name=f"sm90_{dtype}_gemm_tall_n{tokens}",
-            source="gemm/gemm_sm90_tall.cu",
-            symbol=f"rvllm::gemm::gemm_tall<rvllm::{dtype}, {tokens}>",
-            arch=90,
-            exact=True,
-            smem=max(_tall_smem(tile) for tile in widths_of("tall", tokens)),
-            unit=f"{dtype}_{tokens}",
-        )
-        for dtype in DTYPES
-        for tokens in TALL_TOKENS
-    ]
+def _specs(dtype: str) -> Iterator[KernelSpec]:
+    kernel, t = Folder("gemm", "rvllm::gemm::").kernel, f"rvllm::{dtype}"
+    for mode, sizes in MODES.items():
+        for tokens in sizes:
+            cluster = 1 if mode in ("split", "eight", "pair") else walk_cluster(tokens)
+            # The longest unit decides how long a first start takes.
+            together = "few" if tokens <= 16 else "some" if tokens <= 64 else tokens
+            symbol = f"gemm<{t}, {tokens}, rvllm::gemm::{mode.upper()}, {cluster}>"
+            smem = max(sm90_smem(mode, tile) for tile in widths_of(mode, tokens))
+            name, unit = f"sm90_{dtype}_gemm_{mode}_n{tokens}", f"{dtype}_{mode}_{together}"
+            yield kernel(name, "gemm_sm90", symbol, smem, unit=unit)
+    for tokens in WIDE_TOKENS:
+        name = f"sm90_{dtype}_gemm_wide_n{tokens}"
+        yield kernel(name, "gemm_sm90_wide", f"gemm_wide<{t}>", WIDE_SMEM, unit=dtype)
+    for tokens in TALL_TOKENS:
+        smem = max(_tall_smem(tile) for tile in widths_of("tall", tokens))
+        name, symbol = f"sm90_{dtype}_gemm_tall_n{tokens}", f"gemm_tall<{t}, {tokens}>"
+        yield kernel(name, "gemm_sm90_tall", symbol, smem, unit=f"{dtype}_{tokens}")
+    for tokens in SM80_TOKENS:
+        name, symbol = f"sm80_{dtype}_gemm_n{tokens}", f"gemm<{t}, {tokens}>"
+        yield kernel(name, "gemm_sm80", symbol, sm80_smem(tokens), unit=dtype)
+    for source, stored in SOURCES.items():
+        yield kernel(f"sm80_{dtype}_gemm_pack_{source}", "pack", f"pack<{stored}, {t}>")
 
 
-def _sm80() -> list[KernelSpec]:
-    return [
-        KernelSpec(
-            name=f"sm80_{dtype}_gemm_n{tokens}",
-            source="gemm/gemm_sm80.cu",
-            symbol=f"rvllm::gemm::gemm<rvllm::{dtype}, {tokens}>",
-            smem=sm80_smem(tokens),
-            unit=dtype,
-        )
-        for dtype in DTYPES
-        for tokens in SM80_TOKENS
-    ]
-
-
-def _pack() -> list[KernelSpec]:
-    return [
-        KernelSpec(
-            name=f"sm80_{dtype}_gemm_pack_{source}",
-            source="gemm/pack.cu",
-            symbol=f"rvllm::gemm::pack<{SOURCES[source]}, rvllm::{dtype}>",
-        )
-        for dtype in DTYPES
-        for source in SOURCES
-    ]
-
-
-_STREAM_READ = KernelSpec("sm80_stream_read", "common/stream_read.cu", "rvllm::stream_read")
-
-SPECS: list[KernelSpec] = [*_sm90(), *_sm80(), *_pack(), _STREAM_READ]
+SPECS: list[KernelSpec] = [
+    *(spec for dtype in DTYPES for spec in _specs(dtype)),
+    KernelSpec("sm80_stream_read", "common/stream_read.cu", "rvllm::stream_read"),
+]

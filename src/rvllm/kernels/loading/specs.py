@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rvllm.kernels.spec import KernelSpec
+from rvllm.kernels.spec import Folder, KernelSpec
 from rvllm.kernels.types import SHORT, TYPES
 
 FORMATS = (
@@ -11,20 +11,13 @@ FORMATS = (
 )  # fmt: skip
 
 
-def _loading(dtype: str) -> list[KernelSpec]:
-    t, short = TYPES[dtype], SHORT[dtype]
-    fill = KernelSpec(name=f"sm80_{short}_fill_random", source="loading/fill.cu", symbol=f"fill_random<{t}>")
-    return [fill] + [
-        KernelSpec(
-            name=f"sm80_{short}_dequant_{kind.lower()}",
-            source="loading/dequant.cu",
-            symbol=f"dequant<{kind}, {t}>",
-        )
-        for kind in FORMATS
-    ]
-
-
+_kernel = Folder("loading").kernel
 SPECS: list[KernelSpec] = [
-    KernelSpec(name="sm80_checksum", source="loading/fill.cu", symbol="checksum"),
-    *(spec for dtype in TYPES for spec in _loading(dtype)),
+    _kernel("sm80_checksum", "fill", "checksum"),
+    *(_kernel(f"sm80_{SHORT[d]}_fill_random", "fill", f"fill_random<{t}>") for d, t in TYPES.items()),
+    *(
+        _kernel(f"sm80_{SHORT[d]}_dequant_{kind.lower()}", "dequant", f"dequant<{kind}, {t}>")
+        for d, t in TYPES.items()
+        for kind in FORMATS
+    ),
 ]

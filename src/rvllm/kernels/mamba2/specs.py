@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.constants import constants
 from rvllm.kernels.rowwise.specs import ACTIVATIONS
-from rvllm.kernels.spec import KernelSpec
+from rvllm.kernels.spec import Folder, KernelSpec
 from rvllm.kernels.types import SHORT, TYPES
 
 TAPS = (2, 3, 4)  # of the convolution
@@ -55,36 +57,21 @@ def gated_norm_kernel(dtype: str, group: int) -> tuple[str, int]:
     return f"sm80_{SHORT[dtype]}_gated_norm", threads
 
 
-def _specs(dtype: str) -> list[KernelSpec]:
-    t, short = TYPES[dtype], SHORT[dtype]
-    specs = [
-        KernelSpec(
-            name=f"sm80_{short}_causal_conv_k{taps}_{act}",
-            source="mamba2/conv.cu",
-            symbol=f"causal_conv<{t}, {taps}, Act::{act.upper()}>",
-        )
-        for taps in TAPS
-        for act in ACTIVATIONS
-    ]
-    specs += [
-        KernelSpec(
-            name=f"sm80_{short}_state_scan_s{size}{suffix}{'_conv' if conv else ''}",
-            source="mamba2/scan.cu",
-            symbol=f"state_scan<{t}, {size}, {2 * dim}, {str(conv).lower()}>",
-            smem=scan_smem(dim, size),
-            unit=f"{short}_s{size}",
-        )
-        for size in STATE_SIZES
-        for suffix, dim in (("", _NARROW), ("_wide", LARGEST_DIM))
-        for conv in (False, True)
-    ]
-    specs.append(
-        KernelSpec(
-            f"sm80_{short}_scan_keep", "mamba2/scan.cu", f"scan_keep<{t}>", unit=f"{short}_s{STATE_SIZES[0]}"
-        )
-    )
-    specs.append(KernelSpec(f"sm80_{short}_gated_norm", "mamba2/gated_norm.cu", f"gated_norm<{t}>"))
-    return specs
+def _specs(dtype: str) -> Iterator[KernelSpec]:
+    t, short, kernel = TYPES[dtype], SHORT[dtype], Folder("mamba2").kernel
+    for taps in TAPS:
+        for act in ACTIVATIONS:
+            symbol = f"causal_conv<{t}, {taps}, Act::{act.upper()}>"
+            yield kernel(conv_kernel(dtype, taps, act), "conv", symbol)
+    for size in STATE_SIZES:
+        for dim in (_NARROW, LARGEST_DIM):
+            for conv in (False, True):
+                symbol = f"state_scan<{t}, {size}, {2 * dim}, {str(conv).lower()}>"
+                name, smem = scan_kernel(dtype, dim, size, conv), scan_smem(dim, size)
+                yield kernel(name, "scan", symbol, smem, unit=f"{short}_s{size}")
+    unit = f"{short}_s{STATE_SIZES[0]}"
+    yield kernel(f"sm80_{short}_scan_keep", "scan", f"scan_keep<{t}>", unit=unit)
+    yield kernel(f"sm80_{short}_gated_norm", "gated_norm", f"gated_norm<{t}>")
 
 
 SPECS: list[KernelSpec] = [spec for dtype in ("bfloat16", "float16") for spec in _specs(dtype)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rvllm.kernels.attention.specs import SIZES
 from rvllm.kernels.constants import constants
-from rvllm.kernels.spec import KernelSpec
+from rvllm.kernels.spec import Folder, KernelSpec
 
 TAGS = ("bf16", "f16")
 TILE, PAD = SIZES["TILE"], SIZES["PAD"]  # positions of a tile of keys; elements after each row of it
@@ -57,42 +59,28 @@ def product_chunks(rows: int, inner: int) -> int:
     return -(-rows // (16 * (4 // -(-inner // SEGMENT))))
 
 
-def _specs(tag: str) -> list[KernelSpec]:
-    def spec(name: str, source: str, symbol: str, smem: int, unit: str = "") -> KernelSpec:
-        return KernelSpec(
-            f"sm80_{tag}_{name}", source, symbol, smem=smem, static_smem=STATIC, unit=unit or tag
-        )
-
-    specs = []
+def _specs(tag: str) -> Iterator[KernelSpec]:
+    kernel, short = Folder("mla").kernel, f"sm80_{tag}"
     for suffix, (buffers, seqs) in DECODE.items():
-        symbol, smem = f"latent_decode<{tag}, {buffers}>", decode_smem(MAX_WIDTH, buffers, seqs)
-        specs.append(spec(f"latent_decode{suffix}", "mla/attention.cu", symbol, smem))
+        name, symbol = f"{short}_latent_decode{suffix}", f"latent_decode<{tag}, {buffers}>"
+        yield kernel(name, "attention", symbol, decode_smem(MAX_WIDTH, buffers, seqs), STATIC, tag)
     for suffix, (warps, groups, buffers) in PREFILL.items():
+        name, smem = f"{short}_latent_prefill{suffix}", tiles_smem(MAX_WIDTH, 16 * groups, buffers)
         symbol = f"latent_prefill<{tag}, {warps}, {groups}, {buffers}>"
-        smem = tiles_smem(MAX_WIDTH, 16 * groups, buffers)
-        specs.append(spec(f"latent_prefill{suffix}", "mla/attention.cu", symbol, smem))
-    specs.append(
-        KernelSpec(
-            f"sm90_{tag}_latent_prefill",
-            "mla/prefill_sm90.cu",
-            f"latent_prefill_sm90<{tag}>",
-            arch=90,
-            exact=True,
-            smem=PREFILL_SM90_SMEM,
-            static_smem=0,
-            unit=tag,
-        )
-    )
-    specs.append(spec("latent_merge", "mla/head_gemm.cu", f"latent_merge<{tag}>", 0))
-    one = product_smem(MAX_INNER, 1)
-    specs.append(spec("latent_values_n8", "mla/head_gemm.cu", f"latent_values<{tag}, 1>", one))
+        yield kernel(name, "attention", symbol, smem, STATIC, tag)
+    name, symbol = f"sm90_{tag}_latent_prefill", f"latent_prefill_sm90<{tag}>"
+    yield kernel(name, "prefill_sm90", symbol, PREFILL_SM90_SMEM, 0, tag)
+    yield kernel(f"{short}_latent_merge", "head_gemm", f"latent_merge<{tag}>", 0, STATIC, tag)
+    name, symbol = f"{short}_latent_values_n8", f"latent_values<{tag}, 1>"
+    yield kernel(name, "head_gemm", symbol, product_smem(MAX_INNER, 1), STATIC, tag)
     for n in EIGHTS:
         smem = product_smem(MAX_INNER, n)
-        specs.append(spec(f"head_linear_n{8 * n}", "mla/head_gemm.cu", f"head_linear<{tag}, {n}>", smem))
+        name, symbol = f"{short}_head_linear_n{8 * n}", f"head_linear<{tag}, {n}>"
+        yield kernel(name, "head_gemm", symbol, smem, STATIC, tag)
         for suffix, interleaved in (("", "false"), ("_interleaved", "true")):
+            name = f"{short}_latent_prepare{suffix}_n{8 * n}"
             symbol = f"latent_prepare<{tag}, {interleaved}, {n}>"
-            specs.append(spec(f"latent_prepare{suffix}_n{8 * n}", "mla/prepare.cu", symbol, smem))
-    return specs
+            yield kernel(name, "prepare", symbol, smem, STATIC, tag)
 
 
 SPECS: list[KernelSpec] = [spec for tag in TAGS for spec in _specs(tag)]

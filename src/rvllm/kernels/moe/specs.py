@@ -6,13 +6,14 @@ The sizes here are those of the sources in this folder, which say what they mean
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rvllm.kernels.constants import constants
 from rvllm.kernels.gemm.integer.specs import CHUNK, LAYOUTS
 from rvllm.kernels.gemm.tiles import BARRIERS, SMEM_LIMIT, TILE
 from rvllm.kernels.gemm.tiles import TILE_BYTES as E4M3_CHUNK
-from rvllm.kernels.spec import KernelSpec
+from rvllm.kernels.spec import Folder, KernelSpec
 
 DTYPES = ("bf16", "f16")
 MAX_EXPERTS = 512  # a router's
@@ -173,162 +174,82 @@ def sort_smem(warps: int, experts: int) -> int:
     return 4 * (warps + 4) * (-(-experts // 4) * 4)
 
 
-def _sorting() -> list[KernelSpec]:
+_kernel = Folder("moe", "rvllm::experts::").kernel
+
+
+def _sorting() -> Iterator[KernelSpec]:
     """Entries by expert, and rows of x in their order."""
     most = sort_smem(SORT_WARPS[-1], MAX_EXPERTS + MAX_CHOSEN)
-    specs = [
-        KernelSpec("sm80_experts_sort", "moe/sort.cu", "rvllm::experts::sort<false>", smem=most, unit="80"),
-        KernelSpec(
-            "sm90_experts_sort", "moe/sort.cu", "rvllm::experts::sort<true>", 90, smem=most, unit="90"
-        ),
-    ]
-    specs.append(
-        KernelSpec("sm90_moe_gather_rows", "moe/sort.cu", "rvllm::experts::gather_rows", 90, unit="90")
-    )
-    return specs
+    yield _kernel("sm80_experts_sort", "sort", "sort<false>", most, unit="80")
+    yield _kernel("sm90_experts_sort", "sort", "sort<true>", most, unit="90")
+    yield _kernel("sm90_moe_gather_rows", "sort", "gather_rows", unit="90")
 
 
-def _routers(dtype: str) -> list[KernelSpec]:
+def _routers(dtype: str) -> Iterator[KernelSpec]:
     """Which experts a token takes."""
-    specs = []
+    router = Folder("moe").kernel
     for lanes in ROUTE_LANES:
-        static = 4 * 8 * 32 * lanes + 5120
+        static = 4 * 8 * 32 * lanes
         for suffix, (norm, cluster) in ROUTES.items():
             if cluster and 32 * lanes > ROUTE_SLICE * MAX_CLUSTER:
                 continue
-            arch = 90 if cluster else 80
+            arch, smem = 90 if cluster else 80, SMEM_LIMIT - static - 5120
+            name, unit = f"sm{arch}_{dtype}_route{suffix}_e{32 * lanes}", f"{dtype}_{arch}"
             symbol = f"route<{dtype}, {lanes}, {norm:d}, {cluster:d}>"
-            name = f"sm{arch}_{dtype}_route{suffix}_e{32 * lanes}"
-            unit = f"{dtype}_{arch}"
-            specs.append(KernelSpec(name, "moe/router.cu", symbol, arch, smem=SMEM_LIMIT - static,
-                                    static_smem=static + 4096 * cluster, unit=unit))  # fmt: skip
+            yield router(name, "router", symbol, smem, static + 5120 + 4096 * cluster, unit)
         name, symbol = f"sm80_{dtype}_route_many_e{32 * lanes}", f"route_many<{dtype}, {lanes}>"
-        specs.append(KernelSpec(name, "moe/router.cu", symbol, smem=ROUTE_MANY_SMEM,
-                                static_smem=4 * 8 * 32 * lanes, unit=f"{dtype}_80"))  # fmt: skip
-    return specs
+        yield router(name, "router", symbol, ROUTE_MANY_SMEM, static, f"{dtype}_80")
 
 
-def _one_token(dtype: str) -> list[KernelSpec]:
+def _one_token(dtype: str) -> Iterator[KernelSpec]:
     """A few tokens without sorting, and the weighted sum of experts."""
-    specs = []
-    kinds = {f"one_down_s{s}": f"one_down<rvllm::{dtype}, {s}>" for s in ONE_DOWN_STAGES}
-    kinds |= {f"one_up_s{s}": f"one_up<rvllm::{dtype}, {s}>" for s in ONE_UP_STAGES}
-    for name, symbol in kinds.items():
-        specs.append(
-            KernelSpec(
-                name=f"sm80_{dtype}_experts_{name}",
-                source="moe/one_token.cu",
-                symbol=f"rvllm::experts::{symbol}",
-                smem=SMEM_LIMIT - 16384,
-                static_smem=2048,
-                unit=dtype,
-            )
-        )
-    for name, source in (("combine", "one_token"), ("combine_norm", "combine_norm")):
-        specs.append(
-            KernelSpec(
-                name=f"sm80_{dtype}_experts_{name}",
-                source=f"moe/{source}.cu",
-                symbol=f"rvllm::experts::{name}<rvllm::{dtype}>",
-                unit=dtype,
-            )
-        )
-    return specs
+    stages = [("one_down", s) for s in ONE_DOWN_STAGES] + [("one_up", s) for s in ONE_UP_STAGES]
+    for kind, s in stages:
+        name, symbol = f"sm80_{dtype}_experts_{kind}_s{s}", f"{kind}<rvllm::{dtype}, {s}>"
+        yield _kernel(name, "one_token", symbol, SMEM_LIMIT - 16384, 2048, dtype)
+    for kind, source in (("combine", "one_token"), ("combine_norm", "combine_norm")):
+        yield _kernel(f"sm80_{dtype}_experts_{kind}", source, f"{kind}<rvllm::{dtype}>", unit=dtype)
 
 
-def _many(dtype: str) -> list[KernelSpec]:
+def _many(dtype: str) -> Iterator[KernelSpec]:
     """Products by mma.sync, on every GPU."""
-    specs = []
     for block in BLOCKS:
         sizes = f"{block.rows}, {block.tokens}, {block.row_warps}, {block.token_warps}"
-        specs.append(
-            KernelSpec(
-                name=f"sm80_{dtype}_experts_{block.name}",
-                source="moe/grouped_gemm.cu",
-                symbol=f"rvllm::experts::many<rvllm::{dtype}, {sizes}>",
-                smem=block.smem,
-                unit=dtype,
-            )
-        )
-    return specs
+        name, symbol = f"sm80_{dtype}_experts_{block.name}", f"many<rvllm::{dtype}, {sizes}>"
+        yield _kernel(name, "grouped_gemm", symbol, block.smem, unit=dtype)
 
 
-def _quantised(dtype: str) -> list[KernelSpec]:
+def _quantised(dtype: str) -> Iterator[KernelSpec]:
     """Products with experts that stay in their format."""
-    specs = []
-    for name, (symbol, _) in QUANTISED.items():
-        specs.append(
-            KernelSpec(
-                name=f"sm90_{dtype}_moe_{name}_n{QUANTISED_WIDE}",
-                source="moe/quantised_wide_sm90.cu",
-                symbol=f"rvllm::experts::quantised_wide<rvllm::{dtype}, {symbol}>",
-                arch=90,
-                exact=True,
-                smem=quantised_wide_smem(name),
-                unit=f"{dtype}_{name}",
-            )
-        )
-        for tokens in QUANTISED_TOKENS:
-            specs.append(
-                KernelSpec(
-                    name=f"sm80_{dtype}_experts_{name}_n{tokens}",
-                    source="moe/quantised_gemm.cu",
-                    symbol=f"rvllm::experts::quantised<rvllm::{dtype}, {tokens}, {symbol}>",
-                    smem=quantised_smem(name, tokens),
-                    unit=f"{dtype}_{name}",
-                )
-            )
+    for name, (of, _) in QUANTISED.items():
+        t, unit, experts = f"rvllm::{dtype}", f"{dtype}_{name}", f"sm80_{dtype}_experts_{name}"
+        wide, smem = f"sm90_{dtype}_moe_{name}_n{QUANTISED_WIDE}", quantised_wide_smem(name)
+        yield _kernel(wide, "quantised_wide_sm90", f"quantised_wide<{t}, {of}>", smem, unit=unit)
+        for n in QUANTISED_TOKENS:
+            symbol, smem = f"quantised<{t}, {n}, {of}>", quantised_smem(name, n)
+            yield _kernel(f"{experts}_n{n}", "quantised_gemm", symbol, smem, unit=unit)
         kinds = {f"one_down_s{s}": ("one_down", s) for s in QUANTISED_DOWN_STAGES}
         kinds["one_up"] = ("one_up", QUANTISED_UP_STAGES)
         for kind, (kernel, stages) in kinds.items():
-            specs.append(
-                KernelSpec(
-                    name=f"sm80_{dtype}_experts_{name}_{kind}",
-                    source="moe/quantised_one.cu",
-                    symbol=f"rvllm::experts::quantised_{kernel}<rvllm::{dtype}, {symbol}, {stages}>",
-                    smem=SMEM_LIMIT - 16384,
-                    static_smem=2048,
-                    unit=f"{dtype}_{name}",
-                )
-            )
-    return specs
+            symbol = f"quantised_{kernel}<{t}, {of}, {stages}>"
+            yield _kernel(f"{experts}_{kind}", "quantised_one", symbol, SMEM_LIMIT - 16384, 2048, unit)
 
 
-def _grouped(dtype: str) -> list[KernelSpec]:
+def _grouped(dtype: str) -> Iterator[KernelSpec]:
     """Products by wgmma."""
-    specs = []
-    specs.append(
-        KernelSpec(
-            name=f"sm90_{dtype}_moe_grouped_n{WIDE}",
-            source="moe/grouped_wide_sm90.cu",
-            symbol=f"rvllm::experts::grouped_wide<rvllm::{dtype}>",
-            arch=90,
-            exact=True,
-            smem=wide_smem(),
-            unit=dtype,
-        )
-    )
-    for tokens in GROUPED_TOKENS:
-        specs.append(
-            KernelSpec(
-                name=f"sm90_{dtype}_moe_grouped_n{tokens}",
-                source="moe/grouped_gemm_sm90.cu",
-                symbol=f"rvllm::experts::grouped<rvllm::{dtype}, {tokens}>",
-                arch=90,
-                exact=True,
-                smem=grouped_smem(tokens),
-                unit=f"{dtype}_{'few' if tokens <= 32 else tokens}",
-            )
-        )
-    return specs
+    name, symbol = f"sm90_{dtype}_moe_grouped_n", f"<rvllm::{dtype}"
+    yield _kernel(f"{name}{WIDE}", "grouped_wide_sm90", f"grouped_wide{symbol}>", wide_smem(), unit=dtype)
+    for n in GROUPED_TOKENS:
+        unit, smem = f"{dtype}_{'few' if n <= 32 else n}", grouped_smem(n)
+        yield _kernel(f"{name}{n}", "grouped_gemm_sm90", f"grouped{symbol}, {n}>", smem, unit=unit)
 
 
-def _specs() -> list[KernelSpec]:
-    specs = _sorting()
-    for dtype in DTYPES:
-        for family in (_routers, _one_token, _many, _quantised, _grouped):
-            specs += family(dtype)
-    return specs
-
-
-SPECS: list[KernelSpec] = _specs()
+SPECS: list[KernelSpec] = [
+    *_sorting(),
+    *(
+        spec
+        for dtype in DTYPES
+        for family in (_routers, _one_token, _many, _quantised, _grouped)
+        for spec in family(dtype)
+    ),
+]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.gemm.integer.specs import GGUF_LAYOUTS
-from rvllm.kernels.spec import KernelSpec
+from rvllm.kernels.spec import Folder, KernelSpec
 from rvllm.kernels.types import SHORT, TYPES
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+_NORMS = {"rms": "false", "layer": "true"}  # whether they subtract the mean
 NORM_VECTORS = {"": 1, "_wide": 2}  # 16-byte vectors a thread of `norm` holds
 
 
@@ -35,52 +38,39 @@ def norm_add_norm_kernel(dtype: str, width: int) -> tuple[str, int]:
     return kernel.replace("norm_rms", "norm_add_norm"), threads
 
 
-def _elementwise(dtype: str) -> list[KernelSpec]:
-    t, short = TYPES[dtype], SHORT[dtype]
+def _specs(dtype: str) -> Iterator[KernelSpec]:
+    t = TYPES[dtype]
 
-    def spec(name: str, source: str, symbol: str) -> KernelSpec:
-        return KernelSpec(name=f"sm80_{short}_{name}", source=source, symbol=symbol)
+    def kernel(name: str, source: str, symbol: str) -> KernelSpec:
+        return Folder("rowwise").kernel(f"sm80_{SHORT[dtype]}_{name}", source, symbol)
 
-    specs = [
-        spec("embed", "rowwise/embed.cu", f"embed<{t}>"),
-        spec("gather_rows", "rowwise/gather.cu", f"gather_rows<{t}>"),
-        spec("add", "rowwise/gather.cu", f"add<{t}>"),
-        spec("rope_kv", "rowwise/rope.cu", f"rope_kv<{t}, false>"),
-        spec("rope_kv_rows", "rowwise/rope.cu", f"rope_kv_rows<{t}>"),
-        spec("rope_kv_fp8_rows", "rowwise/rope.cu", f"rope_kv_fp8_rows<{t}>"),
-        spec("rope_kv_interleaved", "rowwise/rope.cu", f"rope_kv<{t}, true>"),
-        spec("rope_kv_fp8", "rowwise/rope.cu", f"rope_kv_fp8<{t}, false>"),
-        spec("rope_kv_fp8_interleaved", "rowwise/rope.cu", f"rope_kv_fp8<{t}, true>"),
-        spec("norm_groups_rms", "rowwise/norm.cu", f"norm_groups<{t}, false>"),
-        spec("norm_groups_layer", "rowwise/norm.cu", f"norm_groups<{t}, true>"),
-    ]
-    specs += [
-        spec(f"embed_{kind.lower()}", "rowwise/embed_blocks.cu", f"embed_blocks<{t}, rvllm::gguf::{kind}>")
-        for kind in GGUF_LAYOUTS
-    ]
-    for suffix, vectors in NORM_VECTORS.items():
-        specs.append(spec(f"norm_add_norm{suffix}", "rowwise/norm.cu", f"norm_add_norm<{t}, {vectors}>"))
-    for interleaved in (False, True):
-        for kind in ("rms", "layer"):
-            suffix = "_interleaved" if interleaved else ""
-            flags = f"{str(interleaved).lower()}, {str(kind == 'layer').lower()}"
+    yield kernel("embed", "embed", f"embed<{t}>")
+    yield kernel("gather_rows", "gather", f"gather_rows<{t}>")
+    yield kernel("add", "gather", f"add<{t}>")
+    yield kernel("rope_kv_rows", "rope", f"rope_kv_rows<{t}>")
+    yield kernel("rope_kv_fp8_rows", "rope", f"rope_kv_fp8_rows<{t}>")
+    yield kernel("gated_clamped", "activation", f"clamped<{t}>")
+    for kind in GGUF_LAYOUTS:
+        yield kernel(f"embed_{kind.lower()}", "embed_blocks", f"embed_blocks<{t}, rvllm::gguf::{kind}>")
+    for end, flag in (("", "false"), ("_interleaved", "true")):
+        yield kernel(f"rope_kv{end}", "rope", f"rope_kv<{t}, {flag}>")
+        yield kernel(f"rope_kv_fp8{end}", "rope", f"rope_kv_fp8<{t}, {flag}>")
+        for kind, layer in _NORMS.items():
             for of, element in (("", t), ("_fp8", "u8")):
-                symbol = f"rope_kv_normed<{t}, {flags}, {element}>"
-                specs.append(spec(f"rope_kv{of}_{kind}{suffix}", "rowwise/rope.cu", symbol))
-    for kind in ("rms", "layer"):
-        for add in (False, True):
-            for suffix, vectors in NORM_VECTORS.items():
-                flags = f"{str(kind == 'layer').lower()}, {str(add).lower()}"
-                name = f"norm_{kind}{'_add' if add else ''}{suffix}"
-                specs.append(spec(name, "rowwise/norm.cu", f"norm<{t}, {flags}, {vectors}>"))
-                specs.append(spec(f"fp8_{name}", "rowwise/norm.cu", f"norm_e4m3<{t}, {flags}, {vectors}>"))
-    specs.append(spec("gated_clamped", "rowwise/activation.cu", f"clamped<{t}>"))
+                symbol = f"rope_kv_normed<{t}, {flag}, {layer}, {element}>"
+                yield kernel(f"rope_kv{of}_{kind}{end}", "rope", symbol)
+    for kind, layer in _NORMS.items():
+        yield kernel(f"norm_groups_{kind}", "norm", f"norm_groups<{t}, {layer}>")
+    for suffix, vectors in NORM_VECTORS.items():
+        yield kernel(f"norm_add_norm{suffix}", "norm", f"norm_add_norm<{t}, {vectors}>")
+        for kind, layer in _NORMS.items():
+            for add, flag in (("", "false"), ("_add", "true")):
+                name, arguments = f"norm_{kind}{add}{suffix}", f"<{t}, {layer}, {flag}, {vectors}>"
+                yield kernel(name, "norm", f"norm{arguments}")
+                yield kernel(f"fp8_{name}", "norm", f"norm_e4m3{arguments}")
     for act in ACTIVATIONS:
-        specs.append(
-            spec(f"gated_{act}", "rowwise/activation.cu", f"activate<{t}, Act::{act.upper()}, true>")
-        )
-        specs.append(spec(f"act_{act}", "rowwise/activation.cu", f"activate<{t}, Act::{act.upper()}, false>"))
-    return specs
+        yield kernel(f"gated_{act}", "activation", f"activate<{t}, Act::{act.upper()}, true>")
+        yield kernel(f"act_{act}", "activation", f"activate<{t}, Act::{act.upper()}, false>")
 
 
-SPECS: list[KernelSpec] = [spec for dtype in ("bfloat16", "float16") for spec in _elementwise(dtype)]
+SPECS: list[KernelSpec] = [spec for dtype in ("bfloat16", "float16") for spec in _specs(dtype)]

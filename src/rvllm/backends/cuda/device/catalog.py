@@ -36,14 +36,14 @@ class Catalog:
         target = build.target_of(self.capability)
         smem = {}
         for spec in new:
-            smem[spec.source, spec.defines, spec.symbol] = spec
+            smem[spec.source, spec.symbol] = spec
         units = released(build.units(new, target), self.capability)
         for cubin in build.load(units, self._cache_dir, progress=progress):
             module = Module(cubin.code)
             self._modules.append(module)
             self.compiled_seconds += cubin.seconds
             for symbol, mangled in cubin.names.items():
-                found = smem.get((cubin.unit.source, cubin.unit.defines, symbol))
+                found = smem.get((cubin.unit.source, symbol))
                 if found is None:  # of a release's unit, and not wanted
                     continue
                 self._functions[found.name] = module.function(mangled, found.name, found.smem)

@@ -149,7 +149,7 @@ def code_of(shape: ProductShape, tokens: int, candidate: Candidate, tag: str, ch
 @once
 def _hash_of(kernel: str, capability: int) -> str:
     spec = MANIFEST[kernel]
-    unit = build.Unit(spec.source, spec.defines, (spec.symbol,), build.target_of(capability), spec.extra)
+    unit = build.Unit(spec.source, (spec.symbol,), build.target_of(capability), spec.extra)
     return unit.key[:16]
 
 

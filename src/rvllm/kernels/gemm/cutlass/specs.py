@@ -53,19 +53,12 @@ TILES = (
 )
 
 
-def _symbol(dtype: str, tile: CutlassTile) -> str:
-    sizes = f"{tile.rows // TILE}, {tile.tokens}, {tile.cluster}"
-    return f"rvllm::gemm::gemm_cutlass<rvllm::{dtype}, {sizes}>"
-
-
 SPECS: list[KernelSpec] = [
     KernelSpec(
-        name=tile.kernel(dtype),
-        source="gemm/cutlass/gemm_sm90.cu",
-        symbol=_symbol(dtype, tile),
-        arch=90,
-        exact=True,
-        smem=tile.smem,
+        tile.kernel(dtype),
+        "gemm/cutlass/gemm_sm90.cu",
+        f"rvllm::gemm::gemm_cutlass<rvllm::{dtype}, {tile.rows // TILE}, {tile.tokens}, {tile.cluster}>",
+        tile.smem,
         unit=tile.kernel(dtype),
         extra="cutlass",
     )

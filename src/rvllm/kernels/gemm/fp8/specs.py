@@ -5,6 +5,8 @@ The modes are described in gemm/fp8/gemm_sm90.cu; `backends/cuda/formats/fp8.py`
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rvllm.kernels.gemm.tiles import (
     BARRIERS,
     DTYPES,
@@ -15,7 +17,7 @@ from rvllm.kernels.gemm.tiles import (
     TILE_BYTES,
     staging_bytes,
 )
-from rvllm.kernels.spec import KernelSpec
+from rvllm.kernels.spec import Folder, KernelSpec
 
 BLOCK_K = 128  # columns of a packed tile and of a scale of the activations
 # Token tiles. What is resident keeps activations in shared memory as a whole, and can quantise them.
@@ -92,91 +94,44 @@ def tall_smem(mode: str) -> int:
     return (SMEM_LIMIT - barriers - room) // stage * stage + room + barriers
 
 
-def _tall() -> list[KernelSpec]:
-    specs = []
-    for dtype in DTYPES:
-        for mode, rows in TALL_ROWS.items():
-            name, last = "tall", str(mode.endswith("_sum")).lower()
-            if mode in OVERLAPPED:
-                name, last = "overlapped", f"rvllm::fp8::{OVERLAPPED[mode]}"
-            specs.append(
-                KernelSpec(
-                    name=f"sm90_{dtype}_fp8_gemm_{mode}_n128",
-                    source=f"gemm/fp8/gemm_sm90_{name}.cu",
-                    symbol=f"rvllm::fp8::gemm_{name}<rvllm::{dtype}, {rows}, {last}>",
-                    arch=90,
-                    exact=True,
-                    smem=SMEM_LIMIT,
-                    unit=f"{dtype}_{mode}",
-                )
-            )
-    return specs
-
-
-def _gemms() -> list[KernelSpec]:
-    specs = []
-    for dtype in DTYPES:
-        for mode, sizes in MODES.items():
-            for tokens in () if mode in TALL_ROWS else sizes:
-                together = "few" if tokens <= 16 else "some" if tokens <= 64 else tokens
-                kind, resident = mode.removesuffix("_resident").upper(), str(is_resident(mode)).lower()
-                cluster = cluster_of(mode, tokens)
-                instance = f"rvllm::{dtype}, {tokens}, rvllm::fp8::{kind}, {cluster}, {resident}"
-                specs.append(
-                    KernelSpec(
-                        name=f"sm90_{dtype}_fp8_gemm_{mode}_n{tokens}",
-                        source="gemm/fp8/gemm_sm90.cu",
-                        symbol=f"rvllm::fp8::gemm<{instance}>",
-                        arch=90,
-                        exact=True,
-                        smem=SMEM_LIMIT,
-                        unit=f"{dtype}_{mode.removesuffix('_resident')}_{together}",
-                    )
-                )
-    return specs
-
-
-def _quantise() -> list[KernelSpec]:
-    return [
-        KernelSpec(
-            name=f"sm80_{dtype}_fp8_quantise",
-            source="gemm/fp8/quantise.cu",
-            symbol=f"rvllm::fp8::quantise<rvllm::{dtype}>",
-            unit=dtype,
-        )
-        for dtype in DTYPES
-    ]
-
-
 def sm80_smem(tokens: int) -> int:
     """Dynamic shared memory in bytes; mirrors STAGES in gemm/fp8/gemm_sm80.cu."""
     return 4 * (TILE_BYTES + tokens * BLOCK_K * 2)
 
 
-def _sm80() -> list[KernelSpec]:
-    return [
-        KernelSpec(
-            name=f"sm80_{dtype}_fp8_gemm_n{tokens}",
-            source="gemm/fp8/gemm_sm80.cu",
-            symbol=f"rvllm::fp8::gemm_widened<rvllm::{dtype}, {tokens}>",
-            smem=sm80_smem(tokens),
-            unit=dtype,
-        )
-        for dtype in DTYPES
-        for tokens in SM80_TOKENS
-    ]
+_kernel = Folder("gemm/fp8", "rvllm::fp8::").kernel
 
 
-def _loading() -> list[KernelSpec]:
-    source = "gemm/fp8/pack.cu"
-    plain = {"pack": "pack_bytes", "fill": "fill_bytes", "fill_scales": "fill_scales"}
-    return [
-        *(KernelSpec(f"sm80_fp8_{name}", source, f"rvllm::fp8::{symbol}") for name, symbol in plain.items()),
-        *(
-            KernelSpec(f"sm80_fp8_quantise_{name}", source, f"rvllm::fp8::quantise_rows<{kind}>")
-            for name, kind in SOURCES.items()
-        ),
-    ]
+def _sm90(dtype: str, mode: str, tokens: int) -> KernelSpec:
+    name, group = f"sm90_{dtype}_fp8_gemm_{mode}_n{tokens}", mode.removesuffix("_resident")
+    together = "few" if tokens <= 16 else "some" if tokens <= 64 else tokens
+    resident, cluster = str(is_resident(mode)).lower(), cluster_of(mode, tokens)
+    symbol = f"gemm<rvllm::{dtype}, {tokens}, rvllm::fp8::{group.upper()}, {cluster}, {resident}>"
+    return _kernel(name, "gemm_sm90", symbol, SMEM_LIMIT, unit=f"{dtype}_{group}_{together}")
 
 
-SPECS: list[KernelSpec] = [*_gemms(), *_tall(), *_quantise(), *_sm80(), *_loading()]
+def _tall(dtype: str, mode: str) -> KernelSpec:
+    source, last = "tall", str(mode.endswith("_sum")).lower()
+    if mode in OVERLAPPED:
+        source, last = "overlapped", f"rvllm::fp8::{OVERLAPPED[mode]}"
+    name, symbol = f"sm90_{dtype}_fp8_gemm_{mode}_n128", f"<rvllm::{dtype}, {TALL_ROWS[mode]}, {last}>"
+    return _kernel(name, f"gemm_sm90_{source}", f"gemm_{source}{symbol}", SMEM_LIMIT, unit=f"{dtype}_{mode}")
+
+
+def _specs(dtype: str) -> Iterator[KernelSpec]:
+    for mode, sizes in MODES.items():
+        for tokens in sizes:
+            yield _tall(dtype, mode) if mode in TALL_ROWS else _sm90(dtype, mode, tokens)
+    yield _kernel(f"sm80_{dtype}_fp8_quantise", "quantise", f"quantise<rvllm::{dtype}>", unit=dtype)
+    for tokens in SM80_TOKENS:
+        name, symbol = f"sm80_{dtype}_fp8_gemm_n{tokens}", f"gemm_widened<rvllm::{dtype}, {tokens}>"
+        yield _kernel(name, "gemm_sm80", symbol, sm80_smem(tokens), unit=dtype)
+
+
+_LOADING = {"pack": "pack_bytes", "fill": "fill_bytes", "fill_scales": "fill_scales"} | {
+    f"quantise_{name}": f"quantise_rows<{kind}>" for name, kind in SOURCES.items()
+}
+SPECS: list[KernelSpec] = [
+    *(spec for dtype in DTYPES for spec in _specs(dtype)),
+    *(_kernel(f"sm80_fp8_{name}", "pack", symbol) for name, symbol in _LOADING.items()),
+]

@@ -6,6 +6,7 @@ at a time. Layouts and modes are described in gemm/integer/formats.cuh and gemm/
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rvllm.kernels.gemm.tiles import (
@@ -18,7 +19,7 @@ from rvllm.kernels.gemm.tiles import (
     TILE,
     staging_bytes,
 )
-from rvllm.kernels.spec import KernelSpec
+from rvllm.kernels.spec import Folder, KernelSpec
 
 CHUNK = 128  # columns of a chunk
 SPLIT_TOKENS = (8, 16, 32, 64, 128)  # token tiles of the sm_90a modes
@@ -124,82 +125,42 @@ def smem(layout: IntegerLayout, mode: str, tokens: int, parts: int, limit: int =
     return stages * stage + behind
 
 
-def _sm90() -> list[KernelSpec]:
-    return [
-        KernelSpec(
-            name=f"sm90_{dtype}_integer_{layout.name}_{mode}_n{tokens}",
-            source="gemm/integer/gemm_sm90.cu",
-            symbol=f"rvllm::gemm::gemm<rvllm::{dtype}, {tokens}, rvllm::gemm::{layout.symbol}, "
-            f"rvllm::gemm::{mode.upper()}>",
-            arch=90,
-            exact=True,
-            smem=SMEM_LIMIT,
-            unit=f"{dtype}_{layout.name}_{'few' if tokens <= 32 else 'many'}",
-        )
-        for dtype in DTYPES
-        for layout in LAYOUTS.values()
-        for mode, sizes in (("split", SPLIT_TOKENS), ("walk", WALK_TOKENS))
-        for tokens in sizes
-    ]
-
-
 def sm80_smem(layout: IntegerLayout, tokens: int) -> int:
     """Dynamic shared memory in bytes; mirrors STAGES in gemm/integer/gemm_sm80.cu."""
     return 3 * (layout.chunk_bytes + tokens * CHUNK * 2)
 
 
-def _sm80() -> list[KernelSpec]:
-    return [
-        KernelSpec(
-            name=f"sm80_{dtype}_integer_{layout.name}_n{tokens}",
-            source="gemm/integer/gemm_sm80.cu",
-            symbol=f"rvllm::gemm::gemm<rvllm::{dtype}, {tokens}, rvllm::gemm::{layout.symbol}>",
-            smem=sm80_smem(layout, tokens),
-            unit=f"{dtype}_{layout.name}",
-        )
-        for dtype in DTYPES
-        for layout in LAYOUTS.values()
-        for tokens in SM80_TOKENS
-    ]
+_kernel = Folder("gemm/integer", "rvllm::gemm::").kernel
 
 
-def _loading() -> list[KernelSpec]:
-    blocks = [
-        KernelSpec(
-            name=f"sm80_integer_pack_{kind.lower()}",
-            source="gemm/integer/pack_blocks.cu",
-            symbol=f"rvllm::gemm::pack_blocks<rvllm::gguf::{kind}, rvllm::gemm::{LAYOUTS[layout].symbol}>",
-            unit=kind,
-        )
-        for kind, layout in GGUF_LAYOUTS.items()
-    ]
-    words = [
-        KernelSpec(
-            name=f"sm80_{dtype}_integer_pack_{layout.name}",
-            source="gemm/integer/pack_words.cu",
-            symbol=f"rvllm::gemm::pack_words<rvllm::{dtype}, {layout.bits}, {layout.group}>",
-            unit=f"{dtype}_{layout.name}",
-        )
-        for dtype in DTYPES
-        for layout in LAYOUTS.values()
-        if layout.integers
-    ]
-    fill = [
-        KernelSpec(
-            name=f"sm80_{dtype}_integer_fill",
-            source="gemm/integer/pack_words.cu",
-            symbol=f"rvllm::gemm::fill<rvllm::{dtype}>",
-        )
-        for dtype in DTYPES
-    ]
-    quantise = [
-        KernelSpec(
-            f"sm80_integer_quantise_{name}", "gemm/integer/quantise.cu", f"rvllm::gemm::quantise<{kind}>"
-        )
-        for name, kind in SOURCES.items()
-    ]
-    reorder = KernelSpec("sm80_integer_reorder", "gemm/integer/quantise.cu", "rvllm::gemm::reorder")
-    return [*blocks, *words, *fill, *quantise, reorder]
+def _gemms(dtype: str, layout: IntegerLayout) -> Iterator[KernelSpec]:
+    name, of = f"{dtype}_integer_{layout.name}", f"rvllm::gemm::{layout.symbol}"
+    for mode, sizes in (("split", SPLIT_TOKENS), ("walk", WALK_TOKENS)):
+        for tokens in sizes:
+            symbol = f"gemm<rvllm::{dtype}, {tokens}, {of}, rvllm::gemm::{mode.upper()}>"
+            unit = f"{dtype}_{layout.name}_{'few' if tokens <= 32 else 'many'}"
+            yield _kernel(f"sm90_{name}_{mode}_n{tokens}", "gemm_sm90", symbol, SMEM_LIMIT, unit=unit)
+    for tokens in SM80_TOKENS:
+        symbol, smem = f"gemm<rvllm::{dtype}, {tokens}, {of}>", sm80_smem(layout, tokens)
+        yield _kernel(f"sm80_{name}_n{tokens}", "gemm_sm80", symbol, smem, unit=f"{dtype}_{layout.name}")
 
 
-SPECS: list[KernelSpec] = [*_sm90(), *_sm80(), *_loading()]
+def _loading() -> Iterator[KernelSpec]:
+    for kind, name in GGUF_LAYOUTS.items():
+        symbol = f"pack_blocks<rvllm::gguf::{kind}, rvllm::gemm::{LAYOUTS[name].symbol}>"
+        yield _kernel(f"sm80_integer_pack_{kind.lower()}", "pack_blocks", symbol, unit=kind)
+    for dtype in DTYPES:
+        for layout in (layout for layout in LAYOUTS.values() if layout.integers):
+            symbol = f"pack_words<rvllm::{dtype}, {layout.bits}, {layout.group}>"
+            name = f"sm80_{dtype}_integer_pack_{layout.name}"
+            yield _kernel(name, "pack_words", symbol, unit=f"{dtype}_{layout.name}")
+        yield _kernel(f"sm80_{dtype}_integer_fill", "pack_words", f"fill<rvllm::{dtype}>")
+    for source, stored in SOURCES.items():
+        yield _kernel(f"sm80_integer_quantise_{source}", "quantise", f"quantise<{stored}>")
+    yield _kernel("sm80_integer_reorder", "quantise", "reorder")
+
+
+SPECS: list[KernelSpec] = [
+    *(spec for dtype in DTYPES for layout in LAYOUTS.values() for spec in _gemms(dtype, layout)),
+    *_loading(),
+]

@@ -17,8 +17,7 @@ from rvllm.backends.cuda.layout.metadata import NUM_DECODES, NUM_TILES, NUM_TOKE
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan, decode_of, prefill_of
 from rvllm.backends.cuda.ops.family import Family, Lowering, PagedPlans
 from rvllm.errors import MissingKernelError
-from rvllm.kernels.attention.specs import decode_rope_kernel
-from rvllm.kernels.encoder.specs import sparse_kernel
+from rvllm.kernels.attention.specs import decode_rope_kernel, sparse_kernel
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Attention, BlockSparseAttention, Norm, Op, RopeKV
 

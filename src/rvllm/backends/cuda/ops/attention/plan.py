@@ -22,13 +22,12 @@ from rvllm.kernels.attention.specs import (
     PREFILL_SM90_ROWS,
     PREFILL_SM90_THREADS,
     SIZES,
-    decode_kernel,
     decode_ring_kernel,
     decode_ring_smem,
     decode_ring_state,
     decode_rope_kernel,
     decode_smem,
-    prefill_kernel,
+    mma_kernel,
     prefill_rows,
     prefill_sm90_kernel,
     prefill_sm90_smem,
@@ -106,7 +105,7 @@ def plan_decode(
             f"decode attention takes at most {DECODE_SEQS} sequences a step, not {max_seqs}; "
             f"lower --max-num-seqs"
         )
-    kernel = decode_kernel(dtype.value, head_dim, smem_per_block, fp8)
+    kernel = mma_kernel("decode", dtype.value, head_dim, smem_per_block, fp8)
     group = heads // kv_heads
     parts = -(-group // 16)
     items = _splits(max_seqs, max_model_len, num_blocks) * kv_heads * parts
@@ -214,7 +213,7 @@ def _splits(max_seqs: int, max_model_len: int, num_blocks: int) -> int:
 
 def plan_prefill(dtype: DType, head_dim: int, *, smem_per_block: int, fp8: bool = False) -> PrefillPlan:
     """The launch that computes prompts. fp8: of a cache in E4M3. Raises as `plan_decode` does."""
-    kernel = prefill_kernel(dtype.value, head_dim, smem_per_block, fp8)
+    kernel = mma_kernel("prefill", dtype.value, head_dim, smem_per_block, fp8)
     rows = prefill_rows(head_dim, kernel.endswith("_small"))
     return PrefillPlan(kernel, rows, rows * 2, prefill_smem(head_dim, rows, fp8))
 
