@@ -15,7 +15,9 @@ ORDER = ["__main__", "entrypoints", "v1", "utils", "distributed", "platforms", "
 INSIDE = {
     "api": [
         "app assembly",
-        "stateful page system docs",
+        "page docs",
+        "operations",
+        "system",
         "batches responses anthropic openai",
         "generate",
         "schemas",

@@ -1,10 +1,9 @@
-"""The routes."""
+"""The application: the endpoints of `operations.py` and of the page, routed to who answers them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
@@ -14,162 +13,99 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 
-from rvllm.api import system
-from rvllm.api.anthropic.messages import count_tokens, messages
-from rvllm.api.batches.lines import Answering
+from rvllm.api.batches.endpoints import Batches
+from rvllm.api.batches.files import Files
+from rvllm.api.batches.lines import STATELESS, Answering
+from rvllm.api.batches.store import BatchStore
 from rvllm.api.docs.page import docs, openapi
 from rvllm.api.generate.generation import Service
-from rvllm.api.generate.models import ServiceHandler, for_model
+from rvllm.api.generate.models import by_body, refuse_encoder
+from rvllm.api.http.body import parse
 from rvllm.api.http.browsers import Guard
 from rvllm.api.http.errors import ApiError
-from rvllm.api.http.exchange import Endpoint, Exchange, Failure, Gate, openai_failure
-from rvllm.api.openai.chat import chat_batch, chat_completions
-from rvllm.api.openai.completions import completions
-from rvllm.api.openai.embeddings import classify, embeddings, pooling, refuse_encoder, rerank, score
-from rvllm.api.openai.generate import generate, generate_tokens
-from rvllm.api.openai.render import render_chat, render_completion
+from rvllm.api.http.exchange import Endpoint, Exchange, Gate, Handler, check_model, openai_failure
+from rvllm.api.operations import GROUPS, OPERATIONS, Operation
 from rvllm.api.page import page_routes
+from rvllm.api.responses.conversations import Conversations
+from rvllm.api.responses.endpoints import Responses
+from rvllm.api.responses.store import ResponseStore
 from rvllm.api.schemas import anthropic
-from rvllm.api.schemas.embeddings import (
-    ClassifyRequest,
-    EmbeddingRequest,
-    PoolingRequest,
-    RerankRequest,
-    ScoreRequest,
-)
-from rvllm.api.schemas.generate import TokenRequest
-from rvllm.api.schemas.requests import ChatBatchRequest, ChatRequest, CompletionRequest
-from rvllm.api.stateful import stateful_routes
+from rvllm.api.system import Health
 
 
 def build_app(service: Service, gate: Gate) -> Starlette:
-    """The ASGI application for a loaded model, and for its siblings."""
-    routes = Routes(service, gate)
+    """The ASGI application for a loaded model, and for its siblings.
+
+    Raises UsageError when a store of responses or files cannot be opened.
+    """
+    owners = {Service: service, Health: Health(gate, service), **_stateful(service, gate)}
+    routes = [
+        _route(gate, operation, owners[kind]) for kind, operations in GROUPS for operation in operations
+    ]
+    keys = bool(gate.keys)
+    for path, show in (
+        ("/openapi.json", partial(openapi, keys)),
+        ("/docs", partial(docs, service.served_name, keys)),
+    ):
+        routes.append(Endpoint(gate, path, show, open=True).route("GET"))
     return Starlette(
-        routes=[
-            *routes.of_texts(),
-            *stateful_routes(service, gate, answering(service)),
-            *routes.of_the_server(),
-            *routes.of_documents(),
-            *page_routes(service, gate),
-        ],
+        routes=[*routes, *page_routes(service, gate)],
         exception_handlers={HTTPException: _http_error},
         middleware=[Middleware(Guard, gate.config)],
     )
 
 
-@dataclass(frozen=True)
-class Routes:
-    """Every handler behind the gate, at its path."""
-
-    service: Service
-    gate: Gate
-
-    def route(
-        self,
-        method: str,
-        path: str,
-        handler: ServiceHandler,
-        fields: tuple[str, ...] = (),
-        *,
-        name: str | None = None,
-        open: bool = False,
-        failure: Failure = openai_failure,
-    ) -> Route:
-        """fields: the body's, which errors may name; open: answered without a key."""
-        bound = for_model(self.service, handler)
-        endpoint = Endpoint(self.gate, name or path, bound, fields, open=open, failure=failure)
-        return Route(path, endpoint, methods=[method])
-
-    def of_texts(self) -> Iterator[Route]:
-        """What takes a text or a conversation."""
-        for path, (handler, fields) in _stateless().items():
-            yield self.route("POST", path, handler, fields)
-        batch, message, count = ChatBatchRequest, anthropic.MessagesRequest, anthropic.CountTokensRequest
-        for path, answer, fields, failure in (
-            ("/v1/chat/completions/batch", chat_batch, batch.__struct_fields__, openai_failure),
-            ("/v1/chat/completions/render", render_chat, ChatRequest.__struct_fields__, openai_failure),
-            (
-                "/v1/completions/render",
-                render_completion,
-                CompletionRequest.__struct_fields__,
-                openai_failure,
-            ),
-            ("/generate", generate, CompletionRequest.__struct_fields__, openai_failure),
-            ("/inference/v1/generate", generate_tokens, TokenRequest.__struct_fields__, openai_failure),
-            ("/v1/messages", messages, message.__struct_fields__, anthropic.failure),
-            ("/v1/messages/count_tokens", count_tokens, count.__struct_fields__, anthropic.failure),
-        ):
-            yield self.route("POST", path, generating(answer), fields, failure=failure)
-        for paths, take, fields in (
-            (("/classify",), classify, ClassifyRequest.__struct_fields__),
-            (("/pooling",), pooling, PoolingRequest.__struct_fields__),
-            (("/v1/score", "/score"), score, ScoreRequest.__struct_fields__),
-            (("/v1/rerank", "/v2/rerank", "/rerank"), rerank, RerankRequest.__struct_fields__),
-        ):
-            for path in paths:
-                yield self.route("POST", path, take, fields)
-        yield self.route("POST", "/tokenize", system.tokenize, ("prompt", "messages", "tools"))
-        yield self.route("POST", "/detokenize", system.detokenize, ("tokens",))
-
-    def of_the_server(self) -> Iterator[Route]:
-        """What tells or changes the server's state."""
-        health, ready = partial(system.health, self.gate), partial(system.ready, self.gate)
-        yield self.route("GET", "/v1/models", system.list_models)
-        yield self.route("GET", "/v1/models/{name:path}", system.get_model, name="/v1/models/NAME")
-        for method, path, handler in (
-            ("GET", "/health", health),
-            ("GET", "/ping", health),
-            ("POST", "/ping", health),
-            ("GET", "/ready", health),
-            ("GET", "/v2/health/ready", ready),
-            ("GET", "/v2/health/live", system.live),
-            ("GET", "/metrics", system.metrics),
-            ("GET", "/version", system.version),
-        ):
-            yield self.route(method, path, handler, open=True)
-        for method, path, handler in (
-            ("GET", "/tokenizer_info", system.tokenizer_info),
-            ("GET", "/load", system.load),
-            ("GET", "/is_sleeping", system.is_sleeping),
-            ("POST", "/sleep", system.sleep),
-            ("POST", "/wake_up", system.wake_up),
-            ("GET", "/server_info", system.server_info),
-        ):
-            yield self.route(method, path, handler)
-
-    def of_documents(self) -> Iterator[Route]:
-        """The description of all the others."""
-        keys = bool(self.gate.keys)
-        for path, show in (
-            ("/openapi.json", partial(openapi, keys)),
-            ("/docs", partial(docs, self.service.served_name, keys)),
-        ):
-            yield Route(path, Endpoint(self.gate, path, show, open=True), methods=["GET"])
-
-
-def _stateless() -> dict[str, tuple[ServiceHandler, tuple[str, ...]]]:
-    """(handler, the body's fields) of what a line of a batch may ask for too, by path."""
+def _stateful(service: Service, gate: Gate) -> dict[type, Any]:
+    """Who answers for what the server keeps between requests: responses, conversations, files and batches."""
+    config = service.config
+    store = ResponseStore(
+        config.responses_db, config.responses_ttl_hours * 3600, int(config.responses_max_mb * 1e6)
+    )
+    gate.closing.append(store.close)
+    responses = Responses(service, gate, store)
+    files = BatchStore(config.files_dir, int(config.files_max_mb * 1e6))
+    gate.closing.append(files.close)
+    at_once = config.batch_concurrency or max(1, service.ready.max_num_seqs // 2)
+    create = next(operation for operation in OPERATIONS if operation.path == "/v1/responses")
+    lines = {**answering(service), create.path: _handler(create, responses)}
     return {
-        "/v1/chat/completions": (generating(chat_completions), ChatRequest.__struct_fields__),
-        "/v1/completions": (generating(completions), CompletionRequest.__struct_fields__),
-        "/v1/embeddings": (embeddings, EmbeddingRequest.__struct_fields__),
+        Responses: responses,
+        Conversations: Conversations(store),
+        Files: Files(files, int(gate.config.max_file_mb * 1e6)),
+        Batches: Batches(files, gate, lines, at_once),
     }
 
 
 def answering(service: Service) -> dict[str, Answering]:
-    """The same handlers for the lines of batches, by path."""
-    return {path: for_model(service, handler) for path, (handler, _) in _stateless().items()}
+    """What answers the lines of batches, by path; but for responses, which are kept."""
+    return {o.path: _handler(o, service) for o in OPERATIONS if o.path in STATELESS}
 
 
-def generating(handler: ServiceHandler) -> ServiceHandler:
-    """A handler that answers with text: with an encoder loaded, a 400 instead."""
+def _route(gate: Gate, operation: Operation, owner: Any) -> Route:
+    fields = () if operation.request is None else operation.request.__struct_fields__
+    failure = anthropic.failure if operation.error is anthropic.MessageError else openai_failure
+    receive = owner.receive if operation.form else None
+    handler = _handler(operation, owner)
+    return Endpoint(
+        gate, operation.path, handler, fields, open=operation.open, failure=failure, receive=receive
+    ).route(operation.method)
 
-    async def checked(service: Service, exchange: Exchange, body: bytes) -> None:
-        refuse_encoder(service)
-        await handler(service, exchange, body)
 
-    return checked
+def _handler(operation: Operation, owner: Any) -> Handler:
+    """Has `owner` answer; of several models the one that the body names."""
+
+    async def handle(exchange: Exchange, body: bytes) -> None:
+        answers = by_body(owner, body) if isinstance(owner, Service) else owner
+        if operation.generates:
+            refuse_encoder(answers)
+        request: Any = None
+        if operation.request is not None:
+            request = parse(body or b"{}" if operation.bare else body, operation.request)
+            if isinstance(answers, Service):
+                check_model(request.model, answers.served_names)
+        await operation.handler(answers, exchange, request)
+
+    return handle
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

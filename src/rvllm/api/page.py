@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -198,64 +197,74 @@ class MarkdownRequest(msgspec.Struct, forbid_unknown_fields=True):
     text: str
 
 
-class MarkdownAnswer(msgspec.Struct):
-    """The text as HTML that is safe to show."""
-
-    html: str
-
-
 def page_routes(service: Service, gate: Gate) -> list[Route]:
     """`/`, its files under `/web/`, and what the page asks for. The files need no key; all else does."""
-    files, feed = read_files(), StateFeed(service)
+    page = Page(service, gate)
+    return [
+        Endpoint(gate, "/", page.index, open=True).route("GET"),
+        Endpoint(gate, "/web/{name}", page.file, open=True).route("GET"),
+        Endpoint(gate, "/rvllm/state", page.state).route("GET"),
+        Endpoint(gate, "/rvllm/markdown", page.markdown).route("POST"),
+        Endpoint(gate, "/rvllm/requests/{id}", page.request).route("GET"),
+    ]
 
-    async def index(exchange: Exchange, body: bytes) -> None:
-        await _send(exchange, files[INDEX])
 
-    async def file(exchange: Exchange, body: bytes) -> None:
-        await _file(exchange, files)
+class Page:
+    """The handlers."""
 
-    async def state(exchange: Exchange, body: bytes) -> None:
-        await _state(exchange, feed, gate)
+    def __init__(self, service: Service, gate: Gate) -> None:
+        self._service, self._gate, self._files, self._feed = service, gate, read_files(), StateFeed(service)
 
-    async def request(exchange: Exchange, body: bytes) -> None:
-        timing = gate.timings.find(exchange.scope["path_params"]["id"])
+    async def index(self, exchange: Exchange, body: bytes) -> None:
+        """`GET /`."""
+        await _send(exchange, self._files[INDEX])
+
+    async def file(self, exchange: Exchange, body: bytes) -> None:
+        """`GET /web/{name}`."""
+        name = exchange.scope["path_params"]["name"]
+        if name == CODE_CSS:  # made by a library that the start does without
+            await _send(exchange, await asyncio.to_thread(code_css))
+            return
+        if name not in self._files:
+            raise ApiError(404, f"the page has no file {name[:100]!r}")
+        await _send(exchange, self._files[name])
+
+    async def request(self, exchange: Exchange, body: bytes) -> None:
+        """`GET /rvllm/requests/{id}`: where the time of a finished request went."""
+        timing = self._gate.timings.find(exchange.scope["path_params"]["id"])
         if timing is None:
             raise ApiError(404, f"no finished request of that id is among the last {KEPT}")
         await exchange.json(timing_view(timing), headers=((b"cache-control", b"no-store"),))
 
-    async def markdown(exchange: Exchange, body: bytes) -> None:
+    async def markdown(self, exchange: Exchange, body: bytes) -> None:
+        """`POST /rvllm/markdown`: a text in Markdown as HTML that is safe to show."""
         text = parse(body, MarkdownRequest).text
         if len(text) > MAX_CHARS:
             raise ApiError(413, f"text: at most {MAX_CHARS} characters are rendered at once", param="text")
-        html = await service.work.run(render, "text", len(text), text)
-        await exchange.json(MarkdownAnswer(html))
+        html = await self._service.work.run(render, "text", len(text), text)
+        await exchange.json({"html": html})
 
-    def route(
-        path: str,
-        name: str,
-        handler: Callable[[Exchange, bytes], Coroutine[Any, Any, None]],
-        open: bool,
-        method: str = "GET",
-    ) -> Route:
-        return Route(path, Endpoint(gate, name, handler, open=open), methods=[method])
-
-    return [
-        route("/", "/", index, True),
-        route("/web/{name}", "/web/NAME", file, True),
-        route("/rvllm/state", "/rvllm/state", state, False),
-        route("/rvllm/markdown", "/rvllm/markdown", markdown, False, "POST"),
-        route("/rvllm/requests/{id}", "/rvllm/requests/ID", request, False),
-    ]
-
-
-async def _file(exchange: Exchange, files: Mapping[str, WebFile]) -> None:
-    name = exchange.scope["path_params"]["name"]
-    if name == CODE_CSS:  # made by a library that the start does without
-        await _send(exchange, await asyncio.to_thread(code_css))
-        return
-    if name not in files:
-        raise ApiError(404, f"the page has no file {name[:100]!r}")
-    await _send(exchange, files[name])
+    async def state(self, exchange: Exchange, body: bytes) -> None:
+        """`GET /rvllm/state`: one JSON object, or with `Accept: text/event-stream` one event every `interval`
+        seconds."""
+        interval, gate, feed = _interval(exchange), self._gate, self._feed
+        if b"text/event-stream" not in (exchange.header(b"accept") or b""):
+            await exchange.json(await feed.view(), headers=((b"cache-control", b"no-store"),))
+            return
+        view = await feed.view()
+        await exchange.open_stream()
+        if exchange.scope["method"] == "HEAD":  # events have no end, and none would be sent
+            await exchange.end_stream()
+            return
+        while True:
+            await exchange.event(view)
+            until = time.monotonic() + interval
+            while not gate.draining and time.monotonic() < until:
+                await asyncio.sleep(min(DRAIN_SECONDS, interval))
+            if gate.draining:
+                await exchange.close_stream()
+                return
+            view = await feed.view()
 
 
 async def _send(exchange: Exchange, file: WebFile) -> None:
@@ -264,28 +273,6 @@ async def _send(exchange: Exchange, file: WebFile) -> None:
         await exchange.respond(b"", file.content_type, 304, headers)
     else:
         await exchange.respond(file.body, file.content_type, headers=headers)
-
-
-async def _state(exchange: Exchange, feed: StateFeed, gate: Gate) -> None:
-    """One JSON object, or with `Accept: text/event-stream` one event every `interval` seconds."""
-    interval = _interval(exchange)
-    if b"text/event-stream" not in (exchange.header(b"accept") or b""):
-        await exchange.json(await feed.view(), headers=((b"cache-control", b"no-store"),))
-        return
-    view = await feed.view()
-    await exchange.open_stream()
-    if exchange.scope["method"] == "HEAD":  # events have no end, and none would be sent
-        await exchange.end_stream()
-        return
-    while True:
-        await exchange.event(view)
-        until = time.monotonic() + interval
-        while not gate.draining and time.monotonic() < until:
-            await asyncio.sleep(min(DRAIN_SECONDS, interval))
-        if gate.draining:
-            await exchange.close_stream()
-            return
-        view = await feed.view()
 
 
 def _interval(exchange: Exchange) -> float:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from rvllm.api.generate.conversation import rendered
 from rvllm.api.generate.generation import MAX_CHARS, Service
 from rvllm.api.generate.models import by_name
-from rvllm.api.http.body import parse
 from rvllm.api.http.errors import ApiError, invalid
-from rvllm.api.http.exchange import Exchange, Gate, check_model
+from rvllm.api.http.exchange import Exchange, Gate
 from rvllm.api.http.pagination import Query
 from rvllm.api.schemas.answers import ModelCard, ModelList, Text, TokenizerInfo, Tokens
 from rvllm.api.schemas.requests import DetokenizeRequest, TokenizeRequest
@@ -55,28 +54,26 @@ def _capabilities(service: Service) -> dict[str, bool]:
     }
 
 
-async def list_models(service: Service, exchange: Exchange, body: bytes) -> None:
+async def list_models(service: Service, exchange: Exchange, request: None) -> None:
     """`/v1/models`: what is served, under each of its names."""
     cards = [_card(one, name) for one in service.siblings for name in one.served_names]
     await exchange.json(ModelList(cards))
 
 
-async def get_model(service: Service, exchange: Exchange, body: bytes) -> None:
+async def get_model(service: Service, exchange: Exchange, request: None) -> None:
     """`/v1/models/{name}`."""
     name = exchange.scope["path_params"]["name"]
     await exchange.json(_card(by_name(service, name), name))
 
 
-async def tokenize(service: Service, exchange: Exchange, body: bytes) -> None:
+async def tokenize(service: Service, exchange: Exchange, request: TokenizeRequest) -> None:
     """`/tokenize`: the token ids of a text or a conversation."""
-    request = parse(body, TokenizeRequest)
-    check_model(request.model, service.served_names)
     if (request.prompt is None) == (request.messages is None):
         raise invalid("give either prompt or messages", "prompt")
     if request.prompt is not None:
         tokens = await service.encode_any(request.prompt, request.add_special_tokens is not False, "prompt")
     else:
-        text = await rendered(service, request, len(body))
+        text = await rendered(service, request, exchange.body_bytes)
         tokens = await service.encode_any(text, bool(request.add_special_tokens), "messages")
     names = None
     if request.return_token_strs:
@@ -84,7 +81,7 @@ async def tokenize(service: Service, exchange: Exchange, body: bytes) -> None:
     await exchange.json(Tokens(len(tokens), service.ready.max_model_len, tokens, names))
 
 
-async def tokenizer_info(service: Service, exchange: Exchange, body: bytes) -> None:
+async def tokenizer_info(service: Service, exchange: Exchange, request: None) -> None:
     """`/tokenizer_info`: what programs need that tokenise through this server (lm-eval does)."""
     tokenizer = service.tokenizer
     info = TokenizerInfo(
@@ -97,10 +94,8 @@ async def tokenizer_info(service: Service, exchange: Exchange, body: bytes) -> N
     await exchange.json(info)
 
 
-async def detokenize(service: Service, exchange: Exchange, body: bytes) -> None:
+async def detokenize(service: Service, exchange: Exchange, request: DetokenizeRequest) -> None:
     """`/detokenize`: the text of token ids."""
-    request = parse(body, DetokenizeRequest)
-    check_model(request.model, service.served_names)
     if len(request.tokens) > MAX_CHARS:
         raise ApiError(413, f"tokens: at most {MAX_CHARS} are taken at once", param="tokens")
     service.ready.facts.check_tokens("tokens", request.tokens)
@@ -108,36 +103,40 @@ async def detokenize(service: Service, exchange: Exchange, body: bytes) -> None:
     await exchange.json(Text(text))
 
 
-def check_health(gate: Gate, service: Service) -> None:
-    """Raises a 503 that says why, unless requests are answered."""
-    status = service.engine.status
-    if status == "ready" and gate.draining:
-        status = "draining"
-    if status != "ready":
-        said = {"failed": "the engine has died", "stalled": "the engine does not answer",
-                "starting": "the engine starts again", "draining": "the server is shutting down"}  # fmt: skip
-        code = "engine_dead" if status == "failed" else status
-        raise ApiError(503, said[status], code=code)
+class Health:
+    """The endpoints that tell whether requests are answered."""
+
+    def __init__(self, gate: Gate, service: Service) -> None:
+        self._gate, self._service = gate, service
+
+    def _check(self) -> None:
+        """Raises a 503 that says why, unless requests are answered."""
+        status = self._service.engine.status
+        if status == "ready" and self._gate.draining:
+            status = "draining"
+        if status != "ready":
+            said = {"failed": "the engine has died", "stalled": "the engine does not answer",
+                    "starting": "the engine starts again",
+                    "draining": "the server is shutting down"}  # fmt: skip
+            code = "engine_dead" if status == "failed" else status
+            raise ApiError(503, said[status], code=code)
+
+    async def health(self, exchange: Exchange, request: None) -> None:
+        """`/health`: 200 while requests are answered, else 503; `status` says which it is."""
+        self._check()
+        await exchange.json({"status": "ready"})
+
+    async def ready(self, exchange: Exchange, request: None) -> None:
+        """`/v2/health/ready` of the open inference protocol: as `/health`."""
+        self._check()
+        await exchange.json({"ready": True})
+
+    async def live(self, exchange: Exchange, request: None) -> None:
+        """`/v2/health/live` of the open inference protocol: that this process answers."""
+        await exchange.json({"live": True})
 
 
-async def health(gate: Gate, service: Service, exchange: Exchange, body: bytes) -> None:
-    """`/health`: 200 while requests are answered, else 503; `status` says which it is."""
-    check_health(gate, service)
-    await exchange.json({"status": "ready"})
-
-
-async def ready(gate: Gate, service: Service, exchange: Exchange, body: bytes) -> None:
-    """`/v2/health/ready` of the open inference protocol: as `/health`."""
-    check_health(gate, service)
-    await exchange.json({"ready": True})
-
-
-async def live(service: Service, exchange: Exchange, body: bytes) -> None:
-    """`/v2/health/live` of the open inference protocol: that this process answers."""
-    await exchange.json({"live": True})
-
-
-async def metrics(service: Service, exchange: Exchange, body: bytes) -> None:
+async def metrics(service: Service, exchange: Exchange, request: None) -> None:
     """`/metrics`: Prometheus' text format; without the engine's figures when it is gone."""
     found = [(one.metrics, await _stats(one)) for one in service.siblings]
     await exchange.respond(metrics_page(found), CONTENT_TYPE.encode())
@@ -151,22 +150,22 @@ async def _stats(service: Service) -> Stats | None:
         return None
 
 
-async def version(service: Service, exchange: Exchange, body: bytes) -> None:
+async def version(service: Service, exchange: Exchange, request: None) -> None:
     """`/version`."""
     await exchange.json({"version": __version__})
 
 
-async def load(service: Service, exchange: Exchange, body: bytes) -> None:
+async def load(service: Service, exchange: Exchange, request: None) -> None:
     """`/load`: how many choices run or wait, as vLLM tells balancers."""
     await exchange.json({"server_load": sum(one.in_flight for one in service.siblings)})
 
 
-async def is_sleeping(service: Service, exchange: Exchange, body: bytes) -> None:
+async def is_sleeping(service: Service, exchange: Exchange, request: None) -> None:
     """`/is_sleeping`."""
     await exchange.json({"is_sleeping": all(one.engine.sleep_level > 0 for one in service.siblings)})
 
 
-async def sleep(service: Service, exchange: Exchange, body: bytes) -> None:
+async def sleep(service: Service, exchange: Exchange, request: None) -> None:
     """`/sleep?level=1&kv_cache=drop`: gives memory back; requests wait until the server is woken up."""
     _check_sleep_mode(service)
     level = Query(exchange).number("level", 1, 1, 2)
@@ -177,7 +176,7 @@ async def sleep(service: Service, exchange: Exchange, body: bytes) -> None:
     await exchange.json({"is_sleeping": True, "seconds": round(seconds, 4)})
 
 
-async def wake_up(service: Service, exchange: Exchange, body: bytes) -> None:
+async def wake_up(service: Service, exchange: Exchange, request: None) -> None:
     """`/wake_up`: takes the memory again, all of it; requests that waited go on."""
     _check_sleep_mode(service)
     try:
@@ -193,7 +192,7 @@ def _check_sleep_mode(service: Service) -> None:
         raise invalid("this server runs without --enable-sleep-mode")
 
 
-async def server_info(service: Service, exchange: Exchange, body: bytes) -> None:
+async def server_info(service: Service, exchange: Exchange, request: None) -> None:
     """`/server_info`: what is served, and how; the settings are under vLLM's name for them."""
     ready, facts = service.ready, service.ready.facts
     settings = {

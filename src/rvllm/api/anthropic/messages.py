@@ -10,9 +10,8 @@ import msgspec
 from rvllm.api.generate.answer import Answer, AnswerDelta
 from rvllm.api.generate.conversation import rendered
 from rvllm.api.generate.generation import Service
-from rvllm.api.http.body import parse
 from rvllm.api.http.errors import field_names
-from rvllm.api.http.exchange import Exchange, check_model
+from rvllm.api.http.exchange import Exchange
 from rvllm.api.schemas.answers import Usage
 from rvllm.api.schemas.anthropic import (
     CHAT_NAMES,
@@ -33,12 +32,11 @@ from rvllm.text.tools.events import CallStart, Event, Text
 _STOPS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 
-async def messages(service: Service, exchange: Exchange, body: bytes) -> None:
+async def messages(service: Service, exchange: Exchange, request: MessagesRequest) -> None:
     """Answers with the assistant's next message, whole or as a stream of events."""
-    request = parse(body, MessagesRequest)
-    check_model(request.model, service.served_names)
     with field_names(CHAT_NAMES, ChatRequest.__struct_fields__):
-        answer = await Answer.start(service, f"msg_{exchange.request_id}", generation(request), len(body))
+        name = f"msg_{exchange.request_id}"
+        answer = await Answer.start(service, name, generation(request), exchange.body_bytes)
         writer = _Writer(exchange, request, service.served_name)
         async with aclosing(answer.deltas()) as deltas:
             async for delta in deltas:
@@ -46,11 +44,9 @@ async def messages(service: Service, exchange: Exchange, body: bytes) -> None:
     await writer.finish()
 
 
-async def count_tokens(service: Service, exchange: Exchange, body: bytes) -> None:
+async def count_tokens(service: Service, exchange: Exchange, request: CountTokensRequest) -> None:
     """Answers with the number of tokens that a request's prompt has."""
-    request = parse(body, CountTokensRequest)
-    check_model(request.model, service.served_names)
-    text = await rendered(service, conversation(request), len(body))
+    text = await rendered(service, conversation(request), exchange.body_bytes)
     await exchange.json(TokenCount(len(await service.encode_any(text, False, "messages"))))
 
 

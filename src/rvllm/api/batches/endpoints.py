@@ -26,7 +26,6 @@ from rvllm.api.batches.lines import (
 )
 from rvllm.api.batches.store import Batch, BatchError, BatchErrors, BatchStore, RequestCounts
 from rvllm.api.disk import is_full
-from rvllm.api.http.body import parse
 from rvllm.api.http.errors import invalid, unknown
 from rvllm.api.http.exchange import Exchange, Gate
 from rvllm.api.http.pagination import Query, page
@@ -70,9 +69,8 @@ class Batches:
             self._gate.working.add(self._task)
             self._task.add_done_callback(self._gate.working.discard)
 
-    async def create(self, exchange: Exchange, body: bytes) -> None:
+    async def create(self, exchange: Exchange, request: BatchRequest) -> None:
         """`POST /v1/batches`."""
-        request = parse(body, BatchRequest)
         check_metadata(request.metadata)
         if request.completion_window != "24h":
             raise invalid("completion_window must be 24h", "completion_window")
@@ -92,15 +90,15 @@ class Batches:
         self.resume()
         await exchange.json(batch)
 
-    async def retrieve(self, exchange: Exchange, body: bytes) -> None:
+    async def retrieve(self, exchange: Exchange, request: None) -> None:
         """`GET /v1/batches/{id}`."""
         await exchange.json(self._found(exchange))
 
-    async def list_all(self, exchange: Exchange, body: bytes) -> None:
+    async def list_all(self, exchange: Exchange, request: None) -> None:
         """`GET /v1/batches`, newest first."""
         await exchange.json(page(list(self._batches.values()), lambda batch: batch.id, Query(exchange)))
 
-    async def cancel(self, exchange: Exchange, body: bytes) -> None:
+    async def cancel(self, exchange: Exchange, request: None) -> None:
         """`POST /v1/batches/{id}/cancel`: what has been answered is kept."""
         batch = self._found(exchange)
         if batch.status not in ("validating", "in_progress"):
@@ -115,7 +113,7 @@ class Batches:
         self.resume()
         await exchange.json(batch)
 
-    async def delete(self, exchange: Exchange, body: bytes) -> None:
+    async def delete(self, exchange: Exchange, request: None) -> None:
         """`DELETE /v1/batches/{id}`: forgets one that has ended; its files stay."""
         batch = self._found(exchange)
         if batch.status in _UNFINISHED:

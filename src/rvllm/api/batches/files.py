@@ -26,7 +26,7 @@ class Files:
         form = Form(exchange.header(b"content-type") or b"", lambda: Upload(self._store))
         await exchange.receive_form(form, self._max_file_bytes, "--max-file-mb")
 
-    async def create(self, exchange: Exchange, body: bytes) -> None:
+    async def create(self, exchange: Exchange, request: None) -> None:
         """`POST /v1/files`: a form with `file`, `purpose` and perhaps `expires_after[seconds]`."""
         form = exchange.form
         if form is None or form.file_field != "file" or not isinstance(form.file, Upload):
@@ -38,22 +38,22 @@ class Files:
         seconds = None if expiry is None else _seconds(expiry)
         await exchange.json(await asyncio.to_thread(form.file.keep, form.filename, purpose, seconds))
 
-    async def list_all(self, exchange: Exchange, body: bytes) -> None:
+    async def list_all(self, exchange: Exchange, request: None) -> None:
         """`GET /v1/files`, newest first, perhaps of one `purpose`."""
         query = Query(exchange)
         purpose = query.text("purpose")
         found = [entry for entry in self._store.files() if purpose in (None, entry.purpose)]
         await exchange.json(page(found, lambda entry: entry.id, query, limit=10_000, most=10_000))
 
-    async def retrieve(self, exchange: Exchange, body: bytes) -> None:
+    async def retrieve(self, exchange: Exchange, request: None) -> None:
         """`GET /v1/files/{id}`."""
         await exchange.json(self._found(exchange))
 
-    async def content(self, exchange: Exchange, body: bytes) -> None:
+    async def content(self, exchange: Exchange, request: None) -> None:
         """`GET /v1/files/{id}/content`."""
         await exchange.send_file(self._store.path(self._found(exchange).id), b"application/octet-stream")
 
-    async def delete(self, exchange: Exchange, body: bytes) -> None:
+    async def delete(self, exchange: Exchange, request: None) -> None:
         """`DELETE /v1/files/{id}`."""
         name = self._found(exchange).id
         self._store.delete_file(name)

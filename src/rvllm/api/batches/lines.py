@@ -113,6 +113,7 @@ async def answer_line(request: BatchLine, answering: Answering) -> tuple[bool, b
     body = _encode({**request.body, "priority": priority})
     while True:
         exchange = LineExchange(uuid4().hex)
+        exchange.body_bytes = len(body)
         status, answer = 200, None
         try:
             await answering(exchange, body)

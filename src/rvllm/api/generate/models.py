@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from functools import partial
-
 import msgspec
 
 from rvllm.api.generate.generation import Service
-from rvllm.api.http.exchange import Exchange, Handler, check_model
-
-ServiceHandler = Callable[[Service, Exchange, bytes], Awaitable[None]]
+from rvllm.api.http.errors import invalid
+from rvllm.api.http.exchange import check_model
 
 
 class _Named(msgspec.Struct):
@@ -49,12 +45,10 @@ def awake(service: Service) -> Service:
     return next((one for one in service.siblings if not one.engine.sleep_level), service)
 
 
-def for_model(service: Service, handler: ServiceHandler) -> Handler:
-    """The handler with the model that the request is for."""
-    if len(service.siblings) == 1:
-        return partial(handler, service)  # type: ignore[return-value]
-
-    async def handle(exchange: Exchange, body: bytes) -> None:
-        await handler(by_body(service, body), exchange, body)
-
-    return handle
+def refuse_encoder(service: Service) -> None:
+    """Raises a 400 when the model pools texts and generates nothing."""
+    facts = service.ready.facts
+    if facts.labels is not None:
+        raise invalid(f"{facts.architecture} gives classes and generates no text: use /classify")
+    if facts.embedding_size is not None:
+        raise invalid(f"{facts.architecture} gives embeddings and generates no text: use /v1/embeddings")

@@ -15,6 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 import msgspec
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from rvllm.api.disk import is_full
@@ -287,11 +288,16 @@ class Endpoint:
         failure: Failure = openai_failure,
         receive: Receiver | None = None,
     ) -> None:
-        """fields: the request's parameters, for errors; open: needs no key, answers in a drain;
-        receive: reads a body that is not JSON; the handler is then given none.
+        """path: as routes have it. fields: the request's parameters, for errors; open: needs no key, answers
+        in a drain; receive: reads a body that is not JSON; the handler is then given none.
         """
-        self._gate, self._path, self._handler, self._fields, self._open = gate, path, handler, fields, open
+        self._gate, self._route, self._handler, self._fields, self._open = gate, path, handler, fields, open
         self._failure, self._receive = failure, receive
+        self._path = re.sub(r"{(\w+)[^}]*}", lambda found: found[1].upper(), path)  # in logs and metrics
+
+    def route(self, method: str) -> Route:
+        """The endpoint at its path."""
+        return Route(self._route, self, methods=[method])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request; never raises but for cancellation by the HTTP server."""

@@ -11,9 +11,9 @@ from rvllm.api.generate.answer import Answer, AnswerDelta
 from rvllm.api.generate.generation import Service
 from rvllm.api.generate.logprobs import Names, chat_logprobs, prompt_logprobs
 from rvllm.api.generate.output_parser import Call
-from rvllm.api.http.body import check_count, parse
+from rvllm.api.http.body import check_count
 from rvllm.api.http.errors import invalid
-from rvllm.api.http.exchange import Exchange, check_model
+from rvllm.api.http.exchange import Exchange
 from rvllm.api.openai.streaming import stream
 from rvllm.api.schemas.answers import (
     ChatAnswer,
@@ -31,11 +31,10 @@ from rvllm.api.schemas.requests import ChatBatchRequest, ChatRequest
 from rvllm.text.tools.events import CallStart, Text
 
 
-async def chat_completions(service: Service, exchange: Exchange, body: bytes) -> None:
+async def chat_completions(service: Service, exchange: Exchange, request: ChatRequest) -> None:
     """Answers a chat request, whole or as a stream."""
-    request = parse(body, ChatRequest)
-    check_model(request.model, service.served_names)
-    answer = await Answer.start(service, f"chatcmpl-{exchange.request_id}", request, len(body))
+    name = f"chatcmpl-{exchange.request_id}"
+    answer = await Answer.start(service, name, request, exchange.body_bytes)
     writer = _ChatWriter(service, answer)
     if request.stream:
         await writer.stream(exchange)
@@ -43,13 +42,11 @@ async def chat_completions(service: Service, exchange: Exchange, body: bytes) ->
         await exchange.json(await writer.whole())
 
 
-async def chat_batch(service: Service, exchange: Exchange, body: bytes) -> None:
+async def chat_batch(service: Service, exchange: Exchange, request: ChatBatchRequest) -> None:
     """`/v1/chat/completions/batch`, as vLLM has it: several conversations, a choice for each, in order.
 
     They are answered together; a mistake in one refuses all.
     """
-    request = parse(body, ChatBatchRequest)
-    check_model(request.model, service.served_names)
     check_count(request.messages, service.config.max_choices, "messages")
     if not request.messages:
         raise invalid("messages must hold at least one conversation", "messages")
@@ -59,7 +56,7 @@ async def chat_batch(service: Service, exchange: Exchange, body: bytes) -> None:
     fields = {name: getattr(request, name) for name in request.__struct_fields__ if name != "messages"}
     names = [f"chatcmpl-{exchange.request_id}-{i}" for i in range(len(request.messages))]
     answers = [
-        await Answer.start(service, name, ChatRequest(messages=messages, **fields), len(body))
+        await Answer.start(service, name, ChatRequest(messages=messages, **fields), exchange.body_bytes)
         for name, messages in zip(names, request.messages, strict=True)
     ]
     running = [asyncio.ensure_future(_ChatWriter(service, answer).whole()) for answer in answers]

@@ -12,9 +12,8 @@ from rvllm.api.generate.job import Job, Piece
 from rvllm.api.generate.logprobs import CompletionLogprobsWriter, Names, joined, prompt_logprobs
 from rvllm.api.generate.sampling import completion_params, refuse_unsupported
 from rvllm.api.generate.structured_outputs import answer_grammar
-from rvllm.api.http.body import parse
 from rvllm.api.http.errors import invalid
-from rvllm.api.http.exchange import Exchange, check_model
+from rvllm.api.http.exchange import Exchange
 from rvllm.api.openai.streaming import stream
 from rvllm.api.schemas.answers import CompletionAnswer, CompletionChoice, CompletionLogprobs, now
 from rvllm.api.schemas.requests import CompletionRequest
@@ -23,9 +22,8 @@ from rvllm.text.processor import Delta
 from rvllm.text.worker import tasks
 
 
-async def completions(service: Service, exchange: Exchange, body: bytes) -> None:
+async def completions(service: Service, exchange: Exchange, request: CompletionRequest) -> None:
     """Answers a completion request, whole or as a stream."""
-    request = parse(body, CompletionRequest)
     job = await completion_job(service, f"cmpl-{exchange.request_id}", request)
     answer = _Completion(service, request, job)
     if request.stream:
@@ -36,7 +34,6 @@ async def completions(service: Service, exchange: Exchange, body: bytes) -> None
 
 async def completion_job(service: Service, name: str, request: CompletionRequest, text: bool = True) -> Job:
     """A request's work. text: False asks for token ids alone. Raises a 400."""
-    check_model(request.model, service.served_names)
     refuse_unsupported(request)
     params = completion_params(request, service.defaults)
     params.detokenize = text and service.has_tokenizer

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from rvllm.api.generate.generation import Service
-from rvllm.api.http.body import parse
 from rvllm.api.http.errors import invalid
-from rvllm.api.http.exchange import Exchange, check_model
+from rvllm.api.http.exchange import Exchange
 from rvllm.api.openai.pooler import Pooler, Vector
 from rvllm.api.schemas.embeddings import (
     Classes,
@@ -35,10 +34,8 @@ from rvllm.text.embedding import PoolingParams, shorten
 from rvllm.text.pooling import check_classes, given, of_tokens, pooling_task, probabilities
 
 
-async def embeddings(service: Service, exchange: Exchange, body: bytes) -> None:
+async def embeddings(service: Service, exchange: Exchange, request: EmbeddingRequest) -> None:
     """Answers with a vector for each text."""
-    request = parse(body, EmbeddingRequest)
-    check_model(request.model, service.served_names)
     form = _form(request.encoding_format)
     facts = service.ready.facts
     if facts.labels is not None:
@@ -53,10 +50,8 @@ async def embeddings(service: Service, exchange: Exchange, body: bytes) -> None:
     await exchange.json(EmbeddingAnswer(data=data, **encoder.about()))
 
 
-async def classify(service: Service, exchange: Exchange, body: bytes) -> None:
+async def classify(service: Service, exchange: Exchange, request: ClassifyRequest) -> None:
     """Answers with each text's classes: how likely they are, and the likeliest one's name."""
-    request = parse(body, ClassifyRequest)
-    check_model(request.model, service.served_names)
     labels = _labels(service.ready.facts)
     pooler = Pooler(service, f"classify-{exchange.request_id}", "input", request)
     data = []
@@ -67,10 +62,8 @@ async def classify(service: Service, exchange: Exchange, body: bytes) -> None:
     await exchange.json(ClassifyAnswer(data=data, **pooler.about()))
 
 
-async def pooling(service: Service, exchange: Exchange, body: bytes) -> None:
+async def pooling(service: Service, exchange: Exchange, request: PoolingRequest) -> None:
     """Answers with what the model gives for each text, or for each of its tokens: vectors or classes."""
-    request = parse(body, PoolingRequest)
-    check_model(request.model, service.served_names)
     facts, form = service.ready.facts, _form(request.encoding_format)
     try:
         task = pooling_task(facts, request.task)
@@ -86,10 +79,8 @@ async def pooling(service: Service, exchange: Exchange, body: bytes) -> None:
     await exchange.json(PoolingAnswer(data=data, **pooler.about()))
 
 
-async def score(service: Service, exchange: Exchange, body: bytes) -> None:
+async def score(service: Service, exchange: Exchange, request: ScoreRequest) -> None:
     """Answers with the score of each pair of texts: a cross-encoder's, or the cosine of their vectors."""
-    request = parse(body, ScoreRequest)
-    check_model(request.model, service.served_names)
     name, first, second = _sides(request)
     pooler = Pooler(service, f"score-{exchange.request_id}", name, request)
     scores = await pooler.scores(first, second)
@@ -112,10 +103,8 @@ def _sides(request: ScoreRequest) -> tuple[str, list[str], list[str]]:
     return name, first, second
 
 
-async def rerank(service: Service, exchange: Exchange, body: bytes) -> None:
+async def rerank(service: Service, exchange: Exchange, request: RerankRequest) -> None:
     """Answers with the documents, those that score highest with the query first."""
-    request = parse(body, RerankRequest)
-    check_model(request.model, service.served_names)
     documents = [_document(document, i) for i, document in enumerate(request.documents)]
     if not documents:
         raise invalid("documents must not be empty", "documents")
@@ -183,12 +172,3 @@ def _labels(facts: ModelFacts) -> list[str]:
         return check_classes(facts)
     except UsageError as error:
         raise invalid(str(error), "model") from None
-
-
-def refuse_encoder(service: Service) -> None:
-    """Raises a 400 when the model pools texts and generates nothing."""
-    facts = service.ready.facts
-    if facts.labels is not None:
-        raise invalid(f"{facts.architecture} gives classes and generates no text: use /classify")
-    if facts.embedding_size is not None:
-        raise invalid(f"{facts.architecture} gives embeddings and generates no text: use /v1/embeddings")

@@ -9,7 +9,7 @@ import msgspec
 from rvllm.api.generate.generation import Service
 from rvllm.api.generate.job import Job, Piece
 from rvllm.api.generate.logprobs import Names, chat_logprobs, prompt_logprobs
-from rvllm.api.http.body import parse, wrong_field
+from rvllm.api.http.body import wrong_field
 from rvllm.api.http.errors import invalid
 from rvllm.api.http.exchange import Exchange
 from rvllm.api.openai.completions import completion_job
@@ -18,9 +18,8 @@ from rvllm.api.schemas.generate import GeneratedChoice, GeneratedTexts, Generate
 from rvllm.api.schemas.requests import CompletionRequest
 
 
-async def generate(service: Service, exchange: Exchange, body: bytes) -> None:
+async def generate(service: Service, exchange: Exchange, request: CompletionRequest) -> None:
     """Answers with the prompt and what follows it, by choice; as a stream, with a line for each step."""
-    request = parse(body, CompletionRequest)
     prompt = request.prompt
     if not isinstance(prompt, str):
         raise invalid("prompt must be a text here; /v1/completions takes lists and token ids", "prompt")
@@ -39,9 +38,8 @@ async def generate(service: Service, exchange: Exchange, body: bytes) -> None:
         await exchange.json(GeneratedTexts(texts))
 
 
-async def generate_tokens(service: Service, exchange: Exchange, body: bytes) -> None:
+async def generate_tokens(service: Service, exchange: Exchange, asked: TokenRequest) -> None:
     """Answers with token ids, whole or as a stream; nothing is decoded."""
-    asked = parse(body, TokenRequest)
     if asked.features:
         raise invalid("features: models take text alone", "features", "unsupported_parameter")
     request = _completion(asked)

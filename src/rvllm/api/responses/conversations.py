@@ -7,7 +7,6 @@ from uuid import uuid4
 
 import msgspec
 
-from rvllm.api.http.body import parse
 from rvllm.api.http.errors import unknown
 from rvllm.api.http.exchange import Exchange
 from rvllm.api.http.pagination import Page, Query, page
@@ -36,9 +35,8 @@ class Conversations:
     def __init__(self, store: ResponseStore) -> None:
         self._store = store
 
-    async def create(self, exchange: Exchange, body: bytes) -> None:
+    async def create(self, exchange: Exchange, request: ConversationRequest) -> None:
         """`POST /v1/conversations`."""
-        request = parse(body or b"{}", ConversationRequest)
         check_metadata(request.metadata)
         items = checked_items(request.items or [], _no_reference, "items")
         made = Conversation(id=f"conv_{uuid4().hex}", created_at=now(), metadata=request.metadata or {})
@@ -46,28 +44,26 @@ class Conversations:
         self._store.add_items(made.id, items)
         await exchange.json(made)
 
-    async def retrieve(self, exchange: Exchange, body: bytes) -> None:
+    async def retrieve(self, exchange: Exchange, request: None) -> None:
         """`GET /v1/conversations/{id}`."""
         await exchange.json(self._found(exchange))
 
-    async def update(self, exchange: Exchange, body: bytes) -> None:
+    async def update(self, exchange: Exchange, request: ConversationRequest) -> None:
         """`POST /v1/conversations/{id}`: new metadata."""
-        request = parse(body, ConversationRequest)
         check_metadata(request.metadata)
         found = self._found(exchange)
         found.metadata = request.metadata or {}
         self._store.put_conversation(found)
         await exchange.json(found)
 
-    async def delete(self, exchange: Exchange, body: bytes) -> None:
+    async def delete(self, exchange: Exchange, request: None) -> None:
         """`DELETE /v1/conversations/{id}`."""
         found = self._found(exchange)
         self._store.delete_conversation(found.id)
         await exchange.json({"id": found.id, "object": "conversation.deleted", "deleted": True})
 
-    async def add_items(self, exchange: Exchange, body: bytes) -> None:
+    async def add_items(self, exchange: Exchange, request: ItemsRequest) -> None:
         """`POST /v1/conversations/{id}/items`."""
-        request = parse(body, ItemsRequest)
         name = self._found(exchange).id
         items = checked_items(request.items, _no_reference, "items")
         self._store.add_items(name, items)
@@ -76,12 +72,12 @@ class Conversations:
             Page(data=items, first_id=names[0] if names else None, last_id=names[-1] if names else None)
         )
 
-    async def list_items(self, exchange: Exchange, body: bytes) -> None:
+    async def list_items(self, exchange: Exchange, request: None) -> None:
         """`GET /v1/conversations/{id}/items`."""
         items = self._store.items(self._found(exchange).id)
         await exchange.json(page(items, lambda item: str(item["id"]), Query(exchange)))
 
-    async def get_item(self, exchange: Exchange, body: bytes) -> None:
+    async def get_item(self, exchange: Exchange, request: None) -> None:
         """`GET /v1/conversations/{id}/items/{item}`."""
         wanted = exchange.scope["path_params"]["item"]
         for item in self._store.items(self._found(exchange).id):
@@ -90,7 +86,7 @@ class Conversations:
                 return
         raise unknown("item", wanted)
 
-    async def delete_item(self, exchange: Exchange, body: bytes) -> None:
+    async def delete_item(self, exchange: Exchange, request: None) -> None:
         """`DELETE /v1/conversations/{id}/items/{item}`: answers with the conversation."""
         found, wanted = self._found(exchange), exchange.scope["path_params"]["item"]
         if not self._store.delete_item(found.id, wanted):

@@ -17,10 +17,9 @@ from rvllm.api.disk import is_full
 from rvllm.api.generate.answer import Answer
 from rvllm.api.generate.generation import Service
 from rvllm.api.generate.logprobs import Names, chat_logprobs
-from rvllm.api.generate.models import by_body
-from rvllm.api.http.body import parse
+from rvllm.api.generate.models import by_name, refuse_encoder
 from rvllm.api.http.errors import ApiError, busy, field_names, invalid, unknown
-from rvllm.api.http.exchange import Exchange, Gate, check_model
+from rvllm.api.http.exchange import Exchange, Gate
 from rvllm.api.http.pagination import Query, page
 from rvllm.api.responses.events import ResponseWriter, snapshot
 from rvllm.api.responses.store import ResponseStore, StoredResponse
@@ -70,11 +69,10 @@ class Responses:
         self._service, self._gate, self._store = service, gate, store
         self._live: dict[str, _Live] = {}
 
-    async def create(self, exchange: Exchange, body: bytes) -> None:
+    async def create(self, exchange: Exchange, request: ResponsesRequest) -> None:
         """`POST /v1/responses`: answers whole, as a stream, or at once with more to come."""
-        request = parse(body, ResponsesRequest)
-        service = by_body(self._service, body)
-        check_model(request.model, service.served_names)
+        service = self._service if request.model is None else by_name(self._service, request.model)
+        refuse_encoder(service)
         check_request(request)
         before, new = self._context(request)
         context = [*before, *new]
@@ -113,7 +111,7 @@ class Responses:
         else:
             await exchange.json(response)
 
-    async def retrieve(self, exchange: Exchange, body: bytes) -> None:
+    async def retrieve(self, exchange: Exchange, request: None) -> None:
         """`GET /v1/responses/{id}`: the response, or with `stream=true` its events after `starting_after`."""
         name, query = exchange.scope["path_params"]["id"], Query(exchange)
         live, start = self._live.get(name), query.number("starting_after", -1, 0, 1 << 31)
@@ -131,7 +129,7 @@ class Responses:
             await exchange.event(event, event["type"])
         await exchange.end_stream()
 
-    async def delete(self, exchange: Exchange, body: bytes) -> None:
+    async def delete(self, exchange: Exchange, request: None) -> None:
         """`DELETE /v1/responses/{id}`."""
         name = exchange.scope["path_params"]["id"]
         live = self._live.get(name)
@@ -141,7 +139,7 @@ class Responses:
             raise _missing(name)
         await exchange.json({"id": name, "object": "response", "deleted": True})
 
-    async def cancel(self, exchange: Exchange, body: bytes) -> None:
+    async def cancel(self, exchange: Exchange, request: None) -> None:
         """`POST /v1/responses/{id}/cancel`: ends a response that is made in the background."""
         name = exchange.scope["path_params"]["id"]
         live = self._live.get(name)
@@ -152,7 +150,7 @@ class Responses:
             raise invalid("only responses made in the background can be cancelled", "response_id")
         await exchange.json(response)
 
-    async def input_items(self, exchange: Exchange, body: bytes) -> None:
+    async def input_items(self, exchange: Exchange, request: None) -> None:
         """`GET /v1/responses/{id}/input_items`: all that the response answers, earlier responses included."""
         name = exchange.scope["path_params"]["id"]
         live = self._live.get(name)
