@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from rvllm.engine.sampling_params import BeamSearchParams, SamplingParams
-from rvllm.text.tokenizers.tokenizer import Tokenizer
+from rvllm.text.requests import Prompt
 
-
-class Generates(Protocol):
-    """What the search asks of an `LLM`."""
-
-    @property
-    def end_token_ids(self) -> list[int]:
-        """Tokens that end an answer."""
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """The model's tokenizer, if it has one."""
-
-    def generate(self, prompts: Any, sampling_params: SamplingParams, *, use_tqdm: bool) -> list[Any]:
-        """One `RequestOutput` for each prompt."""
+if TYPE_CHECKING:
+    from rvllm.offline.llm import LLM
 
 
 @dataclass(slots=True)
@@ -41,9 +29,7 @@ class BeamSearchOutput:
     sequences: list[BeamSearchSequence]
 
 
-def beam_search(
-    llm: Generates, prompt: str | None, ids: list[int], params: BeamSearchParams
-) -> BeamSearchOutput:
+def beam_search(llm: LLM, prompt: str | None, ids: list[int], params: BeamSearchParams) -> BeamSearchOutput:
     """The best continuations of a prompt, by log-probability over length ** length_penalty.
 
     A beam that draws the model's end token is done, unless `ignore_eos`. Every step keeps the best
@@ -54,7 +40,7 @@ def beam_search(
                           ignore_eos=True, detokenize=False)  # fmt: skip
     beams, done = [BeamSearchSequence(list(ids))], list[BeamSearchSequence]()
     for _ in range(params.max_tokens):
-        asked = [{"prompt_token_ids": beam.tokens} for beam in beams]
+        asked: list[Prompt] = [{"prompt_token_ids": beam.tokens} for beam in beams]
         outputs = llm.generate(asked, step, use_tqdm=False)
         grown = []
         for beam, output in zip(beams, outputs, strict=True):

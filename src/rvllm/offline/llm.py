@@ -7,29 +7,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from rvllm.config import EngineConfig, SourceConfig
 from rvllm.engine.core import EngineCore
-from rvllm.engine.ipc.messages import Embed, ModelFacts, embedded
 from rvllm.engine.sampling_params import BeamSearchParams, SamplingParams
-from rvllm.errors import RvllmError, UsageError
+from rvllm.errors import UsageError
 from rvllm.offline.arguments import engine_config, params_list, prompt_list, refuse
-from rvllm.offline.pooling import Pooled, check_vectors, classified, encoded, pooled, scores
+from rvllm.offline.pooling import Pooling
 from rvllm.offline.progress import LoadingBar, progress_bar
 from rvllm.settings import build
-from rvllm.text.embedding import (
-    EmbeddingOutput,
-    EmbeddingRequestOutput,
-    PoolingParams,
-    ScoringRequestOutput,
-    shorten,
-)
 from rvllm.text.grammar.grammar import check_tokenizer, vocabulary_of
 from rvllm.text.outputs import RequestMetrics, RequestOutput
 from rvllm.text.pending import PendingRequest
-from rvllm.text.pooling import ClassificationRequestOutput, PoolingRequestOutput
 from rvllm.text.processor import Choice
 from rvllm.text.requests import Prompt, RequestMaker, prompt_tokens
 from rvllm.text.tokenizers.tokenizer import Tokenizer
@@ -43,7 +31,7 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 
 
-class LLM:
+class LLM(Pooling):
     """A loaded model that generates text in this process.
 
     model: a directory, a .gguf file, org/name[@revision][:file.gguf] or the alias smollm2-135m.
@@ -224,96 +212,6 @@ class LLM:
             texts.append((text, tokenizer.encode(text, add_special_tokens=False)))
         return self._run(texts, params, bool(use_tqdm), None)
 
-    def embed(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        *,
-        truncate_prompt_tokens: int | None = None,
-        use_tqdm: bool | Callable[..., Any] = True,
-        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
-        lora_request: Any = None,
-        tokenization_kwargs: Mapping[str, Any] | None = None,
-        prompt_name: str | None = None,
-    ) -> list[EmbeddingRequestOutput]:
-        """Turns texts into vectors, in order.
-
-        prompts: as in `generate`. truncate_prompt_tokens: the most tokens of a text to keep, -1 for as many
-        as the model takes; None refuses longer texts. pooling_params: one for all, or one for each.
-        prompt_name: which of the model's own prompts goes before each text.
-        Raises UsageError naming the text or parameter that is wrong; nothing has run then.
-        """
-        refuse(lora_request=lora_request)
-        asked = Pooled(truncate_prompt_tokens, bool(use_tqdm), prompt_name, tokenization_kwargs)
-        check_vectors(self.engine.facts)
-        return [
-            EmbeddingRequestOutput(
-                text.name, EmbeddingOutput(shorten(numbers, text.params.dimensions).tolist()), text.ids,
-                prompt=text.prompt,
-            )
-            for text, numbers in pooled(self, prompts, pooling_params, asked)
-        ]  # fmt: skip
-
-    def encode(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
-        *,
-        pooling_task: str | None = None,
-        truncate_prompt_tokens: int | None = None,
-        use_tqdm: bool | Callable[..., Any] = True,
-        lora_request: Any = None,
-        tokenization_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[PoolingRequestOutput]:
-        """What the model gives for texts, as arrays: vectors (`embed`) or its classes (`classify`).
-
-        Raises UsageError for a pooling_task that the model does not do, and as `embed` does.
-        """
-        refuse(lora_request=lora_request)
-        asked = Pooled(truncate_prompt_tokens, bool(use_tqdm), None, tokenization_kwargs)
-        return encoded(self, prompts, pooling_params, pooling_task, asked)
-
-    def classify(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        *,
-        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
-        truncate_prompt_tokens: int | None = None,
-        use_tqdm: bool | Callable[..., Any] = True,
-        lora_request: Any = None,
-        tokenization_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[ClassificationRequestOutput]:
-        """How likely each of the model's classes is for each text. Raises UsageError as `embed` does."""
-        refuse(lora_request=lora_request)
-        asked = Pooled(truncate_prompt_tokens, bool(use_tqdm), None, tokenization_kwargs)
-        return classified(self, prompts, pooling_params, asked)
-
-    def reward(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[PoolingRequestOutput]:
-        """A reward model's own numbers for each text: its classes without softmax or sigmoid."""
-        raw = PoolingParams(use_activation=False)
-        return self.encode(
-            prompts, options.pop("pooling_params", None) or raw, pooling_task="classify", **options
-        )
-
-    def score(
-        self,
-        data_1: Prompt | Sequence[Prompt],
-        data_2: Prompt | Sequence[Prompt],
-        /,
-        *,
-        truncate_prompt_tokens: int | None = None,
-        use_tqdm: bool | Callable[..., Any] = True,
-        pooling_params: PoolingParams | None = None,
-        lora_request: Any = None,
-        tokenization_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[ScoringRequestOutput]:
-        """The score of pairs of texts: a cross-encoder's, else the cosine of the vectors.
-
-        One text against many, or pair by pair. Raises UsageError when the numbers of texts do not fit.
-        """
-        refuse(lora_request=lora_request)
-        asked = Pooled(truncate_prompt_tokens, bool(use_tqdm), None, tokenization_kwargs)
-        return scores(self, prompt_list(data_1), prompt_list(data_2), pooling_params, asked)
-
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, **neutral: Any
     ) -> list[BeamSearchOutput]:
@@ -322,36 +220,6 @@ class LLM:
 
         refuse(lora_request=neutral.get("lora_request"))
         return [beam_search(self, *prompt_tokens(p, self._tokenizer), params) for p in prompt_list(prompts)]
-
-    @property
-    def facts(self) -> ModelFacts:
-        """What the loaded model is and can."""
-        return self.engine.facts
-
-    def next_name(self) -> str:
-        """A request id that no other request of this object has."""
-        self._counter += 1
-        return str(self._counter - 1)
-
-    def run_texts(self, texts: Sequence[Embed], show: bool) -> dict[str, NDArray[np.float32]]:
-        """What the model gives for texts, by their request ids. Leaves none behind in the engine."""
-        vectors: dict[str, NDArray[np.float32]] = {}
-        asked = {text.request_id: text for text in texts}
-        try:
-            for text in texts:
-                self.engine.add_embed(text)
-            with progress_bar(len(texts), show) as advance:
-                while len(vectors) < len(texts):
-                    for output in self.engine.step():
-                        if output.embedding is None:
-                            raise RvllmError(f"request {output.request_id}: {output.error}")
-                        vectors[output.request_id] = embedded(asked[output.request_id], output.embedding)
-                        advance(len(asked[output.request_id].prompt_token_ids), True)
-        finally:
-            self.engine.abort([name for name in asked if name not in vectors])
-            while self.engine.has_work():
-                self.engine.step()
-        return vectors
 
     def _run(
         self,
@@ -396,7 +264,7 @@ class LLM:
             raise UsageError(f"priority has {len(priority)} entries for {len(prompts)} prompts")
         requests, now = [], time.time()  # they have come together: what is added first ranks first
         for i, ((text, ids), param) in enumerate(zip(prompts, params, strict=True)):
-            name = self.next_name()
+            name = self._next_name()
             try:
                 made = self._requests.make(
                     name, ids, param, priority=priority[i] if priority else 0, arrival=now
