@@ -23,8 +23,7 @@ def values(page: bytes) -> dict[str, float]:
 
 def test_a_request_feeds_every_histogram() -> None:
     metrics = Metrics("m", {"block_size": "16"})
-    metrics.first_token(0.5)
-    metrics.between_tokens(0.02)
+    metrics.observe(time_to_first_token_seconds=0.5, inter_token_latency_seconds=0.02)
     metrics.finished(RequestTimes("stop", 100, 11, 50, 2, queue=0.1, first=0.5, last=1.5))
     found = values(metrics.page(None))
     assert found["vllm:time_to_first_token_seconds_sum"] == 0.5
@@ -150,7 +149,7 @@ def test_steps_blocks_kernels_and_settings() -> None:
 def test_computed_and_longest() -> None:
     metrics = Metrics("m", {})
     metrics.finished(RequestTimes("stop", 100, 11, 50, 2, 0.1, 0.5, 1.5, cached_tokens=64))
-    metrics.longest_choice(11)
+    metrics.observe(request_max_num_generation_tokens=11)
     found = values(metrics.page(None))
     assert found["vllm:request_prefill_kv_computed_tokens_sum"] == 36
     assert found["vllm:request_max_num_generation_tokens_sum"] == 11

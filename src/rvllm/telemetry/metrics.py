@@ -29,6 +29,24 @@ _REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 2
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 _ODD = re.compile(r"\W", re.ASCII)
 _TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+# vLLM's histograms of requests by name: what they are of, and their bounds.
+_HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "time_to_first_token_seconds": ("Time to first token.", _FIRST_TOKEN),
+    "inter_token_latency_seconds": ("Time between tokens.", _BETWEEN_TOKENS),
+    "request_time_per_output_token_seconds": ("A request's mean time per output token after the first.",
+                                              _BETWEEN_TOKENS),
+    "e2e_request_latency_seconds": ("Time from arrival to last token.", _REQUEST),
+    "request_queue_time_seconds": ("Time from arrival to first step.", _REQUEST),
+    "request_prefill_time_seconds": ("Time from first step to first token.", _REQUEST),
+    "request_decode_time_seconds": ("Time from first to last token.", _REQUEST),
+    "request_inference_time_seconds": ("Time from first step to last token.", _REQUEST),
+    "request_prompt_tokens": ("Prompt tokens of a request.", _TOKENS),
+    "request_generation_tokens": ("Tokens generated for a request.", _TOKENS),
+    "request_prefill_kv_computed_tokens": ("Prompt tokens of a request not found cached.", _TOKENS),
+    "request_max_num_generation_tokens": ("Tokens of a request's longest choice.", _TOKENS),
+    "request_params_max_tokens": ("max_tokens of requests.", _TOKENS),
+    "request_params_n": ("n of requests.", (1, 2, 5, 10, 20)),
+}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -70,36 +88,12 @@ class Metrics:
         }
         names = tuple(self._labels)
 
-        def histogram(name: str, help: str, bounds: tuple[float, ...]) -> Histogram:
-            made = Histogram(f"vllm:{name}", help, names, buckets=bounds, registry=self.registry)
-            return made.labels(**self._labels)
-
-        self._first_token = histogram("time_to_first_token_seconds", "Time to first token.", _FIRST_TOKEN)
-        self._between = histogram("inter_token_latency_seconds", "Time between tokens.", _BETWEEN_TOKENS)
-        self._per_token = histogram(
-            "request_time_per_output_token_seconds",
-            "A request's mean time per output token after the first.",
-            _BETWEEN_TOKENS,
-        )
-        self._whole = histogram("e2e_request_latency_seconds", "Time from arrival to last token.", _REQUEST)
-        self._queue = histogram("request_queue_time_seconds", "Time from arrival to first step.", _REQUEST)
-        self._prefill = histogram(
-            "request_prefill_time_seconds", "Time from first step to first token.", _REQUEST
-        )
-        self._decode = histogram("request_decode_time_seconds", "Time from first to last token.", _REQUEST)
-        self._inference = histogram(
-            "request_inference_time_seconds", "Time from first step to last token.", _REQUEST
-        )
-        self._prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
-        self._generated = histogram("request_generation_tokens", "Tokens generated for a request.", _TOKENS)
-        self._computed = histogram(
-            "request_prefill_kv_computed_tokens", "Prompt tokens of a request not found cached.", _TOKENS
-        )
-        self._longest = histogram(
-            "request_max_num_generation_tokens", "Tokens of a request's longest choice.", _TOKENS
-        )
-        self._max_tokens = histogram("request_params_max_tokens", "max_tokens of requests.", _TOKENS)
-        self._n = histogram("request_params_n", "n of requests.", (1, 2, 5, 10, 20))
+        self._histograms = {
+            name: Histogram(f"vllm:{name}", help, names, buckets=bounds, registry=self.registry).labels(
+                **self._labels
+            )
+            for name, (help, bounds) in _HISTOGRAMS.items()
+        }
         self._success = Counter(
             "vllm:request_success",
             "Choices that ended, by finish reason.",
@@ -113,13 +107,10 @@ class Metrics:
             registry=self.registry,
         )
 
-    def first_token(self, seconds: float) -> None:
-        """A choice's first token came so long after its request."""
-        self._first_token.observe(seconds)
-
-    def between_tokens(self, seconds: float) -> None:
-        """A choice's next token came so long after the one before."""
-        self._between.observe(seconds)
+    def observe(self, **values: float) -> None:
+        """Takes values of histograms, by their names without the prefix; seconds or tokens."""
+        for name, value in values.items():
+            self._histograms[name].observe(value)
 
     def response(self, path: str, status: int) -> None:
         """A request was answered; `path` is a route of ours, never the client's text."""
@@ -128,24 +119,25 @@ class Metrics:
     def finished(self, done: RequestTimes) -> None:
         """A choice ended."""
         self._success.labels(**self._labels, finished_reason=done.finish_reason).inc()
-        self._prompt.observe(done.prompt_tokens)
-        self._generated.observe(done.generation_tokens)
-        self._max_tokens.observe(done.max_tokens)
-        self._n.observe(done.n)
-        self._computed.observe(max(0, done.prompt_tokens - done.cached_tokens))
+        self.observe(
+            request_prompt_tokens=done.prompt_tokens,
+            request_generation_tokens=done.generation_tokens,
+            request_params_max_tokens=done.max_tokens,
+            request_params_n=done.n,
+            request_prefill_kv_computed_tokens=max(0, done.prompt_tokens - done.cached_tokens),
+        )
         if not done.first:
             return
-        self._whole.observe(done.last)
-        self._queue.observe(done.queue)
-        self._prefill.observe(max(0.0, done.first - done.queue))
-        self._decode.observe(done.last - done.first)
-        self._inference.observe(max(0.0, done.last - done.queue))
+        self.observe(
+            e2e_request_latency_seconds=done.last,
+            request_queue_time_seconds=done.queue,
+            request_prefill_time_seconds=max(0.0, done.first - done.queue),
+            request_decode_time_seconds=done.last - done.first,
+            request_inference_time_seconds=max(0.0, done.last - done.queue),
+        )
         if done.generation_tokens > 1:
-            self._per_token.observe((done.last - done.first) / (done.generation_tokens - 1))
-
-    def longest_choice(self, tokens: int) -> None:
-        """All choices for a prompt have ended; the longest has so many tokens."""
-        self._longest.observe(tokens)
+            mean = (done.last - done.first) / (done.generation_tokens - 1)
+            self.observe(request_time_per_output_token_seconds=mean)
 
     def page(self, engine: Stats | None) -> bytes:
         """The exposition text; `engine` is None when the engine process is gone."""
@@ -160,29 +152,29 @@ class Metrics:
 
 def metrics_page(models: Sequence[tuple[Metrics, Stats | None]]) -> bytes:
     """The exposition text of several models: one family a name, whose samples their labels tell apart."""
+    joined: dict[str, Metric] = {}
+    for metrics, engine in models:
+        for family in metrics.families(engine):
+            known = joined.setdefault(family.name, family)
+            if known is not family:
+                known.samples += family.samples
     page = CollectorRegistry()
-    page.register(_Families(models))
+    page.register(_Collected(list(joined.values())))
     return generate_latest(page)
 
 
-class _Families(Collector):
-    """The families of several models, those of one name joined."""
+class _Collected(Collector):
+    """Families that have been collected."""
 
-    def __init__(self, models: Sequence[tuple[Metrics, Stats | None]]) -> None:
-        self._models = models
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
 
-    def collect(self) -> Iterator[Metric]:
-        """Yields one family a name."""
-        joined: dict[str, Metric] = {}
-        for metrics, engine in self._models:
-            for family in metrics.families(engine):
-                known = joined.setdefault(family.name, family)
-                if known is not family:
-                    known.samples += family.samples
-        yield from joined.values()
+    def collect(self) -> Sequence[Metric]:
+        """The families."""
+        return self._families
 
 
-class _Snapshot(Collector):
+class _Snapshot:
     """The engine's figures as metric families."""
 
     def __init__(
@@ -341,23 +333,20 @@ class _Snapshot(Collector):
             family.add_metric([*self._labels.values(), op, kernel], count)
         return family
 
+    def _gauge(self, name: str, help: str, value: float) -> Metric:
+        return self._by_label(name, help, "", {"": value})
+
+    def _counter(self, name: str, help: str, value: float) -> Metric:
+        return self._by_label(name, help, "", {"": value}, True)
+
     def _by_label(
         self, name: str, help: str, label: str, values: Mapping[str, float], counts: bool = False
     ) -> Metric:
+        """A family with a sample for each value of a label; label "": there is none."""
         kind = CounterMetricFamily if counts else GaugeMetricFamily
-        family = kind(name, help, labels=[*self._labels, label])
+        family = kind(name, help, labels=[*self._labels, *([label] if label else ())])
         for value, amount in values.items():
-            family.add_metric([*self._labels.values(), value], amount)
-        return family
-
-    def _gauge(self, name: str, help: str, value: float) -> Metric:
-        family = GaugeMetricFamily(name, help, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
-        return family
-
-    def _counter(self, name: str, help: str, value: float) -> Metric:
-        family = CounterMetricFamily(name, help, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
+            family.add_metric([*self._labels.values(), *([value] if label else ())], amount)
         return family
 
 

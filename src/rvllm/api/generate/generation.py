@@ -284,7 +284,8 @@ class Service:
             self._in_flight -= len(job.choices)
             for first in range(0, len(job.choices), job.params.n):
                 of_prompt = job.choices[first : first + job.params.n]
-                self.metrics.longest_choice(max(len(choice.token_ids) for choice in of_prompt))
+                longest = max(len(choice.token_ids) for choice in of_prompt)
+                self.metrics.observe(request_max_num_generation_tokens=longest)
 
     async def _choice(self, job: Job, index: int) -> AsyncGenerator[Piece, None]:
         choice, request = job.choices[index], job.generates[index]

@@ -127,11 +127,11 @@ class Clock:
         now = time.perf_counter() - self._job.arrival
         if self._count == 0:
             self._first, self._queue = now, queue_seconds
-            self._metrics.first_token(now)
+            self._metrics.observe(time_to_first_token_seconds=now)
             self.timing.first = self._since_request(now)
             self.timing.queued = max(0.0, self.timing.first - now) + queue_seconds
         else:
-            self._metrics.between_tokens(now - self._last)
+            self._metrics.observe(inter_token_latency_seconds=now - self._last)
         self._last = now
         self._count += count
         self.timing.last = self._since_request(now)
