@@ -1,6 +1,7 @@
 """What holds for all endpoints: routes, errors, limits, keys, clients that go away, death and shutdown."""
 
 import concurrent.futures
+import http.client
 import json
 import socket
 import threading
@@ -35,6 +36,27 @@ def read_to_end(sock: socket.socket) -> bytes:
     while chunk := sock.recv(65536):
         data += chunk
     return data
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_kept_connection_takes_one_large_body_after_another(server: LiveServer, chunked: bool) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    for padding in (200_000, 0, 300_000, 100_000, 10):
+        body = BODY + b" " * padding
+        connection.putrequest("POST", CHAT)
+        connection.putheader("Content-Type", "application/json")
+        framing = ("Transfer-Encoding", "chunked") if chunked else ("Content-Length", str(len(body)))
+        connection.putheader(*framing)
+        connection.endheaders()  # a head alone, as most clients send it
+        time.sleep(0.02)
+        for at in range(0, len(body), 50_000):
+            part = body[at : at + 50_000]
+            connection.send(b"%x\r\n%s\r\n" % (len(part), part) if chunked else part)
+            time.sleep(0.005)
+        if chunked:
+            connection.send(b"0\r\n\r\n")
+        answer = connection.getresponse()
+        assert (answer.status, json.loads(answer.read())["object"]) == (200, "chat.completion")
 
 
 def test_models_version_health(server: LiveServer) -> None:

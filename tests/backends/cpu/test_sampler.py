@@ -139,8 +139,8 @@ def test_filters_keep_what_the_definition_keeps(
     inside = p[np.flatnonzero(alive)]
     if not near.any():
         kept = np.sort(p[ids])[::-1]
-        assert kept.sum() >= top_p * inside.sum() * (1 - 1e-6)
-        assert len(kept) == 1 or kept[:-1].sum() < top_p * inside.sum() * (1 + 1e-6)
+        assert kept.sum() >= top_p * inside.sum() * (1 - 1e-5)  # sums of float32, in another order
+        assert len(kept) == 1 or kept[:-1].sum() < top_p * inside.sum() * (1 + 1e-5)
     np.testing.assert_allclose(weights[ids], p[ids], rtol=1e-4)
 
 

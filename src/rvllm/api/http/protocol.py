@@ -39,6 +39,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._around = 0  # bytes around them: sizes and extensions of chunks, trailers
         self._silent = 0  # of these, since the last byte of body
         self._complete = True  # whether the last request has come whole
+        self._within_body = False  # whether all of this read belongs to a body already begun
         self._upgrading = False
         self._refusal: ApiError | None = None
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -67,6 +68,7 @@ class BoundedHttp(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         body, self._first_read = self._body, not self._begun
+        self._within_body = not self._in_head and not self._complete
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -79,7 +81,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._head += 0 if self._first_read else len(data)
             if self._head > self._limits.head:
                 self._refuse(self._too_large_head())
-        elif not self._complete:
+        elif self._within_body and not self._complete:  # a head's bytes do not count, nor the last request's
             self._count(len(data), self._body - body)
 
     def _count(self, came: int, of_body: int) -> None:
@@ -118,6 +120,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._begun, self._in_head, self._complete, self._head = True, True, False, 0
         self._body = self._around = self._silent = 0
+        self._within_body = False
         self._expect_head()
 
     def on_header(self, name: bytes, value: bytes) -> None:
