@@ -4,8 +4,10 @@
 
 The chart is linted and rendered by Helm's own library for several sets of values; what it and the manifests
 make is checked against the schemas of Kubernetes 1.25 and of the newest known. Objects of other makers
-(Argo Rollouts, KEDA, KServe, Prometheus) have no schema here: they are parsed and counted as such. HAProxy's
-file and systemd's units are checked where the programs are installed. Exit code 1 when anything is wrong.
+(Argo Rollouts, KEDA, KServe, KubeRay, Prometheus) have no schema that a package brings: the pods in them are
+checked as Kubernetes' own, and of KubeRay's the fields above them. The compose file is checked against its
+specification; HAProxy's file, the playbook and systemd's units where the programs are installed. Exit code 1
+when anything is wrong.
 """
 
 from __future__ import annotations
@@ -26,6 +28,24 @@ DEPLOY = Path(__file__).parents[1] / "deploy"
 CHART = DEPLOY / "helm" / "rvllm"
 VERSIONS = ("1.25", kubernetes_validate.latest_version())
 FOREIGN = ("argoproj.io/", "keda.sh/", "serving.kserve.io/", "monitoring.coreos.com/", "ray.io/")
+RAY_FIELDS = {  # of ray.io/v1, KubeRay 1.4 to 1.5; what has no place in it the API server would drop silently
+    "spec": {
+        "deploymentUnhealthySecondThreshold", "excludeHeadPodFromServeSvc", "managedBy", "rayClusterConfig",
+        "rayClusterDeletionDelaySeconds", "serveConfigV2", "serveService", "serviceUnhealthySecondThreshold",
+        "suspend", "upgradeStrategy",
+    },
+    "rayClusterConfig": {
+        "authOptions", "autoscalerOptions", "enableInTreeAutoscaling", "gcsFaultToleranceOptions",
+        "headGroupSpec", "headServiceAnnotations", "managedBy", "rayVersion", "suspend", "workerGroupSpecs",
+    },
+    "headGroupSpec": {
+        "enableIngress", "headService", "labels", "rayStartParams", "resources", "serviceType", "template",
+    },
+    "workerGroupSpecs": {
+        "groupName", "idleTimeoutSeconds", "labels", "maxReplicas", "minReplicas", "numOfHosts",
+        "rayStartParams", "replicas", "resources", "scaleStrategy", "suspend", "template",
+    },
+}  # fmt: skip
 VALUES: dict[str, dict[str, Any]] = {
     "as it comes": {},
     "cpu": {"image": {"tag": "cpu"}, "gpu": {"count": 0}, "persistence": {"enabled": False}},
@@ -46,6 +66,7 @@ VALUES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 REFUSED: dict[str, dict[str, Any]] = {
     "several replicas share": {"replicas": 2},
+    "RVLLM_PORT": {"settings": {"RVLLM_PORT": "9000"}},
     "maxReplicas": {"autoscaling": {"minReplicas": 5}},
     "gpu": {"gpu": {"count": 2}},
     "replica": {"replica": 2},
@@ -61,7 +82,8 @@ def manifests(text: str) -> Iterator[dict[str, Any]]:
 def invalid(found: dict[str, Any]) -> list[str]:
     """What is wrong with an object, by each version of Kubernetes."""
     if found["apiVersion"].startswith(FOREIGN):
-        return []
+        wrong = [each for spec in pods(found) for each in invalid(POD | {"spec": spec})]
+        return [f"{found['kind']}: {each}" for each in (*wrong, *strange_to_ray(found))]
     wrong = []
     for version in VERSIONS:
         try:
@@ -69,6 +91,39 @@ def invalid(found: dict[str, Any]) -> list[str]:
         except kubernetes_validate.ValidationError as error:
             wrong.append(f"{found['kind']} ({version}): {error}")
     return wrong
+
+
+POD = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}}
+POD_FIELDS = ("containers", "volumes", "securityContext", "terminationGracePeriodSeconds", "restartPolicy")
+
+
+def pods(value: Any) -> Iterator[dict[str, Any]]:
+    """Every pod's spec in an object of another maker; of KServe's runtimes what they share with one."""
+    if isinstance(value, dict):
+        if isinstance(value.get("containers"), list):
+            runtime = "supportedModelFormats" in value
+            yield {k: v for k, v in value.items() if k in POD_FIELDS} if runtime else value
+        for each in value.values():
+            yield from pods(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from pods(each)
+
+
+def strange_to_ray(value: Any) -> list[str]:
+    """Fields of a RayService that KubeRay does not know."""
+    if not (isinstance(value, dict) and value.get("apiVersion", "").startswith("ray.io/")):
+        return []
+    cluster = value["spec"]["rayClusterConfig"]
+    parts = [
+        ("spec", value["spec"]),
+        ("rayClusterConfig", cluster),
+        ("headGroupSpec", cluster["headGroupSpec"]),
+    ]
+    parts += [("workerGroupSpecs", group) for group in cluster["workerGroupSpecs"]]
+    wrong = [f"{name}.{each}" for name, part in parts for each in part if each not in RAY_FIELDS[name]]
+    texts = [v for _, part in parts for v in part.get("rayStartParams", {}).values()]
+    return wrong + [f"rayStartParams: {text!r} is no text" for text in texts if not isinstance(text, str)]
 
 
 def chart() -> list[str]:
@@ -126,6 +181,9 @@ def programs() -> list[str]:
     for command in (
         ["yamllint", "--strict", "-d", relaxed, *plain],
         ["hadolint", str(DEPLOY / "Dockerfile")],
+        ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(DEPLOY / "compose.yml")],
+        ["ansible-playbook", "--syntax-check", "-i", "rvllm,", str(DEPLOY / "ansible" / "rvllm.yml")],
+        ["promtool", "check", "config", str(DEPLOY / "prometheus.yml")],
         ["haproxy", "-c", "-f", str(DEPLOY / "rollout" / "haproxy.cfg")],
         ["systemd-analyze", "verify", "--man=no", *map(str, sorted((DEPLOY / "systemd").glob("*.service")))],
     ):
@@ -135,7 +193,11 @@ def programs() -> list[str]:
             print(f"{command[0]} is not installed: not run")
             continue
         done = subprocess.run(
-            [program, *command[1:]], capture_output=True, text=True, check=False, env={**os.environ, **proxy}
+            [program, *command[1:]],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **proxy, "LC_ALL": "C.UTF-8"},
         )
         said = (done.stdout + done.stderr).strip()
         if command[0] == "systemd-analyze":  # the program it starts is not installed here

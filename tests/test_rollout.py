@@ -75,10 +75,11 @@ def test_traffic_goes_on_or_back(tmp_path: Path, new: dict[str, float], code: in
         command = [sys.executable, str(CANARY), "--old", old_url, "--new", new_url, "--steps", "25,50",
                    "--hold", "0.04", "--windows", "4", "--race", "", "--shift", tell.format("{percent}"),
                    "--start", tell.format("start"), "--stop-new", tell.format("stop-new"),
-                   "--stop-old", tell.format("stop-old")]  # fmt: skip
+                   "--stop-old", tell.format("stop-old").removesuffix("'") + "; false'"]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     ended = "stop-old" if code == 0 else "stop-new"
+    assert "Traceback" not in done.stderr
     assert log.read_text().split() == ["0", "start", *shifts.split()[1:], ended]
 
 
@@ -88,8 +89,23 @@ def test_a_version_that_does_not_start_gets_no_traffic(tmp_path: Path) -> None:
         command = [sys.executable, str(CANARY), "--old", old_url, "--new", "http://127.0.0.1:9", "--race", "",
                    "--ready-timeout", "0.1", "--shift", f"sh -c 'echo {{percent}} >> {log}'"]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "not ready" in done.stderr
+    assert done.returncode == 1 and "not ready" in done.stderr and "Traceback" not in done.stderr
     assert log.read_text().split() == ["0", "0"]
+
+
+def test_a_rollout_that_is_told_to_end_rolls_back(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with server(0.1) as old_url, server(0.1) as new_url:
+        command = [sys.executable, str(CANARY), "--old", old_url, "--new", new_url, "--race", "",
+                   "--hold", "600", "--steps", "25",
+                   "--shift", f"sh -c 'echo {{percent}} >> {log}'"]  # fmt: skip
+        process = subprocess.Popen(command)
+        while not log.exists() or "25" not in log.read_text():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(60) == 143
+    assert log.read_text().split() == ["0", "25", "0"]
 
 
 def test_the_drills_clients_count_answers_and_failures(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import http.client
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from urllib.parse import urlsplit
 
 from rvllm.bench.gate import ROLL_BACK, ROLL_OUT, UNCLEAR, Limits, judge_all, page
 from rvllm.bench.live import Reading, failure_share, live_figures, reading
+from rvllm.errors import RvllmError
 
 
 def main() -> int:
@@ -56,8 +58,17 @@ def main() -> int:
     )
     args = parser.parse_args()
     code = 1
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # rolls back, as Ctrl-C does
     try:
         code = roll(args, Limits(args.tolerance, args.noise))
+    except (
+        OSError,
+        ValueError,
+        RvllmError,
+        http.client.HTTPException,
+        subprocess.CalledProcessError,
+    ) as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr, flush=True)
     finally:
         if code != ROLL_OUT:
             say(f"rolling back (exit code {code})")
@@ -88,8 +99,8 @@ def roll(args: argparse.Namespace, limits: Limits) -> int:
             return code
     say("all traffic to the new version")
     shift(args, 100)
-    if args.stop_old:
-        subprocess.run(shlex.split(args.stop_old), check=True)  # it drains: running streams come to their end
+    if args.stop_old and subprocess.run(shlex.split(args.stop_old), check=False).returncode:  # it drains
+        say("the new version has all traffic, but the old one could not be stopped")
     return ROLL_OUT
 
 
@@ -133,7 +144,7 @@ def wait_ready(url: str, timeout: float) -> None:
         try:
             if get(url, "/health")[0] == 200:
                 return
-        except OSError:
+        except (OSError, http.client.HTTPException):
             pass
         time.sleep(0.5)
     raise TimeoutError(f"{url} was not ready after {timeout:.0f} s")

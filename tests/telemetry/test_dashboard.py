@@ -1,4 +1,4 @@
-"""The dashboard in deploy/ asks for nothing that the metrics page does not have."""
+"""Nothing in deploy/ asks for what the metrics page does not have: dashboard, autoscaling, roll-outs."""
 
 import json
 import re
@@ -47,6 +47,16 @@ def test_every_query_has_its_metric() -> None:
     expressions = [target["expr"] for panel in panels for target in panel["targets"]]
     asked = {name for expression in expressions for name in NAME.findall(expression)}
     assert len(asked) > 15
+    assert asked <= names_on_the_page()
+
+
+def test_autoscaling_and_rollouts_ask_for_what_there_is() -> None:
+    files = [path for path in DASHBOARD.parent.rglob("*") if path.suffix in (".yaml", ".yml", ".py")]
+    asked = {name for path in files for name in NAME.findall(path.read_text())}
+    asked -= {"rvllm:cpu", "rvllm:cuda"}  # images
+    assert asked >= {"vllm:num_requests_running", "vllm:num_requests_waiting", "rvllm:http_responses_total"}
+    (adapters,) = re.findall(r"hpaMetric: (\w+)", (DASHBOARD.parent / "helm/rvllm/values.yaml").read_text())
+    asked.add(adapters.replace("_", ":", 1))  # an adapter's name has no colon
     assert asked <= names_on_the_page()
 
 
