@@ -14,15 +14,19 @@ from rvllm.weights.mapped import FileCheckpoint
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.packing import pack, raw_parts
 from support.weights.quantisers import (
+    AUTO_ROUND,
     AWQ,
     CASES,
     FP8,
     GPTQ,
+    MIXED_BITS,
+    Quantiser,
     Tensors,
     awq,
     compressed,
     file_of,
     fp8_blocks,
+    fp8_whole,
     gptq,
     packed,
 )
@@ -69,7 +73,10 @@ def test_numbers_are_the_formulas(case: str, tmp_path: Path) -> None:
     )  # the quantiser itself is none too bad
     info = checkpoint.tensors["a.weight"]
     stored = sum(
-        t.nbytes for n, (_, t) in tensors.items() if not n.endswith(("g_idx", "shape", "input_scale"))
+        t.nbytes
+        for n, (_, t) in tensors.items()
+        if not n.endswith(("g_idx", "shape", "input_scale", "input_zero_point"))
+        and (t.any() or not n.endswith("weight_zero_point"))
     )
     assert info.stored_nbytes == stored < wide.nbytes * 0.45
     assert ("GPTQ" in info.stored_as, "AWQ" in info.stored_as) == ("gptq" in case, "awq" in case)
@@ -101,6 +108,14 @@ def test_fp8_without_a_config_goes_by_its_tensors(tmp_path: Path) -> None:
             {"zero_point": True, "q_group_size": 16, "w_bit": 4, "version": "GEMM"},
             awq(16),
         ),
+        (
+            "hf_quant_config.json",
+            {
+                "producer": {"name": "modelopt"},
+                "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]},
+            },
+            fp8_whole(()),
+        ),
     ],
 )
 def test_older_checkpoints_have_a_file_of_their_own(
@@ -111,6 +126,55 @@ def test_older_checkpoints_have_a_file_of_their_own(
     folder = write(tmp_path, None, tensors)
     (folder / name).write_text(json.dumps(settings))
     np.testing.assert_array_equal(numbers(open_checkpoint(folder), "a.weight"), wanted)
+
+
+RULED = GPTQ | {"bits": 4, "group_size": 16, "dynamic": {r"+:.*\.b$": {"bits": 8, "group_size": 8}}}
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "first", "second"),
+    [
+        (RULED, gptq(4, 16), gptq(8, 8)),
+        (RULED, gptq(4, 16), gptq(4, -1)),
+        (AUTO_ROUND | {"extra_config": {"m.b": {"bits": 8, "group_size": 8}}}, gptq(4, 16), gptq(8, 8)),
+        (MIXED_BITS, packed(4, 16), packed(8, 8, symmetric=False)),
+        (MIXED_BITS, packed(8, 32), packed(4, 4)),
+    ],
+    ids=["bits_and_group", "one_group", "extra_config", "packed_4_8", "packed_8_4"],
+)
+def test_modules_may_have_bits_and_groups_of_their_own(
+    quantisation: dict[str, Any], first: Quantiser, second: Quantiser, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(6)
+    tensors, wanted = first("a", rng.normal(size=(16, 32)).astype(np.float32), rng)
+    more, other = second("m.b", rng.normal(size=(24, 64)).astype(np.float32), rng)
+    checkpoint = opened(tmp_path, quantisation, tensors | more)
+    np.testing.assert_array_equal(numbers(checkpoint, "a.weight"), wanted)
+    np.testing.assert_array_equal(numbers(checkpoint, "m.b.weight"), other)
+
+
+def test_packed_rows_may_end_within_a_word(tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    tensors, wanted = packed(4, 12)("a", rng.normal(size=(16, 36)).astype(np.float32), rng)
+    assert tensors["a.weight_packed"][1].shape == (16, 5)
+    checkpoint = opened(tmp_path, compressed("pack-quantized", type="int", num_bits=4), tensors)
+    np.testing.assert_array_equal(numbers(checkpoint, "a.weight"), wanted)
+
+
+def test_scales_of_keys_and_values_are_left_aside(tmp_path: Path) -> None:
+    """ModelOpt's and llm-compressor's ways of saying that the cache was calibrated, and nothing else."""
+    plain: Tensors = {
+        "a.weight": ("F32", np.ones((4, 8), np.float32)),
+        "a.k_scale": ("F32", np.ones(1, np.float32)),
+    }
+    only_cache = {
+        "quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"},
+        "quant_method": "modelopt",
+    }
+    scheme = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {},
+              "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"}}  # fmt: skip
+    for place, quantisation in (("modelopt", only_cache), ("compressed", scheme)):
+        assert opened(tmp_path / place, quantisation, plain).tensors["a.weight"].quantised is None
 
 
 def test_a_module_may_lie_in_several_shards(tmp_path: Path) -> None:
@@ -175,6 +239,13 @@ def test_parts_are_packed_like_those_of_a_plain_model(tmp_path: Path) -> None:
         (AWQ | {"group_size": 16, "version": "gemv"}, "version 'gemv' is not supported; supported: gemm"),
         (GPTQ | {"bits": 4, "group_size": 16, "pack_dtype": "int8"}, "pack_dtype 'int8' is not supported"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo 'nvfp4' is not supported"),
+        (
+            {"quantization": {"quant_algo": "MIXED_PRECISION"}},
+            "quant_algo 'mixed_precision' is not supported",
+        ),
+        ({"quant_method": "mxfp4"}, "quant_method 'mxfp4' is not supported"),
+        (AUTO_ROUND | {"packing_format": "auto_round:exllamav2"}, "packing_format 'auto_round:exllamav2'"),
+        (AUTO_ROUND | {"bits": 2}, "bits 2 is not supported; supported: 4 and 8"),
         (FP8 | {"fmt": "e5m2"}, "fmt 'e5m2' is not supported; supported: e4m3"),
         (FP8 | {"weight_block_size": [128]}, "weight_block_size"),
         (FP8 | {"weight_block_size": [0, 128]}, "weight_block_size"),
@@ -223,8 +294,9 @@ def broken() -> list[Any]:
     int8: Tensors = {
         "a.weight": ("I8", np.ones((16, 32), np.int8)),
         "a.weight_scale": ("F32", rows),
-        "a.weight_zero_point": ("I8", rows.astype(np.int8)),
+        "a.weight_zero_point": ("I8", np.ones((16, 2), np.int8)),
     }
+    two_bits = g | {"a.qzeros": ("I32", np.ones((2, 1), np.int32))}
     return [
         ("fp8_no_scale", block, without(f, "a.weight_scale_inv"), "a.weight is F8_E4M3 and has no scales"),
         ("fp8_misfit", FP8 | {"weight_block_size": [8, 4]}, f, "blocks? of 8 x 4|a block of 8 x 4"),
@@ -238,7 +310,7 @@ def broken() -> list[Any]:
         ("gptq_no_scales", group, without(g, "a.scales"), "a.scales is missing, a.qweight cannot be read"),
         ("gptq_no_zeros", group, without(g, "a.qzeros"), "a.qzeros is missing"),
         ("gptq_no_order", group | {"desc_act": True}, without(ordered, "a.g_idx"), "a.g_idx is missing"),
-        ("gptq_zeros", group, g | {"a.qzeros": ("I32", np.ones((2, 3), np.int32))}, "must be I32 of shape"),
+        ("gptq_zeros", group, g | {"a.qzeros": ("I32", np.ones((1, 3), np.int32))}, "must be I32 of shape"),
         ("gptq_groups", group, g8, "scales of a are of 4 groups, but 32 inputs in groups of 16 are 2"),
         (
             "gptq_apart",
@@ -285,7 +357,32 @@ def broken() -> list[Any]:
             p | {"a.weight_zero_point": ("I32", np.ones((9, 2), np.int32))},
             "zero_point is I32",
         ),
-        ("int8_zero", compressed("int-quantized", type="int", num_bits=8), int8, "INT8 with zero points"),
+        ("int8_zero", compressed("int-quantized", type="int", num_bits=8), int8, "weight_zero_point is I8"),
+        ("gptq_two_bits", RULED, two_bits, "module a is quantised to 2 bits; supported: 4 and 8"),
+        (
+            "gptq_ruled",
+            RULED,
+            g | {"a.scales": ("F16", np.ones((3, 16), np.float16))},
+            "qzeros is I32 of shape",
+        ),
+        (
+            "mixed_no_shape",
+            MIXED_BITS,
+            without(p, "a.weight_shape"),
+            "a.weight_shape is missing; .* 4 or 8 bits",
+        ),
+        (
+            "packed_shape",
+            four,
+            p | {"a.weight_shape": ("I64", np.array([16, 40], np.int64))},
+            r"says \[16, 40\], which words of shape \[16, 4\] do not hold with 4 bits",
+        ),
+        (
+            "shape_floats",
+            four,
+            p | {"a.weight_shape": ("F32", np.ones(2, np.float32))},
+            "integers must be there",
+        ),
     ]
 
 

@@ -61,7 +61,10 @@ _NO_SPECULATION = "there is no speculative decoding"
 _NO_TRANSFER = "there is no transfer of KV blocks between servers"
 _NO_PLUGINS = "there are no plug-ins"
 _POOLING = dict.fromkeys(("embed", "embedding", "score", "classify", "reward"), "pooling")
-_QUANTISED = ("gptq", "awq", "gptq_marlin", "awq_marlin", "compressed-tensors", "gguf")
+_QUANTISED = (
+    *("gptq", "awq", "gptq_marlin", "awq_marlin", "auto-round", "inc", "compressed-tensors"),
+    *("modelopt", "fbgemm_fp8", "gguf"),
+)
 
 _IGNORED = (
     "code_revision", "allowed_media_domains", "max_seq_len_to_capture", "max_cudagraph_capture_size",

@@ -324,7 +324,7 @@ def packed_part(part: Part, info: TensorInfo) -> PackedPart | None:
             return None
         size = min(found.group_size, width)
         return PackedPart(found.packed, found.format, found.stored_nbytes, size, order)
-    if not isinstance(found, Scaled) or found.levels.kind != "I8" or width % 4:
+    if not isinstance(found, Scaled) or found.levels.kind != "I8" or found.zeros or width % 4:
         return None
     if found.grid[0] not in (1, info.shape[0]):
         return None

@@ -75,6 +75,17 @@ def fp8_blocks(height: int, width: int, kind: str = "F32") -> Quantiser:
     return quantise
 
 
+def four_dimensional(quantise: Quantiser) -> Quantiser:
+    """The same with ModelOpt's shape of a block's scales, [rows, 1, columns, 1], and their name."""
+
+    def stored(name: str, matrix: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+        tensors, worth = quantise(name, matrix, rng)
+        kind, scales = tensors.pop(f"{name}.weight_scale_inv")
+        return tensors | {f"{name}.weight_scale": (kind, scales[:, None, :, None])}, worth
+
+    return stored
+
+
 def fp8_rows(name: str, matrix: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
     """FP8 with a scale a row, [N, 1]; one row of zeros and subnormals among them."""
     matrix = matrix.copy()
@@ -120,6 +131,31 @@ def int8_groups(size: int) -> Quantiser:
             f"{name}.weight_scale": ("BF16", scales.view(np.uint16)),
         }
         return tensors, out
+
+    return quantise
+
+
+def int8_zeros(shifted: bool) -> Quantiser:
+    """INT8 with a scale and a zero point a row; not shifted: all of them 0, as of symmetric checkpoints."""
+
+    def quantise(name: str, matrix: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+        low, high = matrix.min(axis=1, keepdims=True), matrix.max(axis=1, keepdims=True)
+        scales = ((high - low) / 254 if shifted else np.abs(matrix).max(axis=1, keepdims=True) / 127).astype(
+            np.float32
+        )
+        zeros = np.rint(-127 - low / scales).astype(np.int8) if shifted else np.zeros(scales.shape, np.int8)
+        levels = np.clip(np.rint(matrix / scales) + zeros, -128, 127).astype(np.int8)
+        out = np.empty_like(matrix)
+        for n in range(matrix.shape[0]):
+            for k in range(matrix.shape[1]):
+                out[n, k] = np.float32(int(levels[n, k]) - int(zeros[n, 0])) * scales[n, 0]
+        return {
+            f"{name}.weight": ("I8", levels),
+            f"{name}.weight_scale": ("F32", scales),
+            f"{name}.weight_zero_point": ("I8", zeros),
+            f"{name}.input_zero_point": ("I8", np.full(1, 7, np.int8)),
+            f"{name}.input_scale": ("F32", np.full(1, 0.1, np.float32)),
+        }, out
 
     return quantise
 
@@ -239,8 +275,17 @@ def compressed(form: str, **weights: object) -> dict[str, object]:
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": _groups(**weights)}
 
 
+MIXED_BITS = {  # packed to 4 bits, or to 8
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {
+        f"group_{bits}": {"targets": [f"re:.*{bits}"], "weights": {"type": "int", "num_bits": bits}}
+        for bits in (4, 8)
+    },
+}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 GPTQ = {"quant_method": "gptq", "sym": False, "desc_act": False}
+AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": False, "data_type": "int"}
 AWQ = {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm"}
 
 CASES: dict[str, tuple[dict[str, object], Quantiser]] = {
@@ -251,6 +296,11 @@ CASES: dict[str, tuple[dict[str, object], Quantiser]] = {
     "fp8_one": (FP8, fp8_whole((1,))),
     "modelopt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, fp8_whole(())),
     "modelopt_nested": ({"quant_method": "modelopt", "quantization": {"quant_algo": "FP8"}}, fp8_whole(())),
+    "modelopt_rows": ({"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, fp8_rows),
+    "modelopt_blocks": (
+        {"quant_method": "modelopt", "quantization": {"quant_algo": "FP8_PB_WO"}},
+        four_dimensional(fp8_blocks(128, 128)),
+    ),
     "fbgemm_fp8": ({"quant_method": "fbgemm_fp8", "modules_to_not_convert": []}, fp8_rows),
     "compressed_fp8_rows": (
         compressed("float-quantized", type="float", num_bits=8, strategy="channel"),
@@ -268,6 +318,8 @@ CASES: dict[str, tuple[dict[str, object], Quantiser]] = {
         compressed("int-quantized", type="int", num_bits=8, strategy="group"),
         int8_groups(8),
     ),
+    "compressed_int8_zero": (compressed("int-quantized", type="int", num_bits=8), int8_zeros(False)),
+    "compressed_int8_shifted": (compressed("int-quantized", type="int", num_bits=8), int8_zeros(True)),
     "gptq": (GPTQ | {"bits": 4, "group_size": 16}, gptq(4, 16)),
     "gptq_null": (GPTQ | {"bits": 4, "group_size": 16, "desc_act": None, "pack_dtype": "int32"}, gptq(4, 16)),
     "gptq_one_group": (GPTQ | {"bits": 4, "group_size": -1, "sym": True}, gptq(4, -1, symmetric=True)),
@@ -276,6 +328,8 @@ CASES: dict[str, tuple[dict[str, object], Quantiser]] = {
     "gptq_8_bit": (GPTQ | {"bits": 8, "group_size": 16}, gptq(8, 16)),
     "awq": (AWQ | {"group_size": 16}, awq(16)),
     "awq_one_group": (AWQ | {"group_size": -1}, awq(-1)),
+    "autoround_gptq": (AUTO_ROUND | {"packing_format": "auto_round:auto_gptq"}, gptq(4, 16)),
+    "autoround_awq": (AUTO_ROUND | {"packing_format": "auto_round:auto_awq"}, awq(16)),
     "packed": (compressed("pack-quantized", type="int", num_bits=4), packed(4, 16)),
     "packed_asymmetric": (
         compressed("pack-quantized", type="int", num_bits=4),

@@ -30,7 +30,8 @@ SINGLE = "model.safetensors"
 MAX_RANK = 16
 MAX_ELEMENTS = 1 << 48
 
-QUANTISE_CONFIGS = ("quantize_config.json", "quant_config.json")  # of older GPTQ and AWQ checkpoints
+# Of older checkpoints of GPTQ, AWQ and ModelOpt.
+QUANTISE_CONFIGS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 READABLE = {"F32": TensorType.F32, "F16": TensorType.F16, "BF16": TensorType.BF16}
 OTHER_SIZES = {

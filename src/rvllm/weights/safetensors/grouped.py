@@ -9,7 +9,9 @@ levels and zeros lie in 32-bit words, always from the low end:
     AWQ    qweight [K, N / 8], qzeros [groups, N / 8]: a word holds eight successive n in the order
            0 2 4 6 1 3 5 7 (of its `gemm` version)
     packed weight_packed [N, K * bits / 32]: a word holds successive k; weight_zero_point
-           [N * bits / 32, groups] successive n, or none: 2^(bits - 1)
+           [N * bits / 32, groups] successive n, or none: 2^(bits - 1); weight_shape, if there: N and K
+
+Where rules of the config give modules bits and group sizes of their own, the shapes of tensors tell them.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ Floats = NDArray[np.float32]
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # the place within its word of each of eight successive columns
 AWQ_BITS = 4
 BITS = (4, 8)
+OTHER_BITS = (2, 3, 5, 6, 7)  # that modules of a checkpoint may have by a rule
 
 
 @dataclass(frozen=True)
@@ -106,11 +109,15 @@ class Grouped:
 
 @dataclass(frozen=True)
 class GptqSettings:
-    """group_size: -1 for a whole row; first_version: zeros are stored one less; desc_act: g_idx is needed."""
+    """group_size: -1 for a whole row; first_version: zeros are stored one less; desc_act: g_idx is needed.
+
+    ruled: whether the config has rules by which modules have other group sizes.
+    """
 
     group_size: int
     desc_act: bool
     first_version: bool
+    ruled: bool = False
 
 
 def gptq_matrix(
@@ -129,10 +136,13 @@ def gptq_matrix(
     fitting = tuple((groups, rows * bits // 32) for bits in BITS if rows * bits % 32 == 0)
     if not fitting:
         raise ModelError(f"{words.file}: tensor {name}: zeros of {rows} outputs do not fill 32-bit words")
+    _refuse_bits(stored, module, groups, rows)
     packed = require(stored, f"{module}.qzeros", ("I32",), fitting, name)
     bits = packed.shape[1] * 32 // rows
     width = words.shape[0] * 32 // bits
     size = width if settings.group_size < 1 else settings.group_size
+    if settings.ruled and groups != -(-width // size) and width % groups == 0:
+        size = width // groups
     _check_groups(scales, module, groups, width, size)
     order = _order(stored, f"{module}.g_idx", name, width, settings.desc_act and groups > 1)
 
@@ -149,6 +159,18 @@ def gptq_matrix(
     label = f"GPTQ {bits}-bit"
     raw = PackedMatrix("gptq", bits, words, scales, packed, settings.first_version)
     return (rows, width), Grouped(label, total, levels, zeros, _columns_of(scales), size, raw, order)
+
+
+def _refuse_bits(stored: dict[str, StoredTensor], module: str, groups: int, rows: int) -> None:
+    """Raises ModelError for zeros of a number of bits that is not read."""
+    zeros = stored.get(f"{module}.qzeros")
+    sizes = {bits: (groups, rows * bits // 32) for bits in (*BITS, *OTHER_BITS)}
+    bits = next((b for b, shape in sizes.items() if zeros and zeros.shape == shape), 0)
+    if zeros and bits in OTHER_BITS:
+        raise ModelError(
+            f"{zeros.file}: module {module} is quantised to {bits} bits; supported: "
+            f"{' and '.join(map(str, BITS))}"
+        )
 
 
 def awq_matrix(
@@ -182,8 +204,13 @@ def awq_matrix(
     return (rows, width), Grouped("AWQ 4-bit", total, levels, zeros, _columns_of(scales), size, raw)
 
 
-def packed_matrix(stored: dict[str, StoredTensor], name: str, bits: int) -> tuple[tuple[int, int], Grouped]:
-    """Shape [N, K] and matrix of X.weight_packed (`name`). Raises ModelError as the others do."""
+def packed_matrix(
+    stored: dict[str, StoredTensor], name: str, choices: tuple[int, ...]
+) -> tuple[tuple[int, int], Grouped]:
+    """Shape [N, K] and matrix of X.weight_packed (`name`). Raises ModelError as the others do.
+
+    choices: the numbers of bits that modules of this checkpoint have.
+    """
     module = name.removesuffix("_packed")
     words = require(stored, name, ("I32",), (), name)
     scales = require(stored, f"{module}_scale", FLOAT_KINDS, (), name)
@@ -192,7 +219,8 @@ def packed_matrix(stored: dict[str, StoredTensor], name: str, bits: int) -> tupl
             f"{words.file}: tensors {name} of shape {list(words.shape)} and {module}_scale of shape "
             f"{list(scales.shape)} do not belong together"
         )
-    rows, width, groups = words.shape[0], words.shape[1] * 32 // bits, scales.shape[1]
+    bits, width = _bits_and_width(stored, f"{module}_shape", words, choices)
+    rows, groups = words.shape[0], scales.shape[1]
     size = -(-width // max(groups, 1))
     _check_groups(scales, module, groups, width, size)
     packed = stored.get(f"{module}_zero_point")
@@ -201,7 +229,7 @@ def packed_matrix(stored: dict[str, StoredTensor], name: str, bits: int) -> tupl
     order = _order(stored, f"{module}_g_idx", name, width, False)
 
     def levels(start: int, stop: int) -> Levels:
-        return unpack(words.piece(slice(start, stop)).words(), bits)
+        return unpack(words.piece(slice(start, stop)).words(), bits)[:, :width]
 
     def zeros(start: int, stop: int) -> Floats:
         if packed is None:
@@ -218,6 +246,30 @@ def packed_matrix(stored: dict[str, StoredTensor], name: str, bits: int) -> tupl
     label = f"packed {bits}-bit"
     raw = PackedMatrix("packed", bits, words, scales, packed)
     return (rows, width), Grouped(label, total, levels, zeros, scale_rows, size, raw, order)
+
+
+def _bits_and_width(
+    stored: dict[str, StoredTensor], name: str, words: StoredTensor, choices: tuple[int, ...]
+) -> tuple[int, int]:
+    """Bits of a level and inputs of packed words, by the module's shape (`name`) where it is stored."""
+    each = words.shape[1] * 32
+    shape = stored.get(name)
+    if shape is None and len(choices) == 1:
+        return choices[0], each // choices[0]
+    if shape is None:
+        raise ModelError(
+            f"{words.file}: tensor {name} is missing; modules have {' or '.join(map(str, choices))} bits, "
+            "and nothing else tells how many this one has"
+        )
+    numbers = [int(n) for n in shape.integers()]
+    width = numbers[1] if len(numbers) == 2 else 0
+    bits = next((b for b in choices if width > 0 and -(-width * b // 32) == words.shape[1]), 0)
+    if not bits or numbers[0] != words.shape[0]:
+        raise ModelError(
+            f"{shape.file}: tensor {name} says {numbers}, which words of shape {list(words.shape)} do not "
+            f"hold with {' or '.join(map(str, choices))} bits"
+        )
+    return bits, width
 
 
 def _are_matrices(*tensors: StoredTensor) -> bool:

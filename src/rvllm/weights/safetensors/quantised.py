@@ -1,9 +1,10 @@
 """Quantised safetensors checkpoints: which tensors make up each matrix, by what the config says.
 
     fp8, fbgemm_fp8      X.weight in FP8 with X.weight_scale_inv or X.weight_scale
-    modelopt             the same, with quant_algo FP8
+    modelopt             the same, with quant_algo FP8, FP8_PER_CHANNEL_PER_TOKEN or FP8_PB_WO
     gptq                 X.qweight, X.qzeros, X.scales, X.g_idx, 4 or 8 bits
     awq                  X.qweight, X.qzeros, X.scales, 4 bits, version gemm
+    auto-round           as gptq or awq, which packing_format says
     compressed-tensors   X.weight in FP8 or INT8 with X.weight_scale; X.weight_packed, 4 or 8 bits
 
 Each matrix appears as X.weight, like that of a model that is not quantised, and is dequantised to float32
@@ -33,7 +34,9 @@ from rvllm.weights.safetensors.stored import StoredTensor
 Stored = dict[str, StoredTensor]
 Found = tuple[tuple[int, int], Quantised]
 
-SUPPORTED = ("fp8", "fbgemm_fp8", "modelopt", "gptq", "awq", "compressed-tensors")
+SUPPORTED = ("fp8", "fbgemm_fp8", "modelopt", "gptq", "awq", "auto-round", "compressed-tensors")
+OTHER_NAMES = {"intel/auto-round": "auto-round", "auto_round": "auto-round"}
+MODELOPT_BLOCKS = {"fp8": None, "fp8_per_channel_per_token": None, "fp8_pb_wo": (128, 128)}
 GPTQ_FORMATS = ("gptq", "gptq_v2")
 COMPRESSED_FORMATS = ("float-quantized", "naive-quantized", "int-quantized", "pack-quantized", "dense",
                       "mixed-precision")  # fmt: skip
@@ -89,12 +92,14 @@ def quantised_tensors(values: dict[str, Any], origin: str, stored: Stored) -> di
         return _scaled_tensors(stored, None, {"F8_E4M3"})
     settings = Settings(values, origin)
     method = settings.word("quant_method", default=_older_method(values))
+    method = OTHER_NAMES.get(method, method)
     readers: dict[str, Callable[[Settings, Stored], dict[str, TensorInfo]]] = {
         "fp8": _fp8,
         "fbgemm_fp8": _fp8,
         "modelopt": _modelopt,
         "gptq": _gptq,
         "awq": _awq,
+        "auto-round": _auto_round,
         "compressed-tensors": _compressed,
     }
     if method not in readers:
@@ -106,6 +111,8 @@ def _older_method(values: dict[str, Any]) -> str:
     """Which method a config without quant_method means, by the names of its fields."""
     if "w_bit" in values or "q_group_size" in values:
         return "awq"
+    if "quant_algo" in values or isinstance(values.get("quantization"), dict):
+        return "modelopt"  # hf_quant_config.json
     return "gptq" if "desc_act" in values or "bits" in values else "none"
 
 
@@ -123,9 +130,12 @@ def _fp8(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
 def _modelopt(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
     nested = settings.values.get("quantization")
     values = nested if isinstance(nested, dict) else settings.values
-    if (algorithm := Settings(values, settings.origin).word("quant_algo", default="none")) != "fp8":
-        raise settings.refuse("quant_algo", algorithm, "supported: fp8")
-    return _scaled_tensors(stored, None, {"F8_E4M3"})
+    if values.get("quant_algo", "none") is None:
+        return {}  # keys and values alone were quantised
+    algorithm = Settings(values, settings.origin).word("quant_algo", default="none")
+    if algorithm not in MODELOPT_BLOCKS:
+        raise settings.refuse("quant_algo", algorithm, f"supported: {', '.join(MODELOPT_BLOCKS)}")
+    return _scaled_tensors(stored, MODELOPT_BLOCKS[algorithm], {"F8_E4M3"})
 
 
 def _block(settings: Settings, field: str, value: object) -> tuple[int, int] | None:
@@ -152,8 +162,19 @@ def _gptq(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
         raise settings.refuse("checkpoint_format", form, f"supported: {', '.join(GPTQ_FORMATS)}")
     if (words := settings.word("pack_dtype", default="int32")) != "int32":
         raise settings.refuse("pack_dtype", words, "supported: int32")
-    chosen = GptqSettings(settings.integer("group_size"), settings.flag("desc_act"), form == "gptq")
+    ruled = bool(settings.values.get("dynamic") or settings.values.get("extra_config"))
+    chosen = GptqSettings(settings.integer("group_size"), settings.flag("desc_act"), form == "gptq", ruled)
     return _modules(stored, ".qweight", lambda module: gptq_matrix(stored, module, chosen))
+
+
+def _auto_round(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
+    """AutoRound's own configs, which hold the tensors of GPTQ (its first version) or of AWQ."""
+    packing = settings.word("packing_format", default="auto_round:auto_gptq")
+    if packing == "auto_round:auto_gptq":
+        return _gptq(settings, stored)
+    if packing == "auto_round:auto_awq":
+        return _awq(settings, stored)
+    raise settings.refuse("packing_format", packing, "supported: auto_round:auto_gptq, auto_round:auto_awq")
 
 
 def _awq(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
@@ -181,11 +202,6 @@ def _compressed(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
               for w in weights} - {None}  # fmt: skip
     block = blocks.pop() if len(blocks) == 1 else None
     found = _scaled_tensors(stored, block, set(NUMBER_KINDS))
-    shifted = next((n for n in found if stored[n].kind == "I8" and f"{n}_zero_point" in stored), None)
-    if shifted is not None:
-        raise ModelError(
-            f"{stored[shifted].file}: tensor {shifted} is INT8 with zero points; INT8 is read without"
-        )
     packed = [name for name in stored if name.endswith(".weight_packed")]
     if packed:
         bits = _packed_bits(settings, weights)
@@ -195,15 +211,13 @@ def _compressed(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
     return found
 
 
-def _packed_bits(settings: Settings, weights: list[dict[str, Any]]) -> int:
-    """Bits of packed levels; all groups must have the same."""
+def _packed_bits(settings: Settings, weights: list[dict[str, Any]]) -> tuple[int, ...]:
+    """Bits of packed levels; modules of several groups may have several."""
     bits = {w.get("num_bits") for w in weights if str(w.get("type", "int")) == "int"}
-    if len(bits) != 1 or not bits <= set(BITS):
+    if not bits or not bits <= set(BITS):
         shown = ", ".join(sorted(map(str, bits))) or "absent"
-        raise settings.refuse(
-            "config_groups.weights.num_bits", shown, f"packed weights need one of {BITS} for all groups"
-        )
-    return int(bits.pop() or 0)
+        raise settings.refuse("config_groups.weights.num_bits", shown, f"packed weights need one of {BITS}")
+    return tuple(b for b in BITS if b in bits)
 
 
 def _modules(stored: Stored, end: str, read: Callable[[str], Found]) -> dict[str, TensorInfo]:

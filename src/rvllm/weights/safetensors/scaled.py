@@ -1,14 +1,17 @@
 """Matrices of small numbers times scales: FP8 (E4M3) and INT8, with a scale a block, row, group or matrix.
 
-An element is w[n, k] = number[n, k] * scale[n // block_rows, k // block_columns]. DeepSeek-V3 and Qwen3 store
-FP8 with blocks of 128 x 128 (`weight_scale_inv`, the factor itself despite its name); llm-compressor and
-FBGEMM a scale a row, a group of columns or the whole matrix (`weight_scale`).
+An element is w[n, k] = number[n, k] * scale[n // block_rows, k // block_columns]; of INT8 with zero points
+(`weight_zero_point`, as many as scales), these are subtracted from the numbers first.
+
+DeepSeek-V3 and Qwen3 store FP8 with blocks of 128 x 128 (`weight_scale_inv`, the factor itself despite its
+name); llm-compressor and FBGEMM a scale a row, a group of columns or the whole matrix (`weight_scale`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,12 +37,16 @@ def e4m3_numbers() -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Scaled:
-    """See the module. block: rows and columns that share a scale; scales: [row blocks, column blocks]."""
+    """See the module. block: rows and columns that share a scale; scales: [row blocks, column blocks].
+
+    zeros: I8, as many as scales, None where all are zero.
+    """
 
     levels: StoredTensor
     scales: StoredTensor
     grid: tuple[int, int]
     block: tuple[int, int]
+    zeros: StoredTensor | None = None
 
     @property
     def format(self) -> str:
@@ -54,8 +61,8 @@ class Scaled:
 
     @property
     def stored_nbytes(self) -> int:
-        """Bytes of levels and scales."""
-        return self.levels.data.nbytes + self.scales.data.nbytes
+        """Bytes of levels, scales and zeros."""
+        return sum(t.data.nbytes for t in (self.levels, self.scales, self.zeros) if t is not None)
 
     def numbers(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start to stop, float32 [stop - start, width]."""
@@ -65,12 +72,16 @@ class Scaled:
             out = codes.view(np.int8).astype(np.float32)
         else:
             out = np.take(e4m3_numbers(), codes)
-        first = start // height
-        flat = replace(self.scales, shape=self.grid).piece(slice(first, (stop - 1) // height + 1)).floats()
-        scales = flat[np.arange(start, stop) // height - first]
-        if scales.shape[1] > 1:
-            scales = np.repeat(scales, width, axis=1)[:, :columns]
-        out *= scales
+        block_rows = np.arange(start, stop) // height
+
+        def spread(flat: NDArray[Any]) -> NDArray[Any]:
+            by_row = flat[block_rows - block_rows[0]]
+            return by_row if by_row.shape[1] == 1 else np.repeat(by_row, width, axis=1)[:, :columns]
+
+        here = slice(start // height, (stop - 1) // height + 1)
+        if self.zeros is not None:
+            out -= spread(replace(self.zeros, shape=self.grid).piece(here).integers())
+        out *= spread(replace(self.scales, shape=self.grid).piece(here).floats())
         return out
 
 
@@ -99,7 +110,11 @@ def scaled_matrix(
             f"{scales.file}: tensor {beside} has shape {list(scales.shape)}; for {rows} x {columns} numbers "
             f"it must hold one scale, a scale a row{blocks} or a scale a group of a row"
         )
-    return (rows, columns), Scaled(levels, scales, grid, size)
+    zeros = stored.get(f"{name}_zero_point") if levels.kind == "I8" else None
+    if zeros is not None:
+        require(stored, f"{name}_zero_point", ("I8",), (scales.shape,), name)
+    shifted = zeros is not None and zeros.data.any()
+    return (rows, columns), Scaled(levels, scales, grid, size, zeros if shifted else None)
 
 
 def _grid(
@@ -108,7 +123,7 @@ def _grid(
     """The scales' (row blocks, column blocks) and the block they stand for; None when they fit nothing."""
     if block is not None:
         grid = (-(-rows // block[0]), -(-columns // block[1]))
-        if shape == grid:
+        if shape in (grid, (grid[0], 1, grid[1], 1)):
             return grid, block
     if all(n == 1 for n in shape):
         return (1, 1), (rows, columns)

@@ -16,6 +16,7 @@ from rvllm.weights.gguf.blocks import dequantise
 
 _FLOATS = {"F32": TensorType.F32, "F16": TensorType.F16, "BF16": TensorType.BF16}
 FLOAT_KINDS = tuple(_FLOATS)
+_INTEGERS = {"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
 E8M0_BIAS = 127
 E8M0_NAN = 255
 
@@ -39,6 +40,12 @@ class StoredTensor:
     def words(self) -> NDArray[np.uint32]:
         """An I32 tensor's numbers, unsigned."""
         return self.data.view(np.uint32).reshape(self.shape)
+
+    def integers(self) -> NDArray[np.int64]:
+        """A small tensor's signed integers, int64 of its shape; raises ModelError where it has others."""
+        if self.kind not in _INTEGERS:
+            raise ModelError(f"{self.file}: {self.kind} at byte {self.offset}, integers must be there")
+        return self.data.view(_INTEGERS[self.kind]).astype(np.int64).reshape(self.shape)
 
     def floats(self) -> NDArray[np.float32]:
         """The numbers of a small tensor of scales, float32 of its shape.
