@@ -140,6 +140,12 @@ class EngineConfig:
         low=0.0,
     )
     gpu_memory_utilization: float = setting(0.90, "Share of the GPU's memory to take.", low=0.01, high=1.0)
+    gpu_memory_share: float | None = setting(
+        None,
+        "Share of the GPU's memory that this server takes, whatever others have in use: in place of --gpu-memory-utilization, for several servers on one GPU.",
+        low=0.01,
+        high=1.0,
+    )
     gpu_memory_reserve_gb: float = setting(
         0.0, "GB of GPU memory that stay free, even where that share would take them.", low=0.0
     )

@@ -24,6 +24,7 @@ from rvllm.errors import CapacityError, RvllmError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
+from rvllm.ray.config import ModelSpec
 from support.kernels.gpu_engine import needs_gpu
 from support.kernels.planned import H100, QWEN_7B, planner, program
 
@@ -69,6 +70,28 @@ def test_both_memory_flags_hold_for_all_that_is_taken(flags: dict[str, float], m
     assert budget.used == TOTAL - FREE
     taken = budget.used + budget.ours
     assert taken == (most - HEADROOM if most > budget.used else budget.used)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_engines_that_share_a_card_get_equal_parts_whoever_comes_first(count: int) -> None:
+    """As Ray's replicas on a part of a GPU: each takes its share, all together what one would take alone."""
+    context = 400 << 20  # of the driver, for each process
+    config = ModelSpec("m", gpus=1 / count).engine_config()
+    free, parts = TOTAL, []
+    for _ in range(count):
+        free -= context
+        parts.append(budget_of(config, free, TOTAL).ours)
+        free -= parts[-1] + HEADROOM
+    assert max(parts) - min(parts) <= (context if count == 1 else 0)
+    assert abs(sum(parts) + count * HEADROOM - int(0.9 * TOTAL)) <= 500 << 20 and free > 0
+    last = budget_of(EngineConfig(gpu_memory_share=0.5, gpu_memory_reserve_gb=8.0), 10 * GB, TOTAL)
+    assert last.ours == 2 * GB - HEADROOM, "what others have, and what stays free, is not there to take"
+
+
+def test_a_share_that_is_too_small_says_so() -> None:
+    config = EngineConfig(gpu_memory_share=0.02)
+    with pytest.raises(CapacityError, match=r"raise --gpu-memory-share to 0\.\d\d"):
+        planner(program(), H100, config, budget_of(config, FREE // 2, TOTAL))
 
 
 @pytest.mark.parametrize("blocks", [None, 2000])

@@ -35,9 +35,10 @@ def test_it_survives_the_way_to_another_process() -> None:
 
 
 def test_a_share_of_a_gpu_is_a_share_of_its_memory() -> None:
-    assert parse(model(gpus=0.5)).models[0].engine_config().gpu_memory_utilization == 0.45
-    given = parse(model(gpus=0.5, engine={"gpu_memory_utilization": 0.3}))
-    assert given.models[0].engine_config().gpu_memory_utilization == 0.3
+    assert parse(model(gpus=0.5)).models[0].engine_config().gpu_memory_share == 0.45
+    given = parse(model(gpus=0.5, engine={"gpu_memory_share": 0.3}))
+    assert given.models[0].engine_config().gpu_memory_share == 0.3
+    assert parse(model(gpus=1)).models[0].engine_config().gpu_memory_share is None
     assert parse(model(gpus=0)).models[0].engine_config().device == "cpu"
 
 
@@ -58,6 +59,7 @@ def test_state_needs_one_place() -> None:
         (model(replicas={"minimum": 3}), "minimum"),
         (model(replicas={"max": 3, "look_back": 5}), "look_back must be above 10 s"),
         (model(gpus=2), "runs on one GPU"),
+        (model(gpus=0.5, engine={"gpu_memory_utilization": 0.3}), "give gpu_memory_share"),
         ({**model(), "server": {"port": 8000}}, "port is not set here"),
         ({**model(), "server": {"max_queue": "many"}}, "max-queue"),
         ({**model(), "frontends": 0}, "frontends must be at least 1"),

@@ -20,7 +20,7 @@ from rvllm.weights.checkpoint import Checkpoint
 
 # Settings that mean something on one kind of device only.
 GPU_ONLY = (
-    "gpu_memory_utilization", "gpu_memory_reserve_gb", "gemm_strategy", "decode_path",
+    "gpu_memory_utilization", "gpu_memory_share", "gpu_memory_reserve_gb", "gemm_strategy", "decode_path",
     "capture_graphs", "check_device_memory",
 )  # fmt: skip
 CPU_ONLY = ("threads", "cpu_kernels")

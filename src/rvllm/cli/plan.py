@@ -26,7 +26,7 @@ FLAGS = (
 MEMORY_FLAGS = (
     "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks",
     "num_gpu_blocks", "kv_cache_memory_gb", "num_cpu_blocks", "num_state_snapshots", "enable_prefix_caching",
-    "gpu_memory_utilization", "gpu_memory_reserve_gb", "decode_path",
+    "gpu_memory_utilization", "gpu_memory_share", "gpu_memory_reserve_gb", "decode_path",
 )  # fmt: skip
 DEFAULT_CONTEXT = 1024
 DEFAULT_TEXT = 128  # tokens of an encoder's texts

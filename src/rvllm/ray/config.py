@@ -78,8 +78,12 @@ class ModelSpec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         """The engine's settings. Raises UsageError naming the model and the setting."""
         given = dict(self.engine)
         if 0 < self.gpus < 1:  # several engines share the card
-            share = EngineConfig.gpu_memory_utilization * self.gpus
-            given.setdefault("gpu_memory_utilization", round(share, 4))
+            if "gpu_memory_utilization" in given:
+                raise UsageError(
+                    f"models: {self.name}: engine: gpu_memory_utilization counts what others on the card "
+                    "have in use; with a share of a card give gpu_memory_share"
+                )
+            given.setdefault("gpu_memory_share", round(EngineConfig.gpu_memory_utilization * self.gpus, 4))
         if self.gpus == 0:
             given.setdefault("device", "cpu")
         return _settings(EngineConfig, given, f"models: {self.name}: engine")

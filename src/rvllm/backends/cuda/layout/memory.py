@@ -56,11 +56,15 @@ class Budget:
 def budget_of(config: EngineConfig, free: int, total: int) -> Budget:
     """What --gpu-memory-utilization and --gpu-memory-reserve-gb leave: both limits hold.
 
-    Utilization is a share of the whole card, other processes' memory included; the reserve stays free. What
-    the driver takes for kernels and graphs comes out of HEADROOM, so that both limits hold for all of it.
+    Utilization is a share of the whole card, other processes' memory included (--gpu-memory-share: without);
+    the reserve stays free. What the driver takes for kernels and graphs comes out of HEADROOM, so that both
+    limits hold for all of it.
     """
     used = total - free
-    share = int(total * config.gpu_memory_utilization) - used
+    if config.gpu_memory_share is not None:
+        share = int(total * config.gpu_memory_share)
+    else:
+        share = int(total * config.gpu_memory_utilization) - used
     room = min(share, free - int(config.gpu_memory_reserve_gb * GB))
     return Budget(total, used, max(0, room - HEADROOM))
 
@@ -271,11 +275,13 @@ def _turns(
     most = (budget.ours - fixed) // block_bytes
     found: list[str] = []
     free = budget.total - budget.used
-    share = math.ceil((budget.used + needed + HEADROOM) / budget.total * 100) / 100
+    own = config.gpu_memory_share
+    flag, others = ("--gpu-memory-share", 0) if own else ("--gpu-memory-utilization", budget.used)
+    share = math.ceil((others + needed + HEADROOM) / budget.total * 100) / 100
     reserve = math.floor((free - needed - HEADROOM) / GB * 10) / 10
     if reserve >= 0 and share <= 1:
-        if share > config.gpu_memory_utilization:
-            found.append(f"raise --gpu-memory-utilization to {share:.2f}")
+        if share > (own or config.gpu_memory_utilization):
+            found.append(f"raise {flag} to {share:.2f}")
         if reserve < config.gpu_memory_reserve_gb:
             lowered = f"--gpu-memory-reserve-gb to {reserve:g}"
             found = [f"{found[0]} and lower {lowered}" if found else f"lower {lowered}"]
