@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import rvllm.ray
 from rvllm.cli.main import main
 from rvllm.errors import UsageError
 from rvllm.ray.config import Replicas, load, parse, plain
@@ -103,3 +104,9 @@ def test_without_the_extra_the_command_says_what_to_install(
     file.write_text("models: [{name: a}]")
     assert main(["ray", "serve", str(file)]) == 2
     assert "pip install" in capsys.readouterr().err
+
+
+def test_no_module_hides_what_an_import_path_names() -> None:
+    """A submodule of the same name takes the function's place as soon as something imports it."""
+    modules = {path.stem for path in Path(rvllm.ray.__file__).parent.glob("*.py")}
+    assert callable(rvllm.ray.app) and not {"app", "build_app"} & modules

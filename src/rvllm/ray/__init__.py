@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def build_app(config: RayConfig) -> Any:
     """The Serve application for a configuration. Raises UsageError without the extra."""
-    from rvllm.ray.app import application
+    from rvllm.ray.application import application
 
     return application(config)
 

@@ -27,7 +27,7 @@ current_session: ContextVar[str | None] = ContextVar("rvllm_session", default=No
 
 
 class Fleet(Protocol):
-    """What crosses to replicas; `rvllm.ray.app` makes one of a DeploymentHandle."""
+    """What crosses to replicas; `rvllm.ray.fleet` makes one of a DeploymentHandle."""
 
     def stream(self, request: Generate | Embed, session: str | None) -> Any:
         """An async iterator of lists of Outputs from one replica, with a `cancel` method."""
