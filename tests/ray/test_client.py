@@ -10,6 +10,7 @@ import pytest
 
 from rvllm.engine.ipc.messages import Generate, ModelFacts, Output, Ready, Sampling, SequenceState, State
 from rvllm.errors import EngineDeadError, UnavailableError
+from rvllm.ray import client
 from rvllm.ray.client import ReplicatedEngine, current_session, merged_state, merged_stats
 from rvllm.telemetry.stats import Stats
 
@@ -117,6 +118,11 @@ def test_other_tokens_are_not_mixed_in() -> None:
         ask(Replicas((TOKENS, 4), (other, None)))
 
 
+def test_an_answer_that_ends_before_what_the_client_has_is_none() -> None:
+    with pytest.raises(EngineDeadError, match="successor's answer is shorter"):
+        ask(Replicas((TOKENS, 6), (TOKENS[:4], None)))
+
+
 def test_a_request_that_ends_every_replica_is_given_up() -> None:
     replicas = Replicas((TOKENS, 1), (TOKENS, 1), (TOKENS, 1))
     with pytest.raises(EngineDeadError, match="each that took over"):
@@ -194,3 +200,27 @@ def test_no_answer_is_unavailable() -> None:
         engine.close()
 
     asyncio.run(run())
+
+
+def test_a_replica_that_hangs_does_not_end_the_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(client, "QUESTION_SECONDS", 0.01)
+
+    class Hanging(Replicas):
+        looks = 0
+
+        async def ask_all(self, method: str) -> list[Any]:
+            Hanging.looks += 1
+            if Hanging.looks < 3:
+                await asyncio.sleep(600)
+            return []
+
+    async def run() -> list[str]:
+        engine, seen = ReplicatedEngine(Hanging(), READY, 0), []
+        while engine.status == "ready" or not seen:
+            seen.append(engine.status)
+            await asyncio.sleep(0.005)
+        engine.close()
+        return seen
+
+    assert set(asyncio.run(run())) == {"ready"} and Hanging.looks >= 3

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from rvllm.engine.blocks import BlockManager
+from rvllm.ray import routing
 from rvllm.ray.routing import STALE_SECONDS, Policy, PrefixIndex, digests, home_of
 
 BLOCK = 16
@@ -26,6 +27,10 @@ def send(
     policy.place(("way", name), chosen, blocks, 0.0)
     policy.confirm(("way", name), name)
     return chosen
+
+
+def policy_held(policy: Policy) -> int:
+    return sum(map(len, policy.index._held.values()))
 
 
 def test_hashes_are_those_of_the_engine() -> None:
@@ -61,6 +66,21 @@ def test_the_index_is_a_set_of_least_recently_used_blocks() -> None:
             if count:
                 expected[replica] = count
         assert index.matches(asked, model) == expected
+
+
+def test_what_is_remembered_of_all_replicas_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One replica may fill the bound; when others come, it gives room in steps and not at once."""
+    monkeypatch.setattr(routing, "MAX_BLOCKS", 3000)
+    policy, held, drops = Policy(), policy_held, list[int]()
+    for number in range(700):
+        name = "abc"[number % 3 if number > 350 else 0]
+        blocks, before = digests(prompt(number, 161), BLOCK), held(policy)
+        policy.place(number, name, blocks, 0.0)
+        policy.confirm(number, number)
+        drops.append(before + len(blocks) - held(policy))
+        if number == 350:
+            assert held(policy) == 3000
+    assert 2900 <= held(policy) <= 3000 and max(drops) <= 2 * 10 + 100
 
 
 def test_a_known_prefix_draws_its_requests_and_new_ones_spread() -> None:

@@ -66,7 +66,12 @@ class ReplicatedEngine:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             try:
-                self._running = bool(await self._fleet.ask_all("ready"))
+                async with asyncio.timeout(QUESTION_SECONDS):
+                    self._running = bool(await self._fleet.ask_all("ready"))
+            except (
+                TimeoutError
+            ):  # one that hangs keeps the answers of all back, and says nothing of the others
+                continue
             except Exception:  # whatever Ray raises when it has nobody to ask
                 self._running = False
 
@@ -179,6 +184,8 @@ class _Given:
         if known != output.token_ids[: len(known)]:
             raise EngineDeadError("the replica that answered was lost, and its successor's tokens differ")
         self._again += len(output.token_ids)
+        if output.finish_reason not in (None, "error") and self._again < len(self._tokens):
+            raise EngineDeadError("the replica that answered was lost, and its successor's answer is shorter")
         output.request_id = self._name
         new = output.token_ids[len(known) :]
         self._tokens += new

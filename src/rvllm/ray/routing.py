@@ -23,6 +23,7 @@ from rvllm.engine.blocks import ROOT, Digest, chain
 Replica = str
 STALE_SECONDS = 30.0  # a placement that was neither confirmed nor ended is forgotten after so long
 CAPACITY = 100_000  # blocks that a replica is believed to hold before it has said how many
+MAX_BLOCKS = 2_000_000  # that are remembered of all replicas: a gigabyte
 
 
 def digests(tokens: Sequence[int], block_size: int) -> list[Digest]:
@@ -65,7 +66,9 @@ class PrefixIndex:
             held[block] = None
             held.move_to_end(block)
             self._holders.setdefault(block, set()).add(replica)
-        while len(held) > capacity:
+        for _ in range(
+            min(len(held) - capacity, 2 * len(blocks) + 100)
+        ):  # a smaller capacity is reached in steps
             self._drop(replica, held.popitem(last=False)[0])
 
     def forget(self, replica: Replica) -> None:
@@ -129,7 +132,8 @@ class Policy:
         self._on_their_way[key] = (replica, now)
         self._load[replica] += 1
         if self.prefix:
-            self.index.add(replica, blocks, self.capacity.get(replica, CAPACITY))
+            room = min(self.capacity.get(replica, CAPACITY), MAX_BLOCKS // len(self._load))
+            self.index.add(replica, blocks, room)
         while now - (oldest := next(iter(self._on_their_way.items())))[1][1] > STALE_SECONDS:
             self.withdraw(oldest[0])
 
