@@ -8,11 +8,8 @@
 //         there are two accumulators for blocks of K in turns. grid (2, token tiles, row strips)
 //
 // The order of every sum is that of gemm_sm90.cu.
-#include "gemm/fp8/fp8.cuh"
 #include "gemm/fp8/tall_epilogue.cuh"
-#include "gemm/mainloop.cuh"
-#include "gemm/tile_scheduler.cuh"
-#include "ptx/wgmma_fp8.cuh"
+#include "gemm/fp8/tall_mainloop.cuh"
 
 namespace rvllm::fp8 {
 
@@ -23,20 +20,7 @@ inline constexpr int GROUP_BARRIER = 8;  // of the first warpgroup; see Named in
 enum Mode { ONE, PAIR };
 
 template <int ROWS, Mode MODE>
-struct OverlappedLayout {
-  static constexpr int TOKENS = 128, CONSUMERS = 256, THREADS = CONSUMERS + 128, ROW_TILES = ROWS / TILE;
-  static constexpr int WEIGHTS = ROW_TILES * TILE_BYTES, X = TOKENS * BLOCK_K;
-  static constexpr int WEIGHT_SCALES = ROW_TILES * 32, SCALES = WEIGHT_SCALES + TOKENS * 4, STAGE = WEIGHTS + X + SCALES;
-  static constexpr int STAGED = 16 * ROWS * 2;               // a warp's outputs on their way out
-  static constexpr int TOTALS = MODE == ONE ? 0 : ROWS / 2 * 32 * 4;  // a warp's sums of the segments before
-  static constexpr int ROOM = TOTALS > STAGED ? TOTALS : STAGED;
-  static constexpr int BARRIERS = 128, LIMIT = 232448;
-  static constexpr int STAGES = (LIMIT - BARRIERS - CONSUMERS / 32 * ROOM) / STAGE;
-  static constexpr int BYTES = STAGES * STAGE + CONSUMERS / 32 * ROOM + BARRIERS;
-  static constexpr int SHARERS = MODE == PAIR ? 1 : 2;  // blocks that a load of weights is for
-  static_assert(STAGES >= 3 && STAGES * 16 <= BARRIERS && SCALES % 16 == 0);
-  static_assert(MODE != PAIR || CONSUMERS / 32 * TOTALS <= STAGES * (WEIGHTS + X));
-};
+using Overlapped = TallLayout<ROWS, MODE != ONE, MODE == PAIR ? 1 : 2, MODE == ONE ? WHOLE : TURNS, true>;
 
 // The tile of a PAIR's cluster.
 template <int ROW_TILES>
@@ -49,179 +33,6 @@ struct OneTile {
     const bool more = left;
     left = false;
     return more;
-  }
-};
-
-// One thread: fills the ring with blocks [first, last) of K. Weights first, which depend on no kernel before this one.
-template <class L, class Scheduler>
-__device__ __forceinline__ void produce(const TensorMap& x, const u8* __restrict__ weights, const float* __restrict__ block_scales,
-                                        const float* x_scales, int x_pitch, Scheduler scheduler, Ring ring, u32 scales, int rows,
-                                        int blocks, int first, int last) {
-  using namespace ptx;
-  constexpr u16 BOTH = 3;
-  const int rank = blockIdx.x % 2, tiles = (rows + TILE - 1) / TILE;
-  const u64 hint = scheduler.pairs > 1 ? EVICT_NORMAL : EVICT_FIRST;
-  const auto load_weights = [&](const WorkTile& t, int k, const Ring& at) {
-    const auto source = [&](int i) { return weights + (static_cast<u64>(min(t.row_tile + i, tiles - 1)) * blocks + k) * TILE_BYTES; };
-    const u32 bar = at.full(at.stage), dst = at.weights_at();
-    const int scaled = block_scales ? min(L::ROW_TILES, tiles - t.row_tile) * 32 : 0;
-    mbar_arrive_expect(bar, L::WEIGHTS + L::X + L::TOKENS * 4 + scaled);
-    if constexpr (L::SHARERS == 1) {
-#pragma unroll
-      for (int i = 0; i < L::ROW_TILES; i++) bulk_load(dst + i * TILE_BYTES, source(i), TILE_BYTES, bar, EVICT_NORMAL);
-    } else {
-      bulk_load_multicast(dst + rank * TILE_BYTES, source(rank), TILE_BYTES, bar, BOTH, hint);
-      if constexpr (L::ROW_TILES == 3) {
-        const int half = rank * (TILE_BYTES / 2);
-        bulk_load_multicast(dst + 2 * TILE_BYTES + half, source(2) + half, TILE_BYTES / 2, bar, BOTH, hint);
-      }
-    }
-    if (scaled)
-      bulk_load(scales + at.stage * L::SCALES, block_scales + (static_cast<u64>(k) * tiles + t.row_tile) * 8, scaled, bar, EVICT_NORMAL);
-  };
-  const auto load_x = [&](const WorkTile& t, int k, const Ring& at) {
-    const u32 bar = at.full(at.stage);
-    tensor_load_2d(at.x_at(), &x, k * (BLOCK_K / 2), t.token0, bar);  // the map's elements are pairs of bytes
-    bulk_load(scales + at.stage * L::SCALES + L::WEIGHT_SCALES, x_scales + static_cast<size_t>(k) * x_pitch + t.token0,
-              L::TOKENS * 4, bar, EVICT_NORMAL);
-  };
-  WorkTile t;
-  bool more = scheduler.next(t);
-  int ahead = more ? min(ring.stages, last - first) : 0;
-  for (Ring r = ring; r.stage < ahead; r.stage++) load_weights(t, first + r.stage, r);
-  griddep_wait();
-  for (int k = first; k < first + ahead; k++) {
-    load_x(t, k, ring);
-    ring.advance();
-  }
-  while (more) {
-    for (int k = first + ahead; k < last; k++) {
-      mbar_wait(ring.empty(ring.stage), ring.phase ^ 1);
-      load_weights(t, k, ring);
-      load_x(t, k, ring);
-      ring.advance();
-    }
-    ahead = 0;
-    more = scheduler.next(t);
-  }
-}
-
-// A warpgroup's sums of one work tile after another.
-template <class T, int ROWS, Mode MODE>
-struct Consumer {
-  using L = OverlappedLayout<ROWS, MODE>;
-  static constexpr int REGS = ROWS / 2;
-  const float *block_scales, *row_scales;
-  int tiles, group, warp, lane;
-  u32 scales;
-  Ring ring;
-  float sum[ROWS / 2];
-
-  __device__ __forceinline__ void release_stage(int stage) { release<L::SHARERS>(ring, stage, lane); }
-
-  // Queues the products of one stage.
-  __device__ __forceinline__ void multiply(float (&acc)[REGS], int stage) {
-    const u32 a = ring.x + stage * ring.x_pitch + group * (64 * BLOCK_K), b = ring.weights + stage * ring.weights_pitch;
-    ptx::wgmma_pin(acc);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int j = 0; j < BLOCK_K / 32; j++)
-      ptx::wgmma_e4m3<ROWS>(acc, ptx::wgmma_operand(a + 32 * j), ptx::wgmma_operand(b + 32 * j), j > 0);
-    ptx::wgmma_commit();
-    ptx::wgmma_pin(acc);
-  }
-  // Waits for the ring's next stage and returns its number.
-  __device__ __forceinline__ int take() {
-    const int stage = ring.stage;
-    ptx::mbar_wait(ring.full(stage), ring.phase);
-    ring.advance();
-    return stage;
-  }
-  __device__ __forceinline__ float2 scales_of_tokens(int stage) const {
-    const u32 at = scales + stage * L::SCALES + L::WEIGHT_SCALES + (group * 64 + warp % 4 * 16 + lane / 4) * 4;
-    float2 v;
-    asm volatile("ld.shared.f32 %0, [%2];\n\tld.shared.f32 %1, [%2 + 32];" : "=f"(v.x), "=f"(v.y) : "r"(at));
-    return v;
-  }
-  // Adds what `acc` has come to, of a stage.
-  __device__ __forceinline__ void promote(float (&acc)[REGS], int stage, float2 x) {
-    ptx::wgmma_pin(acc);
-    if (block_scales) {
-#pragma unroll
-      for (int q = 0; q < ROWS / 32; q++) {  // four groups of eight rows
-        float w[4];
-        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(w[0]), "=f"(w[1]), "=f"(w[2]), "=f"(w[3])
-                     : "r"(scales + stage * L::SCALES + q * 16));
-#pragma unroll
-        for (int i = 0; i < 16; i++) {
-          float& s = sum[16 * q + i];
-          s = fmaf(acc[16 * q + i], __fmul_rn(i / 2 % 2 ? x.y : x.x, w[i / 4]), s);
-        }
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < REGS; i++) sum[i] = fmaf(acc[i], i / 2 % 2 ? x.y : x.x, sum[i]);
-    }
-  }
-
-  // Sums `count` blocks of K, of the rows from 64-row tile `tile` on.
-  __device__ __forceinline__ void segment(int count, int tile) {
-    using namespace ptx;
-    if (row_scales && lane < ROWS / 32)
-      asm volatile("prefetch.global.L1 [%0];" ::"l"(row_scales + min(tile + lane / 2, tiles - 1) * TILE + lane % 2 * 32));
-#pragma unroll
-    for (int i = 0; i < ROWS / 2; i++) sum[i] = 0.f;
-    if constexpr (MODE == ONE) {
-      float acc[REGS];
-#pragma unroll 1
-      for (int k = 0; k < count; k++) {
-        const int stage = take();
-        multiply(acc, stage);
-        const float2 x = scales_of_tokens(stage);
-        wgmma_wait<0>();
-        promote(acc, stage, x);
-        release_stage(stage);
-      }
-    } else {  // the accumulators are blocks of K in turns
-      float first[REGS], second[REGS];
-      const auto finish = [&](float(&acc)[REGS], int stage) {
-        promote(acc, stage, scales_of_tokens(stage));
-        release_stage(stage);
-      };
-      int at_first = take(), at_second, k = 0;
-      multiply(first, at_first);
-#pragma unroll 1
-      for (; k + 2 < count; k += 2) {
-        at_second = take();
-        multiply(second, at_second);
-        wgmma_wait<1>();
-        finish(first, at_first);
-        at_first = take();
-        multiply(first, at_first);
-        wgmma_wait<1>();
-        finish(second, at_second);
-      }
-      if (k + 1 < count) {
-        at_second = take();
-        multiply(second, at_second);
-        wgmma_wait<1>();
-        finish(first, at_first);
-        wgmma_wait<0>();
-        finish(second, at_second);
-      } else {
-        wgmma_wait<0>();
-        finish(first, at_first);
-      }
-    }
-    if (row_scales) {
-#pragma unroll
-      for (int j = 0; j < ROWS / 8; j++) {
-        const float* const at = row_scales + min(tile + j / 8, tiles - 1) * TILE + j % 8 * 8 + lane % 4 * 2;
-        const float2 by_row = __ldg(reinterpret_cast<const float2*>(at));
-#pragma unroll
-        for (int i = 0; i < 4; i++) sum[4 * j + i] = __fmul_rn(sum[4 * j + i], i % 2 ? by_row.y : by_row.x);
-      }
-    }
   }
 };
 
@@ -286,18 +97,17 @@ struct SchedulerOf<PAIR, ROW_TILES> {
 // x: tensor map of e4m3 [>= tokens, pitch] in boxes of 128 bytes x 128 rows, 128-byte swizzle. The other parameters are those of
 // gemm in gemm_sm90.cu; x_rows and x_width are not looked at.
 template <class T, int ROWS, Mode MODE>
-__global__ void __launch_bounds__(OverlappedLayout<ROWS, MODE>::THREADS, 1)
+__global__ void __launch_bounds__(Overlapped<ROWS, MODE>::THREADS, 1)
     gemm_overlapped(const __grid_constant__ TensorMap x, const u8* __restrict__ weights, const float* __restrict__ block_scales,
               const float* __restrict__ row_scales, const void* x_rows, const float* x_scales, int x_width, int x_pitch,
               void* out, const void* bias, const void* residual, int kind, int tokens, int rows, int pitch, float scale,
               float soft_cap, int blocks, int segments) {
-  using L = OverlappedLayout<ROWS, MODE>;
+  using L = Overlapped<ROWS, MODE>;
+  static_assert(MODE != PAIR || L::CONSUMERS / 32 * L::TOTALS <= L::ROOM_AT);
   using namespace ptx;
   extern __shared__ __align__(1024) u8 shared[];
-  constexpr int X_AT = L::STAGES * L::WEIGHTS, ROOM_AT = X_AT + L::STAGES * L::X;
-  constexpr int SCALES_AT = ROOM_AT + L::CONSUMERS / 32 * L::ROOM, BARRIERS_AT = SCALES_AT + L::STAGES * L::SCALES;
   const u32 base = smem(shared);
-  const Ring ring{L::STAGES, base, base + X_AT, L::WEIGHTS, L::X, base + BARRIERS_AT};
+  const Ring ring = tall_ring<L>(base);
   const Epilogue e{out, bias, residual, kind, tokens, rows, pitch, scale, soft_cap};
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   // The segments of this block; of a PAIR, the first block has as many as the second or one more.
@@ -319,9 +129,9 @@ __global__ void __launch_bounds__(OverlappedLayout<ROWS, MODE>::THREADS, 1)
     const int storer = threadIdx.x - L::CONSUMERS - 32;
     if (MODE != PAIR && kind != LOGITS && storer >= 0) {
       griddep_wait();
-      store_tiles<T, ROWS, L>(e, scheduler, shared + ROOM_AT, storer);
+      store_tiles<T, ROWS, L>(e, scheduler, shared + L::ROOM_AT, storer);
     } else if (storer == -32) {
-      produce<L>(x, weights, block_scales, x_scales, x_pitch, scheduler, ring, base + SCALES_AT, rows, blocks,
+      produce<L>(x, weights, block_scales, x_scales, x_pitch, scheduler, ring, base + L::SCALES_AT, rows, blocks,
                  segment_start(blocks, segments, from), segment_start(blocks, segments, to));
     }
     __syncwarp();
@@ -330,8 +140,8 @@ __global__ void __launch_bounds__(OverlappedLayout<ROWS, MODE>::THREADS, 1)
     registers_raise<224>();
     griddep_wait();
     const int group = warp / 4;
-    const u32 totals = base + ROOM_AT + warp * L::ROOM + lane * 16;
-    Consumer<T, ROWS, MODE> c{block_scales, row_scales, (rows + TILE - 1) / TILE, group, warp, lane, base + SCALES_AT, ring, {}};
+    const u32 totals = base + L::ROOM_AT + warp * L::ROOM + lane * 16;
+    TallConsumer<L> c{block_scales, row_scales, (rows + TILE - 1) / TILE, group, warp, lane, base + L::SCALES_AT, ring, {}};
     WorkTile t;
     while (scheduler.next(t)) {
       for (int s = from; s < to; s++) {
@@ -351,7 +161,7 @@ __global__ void __launch_bounds__(OverlappedLayout<ROWS, MODE>::THREADS, 1)
         write_logits<T, ROWS>(e, c.sum, lane, row0, token0 + warp % 4 * 16);
         continue;
       }
-      u8* const staging = shared + ROOM_AT + group * 4 * L::ROOM;
+      u8* const staging = shared + L::ROOM_AT + group * 4 * L::ROOM;
       if (MODE != ONE) bar_sync(GROUP_BARRIER + group, 128);  // all of the group's totals have been read
       stage_tokens<T, ROWS>(e, c.sum, smem(staging), warp, lane, row0);
       if constexpr (MODE == PAIR) {

@@ -87,7 +87,7 @@ def smem_of(mode: str, tokens: int, held_blocks: int, most: int = MAX_STAGES) ->
 
 
 def tall_smem(mode: str) -> int:
-    """Dynamic shared memory in bytes; mirrors the layouts of gemm_sm90_{tall,overlapped}.cu."""
+    """Dynamic shared memory in bytes; mirrors TallLayout in gemm/fp8/tall_mainloop.cuh."""
     rows, tokens, warps, barriers = TALL_ROWS[mode], 128, 8, 128
     stage = rows * BLOCK_K + tokens * BLOCK_K + rows // 2 + tokens * 4
     room = warps * rows * (64 if mode.endswith(("_sum", "_pair")) else 32)
