@@ -86,8 +86,8 @@ class Bed:
     ) -> Launch:
         """A launch of a plan over torch's memory."""
         pdl = bool(options.pop("pdl", True))
-        arguments = gemm.gemm_arguments(
-            plan, self.x_argument(plan, x, dtype), packed, out.data_ptr(), out.stride(0),
+        arguments = plan.arguments(
+            self.x_argument(plan, x, dtype), packed, out.data_ptr(), out.stride(0),
             x_width=x.shape[1], x_pitch=x.stride(0), **options,
         )  # fmt: skip
         launch = Launch(

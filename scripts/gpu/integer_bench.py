@@ -63,7 +63,7 @@ class Integers:
                 source, x.shape[0], k, x.stride(0) * 2, plan.token_tile, 64, x.dtype == torch.bfloat16
             )
         options = {"x_width": k, "x_pitch": x.stride(0), **options}
-        arguments = integer.integer_arguments(plan, source, weights, out.data_ptr(), out.stride(0), **options)
+        arguments = plan.arguments(source, weights, out.data_ptr(), out.stride(0), **options)
         launch = Launch(
             self.functions[plan.kernel, tag], plan.block, plan.smem, arguments, pdl=pdl, cluster=plan.cluster
         )
@@ -115,7 +115,7 @@ def check_shape(ints, rng, dtype: str, kind: np.dtype, layout: IntegerLayout, n:
         for tokens in (300, size, max(1, size - 3)):
             short = dtype
             if mode == "sm80":
-                plan = integer.variant_sm80(n, k, tokens, short, layout, size)
+                plan = integer.variant(n, k, tokens, short, layout, "sm80", size, 132)
             else:
                 plan = integer.variant(n, k, tokens, short, layout, mode, size, 132, cluster)
             out = torch.full((303, n), float("nan"), device="cuda")

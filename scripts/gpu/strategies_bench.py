@@ -45,7 +45,7 @@ class Cutlass:
     def launch(self, plan: cutlass.CutlassPlan, x: torch.Tensor, packed: int, out: torch.Tensor, dtype: str,
                **options: object) -> Launch:  # fmt: skip
         source = TensorMap.matrix(x.data_ptr(), *x.shape, x.stride(0) * 2, plan.box_rows, 64, dtype == "bf16")
-        arguments = cutlass.cutlass_arguments(plan, source, packed, out.data_ptr(), out.stride(0), **options)
+        arguments = plan.arguments(source, packed, out.data_ptr(), out.stride(0), **options)
         launch = Launch(
             self.bed.functions[plan.kernel], plan.block, plan.smem, arguments, cluster=plan.cluster
         )

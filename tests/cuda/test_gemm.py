@@ -46,7 +46,6 @@ def test_packing_follows_the_documented_offsets(n: int, k: int) -> None:
     at = (row // 64 * blocks + column // 64) * 8192 + row % 64 * 128 + chunk * 16 + column % 8 * 2
     assert np.array_equal(words[at // 2], weight)
     assert np.count_nonzero(words) == np.count_nonzero(weight)  # all padding is zero
-    assert np.array_equal(gemm.unpack_matrix(packed, n, k), weight)
 
 
 def test_gate_and_up_take_turns_of_eight_rows() -> None:
@@ -60,10 +59,8 @@ def test_gate_and_up_take_turns_of_eight_rows() -> None:
 @given(SHAPES)
 def test_segments_cover_k_and_fit_a_cluster(shape: tuple[int, int]) -> None:
     blocks, segments = -(-shape[1] // 64), gemm.segments_of(*shape)
-    bounds = gemm.segment_bounds(blocks, segments)
-    assert bounds[0] == 0 and bounds[-1] == blocks and 1 <= segments <= gemm.MAX_SEGMENTS
-    sizes = np.diff(bounds)
-    assert sizes.min() >= 1 and sizes.max() - sizes.min() <= 1
+    # The kernels cut K as segment_start says: segment s is of blocks * s // segments on.
+    assert 1 <= segments <= min(blocks, gemm.MAX_SEGMENTS)
 
 
 @settings(max_examples=80)

@@ -209,8 +209,8 @@ class Product:
         short, tile = SHORT[self.dtype.name], 16
         plan = gemm.variant(self.rows, k, tokens, short, "sm80", tile, 132)
         out = self.gpu.empty((tokens, width), self.dtype)
-        args = gemm.gemm_arguments(
-            plan, self.gpu.array(self.x.astype(self.dtype)), self.gpu.array(self.packed), out, width,
+        args = plan.arguments(
+            self.gpu.array(self.x.astype(self.dtype)), self.gpu.array(self.packed), out, width,
             kind=kind, bias=None, residual=None, scale=scale, soft_cap=soft_cap, x_width=k, x_pitch=k,
         )  # type: ignore[arg-type]  # fmt: skip
         self.gpu.launch(plan.kernel, plan.grid, plan.block, args, sm80_smem(tile))

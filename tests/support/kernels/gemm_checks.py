@@ -45,8 +45,8 @@ class Product:
             out.put(given)
             options["residual"] = out
         x = gpu.array(self.x[:tokens].astype(self.dtype))
-        args = gemm.gemm_arguments(
-            plan, x, self.packed, out, pitch, kind=kind, x_width=self.k, x_pitch=self.k, **options
+        args = plan.arguments(
+            x, self.packed, out, pitch, kind=kind, x_width=self.k, x_pitch=self.k, **options
         )  # fmt: skip
         args = [None if isinstance(a, int) and a == 0 else a for a in args]
         gpu.launch(plan.kernel, plan.grid, plan.block, args, sm80_smem(tile))
@@ -63,8 +63,8 @@ class Product:
         plan = gemm.variant(self.n, self.k, tokens, SHORT[self.dtype.name], "sm80", tile, 132)
         out = self.gpu.empty((tokens + GUARD, pitch), np.float32)
         x = self.gpu.array(self.x[:tokens].astype(self.dtype))
-        args = gemm.gemm_arguments(
-            plan, x, self.packed, out, pitch, kind=Kind.LOGITS, x_width=self.k, x_pitch=self.k,
+        args = plan.arguments(
+            x, self.packed, out, pitch, kind=Kind.LOGITS, x_width=self.k, x_pitch=self.k,
             residual=flag, **options,
         )  # fmt: skip
         args = [None if isinstance(a, int) and a == 0 else a for a in args]

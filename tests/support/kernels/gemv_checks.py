@@ -43,8 +43,8 @@ class Layer:
     def reference(self, x: Array, out: Array, residual: bool = False) -> None:
         """The same by the kernel for several tokens."""
         plan = gemm.variant(self.n, self.k, 1, SHORT[self.dtype.name], "sm80", 16, 132)
-        args = gemm.gemm_arguments(
-            plan, x, self.packed, out, self.width, bias=self.bias, residual=out if residual else None,
+        args = plan.arguments(
+            x, self.packed, out, self.width, bias=self.bias, residual=out if residual else None,
             kind=self.kind, scale=0.75 if residual else 1.0, x_width=self.k, x_pitch=self.k,
         )  # fmt: skip
         self.gpu.launch(plan.kernel, plan.grid, plan.block, args, sm80_smem(16))

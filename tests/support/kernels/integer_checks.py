@@ -73,9 +73,9 @@ def check_products(
         for tokens in sorted(sizes, reverse=True):
             for tile in SM80_TOKENS:
                 out = gpu.empty((tokens + GUARD, n), np.dtype(np.float32))
-                plan = integer.variant_sm80(n, k, tokens, SHORT[dtype.name], layout, tile)
-                args = integer.integer_arguments(
-                    plan, gpu.array(x[:tokens].astype(dtype)), packed, out, n, kind=1, x_width=k, x_pitch=k
+                plan = integer.variant(n, k, tokens, SHORT[dtype.name], layout, "sm80", tile, 132)
+                args = plan.arguments(
+                    gpu.array(x[:tokens].astype(dtype)), packed, out, n, kind=1, x_width=k, x_pitch=k
                 )
                 args = [None if isinstance(a, int) and a == 0 else a for a in args]
                 gpu.launch(plan.kernel, plan.grid, plan.block, args, sm80_smem(layout, tile))

@@ -20,7 +20,6 @@ class Catalog:
         self._cache_dir = cache_dir
         self._functions: dict[str, Function] = {}
         self._modules: list[Module] = []
-        self.compiled_seconds = 0.0
 
     def require(self, names: Iterable[str], progress: Callable[[int, int], None] | None = None) -> None:
         """Builds or reads, loads and resolves all `names`.
@@ -34,14 +33,11 @@ class Catalog:
             )
         new = [spec for spec in specs if spec.name not in self._functions]
         target = build.target_of(self.capability)
-        smem = {}
-        for spec in new:
-            smem[spec.source, spec.symbol] = spec
+        smem = {(spec.source, spec.symbol): spec for spec in new}
         units = released(build.units(new, target), self.capability)
         for cubin in build.load(units, self._cache_dir, progress=progress):
             module = Module(cubin.code)
             self._modules.append(module)
-            self.compiled_seconds += cubin.seconds
             for symbol, mangled in cubin.names.items():
                 found = smem.get((cubin.unit.source, symbol))
                 if found is None:  # of a release's unit, and not wanted

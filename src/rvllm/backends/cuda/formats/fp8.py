@@ -23,7 +23,7 @@ from rvllm.backends.cuda.formats.base import format_of
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.ops.family import Lowering
-from rvllm.backends.cuda.ops.gemm.epilogue import Epilogue, plan_product
+from rvllm.backends.cuda.ops.gemm.epilogue import Epilogue, plan_launch
 from rvllm.backends.cuda.staging import Staging
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.gemm.fp8.specs import BLOCK_K, QUANTISE_BLOCKS, QUANTISE_THREADS
@@ -137,7 +137,7 @@ class Fp8Device:
             x_pitch=op.x.width if plan.quantises else scale_pitch,
             **end.options(to, op),
         )
-        plan_product(to, name, plan, parameters)
+        plan_launch(to, name, plan, parameters)
 
     def _quantise(
         self, to: Lowering, name: str, op: Linear | Logits, k: int, pitch: int, capacity: int
@@ -177,7 +177,7 @@ class Fp8Device:
             scales=_format(op.weight).scales,
             **end.options(to, op),
         )
-        plan_product(to, name, plan, arguments)
+        plan_launch(to, name, plan, arguments)
 
 
 def quantised_buffers(stages: Sequence[Stage], capability: int) -> frozenset[str]:

@@ -29,7 +29,6 @@ from rvllm.backends.cuda.ops.gemm.common import (
     SMALL_WEIGHT,
     ProductPlan,
     ceil_div,
-    epilogue_arguments,
     fit,
     resident_grid,
 )
@@ -277,13 +276,13 @@ def fp8_arguments(
         out,
         bias,
         residual,
-        *epilogue_arguments(plan, pitch, **epilogue),
+        *plan.epilogue_arguments(pitch, **epilogue),
     ]
 
 
 def plan_widened(n: int, k: int, tokens: int, dtype: str, token_tile: int = 0) -> Fp8Plan:
     """The kernel for GPUs other than sm_90: weights alone are E4M3. token_tile: 0 for the one that fits."""
-    token_tile = token_tile or SM80_TOKENS[tokens > SM80_TOKENS[0]]
+    token_tile = token_tile or fit(SM80_TOKENS, tokens)
     return Fp8Plan(
         kernel=f"sm80_{dtype}_fp8_gemm_n{token_tile}",
         mode="sm80",
@@ -316,7 +315,5 @@ def widened_arguments(
     **options: Any,
 ) -> list[Any]:
     """Parameters of a kernel of `plan_widened`; see `fp8_arguments`."""
-    found = fp8_arguments(
-        plan, 0, x, 0, weights, out, pitch, k=k, scales=scales, x_pitch=x_pitch, **options
-    )  # fmt: skip
+    found = fp8_arguments(plan, 0, x, 0, weights, out, pitch, k=k, scales=scales, x_pitch=x_pitch, **options)
     return [x, *found[1:4], *found[8:], ctypes.c_int(k), ctypes.c_int(x_pitch)]

@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Launch, Stream
 from rvllm.backends.cuda.device.info import DeviceInfo
-from rvllm.backends.cuda.device.launches import MatrixMap
 from rvllm.backends.cuda.formats.base import format_of
 from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.ops.family import Lowering
 from rvllm.backends.cuda.ops.gemm import integer
 from rvllm.backends.cuda.ops.gemm.common import Kind
-from rvllm.backends.cuda.ops.gemm.epilogue import Epilogue, plan_product
+from rvllm.backends.cuda.ops.gemm.epilogue import Epilogue, plan_launch
 from rvllm.backends.cuda.staging import Span, Staging
 from rvllm.kernels.gemm.integer.specs import LAYOUTS, IntegerLayout, sm80_smem
 from rvllm.kernels.gemm.tiles import TILE
@@ -137,11 +136,8 @@ class IntegerDevice:
             plan = integer.plan_integer(
                 run.rows, k, count, to.tag, run.layout, to.chip.sm_count, to.chip.capability
             )
-            source: Any = x
-            if plan.box_rows:
-                source = MatrixMap(x, to.capacity(op.x.rows), k, plan.box_rows, 64, to.tag == "bf16")
-            parameters = integer.integer_arguments(
-                plan,
+            source = to.boxes(x, to.capacity(op.x.rows), k, plan.box_rows) if plan.box_rows else x
+            parameters = plan.arguments(
                 source,
                 weights + run.offset,
                 end.out + run.first * (4 if end.kind == Kind.LOGITS else 2),
@@ -150,7 +146,7 @@ class IntegerDevice:
                 x_pitch=pitch,
                 **options | {n: options[n] + 2 * run.first for n in ("bias", "residual") if options[n]},
             )
-            plan_product(to, name, plan, parameters)
+            plan_launch(to, name, plan, parameters)
 
     def _reorder(self, to: Lowering, name: str, op: Linear | Logits, x: int, order: int) -> None:
         """Activations in the order of the weight's columns, in a launch of its own."""

@@ -6,7 +6,7 @@ fixed by its capacities, so that a graph captured for one padded batch size keep
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from rvllm.backends.base import StepBatch
 from rvllm.kernels.constants import constants
 
 HEADER_WORDS = 16
+LINE_WORDS = 32  # 128 bytes: every array behind the header takes whole cache lines
 NUM_TOKENS, NUM_SEQS, NUM_SAMPLES, NUM_BLOCK_UPDATES, NUM_DECODES, NUM_TILES = range(6)
 HOST_TOKENS = 8  # of two words
 _KNOWN = constants("common/slot.cuh")  # to the head's epilogue
@@ -58,70 +59,33 @@ class Layout:
     tiles: int
     updates: int
 
-    @property
-    def token_ids(self) -> int:
-        """Offset of token_ids."""
-        return HEADER_WORDS
+    token_ids: int = field(init=False)
+    positions: int = field(init=False)
+    token_slots: int = field(init=False)
+    kinds: int = field(init=False)
+    seq_slots: int = field(init=False)
+    kv_lens: int = field(init=False)
+    query_offsets: int = field(init=False)
+    sample_rows: int = field(init=False)
+    sample_slots: int = field(init=False)
+    mask_rows: int = field(init=False)
+    tile_list: int = field(init=False)
+    block_updates: int = field(init=False)
+    nbytes: int = field(init=False)  # of the whole buffer
 
-    @property
-    def positions(self) -> int:
-        """Offset of positions."""
-        return self.token_ids + _padded(self.tokens)
-
-    @property
-    def token_slots(self) -> int:
-        """Offset of token_slots."""
-        return self.positions + _padded(self.tokens)
-
-    @property
-    def kinds(self) -> int:
-        """Offset of kinds."""
-        return self.token_slots
-
-    @property
-    def seq_slots(self) -> int:
-        """Offset of seq_slots."""
-        return self.token_slots + _padded(self.tokens)
-
-    @property
-    def kv_lens(self) -> int:
-        """Offset of kv_lens."""
-        return self.seq_slots + _padded(self.seqs)
-
-    @property
-    def query_offsets(self) -> int:
-        """Offset of query_offsets."""
-        return self.kv_lens + _padded(self.seqs)
-
-    @property
-    def sample_rows(self) -> int:
-        """Offset of sample_rows."""
-        return self.query_offsets + _padded(self.seqs + 1)
-
-    @property
-    def sample_slots(self) -> int:
-        """Offset of sample_slots."""
-        return self.sample_rows + _padded(self.samples)
-
-    @property
-    def mask_rows(self) -> int:
-        """Offset of mask_rows."""
-        return self.sample_slots + _padded(self.samples)
-
-    @property
-    def tile_list(self) -> int:
-        """Offset of tiles."""
-        return self.mask_rows + _padded(self.samples)
-
-    @property
-    def block_updates(self) -> int:
-        """Offset of block_updates."""
-        return self.tile_list + _padded(2 * self.tiles)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the whole buffer."""
-        return 4 * (self.block_updates + _padded(3 * self.updates))
+    def __post_init__(self) -> None:
+        sizes = {
+            "token_ids": self.tokens, "positions": self.tokens, "token_slots": self.tokens,
+            "seq_slots": self.seqs, "kv_lens": self.seqs, "query_offsets": self.seqs + 1,
+            "sample_rows": self.samples, "sample_slots": self.samples, "mask_rows": self.samples,
+            "tile_list": 2 * self.tiles, "block_updates": 3 * self.updates,
+        }  # fmt: skip
+        offset = HEADER_WORDS
+        for name, words in sizes.items():
+            object.__setattr__(self, name, offset)
+            offset += -(-words // LINE_WORDS) * LINE_WORDS
+        object.__setattr__(self, "kinds", self.token_slots)
+        object.__setattr__(self, "nbytes", 4 * offset)
 
     def pack(
         self,
@@ -211,10 +175,6 @@ def leading_decodes(query_lens: NDArray[np.int32]) -> int:
     """How many sequences at the front compute one token: what the decode attention kernel takes."""
     longer = np.flatnonzero(query_lens != 1)
     return int(longer[0]) if len(longer) else len(query_lens)
-
-
-def _padded(words: int) -> int:
-    return -(-words // 32) * 32  # 128 bytes, so that every array starts on a cache line
 
 
 def _put(out: NDArray[np.int32], offset: int, values: NDArray[np.int32]) -> None:

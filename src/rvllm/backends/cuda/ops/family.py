@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rvllm.backends.cuda.device.info import DeviceInfo
-from rvllm.backends.cuda.device.launches import Counts, GridOf, Planned, fixed
+from rvllm.backends.cuda.device.launches import Counts, GridOf, MatrixMap, Planned, fixed
 from rvllm.backends.cuda.layout.addresses import Addresses, Shape
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import Layout
@@ -83,6 +83,10 @@ class Lowering:
     ) -> None:
         """Adds one launch; see `Planned`."""
         self.planned.append(Planned(op, kernel, grid, block, parameters, smem, cluster, why, does))
+
+    def boxes(self, address: int, rows: int, width: int, box_rows: int) -> MatrixMap:
+        """A tensor map over [rows, width] elements of the model's type, in boxes of 64 columns."""
+        return MatrixMap(address, rows, width, box_rows, 64, self.dtype is DType.BF16)
 
     def meta(self, word: int) -> int:
         """Address of a word of the step's metadata."""

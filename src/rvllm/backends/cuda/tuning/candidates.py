@@ -115,10 +115,6 @@ def launch_of(
         )  # fmt: skip
         return Planned(str(shape), CUBLAS, fixed(1), 0, [product])
     boxed = MatrixMap(at.x, tokens, shape.width, plan.box_rows, 64, bf16) if plan.box_rows else at.x
-    if isinstance(plan, cutlass.CutlassPlan):
-        arguments = cutlass.cutlass_arguments(plan, boxed, at.weight, at.out, pitch, kind=kind)
-    else:
-        assert isinstance(plan, native.GemmPlan)
-        widths = {"x_width": shape.width, "x_pitch": shape.width}
-        arguments = native.gemm_arguments(plan, boxed, at.weight, at.out, pitch, kind=kind, **widths)
+    widths = {"x_width": shape.width, "x_pitch": shape.width}
+    arguments = plan.arguments(boxed, at.weight, at.out, pitch, kind=kind, **widths)
     return Planned(str(shape), plan.kernel, fixed(*plan.grid), plan.block, arguments, plan.smem, plan.cluster)

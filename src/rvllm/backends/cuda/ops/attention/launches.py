@@ -174,12 +174,8 @@ def _attend(
     )
     places = (to.at.buffers[op.out.name], to.at.buffers[op.qkv.name], *to.at.caches[op.cache.name])
     seqs = ctypes.c_int(to.layout.seqs)
-    caches, rows, bf16 = (
-        to.at.caches[op.cache.name],
-        to.shape.kv_blocks * op.kv_heads * KV_BLOCK,
-        to.dtype is DType.BF16,
-    )
-    maps = [MatrixMap(at, rows, op.head_dim, KV_BLOCK, 64, bf16) for at in caches]
+    caches, rows = to.at.caches[op.cache.name], to.shape.kv_blocks * op.kv_heads * KV_BLOCK
+    maps = [to.boxes(at, rows, op.head_dim, KV_BLOCK) for at in caches]
     attend(
         to,
         name,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 
-from rvllm.backends.cuda.device.launches import MatrixMap, fixed
+from rvllm.backends.cuda.device.launches import fixed
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_SEQS, NUM_TILES, NUM_TOKENS
 from rvllm.backends.cuda.layout.packed import WeightLayout
@@ -16,7 +16,6 @@ from rvllm.backends.cuda.ops.encoder.plan import plan_text
 from rvllm.backends.cuda.ops.family import Family, Lowering, Wanted
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.encoder.specs import POOL_THREADS, POOLINGS
-from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Op
 from rvllm.program.ops.encoder import AddPositions, Pool, TextAttention
 
@@ -51,7 +50,7 @@ def _text_attention(to: Lowering, stage: Stage) -> None:
     boxes, count = list[object](), list[object]()
     if plan.persistent:
         grid = fixed(min(plan.persistent, to.layout.tiles * op.heads))
-        boxes.append(MatrixMap(qkv, to.shape.tokens, op.qkv.width, TILE, 64, to.dtype is DType.BF16))
+        boxes.append(to.boxes(qkv, to.shape.tokens, op.qkv.width, TILE))
         count.append(to.meta(NUM_TILES))
     to.plan(
         stage.name,

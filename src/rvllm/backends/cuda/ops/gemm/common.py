@@ -56,6 +56,53 @@ class ProductPlan:
     smem: int
     why: str
 
+    def arguments(
+        self,
+        x: Any,
+        weights: int,
+        out: int,
+        pitch: int,
+        *,
+        bias: int = 0,
+        residual: int = 0,
+        x_width: int = 0,
+        x_pitch: int = 0,
+        **epilogue: Any,
+    ) -> list[Any]:
+        """The kernel's parameters, in order, for `driver.Launch`.
+
+        x: the tensor map of x in boxes of box_rows x 64 elements; without boxes its address, with its width
+        and pitch in elements. weights, out, bias, residual: device addresses, 0 for none. pitch, epilogue:
+        see `epilogue_arguments`.
+        """
+        by_address = [] if self.box_rows else [ctypes.c_int(x_width), ctypes.c_int(x_pitch)]
+        return [x, weights, out, bias, residual, *self.epilogue_arguments(pitch, **epilogue), *by_address]
+
+    def epilogue_arguments(
+        self,
+        pitch: int,
+        *,
+        kind: Kind = Kind.STORE,
+        scale: float = 1.0,
+        soft_cap: float = 0.0,
+        tokens: Any = None,
+    ) -> list[Any]:
+        """What every kernel is told of its sums, in order: what becomes of them, and how they are cut.
+
+        pitch: elements from row to row of out and residual. tokens: a cell that holds the number of rows to
+        write, when that changes between launches of one plan.
+        """
+        return [
+            ctypes.c_int(int(kind)),
+            ctypes.c_int(self.tokens) if tokens is None else tokens,
+            ctypes.c_int(self.rows),
+            ctypes.c_int(pitch),
+            ctypes.c_float(scale),
+            ctypes.c_float(soft_cap),
+            ctypes.c_int(self.blocks),
+            ctypes.c_int(self.segments),
+        ]
+
 
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
@@ -80,29 +127,3 @@ def resident_grid(n: int, tokens: int, token_tile: int, cluster: int, sm_count: 
     token_tiles = ceil_div(tokens, token_tile)
     needed = ceil_div(n, TILE) if token_tiles == 1 else ceil_div(n, 2 * TILE) * token_tiles
     return cluster * min(max(1, sm_count // cluster), ceil_div(needed, cluster)), 1, 1
-
-
-def epilogue_arguments(
-    plan: ProductPlan,
-    pitch: int,
-    *,
-    kind: Kind = Kind.STORE,
-    scale: float = 1.0,
-    soft_cap: float = 0.0,
-    tokens: Any = None,
-) -> list[Any]:
-    """What every kernel is told of its sums, in order: what becomes of them, and how they are cut.
-
-    pitch: elements from row to row of out and residual. tokens: a cell that holds the number of rows to
-    write, when that changes between launches of one plan.
-    """
-    return [
-        ctypes.c_int(int(kind)),
-        ctypes.c_int(plan.tokens) if tokens is None else tokens,
-        ctypes.c_int(plan.rows),
-        ctypes.c_int(pitch),
-        ctypes.c_float(scale),
-        ctypes.c_float(soft_cap),
-        ctypes.c_int(plan.blocks),
-        ctypes.c_int(plan.segments),
-    ]

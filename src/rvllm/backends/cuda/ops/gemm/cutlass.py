@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from rvllm.backends.cuda.ops.gemm import cost
-from rvllm.backends.cuda.ops.gemm.common import ProductPlan, ceil_div, epilogue_arguments
+from rvllm.backends.cuda.ops.gemm.common import ProductPlan, ceil_div
 from rvllm.errors import MissingKernelError, UsageError
 from rvllm.kernels.gemm.cutlass.specs import TILES, CutlassTile
 from rvllm.kernels.gemm.tiles import TILE
@@ -102,22 +101,3 @@ def cycles(tile: CutlassTile, n: int, tokens: int, blocks: int, sm_count: int) -
 def _units(n: int, tokens: int, tile: CutlassTile) -> int:
     """Tiles of a product, those of a cluster counted once."""
     return ceil_div(ceil_div(n, tile.rows), tile.cluster) * ceil_div(tokens, tile.tokens)
-
-
-def cutlass_arguments(
-    plan: CutlassPlan,
-    x: Any,
-    weights: int,
-    out: int,
-    pitch: int,
-    *,
-    bias: int = 0,
-    residual: int = 0,
-    **epilogue: Any,
-) -> list[Any]:
-    """A kernel's parameters, in order, for `driver.Launch`.
-
-    x: the tensor map of x in boxes of plan.box_rows x 64 elements. weights, out, bias, residual: device
-    addresses, 0 for none. pitch, epilogue: see `epilogue_arguments`.
-    """
-    return [x, weights, out, bias, residual, *epilogue_arguments(plan, pitch, **epilogue)]

@@ -22,7 +22,7 @@ from rvllm.backends.cuda.ops.gemm.common import (
     Grid,
     ProductPlan,
     ceil_div,
-    epilogue_arguments,
+    fit,
     resident_grid,
 )
 from rvllm.kernels.gemm.integer.specs import (
@@ -73,12 +73,11 @@ def plan_integer(
 ) -> IntegerPlan:
     """Chooses the kernel for y [tokens, n] = x [tokens, k] W^T. n: packed rows that exist."""
     if capability != 90:
-        return variant_sm80(n, k, tokens, dtype, layout, SM80_TOKENS[tokens > SM80_TOKENS[0]])
+        return variant(n, k, tokens, dtype, layout, "sm80", fit(SM80_TOKENS, tokens), sm_count)
     segments = segments_of(n, k)
     if tokens <= WARP_TOKENS:
         mode: Mode = "split" if segments > 1 else "walk"
-        size = next(size for size in WALK_TOKENS if size >= tokens)
-        return variant(n, k, tokens, dtype, layout, mode, size, sm_count, segments)
+        return variant(n, k, tokens, dtype, layout, mode, fit(WALK_TOKENS, tokens), sm_count, segments)
     plans = [
         variant(n, k, tokens, dtype, layout, "walk", size, sm_count)
         for size in WALK_TOKENS
@@ -119,79 +118,36 @@ def variant(
     cluster: int = 1,
 ) -> IntegerPlan:
     """The plan of one given kernel; cluster: blocks that share the segments of a split product."""
-    chunks, segments = ceil_div(k, CHUNK), segments_of(n, k)
-    pairs, token_tiles = ceil_div(n, 2 * TILE), ceil_div(tokens, token_tile)
-    limit = SMEM_LIMIT
-    if mode == "split":
-        grid: Grid = (cluster, token_tiles, pairs)
-        why = "K split over a cluster"
-        limit = HALF_SM if token_tile <= WARP_TOKENS else limit
+    segments, token_tiles = segments_of(n, k), ceil_div(tokens, token_tile)
+    name, block, box_rows = f"{mode}_n{token_tile}", threads(token_tile), token_tile
+    if mode == "sm80":
+        grid: Grid = (ceil_div(n, TILE), token_tiles, 1)
+        cluster, name, block, box_rows, why = 1, f"n{token_tile}", 128, 0, "mma.sync"
+        memory = sm80_smem(layout, token_tile)
+    elif mode == "split":
+        grid, why = (cluster, token_tiles, ceil_div(n, 2 * TILE)), "K split over a cluster"
+        limit = HALF_SM if token_tile <= WARP_TOKENS else SMEM_LIMIT
+        memory = smem(layout, mode, token_tile, segments // cluster, limit)
     else:
-        cluster, why = 1, "resident blocks walk over tiles"
-        blocks = sm_count
-        if token_tile < WARP_TOKENS:
-            blocks, limit = 2 * sm_count, HALF_SM
-        grid = resident_grid(n, tokens, token_tile, 1, blocks)
+        cluster, two, why = 1, token_tile < WARP_TOKENS, "resident blocks walk over tiles"
+        grid = resident_grid(n, tokens, token_tile, 1, 2 * sm_count if two else sm_count)
+        memory = smem(layout, mode, token_tile, segments, HALF_SM if two else SMEM_LIMIT)
     return IntegerPlan(
-        kernel=f"sm90_{dtype}_integer_{layout.name}_{mode}_n{token_tile}",
+        kernel=f"sm{80 if mode == 'sm80' else 90}_{dtype}_integer_{layout.name}_{name}",
         layout=layout,
         mode=mode,
         tokens=tokens,
         rows=n,
-        blocks=chunks,
+        blocks=ceil_div(k, CHUNK),
         segments=segments,
         token_tile=token_tile,
-        box_rows=token_tile,
+        box_rows=box_rows,
         grid=grid,
-        block=threads(token_tile),
+        block=block,
         cluster=cluster,
-        smem=smem(layout, mode, token_tile, segments // cluster, limit),
+        smem=memory,
         why=why,
     )
-
-
-def variant_sm80(
-    n: int, k: int, tokens: int, dtype: str, layout: IntegerLayout, token_tile: int
-) -> IntegerPlan:
-    """The plan of a kernel for GPUs without wgmma."""
-    return IntegerPlan(
-        kernel=f"sm80_{dtype}_integer_{layout.name}_n{token_tile}",
-        layout=layout,
-        mode="sm80",
-        tokens=tokens,
-        rows=n,
-        blocks=ceil_div(k, CHUNK),
-        segments=segments_of(n, k),
-        token_tile=token_tile,
-        box_rows=0,
-        grid=(ceil_div(n, TILE), ceil_div(tokens, token_tile), 1),
-        block=128,
-        cluster=1,
-        smem=sm80_smem(layout, token_tile),
-        why="mma.sync",
-    )
-
-
-def integer_arguments(
-    plan: IntegerPlan,
-    x: Any,
-    weights: int,
-    out: int,
-    pitch: int,
-    *,
-    bias: int = 0,
-    residual: int = 0,
-    x_width: int = 0,
-    x_pitch: int = 0,
-    **epilogue: Any,
-) -> list[Any]:
-    """A kernel's parameters, in order; see `gemm_arguments`.
-
-    x: for sm_90a the tensor map of x in boxes of plan.box_rows x 64 elements; else its address, with its
-    width and pitch in elements.
-    """
-    behind = [ctypes.c_int(x_width), ctypes.c_int(x_pitch)] if plan.mode == "sm80" else []
-    return [x, weights, out, bias, residual, *epilogue_arguments(plan, pitch, **epilogue), *behind]
 
 
 @dataclass(frozen=True)

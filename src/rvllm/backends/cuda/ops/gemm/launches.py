@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from rvllm.backends.cuda.device.launches import MatrixMap, fixed
+from rvllm.backends.cuda.device.launches import fixed
 from rvllm.backends.cuda.formats import device_format
 from rvllm.backends.cuda.layout.fusion import Stage, is_gate
 from rvllm.backends.cuda.layout.metadata import BEST_ONLY
@@ -95,10 +95,7 @@ def _cutlass(to: Lowering, stage: Stage, op: Linear | Logits, end: Epilogue) -> 
         plan = cutlass.variant(n, k, count, to.tag, cutlass.tile_named(named), chip.sm_count, why)
     else:
         plan = cutlass.plan_cutlass(n, k, count, to.tag, chip.sm_count, chip.capability, why)
-    x, weight = to.at.buffers[op.x.name], to.weight(op.weight, end.form)
-    source = MatrixMap(x, to.capacity(op.x.rows), k, plan.box_rows, 64, to.dtype is DType.BF16)
-    parameters = cutlass.cutlass_arguments(plan, source, weight, end.out, end.pitch, **end.options(to, op))
-    plan_product(to, stage.name, plan, parameters)
+    plan_product(to, stage.name, plan, op, end)
 
 
 def _native(to: Lowering, stage: Stage, op: Linear | Logits, end: Epilogue) -> None:
@@ -112,21 +109,7 @@ def _native(to: Lowering, stage: Stage, op: Linear | Logits, end: Epilogue) -> N
         plan = native.variant(
             n, k, count, to.tag, *native.way_named(named), chip.sm_count, to.strategy.why(stage)
         )
-    x = to.at.buffers[op.x.name]
-    source: object = x
-    if plan.box_rows:
-        source = MatrixMap(x, to.capacity(op.x.rows), k, plan.box_rows, 64, to.dtype is DType.BF16)
-    parameters = native.gemm_arguments(
-        plan,
-        source,
-        to.weight(op.weight, end.form),
-        end.out,
-        end.pitch,
-        x_width=k,
-        x_pitch=k,
-        **end.options(to, op),
-    )
-    plan_product(to, stage.name, plan, parameters)
+    plan_product(to, stage.name, plan, op, end)
 
 
 def _alone(to: Lowering, name: str, op: Linear | Logits, end: Epilogue) -> None:

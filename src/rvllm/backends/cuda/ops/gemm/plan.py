@@ -30,7 +30,6 @@ from rvllm.backends.cuda.ops.gemm.common import (
     SMALL_WEIGHT,
     ProductPlan,
     ceil_div,
-    epilogue_arguments,
     fit,
     resident_grid,
 )
@@ -80,6 +79,11 @@ class GemmPlan(ProductPlan):
         """Bytes of packed weights the kernel streams at least once."""
         return ceil_div(self.rows, TILE) * self.blocks * TILE_BYTES
 
+    def arguments(self, *args: Any, **options: Any) -> list[Any]:
+        """See ProductPlan; the kernels for sm_90a are told their token tile too."""
+        tile = [ctypes.c_int(self.token_tile)] if self.box_rows else []
+        return [*super().arguments(*args, **options), *tile]
+
 
 def packed_nbytes(n: int, k: int) -> int:
     """Bytes a packed [n, k] matrix of 16-bit elements takes."""
@@ -96,11 +100,6 @@ def segments_of(n: int, k: int) -> int:
     return common.segments_of(n, ceil_div(k, TILE))
 
 
-def segment_bounds(blocks: int, segments: int) -> list[int]:
-    """First tile of each segment, and the end: segment s is [bounds[s], bounds[s + 1])."""
-    return [blocks * s // segments for s in range(segments + 1)]
-
-
 def pack_matrix(weight: NDArray[Element]) -> NDArray[np.uint8]:
     """Packs W [N, K] of a 16-bit dtype; the reference of the pack kernel. Returns packed_nbytes bytes."""
     n, k = weight.shape
@@ -108,20 +107,8 @@ def pack_matrix(weight: NDArray[Element]) -> NDArray[np.uint8]:
     padded = np.zeros((rows * TILE, blocks * TILE), np.uint16)
     padded[:n, :k] = np.ascontiguousarray(weight).view(np.uint16)
     tiles = padded.reshape(rows, TILE, blocks, 8, 8).transpose(0, 2, 1, 3, 4)  # row tile, block, row, chunk
-    return np.ascontiguousarray(_swizzle(tiles)).view(np.uint8).reshape(-1)
-
-
-def unpack_matrix(packed: NDArray[np.uint8], n: int, k: int) -> NDArray[np.uint16]:
-    """The bits of W [N, K] out of a packed matrix."""
-    rows, blocks = ceil_div(n, TILE), ceil_div(k, TILE)
-    tiles = _swizzle(packed.view(np.uint16).reshape(rows, blocks, TILE, 8, 8))
-    return np.ascontiguousarray(tiles.transpose(0, 2, 1, 3, 4).reshape(rows * TILE, blocks * TILE)[:n, :k])
-
-
-def _swizzle(tiles: NDArray[np.uint16]) -> NDArray[np.uint16]:
-    """Moves chunk c of row r to c ^ (r % 8); its own inverse."""
     row, chunk = np.arange(TILE)[:, None], np.arange(8)[None, :]
-    return tiles[:, :, row, chunk ^ (row % 8)]
+    return np.ascontiguousarray(tiles[:, :, row, chunk ^ (row % 8)]).view(np.uint8).reshape(-1)
 
 
 def interleave_gate_up(gate: NDArray[Element], up: NDArray[Element]) -> NDArray[Element]:
@@ -287,30 +274,6 @@ def _split_stages(n: int, k: int, token_tile: int) -> int:
         return HALF
     small = 2 * n * k <= SMALL_WEIGHT or segments_of(n, k) == MAX_SEGMENTS
     return min(SMALL_STAGES, ceil_div(ceil_div(k, TILE), segments_of(n, k))) if small else MAX_STAGES
-
-
-def gemm_arguments(
-    plan: GemmPlan,
-    x: Any,
-    weights: int,
-    out: int,
-    pitch: int,
-    *,
-    bias: int = 0,
-    residual: int = 0,
-    x_width: int = 0,
-    x_pitch: int = 0,
-    **epilogue: Any,
-) -> list[Any]:
-    """A kernel's parameters, in order, for `driver.Launch`.
-
-    x: for sm_90a the tensor map of x in boxes of plan.box_rows x 64 elements; for sm_80 its address, with
-    its width and pitch in elements. weights, out, bias, residual: device addresses, 0 for none. pitch,
-    epilogue: see `epilogue_arguments`.
-    """
-    sm80 = [ctypes.c_int(x_width), ctypes.c_int(x_pitch)]
-    behind = sm80 if plan.mode == "sm80" else [ctypes.c_int(plan.token_tile)]
-    return [x, weights, out, bias, residual, *epilogue_arguments(plan, pitch, **epilogue), *behind]
 
 
 class Interleave(IntEnum):

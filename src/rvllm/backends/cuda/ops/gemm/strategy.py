@@ -22,7 +22,6 @@ from rvllm.program.ops.dense import Add, Linear, Logits
 
 Provider = Literal["native", "cublas", "cutlass"]
 EpilogueClass = Literal["plain", "fused", "gated", "logits", "capped"]
-STRATEGIES = ("native", "cublas", "cutlass", "hybrid", "auto")
 USES_CUBLAS = ("cublas", "hybrid")
 BY_LIBRARY = ("plain", "logits")  # epilogues that cuBLASLt has
 

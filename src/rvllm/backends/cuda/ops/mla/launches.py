@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rvllm.backends.base import KV_BLOCK
 from rvllm.backends.cuda.device.info import DeviceInfo
-from rvllm.backends.cuda.device.launches import Count, MatrixMap
+from rvllm.backends.cuda.device.launches import Count
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_DECODES, NUM_TOKENS
 from rvllm.backends.cuda.layout.packed import ELEMENT, WeightLayout
@@ -74,18 +74,20 @@ def _head_linear(lowering: Lowering, stage: Stage) -> None:
     _multiply(lowering, stage.name, op)
 
 
-def _multiply(lowering: Lowering, name: str, op: HeadLinear) -> None:
-    product = plan_product(op, lowering.counts.tokens)
-    lowering.plan(
+def _multiply(to: Lowering, name: str, op: HeadLinear, merged: tuple[object, ...] = (), *last: int) -> None:
+    """merged: of what several blocks decoded, which it puts together; last: what the kernel is told then."""
+    product, kind = plan_product(op, to.counts.tokens), "latent_values" if merged else "head_linear"
+    to.plan(
         name,
-        f"sm80_{lowering.tag}_head_linear_{product.suffix}",
+        f"sm80_{to.tag}_{kind}_{product.suffix}",
         lambda c: product.grid(c.tokens),
         THREADS,
-        lowering.at.buffers[op.out.name],
-        lowering.at.buffers[op.x.name],
-        lowering.weight(op.weight, "table"),
+        to.at.buffers[op.out.name],
+        to.at.buffers[op.x.name],
+        to.weight(op.weight, "table"),
+        *merged,
         Count("tokens"),
-        *map(ctypes.c_int, (product.heads, product.rows, product.inner, product.tail)),
+        *map(ctypes.c_int, (product.heads, product.rows, product.inner, *(last or (product.tail,)))),
         smem=product.smem,
     )
 
@@ -144,20 +146,7 @@ def _attention(lowering: Lowering, stage: Stage) -> None:
     attend(lowering, stage.name, op, places, numbers, one=counts, persistent=_boxed(lowering, op))
     parts = (lowering.at.partial, lowering.at.arrivals, lowering.meta(NUM_DECODES))
     if lowering.counts.tokens == 1:  # a launch saved is more than what its blocks do twice
-        product = plan_product(after, 1)
-        lowering.plan(
-            stage.name,
-            f"sm80_{lowering.tag}_latent_values_{product.suffix}",
-            lambda c: product.grid(c.tokens),
-            THREADS,
-            lowering.at.buffers[after.out.name],
-            lowering.at.buffers[op.out.name],
-            lowering.weight(after.weight, "table"),
-            *parts,
-            Count("tokens"),
-            *map(ctypes.c_int, (product.heads, product.rows, product.inner, decode.grid, decode.spare)),
-            smem=product.smem,
-        )
+        _multiply(lowering, stage.name, after, parts, decode.grid, decode.spare)
         return
     lowering.plan(
         stage.name,
@@ -173,19 +162,12 @@ def _attention(lowering: Lowering, stage: Stage) -> None:
 
 def _boxed(to: Lowering, op: LatentAttention) -> tuple[Sequence[object], Sequence[object]]:
     """What latent_prefill_sm90 is told, before and behind the step's sequences and tiles."""
-    shape, bf16 = _shape(op), to.dtype is DType.BF16
-    cache, _ = to.at.caches[op.cache.name]
+    shape, (cache, _) = _shape(op), to.at.caches[op.cache.name]
+    queries = to.capacity(op.q.rows) * shape.heads
     front = (
         to.at.buffers[op.out.name],
-        MatrixMap(
-            to.at.buffers[op.q.name],
-            to.capacity(op.q.rows) * shape.heads,
-            shape.width,
-            PREFILL_SM90_ROWS,
-            64,
-            bf16,
-        ),
-        MatrixMap(cache, to.shape.kv_blocks * KV_BLOCK, shape.width, KV_BLOCK, 64, bf16),
+        to.boxes(to.at.buffers[op.q.name], queries, shape.width, PREFILL_SM90_ROWS),
+        to.boxes(cache, to.shape.kv_blocks * KV_BLOCK, shape.width, KV_BLOCK),
     )
     numbers = map(ctypes.c_int, (shape.heads, to.shape.table_stride))
     return front, (to.at.scratch.get(TOTALS, 0), *numbers, ctypes.c_float(op.scale))
