@@ -12,7 +12,7 @@ from rvllm.backends.cuda.layout.fusion import fuse
 from rvllm.errors import ModelError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
-from rvllm.program.cost import StepShape, op_cost, program_cost
+from rvllm.program.cost import StepShape, kv_bytes_per_token, op_cost, program_cost
 from rvllm.program.dtypes import DType
 from rvllm.program.memory import plan_workspace
 from rvllm.program.ops.dense import (
@@ -111,7 +111,7 @@ def test_published_models_have_their_number_of_parameters(name: str) -> None:
 
 def test_deepseek_caches_one_latent_and_one_key() -> None:
     program = build(PUBLISHED["deepseek-v2"][0], DType.BF16)
-    assert program.kv_elements_per_token == 60 * (512 + 64)
+    assert kv_bytes_per_token(program) == 2 * 60 * (512 + 64)
     assert program.max_position == 163840
     attention, rope = the(program, LatentAttention), the(program, LatentRopeKV).rope
     assert attention.scale == pytest.approx(192**-0.5 * (0.1 * 0.707 * math.log(40) + 1) ** 2)

@@ -8,6 +8,7 @@ from rvllm.errors import ModelError
 from rvllm.models.config import ModelConfig, token_ids
 from rvllm.models.registry import ARCHITECTURES, build_program, supported
 from rvllm.models.rope import max_positions, read_rope
+from rvllm.program.cost import kv_bytes_per_token
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Attention, Linear, Logits, RopeKV
 from support.models import tiny
@@ -115,7 +116,7 @@ def test_program_of_llama() -> None:
     assert [op.name for op in program.ops[:5]] == [
         "embed", "layers.0.attn_norm", "layers.0.qkv", "layers.0.rope_kv", "layers.0.attn",
     ]  # fmt: skip
-    assert program.kv_elements_per_token == 3 * 2 * 2 * 24
+    assert kv_bytes_per_token(program) == 4 * 3 * 2 * 2 * 24
 
 
 def test_old_and_new_rope_fields_mean_the_same() -> None:

@@ -13,11 +13,14 @@ from rvllm.models.config import ModelConfig
 from rvllm.models.rope import max_positions
 from rvllm.program.builder import ProgramBuilder
 from rvllm.program.dtypes import DType
+from rvllm.program.ops.base import Layout
 from rvllm.program.ops.dense import (
     Activate,
     Activation,
     Add,
     Attention,
+    BlockSparseAttention,
+    BlockSparsity,
     Buffer,
     Embed,
     GatedActivation,
@@ -146,33 +149,16 @@ def embed(
     return b.emit(Embed(name="embed", table=table, out=b.buffer("x", dims.hidden), scale=scale)).out
 
 
-def rms_norm(
-    b: ProgramBuilder,
-    name: str,
-    x: Buffer,
-    source: str,
-    eps: float,
-    *,
-    add: float = 0.0,
-    out: str | None = None,
-) -> Buffer:
-    """RMSNorm with the weight `source`.weight (+ `add`) into the buffer `out` (default: `name`)."""
+def rms_norm(b: ProgramBuilder, name: str, x: Buffer, source: str, eps: float, *, add: float = 0.0) -> Buffer:
+    """RMSNorm with the weight `source`.weight (+ `add`)."""
     weight = b.vector(name, Part(f"{source}.weight", (x.width,), add=add))
-    normed = b.buffer(out or name, x.width, x.rows)
-    return b.emit(Norm(name=name, x=x, out=normed, weight=weight, eps=eps)).out
+    return b.emit(Norm(name=name, x=x, out=b.buffer(name, x.width, x.rows), weight=weight, eps=eps)).out
 
 
 def layer_norm(
-    b: ProgramBuilder,
-    name: str,
-    x: Buffer,
-    source: str,
-    eps: float,
-    *,
-    bias: bool = True,
-    out: str | None = None,
+    b: ProgramBuilder, name: str, x: Buffer, source: str, eps: float, *, bias: bool = True, out: str = ""
 ) -> Buffer:
-    """LayerNorm with `source`.weight and, if it has one, `source`.bias."""
+    """LayerNorm with `source`.weight and, if it has one, `source`.bias into the buffer `out` (or `name`)."""
     weight = b.vector(name, Part(f"{source}.weight", (x.width,)))
     shift = b.vector(f"{name}.bias", Part(f"{source}.bias", (x.width,))) if bias else None
     normed = b.buffer(out or name, x.width, x.rows)
@@ -180,14 +166,19 @@ def layer_norm(
 
 
 def linear(
-    b: ProgramBuilder, name: str, x: Buffer, sources: Sequence[str], rows: Sequence[int], bias: bool
-) -> Buffer:
-    """One matrix product for several projections of x, stacked: `sources`[i] has `rows`[i] output rows."""
-    weight = b.matrix(name, *(Part(f"{s}.weight", (n, x.width)) for s, n in zip(sources, rows, strict=True)))
+    b: ProgramBuilder, name: str, x: Buffer, sources: Sequence[str], rows: Sequence[int], bias: bool,
+    layout: Layout = "plain", heads: int = 0, head_dim: int = 0,
+) -> Buffer:  # fmt: skip
+    """One matrix product for several projections of x, stacked: `sources`[i] has `rows`[i] output rows.
+
+    layout, heads, head_dim: how rows are rearranged, see Part.
+    """
+    whole = list(zip(sources, rows, strict=True))
+    weight = b.matrix(name, *(Part(f"{s}.weight", (n, x.width), layout, heads, head_dim) for s, n in whole))
     shift: Weight | None = None
     if bias:
         shift = b.vector(
-            f"{name}.bias", *(Part(f"{s}.bias", (n,)) for s, n in zip(sources, rows, strict=True))
+            f"{name}.bias", *(Part(f"{s}.bias", (n,), layout, heads, head_dim) for s, n in whole)
         )
     out = b.buffer(f"{name}.out", weight.shape[0], x.rows)
     return b.emit(Linear(name=name, x=x, out=out, weight=weight, bias=shift)).out
@@ -203,21 +194,26 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    sparsity: BlockSparsity | None = None,
 ) -> Buffer:
-    """Rotates, caches and attends: fused qkv rows in, [T, heads * head_dim] out."""
+    """Rotates, caches and attends, over some blocks of keys only if there is a sparsity.
+
+    Fused qkv rows in, [T, heads * head_dim] out.
+    """
     cache = b.cache(KVCache(f"{name}.kv", dims.kv_heads, dims.head_dim, dims.head_dim, window))
     shape = {"heads": dims.heads, "kv_heads": dims.kv_heads, "head_dim": dims.head_dim}
     b.emit(RopeKV(name=f"{name}.rope_kv", qkv=qkv, cache=cache, rope=rope, **shape))
+    out, name = b.buffer(f"{name}.attn.out", dims.heads * dims.head_dim), f"{name}.attn"
+    scale = dims.head_dim**-0.5 if scale is None else scale
+    if sparsity is not None:
+        return b.emit(
+            BlockSparseAttention(
+                name=name, qkv=qkv, out=out, cache=cache, scale=scale, sparsity=sparsity, **shape
+            )
+        ).out
     return b.emit(
         Attention(
-            name=f"{name}.attn",
-            qkv=qkv,
-            out=b.buffer(f"{name}.attn.out", dims.heads * dims.head_dim),
-            cache=cache,
-            scale=dims.head_dim**-0.5 if scale is None else scale,
-            window=window,
-            soft_cap=soft_cap,
-            **shape,
+            name=name, qkv=qkv, out=out, cache=cache, scale=scale, window=window, soft_cap=soft_cap, **shape
         )
     ).out
 
@@ -232,48 +228,50 @@ def self_attention(
     *,
     qkv_bias: bool = False,
     out_bias: bool = False,
+    fused: str | None = None,
+    norms: HeadNorms | None = None,
     window: int | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
 ) -> Buffer:
-    """q, k and v projections (fused), rope, attention, output projection, under Llama's names."""
-    qkv = project_qkv(b, name, x, source, dims, bias=qkv_bias)
-    mixed = attention(b, name, qkv, dims, rope, window=window, scale=scale, soft_cap=soft_cap)
-    return project_out(b, name, mixed, source, dims, bias=out_bias)
+    """q, k and v projections as one product, rope, attention, output projection, under Llama's names.
 
-
-def project_qkv(b: ProgramBuilder, name: str, x: Buffer, source: str, dims: Dims, *, bias: bool) -> Buffer:
-    """q, k and v projections as one product: [T, (heads + 2 * kv_heads) * head_dim]."""
-    width, kv_width = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
-    sources = [f"{source}.{p}_proj" for p in "qkv"]
-    return linear(b, f"{name}.qkv", x, sources, (width, kv_width, kv_width), bias)
-
-
-def project_out(
-    b: ProgramBuilder, name: str, mixed: Buffer, source: str, dims: Dims, *, bias: bool
-) -> Buffer:
-    """The projection after attention: [T, heads * head_dim] to [T, hidden]."""
-    return linear(b, f"{name}.o", mixed, [f"{source}.o_proj"], [dims.hidden], bias)
-
-
-def head_norms(
-    b: ProgramBuilder,
-    name: str,
-    qkv: Buffer,
-    dims: Dims,
-    parts: tuple[Sequence[Part], Sequence[Part]],
-    kind: Literal["rms", "layer"] = "rms",
-) -> None:
-    """Normalises each query and each key head inside a fused qkv row, in place.
-
-    parts: the weights of the query and of the key norm, each [head_dim] for all heads or one row a head.
+    fused: the projections' name if they are one tensor.
     """
+    width, kv_width = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
+    sources, rows = [f"{source}.{p}_proj" for p in "qkv"], [width, kv_width, kv_width]
+    if fused is not None:
+        sources, rows = [f"{source}.{fused}"], [sum(rows)]
+    qkv = linear(b, f"{name}.qkv", x, sources, rows, qkv_bias)
+    if norms is not None:
+        _head_norms(b, name, qkv, dims, norms)
+    mixed = attention(b, name, qkv, dims, rope, window=window, scale=scale, soft_cap=soft_cap)
+    return linear(b, f"{name}.o", mixed, [f"{source}.o_proj"], [dims.hidden], out_bias)
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """Weights of the norms of query and key heads, each [head_dim] for all heads or one row a head."""
+
+    query: Sequence[Part]
+    key: Sequence[Part]
+    kind: Literal["rms", "layer"] = "rms"
+
+    @staticmethod
+    def shared(source: str, dims: Dims, add: float = 0.0) -> HeadNorms:
+        """RMSNorms under Qwen's and Gemma's names, one weight (+ `add`) for all heads."""
+        q, k = (Part(f"{source}.{which}_norm.weight", (dims.head_dim,), add=add) for which in "qk")
+        return HeadNorms([q], [k])
+
+
+def _head_norms(b: ProgramBuilder, name: str, qkv: Buffer, dims: Dims, norms: HeadNorms) -> None:
+    """Normalises each query and each key head inside a fused qkv row, in place."""
     start = 0
-    for which, heads, sources in zip("qk", (dims.heads, dims.kv_heads), parts, strict=True):
-        weight, width = b.vector(f"{name}.{which}_norm", *sources), heads * dims.head_dim
+    for which, heads, parts in (("q", dims.heads, norms.query), ("k", dims.kv_heads, norms.key)):
+        weight, width = b.vector(f"{name}.{which}_norm", *parts), heads * dims.head_dim
         b.emit(
             Norm(
-                name=f"{name}.{which}_norm", x=qkv, out=qkv, weight=weight, kind_=kind, eps=dims.eps,
+                name=f"{name}.{which}_norm", x=qkv, out=qkv, weight=weight, kind_=norms.kind, eps=dims.eps,
                 group=dims.head_dim, start=start, width=width,
             )
         )  # fmt: skip

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from rvllm.errors import UsageError
 from rvllm.program.dtypes import DType
-from rvllm.program.ops.dense import BlockSparseAttention, KVCache, LatentAttention, Op, Program
+from rvllm.program.ops.dense import BlockSparseAttention, KVCache, LatentAttention, Program
 from rvllm.program.ops.encoder import embedding_size
 
 _PLAIN = {"bf16": DType.BF16, "fp16": DType.F16}
@@ -31,8 +31,13 @@ def with_kv_cache(program: Program, kv_cache_dtype: str) -> Program:
         return program
     if (reason := _without_fp8(program)) is not None:
         raise UsageError(f"{flag}: {program.architecture} {reason}; use --kv-cache-dtype auto")
-    caches = {cache.name: replace(cache, fp8=True) for cache in program.caches}
-    return replace(program, caches=tuple(caches.values()), ops=tuple(_over(op, caches) for op in program.ops))
+
+    def of(value: Any) -> Any:
+        return replace(value, fp8=True) if isinstance(value, KVCache) else value
+
+    return replace(
+        program, caches=tuple(map(of, program.caches)), ops=tuple(op.mapped(of) for op in program.ops)
+    )
 
 
 def _without_fp8(program: Program) -> str | None:
@@ -45,10 +50,3 @@ def _without_fp8(program: Program) -> str | None:
     if any(isinstance(op, BlockSparseAttention) for op in program.ops):
         return "has block-sparse attention, which reads 16 bits only"
     return None
-
-
-def _over(op: Op, caches: dict[str, KVCache]) -> Op:
-    """The op with its cache, if it has one, taken from `caches`."""
-    found = {f.name: v for f in fields(op) if isinstance(v := getattr(op, f.name), KVCache)}
-    changes: dict[str, Any] = {name: caches[cache.name] for name, cache in found.items()}
-    return replace(op, **changes) if changes else op

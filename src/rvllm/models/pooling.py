@@ -7,7 +7,7 @@ whose head reads them all. Attention stays causal.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from rvllm.models.config import ModelConfig
@@ -157,17 +157,17 @@ def _rebuilt(program: Program, ops: list[Op]) -> Program:
     """
     caches: dict[str, KVCache] = {}
     weights: dict[str, Weight] = {}
-    made: list[Op] = []
-    for op in ops:
-        new: dict[str, Any] = {}
-        for name in (f.name for f in fields(op)):
-            value = getattr(op, name)
-            if isinstance(value, KVCache):
-                shared = f"kv.{value.heads}x{value.key_dim}x{value.value_dim}"
-                new[name] = caches.setdefault(shared, replace(value, name=shared, window=None))
-            elif isinstance(value, Weight):
-                new[name] = weights.setdefault(value.name, replace(value, parts=_bare(value.parts)))
-        made.append(replace(op, **new) if new else op)
+
+    def of(value: Any) -> Any:
+        if isinstance(value, KVCache):
+            shared = f"kv.{value.heads}x{value.key_dim}x{value.value_dim}"
+            return caches.setdefault(shared, replace(value, name=shared, window=None))
+        if isinstance(value, Weight):
+            parts = tuple(map(_bare, value.parts))
+            return weights.setdefault(value.name, replace(value, parts=parts))
+        return value
+
+    made = [op.mapped(of) for op in ops]
     buffers = {b.name: b for op in made for b in (*op.reads, *op.writes)}
     return replace(
         program,
@@ -178,10 +178,7 @@ def _rebuilt(program: Program, ops: list[Op]) -> Program:
     )
 
 
-def _bare(parts: tuple[Part, ...]) -> tuple[Part, ...]:
-    def of(part: Part) -> Part:
-        names = (part.source, *part.alternatives)
-        bare = tuple(name.removeprefix("model.") for name in names if name.startswith("model."))
-        return replace(part, alternatives=(*part.alternatives, *bare))
-
-    return tuple(of(part) for part in parts)
+def _bare(part: Part) -> Part:
+    names = (part.source, *part.alternatives)
+    bare = tuple(name.removeprefix("model.") for name in names if name.startswith("model."))
+    return replace(part, alternatives=(*part.alternatives, *bare))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TypeVar
 
 from rvllm.program.dtypes import DType
@@ -33,23 +34,16 @@ class ProgramBuilder:
 
     def matrix(self, name: str, *parts: Part) -> Weight:
         """A weight matrix [N, K]: parts [n_i, K] stacked along N."""
-        inner = parts[0].shape[::-1][0] if parts[0].layout != "transposed" else parts[0].shape[0]
-        rows = sum(p.shape[0] if p.layout != "transposed" else p.shape[1] for p in parts)
-        return self._once(self._weights, name, Weight(name, (rows, inner), parts, "matrix"))
+        shapes = [p.shape[::-1] if p.layout == "transposed" else p.shape for p in parts]
+        return self.weight(Weight(name, (sum(rows for rows, _ in shapes), shapes[0][1]), parts, "matrix"))
 
     def table(self, name: str, part: Part) -> Weight:
         """A lookup table [rows, width]."""
-        return self._once(self._weights, name, Weight(name, part.shape, (part,), "table"))
+        return self.weight(Weight(name, part.shape, (part,), "table"))
 
     def vector(self, name: str, *parts: Part) -> Weight:
         """A vector of the parts, flattened and joined (norm weights, biases)."""
-        count = 0
-        for part in parts:
-            elements = 1
-            for n in part.shape:
-                elements *= n
-            count += elements
-        return self._once(self._weights, name, Weight(name, (count,), parts, "vector"))
+        return self.weight(Weight(name, (sum(prod(part.shape) for part in parts),), parts, "vector"))
 
     def weight(self, weight: Weight) -> Weight:
         """Registers a weight of any other shape (stacked experts)."""

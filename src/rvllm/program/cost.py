@@ -7,7 +7,7 @@ KV cache read as far as the queries look back. A multiply-add is two operations.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 
 from rvllm.program.ops.dense import (
@@ -126,47 +126,64 @@ def particulars(op: Op, shape: StepShape, plain: Cost, size: int) -> Cost:
     raise TypeError(f"no cost rule for op {op.kind}")
 
 
-def _flops(plain: Cost, flops: float, kv_bytes: int = 0) -> Cost:
-    return Cost(plain.weight_bytes, plain.activation_bytes, plain.kv_bytes + kv_bytes, int(flops))
+@particulars.register
+def _(op: Linear | Logits | HeadLinear, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return replace(plain, flops=2 * shape.rows(op.x) * op.weight.elements)
 
 
 @particulars.register
-def _(op: Embed, shape: StepShape, plain: Cost, size: int) -> Cost:
-    row = plain.weight_bytes // op.table.shape[0]
-    return Cost(weight_bytes=row * shape.tokens, activation_bytes=plain.activation_bytes)
+def _(op: Activate | GatedActivation | ClampedGate, shape: StepShape, plain: Cost, size: int) -> Cost:
+    each = 4 if isinstance(op, Activate) else 5 if isinstance(op, GatedActivation) else 9
+    return replace(plain, flops=each * shape.rows(op.out) * op.out.width)
 
 
 @particulars.register
 def _(op: Norm, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return _flops(plain, shape.rows(op.x) * (op.width or op.x.width) * (4 if op.kind_ == "rms" else 7))
+    each = 4 if op.kind_ == "rms" else 7
+    return replace(plain, flops=each * shape.rows(op.x) * (op.width or op.x.width))
 
 
 @particulars.register
-def _(op: Linear, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return _flops(plain, 2 * shape.rows(op.x) * op.weight.elements)
+def _(op: Add, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return replace(plain, flops=(1 if op.scale == 1.0 else 2) * shape.rows(op.x) * op.x.width)
 
 
 @particulars.register
-def _(op: Logits, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return _flops(plain, 2 * shape.rows(op.x) * op.weight.elements)
+def _(op: Embed, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return replace(plain, weight_bytes=plain.weight_bytes // op.table.shape[0] * shape.tokens)
 
 
 @particulars.register
-def _(op: RopeKV, shape: StepShape, plain: Cost, size: int) -> Cost:
-    rotated = 0 if op.rope is None else op.rope.dim * (op.heads + op.kv_heads)
-    return _flops(plain, 3 * shape.tokens * rotated, shape.tokens * op.cache.token_bytes(size))
+def _(op: GatherRows, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return Cost(activation_bytes=2 * shape.rows(op.out) * op.out.width * op.out.dtype.size)
 
 
 @particulars.register
-def _(op: Attention, shape: StepShape, plain: Cost, size: int) -> Cost:
-    window = op.window or shape.context
+def _(op: HideTokens, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return Cost(activation_bytes=shape.samples * len(op.tokens) * op.logits.dtype.size)
+
+
+@particulars.register
+def _(op: Sample, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return replace(plain, flops=shape.samples * op.logits.width)
+
+
+@particulars.register
+def _(op: RopeKV | LatentRopeKV, shape: StepShape, plain: Cost, size: int) -> Cost:
+    keys = op.kv_heads if isinstance(op, RopeKV) else 1
+    rotated = 0 if op.rope is None else op.rope.dim * (op.heads + keys)
+    written = shape.tokens * op.cache.token_bytes(size)
+    return replace(plain, kv_bytes=written, flops=3 * shape.tokens * rotated)
+
+
+@particulars.register
+def _(op: Attention | LatentAttention, shape: StepShape, plain: Cost, size: int) -> Cost:
+    window = (op.window if isinstance(op, Attention) else None) or shape.context
+    value = op.cache.value_dim if isinstance(op, Attention) else op.rank
     before = shape.context - shape.query_len
     looked_at = sum(min(before + i + 1, window) for i in range(shape.query_len))
-    read = min(shape.context, window + shape.query_len - 1)
-    return _flops(
-        plain,
-        shape.sequences * looked_at * op.heads * (2 * op.cache.key_dim + 2 * op.cache.value_dim + 5),
-        shape.sequences * read * op.cache.token_bytes(size),
+    return _attended(
+        op, shape, plain, size, looked_at, min(shape.context, window + shape.query_len - 1), value
     )
 
 
@@ -182,39 +199,24 @@ def _(op: BlockSparseAttention, shape: StepShape, plain: Cost, size: int) -> Cos
     looked_at = sum(seen(before + i, 1 / sparsity.stride) for i in range(shape.query_len))
     patterns = op.heads // op.kv_heads if sparsity.head_step else 1
     read = seen(shape.context - 1, min(1.0, patterns / sparsity.stride))
-    return _flops(
+    return _attended(op, shape, plain, size, looked_at, read, op.cache.value_dim)
+
+
+def _attended(
+    op: Attention | LatentAttention | BlockSparseAttention, shape: StepShape, plain: Cost, size: int,
+    looked_at: float, read: float, value: int,
+) -> Cost:  # fmt: skip
+    """looked_at: keys that a sequence's queries see, summed; read: keys read; value: elements of a value."""
+    return replace(
         plain,
-        shape.sequences * looked_at * op.heads * (2 * op.cache.key_dim + 2 * op.cache.value_dim + 5),
-        int(shape.sequences * read * op.cache.token_bytes(size)),
-    )
-
-
-@particulars.register
-def _(op: LatentRopeKV, shape: StepShape, plain: Cost, size: int) -> Cost:
-    rotated = 3 * shape.tokens * op.rope.dim * (op.heads + 1)
-    return _flops(plain, rotated, shape.tokens * op.cache.token_bytes(size))
-
-
-@particulars.register
-def _(op: HeadLinear, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return _flops(plain, 2 * shape.rows(op.x) * op.weight.elements)
-
-
-@particulars.register
-def _(op: LatentAttention, shape: StepShape, plain: Cost, size: int) -> Cost:
-    before = shape.context - shape.query_len
-    looked_at = sum(before + i + 1 for i in range(shape.query_len))
-    return _flops(
-        plain,
-        shape.sequences * looked_at * op.heads * (2 * op.cache.key_dim + 2 * op.rank + 5),
-        shape.sequences * shape.context * op.cache.token_bytes(size),
+        kv_bytes=int(shape.sequences * read * op.cache.token_bytes(size)),
+        flops=int(shape.sequences * looked_at * op.heads * (2 * op.cache.key_dim + 2 * value + 5)),
     )
 
 
 @particulars.register
 def _(op: Route, shape: StepShape, plain: Cost, size: int) -> Cost:
-    experts = op.weight.shape[0]
-    return _flops(plain, shape.tokens * (2 * op.weight.elements + 10 * experts))
+    return replace(plain, flops=shape.tokens * (2 * op.weight.elements + 10 * op.weight.shape[0]))
 
 
 @particulars.register
@@ -227,80 +229,40 @@ def _(op: Experts, shape: StepShape, plain: Cost, size: int) -> Cost:
     hit = experts * (1.0 - (1.0 - chosen / experts) ** shape.tokens) + op.always
     elements = (op.up.elements + op.down.elements) // op.up.shape[0]
     each = 2 * elements + 5 * op.down.shape[2] + 2 * op.out.width
-    return Cost(
+    return replace(
+        plain,
         weight_bytes=int(plain.weight_bytes * hit / op.up.shape[0]),
-        activation_bytes=plain.activation_bytes,
         flops=shape.tokens * op.ids.width * each,
     )
-
-
-@particulars.register
-def _(op: ClampedGate, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return _flops(plain, 9 * shape.rows(op.out) * op.out.width)
-
-
-@particulars.register
-def _(op: HideTokens, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return Cost(activation_bytes=shape.samples * len(op.tokens) * op.logits.dtype.size)
-
-
-@particulars.register
-def _(op: GatedActivation, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return _flops(plain, 5 * shape.rows(op.out) * op.out.width)
-
-
-@particulars.register
-def _(op: Activate, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return _flops(plain, 4 * shape.rows(op.out) * op.out.width)
-
-
-@particulars.register
-def _(op: Add, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return _flops(plain, (1 if op.scale == 1.0 else 2) * shape.rows(op.x) * op.x.width)
-
-
-@particulars.register
-def _(op: GatherRows, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return Cost(activation_bytes=2 * shape.rows(op.out) * op.out.width * op.out.dtype.size)
-
-
-@particulars.register
-def _(op: Sample, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return _flops(plain, shape.samples * op.logits.width)
 
 
 @particulars.register
 def _(op: AddPositions, shape: StepShape, plain: Cost, size: int) -> Cost:
     row = plain.weight_bytes // sum(w.shape[0] for w in op.weights)
     rows = shape.tokens + (op.kinds is not None)
-    return Cost(
-        weight_bytes=row * rows,
-        activation_bytes=plain.activation_bytes,
-        flops=shape.tokens * op.x.width * len(op.weights),
-    )
+    return replace(plain, weight_bytes=row * rows, flops=shape.tokens * op.x.width * len(op.weights))
 
 
 @particulars.register
 def _(op: TextAttention, shape: StepShape, plain: Cost, size: int) -> Cost:
-    scores = shape.tokens * shape.query_len * op.heads
-    return _flops(plain, scores * (4 * op.head_dim + 5))
+    return replace(plain, flops=shape.tokens * shape.query_len * op.heads * (4 * op.head_dim + 5))
 
 
 @particulars.register
 def _(op: Pool, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return _flops(plain, (shape.tokens + 3 * shape.samples) * op.x.width)
+    return replace(plain, flops=(shape.tokens + 3 * shape.samples) * op.x.width)
 
 
 @particulars.register
 def _(op: Classify, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return _flops(plain, 2 * shape.samples * sum(w.elements for w in op.weights))
+    return replace(plain, flops=2 * shape.samples * sum(w.elements for w in op.weights))
 
 
 @particulars.register
 def _(op: CausalConv, shape: StepShape, plain: Cost, size: int) -> Cost:
     width, kernel = op.weight.shape
-    return Cost(
-        weight_bytes=plain.weight_bytes,
+    return replace(
+        plain,
         activation_bytes=shape.tokens * width * (op.x.dtype.size + op.out.dtype.size),
         kv_bytes=2 * 4 * op.state.elements * shape.sequences,
         flops=shape.tokens * width * (2 * kernel + 5),
@@ -314,8 +276,8 @@ def _(op: StateScan, shape: StepShape, plain: Cost, size: int) -> Cost:
     ended = min(1, shape.context // CHUNK - before // CHUNK)
     newest = 4 * (op.xbc.width + op.heads) * (before % CHUNK + shape.query_len)
     in_chunks = 2 * CHUNK * (inner + op.groups * op.size) + 3 * CHUNK * op.heads
-    return Cost(
-        weight_bytes=plain.weight_bytes,
+    return replace(
+        plain,
         activation_bytes=plain.activation_bytes - shape.tokens * (op.steps.width - op.heads) * size,
         kv_bytes=shape.sequences * (4 * inner * op.size * (1 + ended) + newest),
         flops=shape.tokens * (4 * inner * op.size + in_chunks),
@@ -325,4 +287,5 @@ def _(op: StateScan, shape: StepShape, plain: Cost, size: int) -> Cost:
 @particulars.register
 def _(op: GatedNorm, shape: StepShape, plain: Cost, size: int) -> Cost:
     unread = shape.tokens * (op.gate.width - op.x.width) * size
-    return Cost(plain.weight_bytes, plain.activation_bytes - unread, 0, shape.tokens * op.x.width * 9)
+    moved = plain.activation_bytes - unread
+    return replace(plain, activation_bytes=moved, flops=shape.tokens * op.x.width * 9)

@@ -8,8 +8,7 @@ matrix that no reader knows is expanded to the model's type as it is loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,9 +49,12 @@ def with_formats(program: Program, checkpoint: Checkpoint | None, quantization: 
             if found is not None and _has_kernel(weight, found):
                 chosen[weight.name] = found
     chosen |= _tables(program, checkpoint, chosen) if quantization != "none" else {}
-    if not chosen:
-        return program if all(w.format is None for w in program.weights) else _rewritten(program, {})
-    return _rewritten(program, chosen)
+
+    def of(weight: Weight) -> Weight:
+        kept = chosen.get(weight.name)
+        return weight if weight.format == kept else replace(weight, format=kept)
+
+    return program.with_weights(of)
 
 
 def expanded(program: Program, checkpoint: Checkpoint) -> str:
@@ -116,20 +118,6 @@ def _has_kernel(weight: Weight, kept: WeightFormat) -> bool:
     if weight.role != "stack" or not isinstance(kept, IntegerFormat):
         return True
     return len(kept.parts) == 1 and not kept.reordered and kept.parts[0][1] in QUANTISED
-
-
-def _rewritten(program: Program, chosen: dict[str, WeightFormat]) -> Program:
-    weights = {w.name: replace(w, format=chosen.get(w.name)) for w in program.weights}
-
-    def of(op: Op) -> Op:
-        names = {f.name for f in fields(op)} & set(op.WEIGHTS)
-        old = {name: getattr(op, name) for name in names}
-        new: dict[str, Any] = {
-            name: weights[w.name] for name, w in old.items() if w is not None and w != weights[w.name]
-        }
-        return replace(op, **new) if new else op
-
-    return replace(program, ops=tuple(of(op) for op in program.ops), weights=tuple(weights.values()))
 
 
 def _format_of(

@@ -72,6 +72,8 @@ def test_refusals_name_the_flags(settings: dict[str, object], free: int, message
 class Strange(Op):
     """An op no backend knows."""
 
+    READS = WRITES = ()
+
 
 def test_missing_kernels_are_all_listed() -> None:
     program = Program(

@@ -6,13 +6,15 @@ With ...ForSequenceClassification they are cross-encoders, such as BGE's reranke
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rvllm.models import blocks
 from rvllm.models.config import ModelConfig
 from rvllm.models.pooling import CLASSIFIER, TOKEN_CLASSIFIER, PoolingChoice, labels_of, pooling_of
 from rvllm.program.builder import ProgramBuilder
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.base import Activation
-from rvllm.program.ops.dense import Activate, Add, Buffer, Embed, Linear, Norm, Part, Program
+from rvllm.program.ops.dense import Buffer, Embed, Part, Program
 from rvllm.program.ops.encoder import AddPositions, Classify, Pool, TextAttention
 
 PREFIXES = ("", "bert.", "roberta.")  # checkpoints of models with a head put the encoder under its name
@@ -39,64 +41,62 @@ def build(config: ModelConfig, dtype: DType) -> Program:
     if config.str("runner", "auto") == "generate":
         raise config.fail("architectures", f"{config.architecture} gives vectors and generates no text")
 
-    b = Encoder(config, dtype, hidden, vocab, longest)
-    table = b.table("embed", part("embeddings.word_embeddings.weight", vocab, hidden))
+    eps = config.float("layer_norm_eps", 1e-12, low=0.0, high=1.0)
+    b = ProgramBuilder(config.architecture, dtype, vocab, longest)
+    table = b.table("embed", Part("embeddings.word_embeddings.weight", (vocab, hidden)))
     x = b.emit(Embed(name="embed", table=table, out=b.buffer("x", hidden))).out
     b.emit(
         AddPositions(
             name="positions", x=x, offset=offset,
-            positions=b.table("positions", part("embeddings.position_embeddings.weight", places, hidden)),
-            kinds=b.table("kinds", part("embeddings.token_type_embeddings.weight", kinds, hidden)),
+            positions=b.table("positions", Part("embeddings.position_embeddings.weight", (places, hidden))),
+            kinds=b.table("kinds", Part("embeddings.token_type_embeddings.weight", (kinds, hidden))),
         )
     )  # fmt: skip
-    b.norm("embed_norm", x, "embeddings.LayerNorm")
+    blocks.layer_norm(b, "embed_norm", x, "embeddings.LayerNorm", eps, out="x")
     for layer in range(config.int("num_hidden_layers", high=4096)):
-        _layer(b, x, layer, heads, width, activation)
+        _layer(b, x, layer, heads, width, activation, eps)
     if config.architecture.endswith((CLASSIFIER, TOKEN_CLASSIFIER)):
         _classifier(b, config, x)
-        return b.finish()
-    choice = pooling_of(
-        config,
-        PoolingChoice(
-            "mean",
-            False,
-            "no modules.json: the mean of all tokens, not normalised, as sentence-transformers does",
-        ),
-    )
-    if choice.note is not None:
-        b.note(choice.note)
-    out = b.buffer("embeddings", hidden, "samples", DType.F32)
-    b.emit(Pool(name="pool", x=x, out=out, how=choice.how, normalise=choice.normalise))
-    return b.finish()
+    else:
+        _pool(b, config, x)
+    return b.finish().with_weights(lambda weight: replace(weight, parts=tuple(map(_named, weight.parts))))
 
 
-def _layer(b: Encoder, x: Buffer, layer: int, heads: int, width: int, activation: Activation) -> None:
+def _layer(
+    b: ProgramBuilder, x: Buffer, layer: int, heads: int, width: int, activation: Activation, eps: float
+) -> None:
     """Attention and a two-layer perceptron, each added to x and normalised behind it."""
     name, source = f"layers.{layer}", f"encoder.layer.{layer}"
-
-    attn = f"{source}.attention"
-    qkv = b.linear(
-        f"{name}.qkv", x, [f"{attn}.self.{which}" for which in ("query", "key", "value")], b.hidden
-    )
+    attn, hidden = f"{source}.attention", x.width
+    sources = [f"{attn}.self.{which}" for which in ("query", "key", "value")]
+    qkv = blocks.linear(b, f"{name}.qkv", x, sources, [hidden] * 3, True)
     mixed = b.emit(
         TextAttention(
-            name=f"{name}.attn", qkv=qkv, out=b.buffer(f"{name}.attn.out", b.hidden),
-            heads=heads, head_dim=b.hidden // heads, scale=(b.hidden // heads) ** -0.5,
+            name=f"{name}.attn", qkv=qkv, out=b.buffer(f"{name}.attn.out", hidden),
+            heads=heads, head_dim=hidden // heads, scale=(hidden // heads) ** -0.5,
         )
     ).out  # fmt: skip
-    y = b.linear(f"{name}.o", mixed, [f"{attn}.output.dense"], b.hidden)
-    b.emit(Add(name=f"{name}.attn.add", x=x, y=y))
-    b.norm(f"{name}.attn_norm", x, f"{attn}.output.LayerNorm")
+    y = blocks.linear(b, f"{name}.o", mixed, [f"{attn}.output.dense"], [hidden], True)
+    blocks.residual(b, f"{name}.attn", x, y)
+    blocks.layer_norm(b, f"{name}.attn_norm", x, f"{attn}.output.LayerNorm", eps, out="x")
 
-    up = b.linear(f"{name}.mlp.up", x, [f"{source}.intermediate.dense"], width)
-    act = b.buffer(f"{name}.mlp.act.out", width)
-    b.emit(Activate(name=f"{name}.mlp.act", x=up, out=act, activation=activation))
-    y = b.linear(f"{name}.mlp.down", act, [f"{source}.output.dense"], b.hidden)
-    b.emit(Add(name=f"{name}.mlp.add", x=x, y=y))
-    b.norm(f"{name}.mlp_norm", x, f"{source}.output.LayerNorm")
+    both = (f"{source}.intermediate.dense", f"{source}.output.dense")
+    y = blocks.mlp(b, f"{name}.mlp", x, both, width, activation, bias=True)
+    blocks.residual(b, f"{name}.mlp", x, y)
+    blocks.layer_norm(b, f"{name}.mlp_norm", x, f"{source}.output.LayerNorm", eps, out="x")
 
 
-def _classifier(b: Encoder, config: ModelConfig, x: Buffer) -> None:
+def _pool(b: ProgramBuilder, config: ModelConfig, x: Buffer) -> None:
+    """One vector a text, as the model's files or the flag say."""
+    note = "no modules.json: the mean of all tokens, not normalised, as sentence-transformers does"
+    choice = pooling_of(config, PoolingChoice("mean", False, note))
+    if choice.note is not None:
+        b.note(choice.note)
+    out = b.buffer("embeddings", x.width, "samples", DType.F32)
+    b.emit(Pool(name="pool", x=x, out=out, how=choice.how, normalise=choice.normalise))
+
+
+def _classifier(b: ProgramBuilder, config: ModelConfig, x: Buffer) -> None:
     """A dense layer with tanh on the first token's row, and the classes from there.
 
     BERT calls the two pooler and classifier, RoBERTa classifier.dense and classifier.out_proj. Classes of
@@ -111,38 +111,19 @@ def _classifier(b: Encoder, config: ModelConfig, x: Buffer) -> None:
     b.emit(
         Classify(
             name="classify", x=pooled, out=b.buffer("embeddings", labels, "samples", DType.F32),
-            dense=None if tokens else b.matrix("dense", part(f"{dense}.weight", x.width, x.width)),
-            dense_bias=None if tokens else b.vector("dense.bias", part(f"{dense}.bias", x.width)),
-            weight=b.matrix("classes", part(f"{final}.weight", labels, x.width)),
-            bias=b.vector("classes.bias", part(f"{final}.bias", labels)), dense_pools=not roberta,
+            dense=None if tokens else b.matrix("dense", Part(f"{dense}.weight", (x.width, x.width))),
+            dense_bias=None if tokens else b.vector("dense.bias", Part(f"{dense}.bias", (x.width,))),
+            weight=b.matrix("classes", Part(f"{final}.weight", (labels, x.width))),
+            bias=b.vector("classes.bias", Part(f"{final}.bias", (labels,))), dense_pools=not roberta,
             tokens=tokens,
         )
     )  # fmt: skip
 
 
-class Encoder(ProgramBuilder):
-    """A builder that knows BERT's names."""
-
-    def __init__(self, config: ModelConfig, dtype: DType, hidden: int, vocab: int, longest: int) -> None:
-        super().__init__(config.architecture, dtype, vocab, longest)
-        self.hidden = hidden
-        self.eps = config.float("layer_norm_eps", 1e-12, low=0.0, high=1.0)
-
-    def linear(self, name: str, x: Buffer, sources: list[str], rows: int) -> Buffer:
-        """One product for projections of x that are stacked, `rows` output rows each, with biases."""
-        weight = self.matrix(name, *(part(f"{s}.weight", rows, x.width) for s in sources))
-        bias = self.vector(f"{name}.bias", *(part(f"{s}.bias", rows) for s in sources))
-        out = self.buffer(f"{name}.out", weight.shape[0])
-        return self.emit(Linear(name=name, x=x, out=out, weight=weight, bias=bias)).out
-
-    def norm(self, name: str, x: Buffer, source: str) -> None:
-        """LayerNorm of x in place; checkpoints of old call its weight and bias gamma and beta."""
-        weight = self.vector(name, part(f"{source}.weight", self.hidden, old=f"{source}.gamma"))
-        bias = self.vector(f"{name}.bias", part(f"{source}.bias", self.hidden, old=f"{source}.beta"))
-        self.emit(Norm(name=name, x=x, out=x, weight=weight, bias=bias, kind_="layer", eps=self.eps))
-
-
-def part(source: str, *shape: int, old: str | None = None) -> Part:
-    """A tensor under any of the names it goes by."""
-    names = [prefix + name for name in (source, old) if name for prefix in PREFIXES]
-    return Part(names[0], shape, alternatives=tuple(names[1:]))
+def _named(part: Part) -> Part:
+    """The part under any of the names it goes by; checkpoints of old say gamma and beta in their norms."""
+    old = part.source.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+        "LayerNorm.bias", "LayerNorm.beta"
+    )
+    names = [prefix + name for name in dict.fromkeys((part.source, old)) for prefix in PREFIXES]
+    return replace(part, alternatives=tuple(names[1:]))

@@ -39,13 +39,15 @@ def decoder(
         attn = f"{source}.self_attn"
 
         normed = blocks.layer_norm(b, f"{name}.norm", x, f"{source}.input_layernorm", dims.eps, bias=False)
-        qkv = blocks.project_qkv(b, name, normed, attn, dims, bias=bias)
+        norms = None
         if qk_norm:
             q = Part(f"{attn}.q_norm.weight", (dims.heads, dims.head_dim))
             k = Part(f"{attn}.k_norm.weight", (dims.kv_heads, dims.head_dim))
-            blocks.head_norms(b, name, qkv, dims, ([q], [k]), "layer")
-        y = blocks.attention(b, name, qkv, dims, rope if rotated(layer) else None, window=window(layer))
-        y = blocks.project_out(b, name, y, attn, dims, bias=bias)
+            norms = blocks.HeadNorms([q], [k], "layer")
+        y = blocks.self_attention(
+            b, name, normed, attn, dims, rope if rotated(layer) else None, qkv_bias=bias, out_bias=bias,
+            norms=norms, window=window(layer),
+        )  # fmt: skip
         blocks.residual(b, f"{name}.attn", x, y)
 
         y = blocks.gated_mlp(b, f"{name}.mlp", normed, f"{source}.mlp", dims.intermediate, activation)

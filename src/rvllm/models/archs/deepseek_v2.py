@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from rvllm.models import blocks
+from rvllm.models.archs import llama
 from rvllm.models.config import ModelConfig
 from rvllm.models.mla import Latent, latent_attention
 from rvllm.models.moe import Mixture, cut_shared, mixture, read_experts, read_groups
+from rvllm.program.builder import ProgramBuilder
 from rvllm.program.dtypes import DType
-from rvllm.program.ops.dense import Program
+from rvllm.program.ops.dense import Buffer, Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
@@ -31,35 +34,22 @@ def decoder(config: ModelConfig, dtype: DType, spec: Mixture | None) -> Program:
     first = config.int("first_k_dense_replace", 0, low=0)
     every = config.int("moe_layer_freq", 1)
 
-    b = blocks.start(config, dtype, dims)
-    x = blocks.embed(b, dims)
-    for layer in range(dims.layers):
-        name, source = f"layers.{layer}", f"model.layers.{layer}"
-        mlp = f"{source}.mlp"
+    def attend(b: ProgramBuilder, at: llama.Layer, x: Buffer) -> Buffer:
+        return latent_attention(b, at.name, x, f"{at.source}.self_attn", latent, bias=bias)
 
-        normed = blocks.rms_norm(b, f"{name}.attn_norm", x, f"{source}.input_layernorm", dims.eps)
-        y = latent_attention(b, name, normed, f"{source}.self_attn", latent, bias=bias)
-        blocks.residual(b, f"{name}.attn", x, y)
+    def feed(b: ProgramBuilder, at: llama.Layer, x: Buffer) -> Iterable[tuple[str, Buffer]]:
+        def mlp(name: str, source: str, width: int) -> tuple[str, Buffer]:
+            return name, blocks.gated_mlp(b, name, x, source, width, activation, bias=mlp_bias)
 
-        normed = blocks.rms_norm(b, f"{name}.mlp_norm", x, f"{source}.post_attention_layernorm", dims.eps)
-        if spec is None or layer < first or layer % every:
-            y = blocks.gated_mlp(
-                b, f"{name}.mlp", normed, mlp, dims.intermediate, activation, bias=mlp_bias
-            )  # fmt: skip
-            blocks.residual(b, f"{name}.mlp", x, y)
-            continue
-        y = mixture(b, f"{name}.moe", normed, mlp, spec)
-        blocks.residual(b, f"{name}.moe", x, y)
+        source = f"{at.source}.mlp"
+        if spec is None or at.number < first or at.number % every:
+            yield mlp(f"{at.name}.mlp", source, dims.intermediate)
+            return
+        yield f"{at.name}.moe", mixture(b, f"{at.name}.moe", x, source, spec)
         if shared and not spec.always:
-            experts = f"{mlp}.shared_experts"
-            y = blocks.gated_mlp(
-                b, f"{name}.shared", normed, experts, shared * spec.width, activation, bias=mlp_bias
-            )
-            blocks.residual(b, f"{name}.shared", x, y)
+            yield mlp(f"{at.name}.shared", f"{source}.shared_experts", shared * spec.width)
 
-    last = blocks.rms_norm(b, "final_norm", blocks.select(b, x), "model.norm", dims.eps)
-    blocks.head(b, last, dims, tied=config.bool("tie_word_embeddings", False))
-    return b.finish()
+    return llama.pre_norm(config, dtype, dims, attend, feed)
 
 
 def read_mixture(config: ModelConfig) -> Mixture:

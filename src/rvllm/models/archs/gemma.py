@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from rvllm.models import blocks
+from rvllm.models.archs import llama
 from rvllm.models.config import ModelConfig
-from rvllm.models.rope import read_rope
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Activation, Program
 
@@ -19,30 +19,11 @@ def build(config: ModelConfig, dtype: DType) -> Program:
     """The program of a Gemma config."""
     refuse_bidirectional(config)
     dims = blocks.Dims.read(config, head_dim=HEAD_DIM)
-    activation = read_activation(config)
     bias = config.bool("attention_bias", False)
-    rope = read_rope(config, dims.head_dim)
-
-    b = blocks.start(config, dtype, dims)
-    x = blocks.embed(b, dims, scale=embedding_scale(dims.hidden, dtype))
-    for layer in range(dims.layers):
-        name, source = f"layers.{layer}", f"model.layers.{layer}"
-
-        normed = blocks.rms_norm(b, f"{name}.attn_norm", x, f"{source}.input_layernorm", dims.eps, add=1.0)
-        y = blocks.self_attention(
-            b, name, normed, f"{source}.self_attn", dims, rope, qkv_bias=bias, out_bias=bias
-        )
-        blocks.residual(b, f"{name}.attn", x, y)
-
-        normed = blocks.rms_norm(
-            b, f"{name}.mlp_norm", x, f"{source}.post_attention_layernorm", dims.eps, add=1.0
-        )
-        y = blocks.gated_mlp(b, f"{name}.mlp", normed, f"{source}.mlp", dims.intermediate, activation)
-        blocks.residual(b, f"{name}.mlp", x, y)
-
-    last = blocks.rms_norm(b, "final_norm", blocks.select(b, x), "model.norm", dims.eps, add=1.0)
-    blocks.head(b, last, dims, tied=config.bool("tie_word_embeddings", True))
-    return b.finish()
+    return llama.decoder(
+        config, dtype, dims, qkv_bias=bias, out_bias=bias, activation=read_activation(config), tied=True,
+        norm_add=1.0, scales=llama.Scales(embedding=embedding_scale(dims.hidden, dtype)),
+    )  # fmt: skip
 
 
 def embedding_scale(hidden: int, dtype: DType) -> float:

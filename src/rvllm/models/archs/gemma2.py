@@ -7,7 +7,7 @@ from rvllm.models.archs import gemma
 from rvllm.models.config import ModelConfig
 from rvllm.models.rope import max_positions, read_rope
 from rvllm.program.dtypes import DType
-from rvllm.program.ops.dense import Buffer, Part, Program
+from rvllm.program.ops.dense import Buffer, Program
 from rvllm.program.rope import Rope
 
 
@@ -58,14 +58,10 @@ def decoder(
         layer_window, rope = (window, ropes[0]) if sliding[layer] else (None, ropes[1])
 
         y = norm(f"{name}.attn_norm", x, f"{source}.input_layernorm")
-        qkv = blocks.project_qkv(b, name, y, attn, dims, bias=bias)
-        if qk_norm:
-            q, k = (Part(f"{attn}.{which}_norm.weight", (dims.head_dim,), add=1.0) for which in "qk")
-            blocks.head_norms(b, name, qkv, dims, ([q], [k]))
-        y = blocks.attention(
-            b, name, qkv, dims, rope, window=layer_window, scale=scale, soft_cap=attention_cap
-        )
-        y = blocks.project_out(b, name, y, attn, dims, bias=bias)
+        y = blocks.self_attention(
+            b, name, y, attn, dims, rope, qkv_bias=bias, out_bias=bias, window=layer_window, scale=scale,
+            soft_cap=attention_cap, norms=blocks.HeadNorms.shared(attn, dims, 1.0) if qk_norm else None,
+        )  # fmt: skip
         y = norm(f"{name}.attn_post_norm", y, f"{source}.post_attention_layernorm")
         blocks.residual(b, f"{name}.attn", x, y)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from rvllm.models import blocks
 from rvllm.models.config import ModelConfig
 from rvllm.models.rope import read_rope, rotated_dim
-from rvllm.program.builder import ProgramBuilder
 from rvllm.program.dtypes import DType
-from rvllm.program.ops.dense import Buffer, Linear, Part, Program
+from rvllm.program.ops.dense import Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
@@ -30,7 +29,8 @@ def build(config: ModelConfig, dtype: DType) -> Program:
         if parallel:  # the MLP's norm reads the stream as attention's did
             for_mlp = blocks.layer_norm(b, f"{name}.mlp_norm", x, second, dims.eps)
 
-        qkv = fused_qkv(b, f"{name}.qkv", for_attention, f"{source}.attention.query_key_value", dims, bias)
+        fused, rows = f"{source}.attention.query_key_value", 3 * dims.heads * dims.head_dim
+        qkv = blocks.linear(b, f"{name}.qkv", for_attention, [fused], [rows], bias, "head_qkv", dims.heads)
         y = blocks.attention(b, name, qkv, dims, rope)
         y = blocks.linear(b, f"{name}.o", y, [f"{source}.attention.dense"], [dims.hidden], bias)
         blocks.residual(b, f"{name}.attn", x, y)
@@ -48,14 +48,3 @@ def build(config: ModelConfig, dtype: DType) -> Program:
         embed_source="gpt_neox.embed_in.weight",
     )  # fmt: skip
     return b.finish()
-
-
-def fused_qkv(b: ProgramBuilder, name: str, x: Buffer, source: str, dims: blocks.Dims, bias: bool) -> Buffer:
-    """One projection stored as [head][q|k|v][dim] rows."""
-    rows = 3 * dims.heads * dims.head_dim
-    weight = b.matrix(name, Part(f"{source}.weight", (rows, dims.hidden), "head_qkv", dims.heads))
-    shift = None
-    if bias:
-        shift = b.vector(f"{name}.bias", Part(f"{source}.bias", (rows,), "head_qkv", dims.heads))
-    out = b.buffer(f"{name}.out", rows)
-    return b.emit(Linear(name=name, x=x, out=out, weight=weight, bias=shift)).out

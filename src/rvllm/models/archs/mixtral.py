@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rvllm.models import blocks
+from rvllm.models.archs import llama
 from rvllm.models.config import ModelConfig
 from rvllm.models.moe import Mixture, mixture, read_experts
 from rvllm.models.rope import read_rope
+from rvllm.program.builder import ProgramBuilder
 from rvllm.program.dtypes import DType
-from rvllm.program.ops.dense import Program
+from rvllm.program.ops.dense import Buffer, Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
@@ -25,19 +29,8 @@ def build(config: ModelConfig, dtype: DType) -> Program:
         renormalise=True,
     )
 
-    b = blocks.start(config, dtype, dims)
-    x = blocks.embed(b, dims)
-    for layer in range(dims.layers):
-        name, source = f"layers.{layer}", f"model.layers.{layer}"
+    def feed(b: ProgramBuilder, at: llama.Layer, x: Buffer) -> Iterable[tuple[str, Buffer]]:
+        name = f"{at.name}.moe"
+        yield name, mixture(b, name, x, f"{at.source}.block_sparse_moe", spec)
 
-        normed = blocks.rms_norm(b, f"{name}.attn_norm", x, f"{source}.input_layernorm", dims.eps)
-        y = blocks.self_attention(b, name, normed, f"{source}.self_attn", dims, rope, window=window)
-        blocks.residual(b, f"{name}.attn", x, y)
-
-        normed = blocks.rms_norm(b, f"{name}.mlp_norm", x, f"{source}.post_attention_layernorm", dims.eps)
-        y = mixture(b, f"{name}.moe", normed, f"{source}.block_sparse_moe", spec)
-        blocks.residual(b, f"{name}.moe", x, y)
-
-    last = blocks.rms_norm(b, "final_norm", blocks.select(b, x), "model.norm", dims.eps)
-    blocks.head(b, last, dims, tied=config.bool("tie_word_embeddings", False))
-    return b.finish()
+    return llama.decoder(config, dtype, dims, rope=rope, window=lambda at: window, feed=feed)

@@ -10,19 +10,8 @@ from dataclasses import replace
 from rvllm.models import blocks
 from rvllm.models.config import ModelConfig, token_ids
 from rvllm.models.rope import max_positions, read_rope
-from rvllm.program.builder import ProgramBuilder
 from rvllm.program.dtypes import DType
-from rvllm.program.ops.dense import (
-    BlockSparseAttention,
-    BlockSparsity,
-    Buffer,
-    ClampedGate,
-    KVCache,
-    Linear,
-    Part,
-    Program,
-    RopeKV,
-)
+from rvllm.program.ops.dense import BlockSparsity, ClampedGate, Program
 from rvllm.program.rope import Rope
 
 
@@ -46,13 +35,17 @@ def build(config: ModelConfig, dtype: DType) -> Program:
         sparse = None if every and (layer + 1) % every == 0 else sparsity
 
         normed = blocks.layer_norm(b, f"{name}.attn_norm", x, f"{source}.input_layernorm", dims.eps)
-        qkv = fused(b, f"{name}.qkv", normed, qkv_parts(f"{attn}.query_key_value", dims))
-        mixed = attention(b, name, qkv, dims, rope, scale, sparse)
+        fused, qkv_rows = f"{attn}.query_key_value", (dims.heads + 2 * dims.kv_heads) * dims.head_dim
+        qkv = blocks.linear(
+            b, f"{name}.qkv", normed, [fused], [qkv_rows], True, "grouped_qkv", dims.kv_heads, dims.head_dim
+        )
+        mixed = blocks.attention(b, name, qkv, dims, rope, scale=scale, sparsity=sparse)
         y = blocks.linear(b, f"{name}.o", mixed, [f"{attn}.dense"], [dims.hidden], True)
         blocks.residual(b, f"{name}.attn", x, y)
 
         normed = blocks.layer_norm(b, f"{name}.mlp_norm", x, f"{source}.post_attention_layernorm", dims.eps)
-        both = fused(b, f"{name}.mlp.gate_up", normed, pair_parts(f"{mlp}.up_proj", dims))
+        rows = [2 * dims.intermediate]
+        both = blocks.linear(b, f"{name}.mlp.gate_up", normed, [f"{mlp}.up_proj"], rows, True, "pairs")
         act = b.buffer(f"{name}.mlp.act.out", dims.intermediate)
         b.emit(ClampedGate(name=f"{name}.mlp.act", x=both, out=act, limit=limit))
         y = blocks.linear(b, f"{name}.mlp.down", act, [f"{mlp}.down_proj"], [dims.hidden], True)
@@ -120,51 +113,3 @@ def read_hidden(config: ModelConfig, vocab: int) -> tuple[int, ...]:
     if any(token >= vocab for token in found):
         raise config.fail("dummy_token_indices", f"holds {max(found)}, the vocabulary has {vocab} tokens")
     return found
-
-
-def qkv_parts(source: str, dims: blocks.Dims) -> tuple[Part, Part]:
-    """Weight and bias, rows [kv head][its queries, k, v][dim]."""
-    rows, groups = (dims.heads + 2 * dims.kv_heads) * dims.head_dim, (dims.kv_heads, dims.head_dim)
-    return (
-        Part(f"{source}.weight", (rows, dims.hidden), "grouped_qkv", *groups),
-        Part(f"{source}.bias", (rows,), "grouped_qkv", *groups),
-    )
-
-
-def pair_parts(source: str, dims: blocks.Dims) -> tuple[Part, Part]:
-    """Weight and bias, rows (gate, up), (gate, up), ..."""
-    rows = 2 * dims.intermediate
-    return (
-        Part(f"{source}.weight", (rows, dims.hidden), "pairs"),
-        Part(f"{source}.bias", (rows,), "pairs"),
-    )
-
-
-def fused(b: ProgramBuilder, name: str, x: Buffer, parts: tuple[Part, Part]) -> Buffer:
-    """x @ weight.T + bias with rearranged rows."""
-    weight, bias = b.matrix(name, parts[0]), b.vector(f"{name}.bias", parts[1])
-    out = b.buffer(f"{name}.out", weight.shape[0])
-    return b.emit(Linear(name=name, x=x, out=out, weight=weight, bias=bias)).out
-
-
-def attention(
-    b: ProgramBuilder,
-    name: str,
-    qkv: Buffer,
-    dims: blocks.Dims,
-    rope: Rope,
-    scale: float,
-    sparsity: BlockSparsity | None,
-) -> Buffer:
-    """blocks.attention, over some blocks of keys only if there is a sparsity."""
-    if sparsity is None:
-        return blocks.attention(b, name, qkv, dims, rope, scale=scale)
-    cache = b.cache(KVCache(f"{name}.kv", dims.kv_heads, dims.head_dim, dims.head_dim))
-    shape = {"heads": dims.heads, "kv_heads": dims.kv_heads, "head_dim": dims.head_dim}
-    b.emit(RopeKV(name=f"{name}.rope_kv", qkv=qkv, cache=cache, rope=rope, **shape))
-    out = b.buffer(f"{name}.attn.out", dims.heads * dims.head_dim)
-    return b.emit(
-        BlockSparseAttention(
-            name=f"{name}.attn", qkv=qkv, out=out, cache=cache, scale=scale, sparsity=sparsity, **shape
-        )
-    ).out

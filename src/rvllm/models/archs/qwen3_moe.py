@@ -2,47 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rvllm.models import blocks
+from rvllm.models.archs import llama
 from rvllm.models.config import ModelConfig
 from rvllm.models.moe import Mixture, mixture, read_experts
-from rvllm.models.rope import read_rope
+from rvllm.program.builder import ProgramBuilder
 from rvllm.program.dtypes import DType
-from rvllm.program.ops.dense import Part, Program
+from rvllm.program.ops.dense import Buffer, Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
     """The program of a Qwen3-MoE config."""
     dims = blocks.Dims.read(config)
     bias = config.bool("attention_bias", False)
-    rope = read_rope(config, dims.head_dim)
     window = config.int("sliding_window", 4096) if config.bool("use_sliding_window", False) else None
     spec = read_mixture(config)
     sparse = sparse_layers(config, dims.layers)
 
-    b = blocks.start(config, dtype, dims)
-    x = blocks.embed(b, dims)
-    for layer in range(dims.layers):
-        name, source = f"layers.{layer}", f"model.layers.{layer}"
-        attn, mlp = f"{source}.self_attn", f"{source}.mlp"
-
-        normed = blocks.rms_norm(b, f"{name}.attn_norm", x, f"{source}.input_layernorm", dims.eps)
-        qkv = blocks.project_qkv(b, name, normed, attn, dims, bias=bias)
-        q, k = (Part(f"{attn}.{which}_norm.weight", (dims.head_dim,)) for which in "qk")
-        blocks.head_norms(b, name, qkv, dims, ([q], [k]))
-        mixed = blocks.attention(b, name, qkv, dims, rope, window=window)
-        y = blocks.project_out(b, name, mixed, attn, dims, bias=bias)
-        blocks.residual(b, f"{name}.attn", x, y)
-
-        normed = blocks.rms_norm(b, f"{name}.mlp_norm", x, f"{source}.post_attention_layernorm", dims.eps)
-        if sparse[layer]:
-            y = mixture(b, f"{name}.moe", normed, mlp, spec)
+    def feed(b: ProgramBuilder, at: llama.Layer, x: Buffer) -> Iterable[tuple[str, Buffer]]:
+        name, mlp = f"{at.name}.mlp", f"{at.source}.mlp"
+        if sparse[at.number]:
+            yield name, mixture(b, f"{at.name}.moe", x, mlp, spec)
         else:
-            y = blocks.gated_mlp(b, f"{name}.mlp", normed, mlp, dims.intermediate, spec.activation)
-        blocks.residual(b, f"{name}.mlp", x, y)
+            yield name, blocks.gated_mlp(b, name, x, mlp, dims.intermediate, spec.activation)
 
-    last = blocks.rms_norm(b, "final_norm", blocks.select(b, x), "model.norm", dims.eps)
-    blocks.head(b, last, dims, tied=config.bool("tie_word_embeddings", False))
-    return b.finish()
+    return llama.decoder(
+        config,
+        dtype,
+        dims,
+        qkv_bias=bias,
+        out_bias=bias,
+        head_norms=True,
+        window=lambda at: window,
+        feed=feed,
+    )
 
 
 def read_mixture(config: ModelConfig) -> Mixture:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rvllm.models import blocks
 from rvllm.models.archs import llama
 from rvllm.models.config import ModelConfig
+from rvllm.models.rope import read_rope
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 
@@ -15,16 +16,18 @@ def build(config: ModelConfig, dtype: DType) -> Program:
     layers = config.int("num_hidden_layers", high=4096)
     rotated = rope_layers(config, layers)
     windows = layer_windows(config, layers, rotated)
+    dims = blocks.Dims.read(config)
     return llama.decoder(
         config,
         dtype,
+        dims,
+        rope=read_rope(config, dims.head_dim, default_theta=2_000_000.0),
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=config.bool("mlp_bias", False),
         window=lambda layer: windows[layer],
         rotated=lambda layer: rotated[layer],
         tied=True,
-        default_theta=2_000_000.0,
     )
 
 

@@ -25,13 +25,12 @@ def build(config: ModelConfig, dtype: DType) -> Program:
         attn = f"{source}.self_attn"
 
         normed = blocks.layer_norm(b, f"{name}.attn_norm", x, f"{source}.input_layernorm", dims.eps)
-        qkv = blocks.project_qkv(b, name, normed, attn, dims, bias=qkv_bias)
+        norms = None
         if qk_norm:
             q = per_head(f"{attn}.q_layernorm", dims.heads, dims.head_dim)
             k = per_head(f"{attn}.k_layernorm", dims.kv_heads, dims.head_dim)
-            blocks.head_norms(b, name, qkv, dims, (q, k), "layer")
-        y = blocks.attention(b, name, qkv, dims, rope)
-        y = blocks.project_out(b, name, y, attn, dims, bias=False)
+            norms = blocks.HeadNorms(q, k, "layer")
+        y = blocks.self_attention(b, name, normed, attn, dims, rope, qkv_bias=qkv_bias, norms=norms)
         blocks.residual(b, f"{name}.attn", x, y)
 
         if not parallel:  # in parallel, the MLP reads what attention read

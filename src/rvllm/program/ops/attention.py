@@ -34,7 +34,6 @@ class Attention(Op):
     """
 
     READS = ("qkv",)
-    WRITES = ("out",)
     qkv: Buffer
     out: Buffer
     cache: KVCache
@@ -65,7 +64,6 @@ class BlockSparseAttention(Op):
     """As Attention, but a query sees only some blocks of keys; see BlockSparsity."""
 
     READS = ("qkv",)
-    WRITES = ("out",)
     qkv: Buffer
     out: Buffer
     cache: KVCache
@@ -105,9 +103,6 @@ class HeadLinear(Op):
     after it. Sums in float32.
     """
 
-    READS = ("x",)
-    WRITES = ("out",)
-    WEIGHTS = ("weight",)
     x: Buffer
     out: Buffer
     weight: Weight
@@ -124,7 +119,6 @@ class LatentAttention(Op):
     """
 
     READS = ("q",)
-    WRITES = ("out",)
     q: Buffer
     out: Buffer
     cache: KVCache

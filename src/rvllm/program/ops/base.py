@@ -1,19 +1,23 @@
 """What a model program is made of: buffers, weights, caches, and what every op has.
 
-The ops stand in `ops.py` and beside it.
+The ops stand in the files beside it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Self
 
 from rvllm.program.dtypes import DType
 from rvllm.program.formats import WeightFormat
 
 Rows = Literal["tokens", "samples"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+Layout = Literal[
+    "plain", "transposed", "head_qkv", "grouped_qkv", "pairs", "head_rows", "head_columns", "columns"
+]
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,7 @@ class Part:
 
     source: str
     shape: tuple[int, ...]
-    layout: Literal[
-        "plain", "transposed", "head_qkv", "grouped_qkv", "pairs", "head_rows", "head_columns", "columns"
-    ] = "plain"
+    layout: Layout = "plain"
     heads: int = 0
     head_dim: int = 0
     add: float = 0.0
@@ -91,10 +93,7 @@ class Weight:
     @property
     def elements(self) -> int:
         """Number of elements."""
-        count = 1
-        for n in self.shape:
-            count *= n
-        return count
+        return math.prod(self.shape)
 
     def nbytes(self, size: int) -> int:
         """Bytes of its numbers and scales; size: bytes of an element of the model's type."""
@@ -120,11 +119,6 @@ class KVCache:
     window: int | None = None  # tokens a query may look back, itself included; None is all
     fp8: bool = False
 
-    @property
-    def elements_per_token(self) -> int:
-        """Elements one token takes."""
-        return self.heads * (self.key_dim + self.value_dim)
-
     def row_bytes(self, dim: int, size: int) -> int:
         """Bytes of a token's key or value of `dim` elements, of one head; size: of the model's type."""
         return dim + 1 if self.fp8 else dim * size
@@ -148,35 +142,37 @@ class StateCache:
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
-    """One step of a program. READS, WRITES and WEIGHTS name the fields that hold buffers and weights.
+    """One step of a program. READS and WRITES name the fields that hold the buffers read and written.
 
     A field may hold None where it is optional. A buffer in both READS and WRITES is updated in place.
     """
 
     name: str  # unique within the program: "layers.3.attn"
-    READS: ClassVar[tuple[str, ...]] = ()
-    WRITES: ClassVar[tuple[str, ...]] = ()
-    WEIGHTS: ClassVar[tuple[str, ...]] = ()
+    READS: ClassVar[tuple[str, ...]] = ("x",)
+    WRITES: ClassVar[tuple[str, ...]] = ("out",)
 
     @property
     def kind(self) -> str:
         """The op's type in lower case, as catalogs and listings name it."""
         return type(self).__name__.lower()
 
-    def _buffers(self, fields: tuple[str, ...]) -> tuple[Buffer, ...]:
-        return tuple(b for b in (getattr(self, f) for f in fields) if b is not None)
-
     @property
     def reads(self) -> tuple[Buffer, ...]:
         """Buffers read."""
-        return self._buffers(self.READS)
+        return tuple(b for b in (getattr(self, f) for f in self.READS) if b is not None)
 
     @property
     def writes(self) -> tuple[Buffer, ...]:
         """Buffers written."""
-        return self._buffers(self.WRITES)
+        return tuple(b for b in (getattr(self, f) for f in self.WRITES) if b is not None)
 
     @property
     def weights(self) -> tuple[Weight, ...]:
         """Weights read."""
-        return tuple(w for w in (getattr(self, f) for f in self.WEIGHTS) if w is not None)
+        return tuple(w for f in fields(self) if isinstance(w := getattr(self, f.name), Weight))
+
+    def mapped(self, change: Callable[[Any], Any]) -> Self:
+        """The op with `change` applied to what each of its fields holds."""
+        old = {f.name: getattr(self, f.name) for f in fields(self)}
+        new = {name: made for name, value in old.items() if (made := change(value)) is not value}
+        return replace(self, **new) if new else self

@@ -5,8 +5,8 @@ computes is defined by its docstring and by the NumPy reference in `backends/cpu
 no op knows a backend, a batch or a pointer.
 
 Here are the ops that most models have, and all words of the vocabulary to import; `base.py` has what ops
-are made of, `attention.py` and `mixtures.py` those of caches and of experts. Only some models have what
-stands in `recurrent.py` and `encoder.py`.
+are made of, `attention.py` and `moe.py` those of caches and of experts. Only some models have what stands in
+`mamba2.py` and `encoder.py`.
 
 Shapes: T is the number of tokens in the step's flat batch, S the number of rows whose logits are
 wanted. All sequences of the step lie one behind the other in the T rows.
@@ -14,8 +14,9 @@ wanted. All sequences of the step lie one behind the other in the T rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.attention import (
@@ -68,8 +69,7 @@ __all__ = [
 class Embed(Op):
     """out[t] = table[token[t]] * scale; table [vocab, width]."""
 
-    WRITES = ("out",)
-    WEIGHTS = ("table",)
+    READS = ()
     table: Weight
     out: Buffer
     scale: float = 1.0
@@ -87,9 +87,6 @@ class Norm(Op):
     then out is x, updated in place.
     """
 
-    READS = ("x",)
-    WRITES = ("out",)
-    WEIGHTS = ("weight", "bias")
     x: Buffer
     out: Buffer
     weight: Weight | None
@@ -105,9 +102,6 @@ class Norm(Op):
 class Linear(Op):
     """out = x @ weight.T + bias; weight [N, K], x [rows, K], out [rows, N]; sums in float32."""
 
-    READS = ("x",)
-    WRITES = ("out",)
-    WEIGHTS = ("weight", "bias")
     x: Buffer
     out: Buffer
     weight: Weight
@@ -118,8 +112,6 @@ class Linear(Op):
 class GatedActivation(Op):
     """out = act(x[:, :width]) * x[:, width:]; x [rows, 2 * width] (SwiGLU, GeGLU; Shazeer 2020)."""
 
-    READS = ("x",)
-    WRITES = ("out",)
     x: Buffer
     out: Buffer
     activation: Activation
@@ -133,8 +125,6 @@ class ClampedGate(Op):
     limit None clamps nothing.
     """
 
-    READS = ("x",)
-    WRITES = ("out",)
     x: Buffer
     out: Buffer
     limit: float | None
@@ -145,8 +135,6 @@ class ClampedGate(Op):
 class Activate(Op):
     """out = act(x), elementwise."""
 
-    READS = ("x",)
-    WRITES = ("out",)
     x: Buffer
     out: Buffer
     activation: Activation
@@ -167,8 +155,6 @@ class Add(Op):
 class GatherRows(Op):
     """out[s] = x[row[s]]: the rows whose logits the step wants; x [T, width], out [S, width]."""
 
-    READS = ("x",)
-    WRITES = ("out",)
     x: Buffer
     out: Buffer
 
@@ -177,9 +163,6 @@ class GatherRows(Op):
 class Logits(Op):
     """out = cap(x @ weight.T * scale + bias) in float32; x [S, K], weight [vocab, K], out [S, vocab]."""
 
-    READS = ("x",)
-    WRITES = ("out",)
-    WEIGHTS = ("weight", "bias")
     x: Buffer
     out: Buffer
     weight: Weight
@@ -206,6 +189,7 @@ class Sample(Op):
     """
 
     READS = ("logits",)
+    WRITES = ()
     logits: Buffer
 
 
@@ -221,13 +205,17 @@ class Program:
     buffers: tuple[Buffer, ...]
     weights: tuple[Weight, ...]
     caches: tuple[KVCache, ...]
-    notes: tuple[str, ...] = field(default=())
-    states: tuple[StateCache, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    states: tuple[StateCache, ...] = ()
 
-    @property
-    def kv_elements_per_token(self) -> int:
-        """Cache elements one token takes over all layers."""
-        return sum(c.elements_per_token for c in self.caches)
+    def with_weights(self, change: Callable[[Weight], Weight]) -> Program:
+        """The program with `change` applied to each of its weights."""
+        weights = {weight.name: change(weight) for weight in self.weights}
+
+        def of(value: Any) -> Any:
+            return weights[value.name] if isinstance(value, Weight) else value
+
+        return replace(self, ops=tuple(op.mapped(of) for op in self.ops), weights=tuple(weights.values()))
 
     @property
     def ropes(self) -> list[Rope]:

@@ -21,9 +21,7 @@ class AddPositions(Op):
     pair's second text.
     """
 
-    READS = ("x",)
     WRITES = ("x",)
-    WEIGHTS = ("positions", "kinds")
     x: Buffer
     positions: Weight
     kinds: Weight | None
@@ -38,7 +36,6 @@ class TextAttention(Op):
     """
 
     READS = ("qkv",)
-    WRITES = ("out",)
     qkv: Buffer
     out: Buffer
     heads: int
@@ -54,8 +51,6 @@ class Pool(Op):
     max(|v|, 1e-12).
     """
 
-    READS = ("x",)
-    WRITES = ("out",)
     x: Buffer
     out: Buffer
     how: Pooling
@@ -73,15 +68,12 @@ class Classify(Op):
     One row a text is little work, so every backend computes it on the host.
     """
 
-    READS = ("x",)
-    WRITES = ("out",)
-    WEIGHTS = ("dense", "dense_bias", "weight", "bias")
     x: Buffer
     out: Buffer
-    weight: Weight
-    bias: Weight | None = None
     dense: Weight | None = None
     dense_bias: Weight | None = None
+    weight: Weight
+    bias: Weight | None = None
     contrast: bool = False
     dense_pools: bool = False
     tokens: bool = False

@@ -20,9 +20,6 @@ class CausalConv(Op):
     weight [width, kernel], out [T, width]. state: the last kernel - 1 inputs, [kernel - 1, width].
     """
 
-    READS = ("x",)
-    WRITES = ("out",)
-    WEIGHTS = ("weight", "bias")
     x: Buffer
     out: Buffer
     weight: Weight
@@ -52,8 +49,6 @@ class StateScan(Op):
     """
 
     READS = ("xbc", "steps")
-    WRITES = ("out",)
-    WEIGHTS = ("log_decay", "skip", "bias")
     xbc: Buffer
     steps: Buffer
     out: Buffer
@@ -82,8 +77,6 @@ class GatedNorm(Op):
     """
 
     READS = ("x", "gate")
-    WRITES = ("out",)
-    WEIGHTS = ("weight",)
     x: Buffer
     gate: Buffer
     out: Buffer

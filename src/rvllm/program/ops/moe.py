@@ -21,9 +21,7 @@ class Route(Op):
     Behind the chosen ones come the experts that every token has, E, E + 1, ..., each with share 1.
     """
 
-    READS = ("x",)
     WRITES = ("shares", "ids")
-    WEIGHTS = ("weight", "bias")
     x: Buffer
     ids: Buffer
     shares: Buffer
@@ -49,8 +47,6 @@ class Experts(Op):
     """
 
     READS = ("x", "ids", "shares")
-    WRITES = ("out",)
-    WEIGHTS = ("up", "down")
     x: Buffer
     ids: Buffer
     shares: Buffer
