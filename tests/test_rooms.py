@@ -30,8 +30,8 @@ INSIDE = {
         "fetch",
         "safetensors",
         "gguf",
-        "mapped",
-        "checkpoint parallel",
+        "checkpoint",
+        "mapped parallel",
     ],
     "program": ["builder cost memory", "ops", "formats rope dtypes"],
     "kernels": [

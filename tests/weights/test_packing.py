@@ -13,9 +13,8 @@ from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Part, Program, Weight
 from rvllm.weights import packing
-from rvllm.weights.checkpoint import TensorType
+from rvllm.weights.checkpoint import Checkpoint, TensorType
 from rvllm.weights.gguf.blocks import dequantise
-from rvllm.weights.mapped import FileCheckpoint
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.packing import check_weights, dummy, pack, raw_parts, readable_parts
 from support.models.fetched import model_path
@@ -29,7 +28,7 @@ from support.weights.model_files import (
 )
 
 
-def arrays_in(folder: Path, **tensors: np.ndarray) -> FileCheckpoint:
+def arrays_in(folder: Path, **tensors: np.ndarray) -> Checkpoint:
     return open_checkpoint(write_directory(folder, tensors))
 
 

@@ -10,7 +10,7 @@ import pytest
 from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Part, Weight
-from rvllm.weights.mapped import FileCheckpoint
+from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.packing import pack, raw_parts
 from support.weights.quantisers import (
@@ -42,11 +42,11 @@ def write(folder: Path, quantisation: dict[str, Any] | None, tensors: Tensors) -
     return folder
 
 
-def opened(folder: Path, quantisation: dict[str, Any] | None, tensors: Tensors) -> FileCheckpoint:
+def opened(folder: Path, quantisation: dict[str, Any] | None, tensors: Tensors) -> Checkpoint:
     return open_checkpoint(write(folder, quantisation, tensors))
 
 
-def numbers(checkpoint: FileCheckpoint, name: str) -> np.ndarray:
+def numbers(checkpoint: Checkpoint, name: str) -> np.ndarray:
     info = checkpoint.tensors[name]
     raw = checkpoint.raw(info)
     assert raw.nbytes == info.nbytes

@@ -12,41 +12,38 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from rvllm.weights.mapped import MappedFile
+from rvllm.weights.parallel import in_threads
+
+SLAB = 64  # rows of a quantised matrix that a thread takes at a time
+
 
 class TensorType(Enum):
-    """How a tensor's elements are stored: (elements a block, bytes a block)."""
+    """How a tensor's elements are stored: its name, and (elements, bytes) of a block along a row."""
 
-    F32 = "F32"
-    F16 = "F16"
-    BF16 = "BF16"
-    Q4_0 = "Q4_0"
-    Q4_1 = "Q4_1"
-    Q5_0 = "Q5_0"
-    Q5_1 = "Q5_1"
-    Q8_0 = "Q8_0"
-    Q4_K = "Q4_K"
-    Q5_K = "Q5_K"
-    Q6_K = "Q6_K"
-    Q2_K = "Q2_K"
-    Q3_K = "Q3_K"
-    IQ4_NL = "IQ4_NL"
-    IQ4_XS = "IQ4_XS"
-    MXFP4 = "MXFP4"
+    F32 = "F32", 1, 4
+    F16 = "F16", 1, 2
+    BF16 = "BF16", 1, 2
+    Q4_0 = "Q4_0", 32, 18
+    Q4_1 = "Q4_1", 32, 20
+    Q5_0 = "Q5_0", 32, 22
+    Q5_1 = "Q5_1", 32, 24
+    Q8_0 = "Q8_0", 32, 34
+    Q4_K = "Q4_K", 256, 144
+    Q5_K = "Q5_K", 256, 176
+    Q6_K = "Q6_K", 256, 210
+    Q2_K = "Q2_K", 256, 84
+    Q3_K = "Q3_K", 256, 110
+    IQ4_NL = "IQ4_NL", 32, 18
+    IQ4_XS = "IQ4_XS", 256, 136
+    MXFP4 = "MXFP4", 32, 17
 
-    @property
-    def block(self) -> tuple[int, int]:
-        """(elements, bytes) of one block along a row."""
-        return _BLOCKS[self]
+    block: tuple[int, int]
 
-
-_BLOCKS = {
-    TensorType.F32: (1, 4), TensorType.F16: (1, 2), TensorType.BF16: (1, 2),
-    TensorType.Q4_0: (32, 18), TensorType.Q4_1: (32, 20), TensorType.Q5_0: (32, 22),
-    TensorType.Q5_1: (32, 24), TensorType.Q8_0: (32, 34), TensorType.Q4_K: (256, 144),
-    TensorType.Q5_K: (256, 176), TensorType.Q6_K: (256, 210),
-    TensorType.Q2_K: (256, 84), TensorType.Q3_K: (256, 110), TensorType.IQ4_NL: (32, 18),
-    TensorType.IQ4_XS: (256, 136), TensorType.MXFP4: (32, 17),
-}  # fmt: skip
+    def __new__(cls, name: str, elements: int, nbytes: int) -> TensorType:
+        kind = object.__new__(cls)
+        kind._value_, kind.block = name, (elements, nbytes)
+        return kind
 
 
 class Quantised(Protocol):
@@ -104,34 +101,48 @@ class TensorInfo:
         return self.quantised.stored_nbytes if self.quantised else self.nbytes
 
 
-class Checkpoint(Protocol):
-    """An opened, validated model: every tensor lies within its file and overlaps no other."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened, validated model: every tensor lies within its file and overlaps no other.
 
-    @property
-    def path(self) -> Path:
-        """The directory or file it was opened from."""
+    path: the directory or file it was opened from. config: in Hugging Face's names (`architectures`,
+    `hidden_size`, ...); config_origin: what to call it in messages: `/models/x/config.json`,
+    `x.gguf metadata`. generation_config: generation_config.json, or what a GGUF file says of it; empty when
+    there is none. tensors: by name; empty for a config without weights.
+    metadata: what a GGUF file says besides its tensors (tokenizer, chat template), by key; empty for
+    safetensors, whose tokenizer lies in files of its own.
+    unreadable: tensors that are there but of a type we do not read, with that type's name; a model that
+    needs one of them is refused by name, others load.
+    """
 
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The model's config in Hugging Face's names (`architectures`, `hidden_size`, ...)."""
-
-    @property
-    def config_origin(self) -> str:
-        """What to call the config in error messages: `/models/x/config.json`, `x.gguf metadata`."""
-
-    @property
-    def generation_config(self) -> Mapping[str, Any]:
-        """generation_config.json, or what a GGUF file says of it; empty when there is none."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """All tensors by name; empty for a config without weights."""
+    path: Path
+    config: Mapping[str, Any]
+    config_origin: str
+    generation_config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    files: Mapping[Path, MappedFile] = field(default_factory=dict, repr=False)
+    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
     def raw(self, info: TensorInfo) -> NDArray[np.uint8]:
-        """The tensor's bytes, flat: a view of the memory-mapped file, nothing is copied.
+        """The tensor's bytes, flat: a view of the mapped file, nothing is copied.
 
         A quantised tensor's float32 numbers are computed here, each time, on several threads.
         """
+        if info.quantised is not None:
+            return _dequantised(info.quantised, info.shape)
+        return self.files[info.file].bytes[info.offset : info.offset + info.nbytes]
+
+
+def _dequantised(quantised: Quantised, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    out = np.empty(shape, dtype=np.float32)
+
+    def work(start: int, stop: int) -> None:
+        with np.errstate(over="ignore", invalid="ignore"):  # a scale that is no number gives none, quietly
+            out[start:stop] = quantised.numbers(start, stop)
+
+    in_threads(work, shape[0], SLAB)
+    return out.reshape(-1).view(np.uint8)
 
 
 def stored_formats(checkpoint: Checkpoint) -> tuple[str, int]:

@@ -1,12 +1,12 @@
-"""Memory-mapped model files, and checkpoints as a set of them."""
+"""Memory-mapped model files, and what their readers share."""
 
 from __future__ import annotations
 
 import json
 import mmap
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.errors import ModelError
-from rvllm.weights.checkpoint import Quantised, TensorInfo
-from rvllm.weights.parallel import in_threads
 
 MAX_JSON_BYTES = 100 << 20  # of a config, an index or a safetensors header
-SLAB = 64  # rows of a quantised matrix that a thread takes at a time
 
 
 @dataclass(frozen=True)
@@ -50,43 +47,6 @@ def map_file(path: Path) -> MappedFile:
     if mapped[: len(LFS_POINTER)] == LFS_POINTER:
         raise ModelError(f"{path}: a Git LFS pointer, not the weights themselves; run `git lfs pull` there")
     return MappedFile(path, np.frombuffer(mapped, dtype=np.uint8), (found.st_dev, found.st_ino))
-
-
-@dataclass(frozen=True)
-class FileCheckpoint:
-    """A `Checkpoint` over mapped files.
-
-    metadata: what a GGUF file says besides its tensors (tokenizer, chat template), by key; empty for
-    safetensors, whose tokenizer lies in files of its own.
-    unreadable: tensors that are there but of a type we do not read, with that type's name; a model that
-    needs one of them is refused by name, others load.
-    """
-
-    path: Path
-    config: Mapping[str, Any]
-    config_origin: str
-    generation_config: Mapping[str, Any]
-    tensors: Mapping[str, TensorInfo]
-    files: Mapping[Path, MappedFile] = field(default_factory=dict, repr=False)
-    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    unreadable: Mapping[str, str] = field(default_factory=dict)
-
-    def raw(self, info: TensorInfo) -> NDArray[np.uint8]:
-        """The tensor's bytes, flat: a view of the mapped file, or a quantised tensor's float32 numbers."""
-        if info.quantised is not None:
-            return _dequantised(info.quantised, info.shape)
-        return self.files[info.file].bytes[info.offset : info.offset + info.nbytes]
-
-
-def _dequantised(quantised: Quantised, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    out = np.empty(shape, dtype=np.float32)
-
-    def work(start: int, stop: int) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):  # a scale that is no number gives none, quietly
-            out[start:stop] = quantised.numbers(start, stop)
-
-    in_threads(work, shape[0], SLAB)
-    return out.reshape(-1).view(np.uint8)
 
 
 def check_layout(path: Path, spans: Iterable[tuple[int, int, str]], end: int) -> None:

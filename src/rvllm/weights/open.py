@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from rvllm.errors import ModelError
+from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.gguf.container import MAGIC
-from rvllm.weights.mapped import FileCheckpoint
 
 
-def open_checkpoint(path: Path) -> FileCheckpoint:
+def open_checkpoint(path: Path) -> Checkpoint:
     """Opens and checks a directory in Hugging Face's layout or a .gguf file.
 
     Reads configuration and headers only; tensors are mapped and read when used. Raises ModelError (one

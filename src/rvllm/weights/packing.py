@@ -37,8 +37,7 @@ def check_weights(program: Program, checkpoint: Checkpoint) -> None:
 
     Raises ModelError: one line with the file, up to five tensors and how many more.
     """
-    unreadable = getattr(checkpoint, "unreadable", {})
-    if not checkpoint.tensors and not unreadable:
+    if not checkpoint.tensors and not checkpoint.unreadable:
         raise ModelError(
             f"{checkpoint.path}: holds no weights that can be read (safetensors or GGUF); "
             "--load-format dummy runs it with random ones"
@@ -47,7 +46,7 @@ def check_weights(program: Program, checkpoint: Checkpoint) -> None:
     for part in (part for weight in program.weights for part in weight.parts):
         info = find_tensor(part, checkpoint)
         if info is None:
-            kind = unreadable.get(part.source)
+            kind = checkpoint.unreadable.get(part.source)
             readable = ", ".join(t.value for t in TensorType)
             problem = f"has type {kind}, not one of {readable}" if kind else "is missing"
             problems.append(f"{part.source} {problem}")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from rvllm.errors import ModelError
 from rvllm.weights.checkpoint import Checkpoint
-from rvllm.weights.mapped import FileCheckpoint, MappedFile
+from rvllm.weights.mapped import MappedFile
 
 
 class FileReader:
@@ -32,8 +32,8 @@ class FileReader:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> FileReader:
-        """A reader of the checkpoint's files, where it lies in files."""
-        return cls(checkpoint.files.values() if isinstance(checkpoint, FileCheckpoint) else ())
+        """A reader of the checkpoint's files."""
+        return cls(checkpoint.files.values())
 
     def copy(self, values: NDArray[Any], to: NDArray[Any]) -> None:
         """Copies `values` to `to`, of the same shape and type and contiguous.

@@ -20,7 +20,7 @@ from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
-from rvllm.weights.checkpoint import TensorInfo, TensorType
+from rvllm.weights.checkpoint import Checkpoint, TensorInfo, TensorType
 
 TOKENS = 48  # longer than the windows and trained contexts below
 
@@ -129,19 +129,14 @@ def weights_of(program: Program) -> dict[str, np.ndarray]:
     return found
 
 
-class ArrayCheckpoint:
-    """A checkpoint (see `rvllm.weights.checkpoint.Checkpoint`) over arrays in memory."""
+class ArrayCheckpoint(Checkpoint):
+    """A checkpoint over arrays in memory."""
 
     def __init__(self, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-        self.path = Path("tiny")
-        self.config = config
-        self.config_origin = "tiny"
-        self.generation_config: dict[str, Any] = {}
-        self.arrays = arrays
-        self.tensors = {
-            name: TensorInfo(name, a.shape, TensorType.F32, self.path, 0, a.nbytes)
-            for name, a in arrays.items()
-        }
+        path = Path("tiny")
+        tensors = {n: TensorInfo(n, a.shape, TensorType.F32, path, 0, a.nbytes) for n, a in arrays.items()}
+        super().__init__(path, config, "tiny", {}, tensors)
+        object.__setattr__(self, "arrays", arrays)
 
     def raw(self, info: TensorInfo) -> np.ndarray:
         """The tensor's bytes."""

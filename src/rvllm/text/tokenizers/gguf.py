@@ -41,10 +41,7 @@ def read_gguf(path: Path) -> TokenizerParts:
     """The tokenizer in a .gguf file. Raises ModelError naming the file and field."""
     from rvllm.weights.open import open_checkpoint
 
-    metadata = getattr(open_checkpoint(path), "metadata", None)
-    if metadata is None:
-        raise ModelError(f"{path}: holds no tokenizer")
-    return from_metadata(metadata, str(path))
+    return from_metadata(open_checkpoint(path).metadata, str(path))
 
 
 def from_metadata(metadata: Mapping[str, Any], origin: str) -> TokenizerParts:

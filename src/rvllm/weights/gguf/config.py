@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from rvllm.errors import ModelError
-from rvllm.weights.checkpoint import TensorInfo
+from rvllm.weights.checkpoint import Checkpoint, TensorInfo
 from rvllm.weights.gguf.archs import ARCHITECTURES, Architecture, Metadata, sentence
 from rvllm.weights.gguf.blocks import dequantise
 from rvllm.weights.gguf.container import GGUFFile, GGUFTensor, as_list, read_gguf
 from rvllm.weights.gguf.end_tokens import end_tokens
 from rvllm.weights.gguf.hybrids import HYBRIDS
-from rvllm.weights.mapped import FileCheckpoint, shown
+from rvllm.weights.mapped import shown
 
 KNOWN = ARCHITECTURES | HYBRIDS
 MAX_EXPERTS = 1 << 14  # a tensor is made of each
@@ -31,7 +31,7 @@ SAMPLING_KEYS = {
 }
 
 
-def open_gguf(path: Path) -> FileCheckpoint:
+def open_gguf(path: Path) -> Checkpoint:
     """Opens a .gguf file (all parts of a split one); ModelError names file and field of what is wrong."""
     files = _with_parts(read_gguf(path))
     first = files[0]
@@ -57,7 +57,7 @@ def open_gguf(path: Path) -> FileCheckpoint:
         config["rope_scaling"] = _rope_factors(files, tensors.pop("rope_freqs.weight"), config)
     if "rope_factors_long.weight" in tensors and "rope_factors_short.weight" in tensors:
         config["rope_scaling"] = _longrope(files, tensors, config, metadata)
-    return FileCheckpoint(
+    return Checkpoint(
         path=path,
         config={k: v for k, v in config.items() if v is not None},
         config_origin=f"{path} metadata",

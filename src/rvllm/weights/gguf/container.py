@@ -251,7 +251,7 @@ class _Reader:
                 self.fail(f"tensor {shown(name)} has the unknown type {kind}")
             # Its size is not known to us; that it starts within the file is all that can be checked.
             return GGUFTensor(name, shape, None, _OTHER_TYPES[kind], offset, 0)
-        readable = TensorType(_TYPES[kind])
+        readable = TensorType[_TYPES[kind]]
         try:
             nbytes = stored_nbytes(readable, shape)
         except ValueError as error:

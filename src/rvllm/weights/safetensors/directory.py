@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rvllm.errors import ModelError
-from rvllm.weights.checkpoint import TensorInfo, TensorType
+from rvllm.weights.checkpoint import Checkpoint, TensorInfo
 from rvllm.weights.mapped import (
     MAX_JSON_BYTES,
-    FileCheckpoint,
     MappedFile,
     check_layout,
     map_file,
@@ -23,7 +22,7 @@ from rvllm.weights.mapped import (
 )
 from rvllm.weights.safetensors.quantised import quantised_tensors
 from rvllm.weights.safetensors.sentence import read_sentence
-from rvllm.weights.safetensors.stored import StoredTensor
+from rvllm.weights.safetensors.stored import FLOAT_TYPES, StoredTensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -33,15 +32,14 @@ MAX_ELEMENTS = 1 << 48
 # Of older checkpoints of GPTQ, AWQ and ModelOpt.
 QUANTISE_CONFIGS = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
-READABLE = {"F32": TensorType.F32, "F16": TensorType.F16, "BF16": TensorType.BF16}
 OTHER_SIZES = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
-SIZES = OTHER_SIZES | {name: kind.block[1] for name, kind in READABLE.items()}
+SIZES = OTHER_SIZES | {name: kind.block[1] for name, kind in FLOAT_TYPES.items()}
 
 
-def open_directory(path: Path) -> FileCheckpoint:
+def open_directory(path: Path) -> Checkpoint:
     """Opens a directory in Hugging Face's layout; one without weights has no tensors.
 
     Raises ModelError for anything missing, broken or inconsistent, naming the file and the field.
@@ -63,10 +61,14 @@ def open_directory(path: Path) -> FileCheckpoint:
             raise ModelError(f"{reader.file.path}: tensor {shown(min(twice))} is in another shard as well")
         stored |= reader.tensors
     _check_index(path, {r.file.path.name: r for r in readers})
-    tensors = {n: _info(n, t, READABLE[t.kind]) for n, t in stored.items() if t.kind in READABLE}
+    tensors = {
+        name: TensorInfo(name, t.shape, FLOAT_TYPES[t.kind], t.file, t.offset, t.data.nbytes)
+        for name, t in stored.items()
+        if t.kind in FLOAT_TYPES
+    }
     if stored:
         tensors |= quantised_tensors(_quantisation(path, config), str(config_path), stored)
-    return FileCheckpoint(
+    return Checkpoint(
         path=path,
         config=config,
         config_origin=str(config_path),
@@ -75,10 +77,6 @@ def open_directory(path: Path) -> FileCheckpoint:
         files={r.file.path: r.file for r in readers},
         unreadable={name: t.kind for name, t in stored.items() if name not in tensors},
     )
-
-
-def _info(name: str, tensor: StoredTensor, kind: TensorType) -> TensorInfo:
-    return TensorInfo(name, tensor.shape, kind, tensor.file, tensor.offset, tensor.data.nbytes)
 
 
 def _quantisation(path: Path, config: dict[str, Any]) -> dict[str, Any]:

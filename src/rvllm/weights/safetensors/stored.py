@@ -14,8 +14,8 @@ from rvllm.errors import ModelError
 from rvllm.weights.checkpoint import TensorType
 from rvllm.weights.gguf.blocks import dequantise
 
-_FLOATS = {"F32": TensorType.F32, "F16": TensorType.F16, "BF16": TensorType.BF16}
-FLOAT_KINDS = tuple(_FLOATS)
+FLOAT_TYPES = {"F32": TensorType.F32, "F16": TensorType.F16, "BF16": TensorType.BF16}
+FLOAT_KINDS = tuple(FLOAT_TYPES)
 _INTEGERS = {"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
 E8M0_BIAS = 127
 E8M0_NAN = 255
@@ -55,7 +55,7 @@ class StoredTensor:
         if self.kind == "F8_E8M0":
             powers = np.ldexp(np.float32(1), self.data.astype(np.int32) - E8M0_BIAS)
             return np.where(self.data == E8M0_NAN, np.float32(np.nan), powers).reshape(self.shape)
-        return dequantise(_FLOATS[self.kind], self.data, self.shape)
+        return dequantise(FLOAT_TYPES[self.kind], self.data, self.shape)
 
 
 def unpack(words: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
