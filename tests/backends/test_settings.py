@@ -7,7 +7,8 @@ from typing import cast
 
 import pytest
 
-from rvllm.backends.load import CPU_ONLY, GPU_ONLY, check_memory_flags, gpu_dtype, without_effect
+from rvllm.backends.lengths import asked_blocks
+from rvllm.backends.load import CPU_ONLY, GPU_ONLY, gpu_dtype, without_effect
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.models.config import ModelConfig
@@ -37,25 +38,20 @@ def test_what_means_nothing_on_a_device_is_told() -> None:
     assert {*GPU_ONLY, *CPU_ONLY} <= set(vars(EngineConfig()))
 
 
-def test_flags_that_contradict_each_other_are_refused() -> None:
+def test_two_flags_for_the_size_of_the_kv_cache_are_refused() -> None:
     with pytest.raises(UsageError) as caught:
-        check_memory_flags(PROGRAM, EngineConfig(num_blocks=100, kv_cache_memory_gb=1.5))
-    blocks, room = f"100 ({100 * BLOCK / 1e9:.3f} GB)", f"1.5 ({15 * 10**8 // BLOCK:,} blocks)"
-    said = f"--num-blocks {blocks} and --kv-cache-memory-gb {room}"
-    assert str(caught.value) == f"{said} ask for different KV caches: give one of them"
+        asked_blocks(PROGRAM, EngineConfig(num_blocks=100, kv_cache_memory_gb=1.5), BLOCK)
+    said = f"--num-blocks 100 takes {100 * BLOCK / 1e9:.2f} GB for the KV cache"
+    held = f"--kv-cache-memory-gb 1.5 holds {15 * 10**8 // BLOCK} blocks"
+    assert str(caught.value) == f"{said}, and {held}: give one of them"
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"num_blocks": 100},
-        {"kv_cache_memory_gb": 1.0},
-        {"num_blocks": 7, "kv_cache_memory_gb": 7 * BLOCK / 1e9},
-    ],
+    ("settings", "blocks"),
+    [({}, None), ({"num_blocks": 100}, 100), ({"kv_cache_memory_gb": 7 * BLOCK / 1e9}, 7)],
 )
-def test_flags_that_agree_are_taken(settings: dict) -> None:
-    check_memory_flags(PROGRAM, EngineConfig(**settings))
+def test_one_flag_for_the_size_of_the_kv_cache_is_taken(settings: dict, blocks: int | None) -> None:
+    assert asked_blocks(PROGRAM, EngineConfig(**settings), BLOCK) == blocks
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program, Weight
 from rvllm.program.ops.encoder import Classify, classifier
 from rvllm.weights.checkpoint import Checkpoint
-from rvllm.weights.packing import dummy, pack
+from rvllm.weights.packing import in_float32
 
 F32 = NDArray[np.float32]
 
@@ -53,13 +52,7 @@ class Head:
         op = classifier(program)
         if op is None:
             return None
-        return Head(
-            op,
-            {
-                w.name: dummy(w, seed) if checkpoint is None else pack(w, checkpoint, DType.F32)
-                for w in op.weights
-            },
-        )
+        return Head(op, {w.name: in_float32(w, checkpoint, seed) for w in op.weights})
 
     @property
     def nbytes(self) -> int:

@@ -6,12 +6,11 @@ import importlib.util
 import logging
 from typing import Any
 
-from rvllm.backends.base import KV_BLOCK, Encoder, Generator, Progress
+from rvllm.backends.base import Encoder, Generator, Progress
 from rvllm.backends.opening import gpu_present
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.extras import install_command
-from rvllm.program.cost import kv_bytes_per_token
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import embedding_size
@@ -30,21 +29,6 @@ def without_effect(config: EngineConfig, device: str) -> list[str]:
     """The settings that were given and mean nothing on this device (`cpu` or `cuda`), as they are written."""
     names = {flag_of(name) for name in (GPU_ONLY if device == "cpu" else CPU_ONLY)}
     return [f"{flag} {value}" for flag, value in given_settings(config).items() if flag in names]
-
-
-def check_memory_flags(program: Program, config: EngineConfig) -> None:
-    """Raises UsageError when two flags ask for KV caches of different sizes, with what each comes to."""
-    block = KV_BLOCK * kv_bytes_per_token(program)
-    asked, room = config.num_blocks, config.kv_cache_memory_gb
-    if (
-        asked is None or room is None or program.states or not block
-    ):  # beside states the flag bounds these, too
-        return
-    if asked != int(room * 1e9) // block:
-        raise UsageError(
-            f"--num-blocks {asked} ({asked * block / 1e9:.3f} GB) and --kv-cache-memory-gb {room:g} "
-            f"({int(room * 1e9) // block:,} blocks) ask for different KV caches: give one of them"
-        )
 
 
 def cuda_packages_present() -> bool:
@@ -100,8 +84,6 @@ def load_backend(
     if config.load_format == "dummy":
         checkpoint = None
     device = choose_device(config)
-    if embedding_size(program) is None:
-        check_memory_flags(program, config)
     if idle := without_effect(config, device):
         where = "the CPU" if device == "cpu" else "a GPU"
         logging.getLogger("rvllm").warning("without effect on %s: %s", where, ", ".join(idle))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from rvllm.weights.checkpoint import Checkpoint, TensorInfo, TensorType
 from rvllm.weights.gguf.blocks import PIECE, dequantise_into
 from rvllm.weights.parallel import in_threads
 
+T = TypeVar("T")
 TASK = 1 << 19  # elements a thread takes at a time
 NAMED = 5  # tensors an error message names before it counts
 
@@ -313,6 +314,25 @@ def _raw_part(part: Part, info: TensorInfo, checkpoint: Checkpoint) -> RawPart:
     if part.layout == "columns":
         width, data = part.columns[1], data[:, column_bytes(part, info)]
     return RawPart(info.type, width, data if order is None else data[order])
+
+
+def by_name(
+    weights: Sequence[Weight], load: Callable[[Weight], T], progress: Callable[[float, str], None] | None
+) -> dict[str, T]:
+    """What `load` makes of each weight; tells which part of all elements is there."""
+    found: dict[str, T] = {}
+    done, total = 0, sum(w.elements for w in weights) or 1
+    for weight in weights:
+        found[weight.name] = load(weight)
+        done += weight.elements
+        if progress is not None:
+            progress(done / total, "loading weights")
+    return found
+
+
+def in_float32(weight: Weight, checkpoint: Checkpoint | None, seed: int) -> NDArray[np.float32]:
+    """The weight of a checkpoint (see `pack`), or a random one where there is none (see `dummy`)."""
+    return dummy(weight, seed) if checkpoint is None else pack(weight, checkpoint, DType.F32)
 
 
 def dummy(weight: Weight, seed: int, dtype: DType = DType.F32) -> NDArray[Any]:

@@ -272,7 +272,7 @@ def test_vectors_are_registers() -> None:
     from rvllm.backends.cpu.compiled.codegen import build, rowwise
 
     for kind, word in ((compiled.Processor.X86_64_V4, "zmm"), (compiled.Processor.X86_64_V3, "ymm")):
-        text = build.assembly({"add": rowwise.add}, kind)
+        text = build.assembly({"add": rowwise.add()}, kind)
         assert "call" not in text and word in text
 
 

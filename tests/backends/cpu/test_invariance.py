@@ -144,5 +144,4 @@ def test_the_first_split_has_the_oldest_key_of_a_window(window: int) -> None:
     """By counting: a query sees itself and the window - 1 keys before it, in splits of 128 keys."""
     scoring, positions = Scoring(1.0, window=window), np.arange(600)
     oldest = [min(k for k in range(p + 1) if p - k < window) // 128 for p in positions.tolist()]
-    assert [scoring.first_split(p) for p in positions.tolist()] == oldest
     assert scoring.first_splits(positions).tolist() == oldest

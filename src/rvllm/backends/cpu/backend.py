@@ -107,7 +107,7 @@ class CpuBackend(LoadedModel):
         def one(row: int) -> None:
             s = int(sampled[row])
             slot = int(batch.slots[s])
-            history = self._slots.history(slot)
+            history = self._slots.histories[slot]
             token = draw(logits[row], history, batch.masks.get(s))
             result.tokens[s] = token
             if token == BROKEN_ROW:
@@ -117,8 +117,7 @@ class CpuBackend(LoadedModel):
                 result.logprobs[s] = top_logprobs(logits[row], token, history.spec.logprobs)
             self._slots.drew(slot, token)
 
-        quick = all(self._slots.history(int(batch.slots[s])).quick for s in sampled)
-        if quick:
+        if all(self._slots.histories[int(batch.slots[s])].quick for s in sampled):
             for row in range(len(sampled)):
                 one(row)
         else:

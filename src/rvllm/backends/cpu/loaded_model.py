@@ -9,7 +9,7 @@ from rvllm.backends.cpu.compiled.model import NativeModel, chosen
 from rvllm.backends.cpu.memory import MemoryPlan, plan_memory, weight_lines
 from rvllm.backends.cpu.reference.gemm import same_at_every_position
 from rvllm.backends.cpu.reference.interpreter import Launch, empty_caches, empty_states, execute, resolve
-from rvllm.backends.cpu.reference.run import F32, Model, Run
+from rvllm.backends.cpu.reference.run import Model, Run
 from rvllm.backends.cpu.threads import Workers, available_cores, single_threaded_blas
 from rvllm.config import EngineConfig
 from rvllm.errors import RvllmError, UsageError
@@ -17,7 +17,7 @@ from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from rvllm.telemetry.stats import StepKernel, grouped
 from rvllm.weights.checkpoint import Checkpoint
-from rvllm.weights.packing import dummy, pack
+from rvllm.weights.packing import by_name, in_float32
 
 
 class LoadedModel:
@@ -57,23 +57,9 @@ class LoadedModel:
             native = NativeModel.load(program, checkpoint, config.seed, plan.limits, ropes, workers, progress)
             return cls(native.model, plan, native)
         _check_products(program)
-        weights: dict[str, F32] = {}
-        done, total = 0, sum(w.elements for w in program.weights) or 1
-        for weight in program.weights:
-            weights[weight.name] = (
-                dummy(weight, config.seed) if checkpoint is None else pack(weight, checkpoint, DType.F32)
-            )
-            done += weight.elements
-            if progress is not None:
-                progress(done / total, "loading weights")
-        model = Model(
-            program=program,
-            weights=weights,
-            caches=empty_caches(program, plan.limits.num_blocks),
-            ropes=ropes,
-            workers=workers,
-        )
-        return cls(model, plan)
+        weights = by_name(program.weights, lambda w: in_float32(w, checkpoint, config.seed), progress)
+        caches = empty_caches(program, plan.limits.num_blocks)
+        return cls(Model(program, weights, caches, ropes, workers), plan)
 
     @property
     def name(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import KV_BLOCK, LAST_SAMPLED, Limits, SlotStart, StepBatch
+from rvllm.backends.base import KV_BLOCK, LAST_SAMPLED, Limits, StepBatch
 from rvllm.backends.cpu.reference.attention import SPLIT_BLOCKS
 from rvllm.backends.cpu.reference.sampler import History
 from rvllm.backends.cpu.step import Step, flat_step
@@ -23,16 +23,6 @@ class Slots:
         self.histories: dict[int, History] = {}
         self.given: dict[int, NDArray[np.int32]] = {}
 
-    def start(self, entry: SlotStart) -> None:
-        """Gives a slot to a sequence."""
-        self.tables[entry.slot] = self.zeros
-        self.histories[entry.slot] = History.begin(entry.sampling, entry.tokens, entry.prompt_len, self.vocab)
-        self.given[entry.slot] = entry.tokens
-
-    def history(self, slot: int) -> History:
-        """The sampler's view of the slot's sequence."""
-        return self.histories[slot]
-
     def drew(self, slot: int, token: int) -> None:
         """Records the token a slot has drawn."""
         self.last[slot] = token
@@ -41,12 +31,15 @@ class Slots:
     def update(self, batch: StepBatch) -> NDArray[np.int32]:
         """Applies starts and new blocks; returns the blocks that hold nothing of their sequence yet."""
         for entry in batch.started:
-            self.start(entry)
-        slot, index, block = batch.new_blocks.T
-        self.tables[slot, index] = block
+            slot, tokens = entry.slot, entry.tokens
+            self.tables[slot] = self.zeros
+            self.histories[slot] = History.begin(entry.sampling, tokens, entry.prompt_len, self.vocab)
+            self.given[slot] = tokens
+        slots, index, block = batch.new_blocks.T
+        self.tables[slots, index] = block
         first = np.full(len(self.tables), np.iinfo(np.int32).max)
         first[batch.slots] = batch.starts
-        fresh: NDArray[np.int32] = block[index * KV_BLOCK >= first[slot]]
+        fresh: NDArray[np.int32] = block[index * KV_BLOCK >= first[slots]]
         return fresh
 
     def step(self, batch: StepBatch, rows: NDArray[np.int64]) -> Step:

@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 
 from rvllm.backends.cpu.compiled.slots import LANES
 from rvllm.errors import ModelError
-from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Weight
 from rvllm.weights.checkpoint import Checkpoint, TensorType
 from rvllm.weights.gguf.blocks import levels_into, scales_of
-from rvllm.weights.packing import dummy, find_tensor, has_stored_form, pack, raw_parts
+from rvllm.weights.packing import find_tensor, has_stored_form, in_float32, raw_parts
 
 PLAIN_GROUP = 32  # elements of a plain format that are summed before they are added to the total
 PIECE = 1 << 20  # elements a thread packs at a time
@@ -47,6 +46,11 @@ class Format:
     def element_bytes(self) -> int:
         """Bytes of an element of a plain format."""
         return 4 if self.name == "F32" else 2
+
+    @property
+    def scale(self) -> str:
+        """The type of scales and minimums."""
+        return "F32" if self.scale_bytes == 4 else "F16"
 
     @property
     def levels_at(self) -> int:
@@ -114,23 +118,20 @@ def pack_matrix(weight: Weight, checkpoint: Checkpoint | None, seed: int) -> Mat
     Neighbouring parts of one type become one segment.
     """
     inner = weight.shape[-1]
-    if checkpoint is None:
-        return Matrix((segment(TensorType.F32, 0, inner, _bytes_of(dummy(weight, seed))),))
     try:
-        parts = raw_parts(weight, checkpoint)
+        parts = [] if checkpoint is None else raw_parts(weight, checkpoint)
     except ModelError:  # transposed, or with a constant to add: there is no stored form of these rows
         parts = []
     if not parts or any(part.type not in FORMATS for part in parts):
-        return Matrix((segment(TensorType.F32, 0, inner, _bytes_of(pack(weight, checkpoint, DType.F32))),))
+        numbers = np.ascontiguousarray(in_float32(weight, checkpoint, seed))
+        return Matrix((segment(TensorType.F32, 0, inner, numbers.reshape(-1).view(np.uint8)),))
     segments: list[Segment] = []
-    first = at = 0
-    while at < len(parts):
-        same = [p.data for p in parts[at:] if p.type is parts[at].type]
-        count = next((i for i, p in enumerate(parts[at:]) if p.type is not parts[at].type), len(parts) - at)
-        rows = same[0] if count == 1 else np.concatenate(same[:count])
-        segments.append(segment(parts[at].type, first, inner, rows.reshape(-1)))
+    first = 0
+    for kind, run in groupby(parts, key=lambda part: part.type):
+        same = [part.data for part in run]
+        rows = same[0] if len(same) == 1 else np.concatenate(same)
+        segments.append(segment(kind, first, inner, rows.reshape(-1)))
         first += segments[-1].rows
-        at += count
     return Matrix(tuple(segments))
 
 
@@ -147,10 +148,6 @@ def packed_nbytes(weight: Weight, checkpoint: Checkpoint | None) -> int:
         -(-sum(rows for _, rows in run) // LANES) * FORMATS[kind].tile_bytes(inner)
         for kind, run in groupby(stored, key=lambda each: each[0])
     )
-
-
-def _bytes_of(array: NDArray[np.float32]) -> Bytes:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def segment(kind: TensorType, first: int, inner: int, raw: Bytes) -> Segment:

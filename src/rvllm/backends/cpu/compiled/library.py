@@ -9,7 +9,6 @@ import ctypes
 import hashlib
 import json
 import platform
-from collections.abc import Iterable
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -73,7 +72,8 @@ def missing(folder: Path = PREBUILT) -> str | None:
     """Why there are no compiled kernels for this machine; None when there are."""
     kind = processor()
     if kind is None:
-        return f"there are none for this processor ({platform.machine()}), only for {_all()}"
+        known = ", ".join(kind.value for kind in Processor)
+        return f"there are none for this processor ({platform.machine()}), only for {known}"
     if not (folder / f"{kind.value}.so").exists():
         return "this copy was not built: run scripts/build_cpu_kernels.py, or install it by pip"
     return None
@@ -91,10 +91,6 @@ def in_use(setting: str, fp8_cache: bool = False) -> str:
     )
 
 
-def _all() -> str:
-    return ", ".join(kind.value for kind in Processor)
-
-
 class Library:
     """Loaded kernels; `address(name)` is where a kernel's code is, valid while this object lives."""
 
@@ -105,10 +101,6 @@ class Library:
     def address(self, name: str) -> int:
         """A kernel's address. Raises AttributeError for one that the library does not have."""
         return ctypes.cast(getattr(self._code, name), ctypes.c_void_p).value or 0
-
-    def addresses(self, names: Iterable[str]) -> dict[str, int]:
-        """Addresses by name."""
-        return {name: self.address(name) for name in names}
 
     def function(self, name: str) -> Any:
         """The kernel as a callable (args address, thread, threads); the GIL is released while it runs."""

@@ -107,27 +107,6 @@ def matrix_of(op: Op) -> Weight | None:
     return op.table if isinstance(op, ops.Embed) else None
 
 
-def _finished(op: ops.Logits) -> bool:
-    """Whether something follows the product and its bias."""
-    return op.scale != 1.0 or op.soft_cap is not None
-
-
-def _finish(op: ops.Logits) -> str:
-    return "finish" if op.soft_cap is None else "finish_capped"
-
-
-def _rope(op: ops.RopeKV) -> str:
-    return "rope_interleaved" if op.rope is not None and op.rope.interleaved else "rope"
-
-
-def _attention(op: ops.Attention) -> str:
-    return "attention" if op.soft_cap is None else "attention_capped"
-
-
-def _activate(op: ops.GatedActivation | ops.Activate) -> str:
-    return f"{'gated_' if isinstance(op, ops.GatedActivation) else ''}{op.activation}"
-
-
 def lower(op: Op, kernels: Kernels, places: Places) -> list[Call] | None:
     """The op's calls, None where the interpreter runs it."""
     if op.name not in kernels.supported:
@@ -159,18 +138,18 @@ def _norm(op: ops.Norm, kernels: Kernels, places: Places) -> list[Call]:
 
 
 def _product(
-    x: Buffer, out: Buffer, weight: Weight, bias: Weight | None, kernels: Kernels, places: Places
+    op: ops.Linear | ops.Logits, kernels: Kernels, places: Places, bias: Weight | None = None
 ) -> list[Call]:
-    matrix = kernels.matrices[weight.name]
-    inner = x.width
+    """bias: what is added to the product at once."""
+    inner = op.x.width
     calls = []
     room = inner * LANES * 4 + BLOCK_ROWS * (inner // SUM_GROUP) * 4
-    for segment in matrix.segments:
+    for segment in kernels.matrices[op.weight.name].segments:
         added = np.zeros(segment.tiles * LANES, dtype=np.float32)
         if bias is not None:
             added[: segment.rows] = kernels.vectors[bias.name][segment.first : segment.first + segment.rows]
         arguments = (
-            places.count(x), places.of(x), inner, places.of(out) + 4 * segment.first, out.width,
+            places.count(op.x), places.of(op.x), inner, places.of(op.out) + 4 * segment.first, op.out.width,
             segment.data.ctypes.data, segment.tiles, inner, segment.rows, places.keep(added),
             *places.scratch("panel", room),
         )  # fmt: skip
@@ -179,17 +158,21 @@ def _product(
 
 
 def _linear(op: ops.Linear, kernels: Kernels, places: Places) -> list[Call]:
-    return _product(op.x, op.out, op.weight, op.bias, kernels, places)
+    return _product(op, kernels, places, op.bias)
 
 
 def _logits(op: ops.Logits, kernels: Kernels, places: Places) -> list[Call]:
-    if not _finished(op):
-        return _product(op.x, op.out, op.weight, op.bias, kernels, places)
+    if op.scale == 1.0 and op.soft_cap is None:
+        return _product(op, kernels, places, op.bias)
     width = op.out.width
     bias = np.zeros(width, np.float32) if op.bias is None else kernels.vectors[op.bias.name]
     arguments = (places.count(op.out), places.of(op.out), width, places.keep(bias), float(op.scale))
-    calls = _product(op.x, op.out, op.weight, None, kernels, places)
-    return [*calls, Call(_finish(op), (*arguments, float(op.soft_cap or 0.0)))]
+    finish = Call(f"finish{_capped(op)}", (*arguments, float(op.soft_cap or 0.0)))
+    return [*_product(op, kernels, places), finish]
+
+
+def _capped(op: ops.Logits | ops.Attention) -> str:
+    return "" if op.soft_cap is None else "_capped"
 
 
 def _rope_kv(op: ops.RopeKV, kernels: Kernels, places: Places) -> list[Call]:
@@ -200,7 +183,8 @@ def _rope_kv(op: ops.RopeKV, kernels: Kernels, places: Places) -> list[Call]:
         half, cos, sin = cosines.shape[1], places.keep(cosines), places.keep(sines)
     shape = (places.of(op.qkv), op.qkv.width, op.heads, op.kv_heads, op.head_dim, half)
     cache = (keys.ctypes.data, values.ctypes.data, values.shape[3])
-    return [Call(_rope(op), (places.step.ctypes.data, *shape, cos, sin, *cache))]
+    name = "rope_interleaved" if op.rope is not None and op.rope.interleaved else "rope"
+    return [Call(name, (places.step.ctypes.data, *shape, cos, sin, *cache))]
 
 
 def _attend(op: ops.Attention, kernels: Kernels, places: Places) -> list[Call]:
@@ -209,12 +193,14 @@ def _attend(op: ops.Attention, kernels: Kernels, places: Places) -> list[Call]:
     source = (places.of(op.qkv), op.qkv.width, op.heads, op.kv_heads, op.head_dim, values.shape[3])
     target = (keys.ctypes.data, values.ctypes.data, places.of(op.out), op.out.width)
     scoring = (float(op.scale), op.window or 0, float(op.soft_cap or 0.0))
-    return [Call(_attention(op), (places.step.ctypes.data, *source, *target, *scoring, *scores))]
+    arguments = (places.step.ctypes.data, *source, *target, *scoring, *scores)
+    return [Call(f"attention{_capped(op)}", arguments)]
 
 
 def _act(op: ops.GatedActivation | ops.Activate, kernels: Kernels, places: Places) -> list[Call]:
     arguments = (places.count(op.x), places.of(op.x), op.x.width, places.of(op.out), op.out.width)
-    return [Call(_activate(op), arguments)]
+    gated = "gated_" if isinstance(op, ops.GatedActivation) else ""
+    return [Call(f"{gated}{op.activation}", arguments)]
 
 
 def _add(op: ops.Add, kernels: Kernels, places: Places) -> list[Call]:

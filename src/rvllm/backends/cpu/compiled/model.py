@@ -14,13 +14,13 @@ from rvllm.backends.cpu.memory import ELEMENT, WEIGHTS, rows_of_a_step
 from rvllm.backends.cpu.reference.interpreter import RESULTS, Launch, empty_caches
 from rvllm.backends.cpu.reference.run import F32, Model, Run
 from rvllm.errors import UsageError
-from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import KVCache, Program, RopeKV, Weight
 from rvllm.weights.checkpoint import Checkpoint
-from rvllm.weights.packing import dummy, pack
+from rvllm.weights.packing import by_name, in_float32
 
 if TYPE_CHECKING:
     from rvllm.backends.cpu.compiled.formats import Matrix
+    from rvllm.backends.cpu.compiled.lower import Kernels
     from rvllm.backends.cpu.compiled.step import NativeStep
     from rvllm.backends.cpu.threads import Workers
     from rvllm.program.rope import Rope
@@ -85,22 +85,12 @@ def _cache(cache: KVCache, blocks: int) -> tuple[F32, F32]:
 class NativeModel:
     """Runs a loaded program's steps on compiled kernels."""
 
-    def __init__(self, model: Model, step: NativeStep, matrices: dict[str, Matrix]) -> None:
+    def __init__(self, model: Model, step: NativeStep, kernels: Kernels) -> None:
+        """stored: bytes of each packed weight. compiled: ops that have kernels; the others run in NumPy."""
         self.model = model
+        self.stored = {name: matrix.nbytes for name, matrix in kernels.matrices.items()}
+        self.compiled = kernels.supported
         self._step = step
-        self._matrices = matrices
-
-    @property
-    def stored(self) -> dict[str, int]:
-        """Bytes of each packed weight, by name."""
-        return {name: matrix.nbytes for name, matrix in self._matrices.items()}
-
-    @property
-    def compiled(self) -> frozenset[str]:
-        """Names of the ops that have a compiled kernel; the others run in NumPy."""
-        from rvllm.backends.cpu.compiled import lower
-
-        return frozenset(lower.supported(self.model.program))
 
     @staticmethod
     def load(
@@ -119,17 +109,15 @@ class NativeModel:
         from rvllm.backends.cpu.compiled import lower
         from rvllm.backends.cpu.compiled.step import NativeStep
 
-        names = lower.supported(program)
         wanted, plain = _placed(program)
-        weights = {w.name: _plain(w, checkpoint, seed) for w in program.weights if w.name in plain}
+        weights = {w.name: in_float32(w, checkpoint, seed) for w in program.weights if w.name in plain}
         matrices = _packed([w for w in program.weights if w.name in wanted], checkpoint, seed, progress)
+        names = lower.supported(program)
         caches = caches_for(program, names, limits.num_blocks)
-        library = _library()
-        model = Model(program=program, weights=weights, caches=caches, ropes=ropes, workers=workers)
         kernels = lower.Kernels(names, matrices, weights, caches, ropes)
         rows = rows_of_a_step(limits.max_num_batched_tokens, limits.max_num_seqs)
-        step = NativeStep(program, kernels, library, workers, limits.max_model_len, *rows)
-        return NativeModel(model, step, matrices)
+        step = NativeStep(program, kernels, _library(), workers, limits.max_model_len, *rows)
+        return NativeModel(Model(program, weights, caches, ropes, workers), step, kernels)
 
     def execute(self, launches: list[Launch], run: Run) -> None:
         """Runs all ops; the results are the run's own arrays."""
@@ -172,20 +160,10 @@ def _packed(
     key = packed_cache.key_of(weights, checkpoint) if checkpoint is not None and worth else None
     if key is not None and (kept := packed_cache.load(key, [w.name for w in weights], folder)) is not None:
         return kept
-    matrices: dict[str, Matrix] = {}
-    done, total = 0, sum(w.elements for w in weights) or 1
-    for weight in weights:
-        matrices[weight.name] = pack_matrix(weight, checkpoint, seed)
-        done += weight.elements
-        if progress is not None:
-            progress(done / total, "loading weights")
+    matrices = by_name(weights, lambda w: pack_matrix(w, checkpoint, seed), progress)
     if key is not None:
         packed_cache.store(key, matrices, folder, most)
     return matrices
-
-
-def _plain(weight: Weight, checkpoint: Checkpoint | None, seed: int) -> F32:
-    return dummy(weight, seed) if checkpoint is None else pack(weight, checkpoint, DType.F32)
 
 
 def _library() -> Library:

@@ -44,12 +44,8 @@ class Scoring:
     sparsity: BlockSparsity | None = None
     groups: tuple[int, int] = (1, 1)
 
-    def first_split(self, position: int) -> int:
-        """The split of the oldest key that a query at this position sees."""
-        return 0 if self.window is None else max(0, position - self.window + 1) // SPLIT
-
     def first_splits(self, positions: Ints) -> Ints:
-        """`first_split` of each position."""
+        """The split of the oldest key that a query at each of these positions sees."""
         if self.window is None:
             return np.zeros_like(positions)
         return np.maximum(0, positions - self.window + 1) // SPLIT
@@ -177,7 +173,7 @@ def _attend(q: F32, pages: Pages, step: Step, scoring: Scoring, workers: Workers
 
     for s in np.flatnonzero(step.query_lens > 1):
         first, count, start = int(step.first_rows[s]), int(step.query_lens[s]), int(step.starts[s])
-        low, high = scoring.first_split(start), (start + count - 1) // SPLIT + 1
+        low, high = int(scoring.first_splits(step.starts[s])), (start + count - 1) // SPLIT + 1
         table = step.tables[s, low * SPLIT_BLOCKS : high * SPLIT_BLOCKS]
         k, v = pages.take(table)
         own = slice(first, first + count)
@@ -211,7 +207,8 @@ class Chunk:
         end = len(self.q) - item * QUERIES
         begin = max(0, end - QUERIES)
         positions = self.start + np.arange(begin, end)
-        oldest, newest = self.scoring.first_split(self.start + begin), (self.start + end - 1) // SPLIT
+        oldest = int(self.scoring.first_splits(positions[:1])[0])
+        newest = (self.start + end - 1) // SPLIT
         part = slice(oldest - self.low, newest + 1 - self.low)
         scores = np.matmul(self.q[begin:end, None], self.k[None, part].transpose(0, 1, 3, 4, 2))
         self.scoring.cap(scores)

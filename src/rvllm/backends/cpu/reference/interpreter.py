@@ -17,7 +17,7 @@ from rvllm.backends.cpu.reference import encoder, mamba2, mla, moe, ops
 from rvllm.backends.cpu.reference.attention import Scoring, paged_attention
 from rvllm.backends.cpu.reference.fp8_cache import stored
 from rvllm.backends.cpu.reference.gemm import product
-from rvllm.backends.cpu.reference.run import F32, Kernel, Run, by_rows
+from rvllm.backends.cpu.reference.run import F32, Kernel, Run
 from rvllm.errors import MissingKernelError
 from rvllm.program.memory import lifetimes
 from rvllm.program.ops import dense as program_ops
@@ -49,8 +49,8 @@ def norm(op: program_ops.Norm, run: Run) -> None:
         else:
             out[rows] = ops.layer_norm(x[rows], weight, bias, op.eps)
 
-    by_rows(run.model.workers, x, work)
-    if op.out is op.x or op.out == op.x:
+    run.by_rows(len(x), work)
+    if op.out == op.x:
         whole[:, op.start : op.start + width] = out.reshape(len(whole), width)
     else:
         run[op.out] = out.reshape(len(whole), width)
@@ -78,54 +78,37 @@ def rope_kv(op: program_ops.RopeKV, run: Run) -> None:
         def work(rows: slice) -> None:
             heads[rows, :rotated] = ops.rotate(heads[rows, :rotated], cos[rows], sin[rows], interleaved)
 
-        by_rows(run.model.workers, qkv, work)
+        run.by_rows(len(qkv), work)
     keys, values = run.model.caches[op.cache.name]
     for cache, rows in ((keys, heads[:, op.heads : rotated]), (values, heads[:, rotated:])):
         cache.reshape(-1, *cache.shape[2:])[step.places] = stored(rows) if op.cache.fp8 else rows
 
 
-def attention(op: program_ops.Attention, run: Run) -> None:
-    """ops.attention over the paged cache, in splits of fixed shape."""
+def attention(op: program_ops.Attention | program_ops.BlockSparseAttention, run: Run) -> None:
+    """ops.attention over the paged cache, in splits of fixed shape; keys that a head does not see weigh
+    nothing."""
     qkv = run[op.qkv]
     q = qkv[:, : op.heads * op.head_dim].reshape(len(qkv), op.heads, op.head_dim)
     keys, values = run.model.caches[op.cache.name]
-    scoring = Scoring(op.scale, op.window, op.soft_cap)
+    if isinstance(op, program_ops.Attention):
+        scoring = Scoring(op.scale, op.window, op.soft_cap)
+    else:
+        groups = (op.kv_heads, op.heads // op.kv_heads)
+        scoring = Scoring(op.scale, sparsity=op.sparsity, groups=groups)
     out = paged_attention(q, keys, values, run.step, scoring, run.model.workers)
     run[op.out] = out.reshape(len(qkv), -1)
 
 
-def block_sparse_attention(op: program_ops.BlockSparseAttention, run: Run) -> None:
-    """Attention over the same splits; keys that a head does not see weigh nothing."""
-    qkv = run[op.qkv]
-    q = qkv[:, : op.heads * op.head_dim].reshape(len(qkv), op.heads, op.head_dim)
-    keys, values = run.model.caches[op.cache.name]
-    groups = (op.kv_heads, op.heads // op.kv_heads)
-    scoring = Scoring(op.scale, sparsity=op.sparsity, groups=groups)
-    out = paged_attention(q, keys, values, run.step, scoring, run.model.workers)
-    run[op.out] = out.reshape(len(qkv), -1)
-
-
-def gated_activation(op: program_ops.GatedActivation, run: Run) -> None:
-    """See ops.gated_activation."""
+def activate(op: program_ops.Activate | program_ops.GatedActivation, run: Run) -> None:
+    """See ops.activate and ops.gated_activation."""
     x = run[op.x]
     out = np.empty((len(x), op.out.width), dtype=np.float32)
+    function = ops.activate if isinstance(op, program_ops.Activate) else ops.gated_activation
 
     def work(rows: slice) -> None:
-        out[rows] = ops.gated_activation(x[rows], op.activation)
+        out[rows] = function(x[rows], op.activation)
 
-    by_rows(run.model.workers, x, work)
-    run[op.out] = out
-
-
-def activate(op: program_ops.Activate, run: Run) -> None:
-    """See ops.activate."""
-    x = run[op.x]
-    out = np.empty_like(x)
-
-    def work(rows: slice) -> None:
-        out[rows] = ops.activate(x[rows], op.activation)
-
-    by_rows(run.model.workers, x, work)
+    run.by_rows(len(x), work)
     run[op.out] = out
 
 
@@ -156,13 +139,13 @@ KERNELS: dict[type[Op], Kernel] = {
     program_ops.Linear: linear,
     program_ops.RopeKV: rope_kv,
     program_ops.Attention: attention,
-    program_ops.GatedActivation: gated_activation,
+    program_ops.GatedActivation: activate,
     program_ops.Activate: activate,
     program_ops.Add: add,
     program_ops.GatherRows: gather_rows,
     program_ops.Logits: logits,
     program_ops.Sample: sample,
-    program_ops.BlockSparseAttention: block_sparse_attention,
+    program_ops.BlockSparseAttention: attention,
     **moe.KERNELS,
     **mla.KERNELS,
     **mamba2.KERNELS,

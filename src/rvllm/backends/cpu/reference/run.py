@@ -53,13 +53,9 @@ class Run:
         return None if weight is None else self.model.weights[weight.name]
 
     def by_rows(self, count: int, work: Callable[[slice], None]) -> None:
-        """Runs elementwise work on a few of `count` rows at a time (see the function of this name)."""
+        """Runs elementwise work on a few of `count` rows at a time, so that temporaries stay in cache, on all
+        threads."""
         self.model.workers.each(-(-count // ROWS), lambda i: work(slice(i * ROWS, (i + 1) * ROWS)))
 
 
 Kernel = Callable[[Any, Run], None]
-
-
-def by_rows(workers: Workers, x: F32, work: Callable[[slice], None]) -> None:
-    """Runs elementwise work on a few rows at a time, so that temporaries stay in cache, on all threads."""
-    workers.each(-(-len(x) // ROWS), lambda i: work(slice(i * ROWS, (i + 1) * ROWS)))

@@ -6,11 +6,9 @@ sums across lanes. The order of every sum depends on the query's position and th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
-from rvllm.backends.cpu.compiled.codegen.emit import F32, I32, I64, VF, Kernel, Value, Var
+from rvllm.backends.cpu.compiled.codegen.emit import F32, I32, I64, VF, Kernel, Value, Var, kernel
 from rvllm.backends.cpu.compiled.codegen.mathematics import exp, tanh
 from rvllm.backends.cpu.compiled.slots import (
     BLOCK,
@@ -31,28 +29,23 @@ CHAINS = 4  # sums side by side
 FEW = 4  # rows for each thread below which heads are computed one by one
 
 
-def attention(capped: bool) -> Callable[[Any, str], None]:
+@kernel
+def attention(k: Kernel, capped: bool) -> None:
     """The kernel ATTENTION; window 0 is none.
 
     Heads that share a key head are computed side by side, HEADS_ACROSS and then what is left, so that keys
     and values are loaded once for them; with few rows (decode) one by one, so that all threads find work.
     Neither changes a head's sums.
     """
-
-    def write(module: Any, name: str) -> None:
-        k = Kernel(module, name)
-        step, heads, kv_heads = k.ptr_arg(0), k.int_arg(3), k.int_arg(4)
-        rows = k.load(step, TOKENS, I64)
-        few = rows < k.threads * FEW
-        items, own = k.select(few, heads, kv_heads), k.select(few, k.i(1), heads // kv_heads)
-        with k.items(k.ptr_arg(16), rows * items) as item:
-            row, first = item // items, item % items * own
-            for count in range(HEADS_ACROSS, 0, -1):
-                with _pieces(k, own, HEADS_ACROSS, count) as head:
-                    _Query(k, step, row, first + head, count).attend(capped)
-        k.finish()
-
-    return write
+    step, heads, kv_heads = k.ptr_arg(0), k.int_arg(3), k.int_arg(4)
+    rows = k.load(step, TOKENS, I64)
+    few = rows < k.threads * FEW
+    items, own = k.select(few, heads, kv_heads), k.select(few, k.i(1), heads // kv_heads)
+    with k.items(k.ptr_arg(16), rows * items) as item:
+        row, first = item // items, item % items * own
+        for count in range(HEADS_ACROSS, 0, -1):
+            with _pieces(k, own, HEADS_ACROSS, count) as head:
+                _Query(k, step, row, first + head, count).attend(capped)
 
 
 def _pieces(k: Kernel, length: Value, longest: int, count: int) -> AbstractContextManager[Value]:

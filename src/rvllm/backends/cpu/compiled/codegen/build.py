@@ -20,7 +20,7 @@ from llvmlite import binding as llvm
 from llvmlite import ir
 
 from rvllm.backends.cpu.compiled.codegen.catalog import kernels
-from rvllm.backends.cpu.compiled.codegen.rowwise import Write
+from rvllm.backends.cpu.compiled.codegen.emit import Write
 from rvllm.backends.cpu.compiled.library import MANIFEST, PREBUILT, Processor
 
 

@@ -6,7 +6,7 @@ from typing import get_args
 
 from rvllm.backends.cpu.compiled.codegen import matmul, rowwise
 from rvllm.backends.cpu.compiled.codegen.attention import attention
-from rvllm.backends.cpu.compiled.codegen.rowwise import Write
+from rvllm.backends.cpu.compiled.codegen.emit import Write
 from rvllm.backends.cpu.compiled.codegen.schedule import schedule
 from rvllm.backends.cpu.compiled.formats import FORMATS
 from rvllm.backends.cpu.compiled.library import Processor
@@ -15,7 +15,7 @@ from rvllm.program.ops.dense import Activation
 
 def kernels(processor: Processor) -> dict[str, Write]:
     """What writes each kernel for a processor, by name, in a fixed order."""
-    found: dict[str, Write] = {"schedule": schedule, "add": rowwise.add, "gather": rowwise.gather}
+    found: dict[str, Write] = {"schedule": schedule(), "add": rowwise.add(), "gather": rowwise.gather()}
     for form in {form.name: form for form in FORMATS.values()}.values():
         found[f"product_{form.name}"] = matmul.product(form, processor.rows_across)
         found[f"embed_{form.name}"] = rowwise.embed(form)

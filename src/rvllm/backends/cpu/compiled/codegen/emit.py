@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
+import numpy as np
 from llvmlite import ir
 
 from rvllm.backends.cpu.compiled.slots import LANES
@@ -19,6 +20,8 @@ from rvllm.backends.cpu.compiled.slots import LANES
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 PTR = ir.PointerType()
+P = ParamSpec("P")
+Write = Callable[[Any, str], None]  # adds a kernel to a module, under a name
 
 
 def lanes(element: Any) -> Any:
@@ -27,6 +30,32 @@ def lanes(element: Any) -> Any:
 
 
 VF, VI = lanes(F32), lanes(I32)
+Shape = Callable[[Any], Any]
+
+
+def _one(element: Any) -> Any:
+    return element
+
+
+Operator = Callable[["Value", "Value | float"], "Value"]
+
+
+def _binary(floating: str, integer: str) -> Operator:
+    """An operator by the names of LLVM's instructions."""
+
+    def apply(one: Value, other: Value | float) -> Value:
+        make = getattr(one.kernel.builder, floating if one.is_float else integer)
+        return Value(one.kernel, make(one.raw, one.raw_of(other)))
+
+    return apply
+
+
+def _compare(sign: str) -> Operator:
+    def apply(one: Value, other: Value | float) -> Value:
+        make = one.kernel.builder.fcmp_ordered if one.is_float else one.kernel.builder.icmp_signed
+        return Value(one.kernel, make(sign, one.raw, one.raw_of(other)))
+
+    return apply
 
 
 class Value:
@@ -46,62 +75,19 @@ class Value:
         """Whether it is a float or a vector of floats."""
         return isinstance(getattr(self.type, "element", self.type), (ir.FloatType, ir.HalfType))
 
-    def _other(self, other: Value | float) -> Any:
+    def raw_of(self, other: Value | float) -> Any:
+        """The other side of an operator in LLVM's terms."""
         return other.raw if isinstance(other, Value) else self.kernel.const(self.type, other).raw
 
-    def _binary(self, other: Value | float, floating: str, integer: str) -> Value:
-        name = floating if self.is_float else integer
-        return Value(self.kernel, getattr(self.kernel.builder, name)(self.raw, self._other(other)))
-
-    def __add__(self, other: Value | float) -> Value:
-        return self._binary(other, "fadd", "add")
-
-    def __sub__(self, other: Value | float) -> Value:
-        return self._binary(other, "fsub", "sub")
-
-    def __mul__(self, other: Value | float) -> Value:
-        return self._binary(other, "fmul", "mul")
-
-    def __truediv__(self, other: Value | float) -> Value:
-        return self._binary(other, "fdiv", "sdiv")
-
-    def __floordiv__(self, other: Value | float) -> Value:
-        return self._binary(other, "fdiv", "sdiv")
-
-    def __mod__(self, other: Value | float) -> Value:
-        return self._binary(other, "frem", "srem")
-
-    def __and__(self, other: Value | int) -> Value:
-        return self._binary(other, "and_", "and_")
-
-    def __or__(self, other: Value | int) -> Value:
-        return self._binary(other, "or_", "or_")
-
-    def __rshift__(self, other: Value | int) -> Value:
-        return self._binary(other, "lshr", "lshr")
-
-    def __lshift__(self, other: Value | int) -> Value:
-        return self._binary(other, "shl", "shl")
-
-    def _compare(self, sign: str, other: Value | float) -> Value:
-        make = self.kernel.builder.fcmp_ordered if self.is_float else self.kernel.builder.icmp_signed
-        return Value(self.kernel, make(sign, self.raw, self._other(other)))
-
-    def __lt__(self, other: Value | float) -> Value:
-        return self._compare("<", other)
-
-    def __le__(self, other: Value | float) -> Value:
-        return self._compare("<=", other)
-
-    def __gt__(self, other: Value | float) -> Value:
-        return self._compare(">", other)
-
-    def __ge__(self, other: Value | float) -> Value:
-        return self._compare(">=", other)
-
-    def equals(self, other: Value | float) -> Value:
-        """Whether they are equal (`==` stays Python's)."""
-        return self._compare("==", other)
+    __add__ = _binary("fadd", "add")
+    __sub__ = _binary("fsub", "sub")
+    __mul__ = _binary("fmul", "mul")
+    __truediv__ = __floordiv__ = _binary("fdiv", "sdiv")
+    __mod__ = _binary("frem", "srem")
+    __and__, __or__ = _binary("and_", "and_"), _binary("or_", "or_")
+    __rshift__, __lshift__ = _binary("lshr", "lshr"), _binary("shl", "shl")
+    __lt__, __le__, __gt__, __ge__ = (_compare(sign) for sign in ("<", "<=", ">", ">="))
+    equals = _compare("==")  # `==` stays Python's
 
 
 class Var:
@@ -132,10 +118,6 @@ class Kernel:
         self.function.attributes.add("nounwind")
         self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
         self.args, self.thread, self.threads = (Value(self, a) for a in self.function.args)
-
-    def finish(self) -> None:
-        """Ends the function."""
-        self.builder.ret_void()
 
     # Constants, arguments, memory
 
@@ -184,6 +166,15 @@ class Kernel:
         place = self.at(pointer, offset, scalar)
         return Value(self, self.builder.load(place.raw, typ=kind, align=_size(scalar)))
 
+    def number(self, stored: str, pointer: Value, offset: Value | int, shape: Shape = _one) -> Value:
+        """A number stored as F32, F16 or BF16 as float32; with the shape `lanes`, 16 of them."""
+        if stored == "F32":
+            return self.load(pointer, offset, shape(F32))
+        if stored == "F16":
+            return self.to_float(self.load(pointer, offset, shape(F16)))
+        wide = self.extend(self.load(pointer, offset, shape(I16)), shape(I32))
+        return self.bits(wide << 16, shape(F32))
+
     def store(self, value: Value, pointer: Value, offset: Value | int) -> None:
         """Writes a value at `offset` elements behind the pointer."""
         scalar = getattr(value.type, "element", value.type)
@@ -227,9 +218,19 @@ class Kernel:
         """A new variable."""
         return Var(self, start)
 
-    def items(self, counter: Value, total: Value) -> _Items:
-        """Shares 0 .. total - 1 between the threads, each taking the next free one."""
-        return _Items(self, counter, total)
+    @contextmanager
+    def items(self, counter: Value, total: Value) -> Iterator[Value]:
+        """A loop over 0 .. total - 1 that threads share: every turn takes the next item nobody has."""
+        b = self.builder
+        head, body, after = (self.function.append_basic_block(n) for n in ("next", "item", "done"))
+        b.branch(head)
+        b.position_at_end(head)
+        index = b.atomic_rmw("add", counter.raw, ir.Constant(I64, 1), "acq_rel")
+        b.cbranch(b.icmp_signed("<", index, total.raw), body, after)
+        b.position_at_end(body)
+        yield Value(self, index)
+        b.branch(head)
+        b.position_at_end(after)
 
     # Arithmetic
 
@@ -316,25 +317,18 @@ class Kernel:
         self.either(full, lambda: self.store(value, pointer, offset), partly)
 
 
-class _Items:
-    """`with kernel.items(...) as item`: a loop whose every turn takes the next item nobody has."""
+def kernel(body: Callable[Concatenate[Kernel, P], None]) -> Callable[P, Write]:
+    """Makes of what writes a function's body, for given parameters, what adds the whole to a module."""
 
-    def __init__(self, kernel: Kernel, counter: Value, total: Value) -> None:
-        self.kernel, self.counter, self.total = kernel, counter, total
+    def of(*parameters: P.args, **named: P.kwargs) -> Write:
+        def write(module: Any, name: str) -> None:
+            k = Kernel(module, name)
+            body(k, *parameters, **named)
+            k.builder.ret_void()
 
-    def __enter__(self) -> Value:
-        k, b = self.kernel, self.kernel.builder
-        self.head, body, self.after = (k.function.append_basic_block(n) for n in ("next", "item", "done"))
-        b.branch(self.head)
-        b.position_at_end(self.head)
-        index = b.atomic_rmw("add", self.counter.raw, ir.Constant(I64, 1), "acq_rel")
-        b.cbranch(b.icmp_signed("<", index, self.total.raw), body, self.after)
-        b.position_at_end(body)
-        return Value(k, index)
+        return write
 
-    def __exit__(self, *_: object) -> None:
-        self.kernel.builder.branch(self.head)
-        self.kernel.builder.position_at_end(self.after)
+    return of
 
 
 def _suffix(kind: Any) -> str:
@@ -346,6 +340,4 @@ def _size(scalar: Any) -> int:
 
 
 def _f32(number: float) -> float:
-    import numpy as np
-
     return float(np.float32(number))

@@ -10,19 +10,17 @@ arithmetic in the same order, so a row's bits do not depend on how many rows the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from rvllm.backends.cpu.compiled.codegen.emit import (
-    F16,
     F32,
     I8,
-    I16,
     I64,
     VF,
     VI,
     Kernel,
     Value,
     Var,
+    kernel,
     lanes,
 )
 from rvllm.backends.cpu.compiled.formats import PLAIN_GROUP, Format
@@ -43,9 +41,8 @@ WIDE, UNROLL_WIDE = 4, 4  # of more rows than that fewer levels at a time: regis
 class Product:
     """Writes the product for one format. across: rows of x summed side by side where levels are unpacked."""
 
-    def __init__(self, format_: Format, across: int, module: Any, name: str) -> None:
-        self.format, self.across = format_, across
-        k = self.k = Kernel(module, name)
+    def __init__(self, k: Kernel, format_: Format, across: int) -> None:
+        self.k, self.format, self.across = k, format_, across
         self.x_width, self.out_width, self.inner = (k.int_arg(i) for i in (2, 4, 7))
         self.x, self.out, self.data, self.bias = (k.ptr_arg(i) for i in (1, 3, 5, 9))
         self.tiles, self.outer = k.int_arg(6), k.int_arg(8)
@@ -57,16 +54,15 @@ class Product:
         self.panel = k.at(k.ptr_arg(10), k.thread * k.int_arg(11))
         self.sums = k.at(self.panel, self.inner * LANES, F32)
         self.summed = k.var(k.i(-1))  # the block of rows whose sums this thread has
+
+    def write(self) -> None:
+        """Unless there are no rows, as of logits in a step that ends no prompt."""
+        k = self.k
         rows, counter = k.load(k.ptr_arg(0), 0, I64), k.ptr_arg(12)
-        # A step that ends no prompt asks for no logits.
-        k.either(rows.equals(0), lambda: None, lambda: self._some(counter, rows))
-        k.finish()
+        few, many = (lambda: self._few(counter, rows)), (lambda: self._many(counter, rows))
+        k.either(rows.equals(0), lambda: None, lambda: k.either(rows <= DIRECT * PASSES, few, many))
 
     # The two ways
-
-    def _some(self, counter: Value, rows: Value) -> None:
-        few, many = (lambda: self._few(counter, rows)), (lambda: self._many(counter, rows))
-        self.k.either(rows <= DIRECT * PASSES, few, many)
 
     def _few(self, counter: Value, rows: Value) -> None:
         k = self.k
@@ -133,7 +129,7 @@ class Product:
         k, kind = self.k, self.format
         if not kind.group:
             for u in range(unroll):
-                take(u, self._plain(data, index + u))
+                take(u, k.number(kind.name, data, (index + u) * LANES, lanes))
             return
         place = index % self.group
         record = k.at(data, index // self.group * kind.record + kind.levels_at)
@@ -150,14 +146,6 @@ class Product:
             level = k.load(record, (place + u) * LANES, lanes(I8))
             take(u, k.to_float(k.extend(level, VI, signed=True)))
 
-    def _plain(self, data: Value, index: Value) -> Value:
-        k = self.k
-        if self.format.name == "F32":
-            return k.load(data, index * LANES, VF)
-        if self.format.name == "F16":
-            return k.to_float(k.load(data, index * LANES, lanes(F16)))
-        return k.bits(k.extend(k.load(data, index * LANES, lanes(I16)), VI) << 16, VF)
-
     def _unpack(self, data: Value) -> None:
         k = self.k
         whole = self.groups * self.group
@@ -165,7 +153,8 @@ class Product:
             self._levels(data, index, lambda u, v: k.store(v, self.panel, (index + u) * LANES))
         if not self.format.group:
             with k.loop(whole, self.inner) as index:
-                k.store(self._plain(data, index), self.panel, index * LANES)
+                at = index * LANES
+                k.store(k.number(self.format.name, data, at, lanes), self.panel, index * LANES)
 
     # Sums
 
@@ -218,7 +207,7 @@ class Product:
         if not kind.group:
             sums = [k.var(k.vf(0.0)) for _ in rows]
             with k.loop(self.groups * self.group, self.inner) as index:
-                multiply(sums, index, self._plain(data, index))
+                multiply(sums, index, k.number(kind.name, data, index * LANES, lanes))
             for sum_, total in zip(sums, totals, strict=True):
                 total.set(total.get() + sum_.get())
         for row, total in zip(rows, totals, strict=True):
@@ -227,15 +216,10 @@ class Product:
             k.masked_store(value, place, tile * LANES, self.outer - tile * LANES)
 
     def _scale(self, record: Value, which: int) -> Value:
-        if self.format.scale_bytes == 4:
-            return self.k.load(record, which * LANES, VF)
-        return self.k.to_float(self.k.load(record, which * LANES, lanes(F16)))
+        return self.k.number(self.format.scale, record, which * LANES, lanes)
 
 
-def product(format_: Format, across: int) -> Callable[[Any, str], None]:
+@kernel
+def product(k: Kernel, format_: Format, across: int) -> None:
     """The kernel PRODUCT for a format, for processors whose registers hold the sums of `across` rows."""
-
-    def write(module: Any, name: str) -> None:
-        Product(format_, across, module, name)
-
-    return write
+    Product(k, format_, across).write()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rvllm.backends.cpu.compiled.codegen.emit import F16, F32, I8, I16, I32, I64, VF, Kernel, Value
+from rvllm.backends.cpu.compiled.codegen.emit import F32, I8, I32, I64, VF, Kernel, Value, kernel
 from rvllm.backends.cpu.compiled.codegen.mathematics import ACTIVATIONS, tanh
 from rvllm.backends.cpu.compiled.formats import Format
 from rvllm.backends.cpu.compiled.slots import (
@@ -37,8 +37,6 @@ ADD = ("rows", "x", "y", "width", "scale", "counter")
 GATHER = ("step", "x", "out", "width", "counter")
 FINISH = ("rows", "x", "width", "bias", "scale", "cap", "counter")
 
-Write = Callable[[Any, str], None]
-
 
 def across(k: Kernel, length: Value, work: Callable[[Value, Any], None]) -> None:
     """work(index, type) for all of a row: 16 elements at a time, then one by one."""
@@ -49,42 +47,26 @@ def across(k: Kernel, length: Value, work: Callable[[Value, Any], None]) -> None
         work(index, F32)
 
 
-def embed(form: Format) -> Write:
+@kernel
+def embed(k: Kernel, form: Format) -> None:
     """out[t] = table[token[t]] * scale."""
-
-    def write(module: Any, name: str) -> None:
-        k = Kernel(module, name)
-        step, width, out, scale = k.ptr_arg(0), k.int_arg(3), k.ptr_arg(4), k.float_arg(5)
-        ids = k.load(step, IDS, k.args.type)
-        with k.items(k.ptr_arg(6), k.load(step, TOKENS, I64)) as row:
-            token = k.extend(k.load(ids, row, I32), I64, signed=True)
-            lane = token % LANES
-            tile = k.at(k.ptr_arg(1), token // LANES * k.int_arg(2))
-            with k.loop(0, width) as index:
-                value = _element(k, form, tile, index, lane)
-                k.store(value * scale, out, row * width + index)
-        k.finish()
-
-    return write
+    step, width, out, scale = k.ptr_arg(0), k.int_arg(3), k.ptr_arg(4), k.float_arg(5)
+    ids = k.load(step, IDS, k.args.type)
+    with k.items(k.ptr_arg(6), k.load(step, TOKENS, I64)) as row:
+        token = k.extend(k.load(ids, row, I32), I64, signed=True)
+        lane = token % LANES
+        tile = k.at(k.ptr_arg(1), token // LANES * k.int_arg(2))
+        with k.loop(0, width) as index:
+            value = _element(k, form, tile, index, lane)
+            k.store(value * scale, out, row * width + index)
 
 
 def _element(k: Kernel, form: Format, tile: Value, index: Value, lane: Value) -> Value:
     """Element `index` of the tile's row in this lane."""
     if not form.group:
-        place = index * LANES + lane
-        if form.name == "F32":
-            return k.load(tile, place, F32)
-        if form.name == "F16":
-            return k.to_float(k.load(tile, place, F16))
-        return k.bits(k.extend(k.load(tile, place, I16), I32) << 16, F32)
+        return k.number(form.name, tile, index * LANES + lane)
     record = k.at(tile, index // form.group * form.record)
     place = index % form.group
-
-    def scale(which: int) -> Value:
-        if form.scale_bytes == 4:
-            return k.load(record, lane + which * LANES, F32)
-        return k.to_float(k.load(record, lane + which * LANES, F16))
-
     levels = k.at(record, form.levels_at)
     if form.bits == 4:
         pair = k.extend(k.load(levels, place // 2 * LANES + lane, I8), I32)
@@ -92,44 +74,39 @@ def _element(k: Kernel, form: Format, tile: Value, index: Value, lane: Value) ->
         level = level - form.offset
     else:
         level = k.extend(k.load(levels, place * LANES + lane, I8), I32, signed=True)
-    value = k.to_float(level) * scale(0)
-    return value + scale(1) if form.minimum else value
+    value = k.to_float(level) * k.number(form.scale, record, lane + 0)
+    return value + k.number(form.scale, record, lane + LANES) if form.minimum else value
 
 
-def norm(centred: bool) -> Write:
+@kernel
+def norm(k: Kernel, centred: bool) -> None:
     """Slices of a row over their root mean square (centred: their deviation), times weight, plus bias."""
+    x, weight, bias, out = (k.ptr_arg(i) for i in (1, 6, 7, 9))
+    slices, length, eps = k.int_arg(4), k.int_arg(5), k.float_arg(8)
+    count = k.to_float(k.narrow(length, I32))
+    with k.items(k.ptr_arg(12), k.load(k.ptr_arg(0), 0, I64) * slices) as item:
+        row, slice_ = item // slices, item % slices
+        source = k.at(x, row * k.int_arg(2) + k.int_arg(3) + slice_ * length, F32)
+        target = k.at(out, row * k.int_arg(10) + k.int_arg(11) + slice_ * length, F32)
+        mean = _mean(k, length, count, lambda i, kind: k.load(source, i, kind)) if centred else k.f(0.0)
 
-    def write(module: Any, name: str) -> None:
-        k = Kernel(module, name)
-        x, weight, bias, out = (k.ptr_arg(i) for i in (1, 6, 7, 9))
-        slices, length, eps = k.int_arg(4), k.int_arg(5), k.float_arg(8)
-        count = k.to_float(k.narrow(length, I32))
-        with k.items(k.ptr_arg(12), k.load(k.ptr_arg(0), 0, I64) * slices) as item:
-            row, slice_ = item // slices, item % slices
-            source = k.at(x, row * k.int_arg(2) + k.int_arg(3) + slice_ * length, F32)
-            target = k.at(out, row * k.int_arg(10) + k.int_arg(11) + slice_ * length, F32)
-            mean = _mean(k, length, count, lambda i, kind: k.load(source, i, kind)) if centred else k.f(0.0)
+        def deviation(index: Value, kind: Any) -> Value:
+            value = k.load(source, index, kind)
+            return value - (k.splat(mean) if kind == VF else mean) if centred else value
 
-            def deviation(index: Value, kind: Any) -> Value:
-                value = k.load(source, index, kind)
-                return value - (k.splat(mean) if kind == VF else mean) if centred else value
+        def square(index: Value, kind: Any) -> Value:
+            value = deviation(index, kind)
+            return value * value
 
-            def square(index: Value, kind: Any) -> Value:
-                value = deviation(index, kind)
-                return value * value
+        inverse = k.sqrt(_mean(k, length, count, square) + eps)
 
-            inverse = k.sqrt(_mean(k, length, count, square) + eps)
+        def scaled(index: Value, kind: Any) -> None:
+            value = deviation(index, kind) / (k.splat(inverse) if kind == VF else inverse)
+            place = slice_ * length + index
+            value = value * k.load(weight, place, kind)
+            k.store(value + k.load(bias, place, kind) if centred else value, target, index)
 
-            def scaled(index: Value, kind: Any) -> None:
-                value = deviation(index, kind) / (k.splat(inverse) if kind == VF else inverse)
-                place = slice_ * length + index
-                value = value * k.load(weight, place, kind)
-                k.store(value + k.load(bias, place, kind) if centred else value, target, index)
-
-            across(k, length, scaled)
-        k.finish()
-
-    return write
+        across(k, length, scaled)
 
 
 def _mean(k: Kernel, length: Value, count: Value, of: Callable[[Value, Any], Value]) -> Value:
@@ -144,75 +121,65 @@ def _mean(k: Kernel, length: Value, count: Value, of: Callable[[Value, Any], Val
     return (k.total(lanes_.get()) + rest.get()) / count
 
 
-def rope(interleaved: bool) -> Write:
+@kernel
+def rope(k: Kernel, interleaved: bool) -> None:
     """Rotates queries and keys and writes keys and values to the cache.
 
     The cache holds keys as [block][head][dim][16 tokens] and values as [block][head][16 tokens][dim].
     """
+    step, qkv, cos, sin, keys, values = (k.ptr_arg(i) for i in (0, 1, 7, 8, 9, 10))
+    width, heads, kv_heads, dim, half, padded = (k.int_arg(i) for i in (2, 3, 4, 5, 6, 11))
+    positions, places = (k.load(step, slot, k.args.type) for slot in (POSITIONS, PLACES))
+    with k.items(k.ptr_arg(12), k.load(step, TOKENS, I64)) as row:
+        angle = k.load(positions, row, I64) * half
+        cosines, sines = k.at(cos, angle, F32), k.at(sin, angle, F32)
+        line = k.at(qkv, row * width, F32)
 
-    def write(module: Any, name: str) -> None:
-        k = Kernel(module, name)
-        step, qkv, cos, sin, keys, values = (k.ptr_arg(i) for i in (0, 1, 7, 8, 9, 10))
-        width, heads, kv_heads, dim, half, padded = (k.int_arg(i) for i in (2, 3, 4, 5, 6, 11))
-        positions, places = (k.load(step, slot, k.args.type) for slot in (POSITIONS, PLACES))
-        with k.items(k.ptr_arg(12), k.load(step, TOKENS, I64)) as row:
-            angle = k.load(positions, row, I64) * half
-            cosines, sines = k.at(cos, angle, F32), k.at(sin, angle, F32)
-            line = k.at(qkv, row * width, F32)
+        with k.loop(0, heads + kv_heads) as head:
+            rotated = k.at(line, head * dim, F32)
 
-            with k.loop(0, heads + kv_heads) as head:
-                rotated = k.at(line, head * dim, F32)
+            def turn(first: Value, second: Value, index: Value, kind: Any, at: Value = rotated) -> None:
+                a, b = k.load(at, first, kind), k.load(at, second, kind)
+                c, s = k.load(cosines, index, kind), k.load(sines, index, kind)
+                k.store(a * c - b * s, at, first)
+                k.store(b * c + a * s, at, second)
 
-                def turn(first: Value, second: Value, index: Value, kind: Any, at: Value = rotated) -> None:
-                    a, b = k.load(at, first, kind), k.load(at, second, kind)
-                    c, s = k.load(cosines, index, kind), k.load(sines, index, kind)
-                    k.store(a * c - b * s, at, first)
-                    k.store(b * c + a * s, at, second)
+            if interleaved:
+                with k.loop(0, half) as index:
+                    turn(index * 2, index * 2 + 1, index, F32)
+            else:
+                across(k, half, lambda index, kind: turn(index, index + half, index, kind))
 
-                if interleaved:
-                    with k.loop(0, half) as index:
-                        turn(index * 2, index * 2 + 1, index, F32)
-                else:
-                    across(k, half, lambda index, kind: turn(index, index + half, index, kind))
-
-            place = k.load(places, row, I64)
-            block, token = place // BLOCK, place % BLOCK
-            with k.loop(0, kv_heads) as head:
-                key = k.at(line, (heads + head) * dim, F32)
-                value = k.at(line, (heads + kv_heads + head) * dim, F32)
-                to = block * kv_heads + head
-                key_to = k.at(keys, to * dim * BLOCK + token, F32)
-                value_to = k.at(values, (to * BLOCK + token) * padded, F32)
-                with k.loop(0, dim) as index:
-                    k.store(k.load(key, index, F32), key_to, index * BLOCK)
-                across(k, dim, lambda i, kind: k.store(k.load(value, i, kind), value_to, i))
-        k.finish()
-
-    return write
+        place = k.load(places, row, I64)
+        block, token = place // BLOCK, place % BLOCK
+        with k.loop(0, kv_heads) as head:
+            key = k.at(line, (heads + head) * dim, F32)
+            value = k.at(line, (heads + kv_heads + head) * dim, F32)
+            to = block * kv_heads + head
+            key_to = k.at(keys, to * dim * BLOCK + token, F32)
+            value_to = k.at(values, (to * BLOCK + token) * padded, F32)
+            with k.loop(0, dim) as index:
+                k.store(k.load(key, index, F32), key_to, index * BLOCK)
+            across(k, dim, lambda i, kind: k.store(k.load(value, i, kind), value_to, i))
 
 
-def activate(activation: Activation, gated: bool) -> Write:
+@kernel
+def activate(k: Kernel, activation: Activation, gated: bool) -> None:
     """act(x), or act(first half) * second half."""
+    x, out, width = k.ptr_arg(1), k.ptr_arg(3), k.int_arg(4)
+    with k.items(k.ptr_arg(5), k.load(k.ptr_arg(0), 0, I64)) as row:
+        source, target = k.at(x, row * k.int_arg(2), F32), k.at(out, row * width, F32)
 
-    def write(module: Any, name: str) -> None:
-        k = Kernel(module, name)
-        x, out, width = k.ptr_arg(1), k.ptr_arg(3), k.int_arg(4)
-        with k.items(k.ptr_arg(5), k.load(k.ptr_arg(0), 0, I64)) as row:
-            source, target = k.at(x, row * k.int_arg(2), F32), k.at(out, row * width, F32)
+        def one(index: Value, kind: Any) -> None:
+            value = ACTIVATIONS[activation](k, k.load(source, index, kind))
+            k.store(value * k.load(source, index + width, kind) if gated else value, target, index)
 
-            def one(index: Value, kind: Any) -> None:
-                value = ACTIVATIONS[activation](k, k.load(source, index, kind))
-                k.store(value * k.load(source, index + width, kind) if gated else value, target, index)
-
-            across(k, width, one)
-        k.finish()
-
-    return write
+        across(k, width, one)
 
 
-def add(module: Any, name: str) -> None:
+@kernel
+def add(k: Kernel) -> None:
     """x += y * scale."""
-    k = Kernel(module, name)
     x, y, width, scale = k.ptr_arg(1), k.ptr_arg(2), k.int_arg(3), k.float_arg(4)
     with k.items(k.ptr_arg(5), k.load(k.ptr_arg(0), 0, I64)) as row:
 
@@ -221,42 +188,35 @@ def add(module: Any, name: str) -> None:
             k.store(k.load(x, at, kind) + k.load(y, at, kind) * _like(k, scale, kind), x, at)
 
         across(k, width, one)
-    k.finish()
 
 
-def gather(module: Any, name: str) -> None:
+@kernel
+def gather(k: Kernel) -> None:
     """out[s] = x[wanted[s]]."""
-    k = Kernel(module, name)
     step, x, out, width = k.ptr_arg(0), k.ptr_arg(1), k.ptr_arg(2), k.int_arg(3)
     wanted = k.load(step, WANTED, k.args.type)
     with k.items(k.ptr_arg(4), k.load(step, SAMPLES, I64)) as row:
         source = k.load(wanted, row, I64) * width
         across(k, width, lambda i, kind: k.store(k.load(x, source + i, kind), out, row * width + i))
-    k.finish()
 
 
-def finish(capped: bool) -> Write:
+@kernel
+def finish(k: Kernel, capped: bool) -> None:
     """x = x * scale + bias, then cap * tanh(x / cap)."""
+    x, width, bias, scale, cap = (
+        k.ptr_arg(1), k.int_arg(2), k.ptr_arg(3), k.float_arg(4), k.float_arg(5)
+    )  # fmt: skip
+    with k.items(k.ptr_arg(6), k.load(k.ptr_arg(0), 0, I64)) as row:
 
-    def write(module: Any, name: str) -> None:
-        k = Kernel(module, name)
-        x, width, bias, scale, cap = (
-            k.ptr_arg(1), k.int_arg(2), k.ptr_arg(3), k.float_arg(4), k.float_arg(5)
-        )  # fmt: skip
-        with k.items(k.ptr_arg(6), k.load(k.ptr_arg(0), 0, I64)) as row:
+        def one(index: Value, kind: Any) -> None:
+            at = row * width + index
+            value = k.load(x, at, kind) * _like(k, scale, kind) + k.load(bias, index, kind)
+            if capped:
+                limit = _like(k, cap, kind)
+                value = tanh(k, value / limit) * limit
+            k.store(value, x, at)
 
-            def one(index: Value, kind: Any) -> None:
-                at = row * width + index
-                value = k.load(x, at, kind) * _like(k, scale, kind) + k.load(bias, index, kind)
-                if capped:
-                    limit = _like(k, cap, kind)
-                    value = tanh(k, value / limit) * limit
-                k.store(value, x, at)
-
-            across(k, width, one)
-        k.finish()
-
-    return write
+        across(k, width, one)
 
 
 def _like(k: Kernel, scalar: Value, kind: Any) -> Value:

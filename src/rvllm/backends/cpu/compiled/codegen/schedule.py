@@ -8,20 +8,18 @@ are, or never.
 
 from __future__ import annotations
 
-from typing import Any
-
 from llvmlite import ir
 
-from rvllm.backends.cpu.compiled.codegen.emit import I64, PTR, Kernel, Value
+from rvllm.backends.cpu.compiled.codegen.emit import I64, PTR, Kernel, Value, kernel
 
 ENTRY = 3  # slots a kernel: its address, that of its arguments, that of its line
 NEXT, ACTIVE = 0, 1  # of a line: the next free item, and how many threads are at work
 SPINS = 4000  # turns to wait before the processor is offered to others
 
 
-def schedule(module: Any, name: str) -> None:
+@kernel
+def schedule(k: Kernel) -> None:
     """Arguments: the number of kernels, then ENTRY slots for each. Lines are zero to begin with."""
-    k = Kernel(module, name)
     kind = ir.FunctionType(ir.VoidType(), [PTR, I64, I64])
     with k.loop(0, k.int_arg(0)) as index:
         at = index * ENTRY + 1
@@ -36,7 +34,6 @@ def schedule(module: Any, name: str) -> None:
         k.builder.call(typed, [arguments.raw, k.thread.raw, k.threads.raw])
         k.builder.atomic_rmw("sub", active.raw, ir.Constant(I64, 1), "acq_rel")
         _wait(k, active)
-    k.finish()
 
 
 def _wait(k: Kernel, active: Value) -> None:
