@@ -80,7 +80,7 @@ def run(vocabulary: Vocabulary, size: int, eos: int, step: float, constrained: i
         architecture="Pretended", model_path="", vocab_size=size, max_model_len=2048, eos_token_ids=[eos]
     )
     core = EngineCore(Device(step, limits), facts, EngineConfig())  # type: ignore[arg-type]
-    core.set_vocabulary(vocabulary)
+    core.grammars.set_vocabulary(vocabulary)
     dice = random.Random(0)
     for i in range(constrained):
         schema = {"type": "array", "minItems": 40, "items": dice.choice(SCHEMAS)}

@@ -152,8 +152,8 @@ def test_on_a_gpu_the_same_bits_however_computed(dtype: DType, head_dim: int) ->
         assert [[o.logprobs for o in one] for one in found] == [[o.logprobs for o in one] for one in alone], (
             way
         )
-        assert (core.scheduler.preemptions > 0) == (way in ("preempted", "swapped"))
-        assert (core.scheduler.swaps > 0) == (way == "swapped")
+        assert (core.counted.preemptions > 0) == (way in ("preempted", "swapped"))
+        assert (core.counted.swaps > 0) == (way == "swapped")
         core.close()
 
 

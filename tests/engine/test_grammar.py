@@ -141,10 +141,9 @@ def test_a_grammar_that_costs_too_much_ends_its_request_only(monkeypatch: pytest
 
 def test_a_slow_mask_holds_up_its_own_sequence_only(monkeypatch: pytest.MonkeyPatch) -> None:
     class SlowMatcher(Matcher):
-        def fill(self, row: np.ndarray) -> float:
+        def next_mask(self, words: int) -> tuple[np.ndarray, float]:
             time.sleep(0.25)
-            super().fill(row)
-            return 0.25
+            return super().next_mask(words)[0], 0.25
 
     monkeypatch.setattr("rvllm.engine.grammar.Matcher", SlowMatcher)
     core = core_of(2)

@@ -40,16 +40,16 @@ def alone(form: int, number: int) -> list[int]:
 def test_in_any_company(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     dice = random.Random(seed)
     slow = dice.choice([0.0, 0.05, 0.5])
-    fill = engine_matcher.Matcher.fill
+    next_mask = engine_matcher.Matcher.next_mask
 
-    def slow_fill(matcher: engine_matcher.Matcher, row: engine_matcher.Mask) -> float:
+    def slow_mask(matcher: engine_matcher.Matcher, words: int) -> tuple[engine_matcher.Mask, float]:
         if dice.random() < slow:
             time.sleep(dice.choice([0.0005, 0.003, 0.01]))
-        return fill(matcher, row)
+        return next_mask(matcher, words)
 
     chosen = {(dice.randrange(len(FORMS)), dice.randrange(20)) for _ in range(dice.randint(2, 14))}
     wanted = {pair: alone(*pair) for pair in sorted(chosen)}
-    monkeypatch.setattr(engine_matcher.Matcher, "fill", slow_fill)
+    monkeypatch.setattr(engine_matcher.Matcher, "next_mask", slow_mask)
     costly = dice.choice([0.0, 0.0005, 1e9])
     monkeypatch.setattr(engine_matcher, "COSTLY", costly)
     monkeypatch.setattr(engine_grammar, "COSTLY", costly)

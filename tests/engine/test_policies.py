@@ -184,6 +184,6 @@ def test_policies_change_no_token(policy: str, fairness: str) -> None:
             for out in core.step():
                 answers.setdefault(out.request_id, []).extend(out.token_ids)
         core.scheduler.blocks.check()
-        assert core.scheduler.preemptions
+        assert core.counted.preemptions
         found.append(answers)
     assert found[0] == found[1] and len(found[0]) == 24

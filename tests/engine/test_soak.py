@@ -55,7 +55,7 @@ def test_swap_and_recompute_give_the_same_tokens_and_swap_computes_less() -> Non
     for mode, host in (("recompute", 0), ("recompute", 40), ("swap", 40)):
         core = make(host=host, preemption_mode=mode)
         found.append(answers(core, JOBS))
-        assert core.scheduler.preemptions > 2
+        assert core.counted.preemptions > 2
         assert bool(core.scheduler.blocks.moved_out) is bool(core.scheduler.blocks.moved_in) or mode != "swap"
         computed[mode, host] = core.backend.tokens_computed
     assert found[0] == found[1] == found[2]

@@ -38,7 +38,7 @@ def engine(tokenizer: Tokenizer) -> EngineCore:
         architecture="Double", model_path="", vocab_size=vocab, max_model_len=600, eos_token_ids=eos
     )
     core = EngineCore(double, facts, EngineConfig())
-    core.set_vocabulary(vocabulary_of(tokenizer))
+    core.grammars.set_vocabulary(vocabulary_of(tokenizer))
     return core
 
 

@@ -14,11 +14,8 @@ from rvllm.engine.scheduling.host import HostBlocks
 
 Digest = bytes
 ROOT: Digest = b""
-AHEAD_SHARE, MAX_AHEAD, STEP_AHEAD = (
-    16,
-    256,
-    32,
-)  # of blocks kept empty: a share, at most; a step evicts so many
+AHEAD_SHARE, MAX_AHEAD = 16, 256  # one in so many blocks is kept empty, so many at most
+STEP_AHEAD = 32  # blocks that a step evicts
 ON_HOST = -1  # in place of a block's number: host memory has it
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from rvllm.backends.base import (
 )
 from rvllm.engine.embedding import EmbeddingQueue
 from rvllm.engine.grammar import Grammars
-from rvllm.engine.ipc.messages import Embed, Generate, ModelFacts, Output, Ready, Vocabulary
+from rvllm.engine.ipc.messages import Embed, Generate, ModelFacts, Output, Ready
 from rvllm.engine.scheduler import Scheduler
 from rvllm.engine.sequence import Sequence
 from rvllm.engine.stats import EngineStats
@@ -45,14 +45,6 @@ if TYPE_CHECKING:
 BROKEN = "the model's logits are infinite or no numbers: its weights may be damaged (--check-weights)"
 
 QUEUE_LOOK = 0.1  # seconds between looks for requests that have waited too long
-
-
-@dataclass(frozen=True)
-class Asleep:
-    """level: 0 awake, 1 without KV blocks, 2 without weights; loaded: whether the backend is still there."""
-
-    level: int = 0
-    loaded: bool = True
 
 
 def same_limits(config: EngineConfig, limits: Limits) -> EngineConfig:
@@ -86,8 +78,10 @@ class EngineCore:
         self.backend: Backend = backend
         self.generator = backend if isinstance(backend, Generator) else None
         self.facts: ModelFacts = msgspec.structs.replace(facts, max_model_len=max_model_len)
-        self.grammars = Grammars(facts.vocab_size, facts.eos_token_ids)
-        self.scheduler = Scheduler(limits, config)
+        self.counters = EngineStats()
+        self.counted = self.counters.counted
+        self.grammars = Grammars(facts.vocab_size, facts.eos_token_ids, self.counted)
+        self.scheduler = Scheduler(limits, config, self.counted)
         self.ready = Ready(
             backend=backend.name,
             max_model_len=max_model_len,
@@ -105,14 +99,13 @@ class EngineCore:
             max_mixed_tokens=limits.max_mixed_tokens,
         )
         self.texts = EmbeddingQueue(backend if isinstance(backend, Encoder) else None)
-        self.counters = EngineStats()
-        self.counted = self.counters.counted
         self._eos = frozenset(facts.eos_token_ids)
         self._depth = limits.pipeline_depth
         self._max_queue_seconds = config.max_queue_seconds
         self._looked_at_queue = 0.0
         self._in_flight: deque[Step] = deque()
-        self._asleep = Asleep()
+        self.sleep_level = 0  # 0: awake, 1: without KV blocks, 2: without weights
+        self._loaded = True  # whether the backend is still there
         self._load_again: Callable[[], Backend] | None = None
         self._alive: dict[str, Sequence] = {}
         self._outbox: list[Output] = []
@@ -189,10 +182,6 @@ class EngineCore:
             return
         self.texts.add(request)
 
-    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Must come before the first request with a grammar."""
-        self.grammars.set_vocabulary(vocabulary)
-
     def _refused(self, name: str, check: Callable[[], None]) -> bool:
         """Whether a request cannot be served; its only output then says why."""
         try:
@@ -220,7 +209,7 @@ class EngineCore:
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to hand out; nothing is computed in sleep."""
-        if self._asleep.level:
+        if self.sleep_level:
             return bool(self._outbox)
         return bool(self._alive or self._in_flight or self._outbox or self.texts)
 
@@ -232,7 +221,7 @@ class EngineCore:
         if self._max_queue_seconds and time.perf_counter() - self._looked_at_queue > QUEUE_LOOK:
             self._looked_at_queue = time.perf_counter()
             self._end_waits()
-        if self._asleep.level:
+        if self.sleep_level:
             outputs, self._outbox = self._outbox, []
             return outputs
         if self.texts:
@@ -294,11 +283,6 @@ class EngineCore:
         if self._trace is not None:
             self._trace_collect(self._trace, oldest, began - waiting, update, result.device_seconds)
 
-    @property
-    def sleep_level(self) -> int:
-        """0: awake."""
-        return self._asleep.level
-
     def sleep(self, level: int = 1, keep_kv: bool = False) -> None:
         """Gives memory back until `wake_up`: KV blocks and, at level 2, the weights.
 
@@ -308,19 +292,19 @@ class EngineCore:
         keep_kv: at level 1 what KV blocks hold is kept in host memory: requests that run stop where they are,
         and the prefix cache stays. Raises UsageError where that cannot be had; nothing has happened then.
         """
-        if self._asleep.level >= level:
+        if self.sleep_level >= level:
             return
         while self._in_flight:
             self._collect()
         if keep_kv and self._keep_blocks(level):
-            self._asleep = Asleep(level)
+            self.sleep_level = level
             return
         self.scheduler.suspend()
         droppable = self.backend if level == 1 and isinstance(self.backend, Droppable) else None
-        keeps = self._asleep.loaded and droppable is not None and droppable.drop_caches()
-        if self._asleep.loaded and not keeps:
+        keeps = self._loaded and droppable is not None and droppable.drop_caches()
+        if self._loaded and not keeps:
             self.backend.close()
-        self._asleep = Asleep(level, keeps)
+        self.sleep_level, self._loaded = level, keeps
 
     def _keep_blocks(self, level: int) -> bool:
         """Gives memory back but for what KV blocks hold; False when they hold nothing."""
@@ -339,21 +323,21 @@ class EngineCore:
     def prepare(self) -> bool:
         """Uses some 10 ms for what later steps would wait for; False when nothing is left to prepare."""
         backend = self.backend
-        return not self._asleep.level and isinstance(backend, Preparable) and backend.prepare()
+        return not self.sleep_level and isinstance(backend, Preparable) and backend.prepare()
 
     def wake_up(self) -> None:
         """Takes the memory again, loads what was given up, and goes on. Raises the RvllmError of a load."""
-        if self._asleep.level and self._asleep.loaded:
+        if self.sleep_level and self._loaded:
             assert isinstance(self.backend, Droppable)
             self.backend.take_caches()
-        elif not self._asleep.loaded:
+        elif not self._loaded:
             assert self._load_again is not None
             limits, self.backend = self.backend.limits, self._load_again()
             if self.backend.limits != limits:
                 raise CapacityError("the memory that the model had before it slept is not free any more")
             self.generator = self.backend if isinstance(self.backend, Generator) else None
             self.texts.encoder = self.backend if isinstance(self.backend, Encoder) else None
-        self._asleep = Asleep()
+        self.sleep_level, self._loaded = 0, True
 
     def _end_waits(self) -> None:
         """Ends requests of which nothing was computed within --max-queue-seconds."""
@@ -470,7 +454,7 @@ class EngineCore:
         self.grammars.close()
         if self._trace is not None:
             self._trace.close()
-        if self._asleep.loaded:
+        if self._loaded:
             self.backend.close()
         if self._publisher is not None:
             self._publisher.close()

@@ -2,7 +2,7 @@
 
 A request's grammar is a text in llguidance's own form (`text/grammar/grammar.py` makes it). It is compiled
 beside the engine's thread; the request joins the queue when that is done. llguidance is imported with the
-first grammar, and the vocabulary must have come before it (`EngineCore.set_vocabulary`).
+first grammar, and the vocabulary must have come before it (`Grammars.set_vocabulary`).
 
 Most masks take some hundredths of a millisecond. A few of them are made in the engine's thread, while the
 step before runs on the device; more are made together on all cores, for which the engine waits a moment. A
@@ -24,6 +24,7 @@ import numpy as np
 from rvllm.engine.ipc.messages import Vocabulary
 from rvllm.engine.matcher import COSTLY, Mask, Matcher
 from rvllm.errors import RvllmError
+from rvllm.telemetry.stats import Stats
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
@@ -47,23 +48,21 @@ POLL_SECONDS = 0.01  # how long an otherwise idle engine waits for a grammar bef
 class Grammars:
     """Compiles grammars and computes masks; belongs to the engine's thread."""
 
-    def __init__(self, vocab_size: int, eos_token_ids: Seq[int]) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, vocab_size: int, eos_token_ids: Seq[int], counted: Stats) -> None:
+        """counted: where masks and their seconds are added up."""
+        self._vocab_size, self._counted = vocab_size, counted
         self._eos = list(eos_token_ids)
         self._vocabulary: Future[LLTokenizer] | None = None
         self._words = -(-vocab_size // 32)
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="grammar")  # its threads start with its work
         self._compiling: dict[str, tuple[Sequence, Future[Compiled]]] = {}  # by request id
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._wanted: dict[str, Sequence] = {}  # whose next mask is to be made, by request id
         self._beside: dict[str, tuple[Sequence, Future[Followed]]] = {}  # followed in threads of their own
         self._together: list[tuple[list[Sequence], Future[Filled]]] = []  # whose masks are made together
-        self._beside_pool: ThreadPoolExecutor | None = None
+        self._beside_pool = ThreadPoolExecutor(BESIDE_THREADS, thread_name_prefix="mask")
         self._executor: LLExecutor | None = None
         self._times: deque[float] = deque(maxlen=TIMED)
-        self.masks_computed = 0
-        self.mask_seconds = 0.0
-        self.exposed_seconds = 0.0  # of these, while no step was on the device
 
     def __len__(self) -> int:
         """How many requests wait for their grammars."""
@@ -72,12 +71,7 @@ class Grammars:
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
         """What the token ids stand for; must come before the first grammar. A second one is ignored."""
         if self._vocabulary is None:
-            self._vocabulary = self._threads().submit(self._build, vocabulary)
-
-    def _threads(self) -> ThreadPoolExecutor:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(2, thread_name_prefix="grammar")
-        return self._pool
+            self._vocabulary = self._pool.submit(self._build, vocabulary)
 
     def _build(self, vocabulary: Vocabulary) -> LLTokenizer:
         from llguidance import LLTokenizer
@@ -90,21 +84,17 @@ class Grammars:
         kept = self._compiled.get(grammar)
         if kept is not None:
             self._compiled.move_to_end(grammar)
-        self._compiling[seq.request_id] = (seq, self._threads().submit(self._start, grammar, kept))
+        self._compiling[seq.request_id] = (seq, self._pool.submit(self._start, grammar, kept))
 
     def _start(self, grammar: str, kept: LLMatcher | None) -> Compiled:
         """(what may be kept, the matcher of a sequence with its first mask, the seconds that took)."""
         fresh = kept or self._compile(grammar)
         matcher = Matcher(fresh.deep_copy())
-        row = self._row()
-        seconds = matcher.fill(row)
+        row, seconds = matcher.next_mask(self._words)
         if matcher.too_complex is not None:
             raise RvllmError(matcher.too_complex)
         matcher.filled(row, seconds)
         return fresh, matcher, seconds
-
-    def _row(self) -> Mask:
-        return np.zeros(self._words, dtype=np.uint32)
 
     def _compile(self, grammar: str) -> LLMatcher:
         """The grammar's matcher before its first token. Raises RvllmError with the reason."""
@@ -156,20 +146,14 @@ class Grammars:
         """The same for a costly sequence, in a thread of its own; `settle` tells how it went."""
         assert seq.matcher is not None
         seq.matcher.mask = None
-        self._beside[seq.request_id] = seq, self._mask_threads().submit(self._follow, seq.matcher, token)
-
-    def _mask_threads(self) -> ThreadPoolExecutor:
-        if self._beside_pool is None:
-            self._beside_pool = ThreadPoolExecutor(BESIDE_THREADS, thread_name_prefix="mask")
-        return self._beside_pool
+        self._beside[seq.request_id] = seq, self._beside_pool.submit(self._follow, seq.matcher, token)
 
     def _follow(self, matcher: Matcher, token: int) -> Followed:
         """(what is wrong, mask, seconds that it took); no mask where nothing can follow."""
         error = matcher.accept(token)
         if error is not None or matcher.ended:
             return error, None, 0.0
-        row = self._row()
-        seconds = matcher.fill(row)
+        row, seconds = matcher.next_mask(self._words)
         return matcher.too_complex, row, seconds
 
     def settle(self, device_busy: bool) -> list[tuple[Sequence, str | None]]:
@@ -184,7 +168,7 @@ class Grammars:
             began = time.perf_counter()
             filled += self._fill(list(self._wanted.values()))
             self._wanted.clear()
-            self.exposed_seconds += 0.0 if device_busy else time.perf_counter() - began
+            self._counted.mask_exposed_seconds += 0.0 if device_busy else time.perf_counter() - began
         filled += self._take_filled()
         settled: list[tuple[Sequence, str | None]] = []
         for seq in filled:
@@ -212,7 +196,7 @@ class Grammars:
         began = time.perf_counter()
         wait_for(awaited, POLL_SECONDS, FIRST_COMPLETED)
         if self._beside or self._together:
-            self.exposed_seconds += time.perf_counter() - began
+            self._counted.mask_exposed_seconds += time.perf_counter() - began
         return True
 
     def _fill(self, sequences: list[Sequence]) -> list[Sequence]:
@@ -220,12 +204,11 @@ class Grammars:
         matchers = [seq.matcher for seq in sequences if seq.matcher is not None]
         if len(matchers) <= ALONE:
             for matcher in matchers:
-                row = self._row()
-                seconds = matcher.fill(row)
+                row, seconds = matcher.next_mask(self._words)
                 matcher.filled(row, seconds)
                 self._count(seconds)
             return sequences
-        done = self._mask_threads().submit(self._fill_together, matchers)
+        done = self._beside_pool.submit(self._fill_together, matchers)
         self._together.append((sequences, done))
         wait_for([done], COSTLY)
         return []
@@ -248,8 +231,8 @@ class Grammars:
 
     def _count(self, seconds: float, masks: int = 1) -> None:
         """Books masks that took so long, together when there are several."""
-        self.masks_computed += masks
-        self.mask_seconds += seconds
+        self._counted.masks += masks
+        self._counted.mask_seconds += seconds
         self._times.extend([seconds] * masks)
 
     def _fill_together(self, matchers: list[Matcher]) -> Filled:
@@ -275,5 +258,4 @@ class Grammars:
     def close(self) -> None:
         """Ends the threads."""
         for pool in (self._pool, self._beside_pool):
-            if pool is not None:
-                pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -76,7 +76,7 @@ class EngineLoop:
         elif isinstance(message, Abort):
             self._core.abort(message.request_ids)
         elif isinstance(message, Vocabulary):
-            self._core.set_vocabulary(message)
+            self._core.grammars.set_vocabulary(message)
         elif isinstance(message, Sleep):
             self._sleep(message)
         elif isinstance(message, GetStats):

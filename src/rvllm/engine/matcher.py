@@ -21,15 +21,16 @@ Mask = NDArray[np.uint32]  # [ceil(vocab / 32)], lowest bit first: the tokens th
 class Matcher:
     """One sequence's place in its grammar.
 
-    mask: of the next token; None until it has been made. seconds: what following the grammar has cost so
-    far. An ambiguous one can cost ever more with each token; one that exceeds its allowance ends its request.
-    costly: whether the last token took so long that the engine's thread should not wait for the next.
+    native: llguidance's own object. mask: of the next token; None until it has been made. seconds: what
+    following the grammar has cost so far. An ambiguous one can cost ever more with each token; one that
+    exceeds its allowance ends its request. costly: whether the last token took so long that the engine's
+    thread should not wait for the next.
     """
 
-    __slots__ = ("_matcher", "_since", "_tokens", "costly", "mask", "seconds")
+    __slots__ = ("_since", "_tokens", "costly", "mask", "native", "seconds")
 
     def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+        self.native = matcher
         self._tokens = 0
         self._since = 0.0  # seconds before the current token
         self.seconds = 0.0
@@ -37,21 +38,16 @@ class Matcher:
         self.mask: Mask | None = None
 
     @property
-    def native(self) -> LLMatcher:
-        """llguidance's own object."""
-        return self._matcher
-
-    @property
     def ended(self) -> bool:
         """Whether nothing can follow: the text is complete."""
-        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+        return bool(self.native.is_stopped()) and not self.native.is_error()
 
     @property
     def error(self) -> str | None:
         """What is wrong, on one line; None while nothing is."""
-        if not self._matcher.is_error():
+        if not self.native.is_error():
             return None
-        return str(self._matcher.get_error()).strip().partition("\n")[0]
+        return str(self.native.get_error()).strip().partition("\n")[0]
 
     @property
     def too_complex(self) -> str | None:
@@ -63,7 +59,7 @@ class Matcher:
         began = time.perf_counter()
         self.mask = None
         self._since = self.seconds
-        accepted = self._matcher.consume_token(token)
+        accepted = self.native.consume_token(token)
         self._tokens += 1
         self.seconds += time.perf_counter() - began
         if self.seconds > ALLOWANCE + ALLOWANCE_PER_TOKEN * self._tokens:
@@ -76,11 +72,11 @@ class Matcher:
         others = "bad_words, allowed_token_ids, min_tokens, stop_token_ids or logit_bias"
         return f"no token fits both the grammar and {others}: {reason}"
 
-    def fill(self, row: Mask) -> float:
-        """Makes the next mask in `row`, in whatever thread; returns the seconds it took."""
-        began = time.perf_counter()
-        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        return time.perf_counter() - began
+    def next_mask(self, words: int) -> tuple[Mask, float]:
+        """(the next mask [words], the seconds it took), made in whatever thread."""
+        row, began = np.zeros(words, dtype=np.uint32), time.perf_counter()
+        self.native.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        return row, time.perf_counter() - began
 
     def filled(self, row: Mask, seconds: float) -> None:
         """Takes the mask that has been made in `row`, which took so long: from now on it is used."""

@@ -27,6 +27,7 @@ from rvllm.engine.scheduling.policy import FairShares, Policy
 from rvllm.engine.scheduling.snapshots import Snapshots
 from rvllm.engine.sequence import Sequence
 from rvllm.engine.step import Step, StepPlan
+from rvllm.telemetry.stats import Stats
 
 if TYPE_CHECKING:
     from rvllm.engine.kv_events import KvEvents
@@ -44,8 +45,9 @@ def _remove(queue: list[Sequence], seq: Sequence) -> None:
 class Scheduler:
     """Queues, slots and blocks. `schedule` plans a step, `finish` ends a sequence at any time."""
 
-    def __init__(self, limits: Limits, config: EngineConfig) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, config: EngineConfig, counted: Stats) -> None:
+        """counted: where hits of the prefix cache, preemptions and swaps are added up."""
+        self.limits, self.counted = limits, counted
         self.policy = Policy.of(config)
         self.shares = FairShares() if config.fairness != "none" else None
         self.max_delay = config.max_prefill_delay_ms / 1000  # seconds
@@ -59,11 +61,6 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # both sorted by rank
         self.running: list[Sequence] = []
         self.steps = 0
-        self.preemptions = 0
-        self.prefix_queries = 0  # prompt tokens looked up in the prefix cache
-        self.prefix_hits = 0
-        self.host_hits = 0  # of these, tokens whose blocks came from host memory
-        self.swaps = 0  # preemptions whose blocks may move to host memory
         self.events: KvEvents | None = None
         # With more slots than budget, prompts could be kept from running by decodes forever.
         self._max_running = min(limits.max_num_seqs, limits.max_num_batched_tokens)
@@ -236,12 +233,12 @@ class Scheduler:
 
         restored: tokens of it that came from host memory.
         """
-        self.host_hits += restored
+        self.counted.host_hits += restored
         seq.first_scheduled = time.time()
         seq.cached_tokens = seq.launched
         if self._may_share(seq):
-            self.prefix_queries += seq.prompt_len
-            self.prefix_hits += seq.cached_tokens
+            self.counted.prefix_queries += seq.prompt_len
+            self.counted.cached_prompt_tokens += seq.cached_tokens
         if self.shares is not None:
             self.shares.charge(seq.client, seq.prompt_len - seq.cached_tokens)
 
@@ -293,23 +290,22 @@ class Scheduler:
 
     def preempt_all(self) -> None:
         """Every running sequence gives its place up and will be computed again."""
-        for seq in list(self.running):
+        for seq in reversed(self.running.copy()):
             self._preempt(seq)
 
     def _preempt(self, seq: Sequence) -> None:
-        self.preemptions += 1
+        self.counted.preemptions += 1
         keep = self.blocks.host is None or worth_moving(
             self.preemption_mode, self.limits.block_size, self.limits.block_move_seconds, self.cost
         )
-        self.swaps += keep and self.blocks.host is not None
+        self.counted.swaps += keep and self.blocks.host is not None
         self._take_place(seq, keep)
         _remove(self.running, seq)
         self._queue(seq)
 
     def suspend(self) -> None:
         """All that run begin to wait, and no block holds anything any more; nothing may be in flight."""
-        for seq in reversed(self.running.copy()):
-            self._preempt(seq)
+        self.preempt_all()
         self.forget()
         self.blocks.take_moves()
 

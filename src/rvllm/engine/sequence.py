@@ -80,11 +80,6 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprobs] = []
 
     @property
-    def known(self) -> int:
-        """Number of tokens the host knows."""
-        return len(self.tokens)
-
-    @property
     def tokens_left(self) -> int:
         """Tokens of its prompt and of the output still to come, at most."""
         return self.max_length - (len(self.tokens) - self.prompt_len)

@@ -20,7 +20,7 @@ RECENT_STEPS = 256  # decode steps that the floor is compared with
 
 
 class EngineStats:
-    """Counters since the start; belongs to the engine's thread. counted: what nobody else counts."""
+    """Counters since the start; belongs to the engine's thread. counted: what all its parts add to."""
 
     def __init__(self) -> None:
         self.counted = Stats(step_counts=[0] * (len(STEP_TOKENS) + 1))
@@ -74,14 +74,8 @@ class EngineStats:
             blocks_cached=scheduler.blocks.cached,
             steps=scheduler.steps + texts.steps,
             prompt_tokens=self.counted.prompt_tokens + texts.tokens,
-            cached_prompt_tokens=scheduler.prefix_hits,
-            prefix_queries=scheduler.prefix_queries,
-            preemptions=scheduler.preemptions,
             finished=self.counted.finished.copy(),
             loop_seconds=time.perf_counter() - self._started,
-            masks=grammars.masks_computed,
-            mask_seconds=grammars.mask_seconds,
-            mask_exposed_seconds=grammars.exposed_seconds,
             mask_p50_seconds=grammars.percentile(0.50),
             mask_p99_seconds=grammars.percentile(0.99),
             step_counts=self.counted.step_counts.copy(),
@@ -89,8 +83,6 @@ class EngineStats:
             cpu_blocks_total=scheduler.blocks.host.num_blocks if scheduler.blocks.host else 0,
             cpu_blocks_used=scheduler.blocks.host.used if scheduler.blocks.host else 0,
             sleep_level=core.sleep_level,
-            host_hits=scheduler.host_hits,
-            swaps=scheduler.swaps,
             blocks_moved_out=scheduler.blocks.moved_out,
             blocks_moved_in=scheduler.blocks.moved_in,
         )

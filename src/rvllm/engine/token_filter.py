@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-Mask = NDArray[np.uint32]  # [ceil(vocab / 32)], lowest bit first: the tokens that may come next
+from rvllm.engine.matcher import Mask
 
 
 class TokenFilter:

@@ -291,5 +291,5 @@ class LLM(Pooling):
         """Hands the vocabulary to the engine, with the first request that has a grammar."""
         if not self._grammars_ready:
             check_tokenizer(self._tokenizer)
-            self.engine.set_vocabulary(vocabulary_of(self.get_tokenizer()))
+            self.engine.grammars.set_vocabulary(vocabulary_of(self.get_tokenizer()))
             self._grammars_ready = True

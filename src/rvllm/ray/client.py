@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.engine.ipc.messages import Embed, Generate, Output, Ready, State, Vocabulary, embedded
+from rvllm.engine.ipc.messages import Embed, Generate, Output, Ready, State, Vocabulary, embedding_of
 from rvllm.errors import EngineDeadError, RvllmError, UnavailableError, UsageError
 from rvllm.telemetry.stats import Stats
 
@@ -136,12 +136,7 @@ class ReplicatedEngine:
 
     async def embed(self, request: Embed) -> NDArray[np.float32]:
         """As `EngineClient.embed`. Raises UsageError when the text cannot be encoded."""
-        async for output in self.generate(request):
-            if output.embedding is not None:
-                return embedded(request, output.embedding)
-            if output.finish_reason == "error":
-                raise UsageError(output.error or "the engine gave up on the text")
-        raise RvllmError(f"request {request.request_id} was aborted")
+        return await embedding_of(request, self.generate(request))
 
     async def stats(self) -> Stats:
         """The figures of all replicas together."""

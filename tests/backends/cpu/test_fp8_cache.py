@@ -105,8 +105,8 @@ def test_a_request_has_the_same_bits(way: str, alone: list[list[Output]]) -> Non
     config, engine = model(), WAYS[way]()
     core = core_of(backend(config, "cpu", DType.BF16, engine), config, engine)
     found = run(core, ASKED)
-    assert (core.scheduler.preemptions > 0) == (way in ("preempted", "swapped"))
-    assert (core.scheduler.swaps > 0) == (way == "swapped")
+    assert (core.counted.preemptions > 0) == (way in ("preempted", "swapped"))
+    assert (core.counted.swaps > 0) == (way == "swapped")
     assert [tokens_of(one) for one in found] == [tokens_of(one) for one in alone]
     assert [[o.logprobs for o in one] for one in found] == [[o.logprobs for o in one] for one in alone]
     core.close()

@@ -32,7 +32,7 @@ def core_of(depth: int = 2, seqs: int = 8, blocks: int = 400, vocabulary: bool =
     )
     core = EngineCore(RandomDouble(limits, VOCAB), facts, EngineConfig())
     if vocabulary:
-        core.set_vocabulary(vocabulary_of(TOKENIZER))
+        core.grammars.set_vocabulary(vocabulary_of(TOKENIZER))
     return core
 
 

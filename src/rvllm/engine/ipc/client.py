@@ -17,9 +17,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import ExitStack, aclosing
+from itertools import chain
 from typing import Any, TypeVar
 
 import msgspec
@@ -46,7 +47,7 @@ from rvllm.engine.ipc.messages import (
     State,
     ToEngine,
     Vocabulary,
-    embedded,
+    embedding_of,
 )
 from rvllm.engine.ipc.process import Launch
 from rvllm.errors import EngineDeadError, RvllmError, SlowClientError, UnavailableError, UsageError
@@ -57,6 +58,7 @@ QUESTION_SECONDS = 5.0  # for the engine to say how it is doing
 LOOK_SECONDS = 1.0  # how often a silent engine is looked at, at least
 CLOSE_SECONDS = 5.0  # for the step in progress; after that the process is killed
 
+QUICK = (Stats, State)  # answers that come between two steps; a sleep may take long
 MAX_UNREAD = 4096  # outputs of a request that may wait to be taken
 
 T = TypeVar("T")
@@ -75,22 +77,24 @@ class EngineClient:
         self._progress = progress
         self._command: Sequence[str] = COMMAND
         self._loop = asyncio.get_running_loop()
+        self._watch: asyncio.Task[None] | None = None
+        self._closing = False
+        self._forget_process()
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(FromEngine).decode
+
+    def _forget_process(self) -> None:
+        """There is no process yet, or none any more."""
         self._heard = self._loop.time()  # when the engine spoke last
         self._waiting_since: float | None = None  # since when it owes an answer
-        self._watch: asyncio.Task[None] | None = None
         self._streams: dict[str, Stream] = {}
-        self._stats: deque[asyncio.Future[Stats]] = deque()
-        self._states: deque[asyncio.Future[State]] = deque()
-        self._sleeps: deque[asyncio.Future[Slept]] = deque()
+        self._asked: defaultdict[type, deque[asyncio.Future[Any]]] = defaultdict(deque)  # by kind of answer
         self.sleep_level = 0  # 0: awake
         self._started: asyncio.Future[Ready] = self._loop.create_future()
         self._dead: asyncio.Future[str] = self._loop.create_future()
         self._failed: Failed | None = None
         self._burial: asyncio.Task[None] | None = None
-        self._closing = False
         self._undo = ExitStack()
-        self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(FromEngine).decode
 
     @classmethod
     async def start(
@@ -107,7 +111,7 @@ class EngineClient:
         client = cls(config, progress)
         client._command = tuple(command)
         try:
-            client._spawn(command)
+            client._spawn()
             client.ready = await client._started
         except BaseException:
             await client.close(0.0)
@@ -122,13 +126,8 @@ class EngineClient:
         """
         assert self._dead.done()
         self._undo.close()
-        self._undo = ExitStack()
-        self._failed = self._burial = None
-        self._streams, self._stats, self._states = {}, deque(), deque()
-        self._sleeps, self.sleep_level = deque(), 0
-        self._started, self._dead = self._loop.create_future(), self._loop.create_future()
-        self._waiting_since, self._heard = None, self._loop.time()
-        self._spawn(self._command)
+        self._forget_process()
+        self._spawn()
         self.ready = await asyncio.shield(self._started)
 
     def kill(self) -> None:
@@ -156,21 +155,19 @@ class EngineClient:
         while not self._closing:
             await asyncio.sleep(min(LOOK_SECONDS, self.stall_seconds / 4))
             silent = self._loop.time() - self._heard > min(LOOK_SECONDS, self.stall_seconds / 4)
-            if self.alive and self._started.done() and self._streams and silent and not self._stats:
-                self._ask_for_stats()
+            if self.alive and self._started.done() and self._streams and silent and not self._asked[Stats]:
+                self._ask(GetStats(), Stats)
 
-    def _ask_for_stats(self) -> asyncio.Future[Stats]:
-        answer: asyncio.Future[Stats] = self._loop.create_future()
-        self._stats.append(answer)
-        self._owed()
-        self._send(GetStats())
+    def _ask(self, message: ToEngine, kind: type[T]) -> asyncio.Future[T]:
+        """Sends a message that is answered by one of a kind; answers come in the order of the messages."""
+        answer: asyncio.Future[T] = self._loop.create_future()
+        self._asked[kind].append(answer)
+        if kind in QUICK and self._waiting_since is None:
+            self._waiting_since = self._loop.time()
+        self._send(message)
         return answer
 
-    def _owed(self) -> None:
-        if self._waiting_since is None:
-            self._waiting_since = self._loop.time()
-
-    def _spawn(self, command: Sequence[str]) -> None:
+    def _spawn(self) -> None:
         """Starts the process and registers, step by step, how to undo each step."""
         undo, loop = self._undo, self._loop
         self.directory = _private_directory()
@@ -185,7 +182,7 @@ class EngineClient:
         self._life, theirs = socket.socketpair()
         undo.callback(self._life.close)
         with theirs:
-            self.process = subprocess.Popen(command, stdin=theirs.fileno(), start_new_session=True)
+            self.process = subprocess.Popen(self._command, stdin=theirs.fileno(), start_new_session=True)
         launch = self._encode(Launch(self.directory, address, self.config))
         self._life.sendall(len(launch).to_bytes(4, "little") + launch)
         for source, heard in (
@@ -211,13 +208,7 @@ class EngineClient:
 
         Raises UsageError when the text cannot be encoded, EngineDeadError when the engine ends first.
         """
-        async with aclosing(self.generate(request)) as outputs:
-            async for output in outputs:
-                if output.embedding is not None:
-                    return embedded(request, output.embedding)
-                if output.finish_reason == "error":
-                    raise UsageError(output.error or "the engine gave up on the text")
-        raise RvllmError(f"request {request.request_id} was aborted")
+        return await embedding_of(request, self.generate(request))
 
     async def generate(self, request: Generate | Embed) -> AsyncGenerator[Output, None]:
         """The request's outputs up to the one with a finish reason.
@@ -269,16 +260,12 @@ class EngineClient:
     async def stats(self) -> Stats:
         """A snapshot of the engine. Raises EngineDeadError, or UnavailableError when it does not answer."""
         self._check_alive()
-        return await self._in_time(self._ask_for_stats())
+        return await self._in_time(self._ask(GetStats(), Stats))
 
     async def state(self, asked: GetState | None = None) -> State:
         """What the engine is doing, for people who watch. Raises as `stats` does."""
         self._check_alive()
-        answer: asyncio.Future[State] = self._loop.create_future()
-        self._states.append(answer)
-        self._owed()
-        self._send(asked or GetState())
-        return await self._in_time(answer)
+        return await self._in_time(self._ask(asked or GetState(), State))
 
     async def sleep(self, level: int, keep_kv: bool = False) -> float:
         """Gives the engine's memory back (1: KV blocks, 2: weights as well) or, with 0, takes it again.
@@ -286,10 +273,7 @@ class EngineClient:
         Returns the seconds it took. Raises EngineDeadError, and UsageError where KV blocks cannot be kept.
         """
         self._check_alive()
-        answer: asyncio.Future[Slept] = self._loop.create_future()
-        self._sleeps.append(answer)
-        self._send(Sleep(level, keep_kv))
-        slept = await asyncio.shield(answer)
+        slept = await asyncio.shield(self._ask(Sleep(level, keep_kv), Slept))
         if slept.refused is not None:
             raise UsageError(slept.refused)
         return slept.seconds
@@ -349,7 +333,7 @@ class EngineClient:
                 return
             self._heard = self._loop.time()
             self._handle(self._decode(data))
-            if not (self._stats or self._states):
+            if not any(self._asked[kind] for kind in QUICK):
                 self._waiting_since = None
 
     def _handle(self, message: FromEngine) -> None:
@@ -358,19 +342,12 @@ class EngineClient:
                 stream = self._streams.get(output.request_id)
                 if stream is not None:
                     self._hand_on(stream, output)
-        elif isinstance(message, Stats):
-            answer = self._stats.popleft()
+        elif isinstance(message, Stats | State | Slept):
+            if isinstance(message, Slept):
+                self.sleep_level = message.level
+            answer = self._asked[type(message)].popleft()
             if not answer.done():
                 answer.set_result(message)
-        elif isinstance(message, State):
-            state = self._states.popleft()
-            if not state.done():
-                state.set_result(message)
-        elif isinstance(message, Slept):
-            self.sleep_level = message.level
-            slept = self._sleeps.popleft()
-            if not slept.done():
-                slept.set_result(message)
         elif isinstance(message, Loading):
             if self._progress is not None:
                 self._progress(message.fraction, message.text)
@@ -421,11 +398,10 @@ class EngineClient:
             self._started.set_exception(_start_error(cause, self._failed))
         for stream in self._streams.values():
             stream.put_nowait(EngineDeadError(cause))
-        for waiting in (self._stats, self._states, self._sleeps):
-            while waiting:
-                answer: asyncio.Future[Any] = waiting.popleft()
-                if not answer.done():
-                    answer.set_exception(EngineDeadError(cause))
+        for answer in chain(*self._asked.values()):
+            if not answer.done():
+                answer.set_exception(EngineDeadError(cause))
+        self._asked.clear()
 
 
 def _private_directory() -> str:

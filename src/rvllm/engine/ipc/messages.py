@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.base import LedgerLine, SamplingSpec, TokenLogprobs
-from rvllm.errors import UsageError
+from rvllm.errors import RvllmError, UsageError
 from rvllm.telemetry.stats import Stats, StepKernel
 
 
@@ -60,6 +61,20 @@ def embedded(request: Embed, numbers: bytes) -> NDArray[np.float32]:
     """An Output's `embedding` as an array: [width], or [tokens, width] where each token's was asked for."""
     found = np.frombuffer(numbers, dtype="<f4")
     return found.reshape(len(request.prompt_token_ids), -1) if request.tokens else found
+
+
+async def embedding_of(request: Embed, outputs: AsyncGenerator[Output, None]) -> NDArray[np.float32]:
+    """What the request's outputs hold; see `embedded`. Closes them.
+
+    Raises UsageError when the text cannot be encoded, RvllmError when it was aborted.
+    """
+    async with aclosing(outputs):
+        async for output in outputs:
+            if output.embedding is not None:
+                return embedded(request, output.embedding)
+            if output.finish_reason == "error":
+                raise UsageError(output.error or "the engine gave up on the text")
+    raise RvllmError(f"request {request.request_id} was aborted")
 
 
 class Abort(msgspec.Struct, tag="abort", array_like=True):
