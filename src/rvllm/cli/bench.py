@@ -58,12 +58,6 @@ def add_parser(subparsers: Any) -> None:
     add_flags(latency, EngineConfig, "engine")
 
 
-def _add_random(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--random-prefix-len", type=int, default=0, help="tokens alike before each prompt [0]")
-    add("--random-range-ratio", type=float, default=0.0, help="lengths vary by this share [0]")
-
-
 def _add_workload(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input-len", "--random-input-len", type=int, help="tokens of a prompt")
@@ -80,7 +74,6 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
     add("--num-prompts", type=int, default=1000, help="requests [1000]")
     add("--prefix-len", type=int, help="tokens alike before each prompt of random, sonnet [0, 200]")
     add_datasets(parser)
-    _add_random(parser)
     add("--dataset", dest="dataset_path", help=argparse.SUPPRESS)
     parser.set_defaults(dataset_name=None)
     add("--backend", default="vllm", help=argparse.SUPPRESS)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rvllm.cli.common.models import read
 from rvllm.config import EngineConfig, ServerConfig, SourceConfig
 from rvllm.errors import RvllmError
 from rvllm.settings import add_flags, build, env_of, flag_of, settings_of
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from rvllm.weights.checkpoint import Checkpoint
 
 Section = list[tuple[str, str]]
-SECRET = ("api_key",)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -35,7 +35,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--all", action="store_true", help="also the settings that have their defaults")
     add_flags(parser, EngineConfig, "engine")
     add_flags(parser, ServerConfig, "server")
-    parser.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -45,8 +44,7 @@ def main(args: argparse.Namespace) -> int:
         sections[title] = settings(cls, vars(args))
     sections["source settings"] = settings(SourceConfig, {})
     if args.model is not None or os.environ.get("RVLLM_MODEL"):
-        given = {f.name: getattr(args, f.name) for f, _ in settings_of(EngineConfig)}
-        config = build(EngineConfig, given)
+        config = build(EngineConfig, vars(args))
         from rvllm.cli.common.matrices import matrices
 
         model = describe(config)
@@ -136,7 +134,7 @@ def _cpu_name() -> str:
 
 def settings(cls: type, given: dict[str, Any]) -> Section:
     """Each setting's value and whether a flag, a variable or the default gave it."""
-    values: Any = build(cls, {f.name: given.get(f.name) for f, _ in settings_of(cls)})
+    values: Any = build(cls, given)
     rows = []
     for f, known in settings_of(cls):
         value = getattr(values, f.name)
@@ -146,7 +144,7 @@ def settings(cls: type, given: dict[str, Any]) -> Section:
             origin = env_of(f.name, known)
         else:
             origin = "default"
-        shown = "(set)" if f.name in SECRET and value is not None else _shown(value)
+        shown = "(set)" if known.secret and value is not None else _shown(value)
         rows.append((f.name, f"{shown}  ({origin})"))
     return rows
 
@@ -169,21 +167,14 @@ class Described:
 
 def describe(config: EngineConfig) -> Described:
     """Reads the model's files but for its weights. Raises RvllmError: what is wrong with them, or no GPU."""
-    from rvllm.backends.load import choose_device, choose_dtype
-    from rvllm.models.kv_cache import with_kv_cache
-    from rvllm.models.overrides import read_config
-    from rvllm.models.registry import build_program
+    from rvllm.backends.load import choose_device
     from rvllm.weights.checkpoint import stored_formats
-    from rvllm.weights.fetch.source import resolve
     from rvllm.weights.formats import with_formats
-    from rvllm.weights.open import open_checkpoint
 
-    checkpoint = open_checkpoint(resolve(config.model, build(SourceConfig, {})))
-    model = read_config(checkpoint, config)
-    device = choose_device(config)
-    program = with_kv_cache(build_program(model, choose_dtype(config, checkpoint)), config.kv_cache_dtype)
+    model, device = read(config), choose_device(config)
+    checkpoint, program = model.checkpoint, model.program
     if device != "cpu":
-        program = with_formats(program, checkpoint if checkpoint.tensors else None, config.gpu_quantization)
+        program = with_formats(program, model.stored, config.gpu_quantization)
     formats, stored = stored_formats(checkpoint)
     facts = [
         *_place(checkpoint.path),
@@ -195,7 +186,7 @@ def describe(config: EngineConfig) -> Described:
         ("ops", str(len(program.ops))),
         ("tensors", formats or "none (config only)"),
         ("stored bytes", str(stored)),
-        ("end of sequence", ", ".join(map(str, model.eos_token_ids)) or "none"),
+        ("end of sequence", ", ".join(map(str, model.config.eos_token_ids)) or "none"),
     ]
     return Described(program, checkpoint, device, facts)
 
@@ -215,11 +206,11 @@ def memory_rows(program: Program, checkpoint: Checkpoint, config: EngineConfig, 
     from rvllm.program.cost import kv_bytes_per_token
 
     per_token = kv_bytes_per_token(program)
+    stored = checkpoint if config.load_format != "dummy" and checkpoint.tensors else None
     if device != "cpu":
         from rvllm.backends.cuda.layout.preview import preview_here
 
-        holds = config.load_format != "dummy" and checkpoint.tensors
-        seen = preview_here(program, checkpoint if holds else None, config)
+        seen = preview_here(program, stored, config)
         return [
             *[(name, f"{nbytes} bytes ({human_bytes(nbytes)})") for name, nbytes in seen.lines.items()],
             ("sum", f"{seen.total} bytes ({human_bytes(seen.total)}), all the device has"),
@@ -228,8 +219,7 @@ def memory_rows(program: Program, checkpoint: Checkpoint, config: EngineConfig, 
         ]
     from rvllm.backends.cpu.memory import plan_memory, weight_lines
 
-    holds = config.load_format != "dummy" and checkpoint.tensors
-    plan = plan_memory(program, config, weight_lines(program, checkpoint if holds else None, config))
+    plan = plan_memory(program, config, weight_lines(program, stored, config))
     limits = plan.limits
     return [
         *[(line.name, f"{line.nbytes} bytes ({human_bytes(line.nbytes)})") for line in plan.lines],

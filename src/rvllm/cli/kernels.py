@@ -46,7 +46,6 @@ def add_parser(subparsers: Any) -> None:
         help="where to put cubins [the cache]; --output wheel puts them in the package",
     )
     parser.add_argument("--all", action="store_true", help="list: also sources, shared memory and hashes")
-    parser.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:

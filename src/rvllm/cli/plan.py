@@ -5,20 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rvllm.config import EngineConfig, SourceConfig
+from rvllm.cli.common.models import read
+from rvllm.cli.common.ops import PlannedStep
+from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.settings import add_flags, build, settings_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from rvllm.backends.cpu.measure import Rates
     from rvllm.program.cost import StepShape
     from rvllm.program.memory import Workspace
     from rvllm.program.ops.dense import Op, Program
-    from rvllm.weights.checkpoint import Checkpoint
 
 FLAGS = (
     "model", "device", "dtype", "quantization", "kv_cache_dtype", "threads", "cpu_kernels", "gemm_strategy",
@@ -75,64 +75,41 @@ def add_parser(subparsers: Any) -> None:
         "model",
         [f.name for f, _ in settings_of(EngineConfig) if f.name not in (*FLAGS, *MEMORY_FLAGS)],
     )
-    parser.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs `rvllm plan`; raises RvllmError."""
-    from rvllm.backends.load import choose_device, choose_dtype
-    from rvllm.models.kv_cache import with_kv_cache
-    from rvllm.models.overrides import read_config
-    from rvllm.models.registry import build_program
+    from rvllm.backends.load import choose_device
     from rvllm.program.memory import plan_workspace
     from rvllm.weights.checkpoint import stored_formats
-    from rvllm.weights.fetch.source import resolve
-    from rvllm.weights.open import open_checkpoint
 
     if args.memory:
         return plan_memory(args)
     if args.gpu is not None or args.vram_gb is not None:
         raise UsageError("--gpu and --vram-gb need --memory")
     config = build(EngineConfig, {name: getattr(args, name) for name in FLAGS})
-    checkpoint = open_checkpoint(resolve(config.model, build(SourceConfig, {})))
-    model = read_config(checkpoint, config)
-    program = with_kv_cache(build_program(model, choose_dtype(config, checkpoint)), config.kv_cache_dtype)
-    device = choose_device(config)
+    model = read(config)
+    program = model.program
     kernels: dict[str, str] = {}
-    holds = checkpoint if checkpoint.tensors else None
+    packed: dict[str, int] = {}
     shape = step_shape(args, program)
+    device = choose_device(config)
     if device != "cpu":
         from rvllm.backends.cuda.layout.preview import kernels_here
 
-        program, kernels = kernels_here(program, holds, config, shape)
-    packed: Mapping[str, int] = {}
-    if device == "cpu":
+        program, kernels = kernels_here(program, model.stored, config, shape)
+    else:
         from rvllm.backends.cpu.memory import packed_weights
 
-        packed = packed_weights(program, holds, config)
+        packed = packed_weights(program, model.stored, config)
     rates = floor_rates(args, device, config.threads, bool(packed))
+    step = PlannedStep(program, model.stored, shape, rates, kernels, packed)
     workspace = plan_workspace(program.ops, shape.tokens, shape.samples)
-    formats, nbytes = stored_formats(checkpoint)
+    stored = stored_formats(model.checkpoint)
     if args.json:
-        stored = {"stored_formats": formats, "stored_bytes": nbytes}
-        print(
-            json.dumps(as_json(program, holds, shape, rates, workspace, kernels, packed) | stored, indent=1)
-        )
+        print(json.dumps(as_json(step, workspace, stored), indent=1))
     else:
-        print(
-            as_text(
-                program,
-                holds,
-                shape,
-                rates,
-                workspace,
-                (formats, nbytes),
-                kernels,
-                packed,
-                buffers=args.buffers,
-                everything=args.all,
-            )
-        )
+        print(as_text(step, workspace, stored, buffers=args.buffers, everything=args.all))
     return 0
 
 
@@ -141,22 +118,16 @@ def plan_memory(args: argparse.Namespace) -> int:
     from rvllm.backends.cuda.known_gpus import known_gpu
     from rvllm.backends.load import gpu_dtype
     from rvllm.cli.common.capacity import capacity, capacity_text
-    from rvllm.models.kv_cache import with_kv_cache
-    from rvllm.models.overrides import read_config
-    from rvllm.models.registry import build_program
     from rvllm.program.cost import kv_bytes_per_token
-    from rvllm.weights.fetch.source import resolve
-    from rvllm.weights.open import open_checkpoint
 
     if args.vram_gb is not None and not 1 <= args.vram_gb <= 10_000:
         raise UsageError(f"--vram-gb: must be in [1, 10000], got {args.vram_gb:g}")
     config = build(EngineConfig, {name: getattr(args, name) for name in (*FLAGS, *MEMORY_FLAGS)})
-    checkpoint = open_checkpoint(resolve(config.model, build(SourceConfig, {})))
-    model = read_config(checkpoint, config)
-    program = with_kv_cache(build_program(model, gpu_dtype(config, checkpoint)), config.kv_cache_dtype)
-    holds = checkpoint if checkpoint.tensors and config.load_format != "dummy" else None
-    found = capacity(program, holds, config, known_gpu(args.gpu or "h100-80gb", args.vram_gb))
-    print(json.dumps(found, indent=1) if args.json else capacity_text(found, kv_bytes_per_token(program)))
+    model = read(config, gpu_dtype)
+    stored = None if config.load_format == "dummy" else model.stored
+    found = capacity(model.program, stored, config, known_gpu(args.gpu or "h100-80gb", args.vram_gb))
+    per_token = kv_bytes_per_token(model.program)
+    print(json.dumps(found, indent=1) if args.json else capacity_text(found, per_token))
     return 0
 
 
@@ -216,55 +187,34 @@ def floor_rates(
     )
 
 
-def as_json(
-    program: Program,
-    checkpoint: Checkpoint | None,
-    shape: StepShape,
-    rates: Rates | None,
-    workspace: Workspace,
-    kernels: dict[str, str],
-    packed: Mapping[str, int],
-) -> dict[str, Any]:
-    """Everything the command knows, in bytes, operations and seconds. kernels: by op, on a GPU.
-
-    packed: bytes of the weights that the CPU's compiled kernels keep, by name.
-    """
+def as_json(step: PlannedStep, workspace: Workspace, stored: tuple[str, int]) -> dict[str, Any]:
+    """Everything the command knows, in bytes, operations and seconds; stored: see `as_text`."""
     from rvllm.cli.common.matrices import kept_as, stored_as
-    from rvllm.cli.common.ops import dtype_of
-    from rvllm.program.cost import kv_bytes_per_token, op_cost, program_cost
+    from rvllm.program.cost import kv_bytes_per_token
+
+    program, shape, rates = step.program, step.shape, step.rates
 
     def entry(op: Op) -> dict[str, Any]:
-        cost = op_cost(program, op, shape, packed)
         return {
             "name": op.name,
             "kind": op.kind,
             "reads": {b.name: [shape.rows(b), b.width] for b in op.reads},
             "writes": {b.name: [shape.rows(b), b.width] for b in op.writes},
             "weights": {w.name: list(w.shape) for w in op.weights},
-            "dtype": dtype_of(op, program),
-            "stored": {w.name: stored_as(w, checkpoint) for w in op.weights},
-            "kept": {w.name: kept_as(w, program, checkpoint, packed) for w in op.weights},
-            "kernel": kernels.get(op.name),
-            "weight_bytes": cost.weight_bytes,
-            "activation_bytes": cost.activation_bytes,
-            "kv_bytes": cost.kv_bytes,
-            "flops": cost.flops,
-            "floor_seconds": cost.floor_seconds(rates.bandwidth, rates.flops) if rates else None,
+            "dtype": step.dtype(op),
+            "stored": {w.name: stored_as(w, step.stored) for w in op.weights},
+            "kept": {w.name: kept_as(w, program, step.stored, step.packed) for w in op.weights},
+            "kernel": step.kernels.get(op.name),
+            **asdict(step.cost(op)),
+            "floor_seconds": step.floor(op),
         }
 
-    total = program_cost(program, shape, packed)
     return {
         "architecture": program.architecture,
         "dtype": program.dtype.value,
         "step": {"batch": shape.sequences, "query_len": shape.query_len, "context": shape.context},
         "ops": [entry(op) for op in program.ops],
-        "total": {
-            "weight_bytes": total.weight_bytes,
-            "activation_bytes": total.activation_bytes,
-            "kv_bytes": total.kv_bytes,
-            "flops": total.flops,
-            "floor_seconds": floor_total(program, shape, rates, packed) if rates else None,
-        },
+        "total": {**asdict(step.total), "floor_seconds": step.total_floor},
         "rates": {"bandwidth": rates.bandwidth, "flops": rates.flops if rates.flops < math.inf else None}
         if rates
         else None,
@@ -273,49 +223,33 @@ def as_json(
         "workspace_bytes": workspace.nbytes,
         "buffers": {n: {"offset": p.offset, "nbytes": p.nbytes} for n, p in workspace.placements.items()},
         "notes": list(program.notes),
+        "stored_formats": stored[0],
+        "stored_bytes": stored[1],
     }
 
 
-def floor_total(program: Program, shape: StepShape, rates: Rates, packed: Mapping[str, int]) -> float:
-    """The sum of the ops' floors: they run one after the other."""
-    from rvllm.program.cost import op_cost
-
-    costs = (op_cost(program, op, shape, packed) for op in program.ops)
-    return sum(cost.floor_seconds(rates.bandwidth, rates.flops) for cost in costs)
-
-
 def as_text(
-    program: Program,
-    checkpoint: Checkpoint | None,
-    shape: StepShape,
-    rates: Rates | None,
-    workspace: Workspace,
-    stored: tuple[str, int],
-    kernels: dict[str, str],
-    packed: Mapping[str, int],
-    *,
-    buffers: bool,
-    everything: bool,
+    step: PlannedStep, workspace: Workspace, stored: tuple[str, int], *, buffers: bool, everything: bool
 ) -> str:
     """The totals, the workspace and the table; stored: formats and bytes of the checkpoint's tensors.
 
-    kernels: by op, on a GPU. everything: equal layers are not folded.
+    everything: equal layers are not folded.
     """
     from rvllm.cli.common.ops import folded_table, op_rows, whole_table
     from rvllm.cli.common.tables import facts, table
     from rvllm.program.ops.encoder import embedding_size
 
+    program, shape = step.program, step.shape
     what = "decode" if shape.query_len == 1 else f"prefill of {shape.query_len} tokens"
     if embedding_size(program) is not None:
         what = f"texts of {shape.query_len} tokens"
-    rows = op_rows(program, checkpoint, shape, rates, kernels, packed)
     shown = whole_table if everything else folded_table
     parts = [
         f"{program.architecture}, {program.dtype.value}: {what}, batch {shape.sequences}, "
         f"context {shape.context}",
-        facts("total", _totals(program, shape, rates, packed)),
-        facts("memory", _memory(program, workspace, stored, packed)),
-        table(*shown(rows, bool(rates), bool(kernels))),
+        facts("total", _totals(step)),
+        facts("memory", _memory(step, workspace, stored)),
+        table(*shown(op_rows(step), bool(step.rates), bool(step.kernels))),
     ]
     if buffers:
         places = sorted(workspace.placements.values(), key=lambda p: (p.offset, p.buffer.name))
@@ -326,42 +260,37 @@ def as_text(
     return "\n\n".join(parts)
 
 
-def _totals(
-    program: Program, shape: StepShape, rates: Rates | None, packed: Mapping[str, int]
-) -> list[tuple[str, str]]:
+def _totals(step: PlannedStep) -> list[tuple[str, str]]:
     """What the whole step moves and computes, and its floor."""
     from rvllm.cli.common.tables import human_bytes, human_flops, human_seconds
-    from rvllm.program.cost import program_cost
 
-    total = program_cost(program, shape, packed)
+    total, rates, floor = step.total, step.rates, step.total_floor
     totals = [
-        ("ops", str(len(program.ops))),
+        ("ops", str(len(step.program.ops))),
         ("weights read", human_bytes(total.weight_bytes)),
         ("activations moved", human_bytes(total.activation_bytes)),
         ("KV cache moved", human_bytes(total.kv_bytes)),
         ("FLOPs", human_flops(total.flops)),
     ]
-    if rates is None:
+    if rates is None or floor is None:
         return [*totals, ("floor", "give --bandwidth and --tflops of the GPU")]
-    floor = floor_total(program, shape, rates, packed)
     computed = f" and {rates.flops / 1e12:.4g} TFLOP/s" if rates.flops < math.inf else ""
     return [
         *totals,
         ("floor", human_seconds(floor)),
-        ("limit", f"{shape.tokens / floor:,.0f} tokens/s"),
+        ("limit", f"{step.shape.tokens / floor:,.0f} tokens/s"),
         ("at", f"{rates.bandwidth / 1e9:.4g} GB/s{computed}"),
     ]
 
 
-def _memory(
-    program: Program, workspace: Workspace, stored: tuple[str, int], packed: Mapping[str, int]
-) -> list[tuple[str, str]]:
-    """What the model keeps; stored: formats and bytes of the checkpoint's tensors."""
+def _memory(step: PlannedStep, workspace: Workspace, stored: tuple[str, int]) -> list[tuple[str, str]]:
+    """What the model keeps; stored: see `as_text`."""
     from rvllm.cli.common.tables import human_bytes
     from rvllm.program.cost import kv_bytes_per_token, weight_bytes
 
+    program = step.program
     memory = [
-        ("all weights", human_bytes(sum(map(weight_bytes(program, packed), program.weights)))),
+        ("all weights", human_bytes(sum(map(weight_bytes(program, step.packed), program.weights)))),
         ("stored", f"{human_bytes(stored[1])}: {stored[0]}" if stored[0] else "no weights there"),
         ("KV cache per token", human_bytes(kv_bytes_per_token(program))),
         ("workspace", f"{human_bytes(workspace.nbytes)} for {len(workspace.placements)} buffers"),

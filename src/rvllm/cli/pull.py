@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rvllm.config import SourceConfig
-from rvllm.settings import build
+from rvllm.cli.common.models import fetch
 
 
 def add_parser(subparsers: Any) -> None:
@@ -20,17 +19,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--print-path", action="store_true", help="print the model's file or folder and nothing else"
     )
-    parser.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs `rvllm pull`; raises RvllmError."""
-    from rvllm.weights.fetch.progress import ProgressBar
-    from rvllm.weights.fetch.source import resolve
     from rvllm.weights.open import open_checkpoint
 
-    with ProgressBar() as progress:
-        path = resolve(args.model, build(SourceConfig, {}), progress)
+    path = fetch(args.model)
     checkpoint = open_checkpoint(path)
     if args.print_path:
         print(path)

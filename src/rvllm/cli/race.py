@@ -151,20 +151,13 @@ def _plan(args: argparse.Namespace, engines: Sequence[Engine]) -> Plan:
         if not getattr(args, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} must be above 0")
     work = checked(args.prompts, args.input_len, args.output_len, args.vocab_size, args.seed)
-    model = _model(args.model) if any(engine.serve for engine in engines) else args.model
+    model = args.model
+    if any(engine.serve for engine in engines):  # files, the same for all
+        from rvllm.cli.common.models import fetch
+
+        model = str(fetch(model).absolute())
     return Plan(model, work, tuple(map(int, dict.fromkeys(sizes))), args.turns, args.runs, ways,
                 args.start_timeout, args.stall_timeout, api_key())  # fmt: skip
-
-
-def _model(name: str) -> str:
-    """The model as files, the same for all."""
-    from rvllm.config import SourceConfig
-    from rvllm.settings import build
-    from rvllm.weights.fetch.progress import ProgressBar
-    from rvllm.weights.fetch.source import resolve
-
-    with ProgressBar() as progress:
-        return str(resolve(name, build(SourceConfig, {}), progress).absolute())
 
 
 def _about(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:

@@ -14,16 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rvllm.api.assembly import load_tokenizer, template_text
-from rvllm.config import EngineConfig, ServerConfig, SourceConfig
+from rvllm.api.assembly import load_tokenizer, service_of, template_text
+from rvllm.cli.common.models import fetched
+from rvllm.config import EngineConfig, ServerConfig
 from rvllm.errors import UsageError
 from rvllm.settings import add_flags, build, settings_of
 
 if TYPE_CHECKING:
     from rvllm.api.batches.lines import Answering, BatchLine
-    from rvllm.api.generate.generation import Service
-    from rvllm.engine.ipc.client import EngineClient
-    from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 _SERVER_FLAGS = (
     "served_model_name", "chat_template", "tool_call_parser", "reasoning_parser", "batch_concurrency",
@@ -56,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"cannot use {error.filename}: {error.strerror}") from None
     with contextlib.closing(journal):
         lines = _requests(data, source)
-        name, engine_config = engine_config.model, _found(engine_config)
+        name, engine_config = engine_config.model, fetched(engine_config)
         config = dataclasses.replace(config, served_model_name=config.served_model_name or name)
         began = time.perf_counter()
         asyncio.run(_run(engine_config, config, template, lines, journal))
@@ -130,15 +128,6 @@ def _requests(data: bytes, source: Path) -> dict[int, BatchLine]:
     return found
 
 
-def _found(config: EngineConfig) -> EngineConfig:
-    from rvllm.weights.fetch.progress import ProgressBar
-    from rvllm.weights.fetch.source import resolve
-
-    with ProgressBar() as progress:
-        path = resolve(config.model, build(SourceConfig, {}), progress)
-    return dataclasses.replace(config, model=str(path))
-
-
 async def _run(
     engine_config: EngineConfig,
     config: ServerConfig,
@@ -154,7 +143,7 @@ async def _run(
         return
     engine, (tokenizer,) = await start_engine(engine_config, partial(load_tokenizer, engine_config))
     try:
-        service = _service(engine, tokenizer, engine_config, config, template)
+        service = service_of(engine, engine.ready, engine_config, config, tokenizer, None, template)
         waiting = iter([(number, line) for number, line in lines.items() if number not in journal.done])
         answering = handlers(service)
         at_once = config.batch_concurrency or engine.ready.max_num_seqs
@@ -172,27 +161,3 @@ async def _worker(waiting: Any, answering: Mapping[str, Answering], journal: Jou
 
     for number, line in waiting:
         journal.add(number, *await answer_line(line, answering[line.url]))
-
-
-def _service(
-    engine: EngineClient,
-    tokenizer: Tokenizer | None,
-    engine_config: EngineConfig,
-    config: ServerConfig,
-    template: str | None,
-) -> Service:
-    from rvllm.api.generate.generation import Service
-    from rvllm.telemetry.metrics import Metrics
-    from rvllm.text.requests import RequestMaker
-
-    name = config.served_model_name or engine_config.model
-    return Service(
-        engine,
-        engine.ready,
-        tokenizer,
-        config,
-        Metrics(name.partition("\n")[0], {}),
-        served_name=name,
-        requests=RequestMaker(engine.ready.facts, engine_config.seed, tokenizer),
-        chat_template=template,
-    )

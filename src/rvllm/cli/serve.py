@@ -21,8 +21,9 @@ from rvllm.api.assembly import (
     start_workers,
     template_text,
 )
+from rvllm.cli.common.models import fetched
 from rvllm.cli.common.several import add_model_flags, engine_configs, rename, room_for_others
-from rvllm.config import EngineConfig, ServerConfig, SourceConfig
+from rvllm.config import EngineConfig, ServerConfig
 from rvllm.errors import RvllmError, UsageError
 from rvllm.settings import add_flags, build, given_settings
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from rvllm.engine.ipc.switch import ModelSwitch
     from rvllm.text.tokenizers.tokenizer import Tokenizer
     from rvllm.text.worker.pool import WorkerPool
+
+    _Wanted = tuple[EngineConfig, ServerConfig]
 
 
 def add_parser(subparsers: Any) -> None:
@@ -70,28 +73,15 @@ def main(args: argparse.Namespace) -> int:
     _allow_many_connections()
     sock = bind(server_config)
     with sock:
-        configs = room_for_others([_found(config) for config in configs])
+        configs = room_for_others([fetched(config) for config in configs])
         start = _Start(began, time.perf_counter() - began)
         servers = [dataclasses.replace(server_config, served_model_name=name) for name in names]
 
         import uvloop
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            wanted = [_Wanted(*pair) for pair in zip(configs, servers, strict=True)]
+            wanted = list(zip(configs, servers, strict=True))
             return runner.run(_serve(wanted, template, sock, start))
-
-
-def _found(config: EngineConfig) -> EngineConfig:
-    """With the model and the tokenizer where they are on the disk; what is not there is fetched."""
-    from rvllm.weights.fetch.progress import ProgressBar
-    from rvllm.weights.fetch.source import resolve
-
-    with ProgressBar() as progress:
-        path = resolve(config.model, build(SourceConfig, {}), progress)
-    if config.tokenizer is not None:
-        tokenizer = resolve(config.tokenizer, build(SourceConfig, {}))
-        config = dataclasses.replace(config, tokenizer=str(tokenizer))
-    return dataclasses.replace(config, model=str(path))
 
 
 def _allow_many_connections() -> None:
@@ -109,23 +99,13 @@ class _Start:
     tokenizer: float = 0.0
     http: float = 0.0
 
-    def total(self) -> float:
-        return time.perf_counter() - self.began
-
-
-@dataclasses.dataclass
-class _Wanted:
-    """A model to serve, and the server's settings under its names."""
-
-    config: EngineConfig
-    server: ServerConfig
-
 
 @dataclasses.dataclass
 class _Loaded:
-    """A model that is loaded."""
+    """A model that is loaded, and the server's settings under its names."""
 
-    wanted: _Wanted
+    config: EngineConfig
+    server: ServerConfig
     engine: EngineClient
     tokenizer: Tokenizer | None
     work: WorkerPool | None
@@ -178,7 +158,7 @@ async def _load(wanted: _Wanted, template: str | None, start: _Start) -> _Loaded
     """Starts the engine process; while it loads, this one loads the tokenizer, workers and the HTTP side."""
     from rvllm.cli.common.starting import start_engine
 
-    config, server = wanted.config, wanted.server
+    config, server = wanted
     work = start_workers(config, server)
     try:
         engine, (tokenizer, _) = await start_engine(
@@ -188,7 +168,7 @@ async def _load(wanted: _Wanted, template: str | None, start: _Start) -> _Loaded
         if work is not None:
             work.close()
         raise
-    loaded = _Loaded(wanted, engine, tokenizer, work)
+    loaded = _Loaded(config, server, engine, tokenizer, work)
     if work is not None:
         try:
             await check_chat_template(work, template, server.tool_call_parser)
@@ -226,7 +206,7 @@ async def _answer(
     from rvllm.api.http.listen import url_of
     from rvllm.api.http.server import serve
 
-    config = loaded[0].wanted.server
+    config = loaded[0].server
     engine, services = _services(loaded, template)
     gate = build_gate(config, services)
 
@@ -236,8 +216,8 @@ async def _answer(
 
         lines = [f"rvLLM {__version__}"]
         for model, service in zip(loaded, services, strict=True):
-            kernels = _kernels(model.engine.ready.backend, model.wanted.config)
-            lines += _summary(model.engine, model.wanted.config, service.served_name, kernels)
+            kernels = _kernels(model.engine.ready.backend, model.config)
+            lines += _summary(model.engine, model.config, service.served_name, kernels)
         lines[:2] = [f"{lines[0]} · {lines[1]}"]
         lines += [_start_line([model.engine for model in loaded], start), f"  listening on {url_of(sock)}"]
         if sys.stdout.isatty():  # a terminal would break them within words; a log keeps them whole
@@ -261,7 +241,7 @@ def _services(
     """The models as handlers see them, and what lives as long as they do."""
     from rvllm.engine.ipc.switch import ModelSwitch, SwitchedEngine
 
-    server = loaded[0].wanted.server
+    server = loaded[0].server
     for model in loaded:
         model.engine.stall_seconds = server.engine_stall_seconds
         model.engine.max_unread = server.max_unread_tokens
@@ -269,26 +249,19 @@ def _services(
     services = []
     for number, model in enumerate(loaded):
         engine = model.engine if switch is None else SwitchedEngine(switch, number)
-        ready, wanted = model.engine.ready, model.wanted
-        services.append(
-            service_of(
-                engine, ready, wanted.config, wanted.server, model.tokenizer, model.work, template, number
-            )
-        )
+        about = (model.engine.ready, model.config, model.server, model.tokenizer, model.work, template)
+        services.append(service_of(engine, *about, number))
     return switch or loaded[0].engine, services
-
-
-def _bits(config: EngineConfig) -> str:
-    """What a strategy of products does to bits, where it does something."""
-    from rvllm.backends.cuda.ops.gemm.strategy import USES_CUBLAS
-
-    return " (bits depend on the batch)" if config.gemm_strategy in USES_CUBLAS else ""
 
 
 def _kernels(backend: str, config: EngineConfig) -> str:
     """What computes: on the CPU which kernels there are for the processor, on a GPU what was chosen."""
     if backend != "cpu":
-        bits = "" if config.gemm_strategy == "native" else _bits(config)
+        bits = ""
+        if config.gemm_strategy != "native":
+            from rvllm.backends.cuda.ops.gemm.strategy import USES_CUBLAS
+
+            bits = " (bits depend on the batch)" if config.gemm_strategy in USES_CUBLAS else ""
         return f"{config.gemm_strategy} products{bits}, {config.decode_path} decode"
     from rvllm.backends.cpu.compiled.library import in_use
 
@@ -319,7 +292,7 @@ def _summary(engine: EngineClient, config: EngineConfig, name: str, kernels: str
 
 def _start_line(engines: Sequence[EngineClient], start: _Start) -> str:
     return (
-        f"  start   {start.total():.2f} s: model found {start.resolve:.2f}, "
+        f"  start   {time.perf_counter() - start.began:.2f} s: model found {start.resolve:.2f}, "
         f"{', '.join(_loaded_line(engine) for engine in engines)}; "
         f"beside it tokenizer {start.tokenizer:.2f}, HTTP {start.http:.2f}"
     )

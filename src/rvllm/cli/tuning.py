@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rvllm.config import EngineConfig, SourceConfig
+from rvllm.cli.common.models import read
+from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.settings import build
 
@@ -23,21 +24,15 @@ def tune(args: argparse.Namespace) -> int:
     from rvllm.backends.cuda.formats.choose import kept
     from rvllm.backends.cuda.loaded_model import OpenDevice
     from rvllm.backends.cuda.tuning.start import tuned
-    from rvllm.backends.load import choose_dtype
-    from rvllm.models.overrides import read_config
-    from rvllm.models.registry import build_program
-    from rvllm.weights.fetch.source import resolve
-    from rvllm.weights.open import open_checkpoint
 
     if not args.model:
         raise UsageError("kernels tune: --model names the model whose products are timed")
     asked = {"model": args.model, "device": "cuda", "dtype": args.dtype, "gemm_strategy": "auto"}
     config = build(EngineConfig, asked)
-    checkpoint = open_checkpoint(resolve(config.model, build(SourceConfig, {})))
-    program = build_program(read_config(checkpoint, config), choose_dtype(config, checkpoint))
-    found = OpenDevice.for_program(program, config)
+    model = read(config)
+    found = OpenDevice.for_program(model.program, config)
     try:
-        program = kept(program, checkpoint if checkpoint.tensors else None, config, found.facts)
+        program = kept(model.program, model.stored, config, found.facts)
         began = time.perf_counter()
         _, lines = tuned(program, found.facts, _progress, afresh=True)
         print("\n".join(lines))

@@ -50,23 +50,20 @@ class Phases:
 def load(config: EngineConfig, progress: Progress | None = None) -> tuple[Generator | Encoder, ModelFacts]:
     """The configured model on its backend. Raises the RvllmError of whatever is missing or wrong."""
     from rvllm.backends.load import choose_dtype, load_backend
-    from rvllm.config import SourceConfig
     from rvllm.models.kv_cache import with_kv_cache
     from rvllm.models.overrides import read_config
     from rvllm.models.registry import build_program
-    from rvllm.settings import build
     from rvllm.weights.fetch.source import resolve
     from rvllm.weights.open import open_checkpoint
     from rvllm.weights.packing import check_weights
 
     report = progress or (lambda fraction, text: None)
     report(0.0, "reading the checkpoint")
-    path = resolve(
-        config.model,
-        build(SourceConfig, {}),
-        lambda text, done, total: report(done / total if total else 0.0, text),
-    )
-    checkpoint = open_checkpoint(path)
+
+    def fetching(text: str, done: int, total: int) -> None:
+        report(done / total if total else 0.0, text)
+
+    checkpoint = open_checkpoint(resolve(config.model, progress=fetching))
     model = read_config(checkpoint, config)
     program = with_kv_cache(build_program(model, choose_dtype(config, checkpoint)), config.kv_cache_dtype)
     if config.load_format != "dummy":

@@ -53,8 +53,6 @@ def add_load(parser: argparse.ArgumentParser) -> None:
     add("--random-input-len", "--input-len", type=int, default=1024, help="tokens of a prompt [1024]")
     add("--random-output-len", type=int, default=128, help="tokens of an answer [128]")
     add("--output-len", type=int, help="tokens of an answer, whatever the data set")
-    add("--random-prefix-len", type=int, default=0, help="tokens alike before each prompt [0]")
-    add("--random-range-ratio", type=float, default=0.0, help="lengths vary by this share [0]")
     add("--num-prompts", type=int, default=1000, help="requests [1000]")
     add("--num-warmups", type=int, default=0, help="requests before those that count [0]")
     _add_traffic(parser)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import sys
 from contextlib import aclosing
 from functools import partial
 from itertools import count
+from pathlib import Path
 
 from rvllm.cli.chat import Answer, Conversation, Sampling
+from rvllm.cli.common.models import fetched
 from rvllm.cli.common.starting import start_engine
-from rvllm.config import EngineConfig, SourceConfig
+from rvllm.config import EngineConfig
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import RvllmError, UsageError
-from rvllm.settings import build
 from rvllm.text.processor import Choice
 from rvllm.text.requests import RequestMaker
 from rvllm.text.tokenizers.tokenizer import Tokenizer
-from rvllm.weights.fetch.progress import ProgressBar
-from rvllm.weights.fetch.source import resolve
 
 
 class LocalTalker:
@@ -28,13 +26,11 @@ class LocalTalker:
     def __init__(self, config: EngineConfig) -> None:
         if config.skip_tokenizer_init:
             raise UsageError("--skip-tokenizer-init: a conversation needs the tokenizer")
-        with ProgressBar() as progress:
-            path = resolve(config.model, build(SourceConfig, {}), progress)
-            words = path if config.tokenizer is None else resolve(config.tokenizer, build(SourceConfig, {}))
+        found = fetched(config)
         self._runner = asyncio.Runner()
         self._ids = count()
         try:
-            found = dataclasses.replace(config, model=str(path))
+            words = Path(found.tokenizer or found.model)
             self._engine, (self._tokenizer,) = self._runner.run(
                 start_engine(found, partial(Tokenizer.load, words))
             )

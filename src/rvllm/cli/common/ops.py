@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rvllm.backends.cpu.measure import Rates
-    from rvllm.program.cost import StepShape
+    from rvllm.program.cost import Cost, StepShape
     from rvllm.program.ops.dense import Op, Program
     from rvllm.weights.checkpoint import Checkpoint
 
@@ -43,61 +44,89 @@ def numbers_of(
     return ", ".join(dict.fromkeys(said))
 
 
-def dtype_of(op: Op, program: Program) -> str:
-    """The element type of an op's result."""
-    return op.writes[0].dtype.value if op.writes else program.dtype.value
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step of a program, and what its ops cost.
+
+    stored: the checkpoint, None without weights. rates: None where nobody knows how fast the device is.
+    kernels: by op, on a GPU. packed: bytes of the weights that the CPU's compiled kernels keep, by name.
+    """
+
+    program: Program
+    stored: Checkpoint | None
+    shape: StepShape
+    rates: Rates | None
+    kernels: Mapping[str, str]
+    packed: Mapping[str, int]
+
+    def cost(self, op: Op) -> Cost:
+        """Bytes and operations of an op."""
+        from rvllm.program.cost import op_cost
+
+        return op_cost(self.program, op, self.shape, self.packed)
+
+    def floor(self, op: Op) -> float | None:
+        """The least seconds that an op can take."""
+        return self.cost(op).floor_seconds(self.rates.bandwidth, self.rates.flops) if self.rates else None
+
+    @property
+    def total(self) -> Cost:
+        """The cost of all ops."""
+        from rvllm.program.cost import program_cost
+
+        return program_cost(self.program, self.shape, self.packed)
+
+    @property
+    def total_floor(self) -> float | None:
+        """The sum of the ops' floors: they run one after the other."""
+        return sum(self.floor(op) or 0.0 for op in self.program.ops) if self.rates else None
+
+    def dtype(self, op: Op) -> str:
+        """The element type of an op's result."""
+        return op.writes[0].dtype.value if op.writes else self.program.dtype.value
 
 
-def op_rows(
-    program: Program,
-    checkpoint: Checkpoint | None,
-    shape: StepShape,
-    rates: Rates | None,
-    kernels: dict[str, str],
-    packed: Mapping[str, int],
-) -> list[Row]:
+def op_rows(step: PlannedStep) -> list[Row]:
     """What is known of each op, by the table's headings."""
     from rvllm.cli.common.tables import human_bytes, human_flops, human_seconds
-    from rvllm.program.cost import op_cost
 
     rows = []
-    for op in program.ops:
-        cost = op_cost(program, op, shape, packed)
+    for op in step.program.ops:
+        cost, floor = step.cost(op), step.floor(op)
         rows.append({
-            "op": op.name, "kind": op.kind, "rows": shapes(op, shape), "weights": weight_shapes(op),
-            "numbers": numbers_of(op, program, checkpoint, packed), "dtype": dtype_of(op, program),
+            "op": op.name, "kind": op.kind, "rows": shapes(op, step.shape), "weights": weight_shapes(op),
+            "numbers": numbers_of(op, step.program, step.stored, step.packed), "dtype": step.dtype(op),
             "bytes": human_bytes(cost.nbytes), "FLOPs": human_flops(cost.flops),
-            "floor": human_seconds(cost.floor_seconds(rates.bandwidth, rates.flops)) if rates else "",
-            "kernel": kernels.get(op.name, ""),
+            "floor": human_seconds(floor) if floor is not None else "",
+            "kernel": step.kernels.get(op.name, ""),
         })  # fmt: skip
     return rows
 
 
-def whole_table(rows: list[Row], floors: bool, kernels: bool) -> tuple[list[str], list[list[str]], list[int]]:
-    """(headings, cells, columns to align to the right) of every op with all that is known of it."""
-    header = ["op", "kind", "rows", "weights", "numbers", "dtype", "bytes", "FLOPs"]
-    header += (["floor"] if floors else []) + (["kernel"] if kernels else [])
-    cells = [[row[name] for name in header] for row in rows]
-    return header, cells, [header.index(name) for name in _NUMBERS if name in header]
+Table = tuple[list[str], list[list[str]], list[int]]  # headings, cells, columns to align to the right
 
 
-def folded_table(
-    rows: list[Row], floors: bool, kernels: bool
-) -> tuple[list[str], list[list[str]], list[int]]:
-    """The same with neighbouring layers that are alike in one, `layers.0-29.qkv`, in 80 columns.
+def whole_table(rows: list[Row], floors: bool, kernels: bool) -> Table:
+    """Every op with all that is known of it."""
+    return _table(["kind", "rows", "weights", "numbers", "dtype", "bytes", "FLOPs"], rows, floors, kernels)
+
+
+def folded_table(rows: list[Row], floors: bool, kernels: bool) -> Table:
+    """Neighbouring layers that are alike in one, `layers.0-29.qkv`, in 80 columns.
 
     Figures are those of one layer.
     """
-    header = ["op", "weights", "numbers", "bytes"]
-    header += (["floor"] if floors else []) + (["kernel"] if kernels else [])
-    cells = []
+    found = []
     for first, last, layer in folded(rows):
-        for row in layer:
-            name = row["op"]
-            if last > first:
-                name = name.replace(f"layers.{first}.", f"layers.{first}-{last}.", 1)
-            cells.append([name, *(row[column] for column in header[1:])])
-    return header, cells, [header.index(name) for name in _NUMBERS if name in header]
+        among = f"layers.{first}-{last}." if last > first else f"layers.{first}."
+        found += [{**row, "op": row["op"].replace(f"layers.{first}.", among, 1)} for row in layer]
+    return _table(["weights", "numbers", "bytes"], found, floors, kernels)
+
+
+def _table(columns: list[str], rows: list[Row], floors: bool, kernels: bool) -> Table:
+    header = ["op", *columns, *(["floor"] if floors else []), *(["kernel"] if kernels else [])]
+    numbers = [header.index(name) for name in _NUMBERS if name in header]
+    return header, [[row[name] for name in header] for row in rows], numbers
 
 
 def folded(rows: list[Row]) -> list[tuple[int, int, list[Row]]]:

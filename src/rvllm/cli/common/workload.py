@@ -11,7 +11,6 @@ from typing import Any
 from rvllm.bench.datasets import NAMES, Asked, check_name, from_file, prefix_repetition
 from rvllm.cli.common.remote import post_json
 from rvllm.errors import UsageError
-from rvllm.settings import build
 
 _ELSEWHERE = (
     "hf-name",
@@ -53,6 +52,8 @@ def add_datasets(parser: argparse.ArgumentParser) -> None:
     add("--sonnet-input-len", type=int, default=550, help="tokens of a prompt [550]")
     add("--sonnet-output-len", type=int, default=150, help="tokens of an answer [150]")
     add("--sonnet-prefix-len", type=int, default=200, help="of them alike in all prompts [200]")
+    add("--random-prefix-len", type=int, default=0, help="tokens alike before each prompt [0]")
+    add("--random-range-ratio", type=float, default=0.0, help="lengths vary by this share [0]")
     add("--prefix-repetition-prefix-len", type=int, default=256, help="tokens alike in a group [256]")
     add("--prefix-repetition-suffix-len", type=int, default=256, help="tokens of its own [256]")
     add("--prefix-repetition-num-prefixes", type=int, default=10, help="groups [10]")
@@ -89,11 +90,10 @@ def of_server(args: argparse.Namespace, base: str, key: str | None) -> Words:
             lambda text: len(tokens(prompt=text)),
             lambda text: tokens(messages=[{"role": "user", "content": text}], add_generation_prompt=True),
         )
-    from rvllm.config import SourceConfig
     from rvllm.text.tokenizers.tokenizer import Tokenizer
     from rvllm.weights.fetch.source import resolve
 
-    return of_tokenizer(Tokenizer.load(resolve(args.tokenizer, build(SourceConfig, {}))))
+    return of_tokenizer(Tokenizer.load(resolve(args.tokenizer)))
 
 
 def of_tokenizer(tokenizer: Any) -> Words:
@@ -115,9 +115,9 @@ def asked_of(args: argparse.Namespace, count: int, words: Words) -> list[Asked]:
     if args.dataset_name == "random":
         source, found = random.Random(seed), []
         low = min(1000, args.vocab_size // 2)
-        alike = [source.randrange(low, args.vocab_size) for _ in range(getattr(args, "random_prefix_len", 0))]
+        alike = [source.randrange(low, args.vocab_size) for _ in range(args.random_prefix_len)]
         for _ in range(count):
-            length, output = (_varied(source, n, getattr(args, "random_range_ratio", 0.0))
+            length, output = (_varied(source, n, args.random_range_ratio)
                               for n in (args.random_input_len, args.random_output_len))  # fmt: skip
             found.append(
                 Asked([*alike, *(source.randrange(low, args.vocab_size) for _ in range(length))], output)

