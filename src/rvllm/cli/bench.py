@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rvllm.bench.arrivals import Traffic, rate_changes
-from rvllm.cli.common.load import add_load
-from rvllm.cli.common.workload import add_datasets, asked_of, of_server, of_tokenizer
+from rvllm.cli.common.load import REFUSED, add_load
+from rvllm.cli.common.workload import add_datasets, add_refused, asked_of, of_server, of_tokenizer
 from rvllm.config import EngineConfig
 from rvllm.errors import RvllmError, UsageError
 from rvllm.settings import add_flags, build
@@ -27,11 +27,7 @@ _ELSEWHERE = {
     "startup": "`rvllm serve`, which prints how long its start took",
     "mm-processor": "nothing: models take and give text alone",
 }  # vLLM's other kinds, and what to use instead
-_REFUSED = {
-    "lora_path": "adapters are not supported; merge them into the model first",
-    "hf_max_batch_size": "rvLLM alone is measured; `rvllm race` measures other engines beside it",
-    "profile": "`rvllm benchmark --profile` times every kernel of a step",
-}  # vLLM's arguments that ask for what is not done here, and what to use instead
+_OURS_ALONE = "rvLLM alone is measured; `rvllm race` measures other engines beside it"
 _RANKS = (10, 25, 50, 75, 90, 99)
 
 
@@ -65,11 +61,11 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     add("--n", type=int, default=1, help="answers to each prompt [1]")
     add("--output-json", help="write the result to this file")
     add("--disable-detokenize", action="store_true", help="token ids alone")
-    add("--profile", action="store_true", help=argparse.SUPPRESS)
+    add_refused(parser, {"--profile": "`rvllm benchmark --profile` times every kernel of a step"})
 
 
 def _add_throughput(parser: argparse.ArgumentParser) -> None:
-    """vLLM's further arguments of `throughput`; those of `_REFUSED` are known, to be refused by name."""
+    """vLLM's further arguments of `throughput`."""
     add = parser.add_argument
     add("--num-prompts", type=int, default=1000, help="requests [1000]")
     add("--prefix-len", type=int, help="tokens alike before each prompt of random, sonnet [0, 200]")
@@ -78,25 +74,15 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(dataset_name=None)
     add("--backend", default="vllm", help=argparse.SUPPRESS)
     add("--async-engine", action="store_true", help=argparse.SUPPRESS)  # there is one engine
-    for name in ("lora_path", "hf_max_batch_size"):
-        add("--" + name.replace("_", "-"), help=argparse.SUPPRESS)
-
-
-def _refuse(args: argparse.Namespace) -> None:
-    """Raises UsageError for an argument of vLLM's that asks for what is not done here."""
-    for name, instead in _REFUSED.items():
-        if getattr(args, name, None):
-            raise UsageError(f"--{name.replace('_', '-')}: {instead}")
-    if getattr(args, "backend", "vllm") != "vllm":
-        raise UsageError(f"--backend {args.backend}: {_REFUSED['hf_max_batch_size']}")
+    add_refused(parser, {"--lora-path": REFUSED["--lora-modules"], "--hf-max-batch-size": _OURS_ALONE})
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs one kind of measurement; 1 when a request failed."""
     if args.kind in _ELSEWHERE:
         raise UsageError(f"bench {args.kind} is vLLM's; here it is {_ELSEWHERE[args.kind]}")
-    if args.kind != "serve":
-        _refuse(args)
+    if args.kind == "throughput" and args.backend != "vllm":
+        raise UsageError(f"--backend {args.backend}: {_OURS_ALONE}")
     return {"serve": _serve, "throughput": _throughput, "latency": _latency}[args.kind](args)
 
 

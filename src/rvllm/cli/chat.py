@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from rvllm.config import EngineConfig
 from rvllm.errors import RvllmError, UsageError
-from rvllm.settings import add_flags, build, parse_value
+from rvllm.settings import add_flags, build, flag_of, parse_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -117,20 +117,13 @@ def main(args: argparse.Namespace) -> int:
 
 def _sampling(args: argparse.Namespace) -> Sampling:
     values: dict[str, Any] = {}
-    for name, flag in (
-        ("temperature", None),
-        ("top_p", None),
-        ("max_tokens", None),
-        ("seed", "sampling_seed"),
-    ):
-        text = getattr(args, flag or name)
-        if text is not None:
+    for name in ("temperature", "top_p", "max_tokens", "seed"):
+        flag = "sampling_seed" if name == "seed" else name
+        if (text := getattr(args, flag)) is not None:
             try:
                 values[name] = parse_value(Sampling, name, text)
             except UsageError as error:
-                raise UsageError(
-                    f"--{(flag or name).replace('_', '-')}: {str(error).partition(': ')[2]}"
-                ) from None
+                raise UsageError(f"{flag_of(flag)}: {str(error).partition(': ')[2]}") from None
     from rvllm.engine.sampling_params import SamplingParams
 
     SamplingParams(**values)

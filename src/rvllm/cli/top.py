@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rvllm.cli.common.blockmap import COLOURS, block_map, colours_of
-from rvllm.cli.common.remote import get_json
+from rvllm.cli.common.remote import ask_json
 from rvllm.cli.common.tables import human_bytes, human_seconds
 from rvllm.errors import UsageError
 
@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     key = args.api_key or os.environ.get("RVLLM_API_KEY")
 
     def look() -> State:
-        state: State = get_json(args.url, "/rvllm/state", key)
+        state: State = ask_json(args.url, "/rvllm/state", key)
         return state
 
     from rich.console import Console

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from rvllm.cli.common.remote import get_json
+from rvllm.cli.common.remote import ask_json
 from rvllm.cli.common.tables import human_seconds
 
 WIDTH = 40  # characters of the longest bar
@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
     if Path(args.id).is_file():
         return _steps(Path(args.id))
     key = args.api_key or os.environ.get("RVLLM_API_KEY")
-    found = get_json(args.url, f"/rvllm/requests/{quote(args.id, safe='')}", key)
+    found = ask_json(args.url, f"/rvllm/requests/{quote(args.id, safe='')}", key)
     moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["arrived"]))
     print(f"{found['id']}  {found['path']}  {found['status']}  {moment}  {human_seconds(found['seconds'])}")
     for choice in found["choices"]:

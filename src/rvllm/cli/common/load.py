@@ -15,8 +15,8 @@ from rvllm.bench.arrivals import Traffic
 from rvllm.bench.datasets import Asked
 from rvllm.bench.load import Target
 from rvllm.bench.serving import GOALS, TITLES
-from rvllm.cli.common.remote import get_json
-from rvllm.cli.common.workload import add_datasets
+from rvllm.cli.common.remote import ask_json
+from rvllm.cli.common.workload import add_datasets, add_refused
 from rvllm.errors import RvllmError, UsageError
 
 SAMPLING = (
@@ -24,13 +24,15 @@ SAMPLING = (
 )  # fmt: skip
 BACKENDS = ("openai", "vllm", "openai-chat")
 REFUSED = {
-    "profile": "`rvllm serve --trace-steps FILE` writes down every step of a server, `rvllm trace` reads it",
-    "use_beam_search": "`rvllm bench latency --use-beam-search` measures beams",
-    "lora_modules": "adapters are not supported; merge them into the model first",
-    "plot_timeline": "--save-detailed writes down each request's times; the server's page draws its steps",
-    "plot_dataset_stats": "--save-detailed writes down each request's lengths",
-    "self_timed": "times of a trace are not read; --request-rate and --burstiness say when requests are sent",
-    "probe_request_rate": "a second `rvllm bench serve --input-len 1 --output-len 1 --request-rate R`",
+    "--profile": "`rvllm serve --trace-steps FILE` writes down every step of a server, `rvllm trace` "
+    "reads it",
+    "--use-beam-search": "`rvllm bench latency --use-beam-search` measures beams",
+    "--lora-modules": "adapters are not supported; merge them into the model first",
+    "--plot-timeline": "--save-detailed writes down each request's times; the server's page draws its steps",
+    "--plot-dataset-stats": "--save-detailed writes down each request's lengths",
+    "--self-timed --no-self-timed": "times of a trace are not read; --request-rate and --burstiness "
+    "say when requests are sent",
+    "--probe-request-rate": "a second `rvllm bench serve --input-len 1 --output-len 1 --request-rate R`",
 }  # vLLM's arguments that ask for what is not done here, and what to use instead
 
 
@@ -67,10 +69,7 @@ def add_load(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0)
     add("--api-key", help="default: the variables OPENAI_API_KEY, RVLLM_API_KEY")
     _add_result(parser)
-    for name in REFUSED:
-        flags = ["--" + name.replace("_", "-")]
-        flags += ["--no-self-timed"] if name == "self_timed" else []
-        add(*flags, nargs="*", help=argparse.SUPPRESS)
+    add_refused(parser, REFUSED)
     for name in ("tokenizer-mode", "timeline-itl-thresholds", "lora-assignment"):
         add(f"--{name}", help=argparse.SUPPRESS)  # they change nothing by themselves
     add("--skip-tokenizer-init", action="store_true", help=argparse.SUPPRESS)
@@ -155,10 +154,7 @@ def traffic_of(args: argparse.Namespace) -> Traffic:
 
 
 def check_load(args: argparse.Namespace) -> None:
-    """Raises UsageError for an argument of vLLM's that asks for what is not done here."""
-    for name, instead in REFUSED.items():
-        if getattr(args, name) is not None:
-            raise UsageError(f"--{name.replace('_', '-')}: {instead}")
+    """Raises UsageError for an endpoint that is not measured here."""
     if args.backend not in BACKENDS:
         raise UsageError(
             f"--backend {args.backend}: completions are measured here ({', '.join(BACKENDS)}); "
@@ -203,7 +199,7 @@ def served_model(args: argparse.Namespace, base: str, key: str | None) -> str:
         try:
             if args.model and args.ready_check_timeout_sec <= 0:
                 return str(args.model)
-            return str(args.model or get_json(base, "/v1/models", key)["data"][0]["id"])
+            return str(args.model or ask_json(base, "/v1/models", key)["data"][0]["id"])
         except RvllmError:
             if time.monotonic() >= until:
                 raise

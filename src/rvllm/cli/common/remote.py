@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,34 +27,39 @@ def connector(url: str, timeout: float) -> tuple[Callable[[], http.client.HTTPCo
     return partial(kind, parts.hostname, port, timeout=timeout), parts.path.rstrip("/").removesuffix("/v1")
 
 
-def get_json(url: str, path: str, api_key: str | None, timeout: float = 30.0) -> Any:
-    """What a server answers to a GET. Raises RvllmError when it cannot be reached or refuses."""
-    return _json(url, "GET", path, api_key, None, timeout)
+@contextmanager
+def asked(
+    url: str, path: str, api_key: str | None, body: Any = None, timeout: float = 30.0
+) -> Iterator[http.client.HTTPResponse]:
+    """What a server answers to a GET or, with a body, to a POST of it as JSON; its status is 200.
 
-
-def post_json(url: str, path: str, api_key: str | None, body: Any, timeout: float = 30.0) -> Any:
-    """What a server answers to a POST. Raises RvllmError when it cannot be reached or refuses."""
-    return _json(url, "POST", path, api_key, json.dumps(body).encode(), timeout)
-
-
-def _json(url: str, method: str, path: str, api_key: str | None, data: bytes | None, timeout: float) -> Any:
+    Raises RvllmError when the server cannot be reached, breaks off or refuses, UsageError for a wrong URL.
+    """
     connect, prefix = connector(url, timeout)
     connection = connect()
     headers = {"Content-Type": "application/json"}
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
+    data, broke = None if body is None else json.dumps(body).encode(), f"cannot reach {url}"
     try:
-        connection.request(method, prefix + path, data, headers)
+        connection.request("GET" if data is None else "POST", prefix + path, data, headers)
         response = connection.getresponse()
-        body = response.read()
+        if response.status != 200:
+            raise RvllmError(f"{url} answers {response.status}: {_message(response.read(100_000))}")
+        broke = f"{url} broke off" if body is not None else broke
+        yield response
     except (OSError, http.client.HTTPException) as error:
-        raise RvllmError(f"cannot reach {url}: {error}") from None
+        raise RvllmError(f"{broke}: {error}") from None
     finally:
         connection.close()
-    if response.status != 200:
-        raise RvllmError(f"{url} answers {response.status}: {_message(body)}")
+
+
+def ask_json(url: str, path: str, api_key: str | None, body: Any = None) -> Any:
+    """The same, where it is JSON. Raises RvllmError when it is not, too."""
+    with asked(url, path, api_key, body) as response:
+        text = response.read()
     try:
-        return json.loads(body)
+        return json.loads(text)
     except ValueError:
         raise RvllmError(f"{url} answers something else than JSON; is it a server of this kind?") from None
 
@@ -63,28 +69,22 @@ class RemoteTalker:
 
     def __init__(self, url: str, model: str | None, api_key: str | None) -> None:
         """model: None takes the first one the server lists. Raises RvllmError when it cannot be reached."""
-        self._connect, self._path = connector(url, timeout=600)
-        self._url = url
-        self._headers = {"Content-Type": "application/json"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+        connector(url, 0.0)  # a wrong one is told at once
+        self._url, self._key = url, api_key
         self._model = model or self._first_model()
 
     def _first_model(self) -> str:
-        connection, response = self._request("GET", "/v1/models", None)
         try:
-            return str(json.loads(response.read())["data"][0]["id"])
+            with asked(self._url, "/v1/models", self._key, timeout=600) as response:
+                return str(json.loads(response.read())["data"][0]["id"])
         except (ValueError, KeyError, IndexError, TypeError):
             raise RvllmError(f"{self._url} lists no models; is it a server of this kind?") from None
-        finally:
-            connection.close()
 
     def answer(self, conversation: Conversation, sampling: Sampling, answer: Answer) -> None:
         """Streams the next message into `answer`; KeyboardInterrupt hangs up, which aborts it."""
         body = {"model": self._model, "messages": conversation, "stream": True, **sampling.given()}
         body["stream_options"] = {"include_usage": True}
-        connection, response = self._request("POST", "/v1/chat/completions", body)
-        try:
+        with asked(self._url, "/v1/chat/completions", self._key, body, timeout=600) as response:
             for line in response:
                 if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
                     continue
@@ -97,27 +97,6 @@ class RemoteTalker:
                         answer.add(text, 1)
                 if event.get("usage"):  # the last event knows how many tokens there really were
                     answer.tokens = int(event["usage"]["completion_tokens"])
-        except (OSError, http.client.HTTPException) as error:
-            raise RvllmError(f"{self._url} broke off: {error}") from None
-        finally:
-            connection.close()
-
-    def _request(
-        self, method: str, path: str, body: dict[str, Any] | None
-    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        connection = self._connect()
-        try:
-            data = None if body is None else json.dumps(body).encode()
-            connection.request(method, self._path + path, data, self._headers)
-            response = connection.getresponse()
-        except (OSError, http.client.HTTPException) as error:
-            connection.close()
-            raise RvllmError(f"cannot reach {self._url}: {error}") from None
-        if response.status != 200:
-            text = response.read(100_000)
-            connection.close()
-            raise RvllmError(f"{self._url} answers {response.status}: {_message(text)}")
-        return connection, response
 
     def close(self) -> None:
         """Nothing stays open between answers."""

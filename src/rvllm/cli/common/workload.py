@@ -5,30 +5,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rvllm.bench.datasets import NAMES, Asked, check_name, from_file, prefix_repetition
-from rvllm.cli.common.remote import post_json
+from rvllm.cli.common.remote import ask_json
 from rvllm.errors import UsageError
 
+_NOT_READ = (
+    "nothing is fetched and no picture read; a JSON line with a prompt for each request is --dataset-name "
+    "custom"
+)
+# vLLM's arguments of data sets that are not read
 _ELSEWHERE = (
-    "hf-name",
-    "hf-subset",
-    "hf-split",
-    "hf-output-len",
-    "spec-bench-output-len",
-    "spec-bench-category",
-    "blazedit-min-distance",
-    "blazedit-max-distance",
-    "random-batch-size",
-    "asr-max-audio-len-sec",
-    "asr-min-audio-len-sec",
-    "random-mm-base-items-per-request",
-    "random-mm-num-mm-items-range-ratio",
-    "random-mm-limit-mm-per-prompt",
-    "random-mm-bucket-config",
-)  # vLLM's arguments of data sets that are not read
+    "--hf-name", "--hf-subset", "--hf-split", "--hf-output-len", "--spec-bench-output-len",
+    "--spec-bench-category", "--blazedit-min-distance", "--blazedit-max-distance", "--random-batch-size",
+    "--asr-max-audio-len-sec", "--asr-min-audio-len-sec", "--random-mm-base-items-per-request",
+    "--random-mm-num-mm-items-range-ratio", "--random-mm-limit-mm-per-prompt", "--random-mm-bucket-config",
+)  # fmt: skip
 
 
 def add_datasets(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +36,7 @@ def add_datasets(parser: argparse.ArgumentParser) -> None:
     add("--no-oversample", action="store_true", help="a short file's prompts once, not over and over")
     add("--disable-shuffle", action="store_true", help="in the file's order")
     add("--no-stream", action="store_true", help=argparse.SUPPRESS)  # files are read whole anyway
-    for name in _ELSEWHERE:
-        add(f"--{name}", action=_Refused, nargs="*", help=argparse.SUPPRESS)
+    add_refused(parser, dict.fromkeys(_ELSEWHERE, _NOT_READ))
     add("--vocab-size", type=int, default=30000, help="random ids are below [30000]")
     add("--sharegpt-output-len", type=int, help="tokens of an answer; default: as long as the file's")
     add("--custom-output-len", type=int, help="the same; default: output_tokens of its line, or 256")
@@ -60,14 +53,17 @@ def add_datasets(parser: argparse.ArgumentParser) -> None:
     add("--prefix-repetition-output-len", type=int, default=128, help="tokens of an answer [128]")
 
 
+def add_refused(parser: argparse.ArgumentParser, instead: Mapping[str, str]) -> None:
+    """vLLM's arguments that ask for what is not done here, with what to use instead, which is said then."""
+    for names, text in instead.items():
+        parser.add_argument(*names.split(), action=_Refused, nargs="*", const=text, help=argparse.SUPPRESS)
+
+
 class _Refused(argparse.Action):
-    """Raises UsageError for an argument of a data set that is not read."""
+    """Raises UsageError with its `const`."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        raise UsageError(
-            f"{option_string}: nothing is fetched and no picture read; a JSON line with a prompt for each "
-            "request is --dataset-name custom"
-        )
+        raise UsageError(f"{option_string}: {self.const}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +78,7 @@ def of_server(args: argparse.Namespace, base: str, key: str | None) -> Words:
     """Tokens as --tokenizer has them, else as the server does."""
 
     def tokens(**body: Any) -> list[int]:
-        found: list[int] = post_json(base, "/tokenize", key, body)["tokens"]
+        found: list[int] = ask_json(base, "/tokenize", key, body)["tokens"]
         return found
 
     if args.tokenizer is None:
