@@ -60,34 +60,25 @@ __all__ = [
 ]
 
 _HOMES = {
-    "LLM": "rvllm.offline.llm",
-    "AsyncEngineArgs": "rvllm.vllm.engine_args",
-    "AsyncLLM": "rvllm.offline.async_llm",
-    "EngineArgs": "rvllm.vllm.engine_args",
-    "LLMEngine": "rvllm.offline.llm_engine",
-    "RequestOutputKind": "rvllm.engine.sampling_params",
-    "SamplingParams": "rvllm.engine.sampling_params",
-    "StructuredOutputsParams": "rvllm.engine.sampling_params",
-    "RvllmError": "rvllm.errors",
-    "EmbeddingOutput": "rvllm.text.embedding",
-    "EmbeddingRequestOutput": "rvllm.text.embedding",
-    "PoolingParams": "rvllm.text.embedding",
-    "ScoringOutput": "rvllm.text.embedding",
-    "ScoringRequestOutput": "rvllm.text.embedding",
-    "ClassificationOutput": "rvllm.text.pooling",
-    "ClassificationRequestOutput": "rvllm.text.pooling",
-    "PoolingOutput": "rvllm.text.pooling",
-    "PoolingRequestOutput": "rvllm.text.pooling",
-    "CompletionOutput": "rvllm.text.outputs",
-    "Logprob": "rvllm.text.outputs",
-    "RequestOutput": "rvllm.text.outputs",
-}
+    "rvllm.offline.llm": ["LLM"],
+    "rvllm.offline.async_llm": ["AsyncLLM"],
+    "rvllm.offline.llm_engine": ["LLMEngine"],
+    "rvllm.vllm.engine_args": ["AsyncEngineArgs", "EngineArgs"],
+    "rvllm.engine.sampling_params": ["RequestOutputKind", "SamplingParams", "StructuredOutputsParams"],
+    "rvllm.errors": ["RvllmError"],
+    "rvllm.text.embedding": ["EmbeddingOutput", "EmbeddingRequestOutput", "PoolingParams", "ScoringOutput",
+                             "ScoringRequestOutput"],
+    "rvllm.text.pooling": ["ClassificationOutput", "ClassificationRequestOutput", "PoolingOutput",
+                           "PoolingRequestOutput"],
+    "rvllm.text.outputs": ["CompletionOutput", "Logprob", "RequestOutput"],
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module 'rvllm' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(home), name)
 
 
 def __dir__() -> list[str]:

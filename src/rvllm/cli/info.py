@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
         sections["model"] = model.facts
         packed = {}
         if model.device == "cpu":
-            from rvllm.backends.cpu.memory import packed_weights
+            from rvllm.backends.cpu.compiled.model import packed_weights
 
             packed = packed_weights(model.program, model.checkpoint, config)
         sections["matrices"] = matrices(model.program, model.checkpoint, packed)
@@ -106,9 +106,10 @@ def devices() -> Section:
     from rvllm.backends.free_memory import free_bytes
     from rvllm.backends.load import cuda_packages_present
     from rvllm.backends.opening import gpu_present
+    from rvllm.bench.race.machine import cpu_name
     from rvllm.cli.common.tables import human_bytes
 
-    rows = [("cpu", f"{available_cores()} cores, {human_bytes(free_bytes())} of memory free, {_cpu_name()}")]
+    rows = [("cpu", f"{available_cores()} cores, {human_bytes(free_bytes())} of memory free, {cpu_name()}")]
     for index, path in enumerate(sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))):
         model = next(
             (line for line in path.read_text().splitlines() if line.startswith("Model:")), "Model: GPU"
@@ -120,16 +121,6 @@ def devices() -> Section:
         rows.append(("gpu", "present"))
     rows.append(("cuda extra", "installed" if cuda_packages_present() else "not installed"))
     return rows
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown model"
 
 
 def settings(cls: type, given: dict[str, Any]) -> Section:
@@ -217,7 +208,8 @@ def memory_rows(program: Program, checkpoint: Checkpoint, config: EngineConfig, 
             ("kv cache per token", f"{per_token} bytes"),
             *[(name, str(value)) for name, value in seen.limits.items()],
         ]
-    from rvllm.backends.cpu.memory import plan_memory, weight_lines
+    from rvllm.backends.cpu.compiled.model import weight_lines
+    from rvllm.backends.cpu.memory import plan_memory
 
     plan = plan_memory(program, config, weight_lines(program, stored, config))
     limits = plan.limits

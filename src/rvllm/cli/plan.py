@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
 
         program, kernels = kernels_here(program, model.stored, config, shape)
     else:
-        from rvllm.backends.cpu.memory import packed_weights
+        from rvllm.backends.cpu.compiled.model import packed_weights
 
         packed = packed_weights(program, model.stored, config)
     rates = floor_rates(args, device, config.threads, bool(packed))

@@ -48,7 +48,7 @@ class Scheduler:
     def __init__(self, limits: Limits, config: EngineConfig, counted: Stats) -> None:
         """counted: where hits of the prefix cache, preemptions and swaps are added up."""
         self.limits, self.counted = limits, counted
-        self.policy = Policy.of(config)
+        self.policy = Policy(config.scheduling_policy, config.aging_seconds)
         self.shares = FairShares() if config.fairness != "none" else None
         self.max_delay = config.max_prefill_delay_ms / 1000  # seconds
         self.cost = PrefillCost()

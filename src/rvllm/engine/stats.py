@@ -80,7 +80,7 @@ class EngineStats:
             mask_p99_seconds=grammars.percentile(0.99),
             step_counts=self.counted.step_counts.copy(),
             backend=core.backend.stats(),
-            cpu_blocks_total=scheduler.blocks.host.num_blocks if scheduler.blocks.host else 0,
+            cpu_blocks_total=scheduler.blocks.host.count if scheduler.blocks.host else 0,
             cpu_blocks_used=scheduler.blocks.host.used if scheduler.blocks.host else 0,
             sleep_level=core.sleep_level,
             blocks_moved_out=scheduler.blocks.moved_out,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from typing import Any
 
 from rvllm.errors import UsageError
 from rvllm.extras import install_command
-from rvllm.ray.config import ModelSpec, RayConfig, as_dict, plain
+from rvllm.ray.config import ModelSpec, RayConfig, plain
 
 BLOCK_SIZE = 16  # of every backend; a replica's `Ready` says the same
 HEALTH_SECONDS = 5.0
@@ -78,7 +79,7 @@ def _engine(config: RayConfig, model: ModelSpec) -> Any:
         **_replicas(model),
     }
     return (
-        serve.deployment(EngineReplica).options(**options).bind(as_dict(engine), server.engine_stall_seconds)
+        serve.deployment(EngineReplica).options(**options).bind(asdict(engine), server.engine_stall_seconds)
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -182,8 +181,3 @@ def plain(config: RayConfig) -> dict[str, Any]:
     """The configuration as values that any process can read, whatever its version of these classes."""
     found: dict[str, Any] = msgspec.to_builtins(config)
     return found
-
-
-def as_dict(config: EngineConfig | ServerConfig) -> dict[str, Any]:
-    """A config's settings by name."""
-    return dataclasses.asdict(config)

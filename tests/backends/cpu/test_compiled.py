@@ -298,11 +298,11 @@ def test_the_plan_counts_gguf_blocks_as_packed() -> None:
 
     checkpoint = open_checkpoint(model_path("smollm2-135m"))
     program = build_program(ModelConfig(checkpoint.config, checkpoint.config_origin), DType.F32)
-    planned = sum(line.nbytes for line in weight_lines(program, checkpoint))
+    config = EngineConfig(device="cpu", cpu_kernels="compiled", num_blocks=8, threads=1)
+    planned = sum(line.nbytes for line in weight_lines(program, checkpoint, config))
     stored = sum(info.nbytes for info in checkpoint.tensors.values())
     elements = sum(w.elements for w in program.weights)
     assert stored <= planned < 1.1 * stored < 4 * elements / 4
-    config = EngineConfig(device="cpu", cpu_kernels="compiled", num_blocks=8, threads=1)
     backend = CpuBackend.load(program, checkpoint, config)
     held = sum(w.nbytes for w in backend._model.weights.values()) + sum(backend._native.stored.values())
     assert planned == held

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rvllm.backends.base import SamplingSpec, StepBatch
 from rvllm.backends.cpu.backend import CpuBackend
 from rvllm.backends.cpu.reference import ops
-from rvllm.backends.cpu.reference.attention import Scoring, paged_attention
+from rvllm.backends.cpu.reference.attention import Pages, Scoring, paged_attention
 from rvllm.backends.cpu.reference.gemm import chunk_rows, product, same_at_every_position, tile_rows
 from rvllm.backends.cpu.step import flat_step
 from rvllm.backends.cpu.threads import Workers
@@ -129,7 +129,7 @@ def test_paged_attention_equals_the_reference(scoring: Scoring, heads: int, kv_h
     step = flat_step(
         np.zeros(sum(lens), np.int32), tiny.i32(lens), tiny.i32(starts), blocks, np.zeros(0, np.int64)
     )
-    ours = paged_attention(q, keys, values, step, scoring, Workers(2))
+    ours = paged_attention(q, Pages(keys, values), step, scoring, Workers(2))
     at = 0
     for n, start, table in zip(lens, starts, blocks, strict=True):
         k = keys[table].reshape(-1, kv_heads, dim)[: start + n]

@@ -8,7 +8,8 @@ import pytest
 
 from rvllm.backends.base import Encoder, Generator, StepBatch
 from rvllm.backends.cpu.backend import CpuBackend
-from rvllm.backends.cpu.memory import GB, MemoryPlan, plan_memory, weight_lines
+from rvllm.backends.cpu.compiled.model import weight_lines
+from rvllm.backends.cpu.memory import GB, MemoryPlan, plan_memory
 from rvllm.backends.cpu.reference.interpreter import resolve
 from rvllm.backends.load import choose_device, choose_dtype, load_backend
 from rvllm.backends.opening import gpu_present

@@ -9,7 +9,7 @@ import pytest
 
 from rvllm.backends.cpu.reference import mla as latent
 from rvllm.backends.cpu.reference import moe, ops
-from rvllm.backends.cpu.reference.attention import Scoring, latent_attention, paged_attention
+from rvllm.backends.cpu.reference.attention import Pages, Scoring, paged_attention
 from rvllm.backends.cpu.step import Step, flat_step
 from rvllm.backends.cpu.threads import Workers
 from rvllm.program.dtypes import DType
@@ -140,7 +140,7 @@ def test_latent_attention_is_attention_over_projected_latents(heads: int, rank: 
     q = source.standard_normal((sum(lens), heads, plain + rotated), dtype=np.float32)
     absorbed = latent.head_linear(q, np.ascontiguousarray(w_uk.swapaxes(1, 2)), WORKERS)
     assert np.array_equal(absorbed[:, :, rank:], q[:, :, plain:])
-    mixed = latent_attention(absorbed, cache, rank, step, Scoring(0.3), WORKERS)
+    mixed = paged_attention(absorbed, Pages(cache, None, rank), step, Scoring(0.3), WORKERS)
     ours = latent.head_linear(mixed, w_uv, WORKERS)
     at = 0
     for n, start, table in zip(lens, starts, tables, strict=True):
@@ -166,7 +166,7 @@ def test_block_sparse_attention(sparsity: BlockSparsity) -> None:
     keys, values = (source.standard_normal((100, 16, kv_heads, dim), dtype=np.float32) for _ in range(2))
     q = source.standard_normal((sum(lens), heads, dim), dtype=np.float32)
     scoring = Scoring(0.3, sparsity=sparsity, groups=(kv_heads, heads // kv_heads))
-    ours = paged_attention(q, keys, values, step, scoring, Workers(2))
+    ours = paged_attention(q, Pages(keys, values), step, scoring, Workers(2))
     row = 0
     for n, start, table in zip(lens, starts, tables, strict=True):
         for position in range(start, start + n):

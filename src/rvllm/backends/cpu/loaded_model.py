@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Self
 
 from rvllm.backends.base import LedgerLine, Limits, Progress
-from rvllm.backends.cpu.compiled.model import NativeModel, chosen
-from rvllm.backends.cpu.memory import MemoryPlan, plan_memory, weight_lines
+from rvllm.backends.cpu.compiled.model import NativeModel, chosen, weight_lines
+from rvllm.backends.cpu.memory import MemoryPlan, plan_memory
 from rvllm.backends.cpu.reference.gemm import same_at_every_position
 from rvllm.backends.cpu.reference.interpreter import Launch, empty_caches, empty_states, execute, resolve
 from rvllm.backends.cpu.reference.run import Model, Run

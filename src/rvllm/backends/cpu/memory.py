@@ -20,7 +20,6 @@ from rvllm.program.cost import kv_bytes_per_token
 from rvllm.program.memory import plan_workspace
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import embedding_size
-from rvllm.weights.checkpoint import Checkpoint
 
 ELEMENT = 4  # float32
 DEFAULT_TOKENS = 512  # of one step
@@ -43,25 +42,6 @@ class MemoryPlan:
     limits: Limits
 
 
-def weight_lines(program: Program, checkpoint: Checkpoint | None, config: EngineConfig) -> list[LedgerLine]:
-    """What the weights will take on the CPU, with the kernels that --cpu-kernels chooses.
-
-    checkpoint None: random ones. Raises UsageError when compiled kernels are asked for and absent.
-    """
-    from rvllm.backends.cpu.compiled import model
-
-    if model.chosen(config.cpu_kernels, program):
-        return model.weight_lines(program, checkpoint)
-    return [LedgerLine(WEIGHTS, sum(w.elements for w in program.weights) * ELEMENT)]
-
-
-def packed_weights(program: Program, checkpoint: Checkpoint | None, config: EngineConfig) -> dict[str, int]:
-    """Bytes of each weight that the CPU keeps in a form of its kernels', by name; the others are float32."""
-    from rvllm.backends.cpu.compiled import model
-
-    return model.packed_bytes(program, checkpoint) if model.chosen(config.cpu_kernels, program) else {}
-
-
 def rows_of_a_step(tokens: int, sequences: int) -> tuple[int, int]:
     """The most tokens and rows of logits that a step has."""
     return tokens, min(tokens, sequences + SCORED)
@@ -82,7 +62,9 @@ def plan_memory(
     weights: list[LedgerLine],
     free: int | None = None,
 ) -> MemoryPlan:
-    """The memory plan of a program on this machine, whose weights take these lines (see `weight_lines`).
+    """The memory plan of a program on this machine.
+
+    weights: the lines that they take (see `compiled.model.weight_lines`).
 
     Raises CapacityError when the weights, or one sequence of --max-model-len tokens, do not fit, and
     UsageError when --max-model-len exceeds what the model's positions are defined for.

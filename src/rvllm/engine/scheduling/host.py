@@ -10,33 +10,43 @@ from rvllm.engine.scheduling.cost import PrefillCost
 Digest = bytes
 
 
-class HostBlocks:
-    """Blocks 0 .. num_blocks - 1 in host memory, found by the digest of what they hold.
+class Places:
+    """Places 0 .. count - 1 by the digest of what they hold; what is here longest makes room."""
 
-    A digest is on the device or here, never on both sides. When all are taken, the one that came longest ago
-    makes room.
-    """
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
+    def __init__(self, count: int) -> None:
+        self.count = count
         self._by_digest: OrderedDict[Digest, int] = OrderedDict()  # longest here first
-        self._empty = deque(range(num_blocks))  # given out in their order, so that neighbours move together
+        self._empty = deque(range(count))  # given out in their order, so that neighbours move together
 
     def __contains__(self, digest: Digest) -> bool:
         return digest in self._by_digest
 
     @property
     def used(self) -> int:
-        """Blocks that hold a prefix."""
+        """Places that hold something."""
         return len(self._by_digest)
 
     def put(self, digest: Digest) -> int | None:
-        """The block that what has this digest is to be copied to; None when all are claimed."""
+        """The place that what has this digest is to be copied to; None when all are claimed."""
         if not self._empty and not self._by_digest:
             return None
-        block = self._empty.popleft() if self._empty else self._by_digest.popitem(last=False)[1]
-        self._by_digest[digest] = block
-        return block
+        place = self._empty.popleft() if self._empty else self._by_digest.popitem(last=False)[1]
+        self._by_digest[digest] = place
+        return place
+
+    def forget(self) -> None:
+        """Makes every place an empty one."""
+        self._empty += self._by_digest.values()
+        self._by_digest.clear()
+
+    def check_places(self, what: str) -> None:
+        """Raises RuntimeError when the books do not balance."""
+        if sorted([*self._empty, *self._by_digest.values()]) != list(range(self.count)):
+            raise RuntimeError(f"a {what} is lost, or taken twice")
+
+
+class HostBlocks(Places):
+    """Blocks in host memory. A digest is on the device or here, never on both sides."""
 
     def claim(self, digest: Digest) -> int:
         """Takes a block out of the tier, to be copied to the device; give it back with `free` after that."""
@@ -48,22 +58,14 @@ class HostBlocks:
 
     def drop(self, digest: Digest) -> None:
         """Forgets what has this digest, if it is here: the device has computed it again."""
-        block = self._by_digest.pop(digest, None)
-        if block is not None:
-            self._empty.append(block)
-
-    def forget(self) -> None:
-        """Makes every block an empty one."""
-        self._empty += self._by_digest.values()
-        self._by_digest.clear()
+        if digest in self:
+            self.free(self.claim(digest))
 
     def check(self, elsewhere: KeysView[Digest]) -> None:
         """Raises RuntimeError when the books do not balance; elsewhere: what the device holds."""
         if not self._by_digest.keys().isdisjoint(elsewhere):
             raise RuntimeError("a block is in both tiers")
-        blocks = [*self._empty, *self._by_digest.values()]
-        if sorted(blocks) != list(range(self.num_blocks)):
-            raise RuntimeError("a host block is lost, or taken twice")
+        self.check_places("host block")
 
 
 def worth_moving(mode: str, block_size: int, move_seconds: float, cost: PrefillCost) -> bool:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rvllm.config import EngineConfig
     from rvllm.engine.sequence import Rank, Sequence
 
 AGING_TOKENS = 1024  # under sjf: tokens of a job that weigh as much as one level of priority
@@ -31,11 +30,6 @@ class Policy:
 
     name: str = "priority"
     aging: float = 0.0
-
-    @staticmethod
-    def of(config: EngineConfig) -> Policy:
-        """As the flags say."""
-        return Policy(config.scheduling_policy, config.aging_seconds)
 
     def rank(self, seq: Sequence) -> Rank:
         """The place of a sequence that begins to wait."""

@@ -7,35 +7,28 @@ that at the border up to which a prompt was found to agree with what is cached.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
 from rvllm.backends.base import RESTORE, SAVE
+from rvllm.engine.scheduling.host import Places
 
 if TYPE_CHECKING:
     from rvllm.engine.blocks import Digest
     from rvllm.engine.sequence import Sequence
 
 
-class Snapshots:
-    """Snapshots 0 .. count - 1 by the digest of the prefix behind which they were taken.
+class Snapshots(Places):
+    """Snapshots by the digest of the prefix behind which they were taken.
 
     Copies gather in the caller's list of moves, whose order is that of the copies: a snapshot is known as
     soon as its copy is listed. When all are taken, the one that was used longest ago makes room.
     """
 
     def __init__(self, count: int, block_size: int) -> None:
-        self.count = count
+        super().__init__(count)
         self._block_size = block_size
-        self._by_digest: OrderedDict[Digest, int] = OrderedDict()  # used longest ago first
-        self._empty = list(range(count - 1, -1, -1))
         self._coming: dict[Digest, Sequence] = {}  # who will reach the border behind which one is wanted
-
-    @property
-    def used(self) -> int:
-        """Snapshots that are kept."""
-        return len(self._by_digest)
 
     def longest(self, digests: Seq[Digest]) -> int:
         """Blocks of the longest prefix of a digest chain behind which there is a snapshot; 0: of none."""
@@ -71,11 +64,8 @@ class Snapshots:
         digest = seq.digests[seq.borders.pop(0) // self._block_size - 1]
         if self._coming.get(digest) is seq:
             del self._coming[digest]
-        if digest in self._by_digest:
-            return []
-        place = self._empty.pop() if self._empty else self._by_digest.popitem(last=False)[1]
-        self._by_digest[digest] = place
-        return [(SAVE, seq.slot, place)]
+        place = None if digest in self else self.put(digest)
+        return [] if place is None else [(SAVE, seq.slot, place)]
 
     def leave(self, seq: Sequence) -> None:
         """A sequence loses its place, whatever it was to keep."""
@@ -85,14 +75,8 @@ class Snapshots:
                 del self._coming[digest]
         seq.borders = []
 
-    def forget(self) -> None:
-        """Keeps nothing any more."""
-        self._empty += self._by_digest.values()
-        self._by_digest.clear()
-
     def check(self, running: Seq[Sequence]) -> None:
         """Raises RuntimeError when the books do not balance."""
-        if sorted([*self._empty, *self._by_digest.values()]) != list(range(self.count)):
-            raise RuntimeError("a snapshot is lost, or taken twice")
+        self.check_places("snapshot")
         if not set(map(id, self._coming.values())) <= set(map(id, running)):
             raise RuntimeError("a snapshot is awaited of a sequence that does not run")

@@ -13,6 +13,7 @@ from rvllm.backends.cpu.compiled.slots import LANES
 from rvllm.backends.cpu.memory import ELEMENT, WEIGHTS, rows_of_a_step
 from rvllm.backends.cpu.reference.interpreter import RESULTS, Launch, empty_caches
 from rvllm.backends.cpu.reference.run import F32, Model, Run
+from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.program.ops.dense import KVCache, Program, RopeKV, Weight
 from rvllm.weights.checkpoint import Checkpoint
@@ -39,20 +40,25 @@ def chosen(setting: str, program: Program | None = None) -> bool:
     return setting != "numpy" and absent is None
 
 
-def weight_lines(program: Program, checkpoint: Checkpoint | None) -> list[LedgerLine]:
-    """What the weights will take: packed for compiled ops, float32 for the others."""
-    _, plain = _placed(program)
+def weight_lines(program: Program, checkpoint: Checkpoint | None, config: EngineConfig) -> list[LedgerLine]:
+    """What the weights will take, with the kernels that --cpu-kernels chooses; checkpoint None: random ones.
+
+    Raises UsageError when compiled kernels are asked for and absent.
+    """
+    if not chosen(config.cpu_kernels, program):
+        return [LedgerLine(WEIGHTS, sum(w.elements for w in program.weights) * ELEMENT)]
+    packed, (_, plain) = packed_weights(program, checkpoint, config), _placed(program)
     return [
-        LedgerLine("packed weights, compiled kernels", sum(packed_bytes(program, checkpoint).values())),
+        LedgerLine("packed weights, compiled kernels", sum(packed.values())),
         LedgerLine(WEIGHTS, sum(ELEMENT * w.elements for w in program.weights if w.name in plain)),
-    ]  # fmt: skip
+    ]
 
 
-def packed_bytes(program: Program, checkpoint: Checkpoint | None) -> dict[str, int]:
-    """Bytes of each weight that compiled ops want packed, by name; nothing is read."""
+def packed_weights(program: Program, checkpoint: Checkpoint | None, config: EngineConfig) -> dict[str, int]:
+    """Bytes of each weight that is kept in a form of the kernels', by name; the others are float32."""
     from rvllm.backends.cpu.compiled.formats import packed_nbytes
 
-    wanted, _ = _placed(program)
+    wanted, _ = _placed(program) if chosen(config.cpu_kernels, program) else (set(), set())
     return {w.name: packed_nbytes(w, checkpoint) for w in program.weights if w.name in wanted}
 
 

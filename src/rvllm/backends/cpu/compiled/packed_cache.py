@@ -39,11 +39,6 @@ STALE = 86400.0  # seconds after which an unfinished file is nobody's
 _BY_NAME = {each.name: each for each in FORMATS.values()}
 
 
-def folder_of(source: SourceConfig) -> Path:
-    """Where packed weights are kept."""
-    return Path(source.cache_dir).expanduser() / "packed"
-
-
 def key_of(weights: Sequence[Weight], checkpoint: Checkpoint) -> str | None:
     """The name of these packed weights; None when their bytes do not follow from files alone."""
     infos = [checkpoint.tensors[name] for name in sorted(checkpoint.tensors)]
@@ -180,4 +175,4 @@ def _make_room(folder: Path, most: int) -> None:
 def settings() -> tuple[Path, int]:
     """(folder, the most bytes in it), as the environment says."""
     source = build(SourceConfig, {})
-    return folder_of(source), int(source.packed_cache_gb * 1e9)
+    return Path(source.cache_dir).expanduser() / "packed", int(source.packed_cache_gb * 1e9)

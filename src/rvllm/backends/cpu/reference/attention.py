@@ -77,7 +77,7 @@ class Scoring:
 class Pages:
     """A layer's cache: keys and values [blocks, KV_BLOCK, kv heads, dim], or their bytes (see `fp8_cache`).
 
-    values None: a token's value is the first `rank` elements of its key.
+    values None: a token's value is the first `rank` elements of its key; see the op LatentAttention.
     """
 
     keys: NDArray[Any]
@@ -140,22 +140,11 @@ class Decodes:
         )
 
 
-def paged_attention(
-    q: F32, keys: NDArray[Any], values: NDArray[Any], step: Step, scoring: Scoring, workers: Workers
-) -> F32:
-    """q [T, heads, dim]; keys, values [blocks, KV_BLOCK, kv heads, dim] → [T, heads, dim of values].
+def paged_attention(q: F32, pages: Pages, step: Step, scoring: Scoring, workers: Workers) -> F32:
+    """q [T, heads, dim] → [T, heads, dim of values].
 
     Every place of the cache that a table names must hold finite numbers or the sequence's own.
     """
-    return _attend(q, Pages(keys, values), step, scoring, workers)
-
-
-def latent_attention(q: F32, cache: F32, rank: int, step: Step, scoring: Scoring, workers: Workers) -> F32:
-    """q [T, heads, dim], cache [blocks, KV_BLOCK, 1, dim] → [T, heads, rank]; see the op LatentAttention."""
-    return _attend(q, Pages(cache, None, rank), step, scoring, workers)
-
-
-def _attend(q: F32, pages: Pages, step: Step, scoring: Scoring, workers: Workers) -> F32:
     rows, heads, _ = q.shape
     kv_heads = pages.keys.shape[2]
     grouped = (q * np.float32(scoring.scale)).reshape(rows, kv_heads, heads // kv_heads, -1)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rvllm.backends.base import KV_BLOCK
 from rvllm.backends.cpu.reference import encoder, mamba2, mla, moe, ops
-from rvllm.backends.cpu.reference.attention import Scoring, paged_attention
+from rvllm.backends.cpu.reference.attention import Pages, Scoring, paged_attention
 from rvllm.backends.cpu.reference.fp8_cache import stored
 from rvllm.backends.cpu.reference.gemm import product
 from rvllm.backends.cpu.reference.run import F32, Kernel, Run
@@ -95,7 +95,7 @@ def attention(op: program_ops.Attention | program_ops.BlockSparseAttention, run:
     else:
         groups = (op.kv_heads, op.heads // op.kv_heads)
         scoring = Scoring(op.scale, sparsity=op.sparsity, groups=groups)
-    out = paged_attention(q, keys, values, run.step, scoring, run.model.workers)
+    out = paged_attention(q, Pages(keys, values), run.step, scoring, run.model.workers)
     run[op.out] = out.reshape(len(qkv), -1)
 
 

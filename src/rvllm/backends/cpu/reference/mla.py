@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.cpu.reference import ops
-from rvllm.backends.cpu.reference.attention import Scoring, latent_attention
+from rvllm.backends.cpu.reference.attention import Pages, Scoring, paged_attention
 from rvllm.backends.cpu.reference.gemm import product
 from rvllm.backends.cpu.reference.run import Kernel, Run
 from rvllm.backends.cpu.threads import Workers
@@ -46,7 +46,6 @@ def rope_kv_op(op: program_ops.LatentRopeKV, run: Run) -> None:
 
 
 def head_linear_op(op: program_ops.HeadLinear, run: Run) -> None:
-    """See head_linear."""
     weight = run.model.weights[op.weight.name]
     x = run[op.x].reshape(-1, len(weight), weight.shape[2] + op.tail)
     run[op.out] = head_linear(x, weight, run.model.workers).reshape(len(x), -1)
@@ -56,7 +55,8 @@ def attention_op(op: program_ops.LatentAttention, run: Run) -> None:
     """Attention whose values are the first `rank` elements of its keys."""
     q = run[op.q].reshape(-1, op.heads, op.cache.key_dim)
     cache, _ = run.model.caches[op.cache.name]
-    out = latent_attention(q, cache, op.rank, run.step, Scoring(op.scale), run.model.workers)
+    pages = Pages(cache, None, op.rank)
+    out = paged_attention(q, pages, run.step, Scoring(op.scale), run.model.workers)
     run[op.out] = out.reshape(len(q), -1)
 
 
