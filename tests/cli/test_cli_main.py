@@ -180,7 +180,7 @@ def test_ctrl_c_while_loading_ends_quietly(tmp_path: Path) -> None:
         "start = c.EngineClient.start.__func__\n"
         "c.EngineClient.start = classmethod(functools.partial(start, command=('sleep', '60')))\n"
         "import rvllm.cli.serve as s\n"
-        "s._tokenizer = lambda *given: print('loading', flush=True)\n"
+        "s.load_tokenizer = lambda *given: print('loading', flush=True)\n"
         "from rvllm.cli.main import main\n"
         f"sys.exit(main(['--port', '0', '--model', {str(tmp_path)!r}]))\n"
     )

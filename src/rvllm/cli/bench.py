@@ -32,7 +32,6 @@ _RANKS = (10, 25, 50, 75, 90, 99)
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declares `bench` and its three kinds."""
     parser = subparsers.add_parser("bench", help="measure with vLLM's arguments", allow_abbrev=False)
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     serve = kinds.add_parser("serve", help="load on a running server", allow_abbrev=False)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declares `benchmark`."""
     parser = subparsers.add_parser("benchmark", help="time the engine", allow_abbrev=False)
     group = parser.add_argument_group("workload")
     group.add_argument(

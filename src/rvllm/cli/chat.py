@@ -79,7 +79,6 @@ class Talker(Protocol):
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declares `chat`."""
     parser = subparsers.add_parser("chat", help="talk to a model in the terminal", allow_abbrev=False)
     group = parser.add_argument_group("conversation")
     group.add_argument("--url", metavar="URL", help="talk to a running server instead of loading a model")

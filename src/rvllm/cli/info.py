@@ -24,7 +24,6 @@ Section = list[tuple[str, str]]
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the `info` subcommand."""
     parser = subparsers.add_parser(
         "info",
         help="print version, devices, settings and the memory plan",

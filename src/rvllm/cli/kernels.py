@@ -22,7 +22,6 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the `kernels` subcommand."""
     parser = subparsers.add_parser(
         "kernels",
         help="list, compile, check and tune the CUDA kernels",

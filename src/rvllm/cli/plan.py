@@ -33,7 +33,6 @@ DEFAULT_TEXT = 128  # tokens of an encoder's texts
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the `plan` subcommand."""
     parser = subparsers.add_parser(
         "plan",
         help="print the program a model runs: ops, shapes, bytes, FLOPs",

@@ -9,7 +9,6 @@ from rvllm.cli.common.models import fetch
 
 
 def add_parser(subparsers: Any) -> None:
-    """Adds the `pull` subcommand."""
     parser = subparsers.add_parser(
         "pull",
         help="fetch a model into the cache",

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declares `race`."""
     parser = subparsers.add_parser("race", help="measure engines beside each other", allow_abbrev=False)
     who = parser.add_argument_group("engines").add_argument
     who("--model", default="smollm2-135m", help="the model of all that are started here [smollm2-135m]")

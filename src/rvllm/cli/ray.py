@@ -25,7 +25,6 @@ front end that goes stays 30 s by default, for balancers outside to notice; here
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declares `ray`."""
     parser = subparsers.add_parser("ray", help="many GPUs with Ray Serve", allow_abbrev=False)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     serve = actions.add_parser("serve", help="serve, or update what is served", allow_abbrev=False)

@@ -29,7 +29,6 @@ _SERVER_FLAGS = (
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declares `run-batch`."""
     parser = subparsers.add_parser("run-batch", help="answer the requests of a file", allow_abbrev=False)
     parser.add_argument(
         "-i", "--input-file", required=True, help="JSONL file of requests, as for /v1/batches"
@@ -68,30 +67,28 @@ class Journal:
     """The answers so far, beside the output file: what is in it is not asked again after a kill."""
 
     def __init__(self, target: Path, digest: str) -> None:
-        """digest: of the input; the journal of another input is thrown away. Raises OSError."""
+        """digest: of the input; the journal of another input is thrown away. Raises OSError.
+
+        done: (whether it failed, result) by line number.
+        """
         self._target, self._path = target, target.with_name(target.name + ".part")
-        self._results: dict[int, tuple[bool, bytes]] = {}
+        self.done: dict[int, tuple[bool, bytes]] = {}
         head = f"rvllm run-batch {digest}\n".encode()
         known = self._path.read_bytes() if self._path.exists() else b""
         if known.startswith(head):
             whole = known[: known.rfind(b"\n") + 1]  # a kill may have cut the last line
             for line in whole.splitlines()[1:]:
                 number, failed, result = line.split(b" ", 2)
-                self._results[int(number)] = (failed == b"1", result)
+                self.done[int(number)] = (failed == b"1", result)
         else:
             whole = head
         if whole != known:
             self._path.write_bytes(whole)
         self._file = self._path.open("ab")
 
-    @property
-    def done(self) -> Mapping[int, tuple[bool, bytes]]:
-        """(whether it failed, result) by line number."""
-        return self._results
-
     def add(self, number: int, failed: bool, result: bytes) -> None:
         """Notes the answer to a line."""
-        self._results[number] = (failed, result)
+        self.done[number] = (failed, result)
         self._file.write(b"%d %d %s\n" % (number, failed, result))
         self._file.flush()
 
@@ -99,10 +96,10 @@ class Journal:
         """Writes the output file in the input's order and drops the journal; the number of failures."""
         part = self._target.with_name(self._target.name + ".tmp")
         with part.open("wb") as file:
-            file.writelines(self._results[number][1] + b"\n" for number in sorted(self._results))
+            file.writelines(self.done[number][1] + b"\n" for number in sorted(self.done))
         part.replace(self._target)
         self._path.unlink()
-        return sum(failed for failed, _ in self._results.values())
+        return sum(failed for failed, _ in self.done.values())
 
     def close(self) -> None:
         """Closes the journal; unfinished, it stays for the next run."""

@@ -9,7 +9,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declares `serve`."""
     parser = subparsers.add_parser("serve", help="serve a model over HTTP", allow_abbrev=False)
     parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="the same as --model MODEL")
     add_model_flags(parser)
@@ -96,8 +95,13 @@ class _Start:
 
     began: float  # time.perf_counter() at the start
     resolve: float
-    tokenizer: float = 0.0
-    http: float = 0.0
+    beside: dict[str, float] = dataclasses.field(default_factory=dict)  # what is done while a model loads
+
+    def timed(self, part: str, work: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        done = work()
+        self.beside[part] = self.beside.get(part, 0.0) + time.perf_counter() - began
+        return done
 
 
 @dataclasses.dataclass
@@ -162,7 +166,9 @@ async def _load(wanted: _Wanted, template: str | None, start: _Start) -> _Loaded
     work = start_workers(config, server)
     try:
         engine, (tokenizer, _) = await start_engine(
-            config, partial(_tokenizer, config, start), partial(_import_http, start)
+            config,
+            partial(start.timed, "tokenizer", partial(load_tokenizer, config)),
+            partial(start.timed, "HTTP", _import_http),
         )
     except BaseException:
         if work is not None:
@@ -178,20 +184,9 @@ async def _load(wanted: _Wanted, template: str | None, start: _Start) -> _Loaded
     return loaded
 
 
-def _import_http(start: _Start) -> None:
-    moment = time.perf_counter()
+def _import_http() -> None:
     import rvllm.api.app
     import rvllm.api.http.server  # noqa: F401
-
-    start.http += time.perf_counter() - moment
-
-
-def _tokenizer(config: EngineConfig, start: _Start) -> Tokenizer | None:
-    """The model's tokenizer; None with --skip-tokenizer-init."""
-    moment = time.perf_counter()
-    tokenizer = load_tokenizer(config)
-    start.tokenizer += time.perf_counter() - moment
-    return tokenizer
 
 
 async def _answer(
@@ -294,7 +289,7 @@ def _start_line(engines: Sequence[EngineClient], start: _Start) -> str:
     return (
         f"  start   {time.perf_counter() - start.began:.2f} s: model found {start.resolve:.2f}, "
         f"{', '.join(_loaded_line(engine) for engine in engines)}; "
-        f"beside it tokenizer {start.tokenizer:.2f}, HTTP {start.http:.2f}"
+        f"beside it tokenizer {start.beside['tokenizer']:.2f}, HTTP {start.beside['HTTP']:.2f}"
     )
 
 

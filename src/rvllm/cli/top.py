@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rvllm.cli.common.blockmap import COLOURS, block_map, colours_of
-from rvllm.cli.common.remote import ask_json
+from rvllm.cli.common.remote import add_server, ask_json
 from rvllm.cli.common.tables import human_bytes, human_seconds
 from rvllm.errors import UsageError
 
@@ -25,12 +25,8 @@ State = dict[str, Any]  # api.page.EngineView as JSON
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declares `top`."""
     parser = subparsers.add_parser("top", help="watch a running server's engine", allow_abbrev=False)
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server [http://127.0.0.1:8000]")
-    parser.add_argument(
-        "--api-key", default=None, help="its key (better: RVLLM_API_KEY, which other users do not see)"
-    )
+    add_server(parser)
     parser.add_argument("--interval", default="1", metavar="SECONDS", help="between two looks, 0.2 to 60 [1]")
     parser.add_argument("--once", action="store_true", help="print one look and end")
 
@@ -128,7 +124,8 @@ def picture(state: State, rates: Rates) -> RenderableType:
         f" · {state['architecture']} · {state['backend']}, {state['dtype']} · up {_span(state['uptime'])}",
     )  # fmt: skip
     head.overflow, head.no_wrap = "ellipsis", True
-    return Group(head, Text(), _figures(state, rates), Text(), _requests(state), Text(), _blocks(state),
+    return Group(head, Text(), _figures(state, rates), Text(), _requests(state), Text(),
+                 _row("blocks", block_map(state, WIDTH)),
                  _memory(state), _kernels(state))  # fmt: skip
 
 
@@ -164,13 +161,8 @@ def _second_tier(stats: dict[str, Any]) -> list[tuple[str, str, str]]:
     if not total:
         return []
     moved = f"{stats['blocks_moved_out']:,} moved there, {stats['blocks_moved_in']:,} came back"
-    return [
-        (
-            "in host",
-            f"{_bar(used / total)} {used / total:.0%}",
-            f"{used:,} of {total:,} hold a prefix, {moved}",
-        )
-    ]
+    told = f"{used:,} of {total:,} hold a prefix, {moved}"
+    return [("in host", f"{_bar(used / total)} {used / total:.0%}", told)]
 
 
 def _requests(state: State) -> RenderableType:
@@ -223,10 +215,6 @@ def _row(name: str, what: RenderableType) -> RenderableType:
     grid.add_column(width=9, no_wrap=True)
     grid.add_row(f"[dim]{name}[/dim]", what)
     return grid
-
-
-def _blocks(state: State) -> RenderableType:
-    return _row("blocks", block_map(state, WIDTH))
 
 
 def _kernels(state: State) -> RenderableType:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from rvllm.cli.common.remote import ask_json
+from rvllm.cli.common.remote import add_server, ask_json
 from rvllm.cli.common.tables import human_seconds
 
 WIDTH = 40  # characters of the longest bar
@@ -17,17 +17,13 @@ _SUMMED = {"detokenize": "turning tokens into text, in all", "stream": "handing 
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declares `trace`."""
     parser = subparsers.add_parser(
         "trace", help="where the time of a request or of an engine went", allow_abbrev=False
     )
     parser.add_argument(
         "id", help="a request's X-Request-Id or the id in its answer (chatcmpl-…), or a file of --trace-steps"
     )
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server [http://127.0.0.1:8000]")
-    parser.add_argument(
-        "--api-key", default=None, help="its key (better: RVLLM_API_KEY, which other users do not see)"
-    )
+    add_server(parser)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -256,6 +256,5 @@ class Grammars:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
     def close(self) -> None:
-        """Ends the threads."""
         for pool in (self._pool, self._beside_pool):
             pool.shutdown(wait=False, cancel_futures=True)

@@ -183,7 +183,8 @@ class Scheduler:
             shared = self._blocks_if_fits(seq)
             if shared is None:
                 return
-            if plan and ON_HOST in shared and self._moving() > MOVE_SECONDS:
+            moving = self.blocks.moving * self.limits.block_move_seconds  # seconds that this step waits for
+            if plan and ON_HOST in shared and moving > MOVE_SECONDS:
                 return
             if seq.must_wait or self._soon_shared(seq, len(shared)):
                 continue
@@ -193,10 +194,6 @@ class Scheduler:
             plan.add_prefill(seq)
             if not (self._free_slots and plan.budget):
                 return
-
-    def _moving(self) -> float:
-        """Seconds of the copies that this step waits for so far."""
-        return self.blocks.moving * self.limits.block_move_seconds
 
     def _place(self, seq: Sequence, shared: Seq[int]) -> None:
         """A waiting sequence takes a slot, the cached blocks of its prefix and new ones for the rest."""

@@ -29,7 +29,6 @@ class EngineStats:
         self._decodes: deque[tuple[int, int, float]] = deque(maxlen=RECENT_STEPS)
 
     def launched(self, step: Step) -> None:
-        """A step begins."""
         step.launched, step.launched_at = time.perf_counter(), time.time()
         tokens = step.batch.num_tokens
         self.counted.step_tokens += tokens

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from rvllm.engine.ipc.messages import Embed, Generate, Output, Ready, State, Vocabulary, embedding_of
 from rvllm.errors import EngineDeadError, RvllmError, UnavailableError, UsageError
+from rvllm.ray.fleet import HandleFleet
 from rvllm.telemetry.stats import Stats
 
 QUESTION_SECONDS = 5.0
@@ -26,28 +27,11 @@ current_session: ContextVar[str | None] = ContextVar("rvllm_session", default=No
 """The session that the HTTP request in this context belongs to."""
 
 
-class Fleet(Protocol):
-    """What crosses to replicas; `rvllm.ray.fleet` makes one of a DeploymentHandle."""
-
-    def stream(self, request: Generate | Embed, session: str | None) -> Any:
-        """An async iterator of lists of Outputs from one replica, with a `cancel` method."""
-
-    async def ask_all(self, method: str) -> list[Any]:
-        """The answers of all replicas that give one."""
-
-    def lost(self, error: BaseException) -> bool:
-        """Whether this error says that a replica is gone."""
-
-    def refusal(self, error: BaseException) -> str | None:
-        """Why no replica takes the request at the moment, if that is what this error says."""
-
-
 class ReplicatedEngine:
     """Implements `rvllm.api.generate.generation.Engine`."""
 
-    def __init__(self, fleet: Fleet, ready: Ready, replays: int) -> None:
+    def __init__(self, fleet: HandleFleet, ready: Ready, replays: int) -> None:
         self.ready = ready
-        self.replayed = 0  # requests that began anew
         self._fleet, self._replays = fleet, replays
         self._running = True
         self._looking = asyncio.ensure_future(self._look())
@@ -121,7 +105,6 @@ class ReplicatedEngine:
             finally:
                 if not finished:
                     stream.cancel()
-            self.replayed += 1
         raise EngineDeadError("the replica that answered was lost, and so was each that took over")
 
     def _refuse_unless_lost(self, error: Exception) -> None:

@@ -8,8 +8,6 @@ from rvllm.engine.ipc.messages import Embed, Generate, Ready
 
 
 class HandleFleet:
-    """Implements `rvllm.ray.client.Fleet`."""
-
     def __init__(self, handle: Any) -> None:
         self._handle = handle
         self._streams = handle.options(method_name="generate", stream=True)
@@ -20,7 +18,7 @@ class HandleFleet:
         return found
 
     def stream(self, request: Generate | Embed, session: str | None) -> Any:
-        """A DeploymentResponseGenerator."""
+        """An async iterator of lists of Outputs from one replica, with a `cancel` method."""
         return self._streams.remote(request, session=session)
 
     async def ask_all(self, method: str) -> list[Any]:

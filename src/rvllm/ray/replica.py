@@ -84,11 +84,9 @@ class EngineReplica:
         self._engine.set_vocabulary(await asyncio.to_thread(vocabulary))
 
     async def stats(self) -> Stats:
-        """The engine's figures."""
         return await self._engine.stats()
 
     async def state(self) -> State:
-        """What the engine is doing."""
         return await self._engine.state()
 
     async def pids(self) -> tuple[int, int]:

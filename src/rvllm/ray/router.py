@@ -81,5 +81,4 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
 
 
 def name_of(replica_id: ReplicaID) -> str:
-    """A replica's name."""
     return str(replica_id.unique_id)

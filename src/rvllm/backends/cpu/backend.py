@@ -63,7 +63,6 @@ class CpuBackend(LoadedModel):
         return run.buffers["logits"]
 
     def collect(self, handle: StepResult) -> StepResult:
-        """The result of a launched step."""
         return handle
 
     def decode_floor(self, seqs: int, context: int) -> float:
@@ -144,7 +143,6 @@ class CpuEncoder(LoadedModel):
         return self._forward(batch).buffers["embeddings"]
 
     def embed_tokens(self, batch: StepBatch) -> list[F32]:
-        """See `Encoder.embed_tokens`."""
         head, rows = classifier(self._model.program), self._forward(batch).buffers[ROWS]
         if head is not None:
             rows = classify_tokens(head, rows, self._model.weights)

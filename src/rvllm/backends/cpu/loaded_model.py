@@ -63,16 +63,13 @@ class LoadedModel:
 
     @property
     def name(self) -> str:
-        """`cpu`."""
         return "cpu"
 
     @property
     def limits(self) -> Limits:
-        """Capacities, fixed for the backend's life."""
         return self._plan.limits
 
     def ledger(self) -> list[LedgerLine]:
-        """What the plan takes: weights, workspace, KV blocks, rope tables, recurrent states."""
         return self._plan.lines
 
     def _execute(self, run: Run) -> None:

@@ -86,5 +86,4 @@ class Pools:
             drop_pages(array)
 
     def clear(self) -> None:
-        """Lets go of both pools."""
         self._device, self._host, self._states = [], [], []

@@ -24,7 +24,6 @@ class Slots:
         self.given: dict[int, NDArray[np.int32]] = {}
 
     def drew(self, slot: int, token: int) -> None:
-        """Records the token a slot has drawn."""
         self.last[slot] = token
         self.histories[slot].append(token)
 

@@ -98,6 +98,5 @@ class Workers:
             raise job.failure
 
     def close(self) -> None:
-        """Ends the threads."""
         for inbox in self._inboxes:
             inbox.put(None)

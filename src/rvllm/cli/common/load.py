@@ -37,7 +37,6 @@ REFUSED = {
 
 
 def add_load(parser: argparse.ArgumentParser) -> None:
-    """Declares them."""
     add = parser.add_argument
     add("--backend", default="openai", help="openai (or vllm), openai-chat: which endpoint [openai]")
     add("--base-url", help="the server's address, instead of --host and --port")
@@ -207,7 +206,6 @@ def served_model(args: argparse.Namespace, base: str, key: str | None) -> str:
 
 
 def body_of(args: argparse.Namespace, model: str, one: Asked) -> dict[str, Any]:
-    """The body of a request."""
     body: dict[str, Any] = {"model": args.served_model_name or model, "max_tokens": one.output_len,
                             "stream": True, "stream_options": {"include_usage": True}}  # fmt: skip
     chat = args.backend == "openai-chat"

@@ -61,6 +61,5 @@ class LocalTalker:
                     return
 
     def close(self) -> None:
-        """Ends the engine process."""
         self._runner.run(self._engine.close())
         self._runner.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ def shapes(op: Op, shape: StepShape) -> str:
 
 
 def weight_shapes(op: Op) -> str:
-    """The shapes of an op's weights."""
     return " ".join("[" + ", ".join(map(str, w.shape)) + "]" for w in op.weights)
 
 
@@ -60,7 +60,6 @@ class PlannedStep:
     packed: Mapping[str, int]
 
     def cost(self, op: Op) -> Cost:
-        """Bytes and operations of an op."""
         from rvllm.program.cost import op_cost
 
         return op_cost(self.program, op, self.shape, self.packed)
@@ -131,15 +130,9 @@ def _table(columns: list[str], rows: list[Row], floors: bool, kernels: bool) -> 
 
 def folded(rows: list[Row]) -> list[tuple[int, int, list[Row]]]:
     """(first layer, last layer, rows of the first) of each run of layers alike; -1 for ops of no layer."""
-    groups: list[tuple[int, list[Row]]] = []
-    for row in rows:
-        layer = _layer_of(row["op"])
-        if groups and groups[-1][0] == layer:
-            groups[-1][1].append(row)
-        else:
-            groups.append((layer, [row]))
     runs: list[tuple[int, int, list[Row]]] = []
-    for layer, group in groups:
+    for layer, of_layer in groupby(rows, key=lambda row: _layer_of(row["op"])):
+        group = list(of_layer)
         if runs and layer >= 0 and runs[-1][1] == layer - 1 and _alike(runs[-1][2], group):
             first, _, kept = runs.pop()
             runs.append((first, layer, kept))

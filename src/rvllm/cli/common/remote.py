@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import json
 from collections.abc import Callable, Iterator
@@ -25,6 +26,14 @@ def connector(url: str, timeout: float) -> tuple[Callable[[], http.client.HTTPCo
         raise UsageError(f"--url: {url!r} has no valid port") from None
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     return partial(kind, parts.hostname, port, timeout=timeout), parts.path.rstrip("/").removesuffix("/v1")
+
+
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """Which server a command asks."""
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server [http://127.0.0.1:8000]")
+    parser.add_argument(
+        "--api-key", default=None, help="its key (better: RVLLM_API_KEY, which other users do not see)"
+    )
 
 
 @contextmanager

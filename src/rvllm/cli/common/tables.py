@@ -9,20 +9,21 @@ from collections.abc import Sequence
 
 def human_bytes(count: float) -> str:
     """1536000 → `1.54 MB` (powers of ten)."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 1000 or unit == "TB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
+    return f"{count:.0f} B" if abs(count) < 1000 else _scaled(count, ("B", "kB", "MB", "GB", "TB"))
 
 
 def human_flops(count: float) -> str:
     """2_500_000 → `2.5 M`."""
-    for unit in ("", "k", "M", "G", "T", "P"):
-        if abs(count) < 1000 or unit == "P":
-            return f"{count:.3g} {unit}".strip()
+    return _scaled(count, ("", "k", "M", "G", "T", "P")).strip()
+
+
+def _scaled(count: float, units: Sequence[str]) -> str:
+    *smaller, largest = units
+    for unit in smaller:
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}"
         count /= 1000
-    raise AssertionError("unreachable")
+    return f"{count:.3g} {largest}"
 
 
 def human_seconds(seconds: float) -> str:

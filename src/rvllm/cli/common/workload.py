@@ -93,7 +93,6 @@ def of_server(args: argparse.Namespace, base: str, key: str | None) -> Words:
 
 
 def of_tokenizer(tokenizer: Any) -> Words:
-    """Tokens by a tokenizer of ours."""
 
     def chat(text: str) -> str | list[int]:
         found: list[int] = tokenizer.apply_chat_template(

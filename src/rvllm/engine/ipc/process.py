@@ -70,7 +70,6 @@ class ZmqLink:
                 return messages
 
     def send(self, message: FromEngine) -> None:
-        """Sends a message."""
         self._socket.send(self._encode(message))
 
     def close(self) -> None:

@@ -140,13 +140,12 @@ class ModelSwitch:
 
 
 class SwitchedEngine:
-    """One of a ModelSwitch's engines, for whoever sends it requests: a request makes it its turn."""
+    """One of a ModelSwitch's engines, as `EngineClient` has it: a request makes it its turn."""
 
     def __init__(self, switch: ModelSwitch, index: int) -> None:
         self._switch, self._index, self._client = switch, index, switch.engines[index]
 
     async def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
-        """As `EngineClient.generate`."""
         async with (
             self._switch.admitted(self._index),
             aclosing(self._client.generate(request)) as outputs,
@@ -155,12 +154,10 @@ class SwitchedEngine:
                 yield output
 
     async def embed(self, request: Embed) -> NDArray[np.float32]:
-        """As `EngineClient.embed`."""
         async with self._switch.admitted(self._index):
             return await self._client.embed(request)
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """As `EngineClient.set_vocabulary`."""
         self._client.set_vocabulary(vocabulary)
 
     async def stats(self) -> Stats:
@@ -171,12 +168,10 @@ class SwitchedEngine:
         return stats
 
     async def state(self) -> State:
-        """As `EngineClient.state`."""
         return await self._client.state()
 
     @property
     def alive(self) -> bool:
-        """Whether the engine takes requests."""
         return self._client.alive
 
     @property
@@ -186,7 +181,6 @@ class SwitchedEngine:
 
     @property
     def sleep_level(self) -> int:
-        """0: awake."""
         return self._client.sleep_level
 
     async def sleep(self, level: int, keep_kv: bool = False) -> float:

@@ -27,7 +27,6 @@ RESULTS = ("logits", "embeddings")  # buffers that outlive the run
 
 
 def embed(op: program_ops.Embed, run: Run) -> None:
-    """See ops.embed."""
     run[op.out] = ops.embed(run.step.tokens, run.model.weights[op.table.name], op.scale)
 
 
@@ -113,7 +112,6 @@ def activate(op: program_ops.Activate | program_ops.GatedActivation, run: Run) -
 
 
 def add(op: program_ops.Add, run: Run) -> None:
-    """See ops.add."""
     run[op.x] = ops.add(run[op.x], run[op.y], op.scale)
 
 

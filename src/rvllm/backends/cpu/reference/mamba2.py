@@ -130,7 +130,6 @@ class Chunks:
 
     @staticmethod
     def of(step: Step) -> Chunks:
-        """The chunks of a step."""
         offsets = step.starts % CHUNK
         ends = offsets + step.query_lens
         counts = -(-ends // CHUNK)
@@ -218,7 +217,6 @@ class Windows:
 
     @staticmethod
     def of(step: Step, before: int) -> Windows:
-        """The windows of a step."""
         firsts = step.first_rows + before * np.arange(len(step.first_rows))
         sequence = np.repeat(np.arange(len(firsts)), step.query_lens)
         return Windows(

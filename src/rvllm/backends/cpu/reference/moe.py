@@ -117,7 +117,6 @@ def route_op(op: program_ops.Route, run: Run) -> None:
 
 
 def experts_op(op: program_ops.Experts, run: Run) -> None:
-    """See run_experts."""
     weights = run.model.weights
     run[op.out] = run_experts(
         run[op.x], run.buffers[op.ids.name], run[op.shares], weights[op.up.name], weights[op.down.name],
@@ -126,7 +125,6 @@ def experts_op(op: program_ops.Experts, run: Run) -> None:
 
 
 def clamped_gate_op(op: program_ops.ClampedGate, run: Run) -> None:
-    """See clamped_gate."""
     run[op.out] = clamped_gate(run[op.x], op.limit, op.alpha)
 
 

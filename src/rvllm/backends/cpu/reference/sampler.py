@@ -53,7 +53,6 @@ class History:
         return out
 
     def append(self, token: int) -> None:
-        """Records a drawn token."""
         self.generated += 1
         if self.seen is not None:
             self.seen[token] = True

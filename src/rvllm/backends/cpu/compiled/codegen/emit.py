@@ -67,7 +67,6 @@ class Value:
 
     @property
     def type(self) -> Any:
-        """Its LLVM type."""
         return self.raw.type
 
     @property
@@ -101,11 +100,9 @@ class Var:
         self.set(start)
 
     def get(self) -> Value:
-        """Its value now."""
         return Value(self.kernel, self.kernel.builder.load(self.slot, typ=self.type))
 
     def set(self, value: Value) -> None:
-        """Gives it another value."""
         self.kernel.builder.store(value.raw, self.slot)
 
 
@@ -215,7 +212,6 @@ class Kernel:
                 second()
 
     def var(self, start: Value) -> Var:
-        """A new variable."""
         return Var(self, start)
 
     @contextmanager
@@ -254,7 +250,6 @@ class Kernel:
         return self.select(a < b, a, b)
 
     def sqrt(self, a: Value) -> Value:
-        """Its square root."""
         return self.call(f"llvm.sqrt.{_suffix(a.type)}", a.type, a)
 
     def select(self, condition: Value, yes: Value, no: Value) -> Value:
