@@ -63,7 +63,7 @@ def given_settings(config: Any) -> dict[str, str]:
     for f, known in settings_of(type(config)):
         value = getattr(config, f.name)
         if value != f.default:
-            changed[flag_of(f.name)] = "..." if known.secret else _shown(value)
+            changed[flag_of(f.name)] = "..." if known.secret else shown(value)
     return changed
 
 
@@ -119,7 +119,7 @@ def parse_value(cls: type, name: str, text: str) -> Any:
         raise UsageError(f"{name}: expected {kind}, got {text!r}") from None
 
 
-def check_value(name: str, known: Setting, value: Any, origin: str) -> None:
+def check_value(known: Setting, value: Any, origin: str) -> None:
     """Raises UsageError when a value is out of range or not one of the choices."""
     if value is None:
         return
@@ -148,7 +148,7 @@ def add_settings(group: Any, cls: type, skip: Sequence[str] = ()) -> None:
             continue
         names = [flag_of(f.name)] + ([known.short] if known.short else [])
         base, _ = _base_type(cls, f.name)
-        text = known.help.replace("%", "%%") + ("" if f.default is None else f" [{_shown(f.default)}]")
+        text = known.help.replace("%", "%%") + ("" if f.default is None else f" [{shown(f.default)}]")
         if base is bool:
             group.add_argument(
                 *names, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=text
@@ -172,9 +172,9 @@ def build(cls: type[ConfigT], given: Mapping[str, Any], environ: Mapping[str, st
     values: dict[str, Any] = {}
     for f, known in settings_of(cls):
         value, origin = given.get(f.name), flag_of(f.name)
-        if value is None and (environ.get(env_of(f.name, known)) or _set(environ, f.name, known)):
-            origin = env_of(f.name, known)
-            value = environ[origin]
+        env = env_of(f.name, known)  # of a secret also when set to nothing: that is no wish to go without
+        if value is None and (environ.get(env) or (known.secret and env in environ)):
+            origin, value = env, environ[env]
         if value is None and known.other_env is not None and known.other_env in environ:
             origin, value = known.other_env, environ[known.other_env]
         if value is None:
@@ -193,7 +193,7 @@ def build(cls: type[ConfigT], given: Mapping[str, Any], environ: Mapping[str, st
                 raise UsageError(f"{origin}: {str(error).partition(': ')[2]}{hint}") from None
         if known.secret and not value:
             raise UsageError(f"{origin}: must not be empty")
-        check_value(f.name, known, value, origin)
+        check_value(known, value, origin)
         if values.get(known.same_as, value) != value:
             first = f"{flag_of(known.same_as)} {values[known.same_as]}"
             raise UsageError(f"{first} and {origin} {value} are one setting: give one of them")
@@ -218,11 +218,6 @@ def _switched(known: Setting, environ: Mapping[str, str]) -> tuple[str, str] | N
     return next(iter(found.items()), None)
 
 
-def _set(environ: Mapping[str, str], name: str, known: Setting) -> bool:
-    """Whether a secret's variable is set, be it to nothing: that is no wish to go without."""
-    return known.secret and env_of(name, known) in environ
-
-
 def _lines(value: Any) -> str:
     """Several words as one text, a line for each; a JSON list of them is taken, as vLLM takes it."""
     words = [value] if isinstance(value, str) else [str(word) for word in value]
@@ -232,7 +227,8 @@ def _lines(value: Any) -> str:
     return "\n".join(words)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """`on`, `off`, or the value's text."""
     if isinstance(value, bool):
         return "on" if value else "off"
     return str(value)
@@ -246,7 +242,7 @@ def markdown_table(cls: type, flags: bool = True) -> str:
         flag = flag_of(f.name) if flags else "(none)"
         if base is bool and flags:
             flag += f" / --no-{f.name.replace('_', '-')}"
-        default = "(derived)" if f.default is None else _shown(f.default)
+        default = "(derived)" if f.default is None else shown(f.default)
         choices = f" One of: {', '.join(known.choices)}." if known.choices else ""
         lines.append(f"| `{flag}` | `{env_of(f.name, known)}` | {default} | {known.help}{choices} |")
     return "\n".join(lines)

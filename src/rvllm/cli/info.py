@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rvllm.cli.common.models import read
 from rvllm.config import EngineConfig, ServerConfig, SourceConfig
 from rvllm.errors import RvllmError
-from rvllm.settings import add_flags, build, env_of, flag_of, settings_of
+from rvllm.settings import add_flags, build, env_of, flag_of, settings_of, shown
 from rvllm.version import __version__
 
 if TYPE_CHECKING:
@@ -134,15 +134,9 @@ def settings(cls: type, given: dict[str, Any]) -> Section:
             origin = env_of(f.name, known)
         else:
             origin = "default"
-        shown = "(set)" if known.secret and value is not None else _shown(value)
-        rows.append((f.name, f"{shown}  ({origin})"))
+        text = "derived" if value is None else "(set)" if known.secret else shown(value)
+        rows.append((f.name, f"{text}  ({origin})"))
     return rows
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return "derived" if value is None else str(value)
 
 
 @dataclass(frozen=True)

@@ -90,10 +90,6 @@ def _own_target() -> str:
     return target_of(Device().facts().capability) if device_count() else "sm_90a"
 
 
-def _capability(target: str) -> int:
-    return int(re.sub(r"\D", "", target))
-
-
 def _matching(pattern: str) -> list[KernelSpec]:
     from rvllm.kernels.manifest import MANIFEST
 
@@ -104,7 +100,8 @@ def _matching(pattern: str) -> list[KernelSpec]:
 
 
 def _for_target(specs: list[KernelSpec], target: str) -> list[KernelSpec]:
-    return [spec for spec in specs if spec.runs_on(_capability(target))]
+    capability = int(re.sub(r"\D", "", target))
+    return [spec for spec in specs if spec.runs_on(capability)]
 
 
 def _possible(units: list[Unit], folder: Path, released: bool) -> list[Unit]:

@@ -43,10 +43,6 @@ class _Results:
     writes: tuple[Buffer, ...] = ()
 
 
-def _results(buffers: dict[str, Buffer]) -> _Results:
-    return _Results(tuple(buffers[name] for name in RESULTS if name in buffers))
-
-
 class NativeStep:
     """Runs a program's steps. Stages are `Compiled` lists and single ops left to the interpreter."""
 
@@ -78,7 +74,8 @@ class NativeStep:
         rows = {"tokens": tokens, "samples": samples}
         compiled = [op for op in self._program.ops if op.name in self._kernels.supported]
         touched = {b.name: b for op in compiled for b in (*op.reads, *op.writes)}
-        workspace = plan_workspace([*self._program.ops, _results(touched)], tokens, samples)
+        results = _Results(tuple(touched[name] for name in RESULTS if name in touched))
+        workspace = plan_workspace([*self._program.ops, results], tokens, samples)
         self.memory = np.zeros(workspace.nbytes, np.uint8)  # nothing is taken before it is written
         self.buffers = {}
         for name, buffer in touched.items():

@@ -203,7 +203,7 @@ class Kernel:
         with self.builder.if_then(condition.raw):
             yield
 
-    def either(self, condition: Value, first: Callable[[], None], second: Callable[[], None]) -> None:
+    def either(self, condition: Value, first: Callable[[], object], second: Callable[[], object]) -> None:
         """first() if condition else second()."""
         with self.builder.if_else(condition.raw) as (then, otherwise):
             with then:

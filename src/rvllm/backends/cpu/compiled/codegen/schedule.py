@@ -47,14 +47,9 @@ def _wait(k: Kernel, active: Value) -> None:
     b.cbranch(b.icmp_signed("!=", now, ir.Constant(I64, 0)), body, after)
     b.position_at_end(body)
     turns.set(turns.get() + 1)
-    k.either(turns.get() > SPINS, lambda: _yield(k), lambda: _pause(k))
+    k.either(turns.get() > SPINS, lambda: k.call("sched_yield", ir.IntType(32)), lambda: _pause(k))
     b.branch(head)
     b.position_at_end(after)
-
-
-def _yield(k: Kernel) -> None:
-    """Offers the processor to others."""
-    k.call("sched_yield", ir.IntType(32))
 
 
 def _pause(k: Kernel) -> None:
