@@ -141,6 +141,21 @@ def test_a_wrong_url_is_a_line_and_not_a_victory(url: str, capsys: pytest.Captur
     assert "the gate has no figures" in capsys.readouterr().err
 
 
+def test_a_race_that_is_cut_short_leaves_its_whole_turns(
+    urls: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def say(text: str) -> None:
+        if text.startswith("turn 2"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("rvllm.cli.race._say", say)
+    race = ["race", "--subject", f"new={urls['fast']}", "--ways", "http", "--out", str(tmp_path / "r")]
+    assert main([*race, *WORK]) == 130
+    found = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert found["turns"] == 1 and len(found["engines"][0]["http"]["2"]["tokens_per_s"]) == 1
+    assert "Engines in turns (1)" in (tmp_path / "r" / "report.md").read_text()
+
+
 def test_a_server_that_hangs_fails_its_requests(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

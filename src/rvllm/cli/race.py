@@ -87,12 +87,16 @@ def main(args: argparse.Namespace) -> int:
     if args.out:
         make_folder(Path(args.out))
     about = _about(args, plan)
+
+    def keep(turns: int, entries: list[Entry]) -> None:
+        """What was measured until now: a race of hours may be cut short."""
+        about.update(turns=turns, load_after=round(os.getloadavg()[0], 2))
+        if args.out:
+            write(Path(args.out), about, entries)
+
     with _sigterm_unwinds():
-        entries = race(plan, engines, _say, _after(args, bounds) if bounds else None)
-    about["load_after"] = round(os.getloadavg()[0], 2)
+        entries = race(plan, engines, _say, _after(args, bounds) if bounds else None, keep)
     print(markdown(about, entries, []), end="")
-    if args.out:
-        write(Path(args.out), about, entries)
     if limits:
         checks, code = judge_all([f for other in entries[1:] for f in figures(entries, other)], limits)
         print("\n" + page(checks, code))

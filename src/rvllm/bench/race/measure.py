@@ -75,13 +75,16 @@ class Entry:
 
 
 After = Callable[[Entry, Engine, Server, Plan], None]
+Keep = Callable[[int, list[Entry]], None]
 
 
-def race(plan: Plan, engines: Sequence[Engine], say: Say, after: After | None = None) -> list[Entry]:
+def race(
+    plan: Plan, engines: Sequence[Engine], say: Say, after: After | None = None, keep: Keep | None = None
+) -> list[Entry]:
     """Measures all engines; their order turns round from one turn to the next.
 
-    after: called with each engine's running server in the last turn. An engine that cannot be measured has
-    the reason in `absent`.
+    after: called with each engine's running server in the last turn. keep: called with what there is after
+    every turn, and their number. An engine that cannot be measured has the reason in `absent`.
     """
     entries = {engine.name: _entry(engine) for engine in engines}
     for turn in range(plan.turns):
@@ -99,6 +102,8 @@ def race(plan: Plan, engines: Sequence[Engine], say: Say, after: After | None = 
                 except RvllmError as error:
                     entry.absent[way] = str(error)
                     say(str(error))
+        if keep is not None:
+            keep(turn + 1, list(entries.values()))
     return list(entries.values())
 
 
