@@ -83,14 +83,14 @@ def test_bad_words_are_not_written(model: Path) -> None:
 def test_words_become_tokens_as_vllm_makes_them() -> None:
     tokenizer = tiny.byte_level()
     encode = tokenizer.encode
-    assert bad_word_tokens(["hello"], tokenizer) == [
+    assert bad_word_tokens(tokenizer, ["hello"]) == [
         encode(t) for t in ("hello", " hello") if len(encode(t)) == len(encode("hello"))
     ]
-    assert bad_word_tokens([" world"], tokenizer)[0] == encode("world")
+    assert bad_word_tokens(tokenizer, [" world"])[0] == encode("world")
     with pytest.raises(UsageError, match="bad_words needs a tokenizer"):
-        bad_word_tokens(["a"], None)
+        bad_word_tokens(None, ["a"])
     with pytest.raises(UsageError, match="at most 256 texts"):
-        bad_word_tokens(["a"] * 257, tokenizer)
+        bad_word_tokens(tokenizer, ["a"] * 257)
 
 
 def test_all_logprobs(model: Path) -> None:

@@ -158,9 +158,6 @@ def test_token_ids_and_dtype() -> None:
     assert config().eos_token_ids == ()
     with pytest.raises(ModelError, match="eos_token_id"):
         token_ids(config(eos_token_id=["a"]), "eos_token_id")
-    assert config(torch_dtype="bfloat16").checkpoint_dtype is DType.BF16
-    assert config(dtype="float16").checkpoint_dtype is DType.F16
-    assert config(dtype="int3").checkpoint_dtype is None
 
 
 def test_every_rope_in_a_program_is_one_object_in_the_tables() -> None:

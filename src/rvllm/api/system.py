@@ -13,6 +13,7 @@ from rvllm.api.schemas.requests import DetokenizeRequest, TokenizeRequest
 from rvllm.errors import RvllmError, UsageError
 from rvllm.telemetry.metrics import CONTENT_TYPE, metrics_page
 from rvllm.telemetry.stats import Stats
+from rvllm.text.tokenizers.tokenizer import Tokenizer
 from rvllm.text.worker import tasks
 from rvllm.version import __version__
 from rvllm.vllm.flags import check_wake_up_tags
@@ -99,7 +100,7 @@ async def detokenize(service: Service, exchange: Exchange, request: DetokenizeRe
     if len(request.tokens) > MAX_CHARS:
         raise ApiError(413, f"tokens: at most {MAX_CHARS} are taken at once", param="tokens")
     service.ready.facts.check_tokens("tokens", request.tokens)
-    text = await service.work.run(tasks.decode, "tokens", len(request.tokens), request.tokens)
+    text = await service.work.run(Tokenizer.decode, "tokens", len(request.tokens), request.tokens)
     await exchange.json(Text(text))
 
 

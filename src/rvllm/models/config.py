@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from rvllm.errors import ModelError
-from rvllm.program.dtypes import DType
 
 # The reader's methods are named after the types they read; these keep the types reachable in signatures.
 Int: TypeAlias = int
@@ -136,17 +135,6 @@ class ModelConfig:
     def eos_token_ids(self) -> tuple[Int, ...]:
         """eos_token_id as a tuple, whether it is absent, a number or a list."""
         return token_ids(self, "eos_token_id")
-
-    @property
-    def checkpoint_dtype(self) -> DType | None:
-        """The element type the config says its weights have (torch_dtype, or dtype in Transformers 5)."""
-        text = self.opt_str("dtype") or self.opt_str("torch_dtype")
-        if text is None:
-            return None
-        try:
-            return DType.parse(text)
-        except ValueError:
-            return None
 
 
 def token_ids(config: ModelConfig, name: str) -> tuple[int, ...]:

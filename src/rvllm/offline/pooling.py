@@ -242,7 +242,7 @@ class Pooling:
         for first, second in zip(firsts * (len(seconds) if len(firsts) == 1 else 1), seconds, strict=True):
             if not isinstance(first, str) or not isinstance(second, str):
                 raise UsageError("a cross-encoder scores pairs of texts, not of token ids")
-            ids, begin = pair_tokens((first, second), self._tokenizer, facts, asked.length(params))
+            ids, begin = pair_tokens(self._tokenizer, (first, second), facts, asked.length(params))
             texts.append(Embed(self._next_name(), ids, second=begin))
         numbers = self._run_texts(texts, asked.show)
         return [

@@ -51,15 +51,12 @@ class Workspace:
 
 def lifetimes(stages: Iterable[Stage]) -> list[Lifetime]:
     """The lifetime of every buffer that some stage touches, in order of first use."""
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
-    by_name: dict[str, Buffer] = {}
+    found: dict[str, Lifetime] = {}
     for index, stage in enumerate(stages):
         for buffer in (*stage.reads, *stage.writes):
-            by_name[buffer.name] = buffer
-            first.setdefault(buffer.name, index)
-            last[buffer.name] = index
-    return [Lifetime(by_name[name], first[name], last[name]) for name in first]
+            first = found[buffer.name].first if buffer.name in found else index
+            found[buffer.name] = Lifetime(buffer, first, index)
+    return list(found.values())
 
 
 def plan_workspace(stages: Sequence[Stage], tokens: int, samples: int) -> Workspace:

@@ -97,11 +97,7 @@ def text_tokens(
     vocabulary.
     """
     facts.check_pools()
-    limit = facts.max_model_len
-    if truncate is not None:
-        if truncate != -1 and not 1 <= truncate <= limit:
-            raise UsageError(f"truncate_prompt_tokens must be -1 or in [1, {limit}], got {truncate}")
-        limit = limit if truncate == -1 else truncate
+    limit = text_limit(facts, truncate)
     prompt = _prompted(prompt, facts, prompt_name)
     text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
     given_ids = isinstance(prompt, Mapping) and prompt.get("prompt_token_ids") is not None
@@ -115,6 +111,16 @@ def text_tokens(
             ids = ids[:limit]
     facts.check_text(ids)
     return (text if isinstance(text, str) else None), ids
+
+
+def text_limit(facts: ModelFacts, truncate: int | None) -> int:
+    """How many tokens a text may have, or is truncated to. Raises UsageError."""
+    limit = facts.max_model_len
+    if truncate in (None, -1):
+        return limit
+    if not 1 <= truncate <= limit:
+        raise UsageError(f"truncate_prompt_tokens must be -1 or in [1, {limit}], got {truncate}")
+    return truncate
 
 
 def _prompted(prompt: Prompt, facts: ModelFacts, name: str | None) -> Prompt:

@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 
 from rvllm.engine.ipc.messages import ModelFacts
 from rvllm.errors import UsageError
-from rvllm.text.embedding import MAX_CHARS, PooledRequestOutput, PoolingParams, shorten, text_tokens
+from rvllm.text.embedding import (
+    MAX_CHARS,
+    PooledRequestOutput,
+    PoolingParams,
+    shorten,
+    text_limit,
+    text_tokens,
+)
 from rvllm.text.tokenizers.tokenizer import Tokenizer
 
 F32 = NDArray[np.float32]
@@ -134,7 +141,7 @@ def gives_scores(facts: ModelFacts) -> bool:
 
 
 def pair_tokens(
-    pair: Sequence[str], tokenizer: Tokenizer | None, facts: ModelFacts, truncate: int | None = None
+    tokenizer: Tokenizer | None, pair: Sequence[str], facts: ModelFacts, truncate: int | None = None
 ) -> tuple[list[int], int | None]:
     """(token ids, index of the second text's first token or None) of a pair for a cross-encoder.
 
@@ -146,11 +153,7 @@ def pair_tokens(
         raise UsageError("pairs of texts need a tokenizer: the model was loaded with skip_tokenizer_init")
     if facts.joins_pairs:
         return text_tokens(first + second, tokenizer, facts, truncate)[1], None
-    limit = facts.max_model_len
-    if truncate is not None and truncate != -1:
-        if not 1 <= truncate <= limit:
-            raise UsageError(f"truncate_prompt_tokens must be -1 or in [1, {limit}], got {truncate}")
-        limit = truncate
+    limit = text_limit(facts, truncate)
     if max(len(first), len(second)) > MAX_CHARS:
         if truncate is None:
             raise facts.text_too_long(f"{len(first) + len(second)} characters")

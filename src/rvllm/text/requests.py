@@ -135,7 +135,7 @@ def _whole(value: Any) -> int | None:
     return int(value.__index__())
 
 
-def bad_word_tokens(words: Sequence[str], tokenizer: Tokenizer | None) -> list[list[int]]:
+def bad_word_tokens(tokenizer: Tokenizer | None, words: Sequence[str]) -> list[list[int]]:
     """The token sequences of words, as vLLM has them: alone, and behind a space where that is one more word.
 
     Raises UsageError without a tokenizer, or for more or longer words than a request may have.
@@ -200,7 +200,7 @@ def to_sampling(
     allowed = _in_vocabulary("allowed_token_ids", list(params.allowed_token_ids or ()), facts)
     words = params.bad_word_ids
     if words is None:
-        words = bad_word_tokens(params.bad_words or (), tokenizer)
+        words = bad_word_tokens(tokenizer, params.bad_words or ())
     bad = tuple(dict.fromkeys(map(tuple, words)))
     if allowed and set(allowed) <= {word[0] for word in bad if len(word) == 1}:
         raise UsageError("allowed_token_ids must not all be bad_words")

@@ -24,7 +24,7 @@ from rvllm.text.chat.reasoning import reasoning_format
 from rvllm.text.chat.template import template_traits
 from rvllm.text.grammar.grammar import vocabulary_of
 from rvllm.text.processor import Choice
-from rvllm.text.requests import RequestMaker
+from rvllm.text.requests import RequestMaker, bad_word_tokens
 from rvllm.text.tokenizers.tokenizer import Tokenizer
 from rvllm.text.tools.choose import tool_format
 from rvllm.text.worker import tasks
@@ -189,7 +189,7 @@ class Service:
         if params.bad_words and self._tokenizer is not None:
             params.validate()
             size = sum(map(len, params.bad_words))
-            found = await self.work.run(tasks.bad_words, "bad_words", size, params.bad_words)
+            found = await self.work.run(bad_word_tokens, "bad_words", size, params.bad_words)
             params.bad_word_ids = found
 
     async def encode_prompt(self, text: str, add_special_tokens: bool, param: str) -> list[int]:

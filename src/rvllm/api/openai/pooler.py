@@ -86,9 +86,9 @@ class Pooler:
         try:
             if isinstance(text, tuple):
                 if not service.has_tokenizer:
-                    return pair_tokens(text, None, facts, self._truncate)
+                    return pair_tokens(None, text, facts, self._truncate)
                 size = len(text[0]) + len(text[1])
-                return await work.run(tasks.pair_of_texts, self._param, size, text, facts, self._truncate)
+                return await work.run(pair_tokens, self._param, size, text, facts, self._truncate)
             options = facts, self._truncate, self._prompt_name
             if isinstance(text, str) and service.has_tokenizer:
                 ids = await work.run(tasks.embedding_tokens, self._param, len(text), text, *options)

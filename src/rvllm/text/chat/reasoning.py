@@ -97,16 +97,14 @@ class ReasoningSplitter:
     def feed(self, text: str, final: bool = False) -> tuple[str, str]:
         """(thoughts, words) that this piece of text completes. final: no more text comes."""
         self._held += text
-        thoughts: list[str] = []
-        words: list[str] = []
+        thoughts = words = ""
         if self._state == "start":
             self._start(final)
         if self._state == "thoughts":
-            thoughts.append(self._thoughts(final))
+            thoughts = self._thoughts(final)
         if self._state == "words" and self._held:
-            words.append(self._trimmed(self._held) if self._lead else self._held)
-            self._held = ""
-        return "".join(thoughts), "".join(words)
+            words, self._held = self._trimmed(self._held), ""
+        return thoughts, words
 
     def _start(self, final: bool) -> None:
         bare = self._held.lstrip()

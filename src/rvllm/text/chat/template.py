@@ -60,11 +60,6 @@ def render_chat(
     return _cut_at_mark(text, final) if continue_final_message else text
 
 
-def check_template(template: str) -> None:
-    """Raises UsageError when a template does not compile."""
-    _compile(template)
-
-
 def template_traits(template: str) -> TemplateTraits:
     """What a template makes of messages. Raises UsageError when it does not compile."""
     return _compile(template)[1]

@@ -72,44 +72,32 @@ def grammar_of(params: StructuredOutputsParams | None) -> str | None:
     elif name == "grammar":
         check_rules(text, name)
     make = _grammar if len(text) <= KEPT_LENGTH else _grammar.__wrapped__
-    return make(name, text, _Spaces.of(params))
+    spacing = None if params.disable_any_whitespace else params.whitespace_pattern or WHITESPACE
+    return make(name, text, spacing)
 
 
-@dataclass(frozen=True)
-class _Spaces:
-    """How JSON may be spaced: a pattern, or not at all with None."""
-
-    pattern: str | None
-
-    @staticmethod
-    def of(params: StructuredOutputsParams) -> _Spaces:
-        if params.disable_any_whitespace:
-            return _Spaces(None)
-        return _Spaces(params.whitespace_pattern or WHITESPACE)
-
-    def options(self) -> dict[str, Any]:
-        """As llguidance's JSON compiler takes it."""
-        if self.pattern is None:
-            return {"whitespace_flexible": False}
-        return {"whitespace_pattern": self.pattern}
+def _json_options(spacing: str | None) -> dict[str, Any]:
+    """How JSON may be spaced, by a pattern or (None) not at all, as llguidance's JSON compiler takes it."""
+    return {"whitespace_flexible": False} if spacing is None else {"whitespace_pattern": spacing}
 
 
 @lru_cache(maxsize=256)
-def _grammar(name: str, text: str, spaces: _Spaces) -> str:
+def _grammar(name: str, text: str, spacing: str | None) -> str:
     from llguidance import LLMatcher
 
+    options = _json_options(spacing)
     try:
         if name == "json":
             text = "{}" if text == "true" else _tidied(text)
-            found = LLMatcher.grammar_from_json_schema(text, overrides=spaces.options())  # type: ignore[arg-type]
+            found = LLMatcher.grammar_from_json_schema(text, overrides=options)  # type: ignore[arg-type]
         elif name == "json_object":
-            found = LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=spaces.options())  # type: ignore[arg-type]
+            found = LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=options)  # type: ignore[arg-type]
         elif name == "regex":
             found = LLMatcher.grammar_from_regex(text)
         elif name == "choice":
             found = _choice(text)
         elif name == "structural_tag":
-            found = structural_tags(text, spaces.pattern)
+            found = structural_tags(text, spacing)
         else:
             found = _lark_or_gbnf(text)
     except UsageError:
@@ -199,9 +187,8 @@ def literal(text: str) -> str:
 
 def json_rule(schema: Any, spacing: str | None = WHITESPACE) -> str:
     """A schema as Lark's `%json`, spaced by `spacing` (None: not at all)."""
-    options = _Spaces(spacing).options()
     body = _tidy(schema) if isinstance(schema, dict) else {"allOf": [schema]}
-    return "%json " + json.dumps({**body, "x-guidance": options}, ensure_ascii=False)
+    return "%json " + json.dumps({**body, "x-guidance": _json_options(spacing)}, ensure_ascii=False)
 
 
 class Spelled:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rvllm.errors import ModelError
 from rvllm.text.chat.fim import GGUF_ENDS, GGUF_MARKS
-from rvllm.text.tokenizers.parts import DEFAULT_TEMPLATE, TokenizerParts, built, frame
+from rvllm.text.tokenizers.parts import DEFAULT_TEMPLATE, TokenizerParts, built, byte_level, frame, wordpiece
 from rvllm.text.tokenizers.pretokenizers import DEFAULT, PRE_TOKENIZERS, PreTokenizer
 from rvllm.text.tokenizers.spelling import byte_piece
 from rvllm.weights.gguf.end_tokens import spelled_ends
@@ -122,7 +122,7 @@ def _merges(metadata: Mapping[str, Any], origin: str) -> list[tuple[str, str]]:
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> tokenizers.Tokenizer:
     """Byte-level BPE (GPT-2's kind) with one of the known pre-tokenizers."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import models
 
     if metadata.get(KEY + "pre") is None:
         _log.warning(
@@ -139,12 +139,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> 
         lambda: models.BPE(vocab=vocab, merges=merges, ignore_merges=rule.ignore_merges),
         f"{origin}: {KEY}merges do not fit {KEY}tokens",
     )
-    backend = Tokenizer(model)
-    splits = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in rule.splits]
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
-    backend.decoder = decoders.ByteLevel()
-    return backend
+    return byte_level(model, rule.splits)
 
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> tokenizers.Tokenizer:
@@ -242,8 +237,6 @@ def _spell_spaces(backend: tokenizers.Tokenizer, metadata: Mapping[str, Any]) ->
 
 def _wordpiece(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> tokenizers.Tokenizer:
     """BERT's WordPiece. The format writes ▁ before pieces that begin a word and drops the ## of the rest."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
     types = _types(metadata, tokens)
     vocab = {}
     for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
@@ -254,16 +247,8 @@ def _wordpiece(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> t
         vocab[token] = index
     tokens[:] = sorted(vocab, key=lambda token: vocab[token])
     special = _special_tokens(metadata, tokens, origin)
-    unknown, cls, sep = special.get("unk_token", "[UNK]"), special.get("cls_token"), special.get("sep_token")
-    backend = Tokenizer(models.WordPiece(vocab, unk_token=unknown, max_input_chars_per_word=100))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    cls, sep = cls or "[CLS]", sep or "[SEP]"
-    if cls not in vocab or sep not in vocab:
-        raise ModelError(f"{origin}: {KEY}tokens hold no {cls} or no {sep}")
-    backend.post_processor = processors.BertProcessing((sep, vocab[sep]), (cls, vocab[cls]))
-    return backend
+    cls, sep = special.get("cls_token") or "[CLS]", special.get("sep_token") or "[SEP]"
+    return wordpiece(vocab, cls, sep, f"{origin}: {KEY}tokens hold", special.get("unk_token"))
 
 
 def _types(metadata: Mapping[str, Any], tokens: list[str]) -> list[int]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rvllm.errors import ModelError
-from rvllm.text.tokenizers.parts import DEFAULT_TEMPLATE, TokenizerParts, built
+from rvllm.text.tokenizers.parts import DEFAULT_TEMPLATE, TokenizerParts, built, byte_level, wordpiece
 from rvllm.text.tokenizers.pretokenizers import PRE_TOKENIZERS
+from rvllm.text.tokenizers.spelling import state_of
 
 if TYPE_CHECKING:
     import tokenizers
@@ -204,27 +205,17 @@ def _chat_templates(path: Path, config: dict[str, Any]) -> dict[str, str]:
 
 def _from_merges(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
     """Byte-level BPE from GPT-2's two files; how text is cut and normalised is the tokenizer's class'."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import models, normalizers
 
     files = str(path / "vocab.json"), str(path / "merges.txt")
-    backend = Tokenizer(built(lambda: models.BPE.from_file(*files), f"{path}: vocab.json or merges.txt"))
+    model = built(lambda: models.BPE.from_file(*files), f"{path}: vocab.json or merges.txt")
     kind = str(config.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
-    prefix = bool(config.get("add_prefix_space", False))
-    if kind == "Qwen2Tokenizer":
-        (split,) = PRE_TOKENIZERS["qwen2"].splits
+    splits = PRE_TOKENIZERS["qwen2"].splits if kind == "Qwen2Tokenizer" else ()
+    backend = byte_level(model, splits, bool(config.get("add_prefix_space", False)))
+    if kind in ("Qwen2Tokenizer", "GPTNeoXTokenizer"):
         backend.normalizer = normalizers.NFC()
-        parts = [
-            pre_tokenizers.Split(Regex(split), "isolated"),
-            pre_tokenizers.ByteLevel(prefix, use_regex=False),
-        ]
-        backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    else:
-        if kind == "GPTNeoXTokenizer":
-            backend.normalizer = normalizers.NFC()
-        elif kind not in _LIKE_GPT2:
-            _log.warning("%s: text is cut as GPT-2's is, which %s may do otherwise", path, kind)
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-    backend.decoder = decoders.ByteLevel()
+    elif kind not in _LIKE_GPT2:
+        _log.warning("%s: text is cut as GPT-2's is, which %s may do otherwise", path, kind)
     return backend
 
 
@@ -252,31 +243,18 @@ def _space_before_the_first_word(backend: tokenizers.Tokenizer, prefix: bool) ->
     from tokenizers import normalizers, pre_tokenizers
 
     spelled = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    if prefix and _state(backend.normalizer) == _state(spelled):
+    if prefix and state_of(backend.normalizer) == state_of(spelled):
         backend.normalizer = normalizers.Sequence([])
         backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
 
 
-def _state(step: Any) -> Any:
-    return json.loads(step.__getstate__()) if step is not None else None
-
-
 def _from_wordpieces(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
     """BERT's WordPiece from vocab.txt, one token a line."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
     lines = _read_text(path / "vocab.txt").splitlines()
-    vocab = {token: index for index, token in enumerate(lines)}
     cls, sep = (_text_of(config.get(n)) or d for n, d in (("cls_token", "[CLS]"), ("sep_token", "[SEP]")))
-    if cls not in vocab or sep not in vocab:
-        raise ModelError(f"{path / 'vocab.txt'}: holds no {cls} or no {sep}")
-    backend = Tokenizer(models.WordPiece(vocab, unk_token=_text_of(config.get("unk_token")) or "[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(
-        lowercase=bool(config.get("do_lower_case", True)),
+    return wordpiece(
+        {token: index for index, token in enumerate(lines)}, cls, sep, f"{path / 'vocab.txt'}: holds",
+        _text_of(config.get("unk_token")), lowercase=bool(config.get("do_lower_case", True)),
         strip_accents=config.get("strip_accents"),
-        handle_chinese_chars=bool(config.get("tokenize_chinese_chars", True)),
-    )
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    backend.post_processor = processors.BertProcessing((sep, vocab[sep]), (cls, vocab[cls]))
-    return backend
+        chinese=bool(config.get("tokenize_chinese_chars", True)),
+    )  # fmt: skip

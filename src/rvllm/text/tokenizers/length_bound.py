@@ -7,11 +7,10 @@ b / (longest token) tokens, as long as nothing on the way drops or shortens text
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rvllm.text.tokenizers.spelling import CHARACTER_BYTES, Spelling
+from rvllm.text.tokenizers.spelling import CHARACTER_BYTES, Spelling, state_of
 
 if TYPE_CHECKING:
     import tokenizers
@@ -39,8 +38,8 @@ def length_bound(backend: tokenizers.Tokenizer, spelling: Spelling) -> LengthBou
     from tokenizers.models import BPE
 
     model = backend.model
-    growth = _shrinks(_state(backend.normalizer))
-    if not isinstance(model, BPE) or growth is None or not _keeps_text(_state(backend.pre_tokenizer)):
+    growth = _shrinks(state_of(backend.normalizer))
+    if not isinstance(model, BPE) or growth is None or not _keeps_text(state_of(backend.pre_tokenizer)):
         return None
     added = backend.get_added_tokens_decoder().values()
     if any(token.lstrip or token.rstrip for token in added):
@@ -56,14 +55,6 @@ def length_bound(backend: tokenizers.Tokenizer, spelling: Spelling) -> LengthBou
         return None
     longest = max([longest, *(len(token.content.encode()) for token in added)])
     return LengthBound(max(longest, 1) * growth, dropped)
-
-
-def _state(part: Any) -> dict[str, Any]:
-    """A normaliser's or pre-tokenizer's settings; empty when there is none."""
-    if part is None:
-        return {}
-    settings: dict[str, Any] = json.loads(part.__getstate__())
-    return settings
 
 
 def _shrinks(state: dict[str, Any]) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -10,6 +10,7 @@ from rvllm.errors import ModelError
 
 if TYPE_CHECKING:
     import tokenizers
+    from tokenizers.models import Model
 
 DEFAULT_TEMPLATE = "default"
 Built = TypeVar("Built")
@@ -53,3 +54,40 @@ def frame(backend: tokenizers.Tokenizer, before: str | None, after: str | None) 
     single = " ".join(part for part in (before, "$A", after) if part)
     ids = [(token, backend.token_to_id(token)) for token in {before, after} if token]
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+
+
+def byte_level(model: Model, splits: Sequence[str], prefix: bool = False) -> tokenizers.Tokenizer:
+    """A tokenizer whose text each of `splits` cuts in turn (none: as GPT-2's) before it becomes bytes.
+
+    prefix: a space is put before a text.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+
+    backend = Tokenizer(model)
+    if splits:
+        steps = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in splits]
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, to_bytes])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def wordpiece(
+    vocab: dict[str, int], cls: str, sep: str, what: str, unknown: str | None, *, lowercase: bool = True,
+    strip_accents: bool | None = None, chinese: bool = True,
+) -> tokenizers.Tokenizer:  # fmt: skip
+    """BERT's tokenizer. Raises ModelError, beginning with `what`, where `cls` or `sep` is no token."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    if cls not in vocab or sep not in vocab:
+        raise ModelError(f"{what} no {cls} or no {sep}")
+    backend = Tokenizer(models.WordPiece(vocab, unk_token=unknown or "[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(
+        lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=chinese
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.BertProcessing((sep, vocab[sep]), (cls, vocab[cls]))
+    return backend

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import tokenizers
@@ -45,11 +45,16 @@ def byte_piece(token: str) -> int | None:
     return None
 
 
+def state_of(part: Any) -> dict[str, Any]:
+    """A normaliser's, pre-tokenizer's or decoder's settings; empty when there is none."""
+    return {} if part is None else dict(json.loads(part.__getstate__()))
+
+
 def spelling_of(backend: tokenizers.Tokenizer) -> Spelling:
     """Reads from the tokenizer's decoder how its vocabulary is spelled."""
-    if backend.decoder is None:
+    state = state_of(backend.decoder)
+    if not state:
         return Spelling("other")
-    state = json.loads(backend.decoder.__getstate__())
     steps = state["decoders"] if state["type"] == "Sequence" else [state]
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:

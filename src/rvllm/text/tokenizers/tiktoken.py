@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rvllm.errors import ModelError
-from rvllm.text.tokenizers.parts import built
+from rvllm.text.tokenizers.parts import built, byte_level
 from rvllm.text.tokenizers.pretokenizers import PRE_TOKENIZERS
 from rvllm.text.tokenizers.spelling import byte_characters
 
@@ -66,7 +66,7 @@ def from_ranks(
     ranks: Mapping[bytes, int], rules: TiktokenClass, origin: str, first: int = 0
 ) -> tokenizers.Tokenizer:
     """The tokenizer of tokens and their ranks. first: the id of rank 0; origin: what errors call it."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, models
 
     characters = byte_characters()
 
@@ -79,14 +79,8 @@ def from_ranks(
     if taken:
         raise ModelError(f"{origin}: rank {min(taken) - first} is that of a special token")
     vocab |= {token: index for index, token in rules.special.items()}
-    backend = Tokenizer(built(lambda: models.BPE(vocab=vocab, merges=merges, ignore_merges=True), origin))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(built(lambda: Regex(rules.pattern), origin), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
+    model = built(lambda: models.BPE(vocab=vocab, merges=merges, ignore_merges=True), origin)
+    backend = built(lambda: byte_level(model, [rules.pattern]), origin)
     ordered = [rules.special[index] for index in sorted(rules.special)]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in ordered])
     return backend

@@ -8,7 +8,7 @@ from typing import Any
 
 from rvllm.text.tools.events import CallArguments, CallStart, Event, Text, merged
 from rvllm.text.tools.reader import END, Reader, Reading
-from rvllm.text.tools.scan import BrokenError, CallKeys, read_call, read_value
+from rvllm.text.tools.scan import BrokenError, CallKeys, CallReader, read_value
 
 
 class ToolParser:
@@ -123,7 +123,7 @@ class ToolParser:
         """Reads a call's object; what is none is text, with `before` in front. False then."""
         space = yield from self.reader.skip_space()
         try:
-            yield from read_call(self.reader, self.keys, self.begin, self.arguments)
+            yield from CallReader(self.reader, self.keys, self.begin, self.arguments).read()
             return True
         except BrokenError as error:
             self.say(before + space + error.taken)
@@ -141,6 +141,12 @@ class ToolParser:
                 if follows != "]":
                     self.reader.unread(follows)
                 return True
+
+    def end_of_fence(self) -> Reading[None]:
+        """Takes the end of a fenced block, if it comes."""
+        space = yield from self.reader.skip_space()
+        if not (yield from self.reader.starts_with("```")):
+            self.reader.unread(space)
 
     def list_or_call(self, before: str) -> Reading[None]:
         """Reads `[call, call, ...]` or one call; what is neither is text, with `before` in front."""
@@ -167,8 +173,7 @@ class BareParser(ToolParser):
 
     def read(self) -> Reading[None]:
         space = yield from self.reader.skip_space()
-        first = yield from self.reader.next()
-        self.reader.unread(first)
+        first = yield from self.reader.peek()
         if first == "{":
             self._bare = True
             yield from self.bare_calls(space)
@@ -260,8 +265,7 @@ class Mistral(ToolParser):
 
 def arguments_object(parser: ToolParser) -> Reading[None]:
     """A call's arguments by themselves; "{}" when no object follows."""
-    first = yield from parser.reader.next()
-    parser.reader.unread(first)
+    first = yield from parser.reader.peek()
     if first == "{":
         with suppress(BrokenError):  # what follows is text then
             yield from read_value(parser.reader, parser.arguments)
@@ -296,9 +300,7 @@ class ActionJson(ToolParser):
             self.say(before)
             return
         if (yield from self.array_of_calls(before + first)) and fence:
-            space = yield from self.reader.skip_space()
-            if not (yield from self.reader.starts_with("```")):
-                self.reader.unread(space)
+            yield from self.end_of_fence()
 
 
 class Kimi(ToolParser):
@@ -328,8 +330,7 @@ class Functionary(ToolParser):
     def call_after(self, mark: str) -> Reading[None]:
         name, end = yield from self.reader.until(">", "\n")
         space = yield from self.reader.skip_space()
-        first = yield from self.reader.next()
-        self.reader.unread(first)
+        first = yield from self.reader.peek()
         if end != ">" or first != "{" or not name:
             self.say(mark + name + end + space)
             return
@@ -364,6 +365,4 @@ class DeepSeek(ToolParser):
         yield from self.reader.skip_space()
         yield from arguments_object(self)
         if fence:
-            space = yield from self.reader.skip_space()
-            if not (yield from self.reader.starts_with("```")):
-                self.reader.unread(space)
+            yield from self.end_of_fence()

@@ -54,8 +54,7 @@ class Gemma4(ToolParser):
         self.arguments("[")
         first = True
         while not (yield from self._closes("]")):
-            follows = yield from self.reader.next()
-            self.reader.unread(follows)
+            follows = yield from self.reader.peek()
             if follows in (END, "}"):
                 return
             self.arguments("" if first else ", ")

@@ -21,8 +21,7 @@ class MarkedJson(ToolParser):
         before = mark + space
         while (yield from self.object_or_text(before)):
             before = yield from self.reader.skip_space()
-            follows = yield from self.reader.next()
-            self.reader.unread(follows)
+            follows = yield from self.reader.peek()
             if follows != "{":
                 self.reader.unread(before)
                 return

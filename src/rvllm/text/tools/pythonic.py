@@ -23,8 +23,7 @@ class Pythonic(ToolParser):
 
     def read(self) -> Reading[None]:
         space = yield from self.reader.skip_space()
-        first = yield from self.reader.next()
-        self.reader.unread(first)
+        first = yield from self.reader.peek()
         if first == "[":
             yield from self._list(space, bare=True)
         else:

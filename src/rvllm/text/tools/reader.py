@@ -33,6 +33,12 @@ class Reader:
         self._ended = character == END
         return character
 
+    def peek(self) -> Reading[str]:
+        """The next character, which stays next."""
+        character = yield from self.next()
+        self.unread(character)
+        return character
+
     def unread(self, text: str) -> None:
         """Puts characters back in front."""
         self._back += reversed(text)

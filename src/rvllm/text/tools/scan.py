@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from rvllm.text.tools.reader import END, Reader, Reading
@@ -66,29 +67,22 @@ def _rest_of_string(reader: Reader, emit: Emit) -> Reading[bool]:
             return True
 
 
+@dataclass(frozen=True)
 class CallKeys:
     """Under which keys a format's objects hold a call's name, arguments and id."""
 
-    def __init__(
-        self, name: tuple[str, ...], arguments: tuple[str, ...], identity: tuple[str, ...] = ("id",)
-    ) -> None:
-        self.name, self.arguments, self.identity = name, arguments, identity
+    name: tuple[str, ...]
+    arguments: tuple[str, ...]
+    identity: tuple[str, ...] = ("id",)
 
 
-def read_call(
-    reader: Reader, keys: CallKeys, begin: Callable[[str, str | None], bool], arguments: Emit
-) -> Reading[None]:
-    """Reads an object that is a call; its `{` is next.
+class CallReader:
+    """Reads an object that is a call.
 
     begin: gets name and id as soon as the arguments or the end of the object are reached; False: this is
     no call. arguments: gets the pieces of the arguments' JSON text, as the model wrote it.
-    Raises BrokenError, with all that was read, before `begin` was called for anything that is no call
-    (no object, no name, a text that ends too early); after it, reading stops quietly.
     """
-    yield from _Call(reader, keys, begin, arguments).read()
 
-
-class _Call:
     def __init__(
         self, reader: Reader, keys: CallKeys, begin: Callable[[str, str | None], bool], arguments: Emit
     ) -> None:
@@ -100,6 +94,11 @@ class _Call:
         self._begun = self._had_arguments = False
 
     def read(self) -> Reading[None]:
+        """Reads it; its `{` is next.
+
+        Raises BrokenError, with all that was read, before `begin` was called for anything that is no call
+        (no object, no name, a text that ends too early); after it, reading stops quietly.
+        """
         try:
             yield from self._object()
             self._start()
@@ -145,8 +144,7 @@ class _Call:
 
     def _stream_arguments(self) -> Reading[None]:
         """An object goes out as it comes; a string that holds JSON, when it is whole."""
-        first = yield from self._reader.next()
-        self._reader.unread(first)
+        first = yield from self._reader.peek()
         self._had_arguments = True
         if first == "{":
             if not (yield from read_value(self._reader, self._arguments)):

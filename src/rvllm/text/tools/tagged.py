@@ -33,8 +33,7 @@ class TaggedParser(ToolParser):
             yield from self.reader.skip_space()
             mark = yield from self.reader.starts_with(self.key_begin, self.call_end)
             if mark != self.key_begin:
-                follows = yield from self.reader.next()
-                self.reader.unread(follows)
+                yield from self.reader.peek()  # the call is whole once something follows, or nothing more
                 self.arguments("}")
                 return bool(mark)
             key, _ = yield from self.reader.until(self.key_end)
@@ -168,8 +167,7 @@ class Glm(TaggedParser):
 
     def call_after(self, mark: str) -> Reading[None]:
         space = yield from self.reader.skip_space()
-        first = yield from self.reader.next()
-        self.reader.unread(first)
+        first = yield from self.reader.peek()
         if first == "{":
             yield from self.object_or_text(mark + space)
             return

@@ -10,13 +10,10 @@ from typing import Any
 from rvllm.engine.ipc.messages import ModelFacts
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.errors import UsageError
-from rvllm.text.chat.template import check_template as compile_template
 from rvllm.text.chat.template import render_chat, template_traits
 from rvllm.text.embedding import text_tokens
 from rvllm.text.grammar.grammar import check, grammar_of, try_out, with_lead
 from rvllm.text.grammar.limits import check_schema
-from rvllm.text.pooling import pair_tokens
-from rvllm.text.requests import bad_word_tokens
 from rvllm.text.tokenizers.tokenizer import Tokenizer
 from rvllm.text.tools.calls_grammar import Function, calls_or_form, forced_calls, offered_calls
 from rvllm.text.tools.choose import ToolFormat, tool_format
@@ -62,7 +59,7 @@ def prompt(
 
 def check_template(tokenizer: Tokenizer, template: str) -> None:
     """Raises UsageError when a template does not compile."""
-    compile_template(template)
+    template_traits(template)
 
 
 def try_template(tokenizer: Tokenizer, template: str | None, parser: str) -> None:
@@ -93,26 +90,9 @@ def embedding_tokens(
     return text_tokens(text, tokenizer, facts, truncate, prompt_name)[1]
 
 
-def pair_of_texts(
-    tokenizer: Tokenizer, pair: Sequence[str], facts: ModelFacts, truncate: int | None
-) -> tuple[list[int], int | None]:
-    """See `pair_tokens`."""
-    return pair_tokens(pair, tokenizer, facts, truncate)
-
-
 def token_texts(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
     """Each token's text by itself."""
     return [tokenizer.token_text(token) for token in tokens]
-
-
-def bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[int]]:
-    """See `bad_word_tokens`."""
-    return bad_word_tokens(words, tokenizer)
-
-
-def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
-    """The text of token ids."""
-    return tokenizer.decode(tokens)
 
 
 @dataclass(frozen=True)

@@ -103,24 +103,25 @@ def _fifth_bits(piece: Bytes, start: int, levels: Bytes) -> None:
     np.bitwise_or(levels, bits, out=levels)
 
 
-def _q4_0(piece: Bytes, levels: Bytes) -> None:
-    _nibbles(piece[:, 2:18], levels)
-    levels -= 8  # wraps around; read back as signed
+def _nibbles_at(
+    start: int, fifth: int | None = None, less: int = 0, table: NDArray[np.int8] | None = None
+) -> Callable[[Bytes, Bytes], None]:
+    """Levels whose nibbles begin at byte `start` of a block, with fifth bits from byte `fifth` on.
 
+    less: subtracted; it wraps around, and is read back as signed. table: what a level stands for.
+    """
 
-def _q4_1(piece: Bytes, levels: Bytes) -> None:
-    _nibbles(piece[:, 4:20], levels)
+    def levels_of(piece: Bytes, levels: Bytes) -> None:
+        stop = start + levels.shape[1] // 2
+        _nibbles(piece[:, start:stop].reshape(-1, 16), levels.reshape(-1, 32))
+        if fifth is not None:
+            _fifth_bits(piece, fifth, levels)
+        if table is not None:
+            levels[...] = table.view(np.uint8)[levels]
+        if less:
+            levels -= less
 
-
-def _q5_0(piece: Bytes, levels: Bytes) -> None:
-    _nibbles(piece[:, 6:22], levels)
-    _fifth_bits(piece, 2, levels)
-    levels -= 16
-
-
-def _q5_1(piece: Bytes, levels: Bytes) -> None:
-    _nibbles(piece[:, 8:24], levels)
-    _fifth_bits(piece, 4, levels)
+    return levels_of
 
 
 def _q8_0(piece: Bytes, levels: Bytes) -> None:
@@ -167,21 +168,6 @@ def _q3_k(piece: Bytes, levels: Bytes) -> None:
         third = (piece[:, :32] >> run & 1) << 2
         runs[:, run] = (packed[:, run // 4] >> run % 4 * 2 & 3) | third
     levels -= 4  # wraps around; read back as signed
-
-
-def _iq4_nl(piece: Bytes, levels: Bytes) -> None:
-    _nibbles(piece[:, 2:18], levels)
-    levels[...] = NORMAL_TABLE.view(np.uint8)[levels]
-
-
-def _iq4_xs(piece: Bytes, levels: Bytes) -> None:
-    _nibbles(piece[:, 8:136].reshape(-1, 16), levels.reshape(-1, 32))
-    levels[...] = NORMAL_TABLE.view(np.uint8)[levels]
-
-
-def _mxfp4(piece: Bytes, levels: Bytes) -> None:
-    _nibbles(piece[:, 1:17], levels)
-    levels[...] = FP4_TABLE.view(np.uint8)[levels]
 
 
 def _one_scale(piece: Bytes) -> Scales:
@@ -253,19 +239,19 @@ class _Blocked:
 
 
 _BLOCKED = {
-    TensorType.Q4_0: _Blocked(_q4_0, True, _one_scale),
-    TensorType.Q4_1: _Blocked(_q4_1, False, _scale_and_minimum),
-    TensorType.Q5_0: _Blocked(_q5_0, True, _one_scale),
-    TensorType.Q5_1: _Blocked(_q5_1, False, _scale_and_minimum),
+    TensorType.Q4_0: _Blocked(_nibbles_at(2, less=8), True, _one_scale),
+    TensorType.Q4_1: _Blocked(_nibbles_at(4), False, _scale_and_minimum),
+    TensorType.Q5_0: _Blocked(_nibbles_at(6, fifth=2, less=16), True, _one_scale),
+    TensorType.Q5_1: _Blocked(_nibbles_at(8, fifth=4), False, _scale_and_minimum),
     TensorType.Q8_0: _Blocked(_q8_0, True, _one_scale),
     TensorType.Q4_K: _Blocked(_q4_k, False, _k_scales),
     TensorType.Q5_K: _Blocked(_q5_k, False, _k_scales),
     TensorType.Q6_K: _Blocked(_q6_k, True, _q6_k_scales),
     TensorType.Q2_K: _Blocked(_q2_k, False, _q2_k_scales),
     TensorType.Q3_K: _Blocked(_q3_k, True, _q3_k_scales),
-    TensorType.IQ4_NL: _Blocked(_iq4_nl, True, _one_scale),
-    TensorType.IQ4_XS: _Blocked(_iq4_xs, True, _iq4_xs_scales),
-    TensorType.MXFP4: _Blocked(_mxfp4, True, _mxfp4_scales),
+    TensorType.IQ4_NL: _Blocked(_nibbles_at(2, table=NORMAL_TABLE), True, _one_scale),
+    TensorType.IQ4_XS: _Blocked(_nibbles_at(8, table=NORMAL_TABLE), True, _iq4_xs_scales),
+    TensorType.MXFP4: _Blocked(_nibbles_at(1, table=FP4_TABLE), True, _mxfp4_scales),
 }
 
 

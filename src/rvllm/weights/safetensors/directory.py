@@ -53,14 +53,15 @@ def open_directory(path: Path) -> Checkpoint:
         config["sentence_transformers"] = sentence
     generation_path = path / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
-    readers = [SafetensorsFile(map_file(file)) for file in _weight_files(path)]
+    files = [map_file(file) for file in _weight_files(path)]
     stored: dict[str, StoredTensor] = {}
-    for reader in readers:
-        twice = stored.keys() & reader.tensors.keys()
+    for file in files:
+        found = read_safetensors(file)
+        twice = stored.keys() & found.keys()
         if twice:
-            raise ModelError(f"{reader.file.path}: tensor {shown(min(twice))} is in another shard as well")
-        stored |= reader.tensors
-    _check_index(path, {r.file.path.name: r for r in readers})
+            raise ModelError(f"{file.path}: tensor {shown(min(twice))} is in another shard as well")
+        stored |= found
+    _check_index(path, stored)
     tensors = {
         name: TensorInfo(name, t.shape, FLOAT_TYPES[t.kind], t.file, t.offset, t.data.nbytes)
         for name, t in stored.items()
@@ -74,7 +75,7 @@ def open_directory(path: Path) -> Checkpoint:
         config_origin=str(config_path),
         generation_config=generation,
         tensors=tensors,
-        files={r.file.path: r.file for r in readers},
+        files={file.path: file for file in files},
         unreadable={name: t.kind for name, t in stored.items() if name not in tensors},
     )
 
@@ -124,76 +125,67 @@ def weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def _check_index(path: Path, shards: dict[str, SafetensorsFile]) -> None:
+def _check_index(path: Path, stored: dict[str, StoredTensor]) -> None:
     index = path / INDEX
     if not index.is_file():
         return
     for name, file in weight_map(index).items():
-        shard = shards[file]
-        if name not in shard.tensors:
+        if name not in stored or stored[name].file.name != file:
             raise ModelError(f"{path / file}: tensor {shown(name)} is missing, {INDEX} says it is here")
 
 
-class SafetensorsFile:
-    """One parsed and validated file and its `tensors`, whatever their types."""
-
-    def __init__(self, file: MappedFile) -> None:
-        self.file = file
-        self.tensors: dict[str, StoredTensor] = {}
-        self._parse()
-
-    def _parse(self) -> None:
-        path, size = self.file.path, self.file.size
-        if size < 8:
-            raise ModelError(f"{path}: {size} bytes long, too short for a safetensors file")
-        length = int.from_bytes(self.file.bytes[:8].tobytes(), "little")
-        if length > MAX_JSON_BYTES:
-            raise ModelError(f"{path}: header length {length} is absurd; not a safetensors file")
-        if length > size - 8:
-            raise ModelError(
-                f"{path}: the header should be {length} bytes, the file has {size - 8}; "
-                "it is truncated, fetch it again"
-            )
-        header = parse_json(self.file.bytes[8 : 8 + length].tobytes(), f"{path} header")
-        start = 8 + length
-        spans = []
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = self._tensor(name, entry, start)
-                spans.append((begin, end, name))
-        check_layout(path, spans, size)
-        covered = start + sum(end - begin for begin, end, _ in spans)
-        if covered != size:
-            raise ModelError(f"{path}: {size - covered} bytes belong to no tensor; the file is damaged")
-
-    def _tensor(self, name: str, entry: Any, data_start: int) -> tuple[int, int]:
-        """Records one tensor and returns its byte range within the file."""
-        where = f"{self.file.path}: tensor {shown(name)}"
-        if not isinstance(entry, dict):
-            raise ModelError(f"{where}: must be an object with dtype, shape and data_offsets")
-        kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-        if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_natural(n) for n in shape):
-            raise ModelError(f"{where}: shape {shown(shape)} is not a list of sizes")
-        if not isinstance(offsets, list) or len(offsets) != 2 or not all(_natural(n) for n in offsets):
-            raise ModelError(f"{where}: data_offsets {shown(offsets)} are not two positions")
-        elements = 1
-        for n in shape:
-            elements *= n
-            if elements > MAX_ELEMENTS:
-                raise ModelError(f"{where}: shape {shown(shape)} is absurd")
-        item = SIZES.get(kind) if isinstance(kind, str) else None
-        if item is None:
-            raise ModelError(f"{where}: dtype {shown(kind)} is not known")
-        begin, end = data_start + offsets[0], data_start + offsets[1]
-        if end - begin != elements * item:
-            raise ModelError(
-                f"{where}: {kind} of shape {shown(shape)} takes {elements * item} bytes, "
-                f"data_offsets give it {end - begin}"
-            )
-        self.tensors[name] = StoredTensor(
-            str(kind), tuple(shape), self.file.path, begin, self.file.bytes[begin:end]
+def read_safetensors(file: MappedFile) -> dict[str, StoredTensor]:
+    """The tensors of a file, checked, whatever their types."""
+    path, size = file.path, file.size
+    if size < 8:
+        raise ModelError(f"{path}: {size} bytes long, too short for a safetensors file")
+    length = int.from_bytes(file.bytes[:8].tobytes(), "little")
+    if length > MAX_JSON_BYTES:
+        raise ModelError(f"{path}: header length {length} is absurd; not a safetensors file")
+    if length > size - 8:
+        raise ModelError(
+            f"{path}: the header should be {length} bytes, the file has {size - 8}; "
+            "it is truncated, fetch it again"
         )
-        return begin, end
+    header = parse_json(file.bytes[8 : 8 + length].tobytes(), f"{path} header")
+    header.pop("__metadata__", None)
+    tensors, start = {}, 8 + length
+    spans = []
+    for name, entry in header.items():
+        kind, shape, begin, end = _checked(f"{path}: tensor {shown(name)}", entry, start)
+        tensors[name] = StoredTensor(kind, shape, path, begin, file.bytes[begin:end])
+        spans.append((begin, end, name))
+    check_layout(path, spans, size)
+    covered = start + sum(end - begin for begin, end, _ in spans)
+    if covered != size:
+        raise ModelError(f"{path}: {size - covered} bytes belong to no tensor; the file is damaged")
+    return tensors
+
+
+def _checked(where: str, entry: Any, data_start: int) -> tuple[str, tuple[int, ...], int, int]:
+    """(type, shape, first byte, end) of one tensor within its file."""
+    if not isinstance(entry, dict):
+        raise ModelError(f"{where}: must be an object with dtype, shape and data_offsets")
+    kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_natural(n) for n in shape):
+        raise ModelError(f"{where}: shape {shown(shape)} is not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_natural(n) for n in offsets):
+        raise ModelError(f"{where}: data_offsets {shown(offsets)} are not two positions")
+    elements = 1
+    for n in shape:
+        elements *= n
+        if elements > MAX_ELEMENTS:
+            raise ModelError(f"{where}: shape {shown(shape)} is absurd")
+    item = SIZES.get(kind) if isinstance(kind, str) else None
+    if item is None:
+        raise ModelError(f"{where}: dtype {shown(kind)} is not known")
+    begin, end = data_start + offsets[0], data_start + offsets[1]
+    if end - begin != elements * item:
+        raise ModelError(
+            f"{where}: {kind} of shape {shown(shape)} takes {elements * item} bytes, "
+            f"data_offsets give it {end - begin}"
+        )
+    return str(kind), tuple(shape), begin, end
 
 
 def _natural(value: Any) -> bool:
