@@ -60,9 +60,8 @@ def choose_dtype(config: EngineConfig, checkpoint: Checkpoint | None) -> DType:
 
     auto: float32 on the CPU; on a GPU the 16-bit type the checkpoint's config names, else bfloat16.
     """
-    if config.dtype != "auto":
-        return DType.parse(config.dtype)
-    return DType.F32 if choose_device(config) == "cpu" else gpu_dtype(config, checkpoint)
+    on_cpu = config.dtype == "auto" and choose_device(config) == "cpu"
+    return DType.F32 if on_cpu else gpu_dtype(config, checkpoint)
 
 
 def gpu_dtype(config: EngineConfig, checkpoint: Checkpoint | None) -> DType:

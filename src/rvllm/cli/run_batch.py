@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rvllm.api.assembly import load_tokenizer, service_of, template_text
-from rvllm.cli.common.models import fetched
+from rvllm.cli.common.models import fetched, start_engine
 from rvllm.config import EngineConfig, ServerConfig
 from rvllm.errors import UsageError
 from rvllm.settings import add_flags, build, settings_of
@@ -134,7 +134,6 @@ async def _run(
 ) -> None:
     """Starts the engine and answers the lines that have no answer yet."""
     from rvllm.api.app import answering as handlers
-    from rvllm.cli.common.starting import start_engine
 
     if all(number in journal.done for number in lines):
         return

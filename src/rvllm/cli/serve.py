@@ -21,7 +21,7 @@ from rvllm.api.assembly import (
     start_workers,
     template_text,
 )
-from rvllm.cli.common.models import fetched
+from rvllm.cli.common.models import fetched, start_engine
 from rvllm.cli.common.several import add_model_flags, engine_configs, rename, room_for_others
 from rvllm.config import EngineConfig, ServerConfig
 from rvllm.errors import RvllmError, UsageError
@@ -160,7 +160,6 @@ async def _load_all(wanted: Sequence[_Wanted], template: str | None, start: _Sta
 
 async def _load(wanted: _Wanted, template: str | None, start: _Start) -> _Loaded:
     """Starts the engine process; while it loads, this one loads the tokenizer, workers and the HTTP side."""
-    from rvllm.cli.common.starting import start_engine
 
     config, server = wanted
     work = start_workers(config, server)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from bisect import insort
-from operator import itemgetter
+from operator import attrgetter
 
 import numpy as np
 
 from rvllm.backends.base import Encoder, Limits, StepBatch
 from rvllm.engine.ipc.messages import Embed, Output
-
-_rank = itemgetter(0)
 
 
 class EmbeddingQueue:
@@ -25,28 +21,21 @@ class EmbeddingQueue:
         self.steps = 0
         self.tokens = 0  # computed so far
         self.encoder = encoder
-        self._waiting: list[tuple[tuple[int, int], Embed]] = []
-        self._ids: set[str] = set()
-        self._arrivals = itertools.count()
+        self._waiting: dict[str, Embed] = {}  # by request id, in order of arrival
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._ids
+        return request_id in self._waiting
 
     def add(self, request: Embed) -> None:
         """Queues a text that fits into a step (see `EngineCore.add_embed`)."""
-        self._ids.add(request.request_id)
-        insort(self._waiting, ((request.priority, next(self._arrivals)), request), key=_rank)
+        self._waiting[request.request_id] = request
 
     def abort(self, request_id: str) -> bool:
         """Forgets a text; False when it is not waiting."""
-        if request_id not in self._ids:
-            return False
-        self._ids.remove(request_id)
-        self._waiting = [entry for entry in self._waiting if entry[1].request_id != request_id]
-        return True
+        return self._waiting.pop(request_id, None) is not None
 
     def step(self) -> list[Output]:
         """Computes the first texts that fit into one step, one Output each."""
@@ -78,15 +67,14 @@ class EmbeddingQueue:
 
     def _take(self, limits: Limits) -> list[Embed]:
         """The first texts, as many as a step has room for, and at least one; all of them want the same."""
-        count, tokens = 0, 0
-        for _, request in self._waiting[: limits.max_num_seqs]:
+        taken: list[Embed] = []
+        tokens = 0
+        for request in sorted(self._waiting.values(), key=attrgetter("priority")):  # equals stay in order
             tokens += len(request.prompt_token_ids)
-            if count and (
-                tokens > limits.max_num_batched_tokens or request.tokens != self._waiting[0][1].tokens
-            ):
+            full = len(taken) == limits.max_num_seqs or tokens > limits.max_num_batched_tokens
+            if taken and (full or request.tokens != taken[0].tokens):
                 break
-            count += 1
-        taken = [request for _, request in self._waiting[:count]]
-        del self._waiting[:count]
-        self._ids.difference_update(request.request_id for request in taken)
+            taken.append(request)
+        for request in taken:
+            del self._waiting[request.request_id]
         return taken

@@ -260,7 +260,7 @@ def test_a_damaged_library_is_refused(tmp_path: Path) -> None:
 def test_every_processor_has_every_kernel(kind: compiled.Processor) -> None:
     """The libraries of other processors cannot be loaded here; their symbols can be read."""
     pytest.importorskip("llvmlite", reason="needs the extra cpu-build")
-    from rvllm.backends.cpu.compiled.codegen.catalog import kernels
+    from rvllm.backends.cpu.compiled.codegen.build import kernels
 
     names = (compiled.PREBUILT / f"{kind.value}.so").read_bytes()
     assert all(b"\0" + name.encode() + b"\0" in names for name in kernels(kind))

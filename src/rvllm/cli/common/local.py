@@ -10,8 +10,7 @@ from itertools import count
 from pathlib import Path
 
 from rvllm.cli.chat import Answer, Conversation, Sampling
-from rvllm.cli.common.models import fetched
-from rvllm.cli.common.starting import start_engine
+from rvllm.cli.common.models import fetched, start_engine
 from rvllm.config import EngineConfig
 from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import RvllmError, UsageError

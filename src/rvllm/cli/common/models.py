@@ -1,16 +1,18 @@
-"""The models that commands are about: fetched, with a bar that shows how far, and read without weights."""
+"""The models that commands are about: fetched, with a bar that shows how far, read, and started."""
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rvllm.config import EngineConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from rvllm.engine.ipc.client import EngineClient
     from rvllm.models.config import ModelConfig
     from rvllm.program.dtypes import DType
     from rvllm.program.ops.dense import Program
@@ -62,3 +64,25 @@ def read(config: EngineConfig, choose: Callable[[EngineConfig, Checkpoint], DTyp
     program = build_program(model, (choose or choose_dtype)(config, checkpoint))
     stored = checkpoint if checkpoint.tensors else None
     return Read(model, checkpoint, with_kv_cache(program, config.kv_cache_dtype), stored)
+
+
+async def start_engine(config: EngineConfig, *beside: Callable[[], Any]) -> tuple[EngineClient, list[Any]]:
+    """Starts the engine process and runs `beside` in threads while it loads; (client, their results).
+
+    Raises the first error of any of them, or CancelledError; the engine process is ended then.
+    """
+    from rvllm.engine.ipc.client import EngineClient
+    from rvllm.offline.progress import LoadingBar
+
+    with LoadingBar() as bar:
+        starting = asyncio.ensure_future(EngineClient.start(config, bar.show))
+        await asyncio.sleep(0)  # the engine process is on its way before this one does anything more
+        try:
+            results = await asyncio.gather(*(asyncio.to_thread(work) for work in beside))
+            return await starting, results
+        except BaseException:
+            starting.cancel()
+            (engine,) = await asyncio.gather(starting, return_exceptions=True)
+            if isinstance(engine, EngineClient):
+                await engine.close()
+            raise

@@ -10,8 +10,6 @@ the way from the file: scales keep float16 where the file has it.
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -24,6 +22,7 @@ from rvllm.program.ops.dense import Weight
 from rvllm.weights.checkpoint import Checkpoint, TensorType
 from rvllm.weights.gguf.blocks import levels_into, scales_of
 from rvllm.weights.packing import find_tensor, has_stored_form, in_float32, raw_parts
+from rvllm.weights.parallel import in_threads
 
 PLAIN_GROUP = 32  # elements of a plain format that are summed before they are added to the total
 PIECE = 1 << 20  # elements a thread packs at a time
@@ -158,15 +157,13 @@ def segment(kind: TensorType, first: int, inner: int, raw: Bytes) -> Segment:
     tiles = -(-len(rows) // LANES)
     out = aligned(tiles * kind_format.tile_bytes(inner)).reshape(tiles, -1)
 
-    def work(begin: int) -> None:
-        piece = rows[begin * LANES : (begin + step) * LANES]
+    def work(begin: int, end: int) -> None:
+        piece = rows[begin * LANES : end * LANES]
         if len(piece) % LANES:
             piece = np.concatenate([piece, np.zeros((-len(piece) % LANES, rows.shape[1]), np.uint8)])
-        _pack_tiles(kind, kind_format, inner, piece, out[begin : begin + step])
+        _pack_tiles(kind, kind_format, inner, piece, out[begin:end])
 
-    step = max(1, PIECE // (inner * LANES))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(work, range(0, tiles, step)))
+    in_threads(work, tiles, max(1, PIECE // (inner * LANES)))
     return Segment(kind_format, first, len(rows), inner, out)
 
 

@@ -13,15 +13,19 @@ import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import llvmlite
 from llvmlite import binding as llvm
 from llvmlite import ir
 
-from rvllm.backends.cpu.compiled.codegen.catalog import kernels
+from rvllm.backends.cpu.compiled.codegen import matmul, rowwise
+from rvllm.backends.cpu.compiled.codegen.attention import attention
 from rvllm.backends.cpu.compiled.codegen.emit import Write
+from rvllm.backends.cpu.compiled.codegen.schedule import schedule
+from rvllm.backends.cpu.compiled.formats import FORMATS
 from rvllm.backends.cpu.compiled.library import MANIFEST, PREBUILT, Processor
+from rvllm.program.ops.dense import Activation
 
 
 def build_all(folder: Path = PREBUILT) -> list[Path]:
@@ -43,6 +47,24 @@ def build_all(folder: Path = PREBUILT) -> list[Path]:
     libraries = {path.name: _digest(path) for path in wanted}
     manifest.write_text(json.dumps({"sources": digest, "libraries": libraries}, indent=1) + "\n")
     return [*wanted, manifest]
+
+
+def kernels(processor: Processor) -> dict[str, Write]:
+    """What writes each kernel for a processor, by the name that `lower` calls it by, in a fixed order."""
+    found: dict[str, Write] = {"schedule": schedule(), "add": rowwise.add(), "gather": rowwise.gather()}
+    for form in {form.name: form for form in FORMATS.values()}.values():
+        found[f"product_{form.name}"] = matmul.product(form, processor.rows_across)
+        found[f"embed_{form.name}"] = rowwise.embed(form)
+    for activation in get_args(Activation):
+        found[activation] = rowwise.activate(activation, False)
+        found[f"gated_{activation}"] = rowwise.activate(activation, True)
+    for suffix, capped in (("", False), ("_capped", True)):
+        found[f"attention{suffix}"] = attention(capped)
+        found[f"finish{suffix}"] = rowwise.finish(capped)
+    for kind in ("rms", "layer"):
+        found[f"norm_{kind}"] = rowwise.norm(kind == "layer")
+    found["rope"], found["rope_interleaved"] = rowwise.rope(False), rowwise.rope(True)
+    return dict(sorted(found.items()))
 
 
 def _all_kernels(processor: Processor) -> bytes:
