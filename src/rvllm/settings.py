@@ -133,25 +133,25 @@ def check_value(known: Setting, value: Any, origin: str) -> None:
         raise UsageError(f"{origin}: must be at most {known.high:g}, got {value}")
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type, title: str, skip: Sequence[str] = ()) -> None:
-    """Adds a config class's settings to a parser; values stay text until `build`."""
-    add_settings(parser.add_argument_group(title), cls, skip)
+def add_flags(parser: argparse.ArgumentParser, cls: type, title: str, names: Sequence[str] = ()) -> None:
+    """Adds a config class's settings to a parser, or those of `names`; values stay text until `build`."""
+    add_settings(parser.add_argument_group(title), cls, names)
 
 
 MAX_METAVAR = 50  # characters
 
 
-def add_settings(group: Any, cls: type, skip: Sequence[str] = ()) -> None:
-    """Adds a config class's settings to a parser or a group of one."""
+def add_settings(group: Any, cls: type, names: Sequence[str] = ()) -> None:
+    """Adds a config class's settings, or those of `names`, to a parser or a group of one."""
     for f, known in settings_of(cls):
-        if f.name in skip:
+        if names and f.name not in names:
             continue
-        names = [flag_of(f.name)] + ([known.short] if known.short else [])
+        flags = [flag_of(f.name)] + ([known.short] if known.short else [])
         base, _ = _base_type(cls, f.name)
         text = known.help.replace("%", "%%") + ("" if f.default is None else f" [{shown(f.default)}]")
         if base is bool:
             group.add_argument(
-                *names, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=text
+                *flags, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=text
             )
         else:
             metavar = known.metavar or base.__name__.upper()
@@ -160,7 +160,7 @@ def add_settings(group: Any, cls: type, skip: Sequence[str] = ()) -> None:
                 if len(metavar) > MAX_METAVAR:  # argparse breaks lines at spaces alone
                     metavar, text = "NAME", f"{text} One of: {', '.join(known.choices)}."
             several: dict[str, Any] = {"nargs": "+"} if known.many else {}
-            group.add_argument(*names, dest=f.name, default=None, metavar=metavar, help=text, **several)
+            group.add_argument(*flags, dest=f.name, default=None, metavar=metavar, help=text, **several)
 
 
 def build(cls: type[ConfigT], given: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> ConfigT:

@@ -12,7 +12,7 @@ from rvllm.cli.common.models import read
 from rvllm.cli.common.ops import PlannedStep
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
-from rvllm.settings import add_flags, build, settings_of
+from rvllm.settings import add_flags, build
 
 if TYPE_CHECKING:
     from rvllm.backends.cpu.measure import Rates
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 FLAGS = (
     "model", "device", "dtype", "quantization", "kv_cache_dtype", "threads", "cpu_kernels", "gemm_strategy",
-)  # fmt: skip
-MEMORY_FLAGS = (
     "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_blocks",
     "num_gpu_blocks", "kv_cache_memory_gb", "num_cpu_blocks", "num_state_snapshots", "enable_prefix_caching",
     "gpu_memory_utilization", "gpu_memory_share", "gpu_memory_reserve_gb", "decode_path",
@@ -68,12 +66,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--all", action="store_true", help="list every op of every layer, with its shapes")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_flags(
-        parser,
-        EngineConfig,
-        "model",
-        [f.name for f, _ in settings_of(EngineConfig) if f.name not in (*FLAGS, *MEMORY_FLAGS)],
-    )
+    add_flags(parser, EngineConfig, "model", FLAGS)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -86,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
         return plan_memory(args)
     if args.gpu is not None or args.vram_gb is not None:
         raise UsageError("--gpu and --vram-gb need --memory")
-    config = build(EngineConfig, {name: getattr(args, name) for name in FLAGS})
+    config = build(EngineConfig, vars(args))
     model = read(config)
     program = model.program
     kernels: dict[str, str] = {}
@@ -121,7 +114,7 @@ def plan_memory(args: argparse.Namespace) -> int:
 
     if args.vram_gb is not None and not 1 <= args.vram_gb <= 10_000:
         raise UsageError(f"--vram-gb: must be in [1, 10000], got {args.vram_gb:g}")
-    config = build(EngineConfig, {name: getattr(args, name) for name in (*FLAGS, *MEMORY_FLAGS)})
+    config = build(EngineConfig, vars(args))
     model = read(config, gpu_dtype)
     stored = None if config.load_format == "dummy" else model.stored
     found = capacity(model.program, stored, config, known_gpu(args.gpu or "h100-80gb", args.vram_gb))

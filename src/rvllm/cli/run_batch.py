@@ -18,7 +18,7 @@ from rvllm.api.assembly import load_tokenizer, service_of, template_text
 from rvllm.cli.common.models import fetched, start_engine
 from rvllm.config import EngineConfig, ServerConfig
 from rvllm.errors import UsageError
-from rvllm.settings import add_flags, build, settings_of
+from rvllm.settings import add_flags, build
 
 if TYPE_CHECKING:
     from rvllm.api.batches.lines import Answering, BatchLine
@@ -35,15 +35,12 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("-o", "--output-file", required=True, help="where to write the answers, line by line")
     add_flags(parser, EngineConfig, "engine")
-    others = [f.name for f, _ in settings_of(ServerConfig) if f.name not in _SERVER_FLAGS]
-    add_flags(parser, ServerConfig, "requests", skip=others)
+    add_flags(parser, ServerConfig, "requests", _SERVER_FLAGS)
 
 
 def main(args: argparse.Namespace) -> int:
     """Answers all lines and writes the output; returns the exit code."""
-    given = {name: value for name, value in vars(args).items() if name not in ("input_file", "output_file")}
-    engine_config = build(EngineConfig, given)
-    config = build(ServerConfig, {name: given.get(name) for name in _SERVER_FLAGS})
+    engine_config, config = build(EngineConfig, vars(args)), build(ServerConfig, vars(args))
     template = template_text(config.chat_template)
     source, target = Path(args.input_file), Path(args.output_file)
     try:

@@ -25,7 +25,7 @@ from rvllm.cli.common.models import fetched, start_engine
 from rvllm.cli.common.several import add_model_flags, engine_configs, rename, room_for_others
 from rvllm.config import EngineConfig, ServerConfig
 from rvllm.errors import RvllmError, UsageError
-from rvllm.settings import add_flags, build, given_settings
+from rvllm.settings import add_flags, build, given_settings, settings_of
 
 if TYPE_CHECKING:
     from rvllm.api.generate.generation import Service
@@ -42,7 +42,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("serve", help="serve a model over HTTP", allow_abbrev=False)
     parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="the same as --model MODEL")
     add_model_flags(parser)
-    add_flags(parser, EngineConfig, "engine", skip=("model",))
+    others = [f.name for f, _ in settings_of(EngineConfig) if f.name != "model"]
+    add_flags(parser, EngineConfig, "engine", others)
     add_flags(parser, ServerConfig, "server")
 
 
