@@ -65,24 +65,15 @@ __device__ __forceinline__ void store_tiles(const Epilogue& e, WideScheduler sch
     }
 }
 
-// Four running sums in shared memory. In this order and no other: the compiler would fetch many at once, for which
-// there are no registers.
-__device__ __forceinline__ float4 get(u32 at) {
-  float4 v;
-  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at) : "memory");
-  return v;
-}
-__device__ __forceinline__ void put(u32 at, const float4& v) {
-  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
-}
-
 // A warpgroup: sums its 64 rows of every work tile, segment by segment, and leaves them in its room.
 template <class T>
 __device__ __forceinline__ void consume(const Epilogue& e, WideScheduler scheduler, Ring ring, u32 room, int group, int blocks,
                                         int segments) {
   constexpr int LEFT = Wide::LEFT, KEPT = Wide::KEPT;
   const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
-  const u32 left = room + thread * 16;  // four running sums every 2048 bytes
+  // Four running sums every 2048 bytes. In this order and no other: the compiler would fetch many at once, for which there
+  // are no registers.
+  const u32 left = room + thread * 16;
   WideTile t;
   while (scheduler.next(t)) {
     float kept[KEPT];
@@ -96,14 +87,14 @@ __device__ __forceinline__ void consume(const Epilogue& e, WideScheduler schedul
         ptx::bar_sync(ROOM + group, 128 + STORERS);  // the storers have carried the last tile away
 #pragma unroll
         for (int i = 0; i < LEFT / 4; i++)
-          put(left + 2048 * i, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
+          ptx::store_shared(left + 2048 * i, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
 #pragma unroll
         for (int i = 0; i < KEPT; i++) kept[i] = acc[LEFT + i];
       } else {
 #pragma unroll
         for (int i = 0; i < LEFT / 4; i++) {
-          const float4 sum = get(left + 2048 * i);
-          put(left + 2048 * i,
+          const float4 sum = ptx::load_shared(left + 2048 * i);
+          ptx::store_shared(left + 2048 * i,
               make_float4(sum.x + acc[4 * i], sum.y + acc[4 * i + 1], sum.z + acc[4 * i + 2], sum.w + acc[4 * i + 3]));
         }
 #pragma unroll
@@ -113,7 +104,7 @@ __device__ __forceinline__ void consume(const Epilogue& e, WideScheduler schedul
     float sums[Wide::REGS];
 #pragma unroll
     for (int i = 0; i < LEFT / 4; i++) {
-      const float4 sum = get(left + 2048 * i);
+      const float4 sum = ptx::load_shared(left + 2048 * i);
       sums[4 * i] = sum.x, sums[4 * i + 1] = sum.y, sums[4 * i + 2] = sum.z, sums[4 * i + 3] = sum.w;
     }
 #pragma unroll

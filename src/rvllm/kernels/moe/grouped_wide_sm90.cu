@@ -93,11 +93,7 @@ __global__ void __launch_bounds__(Wide::THREADS, 1)
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == Wide::CONSUMERS) {
     tensor_map_prefetch(&x);
-    for (int s = 0; s < Wide::STAGES; s++) {
-      mbar_init(ring.full(s), 1);
-      mbar_init(ring.empty(s), Wide::CONSUMERS / 32);
-    }
-    mbar_init_fence();
+    gemm::begin_ring(ring, Wide::CONSUMERS / 32);
   }
   __syncthreads();
   if (after_sort) griddep_wait();

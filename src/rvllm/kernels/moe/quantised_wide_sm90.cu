@@ -160,11 +160,7 @@ __global__ void __launch_bounds__(QuantisedWide<F>::THREADS, 1)
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == L::CONSUMERS) {
     tensor_map_prefetch(&x);
-    for (int s = 0; s < L::STAGES; s++) {
-      mbar_init(ring.full(s), 1);
-      mbar_init(ring.empty(s), L::CONSUMERS / 32);
-    }
-    mbar_init_fence();
+    begin_ring(ring, L::CONSUMERS / 32);
   }
   __syncthreads();
   if (after_sort) griddep_wait();

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "gemm/epilogue_overlap.cuh"
-#include "gemm/mainloop.cuh"
+#include "gemm/fill_ring.cuh"
 #include "moe/entries.cuh"
 
 namespace rvllm::experts {
