@@ -246,9 +246,9 @@ def test_a_release_serves_without_a_compiler(
 def kept(folder: Path) -> tuple[build.Unit, Path]:
     (unit,) = build.units([MANIFEST["sm80_begin_step"]], "sm_80")
     build._write(build.Cubin(unit, b"\x7fELF" + bytes(500), {"begin_step": "begin_step"}, 1.0), folder)
-    path = build.find(unit, folder)
-    assert path is not None
-    return unit, path
+    found = build.find(unit, folder)
+    assert found is not None
+    return unit, found[0]
 
 
 @pytest.mark.parametrize("keep", [0, 10, 200, -1])

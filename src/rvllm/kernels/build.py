@@ -110,7 +110,7 @@ def load(
     Raises MissingKernelError when something would have to be compiled and may not or cannot be, UsageError
     when the cache cannot be written.
     """
-    found = {unit: cubin for unit in wanted if (cubin := _read(unit, cache_dir)) is not None}
+    found = {unit: there[1] for unit in wanted if (there := find(unit, cache_dir)) is not None}
     missing = [unit for unit in wanted if unit not in found]
     if missing and not compile_missing:
         names = ", ".join(sorted({u.source for u in missing}))
@@ -170,18 +170,8 @@ def compile_unit(unit: Unit) -> Cubin:
     return Cubin(unit, bytes(code), names, time.perf_counter() - started, report)
 
 
-def find(unit: Unit, cache_dir: Path) -> Path | None:
+def find(unit: Unit, cache_dir: Path) -> tuple[Path, Cubin] | None:
     """The unit's cubin in the wheel or the cache, if it has been built from the present sources."""
-    found = _found(unit, cache_dir)
-    return None if found is None else found[0]
-
-
-def _read(unit: Unit, cache_dir: Path) -> Cubin | None:
-    found = _found(unit, cache_dir)
-    return None if found is None else found[1]
-
-
-def _found(unit: Unit, cache_dir: Path) -> tuple[Path, Cubin] | None:
     for path in (folder / f"{unit.key}.cubin" for folder in (PREBUILT, cache_dir)):
         try:
             header, _, code = path.read_bytes().partition(b"\n")

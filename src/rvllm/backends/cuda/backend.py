@@ -221,7 +221,7 @@ class CudaBackend:
             self._copy_states(batch.moves.tolist())
         self._starter.start(batch.started)
         self._send_masks(flight)
-        captured = self._graphs.capture_seconds
+        captured = self._graphs.seconds
         if decode:
             size = self._graphs.decode_size(len(batch.slots))
             graphs, layout, tiles = [self._graphs.decode(size)], self._planner.decode_layout(size), _NO_TILES
@@ -232,7 +232,7 @@ class CudaBackend:
                 graphs.append(self._graphs.head(len(rows.rows)))
             layout = self._planner.memory.layout
             tiles = self._tiles(batch)
-        flight.padded, flight.capture_seconds = size, self._graphs.capture_seconds - captured
+        flight.padded, flight.capture_seconds = size, self._graphs.seconds - captured
         words = flight.metadata.array.view(np.int32)
         updates = self._starter.early_updates(batch.new_blocks, layout.updates)
         sampling = Sampling(self._best_only(batch, rows), self._at.parameters, flight.tokens.device_address)
@@ -379,7 +379,7 @@ class CudaBackend:
             "rvllm:decode_gaps_total": self._gaps,
             "rvllm:cuda_graphs": len(self._graphs),
             **self._graphs.captured(),
-            "rvllm:cuda_graph_capture_seconds_total": self._graphs.capture_seconds,
+            "rvllm:cuda_graph_capture_seconds_total": self._graphs.seconds,
         }
 
     def drop_caches(self, kept: Sequence[int] = ()) -> bool:

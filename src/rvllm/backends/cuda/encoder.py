@@ -34,6 +34,8 @@ _NO_UPDATES = np.zeros((0, 3), dtype=np.int32)
 class CudaEncoder(PoolingRunner):
     """An encoder loaded onto a GPU (see `rvllm.backends.base.Encoder`)."""
 
+    _graphs: GraphCache
+
     def __init__(self, gpu: Gpu, plan: EncoderPlan, head: Head | None = None) -> None:
         limits = Limits(
             max_num_seqs=plan.seqs,
@@ -102,17 +104,3 @@ class CudaEncoder(PoolingRunner):
     def last_kernels(self) -> list[StepKernel]:
         """Kernels of the last step; see `Backend.last_kernels`."""
         return self._graphs.kernels(self._last)
-
-    def stats(self) -> dict[str, float]:
-        """Steps, texts, device seconds and graphs."""
-        return {
-            **self._counters(),
-            "rvllm:cuda_graphs": len(self._graphs),
-            "rvllm:cuda_graph_capture_seconds_total": self._graphs.seconds,
-        }
-
-    def close(self) -> None:
-        """Gives everything back."""
-        self._stream.sync()
-        self._graphs.close()
-        self._give_back()

@@ -73,6 +73,8 @@ def body_kernels(planner: StepPlanner) -> list[str]:
 class CudaPooler(PoolingRunner):
     """A decoder that gives vectors or classes, loaded onto a GPU (see `rvllm.backends.base.Encoder`)."""
 
+    _graphs: GraphBook
+
     def __init__(self, gpu: Gpu, planner: StepPlanner, program: Program, head: Head | None) -> None:
         plan, shape, at = planner.memory, planner.memory.shape, planner.addresses
         limits = Limits(
@@ -142,18 +144,7 @@ class CudaPooler(PoolingRunner):
 
     def stats(self) -> dict[str, float]:
         """Steps, texts, device seconds and graphs."""
-        return {
-            **self._counters(),
-            "rvllm:cuda_graphs": len(self._graphs),
-            **self._graphs.captured(),
-            "rvllm:cuda_graph_capture_seconds_total": self._graphs.capture_seconds,
-        }
-
-    def close(self) -> None:
-        """Gives everything back."""
-        self._stream.sync()
-        self._graphs.close()
-        self._give_back()
+        return super().stats() | self._graphs.captured()
 
 
 def text_blocks(lengths: NDArray[np.int32]) -> NDArray[np.int32]:

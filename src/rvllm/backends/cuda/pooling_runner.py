@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from rvllm.backends.base import LedgerLine, Limits, StepBatch
 from rvllm.backends.cuda.device.driver import Event, Graph, Pinned
+from rvllm.backends.cuda.device.graphs import GraphCache
 from rvllm.backends.cuda.layout.addresses import Addresses
 from rvllm.backends.cuda.loaded_model import Gpu
+from rvllm.backends.cuda.step_planner import GraphBook
 from rvllm.backends.heads import Head
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
@@ -40,6 +42,8 @@ def pooled_rows(program: Program, at: Addresses) -> PooledRows:
 
 class PoolingRunner(ABC):
     """A model on a GPU whose steps take texts as they are and leave a vector of each in one buffer."""
+
+    _graphs: GraphCache | GraphBook
 
     def __init__(
         self, gpu: Gpu, limits: Limits, metadata: tuple[int, int], pooled: PooledRows, head: Head | None
@@ -105,15 +109,20 @@ class PoolingRunner(ABC):
         self._busy += self._ended.seconds_since(self._began)
         return found
 
-    def _counters(self) -> dict[str, float]:
+    def stats(self) -> dict[str, float]:
+        """Steps, texts, device seconds and graphs."""
         return {
             "rvllm:backend_steps_total": self._steps,
             "rvllm:backend_texts_total": self._texts,
             "rvllm:backend_busy_seconds_total": self._busy,
+            "rvllm:cuda_graphs": len(self._graphs),
+            "rvllm:cuda_graph_capture_seconds_total": self._graphs.seconds,
         }
 
-    def _give_back(self) -> None:
-        """Frees everything but the graphs, which go first."""
+    def close(self) -> None:
+        """Gives everything back."""
+        self._stream.sync()
+        self._graphs.close()
         for held in (self._metadata, self._out, self._began, self._ended):
             held.close()
         self._gpu.close()

@@ -244,7 +244,7 @@ class GraphBook:
         return len(self._graphs)
 
     @property
-    def capture_seconds(self) -> float:
+    def seconds(self) -> float:
         """Seconds that capturing took."""
         return self._graphs.seconds
 

@@ -89,6 +89,11 @@ class Bound:
         self.cells["samples"].value = counts.samples
 
 
+def ints(*values: int) -> tuple[ctypes.c_int, ...]:
+    """Parameters of a kernel's type int."""
+    return tuple(map(ctypes.c_int, values))
+
+
 def fixed(*grid: int) -> GridOf:
     """A grid that does not depend on the step."""
     full: Grid = (grid[0], grid[1] if len(grid) > 1 else 1, grid[2] if len(grid) > 2 else 1)

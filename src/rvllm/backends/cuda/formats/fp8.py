@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Launch, Stream
 from rvllm.backends.cuda.device.info import DeviceInfo
-from rvllm.backends.cuda.device.launches import MatrixMap
+from rvllm.backends.cuda.device.launches import MatrixMap, ints
 from rvllm.backends.cuda.formats import fp8_plan
 from rvllm.backends.cuda.formats.base import format_of
 from rvllm.backends.cuda.layout.fusion import Stage
@@ -152,10 +152,7 @@ class Fp8Device:
             to.at.buffers[op.x.name],
             to.at.scratch[ACTIVATIONS],
             to.at.scratch[SCALES],
-            ctypes.c_int(k),
-            ctypes.c_int(op.x.width),
-            ctypes.c_int(pitch),
-            ctypes.c_int(capacity),
+            *ints(k, op.x.width, pitch, capacity),
         )
 
     def _widened(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Launch, Stream
 from rvllm.backends.cuda.device.info import DeviceInfo
+from rvllm.backends.cuda.device.launches import ints
 from rvllm.backends.cuda.formats.base import format_of
 from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.ops.family import Lowering
@@ -114,8 +115,7 @@ class IntegerDevice:
             arguments = [
                 address + run.offset,
                 ctypes.c_uint64(matrices * layout.nbytes(run.rows, packed.width) // 4),
-                ctypes.c_int(layout.chunk_bytes),
-                ctypes.c_int(layout.runs * TILE * 4),
+                *ints(layout.chunk_bytes, layout.runs * TILE * 4),
                 ctypes.c_uint(integer.dummy_word(layout)),
                 ctypes.c_int(layout.integers and layout.bits == 4),
                 ctypes.c_uint(seed & 0xFFFFFFFF),
@@ -159,8 +159,7 @@ class IntegerDevice:
             x,
             to.at.scratch[REORDERED],
             order,
-            ctypes.c_int(k),
-            ctypes.c_int(op.x.width),
+            *ints(k, op.x.width),
         )
 
 

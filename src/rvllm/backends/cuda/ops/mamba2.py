@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 
+from rvllm.backends.cuda.device.launches import ints
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_SEQS
 from rvllm.backends.cuda.layout.packed import WeightLayout
@@ -99,10 +100,7 @@ def _conv(lowering: Lowering, name: str, op: CausalConv, kernel: str) -> None:
         lowering.meta(layout.positions),
         lowering.meta(layout.token_slots),
         lowering.meta(layout.query_offsets),
-        ctypes.c_int(width),
-        ctypes.c_int(op.x.width),
-        ctypes.c_int(op.state.elements),
-        ctypes.c_int(tile),
+        *ints(width, op.x.width, op.state.elements, tile),
     )
 
 
@@ -182,9 +180,7 @@ def _gated_norm(lowering: Lowering, stage: Stage) -> None:
         lowering.at.buffers[op.x.name],
         lowering.at.buffers[op.gate.name],
         lowering.weight(op.weight, "norm"),
-        ctypes.c_int(width),
-        ctypes.c_int(op.gate.width),
-        ctypes.c_int(op.group),
+        *ints(width, op.gate.width, op.group),
         ctypes.c_float(op.eps),
     )
 

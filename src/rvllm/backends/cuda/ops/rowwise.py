@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 
+from rvllm.backends.cuda.device.launches import ints
 from rvllm.backends.cuda.formats.fp8 import NORMED, NORMED_SCALES, activation_capacity
 from rvllm.backends.cuda.formats.fp8_plan import activation_pitch
 from rvllm.backends.cuda.layout.fusion import Stage
@@ -137,11 +138,7 @@ def _norm_groups(to: Lowering, name: str, op: Norm) -> None:
         to.at.buffers[op.x.name],
         to.weight(op.weight, "norm"),
         to.weight(op.bias, "norm"),
-        ctypes.c_int(op.x.width),
-        ctypes.c_int(op.start),
-        ctypes.c_int(slices),
-        ctypes.c_int(group),
-        ctypes.c_int(group if each else 0),
+        *ints(op.x.width, op.start, slices, group, group if each else 0),
         ctypes.c_float(op.eps),
     )
 

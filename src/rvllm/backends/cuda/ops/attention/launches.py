@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from rvllm.backends.base import KV_BLOCK
 from rvllm.backends.cuda.device.info import DeviceInfo
-from rvllm.backends.cuda.device.launches import MatrixMap, fixed
+from rvllm.backends.cuda.device.launches import MatrixMap, fixed, ints
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_DECODES, NUM_TILES, NUM_TOKENS
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan, decode_of, prefill_of
@@ -119,12 +119,7 @@ def _rotate(to: Lowering, name: str, ops: Sequence[Op]) -> None:
         to.meta(to.layout.positions),
         to.meta(to.layout.token_slots),
         to.meta(NUM_TOKENS),
-        ctypes.c_int(op.qkv.width),
-        ctypes.c_int(to.shape.table_stride),
-        ctypes.c_int(op.heads),
-        ctypes.c_int(op.kv_heads),
-        ctypes.c_int(op.head_dim),
-        ctypes.c_int(rotated),
+        *ints(op.qkv.width, to.shape.table_stride, op.heads, op.kv_heads, op.head_dim, rotated),
         *more,
     )
 
@@ -143,7 +138,7 @@ def _head_norms(to: Lowering, norms: Sequence[Op], op: RopeKV) -> tuple[str, lis
         for norm in (queries, keys)
     ]
     weights = [to.weight(norm.weight, "norm") for norm in (queries, keys)]
-    return f"_{queries.kind_}", [*weights, *map(ctypes.c_int, steps), ctypes.c_float(queries.eps)]
+    return f"_{queries.kind_}", [*weights, *ints(*steps), ctypes.c_float(queries.eps)]
 
 
 def _attention(to: Lowering, stage: Stage) -> None:
@@ -163,11 +158,7 @@ def _attend(
         facts = (sparsity.size, sparsity.local, sparsity.stride, sparsity.head_step)
         sight = [ctypes.c_int(fact) for fact in facts]
     numbers = (
-        ctypes.c_int(op.qkv.width),
-        ctypes.c_int(op.out.width),
-        ctypes.c_int(to.shape.table_stride),
-        ctypes.c_int(op.kv_heads),
-        ctypes.c_int(op.heads // op.kv_heads),
+        *ints(op.qkv.width, op.out.width, to.shape.table_stride, op.kv_heads, op.heads // op.kv_heads),
         ctypes.c_float(op.scale),
         ctypes.c_float(soft_cap),
         ctypes.c_int(window),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 
-from rvllm.backends.cuda.device.launches import fixed
+from rvllm.backends.cuda.device.launches import fixed, ints
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_SEQS, NUM_TILES, NUM_TOKENS
 from rvllm.backends.cuda.layout.packed import WeightLayout
@@ -37,8 +37,7 @@ def _add_positions(to: Lowering, stage: Stage) -> None:
         to.meta(to.layout.positions),
         to.meta(to.layout.kinds),
         to.meta(NUM_TOKENS),
-        ctypes.c_int(op.x.width),
-        ctypes.c_int(op.offset),
+        *ints(op.x.width, op.offset),
     )
 
 
@@ -82,9 +81,7 @@ def _pool(to: Lowering, stage: Stage) -> None:
         to.at.buffers[op.x.name],
         to.meta(to.layout.query_offsets),
         to.meta(NUM_SEQS),
-        ctypes.c_int(op.x.width),
-        ctypes.c_int(POOLINGS.index(op.how)),
-        ctypes.c_int(op.normalise),
+        *ints(op.x.width, POOLINGS.index(op.how), op.normalise),
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rvllm.backends.base import KV_BLOCK
 from rvllm.backends.cuda.device.info import DeviceInfo
-from rvllm.backends.cuda.device.launches import Count
+from rvllm.backends.cuda.device.launches import Count, ints
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import NUM_DECODES, NUM_TOKENS
 from rvllm.backends.cuda.layout.packed import ELEMENT, WeightLayout
@@ -122,8 +122,8 @@ def _prepare(lowering: Lowering, stage: Stage) -> None:
         lowering.meta(lowering.layout.token_slots),
         lowering.meta(NUM_TOKENS),
         Count("tokens"),
-        *map(ctypes.c_int, (rope.q.width, rope.kv.width)),
-        *map(ctypes.c_int, (product.heads, rank, product.inner, rope.rope.dim, lowering.shape.table_stride)),
+        *ints(rope.q.width, rope.kv.width),
+        *ints(product.heads, rank, product.inner, rope.rope.dim, lowering.shape.table_stride),
         ctypes.c_float(norm.eps),
         smem=product.smem,
     )
@@ -138,7 +138,7 @@ def _attention(lowering: Lowering, stage: Stage) -> None:
     cache, _ = lowering.at.caches[op.cache.name]
     shape, decode = _shape(op), _decode_plan(lowering.decode, op)
     numbers = (
-        *map(ctypes.c_int, (shape.width, shape.rank, shape.heads, lowering.shape.table_stride)),
+        *ints(shape.width, shape.rank, shape.heads, lowering.shape.table_stride),
         ctypes.c_float(op.scale),
     )
     places = (lowering.at.buffers[op.out.name], lowering.at.buffers[op.q.name], cache)
@@ -155,7 +155,7 @@ def _attention(lowering: Lowering, stage: Stage) -> None:
         THREADS,
         lowering.at.buffers[op.out.name],
         *parts,
-        *map(ctypes.c_int, (shape.heads, shape.rank, decode.grid, decode.spare)),
+        *ints(shape.heads, shape.rank, decode.grid, decode.spare),
     )
     _multiply(lowering, stage.name, after)
 

@@ -10,7 +10,7 @@ import ctypes
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rvllm.backends.cuda.device.launches import Planned
+from rvllm.backends.cuda.device.launches import Planned, ints
 from rvllm.backends.cuda.ops.decode.chains import Part
 from rvllm.backends.cuda.ops.decode.step import Mixture, Step, Type
 from rvllm.backends.cuda.ops.moe.quantised import OneToken, StackProduct, stack_product
@@ -81,7 +81,7 @@ def _up(plan: ExpertsPlan) -> Planned:
     )  # fmt: skip
     return plan.planned(
         f"one_up_s{stages}", grid, 32 * segments, one_up_smem(segments, slots), "up",
-        at.inner, at.x, at.up, at.ids, *map(ctypes.c_int, numbers),
+        at.inner, at.x, at.up, at.ids, *ints(*numbers),
     )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def _down(plan: ExpertsPlan) -> Planned:
     at = plan.at
     return plan.planned(
         f"one_down_s{stages}", (grid,), 32 * segments, smem, "down and sum",
-        at.out, at.inner, at.down, at.ids, at.shares, at.residual, *map(ctypes.c_int, numbers), plan.scale,
+        at.out, at.inner, at.down, at.ids, at.shares, at.residual, *ints(*numbers), plan.scale,
     )  # fmt: skip
 
 
@@ -149,7 +149,7 @@ def _quantised_up(plan: ExpertsPlan, kept: WeightFormat) -> Planned:
     return plan.planned(
         f"{product.layout}_one_up", (-(-plan.up_rows // SLICE), plan.entries), 32 * block.warps, block.smem,
         f"up, {kept.label}", at.inner, at.x, at.up, at.ids, at.num_tokens, ctypes.c_uint64(product.stride),
-        *map(ctypes.c_int, numbers),
+        *ints(*numbers),
     )  # fmt: skip
 
 
@@ -165,5 +165,5 @@ def _quantised_down(plan: ExpertsPlan, kept: WeightFormat) -> Planned:
         f"{product.layout}_one_down_s{block.stages}", (grid, plan.tokens), 32 * block.warps,
         max(_alone(plan), block.smem), f"down and sum, {kept.label}",
         at.out, at.inner, at.down, at.ids, at.shares, at.residual, at.num_tokens,
-        ctypes.c_uint64(product.stride), *map(ctypes.c_int, numbers), plan.scale,
+        ctypes.c_uint64(product.stride), *ints(*numbers), plan.scale,
     )  # fmt: skip

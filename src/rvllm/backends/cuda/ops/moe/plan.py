@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rvllm.backends.cuda.device.info import DeviceInfo
-from rvllm.backends.cuda.device.launches import MatrixMap, Planned, fixed
+from rvllm.backends.cuda.device.launches import MatrixMap, Planned, fixed, ints
 from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.backends.cuda.ops.gemm.plan import gated_rows
 from rvllm.backends.cuda.ops.moe import choose, few
@@ -155,18 +155,19 @@ class ExpertsPlan:
         if self._listed():
             return products
         if self.tile == WIDE:
-            products = [self._gather(), self._wide("up"), self._wide("down"), self._combine(places)]
+            products = self._wide_launches()
         return [self._sort(self.tile, places), *products]
 
     def _quantised_launches(self) -> list[Planned]:
-        stacks = (("up", self.op.up), ("down", self.op.down))
         if self.tile == QUANTISED_WIDE:
-            wide = [self._quantised_wide(which) if of.format else self._wide(which) for which, of in stacks]
-            places = self.at.places
-            return [self._sort(self.tile, places), self._gather(), *wide, self._combine(places)]
+            return [self._sort(self.tile, self.at.places), *self._wide_launches()]
+        stacks = (("up", self.op.up), ("down", self.op.down))
         products = [self._quantised(which) if of.format else self._many(which) for which, of in stacks]
         sort = [self._sort(self.tile, 0)] if self._sorted() else []
         return [*sort, *products, self._combine(0)]
+
+    def _wide_launches(self) -> list[Planned]:
+        return [self._gather(), self._wide("up"), self._wide("down"), self._combine(self.at.places)]
 
     def planned(
         self, kernel: str, grid: tuple[int, ...], block: int, smem: int, why: str, *given: object
@@ -210,7 +211,7 @@ class ExpertsPlan:
         at = self.at
         return Planned(
             self.name, f"sm{90 if cluster > 1 else 80}_experts_sort", fixed(cluster), 32 * warps,
-            (at.order, at.tiles, at.num_tiles, at.ids, at.num_tokens, *map(ctypes.c_int, numbers), places),
+            (at.order, at.tiles, at.num_tiles, at.ids, at.num_tokens, *ints(*numbers), places),
             sort_smem(warps, self.experts), cluster, "entries by expert",
         )  # fmt: skip
 
@@ -224,33 +225,24 @@ class ExpertsPlan:
 
     def _wide(self, which: str) -> Planned:
         out, _, weights, after_sort, k, rows, pitch, _ = self._sides(which)
-        at = self.at
+        kept, at = (self.op.up if which == "up" else self.op.down).format, self.at
         # The rows of x wait where the down product's results will be.
         source = at.parts if which == "up" else at.inner
-        x = MatrixMap(source, self.entries, k, WIDE_BOX, TILE, self.tag == "bf16")
-        numbers = (after_sort, -(-k // TILE), segments_of(k), rows, pitch, self._kind(which), GROUP)
+        numbers = (rows, pitch, self._kind(which), GROUP)
+        if kept is None:
+            name, smem, box = f"sm90_{self.tag}_moe_grouped_n{WIDE}", wide_smem(), WIDE_BOX
+            told: tuple[object, ...] = ints(after_sort, -(-k // TILE), segments_of(k), *numbers)
+            why = f"{which}, grouped by expert, up to {WIDE} entries a tile"
+        else:
+            product = stack_product(kept, rows, k)
+            name, smem, box = product.kernel(self.tag, self.tile), product.smem(self.tile), QUANTISED_WIDE
+            shape = (product.scales, after_sort, product.chunks, product.segments)
+            told = (ctypes.c_uint64(product.stride), *ints(*shape, *numbers))
+            why = f"{which}, {kept.label}, {self.tile} entries of an expert a tile"
+        x = MatrixMap(source, self.entries, k, box, TILE, self.tag == "bf16")
         return Planned(
-            self.name, f"sm90_{self.tag}_moe_grouped_n{WIDE}", fixed(self.chip.sm_count), GROUPED_THREADS,
-            (x, out, weights, at.tiles, at.num_tiles, *map(ctypes.c_int, numbers)),
-            wide_smem(), why=f"{which}, grouped by expert, up to {WIDE} entries a tile",
-        )  # fmt: skip
-
-    def _quantised_wide(self, which: str) -> Planned:
-        out, _, weights, after_sort, k, rows, pitch, _ = self._sides(which)
-        kept, at = (self.op.up if which == "up" else self.op.down).format, self.at
-        assert kept is not None
-        product = stack_product(kept, rows, k)
-        source = at.parts if which == "up" else at.inner  # as for `_wide`
-        x = MatrixMap(source, self.entries, k, QUANTISED_WIDE, TILE, self.tag == "bf16")
-        numbers = (
-            product.scales, after_sort, product.chunks, product.segments, rows, pitch, self._kind(which),
-            GROUP,
-        )  # fmt: skip
-        return Planned(
-            self.name, product.kernel(self.tag, self.tile), fixed(self.chip.sm_count), GROUPED_THREADS,
-            (x, out, weights, at.tiles, at.num_tiles, ctypes.c_uint64(product.stride),
-             *map(ctypes.c_int, numbers)),
-            product.smem(self.tile), why=f"{which}, {kept.label}, {self.tile} entries of an expert a tile",
+            self.name, name, fixed(self.chip.sm_count), GROUPED_THREADS,
+            (x, out, weights, at.tiles, at.num_tiles, *told), smem, why=why,
         )  # fmt: skip
 
     def _kind(self, which: str) -> Kind:
@@ -270,7 +262,7 @@ class ExpertsPlan:
         return Planned(
             self.name, f"sm90_{self.tag}_moe_grouped_n{self.tile}", fixed(self.chip.sm_count),
             GROUPED_THREADS,
-            (out, x, weights, at.ids, at.num_tokens, at.places, *sorted_by, *map(ctypes.c_int, numbers)),
+            (out, x, weights, at.ids, at.num_tokens, at.places, *sorted_by, *ints(*numbers)),
             grouped_smem(self.tile), why=f"{which}, grouped by expert, {self.tile} entries a tile",
         )  # fmt: skip
 
@@ -281,22 +273,12 @@ class ExpertsPlan:
         most = most_tiles(self.entries, self.experts, block.tokens)
         row_tiles = -(-rows // block.rows)
         grid = -(-row_tiles // group) * group * most
-        numbers = (
-            self.top_k,
-            by_token,
-            k,
-            -(-k // TILE),
-            segments_of(k),
-            rows,
-            pitch,
-            act,
-            int(gated),
-            group,
-        )
+        shape = (-(-k // TILE), segments_of(k), rows, pitch)
+        numbers = (self.top_k, by_token, k, *shape, act, int(gated), group)
         at = self.at
         return self.planned(
             block.name, (grid,), block.threads, block.smem, f"{which}, grouped by expert",
-            out, x, weights, at.order, at.tiles, at.num_tiles, *map(ctypes.c_int, numbers),
+            out, x, weights, at.order, at.tiles, at.num_tiles, *ints(*numbers),
         )  # fmt: skip
 
     def _sorted(self) -> bool:
@@ -321,6 +303,6 @@ class ExpertsPlan:
         return Planned(
             self.name, product.kernel(self.tag, self.tile), fixed(grid), QUANTISED_THREADS,
             (out, x, weights, *sorted_by, at.ids, at.num_tokens, ctypes.c_uint64(product.stride),
-             *map(ctypes.c_int, numbers)),
+             *ints(*numbers)),
             product.smem(self.tile), why=f"{which}, {kept.label}, grouped by expert",
         )  # fmt: skip

@@ -9,7 +9,7 @@ import ctypes
 from dataclasses import dataclass
 
 from rvllm.backends.cuda.device.info import DeviceInfo
-from rvllm.backends.cuda.device.launches import Planned, fixed
+from rvllm.backends.cuda.device.launches import Planned, fixed, ints
 from rvllm.backends.cuda.ops.decode.chains import Part
 from rvllm.backends.cuda.ops.decode.step import Mixture, NormFront, Step, Type
 from rvllm.backends.cuda.ops.gemm.common import Kind
@@ -111,7 +111,7 @@ def plan_route(
             op.name, f"sm80_{tag}_route_many_e{lanes}", fixed(-(-tokens // ROUTE_MANY)), 256,
             (
                 at.ids, at.shares, at.x, at.weight, at.bias, at.logits, at.num_tokens,
-                *map(ctypes.c_int, (*numbers, segments)), scale,
+                *ints(*numbers, segments), scale,
             ),
             ROUTE_MANY_SMEM,
         )  # fmt: skip
@@ -134,7 +134,7 @@ def plan_route(
         32 * segments,
         (
             at.ids, at.shares, at.x, at.weight, at.bias, at.logits, at.arrivals, at.num_tokens, at.raw,
-            at.norm_weight, *map(ctypes.c_int, (*numbers, each)), scale,
+            at.norm_weight, *ints(*numbers, each), scale,
             ctypes.c_float(norm.eps if norm is not None else 0.0),
         ),
         route_smem(segments, -(-k // TILE), each),

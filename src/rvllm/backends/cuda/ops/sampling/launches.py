@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 
+from rvllm.backends.cuda.device.launches import ints
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.metadata import BEST_ONLY, HOST_TOKENS, NUM_SAMPLES
 from rvllm.backends.cuda.ops.family import Family, Lowering
@@ -27,8 +28,7 @@ def _hide_tokens(to: Lowering, stage: Stage) -> None:
             128,
             to.at.logits,
             to.meta(NUM_SAMPLES),
-            ctypes.c_int(to.shape.logits_stride),
-            ctypes.c_int(len(ids)),
+            *ints(to.shape.logits_stride, len(ids)),
             (ctypes.c_int * HIDDEN_TOKENS)(*ids),
         )
 

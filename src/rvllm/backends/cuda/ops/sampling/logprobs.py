@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.base import SlotStart, StepResult, TokenLogprobs
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Launch, Pinned, Stream
+from rvllm.backends.cuda.device.launches import ints
 from rvllm.backends.cuda.in_flight import InFlightStep
 from rvllm.backends.cuda.layout.addresses import Addresses, Shape
 from rvllm.backends.cuda.ops.sampling.arrays import LogprobArrays
@@ -44,8 +43,7 @@ class Scorer:
                 arrays.entries + 8 * rows,
                 at.tokens,
                 arrays.entries + 12 * rows,
-                ctypes.c_int(shape.vocab),
-                ctypes.c_int(shape.logits_stride),
+                *ints(shape.vocab, shape.logits_stride),
             ],
             pdl=False,
         )

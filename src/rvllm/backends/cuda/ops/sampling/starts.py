@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from rvllm.backends.base import SlotStart
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Event, Launch, Pinned, Stream
+from rvllm.backends.cuda.device.launches import ints
 from rvllm.backends.cuda.layout.addresses import Addresses, Shape
 from rvllm.backends.cuda.layout.metadata import HEADER_WORDS, NUM_BLOCK_UPDATES
 from rvllm.backends.cuda.ops.sampling.slots import START_WORDS, pack_starts
@@ -42,8 +43,7 @@ class Starter:
                 at.stops,
                 self._target,
                 self._target + self._words_at,
-                ctypes.c_int(shape.vocab),
-                ctypes.c_int(shape.history_stride),
+                *ints(shape.vocab, shape.history_stride),
             ],
             pdl=False,
         )
