@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from rvllm.config import EngineConfig
-from rvllm.engine.sampling_params import SamplingParams
 from rvllm.errors import UsageError
 from rvllm.settings import build
-from rvllm.text.embedding import PoolingParams
 from rvllm.text.requests import Prompt
 from rvllm.vllm.flags import VLLM_FLAGS, VLLM_VALUES, settle
 
+T = TypeVar("T")
 JSON_SETTINGS = ("hf_overrides", "pooler_config")  # which take objects, as text on a command line
 
 
@@ -56,23 +55,18 @@ def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [items] if items and isinstance(items[0], int) else items
 
 
-def params_list(
-    params: SamplingParams | Sequence[SamplingParams] | None,
-    count: int,
-    default: Callable[[], SamplingParams],
-) -> list[SamplingParams]:
-    if params is None:
-        params = default()
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise UsageError(f"sampling_params has {len(params)} entries for {count} prompts")
-    return list(params)
+def one_each(
+    name: str, given: T | Sequence[T] | None, kind: type[T], count: int, default: Callable[[], T]
+) -> list[T]:
+    """One for each of `count` prompts, of one for all of them or of a list; None: the default.
 
-
-def pooling_list(params: PoolingParams | Sequence[PoolingParams] | None, count: int) -> list[PoolingParams]:
-    if params is None or isinstance(params, PoolingParams):
-        return [params or PoolingParams()] * count
-    if len(params) != count:
-        raise UsageError(f"pooling_params has {len(params)} entries for {count} prompts")
-    return list(params)
+    Raises UsageError naming the argument `name` when there are more or fewer.
+    """
+    if given is None:
+        given = default()
+    if isinstance(given, kind):
+        return [given] * count
+    many = list(cast("Sequence[T]", given))
+    if len(many) != count:
+        raise UsageError(f"{name} has {len(many)} entries for {count} prompts")
+    return many

@@ -35,7 +35,7 @@ def beam_search(llm: LLM, prompt: str | None, ids: list[int], params: BeamSearch
     A beam that draws the model's end token is done, unless `ignore_eos`. Every step keeps the best
     `beam_width` of the beams' most likely next tokens, twice as many of each.
     """
-    ends = frozenset(() if params.ignore_eos else llm.end_token_ids)
+    ends = frozenset(() if params.ignore_eos else llm.engine.facts.eos_token_ids)
     step = SamplingParams(temperature=params.temperature, max_tokens=1, logprobs=2 * params.beam_width,
                           ignore_eos=True, detokenize=False)  # fmt: skip
     beams, done = [BeamSearchSequence(list(ids))], list[BeamSearchSequence]()

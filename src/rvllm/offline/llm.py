@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rvllm.config import EngineConfig, SourceConfig
 from rvllm.engine.core import EngineCore
 from rvllm.engine.sampling_params import BeamSearchParams, SamplingParams
 from rvllm.errors import UsageError
-from rvllm.offline.arguments import engine_config, params_list, prompt_list, refuse
+from rvllm.offline.arguments import engine_config, one_each, prompt_list, refuse
 from rvllm.offline.pooling import Pooling
 from rvllm.offline.progress import LoadingBar, progress_bar
 from rvllm.settings import build
 from rvllm.text.grammar.grammar import check_tokenizer, vocabulary_of
 from rvllm.text.outputs import RequestMetrics, RequestOutput
 from rvllm.text.pending import PendingRequest
-from rvllm.text.processor import Choice
+from rvllm.text.processor import Choice, Delta
 from rvllm.text.requests import Prompt, RequestMaker, prompt_tokens
 from rvllm.text.tokenizers.tokenizer import Tokenizer
 from rvllm.vllm.flags import check_wake_up_tags
@@ -59,12 +59,12 @@ class LLM(Pooling):
         source = build(SourceConfig, {})
         with ProgressBar() as fetching:
             path = resolve(self.config.model, source, fetching)
-        self._tokenizer: Tokenizer | None = None
+        self.tokenizer: Tokenizer | None = None  # after skip_tokenizer_init
         if not self.config.skip_tokenizer_init:
             words = self.config.tokenizer
-            self._tokenizer = Tokenizer.load(path if words is None else resolve(words, source))
+            self.tokenizer = Tokenizer.load(path if words is None else resolve(words, source))
         self._load()
-        self._requests = RequestMaker(self.engine.facts, self.config.seed, self._tokenizer)
+        self._requests = RequestMaker(self.engine.facts, self.config.seed, self.tokenizer)
         self._counter = 0
         self._grammars_ready = False
 
@@ -95,16 +95,6 @@ class LLM(Pooling):
             self._load()
 
     @property
-    def tokenizer(self) -> Tokenizer | None:
-        """The model's tokenizer; None after skip_tokenizer_init."""
-        return self._tokenizer
-
-    @property
-    def end_token_ids(self) -> list[int]:
-        """Tokens that end an answer."""
-        return list(self._requests.facts.eos_token_ids)
-
-    @property
     def llm_engine(self) -> LLMEngine:
         """The engine, to be driven step by step."""
         from rvllm.offline.llm_engine import LLMEngine
@@ -122,7 +112,6 @@ class LLM(Pooling):
         return True
 
     def get_metrics(self) -> list[Metric]:
-        """What the engine counts, as values."""
         from rvllm.offline.metrics import metrics_of
 
         return metrics_of(self.engine)
@@ -135,9 +124,9 @@ class LLM(Pooling):
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises UsageError after skip_tokenizer_init."""
-        if self._tokenizer is None:
+        if self.tokenizer is None:
             raise UsageError("there is no tokenizer: the model was loaded with skip_tokenizer_init")
-        return self._tokenizer
+        return self.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` uses when given none: vLLM's defaults and the model's generation_config."""
@@ -162,13 +151,13 @@ class LLM(Pooling):
         """
         refuse(lora_request=lora_request, tokenization_kwargs=tokenization_kwargs)
         items = prompt_list(prompts)
-        params = params_list(sampling_params, len(items), self.get_default_sampling_params)
-        texts = [prompt_tokens(item, self._tokenizer) for item in items]
+        params = self._params(sampling_params, len(items))
+        texts = [prompt_tokens(item, self.tokenizer) for item in items]
         return self._run(texts, params, bool(use_tqdm), priority)
 
     def pending(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> PendingRequest:
         """A request that has not been given to the engine. Raises UsageError naming what is wrong with it."""
-        return self._requests_of([prompt_tokens(prompt, self._tokenizer)], [params], [priority])[0]
+        return self._requests_of([prompt_tokens(prompt, self.tokenizer)], [params], [priority])[0]
 
     def chat(
         self,
@@ -196,7 +185,7 @@ class LLM(Pooling):
         tokenizer = self.get_tokenizer()
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if single else messages
-        params = params_list(sampling_params, len(conversations), self.get_default_sampling_params)
+        params = self._params(sampling_params, len(conversations))
         texts: list[tuple[str | None, list[int]]] = []
         for conversation in conversations:
             text = tokenizer.apply_chat_template(
@@ -219,7 +208,12 @@ class LLM(Pooling):
         from rvllm.offline.beam_search import beam_search
 
         refuse(lora_request=neutral.get("lora_request"))
-        return [beam_search(self, *prompt_tokens(p, self._tokenizer), params) for p in prompt_list(prompts)]
+        return [beam_search(self, *prompt_tokens(p, self.tokenizer), params) for p in prompt_list(prompts)]
+
+    def _params(
+        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> list[SamplingParams]:
+        return one_each("sampling_params", given, SamplingParams, count, self.get_default_sampling_params)
 
     def _run(
         self,
@@ -237,22 +231,30 @@ class LLM(Pooling):
                     self.engine.add_request(message)
             with progress_bar(len(requests), show) as advance:
                 while running:
-                    for output in self.engine.step():
-                        if output.request_id not in running:  # what comes after a stop string
-                            continue
-                        request = running[output.request_id]
-                        delta = request.feed(output)
-                        if delta.abort_needed:
-                            self.engine.abort([output.request_id])
-                        ended = delta.finish_reason is not None
-                        if ended:
-                            del running[output.request_id]
-                        advance(len(delta.token_ids), ended and request.finished)
+                    for request, delta in self.step(running):
+                        ended = delta.finish_reason is not None and request.finished
+                        advance(len(delta.token_ids), ended)
         finally:
             self.engine.abort(list(running))
             while self.engine.has_work():
                 self.engine.step()
-        return [request.to_output(self._tokenizer) for request in requests]
+        return [request.to_output(self.tokenizer) for request in requests]
+
+    def step(self, running: dict[str, PendingRequest]) -> Iterator[tuple[PendingRequest, Delta]]:
+        """Computes a step and tells what it brought to requests; choices that end are taken out.
+
+        running: the requests, by the engine's ids of their choices.
+        """
+        for output in self.engine.step():
+            request = running.get(output.request_id)
+            if request is None:  # what comes after a stop string
+                continue
+            delta = request.feed(output)
+            if delta.abort_needed:
+                self.engine.abort([output.request_id])
+            if delta.finish_reason is not None:
+                del running[output.request_id]
+            yield request, delta
 
     def _requests_of(
         self,
@@ -273,7 +275,7 @@ class LLM(Pooling):
                 raise UsageError(f"prompts[{i}]: {error}" if len(prompts) > 1 else str(error)) from None
             if made[0].sampling.grammar is not None:
                 self._prepare_grammars()
-            choices = {m.request_id: Choice(self._tokenizer, param, ids, k) for k, m in enumerate(made)}
+            choices = {m.request_id: Choice(self.tokenizer, param, ids, k) for k, m in enumerate(made)}
             requests.append(PendingRequest(name, text, ids, param, made, choices, RequestMetrics(now)))
         return requests
 
@@ -290,6 +292,6 @@ class LLM(Pooling):
     def _prepare_grammars(self) -> None:
         """Hands the vocabulary to the engine, with the first request that has a grammar."""
         if not self._grammars_ready:
-            check_tokenizer(self._tokenizer)
+            check_tokenizer(self.tokenizer)
             self.engine.grammars.set_vocabulary(vocabulary_of(self.get_tokenizer()))
             self._grammars_ready = True

@@ -21,7 +21,7 @@ class LLMEngine:
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
         self._requests: dict[str, PendingRequest] = {}  # by the caller's id
-        self._names: dict[str, str] = {}  # the engine's ids to the caller's
+        self._running: dict[str, PendingRequest] = {}  # by the engine's ids of their choices
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs, **_: Any) -> LLMEngine:
@@ -48,34 +48,22 @@ class LLMEngine:
         request.request_id = request_id
         for message in request.messages:
             self._llm.engine.add_request(message)
-            self._names[message.request_id] = request_id
+            self._running[message.request_id] = request
         self._requests[request_id] = request
         return request_id
 
     def step(self) -> list[RequestOutput]:
         """Computes a step; one output for each request that it brought forward, with all tokens so far."""
-        engine, touched = self._llm.engine, dict[str, PendingRequest]()
-        for output in engine.step():
-            name = self._names.get(output.request_id)
-            if name is None:  # what comes after a stop string
-                continue
-            request = touched[name] = self._requests[name]
-            delta = request.feed(output)
-            if delta.abort_needed:
-                engine.abort([output.request_id])
-            if delta.finish_reason is not None:
-                del self._names[output.request_id]
+        touched = {request.request_id: request for request, _ in self._llm.step(self._running)}
         for name, request in touched.items():
             if request.finished:
                 del self._requests[name]
         return [request.to_output(self._llm.tokenizer) for request in touched.values()]
 
     def has_unfinished_requests(self) -> bool:
-        """Whether any request has not ended."""
         return bool(self._requests)
 
     def get_num_unfinished_requests(self) -> int:
-        """How many requests have not ended."""
         return len(self._requests)
 
     def abort_request(self, request_ids: str | Sequence[str]) -> None:
@@ -85,10 +73,9 @@ class LLMEngine:
             if request is not None:
                 self._llm.engine.abort(list(request.choices))
                 for inner in request.choices:
-                    self._names.pop(inner, None)
+                    self._running.pop(inner, None)
 
     def get_tokenizer(self) -> Any:
-        """The model's tokenizer."""
         return self._llm.get_tokenizer()
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:

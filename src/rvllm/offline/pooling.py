@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Embed, embedded
 from rvllm.errors import RvllmError, UsageError
-from rvllm.offline.arguments import pooling_list, prompt_list, refuse
+from rvllm.offline.arguments import one_each, prompt_list, refuse
 from rvllm.offline.progress import progress_bar
 from rvllm.text.embedding import (
     EmbeddingOutput,
@@ -78,7 +78,7 @@ class Pooling:
     """The methods of `LLM` for models that pool texts."""
 
     engine: EngineCore
-    _tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | None
     _counter: int
 
     def embed(
@@ -221,10 +221,11 @@ class Pooling:
         """
         facts, found = self.engine.facts, list[_Text]()
         items = prompt_list(prompts)
-        for i, (item, wanted) in enumerate(zip(items, pooling_list(params, len(items)), strict=True)):
+        each = one_each("pooling_params", params, PoolingParams, len(items), PoolingParams)
+        for i, (item, wanted) in enumerate(zip(items, each, strict=True)):
             try:
                 length = asked.length(wanted)
-                text, ids = text_tokens(item, self._tokenizer, facts, length, asked.prompt_name)
+                text, ids = text_tokens(item, self.tokenizer, facts, length, asked.prompt_name)
                 shorten(np.zeros(facts.embedding_size or 0, np.float32), wanted.dimensions)
                 if tokens:
                     check_numbers(len(ids), facts)
@@ -242,7 +243,7 @@ class Pooling:
         for first, second in zip(firsts * (len(seconds) if len(firsts) == 1 else 1), seconds, strict=True):
             if not isinstance(first, str) or not isinstance(second, str):
                 raise UsageError("a cross-encoder scores pairs of texts, not of token ids")
-            ids, begin = pair_tokens(self._tokenizer, (first, second), facts, asked.length(params))
+            ids, begin = pair_tokens(self.tokenizer, (first, second), facts, asked.length(params))
             texts.append(Embed(self._next_name(), ids, second=begin))
         numbers = self._run_texts(texts, asked.show)
         return [

@@ -27,6 +27,7 @@ _MATHS = (
     "math menclose mfrac mi mmultiscripts mn mo mover mpadded mphantom mprescripts mroot mrow ms mspace "
     "msqrt mstyle msub msubsup msup mtable mtd mtext mtr munder munderover none"
 )
+_OPERATOR = "fence form lspace maxsize minsize movablelimits rspace separator stretchy"  # attributes
 _TAGS = {*_TEXT.split(), *_MATHS.split()}
 _ATTRIBUTES: dict[str, set[str]] = {
     "*": set(),
@@ -40,17 +41,7 @@ _ATTRIBUTES: dict[str, set[str]] = {
     "mfrac": {"linethickness"},
     "menclose": {"notation"},
     "mi": {"mathvariant"},
-    "mo": {
-        "fence",
-        "form",
-        "lspace",
-        "maxsize",
-        "minsize",
-        "movablelimits",
-        "rspace",
-        "separator",
-        "stretchy",
-    },
+    "mo": {*_OPERATOR.split()},
     "mspace": {"depth", "height", "width"},
     "mstyle": {"displaystyle", "scriptlevel"},
     "mtable": {"columnalign", "columnlines", "rowlines"},
