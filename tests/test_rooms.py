@@ -21,7 +21,7 @@ INSIDE = {
         "batches responses anthropic openai",
         "generate",
         "schemas",
-        "http database",
+        "http",
         "disk",
     ],
     "weights": [

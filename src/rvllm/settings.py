@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rvllm.errors import UsageError
@@ -232,6 +233,15 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return str(value)
+
+
+def read_text(flag: str, file: str | Path) -> str:
+    """The text of a file that `flag` names. Raises UsageError naming both."""
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UsageError(f"{flag}: cannot read {file}: {reason}") from None
 
 
 def markdown_table(cls: type, flags: bool = True) -> str:

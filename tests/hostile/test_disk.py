@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from rvllm.api.batches.endpoints import MAX_TRIES
+from rvllm.api.batches.files import Upload
 from rvllm.api.batches.store import Batch, BatchStore, FileEntry
-from rvllm.api.batches.upload import Upload
 from rvllm.api.disk import TemporaryFolder, is_full, sweep, write_whole
 from rvllm.api.http.errors import ApiError
 from rvllm.api.responses.store import Conversation, ResponseStore
@@ -84,7 +84,7 @@ def test_a_file_that_is_made_to_keep_the_loop_busy(data: bytes, code: str, tmp_p
         assert found["errors"]["data"][0]["code"] == code
 
 
-@pytest.mark.parametrize("where", ["rvllm.api.disk.os.fsync", "rvllm.api.batches.upload.Upload.write"])
+@pytest.mark.parametrize("where", ["rvllm.api.disk.os.fsync", "rvllm.api.batches.files.Upload.write"])
 def test_an_upload_to_a_full_disk_leaves_nothing(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

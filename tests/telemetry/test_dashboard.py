@@ -31,7 +31,7 @@ VLLM = {
 def names_on_the_page() -> set[str]:
     metrics = Metrics("m", {"block_size": "16"})
     metrics.response("/v1/chat/completions", 200)
-    metrics.finished(RequestTimes("stop", 100, 11, 50, 2, queue=0.1, first=0.5, last=1.5))
+    metrics.finished(RequestTimes(100, 50, 2, "stop", 11, queue=0.1, first=0.5, last=1.5))
     gpu = {"rvllm:decode_idle_share": 0.01, 'rvllm:cuda_graph_captured{kind="decode",size="8"}': 1.0}
     kernels = [StepKernel("qkv", "gemm_sm90_bf16", 28)]
     page = metrics.page(Stats(running=1, backend=gpu, floor_ratio=0.9, kernels=kernels)).decode()

@@ -24,7 +24,7 @@ def values(page: bytes) -> dict[str, float]:
 def test_a_request_feeds_every_histogram() -> None:
     metrics = Metrics("m", {"block_size": "16"})
     metrics.observe(time_to_first_token_seconds=0.5, inter_token_latency_seconds=0.02)
-    metrics.finished(RequestTimes("stop", 100, 11, 50, 2, queue=0.1, first=0.5, last=1.5))
+    metrics.finished(RequestTimes(100, 50, 2, "stop", 11, queue=0.1, first=0.5, last=1.5))
     found = values(metrics.page(None))
     assert found["vllm:time_to_first_token_seconds_sum"] == 0.5
     assert found["vllm:inter_token_latency_seconds_sum"] == 0.02
@@ -74,7 +74,7 @@ def test_histograms_have_vllms_buckets(name: str) -> None:
 
 def test_a_request_that_got_no_token_has_no_times() -> None:
     metrics = Metrics("m", {})
-    metrics.finished(RequestTimes("abort", 100, 0, 50, 1, queue=0.0, first=0.0, last=0.0))
+    metrics.finished(RequestTimes(100, 50, 1, "abort", 0, queue=0.0, first=0.0, last=0.0))
     found = values(metrics.page(None))
     assert found["vllm:request_success_total{'finished_reason': 'abort'}"] == 1
     assert found["vllm:e2e_request_latency_seconds_count"] == 0
@@ -148,7 +148,7 @@ def test_steps_blocks_kernels_and_settings() -> None:
 
 def test_computed_and_longest() -> None:
     metrics = Metrics("m", {})
-    metrics.finished(RequestTimes("stop", 100, 11, 50, 2, 0.1, 0.5, 1.5, cached_tokens=64))
+    metrics.finished(RequestTimes(100, 50, 2, "stop", 11, 0.1, 0.5, 1.5, cached_tokens=64))
     metrics.observe(request_max_num_generation_tokens=11)
     found = values(metrics.page(None))
     assert found["vllm:request_prefill_kv_computed_tokens_sum"] == 36

@@ -18,12 +18,11 @@ from rvllm.api.batches.files import Files
 from rvllm.api.batches.lines import STATELESS, Answering
 from rvllm.api.batches.store import BatchStore
 from rvllm.api.docs.page import docs, openapi
-from rvllm.api.generate.generation import Service
-from rvllm.api.generate.models import by_body, refuse_encoder
+from rvllm.api.generate.generation import Service, by_body, by_name, refuse_encoder
 from rvllm.api.http.body import parse
 from rvllm.api.http.browsers import Guard
 from rvllm.api.http.errors import ApiError
-from rvllm.api.http.exchange import Endpoint, Exchange, Gate, Handler, check_model, openai_failure
+from rvllm.api.http.exchange import Endpoint, Exchange, Gate, Handler, openai_failure
 from rvllm.api.operations import GROUPS, OPERATIONS, Operation
 from rvllm.api.page import page_routes
 from rvllm.api.responses.conversations import Conversations
@@ -43,13 +42,12 @@ def build_app(service: Service, gate: Gate) -> Starlette:
         _route(gate, operation, owners[kind]) for kind, operations in GROUPS for operation in operations
     ]
     keys = bool(gate.keys)
-    for path, show in (
-        ("/openapi.json", partial(openapi, keys)),
-        ("/docs", partial(docs, service.served_name, keys)),
-    ):
-        routes.append(Endpoint(gate, path, show, open=True).route("GET"))
+    documents = [
+        Endpoint(gate, "/openapi.json", partial(openapi, keys), open=True).route("GET"),
+        Endpoint(gate, "/docs", partial(docs, service.served_name, keys), open=True).route("GET"),
+    ]
     return Starlette(
-        routes=[*routes, *page_routes(service, gate)],
+        routes=[*routes, *documents, *page_routes(service, gate)],
         exception_handlers={HTTPException: _http_error},
         middleware=[Middleware(Guard, gate.config)],
     )
@@ -101,8 +99,8 @@ def _handler(operation: Operation, owner: Any) -> Handler:
         request: Any = None
         if operation.request is not None:
             request = parse(body or b"{}" if operation.bare else body, operation.request)
-            if isinstance(answers, Service):
-                check_model(request.model, answers.served_names)
+            if isinstance(owner, Service):
+                by_name(answers, request.model)
         await operation.handler(answers, exchange, request)
 
     return handle

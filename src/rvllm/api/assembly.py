@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rvllm.config import EngineConfig, ServerConfig
 from rvllm.errors import RvllmError, UsageError
+from rvllm.settings import read_text
 
 if TYPE_CHECKING:
     from rvllm.api.generate.generation import Engine, Service
@@ -21,11 +22,7 @@ def template_text(file: str | None) -> str | None:
     """The text of `--chat-template`, which may be the template itself. Raises UsageError."""
     if file is None or "{{" in file or "{%" in file:
         return file
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UsageError(f"--chat-template: cannot read {file}: {reason}") from None
+    return read_text("--chat-template", file)
 
 
 def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
@@ -67,23 +64,6 @@ async def check_chat_template(work: WorkerPool, template: str | None, tool_call_
         await work.run(try_template, flag, 0, template, tool_call_parser)
     except RvllmError as error:
         raise UsageError(f"{flag}: {str(error).removeprefix(f'{flag}: ')}") from None
-
-
-def build_service(
-    engine: Engine,
-    ready: Ready,
-    engine_config: EngineConfig,
-    config: ServerConfig,
-    tokenizer: Tokenizer | None,
-    work: WorkerPool | None,
-    template: str | None,
-) -> tuple[Service, Gate]:
-    """The loaded model as handlers see it, and what all endpoints share: `build_app` takes both.
-
-    template: the text of --chat-template.
-    """
-    service = service_of(engine, ready, engine_config, config, tokenizer, work, template)
-    return service, build_gate(config, [service])
 
 
 def service_of(

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from rvllm.errors import UsageError
+
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 PART = ".part"  # the name's end while a file is being written
 _LOCK = "owner.lock"
@@ -83,7 +85,6 @@ class TemporaryFolder:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def close(self) -> None:
-        """Deletes the folder."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 
@@ -104,3 +105,30 @@ def sweep(prefix: str) -> None:
             pass  # its owner lives
         finally:
             os.close(descriptor)
+
+
+def open_database(path: str, schema: str, flag: str) -> sqlite3.Connection:
+    """A connection to the database at `path` (":memory:" for none on disk) with the tables of `schema`.
+
+    What is committed survives a kill of the process. A second server cannot open the same file.
+    Raises UsageError naming `flag` when it cannot be opened.
+    """
+    try:
+        if path != ":memory:":
+            private_file(Path(path).expanduser())  # its write-ahead log takes the same permissions
+        connection = sqlite3.connect(
+            os.path.expanduser(path), timeout=0.5, isolation_level=None, check_same_thread=False
+        )
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in filter(str.strip, schema.split(";")):
+            connection.execute(statement)
+        connection.execute("COMMIT")
+        return connection
+    except OSError as error:
+        raise UsageError(f"{flag}: cannot open {path}: {error.strerror}") from None
+    except sqlite3.Error as error:
+        reason = "another server uses it" if "locked" in str(error) else str(error)
+        raise UsageError(f"{flag}: cannot open {path}: {reason}") from None

@@ -18,17 +18,15 @@ from rvllm.api.generate.generation import Service
 from rvllm.api.http.errors import ErrorBody
 from rvllm.api.http.exchange import Exchange
 from rvllm.api.http.pagination import Page
-from rvllm.api.openai.chat import chat_batch, chat_completions
-from rvllm.api.openai.completions import completions
+from rvllm.api.openai.chat import chat_batch, chat_completions, render_chat
+from rvllm.api.openai.completions import completions, render_completion
 from rvllm.api.openai.embeddings import classify, embeddings, pooling, rerank, score
 from rvllm.api.openai.generate import generate, generate_tokens
-from rvllm.api.openai.render import render_chat, render_completion
 from rvllm.api.responses.conversations import ConversationRequest, Conversations, ItemsRequest
 from rvllm.api.responses.endpoints import Responses
 from rvllm.api.responses.store import Conversation
 from rvllm.api.schemas import answers, anthropic, requests
 from rvllm.api.schemas import embeddings as pooled
-from rvllm.api.schemas.generate import GeneratedTexts, GeneratedTokens, TokenRequest
 from rvllm.api.schemas.responses import ResponseAnswer, ResponsesRequest
 from rvllm.api.system import Health
 
@@ -76,9 +74,9 @@ GROUPS: tuple[tuple[type, tuple[Operation, ...]], ...] = (
                    "The tokens of each prompt; nothing is generated.", requests.CompletionRequest,
                    list[answers.Rendered]),
         _generates("/generate", generate, "A text and what follows it, as vLLM's plain server has it.",
-                   requests.CompletionRequest, GeneratedTexts),
+                   requests.CompletionRequest, answers.GeneratedTexts),
         _generates("/inference/v1/generate", generate_tokens, "Token ids that follow token ids.",
-                   TokenRequest, GeneratedTokens, events=GeneratedTokens),
+                   requests.TokenRequest, answers.GeneratedTokens, events=answers.GeneratedTokens),
         _generates("/v1/messages", messages, "The assistant's next message, in Anthropic's form.",
                    anthropic.MessagesRequest, anthropic.MessageAnswer, events=dict[str, Any],
                    error=anthropic.MessageError),

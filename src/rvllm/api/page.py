@@ -6,16 +6,15 @@ import asyncio
 import re
 import time
 from typing import Any
-from urllib.parse import parse_qs
 
 import msgspec
 from starlette.routing import Route
 
-from rvllm.api.generate.generation import Service
-from rvllm.api.generate.models import awake
+from rvllm.api.generate.generation import Service, awake
 from rvllm.api.http.body import parse
 from rvllm.api.http.errors import ApiError, invalid
 from rvllm.api.http.exchange import Endpoint, Exchange, Gate
+from rvllm.api.http.pagination import Query
 from rvllm.backends.base import LedgerLine
 from rvllm.engine.ipc.messages import SequenceState, State
 from rvllm.telemetry.stats import StepKernel
@@ -52,7 +51,10 @@ class KernelItem(StepKernel):
 
 
 class EngineView(msgspec.Struct, kw_only=True):
-    """All that the page shows. Times in seconds, memory in bytes, counters since the start."""
+    """All that the page shows. Times in seconds, memory in bytes, counters since the start.
+
+    Fields of the names that ModelFacts, Ready and State have are theirs.
+    """
 
     time: float  # time.time() of the answer
     uptime: float
@@ -112,83 +114,44 @@ class StateFeed:
 
 
 def view_of(service: Service, state: State) -> EngineView:
-    """What the page shows of a state."""
-    ready, facts = service.ready, service.ready.facts
-    now = time.time()
-    return EngineView(
-        time=now,
-        uptime=max(0.0, now - service.started),
-        version=__version__,
-        model=service.served_name,
-        architecture=facts.architecture,
-        dtype=facts.dtype,
-        backend=ready.backend,
-        max_model_len=ready.max_model_len,
-        max_num_seqs=ready.max_num_seqs,
-        max_num_batched_tokens=ready.max_num_batched_tokens,
-        block_size=ready.block_size,
-        num_blocks=ready.num_blocks,
-        pipeline_depth=ready.pipeline_depth,
-        load_seconds=ready.load_seconds,
-        settings=dict(service.shown_settings),
-        ledger=ready.ledger,
-        stats=msgspec.structs.asdict(state.stats),
-        sequences=state.sequences,
-        cached_blocks=state.cached_blocks,
-        cut=state.cut,
-        kernels=[KernelItem(k.op, k.kernel, k.count, k.why, strategy_of(k.kernel)) for k in state.kernels],
-        floor_ratio=state.stats.floor_ratio,
-        floor_seconds=state.floor_seconds,
-    )
+    now, names = time.time(), EngineView.__struct_fields__
+    sources: tuple[msgspec.Struct, ...] = (service.ready.facts, service.ready, state)
+    shown = {n: getattr(source, n) for source in sources for n in source.__struct_fields__ if n in names}
+    shown |= {
+        "time": now,
+        "uptime": max(0.0, now - service.started),
+        "version": __version__,
+        "model": service.served_name,
+        "settings": dict(service.shown_settings),
+        "stats": msgspec.structs.asdict(state.stats),
+        "kernels": [KernelItem(k.op, k.kernel, k.count, k.why, strategy_of(k.kernel)) for k in state.kernels],
+        "floor_ratio": state.stats.floor_ratio,
+    }
+    return EngineView(**shown)
 
 
-class ChunkView(msgspec.Struct):
-    """A part of a prompt that one step computed; times in seconds, from the request's arrival."""
-
-    step: int
-    tokens: int
-    began: float
-    seconds: float
-
-
-class ChoiceView(msgspec.Struct):
-    """One choice of a finished request; phases in seconds."""
-
-    id: str
-    prompt_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    finish_reason: str
-    phases: dict[str, float]
-    chunks: list[ChunkView]
-
-
-class TimingView(msgspec.Struct):
-    """A finished request: when it came (time.time()), and how long it and its parts took, in seconds."""
-
-    id: str
-    path: str
-    status: int
-    arrived: float
-    seconds: float
-    choices: list[ChoiceView]
-
-
-def timing_view(timing: RequestTiming) -> TimingView:
-    """What `rvllm trace` shows of a request."""
+def timing_view(timing: RequestTiming) -> dict[str, Any]:
+    """What `rvllm trace` shows of a request: when it came (time.time()), and its seconds and its parts'."""
     choices = [
-        ChoiceView(
-            c.id,
-            c.prompt_tokens,
-            c.cached_tokens,
-            c.output_tokens,
-            c.finish_reason,
-            c.phases(),
-            [ChunkView(part.step, part.tokens, part.began, part.seconds) for part in c.chunks],
-        )
+        {
+            "id": c.id,
+            "prompt_tokens": c.prompt_tokens,
+            "cached_tokens": c.cached_tokens,
+            "output_tokens": c.output_tokens,
+            "finish_reason": c.finish_reason,
+            "phases": c.phases(),
+            "chunks": c.chunks,
+        }
         for c in timing.choices
     ]
-    return TimingView(timing.id, timing.path, timing.status, timing.arrived / 1e9, timing.seconds, choices)
+    return {
+        "id": timing.id,
+        "path": timing.path,
+        "status": timing.status,
+        "arrived": timing.arrived / 1e9,
+        "seconds": timing.seconds,
+        "choices": choices,
+    }
 
 
 class MarkdownRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -210,17 +173,13 @@ def page_routes(service: Service, gate: Gate) -> list[Route]:
 
 
 class Page:
-    """The handlers."""
-
     def __init__(self, service: Service, gate: Gate) -> None:
         self._service, self._gate, self._files, self._feed = service, gate, read_files(), StateFeed(service)
 
     async def index(self, exchange: Exchange, body: bytes) -> None:
-        """`GET /`."""
         await _send(exchange, self._files[INDEX])
 
     async def file(self, exchange: Exchange, body: bytes) -> None:
-        """`GET /web/{name}`."""
         name = exchange.scope["path_params"]["name"]
         if name == CODE_CSS:  # made by a library that the start does without
             await _send(exchange, await asyncio.to_thread(code_css))
@@ -276,7 +235,7 @@ async def _send(exchange: Exchange, file: WebFile) -> None:
 
 
 def _interval(exchange: Exchange) -> float:
-    given = parse_qs(exchange.scope["query_string"].decode("latin-1")).get("interval", ["1"])[-1]
+    given = Query(exchange).text("interval") or "1"
     try:
         interval = float(given)
     except ValueError:

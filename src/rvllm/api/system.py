@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from rvllm.api.generate.conversation import rendered
-from rvllm.api.generate.generation import MAX_CHARS, Service
-from rvllm.api.generate.models import by_name
-from rvllm.api.http.errors import ApiError, invalid
+from rvllm.api.generate.generation import MAX_CHARS, Service, by_name
+from rvllm.api.http.errors import ApiError, blaming, invalid
 from rvllm.api.http.exchange import Exchange, Gate
 from rvllm.api.http.pagination import Query
 from rvllm.api.schemas.answers import ModelCard, ModelList, Text, TokenizerInfo, Tokens
 from rvllm.api.schemas.requests import DetokenizeRequest, TokenizeRequest
-from rvllm.errors import RvllmError, UsageError
+from rvllm.errors import RvllmError
 from rvllm.telemetry.metrics import CONTENT_TYPE, metrics_page
 from rvllm.telemetry.stats import Stats
 from rvllm.text.tokenizers.tokenizer import Tokenizer
@@ -62,7 +61,6 @@ async def list_models(service: Service, exchange: Exchange, request: None) -> No
 
 
 async def get_model(service: Service, exchange: Exchange, request: None) -> None:
-    """`/v1/models/{name}`."""
     name = exchange.scope["path_params"]["name"]
     await exchange.json(_card(by_name(service, name), name))
 
@@ -152,7 +150,6 @@ async def _stats(service: Service) -> Stats | None:
 
 
 async def version(service: Service, exchange: Exchange, request: None) -> None:
-    """`/version`."""
     await exchange.json({"version": __version__})
 
 
@@ -162,7 +159,6 @@ async def load(service: Service, exchange: Exchange, request: None) -> None:
 
 
 async def is_sleeping(service: Service, exchange: Exchange, request: None) -> None:
-    """`/is_sleeping`."""
     await exchange.json({"is_sleeping": all(one.engine.sleep_level > 0 for one in service.siblings)})
 
 
@@ -180,10 +176,8 @@ async def sleep(service: Service, exchange: Exchange, request: None) -> None:
 async def wake_up(service: Service, exchange: Exchange, request: None) -> None:
     """`/wake_up`: takes the memory again, all of it; requests that waited go on."""
     _check_sleep_mode(service)
-    try:
+    with blaming("tags"):
         check_wake_up_tags(Query(exchange).texts("tags"))
-    except UsageError as error:
-        raise invalid(str(error), "tags") from None
     seconds = await service.engine.sleep(0)
     await exchange.json({"is_sleeping": False, "seconds": round(seconds, 4)})
 

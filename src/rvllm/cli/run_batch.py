@@ -105,13 +105,14 @@ class Journal:
 
 def _requests(data: bytes, source: Path) -> dict[int, BatchLine]:
     """The requests by line number. Raises UsageError naming the first wrong line."""
-    from rvllm.api.batches.lines import STATELESS, LineError, parse_line, read_lines
+    from rvllm.api.batches.lines import STATELESS, parse_line, read_lines
+    from rvllm.api.http.errors import ApiError
 
     found, names = {}, set[str]()
     for number, line in read_lines(data.splitlines()):
         try:
             request = parse_line(line, STATELESS)
-        except LineError as error:
+        except ApiError as error:
             raise UsageError(f"{source}, line {number}: {error}") from None
         if request.custom_id in names:
             raise UsageError(f"{source}, line {number}: custom_id {request.custom_id!r} is not the first")

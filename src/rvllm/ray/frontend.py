@@ -41,9 +41,10 @@ class Frontend:
     async def _model(self, config: RayConfig, model: ModelSpec, handle: Any) -> ASGIApp:
         from rvllm.api.app import build_app
         from rvllm.api.assembly import (
-            build_service,
+            build_gate,
             check_chat_template,
             load_tokenizer,
+            service_of,
             start_workers,
             template_text,
         )
@@ -59,8 +60,8 @@ class Frontend:
         fleet = HandleFleet(handle)
         engine = ReplicatedEngine(fleet, await fleet.ready(), config.replays)
         self._closing.append(engine)
-        service, gate = build_service(engine, engine.ready, engine_config, server, tokenizer, work, template)
-        return build_app(service, gate)
+        service = service_of(engine, engine.ready, engine_config, server, tokenizer, work, template)
+        return build_app(service, build_gate(server, [service]))
 
     async def check_health(self) -> None:
         """Ray asks every few seconds; an exception ends the front end."""

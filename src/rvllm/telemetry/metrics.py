@@ -51,20 +51,20 @@ _HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
 
 @dataclass(slots=True)
 class RequestTimes:
-    """One finished choice, for the histograms; times in seconds since the request arrived.
+    """One choice, for the histograms; times in seconds since the request arrived.
 
     first, last: when its first and last token came (0: none came); queue: how long it waited for its first
     step.
     """
 
-    finish_reason: str
     prompt_tokens: int
-    generation_tokens: int
     max_tokens: int
     n: int
-    queue: float
-    first: float
-    last: float
+    finish_reason: str = ""
+    generation_tokens: int = 0
+    queue: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
     cached_tokens: int = 0  # of the prompt
 
 
@@ -117,7 +117,6 @@ class Metrics:
         self._responses.labels(path, str(status)).inc()
 
     def finished(self, done: RequestTimes) -> None:
-        """A choice ended."""
         self._success.labels(**self._labels, finished_reason=done.finish_reason).inc()
         self.observe(
             request_prompt_tokens=done.prompt_tokens,
@@ -170,23 +169,18 @@ class _Collected(Collector):
         self._families = families
 
     def collect(self) -> Sequence[Metric]:
-        """The families."""
         return self._families
 
 
+@dataclass
 class _Snapshot:
     """The engine's figures as metric families."""
 
-    def __init__(
-        self,
-        engine: Stats,
-        labels: Mapping[str, str],
-        infos: Mapping[str, tuple[str, Mapping[str, str]]],
-    ) -> None:
-        self._engine, self._labels, self._infos = engine, labels, infos
+    _engine: Stats
+    _labels: Mapping[str, str]
+    _infos: Mapping[str, tuple[str, Mapping[str, str]]]
 
     def collect(self) -> Iterator[Metric]:
-        """Yields one family a figure."""
         yield from self._requests_and_tokens()
         yield from self._as_vllm_has_them()
         yield self._step_histogram()

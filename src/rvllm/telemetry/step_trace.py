@@ -39,7 +39,6 @@ class TracedStep(msgspec.Struct, kw_only=True):
 
     @property
     def tokens(self) -> int:
-        """Tokens of the step."""
         return self.decodes + self.prompt_tokens
 
     @property
@@ -78,7 +77,6 @@ class StepTrace:
         self._ended = time.perf_counter()
 
     def close(self) -> None:
-        """Writes what is left."""
         self._file.close()
 
 

@@ -80,7 +80,6 @@ class RequestTiming:
         return choice
 
     def since(self) -> float:
-        """Seconds since it arrived."""
         return time.perf_counter() - self.began
 
     def line(self) -> str:

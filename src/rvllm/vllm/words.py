@@ -10,7 +10,7 @@ from typing import Any
 
 from rvllm.config import EngineConfig, ServerConfig
 from rvllm.errors import UsageError
-from rvllm.settings import flag_of, settings_of
+from rvllm.settings import flag_of, read_text, settings_of
 from rvllm.vllm.flags import VLLM_FLAGS, VLLM_VALUES, settle
 
 _SHORT = {short: name for name, flag in VLLM_FLAGS.items() for short in flag.short}
@@ -160,10 +160,7 @@ def _words_of(file: Path) -> Iterator[str]:
     import yaml
 
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UsageError(f"--config: cannot read {file}: {reason}") from None
+        values = yaml.safe_load(read_text("--config", file)) or {}
     except yaml.YAMLError as error:
         raise UsageError(f"--config: {file} is no YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):

@@ -7,7 +7,6 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import Context
 from functools import partial
 from uuid import uuid4
 
@@ -18,7 +17,6 @@ from rvllm.api.batches.lines import (
     MAX_READ,
     Answering,
     BatchLine,
-    LineError,
     answer_line,
     parse_line,
     read_lines,
@@ -26,7 +24,7 @@ from rvllm.api.batches.lines import (
 )
 from rvllm.api.batches.store import Batch, BatchError, BatchErrors, BatchStore, RequestCounts
 from rvllm.api.disk import is_full
-from rvllm.api.http.errors import invalid, unknown
+from rvllm.api.http.errors import ApiError, invalid, unknown
 from rvllm.api.http.exchange import Exchange, Gate
 from rvllm.api.http.pagination import Query, page
 from rvllm.api.schemas.responses import check_metadata
@@ -64,13 +62,9 @@ class Batches:
     def resume(self) -> None:
         """Goes on with batches that have not ended; called at the start and for new ones."""
         if self._unfinished() is not None and (self._task is None or self._task.done()):
-            # In a context of its own: its work is no part of the request that happened to start it.
-            self._task = asyncio.get_running_loop().create_task(self._work(), context=Context())
-            self._gate.working.add(self._task)
-            self._task.add_done_callback(self._gate.working.discard)
+            self._task = self._gate.start(self._work())
 
     async def create(self, exchange: Exchange, request: BatchRequest) -> None:
-        """`POST /v1/batches`."""
         check_metadata(request.metadata)
         if request.completion_window != "24h":
             raise invalid("completion_window must be 24h", "completion_window")
@@ -91,7 +85,6 @@ class Batches:
         await exchange.json(batch)
 
     async def retrieve(self, exchange: Exchange, request: None) -> None:
-        """`GET /v1/batches/{id}`."""
         await exchange.json(self._found(exchange))
 
     async def list_all(self, exchange: Exchange, request: None) -> None:
@@ -186,16 +179,18 @@ class Batches:
                     try:
                         name = parse_line(line, (batch.endpoint,)).custom_id
                         if name in names:
-                            raise LineError(
-                                "duplicate_custom_id", f"custom_id {name[:80]!r} is not the first"
+                            raise invalid(
+                                f"custom_id {name[:80]!r} is not the first", None, "duplicate_custom_id"
                             )
                         names.add(name)
-                    except LineError as error:
-                        wrong(error.code, str(error), number, error.param)
+                    except ApiError as error:
+                        wrong(error.code or "invalid_request", str(error), number, error.param)
                     if len(errors) >= MAX_ERRORS or total > MAX_LINES:
                         break
-        except LineError as error:
-            wrong(error.code, f"a batch holds at most {MAX_LINES} requests: {error}", None)
+        except ApiError as error:
+            wrong(
+                error.code or "invalid_request", f"a batch holds at most {MAX_LINES} requests: {error}", None
+            )
         except FileNotFoundError:
             wrong("missing_input", "the input file has been deleted", None, "input_file_id")
         if total > MAX_LINES:
@@ -256,9 +251,9 @@ class Batches:
             await asyncio.sleep(0)  # lines that are refused at once must not hold up everybody else
             request = parse_line(line, (batch.endpoint,))
             if time.time() > batch.expires_at:
-                failed, result = True, _expired(request)
+                failed, result = True, _unanswered(request, "batch_expired", _EXPIRED)
             elif tries.get(number, 0) >= MAX_TRIES:
-                failed, result = True, _deadly(request)
+                failed, result = True, _unanswered(request, "server_error", _DEADLY)
             else:
                 await self._when_there_is_room(partial(self._store.begin_line, batch.id, number))
                 try:
@@ -292,6 +287,8 @@ class Batches:
             await asyncio.sleep(ROOM_SECONDS)
 
 
+_EXPIRED = "the batch's completion window ended before this request"
+_DEADLY = f"{MAX_TRIES} servers have ended while they answered this request"
 _UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
 
 
@@ -299,14 +296,5 @@ def _end_of(batch: Batch) -> str:
     return "expired" if (batch.finalizing_at or 0) > batch.expires_at else "completed"
 
 
-def _expired(request: BatchLine) -> bytes:
-    error = {"code": "batch_expired", "message": "the batch's completion window ended before this request"}
-    return result_line(request.custom_id, None, error)
-
-
-def _deadly(request: BatchLine) -> bytes:
-    error = {
-        "code": "server_error",
-        "message": f"{MAX_TRIES} servers have ended while they answered this request",
-    }
-    return result_line(request.custom_id, None, error)
+def _unanswered(request: BatchLine, code: str, message: str) -> bytes:
+    return result_line(request.custom_id, None, {"code": code, "message": message})

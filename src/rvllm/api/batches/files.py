@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import threading
+from uuid import uuid4
 
 from rvllm.api.batches.store import BatchStore, FileEntry
-from rvllm.api.batches.upload import Upload
+from rvllm.api.disk import PART, PRIVATE_FILE
 from rvllm.api.http.errors import invalid, unknown
 from rvllm.api.http.exchange import Exchange
 from rvllm.api.http.multipart import Form
@@ -15,9 +19,51 @@ _PURPOSES = ("batch", "user_data")
 MIN_SECONDS, MAX_SECONDS = 3600, 30 * 24 * 3600  # OpenAI's limits of expires_after
 
 
-class Files:
-    """The endpoints."""
+class Upload:
+    """A file that is being received: in the store's room from its first byte, gone unless it is kept.
 
+    `discard` may come from another thread than `write`.
+    """
+
+    def __init__(self, store: BatchStore) -> None:
+        """Raises OSError for a disk that is full."""
+        self._store, self._lock, self._open = store, threading.Lock(), True
+        self._path = store.path(f"file-{uuid4().hex}{PART}")
+        self._reserved = 0
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._file = os.fdopen(os.open(self._path, flags, PRIVATE_FILE), "wb")
+
+    def write(self, data: bytes) -> None:
+        """Takes more of it. Raises ApiError 400 when the store is full, OSError when the disk is."""
+        with self._lock:
+            if not self._open:
+                raise ValueError("the upload was given up")
+            self._store.reserve(len(data))
+            self._reserved += len(data)
+            self._file.write(data)
+
+    def keep(self, filename: str, purpose: str, expires_after: int | None) -> FileEntry:
+        """It is whole: gives it its entry. Raises as `write` does."""
+        with self._lock:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            entry = self._store.add_file(self._path, filename, purpose, expires_after)
+            self._reserved = 0  # the entry counts them now
+            return entry
+
+    def discard(self) -> None:
+        """Forgets what was not kept."""
+        with self._lock:
+            if not self._open:
+                return
+            self._open = False
+            with contextlib.suppress(OSError):  # what is still buffered may find no room on the disk
+                self._file.close()
+            self._path.unlink(missing_ok=True)
+            self._store.release(self._reserved)
+
+
+class Files:
     def __init__(self, store: BatchStore, max_file_bytes: int) -> None:
         self._store, self._max_file_bytes = store, max_file_bytes
 
@@ -46,15 +92,12 @@ class Files:
         await exchange.json(page(found, lambda entry: entry.id, query, limit=10_000, most=10_000))
 
     async def retrieve(self, exchange: Exchange, request: None) -> None:
-        """`GET /v1/files/{id}`."""
         await exchange.json(self._found(exchange))
 
     async def content(self, exchange: Exchange, request: None) -> None:
-        """`GET /v1/files/{id}/content`."""
         await exchange.send_file(self._store.path(self._found(exchange).id), b"application/octet-stream")
 
     async def delete(self, exchange: Exchange, request: None) -> None:
-        """`DELETE /v1/files/{id}`."""
         name = self._found(exchange).id
         self._store.delete_file(name)
         await exchange.json({"id": name, "object": "file", "deleted": True})

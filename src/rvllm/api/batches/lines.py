@@ -12,7 +12,7 @@ import msgspec
 
 from rvllm.api.generate.job import BATCH_PRIORITY
 from rvllm.api.http.body import check_structure
-from rvllm.api.http.errors import ApiError, from_rvllm
+from rvllm.api.http.errors import ApiError, from_rvllm, invalid
 from rvllm.api.http.exchange import Exchange
 from rvllm.errors import EngineDeadError, RvllmError
 
@@ -35,14 +35,6 @@ class BatchLine(msgspec.Struct, kw_only=True):
     method: str
     url: str
     body: dict[str, Any]
-
-
-class LineError(Exception):
-    """A line that is no request; `code` is a word for programs."""
-
-    def __init__(self, code: str, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.code, self.param = code, param
 
 
 class LineExchange(Exchange):
@@ -74,32 +66,30 @@ BOM = b"\xef\xbb\xbf"  # what some editors put in front of a file
 def read_lines(data: Iterable[bytes], most: int | None = None) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, line) of all lines that are not empty.
 
-    Raises LineError when there are more than `most` lines, empty ones among them.
+    Raises ApiError when there are more than `most` lines, empty ones among them.
     """
     for number, line in enumerate(data, 1):
         if most is not None and number > most:
-            raise LineError("too_many_lines", f"more than {most} lines, empty ones among them")
+            raise invalid(f"more than {most} lines, empty ones among them", None, "too_many_lines")
         text = line.removeprefix(BOM).strip() if number == 1 else line.strip()
         if text:
             yield number, text
 
 
 def parse_line(line: bytes, urls: Iterable[str]) -> BatchLine:
-    """The request in a line. Raises LineError when it is none, or not for one of `urls`."""
+    """The request in a line. Raises ApiError when it is none, or not for one of `urls`."""
     try:
         check_structure(line)
         request = msgspec.json.decode(line, type=BatchLine)
-    except ApiError as error:
-        raise LineError("invalid_request", str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         code = "invalid_request" if isinstance(error, msgspec.ValidationError) else "invalid_json_line"
-        raise LineError(code, f"the line is no request: {error}") from None
+        raise invalid(f"the line is no request: {error}", None, code) from None
     if request.method != "POST":
-        raise LineError("invalid_method", "method must be POST", "method")
+        raise invalid("method must be POST", "method", "invalid_method")
     if request.url not in urls:
-        raise LineError("invalid_url", f"url must be {' or '.join(urls)}, got {request.url[:80]!r}", "url")
+        raise invalid(f"url must be {' or '.join(urls)}, got {request.url[:80]!r}", "url", "invalid_url")
     if request.body.get("stream") or request.body.get("background"):
-        raise LineError("invalid_request", "a batch takes neither stream nor background", "body.stream")
+        raise invalid("a batch takes neither stream nor background", "body.stream", "invalid_request")
     return request
 
 

@@ -11,8 +11,7 @@ from uuid import uuid4
 
 import msgspec
 
-from rvllm.api.database import open_database
-from rvllm.api.disk import TemporaryFolder, private_folder, sync_folder, write_whole
+from rvllm.api.disk import TemporaryFolder, open_database, private_folder, sync_folder, write_whole
 from rvllm.api.http.errors import invalid
 from rvllm.errors import UsageError
 
@@ -121,9 +120,7 @@ class BatchStore:
         self._lock = threading.RLock()
         self._limit = limit
         self._sweep()
-        entries = self.files()
-        self._count = len(entries)
-        self._size = sum(map(_size_of, entries))
+        self._size = sum(map(_size_of, self.files()))
         rows = self._db.execute("SELECT coalesce(sum(length(body)), 0), count(*) FROM results").fetchone()
         self._size += rows[0] + OVERHEAD * rows[1]
 
@@ -156,7 +153,6 @@ class BatchStore:
             self._size += count
 
     def release(self, count: int) -> None:
-        """Counts them no longer."""
         with self._lock:
             self._size -= count
 
@@ -170,7 +166,7 @@ class BatchStore:
             purpose=purpose, expires_at=None if expires_after is None else now + expires_after,
         )  # fmt: skip
         with self._lock:
-            if self._count >= MAX_FILES:
+            if self._db.execute("SELECT count(*) FROM files").fetchone()[0] >= MAX_FILES:
                 raise invalid(f"there are {MAX_FILES} files already: delete others", "file", "storage_full")
         self.reserve(_size_of(entry) - entry.bytes)
         path = self.path(entry.id)
@@ -179,7 +175,6 @@ class BatchStore:
             sync_folder(path.parent)
             with self._lock:
                 self._insert(entry)
-                self._count += 1
         except BaseException:
             self.release(_size_of(entry) - entry.bytes)
             path.unlink(missing_ok=True)
@@ -204,7 +199,6 @@ class BatchStore:
             if row is None:
                 return False
             self._size -= _size_of(msgspec.json.decode(row[0], type=FileEntry))
-            self._count -= 1
         self.path(name).unlink(missing_ok=True)
         return True
 
@@ -288,20 +282,14 @@ class BatchStore:
             size, count = self._db.execute(
                 "SELECT coalesce(sum(length(body)), 0), count(*) FROM results WHERE batch = ?", (batch.id,)
             ).fetchone()
-            self._db.execute("BEGIN")
-            try:
+            with self._db:
+                self._db.execute("BEGIN")
                 for entry in made:
                     self._insert(entry)
                 self.put_batch(ended)
                 self._db.execute("DELETE FROM results WHERE batch = ?", (batch.id,))
                 self._db.execute("DELETE FROM tries WHERE batch = ?", (batch.id,))
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
             self._size += sum(map(_size_of, made)) - size - OVERHEAD * count
-            self._count += len(made)
         for name in batch.__struct_fields__:
             setattr(batch, name, getattr(ended, name))
 

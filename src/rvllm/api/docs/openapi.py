@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 import msgspec
 
 from rvllm.api.batches.files import MAX_SECONDS, MIN_SECONDS
-from rvllm.api.docs.bounds import add_bounds
+from rvllm.api.batches.lines import ENDPOINTS
+from rvllm.api.generate.conversation import ROLES
 from rvllm.api.operations import OPERATIONS, Operation
 from rvllm.api.schemas.requests import ChatRequest, CompletionRequest, Refused
+from rvllm.engine.sampling_params import RANGES
 from rvllm.version import __version__
 
 REF = "#/components/schemas/{name}"
@@ -28,6 +30,38 @@ _FORM = {
     },
 }
 
+# What the types of fields do not tell: ranges of numbers, lists that must not be empty, words.
+# Other surfaces' names of sampling parameters.
+_SAME = {"max_completion_tokens": "max_tokens", "max_output_tokens": "max_tokens", "top_logprobs": "logprobs"}
+_FILLED = {"minItems": 1}
+# By struct and field; these go before the ranges.
+_BOUNDS: dict[tuple[str, str], dict[str, Any]] = {
+    ("Message", "role"): {"enum": list(ROLES)},
+    ("Turn", "role"): {"enum": ["user", "assistant"]},
+    ("ChatRequest", "messages"): _FILLED,
+    ("MessagesRequest", "messages"): _FILLED,
+    ("CountTokensRequest", "messages"): _FILLED,
+    ("CompletionRequest", "prompt"): {"minLength": 1, **_FILLED},
+    ("CompletionRequest", "max_tokens"): {"minimum": 0},  # 0 with echo
+    ("EmbeddingRequest", "input"): _FILLED,
+    ("EmbeddingRequest", "dimensions"): {"minimum": 1},
+    ("EmbeddingRequest", "encoding_format"): {"enum": ["float", "base64", None]},
+    ("ClassifyRequest", "input"): _FILLED,
+    ("PoolingRequest", "input"): _FILLED,
+    ("PoolingRequest", "dimensions"): {"minimum": 1},
+    ("PoolingRequest", "encoding_format"): {"enum": ["float", "base64", None]},
+    ("PoolingRequest", "task"): {"enum": ["embed", "classify", None]},
+    ("ChatRequest", "allowed_token_ids"): _FILLED,
+    ("CompletionRequest", "allowed_token_ids"): _FILLED,
+    ("ScoreRequest", "text_1"): _FILLED,
+    ("ScoreRequest", "text_2"): _FILLED,
+    ("RerankRequest", "documents"): _FILLED,
+    ("RerankRequest", "top_n"): {"minimum": 0},
+    ("DetokenizeRequest", "tokens"): {"items": {"type": "integer", "minimum": 0}},
+    ("BatchRequest", "completion_window"): {"enum": ["24h"]},
+    ("BatchRequest", "endpoint"): {"enum": [*ENDPOINTS]},
+}
+
 
 @cache
 def document(keyed: bool = True) -> dict[str, Any]:
@@ -39,7 +73,7 @@ def document(keyed: bool = True) -> dict[str, Any]:
         properties = components[kind.__name__]["properties"]
         for name in Refused.__struct_fields__:
             properties.pop(name, None)
-    add_bounds(components)
+    _add_bounds(components)
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         plain = replace(operation, path=operation.path.replace(":path", ""))  # as a reader writes it
@@ -115,3 +149,20 @@ def _parameters(operation: Operation) -> Iterable[dict[str, Any]]:
         elif name == "stream":
             schema = {"type": "boolean"}
         yield {"name": name, "in": "query", "required": False, "schema": schema}
+
+
+def _add_bounds(components: Mapping[str, dict[str, Any]]) -> None:
+    for kind, schema in components.items():
+        for name, field in schema.get("properties", {}).items():
+            ranged = _range(name, field) if kind.endswith("Request") else {}
+            field.update(_BOUNDS.get((kind, name), ranged))
+
+
+def _range(name: str, field: Mapping[str, Any]) -> dict[str, Any]:
+    """The range of a sampling parameter, in JSON Schema's words; nothing for what is no number."""
+    allowed = RANGES.get(_SAME.get(name, name))
+    kinds = {one.get("type") for one in field.get("anyOf", [field])}
+    if allowed is None or not kinds & {"integer", "number"}:
+        return {}
+    low = -1 if name == "top_k" else allowed.low  # -1: all, as 0
+    return {"exclusiveMinimum" if allowed.above else "minimum": low, "maximum": allowed.high}

@@ -9,11 +9,13 @@ from contextlib import aclosing, contextmanager
 from functools import cached_property
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.api.generate.job import Clock, Job, Piece, Retry, checked_priority, client_of, merged
 from rvllm.api.http.errors import ApiError, invalid, overloaded
+from rvllm.api.http.exchange import check_model
 from rvllm.config import ServerConfig
 from rvllm.engine.ipc.messages import Embed, Generate, ModelFacts, Output, Ready, State, Vocabulary
 from rvllm.engine.sampling_params import SamplingParams
@@ -68,9 +70,6 @@ class Engine(Protocol):
     async def sleep(self, level: int, keep_kv: bool = False) -> float:
         """Gives the engine's memory back; 0 takes it again."""
 
-    async def wait_dead(self) -> str:
-        """Returns, with the reason, when the engine process has ended."""
-
 
 class Service:
     """The loaded model as the HTTP handlers see it."""
@@ -100,7 +99,7 @@ class Service:
         self._tokenizer = tokenizer
         self._work = InProcess(tokenizer) if work is None and tokenizer is not None else work
         self._requests = requests
-        self._in_flight = 0
+        self.in_flight = 0  # choices and texts that run or wait
         self._retry = Retry()
         self._vocabulary: asyncio.Task[None] | None = None  # hands the vocabulary to the engine
         self.template = template = _template_of(tokenizer, chat_template)  # of conversations with tools
@@ -130,11 +129,6 @@ class Service:
     def has_tokenizer(self) -> bool:
         """Whether texts can be taken and given."""
         return self._tokenizer is not None
-
-    @property
-    def in_flight(self) -> int:
-        """Choices and texts that run or wait."""
-        return self._in_flight
 
     @cached_property
     def places_tools(self) -> bool:
@@ -167,7 +161,7 @@ class Service:
         idle = 0
         while self._vocabulary is None and idle < IDLE_LOOKS:
             await asyncio.sleep(LOOK_SECONDS)
-            idle = 0 if self._in_flight else idle + 1
+            idle = 0 if self.in_flight else idle + 1
         await self.prepare_grammars()
 
     async def _send_vocabulary(self) -> None:
@@ -241,10 +235,10 @@ class Service:
         return Job(request_id, list(prompts), params, generates, choices, time.perf_counter())
 
     def _check_room(self, count: int) -> None:
-        excess = self._in_flight + count - self.ready.max_num_seqs - self.config.max_queue
+        excess = self.in_flight + count - self.ready.max_num_seqs - self.config.max_queue
         if excess > 0:
             raise overloaded(
-                f"{self._in_flight} requests are running or waiting, no more are taken (--max-queue)",
+                f"{self.in_flight} requests are running or waiting, no more are taken (--max-queue)",
                 self._retry.seconds(excess),
             )
 
@@ -252,11 +246,11 @@ class Service:
     def admitted(self, count: int) -> Generator[None, None, None]:
         """Counts so many requests as running. Raises ApiError 429 when the queue is full."""
         self._check_room(count)
-        self._in_flight += count
+        self.in_flight += count
         try:
             yield
         finally:
-            self._in_flight -= count
+            self.in_flight -= count
 
     def check_length(self, tokens: int, param: str) -> None:
         """Raises a 400 for a prompt of so many tokens when the context has no room for an answer."""
@@ -268,20 +262,14 @@ class Service:
 
         Raises ApiError when the engine ends a choice with an error, EngineDeadError when it dies.
         """
-        self._in_flight += len(job.choices)
+        self.in_flight += len(job.choices)
         try:
-            if len(job.choices) == 1:
-                async with aclosing(self._choice(job, 0)) as pieces:
-                    async for piece in pieces:
-                        yield piece
-            else:
-                async with aclosing(
-                    merged([self._choice(job, i) for i in range(len(job.choices))])
-                ) as pieces:
-                    async for piece in pieces:
-                        yield piece
+            streams = [self._choice(job, i) for i in range(len(job.choices))]
+            async with aclosing(streams[0] if len(streams) == 1 else merged(streams)) as pieces:
+                async for piece in pieces:
+                    yield piece
         finally:
-            self._in_flight -= len(job.choices)
+            self.in_flight -= len(job.choices)
             for first in range(0, len(job.choices), job.params.n):
                 of_prompt = job.choices[first : first + job.params.n]
                 longest = max(len(choice.token_ids) for choice in of_prompt)
@@ -299,7 +287,7 @@ class Service:
                     clock.read(output)
                     reason = delta.finish_reason or reason
                     if output.waited_too_long:
-                        queued = self._in_flight - self.ready.max_num_seqs
+                        queued = self.in_flight - self.ready.max_num_seqs
                         raise overloaded(delta.error or "", self._retry.seconds(max(1, queued)))
                     if reason == "error":
                         # What of a checked request cannot be followed is its grammar, which the model's
@@ -333,3 +321,47 @@ def _template_of(tokenizer: Tokenizer | None, given: str | None) -> str | None:
         return tokenizer.get_chat_template(tools=True)
     except UsageError:
         return None
+
+
+def by_name(service: Service, name: str | None) -> Service:
+    """The model of this name among those behind one address, for None `service` itself.
+
+    Raises ApiError 404 that names them all.
+    """
+    if name is None:
+        return service
+    check_model(name, [known for one in service.siblings for known in one.served_names])
+    return next(one for one in service.siblings if name in one.served_names)
+
+
+class _Named(msgspec.Struct):
+    """What of a body tells whom it is for."""
+
+    model: str | None = None
+
+
+def by_body(service: Service, body: bytes) -> Service:
+    """The model that a request's body names; the first where it names none, or is no JSON object.
+
+    Raises ApiError 404 for a model that is not served.
+    """
+    if len(service.siblings) == 1:
+        return service
+    try:
+        return by_name(service, msgspec.json.decode(body, type=_Named).model)
+    except msgspec.DecodeError:  # whoever parses all of it will say what is wrong
+        return service
+
+
+def awake(service: Service) -> Service:
+    """The model that has the device, of those behind one address."""
+    return next((one for one in service.siblings if not one.engine.sleep_level), service)
+
+
+def refuse_encoder(service: Service) -> None:
+    """Raises a 400 when the model pools texts and generates nothing."""
+    facts = service.ready.facts
+    if facts.labels is not None:
+        raise invalid(f"{facts.architecture} gives classes and generates no text: use /classify")
+    if facts.embedding_size is not None:
+        raise invalid(f"{facts.architecture} gives embeddings and generates no text: use /v1/embeddings")

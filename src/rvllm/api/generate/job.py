@@ -86,7 +86,6 @@ class Retry:
         self._ended: deque[float] = deque(maxlen=64)
 
     def ended(self) -> None:
-        """A choice has ended."""
         self._ended.append(time.monotonic())
 
     def seconds(self, excess: int) -> int:
@@ -108,11 +107,11 @@ class Clock:
     """Times one choice for the histograms."""
 
     def __init__(self, metrics: Metrics, job: Job, request: Generate) -> None:
-        self._metrics, self._job, self._request = metrics, job, request
-        self._first = self._last = self._queue = 0.0
-        self._count = 0
+        self._metrics, self._arrival = metrics, job.arrival
+        prompt, limit = len(request.prompt_token_ids), request.sampling.max_tokens
+        self._times = RequestTimes(prompt, limit, job.params.n)
         timing = current.get() or RequestTiming(job.request_id, "")
-        self.timing = timing.choice(request.request_id, len(request.prompt_token_ids))
+        self.timing = timing.choice(request.request_id, prompt)
 
     def read(self, output: Output) -> None:
         """The engine has told where its time went and what the prefix cache held."""
@@ -124,41 +123,29 @@ class Clock:
         """So many tokens have just come."""
         if not count:
             return
-        now = time.perf_counter() - self._job.arrival
-        if self._count == 0:
-            self._first, self._queue = now, queue_seconds
+        now, times = time.perf_counter() - self._arrival, self._times
+        if times.generation_tokens == 0:
+            times.first, times.queue = now, queue_seconds
             self._metrics.observe(time_to_first_token_seconds=now)
             self.timing.first = self._since_request(now)
             self.timing.queued = max(0.0, self.timing.first - now) + queue_seconds
         else:
-            self._metrics.observe(inter_token_latency_seconds=now - self._last)
-        self._last = now
-        self._count += count
+            self._metrics.observe(inter_token_latency_seconds=now - times.last)
+        times.last = now
+        times.generation_tokens += count
         self.timing.last = self._since_request(now)
-        self.timing.output_tokens = self._count
+        self.timing.output_tokens = times.generation_tokens
 
     def _since_request(self, seconds: float) -> float:
         """Seconds since the HTTP request came, of a moment given since the job was made."""
         request = current.get()
-        return seconds if request is None else self._job.arrival + seconds - request.began
+        return seconds if request is None else self._arrival + seconds - request.began
 
     def finished(self, reason: str) -> None:
         """The choice has ended; "abort" when its client left."""
-        self.timing.finish_reason = reason
-        sampling = self._request.sampling
-        self._metrics.finished(
-            RequestTimes(
-                reason,
-                len(self._request.prompt_token_ids),
-                self._count,
-                sampling.max_tokens,
-                self._job.params.n,
-                self._queue,
-                self._first,
-                self._last,
-                self.timing.cached_tokens,
-            )
-        )
+        self.timing.finish_reason = self._times.finish_reason = reason
+        self._times.cached_tokens = self.timing.cached_tokens
+        self._metrics.finished(self._times)
 
 
 def _chunks(prefill: Sequence[PrefillChunk]) -> list[ChunkTiming]:

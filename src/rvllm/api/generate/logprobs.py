@@ -23,7 +23,6 @@ class Names:
         self._tokenizer = None if as_ids else tokenizer
 
     def name(self, token_id: int) -> str:
-        """The token's name."""
         if self._tokenizer is None:
             return f"token_id:{token_id}"
         return self._tokenizer.token_text(token_id)

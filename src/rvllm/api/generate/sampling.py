@@ -32,9 +32,9 @@ _MAX_ALLOWED = 1 << 18
 
 def refuse_unsupported(request: Refused) -> None:
     """Raises a 400 naming the first field that asks for something we do not do."""
-    for name in Refused.__struct_fields__:
+    for name, neutral in NEUTRAL.items():
         value = getattr(request, name)
-        if value is not None and value not in NEUTRAL.get(name, ()):
+        if value is not None and value not in neutral:
             raise invalid(f"{name} is not supported by this server", name, "unsupported_parameter")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rvllm.api.generate.generation import Service
 from rvllm.api.generate.output_parser import ToolPlan
-from rvllm.api.http.errors import invalid
+from rvllm.api.http.errors import blaming, invalid
 from rvllm.api.schemas.requests import GenerationRequest
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.errors import LimitError, UsageError
@@ -46,10 +46,8 @@ async def answer_grammar(
         return None
     if asked is not None and forced and asked[0] != "response_format":
         raise invalid(f"{asked[0]} excludes a tool_choice that forces a call", asked[0])
-    try:
+    with blaming(asked[0] if asked else "tool_choice"):
         check_tokenizer(service.tokenizer if service.has_tokenizer else None)
-    except UsageError as error:
-        raise invalid(str(error), asked[0] if asked else "tool_choice") from None
     param, form = (asked[0], asked[1]) if asked else ("tools", None)
     calls = None if plan is None else Calls(plan.known, plan.functions, plan.forced, plan.parallel)
     marks, thoughts = service.reasoning, None

@@ -59,7 +59,6 @@ class ApiError(Exception):
         self.headers = headers
 
     def body(self) -> ErrorBody:
-        """The error object."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         message = str(self)  # others' parsers quote what a client sent, whatever its length
         if len(message) > MAX_MESSAGE:
@@ -106,6 +105,15 @@ def from_rvllm(error: RvllmError, fields: Collection[str] = ()) -> ApiError:
     if isinstance(error, CapacityError):
         return invalid(message)
     return ApiError(500, message)
+
+
+@contextmanager
+def blaming(param: str) -> Generator[None, None, None]:
+    """A UsageError raised inside is a 400 that names this parameter."""
+    try:
+        yield
+    except UsageError as error:
+        raise invalid(str(error), param) from None
 
 
 @contextmanager

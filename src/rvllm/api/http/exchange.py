@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextvars import Context
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,6 @@ class Exchange:
     async def json(
         self, value: Any, status: int = 200, headers: tuple[tuple[bytes, bytes], ...] = ()
     ) -> None:
-        """Answers with a struct or dict as JSON."""
         await self.respond(_ENCODER.encode(value), b"application/json", status, headers)
 
     async def respond(
@@ -162,7 +162,6 @@ class Exchange:
             await self._send({"type": "http.response.body", "body": b""})
 
     async def send_file(self, path: Path, content_type: bytes) -> None:
-        """Answers with a file's content."""
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             self.status = 200
@@ -257,10 +256,12 @@ class Gate:
         self.budget = BodyBudget(int(self.config.max_inflight_mb * 1e6))
         self.keys = load_keys(self.config)
 
-    def cancel_all(self) -> None:
-        """Cancels every request in work; their clients get an error."""
-        for task in self.working:
-            task.cancel()
+    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Starts work that is no part of the request which asks for it, and so has a context of its own."""
+        task = asyncio.get_running_loop().create_task(work, context=Context())
+        self.working.add(task)
+        task.add_done_callback(self.working.discard)
+        return task
 
     async def close(self, seconds: float) -> None:
         """Waits that long for what was cancelled, then closes what was opened for all requests."""
@@ -296,7 +297,6 @@ class Endpoint:
         self._path = re.sub(r"{(\w+)[^}]*}", lambda found: found[1].upper(), path)  # in logs and metrics
 
     def route(self, method: str) -> Route:
-        """The endpoint at its path."""
         return Route(self._route, self, methods=[method])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -346,13 +346,17 @@ class Endpoint:
         body = b""
         if exchange.scope["method"] == "POST":
             body = await self._body(exchange)
-        limit = self._deadline(exchange)
+        limit, bound = self._deadline(exchange)
         work = asyncio.ensure_future(self._handle(exchange, body))
         del body
         gone = asyncio.ensure_future(exchange.gone())
         self._gate.working.add(work)
         try:
-            await asyncio.wait((work, gone), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                (work, gone),
+                timeout=None if limit == math.inf else limit,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
             timed_out = not (work.done() or gone.done())
         finally:
             self._gate.working.discard(work)
@@ -360,32 +364,26 @@ class Endpoint:
             cancelled = work.cancelled() or work.cancel()
             await _ended(work)
         if timed_out:
-            raise ApiError(408, f"the request took longer than {limit:g} s ({self._bound(exchange)})")
+            raise ApiError(408, f"the request took longer than {limit:g} s ({bound})")
         if gone.done() and not gone.cancelled() and cancelled:
             raise ClientGoneError
         if work.cancelled():
             raise busy("the server is shutting down")
         return work.result()
 
-    def _deadline(self, exchange: Exchange) -> float | None:
-        """Seconds that the answer may take: by --request-timeout, or less where the request says so."""
-        limit = self._gate.config.request_timeout or math.inf
-        given = exchange.header(TIMEOUT_HEADER)
-        if given is not None:
-            try:
-                asked = float(given)
-            except ValueError:
-                asked = math.nan
-            if not 0 < asked < math.inf:
-                raise invalid("x-request-timeout must be a number of seconds above 0", "x-request-timeout")
-            limit = min(limit, asked)
-        return None if limit == math.inf else limit
-
-    def _bound(self, exchange: Exchange) -> str:
-        """What set the deadline, for the message."""
-        flag = self._gate.config.request_timeout
-        by_flag = exchange.header(TIMEOUT_HEADER) is None or (flag and self._deadline(exchange) == flag)
-        return "--request-timeout" if by_flag else "x-request-timeout"
+    def _deadline(self, exchange: Exchange) -> tuple[float, str]:
+        """Seconds that the answer may take, infinite for no limit, and what sets them: --request-timeout, or
+        the request for less."""
+        flag, given = self._gate.config.request_timeout or math.inf, exchange.header(TIMEOUT_HEADER)
+        if given is None:
+            return flag, "--request-timeout"
+        try:
+            asked = float(given)
+        except ValueError:
+            asked = math.nan
+        if not 0 < asked < math.inf:
+            raise invalid("x-request-timeout must be a number of seconds above 0", "x-request-timeout")
+        return (flag, "--request-timeout") if flag <= asked else (asked, "x-request-timeout")
 
     async def _body(self, exchange: Exchange) -> bytes:
         if self._receive is not None:

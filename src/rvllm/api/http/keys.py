@@ -5,10 +5,10 @@ from __future__ import annotations
 import hmac
 from contextvars import ContextVar
 from hashlib import blake2b
-from pathlib import Path
 
 from rvllm.config import ServerConfig
 from rvllm.errors import UsageError
+from rvllm.settings import read_text
 
 MAX_KEYS = 10_000
 current_key: ContextVar[str] = ContextVar("current_key", default="")
@@ -46,11 +46,7 @@ def load_keys(config: ServerConfig) -> Keys:
     """
     found = [] if config.api_key is None else [("--api-key", key) for key in config.api_key.split("\n")]
     if config.api_key_file is not None:
-        try:
-            lines = Path(config.api_key_file).expanduser().read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-            raise UsageError(f"--api-key-file: cannot read {config.api_key_file}: {reason}") from None
+        lines = read_text("--api-key-file", config.api_key_file).split("\n")
         keys = [line.rstrip("\r") for line in lines if line.strip()]
         if not keys:
             raise UsageError(f"--api-key-file: {config.api_key_file} holds no key")

@@ -7,7 +7,6 @@ beside nginx's names.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 from rvllm.api.http.errors import busy
 from rvllm.config import ServerConfig
@@ -21,47 +20,17 @@ LOOK_SECONDS = 1.0  # how often connections that are being closed are looked at
 HEADROOM_FILES = 128  # descriptors left for everything that is no connection
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The protocol's limits; bytes and seconds.
+class Connections:
+    """Counts the open connections, in all and by client address."""
 
-    head: of a request's line and headers, and again of a body's trailers or of a chunk's extensions without
-    one byte of body.
-    """
-
-    head: int = 64 << 10
-    head_seconds: float = 30.0
-    body_seconds: float = 60.0
-    write_seconds: float = 30.0
-    idle_seconds: float = 75.0
-    connections: int = 4096
-    connections_per_client: int = 2048
-
-    @staticmethod
-    def of(config: ServerConfig) -> Limits:
+    def __init__(self, config: ServerConfig) -> None:
         """As the flags say, but no more connections than the system has descriptors for."""
         import resource
 
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        most = config.max_connections
+        self._most, self._of_one = config.max_connections, config.max_connections_per_client
         if files != resource.RLIM_INFINITY:
-            most = max(1, min(most, files - HEADROOM_FILES))
-        return Limits(
-            head=int(config.max_head_kb * 1024),
-            head_seconds=config.header_timeout,
-            body_seconds=config.body_timeout,
-            write_seconds=config.write_timeout,
-            idle_seconds=config.keep_alive_timeout,
-            connections=most,
-            connections_per_client=config.max_connections_per_client,
-        )
-
-
-class Connections:
-    """Counts the open connections, in all and by client address."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+            self._most = max(1, min(self._most, files - HEADROOM_FILES))
         self.total = 0
         self._by_client: Counter[str] = Counter()
 
@@ -69,14 +38,13 @@ class Connections:
         """Counts a connection; returns which limit it exceeds, if any. `remove` it in any case."""
         self.total += 1
         self._by_client[client] += 1
-        if self.total > self._limits.connections:
+        if self.total > self._most:
             return "--max-connections"
-        if self._by_client[client] > self._limits.connections_per_client:
+        if self._by_client[client] > self._of_one:
             return "--max-connections-per-client"
         return None
 
     def remove(self, client: str) -> None:
-        """A connection is gone."""
         self.total -= 1
         self._by_client[client] -= 1
         if not self._by_client[client]:
@@ -101,5 +69,4 @@ class BodyBudget:
         self.used += count
 
     def give(self, count: int) -> None:
-        """The bytes are forgotten."""
         self.used -= count

@@ -77,7 +77,6 @@ class Form:
             raise invalid("the form is cut off: its last boundary is missing")
 
     def discard(self) -> None:
-        """Forgets the file, unless it was kept."""
         if self.file is not None:
             self.file.discard()
 

@@ -18,8 +18,8 @@ from rvllm.api.http.limits import (
     MAX_HEADERS,
     MAX_PIPELINED,
     Connections,
-    Limits,
 )
+from rvllm.config import ServerConfig
 
 _NOT_HTTP = "this is not a valid HTTP/1.1 request"
 
@@ -28,9 +28,12 @@ class BoundedHttp(HttpToolsProtocol):
     """One connection. Whoever sends too much, too slowly or what two readers could read differently is told
     so and hung up on; whoever does not read is hung up on."""
 
-    def __init__(self, *args: Any, limits: Limits, connections: Connections, **options: Any) -> None:
+    def __init__(self, *args: Any, settings: ServerConfig, connections: Connections, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._limits, self._open = limits, connections
+        self._settings, self._open = settings, connections
+        # Bytes of a request's line and headers, and again of a body's trailers or of a chunk's extensions
+        # without one byte of body.
+        self._most_head = int(settings.max_head_kb * 1024)
         self._begun = False  # whether a byte of the request's head has come
         self._in_head = True
         self._head = 0  # bytes of it
@@ -56,7 +59,6 @@ class BoundedHttp(HttpToolsProtocol):
             self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is closed."""
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
@@ -64,7 +66,6 @@ class BoundedHttp(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """The next bytes have come."""
         if self.transport.is_closing():
             return
         body, self._first_read = self._body, not self._begun
@@ -79,7 +80,7 @@ class BoundedHttp(HttpToolsProtocol):
             return
         if self._in_head and self._begun:
             self._head += 0 if self._first_read else len(data)
-            if self._head > self._limits.head:
+            if self._head > self._most_head:
                 self._refuse(self._too_large_head())
         elif self._within_body and not self._complete:  # a head's bytes do not count, nor the last request's
             self._count(len(data), self._body - body)
@@ -88,7 +89,7 @@ class BoundedHttp(HttpToolsProtocol):
         """Bounds what stands around a body's bytes."""
         self._around += max(0, came - of_body)
         self._silent = 0 if of_body > 0 else self._silent + came
-        most = self._limits.head
+        most = self._most_head
         if self._silent > most or self._around > most + MAX_FRAMING * self._body:
             self._refuse(ApiError(431, f"chunk extensions or trailers are larger than {most} bytes"))
 
@@ -132,12 +133,11 @@ class BoundedHttp(HttpToolsProtocol):
             self._wrong(ApiError(431, f"there are more than {MAX_HEADERS} headers"))
 
     def on_headers_complete(self) -> None:
-        """The request line and all headers have come."""
         if self.parser.should_upgrade():
             self._upgrading = True
             return
         self._head_is_done()
-        if len(self.url) + sum(len(n) + len(v) + 4 for n, v in self.headers) > self._limits.head:
+        if len(self.url) + sum(len(n) + len(v) + 4 for n, v in self.headers) > self._most_head:
             self._wrong(self._too_large_head())
         self._check_framing()
         if len(self.pipeline) >= MAX_PIPELINED:
@@ -162,12 +162,10 @@ class BoundedHttp(HttpToolsProtocol):
         raise error
 
     def on_body(self, body: bytes) -> None:
-        """Bytes of a body have come."""
         self._body += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """A request has come whole."""
         if self._upgrading:
             return
         self._complete, self._begun = True, False
@@ -189,29 +187,27 @@ class BoundedHttp(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """The client has not read what was sent; it has a while."""
         super().pause_writing()
-        self._start("write", self._limits.write_seconds, self.transport.abort)
+        self._start("write", self._settings.write_timeout, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """The client has read."""
         self._cancel("write")
         super().resume_writing()
 
     def shutdown(self) -> None:
-        """The server stops."""
         super().shutdown()
         self._look_whether_closed()
 
     def _look_whether_closed(self) -> None:
         """A connection that is being closed stays until its client has read all, or has had its time."""
         if self.transport.is_closing():
-            self._start("closing", max(LOOK_SECONDS, self._limits.write_seconds), self.transport.abort)
+            self._start("closing", max(LOOK_SECONDS, self._settings.write_timeout), self.transport.abort)
 
     def send_400_response(self, msg: str) -> None:
         """What has come is no HTTP."""
         self._refuse(ApiError(400, _NOT_HTTP))
 
     def _too_large_head(self) -> ApiError:
-        return ApiError(431, f"the headers are larger than {self._limits.head} bytes")
+        return ApiError(431, f"the headers are larger than {self._most_head} bytes")
 
     def _start(self, name: str, seconds: float, then: Any) -> None:
         if name not in self._timers:
@@ -223,7 +219,7 @@ class BoundedHttp(HttpToolsProtocol):
             timer.cancel()
 
     def _expect_head(self) -> None:
-        self._start("head", self._limits.head_seconds, self._late)
+        self._start("head", self._settings.header_timeout, self._late)
 
     def _head_is_done(self) -> None:
         self._in_head = False

@@ -16,16 +16,13 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from rvllm.api.http.exchange import Gate
-from rvllm.api.http.limits import Connections, Limits
+from rvllm.api.http.limits import Connections
 from rvllm.api.http.listen import StopSignals, url_of
 from rvllm.api.http.protocol import BoundedHttp
 from rvllm.errors import UsageError
 from rvllm.telemetry.logs import event
 
 CANCEL_SECONDS = 2.0  # cancelled requests have this long to tell their clients
-DEAD_SECONDS = (
-    10.0  # after the engine's death, errors and a /health of 503 are served so long before the exit
-)
 MAX_RESTARTS, RESTART_WINDOW = 3, 600.0  # of the engine: so many within so many seconds
 STALL_REST = 5.0  # a killed engine's end is noticed within so many seconds
 FAILED = 1  # the exit code when the engine has died, or uvicorn ended by itself
@@ -69,16 +66,15 @@ async def serve(
     started: called once connections are accepted. Raises UsageError when another process has begun to
     listen on the port meanwhile.
     """
-    limits = Limits.of(gate.config)
     config = uvicorn.Config(
         app,
-        http=partial(BoundedHttp, limits=limits, connections=Connections(limits)),  # type: ignore[arg-type]
+        http=partial(BoundedHttp, settings=gate.config, connections=Connections(gate.config)),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=int(limits.idle_seconds),
+        timeout_keep_alive=int(gate.config.keep_alive_timeout),
     )
     server, url = _Uvicorn(config), url_of(sock)
     serving = asyncio.ensure_future(server.serve([sock]))
@@ -101,12 +97,13 @@ async def serve(
         await asyncio.wait((first,), timeout=seconds)
     asked_to = first.done() and not dead.done()
     gate.draining = server.should_exit = True
-    gate.cancel_all()
+    for task in gate.working:  # their clients get an error
+        task.cancel()
     await asyncio.wait((serving,), timeout=CANCEL_SECONDS)
     server.force_exit = True
     others = [task for task in (first, dead, watching) if task is not None]
-    for task in others:
-        task.cancel()
+    for other in others:
+        other.cancel()
     await asyncio.gather(serving, *others, return_exceptions=True)
     await gate.close(CANCEL_SECONDS)
     return stop.exit_code if asked_to else FAILED

@@ -8,9 +8,10 @@ from contextlib import aclosing
 from msgspec import UNSET
 
 from rvllm.api.generate.answer import Answer, AnswerDelta
+from rvllm.api.generate.conversation import prompt_of
 from rvllm.api.generate.generation import Service
 from rvllm.api.generate.logprobs import Names, chat_logprobs, prompt_logprobs
-from rvllm.api.generate.output_parser import Call
+from rvllm.api.generate.output_parser import Call, allowed_tools
 from rvllm.api.http.body import check_count
 from rvllm.api.http.errors import invalid
 from rvllm.api.http.exchange import Exchange
@@ -24,6 +25,7 @@ from rvllm.api.schemas.answers import (
     ChatLogprobs,
     ChatMessage,
     FunctionCall,
+    Rendered,
     ToolCall,
     now,
 )
@@ -32,7 +34,6 @@ from rvllm.text.tools.events import CallStart, Text
 
 
 async def chat_completions(service: Service, exchange: Exchange, request: ChatRequest) -> None:
-    """Answers a chat request, whole or as a stream."""
     name = f"chatcmpl-{exchange.request_id}"
     answer = await Answer.start(service, name, request, exchange.body_bytes)
     writer = _ChatWriter(service, answer)
@@ -77,6 +78,16 @@ async def chat_batch(service: Service, exchange: Exchange, request: ChatBatchReq
     await exchange.json(whole)
 
 
+async def render_chat(service: Service, exchange: Exchange, request: ChatRequest) -> None:
+    """The prompt that a conversation makes, by the same way as `/v1/chat/completions`.
+
+    llm-d's `token-producer` asks this before it routes, to look prefixes up by the engine's tokens.
+    """
+    request.tools, request.tool_choice = allowed_tools(request.tools, request.tool_choice)
+    _, tokens = await prompt_of(service, request, exchange.body_bytes, bool(request.add_special_tokens))
+    await exchange.json(Rendered(f"chatcmpl-{exchange.request_id}", service.served_name, tokens))
+
+
 class _ChatWriter:
     """Writes an answer in OpenAI's objects."""
 
@@ -89,7 +100,6 @@ class _ChatWriter:
         self._echo = _echoed(self._request)
 
     async def whole(self) -> ChatAnswer:
-        """The finished answer."""
         count = len(self._job.choices)
         words, ids = [[self._echo] for _ in range(count)], [list[int]() for _ in range(count)]
         thoughts: list[list[str]] = [[] for _ in range(count)]

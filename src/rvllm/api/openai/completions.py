@@ -15,7 +15,7 @@ from rvllm.api.generate.structured_outputs import answer_grammar
 from rvllm.api.http.errors import invalid
 from rvllm.api.http.exchange import Exchange
 from rvllm.api.openai.streaming import stream
-from rvllm.api.schemas.answers import CompletionAnswer, CompletionChoice, CompletionLogprobs, now
+from rvllm.api.schemas.answers import CompletionAnswer, CompletionChoice, CompletionLogprobs, Rendered, now
 from rvllm.api.schemas.requests import CompletionRequest
 from rvllm.text.chat.fim import FillIn
 from rvllm.text.processor import Delta
@@ -23,13 +23,21 @@ from rvllm.text.worker import tasks
 
 
 async def completions(service: Service, exchange: Exchange, request: CompletionRequest) -> None:
-    """Answers a completion request, whole or as a stream."""
     job = await completion_job(service, f"cmpl-{exchange.request_id}", request)
     answer = _Completion(service, request, job)
     if request.stream:
         await answer.stream(exchange)
     else:
         await exchange.json(await answer.whole())
+
+
+async def render_completion(service: Service, exchange: Exchange, request: CompletionRequest) -> None:
+    """The prompts of a completion, in order; a list for one too."""
+    name = f"cmpl-{exchange.request_id}"
+    prompts = await prompts_of(service, request)
+    await exchange.json(
+        [Rendered(f"{name}-{i}", service.served_name, tokens) for i, tokens in enumerate(prompts)]
+    )
 
 
 async def completion_job(service: Service, name: str, request: CompletionRequest, text: bool = True) -> Job:
@@ -130,7 +138,6 @@ class _Completion:
             job.completion_tokens = -len(job.choices)
 
     async def whole(self) -> CompletionAnswer:
-        """The finished answer."""
         parts: list[list[CompletionChoice]] = [[] for _ in self._job.choices]
         async with aclosing(self._service.run(self._job)) as pieces:
             async for piece in pieces:
@@ -140,8 +147,6 @@ class _Completion:
         return answer
 
     async def stream(self, exchange: Exchange) -> None:
-        """The answer as server-sent events."""
-
         def events(piece: Piece) -> list[CompletionAnswer]:
             part = self._part(piece)
             seen = part.text or part.logprobs or part.finish_reason or part.token_ids

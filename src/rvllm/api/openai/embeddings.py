@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rvllm.api.generate.generation import Service
-from rvllm.api.http.errors import invalid
+from rvllm.api.http.errors import blaming, invalid
 from rvllm.api.http.exchange import Exchange
 from rvllm.api.openai.pooler import Pooler, Vector
 from rvllm.api.schemas.embeddings import (
@@ -29,7 +29,6 @@ from rvllm.api.schemas.embeddings import (
     ScoreRequest,
 )
 from rvllm.engine.ipc.messages import ModelFacts
-from rvllm.errors import UsageError
 from rvllm.text.embedding import PoolingParams, shorten
 from rvllm.text.pooling import check_classes, given, of_tokens, pooling_task, probabilities
 
@@ -52,7 +51,8 @@ async def embeddings(service: Service, exchange: Exchange, request: EmbeddingReq
 
 async def classify(service: Service, exchange: Exchange, request: ClassifyRequest) -> None:
     """Answers with each text's classes: how likely they are, and the likeliest one's name."""
-    labels = _labels(service.ready.facts)
+    with blaming("model"):
+        labels = check_classes(service.ready.facts)
     pooler = Pooler(service, f"classify-{exchange.request_id}", "input", request)
     data = []
     for i, numbers in enumerate(await pooler.vectors(_inputs(request.input))):
@@ -65,10 +65,8 @@ async def classify(service: Service, exchange: Exchange, request: ClassifyReques
 async def pooling(service: Service, exchange: Exchange, request: PoolingRequest) -> None:
     """Answers with what the model gives for each text, or for each of its tokens: vectors or classes."""
     facts, form = service.ready.facts, _form(request.encoding_format)
-    try:
+    with blaming("task"):
         task = pooling_task(facts, request.task)
-    except UsageError as error:
-        raise invalid(str(error), "task") from None
     _check_dimensions(facts, request.dimensions)
     pooler = Pooler(service, f"pool-{exchange.request_id}", "input", request, of_tokens(task))
     params = PoolingParams(dimensions=request.dimensions, use_activation=request.use_activation)
@@ -165,10 +163,3 @@ def _check_dimensions(facts: ModelFacts, dimensions: int | None) -> None:
     """Refuses wrong dimensions before any work."""
     if facts.embedding_size is not None:
         shorten(np.zeros(facts.embedding_size, np.float32), dimensions)
-
-
-def _labels(facts: ModelFacts) -> list[str]:
-    try:
-        return check_classes(facts)
-    except UsageError as error:
-        raise invalid(str(error), "model") from None

@@ -14,8 +14,8 @@ from rvllm.api.http.errors import invalid
 from rvllm.api.http.exchange import Exchange
 from rvllm.api.openai.completions import completion_job
 from rvllm.api.openai.streaming import stream
-from rvllm.api.schemas.generate import GeneratedChoice, GeneratedTexts, GeneratedTokens, TokenRequest
-from rvllm.api.schemas.requests import CompletionRequest
+from rvllm.api.schemas.answers import GeneratedChoice, GeneratedTexts, GeneratedTokens
+from rvllm.api.schemas.requests import CompletionRequest, TokenRequest
 
 
 async def generate(service: Service, exchange: Exchange, request: CompletionRequest) -> None:

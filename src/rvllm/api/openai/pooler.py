@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rvllm.api.generate.generation import Service
 from rvllm.api.generate.job import checked_priority
-from rvllm.api.http.errors import invalid
+from rvllm.api.http.errors import blaming, invalid
 from rvllm.api.schemas.answers import now
 from rvllm.api.schemas.embeddings import EmbeddingUsage, PooledRequest
 from rvllm.engine.ipc.messages import Embed
@@ -70,15 +70,10 @@ class Pooler:
             self._tokens += len(ids)
             prompts.append((ids, second))
             if self._of_tokens:
-                self._check_numbers()
+                with blaming(self._param):
+                    check_numbers(self._tokens, self._service.ready.facts, MAX_NUMBERS)
         with service.admitted(1):
             return await self._through_the_engine(prompts)
-
-    def _check_numbers(self) -> None:
-        try:
-            check_numbers(self._tokens, self._service.ready.facts, MAX_NUMBERS)
-        except UsageError as error:
-            raise invalid(str(error), self._param) from None
 
     async def _ids(self, text: str | list[int] | Pair) -> tuple[list[int], int | None]:
         """(token ids, where a pair's second text begins)."""
@@ -126,10 +121,8 @@ class Pooler:
         Of a model with one class its answer to the pair, of others the cosine of their vectors.
         """
         facts = self._service.ready.facts
-        try:
+        with blaming("model"):
             crossed = gives_scores(facts)
-        except UsageError as error:
-            raise invalid(str(error), "model") from None
         if not crossed:
             vectors = await self.vectors([*first, *second])
             left, right = vectors[: len(first)], vectors[len(first) :]

@@ -30,13 +30,10 @@ class ItemsRequest(msgspec.Struct, kw_only=True):
 
 
 class Conversations:
-    """The endpoints."""
-
     def __init__(self, store: ResponseStore) -> None:
         self._store = store
 
     async def create(self, exchange: Exchange, request: ConversationRequest) -> None:
-        """`POST /v1/conversations`."""
         check_metadata(request.metadata)
         items = checked_items(request.items or [], _no_reference, "items")
         made = Conversation(id=f"conv_{uuid4().hex}", created_at=now(), metadata=request.metadata or {})
@@ -45,7 +42,6 @@ class Conversations:
         await exchange.json(made)
 
     async def retrieve(self, exchange: Exchange, request: None) -> None:
-        """`GET /v1/conversations/{id}`."""
         await exchange.json(self._found(exchange))
 
     async def update(self, exchange: Exchange, request: ConversationRequest) -> None:
@@ -57,13 +53,11 @@ class Conversations:
         await exchange.json(found)
 
     async def delete(self, exchange: Exchange, request: None) -> None:
-        """`DELETE /v1/conversations/{id}`."""
         found = self._found(exchange)
         self._store.delete_conversation(found.id)
         await exchange.json({"id": found.id, "object": "conversation.deleted", "deleted": True})
 
     async def add_items(self, exchange: Exchange, request: ItemsRequest) -> None:
-        """`POST /v1/conversations/{id}/items`."""
         name = self._found(exchange).id
         items = checked_items(request.items, _no_reference, "items")
         self._store.add_items(name, items)
@@ -73,12 +67,10 @@ class Conversations:
         )
 
     async def list_items(self, exchange: Exchange, request: None) -> None:
-        """`GET /v1/conversations/{id}/items`."""
         items = self._store.items(self._found(exchange).id)
         await exchange.json(page(items, lambda item: str(item["id"]), Query(exchange)))
 
     async def get_item(self, exchange: Exchange, request: None) -> None:
-        """`GET /v1/conversations/{id}/items/{item}`."""
         wanted = exchange.scope["path_params"]["item"]
         for item in self._store.items(self._found(exchange).id):
             if item["id"] == wanted:

@@ -7,7 +7,6 @@ import logging
 import sqlite3
 from collections.abc import Sequence
 from contextlib import aclosing
-from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,14 +14,13 @@ import msgspec
 
 from rvllm.api.disk import is_full
 from rvllm.api.generate.answer import Answer
-from rvllm.api.generate.generation import Service
+from rvllm.api.generate.generation import Service, by_name, refuse_encoder
 from rvllm.api.generate.logprobs import Names, chat_logprobs
-from rvllm.api.generate.models import by_name, refuse_encoder
 from rvllm.api.http.errors import ApiError, busy, field_names, invalid, unknown
 from rvllm.api.http.exchange import Exchange, Gate
 from rvllm.api.http.pagination import Query, page
 from rvllm.api.responses.events import ResponseWriter, snapshot
-from rvllm.api.responses.store import ResponseStore, StoredResponse
+from rvllm.api.responses.store import ResponseStore
 from rvllm.api.schemas.answers import now
 from rvllm.api.schemas.items import CALLS, OUTPUTS, Item, checked_items
 from rvllm.api.schemas.requests import ChatRequest
@@ -41,18 +39,19 @@ _ENDED = ("completed", "incomplete", "failed", "cancelled")
 
 @dataclass
 class _Live:
-    """A background response that is being generated."""
+    """A response that is being generated."""
 
     response: ResponseAnswer
     context: list[Item]
     new: list[Item]  # of the context, what this request brought
-    events: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] | None = None  # kept of what is made in the background
     grown: asyncio.Event = field(default_factory=asyncio.Event)  # set, then replaced, with each event
     task: asyncio.Task[None] | None = None
     cancelled: bool = False  # by its client
 
     async def add(self, kind: str, event: dict[str, Any]) -> None:
         """Keeps an event for those who stream the response."""
+        assert self.events is not None
         self.events.append(snapshot(event))
         self.wake()
 
@@ -71,15 +70,15 @@ class Responses:
 
     async def create(self, exchange: Exchange, request: ResponsesRequest) -> None:
         """`POST /v1/responses`: answers whole, as a stream, or at once with more to come."""
-        service = self._service if request.model is None else by_name(self._service, request.model)
+        service = by_name(self._service, request.model)
         refuse_encoder(service)
         check_request(request)
         before, new = self._context(request)
-        context = [*before, *new]
         response = new_response(request, f"resp_{exchange.request_id}", service.served_name, now())
-        conversation(request, context)  # refuses what does not fit together before anything begins
+        live = _Live(response, [*before, *new], new, [] if request.background else None)
+        conversation(request, live.context)  # refuses what does not fit together before anything begins
         if request.background:
-            live = self._start(service, request, response, context, new)
+            self._start(service, request, live)
             if request.stream:
                 await self._follow(exchange, live, -1)
             else:
@@ -94,7 +93,7 @@ class Responses:
 
         writer = ResponseWriter(response, tell)
         try:
-            await self._generate(service, request, exchange.request_id, context, writer)
+            await self._generate(service, request, live.context, writer)
         except ApiError as error:
             if not exchange.streaming:
                 raise
@@ -103,9 +102,9 @@ class Responses:
         except asyncio.CancelledError:  # the client has left, or the server stops
             if exchange.streaming:  # so the client knows its id and may ask for it
                 writer.abandon(busy("the server is shutting down") if self._gate.draining else None)
-                self._keep(response, context, new, None)
+                self._keep(live)
             raise
-        self._keep(response, context, new, None)
+        self._keep(live)
         if request.stream:
             await exchange.end_stream()
         else:
@@ -114,27 +113,17 @@ class Responses:
     async def retrieve(self, exchange: Exchange, request: None) -> None:
         """`GET /v1/responses/{id}`: the response, or with `stream=true` its events after `starting_after`."""
         name, query = exchange.scope["path_params"]["id"], Query(exchange)
-        live, start = self._live.get(name), query.number("starting_after", -1, 0, 1 << 31)
+        live, start = self._found(name), query.number("starting_after", -1, 0, 1 << 31)
         if not query.truth("stream"):
-            await exchange.json(live.response if live is not None else self._stored(name).response)
-            return
-        if live is not None:
-            await self._follow(exchange, live, start)
-            return
-        events = self._stored(name).events
-        if events is None:
+            await exchange.json(live.response)
+        elif live.events is None:
             raise invalid("only responses made in the background can be streamed again", "stream")
-        await exchange.open_stream()
-        for event in events[start + 1 :]:
-            await exchange.event(event, event["type"])
-        await exchange.end_stream()
+        else:
+            await self._follow(exchange, live, start)
 
     async def delete(self, exchange: Exchange, request: None) -> None:
-        """`DELETE /v1/responses/{id}`."""
         name = exchange.scope["path_params"]["id"]
-        live = self._live.get(name)
-        if live is not None:
-            await self._cancel(live)
+        await self._cancel(name)
         if not self._store.delete(name):
             raise _missing(name)
         await exchange.json({"id": name, "object": "response", "deleted": True})
@@ -142,10 +131,8 @@ class Responses:
     async def cancel(self, exchange: Exchange, request: None) -> None:
         """`POST /v1/responses/{id}/cancel`: ends a response that is made in the background."""
         name = exchange.scope["path_params"]["id"]
-        live = self._live.get(name)
-        if live is not None:
-            await self._cancel(live)
-        response = self._stored(name).response
+        await self._cancel(name)
+        response = self._found(name).response
         if not response.background:
             raise invalid("only responses made in the background can be cancelled", "response_id")
         await exchange.json(response)
@@ -153,9 +140,7 @@ class Responses:
     async def input_items(self, exchange: Exchange, request: None) -> None:
         """`GET /v1/responses/{id}/input_items`: all that the response answers, earlier responses included."""
         name = exchange.scope["path_params"]["id"]
-        live = self._live.get(name)
-        context = live.context if live is not None else self._stored(name).context
-        await exchange.json(page(context, lambda item: str(item["id"]), Query(exchange)))
+        await exchange.json(page(self._found(name).context, lambda item: str(item["id"]), Query(exchange)))
 
     def _context(self, request: ResponsesRequest) -> tuple[list[Item], list[Item]]:
         """The items to answer: (those of the conversation or of the previous responses, the new ones)."""
@@ -184,7 +169,6 @@ class Responses:
         self,
         service: Service,
         request: ResponsesRequest,
-        name: str,
         context: Sequence[Item],
         writer: ResponseWriter,
     ) -> None:
@@ -192,7 +176,7 @@ class Responses:
         items = list(context)
         while True:
             try:
-                await _answer(service, conversation(request, items), name, writer)
+                await _answer(service, conversation(request, items), writer)
                 break
             except ApiError as error:
                 full = error.code == "context_length_exceeded" and not writer.begun
@@ -201,32 +185,19 @@ class Responses:
                 items = _shorter(items)
         await writer.finish()
 
-    def _start(
-        self,
-        service: Service,
-        request: ResponsesRequest,
-        response: ResponseAnswer,
-        context: list[Item],
-        new: list[Item],
-    ) -> _Live:
+    def _start(self, service: Service, request: ResponsesRequest, live: _Live) -> None:
+        response = live.response
         response.status = "queued"
-        live = _Live(response, context, new)
-        self._store.put(response, context)
+        self._store.put(response, live.context)
         self._live[response.id] = live
-        # In a context of its own: the request that asks for it ends long before.
-        working = self._background(service, request, live)
-        live.task = asyncio.get_running_loop().create_task(working, context=Context())
-        self._gate.working.add(live.task)
-        live.task.add_done_callback(self._gate.working.discard)
-        return live
+        live.task = self._gate.start(self._background(service, request, live))
 
     async def _background(self, service: Service, request: ResponsesRequest, live: _Live) -> None:
         response = live.response
         writer = ResponseWriter(response, live.add)
         try:
             await writer.begin()
-            name = response.id.removeprefix("resp_")
-            await self._generate(service, request, name, live.context, writer)
+            await self._generate(service, request, live.context, writer)
         except ApiError as error:
             await writer.fail(error)
         except asyncio.CancelledError:
@@ -236,10 +207,14 @@ class Responses:
                 await writer.fail(busy("the server is shutting down"))
         finally:
             del self._live[response.id]
-            self._keep(response, live.context, live.new, live.events)
+            self._keep(live)
             live.wake()
 
-    async def _cancel(self, live: _Live) -> None:
+    async def _cancel(self, name: str) -> None:
+        """Ends a response that is still made in the background."""
+        live = self._live.get(name)
+        if live is None:
+            return
         assert live.task is not None
         live.cancelled = True
         live.task.cancel()
@@ -250,47 +225,46 @@ class Responses:
         await exchange.open_stream()
         sent = start + 1
         while True:
-            grown = live.grown
-            for event in live.events[sent:]:
+            grown, events = live.grown, live.events or []
+            for event in events[sent:]:
                 await exchange.event(event, event["type"])
                 sent += 1
-            if sent >= len(live.events):
+            if sent >= len(events):
                 if live.response.id not in self._live:
                     break
                 await grown.wait()
         await exchange.end_stream()
 
-    def _keep(
-        self,
-        response: ResponseAnswer,
-        context: list[Item],
-        new: list[Item],
-        events: list[dict[str, Any]] | None,
-    ) -> None:
+    def _keep(self, live: _Live) -> None:
         """Keeps a response that has been made. On a full disk the client has its answer all the same; that it
         is not kept, the answer's `store` tells where it is not sent yet."""
+        response = live.response
         try:
             if response.store:
-                self._store.put(response, context, events)
+                self._store.put(response, live.context, live.events)
             if response.conversation is not None and response.status in ("completed", "incomplete"):
-                self._store.add_items(response.conversation.id, [*new, *response.output])
+                self._store.add_items(response.conversation.id, [*live.new, *response.output])
         except (OSError, sqlite3.Error) as error:
             if not is_full(error):
                 raise
             response.store = False
             logs.event(logging.WARNING, "the disk is full: a response is not kept", id=response.id)
 
-    def _stored(self, name: str) -> StoredResponse:
-        found = self._store.get(name)
-        if found is None:
-            raise _missing(name)
-        return found
+    def _found(self, name: str) -> _Live:
+        """A response while it is made or as it is kept. Raises a 404."""
+        live = self._live.get(name)
+        if live is None:
+            stored = self._store.get(name)
+            if stored is None:
+                raise _missing(name)
+            live = _Live(stored.response, stored.context, [], stored.events)
+        return live
 
 
-async def _answer(service: Service, chat: ChatRequest, name: str, writer: ResponseWriter) -> None:
+async def _answer(service: Service, chat: ChatRequest, writer: ResponseWriter) -> None:
     with field_names(CHAT_NAMES, ChatRequest.__struct_fields__):
         size = len(msgspec.json.encode(chat.messages))
-        answer = await Answer.start(service, f"resp_{name}", chat, size)
+        answer = await Answer.start(service, writer.response.id, chat, size)
         names, top = Names(service.tokenizer, False), chat.top_logprobs or 0
         async with aclosing(answer.deltas()) as deltas:
             async for delta in deltas:

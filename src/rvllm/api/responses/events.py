@@ -11,12 +11,11 @@ import msgspec
 
 from rvllm.api.generate.answer import AnswerDelta
 from rvllm.api.http.errors import ApiError
-from rvllm.api.schemas.answers import Usage
+from rvllm.api.schemas.answers import CompletionDetails, Usage
 from rvllm.api.schemas.items import CALLS, Item
 from rvllm.api.schemas.responses import (
     IncompleteDetails,
     InputDetails,
-    OutputDetails,
     ResponseAnswer,
     ResponseError,
     ResponseUsage,
@@ -204,9 +203,7 @@ def _usage(usage: Usage) -> ResponseUsage:
         input_tokens=usage.prompt_tokens,
         input_tokens_details=InputDetails(usage.prompt_tokens_details.cached_tokens),
         output_tokens=usage.completion_tokens,
-        output_tokens_details=OutputDetails(
-            usage.completion_tokens_details.reasoning_tokens if usage.completion_tokens_details else 0
-        ),
+        output_tokens_details=usage.completion_tokens_details or CompletionDetails(),
         total_tokens=usage.total_tokens,
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from rvllm.api.database import open_database
+from rvllm.api.disk import open_database
 from rvllm.api.schemas.items import Item
 from rvllm.api.schemas.responses import ResponseAnswer, ResponseError
 
@@ -68,7 +68,6 @@ class ResponseStore:
         return self._size
 
     def close(self) -> None:
-        """Closes the database."""
         self._db.close()
 
     def put(
@@ -128,8 +127,8 @@ class ResponseStore:
     def add_items(self, conversation: str, items: Sequence[Item]) -> None:
         """Puts items at the end of a conversation; those it has already stay where they are."""
         grown = 0
-        self._db.execute("BEGIN")
-        try:
+        with self._db:
+            self._db.execute("BEGIN")
             for item in items:
                 body = _encode(item)
                 added = self._db.execute(
@@ -139,11 +138,6 @@ class ResponseStore:
                 grown += (len(body) + OVERHEAD) * added.rowcount
             self._db.execute("UPDATE conversations SET at = ?, size = size + ? WHERE id = ?",
                              (self._clock(), grown, conversation))  # fmt: skip
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
         self._grow(grown)
 
     def items(self, conversation: str) -> list[Item]:

@@ -191,6 +191,30 @@ class CompletionAnswer(Envelope, kw_only=True):
     system_fingerprint: str | None = None
 
 
+class GeneratedChoice(msgspec.Struct, kw_only=True):
+    """Token ids that follow the prompt."""
+
+    index: int
+    token_ids: list[int] = []
+    finish_reason: str | None = None
+    logprobs: ChatLogprobs | None = None
+
+
+class GeneratedTokens(msgspec.Struct):
+    """The answer of `/inference/v1/generate`, or an event of it."""
+
+    request_id: str
+    choices: list[GeneratedChoice]
+    prompt_logprobs: PromptLogprobs | None = None
+    usage: Usage | UnsetType | None = UNSET
+
+
+class GeneratedTexts(msgspec.Struct):
+    """The answer of `/generate`: by choice, the prompt and what follows it so far."""
+
+    text: list[str]
+
+
 class ModelCard(msgspec.Struct, kw_only=True):
     """An entry of `/v1/models`.
 

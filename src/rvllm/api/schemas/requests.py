@@ -7,7 +7,7 @@ services they were written for (docs/decisions/0006-http-surface.md).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import msgspec
 
@@ -20,75 +20,53 @@ class StreamOptions(msgspec.Struct, kw_only=True):
 
 
 class Refused(msgspec.Struct, kw_only=True):
-    """Fields we know and do not serve: any value but a neutral one is answered with a 400, never ignored."""
+    """Fields we know and do not serve: any value but a neutral one is answered with a 400, never ignored.
+
+    The annotations are the neutral values, which ask for nothing.
+    """
 
     audio: Any = None
-    adaptive_target: Any = None
-    best_of: Any = None
+    adaptive_target: Annotated[Any, (-1,)] = None
+    best_of: Annotated[Any, (1,)] = None
     cache_salt: Any = None
     chat_template: Any = None
-    dry_multiplier: Any = None
-    dynatemp_range: Any = None
-    eta_cutoff: Any = None
-    epsilon_cutoff: Any = None
-    function_call: Any = None
-    functions: Any = None
-    guided_decoding_backend: Any = None
+    dry_multiplier: Annotated[Any, (0,)] = None
+    dynatemp_range: Annotated[Any, (0,)] = None
+    eta_cutoff: Annotated[Any, (0,)] = None
+    epsilon_cutoff: Annotated[Any, (0,)] = None
+    function_call: Annotated[Any, ("none",)] = None
+    functions: Annotated[Any, ([],)] = None
+    guided_decoding_backend: Annotated[Any, ("auto", "guidance", "llguidance")] = None
     kv_transfer_params: Any = None
-    length_penalty: Any = None
-    logits_processors: Any = None
+    length_penalty: Annotated[Any, (1, 1.0)] = None
+    logits_processors: Annotated[Any, ([],)] = None
     lora_path: Any = None
-    min_keep: Any = None
-    mirostat: Any = None
-    mirostat_mode: Any = None
+    min_keep: Annotated[Any, (0, 1)] = None
+    mirostat: Annotated[Any, (0,)] = None
+    mirostat_mode: Annotated[Any, (0,)] = None
     mm_processor_kwargs: Any = None
-    modalities: Any = None
+    modalities: Annotated[Any, (["text"],)] = None
     prediction: Any = None
     prompt_embeds: Any = None
-    repeat_last_n: Any = None
-    samplers: Any = None
-    smoothing_factor: Any = None
-    store: Any = None
-    tfs_z: Any = None
+    repeat_last_n: Annotated[Any, (-1,)] = None
+    samplers: Annotated[Any, ([],)] = None
+    smoothing_factor: Annotated[Any, (0,)] = None
+    store: Annotated[Any, (False,)] = None
+    tfs_z: Annotated[Any, (1,)] = None
     thinking_token_budget: Any = None
-    top_a: Any = None
-    top_n_sigma: Any = None
+    top_a: Annotated[Any, (0,)] = None
+    top_n_sigma: Annotated[Any, (-1, 0)] = None
     truncate_prompt_tokens: Any = None
-    typical: Any = None
-    typical_p: Any = None
-    use_beam_search: Any = None
+    typical: Annotated[Any, (1,)] = None
+    typical_p: Annotated[Any, (1,)] = None
+    use_beam_search: Annotated[Any, (False,)] = None
     web_search_options: Any = None
-    xtc_probability: Any = None
+    xtc_probability: Annotated[Any, (0,)] = None
 
 
-# Values of refused fields that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "adaptive_target": (-1,),
-    "best_of": (1,),
-    "dry_multiplier": (0,),
-    "dynatemp_range": (0,),
-    "eta_cutoff": (0,),
-    "epsilon_cutoff": (0,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "guided_decoding_backend": ("auto", "guidance", "llguidance"),
-    "length_penalty": (1, 1.0),
-    "logits_processors": ([],),
-    "min_keep": (0, 1),
-    "mirostat": (0,),
-    "mirostat_mode": (0,),
-    "modalities": (["text"],),
-    "repeat_last_n": (-1,),
-    "samplers": ([],),
-    "smoothing_factor": (0,),
-    "store": (False,),
-    "tfs_z": (1,),
-    "top_a": (0,),
-    "top_n_sigma": (-1, 0),
-    "typical": (1,),
-    "typical_p": (1,),
-    "use_beam_search": (False,),
-    "xtc_probability": (0,),
+    name: getattr(hint, "__metadata__", ((),))[0]
+    for name, hint in get_type_hints(Refused, include_extras=True).items()
 }
 
 # What neighbouring servers call a field: llama.cpp's and SGLang's names.
@@ -222,6 +200,21 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     prompt: str | list[str | int | list[int]]
     suffix: str | None = None
     logprobs: int | None = None
+
+
+class TokenRequest(msgspec.Struct, kw_only=True):
+    """The body of `/inference/v1/generate`. sampling_params: as the fields of `/v1/completions`."""
+
+    token_ids: list[int]
+    sampling_params: dict[str, Any] = {}
+    model: str | None = None
+    request_id: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    features: dict[str, Any] | None = None
+    kv_transfer_params: dict[str, Any] | None = None
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):

@@ -9,6 +9,7 @@ import msgspec
 
 from rvllm.api.http.body import MAX_TOOLS, check_count
 from rvllm.api.http.errors import invalid
+from rvllm.api.schemas.answers import CompletionDetails
 from rvllm.api.schemas.items import HOSTED, Item, chat_messages
 from rvllm.api.schemas.requests import ChatRequest
 
@@ -93,19 +94,13 @@ class InputDetails(msgspec.Struct):
     cache_write_tokens: int = 0
 
 
-class OutputDetails(msgspec.Struct):
-    """Of the tokens written, how many were thoughts with their marks."""
-
-    reasoning_tokens: int = 0
-
-
 class ResponseUsage(msgspec.Struct, kw_only=True):
     """Tokens read and written."""
 
     input_tokens: int
     input_tokens_details: InputDetails
     output_tokens: int
-    output_tokens_details: OutputDetails
+    output_tokens_details: CompletionDetails
     total_tokens: int
 
 
