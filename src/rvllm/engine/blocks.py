@@ -7,10 +7,13 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import islice
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from rvllm.backends.base import COPY, MOVE_IN, MOVE_OUT
 from rvllm.engine.scheduling.host import HostBlocks
+
+if TYPE_CHECKING:
+    from rvllm.engine.kv_events import KvEvents
 
 Digest = bytes
 ROOT: Digest = b""
@@ -29,16 +32,6 @@ def chain(parent: Digest, tokens: array[int], size: int) -> list[Digest]:
         parent = blake2b(parent + data[start : start + width], digest_size=16).digest()
         found.append(parent)
     return found
-
-
-class Forgotten(Protocol):
-    """Who wants to know which prefixes are no longer kept."""
-
-    def removed(self, digest: Digest) -> None:
-        """The block with this digest was given to something else."""
-
-    def cleared(self) -> None:
-        """Nothing is kept any more."""
 
 
 class BlockManager:
@@ -65,7 +58,7 @@ class BlockManager:
         self._moves_after = -1
         self._last_use = [-1] * num_blocks  # the last step that may use a block that was released
         self._not_worth_moving: set[int] = set()
-        self.forgotten: Forgotten | None = None
+        self.forgotten: KvEvents | None = None  # who is told which prefixes are no longer kept
         self._references = [0] * num_blocks
         self._digest: list[Digest | None] = [None] * num_blocks
         self._by_digest: dict[Digest, int] = {}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import (
     Abort,
     Embed,
-    FromEngine,
     Generate,
     GetState,
     GetStats,
@@ -24,22 +23,15 @@ from rvllm.engine.state import complete, snapshot
 from rvllm.errors import UsageError
 from rvllm.telemetry.stats import Stats
 
-
-class Link(Protocol):
-    """The engine's end of the conversation with the API process."""
-
-    def receive(self, wait: bool) -> list[ToEngine]:
-        """All messages that have come; with `wait`, blocks until there is one."""
-
-    def send(self, message: FromEngine) -> None:
-        """Sends a message; never blocks."""
+if TYPE_CHECKING:
+    from rvllm.engine.ipc.process import ZmqLink
 
 
 class EngineLoop:
     """Takes in what has come, computes a step, hands out what it gave. With nothing to do it prepares steps
     that may come, then sleeps."""
 
-    def __init__(self, core: EngineCore, link: Link) -> None:
+    def __init__(self, core: EngineCore, link: ZmqLink) -> None:
         self._core = core
         self._link = link
         self._idle_seconds = 0.0

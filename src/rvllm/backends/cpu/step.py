@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -56,7 +55,7 @@ def flat_step(
     tables: NDArray[np.int32],
     rows: Ints,
     slots: NDArray[np.int32] | None = None,
-    seconds: Mapping[int, int] = MappingProxyType({}),
+    seconds: Mapping[int, int] | None = None,
 ) -> Step:
     """The flat arrays of a step; see Step for the shapes. Without `slots`, sequence s is in slot s.
 
@@ -68,7 +67,7 @@ def flat_step(
     positions = np.arange(len(tokens)) - first_rows[sequence] + first_positions[sequence]
     blocks = tables[sequence, positions // KV_BLOCK].astype(np.int64)
     kinds = np.zeros(len(tokens), dtype=np.int64)
-    for s, second in seconds.items():
+    for s, second in (seconds or {}).items():
         kinds[first_rows[s] + second : first_rows[s] + lens[s]] = 1
     return Step(
         tokens=tokens,

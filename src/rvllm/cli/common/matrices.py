@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rvllm.program.ops.dense import Program, Weight
     from rvllm.weights.checkpoint import Checkpoint
-
-
-NONE_PACKED: Mapping[str, int] = MappingProxyType({})
 
 
 def stored_as(weight: Weight, checkpoint: Checkpoint | None) -> str:
@@ -29,16 +25,16 @@ def kept_as(
     weight: Weight,
     program: Program,
     checkpoint: Checkpoint | None = None,
-    packed: Mapping[str, int] = NONE_PACKED,
+    packed: Mapping[str, int] | None = None,
 ) -> str:
     """`bfloat16`, `FP8, a scale a row`. packed: bytes of weights that compiled kernels keep, by name."""
-    if packed.get(weight.name, weight.nbytes(4)) < weight.nbytes(4):
+    if (packed or {}).get(weight.name, weight.nbytes(4)) < weight.nbytes(4):
         return stored_as(weight, checkpoint)
     return program.dtype.value if weight.format is None else weight.format.label
 
 
 def matrices(
-    program: Program, checkpoint: Checkpoint | None, packed: Mapping[str, int] = NONE_PACKED
+    program: Program, checkpoint: Checkpoint | None, packed: Mapping[str, int] | None = None
 ) -> list[tuple[str, str]]:
     """A line for the matrices of all layers that are alike: name, and shape, numbers and bytes."""
     from rvllm.cli.common.tables import human_bytes
@@ -48,7 +44,7 @@ def matrices(
         if weight.role == "vector":
             continue
         shape = " x ".join(map(str, weight.shape))
-        nbytes = human_bytes(packed.get(weight.name, weight.nbytes(program.dtype.size)))
+        nbytes = human_bytes((packed or {}).get(weight.name, weight.nbytes(program.dtype.size)))
         stored, kept = stored_as(weight, checkpoint), kept_as(weight, program, checkpoint, packed)
         said = f"{shape}, stored {stored}, kept {kept}, {nbytes}"
         name = re.sub(r"layers\.\d+", "layers.*", weight.name)

@@ -39,7 +39,7 @@ def numbers_of(
     for weight in op.weights:
         if weight.role != "vector":
             stored = stored_as(weight, checkpoint)
-            kept = kept_as(weight, program, checkpoint, packed or {})
+            kept = kept_as(weight, program, checkpoint, packed)
             said.append(kept if stored in ("random", kept) else f"{stored} > {kept}")
     return ", ".join(dict.fromkeys(said))
 

@@ -70,6 +70,7 @@ class ZmqLink:
                 return messages
 
     def send(self, message: FromEngine) -> None:
+        """Sends a message; never blocks."""
         self._socket.send(self._encode(message))
 
     def close(self) -> None:
