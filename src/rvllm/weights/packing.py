@@ -15,14 +15,12 @@ from rvllm.errors import ModelError
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Part, Program, Weight
 from rvllm.weights.checkpoint import Checkpoint, TensorInfo, TensorType
-from rvllm.weights.gguf.blocks import PIECE, dequantise_into
+from rvllm.weights.gguf.blocks import PIECE, dequantise, dequantise_into
 from rvllm.weights.parallel import in_threads
 
 T = TypeVar("T")
 TASK = 1 << 19  # elements a thread takes at a time
 NAMED = 5  # tensors an error message names before it counts
-
-_SAME = {DType.F32: TensorType.F32, DType.F16: TensorType.F16, DType.BF16: TensorType.BF16}
 
 
 def find_tensor(part: Part, checkpoint: Checkpoint) -> TensorInfo | None:
@@ -135,7 +133,7 @@ def _pack_part(part: Part, info: TensorInfo, raw: NDArray[np.uint8], out: NDArra
         _store(info, _logarithms(info, raw) + np.float32(add), out)
         return
     if is_transposed(part, info):
-        stored = _numbers(info, raw)
+        stored = dequantise(info.type, raw, info.shape)
         if part.layout == "transposed":
             turned = stored.reshape(part.shape).T
         else:
@@ -145,14 +143,14 @@ def _pack_part(part: Part, info: TensorInfo, raw: NDArray[np.uint8], out: NDArra
         return
     order = row_order(part, info)
     if order is not None and len(info.shape) < 2:
-        _store(info, _numbers(info, raw)[order] + np.float32(add), out)
+        _store(info, dequantise(info.type, raw, info.shape).reshape(-1)[order] + np.float32(add), out)
         return
     rows, width = _as_rows(info.shape)
     if part.layout == "columns":
         first, width = part.columns
         span = column_bytes(part, info)
         if span is None:
-            cut = _numbers(info, raw).reshape(rows, -1)[:, first : first + width]
+            cut = dequantise(info.type, raw, info.shape).reshape(rows, -1)[:, first : first + width]
             _store(info, ((cut if order is None else cut[order]) + np.float32(add)).reshape(-1), out)
             return
         raw = raw.reshape(rows, -1)[:, span]
@@ -172,14 +170,8 @@ def _as_rows(shape: tuple[int, ...]) -> tuple[int, int]:
     return (math.prod(shape[:-1]), width) if width else (0, 0)
 
 
-def _numbers(info: TensorInfo, raw: NDArray[np.uint8]) -> NDArray[np.float32]:
-    out = np.empty(math.prod(info.shape), dtype=np.float32)
-    dequantise_into(info.type, raw, out)
-    return out
-
-
 def _logarithms(info: TensorInfo, raw: NDArray[np.uint8]) -> NDArray[np.float32]:
-    numbers = _numbers(info, raw)
+    numbers = dequantise(info.type, raw, (math.prod(info.shape),))
     if not (numbers < 0).all():
         raise ModelError(f"{info.file}: tensor {info.name} must hold negative numbers")
     return np.log(-numbers)
@@ -192,7 +184,7 @@ def _convert(info: TensorInfo, raw: NDArray[np.uint8], out: NDArray[Any], dtype:
         if add:
             out += np.float32(add)
         return
-    if _SAME[dtype] is info.type and not add:
+    if dtype.name == info.type.name and not add:
         out.view(np.uint8)[:] = raw
         return
     elements, nbytes = info.type.block

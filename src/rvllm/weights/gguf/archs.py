@@ -33,6 +33,8 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+RMS_NORM = {"rms_norm_eps": "attention.layer_norm_rms_epsilon"}
+LAYER_NORM = {"layer_norm_eps": "attention.layer_norm_epsilon"}
 MAX_SIZE = 1 << 31  # of any dimension or count in a config
 
 
@@ -48,6 +50,7 @@ class Architecture:
     mixture: how it is laid out instead where it has experts.
     latent: key_length and value_length are those of a cache of latents (MLA).
     present: config fields that are true where the named tensor (in Transformers' words) is there.
+    numbers: further config fields that are numbers, by their keys in the metadata.
     extra: further config fields, from the metadata.
     whole_names: tensors of a layer whose names in Transformers do not end as llama.cpp's do.
     by_layer: numbers given per layer are 0 in layers of another kind.
@@ -68,7 +71,9 @@ class Architecture:
     mixture: Architecture | None = None
     latent: bool = False
     present: Mapping[str, str] = field(default_factory=dict)
-    extra: Callable[[Metadata], dict[str, Any]] = lambda metadata: {"hidden_act": "silu"}
+    hidden_act: str | None = "silu"
+    numbers: Mapping[str, str] = field(default_factory=lambda: RMS_NORM)
+    extra: Callable[[Metadata], dict[str, Any]] = lambda metadata: {}
     whole_names: Mapping[str, str] = field(default_factory=dict)
     by_layer: bool = False
     adjust: Callable[[str, TensorInfo], TensorInfo] = lambda name, info: info
@@ -99,106 +104,81 @@ class Architecture:
         return (int(found[1]), found[2]) if found and found[2] in self.experts else None
 
 
+@dataclass(frozen=True)
 class Metadata:
     """Typed reading of one architecture's metadata; every failure names the file and the key."""
 
-    def __init__(
-        self, values: Mapping[str, Any], path: Path, architecture: str, by_layer: bool = False
-    ) -> None:
-        self.values = values
-        self.path = path
-        self.architecture = architecture
-        self.by_layer = by_layer  # see Architecture
+    values: Mapping[str, Any]
+    path: Path
+    architecture: str
+    by_layer: bool = False  # see Architecture
 
-    def fail(self, key: str, problem: str) -> NoReturn:
-        raise ModelError(f"{self.path}: metadata {key} {problem}")
+    def fail(self, name: str, problem: str) -> NoReturn:
+        """Raises the error for a field."""
+        raise ModelError(f"{self.path}: metadata {self.key(name)} {problem}")
 
     def key(self, name: str) -> str:
         """`block_count` → `llama.block_count`; dotted names starting with a known room stay."""
         return name if name.startswith(("general.", "tokenizer.")) else f"{self.architecture}.{name}"
 
+    def get(self, name: str) -> Any:
+        """What the file holds, None where it holds nothing."""
+        return self.values.get(self.key(name))
+
     def count(self, name: str, low: int = 1) -> int:
         """A required whole number."""
         value = self.opt_count(name, low)
         if value is None:
-            self.fail(self.key(name), "is missing")
+            self.fail(name, "is missing")
         return value
 
     def opt_count(self, name: str, low: int = 0) -> int | None:
         """A whole number; one given per layer must be the same in all of them."""
-        key = self.key(name)
-        value = self.values.get(key)
+        value = self.get(name)
         if isinstance(value, np.ndarray):
             distinct = set(value.tolist())
             if self.by_layer and len(distinct) > 1:
                 distinct.discard(0)
             if len(distinct) != 1:
-                self.fail(key, "differs between layers, which is not supported")
+                self.fail(name, "differs between layers, which is not supported")
             value = distinct.pop()
-        if value is None:
-            return None
-        if type(value) is not int or not low <= value < MAX_SIZE:
-            self.fail(key, f"is {shown(value)}, not a whole number from {low} to {MAX_SIZE - 1}")
+        if value is not None and (type(value) is not int or not low <= value < MAX_SIZE):
+            self.fail(name, f"is {shown(value)}, not a whole number from {low} to {MAX_SIZE - 1}")
         return value
 
     def opt_float(self, name: str) -> float | None:
         """A number; float32 as the shortest decimal that means it (1e-05, not 9.99999974e-06)."""
-        key = self.key(name)
-        value = self.values.get(key)
+        value = self.get(name)
         if value is None:
             return None
         if type(value) not in (int, float) or not np.isfinite(value):
-            self.fail(key, f"is {shown(value)}, not a finite number")
+            self.fail(name, f"is {shown(value)}, not a finite number")
         return float(str(np.float32(value))) if np.float32(value) == value else float(value)
 
     def opt_str(self, name: str) -> str | None:
         """A text."""
-        key = self.key(name)
-        value = self.values.get(key)
+        value = self.get(name)
         if value is not None and not isinstance(value, str):
-            self.fail(key, f"is {shown(value)}, not a text")
+            self.fail(name, f"is {shown(value)}, not a text")
         return value
 
     def opt_bool(self, name: str) -> bool | None:
         """True or false."""
-        key = self.key(name)
-        value = self.values.get(key)
+        value = self.get(name)
         if value is not None and not isinstance(value, bool):
-            self.fail(key, f"is {shown(value)}, not true or false")
+            self.fail(name, f"is {shown(value)}, not true or false")
         return value
-
-
-def _rms(metadata: Metadata) -> dict[str, Any]:
-    return {"hidden_act": "silu", "rms_norm_eps": metadata.opt_float("attention.layer_norm_rms_epsilon")}
-
-
-def _layer_norm(metadata: Metadata) -> dict[str, Any]:
-    return {"hidden_act": "silu", "layer_norm_eps": metadata.opt_float("attention.layer_norm_epsilon")}
 
 
 def _layer_kinds(metadata: Metadata) -> dict[str, Any]:
     """Which layers have a window, where the file says it: a period, or a flag for every layer."""
-    key = metadata.key("attention.sliding_window_pattern")
-    value = metadata.values.get(key)
+    name = "attention.sliding_window_pattern"
+    value = metadata.get(name)
     if not isinstance(value, np.ndarray):
-        return {"sliding_window_pattern": metadata.opt_count("attention.sliding_window_pattern", low=1)}
+        return {"sliding_window_pattern": metadata.opt_count(name, low=1)}
     if len(value) != metadata.count("block_count"):
-        metadata.fail(key, f"has {len(value)} entries, not one for every layer")
+        metadata.fail(name, f"has {len(value)} entries, not one for every layer")
     return {"layer_types": ["sliding_attention" if flag else "full_attention" for flag in value.tolist()]}
-
-
-def _granite(metadata: Metadata) -> dict[str, Any]:
-    return {
-        **_rms(metadata),
-        "embedding_multiplier": metadata.opt_float("embedding_scale"),
-        "attention_multiplier": metadata.opt_float("attention.scale"),
-        "residual_multiplier": metadata.opt_float("residual_scale"),
-        "logits_scaling": metadata.opt_float("logit_scale"),
-    }
-
-
-def _cohere(metadata: Metadata) -> dict[str, Any]:
-    return {**_layer_norm(metadata), "logit_scale": metadata.opt_float("logit_scale")}
 
 
 _BERT_LAYERS = {
@@ -227,39 +207,23 @@ def sentence(metadata: Metadata) -> dict[str, Any] | None:
     """
     pooling = metadata.opt_count("pooling_type") or 0
     if pooling not in (0, *_POOLINGS):
-        metadata.fail(metadata.key("pooling_type"), f"is {pooling}, not 1 (mean), 2 (cls) or 3 (last)")
+        metadata.fail("pooling_type", f"is {pooling}, not 1 (mean), 2 (cls) or 3 (last)")
     return {"pooling": _POOLINGS[pooling], "normalise": True} if pooling else None
 
 
 def _bert(metadata: Metadata) -> dict[str, Any]:
     """RoBERTa's files are BERT's too: their positions are stored from the first that is used."""
-    return {
-        **_layer_norm(metadata),
-        "hidden_act": "gelu",
-        "type_vocab_size": metadata.opt_count("tokenizer.ggml.token_type_count", low=1),
-    }
+    return {"type_vocab_size": metadata.opt_count("tokenizer.ggml.token_type_count", low=1)}
+
+
+def _parallel(metadata: Metadata) -> dict[str, Any]:
+    return {"use_parallel_residual": metadata.opt_bool("use_parallel_residual")}
 
 
 def _gpt_neox(metadata: Metadata) -> dict[str, Any]:
     head_dim = metadata.count("embedding_length") // metadata.count("attention.head_count")
-    return {
-        **_layer_norm(metadata),
-        "hidden_act": "gelu",
-        "rotary_pct": (metadata.opt_count("rope.dimension_count") or head_dim) / (head_dim or 1),
-        "rotary_emb_base": metadata.opt_float("rope.freq_base"),
-        "use_parallel_residual": metadata.opt_bool("use_parallel_residual"),
-    }
-
-
-def _stablelm(metadata: Metadata) -> dict[str, Any]:
-    return {
-        **_layer_norm(metadata),
-        "use_parallel_residual": metadata.opt_bool("use_parallel_residual"),
-    }
-
-
-def _gemma(metadata: Metadata) -> dict[str, Any]:
-    return {**_rms(metadata), "hidden_act": "gelu_pytorch_tanh"}
+    rotated = metadata.opt_count("rope.dimension_count") or head_dim
+    return {**_parallel(metadata), "rotary_pct": rotated / (head_dim or 1)}
 
 
 def _gemma_with_windows(largest: int) -> Callable[[Metadata], dict[str, Any]]:
@@ -272,12 +236,8 @@ def _gemma_with_windows(largest: int) -> Callable[[Metadata], dict[str, Any]]:
         per_head = metadata.count("embedding_length") / metadata.count("attention.head_count")
         head_dim = metadata.opt_count("attention.key_length", low=1) or per_head
         return {
-            **_gemma(metadata),
             **_layer_kinds(metadata),
             "query_pre_attn_scalar": per_head if metadata.count("block_count") == largest else head_dim,
-            "attn_logit_softcapping": metadata.opt_float("attn_logit_softcapping"),
-            "final_logit_softcapping": metadata.opt_float("final_logit_softcapping"),
-            "rope_local_base_freq": metadata.opt_float("rope.freq_base_swa"),
         }
 
     return extra
@@ -285,7 +245,6 @@ def _gemma_with_windows(largest: int) -> Callable[[Metadata], dict[str, Any]]:
 
 def _mixtral(metadata: Metadata) -> dict[str, Any]:
     return {
-        **_rms(metadata),
         "num_local_experts": metadata.count("expert_count"),
         "num_experts_per_tok": metadata.count("expert_used_count"),
     }
@@ -293,7 +252,6 @@ def _mixtral(metadata: Metadata) -> dict[str, Any]:
 
 def _qwen3_moe(metadata: Metadata) -> dict[str, Any]:
     return {
-        **_rms(metadata),
         "num_experts": metadata.count("expert_count"),
         "num_experts_per_tok": metadata.count("expert_used_count"),
         "moe_intermediate_size": metadata.count("expert_feed_forward_length"),
@@ -306,12 +264,11 @@ def _deepseek2(metadata: Metadata) -> dict[str, Any]:
     rotated = metadata.count("rope.dimension_count")
     key = metadata.opt_count("attention.key_length_mla", low=1) or metadata.count("attention.key_length")
     if key <= rotated:
-        metadata.fail(metadata.key("rope.dimension_count"), f"is {rotated} of {key}, the whole key")
+        metadata.fail("rope.dimension_count", f"is {rotated} of {key}, the whole key")
     sigmoid = metadata.opt_count("expert_gating_func") == 2
     groups = metadata.opt_count("expert_group_count") or 1
     method = "noaux_tc" if sigmoid else "group_limited_greedy" if groups > 1 else "greedy"
     return {
-        **_rms(metadata),
         "architectures": ["DeepseekV3ForCausalLM" if sigmoid else "DeepseekV2ForCausalLM"],
         "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",
         "qk_rope_head_dim": rotated,
@@ -325,7 +282,6 @@ def _deepseek2(metadata: Metadata) -> dict[str, Any]:
         "num_experts_per_tok": metadata.opt_count("expert_used_count"),
         "moe_intermediate_size": metadata.opt_count("expert_feed_forward_length"),
         "first_k_dense_replace": metadata.opt_count("leading_dense_block_count"),
-        "routed_scaling_factor": metadata.opt_float("expert_weights_scale"),
         "norm_topk_prob": metadata.opt_bool("expert_weights_norm") or False,
         "topk_method": method,
         "n_group": groups,
@@ -393,56 +349,74 @@ _GEMMA2_NAMES = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_COHERE = {**LAYER_NORM, "logit_scale": "logit_scale"}
+_GRANITE = {
+    **RMS_NORM,
+    "embedding_multiplier": "embedding_scale",
+    "attention_multiplier": "attention.scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+_GELU = "gelu_pytorch_tanh"
+_GEMMA2 = {
+    **RMS_NORM,
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "rope_local_base_freq": "rope.freq_base_swa",
+}
 
 ARCHITECTURES = {
     "bert": Architecture(
         "BertModel", "bert", layer_names=_BERT_LAYERS, global_names=_BERT_GLOBALS,
-        layer_prefix="encoder.layer.", extra=_bert,
+        layer_prefix="encoder.layer.", hidden_act="gelu", numbers=LAYER_NORM, extra=_bert,
     ),
     "llama": Architecture(
-        "LlamaForCausalLM", "llama", permuted=True, extra=_rms,
+        "LlamaForCausalLM", "llama", permuted=True,
         mixture=Architecture(
             "MixtralForCausalLM", "mixtral", permuted=True, extra=_mixtral, experts=_MIXTRAL_EXPERTS,
             layer_names={**LAYER_NAMES, "ffn_gate_inp": "block_sparse_moe.gate"},
         ),
     ),
-    "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", extra=_rms),
-    "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", extra=_rms),
+    "qwen2": Architecture("Qwen2ForCausalLM", "qwen2"),
+    "qwen3": Architecture("Qwen3ForCausalLM", "qwen3"),
     "qwen3moe": Architecture(
         "Qwen3MoeForCausalLM", "qwen3_moe", extra=_qwen3_moe, experts=_EXPERTS,
         layer_names={**LAYER_NAMES, "ffn_gate_inp": "mlp.gate"},
     ),
     "deepseek2": Architecture(
         "DeepseekV2ForCausalLM", "deepseek_v2", extra=_deepseek2, experts=_EXPERTS, latent=True,
-        layer_names=_DEEPSEEK2_NAMES,
+        layer_names=_DEEPSEEK2_NAMES, numbers={**RMS_NORM, "routed_scaling_factor": "expert_weights_scale"},
     ),
-    "granite": Architecture("GraniteForCausalLM", "granite", permuted=True, extra=_granite),
-    "smollm3": Architecture("SmolLM3ForCausalLM", "smollm3", permuted=True, extra=_rms),
+    "granite": Architecture("GraniteForCausalLM", "granite", permuted=True, numbers=_GRANITE),
+    "smollm3": Architecture("SmolLM3ForCausalLM", "smollm3", permuted=True),
     "command-r": Architecture(
-        "CohereForCausalLM", "cohere", extra=_cohere, present={"use_qk_norm": f"{_FIRST}.q_norm.weight"}
+        "CohereForCausalLM", "cohere", numbers=_COHERE, present={"use_qk_norm": f"{_FIRST}.q_norm.weight"}
     ),
     "cohere2": Architecture(
-        "Cohere2ForCausalLM", "cohere2", extra=lambda m: {**_cohere(m), **_layer_kinds(m)}
+        "Cohere2ForCausalLM", "cohere2", numbers=_COHERE, extra=_layer_kinds
     ),
     "gptneox": Architecture(
         "GPTNeoXForCausalLM", "gpt_neox", extra=_gpt_neox, regrouped=True, layer_names=_NEOX_NAMES,
-        global_names=_NEOX_GLOBALS, layer_prefix="gpt_neox.layers.",
+        global_names=_NEOX_GLOBALS, layer_prefix="gpt_neox.layers.", hidden_act="gelu",
+        numbers={**LAYER_NORM, "rotary_emb_base": "rope.freq_base"},
         present={"attention_bias": "gpt_neox.layers.0.attention.query_key_value.bias"},
     ),
     "stablelm": Architecture(
-        "StableLmForCausalLM", "stablelm", extra=_stablelm, per_head=True, layer_names=_STABLELM_NAMES,
+        "StableLmForCausalLM", "stablelm", extra=_parallel, per_head=True, layer_names=_STABLELM_NAMES,
+        numbers=LAYER_NORM,
         present={
             "use_qkv_bias": f"{_FIRST}.q_proj.bias",
             "qk_layernorm": f"{_FIRST}.q_layernorm.norms.0.weight",
         },
     ),
-    "gemma": Architecture("GemmaForCausalLM", "gemma", norm_add=-1.0, extra=_gemma),
+    "gemma": Architecture("GemmaForCausalLM", "gemma", norm_add=-1.0, hidden_act=_GELU),
     "gemma2": Architecture(
-        "Gemma2ForCausalLM", "gemma2", norm_add=-1.0, layer_names=_GEMMA2_NAMES, extra=_gemma_with_windows(46)
+        "Gemma2ForCausalLM", "gemma2", norm_add=-1.0, layer_names=_GEMMA2_NAMES, hidden_act=_GELU,
+        numbers=_GEMMA2, extra=_gemma_with_windows(46),
     ),
     "gemma3": Architecture(
-        "Gemma3ForCausalLM", "gemma3_text", norm_add=-1.0, layer_names=_GEMMA2_NAMES,
-        extra=_gemma_with_windows(62),
+        "Gemma3ForCausalLM", "gemma3_text", norm_add=-1.0, layer_names=_GEMMA2_NAMES, hidden_act=_GELU,
+        numbers=_GEMMA2, extra=_gemma_with_windows(62),
     ),
-    "phi3": Architecture("Phi3ForCausalLM", "phi3", layer_names=_PHI3_NAMES, extra=_rms),
+    "phi3": Architecture("Phi3ForCausalLM", "phi3", layer_names=_PHI3_NAMES),
 }  # fmt: skip

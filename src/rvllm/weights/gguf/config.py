@@ -48,9 +48,7 @@ def open_gguf(path: Path) -> Checkpoint:
     if metadata.opt_count("expert_count"):
         architecture = architecture.mixture or architecture
         if not architecture.experts:
-            metadata.fail(
-                metadata.key("expert_count"), f"is not 0: {name} with experts cannot be read from GGUF"
-            )
+            metadata.fail("expert_count", f"is not 0: {name} with experts cannot be read from GGUF")
     tensors, unreadable = _tensors(files, architecture, metadata)
     config = _config(metadata, architecture, tensors)
     if "rope_freqs.weight" in tensors:
@@ -194,9 +192,7 @@ def _config(
     )
     uneven = key_length is not None and value_length is not None and key_length != value_length
     if uneven and not architecture.latent:
-        metadata.fail(
-            metadata.key("attention.key_length"), "differs from value_length, which is not supported"
-        )
+        metadata.fail("attention.key_length", "differs from value_length, which is not supported")
     embedding = tensors.get(architecture.hf_name("token_embd.weight"))
     vocabulary = metadata.values.get("tokenizer.ggml.tokens")
     vocab_size = (
@@ -232,6 +228,8 @@ def _config(
         "pad_token_id": metadata.opt_count("tokenizer.ggml.padding_token_id"),
         "sentence_transformers": sentence(metadata),
         **{name: tensor in tensors for name, tensor in architecture.present.items()},
+        "hidden_act": architecture.hidden_act,
+        **{name: metadata.opt_float(key) for name, key in architecture.numbers.items()},
         **architecture.extra(metadata),
         **architecture.observed(tensors),
     }
@@ -248,7 +246,7 @@ def _rope_scaling(metadata: Metadata, latent: bool) -> dict[str, Any] | None:
         return {"rope_type": "linear", "factor": factor or 1.0}
     if kind != "yarn":
         metadata.fail(
-            metadata.key("rope.scaling.type"),
+            "rope.scaling.type",
             f"is {shown(kind)}, not none, linear, yarn or longrope",
         )
     scaling = {

@@ -49,12 +49,11 @@ def _adjust(name: str, info: TensorInfo) -> TensorInfo:
 
 
 def _per_layer(metadata: Metadata, name: str, layers: int) -> list[int]:
-    key = metadata.key(name)
-    given = metadata.values.get(key)
+    given = metadata.get(name)
     if type(given) is int:
         return [given] * layers
     if not isinstance(given, np.ndarray) or given.dtype.kind not in "iu" or len(given) < layers:
-        metadata.fail(key, f"must hold a number for each of {layers} layers")
+        metadata.fail(name, f"must hold a number for each of {layers} layers")
     return [int(n) for n in given[:layers]]
 
 
@@ -62,20 +61,18 @@ def _nemotron_h(metadata: Metadata) -> dict[str, Any]:
     """The config of a Nemotron-H file; blocks behind the layers predict further tokens and are left out."""
     blocks, more = metadata.count("block_count"), metadata.opt_count("nextn_predict_layers") or 0
     if more >= blocks:
-        metadata.fail(metadata.key("nextn_predict_layers"), f"is {more} of {blocks} blocks")
+        metadata.fail("nextn_predict_layers", f"is {more} of {blocks} blocks")
     experts = metadata.opt_count("expert_count") or 0
     heads, inner = metadata.count("ssm.time_step_rank"), metadata.count("ssm.inner_size")
     if inner % heads:
-        metadata.fail(metadata.key("ssm.inner_size"), f"is {inner}, not a multiple of {heads} heads")
+        metadata.fail("ssm.inner_size", f"is {inner}, not a multiple of {heads} heads")
     attention = _per_layer(metadata, "attention.head_count_kv", blocks - more)
     widths = _per_layer(metadata, "feed_forward_length", blocks - more)
     wide = "moe" if experts else "mlp"
     kinds = ["attention" if a else wide if w else "mamba" for a, w in zip(attention, widths, strict=True)]
-    eps = metadata.opt_float("attention.layer_norm_rms_epsilon")
     config: dict[str, Any] = {
         "num_hidden_layers": len(kinds),
         "layers_block_type": kinds,
-        "layer_norm_epsilon": eps,
         "mlp_hidden_act": "relu2",
         "mamba_num_heads": heads,
         "mamba_head_dim": inner // heads,
@@ -116,7 +113,8 @@ def _architecture(experts: Mapping[str, str]) -> Architecture:
     return Architecture(
         "NemotronHForCausalLM", "nemotron_h", layer_names=_LAYERS, global_names=_GLOBALS,
         layer_prefix="backbone.layers.", whole_names=_WHOLE, experts=experts, by_layer=True,
-        adjust=_adjust, observed=_observed, extra=_nemotron_h,
+        adjust=_adjust, observed=_observed, extra=_nemotron_h, hidden_act=None,
+        numbers={"layer_norm_epsilon": "attention.layer_norm_rms_epsilon"},
     )  # fmt: skip
 
 
