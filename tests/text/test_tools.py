@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.errors import UsageError
 from rvllm.text.chat.reasoning import FORMATS as REASONING
-from rvllm.text.chat.reasoning import ReasoningSplitter, begins_within, opened_by, reasoning_format
+from rvllm.text.chat.reasoning import ReasoningSplitter, begins_within, reasoning_format
 from rvllm.text.grammar.grammar import check, grammar_of, with_lead
 from rvllm.text.tokenizers.gguf import from_metadata
 from rvllm.text.tokenizers.tokenizer import Tokenizer
@@ -559,7 +559,9 @@ def test_reasoning_is_chosen_from_the_template_and_the_prompt() -> None:
     assert r1 is not None and begins_within("assistant\n", r1) is True
     assert begins_within("assistant\n<think>\n\n</think>\n\n", r1) is None
     assert begins_within("assistant\n", think) is False and begins_within("", None) is None
-    assert opened_by("assistant\n<think>\n", think) and not opened_by("<think>\n\n</think>\n\n", think)
+    assert begins_within("assistant\n<think>\n", think) and not begins_within(
+        "<think>\n\n</think>\n\n", think
+    )
 
 
 @pytest.mark.parametrize("end", ["</think>", "<|endoftext|>"])  # text, and one token

@@ -34,18 +34,19 @@ class StopFinder:
         if matches:
             end, start, self.found = min(matches)
             return text[: end if self._include else start]
-        keep = len(text) if final else self._first_possible(text)
+        keep = len(text) if final else first_possible(text, self._stops)
         self._held = text[keep:]
         return text[:keep]
 
-    def _first_possible(self, text: str) -> int:
-        """Where the earliest tail begins that is the start of a stop string; the text's length if none is."""
-        first = len(text)
-        for stop in self._stops:
-            at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
-            while 0 <= at < first:
-                if stop.startswith(text[at:]):
-                    first = at
-                    break
-                at = text.find(stop[0], at + 1)
-        return first
+
+def first_possible(text: str, marks: Sequence[str]) -> int:
+    """Where the earliest tail begins that is the start of one of `marks`; the text's length if none is."""
+    first = len(text)
+    for mark in marks:
+        at = text.find(mark[0], max(0, len(text) - len(mark) + 1))
+        while 0 <= at < first:
+            if mark.startswith(text[at:]):
+                first = at
+                break
+            at = text.find(mark[0], at + 1)
+    return first

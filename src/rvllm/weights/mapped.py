@@ -66,13 +66,17 @@ def check_layout(path: Path, spans: Iterable[tuple[int, int, str]], end: int) ->
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; ModelError names the file and what is wrong."""
+    return parse_json(read_file(path, MAX_JSON_BYTES, "such file"), str(path))
+
+
+def read_file(path: Path, most: int, what: str) -> bytes:
+    """A whole file; ModelError names it where it cannot be read or is larger than `most`, as no `what` is."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, which no such file is")
-        text = path.read_bytes()
+        if path.stat().st_size > most:
+            raise ModelError(f"{path}: larger than {most >> 20} MiB, which no {what} is")
+        return path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path}: cannot read the file: {error.strerror}") from None
-    return parse_json(text, str(path))
 
 
 def parse_json(text: bytes, origin: str) -> dict[str, Any]:

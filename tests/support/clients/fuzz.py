@@ -229,7 +229,7 @@ def fuzz_templates(rng: random.Random, cases: int) -> Counter[str]:
     async def ask(pool: WorkerPool) -> None:
         template = mutated(rng, rng.choice(TEMPLATES), JINJA).decode("utf-8", "replace")
         options = {"tools": None, "add_generation_prompt": True}
-        await pool.run(tasks.render, "messages", 10, template, messages, options, {"a": 1})
+        await pool.run(Tokenizer.render, "messages", 10, template, messages, options, {"a": 1})
 
     return in_workers(rng, cases, ask)
 

@@ -11,6 +11,7 @@ from rvllm.api.generate.generation import Service, too_long
 from rvllm.api.http.body import MAX_MESSAGES, check_count
 from rvllm.api.http.errors import invalid
 from rvllm.api.schemas.requests import ChatRequest, Message, TokenizeRequest
+from rvllm.text.tokenizers.tokenizer import Tokenizer
 from rvllm.text.worker import tasks
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -18,7 +19,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 async def rendered(service: Service, request: ChatRequest | TokenizeRequest, size: int) -> str:
     """The conversation as the model's prompt, by its chat template. size: of the body, in bytes."""
-    return await service.work.run(tasks.render, "messages", size, *_template_values(service, request))
+    return await service.work.run(Tokenizer.render, "messages", size, *_template_values(service, request))
 
 
 async def prompt_of(

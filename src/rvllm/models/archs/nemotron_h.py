@@ -28,7 +28,7 @@ def build(config: ModelConfig, dtype: DType) -> Program:
     """The program of a Nemotron-H config."""
     kinds = read_layers(config)
     dims = read_dims(config, len(kinds))
-    mamba = Mamba.read(config)
+    mamba = Mamba(config)
     activation = blocks.read_activation(config, "mlp_hidden_act", "relu2")
     mlp_bias = config.bool("mlp_bias", False)
 
@@ -79,27 +79,21 @@ def read_dims(config: ModelConfig, layers: int) -> Dims:
 class Mamba:
     """The Mamba-2 mixer (Dao & Gu 2024, figure 6, with the gate before the norm's groups)."""
 
-    def __init__(self, config: ModelConfig, heads: int, dim: int, groups: int, size: int) -> None:
-        self.heads, self.dim, self.groups, self.size = heads, dim, groups, size
-        self.inner = heads * dim
-        self.wide = self.inner + 2 * groups * size
+    def __init__(self, config: ModelConfig) -> None:
+        """Reads the mixer's dimensions; the groups must divide the heads."""
+        self.heads = config.int("mamba_num_heads", 128, high=65536)
+        self.groups = config.int("n_groups", 8, high=self.heads)
+        if self.heads % self.groups:
+            raise config.fail("n_groups", f"must divide mamba_num_heads {self.heads}, got {self.groups}")
+        self.dim, self.size = config.int("mamba_head_dim", 64), config.int("ssm_state_size", 128)
+        self.inner = self.heads * self.dim
+        self.wide = self.inner + 2 * self.groups * self.size
         self.kernel = config.int("conv_kernel", 4, low=2, high=64)
         self.bias = config.bool("use_bias", False)
         self.conv_bias = config.bool("use_conv_bias", True)
         self.activation = blocks.read_activation(config, "mamba_hidden_act", "silu")
         self.floor = config.float("time_step_min", 0.001, low=0.0)
         self.eps = config.float("layer_norm_epsilon", 1e-5, low=0.0, high=1.0)
-
-    @staticmethod
-    def read(config: ModelConfig) -> Mamba:
-        """Reads the mixer's dimensions; the groups must divide the heads."""
-        heads = config.int("mamba_num_heads", 128, high=65536)
-        groups = config.int("n_groups", 8, high=heads)
-        if heads % groups:
-            raise config.fail("n_groups", f"must divide mamba_num_heads {heads}, got {groups}")
-        return Mamba(
-            config, heads, config.int("mamba_head_dim", 64), groups, config.int("ssm_state_size", 128)
-        )
 
     def emit(self, b: ProgramBuilder, name: str, x: Buffer, source: str) -> Buffer:
         """Gate, inputs and time steps in one product; convolution; scan; gated norm; projection back."""

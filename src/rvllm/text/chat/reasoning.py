@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rvllm.errors import UsageError
+from rvllm.text.stop import first_possible
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,15 @@ def reasoning_format(chosen: str, template: str | None) -> ReasoningFormat | Non
     return found
 
 
-def opened_by(prompt: str, known: ReasoningFormat) -> bool:
-    """Whether a prompt ends with the beginning of thoughts, so that the answer begins within them."""
-    return prompt.rstrip().endswith(known.begin)
-
-
 def begins_within(prompt: str, known: ReasoningFormat | None) -> bool | None:
     """Whether the answer begins within thoughts; None where it can have none.
 
-    That is so without a format, and where the prompt has closed thoughts that are else implied.
+    It does where the prompt ends with the beginning of thoughts. It can have none without a format, and where
+    the prompt has closed thoughts that are else implied.
     """
     if known is None or (known.implied and prompt.rstrip().endswith(known.end)):
         return None
-    return known.implied or opened_by(prompt, known)
+    return known.implied or prompt.rstrip().endswith(known.begin)
 
 
 class ReasoningSplitter:
@@ -125,7 +122,7 @@ class ReasoningSplitter:
             self._held = self._held[at + len(end) :]
             self._state, self._lead = "words", True
             return found
-        bare = self._held if final else self._held[: len(self._held) - _overlap(self._held, end)]
+        bare = self._held if final else self._held[: first_possible(self._held, [end])]
         keep = len(bare.rstrip())  # whitespace before the end mark is none of the thoughts
         found, self._held = self._trimmed(self._held[:keep]), self._held[keep:]
         if final:
@@ -138,8 +135,3 @@ class ReasoningSplitter:
         text = text.lstrip()
         self._lead = not text
         return text
-
-
-def _overlap(text: str, mark: str) -> int:
-    """How many characters at the end of `text` are the beginning of `mark`."""
-    return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if mark.startswith(text[-n:])), 0)

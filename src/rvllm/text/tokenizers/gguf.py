@@ -65,7 +65,12 @@ def from_metadata(metadata: Mapping[str, Any], origin: str) -> TokenizerParts:
             special = _special_tokens(metadata, tokens, origin)
             _add_special(backend, metadata, tokens)
             if kind != "bert":
-                _frame(backend, metadata, special, _begins_with_bos(metadata))
+                before = metadata.get(KEY + "add_bos_token", _begins_with_bos(metadata))
+                after = metadata.get(KEY + "add_eos_token", False)
+                frame(
+                    backend, special.get("bos_token") if before else None,
+                    special.get("eos_token") if after else None,
+                )  # fmt: skip
     except ModelError:
         raise
     except Exception as error:  # values of the wrong type, or what the tokenizers package refuses
@@ -113,11 +118,8 @@ def _strings(metadata: Mapping[str, Any], name: str, origin: str) -> list[str]:
 
 
 def _merges(metadata: Mapping[str, Any], origin: str) -> list[tuple[str, str]]:
-    merges = []
-    for line in _strings(metadata, "merges", origin):
-        left, _, right = line.partition(" ")
-        merges.append((left, right))
-    return merges
+    split = (line.partition(" ") for line in _strings(metadata, "merges", origin))
+    return [(left, right) for left, _, right in split]
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str], origin: str) -> tokenizers.Tokenizer:
@@ -293,15 +295,6 @@ def _add_special(backend: tokenizers.Tokenizer, metadata: Mapping[str, Any], tok
     defined = [t for t, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED and t]
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in control])
     backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in defined])
-
-
-def _frame(
-    backend: tokenizers.Tokenizer, metadata: Mapping[str, Any], special: dict[str, str], default_bos: bool
-) -> None:
-    """Puts BOS before and EOS after a text where the file says so."""
-    before = metadata.get(KEY + "add_bos_token", default_bos)
-    after = metadata.get(KEY + "add_eos_token", False)
-    frame(backend, special.get("bos_token") if before else None, special.get("eos_token") if after else None)
 
 
 def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:

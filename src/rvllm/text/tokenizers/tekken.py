@@ -16,6 +16,7 @@ from rvllm.errors import ModelError
 from rvllm.text.chat.mistral import TEMPLATES
 from rvllm.text.tokenizers.parts import DEFAULT_TEMPLATE, TokenizerParts, frame
 from rvllm.text.tokenizers.tiktoken import MAX_BYTES, TiktokenClass, check_ranks, from_ranks
+from rvllm.weights.mapped import read_file
 
 NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 # Of files that name no special tokens: those of the first models, in the order of their ids.
@@ -52,11 +53,7 @@ class _File(msgspec.Struct):
 def from_tekken(file: Path) -> TokenizerParts:
     """The tokenizer, with a chat template for the versions that one can write. Raises ModelError."""
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise ModelError(f"{file}: larger than {MAX_BYTES >> 20} MiB, which no vocabulary is")
-        data = msgspec.json.decode(file.read_bytes(), type=_File)
-    except OSError as error:
-        raise ModelError(f"{file}: cannot read the file: {error.strerror}") from None
+        data = msgspec.json.decode(read_file(file, MAX_BYTES, "vocabulary"), type=_File)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ModelError(f"{file}: {error}") from None
     count = data.config.default_num_special_tokens

@@ -18,6 +18,7 @@ from rvllm.errors import ModelError
 from rvllm.text.tokenizers.parts import built, byte_level
 from rvllm.text.tokenizers.pretokenizers import PRE_TOKENIZERS
 from rvllm.text.tokenizers.spelling import byte_characters
+from rvllm.weights.mapped import read_file
 
 if TYPE_CHECKING:
     import tokenizers
@@ -88,14 +89,8 @@ def from_ranks(
 
 def read_ranks(file: Path) -> dict[bytes, int]:
     """Tokens and their ranks. Raises ModelError naming the line."""
-    try:
-        if file.stat().st_size > MAX_BYTES:
-            raise ModelError(f"{file}: larger than {MAX_BYTES >> 20} MiB, which no vocabulary is")
-        lines = file.read_bytes().splitlines()
-    except OSError as error:
-        raise ModelError(f"{file}: cannot read the file: {error.strerror}") from None
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_file(file, MAX_BYTES, "vocabulary").splitlines(), start=1):
         if not line.strip():
             continue
         token, _, rank = line.partition(b" ")

@@ -239,21 +239,29 @@ class Tokenizer:
         variables: further values the template may use (enable_thinking ...).
         Raises UsageError naming what is wrong with template or messages.
         """
+        options = {
+            "tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }  # fmt: skip
+        text = self.render(chat_template, conversation, options, variables)
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
+    def render(
+        self,
+        template: str | None,
+        messages: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any],
+        variables: Mapping[str, Any],
+    ) -> str:
+        """A conversation as the model's prompt, by its chat template.
+
+        template: a source or a name of the model's; None: the model's own. options: of `render_chat`.
+        """
         from rvllm.text.chat.template import render_chat
 
-        source = chat_template
-        if source is None or source in self.chat_templates:
-            source = self.get_chat_template(source, bool(tools))
-        text = render_chat(
-            source,
-            conversation,
-            tools=tools,
-            documents=documents,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            variables={**self.special_tokens, **variables},
-        )
-        return self.encode(text, add_special_tokens=False) if tokenize else text
+        if template is None or template in self.chat_templates:
+            template = self.get_chat_template(template, bool(options.get("tools")))
+        return render_chat(template, messages, variables={**self.special_tokens, **variables}, **options)
 
 
 def _well_formed(text: str) -> str:

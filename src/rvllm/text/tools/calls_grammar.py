@@ -150,12 +150,8 @@ def _members(members: Members, call: int, schema: Any, spelled: Spelled) -> list
         ways = [f"{one} {separator}{rest}"] if rest else [one]
         if rest and members.between and _may_be_empty(names[n + 1 :], required):
             ways.append(one)
-        if rest and members.between and names[n] not in (required or ()):
-            ways.append(rest)
-        if rest and not members.between and names[n] not in (required or ()):
-            ways.append(rest)
-        if not rest and not members.between and names[n] not in (required or ()):
-            ways.append('""')
+        if names[n] not in (required or ()) and (rest or not members.between):
+            ways.append(rest or '""')
         rules.append(f"rest_{call}_{n}: " + " | ".join(ways))
     if not names:
         rules.append(f'members_{call}: ""')

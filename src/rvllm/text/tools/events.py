@@ -33,7 +33,7 @@ Event = Text | CallStart | CallArguments
 
 
 def merged(events: list[Event]) -> list[Event]:
-    """Neighbouring pieces of the same text or the same call's arguments as one."""
+    """Neighbouring pieces of the same text or the same call's arguments as one; the first of them grows."""
     found: list[Event] = []
     for event in events:
         last = found[-1] if found else None
@@ -41,10 +41,6 @@ def merged(events: list[Event]) -> list[Event]:
             isinstance(event, CallArguments) and isinstance(last, CallArguments) and last.index == event.index
         ):
             last.text += event.text
-        elif isinstance(event, Text):
-            found.append(Text(event.text))
-        elif isinstance(event, CallArguments):
-            found.append(CallArguments(event.index, event.text))
         else:
             found.append(event)
     return found

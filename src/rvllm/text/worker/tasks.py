@@ -10,7 +10,7 @@ from typing import Any
 from rvllm.engine.ipc.messages import ModelFacts
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.errors import UsageError
-from rvllm.text.chat.template import render_chat, template_traits
+from rvllm.text.chat.template import template_traits
 from rvllm.text.embedding import text_tokens
 from rvllm.text.grammar.grammar import check, grammar_of, try_out, with_lead
 from rvllm.text.grammar.limits import check_schema
@@ -26,23 +26,6 @@ def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool, limit: int
     return tokenizer.encode(text, add_special_tokens)
 
 
-def render(
-    tokenizer: Tokenizer,
-    template: str | None,
-    messages: Sequence[Mapping[str, Any]],
-    options: Mapping[str, Any],
-    variables: Mapping[str, Any],
-) -> str:
-    """A conversation as the model's prompt, by its chat template.
-
-    template: a source or the name of one of the model's; None: the model's own. options: of `render_chat`.
-    """
-    if template is None or template in tokenizer.chat_templates:
-        template = tokenizer.get_chat_template(template, bool(options.get("tools")))
-    values = {**tokenizer.special_tokens, **variables}
-    return render_chat(template, messages, variables=values, **options)
-
-
 def prompt(
     tokenizer: Tokenizer,
     template: str | None,
@@ -52,8 +35,8 @@ def prompt(
     add_special_tokens: bool,
     limit: int,
 ) -> tuple[str, list[int] | None]:
-    """What `render` and then `encode` give: one way to the worker and back instead of two."""
-    text = render(tokenizer, template, messages, options, variables)
+    """What `Tokenizer.render` and then `encode` give: one way to the worker and back instead of two."""
+    text = tokenizer.render(template, messages, options, variables)
     return text, encode(tokenizer, text, add_special_tokens, limit)
 
 
