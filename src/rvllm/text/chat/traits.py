@@ -125,30 +125,22 @@ class TemplateTraits:
     @cached_property
     def answer_header(self) -> str:
         """What stands between the user's words and an answer in words; "" where the trial says nothing."""
-        answer = {"role": "assistant", "content": self._user(RESULT)}
-        text = self._conversation([{"role": "user", "content": self._user()}, answer])
-        return "" if text is None else text.rpartition(USER)[2].partition(RESULT)[0]
+        return self._turn({"role": "assistant", "content": self._user(RESULT)}) or ""
 
     def call(self, arguments: Any, content: Any, answered: bool) -> str | None:
         """The text between the user's words and the tool's answer; None where the template fails."""
-        function = {"name": CALL, "arguments": arguments}
-        message: dict[str, Any] = {"role": "assistant"}
-        if content is not ABSENT:
-            message["content"] = content
-        message["tool_calls"] = [{"id": _IDENTITY, "type": "function", "function": function}]
-        talk = [{"role": "user", "content": self._user()}, message]
-        if answered:
-            talk.append({"role": "tool", "tool_call_id": _IDENTITY, "name": CALL, "content": RESULT})
-        text = self._conversation(talk)
-        return None if text is None else text.rpartition(USER)[2].partition(RESULT)[0]
+        call = {"id": _IDENTITY, "type": "function", "function": {"name": CALL, "arguments": arguments}}
+        answer = {"role": "tool", "tool_call_id": _IDENTITY, "name": CALL, "content": RESULT}
+        return self._turn({**_assistant(content), "tool_calls": [call]}, *([answer] if answered else []))
 
     def _renders_empty(self, content: Any) -> bool:
-        message: dict[str, Any] = {"role": "assistant"}
-        if content is not ABSENT:
-            message["content"] = content
-        after = {"role": "user", "content": self._user(RESULT)}
-        text = self._conversation([{"role": "user", "content": self._user()}, message, after])
-        return text is not None and "None" not in text.rpartition(USER)[2].partition(RESULT)[0]
+        turn = self._turn(_assistant(content), {"role": "user", "content": self._user(RESULT)})
+        return turn is not None and "None" not in turn
+
+    def _turn(self, *messages: Mapping[str, Any]) -> str | None:
+        """What messages behind the user's become, up to RESULT; None where the template fails."""
+        text = self._conversation([{"role": "user", "content": self._user()}, *messages])
+        return None if text is None else text.rpartition(USER)[2].partition(RESULT)[0]
 
     def _user(self, text: str = USER) -> Any:
         return [{"type": "text", "text": text}] if self.wants_parts else text
@@ -160,6 +152,10 @@ class TemplateTraits:
             if text is not None:
                 return text
         return None
+
+
+def _assistant(content: Any) -> dict[str, Any]:
+    return {"role": "assistant"} if content is ABSENT else {"role": "assistant", "content": content}
 
 
 def _names_call(turn: str) -> bool:

@@ -7,8 +7,6 @@ is wrong with a schema, regex or grammar is found here, before the request is qu
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -237,45 +235,29 @@ def with_lead(grammar: str, begin: str, end: str, tokenizer: Tokenizer, *, opene
     return json.dumps({"grammars": both}, ensure_ascii=False)
 
 
-@dataclass(frozen=True)
-class Tag:
-    """Where free text takes a form: `trigger` and the rest of `begin`, JSON of `schema`, then `end`."""
-
-    trigger: str
-    begin: str
-    schema: Any
-    end: str
-
-
-def tagged_text(tags: Sequence[Tag], spacing: str | None = WHITESPACE) -> str:
-    """Free text in which every trigger is followed by one of its tags' forms."""
-    rules = []
-    for i, tag in enumerate(tags):
-        rest = literal(tag.begin[len(tag.trigger) :])
-        rules += [
-            f"trigger_{i}[lazy]: TEXT {literal(tag.trigger)}",
-            f"tag_{i}: trigger_{i} {rest} {json_rule(tag.schema, spacing)} {literal(tag.end)}",
-        ]
-    names = " | ".join(f"tag_{i}" for i in range(len(tags)))
-    return "\n".join([f"start: ({names})* rest", "rest: TEXT", f"TEXT: {_FREE_TEXT}", *rules])
-
-
 def structural_tags(text: str, spacing: str | None = WHITESPACE) -> str:
-    """vLLM's `structural_tag`: an object with `structures` (begin, schema, end) and `triggers`."""
-    value = json.loads(text)
+    """vLLM's `structural_tag`: free text in which every trigger is followed by one of its structures.
+
+    An object with `triggers` and `structures`: begin, which a trigger begins, JSON of schema, then end.
+    """
+    value, rules = json.loads(text), list[str]()
     try:
         triggers = [str(trigger) for trigger in value["triggers"]]
-        tags = []
-        for structure in value["structures"]:
+        for i, structure in enumerate(value["structures"]):
             begin, end = str(structure["begin"]), str(structure["end"])
             trigger = next((t for t in triggers if t and begin.startswith(t)), None)
             if trigger is None:
                 raise UsageError(f"structural_tag: no trigger begins {begin!r}")
-            tags.append(Tag(trigger, begin, structure.get("schema", {}), end))
+            form = json_rule(structure.get("schema", {}), spacing)
+            rules += [
+                f"trigger_{i}[lazy]: TEXT {literal(trigger)}",
+                f"tag_{i}: trigger_{i} {literal(begin[len(trigger) :])} {form} {literal(end)}",
+            ]
     except (KeyError, TypeError, AttributeError):
         raise UsageError(
             "structural_tag must be an object with triggers (strings) and structures (begin, schema, end)"
         ) from None
-    if not tags:
+    if not rules:
         raise UsageError("structural_tag: structures must not be empty")
-    return tagged_text(tags, spacing)
+    names = " | ".join(f"tag_{i}" for i in range(len(rules) // 2))
+    return "\n".join([f"start: ({names})* rest", "rest: TEXT", f"TEXT: {_FREE_TEXT}", *rules])

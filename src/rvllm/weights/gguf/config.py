@@ -112,18 +112,10 @@ def _tensors(
             kind = tensor.name.split(".")[-2] if "." in tensor.name else ""
             if architecture.permuted and kind in ("attn_q", "attn_k"):
                 count = heads if kind == "attn_q" else kv_heads
-                if not tensor.shape or tensor.shape[0] % (2 * count):
-                    raise ModelError(
-                        f"{file.file.path}: tensor {shown(tensor.name)} has shape {list(tensor.shape)}, "
-                        f"whose rows are not {count} heads of an even size"
-                    )
+                _check_rows(file, tensor, 2 * count, f"{count} heads of an even size")
                 info = replace(info, unpermute_heads=count)
             if architecture.regrouped and kind == "attn_qkv":
-                if not tensor.shape or tensor.shape[0] % (3 * heads):
-                    raise ModelError(
-                        f"{file.file.path}: tensor {shown(tensor.name)} has shape {list(tensor.shape)}, "
-                        f"whose rows are not queries, keys and values of {heads} heads"
-                    )
+                _check_rows(file, tensor, 3 * heads, f"queries, keys and values of {heads} heads")
                 info = replace(info, regroup_heads=heads)
             if architecture.norm_add and kind.endswith("norm"):
                 info = replace(info, add=architecture.norm_add)
@@ -133,6 +125,14 @@ def _tensors(
             else:
                 found[name] = info
     return found, unreadable
+
+
+def _check_rows(file: GGUFFile, tensor: GGUFTensor, count: int, what: str) -> None:
+    if not tensor.shape or tensor.shape[0] % count:
+        raise ModelError(
+            f"{file.file.path}: tensor {shown(tensor.name)} has shape {list(tensor.shape)}, "
+            f"whose rows are not {what}"
+        )
 
 
 def _add_experts(
