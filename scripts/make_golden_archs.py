@@ -21,11 +21,11 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from support.models import archs_moe_tiny  # noqa: E402
+from support.models import archs_moe_tiny, nemotron_tiny  # noqa: E402
 from support.models import archs_tiny as tiny  # noqa: E402
 from support.models.oracle_phi3small import Phi3Small  # noqa: E402
 
-CASES = tiny.CASES | archs_moe_tiny.CASES
+CASES = tiny.CASES | archs_moe_tiny.CASES | nemotron_tiny.CASES
 
 
 def golden(case: tiny.Case, directory: Path) -> dict[str, object]:
@@ -52,9 +52,9 @@ def from_transformers(directory: Path, tokens: torch.Tensor) -> tuple[np.ndarray
         directory, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     ).eval()
     with torch.no_grad():
-        rows = model(tokens).logits[0, list(tiny.GOLDEN_ROWS)].numpy()
-        for _ in range(tiny.GREEDY):
-            best = model(tokens).logits[:, -1].argmax(-1, keepdim=True)
+        rows = model(tokens, use_cache=False).logits[0, list(tiny.GOLDEN_ROWS)].numpy()
+        for _ in range(tiny.GREEDY):  # without a cache: Mamba-2's one-token step leaves out time_step_min
+            best = model(tokens, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
             tokens = torch.cat([tokens, best], dim=1)
     return rows, tokens[0, tiny.PROMPT :].tolist()
 

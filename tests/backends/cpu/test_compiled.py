@@ -187,10 +187,7 @@ def test_ops_left_to_numpy_share_the_workspace(name: str, tmp_path: Path) -> Non
     from support.models import archs_moe_tiny, archs_tiny, nemotron_tiny
 
     config = (archs_moe_tiny.CASES | nemotron_tiny.CASES)[name].config
-    tensors = (
-        nemotron_tiny.random_tensors(name) if "nemotron" in name else archs_tiny.random_tensors(name, config)
-    )
-    path = archs_tiny.save(tmp_path, config, tensors)
+    path = archs_tiny.save(tmp_path, config, archs_tiny.random_tensors(name, config))
     prompt, found = archs_tiny.prompt_of(name, 60), []
     for kernels in ("numpy", "compiled"):
         backend = loaded(path, cpu_kernels=kernels, max_num_batched_tokens=64)

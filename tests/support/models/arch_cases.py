@@ -15,7 +15,7 @@ from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from support.kernels.gpu_engine import ROUND
-from support.models import archs_tiny, nemotron_tiny
+from support.models import archs_tiny
 from support.models.tiny import ArrayCheckpoint
 
 VOCAB = 259
@@ -274,17 +274,8 @@ def program_of(config: Mapping[str, Any], dtype: DType) -> Program:
 
 def tensors_of(name: str, config: dict[str, Any], dtype: DType) -> ArrayCheckpoint:
     """The model's random weights, exact in `dtype`."""
-    if "NemotronH" in config["architectures"][0]:
-        kept = nemotron_tiny.CASES
-        try:
-            nemotron_tiny.CASES = {name: archs_tiny.Case(name, config)}
-            found = nemotron_tiny.random_tensors(name)
-        finally:
-            nemotron_tiny.CASES = kept
-    else:
-        found = archs_tiny.random_tensors(name, config)
-    arrays = {k: v.astype(ROUND[dtype]).astype(np.float32) for k, v in found.items()}
-    return ArrayCheckpoint(config, arrays)
+    found = archs_tiny.random_tensors(name, config)
+    return ArrayCheckpoint(config, {k: v.astype(ROUND[dtype]).astype(np.float32) for k, v in found.items()})
 
 
 def asked(seed: int = 5) -> list[tuple[list[int], Sampling]]:

@@ -32,6 +32,7 @@ PROMPT = 137  # tokens: more than one split of the CPU's attention, and odd
 GREEDY = 32
 GOLDEN_ROWS = (0, 23, 136)  # positions whose logits the golden files hold
 GAINS = {"embed_tokens": 0.4, "embed_in": 0.4, "lm_head": 1.0, "embed_out": 1.0}  # of other matrices: 1.6
+MAMBA = {"dt_bias": (5.0, -3.0), ".D": (5.0, 1.0), "conv1d.weight": (3.0, 0.0)}  # gains and means
 F32 = NDArray[np.float32]
 
 
@@ -229,8 +230,11 @@ def random_tensors(name: str, config: dict[str, Any]) -> dict[str, F32]:
         elif len(part.shape) == 2:
             gain = next((g for key, g in GAINS.items() if key in part.source), 1.6)
             tensors[part.source] = numbers * np.float32(gain / part.shape[1] ** 0.5)
+        elif part.source.endswith("A_log"):  # decays, steps and skips of a trained Mamba-2's size
+            tensors[part.source] = np.log(np.linspace(0.3, 8.0, len(numbers), dtype=np.float32))
         else:
-            tensors[part.source] = numbers * np.float32(0.2)
+            gain, mean = next((g for key, g in MAMBA.items() if part.source.endswith(key)), (1.0, 0.0))
+            tensors[part.source] = numbers * np.float32(0.2) * np.float32(gain) + np.float32(mean)
     return tensors
 
 

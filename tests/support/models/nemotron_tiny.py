@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from support.models.archs_tiny import case
 
-import numpy as np
-
-from support.models import archs_tiny as tiny
-
-F32 = tiny.F32
 _SHARED = {
     "hidden_size": 48, "intermediate_size": 72, "head_dim": 16, "layer_norm_epsilon": 1e-5,
     "conv_kernel": 4, "ssm_state_size": 12, "mamba_head_dim": 8, "tie_word_embeddings": False,
@@ -17,12 +12,12 @@ _SHARED = {
 CASES = {
     c.name: c
     for c in [
-        tiny.case(
+        case(
             "nemotron_h", "NemotronHForCausalLM", "nemotron_h", **_SHARED, hybrid_override_pattern="M-M*-M",
             num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, mamba_num_heads=6, n_groups=2,
             chunk_size=32,
         ),
-        tiny.case(
+        case(
             "nemotron_h_moe", "NemotronHForCausalLM", "nemotron_h",
             **_SHARED | {"conv_kernel": 3, "ssm_state_size": 20, "mamba_head_dim": 12},
             hybrid_override_pattern="MEM*EM", num_hidden_layers=6, num_attention_heads=3,
@@ -31,7 +26,7 @@ CASES = {
             topk_group=1, routed_scaling_factor=2.5, moe_intermediate_size=20, norm_topk_prob=True,
             moe_shared_expert_intermediate_size=28, time_step_min=0.01,
         ),
-        tiny.case(
+        case(
             "nemotron_h_latent", "NemotronHForCausalLM", "nemotron_h",
             **_SHARED | {"mamba_head_dim": 16, "ssm_state_size": 16},
             layers_block_type=["mamba", "moe", "attention", "mlp"], num_hidden_layers=4,
@@ -39,7 +34,7 @@ CASES = {
             n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, moe_latent_size=20,
             moe_shared_expert_intermediate_size=16, norm_topk_prob=False,
         ),
-        tiny.case(  # Nemotron-3-Nano's shape: the shared MLP is two experts wide
+        case(  # Nemotron-3-Nano's shape: the shared MLP is two experts wide
             "nemotron_h_shared", "NemotronHForCausalLM", "nemotron_h",
             **_SHARED | {"mamba_head_dim": 16, "ssm_state_size": 16},
             hybrid_override_pattern="ME*E", num_hidden_layers=4, num_attention_heads=2,
@@ -49,18 +44,3 @@ CASES = {
         ),
     ]
 }  # fmt: skip
-
-
-def random_tensors(name: str, changed: dict[str, Any] | None = None) -> dict[str, F32]:
-    """Weights from a seed; decays, steps and skips of a trained model's size. changed: in its config."""
-    tensors = tiny.random_tensors(name, CASES[name].config | (changed or {}))
-    for source, tensor in tensors.items():
-        if source.endswith("A_log"):
-            tensors[source] = np.log(np.linspace(0.3, 8.0, len(tensor), dtype=np.float32))
-        elif source.endswith("dt_bias"):
-            tensors[source] = tensor * np.float32(5.0) - np.float32(3.0)
-        elif source.endswith(".D"):
-            tensors[source] = tensor * np.float32(5.0) + np.float32(1.0)
-        elif source.endswith("conv1d.weight"):
-            tensors[source] = tensor * np.float32(3.0)
-    return tensors
