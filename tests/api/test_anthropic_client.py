@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import anthropic
 import pytest
@@ -14,14 +13,8 @@ from support.doubles.server import ANSWER, CONTEXT, LiveServer
 HELLO: list[MessageParam] = [{"role": "user", "content": "hello"}]
 
 
-@pytest.fixture(scope="module")
-def client(server: LiveServer) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as made:
-        yield made
-
-
-def test_a_message(client: anthropic.Anthropic, server: LiveServer) -> None:
-    answer = client.messages.create(
+def test_a_message(claude: anthropic.Anthropic, server: LiveServer) -> None:
+    answer = claude.messages.create(
         model="tiny",
         max_tokens=6,
         messages=HELLO,
@@ -40,21 +33,21 @@ def test_a_message(client: anthropic.Anthropic, server: LiveServer) -> None:
     assert "Be brief." in server.tokenizer.decode(request.prompt_token_ids)
 
 
-def test_a_stop_sequence(client: anthropic.Anthropic) -> None:
-    answer = client.messages.create(model="tiny", max_tokens=200, messages=HELLO, stop_sequences=[" hello"])
+def test_a_stop_sequence(claude: anthropic.Anthropic) -> None:
+    answer = claude.messages.create(model="tiny", max_tokens=200, messages=HELLO, stop_sequences=[" hello"])
     assert (answer.stop_reason, answer.stop_sequence) == ("stop_sequence", " hello")
     assert answer.content[0].type == "text"
     assert answer.content[0].text == ANSWER.partition(" hello")[0]
 
 
-def test_a_full_context_has_its_own_reason(client: anthropic.Anthropic) -> None:
-    answer = client.messages.create(model="tiny", max_tokens=CONTEXT * 2, messages=HELLO)
+def test_a_full_context_has_its_own_reason(claude: anthropic.Anthropic) -> None:
+    answer = claude.messages.create(model="tiny", max_tokens=CONTEXT * 2, messages=HELLO)
     assert answer.stop_reason == "model_context_window_exceeded"
 
 
-def test_the_clients_stream_accumulator(client: anthropic.Anthropic, server: LiveServer) -> None:
+def test_the_clients_stream_accumulator(claude: anthropic.Anthropic, server: LiveServer) -> None:
     count = len(server.engine.answer)
-    with client.messages.stream(model="tiny", max_tokens=count, messages=HELLO) as stream:
+    with claude.messages.stream(model="tiny", max_tokens=count, messages=HELLO) as stream:
         assert "".join(stream.text_stream) == ANSWER
         final = stream.get_final_message()
     assert final.content[0].type == "text" and final.content[0].text == ANSWER
@@ -93,28 +86,28 @@ def test_tool_results_and_neighbours_become_chat_messages(server: LiveServer) ->
     status, answer = server.post("/v1/messages", model="tiny", max_tokens=1, messages=turns, tools=[
         {"name": "add", "description": "adds", "input_schema": {"type": "object"}}])  # fmt: skip
     assert status == 200, answer
-    prompt = server.tokenizer.decode(server.engine.requests[-1].prompt_token_ids, skip_special_tokens=False)
+    prompt = server.last_prompt()
     places = [prompt.index(word) for word in ("one", "two", "calling", "seven", "so?")]
     assert places == sorted(places)
     assert prompt.count("<|im_start|>user") == 2 and prompt.count("<|im_start|>tool") == 1
 
 
-def test_a_final_assistant_turn_is_continued(client: anthropic.Anthropic, server: LiveServer) -> None:
+def test_a_final_assistant_turn_is_continued(claude: anthropic.Anthropic, server: LiveServer) -> None:
     turns: list[MessageParam] = [*HELLO, {"role": "assistant", "content": "The answer is"}]
-    client.messages.create(model="tiny", max_tokens=1, messages=turns)
-    prompt = server.tokenizer.decode(server.engine.requests[-1].prompt_token_ids, skip_special_tokens=False)
+    claude.messages.create(model="tiny", max_tokens=1, messages=turns)
+    prompt = server.last_prompt()
     assert prompt.endswith("The answer is")
 
 
-def test_count_tokens(client: anthropic.Anthropic, server: LiveServer) -> None:
-    counted = client.messages.count_tokens(model="tiny", messages=HELLO, system="Be brief.")
-    client.messages.create(model="tiny", max_tokens=1, messages=HELLO, system="Be brief.")
+def test_count_tokens(claude: anthropic.Anthropic, server: LiveServer) -> None:
+    counted = claude.messages.count_tokens(model="tiny", messages=HELLO, system="Be brief.")
+    claude.messages.create(model="tiny", max_tokens=1, messages=HELLO, system="Be brief.")
     assert counted.input_tokens == len(server.engine.requests[-1].prompt_token_ids)
 
 
-def test_errors_are_the_clients_exceptions(client: anthropic.Anthropic, server: LiveServer) -> None:
+def test_errors_are_the_clients_exceptions(claude: anthropic.Anthropic, server: LiveServer) -> None:
     with pytest.raises(anthropic.NotFoundError) as missing:
-        client.messages.create(model="other", max_tokens=1, messages=HELLO)
+        claude.messages.create(model="other", max_tokens=1, messages=HELLO)
     assert missing.value.body == {
         "type": "error",
         "error": {
@@ -123,11 +116,11 @@ def test_errors_are_the_clients_exceptions(client: anthropic.Anthropic, server: 
         },
     }
     with pytest.raises(anthropic.BadRequestError, match="temperature must be in"):
-        client.messages.create(model="tiny", max_tokens=1, messages=HELLO, extra_body={"temperature": -1})
+        claude.messages.create(model="tiny", max_tokens=1, messages=HELLO, extra_body={"temperature": -1})
     server.engine.error = "broken"
     try:
         with pytest.raises(anthropic.InternalServerError, match="broken"):
-            client.messages.create(model="tiny", max_tokens=1, messages=HELLO)
+            claude.messages.create(model="tiny", max_tokens=1, messages=HELLO)
     finally:
         server.engine.error = None
 
@@ -169,9 +162,9 @@ def test_an_error_in_a_stream_is_its_last_event(server: LiveServer) -> None:
 def test_the_key_comes_in_anthropics_header() -> None:
     with LiveServer(api_key="right", drain_timeout=0.2) as server:
         for key, works in (("right", True), ("wrong", False)):
-            with anthropic.Anthropic(base_url=server.url, api_key=key, max_retries=0) as client:
+            with anthropic.Anthropic(base_url=server.url, api_key=key, max_retries=0) as claude:
                 if works:
-                    assert client.messages.create(model="tiny", max_tokens=1, messages=HELLO).content
+                    assert claude.messages.create(model="tiny", max_tokens=1, messages=HELLO).content
                 else:
                     with pytest.raises(anthropic.AuthenticationError):
-                        client.messages.create(model="tiny", max_tokens=1, messages=HELLO)
+                        claude.messages.create(model="tiny", max_tokens=1, messages=HELLO)

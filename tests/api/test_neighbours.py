@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,10 +22,7 @@ TEMPLATE = (
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[LiveServer]:
-    with LiveServer(template=TEMPLATE, tool_call_parser="auto", drain_timeout=0.2) as made:
-        yield made
+SERVER_SETTINGS = {"template": TEMPLATE, "tool_call_parser": "auto"}
 
 
 def last_grammar(server: LiveServer) -> str | None:

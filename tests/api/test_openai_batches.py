@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,12 +23,6 @@ from rvllm.api.http.errors import ApiError
 from rvllm.api.http.multipart import Form
 from rvllm.errors import UsageError
 from support.doubles.server import LiveServer
-
-
-@pytest.fixture(scope="module")
-def client(server: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 def chat_line(name: str, **body: Any) -> dict[str, Any]:

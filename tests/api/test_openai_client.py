@@ -1,7 +1,6 @@
 """The official `openai` client, sync and async, against the HTTP side."""
 
 import asyncio
-from collections.abc import Iterator
 
 import openai
 import pytest
@@ -10,12 +9,6 @@ from openai.types.chat import ChatCompletionMessageParam
 from support.doubles.server import ANSWER, LiveServer
 
 HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
-
-
-@pytest.fixture(scope="module")
-def client(server: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 def test_models(client: openai.OpenAI) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,6 @@ from rvllm.api.responses.store import Conversation, ResponseStore
 from rvllm.api.schemas.responses import ResponsesRequest, new_response
 from rvllm.errors import UsageError
 from support.doubles.server import ANSWER, CONTEXT, LiveServer
-
-
-@pytest.fixture(scope="module")
-def client(server: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
-def last_prompt(server: LiveServer) -> str:
-    ids = server.engine.requests[-1].prompt_token_ids
-    return server.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def test_create_retrieve_delete(client: openai.OpenAI, server: LiveServer) -> None:
@@ -41,7 +29,7 @@ def test_create_retrieve_delete(client: openai.OpenAI, server: LiveServer) -> No
     assert made.usage is not None
     assert made.usage.output_tokens == 6 and made.usage.input_tokens_details.cached_tokens == 4
     assert made.usage.input_tokens == len(server.engine.requests[-1].prompt_token_ids)
-    assert "Be brief." in last_prompt(server)
+    assert "Be brief." in server.last_prompt()
     kept = client.responses.retrieve(made.id)
     assert kept.to_dict() == made.to_dict() and kept.metadata == {"topic": "greeting"}
     [item] = client.responses.input_items.list(made.id).data
@@ -109,14 +97,14 @@ def test_previous_responses_are_read_but_not_their_instructions(
         model="tiny", input=[{"role": "user", "content": [{"type": "input_text", "text": "beta"}]}],
         previous_response_id=first.id, max_output_tokens=3,
     )  # fmt: skip
-    prompt = last_prompt(server)
+    prompt = server.last_prompt()
     assert prompt.index("alpha") < prompt.index(first.output_text) < prompt.index("beta")
     assert "secret" not in prompt
     client.responses.delete(first.id)
     third = client.responses.create(
         model="tiny", input="gamma", previous_response_id=second.id, max_output_tokens=1
     )
-    prompt = last_prompt(server)
+    prompt = server.last_prompt()
     assert prompt.index("alpha") < prompt.index("beta") < prompt.index("gamma")
     items = client.responses.input_items.list(third.id, order="asc", limit=2)
     assert [item.type for item in items] == ["message"] * 5  # the client asks for page after page
@@ -141,7 +129,7 @@ def test_calls_and_their_outputs_become_chat_messages(server: LiveServer) -> Non
         {"role": "user", "content": "so?"},
     ])  # fmt: skip
     assert status == 200, made
-    prompt = last_prompt(server)
+    prompt = server.last_prompt()
     places = [prompt.index(word) for word in ("add one", "seven", "so?")]
     assert places == sorted(places)
     assert prompt.count("<|im_start|>assistant") == 2
@@ -261,7 +249,7 @@ def test_truncation_auto_leaves_out_the_oldest(client: openai.OpenAI, server: Li
     assert full.value.code == "context_length_exceeded" and full.value.param == "input"
     assert str(CONTEXT) in full.value.message
     client.responses.create(model="tiny", input=long, truncation="auto", max_output_tokens=1)
-    assert "number 19 " in last_prompt(server) and "number 0 " not in last_prompt(server)
+    assert "number 19 " in server.last_prompt() and "number 0 " not in server.last_prompt()
 
 
 @pytest.mark.parametrize(
@@ -298,12 +286,12 @@ def test_conversations(client: openai.OpenAI, server: LiveServer) -> None:
     )
     answer = client.responses.create(model="tiny", input="beta", conversation=made.id, max_output_tokens=3)
     assert answer.conversation is not None and answer.conversation.id == made.id
-    prompt = last_prompt(server)
+    prompt = server.last_prompt()
     assert prompt.index("alpha") < prompt.index("beta")
     items = client.conversations.items.list(made.id, order="asc").data
     assert [getattr(item, "role", "") for item in items] == ["user", "user", "assistant"]
     client.responses.create(model="tiny", input="gamma", conversation=made.id, max_output_tokens=1)
-    prompt = last_prompt(server)
+    prompt = server.last_prompt()
     assert prompt.index("beta") < prompt.index(answer.output_text) < prompt.index("gamma")
     added = client.conversations.items.create(made.id, items=[{"role": "user", "content": "delta"}])
     [item] = added.data

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -29,16 +28,7 @@ CLOCK: dict[str, Any] = {"type": "function", "function": {"name": "clock"}}
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[LiveServer]:
-    with LiveServer(template=TEMPLATE, tool_call_parser="auto", drain_timeout=0.2) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(server: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as made:
-        yield made
+SERVER_SETTINGS = {"template": TEMPLATE, "tool_call_parser": "auto"}
 
 
 def test_the_whole_answer_has_calls_and_thoughts(client: openai.OpenAI, server: LiveServer) -> None:

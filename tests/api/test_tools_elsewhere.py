@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -25,27 +24,7 @@ RESPONSE_TOOLS: list[Any] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[LiveServer]:
-    with LiveServer(template=TEMPLATE, tool_call_parser="auto", drain_timeout=0.2) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def claude(server: LiveServer) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(server: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
-def prompt(server: LiveServer) -> str:
-    ids = server.engine.requests[-1].prompt_token_ids
-    return server.tokenizer.decode(ids, skip_special_tokens=False)
+SERVER_SETTINGS = {"template": TEMPLATE, "tool_call_parser": "auto"}
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -75,7 +54,7 @@ def test_anthropics_tool_loop(claude: anthropic.Anthropic, server: LiveServer, s
     final = claude.messages.create(model="tiny", max_tokens=50, messages=turns, tools=CLAUDE_TOOLS)
     assert final.stop_reason == "end_turn"
     assert [block.type for block in final.content] == ["text"]
-    seen = prompt(server)
+    seen = server.last_prompt()
     assert seen.index("Oslo 😀") < seen.index("wet") < seen.index("noon")
 
 
@@ -88,7 +67,7 @@ def test_anthropics_choices(claude: anthropic.Anthropic, server: LiveServer) -> 
         assert answer.stop_reason == "tool_use"
     claude.messages.create(model="tiny", max_tokens=1, messages=HELLO, tools=CLAUDE_TOOLS,
                            tool_choice={"type": "none"})  # fmt: skip
-    assert "weather" not in prompt(server)
+    assert "weather" not in server.last_prompt()
     with pytest.raises(anthropic.BadRequestError, match="nothing"):
         claude.messages.create(model="tiny", max_tokens=1, messages=HELLO, tools=CLAUDE_TOOLS,
                                tool_choice={"type": "tool", "name": "nothing"})  # fmt: skip
@@ -128,7 +107,7 @@ def test_the_responses_tool_loop(client: openai.OpenAI, server: LiveServer, stre
             {"type": "function_call_output", "call_id": clock.call_id, "output": "noon"},
         ])  # fmt: skip
     assert final.status == "completed" and final.output_text == "Rain."
-    seen = prompt(server)
+    seen = server.last_prompt()
     assert seen.index("Oslo 😀") < seen.index("wet") < seen.index("noon")
     assert seen.count("<|im_start|>assistant") == 2  # words and calls are one message
 
@@ -149,17 +128,17 @@ def test_forms(client: openai.OpenAI, claude: anthropic.Anthropic, server: LiveS
     allowed: Any = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "clock"}]}
     client.responses.create(model="tiny", input="hello", tools=RESPONSE_TOOLS, tool_choice=allowed,
                             max_output_tokens=1)  # fmt: skip
-    assert "clock" in prompt(server) and "weather" not in prompt(server)
+    assert "clock" in server.last_prompt() and "weather" not in server.last_prompt()
 
 
 def test_a_tool_is_told_alike_on_every_surface() -> None:
     told = {"name": "weather", "description": "Tells the weather", "parameters": SCHEMA}
     with LiveServer(template="{{ tools[0].function | tojson }}<tool_call>", drain_timeout=0.2) as server:
         server.chat(tools=[{"type": "function", "function": told}], max_tokens=1)
-        expected = prompt(server)
+        expected = server.last_prompt()
         assert expected == json.dumps(told) + "<tool_call>"
         server.post("/v1/responses", input="hello", tools=[{"type": "function", **told}], max_output_tokens=1)
-        assert prompt(server) == expected
+        assert server.last_prompt() == expected
         tool = {"name": "weather", "description": "Tells the weather", "input_schema": SCHEMA}
         server.post("/v1/messages", model="tiny", messages=HELLO, tools=[tool], max_tokens=1)
-        assert prompt(server) == expected
+        assert server.last_prompt() == expected

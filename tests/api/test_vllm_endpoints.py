@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from typing import Any
 
 import openai
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from support.doubles.server import LiveServer
@@ -29,10 +27,7 @@ NAMES = (
 )
 
 
-@pytest.fixture(scope="module")
-def server() -> Any:
-    with LiveServer(template=TEMPLATE, drain_timeout=0.2) as made:
-        yield made
+SERVER_SETTINGS = {"template": TEMPLATE}
 
 
 def test_small_endpoints(server: LiveServer) -> None:

@@ -6,7 +6,6 @@ All of them run with RVLLM_TEST_EMULATE=1 (test_archs_gpu.py), which takes minut
 from __future__ import annotations
 
 import itertools
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +18,7 @@ from rvllm.config import EngineConfig
 from rvllm.engine.ipc.messages import Sampling
 from rvllm.engine.state import complete
 from rvllm.program.dtypes import DType
+from support.emulator import EMULATED
 from support.emulator.driver import emulated_driver
 from support.kernels.gpu_engine import CONFIG, core_of, run
 from support.models.arch_cases import (
@@ -32,10 +32,7 @@ from support.models.arch_cases import (
     text_batch,
 )
 
-pytestmark = [
-    pytest.mark.emulated,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++, which is not here"),
-]
+pytestmark = EMULATED
 
 
 @pytest.mark.parametrize("name", ["gemma2", "phi3small", "stablelm_qk_norm"])

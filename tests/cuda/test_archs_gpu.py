@@ -18,7 +18,7 @@ from rvllm.backends.load import load_backend
 from rvllm.config import EngineConfig
 from rvllm.models.registry import ARCHITECTURES
 from rvllm.program.dtypes import DType
-from support.kernels.gpu_engine import CONFIG, core_of, needs_gpu, run
+from support.kernels.gpu_engine import CONFIG, check_company, check_draws, core_of, needs_gpu, run
 from support.models.arch_cases import (
     COSINE,
     DTYPES,
@@ -62,13 +62,7 @@ def test_scores_and_greedy_tokens_agree_with_the_cpu(name: str, dtype: DType) ->
     assert (apart < limit).mean() >= share, np.sort(apart)[-20:]
     if model.routed:
         return
-    for a, b in zip(found["cpu"], found["cuda"], strict=True):
-        for left, right in zip(a, b, strict=True):
-            (best,), (other,) = left.logprobs or [], right.logprobs or []
-            assert best.logprob == pytest.approx(other.logprob, abs=2 * limit)
-            if left.token_ids != right.token_ids:
-                assert best.top_logprobs[0] - best.top_logprobs[1] < 2 * limit
-                break
+    check_draws(found["cuda"], found["cpu"], 2 * limit, close=2 * limit)
 
 
 @pytest.mark.gpu
@@ -81,13 +75,7 @@ def test_the_same_bits_alone_in_company_and_in_chunks(name: str) -> None:
     engine = replace(CONFIG, device="cuda", max_num_batched_tokens=48, max_model_len=192)
     loaded = CudaBackend.load(program_of(config, DType.BF16), tensors_of(name, config, DType.BF16), engine)
     core = core_of(loaded, config, engine)
-    requests = asked()
-    together = run(core, requests)
-    again = run(core, requests)  # now with prefixes from the cache
-    for request, first, second in zip(requests, together, again, strict=True):
-        (alone,) = run(core, [request])
-        assert [o.token_ids for o in first] == [o.token_ids for o in alone] == [o.token_ids for o in second]
-        assert [o.logprobs for o in first] == [o.logprobs for o in alone] == [o.logprobs for o in second]
+    check_company(core, asked())
     core.close()
 
 

@@ -18,12 +18,9 @@ from rvllm.models.registry import build_program, supported
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from rvllm.program.ops.encoder import embedding_size
-from support.kernels.planned import declared, kinds
+from support.kernels.planned import A100, H200, ROOM, declared, kinds
 from support.models.real_configs import CONFIGS, on_one_card
 
-H200 = DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448)
-A100 = DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912)
-ROOM = Budget(400 << 30, 1 << 30, 300 << 30)  # kernels are asked about here, not memory
 FEW = EngineConfig(max_num_seqs=8, max_num_batched_tokens=512, max_model_len=500, num_gpu_blocks=256)
 MAX_LAUNCHES = {  # of a decode step, for each layer: what keeps small models near the memory's rate
     "Qwen3-8B": 8.3, "StableLM-2-12B": 7.3, "Gemma-2-9B": 8.3, "Gemma-3-4B": 8.4, "Pythia-6.9b": 8.3,

@@ -12,7 +12,17 @@ from rvllm.backends.cuda.device.driver import Device
 from rvllm.engine.ipc.messages import Sampling
 from rvllm.errors import RvllmError
 from rvllm.program.dtypes import DType
-from support.kernels.gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
+from support.kernels.gpu_engine import (
+    CONFIG,
+    backend,
+    check_company,
+    check_draws,
+    core_of,
+    model,
+    needs_gpu,
+    run,
+    tokens_of,
+)
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 
@@ -58,12 +68,7 @@ def test_greedy_equals_the_cpu_or_differs_where_logits_are_close(name: str, dtyp
         assert len(scored_cpu) == len(scored_gpu)
         for a, b in zip(scored_cpu, scored_gpu, strict=True):
             assert a.logprob == pytest.approx(b.logprob, abs=TOLERANCE[dtype], rel=TOLERANCE[dtype] / 8)
-        for a, b in zip(cpu, gpu, strict=True):
-            (best,), (other,) = a.logprobs or [], b.logprobs or []
-            assert best.logprob == pytest.approx(other.logprob, abs=TOLERANCE[dtype])
-            if a.token_ids != b.token_ids:
-                assert best.top_logprobs[0] - best.top_logprobs[1] < TOLERANCE[dtype]
-                break
+    check_draws(found["cuda"], found["cpu"], TOLERANCE[dtype], close=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("name", ["qwen2", "mistral_window"])
@@ -75,13 +80,7 @@ def test_a_request_gives_the_same_bits_alone_in_company_and_in_chunks(name: str)
     asked = [
         (p, s) for p in prompts(config["vocab_size"]) for s in (Sampling(max_tokens=40, logprobs=2), sampled)
     ]
-    together = run(core, asked)
-    again = run(core, asked)  # now with prefixes from the cache
-    for request, first, second in zip(asked, together, again, strict=True):
-        (alone,) = run(core, [request])
-        for outputs in (first, second):
-            assert tokens_of(outputs) == tokens_of(alone)
-            assert [o.logprobs for o in outputs] == [o.logprobs for o in alone]
+    check_company(core, asked)
     core.close()
 
 

@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.formats.choose import kept
-from rvllm.backends.cuda.layout.memory import Budget
 from rvllm.backends.cuda.ops.decode import chains
 from rvllm.backends.cuda.ops.decode.chains import Steps
 from rvllm.backends.cuda.ops.decode.races import faults
@@ -27,21 +25,17 @@ from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.cost import Cost
 from rvllm.program.dtypes import DType
-from support.emulator import Emulator, available
+from support.emulator import EMULATED, Emulator, needs_emulator
 from support.emulator.driver import ATTRIBUTES, emulated_driver
 from support.kernels import gemv_checks
 from support.kernels.gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run
 from support.kernels.harness import BF16, F16
+from support.kernels.planned import GB120, H200
 from support.models.real_configs import CONFIGS, on_one_card
-
-emulated = [
-    pytest.mark.emulated,
-    pytest.mark.skipif(not available(), reason="the emulator needs g++"),
-]
 
 
 class TestKernel:
-    pytestmark = emulated
+    pytestmark = EMULATED
 
     @pytest.mark.parametrize(
         ("n", "k", "kind"),
@@ -66,16 +60,12 @@ class TestKernel:
         gemv_checks.check_chain(emulator, np.random.default_rng(3), BF16, 1, 192, 328)
 
 
-H200 = DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448)
-BUDGET = Budget(141 << 30, 1 << 30, 120 << 30)
-
-
 def planned(config: dict[str, Any], **flags: Any) -> StepPlanner:
     """The plan of a model on an H200."""
     program = build_program(ModelConfig(config, "tiny"), DType.BF16)
     engine = EngineConfig(device="cuda", num_gpu_blocks=64, max_model_len=512, **flags)
     check_supported(program, engine)
-    return StepPlanner.plan(program, engine, H200, BUDGET)[0]
+    return StepPlanner.plan(program, engine, H200, GB120)[0]
 
 
 QWEN2 = model(
@@ -99,7 +89,7 @@ class TestModels:
     """The same tokens with the same log-probabilities, bit for bit, by every path."""
 
     @pytest.mark.emulated
-    @pytest.mark.skipif(not available(), reason="the emulator needs g++")
+    @needs_emulator
     def test_emulated(self, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(ATTRIBUTES, "MULTIPROCESSOR_COUNT", 1)  # blocks run one after another
         with emulated_driver():

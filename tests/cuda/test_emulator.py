@@ -11,13 +11,10 @@ import pytest
 from rvllm.kernels import build
 from rvllm.kernels.manifest import MANIFEST
 from rvllm.kernels.spec import KernelSpec
-from support.emulator import Emulator, EmulatorError, available
+from support.emulator import EMULATED, Emulator, EmulatorError
 from support.kernels import attention_checks, harness, op_checks
 
-pytestmark = [
-    pytest.mark.emulated,
-    pytest.mark.skipif(not available(), reason="the emulator needs g++"),
-]
+pytestmark = EMULATED
 SMALL = r"""
 #include "common/common.cuh"
 extern "C" __global__ void reversed(int* out, const int* in, int sync) {

@@ -9,8 +9,8 @@ import pytest
 
 from rvllm.kernels.attention.specs import PREFILL_SM90_DIMS
 from support.kernels import attention_checks, encoder_checks, harness
+from support.kernels.harness import DTYPES
 
-DTYPES = {"bfloat16": harness.BF16, "float16": harness.F16}
 ROW_CHECKS = {check.__name__.removeprefix("check_"): check for check in encoder_checks.ROW_CHECKS}
 NEW_HEADS = [attention_checks.Shape(32, 2, 4), attention_checks.Shape(160, 2, 4)]
 

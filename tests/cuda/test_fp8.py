@@ -14,10 +14,9 @@ import pytest
 from rvllm.backends.cpu.backend import CpuBackend
 from rvllm.backends.cpu.reference import interpreter
 from rvllm.backends.cuda.backend import CudaBackend
-from rvllm.backends.cuda.device.driver import Device, DeviceFacts
+from rvllm.backends.cuda.device.driver import Device
 from rvllm.backends.cuda.formats import fp8_plan
 from rvllm.backends.cuda.formats.choose import kept
-from rvllm.backends.cuda.layout.memory import Budget
 from rvllm.backends.cuda.layout.preview import kernels_on
 from rvllm.backends.cuda.step_planner import StepPlanner
 from rvllm.cli.common.matrices import matrices
@@ -26,33 +25,23 @@ from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Output, Sampling
 from rvllm.errors import UsageError
 from rvllm.kernels.gemm.fp8.specs import TALL_ROWS, smem_of
-from rvllm.models.config import ModelConfig
-from rvllm.models.registry import build_program
 from rvllm.program.cost import StepShape, program_cost
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Linear, Program
 from rvllm.weights.open import open_checkpoint
-from support.emulator import Emulator, available
+from support.emulator import Emulator, needs_emulator
 from support.emulator.driver import emulated_driver
-from support.kernels import fp8_checks, harness
+from support.kernels import fp8_checks
 from support.kernels.gpu_engine import CONFIG, core_of, model, needs_gpu, run
+from support.kernels.harness import DTYPES
+from support.kernels.planned import A100, H200, ROOM, built
 from support.models.tiny import ArrayCheckpoint, weights_of
 from support.weights.quantisers import Quantiser, compressed, file_of, fp8_blocks, fp8_rows, fp8_whole
 from support.weights.stored_as import Layout
 
-SM90 = DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448)
-SM80 = DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912)
-ROOM = Budget(400 << 30, 1 << 30, 300 << 30)
-DTYPES = {"bfloat16": harness.BF16, "float16": harness.F16}
-emulated = pytest.mark.skipif(not available(), reason="the emulator needs g++")
-
-
-def program_of(config: dict[str, Any], dtype: DType) -> Program:
-    return build_program(ModelConfig(config, "tiny"), dtype)
-
 
 @pytest.mark.emulated
-@emulated
+@needs_emulator
 def test_kernels_that_load() -> None:
     gpu, rng = Emulator(), np.random.default_rng(1)
     fp8_checks.check_fp8_pack(gpu, rng)
@@ -61,7 +50,7 @@ def test_kernels_that_load() -> None:
 
 
 @pytest.mark.emulated
-@emulated
+@needs_emulator
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_that_run(dtype: str) -> None:
     gpu, rng = Emulator(), np.random.default_rng(2)
@@ -92,7 +81,7 @@ def saved(folder: Path, config: dict[str, Any], method: str) -> Path:
     """A checkpoint whose layers' matrices are quantised that way."""
     quantisation, quantise, _ = METHODS[method]
     rng, stored = np.random.default_rng(5), dict[str, Any]()
-    for name, numbers in weights_of(build_program(ModelConfig(config, "tiny"), DType.F32)).items():
+    for name, numbers in weights_of(built(config, DType.F32)).items():
         if numbers.ndim == 2 and "layers" in name:
             stored |= quantise(name.removesuffix(".weight"), numbers, rng)[0]
         else:
@@ -121,7 +110,7 @@ def scores_of(outputs: list[list[Output]]) -> list[np.ndarray]:
 
 
 @pytest.mark.emulated
-@emulated
+@needs_emulator
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CONFIG_OF)
 def test_a_checkpoint_stays_fp8_and_scores_like_its_numbers(name: str, method: str, tmp_path: Path) -> None:
@@ -130,12 +119,12 @@ def test_a_checkpoint_stays_fp8_and_scores_like_its_numbers(name: str, method: s
     checkpoint = open_checkpoint(saved(tmp_path / "model", config, method))
     rng = np.random.default_rng(3)
     asked = [(rng.integers(0, 515, n).tolist(), Sampling(max_tokens=2, prompt_logprobs=1)) for n in (3, 40)]
-    core = core_of(CpuBackend.load(program_of(config, DType.F32), checkpoint, CONFIG), config)
+    core = core_of(CpuBackend.load(built(config, DType.F32), checkpoint, CONFIG), config)
     wanted = score(core, asked)
     core.close()
     engine = replace(CONFIG, max_num_seqs=2, max_num_batched_tokens=64, max_model_len=128, device="cuda")
     with emulated_driver():
-        loaded = CudaBackend.load(program_of(config, DType.F16), checkpoint, engine)
+        loaded = CudaBackend.load(built(config, DType.F16), checkpoint, engine)
         core = core_of(loaded, config, engine)
         found, (alone,) = run(core, asked), run(core, asked[1:])
         core.close()
@@ -143,16 +132,16 @@ def test_a_checkpoint_stays_fp8_and_scores_like_its_numbers(name: str, method: s
     for ours, theirs in zip(scores_of(found), wanted, strict=True):
         assert len(ours) > 1
         np.testing.assert_allclose(ours, theirs, atol=0.02)
-    program = kept(program_of(config, DType.F16), checkpoint, engine, SM80)
+    program = kept(built(config, DType.F16), checkpoint, engine, A100)
     assert formats_of(program) == {METHODS[method][2]}
 
 
 @pytest.mark.emulated
-@emulated
+@needs_emulator
 def test_a_16_bit_checkpoint_is_quantised_as_it_is_loaded() -> None:
     """Each row's largest number becomes 448: the scores of a model of those very numbers."""
     config = CONFIG_OF["llama"]
-    plain = weights_of(build_program(ModelConfig(config, "tiny"), DType.F32))
+    plain = weights_of(built(config, DType.F32))
     rounded = {}
     for name, numbers in plain.items():
         plain[name] = numbers.astype(np.float16).astype(np.float32)
@@ -163,7 +152,7 @@ def test_a_16_bit_checkpoint_is_quantised_as_it_is_loaded() -> None:
             rounded[name] = codes.view(fp8_checks.E4M3).astype(np.float32) * scale
     prompt = np.random.default_rng(4).integers(0, 515, 30).tolist()
     asked = [(prompt, Sampling(max_tokens=1, prompt_logprobs=1))]
-    cpu = CpuBackend.load(program_of(config, DType.F32), ArrayCheckpoint(config, rounded), CONFIG)
+    cpu = CpuBackend.load(built(config, DType.F32), ArrayCheckpoint(config, rounded), CONFIG)
     core = core_of(cpu, config)
     (wanted,) = score(core, asked)
     core.close()
@@ -171,7 +160,7 @@ def test_a_16_bit_checkpoint_is_quantised_as_it_is_loaded() -> None:
         CONFIG, max_num_seqs=1, max_num_batched_tokens=32, max_model_len=64, device="cuda", quantization="fp8"
     )
     with emulated_driver():
-        gpu = CudaBackend.load(program_of(config, DType.F16), ArrayCheckpoint(config, plain), engine)
+        gpu = CudaBackend.load(built(config, DType.F16), ArrayCheckpoint(config, plain), engine)
         core = core_of(gpu, config, engine)
         (found,) = score(core, asked)
         core.close()
@@ -180,13 +169,13 @@ def test_a_16_bit_checkpoint_is_quantised_as_it_is_loaded() -> None:
 
 def test_none_expands_and_the_ledger_follows(tmp_path: Path) -> None:
     config = CONFIG_OF["llama"] | {"hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 64}
-    checkpoint = Layout(program_of(config, DType.BF16), "fp8")
+    checkpoint = Layout(built(config, DType.BF16), "fp8")
     sizes = {}
     for mode in ("auto", "none"):
         engine = replace(CONFIG, quantization=mode)
-        program = kept(program_of(config, DType.BF16), checkpoint, engine, SM90)
+        program = kept(built(config, DType.BF16), checkpoint, engine, H200)
         assert formats_of(program) == {"FP8, scales of blocks" if mode == "auto" else None}
-        sizes[mode] = StepPlanner.plan(program, engine, SM90, ROOM)[0].memory.lines["weights"]
+        sizes[mode] = StepPlanner.plan(program, engine, H200, ROOM)[0].memory.lines["weights"]
         cost = program_cost(program, StepShape(1, 1, 16)).weight_bytes
         assert 0.95 * cost < sizes[mode] < 1.2 * cost
     assert sizes["auto"] < 0.55 * sizes["none"]
@@ -194,24 +183,24 @@ def test_none_expands_and_the_ledger_follows(tmp_path: Path) -> None:
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     config = CONFIG_OF["llama"]
-    program = program_of(config, DType.BF16)
+    program = built(config, DType.BF16)
     with pytest.raises(UsageError, match="--quantization none"):
-        kept(program, Layout(program, "fp8"), replace(CONFIG, gemm_strategy="cublas"), SM90)
+        kept(program, Layout(program, "fp8"), replace(CONFIG, gemm_strategy="cublas"), H200)
     with pytest.raises(UsageError, match=r"Q8_0 already.*--quantization auto"):
-        kept(program, Layout(program, "Q8_0"), replace(CONFIG, quantization="fp8"), SM90)
+        kept(program, Layout(program, "Q8_0"), replace(CONFIG, quantization="fp8"), H200)
     assert fp8_plan.plan_widened(4096, 4096, 64, "bf16").smem <= 101376  # what 8.6, 8.9 and 12.0 have
-    dummy = kept(program, None, replace(CONFIG, quantization="fp8"), SM90)
+    dummy = kept(program, None, replace(CONFIG, quantization="fp8"), H200)
     assert formats_of(dummy) == {"FP8, a scale a row"}
 
 
 def test_plan_names_numbers_and_kernels() -> None:
-    program = program_of(CONFIG_OF["llama"], DType.BF16)
+    program = built(CONFIG_OF["llama"], DType.BF16)
     layout = Layout(program, "fp8")
-    shown, kernels = kernels_on(program, layout, CONFIG, SM90, StepShape(1, 1, 100))
+    shown, kernels = kernels_on(program, layout, CONFIG, H200, StepShape(1, 1, 100))
     qkv = next(op for op in shown.ops if isinstance(op, Linear))
     assert kernels[qkv.name] == "sm90_bf16_fp8_gemm_walk_resident_n8"
     assert numbers_of(qkv, shown, layout) == "FP8, blocks of 128 x 128 > FP8, scales of blocks"
-    _, kernels = kernels_on(program, layout, CONFIG, SM90, StepShape(40, 1, 100))
+    _, kernels = kernels_on(program, layout, CONFIG, H200, StepShape(40, 1, 100))
     assert kernels[qkv.name] == "sm90_bf16_fp8_gemm_walk_n64"  # its norm writes E4M3
     down = [op for op in shown.ops if isinstance(op, Linear)][-1]
     assert kernels[down.name].split(", ") == ["sm80_bf16_fp8_quantise", "sm90_bf16_fp8_gemm_walk_n64"]
@@ -270,13 +259,13 @@ def test_scores_on_a_gpu_are_those_of_the_format(
     if Device().facts().capability == 90:
         monkeypatch.setitem(interpreter.KERNELS, Linear, with_rounded_activations)
     cpu = replace(CONFIG, cpu_kernels="numpy")
-    core = core_of(CpuBackend.load(program_of(config, DType.F32), checkpoint, cpu), config, cpu)
+    core = core_of(CpuBackend.load(built(config, DType.F32), checkpoint, cpu), config, cpu)
     wanted = score(core, asked)
     core.close()
     found = []
     for tokens in (256, 33):  # whole prompts, and in chunks
         engine = replace(CONFIG, max_num_batched_tokens=tokens, device="cuda")
-        core = core_of(CudaBackend.load(program_of(config, DType.F16), checkpoint, engine), config, engine)
+        core = core_of(CudaBackend.load(built(config, DType.F16), checkpoint, engine), config, engine)
         found.append([[(o.token_ids, o.logprobs) for o in r] for r in run(core, asked)])
         off = np.abs(np.concatenate(score(core, asked)) - np.concatenate(wanted))
         assert off.mean() < 0.03  # an activation may fall to the neighbouring code, a sixteenth away

@@ -23,25 +23,19 @@ from rvllm.models.kv_cache import with_kv_cache
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Attention, Buffer, KVCache
-from support.emulator import Emulator, available
+from support.emulator import EMULATED, Emulator
 from support.emulator.driver import emulated_driver
 from support.kernels import attention_checks, fp8_cache_checks
 from support.kernels.attention_checks import SHAPES, Shape
-from support.kernels.gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
-from support.kernels.harness import BF16, F16, Gpu
+from support.kernels.gpu_engine import CONFIG, backend, check_draws, core_of, model, needs_gpu, run
+from support.kernels.harness import BF16, DTYPES, Gpu
 from support.models.real_configs import CONFIGS
-
-emulated = [
-    pytest.mark.emulated,
-    pytest.mark.skipif(not available(), reason="the emulator needs g++"),
-]
-DTYPES = {"bfloat16": BF16, "float16": F16}
 
 
 class TestKernels:
     """In the emulator: bits of the 16-bit kernels over the same numbers."""
 
-    pytestmark = emulated
+    pytestmark = EMULATED
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_rows_are_rounded_into_their_places(
@@ -75,7 +69,7 @@ class TestKernels:
 class TestModels:
     """Through the engine, on the emulated GPU."""
 
-    pytestmark = emulated
+    pytestmark = EMULATED
 
     def test_the_tokens_of_the_cpu_and_the_same_bits_however_computed(self, rng: np.random.Generator) -> None:
         """In company, in chunks, with a prefix that is cached: the bits of alone."""
@@ -97,13 +91,7 @@ class TestModels:
         assert [o.logprobs for o in alone] == [o.logprobs for o in found[1]]
         assert [[o.logprobs for o in one] for one in cut] == [[o.logprobs for o in one] for one in found]
         core = core_of(backend(config, "cpu", DType.BF16, whole), config, whole)
-        for ours, theirs in zip(found, run(core, asked), strict=True):
-            for a, b in zip(ours, theirs, strict=True):
-                (one,), (other,) = a.logprobs or [], b.logprobs or []
-                assert one.logprob == pytest.approx(other.logprob, abs=0.15)
-                if tokens_of([a]) != tokens_of([b]):  # two tokens with nearly the same logit
-                    assert other.top_logprobs[0] - other.top_logprobs[1] < 0.15
-                    break
+        check_draws(found, run(core, asked), 0.15, close=0.15)
         core.close()
 
     def test_norms_of_heads_come_first(self, rng: np.random.Generator) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,11 @@ import pytest
 from rvllm import LLM, SamplingParams
 from rvllm.backends import load
 from rvllm.errors import UsageError
+from support.emulator import needs_emulator
 from support.emulator.driver import EmulatedDriver, emulated_driver
 from support.models.arch_cases import MODELS
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="the emulator needs g++, which is not here"
-)
+pytestmark = needs_emulator
 PAIRS = {
     "cuMemAlloc": "cuMemFree", "cuMemHostAlloc": "cuMemFreeHost", "cuModuleLoadData": "cuModuleUnload",
     "cuStreamCreate": "cuStreamDestroy", "cuEventCreate": "cuEventDestroy",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +14,7 @@ from rvllm.backends.cuda.device.host_blocks import MAX_PITCH, HostBlocks, Run, n
 from rvllm.engine.blocks import BlockManager
 from rvllm.engine.ipc.messages import Sampling
 from rvllm.program.dtypes import DType
+from support.emulator import needs_emulator
 from support.emulator.driver import emulated_driver
 from support.kernels.gpu_engine import CONFIG, core_of, run
 from support.models.arch_cases import MODELS, VOCAB, program_of, tensors_of
@@ -157,7 +157,7 @@ def test_a_block_that_comes_back_waits_for_the_steps_that_used_its_place() -> No
     assert blocks.take_moves() == ([], -1)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++, which is not here")
+@needs_emulator
 def test_an_evicted_prefix_comes_back_on_the_device() -> None:
     config = {**MODELS["qwen3"].config, "num_hidden_layers": 2}
     checkpoint, rng = tensors_of("qwen3", config, DType.F16), np.random.default_rng(3)

@@ -6,14 +6,11 @@ import numpy as np
 import pytest
 
 from rvllm.kernels.gemm.integer.specs import GGUF_LAYOUTS, LAYOUTS
-from support.emulator import Emulator, available
-from support.kernels import harness, integer_checks
+from support.emulator import EMULATED, Emulator
+from support.kernels import integer_checks
+from support.kernels.harness import DTYPES
 
-pytestmark = [
-    pytest.mark.emulated,
-    pytest.mark.skipif(not available(), reason="the emulator needs g++"),
-]
-DTYPES = {"bfloat16": harness.BF16, "float16": harness.F16}
+pytestmark = EMULATED
 
 
 @pytest.mark.parametrize("kind", GGUF_LAYOUTS)

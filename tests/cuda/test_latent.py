@@ -15,53 +15,27 @@ from rvllm.backends.cuda.device.catalog import select
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Counts
 from rvllm.backends.cuda.layout.joining import joined
-from rvllm.backends.cuda.layout.memory import Budget
 from rvllm.backends.cuda.ops.mla.plan import LatentShape, plan_decode, plan_prefill, plan_prefill_sm90
 from rvllm.config import EngineConfig
 from rvllm.engine.ipc.messages import Sampling
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.mla.specs import splits_of
-from rvllm.models.config import ModelConfig
-from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
-from rvllm.program.ops.dense import LatentRopeKV, Program
+from rvllm.program.ops.dense import LatentRopeKV
 from rvllm.weights.open import open_checkpoint
-from support.emulator import Emulator, available
+from support.emulator import Emulator, needs_emulator
 from support.emulator.driver import emulated_driver
 from support.kernels import latent_checks as checks
-from support.kernels.gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run, tokens_of
-from support.kernels.harness import BF16, F16, Machine
+from support.kernels.gpu_engine import CONFIG, core_of, model, run
+from support.kernels.harness import BF16, DTYPES, Machine
 from support.kernels.latent_checks import LITE, MANY, TINY, Sizes
-from support.kernels.planned import A100, H100, L40, declared, kinds, planner
+from support.kernels.planned import A100, GB125, H100, L40, built, declared, kinds, planner
 from support.models import archs_moe_gguf
+from support.models.real_configs import CONFIGS, on_one_card
 from support.models.tiny import ArrayCheckpoint, weights_of
 
-DTYPES = {"bfloat16": BF16, "float16": F16}
 SIZES = {"lite": LITE, "tiny": TINY, "many": MANY}
-YARN = {
-    "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
-    "mscale": 0.707, "mscale_all_dim": 0.707,
-}  # fmt: skip
-V2_LITE = {
-    "architectures": ["DeepseekV2ForCausalLM"], "hidden_size": 2048, "intermediate_size": 10944,
-    "moe_intermediate_size": 1408, "num_hidden_layers": 27, "num_attention_heads": 16,
-    "num_key_value_heads": 16, "vocab_size": 102400, "q_lora_rank": None, "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 64,
-    "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "topk_method": "greedy",
-    "max_position_embeddings": 163840, "rope_theta": 10000, "rope_scaling": YARN, "hidden_act": "silu",
-}  # fmt: skip
-V3 = {
-    **V2_LITE, "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 7168, "intermediate_size": 18432,
-    "moe_intermediate_size": 2048, "num_attention_heads": 128, "num_key_value_heads": 128,
-    "vocab_size": 129280, "q_lora_rank": 1536, "n_routed_experts": 256, "n_shared_experts": 1,
-    "num_experts_per_tok": 8, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 8,
-    "topk_group": 4,
-}  # fmt: skip
-GB139 = Budget(139 << 30, 1 << 30, 125 << 30)
-
-
-def built(config: dict[str, Any], dtype: DType = DType.BF16, **changes: object) -> Program:
-    return build_program(ModelConfig({**config, **changes}, "test config"), dtype)
+V2_LITE, V3 = CONFIGS["DeepSeek-V2-Lite"], on_one_card("DeepSeek-V3")[1]
 
 
 # ---- kernels
@@ -149,7 +123,7 @@ def test_values_of_decodes_in_parts(gpu: Machine, rng: np.random.Generator, size
 @pytest.mark.parametrize("dtype", [DType.BF16, DType.F16])
 @pytest.mark.parametrize("config", [V2_LITE, V3], ids=["v2-lite", "v3"])
 def test_deepseek_resolves_to_kernels(config: dict[str, Any], facts: Any, dtype: DType) -> None:
-    given = planner(built(config, dtype, num_hidden_layers=2), facts, EngineConfig(max_model_len=8192), GB139)
+    given = planner(built(config, dtype, num_hidden_layers=2), facts, EngineConfig(max_model_len=8192), GB125)
     specs, missing = select(given.kernels(), facts.capability)
     assert not missing
     known = {spec.name: spec for spec in specs}
@@ -160,7 +134,7 @@ def test_deepseek_resolves_to_kernels(config: dict[str, Any], facts: Any, dtype:
 
 
 def test_v2_lite_fits_an_h200_and_its_attention_takes_five_launches_a_layer() -> None:
-    given = planner(built(V2_LITE), H100, EngineConfig(max_model_len=8192), GB139)
+    given = planner(built(V2_LITE), H100, EngineConfig(max_model_len=8192), GB125)
     assert 31e9 < given.memory.lines["weights"] < 32.5e9
     assert given.memory.block_bytes == 27 * 576 * 2 * 16
     assert given.memory.lines["attention workspace"] < 300e6
@@ -198,13 +172,13 @@ def test_queries_and_latents_are_one_product_where_that_is_possible() -> None:
 def test_sizes_without_a_kernel_are_named() -> None:
     odd = built(V2_LITE, num_hidden_layers=1, kv_lora_rank=520, first_k_dense_replace=1)
     with pytest.raises(MissingKernelError, match="latent of 520 elements"):
-        planner(odd, H100, EngineConfig(), GB139)
+        planner(odd, H100, EngineConfig(), GB125)
     odd = built(V2_LITE, num_hidden_layers=1, qk_nope_head_dim=100, first_k_dense_replace=1)
     with pytest.raises(MissingKernelError, match=r"layers\.0\.absorb.*multiples of 8"):
-        planner(odd, H100, EngineConfig(), GB139).kernels()
+        planner(odd, H100, EngineConfig(), GB125).kernels()
     odd = built(V2_LITE, num_hidden_layers=1, qk_nope_head_dim=520, first_k_dense_replace=1)
     with pytest.raises(MissingKernelError, match="the inner one at most 512"):
-        planner(odd, H100, EngineConfig(), GB139).kernels()
+        planner(odd, H100, EngineConfig(), GB125).kernels()
     with pytest.raises(MissingKernelError, match="--max-num-seqs"):
         decode_plan(max_seqs=5000)
     decode_plan(max_seqs=2048, max_model_len=1 << 21)
@@ -249,52 +223,19 @@ def test_less_shared_memory_takes_smaller_kernels() -> None:
         plan_prefill(DType.F16, LatentShape(16, 512, 64), 48 << 10)
 
 
-# ---- engines on a GPU
-
-_TINY = {
-    "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 24, "q_lora_rank": None,
-    "num_key_value_heads": 6, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3,
-    "moe_intermediate_size": 40, "first_k_dense_replace": 3, "topk_method": "greedy",
-    "routed_scaling_factor": 1.0,
-}  # fmt: skip
-_SCALED = {
-    "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "beta_fast": 32, "beta_slow": 1,
-    "mscale": 0.707, "mscale_all_dim": 0.4,
-}  # fmt: skip
-MODELS: dict[str, dict[str, Any]] = {
-    "v2_dense": model("DeepseekV2ForCausalLM", **_TINY),
-    "v2_queries_yarn_biased": model(
-        "DeepseekV2ForCausalLM", **{**_TINY, "q_lora_rank": 40}, rope_scaling=_SCALED, attention_bias=True,
-    ),
-    "v2_real_heads": model(
-        "DeepseekV2ForCausalLM", num_attention_heads=20,
-        **{**_TINY, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-           "num_key_value_heads": 20},
-    ),
-    "v3_dense_halves": model(
-        "DeepseekV3ForCausalLM",
-        **{**_TINY, "topk_method": "noaux_tc", "n_group": 4, "topk_group": 2, "rope_interleave": False},
-    ),
-    "v2_experts": model("DeepseekV2ForCausalLM", **{**_TINY, "first_k_dense_replace": 1}),
-    "v3_experts": model(
-        "DeepseekV3ForCausalLM", rope_scaling=_SCALED,
-        **{**_TINY, "topk_method": "noaux_tc", "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
-           "q_lora_rank": 48, "routed_scaling_factor": 2.5, "norm_topk_prob": True},
-    ),
-}  # fmt: skip
-TOLERANCE = {DType.BF16: 0.15, DType.F16: 0.03}  # of log-probabilities near 1
-AGREE = {DType.BF16: 0.8, DType.F16: 0.95}  # of them; near ties of a router may fall to the other side
-
+# ---- loading
 
 SMALL = {
-    **MODELS["v2_experts"], "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 72,
+    **model("DeepseekV2ForCausalLM"), "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 72,
     "vocab_size": 99, "num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 32,
     "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "moe_intermediate_size": 24,
+    "q_lora_rank": None, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1, "topk_method": "greedy", "routed_scaling_factor": 1.0,
 }  # fmt: skip
 
 
 @pytest.mark.emulated
-@pytest.mark.skipif(not available(), reason="the emulator needs g++")
+@needs_emulator
 @pytest.mark.skipif(os.environ.get("RVLLM_TEST_EMULATE") == "1", reason="the driver is emulated already")
 def test_files_of_both_kinds_give_the_same_bits(tmp_path: Path) -> None:
     program = built(SMALL)
@@ -311,55 +252,3 @@ def test_files_of_both_kinds_give_the_same_bits(tmp_path: Path) -> None:
             found.append([[(o.token_ids, o.logprobs) for o in outputs] for outputs in run(core, given)])
             core.close()
     assert found[0] == found[1] == found[2]
-
-
-def asked(vocab: int, sampling: Sampling) -> list[tuple[list[int], Sampling]]:
-    rng = np.random.default_rng(5)
-    return [(rng.integers(0, vocab, n).tolist(), sampling) for n in (1, 5, 16, 33, 70, 300, 600)]
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16], ids=lambda d: d.value)
-@pytest.mark.parametrize("name", MODELS)
-def test_scores_agree_with_the_cpu(name: str, dtype: DType) -> None:
-    config, found = MODELS[name], {}
-    for device in ("cpu", "cuda"):
-        core = core_of(backend(config, device, dtype), config)
-        given = asked(config["vocab_size"], Sampling(max_tokens=6, logprobs=1, prompt_logprobs=1))
-        found[device] = run(core, given)
-        core.close()
-    pairs = [
-        (a.logprob, b.logprob)
-        for cpu, gpu in zip(found["cpu"], found["cuda"], strict=True)
-        for a, b in zip(cpu[0].prompt_logprobs or [], gpu[0].prompt_logprobs or [], strict=True)
-    ]
-    # The first tokens that were drawn; later ones follow other tokens where the first differ.
-    pairs += [
-        (a[0].logprobs[0].logprob, b[0].logprobs[0].logprob)
-        for a, b in zip(found["cpu"], found["cuda"], strict=True)
-        if a[0].logprobs and b[0].logprobs
-    ]
-    apart = np.abs(np.subtract(*np.array(pairs).T))
-    assert len(apart) > 1000
-    experts = "experts" in name
-    assert (apart < TOLERANCE[dtype]).mean() >= (AGREE[dtype] if experts else 1), np.sort(apart)[-40:]
-    assert np.median(apart) < TOLERANCE[dtype] / 4
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("name", ["v2_queries_yarn_biased", "v2_real_heads", "v3_experts"])
-def test_a_request_gives_the_same_bits_alone_in_company_and_in_chunks(name: str) -> None:
-    config = MODELS[name]
-    core = core_of(backend(config, "cuda", DType.BF16), config)
-    requests = asked(config["vocab_size"], Sampling(max_tokens=30, logprobs=2))
-    requests += asked(config["vocab_size"], Sampling(max_tokens=30, temperature=1.0, seed=11, logprobs=2))
-    together = run(core, requests)
-    again = run(core, requests)  # now with prefixes from the cache
-    for request, first, second in zip(requests, together, again, strict=True):
-        (alone,) = run(core, [request])
-        for outputs in (first, second):
-            assert tokens_of(outputs) == tokens_of(alone)
-            assert [o.logprobs for o in outputs] == [o.logprobs for o in alone]
-    core.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,14 +18,13 @@ from rvllm.program.dtypes import DType
 from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.reading import FileReader
+from support.emulator import needs_emulator
 from support.emulator.driver import emulated_driver
 from support.kernels.gpu_engine import CONFIG
 from support.models.arch_cases import MODELS, program_of, tensors_of
 from support.weights.model_files import write_directory
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="the emulator needs g++, which is not here"
-)
+pytestmark = needs_emulator
 MODEL = {**MODELS["qwen3"].config, "num_hidden_layers": 2, "torch_dtype": "float16"}
 ENGINE = replace(CONFIG, max_model_len=96, max_num_seqs=1, max_num_batched_tokens=80, num_gpu_blocks=40)
 

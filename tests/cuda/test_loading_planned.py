@@ -11,7 +11,6 @@ from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.device.launches import kernel_names
 from rvllm.backends.cuda.formats.choose import kept
 from rvllm.backends.cuda.layout.fusion import fuse
-from rvllm.backends.cuda.layout.memory import Budget
 from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.layout.weights import packed_weights
 from rvllm.backends.cuda.loaded_model import loading_kernels
@@ -23,6 +22,7 @@ from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from rvllm.weights.checkpoint import TensorType
 from rvllm.weights.formats import expanded
+from support.kernels.planned import ROOM
 from support.models.real_configs import CONFIGS, Config, on_one_card
 from support.weights.stored_as import QUANTISED, Layout
 
@@ -33,7 +33,6 @@ GPUS = {
     90: DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448),
     120: DeviceFacts("RTX 5090", 120, 170, 32 << 30, 96 << 20, 101376),
 }
-ROOM = Budget(400 << 30, 1 << 30, 300 << 30)  # kernels are asked about here, not memory
 FEW = EngineConfig(max_num_seqs=8, max_num_batched_tokens=512, max_model_len=500, num_gpu_blocks=256)
 TRIED = {(DType.BF16, 90), (DType.F16, 80)}  # what is planned whole: the kernels of the rest are named alike
 STORED = (*(kind.value for kind in TensorType), *QUANTISED)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,13 @@ from rvllm.backends.cuda.pooler import CudaPooler
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.program.dtypes import DType
+from support.emulator import EMULATED
 from support.emulator.driver import emulated_driver
 from support.kernels.gpu_engine import needs_gpu
 from support.models.arch_cases import ENCODERS, MODELS, VOCAB, program_of, tensors_of, text_batch
 
-emulated = [
-    pytest.mark.emulated,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++, which is not here"),
-]
 PLACES = [
-    pytest.param("emulator", marks=emulated),
+    pytest.param("emulator", marks=EMULATED),
     pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu]),
 ]
 QWEN = {**MODELS["qwen3"].config, "num_hidden_layers": 2}

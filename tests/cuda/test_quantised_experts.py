@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
 from dataclasses import replace
 
 import ml_dtypes
@@ -20,26 +19,13 @@ from rvllm.kernels.manifest import MANIFEST
 from rvllm.kernels.moe.specs import QUANTISED_TOKENS, QUANTISED_WIDE
 from rvllm.program.formats import Fp8Format, IntegerFormat, WeightFormat
 from rvllm.program.ops.dense import Weight
-from support.emulator import Emulator, available
+from support.emulator import Emulator
 from support.kernels.experts_checks import LIMIT, Bench, Mixed, assign, normal
 from support.kernels.harness import BF16, F16, Array, Gpu, Machine, error, expect
 from support.kernels.integer_checks import random_matrix
 
 MIXED = Mixed(5, 2, 264, 136, 72)
 PLAIN = Mixed(4, 3, 136, 264, 72, "relu2", False, always=1)
-
-
-@pytest.fixture(scope="module")
-def shared() -> Emulator:
-    if not available():
-        pytest.skip("the emulator needs g++")
-    return Emulator()
-
-
-@pytest.fixture
-def gpu(shared: Emulator) -> Iterator[Emulator]:
-    yield shared
-    shared.clear()
 
 
 def format_named(name: str, rows: int) -> WeightFormat:
@@ -149,10 +135,12 @@ NAMES = {"int4": BF16, "int4g32": F16, "q6": BF16, "e4m3, a scale a row": F16, "
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_experts_in_a_format(gpu: Emulator, name: str) -> None:
-    check(gpu, NAMES[name], MIXED, name, name, few=name != "int4")  # which has one scale a chunk, as E4M3
+def test_experts_in_a_format(emulator: Emulator, name: str) -> None:
+    check(
+        emulator, NAMES[name], MIXED, name, name, few=name != "int4"
+    )  # which has one scale a chunk, as E4M3
 
 
 @pytest.mark.parametrize(("up", "down"), [("int4", "q6"), ("q6", None)])
-def test_stacks_in_different_formats(gpu: Emulator, up: str | None, down: str | None) -> None:
-    check(gpu, BF16, PLAIN, up, down, few=down is None)
+def test_stacks_in_different_formats(emulator: Emulator, up: str | None, down: str | None) -> None:
+    check(emulator, BF16, PLAIN, up, down, few=down is None)

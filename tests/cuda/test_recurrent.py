@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,51 +22,33 @@ from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
-from support import emulator
 from support.kernels import gpu_engine, harness
 from support.kernels import recurrent_checks as checks
+from support.kernels.harness import DTYPES
+from support.kernels.planned import A100, GB120, H200, built
 from support.kernels.recurrent_planned import check_planned
+from support.models.real_configs import CONFIGS
 from support.models.tiny import ArrayCheckpoint, weights_of
 
-H200 = DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448)
-A100 = DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912)
-GB120 = Budget(141 << 30, 1 << 30, 120 << 30)
-
-_BASE = {
-    "architectures": ["NemotronHForCausalLM"], "conv_kernel": 4, "head_dim": 128, "layer_norm_epsilon": 1e-5,
-    "max_position_embeddings": 8192, "mlp_hidden_act": "relu2", "n_groups": 8, "ssm_state_size": 128,
-    "mamba_num_heads": 128, "mamba_head_dim": 64, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "tie_word_embeddings": False, "vocab_size": 131072, "use_conv_bias": True, "time_step_min": 0.001,
-}  # fmt: skip
-REAL: dict[str, dict[str, Any]] = {
-    "Nemotron-H-8B": _BASE
-    | {
-        "hidden_size": 4096, "intermediate_size": 21504,
-        "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
-    },
-    "Nemotron-Nano-9B-v2": _BASE
-    | {
-        "hidden_size": 4480, "intermediate_size": 15680, "mamba_head_dim": 80, "num_attention_heads": 40,
-        "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
-    },
-    "Nemotron-H-56B, a few layers": _BASE
-    | {
-        "hidden_size": 8192, "intermediate_size": 32768, "mamba_num_heads": 256, "ssm_state_size": 256,
-        "num_attention_heads": 64, "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-",
-    },
-    "Nemotron-3-Nano-30B-A3B": _BASE
-    | {
-        "hidden_size": 2688, "intermediate_size": 1856, "mamba_num_heads": 64, "num_key_value_heads": 2,
-        "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
-        "n_routed_experts": 128, "num_experts_per_tok": 6, "n_group": 1, "topk_group": 1,
-        "moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712,
-        "norm_topk_prob": True, "routed_scaling_factor": 2.5, "max_position_embeddings": 262144,
-    },
+REAL = {
+    name: CONFIGS["Nemotron-H-8B"] | changes
+    for name, changes in {
+        "Nemotron-H-8B": {},
+        "Nemotron-Nano-9B-v2": {
+            "hidden_size": 4480, "intermediate_size": 15680, "mamba_head_dim": 80, "num_attention_heads": 40,
+            "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+        },
+        "Nemotron-H-56B, a few layers": {
+            "hidden_size": 8192, "intermediate_size": 32768, "mamba_num_heads": 256, "ssm_state_size": 256,
+            "num_attention_heads": 64, "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-",
+        },
+        "Nemotron-3-Nano-30B-A3B": CONFIGS["Nemotron-3-Nano-30B-A3B"],
+    }.items()
 }  # fmt: skip
 
 
 def program(name: str = "Nemotron-H-8B", dtype: DType = DType.BF16, **changes: object) -> Program:
-    return build_program(ModelConfig({**REAL[name], **changes}, name), dtype)
+    return built(REAL[name], dtype, **changes)
 
 
 def planner(
@@ -141,40 +122,6 @@ def test_shapes_without_a_kernel_are_named(changes: dict[str, object], named: st
 
 
 # ---- kernels, through the emulator and on a GPU
-
-DTYPES = {"bfloat16": harness.BF16, "float16": harness.F16}
-
-
-def emulated() -> harness.Machine:
-    return emulator.Emulator()
-
-
-def real() -> harness.Machine:
-    return harness.Gpu()
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(
-            emulated,
-            marks=[
-                pytest.mark.emulated,
-                pytest.mark.skipif(not emulator.available(), reason="the emulator needs g++"),
-            ],
-        ),
-        pytest.param(real, marks=[pytest.mark.gpu, gpu_engine.needs_gpu]),
-    ],
-    ids=["emulated", "gpu"],
-)
-def machine(request: pytest.FixtureRequest) -> harness.Machine:
-    return request.param()
-
-
-@pytest.fixture
-def gpu(machine: harness.Machine) -> Iterator[harness.Machine]:
-    yield machine
-    machine.clear()
 
 
 @pytest.mark.parametrize(
@@ -293,11 +240,7 @@ class TestPromises:
         sampled = Sampling(max_tokens=20, temperature=1.0, seed=11, top_p=0.9, logprobs=2)
         kinds = (Sampling(max_tokens=20, logprobs=2), sampled)
         asked = [(prompt, kind) for prompt in prompts(1, 15, 33, 90) for kind in kinds]
-        together = gpu_engine.run(engine, asked)
-        for request, outputs in zip(asked, together, strict=True):
-            (alone,) = gpu_engine.run(engine, [request])
-            assert gpu_engine.tokens_of(outputs) == gpu_engine.tokens_of(alone)
-            assert [o.logprobs for o in outputs] == [o.logprobs for o in alone]
+        gpu_engine.check_company(engine, asked)
         engine.close()
 
     def test_preempted_sequences_go_on_with_the_same_tokens(self, model: str) -> None:

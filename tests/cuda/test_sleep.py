@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,13 +13,12 @@ from rvllm.backends.cuda.device.arena import Arena
 from rvllm.backends.cuda.device.driver import Stream
 from rvllm.engine.ipc.messages import Generate, Sampling
 from rvllm.program.dtypes import DType
+from support.emulator import needs_emulator
 from support.emulator.driver import INVALID_VALUE, EmulatedDriver, emulated_driver
 from support.kernels.gpu_engine import CONFIG, core_of, run, tokens_of
 from support.models.arch_cases import MODELS, VOCAB, program_of, tensors_of
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="the emulator needs g++, which is not here"
-)
+pytestmark = needs_emulator
 
 
 def test_requests_go_on_after_a_sleep() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,11 @@ from rvllm.backends.cuda.tuning import candidates, check, choose, measure
 from rvllm.backends.cuda.tuning.cache import TuningCache
 from rvllm.backends.cuda.tuning.candidates import Candidate
 from rvllm.cli.main import main
+from support.emulator import needs_emulator
 from support.emulator.driver import emulated_driver
 from support.models.arch_cases import MODELS
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="the emulator needs g++, which is not here"
-)
+pytestmark = needs_emulator
 TAKEN = {
     "cuMemAlloc": "cuMemFree", "cuModuleLoadData": "cuModuleUnload", "cuStreamCreate": "cuStreamDestroy",
     "cuEventCreate": "cuEventDestroy", "cuGraphInstantiate": "cuGraphExecDestroy",

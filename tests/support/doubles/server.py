@@ -297,6 +297,10 @@ class LiveServer:
         status, _, answer = self.raw("POST", path, json.dumps(body).encode())
         return status, json.loads(answer)
 
+    def last_prompt(self) -> str:
+        """The text of the last request's prompt, special tokens included."""
+        return self.tokenizer.decode(self.engine.requests[-1].prompt_token_ids, skip_special_tokens=False)
+
     def chat(self, **body: Any) -> tuple[int, Any]:
         """A chat request with a short conversation, unless `messages` is given."""
         return self.post(

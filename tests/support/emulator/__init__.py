@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.kernels import build
 from rvllm.kernels.manifest import MANIFEST
@@ -17,12 +19,16 @@ from . import compiler
 from .compiler import EmulatorError
 from .launcher import SMEM, Launcher, pointers_to
 
-__all__ = ["Emulator", "EmulatorError", "available"]
+__all__ = ["EMULATED", "Emulator", "EmulatorError", "available", "needs_emulator"]
 
 
 def available() -> bool:
     """Whether there is a g++."""
     return compiler.compiler() is not None
+
+
+needs_emulator = pytest.mark.skipif(not available(), reason="the emulator needs g++")
+EMULATED = [pytest.mark.emulated, needs_emulator]  # marks of tests that take minutes
 
 
 class _Stream:

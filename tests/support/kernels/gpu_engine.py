@@ -76,6 +76,27 @@ def run(core: EngineCore, requests: Sequence[tuple[list[int], Sampling]]) -> lis
     return list(found.values())
 
 
+def check_company(core: EngineCore, requests: Sequence[tuple[list[int], Sampling]]) -> None:
+    """Requests give the same bits alone, together, and with prefixes from the cache."""
+    together, again = run(core, requests), run(core, requests)
+    for request, *others in zip(requests, together, again, strict=True):
+        (alone,) = run(core, [request])
+        for outputs in others:
+            assert tokens_of(outputs) == tokens_of(alone)
+            assert [o.logprobs for o in outputs] == [o.logprobs for o in alone]
+
+
+def check_draws(ours: list[list[Output]], theirs: list[list[Output]], limit: float, close: float) -> None:
+    """Draws have the same log-probabilities up to `limit`, and differ first where two were `close`."""
+    for mine, other in zip(ours, theirs, strict=True):
+        for a, b in zip(mine, other, strict=True):
+            (one,), (best,) = a.logprobs or [], b.logprobs or []
+            assert one.logprob == pytest.approx(best.logprob, abs=limit)
+            if tokens_of([a]) != tokens_of([b]):
+                assert best.top_logprobs[0] - best.top_logprobs[1] < close
+                break
+
+
 def tokens_of(outputs: Sequence[Output]) -> list[int]:
     """The tokens a request drew."""
     return [token for output in outputs for token in output.token_ids]

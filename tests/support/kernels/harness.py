@@ -28,6 +28,7 @@ from rvllm.kernels.manifest import MANIFEST
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F16 = np.dtype(np.float16)
+DTYPES = {"bfloat16": BF16, "float16": F16}
 SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 BY_NAME = MANIFEST
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Mapping
 
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.device.launches import MatrixMap, Planned
@@ -32,11 +33,19 @@ GEMMA_27B = {
 H100 = DeviceFacts("H100", 90, 132, 80 << 30, 50 << 20, 232448)
 A100 = DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912)
 L40 = DeviceFacts("L40", 89, 142, 48 << 30, 96 << 20, 101376)
+H200 = DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448)
 GB80 = Budget(80 << 30, 1 << 30, 71 << 30)
+GB120 = Budget(141 << 30, 1 << 30, 120 << 30)
+GB125 = Budget(139 << 30, 1 << 30, 125 << 30)
+ROOM = Budget(400 << 30, 1 << 30, 300 << 30)  # where kernels are asked about, not memory
+
+
+def built(config: Mapping[str, object], dtype: DType = DType.BF16, **changes: object) -> Program:
+    return build_program(ModelConfig({**config, **changes}, "test config"), dtype)
 
 
 def program(dtype: DType = DType.BF16, **changes: object) -> Program:
-    return build_program(ModelConfig({**QWEN_7B, **changes}, "test config"), dtype)
+    return built(QWEN_7B, dtype, **changes)
 
 
 def planner(given: Program, facts: DeviceFacts, config: EngineConfig, budget: Budget = GB80) -> StepPlanner:
