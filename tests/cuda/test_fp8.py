@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -33,10 +31,18 @@ from support.emulator import Emulator, needs_emulator
 from support.emulator.driver import emulated_driver
 from support.kernels import fp8_checks
 from support.kernels.gpu_engine import CONFIG, core_of, model, needs_gpu, run
-from support.kernels.harness import DTYPES
+from support.kernels.harness import BF16, DTYPES, rounded
 from support.kernels.planned import A100, H200, ROOM, built
 from support.models.tiny import ArrayCheckpoint, weights_of
-from support.weights.quantisers import Quantiser, compressed, file_of, fp8_blocks, fp8_rows, fp8_whole
+from support.weights.quantisers import (
+    Quantiser,
+    compressed,
+    fp8_blocks,
+    fp8_rows,
+    fp8_whole,
+    in_layers,
+    save_quantised,
+)
 from support.weights.stored_as import Layout
 
 
@@ -80,15 +86,9 @@ CONFIG_OF = {
 def saved(folder: Path, config: dict[str, Any], method: str) -> Path:
     """A checkpoint whose layers' matrices are quantised that way."""
     quantisation, quantise, _ = METHODS[method]
-    rng, stored = np.random.default_rng(5), dict[str, Any]()
-    for name, numbers in weights_of(built(config, DType.F32)).items():
-        if numbers.ndim == 2 and "layers" in name:
-            stored |= quantise(name.removesuffix(".weight"), numbers, rng)[0]
-        else:
-            stored[name] = ("F32", numbers.astype(ml_dtypes.bfloat16).astype(np.float32))
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
-    (folder / "model.safetensors").write_bytes(file_of(stored))
+    numbers = weights_of(built(config, DType.F32))
+    numbers |= {k: rounded(v, BF16) for k, v in numbers.items() if not in_layers(k, v)}
+    save_quantised(folder, config, numbers, quantisation, quantise, in_layers, seed=5)
     return folder
 
 

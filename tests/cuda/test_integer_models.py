@@ -36,13 +36,14 @@ from support.weights.quantisers import (
     AWQ,
     GPTQ,
     Quantiser,
-    Tensors,
     awq,
     compressed,
     file_of,
     gptq,
+    in_layers,
     int8_groups,
     packed,
+    save_quantised,
 )
 
 pytestmark = [
@@ -93,15 +94,8 @@ def kept_formats(checkpoint: Checkpoint) -> list[IntegerFormat]:
 def test_packed_integers(method: str, tmp_path: Path) -> None:
     quantisation, quantise = METHODS[method]
     config = model(num_hidden_layers=1, hidden_size=128, intermediate_size=192, num_attention_heads=2)
-    rng = np.random.default_rng(0)
-    stored: Tensors = {}
-    for name, numbers in weights_of(build_program(ModelConfig(config, "tiny"), DType.F32)).items():
-        if numbers.ndim == 2 and "layers" in name:
-            stored |= quantise(name.removesuffix(".weight"), numbers, rng)[0]
-        else:
-            stored[name] = ("F32", numbers)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
-    (tmp_path / "model.safetensors").write_bytes(file_of(stored))
+    numbers = weights_of(build_program(ModelConfig(config, "tiny"), DType.F32))
+    save_quantised(tmp_path, config, numbers, quantisation, quantise, in_layers)
     checkpoint = open_checkpoint(tmp_path)
     formats = kept_formats(checkpoint)
     assert len(formats) == 4 and all(f.reordered == ("importance" in method) for f in formats)

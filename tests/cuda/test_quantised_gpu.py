@@ -1,11 +1,9 @@
 """Checkpoints that are expanded on the GPU: the same draws as a plain model of the same numbers."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from rvllm.config import EngineConfig
 from rvllm.engine.ipc.messages import Sampling
@@ -14,8 +12,9 @@ from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
 from rvllm.weights.open import open_checkpoint
 from support.kernels.gpu_engine import CONFIG, core_of, model, needs_gpu, run
+from support.models import archs_tiny
 from support.models.tiny import weights_of
-from support.weights.quantisers import AWQ, GPTQ, Tensors, awq, file_of, gptq
+from support.weights.quantisers import AWQ, GPTQ, awq, gptq, in_layers, save_quantised
 
 pytestmark = [pytest.mark.gpu, needs_gpu]
 
@@ -31,23 +30,13 @@ def test_draws_are_those_of_the_same_numbers(method: str, tmp_path: Path) -> Non
 
     quantisation, quantise = METHODS[method]
     config = model(num_hidden_layers=1, hidden_size=64, intermediate_size=88, num_attention_heads=2)
-    rng = np.random.default_rng(0)
-    stored: Tensors = {}
-    plain = {}
-    for name, numbers in weights_of(build_program(ModelConfig(config, "tiny"), DType.F32)).items():
-        if numbers.ndim == 2 and "layers" in name:
-            more, numbers = quantise(name.removesuffix(".weight"), numbers, rng)
-            stored |= more
-        else:
-            stored[name] = ("F32", numbers)
-        plain[name] = numbers
-    assert len(stored) > len(plain) + 6
     folders = [tmp_path / "plain", tmp_path / "quantised"]
-    for folder, more in zip(folders, ({}, {"quantization_config": quantisation}), strict=True):
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(config | more))
-    save_file(plain, folders[0] / "model.safetensors")
-    (folders[1] / "model.safetensors").write_bytes(file_of(stored))
+    numbers = weights_of(build_program(ModelConfig(config, "tiny"), DType.F32))
+    archs_tiny.save(
+        folders[0], config, save_quantised(folders[1], config, numbers, quantisation, quantise, in_layers)
+    )
+    assert sum(in_layers(*entry) for entry in numbers.items()) == 7
+    rng = np.random.default_rng(1)
     asked = [(rng.integers(0, 515, n).tolist(), Sampling(max_tokens=8, logprobs=2)) for n in (3, 40)]
     found = []
     for folder in folders:

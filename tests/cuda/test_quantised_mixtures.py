@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from support.kernels.gpu_engine import model
 from support.kernels.stored_models import check_runs
 from support.models import archs_moe_gguf, archs_tiny
 from support.models.arch_cases import DEEPSEEK
-from support.weights.quantisers import FP8, GPTQ, Quantiser, Tensors, file_of, fp8_blocks, gptq
+from support.weights.quantisers import FP8, GPTQ, Quantiser, fp8_blocks, gptq, save_quantised
 
 pytestmark = pytest.mark.skipif(not available() and device_count() == 0, reason="needs g++ or a GPU")
 MIXTRAL = model(
@@ -79,13 +78,10 @@ def test_stacks_of_a_gguf_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_mixtures_keep_their_format(case: str, tmp_path: Path) -> None:
     config, quantisation, quantise = CASES[case]
-    rng = np.random.default_rng(2)
-    stored: Tensors = {}
-    for name, numbers in archs_tiny.random_tensors("mixture", config).items():
-        if numbers.ndim == 2 and not any(plain in name for plain in PLAIN):
-            stored |= quantise(name.removesuffix(".weight"), numbers, rng)[0]
-        else:
-            stored[name] = ("F32", numbers)
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
-    (tmp_path / "model.safetensors").write_bytes(file_of(stored))
+
+    def wanted(name: str, numbers: np.ndarray) -> bool:
+        return numbers.ndim == 2 and not any(plain in name for plain in PLAIN)
+
+    tensors = archs_tiny.random_tensors("mixture", config)
+    save_quantised(tmp_path, config, tensors, quantisation, quantise, wanted, seed=2)
     check(open_checkpoint(tmp_path))

@@ -16,13 +16,12 @@ from support.weights.quantisers import (
     FP8,
     GPTQ,
     Quantiser,
-    Tensors,
     awq,
     compressed,
-    file_of,
     fp8_blocks,
     gptq,
     packed,
+    save_quantised,
 )
 
 PLAIN = ("embed", "lm_head", "norm", "mlp.gate.weight", "block_sparse_moe.gate.weight", "bias")
@@ -50,23 +49,15 @@ def quantised(
     config = (archs_tiny.CASES | archs_moe_tiny.CASES)[name].config
     if "moe_intermediate_size" in config:
         config = config | {"moe_intermediate_size": 24}  # words hold whole runs of eight
-    rng = np.random.default_rng(0)
-    stored: Tensors = {}
-    plain, count = {}, 0
-    for tensor, numbers in archs_tiny.random_tensors(name, config).items():
+
+    def wanted(tensor: str, numbers: np.ndarray) -> bool:
         fits = numbers.ndim == 2 and numbers.shape[0] % 8 == 0 and numbers.shape[1] % GROUP == 0
-        if fits and not any(part in tensor for part in PLAIN):
-            more, numbers = quantise(tensor.removesuffix(".weight"), numbers, rng)
-            stored |= more
-            count += 1
-        else:
-            stored[tensor] = ("F32", numbers)
-        plain[tensor] = numbers
-    folder = path / "quantised"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
-    (folder / "model.safetensors").write_bytes(file_of(stored))
-    return folder, archs_tiny.save(path / "plain", config, plain), count
+        return fits and not any(part in tensor for part in PLAIN)
+
+    numbers = archs_tiny.random_tensors(name, config)
+    plain = save_quantised(path / "quantised", config, numbers, quantisation, quantise, wanted)
+    count = sum(wanted(*entry) for entry in numbers.items())
+    return path / "quantised", archs_tiny.save(path / "plain", config, plain), count
 
 
 @pytest.mark.parametrize("method", METHODS)

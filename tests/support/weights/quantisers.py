@@ -6,7 +6,10 @@ element from the formula: nothing is shared with the code under test.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +31,38 @@ def file_of(tensors: Tensors) -> bytes:
         header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": offsets}
         data += array.tobytes()
     return safetensors_bytes(header, data)
+
+
+def save_quantised(
+    folder: Path,
+    config: dict[str, Any],
+    numbers: Mapping[str, np.ndarray],
+    quantisation: dict[str, Any],
+    quantise: Quantiser,
+    wanted: Callable[[str, np.ndarray], bool],
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Writes a checkpoint whose `wanted` matrices are quantised, the rest float32.
+
+    Returns the numbers that the file stands for, by their names in a plain one.
+    """
+    rng, stored, plain = np.random.default_rng(seed), dict[str, Any](), dict[str, np.ndarray]()
+    for name, tensor in numbers.items():
+        plain[name] = tensor
+        if wanted(name, tensor):
+            more, plain[name] = quantise(name.removesuffix(".weight"), tensor, rng)
+            stored |= more
+        else:
+            stored[name] = ("F32", tensor)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
+    (folder / "model.safetensors").write_bytes(file_of(stored))
+    return plain
+
+
+def in_layers(name: str, numbers: np.ndarray) -> bool:
+    """Whether a tensor is a matrix of the model's layers."""
+    return numbers.ndim == 2 and "layers" in name
 
 
 def _e4m3(numbers: np.ndarray) -> np.ndarray:
