@@ -242,7 +242,9 @@ def test_experts_that_every_token_has_count_when_tiles_are_chosen() -> None:
     assert shared == (2, 256) and hit == pytest.approx(64) and 24 <= each < 48, "six of 64, about 24 each"
     lite = experts_checks.Mixed(66, 8, 2048, 1408, 2048, always=2)
     for facts in (A100, L40):
-        assert tiles_of(lite, 256, facts).block.tokens == 64
+        assert [tiles_of(lite, tokens, facts).block.tokens for tokens in (72, 256)] == [16, 64]
+    # 15 and 28 entries of an expert that is routed to, with room for chance: one tile each
+    assert [tiles_of(lite, tokens, H200).tile for tokens in (72, 170)] == [16, 32]
 
 
 def test_segments_leave_no_warp_idle() -> None:
