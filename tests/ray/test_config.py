@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -110,3 +111,37 @@ def test_no_module_hides_what_an_import_path_names() -> None:
     """A submodule of the same name takes the function's place as soon as something imports it."""
     modules = {path.stem for path in Path(rvllm.ray.__file__).parent.glob("*.py")}
     assert callable(rvllm.ray.app) and not {"app", "build_app"} & modules
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "said"),
+    [
+        (
+            ["--address", "auto"],
+            ConnectionError("Could not find any\nmore"),
+            "--address auto: no Ray cluster: Could not",
+        ),
+        (
+            ["--address", "x"],
+            ValueError("Invalid address format: x"),
+            "no Ray cluster: Invalid address format: x",
+        ),
+        ([], RuntimeError("no room\nstack"), "cannot start Ray here: no room\n"),
+    ],
+)
+def test_what_ray_says_against_a_start_is_one_line(
+    words: list[str],
+    error: Exception,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def init(**_: Any) -> None:
+        raise error
+
+    fake, serve = ModuleType("ray"), ModuleType("ray.serve")
+    fake.__dict__.update(__version__="2.60.0", serve=serve, init=init)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setitem(sys.modules, "ray.serve", serve)
+    assert main(["ray", "serve", str(EXAMPLES / "two-gpus.yaml"), *words]) == 1
+    assert said in (found := capsys.readouterr().err) and found.count("\n") == 1

