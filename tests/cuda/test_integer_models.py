@@ -35,7 +35,9 @@ from support.weights.model_files import LLAMA, gguf_bytes
 from support.weights.quantisers import (
     AWQ,
     GPTQ,
+    MIXED_BITS,
     Quantiser,
+    Tensors,
     awq,
     compressed,
     file_of,
@@ -50,6 +52,16 @@ pytestmark = [
     pytest.mark.emulated,
     pytest.mark.skipif(not available() and device_count() == 0, reason="needs g++ or a GPU"),
 ]
+
+
+def of_module(rules: dict[str, Quantiser], otherwise: Quantiser) -> Quantiser:
+    """Each matrix by the first rule whose word its name has."""
+
+    def quantise(name: str, matrix: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+        chosen = next((quantiser for word, quantiser in rules.items() if word in name), otherwise)
+        return chosen(name, matrix, rng)
+
+    return quantise
 
 
 def ordered(seed: int, quantiser: Quantiser) -> Quantiser:
@@ -68,6 +80,14 @@ METHODS: dict[str, tuple[dict[str, Any], Quantiser]] = {
     "packed": (
         compressed("pack-quantized", num_bits=4, group_size=32, strategy="group", type="int"),
         packed(4, 32),
+    ),
+    "gptq, rules": (
+        GPTQ | {"bits": 4, "group_size": 64, "dynamic": {"+:.*(v|down)_proj": {"bits": 8}, "+:.*up": {}}},
+        of_module({"v_proj": gptq(8, 32), "down": gptq(8, 64), "up": gptq(4, 32)}, gptq(4, 64)),
+    ),
+    "packed, two numbers of bits": (
+        MIXED_BITS,
+        of_module({"q_proj": packed(8, 64, symmetric=False), "down": packed(8, 32)}, packed(4, 64)),
     ),
     "int8, groups": (compressed("int-quantized", num_bits=8, type="int"), int8_groups(64)),
 }
@@ -98,7 +118,9 @@ def test_packed_integers(method: str, tmp_path: Path) -> None:
     save_quantised(tmp_path, config, numbers, quantisation, quantise, in_layers)
     checkpoint = open_checkpoint(tmp_path)
     formats = kept_formats(checkpoint)
-    assert len(formats) == 4 and all(f.reordered == ("importance" in method) for f in formats)
+    mixed = "rules" in method or "bits" in method.partition(", ")[2]
+    assert [len(f.parts) for f in formats] == [1 + mixed, 1, 1, 1]
+    assert all(f.reordered == ("importance" in method) for f in formats)
     check_runs(checkpoint, config["vocab_size"])
 
 

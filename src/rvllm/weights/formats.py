@@ -246,8 +246,7 @@ def gguf_reader(weight: Weight, stored: Stored) -> WeightFormat | None:
         if len(parts) > 1:
             return None
         parts = ((weight.shape[-2], parts[0][1]),)
-    # A matrix of two equal halves may be gates and ups, whose rows are interleaved.
-    if len(parts) > 1 and ((len(rows) == 2 and rows[0] == rows[1]) or any(n % 8 for n, _ in parts)):
+    if _interleaves(rows, parts):
         return None
     return IntegerFormat(parts, " and ".join(dict.fromkeys(kinds)))
 
@@ -279,19 +278,33 @@ class PackedPart:
 
 
 def packed_reader(weight: Weight, stored: Stored) -> WeightFormat | None:
-    """GPTQ, AWQ, compressed-tensors and INT8, in groups of a multiple of 32 columns or of whole rows."""
+    """GPTQ, AWQ, compressed-tensors and INT8, in groups of a multiple of 32 columns or of whole rows.
+
+    Parts of different groups share the layout of the finest; those of 4 and of 8 bits have one each.
+    """
     found = [packed_part(part, info) for part, info in stored]
     known = [p for p in found if p is not None]
     k = weight.shape[-1]
-    if len(known) < len(found) or k % 8 or len({(p.packed.bits, p.group_size) for p in known}) != 1:
+    if len(known) < len(found) or k % 8 or any(not _same(known[0].order, p.order) for p in known):
         return None
-    first = known[0]
-    sizes = INTEGER_GROUPS if first.group_size < k else INTEGER_GROUPS[:1]
-    group = next((g for g in sizes if first.group_size % g == 0 or first.group_size == k), 0)
-    if not group or any(not _same(first.order, p.order) for p in known):
+    grouped = {p.group_size for p in known if p.group_size < k}
+    group = next((g for g in INTEGER_GROUPS if all(size % g == 0 for size in grouped)), 0)
+    if not group:
         return None
-    layout = f"int{first.packed.bits}" + ("" if group == INTEGER_GROUPS[0] else f"g{group}")
-    return IntegerFormat(((weight.shape[-2], layout),), first.label, reordered=first.order is not None)
+    end = "" if group == INTEGER_GROUPS[0] else f"g{group}"
+    label, reordered = " and ".join(dict.fromkeys(p.label for p in known)), known[0].order is not None
+    if len({p.packed.bits for p in known}) == 1:
+        return IntegerFormat(((weight.shape[-2], f"int{known[0].packed.bits}{end}"),), label, reordered)
+    rows = [part.elements // k for part, _ in stored]
+    parts = _runs(zip(rows, (f"int{p.packed.bits}{end}" for p in known), strict=True))
+    if weight.role == "stack" or _interleaves(rows, parts):
+        return None
+    return IntegerFormat(parts, label, reordered)
+
+
+def _interleaves(rows: list[int], parts: tuple[tuple[int, str], ...]) -> bool:
+    """Whether parts of several layouts do not lie apart: two equal halves may be gates and ups, by eights."""
+    return len(parts) > 1 and ((len(rows) == 2 and rows[0] == rows[1]) or any(n % 8 for n, _ in parts))
 
 
 def _same(one: NDArray[np.int32] | None, other: NDArray[np.int32] | None) -> bool:

@@ -205,14 +205,15 @@ def _load_blocks(loader: Staging, packed: PackedWeight, address: int, checkpoint
 def _load_words(loader: Staging, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
     """Packed words, as they lie in the file: slices of rows with their zeros and scales."""
     kept, k = _format(packed.weight), packed.width
-    (run,), behind = runs_of(kept, packed.rows, k)
+    _, behind = runs_of(kept, packed.rows, k)
     parts = list(_packed_parts(packed.weight, checkpoint))
     order_at = 0
     if parts[0].order is not None:
         order_at = address + behind
         loader.copy(parts[0].order, order_at)
-    kernel = f"sm80_{loader.tag}_integer_pack_{run.layout.name}"
-    for part, span in loader.spans(packed, address, ((p, _numbered(p.packed)) for p in parts)):
+    for part, whole in loader.spans(packed, address, ((p, _numbered(p.packed)) for p in parts)):
+        span, run = _placed(packed, whole)
+        kernel = f"sm80_{loader.tag}_integer_pack_{run.layout.name}"
         begin = int(span.data[0].view(np.uint32)[0])
         for start, stop in loader.slices(len(span.data), -(-part.nbytes // _row_count(part.packed))):
             arrays, source = word_source(part.packed, begin + start, begin + stop)
@@ -223,7 +224,7 @@ def _load_words(loader: Staging, packed: PackedWeight, address: int, checkpoint:
             )  # fmt: skip
             last = stop == len(span.data)
             arguments = integer.pack_words_arguments(
-                source, span.address, stop - start, k,
+                source, span.address + run.offset, stop - start, k,
                 first=span.first + start * (2 if span.interleave else 1),
                 padded_rows=span.padded - start if last else stop - start, interleave=span.interleave,
             )  # fmt: skip
