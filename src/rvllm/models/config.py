@@ -93,12 +93,18 @@ class ModelConfig:
             raise self.fail(name, f"is {value!r}, supported: {', '.join(choices)}")
         return value
 
-    def opt_int(self, name: Str, *, low: Int = 1, high: Int = MOST) -> Int | None:
-        """A whole number, or None when absent or null."""
+    def opt_int(self, name: Str, absent: Int | None = None, *, low: Int = 1, high: Int = MOST) -> Int | None:
+        """A whole number, None when null, and `absent` when it is not there."""
+        if name not in self.values:
+            return absent
         return self.int(name, low=low, high=high) if self.has(name) else None
 
-    def opt_float(self, name: Str, *, low: Float = -math.inf, high: Float = math.inf) -> Float | None:
-        """A number, or None when absent or null."""
+    def opt_float(
+        self, name: Str, absent: Float | None = None, *, low: Float = -math.inf, high: Float = math.inf
+    ) -> Float | None:
+        """A number, None when null, and `absent` when it is not there."""
+        if name not in self.values:
+            return absent
         return self.float(name, low=low, high=high) if self.has(name) else None
 
     def opt_str(self, name: Str) -> Str | None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import cast
 
 from rvllm.models.config import REQUIRED, ModelConfig
-from rvllm.program.rope import Rope
+from rvllm.program.rope import Rope, RopeKind
 
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 ALIASES = {"su": "longrope"}
@@ -104,12 +105,10 @@ def read_rope(
         config.int("max_position_embeddings", 1 if kind == "linear" else REQUIRED),
     )
     scaled = replace(plain, factor=factor, original_max_position=trained)
-    if kind == "linear":
-        return replace(scaled, kind="linear")
-    if kind == "dynamic":
-        if dim == 2:
-            raise section.fail("rope_type", "dynamic has no formula for 2 rotated elements")
-        return replace(scaled, kind="dynamic")
+    if kind == "dynamic" and dim == 2:
+        raise section.fail("rope_type", "dynamic has no formula for 2 rotated elements")
+    if kind in ("linear", "dynamic"):
+        return replace(scaled, kind=cast(RopeKind, kind))
     if kind == "llama3":
         low = section.float("low_freq_factor", low=1e-6)
         high = section.float("high_freq_factor", low=1e-6)

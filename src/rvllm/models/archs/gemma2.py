@@ -16,8 +16,8 @@ def build(config: ModelConfig, dtype: DType) -> Program:
     rope = read_rope(config, read_dims(config).head_dim)
     return decoder(
         config, dtype, pattern=2, ropes=(rope, rope), positions=max_positions(config, 8192),
-        attention_cap=soft_cap(config, "attn_logit_softcapping", 50.0),
-        final_cap=soft_cap(config, "final_logit_softcapping", 30.0),
+        attention_cap=config.opt_float("attn_logit_softcapping", 50.0, low=1e-6),
+        final_cap=config.opt_float("final_logit_softcapping", 30.0, low=1e-6),
     )  # fmt: skip
 
 
@@ -81,8 +81,3 @@ def decoder(
 def read_dims(config: ModelConfig) -> blocks.Dims:
     """The dimensions under Gemma's defaults."""
     return blocks.Dims.read(config, head_dim=gemma.HEAD_DIM)
-
-
-def soft_cap(config: ModelConfig, name: str, default: float | None) -> float | None:
-    """A soft-cap: null switches it off, an absent field means the default."""
-    return config.opt_float(name, low=1e-6) if name in config.values else default

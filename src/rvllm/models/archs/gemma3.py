@@ -38,7 +38,7 @@ def build(config: ModelConfig, dtype: DType) -> Program:
         config, dtype, pattern=6, ropes=read_ropes(config, gemma2.read_dims(config).head_dim), qk_norm=True,
         # this length already counts the global rope's scaling, in either form of the config
         positions=config.int("max_position_embeddings", 131072),
-        final_cap=gemma2.soft_cap(config, "final_logit_softcapping", None),
+        final_cap=config.opt_float("final_logit_softcapping", low=1e-6),
         root="" if text is None else "language_model.",
     )  # fmt: skip
 

@@ -23,12 +23,12 @@ def build(config: ModelConfig, dtype: DType) -> Program:
     scale = dims.head_dim**-0.5
     if config.bool("mup_use_scaling", True):
         scale = config.float("mup_attn_multiplier", 1.0, low=1e-6) / dims.head_dim
-    limit = optional(config, "gegelu_limit", 20.0)
+    limit = config.opt_float("gegelu_limit", 20.0, low=0.0)
     every = config.int("dense_attention_every_n_layers", 2, low=0)
     sparsity = read_sparsity(config, dims.heads)
 
     b = blocks.start(config, dtype, dims, positions=max_positions(config, 8192))
-    x = blocks.embed(b, dims, scale=optional(config, "mup_embedding_multiplier", 10.0) or 1.0)
+    x = blocks.embed(b, dims, scale=config.opt_float("mup_embedding_multiplier", 10.0, low=0.0) or 1.0)
     for layer in range(dims.layers):
         name, source = f"layers.{layer}", f"model.layers.{layer}"
         attn, mlp = f"{source}.self_attn", f"{source}.mlp"
@@ -55,15 +55,10 @@ def build(config: ModelConfig, dtype: DType) -> Program:
     blocks.head(
         b, last, dims,
         tied=config.bool("tie_word_embeddings", True),
-        scale=1.0 / (optional(config, "mup_width_multiplier", 8.0) or 1.0),
+        scale=1.0 / (config.opt_float("mup_width_multiplier", 8.0, low=0.0) or 1.0),
         hidden=read_hidden(config, dims.vocab),
     )  # fmt: skip
     return b.finish()
-
-
-def optional(config: ModelConfig, name: str, default: float) -> float | None:
-    """A number that null switches off; an absent field means the default."""
-    return config.opt_float(name, low=0.0) if name in config.values else default
 
 
 def read_dims(config: ModelConfig) -> blocks.Dims:

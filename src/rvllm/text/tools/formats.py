@@ -237,14 +237,11 @@ class Mistral(ToolParser):
     def call_after(self, mark: str) -> Reading[None]:
         space = yield from self.reader.skip_space()
         first = yield from self.reader.next()
-        if first == "[":
-            yield from self.array_of_calls(mark + space + first)
-            return
         self.reader.unread(first)
-        if first == "{":
-            yield from self.object_or_text(mark + space)
-            return
-        yield from self._named(mark + space)
+        if first in ("[", "{"):
+            yield from self.list_or_call(mark + space)
+        else:
+            yield from self._named(mark + space)
 
     def _named(self, before: str) -> Reading[None]:
         name = ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from rvllm.text.tools.formats import BareParser, ToolParser, arguments_object
 from rvllm.text.tools.reader import Reading
 
@@ -27,47 +29,29 @@ class MarkedJson(ToolParser):
                 return
 
 
-class Granite(MarkedJson):
-    """`<|tool_call|>[{"name": ..., "arguments": {...}}]`, Granite 3; Granite 20B writes `<function_call>`."""
-
-    marks = ("<|tool_call|>", "<function_call>")
-    hidden = ("</function_call>",)
-
-
-class Phi4(MarkedJson):
-    """Phi-4: `functools[{"name": ..., "arguments": {...}}]`, or the call between `<|tool_call|>` marks."""
-
-    marks = ("functools", "<|tool_call|>")
-    hidden = ("<|/tool_call|>",)
+def _marked(
+    name: str, marks: tuple[str, ...], hidden: tuple[str, ...] = (), inner: tuple[str, ...] = ()
+) -> type[MarkedJson]:
+    """A format that has nothing of its own but its marks, see ToolParser."""
+    return cast(
+        type[MarkedJson], type(name, (MarkedJson,), {"marks": marks, "hidden": hidden, "inner": inner})
+    )
 
 
-class ToolCalls(MarkedJson):
-    """`<tool_calls>[{"name": ..., "arguments": {...}}]</tool_calls>`: Jamba, Hunyuan, MiniMax M1."""
-
-    marks = ("<tool_calls>",)
-    hidden = ("</tool_calls>",)
-
-
-class Nemotron(MarkedJson):
-    """`<TOOLCALL>[{"name": ..., "arguments": {...}}]</TOOLCALL>`: Nemotron Nano v2 and Llama Nemotron."""
-
-    marks = ("<TOOLCALL>",)
-    hidden = ("</TOOLCALL>",)
-
-
-class LongCat(MarkedJson):
-    """`<longcat_tool_call>{"name": ..., "arguments": {...}}</longcat_tool_call>`: LongCat Flash."""
-
-    marks = ("<longcat_tool_call>",)
-    hidden = ("</longcat_tool_call>",)
-
-
-class GigaChat3(MarkedJson):
-    """`function call<|role_sep|>` and a call, a message of its own: GigaChat 3; 3.1 has a token for it."""
-
-    marks = ("function call<|role_sep|>", "<|function_call|>")
-    inner = ("<|role_sep|>",)
-    hidden = ("<|message_sep|>",)
+# Granite 3: `<|tool_call|>[{"name": ..., "arguments": {...}}]`; Granite 20B writes `<function_call>`.
+Granite = _marked("Granite", ("<|tool_call|>", "<function_call>"), ("</function_call>",))
+# Phi-4: `functools[{"name": ..., "arguments": {...}}]`, or the call between `<|tool_call|>` marks.
+Phi4 = _marked("Phi4", ("functools", "<|tool_call|>"), ("<|/tool_call|>",))
+# Jamba, Hunyuan, MiniMax M1.
+ToolCalls = _marked("ToolCalls", ("<tool_calls>",), ("</tool_calls>",))
+# Nemotron Nano v2 and Llama Nemotron.
+Nemotron = _marked("Nemotron", ("<TOOLCALL>",), ("</TOOLCALL>",))
+# LongCat Flash.
+LongCat = _marked("LongCat", ("<longcat_tool_call>",), ("</longcat_tool_call>",))
+# GigaChat 3, whose call is a message of its own; 3.1 has a token for it.
+GigaChat3 = _marked(
+    "GigaChat3", ("function call<|role_sep|>", "<|function_call|>"), ("<|message_sep|>",), ("<|role_sep|>",)
+)
 
 
 class InternLm(MarkedJson):
