@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rvllm.errors import UsageError
+from rvllm.settings import read_text
 
 FROM_FILES = ("sharegpt", "custom", "sonnet")
 NAMES = ("random", "prefix_repetition", *FROM_FILES)
@@ -76,14 +77,6 @@ def prefix_repetition(
     return found
 
 
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UsageError(f"--dataset-path: cannot read {file}: {reason}") from None
-
-
 def _json(file: Path, text: str, where: str = "") -> Any:
     try:
         return json.loads(text)
@@ -95,7 +88,7 @@ def _sharegpt(
     file: Path, source: random.Random | None, output_len: int | None, tokens: Count
 ) -> Iterator[Asked]:
     """The first turn of each conversation of two or more, with its answer's length."""
-    entries = _json(file, _text(file))
+    entries = _json(file, read_text("--dataset-path", file))
     if not isinstance(entries, list):
         raise UsageError(f"--dataset-path {file}: must hold a list of conversations")
     talks = [e.get("conversations") for e in entries if isinstance(e, dict)]
@@ -116,7 +109,7 @@ def _sharegpt(
 def _custom(file: Path, output_len: int | None) -> list[Asked]:
     """The prompts of a file with a JSON object a line; `output_tokens` in it is the answer's length."""
     found = []
-    for number, line in enumerate(_text(file).splitlines(), 1):
+    for number, line in enumerate(read_text("--dataset-path", file).splitlines(), 1):
         if not line.strip():
             continue
         entry = _json(file, line, f"line {number} is ")
@@ -131,7 +124,7 @@ def _sonnet(
     file: Path, count: int, source: random.Random, output_len: int, tokens: Count, options: Any
 ) -> list[Asked]:
     """Lines of a poem drawn at random up to a length, the first of them alike in all prompts."""
-    lines = [line + "\n" for line in _text(file).splitlines() if line.strip()]
+    lines = [line + "\n" for line in read_text("--dataset-path", file).splitlines() if line.strip()]
     if not lines:
         raise UsageError(f"--dataset-path {file}: holds no lines")
     average = max(1.0, tokens("".join(lines[:200])) / len(lines[:200]))

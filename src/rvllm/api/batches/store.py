@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 from uuid import uuid4
@@ -296,8 +295,12 @@ class BatchStore:
     def _write_results(self, batch: str, failed: int, kind: str) -> FileEntry | None:
         name = f"file-{batch}-{kind}"
 
+        rows = self._db.execute(
+            "SELECT body FROM results WHERE batch = ? AND failed = ? ORDER BY line", (batch, failed)
+        )
+
         def write(file: IO[bytes]) -> int:
-            return sum(file.write(body + b"\n") for body in self._results(batch, failed))
+            return sum(file.write(body + b"\n") for (body,) in rows)
 
         written = write_whole(self.path(name), write)
         if not written:
@@ -306,13 +309,6 @@ class BatchStore:
             id=name, bytes=written, created_at=int(time.time()), filename=f"{batch}_{kind}.jsonl",
             purpose="batch_output",
         )  # fmt: skip
-
-    def _results(self, batch: str, failed: int) -> Iterator[bytes]:
-        rows = self._db.execute(
-            "SELECT body FROM results WHERE batch = ? AND failed = ? ORDER BY line", (batch, failed)
-        )
-        for (body,) in rows:
-            yield body
 
     def _insert(self, entry: FileEntry) -> None:
         self._db.execute("INSERT OR REPLACE INTO files (id, body) VALUES (?, ?)", (entry.id, _encode(entry)))

@@ -74,9 +74,7 @@ class Answer:
         await service.tokenise_bad_words(params)
         if marks_are_special(service, plan):
             params.skip_special_tokens = False
-        job = service.job(
-            name, [tokens], params, priority=request.priority, param="messages", user=request.user
-        )
+        job = service.job(name, [tokens], params, request, "messages")
         return Answer(service, request, job, plan, thinks)
 
     @property

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rvllm.api.generate.job import Clock, Job, Piece, Retry, checked_priority, client_of, merged
 from rvllm.api.http.errors import ApiError, invalid, overloaded
 from rvllm.api.http.exchange import check_model
+from rvllm.api.schemas.requests import GenerationRequest
 from rvllm.config import ServerConfig
 from rvllm.engine.ipc.messages import Embed, Generate, ModelFacts, Output, Ready, State, Vocabulary
 from rvllm.engine.sampling_params import SamplingParams
@@ -202,14 +203,12 @@ class Service:
         request_id: str,
         prompts: Sequence[list[int]],
         params: SamplingParams,
-        *,
-        priority: int | None,
+        request: GenerationRequest,
         param: str,
-        user: str | None = None,
     ) -> Job:
         """Checks a request against the limits and makes the engine's messages.
 
-        param: the request's field that holds the prompt, for errors. user: as the request names its own.
+        param: the request's field that holds the prompt, for errors.
         Raises ApiError: 400 for too many choices or an unfit prompt, 429 when the queue is full.
         """
         if params.stop and self._tokenizer is None:
@@ -221,8 +220,8 @@ class Service:
             raise invalid(f"n times the number of prompts is {count}; this server answers at most "
                           f"{self.config.max_choices} (--max-choices)", "n")  # fmt: skip
         self._check_room(count)
-        urgency = checked_priority(priority, self.ready.scheduling_policy)
-        client = client_of(self.ready.fairness, user)
+        urgency = checked_priority(request.priority, self.ready.scheduling_policy)
+        client = client_of(self.ready.fairness, request.user)
         generates: list[Generate] = []
         choices: list[Choice] = []
         for number, prompt in enumerate(prompts):

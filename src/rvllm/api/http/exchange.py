@@ -57,12 +57,8 @@ class Exchange:
         self.form: Form | None = None  # the body, where it is one
         self._receive, self._send = receive, send
         given = self.header(b"x-request-id")
-        self._shown_id = given if given and _CLIENT_ID.fullmatch(given) else self.request_id.encode()
-
-    @property
-    def shown_id(self) -> str:
-        """The id in the response's X-Request-Id header and in the logs: the client's own if it sent one."""
-        return self._shown_id.decode()
+        # In the response's X-Request-Id header and in the logs: the client's own if it sent one.
+        self.shown_id = given.decode() if given and _CLIENT_ID.fullmatch(given) else self.request_id
 
     def header(self, name: bytes) -> bytes | None:
         """A request header's value; `name` in lower case."""
@@ -220,7 +216,7 @@ class Exchange:
         return self.header(TIMING) is not None
 
     async def _start(self, headers: list[tuple[bytes, bytes]]) -> None:
-        headers.append((b"x-request-id", self._shown_id))
+        headers.append((b"x-request-id", self.shown_id.encode()))
         if self._wants_timing() and (timing := current.get()) is not None:
             headers.append((TIMING, timing.line().encode()))
         await self._send({"type": "http.response.start", "status": self.status, "headers": headers})
@@ -362,7 +358,7 @@ class Endpoint:
             self._gate.working.discard(work)
             gone.cancel()
             cancelled = work.cancelled() or work.cancel()
-            await _ended(work)
+            await asyncio.gather(work, return_exceptions=True)  # its end, whatever it is
         if timed_out:
             raise ApiError(408, f"the request took longer than {limit:g} s ({bound})")
         if gone.done() and not gone.cancelled() and cancelled:
@@ -438,11 +434,6 @@ def _bare(error: ApiError) -> ApiError:
     """The error without the frames that it came through."""
     error.__traceback__ = error.__context__ = error.__cause__ = None
     return error
-
-
-async def _ended(task: Awaitable[object]) -> None:
-    """Waits for a task's end, whatever it is."""
-    await asyncio.gather(task, return_exceptions=True)
 
 
 def check_model(asked: str | None, served: Sequence[str]) -> None:

@@ -51,7 +51,7 @@ async def completion_job(service: Service, name: str, request: CompletionRequest
     fill_in = _fill_in(service, request)
     if fill_in is not None and not params.ignore_eos:
         params.stop_token_ids = [*params.stop_token_ids, *sorted(fill_in.ends)]
-    return service.job(name, prompts, params, priority=request.priority, param="prompt", user=request.user)
+    return service.job(name, prompts, params, request, "prompt")
 
 
 async def prompts_of(service: Service, request: CompletionRequest) -> list[list[int]]:
