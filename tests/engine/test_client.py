@@ -150,7 +150,7 @@ def test_abort_by_id() -> None:
 def test_refusals_name_the_reason() -> None:
     async def test() -> None:
         async with engine(num_blocks=4) as client:
-            assert client.ready.max_model_len == 64
+            assert client.ready.limits.max_model_len == 64
             for prompt, word in (
                 ([], "empty"),
                 ([1] * 64, "64 tokens"),

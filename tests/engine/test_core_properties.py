@@ -85,7 +85,7 @@ def drive(core: EngineCore, scenario: list[Plan]) -> dict[int, Received]:
 
 
 def check_all(core: EngineCore, scenario: list[Plan], received: dict[int, Received]) -> None:
-    limit = core.ready.max_model_len
+    limit = core.ready.limits.max_model_len
     for i, plan in enumerate(scenario):
         got = received[i]
         assert len(got.finish) == 1, "every request ends exactly once"

@@ -162,7 +162,7 @@ def test_first_come_first_served_under_pressure() -> None:
 
 def test_the_pool_bounds_the_context() -> None:
     core = make(blocks=3)
-    assert core.ready.max_model_len == core.facts.max_model_len == 48
+    assert core.ready.limits.max_model_len == core.facts.max_model_len == 48
     ask(core, "fits", [1] * 40, 100)
     ask(core, "never", [1] * 48, 1)
     outputs = drain(core)

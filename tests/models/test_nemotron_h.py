@@ -132,7 +132,7 @@ def test_states_bound_the_sequences(tmp_path: Path) -> None:
             EngineConfig(model=str(path), device="cpu", max_num_seqs=9, kv_cache_memory_gb=gb)
         )
         core.close()
-        return core.ready.max_num_seqs
+        return core.ready.limits.max_num_seqs
 
     assert limit(1.0) == 9 and limit(3.5 * each / 1e9) == 3
     with pytest.raises(CapacityError, match="state of one sequence"):

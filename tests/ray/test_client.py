@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rvllm.backends.base import Limits
 from rvllm.engine.ipc.messages import Generate, ModelFacts, Output, Ready, Sampling, SequenceState, State
 from rvllm.errors import EngineDeadError, UnavailableError
 from rvllm.ray import client
@@ -78,8 +79,9 @@ class Replicas:
 
 
 READY = Ready(
-    backend="cpu", max_model_len=100, num_blocks=10, block_size=16, max_num_seqs=4, max_num_batched_tokens=64,
-    load_seconds=0.0, ledger=[],
+    backend="cpu", load_seconds=0.0, ledger=[],
+    limits=Limits(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=100, block_size=16, num_blocks=10,
+                  pipeline_depth=1),
     facts=ModelFacts(architecture="x", model_path="", vocab_size=100, max_model_len=100),
 )  # fmt: skip
 

@@ -63,7 +63,7 @@ def _stateful(service: Service, gate: Gate) -> dict[type, Any]:
     responses = Responses(service, gate, store)
     files = BatchStore(config.files_dir, int(config.files_max_mb * 1e6))
     gate.closing.append(files.close)
-    at_once = config.batch_concurrency or max(1, service.ready.max_num_seqs // 2)
+    at_once = config.batch_concurrency or max(1, service.ready.limits.max_num_seqs // 2)
     create = next(operation for operation in OPERATIONS if operation.path == "/v1/responses")
     lines = {**answering(service), create.path: _handler(create, responses)}
     return {

@@ -86,8 +86,8 @@ def service_of(
     metrics = Metrics(
         name,
         {
-            "block_size": str(ready.block_size),
-            "num_gpu_blocks": str(ready.num_blocks),
+            "block_size": str(ready.limits.block_size),
+            "num_gpu_blocks": str(ready.limits.num_blocks),
             "num_cpu_blocks": str(engine_config.num_cpu_blocks),
             "enable_prefix_caching": str(engine_config.enable_prefix_caching),
             "gpu_memory_utilization": str(engine_config.gpu_memory_utilization),

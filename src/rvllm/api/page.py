@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import re
 import time
 from typing import Any
@@ -117,6 +118,7 @@ def view_of(service: Service, state: State) -> EngineView:
     now, names = time.time(), EngineView.__struct_fields__
     sources: tuple[msgspec.Struct, ...] = (service.ready.facts, service.ready, state)
     shown = {n: getattr(source, n) for source in sources for n in source.__struct_fields__ if n in names}
+    shown |= {n: value for n, value in dataclasses.asdict(service.ready.limits).items() if n in names}
     shown |= {
         "time": now,
         "uptime": max(0.0, now - service.started),

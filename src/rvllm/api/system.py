@@ -24,8 +24,8 @@ def _card(service: Service, name: str) -> ModelCard:
         id=name,
         created=service.started,
         root=service.served_name,
-        max_model_len=ready.max_model_len,
-        context_length=ready.max_model_len,
+        max_model_len=ready.limits.max_model_len,
+        context_length=ready.limits.max_model_len,
         capabilities=_capabilities(service),
     )
 
@@ -77,7 +77,7 @@ async def tokenize(service: Service, exchange: Exchange, request: TokenizeReques
     names = None
     if request.return_token_strs:
         names = await service.work.run(tasks.token_texts, "prompt", len(tokens), tokens)
-    await exchange.json(Tokens(len(tokens), service.ready.max_model_len, tokens, names))
+    await exchange.json(Tokens(len(tokens), service.ready.limits.max_model_len, tokens, names))
 
 
 async def tokenizer_info(service: Service, exchange: Exchange, request: None) -> None:
@@ -88,7 +88,7 @@ async def tokenizer_info(service: Service, exchange: Exchange, request: None) ->
         eos_token=tokenizer.eos_token,
         pad_token=tokenizer.special_tokens.get("pad_token"),
         chat_template=service.template,
-        model_max_length=service.ready.max_model_len,
+        model_max_length=service.ready.limits.max_model_len,
     )
     await exchange.json(info)
 
@@ -196,10 +196,10 @@ async def server_info(service: Service, exchange: Exchange, request: None) -> No
         "dtype": facts.dtype,
         "device": ready.backend,
         "max_model_len": facts.max_model_len,
-        "max_num_seqs": ready.max_num_seqs,
-        "max_num_batched_tokens": ready.max_num_batched_tokens,
-        "block_size": ready.block_size,
-        "num_gpu_blocks": ready.num_blocks,
+        "max_num_seqs": ready.limits.max_num_seqs,
+        "max_num_batched_tokens": ready.limits.max_num_batched_tokens,
+        "block_size": ready.limits.block_size,
+        "num_gpu_blocks": ready.limits.num_blocks,
         **service.shown_settings,
     }
     await exchange.json({"vllm_config": settings, "system_env": {"rvllm": __version__}})

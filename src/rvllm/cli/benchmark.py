@@ -207,16 +207,16 @@ def _prompts(core: EngineCore, config: EngineConfig, n: int, length: int | None)
 
 def _check_room(core: EngineCore, prompts: Sequence[Sequence[int]], output_len: int) -> None:
     """Raises CapacityError when the requests could not all run at once, which would measure queueing."""
-    ready = core.ready
+    limits = core.ready.limits
     longest = max(len(prompt) for prompt in prompts) + output_len
-    if longest > ready.max_model_len:
-        raise CapacityError(f"{longest} tokens a request exceed the context of {ready.max_model_len} "
+    if longest > limits.max_model_len:
+        raise CapacityError(f"{longest} tokens a request exceed the context of {limits.max_model_len} "
                             "(--input-len, --output-len, --max-model-len)")  # fmt: skip
-    if len(prompts) > ready.max_num_seqs:
-        raise CapacityError(f"--n {len(prompts)} exceeds --max-num-seqs {ready.max_num_seqs}")
-    blocks = sum(-(-(len(prompt) + output_len) // ready.block_size) for prompt in prompts)
-    if blocks > ready.num_blocks:
-        raise CapacityError(f"--n {len(prompts)} needs {blocks} KV blocks, there are {ready.num_blocks} "
+    if len(prompts) > limits.max_num_seqs:
+        raise CapacityError(f"--n {len(prompts)} exceeds --max-num-seqs {limits.max_num_seqs}")
+    blocks = sum(-(-(len(prompt) + output_len) // limits.block_size) for prompt in prompts)
+    if blocks > limits.num_blocks:
+        raise CapacityError(f"--n {len(prompts)} needs {blocks} KV blocks, there are {limits.num_blocks} "
                             "(--num-blocks, --kv-cache-memory-gb)")  # fmt: skip
 
 

@@ -140,7 +140,7 @@ async def _run(
         service = service_of(engine, engine.ready, engine_config, config, tokenizer, None, template)
         waiting = iter([(number, line) for number, line in lines.items() if number not in journal.done])
         answering = handlers(service)
-        at_once = config.batch_concurrency or engine.ready.max_num_seqs
+        at_once = config.batch_concurrency or engine.ready.limits.max_num_seqs
         async with asyncio.TaskGroup() as group:
             for _ in range(at_once):
                 group.create_task(_worker(waiting, answering, journal))

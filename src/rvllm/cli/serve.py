@@ -267,9 +267,9 @@ def _summary(engine: EngineClient, config: EngineConfig, name: str, kernels: str
     """What an operator wants to know of a model that has just been loaded."""
     from rvllm.cli.common.tables import human_bytes
 
-    ready, facts = engine.ready, engine.ready.facts
+    ready, facts, limits = engine.ready, engine.ready.facts, engine.ready.limits
     memory = " · ".join(f"{line.name} {human_bytes(line.nbytes)}" for line in ready.ledger)
-    tokens = ready.num_blocks * ready.block_size
+    tokens = limits.num_blocks * limits.block_size
     given = " · ".join(
         f"{flag} {value}" for flag, value in given_settings(config).items() if flag != "--model"
     )
@@ -278,10 +278,10 @@ def _summary(engine: EngineClient, config: EngineConfig, name: str, kernels: str
         f"  kernels {kernels}",
         *([f"  given   {given}"] if given else []),
         f"  memory  {memory}",
-        f"  blocks  {ready.num_blocks:,} of {ready.block_size} tokens: {tokens:,} tokens for up to "
-        f"{ready.max_num_seqs} sequences of at most {ready.max_model_len:,}",
-        f"  steps   {ready.max_num_batched_tokens:,} tokens, where sequences decode "
-        f"{ready.max_mixed_tokens or ready.max_num_batched_tokens:,}",
+        f"  blocks  {limits.num_blocks:,} of {limits.block_size} tokens: {tokens:,} tokens for up to "
+        f"{limits.max_num_seqs} sequences of at most {limits.max_model_len:,}",
+        f"  steps   {limits.max_num_batched_tokens:,} tokens, where sequences decode "
+        f"{limits.max_mixed_tokens or limits.max_num_batched_tokens:,}",
     ]
 
 

@@ -72,31 +72,25 @@ class EngineCore:
         load_seconds: float = 0.0,
     ) -> None:
         limits = backend.limits
-        max_model_len = limits.max_model_len
         if facts.embedding_size is None:  # a sequence that the whole pool cannot hold could never finish
-            max_model_len = min(max_model_len, limits.num_blocks * limits.block_size)
+            held = limits.num_blocks * limits.block_size
+            limits = replace(limits, max_model_len=min(limits.max_model_len, held))
         self.backend: Backend = backend
         self.generator = backend if isinstance(backend, Generator) else None
-        self.facts: ModelFacts = msgspec.structs.replace(facts, max_model_len=max_model_len)
+        self.facts: ModelFacts = msgspec.structs.replace(facts, max_model_len=limits.max_model_len)
         self.counters = EngineStats()
         self.counted = self.counters.counted
         self.grammars = Grammars(facts.vocab_size, facts.eos_token_ids, self.counted)
         self.scheduler = Scheduler(limits, config, self.counted)
         self.ready = Ready(
             backend=backend.name,
-            max_model_len=max_model_len,
-            num_blocks=limits.num_blocks,
-            block_size=limits.block_size,
-            max_num_seqs=limits.max_num_seqs,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
+            limits=limits,
             load_seconds=load_seconds,
             ledger=backend.ledger(),
             facts=self.facts,
-            pipeline_depth=limits.pipeline_depth,
             scheduling_policy=config.scheduling_policy,
             fairness=config.fairness,
             sleep_mode=config.enable_sleep_mode,
-            max_mixed_tokens=limits.max_mixed_tokens,
         )
         self.texts = EmbeddingQueue(backend if isinstance(backend, Encoder) else None)
         self._eos = frozenset(facts.eos_token_ids)
@@ -126,7 +120,7 @@ class EngineCore:
             why = "this model shares no prefixes" if config.enable_prefix_caching else "it is switched off"
             raise UsageError(f"{FLAG} tells of the prefix cache (--enable-prefix-caching), and {why}")
         self._publisher = Publisher(settings)
-        self._events = KvEvents(self._publisher.send, self.ready.block_size)
+        self._events = KvEvents(self._publisher.send, self.ready.limits.block_size)
         self.scheduler.events = self.scheduler.blocks.forgotten = self._events
 
     @classmethod
@@ -161,7 +155,7 @@ class EngineCore:
             raise UsageError(f"request_id {request.request_id!r} is in use by a request that has not ended")
         if self._refused(request.request_id, lambda: self._check(request)):
             return
-        seq = Sequence(request, self.facts.max_model_len, self.ready.block_size)
+        seq = Sequence(request, self.facts.max_model_len, self.ready.limits.block_size)
         self._alive[seq.request_id] = seq
         sampling = request.sampling
         if sampling.allowed_token_ids or sampling.bad_words:
@@ -366,7 +360,7 @@ class EngineCore:
 
     def _update(self, step: Step, result: StepResult) -> None:
         """Books what a step computed and drew; parts of sequences that ended meanwhile are dropped."""
-        batch, block_size = step.batch, self.ready.block_size
+        batch, block_size = step.batch, self.ready.limits.block_size
         self.scheduler.cost.measured(result.device_seconds, step.decodes, batch.num_tokens - step.decodes)
         parts = zip(
             step.sequences,

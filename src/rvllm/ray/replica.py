@@ -101,7 +101,7 @@ class EngineReplica:
 
     async def record_routing_stats(self) -> dict[str, int]:
         """What routers are told."""
-        return {"blocks_total": self._engine.ready.num_blocks}
+        return {"blocks_total": self._engine.ready.limits.num_blocks}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What the number of replicas is decided from, beside the requests that Ray counts itself."""

@@ -18,7 +18,7 @@ from rvllm.api.generate.generation import Service
 from rvllm.api.http.exchange import Gate
 from rvllm.api.http.listen import StopSignals, bind
 from rvllm.api.http.server import serve
-from rvllm.backends.base import TokenLogprobs
+from rvllm.backends.base import Limits, TokenLogprobs
 from rvllm.config import ServerConfig
 from rvllm.engine.ipc.messages import (
     Embed,
@@ -230,11 +230,14 @@ class LiveServer:
         )
         ready = Ready(
             backend="double",
-            max_model_len=CONTEXT,
-            num_blocks=10,
-            block_size=16,
-            max_num_seqs=4,
-            max_num_batched_tokens=64,
+            limits=Limits(
+                max_num_seqs=4,
+                max_num_batched_tokens=64,
+                max_model_len=CONTEXT,
+                block_size=16,
+                num_blocks=10,
+                pipeline_depth=1,
+            ),
             load_seconds=0.0,
             ledger=[],
             facts=facts,

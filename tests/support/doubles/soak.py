@@ -195,10 +195,10 @@ def run(seed: int) -> tuple[int, Counter[int]]:
 def _check_answer(core: EngineCore, plan: Plan, got: Received) -> None:
     assert len(got.finish) == 1
     reason, stop = got.finish[0]
-    if len(plan.prompt) >= core.ready.max_model_len:
+    if len(plan.prompt) >= core.ready.limits.max_model_len:
         assert reason == "error"
         return
-    tokens, expected, stop_token = alone(plan, core.ready.max_model_len)
+    tokens, expected, stop_token = alone(plan, core.ready.limits.max_model_len)
     if reason == "abort":
         assert plan.cancel_at is not None and got.tokens == tokens[: len(got.tokens)]
     else:

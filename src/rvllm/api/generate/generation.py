@@ -234,7 +234,7 @@ class Service:
         return Job(request_id, list(prompts), params, generates, choices, time.perf_counter())
 
     def _check_room(self, count: int) -> None:
-        excess = self.in_flight + count - self.ready.max_num_seqs - self.config.max_queue
+        excess = self.in_flight + count - self.ready.limits.max_num_seqs - self.config.max_queue
         if excess > 0:
             raise overloaded(
                 f"{self.in_flight} requests are running or waiting, no more are taken (--max-queue)",
@@ -286,7 +286,7 @@ class Service:
                     clock.read(output)
                     reason = delta.finish_reason or reason
                     if output.waited_too_long:
-                        queued = self.in_flight - self.ready.max_num_seqs
+                        queued = self.in_flight - self.ready.limits.max_num_seqs
                         raise overloaded(delta.error or "", self._retry.seconds(max(1, queued)))
                     if reason == "error":
                         # What of a checked request cannot be followed is its grammar, which the model's

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.base import LedgerLine, SamplingSpec, TokenLogprobs
+from rvllm.backends.base import LedgerLine, Limits, SamplingSpec, TokenLogprobs
 from rvllm.errors import RvllmError, UsageError
 from rvllm.telemetry.stats import Stats, StepKernel
 
@@ -275,20 +275,14 @@ class Ready(msgspec.Struct, tag="ready", kw_only=True, array_like=True):
     """The engine has loaded its model and takes requests."""
 
     backend: str
-    max_model_len: int
-    num_blocks: int
-    block_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
+    limits: Limits
     load_seconds: float
     ledger: list[LedgerLine]
     facts: ModelFacts
-    pipeline_depth: int = 1
     scheduling_policy: str = "priority"
     sleep_mode: bool = False
     phases: list[tuple[str, float]] = []  # of the load, in order, and the seconds that each took
     fairness: str = "none"  # or whose requests get fair shares: api-key, user
-    max_mixed_tokens: int = 0  # of a step in which sequences decode; 0: max_num_batched_tokens
 
 
 class Failed(msgspec.Struct, tag="failed", array_like=True):
