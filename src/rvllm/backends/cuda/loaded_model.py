@@ -18,6 +18,7 @@ from rvllm.backends.cuda.staging import staging_bytes
 from rvllm.backends.cuda.supported import check_device, check_supported
 from rvllm.backends.cuda.weight_loader import Loader, fill_dummy
 from rvllm.config import EngineConfig, kernel_cache_dir
+from rvllm.kernels.types import SHORT
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
 from rvllm.weights.checkpoint import Checkpoint
@@ -44,7 +45,7 @@ def loading_kernels(packed: Sequence[PackedWeight], dtype: DType, checkpoint: Ch
     """Kernels that put the weights in place; None as checkpoint: those that fill in random ones."""
     if checkpoint is not None:
         return Loader.kernels(packed, dtype, checkpoint)
-    tag = "bf16" if dtype is DType.BF16 else "f16"
+    tag = SHORT[dtype.value]
     names = [f"sm80_{tag}_fill_random", "sm80_f32_fill_random"]
     for wanted in packed:
         if wanted.format is not None:

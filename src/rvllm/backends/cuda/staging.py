@@ -25,6 +25,7 @@ from rvllm.backends.cuda.device.host_memory import HostMemory
 from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.ops.gemm.plan import Interleave
 from rvllm.errors import ModelError
+from rvllm.kernels.types import SHORT
 from rvllm.program.dtypes import DType
 from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.reading import FileReader
@@ -95,7 +96,7 @@ class Staging:
         self._catalog = catalog
         self._stream = stream
         self._dtype = dtype
-        self.tag = "bf16" if dtype is DType.BF16 else "f16"
+        self.tag = SHORT[dtype.value]
         # Raw buffers and, as Q4 blocks grow fourfold in 16 bits, room for one dequantised piece.
         count, most = BUFFERS, STAGING
         if scratch.nbytes < (BUFFERS + 8) * STAGING:

@@ -15,16 +15,18 @@ from rvllm.backends.base import Progress
 from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Launch, Stream
 from rvllm.backends.cuda.formats import device_format
+from rvllm.backends.cuda.formats.base import stored_kinds
 from rvllm.backends.cuda.layout.packed import PackedWeight, WeightLayout
 from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up, pack_arguments
 from rvllm.backends.cuda.staging import BLOCK, Span, Staging
+from rvllm.kernels.gemm.tiles import SOURCES
+from rvllm.kernels.types import SHORT
 from rvllm.program.dtypes import DType
-from rvllm.weights.checkpoint import Checkpoint, TensorType
-from rvllm.weights.packing import find_tensor, pack, raw_parts, readable_parts, readable_type
+from rvllm.weights.checkpoint import Checkpoint
+from rvllm.weights.packing import pack, raw_parts, readable_parts
 from rvllm.weights.reading import FileReader
 
 VECTORS = ("norm", "bias", "gated_bias")
-_PLAIN = {TensorType.F32: "f32", TensorType.F16: "f16", TensorType.BF16: "bf16"}
 
 
 class Loader(Staging):
@@ -33,15 +35,14 @@ class Loader(Staging):
     @staticmethod
     def kernels(packed: Sequence[PackedWeight], dtype: DType, checkpoint: Checkpoint) -> list[str]:
         """The kernels that loading these weights needs. What is missing is left to `check_weights`."""
-        tag, names = "bf16" if dtype is DType.BF16 else "f16", list[str]()
+        tag, names = SHORT[dtype.value], list[str]()
         for wanted in packed:
             if wanted.form in VECTORS or wanted.blocks is not None:
                 continue
             if wanted.format is not None:
                 names += device_format(wanted.format).loading_kernels(wanted, dtype, checkpoint)
                 continue
-            found = ((part, find_tensor(part, checkpoint)) for part in wanted.weight.parts)
-            for kind in (readable_type(part, info) for part, info in found if info is not None):
+            for kind in stored_kinds(wanted.weight, checkpoint):
                 names += _placing(wanted.form, kind, tag)
         return list(dict.fromkeys(names))
 
@@ -72,13 +73,13 @@ class Loader(Staging):
     def _expand(self, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
         """A matrix in the model's type; parts that must be rearranged come as float32 from the host."""
         width, nbytes = packed.width, 0
-        parts = ((part.type, part.data) for part in readable_parts(packed.weight, checkpoint))
+        parts = ((part.type.value.lower(), part.data) for part in readable_parts(packed.weight, checkpoint))
         for kind, span in self.spans(packed, address, parts):
             nbytes += span.data.nbytes
             self.queue(span, partial(self._place, span, kind), 2 * width)
         return nbytes
 
-    def _place(self, span: Span, kind: TensorType, source: int, first: int, rows: int, padded: int) -> None:
+    def _place(self, span: Span, kind: str, source: int, first: int, rows: int, padded: int) -> None:
         """Queues the kernels that take a slice of a span's rows, stored as `kind`, to its place."""
         form, width = span.packed.form, span.packed.width
         *dequant, place = _placing(form, kind, self.tag)
@@ -113,15 +114,15 @@ class Loader(Staging):
         self.copy(values, address)
 
 
-def _placing(form: WeightLayout, kind: TensorType, tag: str) -> list[str]:
+def _placing(form: WeightLayout, kind: str, tag: str) -> list[str]:
     """The kernels that put rows stored as `kind` in their place: at most one that dequantises, one that
     places.
     """
-    dequant = f"sm80_{tag}_dequant_{kind.value.lower()}"
+    dequant = f"sm80_{tag}_dequant_{kind}"
     if form == "table":
         return [dequant]
-    if kind in _PLAIN:
-        return [f"sm80_{tag}_gemm_pack_{_PLAIN[kind]}"]
+    if kind in SOURCES:
+        return [f"sm80_{tag}_gemm_pack_{kind}"]
     return [dequant, f"sm80_{tag}_gemm_pack_{tag}"]
 
 
@@ -129,7 +130,7 @@ def fill_dummy(
     catalog: Catalog, stream: Stream, dtype: DType, places: Sequence[tuple[PackedWeight, int]], seed: int
 ) -> None:
     """Random weights where the real ones would be: deviation 0.02, norms around 1; no file is read."""
-    tag = "bf16" if dtype is DType.BF16 else "f16"
+    tag = SHORT[dtype.value]
     for index, (wanted, address) in enumerate(places):
         if wanted.format is not None:
             device_format(wanted.format).fill(catalog, stream, wanted, address, seed * 1_000_003 + index)

@@ -17,6 +17,7 @@ from rvllm.program.dtypes import DType
 from rvllm.program.formats import WeightFormat
 from rvllm.program.ops.dense import Linear, Logits, Weight
 from rvllm.weights.checkpoint import Checkpoint
+from rvllm.weights.packing import find_tensor, readable_type
 
 
 class DeviceFormat(Protocol):
@@ -50,3 +51,9 @@ def format_of(weight: Weight) -> WeightFormat:
     """A weight's format, which it must have."""
     assert weight.format is not None, weight.name
     return weight.format
+
+
+def stored_kinds(weight: Weight, checkpoint: Checkpoint) -> list[str]:
+    """The type of each of its parts that is there, as it reaches the device and as kernels' names have it."""
+    found = ((part, find_tensor(part, checkpoint)) for part in weight.parts)
+    return [readable_type(part, info).value.lower() for part, info in found if info is not None]

@@ -19,7 +19,7 @@ from rvllm.backends.cuda.device.driver import Launch, Stream
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import MatrixMap, ints
 from rvllm.backends.cuda.formats import fp8_plan
-from rvllm.backends.cuda.formats.base import format_of
+from rvllm.backends.cuda.formats.base import format_of, stored_kinds
 from rvllm.backends.cuda.layout.fusion import Stage
 from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.ops.family import Lowering
@@ -27,19 +27,18 @@ from rvllm.backends.cuda.ops.gemm.epilogue import Epilogue, plan_launch
 from rvllm.backends.cuda.staging import Staging
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.gemm.fp8.specs import BLOCK_K, QUANTISE_BLOCKS, QUANTISE_THREADS
-from rvllm.kernels.gemm.tiles import SOURCES, TILE
+from rvllm.kernels.gemm.tiles import TILE
 from rvllm.program.dtypes import DType
 from rvllm.program.formats import FP8_ROWS, Fp8Format
 from rvllm.program.ops.dense import Add, Experts, Linear, Logits, Norm, Op, Weight
-from rvllm.weights.checkpoint import Checkpoint, TensorType
+from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.formats import Fp8Part, fp8_part
-from rvllm.weights.packing import find_tensor, readable_parts, readable_type
+from rvllm.weights.packing import find_tensor, readable_parts
 
 ACTIVATIONS, SCALES = "fp8.activations", "fp8.scales"  # scratch
 NORMED, NORMED_SCALES = "fp8.normed", "fp8.normed_scales"  # of what norms write quantised
 SPARE_TOKENS = 256  # scales of a whole tile of tokens are loaded, whether they exist or not
 DEVIATION = 0.02 / 60  # scale of dummy weights, whose bytes have deviation 60
-_TAGS = {TensorType.F32: "f32", TensorType.BF16: "bf16", TensorType.F16: "f16"}
 
 
 class Fp8Device:
@@ -68,9 +67,7 @@ class Fp8Device:
             return ["sm80_fp8_fill", "sm80_fp8_fill_scales"]
         if _parts(packed.weight, checkpoint) is not None:
             return ["sm80_fp8_pack"]
-        infos = ((part, find_tensor(part, checkpoint)) for part in packed.weight.parts)
-        types = (readable_type(part, info) for part, info in infos if info is not None)
-        return [f"sm80_fp8_quantise_{_TAGS[kind]}" for kind in types]
+        return [f"sm80_fp8_quantise_{kind}" for kind in stored_kinds(packed.weight, checkpoint)]
 
     def load(self, loader: Staging, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
         """See DeviceFormat."""
@@ -258,7 +255,7 @@ def _sources(
         yield from (("sm80_fp8_pack", part.codes()) for part in parts)
         return
     for raw in readable_parts(packed.weight, checkpoint):
-        yield f"sm80_fp8_quantise_{_TAGS[raw.type]}", raw.data
+        yield f"sm80_fp8_quantise_{raw.type.value.lower()}", raw.data
 
 
 def _spread(scales: NDArray[np.float32], kept: Fp8Format, k: int) -> NDArray[np.float32]:
@@ -285,6 +282,3 @@ def arrange_scales(
     groups = placed.reshape(-1, TILE // FP8_ROWS, FP8_ROWS, scales.shape[1])
     # A group that ends with rows of padding has its scale in its first row.
     return np.ascontiguousarray(groups[:, :, 0].transpose(2, 0, 1))
-
-
-assert set(_TAGS.values()) == set(SOURCES)

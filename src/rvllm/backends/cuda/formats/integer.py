@@ -18,7 +18,7 @@ from rvllm.backends.cuda.device.catalog import Catalog
 from rvllm.backends.cuda.device.driver import Launch, Stream
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import ints
-from rvllm.backends.cuda.formats.base import format_of
+from rvllm.backends.cuda.formats.base import format_of, stored_kinds
 from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.ops.family import Lowering
 from rvllm.backends.cuda.ops.gemm import integer
@@ -27,19 +27,19 @@ from rvllm.backends.cuda.ops.gemm.epilogue import Epilogue, plan_launch
 from rvllm.backends.cuda.staging import Span, Staging
 from rvllm.kernels.gemm.integer.specs import LAYOUTS, IntegerLayout, sm80_smem
 from rvllm.kernels.gemm.tiles import TILE
+from rvllm.kernels.types import SHORT
 from rvllm.program.dtypes import DType
 from rvllm.program.formats import IntegerFormat
 from rvllm.program.ops.dense import Linear, Logits, Weight
-from rvllm.weights.checkpoint import Checkpoint, TensorType
+from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.formats import QUANTISED_INT4, PackedPart, packed_part
-from rvllm.weights.packing import find_tensor, raw_parts, readable_parts, readable_type
+from rvllm.weights.packing import find_tensor, raw_parts, readable_parts
 from rvllm.weights.safetensors.grouped import PackedMatrix
 from rvllm.weights.safetensors.stored import StoredTensor
 
 REORDERED = "integer.reordered"  # scratch: activations in the order of a weight's columns
 _ALIGN = 256
 _GRID = 132 * 8
-_PLAIN = {TensorType.F32: "f32", TensorType.F16: "f16", TensorType.BF16: "bf16"}
 _SCALES = {"F16": 0, "BF16": 1, "F32": 2}  # ScaleKind in pack_words.cu
 _GATHER_THREADS = 128
 
@@ -87,15 +87,14 @@ class IntegerDevice:
 
     def loading_kernels(self, packed: PackedWeight, dtype: DType, checkpoint: Checkpoint | None) -> list[str]:
         """See DeviceFormat."""
-        tag, kept = _tag(dtype), _format(packed.weight)
+        tag, kept = SHORT[dtype.value], _format(packed.weight)
         if checkpoint is None:
             return [f"sm80_{tag}_integer_fill"]
         words = [f"sm80_{tag}_integer_pack_{name}" for _, name in kept.parts if LAYOUTS[name].integers]
-        infos = [(part, find_tensor(part, checkpoint)) for part in packed.weight.parts]
-        kinds = [readable_type(part, info) for part, info in infos if info is not None]
+        kinds = stored_kinds(packed.weight, checkpoint)
         if kept.stored == QUANTISED_INT4:
-            return words + [f"sm80_integer_quantise_{_PLAIN[kind]}" for kind in kinds]
-        return words or [f"sm80_integer_pack_{kind.value.lower()}" for kind in kinds]
+            return words + [f"sm80_integer_quantise_{kind}" for kind in kinds]
+        return words or [f"sm80_integer_pack_{kind}" for kind in kinds]
 
     def load(self, loader: Staging, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
         """See DeviceFormat."""
@@ -161,10 +160,6 @@ class IntegerDevice:
             order,
             *ints(k, op.x.width),
         )
-
-
-def _tag(dtype: DType) -> str:
-    return "bf16" if dtype is DType.BF16 else "f16"
 
 
 def _format(weight: Weight) -> IntegerFormat:
@@ -297,7 +292,7 @@ def _quantise(loader: Staging, packed: PackedWeight, address: int, checkpoint: C
     nbytes, k = 0, packed.width
     groups, words = -(-k // 128), -(-k // 8)
     (run,), _ = runs_of(_format(packed.weight), packed.rows, k)
-    parts = ((_PLAIN[part.type], part.data) for part in readable_parts(packed.weight, checkpoint))
+    parts = ((part.type.value.lower(), part.data) for part in readable_parts(packed.weight, checkpoint))
     for kind, span in loader.spans(packed, address, parts):
         nbytes += span.data.nbytes
         for source, first, rows, padded in loader.stream(span, 4 * words + 8 * groups):

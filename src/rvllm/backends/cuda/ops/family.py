@@ -18,6 +18,7 @@ from rvllm.backends.cuda.layout.packed import WeightLayout
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.ops.decode.chains import ARRIVALS, Joiner
 from rvllm.backends.cuda.ops.gemm.strategy import GemmStrategy
+from rvllm.kernels.types import SHORT
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Op, Program, Weight
 
@@ -53,7 +54,7 @@ class Lowering:
     @property
     def tag(self) -> str:
         """The type in kernels' names."""
-        return "bf16" if self.dtype is DType.BF16 else "f16"
+        return SHORT[self.dtype.value]
 
     def joiner(self) -> Joiner:
         """What joins one token's launches."""

@@ -28,7 +28,7 @@ from rvllm.kernels.external import missing_headers
 from rvllm.kernels.gemm.cutlass.specs import SPECS as CUTLASS_SPECS
 from rvllm.kernels.gemm.specs import SPECS as NATIVE_SPECS
 from rvllm.kernels.manifest import MANIFEST
-from rvllm.program.dtypes import DType
+from rvllm.kernels.types import SHORT
 from rvllm.program.ops.dense import Program
 
 LIBRARY = "cublaslt"
@@ -60,14 +60,13 @@ def known_strategy(program: Program, config: EngineConfig, facts: DeviceFacts) -
     if config.gemm_strategy != "auto":
         return GemmStrategy(config.gemm_strategy)
     shapes = shapes_of(fuse(joined(program)))
-    lookup, kept = _lookup(program, facts, providers_here(facts.capability, _tag(program))[0]), _kept()
+    lookup, kept = (
+        _lookup(program, facts, providers_here(facts.capability, SHORT[program.dtype.value])[0]),
+        _kept(),
+    )
     if any(known_times(shape, lookup, kept)[1] for shape in shapes):
         return GemmStrategy("auto")
     return GemmStrategy("auto", tune(shapes, lookup, kept, _no_timer, lambda done, text: None)[0])
-
-
-def _tag(program: Program) -> str:
-    return "bf16" if program.dtype is DType.BF16 else "f16"
 
 
 def _kept() -> TuningCache:
@@ -76,7 +75,7 @@ def _kept() -> TuningCache:
 
 def _lookup(program: Program, facts: DeviceFacts, providers: Sequence[Provider]) -> Lookup:
     """How this program's times on this GPU are found."""
-    chip, tag = facts.info, _tag(program)
+    chip, tag = facts.info, SHORT[program.dtype.value]
     return Lookup(
         Conditions(facts.name, int(call("cuDriverGetVersion")), tag),
         chip,
@@ -94,7 +93,7 @@ def tuned(
     What is kept is checked on the GPU first, in a fraction of the time that it took to measure.
     """
     shapes = shapes_of(fuse(joined(program)))
-    tag = _tag(program)
+    tag = SHORT[program.dtype.value]
     providers, lines = providers_here(facts.capability, tag)
     lookup, kept = _lookup(program, facts, providers), _kept()
     if kept.damaged:

@@ -30,6 +30,7 @@ from rvllm.kernels.mla.specs import (
     splits_of,
     tiles_smem,
 )
+from rvllm.kernels.types import SHORT
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import HeadLinear
 
@@ -100,7 +101,7 @@ def plan_decode(
             "--max-num-seqs or --max-model-len"
         )
     return LatentDecodePlan(
-        kernel=f"sm80_{tag_of(dtype)}_latent_decode{suffix}",
+        kernel=f"sm80_{SHORT[dtype.value]}_latent_decode{suffix}",
         grid=grid,
         block=256,
         smem=decode_smem(shape.width, buffers, max_seqs),
@@ -116,7 +117,7 @@ def plan_prefill(dtype: DType, shape: LatentShape, smem_per_block: int) -> Prefi
     for suffix, (warps, groups, buffers) in PREFILL.items():
         if tiles_smem(MAX_WIDTH, 16 * groups, buffers) + STATIC <= smem_per_block:
             smem = tiles_smem(shape.width, 16 * groups, buffers)
-            name = f"sm80_{tag_of(dtype)}_latent_prefill{suffix}"
+            name = f"sm80_{SHORT[dtype.value]}_latent_prefill{suffix}"
             return PrefillPlan(name, 16 * groups, 32 * warps * groups, smem)
     raise MissingKernelError(f"no latent attention kernel for {smem_per_block // 1024} KB of shared memory")
 
@@ -126,7 +127,7 @@ def plan_prefill_sm90(dtype: DType, shape: LatentShape, chip: DeviceInfo) -> Pre
     if chip.capability != 90 or (shape.rank, shape.rotated) != PREFILL_SM90_SHAPE:
         return None
     return PrefillPlan(
-        f"sm90_{tag_of(dtype)}_latent_prefill",
+        f"sm90_{SHORT[dtype.value]}_latent_prefill",
         PREFILL_SM90_ROWS,
         PREFILL_SM90_THREADS,
         PREFILL_SM90_SMEM,
@@ -142,11 +143,6 @@ def check(shape: LatentShape) -> None:
             f"no latent attention kernel for a latent of {shape.rank} elements and a key of {shape.rotated}: "
             f"multiples of 16, the latent at most {MAX_RANK} and both together at most {MAX_WIDTH}"
         )
-
-
-def tag_of(dtype: DType) -> str:
-    """The type in kernels' names."""
-    return "bf16" if dtype is DType.BF16 else "f16"
 
 
 @dataclass(frozen=True)
