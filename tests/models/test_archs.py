@@ -253,7 +253,14 @@ def cut(part: Part, tensor: tiny.F32) -> tiny.F32:
 def test_layers_with_states_are_read_from_gguf(name: str, tmp_path: Path) -> None:
     config = CASES[name].config | IN_GGUF.get(name, {})
     tensors = tiny.random_tensors(name, config)
-    checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", name, config))
+    file = write_gguf(tmp_path / "model.gguf", name, config)
+    drawn = []
+    for path in (tiny.save(tmp_path, config, tensors), file):
+        backend = tiny.load(path)
+        drawn.append(tiny.greedy(backend, tiny.prompt_of(name, 45), 8))
+        backend.close()
+    assert drawn[0] == drawn[1]
+    checkpoint = open_checkpoint(file)
     for weight in build_program(ModelConfig(checkpoint.config, "gguf"), DType.F32).weights:
         wanted = np.concatenate([cut(p, tensors[p.source]).reshape(-1) for p in weight.parts])
         rounded = weight.parts[0].source.endswith("A_log")
