@@ -181,6 +181,11 @@ def test_a_grammar_beyond_the_limits_says_so(monkeypatch: pytest.MonkeyPatch) ->
     assert last.finish_reason == "error" and "too complex" in (last.error or "")
 
 
+def test_a_grammar_that_allows_no_text_says_so() -> None:
+    _, last = run(core_of(), [request("endless", grammar(json={"$ref": "#"}))])["endless"]
+    assert last.finish_reason == "error" and "allows no text" in (last.error or "")
+
+
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("company", [0, 6])
 def test_a_mask_beyond_the_limits_is_an_error_and_no_end(

@@ -52,6 +52,8 @@ class Matcher:
     @property
     def too_complex(self) -> str | None:
         """The error of a matcher that has exceeded its limits; None while it has not."""
+        if self.error == "NoExtensionBias":  # llguidance's word where no token can come next
+            return "the grammar allows no text at all"
         return None if self.error is None else f"the grammar is too complex to follow: {self.error}"
 
     def accept(self, token: int) -> str | None:

@@ -46,7 +46,6 @@ class Refused(msgspec.Struct, kw_only=True):
     mirostat_mode: Annotated[Any, (0,)] = None
     mm_processor_kwargs: Any = None
     modalities: Annotated[Any, (["text"],)] = None
-    prediction: Any = None
     prompt_embeds: Any = None
     repeat_last_n: Annotated[Any, (-1,)] = None
     samplers: Annotated[Any, ([],)] = None
