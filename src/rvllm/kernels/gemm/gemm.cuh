@@ -27,7 +27,7 @@ __host__ __device__ constexpr u64 packed_offset(u64 row, u32 k, u32 blocks) {
   return (row / TILE * blocks + k / TILE) * TILE_BYTES + row % TILE * (TILE * 2) + chunk * 16 + k % 8 * 2;
 }
 
-// First block of segment s out of `segments`; the same formula as segment_bounds in ops/gemm/plan.py.
+// First block of segment s out of `segments`.
 __device__ __forceinline__ int segment_start(int blocks, int segments, int s) { return blocks * s / segments; }
 
 // What becomes of the sum. "Rounded" is to the 16-bit type, so that a fused epilogue gives the very bits

@@ -261,7 +261,7 @@ def fp8_arguments(
     x_map: the tensor map of quantised x, in boxes of plan.box_rows x 128 bytes. x: where the plan is
     resident, the address of quantised x, or, where it quantises, of 16-bit x with x_pitch elements from
     row to row. x_scales: float32 [blocks, x_pitch], or 0.
-    weights: the packed matrix, scales behind it. The rest: see `gemm_arguments`.
+    weights: the packed matrix, scales behind it. The rest: see `ProductPlan.arguments`.
     """
     beside = weights + scales_offset(plan.rows, k)
     return [

@@ -18,7 +18,7 @@ from rvllm.program.ops.dense import Linear, Logits
 class Epilogue:
     """Where a product's rows go, `pitch` elements apart, and what happens to them on the way.
 
-    form: of the weight. kind, residual (an address), scale, soft_cap: see `gemm_arguments`.
+    form: of the weight. kind, residual (an address), scale, soft_cap: see `ProductPlan.arguments`.
     """
 
     out: int
