@@ -68,7 +68,7 @@ class Bed:
 
     def x_argument(self, plan: gemm.GemmPlan, x: torch.Tensor, dtype: str) -> TensorMap | int:
         """What a plan's kernel takes as x [rows, K] (rows may be more than the batch)."""
-        if plan.mode == "sm80":
+        if not plan.box_rows:
             return x.data_ptr()
         pitch = x.stride(0) * 2
         return TensorMap.matrix(

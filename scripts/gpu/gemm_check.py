@@ -17,8 +17,9 @@ from gemm_bed import TORCH, Bed
 
 from rvllm.backends.cuda.ops.gemm import plan as gemm
 from rvllm.backends.cuda.ops.gemm.common import Kind
-from rvllm.kernels.gemm.specs import SM80_TOKENS
+from rvllm.kernels.gemm.specs import MMA_TILES
 
+SM80_TOKENS = [tile.tokens for tile in MMA_TILES["sm80"]]
 SHAPES = [(203, 72), (64, 8), (1000, 264), (576, 576), (1536, 576), (896, 4864), (3584, 3584), (4608, 3584),
           (17000, 1160), (37888, 3584), (49152, 576), (151937, 896)]  # fmt: skip
 SMALL_SHAPES = [(203, 72), (208, 72), (1000, 264)]
@@ -136,7 +137,7 @@ class Checker:
         kind, (_, n), k = TORCH[dtype], sums.shape, x.shape[1]
         for tokens in (5, 70, 300):
             if family == "sm80":
-                plans = [gemm.variant(n, k, tokens, dtype, "sm80", SM80_TOKENS[tokens > 16], 0)]
+                plans = [gemm.variant(n, k, tokens, dtype, "sm80", SM80_TOKENS[1 if tokens <= 16 else 3], 0)]
             else:
                 size = 8 if tokens < 9 else 128 if tokens < 129 else 256
                 ways: list[tuple[gemm.Mode, int]] = [("split", size), ("sum", 192), ("wide", 256)]

@@ -33,10 +33,11 @@ TARGETS = {"sm_80": 80, "sm_90a": 90}
 INTEGER_SPILLS = 4096  # tiles of 128 tokens and more of integer weights spill; theirs are to be mended
 SPILL_LIMIT = 384  # bytes: seldom taken paths may spill a little
 TIGHT_LIMIT = 128  # of these: a little, and in the epilogue only
-TIGHT = {"sm80_bf16_gemm_n16", "sm80_f16_gemm_n64", "sm80_bf16_gemm_pack_f32", "sm90_bf16_gemm_split_n256",
-         "sm90_bf16_gemm_walk_n8", "sm90_f16_gemm_sum_n192", "sm90_f16_gemm_flow_n256",
-         "sm90_bf16_gemm_tall_n192", "sm90_f16_gemm_pair_n192", "sm90_f16_gemm_wide_n256",
-         "sm90_bf16_fp8_gemm_tall_n128", "sm90_bf16_fp8_gemm_tall_sum_n128"}  # fmt: skip
+TIGHT = {"sm80_bf16_gemm_r64_n16", "sm80_f16_gemm_r128_n256", "sm80_bf16_gemm_pack_f32",
+         "sm90_bf16_gemm_split_n256", "sm90_bf16_gemm_walk_n8", "sm90_f16_gemm_sum_n192",
+         "sm90_f16_gemm_flow_n256", "sm90_bf16_gemm_tall_n192", "sm90_f16_gemm_pair_n192",
+         "sm90_f16_gemm_wide_n256", "sm90_bf16_fp8_gemm_tall_n128",
+         "sm90_bf16_fp8_gemm_tall_sum_n128"}  # fmt: skip
 # sm_90a has wgmma kernels in their place.
 NOT_ON_HOPPER = {"gemm/gemm_sm80.cu", "gemm/fp8/gemm_sm80.cu", "gemm/integer/gemm_sm80.cu"}
 # Kernels of loading, of measurements and of a step's metadata are launched without programmatic dependence.
@@ -47,7 +48,7 @@ CHOSEN = {
     "sm_80": {"sm80_f16_text_attn_d64", "sm80_f16_attn_decode_d64", "sm80_f16_attn_prefill_d64_small",
               "sm80_sample_pick", "sm80_f16_latent_prefill", "sm80_f16_latent_merge",
               "sm80_f16_latent_prepare_n8",
-              "sm80_bf16_norm_layer_add_wide", "sm80_f16_dequant_q5_k", "sm80_bf16_gemm_n16",
+              "sm80_bf16_norm_layer_add_wide", "sm80_f16_dequant_q5_k", "sm80_bf16_gemm_r64_n16",
               "sm80_f16_experts_r64_n64", "sm80_f16_state_scan_s256", "sm80_f16_gated_norm",
               "sm80_f16_fp8_gemm_n16", "sm80_f16_experts_q4_n16", "sm80_f16_attn_decode_fp8_d64",
               "sm80_f16_integer_int4_n16", "sm80_bf16_integer_pack_int4", "sm80_bf16_text_attn_d64"},

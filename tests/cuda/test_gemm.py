@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from hypothesis import strategies as st
 
 from rvllm.backends.cuda.device import driver
 from rvllm.backends.cuda.ops.gemm import plan as gemm
+from rvllm.backends.cuda.ops.gemm import sm80
 from rvllm.backends.cuda.ops.gemm.common import Kind
+from rvllm.backends.cuda.ops.gemm.cost import Work
 from rvllm.errors import UsageError
 from rvllm.kernels import build
 from rvllm.kernels.gemm import specs as gemm_manifest
@@ -64,14 +67,19 @@ def test_segments_cover_k_and_fit_a_cluster(shape: tuple[int, int]) -> None:
 
 
 @settings(max_examples=80)
-@given(SHAPES, st.integers(1, 9000), st.sampled_from(gemm_manifest.DTYPES), st.sampled_from([80, 89, 90]))
+@given(
+    SHAPES,
+    st.integers(1, 9000),
+    st.sampled_from(gemm_manifest.DTYPES),
+    st.sampled_from([80, 86, 89, 90, 100, 120]),
+)
 def test_plans_name_kernels_that_exist_and_cover_the_product(
     shape: tuple[int, int], tokens: int, dtype: str, capability: int
 ) -> None:
     plan = gemm.plan_gemm(*shape, tokens, dtype, 132, capability)
     spec = NAMES[plan.kernel]
     assert spec.runs_on(capability) and plan.smem <= spec.smem
-    assert plan.mode in ("split", "pair", "tall") or plan.smem == spec.smem
+    assert plan.mode in ("split", "pair", "tall") or plan.stages or plan.smem == spec.smem
     assert plan.segments == gemm.segments_of(*shape)  # whatever the batch: the bits depend on it
     assert plan.grid[0] % plan.cluster == 0 and plan.cluster <= 8
     if capability == 90:
@@ -79,10 +87,17 @@ def test_plans_name_kernels_that_exist_and_cover_the_product(
         assert plan.block == gemm_manifest.sm90_threads(plan.mode, compiled)
         assert plan.token_tile in gemm_manifest.widths_of(plan.mode, compiled)
     tiles, token_tiles = -(-shape[0] // 64), -(-tokens // plan.token_tile)
-    if plan.mode == "sm80":
-        row_tiles = -(-shape[0] // 64)
+    if plan.stages:
+        tile = sm80.way_of(plan.mode, plan.token_tile).tile
+        row_tiles = -(-shape[0] // tile.rows)
         assert plan.grid[0] % row_tiles == 0  # blocks together take the same rows
         assert token_tiles <= plan.grid[0] // row_tiles * plan.grid[1] < 2 * token_tiles + 16
+        assert plan.grid[2] == (plan.segments if plan.partials else 1)
+        assert plan.partials or plan.segments == 1 or tile.keeps
+        assert plan.partials <= sm80.most_partial_bytes(shape[0], plan.segments)
+        assert not plan.partials or row_tiles * token_tiles <= sm80.MAX_SPLIT_TILES
+        assert plan.block == tile.threads and plan.smem == plan.stages * tile.stage
+        assert 2 <= plan.stages <= 6 and plan.smem + 1024 <= sm80.card_of(capability).smem
     elif plan.mode == "pair":
         assert plan.grid == (2, token_tiles, -(-tiles // 2)) and plan.cluster == 2 and plan.segments == 4
         assert plan.smem - 256 >= 2 * 4 * plan.token_tile * (2 * 64 + 4)
@@ -107,6 +122,34 @@ def test_plans_name_kernels_that_exist_and_cover_the_product(
 def test_decode_uses_most_of_an_h100(name: str) -> None:
     plan = gemm.plan_gemm(*SEVEN_B[name], 16, "bf16", 132)
     assert 100 <= int(np.prod(plan.grid)) <= 132
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 120])
+@pytest.mark.parametrize("name", SEVEN_B)
+def test_the_chosen_way_of_an_sm80_card_is_the_cheapest_of_all(name: str, capability: int) -> None:
+    """Also among those not thought of; and no batch is planned to take longer than a much larger one."""
+    n, k = SEVEN_B[name]
+    segments, card = gemm.segments_of(n, k), sm80.card_of(capability)
+    planned = []
+    for tokens in (1, 8, 9, 16, 32, 48, 64, 128, 256, 512, 1024, 8192):
+        plan = gemm.plan_gemm(n, k, tokens, "bf16", 108, capability)
+        work = Work(n, tokens, plan.blocks, segments, 108)
+        every = [sm80.Way(t, s) for tiles in sm80.MMA_TILES.values() for t in tiles for s in (False, True)]
+        few = tokens <= sm80.MAX_SPLIT_TOKENS  # beyond, sums left for other blocks would take too much memory
+        able = [way for way in every if sm80.can_run(way, segments) and (few or not way.split)]
+        planned.append(sm80.cycles(sm80.way_of(plan.mode, plan.token_tile), work, card))
+        assert planned[-1] <= 1.1 * min(sm80.cycles(way, work, card) for way in able), (tokens, plan.mode)
+    assert all(more >= 0.95 * fewer for fewer, more in pairwise(planned)), planned
+
+
+def test_a_ring_is_as_deep_as_the_card_has_room_for() -> None:
+    tiles = [tile for tiles in sm80.MMA_TILES.values() for tile in tiles]
+    rings = {c: [sm80.stages_of(tile, card.smem, 99) for tile in tiles] for c, card in sm80.CARDS.items()}
+    assert rings[80] == [(4, 4), (4, 4), (3, 4), (3, 3), (3, 2), (5, 1), (3, 1)]
+    assert rings[86] == rings[89] == rings[120] == [(3, 3), (3, 3), (4, 2), (3, 2), (4, 1), (3, 1), (2, 1)]
+    assert [sm80.stages_of(tile, 101_376, 1) for tile in tiles[:3]] == [(6, 1)] * 3
+    with pytest.raises(ValueError, match="cannot sum 4 segments"):
+        gemm.variant(3584, 3584, 300, "bf16", "sm80_wide", 256, 108)
 
 
 def test_refusals_name_the_way_out() -> None:

@@ -50,7 +50,7 @@ LOOKUP = Lookup(
 )
 
 
-NOWHERE = Places(1 << 40, 1, 2, 3)
+NOWHERE = Places(1 << 40, 1, 2, 3, 4)
 
 
 class Timer:
@@ -99,8 +99,14 @@ def test_every_strategy_has_candidates_and_each_can_be_launched() -> None:
             for candidate in found:
                 planned = launch_of(shape, tokens, candidate, "bf16", CHIP, NOWHERE)
                 assert candidate.provider == "cublas" or MANIFEST[planned.kernel].smem >= planned.smem
-    (only,) = candidates(QKV, 8, replace(CHIP, capability=80), ("native", "cutlass"))
-    assert only.provider == "native"
+    ampere = replace(CHIP, capability=80)
+    found = candidates(QKV, 8, ampere, ("native", "cutlass"))
+    assert {c.provider for c in found} == {"native"} and {"sm80:8", "sm80_split:8"} <= {
+        c.variant for c in found
+    }
+    for candidate in found:
+        planned = launch_of(QKV, 8, candidate, "bf16", ampere, NOWHERE)
+        assert (NOWHERE.partials in planned.parameters) == ("split" in candidate.variant)
 
 
 @pytest.mark.parametrize("strategy", ["native", "cutlass", "cublas"])

@@ -34,6 +34,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("gpu_present", "cuda_packages_present"):
         monkeypatch.setattr(load, name, lambda: True)
     monkeypatch.setattr(candidates, "TOKENS", (1, 20))
+    monkeypatch.setattr(candidates, "MAX_WAYS", 1)  # an emulator's times are not there to be compared
     monkeypatch.setattr(measure, "PASSED_OVER", 1 << 16)
     monkeypatch.setattr(choose, "ROUNDS", 1)
     monkeypatch.setattr("rvllm.backends.cuda.ops.gemm.cublas._candidates", lambda: iter(()))
@@ -90,7 +91,7 @@ def test_the_first_start_measures_and_the_second_knows(
         assert re.search(r"\d+ kernels timed", out) and re.search(r"\d+x\d+ gated: native alone", out)
     assert main(["kernels", "show-tuning"]) == 0
     out = capsys.readouterr().out
-    assert len(re.findall(r"native sm80:16", out)) == len(re.findall(r"native sm80:64", out)) == 5
+    assert len(re.findall(r"native sm80(?:_split)?:(?:8|16|32)", out)) == 10
 
 
 def test_wrong_times_with_right_digests_are_found_at_the_start(

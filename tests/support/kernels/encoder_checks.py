@@ -27,7 +27,6 @@ from rvllm.kernels.encoder.specs import (
     POOLINGS,
     TEXT_HEAD_DIMS,
 )
-from rvllm.kernels.gemm.specs import sm80_smem
 from rvllm.kernels.rowwise.specs import norm_add_norm_kernel, norm_kernel
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import BlockSparsity
@@ -206,14 +205,13 @@ class Product:
     def run(self, kind: Kind, width: int, scale: float = 1.0, soft_cap: float = 0.0) -> np.ndarray:
         """Its result [tokens, width] as floats."""
         tokens, k = self.x.shape
-        short, tile = SHORT[self.dtype.name], 16
-        plan = gemm.variant(self.rows, k, tokens, short, "sm80", tile, 132)
+        plan = gemm.variant(self.rows, k, tokens, SHORT[self.dtype.name], "sm80", 16, 132)
         out = self.gpu.empty((tokens, width), self.dtype)
         args = plan.arguments(
             self.gpu.array(self.x.astype(self.dtype)), self.gpu.array(self.packed), out, width,
             kind=kind, bias=None, residual=None, scale=scale, soft_cap=soft_cap, x_width=k, x_pitch=k,
         )  # type: ignore[arg-type]  # fmt: skip
-        self.gpu.launch(plan.kernel, plan.grid, plan.block, args, sm80_smem(tile))
+        self.gpu.launch(plan.kernel, plan.grid, plan.block, args, plan.smem)
         return out.get().astype(np.float32)
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from rvllm.backends.cuda.ops.decode import step as decode
 from rvllm.backends.cuda.ops.gemm import plan as gemm
 from rvllm.backends.cuda.ops.gemm.common import Kind
-from rvllm.kernels.gemm.specs import sm80_smem
 from rvllm.kernels.rowwise.specs import norm_kernel
 from support.kernels.harness import SHORT, Array, Machine, rounded
 
@@ -47,7 +46,7 @@ class Layer:
             x, self.packed, out, self.width, bias=self.bias, residual=out if residual else None,
             kind=self.kind, scale=0.75 if residual else 1.0, x_width=self.k, x_pitch=self.k,
         )  # fmt: skip
-        self.gpu.launch(plan.kernel, plan.grid, plan.block, args, sm80_smem(16))
+        self.gpu.launch(plan.kernel, plan.grid, plan.block, args, plan.smem)
 
 
 def launch(

@@ -7,12 +7,13 @@ described in gemm/gemm_sm90.cu and gemm/gemm_sm80.cu; `backends/cuda/ops/gemm/pl
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+from rvllm.kernels.constants import constants
 from rvllm.kernels.gemm.tiles import (
     BARRIERS,
     DTYPES,
     PARTIAL_PITCH,
-    SM80_TOKENS,
     SMEM_LIMIT,
     SOURCES,
     TILE,
@@ -98,9 +99,47 @@ def _tall_smem(tokens: int) -> int:
     return min(8, (SMEM_LIMIT - staging - BARRIERS) // stage) * stage + staging + BARRIERS
 
 
-def sm80_smem(tokens: int) -> int:
-    """Dynamic shared memory in bytes; mirrors STAGES in gemm/gemm_sm80.cu."""
-    return 4 * (TILE_BYTES + tokens * TILE * 2)
+@dataclass(frozen=True)
+class MmaTile:
+    """What a block of gemm_sm80.cu sums: `rows` of W by `tokens`, by `row_warps` by `token_warps` warps.
+
+    blocks: that are to share a multiprocessor where its memory allows it; registers are kept for so many.
+    """
+
+    rows: int
+    tokens: int
+    row_warps: int
+    token_warps: int
+    blocks: int
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.row_warps * self.token_warps
+
+    @property
+    def stage(self) -> int:
+        """Bytes of shared memory for 64 of K."""
+        return (self.rows + self.tokens) * TILE * 2
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a block can sum several segments; mirrors KEEPS."""
+        return self.rows * self.tokens <= 64 * self.threads
+
+
+MMA_TILES = {
+    "sm80": (
+        MmaTile(64, 8, 4, 1, 4),
+        MmaTile(64, 16, 4, 1, 4),
+        MmaTile(64, 32, 4, 1, 4),
+        MmaTile(64, 64, 2, 2, 3),
+        MmaTile(64, 128, 2, 2, 2),
+    ),
+    "sm80_wide": (MmaTile(128, 128, 2, 4, 1), MmaTile(128, 256, 2, 4, 1)),
+}
+MAX_RING = 6  # stages of a ring; mirrors wait_for_all_but
+MAX_SPLIT_TILES = constants("gemm/gemm_sm80.cu")["MAX_SPLIT_TILES"]
 
 
 def _specs(dtype: str) -> Iterator[KernelSpec]:
@@ -121,9 +160,13 @@ def _specs(dtype: str) -> Iterator[KernelSpec]:
         smem = max(_tall_smem(tile) for tile in widths_of("tall", tokens))
         name, symbol = f"sm90_{dtype}_gemm_tall_n{tokens}", f"gemm_tall<{t}, {tokens}>"
         yield kernel(name, "gemm_sm90_tall", symbol, smem, unit=f"{dtype}_{tokens}")
-    for tokens in SM80_TOKENS:
-        name, symbol = f"sm80_{dtype}_gemm_n{tokens}", f"gemm<{t}, {tokens}>"
-        yield kernel(name, "gemm_sm80", symbol, sm80_smem(tokens), unit=dtype)
+    for tile in (tile for tiles in MMA_TILES.values() for tile in tiles):
+        name = f"sm80_{dtype}_gemm_r{tile.rows}_n{tile.tokens}"
+        shape = tile.rows, tile.tokens, tile.row_warps, tile.token_warps, tile.blocks
+        symbol = f"gemm<{t}, {', '.join(map(str, shape))}>"
+        smem = min(MAX_RING, SMEM_LIMIT // tile.stage) * tile.stage
+        unit = f"{dtype}_{'few' if tile.tokens <= 64 else 'many'}"
+        yield kernel(name, "gemm_sm80", symbol, smem, static_smem=0, unit=unit)
     for source, stored in SOURCES.items():
         yield kernel(f"sm80_{dtype}_gemm_pack_{source}", "pack", f"pack<{stored}, {t}>")
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import MatrixMap, Planned, fixed
 from rvllm.backends.cuda.layout.fusion import Stage
-from rvllm.backends.cuda.ops.gemm import cost, cutlass
+from rvllm.backends.cuda.ops.gemm import cost, cutlass, sm80
 from rvllm.backends.cuda.ops.gemm import plan as native
-from rvllm.backends.cuda.ops.gemm.common import Kind, ProductPlan, ceil_div, fit
+from rvllm.backends.cuda.ops.gemm.common import Kind, ProductPlan, ceil_div
 from rvllm.backends.cuda.ops.gemm.cublas import KERNEL as CUBLAS
 from rvllm.backends.cuda.ops.gemm.cublas import Matmul
 from rvllm.backends.cuda.ops.gemm.strategy import ProductShape, Provider
-from rvllm.kernels.gemm.tiles import SM80_TOKENS, TILE
+from rvllm.kernels.gemm.tiles import TILE
 from rvllm.program.ops.dense import Linear, Logits
 
 TOKENS = (1, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 1024, 2048, 4096)
@@ -42,6 +42,7 @@ class Places:
     weight: int
     out: int
     workspace: int
+    partials: int
 
 
 def shapes_of(stages: Iterable[Stage]) -> list[ProductShape]:
@@ -67,10 +68,8 @@ def candidates(
     found: list[Candidate] = []
     for provider in providers:
         match provider:
-            case "native" if chip.capability == 90:
-                found += [Candidate("native", f"{m}:{t}") for m, t in _ways(shape, tokens, chip)]
             case "native":
-                found += [Candidate("native", f"sm80:{fit(SM80_TOKENS, tokens)}")]
+                found += [Candidate("native", f"{m}:{t}") for m, t in _ways(shape, tokens, chip)]
             case "cutlass" if chip.capability == cutlass.CAPABILITY:
                 found += [Candidate("cutlass", f"r{t.rows}:n{t.tokens}") for t in cutlass.ways_of(tokens)]
             case "cublas" if shape.by_library:
@@ -78,11 +77,15 @@ def candidates(
     return found
 
 
-def _ways(shape: ProductShape, tokens: int, chip: DeviceInfo) -> list[tuple[native.Mode, int]]:
+def _ways(shape: ProductShape, tokens: int, chip: DeviceInfo) -> list[tuple[str, int]]:
     """Of our kernels those that the cost model likes best."""
     segments = native.segments_of(shape.rows, shape.width)
     work = cost.Work(shape.rows, tokens, ceil_div(shape.width, TILE), segments, chip.sm_count)
-    ways = native.ways_of(segments, tokens)
+    if chip.capability != 90:
+        card, of_mma = sm80.card_of(chip.capability), sm80.ways_of(segments, tokens)
+        best = sorted(of_mma, key=lambda way: sm80.cycles(way, work, card))[:MAX_WAYS]
+        return [(way.mode, way.tile.tokens) for way in best]
+    ways: list[tuple[str, int]] = [*native.ways_of(segments, tokens)]
     return sorted(ways, key=lambda way: cost.cycles(way[0], way[1], work))[:MAX_WAYS]
 
 
@@ -93,7 +96,8 @@ def plan_of(
     size = shape.rows, shape.width, tokens, tag
     match candidate.provider:
         case "native":
-            return native.variant(*size, *native.way_named(candidate.variant), chip.sm_count)
+            way = native.way_named(candidate.variant)
+            return native.variant(*size, *way, chip.sm_count, capability=chip.capability)
         case "cutlass":
             return cutlass.variant(*size, cutlass.tile_named(candidate.variant), chip.sm_count)
     return None
@@ -116,5 +120,6 @@ def launch_of(
         return Planned(str(shape), CUBLAS, fixed(1), 0, [product])
     boxed = MatrixMap(at.x, tokens, shape.width, plan.box_rows, 64, bf16) if plan.box_rows else at.x
     widths = {"x_width": shape.width, "x_pitch": shape.width}
-    arguments = plan.arguments(boxed, at.weight, at.out, pitch, kind=kind, **widths)
+    partials = {"partials": at.partials} if isinstance(plan, native.GemmPlan) and plan.partials else {}
+    arguments = plan.arguments(boxed, at.weight, at.out, pitch, kind=kind, **widths, **partials)
     return Planned(str(shape), plan.kernel, fixed(*plan.grid), plan.block, arguments, plan.smem, plan.cluster)

@@ -13,7 +13,8 @@ from rvllm.backends.cuda.device.graphs import capture
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Counts
 from rvllm.backends.cuda.ops.gemm.cublas import WORKSPACE
-from rvllm.backends.cuda.ops.gemm.plan import packed_nbytes
+from rvllm.backends.cuda.ops.gemm.plan import packed_nbytes, segments_of
+from rvllm.backends.cuda.ops.gemm.sm80 import most_partial_bytes
 from rvllm.backends.cuda.ops.gemm.strategy import ProductShape
 from rvllm.backends.cuda.tuning.candidates import Candidate, Places, launch_of, tokens_of
 
@@ -38,11 +39,20 @@ class GemmTimer:
         weights = max(PASSED_OVER + packed_nbytes(s.rows, s.width) for s in shapes)
         inputs = max(2 * tokens_of(s)[-1] * s.width for s in shapes)
         outputs = max(4 * tokens_of(s)[-1] * (s.rows + 8) for s in shapes)
-        sizes = {"weights": weights, "x": inputs, "out": outputs, "workspace": WORKSPACE}
+        partials = max(most_partial_bytes(s.rows, segments_of(s.rows, s.width)) for s in shapes)
+        sizes = {
+            "weights": weights,
+            "x": inputs,
+            "out": outputs,
+            "workspace": WORKSPACE,
+            "partials": partials if chip.capability != 90 else 0,
+        }
         self._arena = Arena(sum(aligned(nbytes) for nbytes in sizes.values()))
         self._at = {name: self._arena.take(name, nbytes).address for name, nbytes in sizes.items()}
         for seed, name in enumerate(("weights", "x"), start=1):
             self._fill(self._at[name], sizes[name], seed, 0.02 if name == "weights" else 1.0)
+        if sizes["partials"]:  # counters that a split product finds zero, and leaves so
+            stream.fill_bytes(self._at["partials"], 0, sizes["partials"])
         stream.sync()
 
     def __call__(
@@ -79,7 +89,9 @@ class GemmTimer:
         planned = [
             launch_of(
                 shape, tokens, candidate, self._tag, self._chip,
-                Places(at["x"], at["weights"] + i % room * nbytes, at["out"], at["workspace"]),
+                Places(
+                    at["x"], at["weights"] + i % room * nbytes, at["out"], at["workspace"], at["partials"]
+                ),
             )
             for i in range(count)
         ]  # fmt: skip

@@ -46,12 +46,14 @@ class Epilogue:
         return gated_rows(rows // 2) if self.form == "gated" else rows
 
 
-def plan_product(to: Lowering, name: str, plan: ProductPlan, op: Linear | Logits, end: Epilogue) -> None:
-    """Adds the launch of a product with a weight in 16 bits."""
+def plan_product(
+    to: Lowering, name: str, plan: ProductPlan, op: Linear | Logits, end: Epilogue, **more: Any
+) -> None:
+    """Adds the launch of a product with a weight in 16 bits. more: arguments of this plan alone."""
     k, x = op.weight.shape[-1], to.at.buffers[op.x.name]
     source = to.boxes(x, to.capacity(op.x.rows), k, plan.box_rows) if plan.box_rows else x
     weight, options = to.weight(op.weight, end.form), end.options(to, op)
-    parameters = plan.arguments(source, weight, end.out, end.pitch, x_width=k, x_pitch=k, **options)
+    parameters = plan.arguments(source, weight, end.out, end.pitch, x_width=k, x_pitch=k, **options, **more)
     plan_launch(to, name, plan, parameters)
 
 

@@ -16,7 +16,7 @@ from rvllm.backends.cuda.layout.packed import WeightLayout
 from rvllm.backends.cuda.ops.decode.chains import ARRIVALS, PATHS
 from rvllm.backends.cuda.ops.decode.step import Step
 from rvllm.backends.cuda.ops.family import Family, Lowering, Scratch, Wanted
-from rvllm.backends.cuda.ops.gemm import cutlass
+from rvllm.backends.cuda.ops.gemm import cutlass, sm80
 from rvllm.backends.cuda.ops.gemm import plan as native
 from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.backends.cuda.ops.gemm.cublas import KERNEL as CUBLAS
@@ -27,6 +27,7 @@ from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Activate, Add, ClampedGate, GatedActivation, Linear, Logits, Op, Program
 
 GATED_KIND = {"silu": Kind.GATED_SILU, "gelu": Kind.GATED_GELU, "gelu_tanh": Kind.GATED_GELU_TANH}
+PARTIALS = "gemm.partials"  # scratch: see `GemmPlan.partials`
 ACT_KIND = {
     "silu": Kind.ACT_SILU, "gelu": Kind.ACT_GELU, "gelu_tanh": Kind.ACT_GELU_TANH, "relu": Kind.ACT_RELU,
     "relu2": Kind.ACT_RELU2,
@@ -107,9 +108,17 @@ def _native(to: Lowering, stage: Stage, op: Linear | Logits, end: Epilogue) -> N
     plan = native.plan_gemm(n, k, count, to.tag, chip.sm_count, chip.capability)
     if named := to.strategy.variant(stage, count):
         plan = native.variant(
-            n, k, count, to.tag, *native.way_named(named), chip.sm_count, to.strategy.why(stage)
+            n,
+            k,
+            count,
+            to.tag,
+            *native.way_named(named),
+            chip.sm_count,
+            to.strategy.why(stage),
+            chip.capability,
         )
-    plan_product(to, stage.name, plan, op, end)
+    partials = {"partials": to.at.scratch.get(PARTIALS, 0)} if plan.partials else {}
+    plan_product(to, stage.name, plan, op, end, **partials)
 
 
 def _alone(to: Lowering, name: str, op: Linear | Logits, end: Epilogue) -> None:
@@ -163,13 +172,17 @@ def _weights(op: Op, stage: Stage, matrices: WeightLayout) -> Iterable[Wanted]:
 
 
 def _scratch(program: Program, tokens: int, seqs: int, capability: int) -> Scratch:
-    """What products of quantised weights need; they share it."""
+    """What products need, which share it: of quantised weights, and where K is split without clusters."""
     found: Scratch = {}
     for weight in (op.weight for op in program.ops if isinstance(op, Linear | Logits)):
         if weight.format is not None:
             needed = device_format(weight.format).scratch(weight, max(tokens, seqs), capability)
-            for name, nbytes in needed.items():
-                found[name] = max(nbytes, found.get(name, 0))
+        else:
+            rows, k = weight.shape
+            split = capability != 90 and native.segments_of(rows, k) > 1
+            needed = {PARTIALS: sm80.most_partial_bytes(rows, native.segments_of(rows, k))} if split else {}
+        for name, nbytes in needed.items():
+            found[name] = max(nbytes, found.get(name, 0))
     return {**found, ARRIVALS: 8}
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.cuda.ops.gemm import common, cost
+from rvllm.backends.cuda.ops.gemm import common, cost, sm80
 from rvllm.backends.cuda.ops.gemm.common import (
     MANY_TOKENS,
     MAX_SEGMENTS,
@@ -47,15 +47,15 @@ from rvllm.kernels.gemm.specs import (
     TALL_TOKENS,
     WALK_TOKENS,
     WIDE_TOKENS,
-    sm80_smem,
     sm90_smem,
     sm90_threads,
     walk_box,
     walk_cluster,
 )
-from rvllm.kernels.gemm.tiles import DTYPES, SM80_TOKENS, TILE, TILE_BYTES
+from rvllm.kernels.gemm.tiles import DTYPES, TILE, TILE_BYTES
 
-Mode = Literal["split", "eight", "pair", "walk", "flow", "sum", "tall", "wide", "sm80"]
+Sm80Mode = Literal["sm80", "sm80_split", "sm80_wide", "sm80_wide_split"]
+Mode = Literal["split", "eight", "pair", "walk", "flow", "sum", "tall", "wide", Sm80Mode]
 Element = TypeVar("Element", bound=np.generic)
 
 SPLIT_SIZES = (*SPLIT_TOKENS[:-1], *SPLIT_WIDE)  # token tiles of a split product
@@ -65,24 +65,33 @@ MAX_STAGES = 12  # of a split product's ring
 TWO_AN_SM = (
     32  # token tile of which two blocks of clusters of eight share an SM if the ring is a little shorter
 )
-SM80_TOGETHER = 1024  # tokens that neighbouring blocks of the sm_80 kernels take with the same rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class GemmPlan(ProductPlan):
-    """A launch of a kernel for 16-bit weights, whose blocks of K are 64 wide."""
+    """A launch of a kernel for 16-bit weights, whose blocks of K are 64 wide.
+
+    stages: of the ring, and partials: bytes that blocks leave for each other, both of the sm80 modes.
+    """
 
     mode: Mode
+    stages: int = 0
+    partials: int = 0
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of packed weights the kernel streams at least once."""
         return ceil_div(self.rows, TILE) * self.blocks * TILE_BYTES
 
-    def arguments(self, *args: Any, **options: Any) -> list[Any]:
-        """See ProductPlan; the kernels for sm_90a are told their token tile too."""
-        tile = [ctypes.c_int(self.token_tile)] if self.box_rows else []
-        return [*super().arguments(*args, **options), *tile]
+    def arguments(self, *args: Any, partials: Any = None, **options: Any) -> list[Any]:
+        """See ProductPlan; the kernels for sm_90a are told their token tile too, those for sm_80 their ring.
+
+        partials: address of `self.partials` bytes, of which the counters were zero before the first launch.
+        """
+        behind: list[Any] = [ctypes.c_int(self.token_tile)]
+        if self.stages:
+            behind = [ctypes.c_int(self.stages), ctypes.c_void_p(0) if partials is None else partials]
+        return [*super().arguments(*args, **options), *behind]
 
 
 def packed_nbytes(n: int, k: int) -> int:
@@ -135,7 +144,9 @@ def plan_gemm(n: int, k: int, tokens: int, dtype: str, sm_count: int, capability
             f"no matrix kernel for [{tokens}, {k}] x [{n}, {k}]: the inner size must be 8, 16, ..."
         )
     if capability != 90:
-        return variant(n, k, tokens, dtype, "sm80", fit(SM80_TOKENS, tokens), sm_count, "mma.sync")
+        card = sm80.card_of(capability)
+        way = sm80.choose(n, tokens, ceil_div(k, TILE), segments_of(n, k), sm_count, card)
+        return _sm80_variant(n, k, tokens, dtype, way, sm_count, card, "mma.sync, the least planned cycles")
     mode, tile = _way(n, k, tokens, sm_count)
     why = "rows fill the GPU" if mode in ("walk", "flow", "tall") else "K split over a cluster"
     if mode == "sum":
@@ -176,7 +187,7 @@ def ways_of(segments: int, tokens: int) -> list[tuple[Mode, int]]:
 
 
 def token_tiles(mode: Mode) -> tuple[int, ...]:
-    """The token tiles that a mode's kernels can be launched with."""
+    """The token tiles that a mode's sm_90a kernels can be launched with."""
     tiles: dict[Mode, tuple[int, ...]] = {
         "split": SPLIT_SIZES,
         "eight": EIGHT_TOKENS,
@@ -186,7 +197,6 @@ def token_tiles(mode: Mode) -> tuple[int, ...]:
         "sum": SUM_TOKENS,
         "tall": TALL_TILES,
         "wide": WIDE_TOKENS,
-        "sm80": SM80_TOKENS,
     }
     return tiles[mode]
 
@@ -200,39 +210,40 @@ def variant(
     token_tile: int,
     sm_count: int,
     why: str = "asked for",
+    capability: int = 80,
 ) -> GemmPlan:
-    """The plan of one given kernel; `walk`, `flow` and `tall` need a weight with one segment."""
+    """The plan of one given kernel; `walk`, `flow` and `tall` need a weight with one segment.
+
+    capability: of the GPU that an sm80 mode's shared memory is for.
+    """
+    if mode.startswith("sm80"):
+        way = sm80.way_of(mode, token_tile)
+        return _sm80_variant(n, k, tokens, dtype, way, sm_count, sm80.card_of(capability), why)
     blocks, segments = ceil_div(k, TILE), segments_of(n, k)
     pairs, token_tiles = ceil_div(n, 2 * TILE), ceil_div(tokens, token_tile)
     cluster, box_rows = 1, token_tile
-    if mode == "sm80":
-        name, block = f"sm80_{dtype}_gemm_n{token_tile}", 128
-        smem, box_rows = sm80_smem(token_tile), 0
-        together = min(token_tiles, SM80_TOGETHER // token_tile)
-        grid = (ceil_div(n, TILE) * together, ceil_div(token_tiles, together), 1)
+    compiled = _kernel_tokens(mode, token_tile)
+    name, block = f"sm90_{dtype}_gemm_{mode}_n{compiled}", sm90_threads(mode, compiled)
+    smem = sm90_smem(mode, token_tile)
+    if mode == "split":
+        cluster, grid = segments, (segments, token_tiles, pairs)
+        smem = sm90_smem(mode, token_tile, _split_stages(n, k, token_tile))
+    elif mode == "eight":
+        cluster, grid = segments, (segments, token_tiles, pairs)
+    elif mode == "pair":
+        cluster, grid = 2, (2, token_tiles, pairs)
+    elif mode == "tall":
+        cluster = 2
+        units = ceil_div(n, 3 * TILE) * ceil_div(tokens, 2 * token_tile)
+        grid = (2 * min(max(1, sm_count // 2), units), 1, 1)
+    elif mode == "wide":
+        cluster, box_rows = 2, walk_box(mode, token_tile)
+        units = ceil_div(n, 4 * TILE) * ceil_div(tokens, token_tile)
+        grid = (2 * min(max(1, sm_count // 2), units), 1, 1)
     else:
-        compiled = _kernel_tokens(mode, token_tile)
-        name, block = f"sm90_{dtype}_gemm_{mode}_n{compiled}", sm90_threads(mode, compiled)
-        smem = sm90_smem(mode, token_tile)
-        if mode == "split":
-            cluster, grid = segments, (segments, token_tiles, pairs)
-            smem = sm90_smem(mode, token_tile, _split_stages(n, k, token_tile))
-        elif mode == "eight":
-            cluster, grid = segments, (segments, token_tiles, pairs)
-        elif mode == "pair":
-            cluster, grid = 2, (2, token_tiles, pairs)
-        elif mode == "tall":
-            cluster = 2
-            units = ceil_div(n, 3 * TILE) * ceil_div(tokens, 2 * token_tile)
-            grid = (2 * min(max(1, sm_count // 2), units), 1, 1)
-        elif mode == "wide":
-            cluster, box_rows = 2, walk_box(mode, token_tile)
-            units = ceil_div(n, 4 * TILE) * ceil_div(tokens, token_tile)
-            grid = (2 * min(max(1, sm_count // 2), units), 1, 1)
-        else:
-            cluster = walk_cluster(token_tile)
-            box_rows = walk_box(mode, token_tile)
-            grid = resident_grid(n, tokens, token_tile, cluster, sm_count)
+        cluster = walk_cluster(token_tile)
+        box_rows = walk_box(mode, token_tile)
+        grid = resident_grid(n, tokens, token_tile, cluster, sm_count)
     return GemmPlan(
         kernel=name,
         mode=mode,
@@ -247,6 +258,35 @@ def variant(
         cluster=cluster,
         smem=smem,
         why=why,
+    )
+
+
+def _sm80_variant(
+    n: int, k: int, tokens: int, dtype: str, way: sm80.Way, sm_count: int, card: sm80.Card, why: str
+) -> GemmPlan:
+    """The plan of a way of the sm_80 kernel."""
+    tile, segments = way.tile, segments_of(n, k)
+    if not sm80.can_run(way, segments):
+        raise ValueError(f"{way.mode}:{tile.tokens} cannot sum {segments} segments")
+    grid = sm80.grid_of(way, n, tokens, segments)
+    stages, _ = sm80.stages_of(tile, card.smem, ceil_div(grid[0] * grid[1] * grid[2], sm_count))
+    mode: dict[str, Mode] = {m: m for m in get_args(Sm80Mode)}
+    return GemmPlan(
+        kernel=f"sm80_{dtype}_gemm_r{tile.rows}_n{tile.tokens}",
+        mode=mode[way.mode],
+        tokens=tokens,
+        rows=n,
+        blocks=ceil_div(k, TILE),
+        segments=segments,
+        token_tile=tile.tokens,
+        box_rows=0,
+        grid=grid,
+        block=tile.threads,
+        cluster=1,
+        smem=stages * tile.stage,
+        why=why,
+        stages=stages,
+        partials=sm80.partial_bytes(way, n, tokens, segments),
     )
 
 
