@@ -132,9 +132,11 @@ def weights_of(program: Program) -> dict[str, np.ndarray]:
 class ArrayCheckpoint(Checkpoint):
     """A checkpoint over arrays in memory."""
 
-    def __init__(self, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray], kind: TensorType = TensorType.F32
+    ) -> None:
         path = Path("tiny")
-        tensors = {n: TensorInfo(n, a.shape, TensorType.F32, path, 0, a.nbytes) for n, a in arrays.items()}
+        tensors = {n: TensorInfo(n, a.shape, kind, path, 0, a.nbytes) for n, a in arrays.items()}
         super().__init__(path, config, "tiny", {}, tensors)
         object.__setattr__(self, "arrays", arrays)
 
