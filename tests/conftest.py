@@ -1,5 +1,7 @@
 """Settings for all tests. What they share is in `support`, which every test can import."""
 
+import asyncio
+import inspect
 import os
 from pathlib import Path
 
@@ -11,6 +13,17 @@ from hypothesis import settings
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
 settings.register_profile("search", deadline=None, derandomize=False, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """A test that is a coroutine runs in an event loop of its own, a minute at most."""
+    test = pyfuncitem.obj
+    if not inspect.iscoroutinefunction(test):
+        return None
+    given = {name: pyfuncitem.funcargs[name] for name in inspect.signature(test).parameters}
+    asyncio.run(asyncio.wait_for(test(**given), 60))
+    return True
 
 
 LONG = ("emulated", "models")  # what takes minutes has stages of its own in CI

@@ -15,7 +15,7 @@ from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Generate, Output, Sampling
 from rvllm.engine.stats import EngineStats
 from rvllm.errors import UsageError
-from support.doubles.engine import PagedDouble, facts, next_token
+from support.doubles.engine import PagedDouble, continuation, facts
 
 
 class Watched(PagedDouble):
@@ -70,14 +70,12 @@ def test_steps_overlap_and_none_is_wasted() -> None:
 
 
 def test_a_stop_drops_the_token_in_flight() -> None:
-    history, stop_at = [1, 2, 3], 5
-    for _ in range(stop_at):
-        history.append(next_token(history, 3, 0, 0, ()))
+    stop = continuation([1, 2, 3], 5)[-1]
     core = make(depth=2)
-    ask(core, "a", [1, 2, 3], 50, stop_token_ids=(history[-1],))
+    ask(core, "a", [1, 2, 3], 50, stop_token_ids=(stop,))
     outputs = drain(core)["a"]
     tokens = [t for o in outputs for t in o.token_ids]
-    assert outputs[-1].finish_reason == "stop" and outputs[-1].stop_reason == history[-1]
+    assert outputs[-1].finish_reason == "stop" and outputs[-1].stop_reason == stop
     assert len(batches(core)) == len(tokens) + 1
     assert core.stats().generation_tokens == len(tokens)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,13 +14,9 @@ from rvllm.engine.ipc.client import EngineClient
 from rvllm.engine.ipc.messages import Generate, Sampling
 from rvllm.engine.ipc.switch import ModelSwitch, SwitchedEngine
 from support.doubles import engine_process
-from support.doubles.engine import next_token
+from support.doubles.engine import continuation
 
 COMMAND = (sys.executable, engine_process.__file__)
-
-
-def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 60))
 
 
 @asynccontextmanager
@@ -46,88 +42,66 @@ async def tokens_of(engine: SwitchedEngine, request: Generate) -> list[int]:
     return [token async for output in engine.generate(request) for token in output.token_ids]
 
 
-def alone(prompt: list[int], count: int) -> list[int]:
-    history = list(prompt)
-    for _ in range(count):
-        history.append(next_token(history, len(prompt), 0, 0, ()))
-    return history[len(prompt) :]
+async def test_one_after_the_other() -> None:
+    async with switched(3, turn=5.0) as (switch, engines):
+        for number in range(50):
+            prompt = [number % 90, 5, 3]
+            got = await tokens_of(engines[number % 3], ask(f"{number}", prompt, 4))
+            assert got == continuation(prompt, 4)
+            levels = [engine.sleep_level for engine in engines]
+            assert sorted(levels) == [0, 1, 1] and levels[number % 3] == 0
+        async with asyncio.timeout(60):  # the last tokens may be here before the swap is booked
+            while switch.swaps < 49:
+                await asyncio.sleep(0.01)
+        assert switch.swaps == 49 and switch.status == "ready"
+        assert (await engines[1].stats()).backend["rvllm:model_swaps_total"] == 49
 
 
-def test_one_after_the_other() -> None:
-    async def test() -> None:
-        async with switched(3, turn=5.0) as (switch, engines):
-            for number in range(50):
-                prompt = [number % 90, 5, 3]
-                got = await tokens_of(engines[number % 3], ask(f"{number}", prompt, 4))
-                assert got == alone(prompt, 4)
-                levels = [engine.sleep_level for engine in engines]
-                assert sorted(levels) == [0, 1, 1] and levels[number % 3] == 0
-            async with asyncio.timeout(60):  # the last tokens may be here before the swap is booked
-                while switch.swaps < 49:
-                    await asyncio.sleep(0.01)
-            assert switch.swaps == 49 and switch.status == "ready"
-            assert (await engines[1].stats()).backend["rvllm:model_swaps_total"] == 49
-
-    run(test())
+async def test_turns_end_and_whoever_runs_finishes_first() -> None:
+    async with switched(2, turn=0.1, step_ms=4) as (switch, engines):
+        first = asyncio.ensure_future(tokens_of(engines[0], ask("a", [1, 2], 60)))
+        await asyncio.sleep(0.01)
+        second = asyncio.ensure_future(tokens_of(engines[1], ask("b", [3], 5)))
+        await asyncio.sleep(0.12)  # the first one's turn is over, and it is not done
+        third = asyncio.ensure_future(tokens_of(engines[0], ask("c", [4], 5)))
+        done: list[str] = []
+        for name, task in (("a", first), ("b", second), ("c", third)):
+            task.add_done_callback(lambda _, name=name: done.append(name))
+        assert await asyncio.gather(first, second, third) == [
+            continuation([1, 2], 60), continuation([3], 5), continuation([4], 5)
+        ]  # fmt: skip
+        assert done == ["a", "b", "c"] and switch.swaps == 2
 
 
-def test_turns_end_and_whoever_runs_finishes_first() -> None:
-    async def test() -> None:
-        async with switched(2, turn=0.1, step_ms=4) as (switch, engines):
-            first = asyncio.ensure_future(tokens_of(engines[0], ask("a", [1, 2], 60)))
-            await asyncio.sleep(0.01)
-            second = asyncio.ensure_future(tokens_of(engines[1], ask("b", [3], 5)))
-            await asyncio.sleep(0.12)  # the first one's turn is over, and it is not done
-            third = asyncio.ensure_future(tokens_of(engines[0], ask("c", [4], 5)))
-            done: list[str] = []
-            for name, task in (("a", first), ("b", second), ("c", third)):
-                task.add_done_callback(lambda _, name=name: done.append(name))
-            assert await asyncio.gather(first, second, third) == [
-                alone([1, 2], 60), alone([3], 5), alone([4], 5)
-            ]  # fmt: skip
-            assert done == ["a", "b", "c"] and switch.swaps == 2
+async def test_many_at_once() -> None:
+    async with switched(3, turn=0.01, step_ms=1) as (switch, engines):
+        asked = [(i, [i + 7, 3] * (1 + i), i % 7 + 1) for i in range(40)]
 
-    run(test())
+        async def late(i: int, prompt: list[int], count: int) -> list[int]:
+            await asyncio.sleep(0.004 * i)
+            return await tokens_of(engines[i % 3], ask(f"{i}", prompt, count))
+
+        got = await asyncio.gather(*(late(*one) for one in asked))
+        assert got == [continuation(prompt, count) for _, prompt, count in asked]
+        assert switch.swaps > 2
 
 
-def test_many_at_once() -> None:
-    async def test() -> None:
-        async with switched(3, turn=0.01, step_ms=1) as (switch, engines):
-            asked = [(i, [i + 7, 3] * (1 + i), i % 7 + 1) for i in range(40)]
-
-            async def late(i: int, prompt: list[int], count: int) -> list[int]:
-                await asyncio.sleep(0.004 * i)
-                return await tokens_of(engines[i % 3], ask(f"{i}", prompt, count))
-
-            got = await asyncio.gather(*(late(*one) for one in asked))
-            assert got == [alone(prompt, count) for _, prompt, count in asked]
-            assert switch.swaps > 2
-
-    run(test())
+async def test_who_waits_for_a_sleeper_is_told_after_max_queue_seconds() -> None:
+    async with switched(2, turn=60.0, step_ms=2, max_queue_seconds=0.3) as (_, engines):
+        first = asyncio.ensure_future(tokens_of(engines[0], ask("a", [1, 2], 2000)))
+        await asyncio.sleep(0.02)
+        outputs = [output async for output in engines[1].generate(ask("b", [3], 5))]
+        assert outputs[-1].waited_too_long and not first.done()
+        first.cancel()
 
 
-def test_who_waits_for_a_sleeper_is_told_after_max_queue_seconds() -> None:
-    async def test() -> None:
-        async with switched(2, turn=60.0, step_ms=2, max_queue_seconds=0.3) as (_, engines):
-            first = asyncio.ensure_future(tokens_of(engines[0], ask("a", [1, 2], 2000)))
-            await asyncio.sleep(0.02)
-            outputs = [output async for output in engines[1].generate(ask("b", [3], 5))]
-            assert outputs[-1].waited_too_long and not first.done()
-            first.cancel()
-
-    run(test())
-
-
-def test_an_engine_that_died_takes_the_device_when_it_starts_again() -> None:
-    async def test() -> None:
-        async with switched(2, turn=60.0) as (switch, engines):
-            dead = switch.engines[1]
-            dead.kill()
-            assert "double: the engine process was killed" in await switch.wait_dead()
-            assert switch.status == "failed"
-            await switch.restart()
-            assert [engine.sleep_level for engine in engines] == [1, 0] and switch.status == "ready"
-            for engine in engines:
-                assert await tokens_of(engine, ask("a", [4], 6)) == alone([4], 6)
-
-    run(test())
+async def test_an_engine_that_died_takes_the_device_when_it_starts_again() -> None:
+    async with switched(2, turn=60.0) as (switch, engines):
+        dead = switch.engines[1]
+        dead.kill()
+        assert "double: the engine process was killed" in await switch.wait_dead()
+        assert switch.status == "failed"
+        await switch.restart()
+        assert [engine.sleep_level for engine in engines] == [1, 0] and switch.status == "ready"
+        for engine in engines:
+            assert await tokens_of(engine, ask("a", [4], 6)) == continuation([4], 6)

@@ -159,19 +159,15 @@ def test_logprobs_and_lists_of_several_tokens_are_cut_where_the_client_is() -> N
     assert [entry for output in outputs for entry in output.logprobs or []] == TOKENS
 
 
-def test_leaving_early_cancels_the_stream() -> None:
+async def test_leaving_early_cancels_the_stream() -> None:
     replicas = Replicas((TOKENS, None))
-
-    async def run() -> None:
-        engine = ReplicatedEngine(replicas, READY, 2)
-        current_session.set("s")
-        outputs = engine.generate(Generate("r", [1], Sampling(max_tokens=10)))
-        async for _ in outputs:
-            break
-        await outputs.aclose()
-        engine.close()
-
-    asyncio.run(run())
+    engine = ReplicatedEngine(replicas, READY, 2)
+    current_session.set("s")
+    outputs = engine.generate(Generate("r", [1], Sampling(max_tokens=10)))
+    async for _ in outputs:
+        break
+    await outputs.aclose()
+    engine.close()
     assert replicas.streams[0].cancelled
     assert replicas.sessions == ["s"]
 
@@ -193,18 +189,15 @@ def test_figures_of_all_replicas_are_added_up() -> None:
     assert state.sequences[0].blocks == []
 
 
-def test_no_answer_is_unavailable() -> None:
-    async def run() -> None:
-        engine = ReplicatedEngine(Replicas(), READY, 2)
-        with pytest.raises(UnavailableError):
-            await engine.stats()
-        assert (engine.alive, engine.status) == (True, "ready")
-        engine.close()
-
-    asyncio.run(run())
+async def test_no_answer_is_unavailable() -> None:
+    engine = ReplicatedEngine(Replicas(), READY, 2)
+    with pytest.raises(UnavailableError):
+        await engine.stats()
+    assert (engine.alive, engine.status) == (True, "ready")
+    engine.close()
 
 
-def test_a_replica_that_hangs_does_not_end_the_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_replica_that_hangs_does_not_end_the_looking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "LOOK_SECONDS", 0.001)
     monkeypatch.setattr(client, "QUESTION_SECONDS", 0.01)
 
@@ -217,12 +210,9 @@ def test_a_replica_that_hangs_does_not_end_the_looking(monkeypatch: pytest.Monke
                 await asyncio.sleep(600)
             return []
 
-    async def run() -> list[str]:
-        engine, seen = ReplicatedEngine(Hanging(), READY, 0), []
-        while engine.status == "ready" or not seen:
-            seen.append(engine.status)
-            await asyncio.sleep(0.005)
-        engine.close()
-        return seen
-
-    assert set(asyncio.run(run())) == {"ready"} and Hanging.looks >= 3
+    engine, seen = ReplicatedEngine(Hanging(), READY, 0), []
+    while engine.status == "ready" or not seen:
+        seen.append(engine.status)
+        await asyncio.sleep(0.005)
+    engine.close()
+    assert set(seen) == {"ready"} and Hanging.looks >= 3

@@ -45,6 +45,14 @@ def next_token(
     return token
 
 
+def continuation(prompt: Sequence[int], count: int) -> list[int]:
+    """What a request alone with seed 0 and no stop token gives."""
+    history = list(prompt)
+    for _ in range(count):
+        history.append(next_token(history, len(prompt), 0, 0, ()))
+    return history[len(prompt) :]
+
+
 def row_logprobs(history: Sequence[int], token: int, top: int) -> TokenLogprobs:
     """Made-up numbers that depend on the history and the token."""
     base = float(hash(tuple(history)) % 1000 + token)
