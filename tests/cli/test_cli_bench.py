@@ -18,12 +18,7 @@ from rvllm.cli.bench import _spread
 from rvllm.cli.main import main
 from rvllm.errors import UsageError
 from support.doubles.server import LiveServer
-
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,
-    "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128,
-    "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "hidden_act": "silu",
-}  # fmt: skip
+from support.models.tiny_llm import CONFIG
 
 
 @pytest.mark.parametrize("backend", ["openai", "openai-chat"])

@@ -14,13 +14,7 @@ from rvllm.bench.stats import median, percentile, rate
 from rvllm.cli.main import main
 from rvllm.errors import UsageError
 from rvllm.program.cost import Cost
-
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "hidden_act": "silu",
-    "eos_token_id": 2,
-}  # fmt: skip
+from support.models.tiny_llm import CONFIG
 
 DUMMY = ["benchmark", "--load-format", "dummy", "--device", "cpu", "--kv-cache-memory-gb", "0.01"]
 
@@ -29,7 +23,7 @@ DUMMY = ["benchmark", "--load-format", "dummy", "--device", "cpu", "--kv-cache-m
 def model(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"max_position_embeddings": 256}))
     return folder
 
 
@@ -37,19 +31,8 @@ def test_a_run_is_measured_written_and_compared(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "a.json"
-    flags = [
-        *DUMMY,
-        "--model",
-        str(model),
-        "--n",
-        "1,3",
-        "--runs",
-        "2",
-        "--input-len",
-        "20",
-        "--output-len",
-        "10",
-    ]
+    lengths = ["--input-len", "20", "--output-len", "10"]
+    flags = [*DUMMY, "--model", str(model), "--n", "1,3", "--runs", "2", *lengths]
     assert main([*flags, "--json", str(file)]) == 0
     assert "TTFT ms" in capsys.readouterr().out
     results = read_json(file)

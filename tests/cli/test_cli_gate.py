@@ -13,12 +13,7 @@ from rvllm.bench.files import json_text, write_whole
 from rvllm.bench.gate import ROLL_BACK, ROLL_OUT, UNCLEAR, Figure, Limits, judge, judge_all, page
 from rvllm.cli.main import main
 from rvllm.errors import UsageError
-
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "hidden_act": "silu",
-}  # fmt: skip
+from support.models.tiny_llm import CONFIG
 
 
 @pytest.mark.parametrize(

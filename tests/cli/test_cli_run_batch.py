@@ -9,12 +9,7 @@ import pytest
 
 from rvllm.cli.main import main
 from rvllm.cli.run_batch import Journal
-
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "hidden_act": "silu",
-}  # fmt: skip
+from support.models.tiny_llm import CONFIG
 
 
 @pytest.fixture

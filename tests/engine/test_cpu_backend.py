@@ -18,25 +18,13 @@ from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.client import EngineClient
 from rvllm.engine.ipc.messages import Generate, Output, Sampling
 from rvllm.errors import ModelError, RvllmError
+from support.models.tiny_llm import CONFIG
 
-TINY = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 160,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-    "eos_token_id": [2, 3],
-    "bos_token_id": 1,
+TINY = CONFIG | {
+    "hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 6, "vocab_size": 160,
+    "max_position_embeddings": 256, "tie_word_embeddings": False, "eos_token_id": [2, 3], "bos_token_id": 1,
     "torch_dtype": "float32",
-}
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from rvllm import LLM, SamplingParams, StructuredOutputsParams
 from rvllm.engine.token_filter import TokenFilter
 from rvllm.errors import UsageError
 from rvllm.text.requests import bad_word_tokens
-from support.models.tiny_llm import CONFIG, SETTINGS
+from support.models.tiny_llm import CONFIG, SETTINGS, directory
 from support.text import tiny_tokenizers as tiny
 
 VOCAB = 70
@@ -44,9 +43,7 @@ def test_masks_follow_the_rule() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tiny.write_directory(tmp_path_factory.mktemp("models") / "tiny")
-    (path / "config.json").write_text(json.dumps(CONFIG))
-    return path
+    return directory(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def drawn(llm: LLM, **params: Any) -> list[list[int]]:

@@ -15,7 +15,7 @@ import rvllm
 from rvllm import LLM, RequestOutput, SamplingParams
 from rvllm.errors import ModelError, UsageError
 from rvllm.offline.llm import engine_config
-from support.models.tiny_llm import CONFIG, SETTINGS
+from support.models.tiny_llm import SETTINGS, directory
 from support.text import tiny_tokenizers as tiny
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -23,9 +23,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tiny.write_directory(tmp_path_factory.mktemp("models") / "tiny")
     eos = tiny.trained().token_to_id("<|im_end|>")
-    (path / "config.json").write_text(json.dumps(CONFIG | {"eos_token_id": eos}))
+    path = directory(tmp_path_factory.mktemp("models") / "tiny", eos_token_id=eos)
     (path / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "top_k": 7}))
     return path
 

@@ -13,16 +13,10 @@ from rvllm import LLM, PoolingParams
 from rvllm.errors import UsageError
 from rvllm.text.tokenizers.parts import TokenizerParts
 from rvllm.text.tokenizers.tokenizer import Tokenizer
-from support.models.tiny_llm import CONFIG, SETTINGS
+from support.models.tiny_llm import SETTINGS, directory
 from support.text import tiny_tokenizers as tiny
 
 TEXTS = ["hello world", "def main():", "the lazy dog"]
-
-
-def directory(path: Path, **fields: Any) -> Path:
-    tiny.write_directory(path)
-    (path / "config.json").write_text(json.dumps(CONFIG | fields))
-    return path
 
 
 def loaded(path: Path, **settings: Any) -> LLM:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLMatcher, LLTokenizer
 
 from rvllm.engine.sampling_params import StructuredOutputsParams
 from rvllm.errors import UsageError
@@ -18,7 +20,7 @@ from rvllm.text.grammar.grammar import check, grammar_of, with_lead
 from rvllm.text.tokenizers.gguf import from_metadata
 from rvllm.text.tokenizers.tokenizer import Tokenizer
 from rvllm.text.tools.calls_grammar import Function, calls_or_form, forced_calls, offered_calls
-from rvllm.text.tools.choose import FORMATS, tool_format, unread_format
+from rvllm.text.tools.choose import FORMATS, ToolFormat, tool_format, unread_format
 from rvllm.text.tools.events import CallArguments, CallStart, Event, Text
 from support.text.tiny_tokenizers import byte_level, byte_level_metadata
 
@@ -210,6 +212,12 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
 ]  # fmt: skip
 
 
+def format_named(name: str) -> ToolFormat:
+    found = tool_format(name, None)
+    assert found is not None
+    return found
+
+
 def test_plain_text_is_typed_by_the_schema() -> None:
     schema = {
         "type": "object",
@@ -235,8 +243,8 @@ def test_plain_text_is_typed_by_the_schema() -> None:
         ("qwen3_coder", "<tool_call>\n<function=f>\n", "</function>\n</tool_call>"),
         ("glm45", "<tool_call>f\n", "</tool_call>"),
     ):
-        found = tool_format(name, None)
-        assert found is not None and found.members is not None
+        found = format_named(name)
+        assert found.members is not None
         members = (
             found.members.before.replace("KEY", k) + v + found.members.after for k, v in values.items()
         )
@@ -247,11 +255,9 @@ def test_plain_text_is_typed_by_the_schema() -> None:
 
 
 def test_a_value_that_is_not_of_its_type_stays_text() -> None:
-    found = tool_format("qwen3_coder", None)
-    assert found is not None
     schema = {"properties": {"n": {"type": "integer"}, "m": {"type": "integer"}}}
     text = "<function=f><parameter=n>\nmany\n</parameter><parameter=m>1.5</parameter></function>"
-    events = found.parser(["f"], {"f": schema}).feed(text, final=True)
+    events = format_named("qwen3_coder").parser(["f"], {"f": schema}).feed(text, final=True)
     assert json.loads("".join(e.text for e in events if isinstance(e, CallArguments))) == {
         "n": "many",
         "m": "1.5",
@@ -260,9 +266,7 @@ def test_a_value_that_is_not_of_its_type_stays_text() -> None:
 
 def parse(name: str, pieces: list[str]) -> tuple[str, list[tuple[str, str]], list[Event]]:
     """(words, calls, events in order) of a text that comes in pieces."""
-    found = tool_format(name, None)
-    assert found is not None
-    parser = found.parser(["f", "g"])
+    parser = format_named(name).parser(["f", "g"])
     events: list[Event] = []
     for piece in pieces:
         events += parser.feed(piece)
@@ -320,9 +324,7 @@ def test_scraps_never_break_a_parser_and_chunks_never_matter(
 
 
 def test_arguments_are_streamed_as_they_come() -> None:
-    found = tool_format("hermes", None)
-    assert found is not None
-    parser = found.parser()
+    parser = format_named("hermes").parser()
     assert parser.feed('<tool_call>{"name": "f", "arguments"') == []
     assert parser.feed(': {"city": "Os') == [CallStart(0, "f"), CallArguments(0, '{"city": "Os')]
     assert parser.feed('lo"}') == [CallArguments(0, 'lo"}')]
@@ -403,17 +405,23 @@ TOOLS = [
 ]  # fmt: skip
 
 
+def native_of(tokenizer: Tokenizer) -> LLTokenizer:
+    return LLTokenizer(tokenizer.backend.to_str(), eos_token=[tokenizer.eos_token_id])
+
+
+def accepts(native: LLTokenizer, grammar: str, ids: list[int]) -> bool:
+    """Whether the grammar takes these tokens and may end behind them."""
+    matcher = LLMatcher(native, grammar, log_level=0)
+    return all(matcher.consume_token(token) for token in ids) and matcher.is_accepting()
+
+
 @pytest.mark.parametrize("name", [f.name for f in FORMATS])
 @pytest.mark.parametrize("parallel", [False, True])
 def test_forced_calls_are_read_back(name: str, parallel: bool) -> None:
-    import numpy as np
-    from llguidance import LLMatcher, LLTokenizer
-
-    tokenizer, found = byte_level(), tool_format(name, None)
-    assert found is not None
+    tokenizer, found = byte_level(), format_named(name)
     grammar = forced_calls(found, TOOLS, tokenizer, parallel=parallel)
     check(grammar, "tools")
-    native = LLTokenizer(tokenizer.backend.to_str(), eos_token=[tokenizer.eos_token_id])
+    native = native_of(tokenizer)
     rng, counts = np.random.default_rng(0), set()
     for _ in range(8):
         matcher, tokens = LLMatcher(native, grammar, log_level=0), []
@@ -433,10 +441,7 @@ def test_forced_calls_are_read_back(name: str, parallel: bool) -> None:
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_calls_of_strict_functions_fit_when_they_come(parallel: bool) -> None:
-    from llguidance import LLMatcher, LLTokenizer
-
-    tokenizer, hermes = Tokenizer(from_metadata(byte_level_metadata(), "tiny")), tool_format("hermes", None)
-    assert hermes is not None
+    tokenizer, hermes = Tokenizer(from_metadata(byte_level_metadata(), "tiny")), format_named("hermes")
     strict = [Function("f", TOOLS[0].parameters, strict=True), TOOLS[1]]
     assert offered_calls(hermes, strict, tokenizer, parallel=parallel) is None  # the mark is no token
     tokenizer.backend.add_tokens(["<tool_call>", "</tool_call>"])
@@ -444,7 +449,7 @@ def test_calls_of_strict_functions_fit_when_they_come(parallel: bool) -> None:
     grammar = offered_calls(hermes, strict, tokenizer, parallel=parallel)
     assert grammar is not None
     check(grammar, "tools")
-    native = LLTokenizer(tokenizer.backend.to_str(), eos_token=[tokenizer.eos_token_id])
+    native = native_of(tokenizer)
     oslo = '<tool_call>\n{"name": "f", "arguments": {"city": "Oslo"}}\n</tool_call>'
     free = '<tool_call>\n{"name": "g", "arguments": {"any": [1]}}\n</tool_call>'
     for text, fits in (
@@ -461,9 +466,7 @@ def test_calls_of_strict_functions_fit_when_they_come(parallel: bool) -> None:
         ('{"name": "h", "arguments": 1} {"name": "fg"}', True),
         ('{ "arguments": {"city": "Rome"}, "name": "f"}', False),
     ):
-        matcher = LLMatcher(native, grammar, log_level=0)
-        fed = all(matcher.consume_token(token) for token in tokenizer.encode(text, add_special_tokens=False))
-        assert (fed and matcher.is_accepting()) == fits, text
+        assert accepts(native, grammar, tokenizer.encode(text, add_special_tokens=False)) == fits, text
 
 
 ARRAY = {"type": "array", "items": {"type": "integer"}}
@@ -478,13 +481,10 @@ NAMED = {
 @pytest.mark.parametrize("name", [f.name for f in FORMATS])
 @pytest.mark.parametrize("thoughts", [False, True])
 def test_a_form_leaves_room_for_calls(name: str, thoughts: bool) -> None:
-    from llguidance import LLMatcher, LLTokenizer
-
-    tokenizer, found = Tokenizer(from_metadata(byte_level_metadata(), "tiny")), tool_format(name, None)
-    assert found is not None
+    tokenizer, found = Tokenizer(from_metadata(byte_level_metadata(), "tiny")), format_named(name)
     tokenizer.backend.add_tokens(["<tool_call>", "</tool_call>"])
     strict = [Function("f", TOOLS[0].parameters, strict=True), TOOLS[1]]
-    native = LLTokenizer(tokenizer.backend.to_str(), eos_token=[tokenizer.eos_token_id])
+    native = native_of(tokenizer)
     frame = found.frame
     begin = frame.call_before.replace("NAME", "f").replace("INDEX", "0")
     written = '{"city": "Oslo"}'
@@ -512,10 +512,7 @@ def test_a_form_leaves_room_for_calls(name: str, thoughts: bool) -> None:
             ("<think>Hm.</think>\n" + fitting, thoughts),
             ("<think>Hm.</think>\n" + oslo, thoughts),
         ):
-            matcher = LLMatcher(native, grammar, log_level=0)
-            ids = tokenizer.encode(text, add_special_tokens=False)
-            fed = all(matcher.consume_token(token) for token in ids)
-            assert (fed and matcher.is_accepting()) == fits, text
+            assert accepts(native, grammar, tokenizer.encode(text, add_special_tokens=False)) == fits, text
 
 
 def split(name: str, pieces: list[str], inside: bool) -> tuple[str, str]:
@@ -568,20 +565,16 @@ def test_reasoning_is_chosen_from_the_template_and_the_prompt() -> None:
 @pytest.mark.parametrize("opened", [True, False])
 @pytest.mark.parametrize("form", [{"json": {"type": "integer"}}, {"choice": ["a", "b"]}])
 def test_thoughts_may_come_before_a_form(form: dict[str, Any], opened: bool, end: str) -> None:
-    from llguidance import LLMatcher, LLTokenizer
-
     tokenizer = byte_level()
     grammar = with_lead(
         grammar_of(StructuredOutputsParams(**form)) or "", "<think>", end, tokenizer, opened=opened
     )
     check(grammar, "json")
-    native = LLTokenizer(tokenizer.backend.to_str(), eos_token=[tokenizer.eos_token_id])
+    native = native_of(tokenizer)
     answer = "12" if "json" in form else "a"
     for text, fits in (
         (f"hm ok{end}\n\n{answer}", opened),
         (f"<think>hm{end}{answer}", not opened),
         (answer, not opened),
     ):
-        matcher = LLMatcher(native, grammar, log_level=0)
-        fed = all(matcher.consume_token(token) for token in tokenizer.encode(text, add_special_tokens=False))
-        assert (fed and matcher.is_accepting()) == fits, text
+        assert accepts(native, grammar, tokenizer.encode(text, add_special_tokens=False)) == fits, text

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import gc
 import importlib
-import json
 import math
 import weakref
 from collections.abc import Iterator
@@ -21,17 +20,14 @@ from rvllm.errors import UsageError
 from rvllm.sampling_params import BeamSearchParams, RequestOutputKind
 from rvllm.utils import FlexibleArgumentParser
 from rvllm.v1.metrics.reader import Counter, Gauge
-from support.models.tiny_llm import CONFIG, SETTINGS
-from support.text import tiny_tokenizers as tiny
+from support.models.tiny_llm import SETTINGS, directory
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tiny.write_directory(tmp_path_factory.mktemp("models") / "tiny")
-    (path / "config.json").write_text(json.dumps(CONFIG))
-    return path
+    return directory(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")
