@@ -7,9 +7,8 @@ import time
 
 import pytest
 
-from support.clients.attacker import Server, raw, statuses
+from support.clients.attacker import POST, Server, raw, statuses
 
-POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 INNER = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
 CLOSE = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 BODY = b'{"prompt":"a","max_tokens":1,"temperature":0}'

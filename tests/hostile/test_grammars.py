@@ -17,7 +17,7 @@ import pytest
 from rvllm.errors import LimitError
 from rvllm.text.worker import tasks
 from rvllm.text.worker.pool import WorkerPool
-from support.clients.attacker import Server
+from support.clients.attacker import POST, Server
 from support.clients.grammar_attacks import ATTACKS, gbnf
 
 
@@ -43,9 +43,8 @@ def ask_slowly(server: Server, number: int, address: str = "127.0.0.1") -> socke
     """A request with a slow grammar of its own, from this address; nothing of the answer is read."""
     body = {"prompt": "x", "max_tokens": 1, "guided_grammar": gbnf(1900, f'"{number}"')}
     data = json.dumps(body).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     sock = socket.create_connection(("127.0.0.1", server.port), source_address=(address, 0))
-    sock.sendall(head + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+    sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(data) + data)
     return sock
 
 

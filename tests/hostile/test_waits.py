@@ -14,9 +14,7 @@ import pytest
 from rvllm.api.http.body import parse
 from rvllm.api.http.errors import ApiError
 from rvllm.api.schemas.requests import CompletionRequest
-from support.clients.attacker import Server, raw, statuses
-
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+from support.clients.attacker import POST, Server, raw, rest, statuses
 
 
 def begin(server: Server, **body: object) -> socket.socket:
@@ -25,7 +23,7 @@ def begin(server: Server, **body: object) -> socket.socket:
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     sock.connect(("127.0.0.1", server.port))
-    sock.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+    sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(data) + data)
     return sock
 
 
@@ -78,15 +76,11 @@ def test_connections_and_bodies_are_counted() -> None:
         open_ones.close()
         # A body that does not come in time; one that is too much beside it.
         slow = socket.create_connection(("127.0.0.1", server.port), timeout=10)
-        slow.sendall(HEAD + b"Content-Length: 190000\r\n\r\n" + b" " * 150_000)
+        slow.sendall(POST + b"Content-Length: 190000\r\n\r\n" + b" " * 150_000)
         time.sleep(0.2)
         status, answer = server.ask("POST", "/v1/completions", {"prompt": "x" * 100_000})
         assert status == 503 and b"--max-inflight-mb" in answer
-        got = b""
-        with contextlib.suppress(OSError):
-            while chunk := slow.recv(65536):
-                got += chunk
-        assert statuses(got) == [408]
+        assert statuses(rest(slow)) == [408]
         assert server.complete()[0] == 200
 
 
@@ -133,11 +127,7 @@ def test_a_stalled_or_dead_engine_is_replaced() -> None:
         assert server.engine != first and server.complete()[0] == 200
         assert server.complete(guided_choice=["yes", "no"])[0] == 200, "a new engine has the vocabulary"
         reader.settimeout(60)
-        got = b""
-        with contextlib.suppress(OSError):
-            while chunk := reader.recv(65536):
-                got += chunk
-        assert b"killed" in got, "what was running is told"
+        assert b"killed" in rest(reader), "what was running is told"
         os.kill(server.engine, signal.SIGKILL)
         until(server, "starting", 60)
         until(server, "ready", 90)

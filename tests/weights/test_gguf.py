@@ -29,6 +29,7 @@ from support.weights.model_files import (
     gguf_string,
     gguf_value,
     llama_tensors,
+    refused,
     write_gguf,
 )
 
@@ -171,8 +172,7 @@ def test_split_files(tmp_path: Path) -> None:
     first = {n: tensors[n] for n in names[:5]}
     second = {n: tensors[n] for n in names[5:]}
     path = write_gguf(tmp_path / "m-00001-of-00002.gguf", LLAMA | {"split.count": 2}, first)
-    with pytest.raises(ModelError, match=r"1 of its 2 parts are missing.*m-00002-of-00002\.gguf"):
-        open_checkpoint(path)
+    refused(path, r"1 of its 2 parts are missing.*m-00002-of-00002\.gguf")
     write_gguf(tmp_path / "m-00002-of-00002.gguf", {"split.count": 2}, second)
     checkpoint = open_checkpoint(path)
     assert len(checkpoint.tensors) == len(names)
@@ -305,9 +305,7 @@ WRONG = {
 @pytest.mark.parametrize("case", sorted(WRONG))
 def test_wrong_metadata_is_refused(case: str, tmp_path: Path) -> None:
     metadata, message = WRONG[case]
-    with pytest.raises(ModelError, match=re.escape(message)) as caught:
-        open_checkpoint(write_gguf(tmp_path / "m.gguf", metadata))
-    assert "m.gguf" in str(caught.value) and "\n" not in str(caught.value)
+    assert "m.gguf" in refused(write_gguf(tmp_path / "m.gguf", metadata), re.escape(message))
 
 
 @pytest.mark.parametrize(
@@ -334,18 +332,14 @@ def test_bytes_that_are_no_text_survive_in_a_vocabulary() -> None:
 
 def test_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(b"hello")
-    with pytest.raises(ModelError, match="neither a model directory nor a GGUF file"):
-        open_checkpoint(tmp_path / "x.bin")
-    with pytest.raises(ModelError, match="no such file"):
-        open_checkpoint(tmp_path / "absent.gguf")
+    refused(tmp_path / "x.bin", "neither a model directory nor a GGUF file")
+    refused(tmp_path / "absent.gguf", "no such file")
     (tmp_path / "pointer.gguf").write_bytes(
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     )
-    with pytest.raises(ModelError, match="Git LFS pointer"):
-        open_checkpoint(tmp_path / "pointer.gguf")
+    refused(tmp_path / "pointer.gguf", "Git LFS pointer")
     os.mkfifo(tmp_path / "pipe.gguf")
-    with pytest.raises(ModelError, match="neither a directory nor a regular file"):
-        open_checkpoint(tmp_path / "pipe.gguf")
+    refused(tmp_path / "pipe.gguf", "neither a directory nor a regular file")
     renamed = tmp_path / "named-otherwise"
     renamed.write_bytes(GOOD)
     assert open_checkpoint(renamed).config["hidden_size"] == 32

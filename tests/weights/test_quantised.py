@@ -13,6 +13,7 @@ from rvllm.program.ops.dense import Part, Weight
 from rvllm.weights.checkpoint import Checkpoint
 from rvllm.weights.open import open_checkpoint
 from rvllm.weights.packing import pack, raw_parts
+from support.weights.model_files import refused
 from support.weights.quantisers import (
     AUTO_ROUND,
     AWQ,
@@ -262,16 +263,13 @@ def test_parts_are_packed_like_those_of_a_plain_model(tmp_path: Path) -> None:
 )
 def test_what_is_not_supported_is_named(quantisation: dict[str, Any], message: str, tmp_path: Path) -> None:
     tensors: Tensors = {"n.weight": ("F32", np.ones(3, np.float32))}
-    with pytest.raises(ModelError, match=r"config\.json: quantization_config") as caught:
-        opened(tmp_path, quantisation, tensors)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in refused(write(tmp_path, quantisation, tensors), r"config\.json: quantization_config")
 
 
 def test_quantisation_must_be_an_object(tmp_path: Path) -> None:
     folder = write(tmp_path, None, {"n.weight": ("F32", np.ones(3, np.float32))})
     (folder / "config.json").write_text('{"quantization_config": "fp8"}')
-    with pytest.raises(ModelError, match="quantization_config must be an object"):
-        open_checkpoint(folder)
+    refused(folder, "quantization_config must be an object")
 
 
 def without(tensors: Tensors, name: str) -> Tensors:

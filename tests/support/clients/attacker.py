@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 from support.text.tiny_tokenizers import TEMPLATE, trained
 
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 SOURCE = Path(__file__).parents[3] / "src"
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
@@ -164,19 +166,20 @@ class Server:
 def raw(port: int, *pieces: bytes, pause: float = 0.0, timeout: float = 10.0, most: int = 1 << 20) -> bytes:
     """Sends the pieces on a connection and returns what comes until it is closed, or silent for `timeout`."""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout) as sock:
-        answer = b""
-        try:
+        with contextlib.suppress(OSError):
             for piece in pieces:
                 sock.sendall(piece)
                 time.sleep(pause)
-        except OSError:
-            pass
-        try:
-            while len(answer) < most and (chunk := sock.recv(65536)):
-                answer += chunk
-        except OSError:
-            pass
-        return answer
+        return rest(sock, most)
+
+
+def rest(sock: socket.socket, most: int = 1 << 20) -> bytes:
+    """What comes until the connection is closed, or silent for its timeout."""
+    answer = b""
+    with contextlib.suppress(OSError):
+        while len(answer) < most and (chunk := sock.recv(65536)):
+            answer += chunk
+    return answer
 
 
 def statuses(answer: bytes) -> list[int]:

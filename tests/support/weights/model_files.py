@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from rvllm.errors import ModelError
 from rvllm.weights.checkpoint import TensorType
+from rvllm.weights.open import open_checkpoint
 
 TYPE_NUMBERS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q4_K": 12,
                 "Q5_K": 13, "Q6_K": 14, "BF16": 30, "Q2_K": 10, "Q3_K": 11, "IQ4_NL": 20, "IQ4_XS": 23,
@@ -134,3 +137,11 @@ def blocks(kind: str, rows: int, width: int, seed: int = 0) -> bytes:
     count = rows * width // elements
     data = np.random.default_rng(seed).integers(0, 60, (count, nbytes), dtype=np.uint8)
     return data.tobytes()
+
+
+def refused(path: Path, pattern: str) -> str:
+    """What is said of a model that does not open: one line that matches the pattern, and exit code 2."""
+    with pytest.raises(ModelError, match=pattern) as caught:
+        open_checkpoint(path)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+    return str(caught.value)
