@@ -27,19 +27,9 @@ def test_a_piped_conversation_over_http(
 ) -> None:
     with LiveServer(drain_timeout=0.2) as server:
         count = len(server.engine.answer)
-        flags = (
-            "--url",
-            server.url,
-            "--max-tokens",
-            str(count),
-            "--system",
-            "Be brief.",
-            "--sampling-seed",
-            "3",
-        )
-        assert (
-            talk(monkeypatch, "hello\nand\\\nmore\n/reset\nagain\n/system\nbare\n/quit\nnever\n", *flags) == 0
-        )
+        flags = ("--max-tokens", str(count), "--system", "Be brief.", "--sampling-seed", "3")
+        lines = "hello\nand\\\nmore\n/reset\nagain\n/system\nbare\n/quit\nnever\n"
+        assert talk(monkeypatch, lines, "--url", server.url, *flags) == 0
         prompts = [server.tokenizer.decode(r.prompt_token_ids) for r in server.engine.requests]
         assert {r.sampling.seed for r in server.engine.requests} == {3}
     shown = capsys.readouterr()
@@ -137,14 +127,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_session(engine: str) -> None:
         server.engine.pace = 0.02
         flags = ["--url", server.url]
         if engine == "local":
-            flags = [
-                "--model",
-                str(model_path("smollm2-135m")),
-                "--max-model-len",
-                "512",
-                "--system",
-                "Talk a lot.",
-            ]
+            flags = ["--model", str(model_path("smollm2-135m"))]
+            flags += ["--max-model-len", "512", "--system", "Talk a lot."]
         terminal = Terminal(sys.executable, "-m", "rvllm", "chat", "--max-tokens", "200", *flags)
         terminal.until("> ")
         terminal.type("Tell me a story about the sea and count to one hundred in it.\n")

@@ -10,24 +10,18 @@ import numpy as np
 import pytest
 
 from rvllm.engine.matcher import Matcher
-from support.doubles.grammar_engine import (
-    SCHEMA,
-    TOKENIZER,
-    core_of,
-    grammar,
-    request,
-    run,
-    text_of,
-)
+from support.doubles.grammar_engine import SCHEMA, TOKENIZER, core_of, grammar, request, run, text_of
 
 
-@pytest.mark.parametrize("costly", [0.0, 1e9], ids=["beside", "inline"])
+@pytest.fixture(params=[0.0, 1e9], ids=["beside", "inline"])
+def costly(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
+    monkeypatch.setattr("rvllm.engine.matcher.COSTLY", request.param)
+    monkeypatch.setattr("rvllm.engine.grammar.COSTLY", request.param)
+    return float(request.param)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_outputs_follow_their_grammars_beside_free_ones(
-    depth: int, costly: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rvllm.engine.matcher.COSTLY", costly)
-    monkeypatch.setattr("rvllm.engine.grammar.COSTLY", costly)
+def test_outputs_follow_their_grammars_beside_free_ones(depth: int, costly: float) -> None:
     core = core_of(depth)
     made = [request(f"json{i}", grammar(json=SCHEMA), temperature=0.3 * i) for i in range(6)]
     made += [request(f"word{i}", grammar(regex="[a-f]{3}-[0-9]{1,4}")) for i in range(4)]
@@ -50,12 +44,8 @@ def test_outputs_follow_their_grammars_beside_free_ones(
     assert stats.finished["stop"] >= 10
 
 
-@pytest.mark.parametrize("costly", [0.0, 1e9], ids=["beside", "inline"])
-def test_a_request_gives_the_same_in_company_preempted_and_at_any_depth(
-    costly: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rvllm.engine.matcher.COSTLY", costly)
-    monkeypatch.setattr("rvllm.engine.grammar.COSTLY", costly)
+@pytest.mark.usefixtures("costly")
+def test_a_request_gives_the_same_in_company_preempted_and_at_any_depth() -> None:
     one = request("long", grammar(regex="[a-z ]{300,320}"))
     one.priority = 1
     alone, last = run(core_of(1), [one])["long"]

@@ -23,6 +23,10 @@ from rvllm.api.responses.store import Conversation, ResponseStore
 from support.doubles.server import LiveServer
 
 
+def full(*_: object) -> None:
+    raise sqlite3.OperationalError("database or disk is full")
+
+
 def form(data: bytes, purpose: str = "batch") -> bytes:
     parts = [b'name="purpose"\r\n\r\n' + purpose.encode(), b'name="file"; filename="a.jsonl"\r\n\r\n' + data]
     body = b"".join(b"--b\r\nContent-Disposition: form-data; " + part + b"\r\n" for part in parts)
@@ -90,11 +94,11 @@ def test_an_upload_to_a_full_disk_leaves_nothing(
 ) -> None:
     with LiveServer(files_dir=str(tmp_path), drain_timeout=0.2) as server:
 
-        def full(*_: Any) -> None:
+        def no_space(*_: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(where, full)
+            patch.setattr(where, no_space)
             status, answer = upload(server, b"x" * 100_000)
             assert status == 507 and answer["error"]["code"] == "storage_full"
             assert list((tmp_path / "files").iterdir()) == []
@@ -109,8 +113,7 @@ def test_a_batch_waits_for_room_and_goes_on(tmp_path: Path, monkeypatch: pytest.
     def sometimes(self: BatchStore, *args: Any) -> None:
         refused[0] += 1
         if refused[0] % 3:
-            error = sqlite3.OperationalError("database or disk is full")
-            raise error
+            full()
         keep(self, *args)
 
     monkeypatch.setattr(BatchStore, "add_result", sometimes)
@@ -124,10 +127,6 @@ def test_a_batch_waits_for_room_and_goes_on(tmp_path: Path, monkeypatch: pytest.
 def test_a_batch_that_was_refused_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LiveServer(files_dir=str(tmp_path), drain_timeout=0.2) as server:
         file = upload(server, line(1))[1]
-
-        def full(*_: object) -> None:
-            raise sqlite3.OperationalError("database or disk is full")
-
         with monkeypatch.context() as patch:
             patch.setattr(BatchStore, "put_batch", full)
             status, _ = server.post("/v1/batches", input_file_id=file["id"], completion_window="24h",
@@ -137,9 +136,6 @@ def test_a_batch_that_was_refused_does_not_run(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_response_is_told_before_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise sqlite3.OperationalError("database or disk is full")
-
     monkeypatch.setattr(ResponseStore, "put", full)
     with LiveServer(drain_timeout=0.2) as server:
         status, answer = server.post("/v1/responses", input="hello", max_output_tokens=3)

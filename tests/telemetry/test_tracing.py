@@ -58,8 +58,11 @@ def collector() -> Iterator[str]:
     server.server_close()
 
 
-def received() -> dict[str, Any]:
-    """The spans by name; of several with one name the last."""
+def exported(endpoint: str, timing: RequestTiming) -> dict[str, Any]:
+    """The spans that arrive, by name; of several with one name the last."""
+    tracer = Tracer(endpoint, "m")
+    tracer.record(timing)
+    tracer.close()
     return {span.name: span for span in every()}
 
 
@@ -80,11 +83,8 @@ def every() -> list[Any]:
 @otel
 @pytest.mark.parametrize("path", ["", "/", "/v1/traces"])
 def test_spans_reach_the_collector(collector: str, path: str) -> None:
-    tracer = Tracer(collector + path, "m")
     timing = finished()
-    tracer.record(timing)
-    tracer.close()
-    spans = received()
+    spans = exported(collector + path, timing)
     names = {"llm_request", "queue", "prefill", "prefill chunk", "decode", "detokenize", "stream"}
     assert set(spans) == names
     root = spans["llm_request"]
@@ -116,12 +116,9 @@ def test_spans_reach_the_collector(collector: str, path: str) -> None:
 
 @otel
 def test_a_broken_parent_starts_a_trace_of_its_own(collector: str) -> None:
-    tracer = Tracer(collector, "m")
     timing = finished()
     timing.traceparent = "00-nonsense"
-    tracer.record(timing)
-    tracer.close()
-    assert received()["llm_request"].parent_span_id == b""
+    assert exported(collector, timing)["llm_request"].parent_span_id == b""
 
 
 @otel

@@ -49,6 +49,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield server
 
 
+def refused(
+    name: str, pattern: str, source: SourceConfig = ONLINE, kind: type[ModelError] = ModelError
+) -> ModelError:
+    with pytest.raises(kind, match=pattern) as caught:
+        resolve(name, source)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
 def test_a_model_and_nothing_else(hub: Hub) -> None:
     hub.add("org/model", MODEL)
     reports: list[tuple[str, int, int]] = []
@@ -68,8 +77,7 @@ def test_a_revision(hub: Hub) -> None:
     for revision in ("v2", commit):
         assert open_checkpoint(resolve(f"org/model@{revision}", ONLINE)).config["hidden_size"] == 4
         assert open_checkpoint(resolve(f"org/model@{revision}", OFFLINE)).config["hidden_size"] == 4
-    with pytest.raises(ModelError, match="has no revision v3"):
-        resolve("org/model@v3", ONLINE)
+    refused("org/model@v3", "has no revision v3")
 
 
 def test_shards(hub: Hub) -> None:
@@ -82,8 +90,7 @@ def test_shards(hub: Hub) -> None:
     assert open_checkpoint(path).tensors.keys() == {"t1", "t2"}
     assert "consolidated.safetensors" not in hub.given()
     hub.add("org/broken", files | index)
-    with pytest.raises(ModelError, match=r"are not in the repository: part-1\.safetensors"):
-        resolve("org/broken", ONLINE)
+    refused("org/broken", r"are not in the repository: part-1\.safetensors")
 
 
 def test_gguf_files(hub: Hub) -> None:
@@ -95,12 +102,9 @@ def test_gguf_files(hub: Hub) -> None:
     assert path.name == "c.gguf" and open_checkpoint(path).config["hidden_size"] == 32
     assert resolve("org/two@main:deep/c.gguf", OFFLINE) == path
     assert hub.given() == {"m.Q4.gguf", "deep/c.gguf"}
-    with pytest.raises(ModelError, match=r"several GGUF files; add one of them: org/two:a\.gguf, b\.gguf"):
-        resolve("org/two", ONLINE)
-    with pytest.raises(ModelError, match=r"org/two has no file x\.gguf; its GGUF files: a\.gguf"):
-        resolve("org/two:x.gguf", ONLINE)
-    with pytest.raises(FetchError, match="not in the hub's cache and offline mode is on"):
-        resolve("org/two:a.gguf", OFFLINE)
+    refused("org/two", r"several GGUF files; add one of them: org/two:a\.gguf, b\.gguf")
+    refused("org/two:x.gguf", r"org/two has no file x\.gguf; its GGUF files: a\.gguf")
+    refused("org/two:a.gguf", "not in the hub's cache and offline mode is on", OFFLINE, FetchError)
 
 
 def test_not_there_or_not_allowed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,41 +113,31 @@ def test_not_there_or_not_allowed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> 
     hub.private["org/secret"] = "key"
     hub.gated.add("org/gated")
     for name in ("org/absent", "org/secret"):
-        with pytest.raises(
-            ModelError, match=f"{name}: not on the hub at {hub.url}, or private.*HF_TOKEN"
-        ) as e:
-            resolve(name, ONLINE)
-        assert not isinstance(e.value, FetchError) and "\n" not in str(e.value)
-    with pytest.raises(ModelError, match=r"org/gated is gated: accept its terms"):
-        resolve("org/gated", ONLINE)
+        error = refused(name, f"{name}: not on the hub at {hub.url}, or private.*HF_TOKEN")
+        assert not isinstance(error, FetchError)
+    refused("org/gated", r"org/gated is gated: accept its terms")
     monkeypatch.setenv("HF_TOKEN", "key")
     assert (resolve("org/secret", ONLINE) / "config.json").is_file()
 
 
 def test_no_weights(hub: Hub) -> None:
     hub.add("org/torch", {"config.json": b"{}", "pytorch_model.bin": b"x"})
-    with pytest.raises(ModelError, match="org/torch has no safetensors files"):
-        resolve("org/torch", ONLINE)
+    refused("org/torch", "org/torch has no safetensors files")
     hub.add("org/nothing", {"README.md": b"x"})
-    with pytest.raises(ModelError, match=r"org/nothing has no config\.json"):
-        resolve("org/nothing", ONLINE)
+    refused("org/nothing", r"org/nothing has no config\.json")
 
 
 def test_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("org/model", MODEL)
-    with pytest.raises(FetchError, match="org/model is not in the hub's cache and offline mode is on"):
-        resolve("org/model", OFFLINE)
+    refused("org/model", "org/model is not in the hub's cache and offline mode is on", OFFLINE, FetchError)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FetchError, match="org/model is not in the hub's cache and offline mode is on"):
-        resolve("org/model", ONLINE)
+    refused("org/model", "org/model is not in the hub's cache and offline mode is on", ONLINE, FetchError)
     assert not hub.log
 
 
 def test_no_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(FetchError, match=r"org/model: the hub at http://127.0.0.1:9 cannot be reached") as e:
-        resolve("org/model", ONLINE)
-    assert "\n" not in str(e.value)
+    refused("org/model", r"org/model: the hub at http://127.0.0.1:9 cannot be reached", ONLINE, FetchError)
 
 
 def test_no_network_but_a_copy(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
