@@ -52,10 +52,8 @@ class ReplicatedEngine:
             try:
                 async with asyncio.timeout(QUESTION_SECONDS):
                     self._running = bool(await self._fleet.ask_all("ready"))
-            except (
-                TimeoutError
-            ):  # one that hangs keeps the answers of all back, and says nothing of the others
-                continue
+            except TimeoutError:
+                continue  # one that hangs keeps the answers of all back, and says nothing of the others
             except Exception:  # whatever Ray raises when it has nobody to ask
                 self._running = False
 

@@ -66,9 +66,8 @@ class PrefixIndex:
             held[block] = None
             held.move_to_end(block)
             self._holders.setdefault(block, set()).add(replica)
-        for _ in range(
-            min(len(held) - capacity, 2 * len(blocks) + 100)
-        ):  # a smaller capacity is reached in steps
+        steps = 2 * len(blocks) + 100  # in which a smaller capacity is reached
+        for _ in range(min(len(held) - capacity, steps)):
             self._drop(replica, held.popitem(last=False)[0])
 
     def forget(self, replica: Replica) -> None:

@@ -117,7 +117,7 @@ def _native(to: Lowering, stage: Stage, op: Linear | Logits, end: Epilogue) -> N
             to.strategy.why(stage),
             chip.capability,
         )
-    partials = {"partials": to.at.scratch.get(PARTIALS, 0)} if plan.partials else {}
+    partials = {"partials": to.at.scratch[PARTIALS]} if plan.partials else {}
     plan_product(to, stage.name, plan, op, end, **partials)
 
 
