@@ -45,6 +45,7 @@ class Bed:
         self.build_seconds = time.perf_counter() - started
         self.compile_seconds = sum(cubin.seconds for cubin in cubins)
         self.stream = Stream()
+        self.partials = torch.zeros(0, dtype=torch.uint8, device="cuda")  # counters are left at zero
 
     def pack(self, weight: torch.Tensor, dtype: str) -> torch.Tensor:
         """A row-major weight [N, K] packed by the kernel, padding and all."""
@@ -86,6 +87,11 @@ class Bed:
     ) -> Launch:
         """A launch of a plan over torch's memory."""
         pdl = bool(options.pop("pdl", True))
+        if plan.partials > self.partials.numel():
+            self.stream.sync()
+            self.partials = torch.zeros(plan.partials, dtype=torch.uint8, device="cuda")
+            torch.cuda.synchronize()
+        options["partials"] = self.partials.data_ptr()
         arguments = plan.arguments(
             self.x_argument(plan, x, dtype), packed, out.data_ptr(), out.stride(0),
             x_width=x.shape[1], x_pitch=x.stride(0), **options,

@@ -16,10 +16,9 @@ import torch
 from gemm_bed import TORCH, Bed
 
 from rvllm.backends.cuda.ops.gemm import plan as gemm
+from rvllm.backends.cuda.ops.gemm import sm80
 from rvllm.backends.cuda.ops.gemm.common import Kind
-from rvllm.kernels.gemm.specs import MMA_TILES
 
-SM80_TOKENS = [tile.tokens for tile in MMA_TILES["sm80"]]
 SHAPES = [(203, 72), (64, 8), (1000, 264), (576, 576), (1536, 576), (896, 4864), (3584, 3584), (4608, 3584),
           (17000, 1160), (37888, 3584), (49152, 576), (151937, 896)]  # fmt: skip
 SMALL_SHAPES = [(203, 72), (208, 72), (1000, 264)]
@@ -98,6 +97,15 @@ class Checker:
         ways = [(mode, tile) for mode in modes for tile in gemm.token_tiles(mode)]
         return [gemm.variant(n, k, tokens, dtype, mode, tile, sms) for mode, tile in ways]
 
+    def sm80_variants(self, n: int, k: int, tokens: int, dtype: str) -> list[gemm.GemmPlan]:
+        """Every tile and split with the rings of two cards: one with much shared memory, one with little."""
+        ways = sm80.ways_of(gemm.segments_of(n, k), tokens)
+        return [
+            gemm.variant(n, k, tokens, dtype, way.mode, way.tile.tokens, sms, capability=card)
+            for way in ways
+            for card, sms in ((80, self.bed.facts.sm_count), (86, 8))
+        ]
+
     def shape(self, n: int, k: int, dtype: str, token_list: list[int]) -> None:
         """Bits equal over every variant and batch; error against float64."""
         most = max(token_list)
@@ -112,7 +120,7 @@ class Checker:
                 if family == "sm90":
                     plans = self.variants(n, k, tokens, dtype) if self.bed.facts.capability == 90 else []
                 else:
-                    plans = [gemm.variant(n, k, tokens, dtype, "sm80", size, 0) for size in SM80_TOKENS]
+                    plans = self.sm80_variants(n, k, tokens, dtype)
                 for plan in plans:
                     got = self.run(plan, x, packed, dtype, n, **logits)
                     if base is None:
@@ -137,7 +145,7 @@ class Checker:
         kind, (_, n), k = TORCH[dtype], sums.shape, x.shape[1]
         for tokens in (5, 70, 300):
             if family == "sm80":
-                plans = [gemm.variant(n, k, tokens, dtype, "sm80", SM80_TOKENS[1 if tokens <= 16 else 3], 0)]
+                plans = self.sm80_variants(n, k, tokens, dtype)
             else:
                 size = 8 if tokens < 9 else 128 if tokens < 129 else 256
                 ways: list[tuple[gemm.Mode, int]] = [("split", size), ("sum", 192), ("wide", 256)]
