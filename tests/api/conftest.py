@@ -10,19 +10,26 @@ from support.doubles.server import LiveServer
 
 
 @pytest.fixture(scope="module")
-def server(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
+def module_server(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
     """With the settings in the module's `SERVER_SETTINGS`, if it has them."""
     with LiveServer(drain_timeout=0.2, **getattr(request.module, "SERVER_SETTINGS", {})) as live:
         yield live
 
 
+@pytest.fixture
+def server(module_server: LiveServer) -> Iterator[LiveServer]:
+    """The module's server; what a test makes its engine do ends with the test."""
+    yield module_server
+    module_server.engine.behave()
+
+
 @pytest.fixture(scope="module")
-def client(server: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as made:
+def client(module_server: LiveServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=module_server.url + "/v1", api_key="none", max_retries=0) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def claude(server: LiveServer) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as made:
+def claude(module_server: LiveServer) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=module_server.url, api_key="none", max_retries=0) as made:
         yield made

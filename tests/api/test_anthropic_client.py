@@ -118,11 +118,8 @@ def test_errors_are_the_clients_exceptions(claude: anthropic.Anthropic, server: 
     with pytest.raises(anthropic.BadRequestError, match="temperature must be in"):
         claude.messages.create(model="tiny", max_tokens=1, messages=HELLO, extra_body={"temperature": -1})
     server.engine.error = "broken"
-    try:
-        with pytest.raises(anthropic.InternalServerError, match="broken"):
-            claude.messages.create(model="tiny", max_tokens=1, messages=HELLO)
-    finally:
-        server.engine.error = None
+    with pytest.raises(anthropic.InternalServerError, match="broken"):
+        claude.messages.create(model="tiny", max_tokens=1, messages=HELLO)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 import pytest
 
 from support.doubles.server import LiveServer
+from support.waiting import until
 
 
 @pytest.fixture
@@ -28,8 +29,7 @@ def test_it_waits_until_nothing_runs(server: LiveServer) -> None:
     server.engine.held = True
     asking = threading.Thread(target=server.chat, kwargs={"max_tokens": 2})
     asking.start()
-    while not server.engine.open:
-        time.sleep(0.005)
+    until(lambda: server.engine.open)
     done = warming(server)
     time.sleep(0.3)
     assert not done.done() and not server.engine.vocabularies

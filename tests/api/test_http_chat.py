@@ -253,19 +253,13 @@ def test_a_prompt_too_long_says_by_how_much(server: LiveServer, words: int) -> N
 
 def test_an_engine_error_is_a_500_also_in_a_stream_that_has_not_begun(server: LiveServer) -> None:
     server.engine.error = "no token fits the grammar"
-    try:
-        status, answer = server.chat(guided_choice=["a"])
-        assert status == 400 and "no token fits" in answer["error"]["message"]
-    finally:
-        server.engine.error = None
+    status, answer = server.chat(guided_choice=["a"])
+    assert status == 400 and "no token fits" in answer["error"]["message"]
     server.engine.error = "no block is left"
-    try:
-        status, answer = server.chat()
-        assert (status, answer["error"]["message"]) == (500, "no block is left")
-        status, answer = server.chat(stream=True)
-        assert status == 500
-    finally:
-        server.engine.error = None
+    status, answer = server.chat()
+    assert (status, answer["error"]["message"]) == (500, "no block is left")
+    status, answer = server.chat(stream=True)
+    assert status == 500
 
 
 def test_tools_and_calls_reach_the_template() -> None:

@@ -6,21 +6,14 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 
 from support.doubles.server import LiveServer
+from support.waiting import until
 
 CHAT = "/v1/chat/completions"
 BODY = json.dumps({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}).encode()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    return condition()
 
 
 def send(server: LiveServer, body: bytes, path: str = CHAT) -> socket.socket:
@@ -177,19 +170,16 @@ def test_the_request_id_is_the_clients_own_unless_it_is_no_id(server: LiveServer
 def test_a_client_that_goes_away_ends_its_request(server: LiveServer) -> None:
     engine = server.engine
     engine.pace = 0.01
-    try:
-        for stream in (False, True):
-            body = json.dumps(
-                {"messages": [{"role": "user", "content": "hello"}], "n": 2, "stream": stream}
-            ).encode()
-            aborted = len(engine.aborted)
-            sock = send(server, body)
-            assert wait_for(lambda: len(engine.open) == 2)
-            sock.close()
-            assert wait_for(lambda: not engine.open, 0.5)
-            assert len(engine.aborted) == aborted + 2
-    finally:
-        engine.pace = 0.0
+    for stream in (False, True):
+        body = json.dumps(
+            {"messages": [{"role": "user", "content": "hello"}], "n": 2, "stream": stream}
+        ).encode()
+        aborted = len(engine.aborted)
+        sock = send(server, body)
+        until(lambda: len(engine.open) == 2)
+        sock.close()
+        until(lambda: not engine.open, 0.5)
+        assert len(engine.aborted) == aborted + 2
 
 
 def test_a_client_that_never_finishes_its_body_holds_nothing_up(server: LiveServer) -> None:
@@ -224,7 +214,7 @@ def test_limits_of_body_queue_and_key() -> None:
         server.engine.held = True  # 4 sequences run at once, 1 more may wait
         with concurrent.futures.ThreadPoolExecutor(5) as pool:
             waiting = [pool.submit(server.raw, "POST", CHAT, BODY, key) for _ in range(5)]
-            assert wait_for(lambda: len(server.engine.open) == 5)
+            until(lambda: len(server.engine.open) == 5)
             status, headers, body = server.raw("POST", CHAT, BODY, key)
             assert (status, headers["retry-after"]) == (429, "1")
             assert "--max-queue" in json.loads(body)["error"]["message"]
@@ -252,7 +242,7 @@ def test_the_engines_death_reaches_every_client_and_health() -> None:
         stream = send(server, BODY[:-1].replace(b"3", b"90") + b', "stream": true}')
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             whole = pool.submit(server.chat)
-            assert wait_for(lambda: len(server.engine.open) == 2)
+            until(lambda: len(server.engine.open) == 2)
             time.sleep(0.1)
             server.call(server.engine.die, "the engine process was killed by signal 9")
             status, answer = whole.result(60)
@@ -272,9 +262,9 @@ def test_a_drain_finishes_what_runs_and_takes_nothing_new() -> None:
     with LiveServer() as server:
         server.engine.pace = 0.02
         sock = send(server, BODY.replace(b"3", b"20"))
-        assert wait_for(lambda: len(server.engine.open) == 1)
+        until(lambda: len(server.engine.open) == 1)
         server.call(server.stop.first.set)
-        assert wait_for(lambda: refused(server))
+        until(lambda: refused(server))
         assert b'"finish_reason":"length"' in read_to_end(sock)
         assert server.ended(60) == 0
 
@@ -284,7 +274,7 @@ def test_a_drain_can_be_cut_short(how: str) -> None:
     with LiveServer(drain_timeout=0.2 if how == "timeout" else 60.0) as server:
         server.engine.held = True
         sock = send(server, BODY)
-        assert wait_for(lambda: len(server.engine.open) == 1)
+        until(lambda: len(server.engine.open) == 1)
         server.call(server.stop.first.set)
         if how == "second signal":
             server.call(server.stop.second.set)
@@ -324,7 +314,7 @@ def test_a_client_that_reads_slowly_holds_only_itself_up(server: LiveServer) -> 
     body = json.dumps({"messages": [{"role": "user", "content": "hello"}], "stream": True, "logprobs": True,
                        "top_logprobs": 20, "n": 16}).encode()  # fmt: skip
     slow = send(server, body)
-    assert wait_for(lambda: len(server.engine.open) > 0)
+    until(lambda: len(server.engine.open) > 0)
     for _ in range(5):
         assert server.chat(max_tokens=2)[0] == 200
     data = b""
@@ -338,9 +328,9 @@ def test_the_engines_death_cuts_a_drain_short_and_is_a_failure() -> None:
     with LiveServer(drain_timeout=60.0) as server:
         server.engine.held = True
         sock = send(server, BODY)
-        assert wait_for(lambda: len(server.engine.open) == 1)
+        until(lambda: len(server.engine.open) == 1)
         server.call(server.stop.first.set)
-        assert wait_for(lambda: refused(server))
+        until(lambda: refused(server))
         server.call(server.engine.die, "out of memory")
         assert b"out of memory" in read_to_end(sock)
         assert server.ended(60) == 1

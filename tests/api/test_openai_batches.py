@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 import openai
@@ -22,46 +20,9 @@ from rvllm.api.generate.job import BATCH_PRIORITY as PRIORITY
 from rvllm.api.http.errors import ApiError
 from rvllm.api.http.multipart import Form
 from rvllm.errors import UsageError
+from support.clients.batches import chat_line, completed, ended, jsonl, results, run, start
 from support.doubles.server import LiveServer
-
-
-def chat_line(name: str, **body: Any) -> dict[str, Any]:
-    full = {"model": "tiny", "messages": [{"role": "user", "content": name}], "max_tokens": 3, **body}
-    return {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": full}
-
-
-def jsonl(*lines: Any) -> bytes:
-    return "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines).encode() + b"\n"
-
-
-def run(client: openai.OpenAI, data: bytes, url: Any = "/v1/chat/completions") -> Any:
-    file = client.files.create(file=("input.jsonl", data), purpose="batch")
-    made = client.batches.create(input_file_id=file.id, endpoint=url, completion_window="24h",
-                                 metadata={"who": "me"})  # fmt: skip
-    return ended(client, made.id)
-
-
-def ended(client: openai.OpenAI, name: str) -> Any:
-    for _ in range(1000):
-        found = client.batches.retrieve(name)
-        if found.status not in ("validating", "in_progress", "finalizing", "cancelling"):
-            return found
-        time.sleep(0.01)
-    raise AssertionError(found)
-
-
-ResultT = TypeVar("ResultT")
-
-
-def until(look: Callable[[], ResultT], seconds: float = 30) -> ResultT:
-    end = time.monotonic() + seconds
-    while not (found := look()) and time.monotonic() < end:
-        time.sleep(0.02)
-    return found
-
-
-def read(client: openai.OpenAI, name: str) -> list[Any]:
-    return [json.loads(line) for line in client.files.content(name).text.splitlines()]
+from support.waiting import until
 
 
 def test_files(client: openai.OpenAI) -> None:
@@ -84,17 +45,17 @@ def test_files(client: openai.OpenAI) -> None:
 def test_a_batch(client: openai.OpenAI, server: LiveServer) -> None:
     lines = [chat_line(f"line {i}") for i in range(30)]
     lines.insert(7, chat_line("wrong", temperature=-1))
-    found = run(client, jsonl(*lines[:20], "", *lines[20:]))
+    found = run(client, *lines[:20], "", *lines[20:])
     assert found.status == "completed" and found.metadata == {"who": "me"}
     counts = found.request_counts
     assert (counts.total, counts.completed, counts.failed) == (31, 30, 1)
-    results = read(client, found.output_file_id)
-    assert [entry["custom_id"] for entry in results] == [f"line {i}" for i in range(30)]
-    for entry in results:
+    answers = results(client, found.output_file_id)
+    assert [entry["custom_id"] for entry in answers] == [f"line {i}" for i in range(30)]
+    for entry in answers:
         assert entry["response"]["status_code"] == 200 and entry["error"] is None
         message = entry["response"]["body"]["choices"][0]["message"]
         assert message["content"] == server.tokenizer.decode(server.engine.answer[:3])
-    [wrong] = read(client, found.error_file_id)
+    [wrong] = results(client, found.error_file_id)
     assert wrong["custom_id"] == "wrong" and wrong["response"]["status_code"] == 400
     assert wrong["response"]["body"]["error"]["param"] == "temperature"
     assert {request.priority for request in server.engine.requests[-30:]} == {PRIORITY}
@@ -109,12 +70,12 @@ def test_the_other_endpoints(client: openai.OpenAI, server: LiveServer) -> None:
         ("/v1/completions", {"prompt": "hello", "max_tokens": 2}),
         ("/v1/responses", {"input": "hello", "max_output_tokens": 2}),
     ):
-        found = run(client, jsonl({"custom_id": "a", "method": "POST", "url": url, "body": body}), url)
-        [entry] = read(client, found.output_file_id)
+        found = run(client, {"custom_id": "a", "method": "POST", "url": url, "body": body}, url=url)
+        [entry] = results(client, found.output_file_id)
         assert entry["response"]["status_code"] == 200, entry
     line = {"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": {"input": "hello"}}
-    found = run(client, jsonl(line), "/v1/embeddings")
-    [entry] = read(client, found.error_file_id)
+    found = run(client, line, url="/v1/embeddings")
+    [entry] = results(client, found.error_file_id)
     assert "gives no embeddings" in entry["response"]["body"]["error"]["message"]
     assert found.output_file_id is None
 
@@ -135,48 +96,33 @@ def test_a_wrong_input_fails_before_anything_runs(
     client: openai.OpenAI, server: LiveServer, lines: list[Any], code: str, line: int | None
 ) -> None:
     before = len(server.engine.requests)
-    found = run(client, jsonl(*lines))
+    found = run(client, *lines)
     assert found.status == "failed" and len(server.engine.requests) == before
     assert [(error.code, error.line) for error in found.errors.data] == [(code, line)]
 
 
 def test_cancel_keeps_what_was_answered(client: openai.OpenAI, server: LiveServer) -> None:
     server.engine.pace = 0.01
-    try:
-        file = client.files.create(file=jsonl(*(chat_line(f"{i}") for i in range(200))), purpose="batch")
-        made = client.batches.create(
-            input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
-        )
-        while not (counts := client.batches.retrieve(made.id).request_counts) or counts.completed < 3:
-            time.sleep(0.01)
-        assert client.batches.cancel(made.id).status == "cancelling"
-        found = ended(client, made.id)
-        assert found.status == "cancelled" and found.cancelled_at and found.cancelling_at
-        kept = read(client, found.output_file_id)
-        assert 3 <= len(kept) == found.request_counts.completed < 200
-        with pytest.raises(openai.BadRequestError, match="cancelled"):
-            client.batches.cancel(made.id)
-        assert not server.engine.open
-    finally:
-        server.engine.pace = 0.0
+    made = start(client, *(chat_line(f"{i}") for i in range(200)))
+    until(lambda: completed(client, made) >= 3)
+    assert client.batches.cancel(made).status == "cancelling"
+    found = ended(client, made)
+    assert found.status == "cancelled" and found.cancelled_at and found.cancelling_at
+    kept = results(client, found.output_file_id)
+    assert 3 <= len(kept) == found.request_counts.completed < 200
+    with pytest.raises(openai.BadRequestError, match="cancelled"):
+        client.batches.cancel(made)
+    assert not server.engine.open
 
 
 def test_batches_leave_room_for_others(server: LiveServer, client: openai.OpenAI) -> None:
     server.engine.held = True
-    try:
-        file = client.files.create(file=jsonl(*(chat_line(f"{i}") for i in range(50))), purpose="batch")
-        made = client.batches.create(
-            input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
-        )
-        for _ in range(100):
-            if server.engine.open:
-                break
-            time.sleep(0.01)
-        time.sleep(0.05)
-        assert len(server.engine.open) == 2  # half of the double's four sequences
-    finally:
-        server.engine.held = False
-    assert ended(client, made.id).request_counts.completed == 50
+    made = start(client, *(chat_line(f"{i}") for i in range(50)))
+    until(lambda: server.engine.open)
+    time.sleep(0.05)
+    assert len(server.engine.open) == 2  # half of the double's four sequences
+    server.engine.held = False
+    assert ended(client, made).request_counts.completed == 50
 
 
 def test_mistakes_name_the_field(client: openai.OpenAI, server: LiveServer) -> None:
@@ -314,7 +260,7 @@ with LiveServer(files_dir=sys.argv[1], drain_timeout=0.1) as server:
 
 
 def test_killed_and_started_again_each_line_is_there_once(tmp_path: Path) -> None:
-    def start() -> tuple[subprocess.Popen[str], openai.OpenAI]:
+    def serve() -> tuple[subprocess.Popen[str], openai.OpenAI]:
         process = subprocess.Popen([sys.executable, "-c", SERVER, str(tmp_path), str(TESTS)], text=True,
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
         assert process.stdout is not None
@@ -322,26 +268,19 @@ def test_killed_and_started_again_each_line_is_there_once(tmp_path: Path) -> Non
         return process, openai.OpenAI(base_url=url, api_key="none", max_retries=0)
 
     lines = [chat_line(f"{i}") for i in range(150)]
-    process, client = start()
-    file = client.files.create(file=jsonl(*lines), purpose="batch")
-    made = client.batches.create(
-        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
-    )
-    done = 0
+    process, client = serve()
+    made = start(client, *lines)
     for wanted in (30, 80):
-        while done < wanted:
-            counts = client.batches.retrieve(made.id).request_counts
-            done = counts.completed if counts is not None else 0
-            time.sleep(0.005)
+        until(lambda: completed(client, made) >= wanted)  # noqa: B023
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        process, client = start()
-        counts = client.batches.retrieve(made.id).request_counts
+        process, client = serve()
+        counts = client.batches.retrieve(made).request_counts
         assert counts is not None and counts.total == 150
-    found = ended(client, made.id)
+    found = ended(client, made)
     assert found.status == "completed"
     assert (found.request_counts.completed, found.request_counts.failed) == (150, 0)
-    assert [entry["custom_id"] for entry in read(client, found.output_file_id)] == [
+    assert [entry["custom_id"] for entry in results(client, found.output_file_id)] == [
         f"{i}" for i in range(150)
     ]
     process.communicate("", timeout=20)
@@ -353,8 +292,8 @@ def test_a_batch_whose_window_has_ended(
     """As OpenAI's guide has it: each line that is not done by then is an error `batch_expired`."""
     monkeypatch.setattr("rvllm.api.batches.endpoints.WINDOW_SECONDS", -10)
     asked = len(server.engine.requests)
-    done = run(client, jsonl(chat_line("a"), chat_line("b")))
+    done = run(client, chat_line("a"), chat_line("b"))
     assert done.status == "expired" and done.expired_at and not done.completed_at
     assert (done.request_counts.completed, done.request_counts.failed) == (0, 2)
-    assert [line["error"]["code"] for line in read(client, done.error_file_id)] == ["batch_expired"] * 2
+    assert [line["error"]["code"] for line in results(client, done.error_file_id)] == ["batch_expired"] * 2
     assert len(server.engine.requests) == asked

@@ -7,6 +7,7 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
 from support.doubles.server import ANSWER, LiveServer
+from support.waiting import until
 
 HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
 
@@ -76,11 +77,8 @@ def test_errors_are_the_clients_exceptions(client: openai.OpenAI, server: LiveSe
         client.chat.completions.create(model="other", messages=HELLO)
     assert missing.value.code == "model_not_found"
     server.engine.error = "broken"
-    try:
-        with pytest.raises(openai.InternalServerError, match="broken"):
-            client.chat.completions.create(model="tiny", messages=HELLO)
-    finally:
-        server.engine.error = None
+    with pytest.raises(openai.InternalServerError, match="broken"):
+        client.chat.completions.create(model="tiny", messages=HELLO)
 
 
 def test_a_wrong_key_is_an_authentication_error() -> None:
@@ -111,14 +109,8 @@ def test_many_at_once_with_the_async_client(server: LiveServer) -> None:
 
 def test_closing_a_stream_aborts_the_request(client: openai.OpenAI, server: LiveServer) -> None:
     server.engine.pace = 0.01
-    try:
-        aborted = len(server.engine.aborted)
-        with client.chat.completions.create(model="tiny", messages=HELLO, stream=True) as stream:
-            next(iter(stream))
-        for _ in range(100):
-            if len(server.engine.aborted) > aborted:
-                break
-            asyncio.run(asyncio.sleep(0.01))
-        assert len(server.engine.aborted) == aborted + 1
-    finally:
-        server.engine.pace = 0.0
+    aborted = len(server.engine.aborted)
+    with client.chat.completions.create(model="tiny", messages=HELLO, stream=True) as stream:
+        next(iter(stream))
+    until(lambda: len(server.engine.aborted) > aborted)
+    assert len(server.engine.aborted) == aborted + 1

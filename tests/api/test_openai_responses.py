@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from rvllm.api.responses.store import Conversation, ResponseStore
 from rvllm.api.schemas.responses import ResponsesRequest, new_response
 from rvllm.errors import UsageError
 from support.doubles.server import ANSWER, CONTEXT, LiveServer
+from support.waiting import until
 
 
 def test_create_retrieve_delete(client: openai.OpenAI, server: LiveServer) -> None:
@@ -63,11 +63,8 @@ def test_the_clients_own_stream_accumulator(client: openai.OpenAI, server: LiveS
     answer, end = server.engine.answer, server.tokenizer.eos_token_id
     assert end is not None
     server.engine.answer = [*answer[:5], end]
-    try:
-        with client.responses.stream(model="tiny", input="hello") as stream:
-            final = stream.get_final_response()
-    finally:
-        server.engine.answer = answer
+    with client.responses.stream(model="tiny", input="hello") as stream:
+        final = stream.get_final_response()
     assert final.status == "completed" and final.output_text == server.tokenizer.decode(answer[:5])
 
 
@@ -137,76 +134,64 @@ def test_calls_and_their_outputs_become_chat_messages(server: LiveServer) -> Non
 
 def test_background(client: openai.OpenAI, server: LiveServer) -> None:
     server.engine.pace = 0.005
-    try:
-        made = client.responses.create(model="tiny", input="hello", max_output_tokens=20, background=True)
-        assert made.status == "queued" and made.output == []
-        seen = {made.status}
-        while made.status in ("queued", "in_progress"):
-            made = client.responses.retrieve(made.id)
-            seen.add(str(made.status))
-        assert made.status == "incomplete" and made.output_text == server.tokenizer.decode(
-            server.engine.answer[:20]
-        )
-        assert "in_progress" in seen
-        events = list(client.responses.retrieve(made.id, stream=True, starting_after=4))
-        assert events[0].sequence_number == 5
-        assert events[-1].type == "response.incomplete"
-        assert client.responses.cancel(made.id).status == "incomplete"
-        client.responses.delete(made.id)
-    finally:
-        server.engine.pace = 0.0
+    made = client.responses.create(model="tiny", input="hello", max_output_tokens=20, background=True)
+    assert made.status == "queued" and made.output == []
+    seen = {made.status}
+    while made.status in ("queued", "in_progress"):
+        made = client.responses.retrieve(made.id)
+        seen.add(str(made.status))
+    assert made.status == "incomplete" and made.output_text == server.tokenizer.decode(
+        server.engine.answer[:20]
+    )
+    assert "in_progress" in seen
+    events = list(client.responses.retrieve(made.id, stream=True, starting_after=4))
+    assert events[0].sequence_number == 5
+    assert events[-1].type == "response.incomplete"
+    assert client.responses.cancel(made.id).status == "incomplete"
+    client.responses.delete(made.id)
 
 
 def test_a_background_stream_can_be_joined_and_cancelled(client: openai.OpenAI, server: LiveServer) -> None:
     server.engine.pace = 0.01
-    try:
-        aborted = len(server.engine.aborted)
-        stream = client.responses.create(model="tiny", input="hello", background=True, stream=True)
-        first = next(iter(stream))
-        assert first.type == "response.queued"
-        stream.close()  # it goes on without its client
-        joined = client.responses.retrieve(first.response.id, stream=True)
-        kinds = []
-        for event in joined:
-            kinds.append(event.type)
-            if len(kinds) == 6:
-                assert client.responses.cancel(first.response.id).status == "cancelled"
-        assert kinds[:2] == ["response.queued", "response.in_progress"]
-        assert client.responses.retrieve(first.response.id).status == "cancelled"
-        assert len(server.engine.aborted) == aborted + 1
-    finally:
-        server.engine.pace = 0.0
+    aborted = len(server.engine.aborted)
+    stream = client.responses.create(model="tiny", input="hello", background=True, stream=True)
+    first = next(iter(stream))
+    assert first.type == "response.queued"
+    stream.close()  # it goes on without its client
+    joined = client.responses.retrieve(first.response.id, stream=True)
+    kinds = []
+    for event in joined:
+        kinds.append(event.type)
+        if len(kinds) == 6:
+            assert client.responses.cancel(first.response.id).status == "cancelled"
+    assert kinds[:2] == ["response.queued", "response.in_progress"]
+    assert client.responses.retrieve(first.response.id).status == "cancelled"
+    assert len(server.engine.aborted) == aborted + 1
 
 
 def test_a_client_that_leaves_its_stream_cancels_the_response(
     client: openai.OpenAI, server: LiveServer
 ) -> None:
     server.engine.pace = 0.01
-    try:
-        for store in (True, False):
-            aborted = len(server.engine.aborted)
-            stream = client.responses.create(model="tiny", input="hello", stream=True, store=store)
-            seen, name = "", ""
-            for event in stream:
-                name = event.response.id if event.type == "response.created" else name
-                seen += event.delta if event.type == "response.output_text.delta" else ""
-                if len(seen) > 10:
-                    break
-            stream.close()
-            for _ in range(300):
-                if len(server.engine.aborted) > aborted and not server.gate.working:
-                    break
-                time.sleep(0.01)
-            assert len(server.engine.aborted) == aborted + 1
-            if not store:
-                with pytest.raises(openai.NotFoundError):
-                    client.responses.retrieve(name)
-                continue
-            kept = client.responses.retrieve(name)
-            assert kept.status == "cancelled" and kept.error is None
-            assert kept.output_text.startswith(seen) and kept.output[0].status == "incomplete"
-    finally:
-        server.engine.pace = 0.0
+    for store in (True, False):
+        aborted = len(server.engine.aborted)
+        stream = client.responses.create(model="tiny", input="hello", stream=True, store=store)
+        seen, name = "", ""
+        for event in stream:
+            name = event.response.id if event.type == "response.created" else name
+            seen += event.delta if event.type == "response.output_text.delta" else ""
+            if len(seen) > 10:
+                break
+        stream.close()
+        until(lambda: len(server.engine.aborted) > aborted and not server.gate.working)  # noqa: B023
+        assert len(server.engine.aborted) == aborted + 1
+        if not store:
+            with pytest.raises(openai.NotFoundError):
+                client.responses.retrieve(name)
+            continue
+        kept = client.responses.retrieve(name)
+        assert kept.status == "cancelled" and kept.error is None
+        assert kept.output_text.startswith(seen) and kept.output[0].status == "incomplete"
 
 
 def test_a_stream_that_the_server_ends_has_failed(tmp_path: Path) -> None:
@@ -228,18 +213,12 @@ def test_a_stream_that_the_server_ends_has_failed(tmp_path: Path) -> None:
 
 def test_failures(client: openai.OpenAI, server: LiveServer) -> None:
     server.engine.error = "broken"
-    try:
-        with pytest.raises(openai.InternalServerError, match="broken"):
-            client.responses.create(model="tiny", input="hello")
-        made = client.responses.create(model="tiny", input="hello", background=True)
-        for _ in range(200):
-            made = client.responses.retrieve(made.id)
-            if made.status == "failed":
-                break
-            time.sleep(0.01)
-        assert made.error is not None and made.error.message == "broken" and made.error.code == "server_error"
-    finally:
-        server.engine.error = None
+    with pytest.raises(openai.InternalServerError, match="broken"):
+        client.responses.create(model="tiny", input="hello")
+    made = client.responses.create(model="tiny", input="hello", background=True)
+    until(lambda: client.responses.retrieve(made.id).status == "failed")
+    error = client.responses.retrieve(made.id).error
+    assert error is not None and error.message == "broken" and error.code == "server_error"
 
 
 def test_truncation_auto_leaves_out_the_oldest(client: openai.OpenAI, server: LiveServer) -> None:

@@ -7,103 +7,37 @@ import contextlib
 import json
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import openai
 import pytest
 
+from support.clients.served import Served
 from support.models.fetched import model_path
+from support.waiting import until
 
 pytestmark = pytest.mark.models
 HELLO = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-class Served:
-    """A running `rvllm serve` on a free port; its log is kept for failures."""
-
-    def __init__(self, log: Path, *flags: str) -> None:
-        self.log = log
-        self._file: IO[str] = log.open("w")
-        model = str(model_path("smollm2-135m"))
-        command = [
-            sys.executable,
-            "-m",
-            "rvllm",
-            "--model",
-            model,
-            "--served-model-name",
-            "smol",
-            "--port",
-            "0",
-        ]
-        command += ["--max-model-len", "1024", "--kv-cache-memory-gb", "0.08", *flags]
-        self.began = time.monotonic()
-        self.process = subprocess.Popen(command, stdout=self._file, stderr=subprocess.STDOUT, text=True)
-        self.port = self._wait_for_port()
-
-    def _wait_for_port(self) -> int:
-        while time.monotonic() < self.began + 60:
-            found = re.search(r"listening on http://127\.0\.0\.1:(\d+)", self.log.read_text())
-            if found:
-                return int(found[1])
-            assert self.process.poll() is None, self.log.read_text()
-            time.sleep(0.01)
-        raise AssertionError(self.log.read_text())
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
-
-    def get(self, path: str) -> tuple[int, str]:
-        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as sock:
-            sock.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-            data = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
-        return int(data.split()[1]), data
-
-    def metric(self, name: str) -> float:
-        found = re.search(rf"^{name}\{{.*\}} (\S+)$", self.get("/metrics")[1], re.MULTILINE)
-        assert found, name
-        return float(found[1])
-
-    def engine_pid(self) -> int:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        (child,) = [pid for pid in children if b"engine" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        return int(child)
-
-    def resident_mb(self) -> float:
-        """Memory of both processes."""
-        sizes = [re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-                 for pid in (self.process.pid, self.engine_pid())]  # fmt: skip
-        return sum(int(size[1]) for size in sizes if size) / 1024
-
-    def ended(self, seconds: float = 30.0) -> int:
-        code = self.process.wait(seconds)
-        self._file.close()
-        return code
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        self._file.close()
+def serve(*flags: str) -> Served:
+    model = ("--model", str(model_path("smollm2-135m")), "--served-model-name", "smol")
+    return Served(*model, "--max-model-len", "1024", "--kv-cache-memory-gb", "0.08", *flags)
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    made = Served(tmp_path_factory.mktemp("serve") / "log")
-    yield made
-    made.close()
+def served() -> Iterator[Served]:
+    with serve() as made:
+        yield made
 
 
 def test_chat_completions_streams_and_errors(served: Served) -> None:
-    with served.client() as client:
+    with served.openai() as client:
         answer = client.chat.completions.create(model="smol", messages=HELLO, temperature=0, max_tokens=12)
         assert "Paris" in (answer.choices[0].message.content or "")
         stream = client.chat.completions.create(
@@ -125,7 +59,7 @@ def test_chat_completions_streams_and_errors(served: Served) -> None:
 
 def test_the_same_seed_gives_the_same_tokens_whatever_runs_beside(served: Served) -> None:
     def ask(seed: int) -> str:
-        with served.client() as client:
+        with served.openai() as client:
             answer = client.chat.completions.create(
                 model="smol", messages=HELLO, temperature=1.0, seed=seed, max_tokens=16
             )
@@ -185,63 +119,55 @@ def soak_request(port: int, seed: int) -> None:
 
 def test_soak(served: Served) -> None:
     """200 requests with random disconnects and malformed bodies leave nothing behind."""
-    with served.client() as client:
+    with served.openai() as client:
         before = client.chat.completions.create(model="smol", messages=HELLO, temperature=0, max_tokens=8)
     used = []
     for part in range(5):
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             list(pool.map(soak_request, [served.port] * 40, range(part * 40, part * 40 + 40)))
-        used.append(served.resident_mb())
-    deadline = time.monotonic() + 60
-    while served.metric("rvllm:kv_blocks_used") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert served.metric("rvllm:kv_blocks_used") == 0
+        used.append(served.rss(served.process.pid, served.engine))
+    until(lambda: served.metric("rvllm:kv_blocks_used") == 0)
     assert served.metric("vllm:num_requests_running") == 0
     assert served.metric("vllm:num_requests_waiting") == 0
     # The first parts touch the pages of the KV cache and of scratch arrays; after that memory must stay.
     assert used[4] < used[3] + 15, used
-    with served.client() as client:
+    with served.openai() as client:
         after = client.chat.completions.create(model="smol", messages=HELLO, temperature=0, max_tokens=8)
     assert after.choices[0].message.content == before.choices[0].message.content
 
 
 def test_sigterm_drains(served: Served) -> None:
     """Runs last on the shared server, which it ends."""
-    with served.client() as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with served.openai() as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(
             client.chat.completions.create, model="smol", messages=HELLO, max_tokens=30,
             extra_body={"ignore_eos": True},
         )  # fmt: skip
-        deadline = time.monotonic() + 60
-        while not served.metric("vllm:num_requests_running") and time.monotonic() < deadline:
-            time.sleep(0.01)
-        engine = served.engine_pid()
+        until(lambda: served.metric("vllm:num_requests_running"))
+        engine = served.engine
         served.process.send_signal(signal.SIGTERM)
         answer = waiting.result(30)
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 30
-    assert served.ended() == 0, served.log.read_text()
+    assert served.process.wait(30) == 0, served.text()
     assert not Path(f"/proc/{engine}").exists()
 
 
-def test_the_engines_death_turns_health_and_ends_the_server(tmp_path: Path) -> None:
-    served = Served(tmp_path / "log", "--dead-engine-timeout", "1")
-    try:
-        with served.client() as client:
+def test_the_engines_death_turns_health_and_ends_the_server() -> None:
+    with serve("--dead-engine-timeout", "1") as served:
+        with served.openai() as client:
             stream = client.chat.completions.create(
                 model="smol", messages=HELLO, max_tokens=500, stream=True, extra_body={"ignore_eos": True}
             )
             events = iter(stream)
             next(events)
-            os.kill(served.engine_pid(), signal.SIGKILL)
+            os.kill(served.engine, signal.SIGKILL)
             with pytest.raises(openai.APIError, match="SIGKILL"):
                 list(events)
             with pytest.raises(openai.InternalServerError, match="SIGKILL"):
                 client.chat.completions.create(model="smol", messages=HELLO)
         assert served.get("/health")[0] == 503
-        assert served.ended() == 1
-    finally:
-        served.close()
+        assert served.process.wait(30) == 1
 
 
 def test_a_taken_port_is_one_line(served: Served) -> None:

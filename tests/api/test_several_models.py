@@ -4,116 +4,88 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rvllm.cli.main import main
+from support.clients.served import Served
 from support.models.tiny_llm import CONFIG
 
 WIDTHS = {"small": 32, "wide": 64}
 
 
-class Served:
-    """`rvllm serve` with two models of random weights on the CPU, which take token ids."""
-
-    def __init__(self, folder: Path) -> None:
-        models: list[str] = []
-        for name, width in WIDTHS.items():
-            (folder / name).mkdir()
-            (folder / name / "config.json").write_text(json.dumps({**CONFIG, "hidden_size": width}))
-            models += ["--model", str(folder / name)]
-        self.log = folder / "log"
-        flags = "--load-format dummy --device cpu --skip-tokenizer-init --port 0 --num-blocks 64 --threads 1"
-        command = [sys.executable, "-m", "rvllm", "serve", *models, *flags.split()]
-        command += ["--served-model-name", *WIDTHS, "--model-turn-seconds", "0.02"]
-        with self.log.open("w") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        until = time.monotonic() + 60
-        while not (found := re.search(r"listening on (http://\S+)", self.log.read_text())):
-            assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()
-            time.sleep(0.02)
-        self.url = found[1]
-
-    def get(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        asked = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(asked, timeout=60) as answer:
-            text = answer.read().decode()
-        return text if path == "/metrics" else json.loads(text)
-
-    def tokens(self, model: str | None, first: int) -> list[int]:
-        body = {"prompt": [first, 5, 9], "max_tokens": 6, "temperature": 0, "return_token_ids": True}
-        answer = self.get("/v1/completions", body if model is None else {**body, "model": model})
-        assert answer["model"] == (model or "small")
-        found: list[int] = answer["choices"][0]["token_ids"]
-        return found
-
-    def swaps(self) -> float:
-        page = text_string_to_metric_families(self.get("/metrics"))
-        (family,) = [family for family in page if family.name == "rvllm:backend_model_swaps"]
-        return min(sample.value for sample in family.samples)
-
-    def engine_bytes(self) -> int:
-        """What the engine processes hold in memory."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in children]
-        return 4096 * sum(pages)
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    made = Served(tmp_path_factory.mktemp("several"))
+    """Two models of random weights on the CPU, which take token ids."""
+    folder = tmp_path_factory.mktemp("several")
+    models: list[str] = []
+    for name, width in WIDTHS.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps({**CONFIG, "hidden_size": width}))
+        models += ["--model", str(folder / name)]
+    flags = "--load-format dummy --device cpu --skip-tokenizer-init --num-blocks 64 --threads 1"
+    names = ["--served-model-name", *WIDTHS, "--model-turn-seconds", "0.02"]
+    made = Served(*models, *flags.split(), *names)
     yield made
-    made.process.terminate()
-    assert made.process.wait(30) == 0, made.log.read_text()
+    assert made.end() == 0, made.text()
+
+
+def get(served: Served, path: str, body: dict[str, Any] | None = None, status: int = 200) -> Any:
+    found, answer = served.ask("GET" if body is None else "POST", path, body)
+    assert found == status
+    return json.loads(answer)
+
+
+def tokens(served: Served, model: str | None, first: int) -> list[int]:
+    body = {"prompt": [first, 5, 9], "max_tokens": 6, "temperature": 0, "return_token_ids": True}
+    answer = get(served, "/v1/completions", body if model is None else {**body, "model": model})
+    assert answer["model"] == (model or "small")
+    found: list[int] = answer["choices"][0]["token_ids"]
+    return found
+
+
+def families(served: Served) -> dict[str, Any]:
+    page = list(text_string_to_metric_families(served.get("/metrics")[1].decode()))
+    assert len({family.name for family in page}) == len(page)
+    return {family.name: family for family in page}
 
 
 def test_fifty_swaps_change_no_token_and_lose_no_memory(served: Served) -> None:
-    expected = {(name, i): served.tokens(name, i) for name in WIDTHS for i in range(4)}
+    expected = {(name, i): tokens(served, name, i) for name in WIDTHS for i in range(4)}
     assert expected["small", 1] != expected["wide", 1]
     with ThreadPoolExecutor(8) as pool:
-        found = pool.map(lambda pair: served.tokens(*pair), expected)
+        found = pool.map(lambda pair: tokens(served, *pair), expected)
         assert dict(zip(expected, found, strict=True)) == expected
     sizes = []
     for number in range(50):
         pair = list(WIDTHS)[number % 2], number % 4
-        assert served.tokens(*pair) == expected[pair]
-        sizes.append(served.engine_bytes())
-    assert served.swaps() >= 50
-    assert sizes[-1] - sizes[10] < 4 << 20
+        assert tokens(served, *pair) == expected[pair]
+        sizes.append(served.rss(*served.children()))
+    swaps = families(served)["rvllm:backend_model_swaps"].samples
+    assert min(sample.value for sample in swaps) >= 50
+    assert sizes[-1] - sizes[10] < 4
 
 
 def test_names(served: Served) -> None:
-    assert [card["id"] for card in served.get("/v1/models")["data"]] == list(WIDTHS)
-    assert served.get("/v1/models/wide")["root"] == "wide"
-    assert served.tokens(None, 3) == served.tokens("small", 3)
+    assert [card["id"] for card in get(served, "/v1/models")["data"]] == list(WIDTHS)
+    assert get(served, "/v1/models/wide")["root"] == "wide"
+    assert tokens(served, None, 3) == tokens(served, "small", 3)
     for path in ("/v1/completions", "/v1/responses", "/tokenize"):
-        with pytest.raises(urllib.error.HTTPError) as caught:
-            served.get(path, {"model": "other", "prompt": [3], "input": "x"})
-        assert caught.value.code == 404
-        assert "'small' or 'wide'" in json.loads(caught.value.read())["error"]["message"]
+        answer = get(served, path, {"model": "other", "prompt": [3], "input": "x"}, 404)
+        assert "'small' or 'wide'" in answer["error"]["message"]
 
 
 def test_the_small_endpoints(served: Served) -> None:
-    served.tokens("wide", 3)
-    assert served.get("/is_sleeping") == {"is_sleeping": False}
-    assert served.get("/rvllm/state")["model"] == "wide"
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        served.get("/sleep", {})
-    assert "several models" in json.loads(caught.value.read())["error"]["message"]
-    names = [family.name for family in text_string_to_metric_families(served.get("/metrics"))]
-    assert len(names) == len(set(names))
-    log = served.log.read_text()
+    tokens(served, "wide", 3)
+    assert get(served, "/is_sleeping") == {"is_sleeping": False}
+    assert get(served, "/rvllm/state")["model"] == "wide"
+    assert "several models" in get(served, "/sleep", {}, 400)["error"]["message"]
+    assert families(served)
+    log = served.text()
     assert re.search(r"small · \w+ · cpu", log) and re.search(r"wide · \w+ · cpu", log)
 
 

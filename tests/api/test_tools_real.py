@@ -4,10 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +11,7 @@ import jsonschema
 import openai
 import pytest
 
+from support.clients.served import Served
 from support.models.fetched import model_path
 
 pytestmark = [pytest.mark.models, pytest.mark.timeout(400)]
@@ -36,30 +33,12 @@ QUESTION: list[Any] = [{"role": "user", "content": "What is the weather in Paris
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    log = tmp_path_factory.mktemp("serve") / "log"
-    command = [sys.executable, "-m", "rvllm", "serve", "--model", str(model_path("qwen2.5-coder-0.5b"))]
-    command += ["--served-model-name", "qwen", "--port", "0", "--max-model-len", "1024"]
-    command += ["--device", "cpu", "--kv-cache-memory-gb", "0.05"]
-    command += ["--worker-timeout", "60"]  # a busy machine takes its time with the first grammar
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-        try:
-            port = None
-            until = time.monotonic() + 120
-            while port is None and time.monotonic() < until:
-                assert process.poll() is None, log.read_text()
-                found = re.search(r"listening on http://127\.0\.0\.1:(\d+)", log.read_text())
-                port = found[1] if found else None
-                time.sleep(0.05)
-            assert port, log.read_text()
-            with openai.OpenAI(
-                base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=200
-            ) as made:
-                yield made
-        finally:
-            process.terminate()
-            process.wait(30)
+def client() -> Iterator[openai.OpenAI]:
+    flags = ("--served-model-name", "qwen", "--max-model-len", "1024", "--device", "cpu")
+    patient = ("--worker-timeout", "60")  # a busy machine takes its time with the first grammar
+    model = ("--model", str(model_path("qwen2.5-coder-0.5b")), "--kv-cache-memory-gb", "0.05")
+    with Served(*model, *flags, *patient) as served, served.openai() as made:
+        yield made
 
 
 def streamed(

@@ -35,7 +35,7 @@ def page(window: Browser, live: LiveServer) -> Iterator[Browser]:
     visit(window, live)
     window.errors()
     yield window
-    live.engine.held, live.engine.pace, live.engine.error = False, 0.0, None
+    live.engine.behave()
     assert window.errors() == []
 
 

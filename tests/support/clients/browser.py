@@ -9,10 +9,11 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from support.waiting import until
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's name for a reference to an element
 ENTER, ESCAPE, TAB, SHIFT, RIGHT, LEFT = "\ue007", "\ue00c", "\ue004", "\ue008", "\ue014", "\ue012"
@@ -37,7 +38,7 @@ class Browser:
         self._driver = subprocess.Popen(
             ["chromedriver", f"--port={self._port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        wait(self._try_status, 15)
+        until(self._try_status, 15)
         width, height = self._size
         arguments = ["--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
                      f"--window-size={width},{height}"]  # fmt: skip
@@ -138,13 +139,4 @@ class Browser:
         target.write_bytes(base64.b64decode(self._call("GET", "/screenshot")))
 
     def until(self, what: Callable[[], Any], seconds: float = 10.0) -> Any:
-        return wait(what, seconds)
-
-
-def wait(what: Callable[[], Any], seconds: float) -> Any:
-    """The first true value of `what`; an AssertionError when there is none in time."""
-    end = time.monotonic() + seconds
-    while not (value := what()):
-        assert time.monotonic() < end, f"did not become true in {seconds:g} s"
-        time.sleep(0.03)
-    return value
+        return until(what, seconds, pause=0.03)

@@ -45,24 +45,29 @@ class FakeEngine:
     """Answers every request with ANSWER over and over, one token an output, as fast as `pace` allows."""
 
     def __init__(self, answer: list[int]) -> None:
-        self.answer = answer
-        self.pace = 0.0  # seconds between tokens
-        self.held = False  # no token comes while this is set
-        self.error: str | None = None  # end every request with this
+        self.usual_answer = answer
+        self.behave()
         self.asked_for_state = 0
         self.requests: list[Generate] = []
         self.open: set[str] = set()
         self.aborted: list[str] = []
         self.vocabularies: list[Vocabulary] = []
-        self.chunks = 0  # steps that a prompt takes
-        self.cached = [4]  # prompt tokens that the cache holds, for each choice in turn
-        self.queue_seconds = 0.0  # that a request waits before its first token
-        self.length = 1.0  # of vectors
         self.embedding_size = 0
         self.embeds: list[Embed] = []
         self.sleep_level = 0
         self.dead = asyncio.Event()
         self.cause = ""
+
+    def behave(self) -> None:
+        """As it is before a test asks for something else."""
+        self.answer = self.usual_answer
+        self.pace = 0.0  # seconds between tokens
+        self.held = False  # no token comes while this is set
+        self.error: str | None = None  # end every request with this
+        self.chunks = 0  # steps that a prompt takes
+        self.cached = [4]  # prompt tokens that the cache holds, for each choice in turn
+        self.queue_seconds = 0.0  # that a request waits before its first token
+        self.length = 1.0  # of vectors
 
     @property
     def alive(self) -> bool:
