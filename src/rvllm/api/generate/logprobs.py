@@ -32,22 +32,22 @@ class Names:
         return None if self._tokenizer is None else list(self._tokenizer.token_bytes(token_id))
 
 
-def chat_logprobs(positions: Sequence[TokenLogprobs], top: int, names: Names) -> ChatLogprobs:
-    """One entry a token with the `top` likeliest candidates."""
-    return ChatLogprobs(
-        [
+def chat_logprobs(
+    positions: Sequence[TokenLogprobs], top: int, names: Names, before: ChatLogprobs | None = None
+) -> ChatLogprobs:
+    """One entry a token with the `top` likeliest candidates. before: what they are added to."""
+    found = before or ChatLogprobs([])
+    for at in positions:
+        likeliest = zip(at.top_ids[:top], at.top_logprobs[:top], strict=True)
+        found.content.append(
             TokenLogprob(
                 names.name(at.token_id),
                 _finite(at.logprob),
                 names.utf8(at.token_id),
-                [
-                    TopLogprob(names.name(i), _finite(value), names.utf8(i))
-                    for i, value in zip(at.top_ids[:top], at.top_logprobs[:top], strict=True)
-                ],
+                [TopLogprob(names.name(i), _finite(value), names.utf8(i)) for i, value in likeliest],
             )
-            for at in positions
-        ]
-    )
+        )
+    return found
 
 
 class CompletionLogprobsWriter:
@@ -63,9 +63,14 @@ class CompletionLogprobsWriter:
         self._offset += len(token)
         return found
 
-    def write(self, positions: Sequence[TokenLogprobs]) -> CompletionLogprobs:
-        """The positions' tokens, values and candidates; a position's candidates include its own token."""
-        found = CompletionLogprobs([], [], [], [])
+    def write(
+        self, positions: Sequence[TokenLogprobs], before: CompletionLogprobs | None = None
+    ) -> CompletionLogprobs:
+        """The positions' tokens, values and candidates, which include a position's own token.
+
+        before: what they are added to; None begins anew.
+        """
+        found = before or CompletionLogprobs()
         for at in positions:
             token = self._names.name(at.token_id)
             found.tokens.append(token)
@@ -79,17 +84,6 @@ class CompletionLogprobsWriter:
             top.setdefault(token, _finite(at.logprob))
             found.top_logprobs.append(top)
         return found
-
-
-def joined(parts: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
-    """Several pieces as one."""
-    whole = CompletionLogprobs([], [], [], [])
-    for part in parts:
-        whole.tokens += part.tokens
-        whole.token_logprobs += part.token_logprobs
-        whole.text_offset += part.text_offset
-        whole.top_logprobs += part.top_logprobs
-    return whole
 
 
 def prompt_logprobs(positions: Sequence[TokenLogprobs], tokenizer: Tokenizer | None) -> PromptLogprobs:

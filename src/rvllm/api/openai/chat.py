@@ -101,29 +101,32 @@ class _ChatWriter:
 
     async def whole(self) -> ChatAnswer:
         count = len(self._job.choices)
-        words, ids = [[self._echo] for _ in range(count)], [list[int]() for _ in range(count)]
-        thoughts: list[list[str]] = [[] for _ in range(count)]
-        logprobs = [ChatLogprobs([]) for _ in range(count)]
-        choices = [ChatChoice(index=i, message=ChatMessage("assistant", "")) for i in range(count)]
+        words, thoughts = [[self._echo] for _ in range(count)], [list[str]() for _ in range(count)]
+        choices = [
+            ChatChoice(
+                index=i,
+                message=ChatMessage("assistant", ""),
+                logprobs=ChatLogprobs([]) if self._request.logprobs else None,
+                token_ids=[] if self._with_ids else UNSET,
+            )
+            for i in range(count)
+        ]
         whole = ChatAnswer(id=self._job.request_id, created=self._created, model=self._service.served_name,
                            choices=choices, usage=self._answer.usage)  # fmt: skip
         async with aclosing(self._answer.deltas()) as deltas:
             async for delta in deltas:
-                i = delta.index
-                thoughts[i].append(delta.reasoning)
-                words[i] += [event.text for event in delta.events if isinstance(event, Text)]
-                ids[i] += delta.token_ids
-                part = self._logprobs(delta)
-                if part is not None:
-                    logprobs[i].content += part.content
+                choice = choices[delta.index]
+                thoughts[delta.index].append(delta.reasoning)
+                words[delta.index] += [event.text for event in delta.events if isinstance(event, Text)]
+                if choice.token_ids is not UNSET:
+                    choice.token_ids += delta.token_ids
+                choice.logprobs = self._logprobs(delta, choice.logprobs)
                 if delta.prompt_logprobs is not None:
                     whole.prompt_logprobs = prompt_logprobs(delta.prompt_logprobs, self._service.tokenizer)
                 if delta.finish_reason is not None:
-                    choices[i].finish_reason, choices[i].stop_reason = delta.finish_reason, delta.stop_reason
+                    choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
         for i, choice in enumerate(choices):
             choice.message = _message("".join(words[i]), "".join(thoughts[i]), self._answer.calls(i))
-            choice.logprobs = logprobs[i] if self._request.logprobs else None
-            choice.token_ids = ids[i] if self._with_ids else UNSET
         whole.usage = self._answer.usage
         whole.prompt_token_ids = self._job.prompts[0] if self._with_ids else UNSET
         return whole
@@ -170,10 +173,11 @@ class _ChatWriter:
             id=self._job.request_id, created=self._created, model=self._service.served_name, choices=choices
         )
 
-    def _logprobs(self, delta: AnswerDelta) -> ChatLogprobs | None:
+    def _logprobs(self, delta: AnswerDelta, before: ChatLogprobs | None = None) -> ChatLogprobs | None:
+        """The log-probabilities that a delta adds to those before it."""
         if not self._request.logprobs or not delta.logprobs:
-            return None
-        return chat_logprobs(delta.logprobs, self._request.top_logprobs or 0, self._names)
+            return before
+        return chat_logprobs(delta.logprobs, self._request.top_logprobs or 0, self._names, before)
 
 
 def _parts(delta: AnswerDelta) -> list[ChatDelta]:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from contextlib import aclosing
 
-import msgspec
 from msgspec import UNSET
 
 from rvllm.api.generate.generation import Service, too_long
 from rvllm.api.generate.job import Job, Piece
-from rvllm.api.generate.logprobs import CompletionLogprobsWriter, Names, joined, prompt_logprobs
+from rvllm.api.generate.logprobs import CompletionLogprobsWriter, Names, prompt_logprobs
 from rvllm.api.generate.sampling import completion_params, refuse_unsupported
 from rvllm.api.generate.structured_outputs import answer_grammar
 from rvllm.api.http.errors import invalid
 from rvllm.api.http.exchange import Exchange
 from rvllm.api.openai.streaming import stream
-from rvllm.api.schemas.answers import CompletionAnswer, CompletionChoice, CompletionLogprobs, Rendered, now
+from rvllm.api.schemas.answers import CompletionAnswer, CompletionChoice, Rendered, now
 from rvllm.api.schemas.requests import CompletionRequest
 from rvllm.text.chat.fim import FillIn
 from rvllm.text.processor import Delta
@@ -138,17 +137,21 @@ class _Completion:
             job.completion_tokens = -len(job.choices)
 
     async def whole(self) -> CompletionAnswer:
-        parts: list[list[CompletionChoice]] = [[] for _ in self._job.choices]
+        choices = [self._choice(i) for i in range(len(self._job.choices))]
+        texts: list[list[str]] = [[] for _ in choices]
         async with aclosing(self._service.run(self._job)) as pieces:
             async for piece in pieces:
-                parts[piece.index].append(self._part(piece))
-        answer = self._envelope([_whole(part) for part in parts])
+                texts[piece.index].append(self._add(choices[piece.index], piece))
+        for choice, parts in zip(choices, texts, strict=True):
+            choice.text = "".join(parts)
+        answer = self._envelope(choices)
         answer.usage = self._job.usage()
         return answer
 
     async def stream(self, exchange: Exchange) -> None:
         def events(piece: Piece) -> list[CompletionAnswer]:
-            part = self._part(piece)
+            part = self._choice(piece.index)
+            part.text = self._add(part, piece)
             seen = part.text or part.logprobs or part.finish_reason or part.token_ids
             return [self._envelope([part])] if seen else []
 
@@ -156,63 +159,44 @@ class _Completion:
         run = self._service.run(self._job)
         await stream(exchange, run, options, events, lambda: self._envelope([]), self._job.usage)
 
-    def _part(self, piece: Piece) -> CompletionChoice:
-        """What a piece adds to its choice; the first one carries the echoed prompt."""
+    def _choice(self, index: int) -> CompletionChoice:
+        return CompletionChoice(index=index, text="", token_ids=[] if self._with_ids else UNSET)
+
+    def _add(self, choice: CompletionChoice, piece: Piece) -> str:
+        """Adds all but the text of a piece to its choice; the text, which begins with the echoed prompt."""
         delta, index = piece.delta, piece.index
-        part = CompletionChoice(
-            index=index, text="", finish_reason=delta.finish_reason, stop_reason=self._stop_reason(delta)
-        )
-        logprobs: list[CompletionLogprobs] = []
-        if not self._started[index]:
-            self._started[index] = True
-            self._open(part, piece, logprobs)
-        if not self._only_echo:
-            part.text += delta.text
-            if self._request.logprobs is not None and piece.delta.logprobs:
-                logprobs.append(self._writers[index].write(piece.delta.logprobs))
-        if self._with_ids:
-            part.token_ids = [] if self._only_echo else delta.token_ids
-        if logprobs:
-            part.logprobs = joined(logprobs)
-        return part
+        choice.finish_reason, choice.stop_reason = delta.finish_reason, self._stop_reason(delta)
+        echoed = "" if self._started[index] else self._open(choice, piece)
+        self._started[index] = True
+        if self._only_echo:
+            return echoed
+        if self._request.logprobs is not None and delta.logprobs:
+            choice.logprobs = self._writers[index].write(delta.logprobs, choice.logprobs)
+        if choice.token_ids is not UNSET:
+            choice.token_ids += delta.token_ids
+        return echoed + delta.text
 
     def _stop_reason(self, delta: Delta) -> int | str | None:
         """The stop that was asked for; an end of the model's own is none."""
         own = isinstance(delta.stop_reason, int) and delta.stop_reason not in self._asked_stops
         return None if own else delta.stop_reason
 
-    def _open(self, part: CompletionChoice, piece: Piece, logprobs: list[CompletionLogprobs]) -> None:
+    def _open(self, choice: CompletionChoice, piece: Piece) -> str:
+        """Adds what is said of the prompt; its text if it is echoed."""
         prompt, request = self._job.prompt_of(piece.index), self._request
         of_prompt = piece.delta.prompt_logprobs
         if self._with_ids:
-            part.prompt_token_ids = prompt
-        if request.echo and self._tokenizer is not None:
-            part.text = self._tokenizer.decode(
-                prompt, skip_special_tokens=request.skip_special_tokens is not False
-            )
-        if of_prompt is None:
-            return
-        if request.prompt_logprobs is not None:
-            part.prompt_logprobs = prompt_logprobs(of_prompt, self._tokenizer)
-        if request.echo and request.logprobs is not None:
+            choice.prompt_token_ids = prompt
+        if of_prompt is not None and request.prompt_logprobs is not None:
+            choice.prompt_logprobs = prompt_logprobs(of_prompt, self._tokenizer)
+        if of_prompt is not None and request.echo and request.logprobs is not None:
             writer = self._writers[piece.index]
-            logprobs += [writer.unknown(prompt[0]), writer.write(of_prompt)]
+            choice.logprobs = writer.write(of_prompt, writer.unknown(prompt[0]))
+        if not request.echo or self._tokenizer is None:
+            return ""
+        return self._tokenizer.decode(prompt, skip_special_tokens=request.skip_special_tokens is not False)
 
     def _envelope(self, choices: list[CompletionChoice]) -> CompletionAnswer:
         return CompletionAnswer(
             id=self._job.request_id, created=self._created, model=self._service.served_name, choices=choices
         )
-
-
-def _whole(parts: list[CompletionChoice]) -> CompletionChoice:
-    """All parts of a choice as one."""
-    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
-    ids = [part.token_ids for part in parts if part.token_ids is not UNSET]
-    return msgspec.structs.replace(
-        parts[0],
-        text="".join(part.text for part in parts),
-        logprobs=joined(logprobs) if logprobs else None,
-        finish_reason=parts[-1].finish_reason,
-        stop_reason=parts[-1].stop_reason,
-        token_ids=[i for some in ids for i in some] if ids else UNSET,
-    )

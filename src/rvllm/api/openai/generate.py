@@ -48,7 +48,9 @@ async def generate_tokens(service: Service, exchange: Exchange, asked: TokenRequ
     if asked.stream:
         await stream(
             exchange, service.run(job), asked.stream_options,
-            lambda piece: [GeneratedTokens(name, [_choice(request, piece)])],
+            lambda piece: [
+                GeneratedTokens(name, [_added(GeneratedChoice(index=piece.index), request, piece)])
+            ],
             lambda: GeneratedTokens(name, []), job.usage,
         )  # fmt: skip
     else:
@@ -70,27 +72,18 @@ async def _whole(service: Service, job: Job, request: CompletionRequest, name: s
     answer = GeneratedTokens(name, choices)
     async with aclosing(service.run(job)) as pieces:
         async for piece in pieces:
-            part, choice = _choice(request, piece), choices[piece.index]
-            choice.token_ids += part.token_ids
-            choice.finish_reason = part.finish_reason
-            if part.logprobs is not None:
-                before = choice.logprobs
-                choice.logprobs = part.logprobs if before is None else before
-                if before is not None:
-                    before.content += part.logprobs.content
+            _added(choices[piece.index], request, piece)
             if piece.delta.prompt_logprobs is not None and request.prompt_logprobs is not None:
                 answer.prompt_logprobs = prompt_logprobs(piece.delta.prompt_logprobs, None)
     answer.usage = job.usage()
     return answer
 
 
-def _choice(request: CompletionRequest, piece: Piece) -> GeneratedChoice:
-    delta, logprobs = piece.delta, None
+def _added(choice: GeneratedChoice, request: CompletionRequest, piece: Piece) -> GeneratedChoice:
+    """The choice, to which a piece has been added."""
+    delta = piece.delta
     if request.logprobs is not None and delta.logprobs:
-        logprobs = chat_logprobs(delta.logprobs, request.logprobs, Names(None, True))
-    return GeneratedChoice(
-        index=piece.index,
-        token_ids=list(delta.token_ids),
-        finish_reason=delta.finish_reason,
-        logprobs=logprobs,
-    )
+        choice.logprobs = chat_logprobs(delta.logprobs, request.logprobs, Names(None, True), choice.logprobs)
+    choice.token_ids += delta.token_ids
+    choice.finish_reason = delta.finish_reason
+    return choice
