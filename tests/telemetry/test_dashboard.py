@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from rvllm.telemetry.metrics import Metrics, RequestTimes
+from rvllm.telemetry.metrics import Metrics, RequestTimes, metrics_page
 from rvllm.telemetry.stats import Stats, StepKernel
 
 DASHBOARD = Path(__file__).parent.parent.parent / "deploy" / "grafana-dashboard.json"
@@ -34,7 +34,7 @@ def names_on_the_page() -> set[str]:
     metrics.finished(RequestTimes(100, 50, 2, "stop", 11, queue=0.1, first=0.5, last=1.5))
     gpu = {"rvllm:decode_idle_share": 0.01, 'rvllm:cuda_graph_captured{kind="decode",size="8"}': 1.0}
     kernels = [StepKernel("qkv", "gemm_sm90_bf16", 28)]
-    page = metrics.page(Stats(running=1, backend=gpu, floor_ratio=0.9, kernels=kernels)).decode()
+    page = metrics_page([(metrics, Stats(running=1, backend=gpu, floor_ratio=0.9, kernels=kernels))]).decode()
     return {sample.name for family in text_string_to_metric_families(page) for sample in family.samples}
 
 

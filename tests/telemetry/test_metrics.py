@@ -5,7 +5,7 @@ import re
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from rvllm.telemetry.metrics import Metrics, RequestTimes
+from rvllm.telemetry.metrics import Metrics, RequestTimes, metrics_page
 from rvllm.telemetry.stats import STEP_TOKENS, Stats, StepKernel
 
 
@@ -25,7 +25,7 @@ def test_a_request_feeds_every_histogram() -> None:
     metrics = Metrics("m", {"block_size": "16"})
     metrics.observe(time_to_first_token_seconds=0.5, inter_token_latency_seconds=0.02)
     metrics.finished(RequestTimes(100, 50, 2, "stop", 11, queue=0.1, first=0.5, last=1.5))
-    found = values(metrics.page(None))
+    found = values(metrics_page([(metrics, None)]))
     assert found["vllm:time_to_first_token_seconds_sum"] == 0.5
     assert found["vllm:inter_token_latency_seconds_sum"] == 0.02
     assert found["vllm:e2e_request_latency_seconds_sum"] == 1.5
@@ -43,7 +43,9 @@ def test_a_request_feeds_every_histogram() -> None:
 
 @pytest.mark.parametrize(("prompt", "cached"), [(0, 0), (50, 20)])
 def test_prompt_tokens_by_where_they_come_from(prompt: int, cached: int) -> None:
-    found = values(Metrics("m", {}).page(Stats(prompt_tokens=prompt, cached_prompt_tokens=cached)))
+    found = values(
+        metrics_page([(Metrics("m", {}), Stats(prompt_tokens=prompt, cached_prompt_tokens=cached))])
+    )
     name = "vllm:prompt_tokens_by_source_total{'source': '%s'}"
     assert found[name % "local_compute"] == prompt - cached and found[name % "local_cache_hit"] == cached
 
@@ -67,7 +69,7 @@ BUCKETS = {  # of vLLM's vllm/v1/metrics/loggers.py, which its dashboards expect
 
 @pytest.mark.parametrize("name", BUCKETS)
 def test_histograms_have_vllms_buckets(name: str) -> None:
-    page = Metrics("m", {}).page(None).decode()
+    page = metrics_page([(Metrics("m", {}), None)]).decode()
     found = re.findall(rf'^vllm:{name}_bucket{{.*le="([^"]*)"', page, re.MULTILINE)
     assert [float(bound) for bound in found] == [*BUCKETS[name], float("inf")]
 
@@ -75,7 +77,7 @@ def test_histograms_have_vllms_buckets(name: str) -> None:
 def test_a_request_that_got_no_token_has_no_times() -> None:
     metrics = Metrics("m", {})
     metrics.finished(RequestTimes(100, 50, 1, "abort", 0, queue=0.0, first=0.0, last=0.0))
-    found = values(metrics.page(None))
+    found = values(metrics_page([(metrics, None)]))
     assert found["vllm:request_success_total{'finished_reason': 'abort'}"] == 1
     assert found["vllm:e2e_request_latency_seconds_count"] == 0
 
@@ -86,7 +88,7 @@ def test_the_engines_figures_are_a_snapshot() -> None:
     )
     stats.cached_prompt_tokens, stats.idle_seconds, stats.backend = 5, 1.5, {"idle_share": 0.25}
     metrics = Metrics("m", {"block_size": "16"})
-    found = values(metrics.page(stats))
+    found = values(metrics_page([(metrics, stats)]))
     assert found["vllm:num_requests_running"] == 3
     assert found["vllm:num_requests_waiting"] == 2
     assert found["vllm:kv_cache_usage_perc"] == 0.4
@@ -94,18 +96,18 @@ def test_the_engines_figures_are_a_snapshot() -> None:
     assert found["vllm:prefix_cache_hits_total"] == 5
     assert found["rvllm:backend_idle_share"] == 0.25
     assert found["rvllm:engine_idle_seconds_total"] == 1.5
-    assert "vllm:num_requests_running" not in values(metrics.page(None))
+    assert "vllm:num_requests_running" not in values(metrics_page([(metrics, None)]))
 
 
 def test_backend_names_that_prometheus_would_not_take_do_not_break_the_page() -> None:
     odd = Stats(backend={"graph bucket/8": 1.0})
-    found = values(Metrics("m", {}).page(odd))
+    found = values(metrics_page([(Metrics("m", {}), odd)]))
     assert found["rvllm:backend_graph_bucket_8"] == 1.0
 
 
 def test_backend_figures_may_carry_labels() -> None:
     graphs = {f'rvllm:cuda_graph_captured{{kind="decode",size="{size}"}}': 1.0 for size in (1, 8)}
-    page = Metrics("m", {}).page(Stats(backend=graphs))
+    page = metrics_page([(Metrics("m", {}), Stats(backend=graphs))])
     found = values(page)
     for size in (1, 8):
         assert found[f"rvllm:backend_cuda_graph_captured{{'kind': 'decode', 'size': '{size}'}}"] == 1
@@ -130,7 +132,7 @@ def test_steps_blocks_kernels_and_settings() -> None:
         ],
     )
     info = {"decode_path": "batched", "gemm_strategy": "native", "dtype": "bfloat16", "device": "H200"}
-    found = values(Metrics("m", {}, info).page(stats))
+    found = values(metrics_page([(Metrics("m", {}, info), stats)]))
     assert found["vllm:iteration_tokens_total_sum"] == 20_000
     assert found["vllm:iteration_tokens_total_count"] == 8
     assert found["vllm:iteration_tokens_total_bucket{'le': '32.0'}"] == 5
@@ -143,13 +145,13 @@ def test_steps_blocks_kernels_and_settings() -> None:
     assert found["rvllm:step_kernel_launches{'kernel': 'a', 'op': 'qkv'}"] == 30
     assert found["rvllm:step_kernel_launches{'kernel': 'b', 'op': 'down'}"] == 28
     assert found[f"rvllm:engine_info{dict(sorted(info.items()))}"] == 1
-    assert "rvllm:decode_floor_ratio" not in values(Metrics("m", {}).page(Stats()))
+    assert "rvllm:decode_floor_ratio" not in values(metrics_page([(Metrics("m", {}), Stats())]))
 
 
 def test_computed_and_longest() -> None:
     metrics = Metrics("m", {})
     metrics.finished(RequestTimes(100, 50, 2, "stop", 11, 0.1, 0.5, 1.5, cached_tokens=64))
     metrics.observe(request_max_num_generation_tokens=11)
-    found = values(metrics.page(None))
+    found = values(metrics_page([(metrics, None)]))
     assert found["vllm:request_prefill_kv_computed_tokens_sum"] == 36
     assert found["vllm:request_max_num_generation_tokens_sum"] == 11

@@ -138,12 +138,8 @@ class Metrics:
             mean = (done.last - done.first) / (done.generation_tokens - 1)
             self.observe(request_time_per_output_token_seconds=mean)
 
-    def page(self, engine: Stats | None) -> bytes:
-        """The exposition text; `engine` is None when the engine process is gone."""
-        return metrics_page([(self, engine)])
-
     def families(self, engine: Stats | None) -> Iterator[Metric]:
-        """All metrics with the engine's at this moment."""
+        """All metrics with the engine's at this moment; None when the engine process is gone."""
         yield from self.registry.collect()
         if engine is not None:
             yield from _Snapshot(engine, self._labels, self._infos).collect()
