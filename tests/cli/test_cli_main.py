@@ -12,7 +12,7 @@ import pytest
 
 from rvllm.cli import main as cli
 from rvllm.errors import ModelError
-from rvllm.offline.progress import LoadingBar
+from rvllm.offline.progress import loading_bar
 from rvllm.version import __version__
 from support.models.fetched import model_path
 
@@ -126,9 +126,9 @@ def test_loading_is_shown_on_a_terminal_alone(
     terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    with LoadingBar() as bar:
-        bar.show(0.5, "loading weights, 3.2 GB/s")
-        bar.show(1.0, "loading weights, 3.4 GB/s")
+    with loading_bar() as show:
+        show(0.5, "loading weights, 3.2 GB/s")
+        show(1.0, "loading weights, 3.4 GB/s")
     err = capsys.readouterr().err
     if not terminal:
         assert err == ""

@@ -13,7 +13,7 @@ from rvllm.engine.sampling_params import BeamSearchParams, SamplingParams
 from rvllm.errors import UsageError
 from rvllm.offline.arguments import engine_config, one_each, prompt_list, refuse
 from rvllm.offline.pooling import Pooling
-from rvllm.offline.progress import LoadingBar, progress_bar
+from rvllm.offline.progress import loading_bar, progress_bar
 from rvllm.settings import build
 from rvllm.text.grammar.grammar import check_tokenizer, vocabulary_of
 from rvllm.text.outputs import RequestMetrics, RequestOutput
@@ -69,8 +69,8 @@ class LLM(Pooling):
         self._grammars_ready = False
 
     def _load(self) -> None:
-        with LoadingBar() as bar:
-            self.engine = EngineCore.from_config(self.config, bar.show)
+        with loading_bar() as show:
+            self.engine = EngineCore.from_config(self.config, show)
         self._closed, self._grammars_ready = False, False
 
     def close(self) -> None:

@@ -7,29 +7,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+WIDTH = 30
 
-class LoadingBar:
-    """A progress line on a terminal while the model loads; silent elsewhere."""
 
-    WIDTH = 30
+@contextmanager
+def loading_bar() -> Iterator[Callable[[float, str], None]]:
+    """A progress line on a terminal while the model loads, silent elsewhere; yields `show(0 to 1, text)`."""
+    shown, terminal = False, sys.stderr.isatty()
 
-    def __init__(self) -> None:
-        self._shown = False
-        self._terminal = sys.stderr.isatty()
-
-    def __enter__(self) -> LoadingBar:
-        return self
-
-    def show(self, fraction: float, text: str) -> None:
-        """Draws the bar at `fraction` (0 to 1)."""
-        if self._terminal:
-            done = round(self.WIDTH * min(max(fraction, 0.0), 1.0))
-            bar = "━" * done + "·" * (self.WIDTH - done)
+    def show(fraction: float, text: str) -> None:
+        nonlocal shown
+        if terminal:
+            done = round(WIDTH * min(max(fraction, 0.0), 1.0))
+            bar = "━" * done + "·" * (WIDTH - done)
             print(f"\r\x1b[K{bar} {fraction:4.0%} {text}", end="", file=sys.stderr, flush=True)
-            self._shown = True
+            shown = True
 
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
+    try:
+        yield show
+    finally:
+        if shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 

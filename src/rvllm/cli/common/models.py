@@ -72,10 +72,10 @@ async def start_engine(config: EngineConfig, *beside: Callable[[], Any]) -> tupl
     Raises the first error of any of them, or CancelledError; the engine process is ended then.
     """
     from rvllm.engine.ipc.client import EngineClient
-    from rvllm.offline.progress import LoadingBar
+    from rvllm.offline.progress import loading_bar
 
-    with LoadingBar() as bar:
-        starting = asyncio.ensure_future(EngineClient.start(config, bar.show))
+    with loading_bar() as show:
+        starting = asyncio.ensure_future(EngineClient.start(config, show))
         await asyncio.sleep(0)  # the engine process is on its way before this one does anything more
         try:
             results = await asyncio.gather(*(asyncio.to_thread(work) for work in beside))
