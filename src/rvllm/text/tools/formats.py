@@ -10,6 +10,8 @@ from rvllm.text.tools.events import CallArguments, CallStart, Event, Text, merge
 from rvllm.text.tools.reader import END, Reader, Reading
 from rvllm.text.tools.scan import BrokenError, CallKeys, CallReader, read_value
 
+LONGEST_NAME = 256  # characters of a function's name
+
 
 class ToolParser:
     """Finds the calls in one answer's text.
@@ -142,6 +144,19 @@ class ToolParser:
                     self.reader.unread(follows)
                 return True
 
+    def fenced_calls(self, before: str) -> Reading[str]:
+        """Reads `[call, call, ...]`, in a fenced block or not; returns what it took where none begins."""
+        before += yield from self.reader.skip_space()
+        fence = yield from self.reader.starts_with("```json", "```")
+        before += fence + (yield from self.reader.skip_space())
+        first = yield from self.reader.next()
+        if first != "[":
+            self.reader.unread(first)
+            return before
+        if (yield from self.array_of_calls(before + first)) and fence:
+            yield from self.end_of_fence()
+        return ""
+
     def end_of_fence(self) -> Reading[None]:
         """Takes the end of a fenced block, if it comes."""
         space = yield from self.reader.skip_space()
@@ -164,17 +179,18 @@ def _begins(text: str, marks: Collection[str]) -> bool:
 
 
 class BareParser(ToolParser):
-    """A format whose calls may also stand without a mark, as JSON at the beginning of the answer.
+    """A format whose calls may also stand without a mark at the beginning of the answer, with `opening`.
 
-    Only an offered function's name makes such JSON a call.
+    Only an offered function's name makes that a call.
     """
 
+    opening = "{"
     _bare = False  # whether what is being read has no mark
 
     def read(self) -> Reading[None]:
         space = yield from self.reader.skip_space()
         first = yield from self.reader.peek()
-        if first == "{":
+        if first == self.opening:
             self._bare = True
             yield from self.bare_calls(space)
             self._bare = False
@@ -183,7 +199,7 @@ class BareParser(ToolParser):
         yield from super().read()
 
     def bare_calls(self, before: str) -> Reading[None]:
-        """Reads calls, parted by `;`, `,` or nothing; the first one's `{` is next."""
+        """Reads calls, parted by `;`, `,` or nothing; `opening` is next."""
         while (yield from self.object_or_text(before)):
             before = yield from self.reader.skip_space()
             follows = yield from self.reader.next()
@@ -288,16 +304,7 @@ class ActionJson(ToolParser):
     keys = CallKeys(("tool_name", "name"), ("parameters", "arguments"), ("tool_call_id",))
 
     def call_after(self, mark: str) -> Reading[None]:
-        before = mark + (yield from self.reader.skip_space())
-        fence = yield from self.reader.starts_with("```json", "```")
-        before += fence + (yield from self.reader.skip_space())
-        first = yield from self.reader.next()
-        if first != "[":
-            self.reader.unread(first)
-            self.say(before)
-            return
-        if (yield from self.array_of_calls(before + first)) and fence:
-            yield from self.end_of_fence()
+        self.say((yield from self.fenced_calls(mark)))
 
 
 class Kimi(ToolParser):

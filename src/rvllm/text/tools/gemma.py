@@ -6,12 +6,11 @@ import json
 import re
 from typing import Any
 
-from rvllm.text.tools.formats import ToolParser
+from rvllm.text.tools.formats import LONGEST_NAME, ToolParser
 from rvllm.text.tools.reader import END, Reading
 from rvllm.text.tools.scan import read_value
 from rvllm.text.tools.values import json_or_text
 
-_LONGEST_NAME = 256
 _DEEPEST = 32  # objects and lists within each other; deeper ones are taken as text
 _CALL = "call:"
 _BARE_FLOAT = re.compile(r"-?([0-9]{1,300}\.|\.[0-9]{1,300})")
@@ -31,7 +30,7 @@ class Gemma4(ToolParser):
         name, brace = "", ""
         if begins:
             name, brace = yield from self.reader.until("{", "\n")
-        if brace != "{" or not 0 < len(name.strip()) <= _LONGEST_NAME:
+        if brace != "{" or not 0 < len(name.strip()) <= LONGEST_NAME:
             self.say(before + begins + name + brace)
             return
         self.begin(name.strip())

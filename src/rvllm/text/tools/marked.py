@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import cast
 
-from rvllm.text.tools.formats import BareParser, ToolParser, arguments_object
+from rvllm.text.tools.formats import LONGEST_NAME, BareParser, ToolParser, arguments_object
 from rvllm.text.tools.reader import Reading
-
-_LONGEST_NAME = 256
 
 
 class MarkedJson(ToolParser):
@@ -74,17 +72,8 @@ class Xlam(BareParser):
     hidden = ("</tool_call>",)
 
     def read(self) -> Reading[None]:
-        before = yield from self.reader.skip_space()
-        fence = yield from self.reader.starts_with("```json", "```")
-        before += fence + (yield from self.reader.skip_space())
-        first = yield from self.reader.next()
         self._bare = True
-        if first == "[":
-            if (yield from self.array_of_calls(before + first)) and fence:
-                yield from self.reader.skip_space()
-                yield from self.reader.starts_with("```")
-        else:
-            self.reader.unread(before + first)
+        self.reader.unread((yield from self.fenced_calls("")))
         self._bare = False
         yield from super().read()
 
@@ -104,7 +93,7 @@ class Apertus(ToolParser):
             before += yield from self.reader.skip_space()
             begins = yield from self.reader.starts_with('{"')
             name, end = (yield from self.reader.until('"', "\n")) if begins else ("", "")
-            if end != '"' or not 0 < len(name) <= _LONGEST_NAME:
+            if end != '"' or not 0 < len(name) <= LONGEST_NAME:
                 self.say(before + begins + name + end)
                 return
             yield from self.reader.skip_space()

@@ -6,7 +6,7 @@ import ast
 import json
 from typing import Any
 
-from rvllm.text.tools.formats import ToolParser
+from rvllm.text.tools.formats import BareParser
 from rvllm.text.tools.reader import END, Reading
 
 _LONGEST = 1 << 16  # characters of one call
@@ -15,27 +15,19 @@ _JSON_NAMES = {"true": True, "false": False, "null": None}
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
-class Pythonic(ToolParser):
+class Pythonic(BareParser):
     """An answer that begins `[NAME(`; also between Llama 4's or LFM2's marks."""
 
     marks: tuple[str, ...] = ("<|python_start|>", "<|tool_call_start|>")
     hidden: tuple[str, ...] = ("<|python_end|>", "<|tool_call_end|>")
-
-    def read(self) -> Reading[None]:
-        space = yield from self.reader.skip_space()
-        first = yield from self.reader.peek()
-        if first == "[":
-            yield from self._list(space, bare=True)
-        else:
-            self.say(space)
-        yield from super().read()
+    opening = "["
 
     def call_after(self, mark: str) -> Reading[None]:
         space = yield from self.reader.skip_space()
-        yield from self._list(mark + space, bare=False)
+        yield from self.bare_calls(mark + space)
 
-    def _list(self, before: str, *, bare: bool) -> Reading[None]:
-        """Reads `[call, call]`. bare: only offered functions' names make it one."""
+    def bare_calls(self, before: str) -> Reading[None]:
+        """Reads `[call, call]`."""
         first = yield from self.reader.next()
         if first != "[":
             self.reader.unread(first)
@@ -45,10 +37,9 @@ class Pythonic(ToolParser):
         while True:
             text = yield from self._call()
             call = _parsed(text)
-            if call is None or (bare and call[0] not in self.names):
+            if call is None or not self.begin(call[0]):
                 self.say(before + text)
                 return
-            self.begin(call[0])
             self.arguments(json.dumps(call[1], ensure_ascii=False))
             before = yield from self.reader.skip_space()
             follows = yield from self.reader.next()

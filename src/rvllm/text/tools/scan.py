@@ -127,7 +127,7 @@ class CallReader:
             self._start()
             yield from self._stream_arguments()
             return
-        text = yield from self._whole_value()
+        text = yield from self._whole(read_value)
         if key in self._keys.arguments:
             self._early = text
         elif key in self._keys.name and self._name is None:
@@ -150,21 +150,22 @@ class CallReader:
             if not (yield from read_value(self._reader, self._arguments)):
                 raise BrokenError("")
         else:
-            self._whole_arguments((yield from self._whole_value()))
+            self._whole_arguments((yield from self._whole(read_value)))
 
     def _whole_arguments(self, text: str) -> None:
         self._had_arguments = True
         inner = _string(text)
         self._arguments(inner if inner is not None else "{}" if text == "null" else text)
 
-    def _whole_value(self) -> Reading[str]:
+    def _whole(self, read: Callable[[Reader, Emit], Reading[bool]]) -> Reading[str]:
+        """What `read` reads. Raises BrokenError where the text ends before."""
         pieces: list[str] = []
 
         def emit(text: str) -> None:
             pieces.append(text)
             self._keep(text)
 
-        if not (yield from read_value(self._reader, emit)):
+        if not (yield from read(self._reader, emit)):
             raise BrokenError("")
         return "".join(pieces)
 
@@ -181,13 +182,7 @@ class CallReader:
         """A key, or None when `other` comes instead."""
         if (yield from self._expect('"' + other)) == other:
             return None
-        pieces: list[str] = ['"']
-
-        def emit(text: str) -> None:
-            pieces.append(text)
-            self._keep(text)
-
-        key = _string("".join(pieces)) if (yield from _rest_of_string(self._reader, emit)) else None
+        key = _string('"' + (yield from self._whole(_rest_of_string)))
         if key is None:
             raise BrokenError("")
         return key

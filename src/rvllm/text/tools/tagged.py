@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rvllm.text.tools.formats import ToolParser
+from rvllm.text.tools.formats import LONGEST_NAME, ToolParser
 from rvllm.text.tools.reader import Reading
 from rvllm.text.tools.values import json_or_text, property_schema, typed
-
-_LONGEST_NAME = 256
 
 
 class TaggedParser(ToolParser):
@@ -86,7 +84,7 @@ class Qwen3Coder(TaggedParser):
                 return
             before += begin
         name, end = yield from self.reader.until(">", "\n")
-        if end != ">" or not 0 < len(name.strip()) <= _LONGEST_NAME:
+        if end != ">" or not 0 < len(name.strip()) <= LONGEST_NAME:
             self.say(before + name + end)
             return
         yield from self.members(name.strip())
@@ -107,7 +105,7 @@ class Invoke(TaggedParser):
 
     def call_after(self, mark: str) -> Reading[None]:
         name, end = yield from self.reader.until('">', "\n")
-        if end != '">' or not 0 < len(name) <= _LONGEST_NAME:
+        if end != '">' or not 0 < len(name) <= LONGEST_NAME:
             self.say(mark + name + end)
             return
         yield from self.members(name)
@@ -173,7 +171,7 @@ class Glm(TaggedParser):
             return
         name, end = yield from self.reader.until(self.key_begin, self.call_end, "\n\n")
         bare = name.strip()
-        if end not in (self.key_begin, self.call_end) or not 0 < len(bare) <= _LONGEST_NAME or "\n" in bare:
+        if end not in (self.key_begin, self.call_end) or not 0 < len(bare) <= LONGEST_NAME or "\n" in bare:
             self.say(mark + space + name + end)
             return
         self.reader.unread(end)
@@ -200,7 +198,7 @@ class Hunyuan3(Glm):
 
     def call_after(self, mark: str) -> Reading[None]:
         name, end = yield from self.reader.until(self.name_end, self.call_end, "\n\n")
-        if end != self.name_end or not 0 < len(name.strip()) <= _LONGEST_NAME:
+        if end != self.name_end or not 0 < len(name.strip()) <= LONGEST_NAME:
             self.say(mark + name + end)
             return
         yield from self.members(name.strip())
