@@ -15,7 +15,7 @@ that the quantiser passed over are there as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rvllm.errors import ModelError
@@ -34,7 +34,6 @@ from rvllm.weights.safetensors.stored import StoredTensor
 Stored = dict[str, StoredTensor]
 Found = tuple[tuple[int, int], Quantised]
 
-SUPPORTED = ("fp8", "fbgemm_fp8", "modelopt", "gptq", "awq", "auto-round", "compressed-tensors")
 OTHER_NAMES = {"intel/auto-round": "auto-round", "auto_round": "auto-round"}
 MODELOPT_BLOCKS = {"fp8": None, "fp8_per_channel_per_token": None, "fp8_pb_wo": (128, 128)}
 GPTQ_FORMATS = ("gptq", "gptq_v2")
@@ -80,6 +79,12 @@ class Settings:
         found = next((self.values[n] for n in names if self.values.get(n) is not None), default)
         return str(found).lower()
 
+    def choice(self, *names: str, default: str, supported: Iterable[str]) -> str:
+        """As `word`; raises ModelError, naming the first field, for what is not supported."""
+        if (found := self.word(*names, default=default)) not in supported:
+            raise self.refuse(names[0], found, f"supported: {', '.join(supported)}")
+        return found
+
 
 def quantised_tensors(values: dict[str, Any], origin: str, stored: Stored) -> dict[str, TensorInfo]:
     """The quantised matrices of a checkpoint, by the name they have in a model that is not quantised.
@@ -103,7 +108,7 @@ def quantised_tensors(values: dict[str, Any], origin: str, stored: Stored) -> di
         "compressed-tensors": _compressed,
     }
     if method not in readers:
-        raise settings.refuse("quant_method", method, f"supported: {', '.join(SUPPORTED)}")
+        raise settings.refuse("quant_method", method, f"supported: {', '.join(readers)}")
     return readers[method](settings, stored)
 
 
@@ -132,9 +137,8 @@ def _modelopt(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
     values = nested if isinstance(nested, dict) else settings.values
     if values.get("quant_algo", "none") is None:
         return {}  # keys and values alone were quantised
-    algorithm = Settings(values, settings.origin).word("quant_algo", default="none")
-    if algorithm not in MODELOPT_BLOCKS:
-        raise settings.refuse("quant_algo", algorithm, f"supported: {', '.join(MODELOPT_BLOCKS)}")
+    inner = Settings(values, settings.origin)
+    algorithm = inner.choice("quant_algo", default="none", supported=MODELOPT_BLOCKS)
     return _scaled_tensors(stored, MODELOPT_BLOCKS[algorithm], {"F8_E4M3"})
 
 
@@ -157,11 +161,8 @@ def _scaled_tensors(stored: Stored, block: tuple[int, int] | None, kinds: set[st
 def _gptq(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
     if (bits := settings.integer("bits")) not in BITS:
         raise settings.refuse("bits", bits, f"supported: {' and '.join(map(str, BITS))}")
-    form = settings.word("checkpoint_format", "format", default="gptq")
-    if form not in GPTQ_FORMATS:
-        raise settings.refuse("checkpoint_format", form, f"supported: {', '.join(GPTQ_FORMATS)}")
-    if (words := settings.word("pack_dtype", default="int32")) != "int32":
-        raise settings.refuse("pack_dtype", words, "supported: int32")
+    form = settings.choice("checkpoint_format", "format", default="gptq", supported=GPTQ_FORMATS)
+    settings.choice("pack_dtype", default="int32", supported=("int32",))
     ruled = bool(settings.values.get("dynamic") or settings.values.get("extra_config"))
     chosen = GptqSettings(settings.integer("group_size"), settings.flag("desc_act"), form == "gptq", ruled)
     return _modules(stored, ".qweight", lambda module: gptq_matrix(stored, module, chosen))
@@ -169,19 +170,15 @@ def _gptq(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
 
 def _auto_round(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
     """AutoRound's own configs, which hold the tensors of GPTQ (its first version) or of AWQ."""
-    packing = settings.word("packing_format", default="auto_round:auto_gptq")
-    if packing == "auto_round:auto_gptq":
-        return _gptq(settings, stored)
-    if packing == "auto_round:auto_awq":
-        return _awq(settings, stored)
-    raise settings.refuse("packing_format", packing, "supported: auto_round:auto_gptq, auto_round:auto_awq")
+    packings = {"auto_round:auto_gptq": _gptq, "auto_round:auto_awq": _awq}
+    packing = settings.choice("packing_format", default="auto_round:auto_gptq", supported=packings)
+    return packings[packing](settings, stored)
 
 
 def _awq(settings: Settings, stored: Stored) -> dict[str, TensorInfo]:
     if (bits := settings.integer("bits", "w_bit")) != AWQ_BITS:
         raise settings.refuse("bits", bits, f"supported: {AWQ_BITS}")
-    if (version := settings.word("version", "format", default="gemm")) != "gemm":
-        raise settings.refuse("version", version, "supported: gemm")
+    settings.choice("version", "format", default="gemm", supported=("gemm",))
     size = settings.integer("group_size", "q_group_size")
     return _modules(stored, ".qweight", lambda module: awq_matrix(stored, module, size))
 
