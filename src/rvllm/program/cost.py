@@ -126,26 +126,39 @@ def particulars(op: Op, shape: StepShape, plain: Cost, size: int) -> Cost:
     raise TypeError(f"no cost rule for op {op.kind}")
 
 
-@particulars.register
-def _(op: Linear | Logits | HeadLinear, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return replace(plain, flops=2 * shape.rows(op.x) * op.weight.elements)
+Plain = (
+    Linear | Logits | HeadLinear | Activate | GatedActivation | ClampedGate | Norm | Add | Sample | Route
+    | TextAttention | Pool | Classify
+)  # fmt: skip
+"""Ops that move all their weights and buffers once."""
 
 
 @particulars.register
-def _(op: Activate | GatedActivation | ClampedGate, shape: StepShape, plain: Cost, size: int) -> Cost:
-    each = 4 if isinstance(op, Activate) else 5 if isinstance(op, GatedActivation) else 9
-    return replace(plain, flops=each * shape.rows(op.out) * op.out.width)
+def _(op: Plain, shape: StepShape, plain: Cost, size: int) -> Cost:
+    return replace(plain, flops=_flops(op, shape))
 
 
-@particulars.register
-def _(op: Norm, shape: StepShape, plain: Cost, size: int) -> Cost:
-    each = 4 if op.kind_ == "rms" else 7
-    return replace(plain, flops=each * shape.rows(op.x) * (op.width or op.x.width))
-
-
-@particulars.register
-def _(op: Add, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return replace(plain, flops=(1 if op.scale == 1.0 else 2) * shape.rows(op.x) * op.x.width)
+def _flops(op: Plain, shape: StepShape) -> int:
+    match op:
+        case Linear() | Logits() | HeadLinear():
+            return 2 * shape.rows(op.x) * op.weight.elements
+        case Activate() | GatedActivation() | ClampedGate():
+            each = 4 if isinstance(op, Activate) else 5 if isinstance(op, GatedActivation) else 9
+            return each * shape.rows(op.out) * op.out.width
+        case Norm():
+            return (4 if op.kind_ == "rms" else 7) * shape.rows(op.x) * (op.width or op.x.width)
+        case Add():
+            return (1 if op.scale == 1.0 else 2) * shape.rows(op.x) * op.x.width
+        case Sample():
+            return shape.samples * op.logits.width
+        case Route():
+            return shape.tokens * (2 * op.weight.elements + 10 * op.weight.shape[0])
+        case TextAttention():
+            return shape.tokens * shape.query_len * op.heads * (4 * op.head_dim + 5)
+        case Pool():
+            return (shape.tokens + 3 * shape.samples) * op.x.width
+        case Classify():
+            return 2 * shape.samples * sum(w.elements for w in op.weights)
 
 
 @particulars.register
@@ -161,11 +174,6 @@ def _(op: GatherRows, shape: StepShape, plain: Cost, size: int) -> Cost:
 @particulars.register
 def _(op: HideTokens, shape: StepShape, plain: Cost, size: int) -> Cost:
     return Cost(activation_bytes=shape.samples * len(op.tokens) * op.logits.dtype.size)
-
-
-@particulars.register
-def _(op: Sample, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return replace(plain, flops=shape.samples * op.logits.width)
 
 
 @particulars.register
@@ -215,11 +223,6 @@ def _attended(
 
 
 @particulars.register
-def _(op: Route, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return replace(plain, flops=shape.tokens * (2 * op.weight.elements + 10 * op.weight.shape[0]))
-
-
-@particulars.register
 def _(op: Experts, shape: StepShape, plain: Cost, size: int) -> Cost:
     """Weights of the experts that are hit: of E, each token choosing k evenly, E * (1 - (1 - k / E)^T).
 
@@ -241,21 +244,6 @@ def _(op: AddPositions, shape: StepShape, plain: Cost, size: int) -> Cost:
     row = plain.weight_bytes // sum(w.shape[0] for w in op.weights)
     rows = shape.tokens + (op.kinds is not None)
     return replace(plain, weight_bytes=row * rows, flops=shape.tokens * op.x.width * len(op.weights))
-
-
-@particulars.register
-def _(op: TextAttention, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return replace(plain, flops=shape.tokens * shape.query_len * op.heads * (4 * op.head_dim + 5))
-
-
-@particulars.register
-def _(op: Pool, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return replace(plain, flops=(shape.tokens + 3 * shape.samples) * op.x.width)
-
-
-@particulars.register
-def _(op: Classify, shape: StepShape, plain: Cost, size: int) -> Cost:
-    return replace(plain, flops=2 * shape.samples * sum(w.elements for w in op.weights))
 
 
 @particulars.register
