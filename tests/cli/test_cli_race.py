@@ -26,6 +26,7 @@ from rvllm.bench.race.plot import bars, lines
 from rvllm.bench.race.report import figures, losses
 from rvllm.bench.race.server import first_model
 from rvllm.bench.race.workload import Workload
+from rvllm.bench.serving import good
 from rvllm.cli.main import main
 from rvllm.errors import RvllmError, UsageError
 
@@ -254,9 +255,9 @@ def test_rates_are_searched_up_to_the_bound() -> None:
     rows: list[dict[str, object]] = []
     search(measure, bounds_of(["ttft:500", "tpot:100"], 0.95), 1.0, rows)
     assert tried == [1, 2, 4, 8, 16, 12, 10, 11] and best(rows) == 11
-    kept = bounds_of(["tpot:99"], 1.0)
-    assert not kept.kept(Sent(1, 5, 0.0, 0.1, 0.5)) and kept.kept(Sent(1, 6, 0.0, 0.1, 0.5))
-    assert not kept.kept(Sent(1, error="gone"))
+    goals = bounds_of(["tpot:99"], 1.0).goals
+    assert not good(Sent(1, 5, 0.0, 0.1, 0.5), goals) and good(Sent(1, 6, 0.0, 0.1, 0.5), goals)
+    assert not good(Sent(1, error="gone"), goals) and good(Sent(1, 1, 0.0, 0.1, 0.1), goals)
     for words in (["ttft"], ["x:1"], ["ttft:-1"], ["ttft:nan"]):
         with pytest.raises(UsageError, match="--goodput"):
             bounds_of(words, 0.9)

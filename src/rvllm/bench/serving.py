@@ -35,7 +35,7 @@ def summary(
 ) -> dict[str, Any]:
     """Totals, rates and latencies in ms. metrics: of TITLES; ranks: percentiles in 0 to 100.
 
-    goals: by name of GOALS the most ms of a request that counts for the goodput (Zhong et al. 2024).
+    goals: of the requests that count for the goodput (Zhong et al. 2024), see `good`.
     """
     done = [one for one in sent if not one.error]
     inputs, outputs = sum(one.prompt_tokens for one in done), sum(one.output_tokens for one in done)
@@ -46,7 +46,7 @@ def summary(
         "total_input_tokens": inputs,
         "total_output_tokens": outputs,
         "request_throughput": len(done) / seconds,
-        "request_goodput": sum(_good(one, goals) for one in done) / seconds if goals else None,
+        "request_goodput": sum(good(one, goals) for one in done) / seconds if goals else None,
         "output_throughput": outputs / seconds,
         "total_token_throughput": (inputs + outputs) / seconds,
         "max_output_tokens_per_s": _busiest(done),
@@ -85,14 +85,17 @@ def details(sent: Sequence[Sent]) -> dict[str, Any]:
     }
 
 
-def _good(one: Sent, goals: Mapping[str, float]) -> bool:
-    """Whether a request kept all goals; an answer of one token has no time between tokens."""
+def good(one: Sent, goals: Mapping[str, float]) -> bool:
+    """Whether a request came back whole and kept all goals: by name of GOALS, the most ms.
+
+    tpot is the mean of a request. An answer of one token has no time between tokens.
+    """
     spent = {
         "ttft": one.first - one.start,
         "tpot": (one.last - one.first) / (one.output_tokens - 1) if one.output_tokens > 1 else 0.0,
         "e2el": one.last - one.start,
     }
-    return all(spent[name] * 1000 <= most for name, most in goals.items())
+    return not one.error and all(spent[name] * 1000 <= most for name, most in goals.items())
 
 
 def _busiest(sent: Sequence[Sent]) -> float:

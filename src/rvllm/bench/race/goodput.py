@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rvllm.bench.load import Sent
+from rvllm.bench.serving import GOALS, good
 from rvllm.errors import UsageError
 
 DOUBLINGS, HALVINGS = 12, 3
@@ -14,26 +15,10 @@ DOUBLINGS, HALVINGS = 12, 3
 
 @dataclass(frozen=True)
 class Bounds:
-    """Milliseconds a request may take: to its first token, for each later one (mean), to its end.
+    """goals: what requests must keep, see `serving.good`. share: of the requests that must."""
 
-    share: of the requests that must keep them.
-    """
-
-    ttft: float = float("inf")
-    tpot: float = float("inf")
-    e2el: float = float("inf")
-    share: float = 0.95
-
-    def kept(self, one: Sent) -> bool:
-        """Whether a request came back whole and in time."""
-        if one.error:
-            return False
-        per_token = (one.last - one.first) / max(1, one.output_tokens - 1)
-        taken = one.first - one.start, per_token, one.last - one.start
-        return all(
-            1e3 * seconds <= bound
-            for seconds, bound in zip(taken, (self.ttft, self.tpot, self.e2el), strict=True)
-        )
+    goals: Mapping[str, float]
+    share: float
 
 
 def bounds_of(words: Sequence[str], share: float) -> Bounds:
@@ -45,11 +30,11 @@ def bounds_of(words: Sequence[str], share: float) -> Bounds:
             given[name] = float(value)
         except ValueError:
             given[name] = -1.0
-        if name not in ("ttft", "tpot", "e2el") or not given[name] > 0:
+        if name not in GOALS or not given[name] > 0:
             raise UsageError(f"--goodput: expected ttft:MS, tpot:MS or e2el:MS, got {word!r}")
     if not 0 < share <= 1:
         raise UsageError("--goodput-share must be above 0 and at most 1")
-    return Bounds(**given, share=share)
+    return Bounds(given, share)
 
 
 def search(
@@ -60,22 +45,22 @@ def search(
     measure: sends requests at a rate (requests a second). Each rate tried is added to `rows`.
     """
 
-    def good(rate: float) -> bool:
+    def enough(rate: float) -> bool:
         sent = measure(rate)
-        share = sum(map(bounds.kept, sent)) / len(sent)
+        share = sum(good(one, bounds.goals) for one in sent) / len(sent)
         rows.append({"rate": rate, "share": share, "kept": share >= bounds.share})
         return bool(rows[-1]["kept"])
 
     low, high = 0.0, first
     for _ in range(DOUBLINGS):
-        if not good(high):
+        if not enough(high):
             break
         low, high = high, 2 * high
     else:
         return
     for _ in range(HALVINGS):
         between = (low + high) / 2
-        low, high = (between, high) if good(between) else (low, between)
+        low, high = (between, high) if enough(between) else (low, between)
 
 
 def best(rows: Sequence[dict[str, Any]]) -> float:
