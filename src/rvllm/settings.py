@@ -16,6 +16,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,12 @@ def env_of(name: str, known: Setting) -> str:
     return known.env or f"RVLLM_{name.upper()}"
 
 
+_hints_of = cache(typing.get_type_hints)  # of a class, all at once: a start asks for each of its fields
+
+
 def _base_type(cls: type, name: str) -> tuple[type, bool]:
     """(int | float | str | bool, whether None is allowed) of a field."""
-    hint = typing.get_type_hints(cls)[name]
+    hint = _hints_of(cls)[name]
     if isinstance(hint, types.UnionType):
         inner = [t for t in typing.get_args(hint) if t is not type(None)]
         return inner[0], True

@@ -19,6 +19,7 @@ import pytest
 from rvllm.config import EngineConfig
 from rvllm.engine.ipc.client import EngineClient
 from rvllm.engine.ipc.messages import Generate, Sampling
+from rvllm.engine.ipc.spawn import spawn
 from rvllm.errors import EngineDeadError, RvllmError, UsageError
 from support.doubles import engine_process
 from support.doubles.engine import continuation
@@ -172,6 +173,20 @@ async def test_failed_start(model: str, kind: type[RvllmError], word: str, code:
     with pytest.raises(kind, match=word) as caught:
         await EngineClient.start(EngineConfig(model=model), command=COMMAND)
     assert caught.value.exit_code == code
+
+
+async def test_a_process_that_is_on_its_way_is_taken() -> None:
+    spawned = spawn(COMMAND)
+    client = await EngineClient.start(EngineConfig(model="double"), command=COMMAND, spawned=spawned)
+    assert client.process is spawned.process
+    assert await tokens_of(client, ask("a", [5, 6], 3)) == continuation([5, 6], 3)
+    client.kill()
+    await client.wait_dead()
+    await client.restart()  # with a process of its own
+    assert client.process is not spawned.process
+    assert await tokens_of(client, ask("b", [5, 6], 3)) == continuation([5, 6], 3)
+    await client.close()
+    assert spawned.process.returncode == -signal.SIGKILL
 
 
 async def test_socket_directory_is_private() -> None:

@@ -162,13 +162,17 @@ async def _load_all(wanted: Sequence[_Wanted], template: str | None, start: _Sta
 async def _load(wanted: _Wanted, template: str | None, start: _Start) -> _Loaded:
     """Starts the engine process; while it loads, this one loads the tokenizer, workers and the HTTP side."""
 
+    from rvllm.engine.ipc.spawn import spawn
+
     config, server = wanted
+    spawned = spawn()  # first, as it takes the longest
     work = start_workers(config, server)
     try:
         engine, (tokenizer, _) = await start_engine(
             config,
             partial(start.timed, "tokenizer", partial(load_tokenizer, config)),
             partial(start.timed, "HTTP", _import_http),
+            spawned=spawned,
         )
     except BaseException:
         if work is not None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rvllm.engine.ipc.client import EngineClient
+    from rvllm.engine.ipc.spawn import Spawned
     from rvllm.models.config import ModelConfig
     from rvllm.program.dtypes import DType
     from rvllm.program.ops.dense import Program
@@ -66,16 +67,22 @@ def read(config: EngineConfig, choose: Callable[[EngineConfig, Checkpoint], DTyp
     return Read(model, checkpoint, with_kv_cache(program, config.kv_cache_dtype), stored)
 
 
-async def start_engine(config: EngineConfig, *beside: Callable[[], Any]) -> tuple[EngineClient, list[Any]]:
+async def start_engine(
+    config: EngineConfig, *beside: Callable[[], Any], spawned: Spawned | None = None
+) -> tuple[EngineClient, list[Any]]:
     """Starts the engine process and runs `beside` in threads while it loads; (client, their results).
 
+    spawned: a process that is on its way already.
     Raises the first error of any of them, or CancelledError; the engine process is ended then.
     """
+    from rvllm.engine.ipc.spawn import spawn
+
+    spawned = spawned or spawn()  # comes up while this process imports
     from rvllm.engine.ipc.client import EngineClient
     from rvllm.offline.progress import loading_bar
 
     with loading_bar() as show:
-        starting = asyncio.ensure_future(EngineClient.start(config, show))
+        starting = asyncio.ensure_future(EngineClient.start(config, show, spawned=spawned))
         await asyncio.sleep(0)  # the engine process is on its way before this one does anything more
         try:
             results = await asyncio.gather(*(asyncio.to_thread(work) for work in beside))

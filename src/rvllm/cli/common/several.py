@@ -60,9 +60,11 @@ def rename(configs: Sequence[EngineConfig], server: ServerConfig) -> list[str]:
 
 def room_for_others(configs: Sequence[EngineConfig]) -> list[EngineConfig]:
     """With GPU memory left free for what the engines that are yet to be loaded keep in their sleep."""
+    if len(configs) == 1:
+        return list(configs)
     from rvllm.backends.load import choose_device
 
-    if len(configs) == 1 or choose_device(configs[0]) == "cpu":
+    if choose_device(configs[0]) == "cpu":
         return list(configs)
     return [
         replace(config, gpu_memory_reserve_gb=config.gpu_memory_reserve_gb + CONTEXT_GB * to_come)

@@ -13,9 +13,7 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
@@ -50,10 +48,10 @@ from rvllm.engine.ipc.messages import (
     embedding_of,
 )
 from rvllm.engine.ipc.process import Launch
+from rvllm.engine.ipc.spawn import COMMAND, Spawned, spawn
 from rvllm.errors import EngineDeadError, RvllmError, SlowClientError, UnavailableError, UsageError
 from rvllm.telemetry.stats import Stats
 
-COMMAND = (sys.executable, "-m", "rvllm.engine.ipc.process")
 QUESTION_SECONDS = 5.0  # for the engine to say how it is doing
 LOOK_SECONDS = 1.0  # how often a silent engine is looked at, at least
 CLOSE_SECONDS = 5.0  # for the step in progress; after that the process is killed
@@ -102,16 +100,18 @@ class EngineClient:
         config: EngineConfig,
         progress: Callable[[float, str], None] | None = None,
         command: Sequence[str] = COMMAND,
+        spawned: Spawned | None = None,
     ) -> EngineClient:
         """Starts the engine process and waits until it takes requests.
 
-        progress is called with (fraction, text) while the model loads. Raises the RvllmError that the
+        progress is called with (fraction, text) while the model loads. spawned: a process of `command` that
+        is on its way already. Raises the RvllmError that the
         engine failed with, or EngineDeadError when the process ended without a word.
         """
         client = cls(config, progress)
         client._command = tuple(command)
         try:
-            client._spawn()
+            client._spawn(spawned)
             client.ready = await client._started
         except BaseException:
             await client.close(0.0)
@@ -127,7 +127,7 @@ class EngineClient:
         assert self._dead.done()
         self._undo.close()
         self._forget_process()
-        self._spawn()
+        self._spawn(None)
         self.ready = await asyncio.shield(self._started)
 
     def kill(self) -> None:
@@ -167,8 +167,8 @@ class EngineClient:
         self._send(message)
         return answer
 
-    def _spawn(self) -> None:
-        """Starts the process and registers, step by step, how to undo each step."""
+    def _spawn(self, spawned: Spawned | None) -> None:
+        """Starts the process, or takes this one, and registers, step by step, how to undo each step."""
         undo, loop = self._undo, self._loop
         self.directory = _private_directory()
         undo.callback(shutil.rmtree, self.directory, ignore_errors=True)
@@ -179,10 +179,9 @@ class EngineClient:
         undo.callback(self._socket.close, 0)
         self._socket.set_hwm(0)
         self._socket.bind(address)
-        self._life, theirs = socket.socketpair()
+        spawned = spawned or spawn(self._command)
+        self.process, self._life = spawned.process, spawned.life
         undo.callback(self._life.close)
-        with theirs:
-            self.process = subprocess.Popen(self._command, stdin=theirs.fileno(), start_new_session=True)
         launch = self._encode(Launch(self.directory, address, self.config))
         self._life.sendall(len(launch).to_bytes(4, "little") + launch)
         for source, heard in (
