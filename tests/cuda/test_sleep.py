@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rvllm.backends.cuda.backend import CudaBackend
+from rvllm.backends.cuda.device import mapped
 from rvllm.backends.cuda.device.arena import Arena
 from rvllm.backends.cuda.device.driver import Stream
 from rvllm.engine.ipc.messages import Generate, Sampling
+from rvllm.errors import CapacityError
 from rvllm.program.dtypes import DType
 from support.emulator import needs_emulator
-from support.emulator.driver import INVALID_VALUE, EmulatedDriver, emulated_driver
+from support.emulator.driver import INVALID_VALUE, OK, EmulatedDriver, emulated_driver
 from support.kernels.gpu_engine import CONFIG, core_of, run, tokens_of
 from support.models.arch_cases import MODELS, VOCAB, program_of, tensors_of
 
@@ -71,5 +74,29 @@ def test_without_host_memory_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch
         monkeypatch.undo()
         monkeypatch.setattr("rvllm.backends.cuda.device.host_memory.free_bytes", lambda: 63)
         assert not arena.sleep(64, 0, stream)
+        assert ctypes.string_at(arena.base, 64) == b"\7" * 64
+        arena.close()
+
+
+def test_a_waking_without_room_takes_nothing_and_can_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapped, "PIECE", 1 << 16)
+    with emulated_driver() as driver:
+        arena, stream = Arena(3 << 16, sleeps=True), Stream()
+        stream.fill_bytes(arena.base, 7, 64)
+        assert arena.sleep(64, 0, stream)
+        create, left = driver.cuMemCreate, [2]  # pieces that the driver still has
+        released: list[int] = []
+
+        def pieces(*what: Any) -> tuple[Any, ...]:
+            left[0] -= 1
+            return create(*what) if left[0] >= 0 else (INVALID_VALUE,)
+
+        monkeypatch.setattr(driver, "cuMemCreate", pieces)
+        monkeypatch.setattr(driver, "cuMemRelease", lambda pages: released.append(pages) or (OK,))
+        with pytest.raises(CapacityError, match="waking up: the driver refuses"):
+            arena.wake(stream)
+        assert released == [1 << 16] * 2
+        left[0] = 3
+        arena.wake(stream)
         assert ctypes.string_at(arena.base, 64) == b"\7" * 64
         arena.close()

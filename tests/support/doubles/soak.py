@@ -1,4 +1,4 @@
-"""Random lives of the whole scheduler: policies, clients, groups, both pools, cancellations, pressure.
+"""Random lives of the whole scheduler: policies, clients, groups, both pools, cancellations, pressure, sleep.
 
 A scenario is all that `Random(seed)` says. `run(seed)` drives it on the double whose tokens show any mistake
 in the books, and checks after every plan and every step what must always hold. `scripts/soak_scheduler.py`
@@ -7,7 +7,8 @@ runs millions of steps of it, `test_soak.py` as many as a test may take.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from random import Random
 
@@ -17,13 +18,13 @@ from rvllm.engine.core import EngineCore
 from rvllm.engine.ipc.messages import Generate, Sampling
 from rvllm.engine.sequence import Sequence
 from rvllm.engine.step import Step
-from support.doubles.engine import VOCAB, PagedDouble, RecurrentDouble, facts
+from support.doubles.engine import VOCAB, RecurrentDouble, SleepingDouble, facts
 from support.doubles.lives import MAX_LEN, Plan, Received, alone, check_books, take
 
 SYSTEM = [tuple((i * k + 3) % VOCAB for i in range(80)) for k in (5, 7)]
 
 
-class SoakDouble(PagedDouble):
+class SoakDouble(SleepingDouble):
     """Counts moves, and takes a made-up time for each step."""
 
     def __init__(self, limits: Limits, token_seconds: float) -> None:
@@ -40,6 +41,11 @@ class SoakDouble(PagedDouble):
 
 class RecurrentSoakDouble(SoakDouble, RecurrentDouble):
     """The same with states that a slot carries."""
+
+    def drop_caches(self, kept: Seq[int] = ()) -> bool:
+        if not kept:
+            self.states = [None] * len(self.states)
+        return super().drop_caches(kept)
 
 
 def with_states(limits: Limits, random: Random) -> Limits:
@@ -174,14 +180,24 @@ def run(seed: int) -> tuple[int, Counter[int]]:
     core = EngineCore(kind(limits, random.choice([1e-6, 1e-4])), facts(MAX_LEN), config)
     Watch(core)
     received = {i: Received() for i in range(len(requests))}
-    last = max(max(plan.at, plan.cancel_at or 0) for plan, _ in requests)
-    step = 0
-    while step <= last or core.has_work():
-        for i, (plan, request) in enumerate(requests):
-            if plan.at == step:
-                core.add_request(request)
-            if plan.cancel_at == step:
-                core.abort([f"r{i}"])
+    coming, leaving = defaultdict[int, list[Generate]](list), defaultdict[int, list[str]](list)
+    for plan, request in requests:
+        coming[plan.at].append(request)
+        if plan.cancel_at is not None:
+            leaving[plan.cancel_at].append(request.request_id)
+    last = max(*coming, *leaving, 0)
+    naps = random.choice([0.0, 0.0, 0.0, 0.03])
+    step = wake_at = 0
+    while step <= last or core.sleep_level or core.has_work():
+        for request in coming.get(step, ()):
+            core.add_request(request)
+        if step in leaving:
+            core.abort(leaving[step])
+        if core.sleep_level and step >= wake_at:
+            core.wake_up()
+        elif naps and random.random() < naps:
+            _give_up(core, random)
+            wake_at = step + random.randint(0, 6)
         take(core.step(), received, step)
         check_books(core)
         step += 1
@@ -190,6 +206,18 @@ def run(seed: int) -> tuple[int, Counter[int]]:
         _check_answer(core, plan, received[i])
     _check_end(core)
     return step, core.backend.moves
+
+
+def _give_up(core: EngineCore, random: Random) -> None:
+    """Forgets prefixes, or sleeps with or without what the blocks hold; in sleep it sleeps on."""
+    kind = random.randrange(4)
+    if kind < 2:
+        core.reset_prefix_cache(running=kind == 1)
+        return
+    blocks, kept = core.scheduler.blocks, kind == 2 or core.sleep_level > 0
+    core.sleep(1, keep_kv=kind == 2)
+    assert kept or not (blocks.used or blocks.cached or core.scheduler.running)
+    blocks.check()
 
 
 def _check_answer(core: EngineCore, plan: Plan, got: Received) -> None:

@@ -113,7 +113,7 @@ class Arena:
     def wake(self, stream: Stream) -> None:
         """Takes the memory again, at the same addresses, and fills in what was kept.
 
-        Raises CapacityError when the driver has not as much any more.
+        Raises CapacityError when the driver has not as much any more; nothing is taken then.
         """
         assert self._mapped is not None and self._kept is not None
         try:
@@ -122,6 +122,7 @@ class Arena:
             self._mapped.take()
             stream.copy_to_device(self.base, self._kept.address, self._kept.nbytes)
         except CudaError as error:
+            self._mapped.give_back()
             raise CapacityError(
                 f"waking up: the driver refuses {self.nbytes / 1e9:.2f} GB ({error}); another process has "
                 "taken some meanwhile"
