@@ -23,7 +23,7 @@ from support.emulator.driver import emulated_driver
 from support.kernels.gpu_engine import model
 from support.kernels.stored_models import check_runs
 from support.models import archs_moe_gguf, archs_tiny
-from support.models.arch_cases import DEEPSEEK
+from support.models.arch_cases import MODELS
 from support.weights.quantisers import FP8, GPTQ, Quantiser, fp8_blocks, gptq, save_quantised
 
 pytestmark = pytest.mark.skipif(not available() and device_count() == 0, reason="needs g++ or a GPU")
@@ -32,11 +32,10 @@ MIXTRAL = model(
     num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
 )  # fmt: skip
 # Two shared experts, which are cut out of one wider MLP: rows of its first matrices, columns of its last.
-DEEPSEEK_V2 = model(
-    "DeepseekV2ForCausalLM", num_hidden_layers=2, hidden_size=128, num_attention_heads=4, vocab_size=515,
-    rms_norm_eps=1e-5, **DEEPSEEK | {"n_shared_experts": 2, "moe_intermediate_size": 128},
-    q_lora_rank=None, topk_method="greedy", routed_scaling_factor=1.0, norm_topk_prob=False,
-)  # fmt: skip
+DEEPSEEK_V2 = MODELS["deepseek_v2_lite"].config | {
+    "num_hidden_layers": 2, "vocab_size": 515, "intermediate_size": 328, "moe_intermediate_size": 128,
+    "max_position_embeddings": 1024,
+}  # fmt: skip
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Quantiser]] = {
     "mixtral, gptq": (MIXTRAL, GPTQ | {"bits": 4, "group_size": 32}, gptq(4, 32)),
     "deepseek_v2, fp8": (DEEPSEEK_V2, FP8 | {"weight_block_size": [128, 128]}, fp8_blocks(128, 128)),

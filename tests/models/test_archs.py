@@ -25,6 +25,8 @@ from support.models import archs_gguf, archs_moe_gguf, nemotron_gguf
 from support.models import archs_moe_tiny as moe
 from support.models import archs_tiny as tiny
 from support.models import nemotron_tiny as nemotron
+from support.models.tiny import generate
+from support.models.tiny import logits_of as all_logits
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "archs"
 CASES = tiny.CASES | moe.CASES | nemotron.CASES
@@ -42,7 +44,7 @@ def saved(name: str, path: Path) -> Path:
 def logits_of(path: Path, prompt: np.ndarray, max_model_len: int = 256) -> np.ndarray:
     """Logits of the whole prompt in one step, by a backend of its own."""
     backend = tiny.load(path, max_model_len)
-    logits = tiny.all_logits(backend, prompt, (len(prompt),))
+    logits = all_logits(backend, prompt)
     backend.close()
     return logits
 
@@ -72,14 +74,14 @@ def test_equals_transformers(name: str, tmp_path: Path) -> None:
     assert not any(report.values()), report
     model.eval()
     backend = tiny.load(tmp_path, case.max_model_len)
-    ours = tiny.all_logits(backend, prompt, (len(prompt),))
+    ours = all_logits(backend, prompt)
     tokens = torch.from_numpy(prompt)[None].long()
     with torch.no_grad():
         agree(ours, model(tokens, use_cache=False).logits[0].numpy())
         for _ in range(tiny.GREEDY):
             best = model(tokens, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
             tokens = torch.cat([tokens, best], dim=1)
-    assert tiny.greedy(backend, prompt, tiny.GREEDY) == tokens[0, len(prompt) :].tolist()
+    assert generate(backend, prompt, tiny.GREEDY) == tokens[0, len(prompt) :].tolist()
     backend.close()
     model.save_pretrained(tmp_path / "saved", max_shard_size="40KB")  # its own names, config and shards
     assert np.array_equal(ours, logits_of(tmp_path / "saved", prompt, case.max_model_len))
@@ -96,8 +98,8 @@ def test_equals_the_published_definition(name: str, served: int, tmp_path: Path)
     prompt = tiny.prompt_of(name, min(tiny.PROMPT, served - tiny.GREEDY))
     model = Phi3Small(case.config, tiny.random_tensors(name, case.config), served)
     backend = tiny.load(saved(name, tmp_path), served)
-    agree(tiny.all_logits(backend, prompt, (len(prompt),)), model.logits(prompt))
-    assert tiny.greedy(backend, prompt, tiny.GREEDY) == model.greedy(prompt, tiny.GREEDY)
+    agree(all_logits(backend, prompt), model.logits(prompt))
+    assert generate(backend, prompt, tiny.GREEDY) == model.greedy(prompt, tiny.GREEDY)
     backend.close()
 
 
@@ -131,11 +133,11 @@ def test_equals_golden_file_in_any_chunks(name: str, tmp_path: Path) -> None:
     golden = json.loads((GOLDEN / f"{name}.json").read_text())
     assert tiny.digest(tensors) == golden["weights_sha256"], "other weights: run scripts/make_golden_archs.py"
     backend = tiny.load(tiny.save(tmp_path, case.config, tensors), case.max_model_len)
-    ours = tiny.all_logits(backend, prompt, (len(prompt),))
+    ours = all_logits(backend, prompt)
     agree(ours[list(tiny.GOLDEN_ROWS)], np.array(golden["logits"], np.float32))
     for chunks in CHUNKS_OF_STATES if name in nemotron.CASES else CHUNKS:
-        assert np.array_equal(ours, tiny.all_logits(backend, prompt, chunks)), chunks
-    assert tiny.greedy(backend, prompt, tiny.GREEDY) == golden["greedy"]
+        assert np.array_equal(ours, all_logits(backend, prompt, chunks)), chunks
+    assert generate(backend, prompt, tiny.GREEDY) == golden["greedy"]
     backend.close()
 
 
@@ -144,7 +146,7 @@ def test_batch_mates_change_no_bit(name: str, tmp_path: Path) -> None:
     backend = tiny.load(saved(name, tmp_path), CASES[name].max_model_len)
     long = 129 if name in nemotron.CASES else 131  # its last token is the first of a chunk of states
     prompts = [tiny.prompt_of(f"{name} {i}", length) for i, length in enumerate((35, long, 7))]
-    alone = [tiny.all_logits(backend, prompt, (len(prompt),)) for prompt in prompts]
+    alone = [all_logits(backend, prompt) for prompt in prompts]
     first = tiny.step_logits(backend, [p[:-1] for p in prompts[:2]], [0, 0])
     # two sequences decode their last token while the third one's prompt joins them
     second = tiny.step_logits(backend, [prompts[0][-1:], prompts[1][-1:], prompts[2]], [34, long - 1, 0])
@@ -257,7 +259,7 @@ def test_layers_with_states_are_read_from_gguf(name: str, tmp_path: Path) -> Non
     drawn = []
     for path in (tiny.save(tmp_path, config, tensors), file):
         backend = tiny.load(path)
-        drawn.append(tiny.greedy(backend, tiny.prompt_of(name, 45), 8))
+        drawn.append(generate(backend, tiny.prompt_of(name, 45), 8))
         backend.close()
     assert drawn[0] == drawn[1]
     checkpoint = open_checkpoint(file)

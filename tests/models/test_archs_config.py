@@ -38,6 +38,7 @@ from support.models import archs_moe_tiny as moe
 from support.models import archs_tiny as tiny
 from support.models import nemotron_tiny as nemotron
 from support.models.real_configs import CONFIGS
+from support.models.tiny import logits_of
 
 CASES = tiny.CASES | moe.CASES | nemotron.CASES
 
@@ -343,7 +344,7 @@ def logits_with(name: str, change: dict[str, Any], silent: str = "nothing") -> n
     with TemporaryDirectory() as folder:
         backend = tiny.load(tiny.save(Path(folder), case.config | change, tensors), case.max_model_len)
         prompt = tiny.prompt_of(name)
-        logits = tiny.all_logits(backend, prompt, (len(prompt),)).copy()
+        logits = logits_of(backend, prompt)
         backend.close()
     return logits
 

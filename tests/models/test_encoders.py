@@ -16,6 +16,7 @@ from rvllm.errors import ModelError, UsageError
 from support.models import archs_tiny as tiny
 from support.models import encoders_tiny as encoders
 from support.models.fetched import model_path
+from support.models.gguf_frame import write_file
 from support.models.oracle_encoders import oracle
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "encoders"
@@ -130,27 +131,14 @@ def test_names_of_checkpoints_with_a_head_and_of_old(tmp_path: Path) -> None:
 def write_gguf(path: Path, name: str, pooling: int) -> Path:
     """A case as llama.cpp's converter writes it."""
     config = encoders.CASES[name]["config"]
-    arch = gguf.MODEL_ARCH.BERT
-    writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[arch])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_layer_norm_eps(config["layer_norm_eps"])
-    writer.add_token_type_count(config["type_vocab_size"])
-    writer.add_causal_attention(False)
-    writer.add_uint32("bert.pooling_type", pooling)
-    table = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
-    for source, tensor in tiny.random_tensors(name, config).items():
-        known = table.get_name(source, try_suffixes=(".weight", ".bias"))
-        assert known is not None, source
-        writer.add_tensor(known, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+
+    def metadata(writer: gguf.GGUFWriter) -> None:
+        writer.add_layer_norm_eps(config["layer_norm_eps"])
+        writer.add_token_type_count(config["type_vocab_size"])
+        writer.add_causal_attention(False)
+        writer.add_uint32("bert.pooling_type", pooling)
+
+    return write_file(path, gguf.MODEL_ARCH.BERT, config, metadata, tiny.random_tensors(name, config))
 
 
 def test_gguf_equals_safetensors(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from rvllm.backends.cpu.compiled.library import missing
 from rvllm.cli.main import main
 from rvllm.errors import ModelError
-from support.models import archs_moe_tiny, archs_tiny
+from support.models import archs_moe_tiny, archs_tiny, tiny
 from support.weights.quantisers import (
     AWQ,
     FP8,
@@ -66,7 +66,7 @@ def test_logits_are_those_of_the_same_numbers(model: str, method: str, tmp_path:
     folder, plain, count = quantised(tmp_path, model, *METHODS[method][:2])
     assert count == MODELS[model]
     tokens = archs_tiny.prompt_of(model, 33)
-    found, wanted = (archs_tiny.all_logits(archs_tiny.load(p), tokens, [20, 13]) for p in (folder, plain))
+    found, wanted = (tiny.logits_of(archs_tiny.load(p), tokens, [20, 13]) for p in (folder, plain))
     np.testing.assert_array_equal(found, wanted)
     assert np.ptp(found) > 0.5
 
@@ -80,7 +80,6 @@ def test_compiled_kernels_compute_with_the_same_numbers(tmp_path: Path) -> None:
     from rvllm.models.registry import build_program
     from rvllm.program.dtypes import DType
     from rvllm.weights.open import open_checkpoint
-    from support.models import tiny
 
     tokens, found = archs_tiny.prompt_of("granite"), []
     folder, plain, _ = quantised(tmp_path, "granite", *METHODS["awq"][:2])

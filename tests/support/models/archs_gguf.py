@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import gguf
 import numpy as np
 
 from support.models.archs_tiny import F32
+from support.models.gguf_frame import write_file
 
 ARCHS = {
     "CohereForCausalLM": gguf.MODEL_ARCH.COMMAND_R,
@@ -30,25 +32,12 @@ def write(
     path: Path, config: dict[str, Any], tensors: dict[str, F32], instead: dict[str, F32] | None = None
 ) -> Path:
     """Writes `path`, float32 throughout; `instead` replaces tensors by llama.cpp's names."""
-    instead = instead or {}
     name = config["architectures"][0]
-    writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[ARCHS[name]])
-    _metadata(writer, name, config)
-    table = gguf.get_tensor_name_map(ARCHS[name], config["num_hidden_layers"])
-    for source, tensor in _converted(name, config, tensors).items():
-        known = table.get_name(source, try_suffixes=(".weight", ".bias"))
-        assert known is not None, source
-        writer.add_tensor(known, instead.get(known, np.ascontiguousarray(tensor)))
+    converted = _converted(name, config, tensors)
     for length in ("long", "short"):
-        factors = (config.get("rope_scaling") or {}).get(f"{length}_factor")
-        if factors:
-            known = f"rope_factors_{length}.weight"
-            writer.add_tensor(known, instead.get(known, np.array(factors, np.float32)))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+        if factors := (config.get("rope_scaling") or {}).get(f"{length}_factor"):
+            converted[f"rope_factors_{length}.weight"] = np.array(factors, np.float32)
+    return write_file(path, ARCHS[name], config, partial(metadata, config=config), converted, instead=instead)
 
 
 def _converted(name: str, config: dict[str, Any], tensors: dict[str, F32]) -> dict[str, F32]:
@@ -77,27 +66,24 @@ def _number(source: str) -> tuple[str, int]:
     return stem, int(rest.split(".")[0]) if rest else 0
 
 
-def _metadata(writer: gguf.GGUFWriter, name: str, config: dict[str, Any]) -> None:
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+def metadata(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    """Attention, norms, rotation and scales."""
+    heads, hidden, name = config["num_attention_heads"], config["hidden_size"], config["architectures"][0]
     rope = config.get("rope_parameters") or {}
     own = rope.get("full_attention", rope)
     scaling = config.get("rope_scaling") or (own if "factor" in own else {})
     head_dim = config.get("head_dim", 256 if name == "GemmaForCausalLM" else hidden // heads)
-    partial = own.get("partial_rotary_factor", config.get("partial_rotary_factor", config.get("rotary_pct")))
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
+    share = own.get("partial_rotary_factor", config.get("partial_rotary_factor", config.get("rotary_pct")))
     writer.add_head_count_kv(config.get("num_key_value_heads", heads))
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(int(head_dim * (1.0 if partial is None else partial)))
+    writer.add_rope_dimension_count(int(head_dim * (1.0 if share is None else share)))
     theta = own.get("rope_theta", config.get("rope_theta", config.get("rotary_emb_base")))
     if theta is not None:
         writer.add_rope_freq_base(theta)
-    if "Gemma" in name or name in ("Qwen3ForCausalLM", "Phi3ForCausalLM", *PERMUTED):
-        writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-5 if "Phi" in name else 1e-6))
+    if name.startswith(("Gemma", "Qwen3", "Phi3", "Mixtral", *PERMUTED)):
+        default_eps = 1e-5 if name.startswith(("Phi3", "Mixtral")) else 1e-6
+        writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", default_eps))
     else:
         writer.add_layer_norm_eps(config.get("layer_norm_eps", 1e-5))
     if config.get("sliding_window") and config.get("use_sliding_window", True):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from rvllm.backends.base import KV_BLOCK, LAST_SAMPLED, SamplingSpec, SlotStart, StepBatch
+from rvllm.backends.base import KV_BLOCK
 from rvllm.backends.cpu.backend import CpuBackend
 from rvllm.backends.cpu.reference.interpreter import execute
 from rvllm.backends.cpu.reference.run import Run
@@ -283,16 +283,6 @@ def prompt_of(name: str, length: int = PROMPT) -> NDArray[np.int32]:
     return source.integers(3, VOCAB, length, dtype=np.int32)
 
 
-def all_logits(backend: CpuBackend, tokens: NDArray[np.int32], chunks: Sequence[int]) -> F32:
-    """Logits of every position, [len(tokens), vocab], computed in chunks of the given lengths."""
-    assert sum(chunks) == len(tokens)
-    out, start = [], 0
-    for count in chunks:
-        out += step_logits(backend, [tokens[start : start + count]], [start])
-        start += count
-    return np.concatenate(out)
-
-
 def step_logits(backend: CpuBackend, tokens: Sequence[NDArray[np.int32]], starts: Sequence[int]) -> list[F32]:
     """Logits of every row of one step, for each of its sequences; sequence s keeps its own KV blocks."""
     own = -(-backend.limits.max_model_len // KV_BLOCK)
@@ -304,31 +294,3 @@ def step_logits(backend: CpuBackend, tokens: Sequence[NDArray[np.int32]], starts
     run = Run(backend._model, step)
     execute(backend._launches, run)
     return np.split(run.buffers["logits"], np.cumsum(lens)[:-1])
-
-
-def greedy(backend: CpuBackend, prompt: NDArray[np.int32], count: int) -> list[int]:
-    """The tokens that the backend draws after the prompt, through its public steps."""
-    blocks = -(-(len(prompt) + count) // KV_BLOCK)
-    rows = [(0, i, i) for i in range(blocks)]
-    batch = StepBatch(
-        step=0,
-        slots=np.zeros(1, np.int32),
-        query_lens=np.array([len(prompt)], np.int32),
-        starts=np.zeros(1, np.int32),
-        tokens=prompt,
-        sample=np.ones(1, np.bool_),
-        started=[SlotStart(0, SamplingSpec(), prompt, len(prompt))],
-        new_blocks=np.array(rows, np.int32),
-    )
-    drawn = [int(backend.collect(backend.launch(batch)).tokens[0])]
-    while len(drawn) < count:
-        batch = StepBatch(
-            step=len(drawn),
-            slots=np.zeros(1, np.int32),
-            query_lens=np.ones(1, np.int32),
-            starts=np.array([len(prompt) + len(drawn) - 1], np.int32),
-            tokens=np.array([LAST_SAMPLED], np.int32),
-            sample=np.ones(1, np.bool_),
-        )
-        drawn.append(int(backend.collect(backend.launch(batch)).tokens[0]))
-    return drawn

@@ -12,6 +12,7 @@ import numpy as np
 from rvllm.models.archs.nemotron_h import read_layers
 from rvllm.models.config import ModelConfig
 from support.models.archs_tiny import F32
+from support.models.gguf_frame import stacked, write_file
 
 
 def write(
@@ -20,33 +21,28 @@ def write(
     """Writes `path`, float32 throughout; `instead` replaces tensors by llama.cpp's names."""
     mixture = "n_routed_experts" in config
     arch = gguf.MODEL_ARCH.NEMOTRON_H_MOE if mixture else gguf.MODEL_ARCH.NEMOTRON_H
-    writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[arch])
     kinds = read_layers(ModelConfig(config, "tiny"))
-    _metadata(writer, config, kinds)
-    if mixture:
-        _mixture(writer, config)
-    table = gguf.get_tensor_name_map(arch, len(kinds))
-    for source, tensor in _converted(config, tensors).items():
-        known = table.get_name(source, try_suffixes=(".weight", ".bias"))
-        assert known is not None, source
-        writer.add_tensor(known, np.ascontiguousarray((instead or {}).get(known, tensor)))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    wide, width = (
+        ("moe", config["moe_intermediate_size"]) if mixture else ("mlp", config["intermediate_size"])
+    )
+    sizes = config | {
+        "max_position_embeddings": 1 << 20,
+        "intermediate_size": [width if kind == wide else 0 for kind in kinds],
+    }  # fmt: skip
+
+    def metadata(writer: gguf.GGUFWriter) -> None:
+        _metadata(writer, config, kinds)
+        if mixture:
+            _mixture(writer, config)
+
+    return write_file(path, arch, sizes, metadata, _converted(config, tensors), instead=instead)
 
 
 def _converted(config: dict[str, Any], tensors: dict[str, F32]) -> dict[str, F32]:
     """What the converter does to names and numbers before it writes them."""
     out: dict[str, F32] = {}
-    experts: dict[str, dict[int, F32]] = {}
-    for source, tensor in tensors.items():
-        of_expert = re.fullmatch(r"backbone(\.layers\.\d+)\.mixer\.experts\.(\d+)\.(.*)", source)
-        if of_expert:
-            merged = f"model{of_expert[1]}.mlp.experts.{of_expert[3]}"
-            experts.setdefault(merged, {})[int(of_expert[2])] = tensor
-        elif source.endswith("A_log"):
+    for source, tensor in stacked(tensors).items():
+        if source.endswith("A_log"):
             out[source] = -np.exp(tensor).reshape(-1, 1)
         elif source.endswith(".D"):
             out[source] = tensor.reshape(-1, 1)
@@ -56,21 +52,12 @@ def _converted(config: dict[str, Any], tensors: dict[str, F32]) -> dict[str, F32
             out[source] = tensor.squeeze()
         else:
             renamed = re.sub(r"(e_score_correction|\.dt)_bias", r"\1.bias", source)
-            out[renamed] = tensor
-    for source, found in experts.items():
-        out[source] = np.stack([found[e] for e in range(len(found))])
+            out[re.sub(r"backbone(.*)\.mixer\.experts", r"model\1.mlp.experts", renamed)] = tensor
     return out
 
 
 def _metadata(writer: gguf.GGUFWriter, config: dict[str, Any], kinds: list[str]) -> None:
     heads = config["mamba_num_heads"]
-    width = config.get("moe_intermediate_size", config["intermediate_size"])
-    wide = "moe" if "n_routed_experts" in config else "mlp"
-    writer.add_context_length(1 << 20)
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(len(kinds))
-    writer.add_feed_forward_length([width if kind == wide else 0 for kind in kinds])
-    writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv([config["num_key_value_heads"] if kind == "attention" else 0 for kind in kinds])
     writer.add_key_length(config["head_dim"])
     writer.add_value_length(config["head_dim"])
