@@ -294,4 +294,37 @@ __device__ __forceinline__ int items_per_token(int kind) {
   return gated(kind) ? ROWS / 8 : ROWS / 4;
 }
 
+// Finishes `count` tokens' sums of ROWS rows in shared memory, a token's PITCH floats apart.
+template <class T, int ROWS, int PITCH>
+__device__ __forceinline__ void finish_staged(const Epilogue& e, const float* sums, int token0, int row0, int count,
+                                              int thread, int threads) {
+  finish_tile<T, ROWS, 2>(e, token0, row0, 0, count * items_per_token<ROWS>(e.kind), thread, threads,
+                          [&](int token, int r, float(&q)[4]) {
+                            const float4 f = *reinterpret_cast<const float4*>(sums + token * PITCH + r);
+                            q[0] = f.x, q[1] = f.y, q[2] = f.z, q[3] = f.w;
+                          });
+}
+
+// Stages a warp's sums of 16 rows by 8 N tokens, as mma.sync leaves them, for that; row: of the thread's first sum.
+template <int PITCH, int N>
+__device__ __forceinline__ void stage_sums(float* staging, const float (&sum)[N][4], int row, int lane) {
+#pragma unroll
+  for (int j = 0; j < N; j++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) staging[(8 * j + lane % 4 * 2 + i % 2) * PITCH + row + i / 2 * 8] = sum[j][i];
+}
+
+// acc += 16 rows of W by 8 N tokens, for the 16 columns `step` of a tile of x in shared memory: 64 columns a token.
+template <class T, int N>
+__device__ __forceinline__ void multiply_step(float (&acc)[N][4], const u32 (&a)[4], u32 x, int step, int lane) {
+#pragma unroll
+  for (int j = 0; j < N; j += 2) {
+    u32 b[4];
+    const int token = 8 * j + lane / 16 * 8 + lane % 8, half = 2 * step + lane / 8 % 2;
+    ptx::ldmatrix_x4(b, x + token * 128 + (half ^ token % 8) * 16);
+    ptx::mma_16816(acc[j], a, {b[0], b[1]}, T());
+    ptx::mma_16816(acc[j + 1], a, {b[2], b[3]}, T());
+  }
+}
+
 }  // namespace rvllm::gemm

@@ -235,11 +235,7 @@ __global__ void __launch_bounds__(32 * ROW_WARPS * TOKEN_WARPS, MIN_BLOCKS)
           store_bests<T>(e, staging + r, PITCH, token0 + begin, row_tile * ROWS + r, count, thread, THREADS);
         continue;
       }
-      finish_tile<T, ROWS, 2>(e, token0 + begin, row_tile * ROWS, 0, count * items_per_token<ROWS>(kind), thread, THREADS,
-                              [&](int token, int r, float(&q)[4]) {
-                                const float4 f = *reinterpret_cast<const float4*>(staging + token * PITCH + r);
-                                q[0] = f.x, q[1] = f.y, q[2] = f.z, q[3] = f.w;
-                              });
+      finish_staged<T, ROWS, PITCH>(e, staging, token0 + begin, row_tile * ROWS, count, thread, THREADS);
     }
   };
   if constexpr (Shape::KEEPS)

@@ -1,5 +1,6 @@
 // Experts whose weights keep their format (integers with scales of groups, GGUF's blocks, E4M3): the entries of one
 // expert, a tile at a time, times its matrix. mma.sync fed by cp.async; weights become 16 bits in registers.
+#include "gemm/integer/sums_sm80.cuh"
 #include "moe/quantised.cuh"
 
 namespace rvllm::experts {
@@ -77,26 +78,7 @@ __global__ void __launch_bounds__(THREADS)
     scales = reinterpret_cast<const float*>(matrix + static_cast<u64>(row_tiles) * chunks * F::CHUNK);
     if (kind == ROW_SCALES) by_row[0] = scales[row_tile * TILE + row], by_row[1] = scales[row_tile * TILE + row + 8];
   }
-  float total[TOKENS / 8][4], sum[TOKENS / 8][4], acc[TOKENS / 8][4];
-  const auto clear = [](float(&v)[TOKENS / 8][4]) {
-#pragma unroll
-    for (int j = 0; j < TOKENS / 8; j++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) v[j][i] = 0.f;
-  };
-  clear(sum);
-  clear(acc);
-  const auto promote = [&](const float(&by)[2]) {
-#pragma unroll
-    for (int j = 0; j < TOKENS / 8; j++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) sum[j][i] = fmaf(by[i / 2], acc[j][i], sum[j][i]);
-    clear(acc);
-  };
-  const auto promote_at = [&](u32 run) {
-    const float by[2] = {low_half(shared_word(run)), low_half(shared_word(run + 32))};
-    promote(by);
-  };
+  Sums<T, TOKENS, F> sums;
   int segment = 0, end = segment_start(chunks, segments, 1);
   for (int chunk = 0; chunk < chunks; chunk++) {
     cp_async_wait<STAGES - 2>();
@@ -104,46 +86,19 @@ __global__ void __launch_bounds__(THREADS)
     load_weights(chunk + STAGES - 1);
     load_x(chunk + STAGES - 1);
     const u32 b_base = base + chunk % STAGES * STAGE, here = b_base + 2 * BOX;
-#pragma unroll
-    for (int u = 0; u < 2; u++) {
-      u32 a[4][4];
-      F::template decode<T>(a, here, u, thread, row);
-#pragma unroll
-      for (int step = 0; step < 4; step++) {
-#pragma unroll
-        for (int j = 0; j < TOKENS / 8; j += 2) {
-          u32 b[4];
-          const int token = 8 * j + lane / 16 * 8 + lane % 8, half = 2 * step + lane / 8 % 2;
-          ldmatrix_x4(b, b_base + u * BOX + token * 128 + (half ^ token % 8) * 16);
-          mma_16816(acc[j], a[step], {b[0], b[1]}, T());
-          mma_16816(acc[j + 1], a[step], {b[2], b[3]}, T());
-        }
-        if constexpr (F::INTEGERS && F::RUNS > 1) {
-          if (step % F::STEPS == F::STEPS - 1) promote_at(F::run_at(here, u, step) + 4 * row);
-        }
-      }
-    }
+    sums.multiply(b_base, here, thread, row);
     if constexpr (E4M3) {
       float by_block[2] = {1.f, 1.f};
       if (kind == BLOCK_SCALES) {
         const float* at = scales + (static_cast<size_t>(chunk) * row_tiles + row_tile) * 8 + warp * 2;
         by_block[0] = at[0], by_block[1] = at[1];
       }
-      promote(by_block);
+      sums.scale(by_block);
     } else if constexpr (F::INTEGERS && F::RUNS == 1) {
-      promote_at(here + 4 * row);
+      sums.scale_by_run(here + 4 * row);
     }
     if (chunk + 1 == end) {
-#pragma unroll
-      for (int j = 0; j < TOKENS / 8; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          float v = F::INTEGERS ? sum[j][i] : acc[j][i];
-          if constexpr (E4M3) v = __fmul_rn(v, by_row[i / 2]);
-          total[j][i] = segment == 0 ? v : total[j][i] + v;
-        }
-      clear(sum);
-      clear(acc);
+      sums.end_segment(segment == 0, [&](float v, int half) { return E4M3 ? __fmul_rn(v, by_row[half]) : v; });
       segment++;
       end = segment_start(chunks, segments, segment + 1);
     }
@@ -152,11 +107,7 @@ __global__ void __launch_bounds__(THREADS)
   __syncthreads();
 
   float* const staging = reinterpret_cast<float*>(shared);  // [TOKENS][PITCH]
-  const int column = lane % 4 * 2;
-#pragma unroll
-  for (int j = 0; j < TOKENS / 8; j++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) staging[(8 * j + column + i % 2) * PITCH + row + i / 2 * 8] = total[j][i];
+  stage_sums<PITCH>(staging, sums.total, row, lane);
   __syncthreads();
   write_tile<T, TILE, PITCH, THREADS>(out, staging, order, thread, first, count, row_tile, rows, pitch, act, gated, by_token);
 }

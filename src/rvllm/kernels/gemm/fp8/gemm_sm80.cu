@@ -63,14 +63,7 @@ __global__ void __launch_bounds__(THREADS)
         return widened_pair<T>(*reinterpret_cast<const u16*>(at));
       };
       const u32 a[4] = {pair(row, column), pair(row + 8, column), pair(row, column + 8), pair(row + 8, column + 8)};
-#pragma unroll
-      for (int j = 0; j < TOKENS / 8; j += 2) {
-        u32 b[4];
-        const int token = 8 * j + lane / 16 * 8 + lane % 8, chunk = 2 * (step % 4) + lane / 8 % 2;
-        ldmatrix_x4(b, b_base + step / 4 * (TOKENS * 128) + token * 128 + (chunk ^ token % 8) * 16);
-        mma_16816(acc[j], a, {b[0], b[1]}, T());
-        mma_16816(acc[j + 1], a, {b[2], b[3]}, T());
-      }
+      multiply_step<T>(acc, a, b_base + step / 4 * (TOKENS * 128), step % 4, lane);
     }
     float by_block[2] = {1.f, 1.f};
     if (block_scales) {
@@ -98,17 +91,9 @@ __global__ void __launch_bounds__(THREADS)
   __syncthreads();
 
   float* staging = reinterpret_cast<float*>(shared);
-#pragma unroll
-  for (int j = 0; j < TOKENS / 8; j++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) staging[(8 * j + column + i % 2) * PITCH + row + i / 2 * 8] = total[j][i];
+  stage_sums<PITCH>(staging, total, row, lane);
   __syncthreads();
-  const int count = min(TOKENS, tokens - token0);
-  finish_tile<T, TILE, 2>(e, token0, blockIdx.x * TILE, 0, count * items_per_token<TILE>(kind), thread, THREADS,
-                          [&](int token, int r, float(&q)[4]) {
-                            const float4 f = *reinterpret_cast<const float4*>(staging + token * PITCH + r);
-                            q[0] = f.x, q[1] = f.y, q[2] = f.z, q[3] = f.w;
-                          });
+  finish_staged<T, TILE, PITCH>(e, staging, token0, blockIdx.x * TILE, min(TOKENS, tokens - token0), thread, THREADS);
 }
 
 }  // namespace rvllm::fp8
