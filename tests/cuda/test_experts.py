@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -31,10 +32,11 @@ from rvllm.engine.ipc.messages import Sampling
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.decode.specs import MAX_NORM_WIDTH
 from rvllm.kernels.moe import specs as experts_manifest
-from rvllm.kernels.moe.specs import segments_of
+from rvllm.kernels.moe.specs import QUANTISED_WIDE, segments_of
 from rvllm.program.cost import StepShape, op_cost
 from rvllm.program.dtypes import DType
-from rvllm.program.ops.dense import Experts, Route
+from rvllm.program.formats import IntegerFormat
+from rvllm.program.ops.dense import Experts, Route, Weight
 from support.emulator import Emulator, needs_emulator
 from support.emulator.driver import emulated_driver
 from support.kernels import experts_checks
@@ -186,6 +188,30 @@ def test_every_kernel_of_a_mixture_in_fp8_is_named_at_the_start() -> None:
     named = set(given.kernels())
     steps = [*given.decode(1), *given.decode(8), *given.decode(128), *given.body(4096)]
     assert not {p.kernel for p in steps} - named
+
+
+def test_experts_with_columns_in_their_own_order_get_rows_in_it() -> None:
+    """On Hopper too: a launch before each product, and tiles of sorted entries from one token on."""
+
+    def ordered(weight: Weight) -> Weight:
+        if weight.role != "stack":
+            return weight
+        kept = IntegerFormat(((weight.shape[-2], "int4"),), "GPTQ 4-bit", reordered=True)
+        return replace(weight, format=kept)
+
+    mixture = built(QWEN3_30B, num_hidden_layers=1).with_weights(ordered)
+    given = planner(mixture, H200, EngineConfig(), GB125)
+    named = set(given.kernels())
+    kernel, wide = "sm80_bf16_experts_int4_n", f"sm90_bf16_moe_int4_n{QUANTISED_WIDE}"
+    for tokens, product in ((1, f"{kernel}16"), (8, f"{kernel}16"), (128, f"{kernel}16"), (4096, wide)):
+        step = given.decode(tokens) if tokens <= 128 else given.body(tokens)
+        launches = [p for p in step if re.search("experts_(sort|int4)|moe_(reorder|int4|gather)", p.kernel)]
+        reorder = "sm80_moe_reorder_rows"
+        assert [p.kernel for p in launches] == ["sm90_experts_sort", reorder, product, reorder, product]
+        assert {p.kernel for p in launches} <= named
+        up, down = launches[1], launches[3]
+        assert up.grid(Counts(tokens, 1, tokens)) == (8 * tokens, 2, 1) and down.grid(Counts(1, 1, 1))[1] == 1
+        assert up.parameters[6].value == 2 * 768 // 64 * 16 * (256 + 4096) + 4 * 2048  # bytes of an expert
 
 
 def test_too_many_experts_are_refused_by_name() -> None:

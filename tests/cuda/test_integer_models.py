@@ -44,6 +44,7 @@ from support.weights.quantisers import (
     gptq,
     in_layers,
     int8_groups,
+    int8_zeros,
     packed,
     save_quantised,
 )
@@ -71,9 +72,13 @@ def ordered(seed: int, quantiser: Quantiser) -> Quantiser:
 
 METHODS: dict[str, tuple[dict[str, Any], Quantiser]] = {
     "gptq": (GPTQ | {"bits": 4, "group_size": 32}, gptq(4, 32)),
-    "gptq in order of importance": (
-        GPTQ | {"bits": 4, "group_size": 32, "desc_act": True},
-        ordered(1, gptq(4, 32, desc_act=True)),
+    "gptq in order of importance, padded": (
+        GPTQ | {"bits": 4, "group_size": 40, "desc_act": True},
+        ordered(1, gptq(4, 40, desc_act=True)),
+    ),
+    "packed, padded": (
+        compressed("pack-quantized", num_bits=8, group_size=48, strategy="group", type="int"),
+        packed(8, 48, symmetric=False),
     ),
     "gptq 8 bits, whole rows": (GPTQ | {"bits": 8, "group_size": -1}, gptq(8, -1)),
     "awq": (AWQ | {"group_size": 64}, awq(64)),
@@ -90,6 +95,7 @@ METHODS: dict[str, tuple[dict[str, Any], Quantiser]] = {
         of_module({"q_proj": packed(8, 64, symmetric=False), "down": packed(8, 32)}, packed(4, 64)),
     ),
     "int8, groups": (compressed("int-quantized", num_bits=8, type="int"), int8_groups(64)),
+    "int8, zeros": (compressed("int-quantized", num_bits=8, type="int"), int8_zeros(True)),
 }
 KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS",
          "MXFP4"]  # fmt: skip
@@ -120,7 +126,9 @@ def test_packed_integers(method: str, tmp_path: Path) -> None:
     formats = kept_formats(checkpoint)
     mixed = "rules" in method or "bits" in method.partition(", ")[2]
     assert [len(f.parts) for f in formats] == [1 + mixed, 1, 1, 1]
-    assert all(f.reordered == ("importance" in method) for f in formats)
+    padded = "padded" in method
+    assert all(f.reordered == ("importance" in method or padded) for f in formats)
+    assert all(bool(f.width) == padded for f in formats)
     check_runs(checkpoint, config["vocab_size"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,17 @@ from support.kernels.gpu_engine import model
 from support.kernels.stored_models import check_runs
 from support.models import archs_moe_gguf, archs_tiny
 from support.models.arch_cases import MODELS
-from support.weights.quantisers import FP8, GPTQ, Quantiser, fp8_blocks, gptq, save_quantised
+from support.weights.quantisers import (
+    FP8,
+    GPTQ,
+    Quantiser,
+    Tensors,
+    compressed,
+    fp8_blocks,
+    gptq,
+    int8_zeros,
+    save_quantised,
+)
 
 pytestmark = pytest.mark.skipif(not available() and device_count() == 0, reason="needs g++ or a GPU")
 MIXTRAL = model(
@@ -36,10 +47,29 @@ DEEPSEEK_V2 = MODELS["deepseek_v2_lite"].config | {
     "num_hidden_layers": 2, "vocab_size": 515, "intermediate_size": 328, "moe_intermediate_size": 128,
     "max_position_embeddings": 1024,
 }  # fmt: skip
+
+
+def ordered_by_expert(quantiser: Quantiser) -> Quantiser:
+    """Gates and ups of an expert in one order of columns, each expert in its own."""
+
+    def quantise(name: str, matrix: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+        seed = zlib.crc32(f"{name.rpartition('.')[0]} {matrix.shape[1]}".encode())
+        return quantiser(name, matrix, np.random.default_rng(seed))
+
+    return quantise
+
+
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Quantiser]] = {
     "mixtral, gptq": (MIXTRAL, GPTQ | {"bits": 4, "group_size": 32}, gptq(4, 32)),
+    "mixtral, gptq in order of importance, padded": (
+        MIXTRAL, GPTQ | {"bits": 4, "group_size": 40, "desc_act": True},
+        ordered_by_expert(gptq(4, 40, desc_act=True)),
+    ),
+    "mixtral, int8 with zeros": (
+        MIXTRAL, compressed("int-quantized", num_bits=8, type="int"), int8_zeros(True)
+    ),
     "deepseek_v2, fp8": (DEEPSEEK_V2, FP8 | {"weight_block_size": [128, 128]}, fp8_blocks(128, 128)),
-}
+}  # fmt: skip
 PLAIN = ("embed", "lm_head", "norm", "gate.weight")
 
 

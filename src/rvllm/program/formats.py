@@ -77,15 +77,17 @@ class IntegerFormat(WeightFormat):
     """Levels of a few bits with scales of groups of columns: GPTQ, AWQ, compressed-tensors, GGUF blocks.
 
     parts: (rows, name of a layout of `kernels.gemm.integer`) of successive rows; one, unless a fused matrix
-    is of several kinds. stored: what it is called. reordered: its columns were quantised in another order
-    than theirs; activations are put into that order first. table: in what its rows are looked up, where
-    the matrix is a table of embeddings too; None: in the model's type.
+    is of several kinds. stored: what it is called. reordered: its columns lie in another order than theirs,
+    each matrix of a stack in its own; activations are put into that order first. width: columns of a packed
+    row; more than the matrix has where groups are padded, 0: as many. table: in what its rows are looked up,
+    where the matrix is a table of embeddings too; None: in the model's type.
     """
 
     name: ClassVar[str] = "integer"
     parts: tuple[tuple[int, str], ...]
     stored: str
     reordered: bool = False
+    width: int = 0
     table: BlocksFormat | None = None
 
     @property
@@ -93,10 +95,14 @@ class IntegerFormat(WeightFormat):
         """`Q4_K`, `GPTQ 4-bit`."""
         return self.stored
 
+    def packed_width(self, columns: int) -> int:
+        """Columns of a packed row."""
+        return self.width or columns
+
     def nbytes(self, rows: int, columns: int) -> int:
         """See WeightFormat."""
-        total = 0
+        total, width = 0, self.packed_width(columns)
         for count, name in self.parts:
             layout, here = LAYOUTS[name], rows if len(self.parts) == 1 else count
-            total += here * (columns * layout.bits // 8 + 4 * -(-columns // layout.run))
+            total += here * (width * layout.bits // 8 + 4 * -(-width // layout.run))
         return total

@@ -28,6 +28,7 @@ Stored = Sequence[tuple[Part, TensorInfo]]
 Reader = Callable[[Weight, Stored], WeightFormat | None]  # None: not a format of this reader's
 QUANTISED_INT4 = "INT4, groups of 128"  # what --quantization int4 makes
 INTEGER_GROUPS = (128, 64, 32)  # columns of a group that there are kernels for
+PADDED_BITS = 12  # of an element at most, where groups are padded to a multiple of the last of these
 QUANTISABLE = (TensorType.F32, TensorType.F16, TensorType.BF16)
 
 
@@ -114,10 +115,10 @@ def matrices_of(op: Op) -> tuple[Weight, ...]:
 
 
 def _has_kernel(weight: Weight, kept: WeightFormat) -> bool:
-    """Whether there is a kernel. Of stacks: for one layout of all, columns in the order of activations."""
+    """Whether there is a kernel. Of stacks: for one layout of all."""
     if weight.role != "stack" or not isinstance(kept, IntegerFormat):
         return True
-    return len(kept.parts) == 1 and not kept.reordered and kept.parts[0][1] in QUANTISED
+    return len(kept.parts) == 1 and kept.parts[0][1] in QUANTISED
 
 
 def _format_of(
@@ -266,40 +267,59 @@ def _runs(parts: Iterable[tuple[int, str]]) -> tuple[tuple[int, str], ...]:
 class PackedPart:
     """A part of a matrix that is stored as packed integers.
 
-    group_size: columns of a group, at most all; order: the stored column of each, None where they are in
-    order.
+    group_size: columns of a packed group, at most all; width: of a packed row. order: the stored column of
+    each packed one, -1 for none; None where they are in order.
     """
 
     packed: PackedMatrix
     label: str
     nbytes: int
     group_size: int
+    width: int
     order: NDArray[np.int32] | None
 
 
 def packed_reader(weight: Weight, stored: Stored) -> WeightFormat | None:
-    """GPTQ, AWQ, compressed-tensors and INT8, in groups of a multiple of 32 columns or of whole rows.
+    """GPTQ, AWQ, compressed-tensors and INT8, in groups of columns or of whole rows.
 
-    Parts of different groups share the layout of the finest; those of 4 and of 8 bits have one each.
+    Parts of different groups share the layout of the finest; those of 4 and of 8 bits have one each. Parts
+    of one matrix have their columns in one order.
     """
     found = [packed_part(part, info) for part, info in stored]
     known = [p for p in found if p is not None]
     k = weight.shape[-1]
-    if len(known) < len(found) or k % 8 or any(not _same(known[0].order, p.order) for p in known):
+    if len(known) < len(found) or k % 8 or not _in_one_order(weight, [part for part, _ in stored], known):
         return None
-    grouped = {p.group_size for p in known if p.group_size < k}
+    grouped = {p.group_size for p in known if p.group_size < p.width}
     group = next((g for g in INTEGER_GROUPS if all(size % g == 0 for size in grouped)), 0)
     if not group:
         return None
     end = "" if group == INTEGER_GROUPS[0] else f"g{group}"
-    label, reordered = " and ".join(dict.fromkeys(p.label for p in known)), known[0].order is not None
-    if len({p.packed.bits for p in known}) == 1:
-        return IntegerFormat(((weight.shape[-2], f"int{known[0].packed.bits}{end}"),), label, reordered)
     rows = [part.elements // k for part, _ in stored]
     parts = _runs(zip(rows, (f"int{p.packed.bits}{end}" for p in known), strict=True))
-    if weight.role == "stack" or _interleaves(rows, parts):
+    if len(parts) == 1:
+        parts = ((weight.shape[-2], parts[0][1]),)
+    elif weight.role == "stack" or _interleaves(rows, parts):
         return None
-    return IntegerFormat(parts, label, reordered)
+    return IntegerFormat(
+        parts,
+        " and ".join(dict.fromkeys(p.label for p in known)),
+        reordered=any(p.order is not None for p in known),
+        width=known[0].width if known[0].width > k else 0,
+    )
+
+
+def _in_one_order(weight: Weight, parts: Sequence[Part], known: Sequence[PackedPart]) -> bool:
+    """Whether the parts of each matrix have their columns in one order, and all matrices as many columns."""
+    matrix = weight.elements // (weight.shape[0] if weight.role == "stack" else 1)
+    first: dict[int, PackedPart] = {}
+    position = 0
+    for part, here in zip(parts, known, strict=True):
+        begins = first.setdefault(position // matrix, here)
+        if not _same(begins.order, here.order) or here.width != known[0].width:
+            return False
+        position += part.elements
+    return True
 
 
 def _interleaves(rows: list[int], parts: tuple[tuple[int, str], ...]) -> bool:
@@ -312,7 +332,9 @@ def _same(one: NDArray[np.int32] | None, other: NDArray[np.int32] | None) -> boo
 
 
 def packed_part(part: Part, info: TensorInfo) -> PackedPart | None:
-    """The part as packed integers; None where it is stored otherwise or its rows are in another order."""
+    """The part as packed integers; None where it is stored otherwise, its rows are in another order, or its
+    groups are so small that padding them would take 16 bits an element.
+    """
     found = info.quantised
     width = info.shape[-1]
     cut = part.layout == "columns" and part.columns != (0, width)
@@ -323,15 +345,31 @@ def packed_part(part: Part, info: TensorInfo) -> PackedPart | None:
             order = found.column_order(width)
         except ValueError:
             return None
-        size = min(found.group_size, width)
-        return PackedPart(found.packed, found.format, found.stored_nbytes, size, order)
-    if not isinstance(found, Scaled) or found.levels.kind != "I8" or found.zeros or width % 4:
+        return _padded(
+            PackedPart(found.packed, found.format, found.stored_nbytes, found.group_size, width, order)
+        )
+    if not isinstance(found, Scaled) or found.levels.kind != "I8" or width % 4:
         return None
     if found.grid[0] not in (1, info.shape[0]):
         return None
     scales = replace(found.scales, shape=found.grid)
-    packed = PackedMatrix("packed", 8, found.levels, scales, None, signed=True)
-    return PackedPart(packed, found.format, found.stored_nbytes, min(found.block[1], width), None)
+    zeros = None if found.zeros is None else replace(found.zeros, shape=found.grid)
+    packed = PackedMatrix("packed", 8, found.levels, scales, zeros, signed=True)
+    return _padded(PackedPart(packed, found.format, found.stored_nbytes, found.block[1], width, None))
+
+
+def _padded(part: PackedPart) -> PackedPart | None:
+    """The part with groups of a multiple of 32 columns, the last ones of each of no stored column."""
+    size, width, least = min(part.group_size, part.width), part.width, INTEGER_GROUPS[-1]
+    if size == width or size % least == 0:
+        return replace(part, group_size=size)
+    padded = -(-size // least) * least
+    if part.packed.bits * padded > PADDED_BITS * size:
+        return None
+    at = np.arange(width)
+    places = np.full(-(-(width // size * padded + width % size) // least) * least, -1, np.int32)
+    places[at // size * padded + at % size] = at if part.order is None else part.order
+    return replace(part, group_size=padded, width=len(places), order=places)
 
 
 READERS: tuple[Reader, ...] = (fp8_reader, gguf_reader, packed_reader)

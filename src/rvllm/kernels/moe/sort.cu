@@ -151,4 +151,24 @@ __global__ void __launch_bounds__(256)
   }
 }
 
+// Rows of activations in the order of an expert's columns, a row an entry: column j of out's row is column orders[j] of
+// the expert of the entry at place p of `order`, zeros where that is -1. orders: `stride` bytes from expert to expert.
+// by_token: x has a row a token, else one a place. by_place: out has a row a place, else one an entry. k a multiple of 8,
+// columns of out; pitch: of x. Grid: (entries, ceil(k / 8 / threads)). Bound by memory.
+__global__ void reorder_rows(u16* __restrict__ out, const u16* __restrict__ x, const u8* __restrict__ orders, const int* order,
+                             const int* ids, const int* num_tokens, u64 stride, int top_k, int experts, int by_token,
+                             int by_place, int k, int pitch) {
+  ptx::griddep_wait();
+  ptx::griddep_launch();
+  const int place = blockIdx.x, column = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
+  if (place >= *num_tokens * top_k || column >= k) return;
+  const int entry = __ldcg(order + place), expert = existing(__ldcg(ids + entry), experts);
+  const int* const from = reinterpret_cast<const int*>(orders + expert * stride) + column;
+  const u16* const row = x + static_cast<size_t>(by_token ? entry / top_k : place) * pitch;
+  alignas(16) u16 v[8];
+#pragma unroll
+  for (int j = 0; j < 8; j++) v[j] = from[j] < 0 ? 0 : row[from[j]];
+  *reinterpret_cast<uint4*>(out + static_cast<size_t>(by_place ? place : entry) * k + column) = *reinterpret_cast<uint4*>(v);
+}
+
 }  // namespace rvllm::experts

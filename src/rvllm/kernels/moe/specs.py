@@ -183,6 +183,7 @@ def _sorting() -> Iterator[KernelSpec]:
     yield _kernel("sm80_experts_sort", "sort", "sort<false>", most, unit="80")
     yield _kernel("sm90_experts_sort", "sort", "sort<true>", most, unit="90")
     yield _kernel("sm90_moe_gather_rows", "sort", "gather_rows", unit="90")
+    yield _kernel("sm80_moe_reorder_rows", "sort", "reorder_rows", unit="80")
 
 
 def _routers(dtype: str) -> Iterator[KernelSpec]:

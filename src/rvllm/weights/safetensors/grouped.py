@@ -39,7 +39,8 @@ class PackedMatrix:
     """The stored tensors of a matrix, for backends that compute on them.
 
     kind: see the module; zeros None: all are 2^(bits - 1); plus_one: they are stored one less. signed: levels
-    are signed bytes, 128 less. scales: of one row where all rows share them.
+    and zeros are signed bytes, 128 less, zeros a byte for each scale. scales: of one row where all rows share
+    them.
     """
 
     kind: Literal["gptq", "awq", "packed"]

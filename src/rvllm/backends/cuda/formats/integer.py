@@ -56,12 +56,12 @@ class Run:
 
 def runs_of(kept: IntegerFormat, rows: int, columns: int) -> tuple[list[Run], int]:
     """The runs of a packed matrix and where they end, in bytes; the order of columns lies behind."""
-    found, first, offset = [], 0, 0
+    found, first, offset, width = [], 0, 0, kept.packed_width(columns)
     for count, name in kept.parts:
         layout, here = LAYOUTS[name], rows if len(kept.parts) == 1 else count
         found.append(Run(first, here, offset, layout))
         first += here
-        offset += -(-layout.nbytes(here, columns) // _ALIGN) * _ALIGN
+        offset += -(-layout.nbytes(here, width) // _ALIGN) * _ALIGN
     return found, offset
 
 
@@ -79,11 +79,12 @@ class IntegerDevice:
 
     def packed_nbytes(self, kept: IntegerFormat, rows: int, columns: int) -> int:
         """See DeviceFormat."""
-        return runs_of(kept, rows, columns)[1] + (4 * columns if kept.reordered else 0)
+        return runs_of(kept, rows, columns)[1] + integer.order_bytes(kept, columns)
 
     def scratch(self, weight: Weight, tokens: int, capability: int) -> dict[str, int]:
         """See DeviceFormat."""
-        return {REORDERED: 2 * tokens * weight.shape[-1]} if _format(weight).reordered else {}
+        kept = _format(weight)
+        return {REORDERED: 2 * tokens * kept.packed_width(weight.shape[-1])} if kept.reordered else {}
 
     def loading_kernels(self, packed: PackedWeight, dtype: DType, checkpoint: Checkpoint | None) -> list[str]:
         """See DeviceFormat."""
@@ -123,13 +124,13 @@ class IntegerDevice:
 
     def product(self, to: Lowering, name: str, op: Linear | Logits, end: Epilogue) -> None:
         """See DeviceFormat."""
-        rows, k = end.rows(op), op.weight.shape[-1]
         kept, count = _format(op.weight), to.rows(op.x.rows)(to.counts)
+        rows, k = end.rows(op), kept.packed_width(op.weight.shape[-1])
         x, pitch = to.at.buffers[op.x.name], op.x.width
         weights, options = to.weight(op.weight, end.form), end.options(to, op)
         runs, behind = runs_of(kept, rows, k)
         if kept.reordered:
-            self._reorder(to, name, op, x, weights + behind)
+            self._reorder(to, name, op, x, weights + behind, k)
             x, pitch = to.at.scratch[REORDERED], k
         for run in runs:
             plan = integer.plan_integer(
@@ -147,9 +148,9 @@ class IntegerDevice:
             )
             plan_launch(to, name, plan, parameters)
 
-    def _reorder(self, to: Lowering, name: str, op: Linear | Logits, x: int, order: int) -> None:
-        """Activations in the order of the weight's columns, in a launch of its own."""
-        k, rows = op.weight.shape[-1], to.rows(op.x.rows)
+    def _reorder(self, to: Lowering, name: str, op: Linear | Logits, x: int, order: int, k: int) -> None:
+        """Activations in the order of the weight's k packed columns, in a launch of its own."""
+        rows = to.rows(op.x.rows)
         to.plan(
             name,
             "sm80_integer_reorder",
@@ -199,15 +200,16 @@ def _load_blocks(loader: Staging, packed: PackedWeight, address: int, checkpoint
 
 def _load_words(loader: Staging, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
     """Packed words, as they lie in the file: slices of rows with their zeros and scales."""
-    kept, k = _format(packed.weight), packed.width
-    _, behind = runs_of(kept, packed.rows, k)
+    kept = _format(packed.weight)
+    k, ordered = kept.packed_width(packed.width), 0
+    _, behind = runs_of(kept, packed.rows, packed.width)
     parts = list(_packed_parts(packed.weight, checkpoint))
-    order_at = 0
-    if parts[0].order is not None:
-        order_at = address + behind
-        loader.copy(parts[0].order, order_at)
     for part, whole in loader.spans(packed, address, ((p, _numbered(p.packed)) for p in parts)):
         span, run = _placed(packed, whole)
+        order_at = span.address + behind if kept.reordered else 0
+        if order_at > ordered:  # the matrix's first rows
+            loader.copy(np.arange(k, dtype=np.int32) if part.order is None else part.order, order_at)
+            ordered = order_at
         kernel = f"sm80_{loader.tag}_integer_pack_{run.layout.name}"
         begin = int(span.data[0].view(np.uint32)[0])
         for start, stop in loader.slices(len(span.data), -(-part.nbytes // _row_count(part.packed))):
@@ -248,9 +250,7 @@ def _numbered(packed: PackedMatrix) -> NDArray[np.uint8]:
 
 
 def _matrix(tensor: StoredTensor) -> NDArray[Any]:
-    if tensor.kind == "I8":  # four a word
-        return tensor.data.view(np.uint32).reshape(tensor.shape[0], -1)
-    item = {"I32": np.uint32, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}[tensor.kind]
+    item = {"I8": np.uint8, "F16": np.uint16, "BF16": np.uint16}.get(tensor.kind, np.uint32)
     return tensor.data.view(item).reshape(tensor.shape)
 
 
@@ -261,15 +261,24 @@ def word_source(packed: PackedMatrix, start: int, stop: int) -> tuple[list[NDArr
     """
     each, rows = 32 // packed.bits, stop - start
     levels, scales = _matrix(packed.levels), _matrix(packed.scales)
+    if packed.signed:
+        levels = levels.view(np.uint32)
     zeros = None if packed.zeros is None else _matrix(packed.zeros)
     first, skip = start // each, start % each
     if packed.kind == "packed":
         shared = len(scales) == 1 < len(levels)
         taken = [levels[start:stop], scales if shared else scales[start:stop]]
-        taken += [] if zeros is None else [zeros[first : -(-stop // each)]]
         where = {"level_n": levels.shape[1], "level_k": 1, "level_k_per": each,
                  "scale_n": 0 if shared else scales.shape[1], "scale_g": 1,
                  "zero_n": scales.shape[1], "zero_g": 1}  # fmt: skip
+        if zeros is not None and packed.signed:  # a byte each: to words of successive rows
+            bytes_of = np.zeros((zeros.shape[1], -(-rows // each) * each), np.uint8)
+            bytes_of[:, :rows] = (zeros if shared else zeros[start:stop]).T
+            taken.append(bytes_of.view(np.uint32))
+            where |= {"zero_n": 1, "zero_g": bytes_of.shape[1] // each}
+            skip = 0
+        elif zeros is not None:
+            taken.append(zeros[first : -(-stop // each)])
     else:
         awq = packed.kind == "awq"
         columns = slice(first, -(-stop // each))

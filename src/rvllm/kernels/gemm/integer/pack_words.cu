@@ -29,9 +29,9 @@ __device__ __forceinline__ u32 zero_bits(u32 zero) {
   return (Half2<T>::MAGIC & 0xffff) + zero;  // both formats step by ones there
 }
 
-// levels [rows, k], zeros and scales [rows, groups], group_size stored columns a group. order: the stored column that
-// packed column k is of, or null. zeros.words null: all are 2^(BITS - 1); plus_one: they are stored one less. flip: bits of levels that are turned over. Scales:
-// element (n, g) at n * scale_n + g * scale_g.
+// levels [rows, k], zeros and scales [rows, groups], group_size packed columns a group. order: the stored column that
+// packed column k is of, -1 for none, or null. zeros.words null: all are 2^(BITS - 1); plus_one: they are stored one less.
+// flip: bits of levels and zeros that are turned over. Scales: element (n, g) at n * scale_n + g * scale_g.
 template <class T, int BITS, int GROUP>
 __global__ void pack_words(u8* __restrict__ packed, long long first, long long rows, long long padded, int interleave,
                            int k, const u32* levels, long long level_n, long long level_k, int level_n_per, int level_k_per,
@@ -49,13 +49,14 @@ __global__ void pack_words(u8* __restrict__ packed, long long first, long long r
     const int* order;
     __device__ u32 level(long long n, int column) const {
       if (column >= k) return 0;
-      return levels.template at<BITS>(n, order ? order[column] : column) ^ flip;
+      const int stored = order ? order[column] : column;
+      return stored < 0 ? 0 : levels.template at<BITS>(n, stored) ^ flip;
     }
     __device__ u32 word(long long n, int column) const {
       if (column >= k) return 0;
       const long long g = column / group_size, at = n * scale_n + g * scale_g;
       u32 zero = 1u << (BITS - 1);
-      if (zeros.words) zero = (zeros.template at<BITS>(n, g) + plus_one) & ((1u << BITS) - 1);
+      if (zeros.words) zero = ((zeros.template at<BITS>(n, g) ^ flip) + plus_one) & ((1u << BITS) - 1);
       const float scale = scale_kind == SCALE_F32   ? static_cast<const float*>(scales)[at]
                           : scale_kind == SCALE_F16 ? __half2float(static_cast<const f16*>(scales)[at])
                                                     : __bfloat162float(static_cast<const bf16*>(scales)[at]);

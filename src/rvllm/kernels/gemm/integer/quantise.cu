@@ -37,7 +37,7 @@ __global__ void quantise(const S* __restrict__ x, u32* __restrict__ levels, u32*
   }
 }
 
-// x [tokens, pitch] -> out [tokens, k]: column j is x's column order[j]. k a multiple of 8.
+// x [tokens, pitch] -> out [tokens, k]: column j is x's column order[j], zeros where that is -1. k a multiple of 8.
 // grid (ceil(k / 8 / threads), tokens).
 __global__ void reorder(const u16* __restrict__ x, u16* __restrict__ out, const int* __restrict__ order, int k, int pitch) {
   griddep_launch();
@@ -47,7 +47,7 @@ __global__ void reorder(const u16* __restrict__ x, u16* __restrict__ out, const 
   const u16* const row = x + static_cast<size_t>(blockIdx.y) * pitch;
   alignas(16) u16 v[8];
 #pragma unroll
-  for (int j = 0; j < 8; j++) v[j] = row[order[column + j]];
+  for (int j = 0; j < 8; j++) v[j] = order[column + j] < 0 ? 0 : row[order[column + j]];
   *reinterpret_cast<uint4*>(out + static_cast<size_t>(blockIdx.y) * k + column) = *reinterpret_cast<uint4*>(v);
 }
 

@@ -36,6 +36,7 @@ from rvllm.kernels.gemm.integer.specs import (
     threads,
 )
 from rvllm.kernels.gemm.tiles import SM80_TOKENS, SMEM_LIMIT, TILE
+from rvllm.program.formats import IntegerFormat
 from rvllm.weights.gguf.blocks import FP4_TABLE, NORMAL_TABLE
 
 Mode = Literal["split", "walk", "sm80"]
@@ -55,9 +56,15 @@ def segments_of(n: int, k: int) -> int:
     return 1 << most.bit_length() - 1
 
 
-def stack_stride(layout: str, rows: int, k: int) -> int:
-    """Bytes from one packed [rows, k] matrix of a stack to the next; a multiple of 256, as chunks are."""
-    return LAYOUTS[layout].nbytes(rows, k)
+def order_bytes(kept: IntegerFormat, columns: int) -> int:
+    """Bytes of the order of a matrix's columns, which lies behind it; a multiple of 256, as chunks are."""
+    return ceil_div(4 * kept.packed_width(columns), 256) * 256 if kept.reordered else 0
+
+
+def stack_stride(kept: IntegerFormat, rows: int, columns: int) -> int:
+    """Bytes from one packed [rows, columns] matrix of a stack to the next."""
+    ((_, layout),) = kept.parts
+    return LAYOUTS[layout].nbytes(rows, kept.packed_width(columns)) + order_bytes(kept, columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +164,8 @@ class WordSource:
     Element (n, k) of levels is in the word at n // level_n_per * level_n + k // level_k_per * level_k, its
     place there (n + k) % per; zeros likewise by groups. skips: elements of the first word before row 0.
     zeros 0: all are 2^(bits - 1); plus_one: they are stored one less. flip: bits of levels that are turned
-    over. scale_kind: 0 float16, 1 bfloat16, 2 float32. order: the address of the stored column of each
-    packed one (int32), or 0.
+    over, and of zeros. scale_kind: 0 float16, 1 bfloat16, 2 float32. order: the address of the stored column
+    of each packed one (int32, -1 for none), or 0.
     """
 
     levels: Any

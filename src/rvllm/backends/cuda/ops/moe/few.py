@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rvllm.backends.cuda.device.launches import Planned, ints
 from rvllm.backends.cuda.ops.decode.chains import Part
 from rvllm.backends.cuda.ops.decode.step import Mixture, Step, Type
-from rvllm.backends.cuda.ops.moe.quantised import OneToken, StackProduct, stack_product
+from rvllm.backends.cuda.ops.moe.quantised import OneToken, StackProduct, reordered_width, stack_product
 from rvllm.kernels.gemm.tiles import TILE
 from rvllm.kernels.moe.specs import (
     ONE_DOWN_STAGES,
@@ -38,7 +38,7 @@ RESERVED = 1024  # of a block, by the driver
 def fit(plan: ExpertsPlan) -> bool:
     """Whether there are few enough tokens, and room for a block of each kernel."""
     up, down = plan.op.up.format, plan.op.down.format
-    if plan.tokens > (FEW if up and down else 1):
+    if plan.tokens > (FEW if up and down else 1) or reordered_width(up, 1) or reordered_width(down, 1):
         return False
     return (up is None or _up_block(plan, up)[1] is not None) and (
         down is None or _down_block(plan, down)[1] is not None

@@ -13,6 +13,7 @@ from rvllm.backends.cuda.layout.metadata import NUM_TOKENS
 from rvllm.backends.cuda.layout.packed import WeightLayout
 from rvllm.backends.cuda.ops.family import Family, Lowering, Scratch, Wanted
 from rvllm.backends.cuda.ops.moe.plan import ExpertsAt, ExpertsPlan, NormAfter, most_tiles
+from rvllm.backends.cuda.ops.moe.quantised import reordered_width
 from rvllm.backends.cuda.ops.moe.router import NORM_ROUTED, RouteAt, plan_route, route_part
 from rvllm.backends.cuda.ops.rowwise import norm as norm_rows
 from rvllm.kernels.moe.specs import BLOCKS, COMBINE_NORM_WIDTH, GROUPED_TOKENS
@@ -71,6 +72,7 @@ def _experts(lowering: Lowering, stage: Stage) -> None:
         tiles=scratch["experts.tiles"],
         num_tiles=scratch["experts.num_tiles"],
         num_tokens=lowering.meta(NUM_TOKENS),
+        reordered=scratch.get("experts.reordered", 0),
     )
     plan = ExpertsPlan(
         op, stage.name, lowering.counts.tokens, lowering.tag, lowering.chip, at, add.scale if add else 1.0
@@ -106,6 +108,8 @@ def _scratch(program: Program, tokens: int, seqs: int, capability: int) -> Scrat
         return {}
     entries = tokens * max(op.ids.width for op in mixtures)
     experts = max(op.down.shape[0] for op in mixtures)
+    stacks = [weight for op in mixtures for weight in (op.up, op.down)]
+    reordered = max(reordered_width(weight.format, weight.shape[-1]) for weight in stacks)
     return {
         "experts.logits": 4 * tokens * max((op.weight.shape[0] for op in routes), default=0),
         "experts.arrivals": 4 * tokens,
@@ -116,6 +120,7 @@ def _scratch(program: Program, tokens: int, seqs: int, capability: int) -> Scrat
         "experts.places": 4 * entries,
         "experts.tiles": 16 * most_tiles(entries, experts, min(*GROUPED_TOKENS, *(b.tokens for b in BLOCKS))),
         "experts.num_tiles": 4,
+        **({"experts.reordered": 2 * entries * reordered} if reordered else {}),
     }
 
 

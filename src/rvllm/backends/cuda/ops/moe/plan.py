@@ -15,10 +15,11 @@ from typing import Literal
 
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import MatrixMap, Planned, fixed, ints
+from rvllm.backends.cuda.ops.gemm import integer
 from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.backends.cuda.ops.gemm.plan import gated_rows
 from rvllm.backends.cuda.ops.moe import choose, few
-from rvllm.backends.cuda.ops.moe.quantised import stack_product
+from rvllm.backends.cuda.ops.moe.quantised import reordered_width, stack_product
 from rvllm.errors import MissingKernelError
 from rvllm.kernels.gemm.tiles import TILE
 from rvllm.kernels.moe.specs import (
@@ -38,8 +39,10 @@ from rvllm.kernels.moe.specs import (
     wide_smem,
 )
 from rvllm.kernels.rowwise.specs import ACTIVATIONS
+from rvllm.program.formats import IntegerFormat
 from rvllm.program.ops.dense import Experts
 
+REORDER_THREADS = 128
 SORT_WIDE = 1024  # entries of a block from which on the sort takes a full one
 SORT_CLUSTER = 8  # its blocks on Hopper
 COMBINE_THREADS = 128
@@ -54,7 +57,8 @@ class ExpertsAt:
     """Device addresses of an Experts. Scratch, for E entries (see `moe/moe.cuh`):
 
     inner [E, width] and parts [E, max(N, K)] of the 16-bit type, order and places int32 [E], tiles int32
-    [most, 4] (see `most_tiles`), num_tiles int32. residual: what the sum is added to, 0 for nothing.
+    [most, 4] (see `most_tiles`), num_tiles int32. reordered [E, columns of a packed row], where a stack has
+    orders of columns. residual: what the sum is added to, 0 for nothing.
     """
 
     x: int
@@ -71,6 +75,7 @@ class ExpertsAt:
     tiles: int
     num_tiles: int
     num_tokens: int
+    reordered: int = 0
 
 
 @dataclass(frozen=True)
@@ -162,12 +167,16 @@ class ExpertsPlan:
         if self.tile == QUANTISED_WIDE:
             return [self._sort(self.tile, self.at.places), *self._wide_launches()]
         stacks = (("up", self.op.up), ("down", self.op.down))
-        products = [self._quantised(which) if of.format else self._many(which) for which, of in stacks]
-        sort = [self._sort(self.tile, 0)] if self._sorted() else []
-        return [*sort, *products, self._combine(0)]
+        launches = [self._sort(self.tile, 0)] if self._sorted() else []
+        for which, of in stacks:
+            launches += self._reorder(which, by_place=which == "down")
+            launches.append(self._quantised(which) if of.format else self._many(which))
+        return [*launches, self._combine(0)]
 
     def _wide_launches(self) -> list[Planned]:
-        return [self._gather(), self._wide("up"), self._wide("down"), self._combine(self.at.places)]
+        up = self._reorder("up", by_place=True) or [self._gather()]
+        down = self._reorder("down", by_place=True)
+        return [*up, self._wide("up"), *down, self._wide("down"), self._combine(self.at.places)]
 
     def planned(
         self, kernel: str, grid: tuple[int, ...], block: int, smem: int, why: str, *given: object
@@ -183,6 +192,36 @@ class ExpertsPlan:
             act = ACTIVATIONS.index(op.activation)
             return at.inner, at.x, at.up, 1, op.x.width, self.up_rows, self.width, act
         return at.parts, at.inner, at.down, 0, self.width, self.n, self.n, -1
+
+    def _reordered(self, which: str) -> int:
+        """Columns of the rows that wait in `reordered` for a product; 0 for none."""
+        if which == "up":
+            return reordered_width(self.op.up.format, self.op.x.width)
+        return reordered_width(self.op.down.format, self.width)
+
+    def _reorder(self, which: str, by_place: bool) -> list[Planned]:
+        """Rows for a product whose experts have columns in orders of their own; nothing for others.
+
+        by_place: whether they lie by expert, else by entry.
+        """
+        columns = self._reordered(which)
+        if not columns:
+            return []
+        _, x, weights, by_token, k, rows, _, _ = self._sides(which)
+        kept = (self.op.up if which == "up" else self.op.down).format
+        assert isinstance(kept, IntegerFormat)
+        stride, at = stack_product(kept, rows, k).stride, self.at
+        orders = weights + stride - integer.order_bytes(kept, k)
+        numbers = (self.top_k, self.experts, by_token, int(by_place), columns, k)
+        grid = (self.entries, -(-columns // (8 * REORDER_THREADS)))
+        return [
+            Planned(
+                self.name, "sm80_moe_reorder_rows", fixed(*grid), REORDER_THREADS,
+                (at.reordered, x, orders, at.order, at.ids, at.num_tokens, ctypes.c_uint64(stride),
+                 *ints(*numbers)),
+                why=f"{which}, rows in the order of each expert's columns",
+            )
+        ]  # fmt: skip
 
     def _combine(self, places: int) -> Planned:
         at, norm = self.at, self.norm
@@ -228,6 +267,8 @@ class ExpertsPlan:
         kept, at = (self.op.up if which == "up" else self.op.down).format, self.at
         # The rows of x wait where the down product's results will be.
         source = at.parts if which == "up" else at.inner
+        if columns := self._reordered(which):
+            source = at.reordered
         numbers = (rows, pitch, self._kind(which), GROUP)
         if kept is None:
             name, smem, box = f"sm90_{self.tag}_moe_grouped_n{WIDE}", wide_smem(), WIDE_BOX
@@ -239,7 +280,7 @@ class ExpertsPlan:
             shape = (product.scales, after_sort, product.chunks, product.segments)
             told = (ctypes.c_uint64(product.stride), *ints(*shape, *numbers))
             why = f"{which}, {kept.label}, {self.tile} entries of an expert a tile"
-        x = MatrixMap(source, self.entries, k, box, TILE, self.tag == "bf16")
+        x = MatrixMap(source, self.entries, columns or k, box, TILE, self.tag == "bf16")
         return Planned(
             self.name, name, fixed(self.chip.sm_count), GROUPED_THREADS,
             (x, out, weights, at.tiles, at.num_tiles, *told), smem, why=why,
@@ -283,19 +324,23 @@ class ExpertsPlan:
 
     def _sorted(self) -> bool:
         """Whether `quantised` is told of entries by expert. A few are each on their own: they share few."""
-        return self.tokens > UNSORTED or not (self.op.up.format and self.op.down.format)
+        reordered = self._reordered("up") or self._reordered("down")
+        return self.tokens > UNSORTED or not (self.op.up.format and self.op.down.format) or bool(reordered)
 
     def _quantised(self, which: str) -> Planned:
         out, x, weights, by_token, k, rows, pitch, act = self._sides(which)
         kept = (self.op.up if which == "up" else self.op.down).format
         assert kept is not None
-        product, group = stack_product(kept, rows, k), STRIP_GROUP // TILE
+        product, group, top_k = stack_product(kept, rows, k), STRIP_GROUP // TILE, self.top_k
+        if columns := self._reordered(which):
+            x, k = self.at.reordered, columns
+            top_k = 1  # of the up product, for which the rows lie by entry
         most, row_tiles = most_tiles(self.entries, self.experts, self.tile), -(-rows // TILE)
         if not self._sorted():
             most = self.entries
         grid = -(-row_tiles // group) * group * most
         numbers = (
-            product.scales, self.top_k, self.experts, by_token, k, product.chunks, product.segments, rows,
+            product.scales, top_k, self.experts, by_token, k, product.chunks, product.segments, rows,
             pitch, act, int(which == "up" and self.op.gated), group,
         )  # fmt: skip
         at = self.at

@@ -84,11 +84,17 @@ class StackProduct:
 
 def stack_product(kept: WeightFormat, rows: int, k: int) -> StackProduct:
     """How a stack of [rows, k] matrices in a format is multiplied; rows: packed rows of one."""
-    chunks = -(-k // CHUNK)
     if isinstance(kept, Fp8Format):
-        stride = fp8_plan.packed_nbytes(rows, k, kept.scales)
-        return StackProduct("e4m3", stride, SCALES[kept.scales], chunks, fp8_plan.segments_of(rows, k))
+        stride, segments = fp8_plan.packed_nbytes(rows, k, kept.scales), fp8_plan.segments_of(rows, k)
+        return StackProduct("e4m3", stride, SCALES[kept.scales], -(-k // CHUNK), segments)
     assert isinstance(kept, IntegerFormat)
-    ((_, name),) = kept.parts
-    stride = integer.stack_stride(name, rows, k)
-    return StackProduct(name, stride, 0, chunks, integer.segments_of(rows, k))
+    width, ((_, name),) = kept.packed_width(k), kept.parts
+    stride = integer.stack_stride(kept, rows, k)
+    return StackProduct(name, stride, 0, -(-width // CHUNK), integer.segments_of(rows, width))
+
+
+def reordered_width(kept: WeightFormat | None, k: int) -> int:
+    """Columns of the rows that a stack is multiplied with, where each matrix has them in an order of its own;
+    0 where they are the activations'.
+    """
+    return kept.packed_width(k) if isinstance(kept, IntegerFormat) and kept.reordered else 0
