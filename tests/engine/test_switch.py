@@ -73,6 +73,17 @@ async def test_turns_end_and_whoever_runs_finishes_first() -> None:
         assert done == ["a", "b", "c"] and switch.swaps == 2
 
 
+async def test_an_answer_that_nobody_reads_does_not_keep_the_device() -> None:
+    async with switched(2, turn=60.0) as (_, engines):
+        unread = engines[0].generate(ask("a", [1, 2], 5))
+        got = list((await anext(unread)).token_ids)
+        async with asyncio.timeout(60):
+            assert await tokens_of(engines[1], ask("b", [3], 5)) == continuation([3], 5)
+        assert [engine.sleep_level for engine in engines] == [1, 0]
+        got += [token async for output in unread for token in output.token_ids]
+        assert got == continuation([1, 2], 5)
+
+
 async def test_many_at_once() -> None:
     async with switched(3, turn=0.01, step_ms=1) as (switch, engines):
         asked = [(i, [i + 7, 3] * (1 + i), i % 7 + 1) for i in range(40)]

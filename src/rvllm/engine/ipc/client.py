@@ -60,7 +60,14 @@ QUICK = (Stats, State)  # answers that come between two steps; a sleep may take 
 MAX_UNREAD = 4096  # outputs of a request that may wait to be taken
 
 T = TypeVar("T")
-Stream = asyncio.Queue[Output | EngineDeadError | SlowClientError]
+
+
+class Stream(asyncio.Queue[Output | EngineDeadError | SlowClientError]):
+    """A request's outputs that nobody has taken yet. ended: called when the engine is done with it."""
+
+    def __init__(self, ended: Callable[[], None] | None) -> None:
+        super().__init__()
+        self.ended = ended or (lambda: None)
 
 
 class EngineClient:
@@ -209,23 +216,28 @@ class EngineClient:
         """
         return await embedding_of(request, self.generate(request))
 
-    async def generate(self, request: Generate | Embed) -> AsyncGenerator[Output, None]:
+    async def generate(
+        self, request: Generate | Embed, ended: Callable[[], None] | None = None
+    ) -> AsyncGenerator[Output, None]:
         """The request's outputs up to the one with a finish reason.
 
-        Closing the iterator early aborts the request. Raises EngineDeadError when the engine ends first,
-        UsageError when a living request has the same id.
+        ended: called as soon as the engine has nothing more to do for it, though outputs may be yet to be
+        taken. Closing the iterator early aborts the request. Raises EngineDeadError when the engine ends
+        first, UsageError when a living request has the same id.
         """
-        async with aclosing(self.generate_lists(request)) as lists:
+        async with aclosing(self.generate_lists(request, ended)) as lists:
             async for outputs in lists:
                 for output in outputs:
                     yield output
 
-    async def generate_lists(self, request: Generate | Embed) -> AsyncGenerator[list[Output], None]:
+    async def generate_lists(
+        self, request: Generate | Embed, ended: Callable[[], None] | None = None
+    ) -> AsyncGenerator[list[Output], None]:
         """As `generate`: each list has what has arrived since the last one was taken, one output or more."""
         self._check_alive()
         if request.request_id in self._streams:
             raise UsageError(f"request_id {request.request_id!r} is in use by a request that has not ended")
-        stream: Stream = asyncio.Queue()
+        stream = Stream(ended)
         self._streams[request.request_id] = stream
         finished = False
         try:
@@ -360,6 +372,8 @@ class EngineClient:
         """Puts an output where its reader finds it; one that has left too many there gets no more."""
         if stream.qsize() < self.max_unread:
             stream.put_nowait(output)
+            if output.finish_reason is not None:
+                stream.ended()
             return
         while not stream.empty():
             stream.get_nowait()
@@ -367,6 +381,7 @@ class EngineClient:
         del self._streams[output.request_id]
         if self.alive and output.finish_reason is None:
             self._send(Abort([output.request_id]))
+        stream.ended()
 
     def _on_life(self) -> None:
         """The process's end of the socket is closed: it has ended, or is about to."""
@@ -397,6 +412,7 @@ class EngineClient:
             self._started.set_exception(_start_error(cause, self._failed))
         for stream in self._streams.values():
             stream.put_nowait(EngineDeadError(cause))
+            stream.ended()
         for answer in chain(*self._asked.values()):
             if not answer.done():
                 answer.set_exception(EngineDeadError(cause))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 
 import numpy as np
@@ -47,22 +47,30 @@ class ModelSwitch:
         self._turns = self._loop.create_task(self._give_turns())
 
     @asynccontextmanager
-    async def admitted(self, index: int) -> AsyncIterator[None]:
-        """A request wants an engine for as long as this lasts, and may be given to it within."""
+    async def admitted(self, index: int) -> AsyncIterator[Callable[[], None]]:
+        """A request wants an engine for as long as this lasts, and may be given to it within.
+
+        Yields what is to be called when the engine has done its part before: whoever reads an answer slowly
+        must not keep the device from others.
+        """
         if not self._wanted[index]:
             self._wanted_since[index] = self._loop.time()
         self._wanted[index] += 1
+        counted = [self._wanted]
+
+        def let_go() -> None:
+            while counted:
+                counted.pop()[index] -= 1
+            self._changed.set()
+
         self._changed.set()
         try:
             await self._doors[index].wait()
             self._given[index] += 1
-            try:
-                yield
-            finally:
-                self._given[index] -= 1
+            counted.append(self._given)
+            yield let_go
         finally:
-            self._wanted[index] -= 1
-            self._changed.set()
+            let_go()
 
     async def _give_turns(self) -> None:
         while True:
@@ -147,8 +155,8 @@ class SwitchedEngine:
 
     async def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
         async with (
-            self._switch.admitted(self._index),
-            aclosing(self._client.generate(request)) as outputs,
+            self._switch.admitted(self._index) as let_go,
+            aclosing(self._client.generate(request, let_go)) as outputs,
         ):
             async for output in outputs:
                 yield output
