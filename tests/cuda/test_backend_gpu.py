@@ -117,6 +117,7 @@ def test_sampling_draws_what_the_cpu_draws() -> None:
     assert same >= len(specs) - 1, drawn  # rounding may move one draw across a boundary
 
 
+@pytest.mark.alone
 def test_no_device_memory_is_taken_after_the_start() -> None:
     config = MODELS["llama"]
     engine = CONFIG.__class__(**{**CONFIG.__dict__, "capture_graphs": "eager"})
@@ -137,6 +138,7 @@ def test_no_device_memory_is_taken_after_the_start() -> None:
     core.close()
 
 
+@pytest.mark.alone
 def test_the_debug_check_ends_an_engine_whose_step_takes_memory() -> None:
     config = MODELS["llama"]
     engine = CONFIG.__class__(**{**CONFIG.__dict__, "capture_graphs": "eager", "check_device_memory": True})
@@ -150,6 +152,7 @@ def test_the_debug_check_ends_an_engine_whose_step_takes_memory() -> None:
     core.close()
 
 
+@pytest.mark.alone
 def test_the_ledger_adds_up_to_what_the_driver_says_is_taken() -> None:
     engine = CONFIG.__class__(
         **{

@@ -134,6 +134,7 @@ def held() -> bool:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @needs_gpu
 def test_a_second_llm_after_the_first(tmp_path: Path) -> None:
     """By `del llm`, by leaving `with`, by a start that fails; models that generate and that pool."""

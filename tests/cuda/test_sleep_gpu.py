@@ -16,6 +16,7 @@ from support.kernels.gpu_engine import CONFIG, backend, core_of, model, needs_gp
 pytestmark = [pytest.mark.gpu, needs_gpu]
 
 
+@pytest.mark.alone
 def test_sleep_gives_memory_back_and_changes_no_token() -> None:
     config = model()
     engine = replace(CONFIG, num_gpu_blocks=20_000, enable_sleep_mode=True, capture_graphs="eager")

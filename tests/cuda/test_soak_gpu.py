@@ -33,6 +33,7 @@ def requests(rng: np.random.Generator) -> list[tuple[list[int], Sampling]]:
     return made
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("host_blocks", [0, 300], ids=["recompute", "swap"])
 def test_a_thousand_requests_leave_nothing_behind(host_blocks: int) -> None:
     config = model("Qwen2ForCausalLM", num_attention_heads=6, num_key_value_heads=2)

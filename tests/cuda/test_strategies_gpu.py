@@ -141,7 +141,7 @@ def test_auto_measures_again_what_is_not_right(tmp_path: Path, monkeypatch: pyte
         return strategy, sum(int(line.split()[0]) for line in told if "kernels timed" in line)
 
     first, whole = timed()
-    assert first.tuned and whole > 100
+    assert first.tuned and whole > 60, "enough to cut, with CUTLASS's headers or without"
     assert Counted.opened == 1 and Counted.held == 0, "all is given back"
     assert timed() == (first, 0), "a second start times nothing"
     path = tmp_path / FILE
