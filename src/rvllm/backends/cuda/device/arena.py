@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from rvllm.backends.cuda.device.mapped import MappedMemory
 from rvllm.errors import CapacityError
 
 ALIGNMENT = 1024  # bytes: what swizzled shared-memory images and vector loads want
+CLEAR_RATE = 540e9  # bytes a second of pages that were given back and an H200's driver clears
 
 
 def aligned(nbytes: int) -> int:
@@ -107,7 +109,11 @@ class Arena:
                 return False
         stream.copy_to_host(self._kept.address + known, self.base + known, keep - known)
         stream.sync()
+        began = time.perf_counter()
         self._mapped.give_back()
+        # Nobody can take pages before the driver has cleared them, and a copy beside that takes twice as
+        # long: to wait here costs a swap nothing, and who wakes up or takes the memory has it at once.
+        time.sleep(max(0.0, began + self.nbytes / CLEAR_RATE - time.perf_counter()))
         return True
 
     def wake(self, stream: Stream) -> None:
@@ -117,9 +123,7 @@ class Arena:
         """
         assert self._mapped is not None and self._kept is not None
         try:
-            # The driver clears pages that were given back, before it gives them out: a copy meanwhile would
-            # only slow that down.
-            self._mapped.take()
+            self._mapped.take()  # all of it before the copy, as `sleep` says
             stream.copy_to_device(self.base, self._kept.address, self._kept.nbytes)
         except CudaError as error:
             self._mapped.give_back()
