@@ -10,15 +10,18 @@ import pytest
 
 from rvllm.backends.cpu.backend import CpuBackend
 from rvllm.backends.cpu.compiled import library as compiled
-from rvllm.backends.cpu.compiled.formats import FORMATS, LANES, Segment, aligned, segment
+from rvllm.backends.cpu.compiled.formats import FORMATS, LANES, Matrix, Segment, aligned, segment
+from rvllm.backends.cpu.compiled.lower import expert_pieces
 from rvllm.backends.cpu.compiled.model import chosen
 from rvllm.backends.cpu.compiled.slots import BLOCK_ROWS, IDS, TOKENS
+from rvllm.backends.cpu.compiled.step import chunks_of
 from rvllm.backends.cpu.reference import ops
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.models.config import ModelConfig
 from rvllm.models.registry import build_program
 from rvllm.program.dtypes import DType
+from rvllm.program.ops.dense import Weight
 from rvllm.weights.checkpoint import TensorType
 from rvllm.weights.gguf.blocks import dequantise
 from rvllm.weights.open import open_checkpoint
@@ -70,15 +73,16 @@ def product(library: compiled.Library, weight: Segment, x: np.ndarray, bias: np.
     """x @ weight.T + bias on one thread; what is not written stays nan."""
     rows, inner = x.shape
     out = np.full((rows, weight.rows + 3), np.nan, dtype=np.float32)
-    count, line = np.array([rows]), np.zeros(8, dtype=np.int64)
+    chunks, line = np.array(chunks_of(rows)), np.zeros(8, dtype=np.int64)
+    piece, order = np.array([address(weight.data), weight.rows, 0]), np.arange(rows)
     room = inner * LANES * 4 + BLOCK_ROWS * (inner // 32 + 1) * 4
     scratch, added = aligned(room), np.zeros(weight.tiles * LANES, dtype=np.float32)
     scratch[:] = 255  # nan
     added[: weight.rows] = bias
     slots = np.array(
         [
-            address(count), address(x), inner, address(out), out.shape[1], address(weight.data), weight.tiles,
-            inner, weight.rows, address(added), address(scratch), room, address(line),
+            address(chunks), address(x), inner, address(out), out.shape[1], address(piece), weight.tiles,
+            inner, address(added), address(order), address(order), address(scratch), room, address(line),
         ]
     )  # fmt: skip
     library.function(f"product_{weight.format.name}")(address(slots), 0, 1)
@@ -181,9 +185,69 @@ def test_other_architectures_equal_the_numpy_kernels(name: str, tmp_path: Path) 
     assert np.array_equal(found[1], found[2])
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "deepseek_v3_halves"])
+def test_mixtures_equal_the_numpy_kernels(name: str, tmp_path: Path) -> None:
+    """By softmax or sigmoid, with groups by their best or two best, and experts that all tokens have."""
+    from support.models import archs_moe_tiny, archs_tiny
+
+    width = "intermediate_size" if name == "mixtral" else "moe_intermediate_size"
+    config = archs_moe_tiny.CASES[name].config | {width: 32, "hidden_size": 48}
+    path = archs_tiny.save(tmp_path, config, archs_tiny.random_tensors(name, config))
+    prompt = archs_tiny.prompt_of(name, 60)
+    plain, one, three = (
+        loaded(path, cpu_kernels=kernels, threads=n, max_num_batched_tokens=64)
+        for kernels, n in (("numpy", 2), ("compiled", 1), ("compiled", 3))
+    )
+    ops = {op.name: op.kind for op in one._model.program.ops}
+    assert {"route", "experts"} <= {ops[name] for name in one._native.compiled}
+    whole = tiny.logits_of(one, prompt)
+    np.testing.assert_allclose(whole, tiny.logits_of(plain, prompt), rtol=0, atol=1e-4)
+    for chunks in ([1] * 5 + [55], [29, 31]):
+        assert np.array_equal(tiny.logits_of(three, prompt, chunks), whole)
+
+
+MIXED = (TensorType.Q4_K, TensorType.Q6_K)
+
+
+@pytest.mark.parametrize(
+    "kinds", [MIXED, (TensorType.Q8_0, TensorType.Q5_0)], ids=["two formats", "one format"]
+)
+@pytest.mark.parametrize("tokens", [1, 9, 70])
+def test_rows_of_experts_meet_their_own_matrices(
+    kinds: tuple[TensorType, TensorType], tokens: int, library: compiled.Library
+) -> None:
+    """Experts whose gates and ups are stored in different types, few and many rows, and none."""
+    experts, width, inner, chosen = 4, 32, 256, 2
+    parts = [(kind, stored(kind, width, inner)) for _ in range(experts) for kind in kinds]
+    matrix = Matrix(tuple(segment(k, i * width, inner, raw) for i, (k, raw) in enumerate(parts)))
+    rows = np.concatenate([dequantise(kind, raw, (width, inner)) for kind, raw in parts])
+    source = np.random.default_rng(tokens)
+    x = source.standard_normal((tokens, inner), dtype=np.float32)
+    ids = np.stack([source.choice([0, 1, 3], chosen, replace=False) for _ in range(tokens)]).astype(np.int32)
+    out = np.full((tokens * chosen, 2 * width), np.nan, dtype=np.float32)
+    count, places, bias = np.array([tokens]), np.zeros(experts, np.int64), np.zeros(2 * width, np.float32)
+    sources, targets = np.zeros((2, tokens * chosen), np.int64)
+    chunks, room = np.zeros(2 + 3 * tokens * chosen, np.int64), inner * LANES * 4 + BLOCK_ROWS * 8 * 4
+    scratch = aligned(room)
+
+    def call(name: str, *arguments: np.ndarray | int) -> None:
+        line = np.zeros(8, dtype=np.int64)
+        slots = np.array([a if isinstance(a, int) else address(a) for a in (*arguments, line)])
+        library.function(name)(address(slots), 0, 1)
+
+    call("assign", count, ids, chosen, experts, places, sources, targets, chunks)
+    stack = Weight("up", (experts, 2 * width, inner), (), "stack")
+    for form, pieces in expert_pieces(matrix, stack):
+        maps = (sources, targets, scratch, room)
+        tiles = 2 * width // LANES
+        call(f"product_{form.name}", chunks, x, inner, out, 2 * width, pieces, tiles, inner, bias, *maps)
+    wanted = rows.reshape(experts, 2 * width, inner)[ids.reshape(-1)] @ np.repeat(x, chosen, 0)[:, :, None]
+    np.testing.assert_allclose(out, wanted[:, :, 0], rtol=0, atol=3e-6 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v2", "nemotron_h"])
 def test_ops_left_to_numpy_share_the_workspace(name: str, tmp_path: Path) -> None:
-    """Experts, latent attention and recurrent layers run between lists of compiled kernels."""
+    """Experts of odd widths, latent attention and recurrent layers run between lists of compiled kernels."""
     from support.models import archs_moe_tiny, archs_tiny, nemotron_tiny
 
     config = (archs_moe_tiny.CASES | nemotron_tiny.CASES)[name].config
@@ -275,7 +339,7 @@ def test_vectors_are_registers() -> None:
 
 @pytest.mark.parametrize("name", ["gemma2", "mixtral", "nemotron_h"])
 def test_the_plan_tells_what_the_weights_take(name: str, tmp_path: Path) -> None:
-    """Gemma adds a constant to its norms, experts stay with NumPy, tied embeddings are held once."""
+    """Gemma adds a constant to its norms, experts of odd widths are NumPy's, ties are held once."""
     from support.models import archs_moe_tiny, archs_tiny, nemotron_tiny
 
     config = (archs_tiny.CASES | archs_moe_tiny.CASES | nemotron_tiny.CASES)[name].config

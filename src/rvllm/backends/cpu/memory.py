@@ -18,7 +18,7 @@ from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
 from rvllm.program.cost import kv_bytes_per_token
 from rvllm.program.memory import plan_workspace
-from rvllm.program.ops.dense import Program
+from rvllm.program.ops.dense import Experts, Program
 from rvllm.program.ops.encoder import embedding_size
 
 ELEMENT = 4  # float32
@@ -53,7 +53,14 @@ def workspace_bytes(program: Program, config: EngineConfig) -> int:
         tokens = config.max_num_batched_tokens or DEFAULT_TOKENS
     else:
         _, tokens = encoder_lengths(program, config, ENCODER_TOKENS)
-    return plan_workspace(program.ops, *rows_of_a_step(tokens, config.max_num_seqs)).nbytes
+    rows = (sum(expert_rows(op)) * op.ids.width for op in program.ops if isinstance(op, Experts))
+    experts = max(rows, default=0) * tokens * ELEMENT
+    return plan_workspace(program.ops, *rows_of_a_step(tokens, config.max_num_seqs)).nbytes + experts
+
+
+def expert_rows(op: Experts) -> tuple[int, int]:
+    """Elements a token has in one of its experts: of either product's result, and of the activation's."""
+    return max(op.up.shape[1], op.out.width), op.down.shape[2]
 
 
 def plan_memory(

@@ -127,9 +127,7 @@ def pack_matrix(weight: Weight, checkpoint: Checkpoint | None, seed: int) -> Mat
     segments: list[Segment] = []
     first = 0
     for kind, run in groupby(parts, key=lambda part: part.type):
-        same = [part.data for part in run]
-        rows = same[0] if len(same) == 1 else np.concatenate(same)
-        segments.append(segment(kind, first, inner, rows.reshape(-1)))
+        segments.append(segment(kind, first, inner, *(part.data for part in run)))
         first += segments[-1].rows
     return Matrix(tuple(segments))
 
@@ -149,22 +147,33 @@ def packed_nbytes(weight: Weight, checkpoint: Checkpoint | None) -> int:
     )
 
 
-def segment(kind: TensorType, first: int, inner: int, raw: Bytes) -> Segment:
-    """Packs rows of a stored type (`raw`: their bytes, flat); `first` is where they stand in their matrix."""
+def segment(kind: TensorType, first: int, inner: int, *raw: Bytes) -> Segment:
+    """Packs rows of a stored type (`raw`: their bytes, one part below the other); `first` is where they stand
+    in their matrix. Parts of whole tiles, as experts are, are packed one by one where they lie."""
     elements, nbytes = kind.block
-    rows = raw.reshape(-1, inner // elements * nbytes)
-    kind_format = FORMATS[kind]
-    tiles = -(-len(rows) // LANES)
-    out = aligned(tiles * kind_format.tile_bytes(inner)).reshape(tiles, -1)
+    parts = [part.reshape(-1, inner // elements * nbytes) for part in raw]
+    if any(len(part) % LANES for part in parts[:-1]):
+        parts = [np.concatenate(parts)]
+    form, count = FORMATS[kind], sum(len(part) for part in parts)
+    tiles = -(-count // LANES)
+    out = aligned(tiles * form.tile_bytes(inner)).reshape(tiles, -1)
+    tile = 0
+    for rows in parts:
+        _pack_rows(kind, inner, rows, out[tile : tile + -(-len(rows) // LANES)])
+        tile += len(rows) // LANES
+    return Segment(form, first, count, inner, out)
+
+
+def _pack_rows(kind: TensorType, inner: int, rows: Bytes, out: Bytes) -> None:
+    """rows [n, bytes of a row] into out [tiles, bytes of a tile], the last tile padded with zeros."""
 
     def work(begin: int, end: int) -> None:
         piece = rows[begin * LANES : end * LANES]
         if len(piece) % LANES:
             piece = np.concatenate([piece, np.zeros((-len(piece) % LANES, rows.shape[1]), np.uint8)])
-        _pack_tiles(kind, kind_format, inner, piece, out[begin:end])
+        _pack_tiles(kind, FORMATS[kind], inner, piece, out[begin:end])
 
-    in_threads(work, tiles, max(1, PIECE // (inner * LANES)))
-    return Segment(kind_format, first, len(rows), inner, out)
+    in_threads(work, len(out), max(1, PIECE // (inner * LANES)))
 
 
 def aligned(nbytes: int) -> Bytes:

@@ -9,8 +9,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rvllm.backends.cpu.compiled.formats import Matrix, aligned
-from rvllm.backends.cpu.compiled.slots import BLOCK_ROWS, HEADS_ACROSS, LANES, SAMPLES, SUM_GROUP, TOKENS
+from rvllm.backends.cpu.compiled.formats import Format, Matrix, aligned
+from rvllm.backends.cpu.compiled.slots import (
+    BLOCK_ROWS,
+    CHUNK,
+    CHUNK_FIRST,
+    CHUNK_ROWS,
+    HEADS_ACROSS,
+    LANES,
+    PIECE,
+    SAMPLES,
+    SUM_GROUP,
+    TOKENS,
+)
+from rvllm.backends.cpu.memory import expert_rows
 from rvllm.program.ops import dense as ops
 from rvllm.program.ops.dense import Buffer, Op, Program, Weight
 from rvllm.program.rope import Rope
@@ -18,7 +30,7 @@ from rvllm.program.rope import Rope
 F32 = NDArray[np.float32]
 SUPPORTED = (
     ops.Embed, ops.Norm, ops.Linear, ops.RopeKV, ops.Attention, ops.GatedActivation, ops.Activate, ops.Add,
-    ops.GatherRows, ops.Logits,
+    ops.GatherRows, ops.Logits, ops.Route, ops.Experts,
 )  # fmt: skip
 
 
@@ -46,15 +58,16 @@ class Kernels:
 
 @dataclass
 class Places:
-    """Where a step's data lies. scratch: per thread, for a panel of floats or a query's scores."""
+    """Where a step's data lies. rows: the most of any buffer. chunks: by a kind of rows (see `slots`)."""
 
-    buffers: dict[str, F32]
+    buffers: dict[str, NDArray[Any]]
     step: NDArray[np.int64]
+    chunks: dict[str, NDArray[np.int64]]
     threads: int
     rows: int
     max_len: int
     kept: list[NDArray[Any]] = field(default_factory=list)
-    _scratch: dict[str, NDArray[Any]] = field(default_factory=dict)
+    _shared: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     def of(self, buffer: Buffer) -> int:
         """A buffer's address."""
@@ -69,20 +82,33 @@ class Places:
         self.kept.append(array)
         return array.ctypes.data
 
+    def shared(self, name: str, nbytes: int) -> int:
+        """The address of memory that calls share, at least `nbytes`; none is taken before it is written."""
+        found = self._shared.get(name)
+        if found is None or found.nbytes < nbytes:
+            found = self._shared[name] = aligned(nbytes)
+            self.kept.append(found)
+        return found.ctypes.data
+
     def scratch(self, name: str, nbytes: int) -> tuple[int, int]:
         """Address and size a thread of memory that calls share, at least `nbytes` a thread."""
         size = -(-nbytes // 64) * 64
-        found = self._scratch.get(name)
-        if found is None or found.nbytes < size * self.threads:
-            found = self._scratch[name] = aligned(size * self.threads)
+        return self.shared(name, size * self.threads), size
+
+    def in_order(self, count: int) -> int:
+        """The address of 0, 1, ... count - 1."""
+        found = self._shared.get("in order")
+        if found is None or len(found) < count:
+            found = self._shared["in order"] = np.arange(count, dtype=np.int64)
             self.kept.append(found)
-        return found.ctypes.data, size
+        return found.ctypes.data
 
 
 def supported(program: Program) -> frozenset[str]:
     """The names of the ops that are compiled: all of a kind there is a kernel for.
 
-    A cache that another op reads or writes too keeps the interpreter's form, and its ops stay there.
+    A cache that another op reads or writes too keeps the interpreter's form, and its ops stay there. Experts
+    whose rows are no whole tiles stay there too.
     """
     foreign = {
         value.name
@@ -97,14 +123,17 @@ def supported(program: Program) -> frozenset[str]:
         if isinstance(op, SUPPORTED)
         and not (isinstance(op, ops.RopeKV | ops.Attention) and op.cache.name in foreign)
         and not (isinstance(op, ops.Embed) and len(op.table.parts) > 1)
+        and not (isinstance(op, ops.Experts) and (op.down.shape[2] % LANES or op.down.shape[1] % LANES))
     )
 
 
-def matrix_of(op: Op) -> Weight | None:
-    """The weight that a compiled op wants packed."""
-    if isinstance(op, ops.Linear | ops.Logits):
-        return op.weight
-    return op.table if isinstance(op, ops.Embed) else None
+def matrices_of(op: Op) -> tuple[Weight, ...]:
+    """The weights that a compiled op wants packed."""
+    if isinstance(op, ops.Linear | ops.Logits | ops.Route):
+        return (op.weight,)
+    if isinstance(op, ops.Experts):
+        return op.up, op.down
+    return (op.table,) if isinstance(op, ops.Embed) else ()
 
 
 def lower(op: Op, kernels: Kernels, places: Places) -> list[Call] | None:
@@ -138,37 +167,50 @@ def _norm(op: ops.Norm, kernels: Kernels, places: Places) -> list[Call]:
 
 
 def _product(
-    op: ops.Linear | ops.Logits, kernels: Kernels, places: Places, bias: Weight | None = None
+    weight: Weight,
+    x: Buffer,
+    out: tuple[int, int],
+    kernels: Kernels,
+    places: Places,
+    bias: Weight | None = None,
 ) -> list[Call]:
-    """bias: what is added to the product at once."""
-    inner = op.x.width
+    """x @ weight.T; out: address and width of the result. bias: what is added to the product at once."""
     calls = []
-    room = inner * LANES * 4 + BLOCK_ROWS * (inner // SUM_GROUP) * 4
-    for segment in kernels.matrices[op.weight.name].segments:
+    chunks, rows = places.chunks[x.rows].ctypes.data, places.in_order(places.rows)
+    for segment in kernels.matrices[weight.name].segments:
         added = np.zeros(segment.tiles * LANES, dtype=np.float32)
         if bias is not None:
             added[: segment.rows] = kernels.vectors[bias.name][segment.first : segment.first + segment.rows]
+        piece = np.array([segment.data.ctypes.data, segment.rows, segment.first])
         arguments = (
-            places.count(op.x), places.of(op.x), inner, places.of(op.out) + 4 * segment.first, op.out.width,
-            segment.data.ctypes.data, segment.tiles, inner, segment.rows, places.keep(added),
-            *places.scratch("panel", room),
+            chunks, places.of(x), x.width, *out, places.keep(piece), segment.tiles, segment.inner,
+            places.keep(added), rows, rows, *_panel(segment.inner, places),
         )  # fmt: skip
         calls.append(Call(f"product_{segment.format.name}", arguments))
     return calls
 
 
+def _panel(inner: int, places: Places) -> tuple[int, int]:
+    """Each thread's room for a tile of levels as floats and for sums of a chunk's groups."""
+    return places.scratch("panel", inner * LANES * 4 + BLOCK_ROWS * (inner // SUM_GROUP) * 4)
+
+
 def _linear(op: ops.Linear, kernels: Kernels, places: Places) -> list[Call]:
-    return _product(op, kernels, places, op.bias)
+    return _product(op.weight, op.x, (places.of(op.out), op.out.width), kernels, places, op.bias)
 
 
 def _logits(op: ops.Logits, kernels: Kernels, places: Places) -> list[Call]:
-    if op.scale == 1.0 and op.soft_cap is None:
-        return _product(op, kernels, places, op.bias)
     width = op.out.width
+    plain = op.scale == 1.0 and op.soft_cap is None
+    product = _product(
+        op.weight, op.x, (places.of(op.out), width), kernels, places, op.bias if plain else None
+    )
+    if plain:
+        return product
     bias = np.zeros(width, np.float32) if op.bias is None else kernels.vectors[op.bias.name]
     arguments = (places.count(op.out), places.of(op.out), width, places.keep(bias), float(op.scale))
     finish = Call(f"finish{_capped(op)}", (*arguments, float(op.soft_cap or 0.0)))
-    return [*_product(op, kernels, places), finish]
+    return [*product, finish]
 
 
 def _capped(op: ops.Logits | ops.Attention) -> str:
@@ -212,6 +254,75 @@ def _gather(op: ops.GatherRows, kernels: Kernels, places: Places) -> list[Call]:
     return [Call("gather", (places.step.ctypes.data, places.of(op.x), places.of(op.out), op.x.width))]
 
 
+def _route(op: ops.Route, kernels: Kernels, places: Places) -> list[Call]:
+    experts = op.weight.shape[0]
+    logits = places.shared("router", places.rows * experts * 4)
+    product = _product(op.weight, op.x, (logits, experts), kernels, places)
+    bias = np.zeros(experts, np.float32) if op.bias is None else kernels.vectors[op.bias.name].reshape(-1)
+    choosing = (op.top_k, op.groups, op.kept_groups, op.group_score == "top2")
+    sharing = (op.renormalise, float(op.scale), op.always, places.of(op.ids), places.of(op.shares))
+    scratch = places.scratch("choice", (2 * experts + op.groups) * 4)
+    arguments = (places.count(op.x), logits, experts, places.keep(bias), *choosing, *sharing, *scratch)
+    return [*product, Call(f"route_{op.scores}", arguments)]
+
+
+def _experts(op: ops.Experts, kernels: Kernels, places: Places) -> list[Call]:
+    """Rows of one expert side by side through both products, then back in the order of tokens."""
+    experts, chosen = op.up.shape[0], op.ids.width
+    rows = places.rows * chosen
+    sources, targets = (places.shared(name, rows * 8) for name in ("sources", "targets"))
+    in_order = places.in_order(rows)
+    chunks = places.shared("chunks", (CHUNK_FIRST + rows * CHUNK) * 8)
+    wide, narrow = expert_rows(op)
+    first, inner = places.shared("experts", rows * wide * 4), places.shared("activated", rows * narrow * 4)
+    up = (chunks, places.of(op.x), op.x.width, first, op.up.shape[1])
+    down = (chunks, inner, narrow, first, op.out.width)
+    activation = f"gated_{op.activation}" if op.gated else op.activation
+    count = places.count(op.x)
+    counting = (places.of(op.ids), chosen, experts, places.shared("places", experts * 8))
+    return [
+        Call("assign", (count, *counting, sources, targets, chunks)),
+        *_expert_products(op.up, up, (sources, in_order), kernels, places),
+        Call(activation, (chunks + CHUNK_ROWS * 8, first, op.up.shape[1], inner, narrow)),
+        *_expert_products(op.down, down, (in_order, targets), kernels, places),
+        Call("combine", (count, first, places.of(op.shares), chosen, places.of(op.out), op.out.width)),
+    ]
+
+
+def _expert_products(
+    weight: Weight, data: tuple[int, ...], rows: tuple[int, int], kernels: Kernels, places: Places
+) -> list[Call]:
+    """A product for every format of the experts. data: the kernel's first arguments; rows: its two maps."""
+    outer, inner = weight.shape[1:]
+    bias = places.keep(np.zeros(outer, dtype=np.float32))
+    return [
+        Call(
+            f"product_{form.name}",
+            (*data, places.keep(pieces), int(pieces[:, 1].max()) // LANES, inner, bias, *rows,
+             *_panel(inner, places)),
+        )
+        for form, pieces in expert_pieces(kernels.matrices[weight.name], weight)
+    ]  # fmt: skip
+
+
+def expert_pieces(matrix: Matrix, weight: Weight) -> list[tuple[Format, NDArray[np.int64]]]:
+    """A stack's rows by format: int64 [experts, PIECE], and more tables where an expert has several runs."""
+    experts, outer = weight.shape[:2]
+    tables: dict[tuple[str, int], tuple[Format, NDArray[np.int64]]] = {}
+    runs: dict[tuple[str, int], int] = {}
+    for segment in matrix.segments:
+        end = segment.first + segment.rows
+        for expert in range(segment.first // outer, -(-end // outer)):
+            begin, stop = max(segment.first, expert * outer), min(end, (expert + 1) * outer)
+            name = segment.format.name
+            run = runs[name, expert] = runs.get((name, expert), -1) + 1
+            tile = (begin - segment.first) // LANES
+            address = segment.data.ctypes.data + tile * segment.format.tile_bytes(segment.inner)
+            empty = (segment.format, np.zeros((experts, PIECE), dtype=np.int64))
+            tables.setdefault((name, run), empty)[1][expert] = address, stop - begin, begin - expert * outer
+    return list(tables.values())
+
+
 _LOWER: dict[type[Op], Callable[[Any, Kernels, Places], list[Call]]] = {
     ops.Embed: _embed,
     ops.Norm: _norm,
@@ -223,4 +334,6 @@ _LOWER: dict[type[Op], Callable[[Any, Kernels, Places], list[Call]]] = {
     ops.Add: _add,
     ops.GatherRows: _gather,
     ops.Logits: _logits,
+    ops.Route: _route,
+    ops.Experts: _experts,
 }

@@ -67,10 +67,9 @@ def _placed(program: Program) -> tuple[set[str], set[str]]:
     from rvllm.backends.cpu.compiled import lower
 
     names = lower.supported(program)
-    wanted = {m.name for op in program.ops if op.name in names and (m := lower.matrix_of(op))}
-    plain = {
-        w.name for op in program.ops for w in op.weights if op.name not in names or w != lower.matrix_of(op)
-    }
+    packed = {op.name: lower.matrices_of(op) if op.name in names else () for op in program.ops}
+    wanted = {w.name for op in program.ops for w in packed[op.name]}
+    plain = {w.name for op in program.ops for w in op.weights if w not in packed[op.name]}
     return wanted, plain
 
 

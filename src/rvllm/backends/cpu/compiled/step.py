@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 
 from rvllm.backends.cpu.compiled.library import Library
 from rvllm.backends.cpu.compiled.lower import Call, Kernels, Places, lower
+from rvllm.backends.cpu.compiled.slots import BLOCK_ROWS
 from rvllm.backends.cpu.reference.interpreter import RESULTS
 from rvllm.backends.cpu.step import Step
 from rvllm.backends.cpu.threads import Workers
+from rvllm.program.dtypes import DType
 from rvllm.program.memory import plan_workspace
 from rvllm.program.ops.dense import Buffer, Op, Program
 
@@ -61,7 +63,8 @@ class NativeStep:
         self._run = library.function("schedule")
         self._step = np.zeros(STEP_SLOTS, dtype=np.int64)
         self._capacity = (0, 0)
-        self.buffers: dict[str, NDArray[np.float32]] = {}
+        self.buffers: dict[str, NDArray[Any]] = {}
+        self._chunks: dict[str, Ints] = {}
         self.stages: list[Compiled | Op] = []
         self.reserve(tokens, samples)
 
@@ -81,9 +84,12 @@ class NativeStep:
         for name, buffer in touched.items():
             place = workspace.placements[name]
             piece = self.memory[place.offset : place.offset + 4 * rows[buffer.rows] * buffer.width]
-            self.buffers[name] = piece.view(np.float32).reshape(rows[buffer.rows], buffer.width)
+            kind = np.int32 if buffer.dtype is DType.I32 else np.float32
+            self.buffers[name] = piece.view(kind).reshape(rows[buffer.rows], buffer.width)
         self._kinds = {n: b.rows for n, b in touched.items()}
-        places = Places(self.buffers, self._step, self._workers.count, max(tokens, samples), self._max_len)
+        self._chunks = {kind: np.zeros(len(chunks_of(count)), dtype=np.int64) for kind, count in rows.items()}
+        threads, longest = self._workers.count, self._max_len
+        places = Places(self.buffers, self._step, self._chunks, threads, max(tokens, samples), longest)
         stages: list[list[Call] | Op] = []
         for op in self._program.ops:
             calls = lower(op, self._kernels, places)
@@ -124,9 +130,12 @@ class NativeStep:
             len(step.tokens), len(step.rows), *(a.ctypes.data for a in arrays), step.tables.shape[1],
             sequence.ctypes.data, wanted.ctypes.data,
         ]  # fmt: skip
+        for kind, count in (("tokens", len(step.tokens)), ("samples", len(step.rows))):
+            chunks = chunks_of(count)
+            self._chunks[kind][: len(chunks)] = chunks
         self._lines[:] = 0
 
-    def views(self, step: Step) -> dict[str, NDArray[np.float32]]:
+    def views(self, step: Step) -> dict[str, NDArray[Any]]:
         """The buffers, as long as the step's rows."""
         rows = {"tokens": len(step.tokens), "samples": len(step.rows)}
         return {name: array[: rows[self._kinds[name]]] for name, array in self.buffers.items()}
@@ -135,6 +144,14 @@ class NativeStep:
         """Runs a list of kernels on all threads."""
         address, threads = stage.entries.ctypes.data, self._workers.count
         self._workers.each(threads, lambda thread: self._run(address, thread, threads))
+
+
+def chunks_of(rows: int) -> list[int]:
+    """The rows of a product that have no experts as chunks, about equally long (see `slots`)."""
+    count = -(-rows // BLOCK_ROWS)
+    size = -(-rows // max(1, count))
+    chunks = ([0, first, min(size, rows - first)] for first in range(0, rows, max(1, size)))
+    return [count, rows, *(number for chunk in chunks for number in chunk)]
 
 
 def _slot(argument: Any) -> int:

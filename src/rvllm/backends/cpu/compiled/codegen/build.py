@@ -19,7 +19,7 @@ import llvmlite
 from llvmlite import binding as llvm
 from llvmlite import ir
 
-from rvllm.backends.cpu.compiled.codegen import matmul, rowwise
+from rvllm.backends.cpu.compiled.codegen import experts, matmul, rowwise
 from rvllm.backends.cpu.compiled.codegen.attention import attention
 from rvllm.backends.cpu.compiled.codegen.emit import Write
 from rvllm.backends.cpu.compiled.codegen.schedule import schedule
@@ -63,6 +63,9 @@ def kernels(processor: Processor) -> dict[str, Write]:
         found[f"finish{suffix}"] = rowwise.finish(capped)
     for kind in ("rms", "layer"):
         found[f"norm_{kind}"] = rowwise.norm(kind == "layer")
+    for scores in ("softmax", "sigmoid"):
+        found[f"route_{scores}"] = experts.route(scores)
+    found["assign"], found["combine"] = experts.assign(), experts.combine()
     found["rope"], found["rope_interleaved"] = rowwise.rope(False), rowwise.rope(True)
     return dict(sorted(found.items()))
 

@@ -15,6 +15,7 @@ from rvllm.backends.cpu.compiled.codegen.emit import (
     F32,
     I8,
     I64,
+    PTR,
     VF,
     VI,
     Kernel,
@@ -24,14 +25,23 @@ from rvllm.backends.cpu.compiled.codegen.emit import (
     lanes,
 )
 from rvllm.backends.cpu.compiled.formats import PLAIN_GROUP, Format
-from rvllm.backends.cpu.compiled.slots import BLOCK_ROWS, LANES, SUM_GROUP
+from rvllm.backends.cpu.compiled.slots import (
+    CHUNK,
+    CHUNK_COUNT,
+    CHUNK_FIRST,
+    CHUNK_ROWS,
+    LANES,
+    PIECE,
+    SUM_GROUP,
+)
 
 PRODUCT = (
-    "rows", "x", "x_width", "out", "out_width", "data", "tiles", "inner", "outer", "bias", "scratch",
-    "scratch_size", "counter",
+    "chunks", "x", "x_width", "out", "out_width", "pieces", "tiles", "inner", "bias", "sources", "targets",
+    "scratch", "scratch_size", "counter",
 )  # fmt: skip
 
-STRIPS = 4  # pieces for each thread with few rows of x: few, since taking one costs a trip between cores
+STRIPS = 4  # items for each thread with few rows of x: few, since taking one costs a trip between cores
+FINER = 4  # times as many where they differ: chunks of several experts, or many rows
 DIRECT = 6  # the most rows of x that are multiplied by levels as they are read, side by side
 PASSES = 4  # times that levels are read for more rows; beyond, it pays to unpack
 UNROLL = 8
@@ -39,46 +49,65 @@ WIDE, UNROLL_WIDE = 4, 4  # of more rows than that fewer levels at a time: regis
 
 
 class Product:
-    """Writes the product for one format. across: rows of x summed side by side where levels are unpacked."""
+    """Writes the product for one format. across: rows of x summed side by side where levels are unpacked.
+
+    Rows come in chunks (see `slots`), each of one expert; a model without experts has one, and all rows are
+    its own. `pieces` says for each expert where its rows of the weight lie, how many they are (0: in another
+    format) and at which element of the output they begin. Row r of the chunks is row sources[r] of x and
+    goes to row targets[r] of the output.
+    """
 
     def __init__(self, k: Kernel, format_: Format, across: int) -> None:
         self.k, self.format, self.across = k, format_, across
-        self.x_width, self.out_width, self.inner = (k.int_arg(i) for i in (2, 4, 7))
-        self.x, self.out, self.data, self.bias = (k.ptr_arg(i) for i in (1, 3, 5, 9))
-        self.tiles, self.outer = k.int_arg(6), k.int_arg(8)
+        self.x_width, self.out_width, self.tiles, self.inner = (k.int_arg(i) for i in (2, 4, 6, 7))
+        self.chunks, self.x, self.out, self.pieces, self.bias = (k.ptr_arg(i) for i in (0, 1, 3, 5, 8))
+        self.sources, self.targets = k.ptr_arg(9), k.ptr_arg(10)
         self.group = format_.group or PLAIN_GROUP
         self.groups = self.inner // self.group
         self.tile_bytes = (
             self.groups * format_.record if format_.group else self.inner * (LANES * format_.element_bytes)
         )
-        self.panel = k.at(k.ptr_arg(10), k.thread * k.int_arg(11))
+        self.panel = k.at(k.ptr_arg(11), k.thread * k.int_arg(12))
         self.sums = k.at(self.panel, self.inner * LANES, F32)
-        self.summed = k.var(k.i(-1))  # the block of rows whose sums this thread has
+        self.summed = k.var(k.i(-1))  # the chunk whose sums this thread has
 
     def write(self) -> None:
-        """Unless there are no rows, as of logits in a step that ends no prompt."""
+        """No rows, as of logits in a step that ends no prompt, are no chunks."""
         k = self.k
-        rows, counter = k.load(k.ptr_arg(0), 0, I64), k.ptr_arg(12)
-        few, many = (lambda: self._few(counter, rows)), (lambda: self._many(counter, rows))
-        k.either(rows.equals(0), lambda: None, lambda: k.either(rows <= DIRECT * PASSES, few, many))
+        count, rows = k.load(self.chunks, CHUNK_COUNT, I64), k.load(self.chunks, CHUNK_ROWS, I64)
+        uneven = k.most(count, rows - (DIRECT * PASSES - 1)) > 1
+        wanted = k.threads * STRIPS * k.select(uneven, k.i(FINER), k.i(1))
+        size = k.least((count * self.tiles + (wanted - 1)) // wanted, self.tiles)
+        strips = (self.tiles + (size - 1)) // k.most(size, k.i(1))
+        with k.items(k.ptr_arg(13), count * strips) as item:
+            chunk, first = item // strips, item % strips * size
+            at = chunk * CHUNK + CHUNK_FIRST
+            piece = k.load(self.chunks, at, I64) * PIECE
+            begin = k.load(self.chunks, at + 1, I64)
+            end = begin + k.load(self.chunks, at + 2, I64)
+            self.data, self.outer, self.column = (
+                k.load(self.pieces, piece + i, kind) for i, kind in enumerate((PTR, I64, I64))
+            )
+            last = k.least(first + size, (self.outer + (LANES - 1)) // LANES)
+            with k.when(first < last):
+                self._sum_groups(chunk, begin, end)
+                few = end - begin <= DIRECT * PASSES
+                k.either(
+                    few,
+                    lambda: self._few(begin, end, first, last),
+                    lambda: self._many(begin, end, first, last),
+                )
 
     # The two ways
 
-    def _few(self, counter: Value, rows: Value) -> None:
+    def _few(self, begin: Value, end: Value, first: Value, last: Value) -> None:
         k = self.k
-        passes = (rows + (DIRECT - 1)) // DIRECT
-        each = (rows + (passes - 1)) // passes
-        size = (self.tiles + (k.threads * STRIPS - 1)) // (k.threads * STRIPS)
-        with k.items(counter, (self.tiles + (size - 1)) // size) as strip:
-            self._sum_groups(k.i(0), rows)
-            first = strip * size
-            with (
-                k.loop(first, k.least(first + size, self.tiles)) as tile,
-                k.loop(k.i(0), rows, each) as row,
-            ):
-                self._direct(row, k.least(each, rows - row), tile, 1)
+        passes = (end - begin + (DIRECT - 1)) // DIRECT
+        each = (end - begin + (passes - 1)) // passes
+        with k.loop(first, last) as tile, k.loop(begin, end, each) as row:
+            self._direct(row, k.least(each, end - row), begin, tile, 1)
 
-    def _direct(self, row: Value, rows: Value, tile: Value, count: int) -> None:
+    def _direct(self, row: Value, rows: Value, begin: Value, tile: Value, count: int) -> None:
         """Rows from `row` on, `count` or more: each number of them up to DIRECT has code of its own."""
         k = self.k
         data = k.at(self.data, tile * self.tile_bytes)
@@ -88,21 +117,16 @@ class Product:
             self._levels(data, index, take, unroll)
 
         def here() -> None:
-            self._sum(row, count, k.i(0), tile, data, level, unroll)
+            self._sum(row, count, begin, tile, data, level, unroll)
 
         if count == DIRECT:
             here()
         else:
-            k.either(rows.equals(count), here, lambda: self._direct(row, rows, tile, count + 1))
+            k.either(rows.equals(count), here, lambda: self._direct(row, rows, begin, tile, count + 1))
 
-    def _many(self, counter: Value, rows: Value) -> None:
+    def _many(self, begin: Value, end: Value, first: Value, last: Value) -> None:
         k = self.k
-        blocks = (rows + (BLOCK_ROWS - 1)) // BLOCK_ROWS
-        with k.items(counter, blocks * self.tiles) as item:
-            tile, block = item % self.tiles, item // self.tiles
-            begin = block * BLOCK_ROWS
-            end = k.least(begin + BLOCK_ROWS, rows)
-            self._sum_groups(block, end - begin)
+        with k.loop(first, last) as tile:
             data = k.at(self.data, tile * self.tile_bytes)
             panel = data
             if self.format.name != "F32":
@@ -116,8 +140,8 @@ class Product:
             row, across = begin, self.across
             while across:
                 whole = row + (end - row) // across * across
-                with k.loop(row, whole, across) as first:
-                    self._sum(first, across, begin, tile, data, level, UNROLL)
+                with k.loop(row, whole, across) as here:
+                    self._sum(here, across, begin, tile, data, level, UNROLL)
                 row, across = whole, across // 2
 
     # Levels of a tile as floats
@@ -158,17 +182,21 @@ class Product:
 
     # Sums
 
-    def _sum_groups(self, block: Value, count: Value) -> None:
-        """Sums of x over each group, for the `count` rows of a block, unless this thread has them already."""
+    def _sum_groups(self, chunk: Value, begin: Value, end: Value) -> None:
+        """Sums of x over each group, for the rows of a chunk, unless this thread has them already."""
         k = self.k
         if not self.format.minimum:
             return
-        with k.when(self.summed.get() < block), k.loop(0, count) as row:
-            self.summed.set(block)
+        with k.when(self.summed.get() < chunk), k.loop(begin, end) as row:
+            self.summed.set(chunk)
+            x = self._row(self.x, self.sources, row, self.x_width)
             with k.loop(0, self.groups) as g:
-                at = (block * BLOCK_ROWS + row) * self.x_width + g * SUM_GROUP
-                pair = k.load(self.x, at, VF) + k.load(self.x, at + LANES, VF)
-                k.store(k.total(pair), self.sums, row * self.groups + g)
+                pair = k.load(x, g * SUM_GROUP, VF) + k.load(x, g * SUM_GROUP + LANES, VF)
+                k.store(k.total(pair), self.sums, (row - begin) * self.groups + g)
+
+    def _row(self, base: Value, places: Value, row: Value, width: Value) -> Value:
+        """Where the row that `places` names for row `row` of the chunks begins."""
+        return self.k.at(base, self.k.load(places, row, I64) * width, F32)
 
     def _sum(
         self,
@@ -180,10 +208,10 @@ class Product:
         level: Callable[[Value, Callable[[int, Value], None]], None],
         unroll: int,
     ) -> None:
-        """Elements [first .. first + count - 1, the tile's 16] of the output; `begin`: of their block."""
+        """Elements [first .. first + count - 1, the tile's 16] of the output; `begin`: of their chunk."""
         k, kind = self.k, self.format
         rows = [first + t for t in range(count)]
-        xs = [k.at(self.x, row * self.x_width, F32) for row in rows]
+        xs = [self._row(self.x, self.sources, row, self.x_width) for row in rows]
         totals = [k.var(k.vf(0.0)) for _ in rows]
 
         def multiply(sums: list[Var], index: Value, weight: Value) -> None:
@@ -212,7 +240,7 @@ class Product:
                 total.set(total.get() + sum_.get())
         for row, total in zip(rows, totals, strict=True):
             value = total.get() + k.load(self.bias, tile * LANES, VF)
-            place = k.at(self.out, row * self.out_width, F32)
+            place = k.at(self._row(self.out, self.targets, row, self.out_width), self.column, F32)
             k.masked_store(value, place, tile * LANES, self.outer - tile * LANES)
 
     def _scale(self, record: Value, which: int) -> Value:

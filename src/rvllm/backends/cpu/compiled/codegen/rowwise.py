@@ -110,7 +110,11 @@ def norm(k: Kernel, centred: bool) -> None:
 
 
 def _mean(k: Kernel, length: Value, count: Value, of: Callable[[Value, Any], Value]) -> Value:
-    """The mean of `of` over 0 .. length - 1: lanes first, then what is behind the last whole vector."""
+    return total(k, length, of) / count
+
+
+def total(k: Kernel, length: Value, of: Callable[[Value, Any], Value]) -> Value:
+    """The sum of `of` over 0 .. length - 1: lanes first, then what is behind the last whole vector."""
     lanes_, rest = k.var(k.vf(0.0)), k.var(k.f(0.0))
 
     def add(index: Value, kind: Any) -> None:
@@ -118,7 +122,7 @@ def _mean(k: Kernel, length: Value, count: Value, of: Callable[[Value, Any], Val
         sum_.set(sum_.get() + of(index, kind))
 
     across(k, length, add)
-    return (k.total(lanes_.get()) + rest.get()) / count
+    return k.total(lanes_.get()) + rest.get()
 
 
 @kernel
