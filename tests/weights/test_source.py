@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -216,6 +217,20 @@ def test_paths(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"neither config\.json nor a \.gguf"):
         resolve(str(tmp_path / "empty"), settings)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user, which only root may")
+@pytest.mark.parametrize("name", ["m.gguf", ""])
+def test_a_folder_that_this_user_may_not_enter(name: str) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # not below pytest's own, which is private
+        write_gguf(Path(folder) / "m.gguf")
+        code = f"import os; os.setuid(65534); resolve({str(Path(folder) / name)!r}, None)"
+        begin = "from rvllm.weights.fetch.source import resolve; "
+        done = subprocess.run(
+            [sys.executable, "-c", begin + code], capture_output=True, text=True, check=False
+        )
+    assert "ModelError: " + folder in done.stderr and "user 65534" in done.stderr
+    assert "not found" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -64,13 +65,25 @@ def resolve(model: str, source: SourceConfig | None = None, progress: Report | N
 
 def _exists(path: Path) -> bool:
     try:
-        return path.exists()
-    except OSError:  # a name too long for the file system
+        path.stat()
+    except PermissionError:
+        if path.is_absolute():
+            raise ModelError(f"{path}: {_unreadable()}") from None
         return False
+    except OSError:  # absent, or a name too long for the file system
+        return False
+    return True
+
+
+def _unreadable() -> str:
+    """Servers run as users of their own, so it helps to know which one may not."""
+    return f"user {os.getuid()}, as whom this runs, has no access to it: chmod a+rX, or another user"
 
 
 def _local(path: Path) -> Path:
     """A path that exists: a directory with config.json or one .gguf in it, or a file."""
+    if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+        raise ModelError(f"{path}: {_unreadable()}")
     if path.is_dir() and not (path / "config.json").is_file():
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1:
