@@ -10,7 +10,16 @@ import pytest
 from rvllm.backends.base import Limits
 from rvllm.config import EngineConfig
 from rvllm.engine.core import EngineCore
-from rvllm.engine.ipc.messages import FromEngine, Generate, Sampling, Shutdown, Sleep, Slept, ToEngine
+from rvllm.engine.ipc.messages import (
+    FromEngine,
+    Generate,
+    Outputs,
+    Sampling,
+    Shutdown,
+    Sleep,
+    Slept,
+    ToEngine,
+)
 from rvllm.engine.loop import EngineLoop
 from rvllm.errors import UsageError
 from support.doubles.engine import PagedDouble, SleepingDouble, facts
@@ -179,17 +188,38 @@ def test_kept_blocks_of_a_cpu_stay_where_they_are(config: EngineConfig) -> None:
     core.close()
 
 
+class Scripted:
+    """A link on which messages come one after the other."""
+
+    def __init__(self, *messages: ToEngine) -> None:
+        self.messages, self.sent = [*messages, Shutdown()], list[FromEngine]()
+
+    def receive(self, wait: bool) -> list[ToEngine]:
+        return [self.messages.pop(0)]
+
+    def send(self, message: FromEngine) -> None:
+        self.sent.append(message)
+
+
+def test_who_is_woken_without_room_sleeps_on_and_is_woken_later() -> None:
+    core = EngineCore(SleepingDouble(Limits(2, 64, 1000, 16, 100, 1)), facts(1000), EngineConfig())
+    core.backend.refusals = 2
+    ask(core, "a", 40)
+    link = Scripted(Sleep(1, keep_kv=True), Sleep(0), Sleep(0), Sleep(0))
+    EngineLoop(core, link).run()
+    slept = [message for message in link.sent if isinstance(message, Slept)]
+    assert [message.level for message in slept] == [1, 1, 1, 0]
+    assert [message.refused for message in slept[1:]] == ["no memory; the engine sleeps on"] * 2 + [None]
+    alone = EngineCore(SleepingDouble(core.backend.limits), facts(1000), EngineConfig())
+    ask(alone, "a", 40)
+    got: dict[str, list[int]] = {}
+    for message in link.sent:
+        for output in message.outputs if isinstance(message, Outputs) else []:
+            got.setdefault(output.request_id, []).extend(output.token_ids)
+    assert finish(core, got) == finish(alone, {})
+
+
 def test_the_loop_says_how_deep_the_engine_sleeps() -> None:
-    class Scripted:
-        def __init__(self, *messages: ToEngine) -> None:
-            self.messages, self.sent = [*messages, Shutdown()], list[FromEngine]()
-
-        def receive(self, wait: bool) -> list[ToEngine]:
-            return [self.messages.pop(0)]
-
-        def send(self, message: FromEngine) -> None:
-            self.sent.append(message)
-
     core = EngineCore(PagedDouble(Limits(2, 64, 1000, 16, 100, 1)), facts(1000), EngineConfig())
     link = Scripted(Sleep(2, keep_kv=True), Sleep(1), Sleep(2))
     EngineLoop(core, link).run()

@@ -9,10 +9,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
+
 from rvllm.config import EngineConfig
+from rvllm.engine.ipc import switch as switching
 from rvllm.engine.ipc.client import EngineClient
 from rvllm.engine.ipc.messages import Generate, Sampling
 from rvllm.engine.ipc.switch import ModelSwitch, SwitchedEngine
+from rvllm.errors import UsageError
 from support.doubles import engine_process
 from support.doubles.engine import continuation
 
@@ -82,6 +86,22 @@ async def test_an_answer_that_nobody_reads_does_not_keep_the_device() -> None:
         assert [engine.sleep_level for engine in engines] == [1, 0]
         got += [token async for output in unread for token in output.token_ids]
         assert got == continuation([1, 2], 5)
+
+
+async def test_a_model_without_room_is_woken_as_soon_as_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(switching, "RETRY_SECONDS", 0.02)
+    async with switched(2, turn=60.0) as (switch, engines):
+        woken, refusals = switch.engines[1].sleep, [UsageError("no memory")] * 3
+
+        async def sleep(level: int, keep_kv: bool = False) -> float:
+            if not level and refusals:
+                raise refusals.pop()
+            return await woken(level, keep_kv)
+
+        monkeypatch.setattr(switch.engines[1], "sleep", sleep)
+        asked = [tokens_of(engines[i], ask(f"{n}", [i + 1], 5)) for n, i in enumerate((1, 0, 1))]
+        assert await asyncio.gather(*asked) == [continuation([i + 1], 5) for i in (1, 0, 1)]
+        assert not refusals
 
 
 async def test_many_at_once() -> None:

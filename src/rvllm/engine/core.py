@@ -320,10 +320,17 @@ class EngineCore:
         return not self.sleep_level and isinstance(backend, Preparable) and backend.prepare()
 
     def wake_up(self) -> None:
-        """Takes the memory again, loads what was given up, and goes on. Raises the RvllmError of a load."""
+        """Takes the memory again, loads what was given up, and goes on.
+
+        Raises the RvllmError of a load, and UsageError where weights were kept and memory is lacking: it
+        sleeps on then, and can be woken later.
+        """
         if self.sleep_level and self._loaded:
             assert isinstance(self.backend, Droppable)
-            self.backend.take_caches()
+            try:
+                self.backend.take_caches()
+            except CapacityError as error:
+                raise UsageError(f"{error}; the engine sleeps on") from None
         elif not self._loaded:
             assert self._load_again is not None
             limits, self.backend = self.backend.limits, self._load_again()

@@ -78,13 +78,13 @@ class EngineLoop:
 
     def _sleep(self, message: Sleep) -> None:
         began, refused = time.perf_counter(), None
-        if not message.level:
-            self._core.wake_up()
-        else:
-            try:
+        try:
+            if message.level:
                 self._core.sleep(message.level, message.keep_kv)
-            except UsageError as error:
-                refused = str(error)
+            else:
+                self._core.wake_up()
+        except UsageError as error:
+            refused = str(error)
         self._link.send(Slept(self._core.sleep_level, time.perf_counter() - began, refused))
 
     def _stats(self) -> Stats:

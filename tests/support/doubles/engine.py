@@ -28,6 +28,7 @@ from rvllm.backends.base import (
     TokenLogprobs,
 )
 from rvllm.engine.ipc.messages import ModelFacts
+from rvllm.errors import CapacityError
 from rvllm.telemetry.stats import StepKernel, grouped
 
 VOCAB = 97
@@ -233,6 +234,7 @@ class SleepingDouble(PagedDouble):
     """One whose blocks can be dropped."""
 
     room = True  # whether blocks can be kept
+    refusals = 0  # so many times there is no memory to wake up with
 
     def drop_caches(self, kept: Sequence[int] = ()) -> bool:
         if kept and not self.room:
@@ -243,6 +245,9 @@ class SleepingDouble(PagedDouble):
         return True
 
     def take_caches(self) -> None:
+        if self.refusals:
+            self.refusals -= 1
+            raise CapacityError("no memory")
         assert all(set(row) == {-9} for row in self.cache)
         for block, values in self.kept.items():
             self.cache[block] = values

@@ -281,7 +281,8 @@ class EngineClient:
     async def sleep(self, level: int, keep_kv: bool = False) -> float:
         """Gives the engine's memory back (1: KV blocks, 2: weights as well) or, with 0, takes it again.
 
-        Returns the seconds it took. Raises EngineDeadError, and UsageError where KV blocks cannot be kept.
+        Returns the seconds it took. Raises EngineDeadError, and UsageError where KV blocks cannot be kept, or
+        memory is not to be had; nothing has happened then.
         """
         self._check_alive()
         slept = await asyncio.shield(self._ask(Sleep(level, keep_kv), Slept))

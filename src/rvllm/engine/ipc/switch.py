@@ -16,6 +16,7 @@ from rvllm.errors import EngineDeadError, UnavailableError, UsageError
 from rvllm.telemetry.logs import event
 from rvllm.telemetry.stats import Stats
 
+RETRY_SECONDS = 1.0  # until memory that was lacking is asked for again
 _STATUSES = ("failed", "starting", "stalled")  # the worst first; else all are ready
 
 
@@ -96,7 +97,8 @@ class ModelSwitch:
         async with self._moving:
             began, before = self._loop.time(), self._awake
             await self.engines[before].sleep(1)
-            await self.engines[index].sleep(0)
+            while not await self._woken(index):
+                await asyncio.sleep(RETRY_SECONDS)
             self._awake, self._began = index, self._loop.time()
             self._wanted_since[before] = self._began
             self._doors[before].set()
@@ -104,6 +106,16 @@ class ModelSwitch:
         self.swap_seconds += self._began - began
         name = self.engines[index].config.model
         event(logging.INFO, "another model's turn", model=name, seconds=self._began - began)
+
+    async def _woken(self, index: int) -> bool:
+        """Wakes an engine; False when another process has taken some of the memory meanwhile."""
+        try:
+            await self.engines[index].sleep(0)
+        except UsageError as error:
+            name = self.engines[index].config.model
+            event(logging.WARNING, "a model waits for memory", model=name, cause=str(error))
+            return False
+        return True
 
     @property
     def status(self) -> str:
