@@ -53,7 +53,7 @@ ENGINE = EngineConfig(
     enable_prefix_caching=False, gpu_memory_utilization=0.97,
 )  # fmt: skip
 ENCODER = EngineConfig(device="cuda", max_num_seqs=128, max_num_batched_tokens=128 * TEXT)
-H200 = DeviceFacts("NVIDIA H200 (planned)", 90, 132, 141 << 30, 50 << 20, 232448)
+H200 = DeviceFacts("NVIDIA H200 (planned)", 90, 132, 141 << 30, 232448)
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,12 @@ from rvllm.program.ops.encoder import embedding_size
 from support.models.real_configs import CONFIGS
 
 CARDS = [
-    DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912),
-    DeviceFacts("RTX 3090", 86, 82, 24 << 30, 6 << 20, 101376),
-    DeviceFacts("RTX 4090", 89, 128, 24 << 30, 72 << 20, 101376),
-    DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448),
-    DeviceFacts("B200", 100, 148, 180 << 30, 126 << 20, 232448),
-    DeviceFacts("RTX 5090", 120, 170, 32 << 30, 96 << 20, 101376),
+    DeviceFacts("A100", 80, 108, 80 << 30, 166912),
+    DeviceFacts("RTX 3090", 86, 82, 24 << 30, 101376),
+    DeviceFacts("RTX 4090", 89, 128, 24 << 30, 101376),
+    DeviceFacts("H200", 90, 132, 141 << 30, 232448),
+    DeviceFacts("B200", 100, 148, 180 << 30, 232448),
+    DeviceFacts("RTX 5090", 120, 170, 32 << 30, 101376),
 ]
 PLAIN_SMEM = 48 << 10  # of a block that asked for no more
 MAX_GRID = (2**31 - 1, 65535, 65535)

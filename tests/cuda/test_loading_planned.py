@@ -27,11 +27,11 @@ from support.models.real_configs import CONFIGS, Config, on_one_card
 from support.weights.stored_as import QUANTISED, Layout
 
 GPUS = {
-    80: DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912),
-    86: DeviceFacts("A10", 86, 72, 24 << 30, 6 << 20, 101376),
-    89: DeviceFacts("L4", 89, 58, 24 << 30, 48 << 20, 101376),
-    90: DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448),
-    120: DeviceFacts("RTX 5090", 120, 170, 32 << 30, 96 << 20, 101376),
+    80: DeviceFacts("A100", 80, 108, 80 << 30, 166912),
+    86: DeviceFacts("A10", 86, 72, 24 << 30, 101376),
+    89: DeviceFacts("L4", 89, 58, 24 << 30, 101376),
+    90: DeviceFacts("H200", 90, 132, 141 << 30, 232448),
+    120: DeviceFacts("RTX 5090", 120, 170, 32 << 30, 101376),
 }
 FEW = EngineConfig(max_num_seqs=8, max_num_batched_tokens=512, max_model_len=500, num_gpu_blocks=256)
 TRIED = {(DType.BF16, 90), (DType.F16, 80)}  # what is planned whole: the kernels of the rest are named alike

@@ -20,7 +20,7 @@ from rvllm.errors import RvllmError, UsageError
 from rvllm.settings import add_flags, build
 
 if TYPE_CHECKING:
-    from rvllm.bench.datasets import Asked
+    pass
 
 _ELSEWHERE = {
     "sweep": "a loop over `rvllm bench serve --save-result`",
@@ -171,10 +171,6 @@ def _params(args: argparse.Namespace, output_len: int) -> Any:
                           detokenize=not args.disable_detokenize)  # fmt: skip
 
 
-def _prompt(one: Asked) -> dict[str, Any]:
-    return {"prompt_token_ids": one.prompt} if isinstance(one.prompt, list) else {"prompt": one.prompt}
-
-
 def _spread(args: argparse.Namespace) -> None:
     """`throughput` has one argument for a length that each data set has its own of elsewhere."""
     args.random_input_len, args.random_output_len = args.input_len or 1024, args.output_len or 128
@@ -203,7 +199,8 @@ def _throughput(args: argparse.Namespace) -> int:
         args.vocab_size = min(args.vocab_size, llm.engine.facts.vocab_size)
         args.seed = config.seed
         asked = asked_of(args, args.num_prompts, of_tokenizer(llm.tokenizer))
-        prompts, params = [_prompt(one) for one in asked], [_params(args, one.output_len) for one in asked]
+        prompts = [{"prompt_token_ids" if isinstance(a.prompt, list) else "prompt": a.prompt} for a in asked]
+        params = [_params(args, one.output_len) for one in asked]
         began = time.perf_counter()
         outputs = llm.generate(prompts, params)
         seconds = time.perf_counter() - began

@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     A failure meant for the user prints one line on stderr and gives its own code, Ctrl-C gives 130, and a
     reader that closed our output (`| head`) ends the command quietly.
     """
-    words = _with_command(list(sys.argv[1:] if argv is None else argv))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
+        words.insert(0, "serve")
     try:
         code = _run(words)
         sys.stdout.flush()
@@ -69,13 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except SystemExit as ending:  # argparse, after --help or a wrong flag
         return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
-
-
-def _with_command(words: list[str]) -> list[str]:
-    """Puts `serve` in front of a command line that starts with one of its flags."""
-    if words and words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
-        return ["serve", *words]
-    return words
 
 
 def _innermost(parser: argparse.ArgumentParser, words: list[str]) -> argparse.ArgumentParser:

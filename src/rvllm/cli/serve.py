@@ -70,7 +70,9 @@ def main(args: argparse.Namespace) -> int:
     from rvllm.telemetry.logs import set_up
 
     set_up(server_config.log_level)
-    _allow_many_connections()
+    # Each client is an open file; shells often allow 1,024 of them where the system would allow more.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     sock = bind(server_config)
     with sock:
         configs = room_for_others([fetched(config) for config in configs])
@@ -82,12 +84,6 @@ def main(args: argparse.Namespace) -> int:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             wanted = list(zip(configs, servers, strict=True))
             return runner.run(_serve(wanted, template, sock, start))
-
-
-def _allow_many_connections() -> None:
-    """Each client is an open file; shells often allow 1,024 of them where the system would allow more."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @dataclasses.dataclass

@@ -244,9 +244,9 @@ def _short(request_id: str) -> str:
     return "-".join([word[:8], *numbers]) if len(request_id) > 20 and len(numbers) == 2 else request_id[:20]
 
 
-def _bar(share: float, width: int = 12) -> str:
-    filled = round(width * min(1.0, share))
-    return "█" * filled + "░" * (width - filled)
+def _bar(share: float) -> str:
+    filled = round(12 * min(1.0, share))
+    return "█" * filled + "░" * (12 - filled)
 
 
 def _sparkline(values: list[float]) -> str:

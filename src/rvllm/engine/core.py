@@ -387,7 +387,10 @@ class EngineCore:
             if s >= step.decodes:
                 seq.computed_chunk(step.batch.step, count, step.launched_at)
             if s in result.prompt_logprobs:
-                _keep_prompt_logprobs(seq, int(batch.starts[s]), result.prompt_logprobs[s])
+                # Row i of a chunk judges the token behind it; what a preemption repeats is skipped.
+                for position, row in enumerate(result.prompt_logprobs[s], int(batch.starts[s]) + 1):
+                    if len(seq.prompt_logprobs) + 1 == position < seq.prompt_len:
+                        seq.prompt_logprobs.append(row)
             if sampled and token == BROKEN_ROW:
                 self.counted.broken_logits += 1
                 self._close(seq, "error", BROKEN)
@@ -459,10 +462,3 @@ class EngineCore:
             self.backend.close()
         if self._publisher is not None:
             self._publisher.close()
-
-
-def _keep_prompt_logprobs(seq: Sequence, start: int, rows: list[TokenLogprobs]) -> None:
-    """Row i of a chunk judges the prompt token at `start + i + 1`; what a preemption repeats is skipped."""
-    for position, row in enumerate(rows, start + 1):
-        if len(seq.prompt_logprobs) + 1 == position < seq.prompt_len:
-            seq.prompt_logprobs.append(row)

@@ -85,9 +85,9 @@ class Scheduler:
         self._make_way()
         prefilling = self._plan_decodes(plan)
         if plan.decodes and self.limits.max_mixed_tokens:
-            share = prompt_share(
-                len(plan.decodes), self._prompts_at_hand(prefilling), self.limits.max_mixed_tokens
-            )
+            at_hand = sum(seq.length - seq.launched for seq in prefilling)
+            at_hand += sum(seq.length for seq in self.waiting[: len(self._free_slots)])
+            share = prompt_share(len(plan.decodes), at_hand, self.limits.max_mixed_tokens)
             plan.budget = min(plan.budget, share)
         if self.max_delay and len(self.running) > len(prefilling):
             plan.budget = min(plan.budget, self.cost.tokens(self.max_delay))
@@ -110,11 +110,6 @@ class Scheduler:
             for seq in self.running:
                 for move in self.snapshots.reached(seq):
                     self.blocks.list_move(move)
-
-    def _prompts_at_hand(self, prefilling: list[Sequence]) -> int:
-        """Prompt tokens that are yet to be computed, of sequences that run or find a slot."""
-        begun = sum(seq.length - seq.launched for seq in prefilling)
-        return begun + sum(seq.length for seq in self.waiting[: len(self._free_slots)])
 
     def _plan_decodes(self, plan: StepPlan) -> list[Sequence]:
         """Adds every sequence that waits for one token only; returns those with more to compute."""

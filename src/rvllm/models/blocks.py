@@ -333,7 +333,6 @@ def head(
     tied: bool,
     source: str = "lm_head.weight",
     embed_source: str = "model.embed_tokens.weight",
-    bias: bool = False,
     scale: float = 1.0,
     soft_cap: float | None = None,
     hidden: tuple[int, ...] = (),
@@ -344,11 +343,8 @@ def head(
     """
     shape = (dims.vocab, dims.hidden)
     weight = b.table("embed", Part(embed_source, shape)) if tied else b.matrix("lm_head", Part(source, shape))
-    shift = None
-    if bias:
-        shift = b.vector("lm_head.bias", Part(source.replace("weight", "bias"), (dims.vocab,)))
     out = b.buffer("logits", dims.vocab, "samples", DType.F32)
-    b.emit(Logits(name="lm_head", x=x, out=out, weight=weight, bias=shift, scale=scale, soft_cap=soft_cap))
+    b.emit(Logits(name="lm_head", x=x, out=out, weight=weight, scale=scale, soft_cap=soft_cap))
     if hidden:
         b.emit(HideTokens(name="hide_tokens", logits=out, tokens=hidden))
     b.emit(Sample(name="sample", logits=out))

@@ -82,18 +82,17 @@ def mixture(
     source: str,
     spec: Mixture,
     *,
-    router: str = "gate",
     inner: Buffer | None = None,
 ) -> Buffer:
-    """The experts' sum: the router is `source`.`router`, experts are `source`.experts.N and .shared_experts.
+    """The experts' sum: the router is `source`.gate, experts are `source`.experts.N and .shared_experts.
 
     x [T, hidden] → [T, hidden]. inner: what the experts read and write in place of x, the router's input.
     """
     inner = x if inner is None else inner
-    gate = b.matrix(f"{name}.router", Part(f"{source}.{router}.weight", (spec.experts, x.width)))
+    gate = b.matrix(f"{name}.router", Part(f"{source}.gate.weight", (spec.experts, x.width)))
     bias = None
     if spec.correction is not None:
-        named = f"{source}.{router}.{spec.correction}"
+        named = f"{source}.gate.{spec.correction}"
         in_gguf = (named.replace("_bias", ".bias"),)
         bias = b.vector(f"{name}.router.bias", Part(named, (spec.experts,), alternatives=in_gguf))
     ids = b.buffer(f"{name}.ids", spec.top_k + spec.always, dtype=DType.I32)

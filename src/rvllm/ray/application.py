@@ -56,7 +56,7 @@ def _engine(config: RayConfig, model: ModelSpec) -> Any:
 
     server, engine = config.server_config(model), model.engine_config()
     options: dict[str, Any] = {
-        "name": deployment_name(model.name),
+        "name": "engine-" + re.sub(r"[^A-Za-z0-9_.-]", "-", model.name),
         "max_ongoing_requests": engine.max_num_seqs,
         "max_queued_requests": server.max_queue,
         "health_check_period_s": HEALTH_SECONDS,
@@ -101,8 +101,3 @@ def _replicas(model: ModelSpec) -> dict[str, Any]:
         policy=AutoscalingPolicy(policy_function=ScalePolicy, policy_kwargs=targets),
     )
     return {"autoscaling_config": config}
-
-
-def deployment_name(model: str) -> str:
-    """What Serve calls a model's replicas."""
-    return "engine-" + re.sub(r"[^A-Za-z0-9_.-]", "-", model)

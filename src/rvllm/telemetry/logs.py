@@ -22,7 +22,8 @@ class KeyValueFormatter(logging.Formatter):
         """The line; control characters are escaped, a traceback follows on its own lines."""
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         words = [f"{moment}.{int(record.msecs):03d}Z", f"{record.levelname.lower():<7}"]
-        words.append(_one_line(record.getMessage()))
+        text = record.getMessage()
+        words.append(text if text.isprintable() else json.dumps(text)[1:-1])
         fields: dict[str, object] = getattr(record, "fields", {})
         words += [f"{key}={_quoted(value)}" for key, value in fields.items()]
         line = " ".join(words)
@@ -47,10 +48,6 @@ def event(level: int, message: str, **fields: object) -> None:
     """Logs a message with fields; a field that is None is left out."""
     if LOGGER.isEnabledFor(level):
         LOGGER.log(level, message, extra={"fields": {key: v for key, v in fields.items() if v is not None}})
-
-
-def _one_line(text: str) -> str:
-    return text if text.isprintable() else json.dumps(text)[1:-1]
 
 
 def _quoted(value: object) -> str:

@@ -139,10 +139,8 @@ def _hopeless(text: str, tokenizer: Tokenizer | None, limit: int) -> bool:
     return len(text) > MAX_CHARS or (tokenizer is not None and tokenizer.surely_reaches(text, limit + 1))
 
 
-def shorten(
-    vector: NDArray[np.float32], dimensions: int | None, normalised: bool = True
-) -> NDArray[np.float32]:
-    """A vector's first `dimensions` elements, brought back to length 1 if it was.
+def shorten(vector: NDArray[np.float32], dimensions: int | None) -> NDArray[np.float32]:
+    """A vector's first `dimensions` elements, brought back to length 1.
 
     Raises UsageError when the vector has fewer.
     """
@@ -151,4 +149,4 @@ def shorten(
     if not 1 <= dimensions <= len(vector):
         raise UsageError(f"dimensions must be in [1, {len(vector)}], got {dimensions}")
     cut = vector[:dimensions]
-    return cut / max(float(np.linalg.norm(cut)), 1e-12) if normalised else cut
+    return cut / max(float(np.linalg.norm(cut)), 1e-12)

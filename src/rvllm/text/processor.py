@@ -107,17 +107,14 @@ class Choice:
             shown -= 1  # the stop token itself is not text
         pieces: list[str] = []
         for position, token in enumerate(output.token_ids[:shown]):
-            pieces.append(self._show(self._detokenizer.feed((token,)), len(self.token_ids) + position + 1))
+            text, count = self._detokenizer.feed((token,)), len(self.token_ids) + position + 1
+            pieces.append(text if count <= self._params.min_tokens else self._stops.feed(text))
             if self._stops.found is not None:
                 return position + 1, "".join(pieces)
         if output.finish_reason is not None:
             last = self._detokenizer.finish()
             pieces.append(self._stops.feed(last, final=True))
         return len(output.token_ids), "".join(pieces)
-
-    def _show(self, text: str, count: int) -> str:
-        """What of the text of token number `count` may be shown."""
-        return text if count <= self._params.min_tokens else self._stops.feed(text)
 
     def to_output(self, tokenizer: Tokenizer | None) -> CompletionOutput:
         """The choice as Python callers see it."""

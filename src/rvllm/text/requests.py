@@ -96,9 +96,7 @@ def sampling_defaults(facts: ModelFacts) -> dict[str, Any]:
     return found
 
 
-def prompt_tokens(
-    prompt: Prompt, tokenizer: Tokenizer | None, add_special_tokens: bool = True
-) -> tuple[str | None, list[int]]:
+def prompt_tokens(prompt: Prompt, tokenizer: Tokenizer | None) -> tuple[str | None, list[int]]:
     """(text or None, token ids) of a prompt: text, `{"prompt": text}`, `{"prompt_token_ids": ids}` or ids.
 
     Raises UsageError when it is none of these, or text and there is no tokenizer.
@@ -113,7 +111,7 @@ def prompt_tokens(
     if isinstance(prompt, str):
         if tokenizer is None:
             raise UsageError("prompt is text, but skip_tokenizer_init leaves only token ids: give those")
-        return prompt, tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        return prompt, tokenizer.encode(prompt)
     return None, _token_list(prompt)
 
 

@@ -336,7 +336,8 @@ def dummy(weight: Weight, seed: int, dtype: DType = DType.F32) -> NDArray[Any]:
     generator = np.random.default_rng([seed, zlib.crc32(weight.name.encode())])
     run = min(weight.elements, 1_048_573)
     numbers = generator.standard_normal(run, dtype=np.float32) * np.float32(0.02)
-    if weight.role == "vector" and weight.parts and _is_norm(weight.parts[0].source.lower()):
+    source = weight.parts[0].source.lower() if weight.parts else ""
+    if weight.role == "vector" and "norm" in source and source.endswith(".weight"):
         numbers += np.float32(1.0)
     values = numbers.astype(dtype.numpy)
     out = np.empty(weight.elements, dtype=dtype.numpy)
@@ -344,7 +345,3 @@ def dummy(weight: Weight, seed: int, dtype: DType = DType.F32) -> NDArray[Any]:
         piece = out[start : start + run]
         piece[:] = values[: len(piece)]
     return out.reshape(weight.shape)
-
-
-def _is_norm(source: str) -> bool:
-    return "norm" in source and source.endswith(".weight")

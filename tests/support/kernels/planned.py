@@ -30,10 +30,10 @@ GEMMA_27B = {
     "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 144, "sliding_window": 4096,
     "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
 }  # fmt: skip
-H100 = DeviceFacts("H100", 90, 132, 80 << 30, 50 << 20, 232448)
-A100 = DeviceFacts("A100", 80, 108, 80 << 30, 40 << 20, 166912)
-L40 = DeviceFacts("L40", 89, 142, 48 << 30, 96 << 20, 101376)
-H200 = DeviceFacts("H200", 90, 132, 141 << 30, 50 << 20, 232448)
+H100 = DeviceFacts("H100", 90, 132, 80 << 30, 232448)
+A100 = DeviceFacts("A100", 80, 108, 80 << 30, 166912)
+L40 = DeviceFacts("L40", 89, 142, 48 << 30, 101376)
+H200 = DeviceFacts("H200", 90, 132, 141 << 30, 232448)
 GB80 = Budget(80 << 30, 1 << 30, 71 << 30)
 GB120 = Budget(141 << 30, 1 << 30, 120 << 30)
 GB125 = Budget(139 << 30, 1 << 30, 125 << 30)

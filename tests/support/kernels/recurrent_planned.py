@@ -37,7 +37,7 @@ def check_planned(gpu: Machine, rng: np.random.Generator, config: dict[str, Any]
     """Prompts in a padded body, decodes in padded decode steps, with the metadata of each."""
     np_dtype = np.dtype(ml_dtypes.bfloat16 if dtype is DType.BF16 else np.float16)
     program = build_program(ModelConfig(config, "tiny"), dtype)
-    facts = DeviceFacts("any", 80, 4, 8 << 30, 1 << 25, 166912)
+    facts = DeviceFacts("any", 80, 4, 8 << 30, 166912)
     engine = EngineConfig(max_num_seqs=6, max_num_batched_tokens=96, max_model_len=128, num_gpu_blocks=64)
     planner, _ = StepPlanner.plan(program, engine, facts, Budget(8 << 30, 0, 6 << 30))
     conv = next(op for op in program.ops if isinstance(op, CausalConv))

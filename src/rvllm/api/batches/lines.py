@@ -45,11 +45,9 @@ class LineExchange(Exchange):
         self.request_id = request_id
         self.answer: Any = None
 
-    async def json(
-        self, value: Any, status: int = 200, headers: tuple[tuple[bytes, bytes], ...] = ()
-    ) -> None:
+    async def json(self, value: Any, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
         """Keeps the answer."""
-        self.answer, self.status = value, status
+        self.answer, self.status = value, 200
 
 
 async def _nothing() -> Any:

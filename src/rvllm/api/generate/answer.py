@@ -55,7 +55,9 @@ class Answer:
     ) -> None:
         self.request, self.job = request, job
         self._service = service
-        self._parsers = [OutputParser(_splitter(service, thinks), plan) for _ in job.choices]
+        style = None if thinks is None else service.reasoning
+        splitters = [ReasoningSplitter(style, bool(thinks)) if style else None for _ in job.choices]
+        self._parsers = [OutputParser(splitter, plan) for splitter in splitters]
 
     @staticmethod
     async def start(service: Service, name: str, request: ChatRequest, size: int) -> Answer:
@@ -112,9 +114,3 @@ class Answer:
                     parser.finish_reason(delta.finish_reason),
                     delta.stop_reason,
                 )
-
-
-def _splitter(service: Service, thinks: bool | None) -> ReasoningSplitter | None:
-    if thinks is None or service.reasoning is None:
-        return None
-    return ReasoningSplitter(service.reasoning, thinks)

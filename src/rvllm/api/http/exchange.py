@@ -127,10 +127,8 @@ class Exchange:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
-    async def json(
-        self, value: Any, status: int = 200, headers: tuple[tuple[bytes, bytes], ...] = ()
-    ) -> None:
-        await self.respond(_ENCODER.encode(value), b"application/json", status, headers)
+    async def json(self, value: Any, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
+        await self.respond(_ENCODER.encode(value), b"application/json", headers=headers)
 
     async def respond(
         self,

@@ -17,7 +17,6 @@ from rvllm.api.openai.streaming import stream
 from rvllm.api.schemas.answers import CompletionAnswer, CompletionChoice, Rendered, now
 from rvllm.api.schemas.requests import CompletionRequest
 from rvllm.text.chat.fim import FillIn
-from rvllm.text.processor import Delta
 from rvllm.text.worker import tasks
 
 
@@ -165,7 +164,10 @@ class _Completion:
     def _add(self, choice: CompletionChoice, piece: Piece) -> str:
         """Adds all but the text of a piece to its choice; the text, which begins with the echoed prompt."""
         delta, index = piece.delta, piece.index
-        choice.finish_reason, choice.stop_reason = delta.finish_reason, self._stop_reason(delta)
+        choice.finish_reason = delta.finish_reason
+        # The stop that was asked for; an end of the model's own is none.
+        own = isinstance(delta.stop_reason, int) and delta.stop_reason not in self._asked_stops
+        choice.stop_reason = None if own else delta.stop_reason
         echoed = "" if self._started[index] else self._open(choice, piece)
         self._started[index] = True
         if self._only_echo:
@@ -175,11 +177,6 @@ class _Completion:
         if choice.token_ids is not UNSET:
             choice.token_ids += delta.token_ids
         return echoed + delta.text
-
-    def _stop_reason(self, delta: Delta) -> int | str | None:
-        """The stop that was asked for; an end of the model's own is none."""
-        own = isinstance(delta.stop_reason, int) and delta.stop_reason not in self._asked_stops
-        return None if own else delta.stop_reason
 
     def _open(self, choice: CompletionChoice, piece: Piece) -> str:
         """Adds what is said of the prompt; its text if it is echoed."""

@@ -86,7 +86,10 @@ def race(
     after: called with each engine's running server in the last turn. keep: called with what there is after
     every turn, and their number. An engine that cannot be measured has the reason in `absent`.
     """
-    entries = {engine.name: _entry(engine) for engine in engines}
+    entries = {}
+    for engine in engines:
+        size_of, size = weighed(engine)
+        entries[engine.name] = Entry(engine.name, _version(engine), size, size_of)
     for turn in range(plan.turns):
         for engine in engines if turn % 2 == 0 else list(reversed(engines)):
             entry = entries[engine.name]
@@ -105,11 +108,6 @@ def race(
         if keep is not None:
             keep(turn + 1, list(entries.values()))
     return list(entries.values())
-
-
-def _entry(engine: Engine) -> Entry:
-    size_of, size = weighed(engine)
-    return Entry(engine.name, _version(engine), size, size_of)
 
 
 def _version(engine: Engine) -> str:

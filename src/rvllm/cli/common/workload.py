@@ -109,11 +109,13 @@ def asked_of(args: argparse.Namespace, count: int, words: Words) -> list[Asked]:
     seed = int(args.seed or 0)
     if args.dataset_name == "random":
         source, found = random.Random(seed), []
-        low = min(1000, args.vocab_size // 2)
+        low, ratio = min(1000, args.vocab_size // 2), args.random_range_ratio
         alike = [source.randrange(low, args.vocab_size) for _ in range(args.random_prefix_len)]
         for _ in range(count):
-            length, output = (_varied(source, n, args.random_range_ratio)
-                              for n in (args.random_input_len, args.random_output_len))  # fmt: skip
+            length, output = (
+                max(1, source.randint(round(n * (1 - ratio)), round(n * (1 + ratio))))
+                for n in (args.random_input_len, args.random_output_len)
+            )
             found.append(
                 Asked([*alike, *(source.randrange(low, args.vocab_size) for _ in range(length))], output)
             )
@@ -129,8 +131,3 @@ def asked_of(args: argparse.Namespace, count: int, words: Words) -> list[Asked]:
     if plain or getattr(args, "backend", "") == "openai-chat":
         return found
     return [Asked(words.chat(str(one.prompt)), one.output_len) for one in found]
-
-
-def _varied(source: random.Random, length: int, ratio: float) -> int:
-    low, high = round(length * (1 - ratio)), round(length * (1 + ratio))
-    return max(1, source.randint(low, high))

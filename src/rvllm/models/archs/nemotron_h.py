@@ -101,10 +101,12 @@ class Mamba:
         both = linear(b, f"{name}.in", x, [f"{source}.in_proj"], [rows], self.bias)
         conv = f"{source}.conv1d"
         shift = b.vector(f"{name}.conv.bias", Part(f"{conv}.bias", (self.wide,))) if self.conv_bias else None
+        stored = Part(f"{conv}.weight", (self.wide, 1, self.kernel))
+        taps = Weight(f"{name}.conv", (self.wide, self.kernel), (stored,), "vector")
         xbc = b.emit(
             CausalConv(
                 name=f"{name}.conv", x=both, out=b.buffer(f"{name}.conv.out", self.wide), start=self.inner,
-                weight=b.weight(self._taps(f"{name}.conv", f"{conv}.weight")), bias=shift,
+                weight=b.weight(taps), bias=shift,
                 activation=self.activation,
                 state=b.state(
                     StateCache(f"{name}.conv", CausalConv.elements(self.wide, self.kernel))
@@ -132,10 +134,6 @@ class Mamba:
             )
         ).out  # fmt: skip
         return linear(b, f"{name}.out", normed, [f"{source}.out_proj"], [x.width], self.bias)
-
-    def _taps(self, name: str, source: str) -> Weight:
-        part = Part(source, (self.wide, 1, self.kernel))
-        return Weight(name, (self.wide, self.kernel), (part,), "vector")
 
 
 def experts(b: ProgramBuilder, config: ModelConfig, name: str, x: Buffer, source: str) -> Buffer:

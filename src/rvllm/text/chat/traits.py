@@ -110,7 +110,9 @@ class TemplateTraits:
         turns = self._turns(arguments)
         renders = {name for name, turn in turns.items() if turn is not None and "None" not in turn}
         shows = {name for name in renders if _names_call(turns[name] or "")}
-        empty = {name for name, content in _CONTENTS.items() if self._renders_empty(content)}
+        asked = {"role": "user", "content": self._user(RESULT)}
+        turns = {name: self._turn(_assistant(content), asked) for name, content in _CONTENTS.items()}
+        empty = {name for name, turn in turns.items() if turn is not None and "None" not in turn}
         return {True: _stand_ins(shows or renders), False: _stand_ins(empty)}
 
     @cached_property
@@ -132,10 +134,6 @@ class TemplateTraits:
         call = {"id": _IDENTITY, "type": "function", "function": {"name": CALL, "arguments": arguments}}
         answer = {"role": "tool", "tool_call_id": _IDENTITY, "name": CALL, "content": RESULT}
         return self._turn({**_assistant(content), "tool_calls": [call]}, *([answer] if answered else []))
-
-    def _renders_empty(self, content: Any) -> bool:
-        turn = self._turn(_assistant(content), {"role": "user", "content": self._user(RESULT)})
-        return turn is not None and "None" not in turn
 
     def _turn(self, *messages: Mapping[str, Any]) -> str | None:
         """What messages behind the user's become, up to RESULT; None where the template fails."""

@@ -55,7 +55,7 @@ def offered_calls(
     text, bare = r"/(.|\n)*/", list[str]()
     if known.parser is Hermes:
         bare = _bare_calls(functions, schemas, parallel)
-        names = "|".join(_in_regex(function.name) for function in functions)
+        names = "|".join(re.escape(_in_json(f.name)) for f in functions).replace("/", r"\/")
         text += rf' & ~/\s*\{{\s*"(name"\s*:\s*"({names})"|arguments")(.|\n)*/'
     start = "start: TEXT calls?" + (" | bare" if bare else "")
     return "\n".join([start, f"TEXT: {text}", f"calls: {whole}", *bare, *rules])
@@ -191,11 +191,6 @@ def _schema(function: Function) -> Any:
     if schema == {}:
         return {"type": "object", "properties": {}, "additionalProperties": False}
     return {"type": "object", **schema} if isinstance(schema, dict) else schema
-
-
-def _in_regex(name: str) -> str:
-    """A pattern for the name as JSON has it, in a grammar's `/.../`."""
-    return re.escape(_in_json(name)).replace("/", r"\/")
 
 
 def _in_json(name: str) -> str:

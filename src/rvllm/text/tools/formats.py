@@ -86,7 +86,7 @@ class ToolParser:
         while True:
             character = yield from self.reader.next()
             held += character
-            while held and character != END and held not in marks and not _begins(held, marks):
+            while held and character != END and not any(mark.startswith(held) for mark in marks):
                 self.say(held[0])
                 held = held[1:]
             if held in marks:
@@ -172,10 +172,6 @@ class ToolParser:
         else:
             self.reader.unread(first)
             yield from self.object_or_text(before + space)
-
-
-def _begins(text: str, marks: Collection[str]) -> bool:
-    return any(mark.startswith(text) for mark in marks)
 
 
 class BareParser(ToolParser):

@@ -7,7 +7,6 @@ worker that answers on the descriptor sent along, or kill one. The end of that s
 
 from __future__ import annotations
 
-import array
 import contextlib
 import ctypes
 import gc
@@ -100,19 +99,13 @@ def _follow(control: socket.socket, launch: Launch, tokenizer: Any) -> int:
             return 0
         order, number = ORDER.unpack(data)
         if order == FORK:
-            theirs = _descriptor(ancillary)
+            (theirs,) = struct.unpack_from("i", ancillary[0][2])
             workers[number] = os.fork() or _worker(control, theirs, launch, tokenizer)
             os.close(theirs)
         else:
             pid = workers.pop(number)
             os.kill(pid, signal.SIGKILL)
             control.send(REPORT.pack(number, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
-
-
-def _descriptor(ancillary: list[tuple[int, int, bytes]]) -> int:
-    found = array.array("i")
-    found.frombytes(ancillary[0][2][:4])
-    return found[0]
 
 
 def _worker(control: socket.socket, descriptor: int, launch: Launch, tokenizer: Any) -> NoReturn:

@@ -121,7 +121,9 @@ def choose(
     if file is not None:
         if file not in sizes:
             raise ModelError(f"{what} has no file {file}; its GGUF files: {_listed(ggufs)}")
-        return _all_parts(file, ggufs), file
+        stem, mark, tail = file.rpartition("-00001-of-")  # of a split one, all parts
+        parts = [n for n in ggufs if n.startswith(f"{stem}-") and n.endswith(f"-of-{tail}")]
+        return parts if mark else [file], file
     weights = shards or {SINGLE} & sizes.keys()
     weights = weights or {n for n in sizes if n.endswith(".safetensors") and "/" not in n}
     if "config.json" not in sizes or not weights:
@@ -139,12 +141,6 @@ def _is_side_file(name: str) -> bool:
     if folder not in SIDE_FOLDERS or base.startswith(("pytorch_model", "tf_model", "flax_model")):
         return False
     return base.endswith(SIDE_SUFFIXES) or base in SIDE_NAMES
-
-
-def _all_parts(file: str, ggufs: list[str]) -> list[str]:
-    """A .gguf, or all parts of a split one by its first: x-00001-of-00003.gguf."""
-    stem, mark, tail = file.rpartition("-00001-of-")
-    return [n for n in ggufs if n.startswith(f"{stem}-") and n.endswith(f"-of-{tail}")] if mark else [file]
 
 
 def _only(ggufs: list[str], what: str) -> str:

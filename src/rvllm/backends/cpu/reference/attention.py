@@ -153,7 +153,8 @@ def paged_attention(q: F32, pages: Pages, step: Step, scoring: Scoring, workers:
 
     single = np.flatnonzero(step.query_lens == 1)
     if len(single):
-        parts = workers.count if _spreads(workers, step, single, heads) else 1
+        worth_it = len(single) >= workers.count and int(step.starts[single].sum()) * heads >= 1 << 12
+        parts = workers.count if worth_it else 1
         shares = step.shared(
             ("decodes", scoring.window, scoring.sparsity, parts),
             lambda: [Decodes.of(step, part, scoring) for part in np.array_split(single, parts)],
@@ -169,11 +170,6 @@ def paged_attention(q: F32, pages: Pages, step: Step, scoring: Scoring, workers:
         chunk = Chunk(grouped[own], target[own], k, v, start, low, scoring)
         workers.each(-(-count // QUERIES), chunk.attend)
     return out
-
-
-def _spreads(workers: Workers, step: Step, single: Ints, heads: int) -> bool:
-    work = int(step.starts[single].sum()) * heads
-    return workers.count > 1 and len(single) >= workers.count and work >= 1 << 12
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,6 @@ class DeviceFacts:
     capability: int  # 90 for compute capability 9.0
     sm_count: int
     memory: int  # bytes
-    l2_bytes: int
     smem_per_block: int  # bytes a block may opt in to
     memory_rate: float = 0.0  # bytes a second at the peak; 0: the driver does not tell
 
@@ -110,7 +109,6 @@ class Device:
             capability=10 * get("COMPUTE_CAPABILITY_MAJOR") + get("COMPUTE_CAPABILITY_MINOR"),
             sm_count=get("MULTIPROCESSOR_COUNT"),
             memory=int(call("cuDeviceTotalMem", self.handle)),
-            l2_bytes=get("L2_CACHE_SIZE"),
             smem_per_block=get("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
             # kHz, two transfers a clock, bits
             memory_rate=2e3 * get("MEMORY_CLOCK_RATE") * get("GLOBAL_MEMORY_BUS_WIDTH") / 8,
@@ -199,10 +197,9 @@ class Stream:
         """Ends recording and returns the graph, ready to launch."""
         captured = call("cuStreamEndCapture", self.handle)
         executable = call("cuGraphInstantiate", captured, 0)
-        _, nodes = call("cuGraphGetNodes", captured, 0)
         call("cuGraphDestroy", captured)
         call("cuGraphUpload", executable, self.handle)
-        return Graph(executable, int(nodes))
+        return Graph(executable)
 
     def close(self) -> None:
         """Destroys the stream."""
@@ -214,7 +211,6 @@ class Graph:
     """An executable graph."""
 
     handle: Any
-    nodes: int
 
     def launch(self, stream: Stream) -> None:
         """Queues one replay."""

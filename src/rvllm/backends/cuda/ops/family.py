@@ -6,7 +6,7 @@ A family knows this module and the layout of things; the registry (`lowering.py`
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from rvllm.backends.cuda.device.info import DeviceInfo
@@ -138,14 +138,6 @@ Scratch = dict[str, int]  # bytes by name; addresses in `Addresses.scratch` unde
 Wanted = tuple[Weight | None, WeightLayout]
 
 
-def _no_scratch(program: Program, tokens: int, seqs: int, capability: int) -> Scratch:
-    return {}
-
-
-def _no_weights(op: Op, stage: Stage, matrices: WeightLayout) -> Sequence[Wanted]:
-    return ()
-
-
 @dataclass(frozen=True)
 class Family:
     """A family of ops: all that the backend has to know of them.
@@ -161,6 +153,6 @@ class Family:
 
     emitters: Mapping[type[Op], Emitter]
     leading: tuple[type[Op], ...] = ()
-    weights: Callable[[Op, Stage, WeightLayout], Iterable[Wanted]] = _no_weights
-    scratch: Callable[[Program, int, int, int], Scratch] = _no_scratch
+    weights: Callable[[Op, Stage, WeightLayout], Iterable[Wanted]] = lambda op, stage, matrices: ()
+    scratch: Callable[[Program, int, int, int], Scratch] = lambda program, tokens, seqs, capability: {}
     paged: Mapping[type[Op], PagedPlans] = field(default_factory=dict)

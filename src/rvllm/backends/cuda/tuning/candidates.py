@@ -13,7 +13,7 @@ from rvllm.backends.cuda.ops.gemm import plan as native
 from rvllm.backends.cuda.ops.gemm.common import Kind, ProductPlan, ceil_div
 from rvllm.backends.cuda.ops.gemm.cublas import KERNEL as CUBLAS
 from rvllm.backends.cuda.ops.gemm.cublas import Matmul
-from rvllm.backends.cuda.ops.gemm.strategy import ProductShape, Provider
+from rvllm.backends.cuda.ops.gemm.strategy import BY_LIBRARY, ProductShape, Provider
 from rvllm.kernels.gemm.tiles import TILE
 from rvllm.program.ops.dense import Linear, Logits
 
@@ -72,7 +72,7 @@ def candidates(
                 found += [Candidate("native", f"{m}:{t}") for m, t in _ways(shape, tokens, chip)]
             case "cutlass" if chip.capability == cutlass.CAPABILITY:
                 found += [Candidate("cutlass", f"r{t.rows}:n{t.tokens}") for t in cutlass.ways_of(tokens)]
-            case "cublas" if shape.by_library:
+            case "cublas" if shape.epilogue in BY_LIBRARY:
                 found += [Candidate("cublas", "heuristic")]
     return found
 

@@ -34,16 +34,12 @@ def faults(steps: Sequence[Step], grid: int, sm_count: int) -> list[str]:
             )
         for what, first, nbytes in _written(step):
             for other, at, size in (*_read_by_all(step), *(r for s in steps for r in _weights(s))):
-                if _overlap(first, nbytes, at, size):
+                if first and at and first < at + size and at < first + nbytes:
                     found.append(f"step {i} writes {what} over {other}, which other blocks may still read")
     choices = sum(step.type == Type.UP for step in steps)
     if choices > 1:
         found.append(f"{choices} choices of experts, and memory for one")
     return found
-
-
-def _overlap(first: int, nbytes: int, at: int, size: int) -> bool:
-    return bool(first and at and first < at + size and at < first + nbytes)
 
 
 def _written(step: Step) -> Iterator[Range]:

@@ -38,11 +38,6 @@ class ProductShape:
     width: int
     epilogue: EpilogueClass
 
-    @property
-    def by_library(self) -> bool:
-        """Whether cuBLASLt can compute it."""
-        return self.epilogue in BY_LIBRARY
-
     def __str__(self) -> str:
         return f"{self.rows}x{self.width} {self.epilogue}"
 
