@@ -22,19 +22,18 @@ from rvllm.backends.base import (
     StepBatch,
     StepResult,
 )
-from rvllm.backends.cuda.device.driver import Event, Pinned, Stream
+from rvllm.backends.cuda.device.driver import Event, Pinned
 from rvllm.backends.cuda.device.host_blocks import COPY_RATE, HostBlocks, KeptBlocks
 from rvllm.backends.cuda.device.host_memory import ComingHostMemory
 from rvllm.backends.cuda.device.launches import Counts
 from rvllm.backends.cuda.formats.choose import kept, say_expanded
 from rvllm.backends.cuda.in_flight import KERNEL as SEND_KERNEL
 from rvllm.backends.cuda.in_flight import NOTHING, InFlightStep, Sender
-from rvllm.backends.cuda.layout.addresses import Addresses
-from rvllm.backends.cuda.layout.allocations import WEIGHTS, Placed, placed_weights
-from rvllm.backends.cuda.layout.memory import KV_CACHE, MemoryPlan
+from rvllm.backends.cuda.layout.allocations import WEIGHTS
+from rvllm.backends.cuda.layout.memory import KV_CACHE
 from rvllm.backends.cuda.layout.metadata import SampledRows, Sampling, leading_decodes
 from rvllm.backends.cuda.layout.packed import ELEMENT
-from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
+from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice
 from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
 from rvllm.backends.cuda.ops.sampling.logprobs import KERNEL as LOGPROBS_KERNEL
 from rvllm.backends.cuda.ops.sampling.logprobs import Scorer
@@ -147,18 +146,11 @@ class CudaBackend:
         say_expanded(program, checkpoint, config)
         strategy = strategy_for(program, config, found.facts, report)
         planner, wanted = StepPlanner.plan(program, config, found.facts, found.budget, strategy)
-        memory = planner.memory
-        loading = loading_kernels(wanted, program.dtype, checkpoint)
-        kernels = [*planner.kernels(), START_KERNEL, LOGPROBS_KERNEL, SEND_KERNEL, *loading]
-        gpu = Gpu.take(found, kernels, memory.nbytes, report, config.enable_sleep_mode)
-        report(0.0, "clearing memory")
-        placed = Placed.take(gpu.arena, memory.allocations)
-        placed.clear(gpu.stream)
-        at = placed.addresses(memory.workspace)
-        send_ropes(gpu.stream, at, memory)
-        report(0.0, "loading weights")
-        places, scratch = placed_weights(wanted, at), placed.line(KV_CACHE)
-        gpu.load_weights(program.dtype, places, checkpoint, config.seed, scratch, report, staging)
+        kernels = [*planner.kernels(), START_KERNEL, LOGPROBS_KERNEL, SEND_KERNEL]
+        gpu, at = Gpu.load(
+            found, kernels, planner.memory, wanted, program.dtype, checkpoint, config.seed, report, staging,
+            KV_CACHE, config.enable_sleep_mode,
+        )  # fmt: skip
         report(0.0, "buffers")
         backend = CudaBackend(
             gpu,
@@ -425,17 +417,3 @@ class CudaBackend:
                 blocks.close()
         self._starter.close()
         self._gpu.close()
-
-
-def send_ropes(stream: Stream, at: Addresses, plan: MemoryPlan) -> None:
-    """Computes the rotary tables on the host and copies them to the device."""
-    for rope, (cos_at, sin_at) in at.ropes.items():
-        for table, address in zip(
-            rope.table(plan.shape.table_stride * KV_BLOCK), (cos_at, sin_at), strict=True
-        ):
-            flat = np.ascontiguousarray(table).reshape(-1).view(np.uint8)
-            staging = Pinned(flat.nbytes)
-            staging.array[:] = flat
-            stream.copy_to_device(address, staging.address, flat.nbytes)
-            stream.sync()
-            staging.close()

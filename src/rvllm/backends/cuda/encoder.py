@@ -15,9 +15,8 @@ from rvllm.backends.cuda.buckets import bucket_of
 from rvllm.backends.cuda.device.driver import Graph
 from rvllm.backends.cuda.device.graphs import GraphCache, Key
 from rvllm.backends.cuda.encoder_plan import EncoderPlan
-from rvllm.backends.cuda.layout.allocations import Placed, placed_weights
 from rvllm.backends.cuda.layout.metadata import SampledRows
-from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
+from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice
 from rvllm.backends.cuda.ops.encoder.plan import text_tiles
 from rvllm.backends.cuda.pooling_runner import PoolingRunner, Sent, pooled_rows
 from rvllm.backends.cuda.tuning.start import strategy_for
@@ -69,14 +68,11 @@ class CudaEncoder(PoolingRunner):
         head = Head.load(program, checkpoint, config.seed)
         strategy = strategy_for(program, config, found.facts, report)
         plan = EncoderPlan.make(program, config, found.facts, found.budget, strategy)
-        kernels = [*plan.kernels(), *loading_kernels(plan.wanted, program.dtype, checkpoint)]
-        gpu = Gpu.take(found, kernels, plan.nbytes, report)
-        placed = Placed.take(gpu.arena, plan.allocations)
-        placed.clear(gpu.stream)
-        at = placed.addresses(plan.workspace)
-        places, scratch = placed_weights(plan.wanted, at), placed.line("workspace")
         with found.staging(checkpoint) as staging:
-            gpu.load_weights(program.dtype, places, checkpoint, config.seed, scratch, report, staging)
+            gpu, at = Gpu.load(
+                found, plan.kernels(), plan, plan.wanted, program.dtype, checkpoint, config.seed, report,
+                staging, "workspace",
+            )  # fmt: skip
         encoder = CudaEncoder(gpu, replace(plan, addresses=at), head)
         if config.capture_graphs == "eager":
             report(0.0, "capturing graphs")

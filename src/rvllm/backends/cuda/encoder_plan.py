@@ -12,6 +12,7 @@ from rvllm.backends.cuda.layout.addresses import Addresses, Shape
 from rvllm.backends.cuda.layout.allocations import (
     WORKSPACE,
     Allocation,
+    DeviceMemory,
     lines_of,
     nowhere,
     weight_allocations,
@@ -30,7 +31,7 @@ from rvllm.backends.heads import without_head
 from rvllm.backends.lengths import GB, encoder_lengths
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
-from rvllm.program.memory import Workspace, plan_workspace
+from rvllm.program.memory import plan_workspace
 from rvllm.program.ops.dense import Program
 
 TOKENS = 16384  # of the largest step, unless asked otherwise
@@ -38,7 +39,7 @@ MIN_WORKSPACE = 48 << 20  # weights pass through the workspace when they are loa
 
 
 @dataclass(frozen=True)
-class EncoderPlan:
+class EncoderPlan(DeviceMemory):
     """Capacities, stages and sizes of an encoder on one GPU; planning touches no device.
 
     seqs: texts of the largest step; longest: tokens of the longest text; rows: queries of attention's blocks.
@@ -48,9 +49,7 @@ class EncoderPlan:
     chip: DeviceInfo
     stages: list[Stage]
     wanted: list[PackedWeight]
-    workspace: Workspace
     layout: Layout
-    allocations: list[Allocation]
     addresses: Addresses  # of nothing, until memory is taken
     tokens: int
     seqs: int
@@ -110,16 +109,6 @@ class EncoderPlan:
             rows=rows,
             strategy=strategy,
         )
-
-    @property
-    def lines(self) -> dict[str, int]:
-        """Bytes by line of the ledger."""
-        return lines_of(self.allocations)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arena."""
-        return sum(self.lines.values())
 
     def sizes(self) -> list[int]:
         """Padded token counts, one graph each."""

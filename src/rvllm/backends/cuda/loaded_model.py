@@ -6,12 +6,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
+import numpy as np
+
 from rvllm.backends.base import LedgerLine, Progress
-from rvllm.backends.cuda.device.arena import Arena, Range
+from rvllm.backends.cuda.device.arena import Arena
 from rvllm.backends.cuda.device.catalog import Catalog
-from rvllm.backends.cuda.device.driver import CudaError, Device, DeviceFacts, Stream
+from rvllm.backends.cuda.device.driver import CudaError, Device, DeviceFacts, Pinned, Stream
 from rvllm.backends.cuda.device.host_memory import ComingHostMemory
 from rvllm.backends.cuda.formats import device_format
+from rvllm.backends.cuda.layout.addresses import Addresses
+from rvllm.backends.cuda.layout.allocations import DeviceMemory, Placed
 from rvllm.backends.cuda.layout.memory import Budget, budget_of
 from rvllm.backends.cuda.layout.packed import PackedWeight
 from rvllm.backends.cuda.staging import staging_bytes
@@ -53,6 +57,19 @@ def loading_kernels(packed: Sequence[PackedWeight], dtype: DType, checkpoint: Ch
     return list(dict.fromkeys(names))
 
 
+def send_ropes(stream: Stream, at: Addresses, memory: DeviceMemory) -> None:
+    """Computes the rotary tables on the host and copies them to the device."""
+    sizes = {a.key: a.nbytes for a in memory.allocations if a.field == "ropes"}
+    for rope, pair in at.ropes.items():
+        for table, address in zip(rope.table(sizes[rope] // 4 // (rope.dim // 2)), pair, strict=True):
+            flat = np.ascontiguousarray(table).reshape(-1).view(np.uint8)
+            staging = Pinned(flat.nbytes)
+            staging.array[:] = flat
+            stream.copy_to_device(address, staging.address, flat.nbytes)
+            stream.sync()
+            staging.close()
+
+
 @dataclass(frozen=True)
 class OpenDevice:
     """A GPU that can run a program, and the memory that was free on it before anything was taken."""
@@ -91,46 +108,50 @@ class Gpu:
     kernel_bytes: int
 
     @staticmethod
-    def take(
-        found: OpenDevice, kernels: Sequence[str], nbytes: int, report: Progress, sleeps: bool = False
-    ) -> Gpu:
-        """Loads these kernels, compiling what is new, and takes `nbytes` of memory.
-
-        sleeps: whether the memory can be given back for a while.
-        Raises MissingKernelError listing kernels that there are not.
-        """
-        report(0.0, "loading kernels")
-        catalog = Catalog(found.facts.capability, kernel_cache_dir())
-        catalog.require(kernels, lambda done, count: report(done / count, "compiling kernels"))
-        report(0.0, "taking memory")
-        free, total = found.device.free_memory()
-        taken = total - free - found.budget.used
-        arena = Arena(nbytes, sleeps)
-        return Gpu(found.device, found.facts, catalog, arena, Stream(), found.budget, taken)
-
-    def load_weights(
-        self,
+    def load(
+        found: OpenDevice,
+        kernels: Sequence[str],
+        memory: DeviceMemory,
+        wanted: Sequence[PackedWeight],
         dtype: DType,
-        places: Sequence[tuple[PackedWeight, int]],
         checkpoint: Checkpoint | None,
         seed: int,
-        scratch: Range,
         report: Progress,
         staging: ComingHostMemory | None,
-    ) -> None:
-        """Fills the weights' places from a checkpoint; None: with random numbers.
+        through: str,
+        sleeps: bool = False,
+    ) -> tuple[Gpu, Addresses]:
+        """Loads these kernels, compiling what is new, takes the memory and fills in weights and rope tables.
 
-        staging, scratch: what they pass through on the host and on the device.
+        checkpoint: None for random weights of that seed. staging, and the memory of the ledger's line
+        `through`: what weights pass through on the host and on the device. sleeps: whether the memory can be
+        given back for a while. Raises MissingKernelError listing kernels that there are not.
         """
+        report(0.0, "loading kernels")
+        catalog, stream = Catalog(found.facts.capability, kernel_cache_dir()), Stream()
+        names = [*kernels, *loading_kernels(wanted, dtype, checkpoint)]
+        catalog.require(names, lambda done, count: report(done / count, "compiling kernels"))
+        report(0.0, "taking memory")
+        free, total = found.device.free_memory()
+        arena = Arena(memory.nbytes, sleeps)
+        report(0.0, "clearing memory")
+        placed = Placed.take(arena, memory.allocations)
+        placed.clear(stream)
+        at = placed.addresses(memory.workspace)
+        send_ropes(stream, at, memory)
+        report(0.0, "loading weights")
+        places = [(w, at.weights[w.weight.name, w.form]) for w in wanted]
         if checkpoint is None:
-            fill_dummy(self.catalog, self.stream, dtype, places, seed)
-            return
-        assert staging is not None
-        loader = Loader(self.catalog, self.stream, dtype, scratch, staging.get())
-        try:
-            loader.load(places, checkpoint, report)
-        finally:
-            loader.close()
+            fill_dummy(catalog, stream, dtype, places, seed)
+        else:
+            assert staging is not None
+            loader = Loader(catalog, stream, dtype, placed.line(through), staging.get())
+            try:
+                loader.load(places, checkpoint, report)
+            finally:
+                loader.close()
+        taken = total - free - found.budget.used
+        return Gpu(found.device, found.facts, catalog, arena, stream, found.budget, taken), at
 
     def ledger(self) -> list[LedgerLine]:
         """Device memory line by line, as far as it was taken from the start."""

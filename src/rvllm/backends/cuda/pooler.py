@@ -12,15 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.base import KV_BLOCK, Limits, Progress, StepBatch
-from rvllm.backends.cuda.backend import send_ropes
 from rvllm.backends.cuda.device.driver import DeviceFacts
 from rvllm.backends.cuda.device.launches import kernel_names
 from rvllm.backends.cuda.formats.choose import kept, say_expanded
-from rvllm.backends.cuda.layout.allocations import Placed, placed_weights
 from rvllm.backends.cuda.layout.memory import DEFAULT_TOKENS, KV_CACHE, Budget
 from rvllm.backends.cuda.layout.metadata import SampledRows, leading_decodes
 from rvllm.backends.cuda.layout.packed import PackedWeight
-from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice, loading_kernels
+from rvllm.backends.cuda.loaded_model import Gpu, OpenDevice
 from rvllm.backends.cuda.ops.attention.plan import prefill_tiles
 from rvllm.backends.cuda.ops.gemm.strategy import GemmStrategy
 from rvllm.backends.cuda.pooling_runner import PoolingRunner, Sent, pooled_rows
@@ -107,16 +105,11 @@ class CudaPooler(PoolingRunner):
         say_expanded(program, checkpoint, config)
         strategy = strategy_for(program, config, found.facts, report)
         planner, wanted = plan_pooler(program, config, found.facts, found.budget, strategy)
-        memory = planner.memory
-        kernels = [*body_kernels(planner), *loading_kernels(wanted, program.dtype, checkpoint)]
-        gpu = Gpu.take(found, kernels, memory.nbytes, report)
-        placed = Placed.take(gpu.arena, memory.allocations)
-        placed.clear(gpu.stream)
-        at = placed.addresses(memory.workspace)
-        send_ropes(gpu.stream, at, memory)
-        places, scratch = placed_weights(wanted, at), placed.line(KV_CACHE)
         with found.staging(checkpoint) as staging:
-            gpu.load_weights(program.dtype, places, checkpoint, config.seed, scratch, report, staging)
+            gpu, at = Gpu.load(
+                found, body_kernels(planner), planner.memory, wanted, program.dtype, checkpoint, config.seed,
+                report, staging, KV_CACHE,
+            )  # fmt: skip
         pooler = CudaPooler(gpu, replace(planner, addresses=at), program, head)
         if config.capture_graphs == "eager":
             report(0.0, "capturing graphs")

@@ -67,6 +67,24 @@ def nowhere(allocations: Sequence[Allocation], workspace: Workspace) -> Addresse
 
 
 @dataclass(frozen=True)
+class DeviceMemory:
+    """All that a model takes of the device's memory. workspace: where the program's buffers lie in theirs."""
+
+    allocations: list[Allocation]
+    workspace: Workspace
+
+    @property
+    def lines(self) -> dict[str, int]:
+        """Bytes by line of the ledger."""
+        return lines_of(self.allocations)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arena."""
+        return sum(self.lines.values())
+
+
+@dataclass(frozen=True)
 class Placed:
     """Allocations in their places of the device's memory."""
 
@@ -92,8 +110,3 @@ class Placed:
         """All memory of a line, whose allocations stand next to each other."""
         own = [r for r in self.ranges if r.name == name]
         return Range(name, own[0].address, own[-1].address + own[-1].nbytes - own[0].address)
-
-
-def placed_weights(wanted: Iterable[PackedWeight], addresses: Addresses) -> list[tuple[PackedWeight, int]]:
-    """Every weight with its address."""
-    return [(w, addresses.weights[w.weight.name, w.form]) for w in wanted]

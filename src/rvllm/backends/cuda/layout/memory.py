@@ -14,6 +14,7 @@ from rvllm.backends.cuda.layout.allocations import (
     WEIGHTS,
     WORKSPACE,
     Allocation,
+    DeviceMemory,
     lines_of,
     weight_allocations,
 )
@@ -34,7 +35,7 @@ from rvllm.backends.lengths import GB, asked_blocks, asked_length, state_rows
 from rvllm.config import EngineConfig
 from rvllm.errors import CapacityError
 from rvllm.program.cost import kv_bytes_per_token
-from rvllm.program.memory import Workspace, plan_workspace
+from rvllm.program.memory import plan_workspace
 from rvllm.program.ops.dense import Program, Sample
 
 SCORED_ROWS = 64  # rows of a step that may be scored for prompt logprobs besides the sampled ones
@@ -70,16 +71,14 @@ def budget_of(config: EngineConfig, free: int, total: int) -> Budget:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class MemoryPlan(DeviceMemory):
     """Everything that is taken of the device's memory, and the capacities it was computed for.
 
-    workspace: where the program's buffers lie in theirs. longest: tokens of a sequence that buffers are laid
-    out for; max_model_len: those that the KV cache has room for too. start_words: int32 words of slot starts.
-    snapshots: of recurrent states, behind those of sequences.
+    longest: tokens of a sequence that buffers are laid out for; max_model_len: those that the KV cache has
+    room for too. start_words: int32 words of slot starts. snapshots: of recurrent states, behind those of
+    sequences.
     """
 
-    allocations: list[Allocation]
-    workspace: Workspace
     budget: Budget
     shape: Shape
     max_model_len: int
@@ -89,16 +88,6 @@ class MemoryPlan:
     start_words: int
     decode: dict[str, DecodePlan]
     snapshots: int = 0
-
-    @property
-    def lines(self) -> dict[str, int]:
-        """Bytes by line of the ledger."""
-        return lines_of(self.allocations)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arena."""
-        return sum(self.lines.values())
 
 
 def plan_memory(
