@@ -59,13 +59,8 @@ class ResponseStore:
             self._db.execute(f"SELECT coalesce(sum(size), 0) FROM {table}").fetchone()[0]
             for table in ("responses", "conversations")
         ]
-        self._size: int = sum(sizes)
+        self.size: int = sum(sizes)  # bytes of JSON that are kept
         self._fail_interrupted()
-
-    @property
-    def size(self) -> int:
-        """Bytes of JSON that are kept."""
-        return self._size
 
     def close(self) -> None:
         self._db.close()
@@ -158,19 +153,19 @@ class ResponseStore:
         size = row[0] + OVERHEAD
         self._db.execute("DELETE FROM items WHERE conversation = ? AND id = ?", key)
         self._db.execute("UPDATE conversations SET size = size - ? WHERE id = ?", (size, conversation))
-        self._size -= size
+        self.size -= size
         return True
 
     def _delete(self, table: str, name: str) -> bool:
         row = self._db.execute(f"DELETE FROM {table} WHERE id = ? RETURNING size", (name,)).fetchone()
         if row is not None:
-            self._size -= row[0]
+            self.size -= row[0]
         return row is not None
 
     def _grow(self, size: int) -> None:
-        self._size += size
+        self.size += size
         self._expire()
-        while self._size > self._limit and self._drop_oldest():
+        while self.size > self._limit and self._drop_oldest():
             pass
 
     def _expire(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from rvllm.backends.base import LedgerLine, Limits, Progress
+from rvllm.backends.base import LedgerLine, Progress
 from rvllm.backends.cpu.compiled.model import NativeModel, chosen, weight_lines
 from rvllm.backends.cpu.memory import MemoryPlan, plan_memory
 from rvllm.backends.cpu.reference.gemm import same_at_every_position
@@ -27,7 +27,7 @@ class LoadedModel:
         self._launches: list[Launch] = resolve(model.program)
         self._model = model
         self._native = native
-        self._plan = plan
+        self.name, self.limits, self._lines = "cpu", plan.limits, plan.lines
         rows = plan.limits.max_num_seqs + plan.limits.num_snapshots
         model.states.update(empty_states(model.program, rows))
         self._steps = 0
@@ -61,16 +61,8 @@ class LoadedModel:
         caches = empty_caches(program, plan.limits.num_blocks)
         return cls(Model(program, weights, caches, ropes, workers), plan)
 
-    @property
-    def name(self) -> str:
-        return "cpu"
-
-    @property
-    def limits(self) -> Limits:
-        return self._plan.limits
-
     def ledger(self) -> list[LedgerLine]:
-        return self._plan.lines
+        return self._lines
 
     def _execute(self, run: Run) -> None:
         if self._native is None:

@@ -92,7 +92,8 @@ class CudaBackend:
         self._caches = caches
         self._host = HostBlocks(caches, num_cpu_blocks) if num_cpu_blocks else None
         self._kept: KeptBlocks | None = None  # in sleep
-        self._limits = Limits(
+        self.name = gpu.facts.name
+        self.limits = Limits(
             max_num_seqs=shape.seqs,
             max_num_batched_tokens=shape.tokens,
             max_mixed_tokens=min(max_mixed_tokens or planner.mixed_tokens(), shape.tokens),
@@ -164,16 +165,6 @@ class CudaBackend:
             report(0.0, "capturing graphs")
             backend.capture_all()
         return backend
-
-    @property
-    def name(self) -> str:
-        """The GPU's name."""
-        return self._facts.name
-
-    @property
-    def limits(self) -> Limits:
-        """Capacities, fixed for the backend's life."""
-        return self._limits
 
     def ledger(self) -> list[LedgerLine]:
         """Device memory line by line, and what the driver says is left."""
@@ -327,7 +318,7 @@ class CudaBackend:
         Nothing may be running. Raises UsageError when the KV cache is too small for the step.
         """
         blocks = -(-context // KV_BLOCK)
-        if seqs > self._limits.max_num_seqs or seqs * blocks > self._limits.num_blocks:
+        if seqs > self.limits.max_num_seqs or seqs * blocks > self.limits.num_blocks:
             raise UsageError(
                 f"--profile: {seqs} sequences of {context} tokens do not fit; see --max-num-seqs"
             )

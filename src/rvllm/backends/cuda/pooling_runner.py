@@ -14,7 +14,6 @@ from rvllm.backends.cuda.device.driver import Event, Graph, Pinned
 from rvllm.backends.cuda.device.graphs import GraphCache
 from rvllm.backends.cuda.layout.addresses import Addresses
 from rvllm.backends.cuda.loaded_model import Gpu
-from rvllm.backends.cuda.step_planner import GraphBook
 from rvllm.backends.heads import Head
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Program
@@ -43,29 +42,19 @@ def pooled_rows(program: Program, at: Addresses) -> PooledRows:
 class PoolingRunner(ABC):
     """A model on a GPU whose steps take texts as they are and leave a vector of each in one buffer."""
 
-    _graphs: GraphCache | GraphBook
+    _graphs: GraphCache
 
     def __init__(
         self, gpu: Gpu, limits: Limits, metadata: tuple[int, int], pooled: PooledRows, head: Head | None
     ) -> None:
         """metadata: address and bytes of a step's. head: computed on the host, from vectors or rows."""
         self._gpu, self._stream, self._ledger = gpu, gpu.stream, gpu.ledger()
-        self._limits, self._head = limits, head
+        self.name, self.limits, self._head = gpu.facts.name, limits, head
         self._metadata_at, nbytes = metadata
         self._pooled = pooled
         self._metadata, self._out = Pinned(nbytes), Pinned(4 * limits.max_num_seqs * pooled.width)
         self._began, self._ended = Event(), Event()
         self._steps, self._texts, self._busy = 0, 0, 0.0
-
-    @property
-    def name(self) -> str:
-        """The GPU's name."""
-        return self._gpu.facts.name
-
-    @property
-    def limits(self) -> Limits:
-        """Capacities, fixed for the backend's life."""
-        return self._limits
 
     def ledger(self) -> list[LedgerLine]:
         """Device memory line by line, and what the driver says is left."""

@@ -61,11 +61,7 @@ class Profile:
     @property
     def total(self) -> Cost:
         """Cost of the whole step."""
-        total = Cost()
-        for row in self.rows:
-            for _ in range(row.count):
-                total = total + row.cost
-        return total
+        return sum((row.cost for row in self.rows for _ in range(row.count)), Cost())
 
 
 def make_of(planned: Planned) -> str:
@@ -93,11 +89,7 @@ def cost_of(op: str, costs: Mapping[str, Cost]) -> Cost:
     """The cost of a launch of this name: of its stage, or of all those whose launches were joined."""
     if op in costs:
         return costs[op]
-    total = Cost()
-    for name, cost in costs.items():
-        if f" + {name} + " in f" + {op} + ":
-            total = total + cost
-    return total
+    return sum((cost for name, cost in costs.items() if f" + {name} + " in f" + {op} + "), Cost())
 
 
 def profile_launches(

@@ -227,12 +227,12 @@ def distinct(stages: Sequence[Stage]) -> list[Stage]:
     return list(found.values())
 
 
-class GraphBook:
+class GraphBook(GraphCache):
     """The captured graphs of a planner."""
 
     def __init__(self, planner: StepPlanner, catalog: Catalog, stream: Stream) -> None:
+        super().__init__(catalog, stream)
         self._planner = planner
-        self._graphs = GraphCache(catalog, stream)
         self._decode_sizes = planner.decode_sizes()
         self._token_sizes = planner.token_sizes()
         self._sample_sizes = planner.sample_sizes()
@@ -240,21 +240,13 @@ class GraphBook:
         kinds = {"head": self._sample_sizes, "decode": self._decode_sizes, "body": self._token_sizes}
         self._ahead: Iterator[Key] = iter([(kind, size) for kind, sizes in kinds.items() for size in sizes])
 
-    def __len__(self) -> int:
-        return len(self._graphs)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds that capturing took."""
-        return self._graphs.seconds
-
     def captured(self) -> dict[str, float]:
         """A figure of 1 for each graph there is, by kind and padded size; see `Backend.stats`."""
-        return {f'rvllm:cuda_graph_captured{{kind="{k}",size="{size}"}}': 1.0 for k, size in self._graphs}
+        return {f'rvllm:cuda_graph_captured{{kind="{k}",size="{size}"}}': 1.0 for k, size in self}
 
     def last_kernels(self) -> list[StepKernel]:
         """The kernels of the step whose graphs were asked for last, in the order of first use."""
-        return [kernel for key in self._last for kernel in self._graphs.kernels(key)]
+        return [kernel for key in self._last for kernel in self.kernels(key)]
 
     def decode_size(self, seqs: int) -> int:
         """The padded batch size for `seqs` decodes."""
@@ -263,7 +255,7 @@ class GraphBook:
     def decode(self, size: int) -> Graph:
         """The graph of a decode step of `size` (a padded size) sequences."""
         self._last = [("decode", size)]
-        return self._graphs.get("decode", size, self._planner.decode, Counts(size, size, size))
+        return self.get("decode", size, self._planner.decode, Counts(size, size, size))
 
     def body_size(self, tokens: int) -> int:
         """The padded token count for `tokens` tokens."""
@@ -273,21 +265,20 @@ class GraphBook:
         """The graph that computes the hidden rows of up to `tokens` tokens."""
         size = self.body_size(tokens)
         self._last = [("body", size)]
-        return self._graphs.get(
-            "body", size, self._planner.body, Counts(size, self._planner.memory.shape.seqs, 0)
-        )
+        counts = Counts(size, self._planner.memory.shape.seqs, 0)
+        return self.get("body", size, self._planner.body, counts)
 
     def head(self, samples: int) -> Graph:
         """The graph from hidden rows to tokens for up to `samples` rows."""
         size = bucket_of(self._sample_sizes, samples)
         self._last = [*self._last[:1], ("head", size)]
-        return self._graphs.get("head", size, self._planner.head, Counts(0, 0, size))
+        return self.get("head", size, self._planner.head, Counts(0, 0, size))
 
     def capture_next(self) -> bool:
         """Captures one of the graphs that are not there yet; False when all are."""
         last = self._last
         for key in self._ahead:
-            if key not in self._graphs:
+            if key not in self:
                 kind, size = key
                 {"decode": self.decode, "body": self.body, "head": self.head}[kind](size)
                 self._last = last
@@ -298,7 +289,3 @@ class GraphBook:
         """Captures every graph there can be."""
         while self.capture_next():
             pass
-
-    def close(self) -> None:
-        """Destroys all graphs."""
-        self._graphs.close()

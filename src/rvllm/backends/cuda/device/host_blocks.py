@@ -131,7 +131,7 @@ class HostBlocks:
         self._memory.close()
 
 
-class KeptBlocks:
+class KeptBlocks(HostBlocks):
     """What some KV blocks hold, in pinned host memory while the device's is given back.
 
     Raises CapacityError when the system does not give as much.
@@ -140,20 +140,16 @@ class KeptBlocks:
     def __init__(self, caches: Sequence[tuple[int, int]], blocks: Sequence[int], stream: Stream) -> None:
         """Copies them out; nothing may be under way. caches: as of HostBlocks."""
         self._blocks = np.array(sorted(blocks), dtype=np.int32)
-        self._host = HostBlocks(caches, len(blocks))
-        self._copy(MOVE_OUT, stream)
+        super().__init__(caches, len(blocks))
+        self._move_all(MOVE_OUT, stream)
 
     def bring_back(self, stream: Stream) -> None:
         """Copies them to where they were, and gives the host's memory back."""
-        self._copy(MOVE_IN, stream)
+        self._move_all(MOVE_IN, stream)
         self.close()
 
-    def close(self) -> None:
-        """Gives the host's memory back."""
-        self._host.close()
-
-    def _copy(self, kind: int, stream: Stream) -> None:
+    def _move_all(self, kind: int, stream: Stream) -> None:
         count = len(self._blocks)
         moves = np.stack((np.full(count, kind), self._blocks, np.arange(count)), axis=1).astype(np.int32)
-        self._host.move(moves, 0, None, stream)
-        self._host.sync()
+        self.move(moves, 0, None, stream)
+        self.sync()
