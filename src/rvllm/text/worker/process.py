@@ -123,7 +123,9 @@ def _worker(control: socket.socket, descriptor: int, launch: Launch, tokenizer: 
 def _answer(sock: socket.socket, tokenizer: Any, launch: Launch) -> int:
     encode = msgspec.msgpack.Encoder().encode
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    while (task := _read(sock)) is not None:
+    stream = sock.makefile("rb")
+    while head := stream.read(HEAD.size):
+        task = stream.read(HEAD.unpack(head)[0])
         signal.setitimer(signal.ITIMER_PROF, launch.seconds)  # SIGPROF ends the process
         kind, value = _done(task, tokenizer)
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -138,7 +140,7 @@ def _answer(sock: socket.socket, tokenizer: Any, launch: Launch) -> int:
     return 0
 
 
-def _done(data: bytearray, tokenizer: Any) -> tuple[int, Any]:
+def _done(data: bytes, tokenizer: Any) -> tuple[int, Any]:
     """(kind, result or what is wrong)."""
     try:
         task, args, options = pickle.loads(data)  # from the parent, which pickled it itself
@@ -154,22 +156,6 @@ def _done(data: bytearray, tokenizer: Any) -> tuple[int, Any]:
             return EXCEEDED, "care"
         traceback.print_exc()
         return BROKEN, f"{type(error).__name__}: {error}"[:500]
-
-
-def _read(sock: socket.socket) -> bytearray | None:
-    head = _exactly(sock, HEAD.size)
-    return None if head is None else _exactly(sock, HEAD.unpack(head)[0])
-
-
-def _exactly(sock: socket.socket, count: int) -> bytearray | None:
-    data = bytearray(count)
-    view, at = memoryview(data), 0
-    while at < count:
-        got = sock.recv_into(view[at:])
-        if not got:
-            return None
-        at += got
-    return data
 
 
 def _limit(launch: Launch) -> None:
