@@ -17,7 +17,6 @@ class Platform:
         return not gpu_present()
 
     def is_rocm(self) -> bool:
-        """Never."""
         return False
 
     is_xpu = is_tpu = is_rocm

@@ -79,5 +79,4 @@ class LLMEngine:
         return self._llm.get_tokenizer()
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        """See `LLM.reset_prefix_cache`."""
         return self._llm.reset_prefix_cache(reset_running_requests, reset_connector)

@@ -71,7 +71,6 @@ class ProgramBuilder:
             self._notes.append(text)
 
     def finish(self) -> Program:
-        """The finished program."""
         return Program(
             architecture=self.architecture,
             dtype=self.dtype,

@@ -58,7 +58,6 @@ class StepShape:
         return self.sequences
 
     def rows(self, buffer: Buffer) -> int:
-        """Rows of a buffer."""
         return self.tokens if buffer.rows == "tokens" else self.samples
 
 
@@ -104,7 +103,6 @@ def kv_bytes_per_token(program: Program) -> int:
 
 
 def op_cost(program: Program, op: Op, shape: StepShape, stored: Mapping[str, int] | None = None) -> Cost:
-    """The cost of one op in a step of this shape."""
     size = weight_bytes(program, stored)
     activations = sum(shape.rows(b) * b.width * b.dtype.size for b in (*op.reads, *op.writes))
     plain = Cost(weight_bytes=sum(size(w) for w in op.weights), activation_bytes=activations)
@@ -112,7 +110,6 @@ def op_cost(program: Program, op: Op, shape: StepShape, stored: Mapping[str, int
 
 
 def program_cost(program: Program, shape: StepShape, stored: Mapping[str, int] | None = None) -> Cost:
-    """The cost of a whole step."""
     return sum((op_cost(program, op, shape, stored) for op in program.ops), Cost())
 
 

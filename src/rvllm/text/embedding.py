@@ -36,7 +36,6 @@ class PoolingParams:
             raise UsageError("normalize=False is not supported: vectors are as the model's files say")
 
     def clone(self) -> PoolingParams:
-        """A copy."""
         return replace(self)
 
 

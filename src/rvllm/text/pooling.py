@@ -43,7 +43,6 @@ class ClassificationOutput:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
         return len(self.probs)
 
 

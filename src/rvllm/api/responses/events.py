@@ -83,7 +83,6 @@ class ResponseWriter:
         await self._send(f"response.{response.status}", response=response)
 
     async def fail(self, error: ApiError) -> None:
-        """Ends the response with an error."""
         await self.begin()
         self.response.status = "failed"
         code = "server_error" if error.status >= 500 else str(error.code or "invalid_prompt")

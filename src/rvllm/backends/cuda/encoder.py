@@ -98,5 +98,4 @@ class CudaEncoder(PoolingRunner):
         return self._graphs.get("texts", size, self._plan.launches, counts)
 
     def last_kernels(self) -> list[StepKernel]:
-        """Kernels of the last step; see `Backend.last_kernels`."""
         return self._graphs.kernels(self._last)

@@ -132,7 +132,6 @@ class CudaPooler(PoolingRunner):
         return prefill_tiles(lengths, lengths, leading_decodes(lengths), shape.group, shape.rows)
 
     def last_kernels(self) -> list[StepKernel]:
-        """Kernels of the last step; see `Backend.last_kernels`."""
         return self._graphs.last_kernels()
 
     def stats(self) -> dict[str, float]:

@@ -66,7 +66,6 @@ class PoolingRunner(ABC):
         return vectors if self._head is None else self._head(vectors)
 
     def embed_tokens(self, batch: StepBatch) -> list[F32]:
-        """See `Encoder.embed_tokens`."""
         pooled = self._pooled
         rows = self._read(batch, pooled.rows, pooled.dtype.numpy, batch.num_tokens)
         if self._head is not None:

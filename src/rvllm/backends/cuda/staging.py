@@ -66,7 +66,6 @@ class _Buffer:
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
         return len(self.array)
 
 

@@ -112,7 +112,6 @@ def figures(entries: Sequence[Entry], other: Entry) -> list[Figure]:
 
 
 def markdown(about: Mapping[str, Any], entries: Sequence[Entry], plots: Sequence[str]) -> str:
-    """The report."""
     ours = entries[0]
     work, machine = about["workload"], about["machine"]
     gpus = "; ".join(machine["gpus"]) or "no GPU"

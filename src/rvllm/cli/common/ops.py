@@ -70,7 +70,6 @@ class PlannedStep:
 
     @property
     def total(self) -> Cost:
-        """The cost of all ops."""
         from rvllm.program.cost import program_cost
 
         return program_cost(self.program, self.shape, self.packed)

@@ -114,7 +114,6 @@ class MmaTile:
 
     @property
     def threads(self) -> int:
-        """Of a block."""
         return 32 * self.row_warps * self.token_warps
 
     @property

@@ -10,7 +10,6 @@ from rvllm.program.ops.dense import Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a Cohere2 config."""
     sliding = blocks.sliding_layers(config, config.int("num_hidden_layers", high=4096), pattern=4)
     size = config.int("sliding_window", 4096)
     return cohere.decoder(

@@ -16,7 +16,6 @@ HEAD_DIM = 256  # when the config does not say
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a Gemma config."""
     refuse_bidirectional(config)
     dims = blocks.Dims.read(config, head_dim=HEAD_DIM)
     bias = config.bool("attention_bias", False)

@@ -12,7 +12,6 @@ from rvllm.program.rope import Rope
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a Gemma 2 config."""
     rope = read_rope(config, read_dims(config).head_dim)
     return decoder(
         config, dtype, pattern=2, ropes=(rope, rope), positions=max_positions(config, 8192),

@@ -28,7 +28,6 @@ DEFAULTS = {
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a Gemma 3 config."""
     text = config.section("text_config")
     if text is not None:
         given = {name: value for name, value in text.values.items() if value is not None}

@@ -9,7 +9,6 @@ from rvllm.program.ops.dense import Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a Granite config."""
     bias = config.bool("attention_bias", False)
     scales = llama.Scales(
         embedding=config.float("embedding_multiplier", 1.0),

@@ -39,7 +39,6 @@ Feed = Callable[[ProgramBuilder, Layer, Buffer], Iterable[tuple[str, Buffer]]]
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a Llama config."""
     bias = config.bool("attention_bias", False)
     return decoder(config, dtype, qkv_bias=bias, out_bias=bias, mlp_bias=config.bool("mlp_bias", False))
 

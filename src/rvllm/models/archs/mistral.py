@@ -11,7 +11,6 @@ WINDOW = 4096  # when the config does not say
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a Mistral config."""
     # null switches the window off; where nothing is said, it is that of the first release.
     window = config.opt_int("sliding_window", WINDOW)
     return llama.decoder(config, dtype, window=lambda layer: window)

@@ -15,7 +15,6 @@ from rvllm.program.ops.dense import Buffer, Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a Mixtral config."""
     dims = blocks.Dims.read(config, default_eps=1e-5)
     rope = read_rope(config, dims.head_dim, default_theta=1_000_000.0)
     window = config.opt_int("sliding_window")

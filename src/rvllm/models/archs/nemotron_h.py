@@ -25,7 +25,6 @@ NAMES = {
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a Nemotron-H config."""
     kinds = read_layers(config)
     dims = read_dims(config, len(kinds))
     mamba = Mamba(config)

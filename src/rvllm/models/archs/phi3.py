@@ -11,7 +11,6 @@ from rvllm.program.ops.dense import Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a Phi-3 config."""
     dims = blocks.Dims.read(config, default_eps=1e-5)
     rope = read_rope(config, rotated_dim(config, dims.head_dim))
     window = config.opt_int("sliding_window")

@@ -16,7 +16,6 @@ from rvllm.program.rope import Rope
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a Phi-3-small config."""
     config.str("hidden_act", "gegelu", choices=("gegelu",))
     dims = read_dims(config)
     rope = read_small_rope(config, dims.head_dim)

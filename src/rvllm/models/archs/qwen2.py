@@ -10,7 +10,6 @@ from rvllm.program.ops.dense import Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a Qwen2 config."""
     windows = layer_windows(config)
     return llama.decoder(config, dtype, qkv_bias=True, window=lambda layer: windows[layer])
 

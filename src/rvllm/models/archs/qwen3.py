@@ -11,7 +11,6 @@ from rvllm.program.ops.dense import Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a Qwen3 config."""
     dims = blocks.Dims.read(config, head_dim=128)
     bias = config.bool("attention_bias", False)
     windows = layer_windows(config)

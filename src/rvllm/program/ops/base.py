@@ -92,7 +92,6 @@ class Weight:
 
     @property
     def elements(self) -> int:
-        """Number of elements."""
         return math.prod(self.shape)
 
     def nbytes(self, size: int) -> int:
@@ -158,17 +157,14 @@ class Op:
 
     @property
     def reads(self) -> tuple[Buffer, ...]:
-        """Buffers read."""
         return tuple(b for b in (getattr(self, f) for f in self.READS) if b is not None)
 
     @property
     def writes(self) -> tuple[Buffer, ...]:
-        """Buffers written."""
         return tuple(b for b in (getattr(self, f) for f in self.WRITES) if b is not None)
 
     @property
     def weights(self) -> tuple[Weight, ...]:
-        """Weights read."""
         return tuple(w for f in fields(self) if isinstance(w := getattr(self, f.name), Weight))
 
     def mapped(self, change: Callable[[Any], Any]) -> Self:

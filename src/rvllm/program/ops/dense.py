@@ -209,7 +209,6 @@ class Program:
     states: tuple[StateCache, ...] = ()
 
     def with_weights(self, change: Callable[[Weight], Weight]) -> Program:
-        """The program with `change` applied to each of its weights."""
         weights = {weight.name: change(weight) for weight in self.weights}
 
         def of(value: Any) -> Any:

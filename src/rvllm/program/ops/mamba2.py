@@ -30,7 +30,6 @@ class CausalConv(Op):
 
     @staticmethod
     def elements(width: int, kernel: int) -> int:
-        """Elements of the state."""
         return (kernel - 1) * width
 
 
@@ -65,7 +64,6 @@ class StateScan(Op):
 
     @staticmethod
     def elements(heads: int, dim: int, groups: int, size: int) -> int:
-        """Elements of the state."""
         return heads * dim * size + CHUNK * (heads * dim + 2 * groups * size + heads)
 
 

@@ -69,7 +69,6 @@ class Tokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
-        """Id of `bos_token`."""
         return self._id_of("bos_token")
 
     @property
@@ -79,7 +78,6 @@ class Tokenizer:
 
     @property
     def pad_token_id(self) -> int | None:
-        """Id of the padding token."""
         return self._id_of("pad_token")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

@@ -202,7 +202,6 @@ class Stream:
         return Graph(executable)
 
     def close(self) -> None:
-        """Destroys the stream."""
         call("cuStreamDestroy", self.handle)
 
 
@@ -217,7 +216,6 @@ class Graph:
         call("cuGraphLaunch", self.handle, stream.handle)
 
     def close(self) -> None:
-        """Destroys the executable graph."""
         call("cuGraphExecDestroy", self.handle)
 
 
@@ -245,7 +243,6 @@ class Event:
         return float(call("cuEventElapsedTime", earlier.handle, self.handle)) / 1e3
 
     def close(self) -> None:
-        """Destroys the event."""
         call("cuEventDestroy", self.handle)
 
 
@@ -280,7 +277,6 @@ class Module:
         return Function(name, handle)
 
     def close(self) -> None:
-        """Unloads it."""
         call("cuModuleUnload", self.handle)
 
 

@@ -57,6 +57,5 @@ class GraphCache:
         return self._kernels.get(key, [])
 
     def close(self) -> None:
-        """Destroys all graphs."""
         for graph in self._graphs.values():
             graph.close()

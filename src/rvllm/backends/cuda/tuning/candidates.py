@@ -106,7 +106,6 @@ def plan_of(
 def launch_of(
     shape: ProductShape, tokens: int, candidate: Candidate, tag: str, chip: DeviceInfo, at: Places
 ) -> Planned:
-    """One launch of a candidate."""
     kind = KINDS.get(shape.epilogue, Kind.STORE)
     pitch = shape.rows // 2 if shape.epilogue == "gated" else shape.rows
     pitch = -(-pitch // 8) * 8

@@ -61,7 +61,6 @@ class IntegerLayout:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of a chunk."""
         return self.runs * TILE * 4 + TILE * CHUNK * self.bits // 8
 
     def nbytes(self, rows: int, columns: int) -> int:

@@ -242,11 +242,9 @@ class Kernel:
         return self.call(f"llvm.fma.{_suffix(a.type)}", a.type, a, b, c)
 
     def most(self, a: Value, b: Value) -> Value:
-        """The larger one."""
         return self.select(a > b, a, b)
 
     def least(self, a: Value, b: Value) -> Value:
-        """The smaller one."""
         return self.select(a < b, a, b)
 
     def sqrt(self, a: Value) -> Value:

@@ -105,7 +105,6 @@ def gated_rows(width: int) -> int:
 
 
 def segments_of(n: int, k: int) -> int:
-    """See `common.segments_of`."""
     return common.segments_of(n, ceil_div(k, TILE))
 
 

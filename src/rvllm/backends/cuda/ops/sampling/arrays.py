@@ -23,7 +23,6 @@ class LogprobArrays:
 
     @property
     def entry_bytes(self) -> int:
-        """Bytes of the entries."""
         return 16 * self.rows
 
     @property
@@ -33,17 +32,14 @@ class LogprobArrays:
 
     @property
     def ranks(self) -> int:
-        """Address of ranks."""
         return self.token + 4 * self.rows
 
     @property
     def top_ids(self) -> int:
-        """Address of top_ids."""
         return self.ranks + 4 * self.rows
 
     @property
     def top(self) -> int:
-        """Address of top."""
         return self.top_ids + 4 * MAX_TOP * self.rows
 
     @property
