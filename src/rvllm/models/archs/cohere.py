@@ -12,7 +12,6 @@ from rvllm.program.ops.dense import Part, Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a Command-R config."""
     return decoder(config, dtype, qk_norm=config.bool("use_qk_norm", False), default_theta=500_000.0)
 
 

@@ -12,9 +12,5 @@ from rvllm.program.ops.dense import Program
 def build(config: ModelConfig, dtype: DType) -> Program:
     sliding = blocks.sliding_layers(config, config.int("num_hidden_layers", high=4096), pattern=4)
     size = config.int("sliding_window", 4096)
-    return cohere.decoder(
-        config,
-        dtype,
-        window=lambda layer: size if sliding[layer] else None,
-        rotated=lambda layer: sliding[layer],
-    )
+    windows = [size if slides else None for slides in sliding]
+    return cohere.decoder(config, dtype, window=lambda at: windows[at], rotated=lambda at: sliding[at])

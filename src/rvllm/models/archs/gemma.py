@@ -18,10 +18,9 @@ HEAD_DIM = 256  # when the config does not say
 def build(config: ModelConfig, dtype: DType) -> Program:
     refuse_bidirectional(config)
     dims = blocks.Dims.read(config, head_dim=HEAD_DIM)
-    bias = config.bool("attention_bias", False)
     return llama.decoder(
-        config, dtype, dims, qkv_bias=bias, out_bias=bias, activation=read_activation(config), tied=True,
-        norm_add=1.0, scales=llama.Scales(embedding=embedding_scale(dims.hidden, dtype)),
+        config, dtype, dims, activation=read_activation(config), tied=True, norm_add=1.0,
+        scales=llama.Scales(embedding=embedding_scale(dims.hidden, dtype)),
     )  # fmt: skip
 
 

@@ -9,18 +9,10 @@ from rvllm.program.ops.dense import Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    bias = config.bool("attention_bias", False)
     scales = llama.Scales(
         embedding=config.float("embedding_multiplier", 1.0),
         attention=config.float("attention_multiplier", 1.0),
         residual=config.float("residual_multiplier", 1.0),
         logits=1.0 / config.float("logits_scaling", 1.0, low=1e-6),
     )
-    return llama.decoder(
-        config,
-        dtype,
-        qkv_bias=bias,
-        out_bias=bias,
-        mlp_bias=config.bool("mlp_bias", False),
-        scales=scales,
-    )
+    return llama.decoder(config, dtype, mlp_bias=config.bool("mlp_bias", False), scales=scales)

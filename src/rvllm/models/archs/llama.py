@@ -39,8 +39,7 @@ Feed = Callable[[ProgramBuilder, Layer, Buffer], Iterable[tuple[str, Buffer]]]
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    bias = config.bool("attention_bias", False)
-    return decoder(config, dtype, qkv_bias=bias, out_bias=bias, mlp_bias=config.bool("mlp_bias", False))
+    return decoder(config, dtype, mlp_bias=config.bool("mlp_bias", False))
 
 
 def decoder(
@@ -48,8 +47,7 @@ def decoder(
     dtype: DType,
     dims: blocks.Dims | None = None,
     *,
-    qkv_bias: bool = False,
-    out_bias: bool = False,
+    qkv_bias: bool | None = None,
     mlp_bias: bool = False,
     fused: bool = False,
     head_norms: bool = False,
@@ -64,19 +62,21 @@ def decoder(
 ) -> Program:
     """Pre-norm decoder with SwiGLU; its relatives differ in biases, scales, and each layer's window and rope.
 
-    fused: the projections of attention and of the MLP's first half are one tensor each. head_norms: query and
-    key heads are normalised. tied: whether the head is the embedding when the config does not say. feed: what
-    stands in place of the MLP.
+    qkv_bias: whether queries, keys and values have biases, and the output none; None: `attention_bias` says
+    it of all four. fused: the projections of attention and of the MLP's first half are one tensor each.
+    head_norms: query and key heads are normalised. tied: whether the head is the embedding when the config
+    does not say. feed: what stands in place of the MLP.
     """
     known = dims or blocks.Dims.read(config)
+    out_bias = qkv_bias is None and config.bool("attention_bias", False)
     act = activation or blocks.read_activation(config, "hidden_act")
     rope = rope or read_rope(config, known.head_dim)
 
     def attend(b: ProgramBuilder, at: Layer, x: Buffer) -> Buffer:
         source = f"{at.source}.self_attn"
         return blocks.self_attention(
-            b, at.name, x, source, known, rope if rotated(at.number) else None, qkv_bias=qkv_bias,
-            out_bias=out_bias, fused="qkv_proj" if fused else None,
+            b, at.name, x, source, known, rope if rotated(at.number) else None,
+            qkv_bias=bool(qkv_bias) or out_bias, out_bias=out_bias, fused="qkv_proj" if fused else None,
             norms=blocks.HeadNorms.shared(source, known) if head_norms else None,
             window=window(at.number), scale=scales.attention,
         )  # fmt: skip

@@ -13,4 +13,4 @@ WINDOW = 4096  # when the config does not say
 def build(config: ModelConfig, dtype: DType) -> Program:
     # null switches the window off; where nothing is said, it is that of the first release.
     window = config.opt_int("sliding_window", WINDOW)
-    return llama.decoder(config, dtype, window=lambda layer: window)
+    return llama.decoder(config, dtype, qkv_bias=False, window=lambda layer: window)

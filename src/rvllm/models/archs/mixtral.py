@@ -32,4 +32,4 @@ def build(config: ModelConfig, dtype: DType) -> Program:
         name = f"{at.name}.moe"
         yield name, mixture(b, name, x, f"{at.source}.block_sparse_moe", spec)
 
-    return llama.decoder(config, dtype, dims, rope=rope, window=lambda at: window, feed=feed)
+    return llama.decoder(config, dtype, dims, qkv_bias=False, rope=rope, window=lambda at: window, feed=feed)

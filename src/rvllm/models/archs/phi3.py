@@ -14,4 +14,4 @@ def build(config: ModelConfig, dtype: DType) -> Program:
     dims = blocks.Dims.read(config, default_eps=1e-5)
     rope = read_rope(config, rotated_dim(config, dims.head_dim))
     window = config.opt_int("sliding_window")
-    return llama.decoder(config, dtype, dims, fused=True, rope=rope, window=lambda at: window)
+    return llama.decoder(config, dtype, dims, qkv_bias=False, fused=True, rope=rope, window=lambda at: window)

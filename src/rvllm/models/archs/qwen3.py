@@ -12,8 +12,5 @@ from rvllm.program.ops.dense import Program
 
 def build(config: ModelConfig, dtype: DType) -> Program:
     dims = blocks.Dims.read(config, head_dim=128)
-    bias = config.bool("attention_bias", False)
     windows = layer_windows(config)
-    return llama.decoder(
-        config, dtype, dims, qkv_bias=bias, out_bias=bias, head_norms=True, window=lambda at: windows[at]
-    )
+    return llama.decoder(config, dtype, dims, head_norms=True, window=lambda at: windows[at])

@@ -14,9 +14,7 @@ from rvllm.program.ops.dense import Buffer, Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a Qwen3-MoE config."""
     dims = blocks.Dims.read(config)
-    bias = config.bool("attention_bias", False)
     window = config.int("sliding_window", 4096) if config.bool("use_sliding_window", False) else None
     spec = read_mixture(config)
     sparse = sparse_layers(config, dims.layers)
@@ -28,16 +26,7 @@ def build(config: ModelConfig, dtype: DType) -> Program:
         else:
             yield name, blocks.gated_mlp(b, name, x, mlp, dims.intermediate, spec.activation)
 
-    return llama.decoder(
-        config,
-        dtype,
-        dims,
-        qkv_bias=bias,
-        out_bias=bias,
-        head_norms=True,
-        window=lambda at: window,
-        feed=feed,
-    )
+    return llama.decoder(config, dtype, dims, head_norms=True, window=lambda at: window, feed=feed)
 
 
 def read_mixture(config: ModelConfig) -> Mixture:

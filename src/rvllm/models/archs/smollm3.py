@@ -11,24 +11,15 @@ from rvllm.program.ops.dense import Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a SmolLM3 config."""
-    bias = config.bool("attention_bias", False)
     layers = config.int("num_hidden_layers", high=4096)
     rotated = rope_layers(config, layers)
     windows = layer_windows(config, layers, rotated)
     dims = blocks.Dims.read(config)
     return llama.decoder(
-        config,
-        dtype,
-        dims,
-        rope=read_rope(config, dims.head_dim, default_theta=2_000_000.0),
-        qkv_bias=bias,
-        out_bias=bias,
-        mlp_bias=config.bool("mlp_bias", False),
-        window=lambda layer: windows[layer],
+        config, dtype, dims, rope=read_rope(config, dims.head_dim, default_theta=2_000_000.0), tied=True,
+        mlp_bias=config.bool("mlp_bias", False), window=lambda layer: windows[layer],
         rotated=lambda layer: rotated[layer],
-        tied=True,
-    )
+    )  # fmt: skip
 
 
 def rope_layers(config: ModelConfig, layers: int) -> list[bool]:

@@ -10,7 +10,6 @@ from rvllm.program.ops.dense import Part, Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a StableLM config."""
     dims = blocks.Dims.read(config, eps="layer_norm_eps", default_eps=1e-5)
     activation = blocks.read_activation(config, "hidden_act")
     qkv_bias = config.bool("use_qkv_bias", False)
