@@ -80,11 +80,6 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprobs] = []
 
     @property
-    def tokens_left(self) -> int:
-        """Tokens of its prompt and of the output still to come, at most."""
-        return self.max_length - (len(self.tokens) - self.prompt_len)
-
-    @property
     def prompt_logprobs_left(self) -> int:
         """Rows still to be launched whose next token is a prompt token that wants its log-probability."""
         if len(self.prompt_logprobs) >= self.wanted_prompt_logprobs:

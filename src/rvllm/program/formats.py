@@ -45,7 +45,6 @@ class Fp8Format(WeightFormat):
         return "FP8, a scale a row" if self.scales == "row" else "FP8, scales of blocks"
 
     def nbytes(self, rows: int, columns: int) -> int:
-        """See WeightFormat."""
         blocks = -(-rows // FP8_ROWS) * -(-columns // FP8_BLOCK)
         return rows * columns + 4 * (rows if self.scales == "row" else blocks)
 
@@ -68,7 +67,6 @@ class BlocksFormat(WeightFormat):
         return self.stored
 
     def nbytes(self, rows: int, columns: int) -> int:
-        """See WeightFormat."""
         return rows * (columns // self.elements) * self.block_bytes
 
 
@@ -100,7 +98,6 @@ class IntegerFormat(WeightFormat):
         return self.width or columns
 
     def nbytes(self, rows: int, columns: int) -> int:
-        """See WeightFormat."""
         total, width = 0, self.packed_width(columns)
         for count, name in self.parts:
             layout, here = LAYOUTS[name], rows if len(self.parts) == 1 else count

@@ -25,10 +25,6 @@ def shapes(op: Op, shape: StepShape) -> str:
     return " → ".join(text for text in (reads, writes) if text)
 
 
-def weight_shapes(op: Op) -> str:
-    return " ".join("[" + ", ".join(map(str, w.shape)) + "]" for w in op.weights)
-
-
 def numbers_of(
     op: Op, program: Program, checkpoint: Checkpoint | None, packed: Mapping[str, int] | None = None
 ) -> str:
@@ -92,7 +88,8 @@ def op_rows(step: PlannedStep) -> list[Row]:
     for op in step.program.ops:
         cost, floor = step.cost(op), step.floor(op)
         rows.append({
-            "op": op.name, "kind": op.kind, "rows": shapes(op, step.shape), "weights": weight_shapes(op),
+            "op": op.name, "kind": op.kind, "rows": shapes(op, step.shape),
+            "weights": " ".join(str(list(w.shape)) for w in op.weights),
             "numbers": numbers_of(op, step.program, step.stored, step.packed), "dtype": step.dtype(op),
             "bytes": human_bytes(cost.nbytes), "FLOPs": human_flops(cost.flops),
             "floor": human_seconds(floor) if floor is not None else "",

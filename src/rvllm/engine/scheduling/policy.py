@@ -38,7 +38,8 @@ class Policy:
         waited = seq.arrival / self.aging if self.aging else 0.0
         if self.name == "priority":
             return seq.priority + waited, seq.number
-        return seq.tokens_left / AGING_TOKENS + waited, seq.number
+        left = seq.max_length - (len(seq.tokens) - seq.prompt_len)  # of prompt and output, at most
+        return left / AGING_TOKENS + waited, seq.number
 
     @property
     def preempts(self) -> bool:

@@ -65,7 +65,9 @@ def from_metadata(metadata: Mapping[str, Any], origin: str) -> TokenizerParts:
             special = _special_tokens(metadata, tokens, origin)
             _add_special(backend, metadata, tokens)
             if kind != "bert":
-                before = metadata.get(KEY + "add_bos_token", _begins_with_bos(metadata))
+                # Files that do not say: SentencePiece's begin with BOS, and some pre-tokenizers'.
+                begins = kind == "llama" or (kind == "gpt2" and _rule(metadata).add_bos)
+                before = metadata.get(KEY + "add_bos_token", begins)
                 after = metadata.get(KEY + "add_eos_token", False)
                 frame(
                     backend, special.get("bos_token") if before else None,
@@ -76,13 +78,6 @@ def from_metadata(metadata: Mapping[str, Any], origin: str) -> TokenizerParts:
     except Exception as error:  # values of the wrong type, or what the tokenizers package refuses
         raise ModelError(f"{origin}: {KEY}*: {type(error).__name__}: {error}") from None
     return TokenizerParts(backend, origin, special, _chat_templates(metadata), _roles(metadata, tokens))
-
-
-def _begins_with_bos(metadata: Mapping[str, Any]) -> bool:
-    """Whether texts begin with BOS in files that do not say: SentencePiece's do, and some pre-tokenizers'."""
-    if metadata[KEY + "model"] == "llama":
-        return True
-    return metadata[KEY + "model"] == "gpt2" and _rule(metadata).add_bos
 
 
 def _rule(metadata: Mapping[str, Any]) -> PreTokenizer:

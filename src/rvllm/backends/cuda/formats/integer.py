@@ -69,7 +69,6 @@ class IntegerDevice:
     """See `DeviceFormat`."""
 
     def refusal(self, weight: Weight, dtype: DType, info: DeviceInfo) -> str | None:
-        """See DeviceFormat."""
         if info.capability == 90:
             return None
         needed = max(sm80_smem(LAYOUTS[name], 64) for _, name in _format(weight).parts)
@@ -78,16 +77,13 @@ class IntegerDevice:
         return None
 
     def packed_nbytes(self, kept: IntegerFormat, rows: int, columns: int) -> int:
-        """See DeviceFormat."""
         return runs_of(kept, rows, columns)[1] + integer.order_bytes(kept, columns)
 
     def scratch(self, weight: Weight, tokens: int, capability: int) -> dict[str, int]:
-        """See DeviceFormat."""
         kept = _format(weight)
         return {REORDERED: 2 * tokens * kept.packed_width(weight.shape[-1])} if kept.reordered else {}
 
     def loading_kernels(self, packed: PackedWeight, dtype: DType, checkpoint: Checkpoint | None) -> list[str]:
-        """See DeviceFormat."""
         tag, kept = SHORT[dtype.value], _format(packed.weight)
         if checkpoint is None:
             return [f"sm80_{tag}_integer_fill"]
@@ -98,7 +94,6 @@ class IntegerDevice:
         return words or [f"sm80_integer_pack_{kind}" for kind in kinds]
 
     def load(self, loader: Staging, packed: PackedWeight, address: int, checkpoint: Checkpoint) -> int:
-        """See DeviceFormat."""
         kept = _format(packed.weight)
         if kept.stored == QUANTISED_INT4:
             return _quantise(loader, packed, address, checkpoint)
@@ -107,7 +102,6 @@ class IntegerDevice:
         return _load_blocks(loader, packed, address, checkpoint)
 
     def fill(self, catalog: Catalog, stream: Stream, packed: PackedWeight, address: int, seed: int) -> None:
-        """See DeviceFormat."""
         name = next(n for n in ("sm80_bf16_integer_fill", "sm80_f16_integer_fill") if n in catalog)
         matrices = packed.weight.shape[0] if packed.weight.role == "stack" else 1  # without gaps
         for run in runs_of(_format(packed.weight), packed.rows, packed.width)[0]:
@@ -123,7 +117,6 @@ class IntegerDevice:
             Launch(catalog[name], 256, 0, arguments, pdl=False).run(stream, (_GRID, 1, 1))
 
     def product(self, to: Lowering, name: str, op: Linear | Logits, end: Epilogue) -> None:
-        """See DeviceFormat."""
         kept, count = _format(op.weight), to.rows(op.x.rows)(to.counts)
         rows, k = end.rows(op), kept.packed_width(op.weight.shape[-1])
         x, pitch = to.at.buffers[op.x.name], op.x.width

@@ -95,19 +95,13 @@ GGUF_LAYOUTS = {
 
 
 def depth(tokens: int) -> int:
-    """Chunks of a stage; mirrors Layout in gemm/integer/gemm_sm90.cu, like the next three."""
+    """Chunks of a stage; mirrors Layout in gemm/integer/gemm_sm90.cu, like the next two."""
     return 2 if tokens <= 32 else 1
 
 
 def threads(tokens: int) -> int:
     """Threads of a block: two warpgroups and a producer warp, or warpgroup where registers are short."""
     return 384 if tokens >= 96 else 288
-
-
-def stage_bytes(layout: IntegerLayout, tokens: int) -> int:
-    """Shared memory of one stage of loads."""
-    weights = -(-2 * depth(tokens) * layout.chunk_bytes // 1024) * 1024
-    return weights + depth(tokens) * tokens * CHUNK * 2
 
 
 def smem(layout: IntegerLayout, mode: str, tokens: int, parts: int, limit: int = SMEM_LIMIT) -> int:
@@ -118,7 +112,8 @@ def smem(layout: IntegerLayout, mode: str, tokens: int, parts: int, limit: int =
     totals = tokens * 2 * TILE * 4 if parts > 1 else 0
     partial = tokens * PARTIAL_PITCH
     behind = ((parts - 1) * partial if mode == "split" else max(totals, staging_bytes(tokens))) + BARRIERS
-    stage = stage_bytes(layout, tokens)
+    weights = -(-2 * depth(tokens) * layout.chunk_bytes // 1024) * 1024
+    stage = weights + depth(tokens) * tokens * CHUNK * 2
     least = max(2, -(-partial // stage)) if mode == "split" else 2
     stages = max(least, min(_MAX_STAGES, (limit - behind) // stage))
     return stages * stage + behind

@@ -78,11 +78,6 @@ class GemmPlan(ProductPlan):
     stages: int = 0
     partials: int = 0
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of packed weights the kernel streams at least once."""
-        return ceil_div(self.rows, TILE) * self.blocks * TILE_BYTES
-
     def arguments(self, *args: Any, partials: Any = None, **options: Any) -> list[Any]:
         """See ProductPlan; the kernels for sm_90a are told their token tile too, those for sm_80 their ring.
 
@@ -220,28 +215,23 @@ def variant(
         return _sm80_variant(n, k, tokens, dtype, way, sm_count, sm80.card_of(capability), why)
     blocks, segments = ceil_div(k, TILE), segments_of(n, k)
     pairs, token_tiles = ceil_div(n, 2 * TILE), ceil_div(tokens, token_tile)
-    cluster, box_rows = 1, token_tile
+    box_rows = token_tile
     compiled = _kernel_tokens(mode, token_tile)
     name, block = f"sm90_{dtype}_gemm_{mode}_n{compiled}", sm90_threads(mode, compiled)
     smem = sm90_smem(mode, token_tile)
     if mode == "split":
-        cluster, grid = segments, (segments, token_tiles, pairs)
         smem = sm90_smem(mode, token_tile, _split_stages(n, k, token_tile))
-    elif mode == "eight":
-        cluster, grid = segments, (segments, token_tiles, pairs)
-    elif mode == "pair":
-        cluster, grid = 2, (2, token_tiles, pairs)
-    elif mode == "tall":
+    if mode in ("split", "eight", "pair"):
+        cluster = 2 if mode == "pair" else segments
+        grid = (cluster, token_tiles, pairs)
+    elif mode in ("tall", "wide"):
         cluster = 2
-        units = ceil_div(n, 3 * TILE) * ceil_div(tokens, 2 * token_tile)
+        row_tiles, together = (3, 2) if mode == "tall" else (4, 1)
+        units = ceil_div(n, row_tiles * TILE) * ceil_div(tokens, together * token_tile)
         grid = (2 * min(max(1, sm_count // 2), units), 1, 1)
-    elif mode == "wide":
-        cluster, box_rows = 2, walk_box(mode, token_tile)
-        units = ceil_div(n, 4 * TILE) * ceil_div(tokens, token_tile)
-        grid = (2 * min(max(1, sm_count // 2), units), 1, 1)
+        box_rows = token_tile if mode == "tall" else walk_box(mode, token_tile)
     else:
-        cluster = walk_cluster(token_tile)
-        box_rows = walk_box(mode, token_tile)
+        cluster, box_rows = walk_cluster(token_tile), walk_box(mode, token_tile)
         grid = resident_grid(n, tokens, token_tile, cluster, sm_count)
     return GemmPlan(
         kernel=name,
