@@ -101,8 +101,6 @@ def check(bed: Bed, layouts: list[IntegerLayout]) -> None:
 def check_shape(ints, rng, dtype: str, kind: np.dtype, layout: IntegerLayout, n: int, k: int):
     levels, words = random_matrix(rng, layout, n, k, kind)
     weight = integer.multiplied(levels, words, layout, kind).astype(np.float64)
-    if layout.integers:
-        weight *= integer.sum_scales(words)[:, np.arange(k) // layout.group]
     packed = torch.from_numpy(integer.pack_levels(levels, words, layout)).cuda()
     x = torch.randn(300, k, device="cuda").to({"bf16": torch.bfloat16, "f16": torch.float16}[dtype])
     exact = x.double() @ torch.from_numpy(weight).cuda().T

@@ -75,7 +75,6 @@ def flag_of(name: str) -> str:
 
 
 def env_of(name: str, known: Setting) -> str:
-    """The environment variable of a setting."""
     return known.env or f"RVLLM_{name.upper()}"
 
 

@@ -42,8 +42,6 @@ def random_weight(
         layout = LAYOUTS[name]
         levels, words = random_matrix(rng, layout, rows, k, dtype)
         numbers = integer.multiplied(levels, words, layout, dtype)
-        if layout.integers:
-            numbers = numbers * integer.sum_scales(words)[:, np.arange(k) // layout.group]
         if gated:
             levels, words = (interleave_gate_up(*np.split(a, 2)) for a in (levels, words))
         return numbers, integer.pack_levels(levels, words, layout)

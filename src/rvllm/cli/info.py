@@ -88,7 +88,6 @@ def _telling(sections: dict[str, Section]) -> dict[str, Section]:
 
 
 def versions() -> Section:
-    """Version of rvllm and of what it runs on."""
     import numpy
 
     return [

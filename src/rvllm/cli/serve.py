@@ -196,7 +196,6 @@ async def _answer(
     stop: StopSignals,
     start: _Start,
 ) -> int:
-    """Serves loaded models."""
     from rvllm.api.app import build_app
     from rvllm.api.http.listen import url_of
     from rvllm.api.http.server import serve

@@ -115,7 +115,6 @@ class History:
 
 
 def picture(state: State, rates: Rates) -> RenderableType:
-    """The whole screen."""
     from rich.console import Group
     from rich.text import Text
 

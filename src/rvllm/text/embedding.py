@@ -47,7 +47,6 @@ class EmbeddingOutput:
 
     @property
     def hidden_size(self) -> int:
-        """Number of elements."""
         return len(self.embedding)
 
 

@@ -79,7 +79,7 @@ class Cache:
                     values *= 1 + np.float32(shape.growth) * np.arange(n, dtype=np.float32)[:, None, None]
                 values = rounded(values, dtype)
                 if fp8:
-                    values = fp8_cache.rounded(values, lowest(dtype))
+                    values = fp8_cache.loaded(fp8_cache.stored(values, lowest(dtype)))
                 keep.append(values)
                 at = np.arange(n)
                 store[which, own[at // BLOCK], :, at % BLOCK] = values

@@ -65,8 +65,6 @@ def check_products(
     for n, k in SHAPES:
         levels, words = random_matrix(rng, layout, n, k, dtype)
         weight = integer.multiplied(levels, words, layout, dtype).astype(np.float64)
-        if layout.integers:
-            weight *= integer.sum_scales(words)[:, np.arange(k) // layout.group]
         x = rounded(rng.standard_normal((max(sizes), k), np.float32), dtype)
         packed = gpu.array(integer.pack_levels(levels, words, layout))
         first = None

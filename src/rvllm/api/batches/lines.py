@@ -46,7 +46,6 @@ class LineExchange(Exchange):
         self.answer: Any = None
 
     async def json(self, value: Any, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
-        """Keeps the answer."""
         self.answer, self.status = value, 200
 
 

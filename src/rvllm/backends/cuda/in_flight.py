@@ -14,13 +14,8 @@ from rvllm.backends.cuda.layout.memory import MemoryPlan
 from rvllm.backends.cuda.layout.metadata import SampledRows
 from rvllm.backends.cuda.ops.sampling.arrays import LogprobArrays
 
-
-def _nothing() -> StepBatch:
-    empty = np.zeros(0, dtype=np.int32)
-    return StepBatch(-1, empty, empty, empty, empty, np.zeros(0, dtype=np.bool_))
-
-
-NOTHING = _nothing()
+_NONE = np.zeros(0, dtype=np.int32)
+NOTHING = StepBatch(-1, _NONE, _NONE, _NONE, _NONE, np.zeros(0, dtype=np.bool_))
 KERNEL = "sm80_copy_words"
 FETCHED = 32 << 10  # bytes of metadata up to which a kernel fetches them; the copy engine takes longer
 

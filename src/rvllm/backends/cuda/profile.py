@@ -60,7 +60,6 @@ class Profile:
 
     @property
     def total(self) -> Cost:
-        """Cost of the whole step."""
         return sum((row.cost for row in self.rows for _ in range(row.count)), Cost())
 
 

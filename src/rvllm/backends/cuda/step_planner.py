@@ -128,7 +128,6 @@ class StepPlanner:
         return lower(lowering, self.stages[self._cut() :])
 
     def decode_layout(self, seqs: int) -> Layout:
-        """The metadata of a decode graph."""
         return replace(self.memory.layout, tokens=seqs, seqs=seqs, samples=seqs, tiles=0)
 
     def decode_sizes(self) -> list[int]:
@@ -286,6 +285,5 @@ class GraphBook(GraphCache):
         return False
 
     def capture_all(self) -> None:
-        """Captures every graph there can be."""
         while self.capture_next():
             pass

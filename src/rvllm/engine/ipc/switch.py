@@ -153,7 +153,6 @@ class ModelSwitch:
                 engine.kill()
 
     async def close(self) -> None:
-        """Ends all engines."""
         self._turns.cancel()
         await asyncio.gather(self._turns, return_exceptions=True)
         await asyncio.gather(*(engine.close() for engine in self.engines))

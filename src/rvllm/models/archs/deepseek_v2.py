@@ -16,7 +16,6 @@ from rvllm.program.ops.dense import Buffer, Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a DeepSeek-V2 config."""
     config.str("scoring_func", "softmax", choices=("softmax",))
     return decoder(config, dtype, read_mixture(config) if config.has("n_routed_experts") else None)
 

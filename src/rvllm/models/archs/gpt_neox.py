@@ -10,7 +10,6 @@ from rvllm.program.ops.dense import Program
 
 
 def build(config: ModelConfig, dtype: DType) -> Program:
-    """The program of a GPT-NeoX config."""
     dims = blocks.Dims.read(config, eps="layer_norm_eps", default_eps=1e-5)
     activation = blocks.read_activation(config, "hidden_act", "gelu")
     bias = config.bool("attention_bias", True)

@@ -93,7 +93,6 @@ class WorkerPool:
         loop.add_reader(ours.fileno(), self._report, ours)
 
     async def run(self, task: Task[P, T], what: str, size: int, /, *args: P.args, **options: P.kwargs) -> T:
-        """See `TextWork`."""
         data = pickle.dumps((task, args, options), pickle.HIGHEST_PROTOCOL)
         large = size >= LARGE
         async with self._turn(size, large):

@@ -96,7 +96,6 @@ def _nemotron_h(metadata: Metadata) -> dict[str, Any]:
 
 
 def _observed(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """Which products have a bias."""
 
     def some(ending: str) -> bool:
         return any(name.endswith(ending) for name in tensors)

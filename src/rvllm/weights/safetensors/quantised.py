@@ -53,7 +53,7 @@ class Settings:
         shown = repr(value)[:60]
         return ModelError(f"{self.origin}: quantization_config.{field} {shown} is not supported; {wanted}")
 
-    def integer(self, *names: str, default: int | None = None) -> int:
+    def integer(self, *names: str) -> int:
         """The first of these fields that is there."""
         for name in names:
             value = self.values.get(name)
@@ -61,9 +61,7 @@ class Settings:
                 if type(value) is not int:
                     raise self.refuse(name, value, "it must be a whole number")
                 return value
-        if default is None:
-            raise ModelError(f"{self.origin}: quantization_config has no {names[0]}")
-        return default
+        raise ModelError(f"{self.origin}: quantization_config has no {names[0]}")
 
     def flag(self, name: str) -> bool:
         """A switch, off where it is not there."""

@@ -47,8 +47,3 @@ def loaded(rows: NDArray[Any]) -> F32:
     """uint8 [..., dim + 1] -> float32 [..., dim]; a row that had a number that is not finite is NaN."""
     out: F32 = _NUMBERS[rows[..., :-1]] * _POWERS[rows[..., -1:]]
     return out
-
-
-def rounded(rows: F32, low: int = LOW) -> F32:
-    """float32 [..., dim]: the numbers that are read back of these."""
-    return loaded(stored(rows, low))

@@ -51,7 +51,6 @@ class Catalog:
         return self._functions[name]
 
     def close(self) -> None:
-        """Unloads all modules."""
         for module in self._modules:
             module.close()
 

@@ -152,7 +152,6 @@ class Stream:
         self.handle = call("cuStreamCreate", api().CUstream_flags.CU_STREAM_NON_BLOCKING)
 
     def sync(self) -> None:
-        """Waits for all work on the stream."""
         call("cuStreamSynchronize", self.handle)
 
     def copy_to_device(self, target: int, source: int, nbytes: int) -> None:
@@ -212,7 +211,6 @@ class Graph:
     handle: Any
 
     def launch(self, stream: Stream) -> None:
-        """Queues one replay."""
         call("cuGraphLaunch", self.handle, stream.handle)
 
     def close(self) -> None:

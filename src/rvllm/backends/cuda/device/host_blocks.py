@@ -120,7 +120,6 @@ class HostBlocks:
         self._done.record(self._stream)
 
     def sync(self) -> None:
-        """Waits for the copies."""
         self._stream.sync()
 
     def close(self) -> None:

@@ -49,7 +49,6 @@ class HostMemory:
         return np.frombuffer(self._map, np.uint8)[self._first + start :][:nbytes]
 
     def close(self) -> None:
-        """Gives the memory back."""
         call("cuMemHostUnregister", self.address)
         # The mapping goes with its last view, and ours are gone.
         del self._map

@@ -42,7 +42,6 @@ class CutlassTile:
         return -(-(stages * (stage + 16) + staging) // ALIGNMENT) * ALIGNMENT
 
     def kernel(self, dtype: str) -> str:
-        """The kernel's name."""
         return f"sm90_{dtype}_cutlass_r{self.rows}_n{self.tokens}"
 
 

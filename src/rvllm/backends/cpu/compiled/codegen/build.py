@@ -42,7 +42,7 @@ def build_all(folder: Path = PREBUILT) -> list[Path]:
             return [*wanted, manifest]
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor() as pool:
-        for code, path in zip(pool.map(_all_kernels, Processor), wanted, strict=True):
+        for code, path in zip(pool.map(object_code, Processor), wanted, strict=True):
             link(code, path)
     libraries = {path.name: _digest(path) for path in wanted}
     manifest.write_text(json.dumps({"sources": digest, "libraries": libraries}, indent=1) + "\n")
@@ -70,20 +70,10 @@ def kernels(processor: Processor) -> dict[str, Write]:
     return dict(sorted(found.items()))
 
 
-def _all_kernels(processor: Processor) -> bytes:
-    return object_code(kernels(processor), processor)
-
-
-def object_code(written: Mapping[str, Write], processor: Processor) -> bytes:
-    """The kernels as an object file for a processor, position-independent."""
-    machine = _machine(processor)
-    return bytes(machine.emit_object(_optimised(written, machine)))
-
-
-def assembly(written: Mapping[str, Write], processor: Processor) -> str:
-    """The kernels as assembly, to be read."""
-    machine = _machine(processor)
-    return str(machine.emit_assembly(_optimised(written, machine)))
+def object_code(processor: Processor) -> bytes:
+    """Its kernels as an object file, position-independent."""
+    machine = machine_of(processor)
+    return bytes(machine.emit_object(optimised(kernels(processor), machine)))
 
 
 def link(code: bytes, target: Path) -> None:
@@ -98,7 +88,7 @@ def link(code: bytes, target: Path) -> None:
         raise RuntimeError(f"{target.name} cannot be linked: {done.stderr.strip()[-2000:]}")
 
 
-def _machine(processor: Processor) -> Any:
+def machine_of(processor: Processor) -> Any:
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     target = llvm.Target.from_triple(processor.triple)
@@ -107,7 +97,7 @@ def _machine(processor: Processor) -> Any:
     )
 
 
-def _optimised(written: Mapping[str, Write], machine: Any) -> Any:
+def optimised(written: Mapping[str, Write], machine: Any) -> Any:
     module = ir.Module("rvllm")
     module.triple = machine.triple
     for name, write in written.items():

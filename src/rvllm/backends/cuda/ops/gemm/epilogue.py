@@ -58,7 +58,6 @@ def plan_product(
 
 
 def plan_launch(to: Lowering, name: str, plan: ProductPlan, parameters: Sequence[object]) -> None:
-    """Adds the launch of a product with these parameters."""
     to.plan(
         name,
         plan.kernel,

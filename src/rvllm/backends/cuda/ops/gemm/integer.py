@@ -291,9 +291,9 @@ def multiplied(
 ) -> NDArray[np.float32]:
     """What products are of, float32 [N, K]: the reference of the kernels' decoding.
 
-    dtype: bfloat16 or float16. Layouts of integers: level - zero, which `sum_scales` multiplies later;
-    others: level * scale - minimum, in float32 (with one rounding more, of the minimum and the 128 that
-    levels are raised by), rounded to dtype.
+    dtype: bfloat16 or float16. Layouts of integers: (level - zero) * scale, though kernels multiply a group's
+    sum by its scale; others: level * scale - minimum, in float32 (with one rounding more, of the minimum and
+    the 128 that levels are raised by), rounded to dtype.
     """
     run = np.arange(levels.shape[1]) // layout.run
     low = (words & 0xFFFF).astype(np.uint16)[:, run]
@@ -301,7 +301,7 @@ def multiplied(
     if layout.integers:
         magic = {"bfloat16": 0x4300, "float16": 0x6400}[dtype.name]
         zero = high.view(np.float16).astype(np.float32) if layout.bits == 8 else high.astype(np.int32) - magic
-        return (levels - zero).astype(np.float32)
+        return (levels - zero).astype(np.float32) * low.view(np.float16)
     first, second = (half.view(np.float16).astype(np.float64) for half in (low, high))
     if layout.pairs:
         scale = np.where(np.arange(levels.shape[1]) // layout.group % 2, second, first)
@@ -313,11 +313,6 @@ def multiplied(
         less = (-128 * first - second).astype(np.float32)
         exact = (levels + 128.0) * first + less
     return exact.astype(np.float32).astype(dtype).astype(np.float32)
-
-
-def sum_scales(words: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """The scales of a layout of integers, [N, groups]: what a group's sum is multiplied by."""
-    return (words & 0xFFFF).astype(np.uint16).view(np.float16).astype(np.float32)
 
 
 def dummy_word(layout: IntegerLayout) -> int:

@@ -142,7 +142,6 @@ def step_cycles(tile: MmaTile, card: Card) -> float:
 
 
 def cycles(way: Way, work: Work, card: Card) -> float:
-    """Cycles of the whole product."""
     tile, splits = way.tile, work.segments if way.split else 1
     token_tiles, outputs = ceil_div(work.tokens, tile.tokens), tile.rows * tile.tokens
     units, deep = ceil_div(work.rows, tile.rows) * token_tiles * splits, ceil_div(work.blocks, splits)

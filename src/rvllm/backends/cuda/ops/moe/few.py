@@ -46,7 +46,6 @@ def fit(plan: ExpertsPlan) -> bool:
 
 
 def launches(plan: ExpertsPlan) -> list[Planned]:
-    """Both, in order."""
     op = plan.op
     up, down = _parts(plan)
     return [

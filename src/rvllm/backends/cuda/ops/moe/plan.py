@@ -148,7 +148,6 @@ class ExpertsPlan:
         self.tile, self.block = tile, next((b for b in BLOCKS if b.tokens == tile), self.block)
 
     def launches(self) -> list[Planned]:
-        """In order."""
         if self.path == "quantised":
             return self._quantised_launches()
         if self.path == "one":
