@@ -30,7 +30,7 @@ from rvllm.program.rope import Rope
 F32 = NDArray[np.float32]
 SUPPORTED = (
     ops.Embed, ops.Norm, ops.Linear, ops.RopeKV, ops.Attention, ops.GatedActivation, ops.Activate, ops.Add,
-    ops.GatherRows, ops.Logits, ops.Route, ops.Experts,
+    ops.GatherRows, ops.Logits, ops.Route, ops.Experts, ops.LatentRopeKV, ops.LatentAttention, ops.HeadLinear,
 )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def supported(program: Program) -> frozenset[str]:
     """The names of the ops that are compiled: all of a kind there is a kernel for.
 
     A cache that another op reads or writes too keeps the interpreter's form, and its ops stay there. Experts
-    whose rows are no whole tiles stay there too.
+    and heads whose rows are no whole tiles stay there too.
     """
     foreign = {
         value.name
@@ -124,12 +124,13 @@ def supported(program: Program) -> frozenset[str]:
         and not (isinstance(op, ops.RopeKV | ops.Attention) and op.cache.name in foreign)
         and not (isinstance(op, ops.Embed) and len(op.table.parts) > 1)
         and not (isinstance(op, ops.Experts) and (op.down.shape[2] % LANES or op.down.shape[1] % LANES))
+        and not (isinstance(op, ops.HeadLinear) and op.weight.shape[1] % LANES)
     )
 
 
 def matrices_of(op: Op) -> tuple[Weight, ...]:
     """The weights that a compiled op wants packed."""
-    if isinstance(op, ops.Linear | ops.Logits | ops.Route):
+    if isinstance(op, ops.Linear | ops.Logits | ops.Route | ops.HeadLinear):
         return (op.weight,)
     if isinstance(op, ops.Experts):
         return op.up, op.down
@@ -231,11 +232,10 @@ def _rope_kv(op: ops.RopeKV, kernels: Kernels, places: Places) -> list[Call]:
 
 def _attend(op: ops.Attention, kernels: Kernels, places: Places) -> list[Call]:
     keys, values = kernels.caches[op.cache.name]
-    scores = places.scratch("scores", HEADS_ACROSS * (places.max_len + 3 * LANES) * 4)
     source = (places.of(op.qkv), op.qkv.width, op.heads, op.kv_heads, op.head_dim, values.shape[3])
     target = (keys.ctypes.data, values.ctypes.data, places.of(op.out), op.out.width)
     scoring = (float(op.scale), op.window or 0, float(op.soft_cap or 0.0))
-    arguments = (places.step.ctypes.data, *source, *target, *scoring, *scores)
+    arguments = (places.step.ctypes.data, *source, *target, *scoring, *_scores(places))
     return [Call(f"attention{_capped(op)}", arguments)]
 
 
@@ -282,17 +282,17 @@ def _experts(op: ops.Experts, kernels: Kernels, places: Places) -> list[Call]:
     counting = (places.of(op.ids), chosen, experts, places.shared("places", experts * 8))
     return [
         Call("assign", (count, *counting, sources, targets, chunks)),
-        *_expert_products(op.up, up, (sources, in_order), kernels, places),
+        *_stacked_products(op.up, up, (sources, in_order), kernels, places),
         Call(activation, (chunks + CHUNK_ROWS * 8, first, op.up.shape[1], inner, narrow)),
-        *_expert_products(op.down, down, (in_order, targets), kernels, places),
+        *_stacked_products(op.down, down, (in_order, targets), kernels, places),
         Call("combine", (count, first, places.of(op.shares), chosen, places.of(op.out), op.out.width)),
     ]
 
 
-def _expert_products(
+def _stacked_products(
     weight: Weight, data: tuple[int, ...], rows: tuple[int, int], kernels: Kernels, places: Places
 ) -> list[Call]:
-    """A product for every format of the experts. data: the kernel's first arguments; rows: its two maps."""
+    """A product for every format of a stack. data: the kernel's first arguments; rows: its two maps."""
     outer, inner = weight.shape[1:]
     bias = places.keep(np.zeros(outer, dtype=np.float32))
     return [
@@ -323,6 +323,45 @@ def expert_pieces(matrix: Matrix, weight: Weight) -> list[tuple[Format, NDArray[
     return list(tables.values())
 
 
+def _head_linear(op: ops.HeadLinear, kernels: Kernels, places: Places) -> list[Call]:
+    """A product over chunks of one head each; the rest of a head's row is copied."""
+    heads, outer, inner = op.weight.shape
+    rows = places.rows * heads
+    order = places.shared("heads in order", rows * 8)
+    chunks = places.shared("chunks of heads", (CHUNK_FIRST + rows * CHUNK) * 8)
+    x, out = (places.of(op.x), inner + op.tail), (places.of(op.out), outer + op.tail)
+    calls = [
+        Call("by_head", (places.count(op.x), heads, order, chunks)),
+        *_stacked_products(op.weight, (chunks, *x, *out), (order, order), kernels, places),
+    ]
+    if op.tail:
+        calls.append(Call("tails", (chunks + CHUNK_ROWS * 8, *x, *out, op.tail)))
+    return calls
+
+
+def _latent_rope(op: ops.LatentRopeKV, kernels: Kernels, places: Places) -> list[Call]:
+    cosines, sines = kernels.ropes[op.rope]
+    latents, _ = kernels.caches[op.cache.name]
+    arguments = (
+        places.step.ctypes.data, places.of(op.q), op.heads, op.head_dim, places.of(op.kv), op.kv.width,
+        cosines.shape[1], places.keep(cosines), places.keep(sines), latents.ctypes.data,
+    )  # fmt: skip
+    return [Call("latent_rope_interleaved" if op.rope.interleaved else "latent_rope", arguments)]
+
+
+def _latent_attention(op: ops.LatentAttention, kernels: Kernels, places: Places) -> list[Call]:
+    latents, key_dim = kernels.caches[op.cache.name][0].ctypes.data, op.cache.key_dim
+    source = (places.step.ctypes.data, places.of(op.q), op.q.width, op.heads, 1, key_dim, key_dim)
+    target = (latents, latents, places.of(op.out), op.out.width)
+    arguments = (*source, *target, float(op.scale), 0, 0.0, *_scores(places), op.rank)
+    return [Call("latent_attention", arguments)]
+
+
+def _scores(places: Places) -> tuple[int, int]:
+    """Each thread's room for the scores of the heads that it computes side by side."""
+    return places.scratch("scores", HEADS_ACROSS * (places.max_len + 3 * LANES) * 4)
+
+
 _LOWER: dict[type[Op], Callable[[Any, Kernels, Places], list[Call]]] = {
     ops.Embed: _embed,
     ops.Norm: _norm,
@@ -336,4 +375,7 @@ _LOWER: dict[type[Op], Callable[[Any, Kernels, Places], list[Call]]] = {
     ops.Logits: _logits,
     ops.Route: _route,
     ops.Experts: _experts,
+    ops.HeadLinear: _head_linear,
+    ops.LatentRopeKV: _latent_rope,
+    ops.LatentAttention: _latent_attention,
 }

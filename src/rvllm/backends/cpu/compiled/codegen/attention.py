@@ -44,11 +44,11 @@ def attention(k: Kernel, capped: bool) -> None:
     with k.items(k.ptr_arg(16), rows * items) as item:
         row, first = item // items, item % items * own
         for count in range(HEADS_ACROSS, 0, -1):
-            with _pieces(k, own, HEADS_ACROSS, count) as head:
-                _Query(k, step, row, first + head, count).attend(capped)
+            with pieces(k, own, HEADS_ACROSS, count) as head:
+                Query(k, step, row, first + head, count).attend(capped)
 
 
-def _pieces(k: Kernel, length: Value, longest: int, count: int) -> AbstractContextManager[Value]:
+def pieces(k: Kernel, length: Value, longest: int, count: int) -> AbstractContextManager[Value]:
     """Where pieces of `count` begin when `length` is cut into pieces of `longest` and a rest: 7 is 4, 3."""
     whole = length // longest * longest
     if count == longest:
@@ -57,12 +57,13 @@ def _pieces(k: Kernel, length: Value, longest: int, count: int) -> AbstractConte
     return k.loop(whole, whole + rest)
 
 
-class _Query:
+class Query:
     """Writes the attention of one query of `count` heads, from `head` on, that share a key head."""
 
     def __init__(self, k: Kernel, step: Value, row: Value, head: Value, count: int) -> None:
         self.k, self.row, self.count = k, row, count
         self.heads, self.kv_heads, self.dim, self.padded = (k.int_arg(i) for i in (3, 4, 5, 6))
+        self.value_dim = self.dim
         self.mine = [head + n for n in range(count)]
         self.kv_head = head // (self.heads // self.kv_heads)
         positions, tables, sequence = (
@@ -82,7 +83,7 @@ class _Query:
         self._weigh(self._score(capped))
         chunks = self.padded // LANES
         for count in range(CHAINS, 0, -1):
-            with _pieces(self.k, chunks, CHAINS, count) as chunk:
+            with pieces(self.k, chunks, CHAINS, count) as chunk:
                 self._mix(chunk * LANES, count)
 
     def _block(self, base: Value, index: Value, size: Value) -> Value:
@@ -156,7 +157,7 @@ class _Query:
                         sum_.set(k.fma(weight, value, sum_.get()))
         for head, chunks, scores in zip(self.mine, sums, self.scores, strict=True):
             total = k.load(scores, -LANES, VF)
-            out = k.at(k.ptr_arg(9), self.row * k.int_arg(10) + head * self.dim, F32)
+            out = k.at(k.ptr_arg(9), self.row * k.int_arg(10) + head * self.value_dim, F32)
             for n, sum_ in enumerate(chunks):
                 at = start + n * LANES
-                k.masked_store(sum_.get() / total, out, at, self.dim - at)
+                k.masked_store(sum_.get() / total, out, at, self.value_dim - at)

@@ -19,7 +19,7 @@ import llvmlite
 from llvmlite import binding as llvm
 from llvmlite import ir
 
-from rvllm.backends.cpu.compiled.codegen import experts, matmul, rowwise
+from rvllm.backends.cpu.compiled.codegen import experts, matmul, mla, rowwise
 from rvllm.backends.cpu.compiled.codegen.attention import attention
 from rvllm.backends.cpu.compiled.codegen.emit import Write
 from rvllm.backends.cpu.compiled.codegen.schedule import schedule
@@ -66,7 +66,11 @@ def kernels(processor: Processor) -> dict[str, Write]:
     for scores in ("softmax", "sigmoid"):
         found[f"route_{scores}"] = experts.route(scores)
     found["assign"], found["combine"] = experts.assign(), experts.combine()
-    found["rope"], found["rope_interleaved"] = rowwise.rope(False), rowwise.rope(True)
+    for suffix, interleaved in (("", False), ("_interleaved", True)):
+        found[f"rope{suffix}"] = rowwise.rope(interleaved)
+        found[f"latent_rope{suffix}"] = mla.latent_rope(interleaved)
+    found["latent_attention"], found["by_head"] = mla.latent_attention(), mla.by_head()
+    found["tails"] = mla.tails()
     return dict(sorted(found.items()))
 
 

@@ -140,19 +140,7 @@ def rope(k: Kernel, interleaved: bool) -> None:
         line = k.at(qkv, row * width, F32)
 
         with k.loop(0, heads + kv_heads) as head:
-            rotated = k.at(line, head * dim, F32)
-
-            def turn(first: Value, second: Value, index: Value, kind: Any, at: Value = rotated) -> None:
-                a, b = k.load(at, first, kind), k.load(at, second, kind)
-                c, s = k.load(cosines, index, kind), k.load(sines, index, kind)
-                k.store(a * c - b * s, at, first)
-                k.store(b * c + a * s, at, second)
-
-            if interleaved:
-                with k.loop(0, half) as index:
-                    turn(index * 2, index * 2 + 1, index, F32)
-            else:
-                across(k, half, lambda index, kind: turn(index, index + half, index, kind))
+            rotate(k, k.at(line, head * dim, F32), half, cosines, sines, interleaved)
 
         place = k.load(places, row, I64)
         block, token = place // BLOCK, place % BLOCK
@@ -165,6 +153,22 @@ def rope(k: Kernel, interleaved: bool) -> None:
             with k.loop(0, dim) as index:
                 k.store(k.load(key, index, F32), key_to, index * BLOCK)
             across(k, dim, lambda i, kind: k.store(k.load(value, i, kind), value_to, i))
+
+
+def rotate(k: Kernel, head: Value, half: Value, cosines: Value, sines: Value, interleaved: bool) -> None:
+    """Turns `half` pairs of a head's elements by as many angles."""
+
+    def turn(first: Value, second: Value, index: Value, kind: Any) -> None:
+        a, b = k.load(head, first, kind), k.load(head, second, kind)
+        c, s = k.load(cosines, index, kind), k.load(sines, index, kind)
+        k.store(a * c - b * s, head, first)
+        k.store(b * c + a * s, head, second)
+
+    if interleaved:
+        with k.loop(0, half) as index:
+            turn(index * 2, index * 2 + 1, index, F32)
+    else:
+        across(k, half, lambda index, kind: turn(index, index + half, index, kind))
 
 
 @kernel
