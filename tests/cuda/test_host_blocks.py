@@ -7,16 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rvllm.backends.base import MOVE_IN, MOVE_OUT
+from rvllm.backends.base import COPY, MOVE_IN, MOVE_OUT, StepBatch
 from rvllm.backends.cuda.backend import CudaBackend
 from rvllm.backends.cuda.device.driver import Event, Pinned, Stream
 from rvllm.backends.cuda.device.host_blocks import MAX_PITCH, HostBlocks, Run, neighbours, runs_of
+from rvllm.backends.cuda.in_flight import InFlightStep
 from rvllm.engine.blocks import BlockManager
-from rvllm.engine.ipc.messages import Sampling
+from rvllm.engine.ipc.messages import Generate, Sampling
 from rvllm.program.dtypes import DType
 from support.emulator import needs_emulator
 from support.emulator.driver import emulated_driver
-from support.kernels.gpu_engine import CONFIG, core_of, run
+from support.kernels.gpu_engine import CONFIG, core_of, run, tokens_of
 from support.models.arch_cases import MODELS, VOCAB, program_of, tensors_of
 
 
@@ -179,3 +180,42 @@ def test_an_evicted_prefix_comes_back_on_the_device() -> None:
     assert [o.token_ids for o in first] == [o.token_ids for o in again]
     assert again[0].cached_tokens == 64 and stats.host_hits > 0
     assert stats.blocks_moved_out and stats.blocks_moved_in
+
+
+@needs_emulator
+@pytest.mark.parametrize(("prefixes", "host"), [(False, 0), (True, 9)])
+def test_choices_copy_the_block_that_they_go_on_in(prefixes: bool, host: int) -> None:
+    config = {**MODELS["qwen3"].config, "num_hidden_layers": 2}
+    checkpoint = tensors_of("qwen3", config, DType.F16)
+    prompt = np.random.default_rng(3).integers(0, VOCAB, 21).tolist()
+    engine = replace(
+        CONFIG,
+        max_model_len=96,
+        max_num_seqs=3,
+        max_num_batched_tokens=80,
+        num_gpu_blocks=9,
+        num_cpu_blocks=host,
+        enable_prefix_caching=prefixes,
+    )
+    computed, copied = [0], [0]
+
+    def counted(batch: StepBatch) -> InFlightStep:
+        computed[0] += batch.num_tokens
+        copied[0] += int((batch.moves[:, 0] == COPY).sum())
+        return launch(batch)
+
+    with emulated_driver(streams="late"):
+        core = core_of(CudaBackend.load(program_of(config, DType.F16), checkpoint, engine), config, engine)
+        sampling = [Sampling(max_tokens=3, temperature=1.0, seed=seed) for seed in (5, 6, 7)]
+        alone = [tokens_of(run(core, [(prompt, one)])[0]) for one in sampling]
+        core.reset_prefix_cache()
+        launch, core.backend.launch = core.backend.launch, counted
+        found: dict[str, list[int]] = {}
+        for one in sampling:
+            core.add_request(Generate(f"{one.seed}", prompt, one, group="g"))
+        while core.has_work():
+            for output in core.step():
+                found.setdefault(output.request_id, []).extend(output.token_ids)
+        core.close()
+    assert list(found.values()) == alone
+    assert copied == [2] and computed == [21 + 2 + 3 * 2]

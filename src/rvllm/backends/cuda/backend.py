@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rvllm.backends.base import (
+    COPY,
     KV_BLOCK,
     RESTORE,
     SAVE,
@@ -23,7 +24,7 @@ from rvllm.backends.base import (
     StepResult,
 )
 from rvllm.backends.cuda.device.driver import Event, Pinned
-from rvllm.backends.cuda.device.host_blocks import COPY_RATE, HostBlocks, KeptBlocks
+from rvllm.backends.cuda.device.host_blocks import COPY_RATE, HostBlocks, KeptBlocks, copy_block, runs_of
 from rvllm.backends.cuda.device.host_memory import ComingHostMemory
 from rvllm.backends.cuda.device.launches import Counts
 from rvllm.backends.cuda.formats.choose import kept, say_expanded
@@ -89,7 +90,7 @@ class CudaBackend:
         end = gpu.arena.base + gpu.arena.nbytes
         self._before_caches = min((address for address, _ in caches), default=end) - gpu.arena.base
         self._constant = plan.lines[WEIGHTS]  # they lie first, and never change
-        self._caches = caches
+        self._caches, self._cache_runs = caches, runs_of(caches)
         self._host = HostBlocks(caches, num_cpu_blocks) if num_cpu_blocks else None
         self._kept: KeptBlocks | None = None  # in sleep
         self.name = gpu.facts.name
@@ -103,6 +104,7 @@ class CudaBackend:
             pipeline_depth=DEPTH,
             num_cpu_blocks=num_cpu_blocks,
             block_move_seconds=sum(width for _, width in caches) / COPY_RATE,
+            block_copies=not program.states,
             prefix_reuse=not program.states,
             num_snapshots=plan.snapshots,
         )
@@ -197,11 +199,7 @@ class CudaBackend:
         for entry in batch.started:
             self._scorer.start(entry)
             self._left_by_head[entry.slot] = left_by_head(entry.sampling, self._shape.vocab)
-        if self._host is not None:
-            after = self._end_of(batch.moves_after)
-            self._host.move(batch.moves, batch.moves_ahead, after, self._stream)
-        elif len(batch.moves):
-            self._copy_states(batch.moves.tolist())
+        self._make_moves(batch)
         self._starter.start(batch.started)
         self._send_masks(flight)
         captured = self._graphs.seconds
@@ -237,6 +235,19 @@ class CudaBackend:
             return 0
         most = int(left.max(initial=0))
         return 0 if most == DRAW and len(left) > MAX_DRAWN else most
+
+    def _make_moves(self, batch: StepBatch) -> None:
+        """Queues the copies before a step. Those on the device come last: what they write is in use from
+        then on, and has been copied out before where that was wanted."""
+        if self._program.states:
+            self._copy_states(batch.moves.tolist())
+            return
+        copies = batch.moves[:, 0] == COPY
+        if self._host is not None:
+            after = self._end_of(batch.moves_after)
+            self._host.move(batch.moves[~copies], batch.moves_ahead, after, self._stream)
+        for block, to in batch.moves[copies, 1:].tolist():
+            copy_block(self._cache_runs, block, to, self._stream)
 
     def _copy_states(self, moves: list[tuple[int, int, int]]) -> None:
         """Copies rows of recurrent states between slots and snapshots, which lie behind them."""

@@ -47,6 +47,13 @@ def runs_of(caches: Iterable[tuple[int, int]]) -> list[Run]:
     return runs
 
 
+def copy_block(runs: Iterable[Run], block: int, to: int, stream: Stream) -> None:
+    """Queues a copy of one block of the device to another."""
+    for run in runs:
+        source, target = run.base + block * run.width, run.base + to * run.width
+        stream.copy_rows((source, run.pitch), (target, run.pitch), run.width, run.rows)
+
+
 def neighbours(moves: Sequence[tuple[int, int, int]], together: int) -> Iterator[tuple[int, int, int, int]]:
     """Moves in order as (kind, first block, first host block, count), neighbours on both sides as one.
 
@@ -86,7 +93,8 @@ class HostBlocks:
         self._stream, self._done, self._behind = Stream(), Event(), False
 
     def move(self, moves: NDArray[np.int32], ahead: int, after: Event | None, stream: Stream) -> None:
-        """Queues the copies of StepBatch.moves; what is queued on `stream` from here on finds them made.
+        """Queues copies of StepBatch.moves between the tiers; what is queued on `stream` from here on finds
+        them made.
 
         ahead: how many, the last ones, only what is queued from the next call on has to find made. after: the
         end of the last step under way that uses a block that they write; None: there is none.
@@ -107,7 +115,7 @@ class HostBlocks:
 
     def _copy(self, moves: Sequence[tuple[int, int, int]]) -> None:
         for kind, block, other, count in neighbours(moves, self._region):
-            assert kind in (MOVE_OUT, MOVE_IN)  # Limits.block_copies is false
+            assert kind in (MOVE_OUT, MOVE_IN)
             region = other // self._region * self._region
             held = min(self._region, self._count - region)  # blocks of this region
             host = self._memory.address + region * self.block_bytes
