@@ -22,6 +22,7 @@ from rvllm.settings import build
 yaml = pytest.importorskip("yaml", reason="needs PyYAML")
 DEPLOY = Path(__file__).parent.parent / "deploy"
 CHART = DEPLOY / "helm" / "rvllm"
+GRACE = "terminationGracePeriodSeconds"
 IMAGE_ENV = dict(re.findall(r"\b([A-Z_]+)=(\S+)", re.search(r"FROM \$\{BASE\} AS runtime\n(ENV.*?)\nRUN",
                  (DEPLOY / "Dockerfile").read_text(), re.DOTALL)[1]))  # type: ignore[index]  # fmt: skip
 
@@ -88,6 +89,12 @@ def takes(words: list[str], env: dict[str, str]) -> None:
         build(ServerConfig, vars(args), env)
 
 
+def grace_of(pod: Pod) -> float:
+    """Seconds until it is killed. A serving runtime has no place for them: its InferenceService says so."""
+    specs = [pod.spec, *(each["spec"].get("predictor", {}) for each in OBJECTS.get(pod.source, ()) if each)]
+    return float(next((s[GRACE] for s in specs if GRACE in s), 30))
+
+
 def check(pod: Pod) -> None:
     """All that is wrong with a pod of ours fails here."""
     mounts = {volume["name"] for volume in pod.spec.get("volumes", ())}
@@ -119,8 +126,10 @@ def check(pod: Pod) -> None:
             probe = container[name]["httpGet"]
             assert "get" in document()["paths"][probe["path"]]
             assert ports.get(probe["port"], probe["port"]) == listens
-        grace = pod.spec.get("terminationGracePeriodSeconds")
-        assert grace is None or grace > float(env.get("RVLLM_DRAIN_TIMEOUT", ServerConfig.drain_timeout))
+        word, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+        assert word == "sleep" and float(seconds) > 0  # who has not heard yet finds it listening
+        stopping = float(seconds) + float(env.get("RVLLM_DRAIN_TIMEOUT", ServerConfig.drain_timeout))
+        assert grace_of(pod) > stopping
 
 
 @pytest.mark.parametrize("pod", PODS, ids=[f"{pod.source}-{i}" for i, pod in enumerate(PODS)])
@@ -131,6 +140,16 @@ def test_pods_of_files(pod: Pod) -> None:
 def test_pods_of_the_chart() -> None:
     (pod,) = chart_pods()
     check(pod)
+
+
+def test_an_update_needs_no_free_gpu_where_there_is_none() -> None:
+    several = {"replicas": 2, "persistence": {"accessMode": "ReadWriteMany"}}
+    for surge, left in (
+        (True, {"maxUnavailable": 0, "maxSurge": 1}),
+        (False, {"maxUnavailable": 1, "maxSurge": 0}),
+    ):
+        (deployment,) = (o for o in rendered({**several, "surge": surge}) if o["kind"] == "Deployment")
+        assert deployment["spec"]["strategy"]["rollingUpdate"] == left
 
 
 def test_every_file_with_a_pod_was_looked_at() -> None:
