@@ -30,10 +30,11 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     """Tokens a second by N, and of a prompt as "prefill"."""
     from rvllm import LLM, SamplingParams
 
-    dummy = {"load_format": "dummy", "skip_tokenizer_init": True} if args.dummy else {}
+    weights = "dummy" if args.dummy else "auto"
     llm = LLM(
         args.model, device="cpu", cpu_kernels=args.kernels, threads=args.threads, max_model_len=1024,
-        max_num_seqs=max(args.n), enable_prefix_caching=False, kv_cache_memory_gb=0.5, **dummy,
+        max_num_seqs=max(args.n), enable_prefix_caching=False, kv_cache_memory_gb=0.5, load_format=weights,
+        skip_tokenizer_init=True,
     )  # fmt: skip
     now, source = CLOCKS[args.clock], np.random.default_rng(1)
 
