@@ -1,11 +1,13 @@
 """How near a model with weights rounded as a GPU keeps them is to float32, computed on the CPU.
 
-    PYTHONPATH=src:tests:scripts/gpu python scripts/kept_weights_cpu.py MODEL TEXT
+    PYTHONPATH=src:tests:scripts/gpu python scripts/kept_weights_cpu.py MODEL TEXT [--activations 128 256]
 
-Matrices of layers are rounded, everything else stays float32, and so do activations: what is measured is the
-format of the weights alone. bf16: to the 16-bit type; stored: GGUF's blocks as our kernels decode them
-(float16 scales, numbers rounded to bfloat16); fp8: E4M3 with a scale a row; int4: groups of 128, as
-`--quantization int4` makes them. Prints what `scripts/gpu/kept_weights.py` prints.
+Matrices of layers are rounded, everything else stays float32. So do activations, and what is measured is the
+format of the weights alone; unless --activations says of how many columns those share a scale that are
+rounded to E4M3 too (0: all of a token's; several numbers: one after the other). bf16: to the 16-bit type;
+stored: GGUF's blocks as our kernels decode them (float16 scales, numbers rounded to bfloat16); fp8: E4M3 with
+a scale a row; int4: groups of 128, as `--quantization int4` makes them. Prints what
+`scripts/gpu/kept_weights.py` prints.
 """
 
 from __future__ import annotations
@@ -21,8 +23,11 @@ import numpy as np
 from kept_weights import report, rows_of
 
 from rvllm.backends.cpu.backend import CpuBackend
+from rvllm.backends.cpu.reference import interpreter
+from rvllm.backends.cpu.reference.run import Run
 from rvllm.backends.cuda.ops.gemm.integer import multiplied
 from rvllm.kernels.gemm.integer.specs import GGUF_LAYOUTS, LAYOUTS
+from rvllm.program.ops.dense import Linear
 from rvllm.weights.checkpoint import Checkpoint, TensorInfo, TensorType
 from rvllm.weights.gguf.blocks import dequantise
 from support.kernels.integer_checks import unpacked_blocks
@@ -65,6 +70,21 @@ MODES: dict[str, Callable[[np.ndarray], np.ndarray] | None] = {
 }  # fmt: skip
 
 
+def round_activations(columns: int) -> None:
+    """Has the reference round what it multiplies with layers' matrices."""
+
+    def linear(op: Linear, run: Run) -> None:
+        exact = run[op.x]
+        whole = columns or exact.shape[1]
+        run[op.x] = fp8(np.pad(exact, [(0, 0), (0, -exact.shape[1] % whole)]).reshape(-1, whole)).reshape(
+            len(exact), -1
+        )[:, : exact.shape[1]]
+        interpreter.linear(op, run)
+        run[op.x] = exact
+
+    interpreter.KERNELS[Linear] = linear
+
+
 class Rounded:
     """A checkpoint whose matrices of layers are rounded as they are read."""
 
@@ -98,6 +118,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--positions", type=int, default=2000)
     parser.add_argument("--only", nargs="*", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--activations", type=int, nargs="*", default=[])
     args = parser.parse_args()
     text = args.text.read_text()
     exact = rows_of(args.model, text, args.positions, device="cpu")
@@ -109,7 +130,11 @@ def main() -> None:
             return load(program, Rounded(checkpoint, mode), *rest)
 
         CpuBackend.load = staticmethod(rounded)  # type: ignore[method-assign, assignment]
-        report(mode, exact, rows_of(args.model, text, args.positions, device="cpu"))
+        for columns in args.activations or [None]:
+            if columns is not None:
+                round_activations(columns)
+            name = mode if columns is None else f"{mode} {columns}"
+            report(name, exact, rows_of(args.model, text, args.positions, device="cpu"))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from rvllm.kernels.gemm.integer.specs import LAYOUTS
 from rvllm.kernels.manifest import MANIFEST, released
 from rvllm.kernels.rowwise import specs as rowwise
 from rvllm.kernels.spec import KernelSpec
-from support.kernels.machine_code import GRIDDEP_WAIT, opcodes
+from support.kernels.machine_code import GRIDDEP_WAIT, arrivals_before_loads, opcodes
 from support.kernels.planned import H100, planner, program
 
 TARGETS = {"sm_80": 80, "sm_90a": 90}
@@ -161,6 +161,8 @@ def test_compiles_within_its_registers(
         for symbol, mangled in cubin.names.items():
             waits = GRIDDEP_WAIT in made_of[mangled]
             assert waits or WITHOUT_WAIT.fullmatch(symbol), f"{symbol} does not wait for the kernel before"
+        if "gemm/fp8/" in unit.source:
+            assert not arrivals_before_loads(cubin.code), "a stage is given back before it has been read"
     assert max(spills) <= (INTEGER_SPILLS if "gemm/integer" in unit.source else SPILL_LIMIT), cubin.log
     for symbol, mangled in cubin.names.items():
         said = cubin.log.split(f"Compiling entry function '{mangled}'")[1].split("Compiling entry function")[

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from rvllm.kernels.gemm.integer.specs import LAYOUTS
 
-FP8_BLOCK = 128  # columns that share a scale, of FP8 weights in blocks and of FP8 activations
+FP8_BLOCK = 128  # columns that share a scale, of FP8 weights in blocks
 FP8_ROWS = 8  # rows that share one
 
 

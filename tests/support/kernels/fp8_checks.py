@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from rvllm.backends.cuda.formats import fp8_plan as fp8
 from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.backends.cuda.ops.gemm.plan import interleave_gate_up
-from rvllm.kernels.gemm.fp8.specs import QUANTISE_BLOCKS, QUANTISE_THREADS, SM80_TOKENS
+from rvllm.kernels.gemm.fp8.specs import QUANTISE_GROUPS, QUANTISE_THREADS, SM80_TOKENS
 from rvllm.kernels.rowwise.specs import norm_kernel, quantised_norm_kernel
 from support.kernels.harness import SHORT, Machine, expect, rounded
 
@@ -79,30 +80,34 @@ def check_fp8_quantise_rows(gpu: Machine, rng: np.random.Generator) -> None:
 
 
 def check_fp8_quantise(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) -> None:
-    """Activations to E4M3 with a scale a token and 128 columns; columns behind the last are zeros."""
-    for rows, k, x_pitch in ((5, 200, 208), (3, 128, 128), (1, 1032, 1032)):
+    """Activations to E4M3 with a scale a token and 256 columns; columns behind the last are zeros."""
+    for rows, k, x_pitch in ((5, 200, 208), (3, 128, 128), (2, 384, 384), (1, 1032, 1032)):
         x = rounded(rng.standard_normal((rows, x_pitch), np.float32) * 3, dtype)
         pitch, capacity = fp8.activation_pitch(k), 256
-        padded = np.zeros((rows, pitch), np.float32)
+        groups = -(-pitch // 256)
+        padded = np.zeros((rows, groups * 256), np.float32)
         padded[:, :k] = x[:, :k]
-        blocks = padded.reshape(rows, -1, 128)
-        inverse, scale = inverse_and_scale(np.abs(blocks).max(axis=2))
-        q, scales = gpu.empty((rows + 1, pitch), np.uint8), gpu.empty((pitch // 128, capacity), np.float32)
+        grouped = padded.reshape(rows, groups, 256)
+        inverse, scale = inverse_and_scale(np.abs(grouped).max(axis=2))
+        q, scales = gpu.empty((rows + 1, pitch), np.uint8), gpu.empty((groups + 1, capacity), np.float32)
         args = [gpu.array(x.astype(dtype)), q, scales, k, x_pitch, pitch, capacity]
-        gpu.launch(
-            f"sm80_{SHORT[dtype.name]}_fp8_quantise",
-            (-(-pitch // (128 * QUANTISE_BLOCKS)), rows),
-            QUANTISE_THREADS,
-            args,
-        )
-        assert (q.get()[:rows] == codes_of(blocks * inverse[:, :, None]).reshape(rows, pitch)).all()
+        launch_quantise(gpu, dtype, rows, args)
+        codes = codes_of(grouped * inverse[:, :, None]).reshape(rows, -1)[:, :pitch]
+        assert (q.get()[:rows] == codes).all()
         assert (q.get()[rows:] == 255).all()
-        assert (scales.get()[:, :rows] == scale.T).all()
+        assert (scales.get()[:groups, :rows] == scale.T).all()
+        assert np.isnan(scales.get()[groups:]).all()
+
+
+def launch_quantise(gpu: Machine, dtype: np.dtype, rows: int, args: list[Any]) -> None:
+    """The quantiser of activations; the last but one of its arguments is their pitch."""
+    grid = -(-args[-2] // (256 * QUANTISE_GROUPS)), rows
+    gpu.launch(f"sm80_{SHORT[dtype.name]}_fp8_quantise", grid, QUANTISE_THREADS, args)
 
 
 def check_fp8_norm(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) -> None:
     """Norms that write E4M3: the bits of the norm and the quantiser in turn, and the same sums in x."""
-    rows, short = 3, SHORT[dtype.name]
+    rows = 3
     for width in (72, 256, 1000):
         pitch, capacity = fp8.activation_pitch(width), 256
         x, y = (
@@ -117,17 +122,12 @@ def check_fp8_norm(gpu: Machine, rng: np.random.Generator, dtype: np.dtype) -> N
                     residual = gpu.array(x)
                     tail = [residual, gpu.array(y) if add else None, weight, bias, width, 1e-5, 0.5]
                     q = gpu.empty((rows, pitch), np.uint8)
-                    scales = gpu.empty((pitch // 128, capacity), np.float32)
+                    scales = gpu.empty((-(-pitch // 256), capacity), np.float32)
                     if find is norm_kernel:
                         out = gpu.empty((rows, width), dtype)
                         gpu.launch(kernel, rows, threads, [out, *tail])
                         args = [out, q, scales, width, width, pitch, capacity]
-                        gpu.launch(
-                            f"sm80_{short}_fp8_quantise",
-                            (-(-pitch // (128 * QUANTISE_BLOCKS)), rows),
-                            QUANTISE_THREADS,
-                            args,
-                        )
+                        launch_quantise(gpu, dtype, rows, args)
                     else:
                         gpu.launch(kernel, rows, threads, [q, scales, *tail, pitch, capacity])
                     found.append((residual.get().tobytes(), q.get().tobytes(), scales.get().tobytes()))

@@ -37,6 +37,19 @@ __device__ __forceinline__ void release(const Ring& ring, int stage, int lane) {
   }
 }
 
+// The same of a stage of which ordinary loads have read something, scales say, that this block's own producer fills. `seen`: bits
+// of all that they have brought. The arrival's address depends on them, by a zero that the compiler does not know (blocks are
+// one-dimensional): else it may be issued while a load still waits behind other warps' stores, and the copy engine is the first to reach
+// the stage. The other block's loads bring what the tensor cores alone read.
+template <int CLUSTER>
+__device__ __forceinline__ void release_read(const Ring& ring, int stage, int lane, u32 seen) {
+  static_assert(CLUSTER <= 2);
+  const u32 bar = ring.empty(stage) + (seen & threadIdx.y);
+  if (lane == 0) ptx::mbar_arrive(bar);
+  if (CLUSTER == 2 && lane == 1) ptx::mbar_arrive_remote(bar, 1 - static_cast<int>(blockIdx.x) % 2);
+}
+__device__ __forceinline__ u32 bits_of(float2 v) { return __float_as_uint(v.x) | __float_as_uint(v.y); }
+
 // Sums blocks [first, last) of K into acc, of as many tokens as it has columns. COPIED: x came by ordinary copies.
 template <class T, int CLUSTER, bool COPIED = false, int REGS>
 __device__ __forceinline__ void sum_blocks(float (&acc)[REGS], Ring& ring, int group, int lane, int first, int last) {

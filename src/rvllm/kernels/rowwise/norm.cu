@@ -14,8 +14,8 @@ norm(T* out, T* x, const T* __restrict__ y, const float* __restrict__ weight, co
   });
 }
 
-// The same, its result rounded to T and then quantised to E4M3, a scale for each 128 columns: the bytes and scales that
-// gemm/fp8/quantise.cu gives. q [rows, pitch], zeros behind the columns; scales [pitch / 128, capacity].
+// The same, its result rounded to T and then quantised to E4M3, a scale for each 256 columns: the bytes and scales that
+// gemm/fp8/quantise.cu gives. q [rows, pitch], zeros behind the columns; scales [ceil(pitch / 256), capacity].
 template <typename T, bool LAYER, bool ADD, int VECTORS>
 __global__ void __launch_bounds__(1024)
 norm_e4m3(u8* q, float* scales, T* x, const T* __restrict__ y, const float* __restrict__ weight,
@@ -29,17 +29,10 @@ norm_e4m3(u8* q, float* scales, T* x, const T* __restrict__ y, const float* __re
       if (!in) r[j] = 0.f;
       amax = fmaxf(amax, fabsf(r[j]));
     }
-#pragma unroll
-    for (int d = 8; d; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-    const float inverse = fp8::inverse_of(amax);
+    amax = fp8::largest_of_group(amax);
     if (i >= pitch / 8) return;
-    u32 words[2];
-#pragma unroll
-    for (int j = 0; j < 2; j++)
-      words[j] = fp8::to_e4m3x2(__fmul_rn(r[4 * j], inverse), __fmul_rn(r[4 * j + 1], inverse)) |
-                 fp8::to_e4m3x2(__fmul_rn(r[4 * j + 2], inverse), __fmul_rn(r[4 * j + 3], inverse)) << 16;
-    target[i] = make_uint2(words[0], words[1]);
-    if (i % 16 == 0) scales[(size_t)(i / 16) * capacity + blockIdx.x] = fp8::scale_of(amax);
+    target[i] = fp8::codes_of(r, fp8::inverse_of(amax));
+    if (i % 32 == 0) scales[(size_t)(i / 32) * capacity + blockIdx.x] = fp8::scale_of(amax);
   });
 }
 

@@ -1,6 +1,6 @@
 """E4M3 weights on the GPU: loading, memory, and the launches of their products.
 
-sm_90: activations are quantised to E4M3 too, a scale for each token and 128 columns, and the tensor cores
+sm_90: activations are quantised to E4M3 too, a scale for each token and 256 columns, and the tensor cores
 multiply E4M3; any scales of activations that a checkpoint holds are coarser and left aside. Elsewhere: the
 weights are widened to the activations' 16-bit type on their way to the tensor cores.
 """
@@ -26,7 +26,13 @@ from rvllm.backends.cuda.ops.family import Lowering
 from rvllm.backends.cuda.ops.gemm.epilogue import Epilogue, plan_launch
 from rvllm.backends.cuda.staging import Staging
 from rvllm.errors import MissingKernelError
-from rvllm.kernels.gemm.fp8.specs import BLOCK_K, QUANTISE_BLOCKS, QUANTISE_THREADS
+from rvllm.kernels.gemm.fp8.specs import (
+    BLOCK_K,
+    QUANTISE_GROUPS,
+    QUANTISE_THREADS,
+    SCALE_BLOCKS,
+    scale_groups,
+)
 from rvllm.kernels.gemm.tiles import TILE
 from rvllm.program.dtypes import DType
 from rvllm.program.formats import FP8_ROWS, Fp8Format
@@ -58,7 +64,7 @@ class Fp8Device:
             return {}
         pitch = fp8_plan.activation_pitch(weight.shape[-1])
         rows = activation_capacity(tokens)  # more than rows of logits
-        scales = 4 * pitch // BLOCK_K * rows
+        scales = 4 * scale_groups(pitch // BLOCK_K) * rows
         return {ACTIVATIONS: rows * pitch, SCALES: scales, NORMED: rows * pitch, NORMED_SCALES: scales}
 
     def loading_kernels(self, packed: PackedWeight, dtype: DType, checkpoint: Checkpoint | None) -> list[str]:
@@ -140,7 +146,7 @@ class Fp8Device:
         self, to: Lowering, name: str, op: Linear | Logits, k: int, pitch: int, capacity: int
     ) -> None:
         """Activations to E4M3, in a launch of its own."""
-        rows, groups = to.rows(op.x.rows), -(-pitch // (BLOCK_K * QUANTISE_BLOCKS))
+        rows, groups = to.rows(op.x.rows), -(-pitch // (BLOCK_K * SCALE_BLOCKS * QUANTISE_GROUPS))
         to.plan(
             name,
             f"sm80_{to.tag}_fp8_quantise",

@@ -9,8 +9,9 @@ Packed weights. W [N, K] becomes tiles of 64 x 128 bytes: tile (i, j) at byte (i
 columns are zeros. A fused gate/up matrix interleaves its two halves by eights first. Behind the tiles lie
 float32 scales, see `scales_shape`.
 
-Batch invariance. K is cut into `segments_of(N, K)` segments. In each, sums of 128 products are scaled and
-added up in ascending order, and so are then the segments, in every kernel.
+Batch invariance. K is cut into `segments_of(N, K)` segments. In each, sums of 256 products (of 128, where
+weights have scales of their own for them) are scaled and added up in ascending order, and so are then the
+segments, in every kernel.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from rvllm.kernels.gemm.fp8.specs import (
     sm80_smem,
     smem_of,
     threads_of,
+    widest_segment,
 )
 from rvllm.kernels.gemm.tiles import DTYPES, SM80_TOKENS, TILE, TILE_BYTES
 
@@ -68,7 +70,7 @@ TALL_MODES: dict[bool, tuple[Mode, ...]] = {  # by whether a weight has one segm
     False: ("tall_sum", "square_sum", "square_pair"),
 }
 # Cycles that a tile of them takes for 128 of K, fitted to an H200.
-TALL_STEP = {"tall": 700, "square": 530, "tall_sum": 835, "square_sum": 560}
+TALL_STEP = {"tall": 690, "square": 470, "tall_sum": 766, "square_sum": 470}
 RESIDENT_UNITS = 160  # tokens x blocks of K a block quantises; with more, doing it once for all is quicker
 ONE_TILE = 128  # up to so many tokens a split product is the quickest
 INFLOW = 52  # bytes a cycle that a multiprocessor takes in
@@ -167,7 +169,7 @@ def plan_fp8(n: int, k: int, tokens: int, dtype: str, sm_count: int, quantised: 
 
 def _held_blocks(mode: Mode, n: int, k: int) -> int:
     blocks = ceil_div(k, BLOCK_K)
-    return ceil_div(blocks, segments_of(n, k)) if is_split(mode) else blocks
+    return widest_segment(blocks, segments_of(n, k)) if is_split(mode) else blocks
 
 
 def _fits(mode: Mode, n: int, k: int, token_tile: int) -> bool:
@@ -212,7 +214,7 @@ def variant(
     if is_split(mode):
         cluster, grid = segments, (segments, token_tiles, pairs)
         small = n * k <= SMALL_WEIGHT or segments == MAX_SEGMENTS
-        most = min(SMALL_STAGES, ceil_div(blocks, segments)) if small else MAX_STAGES
+        most = min(SMALL_STAGES, widest_segment(blocks, segments)) if small else MAX_STAGES
     elif mode == "square_pair":
         cluster, most, grid = 2, MAX_STAGES, (2, token_tiles, pairs)
     elif mode in TALL_ROWS:
@@ -260,7 +262,7 @@ def fp8_arguments(
 
     x_map: the tensor map of quantised x, in boxes of plan.box_rows x 128 bytes. x: where the plan is
     resident, the address of quantised x, or, where it quantises, of 16-bit x with x_pitch elements from
-    row to row. x_scales: float32 [blocks, x_pitch], or 0.
+    row to row. x_scales: float32 [groups of blocks, x_pitch], or 0.
     weights: the packed matrix, scales behind it. The rest: see `ProductPlan.arguments`.
     """
     beside = weights + scales_offset(plan.rows, k)

@@ -38,4 +38,20 @@ __device__ __forceinline__ float from_e4m3(u32 byte) {
 __device__ __forceinline__ float scale_of(float amax) { return __fmul_rn(fmaxf(amax, 1e-30f), 1.f / LARGEST); }
 __device__ __forceinline__ float inverse_of(float amax) { return __fdiv_rn(LARGEST, fmaxf(amax, 1e-30f)); }
 
+// The largest of a warp's numbers; it holds the 256 columns that share a scale, eight a lane.
+__device__ __forceinline__ float largest_of_group(float amax) {
+#pragma unroll
+  for (int d = 16; d; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
+  return amax;
+}
+// Eight numbers times `inverse`, as codes.
+__device__ __forceinline__ uint2 codes_of(const float (&v)[8], float inverse) {
+  u32 words[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    words[i] = to_e4m3x2(__fmul_rn(v[4 * i], inverse), __fmul_rn(v[4 * i + 1], inverse)) |
+               to_e4m3x2(__fmul_rn(v[4 * i + 2], inverse), __fmul_rn(v[4 * i + 3], inverse)) << 16;
+  return make_uint2(words[0], words[1]);
+}
+
 }  // namespace rvllm::fp8

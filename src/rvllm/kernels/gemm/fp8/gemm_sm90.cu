@@ -1,6 +1,6 @@
 // Products of e4m3 weights and activations for Hopper. Loads, roles and epilogues are those of gemm/gemm_sm90.cu: 128
-// columns of e4m3 take the bytes that 64 of 16 bits do. What differs is the sum: the tensor cores add up 128 along K, then
-// the result is scaled and added to float32 registers, in ascending order.
+// columns of e4m3 take the bytes that 64 of 16 bits do. What differs is the sum: the tensor cores add up as many columns as
+// share a scale, then the result is scaled and added to float32 registers, in ascending order.
 //
 //   SPLIT  a block sums one segment of K; the segments of a tile form a cluster and are added through
 //          distributed shared memory. grid (segments, token tiles, row pairs), cluster (segments, 1, 1).
@@ -10,7 +10,7 @@
 // RESIDENT kernels, for few tokens, hold all activations of a block in shared memory. Where these come in 16 bits they are
 // quantised on the way in, as fp8/quantise.cu does: it costs no launch, and weights are on their way meanwhile.
 //
-// Up to 64 tokens leave registers for a second accumulator: while one sum of 128 is scaled, the next products are under way.
+// Up to 64 tokens leave registers for a second accumulator: while one sum is scaled, the next products are under way.
 #include "gemm/cluster_fetch.cuh"
 #include "gemm/fp8/resident.cuh"
 #include "gemm/mainloop.cuh"
@@ -31,7 +31,7 @@ struct Layout {
   static constexpr int WEIGHT_SCALES = 2 * 8 * 4;                       // of two tiles, one for eight rows
   static constexpr int SCALES = RESIDENT ? 128 : (WEIGHT_SCALES + TOKENS * 4 + 127) / 128 * 128;
   static constexpr int STAGE = WEIGHTS + X + SCALES;
-  static constexpr int RESIDENT_BLOCK = RESIDENT ? TOKENS * (BLOCK_K + 4) : 0;  // x of 128 columns and its scales
+  static constexpr int RESIDENT_BLOCK = RESIDENT ? TOKENS * (BLOCK_K + 4) : 0;  // x of 128 columns and room for scales
   static constexpr int CHUNK = TOKENS % 64 == 0 ? 64 : TOKENS < 32 ? TOKENS : 32;  // tokens staged at a time
   static constexpr int STAGE_PITCH = (TILE + 8) * 2;
   static constexpr int SPLIT_PITCH = 2 * TILE + 4;
@@ -79,7 +79,7 @@ struct Block {
                                    const float* row_scales, const float* x_scales, int x_pitch, u8* shared, int blocks, int segments)
       : e(e), x(x), weights(weights), block_scales(block_scales), row_scales(row_scales), x_scales(x_scales), x_pitch(x_pitch),
         shared(shared), blocks(blocks), segments(segments), tiles((e.rows + TILE - 1) / TILE), walk(e.rows, e.tokens), k0(0), k1(blocks) {
-    const int held_blocks = RESIDENT ? MODE == SPLIT ? (blocks + segments - 1) / segments : blocks : 0;
+    const int held_blocks = RESIDENT ? MODE == SPLIT ? widest_segment(blocks, segments) : blocks : 0;
     const int bytes = ptx::dynamic_smem_bytes();
     const int stages = min(L::MOST, (bytes - L::BARRIERS - L::STAGING - held_blocks * L::RESIDENT_BLOCK) / L::STAGE);
     const u32 base = ptx::smem(shared), x_base = base + stages * L::WEIGHTS;
@@ -89,8 +89,8 @@ struct Block {
     warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     group = warp / 4, row = warp % 4 * 16 + lane / 4, column = lane % 4 * 2;
     if constexpr (MODE == SPLIT) {
-      k0 = segment_start(blocks, segments, blockIdx.x);
-      k1 = segment_start(blocks, segments, blockIdx.x + 1);
+      k0 = segment_begin(blocks, segments, blockIdx.x);
+      k1 = segment_begin(blocks, segments, blockIdx.x + 1);
     }
   }
 
@@ -138,7 +138,7 @@ struct Block {
       } else {
         tensor_load_2d(dst, x, k * (BLOCK_K / 2), v.token0, bar);
       }
-      bulk_load(scales_at(at.stage) + L::WEIGHT_SCALES, x_scales + static_cast<size_t>(k) * x_pitch + v.token0, TOKENS * 4, bar, EVICT_NORMAL);
+      bulk_load(scales_at(at.stage) + L::WEIGHT_SCALES, x_scales + static_cast<size_t>(k / SCALE_BLOCKS) * x_pitch + v.token0, TOKENS * 4, bar, EVICT_NORMAL);
     }
   }
 
@@ -165,8 +165,8 @@ struct Block {
     ptx::bar_sync(1, CONSUMERS);
   }
 
-  // Queues the products of the ring's next block of K, number k; returns its stage.
-  __device__ __forceinline__ int multiply(Sums& acc, int k) {
+  // Queues the products of the ring's next block of K, number k; returns its stage. keep: they are added to those before.
+  __device__ __forceinline__ int multiply(Sums& acc, int k, bool keep) {
     using namespace ptx;
     const int stage = ring.stage;
     mbar_wait(ring.full(stage), ring.phase);
@@ -175,23 +175,26 @@ struct Block {
     wgmma_pin(acc);
     wgmma_fence();
 #pragma unroll
-    for (int j = 0; j < BLOCK_K / 32; j++) wgmma_e4m3<TOKENS>(acc, wgmma_operand(a + 32 * j), wgmma_operand(b + 32 * j), j > 0);
+    for (int j = 0; j < BLOCK_K / 32; j++) wgmma_e4m3<TOKENS>(acc, wgmma_operand(a + 32 * j), wgmma_operand(b + 32 * j), keep || j > 0);
     wgmma_commit();
     wgmma_pin(acc);
     ring.advance();
     return stage;
   }
 
-  // Adds the products of block k, which are done and lie in `stage`, to the sums; the stage is free then.
+  // Adds the products of the blocks that share a scale, the last of them block k in `stage`, to the sums; the stage is free then.
   __device__ __forceinline__ void promote(Sums& sum, Sums& acc, int k, int stage) const {
     const u32 scales = scales_at(stage);
-    const u32 xs = (RESIDENT ? resident_scales + (k - k0) * TOKENS * 4 : scales + L::WEIGHT_SCALES) + column * 4;
+    const u32 xs = (RESIDENT ? resident_scales + (k - k0) / SCALE_BLOCKS * TOKENS * 4 : scales + L::WEIGHT_SCALES) + column * 4;
     ptx::wgmma_pin(acc);
+    u32 seen = 0;  // of the stage
     if (block_scales) {
       const float2 by_block = smem_float2(scales + (group * 8 + warp % 4 * 2) * 4);
+      seen = bits_of(by_block);
 #pragma unroll
       for (int j = 0; j < TOKENS / 8; j++) {
         const float2 s = smem_float2(xs + 32 * j);
+        if (!RESIDENT) seen |= bits_of(s);
 #pragma unroll
         for (int i = 0; i < 4; i++)
           sum[4 * j + i] = fmaf(acc[4 * j + i], __fmul_rn(i % 2 ? s.y : s.x, i / 2 ? by_block.y : by_block.x), sum[4 * j + i]);
@@ -200,11 +203,12 @@ struct Block {
 #pragma unroll
       for (int j = 0; j < TOKENS / 8; j++) {
         const float2 s = smem_float2(xs + 32 * j);
+        if (!RESIDENT) seen |= bits_of(s);
 #pragma unroll
         for (int i = 0; i < 4; i++) sum[4 * j + i] = fmaf(acc[4 * j + i], i % 2 ? s.y : s.x, sum[4 * j + i]);
       }
     }
-    release<CLUSTER>(ring, stage, lane);
+    release_read<CLUSTER>(ring, stage, lane, seen);
   }
 
   // Sums blocks [first, last) of 64-row tile `tile`.
@@ -224,39 +228,58 @@ struct Block {
     for (int i = 0; i < REGS; i++) sum[i] = __fmul_rn(sum[i], by_row[i / 2 % 2]);
   }
 
+  // Queues the products of block k behind those of the block before, in stage `at`, and lets go of that.
+  __device__ __forceinline__ void second(Sums& acc, int k, int& at) {
+    const int before = at;
+    at = multiply(acc, k, true);
+    ptx::wgmma_wait<1>();
+    release<CLUSTER>(ring, before, lane);
+  }
+
+  // Queues the products of block k and adds up those before, of which the last are in stage `at`.
+  __device__ __forceinline__ void turn(Sums& sum, Sums& next, Sums& done, int k, int& at) {
+    const int before = at;
+    at = multiply(next, k, false);
+    ptx::wgmma_wait<1>();
+    promote(sum, done, k - 1, before);
+  }
+
+  // Blocks come in pairs with one scale, or singly where weights have scales of their own for each.
   __device__ __forceinline__ void one_by_one(Sums& sum, int first, int last) {
+    const bool pairs = !block_scales;
+    const int width = pairs ? SCALE_BLOCKS : 1;
     Sums acc;
 #pragma unroll 1
-    for (int k = first; k < last; k++) {
-      const int stage = multiply(acc, k);
+    for (int k = first; k < last; k += width) {
+      int at = multiply(acc, k, false);
+      if (pairs && k + 1 < last) second(acc, k + 1, at);
       ptx::wgmma_wait<0>();
-      promote(sum, acc, k, stage);
+      promote(sum, acc, k, at);
     }
   }
 
-  // While one block's products are scaled, the next block's are under way.
+  // While the products of one pair are scaled, those of the next are under way.
   __device__ __forceinline__ void two_under_way(Sums& sum, int first, int last) {
-    using namespace ptx;
+    const bool pairs = !block_scales;
+    const int width = pairs ? SCALE_BLOCKS : 1;
     Sums even, odd;
-    int k = first, at_even = multiply(even, k), at_odd;
+    int k = first, at = multiply(even, k, false);
 #pragma unroll 1
-    for (; k + 2 < last; k += 2) {
-      at_odd = multiply(odd, k + 1);
-      wgmma_wait<1>();
-      promote(sum, even, k, at_even);
-      at_even = multiply(even, k + 2);
-      wgmma_wait<1>();
-      promote(sum, odd, k + 1, at_odd);
+    for (; k + 2 * width < last; k += 2 * width) {
+      if (pairs) second(even, k + 1, at);
+      turn(sum, odd, even, k + width, at);
+      if (pairs) second(odd, k + width + 1, at);
+      turn(sum, even, odd, k + 2 * width, at);
     }
-    if (k + 1 < last) {
-      at_odd = multiply(odd, k + 1);
-      wgmma_wait<1>();
-      promote(sum, even, k, at_even);
-      wgmma_wait<0>();
-      promote(sum, odd, k + 1, at_odd);
+    if (pairs && k + 1 < last) second(even, k + 1, at);
+    if (k + width < last) {
+      turn(sum, odd, even, k + width, at);
+      if (pairs && k + width + 1 < last) second(odd, k + width + 1, at);
+      ptx::wgmma_wait<0>();
+      promote(sum, odd, last - 1, at);
     } else {
-      wgmma_wait<0>();
-      promote(sum, even, k, at_even);
+      ptx::wgmma_wait<0>();
+      promote(sum, even, last - 1, at);
     }
   }
 
@@ -291,11 +314,11 @@ struct Block {
   // SUM: segment by segment, in ascending order.
   __device__ __forceinline__ void sum_segments(Sums& sum, int tile) {
     Sums total;
-    segment(sum, tile, 0, segment_start(blocks, segments, 1));
+    segment(sum, tile, 0, segment_begin(blocks, segments, 1));
 #pragma unroll
     for (int i = 0; i < REGS; i++) total[i] = sum[i];
     for (int s = 1; s < segments; s++) {
-      segment(sum, tile, segment_start(blocks, segments, s), segment_start(blocks, segments, s + 1));
+      segment(sum, tile, segment_begin(blocks, segments, s), segment_begin(blocks, segments, s + 1));
 #pragma unroll
       for (int i = 0; i < REGS; i++) total[i] += sum[i];
     }
@@ -333,7 +356,7 @@ struct Block {
 };
 
 // x: tensor map of e4m3 [>= tokens, pitch] in boxes of 128 bytes x (TOKENS / CLUSTER), 128-byte swizzle; not read where x
-// is RESIDENT. Its scales: x_scales [blocks, x_pitch]. RESIDENT: x_rows is that e4m3, or, where x_scales is null, 16-bit
+// is RESIDENT. Its scales: x_scales [groups, x_pitch]. RESIDENT: x_rows is that e4m3, or, where x_scales is null, 16-bit
 // [>= tokens, x_width], x_pitch elements apart.
 // weights, block_scales (or null), row_scales (or null): see fp8.cuh. blocks: ceil(K / 128). The rest: see Epilogue.
 template <class T, int TOKENS, Mode MODE, int CLUSTER, bool RESIDENT>

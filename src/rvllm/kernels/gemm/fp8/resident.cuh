@@ -9,20 +9,20 @@ using namespace gemm;
 inline constexpr int CONSUMERS = 256;
 
 // 16-bit x [tokens, width] from token0 and block k0 on, quantised into tiles of TOKENS rows of 128 bytes (128-byte swizzle)
-// at `tiles`, scales [blocks][TOKENS] at `scales`. Rows that do not exist were zeroed before.
+// at `tiles`, scales [groups][TOKENS] at `scales`. k0 begins a group. Rows that do not exist were zeroed before.
 template <class T, int TOKENS>
 __device__ __forceinline__ void quantise_resident(const T* x, int width, int pitch, int count, int k0, int blocks,
                                                   u32 tiles, u32 scales, int warp, int lane) {
   constexpr int BATCH = 4;
-  const int units = blocks * count, l = lane % 16;  // half a warp takes one token's 128 columns, eight a lane
-  for (int first = warp * 2; first < units; first += BATCH * (CONSUMERS / 16)) {
+  const int units = scale_groups(blocks) * count;  // a warp takes one token's 256 columns, eight a lane
+  for (int first = warp; first < units; first += BATCH * (CONSUMERS / 32)) {
     uint4 in[BATCH];
-    int block[BATCH], token[BATCH];
+    int group[BATCH], token[BATCH];
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      const int u = min(first + b * (CONSUMERS / 16) + lane / 16, units - 1);
-      block[b] = u / count, token[b] = u % count;
-      const int column = (k0 + block[b]) * BLOCK_K + l * 8;
+      const int u = min(first + b * (CONSUMERS / 32), units - 1);
+      group[b] = u / count, token[b] = u % count;
+      const int column = k0 * BLOCK_K + group[b] * SCALE_K + lane * 8;
       in[b] = column < width ? ptx::load_l2(x + static_cast<size_t>(token[b]) * pitch + column) : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
@@ -34,23 +34,18 @@ __device__ __forceinline__ void quantise_resident(const T* x, int width, int pit
         v[i] = to_float(pack->v[i]);
         amax = fmaxf(amax, fabsf(v[i]));
       }
-#pragma unroll
-      for (int d = 8; d; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-      const float inverse = inverse_of(amax);
-      u32 words[2];
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        words[i] = to_e4m3x2(__fmul_rn(v[4 * i], inverse), __fmul_rn(v[4 * i + 1], inverse)) |
-                   to_e4m3x2(__fmul_rn(v[4 * i + 2], inverse), __fmul_rn(v[4 * i + 3], inverse)) << 16;
-      const u32 at = tiles + (block[b] * TOKENS + token[b]) * BLOCK_K + ((l / 2) ^ (token[b] % 8)) * 16 + l % 2 * 8;
-      asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(words[0]), "r"(words[1]) : "memory");
-      if (l == 0)
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(scales + (block[b] * TOKENS + token[b]) * 4), "f"(scale_of(amax)) : "memory");
+      amax = largest_of_group(amax);
+      const int block = group[b] * SCALE_BLOCKS + lane / 16, piece = lane % 16;
+      const u32 at = tiles + (block * TOKENS + token[b]) * BLOCK_K + ((piece / 2) ^ (token[b] % 8)) * 16 + piece % 2 * 8;
+      const uint2 codes = codes_of(v, inverse_of(amax));
+      if (block < blocks) asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(codes.x), "r"(codes.y) : "memory");
+      if (lane == 0)
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(scales + (group[b] * TOKENS + token[b]) * 4), "f"(scale_of(amax)) : "memory");
     }
   }
 }
 
-// The same of x that is quantised already: q [tokens, pitch] and scales [pitch / 128, capacity] from token0 on.
+// The same of x that is quantised already: q [tokens, pitch] and scales [groups, capacity] from token0 on.
 template <int TOKENS>
 __device__ __forceinline__ void copy_resident(const u8* q, const float* x_scales, int pitch, int capacity, int count, int k0,
                                               int blocks, u32 tiles, u32 scales, int thread) {
@@ -72,10 +67,10 @@ __device__ __forceinline__ void copy_resident(const u8* q, const float* x_scales
                      "r"(in[b].x), "r"(in[b].y), "r"(in[b].z), "r"(in[b].w) : "memory");
     }
   }
-  for (int i = thread; i < blocks * TOKENS; i += CONSUMERS)
+  for (int i = thread; i < scale_groups(blocks) * TOKENS; i += CONSUMERS)
     if (i % TOKENS < count)
       asm volatile("st.shared.f32 [%0], %1;" ::"r"(scales + i * 4),
-                   "f"(__ldcg(x_scales + static_cast<size_t>(k0 + i / TOKENS) * capacity + i % TOKENS)) : "memory");
+                   "f"(__ldcg(x_scales + static_cast<size_t>(k0 / SCALE_BLOCKS + i / TOKENS) * capacity + i % TOKENS)) : "memory");
 }
 
 // Rows from `count` on, and their scales, become zero.

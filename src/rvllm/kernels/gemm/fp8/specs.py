@@ -19,7 +19,8 @@ from rvllm.kernels.gemm.tiles import (
 )
 from rvllm.kernels.spec import Folder, KernelSpec
 
-BLOCK_K = 128  # columns of a packed tile and of a scale of the activations
+BLOCK_K = 128  # columns of a packed tile
+SCALE_BLOCKS = 2  # of which activations share a scale
 # Token tiles. What is resident keeps activations in shared memory as a whole, and can quantise them.
 MODES = {
     "split": (16, 32, 64, 128),
@@ -33,13 +34,12 @@ MODES = {
     "square_sum": (128,),
     "square_pair": (128,),
 }
-# Rows of a tile where tokens are the tensor cores' rows; of these, what gemm_sm90_overlapped.cu has.
+# Rows of a tile where tokens are the tensor cores' rows.
 TALL_ROWS = {"tall": 192, "tall_sum": 192, "square": 128, "square_sum": 128, "square_pair": 128}
-OVERLAPPED = {"tall": "ONE", "square_pair": "PAIR"}
 MAX_PAIR_SEGMENTS = 4
 MAX_STAGES = 12
 QUANTISE_THREADS = 128
-QUANTISE_BLOCKS = QUANTISE_THREADS // 16 * 4  # of 128 columns that a block of them takes
+QUANTISE_GROUPS = QUANTISE_THREADS // 32 * 4  # of columns with one scale that a block of them takes
 
 
 def cluster_of(mode: str, tokens: int) -> int:
@@ -86,11 +86,21 @@ def smem_of(mode: str, tokens: int, held_blocks: int, most: int = MAX_STAGES) ->
     return stages * stage + fixed
 
 
+def scale_groups(blocks: int) -> int:
+    """Scales that a token's activations of so many blocks of K have."""
+    return -(-blocks // SCALE_BLOCKS)
+
+
+def widest_segment(blocks: int, segments: int) -> int:
+    """Blocks of K of the longest segment: segments are of whole groups with one scale."""
+    return min(blocks, -(-scale_groups(blocks) // segments) * SCALE_BLOCKS)
+
+
 def tall_smem(mode: str) -> int:
     """Dynamic shared memory in bytes; mirrors TallLayout in gemm/fp8/tall_mainloop.cuh."""
     rows, tokens, warps, barriers = TALL_ROWS[mode], 128, 8, 128
-    stage = rows * BLOCK_K + tokens * BLOCK_K + rows // 2 + tokens * 4
-    room = warps * rows * (64 if mode.endswith(("_sum", "_pair")) else 32)
+    stage = (rows + tokens) * (BLOCK_K + 4)
+    room = warps * rows * (64 if mode in ("tall_sum", "square_pair") else 32)
     return (SMEM_LIMIT - barriers - room) // stage * stage + room + barriers
 
 
@@ -111,11 +121,10 @@ def _sm90(dtype: str, mode: str, tokens: int) -> KernelSpec:
 
 
 def _tall(dtype: str, mode: str) -> KernelSpec:
-    source, last = "tall", str(mode.endswith("_sum")).lower()
-    if mode in OVERLAPPED:
-        source, last = "overlapped", f"rvllm::fp8::{OVERLAPPED[mode]}"
-    name, symbol = f"sm90_{dtype}_fp8_gemm_{mode}_n128", f"<rvllm::{dtype}, {TALL_ROWS[mode]}, {last}>"
-    return _kernel(name, f"gemm_sm90_{source}", f"gemm_{source}{symbol}", SMEM_LIMIT, unit=f"{dtype}_{mode}")
+    kind = mode.partition("_")[2].upper() or "ONE"
+    symbol = f"gemm_tall<rvllm::{dtype}, {TALL_ROWS[mode]}, rvllm::fp8::{kind}>"
+    name = f"sm90_{dtype}_fp8_gemm_{mode}_n128"
+    return _kernel(name, "gemm_sm90_tall", symbol, SMEM_LIMIT, unit=f"{dtype}_{mode}")
 
 
 def _specs(dtype: str) -> Iterator[KernelSpec]:

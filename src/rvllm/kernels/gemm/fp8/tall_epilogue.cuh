@@ -35,28 +35,31 @@ __device__ __forceinline__ u32 staged_piece(int token, int piece) { return piece
 // becomes 0 in every kernel.
 template <class T, int ROWS>
 __device__ __forceinline__ void stage_tokens(const Epilogue& e, const float (&sum)[ROWS / 2], u32 staging, int warp, int lane, int row0) {
+  float bias[ROWS / 8][2] = {};
+  if (e.bias) {  // all of it at once: one by one each would wait for memory
+#pragma unroll
+    for (int j = 0; j < ROWS / 8; j++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) bias[j][i] = bias_of<T>(e, row0 + 8 * j + lane % 4 * 2 + i);
+  }
 #pragma unroll
   for (int j = 0; j < ROWS / 8; j += 2) {
-    float b[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) b[i] = bias_of<T>(e, row0 + 8 * j + i / 2 * 8 + lane % 4 * 2 + i % 2);
-    const auto pair = [&](int i, const float* bias) { return rounded_pair<T>(sum[i] + bias[0], sum[i + 1] + bias[1]); };
-    ptx::stmatrix_x4(staging + staged_piece(warp % 4 * 16 + lane % 16, j + lane / 16), pair(4 * j, b), pair(4 * j + 2, b),
-                     pair(4 * j + 4, b + 2), pair(4 * j + 6, b + 2));
+    const auto pair = [&](int j, int i) { return rounded_pair<T>(sum[4 * j + i] + bias[j][0], sum[4 * j + i + 1] + bias[j][1]); };
+    ptx::stmatrix_x4(staging + staged_piece(warp % 4 * 16 + lane % 16, j + lane / 16), pair(j, 0), pair(j, 2), pair(j + 1, 0), pair(j + 1, 2));
   }
 }
 
-// What THREADS threads do with staged sums: rows row0 .. of tokens token0 .. token0 + count - 1.
-template <class T, int ROWS, int THREADS>
-__device__ __forceinline__ void store_tokens(const Epilogue& e, const u8* staging, int thread, int row0, int token0, int count) {
+// What so many threads do with staged sums: rows row0 .. of tokens token0 .. token0 + count - 1.
+template <class T, int ROWS>
+__device__ __forceinline__ void store_tokens(const Epilogue& e, const u8* staging, int thread, int threads, int row0, int token0, int count) {
   using Out = Pack<T, 8>;
-  constexpr int PIECES = ROWS / 8, EACH = 4;
+  constexpr int PIECES = ROWS / 8, EACH = 3;
   const bool aligned = (e.pitch & 7) == 0;
   const auto piece = [&](int token, int c) { return *reinterpret_cast<const Out*>(staging + staged_piece(token, c)); };
   if (gated(e.kind)) {
     const auto all = [&](auto act) {
 #pragma unroll 1
-      for (int i = thread; i < count * (PIECES / 2); i += THREADS) {
+      for (int i = thread; i < count * (PIECES / 2); i += threads) {
         const int token = i / (PIECES / 2), c = i % (PIECES / 2), n = row0 / 2 + c * 8;
         const Out gates = piece(token, 2 * c), ups = piece(token, 2 * c + 1);
         Out value;
@@ -78,17 +81,17 @@ __device__ __forceinline__ void store_tokens(const Epilogue& e, const u8* stagin
   if (e.kind == STORE && aligned && row0 + ROWS <= e.rows) {
     const int items = count * PIECES;
 #pragma unroll 1
-    for (int first = thread; first < items; first += EACH * THREADS) {
+    for (int first = thread; first < items; first += EACH * threads) {
       Out held[EACH];
       if (e.residual) {
 #pragma unroll
         for (int p = 0; p < EACH; p++)
-          if (first + p * THREADS < items)
-            held[p] = *reinterpret_cast<const Out*>(static_cast<const T*>(e.residual) + to(first + p * THREADS));
+          if (first + p * threads < items)
+            held[p] = *reinterpret_cast<const Out*>(static_cast<const T*>(e.residual) + to(first + p * threads));
       }
 #pragma unroll
       for (int p = 0; p < EACH; p++) {
-        const int i = first + p * THREADS;
+        const int i = first + p * threads;
         if (i >= items) break;
         Out value = piece(i / PIECES, i % PIECES);
         if (e.residual) {
@@ -101,7 +104,7 @@ __device__ __forceinline__ void store_tokens(const Epilogue& e, const u8* stagin
     return;
   }
 #pragma unroll 1
-  for (int i = thread; i < count * PIECES; i += THREADS) {
+  for (int i = thread; i < count * PIECES; i += threads) {
     const int left = e.rows - (row0 + i % PIECES * 8);
     if (left <= 0) continue;
     Out value = piece(i / PIECES, i % PIECES);
@@ -111,20 +114,32 @@ __device__ __forceinline__ void store_tokens(const Epilogue& e, const u8* stagin
   }
 }
 
-// 96 threads: carry finished tiles from shared memory to global memory while the next one is summed.
+// Who carries finished tiles from shared memory to global memory: STORERS threads, both warpgroups' parts of each tile but the
+// last while the next one is summed; and in the end each warpgroup its own part of the last one.
 template <class T, int ROWS, class L, class Scheduler>
-__device__ __forceinline__ void store_tiles(const Epilogue& e, Scheduler scheduler, const u8* room, int thread) {
+__device__ __forceinline__ void store_tiles(const Epilogue& e, Scheduler scheduler, WorkTile t, const u8* room, int storer, int group) {
   using namespace ptx;
-  for (int g = 0; g < 2; g++) bar_arrive(ROOM + g, 128 + STORERS);
-  WorkTile t;
-  while (scheduler.next(t))
-    for (int g = 0; g < 2; g++) {
+  const bool summed = storer < 0;
+  WorkTile next = t;
+  bool more = summed || scheduler.next(next);
+  int g = summed ? group : 0;
+  while (more) {
+    if (!summed) {
+      if (g == 0) {
+        t = next;
+        for (int i = 0; i < 2; i++) bar_arrive(ROOM + i, 128 + STORERS);
+        more = scheduler.next(next);
+        if (!more) break;
+      }
       bar_sync(READY + g, 128 + STORERS);
-      store_tokens<T, ROWS, STORERS>(e, room + g * 4 * L::ROOM, thread, t.row_tile * TILE, t.token0 + g * 64,
-                                     min(64, e.tokens - t.token0 - g * 64));
-      __syncwarp();
-      bar_arrive(ROOM + g, 128 + STORERS);
     }
+    const int token0 = t.token0 + g * 64;
+    store_tokens<T, ROWS>(e, room + g * 4 * L::ROOM, summed ? threadIdx.x % 128 : storer, summed ? 128 : STORERS, t.row_tile * TILE,
+                          token0, min(64, e.tokens - token0));
+    if (summed) break;
+    __syncwarp();
+    g ^= 1;
+  }
 }
 
 }  // namespace rvllm::fp8

@@ -1,5 +1,4 @@
-// What kernels share whose tokens are the 64-row side of wgmma: their shared memory, how the ring is filled, and how a consumer
-// warpgroup sums its 64 tokens over a segment of K.
+// What the kernels of gemm_sm90_tall.cu share: the layout of their shared memory, the loads and the sums.
 #pragma once
 
 #include "gemm/fill_ring.cuh"
@@ -11,29 +10,27 @@ namespace rvllm::fp8 {
 
 using namespace gemm;
 
-// Of a warpgroup: one as wide as the rows; or two, while one of which is scaled and added, the tensor cores sum the other:
-// halves of the rows, or blocks of K in turns.
-enum Accumulators { WHOLE, HALVES, TURNS };
+// As gemm_sm90_tall.cu has them.
+enum Mode { ONE, SUM, PAIR };
 
-// SUMS: whether sums of the segments before are kept. SHARERS_: blocks that a load of weights is for.
-// PREFETCHES_: whether a segment begins by asking for the rows' scales.
-template <int ROWS_, bool SUMS, int SHARERS_, Accumulators HOW_, bool PREFETCHES_>
+template <int ROWS_, Mode MODE>
 struct TallLayout {
-  static constexpr Accumulators HOW = HOW_;
-  static constexpr bool PREFETCHES = PREFETCHES_;
-  static constexpr int ROWS = ROWS_, SHARERS = SHARERS_, WIDTH = HOW == HALVES ? ROWS / 2 : ROWS;  // of an accumulator
-  static constexpr int TOKENS = 128, CONSUMERS = 256, THREADS = CONSUMERS + 128, ROW_TILES = ROWS / TILE;
+  static constexpr int ROWS = ROWS_, TOKENS = 128, CONSUMERS = 256, THREADS = CONSUMERS + 128, ROW_TILES = ROWS / TILE;
   static constexpr int WEIGHTS = ROW_TILES * TILE_BYTES, X = TOKENS * BLOCK_K;
-  static constexpr int WEIGHT_SCALES = ROW_TILES * 32, SCALES = WEIGHT_SCALES + TOKENS * 4, STAGE = WEIGHTS + X + SCALES;
-  static constexpr int STAGED = 16 * ROWS * 2;                // a warp's outputs on their way out
-  static constexpr int TOTALS = SUMS ? ROWS / 2 * 32 * 4 : 0;  // a warp's sums of the segments before
+  static constexpr int WEIGHT_SCALES = ROWS * 4;  // of rows, where a segment ends; of blocks, a ninth of that
+  static constexpr int SCALES = WEIGHT_SCALES + TOKENS * 4, STAGE = WEIGHTS + X + SCALES;
+  static constexpr int STAGED = 16 * ROWS * 2;               // a warp's outputs on their way out
+  static constexpr bool HELD = MODE == SUM && ROWS <= 128;     // the sums of the segments before are in registers
+  static constexpr int TOTALS = MODE == ONE || HELD ? 0 : ROWS / 2 * 32 * 4;  // or a warp's are here
   static constexpr int ROOM = TOTALS > STAGED ? TOTALS : STAGED;
   static constexpr int BARRIERS = 128, LIMIT = 232448;
   static constexpr int STAGES = (LIMIT - BARRIERS - CONSUMERS / 32 * ROOM) / STAGE;
   // Where they begin.
   static constexpr int X_AT = STAGES * WEIGHTS, ROOM_AT = X_AT + STAGES * X, SCALES_AT = ROOM_AT + CONSUMERS / 32 * ROOM;
   static constexpr int BARRIERS_AT = SCALES_AT + STAGES * SCALES;
+  static constexpr int SHARERS = MODE == PAIR ? 1 : 2;  // blocks that a load of weights is for
   static_assert(STAGES >= 3 && STAGES * 16 <= BARRIERS && SCALES % 16 == 0);
+  static_assert(MODE != PAIR || CONSUMERS / 32 * TOTALS <= ROOM_AT);
 };
 
 // The ring in shared memory from `base` on.
@@ -42,19 +39,36 @@ __device__ __forceinline__ Ring tall_ring(u32 base) {
   return {L::STAGES, base, base + L::X_AT, L::WEIGHTS, L::X, base + L::BARRIERS_AT};
 }
 
-// One thread: fills the ring with blocks [first, last) of K. Weights first, which depend on no kernel before this one.
+// Whether a block of K is the last of its segment; asked of segment `first` and those behind it, block by block.
+struct SegmentEnds {
+  int blocks, segments, first, segment = 0, end = 0;
+  __device__ bool is_last(int k) {
+    if (k == segment_begin(blocks, segments, first)) segment = first, end = k;
+    while (end <= k) end = segment_begin(blocks, segments, ++segment);  // some may be empty
+    return k + 1 == end;
+  }
+};
+
+// What a product is made of, for those who load it. One of the two scales of weights is null.
+struct Operands {
+  const TensorMap& x;
+  const u8* weights;
+  const float *block_scales, *row_scales, *x_scales;
+  int x_pitch, rows, blocks, segments;
+};
+
+// One thread: fills the ring with segments [first, last) of K. Weights first, which depend on no kernel before this one.
 template <class L, class Scheduler>
-__device__ __forceinline__ void produce(const TensorMap& x, const u8* __restrict__ weights, const float* __restrict__ block_scales,
-                                        const float* x_scales, int x_pitch, Scheduler scheduler, Ring ring, u32 scales, int rows,
-                                        int blocks, int first, int last) {
+__device__ __forceinline__ void produce(const Operands& of, Scheduler scheduler, Ring ring, u32 scales, int first, int last) {
   using namespace ptx;
   constexpr u16 BOTH = 3;
-  const int rank = blockIdx.x % 2, tiles = (rows + TILE - 1) / TILE;
+  const int rank = blockIdx.x % 2, tiles = (of.rows + TILE - 1) / TILE;
   const u64 hint = scheduler.pairs > 1 ? EVICT_NORMAL : EVICT_FIRST;
+  SegmentEnds ends{of.blocks, of.segments, first};
   const auto load_weights = [&](const WorkTile& t, int k, const Ring& at) {
-    const auto source = [&](int i) { return weights + (static_cast<u64>(min(t.row_tile + i, tiles - 1)) * blocks + k) * TILE_BYTES; };
-    const u32 bar = at.full(at.stage), dst = at.weights_at();
-    const int scaled = block_scales ? min(L::ROW_TILES, tiles - t.row_tile) * 32 : 0;
+    const auto source = [&](int i) { return of.weights + (static_cast<u64>(min(t.row_tile + i, tiles - 1)) * of.blocks + k) * TILE_BYTES; };
+    const u32 bar = at.full(at.stage), dst = at.weights_at(), to = scales + at.stage * L::SCALES;
+    const int there = min(L::ROW_TILES, tiles - t.row_tile), scaled = of.block_scales ? there * 32 : ends.is_last(k) ? there * TILE * 4 : 0;
     mbar_arrive_expect(bar, L::WEIGHTS + L::X + L::TOKENS * 4 + scaled);
     if constexpr (L::SHARERS == 1) {
 #pragma unroll
@@ -66,56 +80,39 @@ __device__ __forceinline__ void produce(const TensorMap& x, const u8* __restrict
         bulk_load_multicast(dst + 2 * TILE_BYTES + half, source(2) + half, TILE_BYTES / 2, bar, BOTH, hint);
       }
     }
-    if (scaled)
-      bulk_load(scales + at.stage * L::SCALES, block_scales + (static_cast<u64>(k) * tiles + t.row_tile) * 8, scaled, bar, EVICT_NORMAL);
+    if (scaled) {
+      const float* const from = of.block_scales ? of.block_scales + (static_cast<u64>(k) * tiles + t.row_tile) * 8 : of.row_scales + t.row_tile * TILE;
+      bulk_load(to, from, scaled, bar, EVICT_NORMAL);
+    }
   };
   const auto load_x = [&](const WorkTile& t, int k, const Ring& at) {
     const u32 bar = at.full(at.stage);
-    tensor_load_2d(at.x_at(), &x, k * (BLOCK_K / 2), t.token0, bar);  // the map's elements are pairs of bytes
-    bulk_load(scales + at.stage * L::SCALES + L::WEIGHT_SCALES, x_scales + static_cast<size_t>(k) * x_pitch + t.token0,
+    tensor_load_2d(at.x_at(), &of.x, k * (BLOCK_K / 2), t.token0, bar);  // the map's elements are pairs of bytes
+    bulk_load(scales + at.stage * L::SCALES + L::WEIGHT_SCALES, of.x_scales + static_cast<size_t>(k / SCALE_BLOCKS) * of.x_pitch + t.token0,
               L::TOKENS * 4, bar, EVICT_NORMAL);
   };
-  WorkTile t;
-  bool more = scheduler.next(t);
-  int ahead = more ? min(ring.stages, last - first) : 0;
-  for (Ring r = ring; r.stage < ahead; r.stage++) load_weights(t, first + r.stage, r);
-  griddep_wait();
-  for (int k = first; k < first + ahead; k++) {
-    load_x(t, k, ring);
-    ring.advance();
-  }
-  while (more) {
-    for (int k = first + ahead; k < last; k++) {
-      mbar_wait(ring.empty(ring.stage), ring.phase ^ 1);
-      load_weights(t, k, ring);
-      load_x(t, k, ring);
-      ring.advance();
-    }
-    ahead = 0;
-    more = scheduler.next(t);
-  }
+  fill_ring<WorkTile>(scheduler, ring, segment_begin(of.blocks, of.segments, first), segment_begin(of.blocks, of.segments, last),
+                      load_weights, load_x);
 }
 
 // A warpgroup's sums of one work tile after another.
 template <class L>
 struct TallConsumer {
-  static constexpr int ROWS = L::ROWS, REGS = L::WIDTH / 2;
-  const float *block_scales, *row_scales;
-  int tiles, group, warp, lane;
+  static constexpr int ROWS = L::ROWS, REGS = ROWS / 2;
+  bool by_block;  // weights have scales for 128 columns of eight rows, not of rows
+  int group, warp, lane;
   u32 scales;
   Ring ring;
   float sum[ROWS / 2];
 
-  __device__ __forceinline__ void release_stage(int stage) { release<L::SHARERS>(ring, stage, lane); }
-
-  // Queues the products of one stage with the WIDTH rows from `first` on.
-  __device__ __forceinline__ void multiply(float (&acc)[REGS], int stage, int first) {
-    const u32 a = ring.x + stage * ring.x_pitch + group * (64 * BLOCK_K), b = ring.weights + stage * ring.weights_pitch + first * BLOCK_K;
+  // Queues the products of one stage. keep: they are added to those before.
+  __device__ __forceinline__ void multiply(float (&acc)[REGS], int stage, bool keep) {
+    const u32 a = ring.x + stage * ring.x_pitch + group * (64 * BLOCK_K), b = ring.weights + stage * ring.weights_pitch;
     ptx::wgmma_pin(acc);
     ptx::wgmma_fence();
 #pragma unroll
     for (int j = 0; j < BLOCK_K / 32; j++)
-      ptx::wgmma_e4m3<L::WIDTH>(acc, ptx::wgmma_operand(a + 32 * j), ptx::wgmma_operand(b + 32 * j), j > 0);
+      ptx::wgmma_e4m3<ROWS>(acc, ptx::wgmma_operand(a + 32 * j), ptx::wgmma_operand(b + 32 * j), keep || j > 0);
     ptx::wgmma_commit();
     ptx::wgmma_pin(acc);
   }
@@ -132,113 +129,79 @@ struct TallConsumer {
     asm volatile("ld.shared.f32 %0, [%2];\n\tld.shared.f32 %1, [%2 + 32];" : "=f"(v.x), "=f"(v.y) : "r"(at));
     return v;
   }
-  // Adds what `acc` has come to, for the rows from FIRST on of a stage.
-  template <int FIRST>
-  __device__ __forceinline__ void promote(float (&acc)[REGS], int stage, float2 x) {
+  // Waits for what `acc` comes to, adds it to the sums and lets go of `stage`, the last one that it is of. ends: so does the
+  // segment; the sums are then scaled by row.
+  template <bool BY_BLOCK>
+  __device__ __forceinline__ void promote(float (&acc)[REGS], int stage, bool ends) {
+    const float2 x = scales_of_tokens(stage);
+    const u32 of_weights = scales + stage * L::SCALES;
+    u32 seen = bits_of(x);
+    ptx::wgmma_wait<0>();
     ptx::wgmma_pin(acc);
-    if (block_scales) {
+    if constexpr (BY_BLOCK) {
 #pragma unroll
-      for (int q = 0; q < L::WIDTH / 32; q++) {  // four groups of eight rows
+      for (int q = 0; q < ROWS / 32; q++) {  // four groups of eight rows
         float w[4];
         asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(w[0]), "=f"(w[1]), "=f"(w[2]), "=f"(w[3])
-                     : "r"(scales + stage * L::SCALES + (FIRST / 32 + q) * 16));
+                     : "r"(of_weights + q * 16));
+        seen |= __float_as_uint(w[0]);
 #pragma unroll
         for (int i = 0; i < 16; i++) {
-          float& s = sum[FIRST / 2 + 16 * q + i];
+          float& s = sum[16 * q + i];
           s = fmaf(acc[16 * q + i], __fmul_rn(i / 2 % 2 ? x.y : x.x, w[i / 4]), s);
         }
       }
-    } else {
+      release_read<L::SHARERS>(ring, stage, lane, seen);
+      return;
+    }
+    if (!ends) release_read<L::SHARERS>(ring, stage, lane, seen);
 #pragma unroll
-      for (int i = 0; i < REGS; i++) sum[FIRST / 2 + i] = fmaf(acc[i], i / 2 % 2 ? x.y : x.x, sum[FIRST / 2 + i]);
+    for (int i = 0; i < REGS; i++) sum[i] = fmaf(acc[i], i / 2 % 2 ? x.y : x.x, sum[i]);
+    if (!ends) return;
+#pragma unroll
+    for (int j = 0; j < ROWS / 8; j++) {
+      float2 by_row;
+      asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(by_row.x), "=f"(by_row.y) : "r"(of_weights + (j * 8 + lane % 4 * 2) * 4));
+      seen |= bits_of(by_row);
+#pragma unroll
+      for (int i = 0; i < 4; i++) sum[4 * j + i] = __fmul_rn(sum[4 * j + i], i % 2 ? by_row.y : by_row.x);
+    }
+    release_read<L::SHARERS>(ring, stage, lane, seen);
+  }
+  // Adds up `count` blocks of K, a segment: groups of two blocks, or each block where its weights have scales of their own.
+  template <bool BY_BLOCK>
+  __device__ __forceinline__ void add_blocks(int count) {
+    constexpr int GROUP = BY_BLOCK ? 1 : SCALE_BLOCKS;
+    static_assert(GROUP <= 2);
+    float acc[REGS];
+#pragma unroll 1
+    for (; count >= GROUP; count -= GROUP) {
+      int stage = take();
+      multiply(acc, stage, false);
+      if constexpr (GROUP == 2) {
+        const int before = stage;
+        stage = take();
+        multiply(acc, stage, true);
+        ptx::wgmma_wait<1>();
+        release<L::SHARERS>(ring, before, lane);
+      }
+      promote<BY_BLOCK>(acc, stage, count == GROUP);
+    }
+    if (GROUP == 2 && count) {
+      const int stage = take();
+      multiply(acc, stage, false);
+      promote<BY_BLOCK>(acc, stage, true);
     }
   }
 
-  // Sums `count` blocks of K, of the rows from 64-row tile `tile` on.
-  __device__ __forceinline__ void segment(int count, int tile) {
-    using namespace ptx;
-    if (L::PREFETCHES && row_scales && lane < ROWS / 32)
-      asm volatile("prefetch.global.L1 [%0];" ::"l"(row_scales + min(tile + lane / 2, tiles - 1) * TILE + lane % 2 * 32));
+  // Sums `count` blocks of K, a segment.
+  __device__ __forceinline__ void segment(int count) {
 #pragma unroll
     for (int i = 0; i < ROWS / 2; i++) sum[i] = 0.f;
-    if constexpr (L::HOW == WHOLE) {
-      float acc[REGS];
-#pragma unroll 1
-      for (int k = 0; k < count; k++) {
-        const int stage = take();
-        multiply(acc, stage, 0);
-        const float2 x = scales_of_tokens(stage);
-        wgmma_wait<0>();
-        promote<0>(acc, stage, x);
-        release_stage(stage);
-      }
-    } else if constexpr (L::HOW == HALVES) {
-      float first[REGS], second[REGS];
-      int stage = take(), k = 0;
-      multiply(first, stage, 0);
-#pragma unroll 1
-      for (; k + 1 < count; k++) {
-        multiply(second, stage, L::WIDTH);
-        wgmma_wait<1>();
-        promote<0>(first, stage, scales_of_tokens(stage));
-        const int before = stage;
-        stage = take();
-        multiply(first, stage, 0);
-        wgmma_wait<1>();
-        promote<L::WIDTH % ROWS>(second, before, scales_of_tokens(before));
-        release_stage(before);
-      }
-      if (k < count) {
-        multiply(second, stage, L::WIDTH);
-        wgmma_wait<1>();
-        promote<0>(first, stage, scales_of_tokens(stage));
-        wgmma_wait<0>();
-        promote<L::WIDTH % ROWS>(second, stage, scales_of_tokens(stage));
-      } else {  // never; without it ptxas waits for every product
-        wgmma_wait<0>();
-        promote<0>(first, stage, scales_of_tokens(stage));
-      }
-      release_stage(stage);
-    } else {
-      float first[REGS], second[REGS];
-      const auto finish = [&](float(&acc)[REGS], int stage) {
-        promote<0>(acc, stage, scales_of_tokens(stage));
-        release_stage(stage);
-      };
-      int at_first = take(), at_second, k = 0;
-      multiply(first, at_first, 0);
-#pragma unroll 1
-      for (; k + 2 < count; k += 2) {
-        at_second = take();
-        multiply(second, at_second, 0);
-        wgmma_wait<1>();
-        finish(first, at_first);
-        at_first = take();
-        multiply(first, at_first, 0);
-        wgmma_wait<1>();
-        finish(second, at_second);
-      }
-      if (k + 1 < count) {
-        at_second = take();
-        multiply(second, at_second, 0);
-        wgmma_wait<1>();
-        finish(first, at_first);
-        wgmma_wait<0>();
-        finish(second, at_second);
-      } else {
-        wgmma_wait<0>();
-        finish(first, at_first);
-      }
-    }
-    if (row_scales) {
-#pragma unroll
-      for (int j = 0; j < ROWS / 8; j++) {
-        const float* const at = row_scales + min(tile + j / 8, tiles - 1) * TILE + j % 8 * 8 + lane % 4 * 2;
-        const float2 by_row = __ldg(reinterpret_cast<const float2*>(at));
-#pragma unroll
-        for (int i = 0; i < 4; i++) sum[4 * j + i] = __fmul_rn(sum[4 * j + i], i % 2 ? by_row.y : by_row.x);
-      }
-    }
+    if (by_block)
+      add_blocks<true>(count);
+    else
+      add_blocks<false>(count);
   }
 };
 
