@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rvllm.config import EngineConfig, ServerConfig, SourceConfig
 from rvllm.settings import markdown_table
-from rvllm.telemetry.metrics import Metrics
+from rvllm.telemetry.metrics import Metrics, metrics_page
 from rvllm.telemetry.stats import Stats
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -21,7 +21,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 def metric_table() -> str:
     """Every metric that a server shows from its start, with its type and meaning."""
-    page = Metrics("MODEL", {}).page(Stats()).decode()
+    page = metrics_page([(Metrics("MODEL", {}), Stats())]).decode()
     helps = dict(re.findall(r"^# HELP (\S+) (.*)$", page, re.MULTILINE))
     kinds = dict(re.findall(r"^# TYPE (\S+) (.*)$", page, re.MULTILINE))
     rows = [f"| `{name}` | {kinds[name]} | {helps[name]} |" for name in sorted(kinds)]
