@@ -79,7 +79,6 @@ class MemoryPlan(DeviceMemory):
     sequences.
     """
 
-    budget: Budget
     shape: Shape
     max_model_len: int
     longest: int
@@ -107,8 +106,7 @@ def plan_memory(
     the model's positions.
     """
     weights = weight_allocations(wanted)
-    wanted_len = asked_length(program, config)
-    longest = wanted_len or program.max_position
+    longest = asked_length(program, config) or program.max_position
     seqs, snapshots = state_rows(program, config, (budget.ours - _taken(weights)) // 2)
     shape = _shape(program, config, seqs, longest)
     layout = _layout(shape, tiles)
@@ -145,7 +143,6 @@ def plan_memory(
     return MemoryPlan(
         allocations=[*allocations, *_caches(program, blocks)],
         workspace=workspace,
-        budget=budget,
         shape=replace(shape, kv_blocks=blocks),
         snapshots=snapshots,
         max_model_len=min(longest, blocks * KV_BLOCK),
