@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
@@ -75,6 +76,16 @@ def test_a_slow_server_is_told_and_stopped(
     for name in re.findall(r"\]\((\S+\.svg)\)", text):
         assert ET.parse(tmp_path / "r" / name).getroot().tag.endswith("svg")
     assert "http-tokens_per_s.svg" in text
+
+
+@pytest.mark.parametrize(("load", "told"), [(900.0, True), (0.0, False)])
+def test_a_report_tells_of_other_work(
+    load: float, told: bool, urls: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    race = ["race", "--subject", f"new={urls['fast']}", "--against", f"old={urls['fast']}", "--ways", "http"]
+    main([*race, *WORK, "--turns", "1", "--out", str(tmp_path / "r")])
+    assert ("other work had the cores" in (tmp_path / "r" / "report.md").read_text()) is told
 
 
 def test_short_answers_and_failures_are_no_victory(

@@ -136,7 +136,7 @@ def markdown(about: Mapping[str, Any], entries: Sequence[Entry], plots: Sequence
     if any(e.goodput for e in entries):
         out += ["", "## Goodput", "", *_goodput(about, entries)]
     out += ["", f"## Where {ours.name} is behind", "", *_losses(entries)]
-    out += ["", "## What to know", "", *_notes(entries)]
+    out += ["", "## What to know", "", *_notes(machine, entries)]
     if plots:
         out += ["", *[f"![{name}]({name})" for name in plots]]
     return "\n".join(out) + "\n"
@@ -211,8 +211,13 @@ def _losses(entries: Sequence[Entry]) -> list[str]:
     ]
 
 
-def _notes(entries: Sequence[Entry]) -> list[str]:
+def _notes(machine: Mapping[str, Any], entries: Sequence[Entry]) -> list[str]:
     lines = []
+    if machine["load"] > machine["cores"] / 2:
+        lines.append(
+            f"- other work had the cores (load {machine['load']} on {machine['cores']} beforehand), "
+            "which one engine may bear worse than another"
+        )
     for e in entries:
         lines += [f"- not measured: {reason}" for reason in e.absent.values()]
         if e.failed:
