@@ -52,7 +52,7 @@ CHOSEN = {
               "sm80_f16_experts_r64_n64", "sm80_f16_state_scan_s256", "sm80_f16_gated_norm",
               "sm80_f16_fp8_gemm_n16", "sm80_f16_experts_q4_n16", "sm80_f16_attn_decode_fp8_d64",
               "sm80_f16_integer_int4_n16", "sm80_bf16_integer_pack_int4", "sm80_bf16_text_attn_d64"},
-    "sm_90a": {"sm80_bf16_attn_decode_d128", "sm80_sample_scan",
+    "sm_90a": {"sm80_bf16_attn_decode_d128", "sm80_sample_scan", "sm90_bf16_one_token_split",
                "sm80_sample_pick", "sm80_slot_start", "sm80_logprobs", "sm80_checksum",
                "sm80_bf16_fill_random", "sm80_bf16_embed", "sm80_bf16_embed_q4_k",
                "sm80_bf16_gather_rows", "sm80_bf16_add",

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rvllm.backends.cuda.device.launches import Counts
 from rvllm.backends.cuda.formats.choose import kept
 from rvllm.backends.cuda.ops.decode import chains
 from rvllm.backends.cuda.ops.decode.chains import Steps
+from rvllm.backends.cuda.ops.decode.one import PLACES
 from rvllm.backends.cuda.ops.decode.races import faults
 from rvllm.backends.cuda.ops.decode.step import Mixture, NormFront, Step, Type
 from rvllm.backends.cuda.ops.gemm.common import Kind
@@ -29,8 +31,8 @@ from support.emulator import EMULATED, Emulator, needs_emulator
 from support.emulator.driver import ATTRIBUTES, emulated_driver
 from support.kernels import gemv_checks
 from support.kernels.gpu_engine import CONFIG, backend, core_of, model, needs_gpu, run
-from support.kernels.harness import BF16, F16
-from support.kernels.planned import GB120, H200
+from support.kernels.harness import BF16, F16, Gpu
+from support.kernels.planned import GB120, H200, declared, kinds
 from support.models.real_configs import CONFIGS, on_one_card
 
 
@@ -58,6 +60,31 @@ class TestKernel:
 
     def test_products_behind_one_another(self, emulator: Emulator) -> None:
         gemv_checks.check_chain(emulator, np.random.default_rng(3), BF16, 1, 192, 328)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    ("n", "k", "kind", "norm"),
+    [
+        (2048, 2048, Kind.STORE, ""),  # eight segments
+        (3072, 2048, Kind.STORE, "rms"),  # five, which are not equally long
+        (6144, 2048, Kind.STORE, "layer"),
+        (2560, 10240, Kind.STORE, ""),
+        (4608, 3584, Kind.STORE, "rms"),
+        (1000, 328, Kind.STORE, "layer"),
+        (11264, 2048, Kind.GATED_SILU, "layer"),  # one segment
+        (37888, 3584, Kind.GATED_SILU, "rms"),
+        (20480, 2560, Kind.GATED_GELU_TANH, ""),
+    ],
+)
+def test_one_token_has_launches_of_its_own(n: int, k: int, kind: Kind, norm: str) -> None:
+    machine = Gpu()
+    if machine.facts.capability != 90:
+        pytest.skip("of Hopper alone")
+    for dtype in (BF16, F16):
+        gemv_checks.check_one_token(machine, np.random.default_rng(n + k), dtype, n, k, kind, norm)
+    machine.clear()
 
 
 def planned(config: dict[str, Any], **flags: Any) -> StepPlanner:
@@ -121,7 +148,7 @@ class TestPlans:
         ("name", "launches"),
         [
             ("Qwen2.5-7B", {"batched": 203, "gemv": 203, "fused": 146, "persistent": 62}),
-            ("Qwen3-30B-A3B", {"batched": 391, "gemv": 391, "fused": 389, "persistent": 151}),
+            ("Qwen3-30B-A3B", {"batched": 343, "gemv": 391, "fused": 389, "persistent": 151}),
         ],
     )
     def test_launches_of_a_step(self, name: str, launches: dict[str, int]) -> None:
@@ -138,6 +165,37 @@ class TestPlans:
         for path in ("gemv", "fused", "persistent"):
             steps = [p.does.steps for p in replace(planner, path=path).decode(1) if isinstance(p.does, Steps)]
             assert steps and not [fault for chain in steps for fault in faults(chain, 132, 132)]
+
+    @pytest.mark.parametrize(
+        ("name", "layers", "each", "rotations"),
+        [
+            ("StableLM-2-1.6B", 24, 5, 0),
+            ("SmolLM3-3B", 36, 5, 9),
+            ("Gemma-3-4B", 34, 7, 0),
+            ("Qwen3-30B-A3B", 48, 7, 48),
+        ],
+    )
+    def test_one_token_on_hopper(self, name: str, layers: int, each: int, rotations: int) -> None:
+        """Products are launches of their own, whose blocks all have room at once; attention rotates."""
+        found = planned(CONFIGS[name]).decode(1)
+        ones = [p for p in found if "one_token" in p.kernel]
+        assert [p.op for p in found if "_gemm_" in p.kernel] == ["lm_head"]
+        assert sum("rope_kv" in p.kernel for p in found) == rotations
+        around = 6 if "Gemma" in name else 7  # begin, embed, gather, norm, head, sampling
+        extra = rotations if name == "SmolLM3-3B" else 0
+        assert len(found) == around + layers * each + extra
+        assert kinds(ones[0]) == declared("decode/one_token_sm90.cu", "    one_token")
+        for p in ones:
+            x, y, z = p.grid(Counts(1, 1, 1))
+            held = 2 if 2 * (p.smem + 1024) <= 233472 else 1
+            assert x * y * z // p.cluster <= min(132, PLACES[p.cluster]) * held, p.op
+        for p in found:
+            if "_turn_" in p.kernel:
+                assert kinds(p) == declared("attention/decode.cu", "attn_decode_turn")
+
+    def test_models_that_were_not_timed_keep_their_products(self) -> None:
+        for name in ("Qwen2.5-7B", "Mixtral-8x7B", "DeepSeek-V2-Lite"):
+            assert not any("one_token" in p.kernel for p in planned(on_one_card(name)[1]).decode(1))
 
     def test_a_path_that_joins_nothing_is_refused_with_those_that_do(self) -> None:
         """Eight experts are fewer than a router's step takes, so nothing of Mixtral has a neighbour."""

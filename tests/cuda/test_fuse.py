@@ -51,7 +51,7 @@ def test_norms_around_a_block_are_one_pass() -> None:
 
 def test_head_norms_go_with_the_rope_only_where_they_are_those_of_its_heads() -> None:
     given = program("Qwen3-8B")
-    assert ["norm", "norm", "ropekv"] in kinds(fuse(given))
+    assert ["norm", "norm", "ropekv", "attention"] in kinds(fuse(given))
     ropes = [i for i, op in enumerate(given.ops) if isinstance(op, RopeKV)]
     bias = Weight("bias", (128,), (Part("bias", (128,)),), "vector")  # which the joined kernel would lose
     for change in ({"eps": 0.5}, {"start": 128}, {"group": 64}, {"bias": bias}):

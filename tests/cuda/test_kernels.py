@@ -111,6 +111,30 @@ def test_decode_attention_that_rotates(
     attention_checks.check_turning(roomy, rng, DTYPES[dtype], shape)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape", "rotated", "normed"),
+    [
+        ("bfloat16", (64, 3, 1, None), 16, False),
+        ("float16", (64, 1, 8, 150), 0, False),
+        ("bfloat16", (256, 1, 2, 300), 256, True),
+    ],
+)
+@pytest.mark.emulated
+def test_decode_attention_by_warps_that_rotates(
+    roomy: Emulator,
+    rng: np.random.Generator,
+    dtype: str,
+    shape: tuple[int, int, int, int | None],
+    rotated: int,
+    normed: bool,
+) -> None:
+    """A part of each head, none of it, and heads that are normalised before."""
+    shape_of = attention_checks.Shape(*shape)
+    attention_checks.check_turning(
+        roomy, rng, DTYPES[dtype], shape_of, ring=False, rotated=rotated, normed=normed
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matrix_kernels(gpu: Any, rng: np.random.Generator, dtype: str) -> None:
     gemm_checks.check_pack(gpu, rng, DTYPES[dtype])

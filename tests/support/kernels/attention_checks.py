@@ -18,7 +18,7 @@ from rvllm.backends.cuda.ops.attention.plan import (
     prefill_tiles,
     table_stride,
 )
-from rvllm.kernels.attention.specs import decode_rope_kernel
+from rvllm.kernels.attention.specs import decode_rope_kernel, decode_turn_kernel
 from rvllm.program.dtypes import DType
 from rvllm.program.rope import Rope
 from support.kernels.fp8_cache_checks import key_places, lowest, pieces, value_places
@@ -298,26 +298,44 @@ def check_invariance(
     return compared
 
 
-def check_turning(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape: Shape, copies: int = 1) -> int:
+def check_turning(
+    gpu: Gpu,
+    rng: np.random.Generator,
+    dtype: np.dtype,
+    shape: Shape,
+    copies: int = 1,
+    *,
+    ring: bool = True,
+    rotated: int | None = None,
+    normed: bool = False,
+) -> int:
     """Rotation within decode attention: outputs and cache have the bits of the two kernels one by one.
 
-    copies: how often each context length occurs; many rows are dealt out in another way than few.
+    copies: how often each context length occurs; many rows are dealt out in another way than few. ring: by
+    the kernel with rings, else by attn_decode; rotated: elements of a head, all of them by default; normed:
+    with norms of heads in front.
     """
+    rotated = shape.dim if rotated is None else rotated
     lens = [1, 2, 15, 16, 17, 32, 33, 63, 64, 65, 97, 130, 255, 256, 257, 300, 513, 1100] * copies
     count, seed, heads = len(lens), int(rng.integers(1 << 30)), shape.heads + 2 * shape.kv_heads
     pitch = heads * shape.dim
     sizes = {"max_seqs": count + 2, "max_model_len": max(lens), "num_blocks": 10**9,
              "sm_count": gpu.facts.sm_count, "smem_per_block": gpu.facts.smem_per_block}  # fmt: skip
-    plan = plan_decode_ring(DType.parse(dtype.name), shape.dim, shape.heads, shape.kv_heads, **sizes)
+    find, turned_kernel = (
+        (plan_decode_ring, decode_rope_kernel) if ring else (plan_decode, decode_turn_kernel)
+    )
+    plan = find(DType.parse(dtype.name), shape.dim, shape.heads, shape.kv_heads, **sizes)
     assert plan is not None
-    turning = decode_rope_kernel(plan.kernel)
+    turning = turned_kernel(plan.kernel)
     assert turning is not None
+    weights = [gpu.array(rng.standard_normal(shape.dim, np.float32)) for _ in range(2 * normed)]
+    norms = [*weights, 0, 0, 1e-6]
     rows = rounded(rng.standard_normal((count + 2, pitch), np.float32), dtype).astype(dtype)
     order = rng.permutation(count).astype(np.int32)
     slots = gpu.array(np.concatenate([order, [-7, -7]]), np.int32)
     kv_lens = gpu.array(np.concatenate([np.array(lens)[order], [-7, -7]]), np.int32)
     positions = gpu.array(np.concatenate([np.array(lens)[order] - 1, [0, 0]]), np.int32)
-    angles = [gpu.array(a) for a in Rope(dim=shape.dim, theta=1e4).table(max(lens))]
+    angles = [gpu.array(a) for a in Rope(dim=rotated or 4, theta=1e4).table(max(lens))]
     found = []
     for fused in (False, True):
         cache = Cache(gpu, np.random.default_rng(seed), dtype, shape, lens)
@@ -325,14 +343,18 @@ def check_turning(gpu: Gpu, rng: np.random.Generator, dtype: np.dtype, shape: Sh
         number = gpu.array([count], np.int32)
         if not fused:
             turned = [qkv, cache.k_cache, cache.v_cache, *angles, cache.tables, positions, slots, number,
-                      pitch, cache.stride, shape.heads, shape.kv_heads, shape.dim, shape.dim]  # fmt: skip
-            gpu.launch(f"sm80_{SHORT[dtype.name]}_rope_kv", (-(-heads // 4), count + 2), 128, turned)
+                      pitch, cache.stride, shape.heads, shape.kv_heads, shape.dim, rotated]  # fmt: skip
+            name = f"sm80_{SHORT[dtype.name]}_rope_kv{'_rms' * normed}"
+            gpu.launch(name, (-(-heads // 4), count + 2), 128, [*turned, *(norms if normed else ())])
         arrivals = gpu.zeros((plan.arrivals_bytes // 4,), np.int32)
         args = [out, qkv, cache.k_cache, cache.v_cache, cache.tables, slots, kv_lens, number,
                 gpu.empty((plan.partial_bytes // 4,), np.float32), arrivals,
                 *common(shape, cache, pitch, shape.heads * shape.dim), count + 2,
-                *(cache.maps() if gpu.facts.capability >= 90 else [no_map(), no_map()]),
+                *((cache.maps() if gpu.facts.capability >= 90 else [no_map(), no_map()]) if ring else ()),
                 *(angles if fused else ())]  # fmt: skip
+        if fused and not ring:
+            none = ctypes.c_void_p(0)
+            args += [rotated, int(normed), *(norms if normed else (none, none, 0, 0, 0.0))]
         gpu.launch(turning if fused else plan.kernel, plan.grid, plan.block, args, plan.smem)
         assert not arrivals.get().any(), "arrival counters are not back at zero"
         found.append([a.get().view(np.uint16) for a in (out, cache.k_cache, cache.v_cache)])

@@ -6,7 +6,9 @@ import ctypes
 
 import numpy as np
 
+from rvllm.backends.cuda.device.launches import Counts
 from rvllm.backends.cuda.ops.decode import step as decode
+from rvllm.backends.cuda.ops.decode.one import one_token_launch
 from rvllm.backends.cuda.ops.gemm import plan as gemm
 from rvllm.backends.cuda.ops.gemm.common import Kind
 from rvllm.kernels.rowwise.specs import norm_kernel
@@ -106,6 +108,35 @@ def check_norm(gpu: Machine, rng: np.random.Generator, dtype: np.dtype, k: int, 
     launch(gpu, [layer.step(copy, found).normed(front)], dtype, 3)
     assert (bits(copy) == bits(row)).all(), (k, kind)
     assert (bits(found) == bits(wanted)).all(), (k, kind)
+
+
+def check_one_token(
+    gpu: Machine, rng: np.random.Generator, dtype: np.dtype, n: int, k: int, kind: Kind, norm: str = ""
+) -> None:
+    """Hopper's launch of one product, behind a norm or not: the bits of the kernel for several tokens."""
+    layer = Layer(gpu, rng, dtype, n, k, kind)
+    x = gpu.array(rounded(3 * rng.standard_normal(k, np.float32) + 1, dtype).astype(dtype))
+    weight = gpu.array(rng.standard_normal(k, np.float32))
+    bias = gpu.array(rng.standard_normal(k, np.float32)) if norm == "layer" else None
+    row = normed(gpu, x, k, norm, weight, bias) if norm else x
+    plain = kind == Kind.STORE
+    start = rounded(rng.standard_normal(layer.width + 8, np.float32), dtype).astype(dtype)
+    wanted, found, copy = layer.out(), layer.out(), gpu.empty((k,), dtype)
+    if plain:
+        wanted.put(start)
+        found.put(start)
+    layer.reference(row, wanted, residual=plain)
+    step = layer.step(copy if norm else x, found, residual=plain)
+    if norm:
+        at = bias.address if bias else 0
+        step = step.normed(
+            decode.NormFront(x.address, weight.address, at, copy.address, k, 1e-5, norm == "layer")
+        )
+    one = one_token_launch("one", step, SHORT[dtype.name], gpu.facts.sm_count)
+    args = [ctypes.c_void_p(p) if isinstance(p, int) else p for p in one.parameters]
+    gpu.launch(one.kernel, one.grid(Counts(1, 1, 1)), one.block, args, one.smem, cluster=one.cluster)
+    assert (bits(found) == bits(wanted)).all(), (n, k, kind, norm)
+    assert not norm or (bits(copy) == bits(row)).all(), (n, k, kind, norm)
 
 
 def check_chain(

@@ -32,6 +32,7 @@ from rvllm.backends.cuda.lowering import lower
 from rvllm.backends.cuda.ops.attention.launches import turns
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan
 from rvllm.backends.cuda.ops.decode import chains
+from rvllm.backends.cuda.ops.decode.one import MAX_WIDTH
 from rvllm.backends.cuda.ops.family import Lowering, TileShape
 from rvllm.backends.cuda.ops.gemm.plan import planned_cycles
 from rvllm.backends.cuda.ops.gemm.strategy import GemmStrategy
@@ -39,7 +40,7 @@ from rvllm.backends.cuda.paged import decode_plans, prefill_plans, tile_shape
 from rvllm.config import EngineConfig
 from rvllm.errors import UsageError
 from rvllm.program.dtypes import DType
-from rvllm.program.ops.dense import GatherRows, Linear, Logits, Program, Sample
+from rvllm.program.ops.dense import Embed, GatherRows, LatentAttention, Linear, Logits, Program, Sample
 from rvllm.program.ops.moe import Experts
 from rvllm.telemetry.stats import StepKernel
 
@@ -113,9 +114,7 @@ class StepPlanner:
             self.decode_layout(seqs), counts, prefill=False, decode=self._decode_plans(seqs)
         )
         planned = [*lowering.begin(), *lower(lowering, self.stages)]
-        if seqs > 1 or self.path not in chains.PATHS:
-            return planned
-        return lowering.joiner().joined(planned)
+        return planned if seqs > 1 else lowering.joiner().joined(planned)
 
     def body(self, tokens: int) -> list[Planned]:
         """A step of up to `tokens` tokens, up to the rows whose logits are wanted."""
@@ -209,7 +208,17 @@ class StepPlanner:
             self.quantised,
             self.path,
             leaves_best(self.stages),
+            self.chip.capability == 90 and self.path not in chains.PATHS and stands_alone(self.stages),
         )
+
+
+def stands_alone(stages: Sequence[Stage]) -> bool:
+    """Whether one token's products are quicker as launches of their own, see `ops/decode/one.py`."""
+    ops = [op for stage in stages for op in stage.ops]
+    widths = [op.out.width for op in ops if isinstance(op, Embed)]
+    return (
+        bool(widths) and max(widths) <= MAX_WIDTH and not any(isinstance(op, LatentAttention) for op in ops)
+    )
 
 
 def leaves_best(stages: Sequence[Stage]) -> bool:

@@ -9,10 +9,13 @@
 // The list of items follows from the metadata, so it is made before the predecessor is done, and the first keys
 // (but the newest position's) are fetched before that too. A warp has one buffer, for keys and values in turn, and
 // several blocks on an SM overlap one's arithmetic with another's loads; launched with more shared memory it has
-// one for each, which is quicker where there are fewer items than SMs.
+// one for each, which is quicker where there are fewer items than SMs. Where heads are too large for that, the values of a
+// split of at most two tiles are fetched at once by the two other warps into their buffers.
 // Bound by memory at long contexts (the KV cache is read once), by latency at short ones.
 #include "attention/fp8_cache.cuh"
 #include "attention/masks.cuh"
+#include "rowwise/head_norm.cuh"
+#include "rowwise/rotation.cuh"
 
 inline constexpr int WARPS = 4, THREADS = WARPS * 32;
 static_assert(WARPS == TILES_PER_SPLIT, "one round of a block's warps is one split");
@@ -120,13 +123,30 @@ struct Sum {
   }
 };
 
+// What turns queries and the newest keys, with norms of their heads in front where a model has them: nothing, or the angles
+// of each position, float32 [positions, rotated / 2].
+struct Turned {
+  static constexpr bool HERE = false;
+};
+template <typename T>
+struct Turning {
+  static constexpr bool HERE = true;
+  const float *cos, *sin;
+  T *k_cache, *v_cache;
+  int rotated;                      // leading elements of a head that turn, a multiple of 4
+  bool normed;                      // RMS norms of heads, by float32 weights [D] with step 0, or one row a head
+  const float *q_weight, *k_weight;
+  int q_step, k_step;
+  float eps;
+};
+
 // C: elements of the cache, T or u8 (see fp8_cache.cuh).
-template <typename T, int DK, int DV, typename C, typename Sight>
+template <typename T, int DK, int DV, typename C, typename Sight, typename Turn>
 __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict__ q, const C* k_cache, const C* v_cache,
                                        const int* tables, const int* slots, const int* kv_lens, const int* count,
                                        float* partial, int* arrivals, int q_pitch, int out_pitch, int table_stride,
                                        int kv_heads, int group, float scale, float soft_cap, int window, int max_seqs,
-                                       const Sight& sight) {
+                                       const Sight& sight, const Turn& turn) {
   griddep_launch();
   constexpr int KS = DK + PAD, VS = DV + PAD, XS = DV + 8;  // row pitches; XS in floats
   constexpr bool FP8 = sizeof(C) == 1;
@@ -142,8 +162,10 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
   T* const second = reinterpret_cast<T*>(prefix + (max_seqs + 31) / 32 * 32);  // buffers for values, if there is room
   const bool separate = dynamic_shared_bytes() >= smem(second + WARPS * BUFFER) - smem(shared);
   T* const buffer = buffers + warp * BUFFER;
-  T* const values = (separate ? second : buffers) + warp * BUFFER;
-  float* const exchange = reinterpret_cast<float*>(values);
+  constexpr bool LENDS = DV > 128 && !FP8;
+  const auto lends = [&](const Item& item) {
+    return LENDS && !separate && item.position + 1 - (item.first_split + item.split) * SPLIT <= WARPS / 2 * TILE;
+  };
   const int parts = (group + 15) / 16;
 
   // How many items come before each sequence: a running sum over the block.
@@ -184,14 +206,114 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
     }
   };
 
+  // TURN: queries, the newest key and its value as a product left them: into shared memory, keys and values into the cache.
+  float2 cosine[2], sine[2];
+  const auto angles_of = [&](int position) {
+    if constexpr (Turn::HERE) {
+#pragma unroll
+      for (int k = 0; k < 2; k++)
+        if (const int i = lane + 32 * k; i < turn.rotated / 4) {
+          const size_t at = (size_t)position * (turn.rotated / 2) + 2 * i;
+          cosine[k] = *reinterpret_cast<const float2*>(turn.cos + at);
+          sine[k] = *reinterpret_cast<const float2*>(turn.sin + at);
+        }
+    }
+  };
+  const auto clear_queries = [&](const Item& item) {  // rows that no head has
+    const int rows = min(16, group - item.part * 16);
+    for (int i = rows * KS / 2 + threadIdx.x; i < 16 * KS / 2; i += THREADS) reinterpret_cast<u32*>(queries)[i] = 0;
+  };
+  const auto slice_weights = [&](const Item& item, int j) {  // of this item's slice j: a query, or its key
+    const float* weight = nullptr;
+    if constexpr (Turn::HERE) {
+      const int rows = min(16, group - item.part * 16);
+      if (turn.normed && j < rows && turn.q_weight) weight = turn.q_weight + (item.head * group + item.part * 16 + j) * turn.q_step;
+      if (turn.normed && j == rows && turn.k_weight) weight = turn.k_weight + item.head * turn.k_step;
+    }
+    return SliceWeights(weight, nullptr, DK, lane);
+  };
+  const auto bring_turned = [&](const Item& item, int first, SliceWeights weights, T* values_at) {
+    if constexpr (Turn::HERE) {
+      const int rows = min(16, group - item.part * 16), last = item.split + 1 == item.splits ? rows + 2 : rows;
+      const int within = item.position - (item.first_split + item.split) * SPLIT, tile = within / TILE, row = within % TILE;
+      for (int j = first + warp; j < last; j += WARPS) {
+        const bool query = j < rows, value = j > rows;
+        const int head = query ? item.head * group + item.part * 16 + j : kv_heads * (group + value) + item.head;
+        const u32* const in = reinterpret_cast<const u32*>(q + (size_t)item.seq * q_pitch + (size_t)head * DK);
+        u32* cached = nullptr;
+        if (!query) {
+          const int block = tables[(size_t)slots[item.seq] * table_stride + item.position / KV_BLOCK];
+          const size_t at = ((size_t)block * kv_heads + item.head) * KV_BLOCK + item.position % KV_BLOCK;
+          cached = reinterpret_cast<u32*>((value ? turn.v_cache : turn.k_cache) + at * DK);
+        }
+        if (value) {
+          u32* const to = reinterpret_cast<u32*>(values_at + tile * BUFFER + row * VS);
+          for (int i = lane; i < DV / 2; i += 32) {
+            const u32 word = in[i];
+            cached[i] = word;
+            if (values_at) to[i] = word;
+          }
+          continue;
+        }
+        u32* const out = reinterpret_cast<u32*>(query ? queries + j * KS : buffers + tile * BUFFER + row * KS);
+        const u32* from = in;
+        if (turn.normed) {
+          if (j >= WARPS) weights = slice_weights(item, j);
+          norm_slice<T, false>(out, in, weights, DK, turn.eps, lane);
+          __syncwarp();
+          from = out;
+        }
+        const int half = turn.rotated / 2;
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+          if (const int i = lane + 32 * k; i < half / 2) {
+            u32 a = from[i], b = from[i + half / 2];
+            turn_halves<T>(a, b, cosine[k], sine[k]);
+            out[i] = a;
+            out[i + half / 2] = b;
+          }
+        if (from != out)
+          for (int i = half + lane; i < DK / 2; i += 32) out[i] = from[i];
+        __syncwarp();
+        if (!query)
+          for (int i = lane; i < DK / 2; i += 32) cached[i] = out[i];
+      }
+    }
+  };
+
   Item item = item_of(begin, prefix, kv_lens, seqs, parts, window);
   Tile tile = tile_of(item, warp, tables, table_stride, slots, group, sight);
+  bool lent = lends(item);
+  const auto partners = [&](const Item& item) {  // the tile whose values this warp fetches
+    return tile_of(item, warp - WARPS / 2, tables, table_stride, slots, group, sight);
+  };
+  T* const own_values = (separate ? second : buffers) + warp * BUFFER;
   fetch<T, DK>(buffer, k_cache, tile, item.head, kv_heads, tile.newest, lane);
-  if (separate) fetch<T, DV>(values, v_cache, tile, item.head, kv_heads, tile.newest, lane);
-  griddep_wait();
-  fetch_queries(item);
-  fetch_newest<T, DK>(buffer, k_cache, tile, item.head, kv_heads, lane);
-  if (separate) fetch_newest<T, DV>(values, v_cache, tile, item.head, kv_heads, lane);
+  if (separate) fetch<T, DV>(own_values, v_cache, tile, item.head, kv_heads, tile.newest, lane);
+  Tile other;
+  if constexpr (LENDS) {
+    if (lent && warp >= WARPS / 2) {
+      other = partners(item);
+      fetch<T, DV>(buffer, v_cache, other, item.head, kv_heads, other.newest, lane);
+    }
+  }
+  const auto values_of_newest = [&](bool lent) {  // where values are fetched besides keys
+    return separate ? second : lent ? buffers + WARPS / 2 * BUFFER : nullptr;
+  };
+  if constexpr (Turn::HERE) {
+    angles_of(item.position);
+    clear_queries(item);
+    const SliceWeights weights = slice_weights(item, warp);
+    griddep_wait();
+    bring_turned(item, 0, weights, values_of_newest(lent));
+  } else {
+    griddep_wait();
+    fetch_queries(item);
+    fetch_newest<T, DK>(buffer, k_cache, tile, item.head, kv_heads, lane);
+    if (separate) fetch_newest<T, DV>(own_values, v_cache, tile, item.head, kv_heads, lane);
+    if constexpr (LENDS)
+      if (lent && warp >= WARPS / 2) fetch_newest<T, DV>(buffer, v_cache, other, item.head, kv_heads, lane);
+  }
   cp_async_commit();
 
   const float factor = soft_cap > 0.f ? LOG2E : __fmul_rn(scale, LOG2E);
@@ -209,6 +331,9 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
     }
     cp_async_wait<0>();  // the keys and the queries are here
     __syncthreads();
+    T* const results = separate ? second : lent ? buffers + WARPS / 2 * BUFFER : buffers;  // of all warps
+    T* const values = results + warp * BUFFER;
+    float* const exchange = reinterpret_cast<float*>(values);
     const int blocks = (tile.hi + KV_BLOCK - 1) / KV_BLOCK, row = lane / 4;
     u32 p[4][4];
     float m[2] = {-INFINITY_F, -INFINITY_F}, l[2] = {0.f, 0.f};
@@ -222,7 +347,7 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
         tile_scores<T, DK>(s, queries, buffer, blocks, lane);
       }
       __syncwarp();
-      if (!separate) fetch<T, DV>(buffer, v_cache, tile, item.head, kv_heads, -1, lane);
+      if (!separate && !lent) fetch<T, DV>(buffer, v_cache, tile, item.head, kv_heads, -1, lane);
       cp_async_commit();
       if (soft_cap > 0.f) tile_soft_cap(s, scale, soft_cap);
       const int lo[2] = {tile.lo, tile.lo}, hi[2] = {tile.hi - 1, tile.hi - 1};
@@ -282,7 +407,7 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
       for (int w = 0; w < WARPS; w++) {
         const float2 state = states[w][r];
         if (state.x == -INFINITY_F) continue;
-        const float* const source = reinterpret_cast<const float*>((separate ? second : buffers) + w * BUFFER) + r * XS + column;
+        const float* const source = reinterpret_cast<const float*>(results + w * BUFFER) + r * XS + column;
         split.add(state.x, state.y, *reinterpret_cast<const float4*>(source));
       }
       if (leading) {  // from the first split on, in order: one running sum
@@ -304,9 +429,27 @@ __device__ __forceinline__ void attend(T* __restrict__ out, const T* __restrict_
     }
     __syncthreads();  // the exchange and the queries have been read
     if (more) {
-      fetch<T, DK>(buffer, k_cache, next_tile, next.head, kv_heads, -1, lane);
-      if (separate) fetch<T, DV>(values, v_cache, next_tile, next.head, kv_heads, -1, lane);
-      if (ends) fetch_queries(next);
+      const int skip = Turn::HERE ? next_tile.newest : -1;
+      fetch<T, DK>(buffer, k_cache, next_tile, next.head, kv_heads, skip, lane);
+      if (separate) fetch<T, DV>(own_values, v_cache, next_tile, next.head, kv_heads, skip, lane);
+      lent = lends(next);
+      if constexpr (LENDS)
+        if (lent && warp >= WARPS / 2) {
+          const Tile its = partners(next);
+          fetch<T, DV>(buffer, v_cache, its, next.head, kv_heads, Turn::HERE ? its.newest : -1, lane);
+        }
+      if constexpr (Turn::HERE) {
+        if (ends) {
+          angles_of(next.position);
+          clear_queries(next);
+        } else if (next.split + 1 == next.splits) {
+          angles_of(next.position);
+        }
+        const int first = ends ? 0 : min(16, group - next.part * 16);
+        bring_turned(next, first, slice_weights(next, first + warp), values_of_newest(lent));
+      } else if (ends) {
+        fetch_queries(next);
+      }
     }
     cp_async_commit();
 
@@ -361,7 +504,7 @@ attn_decode(T* out, const T* q, const T* k_cache, const T* v_cache, const int* t
             const int* kv_lens, const int* count, float* partial, int* arrivals, int q_pitch, int out_pitch,
             int table_stride, int kv_heads, int group, float scale, float soft_cap, int window, int max_seqs) {
   attend<T, DK, DV>(out, q, k_cache, v_cache, tables, slots, kv_lens, count, partial, arrivals, q_pitch, out_pitch,
-                    table_stride, kv_heads, group, scale, soft_cap, window, max_seqs, Everything());
+                    table_stride, kv_heads, group, scale, soft_cap, window, max_seqs, Everything(), Turned());
 }
 
 // The same over a cache in e4m3: pieces [blocks, kv_heads], see fp8_cache.cuh.
@@ -371,7 +514,7 @@ attn_decode_fp8(T* out, const T* q, const u8* k_cache, const u8* v_cache, const 
                 const int* kv_lens, const int* count, float* partial, int* arrivals, int q_pitch, int out_pitch,
                 int table_stride, int kv_heads, int group, float scale, float soft_cap, int window, int max_seqs) {
   attend<T, D, D>(out, q, k_cache, v_cache, tables, slots, kv_lens, count, partial, arrivals, q_pitch, out_pitch,
-                  table_stride, kv_heads, group, scale, soft_cap, window, max_seqs, Everything());
+                  table_stride, kv_heads, group, scale, soft_cap, window, max_seqs, Everything(), Turned());
 }
 
 // attn_decode where queries see some blocks of keys only.
@@ -383,5 +526,18 @@ attn_decode_sparse(T* out, const T* q, const T* k_cache, const T* v_cache, const
                    int size, int local, int stride, int head_step) {
   attend<T, DK, DV>(out, q, k_cache, v_cache, tables, slots, kv_lens, count, partial, arrivals, q_pitch, out_pitch,
                     table_stride, kv_heads, group, scale, soft_cap, window, max_seqs,
-                    SomeBlocks{size, local, stride, head_step});
+                    SomeBlocks{size, local, stride, head_step}, Turned());
+}
+
+// attn_decode for queries, keys and values as a product left them, in qkv [T, q_pitch], and a cache without the newest
+// position: turned, with norms of heads in front where there are, as rope_kv and rope_kv_normed do. Pairs (i, i + rotated / 2).
+template <typename T, int D>
+__global__ void __launch_bounds__(THREADS, D <= 64 ? 4 : D <= 128 ? 3 : 1)
+attn_decode_turn(T* out, const T* qkv, T* k_cache, T* v_cache, const int* tables, const int* slots, const int* kv_lens,
+                 const int* count, float* partial, int* arrivals, int q_pitch, int out_pitch, int table_stride, int kv_heads,
+                 int group, float scale, float soft_cap, int window, int max_seqs, const float* cos, const float* sin,
+                 int rotated, int normed, const float* q_weight, const float* k_weight, int q_step, int k_step, float eps) {
+  attend<T, D, D>(out, qkv, k_cache, v_cache, tables, slots, kv_lens, count, partial, arrivals, q_pitch, out_pitch,
+                  table_stride, kv_heads, group, scale, soft_cap, window, max_seqs, Everything(),
+                  Turning<T>{cos, sin, k_cache, v_cache, rotated, normed != 0, q_weight, k_weight, q_step, k_step, eps});
 }

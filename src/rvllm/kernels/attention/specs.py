@@ -12,6 +12,7 @@ from rvllm.kernels.types import SHORT, TYPES
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 256)
 SPARSE_HEAD_DIMS = (64, 128)  # of block-sparse attention
+TURN_HEAD_DIMS = (64, 256)  # of attn_decode_turn
 DECODE_SEQS = 2048  # sequences a launch of attn_decode can list
 DECODE_RING_SLOTS = {128: 24}  # half tiles of a block of attn_decode_ring, by head size
 DECODE_RING_WARPS = (4, 8)  # of a block
@@ -69,6 +70,15 @@ def decode_ring_kernel(
 def decode_rope_kernel(ring: str) -> str | None:
     """The kernel that rotates besides what the kernel with rings `ring` does, where there is one."""
     name = ring.replace("_attn_decode_", "_attn_decode_rope_")
+    return name if name in _BY_NAME else None
+
+
+def decode_turn_kernel(plain: str) -> str | None:
+    """The kernel that rotates besides what the attn_decode `plain` does, where there is one.
+
+    Like launches of one token that it stands between, it has been timed on Hopper alone.
+    """
+    name = plain.replace("sm80_", "sm90_").replace("_attn_decode_", "_attn_decode_turn_")
     return name if name in _BY_NAME else None
 
 
@@ -143,6 +153,13 @@ def _mma(dtype: str, dim: int, of: str) -> Iterator[KernelSpec]:
         yield _kernel(f"sm80_{short}_attn_prefill{end}", "prefill", symbol, smem, static, unit)
 
 
+def _turn(dtype: str, dim: int) -> KernelSpec:
+    """attn_decode that rotates besides."""
+    name, symbol = f"sm90_{SHORT[dtype]}_attn_decode_turn_d{dim}", f"attn_decode_turn<{TYPES[dtype]}, {dim}>"
+    smem = decode_smem(dim, separate=dim <= 128)
+    return _kernel(name, "decode", symbol, smem, unit=f"{SHORT[dtype]}_turn_d{dim}")
+
+
 def _prefill_sm90(dtype: str, dim: int, fp8: bool) -> KernelSpec:
     end, smem = f"{_OF[fp8]}_d{dim}", prefill_sm90_smem(dim, fp8)
     symbol = f"attn_prefill_sm90{_OF[fp8]}<{TYPES[dtype]}, {dim}>"
@@ -169,6 +186,7 @@ DTYPES = ("bfloat16", "float16")
 SPECS: list[KernelSpec] = [
     *(spec for dtype in DTYPES for dim in HEAD_DIMS for of in _OF.values() for spec in _mma(dtype, dim, of)),
     *(spec for dtype in DTYPES for dim in SPARSE_HEAD_DIMS for spec in _mma(dtype, dim, "_sparse")),
+    *(_turn(dtype, dim) for dtype in DTYPES for dim in TURN_HEAD_DIMS),
     *(_prefill_sm90(dtype, dim, fp8) for dtype in DTYPES for dim in PREFILL_SM90_DIMS for fp8 in _OF),
     *(spec for dtype in DTYPES for dim in DECODE_RING_SLOTS for spec in _rings(dtype, dim)),
 ]

@@ -32,7 +32,8 @@ head_linear(T* out, const T* x, const T* __restrict__ weight, int tokens, int he
 }
 
 // One token's mixed latents of one head, out of what several blocks of latent_decode left: splits in ascending order.
-template <typename T>
+// BATCH: loads under way together.
+template <typename T, int BATCH>
 __device__ __forceinline__ void gather(T* into, const float* partial, const Gathering& from, int row, int rank, int blocks,
                                        int spare) {
   for (int column = threadIdx.x * 4; column < rank; column += BLOCK_THREADS * 4) {
@@ -62,7 +63,6 @@ __device__ __forceinline__ void gather(T* into, const float* partial, const Gath
     add(state_of(leading), values_of(leading));
     int begin = 0, bound = first_item(from.items, owner + 1, blocks);  // the first item that the leading block does not have
     const int end = from.first + from.splits;
-    constexpr int BATCH = 16;  // loads under way together
     for (int item = bound; item < end; item += BATCH) {
       float2 state[BATCH];
       float4 v[BATCH];
@@ -100,7 +100,7 @@ latent_merge(T* mixed, const float* partial, const Gathering* gatherings, const 
   griddep_wait();
   if (!decoded) return;
   const Gathering from = gatherings[token * ((heads + 15) / 16) + head / 16];
-  if (from.splits) gather(mixed + ((size_t)token * heads + head) * rank, partial, from, head % 16, rank, blocks, spare);
+  if (from.splits) gather<T, 16>(mixed + ((size_t)token * heads + head) * rank, partial, from, head % 16, rank, blocks, spare);
 }
 
 // Both in one launch, for one token, of which every block of a head puts the parts together itself.
@@ -128,7 +128,7 @@ latent_values(T* out, const T* mixed, const T* __restrict__ weight, const float*
   bool gathered = false;
   for (int token = 0; token < counted; token++) {
     if (from[token].splits == 0) continue;
-    gather(shared.x + token * mine.pitch, partial, from[token], mine.head % 16, rank, blocks, spare);
+    gather<T, 8>(shared.x + token * mine.pitch, partial, from[token], mine.head % 16, rank, blocks, spare);
     gathered = true;
   }
   if (gathered) __syncthreads();

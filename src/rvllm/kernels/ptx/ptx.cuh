@@ -314,6 +314,10 @@ RVLLM_PTX void store_async(u32 addr, const float4& v, u32 bar) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];"
                :: "r"(addr), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(bar) : "memory");
 }
+RVLLM_PTX void store_async_pair(u32 addr, float a, float b, u32 bar) {  // 8 bytes
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1,%2}, [%3];"
+               :: "r"(addr), "f"(a), "f"(b), "r"(bar) : "memory");
+}
 RVLLM_PTX void store_shared(u32 addr, const float4& v) {
   asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" :: "r"(addr), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }

@@ -65,7 +65,8 @@ def fuse(program: Program, gated_epilogue: bool = True) -> list[Stage]:
     CausalConv, StateScan of its result: the scan convolves when every sequence has one token.
     Norm, Route of its result: few tokens are normalised as they are routed.
     Norm of the query heads, Norm of the key heads, RopeKV: each head is normalised as it is rotated.
-    RopeKV, Attention: heads are rotated as they are attended to when every sequence has one token.
+    RopeKV, those norms before it or not, Attention: heads are rotated as they are attended to when every
+        sequence has one token.
     Norm of the latent, LatentRopeKV, HeadLinear of its queries: each is written once, where it is wanted.
     GatherRows, GatherRows: one pass over the rows.
     LatentAttention, HeadLinear of its result: the product puts together what several blocks attended to.
@@ -77,7 +78,7 @@ def fuse(program: Program, gated_epilogue: bool = True) -> list[Stage]:
     stages: list[Stage] = []
     position = 0
     while position < len(program.ops):
-        stage = _stage(program.ops[position : position + 3], readers, gated_epilogue)
+        stage = _stage(program.ops[position : position + 4], readers, gated_epilogue)
         stages.append(stage)
         position += len(stage.ops)
     for i in range(1, len(stages) - 1):
@@ -125,9 +126,10 @@ def _stage(ops: Sequence[Op], readers: Counter[str], epilogue: bool) -> Stage:
                 return Stage((op, after), (op.out.name,))
         case Norm(), Norm():
             if isinstance(third, RopeKV) and _norms_heads(op, after, third):
-                return Stage((op, after, third))
+                behind = ops[3:4] if _attends(third, ops[3:4]) else ()
+                return Stage((op, after, third, *behind))
         case RopeKV(), Attention():
-            if after.qkv == op.qkv and after.cache == op.cache and op.rope is not None:
+            if _attends(op, (after,)):
                 return Stage((op, after))
         case Norm(), Route():
             plain = _norms_rows(op) and op.kind_ == "rms" and op.weight is not None and op.bias is None
@@ -148,6 +150,12 @@ def _stage(ops: Sequence[Op], readers: Counter[str], epilogue: bool) -> Stage:
             if _norms_rows(after) and after.x == op.x:
                 return Stage((op, after))
     return Stage((op,))
+
+
+def _attends(rope: RopeKV, behind: Sequence[Op]) -> bool:
+    """Whether what comes next is attention to the heads that are rotated."""
+    attention = behind[0] if behind else None
+    return isinstance(attention, Attention) and (attention.qkv, attention.cache) == (rope.qkv, rope.cache)
 
 
 def _norms_rows(op: Norm) -> bool:

@@ -34,6 +34,7 @@ class Lowering:
     quantised: the buffers that norms write as E4M3 (see `formats.fp8`). path: `--decode-path`.
     leaves_best: whether the logits go straight to the sampler, so that where nothing but the largest is asked
     for, the product that computes them leaves that alone; cleared where the product cannot.
+    alone: whether one token's products are launches of their own, see `ops/decode/one.py`.
     planned: the launches so far.
     """
 
@@ -49,6 +50,7 @@ class Lowering:
     quantised: frozenset[str] = frozenset()
     path: str = "batched"
     leaves_best: bool = False
+    alone: bool = False
     planned: list[Planned] = field(default_factory=list)
 
     @property

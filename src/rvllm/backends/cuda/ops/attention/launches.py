@@ -17,9 +17,12 @@ from rvllm.backends.cuda.layout.metadata import NUM_DECODES, NUM_TILES, NUM_TOKE
 from rvllm.backends.cuda.ops.attention.plan import DecodePlan, PrefillPlan, decode_of, prefill_of
 from rvllm.backends.cuda.ops.family import Family, Lowering, PagedPlans
 from rvllm.errors import MissingKernelError
-from rvllm.kernels.attention.specs import decode_rope_kernel, sparse_kernel
+from rvllm.kernels.attention.specs import decode_rope_kernel, decode_turn_kernel, sparse_kernel
 from rvllm.program.dtypes import DType
 from rvllm.program.ops.dense import Attention, BlockSparseAttention, Norm, Op, RopeKV
+
+TURN_SEQS = 8  # up to which attn_decode_turn has been timed
+TURN_GROUP = 2  # query heads of a key head: they, the key and the value are a slice each for its four warps
 
 
 def turns(rope: Op, attention: Op) -> bool:
@@ -31,11 +34,10 @@ def turns(rope: Op, attention: Op) -> bool:
 
 @dataclass(frozen=True)
 class Turning:
-    """A decode attention kernel that rotates too, and the addresses of its angles' cosines and sines."""
+    """A decode attention kernel that rotates too, and what it is told for that, behind all else."""
 
     kernel: str
-    cos: int
-    sin: int
+    parameters: Sequence[object]
 
 
 def _decode(
@@ -67,21 +69,35 @@ def _rope_kv(to: Lowering, stage: Stage) -> None:
     if not isinstance(last, Attention):
         _rotate(to, stage.name, stage.ops)
         return
-    rope = stage.ops[0]
+    *norms, rope = stage.ops[:-1]
     assert isinstance(rope, RopeKV)
-    turning = _turning(to, rope, last)
+    turning = _turning(to, norms, rope, last)
     if turning is None:
-        _rotate(to, stage.name, (rope,))
+        _rotate(to, stage.name, stage.ops[:-1])
     _attend(to, stage.name, last, turning)
 
 
-def _turning(to: Lowering, rope: RopeKV, attention: Attention) -> Turning | None:
+def _turning(to: Lowering, norms: Sequence[Op], rope: RopeKV, attention: Attention) -> Turning | None:
     """How decode attention rotates too, where a step has nothing but decodes and there is a kernel."""
     plan, angles = to.decode[attention.name], rope.rope
-    if to.prefill is not None or not plan.ring or angles is None or not turns(rope, attention):
+    if to.prefill is not None or to.chip.capability < 90:
         return None
-    kernel = decode_rope_kernel(plan.kernel)
-    return None if kernel is None else Turning(kernel, *to.at.ropes[angles])
+    few = to.counts.seqs <= TURN_SEQS and attention.heads // attention.kv_heads <= TURN_GROUP
+    if plan.ring:
+        kernel = (
+            None if norms or angles is None or not turns(rope, attention) else decode_rope_kernel(plan.kernel)
+        )
+        return Turning(kernel, to.at.ropes[angles]) if kernel and angles else None
+    kernel = decode_turn_kernel(plan.kernel) if few else None
+    if kernel is None or (angles is not None and (angles.interleaved or angles.dim % 4)):
+        return None
+    kind, more = _head_norms(to, norms, rope)
+    if kind not in ("", "_rms"):
+        return None
+    cos, sin = to.at.ropes[angles] if angles is not None else (0, 0)
+    rotated = angles.dim if angles is not None else 0
+    weights = more or [0, 0, *ints(0, 0), ctypes.c_float(0.0)]
+    return Turning(kernel, [cos, sin, *ints(rotated, len(norms) > 0), *weights])
 
 
 def _rotate(to: Lowering, name: str, ops: Sequence[Op]) -> None:
@@ -219,7 +235,7 @@ def attend(
         *numbers,
         *one,
         *(maps if decode.ring else ()),
-        *(() if turning is None else (turning.cos, turning.sin)),
+        *(() if turning is None else turning.parameters),
         smem=decode.smem,
         why="sequences with one token",
     )

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 from rvllm.backends.cuda.device.info import DeviceInfo
 from rvllm.backends.cuda.device.launches import Planned, fixed
+from rvllm.backends.cuda.ops.decode.one import one_token_launch
 from rvllm.backends.cuda.ops.decode.races import faults
 from rvllm.backends.cuda.ops.decode.step import NormFront, Step, Type, plan_chain
-from rvllm.kernels.decode.specs import MAX_NORM_WIDTH, MAX_STEPS
+from rvllm.kernels.decode.specs import MAX_NORM_WIDTH, MAX_STEPS, ONE_NORM_WIDTH
 
 PATHS = ("gemv", "fused", "persistent")  # for one token; all others are `batched` for it too
 ARRIVALS = "chain.arrivals"  # scratch: blocks counted where they wait for each other
@@ -53,6 +54,9 @@ class Joiner:
 
     def launch(self, name: str, steps: tuple[Step, ...]) -> Planned:
         """One launch of these steps. Raises MissingKernelError where there is no room for them."""
+        if self.path not in PATHS:
+            (step,) = steps
+            return replace(one_token_launch(name, step, self.tag, self.chip.sm_count), does=Steps(steps))
         plan = plan_chain(steps, self.tag, self.chip.sm_count, self.chip.smem_per_block)
         if wrong := faults(steps, plan.grid, self.chip.sm_count):
             raise RuntimeError(f"{name} must not be one launch: {'; '.join(wrong)}")
@@ -83,7 +87,8 @@ class Joiner:
         assert isinstance(launch.does, Steps)
         steps, name = launch.does.steps, launch.op
         before = done[-1].does if done else None
-        if isinstance(before, NormFront) and _takes(steps[0], before):
+        widest = MAX_NORM_WIDTH if self.path in PATHS else ONE_NORM_WIDTH
+        if isinstance(before, NormFront) and _takes(steps[0], before, widest):
             name = f"{done.pop().op} + {name}"
             steps = (steps[0].normed(before), *steps[1:])
             before = done[-1].does if done else None
@@ -129,9 +134,9 @@ def used(planned: Sequence[Planned], path: str) -> bool:
     return any(len(steps) > (path == "persistent") for steps in chains)
 
 
-def _takes(step: Step, norm: NormFront) -> bool:
+def _takes(step: Step, norm: NormFront, widest: int = MAX_NORM_WIDTH) -> bool:
     """Whether a step can do the norm before it: no block may write what others have yet to read."""
-    fits = step.x == norm.normed and norm.width == step.k <= MAX_NORM_WIDTH and step.norm is None
+    fits = step.x == norm.normed and norm.width == step.k <= widest and step.norm is None
     return fits and not faults((step.normed(norm),), 1, 1)
 
 

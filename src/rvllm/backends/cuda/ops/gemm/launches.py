@@ -102,7 +102,7 @@ def _cutlass(to: Lowering, stage: Stage, op: Linear | Logits, end: Epilogue) -> 
 def _native(to: Lowering, stage: Stage, op: Linear | Logits, end: Epilogue) -> None:
     """The product by a kernel of ours."""
     n, k, count, chip = end.rows(op), op.weight.shape[-1], to.rows(op.x.rows)(to.counts), to.chip
-    if to.path in PATHS and count == 1 and to.prefill is None:
+    if count == 1 and to.prefill is None and _stands_alone(to, stage, end):
         _alone(to, stage.name, op, end)
         return
     plan = native.plan_gemm(n, k, count, to.tag, chip.sm_count, chip.capability)
@@ -119,6 +119,13 @@ def _native(to: Lowering, stage: Stage, op: Linear | Logits, end: Epilogue) -> N
         )
     partials = {"partials": to.at.scratch[PARTIALS]} if plan.partials else {}
     plan_product(to, stage.name, plan, op, end, **partials)
+
+
+def _stands_alone(to: Lowering, stage: Stage, end: Epilogue) -> bool:
+    """Whether one token's product has a kernel of its own."""
+    if to.path in PATHS:
+        return True
+    return to.alone and end.kind != Kind.LOGITS and not to.strategy.variant(stage, 1)
 
 
 def _alone(to: Lowering, name: str, op: Linear | Logits, end: Epilogue) -> None:

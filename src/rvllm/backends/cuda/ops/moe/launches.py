@@ -56,7 +56,8 @@ def _experts(lowering: Lowering, stage: Stage) -> None:
     assert norm is None or isinstance(norm, Norm)
     buffers, scratch = lowering.at.buffers, lowering.at.scratch
     form: WeightLayout = "gated_stack" if op.gated else "stack"
-    target = add if norm is None else None  # what one launch adds the sum to; a norm does that itself
+    # What one launch adds the sum to. A norm does that itself, but one that the product behind it takes over.
+    target = add if norm is None or _norm_goes_on(lowering) else None
     at = ExpertsAt(
         x=buffers[op.x.name],
         ids=buffers[op.ids.name],
@@ -82,7 +83,12 @@ def _experts(lowering: Lowering, stage: Stage) -> None:
         plan.norm = NormAfter(buffers[norm.out.name], buffers[norm.x.name], weight, norm.eps)
     lowering.planned += plan.launches()
     if norm is not None and plan.norm is None:
-        norm_rows(lowering, Stage(stage.ops[1:]))
+        norm_rows(lowering, Stage(stage.ops[2 if target else 1 :]))
+
+
+def _norm_goes_on(lowering: Lowering) -> bool:
+    """Whether a norm becomes part of the product behind it, see `ops/decode/chains.py`."""
+    return lowering.counts.tokens == 1 and lowering.prefill is None and lowering.alone
 
 
 def _normed_by_combine(lowering: Lowering, norm: Norm) -> bool:
