@@ -21,7 +21,7 @@ struct Tiles {
   // Whether weights are read again in a later round, for other tokens.
   __device__ bool again() const { return token_tiles > 1 && GROUP * token_tiles > blocks; }
 
-  // With one token tile the last, partial round deals out single tiles when there are enough blocks for that.
+  // The last, partial round deals out single tiles when there are enough blocks for that.
   __device__ bool next(WorkTile& v) {
     const int i = index++;
     if (token_tiles == 1) {
@@ -36,14 +36,21 @@ struct Tiles {
       v.tile = (i * blocks + block) * 2;
       return v.tile < tiles;
     }
-    const int pairs = (tiles + 1) / 2, unit = i * blocks + block;
-    if (unit >= pairs * token_tiles) return false;
+    const int pairs = (tiles + 1) / 2, units = pairs * token_tiles, full = units / blocks * blocks;
+    int unit = i * blocks + block;
+    const bool single = full > 0 && unit >= full && 2 * (units - full) <= blocks;  // of the last round: two blocks a pair
+    if (single) unit = full + block / 2;
+    if (unit >= units || i > full / blocks) return false;
     const int group = unit / (GROUP * token_tiles), within = unit % (GROUP * token_tiles);
     const int height = min(GROUP, pairs - group * GROUP);
     v.count = 2;
     v.tile = (group * GROUP + within % height) * 2;
     v.token0 = within / height * TOKENS;
-    return true;
+    if (single) {
+      v.count = 1;
+      v.tile += block % 2;
+    }
+    return v.tile < tiles;
   }
 };
 

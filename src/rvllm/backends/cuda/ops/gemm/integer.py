@@ -46,6 +46,7 @@ SEGMENT_CHUNKS = 2  # a segment has at least so many chunks of K
 REFERENCE_BLOCKS = 264
 WARP_TOKENS = 32  # up to so many tokens warps multiply for themselves, two blocks an SM; mirrors gemm_sm90.cu
 HALF_SM = 115_000  # bytes of shared memory with which two blocks fit an SM
+SINGLE_ROUND = 0.55  # of a round of pairs, one of single tiles
 TABLES = {"nl4": NORMAL_TABLE.astype(np.float64), "mx4": FP4_TABLE.astype(np.float64)}
 
 
@@ -110,7 +111,9 @@ def _microseconds(plan: IntegerPlan, sm_count: int) -> float:
     if plan.mode == "split":
         waves = ceil_div(pairs * token_tiles * plan.cluster, sm_count)
         return waves * (ceil_div(plan.blocks, plan.cluster) * chunk + 7)
-    return 4 + ceil_div(pairs * token_tiles, sm_count) * plan.blocks * chunk
+    full, rest = divmod(pairs * token_tiles, sm_count)
+    last = SINGLE_ROUND if full and 0 < 2 * rest <= sm_count else float(rest > 0)
+    return 4 + (full + last) * plan.blocks * chunk
 
 
 def variant(
