@@ -129,10 +129,10 @@ struct TallConsumer {
     asm volatile("ld.shared.f32 %0, [%2];\n\tld.shared.f32 %1, [%2 + 32];" : "=f"(v.x), "=f"(v.y) : "r"(at));
     return v;
   }
-  // Waits for what `acc` comes to, adds it to the sums and lets go of `stage`, the last one that it is of. ends: so does the
+  // Waits for what `acc` comes to, adds it to the sums and lets go of `stage`, the last one that it is of. ENDS: so does the
   // segment; the sums are then scaled by row.
-  template <bool BY_BLOCK>
-  __device__ __forceinline__ void promote(float (&acc)[REGS], int stage, bool ends) {
+  template <bool BY_BLOCK, bool ENDS>
+  __device__ __forceinline__ void promote(float (&acc)[REGS], int stage) {
     const float2 x = scales_of_tokens(stage);
     const u32 of_weights = scales + stage * L::SCALES;
     u32 seen = bits_of(x);
@@ -154,44 +154,48 @@ struct TallConsumer {
       release_read<L::SHARERS>(ring, stage, lane, seen);
       return;
     }
-    if (!ends) release_read<L::SHARERS>(ring, stage, lane, seen);
+    if (!ENDS) release_read<L::SHARERS>(ring, stage, lane, seen);
 #pragma unroll
     for (int i = 0; i < REGS; i++) sum[i] = fmaf(acc[i], i / 2 % 2 ? x.y : x.x, sum[i]);
-    if (!ends) return;
+    if constexpr (ENDS) {
 #pragma unroll
-    for (int j = 0; j < ROWS / 8; j++) {
-      float2 by_row;
-      asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(by_row.x), "=f"(by_row.y) : "r"(of_weights + (j * 8 + lane % 4 * 2) * 4));
-      seen |= bits_of(by_row);
+      for (int j = 0; j < ROWS / 8; j++) {
+        float2 by_row;
+        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(by_row.x), "=f"(by_row.y) : "r"(of_weights + (j * 8 + lane % 4 * 2) * 4));
+        seen |= bits_of(by_row);
 #pragma unroll
-      for (int i = 0; i < 4; i++) sum[4 * j + i] = __fmul_rn(sum[4 * j + i], i % 2 ? by_row.y : by_row.x);
+        for (int i = 0; i < 4; i++) sum[4 * j + i] = __fmul_rn(sum[4 * j + i], i % 2 ? by_row.y : by_row.x);
+      }
+      release_read<L::SHARERS>(ring, stage, lane, seen);
     }
-    release_read<L::SHARERS>(ring, stage, lane, seen);
   }
-  // Adds up `count` blocks of K, a segment: groups of two blocks, or each block where its weights have scales of their own.
+  // Queues the products of so many stages, lets go of all but the last and returns its number.
+  template <int GROUP>
+  __device__ __forceinline__ int multiply_group(float (&acc)[REGS]) {
+    static_assert(GROUP <= 2);
+    int stage = take();
+    multiply(acc, stage, false);
+    if constexpr (GROUP == 2) {
+      const int before = stage;
+      stage = take();
+      multiply(acc, stage, true);
+      ptx::wgmma_wait<1>();
+      release<L::SHARERS>(ring, before, lane);
+    }
+    return stage;
+  }
+  // Adds up `count` blocks of K, a segment: groups of two blocks, or each block where its weights have scales of their own. The
+  // last group is apart: with a branch around its row scales, stages would be given back after all additions.
   template <bool BY_BLOCK>
   __device__ __forceinline__ void add_blocks(int count) {
     constexpr int GROUP = BY_BLOCK ? 1 : SCALE_BLOCKS;
-    static_assert(GROUP <= 2);
     float acc[REGS];
 #pragma unroll 1
-    for (; count >= GROUP; count -= GROUP) {
-      int stage = take();
-      multiply(acc, stage, false);
-      if constexpr (GROUP == 2) {
-        const int before = stage;
-        stage = take();
-        multiply(acc, stage, true);
-        ptx::wgmma_wait<1>();
-        release<L::SHARERS>(ring, before, lane);
-      }
-      promote<BY_BLOCK>(acc, stage, count == GROUP);
-    }
-    if (GROUP == 2 && count) {
-      const int stage = take();
-      multiply(acc, stage, false);
-      promote<BY_BLOCK>(acc, stage, true);
-    }
+    for (; count > GROUP; count -= GROUP) promote<BY_BLOCK, false>(acc, multiply_group<GROUP>(acc));
+    if (count == GROUP)
+      promote<BY_BLOCK, true>(acc, multiply_group<GROUP>(acc));
+    else if (count > 0)
+      promote<BY_BLOCK, true>(acc, multiply_group<1>(acc));
   }
 
   // Sums `count` blocks of K, a segment.
