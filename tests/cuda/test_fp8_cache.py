@@ -63,6 +63,7 @@ class TestKernels:
         roomy = Emulator()
         roomy.facts = replace(roomy.facts, smem_per_block=232448)
         attention_checks.check_decode(roomy, rng, BF16, Shape(128, 2, 4, window=300), fp8=True)
+        attention_checks.check_turning(roomy, rng, BF16, Shape(128, 1, 7), fp8=True)
         roomy.clear()
 
 
@@ -155,6 +156,8 @@ def test_on_a_gpu_the_bits_of_sixteen_bit_kernels(shape: Shape, dtype: str) -> N
     attention_checks.check_decode(gpu, rng, DTYPES[dtype], shape, fp8=True)
     attention_checks.check_prefill(gpu, rng, DTYPES[dtype], shape, fp8=True)
     attention_checks.check_invariance(gpu, rng, DTYPES[dtype], shape, fp8=True)
+    for copies in (1, 40) if shape.dim == 128 and shape.group <= 8 else ():
+        attention_checks.check_turning(gpu, rng, DTYPES[dtype], shape, copies, fp8=True)
     gpu.clear()
 
 

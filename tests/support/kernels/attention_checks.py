@@ -308,23 +308,26 @@ def check_turning(
     ring: bool = True,
     rotated: int | None = None,
     normed: bool = False,
+    fp8: bool = False,
 ) -> int:
     """Rotation within decode attention: outputs and cache have the bits of the two kernels one by one.
 
     copies: how often each context length occurs; many rows are dealt out in another way than few. ring: by
     the kernel with rings, else by attn_decode; rotated: elements of a head, all of them by default; normed:
-    with norms of heads in front.
+    with norms of heads in front; fp8: over a cache in E4M3, with rings.
     """
     rotated = shape.dim if rotated is None else rotated
     lens = [1, 2, 15, 16, 17, 32, 33, 63, 64, 65, 97, 130, 255, 256, 257, 300, 513, 1100] * copies
     count, seed, heads = len(lens), int(rng.integers(1 << 30)), shape.heads + 2 * shape.kv_heads
     pitch = heads * shape.dim
     sizes = {"max_seqs": count + 2, "max_model_len": max(lens), "num_blocks": 10**9,
-             "sm_count": gpu.facts.sm_count, "smem_per_block": gpu.facts.smem_per_block}  # fmt: skip
+             "sm_count": gpu.facts.sm_count, "smem_per_block": gpu.facts.smem_per_block,
+             "fp8": fp8}  # fmt: skip
     find, turned_kernel = (
         (plan_decode_ring, decode_rope_kernel) if ring else (plan_decode, decode_turn_kernel)
     )
-    plan = find(DType.parse(dtype.name), shape.dim, shape.heads, shape.kv_heads, **sizes)
+    more = {"rotates": True} if ring else {}
+    plan = find(DType.parse(dtype.name), shape.dim, shape.heads, shape.kv_heads, **sizes, **more)
     assert plan is not None
     turning = turned_kernel(plan.kernel)
     assert turning is not None
@@ -338,26 +341,27 @@ def check_turning(
     angles = [gpu.array(a) for a in Rope(dim=rotated or 4, theta=1e4).table(max(lens))]
     found = []
     for fused in (False, True):
-        cache = Cache(gpu, np.random.default_rng(seed), dtype, shape, lens)
+        cache = Cache(gpu, np.random.default_rng(seed), dtype, shape, lens, fp8)
         qkv, out = gpu.array(rows), gpu.empty((count + 2, shape.heads * shape.dim), dtype)
         number = gpu.array([count], np.int32)
         if not fused:
             turned = [qkv, cache.k_cache, cache.v_cache, *angles, cache.tables, positions, slots, number,
                       pitch, cache.stride, shape.heads, shape.kv_heads, shape.dim, rotated]  # fmt: skip
-            name = f"sm80_{SHORT[dtype.name]}_rope_kv{'_rms' * normed}"
+            name = f"sm80_{SHORT[dtype.name]}_rope_kv{'_fp8' * fp8}{'_rms' * normed}"
             gpu.launch(name, (-(-heads // 4), count + 2), 128, [*turned, *(norms if normed else ())])
         arrivals = gpu.zeros((plan.arrivals_bytes // 4,), np.int32)
+        maps = cache.maps() if gpu.facts.capability >= 90 and not fp8 else [no_map(), no_map()]
         args = [out, qkv, cache.k_cache, cache.v_cache, cache.tables, slots, kv_lens, number,
                 gpu.empty((plan.partial_bytes // 4,), np.float32), arrivals,
                 *common(shape, cache, pitch, shape.heads * shape.dim), count + 2,
-                *((cache.maps() if gpu.facts.capability >= 90 else [no_map(), no_map()]) if ring else ()),
+                *(maps if ring and not fp8 else ()),
                 *(angles if fused else ())]  # fmt: skip
         if fused and not ring:
             none = ctypes.c_void_p(0)
             args += [rotated, int(normed), *(norms if normed else (none, none, 0, 0, 0.0))]
         gpu.launch(turning if fused else plan.kernel, plan.grid, plan.block, args, plan.smem)
         assert not arrivals.get().any(), "arrival counters are not back at zero"
-        found.append([a.get().view(np.uint16) for a in (out, cache.k_cache, cache.v_cache)])
+        found.append([a.get().view(np.uint8) for a in (out, cache.k_cache, cache.v_cache)])
     for what, one, other in zip(("outputs", "keys", "values"), *found, strict=True):
         wrong = np.argwhere(one != other)
         assert not len(wrong), f"{what} {dtype} {shape}: {len(wrong)} elements differ, first at {wrong[0]}"

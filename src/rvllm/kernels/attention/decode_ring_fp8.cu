@@ -5,8 +5,10 @@
 // sequences one line of tiles; groups of up to four warps, one a head, take equal ranges of that line, cut where a split
 // ends. Each warp has a ring of SLOTS tiles, keys and values in turn, and asks for the next whenever it has used one. Making numbers
 // of codes takes about as many instructions as all the rest, so two blocks share an SM, with 192 KB under way.
-#include "attention/decode.cuh"
+//
+// attn_decode_rope_fp8 does what rope_kv_fp8 does besides, as attn_decode_rope of decode_ring.cu does for 16 bits.
 #include "attention/fp8_cache.cuh"
+#include "attention/turning.cuh"
 
 inline constexpr int WARPS = TILES_PER_SPLIT, THREADS = WARPS * 32;
 
@@ -88,11 +90,11 @@ template <int ROWS, int D, typename T, typename Mask> struct Ahead {
   }
 };
 
-template <typename T, int D, int ROWS, int SLOTS, typename Mask>
+template <typename T, int D, int ROWS, int SLOTS, typename Mask, typename Turn>
 __device__ __forceinline__ void attend(T* out, const T* q, const u8* k_cache, const u8* v_cache, const int* tables,
                                        const int* slots, const int* kv_lens, const int* count, float* partial, int* arrivals,
                                        int q_pitch, int out_pitch, int table_stride, int kv_heads, int group, float scale,
-                                       float soft_cap, int window, int max_seqs, const Mask& mask) {
+                                       float soft_cap, int window, int max_seqs, const Mask& mask, const Turn& turn) {
   griddep_launch();
   using Tiles = Ring<D, SLOTS>;
   constexpr int GROUPS = Stored<D, ROWS>::GROUPS, H = ROWS / 8;
@@ -143,7 +145,8 @@ __device__ __forceinline__ void attend(T* out, const T* q, const u8* k_cache, co
 
   Ahead<ROWS, D, T, Mask> ahead;
 #pragma unroll 1
-  for (int part = 1; part <= 2; part++) {  // what may be had before the predecessor is done, and the rest of it
+  // What may be had before the predecessor is done, and the rest of it.
+  for (int part = Turn::HERE ? 0 : 1; part <= (Turn::HERE ? 0 : 2); part++) {
     ahead.at = at;
     ahead.end = end;
     ahead.slot = 0;
@@ -159,7 +162,7 @@ __device__ __forceinline__ void attend(T* out, const T* q, const u8* k_cache, co
     if (part == 2) griddep_wait();
 #pragma unroll 1
     for (int i = 0; i < SLOTS && ahead.active; i++) {
-      if (part == 1 || ahead.tile.newest)
+      if (part != 2 || ahead.tile.newest)
         ring.copy(ahead.slot, ahead.tile, part, ahead.values ? v_cache : k_cache, ahead.id, kv_heads,
                   ahead.row / parts, lane);
       ahead.slot = ahead.slot + 1 == SLOTS ? 0 : ahead.slot + 1;
@@ -181,14 +184,44 @@ __device__ __forceinline__ void attend(T* out, const T* q, const u8* k_cache, co
     ahead.values = !ahead.values;
   };
 
+  if (Turn::HERE) griddep_wait();
+
   Queries<D, ROWS> queries;
+  Newest<T> newest;
   int row = at.row * heads + sub;
-  queries.load(job, at.seq, row, lane);
+  bool turned = !Turn::HERE;
+  const auto take = [&](int seq, int its_row) {  // the queries of a row
+    queries.load(job, seq, its_row, lane);
+    if constexpr (Turn::HERE) {
+      newest.load(job, seq, its_row, lane);
+      turned = false;
+    }
+  };
+  take(at.seq, row);
   const float factor = soft_cap > 0.f ? LOG2E : __fmul_rn(scale, LOG2E);
   State<ROWS, GROUPS> split, run;
   split.clear();
   int run_start = at.split(), slot = 0;
   u32 parity = 0;
+  // The newest position's key or value, into the tile in the ring and into the cache.
+  const auto put_newest = [&](const Tile& tile, const u32(&words)[2], bool key) {
+    if constexpr (Turn::HERE) {
+      __shared__ u32 room[WARPS][D / 2];
+      u32* const whole = room[warp];
+      whole[lane] = words[0];
+      whole[lane + 32] = words[1];
+      __syncwarp();
+      const int position = at.of.position, within = position % KV_BLOCK;
+      const int block = tables[(size_t)slots[at.seq] * table_stride + position / KV_BLOCK];
+      u8* const cache = key ? turn.k_cache : turn.v_cache;
+      kv8::store_row<T>(ring.slot(slot) + (tile.hi - 1) / KV_BLOCK * Tiles::PIECE, whole, D, within, key, lane);
+      kv8::store_row<T>(cache + ((size_t)block * kv_heads + row) * Tiles::PIECE, whole, D, within, key, lane);
+#if __CUDA_ARCH__ >= 900
+      fence_async_shared();
+#endif
+      __syncwarp();
+    }
+  };
   const auto pass = [&] {
     if (++slot == SLOTS) {
       slot = 0;
@@ -204,15 +237,24 @@ __device__ __forceinline__ void attend(T* out, const T* q, const u8* k_cache, co
     const bool whole = tile.hi > TILE / 2;
     float m[2] = {-INFINITY_F, -INFINITY_F}, l[2] = {0.f, 0.f};
     float x[D / 8][4];
+    if constexpr (Turn::HERE) {
+      if (!turned) {
+        turn.queries(queries, at.of.position, lane);
+        newest.turn(turn, at.of.position, lane);
+        turned = true;
+      }
+    }
     if (!tile.empty()) {
       float s[8][4];
       u32 p[4][4];
       ring.wait(slot, parity);
+      if (Turn::HERE && tile.newest) put_newest(tile, newest.k, true);
       kv8::scores<T, D, 2>(s, [&](u32(&a)[4], int k) { queries.fragment(a, k); }, ring.slot(slot), whole ? 4 : 2, lane);
       __syncwarp();
       ask();
       pass();
-      if (more && row_ends) queries.load(job, next.seq, next.row * heads + sub, lane);
+      const u32 value[2] = {newest.v[0], newest.v[1]};
+      if (more && row_ends) take(next.seq, next.row * heads + sub);
       if (soft_cap > 0.f) tile_soft_cap(s, scale, soft_cap);
       if (tile.partial()) {
         const int lo[2] = {tile.lo, tile.lo}, hi[2] = {tile.hi - 1, tile.hi - 1};
@@ -225,6 +267,7 @@ __device__ __forceinline__ void attend(T* out, const T* q, const u8* k_cache, co
       }
       tile_softmax<T>(s, p, factor, m, l, ROWS == 16);
       ring.wait(slot, parity);
+      if (Turn::HERE && tile.newest) put_newest(tile, value, false);
       kv8::values<T, D>(x, p, ring.slot(slot), whole ? 4 : 2, tile.lo, tile.hi, lane);
       __syncwarp();
       if (!shares) {
@@ -236,7 +279,7 @@ __device__ __forceinline__ void attend(T* out, const T* q, const u8* k_cache, co
         for (int g = 0; g < GROUPS; g++) split.add(g, group_of<ROWS, D>(x, g), f);
       }
     } else if (more && row_ends) {
-      queries.load(job, next.seq, next.row * heads + sub, lane);
+      take(next.seq, next.row * heads + sub);
     }
     if (shares) {
       if (tile.empty()) {
@@ -266,5 +309,19 @@ attn_decode_ring_fp8(T* out, const T* q, const u8* k_cache, const u8* v_cache, c
                      const int* kv_lens, const int* count, float* partial, int* arrivals, int q_pitch, int out_pitch,
                      int table_stride, int kv_heads, int group, float scale, float soft_cap, int window, int max_seqs) {
   attend<T, D, 8, SLOTS>(out, q, k_cache, v_cache, tables, slots, kv_lens, count, partial, arrivals, q_pitch, out_pitch,
-                         table_stride, kv_heads, group, scale, soft_cap, window, max_seqs, Everything());
+                         table_stride, kv_heads, group, scale, soft_cap, window, max_seqs, Everything(), Turned());
+}
+
+// The same for queries, keys and values as a product left them, in qkv [T, q_pitch], and a cache without the newest
+// position: see rope_kv_fp8. Heads of 128, groups of up to 8.
+template <typename T, int D, int SLOTS>
+__global__ void __launch_bounds__(THREADS, 2)
+attn_decode_rope_fp8(T* out, const T* qkv, u8* k_cache, u8* v_cache, const int* tables, const int* slots, const int* kv_lens,
+                     const int* count, float* partial, int* arrivals, int q_pitch, int out_pitch, int table_stride,
+                     int kv_heads, int group, float scale, float soft_cap, int window, int max_seqs, const float* cos,
+                     const float* sin) {
+  static_assert(D == 128);
+  attend<T, D, 8, SLOTS>(out, qkv, k_cache, v_cache, tables, slots, kv_lens, count, partial, arrivals, q_pitch, out_pitch,
+                         table_stride, kv_heads, group, scale, soft_cap, window, max_seqs, Everything(),
+                         Turning<T, u8>{cos, sin, k_cache, v_cache});
 }

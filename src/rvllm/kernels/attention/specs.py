@@ -175,11 +175,10 @@ def _rings(dtype: str, dim: int) -> Iterator[KernelSpec]:
     yield _kernel(f"{name}_d{dim}", "decode_ring", symbol, smem, 4096, f"{unit}_8")
     symbol = f"attn_decode_rope<{t}, {dim}, {slots}>"
     yield _kernel(f"{name}_rope_d{dim}", "decode_ring", symbol, smem, 4096, f"{unit}_rope")
-    symbol, smem = (
-        f"attn_decode_ring_fp8<{t}, {dim}, {DECODE_RING_FP8_SLOTS}>",
-        decode_ring_smem(dim, fp8=True),
-    )
-    yield _kernel(f"{name}_fp8_d{dim}", "decode_ring_fp8", symbol, smem, 4096, unit)
+    for kind, rope in (("ring", ""), ("rope", "_rope")):
+        symbol = f"attn_decode_{kind}_fp8<{t}, {dim}, {DECODE_RING_FP8_SLOTS}>"
+        smem = decode_ring_smem(dim, fp8=True)
+        yield _kernel(f"{name}{rope}_fp8_d{dim}", "decode_ring_fp8", symbol, smem, 4096, f"{unit}{rope}")
 
 
 DTYPES = ("bfloat16", "float16")

@@ -83,11 +83,10 @@ def _turning(to: Lowering, norms: Sequence[Op], rope: RopeKV, attention: Attenti
     if to.prefill is not None or to.chip.capability < 90:
         return None
     few = to.counts.seqs <= TURN_SEQS and attention.heads // attention.kv_heads <= TURN_GROUP
-    if plan.ring:
-        kernel = (
-            None if norms or angles is None or not turns(rope, attention) else decode_rope_kernel(plan.kernel)
-        )
-        return Turning(kernel, to.at.ropes[angles]) if kernel and angles else None
+    ring = decode_rope_kernel(plan.kernel)
+    if plan.ring or ring is not None:
+        turned = not norms and angles is not None and turns(rope, attention)
+        return Turning(ring, to.at.ropes[angles]) if ring and angles and turned else None
     kernel = decode_turn_kernel(plan.kernel) if few else None
     if kernel is None or (angles is not None and (angles.interleaved or angles.dim % 4)):
         return None
