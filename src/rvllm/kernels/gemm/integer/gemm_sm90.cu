@@ -141,6 +141,10 @@ struct Block {
 
   __device__ __forceinline__ void wait_stage() const { ptx::mbar_wait(ring.full(ring.stage), ring.phase); }
   __device__ __forceinline__ void release(int stage) const { gemm::release<1>(ring, stage, lane); }
+  // The same where ordinary loads have read the stage last: once there are sums of all that they brought.
+  __device__ __forceinline__ void release(int stage, const Sums& sum) const {
+    gemm::release_read<1>(ring, stage, lane, __float_as_uint(sum[0]) | __float_as_uint(sum[2]));
+  }
   __device__ __forceinline__ u32 weights_at(int place) const { return ring.weights_at() + (group * D + place) * F::CHUNK; }
   __device__ __forceinline__ u32 x_at(int place, int u) const { return ring.x_at() + (2 * place + u) * TOKENS * TILE * 2; }
 
@@ -202,7 +206,7 @@ struct Block {
       for (int place = 0; place < D; place++)
         if (k + place < last) chunk_by_warp(sum, acc, place);
       __syncwarp();
-      release(ring.stage);
+      release(ring.stage, F::INTEGERS ? sum : acc);
       ring.advance();
     }
     if constexpr (!F::INTEGERS) copy(sum, acc);
@@ -263,7 +267,7 @@ struct Block {
         wait_products(acc);
         if constexpr (F::INTEGERS) promote(sum, acc, here + 4 * row);
       }
-      release(ring.stage);
+      release(ring.stage, F::INTEGERS ? sum : acc);
       ring.advance();
     }
     if constexpr (!F::INTEGERS) copy(sum, acc);
@@ -310,7 +314,7 @@ struct Block {
           wait_products(acc);
           promote(sum, acc, here + 4 * row);
         }
-        if (leave) release(reading);
+        if (leave) release(reading, sum);
       }
       if (!more) break;
     }
