@@ -2,7 +2,7 @@
 # Runs everything that needs an NVIDIA GPU: kernels against their NumPy references, the CUDA backend against
 # the CPU backend, invariance, the thousand-request soak, and, with compute-sanitizer at hand, a memory check.
 #   pip install ".[test,cuda]" && scripts/test_gpu.sh
-# Eight processes at a time (RVLLM_TEST_PROCESSES), then what counts the GPU's memory by itself: nothing else may use it.
+# Eight processes at a time (RVLLM_TEST_PROCESSES), then what counts the GPU's memory or its time: nothing else may use it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python -m pytest -m "gpu and not alone" -n "${RVLLM_TEST_PROCESSES:-8}" "$@"

@@ -116,6 +116,7 @@ def spoilt(path: Path, text: str, whole: int) -> dict[str, tuple[Callable[[], ob
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @needs_gpu
 def test_auto_measures_again_what_is_not_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Counted(measure.Arena):

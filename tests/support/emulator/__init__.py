@@ -57,7 +57,7 @@ class Emulator(Machine):
         sm_count: int = 4,
         seconds: int = 60,
     ) -> None:
-        self.facts = DeviceFacts("emulator", 80, sm_count, 1 << 34, 1 << 25, SMEM)
+        self.facts = DeviceFacts("emulator", 80, sm_count, 1 << 34, SMEM)
         self.launcher = Launcher(order, seconds)
         self.stream = _Stream(self.launcher)
         self._sources, self._catalog = sources, catalog
